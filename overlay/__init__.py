@@ -1,0 +1,35 @@
+"""A request queue for the computers you already own.
+
+The floor plan. A module imports only from floors below its own, or on its own floor where an
+arrow says so; tests/test_floors.py compares this picture with the code.
+
+    4 edges      service    client
+    3 relay      relay
+    2 mechanism  intake   meter   executor -> handlers, meter   links -> wire   logs
+    1 decisions  routing   assembly   admission
+    0 values     errors -> values   limits   topology -> limits, errors   configuration -> topology
+
+Entries on top: node.py serves one process, client.py asks, scripts/ start and stop.
+
+Decisions are pure: no grpc, no threads, no clock of their own. `grpc` is known to wire, links,
+service, client and node.py; `threading` to the mechanism floor and above.
+
+A request's way, on every process it passes:
+
+    node.Forward -> service -> wire.read -> intake.admit -> ticket.wait
+                        => relay.claim -> routing.plan
+                        => relay.start -> links.send(neighbour, segment, sink)    team leaders
+                                       -> executor.run(segment, sink)             workers
+                    <- assembly.combine <- wire.write
+"""
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # Lazily, so that `import overlay` needs neither grpc nor the generated stubs.
+    if name in {"connect", "Client", "Answer"}:
+        from overlay import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module 'overlay' has no attribute '{name}'")

@@ -1,0 +1,94 @@
+"""How parts become one answer: pure functions, used on every process a request passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from overlay.errors import OverlayError, PartsFailed
+from overlay.values import Answer, Code, Executed, Mode, Part
+
+Merge = Callable[[Sequence[Part]], bytes]
+
+
+def from_branch(answer: Answer, targets: Sequence[str]) -> Answer:
+    """A branch's answer with exactly one part per target: what it left out is said so.
+
+    A refusal of the whole branch is every target's own.
+    """
+    if answer.refused is not None:
+        return Answer(tuple(_as_part(target, answer.refused) for target in targets))
+    by_id = {part.process_id: part for part in answer.parts}
+    silent = Part("", Code.INTERNAL, "left out of its team leader's answer")
+    return Answer(tuple(by_id.get(t) or _as_part(t, silent) for t in targets), answer.hops)
+
+
+def gathered(
+    me: str, order: Sequence[str], answers: Mapping[str, Answer], parts: Iterable[Part]
+) -> Answer:
+    """ALL: the branches' answers as one, parts and hops in the order of the configuration.
+
+    answers: by neighbour, each as `from_branch` gives it. parts: of workers in no branch.
+    """
+    found = {part.process_id: part for answer in answers.values() for part in answer.parts}
+    found.update({part.process_id: part for part in parts})
+    hops = [hop for n in order if n in answers for hop in answers[n].hops]
+    return Answer(tuple(found[w] for w in order if w in found), (me, *hops))
+
+
+def coverage(answer: Answer) -> str:
+    """The trailer that tells k of n and who is missing: "2/3; missing=F"."""
+    good = sum(part.ok for part in answer.parts)
+    missing = ",".join(part.process_id for part in answer.parts if not part.ok)
+    return f"{good}/{len(answer.parts)}" + (f"; missing={missing}" if missing else "")
+
+
+def failure(answer: Answer, retry_after_s: float) -> OverlayError | None:
+    """The error that the caller gets when no worker answered OK, else None.
+
+    Its code is the first part's in the order of the configuration. It proves that nothing ran only
+    if every part does.
+    """
+    parts = (answer.refused,) if answer.refused is not None else answer.parts
+    if any(part.ok for part in parts):
+        return None
+    if not parts:
+        return PartsFailed(
+            "no worker was asked", Code.UNAVAILABLE, Executed.NO, "unreachable", None
+        )
+    first, executed = parts[0], _executed(parts)
+    reasons = "; ".join(dict.fromkeys(_reason(part) for part in parts))
+    cause = first.code.name.lower().replace("_", " ")
+    again = retry_after_s if executed is Executed.NO and first.code in _WORTH_A_RETRY else None
+    return PartsFailed(reasons, first.code, executed, cause, again)
+
+
+def may_try_elsewhere(answer: Answer) -> bool:
+    """ANY: whether another worker may be asked, which takes proof that nothing has run."""
+    part = answer.refused or (answer.parts[0] if answer.parts else None)
+    return part is not None and part.executed is Executed.NO and part.code in _WORTH_A_RETRY
+
+
+def result(mode: Mode, answer: Answer, merge: Merge | None) -> bytes:
+    """What the client gets: ANY the worker's own bytes; ALL merged, or joined by newlines."""
+    good = [part for part in answer.parts if part.ok]
+    if mode is Mode.ANY:
+        return good[0].result
+    return merge(good) if merge else b"\n".join(part.result for part in good)
+
+
+_WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
+
+
+def _as_part(worker: str, part: Part) -> Part:
+    return Part(worker, part.code, part.reason, executed=part.executed)
+
+
+def _executed(parts: Sequence[Part]) -> Executed:
+    found = {part.executed for part in parts}
+    if found == {Executed.NO}:
+        return Executed.NO
+    return Executed.YES if Executed.YES in found else Executed.UNKNOWN
+
+
+def _reason(part: Part) -> str:
+    return f"{part.process_id}: {part.reason}" if part.process_id else part.reason

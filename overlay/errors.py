@@ -1,0 +1,112 @@
+"""What can go wrong, each with the status its caller sees.
+
+Raised where it is known; `service` turns it into a gRPC status in one place.
+"""
+
+from __future__ import annotations
+
+from overlay.values import Code, Executed
+
+
+class OverlayError(Exception):
+    """The root. `executed` says whether a handler saw the request; NO makes a retry safe."""
+
+    code = Code.UNKNOWN
+    executed = Executed.NO
+    cause = ""  # the word that metrics count a refusal under
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ConfigError(OverlayError):
+    """The configuration, or what a process needs to start, is wrong. `problems`: all of them."""
+
+    code = Code.FAILED_PRECONDITION
+    cause = "configuration"
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class BadRequest(OverlayError):
+    code = Code.INVALID_ARGUMENT
+    cause = "bad request"
+
+
+class UnknownName(OverlayError):
+    """No such team, handler or process."""
+
+    code = Code.NOT_FOUND
+    cause = "unknown name"
+
+
+class LoopDetected(OverlayError):
+    code = Code.FAILED_PRECONDITION
+    cause = "loop"
+
+
+class QueueFull(OverlayError):
+    code = Code.RESOURCE_EXHAUSTED
+    cause = "queue full"
+
+
+class NoTimeLeft(OverlayError):
+    """The deadline passed before a handler could start."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    cause = "no time left"
+
+
+class Draining(OverlayError):
+    code = Code.UNAVAILABLE
+    cause = "draining"
+
+
+class Unreachable(OverlayError):
+    """No worker in scope can be asked now."""
+
+    code = Code.UNAVAILABLE
+    cause = "unreachable"
+
+
+class AlreadyExecuted(OverlayError):
+    """This request id was run here before; what came of it is not known to this call."""
+
+    code = Code.ALREADY_EXISTS
+    executed = Executed.UNKNOWN
+    cause = "already executed"
+
+
+class HandlerFailed(OverlayError):
+    code = Code.INTERNAL
+    executed = Executed.YES
+    cause = "handler failed"
+
+
+class DeadlinePassed(OverlayError):
+    """The deadline passed after work may have begun."""
+
+    code = Code.DEADLINE_EXCEEDED
+    executed = Executed.UNKNOWN
+    cause = "deadline passed"
+
+
+class Cancelled(OverlayError):
+    code = Code.CANCELLED
+    executed = Executed.UNKNOWN
+    cause = "cancelled"
+
+
+class PartsFailed(OverlayError):
+    """No worker answered OK; carries the status of the first part that says why."""
+
+    def __init__(
+        self, message: str, code: Code, executed: Executed, cause: str, retry_after_s: float | None
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.code = code
+        self.executed = executed
+        self.cause = cause

@@ -1,0 +1,38 @@
+"""How much one process takes on. Every number that bounds something lives here, with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Counts are requests, times seconds, sizes bytes. The configuration sets the first group."""
+
+    queue_slots: int = 200  # the leader's queue; more hides overload, less refuses bursts
+    in_service: int = 100  # at once per process; also the size of the other processes' queues
+    default_deadline_s: float = 30.0  # when a client gives none, so that every wait has an end
+    max_deadline_s: float = 3600.0  # a longer wish is cut to this
+    drain_grace_s: float = 30.0  # running requests may finish within this when a process stops
+    max_message_bytes: int = 16 * MIB  # per gRPC message; parsing is on gRPC's one serving thread
+    max_waiting_bytes: int = 256 * MIB  # payloads in the queue: 200 slots x 16 MiB would be 3 GiB
+
+    reserve_threads: int = (
+        40  # rpc threads beyond queue and service, that refuse while both are full
+    )
+    metrics_threads: int = 4  # GetMetrics and health answer on threads of their own
+    max_hops: int = 64  # a longer hop list is not from an overlay
+    max_name: int = 64  # characters in an id, team or handler of a request
+    return_margin_s: float = (
+        0.05  # kept for the way back, so that a late worker costs only its part
+    )
+    patience_s: float = 1.0  # a link that has just gone down is waited for so long
+    probe_interval_s: float = 1.0  # between two looks at a neighbour
+    probe_timeout_s: float = 2.0  # no answer for so long: down. A frozen peer is seen within 3 s
+    remembered_ids: int = 100_000  # request ids a worker keeps to run each once; about 10 MiB
+
+    def pool_threads(self, queue_slots: int) -> int:
+        """Rpc threads for a process with such a queue: each waiting request holds one."""
+        return queue_slots + self.in_service + self.reserve_threads

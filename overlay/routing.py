@@ -1,0 +1,155 @@
+"""Who is asked next: pure decisions over the topology and the state of the links.
+
+Requests only go to neighbours of a strictly lower rank (`Topology.below`), so that two requests
+can never wait for each other, and never to an id that is already in the hop list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from overlay.errors import BadRequest, LoopDetected, UnknownName
+from overlay.topology import Process, Topology
+from overlay.values import Route
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One neighbour to ask, and the workers it shall cover (itself, if it is a worker)."""
+
+    neighbour: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a request gets to its workers. Each worker in scope is in one branch, local, or missing.
+
+    missing: worker -> why it cannot be asked now.
+    """
+
+    branches: tuple[Branch, ...] = ()
+    local: bool = False
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is known of a branch: items asked and not answered, slots it has, items ever asked."""
+
+    outstanding: int = 0
+    slots: int = 1
+    asked: int = 0
+
+    @property
+    def has_credit(self) -> bool:
+        return self.outstanding < max(1, self.slots)
+
+
+def check(topology: Topology, me: str, route: Route) -> None:
+    """Raises what is wrong with asking `me` this, before any place is taken.
+
+    LoopDetected: `me` is in the hop list. UnknownName: no such team or handler, or no worker of the
+    team can be asked from here. BadRequest: a target is not a worker of the configuration.
+    """
+    if me in route.hops:
+        raise LoopDetected(f"{me} is already in the hop list {' '.join(route.hops)}")
+    if route.handler and route.handler not in topology.handlers:
+        known = ", ".join(sorted(topology.handlers))
+        raise UnknownName(f"no handler '{route.handler}' here; there are {known}")
+    if not scope(topology, me, route):
+        raise UnknownName(_nobody(topology, me, route.team))
+
+
+def scope(topology: Topology, me: str, route: Route) -> tuple[str, ...]:
+    """The workers that the request means, in the order of the configuration.
+
+    With targets: exactly those. Else the process asked decides: the leader means every worker, a
+    team leader the workers among its neighbours, a worker itself; `team` narrows each.
+    """
+    if route.targets is not None:
+        for target in route.targets:
+            if target not in topology.processes or not topology.processes[target].works:
+                raise BadRequest(f"target '{target}' is not a worker of {topology.name}")
+        return topology.in_order(set(route.targets))
+    asked = _reach(topology, topology.processes[me])
+    return tuple(w.id for w in asked if route.team in ("", w.team))
+
+
+def plan(topology: Topology, me: str, links_up: Iterable[str], route: Route) -> Plan:
+    """Which neighbours `me` asks next, and whether it works on the payload itself.
+
+    links_up: ids of the neighbours that can be asked now. A worker is asked through its own team's
+    leader; where that link is down, through another live team leader that has it as neighbour; a
+    direct link of a leader comes last. Branches and their targets keep the configuration's order.
+    Source: the edge B-D of the six processes is such a second way.
+    """
+    up = set(links_up) - set(route.hops)
+    below = topology.below(me)
+    chosen: dict[str, list[str]] = {}
+    missing: dict[str, str] = {}
+    local = False
+    for worker in scope(topology, me, route):
+        if worker == me:
+            local = True
+            continue
+        ways = _ways(topology, below, worker)
+        live = [way for way in ways if way in up]
+        if live:
+            chosen.setdefault(live[0], []).append(worker)
+        else:
+            missing[worker] = _no_way(me, worker, ways)
+    order = topology.in_order(set(chosen))
+    return Plan(tuple(Branch(n, tuple(chosen[n])) for n in order), local, missing)
+
+
+def pick(branches: Iterable[Branch], load: Callable[[Branch], Load]) -> Branch | None:
+    """The branch with the least outstanding work per slot, or None when none has credit.
+
+    Ties go to the branch that was asked the least per slot, so that even sparse requests spread.
+    """
+    measured = [(branch, load(branch)) for branch in branches]
+    open_ones = [(branch, found) for branch, found in measured if found.has_credit]
+    if not open_ones:
+        return None
+    return min(open_ones, key=lambda pair: _fullness(pair[1]))[0]
+
+
+def _fullness(load: Load) -> tuple[float, float]:
+    slots = max(1, load.slots)
+    return load.outstanding / slots, load.asked / slots
+
+
+def _reach(topology: Topology, me: Process) -> tuple[Process, ...]:
+    if me.works:
+        return (me,)
+    below = topology.below(me.id)
+    if any(not n.works for n in below):
+        return topology.workers
+    near = {n.id for n in below}
+    return tuple(worker for worker in topology.workers if worker.id in near)
+
+
+def _ways(topology: Topology, below: tuple[Process, ...], worker: str) -> list[str]:
+    """The neighbours through which `worker` can be reached, best first."""
+    team = topology.processes[worker].team
+    through = [n for n in below if not n.works and worker in {w.id for w in topology.below(n.id)}]
+    own = [n.id for n in through if n.team == team]
+    others = [n.id for n in through if n.team != team]
+    return own + others + [n.id for n in below if n.id == worker]
+
+
+def _no_way(me: str, worker: str, ways: list[str]) -> str:
+    if not ways:
+        return f"{me} has no neighbor that leads to {worker}"
+    if ways == [worker]:
+        return f"{worker} cannot be reached from {me}"
+    return f"cannot be reached: {me} has no live link to {' or '.join(ways)}"
+
+
+def _nobody(topology: Topology, me: str, team: str) -> str:
+    if team not in {worker.team for worker in topology.workers}:
+        teams = ", ".join(dict.fromkeys(worker.team for worker in topology.workers))
+        return f"no team '{team}'; there are {teams}"
+    return f"no worker of team '{team}' can be asked from {me}"

@@ -1,0 +1,334 @@
+"""One process of the overlay, behind gRPC's two methods.
+
+    forward:  count -> read -> check -> admit -> wait -> combine -> write
+    metrics:  answers from values only, never waits
+
+Puts the parts together and owns their start and stop order. Errors become statuses here, once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import grpc
+
+import overlay
+from overlay import admission, assembly, handlers, routing, wire
+from overlay.assembly import Merge
+from overlay.errors import (
+    HandlerFailed,
+    OverlayError,
+    PartsFailed,
+)
+from overlay.executor import Executor
+from overlay.intake import Intake
+from overlay.links import Links
+from overlay.meter import Meter
+from overlay.relay import Relay
+from overlay.topology import Topology
+from overlay.values import Answer, Code, Executed, Route, Segment
+from overlay.wire import pb2
+
+log = logging.getLogger("overlay.service")
+
+LONGEST_REASON = 1000  # characters of a status message; gRPC refuses metadata beyond 8 KiB
+
+
+class Service:
+    """The process `me` of the topology: made, then `start`, at the end `drain` and `close`."""
+
+    def __init__(
+        self, topology: Topology, me: str, log_lines_dropped: Callable[[], int] = lambda: 0
+    ) -> None:
+        """Imports the handlers and makes the links. Raises ConfigError."""
+        self._log_lines_dropped = log_lines_dropped
+        self.topology = topology
+        self.me = topology.process(me)
+        self.limits = topology.limits
+        self.meter = Meter()
+        handlers.add_folder(topology.folder)
+        # Process pools start before any channel is there.
+        self.executor = Executor(topology, self.me) if self.me.works else None
+        self._merges = _load_merges(topology)
+        self.links = Links(topology.below(me), self.limits, topology.digest)
+        relay = Relay(topology, me, self.links, self.executor)
+        self.intake = Intake(
+            me,
+            slots=topology.queue_slots(me),
+            in_service=self.me.in_service,
+            most_bytes=self.limits.max_waiting_bytes,
+            claim=relay.claim,
+            start=relay.start,
+        )
+        self.links.on_change = self.intake.kick
+        if self.executor:
+            self.executor.on_free = self.intake.kick
+        self._draining = False
+        self._started = time.monotonic()
+
+    @property
+    def pool_threads(self) -> int:
+        return self.limits.pool_threads(self.intake.slots)
+
+    def start(self) -> None:
+        self.links.start()
+
+    def forward(self, request: pb2.Request, context: grpc.ServicerContext) -> pb2.Response:
+        """Answers one request, or ends it with the status of what went wrong."""
+        self.meter.received()
+        response: pb2.Response | None = None
+        failed: OverlayError | None
+        try:
+            response, failed = self._answer(request, context)
+        except OverlayError as e:
+            failed = e
+        except BaseException as e:
+            if isinstance(e, KeyboardInterrupt):
+                raise
+            failed = _unexpected(e)
+        self._count(failed)
+        if response is None:
+            self._abort(context, failed or _unexpected(AssertionError("no answer was made")))
+        return response
+
+    def drain(self, grace_s: float) -> int:
+        """Refuses what waits and what comes, lets the running end within `grace_s`. Who did not."""
+        self._draining = True
+        refused = self.intake.close()
+        if refused:
+            log.info("%d waiting requests refused", refused)
+        until = time.monotonic() + grace_s
+        while self._active and time.monotonic() < until:
+            time.sleep(0.02)
+        return self._active
+
+    def close(self) -> None:
+        self.links.close()
+        if self.executor:
+            self.executor.close()
+
+    def metrics(self) -> pb2.MetricsResponse:
+        """The truth about this process now; never waits for anything."""
+        counts = self.meter.counts()
+        service, waiting = self.meter.service.spread, self.meter.waiting.spread
+        slots = self._known_slots()
+        return pb2.MetricsResponse(
+            process_id=self.me.id,
+            role=self.me.role,
+            team=self.me.team,
+            active_requests=self._active,
+            max_capacity=self.me.in_service,
+            is_healthy=not self._draining,
+            queue_size=self.intake.waiting,
+            avg_processing_time_ms=service.mean * 1e3,
+            received=counts.received,
+            completed=counts.completed,
+            failed=counts.failed,
+            refused=counts.refused,
+            cancelled=counts.cancelled,
+            refused_by_reason=self.meter.causes(),
+            queue_slots=self.intake.slots,
+            service_ms=wire.write_spread(service),
+            waiting_ms=wire.write_spread(waiting),
+            uptime_s=time.monotonic() - self._started,
+            version=overlay.__version__,
+            python=platform.python_version(),
+            platform=f"{platform.system()}-{platform.machine()}",
+            pid=os.getpid(),
+            config_digest=self.topology.digest,
+            slots=sum(max(known.values(), default=0) for known in slots.values()),
+            neighbours=self._neighbours(),
+            handlers=self._handlers(),
+            topology=self._processes(slots),
+            log_lines_dropped=self._log_lines_dropped(),
+        )
+
+    @property
+    def _active(self) -> int:
+        # A worker's handler may run on after its caller has gone; it still takes its slot.
+        return self.executor.active if self.executor else self.intake.active
+
+    def _answer(
+        self, request: pb2.Request, context: grpc.ServicerContext
+    ) -> tuple[pb2.Response | None, OverlayError | None]:
+        """The response, and what went wrong: a process that asks gets both, a client one."""
+        segment = wire.read_request(request, self._deadline(context), self.limits)
+        routing.check(self.topology, self.me.id, segment.route)
+        answer = self._wait(segment, context)
+        failed = assembly.failure(answer, self._retry_after_s())
+        if failed and (answer.refused is not None or segment.route.targets is None):
+            return None, failed
+        response = self._write(segment, answer, request.want_parts)
+        context.set_trailing_metadata(((wire.COVERAGE_KEY, assembly.coverage(answer)),))
+        return response, failed
+
+    def _wait(self, segment: Segment, context: grpc.ServicerContext) -> Answer:
+        waiter = _Waiter()
+        ticket = self.intake.admit(segment, waiter.sink)
+        if not context.add_callback(lambda: ticket.end(Code.CANCELLED)):
+            ticket.end(Code.CANCELLED)  # the call was over before it began
+        if not waiter.done.wait(_until(segment.deadline)):
+            ticket.end(Code.DEADLINE_EXCEEDED)
+            waiter.done.wait(1)  # it is made on this thread, or just now by another
+        now = time.monotonic()
+        self.meter.waiting.add(ticket.waited_s(now))
+        if ticket.started is not None:
+            self.meter.service.add(now - ticket.started)
+        return waiter.answer
+
+    def _write(self, segment: Segment, answer: Answer, want_parts: bool) -> pb2.Response:
+        route, request_id = segment.route, segment.items[0].request_id
+        if route.targets is not None:
+            return wire.write_response(answer, request_id, with_results=True)
+        result = self._result(route, answer)
+        response = wire.write_response(answer, request_id, result, with_results=want_parts)
+        size, most = response.ByteSize(), self.limits.max_message_bytes
+        if size > most:
+            raise PartsFailed(
+                f"the answer has {size:,} bytes, more than max_message_mib allows ({most:,})",
+                Code.RESOURCE_EXHAUSTED,
+                Executed.YES,
+                "answer too large",
+                None,
+            )
+        return response
+
+    def _result(self, route: Route, answer: Answer) -> bytes:
+        name = route.handler or self._common_default(answer)
+        try:
+            return assembly.result(route.mode, answer, self._merges.get(name))
+        except BaseException as e:  # noqa: BLE001 - user code, which may raise anything
+            raise HandlerFailed(_log_failure(f"the merge of handler '{name}' failed", e)) from None
+
+    def _common_default(self, answer: Answer) -> str:
+        defaults = {self.topology.processes[part.process_id].handler for part in answer.parts}
+        return defaults.pop() if len(defaults) == 1 else ""
+
+    def _deadline(self, context: grpc.ServicerContext) -> float:
+        # Without a client's deadline gRPC says 292 years. Read once: it follows the wall clock.
+        remaining: float | None = context.time_remaining()
+        if remaining is None or remaining > 1e9:
+            remaining = self.limits.default_deadline_s
+        return time.monotonic() + min(remaining, self.limits.max_deadline_s)
+
+    def _retry_after_s(self) -> float:
+        pace = self.meter.service.spread.mean
+        return admission.retry_after_s(self.intake.waiting, self.me.in_service, pace)
+
+    def _abort(self, context: grpc.ServicerContext, error: OverlayError) -> NoReturn:
+        refused = error.executed is Executed.NO
+        if refused and error.retry_after_s is None and error.code in _RETRYABLE:
+            error.retry_after_s = self._retry_after_s()
+        context.set_trailing_metadata(wire.trailers(error))
+        context.abort(wire.grpc_code(error.code), str(error)[:LONGEST_REASON])
+        raise AssertionError("context.abort always raises")
+
+    def _count(self, error: OverlayError | None) -> None:
+        if error is None:
+            self.meter.completed()
+        elif error.code is Code.CANCELLED:
+            self.meter.cancelled()
+        elif error.executed is Executed.NO:
+            self.meter.refused(error.cause)
+        else:
+            self.meter.failed()
+
+    def _known_slots(self) -> dict[str, dict[str, int]]:
+        if self.executor:
+            return {self.me.id: self.executor.slots}
+        known: dict[str, dict[str, int]] = {}
+        for state in self.links.states():
+            known.update({worker: dict(slots) for worker, slots in state.slots.items()})
+        return known
+
+    def _neighbours(self) -> list[pb2.Neighbour]:
+        now = time.monotonic()
+        return [
+            pb2.Neighbour(
+                process_id=state.process_id,
+                address=state.address,
+                state=state.state,
+                since_s=now - state.since,
+                reason=state.reason,
+                outstanding=state.outstanding,
+                slots=state.total_slots,
+                asked=state.asked,
+                failed=state.failed,
+                version=state.version,
+                same_config=state.same_config,
+            )
+            for state in self.links.states()
+        ]
+
+    def _handlers(self) -> list[pb2.HandlerMetrics]:
+        if self.executor is None:
+            return []
+        return [
+            pb2.HandlerMetrics(
+                name=counts.name,
+                run=counts.run,
+                slots=counts.slots,
+                active=counts.active,
+                completed=counts.completed,
+                failed=counts.failed,
+                worked_ms=wire.write_spread(counts.worked),
+            )
+            for counts in self.executor.counts()
+        ]
+
+    def _processes(self, slots: dict[str, dict[str, int]]) -> list[pb2.Process]:
+        return [
+            pb2.Process(
+                id=process.id,
+                role=process.role,
+                team=process.team,
+                address=process.address,
+                neighbors=process.neighbors,
+                handler=process.handler if process.works else "",
+                slots=slots.get(process.id, {}),
+            )
+            for process in self.topology.processes.values()
+        ]
+
+
+class _Waiter:
+    """Where a unary call's thread waits for its one answer."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.answer = Answer(())
+
+    def sink(self, start: int, answers: Sequence[Answer]) -> None:
+        self.answer = answers[0]
+        self.done.set()
+
+
+_RETRYABLE = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
+
+
+def _load_merges(topology: Topology) -> dict[str, Merge]:
+    specs = topology.handlers.values()
+    return {spec.name: handlers.find(spec, spec.merge) for spec in specs if spec.merge}
+
+
+def _until(deadline: float) -> float:
+    # A moment before the client's own clock, so that it hears what came rather than nothing.
+    left = deadline - time.monotonic()
+    return max(0.0, left - min(0.01, left * 0.05))
+
+
+def _unexpected(e: BaseException) -> OverlayError:
+    return HandlerFailed(_log_failure("something went wrong in the overlay itself", e))
+
+
+def _log_failure(what: str, e: BaseException) -> str:
+    error_id = uuid.uuid4().hex[:8]
+    log.error("error id %s: %s", error_id, what, exc_info=e)
+    return f"{what}; error id {error_id} in this process's log"

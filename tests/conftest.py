@@ -1,0 +1,39 @@
+"""Fixtures: `six` is the shipped overlay, shared by a module; `overlays` makes others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.cluster import Overlay, running, six_processes
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    """A to F with echo handlers. Tests that kill or fill processes make their own overlay."""
+    with running(tmp_path_factory.mktemp("six"), six_processes()) as overlay:
+        yield overlay
+
+
+@pytest.fixture
+def overlays(tmp_path: Path) -> Iterator[Callable[..., Overlay]]:
+    """Makes six processes of one's own: overlays(module="def f(...)...", **top_level_keys).
+
+    The module's text is saved as `mine.py` beside the configuration.
+    """
+    with ExitStack() as stack:
+
+        def make(module: str = "", config: dict[str, Any] | None = None, **top: Any) -> Overlay:
+            folder = tmp_path / f"overlay{len(list(tmp_path.iterdir()))}"
+            folder.mkdir()
+            (folder / "mine.py").write_text(module)
+            return stack.enter_context(running(folder, config or six_processes(**top)))
+
+        yield make
