@@ -42,14 +42,20 @@ PORT_PATIENCE_S = 1.0  # for a port that an old connection still holds for a mom
 
 
 class OverlayNode(pb2_grpc.OverlayNodeServicer):
-    """The two methods that others call; the work is in overlay.service."""
+    """The methods that others call; the work is in overlay.service."""
 
-    def __init__(self, service: Service, metrics_pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, service: Service, metrics_pool: ThreadPoolExecutor, stream_pool: ThreadPoolExecutor
+    ) -> None:
         self._service = service
         self.GetMetrics = on_own_threads(self.GetMetrics, metrics_pool)
+        self.ForwardStream = on_own_threads(self.ForwardStream, stream_pool)
 
     def Forward(self, request, context):
         return self._service.forward(request, context)
+
+    def ForwardStream(self, request_iterator, context):
+        return self._service.forward_stream(request_iterator, context)
 
     def GetMetrics(self, request, context):
         return self._service.metrics()
@@ -64,11 +70,12 @@ class Node:
         limits = topology.limits
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
+        self.stream_pool = ThreadPoolExecutor(limits.stream_threads, "stream")
         self.server = grpc.server(self.pool, options=wire.server_options(limits))
         self.health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=self.metrics_pool
         )
-        node = OverlayNode(service, self.metrics_pool)
+        node = OverlayNode(service, self.metrics_pool, self.stream_pool)
         pb2_grpc.add_OverlayNodeServicer_to_server(node, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         names = (OVERLAY_NODE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -89,7 +96,7 @@ class Node:
         left = self.service.drain(grace_s)
         self.server.stop(0.5).wait(2)
         self.service.close()
-        for pool in (self.pool, self.metrics_pool):
+        for pool in (self.pool, self.stream_pool, self.metrics_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         return left
 

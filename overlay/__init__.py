@@ -3,16 +3,19 @@
 The floor plan. A module imports only from floors below its own, or on its own floor where an
 arrow says so; tests/test_floors.py compares this picture with the code.
 
-    4 edges      service    client
+    4 edges      service -> streams   client -> calls
     3 relay      relay
-    2 mechanism  intake   meter   executor -> handlers, meter   links -> wire   logs
-    1 decisions  routing   assembly   admission
-    0 values     errors -> values   limits   topology -> limits, errors   configuration -> topology
+    2 mechanism  intake   deadlines   logs   links -> pipes, wire   pipes -> wire -> meter
+                 executor -> threads, processes -> batch -> handlers, meter
+                 executor -> batch, handlers   threads -> handlers   processes -> handlers
+    1 decisions  routing   assembly   admission   rows
+    0 values     errors -> values   limits   topology -> limits, errors
+                 configuration -> topology, limits, errors
 
 Entries on top: node.py serves one process, client.py asks, scripts/ start and stop.
 
-Decisions are pure: no grpc, no threads, no clock of their own. `grpc` is known to wire, links,
-service, client and node.py; `threading` to the mechanism floor and above.
+Decisions are pure: no grpc, no threads, no clock of their own. `grpc` is known to wire, pipes,
+links and the edges, and to node.py; `threading` to the mechanism floor and above.
 
 A request's way, on every process it passes:
 

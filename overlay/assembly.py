@@ -5,34 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from overlay.errors import OverlayError, PartsFailed
-from overlay.values import Answer, Code, Executed, Mode, Part
+from overlay.values import Answer, Answers, Code, Executed, Failure, Mode, Part, PartColumn
 
 Merge = Callable[[Sequence[Part]], bytes]
 
 
-def from_branch(answer: Answer, targets: Sequence[str]) -> Answer:
-    """A branch's answer with exactly one part per target: what it left out is said so.
+def from_branch(answers: Answers, targets: Sequence[str]) -> Answers:
+    """A branch's answers with exactly one column per target: what it left out is said so.
 
     A refusal of the whole branch is every target's own.
     """
-    if answer.refused is not None:
-        return Answer(tuple(_as_part(target, answer.refused) for target in targets))
-    by_id = {part.process_id: part for part in answer.parts}
-    silent = Part("", Code.INTERNAL, "left out of its team leader's answer")
-    return Answer(tuple(by_id.get(t) or _as_part(t, silent) for t in targets), answer.hops)
+    count = answers.count
+    if answers.refused is not None:
+        why = Failure(answers.refused.code, answers.refused.reason, answers.refused.executed)
+        return Answers(count, tuple(PartColumn.missing(t, count, why) for t in targets))
+    by_id = {column.process_id: column for column in answers.parts}
+    columns = tuple(by_id.get(t) or PartColumn.missing(t, count, _LEFT_OUT) for t in targets)
+    return Answers(count, columns, answers.hops)
 
 
 def gathered(
-    me: str, order: Sequence[str], answers: Mapping[str, Answer], parts: Iterable[Part]
-) -> Answer:
+    me: str, order: Sequence[str], branches: Mapping[str, Answers], missing: Iterable[PartColumn]
+) -> Answers:
     """ALL: the branches' answers as one, parts and hops in the order of the configuration.
 
-    answers: by neighbour, each as `from_branch` gives it. parts: of workers in no branch.
+    branches: by neighbour, each as `from_branch` gives it. missing: of workers in no branch. All
+    have the same rows.
     """
-    found = {part.process_id: part for answer in answers.values() for part in answer.parts}
-    found.update({part.process_id: part for part in parts})
-    hops = [hop for n in order if n in answers for hop in answers[n].hops]
-    return Answer(tuple(found[w] for w in order if w in found), (me, *hops))
+    found = {column.process_id: column for answers in branches.values() for column in answers.parts}
+    found.update({column.process_id: column for column in missing})
+    hops = [hop for n in order if n in branches for hop in branches[n].hops]
+    columns = tuple(found[w] for w in order if w in found)
+    return Answers(len(columns[0].results), columns, (me, *hops))
 
 
 def coverage(answer: Answer) -> str:
@@ -68,6 +72,14 @@ def may_try_elsewhere(answer: Answer) -> bool:
     return part is not None and part.executed is Executed.NO and part.code in _WORTH_A_RETRY
 
 
+def plain_results(answers: Answers) -> list[bytes]:
+    """`result` without a merge for every row, of answers that are flawless."""
+    columns = [column.results.items for column in answers.parts]
+    if len(columns) == 1:
+        return list(columns[0])
+    return [b"\n".join(row) for row in zip(*columns, strict=True)]
+
+
 def result(mode: Mode, answer: Answer, merge: Merge | None) -> bytes:
     """What the client gets: ANY the worker's own bytes; ALL merged, or joined by newlines."""
     good = [part for part in answer.parts if part.ok]
@@ -76,11 +88,8 @@ def result(mode: Mode, answer: Answer, merge: Merge | None) -> bytes:
     return merge(good) if merge else b"\n".join(part.result for part in good)
 
 
+_LEFT_OUT = Failure(Code.INTERNAL, "left out of its team leader's answer")
 _WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
-
-
-def _as_part(worker: str, part: Part) -> Part:
-    return Part(worker, part.code, part.reason, executed=part.executed)
 
 
 def _executed(parts: Sequence[Part]) -> Executed:

@@ -21,7 +21,9 @@ from overlay.topology import BUILT_IN, ROLES, HandlerSpec, Process, Topology
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Function = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Seconds = Annotated[float, Field(gt=0, le=86_400, strict=True)]
+Host = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\s/\x00]+$")]
+Folder = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=10_000, strict=True)]
 
 
@@ -35,14 +37,14 @@ class ProcessEntry(_Entry):
     id: Name
     role: Literal["leader", "team_leader", "worker"]
     team: Name
-    host: Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\s/]+$")]
+    host: Host
     port: Annotated[int, Field(ge=1, le=65535, strict=True)]
     neighbors: list[str]
-    bind: Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\s/]+$")] | None = None
+    bind: Host | None = None
     handler: Name = "echo"
     slots: Count | None = None
     in_service: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
-    log_dir: str | None = None
+    log_dir: Folder | None = None
     options: dict[str, Any] = {}
 
 
@@ -76,7 +78,7 @@ class ConfigurationFile(_Entry):
     drain_grace_s: Seconds = 30
     max_message_mib: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
     max_waiting_mib: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 256
-    log_dir: str = "logs"
+    log_dir: Folder = "logs"
 
 
 def load(path: str | Path) -> Topology:
@@ -88,8 +90,11 @@ def load(path: str | Path) -> Topology:
     entries = dict(_good_entries(raw))
     problems += _cross_problems(raw, entries)
     if problems:
-        raise ConfigError(*(f"{path.name}: {problem}" for problem in problems))
-    return _topology(ConfigurationFile.model_validate(raw), path, raw)
+        raise ConfigError(*(_printable(f"{path.name}: {problem}") for problem in problems))
+    try:
+        return _topology(ConfigurationFile.model_validate(raw), path, raw)
+    except RecursionError:
+        raise ConfigError(f"{path.name} is not usable JSON: it is nested too deeply") from None
 
 
 def warnings(topology: Topology) -> list[str]:
@@ -106,9 +111,9 @@ def schema() -> dict[str, Any]:
     """The JSON Schema of the file, for editors."""
     made = ConfigurationFile.model_json_schema()
     handlers = made["properties"]["handlers"]
-    handlers["additionalProperties"] = {
-        "anyOf": [{"type": "string"}, handlers["additionalProperties"]]
-    }
+    entry = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/HandlerEntry"}]}
+    handlers.pop("patternProperties", None)
+    handlers["additionalProperties"] = entry
     return made
 
 
@@ -169,7 +174,7 @@ def _field_problems(raw: Mapping[str, Any]) -> Iterator[str]:
 
 def _place(steps: list[str]) -> tuple[str, str]:
     # ("processes", "C", "port") -> "process C: ", "port"
-    kind = {"processes": "process", "handlers": "handler"}.get(steps[0])
+    kind = {"processes": "process", "handlers": "handler"}.get(steps[0]) if steps else None
     if kind and len(steps) > 1:
         rest = [step for step in steps[2:] if step != "[key]"]
         return f"{kind} {_short(steps[1])}: ", ".".join(rest)
@@ -210,8 +215,12 @@ def _suggestion(place: str, field: str) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
 
 
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _short(value: object) -> str:
-    text = "".join(c if c.isprintable() else "?" for c in str(value))
+    text = _printable(str(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from overlay.errors import ConfigError
 from overlay.topology import HandlerSpec
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What a handler may know of its call.
 
@@ -33,8 +32,9 @@ class Context:
     request_id: int
     attempt: int
     deadline: float
-    options: Mapping[str, Any] = field(default_factory=dict)
-    _ended: threading.Event | None = None
+    options: Mapping[str, Any]
+    _ended: Sequence[int] = (0,)
+    _row: int = 0
 
     def remaining_s(self) -> float:
         """Seconds until the caller stops waiting; never below 0."""
@@ -46,7 +46,7 @@ class Context:
 
         A handler on a thread looks at it now and then and returns; one in a process is ended.
         """
-        return self.remaining_s() == 0 or (self._ended is not None and self._ended.is_set())
+        return bool(self._ended[self._row]) or time.monotonic() >= self.deadline
 
     @property
     def log(self) -> logging.Logger:
@@ -75,7 +75,7 @@ def find(spec: HandlerSpec, function: str) -> Callable[..., Any]:
     except BaseException as e:
         if isinstance(e, KeyboardInterrupt):
             raise
-        reason = f"{type(e).__name__}: {e}"
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
         raise ConfigError(
             f"handler '{spec.name}': module '{module_name}' cannot be imported ({reason}); "
             f"it is looked for in the configuration file's folder and in the Python path"

@@ -24,6 +24,7 @@ class Limits:
     )
     metrics_threads: int = 4  # GetMetrics and health answer on threads of their own
     max_hops: int = 64  # a longer hop list is not from an overlay
+    max_targets: int = 10_000  # workers below one team leader
     max_name: int = 64  # characters in an id, team or handler of a request
     return_margin_s: float = (
         0.05  # kept for the way back, so that a late worker costs only its part
@@ -31,7 +32,18 @@ class Limits:
     patience_s: float = 1.0  # a link that has just gone down is waited for so long
     probe_interval_s: float = 1.0  # between two looks at a neighbour
     probe_timeout_s: float = 2.0  # no answer for so long: down. A frozen peer is seen within 3 s
+    segment_rows: int = 4096  # requests in one segment of a stream
+    window_rows: int = 4096  # requests of a stream that may be unanswered; then it is not read
+    window_bytes: int = 64 * MIB  # the same in payload and result bytes
+    streams: int = 64  # at once per process; each holds two threads
+    frame_bytes: int = MIB  # about; a larger frame would hold up those behind it
+    small_bytes: int = 16 * 1024  # larger bodies take a link's second stream
     remembered_ids: int = 100_000  # request ids a worker keeps to run each once; about 10 MiB
+
+    @property
+    def stream_threads(self) -> int:
+        """One per open stream, and some that refuse more."""
+        return self.streams + 4
 
     def pool_threads(self, queue_slots: int) -> int:
         """Rpc threads for a process with such a queue: each waiting request holds one."""

@@ -1,19 +1,20 @@
 """The connections to the processes that this one asks.
 
-A link is one kept channel. It is looked at every second through GetMetrics, which tells whether the
-neighbour answers, drains, reads the same configuration, and how many slots lie behind it; a call
-that finds it gone says so at once. Requests go down as unary calls without a thread each; answers
-come on the channel's own thread.
+A link is one kept channel with two streams, for small bodies and for large ones, so that the large
+do not hold up the small. It is looked at every second through GetMetrics, which tells whether the
+neighbour answers, drains, reads the same configuration, and how many slots lie behind it; a stream
+that ends says at once that it is gone, and answers what it still owed.
 
-Owns one thread, "links", from `start` to `close`.
+Owns one thread, "links", from `start` to `close`, and its pipes'.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,8 +23,10 @@ import grpc
 
 from overlay import wire
 from overlay.limits import Limits
+from overlay.pipes import Pipe
+from overlay.rows import OpenRows
 from overlay.topology import Process
-from overlay.values import Answer, Code, End, Executed, Item, Part, Route, Segment, Sink
+from overlay.values import Answers, Code, End, Executed, Part, Segment, Sink
 from overlay.wire import pb2, pb2_grpc
 
 log = logging.getLogger("overlay.links")
@@ -61,11 +64,14 @@ class Links:
         self.on_change: Callable[[], None] = lambda: None
         self._limits = limits
         self._links = {n.id: _Link(n, limits, digest, self._changed) for n in neighbours}
+        self._up: frozenset[str] = frozenset()
         self._wake = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._watch, name="links", daemon=True)
 
     def start(self) -> None:
+        for link in self._links.values():
+            link.start()
         if self._links:
             self._thread.start()
 
@@ -76,10 +82,10 @@ class Links:
         if self._thread.is_alive():
             self._thread.join(1)
         for link in self._links.values():
-            link.channel.close()
+            link.close()
 
-    def up(self) -> set[str]:
-        return {link.id for link in self._links.values() if link.state == "up"}
+    def up(self) -> frozenset[str]:
+        return self._up
 
     def awaited(self) -> set[str]:
         """The links that are down for so short a time that a request may wait for them."""
@@ -95,28 +101,28 @@ class Links:
         """What the neighbour last said; 0 when it did not."""
         return self._links[neighbour].slots.get(worker, {}).get(handler, 0)
 
-    def outstanding(self, neighbour: str, handler: str) -> int:
-        return self._links[neighbour].outstanding[handler]
-
-    def asked(self, neighbour: str) -> int:
-        return self._links[neighbour].asked
+    def load(self, neighbour: str, handler: str) -> tuple[int, float]:
+        """Rows outstanding there for the handler, and the seconds that one takes (0: not known)."""
+        link = self._links[neighbour]
+        return link.outstanding[handler], link.service_s.get(handler, 0.0)
 
     def states(self) -> list[LinkState]:
         return [link.snapshot() for link in self._links.values()]
 
-    def reserve(self, neighbour: str, segment: Segment) -> None:
-        """Counts the segment as outstanding. Each reservation must be followed by a `send`."""
-        self._links[neighbour].reserve(segment.route.handler, len(segment))
+    def reserve(self, neighbour: str, handler: str, count: int) -> None:
+        """Counts the rows as outstanding. Each reservation must be followed by a `send`."""
+        self._links[neighbour].reserve(handler, count)
 
     def send(self, neighbour: str, segment: Segment, sink: Sink) -> End:
         """Asks the neighbour, which must have been reserved for it. Never blocks, never raises.
 
-        The sink gets each index once, on any thread; a failed call is a refusal that says whether
-        it proves that nothing ran.
+        The sink gets each row once, on any thread; a lost call is a refusal that says whether it
+        proves that nothing ran.
         """
         return self._links[neighbour].send(segment, sink)
 
     def _changed(self) -> None:
+        self._up = frozenset(link.id for link in self._links.values() if link.state == "up")
         self._wake.set()
         self.on_change()
 
@@ -128,7 +134,7 @@ class Links:
             waiting_for = self.awaited()
             # A short wait while somebody may be waiting for a link, so that they learn it in time.
             self._wake.wait(0.1 if waiting_for else self._limits.probe_interval_s)
-            if waiting_for - self.awaited():
+            if waiting_for:  # a request waits at most half of its time, which may be over now
                 self.on_change()
 
 
@@ -148,6 +154,11 @@ class _Link:
         self.asked = 0
         self.failed = 0
         self.slots: dict[str, dict[str, int]] = {}
+        self.service_s: dict[str, float] = {}
+        self._books = (
+            _Book(self, f"{self.id}-small", limits),
+            _Book(self, f"{self.id}-large", limits),
+        )
         self._stub = pb2_grpc.OverlayNodeStub(self.channel)
         self._limits = limits
         self._digest = digest
@@ -155,7 +166,7 @@ class _Link:
         self._lock = threading.Lock()
         self._probe: grpc.Future | None = None
         self._next_look = 0.0
-        self._rtt_s = 0.0
+        self._rtts: deque[float] = deque(maxlen=8)
         self._version = ""
         self._same_config = True
 
@@ -177,34 +188,52 @@ class _Link:
             self.outstanding[handler] += count
             self.asked += count
 
+    def start(self) -> None:
+        for book in self._books:
+            book.pipe.start()
+
+    def close(self) -> None:
+        for book in self._books:
+            book.pipe.end()
+        self.channel.close()
+
     def send(self, segment: Segment, sink: Sink) -> End:
-        calls = [
-            _Call(self, segment.route, index, item, sink)
-            for index, item in enumerate(segment.items)
-        ]
-        for call in calls:
-            call.begin(self._stub, self._time_left_s(call.item))
+        large = segment.payloads.size > self._limits.small_bytes * len(segment)
+        return self._books[large].send(segment, sink)
 
-        def end(code: Code) -> None:
-            for call in calls:
-                call.end(code)
-
-        return end
-
-    def answered(self, handler: str, part: Part | None) -> None:
-        """One asked item has ended; `part` is the refusal or failure, if it was one."""
+    def answered(self, handler: str, answers: Answers) -> None:
+        """Rows that were asked have ended."""
+        count = len(answers)
         with self._lock:
-            self.outstanding[handler] -= 1
+            self.outstanding[handler] -= count
             if not self.outstanding[handler]:
                 del self.outstanding[handler]
-            self.failed += part is not None
-        if part is None or part.code is not Code.UNAVAILABLE:
-            return
-        if part.executed is Executed.NO:
+            if not answers.flawless:
+                self.failed += count
+            self._note_service_time(handler, answers)
+        refused = answers.refused
+        if refused and refused.code is Code.UNAVAILABLE and refused.executed is Executed.NO:
             self._next_look = 0.0  # it answers, and refuses: draining, as the next look will tell
             self._changed()
-        else:
-            self._set_state("down", part.reason)
+
+    def lost(self, why: Part) -> None:
+        self._set_state("down", why.reason)
+
+    def time_left_s(self, deadline: float) -> float:
+        """What the neighbour gets of the time to the deadline."""
+        # Kept back for the way home, so that a late worker costs its own part and not the others'.
+        left = deadline - time.monotonic()
+        margin = self._limits.return_margin_s + 2 * min(self._rtts, default=0.0)
+        return left - min(margin, left / 4)
+
+    def _note_service_time(self, handler: str, answers: Answers) -> None:
+        for column in answers.parts:
+            if column.worked_us and column.failed is None:
+                found, known = column.worked_us / 1e6, self.service_s.get(handler)
+                # One odd slice must not turn the picture: it counts at most four times the known.
+                self.service_s[handler] = (
+                    0.8 * known + 0.2 * min(found, 4 * known) if known else found
+                )
 
     def snapshot(self) -> LinkState:
         with self._lock:
@@ -221,12 +250,6 @@ class _Link:
                 same_config=self._same_config,
                 slots=self.slots,
             )
-
-    def _time_left_s(self, item: Item) -> float:
-        # Kept back for the way home, so that a late worker costs its own part and not the others'.
-        left = item.deadline - time.monotonic()
-        margin = min(self._limits.return_margin_s + 2 * self._rtt_s, left / 2)
-        return left - margin
 
     def _looked(self, began: float, probe: grpc.Future) -> None:
         now = time.monotonic()
@@ -247,7 +270,7 @@ class _Link:
             return
         with self._lock:
             self.slots = {p.id: dict(p.slots) for p in metrics.topology if p.slots}
-            self._rtt_s = rtt_s if self._rtt_s == 0 else 0.8 * self._rtt_s + 0.2 * rtt_s
+            self._rtts.append(rtt_s)
             self._version = metrics.version
             same = metrics.config_digest == self._digest
             differs = self._same_config and not same
@@ -282,52 +305,94 @@ class _Link:
             self._changed()
 
 
-class _Call:
-    """One item on its way: answered once, by the neighbour, by a failure or by `end`."""
+class _Sent:
+    """A segment on its way: each row is answered once, by the neighbour or when the call ends."""
 
-    def __init__(self, link: _Link, route: Route, index: int, item: Item, sink: Sink) -> None:
-        self.item = item
+    __slots__ = ("handed", "number", "open", "segment", "sink")
+
+    def __init__(self, number: int, segment: Segment, sink: Sink) -> None:
+        self.number = number
+        self.segment = segment
+        self.sink = sink
+        self.open = OpenRows(len(segment))
+        self.handed = False  # to gRPC's writer: from then on it may have run
+
+
+class _Book:
+    """What goes through one pipe: segments to send, segments not yet answered, cancels."""
+
+    def __init__(self, link: _Link, name: str, limits: Limits) -> None:
+        self.pipe = Pipe(link.channel, name, self._fill, self._receive, self._lost)
         self._link = link
-        self._route = route
-        self._index = index
-        self._sink = sink
-        self._future: grpc.Future | None = None
+        self._frame_bytes = limits.frame_bytes
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._outbox: deque[_Sent | tuple[int, int, int]] = deque()
+        self._sent: dict[int, _Sent] = {}
 
-    def begin(self, stub: pb2_grpc.OverlayNodeStub, timeout_s: float) -> None:
-        if timeout_s <= 0:
-            self._refused(
-                Part(self._link.id, Code.DEADLINE_EXCEEDED, "no time left", executed=Executed.NO)
-            )
-            return
-        request = wire.write_request(self._route, self.item)
-        try:
-            self._future = stub.Forward.future(request, timeout=timeout_s)
-        except ValueError as e:  # the channel was closed: nothing left this process
-            self._refused(Part(self._link.id, Code.UNAVAILABLE, str(e), executed=Executed.NO))
-            return
-        self._future.add_done_callback(self._done)
+    def send(self, segment: Segment, sink: Sink) -> End:
+        sent = _Sent(next(self._numbers) & 0xFFFFFFFF, segment, sink)
+        with self._lock:
+            self._sent[sent.number] = sent
+            self._outbox.append(sent)
+        self.pipe.kick()
 
-    def end(self, code: Code) -> None:
-        if self._future is not None:
-            self._future.cancel()
+        def end(code: Code, start: int, count: int) -> None:
+            with self._lock:
+                if sent.number not in self._sent:
+                    return
+                self._outbox.append((sent.number, start, count))
+            self.pipe.kick()
 
-    def _done(self, future: grpc.Future) -> None:
-        if future.cancelled():
-            self._refused(Part(self._link.id, Code.CANCELLED, "the call was cancelled"))
-            return
-        error = future.exception()
-        if error is not None:
-            self._refused(_named(wire.read_error(error), self._link.id))
-            return
-        self._link.answered(self._route.handler, None)
-        self._sink(self._index, (wire.read_response(future.result()),))
+        return end
 
-    def _refused(self, part: Part) -> None:
-        self._link.answered(self._route.handler, part)
-        self._sink(self._index, (Answer((), refused=part),))
+    def _fill(self, frame: pb2.Frame) -> bool:
+        size, late = 0, []
+        while self._outbox and size < self._frame_bytes:
+            entry = self._outbox.popleft()
+            if isinstance(entry, tuple):
+                number, start, count = entry
+                frame.cancels.add(number=number, start=start, count=count)
+                size += 20
+                continue
+            left_s = self._link.time_left_s(entry.segment.deadline)
+            if left_s <= 0:
+                late.append(entry)
+                continue
+            entry.handed = True
+            wire.write_segment(frame, entry.number, entry.segment, left_s)
+            size += entry.segment.payloads.size + 100
+        for entry in late:
+            self._answer_all(entry, Code.DEADLINE_EXCEEDED, "no time left", Executed.NO)
+        return size > 0
 
+    def _receive(self, frame: pb2.Frame) -> None:
+        for made in frame.slices:
+            sent = self._sent.get(made.number)
+            if sent is not None:
+                self._answer(sent, made.start, wire.read_slice(made))
 
-def _named(part: Part, neighbour: str) -> Part:
-    if part.executed is Executed.NO:
-        return Part(neighbour, part.code, part.reason, executed=part.executed)
-    return Part(neighbour, part.code, f"no answer from {neighbour}: {part.reason}")
+    def _lost(self, why: Part) -> None:
+        with self._lock:
+            lost, self._sent = list(self._sent.values()), {}
+            self._outbox.clear()
+        if lost:
+            self._link.lost(why)
+        for sent in lost:
+            executed = Executed.UNKNOWN if sent.handed else Executed.NO
+            self._answer_all(sent, Code.UNAVAILABLE, why.reason, executed)
+
+    def _answer_all(self, sent: _Sent, code: Code, reason: str, executed: Executed) -> None:
+        reason = f"no answer from {self._link.id}: {reason}"
+        part = Part(self._link.id, code, reason, executed=executed)
+        self._answer(sent, 0, Answers(len(sent.segment), (), refused=part))
+
+    def _answer(self, sent: _Sent, start: int, answers: Answers) -> None:
+        with self._lock:
+            runs = sent.open.take(start, len(answers))
+            if not sent.open.left:
+                self._sent.pop(sent.number, None)
+        for first, rows in runs:
+            slice_ = answers.slice(first - start, rows)
+            self._link.answered(sent.segment.route.handler, slice_)
+            sent.sink(first, slice_)

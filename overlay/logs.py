@@ -27,12 +27,13 @@ class ProcessLog:
     def __init__(self, path: Path, process_id: str) -> None:
         self.path = path
         self._into = _Bounded(queue.Queue(WAITING_LINES))
-        self._file = _open(path, process_id)
+        self._file: _File | _Nowhere = _open(path, process_id) or _Nowhere()
+        self._started = False
         self._listener = QueueListener(self._into.queue, *self._outputs(process_id))
 
     @property
     def dropped(self) -> int:
-        return self._into.dropped + (self._file.dropped if self._file else 0)
+        return self._into.dropped + self._file.dropped
 
     def start(self) -> None:
         logging.raiseExceptions = False  # a full disk would print a traceback per line
@@ -41,17 +42,20 @@ class ProcessLog:
         root.propagate = False
         root.addHandler(self._into)
         self._listener.start()
-        if self._file is None:
+        self._started = True
+        if isinstance(self._file, _Nowhere):
             root.warning("no log file: %s cannot be written", self.path)
 
     def stop(self) -> None:
         logging.getLogger("overlay").removeHandler(self._into)
-        with contextlib.suppress(queue.Full):
-            self._listener.stop()
+        if self._started:
+            self._started = False
+            with contextlib.suppress(queue.Full):
+                self._listener.stop()
 
     def _outputs(self, process_id: str) -> list[logging.Handler]:
         # Only a terminal: an unread pipe would fill up and stop the thread that writes.
-        outputs: list[logging.Handler] = [self._file] if self._file else []
+        outputs: list[logging.Handler] = [self._file]
         if sys.stderr is not None and sys.stderr.isatty():
             console = logging.StreamHandler()
             console.setFormatter(_Line(process_id))
@@ -69,6 +73,16 @@ class _Bounded(QueueHandler):
             self.queue.put_nowait(record)
         except queue.Full:
             self.dropped += 1
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.dropped += 1
+
+
+class _Nowhere(logging.Handler):
+    dropped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.dropped += 1
 
 
 class _File(RotatingFileHandler):
@@ -100,7 +114,7 @@ def _open(path: Path, process_id: str) -> _File | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _File(path, maxBytes=FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8")
-    except OSError:
+    except (OSError, ValueError):
         return None
     file.setFormatter(_Line(process_id))
     return file

@@ -59,11 +59,11 @@ class Meter:
         self.service = Times()
         self.waiting = Times()
 
-    def received(self) -> None:
-        self._add("received")
+    def received(self, count: int) -> None:
+        self._add("received", count)
 
-    def completed(self) -> None:
-        self._add("completed")
+    def completed(self, count: int) -> None:
+        self._add("completed", count)
 
     def failed(self) -> None:
         self._add("failed")
@@ -84,6 +84,6 @@ class Meter:
         with self._lock:
             return dict(self._causes)
 
-    def _add(self, what: str) -> None:
+    def _add(self, what: str, count: int = 1) -> None:
         with self._lock:
-            self._counter[what] += 1
+            self._counter[what] += count

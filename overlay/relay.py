@@ -1,6 +1,6 @@
 """One segment of requests, from its claim to its answers: asks neighbours, works, gathers.
 
-    claim   decides: who is asked, against which places          (under the intake's lock, quick)
+    claim   decides: who is asked, for how many rows, against which places   (quick, under a lock)
     start   acts: everything is sent at once, no thread waits
     sinks   collect what comes back, on whatever thread it comes
 
@@ -10,48 +10,57 @@ in their place.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from overlay import assembly, routing
-from overlay.executor import Slot
-from overlay.intake import Ticket
 from overlay.routing import Branch, Load, Plan
+from overlay.rows import OpenRows
 from overlay.topology import Topology
-from overlay.values import Answer, Code, End, Executed, Mode, Part, Segment, Sink
-
-log = logging.getLogger("overlay.relay")
+from overlay.values import (
+    Answers,
+    Code,
+    End,
+    Executed,
+    Failure,
+    Mode,
+    Part,
+    PartColumn,
+    Route,
+    Segment,
+    Sink,
+    end_overlap,
+)
 
 
 class Network(Protocol):
     """What the relay needs of the links; see overlay.links.Links for the promises."""
 
-    def up(self) -> set[str]: ...
+    def up(self) -> frozenset[str]: ...
     def awaited(self) -> set[str]: ...
+    def load(self, neighbour: str, handler: str) -> tuple[int, float]: ...
     def slots(self, neighbour: str, worker: str, handler: str) -> int: ...
-    def outstanding(self, neighbour: str, handler: str) -> int: ...
-    def asked(self, neighbour: str) -> int: ...
-    def reserve(self, neighbour: str, segment: Segment) -> None: ...
+    def reserve(self, neighbour: str, handler: str, count: int) -> None: ...
     def send(self, neighbour: str, segment: Segment, sink: Sink) -> End: ...
 
 
 class Works(Protocol):
     """What the relay needs of the executor; see overlay.executor.Executor for the promises."""
 
-    def claim(self, handler: str, waited_s: float = 0.0) -> Slot | None: ...
-    def run(self, segment: Segment, slot: Slot, sink: Sink) -> End: ...
+    def claim(self, handler: str, count: int) -> int: ...
+    def run(self, segment: Segment, waited_s: float, sink: Sink) -> End: ...
 
 
 @dataclass(frozen=True)
 class Claimed:
-    """What a request got: a plan with its branches reserved, or a slot to work in."""
+    """Places for `count` rows: a plan whose branches are reserved for them, or slots to work in."""
 
+    count: int
     plan: Plan
-    slot: Slot | None = None
 
 
 class Relay:
@@ -66,43 +75,77 @@ class Relay:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._topology = topology
+        self._order = tuple(topology.processes)
         self._me = topology.processes[me]
         self._network = network
         self._works = works
         self._clock = clock
+        self._plans: dict[object, Plan] = {}
+        self._picked: Counter[str] = Counter()  # rows sent to any one, by neighbour
 
-    def claim(self, ticket: Ticket) -> Claimed | None:
-        """Places for the ticket's segment, or None when it must wait for one.
+    def claim(
+        self, route: Route, count: int, patient_until: float, streamed: bool
+    ) -> Claimed | None:
+        """Places for some or all of `count` rows, or None when all must wait.
 
-        It waits for a slot, for a branch with credit, and for a link that went down this moment
-        (at most half of the time it has).
+        They wait for a slot, for a branch with credit, and until `patient_until` for a link that
+        went down this moment. Streamed rows to all go down against credit too; single ones at once.
         """
-        segment, now = ticket.segment, self._clock()
-        if self._works is not None:
-            slot = self._works.claim(segment.route.handler, ticket.waited_s(now))
-            return Claimed(Plan(local=True), slot) if slot else None
-        plan = routing.plan(self._topology, self._me.id, self._network.up(), segment.route)
-        if plan.missing and self._may_come_back(plan) and now < _half_time(ticket):
+        if self._works is not None and route.targets in (None, (self._me.id,)):
+            count = self._works.claim(route.handler, count)
+            return Claimed(count, _HERE) if count else None
+        plan = self._plan(route, self._network.up())
+        short = not plan.branches if route.mode is Mode.ANY else bool(plan.missing)
+        if short and self._clock() < patient_until and self._may_come_back(plan):
             return None
-        if segment.route.mode is Mode.ANY and plan.branches:
-            return self._claim_one(plan.branches, plan, segment)
-        for branch in plan.branches:
-            self._network.reserve(branch.neighbour, segment)
-        return Claimed(plan)
+        if not plan.branches:
+            return Claimed(count, plan)
+        if route.mode is Mode.ANY:
+            return self._claim_one(plan, route.handler, count)
+        return self._claim_all(plan, route.handler, count, streamed)
 
-    def start(self, segment: Segment, claimed: Claimed, sink: Sink) -> End:
-        """Sends or works. The sink gets each index once; the End answers what is open."""
-        if claimed.slot is not None and self._works is not None:
-            return self._works.run(segment, claimed.slot, sink)
+    def start(self, segment: Segment, claimed: Claimed, waited_s: float, sink: Sink) -> End:
+        """Sends or works. The sink gets each row once; the End answers what is open."""
+        if claimed.plan.local and self._works is not None:
+            return self._works.run(segment, waited_s, sink)
         if segment.route.mode is Mode.ANY:
             return _Hand(self, segment, claimed.plan, sink).begin()
         return _Gather(self, segment, claimed.plan, sink).begin()
 
     def load(self, branch: Branch, handler: str) -> Load:
         """How full a branch is for a handler, by what this process sent and its neighbour said."""
+        outstanding, service_s = self._network.load(branch.neighbour, handler)
         slots = sum(self._slots(branch.neighbour, worker, handler) for worker in branch.targets)
-        outstanding = self._network.outstanding(branch.neighbour, handler)
-        return Load(outstanding, slots, self._network.asked(branch.neighbour))
+        return Load(outstanding, slots, self._picked[branch.neighbour], service_s)
+
+    def _plan(self, route: Route, up: frozenset[str]) -> Plan:
+        # The same few routes come again and again; what decides is in the key.
+        key = (up, route.team, route.targets, route.hops)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) > 1000:
+                self._plans.clear()
+            plan = self._plans[key] = routing.plan(self._topology, self._me.id, up, route)
+        return plan
+
+    def _claim_one(self, plan: Plan, handler: str, count: int) -> Claimed | None:
+        picked = routing.pick(plan.branches, lambda branch: self.load(branch, handler))
+        if picked is None:
+            return None
+        branch, most = picked
+        count = min(count, most)
+        self._picked[branch.neighbour] += count
+        self._network.reserve(branch.neighbour, handler, count)
+        return Claimed(count, Plan((branch,), missing=plan.missing))
+
+    def _claim_all(self, plan: Plan, handler: str, count: int, streamed: bool) -> Claimed | None:
+        if streamed:
+            count = min(count, *(self.load(branch, handler).credit for branch in plan.branches))
+            if not count:
+                return None
+        for branch in plan.branches:
+            self._network.reserve(branch.neighbour, handler, count)
+        return Claimed(count, plan)
 
     def _slots(self, neighbour: str, worker: str, handler: str) -> int:
         process = self._topology.processes[worker]
@@ -111,19 +154,9 @@ class Relay:
         # Not told yet: what the configuration lets expect, or it would look full.
         return said or self._topology.handler_slots(process, self._topology.handlers[name])
 
-    def _claim_one(
-        self, branches: Iterable[Branch], plan: Plan, segment: Segment
-    ) -> Claimed | None:
-        handler = segment.route.handler
-        branch = routing.pick(branches, lambda branch: self.load(branch, handler))
-        if branch is None:
-            return None
-        self._network.reserve(branch.neighbour, segment)
-        return Claimed(Plan((branch,), missing=plan.missing))
-
     def _may_come_back(self, plan: Plan) -> bool:
-        below = self._topology.below(self._me.id)
         awaited = self._network.awaited()
+        below = self._topology.below(self._me.id) if awaited else ()
         return any(
             n.id in awaited and (worker == n.id or worker in n.neighbors)
             for worker in plan.missing
@@ -136,69 +169,83 @@ class Relay:
 
 
 class _Gather:
-    """ALL: every branch is asked at once; an item is answered when its last branch has answered."""
+    """ALL: every branch is asked at once; a row is answered when its last branch has answered."""
 
     def __init__(self, relay: Relay, segment: Segment, plan: Plan, sink: Sink) -> None:
         self._relay = relay
         self._segment = segment
         self._plan = plan
         self._sink = sink
-        self._order = tuple(relay._topology.processes)
         self._lock = threading.Lock()
-        self._found: list[dict[str, Answer] | None] = [{} for _ in segment.items]
+        self._open = OpenRows(len(segment))
+        # neighbour -> what has come from it, as (first row, row after the last, answers)
+        self._came: dict[str, list[tuple[int, int, Answers]]] = {
+            branch.neighbour: [] for branch in plan.branches
+        }
         self._ends: list[End] = []
 
     def begin(self) -> End:
         if not self._plan.branches:
-            self._answer_all({})
+            self._answer(0, len(self._segment), {})
             return _nothing
         for branch in self._plan.branches:
             self._ends.append(self._relay._send(branch, self._segment, self._sink_of(branch)))
         return self.end
 
-    def end(self, code: Code) -> None:
-        """Answers what is open with the parts that came, and ends the branches."""
-        for index in range(len(self._segment)):
+    def end(self, code: Code, start: int, count: int) -> None:
+        """Answers open rows with the parts that came, and ends the branches' work on them."""
+        for row in range(start, start + count):
             with self._lock:
-                found, self._found[index] = self._found[index], None
-            if found is not None:
-                late = {
-                    branch.neighbour: _late(branch, code)
-                    for branch in self._plan.branches
-                    if branch.neighbour not in found
-                }
-                self._answer(index, {**found, **late})
-        for end in self._ends:
-            end(code)
+                if not self._open.take(row, 1):
+                    continue
+                found = {n: piece for n in self._came if (piece := self._piece(n, row))}
+            late = {
+                branch.neighbour: _late(branch, code)
+                for branch in self._plan.branches
+                if branch.neighbour not in found
+            }
+            self._answer(row, 1, {**found, **late})
+        for end in list(self._ends):
+            end(code, start, count)
 
     def _sink_of(self, branch: Branch) -> Sink:
-        def sink(start: int, answers: Sequence[Answer]) -> None:
-            for index, answer in enumerate(answers, start):
-                self._take(index, branch, answer)
+        def sink(start: int, answers: Answers) -> None:
+            whole = assembly.from_branch(answers, branch.targets)
+            with self._lock:
+                self._came[branch.neighbour].append((start, start + len(answers), whole))
+                ready = self._ready(start, start + len(answers))
+            for first, count, found in ready:
+                self._answer(first, count, found)
 
         return sink
 
-    def _take(self, index: int, branch: Branch, answer: Answer) -> None:
-        with self._lock:
-            found = self._found[index]
-            if found is None:
-                return
-            found[branch.neighbour] = assembly.from_branch(answer, branch.targets)
-            if len(found) < len(self._plan.branches):
-                return
-            self._found[index] = None
-        self._answer(index, found)
+    def _ready(self, start: int, stop: int) -> list[tuple[int, int, dict[str, Answers]]]:
+        """The open runs in start..stop that every branch has answered; they are open no more."""
+        ranges = [(start, stop)]
+        for came in self._came.values():
+            ranges = [
+                (max(first, begin), min(last, end))
+                for first, last in ranges
+                for begin, end, _ in came
+                if max(first, begin) < min(last, end)
+            ]
+        ready = []
+        for first, last in ranges:
+            for begin, count in self._open.take(first, last - first):
+                found = {n: self._piece(n, begin, count) for n in self._came}
+                ready.append((begin, count, {n: p for n, p in found.items() if p is not None}))
+        return ready
 
-    def _answer_all(self, found: dict[str, Answer]) -> None:
-        for index in range(len(self._segment)):
-            self._answer(index, found)
+    def _piece(self, neighbour: str, row: int, count: int = 1) -> Answers | None:
+        for begin, end, answers in self._came[neighbour]:
+            if begin <= row < end:
+                return answers.slice(row - begin, count)
+        return None
 
-    def _answer(self, index: int, found: dict[str, Answer]) -> None:
-        missing = _missing_parts(self._plan)
-        self._sink(
-            index,
-            (assembly.gathered(self._relay._me.id, self._order, found, missing),),
-        )
+    def _answer(self, start: int, count: int, found: dict[str, Answers]) -> None:
+        relay = self._relay
+        missing = _missing_columns(self._plan, count)
+        self._sink(start, assembly.gathered(relay._me.id, relay._order, found, missing))
 
 
 class _Hand:
@@ -210,90 +257,102 @@ class _Hand:
         self._plan = plan
         self._sink = sink
         self._lock = threading.Lock()
-        self._open = set(range(len(segment)))
-        self._tried: set[str] = set()
-        self._ends: list[End] = []
+        self._open = OpenRows(len(segment))
+        # what was sent, as (first row, rows, end), and what was ended, as (code, first row, rows)
+        self._sent: list[tuple[int, int, End]] = []
+        self._ended: list[tuple[Code, int, int]] = []
 
     def begin(self) -> End:
         if not self._plan.branches:
-            for index in range(len(self._segment)):
-                self._answer(index, Answer(tuple(_missing_parts(self._plan))))
+            count = len(self._segment)
+            self._answer(0, Answers(count, tuple(_missing_columns(self._plan, count))))
             return _nothing
-        (branch,) = self._plan.branches
-        self._send(branch, 0, self._segment)
+        self._send(self._plan.branches[0], 0, self._segment, frozenset())
         return self.end
 
-    def end(self, code: Code) -> None:
-        for end in list(self._ends):
-            end(code)
-        (branch,) = self._plan.branches
-        late = Answer((), refused=Part(branch.neighbour, code, _late_reason(branch, code)))
-        for index in range(len(self._segment)):
-            self._answer(index, late)
-
-    def _send(self, branch: Branch, start: int, segment: Segment) -> None:
-        def sink(begin: int, answers: Sequence[Answer]) -> None:
-            for index, answer in enumerate(answers, start + begin):
-                self._take(index, branch, answer)
-
-        self._tried.add(branch.neighbour)
-        self._ends.append(self._relay._send(branch, segment, sink))
-
-    def _take(self, index: int, branch: Branch, answer: Answer) -> None:
-        if assembly.may_try_elsewhere(answer) and self._try_another(index):
-            return
-        self._answer(index, answer)
-
-    def _try_another(self, index: int) -> bool:
-        relay, segment = self._relay, self._segment.slice(index, 1)
+    def end(self, code: Code, start: int, count: int) -> None:
+        # First the answer, so that this code wins and nothing is sent on to others for nobody.
+        neighbour = self._plan.branches[0].neighbour
+        late = Part(neighbour, code, _late_reason(neighbour, code))
+        self._answer(start, Answers(count, (), refused=late))
         with self._lock:
-            if index not in self._open or segment.deadline <= relay._clock():
-                return False
-        up = relay._network.up() - self._tried
-        plan = routing.plan(relay._topology, relay._me.id, up, segment.route)
-        claimed = relay._claim_one(plan.branches, plan, segment) or _first(relay, plan, segment)
-        if claimed is None:
+            self._ended.append((code, start, count))
+            sent = list(self._sent)
+        for first, rows, end in sent:
+            end_overlap(end, first, rows, code, start, count)
+
+    def _send(self, branch: Branch, at: int, segment: Segment, tried: frozenset[str]) -> None:
+        tried = tried | {branch.neighbour}
+
+        def sink(start: int, answers: Answers) -> None:
+            if answers.refused is None and not answers.parts:
+                silent = Part(branch.neighbour, Code.INTERNAL, "answered without parts")
+                answers = Answers(len(answers), (), answers.hops, silent)
+            if answers.flawless or not self._try_others(at + start, answers, tried):
+                self._answer(at + start, answers)
+
+        end, rows = self._relay._send(branch, segment, sink), len(segment)
+        with self._lock:
+            self._sent.append((at, rows, end))
+            ended = list(self._ended)
+        for code, start, count in ended:  # while this was sent
+            end_overlap(end, at, rows, code, start, count)
+
+    def _try_others(self, start: int, answers: Answers, tried: frozenset[str]) -> bool:
+        """Sends on the rows that provably did not run; answers the others, row by row."""
+        again = [assembly.may_try_elsewhere(answers.at(row)) for row in range(len(answers))]
+        if not any(again):
             return False
-        self._send(claimed.plan.branches[0], index, segment.again())
+        for row, may in enumerate(again):
+            if not (may and self._try_another(start + row, tried)):
+                self._answer(start + row, answers.slice(row, 1))
         return True
 
-    def _answer(self, index: int, answer: Answer) -> None:
+    def _try_another(self, row: int, tried: frozenset[str]) -> bool:
+        relay, segment = self._relay, self._segment.slice(row, 1)
         with self._lock:
-            if index not in self._open:
-                return
-            self._open.remove(index)
-        hops = (self._relay._me.id, *answer.hops)
-        self._sink(index, (Answer(answer.parts, hops, answer.refused),))
+            if not self._open.runs(row, 1) or segment.deadline <= relay._clock():
+                return False
+        plan = relay._plan(segment.route, relay._network.up() - tried)
+        if not plan.branches:
+            return False
+        handler = segment.route.handler
+        claimed = relay._claim_one(plan, handler, 1)
+        if claimed is None:
+            # None has credit: better to wait in a queue there than to fail here.
+            relay._network.reserve(plan.branches[0].neighbour, handler, 1)
+        branch = (claimed.plan if claimed else plan).branches[0]
+        self._send(branch, row, segment.again(), tried)
+        return True
+
+    def _answer(self, start: int, answers: Answers) -> None:
+        with self._lock:
+            runs = self._open.take(start, len(answers))
+        hops = (self._relay._me.id, *answers.hops)
+        for begin, count in runs:
+            rows = answers.slice(begin - start, count)
+            self._sink(begin, Answers(rows.count, rows.parts, hops, rows.refused))
 
 
-def _first(relay: Relay, plan: Plan, segment: Segment) -> Claimed | None:
-    """A branch without credit: better to wait there than to fail, once a first one has refused."""
-    if not plan.branches:
-        return None
-    relay._network.reserve(plan.branches[0].neighbour, segment)
-    return Claimed(Plan(plan.branches[:1]))
+_HERE = Plan(local=True)
 
 
-def _half_time(ticket: Ticket) -> float:
-    return (ticket.admitted + ticket.segment.deadline) / 2
-
-
-def _missing_parts(plan: Plan) -> list[Part]:
+def _missing_columns(plan: Plan, count: int) -> list[PartColumn]:
     return [
-        Part(worker, Code.UNAVAILABLE, reason, executed=Executed.NO)
+        PartColumn.missing(worker, count, Failure(Code.UNAVAILABLE, reason, Executed.NO))
         for worker, reason in plan.missing.items()
     ]
 
 
-def _late(branch: Branch, code: Code) -> Answer:
-    reason = _late_reason(branch, code)
-    return Answer(tuple(Part(target, code, reason) for target in branch.targets))
+def _late(branch: Branch, code: Code) -> Answers:
+    failure = Failure(code, _late_reason(branch.neighbour, code))
+    return Answers(1, tuple(PartColumn.missing(t, 1, failure) for t in branch.targets))
 
 
-def _late_reason(branch: Branch, code: Code) -> str:
+def _late_reason(neighbour: str, code: Code) -> str:
     what = "within the deadline" if code is Code.DEADLINE_EXCEEDED else "before the caller left"
-    return f"no answer from {branch.neighbour} {what}"
+    return f"no answer from {neighbour} {what}"
 
 
-def _nothing(code: Code) -> None:
+def _nothing(code: Code, start: int, count: int) -> None:
     pass

@@ -34,17 +34,42 @@ class Plan:
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
+QUICK_S = 0.0005  # backlog of a branch below which spreading would cost more than it gains
+AHEAD_S = 0.010  # work that a branch may have beyond its slots, so that it never runs dry
+MOST_OUTSTANDING = 4096  # of a branch and handler, whatever its pace
+
+
 @dataclass(frozen=True)
 class Load:
-    """What is known of a branch: items asked and not answered, slots it has, items ever asked."""
+    """What is known of a branch for a handler.
+
+    outstanding: items asked and not answered. slots: handlers it runs at once. asked: picks so far.
+    service_s: the recent time of one item, 0 when not known.
+    """
 
     outstanding: int = 0
     slots: int = 1
     asked: int = 0
+    service_s: float = 0.0
 
     @property
-    def has_credit(self) -> bool:
-        return self.outstanding < max(1, self.slots)
+    def credit(self) -> int:
+        """How many more items may go down: free slots, and what it finishes in 10 ms."""
+        slots = max(1, self.slots)
+        ahead = int(slots * AHEAD_S / self.service_s) if self.service_s else 0
+        return max(0, min(slots + ahead, MOST_OUTSTANDING) - self.outstanding)
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether it is at work and will be done with it in no time."""
+        return 0 < self.outstanding * self.service_s < QUICK_S
+
+    @property
+    def portion(self) -> int:
+        """How many items to hand over at a time, so that others get theirs."""
+        if not self.service_s:
+            return 1
+        return min(self.credit, max(1, int(QUICK_S / self.service_s)))
 
 
 def check(topology: Topology, me: str, route: Route) -> None:
@@ -104,16 +129,19 @@ def plan(topology: Topology, me: str, links_up: Iterable[str], route: Route) -> 
     return Plan(tuple(Branch(n, tuple(chosen[n])) for n in order), local, missing)
 
 
-def pick(branches: Iterable[Branch], load: Callable[[Branch], Load]) -> Branch | None:
-    """The branch with the least outstanding work per slot, or None when none has credit.
+def pick(branches: Iterable[Branch], load: Callable[[Branch], Load]) -> tuple[Branch, int] | None:
+    """The branch to ask now and how many items it may get; None when none has credit.
 
-    Ties go to the branch that was asked the least per slot, so that even sparse requests spread.
+    It stays with a branch that is at work and quick; else it takes the one with the least
+    outstanding work per slot. Ties go to the one asked the least per slot, so that even sparse
+    requests spread.
     """
-    measured = [(branch, load(branch)) for branch in branches]
-    open_ones = [(branch, found) for branch, found in measured if found.has_credit]
-    if not open_ones:
+    measured = [(branch, found) for branch in branches if (found := load(branch)).credit]
+    if not measured:
         return None
-    return min(open_ones, key=lambda pair: _fullness(pair[1]))[0]
+    quick = [pair for pair in measured if pair[1].is_quick]
+    branch, found = min(quick or measured, key=lambda pair: _fullness(pair[1]))
+    return branch, found.portion
 
 
 def _fullness(load: Load) -> tuple[float, float]:

@@ -1,7 +1,8 @@
-"""One process of the overlay, behind gRPC's two methods.
+"""One process of the overlay, behind gRPC's three methods.
 
-    forward:  count -> read -> check -> admit -> wait -> combine -> write
-    metrics:  answers from values only, never waits
+    forward:         count -> read -> check -> admit -> wait -> combine -> write
+    forward_stream:  the same for segments of requests, in overlay.streams
+    metrics:         answers from values only, never waits
 
 Puts the parts together and owns their start and stop order. Errors become statuses here, once.
 """
@@ -14,7 +15,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 import grpc
@@ -22,23 +23,25 @@ import grpc
 import overlay
 from overlay import admission, assembly, handlers, routing, wire
 from overlay.assembly import Merge
+from overlay.deadlines import Deadlines
 from overlay.errors import (
     HandlerFailed,
     OverlayError,
     PartsFailed,
+    QueueFull,
 )
 from overlay.executor import Executor
-from overlay.intake import Intake
+from overlay.intake import Intake, Ticket
 from overlay.links import Links
 from overlay.meter import Meter
 from overlay.relay import Relay
+from overlay.streams import Desk as StreamDesk
+from overlay.streams import serve as streams_serve
 from overlay.topology import Topology
-from overlay.values import Answer, Code, Executed, Route, Segment
+from overlay.values import Answers, Code, Executed, Mode, Route, Segment
 from overlay.wire import pb2
 
 log = logging.getLogger("overlay.service")
-
-LONGEST_REASON = 1000  # characters of a status message; gRPC refuses metadata beyond 8 KiB
 
 
 class Service:
@@ -67,6 +70,16 @@ class Service:
             claim=relay.claim,
             start=relay.start,
         )
+        self._deadlines = Deadlines(_expire)
+        self._stream_desk = StreamDesk(
+            me=me,
+            topology=topology,
+            intake=self.intake,
+            deadlines=self._deadlines,
+            combine=self._combine_slice,
+            received=self.meter.received,
+            answered=self._count_slice,
+        )
         self.links.on_change = self.intake.kick
         if self.executor:
             self.executor.on_free = self.intake.kick
@@ -78,25 +91,34 @@ class Service:
         return self.limits.pool_threads(self.intake.slots)
 
     def start(self) -> None:
+        self._deadlines.start()
         self.links.start()
 
     def forward(self, request: pb2.Request, context: grpc.ServicerContext) -> pb2.Response:
         """Answers one request, or ends it with the status of what went wrong."""
-        self.meter.received()
-        response: pb2.Response | None = None
-        failed: OverlayError | None
+        self.meter.received(1)
         try:
-            response, failed = self._answer(request, context)
+            response = self._answer(request, context)
         except OverlayError as e:
             failed = e
         except BaseException as e:
             if isinstance(e, KeyboardInterrupt):
                 raise
             failed = _unexpected(e)
+        else:
+            self.meter.completed(1)
+            return response
         self._count(failed)
-        if response is None:
-            self._abort(context, failed or _unexpected(AssertionError("no answer was made")))
-        return response
+        return self._abort(context, failed)
+
+    def forward_stream(
+        self, frames: Iterable[pb2.Frame], context: grpc.ServicerContext
+    ) -> Iterator[pb2.Frame]:
+        """Answers the requests of one stream until the client's half-close."""
+        streams, _, _ = self.intake.streamed
+        if streams >= self.limits.streams:
+            self._abort(context, QueueFull(f"all {self.limits.streams} streams are open"))
+        return streams_serve(self._stream_desk, frames, context)
 
     def drain(self, grace_s: float) -> int:
         """Refuses what waits and what comes, lets the running end within `grace_s`. Who did not."""
@@ -105,11 +127,12 @@ class Service:
         if refused:
             log.info("%d waiting requests refused", refused)
         until = time.monotonic() + grace_s
-        while self._active and time.monotonic() < until:
+        while self._unfinished and time.monotonic() < until:
             time.sleep(0.02)
-        return self._active
+        return self._unfinished
 
     def close(self) -> None:
+        self._deadlines.stop()
         self.links.close()
         if self.executor:
             self.executor.close()
@@ -119,6 +142,7 @@ class Service:
         counts = self.meter.counts()
         service, waiting = self.meter.service.spread, self.meter.waiting.spread
         slots = self._known_slots()
+        streams, streamed_waiting, streamed_active = self.intake.streamed
         return pb2.MetricsResponse(
             process_id=self.me.id,
             role=self.me.role,
@@ -148,6 +172,9 @@ class Service:
             handlers=self._handlers(),
             topology=self._processes(slots),
             log_lines_dropped=self._log_lines_dropped(),
+            streams=streams,
+            streamed_waiting=streamed_waiting,
+            streamed_active=streamed_active,
         )
 
     @property
@@ -155,21 +182,26 @@ class Service:
         # A worker's handler may run on after its caller has gone; it still takes its slot.
         return self.executor.active if self.executor else self.intake.active
 
-    def _answer(
-        self, request: pb2.Request, context: grpc.ServicerContext
-    ) -> tuple[pb2.Response | None, OverlayError | None]:
-        """The response, and what went wrong: a process that asks gets both, a client one."""
+    @property
+    def _unfinished(self) -> int:
+        return self._active + self.intake.active + self.intake.streamed[2]
+
+    def _answer(self, request: pb2.Request, context: grpc.ServicerContext) -> pb2.Response:
         segment = wire.read_request(request, self._deadline(context), self.limits)
         routing.check(self.topology, self.me.id, segment.route)
-        answer = self._wait(segment, context)
-        failed = assembly.failure(answer, self._retry_after_s())
-        if failed and (answer.refused is not None or segment.route.targets is None):
-            return None, failed
-        response = self._write(segment, answer, request.want_parts)
+        answers = self._wait(segment, context)
+        results, failures = self._combine(segment.route, answers)
+        if failures:
+            raise failures[0][1]
+        answer = answers.at(0)
+        response = wire.write_response(
+            answer, segment.first_id, results[0], with_results=request.want_parts
+        )
+        self._check_size(response.ByteSize())
         context.set_trailing_metadata(((wire.COVERAGE_KEY, assembly.coverage(answer)),))
-        return response, failed
+        return response
 
-    def _wait(self, segment: Segment, context: grpc.ServicerContext) -> Answer:
+    def _wait(self, segment: Segment, context: grpc.ServicerContext) -> Answers:
         waiter = _Waiter()
         ticket = self.intake.admit(segment, waiter.sink)
         if not context.add_callback(lambda: ticket.end(Code.CANCELLED)):
@@ -177,19 +209,58 @@ class Service:
         if not waiter.done.wait(_until(segment.deadline)):
             ticket.end(Code.DEADLINE_EXCEEDED)
             waiter.done.wait(1)  # it is made on this thread, or just now by another
+        self._note_times(ticket)
+        return waiter.answers
+
+    def _combine(
+        self, route: Route, answers: Answers
+    ) -> tuple[list[bytes], list[tuple[int, OverlayError]]]:
+        """What a client gets: a result per row, empty where it failed; and why, by row."""
+        merge = self._merges.get(route.handler or self._common_default(answers))
+        if answers.flawless and (merge is None or route.mode is Mode.ANY):
+            return assembly.plain_results(answers), []
+        results, failures = [], []
+        for row in range(len(answers)):
+            answer = answers.at(row)
+            failed = assembly.failure(answer, self._retry_after_s())
+            result = b""
+            if failed is None:
+                try:
+                    result = assembly.result(route.mode, answer, merge)
+                except BaseException as e:  # noqa: BLE001 - user code, which may raise anything
+                    failed = HandlerFailed(_log_failure("the handler's merge failed", e))
+            if failed is not None:
+                failures.append((row, failed))
+            results.append(result)
+        return results, failures
+
+    def _combine_slice(
+        self, segment: Segment, answers: Answers
+    ) -> tuple[list[bytes], list[tuple[int, OverlayError]]]:
+        if segment.route.targets is None:
+            return self._combine(segment.route, answers)
+        if answers.flawless:
+            return [], []
+        failures = ((i, assembly.failure(answers.at(i), 0.0)) for i in range(len(answers)))
+        return [], [(i, failed) for i, failed in failures if failed is not None]
+
+    def _count_slice(
+        self, rows: int, failures: list[tuple[int, OverlayError]], ticket: Ticket | None
+    ) -> None:
+        self.meter.completed(rows - len(failures))
+        for _, failed in failures:
+            self._count(failed)
+        if ticket is not None:
+            self._note_times(ticket)
+
+    def _note_times(self, ticket: Ticket) -> None:
         now = time.monotonic()
         self.meter.waiting.add(ticket.waited_s(now))
         if ticket.started is not None:
             self.meter.service.add(now - ticket.started)
-        return waiter.answer
 
-    def _write(self, segment: Segment, answer: Answer, want_parts: bool) -> pb2.Response:
-        route, request_id = segment.route, segment.items[0].request_id
-        if route.targets is not None:
-            return wire.write_response(answer, request_id, with_results=True)
-        result = self._result(route, answer)
-        response = wire.write_response(answer, request_id, result, with_results=want_parts)
-        size, most = response.ByteSize(), self.limits.max_message_bytes
+    def _check_size(self, size: int) -> None:
+        most = self.limits.max_message_bytes
         if size > most:
             raise PartsFailed(
                 f"the answer has {size:,} bytes, more than max_message_mib allows ({most:,})",
@@ -198,17 +269,10 @@ class Service:
                 "answer too large",
                 None,
             )
-        return response
 
-    def _result(self, route: Route, answer: Answer) -> bytes:
-        name = route.handler or self._common_default(answer)
-        try:
-            return assembly.result(route.mode, answer, self._merges.get(name))
-        except BaseException as e:  # noqa: BLE001 - user code, which may raise anything
-            raise HandlerFailed(_log_failure(f"the merge of handler '{name}' failed", e)) from None
-
-    def _common_default(self, answer: Answer) -> str:
-        defaults = {self.topology.processes[part.process_id].handler for part in answer.parts}
+    def _common_default(self, answers: Answers) -> str:
+        processes = self.topology.processes
+        defaults = {processes[column.process_id].handler for column in answers.parts}
         return defaults.pop() if len(defaults) == 1 else ""
 
     def _deadline(self, context: grpc.ServicerContext) -> float:
@@ -227,13 +291,11 @@ class Service:
         if refused and error.retry_after_s is None and error.code in _RETRYABLE:
             error.retry_after_s = self._retry_after_s()
         context.set_trailing_metadata(wire.trailers(error))
-        context.abort(wire.grpc_code(error.code), str(error)[:LONGEST_REASON])
+        context.abort(wire.grpc_code(error.code), str(error)[: wire.LONGEST_REASON])
         raise AssertionError("context.abort always raises")
 
-    def _count(self, error: OverlayError | None) -> None:
-        if error is None:
-            self.meter.completed()
-        elif error.code is Code.CANCELLED:
+    def _count(self, error: OverlayError) -> None:
+        if error.code is Code.CANCELLED:
             self.meter.cancelled()
         elif error.executed is Executed.NO:
             self.meter.refused(error.cause)
@@ -298,15 +360,19 @@ class Service:
         ]
 
 
+def _expire(ticket: Ticket) -> None:
+    ticket.end(Code.DEADLINE_EXCEEDED)
+
+
 class _Waiter:
     """Where a unary call's thread waits for its one answer."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
-        self.answer = Answer(())
+        self.answers = Answers(0, ())
 
-    def sink(self, start: int, answers: Sequence[Answer]) -> None:
-        self.answer = answers[0]
+    def sink(self, start: int, answers: Answers) -> None:
+        self.answers = answers
         self.done.set()
 
 

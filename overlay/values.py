@@ -1,12 +1,13 @@
-"""What travels: a segment of requests going down, answers made of parts coming back.
+"""What travels: a segment of requests going down, slices of answers coming back.
 
+Both are kept in columns, so that a process in the middle handles a thousand requests like one.
 All values are frozen, so they cross threads without a lock. Times are seconds of time.monotonic().
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 
@@ -62,48 +63,84 @@ class Route:
     targets: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One request's own columns."""
+class Column:
+    """Byte strings, one per row, opened only by those who need to look.
 
-    request_id: int
-    payload: bytes
-    deadline: float
-    attempt: int = 0
+    A column that came over the wire stays in that form, so that a process in the middle copies it
+    on unread: `wired` is that form and `open_wired` gives its strings.
+    """
+
+    __slots__ = ("_count", "_items", "_open_wired", "_size", "wired")
+
+    def __init__(
+        self,
+        items: Sequence[bytes] | None = None,
+        *,
+        wired: object = None,
+        count: int = 0,
+        size: int | None = None,
+        open_wired: Callable[[object, int], Sequence[bytes]] | None = None,
+    ) -> None:
+        self._items = items
+        self.wired = wired
+        self._open_wired = open_wired
+        self._size = size
+        self._count = count if items is None else len(items)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def items(self) -> Sequence[bytes]:
+        if self._items is None:
+            assert self._open_wired is not None
+            self._items = self._open_wired(self.wired, self._count)
+        return self._items
+
+    @property
+    def size(self) -> int:
+        """Bytes, about."""
+        if self._size is None:
+            self._size = sum(map(len, self.items))
+        return self._size
+
+    def slice(self, start: int, count: int) -> Column:
+        if start == 0 and count == self._count:
+            return self
+        return Column(self.items[start : start + count])
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The unit that travels: requests of one route. A unary Forward is a segment of one."""
+    """The unit that travels: requests of one route and one deadline, their payloads in a column.
+
+    The request in row i has the id first_id + i. A unary Forward is a segment of one.
+    """
 
     route: Route
-    items: tuple[Item, ...]
+    payloads: Column
+    deadline: float
+    first_id: int
+    attempt: int = 0
 
     def __len__(self) -> int:
-        return len(self.items)
-
-    @property
-    def deadline(self) -> float:
-        """The earliest of the items' deadlines."""
-        return min(item.deadline for item in self.items)
-
-    @property
-    def size(self) -> int:
-        """Bytes of payload."""
-        return sum(len(item.payload) for item in self.items)
+        return len(self.payloads)
 
     def slice(self, start: int, count: int) -> Segment:
-        return Segment(self.route, self.items[start : start + count])
+        if start == 0 and count == len(self.payloads):
+            return self
+        rows = self.payloads.slice(start, count)
+        return Segment(self.route, rows, self.deadline, self.first_id + start, self.attempt)
 
     def again(self) -> Segment:
         """The same requests, to be tried once more."""
-        return Segment(self.route, tuple(replace(i, attempt=i.attempt + 1) for i in self.items))
+        return replace(self, attempt=self.attempt + 1)
 
     def onward(self, me: str, targets: tuple[str, ...]) -> Segment:
         """The same requests as `me` hands them down, to cover `targets`."""
-        return Segment(
-            replace(self.route, hops=(*self.route.hops, me), targets=targets), self.items
-        )
+        route = self.route
+        down = Route(route.mode, route.team, route.handler, (*route.hops, me), targets)
+        return Segment(down, self.payloads, self.deadline, self.first_id, self.attempt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +174,100 @@ class Answer:
     refused: Part | None = None
 
 
-Sink = Callable[[int, Sequence[Answer]], None]
-"""Takes answers as slices (start, answers). Each index comes exactly once, from any thread; a sink
-never blocks and never raises."""
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a row has no result."""
 
-End = Callable[[Code], None]
-"""Ends the work behind a call: what is still open is answered with this code, at once. May be
-called twice, and after the end."""
+    code: Code
+    reason: str
+    executed: Executed = Executed.UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class PartColumn:
+    """One worker's parts of consecutive requests.
+
+    failures: by row, only the rows that failed. failed: the failure of every row. The times are
+    means over the rows, in microseconds.
+    """
+
+    process_id: str
+    results: Column
+    hops: tuple[str, ...] = ()
+    failures: Mapping[int, Failure] = field(default_factory=dict)
+    failed: Failure | None = None
+    waited_us: int = 0
+    worked_us: int = 0
+
+    def at(self, row: int) -> Part:
+        failure = self.failed or self.failures.get(row)
+        times = self.waited_us, self.worked_us
+        if failure is None:
+            result = self.results.items[row]
+            return Part(self.process_id, Code.OK, "", result, self.hops, *times, Executed.YES)
+        code, reason = failure.code, failure.reason
+        return Part(self.process_id, code, reason, b"", self.hops, *times, failure.executed)
+
+    def slice(self, start: int, count: int) -> PartColumn:
+        if start == 0 and count == len(self.results):
+            return self
+        failures = {
+            row - start: failure
+            for row, failure in self.failures.items()
+            if start <= row < start + count
+        }
+        results = self.results.slice(start, count)
+        times = self.waited_us, self.worked_us
+        return PartColumn(self.process_id, results, self.hops, failures, self.failed, *times)
+
+    @staticmethod
+    def missing(process_id: str, count: int, failure: Failure) -> PartColumn:
+        return PartColumn(process_id, Column((b"",) * count), failed=failure)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The answers of consecutive requests: a column of parts per worker asked.
+
+    hops: as in Answer, the same for all rows. refused: as in Answer, for all rows.
+    """
+
+    count: int
+    parts: tuple[PartColumn, ...]
+    hops: tuple[str, ...] = ()
+    refused: Part | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def flawless(self) -> bool:
+        return self.refused is None and all(
+            column.failed is None and not column.failures for column in self.parts
+        )
+
+    def at(self, row: int) -> Answer:
+        return Answer(tuple(column.at(row) for column in self.parts), self.hops, self.refused)
+
+    def slice(self, start: int, count: int) -> Answers:
+        if start == 0 and count == self.count:
+            return self
+        parts = tuple(column.slice(start, count) for column in self.parts)
+        return Answers(count, parts, self.hops, self.refused)
+
+
+Sink = Callable[[int, Answers], None]
+"""Takes answers as slices: (first row, answers). Each row comes exactly once, from any thread; a
+sink never blocks and never raises."""
+
+
+def end_overlap(end: End, first: int, rows: int, code: Code, start: int, count: int) -> None:
+    """Ends those of the `count` rows from `start` that are among the `rows` of `end`."""
+    begin, stop = max(first, start), min(first + rows, start + count)
+    if begin < stop:
+        end(code, begin - first, stop - begin)
+
+
+End = Callable[[Code, int, int], None]
+"""Ends the work behind rows: (code, first row, rows). What is still open of them is answered with
+this code, at once. May be called twice, and after the end."""

@@ -6,7 +6,7 @@ Reading checks what came in; writing never fails.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,9 +14,21 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
 from overlay.errors import BadRequest, ConfigError, OverlayError
-from overlay.limits import Limits
+from overlay.limits import MIB, Limits
 from overlay.meter import Spread
-from overlay.values import Answer, Code, Executed, Item, Mode, Part, Route, Segment
+from overlay.values import (
+    Answer,
+    Answers,
+    Code,
+    Column,
+    Executed,
+    Failure,
+    Mode,
+    Part,
+    PartColumn,
+    Route,
+    Segment,
+)
 
 if TYPE_CHECKING:
     import overlay_pb2 as pb2
@@ -43,6 +55,7 @@ EXECUTED_KEY = "overlay-executed"
 COVERAGE_KEY = "overlay-coverage"
 REQUEST_ID_KEY = "overlay-request-id"
 _STATUS_KEY = "grpc-status-details-bin"
+LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
 
 # A frozen or vanished peer is noticed within about 2.5 s on every system; see the keepalive test.
 _KEEPALIVE = [
@@ -60,8 +73,9 @@ def channel_options(limits: Limits | None = None) -> list[tuple[str, Any]]:
         *_size_options(limits or Limits()),
         *_KEEPALIVE,
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 2000),  # also the time that one attempt may take
         ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.enable_http_proxy", 0),  # an office's web proxy is not on the way
         ("grpc.enable_retries", 0),  # gRPC's own retries run a request twice
         ("grpc.use_local_subchannel_pool", 1),  # a client of its own, not one shared in the process
     ]
@@ -80,8 +94,11 @@ def server_options(limits: Limits) -> list[tuple[str, Any]]:
 
 def _size_options(limits: Limits) -> list[tuple[str, Any]]:
     return [
-        ("grpc.max_receive_message_length", limits.max_message_bytes),
-        ("grpc.max_send_message_length", limits.max_message_bytes),
+        # A frame's other requests and fields come on top of a body of the largest size.
+        ("grpc.max_receive_message_length", limits.max_message_bytes + 2 * MIB),
+        ("grpc.max_send_message_length", limits.max_message_bytes + 2 * MIB),
+        # Or gRPC reads ahead of us, and a stream that is not read would fill the memory.
+        ("grpc.http2.bdp_probe", 0),
     ]
 
 
@@ -93,55 +110,136 @@ def read_request(request: pb2.Request, deadline: float, limits: Limits) -> Segme
 
     deadline: monotonic seconds. A request without an id gets one here.
     """
-    _check_names("hops", request.hops, limits)
-    _check_names("targets", request.targets, limits)
+    size = len(request.payload)
+    if size > limits.max_message_bytes:
+        raise BadRequest(f"payload: {size:,} bytes are more than {limits.max_message_bytes:,}")
+    payloads = Column((request.payload,), size=size)
+    first_id = request.request_id or new_ids()
+    return Segment(_read_route(request, limits), payloads, deadline, first_id, request.attempt)
+
+
+def write_response(
+    answer: Answer, request_id: int, result: bytes, *, with_results: bool
+) -> pb2.Response:
+    """with_results: for a client that wants each part's own bytes too."""
+    return pb2.Response(
+        result=result,
+        hops=answer.hops,
+        parts=[_write_part(part, with_results) for part in answer.parts],
+        request_id=request_id,
+    )
+
+
+def read_response(response: pb2.Response) -> Answer:
+    """What a client got."""
+    return Answer(tuple(map(_read_unary_part, response.parts)), tuple(response.hops))
+
+
+def read_segment(segment: pb2.Segment, now: float, limits: Limits) -> Segment:
+    """Raises BadRequest naming the field that is not usable. now: monotonic seconds."""
+    count, found = segment.count, len(segment.payloads.items)
+    if count != found or not 0 < count <= limits.segment_rows:
+        raise BadRequest(
+            f"count: {count} is not the number of payloads ({found}), or not 1 to "
+            f"{limits.segment_rows}"
+        )
+    left_s = segment.remaining_us / 1e6 if segment.remaining_us else limits.default_deadline_s
+    return Segment(
+        _read_route(segment, limits),
+        _read_column(segment.payloads, count),
+        now + min(left_s, limits.max_deadline_s),
+        segment.first_id or new_ids(),
+        segment.attempt,
+    )
+
+
+def write_segment(
+    frame: pb2.Frame, number: int, segment: Segment, left_s: float, want_parts: bool = False
+) -> None:
+    """Adds the segment to the frame. left_s: what remains of its time, more than 0."""
+    route = segment.route
+    made = frame.segments.add(
+        number=number,
+        count=len(segment),
+        remaining_us=max(1, int(left_s * 1e6)),
+        first_id=segment.first_id,
+        mode=_MODES[route.mode],
+        team=route.team,
+        handler=route.handler,
+        want_parts=want_parts,
+        hops=route.hops,
+        targets=route.targets or (),
+        attempt=min(segment.attempt, 0xFFFFFFFF),
+    )
+    _write_column(made.payloads, segment.payloads)
+
+
+def read_slice(made: pb2.Slice) -> Answers:
+    """Between processes. Raises ValueError when the slice does not fit together."""
+    count = made.count
+    if made.failures:
+        first = made.failures[0]
+        part = Part("", read_code(first.code), first.reason, executed=read_executed(first))
+        return Answers(count, (), tuple(made.hops), part)
+    return Answers(count, tuple(_read_part(p, count) for p in made.parts), tuple(made.hops))
+
+
+def write_slice(frame: pb2.Frame, number: int, start: int, answers: Answers) -> None:
+    """Adds a slice as processes tell each other: all is in the parts, or in one refusal."""
+    made = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
+    if answers.refused is not None:
+        refused = answers.refused
+        _write_detail(made.failures, 0, 0, Failure(refused.code, refused.reason, refused.executed))
+    for column in answers.parts:
+        _write_part_slice(made, column, with_results=True)
+
+
+def write_client_slice(
+    frame: pb2.Frame,
+    number: int,
+    start: int,
+    answers: Answers,
+    results: Sequence[bytes],
+    failures: Iterable[tuple[int, OverlayError]],
+    want_parts: bool,
+) -> None:
+    """Adds a slice as a client gets it: a result per row, and why a row has none."""
+    made = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
+    made.results.items.extend(results)
+    for row, error in failures:
+        detail = _write_detail(
+            made.failures, row, 1, Failure(error.code, str(error), error.executed)
+        )
+        detail.retry_after_ms = int((error.retry_after_s or 0) * 1000)
+    for column in answers.parts:
+        _write_part_slice(made, column, with_results=want_parts)
+
+
+def new_ids() -> int:
+    """The first of some request ids in a row that nobody else has."""
+    return secrets.randbits(62) + 1
+
+
+def _read_route(request: pb2.Request | pb2.Segment, limits: Limits) -> Route:
+    _check_names("hops", request.hops, limits, most=limits.max_hops)
+    _check_names("targets", request.targets, limits, most=limits.max_targets)
     _check_names("team", [request.team], limits)
     _check_names("handler", [request.handler], limits)
     mode = int(request.mode)
     if mode not in (Mode.ALL, Mode.ANY):
         raise BadRequest(f"mode {mode} is not 0 (all) or 1 (any)")
-    route = Route(
+    targets = tuple(request.targets)
+    return Route(
         mode=Mode(mode),
         team=request.team,
         handler=request.handler,
         hops=tuple(request.hops),
         # Only between processes; the process that a client asks finds the targets itself.
-        targets=(tuple(request.targets) or None) if request.hops else None,
-    )
-    request_id = request.request_id or secrets.randbits(63) + 1
-    return Segment(route, (Item(request_id, request.payload, deadline, request.attempt),))
-
-
-def write_request(route: Route, item: Item) -> pb2.Request:
-    return pb2.Request(
-        payload=item.payload,
-        hops=route.hops,
-        mode=_MODES[route.mode],
-        team=route.team,
-        handler=route.handler,
-        targets=route.targets or (),
-        request_id=item.request_id,
-        attempt=item.attempt,
+        targets=(targets or None) if request.hops else None,
     )
 
 
-def read_response(response: pb2.Response) -> Answer:
-    return Answer(tuple(read_part(part) for part in response.parts), tuple(response.hops))
-
-
-def write_response(
-    answer: Answer, request_id: int, result: bytes = b"", *, with_results: bool
-) -> pb2.Response:
-    """with_results: between processes, and for a client that wants each part's own bytes."""
-    return pb2.Response(
-        result=result,
-        hops=answer.hops,
-        parts=[write_part(part, with_results) for part in answer.parts],
-        request_id=request_id,
-    )
-
-
-def read_part(part: pb2.Part) -> Part:
+def _read_unary_part(part: pb2.Part) -> Part:
     return Part(
         process_id=part.process_id,
         code=read_code(part.code),
@@ -150,11 +248,75 @@ def read_part(part: pb2.Part) -> Part:
         hops=tuple(part.hops),
         waited_us=part.waited_us,
         worked_us=part.worked_us,
-        executed=Executed(part.executed) if part.executed in (0, 1, 2) else Executed.UNKNOWN,
+        executed=read_executed(part),
     )
 
 
-def write_part(part: Part, with_result: bool) -> pb2.Part:
+def _read_part(part: pb2.PartSlice, count: int) -> PartColumn:
+    failures: dict[int, Failure] = {}
+    failed: Failure | None = None
+    for detail in part.failures:
+        failure = Failure(read_code(detail.code), detail.reason, read_executed(detail))
+        if detail.count == 0:
+            failed = failure
+        else:
+            rows = range(detail.start, min(detail.start + detail.count, count))
+            failures.update(dict.fromkeys(rows, failure))
+    if failed is not None:
+        return PartColumn.missing(part.process_id, count, failed)
+    if len(part.results.items) != count:
+        raise ValueError(f"{part.process_id}: {len(part.results.items)} results for {count} rows")
+    results = _read_column(part.results, count)
+    times = part.waited_us, part.worked_us
+    return PartColumn(part.process_id, results, tuple(part.hops), failures, None, *times)
+
+
+def _write_part_slice(made: pb2.Slice, column: PartColumn, with_results: bool) -> None:
+    part = made.parts.add(
+        process_id=column.process_id,
+        hops=column.hops,
+        waited_us=min(column.waited_us, 0xFFFFFFFF),
+        worked_us=min(column.worked_us, 0xFFFFFFFF),
+    )
+    if column.failed is not None:
+        _write_detail(part.failures, 0, 0, column.failed)
+        return
+    if with_results:
+        _write_column(part.results, column.results)
+    for row, failure in column.failures.items():
+        _write_detail(part.failures, row, 1, failure)
+
+
+def _write_detail(details: Any, start: int, count: int, failure: Failure) -> Any:
+    return details.add(
+        start=start,
+        count=count,
+        code=failure.code,
+        reason=failure.reason[:LONGEST_REASON],
+        executed=_EXECUTED[failure.executed],
+    )
+
+
+def read_executed(detail: pb2.Detail | pb2.Part) -> Executed:
+    return Executed(detail.executed) if detail.executed in (0, 1, 2) else Executed.UNKNOWN
+
+
+def _read_column(column: pb2.Column, count: int) -> Column:
+    return Column(wired=column, count=count, size=column.ByteSize(), open_wired=_open_column)
+
+
+def _open_column(column: Any, count: int) -> Sequence[bytes]:
+    return list(column.items)
+
+
+def _write_column(into: pb2.Column, column: Column) -> None:
+    if column.wired is not None:
+        into.CopyFrom(column.wired)  # type: ignore[arg-type]
+    else:
+        into.items.extend(column.items)
+
+
+def _write_part(part: Part, with_result: bool) -> pb2.Part:
     return pb2.Part(
         process_id=part.process_id,
         code=part.code,
@@ -182,10 +344,8 @@ def grpc_code(code: Code) -> grpc.StatusCode:
 
 
 def trailers(error: OverlayError) -> list[tuple[str, str | bytes]]:
-    """The trailing metadata of a failed request: the proof that nothing ran, and when to retry."""
-    made: list[tuple[str, str | bytes]] = []
-    if error.executed is Executed.NO:
-        made.append((EXECUTED_KEY, "no"))
+    """The trailing metadata of a failed request: whether anything ran, and when to retry."""
+    made: list[tuple[str, str | bytes]] = [(EXECUTED_KEY, error.executed.name.lower())]
     if error.retry_after_s is not None:
         made.append((_STATUS_KEY, _retry_status(error)))
     return made
@@ -195,8 +355,16 @@ def read_error(error: grpc.RpcError) -> Part:
     """What a failed call says, as a refusal. Only the trailer proves that nothing ran."""
     metadata = dict(error.trailing_metadata() or ())
     executed = Executed.NO if metadata.get(EXECUTED_KEY) == "no" else Executed.UNKNOWN
-    code = Code(error.code().value[0])
-    return Part("", code, error.details() or code.name, executed=executed)
+    return Part("", Code(error.code().value[0]), plain_reason(error), executed=executed)
+
+
+def plain_reason(error: grpc.RpcError) -> str:
+    """Why a call failed, in few words; gRPC's own are long and name its insides."""
+    details = error.details() or ""
+    for sign, words in _PLAIN_REASONS:
+        if sign in details:
+            return words
+    return str(details[:LONGEST_REASON]) or error.code().name.lower().replace("_", " ")
 
 
 def retry_after_s(trailing_metadata: Iterable[tuple[str, Any]] | None) -> float | None:
@@ -220,23 +388,36 @@ def _retry_status(error: OverlayError) -> bytes:
     delay = Duration()
     delay.FromMilliseconds(max(1, round((error.retry_after_s or 0) * 1000)))
     # The message must be the call's own, or clients that compare the two see a broken status.
-    status = status_pb2.Status(code=int(error.code), message=str(error))
+    status = status_pb2.Status(code=int(error.code), message=str(error)[:LONGEST_REASON])
     status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return bytes(status.SerializeToString())
 
 
-def _check_names(field: str, names: Iterable[str], limits: Limits) -> None:
-    names = list(names)
-    if len(names) > limits.max_hops:
-        raise BadRequest(f"{field}: {len(names)} entries are more than {limits.max_hops}")
+def _check_names(field: str, names: Sequence[str], limits: Limits, most: int = 1) -> None:
+    if len(names) > most:
+        raise BadRequest(f"{field}: {len(names)} entries are more than {most}")
     for name in names:
         if len(name) > limits.max_name or not name.isprintable():
-            shown = name[:20].encode("ascii", "backslashreplace").decode()
+            shown = ascii(name[:20])[1:-1]
             raise BadRequest(
                 f"{field}: '{shown}' is not a name of at most {limits.max_name} letters"
             )
 
 
+_PLAIN_REASONS = (
+    ("Connection refused", "the connection was refused: nothing serves there"),
+    ("timed out before receiving SETTINGS", "it does not answer"),
+    ("No route to host", "there is no route to it"),
+    ("Network is unreachable", "the network is unreachable"),
+    ("DNS resolution failed", "its name has no address"),
+    ("Connection reset", "the connection was cut"),
+    ("Socket closed", "the connection was closed"),
+    ("ping timeout", "it does not answer any more"),
+    ("keepalive", "it does not answer any more"),
+    ("Deadline Exceeded", "no answer in time"),
+    ("GOAWAY", "it is going away"),
+    ("failed to connect to all addresses", "no connection to it"),
+)
 _MODES = {Mode.ALL: pb2.ALL, Mode.ANY: pb2.ANY}
 _EXECUTED = {Executed.UNKNOWN: pb2.UNKNOWN, Executed.NO: pb2.NO, Executed.YES: pb2.YES}
 _GRPC_CODES = {Code(status.value[0]): status for status in grpc.StatusCode}

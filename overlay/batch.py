@@ -1,0 +1,214 @@
+"""Rows of one segment at work on one handler, and the places that the handler has.
+
+A row is begun at most once and answered once, by its handler or for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from overlay.errors import AlreadyExecuted, BadRequest, HandlerFailed
+from overlay.handlers import Context
+from overlay.meter import Spread, Times
+from overlay.rows import OpenRows
+from overlay.topology import HandlerSpec, Process
+from overlay.values import Answers, Code, Column, Executed, Failure, PartColumn, Segment, Sink
+
+log = logging.getLogger("overlay.executor")
+
+AHEAD_S = 0.002  # work taken beyond the slots, so that a thread never waits for the next row
+
+
+@dataclass(frozen=True)
+class HandlerCounts:
+    name: str
+    run: str
+    slots: int
+    active: int
+    completed: int
+    failed: int
+    worked: Spread
+
+
+class Desk:
+    """One handler's places and counts; `taken` is guarded by the executor's lock."""
+
+    def __init__(self, spec: HandlerSpec, slots: int) -> None:
+        self.spec = spec
+        self.slots = slots
+        self.taken = 0
+        self.worked = Times()
+        self.service_s = 0.0  # smoothed, of one row
+        self._completed = 0
+        self._failed = 0
+        self._lock = threading.Lock()
+
+    @property
+    def ahead(self) -> int:
+        if self.spec.run == "process" or not self.service_s:
+            return 0
+        return min(4096, int(AHEAD_S / self.service_s))
+
+    def ended(self, rows: int, worked_s: float, failed: int) -> None:
+        """Counts rows that ran, `worked_s` together."""
+        each = worked_s / rows
+        self.worked.add(each)
+        with self._lock:
+            self.service_s = each if not self.service_s else 0.8 * self.service_s + 0.2 * each
+            self._completed += rows - failed
+            self._failed += failed
+
+    def counts(self, active: int) -> HandlerCounts:
+        spec = self.spec
+        counted = self._completed, self._failed
+        return HandlerCounts(spec.name, spec.run, self.slots, active, *counted, self.worked.spread)
+
+
+class Batch:
+    """Claimed rows of one segment at work: each begun at most once and answered once."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        process: Process,
+        segment: Segment,
+        waited_s: float,
+        sink: Sink,
+        give_back: Callable[[int], None],
+        stop: Callable[[Batch, int, int], None],
+    ) -> None:
+        """give_back: takes the number of places that are free again. stop: ends running rows."""
+        self.segment = segment
+        self.desk = desk
+        self._give_back = give_back
+        self._stop = stop
+        self._process = process
+        self._sink = sink
+        self._waited_us = int(waited_s * 1e6)
+        self._hops = (*segment.route.hops, process.id)
+        self._lock = threading.Lock()
+        self._waiting = deque(range(len(segment)))
+        self._unanswered = OpenRows(len(segment))
+        self._ended = bytearray(len(segment))
+        self._options: Mapping[str, Any] = {**desk.spec.options, **process.options}
+
+    def begin_next(self) -> int | None:
+        """The next row to run, for the caller alone; None when there is none."""
+        with self._lock:
+            return self._waiting.popleft() if self._waiting else None
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def context(self, row: int) -> Context:
+        process, segment = self._process, self.segment
+        return Context(
+            process.id,
+            process.team,
+            segment.first_id + row,
+            segment.attempt,
+            segment.deadline,
+            self._options,
+            self._ended,
+            row,
+        )
+
+    def done(self, outcomes: list[tuple[int, bytes | Failure]], worked_s: float) -> None:
+        """Takes what came of begun rows, in the order of their rows, `worked_s` together."""
+        failed = sum(not isinstance(outcome, bytes) for _, outcome in outcomes)
+        self.desk.ended(len(outcomes), worked_s, failed)
+        self._give_back(len(outcomes))
+        each_us = int(worked_s / len(outcomes) * 1e6)
+        begin = 0
+        for i in range(1, len(outcomes) + 1):
+            if i == len(outcomes) or outcomes[i][0] != outcomes[i - 1][0] + 1:
+                self._answer(outcomes[begin][0], [o for _, o in outcomes[begin:i]], each_us)
+                begin = i
+
+    def refuse_second(self, row: int) -> None:
+        error = AlreadyExecuted(f"request {self.segment.first_id + row:016x} was run here before")
+        with self._lock:
+            self._waiting.remove(row)
+        self._give_back(1)
+        self._answer(row, [Failure(error.code, str(error), error.executed)], 0)
+
+    def end(self, code: Code, start: int, count: int) -> None:
+        """Answers rows for their handlers, and tells these that nobody waits any more."""
+        what = "the deadline passed" if code is Code.DEADLINE_EXCEEDED else "the caller left"
+        name = self.desk.spec.name
+        rows = range(start, start + count)
+        with self._lock:
+            never = {row for row in self._waiting if row in rows}
+            self._waiting = deque(row for row in self._waiting if row not in never)
+            self._ended[start : start + count] = b"\1" * count
+        if never:
+            self._give_back(len(never))
+        for row in rows:
+            if row in never:
+                reason, executed = f"{what} before the handler '{name}' began", Executed.NO
+            else:
+                reason, executed = f"{what} while the handler '{name}' ran", Executed.YES
+            self._answer(row, [Failure(code, reason, executed)], 0)
+        # Only now: an ended process reports back at once, and the answer should be this one.
+        self._stop(self, start, count)
+
+    def _answer(self, start: int, outcomes: list[bytes | Failure], worked_us: int) -> None:
+        with self._lock:
+            runs = self._unanswered.take(start, len(outcomes))
+        for first, rows in runs:
+            part = self._part(outcomes[first - start : first - start + rows], worked_us)
+            self._sink(first, Answers(rows, (part,), (self._process.id,)))
+
+    def _part(self, outcomes: list[bytes | Failure], worked_us: int) -> PartColumn:
+        failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Failure)}
+        results = [o if isinstance(o, bytes) else b"" for o in outcomes] if failures else outcomes
+        return PartColumn(
+            self._process.id,
+            Column(results),  # type: ignore[arg-type]
+            self._hops,
+            failures,
+            None,
+            self._waited_us,
+            worked_us,
+        )
+
+
+def outcome_of(result: object) -> tuple[str, Any]:
+    """What a handler gave back, in a form that survives the way between processes."""
+    if isinstance(result, (bytes, bytearray, memoryview)):
+        return "ok", bytes(result)
+    return "type", type(result).__name__
+
+
+def outcome_of_error(error: BaseException) -> tuple[str, Any]:
+    if isinstance(error, BadRequest):
+        return "bad request", str(error)
+    return "failed", "".join(traceback.format_exception(error))
+
+
+def read_outcome(name: str, kind: str, value: Any) -> bytes | Failure:
+    """The row's result, or the failure that its caller sees."""
+    if kind == "ok":
+        return value  # type: ignore[no-any-return]
+    if kind == "bad request":  # the handler's own sentence, meant for the caller
+        return Failure(BadRequest.code, value, Executed.YES)
+    if kind == "type":
+        reason = f"handler '{name}' returned {value}, not bytes"
+        return Failure(HandlerFailed.code, reason, Executed.YES)
+    return read_failure(name, value)
+
+
+def read_failure(name: str, text: str) -> Failure:
+    # The text may hold secrets: it goes to the log, and the caller gets a number to ask for.
+    error_id = uuid.uuid4().hex[:8]
+    log.error("error id %s: handler %s failed: %s", error_id, name, text)
+    reason = f"handler '{name}' failed; error id {error_id} in this worker's log"
+    return Failure(HandlerFailed.code, reason, Executed.YES)

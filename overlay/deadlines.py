@@ -1,0 +1,69 @@
+"""Ends what nobody waits for on a thread of its own: one clock for all streamed requests.
+
+Owns one thread, "deadlines", from `start` to `stop`. It wakes only while something can expire.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+TICK_S = 0.02  # how late an end may come; finer costs wake-ups and gains nobody anything
+
+
+class Deadlines:
+    """Calls `expire` with each watched thing whose deadline has passed. Safe from any thread."""
+
+    def __init__(self, expire: Callable[[Any], None]) -> None:
+        self._expire = expire
+        self._ticks: dict[int, set[Hashable]] = defaultdict(set)
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="deadlines", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def watch(self, thing: Hashable, deadline: float) -> None:
+        tick = _tick(deadline)
+        with self._changed:
+            first = not self._ticks
+            self._ticks[tick].add(thing)
+            if first:
+                self._changed.notify()
+
+    def forget(self, thing: Hashable, deadline: float) -> None:
+        tick = _tick(deadline)
+        with self._changed:
+            things = self._ticks.get(tick)
+            if things is not None:
+                things.discard(thing)
+                if not things:
+                    del self._ticks[tick]
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._ticks and not self._stopped:
+                    self._changed.wait()
+                if self._stopped:
+                    return
+                now = _tick(time.monotonic())
+                # A tick may hold thousands: they share it because their deadlines do.
+                due = [self._ticks.pop(tick) for tick in list(self._ticks) if tick < now]
+            for things in due:
+                for thing in things:
+                    self._expire(thing)
+            time.sleep(TICK_S)
+
+
+def _tick(at: float) -> int:
+    return int(at / TICK_S)

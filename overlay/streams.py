@@ -1,0 +1,278 @@
+"""ForwardStream, served: many requests over one call, bounded by a window.
+
+    reader   frames -> segments -> check -> the stream's lane in the intake
+    writer   answers -> combine -> slices -> frames, what has gathered meanwhile in one
+
+The reader stops while the window is full, and so does the client, whose frames gRPC then holds
+back. A request leaves the window when its answer has been handed to gRPC, so that a client that
+does not read is bounded too.
+
+Each stream owns one thread, "stream-reader", and holds the rpc thread that writes; both end with
+the call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import grpc
+
+from overlay import routing, wire
+from overlay.deadlines import Deadlines
+from overlay.errors import BadRequest, OverlayError
+from overlay.intake import Intake, Ticket
+from overlay.limits import Limits
+from overlay.topology import Topology
+from overlay.values import Answers, Code, Executed, Part, Route, Segment
+from overlay.wire import pb2
+
+log = logging.getLogger("overlay.streams")
+
+Combine = Callable[[Segment, Answers], "tuple[Sequence[bytes], list[tuple[int, OverlayError]]]"]
+"""What a client gets of a slice: a result per row, and the failures by row."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a stream needs of its process."""
+
+    me: str
+    topology: Topology
+    intake: Intake
+    deadlines: Deadlines
+    combine: Combine
+    received: Callable[[int], None]
+    answered: Callable[[int, list[tuple[int, OverlayError]], Ticket | None], None]
+
+    @property
+    def limits(self) -> Limits:
+        return self.topology.limits
+
+
+def serve(
+    desk: Desk, frames: Iterable[pb2.Frame], context: grpc.ServicerContext
+) -> Iterator[pb2.Frame]:
+    """Answers one ForwardStream call."""
+    stream = _Stream(desk)
+    if not context.add_callback(stream.abandon):
+        return
+    reader = threading.Thread(target=stream.read, args=(frames,), name="stream-reader", daemon=True)
+    reader.start()
+    context.send_initial_metadata(())  # tells the client that its stream is served
+    try:
+        yield from stream.write()
+    finally:
+        stream.abandon()
+    if stream.broken is not None:
+        context.abort(wire.grpc_code(stream.broken.code), str(stream.broken))
+
+
+class _Accepted:
+    """A segment of the stream, until its last answer is written."""
+
+    __slots__ = ("from_process", "left", "number", "segment", "size", "ticket", "want_parts")
+
+    def __init__(self, number: int, segment: Segment, want_parts: bool) -> None:
+        self.number = number
+        self.segment = segment
+        self.want_parts = want_parts
+        self.from_process = segment.route.targets is not None
+        self.left = len(segment)
+        self.size = segment.payloads.size
+        self.ticket: Ticket | None = None
+
+
+class _Stream:
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._limits = desk.limits
+        self._lane = desk.intake.open_lane()
+        self._changed = threading.Condition()
+        self._out: deque[tuple[_Accepted, int, Answers]] = deque()
+        self._accepted: dict[int, _Accepted] = {}
+        self._rows = 0  # accepted and not yet written
+        self._bytes = 0
+        self._checked: set[Route] = set()
+        self._no_more = False
+        self._abandoned = False
+        self.broken: OverlayError | None = None
+
+    def read(self, frames: Iterable[pb2.Frame]) -> None:
+        """Takes frames in until the client's half-close; on the reader's thread."""
+        try:
+            for frame in frames:
+                self._take(frame)
+                if not self._wait_for_window():
+                    return
+        except OverlayError as e:
+            self.broken = e
+        except Exception as e:  # noqa: BLE001 - gRPC raises a bare Exception when the call is over
+            if not self._abandoned:
+                log.debug("a stream ended: %r", e)
+        finally:
+            with self._changed:
+                self._no_more = True
+                self._changed.notify_all()
+
+    def write(self) -> Iterator[pb2.Frame]:
+        """Frames of answers, until all that was accepted is answered; on the rpc's thread."""
+        while True:
+            with self._changed:
+                while not self._out and not self._is_over_locked():
+                    self._changed.wait()
+                if self._is_over_locked() and not self._out:
+                    return
+                if self._abandoned:
+                    return
+                taken = self._some_locked()
+            frame = pb2.Frame()
+            for accepted, start, answers in taken:
+                self._write_slice(frame, accepted, start, answers)
+            yield frame
+            # Handed to gRPC: only now it leaves the window.
+            self._leave_window(taken)
+
+    def abandon(self) -> None:
+        """The call is over: ends what it still wanted. May be called twice."""
+        with self._changed:
+            if self._abandoned:
+                return
+            self._abandoned = True
+            open_ones = list(self._accepted.values())
+            self._changed.notify_all()
+        for accepted in open_ones:
+            if accepted.ticket is not None:
+                accepted.ticket.end(Code.CANCELLED)
+                self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
+        self._desk.intake.close_lane(self._lane)
+
+    def _is_over_locked(self) -> bool:
+        if self._abandoned or self.broken is not None:
+            return True
+        return self._no_more and not self._rows
+
+    def _take(self, frame: pb2.Frame) -> None:
+        now = time.monotonic()
+        for made in frame.segments:
+            self._accept(made, now)
+        self._desk.intake.kick()
+        for cancel in frame.cancels:
+            accepted = self._accepted.get(cancel.number)
+            if accepted is not None and accepted.ticket is not None:
+                rows = len(accepted.segment)
+                start = min(cancel.start, rows)
+                accepted.ticket.end(Code.CANCELLED, start, min(cancel.count, rows - start))
+
+    def _accept(self, made: pb2.Segment, now: float) -> None:
+        desk = self._desk
+        # A segment that cannot be read has no rows to answer for: that ends the stream.
+        segment = wire.read_segment(made, now, self._limits)
+        if made.number in self._accepted:
+            raise BadRequest(
+                f"number: {made.number} is taken by a segment that is not answered yet"
+            )
+        accepted = _Accepted(made.number, segment, made.want_parts)
+        with self._changed:
+            self._accepted[made.number] = accepted
+            self._rows += accepted.left
+            self._bytes += accepted.size
+        desk.received(len(segment))
+        sink = partial(self._answer, accepted)
+        try:
+            self._check(segment.route)
+            ticket = desk.intake.admit_to(self._lane, segment, sink)
+        except OverlayError as e:
+            refused = Part(desk.me, e.code, str(e), executed=e.executed)
+            sink(0, Answers(len(segment), (), refused=refused))
+            return
+        accepted.ticket = ticket
+        if ticket.is_open:
+            desk.deadlines.watch(ticket, segment.deadline)
+        if self._abandoned:
+            ticket.end(Code.CANCELLED)
+
+    def _check(self, route: Route) -> None:
+        if route not in self._checked:  # a stream's routes are few
+            routing.check(self._desk.topology, self._desk.me, route)
+            if len(self._checked) < 100:
+                self._checked.add(route)
+
+    def _answer(self, accepted: _Accepted, start: int, answers: Answers) -> None:
+        with self._changed:
+            self._out.append((accepted, start, answers))
+            self._bytes += _size(answers)
+            if len(self._out) == 1:
+                self._changed.notify_all()
+
+    def _some_locked(self) -> list[tuple[_Accepted, int, Answers]]:
+        taken, size = [], 0
+        while self._out and size < self._limits.frame_bytes:
+            accepted, start, answers = self._out.popleft()
+            whole, room = _size(answers), self._limits.frame_bytes - size
+            if whole > room and len(answers) > 1:
+                rows = max(1, len(answers) * room // whole)
+                rest = answers.slice(rows, len(answers) - rows)
+                self._out.appendleft((accepted, start + rows, rest))
+                answers = answers.slice(0, rows)
+            taken.append((accepted, start, answers))
+            size += min(whole, room)
+        return taken
+
+    def _write_slice(
+        self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers
+    ) -> None:
+        answers = self._cut_to_size(answers, 2 if accepted.want_parts else 1)
+        results, failures = self._desk.combine(accepted.segment, answers)
+        self._desk.answered(len(answers), failures, accepted.ticket)
+        if accepted.from_process:
+            wire.write_slice(frame, accepted.number, start, answers)
+        else:
+            wire.write_client_slice(
+                frame, accepted.number, start, answers, results, failures, accepted.want_parts
+            )
+
+    def _cut_to_size(self, answers: Answers, times: int) -> Answers:
+        # More than the other side receives would end its stream, with all that is in it.
+        size, most = _size(answers) * times, self._limits.max_message_bytes
+        if size <= most:
+            return answers
+        reason = f"the answer has {size:,} bytes, more than max_message_mib allows ({most:,})"
+        part = Part(self._desk.me, Code.RESOURCE_EXHAUSTED, reason, executed=Executed.YES)
+        return Answers(len(answers), (), answers.hops, part)
+
+    def _leave_window(self, taken: list[tuple[_Accepted, int, Answers]]) -> None:
+        ended = []
+        with self._changed:
+            for accepted, _, answers in taken:
+                self._rows -= len(answers)
+                self._bytes -= _size(answers)
+                accepted.left -= len(answers)
+                if not accepted.left:
+                    self._bytes -= accepted.size
+                    del self._accepted[accepted.number]
+                    ended.append(accepted)
+            self._changed.notify_all()
+        for accepted in ended:
+            if accepted.ticket is not None:
+                self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
+
+    def _wait_for_window(self) -> bool:
+        """Waits while too much is unanswered, until half is free; False when the call is over."""
+        limits = self._limits
+        with self._changed:
+            if self._rows >= limits.window_rows or self._bytes >= limits.window_bytes:
+                while not self._abandoned and (
+                    self._rows > limits.window_rows // 2 or self._bytes > limits.window_bytes // 2
+                ):
+                    self._changed.wait()
+            return not self._abandoned
+
+
+def _size(answers: Answers) -> int:
+    return sum(column.results.size for column in answers.parts) + 50 * len(answers.parts)
