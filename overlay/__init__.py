@@ -31,8 +31,12 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     # Lazily, so that `import overlay` needs neither grpc nor the generated stubs.
-    if name in {"connect", "Client", "Answer"}:
+    if name in {"connect", "Client", "Answer", "CallFailed"}:
         from overlay import client
 
         return getattr(client, name)
+    if name == "BadRequest":
+        from overlay import errors
+
+        return errors.BadRequest
     raise AttributeError(f"module 'overlay' has no attribute '{name}'")

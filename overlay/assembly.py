@@ -60,7 +60,8 @@ def failure(answer: Answer, retry_after_s: float) -> OverlayError | None:
             "no worker was asked", Code.UNAVAILABLE, Executed.NO, "unreachable", None
         )
     first, executed = parts[0], _executed(parts)
-    reasons = "; ".join(dict.fromkeys(_reason(part) for part in parts))
+    own_words = answer.refused is not None
+    reasons = "; ".join(dict.fromkeys(p.reason if own_words else _reason(p) for p in parts))
     cause = first.code.name.lower().replace("_", " ")
     again = retry_after_s if executed is Executed.NO and first.code in _WORTH_A_RETRY else None
     return PartsFailed(reasons, first.code, executed, cause, again)

@@ -121,6 +121,11 @@ class Batch:
             row,
         )
 
+    def too_late(self) -> Failure:
+        """What becomes of a result that came after the deadline: the handler may have given up."""
+        reason = f"the deadline passed while the handler '{self.desk.spec.name}' ran"
+        return Failure(Code.DEADLINE_EXCEEDED, reason, Executed.YES)
+
     def done(self, outcomes: list[tuple[int, bytes | Failure]], worked_s: float) -> None:
         """Takes what came of begun rows, in the order of their rows, `worked_s` together."""
         failed = sum(not isinstance(outcome, bytes) for _, outcome in outcomes)

@@ -247,7 +247,11 @@ def _cross_problems(raw: Mapping[str, Any], good: Mapping[str, ProcessEntry]) ->
 
 
 def _entry_problems(good: Mapping[str, ProcessEntry], known: list[str]) -> Iterator[str]:
+    by_lower: dict[str, str] = {}
     for key, entry in good.items():
+        other = by_lower.setdefault(key.lower(), key)
+        if other != key:
+            yield f"process {_short(key)}: only its case differs from {_short(other)}'s"
         if entry.id != key:
             yield f"process {_short(key)}: its id is '{entry.id}'; key and id must be equal"
         for n in entry.neighbors:

@@ -55,6 +55,7 @@ class Ticket:
         self.number = number
         self.unstarted = OpenRows(len(segment))  # guarded by the intake's lock
         self.patient_until = (now + segment.deadline) / 2
+        self.lane: Lane | None = None  # of a streamed segment
         self._sink = sink
         self._intake = intake
         self._lock = threading.Lock()
@@ -107,8 +108,9 @@ class Ticket:
         def sink(row: int, answers: Answers) -> None:
             with self._lock:
                 left = sum(rows for _, rows in still_in_service.take(row, len(answers)))
-            self._settle(first + row, answers)
             intake._release(self, left)
+            self._settle(first + row, answers)
+            intake.kick()
 
         rows = self.segment.slice(first, count)
         try:
@@ -244,15 +246,18 @@ class Intake:
         most_bytes: int,
         claim: Claim,
         start: Start,
+        on_started: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """on_started: called after starts, so that what they sent leaves together."""
         self.me = me
+        self.on_started = on_started
         self.slots = slots
         self.in_service = in_service
         self._room = WaitingRoom(slots, most_bytes)
         self._lock = self._room.mutex
         self._lanes: list[Lane] = []
-        self._lane_of: dict[Ticket, Lane] = {}
+        self._lanes_waiting = 0  # tickets in lanes
         self._turn = 0
         self._claim = claim
         self._start = start
@@ -309,15 +314,18 @@ class Intake:
         It starts with the next `kick`, so that the segments of a frame start together.
         """
         ticket = self._ticket(segment, sink)
+        ticket.lane = lane
         with self._lock:
             self._check_open()
             lane.tickets[ticket] = None
             lane.waiting += len(segment)
-            self._lane_of[ticket] = lane
+            self._lanes_waiting += 1
         return ticket
 
     def kick(self) -> None:
         """Starts whatever can start now. Called when a place may have become free."""
+        if not (self._room._count or self._lanes_waiting):
+            return
         # A start may answer at once and so kick again: that goes on in this loop, not deeper.
         if getattr(self._pumping, "on", False):
             self._pumping.again = True
@@ -327,6 +335,7 @@ class Intake:
             self._pump()
         finally:
             self._pumping.on = False
+            self.on_started()
 
     def close(self) -> int:
         """Refuses what waits and all that comes; what has started goes on. The number refused."""
@@ -402,6 +411,7 @@ class Intake:
             ticket.started = ticket.started or now
             if not ticket.unstarted.left:
                 del lane.tickets[ticket]
+                self._lanes_waiting -= 1
         return ticket, first, place
 
     def _claim_one_locked(self, ticket: Ticket, now: float) -> Place | None:
@@ -425,7 +435,7 @@ class Intake:
         """Takes out what has not started of these rows, so that it never will."""
         with self._lock:
             runs = ticket.unstarted.take(start, count)
-            lane = self._lane_of.get(ticket)
+            lane = ticket.lane
             if lane is not None:
                 lane.waiting -= sum(rows for _, rows in runs)
             if runs and not ticket.unstarted.left:
@@ -433,18 +443,16 @@ class Intake:
                     self._room.discard_locked(ticket)
                 else:
                     del lane.tickets[ticket]
+                    self._lanes_waiting -= 1
             return runs
 
     def _release(self, ticket: Ticket, count: int) -> None:
         with self._lock:
-            lane = self._lane_of.get(ticket)
+            lane = ticket.lane
             if lane is None:
                 self._active -= count
             else:
                 lane.active -= count
-                if not ticket.is_open and ticket not in lane.tickets:
-                    del self._lane_of[ticket]
-        self.kick()
 
 
 class _Expired:

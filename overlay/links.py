@@ -63,7 +63,10 @@ class Links:
     def __init__(self, neighbours: Iterable[Process], limits: Limits, digest: str) -> None:
         self.on_change: Callable[[], None] = lambda: None
         self._limits = limits
-        self._links = {n.id: _Link(n, limits, digest, self._changed) for n in neighbours}
+        self._to_flush: set[_Book] = set()
+        self._links = {
+            n.id: _Link(n, limits, digest, self._changed, self._to_flush) for n in neighbours
+        }
         self._up: frozenset[str] = frozenset()
         self._wake = threading.Event()
         self._closed = False
@@ -113,8 +116,18 @@ class Links:
         """Counts the rows as outstanding. Each reservation must be followed by a `send`."""
         self._links[neighbour].reserve(handler, count)
 
+    def flush(self) -> None:
+        """Lets what was sent since the last flush leave."""
+        while self._to_flush:
+            try:
+                self._to_flush.pop().pipe.kick()
+            except KeyError:  # another thread was faster
+                return
+
     def send(self, neighbour: str, segment: Segment, sink: Sink) -> End:
         """Asks the neighbour, which must have been reserved for it. Never blocks, never raises.
+
+        It leaves with the next `flush`, so that what starts together leaves together.
 
         The sink gets each row once, on any thread; a lost call is a refusal that says whether it
         proves that nothing ran.
@@ -142,8 +155,14 @@ class _Link:
     """One neighbour: its channel, its state, what it owes us."""
 
     def __init__(
-        self, neighbour: Process, limits: Limits, digest: str, changed: Callable[[], None]
+        self,
+        neighbour: Process,
+        limits: Limits,
+        digest: str,
+        changed: Callable[[], None],
+        to_flush: set[_Book],
     ) -> None:
+        self.to_flush = to_flush
         self.id = neighbour.id
         self.address = neighbour.address
         self.channel = grpc.insecure_channel(neighbour.address, wire.channel_options(limits))
@@ -213,11 +232,16 @@ class _Link:
             self._note_service_time(handler, answers)
         refused = answers.refused
         if refused and refused.code is Code.UNAVAILABLE and refused.executed is Executed.NO:
-            self._next_look = 0.0  # it answers, and refuses: draining, as the next look will tell
-            self._changed()
+            self.look_again()  # it answers, and refuses: draining, as the look will tell
 
     def lost(self, why: Part) -> None:
-        self._set_state("down", why.reason)
+        if self.state != "draining":  # then it has said that it goes
+            self._set_state("down", why.reason)
+
+    def look_again(self) -> None:
+        """Something may have changed: does not wait for the next look."""
+        self._next_look = 0.0
+        self._changed()
 
     def time_left_s(self, deadline: float) -> float:
         """What the neighbour gets of the time to the deadline."""
@@ -277,10 +301,10 @@ class _Link:
             self._same_config = same
         if differs:
             log.warning("%s reads another configuration than this process", self.id)
-        if metrics.is_healthy:
-            self._set_state("up", "")
-        else:
+        if not metrics.is_healthy:
             self._set_state("draining", "it is stopping")
+        elif all(book.is_live for book in self._books):
+            self._set_state("up", "")
 
     def _set_state(self, state: str, reason: str) -> None:
         with self._lock:
@@ -322,7 +346,8 @@ class _Book:
     """What goes through one pipe: segments to send, segments not yet answered, cancels."""
 
     def __init__(self, link: _Link, name: str, limits: Limits) -> None:
-        self.pipe = Pipe(link.channel, name, self._fill, self._receive, self._lost)
+        self.pipe = Pipe(link.channel, name, self._fill, self._receive, self._lost, self._begin)
+        self.is_live = False
         self._link = link
         self._frame_bytes = limits.frame_bytes
         self._lock = threading.Lock()
@@ -333,9 +358,14 @@ class _Book:
     def send(self, segment: Segment, sink: Sink) -> End:
         sent = _Sent(next(self._numbers) & 0xFFFFFFFF, segment, sink)
         with self._lock:
-            self._sent[sent.number] = sent
-            self._outbox.append(sent)
-        self.pipe.kick()
+            live = self.is_live
+            if live:
+                self._sent[sent.number] = sent
+                self._outbox.append(sent)
+        if live:
+            self._link.to_flush.add(self)
+        else:
+            self._answer_all(sent, Code.UNAVAILABLE, "the link is down", Executed.NO)
 
         def end(code: Code, start: int, count: int) -> None:
             with self._lock:
@@ -372,12 +402,16 @@ class _Book:
             if sent is not None:
                 self._answer(sent, made.start, wire.read_slice(made))
 
+    def _begin(self, metadata: Mapping[str, str]) -> None:
+        self.is_live = True
+        self._link.look_again()
+
     def _lost(self, why: Part) -> None:
         with self._lock:
+            self.is_live = False
             lost, self._sent = list(self._sent.values()), {}
             self._outbox.clear()
-        if lost:
-            self._link.lost(why)
+        self._link.lost(why)
         for sent in lost:
             executed = Executed.UNKNOWN if sent.handed else Executed.NO
             self._answer_all(sent, Code.UNAVAILABLE, why.reason, executed)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import grpc
 
@@ -36,11 +36,11 @@ class Pipe:
         fill: Callable[[pb2.Frame], bool],
         receive: Callable[[pb2.Frame], None],
         lost: Callable[[Part], None],
-        live: Callable[[], None] = lambda: None,
+        live: Callable[[Mapping[str, str]], None] = lambda metadata: None,
     ) -> None:
         """fill: puts what is to be sent into the frame; False when there is nothing.
 
-        live: the other side has accepted the call.
+        live: the other side has accepted the call, with this metadata.
         """
         self._stub = pb2_grpc.OverlayNodeStub(channel)
         self._fill = fill
@@ -93,8 +93,8 @@ class Pipe:
                 self._call = call
                 if self._ended:
                     call.cancel()
-            call.initial_metadata()  # waits until the other side has accepted
-            self._live()
+            metadata = dict(call.initial_metadata())  # waits until the other side has accepted
+            self._live(metadata)
             for frame in call:
                 self._receive(frame)
         except grpc.RpcError as e:

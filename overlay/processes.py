@@ -78,10 +78,12 @@ class ProcessRunner:
             future.cancel()
 
     def _ended(self, batch: Batch, row: int, began: float, future: Any) -> None:
-        outcome = self._outcome(future)
+        outcome, now = self._outcome(future), time.monotonic()
         with self._lock:
             del self._running[batch, row]
-        batch.done([(row, outcome)], time.monotonic() - began)
+        if now >= batch.segment.deadline:
+            outcome = batch.too_late()
+        batch.done([(row, outcome)], now - began)
 
     def _outcome(self, future: Any) -> bytes | Failure:
         name = self._spec.name

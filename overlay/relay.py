@@ -46,6 +46,7 @@ class Network(Protocol):
     def slots(self, neighbour: str, worker: str, handler: str) -> int: ...
     def reserve(self, neighbour: str, handler: str, count: int) -> None: ...
     def send(self, neighbour: str, segment: Segment, sink: Sink) -> End: ...
+    def flush(self) -> None: ...
 
 
 class Works(Protocol):
@@ -323,6 +324,7 @@ class _Hand:
             relay._network.reserve(plan.branches[0].neighbour, handler, 1)
         branch = (claimed.plan if claimed else plan).branches[0]
         self._send(branch, row, segment.again(), tried)
+        relay._network.flush()
         return True
 
     def _answer(self, start: int, answers: Answers) -> None:

@@ -69,6 +69,7 @@ class Service:
             most_bytes=self.limits.max_waiting_bytes,
             claim=relay.claim,
             start=relay.start,
+            on_started=self.links.flush,
         )
         self._deadlines = Deadlines(_expire)
         self._stream_desk = StreamDesk(

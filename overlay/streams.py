@@ -100,6 +100,7 @@ class _Stream:
         self._bytes = 0
         self._checked: set[Route] = set()
         self._no_more = False
+        self._reader_waits = False
         self._abandoned = False
         self.broken: OverlayError | None = None
 
@@ -171,12 +172,16 @@ class _Stream:
 
     def _accept(self, made: pb2.Segment, now: float) -> None:
         desk = self._desk
-        # A segment that cannot be read has no rows to answer for: that ends the stream.
-        segment = wire.read_segment(made, now, self._limits)
+        wrong: OverlayError | None = None
+        try:
+            segment = wire.read_segment(made, now, self._limits)
+        except BadRequest as e:
+            unread = wire.unread_segment(made, now, self._limits)
+            if unread is None:
+                raise  # no rows to answer for: that ends the stream
+            segment, wrong = unread, e
         if made.number in self._accepted:
-            raise BadRequest(
-                f"number: {made.number} is taken by a segment that is not answered yet"
-            )
+            raise BadRequest(f"number: {made.number} is taken by a segment not answered yet")
         accepted = _Accepted(made.number, segment, made.want_parts)
         with self._changed:
             self._accepted[made.number] = accepted
@@ -185,6 +190,8 @@ class _Stream:
         desk.received(len(segment))
         sink = partial(self._answer, accepted)
         try:
+            if wrong is not None:
+                raise wrong
             self._check(segment.route)
             ticket = desk.intake.admit_to(self._lane, segment, sink)
         except OverlayError as e:
@@ -257,7 +264,8 @@ class _Stream:
                     self._bytes -= accepted.size
                     del self._accepted[accepted.number]
                     ended.append(accepted)
-            self._changed.notify_all()
+            if self._reader_waits:
+                self._changed.notify_all()
         for accepted in ended:
             if accepted.ticket is not None:
                 self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
@@ -267,10 +275,12 @@ class _Stream:
         limits = self._limits
         with self._changed:
             if self._rows >= limits.window_rows or self._bytes >= limits.window_bytes:
+                self._reader_waits = True
                 while not self._abandoned and (
                     self._rows > limits.window_rows // 2 or self._bytes > limits.window_bytes // 2
                 ):
                     self._changed.wait()
+                self._reader_waits = False
             return not self._abandoned
 
 

@@ -104,12 +104,13 @@ class ThreadRunner:
 
     def _work_on(self, batch: Batch) -> None:
         outcomes: list[tuple[int, bytes | Failure]] = []
-        call, now = self._call, time.monotonic
+        call, now, deadline = self._call, time.monotonic, batch.segment.deadline
         began = flushed = self._progress = now()
         while (row := batch.begin_next()) is not None:
             payload = batch.segment.payloads.items[row]
-            outcomes.append((row, _called(self._name, call, payload, batch.context(row))))
+            outcome = _called(self._name, call, payload, batch.context(row))
             ended = self._progress = now()
+            outcomes.append((row, outcome if ended < deadline else batch.too_late()))
             if ended - flushed > FLUSH_S:
                 batch.done(outcomes, ended - began)
                 outcomes = []

@@ -181,6 +181,7 @@ class Failure:
     code: Code
     reason: str
     executed: Executed = Executed.UNKNOWN
+    retry_after_s: float | None = None  # of a refusal, when it says so
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ __all__ = ["pb2", "pb2_grpc"]
 
 EXECUTED_KEY = "overlay-executed"
 COVERAGE_KEY = "overlay-coverage"
-REQUEST_ID_KEY = "overlay-request-id"
+MOST_BYTES_KEY = "overlay-max-message-bytes"
 _STATUS_KEY = "grpc-status-details-bin"
 LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
 
@@ -153,6 +153,13 @@ def read_segment(segment: pb2.Segment, now: float, limits: Limits) -> Segment:
     )
 
 
+def unread_segment(segment: pb2.Segment, now: float, limits: Limits) -> Segment | None:
+    """Stands for a segment that could not be read, to refuse its rows; None when it has none."""
+    if not 0 < segment.count <= limits.segment_rows:
+        return None
+    return Segment(Route(), Column((b"",) * segment.count), now, 0)
+
+
 def write_segment(
     frame: pb2.Frame, number: int, segment: Segment, left_s: float, want_parts: bool = False
 ) -> None:
@@ -182,6 +189,13 @@ def read_slice(made: pb2.Slice) -> Answers:
         part = Part("", read_code(first.code), first.reason, executed=read_executed(first))
         return Answers(count, (), tuple(made.hops), part)
     return Answers(count, tuple(_read_part(p, count) for p in made.parts), tuple(made.hops))
+
+
+def read_client_slice(made: pb2.Slice) -> Answers:
+    """The parts as a client gets them: without results, unless it wanted the parts."""
+    count = made.count
+    parts = tuple(_read_part(part, count, with_results=False) for part in made.parts)
+    return Answers(count, parts, tuple(made.hops))
 
 
 def write_slice(frame: pb2.Frame, number: int, start: int, answers: Answers) -> None:
@@ -252,11 +266,11 @@ def _read_unary_part(part: pb2.Part) -> Part:
     )
 
 
-def _read_part(part: pb2.PartSlice, count: int) -> PartColumn:
+def _read_part(part: pb2.PartSlice, count: int, with_results: bool = True) -> PartColumn:
     failures: dict[int, Failure] = {}
     failed: Failure | None = None
     for detail in part.failures:
-        failure = Failure(read_code(detail.code), detail.reason, read_executed(detail))
+        failure = read_failure(detail)
         if detail.count == 0:
             failed = failure
         else:
@@ -264,9 +278,11 @@ def _read_part(part: pb2.PartSlice, count: int) -> PartColumn:
             failures.update(dict.fromkeys(rows, failure))
     if failed is not None:
         return PartColumn.missing(part.process_id, count, failed)
-    if len(part.results.items) != count:
-        raise ValueError(f"{part.process_id}: {len(part.results.items)} results for {count} rows")
-    results = _read_column(part.results, count)
+    found = len(part.results.items)
+    if found != count and with_results:
+        raise ValueError(f"{part.process_id}: {found} results for {count} rows")
+    wired = found == count
+    results = _read_column(part.results, count) if wired else Column((b"",) * count)
     times = part.waited_us, part.worked_us
     return PartColumn(part.process_id, results, tuple(part.hops), failures, None, *times)
 
@@ -295,6 +311,12 @@ def _write_detail(details: Any, start: int, count: int, failure: Failure) -> Any
         reason=failure.reason[:LONGEST_REASON],
         executed=_EXECUTED[failure.executed],
     )
+
+
+def read_failure(detail: pb2.Detail) -> Failure:
+    retry_after_s = detail.retry_after_ms / 1000 if detail.retry_after_ms else None
+    code, executed = read_code(detail.code), read_executed(detail)
+    return Failure(code, detail.reason, executed, retry_after_s)
 
 
 def read_executed(detail: pb2.Detail | pb2.Part) -> Executed:
@@ -354,7 +376,8 @@ def trailers(error: OverlayError) -> list[tuple[str, str | bytes]]:
 def read_error(error: grpc.RpcError) -> Part:
     """What a failed call says, as a refusal. Only the trailer proves that nothing ran."""
     metadata = dict(error.trailing_metadata() or ())
-    executed = Executed.NO if metadata.get(EXECUTED_KEY) == "no" else Executed.UNKNOWN
+    said = {"no": Executed.NO, "yes": Executed.YES}
+    executed = said.get(metadata.get(EXECUTED_KEY, ""), Executed.UNKNOWN)
     return Part("", Code(error.code().value[0]), plain_reason(error), executed=executed)
 
 

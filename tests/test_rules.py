@@ -44,7 +44,6 @@ def patient(payload, context):
     while not context.cancelled:
         time.sleep(0.01)
     _note(b"cancelled", context)
-    time.sleep(0.5)
     return b"too late"
 
 def broken(payload, context):

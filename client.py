@@ -1,0 +1,865 @@
+"""Asks an overlay from the command line: `python client.py --help` says how.
+
+A verb is a row in VERBS (asks one process) or in OVERALL (asks every process of a configuration):
+its arguments, and a function from them to an exit code. Reports go to stdout, complaints to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import difflib
+import errno
+import json
+import math
+import os
+import re
+import sys
+import threading
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from overlay.errors import ConfigError
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
+
+try:
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    from overlay import client as library
+    from overlay.configuration import load
+    from overlay.topology import ROLES, Process, Topology, join_address
+    from overlay.values import Code, Executed, Part
+except ModuleNotFoundError as e:
+    sys.stderr.write(
+        f"{Path(sys.argv[0]).name}: the package '{e.name}' is not installed for this Python; "
+        "use the Python in .venv, or run: python -m pip install -r requirements.txt\n"
+    )
+    raise SystemExit(2) from None
+except ConfigError as e:
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {e}\n")
+    raise SystemExit(2) from None
+except KeyboardInterrupt:  # half of a short run is importing
+    raise SystemExit(130) from None
+
+EXITS = """\
+exit codes:
+  0    answered, for --mode all by every worker asked; check: all is well
+  1    answered with an error (the handler raised, no such team); check: something is not well
+  2    wrong arguments, or a file that cannot be used
+  3    refused truthfully: no handler saw the request, try again later
+  4    nobody to ask: nothing serves at the address, or no worker can be reached
+  5    the deadline passed first; work may have begun
+  6    incomplete: answered, but not by every worker asked
+  130  interrupted
+
+The report is the same on a terminal and in a pipe. --out keeps the result's own bytes, --json tells
+everything. A character that the output's code page lacks is written as \\uXXXX."""
+
+PIPE_WIDTH = 2000  # columns; in a pipe nothing is cut or folded
+CHECK_DEADLINE_S = 3.0
+
+
+class Exit(IntEnum):
+    """What a script learns. EXITS describes each."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    REFUSED = 3
+    UNREACHABLE = 4
+    LATE = 5
+    INCOMPLETE = 6
+    INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Verb:
+    """help: one line. arguments: adds its own to a parser. run: does it and gives the exit code."""
+
+    help: str
+    arguments: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main() -> int:
+    parser, verb, words = choose(sys.argv[1:])
+    return verb.run(parser.parse_args(words))
+
+
+def guarded(run: Callable[[], int], name: str) -> NoReturn:
+    """Ends the program with run()'s code; Ctrl-C and a reader that left leave no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    with redirect_stdout(Output(sys.stdout)):
+        try:
+            code = run()
+        except KeyboardInterrupt:
+            code = Exit.INTERRUPTED
+            complain("interrupted", name)
+        sys.stdout.flush()
+    sys.exit(code)
+
+
+class Output:
+    """Standard output, whose reader may leave as `| head -1` does.
+
+    Then the rest goes nowhere, and the exit code stays true.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with self.leaving():
+            self._stream.write(text)
+
+    def write_bytes(self, data: bytes) -> None:
+        with self.leaving():
+            self._stream.buffer.write(data)
+
+    def flush(self) -> None:
+        with self.leaving():
+            self._stream.flush()
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EINVAL):  # the second is Windows' word for it
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+# Which verb, and what belongs to it
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence; the program ends with exit code 2."""
+
+    def __init__(self, prog: str, description: str, epilog: str = "") -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog or EXITS,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        name = self.prog.split()[0]
+        sentence = re.sub(r"^argument (\S+): ", r"\1: ", message)
+        self.exit(Exit.USAGE, f"{name}: {sentence}; {name} --help tells more\n")
+
+
+def choose(words: list[str]) -> tuple[Parser, Verb, list[str]]:
+    """The verb that the words name, its parser, and the words left for it."""
+    if words and words[0] in OVERALL:
+        verb = OVERALL[words[0]]
+        parser = Parser(f"client.py {words[0]}", verb.help)
+        verb.arguments(parser)
+        return parser, verb, words[1:]
+    name, rest = "ask", words
+    if len(words) > 2 and not any(word.startswith("-") for word in words[:3]):
+        name, rest = words[2], [*words[:2], *words[3:]]
+    if complaint := _misread(words, name):
+        Parser("client.py", overview()).error(complaint)
+    verb = VERBS[name]
+    if rest is words:
+        parser = Parser("client.py", overview())
+    else:
+        parser = Parser("client.py", verb.help)
+        parser.usage = f"client.py HOST PORT {name} [options]"
+    parser.add_argument("host", metavar="HOST", type=host, help="name or address of a process")
+    parser.add_argument("port", metavar="PORT", type=port, help="its port")
+    verb.arguments(parser)
+    return parser, verb, rest
+
+
+def overview() -> str:
+    """The forms that a command can have, one line for each verb."""
+    forms = [("HOST PORT [options]", VERBS["ask"].help)]
+    forms += [(f"HOST PORT {name}", verb.help) for name, verb in VERBS.items() if name != "ask"]
+    forms += [(f"{name} CONFIG", verb.help) for name, verb in OVERALL.items()]
+    lines = [f"  client.py {form:<22} {help_line}" for form, help_line in forms]
+    return "\n".join(["Asks an overlay. A verb tells its own options with --help.", "", *lines])
+
+
+def _misread(words: list[str], name: str) -> str:
+    """What a slip of the usual kinds meant; empty when the words look right."""
+    if name not in VERBS:
+        return f"there is no verb '{name}'{_suggestion(name, VERBS)}"
+    if not words or words[0].startswith("-"):
+        return ""
+    near, colon, number = words[0].rpartition(":")
+    if len(words) == 1 and colon and number.isdigit():
+        return f"write HOST and PORT as two words: client.py {near} {number}"
+    if len(words) == 1 and words[0].endswith(".json"):
+        return f"a verb is missing before the file: client.py check {words[0]}"
+    is_verb = difflib.get_close_matches(words[0], OVERALL, n=1)
+    if is_verb and not (len(words) > 1 and words[1].isdigit()):
+        return f"there is no verb '{words[0]}'{_suggestion(words[0], OVERALL)}"
+    return f"PORT is missing after '{words[0]}'" if len(words) == 1 else ""
+
+
+def _suggestion(word: str, known: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; '{near[0]}' is one" if near else f"; there are {', '.join(known)}"
+
+
+def host(text: str) -> str:
+    if not text.isprintable() or not text or "/" in text or " " in text:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a name or an address of a machine")
+    return text
+
+
+def port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port, a number from 1 to 65535")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    with suppress(ValueError):
+        number = float(text)
+        if 0 < number <= 86_400 and math.isfinite(number):
+            return number
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0, at most 86400")
+
+
+def name(text: str) -> str:
+    if not text.isprintable():  # what a command line holds that is not text is not, either
+        raise argparse.ArgumentTypeError(f"'{clean(text)}' is not a name")
+    return text
+
+
+def payload(text: str) -> bytes:
+    """TEXT, @FILE or - for standard input."""
+    if text == "-":
+        return sys.stdin.buffer.read()
+    if not text.startswith("@"):
+        return text.encode("utf-8", "surrogateescape")
+    try:
+        return Path(text[1:]).read_bytes()
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise argparse.ArgumentTypeError(f"cannot read '{text[1:]}': {reason}") from None
+
+
+def out_file(text: str) -> str:
+    path = Path(text)
+    if text != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a file in a folder that exists")
+    return text
+
+
+# One request
+
+
+def ask_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--mode",
+        type=str.lower,
+        choices=("all", "any"),
+        default="all",
+        help="all: every worker answers (default); any: one does, the least loaded",
+    )
+    add("--team", type=name, default="", metavar="NAME", help="only the workers of this team")
+    add("--handler", type=name, default="", metavar="NAME", help="a handler of the configuration")
+    add(
+        "--payload",
+        type=payload,
+        default=b"hello",
+        metavar="TEXT|@FILE|-",
+        help="what to send: a text, a file's bytes, or standard input (default: hello)",
+    )
+    add(
+        "--deadline",
+        type=seconds,
+        default=library.DEFAULT_TIMEOUT_S,
+        metavar="SECONDS",
+        help="an answer later than this is of no use (default: %(default)g)",
+    )
+    add("--parts", action="store_true", help="show each worker's own result and times")
+    add(
+        "--out",
+        type=out_file,
+        metavar="FILE",
+        help="write the result's own bytes there; - for standard output, the report to stderr then",
+    )
+    add("--json", action="store_true", help="the report as one JSON object")
+
+
+def ask(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    address = join_address(args.host, args.port)
+    try:
+        answer = connected(args).forward(
+            args.payload,
+            mode=args.mode,
+            team=args.team,
+            handler=args.handler,
+            timeout=args.deadline,
+            want_parts=args.parts,
+        )
+    except library.CallFailed as e:
+        return failed(e, address, args.json)
+    took_ms = (time.monotonic() - started) * 1000
+    code = Exit.INCOMPLETE if answer.missing else Exit.OK
+    report = Screen(sys.stderr if args.out == "-" else sys.stdout)
+    if args.out and not _kept(answer.result, args.out):
+        return Exit.FAILED
+    if args.json:
+        report.json(answer_as_json(answer, address, took_ms, code, args.parts))
+    else:
+        show_answer(report, answer, took_ms, args)
+    return code
+
+
+def show_answer(
+    report: Screen, answer: library.Answer, took_ms: float, args: argparse.Namespace
+) -> None:
+    answered, asked = answer.coverage
+    kept = f"{_bytes(answer.result)} -> {args.out}"
+    report.facts(
+        ("result", kept if args.out else shown(answer.result)),
+        ("answers", f"{answered} of {counted(asked, 'worker')} answered"),
+        ("missing", "\n".join(f"{p.process_id}: {_reason(p)}" for p in answer.missing)),
+        ("path", " ".join(answer.hops)),
+        ("time", f"{took_ms:.1f} ms"),
+        ("request", f"{answer.request_id:016x}"),
+    )
+    if args.parts:
+        report.table("parts", PART_COLUMNS, [_part_row(part) for part in answer.parts])
+
+
+PART_COLUMNS = ("worker", "status", "waited ms", "worked ms", "path", "result")
+
+
+def _part_row(part: Part) -> tuple[str, ...]:
+    return (
+        part.process_id,
+        part.code.name,
+        f"{part.waited_us / 1000:.1f}",
+        f"{part.worked_us / 1000:.1f}",
+        " ".join(part.hops),
+        shown(part.result) if part.ok else _reason(part),
+    )
+
+
+def answer_as_json(
+    answer: library.Answer, address: str, took_ms: float, code: int, with_results: bool
+) -> dict[str, Any]:
+    answered, asked = answer.coverage
+    return {
+        "ok": True,
+        "exit_code": int(code),
+        "address": address,
+        **_result_as_json(answer.result),
+        "coverage": {"answered": answered, "asked": asked},
+        "missing": [part.process_id for part in answer.missing],
+        "parts": [_part_as_json(part, with_results) for part in answer.parts],
+        "hops": list(answer.hops),
+        "request_id": f"{answer.request_id:016x}",
+        "took_ms": round(took_ms, 3),
+    }
+
+
+def _part_as_json(part: Part, with_result: bool) -> dict[str, Any]:
+    return {
+        "process_id": part.process_id,
+        "code": part.code.name,
+        "reason": part.reason,
+        "executed": part.executed.name,
+        "hops": list(part.hops),
+        "waited_ms": part.waited_us / 1000,
+        "worked_ms": part.worked_us / 1000,
+        **(_result_as_json(part.result) if with_result and part.ok else {}),
+    }
+
+
+def _result_as_json(result: bytes) -> dict[str, str | None]:
+    """Text as text; other bytes as null, with result_base64 beside it."""
+    try:
+        return {"result": result.decode()}
+    except UnicodeDecodeError:
+        return {"result": None, "result_base64": base64.b64encode(result).decode()}
+
+
+def _kept(result: bytes, out: str) -> bool:
+    """Writes the result's own bytes."""
+    try:
+        if out == "-":
+            sys.stdout.write_bytes(result)
+        else:
+            Path(out).write_bytes(result)
+    except OSError as e:
+        complain(f"cannot write the result to '{out}': {e.strerror or e}")
+        return False
+    return True
+
+
+# One process
+
+
+def check_arguments(parser: Parser) -> None:
+    _deadline_argument(parser)
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+
+
+def check(args: argparse.Namespace) -> int:
+    address = join_address(args.host, args.port)
+    try:
+        found = connected(args).metrics(timeout=args.deadline)
+    except library.CallFailed as e:
+        return failed(e, address, args.json)
+    is_well = (
+        found.is_healthy
+        and all(n.state == "up" for n in found.neighbours)
+        and not unreached_workers(found)
+    )
+    code = Exit.OK if is_well else Exit.FAILED
+    report = Screen(sys.stdout)
+    if args.json:
+        report.json({"ok": is_well, "exit_code": int(code), "address": address, **as_plain(found)})
+    else:
+        show_metrics(report, found, address)
+    return code
+
+
+def show_metrics(report: Screen, m: Any, address: str) -> None:
+    refusals = ", ".join(f"{n} {reason}" for reason, n in sorted(m.refused_by_reason.items()))
+    workers, unreached = expected_workers(m), unreached_workers(m)
+    report.facts(
+        ("process", f"{m.process_id}, {m.role} of team {m.team}, at {address}"),
+        ("state", f"{'serves' if m.is_healthy else 'stops'}, up for {_span(m.uptime_s)}"),
+        ("queue", f"{m.queue_size} of {m.queue_slots} waiting"),
+        ("service", f"{m.active_requests} of {m.max_capacity} in service"),
+        ("slots", f"{counted(m.slots, 'handler')} can run at once here or below"),
+        ("workers", f"{len(workers) - len(unreached)} of {len(workers)} known to be ready"),
+        ("missing", ", ".join(unreached)),
+        (
+            "requests",
+            f"{m.received} received: {m.completed} completed, {m.failed} failed, "
+            f"{m.refused} refused, {m.cancelled} cancelled",
+        ),
+        ("refused", refusals),
+        ("waiting", _spread(m.waiting_ms)),
+        ("serving", _spread(m.service_ms)),
+        ("program", f"overlay {m.version}, Python {m.python}, {m.platform}, pid {m.pid}"),
+        ("config", m.config_digest),
+        ("log", f"{m.log_lines_dropped} lines dropped" if m.log_lines_dropped else ""),
+    )
+    report.table(
+        "neighbours asked by this process", NEIGHBOUR_COLUMNS, map(_neighbour, m.neighbours)
+    )
+    report.table("handlers", HANDLER_COLUMNS, map(_handler, m.handlers))
+    report.table("processes of the configuration", PROCESS_COLUMNS, map(_process, m.topology))
+
+
+NEIGHBOUR_COLUMNS = (
+    "id", "address", "state", "since", "outstanding", "slots", "asked", "failed", "version",
+    "same config", "reason",
+)  # fmt: skip
+HANDLER_COLUMNS = (
+    "name", "run", "active", "slots", "completed", "failed", "p50 ms", "p99 ms",
+)  # fmt: skip
+PROCESS_COLUMNS = ("id", "role", "team", "address", "handler", "slots", "neighbors")
+
+
+def _neighbour(n: Any) -> tuple[str, ...]:
+    return (
+        n.process_id, n.address, n.state, _span(n.since_s), str(n.outstanding), str(n.slots),
+        str(n.asked), str(n.failed), n.version, "yes" if n.same_config else "no", n.reason,
+    )  # fmt: skip
+
+
+def _handler(h: Any) -> tuple[str, ...]:
+    return (
+        h.name, h.run, str(h.active), str(h.slots), str(h.completed), str(h.failed),
+        f"{h.worked_ms.p50:.1f}", f"{h.worked_ms.p99:.1f}",
+    )  # fmt: skip
+
+
+def _process(p: Any) -> tuple[str, ...]:
+    slots = str(max(p.slots.values())) if p.slots else ""
+    return p.id, p.role, p.team, p.address, p.handler, slots, " ".join(p.neighbors)
+
+
+def expected_workers(m: Any) -> tuple[str, ...]:
+    """Whom a request to all means: the leader every worker, a team leader those among its
+    neighbours, a worker itself; in the order of the configuration."""
+    role = {p.id: ROLES[p.role] for p in m.topology}
+    workers = tuple(p.id for p in m.topology if role[p.id].works)
+    if m.process_id in workers:
+        return (m.process_id,)
+    neighbors = {n for p in m.topology if p.id == m.process_id for n in p.neighbors}
+    below = {n for n in neighbors if role[n].rank < role[m.process_id].rank}
+    if any(not role[n].works for n in below):
+        return workers
+    return tuple(worker for worker in workers if worker in below)
+
+
+def unreached_workers(m: Any) -> tuple[str, ...]:
+    """The expected workers of which this process has not heard."""
+    silent = {p.id for p in m.topology if not p.slots}
+    return tuple(worker for worker in expected_workers(m) if worker in silent)
+
+
+def as_plain(value: Any) -> Any:
+    """A message as JSON has it, numbers as numbers, every field present."""
+    if hasattr(value, "DESCRIPTOR"):
+        return {
+            field.name: as_plain(getattr(value, field.name)) for field in value.DESCRIPTOR.fields
+        }
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, (str, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {key: as_plain(value[key]) for key in sorted(value)}
+    return [as_plain(item) for item in value]
+
+
+# The whole overlay
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one process of the configuration says; metrics is None when it says nothing."""
+
+    process: Process
+    state: str = "no answer"
+    reason: str = "it gave no answer in time"
+    metrics: Any = None
+    same_config: bool = False
+
+    @property
+    def is_well(self) -> bool:
+        return self.state == "serves" and self.same_config
+
+
+def check_all_arguments(parser: Parser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="the configuration file")
+    check_arguments(parser)
+
+
+def check_all(args: argparse.Namespace) -> int:
+    try:
+        topology = load(args.config)
+    except ConfigError as e:
+        for problem in e.problems:
+            complain(problem)
+        return Exit.USAGE
+    looks = look_at(topology, args.deadline)
+    code = Exit.OK if all(look.is_well for look in looks) else Exit.FAILED
+    if all(look.metrics is None for look in looks):
+        code = Exit.UNREACHABLE
+    report = Screen(sys.stdout)
+    if args.json:
+        report.json(_overall_as_json(topology, looks, code))
+    else:
+        show_overall(report, topology, looks, args.config)
+    return code
+
+
+def look_at(topology: Topology, deadline_s: float) -> list[Look]:
+    """Asks every process at the same time; nobody is waited for beyond the deadline."""
+    found: dict[str, Look] = {}
+
+    def look(process: Process) -> None:
+        found[process.id] = _look(process, topology, deadline_s)
+
+    processes = topology.processes.values()
+    threads = [threading.Thread(target=look, args=(p,), daemon=True) for p in processes]
+    for thread in threads:
+        thread.start()
+    join_all(threads, deadline_s + 0.5)
+    return [found.get(process.id, Look(process)) for process in processes]
+
+
+def _look(process: Process, topology: Topology, deadline_s: float) -> Look:
+    try:
+        found = library.connect(process.address).metrics(timeout=deadline_s)
+    except (library.CallFailed, ValueError) as e:
+        return Look(process, reason=str(e))
+    same_config = found.config_digest == topology.digest
+    state, reason = _judged(found, process, same_config)
+    return Look(process, state, reason, found, same_config)
+
+
+def _judged(found: Any, process: Process, same_config: bool) -> tuple[str, str]:
+    if found.process_id != process.id:
+        return "other", f"process {found.process_id} answers at {process.address}"
+    if not found.is_healthy:
+        return "stops", "it is being stopped and takes no new requests"
+    return "serves", "" if same_config else "it was started with another configuration file"
+
+
+OVERALL_COLUMNS = (
+    "id", "role", "team", "address", "state", "queue", "service", "completed", "failed", "refused",
+    "p50 ms", "p99 ms", "version", "same config",
+)  # fmt: skip
+
+
+def show_overall(report: Screen, topology: Topology, looks: Sequence[Look], config: str) -> None:
+    report.table("", OVERALL_COLUMNS, map(_overall_row, looks))
+    well = sum(look.is_well for look in looks)
+    report.line(f"{well} of {counted(len(looks), 'process')} well")
+    for look in looks:
+        if not look.is_well:
+            report.line(f"{look.process.id}: {look.reason}{_advice(look, topology, config)}")
+
+
+def _advice(look: Look, topology: Topology, config: str) -> str:
+    if look.metrics is not None:
+        return ""
+    me = look.process
+    log = topology.folder / me.log_dir / f"process_{me.id.lower()}.log"
+    return f"; start it on {me.host}: python node.py {config} {me.id}; its log there: {log}"
+
+
+def _overall_row(look: Look) -> tuple[str, ...]:
+    me, m = look.process, look.metrics
+    place = (me.id, me.role, me.team, me.address, look.state)
+    if m is None:
+        return (*place, *("-" for _ in OVERALL_COLUMNS[5:]))
+    return (
+        *place, f"{m.queue_size}/{m.queue_slots}", f"{m.active_requests}/{m.max_capacity}",
+        str(m.completed), str(m.failed), str(m.refused),
+        f"{m.service_ms.p50:.1f}", f"{m.service_ms.p99:.1f}", m.version,
+        "yes" if look.same_config else "no",
+    )  # fmt: skip
+
+
+def _overall_as_json(topology: Topology, looks: Sequence[Look], code: int) -> dict[str, Any]:
+    return {
+        "ok": code == Exit.OK,
+        "exit_code": int(code),
+        "config_digest": topology.digest,
+        "processes": [
+            {
+                "id": look.process.id,
+                "role": look.process.role,
+                "team": look.process.team,
+                "address": look.process.address,
+                "state": look.state,
+                "reason": look.reason,
+                "same_config": look.same_config,
+                "metrics": None if look.metrics is None else as_plain(look.metrics),
+            }
+            for look in looks
+        ],
+    }
+
+
+VERBS = {
+    "ask": Verb("Sends one request", ask_arguments, ask),
+    "check": Verb("What this process says of itself and its neighbours", check_arguments, check),
+}
+OVERALL = {
+    "check": Verb(
+        "Every process of a configuration file, in one table", check_all_arguments, check_all
+    ),
+}
+
+
+# What all verbs share
+
+
+def connected(args: argparse.Namespace) -> library.Client:
+    """A client for HOST PORT; raises CallFailed when the two make no address.
+
+    Never closed: gRPC takes 0.2 s for that, and the program ends after its one call.
+    """
+    try:
+        return library.connect(join_address(args.host, args.port))
+    except ValueError as e:
+        raise library.InvalidCall(str(e), code=Code.INVALID_ARGUMENT) from None
+
+
+def failed(error: library.CallFailed, address: str, as_json: bool) -> int:
+    """Says what went wrong, and gives the exit code for it."""
+    code = exit_of(error)
+    if as_json:
+        said = {
+            "code": error.code.name,
+            "message": str(error),
+            "executed": error.executed.name,
+            "retry_after_s": error.retry_after_s,
+        }
+        Screen(sys.stdout).json(
+            {"ok": False, "exit_code": int(code), "address": address, "error": said}
+        )
+    complain(f"{clean(str(error))}{_proof(error)}")
+    return code
+
+
+def exit_of(error: library.CallFailed) -> Exit:
+    for kind, code in _EXITS:
+        if isinstance(error, kind):
+            return code
+    return Exit.FAILED
+
+
+_EXITS: tuple[tuple[type[library.CallFailed], Exit], ...] = (
+    (library.Refused, Exit.REFUSED),
+    (library.Unavailable, Exit.UNREACHABLE),
+    (library.DeadlinePassed, Exit.LATE),
+    (library.CallCancelled, Exit.INTERRUPTED),
+)
+
+
+def _proof(error: library.CallFailed) -> str:
+    """Whether a handler saw the request, where that is a question, and when to try again."""
+    if isinstance(error, library.NotReached) or not isinstance(error, _IN_DOUBT):
+        return ""
+    if error.executed is Executed.NO:
+        after_s = error.retry_after_s
+        again = "" if after_s is None else f", try again in {max(0.1, after_s):.1f} s"
+        return f"; no handler saw the request{again}"
+    return "; a handler may have seen the request"
+
+
+_IN_DOUBT = (library.Refused, library.Unavailable, library.DeadlinePassed)
+
+
+def complain(sentence: str, name: str = "client.py") -> None:
+    with suppress(OSError):
+        sys.stderr.write(f"{name}: {sentence}\n")
+
+
+def join_all(threads: Sequence[threading.Thread], within_s: float) -> None:
+    """Waits for their ends. In slices: before Python 3.14, Windows hears no Ctrl-C in a join."""
+    until = time.monotonic() + within_s
+    for thread in threads:
+        while thread.is_alive() and (left_s := until - time.monotonic()) > 0:
+            thread.join(min(0.2, left_s))
+
+
+class Screen(Console):
+    """Where a report goes. In a pipe nothing is cut; on a narrow terminal tables become lists."""
+
+    def __init__(self, stream: Any) -> None:
+        width = None if stream.isatty() else PIPE_WIDTH
+        super().__init__(
+            file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True
+        )
+
+    def line(self, text: str) -> None:
+        self.print(Text(clean(text)))
+
+    def facts(self, *rows: tuple[str, str]) -> None:
+        """One fact a line, its label first; a fact without a value is left out."""
+        wide = max(len(label) for label, _ in rows) + 2
+        for label, value in rows:
+            if value:
+                text = clean(value).replace("\n", "\n" + " " * wide)
+                self.print(Text.assemble((label.ljust(wide), "bold"), text))
+
+    def table(self, title: str, columns: Sequence[str], rows: Any) -> None:
+        """A table; where it does not fit, each row as a paragraph. Nothing for no rows."""
+        rows = [[clean(cell) for cell in row] for row in rows]
+        if not rows:
+            return
+        if title:
+            self.print(Text(f"\n{title}", style="bold"))
+        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        natural = Measurement.get(self, self.options.update(max_width=PIPE_WIDTH), table)
+        if natural.maximum <= self.width:
+            self.print(table)
+            return
+        for row in rows:
+            self.facts(*zip(columns, row, strict=True))
+            self.print()
+
+    def json(self, value: Any) -> None:
+        self.out(json.dumps(value, indent=2), highlight=False)
+
+
+def shown(result: bytes) -> str:
+    """The result as a person reads it; of binary data only the size."""
+    if not result:
+        return "(empty)"
+    try:
+        text = result.decode()
+    except UnicodeDecodeError:
+        return f"{_bytes(result)}, not text; --out FILE keeps them"
+    if "\0" in text:
+        return f"{_bytes(result)}, not text; --out FILE keeps them"
+    return text
+
+
+def clean(text: str) -> str:
+    """Without control characters, which a terminal would obey."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"
+        else c
+        for c in text
+    )
+
+
+def _reason(part: Part) -> str:
+    return part.reason or part.code.name
+
+
+def _bytes(result: bytes) -> str:
+    return f"{len(result):,} byte{'' if len(result) == 1 else 's'}"
+
+
+def counted(number: int, noun: str) -> str:
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def _span(span_s: float) -> str:
+    if span_s < 60:
+        return f"{span_s:.1f} s"
+    minutes = int(span_s // 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _spread(spread: Any) -> str:
+    if not spread.count:
+        return ""
+    return (
+        f"p50 {spread.p50:.1f} ms, p99 {spread.p99:.1f} ms, mean {spread.mean:.1f} ms "
+        f"over the last {spread.count}"
+    )
+
+
+def _deadline_argument(parser: Parser) -> None:
+    parser.add_argument(
+        "--deadline",
+        type=seconds,
+        default=CHECK_DEADLINE_S,
+        metavar="SECONDS",
+        help="how long to wait for an answer (default: %(default)g)",
+    )
+
+
+if __name__ == "__main__":
+    guarded(main, "client.py")

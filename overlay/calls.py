@@ -1,0 +1,398 @@
+"""Many requests over one stream: the engine of the client library.
+
+    send(order) --> outbox --> segments of one kind and deadline --> frames --> the process asked
+    order.deliver(...) <------------------------------------ slices <-- frames <--
+
+An order is one request or many that were given together. What was never handed to gRPC is sent when
+the connection is back; what was, and has no answer, ends as unknown and is not sent again. What
+provably did not run is tried again, within a budget, after the time that the process asked for.
+
+Owns a pipe, whose thread delivers, and a deadline thread, from `start` to `close`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import grpc
+
+from overlay import wire
+from overlay.deadlines import Deadlines
+from overlay.limits import Limits
+from overlay.pipes import Pipe
+from overlay.rows import OpenRows
+from overlay.values import Code, Column, Executed, Failure, Part, Route, Segment
+from overlay.wire import pb2
+
+LIMITS = Limits()
+SAME_DEADLINE_S = 0.01  # calls whose deadlines are no further apart travel together
+LATE_S = 0.1  # the process asked answers by the deadline; after so much more we do
+GATHER_S = 0.00003  # how long to wait for calls that a frame's answers may bring
+GATHERINGS = 5  # and how often, while they still come
+RETRIES = 3  # of one request
+RETRY_SHARE = 0.1  # of all requests: retries must not add to an overload
+FEW_RETRIES, MOST_RETRIES = 10.0, 1000.0  # that a client has in hand
+RETRY_PAUSE_S = 0.1  # when the process did not say how long
+WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
+
+Deliver = Callable[[int, "pb2.Slice | Failure", int, int], None]
+"""(row of the order, its slice or why there is none, row of the slice, request id). Called once per
+row, on the pipe's or the deadline thread; must be quick and must not raise."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What requests that travel together share, but for the deadline."""
+
+    route: Route
+    want_parts: bool = False
+
+
+@dataclass(eq=False)
+class Order:
+    """Requests that were given together. deadline: monotonic seconds."""
+
+    kind: Kind
+    payloads: Sequence[bytes]
+    deadline: float
+    deliver: Deliver
+    wakes_a_thread: bool = False
+    rows: Sequence[int] = ()
+    attempt: int = 0
+    cancelled: set[int] = field(default_factory=set)
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        self.rows = self.rows or range(len(self.payloads))
+        self.size = sum(len(self.payloads[row]) for row in self.rows)
+
+    def part(self, rows: Sequence[int], attempt: int) -> Order:
+        """Some of its rows, as an order to be sent for themselves."""
+        return replace(self, rows=rows, attempt=attempt)
+
+
+class _Sent:
+    """A segment on its way, made of rows of some orders."""
+
+    __slots__ = ("deadline", "first_id", "number", "open", "rows", "size")
+
+    def __init__(
+        self, number: int, rows: list[tuple[Order, int]], first_id: int, deadline: float, size: int
+    ) -> None:
+        self.number = number
+        self.rows = rows  # by row of the segment: the order and its row
+        self.first_id = first_id
+        self.deadline = deadline
+        self.size = size
+        self.open = OpenRows(len(rows))
+
+
+class Calls:
+    """Sends orders and delivers their answers. Safe from any thread.
+
+    connected: set while the process asked serves our stream. refused: why it would not.
+    """
+
+    def __init__(self, channel: grpc.Channel, name: str) -> None:
+        self.connected = threading.Event()
+        self.refused: Failure | None = None
+        self.most_bytes = LIMITS.max_message_bytes
+        self._name = name
+        self._pipe = Pipe(channel, name, self._fill, self._receive, self._lost, self._live)
+        self._deadlines = Deadlines(self._expire)
+        self._lock = threading.Lock()
+        self._outbox: deque[Order] = deque()
+        self._cancels: deque[tuple[int, int]] = deque()
+        self._sent: dict[int, _Sent] = {}
+        self._numbers = itertools.count(1)
+        self._rows = 0  # sent and not answered
+        self._bytes = 0
+        self._woken = 0  # threads that the last frame woke, who may call again at once
+        self._retries = FEW_RETRIES
+        self._retrying: set[_Retry] = set()
+        self._closed = False
+
+    @property
+    def open_rows(self) -> int:
+        with self._lock:
+            unsent = sum(len(order.rows) for order in self._outbox)
+            return self._rows + unsent + len(self._retrying)
+
+    def start(self) -> None:
+        self._deadlines.start()
+        self._pipe.start()
+
+    def close(self) -> None:
+        """Ends the stream; what is open is delivered as cancelled. May be called twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._pipe.end()
+        self._deadlines.stop()
+        self._end_sent(Failure(Code.CANCELLED, "this client was closed before the answer came"))
+        with self._lock:
+            waiting, self._retrying = self._retrying, set()
+        self._outbox.extend(retry.order for retry in waiting)
+        self._end_unsent()
+
+    def send(self, order: Order) -> None:
+        if order.size > self.most_bytes and self._refuse_too_large(order):
+            return
+        self._retries = min(self._retries + len(order.rows) * RETRY_SHARE, MOST_RETRIES)
+        self._outbox.append(order)
+        if not self.connected.is_set():  # else it leaves at once, or when the window has room
+            self._deadlines.watch(order, order.deadline)
+        if self._closed:
+            self._end_unsent()
+        else:
+            self._pipe.kick()
+
+    def _refuse_too_large(self, order: Order) -> bool:
+        """Such a payload would end the stream, with all that is in it."""
+        large = {row for row in order.rows if len(order.payloads[row]) > self.most_bytes}
+        for row in large:
+            size = len(order.payloads[row])
+            reason = f"payload: {size:,} bytes are more than {self.most_bytes:,}"
+            order.deliver(row, Failure(Code.INVALID_ARGUMENT, reason, Executed.NO), 0, 0)
+        order.rows = [row for row in order.rows if row not in large]
+        return not order.rows
+
+    def cancel(self, order: Order, rows: Sequence[int]) -> None:
+        """Nobody waits for these rows any more; they are delivered all the same."""
+        wanted = set(rows)
+        order.cancelled |= wanted
+        with self._lock:
+            for sent in self._sent.values():
+                for index, (other, row) in enumerate(sent.rows):
+                    if row in wanted and other.cancelled is order.cancelled:
+                        self._cancels.append((sent.number, index))
+        self._pipe.kick()
+
+    # on gRPC's sending thread
+
+    def _fill(self, frame: pb2.Frame) -> bool:
+        self._gather()
+        size = 0
+        while self._cancels:
+            number, row = self._cancels.popleft()
+            frame.cancels.add(number=number, start=row, count=1)
+            size += 20
+        while size < LIMITS.frame_bytes and self._has_room():
+            orders, bytes_ = self._next_orders(LIMITS.frame_bytes - size)
+            if not orders:
+                break
+            self._write(frame, orders, bytes_)
+            size += bytes_ + 100
+        return size > 0
+
+    def _gather(self) -> None:
+        # Threads that were woken together call together: a moment's patience makes one frame of it.
+        woken, self._woken = self._woken, 0
+        before = len(self._outbox)
+        for _ in range(GATHERINGS if woken > 1 else 0):
+            if before >= woken:
+                return
+            time.sleep(GATHER_S)
+            now = len(self._outbox)
+            if now == before:
+                return
+            before = now
+
+    def _has_room(self) -> bool:
+        return self._rows < LIMITS.window_rows and self._bytes < LIMITS.window_bytes
+
+    def _next_orders(self, most_bytes: int) -> tuple[list[Order], int]:
+        """Orders from the head of the outbox that may share a segment, and their bytes."""
+        orders: list[Order] = []
+        rows, size = LIMITS.window_rows - self._rows, 0
+        while self._outbox and rows > 0:
+            order = self._outbox.popleft()
+            first = orders[0] if orders else order
+            fits = (
+                order.kind == first.kind
+                and order.attempt == first.attempt
+                and abs(order.deadline - first.deadline) <= SAME_DEADLINE_S
+                and (not orders or size + order.size <= most_bytes)
+            )
+            if not fits:
+                self._outbox.appendleft(order)
+                break
+            if len(order.rows) > rows:
+                self._outbox.appendleft(order.part(order.rows[rows:], order.attempt))
+                order = order.part(order.rows[:rows], order.attempt)
+            orders.append(order)
+            rows -= len(order.rows)
+            size += order.size
+        return orders, size
+
+    def _write(self, frame: pb2.Frame, orders: list[Order], size: int) -> None:
+        deadline = min(order.deadline for order in orders)
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            late = Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO)
+            for order in orders:
+                self._deliver_all(order, late)
+            return
+        rows = [(order, row) for order in orders for row in order.rows]
+        payloads = Column([order.payloads[row] for order, row in rows], size=size)
+        first = orders[0]
+        segment = Segment(first.kind.route, payloads, deadline, wire.new_ids(), first.attempt)
+        number = next(self._numbers) & 0xFFFFFFFF
+        sent = _Sent(number, rows, segment.first_id, deadline + LATE_S, size)
+        with self._lock:
+            self._sent[number] = sent
+            self._rows += len(rows)
+            self._bytes += size
+        for order in orders:
+            self._deadlines.forget(order, order.deadline)
+        self._deadlines.watch(sent, sent.deadline)
+        wire.write_segment(frame, number, segment, left_s, first.kind.want_parts)
+
+    # on the pipe's thread
+
+    def _live(self, metadata: Mapping[str, str]) -> None:
+        self.refused = None
+        self.most_bytes = int(metadata.get(wire.MOST_BYTES_KEY, LIMITS.max_message_bytes))
+        self.connected.set()
+        self._pipe.kick()
+
+    def _receive(self, frame: pb2.Frame) -> None:
+        woken = 0
+        for made in frame.slices:
+            sent = self._sent.get(made.number)
+            if sent is not None:
+                woken += self._take(sent, made)
+        self._woken = woken
+        if self._outbox:
+            self._pipe.kick()
+
+    def _take(self, sent: _Sent, made: pb2.Slice) -> int:
+        """Delivers a slice; how many threads that wakes."""
+        failures = _failures_of(made) if made.failures else None
+        start, first_id, woken = made.start, sent.first_id, 0
+        for first, count in self._close_rows(sent, start, made.count):
+            for index in range(first, first + count):
+                order, row = sent.rows[index]
+                woken += order.wakes_a_thread
+                if failures is None or (failure := failures.get(index - start)) is None:
+                    order.deliver(row, made, index - start, first_id + index)
+                else:
+                    self._failed(order, row, failure)
+        return woken
+
+    def _lost(self, why: Part) -> None:
+        if self._closed:
+            return
+        was_connected = self.connected.is_set()
+        self.connected.clear()
+        if was_connected:
+            reason = f"no answer from {self._name}: {why.reason}"
+            self._end_sent(Failure(Code.UNAVAILABLE, reason))
+            for order in list(self._outbox):
+                self._deadlines.watch(order, order.deadline)
+        elif why.code is not Code.CANCELLED:
+            self.refused = Failure(why.code, why.reason, why.executed)
+
+    # on any thread
+
+    def _close_rows(self, sent: _Sent, start: int, count: int) -> list[tuple[int, int]]:
+        with self._lock:
+            runs = sent.open.take(start, count)
+            self._rows -= sum(rows for _, rows in runs)
+            over = not sent.open.left and self._sent.pop(sent.number, None) is not None
+            if over:
+                self._bytes -= sent.size
+        if over:
+            self._deadlines.forget(sent, sent.deadline)
+        return runs
+
+    def _end_sent(self, failure: Failure) -> None:
+        with self._lock:
+            lost = list(self._sent.values())
+        for sent in lost:
+            self._end_rows(sent, failure)
+
+    def _end_rows(self, sent: _Sent, failure: Failure) -> list[tuple[int, int]]:
+        runs = self._close_rows(sent, 0, len(sent.rows))
+        for first, count in runs:
+            for order, row in sent.rows[first : first + count]:
+                order.deliver(row, failure, 0, 0)
+        return runs
+
+    def _end_unsent(self) -> None:
+        closed = Failure(Code.CANCELLED, "this client was closed", Executed.NO)
+        while True:
+            try:
+                self._deliver_all(self._outbox.popleft(), closed)
+            except IndexError:
+                return
+
+    def _deliver_all(self, order: Order, failure: Failure) -> None:
+        self._deadlines.forget(order, order.deadline)
+        for row in order.rows:
+            order.deliver(row, failure, 0, 0)
+
+    def _expire(self, due: _Sent | Order | _Retry) -> None:
+        if isinstance(due, _Retry):
+            with self._lock:
+                due_still = due in self._retrying
+                self._retrying.discard(due)
+            if due_still:
+                self.send(due.order)
+        elif isinstance(due, Order):  # it never left
+            try:
+                self._outbox.remove(due)
+            except ValueError:
+                return
+            self._deliver_all(due, Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO))
+        else:
+            runs = self._end_rows(due, Failure(Code.DEADLINE_EXCEEDED, ""))
+            with self._lock:
+                self._cancels.extend((due.number, a + i) for a, n in runs for i in range(n))
+            self._pipe.kick()
+
+    def _failed(self, order: Order, row: int, failure: Failure) -> None:
+        again_at = time.monotonic() + (failure.retry_after_s or RETRY_PAUSE_S)
+        if (
+            failure.executed is Executed.NO
+            and failure.code in WORTH_A_RETRY
+            and order.attempt < RETRIES
+            and again_at < order.deadline
+            and row not in order.cancelled
+            and not self._closed
+            and self._spend_retry()
+        ):
+            retry = _Retry(order.part((row,), order.attempt + 1))
+            with self._lock:
+                self._retrying.add(retry)
+            self._deadlines.watch(retry, again_at)
+        else:
+            order.deliver(row, failure, 0, 0)
+
+    def _spend_retry(self) -> bool:
+        with self._lock:
+            if self._retries < 1:
+                return False
+            self._retries -= 1
+            return True
+
+
+@dataclass(eq=False)
+class _Retry:
+    """An order that waits for its next attempt."""
+
+    order: Order
+
+
+def _failures_of(made: pb2.Slice) -> dict[int, Failure]:
+    found: dict[int, Failure] = {}
+    for detail in made.failures:
+        rows = range(detail.start, detail.start + (detail.count or made.count))
+        found.update(dict.fromkeys(rows, wire.read_failure(detail)))
+    return found

@@ -1,0 +1,705 @@
+"""The client library: `connect("host:port")` gives a Client that any number of threads may share.
+
+    with overlay.connect("192.168.1.1:50051") as client:
+        answer = client.call(b"hello")
+        print(answer.result, answer.coverage, answer.missing)
+        for thumbnail in client.map("pictures", photos):
+            ...
+
+A call has an answer or raises a CallFailed that says what happened and whether a handler saw the
+request; every call has a deadline. A request is sent again only on proof that it did not run.
+
+All requests of a client share one stream, whose threads overlay.calls owns; metrics and health are
+calls of their own.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import itertools
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from overlay import wire
+from overlay.calls import Calls, Kind, Order
+from overlay.errors import OverlayError
+from overlay.limits import Limits
+from overlay.values import Code, Executed, Failure, Mode, Part, Route
+
+DEFAULT_TIMEOUT_S = Limits().default_deadline_s
+# A process that is being restarted is back within this. Windows takes 2 s to report a refused port.
+PATIENCE_S = 2.5
+PROMPT_S = 0.25  # a connection that takes longer is looked into meanwhile
+FRESH_S = 1.0  # so long after an answer the connection counts as up; later a call greets first
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. parts: every worker asked, in the order of the configuration.
+
+    result: ALL: merged, or joined by newlines; ANY: the worker's own bytes. A part's own `result`
+    is filled only with want_parts. hops: the processes that took part, the one asked first.
+    """
+
+    result: bytes
+    parts: tuple[Part, ...]
+    hops: tuple[str, ...]
+    request_id: int
+
+    @property
+    def coverage(self) -> tuple[int, int]:
+        """(answered, asked), counted in workers."""
+        return sum(part.ok for part in self.parts), len(self.parts)
+
+    @property
+    def missing(self) -> tuple[Part, ...]:
+        """The workers that did not answer, each with its code and reason."""
+        return tuple(part for part in self.parts if not part.ok)
+
+
+class CallFailed(OverlayError):
+    """A call without an answer; itself for every code without a class of its own below.
+
+    executed: NO is proof that no handler saw the request.
+    """
+
+    executed = Executed.UNKNOWN
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: Code = Code.UNKNOWN,
+        executed: Executed = Executed.UNKNOWN,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.code = code
+        self.executed = executed
+
+
+class InvalidCall(CallFailed):
+    """The request itself is not right."""
+
+
+class NameNotFound(CallFailed):
+    """No such team, handler or worker."""
+
+
+class Refused(CallFailed):
+    """The queue is full or its time too short; no handler saw it, and later is worth a try."""
+
+
+class Unavailable(CallFailed):
+    """The process asked is stopping, or the connection or all workers were lost."""
+
+
+class NotReached(Unavailable):
+    """Nothing serves at the address: the request never left this machine."""
+
+
+class HandlerFailed(CallFailed):
+    """The handler raised; the message has the id under which the process's log says more."""
+
+
+class DeadlinePassed(CallFailed):
+    """No answer in time; work may have begun."""
+
+
+class CallCancelled(CallFailed):
+    """The client was closed before the answer came."""
+
+
+def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
+    """A client for the process at `host:port`. Does not wait: the first call does.
+
+    patience_s: how long a call waits for a connection that is not up before it raises NotReached.
+    Raises ValueError for an address that is not host:port.
+    """
+    _split(address)
+    return Client(address, patience_s)
+
+
+class Client(concurrent.futures.Executor):
+    """The verbs of one kept connection. Safe from any thread; close() may be called twice.
+
+    As an Executor it takes the name of a handler where others take a function (None: each worker's
+    default), and payloads where others take arguments.
+    """
+
+    def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
+        self.address = address
+        self._connection = _Connection(address, patience_s)
+
+    def call(
+        self,
+        payload: bytes | str,
+        *,
+        mode: str = "all",
+        team: str = "",
+        handler: str = "",
+        timeout: float | None = None,
+        want_parts: bool = False,
+    ) -> Answer:
+        """Asks every worker in scope (mode "all") or the least loaded one ("any").
+
+        payload: text is sent as UTF-8. team, handler: names of the configuration; empty for every
+        team and each worker's default. timeout: seconds, the wait for the connection included.
+        Raises CallFailed, whose subclasses mirror the statuses.
+        """
+        body, timeout_s = _as_bytes(payload), _as_timeout(timeout)
+        deadline = time.monotonic() + timeout_s
+        waiter = _Waiter()
+        kind = _kind(mode, team, handler, want_parts)
+        order = Order(kind, (body,), deadline, waiter.deliver, wakes_a_thread=True)
+        self._connection.send(order, timeout_s)
+        try:
+            came = waiter.wait()
+        except BaseException:  # Ctrl-C: nobody waits any more
+            self._connection.cancel(order)
+            raise
+        return self._connection.read(*came, timeout_s)
+
+    def forward(
+        self,
+        payload: bytes | str,
+        *,
+        mode: str = "all",
+        team: str = "",
+        handler: str = "",
+        timeout: float | None = None,
+        want_parts: bool = False,
+    ) -> Answer:
+        """As `call`, by a unary Forward of its own, as any gRPC client asks.
+
+        So it stands in the leader's queue, and is Refused when all its slots are taken, where a
+        call waits in the stream's window.
+        """
+        route = _kind(mode, team, handler, want_parts).route
+        request = wire.pb2.Request(
+            payload=_as_bytes(payload),
+            mode=route.mode.name,
+            team=team,
+            handler=handler,
+            want_parts=want_parts,
+        )
+        response = self._connection.forward(request, _as_timeout(timeout))
+        read = wire.read_response(response)
+        return Answer(response.result, read.parts, read.hops, response.request_id)
+
+    def submit(  # type: ignore[override]
+        self,
+        handler: str | None,
+        payload: bytes | str,
+        *,
+        mode: str = "any",
+        team: str = "",
+        timeout: float | None = None,
+    ) -> Future[bytes]:
+        """A Future of the result, of one worker (mode "any") or of all.
+
+        Its exception is a CallFailed; its cancel() ends the work. Raises NotReached when nobody
+        serves at the address.
+        """
+        body, timeout_s = _as_bytes(payload), _as_timeout(timeout)
+        kind = _kind(mode, team, handler or "", False)
+        reply = _Reply(self._connection, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        reply.order = Order(kind, (body,), deadline, reply.deliver)
+        self._connection.send(reply.order, timeout_s)
+        return reply
+
+    def map(  # type: ignore[override]
+        self,
+        handler: str | None,
+        payloads: Iterable[bytes | str],
+        *,
+        mode: str = "any",
+        team: str = "",
+        timeout: float | None = None,
+        window: int = 4096,
+        chunksize: int = 0,
+    ) -> Iterator[bytes]:
+        """The results of many payloads, in their order; at most `window` are in flight at once.
+
+        timeout: seconds for each. The payloads are taken as the results are, never all at once.
+        The first failure is raised in its place and cancels the rest, as leaving the loop does.
+        chunksize: payloads per message; 0 lets the library choose.
+        """
+        options = (mode, team, timeout, window, chunksize)
+        return _raising(self._map(handler, payloads, *options, ordered=True))
+
+    def map_as_completed(
+        self,
+        handler: str | None,
+        payloads: Iterable[bytes | str],
+        *,
+        mode: str = "any",
+        team: str = "",
+        timeout: float | None = None,
+        window: int = 4096,
+        chunksize: int = 0,
+        ordered: bool = False,
+    ) -> Iterator[tuple[int, bytes | CallFailed]]:
+        """As `map`, but (index, result) as they come, and a failure is given, not raised."""
+        options = (mode, team, timeout, window, chunksize)
+        return self._map(handler, payloads, *options, ordered=ordered)
+
+    def metrics(self, *, timeout: float | None = None) -> wire.pb2.MetricsResponse:
+        """What the process says of itself, as overlay.proto describes it."""
+        return self._connection.metrics(_as_timeout(timeout))
+
+    def is_serving(self, *, timeout: float | None = None) -> bool:
+        """What the standard health service says: False while the process stops."""
+        return self._connection.is_serving(_as_timeout(timeout))
+
+    def close(self) -> None:
+        """Ends the connection; what has no answer yet fails with CallCancelled."""
+        self._connection.close()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Executor's close: waits for what was submitted, unless it is told not to."""
+        if wait and not cancel_futures:
+            self._connection.wait_until_idle()
+        self.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _map(
+        self,
+        handler: str | None,
+        payloads: Iterable[bytes | str],
+        mode: str,
+        team: str,
+        timeout: float | None,
+        window: int,
+        chunksize: int,
+        ordered: bool,
+    ) -> Iterator[tuple[int, bytes | CallFailed]]:
+        if window < 1 or chunksize < 0:
+            raise ValueError(f"window {window} is not above 0, or chunksize {chunksize} is below")
+        kind, timeout_s = _kind(mode, team, handler or "", False), _as_timeout(timeout)
+        chunk = min(chunksize or max(1, min(512, window // 4)), window)
+        mapping = _Mapping(self._connection, kind, timeout_s, chunk, window)
+        return mapping.run(iter(payloads), ordered)
+
+
+class _Waiter:
+    """Where a calling thread waits; a bare lock is the cheapest thing that can wake it."""
+
+    __slots__ = ("_came", "_ready")
+
+    def __init__(self) -> None:
+        self._ready = threading.Lock()
+        self._ready.acquire()
+        self._came: tuple[Any, int, int] = (None, 0, 0)
+
+    def deliver(self, row: int, came: Any, at: int, request_id: int) -> None:
+        self._came = came, at, request_id
+        self._ready.release()
+
+    def wait(self) -> tuple[Any, int, int]:
+        # In slices, so that Ctrl-C works on Windows too. Every order is delivered in the end.
+        while not self._ready.acquire(timeout=0.5):
+            pass
+        return self._came
+
+
+class _Reply(Future):  # type: ignore[type-arg]
+    """The Future of one request."""
+
+    def __init__(self, connection: _Connection, timeout_s: float) -> None:
+        super().__init__()
+        self.order: Order | None = None
+        self._connection = connection
+        self._timeout_s = timeout_s
+
+    def deliver(self, row: int, came: Any, at: int, request_id: int) -> None:
+        if not self.set_running_or_notify_cancel():
+            return
+        if isinstance(came, Failure):
+            self.set_exception(self._connection.failed(came, self._timeout_s))
+        else:
+            self.set_result(came.results.items[at])
+
+    def cancel(self) -> bool:
+        cancelled = super().cancel()
+        if cancelled and self.order is not None:
+            self._connection.cancel(self.order)
+        return cancelled
+
+
+class _Mapping:
+    """One map: keeps its window full while its results are taken."""
+
+    def __init__(
+        self, connection: _Connection, kind: Kind, timeout_s: float, chunk: int, window: int
+    ) -> None:
+        self._connection = connection
+        self._kind = kind
+        self._timeout_s = timeout_s
+        self._chunk = chunk
+        self._window = window
+        self._came: queue.SimpleQueue[tuple[int, bytes | CallFailed]] = queue.SimpleQueue()
+        self._orders: dict[int, list[Any]] = {}  # first index -> the order, rows still open
+
+    def run(
+        self, payloads: Iterator[bytes | str], ordered: bool
+    ) -> Iterator[tuple[int, bytes | CallFailed]]:
+        sent, open_, given, more = 0, 0, 0, True
+        early: dict[int, bytes | CallFailed] = {}
+        try:
+            while more or open_:
+                while more and open_ + len(early) + self._chunk <= self._window:
+                    count = self._send(sent, payloads)
+                    sent, open_, more = sent + count, open_ + count, count == self._chunk
+                for index, result in self._some() if open_ else ():
+                    open_ -= 1
+                    if not ordered:
+                        yield index, result
+                        continue
+                    early[index] = result
+                    while given in early:
+                        yield given, early.pop(given)
+                        given += 1
+        finally:
+            for order, _ in list(self._orders.values()):
+                self._connection.cancel(order)
+
+    def _send(self, first: int, payloads: Iterator[bytes | str]) -> int:
+        """Sends the next chunk; how many rows it has."""
+        rows = [_as_bytes(payload) for payload in itertools.islice(payloads, self._chunk)]
+        if rows:
+            deadline = time.monotonic() + self._timeout_s
+            order = Order(self._kind, rows, deadline, partial(self._deliver, first))
+            self._orders[first] = [order, len(rows)]
+            self._connection.send(order, self._timeout_s)
+        return len(rows)
+
+    def _deliver(self, first: int, row: int, came: Any, at: int, request_id: int) -> None:
+        if isinstance(came, Failure):
+            self._came.put((first + row, self._connection.failed(came, self._timeout_s)))
+        else:
+            self._came.put((first + row, came.results.items[at]))
+        entry = self._orders[first]
+        entry[1] -= 1
+        if not entry[1]:
+            del self._orders[first]
+
+    def _some(self) -> Iterator[tuple[int, bytes | CallFailed]]:
+        """What has come, at least one."""
+        while True:
+            try:
+                # In slices, so that Ctrl-C works on Windows too.
+                yield self._came.get(timeout=0.5)
+                break
+            except queue.Empty:
+                continue
+        for _ in range(self._came.qsize()):
+            yield self._came.get()
+
+
+def _raising(pairs: Iterator[tuple[int, bytes | CallFailed]]) -> Iterator[bytes]:
+    try:
+        for _, result in pairs:
+            if isinstance(result, CallFailed):
+                raise result
+            yield result
+    finally:
+        pairs.close()  # type: ignore[attr-defined]
+
+
+# gRPC heeds the first of two options of one name.
+_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),  # an office's web proxy does not lead to its own machines
+    # The process asked knows the configured size and refuses what is beyond it.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    *wire.CHANNEL_OPTIONS,
+]
+
+
+class _Connection:
+    """The kept channel: a stream for requests, and calls for metrics and health."""
+
+    def __init__(self, address: str, patience_s: float) -> None:
+        self._address = address
+        self._patience_s = patience_s
+        self._answered = -FRESH_S  # when it last did; monotonic seconds
+        self._closed = False
+        self._lock = threading.Lock()
+        self._channel = grpc.insecure_channel(f"dns:///{address}", options=_OPTIONS)
+        self._node = wire.pb2_grpc.OverlayNodeStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._calls: Calls | None = None
+
+    def send(self, order: Order, timeout_s: float) -> None:
+        """Raises NotReached when nobody serves at the address."""
+        calls = self._begin() if self._calls is None or self._closed else self._calls
+        if not calls.connected.is_set():
+            self._wait_connected(calls, min(self._patience_s, timeout_s))
+        calls.send(order)
+
+    def cancel(self, order: Order) -> None:
+        if self._calls is not None:
+            self._calls.cancel(order, order.rows)
+
+    def read(self, came: Any, at: int, request_id: int, timeout_s: float) -> Answer:
+        """What was delivered, as an Answer. Raises CallFailed."""
+        if isinstance(came, Failure):
+            raise self.failed(came, timeout_s)
+        answer = wire.read_client_slice(came).at(at)
+        return Answer(came.results.items[at], answer.parts, answer.hops, request_id)
+
+    def failed(self, failure: Failure, timeout_s: float) -> CallFailed:
+        reason = failure.reason
+        if failure.code is Code.DEADLINE_EXCEEDED and not reason:
+            reason = f"no answer from {self._address} within {timeout_s:g} s"
+        return _error(failure, reason)
+
+    def wait_until_idle(self) -> None:
+        while not self._closed and self._calls is not None and self._calls.open_rows:
+            time.sleep(0.01)
+
+    def _begin(self) -> Calls:
+        with self._lock:
+            if self._closed:
+                raise _error(Failure(Code.CANCELLED, "", Executed.NO), "this client is closed")
+            if self._calls is None:
+                calls = Calls(self._channel, self._address)
+                calls.start()
+                self._calls = calls
+            return self._calls
+
+    def _wait_connected(self, calls: Calls, patience_s: float) -> None:
+        """Raises NotReached with the reason, when the connection does not come up in time."""
+        if calls.connected.wait(min(PROMPT_S, patience_s)):
+            return
+        until = time.monotonic() + patience_s
+        doubt = _Doubt(self._address, until)
+        while (left_s := until - time.monotonic()) > 0 and not self._closed:
+            if calls.connected.wait(min(0.25, left_s)):
+                return
+            refused = calls.refused
+            if refused is not None and refused.code not in (Code.UNAVAILABLE, Code.CANCELLED):
+                raise _error(refused, _no_overlay(refused, self._address))
+        if self._closed:
+            raise _error(Failure(Code.CANCELLED, "", Executed.NO), "this client was closed")
+        raise NotReached(doubt.reason(), code=Code.UNAVAILABLE, executed=Executed.NO)
+
+    def forward(self, request: wire.pb2.Request, timeout_s: float) -> wire.pb2.Response:
+        return cast(wire.pb2.Response, self._ask(self._node.Forward, request, timeout_s))
+
+    def metrics(self, timeout_s: float) -> wire.pb2.MetricsResponse:
+        found = self._ask(self._node.GetMetrics, wire.pb2.MetricsRequest(), timeout_s)
+        return cast(wire.pb2.MetricsResponse, found)
+
+    def is_serving(self, timeout_s: float) -> bool:
+        found = self._ask(self._health.Check, health_pb2.HealthCheckRequest(), timeout_s)
+        return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._calls is not None:
+            self._calls.close()
+        self._channel.close()
+
+    def _ask(self, method: Any, request: Any, timeout_s: float) -> Any:
+        if self._closed:
+            raise CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
+        until = time.monotonic() + timeout_s
+        try:
+            self._make_sure(min(self._patience_s, timeout_s))
+            # wait_for_ready: a connection lost just now is waited for, and the call sent once.
+            left_s = max(0.001, until - time.monotonic())
+            answer = method(request, timeout=left_s, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() in _SILENT:
+                self._answered = -FRESH_S
+            raise _failure(error, self._address, timeout_s) from None
+        except ValueError:
+            if not self._closed:
+                raise
+            # gRPC's word for a channel that was closed meanwhile
+            raise CallCancelled("this client was closed", code=Code.CANCELLED) from None
+        self._answered = time.monotonic()
+        return answer
+
+    def _make_sure(self, patience_s: float) -> None:
+        """Raises NotReached unless the process answered lately or does so now.
+
+        A call itself waits for its whole deadline where nothing serves, and then cannot tell
+        whether it was ever sent.
+        """
+        if time.monotonic() - self._answered < FRESH_S:
+            return
+        until = time.monotonic() + patience_s
+        if self._is_greeted(min(PROMPT_S, patience_s)):
+            return
+        doubt = _Doubt(self._address, until)
+        while (left_s := until - time.monotonic()) > 0:
+            if self._is_greeted(left_s):
+                return
+            time.sleep(min(0.05, left_s))
+        raise NotReached(doubt.reason(), code=Code.UNAVAILABLE, executed=Executed.NO)
+
+    def _is_greeted(self, within_s: float) -> bool:
+        """Whether a gRPC server answers, whatever it answers."""
+        try:
+            self._health.Check(
+                health_pb2.HealthCheckRequest(), timeout=within_s, wait_for_ready=True
+            )
+        except grpc.RpcError as error:
+            return error.code() not in _SILENT
+        return True
+
+
+# After these, whether anybody is there is open; every other status is an answer.
+_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+class _Doubt:
+    """Why gRPC gets no connection: tries a plain one on a thread that ends by `until`."""
+
+    def __init__(self, address: str, until: float) -> None:
+        self._until = max(until, time.monotonic() + 0.05)  # a refusal nearby takes no longer
+        self._reason = f"{address} does not answer: wrong address, machine off, or a firewall"
+        self._thread = threading.Thread(
+            target=self._look, args=(address,), name="overlay-doubt", daemon=True
+        )
+        self._thread.start()
+
+    def reason(self) -> str:
+        self._thread.join(max(0.0, self._until - time.monotonic()))
+        return self._reason
+
+    def _look(self, address: str) -> None:
+        try:
+            left_s = max(0.01, self._until - time.monotonic())
+            socket.create_connection(_split(address), left_s).close()
+        except ConnectionRefusedError:
+            self._reason = f"nothing serves at {address}: the connection was refused"
+        except (socket.gaierror, UnicodeError):
+            self._reason = f"the host of {address} is not known by name on this machine"
+        except TimeoutError:
+            pass
+        except OSError as error:
+            self._reason = f"{address} cannot be reached: {error.strerror or error}"
+        else:
+            self._reason = f"what listens at {address} does not speak gRPC, or is stuck"
+
+
+def _failure(error: Any, address: str, timeout_s: float) -> CallFailed:
+    """gRPC's error as ours. Only the trailer proves that no handler ran; no code does."""
+    said = wire.read_error(error)
+    after_s = wire.retry_after_s(error.trailing_metadata())
+    failure = Failure(said.code, said.reason, said.executed, after_s)
+    return _error(failure, _sentence(error, said, address, timeout_s))
+
+
+def _error(failure: Failure, sentence: str) -> CallFailed:
+    kind = _KINDS.get(failure.code, CallFailed)
+    if kind is Refused and failure.executed is not Executed.NO:
+        kind = CallFailed  # such as an answer too large for a process on its way
+    return kind(
+        sentence,
+        code=failure.code,
+        executed=failure.executed,
+        retry_after_s=failure.retry_after_s,
+    )
+
+
+def _no_overlay(failure: Failure, address: str) -> str:
+    if failure.code is Code.UNIMPLEMENTED:
+        return f"what serves at {address} is not a process of an overlay, or an older one"
+    return failure.reason
+
+
+_KINDS: dict[Code, type[CallFailed]] = {
+    Code.INVALID_ARGUMENT: InvalidCall,
+    Code.NOT_FOUND: NameNotFound,
+    Code.RESOURCE_EXHAUSTED: Refused,
+    Code.UNAVAILABLE: Unavailable,
+    Code.INTERNAL: HandlerFailed,
+    Code.DEADLINE_EXCEEDED: DeadlinePassed,
+    Code.CANCELLED: CallCancelled,
+}
+
+
+def _sentence(error: Any, said: Part, address: str, timeout_s: float) -> str:
+    """The process's own words where it had some; else ours in place of gRPC's."""
+    if said.code is Code.UNIMPLEMENTED:
+        return f"what serves at {address} is not a process of an overlay, or an older one"
+    if said.code is Code.CANCELLED:
+        return "this client was closed before the answer came"
+    if said.code is Code.DEADLINE_EXCEEDED and said.reason == "Deadline Exceeded":
+        return f"no answer from {address} within {timeout_s:g} s"
+    if said.code is Code.UNAVAILABLE and not error.trailing_metadata():
+        return f"no answer from {address}: {said.reason}"
+    return said.reason
+
+
+def _as_bytes(payload: object) -> bytes:
+    if isinstance(payload, str):
+        return payload.encode()
+    if isinstance(payload, (bytes, bytearray, memoryview)):
+        return bytes(payload)
+    raise TypeError(f"a payload is bytes or str, not {type(payload).__name__}")
+
+
+@functools.lru_cache(256)
+def _kind(mode: str, team: str, handler: str, want_parts: bool) -> Kind:
+    if mode not in ("all", "any"):
+        raise ValueError(f"mode {mode!r} is not 'all' or 'any'")
+    route = Route(Mode[mode.upper()], _as_name("team", team), _as_name("handler", handler))
+    return Kind(route, want_parts)
+
+
+def _as_name(what: str, name: object) -> str:
+    if callable(name):
+        raise TypeError(f"code does not travel: name a {what} of the configuration")
+    if not isinstance(name, str):
+        raise TypeError(f"a {what} is named by a str, not {type(name).__name__}")
+    name.encode()  # raises UnicodeEncodeError, a ValueError, for what is not text
+    return name
+
+
+def _as_timeout(timeout: float | None) -> float:
+    if timeout is None:
+        return DEFAULT_TIMEOUT_S
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(f"a timeout of {timeout:g} s is not above 0")
+    return float(timeout)
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        raise ValueError(f"'{address}' is not host:port")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"'{address}' is not host:port; write an IPv6 host in brackets")
+    return host.strip("[]"), int(port)

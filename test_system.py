@@ -1,0 +1,458 @@
+"""Tries a running overlay: `python test_system.py HOST PORT`.
+
+Three tests - a single request, the queue's status, 10 concurrent requests - and two beyond them:
+one request to any one worker, and the way to every neighbour. What to expect is learnt from the
+process asked, which tells its whole configuration. Measures on the way, and says what to do about
+what fails. May be run as often as one likes, beside other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TextIO
+
+from client import (
+    Exit,
+    Parser,
+    clean,
+    counted,
+    exit_of,
+    expected_workers,
+    guarded,
+    host,
+    join_all,
+    library,
+    name,
+    port,
+    seconds,
+)
+from overlay.topology import join_address
+from overlay.values import Code, Part
+
+DESCRIPTION = """\
+Tries a running overlay: a single request, the queue's status, 10 concurrent requests; then one
+request to any one worker, and the neighbours."""
+
+EXITS = """\
+exit codes:
+  0    every test passed
+  1    a test failed; the last lines say what to do
+  2    wrong arguments
+  4    nothing serves at HOST PORT
+  130  interrupted"""
+
+CONCURRENT = 10
+IN_A_ROW = 20
+
+
+class Problem(NamedTuple):
+    """What is wrong, and what would do about it; each a sentence."""
+
+    what: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a test found: facts for a person, and problems if it failed."""
+
+    facts: str = ""
+    problems: Sequence[Problem] = ()
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    try:
+        asked = learn(args)
+    except library.CallFailed as e:
+        say(f"test_system.py: {e}", sys.stderr)
+        say(f"  - {_where_to_look(e, args)}", sys.stderr)
+        return exit_of(e)
+    say(asked.introduction)
+    outcomes = [tried(name, test, asked) for name, test in TESTS.items()]
+    failed = sum(bool(outcome.problems) for outcome in outcomes)
+    if not failed:
+        say(f"all {len(TESTS)} tests passed")
+        return Exit.OK
+    say(f"{failed} of {len(TESTS)} tests failed. What to do:")
+    for advice in dict.fromkeys(p.advice for outcome in outcomes for p in outcome.problems):
+        say(f"  - {advice}")
+    return Exit.FAILED
+
+
+def tried(name: str, test: Callable[[Asked], Outcome], asked: Asked) -> Outcome:
+    """Runs one test and prints what came of it. A call that fails is the test's only problem."""
+    try:
+        outcome = test(asked)
+    except library.CallFailed as e:
+        outcome = Outcome("no answer", [_of_error(e, asked)])
+    say(f"{'FAIL' if outcome.problems else 'pass'}  {name}: {outcome.facts}")
+    for problem, times in Counter(outcome.problems).items():
+        say(f"      {problem.what}" + (f" ({times} times)" if times > 1 else ""))
+    return outcome
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    # Flushed, so that a log shows each test when it is over.
+    print(clean(line), file=stream or sys.stdout, flush=True)
+
+
+def _parser() -> Parser:
+    parser = Parser("test_system.py", DESCRIPTION, EXITS)
+    add = parser.add_argument
+    add("host", metavar="HOST", type=host, help="name or address of a process")
+    add("port", metavar="PORT", type=port, help="its port")
+    add(
+        "--handler",
+        type=name,
+        default="",
+        metavar="NAME",
+        help="test with this handler (default: echo)",
+    )
+    add("--payload", default="hello", metavar="TEXT", help="what to send (default: %(default)s)")
+    add(
+        "--deadline",
+        type=seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="for each request (default: %(default)g)",
+    )
+    return parser
+
+
+# What is asked, and what to expect of it
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The process under test. workers: those that a request to all means here, in order.
+
+    metrics: what it said before the first test. handler: empty for each worker's default.
+    """
+
+    client: library.Client
+    metrics: Any
+    workers: tuple[str, ...]
+    handler: str
+    payload: str
+    deadline_s: float
+
+    @property
+    def id(self) -> str:
+        return str(self.metrics.process_id)
+
+    @property
+    def introduction(self) -> str:
+        by = f", handler {self.handler}" if self.handler else ""
+        who = f"{self.id} ({self.metrics.role}) at {self.client.address}"
+        return f"{who}; workers that should answer: {' '.join(self.workers)}{by}"
+
+    @property
+    def is_echo(self) -> bool:
+        """Whether every answer is known beforehand."""
+        return self.handler == "echo" or (not self.handler and _all_echo(self.metrics))
+
+    @property
+    def check(self) -> str:
+        near, _, number = self.client.address.rpartition(":")
+        return f"python client.py {near.strip('[]')} {number} check"
+
+    def call(self, payload: str, mode: str = "all") -> library.Answer:
+        return self.client.forward(
+            payload, mode=mode, handler=self.handler, timeout=self.deadline_s, want_parts=True
+        )
+
+
+def learn(args: argparse.Namespace) -> Asked:
+    """Asks the process who it is and who should answer. Raises CallFailed."""
+    try:
+        client = library.connect(join_address(args.host, args.port))
+    except ValueError as e:
+        raise library.InvalidCall(str(e), code=Code.INVALID_ARGUMENT) from None
+    metrics = client.metrics(timeout=args.deadline)
+    # A test must not run a user's own work unasked.
+    handler = args.handler or ("" if _all_echo(metrics) else "echo")
+    workers = expected_workers(metrics)
+    payload = args.payload.encode("utf-8", "replace").decode()
+    return Asked(client, metrics, workers, handler, payload, args.deadline)
+
+
+def _all_echo(metrics: Any) -> bool:
+    workers = expected_workers(metrics)
+    return all(p.handler == "echo" for p in metrics.topology if p.id in workers)
+
+
+# The tests
+
+
+def single_request(asked: Asked) -> Outcome:
+    run = _timed(lambda: asked.call(asked.payload))
+    answered, expected = run.answer.coverage
+    facts = f"{answered} of {counted(expected, 'worker')} answered in {run.took_ms:.1f} ms"
+    path = f", path {' '.join(run.answer.hops)}"
+    return Outcome(facts + path, problems_of(run.answer, asked, asked.payload))
+
+
+def queue_status(asked: Asked) -> Outcome:
+    m = _metrics_after_a_request(asked)
+    wrong = {
+        f"process {m.process_id} answers where {asked.id} did": m.process_id != asked.id,
+        f"{m.process_id} says that it is not healthy": not m.is_healthy,
+        f"{m.queue_size} waiting of {m.queue_slots}": not 0 <= m.queue_size <= m.queue_slots,
+        f"{m.active_requests} in service of {m.max_capacity}": not (
+            0 <= m.active_requests <= m.max_capacity
+        ),
+        "no request was counted as completed": m.completed <= asked.metrics.completed,
+    }
+    return Outcome(
+        f"{m.queue_size} of {m.queue_slots} waiting, {m.active_requests} of {m.max_capacity} in "
+        f"service; {m.completed} completed, {m.failed} failed, {m.refused} refused",
+        [Problem(what, f"look at {asked.check}") for what, is_so in wrong.items() if is_so],
+    )
+
+
+def _metrics_after_a_request(asked: Asked) -> Any:
+    """The metrics once they count what was asked here: a counter may follow its answer."""
+    until = time.monotonic() + 2
+    while True:
+        m = asked.client.metrics(timeout=asked.deadline_s)
+        if m.completed > asked.metrics.completed or time.monotonic() > until:
+            return m
+        time.sleep(0.05)
+
+
+def concurrent_requests(asked: Asked) -> Outcome:
+    """Each with a payload of its own, so that a mixed-up answer shows."""
+    payloads = [asked.payload] * CONCURRENT
+    if asked.is_echo:
+        payloads = [f"{asked.payload} {n}" for n in range(CONCURRENT)]
+    runs = _at_once([lambda p=p: asked.call(p) for p in payloads], asked.deadline_s + 5)
+    found = [run.problems(asked, sent) for run, sent in zip(runs, payloads, strict=True)]
+    whole = [run for run, problems in zip(runs, found, strict=True) if not problems]
+    facts = f"{len(whole)} of {CONCURRENT} answered in full"
+    if whole:
+        total_s = max(run.ended for run in whole) - min(run.started for run in whole)
+        facts += f"; {_spread(whole)}, {len(whole) / total_s:.0f} requests/s"
+    return Outcome(facts, [problem for problems in found for problem in problems])
+
+
+def any_worker(asked: Asked) -> Outcome:
+    """One after the other, so that the latency is the way's own."""
+    runs = [_timed(lambda: asked.call(asked.payload, "any")) for _ in range(IN_A_ROW)]
+    problems = [found for run in runs for found in _problems_of_any(run.answer, asked)]
+    served = Counter(part.process_id for run in runs for part in run.answer.parts if part.ok)
+    shares = ", ".join(f"{who} {times}" for who, times in sorted(served.items()))
+    facts = f"{IN_A_ROW} in a row, {_spread(runs)}; served by {shares or 'nobody'}"
+    return Outcome(facts, problems)
+
+
+def neighbours(asked: Asked) -> Outcome:
+    m = asked.client.metrics(timeout=asked.deadline_s)
+    down = [n for n in m.neighbours if n.state != "up"]
+    others = [n for n in m.neighbours if n.state == "up" and not n.same_config]
+    problems = [
+        Problem(f"{n.process_id} is {n.state}: {n.reason}", _go_and_see(n.process_id, asked))
+        for n in down
+    ] + [
+        Problem(
+            f"{n.process_id} was started with another configuration file",
+            f"give {n.process_id} the same configuration file as {asked.id} and restart it",
+        )
+        for n in others
+    ]
+    up = len(m.neighbours) - len(down)
+    facts = f"{up} of {len(m.neighbours)} up" if m.neighbours else "this process asks nobody"
+    return Outcome(facts, problems)
+
+
+TESTS: dict[str, Callable[[Asked], Outcome]] = {
+    "single request": single_request,
+    "queue status": queue_status,
+    "10 concurrent requests": concurrent_requests,
+    "any one worker": any_worker,
+    "neighbours": neighbours,
+}
+
+
+# What may be wrong with an answer
+
+
+def problems_of(answer: library.Answer, asked: Asked, sent: str) -> list[Problem]:
+    """Everything that does not fit a request to all workers, beginning with who is missing."""
+    problems = [_missing(part, asked) for part in answer.missing]
+    seen = Counter(part.process_id for part in answer.parts)
+    odd = [f"{who} is in the answer {times} times" for who, times in seen.items() if times > 1]
+    odd += [f"the answer says nothing of worker {w}" for w in asked.workers if w not in seen]
+    odd += [f"{who} answered, which is not expected" for who in seen if who not in asked.workers]
+    odd += _odd_path(answer, asked)
+    odd += _odd_result(answer, asked, sent)
+    return problems + [Problem(what, _report(asked)) for what in odd]
+
+
+def _problems_of_any(answer: library.Answer, asked: Asked) -> list[Problem]:
+    good = [part for part in answer.parts if part.ok]
+    odd = [] if len(good) == 1 else [f"{len(good)} workers answered a request to any one"]
+    odd += [
+        f"{p.process_id} answered, which is not expected"
+        for p in good
+        if p.process_id not in asked.workers
+    ]
+    odd += _odd_path(answer, asked)
+    if len(good) == 1 and asked.is_echo and answer.result != _echo(good[0], asked.payload):
+        odd.append(f"{good[0].process_id} did not echo '{asked.payload}'")
+    return [Problem(what, _report(asked)) for what in odd]
+
+
+def _odd_path(answer: library.Answer, asked: Asked) -> list[str]:
+    path = " ".join(answer.hops)
+    odd = []
+    if answer.hops[:1] != (asked.id,):
+        odd.append(f"the path '{path}' does not begin at {asked.id}")
+    if len(set(answer.hops)) < len(answer.hops):
+        odd.append(f"the path '{path}' passes a process twice")
+    absent = [p.process_id for p in answer.parts if p.ok and p.process_id not in answer.hops]
+    return odd + [f"the path '{path}' leaves out {who}, who answered" for who in absent]
+
+
+def _odd_result(answer: library.Answer, asked: Asked, sent: str) -> list[str]:
+    """Only echo's answers are known beforehand; of another handler, that there is one."""
+    if not asked.is_echo:
+        return []
+    good = [part for part in answer.parts if part.ok]
+    odd = [f"{p.process_id} did not echo '{sent}'" for p in good if p.result != _echo(p, sent)]
+    lines = set(answer.result.split(b"\n"))
+    return odd + [
+        f"the result leaves out the answer of {p.process_id}"
+        for p in good
+        if not lines.issuperset(p.result.split(b"\n"))
+    ]
+
+
+def _echo(part: Part, sent: str) -> bytes:
+    return f"{part.process_id}: {sent}".encode()
+
+
+# What would do about it
+
+
+def _missing(part: Part, asked: Asked) -> Problem:
+    why = part.reason or part.code.name
+    if part.code is Code.INTERNAL:
+        return Problem(
+            f"worker {part.process_id} failed: {why}",
+            f"the log of {part.process_id} tells more: logs/process_{part.process_id.lower()}.log",
+        )
+    return Problem(f"missing worker {part.process_id}: {why}", _go_and_see(part.process_id, asked))
+
+
+def _go_and_see(process_id: str, asked: Asked) -> str:
+    at = {p.id: p.address for p in asked.metrics.topology}.get(process_id, "its address")
+    return (
+        f"see whether {process_id} runs at {at} (python node.py CONFIG {process_id}) and what its "
+        f"log there says (logs/process_{process_id.lower()}.log); "
+        "python client.py check CONFIG shows every process"
+    )
+
+
+def _report(asked: Asked) -> str:
+    return (
+        "an overlay never answers so: see that every machine has the same version and "
+        f"configuration file ({asked.check})"
+    )
+
+
+def _of_error(error: library.CallFailed, asked: Asked) -> Problem:
+    what = str(error)
+    if isinstance(error, library.Refused):
+        advice = f"{asked.id} has too much to do: wait and try again, or look at {asked.check}"
+    elif isinstance(error, library.DeadlinePassed):
+        advice = f"give a longer --deadline, or see what keeps {asked.id} busy: {asked.check}"
+    elif isinstance(error, library.HandlerFailed):
+        advice = "the log of the worker tells more under that id: logs/process_ID.log there"
+    elif isinstance(error, library.NameNotFound):
+        advice = f"{asked.check} lists the handlers"
+    else:
+        advice = f"see which process is down: {asked.check}, or python client.py check CONFIG"
+    return Problem(what, advice)
+
+
+def _where_to_look(error: library.CallFailed, args: argparse.Namespace) -> str:
+    if isinstance(error, library.NotReached):
+        return (
+            f"start the process there (python node.py CONFIG ID), see that its configuration says "
+            f"host {args.host} and port {args.port}, and that the firewall of that machine lets "
+            f"Python take connections on TCP port {args.port}"
+        )
+    return f"see what serves at port {args.port} of {args.host}: an overlay process should"
+
+
+# Running and measuring
+
+
+@dataclass(frozen=True)
+class Run:
+    """One request: when it began and ended (monotonic seconds), and what came of it."""
+
+    started: float
+    ended: float
+    outcome: library.Answer | library.CallFailed
+
+    @property
+    def answer(self) -> library.Answer:
+        assert isinstance(self.outcome, library.Answer)
+        return self.outcome
+
+    @property
+    def took_ms(self) -> float:
+        return (self.ended - self.started) * 1000
+
+    def problems(self, asked: Asked, sent: str) -> list[Problem]:
+        if isinstance(self.outcome, library.CallFailed):
+            return [_of_error(self.outcome, asked)]
+        return problems_of(self.outcome, asked, sent)
+
+
+def _timed(ask: Callable[[], library.Answer]) -> Run:
+    started = time.monotonic()
+    answer = ask()
+    return Run(started, time.monotonic(), answer)
+
+
+def _at_once(asks: Sequence[Callable[[], library.Answer]], within_s: float) -> list[Run]:
+    """Runs all from threads that begin together; a call without an end counts as failed."""
+    runs: dict[int, Run] = {}
+    gate = threading.Barrier(len(asks))
+
+    def run(n: int) -> None:
+        gate.wait(within_s)
+        started = time.monotonic()
+        try:
+            outcome: library.Answer | library.CallFailed = asks[n]()
+        except library.CallFailed as e:
+            outcome = e
+        runs[n] = Run(started, time.monotonic(), outcome)
+
+    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(len(asks))]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    join_all(threads, within_s)
+    lost = Run(began, began + within_s, library.DeadlinePassed(f"no end within {within_s:g} s"))
+    return [runs.get(n, lost) for n in range(len(asks))]
+
+
+def _spread(runs: Sequence[Run]) -> str:
+    took = [run.took_ms for run in runs]
+    low, middle, high = min(took), statistics.median(took), max(took)
+    return f"latency min/median/max {low:.1f}/{middle:.1f}/{high:.1f} ms"
+
+
+if __name__ == "__main__":
+    guarded(main, "test_system.py")
