@@ -1,0 +1,292 @@
+"""The demo: six processes on this machine, real requests, and who answered.
+
+    demo.py          stays up until Ctrl-C, to try more
+    demo.py --once   ends after the requests; exit code 0 only when every answer was right
+
+The processes are those of two_hosts_config.json, moved to loopback and free ports, with the
+handlers of the examples. Their configuration is written to examples/.demo.json, because a handler
+is found beside its configuration. What a killed demo left running is stopped by the next one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import launcher
+import psutil
+from launcher import ROOT, Child, Record, shown
+
+import overlay
+from overlay.configuration import load
+from overlay.errors import ConfigError, OverlayError
+
+CONFIG = ROOT / "examples" / ".demo.json"
+LOGS = ROOT / "logs" / "demo"
+OWNER = LOGS / "demo.pid"  # which demo the processes belong to
+THUMBNAILS = LOGS / "thumbnails"
+PHOTOS = ROOT / "examples" / "photos"
+PATTERN = r"re:^class \w+Error\("
+GRACE_S = 10.0
+TIMEOUT_S = 60.0  # a laptop that has just started six processes may be busy
+
+
+class WrongAnswer(Exception):
+    """The overlay answered, and not as it should."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    launcher.say_safely()
+    parser = argparse.ArgumentParser(prog="demo.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--once", action="store_true", help="end after the requests")
+    once = parser.parse_args(arguments).once
+    given_up = launcher.end_on_signal()
+    try:
+        with _the_only_demo():
+            return _demo(once, given_up)
+    except (ConfigError, launcher.Refused) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+@contextlib.contextmanager
+def _the_only_demo() -> Iterator[None]:
+    """Raises Refused while another demo runs; stops what one that was killed has left."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    other = Record.read(OWNER)
+    if other and other.process():
+        raise launcher.Refused(
+            f"the demo is already running as pid {other.pid}; end it with Ctrl-C in its terminal, "
+            f"or with: {launcher.command('stop')} {shown(CONFIG)}"
+        )
+    left = [record for record in launcher.records(LOGS) if record.process()]
+    if left:
+        launcher.end(left, GRACE_S)
+        names = ", ".join(sorted(record.id for record in left))
+        print(f"stopped {names}, left by a demo that was killed")
+    me = psutil.Process()
+    Record("demo", 0, me.pid, me.create_time(), 0, str(CONFIG), "", "").write(OWNER)
+    try:
+        yield
+    finally:
+        OWNER.unlink(missing_ok=True)
+
+
+def _demo(once: bool, given_up: threading.Event) -> int:
+    examples = _write_configuration()
+    topology = load(CONFIG)
+    children: list[Child] = []
+    print("starting six processes on this machine ...", flush=True)
+    try:
+        launcher.launch(topology, CONFIG, topology.processes.values(), children, given_up)
+        launcher.wait_until_ready(children, launcher.WAIT_S, given_up)
+        if not given_up.is_set() and any(child.ready_ms is None for child in children):
+            launcher.report_failure(children)
+            children.clear()
+            return 1
+        launcher.wait_until_linked(children, given_up)
+        _print_processes(children)
+        address = topology.processes["A"].address
+        fine = _requests(address, examples, given_up)
+        if not once and not given_up.is_set():
+            _stay_up(address, children, given_up)
+        return 0 if fine else 1
+    finally:
+        if children:
+            print("stopping ...", flush=True)
+            launcher.take_back(children)
+            print("all six processes have stopped")
+
+
+# The configuration
+
+
+def _write_configuration() -> list[str]:
+    """Writes CONFIG. Returns the names of the handlers beside echo."""
+    made = _read("two_hosts_config.json")
+    for process, port in zip(made["processes"].values(), free_ports(6), strict=True):
+        process |= {"host": "127.0.0.1", "port": port}
+    made |= {"log_dir": "../logs/demo", "handlers": {}}
+    names = ["search.json"]
+    if importlib.util.find_spec("PIL"):
+        names.append("pictures.json")
+    else:
+        print("no thumbnails: Pillow is not installed in this Python")
+    for name in names:
+        example = _read("examples", name)
+        made["handlers"] |= example["handlers"]
+        for process_id, process in example["processes"].items():
+            options = made["processes"][process_id].setdefault("options", {})
+            options |= process.get("options", {})
+    CONFIG.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    return list(made["handlers"])
+
+
+def _read(*names: str) -> Any:
+    return json.loads(ROOT.joinpath(*names).read_text(encoding="utf-8-sig"))
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in held:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in held]
+
+
+def _print_processes(children: Sequence[Child]) -> None:
+    rows = [("id", "role", "team", "address", "pid", "ready")]
+    for child in children:
+        process = child.process
+        ready = f"{child.ready_ms:.0f} ms" if child.ready_ms else ""
+        pid = str(child.record.pid)
+        rows.append((process.id, process.role, process.team, process.address, pid, ready))
+    launcher.print_table(rows)
+    print(f"logs: {shown(LOGS)}\n")
+
+
+# The requests
+
+
+def _requests(address: str, examples: Sequence[str], given_up: threading.Event) -> bool:
+    """Sends and shows each, also after another has failed. False when one was not right."""
+    steps: list[Callable[[Any], None]] = [_echo_all, _echo_any]
+    steps += [_search] if "search" in examples else []
+    steps += [_pictures] if "pictures" in examples else []
+    fine = True
+    with overlay.connect(address) as client:
+        for step in [*steps, _status]:
+            if given_up.is_set():
+                return False
+            try:
+                step(client)
+            except (OverlayError, WrongAnswer) as error:
+                print(f"  NOT RIGHT: {error}")
+                fine = False
+            print(flush=True)
+    return fine
+
+
+def _echo_all(client: Any) -> None:
+    print('mode ALL, handler echo: every worker answers "hello"')
+    answer = client.call("hello", timeout=TIMEOUT_S)
+    print("".join(f"  {line}\n" for line in answer.result.decode().splitlines()), end="")
+    print(f"  the way it went: {' '.join(answer.hops)}; answered: {_coverage(answer)}")
+    _expect(answer.result == b"C: hello\nD: hello\nF: hello", f"the result is {answer.result!r}")
+    _expect_all(answer)
+
+
+def _echo_any(client: Any) -> None:
+    print("mode ANY, handler echo: one worker answers, the least loaded")
+    for number in range(1, 5):
+        payload = f"request {number}"
+        answer = client.call(payload, mode="any", timeout=TIMEOUT_S)
+        print(f"  {answer.result.decode()}   (the way: {' '.join(answer.hops)})")
+        _expect(answer.result.endswith(payload.encode()), f"the result is {answer.result!r}")
+
+
+def _search(client: Any) -> None:
+    print(f"mode ALL, handler search: {PATTERN} in Python's library, a third for each worker")
+    began = time.monotonic()
+    answer = client.call(PATTERN, handler="search", timeout=TIMEOUT_S)
+    took_ms = (time.monotonic() - began) * 1000
+    lines = answer.result.decode("utf-8", "replace").splitlines()
+    counts = Counter(line[0] for line in lines if re.match(r"[CDF]: ", line))
+    found = ", ".join(f"{worker} {count}" for worker, count in sorted(counts.items()))
+    print(f"  {sum(counts.values())} lines in {took_ms:.0f} ms, merged by A: {found}; for example")
+    for line in lines[:: max(1, len(lines) // 4)][:4]:
+        print(f"  {line[:96]}")
+    _expect_all(answer)
+    _expect(counts.keys() == {"C", "D", "F"}, f"only {sorted(counts)} found something")
+
+
+def _pictures(client: Any) -> None:
+    print("mode ANY, handler pictures: each picture goes to one worker, all at once")
+    THUMBNAILS.mkdir(parents=True, exist_ok=True)
+    photos = sorted(PHOTOS.glob("*.jpg"))
+    rows = [("picture", "KiB", "thumbnail", "KiB", "made by", "ms")]
+    with launcher.ThreadPoolExecutor(len(photos), "demo") as pool:
+        jobs = [pool.submit(_thumbnail, client, photo) for photo in photos]
+        rows += [job.result() for job in jobs]
+    launcher.print_table([("  " + row[0], *row[1:]) for row in rows])
+
+
+def _thumbnail(client: Any, photo: Path) -> tuple[str, ...]:
+    before = photo.read_bytes()
+    began = time.monotonic()
+    answer = client.call(before, mode="any", handler="pictures", timeout=TIMEOUT_S)
+    took_ms = (time.monotonic() - began) * 1000
+    _expect(answer.result.startswith(b"\xff\xd8"), f"{photo.name}: the answer is no JPEG")
+    target = THUMBNAILS / photo.name
+    target.write_bytes(answer.result)
+    worker = answer.parts[0].process_id
+    sizes = _kib(before), _kib(answer.result)
+    return (photo.name, sizes[0], shown(target), sizes[1], worker, f"{took_ms:.0f}")
+
+
+def _status(client: Any) -> None:
+    print("the leader's queue, as GetMetrics tells")
+    said = client.metrics(timeout=TIMEOUT_S)
+    print(f"  waiting {said.queue_size} of {said.queue_slots}, in service ", end="")
+    print(f"{said.active_requests} of {said.max_capacity}; since the start: ", end="")
+    print(f"{said.completed} answered, {said.failed} failed, {said.refused} refused")
+    _expect(said.failed == said.refused == 0, "a request has failed or was refused")
+
+
+def _coverage(answer: Any) -> str:
+    answered, asked = answer.coverage
+    return f"{answered} of {asked}"
+
+
+def _expect_all(answer: Any) -> None:
+    missing = ", ".join(f"{part.process_id} ({part.reason})" for part in answer.missing)
+    _expect(len(answer.parts) == 3 and not missing, f"without an answer: {missing or 'some'}")
+
+
+def _expect(right: bool, otherwise: str) -> None:
+    if not right:
+        raise WrongAnswer(otherwise)
+
+
+def _kib(data: bytes) -> str:
+    return f"{len(data) / 1024:.0f}"
+
+
+# Until Ctrl-C
+
+
+def _stay_up(address: str, children: Sequence[Child], given_up: threading.Event) -> None:
+    host, port = address.split(":")
+    python = shown(Path(sys.executable))
+    print("the six processes stay up; try in another terminal")
+    for script, verb in (("client.py", ""), ("client.py", " check"), ("test_system.py", "")):
+        print(f"  {python} {shown(ROOT / script)} {host} {port}{verb}")
+    print(f"  {launcher.command('status')} {shown(CONFIG)}")
+    print("and press Ctrl-C here to stop them", flush=True)
+    up = list(children)
+    while up and not given_up.wait(0.3):
+        for child in [child for child in up if child.popen.poll() is not None]:
+            up.remove(child)
+            print(f"process {child.process.id} has ended ({_how(child.popen)})", flush=True)
+    if given_up.is_set():
+        print()
+
+
+def _how(popen: subprocess.Popen[bytes]) -> str:
+    return f"exit code {popen.returncode}" if popen.returncode >= 0 else "it was killed"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,727 @@
+"""Starts, stops and shows this machine's processes of a configuration.
+
+    launcher.py start CONFIG [IDS]   those whose host is an address of this machine, or the named
+    launcher.py stop CONFIG [IDS]    exactly what start started, gently, then firmly
+    launcher.py status CONFIG        who serves
+
+A start is whole or not at all: when one process does not come up, the others that this call started
+are stopped again; those that ran before stay. Beside the log of process A lie process_a.out (what
+it printed), process_a.pid (which process it is) and, only while it stops, process_a.stop. A pid
+counts only together with its start time, so a number that the system gave to another program since
+is never touched.
+
+Exit codes: 0 all well, 1 a process is not as it should be, 2 the command could not begin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ipaddress
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from overlay import wire  # noqa: E402 - found through the line above
+from overlay.configuration import load  # noqa: E402
+from overlay.errors import ConfigError  # noqa: E402
+from overlay.topology import Process, Topology, join_address  # noqa: E402
+
+WAIT_S = 60.0  # for a process to serve; handlers that load a model take their time
+GRACE_MARGIN_S = 5.0  # a process that keeps its own drain_grace_s is not killed
+LINK_S = 10.0  # for processes that serve to find each other; they try at least each second
+ANSWER_S = 2.0  # for GetMetrics, which answers at once even under load
+SAME_START_S = 2.0  # start times of one process differ by as much when the clock is corrected
+TOKEN = "OVERLAY_LAUNCH"  # in the environment of a process and of all its children
+
+
+class Refused(Exception):
+    """Nothing was begun; says why and what would do."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """What lies in the log folder for one process."""
+
+    log: Path
+    out: Path
+    pid: Path
+    stop: Path
+
+    @staticmethod
+    def of(topology: Topology, process: Process) -> Files:
+        stem = topology.folder / process.log_dir / f"process_{process.id.lower()}"
+        return Files(
+            *(stem.with_name(stem.name + end) for end in (".log", ".out", ".pid", ".stop"))
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """A pid file: which process was started, for which configuration."""
+
+    id: str
+    rank: int
+    pid: int
+    create_time: float
+    port: int
+    config: str
+    stop_file: str
+    token: str
+
+    @staticmethod
+    def read(path: Path) -> Record | None:
+        """None when there is none, or it is not one of ours."""
+        try:
+            record = Record(**json.loads(path.read_text(encoding="utf-8")))
+            return replace(record, pid=int(record.pid), create_time=float(record.create_time))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, path: Path) -> None:
+        beside = path.with_name(path.name + ".new")
+        beside.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        os.replace(beside, path)
+
+    def process(self) -> psutil.Process | None:
+        """The very process that was started, while it lives."""
+        try:
+            found = psutil.Process(self.pid)
+            same = abs(found.create_time() - self.create_time) <= SAME_START_S
+            return found if same and found.status() != psutil.STATUS_ZOMBIE else None
+        except (psutil.Error, ValueError, OverflowError):
+            return None
+
+
+@dataclass
+class Child:
+    """A process that this call has started."""
+
+    process: Process
+    files: Files
+    record: Record
+    popen: subprocess.Popen[bytes]
+    began: float
+    ready_ms: float | None = None
+
+    def is_pid(self, pid: int) -> bool:
+        """Whether it goes by this pid: on Windows a venv's Python runs as a child of itself."""
+        if pid == self.popen.pid:
+            return True
+        try:
+            below = psutil.Process(self.popen.pid).children(recursive=True)
+        except psutil.Error:
+            return False
+        return pid in {child.pid for child in below}
+
+
+def main(arguments: Sequence[str]) -> int:
+    say_safely()
+    asked = _parser().parse_args(arguments)
+    try:
+        if asked.verb == "start":
+            return start(find(asked.config), asked.ids, asked.wait_s)
+        if asked.verb == "stop":
+            return stop(find(asked.config), asked.ids, asked.grace_s)
+        return status(find(asked.config))
+    except (ConfigError, Refused) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+
+
+# start
+
+
+def start(config: Path, ids: Sequence[str] = (), wait_s: float = WAIT_S) -> int:
+    given_up = end_on_signal()
+    topology = load(config)
+    chosen = choose(topology, config, ids)
+    children: list[Child] = []
+    try:
+        running = launch(topology, config, chosen, children, given_up)
+        wait_until_ready(children, wait_s, given_up)
+    except Refused:
+        take_back(children)
+        raise
+    if given_up.is_set():
+        print("interrupted; stopping what was started", file=sys.stderr)
+        take_back(children)
+        return 130
+    if any(child.ready_ms is None for child in children):
+        report_failure(children)
+        return 1
+    wait_until_linked(children, given_up)
+    print_table(_start_rows(topology, chosen, running, children))
+    silent = [n for n in running if not ask(asking_address(topology.processes[n]))]
+    for note in _notes(topology, running, silent):
+        print(note)
+    print(f"\nto stop: {command('stop')} {shown(config)}")
+    return 1 if silent else 0
+
+
+def choose(topology: Topology, config: Path, ids: Sequence[str]) -> list[Process]:
+    """The named processes, or those of this machine. Raises Refused when there are none."""
+    if ids:
+        return [topology.process(process_id) for process_id in dict.fromkeys(ids)]
+    here = [process for process in topology.processes.values() if is_here(process)]
+    if not here:
+        raise Refused(
+            f"no process of {topology.name} belongs to this machine: the file has "
+            f"{_hosts(topology)}; this machine has {', '.join(own_addresses()) or 'no address'}. "
+            f'Edit "host" in {shown(config)}, or name the ids to start'
+        )
+    return here
+
+
+def launch(
+    topology: Topology,
+    config: Path,
+    chosen: Iterable[Process],
+    children: list[Child],
+    given_up: threading.Event,
+) -> dict[str, Record]:
+    """Starts the chosen ones that do not run yet and adds them to children, one by one.
+
+    Returns those that ran before. Raises Refused, also when some were started.
+    """
+    _check_folders(topology, config)
+    running: dict[str, Record] = {}
+    for process in chosen:
+        record = Record.read(Files.of(topology, process).pid)
+        if record and record.process():
+            running[process.id] = record
+        elif not given_up.is_set():
+            children.append(_spawn(topology, config, process))
+    return running
+
+
+def wait_until_ready(children: Sequence[Child], wait_s: float, given_up: threading.Event) -> None:
+    """Fills in ready_ms of each child that serves within wait_s; all are asked in parallel."""
+    if not children:
+        return
+    until = time.monotonic() + wait_s
+    with ThreadPoolExecutor(len(children), "launcher-wait") as pool:
+        waits = [pool.submit(_wait_for, child, until, given_up) for child in children]
+        while wait(waits, timeout=0.2).not_done:
+            pass  # in slices: on Windows a signal waits for the main thread
+    for done in waits:
+        done.result()
+
+
+def wait_until_linked(
+    children: Sequence[Child], given_up: threading.Event, wait_s: float = LINK_S
+) -> bool:
+    """Returns when the started ones are connected with each other: then a request reaches all.
+
+    False when that took longer than wait_s; neighbours on other machines may come whenever.
+    """
+    ours = {child.process.id for child in children}
+    until = time.monotonic() + wait_s
+    while not given_up.is_set() and time.monotonic() < until:
+        answers = [ask(asking_address(child.process)) for child in children]
+        if all(answer and not ours & _not_linked(answer) for answer in answers):
+            return True
+        given_up.wait(0.1)
+    return False
+
+
+def _not_linked(metrics: Any) -> set[str]:
+    return {n.process_id for n in metrics.neighbours if n.state != "up"}
+
+
+def take_back(children: Sequence[Child]) -> None:
+    """Ends what this call has started, as if it had not."""
+    end([child.record for child in children], GRACE_MARGIN_S)
+    for child in children:
+        child.popen.wait()
+        child.files.pid.unlink(missing_ok=True)
+
+
+def report_failure(children: Sequence[Child]) -> None:
+    """Says why the failed ones failed, and stops the others: half a start helps nobody."""
+    bad = [child for child in children if child.ready_ms is None]
+    for child in bad:
+        print(_why_not(child), file=sys.stderr)
+    take_back(children)
+    if good := [child.process.id for child in children if child.ready_ms is not None]:
+        print(f"{', '.join(good)} did start and {_was(good)} stopped again", file=sys.stderr)
+
+
+def _was(names: Sequence[str]) -> str:
+    return "was" if len(names) == 1 else "were"
+
+
+def _check_folders(topology: Topology, config: Path) -> None:
+    """Raises Refused when live processes of another configuration write to the same folder."""
+    for folder in log_folders(topology):
+        for record in records(folder):
+            if not _same_file(record.config, config) and record.process():
+                other = shown(Path(record.config))
+                raise Refused(
+                    f"{shown(folder)} is in use: process {record.id} of {other} runs as pid "
+                    f"{record.pid}; stop it ({command('stop')} {other}) or give {topology.name} "
+                    f'a "log_dir" of its own'
+                )
+
+
+def _spawn(topology: Topology, config: Path, process: Process) -> Child:
+    files = Files.of(topology, process)
+    token = secrets.token_hex(8)
+    call = [sys.executable, str(ROOT / "node.py"), str(config), process.id]
+    try:
+        files.log.parent.mkdir(parents=True, exist_ok=True)
+        files.stop.unlink(missing_ok=True)
+        files.pid.unlink(missing_ok=True)
+        with files.out.open("wb") as out:
+            began = time.monotonic()
+            popen = subprocess.Popen(
+                [*call, "--stop-file", str(files.stop)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **_ENVIRONMENT, TOKEN: token},
+                **_apart(),
+            )
+    except OSError as e:
+        raise Refused(f"{shown(files.log.parent)} cannot be used: {e.strerror or e}") from None
+    record = Record(
+        id=process.id,
+        rank=process.rank,
+        pid=popen.pid,
+        create_time=_create_time(popen.pid),
+        port=process.port,
+        config=str(config),
+        stop_file=str(files.stop),
+        token=token,
+    )
+    try:
+        record.write(files.pid)
+    except OSError as e:
+        popen.kill()
+        popen.wait()
+        raise Refused(f"{shown(files.pid)} cannot be written: {e.strerror or e}") from None
+    return Child(process, files, record, popen, began)
+
+
+# A handler's prints reach the .out file whole, also those just before a crash.
+_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+
+
+def _apart() -> dict[str, Any]:
+    """A group of its own: Ctrl-C in this terminal, and the end of it, do not reach the child."""
+    if sys.platform == "win32":
+        flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
+        return {"creationflags": flags}
+    return {"start_new_session": True}
+
+
+def _create_time(pid: int) -> float:
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return 0.0  # it has ended already
+
+
+def _wait_for(child: Child, until: float, given_up: threading.Event) -> None:
+    address = asking_address(child.process)
+    while time.monotonic() < until and child.popen.poll() is None and not given_up.is_set():
+        metrics = ask(address, 0.5)
+        if metrics and metrics.process_id == child.process.id and child.is_pid(metrics.pid):
+            child.ready_ms = (time.monotonic() - child.began) * 1000
+            return
+        given_up.wait(0.05)
+
+
+def _why_not(child: Child) -> str:
+    code = child.popen.poll()
+    if code is None:
+        waited_s = time.monotonic() - child.began
+        what = f"does not serve on {child.process.address} after {waited_s:.0f} s"
+    else:
+        what = f"ended with exit code {code}"
+    told = child.files.out if child.files.out.stat().st_size else child.files.log
+    lines = last_lines(told)
+    end_of = f"; the end of {shown(told)}:" if lines else "; it wrote nothing"
+    return "\n".join([f"process {child.process.id} {what}{end_of}", *(f"    {n}" for n in lines)])
+
+
+def _start_rows(
+    topology: Topology,
+    chosen: Iterable[Process],
+    running: Mapping[str, Record],
+    children: Iterable[Child],
+) -> Iterator[Sequence[object]]:
+    yield ("id", "role", "team", "address", "pid", "ready", "log")
+    started = {child.process.id: child for child in children}
+    for process in chosen:
+        if process.id in running:
+            pid, ready = running[process.id].pid, "already running"
+        else:
+            pid, ready = started[process.id].record.pid, f"{started[process.id].ready_ms:.0f} ms"
+        log = shown(Files.of(topology, process).log)
+        yield process.id, process.role, process.team, process.listen_address, pid, ready, log
+
+
+def _notes(
+    topology: Topology, running: Mapping[str, Record], silent: Sequence[str]
+) -> Iterator[str]:
+    """What is wrong with those that ran before."""
+    for process_id, record in running.items():
+        process = topology.processes[process_id]
+        metrics = None if process_id in silent else ask(asking_address(process))
+        if record.port != process.port or (metrics and metrics.config_digest != topology.digest):
+            yield (
+                f"process {process_id} was started before {topology.name} was changed; "
+                f"stop and start it to use the new one"
+            )
+        elif process_id in silent:
+            yield f"process {process_id} runs as pid {record.pid} but does not answer"
+
+
+# stop
+
+
+def stop(config: Path, ids: Sequence[str] = (), grace_s: float | None = None) -> int:
+    try:
+        topology = load(config)
+    except ConfigError as error:
+        # What runs must be stoppable, also when the file was broken or removed since.
+        print(error, file=sys.stderr)
+        topology = Topology({}, folder=config.parent, name=config.name)
+    found = {record.id: (path, record) for path, record in _own_records(topology, config)}
+    for process_id in ids:
+        if process_id not in found:
+            topology.process(process_id)  # raises for an id that is not in the file
+    asked = [found[n] for n in (ids or found) if n in found]
+    if grace_s is None:
+        grace_s = topology.limits.drain_grace_s + GRACE_MARGIN_S
+    ends = end([record for _, record in asked], grace_s)
+    for path, _ in asked:
+        path.unlink(missing_ok=True)
+    if asked:
+        rows = [(record.id, record.pid, ends[record.id]) for _, record in asked]
+        print_table([("id", "pid", "end"), *rows])
+    else:
+        print(f"nothing is running that was started here from {shown(config)}")
+    return 0 if asked or topology.processes else 2
+
+
+def end(ended: Sequence[Record], grace_s: float) -> dict[str, str]:
+    """Ends these processes with their children. Returns for each id how it went.
+
+    The leader first and the workers last, so that what is in service is still answered. Each rank
+    has grace_s; what is left then is killed.
+    """
+    said: dict[str, str] = {}
+    for rank in sorted({record.rank for record in ended}, reverse=True):
+        said |= _end_tier([record for record in ended if record.rank == rank], grace_s)
+    return said
+
+
+def _end_tier(tier: Sequence[Record], grace_s: float) -> dict[str, str]:
+    began = time.monotonic()
+    said = {record.id: "had ended before" for record in tier}
+    alive = [record for record in tier if record.process()]
+    for record in alive:
+        _ask_to_end(record)
+    while alive and time.monotonic() - began < grace_s:
+        for record in [record for record in alive if not record.process()]:
+            alive.remove(record)
+            said[record.id] = f"stopped in {time.monotonic() - began:.1f} s"
+        time.sleep(0.02)
+    said |= {record.id: f"killed after {grace_s:g} s" for record in alive}
+    _kill(tier)
+    for record in tier:
+        Path(record.stop_file).unlink(missing_ok=True)
+    return said
+
+
+def _ask_to_end(record: Record) -> None:
+    if os.name == "nt":
+        Path(record.stop_file).touch()  # no signal reaches a process in another console
+    elif process := record.process():
+        with contextlib.suppress(psutil.Error):  # gone meanwhile
+            process.terminate()
+
+
+def _kill(tier: Sequence[Record], within_s: float = 5.0) -> None:
+    """Kills what is left of these: the stuck ones, and children that a pool left behind."""
+    until = time.monotonic() + within_s
+    while (left := _family(tier)) and time.monotonic() < until:
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.05)  # and look again: one may just have started another
+
+
+def _family(tier: Sequence[Record]) -> list[psutil.Process]:
+    """The processes themselves, their children, and what children a killed one left behind."""
+    tokens = {record.token for record in tier}
+    found = {process for process in psutil.process_iter() if _token_of(process) in tokens}
+    for record in tier:
+        if process := record.process():
+            with contextlib.suppress(psutil.Error):
+                found |= {process, *process.children(recursive=True)}
+    return list(found)
+
+
+def _token_of(process: psutil.Process) -> str | None:
+    try:
+        zombie = process.status() == psutil.STATUS_ZOMBIE
+        return None if zombie else process.environ().get(TOKEN)
+    except (psutil.Error, OSError):
+        return None  # another user's, or gone
+
+
+# status
+
+
+def status(config: Path) -> int:
+    topology = load(config)
+    processes = list(topology.processes.values())
+    with ThreadPoolExecutor(len(processes), "launcher-ask") as pool:
+        answers = list(pool.map(ask, map(asking_address, processes)))
+    rows = [("id", "role", "team", "address", "pid", "in service", "waiting", "state")]
+    fine = True
+    for process, metrics in zip(processes, answers, strict=True):
+        record = Record.read(Files.of(topology, process).pid)
+        state, serves = _state(process, record, metrics)
+        fine = fine and (serves or not (record or is_here(process)))
+        place = (process.id, process.role, process.team, process.address)
+        rows.append((*place, *_figures(record, metrics), state))
+    print_table(rows)
+    return 0 if fine else 1
+
+
+def _figures(record: Record | None, metrics: Any) -> tuple[str, str, str]:
+    """(pid, in service, waiting)"""
+    if metrics is None:
+        return (str(record.pid) if record else "", "", "")
+    return (
+        str(metrics.pid),
+        f"{metrics.active_requests}/{metrics.max_capacity}",
+        f"{metrics.queue_size}/{metrics.queue_slots}",
+    )
+
+
+def _state(process: Process, record: Record | None, metrics: Any) -> tuple[str, bool]:
+    """(what to say of it, whether it serves)"""
+    alive = record is not None and record.process() is not None
+    if metrics and metrics.process_id != process.id:
+        return f"process {metrics.process_id} answers at its address", False
+    if metrics and not metrics.is_healthy:
+        return "stopping", False
+    if metrics:
+        said = "serves" if alive or not is_here(process) else "serves, not started here"
+        away = ", ".join(sorted(_not_linked(metrics)))
+        return (f"{said}; no link to {away}" if away else said), True
+    if alive:
+        return "runs but does not answer", False
+    if record:
+        return "died; its log tells more", False
+    return ("not running" if is_here(process) else "no answer"), False
+
+
+# This machine
+
+
+def is_here(process: Process) -> bool:
+    """Whether the address to listen on is this machine's; for "every address" the host decides."""
+    host = process.bind.strip("[]")
+    if not host or _is_wildcard(host):
+        host = process.host.strip("[]")
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return any(_can_bind(family, address) for family, _, _, _, address in found)
+
+
+def asking_address(process: Process) -> str:
+    """Where to ask this process from this machine; `host` may be an address outside a NAT."""
+    host = process.bind.strip("[]")
+    if not host:
+        return process.address
+    if _is_wildcard(host):
+        return join_address("::1" if ":" in host else "127.0.0.1", process.port)
+    return process.listen_address
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _can_bind(family: int, address: Any) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(address)
+            return True
+    except OSError:
+        return False
+
+
+def own_addresses() -> list[str]:
+    """The addresses that other machines could know this one by."""
+    found = {
+        address.address
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6) and "%" not in address.address
+    }
+    usable = [n for n in map(ipaddress.ip_address, found) if not n.is_link_local]
+    return [str(n) for n in sorted(usable, key=lambda n: (n.is_loopback, n.version, int(n)))]
+
+
+def _hosts(topology: Topology) -> str:
+    hosts: dict[str, list[str]] = {}
+    for process in topology.processes.values():
+        hosts.setdefault(process.bind or process.host, []).append(process.id)
+    return ", ".join(f"{host} ({', '.join(ids)})" for host, ids in hosts.items())
+
+
+def ask(address: str, timeout_s: float = ANSWER_S) -> Any:
+    """The metrics of the process at the address, or None when it does not answer."""
+    # Not through the client library: that waits for a connection, here a refused one is an answer.
+    with grpc.insecure_channel(address, wire.CHANNEL_OPTIONS) as channel:
+        node = wire.pb2_grpc.OverlayNodeStub(channel)
+        try:
+            return node.GetMetrics(wire.pb2.MetricsRequest(), timeout=timeout_s)
+        except grpc.RpcError:
+            return None
+
+
+# Pid files
+
+
+def log_folders(topology: Topology) -> list[Path]:
+    dirs = {process.log_dir for process in topology.processes.values()} or {"logs"}
+    return [topology.folder / log_dir for log_dir in sorted(dirs)]
+
+
+def records(folder: Path) -> list[Record]:
+    return [record for path in folder.glob("process_*.pid") if (record := Record.read(path))]
+
+
+def _all_records(topology: Topology) -> Iterator[tuple[Path, Record]]:
+    for folder in log_folders(topology):
+        for path in folder.glob("process_*.pid"):
+            if record := Record.read(path):
+                yield path, record
+
+
+def _own_records(topology: Topology, config: Path) -> Iterator[tuple[Path, Record]]:
+    return (
+        (path, record)
+        for path, record in _all_records(topology)
+        if _same_file(record.config, config)
+    )
+
+
+def _same_file(one: str, other: Path) -> bool:
+    return os.path.normcase(one) == os.path.normcase(other)
+
+
+# Words
+
+
+def find(config: str) -> Path:
+    """The configuration as named from here, else from the project's folder."""
+    here, there = Path(config).absolute(), ROOT / config
+    return (here if here.exists() or not there.exists() else there).resolve()
+
+
+def last_lines(path: Path, count: int = 10) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 8192))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return text.strip().splitlines()[-count:]
+
+
+def shown(path: Path) -> str:
+    """As short as can be typed from here."""
+    path = path.resolve()
+    text = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return f'"{text}"' if " " in text else text
+
+
+def command(verb: str) -> str:
+    python = "py" if os.name == "nt" else "python3"
+    return f"{python} {shown(ROOT / 'scripts' / 'run.py')} {verb}"
+
+
+def print_table(rows: Iterable[Sequence[object]]) -> None:
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for row in texts:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def end_on_signal() -> threading.Event:
+    """An event that Ctrl-C and the like set from now on, in place of an exception anywhere."""
+    asked = threading.Event()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: asked.set())
+    return asked
+
+
+def say_safely() -> None:
+    """Output must not die on a console's code page."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="replace")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launcher.py", description="Starts, stops and shows this machine's processes."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, about in (
+        ("start", "start this machine's processes, or the named ones"),
+        ("stop", "stop what start started, or the named ones"),
+        ("status", "show who serves"),
+    ):
+        sub = verbs.add_parser(verb, help=about, description=about)
+        sub.add_argument("config", metavar="CONFIG", help="for example two_hosts_config.json")
+        if verb != "status":
+            sub.add_argument("ids", metavar="ID", nargs="*", help="for example A B")
+        if verb == "start":
+            wait = f"seconds for a process to serve (default {WAIT_S:.0f})"
+            sub.add_argument("--wait-s", type=float, default=WAIT_S, metavar="S", help=wait)
+        if verb == "stop":
+            grace = "seconds before a process is killed (default: its drain_grace_s and 5 more)"
+            sub.add_argument("--grace-s", type=float, default=None, metavar="S", help=grace)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

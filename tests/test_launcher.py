@@ -1,0 +1,452 @@
+"""scripts/: the launcher, the demo, the bootstrap and the start scripts, with real processes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("node.py", "overlay", "overlay.proto", "scripts", "examples", "two_hosts_config.json")
+STUBS = ("overlay_pb2.py", "overlay_pb2.pyi", "overlay_pb2_grpc.py")
+THREE = {"A": ("leader", "B"), "B": ("team_leader", "AC"), "C": ("worker", "B")}
+SHELLS = {"dash": ["dash"], "busybox": ["busybox", "sh"], "zsh": ["zsh"]}
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="signals and sh are not of Windows")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project in a folder that a careless script would stumble over."""
+    folder = tmp_path_factory.mktemp("scripts") / "Grüße & läuft (2)"
+    ignore = shutil.ignore_patterns("__pycache__", ".demo.json")
+    for name in (*COPIED, *STUBS):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=ignore)
+        else:
+            folder.mkdir(exist_ok=True)
+            shutil.copy(source, folder / name)
+    yield folder
+    for process in processes_of(folder):
+        process.kill()
+
+
+@pytest.fixture
+def three(project, tmp_path, request):
+    """A configuration of three loopback processes; what runs of it is stopped at the end."""
+    config = write_three(
+        project / f"{request.node.name[:40]}.json", log_dir=f"logs/{tmp_path.name}"
+    )
+    yield config
+    launcher(project, "stop", config, "--grace-s", "5")
+    assert processes_of(project, config.name) == []
+
+
+def write_three(path, **extra):
+    # Explicit ports: held together for a moment, so that they differ.
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in THREE]
+    processes = {}
+    for (name, (role, neighbors)), one in zip(THREE.items(), held, strict=True):
+        port = one.getsockname()[1]
+        one.close()
+        processes[name] = {"id": name, "role": role, "team": "green", "host": "127.0.0.1"}
+        processes[name] |= {"port": port, "neighbors": list(neighbors)}
+    path.write_text(json.dumps({"processes": processes, **extra}), encoding="utf-8")
+    return path
+
+
+def launcher(project, *arguments, script="launcher.py"):
+    """Runs the command to its end. The result has returncode, stdout and stderr."""
+    command = [sys.executable, str(project / "scripts" / script), *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=project,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        timeout=90,
+    )
+
+
+def processes_of(folder, *words):
+    """The live processes with the folder, and all the words, in their command line."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if all(word in line for word in (str(folder), *words)):
+            found.append(process)
+    return [p for p in found if p.info["status"] != psutil.STATUS_ZOMBIE and p.pid != os.getpid()]
+
+
+def pids_in(table):
+    """id -> pid, from what start or status printed."""
+    rows = re.findall(r"(?m)^(\w+) +\w+ +green +127\.0\.0\.1:\d+ +(\d+)", table)
+    return {name: int(pid) for name, pid in rows}
+
+
+def port_of(config, name):
+    return json.loads(config.read_text(encoding="utf-8"))["processes"][name]["port"]
+
+
+def logs_of(config):
+    return config.parent / json.loads(config.read_text(encoding="utf-8"))["log_dir"]
+
+
+def wait_for(condition, within_s=20.0):
+    until = time.monotonic() + within_s
+    while not (value := condition()):
+        assert time.monotonic() < until, f"still {value!r} after {within_s:g} s"
+        time.sleep(0.05)
+    return value
+
+
+def needs(tool):
+    """Skips on a laptop without the tool; CI must have it."""
+    if shutil.which(tool) is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"{tool} is not installed")
+        pytest.skip(f"{tool} is not installed")
+
+
+# The launcher
+
+
+def test_what_start_started_is_seen_by_status_and_ended_by_stop(project, three):
+    started = launcher(project, "start", three)
+    assert started.returncode == 0, started.stderr
+    seen = launcher(project, "status", three)
+    stopped = launcher(project, "stop", three)
+    again = launcher(project, "stop", three)
+
+    assert pids_in(started.stdout).keys() == set(THREE)
+    assert re.search(r"(?m)^C .* \d+ ms ", started.stdout)
+    assert seen.returncode == 0
+    assert seen.stdout.count("serves\n") == 3
+    assert pids_in(seen.stdout) == pids_in(started.stdout)
+    assert stopped.returncode == 0
+    assert stopped.stdout.count("stopped in") == 3
+    assert processes_of(project, three.name) == []
+    assert again.returncode == 0
+    assert "nothing is running" in again.stdout
+    assert sorted(path.suffix for path in logs_of(three).iterdir()) == [".log"] * 3 + [".out"] * 3
+
+
+def test_a_second_start_starts_only_what_is_missing(project, three):
+    first = launcher(project, "start", three)
+    pids = pids_in(first.stdout)
+    psutil.Process(pids["C"]).kill()
+    wait_for(lambda: not processes_of(project, three.name, " C "))
+    seen = launcher(project, "status", three)
+    second = launcher(project, "start", three)
+
+    assert seen.returncode == 1
+    assert re.search(r"(?m)^C .*died", seen.stdout)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("already running") == 2
+    assert {n: pids_in(second.stdout)[n] for n in "AB"} == {n: pids[n] for n in "AB"}
+    assert pids_in(second.stdout)["C"] != pids["C"]
+
+
+def test_a_process_that_cannot_start_is_explained_and_the_others_are_taken_back(project, three):
+    with socket.create_server(("127.0.0.1", port_of(three, "C"))):
+        failed = launcher(project, "start", three)
+
+    assert failed.returncode == 1
+    assert "process C ended with exit code 2; the end of" in failed.stderr
+    assert f"port {port_of(three, 'C')}" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "A, B did start and were stopped again" in failed.stderr
+    assert processes_of(project, three.name) == []
+    assert list(logs_of(three).glob("*.pid")) == []
+
+
+def test_named_ids_alone_are_started_and_stopped(project, three):
+    started = launcher(project, "start", three, "B", "C")
+    stopped = launcher(project, "stop", three, "C")
+    status = [project, "status", three]
+    wait_for(lambda: re.search(r"(?m)^B .*serves; no link to C$", launcher(*status).stdout))
+    seen = launcher(*status)
+    unknown = launcher(project, "start", three, "Z")
+
+    assert pids_in(started.stdout).keys() == {"B", "C"}
+    assert re.search(r"(?m)^C +\d+ +stopped in", stopped.stdout)
+    assert re.search(r"(?m)^A .*not running$", seen.stdout)
+    assert unknown.returncode == 2
+    assert "no process 'Z'" in unknown.stderr
+
+
+def test_two_configurations_do_not_share_a_log_folder(project, three):
+    launcher(project, "start", three, "C")
+    other = write_three(project / "other.json", log_dir=str(logs_of(three)))
+    refused = launcher(project, "start", other)
+    stopped = launcher(project, "stop", other)
+
+    assert refused.returncode == 2
+    assert f"process C of {three.name} runs" in refused.stderr
+    assert "nothing is running" in stopped.stdout
+    assert len(processes_of(project, three.name, " C ")) == 1
+
+
+def test_a_pid_that_another_program_has_by_now_is_never_touched(project, three):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        created = psutil.Process(sleeper.pid).create_time() - 100
+        stale = {"id": "C", "rank": 0, "pid": sleeper.pid, "create_time": created, "port": 1}
+        stale |= {"config": str(three), "token": "t", "stop_file": str(logs_of(three) / "c.stop")}
+        logs_of(three).mkdir(parents=True)
+        (logs_of(three) / "process_c.pid").write_text(json.dumps(stale), encoding="utf-8")
+        stopped = launcher(project, "stop", three)
+
+        assert stopped.returncode == 0
+        assert "had ended before" in stopped.stdout
+        assert sleeper.poll() is None
+        assert list(logs_of(three).iterdir()) == []
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+@posix_only
+def test_a_stuck_process_is_killed_after_its_grace(project, three):
+    started = launcher(project, "start", three, "C")
+    os.kill(pids_in(started.stdout)["C"], signal.SIGSTOP)
+    stopped = launcher(project, "stop", three, "--grace-s", "1")
+
+    assert "killed after 1 s" in stopped.stdout
+    assert processes_of(project, three.name) == []
+
+
+@posix_only
+def test_an_interrupted_start_leaves_nothing(project, three):
+    command = [sys.executable, str(project / "scripts" / "launcher.py"), "start", str(three)]
+    starting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: processes_of(project, three.name, "node.py"))
+    starting.send_signal(signal.SIGINT)
+    _, said = starting.communicate(timeout=30)
+
+    assert starting.returncode == 130
+    assert b"interrupted" in said
+    assert b"Traceback" not in said
+    assert processes_of(project, three.name) == []
+    assert list(logs_of(three).glob("*.pid")) == []
+
+
+def test_what_was_started_can_be_stopped_when_the_file_is_broken(project, three):
+    config = write_three(project / "broken.json")  # its logs are in the default folder
+    launcher(project, "start", config, "C")
+    config.write_text("{", encoding="utf-8")
+    stopped = launcher(project, "stop", config)
+
+    assert re.search(r"(?m)^C +\d+ +stopped in", stopped.stdout)
+    assert "broken.json is not JSON" in stopped.stderr
+    assert processes_of(project, config.name) == []
+
+
+def test_a_file_without_a_process_for_this_machine_says_which_addresses_there_are(project):
+    text = (ROOT / "two_hosts_config.json").read_text(encoding="utf-8")
+    config = project / "elsewhere.json"
+    # Of a class kept for the future: no machine has them, and none can be reached.
+    config.write_text(text.replace("192.168.1.", "240.0.0."), encoding="utf-8")
+    refused = launcher(project, "start", config)
+
+    assert refused.returncode == 2
+    assert "240.0.0.1 (A, B, D), 240.0.0.2 (C, E, F); this machine has" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+# The demo
+
+
+@pytest.fixture(scope="module")
+def demos(project):
+    """One that stays up, a second beside it, and a third after the first was killed."""
+    command = [sys.executable, str(project / "scripts" / "demo.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as first:
+        try:
+            wait_for(lambda: "Ctrl-C here" in first.stdout.readline(), within_s=60)
+            second = launcher(project, "--once", script="demo.py")
+        finally:
+            first.kill()
+    left = processes_of(project, ".demo.json", "node.py")
+    third = launcher(project, "--once", script="demo.py")
+    return first.pid, second, left, third
+
+
+def test_the_demo_shows_right_answers_and_leaves_nothing(project, demos):
+    _, _, _, shown = demos
+
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "the way it went: A B C E D F; answered: 3 of 3" in shown.stdout
+    assert "0 failed, 0 refused" in shown.stdout
+    assert len(list((project / "logs" / "demo" / "thumbnails").glob("*.jpg"))) > 3
+    assert processes_of(project, ".demo.json") == []
+
+
+def test_a_second_demo_says_that_one_is_running(demos):
+    pid, second, _, _ = demos
+
+    assert second.returncode == 2
+    assert f"already running as pid {pid}" in second.stderr
+    assert "run.py stop" in second.stderr
+
+
+def test_what_a_killed_demo_left_is_stopped_by_the_next(demos):
+    _, _, left, third = demos
+
+    assert len(left) == 6
+    assert "stopped A, B, C, D, E, F, left by a demo that was killed" in third.stdout
+    assert not any(process.is_running() for process in left)
+
+
+@posix_only
+def test_ctrl_c_ends_the_demo_and_its_processes(project, demos):
+    command = [sys.executable, str(project / "scripts" / "demo.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as demo:
+        wait_for(lambda: processes_of(project, ".demo.json", "node.py", " F "))
+        demo.send_signal(signal.SIGINT)
+        said, _ = demo.communicate(timeout=60)
+
+    assert "all six processes have stopped" in said
+    assert "Traceback" not in said
+    assert processes_of(project, ".demo.json") == []
+
+
+# The start scripts
+
+
+@posix_only
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_start_and_stop_scripts_run_under(shell, tmp_path):
+    needs(SHELLS[shell][0])
+    stamp = ROOT / ".venv" / "overlay-setup.json"
+    if not stamp.exists():
+        assert not os.environ.get("CI"), "CI runs the tests through scripts/run.py"
+        pytest.skip(".venv was not made by scripts/run.py")
+    folder = tmp_path / "mit Leerzeichen ß"
+    folder.mkdir()
+    config = write_three(folder / "three.json")
+
+    def script(name, *arguments):
+        call = [*SHELLS[shell], str(ROOT / "scripts" / name), "three.json", *arguments]
+        return subprocess.run(call, cwd=folder, capture_output=True, encoding="utf-8", timeout=60)
+
+    started = script("start_macos.sh", "C")
+    stopped = script("stop_all.sh")
+
+    assert started.returncode == 0, started.stderr
+    assert pids_in(started.stdout).keys() == {"C"}
+    assert stopped.returncode == 0, stopped.stderr
+    assert re.search(r"(?m)^C +\d+ +stopped in", stopped.stdout)
+    assert processes_of(config.parent) == []
+
+
+@pytest.mark.parametrize(
+    "script", ["scripts/start_macos.sh", "scripts/stop_all.sh", "build_proto.sh", ".ci/run"]
+)
+def test_shellcheck_finds_nothing_in(script):
+    needs("shellcheck")
+    dialect = "bash" if script == ".ci/run" else "sh"
+    command = ["shellcheck", "-s", dialect, "-S", "style", str(ROOT / script)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["start_windows.bat", "stop_all.bat"])
+def test_batch_files_have_the_line_ends_and_letters_that_cmd_reads(name):
+    text = (ROOT / "scripts" / name).read_bytes()
+    assert text.count(b"\n") == text.count(b"\r\n")
+    assert text.isascii()
+
+
+# The bootstrap
+
+
+@pytest.fixture
+def run(tmp_path):
+    """scripts/run.py, with its names pointing into an empty folder."""
+    names = runpy.run_path(str(ROOT / "scripts" / "run.py"))
+    places = names["prepare"].__globals__
+    places["ROOT"], places["VENV"] = tmp_path, tmp_path / ".venv"
+    places["STAMP"] = tmp_path / ".venv" / "overlay-setup.json"
+    places["INSTALLING"] = tmp_path / ".venv" / "overlay-installing"
+    return places
+
+
+def test_an_old_python_is_told_in_one_sentence():
+    source = (ROOT / "scripts" / "run.py").read_text(encoding="ascii")
+    ast.parse(source, feature_version=(3, 4))  # without f-strings and the like
+    pretend = "import sys; sys.version_info = (3, 9, 18); exec(sys.stdin.read())"
+    done = subprocess.run(
+        [sys.executable, "-c", pretend], input=source, capture_output=True, encoding="utf-8"
+    )
+
+    assert done.returncode == 2
+    assert "Python 3.10 or later is needed, this is 3.9" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_stubs_are_made_anew_only_when_the_proto_or_protobuf_changed(run, tmp_path):
+    proto = tmp_path / "overlay.proto"
+    proto.write_bytes((ROOT / "overlay.proto").read_bytes())
+    facts = run["probe"](sys.executable)
+
+    def made():
+        run["make_stubs"](sys.executable, facts)
+        return [(tmp_path / name).stat().st_mtime_ns for name in STUBS]
+
+    first = made()
+    assert made() == first
+    proto.write_bytes(proto.read_bytes() + b"// changed\n")
+    second = made()
+    assert all(new > old for new, old in zip(second, first, strict=True))
+    facts["protobuf"] = "0.0"
+    assert made() != second
+
+
+def test_an_environment_left_half_made_is_not_trusted(run, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", run["VENV"]], check=True)
+    assert not run["is_whole"]()  # killed before pip was in it
+    run["STAMP"].touch()
+    assert run["is_whole"]()
+    run["INSTALLING"].touch()
+    assert not run["is_whole"]()  # killed while pip worked
+
+
+def test_a_failed_install_says_why_and_keeps_what_there_was(run, tmp_path):
+    run["VENV"].mkdir()
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("nowhere-at-all==1.0 --hash=sha256:" + "0" * 64 + "\n", encoding="utf-8")
+    os.environ["PIP_NO_INDEX"] = "1"
+    try:
+        with pytest.raises(run["Problem"], match=r"could not install requirements\.lock; needed"):
+            run["pip_install"](sys.executable, lock)
+    finally:
+        del os.environ["PIP_NO_INDEX"]
+    assert not run["INSTALLING"].exists()
+
+
+@pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
+def test_a_lock_pins_what_its_list_asks_for_and_names_no_place(name):
+    lock = (ROOT / f"{name}.lock").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"(?m)^([a-z0-9-]+)==([^ ]+)", lock))
+    lines = (ROOT / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [Requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip()]
+
+    assert [n for n in wanted if not n.specifier.contains(pins[n.name.lower()])] == []
+    assert "://" not in lock
+    assert "--find-links" not in lock
