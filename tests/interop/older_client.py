@@ -1,0 +1,32 @@
+"""A client of the older kind: knows older.proto and plain gRPC, nothing of the overlay package.
+
+    python older_client.py FOLDER_OF_STUBS HOST:PORT PAYLOAD
+
+Prints what it saw of one Forward and one GetMetrics as JSON. A process of its own, because a
+process can hold only one version of a message's name.
+"""
+
+import json
+import sys
+
+import grpc
+
+folder, address, payload = sys.argv[1:]
+sys.path.insert(0, folder)
+import older_pb2  # noqa: E402
+import older_pb2_grpc  # noqa: E402
+
+with grpc.insecure_channel(address) as channel:
+    stub = older_pb2_grpc.OverlayNodeStub(channel)
+    seen = {}
+    try:
+        response, call = stub.Forward.with_call(older_pb2.Request(payload=payload), timeout=10)
+        seen.update(result=response.result, hops=list(response.hops))
+    except grpc.RpcError as e:
+        call = e
+    metrics = stub.GetMetrics(older_pb2.MetricsRequest(), timeout=10)
+
+trailers = {k: v for k, v in call.trailing_metadata() if isinstance(v, str)}
+seen.update(code=call.code().name, details=call.details(), trailers=trailers)
+seen["metrics"] = {field.name: getattr(metrics, field.name) for field in metrics.DESCRIPTOR.fields}
+print(json.dumps(seen))
