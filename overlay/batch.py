@@ -113,7 +113,7 @@ class Batch:
         return Context(
             process.id,
             process.team,
-            segment.first_id + row,
+            segment.all_ids[row],
             segment.attempt,
             segment.deadline,
             self._options,
@@ -139,7 +139,7 @@ class Batch:
                 begin = i
 
     def refuse_second(self, row: int) -> None:
-        error = AlreadyExecuted(f"request {self.segment.first_id + row:016x} was run here before")
+        error = AlreadyExecuted(f"request {self.segment.all_ids[row]:016x} was run here before")
         with self._lock:
             self._waiting.remove(row)
         self._give_back(1)

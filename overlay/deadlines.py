@@ -5,11 +5,14 @@ Owns one thread, "deadlines", from `start` to `stop`. It wakes only while someth
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
+
+log = logging.getLogger("overlay.deadlines")
 
 TICK_S = 0.02  # how late an end may come; finer costs wake-ups and gains nobody anything
 
@@ -61,8 +64,14 @@ class Deadlines:
                 due = [self._ticks.pop(tick) for tick in list(self._ticks) if tick < now]
             for things in due:
                 for thing in things:
-                    self._expire(thing)
+                    self._expire_one(thing)
             time.sleep(TICK_S)
+
+    def _expire_one(self, thing: Hashable) -> None:
+        try:
+            self._expire(thing)
+        except Exception:  # the others' deadlines come all the same
+            log.exception("what has expired could not be ended")
 
 
 def _tick(at: float) -> int:

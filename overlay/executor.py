@@ -8,7 +8,7 @@ ids are remembered, a bounded number of them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -75,13 +75,15 @@ class Executor:
         """
         desk, _ = self._desks[handler or self._process.handler]
         with self._lock:
-            free = desk.slots + desk.ahead - desk.taken
             elsewhere = sum(
                 min(other.taken, other.slots)
                 for other, _ in self._desks.values()
                 if other is not desk
             )
-            capped = self._cap + desk.ahead - elsewhere - desk.taken
+            # Beyond the slots only while no other handler is at work: each has threads of its own.
+            ahead = 0 if elsewhere else desk.ahead
+            free = desk.slots + ahead - desk.taken
+            capped = self._cap + ahead - elsewhere - desk.taken
             count = max(0, min(count, free, capped))
             desk.taken += count
         return count
@@ -91,7 +93,7 @@ class Executor:
         desk, runner = self._desks[segment.route.handler or self._process.handler]
         give_back = partial(self._give_back, desk)
         batch = Batch(desk, self._process, segment, waited_s, sink, give_back, runner.end)
-        for row in self._seen.again(segment.first_id, len(segment)):
+        for row in self._seen.again(segment.all_ids):
             batch.refuse_second(row)
         runner.submit(batch)
         return batch.end
@@ -119,17 +121,25 @@ class SeenIds:
     def __len__(self) -> int:
         return len(self._new) + len(self._old)
 
-    def again(self, first_id: int, count: int) -> list[int]:
-        """The rows of first_id, first_id + 1 … that were seen before. All are seen after this."""
-        ids = range(first_id, first_id + count)
+    def again(self, ids: Sequence[int]) -> list[int]:
+        """The rows whose ids were seen before, in this list too. All are seen after this."""
         with self._lock:
             rows = []
-            if not (self._new.isdisjoint(ids) and self._old.isdisjoint(ids)):
-                rows = [i for i, it in enumerate(ids) if it in self._new or it in self._old]
+            twice = len(ids) > 1 and len(set(ids)) < len(ids)
+            if twice or not (self._new.isdisjoint(ids) and self._old.isdisjoint(ids)):
+                rows = self._again_locked(ids)
             self._new.update(ids)
             if len(self._new) >= self._half:
                 self._old, self._new = self._new, set()
             return rows
+
+    def _again_locked(self, ids: Sequence[int]) -> list[int]:
+        rows, here = [], set()
+        for row, id_ in enumerate(ids):
+            if id_ in self._new or id_ in self._old or id_ in here:
+                rows.append(row)
+            here.add(id_)
+        return rows
 
 
 def _runner(desk: Desk, topology: Topology) -> Runner:

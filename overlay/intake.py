@@ -215,13 +215,28 @@ class Lane:
     """
 
     def __init__(self) -> None:
-        self.tickets: dict[Ticket, None] = {}
         self.waiting = 0
         self.active = 0
+        self.paused = False  # its answers are not read: nothing more starts
+        self._kinds: dict[object, dict[Ticket, None]] = {}
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        return [ticket for tickets in self._kinds.values() for ticket in tickets]
+
+    def put_locked(self, ticket: Ticket) -> None:
+        self._kinds.setdefault(admission.lane(ticket.segment.route), {})[ticket] = None
+
+    def discard_locked(self, ticket: Ticket) -> None:
+        kind = admission.lane(ticket.segment.route)
+        del self._kinds[kind][ticket]
+        if not self._kinds[kind]:
+            del self._kinds[kind]
 
     def take_locked(self, claim: Callable[[Ticket], Place | None]) -> tuple[Ticket, Place] | None:
         blocked: list[Ticket] = []
-        for ticket in self.tickets:
+        # Thousands may wait behind the first of a kind: they want the same places and wait too.
+        for ticket in sorted((next(iter(t)) for t in self._kinds.values()), key=_number):
             route = ticket.segment.route
             if blocked and not all(admission.may_overtake(route, b.segment.route) for b in blocked):
                 continue
@@ -317,7 +332,7 @@ class Intake:
         ticket.lane = lane
         with self._lock:
             self._check_open()
-            lane.tickets[ticket] = None
+            lane.put_locked(ticket)
             lane.waiting += len(segment)
             self._lanes_waiting += 1
         return ticket
@@ -395,7 +410,7 @@ class Intake:
                 ticket.unstarted.take(0, 1)
             return ticket, 0, place
         lane = self._lanes[turn - 1]
-        if not lane.tickets:
+        if lane.paused or not lane.waiting:
             return None
         found = lane.take_locked(lambda ticket: self._claim_rows(ticket, now))
         return self._advance_locked(lane, *found, now) if found else None
@@ -410,7 +425,7 @@ class Intake:
             lane.active += place.count
             ticket.started = ticket.started or now
             if not ticket.unstarted.left:
-                del lane.tickets[ticket]
+                lane.discard_locked(ticket)
                 self._lanes_waiting -= 1
         return ticket, first, place
 
@@ -442,7 +457,7 @@ class Intake:
                 if lane is None:
                     self._room.discard_locked(ticket)
                 else:
-                    del lane.tickets[ticket]
+                    lane.discard_locked(ticket)
                     self._lanes_waiting -= 1
             return runs
 

@@ -36,6 +36,8 @@ class Limits:
     window_rows: int = 4096  # requests of a stream that may be unanswered; then it is not read
     window_bytes: int = 64 * MIB  # the same in payload and result bytes
     streams: int = 64  # at once per process; each holds two threads
+    join_rows: int = 256  # requests of small segments that a link joins to one
+    few_rows: int = 8  # what a small segment has at most
     frame_bytes: int = MIB  # about; a larger frame would hold up those behind it
     small_bytes: int = 16 * 1024  # larger bodies take a link's second stream
     remembered_ids: int = 100_000  # request ids a worker keeps to run each once; about 10 MiB

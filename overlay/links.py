@@ -10,6 +10,7 @@ Owns one thread, "links", from `start` to `close`, and its pipes'.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import logging
 import threading
@@ -30,6 +31,8 @@ from overlay.values import Answers, Code, End, Executed, Part, Segment, Sink
 from overlay.wire import pb2, pb2_grpc
 
 log = logging.getLogger("overlay.links")
+
+SAME_DEADLINE_S = 0.01  # segments whose deadlines are no further apart may travel as one
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Links:
         self._limits = limits
         self._to_flush: set[_Book] = set()
         self._links = {
-            n.id: _Link(n, limits, digest, self._changed, self._to_flush) for n in neighbours
+            n.id: _Link(n, limits, digest, self._changed, self._to_flush, self.flush)
+            for n in neighbours
         }
         self._up: frozenset[str] = frozenset()
         self._wake = threading.Event()
@@ -161,8 +165,10 @@ class _Link:
         digest: str,
         changed: Callable[[], None],
         to_flush: set[_Book],
+        flush: Callable[[], None],
     ) -> None:
         self.to_flush = to_flush
+        self.flush = flush
         self.id = neighbour.id
         self.address = neighbour.address
         self.channel = grpc.insecure_channel(neighbour.address, wire.channel_options(limits))
@@ -330,16 +336,32 @@ class _Link:
 
 
 class _Sent:
-    """A segment on its way: each row is answered once, by the neighbour or when the call ends."""
+    """A segment given to a link: each row is answered once, by the neighbour or for it."""
 
-    __slots__ = ("handed", "number", "open", "segment", "sink")
+    __slots__ = ("message", "open", "row", "segment", "sink")
 
-    def __init__(self, number: int, segment: Segment, sink: Sink) -> None:
-        self.number = number
+    def __init__(self, segment: Segment, sink: Sink) -> None:
         self.segment = segment
         self.sink = sink
         self.open = OpenRows(len(segment))
-        self.handed = False  # to gRPC's writer: from then on it may have run
+        self.message: _Message | None = None  # in which it was handed to gRPC; it may run then
+        self.row = 0  # where it begins in that message
+
+
+class _Message:
+    """A segment as it was written: one of those given, or several that could be joined."""
+
+    __slots__ = ("left", "number", "parts", "starts")
+
+    def __init__(self, number: int, parts: list[_Sent]) -> None:
+        self.number = number
+        self.parts = parts
+        self.starts: list[int] = []
+        self.left = 0
+        for part in parts:
+            part.message, part.row = self, self.left
+            self.starts.append(self.left)
+            self.left += len(part.segment)
 
 
 class _Book:
@@ -349,18 +371,18 @@ class _Book:
         self.pipe = Pipe(link.channel, name, self._fill, self._receive, self._lost, self._begin)
         self.is_live = False
         self._link = link
-        self._frame_bytes = limits.frame_bytes
+        self._limits = limits
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._outbox: deque[_Sent | tuple[int, int, int]] = deque()
-        self._sent: dict[int, _Sent] = {}
+        self._outbox: deque[_Sent] = deque()
+        self._cancels: deque[tuple[_Sent, int, int]] = deque()
+        self._messages: dict[int, _Message] = {}
 
     def send(self, segment: Segment, sink: Sink) -> End:
-        sent = _Sent(next(self._numbers) & 0xFFFFFFFF, segment, sink)
+        sent = _Sent(segment, sink)
         with self._lock:
             live = self.is_live
             if live:
-                self._sent[sent.number] = sent
                 self._outbox.append(sent)
         if live:
             self._link.to_flush.add(self)
@@ -369,38 +391,88 @@ class _Book:
 
         def end(code: Code, start: int, count: int) -> None:
             with self._lock:
-                if sent.number not in self._sent:
+                if not sent.open.left:
                     return
-                self._outbox.append((sent.number, start, count))
+                self._cancels.append((sent, start, count))
             self.pipe.kick()
 
         return end
 
+    # on gRPC's sending thread
+
     def _fill(self, frame: pb2.Frame) -> bool:
-        size, late = 0, []
-        while self._outbox and size < self._frame_bytes:
-            entry = self._outbox.popleft()
-            if isinstance(entry, tuple):
-                number, start, count = entry
-                frame.cancels.add(number=number, start=start, count=count)
-                size += 20
-                continue
-            left_s = self._link.time_left_s(entry.segment.deadline)
+        size = 0
+        while self._outbox and size < self._limits.frame_bytes:
+            parts = self._joinable()
+            segment = Segment.joined([part.segment for part in parts])
+            left_s = self._link.time_left_s(segment.deadline)
             if left_s <= 0:
-                late.append(entry)
+                for part in parts:
+                    self._answer_all(part, Code.DEADLINE_EXCEEDED, "no time left", Executed.NO)
                 continue
-            entry.handed = True
-            wire.write_segment(frame, entry.number, entry.segment, left_s)
-            size += entry.segment.payloads.size + 100
-        for entry in late:
-            self._answer_all(entry, Code.DEADLINE_EXCEEDED, "no time left", Executed.NO)
+            number = next(self._numbers) & 0xFFFFFFFF
+            with self._lock:
+                live = self.is_live
+                if live:
+                    self._messages[number] = _Message(number, parts)
+            if not live:  # lost since: this frame goes nowhere
+                for part in parts:
+                    self._answer_all(part, Code.UNAVAILABLE, "the link is down", Executed.NO)
+                self._link.flush()
+                continue
+            wire.write_segment(frame, number, segment, left_s)
+            size += segment.payloads.size + 100
+        # After the segments: what was ended before it left is ended where it arrives.
+        for _ in range(len(self._cancels)):
+            sent, start, count = self._cancels.popleft()
+            if sent.message is None and sent.open.left:  # it leaves with a later frame
+                self._cancels.append((sent, start, count))
+            elif sent.message is not None:
+                row = sent.row + start
+                frame.cancels.add(number=sent.message.number, start=row, count=count)
+                size += 20
         return size > 0
+
+    def _joinable(self) -> list[_Sent]:
+        """The head of the outbox, with those after it that may travel in one segment with it."""
+        parts = [self._outbox.popleft()]
+        first, rows, size = parts[0].segment, len(parts[0].segment), parts[0].segment.payloads.size
+        few = self._limits.few_rows  # larger ones are copied on unopened, which is cheaper
+        while self._outbox and rows < self._limits.join_rows and len(first) <= few:
+            other = self._outbox[0].segment
+            rows, size = rows + len(other), size + other.payloads.size
+            if (
+                other.route != first.route
+                or other.attempt != first.attempt
+                or abs(other.deadline - first.deadline) > SAME_DEADLINE_S
+                or len(other) > few
+                or size > self._limits.frame_bytes
+            ):
+                break
+            parts.append(self._outbox.popleft())
+        return parts
+
+    # on the pipe's thread
 
     def _receive(self, frame: pb2.Frame) -> None:
         for made in frame.slices:
-            sent = self._sent.get(made.number)
-            if sent is not None:
-                self._answer(sent, made.start, wire.read_slice(made))
+            message = self._messages.get(made.number)
+            if message is not None:
+                self._spread(message, made.start, wire.read_slice(made))
+        self._link.flush()  # what was tried elsewhere
+
+    def _spread(self, message: _Message, start: int, answers: Answers) -> None:
+        """Gives a slice to the segments that its rows belong to."""
+        stop = start + len(answers)
+        index = bisect.bisect_right(message.starts, start) - 1
+        while start < stop and index < len(message.parts):
+            part = message.parts[index]
+            rows = min(stop, part.row + len(part.segment)) - start
+            if rows > 0:
+                offset = len(answers) - (stop - start)
+                self._answer(part, start - part.row, answers.slice(offset, rows))
+                start += rows
+            index += 1
 
     def _begin(self, metadata: Mapping[str, str]) -> None:
         self.is_live = True
@@ -409,12 +481,18 @@ class _Book:
     def _lost(self, why: Part) -> None:
         with self._lock:
             self.is_live = False
-            lost, self._sent = list(self._sent.values()), {}
+            handed = [part for message in self._messages.values() for part in message.parts]
+            unsent = list(self._outbox)
             self._outbox.clear()
+            self._cancels.clear()
         self._link.lost(why)
-        for sent in lost:
-            executed = Executed.UNKNOWN if sent.handed else Executed.NO
-            self._answer_all(sent, Code.UNAVAILABLE, why.reason, executed)
+        for part in handed:
+            self._answer_all(part, Code.UNAVAILABLE, why.reason, Executed.UNKNOWN)
+        for part in unsent:
+            self._answer_all(part, Code.UNAVAILABLE, why.reason, Executed.NO)
+        self._link.flush()
+
+    # on any thread
 
     def _answer_all(self, sent: _Sent, code: Code, reason: str, executed: Executed) -> None:
         reason = f"no answer from {self._link.id}: {reason}"
@@ -422,10 +500,13 @@ class _Book:
         self._answer(sent, 0, Answers(len(sent.segment), (), refused=part))
 
     def _answer(self, sent: _Sent, start: int, answers: Answers) -> None:
+        message = sent.message
         with self._lock:
             runs = sent.open.take(start, len(answers))
-            if not sent.open.left:
-                self._sent.pop(sent.number, None)
+            if message is not None:
+                message.left -= sum(rows for _, rows in runs)
+                if not message.left:
+                    self._messages.pop(message.number, None)
         for first, rows in runs:
             slice_ = answers.slice(first - start, rows)
             self._link.answered(sent.segment.route.handler, slice_)

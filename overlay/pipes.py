@@ -48,6 +48,7 @@ class Pipe:
         self._lost = lost
         self._live = live
         self._changed = threading.Condition()
+        self._filling = threading.Lock()  # a call's loss waits for what its sender takes just now
         self._kicked = False
         self._ended = False
         self._call: grpc.Call | None = None
@@ -77,7 +78,7 @@ class Pipe:
     def _run(self) -> None:
         while not self._ended:
             why = self._one_call()
-            with self._changed:
+            with self._filling, self._changed:
                 self._attempt += 1  # ends the sender of the call that is over
                 self._changed.notify_all()
             self._lost(why)
@@ -114,7 +115,10 @@ class Pipe:
                 if self._attempt != attempt or self._ended:
                     return
                 self._kicked = False
-            frame = pb2.Frame()
-            while self._attempt == attempt and self._fill(frame):
+            while (frame := self._next_frame(attempt)) is not None:
                 yield frame
-                frame = pb2.Frame()
+
+    def _next_frame(self, attempt: int) -> pb2.Frame | None:
+        frame = pb2.Frame()
+        with self._filling:
+            return frame if self._attempt == attempt and self._fill(frame) else None

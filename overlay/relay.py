@@ -46,7 +46,6 @@ class Network(Protocol):
     def slots(self, neighbour: str, worker: str, handler: str) -> int: ...
     def reserve(self, neighbour: str, handler: str, count: int) -> None: ...
     def send(self, neighbour: str, segment: Segment, sink: Sink) -> End: ...
-    def flush(self) -> None: ...
 
 
 class Works(Protocol):
@@ -92,7 +91,7 @@ class Relay:
         They wait for a slot, for a branch with credit, and until `patient_until` for a link that
         went down this moment. Streamed rows to all go down against credit too; single ones at once.
         """
-        if self._works is not None and route.targets in (None, (self._me.id,)):
+        if self._works is not None and (route.targets is None or self._me.id in route.targets):
             count = self._works.claim(route.handler, count)
             return Claimed(count, _HERE) if count else None
         plan = self._plan(route, self._network.up())
@@ -141,7 +140,9 @@ class Relay:
 
     def _claim_all(self, plan: Plan, handler: str, count: int, streamed: bool) -> Claimed | None:
         if streamed:
-            count = min(count, *(self.load(branch, handler).credit for branch in plan.branches))
+            # The most of them: what is too much for a busy one waits there, and it may be missing
+            # in the end, but not the others.
+            count = min(count, max(self.load(branch, handler).credit for branch in plan.branches))
             if not count:
                 return None
         for branch in plan.branches:
@@ -324,7 +325,6 @@ class _Hand:
             relay._network.reserve(plan.branches[0].neighbour, handler, 1)
         branch = (claimed.plan if claimed else plan).branches[0]
         self._send(branch, row, segment.again(), tried)
-        relay._network.flush()
         return True
 
     def _answer(self, start: int, answers: Answers) -> None:

@@ -34,7 +34,7 @@ class Plan:
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
-QUICK_S = 0.0005  # backlog of a branch below which spreading would cost more than it gains
+QUICK_S = 0.001  # backlog of a branch below which spreading would cost more than it gains
 AHEAD_S = 0.010  # work that a branch may have beyond its slots, so that it never runs dry
 MOST_OUTSTANDING = 4096  # of a branch and handler, whatever its pace
 

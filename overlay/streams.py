@@ -25,7 +25,7 @@ import grpc
 
 from overlay import routing, wire
 from overlay.deadlines import Deadlines
-from overlay.errors import BadRequest, OverlayError
+from overlay.errors import BadRequest, Cancelled, OverlayError
 from overlay.intake import Intake, Ticket
 from overlay.limits import Limits
 from overlay.topology import Topology
@@ -61,6 +61,7 @@ def serve(
     """Answers one ForwardStream call."""
     stream = _Stream(desk)
     if not context.add_callback(stream.abandon):
+        stream.abandon()
         return
     reader = threading.Thread(target=stream.read, args=(frames,), name="stream-reader", daemon=True)
     reader.start()
@@ -69,6 +70,7 @@ def serve(
         yield from stream.write()
     finally:
         stream.abandon()
+        stream.count_rest()
     if stream.broken is not None:
         context.abort(wire.grpc_code(stream.broken.code), str(stream.broken))
 
@@ -76,7 +78,16 @@ def serve(
 class _Accepted:
     """A segment of the stream, until its last answer is written."""
 
-    __slots__ = ("from_process", "left", "number", "segment", "size", "ticket", "want_parts")
+    __slots__ = (
+        "counted",
+        "from_process",
+        "left",
+        "number",
+        "segment",
+        "size",
+        "ticket",
+        "want_parts",
+    )
 
     def __init__(self, number: int, segment: Segment, want_parts: bool) -> None:
         self.number = number
@@ -84,6 +95,7 @@ class _Accepted:
         self.want_parts = want_parts
         self.from_process = segment.route.targets is not None
         self.left = len(segment)
+        self.counted = 0  # rows told to the desk as answered
         self.size = segment.payloads.size
         self.ticket: Ticket | None = None
 
@@ -98,6 +110,8 @@ class _Stream:
         self._accepted: dict[int, _Accepted] = {}
         self._rows = 0  # accepted and not yet written
         self._bytes = 0
+        self._unread = 0  # bytes of answers that wait for the client to read
+        self._frame_bytes = min(self._limits.frame_bytes, self._limits.max_message_bytes // 2)
         self._checked: set[Route] = set()
         self._no_more = False
         self._reader_waits = False
@@ -153,6 +167,15 @@ class _Stream:
                 self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
         self._desk.intake.close_lane(self._lane)
 
+    def count_rest(self) -> None:
+        """Counts what was received and will not be answered any more, as cancelled."""
+        with self._changed:
+            rest, self._accepted = list(self._accepted.values()), {}
+        for accepted in rest:
+            rows = len(accepted.segment) - accepted.counted
+            gone: OverlayError = Cancelled("the caller left")
+            self._desk.answered(rows, [(row, gone) for row in range(rows)], None)
+
     def _is_over_locked(self) -> bool:
         if self._abandoned or self.broken is not None:
             return True
@@ -184,6 +207,8 @@ class _Stream:
             raise BadRequest(f"number: {made.number} is taken by a segment not answered yet")
         accepted = _Accepted(made.number, segment, made.want_parts)
         with self._changed:
+            if self._abandoned:
+                return
             self._accepted[made.number] = accepted
             self._rows += accepted.left
             self._bytes += accepted.size
@@ -214,19 +239,22 @@ class _Stream:
         with self._changed:
             self._out.append((accepted, start, answers))
             self._bytes += _size(answers)
+            self._unread += _size(answers)
+            self._lane.paused = self._unread >= self._limits.window_bytes // 2
             if len(self._out) == 1:
                 self._changed.notify_all()
 
     def _some_locked(self) -> list[tuple[_Accepted, int, Answers]]:
         taken, size = [], 0
-        while self._out and size < self._limits.frame_bytes:
+        while self._out and size < self._frame_bytes:
             accepted, start, answers = self._out.popleft()
-            whole, room = _size(answers), self._limits.frame_bytes - size
+            whole, room = _size(answers), self._frame_bytes - size
             if whole > room and len(answers) > 1:
-                rows = max(1, len(answers) * room // whole)
-                rest = answers.slice(rows, len(answers) - rows)
-                self._out.appendleft((accepted, start + rows, rest))
-                answers = answers.slice(0, rows)
+                answers, rest = _split(answers, room)
+                self._out.appendleft((accepted, start + len(answers), rest))
+                more = _size(answers) + _size(rest) - whole
+                self._bytes += more
+                self._unread += more
             taken.append((accepted, start, answers))
             size += min(whole, room)
         return taken
@@ -236,6 +264,7 @@ class _Stream:
     ) -> None:
         answers = self._cut_to_size(answers, 2 if accepted.want_parts else 1)
         results, failures = self._desk.combine(accepted.segment, answers)
+        accepted.counted += len(answers)
         self._desk.answered(len(answers), failures, accepted.ticket)
         if accepted.from_process:
             wire.write_slice(frame, accepted.number, start, answers)
@@ -259,13 +288,18 @@ class _Stream:
             for accepted, _, answers in taken:
                 self._rows -= len(answers)
                 self._bytes -= _size(answers)
+                self._unread -= _size(answers)
                 accepted.left -= len(answers)
                 if not accepted.left:
                     self._bytes -= accepted.size
-                    del self._accepted[accepted.number]
+                    self._accepted.pop(accepted.number, None)
                     ended.append(accepted)
             if self._reader_waits:
                 self._changed.notify_all()
+            resume = self._lane.paused and self._unread < self._limits.window_bytes // 2
+            self._lane.paused = self._lane.paused and not resume
+        if resume:
+            self._desk.intake.kick()
         for accepted in ended:
             if accepted.ticket is not None:
                 self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
@@ -284,5 +318,23 @@ class _Stream:
             return not self._abandoned
 
 
+def _split(answers: Answers, room: int) -> tuple[Answers, Answers]:
+    """The first rows that fit into `room` bytes, at least one, and the rest."""
+    rows = max(1, len(answers) * room // _size(answers))
+    while rows > 1 and _size(answers.slice(0, rows)) > room:
+        rows //= 2  # a large one among small ones goes alone
+    return answers.slice(0, rows), answers.slice(rows, len(answers) - rows)
+
+
 def _size(answers: Answers) -> int:
-    return sum(column.results.size for column in answers.parts) + 50 * len(answers.parts)
+    """Bytes of a slice, about; a reason is told with its part and with its row."""
+    size, rows = 50 * len(answers.parts), len(answers)
+    if answers.refused is not None:
+        size += rows * (50 + 2 * len(answers.refused.reason))
+    for column in answers.parts:
+        size += column.results.size
+        if column.failed is not None:
+            size += rows * (50 + 2 * len(column.failed.reason))
+        for failure in column.failures.values():
+            size += 50 + 2 * len(failure.reason)
+    return size

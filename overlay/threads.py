@@ -7,6 +7,7 @@ slice; a second one joins when they are not, or when the first seems stuck.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -39,6 +40,7 @@ class ThreadRunner:
         self._minded = False
         self._closed = False
         self._progress = 0.0
+        self._hands: set[_Hand] = set()  # at work on segments of several rows
 
     @property
     def active(self) -> int:
@@ -63,60 +65,107 @@ class ThreadRunner:
         idle = self._threads - self._working - self._minded
         if idle > 0:
             self._changed.notify()
-        elif self._threads < self._slots and not self._minded:
+        elif self._threads <= self._slots and not self._minded:
             self._threads += 1
             name = f"handler-{self._name}-{self._threads}"
             threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def _work(self) -> None:
-        while (batch := self._next_batch()) is not None:
+        while (todo := self._next()) is not None:
             try:
-                self._work_on(batch)
+                if isinstance(todo, Batch):
+                    self._work_on(todo)
+                else:
+                    for hand in todo:
+                        hand.pass_on()
             except Exception:
                 log.exception("handler %s: a batch was left", self._name)
-            with self._changed:
-                self._working -= 1
+            if isinstance(todo, Batch):
+                with self._changed:
+                    self._working -= 1
 
-    def _next_batch(self) -> Batch | None:
+    def _next(self) -> Batch | list[_Hand] | None:
+        """A batch to work on, or hands that are stuck with results in them."""
         with self._changed:
             while not self._closed:
                 while self._batches and not self._batches[0].has_waiting:
                     self._batches.popleft()
                 if self._batches and self._wants_one_more_locked():
                     self._working += 1
-                    if self._working < self._slots:
+                    if self._working < self._slots or len(self._batches[0].segment) > 1:
                         self._call_up_locked()
                     return self._batches[0]
-                if self._batches and not self._minded:
-                    self._minded = True
-                    self._changed.wait(STUCK_S)
-                    self._minded = False
-                else:
+                if self._minded or not (self._batches or self._ready_locked(math.inf)):
                     self._changed.wait()
+                    continue
+                self._minded = True
+                self._changed.wait(STUCK_S)
+                self._minded = False
+                if stuck := self._ready_locked(time.monotonic() - FLUSH_S):
+                    return stuck
             return None
 
+    def _ready_locked(self, before: float) -> list[_Hand]:
+        """The hands with results that came before then."""
+        return [hand for hand in self._hands if 0 < hand.ready_since <= before]
+
     def _wants_one_more_locked(self) -> bool:
-        if self._working == 0:
-            return True
+        if self._working == 0 or self._working >= self._slots:
+            return self._working == 0
         service_s = self._batches[0].desk.service_s
         quick = 0 < service_s < QUICK_S
         return not quick or time.monotonic() - self._progress > STUCK_S
 
     def _work_on(self, batch: Batch) -> None:
-        outcomes: list[tuple[int, bytes | Failure]] = []
         call, now, deadline = self._call, time.monotonic, batch.segment.deadline
-        began = flushed = self._progress = now()
-        while (row := batch.begin_next()) is not None:
-            payload = batch.segment.payloads.items[row]
-            outcome = _called(self._name, call, payload, batch.context(row))
-            ended = self._progress = now()
-            outcomes.append((row, outcome if ended < deadline else batch.too_late()))
-            if ended - flushed > FLUSH_S:
-                batch.done(outcomes, ended - began)
-                outcomes = []
-                began = flushed = now()
+        hand = _Hand(batch)
+        self._progress = now()
+        try:
+            while (row := batch.begin_next()) is not None:
+                payload = batch.segment.payloads.items[row]
+                outcome = _called(self._name, call, payload, batch.context(row))
+                ended = self._progress = now()
+                if ended >= deadline:
+                    outcome = batch.too_late()
+                if hand.take(row, outcome, ended) and batch.has_waiting:
+                    with self._changed:  # a minder passes it on, should the next row be stuck
+                        self._hands.add(hand)
+                        self._call_up_locked()
+        finally:
+            with self._changed:
+                self._hands.discard(hand)
+            hand.pass_on()
+
+
+class _Hand:
+    """Results of one thread that leave together, soon; taken by it, passed on by anyone."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.ready_since = 0.0  # when the oldest result came, 0 when there is none
+        self._batch = batch
+        self._lock = threading.Lock()
+        self._outcomes: list[tuple[int, bytes | Failure]] = []
+        self._began = self._ended = time.monotonic()
+
+    def take(self, row: int, outcome: bytes | Failure, ended: float) -> bool:
+        """True when it is the first that waits; passes all on when the oldest waits too long."""
+        with self._lock:
+            self._outcomes.append((row, outcome))
+            self._ended = ended
+            first = not self.ready_since
+            self.ready_since = self.ready_since or ended
+        if ended - self.ready_since > FLUSH_S or ended - self._began > FLUSH_S:
+            self.pass_on()
+            return False
+        return first
+
+    def pass_on(self) -> None:
+        with self._lock:
+            outcomes, self._outcomes = self._outcomes, []
+            worked_s, self._began = self._ended - self._began, time.monotonic()
+            self.ready_since = 0.0
         if outcomes:
-            batch.done(outcomes, now() - began)
+            self._batch.done(outcomes, worked_s)
 
 
 def _called(

@@ -114,7 +114,8 @@ class Column:
 class Segment:
     """The unit that travels: requests of one route and one deadline, their payloads in a column.
 
-    The request in row i has the id first_id + i. A unary Forward is a segment of one.
+    The request in row i has the id first_id + i, or ids[i] when they do not follow each other. A
+    unary Forward is a segment of one.
     """
 
     route: Route
@@ -122,15 +123,22 @@ class Segment:
     deadline: float
     first_id: int
     attempt: int = 0
+    ids: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.payloads)
+
+    @property
+    def all_ids(self) -> Sequence[int]:
+        return self.ids or range(self.first_id, self.first_id + len(self.payloads))
 
     def slice(self, start: int, count: int) -> Segment:
         if start == 0 and count == len(self.payloads):
             return self
         rows = self.payloads.slice(start, count)
-        return Segment(self.route, rows, self.deadline, self.first_id + start, self.attempt)
+        ids = self.ids[start : start + count] if self.ids else None
+        first_id = ids[0] if ids else self.first_id + start
+        return Segment(self.route, rows, self.deadline, first_id, self.attempt, ids)
 
     def again(self) -> Segment:
         """The same requests, to be tried once more."""
@@ -140,7 +148,18 @@ class Segment:
         """The same requests as `me` hands them down, to cover `targets`."""
         route = self.route
         down = Route(route.mode, route.team, route.handler, (*route.hops, me), targets)
-        return Segment(down, self.payloads, self.deadline, self.first_id, self.attempt)
+        return Segment(down, self.payloads, self.deadline, self.first_id, self.attempt, self.ids)
+
+    @staticmethod
+    def joined(segments: Sequence[Segment]) -> Segment:
+        """Segments of one route and attempt as one; its deadline is the earliest of theirs."""
+        first = segments[0]
+        if len(segments) == 1:
+            return first
+        payloads = [payload for segment in segments for payload in segment.payloads.items]
+        ids = tuple(id_ for segment in segments for id_ in segment.all_ids)
+        deadline = min(segment.deadline for segment in segments)
+        return Segment(first.route, Column(payloads), deadline, ids[0], first.attempt, ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,13 +143,24 @@ def read_segment(segment: pb2.Segment, now: float, limits: Limits) -> Segment:
             f"count: {count} is not the number of payloads ({found}), or not 1 to "
             f"{limits.segment_rows}"
         )
+    payloads = _read_column(segment.payloads, count)
+    if payloads.size > limits.max_message_bytes:
+        raise BadRequest(
+            f"payloads: {payloads.size:,} bytes are more than {limits.max_message_bytes:,}"
+        )
+    if not segment.ids and segment.first_id + count > 2**64:
+        raise BadRequest(f"first_id: {segment.first_id} leaves no ids for {count} requests")
+    ids = tuple(segment.ids) or None
+    if ids and len(ids) != count:
+        raise BadRequest(f"ids: {len(ids)} are not one for each of {count} payloads")
     left_s = segment.remaining_us / 1e6 if segment.remaining_us else limits.default_deadline_s
     return Segment(
         _read_route(segment, limits),
-        _read_column(segment.payloads, count),
+        payloads,
         now + min(left_s, limits.max_deadline_s),
         segment.first_id or new_ids(),
         segment.attempt,
+        ids,
     )
 
 
@@ -177,6 +188,7 @@ def write_segment(
         hops=route.hops,
         targets=route.targets or (),
         attempt=min(segment.attempt, 0xFFFFFFFF),
+        ids=segment.ids or (),
     )
     _write_column(made.payloads, segment.payloads)
 

@@ -14,6 +14,8 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
+import random
 import re
 import socket
 import subprocess
@@ -59,6 +61,9 @@ def main(arguments: Sequence[str]) -> int:
     except (ConfigError, launcher.Refused) as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:  # such as `| head`: all is stopped by now
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 @contextlib.contextmanager
@@ -105,9 +110,11 @@ def _demo(once: bool, given_up: threading.Event) -> int:
         return 0 if fine else 1
     finally:
         if children:
-            print("stopping ...", flush=True)
+            with contextlib.suppress(OSError):  # nobody may read any more
+                print("stopping ...", flush=True)
             launcher.take_back(children)
-            print("all six processes have stopped")
+            with contextlib.suppress(OSError):
+                print("all six processes have stopped", flush=True)
 
 
 # The configuration
@@ -116,7 +123,9 @@ def _demo(once: bool, given_up: threading.Event) -> int:
 def _write_configuration() -> list[str]:
     """Writes CONFIG. Returns the names of the handlers beside echo."""
     made = _read("two_hosts_config.json")
-    for process, port in zip(made["processes"].values(), free_ports(6), strict=True):
+    processes = made["processes"].values()
+    ports = free_ports([process["port"] for process in processes])
+    for process, port in zip(processes, ports, strict=True):
         process |= {"host": "127.0.0.1", "port": port}
     made |= {"log_dir": "../logs/demo", "handlers": {}}
     names = ["search.json"]
@@ -138,12 +147,19 @@ def _read(*names: str) -> Any:
     return json.loads(ROOT.joinpath(*names).read_text(encoding="utf-8-sig"))
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(wished: Sequence[int]) -> list[int]:
+    """The wished ports where they are free, else others below those of outgoing connections."""
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in held]
+        return [_hold(stack, port) for port in wished]
+
+
+def _hold(stack: contextlib.ExitStack, port: int) -> int:
+    for wish in (port, *random.sample(range(10_000, 32_000), 100)):
+        with contextlib.suppress(OSError):
+            one = stack.enter_context(socket.socket())
+            one.bind(("127.0.0.1", wish))
+            return wish
+    raise launcher.Refused("no free port was found on 127.0.0.1")
 
 
 def _print_processes(children: Sequence[Child]) -> None:
