@@ -162,10 +162,11 @@ class _Hand:
     def pass_on(self) -> None:
         with self._lock:
             outcomes, self._outcomes = self._outcomes, []
-            worked_s, self._began = self._ended - self._began, time.monotonic()
+            worked_s = max(0.0, self._ended - self._began)
             self.ready_since = 0.0
         if outcomes:
             self._batch.done(outcomes, worked_s)
+            self._began = time.monotonic()  # passing on is not the handler's time
 
 
 def _called(

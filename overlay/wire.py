@@ -265,6 +265,10 @@ def _read_route(request: pb2.Request | pb2.Segment, limits: Limits) -> Route:
     )
 
 
+def _as_uint32(number: int) -> int:
+    return max(0, min(number, 0xFFFFFFFF))
+
+
 def _read_unary_part(part: pb2.Part) -> Part:
     return Part(
         process_id=part.process_id,
@@ -303,8 +307,8 @@ def _write_part_slice(made: pb2.Slice, column: PartColumn, with_results: bool) -
     part = made.parts.add(
         process_id=column.process_id,
         hops=column.hops,
-        waited_us=min(column.waited_us, 0xFFFFFFFF),
-        worked_us=min(column.worked_us, 0xFFFFFFFF),
+        waited_us=_as_uint32(column.waited_us),
+        worked_us=_as_uint32(column.worked_us),
     )
     if column.failed is not None:
         _write_detail(part.failures, 0, 0, column.failed)
@@ -357,8 +361,8 @@ def _write_part(part: Part, with_result: bool) -> pb2.Part:
         reason=part.reason,
         result=part.result if with_result else b"",
         hops=part.hops,
-        waited_us=min(part.waited_us, 0xFFFFFFFF),
-        worked_us=min(part.worked_us, 0xFFFFFFFF),
+        waited_us=_as_uint32(part.waited_us),
+        worked_us=_as_uint32(part.worked_us),
         executed=_EXECUTED[part.executed],
     )
 

@@ -1,0 +1,652 @@
+"""A link's bookkeeping with a pipe in memory, and links to a real server in this process."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overlay import links, wire
+from overlay.handlers import Context
+from overlay.limits import Limits
+from overlay.links import Links
+from overlay.pipes import Pipe
+from overlay.service import Service
+from overlay.topology import HandlerSpec, Process, Topology
+from overlay.values import (
+    Answers,
+    Code,
+    Column,
+    End,
+    Executed,
+    Mode,
+    Part,
+    PartColumn,
+    Route,
+    Segment,
+)
+from overlay.wire import pb2, pb2_grpc
+from tests.cluster import free_port, until
+
+KIB = 1024
+GONE = Part("", Code.UNAVAILABLE, "the connection was closed")
+
+
+class MemoryPipe:
+    """What a pipe does, when the test says so."""
+
+    made: list[MemoryPipe]
+
+    def __init__(self, channel, name, fill, receive, lost, live=lambda metadata: None) -> None:
+        self.name = name
+        self.kicks = 0
+        self._fill, self._receive, self._lost, self._live = fill, receive, lost, live
+
+    def accept(self) -> None:
+        self._live({})
+
+    def kick(self) -> None:
+        self.kicks += 1
+
+    def start(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def take(self) -> list[pb2.Frame]:
+        """The frames that leave now."""
+        frames = []
+        while self._fill(frame := pb2.Frame()):
+            frames.append(pb2.Frame.FromString(frame.SerializeToString()))
+        return frames
+
+    def answer(self, number: int, start: int, *results: bytes, worked_us: int = 0) -> None:
+        column = PartColumn("C", Column(results), worked_us=worked_us)
+        frame = pb2.Frame()
+        wire.write_slice(frame, number, start, Answers(len(results), (column,), ("C",)))
+        self._receive(pb2.Frame.FromString(frame.SerializeToString()))
+
+    def lose(self) -> None:
+        self._lost(GONE)
+
+
+@dataclass
+class Sent:
+    """A segment that the test sent, and what came of its rows."""
+
+    rows: list[list[Part]]
+    end: End
+
+    @property
+    def parts(self) -> list[Part]:
+        assert {len(found) for found in self.rows} == {1}
+        return [found[0] for found in self.rows]
+
+    @property
+    def is_answered(self) -> bool:
+        return all(self.rows)
+
+
+class Bench:
+    """The links of a process with one neighbour, over pipes in memory."""
+
+    def __init__(self, limits: Limits) -> None:
+        with mock.patch.object(links, "Pipe", MemoryPipe):
+            neighbour = Process("C", "worker", "green", "127.0.0.1", 1)
+            self.links = Links([neighbour], limits, "digest")
+        self.link = self.links._links["C"]
+        self.small, self.large = (book.pipe for book in self.link._books)
+        for pipe in (self.small, self.large):
+            pipe.accept()
+
+    def send(self, *payloads: bytes, left_s: float = 30.0) -> Sent:
+        self.links.reserve("C", "", len(payloads))
+        deadline = time.monotonic() + left_s
+        segment = Segment(Route(hops=("B",), targets=("C",)), Column(payloads), deadline, 1)
+        rows: list[list[Part]] = [[] for _ in payloads]
+
+        def sink(start: int, answers: Answers) -> None:
+            for row in range(len(answers)):
+                answer = answers.at(row)
+                rows[start + row].append(answer.refused or answer.parts[0])
+
+        return Sent(rows, self.links.send("C", segment, sink))
+
+    @property
+    def outstanding(self) -> int:
+        return self.links.load("C", "")[0]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench(Limits())
+    yield made
+    made.link.channel.close()
+
+
+def test_what_is_sent_leaves_together_with_the_next_flush(bench):
+    kicks = bench.small.kicks
+    bench.send(b"a", b"b")
+    bench.send(b"c", left_s=20)
+    assert bench.small.kicks == kicks
+    bench.links.flush()
+    bench.links.flush()
+
+    (frame,) = bench.small.take()
+
+    assert bench.small.kicks == kicks + 1
+    assert [list(made.payloads.items) for made in frame.segments] == [[b"a", b"b"], [b"c"]]
+    assert len({made.number for made in frame.segments}) == 2
+
+
+def test_answers_come_in_any_order_and_each_row_once(bench):
+    sent = bench.send(b"a", b"b", b"c", b"d")
+    ((number,),) = [[made.number for made in frame.segments] for frame in bench.small.take()]
+
+    bench.small.answer(number, 2, b"C", b"D")
+    assert bench.outstanding == 2
+    bench.small.answer(number, 0, b"A", b"B", b"X", b"X")
+    bench.small.answer(number, 0, b"X", b"X", b"X", b"X")
+    bench.small.answer(77, 0, b"X")
+
+    assert [part.result for part in sent.parts] == [b"A", b"B", b"C", b"D"]
+    assert bench.outstanding == 0
+
+
+def test_what_was_never_handed_to_grpc_provably_did_not_run(bench):
+    sent = bench.send(b"a", b"b")
+
+    bench.small.lose()
+
+    assert {(p.code, p.executed) for p in sent.parts} == {(Code.UNAVAILABLE, Executed.NO)}
+    assert bench.outstanding == 0
+    bench.small.accept()
+    assert bench.small.take() == []  # and it never will
+
+
+def test_what_was_handed_to_grpc_may_have_run(bench):
+    sent = bench.send(b"a", b"b")
+    bench.small.take()
+
+    bench.small.lose()
+
+    assert {(p.code, p.executed) for p in sent.parts} == {(Code.UNAVAILABLE, Executed.UNKNOWN)}
+    assert "the connection was closed" in sent.parts[0].reason
+    assert bench.outstanding == 0
+
+
+def test_a_loss_answers_only_the_rows_that_are_open(bench):
+    sent = bench.send(b"a", b"b", b"c")
+    (frame,) = bench.small.take()
+    bench.small.answer(frame.segments[0].number, 1, b"B")
+
+    bench.small.lose()
+
+    assert [part.code for part in sent.parts] == [Code.UNAVAILABLE, Code.OK, Code.UNAVAILABLE]
+    assert bench.outstanding == 0
+
+
+def test_a_lost_stream_takes_the_link_down_and_its_other_stream_goes_on(bench):
+    large = bench.send(b"x" * 100 * KIB)
+    (frame,) = bench.large.take()
+    bench.link.state = "up"
+
+    bench.small.lose()
+
+    assert bench.link.state == "down"
+    bench.large.answer(frame.segments[0].number, 0, b"done")
+    assert large.parts[0].result == b"done"
+
+
+def test_on_a_link_without_a_stream_nothing_waits_and_nothing_ran(bench):
+    bench.small.lose()
+
+    sent = bench.send(b"a")
+
+    assert (sent.parts[0].code, sent.parts[0].executed) == (Code.UNAVAILABLE, Executed.NO)
+    assert bench.outstanding == 0
+    assert bench.small.take() == []
+
+
+def test_what_is_lost_while_it_is_written_provably_did_not_run(bench):
+    book = bench.link._books[0]
+    sent, joinable = bench.send(b"a"), book._joinable
+
+    def lose_meanwhile():
+        parts = joinable()
+        bench.small.lose()
+        return parts
+
+    with mock.patch.object(book, "_joinable", lose_meanwhile):
+        frames = bench.small.take()
+
+    assert frames == []
+    assert sent.parts[0].executed is Executed.NO
+    assert bench.outstanding == 0
+
+
+def test_an_answer_from_before_the_loss_is_not_taken_for_one_after_it(bench):
+    bench.send(b"a")
+    (frame,) = bench.small.take()
+    bench.small.lose()
+    bench.small.accept()
+    second = bench.send(b"b")
+    bench.small.take()
+
+    bench.small.answer(frame.segments[0].number, 0, b"old")
+
+    assert not second.is_answered
+
+
+def test_large_bodies_take_the_other_stream(bench):
+    bench.send(b"x" * 100)
+    bench.send(b"x" * 100 * KIB)
+    bench.send(*[b"x" * 10] * 5000)
+    (small,), (large,) = bench.small.take(), bench.large.take()
+    assert [made.count for made in small.segments] == [1, 5000]
+    assert [made.count for made in large.segments] == [1]
+
+
+def test_a_frame_is_about_as_large_as_it_may_be(bench):
+    for _ in range(100):
+        bench.send(b"x" * 100 * KIB)
+    frames = bench.large.take()
+    assert sum(made.count for frame in frames for made in frame.segments) == 100
+    assert max(frame.ByteSize() for frame in frames) < 2 * Limits().frame_bytes + 110 * KIB
+    assert len(frames) < 12
+
+
+def test_a_cancel_leaves_after_its_segment_and_the_neighbour_answers_it(bench):
+    sent = bench.send(b"a", b"b", b"c")
+    sent.end(Code.CANCELLED, 1, 1)
+
+    (frame,) = bench.small.take()
+
+    (made,), (cancel,) = frame.segments, frame.cancels
+    assert (cancel.number, cancel.start, cancel.count) == (made.number, 1, 1)
+    assert not any(sent.rows)
+    bench.small.answer(made.number, 0, b"A", b"B", b"C")
+    kicks = bench.small.kicks
+    sent.end(Code.CANCELLED, 0, 3)
+    assert bench.small.take() == []
+    assert bench.small.kicks == kicks
+
+
+def test_a_cancel_waits_for_its_segment_when_that_is_not_in_this_frame(bench):
+    for _ in range(15):
+        bench.send(b"x" * 100 * KIB)
+    last = bench.send(b"y" * 100 * KIB, left_s=20)
+    last.end(Code.CANCELLED, 0, 1)
+
+    frames = bench.large.take()
+
+    assert len(frames) > 1
+    (made,) = [made for frame in frames for made in frame.segments if made.remaining_us < 2.5e7]
+    assert [cancel.number for frame in frames for cancel in frame.cancels] == [made.number]
+
+
+def test_small_segments_of_one_kind_travel_as_one_and_are_answered_apart(bench):
+    sent = [bench.send(*[b"%d" % n] * (n % 3 + 1)) for n in range(10)]
+    other = bench.send(b"later", left_s=20)
+    (frame,) = bench.small.take()
+    joined, alone = frame.segments
+    total = sum(len(one.rows) for one in sent)
+    assert (joined.count, alone.count) == (total, 1)
+
+    sent[4].end(Code.CANCELLED, 1, 1)
+    ((cancel,),) = [frame.cancels for frame in bench.small.take()]
+    before = sum(len(one.rows) for one in sent[:4])
+    assert (cancel.number, cancel.start, cancel.count) == (joined.number, before + 1, 1)
+
+    items = list(joined.payloads.items)
+    bench.small.answer(joined.number, 5, *items[5:])
+    assert sum(bool(row) for one in sent for row in one.rows) == total - 5
+    bench.small.answer(joined.number, 0, *items)
+    for n, one in enumerate(sent):
+        assert [part.result for part in one.parts] == [b"%d" % n] * len(one.rows)
+    assert not other.is_answered
+    assert bench.outstanding == 1
+
+
+@pytest.mark.parametrize("what", ["handed over", "in the outbox"])
+def test_a_loss_answers_every_part_of_what_travels_as_one(bench, what):
+    sent = [bench.send(b"a", b"b"), bench.send(b"c")]
+    if what == "handed over":
+        assert len(bench.small.take()[0].segments) == 1
+
+    bench.small.lose()
+
+    executed = Executed.UNKNOWN if what == "handed over" else Executed.NO
+    assert {part.executed for one in sent for part in one.parts} == {executed}
+    assert bench.outstanding == 0
+
+
+def test_what_has_no_time_left_is_not_sent(bench):
+    late = bench.send(b"a", left_s=0.0)
+    good = bench.send(b"b")
+
+    (frame,) = bench.small.take()
+
+    assert [list(made.payloads.items) for made in frame.segments] == [[b"b"]]
+    assert (late.parts[0].code, late.parts[0].executed) == (Code.DEADLINE_EXCEEDED, Executed.NO)
+    assert not good.is_answered
+
+
+def test_the_neighbour_gets_less_time_so_that_its_answer_comes_in_time(bench):
+    bench.send(b"a", left_s=10.0)
+    (frame,) = bench.small.take()
+    assert 9 < frame.segments[0].remaining_us / 1e6 < 9.96
+
+
+def test_the_pace_of_a_neighbour_follows_its_answers_and_not_one_odd_slice(bench):
+    def answered(worked_us: int) -> float:
+        bench.send(b"a")
+        (frame,) = bench.small.take()
+        bench.small.answer(frame.segments[0].number, 0, b"A", worked_us=worked_us)
+        return bench.links.load("C", "")[1]
+
+    assert answered(100) == pytest.approx(0.0001)
+    assert answered(1_000_000) < 0.0002
+    for _ in range(60):
+        last = answered(5000)
+    assert last == pytest.approx(0.005, rel=0.1)
+
+
+ACTS = st.lists(
+    st.tuples(
+        st.sampled_from(["send", "take", "answer", "end", "lose", "accept"]),
+        st.integers(0, 10),
+        st.integers(0, 10),
+    ),
+    max_size=40,
+)
+
+
+@given(ACTS)
+@settings(max_examples=150, deadline=None)
+def test_whatever_happens_each_row_is_answered_once_and_nothing_stays_outstanding(acts):
+    bench = Bench(replace(Limits(), frame_bytes=300))
+    sent: list[Sent] = []
+    open_numbers: dict[int, int] = {}
+    try:
+        for act, one, two in acts:
+            if act == "send":
+                sent.append(bench.send(*[b"x"] * (one + 1)))
+            elif act == "take":
+                for made in [made for frame in bench.small.take() for made in frame.segments]:
+                    open_numbers[made.number] = made.count
+            elif act == "answer" and open_numbers:
+                number = list(open_numbers)[one % len(open_numbers)]
+                bench.small.answer(number, two, *[b"r"] * (one + 1))
+            elif act == "end" and sent:
+                chosen = sent[one % len(sent)]
+                chosen.end(Code.CANCELLED, 0, len(chosen.rows))
+            elif act == "lose":
+                bench.small.lose()
+                open_numbers.clear()
+            else:
+                bench.small.accept()
+            answered = sum(bool(row) for one_sent in sent for row in one_sent.rows)
+            total = sum(len(one_sent.rows) for one_sent in sent)
+            assert bench.outstanding == total - answered
+        bench.small.lose()
+    finally:
+        bench.link.channel.close()
+
+    assert all(len(row) == 1 for one_sent in sent for row in one_sent.rows)
+    assert bench.outstanding == 0
+    (book, _) = bench.link._books
+    assert (book._messages, list(book._outbox)) == ({}, [])
+
+
+# Real links, to a real worker in this process.
+
+GATE = threading.Event()
+RAN: list[bytes] = []
+
+
+def handler(payload: bytes, context: Context) -> bytes:
+    RAN.append(payload)
+    if payload.startswith(b"wait"):
+        GATE.wait(10)
+    return b"C: " + payload
+
+
+class Worker:
+    """Process C, served on a port of its own."""
+
+    def __init__(self, topology: Topology, port: int) -> None:
+        self.service = Service(topology, "C")
+        service, self._pool = self.service, ThreadPoolExecutor(16)
+
+        class Servicer(pb2_grpc.OverlayNodeServicer):
+            def GetMetrics(self, request, context):
+                return service.metrics()
+
+            def ForwardStream(self, request_iterator, context):
+                return service.forward_stream(request_iterator, context)
+
+        self._server = grpc.server(self._pool, options=wire.server_options(topology.limits))
+        pb2_grpc.add_OverlayNodeServicer_to_server(Servicer(), self._server)
+        assert self._server.add_insecure_port(f"127.0.0.1:{port}") == port
+        self._server.start()
+        self.service.start()
+
+    def stop(self) -> None:
+        self._server.stop(0).wait(5)
+        self.service.close()
+        self._pool.shutdown(wait=False)
+
+
+@dataclass
+class Pair:
+    topology: Topology
+    worker: Worker
+    links: Links
+    ids: Iterator[int]
+
+    def send(self, *payloads: bytes, left_s: float = 20.0) -> Sent:
+        rows: list[list[Part]] = [[] for _ in payloads]
+        self.links.reserve("C", "h", len(payloads))
+        route = Route(Mode.ALL, "", "h", ("B",), ("C",))
+        first_id = next(self.ids) * 10_000
+        deadline = time.monotonic() + left_s
+        segment = Segment(route, Column(payloads), deadline, first_id)
+
+        def sink(start: int, answers: Answers) -> None:
+            for row in range(len(answers)):
+                answer = answers.at(row)
+                rows[start + row].append(answer.refused or answer.parts[0])
+
+        sent = Sent(rows, self.links.send("C", segment, sink))
+        self.links.flush()
+        return sent
+
+    def restart(self) -> None:
+        self.worker = Worker(self.topology, self.topology.processes["C"].port)
+
+    @property
+    def is_up(self) -> bool:
+        return self.links.up() == {"C"}
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    GATE.clear()
+    RAN.clear()
+    port = free_port()
+    processes = {
+        "B": Process("B", "team_leader", "green", "127.0.0.1", free_port(), ("C",)),
+        "C": Process("C", "worker", "green", "127.0.0.1", port, ("B",), handler="h"),
+    }
+    topology = Topology(processes, {"h": HandlerSpec("h", "tests.test_links:handler", slots=8)})
+    made = Links([processes["C"]], topology.limits, "")
+    pair = Pair(topology, Worker(topology, port), made, itertools.count(1))
+    made.start()
+    try:
+        until(lambda: pair.is_up, 10, "the link is up")
+        yield pair
+    finally:
+        GATE.set()
+        made.close()
+        pair.worker.stop()
+
+
+def quiet(pair: Pair) -> Callable[[], bool]:
+    return lambda: pair.links.load("C", "h")[0] == 0
+
+
+def test_rows_go_down_and_come_back_over_a_real_stream(pair):
+    sent = [pair.send(*[b"%d" % row for row in range(n)]) for n in (1, 50, 300)]
+    until(lambda: all(one.is_answered for one in sent), 10)
+
+    for one in sent:
+        assert [part.result for part in one.parts] == [
+            b"C: %d" % row for row in range(len(one.rows))
+        ]
+    until(quiet(pair), 2)
+
+
+def test_large_and_small_bodies_share_a_link(pair):
+    large = pair.send(*[b"x" * 300 * KIB] * 20)
+    small = pair.send(b"small")
+    until(lambda: large.is_answered and small.is_answered, 10)
+    assert all(part.ok for part in large.parts + small.parts)
+
+
+def test_a_cancel_reaches_the_worker(pair):
+    sent = pair.send(b"wait", b"b")
+    until(lambda: b"wait" in RAN, 5)
+
+    sent.end(Code.CANCELLED, 0, 1)
+
+    until(lambda: sent.is_answered, 5)
+    assert (sent.parts[0].code, sent.parts[0].executed) == (Code.CANCELLED, Executed.YES)
+    assert sent.parts[1].ok
+
+
+def test_a_server_that_goes_answers_what_it_had_at_once_as_unknown(pair):
+    sent = pair.send(b"wait 1", b"wait 2")
+    until(lambda: len(RAN) == 2, 5)
+
+    pair.worker.stop()
+
+    until(lambda: sent.is_answered, 2, "the rows of a lost link")
+    assert {part.executed for part in sent.parts} == {Executed.UNKNOWN}
+    until(lambda: not pair.is_up, 2)
+    until(quiet(pair), 2)
+
+
+def test_a_neighbour_that_went_while_idle_costs_no_request_its_deadline(pair):
+    pair.worker.stop()
+
+    # At once, while the link may still look up.
+    sent = [pair.send(b"%d" % n) for n in range(20)]
+
+    until(lambda: all(one.is_answered for one in sent), 2, "answers from a link that is gone")
+    assert {one.parts[0].code for one in sent} == {Code.UNAVAILABLE}
+    assert RAN == []
+
+
+def test_a_link_comes_back_and_works_again(pair):
+    pair.worker.stop()
+    until(lambda: not pair.is_up, 3)
+    refused = pair.send(b"while down")
+    until(lambda: refused.is_answered, 2)
+    assert refused.parts[0].code is Code.UNAVAILABLE
+
+    pair.restart()
+    until(lambda: pair.is_up, 10, "the link is back")
+
+    sent = pair.send(b"again")
+    until(lambda: sent.is_answered, 5)
+    assert sent.parts[0].result == b"C: again"
+    assert RAN == [b"again"]
+
+
+def test_a_link_is_up_only_with_its_streams(pair):
+    """Else what is sent the moment it is up would wait for a stream, or be refused."""
+    for _ in range(3):
+        pair.worker.stop()
+        until(lambda: not pair.is_up, 3)
+        pair.restart()
+        until(lambda: pair.is_up, 10)
+        sent = [pair.send(b"x"), pair.send(b"y" * 100 * KIB)]
+        until(lambda sent=sent: all(one.is_answered for one in sent), 5)
+        assert all(one.parts[0].ok for one in sent)
+
+
+def test_many_threads_over_one_link(pair):
+    with ThreadPoolExecutor(8) as threads:
+
+        def ask(n: int) -> list[Sent]:
+            return [pair.send(*[b"%d/%d" % (n, i)] * (i % 5 + 1)) for i in range(40)]
+
+        sent = [one for found in threads.map(ask, range(8)) for one in found]
+        until(lambda: all(one.is_answered for one in sent), 10)
+
+    assert all(part.ok for one in sent for part in one.parts)
+    until(quiet(pair), 2)
+
+
+def test_closing_answers_what_is_under_way(pair):
+    sent = pair.send(b"wait")
+    until(lambda: b"wait" in RAN, 5)
+
+    pair.links.close()
+
+    until(lambda: sent.is_answered, 3)
+    assert sent.parts[0].executed is Executed.UNKNOWN
+
+
+# Pipes.
+
+
+def test_a_sender_whose_call_is_lost_takes_nothing_of_the_next_call(pair):
+    """It is still in `fill` when the call ends: what it takes then would never arrive."""
+    outbox, lost, entered, go = [], threading.Event(), threading.Event(), threading.Event()
+    taken_by: dict[bytes, int] = {}
+
+    def fill(frame: pb2.Frame) -> bool:
+        entered.set()
+        go.wait(5)
+        if not outbox:
+            return False
+        taken_by[outbox.pop()] = threading.get_ident()
+        frame.cancels.add(number=1)
+        return True
+
+    channel = grpc.insecure_channel(pair.topology.processes["C"].address, wire.channel_options())
+    served = threading.Event()
+    pipe = Pipe(
+        channel,
+        "test",
+        fill,
+        lambda frame: None,
+        lambda why: lost.set(),
+        lambda metadata: served.set(),
+    )
+    pipe.start()
+    try:
+        assert served.wait(5)
+        pipe.kick()
+        assert entered.wait(5)
+        pair.worker.stop()
+        was_told = lost.wait(1)
+        outbox.append(b"after the loss")
+        pipe.kick()
+        go.set()
+        time.sleep(0.1)
+        assert not was_told or b"after the loss" not in taken_by
+    finally:
+        go.set()
+        pipe.end()
+        channel.close()

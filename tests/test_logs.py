@@ -1,0 +1,186 @@
+"""The log never stops the process, and a line stays a line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overlay import logs
+from overlay.logs import ProcessLog, escaped
+from tests.cluster import until
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    logger = logging.getLogger("overlay")
+    before = (logger.level, logger.propagate, logging.raiseExceptions, list(logger.handlers))
+    yield
+    logger.level, logger.propagate, logging.raiseExceptions, logger.handlers[:] = before
+
+
+@contextlib.contextmanager
+def logging_to(path: Path, process_id: str = "C") -> Iterator[ProcessLog]:
+    log = ProcessLog(path, process_id)
+    log.start()
+    try:
+        yield log
+    finally:
+        log.stop()
+
+
+def test_an_event_is_one_line_with_process_and_area(tmp_path):
+    path = tmp_path / "logs" / "process_c.log"
+    with logging_to(path):
+        logging.getLogger("overlay.relay").warning("no answer from %s", "F")
+
+    (line,) = path.read_text("utf-8").splitlines()
+    assert line.endswith(" C overlay.relay WARNING no answer from F")
+
+
+def test_a_newline_or_an_escape_in_a_line_stays_in_it(tmp_path):
+    path = tmp_path / "c.log"
+    with logging_to(path):
+        logging.getLogger("overlay").warning("hops %s", "A\nB\r\x1b[2J\x00\u2028\u202e\x85")
+
+    text = path.read_bytes().decode("utf-8")
+    assert text.count("\n") == 1
+    assert len(text.splitlines()) == 1
+    assert r"A | B\r\x1b[2J\x00\u2028\u202e\x85" in text
+
+
+def test_an_exception_is_on_one_line_too(tmp_path):
+    path = tmp_path / "c.log"
+    with logging_to(path):
+        try:
+            raise ValueError("two\nlines")
+        except ValueError:
+            logging.getLogger("overlay").exception("it broke")
+
+    (line,) = path.read_text("utf-8").splitlines()
+    assert "it broke | Traceback" in line
+    assert line.endswith("ValueError: two | lines")
+
+
+@given(st.text())
+def test_whatever_is_logged_is_printable_and_on_one_line(text):
+    shown = escaped(text)
+    assert shown.isprintable()
+    assert shown.encode("utf-8").decode("utf-8") == shown
+
+
+def test_a_long_line_is_cut_and_says_so():
+    shown = escaped("x" * 10_000)
+    assert len(shown) < 4200
+    assert shown.endswith("... (10,000 characters)")
+
+
+def test_info_is_written_and_debug_is_not(tmp_path):
+    path = tmp_path / "c.log"
+    with logging_to(path):
+        logging.getLogger("overlay.x").debug("step")
+        logging.getLogger("overlay.x").info("life")
+    assert "life" in path.read_text()
+    assert "step" not in path.read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_counted_and_stops_nobody(capfd):
+    with logging_to(Path("/dev/full")) as log:
+        for _ in range(3):
+            logging.getLogger("overlay").warning("nobody reads this")
+        until(lambda: log.dropped == 3)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_that_cannot_be_written_stops_nobody(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    with logging_to(tmp_path / "file" / "logs" / "c.log") as log:
+        logging.getLogger("overlay").warning("nobody reads this")
+        assert not (tmp_path / "file" / "logs").exists()
+    assert log.path.name == "c.log"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_path_that_no_system_takes_stops_nobody(tmp_path):
+    with logging_to(tmp_path / "a\0b" / "c.log"):
+        logging.getLogger("overlay").warning("nobody reads this")
+
+
+def test_lines_that_no_file_takes_are_counted(tmp_path):
+    (tmp_path / "file").write_text("")
+    with logging_to(tmp_path / "file" / "c.log") as log:
+        for _ in range(3):
+            logging.getLogger("overlay").warning("nobody reads this")
+    assert log.dropped >= 3
+
+
+def test_a_full_queue_drops_lines_and_counts_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "WAITING_LINES", 5)
+    log = ProcessLog(tmp_path / "c.log", "C")
+    logger = logging.getLogger("overlay")
+    logger.propagate = False
+    logger.addHandler(log._into)  # without its writer nothing leaves the queue
+
+    for n in range(8):
+        logger.warning("line %d", n)
+
+    assert log.dropped == 3
+
+
+def test_a_line_that_cannot_be_made_is_counted_and_stops_nobody(tmp_path, capfd):
+    class Bad:
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+    path = tmp_path / "c.log"
+    with logging_to(path) as log:
+        logging.getLogger("overlay").warning("%d", "not a number")
+        logging.getLogger("overlay").warning("%s", Bad())
+        logging.getLogger("overlay").warning("the next")
+
+    assert "the next" in path.read_text()
+    assert log.dropped == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_file_does_not_grow_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "FILE_BYTES", 2000)
+    path = tmp_path / "c.log"
+    with logging_to(path) as log:
+        for n in range(300):
+            logging.getLogger("overlay").warning("line %d", n)
+        until(lambda: "line 299" in path.read_text())
+
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["c.log", "c.log.1", "c.log.2", "c.log.3"]
+    assert all(file.stat().st_size <= 2000 for file in files)
+    assert log.dropped == 0
+
+
+def test_without_a_terminal_nothing_goes_to_the_errors_stream(tmp_path, capfd, monkeypatch):
+    with logging_to(tmp_path / "c.log"):
+        logging.getLogger("overlay").error("to the file only")
+    assert capfd.readouterr() == ("", "")
+
+    monkeypatch.setattr(sys, "stderr", None)  # as under pythonw
+    with logging_to(tmp_path / "d.log"):
+        logging.getLogger("overlay").error("to the file only")
+    assert "to the file only" in (tmp_path / "d.log").read_text()
+
+
+def test_stopping_twice_is_stopping(tmp_path):
+    log = ProcessLog(tmp_path / "c.log", "C")
+    log.start()
+    log.stop()
+    log.stop()
+
+
+def test_stopping_before_the_start_is_allowed(tmp_path):
+    ProcessLog(tmp_path / "c.log", "C").stop()

@@ -1,0 +1,650 @@
+"""ForwardStream served over a real connection, on a process whose handlers the test holds."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+from unittest import mock
+
+import grpc
+import pytest
+
+from overlay import assembly, streams, wire
+from overlay.deadlines import Deadlines
+from overlay.errors import OverlayError
+from overlay.intake import Intake
+from overlay.limits import Limits
+from overlay.topology import HandlerSpec, Process, Topology
+from overlay.values import (
+    Answers,
+    Code,
+    Column,
+    End,
+    Executed,
+    Failure,
+    PartColumn,
+    Segment,
+    Sink,
+)
+from overlay.wire import pb2, pb2_grpc
+from tests.cluster import until
+
+LIMITS = replace(Limits(), window_rows=64, segment_rows=64)
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Place:
+    count: int
+
+
+@dataclass
+class Desk:
+    """A worker that answers `answer(payload)` at once, or holds what has started."""
+
+    answer: Callable[[bytes], bytes] = lambda payload: b"W: " + payload
+    places: int = 10**9
+    held: list[tuple[Segment, Sink]] | None = None
+    ended: list[tuple[Code, int, int]] = field(default_factory=list)
+    running: int = 0
+    received: int = 0
+    answered: int = 0
+    failures: list[OverlayError] = field(default_factory=list)
+    wired: bool = False
+
+    def claim(self, route, count, patient_until, streamed) -> Place | None:
+        count = min(count, self.places - self.running)
+        return Place(count) if count > 0 else None
+
+    def start(self, segment: Segment, place: Place, waited_s: float, sink: Sink) -> End:
+        self.running += len(segment)
+        if self.held is None:
+            self.finish(segment, sink)
+        else:
+            self.held.append((segment, sink))
+
+        def end(code: Code, start: int, count: int) -> None:
+            self.ended.append((code, start, count))
+            column = PartColumn.missing("W", count, Failure(code, "ended", Executed.YES))
+            sink(start, Answers(count, (column,), ("W",)))
+
+        return end
+
+    def finish(self, segment: Segment, sink: Sink, start: int = 0, count: int = 10**9) -> None:
+        rows = [self.answer(payload) for payload in segment.payloads.items[start : start + count]]
+        self.running -= len(rows)
+        sink(start, Answers(len(rows), (PartColumn("W", self._column(rows)),), ("W",)))
+
+    def let_go(self) -> None:
+        held, self.held = self.held or [], None
+        for segment, sink in held:
+            self.finish(segment, sink)
+
+    def combine(self, segment: Segment, answers: Answers):
+        if answers.flawless:
+            return assembly.plain_results(answers), []
+        found = [assembly.failure(answers.at(row), 0.5) for row in range(len(answers))]
+        return [b""] * len(answers), [(row, e) for row, e in enumerate(found) if e is not None]
+
+    def count_received(self, rows: int) -> None:
+        self.received += rows
+
+    def count_answered(self, rows: int, failures: list, ticket: object) -> None:
+        self.answered += rows
+        self.failures += [error for _, error in failures]
+
+    def _column(self, rows: list[bytes]) -> Column:
+        if not self.wired:
+            return Column(rows)
+        made = pb2.Column(items=rows)  # as it comes from a process below
+        return wire._read_column(made, len(rows))
+
+
+class Served:
+    """A server for one desk, and calls to it."""
+
+    def __init__(self, desk: Desk, limits: Limits = LIMITS) -> None:
+        self.desk = desk
+        worker = Process("W", "worker", "green", "h", 1, handler="h")
+        specs = {"h": HandlerSpec("h", "none:none")}
+        self.intake = Intake(
+            "W",
+            slots=9,
+            in_service=9,
+            most_bytes=10**9,
+            claim=desk.claim,
+            start=desk.start,
+        )
+        self.deadlines = Deadlines(lambda ticket: ticket.end(Code.DEADLINE_EXCEEDED))
+        self.streams: list[streams._Stream] = []
+        self.stream_desk = streams.Desk(
+            me="W",
+            topology=Topology({"W": worker}, specs, limits=limits),
+            intake=self.intake,
+            deadlines=self.deadlines,
+            combine=desk.combine,
+            received=desk.count_received,
+            answered=desk.count_answered,
+        )
+        self._pool = ThreadPoolExecutor(8)
+        self._server = grpc.server(self._pool, options=wire.server_options(limits))
+        pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), self._server)
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}", wire.channel_options(limits))
+        self.stub = pb2_grpc.OverlayNodeStub(self.channel)
+
+    def start(self) -> None:
+        self._server.start()
+        self.deadlines.start()
+
+    def stop(self) -> None:
+        self.channel.close()
+        self._server.stop(0).wait(5)
+        self.deadlines.stop()
+        self._pool.shutdown(wait=True)
+
+    def call(self, frames: Iterable[pb2.Frame]) -> grpc.Call:
+        return self.stub.ForwardStream(iter(frames), timeout=20, wait_for_ready=True)
+
+    def _servicer(self) -> pb2_grpc.OverlayNodeServicer:
+        served = self
+
+        class Servicer(pb2_grpc.OverlayNodeServicer):
+            def ForwardStream(self, request_iterator, context):
+                return streams.serve(served.stream_desk, request_iterator, context)
+
+        return Servicer()
+
+
+@contextmanager
+def serving(desk: Desk, limits: Limits = LIMITS) -> Iterator[Served]:
+    served = Served(desk, limits)
+    kept = streams._Stream
+
+    def keep(stream_desk: streams.Desk) -> streams._Stream:
+        served.streams.append(kept(stream_desk))
+        return served.streams[-1]
+
+    with mock.patch.object(streams, "_Stream", keep):
+        served.start()
+        try:
+            yield served
+        finally:
+            desk.let_go()
+            served.stop()
+
+
+class Sender:
+    """Frames that the test puts in one by one; `close` is the half-close."""
+
+    def __init__(self, *frames: pb2.Frame) -> None:
+        self._frames: SimpleQueue[pb2.Frame | None] = SimpleQueue()
+        self.send(*frames)
+
+    def send(self, *frames: pb2.Frame) -> None:
+        for frame in frames:
+            self._frames.put(frame)
+
+    def close(self) -> None:
+        self._frames.put(None)
+
+    def __iter__(self) -> Iterator[pb2.Frame]:
+        return iter(self._frames.get, None)
+
+
+def segment(number: int, *rows: bytes, **fields: object) -> pb2.Segment:
+    fields = {"count": len(rows), **fields}
+    return pb2.Segment(number=number, payloads=pb2.Column(items=rows), **fields)
+
+
+def frame(*segments: pb2.Segment, cancels: Iterable[pb2.Cancel] = ()) -> pb2.Frame:
+    return pb2.Frame(segments=segments, cancels=cancels)
+
+
+def rows_of(frames: Iterable[pb2.Frame]) -> dict[tuple[int, int], pb2.Detail | bytes]:
+    """(number, row) -> its result or why it has none; each must come once."""
+    found: dict[tuple[int, int], pb2.Detail | bytes] = {}
+    for made in itertools.chain.from_iterable(frame.slices for frame in frames):
+        failures = {
+            row: detail
+            for detail in made.failures
+            for row in range(detail.start, detail.start + (detail.count or made.count))
+        }
+        assert len(made.results.items) in (0, made.count)
+        for i in range(made.count):
+            key = made.number, made.start + i
+            assert key not in found, f"{key} was answered twice"
+            found[key] = failures[i] if i in failures else made.results.items[i]
+    return found
+
+
+def codes(found: dict[tuple[int, int], pb2.Detail | bytes]) -> dict[tuple[int, int], int]:
+    return {key: 0 if isinstance(it, bytes) else it.code for key, it in found.items()}
+
+
+def is_quiet(served: Served) -> bool:
+    return served.intake.streamed == (0, 0, 0) and not served.deadlines._ticks
+
+
+def test_each_row_of_each_segment_is_answered_once_with_its_own_result():
+    sizes = [1, 5, 64, 2, 17]
+    with serving(Desk()) as served:
+        sent = [
+            frame(segment(n, *(b"%d/%d" % (n, row) for row in range(size))))
+            for n, size in enumerate(sizes)
+        ]
+        found = rows_of(served.call(sent))
+        until(lambda: is_quiet(served), 5)
+
+    assert found == {
+        (n, row): b"W: %d/%d" % (n, row) for n, size in enumerate(sizes) for row in range(size)
+    }
+    assert served.desk.received == served.desk.answered == sum(sizes)
+    assert (served.streams[0]._rows, served.streams[0]._bytes) == (0, 0)
+
+
+def test_a_half_close_answers_everything_that_was_accepted():
+    desk = Desk(held=[])
+    with serving(desk) as served:
+        call = served.call([frame(segment(n, b"x", b"y")) for n in range(10)])
+        until(lambda: len(desk.held) == 10, 5)
+        threading.Timer(0.3, desk.let_go).start()
+
+        found = rows_of(call)
+
+    assert len(found) == 20
+    assert call.code() is grpc.StatusCode.OK
+
+
+def test_slices_may_be_answered_in_any_order_by_many_threads():
+    chance, desk = random.Random(5), Desk(held=[])
+    with serving(desk) as served, ThreadPoolExecutor(4) as threads:
+        payloads = [b"%d" % row for row in range(60)]
+        call = served.call([frame(segment(7, *payloads))])
+        ((work, sink),) = until(lambda: desk.held, 5)
+        rows = list(range(60))
+        chance.shuffle(rows)
+        for row in rows:
+            threads.submit(desk.finish, work, sink, row, 1)
+        found = rows_of(call)
+        desk.held = []
+        until(lambda: is_quiet(served), 5)
+
+    assert found == {(7, row): b"W: %d" % row for row in range(60)}
+
+
+def test_the_client_hears_that_its_stream_is_served_before_it_sends_anything():
+    sender = Sender()
+    with serving(Desk()) as served:
+        call = served.call(sender)
+        call.initial_metadata()
+        until(lambda: served.intake.streamed[0] == 1, 5)
+
+        sender.close()
+        assert list(call) == []
+        until(lambda: is_quiet(served), 5)
+
+
+def test_a_number_may_be_used_again_once_all_of_its_segment_is_answered():
+    sender = Sender(frame(segment(1, b"a")))
+    with serving(Desk()) as served:
+        call = served.call(sender)
+        first = next(call)
+        until(lambda: not served.streams[0]._accepted, 5)
+        sender.send(frame(segment(1, b"b")))
+        sender.close()
+
+        assert rows_of([first]) == {(1, 0): b"W: a"}
+        assert rows_of(call) == {(1, 0): b"W: b"}
+
+
+INVALID = {
+    "a number that is taken": ([segment(1, b"a"), segment(1, b"b")], "number: 1 is taken"),
+    "no rows": ([segment(1)], "count: 0 is not"),
+    "too many rows": ([segment(1, *[b""] * 65)], "count: 65 is not"),
+}
+
+
+@pytest.mark.parametrize("what", INVALID)
+def test_a_frame_that_is_not_valid_ends_the_call_and_what_it_wanted(what):
+    segments, sentence = INVALID[what]
+    desk = Desk(held=[])
+    with serving(desk) as served:
+        call = served.call(Sender(frame(segment(9, b"before")), frame(*segments)))
+        with pytest.raises(grpc.RpcError) as raised:
+            list(call)
+        until(lambda: is_quiet(served), 5)
+
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert raised.value.details().startswith(sentence)
+    assert (Code.CANCELLED, 0, 1) in desk.ended
+
+
+BAD = {
+    "a wrong count": (segment(1, b"a", b"b", count=3), "count: 3 is not the number"),
+    "a name of another world": (segment(1, b"a", team="x" * 65), "team: 'xxxxxxxxx"),
+    "no mode": (segment(1, b"a", mode=7), "mode 7 is not"),
+    "too many hops": (segment(1, b"a", hops=["x"] * 65), "hops: 65 entries"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_segment_that_cannot_be_read_is_refused_row_by_row_and_costs_nobody_else(what):
+    bad, sentence = BAD[what]
+    with serving(Desk()) as served:
+        found = rows_of(served.call([frame(bad, segment(2, b"good"))]))
+
+    refused = [detail for (number, _), detail in found.items() if number == 1]
+    assert len(refused) == bad.count
+    assert {(it.code, it.executed) for it in refused} == {(Code.INVALID_ARGUMENT, pb2.NO)}
+    assert all(it.reason.startswith(sentence) for it in refused)
+    assert found[2, 0] == b"W: good"
+
+
+def test_other_streams_do_not_notice_an_invalid_one():
+    sender, desk = Sender(frame(segment(1, b"a"))), Desk(held=[])
+    with serving(desk) as served:
+        good = served.call(sender)
+        until(lambda: desk.held, 5)
+        with pytest.raises(grpc.RpcError):
+            list(served.call([frame(segment(1))]))
+        desk.let_go()
+        sender.close()
+
+        assert rows_of(good) == {(1, 0): b"W: a"}
+
+
+def test_what_cannot_be_asked_is_refused_for_each_row_with_proof():
+    with serving(Desk()) as served:
+        found = rows_of(served.call([frame(segment(1, b"a", b"b", team="pink"))]))
+        served.intake.close()
+        found |= rows_of(served.call([frame(segment(2, b"a"))]))
+
+    unknown, stopping = Code.NOT_FOUND, Code.UNAVAILABLE
+    assert codes(found) == {(1, 0): unknown, (1, 1): unknown, (2, 0): stopping}
+    assert {detail.executed for detail in found.values()} == {pb2.NO}
+    assert found[2, 0].retry_after_ms == 500
+
+
+def test_cancelled_rows_are_answered_as_cancelled_and_the_others_as_usual():
+    desk = Desk(held=[], places=3)
+    sender = Sender(frame(segment(1, *[b"%d" % row for row in range(6)])))
+    with serving(desk) as served:
+        call = served.call(sender)
+        until(lambda: desk.held, 5)
+        sender.send(frame(cancels=[pb2.Cancel(number=1, start=2, count=2)]))
+        sender.send(frame(cancels=[pb2.Cancel(number=1, start=5, count=2**32 - 1)]))
+        sender.send(frame(cancels=[pb2.Cancel(number=77, start=0, count=1)]))
+        sender.close()
+        until(lambda: desk.ended, 5)
+        desk.running = 0
+        desk.let_go()
+        served.intake.kick()
+
+        found = rows_of(call)
+
+    cancelled = {row for row in range(6) if codes(found)[1, row] == Code.CANCELLED}
+    assert cancelled == {2, 3, 5}
+    # Row 2 had started; 3 and 5 were still waiting for a place.
+    assert (found[1, 2].executed, found[1, 3].executed) == (pb2.YES, pb2.NO)
+
+
+def test_a_cancel_in_the_frame_of_its_segment_is_heard():
+    desk = Desk(held=[])
+    with serving(desk) as served:
+        cancel = pb2.Cancel(number=1, start=0, count=2)
+        found = rows_of(served.call([frame(segment(1, b"a", b"b"), cancels=[cancel])]))
+    assert set(codes(found).values()) == {Code.CANCELLED}
+
+
+def test_rows_that_expire_are_answered_in_time_before_and_after_their_start():
+    desk = Desk(held=[], places=2)
+    with serving(desk) as served:
+        began = time.monotonic()
+        found = rows_of(served.call([frame(segment(1, *[b""] * 4, remaining_us=300_000))]))
+        took = time.monotonic() - began
+        until(lambda: not served.deadlines._ticks, 5)
+
+    late, refused = Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED
+    assert list(codes(dict(sorted(found.items()))).values()) == [late, late, refused, refused]
+    assert 0.29 < took < 1
+
+
+def test_a_client_that_vanishes_ends_its_rows_and_leaves_nothing():
+    desk = Desk(held=[], places=3)
+    with serving(desk) as served:
+        call = served.call(Sender(frame(segment(1, *[b""] * 5)), frame(segment(2, b""))))
+        until(lambda: desk.held and desk.received == 6, 5)
+
+        call.cancel()
+
+        until(lambda: is_quiet(served), 5)
+        assert desk.ended
+        assert {code for code, _, _ in desk.ended} == {Code.CANCELLED}
+        assert (served.intake.waiting, served.intake.active) == (0, 0)
+
+
+def test_every_row_of_a_client_that_vanished_is_counted_once():
+    desk = Desk(held=[], places=3)
+    with serving(desk) as served:
+        call = served.call(Sender(frame(segment(1, *[b""] * 5)), frame(segment(2, b""))))
+        until(lambda: desk.held and desk.received == 6, 5)
+        call.cancel()
+        until(lambda: is_quiet(served), 5)
+
+        # received = completed + failed + refused + cancelled + what is waiting or in service
+        until(lambda: desk.answered == desk.received, 2, "rows are in no count")
+    assert {error.code for error in desk.failures} == {Code.CANCELLED}
+
+
+def test_a_call_that_is_over_before_it_is_served_leaves_no_lane():
+    class Over:
+        def add_callback(self, callback):
+            return False
+
+    with serving(Desk()) as served:
+        assert list(streams.serve(served.stream_desk, iter(()), Over())) == []
+        assert served.intake.streamed == (0, 0, 0)
+
+
+def flood(payload: bytes, rows: int, count: list[int]) -> Iterator[pb2.Frame]:
+    for n in itertools.count(1):
+        count[0] += rows
+        yield frame(segment(n, *[payload] * rows, remaining_us=3600 * 10**6))
+        if n > 20_000:
+            return
+
+
+def settled(value: Callable[[], int]) -> int:
+    """The value once it has not moved for half a second."""
+    end = time.monotonic() + 15
+    while time.monotonic() < end:
+        before = value()
+        time.sleep(0.5)
+        if value() == before:
+            return before
+    raise AssertionError(f"still moving: {value()}")
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["unanswered", "unread"])
+def test_a_client_that_sends_without_reading_is_bounded_by_rows(held):
+    desk, sent = Desk(held=[] if held else None), [0]
+    with serving(desk) as served:
+        call = served.call(flood(b"x" * KIB, 8, sent))
+        received = settled(lambda: desk.received)
+        (stream,) = served.streams
+
+        assert stream._rows <= LIMITS.window_rows + 8
+        # What is on the wire, and in gRPC's buffers, comes on top: some hundred KiB each way.
+        assert received <= LIMITS.window_rows + 8 + (0 if held else 1000)
+        assert sent[0] < 3000
+        call.cancel()
+        until(lambda: is_quiet(served), 5)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["unanswered", "unread"])
+def test_a_client_that_sends_without_reading_is_bounded_by_bytes(held):
+    limits = replace(LIMITS, window_rows=4096, window_bytes=256 * KIB)
+    desk, sent = Desk(held=[] if held else None), [0]
+    with serving(desk, limits) as served:
+        call = served.call(flood(b"x" * 16 * KIB, 2, sent))
+        received = settled(lambda: desk.received)
+        (stream,) = served.streams
+
+        assert stream._bytes <= 256 * KIB + 4 * 17 * KIB
+        assert received * 16 * KIB <= 256 * KIB + 4 * 17 * KIB + (0 if held else 4096 * KIB)
+        call.cancel()
+        until(lambda: is_quiet(served), 5)
+
+
+@contextmanager
+def large_results(count: int) -> Iterator[tuple[Served, grpc.Call, list[int]]]:
+    """A client asks for so many results of 64 KiB, four at a time, and does not read yet."""
+    limits = replace(LIMITS, window_rows=4096, window_bytes=256 * KIB)
+    desk, started = Desk(answer=lambda payload: b"y" * 64 * KIB, places=4), []
+    finish = desk.finish
+
+    def later(segment: Segment, sink: Sink) -> None:
+        started.append(len(segment))
+        threads.submit(finish, segment, sink)
+
+    desk.finish = later
+    with ThreadPoolExecutor(1) as threads, serving(desk, limits) as served:
+        sender = Sender(frame(*[segment(n, b"") for n in range(count)]))
+        sender.close()
+        call = served.call(sender)
+        settled(lambda: len(started))
+        yield served, call, started
+
+
+def test_large_results_that_nobody_reads_are_bounded_by_bytes_too():
+    """Small requests, large answers: what the client does not read must not fill the memory."""
+    with large_results(600) as (served, call, _):
+        most = served.streams[0]._bytes
+        call.cancel()
+        until(lambda: is_quiet(served), 5)
+
+    # A window and what had started; 600 of them are 38 MiB.
+    assert most < 4096 * KIB, f"{most:,} bytes of answers wait for a client that does not read"
+
+
+def test_what_was_held_back_from_a_slow_reader_goes_on_when_it_reads():
+    with large_results(200) as (served, call, started):
+        assert len(started) < 200
+        found = rows_of(call)
+        until(lambda: is_quiet(served), 5)
+    assert len(found) == 200
+
+
+def test_a_client_that_reads_again_gets_everything():
+    desk, sent = Desk(), [0]
+    limits = replace(LIMITS, window_bytes=128 * KIB)
+    with serving(desk, limits) as served:
+        frames = itertools.islice(flood(b"x" * 4 * KIB, 4, sent), 300)
+        call = served.call(frames)
+        settled(lambda: desk.received)
+        assert sent[0] < 1200
+
+        found = rows_of(call)
+
+    assert len(found) == 1200
+    assert served.streams[0]._rows == served.streams[0]._bytes == 0
+
+
+@pytest.mark.parametrize("wired", [False, True], ids=["own", "from below"])
+def test_the_window_is_whole_again_however_the_answers_were_cut_into_frames(wired):
+    limits = replace(LIMITS, frame_bytes=4 * KIB)
+    desk = Desk(held=[], wired=wired)
+    with serving(desk, limits) as served:
+        call = served.call([frame(segment(n, *[b"x" * 900] * 16)) for n in range(4)])
+        until(lambda: len(desk.held) == 4, 5)
+        desk.let_go()
+        frames = list(call)
+
+    assert len(rows_of(frames)) == 64
+    assert len(frames) > 10
+    assert max(frame.ByteSize() for frame in frames) < 6 * KIB
+    assert (served.streams[0]._rows, served.streams[0]._bytes) == (0, 0)
+
+
+def test_an_answer_that_is_too_large_costs_its_own_row_and_not_its_neighbours():
+    limits = replace(LIMITS, max_message_bytes=100 * KIB, frame_bytes=20 * KIB)
+    answers = {b"big": b"y" * 101 * KIB, b"small": b"z"}
+    rows = [b"big", *[b"small"] * 49]
+    with serving(Desk(answer=answers.__getitem__), limits) as served:
+        found = rows_of(served.call([frame(segment(1, *rows))]))
+
+    failed = {row for (_, row), code in codes(found).items() if code}
+    assert failed == {0}
+    assert (found[1, 0].code, found[1, 0].executed) == (Code.RESOURCE_EXHAUSTED, pb2.YES)
+
+
+def test_many_long_reasons_do_not_end_the_stream():
+    """A failure's words count as bytes: what does not fit one message goes in the next."""
+    limits = replace(Limits(), max_message_bytes=256 * KIB, frame_bytes=64 * KIB)
+    desk = Desk(held=[])
+    with serving(desk, limits) as served:
+        call = served.call([frame(segment(1, *[b""] * 4000))])
+        ((_, sink),) = until(lambda: desk.held, 5)
+        failures = {row: Failure(Code.INTERNAL, "x" * 900, Executed.YES) for row in range(4000)}
+        sink(0, Answers(4000, (PartColumn("W", Column([b""] * 4000), (), failures),), ("W",)))
+        desk.held = []
+
+        found = rows_of(call)
+
+    assert len(found) == 4000
+
+
+@pytest.mark.parametrize("want_parts", [False, True])
+def test_a_client_gets_each_workers_own_bytes_only_when_it_wants_them(want_parts):
+    with serving(Desk()) as served:
+        (answer,) = served.call([frame(segment(1, b"a", b"b", want_parts=want_parts))])
+    (made,) = answer.slices
+    (part,) = made.parts
+    assert (part.process_id, list(made.hops)) == ("W", ["W"])
+    assert list(part.results.items) == ([b"W: a", b"W: b"] if want_parts else [])
+
+
+def test_a_process_gets_the_parts_alone():
+    with serving(Desk()) as served:
+        asked = segment(1, b"a", b"b", hops=["A"], targets=["W"])
+        (answer,) = served.call([frame(asked)])
+    (made,) = answer.slices
+    assert list(made.results.items) == []
+    assert wire.read_slice(made).at(1).parts[0].result == b"W: b"
+
+
+def test_many_streams_at_once_each_get_their_own():
+    with serving(Desk()) as served, ThreadPoolExecutor(5) as threads:
+
+        def ask(client: int) -> dict:
+            rows = [b"%d" % client] * 20
+            return rows_of(served.call([frame(segment(n, *rows)) for n in range(30)]))
+
+        found = list(threads.map(ask, range(5)))
+        until(lambda: is_quiet(served), 5)
+
+    for client, rows in enumerate(found):
+        assert Counter(rows.values()) == {b"W: %d" % client: 600}
+
+
+def test_the_threads_of_a_stream_end_with_it():
+    with serving(Desk(held=[])) as served:
+        calls = [served.call(Sender(frame(segment(1, b"")))) for _ in range(4)]
+        until(lambda: served.desk.received == 4, 5)
+        assert readers() == 4
+        for call in calls:
+            call.cancel()
+        until(lambda: readers() == 0, 5)
+
+
+def readers() -> int:
+    return sum(thread.name == "stream-reader" for thread in threading.enumerate())
