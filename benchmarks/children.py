@@ -1,0 +1,170 @@
+"""The processes of one peer: started, waited for, their CPU time read, ended. Never by name.
+
+Every process is a child of the benchmark in a session of its own, so that Ctrl-C reaches only the
+benchmark, which then stops them. Their output goes to files (an unread pipe would freeze them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_S = 60.0  # a cluster of several interpreters on two busy cores takes its time
+GRACE_S = 8.0
+READY = "BENCH_READY"  # names the file that a child makes when it serves
+
+
+class NotStarted(Exception):
+    """A process of a peer ended or did not serve; the message says which and what it said last."""
+
+
+def free_port() -> int:
+    """A port nobody listens on, below the range that outgoing connections use."""
+    for _ in range(1000):
+        port = random.randint(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise NotStarted("no free port found on 127.0.0.1")
+
+
+def program(name: str) -> str | None:
+    """The path of a program, looked for beside this Python first."""
+    beside = str(Path(sys.executable).parent)
+    return shutil.which(name, path=beside) or shutil.which(name)
+
+
+class Group:
+    """The processes of one peer, caller included. One thread uses it; stop() may come twice."""
+
+    def __init__(self, peer: str, folder: Path) -> None:
+        self.peer = peer
+        self.folder = folder
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def command(
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        **pipes: Any,
+    ) -> subprocess.Popen[bytes]:
+        """Starts any program; its output goes to <folder>/<name>.out."""
+        with open(self._out(name), "wb") as out:
+            given = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, **pipes}
+            child = subprocess.Popen(
+                list(argv), cwd=ROOT, env={**os.environ, **(env or {})}, **_own_session(), **given
+            )
+        self._children[name] = child
+        return child
+
+    def python(self, name: str, role: str, /, **arguments: Any) -> None:
+        """Starts a role of the peer's own module (see child.py), which ends with this process."""
+        argv = [sys.executable, "-m", "benchmarks.child", self.peer, role, json.dumps(arguments)]
+        self.command(name, argv, {READY: str(self._ready(name))}, stdin=subprocess.PIPE)
+
+    def wait_ready(self, *names: str) -> None:
+        for name in names:
+            self.wait_until(name, self._ready(name).exists)
+
+    def wait_for_port(self, name: str, port: int) -> None:
+        def answers() -> bool:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                return True
+            return False
+
+        self.wait_until(name, answers)
+
+    def wait_for_text(self, name: str, text: str) -> None:
+        self.wait_until(name, lambda: text in self.said(name))
+
+    def wait_until(self, name: str, serves: Callable[[], bool]) -> None:
+        """Raises NotStarted when the child ends or does not serve in time."""
+        until = time.monotonic() + READY_S
+        while not serves():
+            code = self._children[name].poll()
+            if code is not None:
+                raise NotStarted(f"{name} ended with exit code {code}: {self.last_words(name)}")
+            if time.monotonic() > until:
+                raise NotStarted(f"{name} did not serve in {READY_S:g} s: {self.last_words(name)}")
+            time.sleep(0.02)
+
+    def said(self, name: str) -> str:
+        return self._out(name).read_text(encoding="utf-8", errors="replace")
+
+    def last_words(self, name: str) -> str:
+        lines = [line.strip() for line in self.said(name).splitlines() if line.strip()]
+        return lines[-1][:300] if lines else "it said nothing"
+
+    def cpu_s(self) -> float:
+        """CPU seconds of all processes and their descendants so far, the ended ones included."""
+        return sum(_cpu_s(process) for process in self._tree())
+
+    def stop(self) -> None:
+        """Asks all to end, the last started first; ends what is left after the grace."""
+        tree = self._tree()
+        for child in reversed(self._children.values()):
+            _ask_to_end(child)
+        _, left = psutil.wait_procs(tree, GRACE_S)
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        for child in self._children.values():
+            child.wait()
+        self._children.clear()
+
+    def _tree(self) -> list[psutil.Process]:
+        tree = {}
+        for child in self._children.values():
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(child.pid)
+                for each in [process, *process.children(recursive=True)]:
+                    tree[each.pid] = each
+        return list(tree.values())
+
+    def _out(self, name: str) -> Path:
+        return self.folder / f"{name}.out"
+
+    def _ready(self, name: str) -> Path:
+        return self.folder / f"{name}.ready"
+
+
+def _ask_to_end(child: subprocess.Popen[bytes]) -> None:
+    """Ours end with their stdin, and may have a cluster of their own to take down first."""
+    if child.stdin:
+        with contextlib.suppress(OSError):
+            child.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_S)
+    if child.poll() is None:
+        child.terminate()
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    # children_*: those that have ended and were waited for; the living are in the tree themselves.
+    return float(times.user + times.system + times.children_user + times.children_system)
+
+
+def _own_session() -> dict[str, Any]:
+    if os.name == "nt":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"start_new_session": True}

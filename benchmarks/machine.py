@@ -1,0 +1,67 @@
+"""What the figures depend on: the machine, the system, the versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import peers
+from benchmarks.children import ROOT
+
+
+def facts() -> dict[str, Any]:
+    return {
+        "cpu": cpu_model(),
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "load_average": [round(x, 2) for x in psutil.getloadavg()],
+        "commit": commit(),
+    }
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        return _said("sysctl", "-n", "machdep.cpu.brand_string")
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The project's, with a + when files differ from it; empty outside a clone."""
+    head = _said("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    return head + ("+" if head and _said("git", "-C", str(ROOT), "status", "--porcelain") else "")
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Of every package and server of these peers, as far as they are there."""
+    found: dict[str, str] = {}
+    for module in map(peers.load, names):
+        for package in module.PACKAGES:
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        if not module.missing() and hasattr(module, "versions"):
+            found.update(module.versions())
+    return dict(sorted(found.items()))
+
+
+def _said(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,47 @@
+"""The peers, one module each, all with the same small interface:
+
+    TITLE                          what the table calls it
+    PACKAGES                       distributions whose versions the results name
+    SUPPORTS                       loads it can do, and "all" for mode all
+    BULK                           items of a bulk: 50,000, or fewer where that takes minutes
+    NOTES                          what it does less and more than the overlay, and how it is set up
+    missing() -> str               why it cannot run on this machine; empty when it can
+    start(group, setup) -> dict    starts its servers and workers; gives the Caller's arguments
+    Caller(**arguments)            its client, in a process of its own
+    versions() -> dict             optional: of servers that are no Python package
+
+Modules import their own packages late, so that the driver needs none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+MODULES = {
+    "ours": "ours",
+    "grpc-hop": "grpc_hop",
+    "grpc-chain": "grpc_chain",
+    "nats": "nats_queue",
+    "zeromq": "zeromq",
+    "celery": "celery_redis",
+    "dask": "dask_cluster",
+    "nats-uvloop": "nats_uvloop",
+    "ray": "ray_actors",
+    "dramatiq": "dramatiq_redis",
+    "rq": "rq_redis",
+}
+EXTRA = ("nats-uvloop", "ray", "dramatiq", "rq")  # only with --all-peers, or named by --only
+
+
+def load(peer: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.peers.{MODULES[peer]}")
+
+
+def lacking(*modules: str) -> str:
+    """A sentence about the first module that is not installed; empty when all are."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            return f"the Python package {name} is not installed"
+    return ""

@@ -1,0 +1,49 @@
+"""Raw grpcio as its documentation advises: kept channels, a thread pool, deadlines, bytes as they
+are (no protobuf in the way). Shared by the hop and the chain."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from benchmarks.children import free_port
+from benchmarks.handlers import answer
+
+POOL = 96  # threads of a server: at least as many as callers, or calls that wait on each other stop
+SERVICE = "benchmark.Work"
+OPTIONS = [("grpc.so_reuseport", 0)]
+
+
+def serve(ready, address: str, methods: dict[str, Callable], pool: int) -> None:
+    """Serves the methods (bytes -> bytes) until the process is ended."""
+    import grpc
+
+    handlers = {name: grpc.unary_unary_rpc_method_handler(f) for name, f in methods.items()}
+    server = grpc.server(ThreadPoolExecutor(pool), options=OPTIONS)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
+    if not server.add_insecure_port(address):
+        raise OSError(f"{address} is taken")
+    server.start()
+    ready()
+    threading.Event().wait()
+
+
+def serve_worker(ready, address: str, name: str, slots: int | None, nap_s: float) -> None:
+    def work(request, context):
+        return answer(name, request, nap_s)
+
+    serve(ready, address, {"Any": work, "All": work}, slots or POOL)
+
+
+def method(address: str, name: str):
+    """A callable over a kept channel of its own, once it is connected."""
+    import grpc
+
+    channel = grpc.insecure_channel(address)
+    grpc.channel_ready_future(channel).result(30)
+    return channel, channel.unary_unary(f"/{SERVICE}/{name}")
+
+
+def address() -> str:
+    return f"127.0.0.1:{free_port()}"

@@ -1,0 +1,108 @@
+"""The overlay itself: six processes as shipped, asked through its client library."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.children import ROOT, Group, free_port
+from benchmarks.loads import TIMEOUT_S, FuturesCaller
+from benchmarks.rows import Setup
+
+TITLE = "ours"
+PACKAGES = ("grpcio", "protobuf")
+SUPPORTS = {"window", "threads", "unary", "bulk", "bulk_singly", "all"}
+BULK = 50_000
+NOTES = (
+    "Six processes of two_hosts_config.json, every setting as shipped; only host and port are "
+    "changed, and for the 5 ms rows a handler with its slots is named. One client connection. "
+    "The library gathers calls that are under way at the same time into frames; that, and the "
+    "segments between the processes, is where its rate above one caller comes from."
+)
+
+
+def missing() -> str:
+    return ""
+
+
+def start(group: Group, setup: Setup) -> dict:
+    config = configuration(setup)
+    path = group.folder / "overlay.json"
+    path.write_text(json.dumps(config, indent=2))
+    for process_id in config["processes"]:
+        name = f"node-{process_id}"
+        group.command(name, [sys.executable, str(ROOT / "node.py"), str(path), process_id])
+    for process_id in config["processes"]:
+        group.wait_for_text(f"node-{process_id}", "serves on")
+    leader = next(p for p in config["processes"].values() if p["role"] == "leader")
+    return {"address": f"{leader['host']}:{leader['port']}", "workers": len(setup.workers)}
+
+
+def configuration(setup: Setup) -> dict:
+    """The shipped file on loopback, without the workers that the set-up leaves out."""
+    config = json.loads(Path(ROOT / "two_hosts_config.json").read_text(encoding="utf-8"))
+    processes = config["processes"]
+    kept = {i for i, p in processes.items() if p["role"] != "worker" or p["id"] in setup.workers}
+    # A team leader without a worker of its own team has nothing to lead.
+    teams = {processes[i]["team"] for i in kept if processes[i]["role"] == "worker"}
+    kept -= {i for i in kept if processes[i]["role"] == "team_leader"} - {
+        i for i in kept if processes[i]["team"] in teams
+    }
+    config["processes"] = {i: p for i, p in processes.items() if i in kept}
+    for process in config["processes"].values():
+        process.update(host="127.0.0.1", port=free_port())
+        process["neighbors"] = [n for n in process["neighbors"] if n in kept]
+    if setup.nap_s:
+        config["handlers"] = {"nap": {"call": "benchmarks.handlers:nap", "slots": setup.slots}}
+        for process in config["processes"].values():
+            process["handler"] = "nap"
+    return config
+
+
+class Caller(FuturesCaller):
+    def __init__(self, address: str, workers: int) -> None:
+        import overlay
+        from overlay import wire
+
+        self._client = overlay.connect(address)
+        self._wait_for(workers)
+        self._pb2 = wire.pb2
+        self._forward = self._stub(address, wire).Forward
+
+    def call(self, payload: bytes, mode: str) -> bytes:
+        return self._client.call(payload, mode=mode, timeout=TIMEOUT_S).result
+
+    def submit(self, payload: bytes, mode: str):
+        return self._client.submit(None, payload, mode=mode)
+
+    def map(self, items: list[bytes], mode: str):
+        return self._client.map(None, items, mode=mode)
+
+    def unary_of(self, thread: int):
+        request, forward = self._pb2.Request, self._forward
+        return lambda payload, mode: (
+            forward(request(payload=payload, mode=mode.upper()), timeout=TIMEOUT_S).result
+        )
+
+    def close(self) -> None:
+        self._channel.close()
+        self._client.close()
+
+    def _stub(self, address: str, wire):
+        import grpc
+
+        self._channel = grpc.insecure_channel(address)
+        return wire.pb2_grpc.OverlayNodeStub(self._channel)
+
+    def _wait_for(self, workers: int) -> None:
+        """Until every worker answers: links need a moment to come up."""
+        until = time.monotonic() + TIMEOUT_S
+        while True:
+            coverage = self._client.call(b"0", timeout=TIMEOUT_S).coverage
+            if coverage == (workers, workers):
+                return
+            if time.monotonic() > until:
+                raise TimeoutError(f"only {coverage[0]} of {workers} workers answered")
+            time.sleep(0.1)

@@ -1,0 +1,172 @@
+"""What is measured: the set-ups, the rows, and the figures to reach. Values only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+WORKERS = ("C", "D", "F")  # the workers of the shipped configuration, in its order
+NAP_S = 0.005  # the handler's time where a row asks for one: time.sleep
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How every peer is started for a group of rows.
+
+    slots: handlers that run at once per worker; None is each peer's own default for tiny work.
+    """
+
+    name: str
+    workers: tuple[str, ...] = WORKERS
+    slots: int | None = None
+    nap_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One piece of work that every peer that can does in each round.
+
+    load: "window" (outstanding without blocking: futures or asyncio), "threads" (blocking), "unary"
+    (blocking, one plain Forward each), "bulk" (one map) or "bulk_singly" (one message per item).
+    callers: outstanding calls or threads. size: bytes of a payload. beside: further threads that
+    send 64 KiB meanwhile. peers: only these; None for all that support the load and the mode.
+    """
+
+    name: str
+    title: str
+    load: str
+    callers: int = 0
+    mode: str = "any"
+    size: int = 16
+    beside: int = 0
+    setup: str = "three"
+    peers: tuple[str, ...] | None = None
+    quick: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a peer must support for this row."""
+        return frozenset({self.load, "all"} if self.mode == "all" else {self.load})
+
+
+SETUPS = (
+    Setup("three"),
+    Setup("one", workers=("C",)),
+    Setup("two", workers=("C", "F")),
+    Setup("nap 1", slots=1, nap_s=NAP_S),
+    Setup("nap 8", slots=8, nap_s=NAP_S),
+)
+
+# A broker with a task per message is asked only where its figure says something.
+FAST = ("ours", "grpc-hop", "grpc-chain", "nats", "nats-uvloop", "zeromq")
+
+ROWS = (
+    Row("window-1", "1 outstanding", "window", 1),
+    Row("window-16", "16 outstanding", "window", 16),
+    Row("window-64", "64 outstanding", "window", 64, quick=True),
+    Row("threads-1", "1 blocking caller", "threads", 1, quick=True),
+    Row("threads-16", "16 blocking threads", "threads", 16),
+    Row("threads-64", "64 blocking threads", "threads", 64, quick=True),
+    Row(
+        "unary-64",
+        "unary Forward, 64 blocking threads",
+        "unary",
+        64,
+        peers=("ours", "grpc-chain"),
+        quick=True,
+    ),
+    Row("bulk", "bulk map (Celery: chunks)", "bulk", quick=True),
+    Row("bulk-singly", "bulk, a message per item (Celery: group)", "bulk_singly"),
+    Row("all-window-1", "mode all, 1 outstanding", "window", 1, "all"),
+    Row("all-window-16", "mode all, 16 outstanding", "window", 16, "all"),
+    Row("all-window-64", "mode all, 64 outstanding", "window", 64, "all", quick=True),
+    Row("all-threads-1", "mode all, 1 blocking caller", "threads", 1, "all"),
+    Row("all-threads-16", "mode all, 16 blocking threads", "threads", 16, "all"),
+    Row("all-threads-64", "mode all, 64 blocking threads", "threads", 64, "all"),
+    Row("64k", "64 KiB, 16 outstanding", "window", 16, size=64 * KIB),
+    Row("1m", "1 MiB, 4 outstanding", "window", 4, size=1024 * KIB),
+    Row("small-alone", "small calls, 8 threads", "threads", 8, peers=FAST, quick=True),
+    Row(
+        "small-beside",
+        "small calls, 8 threads, beside 2 threads of 64 KiB",
+        "threads",
+        8,
+        beside=2,
+        peers=FAST,
+        quick=True,
+    ),
+    Row("workers-1", "1 worker, 64 outstanding", "window", 64, setup="one", peers=FAST),
+    Row("workers-2", "2 workers, 64 outstanding", "window", 64, setup="two", peers=FAST),
+    Row(
+        "nap-1",
+        "5 ms handlers, 3 workers x 1 slot, 64 outstanding",
+        "window",
+        64,
+        setup="nap 1",
+        quick=True,
+    ),
+    Row("nap-8", "5 ms handlers, 3 workers x 8 slots, 64 outstanding", "window", 64, setup="nap 8"),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to reach. kind: "rate" (ours over the peer's), "ideal" (share of the ideal rate),
+    "evenness" (the largest distance of a worker's share from an even one) or "p99" (ours in this
+    row over ours in `against`).
+
+    bound: at least this; for evenness and p99, at most.
+    """
+
+    title: str
+    row: str
+    against: str
+    bound: float
+    kind: str = "rate"
+
+    @property
+    def at_most(self) -> bool:
+        return self.kind in ("evenness", "p99")
+
+    def verdict(self, low: float, high: float) -> str:
+        """`low`, `high`: the 95 % interval. Missed only when all of it is on the wrong side."""
+        missed = low > self.bound if self.at_most else high < self.bound
+        if missed:
+            return "missed"
+        sure = high <= self.bound if self.at_most else low >= self.bound
+        return "reached" if sure else "reached within the interval"
+
+
+TARGETS = (
+    Target("unary Forward, 64 callers, against the chain", "unary-64", "grpc-chain", 1.5),
+    Target("one call at a time, against the chain", "threads-1", "grpc-chain", 1.2),
+    Target("64 outstanding, against NATS", "window-64", "nats", 1.2),
+    Target("64 outstanding, against ZeroMQ", "window-64", "zeromq", 0.7),
+    Target("64 blocking threads, against the chain", "threads-64", "grpc-chain", 10),
+    Target("64 blocking threads, against NATS", "threads-64", "nats", 1.1),
+    Target("bulk, against NATS", "bulk", "nats", 4),
+    Target("bulk, against ZeroMQ", "bulk", "zeromq", 1.2),
+    Target("bulk, against Celery's chunks", "bulk", "celery", 4),
+    Target("bulk, against Dask", "bulk", "dask", 50),
+    Target("mode all, 64 outstanding, against the fan-out", "all-window-64", "grpc-chain", 15),
+    Target("5 ms handlers, 3 x 1 slot, of the ideal", "nap-1", "", 0.88, "ideal"),
+    Target("5 ms handlers, 3 x 1 slot, evenness", "nap-1", "", 0.10, "evenness"),
+    Target("small calls' p99 beside 64 KiB ones", "small-beside", "small-alone", 2, "p99"),
+)
+
+
+def setup_of(row: Row) -> Setup:
+    return next(setup for setup in SETUPS if setup.name == row.setup)
+
+
+def chosen(names: Iterable[str], quick: bool) -> tuple[Row, ...]:
+    """The rows of these names; without names all, or the quick ones. Raises ValueError."""
+    wanted = list(names)
+    unknown = [name for name in wanted if name not in {row.name for row in ROWS}]
+    if unknown:
+        known = ", ".join(row.name for row in ROWS)
+        raise ValueError(f"no row '{unknown[0]}'; there are {known}")
+    if wanted:
+        return tuple(row for row in ROWS if row.name in wanted)
+    return tuple(row for row in ROWS if row.quick or not quick)
