@@ -7,39 +7,45 @@ its arguments, and a function from them to an exit code. Reports go to stdout, c
 from __future__ import annotations
 
 import argparse
-import base64
 import difflib
-import errno
-import json
-import math
 import os
-import re
 import sys
 import threading
 import time
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
 from overlay.errors import ConfigError
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
 
 try:
-    from rich import box
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
-
+    from overlay import bulk
     from overlay import client as library
     from overlay.configuration import load
+    from overlay.console import (
+        Exit,
+        Parser,
+        Screen,
+        complain,
+        connected,
+        counted,
+        failed,
+        guarded,
+        host,
+        join_all,
+        name,
+        out_file,
+        port,
+        result_as_json,
+        seconds,
+        shown,
+        sized,
+    )
     from overlay.topology import ROLES, Process, Topology, join_address
-    from overlay.values import Code, Executed, Part
+    from overlay.values import Part
 except ModuleNotFoundError as e:
     sys.stderr.write(
         f"{Path(sys.argv[0]).name}: the package '{e.name}' is not installed for this Python; "
@@ -55,7 +61,8 @@ except KeyboardInterrupt:  # half of a short run is importing
 EXITS = """\
 exit codes:
   0    answered, for --mode all by every worker asked; check: all is well
-  1    answered with an error (the handler raised, no such team); check: something is not well
+  1    answered with an error (the handler raised, no such team); check: something is not well;
+       map: some failed (when all did for one reason, that reason's code)
   2    wrong arguments, or a file that cannot be used
   3    refused truthfully: no handler saw the request, try again later
   4    nobody to ask: nothing serves at the address, or no worker can be reached
@@ -66,21 +73,7 @@ exit codes:
 The report is the same on a terminal and in a pipe. --out keeps the result's own bytes, --json tells
 everything. A character that the output's code page lacks is written as \\uXXXX."""
 
-PIPE_WIDTH = 2000  # columns; in a pipe nothing is cut or folded
 CHECK_DEADLINE_S = 3.0
-
-
-class Exit(IntEnum):
-    """What a script learns. EXITS describes each."""
-
-    OK = 0
-    FAILED = 1
-    USAGE = 2
-    REFUSED = 3
-    UNREACHABLE = 4
-    LATE = 5
-    INCOMPLETE = 6
-    INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -97,94 +90,26 @@ def main() -> int:
     return verb.run(parser.parse_args(words))
 
 
-def guarded(run: Callable[[], int], name: str) -> NoReturn:
-    """Ends the program with run()'s code; Ctrl-C and a reader that left leave no traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    with redirect_stdout(Output(sys.stdout)):
-        try:
-            code = run()
-        except KeyboardInterrupt:
-            code = Exit.INTERRUPTED
-            complain("interrupted", name)
-        sys.stdout.flush()
-    sys.exit(code)
-
-
-class Output:
-    """Standard output, whose reader may leave as `| head -1` does.
-
-    Then the rest goes nowhere, and the exit code stays true.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> None:
-        with self.leaving():
-            self._stream.write(text)
-
-    def write_bytes(self, data: bytes) -> None:
-        with self.leaving():
-            self._stream.buffer.write(data)
-
-    def flush(self) -> None:
-        with self.leaving():
-            self._stream.flush()
-
-    @contextmanager
-    def leaving(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            if e.errno not in (errno.EPIPE, errno.EINVAL):  # the second is Windows' word for it
-                raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-
-
 # Which verb, and what belongs to it
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence; the program ends with exit code 2."""
-
-    def __init__(self, prog: str, description: str, epilog: str = "") -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog or EXITS,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        name = self.prog.split()[0]
-        sentence = re.sub(r"^argument (\S+): ", r"\1: ", message)
-        self.exit(Exit.USAGE, f"{name}: {sentence}; {name} --help tells more\n")
 
 
 def choose(words: list[str]) -> tuple[Parser, Verb, list[str]]:
     """The verb that the words name, its parser, and the words left for it."""
     if words and words[0] in OVERALL:
         verb = OVERALL[words[0]]
-        parser = Parser(f"client.py {words[0]}", verb.help)
+        parser = Parser(f"client.py {words[0]}", verb.help, EXITS)
         verb.arguments(parser)
         return parser, verb, words[1:]
     name, rest = "ask", words
     if len(words) > 2 and not any(word.startswith("-") for word in words[:3]):
         name, rest = words[2], [*words[:2], *words[3:]]
     if complaint := _misread(words, name):
-        Parser("client.py", overview()).error(complaint)
+        Parser("client.py", overview(), EXITS).error(complaint)
     verb = VERBS[name]
     if rest is words:
-        parser = Parser("client.py", overview())
+        parser = Parser("client.py", overview(), EXITS)
     else:
-        parser = Parser("client.py", verb.help)
+        parser = Parser("client.py", verb.help, EXITS)
         parser.usage = f"client.py HOST PORT {name} [options]"
     parser.add_argument("host", metavar="HOST", type=host, help="name or address of a process")
     parser.add_argument("port", metavar="PORT", type=port, help="its port")
@@ -223,32 +148,6 @@ def _suggestion(word: str, known: Mapping[str, object]) -> str:
     return f"; '{near[0]}' is one" if near else f"; there are {', '.join(known)}"
 
 
-def host(text: str) -> str:
-    if not text.isprintable() or not text or "/" in text or " " in text:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a name or an address of a machine")
-    return text
-
-
-def port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port, a number from 1 to 65535")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    with suppress(ValueError):
-        number = float(text)
-        if 0 < number <= 86_400 and math.isfinite(number):
-            return number
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0, at most 86400")
-
-
-def name(text: str) -> str:
-    if not text.isprintable():  # what a command line holds that is not text is not, either
-        raise argparse.ArgumentTypeError(f"'{clean(text)}' is not a name")
-    return text
-
-
 def payload(text: str) -> bytes:
     """TEXT, @FILE or - for standard input."""
     if text == "-":
@@ -260,13 +159,6 @@ def payload(text: str) -> bytes:
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         raise argparse.ArgumentTypeError(f"cannot read '{text[1:]}': {reason}") from None
-
-
-def out_file(text: str) -> str:
-    path = Path(text)
-    if text != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a file in a folder that exists")
-    return text
 
 
 # One request
@@ -337,7 +229,7 @@ def show_answer(
     report: Screen, answer: library.Answer, took_ms: float, args: argparse.Namespace
 ) -> None:
     answered, asked = answer.coverage
-    kept = f"{_bytes(answer.result)} -> {args.out}"
+    kept = f"{sized(answer.result)} -> {args.out}"
     report.facts(
         ("result", kept if args.out else shown(answer.result)),
         ("answers", f"{answered} of {counted(asked, 'worker')} answered"),
@@ -372,7 +264,7 @@ def answer_as_json(
         "ok": True,
         "exit_code": int(code),
         "address": address,
-        **_result_as_json(answer.result),
+        **result_as_json(answer.result),
         "coverage": {"answered": answered, "asked": asked},
         "missing": [part.process_id for part in answer.missing],
         "parts": [_part_as_json(part, with_results) for part in answer.parts],
@@ -391,16 +283,8 @@ def _part_as_json(part: Part, with_result: bool) -> dict[str, Any]:
         "hops": list(part.hops),
         "waited_ms": part.waited_us / 1000,
         "worked_ms": part.worked_us / 1000,
-        **(_result_as_json(part.result) if with_result and part.ok else {}),
+        **(result_as_json(part.result) if with_result and part.ok else {}),
     }
-
-
-def _result_as_json(result: bytes) -> dict[str, str | None]:
-    """Text as text; other bytes as null, with result_base64 beside it."""
-    try:
-        return {"result": result.decode()}
-    except UnicodeDecodeError:
-        return {"result": None, "result_base64": base64.b64encode(result).decode()}
 
 
 def _kept(result: bytes, out: str) -> bool:
@@ -622,10 +506,10 @@ OVERALL_COLUMNS = (
 def show_overall(report: Screen, topology: Topology, looks: Sequence[Look], config: str) -> None:
     report.table("", OVERALL_COLUMNS, map(_overall_row, looks))
     well = sum(look.is_well for look in looks)
-    report.line(f"{well} of {counted(len(looks), 'process')} well")
+    report.say(f"{well} of {counted(len(looks), 'process')} well")
     for look in looks:
         if not look.is_well:
-            report.line(f"{look.process.id}: {look.reason}{_advice(look, topology, config)}")
+            report.say(f"{look.process.id}: {look.reason}{_advice(look, topology, config)}")
 
 
 def _advice(look: Look, topology: Topology, config: str) -> str:
@@ -672,6 +556,9 @@ def _overall_as_json(topology: Topology, looks: Sequence[Look], code: int) -> di
 
 VERBS = {
     "ask": Verb("Sends one request", ask_arguments, ask),
+    "map": Verb(
+        "Sends lines or files as they are, results in their order", bulk.arguments, bulk.run
+    ),
     "check": Verb("What this process says of itself and its neighbours", check_arguments, check),
 }
 OVERALL = {
@@ -684,155 +571,8 @@ OVERALL = {
 # What all verbs share
 
 
-def connected(args: argparse.Namespace) -> library.Client:
-    """A client for HOST PORT; raises CallFailed when the two make no address.
-
-    Never closed: gRPC takes 0.2 s for that, and the program ends after its one call.
-    """
-    try:
-        return library.connect(join_address(args.host, args.port))
-    except ValueError as e:
-        raise library.InvalidCall(str(e), code=Code.INVALID_ARGUMENT) from None
-
-
-def failed(error: library.CallFailed, address: str, as_json: bool) -> int:
-    """Says what went wrong, and gives the exit code for it."""
-    code = exit_of(error)
-    if as_json:
-        said = {
-            "code": error.code.name,
-            "message": str(error),
-            "executed": error.executed.name,
-            "retry_after_s": error.retry_after_s,
-        }
-        Screen(sys.stdout).json(
-            {"ok": False, "exit_code": int(code), "address": address, "error": said}
-        )
-    complain(f"{clean(str(error))}{_proof(error)}")
-    return code
-
-
-def exit_of(error: library.CallFailed) -> Exit:
-    for kind, code in _EXITS:
-        if isinstance(error, kind):
-            return code
-    return Exit.FAILED
-
-
-_EXITS: tuple[tuple[type[library.CallFailed], Exit], ...] = (
-    (library.Refused, Exit.REFUSED),
-    (library.Unavailable, Exit.UNREACHABLE),
-    (library.DeadlinePassed, Exit.LATE),
-    (library.CallCancelled, Exit.INTERRUPTED),
-)
-
-
-def _proof(error: library.CallFailed) -> str:
-    """Whether a handler saw the request, where that is a question, and when to try again."""
-    if isinstance(error, library.NotReached) or not isinstance(error, _IN_DOUBT):
-        return ""
-    if error.executed is Executed.NO:
-        after_s = error.retry_after_s
-        again = "" if after_s is None else f", try again in {max(0.1, after_s):.1f} s"
-        return f"; no handler saw the request{again}"
-    return "; a handler may have seen the request"
-
-
-_IN_DOUBT = (library.Refused, library.Unavailable, library.DeadlinePassed)
-
-
-def complain(sentence: str, name: str = "client.py") -> None:
-    with suppress(OSError):
-        sys.stderr.write(f"{name}: {sentence}\n")
-
-
-def join_all(threads: Sequence[threading.Thread], within_s: float) -> None:
-    """Waits for their ends. In slices: before Python 3.14, Windows hears no Ctrl-C in a join."""
-    until = time.monotonic() + within_s
-    for thread in threads:
-        while thread.is_alive() and (left_s := until - time.monotonic()) > 0:
-            thread.join(min(0.2, left_s))
-
-
-class Screen(Console):
-    """Where a report goes. In a pipe nothing is cut; on a narrow terminal tables become lists."""
-
-    def __init__(self, stream: Any) -> None:
-        width = None if stream.isatty() else PIPE_WIDTH
-        super().__init__(
-            file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True
-        )
-
-    def line(self, text: str) -> None:
-        self.print(Text(clean(text)))
-
-    def facts(self, *rows: tuple[str, str]) -> None:
-        """One fact a line, its label first; a fact without a value is left out."""
-        wide = max(len(label) for label, _ in rows) + 2
-        for label, value in rows:
-            if value:
-                text = clean(value).replace("\n", "\n" + " " * wide)
-                self.print(Text.assemble((label.ljust(wide), "bold"), text))
-
-    def table(self, title: str, columns: Sequence[str], rows: Any) -> None:
-        """A table; where it does not fit, each row as a paragraph. Nothing for no rows."""
-        rows = [[clean(cell) for cell in row] for row in rows]
-        if not rows:
-            return
-        if title:
-            self.print(Text(f"\n{title}", style="bold"))
-        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        natural = Measurement.get(self, self.options.update(max_width=PIPE_WIDTH), table)
-        if natural.maximum <= self.width:
-            self.print(table)
-            return
-        for row in rows:
-            self.facts(*zip(columns, row, strict=True))
-            self.print()
-
-    def json(self, value: Any) -> None:
-        self.out(json.dumps(value, indent=2), highlight=False)
-
-
-def shown(result: bytes) -> str:
-    """The result as a person reads it; of binary data only the size."""
-    if not result:
-        return "(empty)"
-    try:
-        text = result.decode()
-    except UnicodeDecodeError:
-        return f"{_bytes(result)}, not text; --out FILE keeps them"
-    if "\0" in text:
-        return f"{_bytes(result)}, not text; --out FILE keeps them"
-    return text
-
-
-def clean(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c.encode("unicode_escape").decode()
-        if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"
-        else c
-        for c in text
-    )
-
-
 def _reason(part: Part) -> str:
     return part.reason or part.code.name
-
-
-def _bytes(result: bytes) -> str:
-    return f"{len(result):,} byte{'' if len(result) == 1 else 's'}"
-
-
-def counted(number: int, noun: str) -> str:
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def _span(span_s: float) -> str:

@@ -18,17 +18,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TextIO
 
-from client import (
+from client import expected_workers, library
+from overlay.console import (
     Exit,
     Parser,
     clean,
     counted,
     exit_of,
-    expected_workers,
     guarded,
     host,
     join_all,
-    library,
     name,
     port,
     seconds,

@@ -3,7 +3,8 @@
 The floor plan. A module imports only from floors below its own, or on its own floor where an
 arrow says so; tests/test_floors.py compares this picture with the code.
 
-    4 edges      service -> streams   client -> calls
+    4 edges      service -> streams   bulk -> console -> client -> calls   bulk -> client
+                 aio -> client, calls
     3 relay      relay
     2 mechanism  intake   deadlines   logs   links -> pipes, wire   pipes -> wire -> meter
                  executor -> threads, processes -> batch -> handlers, meter
@@ -35,6 +36,10 @@ def __getattr__(name: str) -> object:
         from overlay import client
 
         return getattr(client, name)
+    if name in {"connect_async", "AsyncClient"}:
+        from overlay import aio
+
+        return getattr(aio, name)
     if name == "BadRequest":
         from overlay import errors
 

@@ -208,10 +208,10 @@ class _Post:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked: dict[tuple[Kind, float], list[_Reply]] = {}
         self._came: deque[tuple[Take, int, Any, int, int]] = deque()
+        self._calls: Calls | None = None
         self._is_due = False  # the loop has been told of what came, and has not looked yet
         self._connecting: dict[float, asyncio.Task[None]] = {}
         self._sending: set[asyncio.Task[None]] = set()
-        self._closed = False
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -241,10 +241,11 @@ class _Post:
         """fail: called instead of `take` when nothing could be sent."""
         order = Order(kind, payloads, time.monotonic() + timeout_s, partial(self._deliver, take))
         try:
-            calls = self.connection.begin()
+            calls = self._calls = self.connection.begin()
         except CallFailed as e:
             fail(e)
             return order
+        calls.after_frame = self._wake
         if calls.connected.is_set():
             calls.send(order)
         else:
@@ -257,7 +258,6 @@ class _Post:
         self.connection.cancel(order, tuple(rows))
 
     async def close(self) -> None:
-        self._closed = True
         self._flush()
         await asyncio.to_thread(self.connection.close)
         if self._sending:
@@ -294,9 +294,14 @@ class _Post:
         await asyncio.shield(task)
 
     def _deliver(self, take: Take, row: int, came: Any, at: int, request_id: int) -> None:
-        # On a thread of overlay.calls. The flag is lowered before the loop looks, so nothing stays.
+        # On a thread of overlay.calls.
         self._came.append((take, row, came, at, request_id))
-        if not self._is_due:
+        if self._calls is None or not self._calls.is_delivering:
+            self._wake()
+
+    def _wake(self) -> None:
+        # The flag is lowered before the loop looks, so nothing stays.
+        if self._came and not self._is_due:
             self._is_due = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._settle)  # type: ignore[union-attr]
@@ -349,6 +354,7 @@ class _Mapping:
         self._bytes = 0  # of payloads on their way and of results in hand
         self._mean_result = 0.0
         self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # where the feeder waits for room
         self._not_reached: CallFailed | None = None
 
     async def run(
@@ -414,8 +420,6 @@ class _Mapping:
         """Until a result has been given."""
         waiter = self._waiter = self._post.loop.create_future()
         await waiter
-
-    _waiter: asyncio.Future[None] | None = None
 
     def _has_room(self) -> bool:
         if not self._open:

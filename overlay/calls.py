@@ -30,6 +30,9 @@ from overlay.values import Code, Column, Executed, Failure, Part, Route, Segment
 from overlay.wire import pb2
 
 LIMITS = Limits()
+# One less than the process asked takes: with a full window it reads nothing, cancels neither.
+WINDOW_ROWS = LIMITS.window_rows - 1
+WINDOW_BYTES = LIMITS.window_bytes - 1
 SAME_DEADLINE_S = 0.01  # calls whose deadlines are no further apart travel together
 LATE_S = 0.1  # the process asked answers by the deadline; after so much more we do
 GATHER_S = 0.00003  # how long to wait for calls that a frame's answers may bring
@@ -38,6 +41,7 @@ RETRIES = 3  # of one request
 RETRY_SHARE = 0.1  # of all requests: retries must not add to an overload
 FEW_RETRIES, MOST_RETRIES = 10.0, 1000.0  # that a client has in hand
 RETRY_PAUSE_S = 0.1  # when the process did not say how long
+NEVER_SENT = Failure(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
 WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
 Deliver = Callable[[int, "pb2.Slice | Failure", int, int], None]
@@ -96,18 +100,22 @@ class Calls:
     """Sends orders and delivers their answers. Safe from any thread.
 
     connected: set while the process asked serves our stream. refused: why it would not.
+    after_frame: called when all of a frame is delivered; is_delivering: such a call is to come.
     """
 
     def __init__(self, channel: grpc.Channel, name: str) -> None:
         self.connected = threading.Event()
         self.refused: Failure | None = None
+        self.after_frame: Callable[[], None] | None = None
+        self.is_delivering = False
         self.most_bytes = LIMITS.max_message_bytes
         self._name = name
         self._pipe = Pipe(channel, name, self._fill, self._receive, self._lost, self._live)
         self._deadlines = Deadlines(self._expire)
         self._lock = threading.Lock()
         self._outbox: deque[Order] = deque()
-        self._cancels: deque[tuple[int, int]] = deque()
+        self._cancels: deque[tuple[int, int, int]] = deque()  # segment, first row, how many
+        self._unwanted: deque[set[int]] = deque()  # the `cancelled` of orders, to be looked up
         self._sent: dict[int, _Sent] = {}
         self._numbers = itertools.count(1)
         self._rows = 0  # sent and not answered
@@ -146,12 +154,22 @@ class Calls:
             return
         self._retries = min(self._retries + len(order.rows) * RETRY_SHARE, MOST_RETRIES)
         self._outbox.append(order)
-        if not self.connected.is_set():  # else it leaves at once, or when the window has room
+        if self._may_wait(order):
             self._deadlines.watch(order, order.deadline)
         if self._closed:
             self._end_unsent()
         else:
             self._pipe.kick()
+
+    def _may_wait(self, order: Order) -> bool:
+        """Whether it may not leave at once, so that its deadline has to be watched here."""
+        return (
+            not self.connected.is_set()
+            or self._rows > LIMITS.window_rows // 2
+            or self._bytes > LIMITS.window_bytes // 2
+            or len(self._outbox) > 4
+            or len(order.rows) > LIMITS.window_rows // 8
+        )
 
     def _refuse_too_large(self, order: Order) -> bool:
         """Such a payload would end the stream, with all that is in it."""
@@ -165,31 +183,43 @@ class Calls:
 
     def cancel(self, order: Order, rows: Sequence[int]) -> None:
         """Nobody waits for these rows any more; they are delivered all the same."""
-        wanted = set(rows)
-        order.cancelled |= wanted
-        with self._lock:
-            for sent in self._sent.values():
-                for index, (other, row) in enumerate(sent.rows):
-                    if row in wanted and other.cancelled is order.cancelled:
-                        self._cancels.append((sent.number, index))
+        order.cancelled.update(rows)
+        self._unwanted.append(order.cancelled)
         self._pipe.kick()
 
     # on gRPC's sending thread
 
     def _fill(self, frame: pb2.Frame) -> bool:
+        if not self.connected.is_set():
+            return False  # a call that is never accepted would lose it
         self._gather()
         size = 0
+        if self._unwanted:
+            self._find_unwanted()
         while self._cancels:
-            number, row = self._cancels.popleft()
-            frame.cancels.add(number=number, start=row, count=1)
+            number, first, count = self._cancels.popleft()
+            frame.cancels.add(number=number, start=first, count=count)
             size += 20
         while size < LIMITS.frame_bytes and self._has_room():
             orders, bytes_ = self._next_orders(LIMITS.frame_bytes - size)
             if not orders:
                 break
-            self._write(frame, orders, bytes_)
+            if not self._write(frame, orders, bytes_):
+                break
             size += bytes_ + 100
         return size > 0
+
+    def _find_unwanted(self) -> None:
+        # For all at once: thousands may be cancelled together, and each may be in any segment.
+        unwanted = {id(self._unwanted.popleft()) for _ in range(len(self._unwanted))}
+        with self._lock:
+            for sent in self._sent.values():
+                rows = [
+                    index
+                    for index, (order, row) in enumerate(sent.rows)
+                    if row in order.cancelled and id(order.cancelled) in unwanted
+                ]
+                self._cancels.extend((sent.number, *run) for run in _runs(rows))
 
     def _gather(self) -> None:
         # Threads that were woken together call together: a moment's patience makes one frame of it.
@@ -205,14 +235,25 @@ class Calls:
             before = now
 
     def _has_room(self) -> bool:
-        return self._rows < LIMITS.window_rows and self._bytes < LIMITS.window_bytes
+        if self._rows >= WINDOW_ROWS:
+            return False
+        try:
+            next_size = self._outbox[0].size
+        except IndexError:
+            return False
+        return self._bytes + next_size <= WINDOW_BYTES or not self._rows
 
     def _next_orders(self, most_bytes: int) -> tuple[list[Order], int]:
         """Orders from the head of the outbox that may share a segment, and their bytes."""
         orders: list[Order] = []
-        rows, size = LIMITS.window_rows - self._rows, 0
+        rows, size = WINDOW_ROWS - self._rows, 0
         while self._outbox and rows > 0:
             order = self._outbox.popleft()
+            if order.cancelled:
+                kept = self._still_wanted(order)
+                if kept is None:
+                    continue
+                order = kept
             first = orders[0] if orders else order
             fits = (
                 order.kind == first.kind
@@ -224,21 +265,34 @@ class Calls:
                 self._outbox.appendleft(order)
                 break
             if len(order.rows) > rows:
-                self._outbox.appendleft(order.part(order.rows[rows:], order.attempt))
+                rest = order.part(order.rows[rows:], order.attempt)
+                self._outbox.appendleft(rest)
+                self._deadlines.watch(rest, rest.deadline)
                 order = order.part(order.rows[:rows], order.attempt)
             orders.append(order)
             rows -= len(order.rows)
             size += order.size
         return orders, size
 
-    def _write(self, frame: pb2.Frame, orders: list[Order], size: int) -> None:
+    def _still_wanted(self, order: Order) -> Order | None:
+        """The order without its cancelled rows, which are delivered as such."""
+        gone = [row for row in order.rows if row in order.cancelled]
+        left = [row for row in order.rows if row not in order.cancelled]
+        if not gone:
+            return order
+        self._deadlines.forget(order, order.deadline)
+        self._deliver_all(order.part(gone, order.attempt), NEVER_SENT)
+        return order.part(left, order.attempt) if left else None
+
+    def _write(self, frame: pb2.Frame, orders: list[Order], size: int) -> bool:
+        """False when the stream is over."""
         deadline = min(order.deadline for order in orders)
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             late = Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO)
             for order in orders:
                 self._deliver_all(order, late)
-            return
+            return True
         rows = [(order, row) for order in orders for row in order.rows]
         payloads = Column([order.payloads[row] for order, row in rows], size=size)
         first = orders[0]
@@ -246,13 +300,27 @@ class Calls:
         number = next(self._numbers) & 0xFFFFFFFF
         sent = _Sent(number, rows, segment.first_id, deadline + LATE_S, size)
         with self._lock:
-            self._sent[number] = sent
-            self._rows += len(rows)
-            self._bytes += size
+            # Closed or lost meanwhile: whoever noticed has already ended what was sent.
+            is_over = self._closed or not self.connected.is_set()
+            if not is_over:
+                self._sent[number] = sent
+                self._rows += len(rows)
+                self._bytes += size
+        if is_over:
+            self._put_back(orders)
+            return False
         for order in orders:
             self._deadlines.forget(order, order.deadline)
         self._deadlines.watch(sent, sent.deadline)
         wire.write_segment(frame, number, segment, left_s, first.kind.want_parts)
+        return True
+
+    def _put_back(self, orders: list[Order]) -> None:
+        for order in reversed(orders):
+            self._outbox.appendleft(order)
+            self._deadlines.watch(order, order.deadline)
+        if self._closed:
+            self._end_unsent()
 
     # on the pipe's thread
 
@@ -264,11 +332,17 @@ class Calls:
 
     def _receive(self, frame: pb2.Frame) -> None:
         woken = 0
-        for made in frame.slices:
-            sent = self._sent.get(made.number)
-            if sent is not None:
-                woken += self._take(sent, made)
-        self._woken = woken
+        self.is_delivering = self.after_frame is not None
+        try:
+            for made in frame.slices:
+                sent = self._sent.get(made.number)
+                if sent is not None:
+                    woken += self._take(sent, made)
+        finally:
+            self._woken = woken
+            self.is_delivering = False
+            if self.after_frame is not None:
+                self.after_frame()
         if self._outbox:
             self._pipe.kick()
 
@@ -294,6 +368,7 @@ class Calls:
         if was_connected:
             reason = f"no answer from {self._name}: {why.reason}"
             self._end_sent(Failure(Code.UNAVAILABLE, reason))
+            self._cancels.clear()
             for order in list(self._outbox):
                 self._deadlines.watch(order, order.deadline)
         elif why.code is not Code.CANCELLED:
@@ -354,7 +429,7 @@ class Calls:
         else:
             runs = self._end_rows(due, Failure(Code.DEADLINE_EXCEEDED, ""))
             with self._lock:
-                self._cancels.extend((due.number, a + i) for a, n in runs for i in range(n))
+                self._cancels.extend((due.number, *run) for run in runs)
             self._pipe.kick()
 
     def _failed(self, order: Order, row: int, failure: Failure) -> None:
@@ -388,6 +463,17 @@ class _Retry:
     """An order that waits for its next attempt."""
 
     order: Order
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending rows as (first, how many)."""
+    found: list[tuple[int, int]] = []
+    for row in rows:
+        if found and sum(found[-1]) == row:
+            found[-1] = found[-1][0], found[-1][1] + 1
+        else:
+            found.append((row, 1))
+    return found
 
 
 def _failures_of(made: pb2.Slice) -> dict[int, Failure]:

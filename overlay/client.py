@@ -22,7 +22,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,9 @@ DEFAULT_TIMEOUT_S = Limits().default_deadline_s
 # A process that is being restarted is back within this. Windows takes 2 s to report a refused port.
 PATIENCE_S = 2.5
 PROMPT_S = 0.25  # a connection that takes longer is looked into meanwhile
+PAUSE_S = 0.02  # how long a map waits for results before it asks again for payloads
+NOTHING_YET: Any = object()
+"""What a map's payloads may give when there is none at this moment: results are given meanwhile."""
 FRESH_S = 1.0  # so long after an answer the connection counts as up; later a call greets first
 
 
@@ -67,6 +70,12 @@ class Answer:
     def missing(self) -> tuple[Part, ...]:
         """The workers that did not answer, each with its code and reason."""
         return tuple(part for part in self.parts if not part.ok)
+
+
+class Incomplete(bytes):
+    """The result, in a map or a Future, of a request to all that some workers did not answer."""
+
+    missing: tuple[Part, ...] = ()
 
 
 class CallFailed(OverlayError):
@@ -128,7 +137,7 @@ def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
     patience_s: how long a call waits for a connection that is not up before it raises NotReached.
     Raises ValueError for an address that is not host:port.
     """
-    _split(address)
+    split(address)
     return Client(address, patience_s)
 
 
@@ -141,7 +150,7 @@ class Client(concurrent.futures.Executor):
 
     def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
         self.address = address
-        self._connection = _Connection(address, patience_s)
+        self._connection = Connection(address, patience_s)
 
     def call(
         self,
@@ -159,10 +168,10 @@ class Client(concurrent.futures.Executor):
         team and each worker's default. timeout: seconds, the wait for the connection included.
         Raises CallFailed, whose subclasses mirror the statuses.
         """
-        body, timeout_s = _as_bytes(payload), _as_timeout(timeout)
+        body, timeout_s = as_bytes(payload), as_timeout(timeout)
         deadline = time.monotonic() + timeout_s
         waiter = _Waiter()
-        kind = _kind(mode, team, handler, want_parts)
+        kind = kind_of(mode, team, handler, want_parts)
         order = Order(kind, (body,), deadline, waiter.deliver, wakes_a_thread=True)
         self._connection.send(order, timeout_s)
         try:
@@ -187,15 +196,15 @@ class Client(concurrent.futures.Executor):
         So it stands in the leader's queue, and is Refused when all its slots are taken, where a
         call waits in the stream's window.
         """
-        route = _kind(mode, team, handler, want_parts).route
+        route = kind_of(mode, team, handler, want_parts).route
         request = wire.pb2.Request(
-            payload=_as_bytes(payload),
+            payload=as_bytes(payload),
             mode=route.mode.name,
             team=team,
             handler=handler,
             want_parts=want_parts,
         )
-        response = self._connection.forward(request, _as_timeout(timeout))
+        response = self._connection.forward(request, as_timeout(timeout))
         read = wire.read_response(response)
         return Answer(response.result, read.parts, read.hops, response.request_id)
 
@@ -213,8 +222,8 @@ class Client(concurrent.futures.Executor):
         Its exception is a CallFailed; its cancel() ends the work. Raises NotReached when nobody
         serves at the address.
         """
-        body, timeout_s = _as_bytes(payload), _as_timeout(timeout)
-        kind = _kind(mode, team, handler or "", False)
+        body, timeout_s = as_bytes(payload), as_timeout(timeout)
+        kind = kind_of(mode, team, handler or "", False)
         reply = _Reply(self._connection, timeout_s)
         deadline = time.monotonic() + timeout_s
         reply.order = Order(kind, (body,), deadline, reply.deliver)
@@ -236,6 +245,7 @@ class Client(concurrent.futures.Executor):
 
         timeout: seconds for each. The payloads are taken as the results are, never all at once.
         The first failure is raised in its place and cancels the rest, as leaving the loop does.
+        Raises NotReached when nobody serves at the address, after what was sent has been given.
         chunksize: payloads per message; 0 lets the library choose.
         """
         options = (mode, team, timeout, window, chunksize)
@@ -259,11 +269,11 @@ class Client(concurrent.futures.Executor):
 
     def metrics(self, *, timeout: float | None = None) -> wire.pb2.MetricsResponse:
         """What the process says of itself, as overlay.proto describes it."""
-        return self._connection.metrics(_as_timeout(timeout))
+        return self._connection.metrics(as_timeout(timeout))
 
     def is_serving(self, *, timeout: float | None = None) -> bool:
         """What the standard health service says: False while the process stops."""
-        return self._connection.is_serving(_as_timeout(timeout))
+        return self._connection.is_serving(as_timeout(timeout))
 
     def close(self) -> None:
         """Ends the connection; what has no answer yet fails with CallCancelled."""
@@ -297,11 +307,8 @@ class Client(concurrent.futures.Executor):
         chunksize: int,
         ordered: bool,
     ) -> Iterator[tuple[int, bytes | CallFailed]]:
-        if window < 1 or chunksize < 0:
-            raise ValueError(f"window {window} is not above 0, or chunksize {chunksize} is below")
-        kind, timeout_s = _kind(mode, team, handler or "", False), _as_timeout(timeout)
-        chunk = min(chunksize or max(1, min(512, window // 4)), window)
-        mapping = _Mapping(self._connection, kind, timeout_s, chunk, window)
+        kind, timeout_s = kind_of(mode, team, handler or "", False), as_timeout(timeout)
+        mapping = _Mapping(self._connection, kind, timeout_s, chunk_of(window, chunksize), window)
         return mapping.run(iter(payloads), ordered)
 
 
@@ -329,7 +336,7 @@ class _Waiter:
 class _Reply(Future):  # type: ignore[type-arg]
     """The Future of one request."""
 
-    def __init__(self, connection: _Connection, timeout_s: float) -> None:
+    def __init__(self, connection: Connection, timeout_s: float) -> None:
         super().__init__()
         self.order: Order | None = None
         self._connection = connection
@@ -341,7 +348,7 @@ class _Reply(Future):  # type: ignore[type-arg]
         if isinstance(came, Failure):
             self.set_exception(self._connection.failed(came, self._timeout_s))
         else:
-            self.set_result(came.results.items[at])
+            self.set_result(_result_of(came, at))
 
     def cancel(self) -> bool:
         cancelled = super().cancel()
@@ -351,73 +358,139 @@ class _Reply(Future):  # type: ignore[type-arg]
 
 
 class _Mapping:
-    """One map: keeps its window full while its results are taken."""
+    """One map: keeps its window full while its results are taken. For one thread."""
 
     def __init__(
-        self, connection: _Connection, kind: Kind, timeout_s: float, chunk: int, window: int
+        self, connection: Connection, kind: Kind, timeout_s: float, chunk: int, window: int
     ) -> None:
         self._connection = connection
         self._kind = kind
         self._timeout_s = timeout_s
         self._chunk = chunk
         self._window = window
-        self._came: queue.SimpleQueue[tuple[int, bytes | CallFailed]] = queue.SimpleQueue()
+        self._came: queue.SimpleQueue[tuple[int, int, Any, int]] = queue.SimpleQueue()
         self._orders: dict[int, list[Any]] = {}  # first index -> the order, rows still open
+        self._sent = 0
+        self._open = 0
+        self._early: dict[int, bytes | CallFailed] = {}
+        self._bytes = 0  # of payloads that are open and results that are early
+        self._mean_result = 0.0
 
     def run(
         self, payloads: Iterator[bytes | str], ordered: bool
     ) -> Iterator[tuple[int, bytes | CallFailed]]:
-        sent, open_, given, more = 0, 0, 0, True
-        early: dict[int, bytes | CallFailed] = {}
+        given, more = 0, True
+        not_reached: NotReached | None = None
         try:
-            while more or open_:
-                while more and open_ + len(early) + self._chunk <= self._window:
-                    count = self._send(sent, payloads)
-                    sent, open_, more = sent + count, open_ + count, count == self._chunk
-                for index, result in self._some() if open_ else ():
-                    open_ -= 1
+            while more or self._open:
+                pauses = False
+                while more and not pauses and self._has_room():
+                    try:
+                        more, pauses = self._send(payloads)
+                    except NotReached as e:  # what was sent is given first
+                        more, not_reached = False, e
+                for index, result in self._some(PAUSE_S if pauses else None):
                     if not ordered:
                         yield index, result
-                        continue
-                    early[index] = result
-                    while given in early:
-                        yield given, early.pop(given)
+                    elif index != given:
+                        self._early[index] = result
+                        self._bytes += _size_of(result)
+                    else:
+                        yield index, result
                         given += 1
+                        while given in self._early:
+                            result = self._early.pop(given)
+                            self._bytes -= _size_of(result)
+                            yield given, result
+                            given += 1
+            if not_reached is not None:
+                raise not_reached
         finally:
-            for order, _ in list(self._orders.values()):
+            for order, _ in self._orders.values():
                 self._connection.cancel(order)
 
-    def _send(self, first: int, payloads: Iterator[bytes | str]) -> int:
-        """Sends the next chunk; how many rows it has."""
-        rows = [_as_bytes(payload) for payload in itertools.islice(payloads, self._chunk)]
-        if rows:
-            deadline = time.monotonic() + self._timeout_s
-            order = Order(self._kind, rows, deadline, partial(self._deliver, first))
-            self._orders[first] = [order, len(rows)]
-            self._connection.send(order, self._timeout_s)
-        return len(rows)
+    def _has_room(self) -> bool:
+        if not self._open:
+            return True
+        rows = self._open + len(self._early) + self._chunk
+        bytes_ = self._bytes + self._open * self._mean_result
+        return rows <= self._window and bytes_ < Limits.window_bytes
+
+    def _send(self, payloads: Iterator[bytes | str]) -> tuple[bool, bool]:
+        """Sends the next chunk. Whether there may be more, and whether not at once."""
+        rows: list[bytes] = []
+        size, pauses = 0, False
+        for payload in itertools.islice(payloads, self._chunk):
+            if payload is NOTHING_YET:
+                pauses = True
+                break
+            rows.append(payload if type(payload) is bytes else as_bytes(payload))
+            size += len(rows[-1])
+            if size >= Limits.frame_bytes:
+                break
+        else:
+            if len(rows) < self._chunk:
+                self._send_rows(rows)
+                return False, False
+        self._send_rows(rows)
+        return True, pauses
+
+    def _send_rows(self, rows: list[bytes]) -> None:
+        if not rows:
+            return
+        deadline = time.monotonic() + self._timeout_s
+        first = self._sent
+        order = Order(self._kind, rows, deadline, partial(self._deliver, first))
+        self._connection.send(order, self._timeout_s)
+        self._orders[first] = [order, len(rows)]
+        self._sent += len(rows)
+        self._open += len(rows)
+        self._bytes += order.size
 
     def _deliver(self, first: int, row: int, came: Any, at: int, request_id: int) -> None:
-        if isinstance(came, Failure):
-            self._came.put((first + row, self._connection.failed(came, self._timeout_s)))
-        else:
-            self._came.put((first + row, came.results.items[at]))
-        entry = self._orders[first]
-        entry[1] -= 1
-        if not entry[1]:
-            del self._orders[first]
+        self._came.put((first, row, came, at))
 
-    def _some(self) -> Iterator[tuple[int, bytes | CallFailed]]:
-        """What has come, at least one."""
-        while True:
+    def _some(self, within_s: float | None) -> Iterator[tuple[int, bytes | CallFailed]]:
+        """What has come: at least one, unless nothing is open or within_s is given and over."""
+        while self._open:
             try:
                 # In slices, so that Ctrl-C works on Windows too.
-                yield self._came.get(timeout=0.5)
+                yield self._read(*self._came.get(timeout=within_s or 0.5))
                 break
             except queue.Empty:
-                continue
+                if within_s is not None:
+                    return
         for _ in range(self._came.qsize()):
-            yield self._came.get()
+            yield self._read(*self._came.get())
+
+    def _read(self, first: int, row: int, came: Any, at: int) -> tuple[int, bytes | CallFailed]:
+        entry = self._orders[first]
+        entry[1] -= 1
+        self._open -= 1
+        if not entry[1]:
+            self._bytes -= entry[0].size
+            del self._orders[first]
+        if isinstance(came, Failure):
+            return first + row, self._connection.failed(came, self._timeout_s)
+        result = _result_of(came, at)
+        self._mean_result += (len(result) - self._mean_result) / 16
+        return first + row, result
+
+
+def _result_of(came: Any, at: int) -> bytes:
+    result: bytes = came.results.items[at]
+    if not any(part.failures for part in came.parts):
+        return result
+    missing = tuple(part for part in wire.read_client_slice(came).at(at).parts if not part.ok)
+    if not missing:
+        return result
+    incomplete = Incomplete(result)
+    incomplete.missing = missing
+    return incomplete
+
+
+def _size_of(result: bytes | CallFailed) -> int:
+    return len(result) if isinstance(result, bytes) else 0
 
 
 def _raising(pairs: Iterator[tuple[int, bytes | CallFailed]]) -> Iterator[bytes]:
@@ -440,8 +513,8 @@ _OPTIONS = [
 ]
 
 
-class _Connection:
-    """The kept channel: a stream for requests, and calls for metrics and health."""
+class Connection:
+    """A client's kept channel: a stream for requests, and calls for metrics and health."""
 
     def __init__(self, address: str, patience_s: float) -> None:
         self._address = address
@@ -456,14 +529,14 @@ class _Connection:
 
     def send(self, order: Order, timeout_s: float) -> None:
         """Raises NotReached when nobody serves at the address."""
-        calls = self._begin() if self._calls is None or self._closed else self._calls
+        calls = self.begin() if self._calls is None or self._closed else self._calls
         if not calls.connected.is_set():
-            self._wait_connected(calls, min(self._patience_s, timeout_s))
+            self.wait_connected(calls, min(self._patience_s, timeout_s))
         calls.send(order)
 
-    def cancel(self, order: Order) -> None:
+    def cancel(self, order: Order, rows: Sequence[int] = ()) -> None:
         if self._calls is not None:
-            self._calls.cancel(order, order.rows)
+            self._calls.cancel(order, rows or order.rows)
 
     def read(self, came: Any, at: int, request_id: int, timeout_s: float) -> Answer:
         """What was delivered, as an Answer. Raises CallFailed."""
@@ -471,6 +544,12 @@ class _Connection:
             raise self.failed(came, timeout_s)
         answer = wire.read_client_slice(came).at(at)
         return Answer(came.results.items[at], answer.parts, answer.hops, request_id)
+
+    def read_result(self, came: Any, at: int, request_id: int, timeout_s: float) -> bytes:
+        """As `read`, but the result only; an Incomplete where a worker is missing."""
+        if isinstance(came, Failure):
+            raise self.failed(came, timeout_s)
+        return _result_of(came, at)
 
     def failed(self, failure: Failure, timeout_s: float) -> CallFailed:
         reason = failure.reason
@@ -482,7 +561,7 @@ class _Connection:
         while not self._closed and self._calls is not None and self._calls.open_rows:
             time.sleep(0.01)
 
-    def _begin(self) -> Calls:
+    def begin(self) -> Calls:
         with self._lock:
             if self._closed:
                 raise _error(Failure(Code.CANCELLED, "", Executed.NO), "this client is closed")
@@ -492,7 +571,7 @@ class _Connection:
                 self._calls = calls
             return self._calls
 
-    def _wait_connected(self, calls: Calls, patience_s: float) -> None:
+    def wait_connected(self, calls: Calls, patience_s: float) -> None:
         """Raises NotReached with the reason, when the connection does not come up in time."""
         if calls.connected.wait(min(PROMPT_S, patience_s)):
             return
@@ -600,7 +679,7 @@ class _Doubt:
     def _look(self, address: str) -> None:
         try:
             left_s = max(0.01, self._until - time.monotonic())
-            socket.create_connection(_split(address), left_s).close()
+            socket.create_connection(split(address), left_s).close()
         except ConnectionRefusedError:
             self._reason = f"nothing serves at {address}: the connection was refused"
         except (socket.gaierror, UnicodeError):
@@ -663,7 +742,7 @@ def _sentence(error: Any, said: Part, address: str, timeout_s: float) -> str:
     return said.reason
 
 
-def _as_bytes(payload: object) -> bytes:
+def as_bytes(payload: object) -> bytes:
     if isinstance(payload, str):
         return payload.encode()
     if isinstance(payload, (bytes, bytearray, memoryview)):
@@ -672,7 +751,7 @@ def _as_bytes(payload: object) -> bytes:
 
 
 @functools.lru_cache(256)
-def _kind(mode: str, team: str, handler: str, want_parts: bool) -> Kind:
+def kind_of(mode: str, team: str, handler: str, want_parts: bool) -> Kind:
     if mode not in ("all", "any"):
         raise ValueError(f"mode {mode!r} is not 'all' or 'any'")
     route = Route(Mode[mode.upper()], _as_name("team", team), _as_name("handler", handler))
@@ -688,7 +767,14 @@ def _as_name(what: str, name: object) -> str:
     return name
 
 
-def _as_timeout(timeout: float | None) -> float:
+def chunk_of(window: int, chunksize: int) -> int:
+    """How many of a map's payloads travel together."""
+    if window < 1 or chunksize < 0:
+        raise ValueError(f"window {window} is not above 0, or chunksize {chunksize} is below")
+    return min(chunksize or max(1, min(512, window // 4)), window)
+
+
+def as_timeout(timeout: float | None) -> float:
     if timeout is None:
         return DEFAULT_TIMEOUT_S
     if not 0 < timeout <= threading.TIMEOUT_MAX:
@@ -696,7 +782,7 @@ def _as_timeout(timeout: float | None) -> float:
     return float(timeout)
 
 
-def _split(address: str) -> tuple[str, int]:
+def split(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
         raise ValueError(f"'{address}' is not host:port")

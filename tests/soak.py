@@ -4,7 +4,7 @@
 
 Each request carries a number of its own; each execution of the handler writes the number to a file
 of its worker before it does anything else. Afterwards the two histories are compared: every request
-ended once, no number ran twice, what was refused with proof never ran, every answer is the right one.
+ended once, no number ran twice, what was refused with proof never ran, every answer is right.
 """
 
 from __future__ import annotations

@@ -516,7 +516,7 @@ def test_nobody_to_ask_is_exit_code_4(wounded: Overlay) -> None:
         (["127.0.0.1", "-1"], "'-1' is not a port"),
         (["http://127.0.0.1", "1"], "'http://127.0.0.1' is not a name or an address"),
         (["127.0.0.1", "1", "chek"], "no verb 'chek'; 'check' is one"),
-        (["127.0.0.1", "1", "fly"], "no verb 'fly'; there are ask, check"),
+        (["127.0.0.1", "1", "fly"], "no verb 'fly'; there are ask, map, check"),
         (["chek", "overlay.json"], "no verb 'chek'; 'check' is one"),
         (["127.0.0.1", "1", "--payload", "@no-such-file"], "cannot read 'no-such-file'"),
         (["127.0.0.1", "1", "--deadline", "0"], "'0' is not a number of seconds above 0"),
