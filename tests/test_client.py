@@ -248,6 +248,9 @@ def test_a_call_waits_for_a_process_that_is_being_restarted(fragile: Overlay) ->
     with overlay.connect(fragile.address("C"), patience_s=20) as client:
         client.call("before")
         fragile.kill("C")
+        # What leaves before the client has noticed may have run, and is not sent again.
+        with pytest.raises(library.CallFailed):
+            client.call("at once", timeout=0.5)
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(client.call, "after", timeout=20)
             fragile.start("C")
