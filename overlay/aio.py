@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -43,7 +43,7 @@ from overlay.values import Failure
 from overlay.wire import pb2
 
 Payloads = Iterable[bytes | str] | AsyncIterable[bytes | str]
-Take = Callable[[int, Any, int, int], None]
+Take = Callable[[Sequence[int], Any, int, int], None]
 """As overlay.calls.Deliver, but called on the event loop."""
 
 
@@ -207,7 +207,7 @@ class _Post:
         self._patience_s = patience_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked: dict[tuple[Kind, float], list[_Reply]] = {}
-        self._came: deque[tuple[Take, int, Any, int, int]] = deque()
+        self._came: deque[tuple[Take, Sequence[int], Any, int, int]] = deque()
         self._calls: Calls | None = None
         self._is_due = False  # the loop has been told of what came, and has not looked yet
         self._connecting: dict[float, asyncio.Task[None]] = {}
@@ -268,7 +268,7 @@ class _Post:
         asked, self._asked = self._asked, {}
         for (kind, timeout_s), replies in asked.items():
             for some in _frames_of([reply for reply in replies if not reply.done()]):
-                take, fail = partial(_take_reply, some), partial(_fail_replies, some)
+                take, fail = partial(_take_replies, some), partial(_fail_replies, some)
                 payloads = [reply.payload for reply in some]
                 order = self.send(kind, payloads, timeout_s, take, fail)
                 for row, reply in enumerate(some):
@@ -293,9 +293,11 @@ class _Post:
             task.add_done_callback(lambda _: self._connecting.pop(patience_s))
         await asyncio.shield(task)
 
-    def _deliver(self, take: Take, row: int, came: Any, at: int, request_id: int) -> None:
+    def _deliver(
+        self, take: Take, rows: Sequence[int], came: Any, at: int, request_id: int
+    ) -> None:
         # On a thread of overlay.calls.
-        self._came.append((take, row, came, at, request_id))
+        self._came.append((take, rows, came, at, request_id))
         if self._calls is None or not self._calls.is_delivering:
             self._wake()
 
@@ -326,8 +328,11 @@ def _frames_of(replies: list[_Reply]) -> Iterable[list[_Reply]]:
         yield replies[first:]
 
 
-def _take_reply(replies: list[_Reply], row: int, came: Any, at: int, request_id: int) -> None:
-    replies[row].take(came, at, request_id)
+def _take_replies(
+    replies: list[_Reply], rows: Sequence[int], came: Any, at: int, request_id: int
+) -> None:
+    for n, row in enumerate(rows):
+        replies[row].take(came, at + n, request_id + n)
 
 
 def _fail_replies(replies: list[_Reply], error: CallFailed) -> None:
@@ -438,20 +443,21 @@ class _Mapping:
         take, fail = partial(self._take, first), partial(self._fail, first)
         entry[0] = self._post.send(self._kind, rows, self._timeout_s, take, fail)
 
-    def _take(self, first: int, row: int, came: Any, at: int, request_id: int) -> None:
+    def _take(self, first: int, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
         entry = self._orders[first]
-        entry[1] -= 1
+        entry[1] -= len(rows)
         if not entry[1]:
             self._bytes -= entry[0].size
             del self._orders[first]
-        result: bytes | CallFailed
-        if isinstance(came, Failure):
-            result = self._post.connection.failed(came, self._timeout_s)
-        else:
-            result = self._post.connection.read_result(came, at, request_id, self._timeout_s)
-            self._mean_result += (len(result) - self._mean_result) / 16
-            self._bytes += len(result)
-        self._came.append((first + row, result))
+        for n, row in enumerate(rows):
+            result: bytes | CallFailed
+            if isinstance(came, Failure):
+                result = self._post.connection.failed(came, self._timeout_s)
+            else:
+                result = self._post.connection.read_result(came, at + n, 0, self._timeout_s)
+                self._mean_result += (len(result) - self._mean_result) / 16
+                self._bytes += len(result)
+            self._came.append((first + row, result))
         self._changed.set()
 
     def _fail(self, first: int, error: CallFailed) -> None:

@@ -13,11 +13,13 @@ Owns a pipe, whose thread delivers, and a deadline thread, from `start` to `clos
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import grpc
 
@@ -26,7 +28,7 @@ from overlay.deadlines import Deadlines
 from overlay.limits import Limits
 from overlay.pipes import Pipe
 from overlay.rows import OpenRows
-from overlay.values import Code, Column, Executed, Failure, Part, Route, Segment
+from overlay.values import Answers, Code, Column, Executed, Failure, Part, Route, Segment
 from overlay.wire import pb2
 
 LIMITS = Limits()
@@ -44,9 +46,10 @@ RETRY_PAUSE_S = 0.1  # when the process did not say how long
 NEVER_SENT = Failure(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
 WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
-Deliver = Callable[[int, "pb2.Slice | Failure", int, int], None]
-"""(row of the order, its slice or why there is none, row of the slice, request id). Called once per
-row, on the pipe's or the deadline thread; must be quick and must not raise."""
+Deliver = Callable[[Sequence[int], "Came | Failure", int, int], None]
+"""(rows of the order, what came for them or why nothing did, the first one's row in what came, its
+request id). Each row comes once, on the pipe's or the deadline thread; must be quick and must not
+raise."""
 
 
 @dataclass(frozen=True)
@@ -57,43 +60,100 @@ class Kind:
     want_parts: bool = False
 
 
-@dataclass(eq=False)
 class Order:
     """Requests that were given together. deadline: monotonic seconds."""
 
-    kind: Kind
-    payloads: Sequence[bytes]
-    deadline: float
-    deliver: Deliver
-    wakes_a_thread: bool = False
-    rows: Sequence[int] = ()
-    attempt: int = 0
-    cancelled: set[int] = field(default_factory=set)
-    size: int = 0
+    __slots__ = (
+        "attempt",
+        "cancelled",
+        "deadline",
+        "deliver",
+        "kind",
+        "payloads",
+        "rows",
+        "size",
+        "wakes_a_thread",
+    )
 
-    def __post_init__(self) -> None:
-        self.rows = self.rows or range(len(self.payloads))
-        self.size = sum(len(self.payloads[row]) for row in self.rows)
+    def __init__(
+        self,
+        kind: Kind,
+        payloads: Sequence[bytes],
+        deadline: float,
+        deliver: Deliver,
+        wakes_a_thread: bool = False,
+    ) -> None:
+        self.kind = kind
+        self.payloads = payloads
+        self.deadline = deadline
+        self.deliver = deliver
+        self.wakes_a_thread = wakes_a_thread
+        self.rows: Sequence[int] = _ONE if len(payloads) == 1 else range(len(payloads))
+        self.size = sum(map(len, payloads))
+        self.attempt = 0
+        self.cancelled: set[int] = set()
 
     def part(self, rows: Sequence[int], attempt: int) -> Order:
         """Some of its rows, as an order to be sent for themselves."""
-        return replace(self, rows=rows, attempt=attempt)
+        made = Order(self.kind, self.payloads, self.deadline, self.deliver, self.wakes_a_thread)
+        made.rows, made.attempt, made.cancelled = rows, attempt, self.cancelled
+        made.size = sum(len(self.payloads[row]) for row in rows)
+        return made
+
+
+_ONE = (0,)
+
+
+class Came:
+    """A slice of answers, opened once for all who have rows in it. is_whole: no worker is missing.
+
+    Raises ValueError when it does not fit together.
+    """
+
+    __slots__ = ("_answers", "_made", "is_whole", "results")
+
+    def __init__(self, made: pb2.Slice) -> None:
+        self.results = list(made.results.items)
+        if len(self.results) != made.count and not made.failures:
+            raise ValueError(f"{len(self.results)} results for {made.count} rows")
+        self.is_whole = not any(part.failures for part in made.parts)
+        self._made = made
+        self._answers: Answers | None = None
+
+    @property
+    def answers(self) -> Answers:
+        """Parts and hops."""
+        if self._answers is None:
+            self._answers = wire.read_client_slice(self._made)
+        return self._answers
 
 
 class _Sent:
     """A segment on its way, made of rows of some orders."""
 
-    __slots__ = ("deadline", "first_id", "number", "open", "rows", "size")
+    __slots__ = ("count", "deadline", "first_id", "number", "open", "orders", "size", "starts")
 
     def __init__(
-        self, number: int, rows: list[tuple[Order, int]], first_id: int, deadline: float, size: int
+        self, number: int, orders: list[Order], first_id: int, deadline: float, size: int
     ) -> None:
         self.number = number
-        self.rows = rows  # by row of the segment: the order and its row
+        self.orders = orders
+        self.starts = list(itertools.accumulate([len(o.rows) for o in orders[:-1]], initial=0))
+        self.count = self.starts[-1] + len(orders[-1].rows)
         self.first_id = first_id
         self.deadline = deadline
         self.size = size
-        self.open = OpenRows(len(rows))
+        self.open = OpenRows(self.count)
+
+    def pieces(self, first: int, count: int) -> Iterator[tuple[Order, Sequence[int], int]]:
+        """The orders of these rows, each with its own rows, and where they begin here."""
+        stop, index = first + count, bisect_right(self.starts, first) - 1
+        while first < stop:
+            order, start = self.orders[index], self.starts[index]
+            rows = order.rows[first - start : stop - start]
+            yield order, rows, first
+            first += len(rows)
+            index += 1
 
 
 class Calls:
@@ -121,6 +181,7 @@ class Calls:
         self._rows = 0  # sent and not answered
         self._bytes = 0
         self._woken = 0  # threads that the last frame woke, who may call again at once
+        self._look_at = math.inf  # when the outbox is looked through for what has expired
         self._retries = FEW_RETRIES
         self._retrying: set[_Retry] = set()
         self._closed = False
@@ -154,22 +215,20 @@ class Calls:
             return
         self._retries = min(self._retries + len(order.rows) * RETRY_SHARE, MOST_RETRIES)
         self._outbox.append(order)
-        if self._may_wait(order):
-            self._deadlines.watch(order, order.deadline)
+        if order.deadline < self._look_at:
+            self._watch_outbox(order.deadline)
         if self._closed:
             self._end_unsent()
         else:
             self._pipe.kick()
 
-    def _may_wait(self, order: Order) -> bool:
-        """Whether it may not leave at once, so that its deadline has to be watched here."""
-        return (
-            not self.connected.is_set()
-            or self._rows > LIMITS.window_rows // 2
-            or self._bytes > LIMITS.window_bytes // 2
-            or len(self._outbox) > 4
-            or len(order.rows) > LIMITS.window_rows // 8
-        )
+    def _watch_outbox(self, deadline: float) -> None:
+        """Sees to it that an order in the outbox ends then, if it is still there."""
+        with self._lock:
+            if deadline >= self._look_at:
+                return
+            self._look_at = deadline
+        self._deadlines.watch(self, deadline)
 
     def _refuse_too_large(self, order: Order) -> bool:
         """Such a payload would end the stream, with all that is in it."""
@@ -177,7 +236,7 @@ class Calls:
         for row in large:
             size = len(order.payloads[row])
             reason = f"payload: {size:,} bytes are more than {self.most_bytes:,}"
-            order.deliver(row, Failure(Code.INVALID_ARGUMENT, reason, Executed.NO), 0, 0)
+            order.deliver((row,), Failure(Code.INVALID_ARGUMENT, reason, Executed.NO), 0, 0)
         order.rows = [row for row in order.rows if row not in large]
         return not order.rows
 
@@ -215,9 +274,11 @@ class Calls:
         with self._lock:
             for sent in self._sent.values():
                 rows = [
-                    index
-                    for index, (order, row) in enumerate(sent.rows)
-                    if row in order.cancelled and id(order.cancelled) in unwanted
+                    start + index
+                    for start, order in zip(sent.starts, sent.orders, strict=True)
+                    if id(order.cancelled) in unwanted
+                    for index, row in enumerate(order.rows)
+                    if row in order.cancelled
                 ]
                 self._cancels.extend((sent.number, *run) for run in _runs(rows))
 
@@ -254,20 +315,16 @@ class Calls:
                 if kept is None:
                     continue
                 order = kept
-            first = orders[0] if orders else order
-            fits = (
-                order.kind == first.kind
-                and order.attempt == first.attempt
-                and abs(order.deadline - first.deadline) <= SAME_DEADLINE_S
-                and (not orders or size + order.size <= most_bytes)
-            )
-            if not fits:
-                self._outbox.appendleft(order)
+            if orders and not (
+                order.kind == orders[0].kind
+                and order.attempt == orders[0].attempt
+                and abs(order.deadline - orders[0].deadline) <= SAME_DEADLINE_S
+                and size + order.size <= most_bytes
+            ):
+                self._put_back([order])
                 break
             if len(order.rows) > rows:
-                rest = order.part(order.rows[rows:], order.attempt)
-                self._outbox.appendleft(rest)
-                self._deadlines.watch(rest, rest.deadline)
+                self._put_back([order.part(order.rows[rows:], order.attempt)])
                 order = order.part(order.rows[:rows], order.attempt)
             orders.append(order)
             rows -= len(order.rows)
@@ -280,7 +337,6 @@ class Calls:
         left = [row for row in order.rows if row not in order.cancelled]
         if not gone:
             return order
-        self._deadlines.forget(order, order.deadline)
         self._deliver_all(order.part(gone, order.attempt), NEVER_SENT)
         return order.part(left, order.attempt) if left else None
 
@@ -293,24 +349,22 @@ class Calls:
             for order in orders:
                 self._deliver_all(order, late)
             return True
-        rows = [(order, row) for order in orders for row in order.rows]
-        payloads = Column([order.payloads[row] for order, row in rows], size=size)
+        bodies = [order.payloads[row] for order in orders for row in order.rows]
+        payloads = Column(bodies, size=size)
         first = orders[0]
         segment = Segment(first.kind.route, payloads, deadline, wire.new_ids(), first.attempt)
         number = next(self._numbers) & 0xFFFFFFFF
-        sent = _Sent(number, rows, segment.first_id, deadline + LATE_S, size)
+        sent = _Sent(number, orders, segment.first_id, deadline + LATE_S, size)
         with self._lock:
             # Closed or lost meanwhile: whoever noticed has already ended what was sent.
             is_over = self._closed or not self.connected.is_set()
             if not is_over:
                 self._sent[number] = sent
-                self._rows += len(rows)
+                self._rows += sent.count
                 self._bytes += size
         if is_over:
             self._put_back(orders)
             return False
-        for order in orders:
-            self._deadlines.forget(order, order.deadline)
         self._deadlines.watch(sent, sent.deadline)
         wire.write_segment(frame, number, segment, left_s, first.kind.want_parts)
         return True
@@ -318,7 +372,7 @@ class Calls:
     def _put_back(self, orders: list[Order]) -> None:
         for order in reversed(orders):
             self._outbox.appendleft(order)
-            self._deadlines.watch(order, order.deadline)
+            self._watch_outbox(order.deadline)
         if self._closed:
             self._end_unsent()
 
@@ -348,16 +402,20 @@ class Calls:
 
     def _take(self, sent: _Sent, made: pb2.Slice) -> int:
         """Delivers a slice; how many threads that wakes."""
+        came, start, woken = Came(made), made.start, 0
         failures = _failures_of(made) if made.failures else None
-        start, first_id, woken = made.start, sent.first_id, 0
         for first, count in self._close_rows(sent, start, made.count):
-            for index in range(first, first + count):
-                order, row = sent.rows[index]
+            for order, rows, begin in sent.pieces(first, count):
                 woken += order.wakes_a_thread
-                if failures is None or (failure := failures.get(index - start)) is None:
-                    order.deliver(row, made, index - start, first_id + index)
-                else:
-                    self._failed(order, row, failure)
+                if failures is None:
+                    order.deliver(rows, came, begin - start, sent.first_id + begin)
+                    continue
+                for index, row in enumerate(rows, begin):
+                    failure = failures.get(index - start)
+                    if failure is None:
+                        order.deliver((row,), came, index - start, sent.first_id + index)
+                    else:
+                        self._failed(order, row, failure)
         return woken
 
     def _lost(self, why: Part) -> None:
@@ -369,8 +427,6 @@ class Calls:
             reason = f"no answer from {self._name}: {why.reason}"
             self._end_sent(Failure(Code.UNAVAILABLE, reason))
             self._cancels.clear()
-            for order in list(self._outbox):
-                self._deadlines.watch(order, order.deadline)
         elif why.code is not Code.CANCELLED:
             self.refused = Failure(why.code, why.reason, why.executed)
 
@@ -394,10 +450,10 @@ class Calls:
             self._end_rows(sent, failure)
 
     def _end_rows(self, sent: _Sent, failure: Failure) -> list[tuple[int, int]]:
-        runs = self._close_rows(sent, 0, len(sent.rows))
+        runs = self._close_rows(sent, 0, sent.count)
         for first, count in runs:
-            for order, row in sent.rows[first : first + count]:
-                order.deliver(row, failure, 0, 0)
+            for order, rows, _ in sent.pieces(first, count):
+                order.deliver(rows, failure, 0, 0)
         return runs
 
     def _end_unsent(self) -> None:
@@ -409,28 +465,36 @@ class Calls:
                 return
 
     def _deliver_all(self, order: Order, failure: Failure) -> None:
-        self._deadlines.forget(order, order.deadline)
-        for row in order.rows:
-            order.deliver(row, failure, 0, 0)
+        order.deliver(order.rows, failure, 0, 0)
 
-    def _expire(self, due: _Sent | Order | _Retry) -> None:
+    def _expire(self, due: _Sent | Calls | _Retry) -> None:
         if isinstance(due, _Retry):
             with self._lock:
                 due_still = due in self._retrying
                 self._retrying.discard(due)
             if due_still:
                 self.send(due.order)
-        elif isinstance(due, Order):  # it never left
-            try:
-                self._outbox.remove(due)
-            except ValueError:
-                return
-            self._deliver_all(due, Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO))
+        elif isinstance(due, Calls):
+            self._expire_unsent()
         else:
             runs = self._end_rows(due, Failure(Code.DEADLINE_EXCEEDED, ""))
             with self._lock:
                 self._cancels.extend((due.number, *run) for run in runs)
             self._pipe.kick()
+
+    def _expire_unsent(self) -> None:
+        with self._lock:
+            self._look_at = math.inf
+        now = time.monotonic()
+        for order in list(self._outbox):
+            if order.deadline > now:
+                self._watch_outbox(order.deadline)
+                continue
+            try:
+                self._outbox.remove(order)
+            except ValueError:  # it has left
+                continue
+            self._deliver_all(order, Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO))
 
     def _failed(self, order: Order, row: int, failure: Failure) -> None:
         again_at = time.monotonic() + (failure.retry_after_s or RETRY_PAUSE_S)
@@ -448,7 +512,7 @@ class Calls:
                 self._retrying.add(retry)
             self._deadlines.watch(retry, again_at)
         else:
-            order.deliver(row, failure, 0, 0)
+            order.deliver((row,), failure, 0, 0)
 
     def _spend_retry(self) -> bool:
         with self._lock:

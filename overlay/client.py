@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -33,7 +33,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay import wire
-from overlay.calls import Calls, Kind, Order
+from overlay.calls import Calls, Came, Kind, Order
 from overlay.errors import OverlayError
 from overlay.limits import Limits
 from overlay.values import Code, Executed, Failure, Mode, Part, Route
@@ -322,7 +322,7 @@ class _Waiter:
         self._ready.acquire()
         self._came: tuple[Any, int, int] = (None, 0, 0)
 
-    def deliver(self, row: int, came: Any, at: int, request_id: int) -> None:
+    def deliver(self, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
         self._came = came, at, request_id
         self._ready.release()
 
@@ -342,18 +342,21 @@ class _Reply(Future):  # type: ignore[type-arg]
         self._connection = connection
         self._timeout_s = timeout_s
 
-    def deliver(self, row: int, came: Any, at: int, request_id: int) -> None:
-        if not self.set_running_or_notify_cancel():
-            return
-        if isinstance(came, Failure):
-            self.set_exception(self._connection.failed(came, self._timeout_s))
-        else:
-            self.set_result(_result_of(came, at))
+    def deliver(self, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
+        self.order = None  # it holds this method, and so this
+        try:
+            if isinstance(came, Failure):
+                self.set_exception(self._connection.failed(came, self._timeout_s))
+            else:
+                self.set_result(_result_of(came, at))
+        except InvalidStateError:
+            self.set_running_or_notify_cancel()  # tells those who wait that it was cancelled
 
     def cancel(self) -> bool:
+        order = self.order
         cancelled = super().cancel()
-        if cancelled and self.order is not None:
-            self._connection.cancel(self.order)
+        if cancelled and order is not None:
+            self._connection.cancel(order)
         return cancelled
 
 
@@ -368,7 +371,7 @@ class _Mapping:
         self._timeout_s = timeout_s
         self._chunk = chunk
         self._window = window
-        self._came: queue.SimpleQueue[tuple[int, int, Any, int]] = queue.SimpleQueue()
+        self._came: queue.SimpleQueue[tuple[int, Sequence[int], Any, int]] = queue.SimpleQueue()
         self._orders: dict[int, list[Any]] = {}  # first index -> the order, rows still open
         self._sent = 0
         self._open = 0
@@ -389,20 +392,22 @@ class _Mapping:
                         more, pauses = self._send(payloads)
                     except NotReached as e:  # what was sent is given first
                         more, not_reached = False, e
-                for index, result in self._some(PAUSE_S if pauses else None):
-                    if not ordered:
-                        yield index, result
-                    elif index != given:
-                        self._early[index] = result
-                        self._bytes += _size_of(result)
-                    else:
-                        yield index, result
-                        given += 1
-                        while given in self._early:
-                            result = self._early.pop(given)
-                            self._bytes -= _size_of(result)
-                            yield given, result
+                for first, rows, results in self._some(PAUSE_S if pauses else None):
+                    for index, result in zip(rows, results, strict=True):
+                        index += first
+                        if not ordered:
+                            yield index, result
+                        elif index != given:
+                            self._early[index] = result
+                            self._bytes += _size_of(result)
+                        else:
+                            yield index, result
                             given += 1
+                            while self._early and given in self._early:
+                                result = self._early.pop(given)
+                                self._bytes -= _size_of(result)
+                                yield given, result
+                                given += 1
             if not_reached is not None:
                 raise not_reached
         finally:
@@ -447,10 +452,14 @@ class _Mapping:
         self._open += len(rows)
         self._bytes += order.size
 
-    def _deliver(self, first: int, row: int, came: Any, at: int, request_id: int) -> None:
-        self._came.put((first, row, came, at))
+    def _deliver(
+        self, first: int, rows: Sequence[int], came: Any, at: int, request_id: int
+    ) -> None:
+        self._came.put((first, rows, came, at))
 
-    def _some(self, within_s: float | None) -> Iterator[tuple[int, bytes | CallFailed]]:
+    def _some(
+        self, within_s: float | None
+    ) -> Iterator[tuple[int, Sequence[int], Sequence[bytes | CallFailed]]]:
         """What has come: at least one, unless nothing is open or within_s is given and over."""
         while self._open:
             try:
@@ -463,25 +472,34 @@ class _Mapping:
         for _ in range(self._came.qsize()):
             yield self._read(*self._came.get())
 
-    def _read(self, first: int, row: int, came: Any, at: int) -> tuple[int, bytes | CallFailed]:
-        entry = self._orders[first]
-        entry[1] -= 1
-        self._open -= 1
+    def _read(
+        self, first: int, rows: Sequence[int], came: Any, at: int
+    ) -> tuple[int, Sequence[int], Sequence[bytes | CallFailed]]:
+        entry, count = self._orders[first], len(rows)
+        entry[1] -= count
+        self._open -= count
         if not entry[1]:
             self._bytes -= entry[0].size
             del self._orders[first]
         if isinstance(came, Failure):
-            return first + row, self._connection.failed(came, self._timeout_s)
-        result = _result_of(came, at)
-        self._mean_result += (len(result) - self._mean_result) / 16
-        return first + row, result
+            return first, rows, [self._connection.failed(came, self._timeout_s) for _ in rows]
+        results = _results_of(came, at, count)
+        mean = sum(map(len, results)) / count
+        self._mean_result += (mean - self._mean_result) * min(1.0, count / 16)
+        return first, rows, results
 
 
-def _result_of(came: Any, at: int) -> bytes:
-    result: bytes = came.results.items[at]
-    if not any(part.failures for part in came.parts):
+def _results_of(came: Came, at: int, count: int) -> list[bytes]:
+    if came.is_whole:
+        return came.results[at : at + count]
+    return [_result_of(came, row) for row in range(at, at + count)]
+
+
+def _result_of(came: Came, at: int) -> bytes:
+    result = came.results[at]
+    if came.is_whole:
         return result
-    missing = tuple(part for part in wire.read_client_slice(came).at(at).parts if not part.ok)
+    missing = tuple(part for part in came.answers.at(at).parts if not part.ok)
     if not missing:
         return result
     incomplete = Incomplete(result)
@@ -542,8 +560,8 @@ class Connection:
         """What was delivered, as an Answer. Raises CallFailed."""
         if isinstance(came, Failure):
             raise self.failed(came, timeout_s)
-        answer = wire.read_client_slice(came).at(at)
-        return Answer(came.results.items[at], answer.parts, answer.hops, request_id)
+        answer = came.answers.at(at)
+        return Answer(came.results[at], answer.parts, answer.hops, request_id)
 
     def read_result(self, came: Any, at: int, request_id: int, timeout_s: float) -> bytes:
         """As `read`, but the result only; an Incomplete where a worker is missing."""

@@ -23,7 +23,8 @@ class Deadlines:
     def __init__(self, expire: Callable[[Any], None]) -> None:
         self._expire = expire
         self._ticks: dict[int, set[Hashable]] = defaultdict(set)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="deadlines", daemon=True)
 
@@ -36,16 +37,15 @@ class Deadlines:
             self._changed.notify()
 
     def watch(self, thing: Hashable, deadline: float) -> None:
-        tick = _tick(deadline)
-        with self._changed:
-            first = not self._ticks
-            self._ticks[tick].add(thing)
-            if first:
+        tick = int(deadline / TICK_S)
+        with self._lock:
+            if not self._ticks:
                 self._changed.notify()
+            self._ticks[tick].add(thing)
 
     def forget(self, thing: Hashable, deadline: float) -> None:
-        tick = _tick(deadline)
-        with self._changed:
+        tick = int(deadline / TICK_S)
+        with self._lock:
             things = self._ticks.get(tick)
             if things is not None:
                 things.discard(thing)
@@ -59,7 +59,7 @@ class Deadlines:
                     self._changed.wait()
                 if self._stopped:
                     return
-                now = _tick(time.monotonic())
+                now = int(time.monotonic() / TICK_S)
                 # A tick may hold thousands: they share it because their deadlines do.
                 due = [self._ticks.pop(tick) for tick in list(self._ticks) if tick < now]
             for things in due:
@@ -72,7 +72,3 @@ class Deadlines:
             self._expire(thing)
         except Exception:  # the others' deadlines come all the same
             log.exception("what has expired could not be ended")
-
-
-def _tick(at: float) -> int:
-    return int(at / TICK_S)

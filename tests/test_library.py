@@ -568,7 +568,7 @@ class Played:
             Kind(Route(Mode.ANY)),
             numbers(count),
             time.monotonic() + within_s,
-            lambda row, what, at, id_: came.__setitem__(row, what),
+            lambda rows, what, at, id_: [came.__setitem__(row, what) for row in rows],
         )
         self.calls.send(order)
         until(lambda: None not in came, within_s + 1)
