@@ -36,7 +36,7 @@ def gathered(
     found.update({column.process_id: column for column in missing})
     hops = [hop for n in order if n in branches for hop in branches[n].hops]
     columns = tuple(found[w] for w in order if w in found)
-    return Answers(len(columns[0].results), columns, (me, *hops))
+    return Answers(columns[0].results.count, columns, (me, *hops))
 
 
 def coverage(answer: Answer) -> str:

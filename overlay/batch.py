@@ -40,9 +40,10 @@ class HandlerCounts:
 class Desk:
     """One handler's places and counts; `taken` is guarded by the executor's lock."""
 
-    def __init__(self, spec: HandlerSpec, slots: int) -> None:
+    def __init__(self, spec: HandlerSpec, slots: int, options: Mapping[str, Any]) -> None:
         self.spec = spec
         self.slots = slots
+        self.options = options
         self.taken = 0
         self.worked = Times()
         self.service_s = 0.0  # smoothed, of one row
@@ -94,10 +95,9 @@ class Batch:
         self._waited_us = int(waited_s * 1e6)
         self._hops = (*segment.route.hops, process.id)
         self._lock = threading.Lock()
-        self._waiting = deque(range(len(segment)))
-        self._unanswered = OpenRows(len(segment))
-        self._ended = bytearray(len(segment))
-        self._options: Mapping[str, Any] = {**desk.spec.options, **process.options}
+        self._waiting = deque(range(segment.count))
+        self._unanswered = OpenRows(segment.count)
+        self._ended = bytearray(segment.count)
 
     def begin_next(self) -> int | None:
         """The next row to run, for the caller alone; None when there is none."""
@@ -105,8 +105,9 @@ class Batch:
             return self._waiting.popleft() if self._waiting else None
 
     @property
-    def has_waiting(self) -> bool:
-        return bool(self._waiting)
+    def waiting(self) -> int:
+        """Rows not begun."""
+        return len(self._waiting)
 
     def context(self, row: int) -> Context:
         process, segment = self._process, self.segment
@@ -116,7 +117,7 @@ class Batch:
             segment.all_ids[row],
             segment.attempt,
             segment.deadline,
-            self._options,
+            self.desk.options,
             self._ended,
             row,
         )

@@ -50,7 +50,8 @@ class Executor:
         handlers.add_folder(topology.folder)
         try:
             for spec in topology.handlers.values():
-                desk = Desk(spec, topology.handler_slots(process, spec))
+                options = {**spec.options, **process.options}
+                desk = Desk(spec, topology.handler_slots(process, spec), options)
                 self._desks[spec.name] = desk, _runner(desk, topology)
         except BaseException:
             self.close()

@@ -53,13 +53,13 @@ class Ticket:
         self.admitted = now
         self.started: float | None = None
         self.number = number
-        self.unstarted = OpenRows(len(segment))  # guarded by the intake's lock
+        self.unstarted = OpenRows(segment.count)  # guarded by the intake's lock
         self.patient_until = (now + segment.deadline) / 2
         self.lane: Lane | None = None  # of a streamed segment
         self._sink = sink
         self._intake = intake
         self._lock = threading.Lock()
-        self._open = OpenRows(len(segment))
+        self._open = OpenRows(segment.count)
         self._ends: list[tuple[int, int, End]] = []
         self._ended: list[tuple[Code, int, int]] = []
 
@@ -72,7 +72,7 @@ class Ticket:
 
         What is open of them is answered with `code` at once. Nothing happens after the end.
         """
-        count = len(self.segment) - start if count is None else count
+        count = self.segment.count - start if count is None else count
         if not self._open.left:
             return
         for first, rows in self._intake._withdraw(self, start, count):
@@ -86,19 +86,18 @@ class Ticket:
     def refuse(self, error: OverlayError) -> None:
         """Answers every row that has not started with this refusal."""
         part = Part(self._intake.me, error.code, str(error), executed=error.executed)
-        for first, rows in self._intake._withdraw(self, 0, len(self.segment)):
+        for first, rows in self._intake._withdraw(self, 0, self.segment.count):
             self._settle(first, Answers(rows, (), refused=part))
 
     def waited_s(self, now: float) -> float:
         return (self.started or now) - self.admitted
 
-    def _settle(self, start: int, answers: Answers) -> int:
-        """Passes on the rows that are still open; how many there were."""
+    def _settle(self, start: int, answers: Answers) -> None:
+        """Passes on the rows that are still open."""
         with self._lock:
-            runs = self._open.take(start, len(answers))
+            runs = self._open.take(start, answers.count)
         for first, rows in runs:
             self._sink(first, answers.slice(first - start, rows))
-        return sum(rows for _, rows in runs)
 
     def _run(self, start: Start, first: int, place: Place, now: float) -> None:
         count = place.count
@@ -107,7 +106,9 @@ class Ticket:
 
         def sink(row: int, answers: Answers) -> None:
             with self._lock:
-                left = sum(rows for _, rows in still_in_service.take(row, len(answers)))
+                before = still_in_service.left
+                still_in_service.take(row, answers.count)
+                left = before - still_in_service.left
             intake._release(self, left)
             self._settle(first + row, answers)
             intake.kick()
@@ -234,9 +235,12 @@ class Lane:
             del self._kinds[kind]
 
     def take_locked(self, claim: Callable[[Ticket], Place | None]) -> tuple[Ticket, Place] | None:
-        blocked: list[Ticket] = []
         # Thousands may wait behind the first of a kind: they want the same places and wait too.
-        for ticket in sorted((next(iter(t)) for t in self._kinds.values()), key=_number):
+        heads = [next(iter(tickets)) for tickets in self._kinds.values()]
+        if len(heads) > 1:
+            heads.sort(key=_number)
+        blocked: list[Ticket] = []
+        for ticket in heads:
             route = ticket.segment.route
             if blocked and not all(admission.may_overtake(route, b.segment.route) for b in blocked):
                 continue
@@ -333,7 +337,7 @@ class Intake:
         with self._lock:
             self._check_open()
             lane.put_locked(ticket)
-            lane.waiting += len(segment)
+            lane.waiting += segment.count
             self._lanes_waiting += 1
         return ticket
 
@@ -386,6 +390,8 @@ class Intake:
 
     def _take(self) -> tuple[Ticket, int, Place, float] | None:
         """The next rows to start, from the room and the lanes in turn."""
+        if not (self._room._count or self._lanes_waiting):
+            return None
         with self._lock:
             now = self._clock()
             sources = 1 + len(self._lanes)
@@ -413,21 +419,22 @@ class Intake:
         if lane.paused or not lane.waiting:
             return None
         found = lane.take_locked(lambda ticket: self._claim_rows(ticket, now))
-        return self._advance_locked(lane, *found, now) if found else None
-
-    def _advance_locked(
-        self, lane: Lane, ticket: Ticket, place: Place, now: float
-    ) -> tuple[Ticket, int, Place]:
+        if found is None:
+            return None
+        ticket, place = found
         first, _ = ticket.unstarted.first_run() or (0, 0)
         if place is not _EXPIRED:
-            ticket.unstarted.take(first, place.count)
-            lane.waiting -= place.count
-            lane.active += place.count
-            ticket.started = ticket.started or now
-            if not ticket.unstarted.left:
-                lane.discard_locked(ticket)
-                self._lanes_waiting -= 1
+            self._begin_locked(lane, ticket, first, place.count, now)
         return ticket, first, place
+
+    def _begin_locked(self, lane: Lane, ticket: Ticket, first: int, count: int, now: float) -> None:
+        ticket.unstarted.take(first, count)
+        lane.waiting -= count
+        lane.active += count
+        ticket.started = ticket.started or now
+        if not ticket.unstarted.left:
+            lane.discard_locked(ticket)
+            self._lanes_waiting -= 1
 
     def _claim_one_locked(self, ticket: Ticket, now: float) -> Place | None:
         if ticket.segment.deadline <= now:

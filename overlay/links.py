@@ -15,7 +15,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,7 +111,7 @@ class Links:
     def load(self, neighbour: str, handler: str) -> tuple[int, float]:
         """Rows outstanding there for the handler, and the seconds that one takes (0: not known)."""
         link = self._links[neighbour]
-        return link.outstanding[handler], link.service_s.get(handler, 0.0)
+        return link.outstanding.get(handler, 0), link.service_s.get(handler, 0.0)
 
     def states(self) -> list[LinkState]:
         return [link.snapshot() for link in self._links.values()]
@@ -175,7 +175,7 @@ class _Link:
         self.state = "down"
         self.since = time.monotonic()
         self.reason = "not reached yet"
-        self.outstanding: Counter[str] = Counter()
+        self.outstanding: defaultdict[str, int] = defaultdict(int)  # by handler
         self.asked = 0
         self.failed = 0
         self.slots: dict[str, dict[str, int]] = {}
@@ -223,16 +223,14 @@ class _Link:
         self.channel.close()
 
     def send(self, segment: Segment, sink: Sink) -> End:
-        large = segment.payloads.size > self._limits.small_bytes * len(segment)
+        large = segment.payloads.size > self._limits.small_bytes * segment.count
         return self._books[large].send(segment, sink)
 
     def answered(self, handler: str, answers: Answers) -> None:
         """Rows that were asked have ended."""
-        count = len(answers)
+        count = answers.count
         with self._lock:
             self.outstanding[handler] -= count
-            if not self.outstanding[handler]:
-                del self.outstanding[handler]
             if not answers.flawless:
                 self.failed += count
             self._note_service_time(handler, answers)
@@ -343,7 +341,7 @@ class _Sent:
     def __init__(self, segment: Segment, sink: Sink) -> None:
         self.segment = segment
         self.sink = sink
-        self.open = OpenRows(len(segment))
+        self.open = OpenRows(segment.count)
         self.message: _Message | None = None  # in which it was handed to gRPC; it may run then
         self.row = 0  # where it begins in that message
 
@@ -361,7 +359,7 @@ class _Message:
         for part in parts:
             part.message, part.row = self, self.left
             self.starts.append(self.left)
-            self.left += len(part.segment)
+            self.left += part.segment.count
 
 
 class _Book:
@@ -404,7 +402,9 @@ class _Book:
         size = 0
         while self._outbox and size < self._limits.frame_bytes:
             parts = self._joinable()
-            segment = Segment.joined([part.segment for part in parts])
+            segment = parts[0].segment
+            if len(parts) > 1:
+                segment = Segment.joined([part.segment for part in parts])
             left_s = self._link.time_left_s(segment.deadline)
             if left_s <= 0:
                 for part in parts:
@@ -436,16 +436,16 @@ class _Book:
     def _joinable(self) -> list[_Sent]:
         """The head of the outbox, with those after it that may travel in one segment with it."""
         parts = [self._outbox.popleft()]
-        first, rows, size = parts[0].segment, len(parts[0].segment), parts[0].segment.payloads.size
+        first, rows, size = parts[0].segment, parts[0].segment.count, parts[0].segment.payloads.size
         few = self._limits.few_rows  # larger ones are copied on unopened, which is cheaper
-        while self._outbox and rows < self._limits.join_rows and len(first) <= few:
+        while self._outbox and rows < self._limits.join_rows and first.count <= few:
             other = self._outbox[0].segment
-            rows, size = rows + len(other), size + other.payloads.size
+            rows, size = rows + other.count, size + other.payloads.size
             if (
                 other.route != first.route
                 or other.attempt != first.attempt
                 or abs(other.deadline - first.deadline) > SAME_DEADLINE_S
-                or len(other) > few
+                or other.count > few
                 or size > self._limits.frame_bytes
             ):
                 break
@@ -463,13 +463,16 @@ class _Book:
 
     def _spread(self, message: _Message, start: int, answers: Answers) -> None:
         """Gives a slice to the segments that its rows belong to."""
-        stop = start + len(answers)
+        if len(message.parts) == 1:
+            self._answer(message.parts[0], start, answers)
+            return
+        stop = start + answers.count
         index = bisect.bisect_right(message.starts, start) - 1
         while start < stop and index < len(message.parts):
             part = message.parts[index]
-            rows = min(stop, part.row + len(part.segment)) - start
+            rows = min(stop, part.row + part.segment.count) - start
             if rows > 0:
-                offset = len(answers) - (stop - start)
+                offset = answers.count - (stop - start)
                 self._answer(part, start - part.row, answers.slice(offset, rows))
                 start += rows
             index += 1
@@ -497,14 +500,15 @@ class _Book:
     def _answer_all(self, sent: _Sent, code: Code, reason: str, executed: Executed) -> None:
         reason = f"no answer from {self._link.id}: {reason}"
         part = Part(self._link.id, code, reason, executed=executed)
-        self._answer(sent, 0, Answers(len(sent.segment), (), refused=part))
+        self._answer(sent, 0, Answers(sent.segment.count, (), refused=part))
 
     def _answer(self, sent: _Sent, start: int, answers: Answers) -> None:
         message = sent.message
         with self._lock:
-            runs = sent.open.take(start, len(answers))
+            before = sent.open.left
+            runs = sent.open.take(start, answers.count)
             if message is not None:
-                message.left -= sum(rows for _, rows in runs)
+                message.left -= before - sent.open.left
                 if not message.left:
                     self._messages.pop(message.number, None)
         for first, rows in runs:

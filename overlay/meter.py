@@ -54,36 +54,36 @@ class Meter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counter: Counter[str] = Counter()
+        self._received = self._completed = self._failed = self._cancelled = 0
         self._causes: Counter[str] = Counter()
         self.service = Times()
         self.waiting = Times()
 
     def received(self, count: int) -> None:
-        self._add("received", count)
+        with self._lock:
+            self._received += count
 
     def completed(self, count: int) -> None:
-        self._add("completed", count)
+        with self._lock:
+            self._completed += count
 
     def failed(self) -> None:
-        self._add("failed")
+        with self._lock:
+            self._failed += 1
 
     def cancelled(self) -> None:
-        self._add("cancelled")
+        with self._lock:
+            self._cancelled += 1
 
     def refused(self, cause: str) -> None:
         with self._lock:
-            self._counter["refused"] += 1
             self._causes[cause] += 1
 
     def counts(self) -> Counts:
         with self._lock:
-            return Counts(**self._counter)
+            refused = sum(self._causes.values())
+            return Counts(self._received, self._completed, self._failed, refused, self._cancelled)
 
     def causes(self) -> dict[str, int]:
         with self._lock:
             return dict(self._causes)
-
-    def _add(self, what: str, count: int = 1) -> None:
-        with self._lock:
-            self._counter[what] += count

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from overlay import assembly, routing
@@ -34,6 +33,7 @@ from overlay.values import (
     Segment,
     Sink,
     end_overlap,
+    value,
 )
 
 
@@ -55,12 +55,16 @@ class Works(Protocol):
     def run(self, segment: Segment, waited_s: float, sink: Sink) -> End: ...
 
 
-@dataclass(frozen=True)
+@value
 class Claimed:
-    """Places for `count` rows: a plan whose branches are reserved for them, or slots to work in."""
+    """Places for `count` rows: a plan whose branches are reserved for them, or slots to work in.
+
+    branch: the one of the plan that is asked, where any one is.
+    """
 
     count: int
     plan: Plan
+    branch: Branch | None = None
 
 
 class Relay:
@@ -109,13 +113,15 @@ class Relay:
         if claimed.plan.local and self._works is not None:
             return self._works.run(segment, waited_s, sink)
         if segment.route.mode is Mode.ANY:
-            return _Hand(self, segment, claimed.plan, sink).begin()
+            return _Hand(self, segment, claimed, sink).begin()
         return _Gather(self, segment, claimed.plan, sink).begin()
 
     def load(self, branch: Branch, handler: str) -> Load:
         """How full a branch is for a handler, by what this process sent and its neighbour said."""
         outstanding, service_s = self._network.load(branch.neighbour, handler)
-        slots = sum(self._slots(branch.neighbour, worker, handler) for worker in branch.targets)
+        slots = 0
+        for worker in branch.targets:
+            slots += self._slots(branch.neighbour, worker, handler)
         return Load(outstanding, slots, self._picked[branch.neighbour], service_s)
 
     def _plan(self, route: Route, up: frozenset[str]) -> Plan:
@@ -136,7 +142,7 @@ class Relay:
         count = min(count, most)
         self._picked[branch.neighbour] += count
         self._network.reserve(branch.neighbour, handler, count)
-        return Claimed(count, Plan((branch,), missing=plan.missing))
+        return Claimed(count, plan, branch)
 
     def _claim_all(self, plan: Plan, handler: str, count: int, streamed: bool) -> Claimed | None:
         if streamed:
@@ -179,7 +185,7 @@ class _Gather:
         self._plan = plan
         self._sink = sink
         self._lock = threading.Lock()
-        self._open = OpenRows(len(segment))
+        self._open = OpenRows(segment.count)
         # neighbour -> what has come from it, as (first row, row after the last, answers)
         self._came: dict[str, list[tuple[int, int, Answers]]] = {
             branch.neighbour: [] for branch in plan.branches
@@ -188,7 +194,7 @@ class _Gather:
 
     def begin(self) -> End:
         if not self._plan.branches:
-            self._answer(0, len(self._segment), {})
+            self._answer(0, self._segment.count, {})
             return _nothing
         for branch in self._plan.branches:
             self._ends.append(self._relay._send(branch, self._segment, self._sink_of(branch)))
@@ -214,8 +220,8 @@ class _Gather:
         def sink(start: int, answers: Answers) -> None:
             whole = assembly.from_branch(answers, branch.targets)
             with self._lock:
-                self._came[branch.neighbour].append((start, start + len(answers), whole))
-                ready = self._ready(start, start + len(answers))
+                self._came[branch.neighbour].append((start, start + answers.count, whole))
+                ready = self._ready(start, start + answers.count)
             for first, count, found in ready:
                 self._answer(first, count, found)
 
@@ -253,28 +259,29 @@ class _Gather:
 class _Hand:
     """ANY: one branch is asked; another only on proof that nothing ran in the first."""
 
-    def __init__(self, relay: Relay, segment: Segment, plan: Plan, sink: Sink) -> None:
+    def __init__(self, relay: Relay, segment: Segment, claimed: Claimed, sink: Sink) -> None:
         self._relay = relay
         self._segment = segment
-        self._plan = plan
+        self._claimed = claimed
         self._sink = sink
         self._lock = threading.Lock()
-        self._open = OpenRows(len(segment))
+        self._open = OpenRows(segment.count)
         # what was sent, as (first row, rows, end), and what was ended, as (code, first row, rows)
         self._sent: list[tuple[int, int, End]] = []
         self._ended: list[tuple[Code, int, int]] = []
 
     def begin(self) -> End:
-        if not self._plan.branches:
-            count = len(self._segment)
-            self._answer(0, Answers(count, tuple(_missing_columns(self._plan, count))))
+        branch = self._claimed.branch
+        if branch is None:
+            count = self._segment.count
+            self._answer(0, Answers(count, tuple(_missing_columns(self._claimed.plan, count))))
             return _nothing
-        self._send(self._plan.branches[0], 0, self._segment, frozenset())
+        self._send(branch, 0, self._segment, ())
         return self.end
 
     def end(self, code: Code, start: int, count: int) -> None:
         # First the answer, so that this code wins and nothing is sent on to others for nobody.
-        neighbour = self._plan.branches[0].neighbour
+        neighbour = self._claimed.branch.neighbour if self._claimed.branch else ""
         late = Part(neighbour, code, _late_reason(neighbour, code))
         self._answer(start, Answers(count, (), refused=late))
         with self._lock:
@@ -283,26 +290,26 @@ class _Hand:
         for first, rows, end in sent:
             end_overlap(end, first, rows, code, start, count)
 
-    def _send(self, branch: Branch, at: int, segment: Segment, tried: frozenset[str]) -> None:
-        tried = tried | {branch.neighbour}
+    def _send(self, branch: Branch, at: int, segment: Segment, tried: tuple[str, ...]) -> None:
+        tried = (*tried, branch.neighbour)
 
         def sink(start: int, answers: Answers) -> None:
             if answers.refused is None and not answers.parts:
                 silent = Part(branch.neighbour, Code.INTERNAL, "answered without parts")
-                answers = Answers(len(answers), (), answers.hops, silent)
+                answers = Answers(answers.count, (), answers.hops, silent)
             if answers.flawless or not self._try_others(at + start, answers, tried):
                 self._answer(at + start, answers)
 
-        end, rows = self._relay._send(branch, segment, sink), len(segment)
+        end, rows = self._relay._send(branch, segment, sink), segment.count
         with self._lock:
             self._sent.append((at, rows, end))
             ended = list(self._ended)
         for code, start, count in ended:  # while this was sent
             end_overlap(end, at, rows, code, start, count)
 
-    def _try_others(self, start: int, answers: Answers, tried: frozenset[str]) -> bool:
+    def _try_others(self, start: int, answers: Answers, tried: tuple[str, ...]) -> bool:
         """Sends on the rows that provably did not run; answers the others, row by row."""
-        again = [assembly.may_try_elsewhere(answers.at(row)) for row in range(len(answers))]
+        again = [assembly.may_try_elsewhere(answers.at(row)) for row in range(answers.count)]
         if not any(again):
             return False
         for row, may in enumerate(again):
@@ -310,26 +317,27 @@ class _Hand:
                 self._answer(start + row, answers.slice(row, 1))
         return True
 
-    def _try_another(self, row: int, tried: frozenset[str]) -> bool:
+    def _try_another(self, row: int, tried: tuple[str, ...]) -> bool:
         relay, segment = self._relay, self._segment.slice(row, 1)
         with self._lock:
             if not self._open.runs(row, 1) or segment.deadline <= relay._clock():
                 return False
-        plan = relay._plan(segment.route, relay._network.up() - tried)
+        plan = relay._plan(segment.route, relay._network.up().difference(tried))
         if not plan.branches:
             return False
         handler = segment.route.handler
         claimed = relay._claim_one(plan, handler, 1)
-        if claimed is None:
+        branch = claimed.branch if claimed else None
+        if branch is None:
             # None has credit: better to wait in a queue there than to fail here.
-            relay._network.reserve(plan.branches[0].neighbour, handler, 1)
-        branch = (claimed.plan if claimed else plan).branches[0]
+            branch = plan.branches[0]
+            relay._network.reserve(branch.neighbour, handler, 1)
         self._send(branch, row, segment.again(), tried)
         return True
 
     def _answer(self, start: int, answers: Answers) -> None:
         with self._lock:
-            runs = self._open.take(start, len(answers))
+            runs = self._open.take(start, answers.count)
         hops = (self._relay._me.id, *answers.hops)
         for begin, count in runs:
             rows = answers.slice(begin - start, count)

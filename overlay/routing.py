@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from overlay.errors import BadRequest, LoopDetected, UnknownName
 from overlay.topology import Process, Topology
-from overlay.values import Route
+from overlay.values import Route, value
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ AHEAD_S = 0.010  # work that a branch may have beyond its slots, so that it neve
 MOST_OUTSTANDING = 4096  # of a branch and handler, whatever its pace
 
 
-@dataclass(frozen=True)
+@value
 class Load:
     """What is known of a branch for a handler.
 
@@ -66,10 +66,8 @@ class Load:
 
     @property
     def portion(self) -> int:
-        """How many items to hand over at a time, so that others get theirs."""
-        if not self.service_s:
-            return 1
-        return min(self.credit, max(1, int(QUICK_S / self.service_s)))
+        """How many items to hand over at a time, within the credit, so that others get theirs."""
+        return max(1, int(QUICK_S / self.service_s)) if self.service_s else 1
 
 
 def check(topology: Topology, me: str, route: Route) -> None:
@@ -136,17 +134,16 @@ def pick(branches: Iterable[Branch], load: Callable[[Branch], Load]) -> tuple[Br
     outstanding work per slot. Ties go to the one asked the least per slot, so that even sparse
     requests spread.
     """
-    measured = [(branch, found) for branch in branches if (found := load(branch)).credit]
-    if not measured:
-        return None
-    quick = [pair for pair in measured if pair[1].is_quick]
-    branch, found = min(quick or measured, key=lambda pair: _fullness(pair[1]))
-    return branch, found.portion
-
-
-def _fullness(load: Load) -> tuple[float, float]:
-    slots = max(1, load.slots)
-    return load.outstanding / slots, load.asked / slots
+    best: tuple[tuple[bool, float, float], Branch, int] | None = None
+    for branch in branches:
+        found = load(branch)
+        credit = found.credit
+        if credit:
+            slots = max(1, found.slots)
+            rank = not found.is_quick, found.outstanding / slots, found.asked / slots
+            if best is None or rank < best[0]:
+                best = rank, branch, min(credit, found.portion)
+    return best and best[1:]
 
 
 def _reach(topology: Topology, me: Process) -> tuple[Process, ...]:

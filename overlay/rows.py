@@ -9,19 +9,26 @@ Run = tuple[int, int]
 class OpenRows:
     """All rows open at first. No lock of its own: its owner holds one."""
 
-    __slots__ = ("_flags", "left")
+    __slots__ = ("_count", "_flags", "left")
 
     def __init__(self, count: int) -> None:
-        self._flags = bytearray(b"\1") * count
+        self._count = count
+        self._flags: bytearray | None = None  # none while all rows are open, or all closed
         self.left = count
 
     def __len__(self) -> int:
-        return len(self._flags)
+        return self._count
 
     def take(self, start: int, count: int) -> list[Run]:
         """The open runs among these rows, which are closed by this."""
-        flags, stop = self._flags, min(start + count, len(self._flags))
-        if flags.count(1, start, stop) == stop - start:  # the ordinary case, in one go
+        left = self.left
+        if not left:
+            return []
+        if start == 0 and count >= left == self._count:  # the ordinary case, in one go
+            self.left = 0
+            return [(0, left)]
+        flags, stop = self._open_flags(), min(start + count, self._count)
+        if flags.count(1, start, stop) == stop - start:
             runs = [(start, stop - start)] if stop > start else []
         else:
             runs = self.runs(start, count)
@@ -31,15 +38,19 @@ class OpenRows:
         return runs
 
     def first_run(self) -> Run | None:
-        begin = self._flags.find(1)
-        if begin < 0:
+        if not self.left:
             return None
+        if self._flags is None:
+            return 0, self._count
+        begin = self._flags.find(1)
         end = self._flags.find(0, begin)
-        return begin, (len(self._flags) if end < 0 else end) - begin
+        return begin, (self._count if end < 0 else end) - begin
 
     def runs(self, start: int, count: int) -> list[Run]:
         """The open runs among these rows."""
-        flags, stop = self._flags, min(start + count, len(self._flags))
+        if not self.left:
+            return []
+        flags, stop = self._open_flags(), min(start + count, self._count)
         found: list[Run] = []
         begin = flags.find(1, start, stop)
         while begin >= 0:
@@ -48,3 +59,8 @@ class OpenRows:
             found.append((begin, end - begin))
             begin = flags.find(1, end, stop)
         return found
+
+    def _open_flags(self) -> bytearray:
+        if self._flags is None:
+            self._flags = bytearray(b"\1") * self._count
+        return self._flags

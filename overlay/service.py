@@ -221,7 +221,7 @@ class Service:
         if answers.flawless and (merge is None or route.mode is Mode.ANY):
             return assembly.plain_results(answers), []
         results, failures = [], []
-        for row in range(len(answers)):
+        for row in range(answers.count):
             answer = answers.at(row)
             failed = assembly.failure(answer, self._retry_after_s())
             result = b""
@@ -242,7 +242,7 @@ class Service:
             return self._combine(segment.route, answers)
         if answers.flawless:
             return [], []
-        failures = ((i, assembly.failure(answers.at(i), 0.0)) for i in range(len(answers)))
+        failures = ((i, assembly.failure(answers.at(i), 0.0)) for i in range(answers.count))
         return [], [(i, failed) for i, failed in failures if failed is not None]
 
     def _count_slice(

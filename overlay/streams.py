@@ -94,10 +94,14 @@ class _Accepted:
         self.segment = segment
         self.want_parts = want_parts
         self.from_process = segment.route.targets is not None
-        self.left = len(segment)
+        self.left = segment.count
         self.counted = 0  # rows told to the desk as answered
         self.size = segment.payloads.size
         self.ticket: Ticket | None = None
+
+
+_Out = tuple[_Accepted, int, Answers, int]
+"""Answers to be written: of which segment, its first row, they, and their bytes."""
 
 
 class _Stream:
@@ -106,13 +110,13 @@ class _Stream:
         self._limits = desk.limits
         self._lane = desk.intake.open_lane()
         self._changed = threading.Condition()
-        self._out: deque[tuple[_Accepted, int, Answers]] = deque()
+        self._out: deque[_Out] = deque()
         self._accepted: dict[int, _Accepted] = {}
         self._rows = 0  # accepted and not yet written
         self._bytes = 0
         self._unread = 0  # bytes of answers that wait for the client to read
         self._frame_bytes = min(self._limits.frame_bytes, self._limits.max_message_bytes // 2)
-        self._checked: set[Route] = set()
+        self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
         self._no_more = False
         self._reader_waits = False
         self._abandoned = False
@@ -147,8 +151,8 @@ class _Stream:
                     return
                 taken = self._some_locked()
             frame = pb2.Frame()
-            for accepted, start, answers in taken:
-                self._write_slice(frame, accepted, start, answers)
+            for accepted, start, answers, size in taken:
+                self._write_slice(frame, accepted, start, answers, size)
             yield frame
             # Handed to gRPC: only now it leaves the window.
             self._leave_window(taken)
@@ -172,7 +176,7 @@ class _Stream:
         with self._changed:
             rest, self._accepted = list(self._accepted.values()), {}
         for accepted in rest:
-            rows = len(accepted.segment) - accepted.counted
+            rows = accepted.segment.count - accepted.counted
             gone: OverlayError = Cancelled("the caller left")
             self._desk.answered(rows, [(row, gone) for row in range(rows)], None)
 
@@ -189,7 +193,7 @@ class _Stream:
         for cancel in frame.cancels:
             accepted = self._accepted.get(cancel.number)
             if accepted is not None and accepted.ticket is not None:
-                rows = len(accepted.segment)
+                rows = accepted.segment.count
                 start = min(cancel.start, rows)
                 accepted.ticket.end(Code.CANCELLED, start, min(cancel.count, rows - start))
 
@@ -197,8 +201,8 @@ class _Stream:
         desk = self._desk
         wrong: OverlayError | None = None
         try:
-            segment = wire.read_segment(made, now, self._limits)
-        except BadRequest as e:
+            segment = wire.read_segment(made, now, self._limits, self._route(made))
+        except OverlayError as e:
             unread = wire.unread_segment(made, now, self._limits)
             if unread is None:
                 raise  # no rows to answer for: that ends the stream
@@ -212,16 +216,15 @@ class _Stream:
             self._accepted[made.number] = accepted
             self._rows += accepted.left
             self._bytes += accepted.size
-        desk.received(len(segment))
+        desk.received(segment.count)
         sink = partial(self._answer, accepted)
         try:
             if wrong is not None:
                 raise wrong
-            self._check(segment.route)
             ticket = desk.intake.admit_to(self._lane, segment, sink)
         except OverlayError as e:
             refused = Part(desk.me, e.code, str(e), executed=e.executed)
-            sink(0, Answers(len(segment), (), refused=refused))
+            sink(0, Answers(segment.count, (), refused=refused))
             return
         accepted.ticket = ticket
         if ticket.is_open:
@@ -229,43 +232,49 @@ class _Stream:
         if self._abandoned:
             ticket.end(Code.CANCELLED)
 
-    def _check(self, route: Route) -> None:
-        if route not in self._checked:  # a stream's routes are few
+    def _route(self, made: pb2.Segment) -> Route:
+        key = wire.route_key(made)
+        route = self._routes.get(key)
+        if route is None:
+            route = wire.read_route(made, self._limits)
             routing.check(self._desk.topology, self._desk.me, route)
-            if len(self._checked) < 100:
-                self._checked.add(route)
+            if len(self._routes) < 100:
+                self._routes[key] = route
+        return route
 
     def _answer(self, accepted: _Accepted, start: int, answers: Answers) -> None:
+        size = _size(answers)
         with self._changed:
-            self._out.append((accepted, start, answers))
-            self._bytes += _size(answers)
-            self._unread += _size(answers)
+            self._out.append((accepted, start, answers, size))
+            self._bytes += size
+            self._unread += size
             self._lane.paused = self._unread >= self._limits.window_bytes // 2
             if len(self._out) == 1:
                 self._changed.notify_all()
 
-    def _some_locked(self) -> list[tuple[_Accepted, int, Answers]]:
-        taken, size = [], 0
-        while self._out and size < self._frame_bytes:
-            accepted, start, answers = self._out.popleft()
-            whole, room = _size(answers), self._frame_bytes - size
-            if whole > room and len(answers) > 1:
+    def _some_locked(self) -> list[_Out]:
+        taken: list[_Out] = []
+        room = self._frame_bytes
+        while self._out and room > 0:
+            accepted, start, answers, size = self._out.popleft()
+            if size > room and answers.count > 1:
                 answers, rest = _split(answers, room)
-                self._out.appendleft((accepted, start + len(answers), rest))
-                more = _size(answers) + _size(rest) - whole
-                self._bytes += more
-                self._unread += more
-            taken.append((accepted, start, answers))
-            size += min(whole, room)
+                whole, size, rest_size = size, _size(answers), _size(rest)
+                self._out.appendleft((accepted, start + answers.count, rest, rest_size))
+                self._bytes += size + rest_size - whole
+                self._unread += size + rest_size - whole
+            taken.append((accepted, start, answers, size))
+            room -= size
         return taken
 
     def _write_slice(
-        self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers
+        self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
     ) -> None:
-        answers = self._cut_to_size(answers, 2 if accepted.want_parts else 1)
+        if size * (2 if accepted.want_parts else 1) > self._limits.max_message_bytes:
+            answers = self._too_large(answers, size)
         results, failures = self._desk.combine(accepted.segment, answers)
-        accepted.counted += len(answers)
-        self._desk.answered(len(answers), failures, accepted.ticket)
+        accepted.counted += answers.count
+        self._desk.answered(answers.count, failures, accepted.ticket)
         if accepted.from_process:
             wire.write_slice(frame, accepted.number, start, answers)
         else:
@@ -273,23 +282,21 @@ class _Stream:
                 frame, accepted.number, start, answers, results, failures, accepted.want_parts
             )
 
-    def _cut_to_size(self, answers: Answers, times: int) -> Answers:
+    def _too_large(self, answers: Answers, size: int) -> Answers:
         # More than the other side receives would end its stream, with all that is in it.
-        size, most = _size(answers) * times, self._limits.max_message_bytes
-        if size <= most:
-            return answers
+        most = self._limits.max_message_bytes
         reason = f"the answer has {size:,} bytes, more than max_message_mib allows ({most:,})"
         part = Part(self._desk.me, Code.RESOURCE_EXHAUSTED, reason, executed=Executed.YES)
-        return Answers(len(answers), (), answers.hops, part)
+        return Answers(answers.count, (), answers.hops, part)
 
-    def _leave_window(self, taken: list[tuple[_Accepted, int, Answers]]) -> None:
+    def _leave_window(self, taken: list[_Out]) -> None:
         ended = []
         with self._changed:
-            for accepted, _, answers in taken:
-                self._rows -= len(answers)
-                self._bytes -= _size(answers)
-                self._unread -= _size(answers)
-                accepted.left -= len(answers)
+            for accepted, _, answers, size in taken:
+                self._rows -= answers.count
+                self._bytes -= size
+                self._unread -= size
+                accepted.left -= answers.count
                 if not accepted.left:
                     self._bytes -= accepted.size
                     self._accepted.pop(accepted.number, None)
@@ -320,15 +327,15 @@ class _Stream:
 
 def _split(answers: Answers, room: int) -> tuple[Answers, Answers]:
     """The first rows that fit into `room` bytes, at least one, and the rest."""
-    rows = max(1, len(answers) * room // _size(answers))
+    rows = max(1, answers.count * room // _size(answers))
     while rows > 1 and _size(answers.slice(0, rows)) > room:
         rows //= 2  # a large one among small ones goes alone
-    return answers.slice(0, rows), answers.slice(rows, len(answers) - rows)
+    return answers.slice(0, rows), answers.slice(rows, answers.count - rows)
 
 
 def _size(answers: Answers) -> int:
     """Bytes of a slice, about; a reason is told with its part and with its row."""
-    size, rows = 50 * len(answers.parts), len(answers)
+    size, rows = 50 * len(answers.parts), answers.count
     if answers.refused is not None:
         size += rows * (50 + 2 * len(answers.refused.reason))
     for column in answers.parts:

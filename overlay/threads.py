@@ -88,13 +88,15 @@ class ThreadRunner:
         """A batch to work on, or hands that are stuck with results in them."""
         with self._changed:
             while not self._closed:
-                while self._batches and not self._batches[0].has_waiting:
+                while self._batches and not self._batches[0].waiting:
                     self._batches.popleft()
                 if self._batches and self._wants_one_more_locked():
                     self._working += 1
-                    if self._working < self._slots or len(self._batches[0].segment) > 1:
+                    batch = self._batches[0]
+                    # For what this thread leaves undone: other rows, results that nobody minds.
+                    if len(self._batches) > 1 or batch.waiting > 1 or self._hands:
                         self._call_up_locked()
-                    return self._batches[0]
+                    return batch
                 if self._minded or not (self._batches or self._ready_locked(math.inf)):
                     self._changed.wait()
                     continue
@@ -127,7 +129,7 @@ class ThreadRunner:
                 ended = self._progress = now()
                 if ended >= deadline:
                     outcome = batch.too_late()
-                if hand.take(row, outcome, ended) and batch.has_waiting:
+                if hand.take(row, outcome, ended) and batch.waiting:
                     with self._changed:  # a minder passes it on, should the next row be stuck
                         self._hands.add(hand)
                         self._call_up_locked()

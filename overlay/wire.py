@@ -115,7 +115,7 @@ def read_request(request: pb2.Request, deadline: float, limits: Limits) -> Segme
         raise BadRequest(f"payload: {size:,} bytes are more than {limits.max_message_bytes:,}")
     payloads = Column((request.payload,), size=size)
     first_id = request.request_id or new_ids()
-    return Segment(_read_route(request, limits), payloads, deadline, first_id, request.attempt)
+    return Segment(read_route(request, limits), payloads, deadline, first_id, request.attempt)
 
 
 def write_response(
@@ -135,8 +135,19 @@ def read_response(response: pb2.Response) -> Answer:
     return Answer(tuple(map(_read_unary_part, response.parts)), tuple(response.hops))
 
 
-def read_segment(segment: pb2.Segment, now: float, limits: Limits) -> Segment:
-    """Raises BadRequest naming the field that is not usable. now: monotonic seconds."""
+def route_key(segment: pb2.Segment) -> object:
+    """Equal for segments of one route, which then need be read only once."""
+    hops, targets = tuple(segment.hops), tuple(segment.targets)
+    return segment.mode, segment.team, segment.handler, hops, targets
+
+
+def read_segment(
+    segment: pb2.Segment, now: float, limits: Limits, route: Route | None = None
+) -> Segment:
+    """Raises BadRequest naming the field that is not usable.
+
+    now: monotonic seconds. route: its route, if it was read before.
+    """
     count, found = segment.count, len(segment.payloads.items)
     if count != found or not 0 < count <= limits.segment_rows:
         raise BadRequest(
@@ -155,7 +166,7 @@ def read_segment(segment: pb2.Segment, now: float, limits: Limits) -> Segment:
         raise BadRequest(f"ids: {len(ids)} are not one for each of {count} payloads")
     left_s = segment.remaining_us / 1e6 if segment.remaining_us else limits.default_deadline_s
     return Segment(
-        _read_route(segment, limits),
+        route or read_route(segment, limits),
         payloads,
         now + min(left_s, limits.max_deadline_s),
         segment.first_id or new_ids(),
@@ -176,20 +187,23 @@ def write_segment(
 ) -> None:
     """Adds the segment to the frame. left_s: what remains of its time, more than 0."""
     route = segment.route
-    made = frame.segments.add(
-        number=number,
-        count=len(segment),
-        remaining_us=max(1, int(left_s * 1e6)),
-        first_id=segment.first_id,
-        mode=_MODES[route.mode],
-        team=route.team,
-        handler=route.handler,
-        want_parts=want_parts,
-        hops=route.hops,
-        targets=route.targets or (),
-        attempt=min(segment.attempt, 0xFFFFFFFF),
-        ids=segment.ids or (),
-    )
+    made = frame.segments.add()
+    made.number = number
+    made.count = segment.payloads.count
+    made.remaining_us = max(1, int(left_s * 1e6))
+    made.first_id = segment.first_id
+    made.mode = _MODES[route.mode]
+    made.team = route.team
+    made.handler = route.handler
+    made.hops.extend(route.hops)
+    if route.targets:
+        made.targets.extend(route.targets)
+    if want_parts:
+        made.want_parts = True
+    if segment.attempt:
+        made.attempt = min(segment.attempt, 0xFFFFFFFF)
+    if segment.ids:
+        made.ids.extend(segment.ids)
     _write_column(made.payloads, segment.payloads)
 
 
@@ -200,7 +214,7 @@ def read_slice(made: pb2.Slice) -> Answers:
         first = made.failures[0]
         part = Part("", read_code(first.code), first.reason, executed=read_executed(first))
         return Answers(count, (), tuple(made.hops), part)
-    return Answers(count, tuple(_read_part(p, count) for p in made.parts), tuple(made.hops))
+    return Answers(count, tuple([_read_part(p, count) for p in made.parts]), tuple(made.hops))
 
 
 def read_client_slice(made: pb2.Slice) -> Answers:
@@ -246,7 +260,8 @@ def new_ids() -> int:
     return secrets.randbits(62) + 1
 
 
-def _read_route(request: pb2.Request | pb2.Segment, limits: Limits) -> Route:
+def read_route(request: pb2.Request | pb2.Segment, limits: Limits) -> Route:
+    """Raises BadRequest naming the field that is not usable."""
     _check_names("hops", request.hops, limits, most=limits.max_hops)
     _check_names("targets", request.targets, limits, most=limits.max_targets)
     _check_names("team", [request.team], limits)
@@ -285,7 +300,7 @@ def _read_unary_part(part: pb2.Part) -> Part:
 def _read_part(part: pb2.PartSlice, count: int, with_results: bool = True) -> PartColumn:
     failures: dict[int, Failure] = {}
     failed: Failure | None = None
-    for detail in part.failures:
+    for detail in part.failures or ():
         failure = read_failure(detail)
         if detail.count == 0:
             failed = failure

@@ -260,7 +260,8 @@ def test_what_comes_after_the_end_is_not_answered_again(network, mode):
     relay, asked = network.nodes["A"].relay, Asked(one(Route(mode=mode, team="green")))
     plan = routing.plan(SIX, "A", "B", asked.segment.route)
     network.nodes["A"].links.reserve("B", "", 1)
-    end = relay.start(asked.segment, Claimed(1, plan), 0.0, asked.take)
+    branch = plan.branches[0] if mode is Mode.ANY else None
+    end = relay.start(asked.segment, Claimed(1, plan, branch), 0.0, asked.take)
     network.nodes["A"].links.flush()
 
     end(Code.CANCELLED, 0, 1)

@@ -303,7 +303,6 @@ PORTIONS = [
     (Load(0, 50, service_s=0.0001), int(routing.QUICK_S / 0.0001)),
     (Load(0, 50, service_s=0.002), 1),
     (Load(49, 50, service_s=0.002), 1),
-    (Load(1049, 50, service_s=0.0005), 1),  # never more than its credit
 ]
 
 

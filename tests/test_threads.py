@@ -26,7 +26,7 @@ class Bench:
 
     def __init__(self, handler: Callable[[bytes, Context], bytes], slots: int) -> None:
         spec = HandlerSpec("h", "overlay.handlers:echo", slots=slots)
-        self.desk = Desk(spec, slots)
+        self.desk = Desk(spec, slots, {})
         self.runner = ThreadRunner(spec, slots)
         self.runner._call = self._call
         self.slices: list[tuple[int, int]] = []
@@ -188,6 +188,18 @@ def test_a_result_does_not_wait_for_a_row_that_is_stuck_behind_it(benches, slots
     assert bench.most <= slots
 
 
+def test_a_result_leaves_although_each_thread_has_found_a_row(benches):
+    gate = Gate(*[b"%d" % row for row in range(1, 14)])
+    made = [benches(gate, 100) for _ in range(10)]  # which thread finds which row differs
+    firsts = [(bench, bench.submit(14)[0]) for bench in made]
+    try:
+        until(lambda: all(bench.parts[first] for bench, first in firsts), 1)
+    finally:
+        gate.open.set()
+    for bench in made:
+        bench.wait()
+
+
 def test_with_one_slot_the_rows_behind_a_stuck_one_wait(benches):
     gate = Gate(b"1")
     bench = benches(gate, slots=1)
@@ -327,7 +339,7 @@ def test_a_closed_runners_threads_end(benches):
 
 
 def test_outcomes_with_gaps_are_answered_as_runs():
-    desk = Desk(HandlerSpec("h", "x:y"), 9)
+    desk = Desk(HandlerSpec("h", "x:y"), 9, {})
     slices: list[tuple[int, list[bytes]]] = []
 
     def sink(start: int, answers: Answers) -> None:
