@@ -1,10 +1,14 @@
-"""The rules that keep the overlay alive, each on six real processes with real calls."""
+"""The rules that keep the overlay alive, each on six real processes with real calls.
+
+Asked both ways, by unary Forward and by stream; what only one of them has is said so.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from overlay import wire
 from overlay.wire import pb2, pb2_grpc
 from tests.cluster import Overlay, until
+from tests.ways import Outcome, Streamed, Unary, Way
 
 # Handlers write a line to a file for each execution, so that a test counts what really ran.
 MINE = '''
@@ -70,34 +75,17 @@ def notes(tmp_path: Path) -> list[list[str]]:
     return [line.split(" ") for line in (tmp_path / "notes").read_text().splitlines()]
 
 
-class Outcome:
-    """How one call ended."""
-
-    def __init__(self, call: grpc.Future) -> None:
-        self.took_s = 0.0
-        try:
-            self.response = call.result()
-            self.code = grpc.StatusCode.OK
-        except grpc.RpcError as e:
-            self.response = None
-            self.code = e.code()
-            self.details = e.details()
-        self.trailers = dict(call.trailing_metadata() or ())
-
-    @property
-    def ok(self) -> bool:
-        return self.code is grpc.StatusCode.OK
-
-    @property
-    def refused(self) -> bool:
-        return self.trailers.get(wire.EXECUTED_KEY) == "no"
+@pytest.fixture(params=[Unary, Streamed])
+def way(request: pytest.FixtureRequest) -> Iterator[Way]:
+    made = request.param()
+    yield made
+    made.close()
 
 
-def at_once(overlay: Overlay, count: int, to: str = "A", timeout: float = 30, **fields):
-    """`count` calls in flight at the same moment, as futures."""
-    stub = overlay.stub(to)
-    request = pb2.Request(**fields)
-    return [stub.Forward.future(request, timeout=timeout) for _ in range(count)]
+def waiting_at(overlay: Overlay, process_id: str) -> int:
+    """Requests that have not started there: in the queue, or in the windows of streams."""
+    metrics = overlay.metrics(process_id)
+    return metrics.queue_size + metrics.streamed_waiting
 
 
 def health_of(overlay: Overlay, process_id: str) -> int:
@@ -108,8 +96,8 @@ def health_of(overlay: Overlay, process_id: str) -> int:
 # 1, 2 and the answer itself
 
 
-def test_all_asks_every_worker_and_says_so(six: Overlay) -> None:
-    call = six.stub("A").Forward.future(pb2.Request(payload=b"hi"), timeout=10)
+def test_all_asks_every_worker_and_says_so(six: Overlay, way: Way) -> None:
+    (call,) = way.at_once(six, 1, payload=b"hi")
     answer = call.result()
     assert answer.result == b"C: hi\nD: hi\nF: hi"
     assert list(answer.hops) == list("ABCEDF")
@@ -118,8 +106,8 @@ def test_all_asks_every_worker_and_says_so(six: Overlay) -> None:
     assert dict(call.trailing_metadata())[wire.COVERAGE_KEY] == "3/3"
 
 
-def test_any_asks_exactly_one_worker_and_spreads(six: Overlay) -> None:
-    answers = [six.ask("A", mode=pb2.ANY) for _ in range(30)]
+def test_any_asks_exactly_one_worker_and_spreads(six: Overlay, way: Way) -> None:
+    answers = [way.ask(six, "A", mode=pb2.ANY) for _ in range(30)]
     who = Counter(answer.parts[0].process_id for answer in answers)
     assert all(len(answer.parts) == 1 for answer in answers)
     assert set(who) == {"C", "D", "F"}
@@ -139,8 +127,8 @@ def test_any_asks_exactly_one_worker_and_spreads(six: Overlay) -> None:
         ("E", {"mode": pb2.ANY, "team": "pink"}, "DF"),
     ],
 )
-def test_every_process_answers_for_its_own_scope(six, asked, fields, workers) -> None:
-    answer = six.ask(asked, **fields)
+def test_every_process_answers_for_its_own_scope(six, asked, fields, workers, way: Way) -> None:
+    answer = way.ask(six, asked, **fields)
     who = "".join(part.process_id for part in answer.parts)
     assert who in workers if fields.get("mode") else who == workers
     assert answer.hops[0] == asked
@@ -157,33 +145,35 @@ def test_every_process_answers_for_its_own_scope(six, asked, fields, workers) ->
         ({"hops": ["X"], "targets": ["A"]}, grpc.StatusCode.INVALID_ARGUMENT),
     ],
 )
-def test_a_wrong_request_is_refused_with_proof(six: Overlay, fields, code) -> None:
-    (call,) = at_once(six, 1, **fields)
+def test_a_wrong_request_is_refused_with_proof(six: Overlay, fields, code, way: Way) -> None:
+    (call,) = way.at_once(six, 1, **fields)
     outcome = Outcome(call)
     assert (outcome.code, outcome.refused) == (code, True), outcome.details
 
 
-def test_an_empty_answer_is_an_answer(overlays, tmp_path: Path) -> None:
+def test_an_empty_answer_is_an_answer(overlays, tmp_path: Path, way: Way) -> None:
     overlay = make(overlays, tmp_path)
-    answer = overlay.ask("A", handler="empty", team="green")
+    answer = way.ask(overlay, "A", handler="empty", team="green")
     assert (answer.result, answer.parts[0].code) == (b"", 0)
-    assert overlay.ask("A", b"").result == b"C: \nD: \nF: "
+    assert way.ask(overlay, "A", b"").result == b"C: \nD: \nF: "
 
 
 # 3: every wait has a deadline
 
 
-def test_the_deadline_ends_the_work_at_every_hop(overlays, tmp_path: Path) -> None:
+def test_the_deadline_ends_the_work_at_every_hop(overlays, tmp_path: Path, way: Way) -> None:
     overlay = make(overlays, tmp_path)
-    (call,) = at_once(overlay, 1, handler="patient", timeout=0.5)
+    (call,) = way.at_once(overlay, 1, handler="patient", timeout=0.5)
     assert Outcome(call).code is grpc.StatusCode.DEADLINE_EXCEEDED
     until(lambda: sum("cancelled" in line for line in notes(tmp_path)) == 3, 1)
     until(lambda: all(overlay.metrics(i).active_requests == 0 for i in "ABCDEF"), 1)
 
 
-def test_a_cancel_at_the_client_ends_the_work_at_every_hop(overlays, tmp_path: Path) -> None:
+def test_a_cancel_at_the_client_ends_the_work_at_every_hop(
+    overlays, tmp_path: Path, way: Way
+) -> None:
     overlay = make(overlays, tmp_path)
-    (call,) = at_once(overlay, 1, handler="patient", timeout=30)
+    (call,) = way.at_once(overlay, 1, handler="patient", timeout=30)
     until(lambda: len(notes(tmp_path)) == 3)
     call.cancel()
     until(lambda: sum("cancelled" in line for line in notes(tmp_path)) == 3, 1)
@@ -191,22 +181,22 @@ def test_a_cancel_at_the_client_ends_the_work_at_every_hop(overlays, tmp_path: P
     assert overlay.metrics("A").cancelled == 1
 
 
-def test_a_request_without_deadline_gets_the_default(overlays, tmp_path: Path) -> None:
+def test_a_request_without_deadline_gets_the_default(overlays, tmp_path: Path, way: Way) -> None:
     overlay = make(overlays, tmp_path, default_deadline_s=0.5)
-    outcome = Outcome(overlay.stub("A").Forward.future(pb2.Request(handler="patient")))
+    outcome = Outcome(way.at_once(overlay, 1, handler="patient", timeout=None)[0])
     assert outcome.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-def test_a_frozen_worker_costs_only_its_own_part(overlays, tmp_path: Path) -> None:
+def test_a_frozen_worker_costs_only_its_own_part(overlays, tmp_path: Path, way: Way) -> None:
     overlay = make(overlays, tmp_path)
     overlay.freeze("F")
-    answer = overlay.ask("A", b"0", handler="work", timeout=1.5)
+    answer = way.ask(overlay, "A", b"0", handler="work", timeout=1.5)
     parts = {part.process_id: part for part in answer.parts}
     assert answer.result == b"C\nD"
     assert parts["F"].code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
     until(lambda: _state(overlay, "E", "F") == "down", 5)
     overlay.thaw("F")
-    until(lambda: overlay.ask("A", b"0", handler="work").result == b"C\nD\nF", 5)
+    until(lambda: way.ask(overlay, "A", b"0", handler="work").result == b"C\nD\nF", 5)
 
 
 def _state(overlay: Overlay, process_id: str, neighbour: str) -> str:
@@ -220,10 +210,10 @@ def _state(overlay: Overlay, process_id: str, neighbour: str) -> str:
 def test_the_201st_waiting_request_is_refused_at_once(overlays, tmp_path: Path) -> None:
     overlay = make(overlays, tmp_path, slots=1)
     # In ALL mode 100 are in service at the leader, though each worker has but one slot.
-    calls = at_once(overlay, 300, payload=b"x", handler="gate", timeout=60)
+    calls = Unary().at_once(overlay, 300, payload=b"x", handler="gate", timeout=60)
     until(lambda: overlay.metrics("A").queue_size == 200)
     began = time.monotonic()
-    outcome = Outcome(at_once(overlay, 1, payload=b"0", handler="work")[0])
+    outcome = Outcome(Unary().at_once(overlay, 1, payload=b"0", handler="work")[0])
     took_s = time.monotonic() - began
     metrics = overlay.metrics("A")
     assert (outcome.code, outcome.refused) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
@@ -238,20 +228,20 @@ def test_the_201st_waiting_request_is_refused_at_once(overlays, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("count", [10, 20, 100, 300])
-def test_concurrent_requests_all_end(six: Overlay, count: int) -> None:
-    outcomes = [Outcome(call) for call in at_once(six, count, payload=b"x")]
+def test_concurrent_requests_all_end(six: Overlay, count: int, way: Way) -> None:
+    outcomes = [Outcome(call) for call in way.at_once(six, count, payload=b"x")]
     for outcome in outcomes:
         assert outcome.ok or outcome.refused
         assert not outcome.ok or outcome.response.result == b"C: x\nD: x\nF: x"
-    assert six.ask("A").result == b"C: hi\nD: hi\nF: hi"
+    assert way.ask(six, "A").result == b"C: hi\nD: hi\nF: hi"
     for process_id in "ABCDEF":
         until(lambda p=process_id: six.metrics(p).active_requests == 0)
         assert health_of(six, process_id) == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_a_worker_never_runs_more_than_its_slots(overlays, tmp_path: Path) -> None:
+def test_a_worker_never_runs_more_than_its_slots(overlays, tmp_path: Path, way: Way) -> None:
     overlay = make(overlays, tmp_path, slots=2)
-    ways = [at_once(overlay, 10, to, payload=b"50", handler="work") for to in "ABECDF"]
+    ways = [way.at_once(overlay, 10, to, payload=b"50", handler="work") for to in "ABECDF"]
     seen = 0
     while not all(call.done() for calls in ways for call in calls):
         now = [h.active for i in "CDF" for h in overlay.metrics(i).handlers if h.name == "work"]
@@ -261,65 +251,70 @@ def test_a_worker_never_runs_more_than_its_slots(overlays, tmp_path: Path) -> No
     assert all(Outcome(call).ok for calls in ways for call in calls)
 
 
-def test_any_waits_at_the_leader_for_a_free_slot(overlays, tmp_path: Path) -> None:
+def test_any_waits_at_the_leader_for_a_free_slot(overlays, tmp_path: Path, way: Way) -> None:
     overlay = make(overlays, tmp_path, slots=1)
-    calls = at_once(overlay, 30, payload=b"100", handler="work", mode=pb2.ANY)
-    until(lambda: overlay.metrics("A").queue_size >= 20)
-    below = [overlay.metrics(i).queue_size for i in "BECDF"]
+    calls = way.at_once(overlay, 30, payload=b"100", handler="work", mode=pb2.ANY)
+    until(lambda: waiting_at(overlay, "A") >= 20)
+    below = [waiting_at(overlay, i) for i in "BECDF"]
     assert sum(below) <= 3
     who = Counter(Outcome(call).response.parts[0].process_id for call in calls)
     assert all(8 <= count <= 12 for count in who.values()), who
 
 
-def test_a_request_whose_deadline_passes_in_the_queue_never_runs(overlays, tmp_path: Path) -> None:
+def test_a_request_whose_deadline_passes_in_the_queue_never_runs(
+    overlays, tmp_path: Path, way: Way
+) -> None:
     overlay = make(overlays, tmp_path, slots=1)
-    long_ones = at_once(overlay, 3, payload=b"1500", handler="work", mode=pb2.ANY)
+    long_ones = way.at_once(overlay, 3, payload=b"1500", handler="work", mode=pb2.ANY)
     until(lambda: len(notes(tmp_path)) == 3)
-    short = at_once(overlay, 20, payload=b"0", handler="work", mode=pb2.ANY, timeout=0.5)
+    short = way.at_once(overlay, 20, payload=b"0", handler="work", mode=pb2.ANY, timeout=0.5)
     assert {Outcome(call).code for call in short} <= {
         grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
     assert all(Outcome(call).ok for call in long_ones)
-    assert overlay.ask("A", b"0", handler="work", mode=pb2.ANY).parts
+    assert way.ask(overlay, "A", b"0", handler="work", mode=pb2.ANY).parts
     assert len(notes(tmp_path)) == 4
-    assert overlay.metrics("A").queue_size == 0
+    assert waiting_at(overlay, "A") == 0
 
 
 # 6: executed once
 
 
-def test_a_request_id_runs_once_per_worker(overlays, tmp_path: Path) -> None:
+def test_a_request_id_runs_once_per_worker(overlays, tmp_path: Path, way: Way) -> None:
     overlay = make(overlays, tmp_path)
     request = {"payload": b"50", "handler": "work", "request_id": 4711, "want_parts": True}
-    outcomes = [Outcome(call) for call in at_once(overlay, 20, **request)]
+    outcomes = [Outcome(call) for call in way.at_once(overlay, 20, **request)]
     assert Counter(line[0] for line in notes(tmp_path)) == {"C": 1, "D": 1, "F": 1}
     assert sum(o.response.result == b"C\nD\nF" for o in outcomes if o.ok) <= 1
     assert all(o.ok or o.code is grpc.StatusCode.ALREADY_EXISTS for o in outcomes)
     assert not any(o.refused for o in outcomes)
 
 
-def test_no_request_runs_twice_when_a_team_leader_is_killed(overlays, tmp_path: Path) -> None:
+def test_no_request_runs_twice_when_a_team_leader_is_killed(
+    overlays, tmp_path: Path, way: Way
+) -> None:
     overlay = make(overlays, tmp_path)
-    calls = at_once(overlay, 60, payload=b"100", handler="work", mode=pb2.ANY)
+    calls = way.at_once(overlay, 60, payload=b"100", handler="work", mode=pb2.ANY)
     until(lambda: len(notes(tmp_path)) > 10)
     overlay.kill("E")
     outcomes = [Outcome(call) for call in calls]
     ran = Counter(line[1] for line in notes(tmp_path))
     assert max(ran.values()) == 1
     assert all(o.ok or not o.refused for o in outcomes)
-    assert overlay.ask("A", b"0", handler="work").result in (b"C\nD", b"C")
+    assert way.ask(overlay, "A", b"0", handler="work").result in (b"C\nD", b"C")
 
 
 # 7: nothing short in silence
 
 
-def test_with_e_dead_d_is_reached_through_b_and_f_is_missing(overlays, tmp_path: Path) -> None:
+def test_with_e_dead_d_is_reached_through_b_and_f_is_missing(
+    overlays, tmp_path: Path, way: Way
+) -> None:
     overlay = make(overlays, tmp_path)
     overlay.kill("E")
-    call = overlay.stub("A").Forward.future(pb2.Request(payload=b"0", handler="work"), timeout=10)
     until(lambda: _state(overlay, "A", "E") == "down")
-    call = overlay.stub("A").Forward.future(pb2.Request(payload=b"0", handler="work"), timeout=10)
+    (call,) = way.at_once(overlay, 1, payload=b"0", handler="work")
     answer = call.result()
     assert answer.result == b"C\nD"
     assert list(answer.hops) == list("ABCD")
@@ -328,25 +323,27 @@ def test_with_e_dead_d_is_reached_through_b_and_f_is_missing(overlays, tmp_path:
     assert (missing.process_id, missing.code, missing.executed) == ("F", 14, pb2.NO)
     assert "E" in missing.reason
     overlay.start("E")
-    until(lambda: overlay.ask("A", b"0", handler="work").result == b"C\nD\nF")
+    until(lambda: way.ask(overlay, "A", b"0", handler="work").result == b"C\nD\nF")
 
 
-def test_with_every_worker_dead_the_answer_is_unavailable(overlays, tmp_path: Path) -> None:
+def test_with_every_worker_dead_the_answer_is_unavailable(
+    overlays, tmp_path: Path, way: Way
+) -> None:
     overlay = make(overlays, tmp_path)
     for process_id in "CDF":
         overlay.kill(process_id)
     until(lambda: _state(overlay, "E", "F") == "down" and _state(overlay, "B", "C") == "down")
     until(lambda: _state(overlay, "E", "D") == "down" and _state(overlay, "B", "D") == "down")
     for mode in (pb2.ALL, pb2.ANY):
-        outcome = Outcome(at_once(overlay, 1, payload=b"0", handler="work", mode=mode)[0])
+        outcome = Outcome(way.at_once(overlay, 1, payload=b"0", handler="work", mode=mode)[0])
         assert (outcome.code, outcome.refused) == (grpc.StatusCode.UNAVAILABLE, True)
 
 
-def test_any_goes_on_with_the_workers_that_live(overlays, tmp_path: Path) -> None:
+def test_any_goes_on_with_the_workers_that_live(overlays, tmp_path: Path, way: Way) -> None:
     overlay = make(overlays, tmp_path)
     overlay.kill("F")
     until(lambda: _state(overlay, "E", "F") == "down")
-    answers = [overlay.ask("A", b"0", handler="work", mode=pb2.ANY) for _ in range(20)]
+    answers = [way.ask(overlay, "A", b"0", handler="work", mode=pb2.ANY) for _ in range(20)]
     assert {answer.parts[0].process_id for answer in answers} == {"C", "D"}
 
 
@@ -354,15 +351,17 @@ def test_any_goes_on_with_the_workers_that_live(overlays, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("payload", [b"42", b"exit"])
-def test_a_failing_handler_costs_one_request(overlays, tmp_path: Path, payload: bytes) -> None:
+def test_a_failing_handler_costs_one_request(
+    overlays, tmp_path: Path, payload: bytes, way: Way
+) -> None:
     overlay = make(overlays, tmp_path)
-    outcome = Outcome(at_once(overlay, 1, payload=payload, handler="broken", team="green")[0])
+    outcome = Outcome(way.at_once(overlay, 1, payload=payload, handler="broken", team="green")[0])
     assert (outcome.code, outcome.refused) == (grpc.StatusCode.INTERNAL, False)
     assert "error id" in outcome.details
     assert "secret" not in outcome.details
     error_id = outcome.details.split("error id ")[1].split()[0]
     until(lambda: error_id in overlay.log("C"))
-    assert overlay.ask("A").result == b"C: hi\nD: hi\nF: hi"
+    assert way.ask(overlay, "A").result == b"C: hi\nD: hi\nF: hi"
 
 
 # 9 and the figures
@@ -374,7 +373,7 @@ def test_the_counters_say_what_the_clients_saw(overlays, tmp_path: Path) -> None
         call
         for handler, payload in (("work", b"20"), ("broken", b"1"), ("empty", b""))
         for mode in (pb2.ALL, pb2.ANY)
-        for call in at_once(overlay, 60, payload=payload, handler=handler, mode=mode)
+        for call in Unary().at_once(overlay, 60, payload=payload, handler=handler, mode=mode)
     ]
     outcomes = [Outcome(call) for call in calls]
     until(lambda: overlay.metrics("A").active_requests == 0)
@@ -406,15 +405,17 @@ def test_metrics_know_the_whole_overlay(six: Overlay) -> None:
 # 10: stopping
 
 
-def test_a_stopping_process_finishes_what_runs_and_refuses_the_rest(overlays, tmp_path) -> None:
+def test_a_stopping_process_finishes_what_runs_and_refuses_the_rest(
+    overlays, tmp_path, way: Way
+) -> None:
     overlay = make(overlays, tmp_path, slots=1)
-    running = at_once(overlay, 3, payload=b"1000", handler="work", mode=pb2.ANY)
+    running = way.at_once(overlay, 3, payload=b"1000", handler="work", mode=pb2.ANY)
     until(lambda: len(notes(tmp_path)) == 3)
-    waiting = at_once(overlay, 5, payload=b"0", handler="work", mode=pb2.ANY)
-    until(lambda: overlay.metrics("A").queue_size == 5)
+    waiting = way.at_once(overlay, 5, payload=b"0", handler="work", mode=pb2.ANY)
+    until(lambda: waiting_at(overlay, "A") == 5)
     overlay.processes["A"].terminate()
     until(lambda: health_of(overlay, "A") == health_pb2.HealthCheckResponse.NOT_SERVING)
-    late = Outcome(at_once(overlay, 1, payload=b"0")[0])
+    late = Outcome(way.at_once(overlay, 1, payload=b"0")[0])
     refused = [Outcome(call) for call in waiting]
     assert all(Outcome(call).ok for call in running)
     assert {(o.code, o.refused) for o in [*refused, late]} == {(grpc.StatusCode.UNAVAILABLE, True)}
@@ -445,9 +446,9 @@ def test_neighbours_route_around_a_stopping_team_leader(overlays, tmp_path: Path
     assert {o.code for o in outcomes} == {grpc.StatusCode.OK}
 
 
-def test_a_second_signal_ends_at_once(overlays, tmp_path: Path) -> None:
+def test_a_second_signal_ends_at_once(overlays, tmp_path: Path, way: Way) -> None:
     overlay = make(overlays, tmp_path)
-    call = at_once(overlay, 1, payload=b"20000", handler="work", team="green")
+    call = way.at_once(overlay, 1, payload=b"20000", handler="work", team="green")
     until(lambda: len(notes(tmp_path)) == 1)
     worker = overlay.processes["C"]
     worker.terminate()
