@@ -5,7 +5,8 @@
     stream --> [ a lane per stream, its window ] --+--claim--> [ in service, against credit ]
 
 The room and the lanes take turns, so that neither a bulk of streamed requests nor a crowd of single
-ones starves the other.
+ones starves the other. In the room callers take turns, and who comes too late to be answered in
+time is refused; overlay.admission decides both.
 
 Owns no thread. Whoever changes something (a request comes, one ends, a link comes up: `kick`) lets
 the next ones start, on its own thread. `claim` decides under the lock and must be quick; `start`
@@ -19,11 +20,12 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 from overlay import admission
+from overlay.admission import Callers, Pace, Turns
 from overlay.errors import Draining, NoTimeLeft, OverlayError
 from overlay.rows import OpenRows, Run
 from overlay.values import Answers, Code, End, Executed, Part, Route, Segment, Sink, end_overlap
@@ -48,8 +50,19 @@ Start = Callable[[Segment, Any, float, Sink], End]
 class Ticket:
     """One segment's stay, from admission to its last answer. Times are monotonic seconds."""
 
-    def __init__(self, segment: Segment, sink: Sink, now: float, number: int, intake: Intake):
+    def __init__(
+        self,
+        segment: Segment,
+        sink: Sink,
+        now: float,
+        number: int,
+        intake: Intake,
+        caller: str = "",
+        urgency: float = 0.0,
+    ):
         self.segment = segment
+        self.caller = caller
+        self.urgency = urgency
         self.admitted = now
         self.started: float | None = None
         self.number = number
@@ -139,9 +152,9 @@ def _unstarted(me: str, code: Code, rows: int) -> Answers:
 
 
 class WaitingRoom(queue.Queue["Ticket"]):
-    """The bounded queue, in lanes: first in, first out among requests that want the same places.
+    """The bounded queue, in lanes of requests that want the same places, where callers take turns.
 
-    `take_locked` gives the oldest ticket that can start now; one that waits for a busy team does
+    `take_locked` gives the next ticket that can start now; one that waits for a busy team does
     not hold up those of another. Its `mutex` is the intake's one lock.
     """
 
@@ -150,7 +163,9 @@ class WaitingRoom(queue.Queue["Ticket"]):
         self.most_bytes = most_bytes
 
     def _init(self, maxsize: int) -> None:
-        self._lanes: dict[object, deque[Ticket]] = {}
+        self._lanes: dict[Hashable, Turns[Ticket]] = {}
+        self._callers: Counter[str] = Counter()  # how many each has waiting
+        self._lately = Callers()
         self._count = 0
         self._bytes = 0
 
@@ -158,26 +173,41 @@ class WaitingRoom(queue.Queue["Ticket"]):
         return self._count
 
     def _put(self, item: Ticket) -> None:
-        self._lanes.setdefault(admission.lane(item.segment.route), deque()).append(item)
+        lane = self._lanes.setdefault(admission.lane(item.segment.route), Turns())
+        lane.put(item, item.caller, item.urgency)
+        self._callers[item.caller] += 1
         self._count += 1
         self._bytes += item.segment.payloads.size
 
     def _get(self) -> Ticket:
-        return self._remove(min((lane[0] for lane in self._lanes.values()), key=_number))
+        ticket = self._heads()[0]
+        self.start_locked(ticket)
+        return ticket
 
-    def admit_locked(self, ticket: Ticket) -> None:
+    def has_rivals_locked(self, ticket: Ticket) -> bool:
+        """Notes its caller; whether others have come lately too."""
+        return self._lately.seen(ticket.caller, ticket.admitted)
+
+    def admit_locked(self, ticket: Ticket, has_rivals: bool) -> None:
         """Puts the ticket in or raises QueueFull."""
-        size = ticket.segment.payloads.size
+        size, caller = ticket.segment.payloads.size, ticket.caller
         admission.check_room(self._count, self.maxsize, self._bytes, size, self.most_bytes)
+        if has_rivals:
+            admission.check_share(self._callers[caller], self._count, self.maxsize)
         self._put(ticket)
 
-    def take_locked(self, claim: Callable[[Ticket], Place | None]) -> tuple[Ticket, Place] | None:
-        """The oldest ticket for which `claim` gives a place, with that place; else None.
+    def ahead_of_locked(self, ticket: Ticket) -> int:
+        """How many that want the same places would start before it."""
+        lane = self._lanes.get(admission.lane(ticket.segment.route))
+        return lane.ahead_of(ticket.caller, ticket.urgency) if lane else 0
 
-        The ticket stays in: who takes it discards it.
+    def take_locked(self, claim: Callable[[Ticket], Place | None]) -> tuple[Ticket, Place] | None:
+        """The next ticket for which `claim` gives a place, with that place; else None.
+
+        The ticket stays in until `start_locked`.
         """
         blocked: list[Ticket] = []
-        for ticket in sorted((lane[0] for lane in self._lanes.values()), key=_number):
+        for ticket in self._heads():
             route = ticket.segment.route
             if not all(admission.may_overtake(route, b.segment.route) for b in blocked):
                 continue
@@ -187,25 +217,50 @@ class WaitingRoom(queue.Queue["Ticket"]):
             blocked.append(ticket)
         return None
 
+    def start_locked(self, ticket: Ticket) -> None:
+        """Takes it out: it is its caller's turn."""
+        self._lanes[admission.lane(ticket.segment.route)].take(ticket)
+        self._forget(ticket)
+
     def discard_locked(self, ticket: Ticket) -> None:
-        self._remove(ticket)
+        """Takes it out: nobody waits for it any more."""
+        self._lanes[admission.lane(ticket.segment.route)].remove(ticket)
+        self._forget(ticket)
 
     def tickets_locked(self) -> list[Ticket]:
         return sorted((t for lane in self._lanes.values() for t in lane), key=_number)
 
-    def _remove(self, ticket: Ticket) -> Ticket:
+    def _heads(self) -> list[Ticket]:
+        heads = [lane.head() for lane in self._lanes.values()]
+        if len(heads) > 1:
+            heads.sort(key=_urgency)
+        return heads
+
+    def _forget(self, ticket: Ticket) -> None:
         key = admission.lane(ticket.segment.route)
-        lane = self._lanes[key]
-        lane.remove(ticket)
-        if not lane:
+        if not self._lanes[key]:
             del self._lanes[key]
+        self._callers[ticket.caller] -= 1
+        if not self._callers[ticket.caller]:
+            del self._callers[ticket.caller]
         self._count -= 1
         self._bytes -= ticket.segment.payloads.size
-        return ticket
 
 
 def _number(ticket: Ticket) -> int:
     return ticket.number
+
+
+def _urgency(ticket: Ticket) -> tuple[float, int]:
+    return ticket.urgency, ticket.number
+
+
+class _Kind:
+    """Single requests of one mode, team and handler: how many are in service, and their pace."""
+
+    def __init__(self) -> None:
+        self.active = 0
+        self.pace = Pace()
 
 
 class Lane:
@@ -265,14 +320,19 @@ class Intake:
         most_bytes: int,
         claim: Claim,
         start: Start,
+        of_a_team: int | None = None,
         on_started: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """on_started: called after starts, so that what they sent leaves together."""
+        """of_a_team: how many of the places in service those who name one team may have.
+
+        on_started: called after starts, so that what they sent leaves together.
+        """
         self.me = me
         self.on_started = on_started
         self.slots = slots
         self.in_service = in_service
+        self._of_a_team = of_a_team or in_service
         self._room = WaitingRoom(slots, most_bytes)
         self._lock = self._room.mutex
         self._lanes: list[Lane] = []
@@ -283,6 +343,8 @@ class Intake:
         self._clock = clock
         self._numbers = itertools.count()
         self._active = 0
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._teams: Counter[str] = Counter()  # single requests in service
         self._draining = False
         self._pumping = threading.local()
 
@@ -303,16 +365,18 @@ class Intake:
             waiting = sum(lane.waiting for lane in self._lanes)
             return len(self._lanes), waiting, sum(lane.active for lane in self._lanes)
 
-    def admit(self, segment: Segment, sink: Sink) -> Ticket:
+    def admit(self, segment: Segment, sink: Sink, caller: str = "", priority: int = 0) -> Ticket:
         """Takes one request in or refuses it now; never blocks.
 
         The sink gets its answer, whatever becomes of it. Raises QueueFull when there is no room,
-        NoTimeLeft when its deadline has passed, Draining after `close`.
+        NoTimeLeft when its deadline has passed or comes too soon, Draining after `close`.
         """
-        ticket = self._ticket(segment, sink)
+        ticket = self._ticket(segment, sink, caller, priority)
         with self._lock:
             self._check_open()
-            self._room.admit_locked(ticket)
+            has_rivals = self._room.has_rivals_locked(ticket)
+            self._check_time_locked(ticket)
+            self._room.admit_locked(ticket, has_rivals)
         self.kick()
         return ticket
 
@@ -367,11 +431,27 @@ class Intake:
             ticket.refuse(Draining(f"{self.me} is stopping; the request had not started"))
         return refused
 
-    def _ticket(self, segment: Segment, sink: Sink) -> Ticket:
+    def _ticket(self, segment: Segment, sink: Sink, caller: str = "", priority: int = 0) -> Ticket:
         now = self._clock()
         if segment.deadline <= now:
             raise NoTimeLeft("the deadline had passed when the request came")
-        return Ticket(segment, sink, now, next(self._numbers), self)
+        urgency = admission.urgency(now, priority)
+        return Ticket(segment, sink, now, next(self._numbers), self, caller, urgency)
+
+    def _check_time_locked(self, ticket: Ticket) -> None:
+        if not self._room._count:
+            return
+        kind = self._kind_of(ticket.segment.route)
+        now, ahead = ticket.admitted, self._room.ahead_of_locked(ticket)
+        left_s = ticket.segment.deadline - now
+        admission.check_time(left_s, ahead, kind.active, kind.pace.mean_s(now))
+
+    def _kind_of(self, route: Route) -> _Kind:
+        key = route.mode, route.team, route.handler
+        kind = self._kinds.get(key)
+        if kind is None:  # few: team and handler are names of the configuration
+            kind = self._kinds[key] = _Kind()
+        return kind
 
     def _check_open(self) -> None:
         if self._draining:
@@ -385,6 +465,8 @@ class Intake:
                 ticket, first, place, now = taken
                 if place is _EXPIRED:
                     ticket.end(Code.DEADLINE_EXCEEDED)
+                elif place is _HOPELESS:
+                    ticket.refuse(NoTimeLeft("no time left: even the quickest of late took longer"))
                 else:
                     ticket._run(self._start, first, place, now)
 
@@ -411,8 +493,8 @@ class Intake:
             if taken is None:
                 return None
             ticket, place = taken
-            if place is not _EXPIRED:
-                self._room.discard_locked(ticket)
+            if place is not _EXPIRED and place is not _HOPELESS:
+                self._room.start_locked(ticket)
                 ticket.unstarted.take(0, 1)
             return ticket, 0, place
         lane = self._lanes[turn - 1]
@@ -439,11 +521,20 @@ class Intake:
     def _claim_one_locked(self, ticket: Ticket, now: float) -> Place | None:
         if ticket.segment.deadline <= now:
             return _EXPIRED  # dropped at dequeue: no handler shall work for nobody
+        route = ticket.segment.route
         if self._active >= self.in_service:
             return None
-        place = self._claim(ticket.segment.route, 1, ticket.patient_until, False)
+        if route.team and self._teams[route.team] >= self._of_a_team:
+            return None
+        kind = self._kind_of(route)
+        # Only of those that had to wait: the others' time is their own to judge.
+        if now > ticket.admitted and ticket.segment.deadline - now < kind.pace.least_s(now):
+            return _HOPELESS
+        place = self._claim(route, 1, ticket.patient_until, False)
         if place is not None:
             self._active += 1
+            self._teams[route.team] += 1
+            kind.active += 1
             ticket.started = now
         return place
 
@@ -472,13 +563,24 @@ class Intake:
         with self._lock:
             lane = ticket.lane
             if lane is None:
-                self._active -= count
+                self._end_one_locked(ticket, count)
             else:
                 lane.active -= count
 
+    def _end_one_locked(self, ticket: Ticket, count: int) -> None:
+        if not count:  # it had ended before
+            return
+        route, now = ticket.segment.route, self._clock()
+        kind = self._kind_of(route)
+        self._active -= 1
+        self._teams[route.team] -= 1
+        kind.active -= 1
+        kind.pace.ended(now, now - (ticket.started or now))
 
-class _Expired:
+
+class _NoPlace:
     count = 0
 
 
-_EXPIRED = _Expired()
+_EXPIRED, _HOPELESS = _NoPlace(), _NoPlace()
+"""Instead of places: its deadline has passed; what is left of its time is not enough."""

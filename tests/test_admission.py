@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from overlay import admission
-from overlay.errors import QueueFull
+from overlay.admission import Callers, Pace, Turns
+from overlay.errors import NoTimeLeft, QueueFull
 from overlay.values import Mode, Route
 
 
@@ -70,3 +72,157 @@ def test_a_refused_caller_is_asked_to_wait_between_50_ms_and_30_s(waiting, activ
 
 def test_the_wait_is_the_time_in_which_a_tenth_of_the_queue_goes():
     assert admission.retry_after_s(200, 10, 1.0) == pytest.approx(2.0)
+
+
+TIMES = [
+    # left, ahead, in service, mean, refused
+    (1.0, 0, 10, 5.0, False),  # who need not wait is let in
+    (1.0, 5, 0, 5.0, False),  # nothing is known
+    (1.0, 5, 10, 0.0, False),
+    (1.0, 89, 10, 0.1, False),  # 90 ends, 10 ms apart, and its own 100 ms
+    (1.0, 90, 10, 0.1, True),
+    (0.05, 1, 10, 0.1, True),
+]
+
+
+@pytest.mark.parametrize(("left_s", "ahead", "in_service", "mean_s", "refused"), TIMES)
+def test_who_cannot_be_answered_in_time_is_refused(left_s, ahead, in_service, mean_s, refused):
+    if not refused:
+        admission.check_time(left_s, ahead, in_service, mean_s)
+        return
+    with pytest.raises(NoTimeLeft) as caught:
+        admission.check_time(left_s, ahead, in_service, mean_s)
+    assert 0.05 <= caught.value.retry_after_s <= 30
+    later = left_s + caught.value.retry_after_s + 1e-9  # the queue is shorter by so much then
+    admission.check_time(later, ahead, in_service, mean_s)
+
+
+def test_a_refusal_says_how_long_it_would_take():
+    with pytest.raises(NoTimeLeft, match=r"^99 requests are ahead and an answer takes about 1.1 s"):
+        admission.check_time(0.5, 99, 10, 0.1)
+
+
+@given(st.integers(1, 300), st.lists(st.integers(0, 9), min_size=1, max_size=600))
+def test_a_caller_never_has_more_slots_than_half_and_a_newcomer_finds_one(slots, who):
+    has: dict[int, int] = {}
+    for caller in who:
+        waiting = sum(has.values())
+        try:
+            admission.check_share(has.get(caller, 0), waiting, slots)
+        except QueueFull:
+            continue
+        has[caller] = has.get(caller, 0) + 1
+        assert has[caller] <= (slots + 1) // 2
+    if len(has) < slots.bit_length():  # with few callers there is always room for one more
+        admission.check_share(0, sum(has.values()), slots)
+
+
+def test_callers_are_remembered_for_a_while():
+    callers = Callers()
+    assert not callers.seen("mac", 0)
+    assert not callers.seen("mac", 5)
+    assert callers.seen("pc", 9)
+    assert callers.seen("mac", 18)
+    assert not callers.seen("mac", 19.5)
+
+
+def test_a_pace_is_what_was_seen_lately():
+    pace = Pace()
+    assert (pace.mean_s(0), pace.least_s(0)) == (0, 0)
+    for now in range(5):
+        pace.ended(now, 1.0 + now)
+    assert pace.mean_s(5) == pytest.approx(3)
+    assert pace.least_s(5) == 1
+    assert pace.mean_s(14) > 0
+    assert (pace.mean_s(15), pace.least_s(15)) == (0, 0)
+    pace.ended(20, 100)
+    assert pace.mean_s(300) == 100  # what takes long is remembered for longer
+    assert pace.mean_s(321) == 0
+
+
+def served(turns: Turns[str]) -> str:
+    order = []
+    while turns:
+        order.append(turns.head())
+        turns.take(order[-1])
+    return "".join(order)
+
+
+def test_callers_take_turns():
+    turns: Turns[str] = Turns()
+    for n, item in enumerate("aaaaabc"):
+        turns.put(f"{item}{n}", item, n)
+    assert served(turns) == "a0b5c6a1a2a3a4"
+
+
+def test_who_was_away_has_saved_up_no_turns():
+    turns: Turns[str] = Turns()
+    for n in range(4):
+        turns.put(f"a{n}", "a", n)
+    for item in ("a0", "a1"):
+        turns.take(item)
+    for n in range(4, 8):
+        turns.put(f"b{n}", "b", n)
+    assert served(turns) in ("a2b4a3b5b6b7", "b4a2b5a3b6b7")
+
+
+def test_priority_goes_first_until_the_others_have_waited():
+    turns: Turns[str] = Turns()
+    turns.put("old", "a", admission.urgency(0, 0))
+    turns.put("urgent", "a", admission.urgency(5, 3))
+    turns.put("late", "a", admission.urgency(7, 3))
+    assert served(turns) == "urgentoldlate"
+
+
+class Queue(RuleBasedStateMachine):
+    """Turns against a model: nothing lost, own order kept, no caller passed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns: Turns[int] = Turns()
+        self.waiting: dict[int, tuple[str, float]] = {}
+        self.number = 0
+        self.since: dict[str, int] = {}  # turns of others since a waiting caller's last
+
+    @rule(caller=st.sampled_from("abc"), urgency=st.sampled_from([0.0, 1.0, 2.0]))
+    def put(self, caller, urgency):
+        ahead = self.turns.ahead_of(caller, urgency)
+        assert 0 <= ahead <= len(self.waiting)
+        self.number += 1
+        self.turns.put(self.number, caller, urgency)
+        self.waiting[self.number] = caller, urgency
+        self.since.setdefault(caller, 0)
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def take(self):
+        item = self.turns.head()
+        caller, urgency = self.waiting[item]
+        own = [(u, n) for n, (c, u) in self.waiting.items() if c == caller]
+        assert (urgency, item) == min(own)
+        self.turns.take(item)
+        self.forget(item)
+        for other in self.since:
+            self.since[other] = 0 if other == caller else self.since[other] + 1
+            assert self.since[other] <= 4, "two turns of each of the others at most"
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def remove(self, data):
+        item = data.draw(st.sampled_from(sorted(self.waiting)))
+        self.turns.remove(item)
+        self.forget(item)
+
+    def forget(self, item):
+        caller, _ = self.waiting.pop(item)
+        if caller not in {c for c, _ in self.waiting.values()}:
+            del self.since[caller]
+
+    @invariant()
+    def nothing_is_lost(self):
+        assert set(self.turns) == set(self.waiting)
+        assert len(self.turns) == len(self.waiting)
+
+
+TestQueue = Queue.TestCase
+TestQueue.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -87,10 +87,18 @@ class Desk:
             clock=self.clock,
         )
 
-    def admit(self, name: str, *, left_s: float = 10.0, **route: object) -> Ticket:
+    def admit(
+        self,
+        name: str,
+        *,
+        left_s: float = 10.0,
+        caller: str = "",
+        priority: int = 0,
+        **route: object,
+    ) -> Ticket:
         body = name.encode()
         segment = Segment(Route(**route), Column((body,)), self.clock.now + left_s, 1)
-        return self.intake.admit(segment, self._sink((body,)))
+        return self.intake.admit(segment, self._sink((body,)), caller, priority)
 
     def stream(self, lane: Lane, names: str, *, left_s: float = 10.0, **route: object) -> Ticket:
         """A segment with a row for each letter, or each word, of `names`."""
@@ -149,6 +157,7 @@ class Desk:
 
     def _start(self, segment, place, waited_s, sink):
         assert len(segment) == place.count
+        assert segment.deadline > self.clock.now, "nobody waits for this any more"
         self.waited.append(waited_s)
         for row, body in enumerate(segment.payloads.items):
             self.started.append(body)
@@ -907,6 +916,8 @@ class Conservation(RuleBasedStateMachine):
         self.streams = [self.desk.intake.open_lane() for _ in range(2)]
         self.tickets: list[tuple[Ticket, list[str]]] = []
         self.single: list[str] = []
+        self.callers: dict[str, str] = {}
+        self.came: dict[str, float] = {}
         self.streamed: list[str] = []
         self.lanes: dict[object, list[str]] = {}
         self.number = 0
@@ -917,21 +928,33 @@ class Conservation(RuleBasedStateMachine):
         mode=st.sampled_from(Mode),
         left_s=st.sampled_from([0.5, 5, 50]),
         size=st.sampled_from([3, 30]),
+        caller=st.sampled_from(["mac", "pc"]),
+        priority=st.sampled_from([0, 0, 5]),
     )
-    def admit(self, team, mode, left_s, size):
+    def admit(self, team, mode, left_s, size, caller, priority):
         (name,) = self.names(1, size)
         waiting = [n for n in self.single if self.waits(n)]
-        full = len(waiting) >= 5 or (waiting and sum(map(len, waiting)) + size > 60)
+        own = [n for n in waiting if self.callers[n] == caller]
+        rivals = not self.closed and self.rivals(caller)
+        full = (
+            len(waiting) >= 5
+            or (waiting and sum(map(len, waiting)) + size > 60)
+            or (rivals and len(own) >= 5 - len(waiting))
+        )
+        who = {"caller": caller, "priority": priority}
         try:
-            ticket = self.desk.admit(name, left_s=left_s, team=team, mode=mode)
+            ticket = self.desk.admit(name, left_s=left_s, **who, team=team, mode=mode)
         except Draining:
             assert self.closed
+        except NoTimeLeft:
+            assert waiting, "who need not wait is never refused for its time"
         except QueueFull:
             assert full
         else:
             assert not full
             assert not self.closed
-            self.keep(ticket, [name], self.single, ("room", team, mode))
+            self.callers[name] = caller
+            self.keep(ticket, [name], self.single, ("room", team, mode, caller, priority))
 
     @rule(
         stream=st.integers(0, 1),
@@ -992,6 +1015,12 @@ class Conservation(RuleBasedStateMachine):
         self.closed = True
         assert self.desk.intake.waiting == 0
         assert self.desk.counts[0] == 0
+
+    def rivals(self, caller):
+        """Notes that it came; whether another one did within ten seconds."""
+        now = self.desk.clock.now
+        self.came[caller] = now
+        return any(now - at <= 10 for other, at in self.came.items() if other != caller)
 
     def names(self, count, size):
         self.number += count

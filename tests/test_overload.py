@@ -1,0 +1,189 @@
+"""Overload costs only the excess: the real intake on a simulated clock, at 0.5 to 10 times load."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+
+from overlay.errors import NoTimeLeft, OverlayError
+from overlay.intake import Intake
+from overlay.values import Answers, Code, Column, Failure, PartColumn, Route, Segment
+from tests.network import Clock
+
+PLACES = 10
+SERVICE_S = 0.1
+CAPACITY = PLACES / SERVICE_S  # answers a second
+
+
+@dataclass(frozen=True)
+class Place:
+    count: int = 1
+
+
+@dataclass
+class Simulated:
+    """Workers with PLACES places behind an intake; requests come by chance, with a deadline."""
+
+    load: float
+    deadline_s: float = 1.0
+    service_s: float = SERVICE_S
+    stuck_team: str = ""  # whose requests are never answered
+    clock: Clock = field(default_factory=Clock)
+    busy: int = 0
+    ends: Counter[str] = field(default_factory=Counter)
+    worked_for_nobody: int = 0
+    most_waiting: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.chance = random.Random(7)
+        self.intake = Intake(
+            "A",
+            slots=200,
+            in_service=100,
+            of_a_team=50,
+            most_bytes=10**9,
+            claim=self._claim,
+            start=self._start,
+            clock=self.clock,
+        )
+
+    def run(self, seconds: float, caller: str = "", load: float | None = None, team: str = ""):
+        """Requests of one caller for so long, and until the last has ended."""
+        self.seconds = max(self.seconds, seconds)
+        at, end = self.clock.now, self.clock.now + seconds
+        while at < end:
+            at += self.chance.expovariate((load or self.load) * CAPACITY)
+            self.clock.at(at, lambda: self.ask(caller, team))
+        return self
+
+    def until_the_end(self) -> Simulated:
+        self.clock.advance(self.seconds + 60)
+        assert (self.intake.waiting, self.busy) == (0, 0)
+        return self
+
+    def ask(self, caller: str = "", team: str = "") -> OverlayError | None:
+        deadline = self.clock.now + self.deadline_s
+        segment = Segment(Route(team=team), Column((b"",)), deadline, 1)
+
+        def sink(start: int, answers: Answers) -> None:
+            ok = answers.refused is None and answers.parts[0].failed is None
+            in_time = self.clock.now <= deadline
+            self.ends[f"{caller} ok" if ok and in_time else f"{caller} late"] += 1
+
+        try:
+            ticket = self.intake.admit(segment, sink, caller)
+        except OverlayError as refusal:
+            self.ends[f"{caller} refused"] += 1
+            return refusal
+        self.clock.at(deadline, lambda: ticket.end(Code.DEADLINE_EXCEEDED))
+        self.most_waiting = max(self.most_waiting, self.intake.waiting)
+        return None
+
+    @property
+    def goodput(self) -> float:
+        """Answers in time, as a share of what the places could give."""
+        answered = sum(count for end, count in self.ends.items() if end.endswith(" ok"))
+        return answered / (CAPACITY * self.seconds)
+
+    def _claim(self, route, count, patient_until, streamed):
+        if route.team != self.stuck_team or not self.stuck_team:
+            if self.busy >= PLACES:
+                return None
+            self.busy += 1
+        return Place()
+
+    def _start(self, segment, place, waited_s, sink):
+        answered = [False]
+
+        def answer(column: PartColumn) -> None:
+            if not answered[0]:
+                answered[0] = True
+                sink(0, Answers(1, (column,)))
+
+        def finish() -> None:
+            self.busy -= 1  # only now: work that nobody waits for takes its place all the same
+            self.worked_for_nobody += self.clock.now > segment.deadline
+            answer(PartColumn("W", Column((b"",))))
+            self.intake.kick()
+
+        if segment.route.team != self.stuck_team or not self.stuck_team:
+            self.clock.at(self.clock.now + self.service_s, finish)
+
+        def end(code: Code, start: int, count: int) -> None:
+            answer(PartColumn.missing("W", 1, Failure(code, "ended")))
+
+        return end
+
+
+@pytest.mark.parametrize("load", [1.5, 2, 5, 10])
+def test_under_overload_nearly_all_capacity_serves_those_who_still_wait(load):
+    simulated = Simulated(load).run(60).until_the_end()
+
+    assert simulated.goodput > 0.95
+    assert simulated.worked_for_nobody <= 0.01 * CAPACITY * 60
+
+
+@pytest.mark.parametrize("load", [0.5, 0.8])
+def test_below_capacity_nobody_is_refused(load):
+    simulated = Simulated(load).run(60).until_the_end()
+
+    assert set(simulated.ends) == {" ok"}
+
+
+def test_without_admission_by_time_the_same_queue_works_for_nobody(monkeypatch):
+    """So that the tests above would fail without it."""
+    monkeypatch.setattr("overlay.admission.check_time", lambda *what: None)
+    monkeypatch.setattr("overlay.admission.Pace.least_s", lambda self, now: 0.0)
+
+    simulated = Simulated(2).run(60).until_the_end()
+
+    assert simulated.goodput < 0.5
+
+
+def test_a_refused_caller_that_comes_back_when_told_is_let_in():
+    simulated = Simulated(2)
+    simulated.run(5)
+    simulated.clock.advance(5)
+    told = [error for _ in range(300) if (error := simulated.ask("late")) is not None]
+    hopeless = [error for error in told if isinstance(error, NoTimeLeft)]
+    assert hopeless
+    again: list[OverlayError | None] = []
+    for error in hopeless[:1]:
+        back_at = simulated.clock.now + error.retry_after_s
+        simulated.clock.at(back_at, lambda: again.append(simulated.ask("late")))
+    simulated.until_the_end()
+    assert again == [None]
+
+
+def test_a_greedy_caller_does_not_keep_others_out():
+    simulated = Simulated(1, deadline_s=5)
+    simulated.run(30, "greedy", load=10)
+    simulated.run(30, "modest", load=0.3)
+    simulated.until_the_end()
+
+    modest = {end: n for end, n in simulated.ends.items() if end.startswith("modest")}
+    assert modest["modest ok"] >= 0.95 * sum(modest.values()), simulated.ends
+    assert simulated.goodput > 0.95
+
+
+def test_a_team_that_is_stuck_leaves_places_to_the_others():
+    simulated = Simulated(1, deadline_s=20, stuck_team="pink")
+    simulated.run(10, "pink", load=5, team="pink")
+    simulated.run(10, "green", load=0.5, team="green")
+    simulated.clock.advance(9)
+
+    assert simulated.intake._teams["pink"] <= simulated.intake.in_service // 2
+    assert simulated.ends["green ok"] > 0.9 * 0.5 * CAPACITY * 8, simulated.ends
+
+
+def test_a_pace_that_was_seen_long_ago_refuses_nobody():
+    simulated = Simulated(2, service_s=0.9)
+    simulated.run(5)
+    simulated.clock.advance(40)
+    simulated.service_s = 0.01
+
+    assert simulated.ask("new") is None
