@@ -6,7 +6,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
     4 edges      service -> streams   bulk -> console -> client -> calls   bulk -> client
                  aio -> client, calls
     3 relay      relay
-    2 mechanism  intake   deadlines   logs   links -> pipes, wire   pipes -> wire -> meter
+    2 mechanism  intake   deadlines   keys   logs   links -> pipes, wire   pipes -> wire -> meter
                  executor -> threads, processes -> batch -> handlers, meter
                  executor -> batch, handlers   threads -> handlers   processes -> handlers
     1 decisions  routing   assembly   admission   rows

@@ -73,6 +73,12 @@ def may_try_elsewhere(answer: Answer) -> bool:
     return part is not None and part.executed is Executed.NO and part.code in _WORTH_A_RETRY
 
 
+def was_lost(answer: Answer) -> bool:
+    """ANY: whether it is open what became of it: its worker, or the way there, broke down."""
+    part = answer.refused or (answer.parts[0] if answer.parts else None)
+    return part is not None and part.executed is Executed.UNKNOWN and part.code is Code.UNAVAILABLE
+
+
 def plain_results(answers: Answers) -> list[bytes]:
     """`result` without a merge for every row, of answers that are flawless."""
     columns = [column.results.items for column in answers.parts]

@@ -161,13 +161,26 @@ class Client(concurrent.futures.Executor):
         handler: str = "",
         timeout: float | None = None,
         want_parts: bool = False,
+        idempotency_key: str = "",
     ) -> Answer:
         """Asks every worker in scope (mode "all") or the least loaded one ("any").
 
         payload: text is sent as UTF-8. team, handler: names of the configuration; empty for every
         team and each worker's default. timeout: seconds, the wait for the connection included.
-        Raises CallFailed, whose subclasses mirror the statuses.
+        idempotency_key: asked again with it, also after a failure, the same request runs no second
+        time within ten minutes and has the same answer. Raises CallFailed, whose subclasses mirror
+        the statuses.
         """
+        if idempotency_key:
+            return self.forward(
+                payload,
+                mode=mode,
+                team=team,
+                handler=handler,
+                timeout=timeout,
+                want_parts=want_parts,
+                idempotency_key=idempotency_key,
+            )
         body, timeout_s = as_bytes(payload), as_timeout(timeout)
         deadline = time.monotonic() + timeout_s
         waiter = _Waiter()
@@ -190,11 +203,13 @@ class Client(concurrent.futures.Executor):
         handler: str = "",
         timeout: float | None = None,
         want_parts: bool = False,
+        idempotency_key: str = "",
+        priority: int = 0,
     ) -> Answer:
         """As `call`, by a unary Forward of its own, as any gRPC client asks.
 
         So it stands in the leader's queue, and is Refused when all its slots are taken, where a
-        call waits in the stream's window.
+        call waits in the stream's window. priority: 0 to 9, among the same caller's requests.
         """
         route = kind_of(mode, team, handler, want_parts).route
         request = wire.pb2.Request(
@@ -203,6 +218,8 @@ class Client(concurrent.futures.Executor):
             team=team,
             handler=handler,
             want_parts=want_parts,
+            idempotency_key=idempotency_key,
+            priority=priority,
         )
         response = self._connection.forward(request, as_timeout(timeout))
         read = wire.read_response(response)

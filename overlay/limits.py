@@ -40,6 +40,10 @@ class Limits:
     few_rows: int = 8  # what a small segment has at most
     frame_bytes: int = MIB  # about; a larger frame would hold up those behind it
     small_bytes: int = 16 * 1024  # larger bodies take a link's second stream
+    key_window_s: float = 600.0  # an answer is kept for its idempotency key for so long
+    keys: int = 10_000  # idempotency keys that are remembered
+    keys_bytes: int = 64 * MIB  # and their answers
+    max_key: int = 256  # characters of an idempotency key
     remembered_ids: int = 100_000  # request ids a worker keeps to run each once; about 10 MiB
 
     @property

@@ -264,6 +264,7 @@ class _Hand:
         self._segment = segment
         self._claimed = claimed
         self._sink = sink
+        self._lost: Answers | None = None  # what came of a first try that may have run
         self._lock = threading.Lock()
         self._open = OpenRows(segment.count)
         # what was sent, as (first row, rows, end), and what was ended, as (code, first row, rows)
@@ -309,13 +310,23 @@ class _Hand:
 
     def _try_others(self, start: int, answers: Answers, tried: tuple[str, ...]) -> bool:
         """Sends on the rows that provably did not run; answers the others, row by row."""
-        again = [assembly.may_try_elsewhere(answers.at(row)) for row in range(answers.count)]
+        again = [self._may_try_elsewhere(answers, row) for row in range(answers.count)]
         if not any(again):
             return False
         for row, may in enumerate(again):
             if not (may and self._try_another(start + row, tried)):
                 self._answer(start + row, answers.slice(row, 1))
         return True
+
+    def _may_try_elsewhere(self, answers: Answers, row: int) -> bool:
+        answer = answers.at(row)
+        if assembly.may_try_elsewhere(answer):
+            return True
+        # Lost, with an idempotency key: once more, so that a body that kills workers kills two.
+        if self._segment.keyed and self._lost is None and assembly.was_lost(answer):
+            self._lost = answers.slice(row, 1)
+            return True
+        return False
 
     def _try_another(self, row: int, tried: tuple[str, ...]) -> bool:
         relay, segment = self._relay, self._segment.slice(row, 1)
@@ -338,6 +349,8 @@ class _Hand:
     def _answer(self, start: int, answers: Answers) -> None:
         with self._lock:
             runs = self._open.take(start, answers.count)
+        if self._lost is not None and assembly.may_try_elsewhere(answers.at(0)):
+            answers = self._lost  # that the second one did not run is no proof for the first
         hops = (self._relay._me.id, *answers.hops)
         for begin, count in runs:
             rows = answers.slice(begin - start, count)

@@ -32,6 +32,7 @@ from overlay.errors import (
 )
 from overlay.executor import Executor
 from overlay.intake import Intake, Ticket
+from overlay.keys import Keys
 from overlay.links import Links
 from overlay.meter import Meter
 from overlay.relay import Relay
@@ -66,11 +67,14 @@ class Service:
             me,
             slots=topology.queue_slots(me),
             in_service=self.me.in_service,
+            of_a_team=_half_if_several(topology, self.me.in_service),
             most_bytes=self.limits.max_waiting_bytes,
             claim=relay.claim,
             start=relay.start,
             on_started=self.links.flush,
         )
+        limits = self.limits
+        self._keys = Keys(limits.key_window_s, limits.keys, limits.keys_bytes)
         self._deadlines = Deadlines(_expire)
         self._stream_desk = StreamDesk(
             me=me,
@@ -99,7 +103,8 @@ class Service:
         """Answers one request, or ends it with the status of what went wrong."""
         self.meter.received(1)
         try:
-            response = self._answer(request, context)
+            answer = self._answer_of_key if request.idempotency_key else self._answer
+            response, coverage = answer(request, context)
         except OverlayError as e:
             failed = e
         except BaseException as e:
@@ -108,6 +113,7 @@ class Service:
             failed = _unexpected(e)
         else:
             self.meter.completed(1)
+            context.set_trailing_metadata(((wire.COVERAGE_KEY, coverage),))
             return response
         self._count(failed)
         return self._abort(context, failed)
@@ -187,10 +193,13 @@ class Service:
     def _unfinished(self) -> int:
         return self._active + self.intake.active + self.intake.streamed[2]
 
-    def _answer(self, request: pb2.Request, context: grpc.ServicerContext) -> pb2.Response:
+    def _answer(
+        self, request: pb2.Request, context: grpc.ServicerContext
+    ) -> tuple[pb2.Response, str]:
+        """The answer and its coverage. Raises OverlayError."""
         segment = wire.read_request(request, self._deadline(context), self.limits)
         routing.check(self.topology, self.me.id, segment.route)
-        answers = self._wait(segment, context)
+        answers = self._wait(segment, context, request.priority)
         results, failures = self._combine(segment.route, answers)
         if failures:
             raise failures[0][1]
@@ -199,13 +208,30 @@ class Service:
             answer, segment.first_id, results[0], with_results=request.want_parts
         )
         self._check_size(response.ByteSize())
-        context.set_trailing_metadata(((wire.COVERAGE_KEY, assembly.coverage(answer)),))
-        return response
+        return response, assembly.coverage(answer)
 
-    def _wait(self, segment: Segment, context: grpc.ServicerContext) -> Answers:
+    def _answer_of_key(
+        self, request: pb2.Request, context: grpc.ServicerContext
+    ) -> tuple[pb2.Response, str]:
+        segment = wire.read_request(request, self._deadline(context), self.limits)
+        route, parts = segment.route, request.want_parts
+        question = f"{route.mode}\n{route.team}\n{route.handler}\n{parts}\n".encode()
+
+        def ask() -> tuple[tuple[pb2.Response, str], int]:
+            response, coverage = self._answer(request, context)
+            return (response, coverage), response.ByteSize()
+
+        name = _caller(context), request.idempotency_key
+        found: tuple[pb2.Response, str] = self._keys.answer(
+            name, question + request.payload, segment.deadline, ask
+        )
+        return found
+
+    def _wait(self, segment: Segment, context: grpc.ServicerContext, priority: int) -> Answers:
         waiter = _Waiter()
-        ticket = self.intake.admit(segment, waiter.sink)
-        if not context.add_callback(lambda: ticket.end(Code.CANCELLED)):
+        ticket = self.intake.admit(segment, waiter.sink, _caller(context), priority)
+        # With a key the work goes on when its caller has left, who may come again for the answer.
+        if not segment.keyed and not context.add_callback(lambda: ticket.end(Code.CANCELLED)):
             ticket.end(Code.CANCELLED)  # the call was over before it began
         if not waiter.done.wait(_until(segment.deadline)):
             ticket.end(Code.DEADLINE_EXCEEDED)
@@ -363,6 +389,21 @@ class Service:
 
 def _expire(ticket: Ticket) -> None:
     ticket.end(Code.DEADLINE_EXCEEDED)
+
+
+def _half_if_several(topology: Topology, in_service: int) -> int:
+    """A team that is stuck must not hold all places, where there are others."""
+    teams = {worker.team for worker in topology.workers}
+    return in_service if len(teams) < 2 else max(1, in_service // 2)
+
+
+def _caller(context: grpc.ServicerContext) -> str:
+    """Who asks, for fairness and not for safety: what it calls itself, else its machine."""
+    for key, value in context.invocation_metadata():
+        if key == wire.CALLER_KEY and value:
+            return str(value)[:64]
+    peer, _, _port = context.peer().rpartition(":")
+    return str(peer)
 
 
 class _Waiter:

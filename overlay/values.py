@@ -130,7 +130,8 @@ class Segment:
     """The unit that travels: requests of one route and one deadline, their payloads in a column.
 
     The request in row i has the id first_id + i, or ids[i] when they do not follow each other. A
-    unary Forward is a segment of one.
+    unary Forward is a segment of one. keyed: it has an idempotency key, so that what was lost on
+    its way may run once more elsewhere.
     """
 
     route: Route
@@ -139,6 +140,7 @@ class Segment:
     first_id: int
     attempt: int = 0
     ids: tuple[int, ...] | None = None
+    keyed: bool = False
 
     def __len__(self) -> int:
         return self.payloads.count
@@ -157,7 +159,7 @@ class Segment:
         rows = self.payloads.slice(start, count)
         ids = self.ids[start : start + count] if self.ids else None
         first_id = ids[0] if ids else self.first_id + start
-        return Segment(self.route, rows, self.deadline, first_id, self.attempt, ids)
+        return Segment(self.route, rows, self.deadline, first_id, self.attempt, ids, self.keyed)
 
     def again(self) -> Segment:
         """The same requests, to be tried once more."""

@@ -53,6 +53,7 @@ __all__ = ["pb2", "pb2_grpc"]
 
 EXECUTED_KEY = "overlay-executed"
 COVERAGE_KEY = "overlay-coverage"
+CALLER_KEY = "overlay-caller"
 MOST_BYTES_KEY = "overlay-max-message-bytes"
 _STATUS_KEY = "grpc-status-details-bin"
 LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
@@ -115,7 +116,11 @@ def read_request(request: pb2.Request, deadline: float, limits: Limits) -> Segme
         raise BadRequest(f"payload: {size:,} bytes are more than {limits.max_message_bytes:,}")
     payloads = Column((request.payload,), size=size)
     first_id = request.request_id or new_ids()
-    return Segment(read_route(request, limits), payloads, deadline, first_id, request.attempt)
+    key = request.idempotency_key
+    if len(key) > limits.max_key or not key.isprintable():
+        raise BadRequest(f"idempotency_key: not a text of at most {limits.max_key} letters")
+    route, attempt = read_route(request, limits), request.attempt
+    return Segment(route, payloads, deadline, first_id, attempt, None, bool(key))
 
 
 def write_response(
