@@ -34,7 +34,9 @@ class Plan:
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
-QUICK_S = 0.001  # backlog of a branch below which spreading would cost more than it gains
+# Backlog of a branch below which spreading would cost more than it gains; the second figure is for
+# items so tiny that their way costs more than they do, and that gain by going together.
+QUICK_S, TINY_QUICK_S, TINY_S = 0.0005, 0.002, 0.0001
 AHEAD_S = 0.010  # work that a branch may have beyond its slots, so that it never runs dry
 MOST_OUTSTANDING = 4096  # of a branch and handler, whatever its pace
 
@@ -62,12 +64,16 @@ class Load:
     @property
     def is_quick(self) -> bool:
         """Whether it is at work and will be done with it in no time."""
-        return 0 < self.outstanding * self.service_s < QUICK_S
+        return 0 < self.outstanding * self.service_s < _quick_s(self.service_s)
 
     @property
     def portion(self) -> int:
         """How many items to hand over at a time, within the credit, so that others get theirs."""
-        return max(1, int(QUICK_S / self.service_s)) if self.service_s else 1
+        return max(1, int(_quick_s(self.service_s) / self.service_s)) if self.service_s else 1
+
+
+def _quick_s(service_s: float) -> float:
+    return TINY_QUICK_S if service_s < TINY_S else QUICK_S
 
 
 def check(topology: Topology, me: str, route: Route) -> None:

@@ -23,7 +23,7 @@ log = logging.getLogger("overlay.executor")
 
 QUICK_S = 0.0001  # a handler below this is not worth a second thread
 STUCK_S = 0.001  # a quick handler that has not ended for so long gets company
-FLUSH_S = 0.0005  # results do not wait longer than this for those after them
+FLUSH_S = 0.001  # results do not wait longer than this for those after them
 
 
 class ThreadRunner:

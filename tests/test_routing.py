@@ -300,7 +300,8 @@ def test_credit_is_free_slots_and_what_is_finished_in_a_moment(load, credit):
 
 PORTIONS = [
     (Load(0, 50), 1),  # while its pace is not known, row by row
-    (Load(0, 50, service_s=0.0001), int(routing.QUICK_S / 0.0001)),
+    (Load(0, 50, service_s=0.0001), 5),
+    (Load(0, 50, service_s=0.00001), 200),
     (Load(0, 50, service_s=0.002), 1),
     (Load(49, 50, service_s=0.002), 1),
 ]
