@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import os
 import signal
 import socket
@@ -195,10 +196,19 @@ def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
             node.stop(0)
             raise
         _announce(topology, me)
+        _calm_garbage_collector()
         stopping.wait(stop_file)
         return _stop(node, topology.limits.drain_grace_s)
     finally:
         log.stop()
+
+
+def _calm_garbage_collector() -> None:
+    # Requests leave no cycles behind, and what is there now stays until the end: looking through it
+    # with every few hundred new objects costs a twentieth of the work.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def _announce(topology: Topology, me: Process) -> None:

@@ -109,6 +109,8 @@ class Ticket:
         """Passes on the rows that are still open."""
         with self._lock:
             runs = self._open.take(start, answers.count)
+            if not self._open.left:
+                self._ends.clear()  # they lead back here, and would wait for the garbage collector
         for first, rows in runs:
             self._sink(first, answers.slice(first - start, rows))
 
@@ -136,7 +138,8 @@ class Ticket:
             sink(0, Answers(count, (), refused=Part(intake.me, Code.INTERNAL, reason)))
             return
         with self._lock:
-            self._ends.append((first, count, end))
+            if self._open.left:
+                self._ends.append((first, count, end))
             ended = list(self._ended)
         for code, begin, size in ended:  # ended between its claim and now
             end_overlap(end, first, count, code, begin, size)

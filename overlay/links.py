@@ -511,6 +511,8 @@ class _Book:
                 message.left -= before - sent.open.left
                 if not message.left:
                     self._messages.pop(message.number, None)
+                    for part in message.parts:
+                        part.message = None
         for first, rows in runs:
             slice_ = answers.slice(first - start, rows)
             self._link.answered(sent.segment.route.handler, slice_)

@@ -281,13 +281,13 @@ class _Hand:
         return self.end
 
     def end(self, code: Code, start: int, count: int) -> None:
+        with self._lock:
+            self._ended.append((code, start, count))
+            sent = list(self._sent)
         # First the answer, so that this code wins and nothing is sent on to others for nobody.
         neighbour = self._claimed.branch.neighbour if self._claimed.branch else ""
         late = Part(neighbour, code, _late_reason(neighbour, code))
         self._answer(start, Answers(count, (), refused=late))
-        with self._lock:
-            self._ended.append((code, start, count))
-            sent = list(self._sent)
         for first, rows, end in sent:
             end_overlap(end, first, rows, code, start, count)
 
@@ -303,7 +303,8 @@ class _Hand:
 
         end, rows = self._relay._send(branch, segment, sink), segment.count
         with self._lock:
-            self._sent.append((at, rows, end))
+            if self._open.left:
+                self._sent.append((at, rows, end))
             ended = list(self._ended)
         for code, start, count in ended:  # while this was sent
             end_overlap(end, at, rows, code, start, count)
@@ -349,6 +350,8 @@ class _Hand:
     def _answer(self, start: int, answers: Answers) -> None:
         with self._lock:
             runs = self._open.take(start, answers.count)
+            if not self._open.left:
+                self._sent.clear()  # they lead back here
         if self._lost is not None and assembly.may_try_elsewhere(answers.at(0)):
             answers = self._lost  # that the second one did not run is no proof for the first
         hops = (self._relay._me.id, *answers.hops)

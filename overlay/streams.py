@@ -310,6 +310,7 @@ class _Stream:
         for accepted in ended:
             if accepted.ticket is not None:
                 self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
+                accepted.ticket = None  # it leads back here
 
     def _wait_for_window(self) -> bool:
         """Waits while too much is unanswered, until half is free; False when the call is over."""

@@ -1077,3 +1077,18 @@ class Conservation(RuleBasedStateMachine):
 
 TestConservation = Conservation.TestCase
 TestConservation.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("how", ["queue", "stream"])
+def test_a_request_leaves_nothing_for_the_garbage_collector(how):
+    desk = Desk()
+    lane = desk.intake.open_lane()
+    gc.collect()
+    gc.disable()
+    try:
+        for n in range(100):
+            desk.admit(f"{n:03}") if how == "queue" else desk.stream(lane, f"{n:03}x {n:03}y ")
+            desk.answer_all()
+        assert gc.collect() < 100
+    finally:
+        gc.enable()
