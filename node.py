@@ -171,7 +171,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("id", metavar="ID", help="the process of that file to serve, for example A")
     parser.add_argument("--check", action="store_true", help="only check the configuration")
     parser.add_argument(
-        "--stop-file", type=Path, metavar="PATH", help="stop when this file appears"
+        "--stop-file",
+        type=lambda path: Path(path).absolute(),  # a handler may change the current folder
+        metavar="PATH",
+        help="stop when this file appears",
     )
     return parser.parse_args(argv)
 
@@ -196,6 +199,7 @@ def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
             node.stop(0)
             raise
         _announce(topology, me)
+        log.take_prints()
         _calm_garbage_collector()
         stopping.wait(stop_file)
         return _stop(node, topology.limits.drain_grace_s)

@@ -1,24 +1,35 @@
 """The log of one process: a line per event, in a file that cannot grow for ever.
 
 Logging never stops the process. Lines pass through a bounded queue to one thread that writes them;
-what does not fit, or cannot be written, is dropped and counted.
+what does not fit, or cannot be written, is dropped and counted. What handlers print or log is cut
+to a modest pace, so that it neither fills the log nor pushes everything else out of it.
 
-Owns that thread, from `start` to `stop`.
+Owns that thread, "log", from `start` to `stop`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import os
 import queue
+import stat
 import sys
-from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+import threading
+import time
+from collections.abc import Callable
+from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
 
 WAITING_LINES = 10_000
 FILE_BYTES = 5 * 1024 * 1024
 OLD_FILES = 3
 LONGEST_LINE = 4096  # characters; a handler's traceback is cut here
+HANDLER_LINES = 1000  # of all handlers at once; then so many a second:
+HANDLER_LINES_S = 100
+AGAIN_S = 1.0  # after a write that failed, until the file is tried again
+STOP_S = 2.0  # for the last lines; a disk that hangs does not hold the process longer
 
 
 class ProcessLog:
@@ -26,10 +37,13 @@ class ProcessLog:
 
     def __init__(self, path: Path, process_id: str) -> None:
         self.path = path
-        self._into = _Bounded(queue.Queue(WAITING_LINES))
-        self._file: _File | _Nowhere = _open(path, process_id) or _Nowhere()
-        self._started = False
-        self._listener = QueueListener(self._into.queue, *self._outputs(process_id))
+        self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(WAITING_LINES)
+        self._into = _Bounded(self._lines)
+        self._file = _File(path)
+        self._file.setFormatter(_Line(process_id))
+        self._outputs = [self._file, *_consoles(process_id)]
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._streams = sys.stdout, sys.stderr
 
     @property
     def dropped(self) -> int:
@@ -41,32 +55,118 @@ class ProcessLog:
         root.setLevel(logging.INFO)
         root.propagate = False
         root.addHandler(self._into)
-        self._listener.start()
-        self._started = True
-        if isinstance(self._file, _Nowhere):
+        if not self._file.opens():
             root.warning("no log file: %s cannot be written", self.path)
+        self._thread.start()
+
+    def take_prints(self) -> None:
+        """From now on what the process prints goes to the log, unless to a terminal.
+
+        A pipe that nobody reads would fill up and stop whoever prints.
+        """
+        say = logging.getLogger("overlay.handler").info
+        for name, fd in (("stdout", 1), ("stderr", 2)):
+            if getattr(sys, name) is None or not getattr(sys, name).isatty():
+                setattr(sys, name, Printed(lambda text: say("%s", text), fd))
 
     def stop(self) -> None:
         logging.getLogger("overlay").removeHandler(self._into)
-        if self._started:
-            self._started = False
+        sys.stdout, sys.stderr = self._streams
+        if self._thread.is_alive():
             with contextlib.suppress(queue.Full):
-                self._listener.stop()
+                self._lines.put(None, timeout=STOP_S)
+            self._thread.join(STOP_S)
 
-    def _outputs(self, process_id: str) -> list[logging.Handler]:
-        # Only a terminal: an unread pipe would fill up and stop the thread that writes.
-        outputs: list[logging.Handler] = [self._file]
-        if sys.stderr is not None and sys.stderr.isatty():
-            console = logging.StreamHandler()
-            console.setFormatter(_Line(process_id))
-            outputs.append(console)
-        return outputs
+    def _write(self) -> None:
+        while (record := self._lines.get()) is not None:
+            for output in self._outputs:
+                output.handle(record)
+
+
+class Printed(io.TextIOWrapper):
+    """A standard output that gives whole lines to `say`. It holds at most a line; stays open.
+
+    fd: what programs that are started with this output write to.
+    """
+
+    def __init__(self, say: Callable[[str], None], fd: int) -> None:
+        self._into = _Lines(say, fd)
+        super().__init__(
+            self._into,  # type: ignore[arg-type]
+            encoding="utf-8",
+            errors="backslashreplace",
+            newline="\n",
+            write_through=True,
+        )
+
+    def end_line(self) -> None:
+        self._into.end_line()
+
+    def close(self) -> None:
+        """It is everybody's: one handler must not close it for the others."""
+
+
+class _Lines(io.RawIOBase):
+    def __init__(self, say: Callable[[str], None], fd: int) -> None:
+        self._say = say
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._rest = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def write(self, data: object) -> int:
+        view = memoryview(data).cast("B")  # type: ignore[arg-type]
+        left_out = max(0, len(view) - 16 * LONGEST_LINE)
+        with self._lock:
+            text = self._rest + bytes(view[: len(view) - left_out])
+            *lines, rest = text.split(b"\n")
+            self._rest = rest[: 4 * LONGEST_LINE]
+        for line in lines:
+            self._say_bytes(line)
+        if left_out:
+            self._say(f"{left_out:,} more bytes printed at once are left out")
+        return len(view)
+
+    def end_line(self) -> None:
+        with self._lock:
+            line, self._rest = self._rest, b""
+        self._say_bytes(line)
+
+    def close(self) -> None:
+        pass
+
+    def _say_bytes(self, line: bytes) -> None:
+        if line.strip():
+            self._say(cut(line.decode("utf-8", "backslashreplace")))
 
 
 class _Bounded(QueueHandler):
-    def __init__(self, lines: queue.Queue[logging.LogRecord]) -> None:
+    def __init__(self, lines: queue.Queue[logging.LogRecord | None]) -> None:
         super().__init__(lines)
         self.dropped = 0
+        self._room, self._since = float(HANDLER_LINES), time.monotonic()
+        self._told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not record.name.startswith("overlay.handler") or self._has_room():
+            super().emit(record)
+            return
+        self.dropped += 1
+        if not self._told:
+            self._told = True
+            text = "handlers write more lines than the log takes; the rest is dropped and counted"
+            facts = {"name": "overlay.log", "msg": text, "levelno": 30, "levelname": "WARNING"}
+            super().emit(logging.makeLogRecord(facts))
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        prepared: logging.LogRecord = super().prepare(record)
+        prepared.msg = prepared.message = cut(prepared.msg)  # ten thousand long ones are too much
+        return prepared
 
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
@@ -77,19 +177,72 @@ class _Bounded(QueueHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         self.dropped += 1
 
-
-class _Nowhere(logging.Handler):
-    dropped = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.dropped += 1
+    def _has_room(self) -> bool:
+        now = time.monotonic()
+        self._room += (now - self._since) * HANDLER_LINES_S
+        self._room, self._since = min(self._room, HANDLER_LINES), now
+        if self._room < 1:
+            return False
+        self._room -= 1
+        self._told = self._told and self._room < HANDLER_LINES / 2
+        return True
 
 
 class _File(RotatingFileHandler):
-    dropped = 0
+    """Opens when it is needed, and again after whatever went wrong with it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            path, maxBytes=FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8", delay=True
+        )
+        self.dropped = 0
+        self._not_before = 0.0
+
+    def opens(self) -> bool:
+        try:
+            self._follow()
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if time.monotonic() < self._not_before:
+            self.dropped += 1
+            return
+        try:
+            self._follow()
+        except (OSError, ValueError):
+            self.handleError(record)
+        else:
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.dropped += 1
+        self._not_before = time.monotonic() + AGAIN_S
+        self._let_go()
+
+    def _follow(self) -> None:
+        """Opens the file at the path, also when the one that is open has been taken away."""
+        if self.stream is not None and not self._is_open_file():
+            self._let_go()
+        if self.stream is None:
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            self.stream = self._open()
+            if _ends_within_a_line(self.baseFilename):  # of a write that failed half-way
+                self.stream.write("\n")
+
+    def _is_open_file(self) -> bool:
+        try:
+            here, opened = os.stat(self.baseFilename), os.fstat(self.stream.fileno())  # type: ignore[union-attr]
+            return os.path.samestat(here, opened)
+        except (OSError, ValueError):
+            return False
+
+    def _let_go(self) -> None:
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):  # what it still holds is lost
+                stream.close()
 
 
 class _Line(logging.Formatter):
@@ -107,14 +260,31 @@ def escaped(text: str) -> str:
     if len(text) > LONGEST_LINE:
         text = f"{text[:LONGEST_LINE]}... ({len(text):,} characters)"
     text = text.replace("\n", " | ")
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _open(path: Path, process_id: str) -> _File | None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _File(path, maxBytes=FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8")
-    except (OSError, ValueError):
-        return None
-    file.setFormatter(_Line(process_id))
-    return file
+def cut(text: str) -> str:
+    """The text, short enough for a line with its time and names."""
+    most = LONGEST_LINE - 200
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def _consoles(process_id: str) -> list[logging.Handler]:
+    # Only a terminal: an unread pipe would fill up and stop the thread that writes.
+    if sys.stderr is None or not sys.stderr.isatty():
+        return []
+    console = logging.StreamHandler()
+    console.setFormatter(_Line(process_id))
+    return [console]
+
+
+def _ends_within_a_line(path: str) -> bool:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return False
+    with open(path, "rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

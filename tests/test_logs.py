@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import os
+import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overlay import logs
-from overlay.logs import ProcessLog, escaped
+from overlay.logs import Printed, ProcessLog, escaped
 from tests.cluster import until
 
 
@@ -173,6 +177,138 @@ def test_without_a_terminal_nothing_goes_to_the_errors_stream(tmp_path, capfd, m
     with logging_to(tmp_path / "d.log"):
         logging.getLogger("overlay").error("to the file only")
     assert "to the file only" in (tmp_path / "d.log").read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be taken away there")
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_file_that_is_taken_away_is_made_again(tmp_path, what):
+    path = tmp_path / "logs" / "c.log"
+    with logging_to(path) as log:
+        logging.getLogger("overlay").warning("before")
+        until(lambda: "before" in path.read_text())
+        shutil.rmtree(path.parent) if what == "folder" else path.unlink()
+
+        logging.getLogger("overlay").warning("after")
+        until(path.exists)
+        until(lambda: "after" in path.read_text())
+    assert log.dropped == 0
+
+
+def test_a_folder_that_can_be_written_later_is_written_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "AGAIN_S", 0.05)
+    (tmp_path / "logs").write_text("a file in its place")
+    path = tmp_path / "logs" / "c.log"
+    with logging_to(path) as log:
+        logging.getLogger("overlay").warning("lost")
+        until(lambda: log.dropped >= 2)  # this one, and the one that says so
+        (tmp_path / "logs").unlink()
+        until(lambda: logging.getLogger("overlay").warning("kept") or path.exists())
+        until(lambda: "kept" in path.read_text())
+
+
+def test_after_half_a_line_the_next_one_begins_anew(tmp_path):
+    path = tmp_path / "c.log"
+    path.write_text("half of a li")
+    with logging_to(path):
+        logging.getLogger("overlay").warning("the next")
+    half, whole = path.read_text().splitlines()
+    assert half == "half of a li"
+    assert whole.endswith("the next")
+
+
+def test_ten_thousand_long_lines_are_not_kept_whole(tmp_path):
+    log = ProcessLog(tmp_path / "c.log", "C")
+    record = logging.makeLogRecord({"name": "overlay.x", "msg": "x" * 1_000_000})
+    log._into.emit(record)
+    kept = log._lines.get().getMessage()
+    assert len(kept) < 4096
+    assert kept.endswith("... (1,000,000 characters)")
+
+
+def test_handlers_cannot_push_everything_else_out_of_the_log(tmp_path):
+    path = tmp_path / "c.log"
+    with logging_to(path) as log:
+        for n in range(5000):
+            logging.getLogger("overlay.handler").info("line %d", n)
+        logging.getLogger("overlay.relay").warning("something else")
+    lines = path.read_text().splitlines()
+    assert 1000 < len(lines) < 3000
+    assert log.dropped == 5000 - (len(lines) - 2)
+    assert sum("handlers write more lines than the log takes" in line for line in lines) == 1
+    assert lines[-1].endswith("something else")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes in folders on this system")
+def test_a_disk_that_hangs_holds_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "WAITING_LINES", 50)
+    monkeypatch.setattr(logs, "STOP_S", 0.2)
+    path = tmp_path / "c.log"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # and it never reads
+    try:
+        log = ProcessLog(path, "C")
+        log.start()
+        until(lambda: logging.getLogger("overlay").warning("x" * 3000) or log.dropped > 100)
+        began = time.monotonic()
+        log.stop()
+        assert time.monotonic() - began < 5
+    finally:
+        os.close(reader)
+
+
+def printed_lines(*texts: str) -> list[str]:
+    said: list[str] = []
+    out = Printed(said.append, 1)
+    for text in texts:
+        out.write(text)
+    out.end_line()
+    return said
+
+
+@pytest.mark.parametrize(
+    ("texts", "lines"),
+    [
+        (["a\nb\n"], ["a", "b"]),
+        (["a", "b", "\n", "c"], ["ab", "c"]),
+        (["\n \n", ""], []),
+        (["\u00e9\ud800\n"], ["\u00e9\\ud800"]),
+    ],
+)
+def test_what_is_printed_becomes_lines(texts, lines):
+    assert printed_lines(*texts) == lines
+
+
+def test_what_is_printed_is_bounded_at_once_and_over_time():
+    (line, left_out) = printed_lines("x" * 10_000_000 + "\n")[::-1]
+    assert len(line) < 4096
+    assert left_out == "9,934,465 more bytes printed at once are left out"
+    assert len("".join(printed_lines(*["y" * 10_000] * 1000))) < 4096
+
+
+def test_a_printed_output_stays_open_and_is_what_others_expect():
+    said: list[str] = []
+    out = Printed(said.append, 1)
+    out.close()
+    out.buffer.close()
+    print("still", file=out)
+    out.buffer.write(b"bytes\n")
+    assert said == ["still", "bytes"]
+    assert (out.fileno(), out.isatty(), out.encoding) == (1, False, "utf-8")
+    assert isinstance(out, io.TextIOBase)
+
+
+def test_prints_go_to_the_log_until_it_stops(tmp_path, capfd):
+    path = tmp_path / "c.log"
+    before = sys.stdout, sys.stderr
+    with logging_to(path) as log:
+        log.take_prints()
+        print("to the log")
+        print("this too", file=sys.stderr)
+    assert (sys.stdout, sys.stderr) == before
+    text = path.read_text()
+    assert "C overlay.handler INFO to the log\n" in text
+    assert "C overlay.handler INFO this too\n" in text
+    assert capfd.readouterr() == ("", "")
 
 
 def test_stopping_twice_is_stopping(tmp_path):
