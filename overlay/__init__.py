@@ -8,7 +8,8 @@ arrow says so; tests/test_floors.py compares this picture with the code.
     3 relay      relay
     2 mechanism  intake   deadlines   keys   logs   links -> pipes, wire   pipes -> wire -> meter
                  executor -> threads, processes -> batch -> handlers, meter
-                 executor -> batch, handlers   threads -> handlers   processes -> handlers
+                 executor -> batch, handlers   threads -> handlers
+                 processes -> child -> batch, handlers, logs
     1 decisions  routing   assembly   admission   rows
     0 values     errors -> values   limits   topology -> limits, errors
                  configuration -> topology, limits, errors

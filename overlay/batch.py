@@ -23,6 +23,7 @@ from overlay.values import Answers, Code, Column, Executed, Failure, PartColumn,
 
 log = logging.getLogger("overlay.executor")
 
+LONGEST_TEXT = 4000  # characters of an error that are kept; a log line takes a few more
 AHEAD_S = 0.002  # work taken beyond the slots, so that a thread never waits for the next row
 
 
@@ -187,17 +188,27 @@ class Batch:
         )
 
 
-def outcome_of(result: object) -> tuple[str, Any]:
-    """What a handler gave back, in a form that survives the way between processes."""
-    if isinstance(result, (bytes, bytearray, memoryview)):
-        return "ok", bytes(result)
-    return "type", type(result).__name__
+def outcome_of(result: object, most_bytes: int) -> tuple[str, Any]:
+    """What a handler gave back, in a form that survives the way between processes.
+
+    May raise what the result's own code raises.
+    """
+    if not isinstance(result, (bytes, bytearray, memoryview)):
+        return "type", type(result).__name__
+    size = memoryview(result).nbytes
+    return ("large", (size, most_bytes)) if size > most_bytes else ("ok", bytes(result))
 
 
 def outcome_of_error(error: BaseException) -> tuple[str, Any]:
-    if isinstance(error, BadRequest):
-        return "bad request", str(error)
-    return "failed", "".join(traceback.format_exception(error))
+    try:
+        if isinstance(error, BadRequest):
+            return "bad request", str(error)[:LONGEST_TEXT]
+        text = "".join(traceback.format_exception(error))
+    except Exception:  # noqa: BLE001 - an error that cannot even tell its text
+        text = f"{type(error).__name__}, which cannot be written as text"
+    if len(text) > LONGEST_TEXT:  # where it came from, and what it was
+        text = f"{text[: LONGEST_TEXT // 2]} ... {text[-LONGEST_TEXT // 2 :]}"
+    return "failed", text
 
 
 def read_outcome(name: str, kind: str, value: Any) -> bytes | Failure:
@@ -209,6 +220,10 @@ def read_outcome(name: str, kind: str, value: Any) -> bytes | Failure:
     if kind == "type":
         reason = f"handler '{name}' returned {value}, not bytes"
         return Failure(HandlerFailed.code, reason, Executed.YES)
+    if kind == "large":
+        size, most = value
+        reason = f"handler '{name}' returned {size:,} bytes, more than max_message_mib allows"
+        return Failure(Code.RESOURCE_EXHAUSTED, f"{reason} ({most:,})", Executed.YES)
     return read_failure(name, value)
 
 

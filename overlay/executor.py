@@ -144,6 +144,7 @@ class SeenIds:
 
 
 def _runner(desk: Desk, topology: Topology) -> Runner:
+    most_bytes = topology.limits.max_message_bytes
     if desk.spec.run == "process":
-        return ProcessRunner(desk.spec, desk.slots, topology.folder)
-    return ThreadRunner(desk.spec, desk.slots)
+        return ProcessRunner(desk.spec, desk.slots, topology.folder, most_bytes)
+    return ThreadRunner(desk.spec, desk.slots, most_bytes)

@@ -19,6 +19,8 @@ from typing import Any
 from overlay.errors import ConfigError
 from overlay.topology import HandlerSpec
 
+RECURSION = sys.getrecursionlimit()  # what it is again after a handler that changed it
+
 
 @dataclass
 class Context:

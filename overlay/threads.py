@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from sys import getrecursionlimit as recursion_limit
 
 from overlay import handlers
 from overlay.batch import Batch, outcome_of, outcome_of_error, read_outcome
-from overlay.handlers import Context
+from overlay.handlers import RECURSION, Context
+from overlay.limits import Limits
 from overlay.topology import HandlerSpec
 from overlay.values import Failure
 
@@ -29,8 +32,11 @@ FLUSH_S = 0.001  # results do not wait longer than this for those after them
 class ThreadRunner:
     """Owns up to `slots` threads, "handler-NAME-n", made when needed; they end after `close`."""
 
-    def __init__(self, spec: HandlerSpec, slots: int) -> None:
+    def __init__(
+        self, spec: HandlerSpec, slots: int, most_bytes: int = Limits.max_message_bytes
+    ) -> None:
         self._name = spec.name
+        self._most_bytes = most_bytes
         self._slots = slots
         self._call = handlers.find(spec, spec.call)
         self._batches: deque[Batch] = deque()
@@ -125,7 +131,7 @@ class ThreadRunner:
         try:
             while (row := batch.begin_next()) is not None:
                 payload = batch.segment.payloads.items[row]
-                outcome = _called(self._name, call, payload, batch.context(row))
+                outcome = _called(self._name, call, payload, batch.context(row), self._most_bytes)
                 ended = self._progress = now()
                 if ended >= deadline:
                     outcome = batch.too_late()
@@ -172,10 +178,19 @@ class _Hand:
 
 
 def _called(
-    name: str, call: Callable[[bytes, Context], bytes], payload: bytes, context: Context
+    name: str,
+    call: Callable[[bytes, Context], bytes],
+    payload: bytes,
+    context: Context,
+    most_bytes: int,
 ) -> bytes | Failure:
     try:
         result = call(payload, context)
+        if type(result) is bytes and len(result) <= most_bytes and recursion_limit() == RECURSION:
+            return result
+        outcome = outcome_of(result, most_bytes)
     except BaseException as e:  # noqa: BLE001 - SystemExit too is one request's failure
-        return read_outcome(name, *outcome_of_error(e))
-    return result if type(result) is bytes else read_outcome(name, *outcome_of(result))
+        sys.setrecursionlimit(RECURSION)  # a low one would end what tells of the failure
+        outcome = outcome_of_error(e)
+    sys.setrecursionlimit(RECURSION)  # it is every thread's
+    return read_outcome(name, *outcome)

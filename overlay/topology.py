@@ -71,6 +71,7 @@ class HandlerSpec:
     run: str = "thread"
     slots: int | None = None  # None: 100 on threads, the number of CPUs in processes
     limit_s: float | None = None
+    memory_mib: int | None = None  # of each process
     max_requests: int | None = None
     options: Mapping[str, object] = field(default_factory=dict)
 
