@@ -26,6 +26,12 @@ Host = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\s/\x00]+
 Folder = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=10_000, strict=True)]
 
+ONLY_IN_PROCESSES = {
+    "limit_s": "a thread cannot be ended",
+    "memory_mib": "threads share this process's memory",
+    "max_requests": "a thread is not replaced",
+}
+
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -56,6 +62,7 @@ class HandlerEntry(_Entry):
     run: Literal["thread", "process"] = "thread"
     slots: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
     limit_s: Seconds | None = None
+    memory_mib: Annotated[int, Field(ge=1, le=1_048_576, strict=True)] | None = None
     max_requests: Count | None = None
     options: dict[str, Any] = {}
 
@@ -306,7 +313,9 @@ def _reached_from(start: str, processes: Mapping[str, ProcessEntry]) -> set[str]
 
 def _handler_problems(raw: Mapping[str, Any], good: Mapping[str, ProcessEntry]) -> Iterator[str]:
     configured = raw.get("handlers")
-    names = {*BUILT_IN, *(configured if isinstance(configured, dict) else ())}
+    configured = configured if isinstance(configured, dict) else {}
+    yield from _limit_problems(configured)
+    names = {*BUILT_IN, *configured}
     for key, entry in good.items():
         if entry.handler not in names:
             close = difflib.get_close_matches(entry.handler, sorted(names), n=1)
@@ -315,6 +324,15 @@ def _handler_problems(raw: Mapping[str, Any], good: Mapping[str, ProcessEntry]) 
                 f"process {_short(key)}: handler '{entry.handler}' is not in the file's handlers; "
                 f"{hint}"
             )
+
+
+def _limit_problems(configured: Mapping[str, Any]) -> Iterator[str]:
+    for name, entry in configured.items():
+        if not isinstance(entry, dict) or entry.get("run", "thread") != "thread":
+            continue
+        for key, why in ONLY_IN_PROCESSES.items():
+            if entry.get(key) is not None:
+                yield f'handler {_short(name)}: {key} needs "run": "process"; {why}'
 
 
 def _topology(file: ConfigurationFile, path: Path, raw: Mapping[str, Any]) -> Topology:
@@ -362,6 +380,7 @@ def _handler(name: str, entry: HandlerEntry) -> HandlerSpec:
         run=entry.run,
         slots=entry.slots,
         limit_s=entry.limit_s,
+        memory_mib=entry.memory_mib,
         max_requests=entry.max_requests,
         options=entry.options,
     )

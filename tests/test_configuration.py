@@ -119,6 +119,7 @@ def test_what_the_file_says_is_taken(file):
                     "run": "process",
                     "slots": 3,
                     "limit_s": 1.5,
+                    "memory_mib": 512,
                     "max_requests": 9,
                     "options": {"a": [1]},
                 },
@@ -139,12 +140,8 @@ def test_what_the_file_says_is_taken(file):
     assert list(six.handlers) == ["echo", "short", "long"]
     assert six.handlers["short"].call == "mine:work"
     long = six.handlers["long"]
-    assert (long.merge, long.run, long.limit_s, long.max_requests) == (
-        "mine:merge",
-        "process",
-        1.5,
-        9,
-    )
+    assert (long.merge, long.run) == ("mine:merge", "process")
+    assert (long.limit_s, long.memory_mib, long.max_requests) == (1.5, 512, 9)
     assert long.options == {"a": [1]}
     assert six.handler_slots(c, long) == 2
     assert (six.queue_slots("A"), six.queue_slots("C")) == (7, 4)
@@ -204,6 +201,22 @@ BROKEN: list[tuple[Change, list[str]]] = [
     (
         lambda raw, p: raw.update(handlers={"h": {"call": "m:f", "run": "fork"}}),
         ["handler h: run 'fork' is not 'thread' or 'process'"],
+    ),
+    (
+        lambda raw, p: raw.update(
+            handlers={"h": {"call": "m:f", "limit_s": 1, "memory_mib": 9, "max_requests": 2}}
+        ),
+        [
+            'handler h: limit_s needs "run": "process"; a thread cannot be ended',
+            'handler h: memory_mib needs "run": "process"; threads share this process\'s memory',
+            'handler h: max_requests needs "run": "process"; a thread is not replaced',
+        ],
+    ),
+    (
+        lambda raw, p: raw.update(
+            handlers={"h": {"call": "m:f", "run": "process", "memory_mib": 0.5}}
+        ),
+        ["handler h: memory_mib: input should be a valid integer, not '0.5'"],
     ),
     (
         lambda raw, p: p["C"].update(handler="ecko"),
