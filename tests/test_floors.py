@@ -20,7 +20,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 GRPC = {"grpc", "grpc_health", "grpc_reflection", "grpc_status"}
 GENERATED = {"overlay_pb2", "overlay_pb2_grpc"}
-THREADS = {"threading", "_thread", "queue", "concurrent", "multiprocessing", "asyncio", "pebble"}
+THREADS = {"threading", "_thread", "queue", "concurrent", "multiprocessing", "asyncio"}
 CLOCKS = {"time", "datetime", "random", "secrets"}
 
 
