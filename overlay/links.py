@@ -3,7 +3,8 @@
 A link is one kept channel with two streams, for small bodies and for large ones, so that the large
 do not hold up the small. It is looked at every second through GetMetrics, which tells whether the
 neighbour answers, drains, reads the same configuration, and how many slots lie behind it; a stream
-that ends says at once that it is gone, and answers what it still owed.
+that ends says at once that it is gone, and answers what it still owed. What becomes of the requests
+themselves tells whether one that answers is well (overlay.health).
 
 Owns one thread, "links", from `start` to `close`, and its pipes'.
 """
@@ -16,13 +17,14 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
 
 from overlay import wire
+from overlay.health import Case, Change, Heard, State, Verdict, Ward, heard
 from overlay.limits import Limits
 from overlay.pipes import Pipe
 from overlay.rows import OpenRows
@@ -33,11 +35,15 @@ from overlay.wire import pb2, pb2_grpc
 log = logging.getLogger("overlay.links")
 
 SAME_DEADLINE_S = 0.01  # segments whose deadlines are no further apart may travel as one
+_HEALTHY = State.HEALTHY  # looked up once: `load` is on every request's way
 
 
 @dataclass(frozen=True)
 class LinkState:
-    """What is known of a neighbour. since: monotonic seconds. slots: worker -> handler -> count."""
+    """What is known of a neighbour. since: monotonic seconds. slots: worker -> handler -> count.
+
+    state is that of the link, health what its requests tell; ejections: how often so far.
+    """
 
     process_id: str
     address: str
@@ -50,6 +56,9 @@ class LinkState:
     version: str = ""
     same_config: bool = True
     slots: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    health: str = "healthy"
+    health_reason: str = ""
+    ejections: int = 0
 
     @property
     def total_slots(self) -> int:
@@ -63,12 +72,22 @@ class Links:
     longer than anyone waits for it.
     """
 
-    def __init__(self, neighbours: Iterable[Process], limits: Limits, digest: str) -> None:
+    def __init__(
+        self,
+        neighbours: Collection[Process],
+        limits: Limits,
+        digest: str,
+        lone: Collection[str] | None = None,
+    ) -> None:
+        """lone: the neighbours that stand for one worker each; by default, those that work."""
         self.on_change: Callable[[], None] = lambda: None
         self._limits = limits
         self._to_flush: set[_Book] = set()
+        if lone is None:
+            lone = {n.id for n in neighbours if n.works}
+        self._minder = _Minder(Ward((n.id for n in neighbours), lone), self.up)
         self._links = {
-            n.id: _Link(n, limits, digest, self._changed, self._to_flush, self.flush)
+            n.id: _Link(n, limits, digest, self._changed, self._to_flush, self.flush, self._minder)
             for n in neighbours
         }
         self._up: frozenset[str] = frozenset()
@@ -108,17 +127,23 @@ class Links:
         """What the neighbour last said; 0 when it did not."""
         return self._links[neighbour].slots.get(worker, {}).get(handler, 0)
 
-    def load(self, neighbour: str, handler: str) -> tuple[int, float]:
-        """Rows outstanding there for the handler, and the seconds that one takes (0: not known)."""
+    def load(self, neighbour: str, handler: str) -> tuple[int, float, State]:
+        """Rows outstanding there for the handler, the seconds that one takes (0: not known), and
+        whether it is well."""
         link = self._links[neighbour]
-        return link.outstanding.get(handler, 0), link.service_s.get(handler, 0.0)
+        case = link.cases.get(handler) if link.cases else None
+        state = case.standing(time.monotonic()) if case else _HEALTHY
+        return link.outstanding.get(handler, 0), link.service_s.get(handler, 0.0), state
 
     def states(self) -> list[LinkState]:
         return [link.snapshot() for link in self._links.values()]
 
     def reserve(self, neighbour: str, handler: str, count: int) -> None:
         """Counts the rows as outstanding. Each reservation must be followed by a `send`."""
-        self._links[neighbour].reserve(handler, count)
+        link = self._links[neighbour]
+        link.reserve(handler, count)
+        if link.cases:
+            self._minder.begin(neighbour, handler)
 
     def flush(self) -> None:
         """Lets what was sent since the last flush leave."""
@@ -143,16 +168,69 @@ class Links:
         self._wake.set()
         self.on_change()
 
+    def _compare_paces(self) -> None:
+        if self._minder.look({n: dict(self._links[n].service_s) for n in self._up}):
+            self.on_change()
+
     def _watch(self) -> None:
         while not self._closed:
             self._wake.clear()
             for link in self._links.values():
                 link.look()
+            self._compare_paces()
             waiting_for = self.awaited()
             # A short wait while somebody may be waiting for a link, so that they learn it in time.
             self._wake.wait(0.1 if waiting_for else self._limits.probe_interval_s)
             if waiting_for:  # a request waits at most half of its time, which may be over now
                 self.on_change()
+
+
+class _Minder:
+    """Lets the ward decide, under a lock, and puts each decision into the log."""
+
+    def __init__(self, ward: Ward, up: Callable[[], Collection[str]]) -> None:
+        self._ward = ward
+        self._up = up
+        self._lock = threading.Lock()
+
+    def cases(self, neighbour: str) -> Mapping[str, Case]:
+        return self._ward.cases[neighbour]
+
+    def begin(self, neighbour: str, handler: str) -> None:
+        with self._lock:
+            self._ward.begin(neighbour, handler, time.monotonic())
+
+    def hear(self, neighbour: str, handler: str, heard: Heard) -> None:
+        with self._lock:
+            change = self._ward.hear(neighbour, handler, heard, self._up(), time.monotonic())
+        self._tell(change)
+
+    def look(self, paces: Mapping[str, Mapping[str, float]]) -> bool:
+        """Compares the neighbours that are up; whether that changed something."""
+        with self._lock:
+            changes = self._ward.look(paces, time.monotonic())
+        self._tell(*changes)
+        return bool(changes)
+
+    def came(self, neighbour: str) -> None:
+        with self._lock:
+            self._ward.came(neighbour, time.monotonic())
+
+    def forget(self, neighbour: str) -> None:
+        with self._lock:
+            self._ward.forget(neighbour)
+
+    def shown(self, neighbour: str) -> tuple[str, str, int]:
+        """State and reason in words, and how often it was ejected."""
+        with self._lock:
+            state, reason = self._ward.shown(neighbour, time.monotonic())
+            return state, reason, self._ward.ejections[neighbour]
+
+    def _tell(self, *changes: Change | None) -> None:
+        for change in filter(None, changes):
+            level = logging.INFO if change.state is State.HEALTHY else logging.WARNING
+            work = f" for handler {change.handler}" if change.handler else ""
+            log.log(level, "requests to any one%s: %s %s", work, change.neighbour, change.reason)
 
 
 class _Link:
@@ -166,9 +244,12 @@ class _Link:
         changed: Callable[[], None],
         to_flush: set[_Book],
         flush: Callable[[], None],
+        minder: _Minder,
     ) -> None:
         self.to_flush = to_flush
         self.flush = flush
+        self.cases = minder.cases(neighbour.id)  # what is the matter with it, by handler
+        self._minder = minder
         self.id = neighbour.id
         self.address = neighbour.address
         self.channel = grpc.insecure_channel(neighbour.address, wire.channel_options(limits))
@@ -228,15 +309,23 @@ class _Link:
 
     def answered(self, handler: str, answers: Answers) -> None:
         """Rows that were asked have ended."""
-        count = answers.count
+        count, flawless = answers.count, answers.flawless
         with self._lock:
             self.outstanding[handler] -= count
-            if not answers.flawless:
+            if not flawless:
                 self.failed += count
             self._note_service_time(handler, answers)
+        if flawless and not self.cases:
+            return
+        self._minder.hear(self.id, handler, heard(answers, self.service_s.get(handler, 0.0)))
         refused = answers.refused
         if refused and refused.code is Code.UNAVAILABLE and refused.executed is Executed.NO:
             self.look_again()  # it answers, and refuses: draining, as the look will tell
+
+    def overdue(self, handler: str, rows: int) -> None:
+        """Rows that it has were not even answered as late."""
+        silent = Heard(Verdict.BAD, rows, f"no answer from {self.id} within the deadline")
+        self._minder.hear(self.id, handler, silent)
 
     def lost(self, why: Part) -> None:
         if self.state != "draining":  # then it has said that it goes
@@ -264,6 +353,7 @@ class _Link:
                 )
 
     def snapshot(self) -> LinkState:
+        health, health_reason, ejections = self._minder.shown(self.id)
         with self._lock:
             return LinkState(
                 process_id=self.id,
@@ -277,6 +367,9 @@ class _Link:
                 version=self._version,
                 same_config=self._same_config,
                 slots=self.slots,
+                health=health,
+                health_reason=health_reason,
+                ejections=ejections,
             )
 
     def _looked(self, began: float, probe: grpc.Future) -> None:
@@ -297,7 +390,8 @@ class _Link:
             self._set_state("down", f"process {metrics.process_id} answers at {self.address}")
             return
         with self._lock:
-            self.slots = {p.id: dict(p.slots) for p in metrics.topology if p.slots}
+            slots = {p.id: dict(p.slots) for p in metrics.topology if p.slots}
+            more, self.slots = not slots.keys() <= self.slots.keys(), slots
             self._rtts.append(rtt_s)
             self._version = metrics.version
             same = metrics.config_digest == self._digest
@@ -305,6 +399,8 @@ class _Link:
             self._same_config = same
         if differs:
             log.warning("%s reads another configuration than this process", self.id)
+        if more:
+            self._minder.came(self.id)
         if not metrics.is_healthy:
             self._set_state("draining", "it is stopping")
         elif all(book.is_live for book in self._books):
@@ -320,6 +416,7 @@ class _Link:
             if state != "up":
                 self.slots = {}
         if changed:
+            self._minder.forget(self.id)
             level = logging.WARNING if state == "down" else logging.INFO
             log.log(
                 level,
@@ -391,7 +488,12 @@ class _Book:
             with self._lock:
                 if not sent.open.left:
                     return
+                late = 0
+                if code is Code.DEADLINE_EXCEEDED and sent.message is not None:
+                    late = sum(rows for _, rows in sent.open.runs(start, count))
                 self._cancels.append((sent, start, count))
+            if late:
+                self._link.overdue(segment.route.handler, late)
             self.pipe.kick()
 
         return end

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Protocol
 
 from overlay import assembly, routing
+from overlay.health import State
 from overlay.routing import Branch, Load, Plan
 from overlay.rows import OpenRows
 from overlay.topology import Topology
@@ -36,13 +37,15 @@ from overlay.values import (
     value,
 )
 
+MOST_PICKED = 100  # counted of a neighbour: one who comes back is not given all that it missed
+
 
 class Network(Protocol):
     """What the relay needs of the links; see overlay.links.Links for the promises."""
 
     def up(self) -> frozenset[str]: ...
     def awaited(self) -> set[str]: ...
-    def load(self, neighbour: str, handler: str) -> tuple[int, float]: ...
+    def load(self, neighbour: str, handler: str) -> tuple[int, float, State]: ...
     def slots(self, neighbour: str, worker: str, handler: str) -> int: ...
     def reserve(self, neighbour: str, handler: str, count: int) -> None: ...
     def send(self, neighbour: str, segment: Segment, sink: Sink) -> End: ...
@@ -85,7 +88,7 @@ class Relay:
         self._works = works
         self._clock = clock
         self._plans: dict[object, Plan] = {}
-        self._picked: Counter[str] = Counter()  # rows sent to any one, by neighbour
+        self._picked: defaultdict[str, float] = defaultdict(float)  # rows to any one, of late
 
     def claim(
         self, route: Route, count: int, patient_until: float, streamed: bool
@@ -118,11 +121,11 @@ class Relay:
 
     def load(self, branch: Branch, handler: str) -> Load:
         """How full a branch is for a handler, by what this process sent and its neighbour said."""
-        outstanding, service_s = self._network.load(branch.neighbour, handler)
+        outstanding, service_s, state = self._network.load(branch.neighbour, handler)
         slots = 0
         for worker in branch.targets:
             slots += self._slots(branch.neighbour, worker, handler)
-        return Load(outstanding, slots, self._picked[branch.neighbour], service_s)
+        return Load(outstanding, slots, self._picked[branch.neighbour], service_s, state)
 
     def _plan(self, route: Route, up: frozenset[str]) -> Plan:
         # The same few routes come again and again; what decides is in the key.
@@ -140,9 +143,15 @@ class Relay:
             return None
         branch, most = picked
         count = min(count, most)
-        self._picked[branch.neighbour] += count
+        self._note_picked(branch.neighbour, count)
         self._network.reserve(branch.neighbour, handler, count)
         return Claimed(count, plan, branch)
+
+    def _note_picked(self, neighbour: str, count: int) -> None:
+        self._picked[neighbour] += count
+        if self._picked[neighbour] > MOST_PICKED:
+            for known in self._picked:
+                self._picked[known] /= 2
 
     def _claim_all(self, plan: Plan, handler: str, count: int, streamed: bool) -> Claimed | None:
         if streamed:

@@ -6,10 +6,11 @@ can never wait for each other, and never to an id that is already in the hop lis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from overlay.errors import BadRequest, LoopDetected, UnknownName
+from overlay.health import State
 from overlay.topology import Process, Topology
 from overlay.values import Route, value
 
@@ -39,20 +40,22 @@ class Plan:
 QUICK_S, TINY_QUICK_S, TINY_S = 0.0005, 0.002, 0.0001
 AHEAD_S = 0.010  # work that a branch may have beyond its slots, so that it never runs dry
 MOST_OUTSTANDING = 4096  # of a branch and handler, whatever its pace
+_HALF_OPEN, _EJECTED = State.HALF_OPEN, State.EJECTED  # looked up once: `pick` is on every way
 
 
 @value
 class Load:
     """What is known of a branch for a handler.
 
-    outstanding: items asked and not answered. slots: handlers it runs at once. asked: picks so far.
-    service_s: the recent time of one item, 0 when not known.
+    outstanding: items asked and not answered. slots: handlers it runs at once. asked: picks of
+    late. service_s: the recent time of one item, 0 when not known.
     """
 
     outstanding: int = 0
     slots: int = 1
-    asked: int = 0
+    asked: float = 0
     service_s: float = 0.0
+    state: State = State.HEALTHY
 
     @property
     def credit(self) -> int:
@@ -133,23 +136,40 @@ def plan(topology: Topology, me: str, links_up: Iterable[str], route: Route) -> 
     return Plan(tuple(Branch(n, tuple(chosen[n])) for n in order), local, missing)
 
 
-def pick(branches: Iterable[Branch], load: Callable[[Branch], Load]) -> tuple[Branch, int] | None:
-    """The branch to ask now and how many items it may get; None when none has credit.
+def lone(topology: Topology, me: str) -> frozenset[str]:
+    """The neighbours below `me` that stand for one worker each, while all are up."""
+    below = topology.below(me)
+    branches = plan(topology, me, (n.id for n in below), Route()).branches
+    single = {branch.neighbour for branch in branches if len(branch.targets) == 1}
+    return frozenset(n.id for n in below if n.works or n.id in single)
 
-    It stays with a branch that is at work and quick; else it takes the one with the least
-    outstanding work per slot. Ties go to the one asked the least per slot, so that even sparse
-    requests spread.
+
+def pick(branches: Sequence[Branch], load: Callable[[Branch], Load]) -> tuple[Branch, int] | None:
+    """The branch to ask now and how many items it may get; None when they should wait.
+
+    One that is half-open comes first, with one item; then the healthy ones while they have credit,
+    then the slow ones. One that is ejected is asked only when all are.
+    Among equals it stays with a branch that is at work and quick; else it takes the one with the
+    least outstanding work per slot. Ties go to the one asked the least per slot, so that even
+    sparse requests spread.
     """
-    best: tuple[tuple[bool, float, float], Branch, int] | None = None
+    best: tuple[tuple[State, bool, float, float], Branch, int] | None = None
     for branch in branches:
         found = load(branch)
         credit = found.credit
         if credit:
             slots = max(1, found.slots)
-            rank = not found.is_quick, found.outstanding / slots, found.asked / slots
+            rank = found.state, not found.is_quick, found.outstanding / slots, found.asked / slots
             if best is None or rank < best[0]:
-                best = rank, branch, min(credit, found.portion)
+                most = 1 if found.state is _HALF_OPEN else found.portion
+                best = rank, branch, min(credit, most)
+    if best is not None and best[0][0] is _EJECTED and not all(_is_ejected(branches, load)):
+        return None  # better to wait for the others
     return best and best[1:]
+
+
+def _is_ejected(branches: Iterable[Branch], load: Callable[[Branch], Load]) -> Iterator[bool]:
+    return (load(branch).state is _EJECTED for branch in branches)
 
 
 def _reach(topology: Topology, me: Process) -> tuple[Process, ...]:

@@ -61,7 +61,8 @@ class Service:
         # Process pools start before any channel is there.
         self.executor = Executor(topology, self.me) if self.me.works else None
         self._merges = _load_merges(topology)
-        self.links = Links(topology.below(me), self.limits, topology.digest)
+        lone = routing.lone(topology, me)
+        self.links = Links(topology.below(me), self.limits, topology.digest, lone)
         relay = Relay(topology, me, self.links, self.executor)
         self.intake = Intake(
             me,

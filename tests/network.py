@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from overlay import assembly, configuration, routing, wire
 from overlay.errors import AlreadyExecuted, OverlayError
 from overlay.executor import SeenIds
+from overlay.health import State
 from overlay.intake import Intake, Lane, Ticket
 from overlay.relay import Relay
 from overlay.rows import OpenRows
@@ -439,9 +440,9 @@ class Links:
     def slots(self, neighbour: str, worker: str, handler: str) -> int:
         return self._network.nodes[worker].works.slots
 
-    def load(self, neighbour: str, handler: str) -> tuple[int, float]:
+    def load(self, neighbour: str, handler: str) -> tuple[int, float, State]:
         edge = self._to(neighbour)
-        return edge.outstanding[handler], edge.service_s
+        return edge.outstanding[handler], edge.service_s, edge.state
 
     def reserve(self, neighbour: str, handler: str, count: int) -> None:
         self._to(neighbour).outstanding[handler] += count
@@ -475,6 +476,7 @@ class Edge:
     is_live: bool = True  # its stream; of one who drains it is still there
     awaited: bool = False
     service_s: float = 0.0
+    state: State = State.HEALTHY
     outstanding: Counter[str] = field(default_factory=Counter)
     fates: deque[str] = field(default_factory=deque)
     held: deque[_Letter] | None = None

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlay import links, wire
+from overlay import health, links, wire
 from overlay.handlers import Context
+from overlay.health import FAILURES, State
 from overlay.limits import Limits
 from overlay.links import Links
 from overlay.pipes import Pipe
@@ -358,6 +359,153 @@ def test_the_pace_of_a_neighbour_follows_its_answers_and_not_one_odd_slice(bench
     for _ in range(60):
         last = answered(5000)
     assert last == pytest.approx(0.005, rel=0.1)
+
+
+# What the requests tell of a neighbour.
+
+
+class Two:
+    """Links to C and D over pipes in memory, both up; what is sent goes to C."""
+
+    def __init__(self) -> None:
+        with mock.patch.object(links, "Pipe", MemoryPipe):
+            neighbours = [Process(n, "worker", "green", "127.0.0.1", 1) for n in "CD"]
+            self.links = Links(neighbours, Limits(), "digest")
+        for link in self.links._links.values():
+            for book in link._books:
+                book.pipe.accept()
+            link._set_state("up", "")
+        self.pipe = self.links._links["C"]._books[0].pipe
+
+    def send(self, left_s: float = 30.0) -> tuple[int, End]:
+        """One row to C, as far as gRPC; its segment's number, and how to end it."""
+        self.links.reserve("C", "", 1)
+        route = Route(Mode.ANY, hops=("B",), targets=("C",))
+        segment = Segment(route, Column([b"a"]), time.monotonic() + left_s, 1)
+        end = self.links.send("C", segment, lambda start, answers: None)
+        (frame,) = self.pipe.take()
+        return frame.segments[0].number, end
+
+    def refuse(self, code: Code, executed: Executed) -> None:
+        number, _ = self.send()
+        frame = pb2.Frame()
+        refused = Part("C", code, "why", executed=executed)
+        wire.write_slice(frame, number, 0, Answers(1, (), refused=refused))
+        self.pipe._receive(frame)
+
+    @property
+    def state(self) -> State:
+        return self.links.load("C", "")[2]
+
+    @property
+    def shown(self) -> tuple[str, str, int]:
+        found = self.links.states()[0]
+        return found.health, found.health_reason, found.ejections
+
+
+@pytest.fixture
+def two() -> Iterator[Two]:
+    made = Two()
+    yield made
+    for link in made.links._links.values():
+        link.channel.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "executed", "state"),
+    [
+        (Code.UNAVAILABLE, Executed.UNKNOWN, State.EJECTED),
+        (Code.DEADLINE_EXCEEDED, Executed.YES, State.EJECTED),
+        (Code.INTERNAL, Executed.YES, State.HEALTHY),
+        (Code.UNAVAILABLE, Executed.NO, State.HEALTHY),  # it stops, as the next look will tell
+        (Code.RESOURCE_EXHAUSTED, Executed.NO, State.HEALTHY),
+    ],
+)
+def test_a_neighbour_that_does_not_answer_is_ejected_though_its_link_is_up(
+    two, code, executed, state
+):
+    for _ in range(FAILURES):
+        two.refuse(code, executed)
+    assert two.state is state
+    assert two.links.up() == {"C", "D"}
+
+
+def test_an_ejection_is_told_with_its_reason_and_once_in_the_log(two, caplog):
+    with caplog.at_level("INFO", "overlay.links"):
+        for _ in range(2 * FAILURES):
+            two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
+
+    reason = "ejected for 1 s: 5 requests in a row without an answer; the last: why"
+    assert two.shown == ("ejected", reason, 1)
+    assert caplog.messages == [f"requests to any one: C is {reason}"]
+
+
+def test_one_trial_at_a_time_and_an_answer_brings_it_back(two, caplog):
+    for _ in range(FAILURES):
+        two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
+    two.links._links["C"].cases[""].retry_at = 0.0  # its time is over
+    assert two.state is State.HALF_OPEN
+
+    number, _ = two.send()
+    assert two.state is State.EJECTED
+
+    with caplog.at_level("INFO", "overlay.links"):
+        two.pipe.answer(number, 0, b"A")
+    assert two.state is State.HEALTHY
+    assert two.shown == ("healthy", "", 1)
+    assert caplog.messages[-1] == "requests to any one: C answers again"
+
+
+def test_rows_that_are_not_even_answered_as_late_count(two):
+    for _ in range(FAILURES):
+        _, end = two.send()
+        end(Code.DEADLINE_EXCEEDED, 0, 1)
+    assert two.state is State.EJECTED
+    assert "no answer from C within the deadline" in two.shown[1]
+
+
+def test_rows_that_their_callers_left_do_not_count(two):
+    for _ in range(2 * FAILURES):
+        _, end = two.send()
+        end(Code.CANCELLED, 0, 1)
+    assert two.state is State.HEALTHY
+
+
+def test_a_link_that_went_down_and_came_back_is_not_held_against_it(two):
+    for _ in range(FAILURES):
+        two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
+    two.send()
+    two.pipe.lose()
+    assert two.shown[:2] == ("healthy", "")
+
+    two.links._links["C"]._set_state("up", "")
+    assert two.state is State.HEALTHY
+
+
+def test_workers_that_a_look_finds_new_behind_a_neighbour_make_its_trial_due(two):
+    for _ in range(FAILURES):
+        two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
+    behind = [pb2.Process(id="F", slots={"echo": 4})]
+    found = pb2.MetricsResponse(process_id="C", is_healthy=True, topology=behind)
+    two.links._links["C"]._learn(found, 0.001)
+    assert two.state is State.HALF_OPEN
+
+    two.send()
+    two.links._links["C"]._learn(found, 0.001)
+    assert two.state is State.EJECTED, "they are not new any more"
+
+
+def test_a_slow_neighbour_is_seen_by_its_pace_and_its_peers(two):
+    paces = {n: two.links._links[n].service_s for n in "CD"}
+    paces["D"][""] = 0.005
+    with mock.patch.object(health, "LOOK_S", 0.0):
+        for look in range(2):
+            number, _ = two.send()
+            two.pipe.answer(number, 0, b"A", worked_us=50_000 + look)
+            two.links._compare_paces()
+
+    assert two.state is State.SLOW
+    assert two.shown[:2] == ("slow", "slow: 50 ms where its peers take 5 ms")
 
 
 ACTS = st.lists(

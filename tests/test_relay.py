@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlay import assembly, routing
+from overlay.health import State
 from overlay.intake import Intake
 from overlay.limits import Limits
 from overlay.links import Links
@@ -527,6 +528,34 @@ def test_any_requests_one_after_the_other_spread_over_all_workers(network):
 
     runs = sum((network.runs(one.request_id) for one in asked), Counter())
     assert runs == {"C": 10, "D": 10, "F": 10}
+
+
+def test_any_goes_round_an_ejected_team_leader_and_all_does_not(network):
+    network.edges["A", "E"].state = State.EJECTED
+
+    asked = [network.ask("A", mode=ANY) for _ in range(10)]
+    everybody = network.ask("A")
+
+    assert {one.result for one in asked} == {b"C: hi"}
+    assert everybody.coverage == "3/3"
+
+
+def test_an_ejected_worker_is_asked_all_the_same_when_it_is_the_only_one(network):
+    network.edges["B", "C"].state = State.EJECTED
+    assert network.ask("A", mode=ANY, team="green").result == b"C: hi"
+
+
+def test_one_who_comes_back_is_not_given_all_that_it_missed(network):
+    network.edges["A", "E"].state = State.EJECTED
+    for _ in range(1000):
+        network.ask("A", mode=ANY)
+    network.edges["A", "E"].state = State.HEALTHY
+    before = len(network.executed)
+
+    for _ in range(300):
+        network.ask("A", mode=ANY)
+
+    assert Counter(worker for worker, _ in network.executed[before:])["C"] >= 30
 
 
 def test_any_goes_down_only_against_credit():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from overlay import routing
 from overlay.errors import BadRequest, LoopDetected, UnknownName
+from overlay.health import State
 from overlay.routing import Branch, Load
 from overlay.topology import Topology
 from overlay.values import Route
@@ -235,17 +236,64 @@ def test_any_goes_to_the_least_outstanding_work_per_slot(loads, picked):
     assert (found and found[0].neighbour) == picked
 
 
+SLOW, EJECTED, HALF_OPEN = State.SLOW, State.EJECTED, State.HALF_OPEN
+
+# A free branch of one worker and one of two, by how well they are.
+STATES = [
+    ({"B": Load(0, 1, state=SLOW), "E": Load(1, 2)}, "E"),
+    ({"B": Load(0, 1, state=SLOW), "E": Load(2, 2)}, "B"),  # too much for the healthy one
+    ({"B": Load(0, 1, state=SLOW), "E": Load(0, 2, state=SLOW, asked=1)}, "B"),
+    ({"B": Load(0, 1, state=EJECTED), "E": Load(1, 2)}, "E"),
+    ({"B": Load(0, 1, state=EJECTED), "E": Load(2, 2)}, None),  # which waits for the healthy one
+    ({"B": Load(0, 1, state=EJECTED), "E": Load(2, 2, state=SLOW)}, None),
+    ({"B": Load(0, 1, state=EJECTED), "E": Load(1, 2, state=SLOW)}, "E"),
+    ({"B": Load(0, 1, state=EJECTED), "E": Load(1, 2, state=EJECTED)}, "B"),  # nobody else is left
+    ({"B": Load(1, 1, state=EJECTED), "E": Load(1, 2, state=EJECTED)}, "E"),
+    ({"B": Load(0, 1), "E": Load(1, 2, state=HALF_OPEN)}, "E"),
+    ({"B": Load(0, 1), "E": Load(2, 2, state=HALF_OPEN)}, "B"),
+]
+
+
+@pytest.mark.parametrize(("loads", "picked"), STATES)
+def test_any_goes_to_the_healthy_then_to_the_slow_and_to_the_ejected_for_want_of_others(
+    loads, picked
+):
+    found = routing.pick(BRANCHES, lambda branch: loads[branch.neighbour])
+    assert (found and found[0].neighbour) == picked
+
+
+def test_a_trial_is_one_item():
+    loads = {"B": Load(0, 50, state=HALF_OPEN, service_s=1e-5), "E": Load(0, 50)}
+    picked = routing.pick(BRANCHES, lambda branch: loads[branch.neighbour])
+    assert picked == (BRANCHES[0], 1)
+
+
+# me -> who stands for one worker
+LONE = {"A": "B", "B": "CD", "C": "", "E": "DF"}
+
+
+@pytest.mark.parametrize(("me", "lone"), LONE.items())
+def test_a_worker_stands_for_itself_and_a_team_leader_for_its_only_one(me, lone):
+    assert "".join(sorted(routing.lone(SIX, me))) == lone
+
+
 def test_there_is_nothing_to_pick_of_nothing():
     assert routing.pick([], lambda branch: Load()) is None
 
 
-@given(st.dictionaries(st.sampled_from("BCDEF"), st.tuples(*[st.integers(0, 9)] * 3)))
-def test_nobody_without_credit_is_picked_while_somebody_with_credit_is(found):
-    loads = {n: Load(*numbers) for n, numbers in found.items()}
+@given(
+    st.dictionaries(st.sampled_from("BCDEF"), st.tuples(*[st.integers(0, 9)] * 3)),
+    st.lists(st.sampled_from(State), min_size=5, max_size=5),
+)
+def test_nobody_without_credit_is_picked_while_somebody_with_credit_is(found, states):
+    loads = {
+        n: Load(*numbers, state=s) for (n, numbers), s in zip(found.items(), states, strict=False)
+    }
 
     picked = routing.pick([Branch(n, (n,)) for n in loads], lambda branch: loads[branch.neighbour])
 
-    assert (picked is None) == (not any(load.credit for load in loads.values()))
+    usable = [load for load in loads.values() if load.state is not EJECTED] or loads.values()
+    assert (picked is None) == (not any(load.credit for load in usable))
     assert picked is None or 0 < picked[1] <= loads[picked[0].neighbour].credit
 
 
