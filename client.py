@@ -316,7 +316,7 @@ def check(args: argparse.Namespace) -> int:
         return failed(e, address, args.json)
     is_well = (
         found.is_healthy
-        and all(n.state == "up" for n in found.neighbours)
+        and all(n.state == "up" and n.health != "ejected" for n in found.neighbours)
         and not unreached_workers(found)
     )
     code = Exit.OK if is_well else Exit.FAILED
@@ -359,8 +359,8 @@ def show_metrics(report: Screen, m: Any, address: str) -> None:
 
 
 NEIGHBOUR_COLUMNS = (
-    "id", "address", "state", "since", "outstanding", "slots", "asked", "failed", "version",
-    "same config", "reason",
+    "id", "address", "state", "since", "health", "outstanding", "slots", "asked", "failed",
+    "version", "same config", "reason",
 )  # fmt: skip
 HANDLER_COLUMNS = (
     "name", "run", "active", "slots", "completed", "failed", "p50 ms", "p99 ms",
@@ -370,8 +370,9 @@ PROCESS_COLUMNS = ("id", "role", "team", "address", "handler", "slots", "neighbo
 
 def _neighbour(n: Any) -> tuple[str, ...]:
     return (
-        n.process_id, n.address, n.state, _span(n.since_s), str(n.outstanding), str(n.slots),
-        str(n.asked), str(n.failed), n.version, "yes" if n.same_config else "no", n.reason,
+        n.process_id, n.address, n.state, _span(n.since_s), n.health, str(n.outstanding),
+        str(n.slots), str(n.asked), str(n.failed), n.version, "yes" if n.same_config else "no",
+        n.reason or n.health_reason,
     )  # fmt: skip
 
 

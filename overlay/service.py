@@ -353,6 +353,9 @@ class Service:
                 failed=state.failed,
                 version=state.version,
                 same_config=state.same_config,
+                health=state.health,
+                health_reason=state.health_reason,
+                ejections=state.ejections,
             )
             for state in self.links.states()
         ]
