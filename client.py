@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from overlay.errors import ConfigError
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
 
 try:
+    import psutil
+
     from overlay import bulk
     from overlay import client as library
     from overlay.configuration import load
@@ -62,6 +65,7 @@ EXITS = """\
 exit codes:
   0    answered, for --mode all by every worker asked; check: all is well
   1    answered with an error (the handler raised, no such team); check: something is not well;
+       drain: requests were left behind;
        map: some failed (when all did for one reason, that reason's code)
   2    wrong arguments, or a file that cannot be used
   3    refused truthfully: no handler saw the request, try again later
@@ -74,6 +78,9 @@ The report is the same on a terminal and in a pipe. --out keeps the result's own
 everything. A character that the output's code page lacks is written as \\uXXXX."""
 
 CHECK_DEADLINE_S = 3.0
+LONGEST_GRACE_S = 86_400.0
+GONE_S = 10.0  # a drained process has ended by then: its watchdog sees to it
+SAME_START_S = 2.0  # start times of one process differ by as much when the clock is corrected
 
 
 @dataclass(frozen=True)
@@ -423,6 +430,74 @@ def as_plain(value: Any) -> Any:
     return [as_plain(item) for item in value]
 
 
+# Stopping one
+
+
+def drain_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--grace",
+        type=seconds,
+        metavar="SECONDS",
+        help="what runs may take so long (default: the configured drain_grace_s)",
+    )
+    add("--no-wait", action="store_true", help="return when the stopping has begun")
+    add("--json", action="store_true", help="the report as one JSON object")
+
+
+def drain(args: argparse.Namespace) -> int:
+    began = time.monotonic()
+    address = join_address(args.host, args.port)
+    try:
+        within_s = (args.grace or LONGEST_GRACE_S) + GONE_S
+        said = connected(args).drain(grace_s=args.grace, wait=not args.no_wait, timeout=within_s)
+    except library.CallFailed as e:
+        return failed(e, address, args.json)
+    is_gone = not args.no_wait and _has_gone(said, address)
+    took_s = time.monotonic() - began
+    code = Exit.FAILED if said.left else Exit.OK
+    if not (is_gone or args.no_wait):
+        code = Exit.LATE
+        complain(f"process {said.process_id} (pid {said.pid}) has drained and does not end")
+    report = Screen(sys.stdout)
+    if args.json:
+        facts = {"process_id": said.process_id, "pid": said.pid, "grace_s": said.grace_s}
+        facts |= {"gone": is_gone, "refused": said.refused, "left": said.left}
+        took = {"drained_s": round(said.took_s, 3), "took_s": round(took_s, 3)}
+        ok = {"ok": code == Exit.OK, "exit_code": int(code), "address": address}
+        report.json({**ok, **facts, **took})
+        return code
+    ended = f"{counted(said.refused, 'request')} refused, {said.left} left behind"
+    report.facts(
+        ("process", f"{said.process_id}, pid {said.pid}, at {address}"),
+        ("state", "gone" if is_gone else f"stopping; what runs has up to {said.grace_s:g} s"),
+        ("drained", "" if args.no_wait else f"in {said.took_s:.1f} s; {ended}"),
+        ("time", "" if args.no_wait else f"{took_s:.1f} s until it was gone"),
+    )
+    return code
+
+
+def _has_gone(said: Any, address: str) -> bool:
+    until = time.monotonic() + GONE_S
+    while _is_there(said, address):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _is_there(said: Any, address: str) -> bool:
+    with suppress(psutil.Error):
+        process = psutil.Process(said.pid)
+        if abs(process.create_time() - said.started_at) <= SAME_START_S:
+            return bool(process.status() != psutil.STATUS_ZOMBIE)
+    # Not seen from here, as in a container or at the end of a tunnel: who answers tells.
+    try:
+        return bool(library.connect(address, patience_s=0.2).metrics(timeout=1).pid == said.pid)
+    except library.CallFailed:
+        return False
+
+
 # The whole overlay
 
 
@@ -561,6 +636,9 @@ VERBS = {
         "Sends lines or files as they are, results in their order", bulk.arguments, bulk.run
     ),
     "check": Verb("What this process says of itself and its neighbours", check_arguments, check),
+    "drain": Verb(
+        "Stops this process: what runs is finished, the rest refused", drain_arguments, drain
+    ),
 }
 OVERALL = {
     "check": Verb(

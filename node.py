@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,9 +29,10 @@ try:
     from grpc_reflection.v1alpha import reflection
 
     from overlay import configuration, wire
+    from overlay.admin import Admin
     from overlay.errors import ConfigError, OverlayError
     from overlay.logs import ProcessLog
-    from overlay.service import Service
+    from overlay.service import Drained, Service
     from overlay.topology import Process, Topology, join_address
     from overlay.wire import pb2, pb2_grpc
 except ImportError as e:
@@ -42,6 +44,7 @@ except Exception as e:  # noqa: BLE001 - missing stubs; ConfigError may be what 
     sys.exit(2)
 
 OVERLAY_NODE = pb2.DESCRIPTOR.services_by_name["OverlayNode"].full_name
+OVERLAY_ADMIN = pb2.DESCRIPTOR.services_by_name["OverlayAdmin"].full_name
 PORT_PATIENCE_S = 1.0  # for a port that an old connection still holds for a moment
 
 
@@ -65,13 +68,34 @@ class OverlayNode(pb2_grpc.OverlayNodeServicer):
         return self._service.metrics()
 
 
-class Node:
-    """The gRPC server of one process, from `start` to `stop`."""
+class OverlayAdmin(pb2_grpc.OverlayAdminServicer):
+    """The methods that only this machine may call; the work is in overlay.admin."""
 
-    def __init__(self, topology: Topology, me: Process, service: Service) -> None:
+    def __init__(self, admin: Admin) -> None:
+        self._admin = admin
+        self.Drain = on_own_threads(self.Drain, admin.pool)
+
+    def Drain(self, request, context):
+        return self._admin.drain(request, context)
+
+
+class Node:
+    """The gRPC server of one process, from `start` to `stop`.
+
+    stop_process: takes a grace in seconds and lets whoever runs this process call `stop` soon.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        me: Process,
+        service: Service,
+        stop_process: Callable[[float], None],
+    ) -> None:
         self.me = me
         self.service = service
         limits = topology.limits
+        self.admin = Admin(me, limits.drain_grace_s, stop_process)
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
         self.stream_pool = ThreadPoolExecutor(limits.stream_threads, "stream")
@@ -81,8 +105,9 @@ class Node:
         )
         node = OverlayNode(service, self.metrics_pool, self.stream_pool)
         pb2_grpc.add_OverlayNodeServicer_to_server(node, self.server)
+        pb2_grpc.add_OverlayAdminServicer_to_server(OverlayAdmin(self.admin), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        names = (OVERLAY_NODE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (OVERLAY_NODE, OVERLAY_ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
 
     def start(self) -> None:
@@ -93,16 +118,18 @@ class Node:
         self.service.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
-    def stop(self, grace_s: float) -> int:
-        """Refuses new requests, lets the running ones end, then closes. How many had to be left."""
+    def stop(self, grace_s: float) -> Drained:
+        """Refuses new requests, lets the running ones end, then closes."""
         # In this order: neighbours route around us before the first request is refused.
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        left = self.service.drain(grace_s)
+        drained = self.service.drain(grace_s)
+        self.admin.tell(grace_s, drained)
         self.server.stop(0.5).wait(2)
         self.service.close()
+        self.admin.close()
         for pool in (self.pool, self.stream_pool, self.metrics_pool):
             pool.shutdown(wait=False, cancel_futures=True)
-        return left
+        return drained
 
     def _set_health(self, status: int) -> None:
         for name in ("", OVERLAY_NODE):
@@ -187,12 +214,12 @@ def _say_checked(topology: Topology) -> int:
 
 
 def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
-    stopping = _Stopping()
+    stopping = _Stopping(topology.limits.drain_grace_s)
     log = ProcessLog(topology.folder / me.log_dir / f"process_{me.id.lower()}.log", me.id)
     log.start()
     try:
         service = Service(topology, me.id, lambda: log.dropped)
-        node = Node(topology, me, service)
+        node = Node(topology, me, service, stopping.ask)
         try:
             node.start()
         except BaseException:
@@ -202,7 +229,7 @@ def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
         log.take_prints()
         _calm_garbage_collector()
         stopping.wait(stop_file)
-        return _stop(node, topology.limits.drain_grace_s)
+        return _stop(node, stopping.grace_s)
     finally:
         log.stop()
 
@@ -229,9 +256,14 @@ def _stop(node: Node, grace_s: float) -> int:
     began = time.monotonic()
     _log().info("stopping: up to %g s for what runs", grace_s)
     _watchdog(grace_s + 5)
-    left = node.stop(grace_s)
-    _log().info("stopped in %.1f s; %d requests left behind", time.monotonic() - began, left)
-    if left:  # a handler that does not end holds a thread, and that would hold the process
+    drained = node.stop(grace_s)
+    _log().info(
+        "stopped in %.1f s; %d requests refused, %d left behind",
+        time.monotonic() - began,
+        drained.refused,
+        drained.left,
+    )
+    if drained.left:  # a handler that does not end holds a thread, and that would hold the process
         _watchdog(1)
     return 0
 
@@ -243,10 +275,15 @@ def _watchdog(after_s: float) -> None:
 
 
 class _Stopping:
-    """Waits for a signal or the stop file. The second signal ends the process at once."""
+    """Waits for a signal, the stop file or `ask`. The second signal ends the process at once.
 
-    def __init__(self) -> None:
+    grace_s: what runs may take so long then.
+    """
+
+    def __init__(self, grace_s: float) -> None:
+        self.grace_s = grace_s
         self._wanted = threading.Event()
+        self._was_signalled = False
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # Ctrl-Break is what Windows has
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._signalled)
@@ -257,9 +294,16 @@ class _Stopping:
             if stop_file is not None and stop_file.exists():
                 return
 
+    def ask(self, grace_s: float) -> None:
+        """As the first signal does. Safe from any thread; only the first grace counts."""
+        if not self._wanted.is_set():
+            self.grace_s = grace_s
+        self._wanted.set()
+
     def _signalled(self, number: int, frame: object) -> None:
-        if self._wanted.is_set():
+        if self._was_signalled:
             os._exit(128 + number)
+        self._was_signalled = True
         self._wanted.set()
 
 

@@ -3,7 +3,7 @@
 The floor plan. A module imports only from floors below its own, or on its own floor where an
 arrow says so; tests/test_floors.py compares this picture with the code.
 
-    4 edges      service -> streams   bulk -> console -> client -> calls   bulk -> client
+    4 edges      admin -> service -> streams   bulk -> console -> client -> calls   bulk -> client
                  aio -> client, calls
     3 relay      relay
     2 mechanism  intake   deadlines   keys   logs   links -> pipes, wire   pipes -> wire -> meter

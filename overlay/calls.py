@@ -5,7 +5,8 @@
 
 An order is one request or many that were given together. What was never handed to gRPC is sent when
 the connection is back; what was, and has no answer, ends as unknown and is not sent again. What
-provably did not run is tried again, within a budget, after the time that the process asked for.
+provably did not run is tried again, within a budget, after the time that the process asked for;
+what a process that is being stopped gives back waits, until it is back.
 
 Owns a pipe, whose thread delivers, and a deadline thread, from `start` to `close`.
 """
@@ -159,7 +160,7 @@ class _Sent:
 class Calls:
     """Sends orders and delivers their answers. Safe from any thread.
 
-    connected: set while the process asked serves our stream. refused: why it would not.
+    connected: set while the process asked takes requests on our stream. refused: why it would not.
     after_frame: called when all of a frame is delivered; is_delivering: such a call is to come.
     """
 
@@ -184,6 +185,7 @@ class Calls:
         self._look_at = math.inf  # when the outbox is looked through for what has expired
         self._retries = FEW_RETRIES
         self._retrying: set[_Retry] = set()
+        self._served = False  # our stream is; the process may be stopping
         self._closed = False
 
     @property
@@ -249,7 +251,7 @@ class Calls:
     # on gRPC's sending thread
 
     def _fill(self, frame: pb2.Frame) -> bool:
-        if not self.connected.is_set():
+        if not self._served:
             return False  # a call that is never accepted would lose it
         self._gather()
         size = 0
@@ -259,7 +261,7 @@ class Calls:
             number, first, count = self._cancels.popleft()
             frame.cancels.add(number=number, start=first, count=count)
             size += 20
-        while size < LIMITS.frame_bytes and self._has_room():
+        while self.connected.is_set() and size < LIMITS.frame_bytes and self._has_room():
             orders, bytes_ = self._next_orders(LIMITS.frame_bytes - size)
             if not orders:
                 break
@@ -380,12 +382,17 @@ class Calls:
 
     def _live(self, metadata: Mapping[str, str]) -> None:
         self.refused = None
+        self._served = True
         self.most_bytes = int(metadata.get(wire.MOST_BYTES_KEY, LIMITS.max_message_bytes))
         self.connected.set()
         self._pipe.kick()
 
     def _receive(self, frame: pb2.Frame) -> None:
         woken = 0
+        if frame.stopping and self.connected.is_set():
+            reason = f"the process at {self._name} is stopping and takes no new requests"
+            self.refused = Failure(Code.UNAVAILABLE, reason, Executed.NO)
+            self.connected.clear()
         self.is_delivering = self.after_frame is not None
         try:
             for made in frame.slices:
@@ -421,14 +428,14 @@ class Calls:
     def _lost(self, why: Part) -> None:
         if self._closed:
             return
-        was_connected = self.connected.is_set()
+        was_served, self._served = self._served, False
         self.connected.clear()
-        if was_connected:
-            reason = f"no answer from {self._name}: {why.reason}"
-            self._end_sent(Failure(Code.UNAVAILABLE, reason))
-            self._cancels.clear()
-        elif why.code is not Code.CANCELLED:
+        if why.executed is Executed.NO or not (was_served or why.code is Code.CANCELLED):
             self.refused = Failure(why.code, why.reason, why.executed)
+        if was_served:
+            reason = f"no answer from {self._name}: {why.reason}"
+            self._end_sent(Failure(Code.UNAVAILABLE, reason, why.executed))
+            self._cancels.clear()
 
     # on any thread
 
@@ -453,7 +460,8 @@ class Calls:
         runs = self._close_rows(sent, 0, sent.count)
         for first, count in runs:
             for order, rows, _ in sent.pieces(first, count):
-                order.deliver(rows, failure, 0, 0)
+                if not self._keep(order, rows, failure):
+                    order.deliver(rows, failure, 0, 0)
         return runs
 
     def _end_unsent(self) -> None:
@@ -496,7 +504,21 @@ class Calls:
                 continue
             self._deliver_all(order, Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO))
 
+    def _keep(self, order: Order, rows: Sequence[int], failure: Failure) -> bool:
+        """Whether these rows wait for the process to be back: it stops, and gave proof."""
+        gave_back = failure.executed is Executed.NO and failure.code is Code.UNAVAILABLE
+        if not gave_back or self.connected.is_set() or self._closed:
+            return False
+        kept = order.part(rows, order.attempt)
+        self._outbox.append(kept)
+        self._watch_outbox(kept.deadline)
+        if self._closed:
+            self._end_unsent()
+        return True
+
     def _failed(self, order: Order, row: int, failure: Failure) -> None:
+        if self._keep(order, (row,), failure):
+            return
         again_at = time.monotonic() + (failure.retry_after_s or RETRY_PAUSE_S)
         if (
             failure.executed is Executed.NO

@@ -33,7 +33,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay import wire
-from overlay.calls import Calls, Came, Kind, Order
+from overlay.calls import RETRY_PAUSE_S, Calls, Came, Kind, Order
 from overlay.errors import OverlayError
 from overlay.limits import Limits
 from overlay.values import Code, Executed, Failure, Mode, Part, Route
@@ -209,7 +209,9 @@ class Client(concurrent.futures.Executor):
         """As `call`, by a unary Forward of its own, as any gRPC client asks.
 
         So it stands in the leader's queue, and is Refused when all its slots are taken, where a
-        call waits in the stream's window. priority: 0 to 9, among the same caller's requests.
+        call waits in the stream's window. On proof that nothing ran, an Unavailable one is sent
+        again for as long as a connection is waited for. priority: 0 to 9, among the same caller's
+        requests.
         """
         route = kind_of(mode, team, handler, want_parts).route
         request = wire.pb2.Request(
@@ -291,6 +293,17 @@ class Client(concurrent.futures.Executor):
     def is_serving(self, *, timeout: float | None = None) -> bool:
         """What the standard health service says: False while the process stops."""
         return self._connection.is_serving(as_timeout(timeout))
+
+    def drain(
+        self, *, grace_s: float | None = None, wait: bool = True, timeout: float | None = None
+    ) -> wire.pb2.DrainResponse:
+        """Stops the process as SIGTERM does, and says what came of it; from its own machine only.
+
+        grace_s: what runs may take so long, None for the configured time. Without wait it returns
+        when the stopping has begun. The process itself ends a moment after the answer.
+        """
+        request = wire.pb2.DrainRequest(grace_s=grace_s, no_wait=not wait)
+        return self._connection.drain(request, as_timeout(timeout))
 
     def close(self) -> None:
         """Ends the connection; what has no answer yet fails with CallCancelled."""
@@ -559,6 +572,8 @@ class Connection:
         self._lock = threading.Lock()
         self._channel = grpc.insecure_channel(f"dns:///{address}", options=_OPTIONS)
         self._node = wire.pb2_grpc.OverlayNodeStub(self._channel)
+        self._single_channel: grpc.Channel | None = None
+        self._admin = wire.pb2_grpc.OverlayAdminStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._calls: Calls | None = None
 
@@ -620,10 +635,28 @@ class Connection:
                 raise _error(refused, _no_overlay(refused, self._address))
         if self._closed:
             raise _error(Failure(Code.CANCELLED, "", Executed.NO), "this client was closed")
-        raise NotReached(doubt.reason(), code=Code.UNAVAILABLE, executed=Executed.NO)
+        reason, refused = doubt.reason(), calls.refused
+        if refused is not None and refused.executed is Executed.NO and not doubt.is_settled:
+            raise _error(refused, refused.reason)  # the process's own words: it is stopping
+        raise NotReached(reason, code=Code.UNAVAILABLE, executed=Executed.NO)
 
     def forward(self, request: wire.pb2.Request, timeout_s: float) -> wire.pb2.Response:
-        return cast(wire.pb2.Response, self._ask(self._node.Forward, request, timeout_s))
+        until = time.monotonic() + timeout_s
+        patient_until = time.monotonic() + min(self._patience_s, timeout_s)
+        while True:
+            try:
+                left_s = max(0.001, until - time.monotonic())
+                return cast(wire.pb2.Response, self._ask(self._single.Forward, request, left_s))
+            except NotReached:
+                raise
+            except Unavailable as e:
+                pause_s = e.retry_after_s or RETRY_PAUSE_S
+                if e.executed is not Executed.NO or time.monotonic() + pause_s > patient_until:
+                    raise
+                time.sleep(pause_s)
+
+    def drain(self, request: wire.pb2.DrainRequest, timeout_s: float) -> wire.pb2.DrainResponse:
+        return cast(wire.pb2.DrainResponse, self._ask(self._admin.Drain, request, timeout_s))
 
     def metrics(self, timeout_s: float) -> wire.pb2.MetricsResponse:
         found = self._ask(self._node.GetMetrics, wire.pb2.MetricsRequest(), timeout_s)
@@ -640,7 +673,19 @@ class Connection:
             self._closed = True
         if self._calls is not None:
             self._calls.close()
+        if self._single_channel is not None:
+            self._single_channel.close()
         self._channel.close()
+
+    @property
+    def _single(self) -> wire.pb2_grpc.OverlayNodeStub:
+        """For single requests: a channel on which gRPC itself sends one again that a closing
+        connection has not taken. There is no other way to know that it did not run."""
+        with self._lock:
+            if self._single_channel is None and not self._closed:
+                options = [("grpc.enable_retries", 1), *_OPTIONS]
+                self._single_channel = grpc.insecure_channel(f"dns:///{self._address}", options)
+            return wire.pb2_grpc.OverlayNodeStub(self._single_channel or self._channel)
 
     def _ask(self, method: Any, request: Any, timeout_s: float) -> Any:
         if self._closed:
@@ -697,7 +742,12 @@ _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 class _Doubt:
-    """Why gRPC gets no connection: tries a plain one on a thread that ends by `until`."""
+    """Why gRPC gets no connection: tries a plain one on a thread that ends by `until`.
+
+    is_settled: nobody listens there.
+    """
+
+    is_settled = False
 
     def __init__(self, address: str, until: float) -> None:
         self._until = max(until, time.monotonic() + 0.05)  # a refusal nearby takes no longer
@@ -717,6 +767,7 @@ class _Doubt:
             socket.create_connection(split(address), left_s).close()
         except ConnectionRefusedError:
             self._reason = f"nothing serves at {address}: the connection was refused"
+            self.is_settled = True
         except (socket.gaierror, UnicodeError):
             self._reason = f"the host of {address} is not known by name on this machine"
         except TimeoutError:

@@ -43,6 +43,13 @@ class UnknownName(OverlayError):
     cause = "unknown name"
 
 
+class NotAllowed(OverlayError):
+    """This caller may not ask for it."""
+
+    code = Code.PERMISSION_DENIED
+    cause = "not allowed"
+
+
 class LoopDetected(OverlayError):
     code = Code.FAILED_PRECONDITION
     cause = "loop"

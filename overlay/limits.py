@@ -30,6 +30,7 @@ class Limits:
         0.05  # kept for the way back, so that a late worker costs only its part
     )
     patience_s: float = 1.0  # a link that has just gone down is waited for so long
+    restart_s: float = 2.5  # one whose neighbour stopped in order: a restart takes no longer
     probe_interval_s: float = 1.0  # between two looks at a neighbour
     probe_timeout_s: float = 2.0  # no answer for so long: down. A frozen peer is seen within 3 s
     segment_rows: int = 4096  # requests in one segment of a stream

@@ -114,13 +114,15 @@ class Links:
         return self._up
 
     def awaited(self) -> set[str]:
-        """The links that are down for so short a time that a request may wait for them."""
+        """The links that are down for so short a time that a request may wait for them.
+
+        One whose neighbour is being stopped too: it may be restarted, and then is back soon.
+        """
         now = time.monotonic()
-        patience = self._limits.patience_s
         return {
             link.id
             for link in self._links.values()
-            if link.state == "down" and now - link.since < patience
+            if link.state != "up" and now - link.since < link.patience_s
         }
 
     def slots(self, neighbour: str, worker: str, handler: str) -> int:
@@ -255,6 +257,7 @@ class _Link:
         self.channel = grpc.insecure_channel(neighbour.address, wire.channel_options(limits))
         self.state = "down"
         self.since = time.monotonic()
+        self.patience_s = limits.patience_s
         self.reason = "not reached yet"
         self.outstanding: defaultdict[str, int] = defaultdict(int)  # by handler
         self.asked = 0
@@ -328,8 +331,17 @@ class _Link:
         self._minder.hear(self.id, handler, silent)
 
     def lost(self, why: Part) -> None:
-        if self.state != "draining":  # then it has said that it goes
+        if why.executed is Executed.NO and why.code is Code.UNAVAILABLE:
+            self.stops()
+            if self.state == "draining" and not any(book.is_live for book in self._books):
+                self._set_state("down", "it has stopped", self._limits.restart_s)
+        elif self.state != "draining":  # then it has said that it goes
             self._set_state("down", why.reason)
+
+    def stops(self) -> None:
+        """The neighbour has said that it is being stopped."""
+        if self.state == "up":
+            self._set_state("draining", "it is stopping")
 
     def look_again(self) -> None:
         """Something may have changed: does not wait for the next look."""
@@ -402,22 +414,26 @@ class _Link:
         if more:
             self._minder.came(self.id)
         if not metrics.is_healthy:
-            self._set_state("draining", "it is stopping")
+            # Down stays down: it has ended our streams, or never served us.
+            self._set_state("down" if self.state == "down" else "draining", "it is stopping")
         elif all(book.is_live for book in self._books):
             self._set_state("up", "")
 
-    def _set_state(self, state: str, reason: str) -> None:
+    def _set_state(self, state: str, reason: str, patience_s: float | None = None) -> None:
+        """patience_s: how long it may be waited for in this state, when not as long as ever."""
         with self._lock:
-            changed = state != self.state
+            before, changed = self.state, state != self.state
             self.reason = reason
             if changed:
                 self.state, self.since = state, time.monotonic()
+                self.patience_s = patience_s or self._limits.patience_s
                 self._next_look = 0.0  # look again at once: it may be back already
             if state != "up":
                 self.slots = {}
         if changed:
             self._minder.forget(self.id)
-            level = logging.WARNING if state == "down" else logging.INFO
+            is_bad = state == "down" and before != "draining"
+            level = logging.WARNING if is_bad else logging.INFO
             log.log(
                 level,
                 "link to %s (%s) is %s%s",
@@ -557,6 +573,8 @@ class _Book:
     # on the pipe's thread
 
     def _receive(self, frame: pb2.Frame) -> None:
+        if frame.stopping:
+            self._link.stops()
         for made in frame.slices:
             message = self._messages.get(made.number)
             if message is not None:
@@ -591,8 +609,10 @@ class _Book:
             self._outbox.clear()
             self._cancels.clear()
         self._link.lost(why)
+        # A neighbour that stops in order proves that it has read none of this.
+        ran = Executed.NO if why.executed is Executed.NO else Executed.UNKNOWN
         for part in handed:
-            self._answer_all(part, Code.UNAVAILABLE, why.reason, Executed.UNKNOWN)
+            self._answer_all(part, Code.UNAVAILABLE, why.reason, ran)
         for part in unsent:
             self._answer_all(part, Code.UNAVAILABLE, why.reason, Executed.NO)
         self._link.flush()

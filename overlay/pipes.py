@@ -2,7 +2,8 @@
 
     kick  --> "there is something to send" --> fill(frame) --> gRPC --> the process
     receive(frame) <------------------------------------------ gRPC <--
-    lost(why) when the call has ended; what was handed over and not answered may have run
+    lost(why) when the call has ended; what was handed over and not answered may have run, unless
+              why.executed is NO: then the process has read nothing that it did not answer
 
 One frame is in flight at a time: what comes meanwhile leaves together in the next. `fill` runs on
 gRPC's sending thread, `receive` and `lost` on the pipe's own thread, "pipe-NAME", from `start` to
@@ -95,7 +96,8 @@ class Pipe:
                 if self._ended:
                     call.cancel()
             metadata = dict(call.initial_metadata())  # waits until the other side has accepted
-            self._live(metadata)
+            if call.is_active():  # a refused call has metadata too
+                self._live(metadata)
             for frame in call:
                 self._receive(frame)
         except grpc.RpcError as e:

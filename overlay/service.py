@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NoReturn
 
 import grpc
@@ -25,6 +26,7 @@ from overlay import admission, assembly, handlers, routing, wire
 from overlay.assembly import Merge
 from overlay.deadlines import Deadlines
 from overlay.errors import (
+    Draining,
     HandlerFailed,
     OverlayError,
     PartsFailed,
@@ -43,6 +45,20 @@ from overlay.values import Answers, Code, Executed, Mode, Route, Segment
 from overlay.wire import pb2
 
 log = logging.getLogger("overlay.service")
+
+NOTICE_S = 0.1  # for neighbours to route around this process; what is on its way is still taken
+QUIET_S = 0.2  # without a single call, before the server closes: gRPC drops those that come then
+MOST_QUIET_S = 1.0  # how long to wait for that; who was refused comes back later
+LAST_WORDS_S = 0.5  # for answers on their way out, when the grace is over
+
+
+@dataclass(frozen=True)
+class Drained:
+    """What came of a drain: requests refused while it lasted, and those it had to leave."""
+
+    refused: int = 0
+    left: int = 0
+    took_s: float = 0.0
 
 
 class Service:
@@ -90,6 +106,7 @@ class Service:
         if self.executor:
             self.executor.on_free = self.intake.kick
         self._draining = False
+        self._last_single = 0.0  # when one came; monotonic seconds
         self._started = time.monotonic()
 
     @property
@@ -103,6 +120,7 @@ class Service:
     def forward(self, request: pb2.Request, context: grpc.ServicerContext) -> pb2.Response:
         """Answers one request, or ends it with the status of what went wrong."""
         self.meter.received(1)
+        self._last_single = time.monotonic()
         try:
             answer = self._answer_of_key if request.idempotency_key else self._answer
             response, coverage = answer(request, context)
@@ -123,21 +141,38 @@ class Service:
         self, frames: Iterable[pb2.Frame], context: grpc.ServicerContext
     ) -> Iterator[pb2.Frame]:
         """Answers the requests of one stream until the client's half-close."""
+        if self._draining:
+            self._abort(context, Draining(f"{self.me.id} is stopping and takes no new requests"))
         streams, _, _ = self.intake.streamed
         if streams >= self.limits.streams:
             self._abort(context, QueueFull(f"all {self.limits.streams} streams are open"))
         return streams_serve(self._stream_desk, frames, context)
 
-    def drain(self, grace_s: float) -> int:
-        """Refuses what waits and what comes, lets the running end within `grace_s`. Who did not."""
+    def drain(self, grace_s: float) -> Drained:
+        """Refuses what waits and what comes, and lets the running end within `grace_s`.
+
+        Those who send on streams hear of it first, a moment before anything is refused. At last the
+        streams end, so that each of them knows what of its requests was not read.
+        """
+        began, refused_before = time.monotonic(), self.meter.counts().refused
         self._draining = True
-        refused = self.intake.close()
-        if refused:
-            log.info("%d waiting requests refused", refused)
-        until = time.monotonic() + grace_s
-        while self._unfinished and time.monotonic() < until:
-            time.sleep(0.02)
-        return self._unfinished
+        self._stream_desk.announce_stop()
+        if self._stream_desk.streams:
+            time.sleep(min(grace_s, NOTICE_S))
+        waiting = self.intake.close()
+        if waiting:
+            log.info("%d waiting requests refused", waiting)
+        until = began + grace_s
+        _wait_while(lambda: self._unfinished > 0, until)
+        left = self._unfinished
+        if grace_s:
+            quiet_by = min(until, time.monotonic() + MOST_QUIET_S)
+            _wait_while(lambda: time.monotonic() - self._last_single < QUIET_S, quiet_by)
+        self._stream_desk.end_streams()
+        until = max(until, time.monotonic() + LAST_WORDS_S)
+        _wait_while(lambda: bool(self._stream_desk.streams), until)
+        refused = self.meter.counts().refused - refused_before
+        return Drained(refused, left, time.monotonic() - began)
 
     def close(self) -> None:
         self._deadlines.stop()
@@ -192,7 +227,8 @@ class Service:
 
     @property
     def _unfinished(self) -> int:
-        return self._active + self.intake.active + self.intake.streamed[2]
+        in_service = self.intake.active + self.intake.streamed[2]
+        return max(self._active, in_service)
 
     def _answer(
         self, request: pb2.Request, context: grpc.ServicerContext
@@ -311,6 +347,8 @@ class Service:
         return time.monotonic() + min(remaining, self.limits.max_deadline_s)
 
     def _retry_after_s(self) -> float:
+        if self._draining:
+            return MOST_QUIET_S
         pace = self.meter.service.spread.mean
         return admission.retry_after_s(self.intake.waiting, self.me.in_service, pace)
 
@@ -420,6 +458,11 @@ class _Waiter:
     def sink(self, start: int, answers: Answers) -> None:
         self.answers = answers
         self.done.set()
+
+
+def _wait_while(busy: Callable[[], bool], until: float) -> None:
+    while busy() and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 _RETRYABLE = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)

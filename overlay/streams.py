@@ -18,14 +18,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
 
 from overlay import routing, wire
 from overlay.deadlines import Deadlines
-from overlay.errors import BadRequest, Cancelled, OverlayError
+from overlay.errors import BadRequest, Cancelled, Draining, OverlayError
 from overlay.intake import Intake, Ticket
 from overlay.limits import Limits
 from overlay.topology import Topology
@@ -49,10 +49,24 @@ class Desk:
     combine: Combine
     received: Callable[[int], None]
     answered: Callable[[int, list[tuple[int, OverlayError]], Ticket | None], None]
+    streams: set[_Stream] = field(default_factory=set)  # open now
 
     @property
     def limits(self) -> Limits:
         return self.topology.limits
+
+    def announce_stop(self) -> None:
+        """Tells every client that the process stops, so that it sends no more."""
+        for stream in list(self.streams):
+            stream.announce_stop()
+
+    def end_streams(self) -> None:
+        """Each stream ends once all it has accepted is answered; it accepts no more.
+
+        Its end proves to the client that nothing else it sent was read.
+        """
+        for stream in list(self.streams):
+            stream.end()
 
 
 def serve(
@@ -65,14 +79,19 @@ def serve(
         return
     reader = threading.Thread(target=stream.read, args=(frames,), name="stream-reader", daemon=True)
     reader.start()
+    desk.streams.add(stream)
     context.send_initial_metadata(())  # tells the client that its stream is served
     try:
         yield from stream.write()
     finally:
+        desk.streams.discard(stream)
         stream.abandon()
         stream.count_rest()
     if stream.broken is not None:
         context.abort(wire.grpc_code(stream.broken.code), str(stream.broken))
+    if stream.parting is not None:
+        context.set_trailing_metadata(wire.trailers(stream.parting))
+        context.abort(wire.grpc_code(stream.parting.code), str(stream.parting))
 
 
 class _Accepted:
@@ -120,7 +139,10 @@ class _Stream:
         self._no_more = False
         self._reader_waits = False
         self._abandoned = False
+        self._stopping = False
+        self._has_news = False  # to be told, also when there is no answer to send
         self.broken: OverlayError | None = None
+        self.parting: OverlayError | None = None
 
     def read(self, frames: Iterable[pb2.Frame]) -> None:
         """Takes frames in until the client's half-close; on the reader's thread."""
@@ -143,19 +165,33 @@ class _Stream:
         """Frames of answers, until all that was accepted is answered; on the rpc's thread."""
         while True:
             with self._changed:
-                while not self._out and not self._is_over_locked():
+                while not (self._out or self._has_news or self._is_over_locked()):
                     self._changed.wait()
                 if self._is_over_locked() and not self._out:
                     return
                 if self._abandoned:
                     return
                 taken = self._some_locked()
-            frame = pb2.Frame()
+                self._has_news = False
+                frame = pb2.Frame(stopping=self._stopping)
             for accepted, start, answers, size in taken:
                 self._write_slice(frame, accepted, start, answers, size)
             yield frame
             # Handed to gRPC: only now it leaves the window.
             self._leave_window(taken)
+
+    def announce_stop(self) -> None:
+        with self._changed:
+            self._stopping = self._has_news = True
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        with self._changed:
+            if not self._no_more:
+                me = self._desk.me
+                self.parting = Draining(f"{me} is stopping and takes no new requests")
+                self._no_more = True
+            self._changed.notify_all()
 
     def abandon(self) -> None:
         """The call is over: ends what it still wanted. May be called twice."""
@@ -211,7 +247,7 @@ class _Stream:
             raise BadRequest(f"number: {made.number} is taken by a segment not answered yet")
         accepted = _Accepted(made.number, segment, made.want_parts)
         with self._changed:
-            if self._abandoned:
+            if self._abandoned or self.parting is not None:
                 return
             self._accepted[made.number] = accepted
             self._rows += accepted.left

@@ -75,7 +75,7 @@ def channel_options(limits: Limits | None = None) -> list[tuple[str, Any]]:
         *_KEEPALIVE,
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 2000),  # also the time that one attempt may take
-        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 300),  # who is back shall not be waited for any more
         ("grpc.enable_http_proxy", 0),  # an office's web proxy is not on the way
         ("grpc.enable_retries", 0),  # gRPC's own retries run a request twice
         ("grpc.use_local_subchannel_pool", 1),  # a client of its own, not one shared in the process

@@ -295,7 +295,7 @@ def test_a_stopping_process_refuses_in_its_own_words(fragile: Overlay) -> None:
         with pytest.raises(library.Unavailable) as caught:
             client.call("x")
 
-        assert str(caught.value) == "G is stopping and takes no new requests"
+        assert "is stopping and takes no new requests" in str(caught.value)
         assert caught.value.executed is Executed.NO
         assert last.result(10).result == b"slept"
 

@@ -21,7 +21,7 @@ import overlay
 from overlay import calls
 from overlay import client as library
 from overlay.calls import Calls, Kind, Order
-from overlay.values import Code, Executed, Mode, Route
+from overlay.values import Code, Executed, Mode, Part, Route
 from overlay.wire import pb2
 from tests.cluster import Overlay, running, six_processes, until
 
@@ -525,7 +525,8 @@ class Played:
         class PlayedPipe:
             def __init__(self, channel: Any, name: str, fill: Any, receive: Any, *more: Any):
                 self.fill, self.receive = fill, receive
-                self.live = more[1]
+                self.lost, self.live = more
+                played.pipe = self
                 self.kicked = threading.Event()
                 self.ended = False
                 self.thread = threading.Thread(target=self.run, daemon=True)
@@ -632,6 +633,48 @@ def test_a_retry_waits_as_long_as_it_was_told_to(played: Any) -> None:
 
     assert len(stream.asked) == 2, "the second retry would have come after the deadline"
     assert 0.4 <= time.monotonic() - began < 0.7
+
+
+def test_what_a_stopping_process_gives_back_waits_for_the_next_call(played: Any) -> None:
+    def answer(segment: pb2.Segment, frame: pb2.Frame) -> None:
+        if len(stream.asked) == 1:
+            frame.stopping = True
+            refusing(Executed.NO)(segment, frame)
+        elif len(stream.asked) == 2:
+            frame.slices.add(number=segment.number, count=segment.count).results.items.extend(
+                segment.payloads.items
+            )
+
+    stream = played(answer)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(stream.ask, 2000)
+        until(lambda: stream.calls.open_rows == 2000 and not stream.calls.connected.is_set())
+        stream.pipe.lost(Part("", Code.UNAVAILABLE, "A is stopping", executed=Executed.NO))
+        assert stream.asked == [(2000, 0)]
+        stream.pipe.live({})
+        came = asked.result()
+
+    assert stream.asked[1:] == [(2000, 0)], "neither an attempt nor the budget is spent"
+    assert [one.results[row] for row, one in enumerate(came)] == numbers(2000)
+
+
+def test_what_a_stopping_process_did_not_read_waits_for_the_next_call(played: Any) -> None:
+    def answer(segment: pb2.Segment, frame: pb2.Frame) -> None:
+        if len(stream.asked) > 1:
+            frame.slices.add(number=segment.number, count=segment.count).results.items.extend(
+                segment.payloads.items
+            )
+
+    stream = played(answer)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(stream.ask, 3)
+        until(lambda: stream.asked == [(3, 0)])
+        stream.pipe.lost(Part("", Code.UNAVAILABLE, "A is stopping", executed=Executed.NO))
+        stream.pipe.live({})
+        came = asked.result()
+
+    assert stream.asked[1:] == [(3, 0)]
+    assert [one.results[row] for row, one in enumerate(came)] == numbers(3)
 
 
 def test_retries_have_a_budget(played: Any) -> None:

@@ -40,6 +40,7 @@ from tests.cluster import free_port, until
 
 KIB = 1024
 GONE = Part("", Code.UNAVAILABLE, "the connection was closed")
+STOPPED = Part("", Code.UNAVAILABLE, "C is stopping", executed=Executed.NO)
 
 
 class MemoryPipe:
@@ -75,8 +76,11 @@ class MemoryPipe:
         wire.write_slice(frame, number, start, Answers(len(results), (column,), ("C",)))
         self._receive(pb2.Frame.FromString(frame.SerializeToString()))
 
-    def lose(self) -> None:
-        self._lost(GONE)
+    def lose(self, why: Part = GONE) -> None:
+        self._lost(why)
+
+    def hear(self, frame: pb2.Frame) -> None:
+        self._receive(frame)
 
 
 @dataclass
@@ -193,6 +197,34 @@ def test_a_loss_answers_only_the_rows_that_are_open(bench):
 
     assert [part.code for part in sent.parts] == [Code.UNAVAILABLE, Code.OK, Code.UNAVAILABLE]
     assert bench.outstanding == 0
+
+
+def test_the_end_of_a_neighbour_that_stops_in_order_proves_that_the_rest_did_not_run(bench):
+    sent = bench.send(b"a", b"b", b"c")
+    (frame,) = bench.small.take()
+    bench.small.answer(frame.segments[0].number, 1, b"B")
+
+    bench.small.lose(STOPPED)
+
+    assert [part.executed for part in sent.parts] == [Executed.NO, Executed.YES, Executed.NO]
+    assert bench.outstanding == 0
+
+
+def test_a_neighbour_that_stops_is_asked_nothing_more_and_soon_waited_for(bench):
+    bench.link._set_state("up", "")
+    assert bench.links.up() == {"C"}
+
+    bench.small.hear(pb2.Frame(stopping=True))
+    assert (bench.link.state, bench.links.up(), bench.links.awaited()) == ("draining", set(), {"C"})
+    bench.small.lose(STOPPED)
+    assert bench.link.state == "draining", "its other stream still answers"
+    bench.large.lose(STOPPED)
+
+    assert (bench.link.state, bench.link.reason) == ("down", "it has stopped")
+    assert bench.link.patience_s == Limits.restart_s
+    bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=False), 0.001)
+    assert bench.link.state == "down", "it is still there for a moment, without streams"
+    assert bench.links.awaited() == {"C"}
 
 
 def test_a_lost_stream_takes_the_link_down_and_its_other_stream_goes_on(bench):

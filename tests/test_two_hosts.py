@@ -472,3 +472,21 @@ def assert_truthful(reply: Reply) -> None:
 def tally(replies: list[Reply]) -> dict[str, int]:
     kinds = [reply.answered or reply.code for reply in replies]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+
+
+# Who may stop a process
+
+
+def test_a_process_is_drained_from_its_own_machine_only(stopped_hosts: SixOnTwoHosts) -> None:
+    stopped_hosts.start("D")
+    drain = [sys.executable, "client.py", ADDRESSES[1], "50054", "drain"]
+
+    from_afar = stopped_hosts.hosts.run(2, *drain)
+    assert from_afar.returncode == 1
+    assert "drain is answered only to callers on D's own machine" in from_afar.stdout
+    assert f"this one calls from {ADDRESSES[2]}" in from_afar.stdout
+    assert stopped_hosts.ask("D").response.result == b"D: hi"
+
+    beside = stopped_hosts.hosts.run(1, *drain)
+    assert beside.returncode == 0, beside.stdout
+    assert stopped_hosts.processes["D"].wait(5) == 0
