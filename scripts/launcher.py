@@ -2,6 +2,7 @@
 
     launcher.py start CONFIG [IDS]   those whose host is an address of this machine, or the named
     launcher.py stop CONFIG [IDS]    exactly what start started, gently, then firmly
+    launcher.py restart CONFIG [IDS] the same one after another, so that no request is lost
     launcher.py status CONFIG        who serves
 
 A start is whole or not at all: when one process does not come up, the others that this call started
@@ -140,6 +141,8 @@ def main(arguments: Sequence[str]) -> int:
             return start(find(asked.config), asked.ids, asked.wait_s)
         if asked.verb == "stop":
             return stop(find(asked.config), asked.ids, asked.grace_s)
+        if asked.verb == "restart":
+            return restart(find(asked.config), asked.ids, asked.grace_s, asked.wait_s)
         return status(find(asked.config))
     except (ConfigError, Refused) as error:
         print(error, file=sys.stderr)
@@ -426,6 +429,87 @@ def stop(config: Path, ids: Sequence[str] = (), grace_s: float | None = None) ->
     return 0 if asked or topology.processes else 2
 
 
+# restart
+
+
+def restart(
+    config: Path, ids: Sequence[str] = (), grace_s: float | None = None, wait_s: float = WAIT_S
+) -> int:
+    """Restarts what runs here, or the named ones: the workers first and the leader last.
+
+    The next one's turn comes when the last one serves and its neighbours see it; when one does not
+    come back, the others stay as they are.
+    """
+    given_up = end_on_signal()
+    topology = load(config)
+    if grace_s is None:
+        grace_s = topology.limits.drain_grace_s + GRACE_MARGIN_S
+    found = {record.id: record for _, record in _own_records(topology, config) if record.process()}
+    chosen = [topology.process(n) for n in dict.fromkeys(ids or found)]
+    if not chosen:
+        print(f"nothing is running that was started here from {shown(config)}")
+        return 0
+    for process in sorted(chosen, key=lambda process: process.rank):
+        if given_up.is_set():
+            print("interrupted; the others were not touched", file=sys.stderr)
+            return 130
+        if not _restart_one(topology, config, process, found.get(process.id), grace_s, wait_s):
+            return 1
+    return 0
+
+
+def _restart_one(
+    topology: Topology,
+    config: Path,
+    process: Process,
+    record: Record | None,
+    grace_s: float,
+    wait_s: float,
+) -> bool:
+    given_up = threading.Event()  # half a restart helps nobody: Ctrl-C waits for its end
+    before = ask(asking_address(process)) if record else None
+    away = _not_linked(before) if before else {n.id for n in topology.below(process.id)}
+    ended = end([record], grace_s)[process.id] if record else "was not running"
+    child = _spawn(topology, config, process)
+    wait_until_ready([child], wait_s, given_up)
+    if child.ready_ms is None:
+        report_failure([child])
+        print(f"process {process.id} is down; the others were not touched", file=sys.stderr)
+        return False
+    unseen = _wait_until_seen(topology, process, away)
+    print(
+        f"{process.id}  {ended}, serves again after {child.ready_ms:.0f} ms, pid {child.popen.pid}"
+    )
+    for sentence in unseen:
+        print(f"process {process.id}: {sentence}; the others were not touched", file=sys.stderr)
+    return not unseen
+
+
+def _wait_until_seen(
+    topology: Topology, process: Process, away: set[str], wait_s: float = LINK_S
+) -> list[str]:
+    """Waits until its neighbours see it, and it sees those it saw before; what is amiss then.
+
+    away: whom it need not see. A neighbour that does not answer is not waited for.
+    """
+    above = [n for n in topology.processes.values() if process in topology.below(n.id)]
+    until = time.monotonic() + wait_s
+    while True:
+        amiss = [
+            f"{n.id} does not see it"
+            for n in above
+            if (metrics := ask(asking_address(n))) and process.id in _not_linked(metrics)
+        ]
+        own = ask(asking_address(process))
+        missed = sorted(_not_linked(own) - away) if own else []
+        amiss += [f"it does not see {n} any more" for n in missed]
+        if own and not amiss:
+            return []
+        if time.monotonic() > until:
+            return amiss or ["it does not answer any more"]
+        time.sleep(0.1)
+
+
 def end(ended: Sequence[Record], grace_s: float) -> dict[str, str]:
     """Ends these processes with their children. Returns for each id how it went.
 
@@ -708,16 +792,17 @@ def _parser() -> argparse.ArgumentParser:
     for verb, about in (
         ("start", "start this machine's processes, or the named ones"),
         ("stop", "stop what start started, or the named ones"),
+        ("restart", "restart what start started, or the named ones, one after another"),
         ("status", "show who serves"),
     ):
         sub = verbs.add_parser(verb, help=about, description=about)
         sub.add_argument("config", metavar="CONFIG", help="for example two_hosts_config.json")
         if verb != "status":
             sub.add_argument("ids", metavar="ID", nargs="*", help="for example A B")
-        if verb == "start":
+        if verb in ("start", "restart"):
             wait = f"seconds for a process to serve (default {WAIT_S:.0f})"
             sub.add_argument("--wait-s", type=float, default=WAIT_S, metavar="S", help=wait)
-        if verb == "stop":
+        if verb in ("stop", "restart"):
             grace = "seconds before a process is killed (default: its drain_grace_s and 5 more)"
             sub.add_argument("--grace-s", type=float, default=None, metavar="S", help=grace)
     return parser

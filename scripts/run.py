@@ -6,6 +6,7 @@
     python3 scripts/run.py test [ARGS]         lint, types and tests; ARGS go to pytest
     python3 scripts/run.py start CONFIG [IDS]  starts this machine's processes of a configuration
     python3 scripts/run.py stop CONFIG [IDS]   stops what start started
+    python3 scripts/run.py restart CONFIG [IDS]  the same one after another; no request is lost
     python3 scripts/run.py status CONFIG       who serves, with pids
     python3 scripts/run.py setup               only the set-up
     python3 scripts/run.py lock                makes the lock files anew from requirements*.txt
@@ -102,6 +103,10 @@ def stop(arguments):
     return hand_over(prepare(update=False), SCRIPTS / "launcher.py", ["stop"] + arguments)
 
 
+def restart(arguments):
+    return hand_over(prepare(), SCRIPTS / "launcher.py", ["restart"] + arguments)
+
+
 def status(arguments):
     return hand_over(prepare(update=False), SCRIPTS / "launcher.py", ["status"] + arguments)
 
@@ -160,6 +165,7 @@ VERBS = {
     "test": test,
     "start": start,
     "stop": stop,
+    "restart": restart,
     "status": status,
     "setup": setup,
     "lock": lock,

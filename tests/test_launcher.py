@@ -221,6 +221,45 @@ def test_a_pid_that_another_program_has_by_now_is_never_touched(project, three):
         sleeper.wait()
 
 
+def test_restart_replaces_each_process_and_waits_until_its_neighbours_see_it(project, three):
+    started = launcher(project, "start", three)
+    restarted = launcher(project, "restart", three)
+    seen = launcher(project, "status", three)
+
+    before, after = pids_in(started.stdout), pids_in(seen.stdout)
+    assert restarted.returncode == 0, restarted.stderr
+    said = re.findall(r"(?m)^(\w)  stopped in .* s, serves again after \d+ ms", restarted.stdout)
+    assert said == ["C", "B", "A"]  # the leader last
+    assert seen.stdout.count("serves\n") == 3
+    assert after.keys() == before.keys()
+    assert not set(after.values()) & set(before.values())
+
+
+def test_restart_of_named_ids_leaves_the_others(project, three):
+    started = launcher(project, "start", three)
+    psutil.Process(pids_in(started.stdout)["C"]).kill()
+    restarted = launcher(project, "restart", three, "C", "B")
+    seen = launcher(project, "status", three)
+
+    before, after = pids_in(started.stdout), pids_in(seen.stdout)
+    assert restarted.returncode == 0, restarted.stderr
+    assert "C  was not running, serves again" in restarted.stdout
+    assert {n for n in "ABC" if before[n] == after[n]} == {"A"}
+
+
+def test_a_restart_ends_with_the_first_that_does_not_come_back(project, three):
+    started = launcher(project, "start", three)
+    launcher(project, "stop", three, "B")
+    with socket.create_server(("127.0.0.1", port_of(three, "B"))):
+        restarted = launcher(project, "restart", three, "B", "A")
+    seen = launcher(project, "status", three)
+
+    assert restarted.returncode == 1
+    assert "process B ended with exit code 2; the end of" in restarted.stderr
+    assert "process B is down; the others were not touched" in restarted.stderr
+    assert pids_in(seen.stdout)["A"] == pids_in(started.stdout)["A"]
+
+
 @posix_only
 def test_a_stuck_process_is_killed_after_its_grace(project, three):
     started = launcher(project, "start", three, "C")
