@@ -1,0 +1,199 @@
+"""One scenario from start to end: start, load and break, heal, look, stop, check."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from faults import checker, history
+from faults.breaking import Stage
+from faults.checker import Violation
+from faults.history import About, History, Recovery, Rest, Trouble
+from faults.load import Load, Notes, Planned
+from faults.overlays import ROOT, NotReached, Overlay, six_processes, until
+from faults.scenarios import HORRORS, Scenario
+
+LATENESS_S = 0.02  # of the 99th percentile; beyond, the load was not what the run says
+REST_S = 20.0  # for hung handlers to end, and for what they held
+RECOVERY_S = 20.0
+PROBES = 5
+PROBE_ID = 20_000_000
+BREAK_AT = 0.15  # of the load's time
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one scenario."""
+
+    scenario: Scenario
+    history: History
+    violations: list[Violation]
+
+    @property
+    def lateness_s(self) -> float:
+        """The 99th percentile of how late calls left."""
+        late = sorted(c.at - c.due for c in self.history.calls if not c.vanishes)
+        return late[int(len(late) * 0.99)] if late else 0.0
+
+    @property
+    def invalid(self) -> str:
+        """Why the run proves nothing; empty when it does."""
+        if self.history.troubles:
+            return self.history.troubles[0].what
+        if self.lateness_s > LATENESS_S:
+            return f"the load left {self.lateness_s * 1e3:.0f} ms late (p99; 20 ms are allowed)"
+        return ""
+
+
+def run(
+    scenario: Scenario, folder: Path, seconds: float, seed: int, command: Sequence[str] = ()
+) -> Outcome:
+    """Runs it in `folder`, where it leaves history.jsonl. command: instead of node.py."""
+    overlay = Overlay(folder, configuration(scenario), command or node_command())
+    notes = Notes()
+    stage = Stage(overlay, notes, random.Random(seed), seconds)
+    about = About(
+        scenario.name,
+        seed,
+        {i: p["team"] for i, p in overlay.config["processes"].items() if p["role"] == "worker"},
+        list(scenario.expects),
+        list(HORRORS),
+    )
+    found = History(about)
+    try:
+        _play(scenario, stage, found, seconds, seed)
+    except NotReached as e:
+        found.troubles.append(Trouble(str(e)))
+    finally:
+        overlay.note_dead()
+        overlay.close()
+    found.calls, found.answers, found.stalls = notes.calls, notes.answers, notes.stalls
+    found.faults, found.endings = stage.faults, overlay.endings
+    found.executions = history.executions_of(
+        line
+        for path in sorted((folder / "executions").iterdir())
+        for line in path.read_text(encoding="utf-8").splitlines()
+    )
+    history.write(found, folder / "history.jsonl")
+    return Outcome(scenario, found, checker.check(found))
+
+
+def configuration(scenario: Scenario) -> dict[str, Any]:
+    names = ("work", *HORRORS, "prints")
+    handlers = {n: {"call": f"faults.handlers:{n}", "slots": scenario.slots} for n in names}
+    config = six_processes(handlers=handlers, **scenario.top)
+    for process in config["processes"].values():
+        if process["role"] == "worker":
+            process["handler"] = "work"
+    return config
+
+
+def node_command() -> list[str]:
+    return [sys.executable, str(ROOT / "node.py")]
+
+
+def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed: int) -> None:
+    overlay, notes = stage.overlay, stage.notes
+    if scenario.prepare:
+        scenario.prepare(overlay)
+    overlay.start()
+    overlay.settle()
+    load = Load(overlay.address("A"), notes, first_id=1)
+    load.start()
+    try:
+        _load_and_break(scenario, stage, load, found, seconds, seed)
+        found.recoveries.append(_recovery(overlay, notes))
+    finally:
+        load.close()
+    found.rests += [_rest(overlay, process) for process in overlay.ids]
+    for process in reversed(overlay.ids):
+        if process in overlay.processes:
+            overlay.stop(process)
+
+
+def _load_and_break(
+    scenario: Scenario, stage: Stage, load: Load, found: History, seconds: float, seed: int
+) -> None:
+    breaker = threading.Thread(target=_break, args=(scenario, stage, found), name="breaker")
+    load.send(Planned(0, "all", "unary", "", "work", 1, 10))
+    breaker.start()
+    try:
+        load.run(scenario.mixture.plan(seconds, random.Random(seed)))
+    finally:
+        breaker.join()
+    # Each call ends by its deadline and is given up soon after; what is open then has no answer.
+    longest_s = max(scenario.mixture.timeouts_s) + 2 * checker.SILENT_S + 1
+    end = time.monotonic() + longest_s
+    while stage.notes.open and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def _break(scenario: Scenario, stage: Stage, found: History) -> None:
+    time.sleep(BREAK_AT * stage.seconds)
+    try:
+        scenario.breaking(stage)
+    except Exception as e:  # noqa: BLE001 - said in the report, and the run is invalid
+        found.troubles.append(Trouble(f"{type(e).__name__}: {e}"))
+
+
+def _recovery(overlay: Overlay, notes: Notes) -> Recovery:
+    """Asks until complete answers come one after another. Nobody helps the overlay meanwhile."""
+    began = time.monotonic()
+    probing = Load(overlay.address("A"), notes, PROBE_ID)
+    said, good = "", 0
+    try:
+        while time.monotonic() < began + RECOVERY_S:
+            mode = "any" if good % 2 else "all"
+            call = probing.send(Planned(0, mode, "unary", "", "work", 1, 5))
+            answer = until(lambda c=call: _answer_to(notes, c.id), 10, f"an answer to {call.id}")
+            complete = answer.code == "OK" and all(code == "OK" for _, code, _ in answer.parts)
+            good = good + 1 if complete else 0
+            said = f"{answer.code} {answer.coverage} {answer.reason}"
+            if good == PROBES:
+                return Recovery(True, time.monotonic() - began, said)
+            time.sleep(0.05)
+    except NotReached as e:
+        said = str(e)
+    finally:
+        probing.close()
+    return Recovery(False, time.monotonic() - began, said)
+
+
+def _answer_to(notes: Notes, id_: int) -> Any:
+    return next((answer for answer in reversed(notes.answers) if answer.id == id_), None)
+
+
+def _rest(overlay: Overlay, process: str) -> Rest:
+    """The counts when all are 0, else as they are in the end."""
+    end = time.monotonic() + REST_S
+    while True:
+        try:
+            counts = _counts(overlay, process)
+        except grpc.RpcError as e:
+            counts = {f"no metrics ({e.code().name})": 1}
+        if not any(counts.values()) or time.monotonic() > end:
+            return Rest(process, counts)
+        time.sleep(0.1)
+
+
+def _counts(overlay: Overlay, process: str) -> dict[str, int]:
+    m = overlay.metrics(process)
+    ended = m.completed + m.failed + m.refused + m.cancelled
+    counts = {
+        "active": m.active_requests,
+        "waiting": m.queue_size,
+        "streamed waiting": int(m.streamed_waiting),
+        "streamed active": int(m.streamed_active),
+        "handlers": sum(handler.active for handler in m.handlers),
+        "received and not counted as ended": int(m.received) - int(ended),
+    }
+    counts.update({f"outstanding at {n.process_id}": n.outstanding for n in m.neighbours})
+    return counts

@@ -1,0 +1,229 @@
+"""The faults: each a function of the stage it plays on. Each undoes what it did before it returns.
+
+A fault is given the seconds it may take. What it does to a process is noted with its times, so that
+the checker knows who could not answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from faults import crowd
+from faults.history import Call, Fault
+from faults.load import Notes
+from faults.overlays import ROOT, Overlay, until
+
+REFUSED_START = [2]  # the exit code of a process that cannot begin
+CROWD_KEY = 10_000_000
+
+
+@dataclass
+class Stage:
+    """What a fault may touch."""
+
+    overlay: Overlay
+    notes: Notes
+    dice: random.Random
+    seconds: float
+    faults: list[Fault] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def doing(self, what: str, process: str) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.faults.append(Fault(what, process, begin, time.monotonic()))
+
+
+Breaking = Callable[[Stage], None]
+
+
+def nothing(stage: Stage) -> None:
+    """The load alone."""
+
+
+def kill(process: str, times: int = 2) -> Breaking:
+    """kill -9 and a new start, some times."""
+
+    def play(stage: Stage) -> None:
+        for _ in range(times):
+            with stage.doing("kill", process):
+                stage.overlay.kill(process)
+                time.sleep(0.3)
+                stage.overlay.start(process)
+            stage.overlay.settle()
+            time.sleep(stage.dice.uniform(0.2, 0.6))
+
+    return play
+
+
+def freeze(process: str) -> Breaking:
+    """SIGSTOP, some seconds, SIGCONT."""
+
+    def play(stage: Stage) -> None:
+        with stage.doing("freeze", process):
+            stage.overlay.signal(process, signal.SIGSTOP)
+            try:
+                time.sleep(max(3.5, stage.seconds / 2))  # longer than a dead peer is not noticed
+            finally:
+                stage.overlay.signal(process, signal.SIGCONT)
+
+    return play
+
+
+def restart_all(stage: Stage) -> None:
+    """SIGTERM and a new start, one process after the other, workers first."""
+    for process in reversed(stage.overlay.ids):
+        with stage.doing("restart", process):
+            stage.overlay.stop(process)
+            stage.overlay.start(process)
+        stage.overlay.settle()
+
+
+def taken_port(process: str) -> Breaking:
+    """Killed; a silent stranger has its port; the new start must say so and end; then it goes."""
+
+    def play(stage: Stage) -> None:
+        overlay = stage.overlay
+        with stage.doing("taken port", process):
+            overlay.kill(process)
+            with _stranger(overlay.port(process)):
+                overlay.spawn(process)
+                overlay.wait(process, REFUSED_START)
+                time.sleep(1)  # so that neighbours reach the stranger
+            overlay.start(process)
+
+    return play
+
+
+def vanish(stage: Stage, count: int = 1000) -> None:
+    """Clients whose process is killed while the leader has their calls."""
+    address, now = stage.overlay.address("A"), time.monotonic()
+    deadline = now + crowd.TIMEOUT_S
+    for i in range(count):
+        key = CROWD_KEY + i
+        call = Call(key, key, now, now, deadline, "any", "unary", vanishes=True)
+        stage.notes.calls.append(call)
+    with stage.doing("crowd", "A"):
+        command = [sys.executable, "-m", "faults.crowd", address, str(count), str(CROWD_KEY)]
+        crowd_process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        try:
+            assert crowd_process.stdout is not None
+            crowd_process.stdout.readline()
+            time.sleep(1)
+        finally:
+            crowd_process.kill()
+            crowd_process.wait(10)
+            crowd_process.stdout.close()
+
+
+def mood(process: str, **how: float) -> Breaking:
+    """A worker that still answers, but is slow (slower=10) or sometimes hangs (hangs, hang_s)."""
+
+    def play(stage: Stage) -> None:
+        path = stage.overlay.folder / f"mood-{process}.json"
+        with stage.doing("mood", process):
+            fresh = path.with_suffix(".new")
+            fresh.write_text(json.dumps(how), encoding="utf-8")
+            os.replace(fresh, path)
+            time.sleep(stage.seconds / 2)
+            path.unlink()
+
+    return play
+
+
+def garbage(process: str) -> Breaking:
+    """Connections that say nothing, or half a greeting, or nonsense, and stay."""
+
+    def play(stage: Stage) -> None:
+        says = (b"", b"PRI * HTTP/2.0\r\n", b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096))
+        with stage.doing("garbage", process), contextlib.ExitStack() as open_ones:
+            until_ = time.monotonic() + stage.seconds / 2
+            for i in range(80):
+                address = ("127.0.0.1", stage.overlay.port(process))
+                each = open_ones.enter_context(socket.create_connection(address, timeout=5))
+                with contextlib.suppress(OSError):  # it may have been shown the door
+                    each.sendall(says[i % len(says)])
+            time.sleep(max(0.0, until_ - time.monotonic()))
+
+    return play
+
+
+def few_files(process: str) -> Breaking:
+    """A process without a free file descriptor, and strangers who want one each."""
+
+    def play(stage: Stage) -> None:
+        overlay = stage.overlay
+        victim = psutil.Process(overlay.processes[process].pid)
+        soft, hard = victim.rlimit(psutil.RLIMIT_NOFILE)
+        with stage.doing("few files", process), contextlib.ExitStack() as open_ones:
+            victim.rlimit(psutil.RLIMIT_NOFILE, (victim.num_fds() + 2, hard))
+            try:
+                for _ in range(20):
+                    each = open_ones.enter_context(socket.socket())
+                    each.settimeout(1)
+                    with contextlib.suppress(OSError):
+                        each.connect(("127.0.0.1", overlay.port(process)))
+                time.sleep(stage.seconds / 2)
+            finally:
+                victim.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
+
+    return play
+
+
+# Before the start.
+
+
+def full_disk(overlay: Overlay) -> None:
+    """Log files on a device that is always full."""
+    folder = overlay.folder / "logs"
+    folder.mkdir()
+    for process in overlay.ids:
+        (folder / f"process_{process.lower()}.log").symlink_to("/dev/full")
+
+
+def no_log(overlay: Overlay) -> None:
+    """Log files that cannot be opened: for root too, for there is a folder of that name."""
+    for process in overlay.ids:
+        (overlay.folder / "logs" / f"process_{process.lower()}.log").mkdir(parents=True)
+
+
+def unread(overlay: Overlay) -> None:
+    """stdout and stderr are pipes that nobody reads."""
+    overlay.unread.update(overlay.ids)
+
+
+@contextlib.contextmanager
+def _stranger(port: int) -> Iterator[None]:
+    """Another program that listens there and says nothing."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+        def bound() -> bool:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                return False
+            return True
+
+        until(bound, 5, f"port {port} is free for a stranger")
+        listener.listen(16)
+        yield
+
+
+def has_full_device() -> bool:
+    return Path("/dev/full").exists()

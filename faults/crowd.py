@@ -1,0 +1,34 @@
+"""Many clients in one process, to be killed in mid-call: python -m faults.crowd ADDRESS COUNT KEY
+
+Each has a connection of its own and one call under way. Says "ready" when all have been sent, and
+then waits to be killed; request i works on the payload of key KEY + i.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import grpc
+
+from overlay import wire
+from overlay.wire import pb2, pb2_grpc
+
+NAP_MS = 300
+TIMEOUT_S = 30
+
+
+def main(address: str, count: int, key: int) -> None:
+    options = wire.channel_options()
+    clients = [grpc.insecure_channel(address, options) for _ in range(count)]
+    calls = []
+    for i, client in enumerate(clients):
+        request = pb2.Request(payload=f"{key + i} {NAP_MS}".encode(), mode=pb2.ANY, handler="work")
+        ask = pb2_grpc.OverlayNodeStub(client).Forward
+        calls.append(ask.future(request, timeout=TIMEOUT_S, wait_for_ready=True))
+    print("ready", flush=True)
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

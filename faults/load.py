@@ -1,0 +1,318 @@
+"""Calls that leave by a schedule, whether or not answers come; every answer is noted.
+
+Two ways: "unary", a Forward each, and "stream", all on one ForwardStream that is made again when it
+ends. Both speak plain gRPC, so that nothing between the overlay and the notes can hide an answer.
+
+Owns the threads "pulse", "stream", "stream-clock", from `start` to `close`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import grpc
+
+from faults.checker import SILENT_S
+from faults.history import Answer, Call, Stall
+from overlay import wire
+from overlay.values import Code
+from overlay.wire import pb2, pb2_grpc
+
+STALL_S = 0.1  # the pulse is this late: the machine did not let us run
+EXECUTED = {0: "unknown", 1: "no", 2: "yes"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A call to be: seconds after the start, and what is asked.
+
+    named: it brings a request id. again: the same id and payload as the call before it.
+    """
+
+    after_s: float
+    mode: str
+    way: str
+    team: str
+    handler: str
+    nap_ms: int
+    timeout_s: float
+    named: bool = False
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the calls are like. rate: a second. repeats: the share that is sent twice."""
+
+    rate: float = 60
+    nap_ms: tuple[int, int] = (2, 40)
+    timeouts_s: Sequence[float] = (0.5, 2, 5)
+    handlers: Sequence[str] = ("work",)
+    all_share: float = 0.3
+    repeats: float = 0.0
+
+    def plan(self, seconds: float, dice: random.Random) -> list[Planned]:
+        """The same seed gives the same calls."""
+        planned: list[Planned] = []
+        for number in range(int(self.rate * seconds)):
+            call = Planned(
+                after_s=number / self.rate,
+                mode="all" if dice.random() < self.all_share else "any",
+                way=dice.choice(("unary", "stream")),
+                team=dice.choice(("", "", "green", "pink")),
+                handler=dice.choice(self.handlers),
+                nap_ms=dice.randint(*self.nap_ms),
+                timeout_s=dice.choice(self.timeouts_s),
+            )
+            if dice.random() >= self.repeats:
+                planned.append(call)
+                continue
+            # In a team of one worker: another one could not know the first.
+            call = replace(call, mode="any", team="green", timeout_s=5, named=True)
+            planned += [call, replace(call, after_s=call.after_s + 0.002, again=True)]
+        return planned
+
+
+class Notes:
+    """Calls and answers, from any thread."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.answers: list[Answer] = []
+        self.stalls: list[Stall] = []
+        self._open: set[int] = set()
+        self._lock = threading.Lock()
+
+    def asked(self, call: Call) -> None:
+        with self._lock:
+            self.calls.append(call)
+            self._open.add(call.id)
+
+    def answered(self, answer: Answer) -> None:
+        with self._lock:
+            self.answers.append(answer)
+            self._open.discard(answer.id)
+
+    @property
+    def open(self) -> int:
+        return len(self._open)
+
+
+class Load:
+    """One client of the overlay, at the process `asked`."""
+
+    def __init__(self, address: str, notes: Notes, first_id: int, asked: str = "A") -> None:
+        self._notes = notes
+        self._asked = asked
+        self._ids = itertools.count(first_id)
+        self._key = 0
+        self._base = random.getrandbits(40) << 20  # of the ids that we give
+        self._closed = threading.Event()
+        self._channel = grpc.insecure_channel(address, wire.channel_options())
+        self._stub = pb2_grpc.OverlayNodeStub(self._channel)
+        self._stream = _Stream(self._stub, notes, self._closed)
+
+    def start(self) -> None:
+        self._stream.start()
+        threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
+
+    def run(self, planned: Sequence[Planned]) -> None:
+        """Sends each call when it is due."""
+        began = time.monotonic()
+        for call in planned:
+            due = began + call.after_s
+            if (left := due - time.monotonic()) > 0:
+                time.sleep(left)
+            self.send(call, due)
+
+    def send(self, planned: Planned, due: float | None = None) -> Call:
+        id_ = next(self._ids)
+        self._key = self._key if planned.again else id_
+        at = time.monotonic()
+        call = Call(
+            id=id_,
+            key=self._key,
+            due=at if due is None else due,
+            at=at,
+            deadline=at + planned.timeout_s,
+            mode=planned.mode,
+            way=planned.way,
+            team=planned.team,
+            handler=planned.handler,
+            asked=self._asked,
+        )
+        self._notes.asked(call)
+        payload = f"{call.key} {planned.nap_ms}".encode()
+        request_id = self._base + call.key if planned.named else 0
+        if planned.way == "unary":
+            self._send_unary(call, payload, planned.timeout_s, request_id)
+        else:
+            self._stream.send(call, payload, request_id)
+        return call
+
+    def close(self) -> None:
+        self._closed.set()
+        self._stream.close()
+        self._channel.close()
+
+    def _send_unary(self, call: Call, payload: bytes, timeout_s: float, request_id: int) -> None:
+        request = pb2.Request(
+            payload=payload,
+            mode=call.mode.upper(),
+            team=call.team,
+            handler=call.handler,
+            request_id=request_id,
+        )
+        future = self._stub.Forward.future(request, timeout=timeout_s)
+        future.add_done_callback(partial(self._ended, call))
+
+    def _ended(self, call: Call, future: Any) -> None:
+        at = time.monotonic()
+        trailers = dict(future.trailing_metadata() or ())
+        error = future.exception() if not future.cancelled() else None
+        if future.cancelled() or error is not None:
+            executed = trailers.get(wire.EXECUTED_KEY)
+            code, by = future.code().name, "overlay" if executed else "client"
+            reason = str(future.details())
+            self._notes.answered(
+                Answer(call.id, at, code, by, executed or "unknown", reason=reason)
+            )
+            return
+        self._notes.answered(_of_response(call, at, future.result(), trailers))
+
+    def _pulse(self) -> None:
+        while not self._closed.is_set():
+            slept = time.monotonic()
+            time.sleep(0.02)
+            if time.monotonic() - slept > STALL_S:
+                self._notes.stalls.append(Stall(slept, time.monotonic()))
+
+
+class _Stream:
+    """ForwardStream calls, one after the other; each row of a slice is noted as it comes."""
+
+    def __init__(self, stub: Any, notes: Notes, closed: threading.Event) -> None:
+        self._stub = stub
+        self._notes = notes
+        self._closed = closed
+        self._lock = threading.Lock()
+        self._frames: queue.SimpleQueue[pb2.Frame | None] | None = None
+        self._open: dict[int, Call] = {}
+        self._given_up: dict[int, Call] = {}
+
+    def start(self) -> None:
+        for name, work in (("stream", self._run), ("stream-clock", self._watch)):
+            threading.Thread(target=work, name=name, daemon=True).start()
+
+    def send(self, call: Call, payload: bytes, request_id: int) -> None:
+        frame = pb2.Frame()
+        frame.segments.add(
+            number=call.id,
+            count=1,
+            payloads=pb2.Column(items=[payload]),
+            remaining_us=max(1, int((call.deadline - time.monotonic()) * 1e6)),
+            first_id=request_id,
+            mode=call.mode.upper(),
+            team=call.team,
+            handler=call.handler,
+        )
+        with self._lock:
+            frames = self._frames
+            if frames is not None:
+                self._open[call.id] = call
+                frames.put(frame)
+        if frames is None:  # it never left
+            self._give_up(call, "UNAVAILABLE", "no", "the stream is not up")
+
+    def close(self) -> None:
+        with self._lock:
+            if self._frames is not None:
+                self._frames.put(None)
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            frames: queue.SimpleQueue[pb2.Frame | None] = queue.SimpleQueue()
+            reason = "the stream was ended"
+            try:
+                answers = self._stub.ForwardStream(iter(frames.get, None), wait_for_ready=True)
+                answers.initial_metadata()  # waits until the other side serves it
+                with self._lock:
+                    self._frames = frames
+                for frame in answers:
+                    for made in frame.slices:
+                        self._came(made, time.monotonic())
+            except (grpc.RpcError, ValueError) as e:  # ValueError: our channel is closed
+                reason = getattr(e, "details", str)() or str(e)
+            frames.put(None)
+            self._lost(reason)
+            self._closed.wait(0.1)
+
+    def _lost(self, reason: str) -> None:
+        with self._lock:
+            self._frames = None
+            lost, self._open, self._given_up = list(self._open.values()), {}, {}
+        for call in lost:
+            self._give_up(call, "UNAVAILABLE", "unknown", reason)
+
+    def _watch(self) -> None:
+        """Gives up what the other side says nothing about, well after its deadline."""
+        while not self._closed.wait(0.05):
+            now = time.monotonic()
+            with self._lock:
+                silent = [c for c in self._open.values() if now > c.deadline + SILENT_S]
+                for call in silent:
+                    self._given_up[call.id] = self._open.pop(call.id)
+            for call in silent:
+                self._give_up(call, "DEADLINE_EXCEEDED", "unknown", "given up")
+
+    def _give_up(self, call: Call, code: str, executed: str, reason: str) -> None:
+        at = time.monotonic()
+        self._notes.answered(Answer(call.id, at, code, "client", executed, reason=reason))
+
+    def _came(self, made: pb2.Slice, at: float) -> None:
+        with self._lock:
+            call = self._open.pop(made.number, None)
+            if call is None and self._given_up.pop(made.number, None):
+                return  # told its caller already, and not a second answer of the overlay's
+        # Without a call it is a second answer, and the checker shall see it.
+        self._notes.answered(_of_slice(made, at))
+
+
+def _of_response(call: Call, at: float, response: pb2.Response, trailers: Any) -> Answer:
+    return Answer(
+        id=call.id,
+        at=at,
+        code="OK",
+        executed="yes",
+        coverage=trailers.get(wire.COVERAGE_KEY, ""),
+        parts=tuple(
+            (p.process_id, Code(p.code).name, EXECUTED[p.executed]) for p in response.parts
+        ),
+        result=response.result.decode(errors="replace"),
+    )
+
+
+def _of_slice(made: pb2.Slice, at: float) -> Answer:
+    parts = tuple(_of_part(part) for part in made.parts)
+    if made.failures:
+        failure = made.failures[0]
+        code, executed = Code(failure.code).name, EXECUTED[failure.executed]
+        answer = Answer(made.number, at, code, "overlay", executed, reason=failure.reason)
+        return replace(answer, parts=parts)
+    result = made.results.items[0].decode(errors="replace") if made.results.items else ""
+    return Answer(made.number, at, "OK", "overlay", "yes", parts=parts, result=result)
+
+
+def _of_part(part: pb2.PartSlice) -> tuple[str, str, str]:
+    if not part.failures:
+        return part.process_id, "OK", "yes"
+    failure = part.failures[0]
+    return part.process_id, Code(failure.code).name, EXECUTED[failure.executed]

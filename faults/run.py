@@ -1,0 +1,196 @@
+"""Breaks a real overlay on purpose, under load, and checks what it promised meanwhile.
+
+    python3 faults/run.py                                    every scenario, some 7 minutes
+    python3 faults/run.py --only kill-worker,vanish --seconds 10 --seed 7
+    python3 faults/run.py --seeded                           finds bugs made on purpose
+    python3 faults/run.py --check FOLDER/kill-worker/history.jsonl
+
+Needs only the project's own environment, which it makes if it is not there. All processes run on
+free loopback ports and are ended, also after Ctrl-C. Results go to faults/results/<date>/: for each
+scenario a folder with history.jsonl and the logs; table.md and plot.svg.
+
+Exit codes: 0 nothing broken, 1 a promise was broken or a run proves nothing, 2 it could not begin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[0] = str(ROOT)  # not this folder, whose modules are faults.*
+
+SECONDS = 6.0
+IN_ENVIRONMENT = "OVERLAY_FAULTS_ENVIRONMENT"
+NEEDED = ("grpc", "grpc_health", "google.protobuf", "psutil", "pydantic", "overlay_pb2")
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not has_environment() and IN_ENVIRONMENT not in os.environ:
+        return in_environment(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended
+    options = parse(arguments)
+    if options.check:
+        return check(options.check)
+    return seeded(options) if options.seeded else bench(options)
+
+
+def has_environment() -> bool:
+    def there(name: str) -> bool:
+        try:
+            return importlib.util.find_spec(name) is not None
+        except ImportError:
+            return False
+
+    return all(map(there, NEEDED))
+
+
+def in_environment(arguments: Sequence[str]) -> int:
+    """The same with the project's Python, which scripts/run.py makes."""
+    spec = importlib.util.spec_from_file_location("project", ROOT / "scripts" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    project = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(project)
+    try:
+        python = project.prepare()
+    except project.Problem as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    os.environ[IN_ENVIRONMENT] = python
+    return project.hand_over(python, Path(__file__).resolve(), list(arguments))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    from faults import scenarios, seeded
+
+    parser = argparse.ArgumentParser(
+        prog="faults/run.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", type=names, default=[], metavar="NAME,...", help="these alone")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of load: 6")
+    parser.add_argument("--seed", type=int, default=1, help="of the calls and the faults: 1")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="instead of a new one")
+    parser.add_argument("--seeded", action="store_true", help="the bugs made on purpose")
+    parser.add_argument("--check", type=Path, metavar="HISTORY", help="only checks a history")
+    parser.add_argument("--list", action="store_true", help="says what there is")
+    options = parser.parse_args(arguments)
+    if options.list:
+        for each in (*scenarios.SCENARIOS, *seeded.BUGS):
+            print(f"{each.name:<20} {each.about}")
+        parser.exit()
+    if not options.seconds > 0:
+        parser.error(f"--seconds {options.seconds:g} is not above 0")
+    try:
+        choose = seeded.chosen if options.seeded else scenarios.chosen
+        options.chosen = choose(options.only)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def bench(options: argparse.Namespace) -> int:
+    from faults import bench, plot, report
+
+    folder = options.out or new_folder()
+    outcomes, not_run = [], {}
+    with stopped_by_ctrl_c():
+        for scenario in options.chosen:
+            if not scenario.runs_here:
+                not_run[scenario.name] = f"needs {scenario.needs}"
+                continue
+            outcome = bench.run(
+                scenario, fresh(folder, scenario.name), options.seconds, options.seed
+            )
+            outcomes.append(outcome)
+            print(report.line(outcome), flush=True)
+    page = report.page(outcomes, not_run, options.seconds, options.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(page, encoding="utf-8")
+    (folder / "plot.svg").write_text(plot.drawn(outcomes), encoding="utf-8")
+    print(f"\n{page}\nwritten to {folder}")
+    complete = len(outcomes) + len(not_run) == len(options.chosen)
+    return 0 if complete and not any(o.violations or o.invalid for o in outcomes) else 1
+
+
+def seeded(options: argparse.Namespace) -> int:
+    """Whether the checker finds each bug, by a rule that it is there for."""
+    from faults import seeded
+
+    folder = options.out or new_folder()
+    missed = list(options.chosen)
+    with stopped_by_ctrl_c():
+        for bug in options.chosen:
+            trial = seeded.try_out(bug, fresh(folder, bug.name), options.seconds, options.seed)
+            if trial.found:
+                missed.remove(bug)
+            print(trial.sentence, flush=True)
+    print(f"{len(options.chosen) - len(missed)} of {len(options.chosen)} found; {folder}")
+    return 1 if missed else 0
+
+
+def check(path: Path) -> int:
+    from faults import checker, history
+
+    try:
+        found = checker.check(history.read(path))
+    except (OSError, ValueError) as error:
+        print(f"faults/run.py: {error}", file=sys.stderr)
+        return 2
+    for violation in found:
+        print(f"{violation.rule}: {violation.sentence}")
+    print(f"{len(found)} violations")
+    return 1 if found else 0
+
+
+@contextlib.contextmanager
+def stopped_by_ctrl_c():
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; what there is follows", file=sys.stderr)
+
+
+def new_folder() -> Path:
+    """results/<date>, with a number behind it from the second run of a day on."""
+    date = datetime.date.today().isoformat()
+    for number in range(1, 1000):
+        folder = HERE / "results" / (date if number == 1 else f"{date}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise OSError(f"a thousand results of {date} in {HERE / 'results'}")
+
+
+def fresh(folder: Path, name: str) -> Path:
+    """A folder for one run; an earlier run's is taken away."""
+    inside = folder / name
+    if (inside / "overlay.json").exists():
+        shutil.rmtree(inside)
+    return inside
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(f"faults/run.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,472 @@
+"""Bugs made on purpose: python faults/seeded.py BUG CONFIG ID serves a process that has one.
+
+Each replaces a piece of the product by one that breaks a promise. The bench must see it, by one of
+the rules that the table names, in the scenario that provokes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+ROOT = HERE.parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+    import node  # first: it chooses how gRPC polls, before gRPC is there
+
+from faults import bench, scenarios  # noqa: E402
+from faults.bench import Outcome  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Bug:
+    """rules: those of the checker that may find it. scenario: the one that provokes it."""
+
+    name: str
+    about: str
+    scenario: str
+    rules: tuple[str, ...]
+    apply: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    bug: Bug
+    outcome: Outcome
+
+    @property
+    def found(self) -> bool:
+        return any(v.rule in self.bug.rules for v in self.outcome.violations)
+
+    @property
+    def sentence(self) -> str:
+        mine = [v for v in self.outcome.violations if v.rule in self.bug.rules]
+        if mine:
+            return (
+                f"{self.bug.name:<24} found {len(mine)} times: {mine[0].rule}: {mine[0].sentence}"
+            )
+        others = ", ".join(sorted({v.rule for v in self.outcome.violations})) or "nothing"
+        why = f" ({self.outcome.invalid})" if self.outcome.invalid else ""
+        return f"{self.bug.name:<24} MISSED in {self.bug.scenario}; seen: {others}{why}"
+
+
+def chosen(names: Sequence[str]) -> list[Bug]:
+    """The named ones, or all. Raises ValueError for a name that is not there."""
+    unknown = [name for name in names if name not in BY_NAME]
+    if unknown:
+        raise ValueError(f"no bug '{unknown[0]}'; there are {', '.join(BY_NAME)}")
+    return [bug for bug in BUGS if not names or bug.name in names]
+
+
+def try_out(bug: Bug, folder: Path, seconds: float, seed: int) -> Trial:
+    """Runs the bug's scenario on processes that all have it."""
+    command = [sys.executable, str(HERE), bug.name]
+    scenario = scenarios.BY_NAME[bug.scenario]
+    return Trial(bug, bench.run(scenario, folder, seconds, seed, command))
+
+
+# The bugs. Each is applied in the process that shall have it, before it serves.
+
+
+def expired_is_started() -> None:
+    from overlay import intake, links, values
+
+    def end(ticket: Any, code: Any, start: int = 0, count: int | None = None) -> None:
+        if code is values.Code.DEADLINE_EXCEEDED:  # answered, and it stays in the queue
+            count = ticket.segment.count - start if count is None else count
+            ticket._settle(start, intake._unstarted(ticket._intake.me, code, count))
+        else:
+            right(ticket, code, start, count)
+
+    def unchecked(claim: Any) -> Any:
+        return lambda self, ticket, now: claim(self, ticket, min(now, ticket.segment.deadline - 1))
+
+    right = intake.Ticket.end
+    intake.Ticket.end = end
+    intake.Intake._claim_one_locked = unchecked(intake.Intake._claim_one_locked)
+    intake.Intake._claim_rows = unchecked(intake.Intake._claim_rows)
+    links._Link.time_left_s = lambda self, deadline: max(1.0, deadline - time.monotonic())
+
+
+def retry_without_proof() -> None:
+    from overlay import assembly, values
+
+    def may(answer: Any) -> bool:
+        part = answer.refused or (answer.parts[0] if answer.parts else None)
+        return part is not None and part.code is values.Code.UNAVAILABLE
+
+    assembly.may_try_elsewhere = may
+
+
+def answer_sent_twice() -> None:
+    from overlay import wire
+
+    right = wire.write_client_slice
+
+    def twice(frame: Any, number: int, *rest: Any) -> None:
+        right(frame, number, *rest)
+        if number % 20 == 0:
+            right(frame, number, *rest)
+
+    wire.write_client_slice = twice
+
+
+def deadline_not_passed_on() -> None:
+    from overlay import links
+
+    links._Link.time_left_s = lambda self, deadline: 30.0
+
+
+def refusal_says_always_no() -> None:
+    from overlay import errors, values, wire
+
+    right = wire.trailers
+
+    def trailers(error: Any) -> Any:
+        error.executed = values.Executed.NO
+        return right(error)
+
+    assert issubclass(errors.HandlerFailed, errors.OverlayError)
+    wire.trailers = trailers
+
+
+def seen_ids_off() -> None:
+    from overlay import executor
+
+    executor.SeenIds.again = lambda self, ids: []
+
+
+def cancelled_stays_active() -> None:
+    from overlay import intake
+
+    right = intake.Intake._release
+
+    def release(self: Any, ticket: Any, count: int) -> None:
+        if not ticket._ended:
+            right(self, ticket, count)
+
+    intake.Intake._release = release
+
+
+def dead_link_is_silent() -> None:
+    from overlay import links
+
+    def lost(self: Any, why: Any) -> None:
+        self.is_live = False
+        self._link.lost(why)
+
+    links._Book._lost = lost
+
+
+def coverage_always_complete() -> None:
+    from overlay import assembly
+
+    assembly.coverage = lambda answer: f"{len(answer.parts)}/{len(answer.parts)}"
+
+
+def missing_is_left_out() -> None:
+    from overlay import assembly
+
+    right = assembly.gathered
+
+    def gathered(*arguments: Any) -> Any:
+        answers = right(*arguments)
+        good = tuple(column for column in answers.parts if column.failed is None)
+        return replace(answers, parts=good or answers.parts)
+
+    assembly.gathered = gathered
+
+
+def merge_drops_a_part() -> None:
+    from overlay import assembly
+
+    def plain_results(answers: Any) -> list[bytes]:
+        columns = [column.results.items for column in answers.parts]
+        return [b"\n".join(row[:2]) for row in zip(*columns, strict=True)]
+
+    assembly.plain_results = plain_results
+
+
+def drain_refuses_running() -> None:
+    from overlay import errors, intake, values
+
+    running: list[Any] = []
+    right_run, right_close = intake.Ticket._run, intake.Intake.close
+
+    def run(ticket: Any, *rest: Any) -> None:
+        running.append(ticket)
+        right_run(ticket, *rest)
+
+    def close(self: Any) -> int:
+        error = errors.Draining(f"{self.me} is stopping")
+        for ticket in running:
+            if ticket.is_open:
+                part = values.Part(self.me, error.code, str(error), executed=error.executed)
+                rows = ticket.segment.count
+                ticket._settle(0, values.Answers(rows, (), refused=part))
+        return int(right_close(self))
+
+    intake.Ticket._run = run
+    intake.Intake.close = close
+
+
+def runs_some_twice() -> None:
+    from overlay import threads
+
+    right, numbers = threads._called, itertools.count(1)
+
+    def called(name: str, call: Any, payload: bytes, context: Any) -> Any:
+        if next(numbers) % 10 == 0:
+            right(name, call, payload, context)
+        return right(name, call, payload, context)
+
+    threads._called = called
+
+
+def answers_get_lost() -> None:
+    from overlay import streams
+
+    right, numbers = streams._Stream._answer, itertools.count(1)
+
+    def answer(self: Any, accepted: Any, start: int, answers: Any) -> None:
+        if next(numbers) % 15:
+            right(self, accepted, start, answers)
+
+    streams._Stream._answer = answer
+
+
+def deadlines_never_end() -> None:
+    from overlay import deadlines
+
+    deadlines.Deadlines.watch = lambda self, thing, deadline: None
+
+
+def crashes_inside() -> None:
+    from overlay import wire
+
+    right, numbers = wire.write_response, itertools.count(1)
+
+    def write_response(*arguments: Any, **options: Any) -> Any:
+        if next(numbers) % 20 == 0:
+            raise KeyError("a bug")
+        return right(*arguments, **options)
+
+    wire.write_response = write_response
+
+
+def link_stays_down() -> None:
+    from overlay import links
+
+    right = links._Link._set_state
+
+    def set_state(self: Any, state: str, reason: str) -> None:
+        if state == "up" and self.asked and self.state == "down":
+            return
+        right(self, state, reason)
+
+    links._Link._set_state = set_state
+
+
+def exit_takes_the_process() -> None:
+    from overlay import threads
+
+    right = threads.outcome_of_error
+
+    def outcome_of_error(e: BaseException) -> Any:
+        if isinstance(e, SystemExit):
+            os._exit(3)
+        return right(e)
+
+    threads.outcome_of_error = outcome_of_error
+
+
+def answers_mixed_up() -> None:
+    from overlay import threads
+
+    right, last = threads._called, [b"D 0"]
+
+    def called(name: str, call: Any, payload: bytes, context: Any) -> Any:
+        result = right(name, call, payload, context)
+        if isinstance(result, bytes):
+            result, last[0] = last[0], result
+        return result
+
+    threads._called = called
+
+
+def team_is_ignored() -> None:
+    from overlay import routing
+
+    routing.scope = lambda topology, me, route: (
+        topology.in_order(set(route.targets))
+        if route.targets is not None
+        else tuple(worker.id for worker in routing._reach(topology, topology.processes[me]))
+    )
+
+
+def counts_go_astray() -> None:
+    from overlay import meter
+
+    right, numbers = meter.Meter.completed, itertools.count(1)
+
+    def completed(self: Any, count: int) -> None:
+        if next(numbers) % 10:
+            right(self, count)
+
+    meter.Meter.completed = completed
+
+
+BUGS = (
+    Bug(
+        "expired-is-started",
+        "no check at dequeue: what was refused as too late is worked on",
+        "overload",
+        ("lying_refusal", "worked_for_nobody"),
+        expired_is_started,
+    ),
+    Bug(
+        "retry-without-proof",
+        "mode any tries another worker after every loss",
+        "kill-team-leader",
+        ("ran_twice",),
+        retry_without_proof,
+    ),
+    Bug(
+        "answer-sent-twice",
+        "some slices are written twice",
+        "calm",
+        ("answered_twice",),
+        answer_sent_twice,
+    ),
+    Bug(
+        "deadline-not-passed-on",
+        "each hop gives 30 s",
+        "calm",
+        ("worked_for_nobody",),
+        deadline_not_passed_on,
+    ),
+    Bug(
+        "refusal-says-always-no",
+        "every failure says executed: no",
+        "horrors",
+        ("lying_refusal",),
+        refusal_says_always_no,
+    ),
+    Bug("seen-ids-off", "a worker forgets what it ran", "repeats", ("ran_twice",), seen_ids_off),
+    Bug(
+        "cancelled-stays-active",
+        "a request that was ended keeps its place in service",
+        "overload",
+        ("leak",),
+        cancelled_stays_active,
+    ),
+    Bug(
+        "dead-link-is-silent",
+        "what a lost link owed is never answered",
+        "kill-worker",
+        ("leak",),
+        dead_link_is_silent,
+    ),
+    Bug(
+        "coverage-complete",
+        "the trailer always says n of n",
+        "kill-worker",
+        ("short_in_silence",),
+        coverage_always_complete,
+    ),
+    Bug(
+        "missing-is-left-out",
+        "an answer of all tells only of those that worked",
+        "kill-worker",
+        ("short_in_silence",),
+        missing_is_left_out,
+    ),
+    Bug(
+        "merge-drops-a-part",
+        "the joined result lacks the third worker's",
+        "calm",
+        ("wrong_result",),
+        merge_drops_a_part,
+    ),
+    Bug(
+        "drain-refuses-running",
+        "stopping answers what runs with a refusal",
+        "rolling-restart",
+        ("lying_refusal", "ran_twice"),
+        drain_refuses_running,
+    ),
+    Bug("runs-some-twice", "one in ten runs twice", "calm", ("ran_twice",), runs_some_twice),
+    Bug(
+        "answers-get-lost",
+        "one slice in fifteen is not written",
+        "calm",
+        ("silent", "unexpected_status"),
+        answers_get_lost,
+    ),
+    Bug(
+        "deadlines-never-end",
+        "streamed requests are not ended at their deadline",
+        "grey-worker",
+        ("late", "silent"),
+        deadlines_never_end,
+    ),
+    Bug(
+        "crashes-inside",
+        "one unary answer in twenty is not made",
+        "calm",
+        ("unexpected_status",),
+        crashes_inside,
+    ),
+    Bug(
+        "link-stays-down",
+        "a lost link never comes up",
+        "kill-worker",
+        ("no_recovery",),
+        link_stays_down,
+    ),
+    Bug(
+        "exit-takes-the-process",
+        "a handler's SystemExit ends the worker",
+        "horrors",
+        ("bad_ending",),
+        exit_takes_the_process,
+    ),
+    Bug(
+        "answers-mixed-up",
+        "each answer is the one before it",
+        "calm",
+        ("wrong_result",),
+        answers_mixed_up,
+    ),
+    Bug(
+        "team-is-ignored",
+        "every worker is asked, whatever the team",
+        "calm",
+        ("ran_unasked", "short_in_silence"),
+        team_is_ignored,
+    ),
+    Bug(
+        "counts-go-astray",
+        "one completed in ten is not counted",
+        "calm",
+        ("leak",),
+        counts_go_astray,
+    ),
+)
+BY_NAME = {bug.name: bug for bug in BUGS}
+
+
+def main(arguments: Sequence[str]) -> int:
+    BY_NAME[arguments[0]].apply()
+    return node.main(list(arguments[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
