@@ -6,7 +6,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +106,11 @@ def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed
         scenario.prepare(overlay)
     overlay.start()
     overlay.settle()
-    load = Load(overlay.address("A"), notes, first_id=1)
+    load = Load(overlay.address("A"), notes, 1, _scope(found.about))
     load.start()
     try:
         _load_and_break(scenario, stage, load, found, seconds, seed)
-        found.recoveries.append(_recovery(overlay, notes))
+        found.recoveries.append(_recovery(overlay, notes, _scope(found.about)))
     finally:
         load.close()
     found.rests += [_rest(overlay, process) for process in overlay.ids]
@@ -144,10 +144,10 @@ def _break(scenario: Scenario, stage: Stage, found: History) -> None:
         found.troubles.append(Trouble(f"{type(e).__name__}: {e}"))
 
 
-def _recovery(overlay: Overlay, notes: Notes) -> Recovery:
+def _recovery(overlay: Overlay, notes: Notes, scope: Mapping[str, Sequence[str]]) -> Recovery:
     """Asks until complete answers come one after another. Nobody helps the overlay meanwhile."""
     began = time.monotonic()
-    probing = Load(overlay.address("A"), notes, PROBE_ID)
+    probing = Load(overlay.address("A"), notes, PROBE_ID, scope)
     said, good = "", 0
     try:
         while time.monotonic() < began + RECOVERY_S:
@@ -165,6 +165,14 @@ def _recovery(overlay: Overlay, notes: Notes) -> Recovery:
     finally:
         probing.close()
     return Recovery(False, time.monotonic() - began, said)
+
+
+def _scope(about: About) -> dict[str, list[str]]:
+    """The workers of each team; "" is all of them."""
+    scope = {"": list(about.workers)}
+    for worker, team in about.workers.items():
+        scope.setdefault(team, []).append(worker)
+    return scope
 
 
 def _answer_to(notes: Notes, id_: int) -> Any:

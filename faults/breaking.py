@@ -112,23 +112,23 @@ def taken_port(process: str) -> Breaking:
 
 def vanish(stage: Stage, count: int = 1000) -> None:
     """Clients whose process is killed while the leader has their calls."""
-    address, now = stage.overlay.address("A"), time.monotonic()
-    deadline = now + crowd.TIMEOUT_S
-    for i in range(count):
-        key = CROWD_KEY + i
-        call = Call(key, key, now, now, deadline, "any", "unary", vanishes=True)
-        stage.notes.calls.append(call)
+    address, began = stage.overlay.address("A"), time.monotonic()
     with stage.doing("crowd", "A"):
         command = [sys.executable, "-m", "faults.crowd", address, str(count), str(CROWD_KEY)]
         crowd_process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
         try:
             assert crowd_process.stdout is not None
             crowd_process.stdout.readline()
+            sent = time.monotonic()
             time.sleep(1)
         finally:
             crowd_process.kill()
             crowd_process.wait(10)
             crowd_process.stdout.close()
+    for key in range(CROWD_KEY, CROWD_KEY + count):
+        deadline = sent + crowd.TIMEOUT_S  # at the latest
+        call = Call(key, key, began, began, deadline, "any", "unary", vanishes=True)
+        stage.notes.calls.append(call)
 
 
 def mood(process: str, **how: float) -> Breaking:

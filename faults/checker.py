@@ -5,14 +5,15 @@ Each rule is a function that yields the violations of one promise; RULES is all 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from faults.history import Answer, Call, Execution, History
 
 LATE_S = 0.25  # an answer may come so long after its deadline
 SILENT_S = 1.0  # so long after it the bench's stream client gives up by itself
+MISLED_S = 1.0  # what requests may lose on their way: hops have no common clock to notice it
 HOLDING_UP = frozenset({"freeze", "few files"})  # faults under which a process cannot keep time
 
 
@@ -25,20 +26,27 @@ class Violation:
     call: int = 0
 
 
+class _Lists(dict[int, Any]):
+    """Empty for what is not there, without putting it there."""
+
+    def __missing__(self, key: int) -> list[Any]:
+        return []
+
+
 class Facts:
     """A history with its indexes."""
 
     def __init__(self, history: History) -> None:
         self.history = history
-        self.answers: dict[int, list[Answer]] = defaultdict(list)
-        self.executions: dict[int, list[Execution]] = defaultdict(list)
-        self.calls: dict[int, list[Call]] = defaultdict(list)
+        self.answers: dict[int, list[Answer]] = _Lists()
+        self.executions: dict[int, list[Execution]] = _Lists()
+        self.calls: dict[int, list[Call]] = _Lists()
         for answer in history.answers:
-            self.answers[answer.id].append(answer)
+            self.answers.setdefault(answer.id, []).append(answer)
         for execution in history.executions:
-            self.executions[execution.key].append(execution)
+            self.executions.setdefault(execution.key, []).append(execution)
         for call in history.calls:
-            self.calls[call.key].append(call)
+            self.calls.setdefault(call.key, []).append(call)
         self.by_id = {call.id: call for call in history.calls}
 
     def answered(self) -> Iterator[tuple[Call, Answer]]:
@@ -166,7 +174,7 @@ def worked_for_nobody(facts: Facts) -> Found:
             continue
         deadline, at = max(c.deadline for c in calls), min(c.at for c in calls)
         for execution in executions:
-            patience_s = LATE_S + facts.stalled_s(at, execution.begin)
+            patience_s = MISLED_S + facts.stalled_s(at, execution.begin)
             if facts.held_up(at, execution.begin):
                 continue
             if execution.begin > deadline + patience_s:

@@ -1,7 +1,8 @@
 """Calls that leave by a schedule, whether or not answers come; every answer is noted.
 
-Two ways: "unary", a Forward each, and "stream", all on one ForwardStream that is made again when it
-ends. Both speak plain gRPC, so that nothing between the overlay and the notes can hide an answer.
+Three ways: "unary", a Forward each; "stream", all on one ForwardStream that is made again when it
+ends; "library", the client library's futures. The first two speak plain gRPC, so that nothing
+between the overlay and the notes can hide an answer.
 
 Owns the threads "pulse", "stream", "stream-clock", from `start` to `close`.
 """
@@ -13,7 +14,8 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,10 +25,12 @@ import grpc
 from faults.checker import SILENT_S
 from faults.history import Answer, Call, Stall
 from overlay import wire
+from overlay.client import CallFailed, Incomplete, connect
 from overlay.values import Code
 from overlay.wire import pb2, pb2_grpc
 
 STALL_S = 0.1  # the pulse is this late: the machine did not let us run
+WAYS = ("unary", "stream", "library")
 EXECUTED = {0: "unknown", 1: "no", 2: "yes"}
 
 
@@ -66,7 +70,7 @@ class Mixture:
             call = Planned(
                 after_s=number / self.rate,
                 mode="all" if dice.random() < self.all_share else "any",
-                way=dice.choice(("unary", "stream")),
+                way=dice.choice(WAYS),
                 team=dice.choice(("", "", "green", "pink")),
                 handler=dice.choice(self.handlers),
                 nap_ms=dice.randint(*self.nap_ms),
@@ -76,7 +80,8 @@ class Mixture:
                 planned.append(call)
                 continue
             # In a team of one worker: another one could not know the first.
-            call = replace(call, mode="any", team="green", timeout_s=5, named=True)
+            way = dice.choice(WAYS[:2])  # the library gives no id twice
+            call = replace(call, mode="any", way=way, team="green", timeout_s=5, named=True)
             planned += [call, replace(call, after_s=call.after_s + 0.002, again=True)]
         return planned
 
@@ -107,10 +112,18 @@ class Notes:
 
 
 class Load:
-    """One client of the overlay, at the process `asked`."""
+    """One client of the overlay, at the process `asked`. scope: team -> its workers; "" is all."""
 
-    def __init__(self, address: str, notes: Notes, first_id: int, asked: str = "A") -> None:
+    def __init__(
+        self,
+        address: str,
+        notes: Notes,
+        first_id: int,
+        scope: Mapping[str, Sequence[str]],
+        asked: str = "A",
+    ) -> None:
         self._notes = notes
+        self._scope = scope
         self._asked = asked
         self._ids = itertools.count(first_id)
         self._key = 0
@@ -119,6 +132,7 @@ class Load:
         self._channel = grpc.insecure_channel(address, wire.channel_options())
         self._stub = pb2_grpc.OverlayNodeStub(self._channel)
         self._stream = _Stream(self._stub, notes, self._closed)
+        self._library = connect(address)
 
     def start(self) -> None:
         self._stream.start()
@@ -154,13 +168,16 @@ class Load:
         request_id = self._base + call.key if planned.named else 0
         if planned.way == "unary":
             self._send_unary(call, payload, planned.timeout_s, request_id)
-        else:
+        elif planned.way == "stream":
             self._stream.send(call, payload, request_id)
+        else:
+            self._send_library(call, payload, planned.timeout_s)
         return call
 
     def close(self) -> None:
         self._closed.set()
         self._stream.close()
+        self._library.close()
         self._channel.close()
 
     def _send_unary(self, call: Call, payload: bytes, timeout_s: float, request_id: int) -> None:
@@ -187,6 +204,24 @@ class Load:
             )
             return
         self._notes.answered(_of_response(call, at, future.result(), trailers))
+
+    def _send_library(self, call: Call, payload: bytes, timeout_s: float) -> None:
+        how: Any = {"mode": call.mode, "team": call.team, "timeout": timeout_s}
+        try:
+            future = self._library.submit(call.handler, payload, **how)
+        except CallFailed as e:
+            self._notes.answered(_of_failure(call, e))
+        else:
+            future.add_done_callback(partial(self._came, call))
+
+    def _came(self, call: Call, future: Future[bytes]) -> None:
+        try:
+            result = future.result(0)
+        except CallFailed as e:
+            self._notes.answered(_of_failure(call, e))
+        else:
+            scope = self._scope[call.team]
+            self._notes.answered(_of_bytes(call, time.monotonic(), result, scope))
 
     def _pulse(self) -> None:
         while not self._closed.is_set():
@@ -298,6 +333,22 @@ def _of_response(call: Call, at: float, response: pb2.Response, trailers: Any) -
         ),
         result=response.result.decode(errors="replace"),
     )
+
+
+def _of_failure(call: Call, error: CallFailed) -> Answer:
+    code, executed = error.code.name, error.executed.name.lower()
+    return Answer(call.id, time.monotonic(), code, executed=executed, reason=str(error))
+
+
+def _of_bytes(call: Call, at: float, result: bytes, scope: Sequence[str]) -> Answer:
+    """The library's futures tell who is missing; who is there, the result itself must tell."""
+    text = result.decode(errors="replace")
+    there = {line.partition(" ")[0] for line in text.splitlines()}
+    parts = {worker: (worker, "OK", "yes") for worker in there}
+    for part in result.missing if isinstance(result, Incomplete) else ():
+        parts[part.process_id] = part.process_id, part.code.name, part.executed.name.lower()
+    told = tuple(parts[worker] for worker in scope if worker in parts)
+    return Answer(call.id, at, "OK", executed="yes", parts=told, result=text)
 
 
 def _of_slice(made: pb2.Slice, at: float) -> Answer:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 START_S = 30.0  # within which a process serves, on a busy machine too
 STOP_S = 40.0  # the drain's grace and the watchdog behind it
 STOPPED = [0]
+SHOWN_BYTES = 64 * 1024  # of a process's output
 
 
 class NotReached(Exception):
@@ -181,18 +182,33 @@ class Overlay:
             if process.poll() is None:
                 process.kill()
             process.wait(10)
-            for pipe in (process.stdout, process.stderr):
-                if pipe is not None:
-                    pipe.close()
+            self._close_pipes(process)
+        self._cut_output()
 
     def output(self, process_id: str) -> str:
+        """The last of what it said on stdout and stderr."""
         path = self.folder / f"{process_id}.out"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        if not path.exists():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - SHOWN_BYTES))
+            return file.read().decode(errors="replace")
+
+    def _cut_output(self) -> None:
+        """Keeps the end of what was very long, so that results do not fill the disk."""
+        for process_id in self.ids:
+            path = self.folder / f"{process_id}.out"
+            if path.exists() and path.stat().st_size > SHOWN_BYTES:
+                path.write_text(self.output(process_id), encoding="utf-8")
 
     def _ended(self, process_id: str, wanted: list[int]) -> None:
         process = self.processes.pop(process_id)
         said = "\n".join(self.output(process_id).splitlines()[-8:])[-2000:]
         self.endings.append(Ending(process_id, process.returncode, wanted, said))
+        self._close_pipes(process)
+
+    @staticmethod
+    def _close_pipes(process: subprocess.Popen[bytes]) -> None:
         for pipe in (process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()

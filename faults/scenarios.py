@@ -94,8 +94,8 @@ SCENARIOS = (
     ),
     Scenario(
         "horrors",
-        "handlers that raise, exit, return a float, print a megabyte",
-        mixture=Mixture(handlers=("work", "work", *HORRORS, "prints"), timeouts_s=(10,)),
+        "handlers that raise, exit, return a float, print 200 kB",
+        mixture=Mixture(handlers=(*["work"] * 4, *HORRORS, "prints"), timeouts_s=(10,)),
         expects=("OK",),
     ),
     Scenario(

@@ -1,0 +1,324 @@
+"""The fault bench: its checker by tables and properties, and a short lane on real processes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+import sys
+import xml.etree.ElementTree
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from faults import bench, history, plot, report, run, scenarios, seeded
+from faults.checker import LATE_S, RULES, SILENT_S, check, coverage_of
+from faults.history import (
+    About,
+    Answer,
+    Call,
+    Ending,
+    Execution,
+    Fault,
+    History,
+    Recovery,
+    Rest,
+    Stall,
+)
+from faults.load import Mixture
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = {"C": "green", "D": "pink", "F": "pink"}
+ABOUT = About("some", 1, WORKERS, list(scenarios.USUAL), ["raises"])
+
+
+def answered(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execution], Answer]:
+    """A call at second `id_`, worked on and answered by everyone it means, or by the first."""
+    call = Call(id_, id_, float(id_), float(id_), id_ + 2.0, mode, way, team)
+    scope = [worker for worker in WORKERS if team in ("", WORKERS[worker])]
+    workers = scope if mode == "all" else scope[:1]
+    runs = [Execution(id_, w, id_ + 0.1, id_ + 0.2, 0, id_ + 2.0) for w in workers]
+    parts = tuple((worker, "OK", "yes") for worker in workers)
+    result = "\n".join(f"{worker} {id_}" for worker in workers)
+    answer = Answer(id_, id_ + 0.3, "OK", "overlay", "yes", "", parts, result)
+    if way == "unary":
+        answer = replace(answer, coverage=coverage_of(answer))
+    return call, runs, answer
+
+
+def refused(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execution], Answer]:
+    call = Call(id_, id_, float(id_), float(id_), id_ + 2.0, mode, way, team)
+    return call, [], Answer(id_, id_ + 0.1, "RESOURCE_EXHAUSTED", "overlay", "no")
+
+
+def expired(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execution], Answer]:
+    """It runs on after its deadline, and that is nobody's fault."""
+    call = Call(id_, id_, float(id_), float(id_), id_ + 2.0, mode, way, team)
+    worker = next(w for w in WORKERS if team in ("", WORKERS[w]))
+    runs = [Execution(id_, worker, id_ + 1.9, None, 0, id_ + 2.0)]
+    return call, runs, Answer(id_, id_ + 2.05, "DEADLINE_EXCEEDED", "overlay", "unknown")
+
+
+def true_history(*kinds: tuple[Callable[..., object], str, str, str]) -> History:
+    """A history that keeps every promise; one call of each kind, after an answered one of all."""
+    found = History(ABOUT)
+    for id_, (make, *how) in enumerate([(answered, "all", "unary", ""), *kinds], 1):
+        call, runs, answer = make(id_, *how)
+        found.calls.append(call)
+        found.executions += runs
+        found.answers.append(answer)
+    found.rests = [Rest(process, {"active": 0, "waiting": 0}) for process in "ABCDEF"]
+    found.endings = [Ending(process, 0, [0]) for process in "ABCDEF"]
+    found.recoveries = [Recovery(True, 0.4)]
+    return found
+
+
+def edited(found: History, place: str, index: int = 0, **fields: object) -> History:
+    """The history with one record changed."""
+    records = list(getattr(found, place))
+    records[index] = replace(records[index], **fields)
+    return replace(found, **{place: records})
+
+
+def more(found: History, place: str, *records: object) -> History:
+    return replace(found, **{place: [*getattr(found, place), *records]})
+
+
+def less(found: History, place: str, index: int = 0) -> History:
+    records = list(getattr(found, place))
+    del records[index]
+    return replace(found, **{place: records})
+
+
+# What can be done to the first call of a true history, and the rule that must see it.
+LIES: dict[str, tuple[str, Callable[[History], History]]] = {
+    "no answer": ("unanswered", lambda h: less(h, "answers")),
+    "two answers": ("answered_twice", lambda h: more(h, "answers", h.answers[0])),
+    "an answer to nobody": (
+        "answered_twice",
+        lambda h: more(h, "answers", replace(h.answers[0], id=10**6)),
+    ),
+    "a late answer": ("late", lambda h: edited(h, "answers", at=3.0 + LATE_S + 0.01)),
+    "silence": (
+        "silent",
+        lambda h: edited(
+            edited(h, "calls", way="stream"),
+            "answers", code="DEADLINE_EXCEEDED", by="client", at=3.0 + SILENT_S, parts=(),
+        ),
+    ),
+    "refused, and it ran": (
+        "lying_refusal",
+        lambda h: edited(h, "answers", code="UNAVAILABLE", executed="no", parts=()),
+    ),
+    "a part refused, and it ran": (
+        "lying_refusal",
+        lambda h: edited(h, "answers", parts=(("C", "UNAVAILABLE", "no"), *h.answers[0].parts[1:])),
+    ),
+    "twice on a worker": ("ran_twice", lambda h: more(h, "executions", h.executions[0])),
+    "any on two workers": ("ran_twice", lambda h: edited(h, "calls", mode="any")),
+    "a request of nobody": (
+        "ran_unasked",
+        lambda h: more(h, "executions", replace(h.executions[0], key=10**6)),
+    ),
+    "outside of its team": ("ran_unasked", lambda h: edited(h, "calls", team="green")),
+    "begun too late": ("worked_for_nobody", lambda h: edited(h, "executions", begin=4.1)),
+    "told too much time": ("worked_for_nobody", lambda h: edited(h, "executions", told=30.0)),
+    "counted, and not there": ("short_in_silence", lambda h: less(h, "executions")),
+    "counted, and not finished": ("short_in_silence", lambda h: edited(h, "executions", end=None)),
+    "a worker not told of": (
+        "short_in_silence",
+        lambda h: edited(h, "answers", parts=h.answers[0].parts[:2], coverage="2/2"),
+    ),
+    "a coverage that lies": ("short_in_silence", lambda h: edited(h, "answers", coverage="4/4")),
+    "a result too short": ("wrong_result", lambda h: edited(h, "answers", result="C 1\nD 1")),
+    "another's result": ("wrong_result", lambda h: edited(h, "answers", result="C 2\nD 2\nF 2")),
+    "a status out of place": (
+        "unexpected_status",
+        lambda h: edited(h, "answers", code="UNIMPLEMENTED", executed="yes", parts=()),
+    ),
+    "INTERNAL of a quiet handler": (
+        "unexpected_status",
+        lambda h: edited(h, "answers", code="INTERNAL", executed="yes", parts=()),
+    ),
+    "INTERNAL in a part": (
+        "unexpected_status",
+        lambda h: edited(h, "answers", parts=(*h.answers[0].parts[:2], ("F", "INTERNAL", "yes"))),
+    ),
+    "something active": ("leak", lambda h: edited(h, "rests", counts={"active": 1})),
+    "miscounted": ("leak", lambda h: edited(h, "rests", counts={"not counted": -2})),
+    "no complete answer": ("no_recovery", lambda h: edited(h, "recoveries", ok=False)),
+    "nobody looked": ("no_recovery", lambda h: less(h, "recoveries")),
+    "an unwanted end": ("bad_ending", lambda h: edited(h, "endings", code=3)),
+    "a traceback": ("bad_ending", lambda h: edited(h, "endings", said="Traceback (most recent")),
+}  # fmt: skip
+OTHERS = st.lists(
+    st.tuples(
+        st.sampled_from([answered, refused, expired]),
+        st.sampled_from(["all", "any"]),
+        st.sampled_from(["unary", "stream"]),
+        st.sampled_from(["", "green", "pink"]),
+    ),
+    max_size=20,
+)
+
+
+@given(OTHERS)
+def test_a_true_history_breaks_nothing(others: list[tuple[Callable[..., object], str, str, str]]):
+    assert check(true_history(*others)) == []
+
+
+@given(OTHERS, st.sampled_from(sorted(LIES)))
+def test_a_lie_is_found_whatever_is_true_beside_it(
+    others: list[tuple[Callable[..., object], str, str, str]], lie: str
+) -> None:
+    rule, tell = LIES[lie]
+    found = {(violation.rule, violation.call) for violation in check(tell(true_history(*others)))}
+    assert rule in {name for name, _ in found}
+    assert {call for _, call in found} <= {0, 1, 10**6}  # and nobody else is blamed
+
+
+def test_each_rule_is_broken_by_some_lie() -> None:
+    assert {rule for rule, _ in LIES.values()} == {rule.__name__ for rule in RULES}
+
+
+@pytest.mark.parametrize(
+    ("place", "fields", "excuse"),
+    [
+        ("answers", {"at": 5.0}, Fault("freeze", "A", 1.5, 5.0)),
+        ("answers", {"at": 5.0}, Stall(2.0, 5.0)),
+        ("executions", {"begin": 5.0, "end": 5.1}, Fault("freeze", "C", 1.5, 4.9)),
+        ("executions", {"begin": 5.0, "end": 5.1}, Stall(2.0, 5.0)),
+    ],
+)
+def test_what_stood_still_is_not_blamed_for_the_time(place, fields, excuse) -> None:
+    late = edited(true_history(), place, **fields)
+    excused = more(late, "faults" if isinstance(excuse, Fault) else "stalls", excuse)
+    assert check(late) != []
+    assert check(excused) == []
+
+
+def test_a_frozen_worker_is_no_excuse_for_the_leader() -> None:
+    late = edited(true_history(), "answers", at=5.0)
+    assert check(more(late, "faults", Fault("freeze", "D", 1.5, 5.0))) == check(late) != []
+
+
+def test_a_repeated_request_may_be_refused_once_it_ran() -> None:
+    call, runs, answer = answered(2, "any", "unary", "green")
+    found = more(true_history(), "calls", call, replace(call, id=3))
+    found = more(found, "answers", answer, Answer(3, 2.2, "UNAVAILABLE", executed="no"))
+    assert check(more(found, "executions", *runs)) == []
+
+
+def test_a_client_that_vanished_needs_no_answer() -> None:
+    gone = replace(true_history().calls[0], id=9, key=9, vanishes=True)
+    assert check(more(true_history(), "calls", gone)) == []
+
+
+@given(OTHERS)
+def test_a_history_can_be_written_and_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    others: list[tuple[Callable[..., object], str, str, str]],
+) -> None:
+    path = tmp_path_factory.mktemp("history") / "history.jsonl"
+    found = more(true_history(*others), "faults", Fault("kill", "E", 1.0, 2.0))
+    history.write(found, path)
+    assert history.read(path) == found
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history.write(true_history(), path)
+    path.write_text(path.read_text() + '{"kind": "wish"}\n')
+    number = len(path.read_text().splitlines())
+    with pytest.raises(ValueError, match=f"history.jsonl:{number}: not a record"):
+        history.read(path)
+
+
+def test_a_run_that_a_kill_cut_off_has_no_end() -> None:
+    begun = '"key": 7, "worker": "C", "begin": 1.0, "attempt": 0, "told": 2.0}'
+    lines = [
+        '{"run": "a", ' + begun,
+        '{"run": "b", ' + begun,
+        '{"run": "a", "end": 1.5}',
+        '{"run": "b", "e',
+    ]
+    assert [each.end for each in history.executions_of(lines)] == [1.5, None]
+
+
+def test_a_seed_gives_the_same_calls_again() -> None:
+    mixture = Mixture(repeats=0.3)
+    first, again = (mixture.plan(3, random.Random(5)) for _ in range(2))
+    assert first == again != mixture.plan(3, random.Random(6))
+
+
+def test_a_repeat_goes_to_a_team_of_one_right_after_the_first() -> None:
+    planned = Mixture(repeats=0.5).plan(3, random.Random(5))
+    pairs = [pair for pair in itertools.pairwise(planned) if pair[1].again]
+    assert len(pairs) > 20
+    assert all(a.named and b.named and a.team == b.team == "green" for a, b in pairs)
+
+
+def test_the_page_and_the_picture_tell_what_was_broken() -> None:
+    rule, tell = LIES["a late answer"]
+    found = more(tell(true_history()), "faults", Fault("kill", "E", 1.0, 2.0))
+    outcome = bench.Outcome(scenarios.BY_NAME["kill-team-leader"], found, check(found))
+    page = report.page([outcome], {"files-leader": "needs linux"}, 6, 1)
+    picture = xml.etree.ElementTree.fromstring(plot.drawn([outcome]))
+    texts = [text for text in picture.itertext() if text.strip()]
+    assert "| kill-team-leader | 1 | 1 | 0 |  | 0.4 s | 0 ms | **1** |" in page
+    assert f"- {rule}: call 1 (unary) was answered" in page
+    assert "- not run: files-leader: needs linux" in page
+    assert "kill-team-leader (1 broken)" in texts
+
+
+def test_a_run_whose_load_was_late_is_invalid() -> None:
+    outcome = bench.Outcome(scenarios.BY_NAME["calm"], true_history(), [])
+    late = replace(outcome, history=edited(true_history(), "calls", at=1.03))
+    assert (outcome.invalid, bool(late.invalid)) == ("", True)
+
+
+def test_the_tables_have_names_of_their_own_and_a_scenario_for_each_bug() -> None:
+    assert len(scenarios.BY_NAME) == len(scenarios.SCENARIOS)
+    assert len(seeded.BY_NAME) == len(seeded.BUGS) >= 12
+    rules = {rule.__name__ for rule in RULES}
+    for bug in seeded.BUGS:
+        assert bug.scenario in scenarios.BY_NAME
+        assert rules.issuperset(bug.rules)
+
+
+@pytest.mark.parametrize("arguments", [["--only", "typo"], ["--seeded", "--only", "calm"]])
+def test_an_unknown_name_is_refused_with_those_that_are_known(arguments, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run.main(arguments)
+    said = capsys.readouterr().err
+    assert f"'{arguments[-1]}'; there are" in said
+
+
+def test_a_history_is_checked_by_command(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history.write(LIES["refused, and it ran"][1](true_history()), path)
+    command = [sys.executable, str(ROOT / "faults" / "run.py"), "--check", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "lying_refusal: call 1 was refused (UNAVAILABLE, executed: no) and ran on" in done.stdout
+
+
+# The short lane. A busy machine may make such a run invalid; it never breaks a promise.
+
+
+def test_a_killed_worker_breaks_no_promise(tmp_path: Path) -> None:
+    outcome = bench.run(scenarios.BY_NAME["kill-worker"], tmp_path / "run", 3, seed=1)
+    assert outcome.violations == []
+    assert outcome.history.troubles == []
+    assert [fault.what for fault in outcome.history.faults] == ["kill", "kill"]
+    assert sum(answer.code == "OK" for answer in outcome.history.answers) > 50
+
+
+@pytest.mark.parametrize("name", ["refusal-says-always-no", "seen-ids-off", "merge-drops-a-part"])
+def test_a_bug_made_on_purpose_is_found(tmp_path: Path, name: str) -> None:
+    trial = seeded.try_out(seeded.BY_NAME[name], tmp_path / "run", 2, seed=1)
+    assert trial.found, trial.sentence
