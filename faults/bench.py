@@ -114,9 +114,7 @@ def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed
     finally:
         load.close()
     found.rests += [_rest(overlay, process) for process in overlay.ids]
-    for process in reversed(overlay.ids):
-        if process in overlay.processes:
-            overlay.stop(process)
+    overlay.stop_all()
 
 
 def _load_and_break(

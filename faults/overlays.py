@@ -27,6 +27,7 @@ from overlay.wire import pb2, pb2_grpc
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 30.0  # within which a process serves, on a busy machine too
 STOP_S = 40.0  # the drain's grace and the watchdog behind it
+ASK_TO_STOP = signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGTERM
 STOPPED = [0]
 SHOWN_BYTES = 64 * 1024  # of a process's output
 
@@ -157,9 +158,16 @@ class Overlay:
 
     def stop(self, process_id: str) -> None:
         """Asks it to stop, and waits for it."""
-        ask = signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGTERM
-        self.signal(process_id, ask)
+        self.signal(process_id, ASK_TO_STOP)
         self.wait(process_id, STOPPED)
+
+    def stop_all(self) -> None:
+        """The same for those that still run, at once."""
+        self.note_dead()
+        for process_id in self.processes:
+            self.signal(process_id, ASK_TO_STOP)
+        for process_id in list(self.processes):
+            self.wait(process_id, STOPPED)
 
     def wait(self, process_id: str, wanted: list[int]) -> None:
         """Waits for its end, which is noted. Raises NotReached."""

@@ -15,6 +15,7 @@ from faults.overlays import Overlay
 
 USUAL = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
 HORRORS = ("raises", "exits", "wrong_type")
+BUSY = Mixture(rate=80, nap_ms=(20, 200))  # so that a kill finds something in flight
 CALM = Mixture(timeouts_s=(10,))
 ROLES = {"leader": "A", "team-leader": "E", "worker": "D"}
 
@@ -47,7 +48,12 @@ def _for_each_role() -> list[Scenario]:
     found = []
     for role, process in ROLES.items():
         found += [
-            Scenario(f"kill-{role}", f"kill -9 {process} and a new start", breaking.kill(process)),
+            Scenario(
+                f"kill-{role}",
+                f"kill -9 {process} and a new start",
+                breaking.kill(process),
+                mixture=BUSY,
+            ),
             Scenario(
                 f"freeze-{role}", f"{process} stands still", breaking.freeze(process), needs="posix"
             ),
@@ -86,7 +92,12 @@ SCENARIOS = (
         expects=("OK", "ALREADY_EXISTS"),
     ),
     *_for_each_role(),
-    Scenario("rolling-restart", "SIGTERM and a new start, one after another", breaking.restart_all),
+    Scenario(
+        "rolling-restart",
+        "SIGTERM and a new start, one after another",
+        breaking.restart_all,
+        mixture=BUSY,
+    ),
     Scenario("vanish", "1,000 clients are killed in mid-call", breaking.vanish),
     Scenario("slow-worker", "D is ten times slower", breaking.mood("D", slower=10)),
     Scenario(

@@ -335,7 +335,7 @@ BUGS = (
         "retry-without-proof",
         "mode any tries another worker after every loss",
         "kill-team-leader",
-        ("ran_twice",),
+        ("ran_twice", "unexpected_status"),
         retry_without_proof,
     ),
     Bug(

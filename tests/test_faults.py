@@ -311,7 +311,7 @@ def test_a_history_is_checked_by_command(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_breaks_no_promise(tmp_path: Path) -> None:
-    outcome = bench.run(scenarios.BY_NAME["kill-worker"], tmp_path / "run", 3, seed=1)
+    outcome = bench.run(scenarios.BY_NAME["kill-worker"], tmp_path / "run", 2, seed=1)
     assert outcome.violations == []
     assert outcome.history.troubles == []
     assert [fault.what for fault in outcome.history.faults] == ["kill", "kill"]
@@ -320,5 +320,5 @@ def test_a_killed_worker_breaks_no_promise(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["refusal-says-always-no", "seen-ids-off", "merge-drops-a-part"])
 def test_a_bug_made_on_purpose_is_found(tmp_path: Path, name: str) -> None:
-    trial = seeded.try_out(seeded.BY_NAME[name], tmp_path / "run", 2, seed=1)
+    trial = seeded.try_out(seeded.BY_NAME[name], tmp_path / "run", 1, seed=1)
     assert trial.found, trial.sentence
