@@ -22,7 +22,7 @@ from faults.overlays import ROOT, NotReached, Overlay, six_processes, until
 from faults.scenarios import HORRORS, Scenario
 
 LATENESS_S = 0.02  # of the 99th percentile; beyond, the load was not what the run says
-REST_S = 20.0  # for hung handlers to end, and for what they held
+REST_S = 15.0  # for hung handlers to end, and for what they held
 RECOVERY_S = 20.0
 PROBES = 5
 PROBE_ID = 20_000_000
@@ -89,7 +89,7 @@ def run(
 def configuration(scenario: Scenario) -> dict[str, Any]:
     names = ("work", *HORRORS, "prints")
     handlers = {n: {"call": f"faults.handlers:{n}", "slots": scenario.slots} for n in names}
-    config = six_processes(handlers=handlers, **scenario.top)
+    config = six_processes(**{"handlers": handlers, "drain_grace_s": 10, **scenario.top})
     for process in config["processes"].values():
         if process["role"] == "worker":
             process["handler"] = "work"
@@ -113,7 +113,8 @@ def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed
         found.recoveries.append(_recovery(overlay, notes, _scope(found.about)))
     finally:
         load.close()
-    found.rests += [_rest(overlay, process) for process in overlay.ids]
+    rest_by = time.monotonic() + REST_S
+    found.rests += [_rest(overlay, process, rest_by) for process in overlay.ids]
     overlay.stop_all()
 
 
@@ -122,9 +123,12 @@ def _load_and_break(
 ) -> None:
     breaker = threading.Thread(target=_break, args=(scenario, stage, found), name="breaker")
     load.send(Planned(0, "all", "unary", "", "work", 1, 10))
+    dice = random.Random(seed)
     breaker.start()
     try:
-        load.run(scenario.mixture.plan(seconds, random.Random(seed)))
+        load.run(scenario.mixture.plan(seconds, dice))
+        while breaker.is_alive():  # it takes what it takes, and so does the load
+            load.run(scenario.mixture.plan(0.5, dice))
     finally:
         breaker.join()
     # Each call ends by its deadline and is given up soon after; what is open then has no answer.
@@ -177,9 +181,8 @@ def _answer_to(notes: Notes, id_: int) -> Any:
     return next((answer for answer in reversed(notes.answers) if answer.id == id_), None)
 
 
-def _rest(overlay: Overlay, process: str) -> Rest:
+def _rest(overlay: Overlay, process: str, end: float) -> Rest:
     """The counts when all are 0, else as they are in the end."""
-    end = time.monotonic() + REST_S
     while True:
         try:
             counts = _counts(overlay, process)

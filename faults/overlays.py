@@ -26,7 +26,7 @@ from overlay.wire import pb2, pb2_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 30.0  # within which a process serves, on a busy machine too
-STOP_S = 40.0  # the drain's grace and the watchdog behind it
+STOP_S = 20.0  # the drain's grace and the watchdog behind it
 ASK_TO_STOP = signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGTERM
 STOPPED = [0]
 SHOWN_BYTES = 64 * 1024  # of a process's output
