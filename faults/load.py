@@ -4,7 +4,7 @@ Three ways: "unary", a Forward each; "stream", all on one ForwardStream that is 
 ends; "library", the client library's futures. The first two speak plain gRPC, so that nothing
 between the overlay and the notes can hide an answer.
 
-Owns the threads "pulse", "stream", "stream-clock", from `start` to `close`.
+Owns the threads "pulse", "stream", "stream-clock" and "library", from `start` to `close`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from overlay.values import Code
 from overlay.wire import pb2, pb2_grpc
 
 STALL_S = 0.1  # the pulse is this late: the machine did not let us run
+LIBRARY_THREADS = 200  # a second has some 30 such calls, and one waits 3 s at most
 WAYS = ("unary", "stream", "library")
 EXECUTED = {0: "unknown", 1: "no", 2: "yes"}
 
@@ -133,6 +134,8 @@ class Load:
         self._stub = pb2_grpc.OverlayNodeStub(self._channel)
         self._stream = _Stream(self._stub, notes, self._closed)
         self._library = connect(address)
+        # Its submit waits for the connection, and the schedule must not wait with it.
+        self._submitting = ThreadPoolExecutor(LIBRARY_THREADS, "library")
 
     def start(self) -> None:
         self._stream.start()
@@ -171,13 +174,14 @@ class Load:
         elif planned.way == "stream":
             self._stream.send(call, payload, request_id)
         else:
-            self._send_library(call, payload, planned.timeout_s)
+            self._submitting.submit(self._send_library, call, payload)
         return call
 
     def close(self) -> None:
         self._closed.set()
         self._stream.close()
         self._library.close()
+        self._submitting.shutdown(cancel_futures=True)
         self._channel.close()
 
     def _send_unary(self, call: Call, payload: bytes, timeout_s: float, request_id: int) -> None:
@@ -205,7 +209,8 @@ class Load:
             return
         self._notes.answered(_of_response(call, at, future.result(), trailers))
 
-    def _send_library(self, call: Call, payload: bytes, timeout_s: float) -> None:
+    def _send_library(self, call: Call, payload: bytes) -> None:
+        timeout_s = max(0.001, call.deadline - time.monotonic())
         how: Any = {"mode": call.mode, "team": call.team, "timeout": timeout_s}
         try:
             future = self._library.submit(call.handler, payload, **how)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faults import bench, history, plot, report, run, scenarios, seeded
-from faults.checker import LATE_S, RULES, SILENT_S, check, coverage_of
+from faults.checker import LATE_S, RULES, SILENT_S, TIMED, check, coverage_of
 from faults.history import (
     About,
     Answer,
@@ -307,12 +307,13 @@ def test_a_history_is_checked_by_command(tmp_path: Path) -> None:
     assert "lying_refusal: call 1 was refused (UNAVAILABLE, executed: no) and ran on" in done.stdout
 
 
-# The short lane. A busy machine may make such a run invalid; it never breaks a promise.
+# The short lane. On a busy machine such a run may be invalid; then its times say nothing.
 
 
 def test_a_killed_worker_breaks_no_promise(tmp_path: Path) -> None:
     outcome = bench.run(scenarios.BY_NAME["kill-worker"], tmp_path / "run", 2, seed=1)
-    assert outcome.violations == []
+    excused = TIMED if outcome.invalid else frozenset()
+    assert [v for v in outcome.violations if v.rule not in excused] == []
     assert outcome.history.troubles == []
     assert [fault.what for fault in outcome.history.faults] == ["kill", "kill"]
     assert sum(answer.code == "OK" for answer in outcome.history.answers) > 50
