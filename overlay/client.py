@@ -623,9 +623,9 @@ class Connection:
 
     def wait_connected(self, calls: Calls, patience_s: float) -> None:
         """Raises NotReached with the reason, when the connection does not come up in time."""
+        until = time.monotonic() + patience_s
         if calls.connected.wait(min(PROMPT_S, patience_s)):
             return
-        until = time.monotonic() + patience_s
         doubt = _Doubt(self._address, until)
         while (left_s := until - time.monotonic()) > 0 and not self._closed:
             if calls.connected.wait(min(0.25, left_s)):
