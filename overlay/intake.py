@@ -40,8 +40,18 @@ class Place(Protocol):
     def count(self) -> int: ...
 
 
+class NoPlace:
+    """Instead of places."""
+
+    count = 0
+
+
+AWAITED = NoPlace()
+"""It waits for a neighbour and not for a place: it holds up nobody behind it."""
+
 Claim = Callable[[Route, int, float, bool], "Place | None"]
-"""(route, rows, patient until, streamed) -> places for some of the rows, or None."""
+"""(route, rows, patient until, streamed) -> places for some of the rows; None when there is none,
+or AWAITED."""
 
 Start = Callable[[Segment, Any, float, Sink], End]
 """(rows, their places, seconds waited, sink) -> how to end them."""
@@ -215,9 +225,10 @@ class WaitingRoom(queue.Queue["Ticket"]):
             if not all(admission.may_overtake(route, b.segment.route) for b in blocked):
                 continue
             place = claim(ticket)
-            if place is not None:
+            if place is None:
+                blocked.append(ticket)
+            elif place is not AWAITED:
                 return ticket, place
-            blocked.append(ticket)
         return None
 
     def start_locked(self, ticket: Ticket) -> None:
@@ -303,11 +314,12 @@ class Lane:
             if blocked and not all(admission.may_overtake(route, b.segment.route) for b in blocked):
                 continue
             place = claim(ticket)
-            if place is not None:
+            if place is None:
+                blocked.append(ticket)
+                if len(blocked) > 3:  # enough different routes looked at for one turn
+                    return None
+            elif place is not AWAITED:
                 return ticket, place
-            blocked.append(ticket)
-            if len(blocked) > 3:  # enough different routes looked at for one turn
-                return None
         return None
 
 
@@ -534,7 +546,7 @@ class Intake:
         if now > ticket.admitted and ticket.segment.deadline - now < kind.pace.least_s(now):
             return _HOPELESS
         place = self._claim(route, 1, ticket.patient_until, False)
-        if place is not None:
+        if place is not None and place is not AWAITED:
             self._active += 1
             self._teams[route.team] += 1
             kind.active += 1
@@ -581,9 +593,5 @@ class Intake:
         kind.pace.ended(now, now - (ticket.started or now))
 
 
-class _NoPlace:
-    count = 0
-
-
-_EXPIRED, _HOPELESS = _NoPlace(), _NoPlace()
+_EXPIRED, _HOPELESS = NoPlace(), NoPlace()
 """Instead of places: its deadline has passed; what is left of its time is not enough."""

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from overlay import assembly, routing
 from overlay.health import State
+from overlay.intake import AWAITED, NoPlace
 from overlay.routing import Branch, Load, Plan
 from overlay.rows import OpenRows
 from overlay.topology import Topology
@@ -92,11 +93,12 @@ class Relay:
 
     def claim(
         self, route: Route, count: int, patient_until: float, streamed: bool
-    ) -> Claimed | None:
+    ) -> Claimed | NoPlace | None:
         """Places for some or all of `count` rows, or None when all must wait.
 
-        They wait for a slot, for a branch with credit, and until `patient_until` for a link that
-        went down this moment. Streamed rows to all go down against credit too; single ones at once.
+        They wait for a slot or for a branch with credit, and until `patient_until` for a link that
+        went down this moment (AWAITED). Streamed rows to all go down against credit too; single
+        ones at once.
         """
         if self._works is not None and (route.targets is None or self._me.id in route.targets):
             count = self._works.claim(route.handler, count)
@@ -104,7 +106,7 @@ class Relay:
         plan = self._plan(route, self._network.up())
         short = not plan.branches if route.mode is Mode.ANY else bool(plan.missing)
         if short and self._clock() < patient_until and self._may_come_back(plan):
-            return None
+            return AWAITED
         if not plan.branches:
             return Claimed(count, plan)
         if route.mode is Mode.ANY:

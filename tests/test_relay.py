@@ -892,3 +892,14 @@ def _chaos(chance: random.Random) -> tuple[MemoryNetwork, list[Asked]]:
             others |= {"heal": network.heal, "give up": network.give_up}
             others.get(act, network.heal)(*edge)
     return network, asked
+
+
+def test_who_waits_for_a_link_holds_up_nobody_behind_it(network):
+    network.cut("A", "E", just_now=True)
+    everybody = network.ask("A")
+    assert not everybody.is_answered  # E may be back in a moment
+
+    green = network.ask("A", mode=ANY, team="green")
+
+    assert green.is_answered
+    assert not everybody.is_answered
