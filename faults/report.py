@@ -18,7 +18,14 @@ def line(outcome: Outcome) -> str:
     return "\n".join([text, *(f"    {v.rule}: {v.sentence}" for v in outcome.violations[:3])])
 
 
-def page(outcomes: Sequence[Outcome], not_run: Mapping[str, str], seconds: float, seed: int) -> str:
+def page(
+    outcomes: Sequence[Outcome],
+    not_run: Mapping[str, str],
+    seconds: float,
+    seed: int,
+    where: str = "",
+) -> str:
+    """where: the day and the machine, in a line."""
     head = ["scenario", "calls", "OK", "refused", "other", "back after", "late p99", "violations"]
     rows = [_row(outcome) for outcome in outcomes]
     rule = ["---"] + ["---:"] * (len(head) - 1)
@@ -28,6 +35,7 @@ def page(outcomes: Sequence[Outcome], not_run: Mapping[str, str], seconds: float
         f"{seconds:g} s of load each, seed {seed}. Refused: with `executed: no`, and it did not "
         "run. Back after: from the end of the load until five complete answers in a row. Late p99: "
         "how late calls left; above 20 ms a run is invalid.",
+        where,
         table,
         "![Answers over time, by scenario](plot.svg)",
         *(_details(outcome) for outcome in outcomes if outcome.violations or outcome.invalid),

@@ -19,6 +19,7 @@ import contextlib
 import datetime
 import importlib.util
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -32,6 +33,11 @@ sys.path[0] = str(ROOT)  # not this folder, whose modules are faults.*
 SECONDS = 6.0
 IN_ENVIRONMENT = "OVERLAY_FAULTS_ENVIRONMENT"
 NEEDED = ("grpc", "grpc_health", "google.protobuf", "psutil", "pydantic", "overlay_pb2")
+
+
+def today_and_here() -> str:
+    cores, python = os.cpu_count(), platform.python_version()
+    return f"{datetime.date.today()}, {cores} cores, {platform.platform()}, Python {python}."
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -119,7 +125,7 @@ def bench(options: argparse.Namespace) -> int:
             )
             outcomes.append(outcome)
             print(report.line(outcome), flush=True)
-    page = report.page(outcomes, not_run, options.seconds, options.seed)
+    page = report.page(outcomes, not_run, options.seconds, options.seed, today_and_here())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(page, encoding="utf-8")
     (folder / "plot.svg").write_text(plot.drawn(outcomes), encoding="utf-8")
