@@ -5,6 +5,7 @@ A row is begun at most once and answered once, by its handler or for it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import traceback
@@ -17,7 +18,7 @@ from typing import Any
 from overlay.errors import AlreadyExecuted, BadRequest, HandlerFailed
 from overlay.handlers import Context
 from overlay.meter import Spread, Times
-from overlay.rows import OpenRows
+from overlay.rows import OpenRows, consecutive
 from overlay.topology import HandlerSpec, Process
 from overlay.values import Answers, Code, Column, Executed, Failure, PartColumn, Segment, Sink
 
@@ -134,11 +135,9 @@ class Batch:
         self.desk.ended(len(outcomes), worked_s, failed)
         self._give_back(len(outcomes))
         each_us = int(worked_s / len(outcomes) * 1e6)
-        begin = 0
-        for i in range(1, len(outcomes) + 1):
-            if i == len(outcomes) or outcomes[i][0] != outcomes[i - 1][0] + 1:
-                self._answer(outcomes[begin][0], [o for _, o in outcomes[begin:i]], each_us)
-                begin = i
+        left = iter([outcome for _, outcome in outcomes])
+        for first, rows in consecutive([row for row, _ in outcomes]):
+            self._answer(first, list(itertools.islice(left, rows)), each_us)
 
     def refuse_second(self, row: int) -> None:
         error = AlreadyExecuted(f"request {self.segment.all_ids[row]:016x} was run here before")

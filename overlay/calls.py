@@ -28,7 +28,7 @@ from overlay import wire
 from overlay.deadlines import Deadlines
 from overlay.limits import Limits
 from overlay.pipes import Pipe
-from overlay.rows import OpenRows
+from overlay.rows import OpenRows, consecutive
 from overlay.values import Answers, Code, Column, Executed, Failure, Part, Route, Segment
 from overlay.wire import pb2
 
@@ -282,7 +282,7 @@ class Calls:
                     for index, row in enumerate(order.rows)
                     if row in order.cancelled
                 ]
-                self._cancels.extend((sent.number, *run) for run in _runs(rows))
+                self._cancels.extend((sent.number, *run) for run in consecutive(rows))
 
     def _gather(self) -> None:
         # Threads that were woken together call together: a moment's patience makes one frame of it.
@@ -549,17 +549,6 @@ class _Retry:
     """An order that waits for its next attempt."""
 
     order: Order
-
-
-def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending rows as (first, how many)."""
-    found: list[tuple[int, int]] = []
-    for row in rows:
-        if found and sum(found[-1]) == row:
-            found[-1] = found[-1][0], found[-1][1] + 1
-        else:
-            found.append((row, 1))
-    return found
 
 
 def _failures_of(made: pb2.Slice) -> dict[int, Failure]:

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 Run = tuple[int, int]
 """Consecutive rows: (first, how many)."""
+
+
+def consecutive(rows: Sequence[int]) -> list[Run]:
+    """Ascending rows as runs."""
+    found: list[Run] = []
+    begin = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            found.append((rows[begin], i - begin))
+            begin = i
+    return found
 
 
 class OpenRows:
