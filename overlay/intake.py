@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 from overlay import admission
@@ -219,17 +220,7 @@ class WaitingRoom(queue.Queue["Ticket"]):
 
         The ticket stays in until `start_locked`.
         """
-        blocked: list[Ticket] = []
-        for ticket in self._heads():
-            route = ticket.segment.route
-            if not all(admission.may_overtake(route, b.segment.route) for b in blocked):
-                continue
-            place = claim(ticket)
-            if place is None:
-                blocked.append(ticket)
-            elif place is not AWAITED:
-                return ticket, place
-        return None
+        return _take_first(self._heads(), claim)
 
     def start_locked(self, ticket: Ticket) -> None:
         """Takes it out: it is its caller's turn."""
@@ -259,6 +250,27 @@ class WaitingRoom(queue.Queue["Ticket"]):
             del self._callers[ticket.caller]
         self._count -= 1
         self._bytes -= ticket.segment.payloads.size
+
+
+def _take_first(
+    heads: Sequence[Ticket],
+    claim: Callable[[Ticket], Place | None],
+    most_blocked: float = math.inf,
+) -> tuple[Ticket, Place] | None:
+    """The first for which `claim` gives a place, and that may overtake those that got none."""
+    blocked: list[Ticket] = []
+    for ticket in heads:
+        route = ticket.segment.route
+        if blocked and not all(admission.may_overtake(route, b.segment.route) for b in blocked):
+            continue
+        place = claim(ticket)
+        if place is None:
+            blocked.append(ticket)
+            if len(blocked) > most_blocked:
+                return None
+        elif place is not AWAITED:
+            return ticket, place
+    return None
 
 
 def _number(ticket: Ticket) -> int:
@@ -308,19 +320,7 @@ class Lane:
         heads = [next(iter(tickets)) for tickets in self._kinds.values()]
         if len(heads) > 1:
             heads.sort(key=_number)
-        blocked: list[Ticket] = []
-        for ticket in heads:
-            route = ticket.segment.route
-            if blocked and not all(admission.may_overtake(route, b.segment.route) for b in blocked):
-                continue
-            place = claim(ticket)
-            if place is None:
-                blocked.append(ticket)
-                if len(blocked) > 3:  # enough different routes looked at for one turn
-                    return None
-            elif place is not AWAITED:
-                return ticket, place
-        return None
+        return _take_first(heads, claim, most_blocked=3)  # enough routes looked at for one turn
 
 
 class Intake:
@@ -508,7 +508,7 @@ class Intake:
             if taken is None:
                 return None
             ticket, place = taken
-            if place is not _EXPIRED and place is not _HOPELESS:
+            if place.count:
                 self._room.start_locked(ticket)
                 ticket.unstarted.take(0, 1)
             return ticket, 0, place
@@ -520,7 +520,7 @@ class Intake:
             return None
         ticket, place = found
         first, _ = ticket.unstarted.first_run() or (0, 0)
-        if place is not _EXPIRED:
+        if place.count:
             self._begin_locked(lane, ticket, first, place.count, now)
         return ticket, first, place
 
@@ -546,7 +546,7 @@ class Intake:
         if now > ticket.admitted and ticket.segment.deadline - now < kind.pace.least_s(now):
             return _HOPELESS
         place = self._claim(route, 1, ticket.patient_until, False)
-        if place is not None and place is not AWAITED:
+        if place is not None and place.count:
             self._active += 1
             self._teams[route.team] += 1
             kind.active += 1
