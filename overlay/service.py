@@ -122,8 +122,9 @@ class Service:
         self.meter.received(1)
         self._last_single = time.monotonic()
         try:
-            answer = self._answer_of_key if request.idempotency_key else self._answer
-            response, coverage = answer(request, context)
+            segment = wire.read_request(request, self._deadline(context), self.limits)
+            answer = self._answer_of_key if segment.keyed else self._answer
+            response, coverage = answer(request, segment, context)
         except OverlayError as e:
             failed = e
         except BaseException as e:
@@ -231,10 +232,9 @@ class Service:
         return max(self._active, in_service)
 
     def _answer(
-        self, request: pb2.Request, context: grpc.ServicerContext
+        self, request: pb2.Request, segment: Segment, context: grpc.ServicerContext
     ) -> tuple[pb2.Response, str]:
         """The answer and its coverage. Raises OverlayError."""
-        segment = wire.read_request(request, self._deadline(context), self.limits)
         routing.check(self.topology, self.me.id, segment.route)
         answers = self._wait(segment, context, request.priority)
         results, failures = self._combine(segment.route, answers)
@@ -248,14 +248,13 @@ class Service:
         return response, assembly.coverage(answer)
 
     def _answer_of_key(
-        self, request: pb2.Request, context: grpc.ServicerContext
+        self, request: pb2.Request, segment: Segment, context: grpc.ServicerContext
     ) -> tuple[pb2.Response, str]:
-        segment = wire.read_request(request, self._deadline(context), self.limits)
         route, parts = segment.route, request.want_parts
         question = f"{route.mode}\n{route.team}\n{route.handler}\n{parts}\n".encode()
 
         def ask() -> tuple[tuple[pb2.Response, str], int]:
-            response, coverage = self._answer(request, context)
+            response, coverage = self._answer(request, segment, context)
             return (response, coverage), response.ByteSize()
 
         name = _caller(context), request.idempotency_key

@@ -305,7 +305,7 @@ def _read_unary_part(part: pb2.Part) -> Part:
 def _read_part(part: pb2.PartSlice, count: int, with_results: bool = True) -> PartColumn:
     failures: dict[int, Failure] = {}
     failed: Failure | None = None
-    for detail in part.failures or ():
+    for detail in part.failures:
         failure = read_failure(detail)
         if detail.count == 0:
             failed = failure
