@@ -31,7 +31,7 @@ from overlay.executor import SeenIds
 from overlay.health import State
 from overlay.intake import Intake, Lane, Ticket
 from overlay.relay import Relay
-from overlay.rows import OpenRows
+from overlay.rows import OpenRows, consecutive
 from overlay.topology import Process, Topology
 from overlay.values import (
     Answer,
@@ -402,7 +402,7 @@ class _Job:
         me = self._works.me.id
         self._works.free(len(rows))
         items = self._segment.payloads.items
-        for first, count in _runs(rows):
+        for first, count in consecutive(rows):
             results = Column([me.encode() + b": " + items[i] for i in range(first, first + count)])
             self._answer(first, PartColumn(me, results, self._hops))
 
@@ -586,17 +586,6 @@ class _Letter:
             edge.outstanding[self._segment.route.handler] -= rows
             self._sink(first, answers.slice(first - start, rows))
         edge.network.nodes[edge.near].links.flush()  # what was tried elsewhere
-
-
-def _runs(rows: list[int]) -> list[tuple[int, int]]:
-    """Ascending rows as (first, how many)."""
-    runs: list[tuple[int, int]] = []
-    for row in rows:
-        if runs and row == sum(runs[-1]):
-            runs[-1] = runs[-1][0], runs[-1][1] + 1
-        else:
-            runs.append((row, 1))
-    return runs
 
 
 def _shuffled(

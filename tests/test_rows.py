@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay.rows import OpenRows
+from overlay.rows import OpenRows, consecutive
 from overlay.values import (
     Answers,
     Code,
@@ -133,3 +133,16 @@ def test_a_missing_workers_rows_all_say_why(failed):
     column = PartColumn.missing("C", 3, why)
     assert {column.at(row).reason for row in range(3)} == {why.reason}
     assert len(column.slice(1, 2).results) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "runs"),
+    [
+        ([], []),
+        ([4], [(4, 1)]),
+        (range(2, 6), [(2, 4)]),
+        ([0, 1, 4, 5, 8], [(0, 2), (4, 2), (8, 1)]),
+    ],
+)
+def test_ascending_rows_are_found_as_runs(rows, runs):
+    assert consecutive(rows) == runs
