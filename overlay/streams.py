@@ -80,8 +80,8 @@ def serve(
     reader = threading.Thread(target=stream.read, args=(frames,), name="stream-reader", daemon=True)
     reader.start()
     desk.streams.add(stream)
-    context.send_initial_metadata(())  # tells the client that its stream is served
     try:
+        context.send_initial_metadata(())  # tells the client that its stream is served
         yield from stream.write()
     finally:
         desk.streams.discard(stream)

@@ -455,6 +455,23 @@ def test_a_call_that_is_over_before_it_is_served_leaves_no_lane():
         assert served.intake.streamed == (0, 0, 0)
 
 
+def test_a_client_that_leaves_while_it_is_let_in_leaves_no_stream():
+    class Leaving:
+        def add_callback(self, callback):
+            self.callback = callback
+            return True
+
+        def send_initial_metadata(self, metadata):
+            self.callback()
+            raise grpc.RpcError
+
+    with serving(Desk()) as served:
+        with pytest.raises(grpc.RpcError):
+            list(streams.serve(served.stream_desk, iter(()), Leaving()))
+        assert served.intake.streamed == (0, 0, 0)
+        assert not served.stream_desk.streams, "a drain waits for it until its grace is over"
+
+
 def flood(payload: bytes, rows: int, count: list[int]) -> Iterator[pb2.Frame]:
     for n in itertools.count(1):
         count[0] += rows
