@@ -31,6 +31,7 @@ try:
     from overlay import configuration, wire
     from overlay.admin import Admin
     from overlay.errors import ConfigError, OverlayError
+    from overlay.guard import Guard
     from overlay.logs import ProcessLog
     from overlay.service import Drained, Service
     from overlay.topology import Process, Topology, join_address
@@ -99,7 +100,8 @@ class Node:
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
         self.stream_pool = ThreadPoolExecutor(limits.stream_threads, "stream")
-        self.server = grpc.server(self.pool, options=wire.server_options(limits))
+        options = wire.server_options(limits)
+        self.server = grpc.server(self.pool, interceptors=(Guard(),), options=options)
         self.health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=self.metrics_pool
         )

@@ -20,6 +20,7 @@ import pytest
 from overlay import assembly, streams, wire
 from overlay.deadlines import Deadlines
 from overlay.errors import OverlayError
+from overlay.guard import Guard
 from overlay.intake import Intake
 from overlay.limits import Limits
 from overlay.topology import HandlerSpec, Process, Topology
@@ -135,7 +136,8 @@ class Served:
             answered=desk.count_answered,
         )
         self._pool = ThreadPoolExecutor(8)
-        self._server = grpc.server(self._pool, options=wire.server_options(limits))
+        options = wire.server_options(limits)
+        self._server = grpc.server(self._pool, interceptors=(Guard(),), options=options)
         pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), self._server)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}", wire.channel_options(limits))

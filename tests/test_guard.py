@@ -1,0 +1,62 @@
+"""A stream's message that is no protobuf ends its call, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from overlay.guard import Guard
+
+METHOD = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+GOOD = reflection_pb2.ServerReflectionRequest(list_services="*").SerializeToString()
+BAD = b"\x3a\xff"  # a text that is longer than the message
+
+
+class Served:
+    """A server of reflection, the simplest stream there is, and its methods as bytes go."""
+
+    def __init__(self) -> None:
+        self.server = grpc.server(ThreadPoolExecutor(4), interceptors=(Guard(),))
+        reflection.enable_server_reflection((reflection.SERVICE_NAME,), self.server)
+        port = self.server.add_insecure_port("127.0.0.1:0")
+        self.server.start()
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+        self.ask = self.channel.stream_stream(METHOD)
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    made = Served()
+    yield made
+    made.channel.close()
+    made.server.stop(0)
+
+
+def test_what_comes_before_it_is_answered_and_it_ends_the_call(served):
+    call = served.ask(iter([GOOD, BAD, GOOD]), timeout=5)
+
+    assert reflection_pb2.ServerReflectionResponse.FromString(next(call)).list_services_response
+    with pytest.raises(grpc.RpcError) as raised:
+        next(call)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert raised.value.details().startswith("a message of 2 bytes is not protobuf")
+
+
+def test_it_leaves_no_call_behind_that_the_server_would_wait_for(served):
+    for _ in range(100):
+        with pytest.raises(grpc.RpcError):
+            next(served.ask(iter([BAD]), timeout=5))
+    served.channel.close()
+
+    assert served.server.stop(0.5).wait(5)
+
+
+def test_unary_calls_and_unknown_methods_pass_as_they_are(served):
+    unknown = served.channel.unary_unary("/None/None")
+    with pytest.raises(grpc.RpcError) as raised:
+        unknown(b"", timeout=5)
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
