@@ -55,7 +55,7 @@ class Keys:
         if not asked.done.wait(max(0.0, deadline - self._clock())):
             raise DeadlinePassed("the first request of this key has no answer yet")
         if asked.error is not None:
-            raise asked.error
+            raise _bare(asked.error)
         return asked.answer
 
     def _enter(self, name: Name, digest: bytes) -> tuple[_Asked, bool]:
@@ -73,7 +73,7 @@ class Keys:
         try:
             asked.answer, size = ask()
         except BaseException as e:
-            asked.error = e
+            asked.error = _bare(e)
             # Nothing ran: whoever comes later may ask again.
             self._end(name, asked, 0, keep=getattr(e, "executed", None) is not Executed.NO)
             raise
@@ -101,6 +101,13 @@ class Keys:
                 return  # the others' time ends later
             del self._asked[name]
             self._bytes -= asked.size
+
+
+def _bare(error: BaseException) -> BaseException:
+    """The same error without the calls that it has passed through, which hold their requests."""
+    made = type(error).__new__(type(error), *error.args)
+    made.__dict__.update(error.__dict__)
+    return made
 
 
 class _Asked:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,9 +13,9 @@ import grpc
 import pytest
 
 import overlay as library
-from overlay.errors import BadRequest, DeadlinePassed, HandlerFailed, QueueFull
+from overlay.errors import BadRequest, DeadlinePassed, HandlerFailed, PartsFailed, QueueFull
 from overlay.keys import Keys
-from overlay.values import Executed
+from overlay.values import Code, Executed
 from overlay.wire import pb2
 from tests.cluster import Overlay, until
 from tests.network import Clock
@@ -63,6 +66,30 @@ def test_what_may_have_run_is_not_asked_again():
         with pytest.raises(HandlerFailed, match=r"^it broke$"):
             bench.answer(fails=HandlerFailed("it broke"))
     assert len(bench.asked) == 1
+
+
+def test_a_failure_that_is_kept_holds_nothing_of_those_who_asked():
+    bench = Bench()
+
+    class Payload:
+        pass
+
+    def asks() -> weakref.ref[Payload]:
+        payload = Payload()
+        with contextlib.suppress(PartsFailed):
+            caller(payload)
+        return weakref.ref(payload)
+
+    def caller(payload: Payload) -> None:
+        bench.answer(fails=PartsFailed("broke", Code.INTERNAL, Executed.YES, "it broke", 1.5))
+
+    first, second = asks(), asks()
+    gc.collect()
+
+    assert (first(), second()) == (None, None)
+    with pytest.raises(PartsFailed, match=r"^broke$") as raised:
+        bench.answer()
+    assert (raised.value.code, raised.value.retry_after_s) == (Code.INTERNAL, 1.5)
 
 
 def test_what_provably_did_not_run_may_be_asked_again():
