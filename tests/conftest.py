@@ -1,10 +1,15 @@
-"""Fixtures: `six` is the shipped overlay, shared by a module; `overlays` makes others."""
+"""Fixtures: `six` is the shipped overlay, shared by a module; `overlays` makes others.
+
+`lane` says how much a fuzz test sends, and makes its chances from the seed.
+"""
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,51 @@ from tests.cluster import Overlay, running, six_processes
 # A busy machine is no fault of the code: no example is judged by the time that it takes.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+LONG_S = 3600  # a test of the long lane is ended after this
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the fuzz tests send 10 to 100 times more")
+    parser.addoption("--seed", type=int, help="of the fuzz tests; a failure names the one it had")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = random.randrange(10**6)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"fuzz: --seed {config.option.seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items if config.option.long else ():
+        if "lane" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(LONG_S))
+
+
+@dataclass(frozen=True)
+class Lane:
+    """How much a fuzz test does, and what it does: the same for the same seed."""
+
+    is_long: bool
+    seed: int
+
+    def count(self, short: int, long: int) -> int:
+        return long if self.is_long else short
+
+    def chance(self, what: str, number: int) -> random.Random:
+        """What is random about one of them."""
+        return random.Random(f"{self.seed} {what} {number}")
+
+
+@pytest.fixture
+def lane(request: pytest.FixtureRequest) -> Lane:
+    lane = Lane(request.config.option.long, request.config.option.seed)
+    print(f"again with --seed {lane.seed}")  # shown with a failure
+    return lane
 
 
 @pytest.fixture(scope="module")
