@@ -269,9 +269,9 @@ class Service:
         # With a key the work goes on when its caller has left, who may come again for the answer.
         if not segment.keyed and not context.add_callback(lambda: ticket.end(Code.CANCELLED)):
             ticket.end(Code.CANCELLED)  # the call was over before it began
-        if not waiter.done.wait(_until(segment.deadline)):
+        if not waiter.wait(_until(segment.deadline)):
             ticket.end(Code.DEADLINE_EXCEEDED)
-            waiter.done.wait(1)  # it is made on this thread, or just now by another
+            waiter.wait(1)  # it is made on this thread, or just now by another
         self._note_times(ticket)
         return waiter.answers
 
@@ -448,15 +448,19 @@ def _caller(context: grpc.ServicerContext) -> str:
 
 
 class _Waiter:
-    """Where a unary call's thread waits for its one answer."""
+    """Where a unary call's thread waits for its one answer; a bare lock wakes it cheapest."""
 
     def __init__(self) -> None:
-        self.done = threading.Event()
+        self._came = threading.Lock()
+        self._came.acquire()
         self.answers = Answers(0, ())
 
     def sink(self, start: int, answers: Answers) -> None:
         self.answers = answers
-        self.done.set()
+        self._came.release()
+
+    def wait(self, timeout_s: float) -> bool:
+        return self._came.acquire(timeout=timeout_s)
 
 
 def _wait_while(busy: Callable[[], bool], until: float) -> None:
