@@ -10,7 +10,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  executor -> threads, processes -> batch -> handlers, meter
                  executor -> batch, handlers   threads -> handlers
                  processes -> child -> batch, handlers, logs
-    1 decisions  routing -> health   assembly   admission   rows
+    1 decisions  routing -> health   assembly   lanes -> admission   rows
     0 values     errors -> values   limits   topology -> limits, errors
                  configuration -> topology, limits, errors
 

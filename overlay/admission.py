@@ -1,4 +1,4 @@
-"""Who may enter and who goes first: pure decisions of the intake.
+"""Who may enter and who may overtake: pure decisions of the intake.
 
 A queue bounded by slots alone is full of requests that nobody waits for any more as soon as it is
 overloaded. So time bounds it too: who cannot have an answer before its deadline, at the pace of
@@ -7,10 +7,7 @@ late, is refused at once, and who no longer can is dropped when its turn comes.
 
 from __future__ import annotations
 
-import bisect
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator
-from typing import Generic, TypeVar
 
 from overlay.errors import NoTimeLeft, QueueFull
 from overlay.values import Mode, Route
@@ -19,8 +16,6 @@ AGE_S = 2.0  # of waiting are worth one step of priority, so that the low ones c
 HIGHEST_PRIORITY = 9
 RECENT_S = 10.0  # a caller or a pace (or thrice its time) seen longer ago is not there any more
 RECENT = 32  # ends that are remembered
-
-T = TypeVar("T", bound=Hashable)
 
 
 def check_room(waiting: int, slots: int, waiting_bytes: int, size: int, most_bytes: int) -> None:
@@ -101,71 +96,6 @@ class Pace:
             self._mean_s = 0.0
 
 
-class Turns(Generic[T]):
-    """What waits for the same places: callers take turns, whatever each has waiting.
-
-    A caller's own go by urgency: a time, the least first, equal ones in the order they came.
-    """
-
-    def __init__(self) -> None:
-        self._queues: dict[str, list[tuple[float, int, T]]] = {}
-        self._callers: dict[T, str] = {}
-        self._had: dict[str, int] = {}  # turns that each has had, as far as it still matters
-        self._now = 0  # the turns of the one whose turn it was last
-        self._count = 0
-
-    def __len__(self) -> int:
-        return len(self._callers)
-
-    def __iter__(self) -> Iterator[T]:
-        return iter(self._callers)
-
-    def put(self, item: T, caller: str, urgency: float) -> None:
-        self._count += 1
-        if caller not in self._queues:
-            self._queues[caller] = []
-            # Who was away has saved up no turns, and who was just served has not lost its own.
-            self._had[caller] = max(self._now, self._had.get(caller, 0))
-        bisect.insort(self._queues[caller], (urgency, self._count, item))
-        self._callers[item] = caller
-
-    def head(self) -> T:
-        """The next one. Raises LookupError when nothing waits."""
-        if not self._queues:
-            raise LookupError("nothing waits")
-        caller = min(self._queues, key=lambda c: (self._had[c], self._queues[c][0][:2]))
-        return self._queues[caller][0][2]
-
-    def take(self, item: T) -> None:
-        """Removes it; that was its caller's turn."""
-        caller = self._callers[item]
-        self._now = max(self._now, self._had[caller])
-        self._had[caller] += 1
-        self.remove(item)
-        if len(self._had) > 2 * len(self._queues) + 8:
-            self._had = {
-                c: had for c, had in self._had.items() if c in self._queues or had > self._now
-            }
-
-    def remove(self, item: T) -> None:
-        caller = self._callers.pop(item)
-        queue = self._queues[caller]
-        queue.remove(next(entry for entry in queue if entry[2] == item))
-        if not queue:
-            del self._queues[caller]
-
-    def ahead_of(self, caller: str, urgency: float) -> int:
-        """How many start before one that would be put in now."""
-        own = self._queues.get(caller, [])
-        before = bisect.bisect_right(own, urgency, key=_urgency)
-        mine = max(self._now, self._had.get(caller, 0)) + before
-        ahead = before
-        for other, queue in self._queues.items():
-            if other != caller:
-                ahead += min(len(queue), max(0, mine - self._had[other]) + 1)
-        return ahead
-
-
 class Callers:
     """Who has come lately, whether let in or not. Times are monotonic seconds."""
 
@@ -181,10 +111,6 @@ class Callers:
         return len(self._seen) > 1
 
 
-def _urgency(entry: tuple[float, int, object]) -> float:
-    return entry[0]
-
-
 def urgency(now: float, priority: int) -> float:
     """When a request of priority 0 would have had to come to be as urgent as this one."""
     return now - AGE_S * max(0, min(priority, HIGHEST_PRIORITY))
@@ -196,6 +122,6 @@ def retry_after_s(waiting: int, in_service: int, mean_service_s: float) -> float
     return min(30.0, max(0.05, max(1, waiting) * 0.1 / pace))
 
 
-def lane(route: Route) -> tuple[Mode, str, str, tuple[str, ...] | None]:
-    """Requests of one lane want the same places, so only the oldest of a lane need be looked at."""
+def places(route: Route) -> tuple[Mode, str, str, tuple[str, ...] | None]:
+    """What it wants places of: where these are equal, who cannot start keeps the next from it."""
     return route.mode, route.team, route.handler, route.targets

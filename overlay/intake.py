@@ -17,38 +17,24 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable
+from typing import Any
 
 from overlay import admission
-from overlay.admission import Callers, Pace, Turns
+from overlay.admission import HIGHEST_PRIORITY, Callers
 from overlay.errors import Draining, NoTimeLeft, OverlayError
+from overlay.lanes import Kind, Lane, NoPlace, Place, Turns
 from overlay.rows import OpenRows, Run
 from overlay.values import Answers, Code, End, Executed, Part, Route, Segment, Sink, end_overlap
 
 log = logging.getLogger("overlay.intake")
 
+MOST_KINDS = 1000  # routes are few, but a caller may name any targets
 
-class Place(Protocol):
-    """What a claim gives: places for `count` rows."""
-
-    @property
-    def count(self) -> int: ...
-
-
-class NoPlace:
-    """Instead of places."""
-
-    count = 0
-
-
-AWAITED = NoPlace()
-"""It waits for a neighbour and not for a place: it holds up nobody behind it."""
 
 Claim = Callable[[Route, int, float, bool], "Place | None"]
 """(route, rows, patient until, streamed) -> places for some of the rows; None when there is none,
@@ -68,18 +54,21 @@ class Ticket:
         now: float,
         number: int,
         intake: Intake,
-        caller: str = "",
-        urgency: float = 0.0,
+        lane: Lane[Ticket],
+        kind: Kind,
+        priority: int = 0,
     ):
         self.segment = segment
-        self.caller = caller
-        self.urgency = urgency
+        self.route = segment.route
+        self.lane = lane
+        self.kind = kind
+        self.priority = priority
+        self.urgency = admission.urgency(now, priority)
         self.admitted = now
         self.started: float | None = None
         self.number = number
         self.unstarted = OpenRows(segment.count)  # guarded by the intake's lock
         self.patient_until = (now + segment.deadline) / 2
-        self.lane: Lane | None = None  # of a streamed segment
         self._sink = sink
         self._intake = intake
         self._lock = threading.Lock()
@@ -135,7 +124,7 @@ class Ticket:
                 before = still_in_service.left
                 still_in_service.take(row, answers.count)
                 left = before - still_in_service.left
-            intake._release(self, left)
+            intake._release(self, left, now)
             self._settle(first + row, answers)
             intake.kick()
 
@@ -166,10 +155,10 @@ def _unstarted(me: str, code: Code, rows: int) -> Answers:
 
 
 class WaitingRoom(queue.Queue["Ticket"]):
-    """The bounded queue, in lanes of requests that want the same places, where callers take turns.
+    """The bounded queue of single requests, a lane for each caller that has some.
 
-    `take_locked` gives the next ticket that can start now; one that waits for a busy team does
-    not hold up those of another. Its `mutex` is the intake's one lock.
+    They take turns with what waits on streams: `turns` has both. Its `mutex` is the intake's one
+    lock.
     """
 
     def __init__(self, slots: int, most_bytes: int) -> None:
@@ -177,8 +166,8 @@ class WaitingRoom(queue.Queue["Ticket"]):
         self.most_bytes = most_bytes
 
     def _init(self, maxsize: int) -> None:
-        self._lanes: dict[Hashable, Turns[Ticket]] = {}
-        self._callers: Counter[str] = Counter()  # how many each has waiting
+        self.turns: Turns[Ticket] = Turns()
+        self._lanes: dict[str, Lane[Ticket]] = {}
         self._lately = Callers()
         self._count = 0
         self._bytes = 0
@@ -187,140 +176,50 @@ class WaitingRoom(queue.Queue["Ticket"]):
         return self._count
 
     def _put(self, item: Ticket) -> None:
-        lane = self._lanes.setdefault(admission.lane(item.segment.route), Turns())
-        lane.put(item, item.caller, item.urgency)
-        self._callers[item.caller] += 1
+        self._lanes[item.lane.caller] = item.lane
+        self.turns.put(item.lane, item)
         self._count += 1
         self._bytes += item.segment.payloads.size
 
     def _get(self) -> Ticket:
-        ticket = self._heads()[0]
+        ticket = min((t for lane in self._lanes.values() for t in lane), key=_number)
         self.start_locked(ticket)
         return ticket
 
+    def lane_locked(self, caller: str) -> Lane[Ticket]:
+        return self._lanes.get(caller) or Lane(caller)
+
     def has_rivals_locked(self, ticket: Ticket) -> bool:
         """Notes its caller; whether others have come lately too."""
-        return self._lately.seen(ticket.caller, ticket.admitted)
+        return self._lately.seen(ticket.lane.caller, ticket.admitted)
 
     def admit_locked(self, ticket: Ticket, has_rivals: bool) -> None:
         """Puts the ticket in or raises QueueFull."""
-        size, caller = ticket.segment.payloads.size, ticket.caller
+        size = ticket.segment.payloads.size
         admission.check_room(self._count, self.maxsize, self._bytes, size, self.most_bytes)
         if has_rivals:
-            admission.check_share(self._callers[caller], self._count, self.maxsize)
+            admission.check_share(ticket.lane.rows, self._count, self.maxsize)
         self._put(ticket)
-
-    def ahead_of_locked(self, ticket: Ticket) -> int:
-        """How many that want the same places would start before it."""
-        lane = self._lanes.get(admission.lane(ticket.segment.route))
-        return lane.ahead_of(ticket.caller, ticket.urgency) if lane else 0
-
-    def take_locked(self, claim: Callable[[Ticket], Place | None]) -> tuple[Ticket, Place] | None:
-        """The next ticket for which `claim` gives a place, with that place; else None.
-
-        The ticket stays in until `start_locked`.
-        """
-        return _take_first(self._heads(), claim)
 
     def start_locked(self, ticket: Ticket) -> None:
         """Takes it out: it is its caller's turn."""
-        self._lanes[admission.lane(ticket.segment.route)].take(ticket)
+        self.turns.took(ticket.lane, ticket)
         self._forget(ticket)
 
     def discard_locked(self, ticket: Ticket) -> None:
         """Takes it out: nobody waits for it any more."""
-        self._lanes[admission.lane(ticket.segment.route)].remove(ticket)
+        self.turns.less(ticket.lane, ticket)
         self._forget(ticket)
 
-    def tickets_locked(self) -> list[Ticket]:
-        return sorted((t for lane in self._lanes.values() for t in lane), key=_number)
-
-    def _heads(self) -> list[Ticket]:
-        heads = [lane.head() for lane in self._lanes.values()]
-        if len(heads) > 1:
-            heads.sort(key=_urgency)
-        return heads
-
     def _forget(self, ticket: Ticket) -> None:
-        key = admission.lane(ticket.segment.route)
-        if not self._lanes[key]:
-            del self._lanes[key]
-        self._callers[ticket.caller] -= 1
-        if not self._callers[ticket.caller]:
-            del self._callers[ticket.caller]
+        if not ticket.lane.rows:
+            del self._lanes[ticket.lane.caller]
         self._count -= 1
         self._bytes -= ticket.segment.payloads.size
 
 
-def _take_first(
-    heads: Sequence[Ticket],
-    claim: Callable[[Ticket], Place | None],
-    most_blocked: float = math.inf,
-) -> tuple[Ticket, Place] | None:
-    """The first for which `claim` gives a place, and that may overtake those that got none."""
-    blocked: list[Ticket] = []
-    for ticket in heads:
-        route = ticket.segment.route
-        if blocked and not all(admission.may_overtake(route, b.segment.route) for b in blocked):
-            continue
-        place = claim(ticket)
-        if place is None:
-            blocked.append(ticket)
-            if len(blocked) > most_blocked:
-                return None
-        elif place is not AWAITED:
-            return ticket, place
-    return None
-
-
 def _number(ticket: Ticket) -> int:
     return ticket.number
-
-
-def _urgency(ticket: Ticket) -> tuple[float, int]:
-    return ticket.urgency, ticket.number
-
-
-class _Kind:
-    """Single requests of one mode, team and handler: how many are in service, and their pace."""
-
-    def __init__(self) -> None:
-        self.active = 0
-        self.pace = Pace()
-
-
-class Lane:
-    """One stream's segments that have rows to start; guarded by the intake's lock.
-
-    The stream's window bounds it. Rows of one lane start in order, but for those whose slots are
-    busy while others' are free.
-    """
-
-    def __init__(self) -> None:
-        self.waiting = 0
-        self.active = 0
-        self.paused = False  # its answers are not read: nothing more starts
-        self._kinds: dict[object, dict[Ticket, None]] = {}
-
-    @property
-    def tickets(self) -> list[Ticket]:
-        return [ticket for tickets in self._kinds.values() for ticket in tickets]
-
-    def put_locked(self, ticket: Ticket) -> None:
-        self._kinds.setdefault(admission.lane(ticket.segment.route), {})[ticket] = None
-
-    def discard_locked(self, ticket: Ticket) -> None:
-        kind = admission.lane(ticket.segment.route)
-        del self._kinds[kind][ticket]
-        if not self._kinds[kind]:
-            del self._kinds[kind]
-
-    def take_locked(self, claim: Callable[[Ticket], Place | None]) -> tuple[Ticket, Place] | None:
-        # Thousands may wait behind the first of a kind: they want the same places and wait too.
-        heads = [next(iter(tickets)) for tickets in self._kinds.values()]
-        if len(heads) > 1:
-            heads.sort(key=_number)
-        return _take_first(heads, claim, most_blocked=3)  # enough routes looked at for one turn
 
 
 class Intake:
@@ -350,15 +249,14 @@ class Intake:
         self._of_a_team = of_a_team or in_service
         self._room = WaitingRoom(slots, most_bytes)
         self._lock = self._room.mutex
-        self._lanes: list[Lane] = []
-        self._lanes_waiting = 0  # tickets in lanes
-        self._turn = 0
+        self._turns = self._room.turns
+        self._lanes: list[Lane[Ticket]] = []  # of the streams
         self._claim = claim
         self._start = start
         self._clock = clock
         self._numbers = itertools.count()
         self._active = 0
-        self._kinds: dict[Hashable, _Kind] = {}
+        self._kinds: dict[Hashable, Kind] = {}
         self._teams: Counter[str] = Counter()  # single requests in service
         self._draining = False
         self._pumping = threading.local()
@@ -377,7 +275,7 @@ class Intake:
     def streamed(self) -> tuple[int, int, int]:
         """Streams open, their requests waiting, their requests in service."""
         with self._lock:
-            waiting = sum(lane.waiting for lane in self._lanes)
+            waiting = sum(lane.rows for lane in self._lanes)
             return len(self._lanes), waiting, sum(lane.active for lane in self._lanes)
 
     def admit(self, segment: Segment, sink: Sink, caller: str = "", priority: int = 0) -> Ticket:
@@ -386,43 +284,46 @@ class Intake:
         The sink gets its answer, whatever becomes of it. Raises QueueFull when there is no room,
         NoTimeLeft when its deadline has passed or comes too soon, Draining after `close`.
         """
-        ticket = self._ticket(segment, sink, caller, priority)
+        now = self._clock()
+        _check_left(segment, now)
         with self._lock:
             self._check_open()
+            ticket = self._ticket(segment, sink, now, self._room.lane_locked(caller), priority)
             has_rivals = self._room.has_rivals_locked(ticket)
             self._check_time_locked(ticket)
             self._room.admit_locked(ticket, has_rivals)
         self.kick()
         return ticket
 
-    def open_lane(self) -> Lane:
-        """A lane for one stream, until `close_lane`."""
-        lane = Lane()
+    def open_lane(self, caller: str = "") -> Lane[Ticket]:
+        """A lane for one stream of this caller's, until `close_lane`."""
+        lane: Lane[Ticket] = Lane(caller, is_stream=True)
         with self._lock:
             self._lanes.append(lane)
         return lane
 
-    def close_lane(self, lane: Lane) -> None:
+    def close_lane(self, lane: Lane[Ticket]) -> None:
         with self._lock:
             self._lanes.remove(lane)
 
-    def admit_to(self, lane: Lane, segment: Segment, sink: Sink) -> Ticket:
+    def admit_to(
+        self, lane: Lane[Ticket], segment: Segment, sink: Sink, priority: int = 0
+    ) -> Ticket:
         """Takes a streamed segment in; its stream bounds how many. Raises NoTimeLeft, Draining.
 
         It starts with the next `kick`, so that the segments of a frame start together.
         """
-        ticket = self._ticket(segment, sink)
-        ticket.lane = lane
+        now = self._clock()
+        _check_left(segment, now)
+        ticket = self._ticket(segment, sink, now, lane, priority)
         with self._lock:
             self._check_open()
-            lane.put_locked(ticket)
-            lane.waiting += segment.count
-            self._lanes_waiting += 1
+            self._turns.put(lane, ticket, segment.count)
         return ticket
 
     def kick(self) -> None:
         """Starts whatever can start now. Called when a place may have become free."""
-        if not (self._room._count or self._lanes_waiting):
+        if not self._turns:
             return
         # A start may answer at once and so kick again: that goes on in this loop, not deeper.
         if getattr(self._pumping, "on", False):
@@ -439,33 +340,33 @@ class Intake:
         """Refuses what waits and all that comes; what has started goes on. The number refused."""
         with self._lock:
             self._draining = True
-            waiting = self._room.tickets_locked()
-            waiting += [ticket for lane in self._lanes for ticket in lane.tickets]
+            waiting = list(self._turns)
             refused = sum(ticket.unstarted.left for ticket in waiting)
         for ticket in waiting:
             ticket.refuse(Draining(f"{self.me} is stopping; the request had not started"))
         return refused
 
-    def _ticket(self, segment: Segment, sink: Sink, caller: str = "", priority: int = 0) -> Ticket:
-        now = self._clock()
-        if segment.deadline <= now:
-            raise NoTimeLeft("the deadline had passed when the request came")
-        urgency = admission.urgency(now, priority)
-        return Ticket(segment, sink, now, next(self._numbers), self, caller, urgency)
+    def _ticket(
+        self, segment: Segment, sink: Sink, now: float, lane: Lane[Ticket], priority: int
+    ) -> Ticket:
+        kind, priority = self._kind_of(segment.route), min(priority, HIGHEST_PRIORITY)
+        return Ticket(segment, sink, now, next(self._numbers), self, lane, kind, priority)
 
     def _check_time_locked(self, ticket: Ticket) -> None:
-        if not self._room._count:
+        if not self._turns:
             return
-        kind = self._kind_of(ticket.segment.route)
-        now, ahead = ticket.admitted, self._room.ahead_of_locked(ticket)
+        kind, now = ticket.kind, ticket.admitted
+        ahead = self._turns.ahead_of(ticket.lane, kind, ticket.priority)
         left_s = ticket.segment.deadline - now
         admission.check_time(left_s, ahead, kind.active, kind.pace.mean_s(now))
 
-    def _kind_of(self, route: Route) -> _Kind:
-        key = route.mode, route.team, route.handler
+    def _kind_of(self, route: Route) -> Kind:
+        key = admission.places(route)
         kind = self._kinds.get(key)
-        if kind is None:  # few: team and handler are names of the configuration
-            kind = self._kinds[key] = _Kind()
+        if kind is None:
+            if len(self._kinds) > MOST_KINDS:
+                self._kinds.clear()  # those in use live on with their tickets
+            kind = self._kinds[key] = Kind()
         return kind
 
     def _check_open(self) -> None:
@@ -487,110 +388,82 @@ class Intake:
 
     def _take(self) -> tuple[Ticket, int, Place, float] | None:
         """The next rows to start, from the room and the lanes in turn."""
-        if not (self._room._count or self._lanes_waiting):
+        if not self._turns:
             return None
         with self._lock:
             now = self._clock()
-            sources = 1 + len(self._lanes)
-            for i in range(sources):
-                turn = (self._turn + i) % sources
-                taken = self._take_from_locked(turn, now)
-                if taken is not None:
-                    self._turn = turn + 1
-                    return (*taken, now)
-            return None
-
-    def _take_from_locked(self, turn: int, now: float) -> tuple[Ticket, int, Place] | None:
-        if turn == 0:
-            if not self._room._count:
-                return None
-            taken = self._room.take_locked(lambda ticket: self._claim_one_locked(ticket, now))
+            taken = self._turns.next(lambda ticket: self._claim_locked(ticket, now))
             if taken is None:
                 return None
             ticket, place = taken
+            first, _ = ticket.unstarted.first_run() or (0, 0)
             if place.count:
-                self._room.start_locked(ticket)
-                ticket.unstarted.take(0, 1)
-            return ticket, 0, place
-        lane = self._lanes[turn - 1]
-        if lane.paused or not lane.waiting:
-            return None
-        found = lane.take_locked(lambda ticket: self._claim_rows(ticket, now))
-        if found is None:
-            return None
-        ticket, place = found
-        first, _ = ticket.unstarted.first_run() or (0, 0)
-        if place.count:
-            self._begin_locked(lane, ticket, first, place.count, now)
-        return ticket, first, place
+                self._begin_locked(ticket, first, place.count, now)
+            return ticket, first, place, now
 
-    def _begin_locked(self, lane: Lane, ticket: Ticket, first: int, count: int, now: float) -> None:
-        ticket.unstarted.take(first, count)
-        lane.waiting -= count
-        lane.active += count
-        ticket.started = ticket.started or now
-        if not ticket.unstarted.left:
-            lane.discard_locked(ticket)
-            self._lanes_waiting -= 1
-
-    def _claim_one_locked(self, ticket: Ticket, now: float) -> Place | None:
+    def _claim_locked(self, ticket: Ticket, now: float) -> Place | None:
         if ticket.segment.deadline <= now:
             return _EXPIRED  # dropped at dequeue: no handler shall work for nobody
-        route = ticket.segment.route
-        if self._active >= self.in_service:
+        if not ticket.lane.is_stream and not self._has_place_locked(ticket.route):
             return None
-        if route.team and self._teams[route.team] >= self._of_a_team:
-            return None
-        kind = self._kind_of(route)
         # Only of those that had to wait: the others' time is their own to judge.
-        if now > ticket.admitted and ticket.segment.deadline - now < kind.pace.least_s(now):
+        if now > ticket.admitted and self._is_hopeless(ticket, now):
             return _HOPELESS
-        place = self._claim(route, 1, ticket.patient_until, False)
-        if place is not None and place.count:
-            self._active += 1
-            self._teams[route.team] += 1
-            kind.active += 1
-            ticket.started = now
-        return place
-
-    def _claim_rows(self, ticket: Ticket, now: float) -> Place | None:
-        if ticket.segment.deadline <= now:
-            return _EXPIRED
         _, rows = ticket.unstarted.first_run() or (0, 0)
-        return self._claim(ticket.segment.route, rows, ticket.patient_until, True)
+        return self._claim(ticket.route, rows, ticket.patient_until, ticket.lane.is_stream)
+
+    def _has_place_locked(self, route: Route) -> bool:
+        """For a single request."""
+        if self._active >= self.in_service:
+            return False
+        return not route.team or self._teams[route.team] < self._of_a_team
+
+    def _is_hopeless(self, ticket: Ticket, now: float) -> bool:
+        if ticket.lane.is_stream:
+            return False
+        return ticket.segment.deadline - now < ticket.kind.pace.least_s(now)
+
+    def _begin_locked(self, ticket: Ticket, first: int, count: int, now: float) -> None:
+        ticket.unstarted.take(first, count)
+        ticket.started = ticket.started or now
+        ticket.kind.active += count
+        if ticket.lane.is_stream:
+            ticket.lane.active += count
+            self._turns.took(ticket.lane, ticket, count)
+        else:
+            self._active += 1
+            self._teams[ticket.route.team] += 1
+            self._room.start_locked(ticket)
 
     def _withdraw(self, ticket: Ticket, start: int, count: int) -> list[Run]:
         """Takes out what has not started of these rows, so that it never will."""
         with self._lock:
             runs = ticket.unstarted.take(start, count)
-            lane = ticket.lane
-            if lane is not None:
-                lane.waiting -= sum(rows for _, rows in runs)
-            if runs and not ticket.unstarted.left:
-                if lane is None:
-                    self._room.discard_locked(ticket)
-                else:
-                    lane.discard_locked(ticket)
-                    self._lanes_waiting -= 1
+            if not runs:
+                return runs
+            if ticket.lane.is_stream:
+                self._turns.less(ticket.lane, ticket, sum(rows for _, rows in runs))
+            else:
+                self._room.discard_locked(ticket)
             return runs
 
-    def _release(self, ticket: Ticket, count: int) -> None:
-        with self._lock:
-            lane = ticket.lane
-            if lane is None:
-                self._end_one_locked(ticket, count)
-            else:
-                lane.active -= count
-
-    def _end_one_locked(self, ticket: Ticket, count: int) -> None:
-        if not count:  # it had ended before
+    def _release(self, ticket: Ticket, count: int, started: float) -> None:
+        if not count:  # they had ended before
             return
-        route, now = ticket.segment.route, self._clock()
-        kind = self._kind_of(route)
-        self._active -= 1
-        self._teams[route.team] -= 1
-        kind.active -= 1
-        kind.pace.ended(now, now - (ticket.started or now))
+        with self._lock:
+            kind, now = ticket.kind, self._clock()
+            kind.active -= count
+            if ticket.lane.is_stream:
+                ticket.lane.active -= count
+            else:
+                self._active -= 1
+                self._teams[ticket.route.team] -= 1
+                kind.pace.ended(now, now - started)
+
+
+def _check_left(segment: Segment, now: float) -> None:
+    if segment.deadline <= now:
+        raise NoTimeLeft("the deadline had passed when the request came")
 
 
 _EXPIRED, _HOPELESS = NoPlace(), NoPlace()

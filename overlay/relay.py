@@ -18,7 +18,7 @@ from typing import Protocol
 
 from overlay import assembly, routing
 from overlay.health import State
-from overlay.intake import AWAITED, NoPlace
+from overlay.lanes import AWAITED, NoPlace
 from overlay.routing import Branch, Load, Plan
 from overlay.rows import OpenRows
 from overlay.topology import Topology

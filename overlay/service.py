@@ -147,7 +147,7 @@ class Service:
         streams, _, _ = self.intake.streamed
         if streams >= self.limits.streams:
             self._abort(context, QueueFull(f"all {self.limits.streams} streams are open"))
-        return streams_serve(self._stream_desk, frames, context)
+        return streams_serve(self._stream_desk, frames, context, _caller(context))
 
     def drain(self, grace_s: float) -> Drained:
         """Refuses what waits and what comes, and lets the running end within `grace_s`.

@@ -70,10 +70,10 @@ class Desk:
 
 
 def serve(
-    desk: Desk, frames: Iterable[pb2.Frame], context: grpc.ServicerContext
+    desk: Desk, frames: Iterable[pb2.Frame], context: grpc.ServicerContext, caller: str = ""
 ) -> Iterator[pb2.Frame]:
-    """Answers one ForwardStream call."""
-    stream = _Stream(desk)
+    """Answers one ForwardStream call. caller: who takes turns with others."""
+    stream = _Stream(desk, caller)
     if not context.add_callback(stream.abandon):
         stream.abandon()
         return
@@ -124,10 +124,10 @@ _Out = tuple[_Accepted, int, Answers, int]
 
 
 class _Stream:
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, caller: str) -> None:
         self._desk = desk
         self._limits = desk.limits
-        self._lane = desk.intake.open_lane()
+        self._lane = desk.intake.open_lane(caller)
         self._changed = threading.Condition()
         self._out: deque[_Out] = deque()
         self._accepted: dict[int, _Accepted] = {}

@@ -29,7 +29,8 @@ from overlay import assembly, configuration, routing, wire
 from overlay.errors import AlreadyExecuted, OverlayError
 from overlay.executor import SeenIds
 from overlay.health import State
-from overlay.intake import Intake, Lane, Ticket
+from overlay.intake import Intake, Ticket
+from overlay.lanes import Lane
 from overlay.relay import Relay
 from overlay.rows import OpenRows, consecutive
 from overlay.topology import Process, Topology

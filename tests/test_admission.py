@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from overlay import admission
-from overlay.admission import Callers, Pace, Turns
+from overlay.admission import Callers, Pace
 from overlay.errors import NoTimeLeft, QueueFull
 from overlay.values import Mode, Route
 
@@ -60,8 +59,8 @@ def test_overtaking_is_allowed_to_both_or_to_neither(one, other):
 
 
 @given(ROUTES, ROUTES)
-def test_requests_of_one_lane_never_overtake_each_other(one, other):
-    if admission.lane(one) == admission.lane(other):
+def test_who_wants_the_same_places_never_overtakes(one, other):
+    if admission.places(one) == admission.places(other):
         assert not admission.may_overtake(one, other)
 
 
@@ -138,91 +137,3 @@ def test_a_pace_is_what_was_seen_lately():
     pace.ended(20, 100)
     assert pace.mean_s(300) == 100  # what takes long is remembered for longer
     assert pace.mean_s(321) == 0
-
-
-def served(turns: Turns[str]) -> str:
-    order = []
-    while turns:
-        order.append(turns.head())
-        turns.take(order[-1])
-    return "".join(order)
-
-
-def test_callers_take_turns():
-    turns: Turns[str] = Turns()
-    for n, item in enumerate("aaaaabc"):
-        turns.put(f"{item}{n}", item, n)
-    assert served(turns) == "a0b5c6a1a2a3a4"
-
-
-def test_who_was_away_has_saved_up_no_turns():
-    turns: Turns[str] = Turns()
-    for n in range(4):
-        turns.put(f"a{n}", "a", n)
-    for item in ("a0", "a1"):
-        turns.take(item)
-    for n in range(4, 8):
-        turns.put(f"b{n}", "b", n)
-    assert served(turns) in ("a2b4a3b5b6b7", "b4a2b5a3b6b7")
-
-
-def test_priority_goes_first_until_the_others_have_waited():
-    turns: Turns[str] = Turns()
-    turns.put("old", "a", admission.urgency(0, 0))
-    turns.put("urgent", "a", admission.urgency(5, 3))
-    turns.put("late", "a", admission.urgency(7, 3))
-    assert served(turns) == "urgentoldlate"
-
-
-class Queue(RuleBasedStateMachine):
-    """Turns against a model: nothing lost, own order kept, no caller passed over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.turns: Turns[int] = Turns()
-        self.waiting: dict[int, tuple[str, float]] = {}
-        self.number = 0
-        self.since: dict[str, int] = {}  # turns of others since a waiting caller's last
-
-    @rule(caller=st.sampled_from("abc"), urgency=st.sampled_from([0.0, 1.0, 2.0]))
-    def put(self, caller, urgency):
-        ahead = self.turns.ahead_of(caller, urgency)
-        assert 0 <= ahead <= len(self.waiting)
-        self.number += 1
-        self.turns.put(self.number, caller, urgency)
-        self.waiting[self.number] = caller, urgency
-        self.since.setdefault(caller, 0)
-
-    @precondition(lambda self: self.waiting)
-    @rule()
-    def take(self):
-        item = self.turns.head()
-        caller, urgency = self.waiting[item]
-        own = [(u, n) for n, (c, u) in self.waiting.items() if c == caller]
-        assert (urgency, item) == min(own)
-        self.turns.take(item)
-        self.forget(item)
-        for other in self.since:
-            self.since[other] = 0 if other == caller else self.since[other] + 1
-            assert self.since[other] <= 4, "two turns of each of the others at most"
-
-    @precondition(lambda self: self.waiting)
-    @rule(data=st.data())
-    def remove(self, data):
-        item = data.draw(st.sampled_from(sorted(self.waiting)))
-        self.turns.remove(item)
-        self.forget(item)
-
-    def forget(self, item):
-        caller, _ = self.waiting.pop(item)
-        if caller not in {c for c, _ in self.waiting.values()}:
-            del self.since[caller]
-
-    @invariant()
-    def nothing_is_lost(self):
-        assert set(self.turns) == set(self.waiting)
-        assert len(self.turns) == len(self.waiting)
-
-
-TestQueue = Queue.TestCase
-TestQueue.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

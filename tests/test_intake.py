@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from overlay import admission
 from overlay.errors import Draining, NoTimeLeft, QueueFull
-from overlay.intake import Intake, Lane, Ticket
+from overlay.intake import Intake, Ticket
+from overlay.lanes import Lane
 from overlay.values import (
     Answer,
     Answers,
@@ -66,7 +67,12 @@ class Desk:
     portion: the most rows that one claim gets. places: how many rows may run, None for any number.
     """
 
-    def __init__(self, slots: int = 200, in_service: int = 100, most_bytes: int = 10**9) -> None:
+    def __init__(
+        self,
+        slots: int = 200,
+        in_service: int = 100,
+        most_bytes: int = 10**9,
+    ) -> None:
         self.clock = Clock()
         self.busy: set[str] = set()
         self.portion = 100
@@ -100,11 +106,13 @@ class Desk:
         segment = Segment(Route(**route), Column((body,)), self.clock.now + left_s, 1)
         return self.intake.admit(segment, self._sink((body,)), caller, priority)
 
-    def stream(self, lane: Lane, names: str, *, left_s: float = 10.0, **route: object) -> Ticket:
+    def stream(
+        self, lane: Lane, names: str, *, left_s: float = 10.0, priority: int = 0, **route: object
+    ) -> Ticket:
         """A segment with a row for each letter, or each word, of `names`."""
         rows = tuple(name.encode() for name in (names.split() if " " in names else names))
         segment = Segment(Route(**route), Column(rows), self.clock.now + left_s, 1)
-        return self.intake.admit_to(lane, segment, self._sink(rows))
+        return self.intake.admit_to(lane, segment, self._sink(rows), priority)
 
     def answer(self, *names: str) -> None:
         for name in names:
@@ -392,8 +400,8 @@ def test_a_claim_is_told_what_it_is_for():
     desk.admit("x", left_s=4, mode=Mode.ANY)
 
     assert desk.claims == [
-        (Route(mode=Mode.ANY), 1, desk.clock.now + 2, False),
         (Route(team="pink"), 3, desk.clock.now + 5, True),
+        (Route(mode=Mode.ANY), 1, desk.clock.now + 2, False),
     ]
 
 
@@ -580,7 +588,7 @@ def test_a_full_queue_never_refuses_on_a_stream():
 
 def test_the_room_and_the_lanes_take_turns():
     desk = Desk()
-    lanes = [desk.intake.open_lane() for _ in range(2)]
+    lanes = [desk.intake.open_lane(caller) for caller in ("mac", "pc")]
     desk.busy, desk.portion, desk.places = {""}, 1, 1
     for name in "123":
         desk.admit(name)
@@ -599,7 +607,7 @@ def test_the_room_and_the_lanes_take_turns():
 @pytest.mark.parametrize("crowd", ["room", "lane"])
 def test_neither_a_bulk_nor_a_crowd_starves_the_other(crowd):
     desk = Desk(in_service=1000)
-    lane = desk.intake.open_lane()
+    lane = desk.intake.open_lane()  # of the same caller
     desk.busy, desk.portion, desk.places = {""}, 10, 10
     many = [f"m{n}" for n in range(150)]
     if crowd == "room":
@@ -614,6 +622,34 @@ def test_neither_a_bulk_nor_a_crowd_starves_the_other(crowd):
     desk.answer_all()
 
     assert desk.started.index(b"late") <= 11
+
+
+def test_of_a_stream_the_urgent_start_first_until_the_others_have_waited(desk, lane):
+    desk.busy = {""}
+    desk.stream(lane, "abc")
+    desk.clock.advance(3)
+    desk.stream(lane, "de", priority=1)
+    desk.stream(lane, "xy", priority=2)
+    desk.stream(lane, "z", priority=99)  # as 9
+
+    desk.open("")
+
+    assert desk.order == "zxyabcde"
+
+
+def test_streams_of_one_caller_share_its_turn():
+    desk = Desk()
+    desk.busy, desk.portion, desk.places = {""}, 1, 1
+    for rows in ("abcdef", "ghijkl", "mnopqr"):
+        desk.stream(desk.intake.open_lane("many"), rows)
+    desk.admit("s", caller="many")
+    desk.stream(desk.intake.open_lane("one"), "UVWXYZ")
+    desk.open("")
+
+    while len(desk.started) < 12:
+        next(iter(desk.running.values()))()
+
+    assert sum(name.isupper() for name in desk.order) == 6
 
 
 def test_a_stream_whose_slots_are_busy_holds_up_nobody_else():
@@ -913,7 +949,7 @@ class Conservation(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.desk = Desk(slots=5, in_service=3, most_bytes=60)
-        self.streams = [self.desk.intake.open_lane() for _ in range(2)]
+        self.streams = [self.desk.intake.open_lane(caller) for caller in ("mac", "lab")]
         self.tickets: list[tuple[Ticket, list[str]]] = []
         self.single: list[str] = []
         self.callers: dict[str, str] = {}
@@ -947,7 +983,7 @@ class Conservation(RuleBasedStateMachine):
         except Draining:
             assert self.closed
         except NoTimeLeft:
-            assert waiting, "who need not wait is never refused for its time"
+            assert any(map(self.waits, self.single + self.streamed)), "nobody need wait"
         except QueueFull:
             assert full
         else:
@@ -962,18 +998,22 @@ class Conservation(RuleBasedStateMachine):
         mode=st.sampled_from(Mode),
         left_s=st.sampled_from([0.5, 5, 50]),
         rows=st.integers(1, 6),
+        priority=st.sampled_from([0, 0, 5]),
         kick=st.booleans(),
     )
-    def stream(self, stream, team, mode, left_s, rows, kick):
+    def stream(self, stream, team, mode, left_s, rows, priority, kick):
         names, lane = self.names(rows, 3), self.streams[stream]
-        how = {"left_s": left_s, "team": team, "mode": mode}
+        waiting = any(map(self.waits, self.single + self.streamed))
+        how = {"left_s": left_s, "team": team, "mode": mode, "priority": priority}
         try:
             ticket = self.desk.stream(lane, " ".join(names) + " ", **how)
         except Draining:
             assert self.closed
+        except NoTimeLeft:
+            assert waiting, "who need not wait is never refused for its time"
         else:
             assert not self.closed
-            self.keep(ticket, names, self.streamed, (stream, team, mode))
+            self.keep(ticket, names, self.streamed, (stream, team, mode, priority))
         if kick:
             self.desk.intake.kick()
 
@@ -1072,7 +1112,7 @@ class Conservation(RuleBasedStateMachine):
         names = self.single + self.streamed
         assert all(len(self.desk.answers[name.encode()]) == 1 for name in names)
         assert self.desk.intake._room._bytes == 0
-        assert not any(lane.tickets for lane in self.streams)
+        assert not any(list(lane) for lane in self.streams)
 
 
 TestConservation = Conservation.TestCase

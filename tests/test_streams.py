@@ -171,8 +171,8 @@ def serving(desk: Desk, limits: Limits = LIMITS) -> Iterator[Served]:
     served = Served(desk, limits)
     kept = streams._Stream
 
-    def keep(stream_desk: streams.Desk) -> streams._Stream:
-        served.streams.append(kept(stream_desk))
+    def keep(stream_desk: streams.Desk, caller: str) -> streams._Stream:
+        served.streams.append(kept(stream_desk, caller))
         return served.streams[-1]
 
     with mock.patch.object(streams, "_Stream", keep):
