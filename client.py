@@ -42,6 +42,7 @@ try:
         name,
         out_file,
         port,
+        priority_argument,
         result_as_json,
         seconds,
         shown,
@@ -196,6 +197,7 @@ def ask_arguments(parser: Parser) -> None:
         metavar="SECONDS",
         help="an answer later than this is of no use (default: %(default)g)",
     )
+    priority_argument(parser)
     add("--parts", action="store_true", help="show each worker's own result and times")
     add(
         "--out",
@@ -217,6 +219,7 @@ def ask(args: argparse.Namespace) -> int:
             handler=args.handler,
             timeout=args.deadline,
             want_parts=args.parts,
+            priority=args.priority,
         )
     except library.CallFailed as e:
         return failed(e, address, args.json)

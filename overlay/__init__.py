@@ -3,8 +3,8 @@
 The floor plan. A module imports only from floors below its own, or on its own floor where an
 arrow says so; tests/test_floors.py compares this picture with the code.
 
-    4 edges      admin -> service -> streams   bulk -> console -> client -> calls   bulk -> client
-                 aio -> client, calls   guard
+    4 edges      admin -> service -> streams   bulk -> console -> client -> calls -> orders
+                 bulk -> client -> orders   aio -> client, calls, orders   guard
     3 relay      relay
     2 mechanism  intake   deadlines   keys   logs   links -> pipes, wire   pipes -> wire -> meter
                  executor -> threads, processes -> batch -> handlers, meter

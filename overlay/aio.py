@@ -24,7 +24,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from overlay.calls import Calls, Kind, Order
+from overlay.calls import Calls
 from overlay.client import (
     PATIENCE_S,
     Answer,
@@ -39,6 +39,7 @@ from overlay.client import (
     split,
 )
 from overlay.limits import Limits
+from overlay.orders import Kind, Order
 from overlay.values import Failure
 from overlay.wire import pb2
 
@@ -71,9 +72,10 @@ class AsyncClient:
         handler: str = "",
         timeout: float | None = None,
         want_parts: bool = False,
+        priority: int = 0,
     ) -> Answer:
         """As Client.call. Cancelling the task that waits ends the work."""
-        kind = kind_of(mode, team, handler, want_parts)
+        kind = kind_of(mode, team, handler, want_parts, priority)
         reply = self._post.ask(kind, as_bytes(payload), as_timeout(timeout), self._connection.read)
         answer: Answer = await reply
         return answer
@@ -86,9 +88,10 @@ class AsyncClient:
         mode: str = "any",
         team: str = "",
         timeout: float | None = None,
+        priority: int = 0,
     ) -> asyncio.Future[bytes]:
         """A Future of the result, whose cancel() ends the work; from a task or a callback."""
-        kind = kind_of(mode, team, handler or "", False)
+        kind = kind_of(mode, team, handler or "", False, priority)
         read = self._connection.read_result
         return self._post.ask(kind, as_bytes(payload), as_timeout(timeout), read)
 
@@ -102,9 +105,10 @@ class AsyncClient:
         timeout: float | None = None,
         window: int = 4096,
         chunksize: int = 0,
+        priority: int = 0,
     ) -> AsyncIterator[bytes]:
         """As Client.map; the payloads may come from an async iterable too."""
-        options = (mode, team, timeout, window, chunksize)
+        options = (mode, team, timeout, window, chunksize, priority)
         pairs = self._map(handler, payloads, *options, ordered=True)
         async with contextlib.aclosing(pairs):  # type: ignore[type-var]  # a generator
             async for _, result in pairs:
@@ -123,9 +127,10 @@ class AsyncClient:
         window: int = 4096,
         chunksize: int = 0,
         ordered: bool = False,
+        priority: int = 0,
     ) -> AsyncIterator[tuple[int, bytes | CallFailed]]:
         """As `map`, but (index, result) as they come, and a failure is given, not raised."""
-        options = (mode, team, timeout, window, chunksize)
+        options = (mode, team, timeout, window, chunksize, priority)
         return self._map(handler, payloads, *options, ordered=ordered)
 
     async def metrics(self, *, timeout: float | None = None) -> pb2.MetricsResponse:
@@ -160,9 +165,11 @@ class AsyncClient:
         timeout: float | None,
         window: int,
         chunksize: int,
+        priority: int,
         ordered: bool,
     ) -> AsyncIterator[tuple[int, bytes | CallFailed]]:
-        kind, timeout_s = kind_of(mode, team, handler or "", False), as_timeout(timeout)
+        kind = kind_of(mode, team, handler or "", False, priority)
+        timeout_s = as_timeout(timeout)
         chunk = chunk_of(window, chunksize)
         return _Mapping(self._post, kind, timeout_s, chunk, window).run(payloads, ordered)
 

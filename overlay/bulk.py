@@ -38,6 +38,7 @@ from overlay.console import (
     failed,
     name,
     out_file,
+    priority_argument,
     proof,
     result_as_json,
     seconds,
@@ -101,6 +102,7 @@ def arguments(parser: Parser) -> None:
         metavar="SECONDS",
         help="for each, from when it is sent, waiting included (default: %(default)g)",
     )
+    priority_argument(parser)
     add("--json", action="store_true", help="one JSON object a line")
 
 
@@ -165,6 +167,7 @@ class _Run:
             timeout=args.deadline,
             window=args.window,
             ordered=not args.as_completed,
+            priority=args.priority,
         )
         with contextlib.closing(results):  # type: ignore[type-var]  # a generator
             for index, result in results:

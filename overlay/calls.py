@@ -27,9 +27,10 @@ import grpc
 from overlay import wire
 from overlay.deadlines import Deadlines
 from overlay.limits import Limits
+from overlay.orders import Order, Outbox
 from overlay.pipes import Pipe
 from overlay.rows import OpenRows, consecutive
-from overlay.values import Answers, Code, Column, Executed, Failure, Part, Route, Segment
+from overlay.values import Answers, Code, Column, Executed, Failure, Part, Segment
 from overlay.wire import pb2
 
 LIMITS = Limits()
@@ -46,63 +47,6 @@ FEW_RETRIES, MOST_RETRIES = 10.0, 1000.0  # that a client has in hand
 RETRY_PAUSE_S = 0.1  # when the process did not say how long
 NEVER_SENT = Failure(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
 WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
-
-Deliver = Callable[[Sequence[int], "Came | Failure", int, int], None]
-"""(rows of the order, what came for them or why nothing did, the first one's row in what came, its
-request id). Each row comes once, on the pipe's or the deadline thread; must be quick and must not
-raise."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What requests that travel together share, but for the deadline."""
-
-    route: Route
-    want_parts: bool = False
-
-
-class Order:
-    """Requests that were given together. deadline: monotonic seconds."""
-
-    __slots__ = (
-        "attempt",
-        "cancelled",
-        "deadline",
-        "deliver",
-        "kind",
-        "payloads",
-        "rows",
-        "size",
-        "wakes_a_thread",
-    )
-
-    def __init__(
-        self,
-        kind: Kind,
-        payloads: Sequence[bytes],
-        deadline: float,
-        deliver: Deliver,
-        wakes_a_thread: bool = False,
-    ) -> None:
-        self.kind = kind
-        self.payloads = payloads
-        self.deadline = deadline
-        self.deliver = deliver
-        self.wakes_a_thread = wakes_a_thread
-        self.rows: Sequence[int] = _ONE if len(payloads) == 1 else range(len(payloads))
-        self.size = sum(map(len, payloads))
-        self.attempt = 0
-        self.cancelled: set[int] = set()
-
-    def part(self, rows: Sequence[int], attempt: int) -> Order:
-        """Some of its rows, as an order to be sent for themselves."""
-        made = Order(self.kind, self.payloads, self.deadline, self.deliver, self.wakes_a_thread)
-        made.rows, made.attempt, made.cancelled = rows, attempt, self.cancelled
-        made.size = sum(len(self.payloads[row]) for row in rows)
-        return made
-
-
-_ONE = (0,)
 
 
 class Came:
@@ -174,7 +118,7 @@ class Calls:
         self._pipe = Pipe(channel, name, self._fill, self._receive, self._lost, self._live)
         self._deadlines = Deadlines(self._expire)
         self._lock = threading.Lock()
-        self._outbox: deque[Order] = deque()
+        self._outbox = Outbox()
         self._cancels: deque[tuple[int, int, int]] = deque()  # segment, first row, how many
         self._unwanted: deque[set[int]] = deque()  # the `cancelled` of orders, to be looked up
         self._sent: dict[int, _Sent] = {}
@@ -191,7 +135,7 @@ class Calls:
     @property
     def open_rows(self) -> int:
         with self._lock:
-            unsent = sum(len(order.rows) for order in self._outbox)
+            unsent = sum(len(order.rows) for order in self._outbox.all())
             return self._rows + unsent + len(self._retrying)
 
     def start(self) -> None:
@@ -209,14 +153,15 @@ class Calls:
         self._end_sent(Failure(Code.CANCELLED, "this client was closed before the answer came"))
         with self._lock:
             waiting, self._retrying = self._retrying, set()
-        self._outbox.extend(retry.order for retry in waiting)
+        for retry in waiting:
+            self._outbox.put(retry.order)
         self._end_unsent()
 
     def send(self, order: Order) -> None:
         if order.size > self.most_bytes and self._refuse_too_large(order):
             return
         self._retries = min(self._retries + len(order.rows) * RETRY_SHARE, MOST_RETRIES)
-        self._outbox.append(order)
+        self._outbox.put(order)
         if order.deadline < self._look_at:
             self._watch_outbox(order.deadline)
         if self._closed:
@@ -301,7 +246,7 @@ class Calls:
         if self._rows >= WINDOW_ROWS:
             return False
         try:
-            next_size = self._outbox[0].size
+            next_size = self._outbox.first().size
         except IndexError:
             return False
         return self._bytes + next_size <= WINDOW_BYTES or not self._rows
@@ -311,14 +256,14 @@ class Calls:
         orders: list[Order] = []
         rows, size = WINDOW_ROWS - self._rows, 0
         while self._outbox and rows > 0:
-            order = self._outbox.popleft()
+            order = self._outbox.take()
             if order.cancelled:
                 kept = self._still_wanted(order)
                 if kept is None:
                     continue
                 order = kept
             if orders and not (
-                order.kind == orders[0].kind
+                (order.kind is orders[0].kind or order.kind == orders[0].kind)
                 and order.attempt == orders[0].attempt
                 and abs(order.deadline - orders[0].deadline) <= SAME_DEADLINE_S
                 and size + order.size <= most_bytes
@@ -368,12 +313,13 @@ class Calls:
             self._put_back(orders)
             return False
         self._deadlines.watch(sent, sent.deadline)
-        wire.write_segment(frame, number, segment, left_s, first.kind.want_parts)
+        kind = first.kind
+        wire.write_segment(frame, number, segment, left_s, kind.want_parts, kind.priority)
         return True
 
     def _put_back(self, orders: list[Order]) -> None:
         for order in reversed(orders):
-            self._outbox.appendleft(order)
+            self._outbox.put_back(order)
             self._watch_outbox(order.deadline)
         if self._closed:
             self._end_unsent()
@@ -468,7 +414,7 @@ class Calls:
         closed = Failure(Code.CANCELLED, "this client was closed", Executed.NO)
         while True:
             try:
-                self._deliver_all(self._outbox.popleft(), closed)
+                self._deliver_all(self._outbox.take(), closed)
             except IndexError:
                 return
 
@@ -494,7 +440,7 @@ class Calls:
         with self._lock:
             self._look_at = math.inf
         now = time.monotonic()
-        for order in list(self._outbox):
+        for order in self._outbox.all():
             if order.deadline > now:
                 self._watch_outbox(order.deadline)
                 continue
@@ -510,7 +456,7 @@ class Calls:
         if not gave_back or self.connected.is_set() or self._closed:
             return False
         kept = order.part(rows, order.attempt)
-        self._outbox.append(kept)
+        self._outbox.put(kept)
         self._watch_outbox(kept.deadline)
         if self._closed:
             self._end_unsent()

@@ -33,9 +33,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay import wire
-from overlay.calls import RETRY_PAUSE_S, Calls, Came, Kind, Order
+from overlay.admission import HIGHEST_PRIORITY
+from overlay.calls import RETRY_PAUSE_S, Calls, Came
 from overlay.errors import OverlayError
 from overlay.limits import Limits
+from overlay.orders import Kind, Order
 from overlay.values import Code, Executed, Failure, Mode, Part, Route
 
 DEFAULT_TIMEOUT_S = Limits().default_deadline_s
@@ -162,14 +164,16 @@ class Client(concurrent.futures.Executor):
         timeout: float | None = None,
         want_parts: bool = False,
         idempotency_key: str = "",
+        priority: int = 0,
     ) -> Answer:
         """Asks every worker in scope (mode "all") or the least loaded one ("any").
 
         payload: text is sent as UTF-8. team, handler: names of the configuration; empty for every
         team and each worker's default. timeout: seconds, the wait for the connection included.
         idempotency_key: asked again with it, also after a failure, the same request runs no second
-        time within ten minutes and has the same answer. Raises CallFailed, whose subclasses mirror
-        the statuses.
+        time within ten minutes and has the same answer. priority: 0 to 9, among this client's own
+        requests; each step is worth two seconds of waiting. Raises CallFailed, whose subclasses
+        mirror the statuses.
         """
         if idempotency_key:
             return self.forward(
@@ -180,11 +184,12 @@ class Client(concurrent.futures.Executor):
                 timeout=timeout,
                 want_parts=want_parts,
                 idempotency_key=idempotency_key,
+                priority=priority,
             )
         body, timeout_s = as_bytes(payload), as_timeout(timeout)
         deadline = time.monotonic() + timeout_s
         waiter = _Waiter()
-        kind = kind_of(mode, team, handler, want_parts)
+        kind = kind_of(mode, team, handler, want_parts, priority)
         order = Order(kind, (body,), deadline, waiter.deliver, wakes_a_thread=True)
         self._connection.send(order, timeout_s)
         try:
@@ -210,10 +215,9 @@ class Client(concurrent.futures.Executor):
 
         So it stands in the leader's queue, and is Refused when all its slots are taken, where a
         call waits in the stream's window. On proof that nothing ran, an Unavailable one is sent
-        again for as long as a connection is waited for. priority: 0 to 9, among the same caller's
-        requests.
+        again for as long as a connection is waited for.
         """
-        route = kind_of(mode, team, handler, want_parts).route
+        route = kind_of(mode, team, handler, want_parts, priority).route
         request = wire.pb2.Request(
             payload=as_bytes(payload),
             mode=route.mode.name,
@@ -235,6 +239,7 @@ class Client(concurrent.futures.Executor):
         mode: str = "any",
         team: str = "",
         timeout: float | None = None,
+        priority: int = 0,
     ) -> Future[bytes]:
         """A Future of the result, of one worker (mode "any") or of all.
 
@@ -242,7 +247,7 @@ class Client(concurrent.futures.Executor):
         serves at the address.
         """
         body, timeout_s = as_bytes(payload), as_timeout(timeout)
-        kind = kind_of(mode, team, handler or "", False)
+        kind = kind_of(mode, team, handler or "", False, priority)
         reply = _Reply(self._connection, timeout_s)
         deadline = time.monotonic() + timeout_s
         reply.order = Order(kind, (body,), deadline, reply.deliver)
@@ -259,6 +264,7 @@ class Client(concurrent.futures.Executor):
         timeout: float | None = None,
         window: int = 4096,
         chunksize: int = 0,
+        priority: int = 0,
     ) -> Iterator[bytes]:
         """The results of many payloads, in their order; at most `window` are in flight at once.
 
@@ -267,7 +273,7 @@ class Client(concurrent.futures.Executor):
         Raises NotReached when nobody serves at the address, after what was sent has been given.
         chunksize: payloads per message; 0 lets the library choose.
         """
-        options = (mode, team, timeout, window, chunksize)
+        options = (mode, team, timeout, window, chunksize, priority)
         return _raising(self._map(handler, payloads, *options, ordered=True))
 
     def map_as_completed(
@@ -281,9 +287,10 @@ class Client(concurrent.futures.Executor):
         window: int = 4096,
         chunksize: int = 0,
         ordered: bool = False,
+        priority: int = 0,
     ) -> Iterator[tuple[int, bytes | CallFailed]]:
         """As `map`, but (index, result) as they come, and a failure is given, not raised."""
-        options = (mode, team, timeout, window, chunksize)
+        options = (mode, team, timeout, window, chunksize, priority)
         return self._map(handler, payloads, *options, ordered=ordered)
 
     def metrics(self, *, timeout: float | None = None) -> wire.pb2.MetricsResponse:
@@ -335,9 +342,11 @@ class Client(concurrent.futures.Executor):
         timeout: float | None,
         window: int,
         chunksize: int,
+        priority: int,
         ordered: bool,
     ) -> Iterator[tuple[int, bytes | CallFailed]]:
-        kind, timeout_s = kind_of(mode, team, handler or "", False), as_timeout(timeout)
+        kind = kind_of(mode, team, handler or "", False, priority)
+        timeout_s = as_timeout(timeout)
         mapping = _Mapping(self._connection, kind, timeout_s, chunk_of(window, chunksize), window)
         return mapping.run(iter(payloads), ordered)
 
@@ -837,11 +846,13 @@ def as_bytes(payload: object) -> bytes:
 
 
 @functools.lru_cache(256)
-def kind_of(mode: str, team: str, handler: str, want_parts: bool) -> Kind:
+def kind_of(mode: str, team: str, handler: str, want_parts: bool, priority: int = 0) -> Kind:
     if mode not in ("all", "any"):
         raise ValueError(f"mode {mode!r} is not 'all' or 'any'")
     route = Route(Mode[mode.upper()], _as_name("team", team), _as_name("handler", handler))
-    return Kind(route, want_parts)
+    if not 0 <= priority <= HIGHEST_PRIORITY:
+        raise ValueError(f"priority {priority} is not 0 to {HIGHEST_PRIORITY}")
+    return Kind(route, want_parts, priority)
 
 
 def _as_name(what: str, name: object) -> str:

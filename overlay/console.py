@@ -30,6 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from overlay import client as library
+from overlay.admission import HIGHEST_PRIORITY
 from overlay.topology import join_address
 from overlay.values import Code, Executed
 
@@ -142,6 +143,22 @@ def seconds(text: str) -> float:
         if 0 < number <= 86_400 and math.isfinite(number):
             return number
     raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0, at most 86400")
+
+
+def priority_argument(parser: Parser) -> None:
+    parser.add_argument(
+        "--priority",
+        type=priority,
+        default=0,
+        metavar="0..9",
+        help="before this caller's other requests of less; a step is worth 2 s of waiting",
+    )
+
+
+def priority(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= HIGHEST_PRIORITY):
+        raise argparse.ArgumentTypeError(f"'{text}' is not 0 to {HIGHEST_PRIORITY}")
+    return int(text)
 
 
 def whole_number(text: str) -> int:

@@ -257,7 +257,7 @@ class _Stream:
         try:
             if wrong is not None:
                 raise wrong
-            ticket = desk.intake.admit_to(self._lane, segment, sink)
+            ticket = desk.intake.admit_to(self._lane, segment, sink, made.priority)
         except OverlayError as e:
             refused = Part(desk.me, e.code, str(e), executed=e.executed)
             sink(0, Answers(segment.count, (), refused=refused))

@@ -188,7 +188,12 @@ def unread_segment(segment: pb2.Segment, now: float, limits: Limits) -> Segment 
 
 
 def write_segment(
-    frame: pb2.Frame, number: int, segment: Segment, left_s: float, want_parts: bool = False
+    frame: pb2.Frame,
+    number: int,
+    segment: Segment,
+    left_s: float,
+    want_parts: bool = False,
+    priority: int = 0,
 ) -> None:
     """Adds the segment to the frame. left_s: what remains of its time, more than 0."""
     route = segment.route
@@ -205,6 +210,8 @@ def write_segment(
         made.targets.extend(route.targets)
     if want_parts:
         made.want_parts = True
+    if priority:
+        made.priority = priority
     if segment.attempt:
         made.attempt = min(segment.attempt, 0xFFFFFFFF)
     if segment.ids:

@@ -20,7 +20,8 @@ import pytest
 import overlay
 from overlay import calls
 from overlay import client as library
-from overlay.calls import Calls, Kind, Order
+from overlay.calls import Calls
+from overlay.orders import Kind, Order
 from overlay.values import Code, Executed, Mode, Part, Route
 from overlay.wire import pb2
 from tests.cluster import Overlay, running, six_processes, until
@@ -633,6 +634,32 @@ def test_a_retry_waits_as_long_as_it_was_told_to(played: Any) -> None:
 
     assert len(stream.asked) == 2, "the second retry would have come after the deadline"
     assert 0.4 <= time.monotonic() - began < 0.7
+
+
+def test_an_urgent_request_passes_what_waits_for_room_in_the_window(played: Any) -> None:
+    held: list[pb2.Segment] = []
+    stream = played(lambda segment, frame: held.append(segment))
+    came: list[Any] = []
+
+    def send(payload: bytes, count: int, priority: int) -> None:
+        kind = Kind(Route(Mode.ANY), priority=priority)
+        deadline, keep = time.monotonic() + 30, lambda *what: came.append(what)
+        stream.calls.send(Order(kind, (payload,) * count, deadline, keep))
+
+    send(b"a", 4000, 0)
+    send(b"b", 4000, 0)
+    until(lambda: sum(segment.count for segment in held) == calls.WINDOW_ROWS)
+    send(b"c", 1, 2)
+    send(b"d", 1, 9)
+    full = held.copy()
+    answer = pb2.Frame()
+    slice_ = answer.slices.add(number=full[0].number, start=0, count=full[0].count)
+    slice_.results.items.extend([b""] * full[0].count)
+    stream.calls._receive(answer)
+    until(lambda: len(held) > len(full) + 2)
+
+    later = [(s.priority, s.payloads.items[0]) for s in held[len(full) :]]
+    assert later[:3] == [(9, b"d"), (2, b"c"), (0, b"b")]
 
 
 def test_what_a_stopping_process_gives_back_waits_for_the_next_call(played: Any) -> None:

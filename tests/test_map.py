@@ -246,6 +246,7 @@ def test_a_result_without_a_worker_is_told_and_makes_exit_code_6(
         (["{folder}", "--out", "x", "--out-folder", "y"], "cannot be together"),
         (["--window", "0"], "'0' is not a whole number from 1 to 1000000"),
         (["--deadline", "-1"], "is not a number of seconds"),
+        (["--priority", "10"], "'10' is not 0 to 9"),
     ],
 )
 def test_wrong_arguments_get_one_sentence_before_anything_is_sent(

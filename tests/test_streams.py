@@ -55,6 +55,7 @@ class Desk:
     places: int = 10**9
     held: list[tuple[Segment, Sink]] | None = None
     ended: list[tuple[Code, int, int]] = field(default_factory=list)
+    started: list[tuple[Segment, Sink]] = field(default_factory=list)
     running: int = 0
     received: int = 0
     answered: int = 0
@@ -67,6 +68,7 @@ class Desk:
 
     def start(self, segment: Segment, place: Place, waited_s: float, sink: Sink) -> End:
         self.running += len(segment)
+        self.started.append((segment, sink))
         if self.held is None:
             self.finish(segment, sink)
         else:
@@ -418,6 +420,25 @@ def test_rows_that_expire_are_answered_in_time_before_and_after_their_start():
     late, refused = Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED
     assert list(codes(dict(sorted(found.items()))).values()) == [late, late, refused, refused]
     assert 0.29 < took < 1
+
+
+def test_the_urgent_of_a_stream_start_before_what_came_earlier():
+    desk = Desk(held=[], places=0)
+    sender = Sender(
+        frame(segment(1, b"a", b"b"), segment(2, b"c", priority=3)),
+        frame(segment(3, b"d"), segment(4, b"e", priority=9)),
+    )
+    with serving(desk) as served:
+        answers = served.call(sender)
+        until(lambda: served.intake.streamed == (1, 5, 0), 5)
+        desk.places = 9
+        served.intake.kick()
+        desk.let_go()
+        sender.close()
+        started = [row for segment, _ in desk.started for row in segment.payloads.items]
+        assert set(codes(rows_of(answers)).values()) == {Code.OK}
+
+    assert started == [b"e", b"c", b"a", b"b", b"d"]
 
 
 def test_a_client_that_vanishes_ends_its_rows_and_leaves_nothing():
