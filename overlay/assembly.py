@@ -63,7 +63,9 @@ def failure(answer: Answer, retry_after_s: float) -> OverlayError | None:
     own_words = answer.refused is not None
     reasons = "; ".join(dict.fromkeys(p.reason if own_words else _reason(p) for p in parts))
     cause = first.code.name.lower().replace("_", " ")
-    again = retry_after_s if executed is Executed.NO and first.code in _WORTH_A_RETRY else None
+    again: float | None = first.retry_after_s or retry_after_s
+    if executed is not Executed.NO or first.code not in _WORTH_A_RETRY:
+        again = None
     return PartsFailed(reasons, first.code, executed, cause, again)
 
 

@@ -15,6 +15,7 @@ acts outside it.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import logging
 import queue
@@ -33,6 +34,7 @@ from overlay.values import Answers, Code, End, Executed, Part, Route, Segment, S
 
 log = logging.getLogger("overlay.intake")
 
+SAMPLE_S = 0.001  # between two streamed rows whose time is noted: enough to know a pace
 MOST_KINDS = 1000  # routes are few, but a caller may name any targets
 
 
@@ -77,6 +79,11 @@ class Ticket:
         self._ended: list[tuple[Code, int, int]] = []
 
     @property
+    def is_handed_down(self) -> bool:
+        """By another process, which has judged of its time."""
+        return self.route.targets is not None
+
+    @property
     def is_open(self) -> bool:
         return self._open.left > 0
 
@@ -96,10 +103,10 @@ class Ticket:
         for first, rows, end in ends:
             end_overlap(end, first, rows, code, start, count)
 
-    def refuse(self, error: OverlayError) -> None:
-        """Answers every row that has not started with this refusal."""
-        part = Part(self._intake.me, error.code, str(error), executed=error.executed)
-        for first, rows in self._intake._withdraw(self, 0, self.segment.count):
+    def refuse(self, error: OverlayError, start: int = 0) -> None:
+        """Answers every row from `start` that has not started with this refusal."""
+        part = refusal(self._intake.me, error)
+        for first, rows in self._intake._withdraw(self, start, self.segment.count - start):
             self._settle(first, Answers(rows, (), refused=part))
 
     def waited_s(self, now: float) -> float:
@@ -143,6 +150,17 @@ class Ticket:
             ended = list(self._ended)
         for code, begin, size in ended:  # ended between its claim and now
             end_overlap(end, first, count, code, begin, size)
+
+
+def refusal(me: str, error: OverlayError) -> Part:
+    """What the callers of rows get that `me` turned down with this."""
+    return Part(
+        me,
+        error.code,
+        str(error),
+        executed=error.executed,
+        retry_after_s=error.retry_after_s,
+    )
 
 
 def _unstarted(me: str, code: Code, rows: int) -> Answers:
@@ -235,11 +253,13 @@ class Intake:
         claim: Claim,
         start: Start,
         of_a_team: int | None = None,
+        way_home_s: float = 0.0,
         on_started: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """of_a_team: how many of the places in service those who name one team may have.
 
+        way_home_s: what the processes below keep back of a request's time; nobody works in it.
         on_started: called after starts, so that what they sent leaves together.
         """
         self.me = me
@@ -247,6 +267,7 @@ class Intake:
         self.slots = slots
         self.in_service = in_service
         self._of_a_team = of_a_team or in_service
+        self._way_home_s = way_home_s
         self._room = WaitingRoom(slots, most_bytes)
         self._lock = self._room.mutex
         self._turns = self._room.turns
@@ -311,14 +332,20 @@ class Intake:
     ) -> Ticket:
         """Takes a streamed segment in; its stream bounds how many. Raises NoTimeLeft, Draining.
 
-        It starts with the next `kick`, so that the segments of a frame start together.
+        Rows of it that cannot be answered in time are refused, the last ones first. It starts with
+        the next `kick`, so that the segments of a frame start together.
         """
         now = self._clock()
         _check_left(segment, now)
         ticket = self._ticket(segment, sink, now, lane, priority)
         with self._lock:
             self._check_open()
+            in_time, hopeless = self._in_time_locked(ticket)
+            if hopeless is not None and not in_time:
+                raise hopeless
             self._turns.put(lane, ticket, segment.count)
+        if hopeless is not None:
+            ticket.refuse(hopeless, in_time)
         return ticket
 
     def kick(self) -> None:
@@ -352,13 +379,45 @@ class Intake:
         kind, priority = self._kind_of(segment.route), min(priority, HIGHEST_PRIORITY)
         return Ticket(segment, sink, now, next(self._numbers), self, lane, kind, priority)
 
-    def _check_time_locked(self, ticket: Ticket) -> None:
+    def _check_time_locked(self, ticket: Ticket, row: int = 0) -> None:
         if not self._turns:
             return
         kind, now = ticket.kind, ticket.admitted
-        ahead = self._turns.ahead_of(ticket.lane, kind, ticket.priority)
-        left_s = ticket.segment.deadline - now
-        admission.check_time(left_s, ahead, kind.active, kind.pace.mean_s(now))
+        share = admission.share_of_time(now - kind.refused)
+        try:
+            admission.check_time(self._left_s(ticket, now), *self._way_locked(ticket, row), share)
+        except NoTimeLeft:
+            kind.refused = now
+            raise
+
+    def _way_locked(self, ticket: Ticket, row: int = 0) -> tuple[int, float]:
+        """How many start before this row of it, and how long its answer takes."""
+        kind, now = ticket.kind, ticket.admitted
+        ahead = self._turns.ahead_of(ticket.lane, kind, ticket.priority, row)
+        at_work, mean_s = max(kind.active, kind.pace.at_work), kind.pace.mean_s(now)
+        return ahead, admission.takes_s(ahead, at_work, mean_s, kind.pace.ample_s(now))
+
+    def _in_time_locked(self, ticket: Ticket) -> tuple[int, NoTimeLeft | None]:
+        """How many rows of the segment can be answered in time, and what to tell the others.
+
+        That takes proof, since thousands may come at once: some of its kind have ended lately, and
+        some still wait because no place was free.
+        """
+        rows, kind, lane = ticket.segment.count, ticket.kind, ticket.lane
+        is_proven = kind.is_full and kind.pace.is_proven(ticket.admitted) and not lane.paused
+        if not is_proven or ticket.is_handed_down or not self._way_locked(ticket)[0]:
+            return rows, None
+        share = admission.share_of_time(ticket.admitted - kind.refused)
+        most_s = share * self._left_s(ticket, ticket.admitted)
+
+        def is_late(row: int) -> bool:
+            return self._way_locked(ticket, row)[1] > most_s
+
+        try:
+            self._check_time_locked(ticket, rows - 1)
+        except NoTimeLeft as e:
+            return bisect.bisect_left(range(rows - 1), True, key=is_late), e
+        return rows, None
 
     def _kind_of(self, route: Route) -> Kind:
         key = admission.places(route)
@@ -419,9 +478,14 @@ class Intake:
         return not route.team or self._teams[route.team] < self._of_a_team
 
     def _is_hopeless(self, ticket: Ticket, now: float) -> bool:
-        if ticket.lane.is_stream:
+        if ticket.is_handed_down:
             return False
-        return ticket.segment.deadline - now < ticket.kind.pace.least_s(now)
+        return self._left_s(ticket, now) < ticket.kind.pace.least_s(now)
+
+    def _left_s(self, ticket: Ticket, now: float) -> float:
+        """What a worker gets of its time, about."""
+        left_s = ticket.segment.deadline - now
+        return left_s - min(self._way_home_s, left_s / 2)
 
     def _begin_locked(self, ticket: Ticket, first: int, count: int, now: float) -> None:
         ticket.unstarted.take(first, count)
@@ -452,13 +516,16 @@ class Intake:
             return
         with self._lock:
             kind, now = ticket.kind, self._clock()
-            kind.active -= count
             if ticket.lane.is_stream:
                 ticket.lane.active -= count
+                is_odd = now - kind.pace.last < SAMPLE_S  # tiny ones end in great numbers
             else:
                 self._active -= 1
                 self._teams[ticket.route.team] -= 1
-                kind.pace.ended(now, now - started)
+                is_odd = False
+            if not is_odd:
+                kind.pace.ended(now, now - started, kind.active)
+            kind.active -= count
 
 
 def _check_left(segment: Segment, now: float) -> None:

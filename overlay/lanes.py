@@ -9,6 +9,7 @@ Who waits for places that are busy holds up nobody who cannot want the same ones
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, Protocol, TypeVar
@@ -37,13 +38,18 @@ AWAITED = NoPlace()
 
 
 class Kind:
-    """What wants the same places. active: single requests at work."""
+    """What wants the same places.
 
-    __slots__ = ("active", "pace")
+    active: rows at work. is_full: the last to ask got no place. refused: when one last had no time.
+    """
+
+    __slots__ = ("active", "is_full", "pace", "refused")
 
     def __init__(self) -> None:
         self.active = 0
-        self.pace = Pace()  # theirs
+        self.is_full = False
+        self.refused = -math.inf
+        self.pace = Pace()
 
 
 class Waiting(Hashable, Protocol):
@@ -191,9 +197,9 @@ class Turns(Generic[W]):
                 return found
         return None
 
-    def ahead_of(self, lane: Lane[W], kind: Kind, priority: int) -> int:
-        """How many rows of the kind start before one that would be put in now."""
-        before = lane.rows_before(kind, priority)
+    def ahead_of(self, lane: Lane[W], kind: Kind, priority: int, more: int = 0) -> int:
+        """How many rows of the kind start before one that would be put in now, behind `more`."""
+        before = lane.rows_before(kind, priority) + more
         known = self._callers.get(lane.caller)
         rows: dict[str, int] = {}
         for other in self._lanes:
@@ -250,6 +256,7 @@ def _first(
             continue
         key = item.kind, lane.is_stream
         place = None if key in blocked else claim(item)
+        item.kind.is_full = place is None
         if place is None:
             blocked.add(key)
             passed.append(item)

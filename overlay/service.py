@@ -85,6 +85,7 @@ class Service:
             slots=topology.queue_slots(me),
             in_service=self.me.in_service,
             of_a_team=_half_if_several(topology, self.me.in_service),
+            way_home_s=topology.hops_below(me) * self.limits.return_margin_s,
             most_bytes=self.limits.max_waiting_bytes,
             claim=relay.claim,
             start=relay.start,

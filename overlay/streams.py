@@ -26,7 +26,7 @@ import grpc
 from overlay import routing, wire
 from overlay.deadlines import Deadlines
 from overlay.errors import BadRequest, Cancelled, Draining, OverlayError
-from overlay.intake import Intake, Ticket
+from overlay.intake import Intake, Ticket, refusal
 from overlay.limits import Limits
 from overlay.topology import Topology
 from overlay.values import Answers, Code, Executed, Part, Route, Segment
@@ -259,8 +259,7 @@ class _Stream:
                 raise wrong
             ticket = desk.intake.admit_to(self._lane, segment, sink, made.priority)
         except OverlayError as e:
-            refused = Part(desk.me, e.code, str(e), executed=e.executed)
-            sink(0, Answers(segment.count, (), refused=refused))
+            sink(0, Answers(segment.count, (), refused=refusal(desk.me, e)))
             return
         accepted.ticket = ticket
         if ticket.is_open:

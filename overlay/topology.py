@@ -103,6 +103,10 @@ class Topology:
         me = self.processes[process_id]
         return tuple(self.processes[n] for n in me.neighbors if self.processes[n].rank < me.rank)
 
+    def hops_below(self, process_id: str) -> int:
+        """How many links the longest way from it to a worker has."""
+        return max((1 + self.hops_below(n.id) for n in self.below(process_id)), default=0)
+
     def in_order(self, ids: frozenset[str] | set[str]) -> tuple[str, ...]:
         return tuple(process_id for process_id in self.processes if process_id in ids)
 

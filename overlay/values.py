@@ -195,6 +195,7 @@ class Part:
     waited_us: int = 0
     worked_us: int = 0
     executed: Executed = Executed.UNKNOWN
+    retry_after_s: float | None = None  # of a refusal by the process asked, when it says so
 
     @property
     def ok(self) -> bool:

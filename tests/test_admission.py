@@ -74,7 +74,7 @@ def test_the_wait_is_the_time_in_which_a_tenth_of_the_queue_goes():
 
 
 TIMES = [
-    # left, ahead, in service, mean, refused
+    # left, ahead, at work, mean, refused
     (1.0, 0, 10, 5.0, False),  # who need not wait is let in
     (1.0, 5, 0, 5.0, False),  # nothing is known
     (1.0, 5, 10, 0.0, False),
@@ -84,21 +84,43 @@ TIMES = [
 ]
 
 
-@pytest.mark.parametrize(("left_s", "ahead", "in_service", "mean_s", "refused"), TIMES)
-def test_who_cannot_be_answered_in_time_is_refused(left_s, ahead, in_service, mean_s, refused):
+@pytest.mark.parametrize(("left_s", "ahead", "at_work", "mean_s", "refused"), TIMES)
+def test_who_cannot_be_answered_in_time_is_refused(left_s, ahead, at_work, mean_s, refused):
+    needs_s = admission.takes_s(ahead, at_work, mean_s, mean_s)
     if not refused:
-        admission.check_time(left_s, ahead, in_service, mean_s)
+        admission.check_time(left_s, ahead, needs_s)
         return
     with pytest.raises(NoTimeLeft) as caught:
-        admission.check_time(left_s, ahead, in_service, mean_s)
+        admission.check_time(left_s, ahead, needs_s)
     assert 0.05 <= caught.value.retry_after_s <= 30
     later = left_s + caught.value.retry_after_s + 1e-9  # the queue is shorter by so much then
-    admission.check_time(later, ahead, in_service, mean_s)
+    admission.check_time(later, ahead, needs_s)
 
 
 def test_a_refusal_says_how_long_it_would_take():
     with pytest.raises(NoTimeLeft, match=r"^99 requests are ahead and an answer takes about 1.1 s"):
-        admission.check_time(0.5, 99, 10, 0.1)
+        admission.check_time(0.5, 99, admission.takes_s(99, 10, 0.1, 0.1))
+
+
+def test_while_others_are_refused_who_is_let_in_has_time_to_spare():
+    assert [admission.share_of_time(since_s) for since_s in (0, 0.9, 1.0, 1e9)] == [0.75] * 2 + [
+        1
+    ] * 2
+    admission.check_time(1.0, 9, 0.7, 0.75)
+    admission.check_time(1.0, 9, 0.8)
+    with pytest.raises(NoTimeLeft, match="more come than can be answered") as caught:
+        admission.check_time(1.0, 9, 0.95, 0.75)
+    assert caught.value.retry_after_s == pytest.approx(0.2)
+
+
+def test_who_may_take_longer_than_the_mean_needs_more_time():
+    even, uneven = Pace(), Pace()
+    for n in range(32):
+        even.ended(n / 100, 0.1)
+        uneven.ended(n / 100, 0.05 if n % 2 else 0.15)
+    assert even.ample_s(0.4) == pytest.approx(0.1)
+    assert uneven.mean_s(0.4) == pytest.approx(0.1, rel=0.05)
+    assert 0.15 <= uneven.ample_s(0.4) <= 0.4
 
 
 @given(st.integers(1, 300), st.lists(st.integers(0, 9), min_size=1, max_size=600))
@@ -137,3 +159,22 @@ def test_a_pace_is_what_was_seen_lately():
     pace.ended(20, 100)
     assert pace.mean_s(300) == 100  # what takes long is remembered for longer
     assert pace.mean_s(321) == 0
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=80))
+def test_the_quickest_of_late_is_known_without_looking_at_all(took):
+    pace = Pace()
+    for n, took_s in enumerate(took):
+        pace.ended(n / 100, took_s)
+        assert pace.least_s(n / 100) == min(took[max(0, n - 31) : n + 1])
+
+
+def test_a_pace_is_proven_by_more_than_an_odd_end_or_two():
+    pace = Pace()
+    for n in range(8):
+        assert not pace.is_proven(n)
+        pace.ended(n, 0.1, at_work=6)
+    assert pace.is_proven(8)
+    assert pace.at_work == 6
+    assert not pace.is_proven(20)
+    assert pace.at_work == 0

@@ -73,6 +73,7 @@ def test_the_shipped_file_is_the_users(file):
     assert [p.id for p in six.below("A")] == ["B", "E"]
     assert [p.id for p in six.below("E")] == ["F", "D"]
     assert six.below("C") == ()
+    assert [six.hops_below(p) for p in "ABC"] == [2, 1, 0]
 
 
 def test_what_the_file_leaves_out_has_its_default(file):

@@ -72,6 +72,7 @@ class Desk:
         slots: int = 200,
         in_service: int = 100,
         most_bytes: int = 10**9,
+        way_home_s: float = 0.0,
     ) -> None:
         self.clock = Clock()
         self.busy: set[str] = set()
@@ -90,6 +91,7 @@ class Desk:
             most_bytes=most_bytes,
             claim=self._claim,
             start=self._start,
+            way_home_s=way_home_s,
             clock=self.clock,
         )
 
@@ -650,6 +652,104 @@ def test_streams_of_one_caller_share_its_turn():
         next(iter(desk.running.values()))()
 
     assert sum(name.isupper() for name in desk.order) == 6
+
+
+def paced(desk: Desk, lane: Lane, places: int = 4, took_s: float = 1.0) -> None:
+    """Rows of the stream have ended lately, a second each; all places are taken and some wait."""
+    desk.places = places
+    desk.stream(lane, " ".join(f"p{n}" for n in range(5 * places)), left_s=1000)
+    desk.intake.kick()
+    for _ in range(2 * places):
+        desk.clock.advance(took_s / places)
+        next(iter(desk.running.values()))()
+    desk.started.clear()
+
+
+def test_the_rows_of_a_segment_that_come_too_late_are_refused_and_the_others_are_not(desk, lane):
+    paced(desk, lane)  # 4 a second, 8 of them wait
+
+    desk.stream(lane, "abcdefghij", left_s=4.5)
+
+    codes = desk.codes("abcdefghij")
+    in_time = codes.index(Code.RESOURCE_EXHAUSTED)
+    assert 3 <= in_time <= 7
+    assert codes == [None] * in_time + [Code.RESOURCE_EXHAUSTED] * (10 - in_time)
+    refused = desk.got("j").refused
+    assert refused.executed is Executed.NO
+    assert 0.5 <= refused.retry_after_s <= 2.5
+    with pytest.raises(NoTimeLeft, match="requests are ahead and an answer takes about"):
+        desk.stream(lane, "xyz", left_s=0.5)
+
+
+def test_what_a_refused_row_is_told_to_wait_is_enough(desk, lane):
+    paced(desk, lane)
+    with pytest.raises(NoTimeLeft) as caught:
+        desk.stream(lane, "abc", left_s=2)
+
+    until_s = desk.clock.now + caught.value.retry_after_s
+    while desk.clock.now < until_s:
+        desk.clock.advance(0.25)
+        next(iter(desk.running.values()))()
+    desk.stream(lane, "abc", left_s=2)
+
+    assert desk.codes("abc") == [None] * 3
+
+
+@pytest.mark.parametrize("why", ["no proof", "urgent", "handed down", "another stream", "places"])
+def test_without_proof_no_row_of_a_stream_is_refused(desk, lane, why):
+    if why == "no proof":
+        desk.places = 4
+        desk.stream(lane, " ".join(f"p{n}" for n in range(20)), left_s=1000)
+        desk.intake.kick()
+        desk.clock.advance(1)
+        desk.answer("p0")
+    else:
+        paced(desk, lane)
+    if why == "places":
+        desk.places = 100
+        desk.intake.kick()
+    urgent, down = why == "urgent", why == "handed down"
+    to = desk.intake.open_lane("another") if why == "another stream" else lane
+    route = {"targets": ("C",), "hops": ("A",)} if down else {}
+
+    desk.stream(to, "ab", left_s=2.5, priority=9 if urgent else 0, **route)
+
+    assert desk.codes("ab") == [None, None]
+
+
+def test_the_time_that_the_way_home_takes_is_not_for_work():
+    desk = Desk(way_home_s=0.5)
+    lane = desk.intake.open_lane()
+    paced(desk, lane)
+    desk.places = 0
+    desk.stream(lane, "ab", left_s=4, priority=9)
+    desk.clock.advance(3.3)  # 0.7 s left, of which a worker gets 0.35
+
+    desk.places = 100
+    desk.intake.kick()
+    assert desk.codes("ab") == [None, None]
+
+    desk.places = 0
+    desk.stream(lane, "cd", left_s=4, priority=9)
+    desk.clock.advance(3.6)
+    desk.places = 100
+    desk.intake.kick()
+    assert desk.codes("cd") == [Code.RESOURCE_EXHAUSTED] * 2
+
+
+def test_a_row_with_less_time_than_the_quickest_took_never_starts(desk, lane):
+    paced(desk, lane)
+    desk.stream(lane, "ab", left_s=4, priority=9)
+    desk.places = 0
+    desk.clock.advance(3.8)
+
+    desk.places = 100
+    desk.intake.kick()
+
+    assert desk.codes("ab") == [Code.RESOURCE_EXHAUSTED] * 2
+    assert desk.got("a").refused.executed is Executed.NO
+    assert "even the quickest of late took longer" in desk.got("a").refused.reason
+    assert "a" not in desk.order
 
 
 def test_a_stream_whose_slots_are_busy_holds_up_nobody_else():

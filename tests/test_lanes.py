@@ -171,6 +171,7 @@ def test_who_wants_what_another_did_not_get_is_not_even_tried(queue):
     assert queue.turns.next(lambda item: tried.append(item.name)) is None
 
     assert tried == ["a"]
+    assert ONE.is_full
 
 
 def test_who_waits_for_a_neighbour_holds_up_nobody(queue):

@@ -1,4 +1,7 @@
-"""Overload costs only the excess: the real intake on a simulated clock, at 0.5 to 10 times load."""
+"""Overload costs only the excess: the real intake on a simulated clock, at 0.5 to 10 times load.
+
+By single calls and by rows of a stream, which is a segment for each call here.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from overlay.errors import NoTimeLeft, OverlayError
-from overlay.intake import Intake
-from overlay.values import Answers, Code, Column, Failure, PartColumn, Route, Segment
+from overlay.intake import Intake, Ticket
+from overlay.lanes import Lane
+from overlay.values import Answers, Code, Column, Failure, PartColumn, Route, Segment, Sink
 from tests.network import Clock
 
 PLACES = 10
@@ -20,7 +24,7 @@ CAPACITY = PLACES / SERVICE_S  # answers a second
 
 @dataclass(frozen=True)
 class Place:
-    count: int = 1
+    count: int
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Simulated:
     deadline_s: float = 1.0
     service_s: float = SERVICE_S
     stuck_team: str = ""  # whose requests are never answered
+    way: str = "unary"
     clock: Clock = field(default_factory=Clock)
     busy: int = 0
     ends: Counter[str] = field(default_factory=Counter)
@@ -40,6 +45,8 @@ class Simulated:
 
     def __post_init__(self) -> None:
         self.chance = random.Random(7)
+        self.lanes: dict[str, Lane] = {}
+        self.asked = 0
         self.intake = Intake(
             "A",
             slots=200,
@@ -66,22 +73,44 @@ class Simulated:
         return self
 
     def ask(self, caller: str = "", team: str = "") -> OverlayError | None:
+        return self.ask_rows(1, caller, team)
+
+    def ask_rows(self, rows: int, caller: str = "", team: str = "") -> OverlayError | None:
+        """So many at once, with one deadline. What refuses all of them is returned."""
         deadline = self.clock.now + self.deadline_s
-        segment = Segment(Route(team=team), Column((b"",)), deadline, 1)
+        segment = Segment(Route(team=team), Column((b"",) * rows), deadline, 1)
+        self.asked += rows
+
+        refusals: list[OverlayError] = []
 
         def sink(start: int, answers: Answers) -> None:
-            ok = answers.refused is None and answers.parts[0].failed is None
-            in_time = self.clock.now <= deadline
-            self.ends[f"{caller} ok" if ok and in_time else f"{caller} late"] += 1
+            in_time, refused = self.clock.now <= deadline, answers.refused
+            if refused is not None:
+                refusals.append(NoTimeLeft(refused.reason, retry_after_s=refused.retry_after_s))
+                early = deadline - self.clock.now > 1e-6
+                end = "refused" if early else "late"
+            else:
+                end = "ok" if in_time and answers.parts[0].failed is None else "late"
+            self.ends[f"{caller} {end}"] += answers.count
 
         try:
-            ticket = self.intake.admit(segment, sink, caller)
+            ticket = self._admit(segment, sink, caller)
         except OverlayError as refusal:
-            self.ends[f"{caller} refused"] += 1
+            self.ends[f"{caller} refused"] += rows
             return refusal
-        self.clock.at(deadline, lambda: ticket.end(Code.DEADLINE_EXCEEDED))
+        if ticket.is_open:
+            self.clock.at(deadline, lambda: ticket.end(Code.DEADLINE_EXCEEDED))
         self.most_waiting = max(self.most_waiting, self.intake.waiting)
         return None
+
+    def _admit(self, segment: Segment, sink: Sink, caller: str) -> Ticket:
+        if self.way == "unary":
+            return self.intake.admit(segment, sink, caller)
+        if caller not in self.lanes:
+            self.lanes[caller] = self.intake.open_lane(caller)
+        ticket = self.intake.admit_to(self.lanes[caller], segment, sink)
+        self.intake.kick()
+        return ticket
 
     @property
     def goodput(self) -> float:
@@ -91,61 +120,72 @@ class Simulated:
 
     def _claim(self, route, count, patient_until, streamed):
         if route.team != self.stuck_team or not self.stuck_team:
-            if self.busy >= PLACES:
+            count = min(count, PLACES - self.busy)
+            if not count:
                 return None
-            self.busy += 1
-        return Place()
+            self.busy += count
+        return Place(count)
 
     def _start(self, segment, place, waited_s, sink):
-        answered = [False]
+        answered = [False] * place.count
 
-        def answer(column: PartColumn) -> None:
-            if not answered[0]:
-                answered[0] = True
-                sink(0, Answers(1, (column,)))
+        def answer(row: int, column: PartColumn) -> None:
+            if not answered[row]:
+                answered[row] = True
+                sink(row, Answers(1, (column,)))
 
-        def finish() -> None:
+        def finish(row: int) -> None:
             self.busy -= 1  # only now: work that nobody waits for takes its place all the same
             self.worked_for_nobody += self.clock.now > segment.deadline
-            answer(PartColumn("W", Column((b"",))))
+            answer(row, PartColumn("W", Column((b"",))))
             self.intake.kick()
 
         if segment.route.team != self.stuck_team or not self.stuck_team:
-            self.clock.at(self.clock.now + self.service_s, finish)
+            for row in range(place.count):
+                takes_s = self.service_s * self.chance.uniform(0.9, 1.1)
+                self.clock.at(self.clock.now + takes_s, lambda row=row: finish(row))
 
         def end(code: Code, start: int, count: int) -> None:
-            answer(PartColumn.missing("W", 1, Failure(code, "ended")))
+            for row in range(start, start + count):
+                answer(row, PartColumn.missing("W", 1, Failure(code, "ended")))
 
         return end
 
 
+ways = pytest.mark.parametrize("way", ["unary", "stream"])
+
+
+@ways
 @pytest.mark.parametrize("load", [1.5, 2, 5, 10])
-def test_under_overload_nearly_all_capacity_serves_those_who_still_wait(load):
-    simulated = Simulated(load).run(60).until_the_end()
+def test_under_overload_nearly_all_capacity_serves_those_who_still_wait(load, way):
+    simulated = Simulated(load, way=way).run(20).until_the_end()
 
     assert simulated.goodput > 0.95
-    assert simulated.worked_for_nobody <= 0.01 * CAPACITY * 60
+    assert simulated.worked_for_nobody <= 0.01 * CAPACITY * 20
 
 
+@ways
 @pytest.mark.parametrize("load", [0.5, 0.8])
-def test_below_capacity_nobody_is_refused(load):
-    simulated = Simulated(load).run(60).until_the_end()
+def test_below_capacity_nobody_is_refused(load, way):
+    simulated = Simulated(load, way=way).run(20).until_the_end()
 
     assert set(simulated.ends) == {" ok"}
 
 
-def test_without_admission_by_time_the_same_queue_works_for_nobody(monkeypatch):
+@ways
+def test_without_admission_by_time_the_same_queue_works_for_nobody(monkeypatch, way):
     """So that the tests above would fail without it."""
-    monkeypatch.setattr("overlay.admission.check_time", lambda *what: None)
+    monkeypatch.setattr("overlay.admission.takes_s", lambda *what: 0.0)
     monkeypatch.setattr("overlay.admission.Pace.least_s", lambda self, now: 0.0)
 
-    simulated = Simulated(2).run(60).until_the_end()
+    simulated = Simulated(2, way=way).run(20).until_the_end()
 
     assert simulated.goodput < 0.5
 
 
-def test_a_refused_caller_that_comes_back_when_told_is_let_in():
-    simulated = Simulated(2)
+@ways
+def test_a_refused_caller_that_comes_back_when_told_is_let_in(way):
+    simulated = Simulated(2, way=way)
     simulated.run(5)
     simulated.clock.advance(5)
     told = [error for _ in range(300) if (error := simulated.ask("late")) is not None]
@@ -159,8 +199,9 @@ def test_a_refused_caller_that_comes_back_when_told_is_let_in():
     assert again == [None]
 
 
-def test_a_greedy_caller_does_not_keep_others_out():
-    simulated = Simulated(1, deadline_s=5)
+@ways
+def test_a_greedy_caller_does_not_keep_others_out(way):
+    simulated = Simulated(1, deadline_s=5, way=way)
     simulated.run(30, "greedy", load=10)
     simulated.run(30, "modest", load=0.3)
     simulated.until_the_end()
@@ -180,8 +221,9 @@ def test_a_team_that_is_stuck_leaves_places_to_the_others():
     assert simulated.ends["green ok"] > 0.9 * 0.5 * CAPACITY * 8, simulated.ends
 
 
-def test_a_pace_that_was_seen_long_ago_refuses_nobody():
-    simulated = Simulated(2, service_s=0.9)
+@ways
+def test_a_pace_that_was_seen_long_ago_refuses_nobody(way):
+    simulated = Simulated(2, service_s=0.9, way=way)
     simulated.run(5)
     simulated.clock.advance(40)
     simulated.service_s = 0.01

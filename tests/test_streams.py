@@ -19,7 +19,7 @@ import pytest
 
 from overlay import assembly, streams, wire
 from overlay.deadlines import Deadlines
-from overlay.errors import OverlayError
+from overlay.errors import NoTimeLeft, OverlayError
 from overlay.guard import Guard
 from overlay.intake import Intake
 from overlay.limits import Limits
@@ -439,6 +439,16 @@ def test_the_urgent_of_a_stream_start_before_what_came_earlier():
         assert set(codes(rows_of(answers)).values()) == {Code.OK}
 
     assert started == [b"e", b"c", b"a", b"b", b"d"]
+
+
+def test_a_row_without_time_is_told_when_to_come_again():
+    desk = Desk()
+    refusal = NoTimeLeft("too late", retry_after_s=1.25)
+    with serving(desk) as served, mock.patch.object(served.intake, "admit_to", side_effect=refusal):
+        found = rows_of(served.call([frame(segment(1, b"a", b"b"))]))
+
+    assert [detail.retry_after_ms for detail in found.values()] == [1250, 1250]
+    assert {detail.executed for detail in found.values()} == {Executed.NO}
 
 
 def test_a_client_that_vanishes_ends_its_rows_and_leaves_nothing():
