@@ -6,6 +6,7 @@ For example: python node.py two_hosts_config.json A
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import gc
 import os
@@ -231,7 +232,11 @@ def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
         log.take_prints()
         _calm_garbage_collector()
         stopping.wait(stop_file)
-        return _stop(node, stopping.grace_s)
+        code = _stop(node, stopping.grace_s)
+        if stop_file is not None:  # for `run.py status`: it did not die
+            with contextlib.suppress(OSError):
+                stop_file.touch()
+        return code
     finally:
         log.stop()
 

@@ -7,9 +7,9 @@
 
 A start is whole or not at all: when one process does not come up, the others that this call started
 are stopped again; those that ran before stay. Beside the log of process A lie process_a.out (what
-it printed), process_a.pid (which process it is) and, only while it stops, process_a.stop. A pid
-counts only together with its start time, so a number that the system gave to another program since
-is never touched.
+it printed), process_a.pid (which process it is) and process_a.stop, while it stops and when it has
+ended in good order by itself. A pid counts only together with its start time, so a number that the
+system gave to another program since is never touched.
 
 Exit codes: 0 all well, 1 a process is not as it should be, 2 the command could not begin.
 """
@@ -621,6 +621,8 @@ def _state(process: Process, record: Record | None, metrics: Any) -> tuple[str, 
         return (f"{said}; no link to {away}" if away else said), True
     if alive:
         return "runs but does not answer", False
+    if record and Path(record.stop_file).exists():
+        return "stopped in order", False
     if record:
         return "died; its log tells more", False
     return ("not running" if is_here(process) else "no answer"), False

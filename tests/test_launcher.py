@@ -19,6 +19,8 @@ import psutil
 import pytest
 from packaging.requirements import Requirement
 
+import overlay
+
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("node.py", "overlay", "overlay.proto", "scripts", "examples", "two_hosts_config.json")
 STUBS = ("overlay_pb2.py", "overlay_pb2.pyi", "overlay_pb2_grpc.py")
@@ -160,6 +162,19 @@ def test_a_second_start_starts_only_what_is_missing(project, three):
     assert second.stdout.count("already running") == 2
     assert {n: pids_in(second.stdout)[n] for n in "AB"} == {n: pids[n] for n in "AB"}
     assert pids_in(second.stdout)["C"] != pids["C"]
+
+
+def test_a_drained_process_has_not_died(project, three):
+    launcher(project, "start", three)
+    with overlay.connect(f"127.0.0.1:{port_of(three, 'C')}") as client:
+        client.drain(grace_s=1)
+    wait_for(lambda: not processes_of(project, three.name, " C "))
+    seen = launcher(project, "status", three)
+    again = launcher(project, "start", three)
+
+    assert seen.returncode == 1
+    assert re.search(r"(?m)^C .*stopped in order", seen.stdout)
+    assert again.returncode == 0, again.stderr
 
 
 def test_a_process_that_cannot_start_is_explained_and_the_others_are_taken_back(project, three):
