@@ -27,7 +27,7 @@ if sys.platform == "linux":
 try:
     import grpc
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-    from grpc_reflection.v1alpha import reflection
+    from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
     from overlay import configuration, wire
     from overlay.admin import Admin
@@ -101,6 +101,7 @@ class Node:
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
         self.stream_pool = ThreadPoolExecutor(limits.stream_threads, "stream")
+        self.reflection_pool = ThreadPoolExecutor(limits.reflection_threads, "reflection")
         options = wire.server_options(limits)
         self.server = grpc.server(self.pool, interceptors=(Guard(),), options=options)
         self.health = health.HealthServicer(
@@ -111,7 +112,9 @@ class Node:
         pb2_grpc.add_OverlayAdminServicer_to_server(OverlayAdmin(self.admin), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         names = (OVERLAY_NODE, OVERLAY_ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self.server)
+        look = reflection.ReflectionServicer(names)
+        look.ServerReflectionInfo = on_own_threads(look.ServerReflectionInfo, self.reflection_pool)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(look, self.server)
 
     def start(self) -> None:
         """Serves when it returns. Raises ConfigError when the port cannot be had."""
@@ -130,7 +133,7 @@ class Node:
         self.server.stop(0.5).wait(2)
         self.service.close()
         self.admin.close()
-        for pool in (self.pool, self.stream_pool, self.metrics_pool):
+        for pool in (self.pool, self.stream_pool, self.metrics_pool, self.reflection_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         return drained
 

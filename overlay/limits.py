@@ -23,6 +23,7 @@ class Limits:
         40  # rpc threads beyond queue and service, that refuse while both are full
     )
     metrics_threads: int = 4  # GetMetrics and health answer on threads of their own
+    reflection_threads: int = 8  # each tool that looks at the services holds one while it is open
     max_hops: int = 64  # a longer hop list is not from an overlay
     max_targets: int = 10_000  # workers below one team leader
     max_name: int = 64  # characters in an id, team or handler of a request

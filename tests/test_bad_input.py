@@ -10,9 +10,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from random import Random
 from typing import Any
 
@@ -26,7 +27,7 @@ from overlay import configuration
 from overlay.errors import ConfigError
 from overlay.wire import pb2
 from tests import frames, mutants
-from tests.cluster import IDS, ROOT, running, six_processes
+from tests.cluster import IDS, ROOT, Overlay, running, six_processes
 from tests.conftest import Lane
 from tests.watch import Watched
 
@@ -195,6 +196,20 @@ def would_stop(body: bytes) -> bool:
     except DecodeError:
         return False
     return not request.HasField("grace_s") or 0 <= request.grace_s <= 86_400
+
+
+def test_tools_that_keep_reflection_open_leave_the_requests_their_threads(
+    overlays: Callable[..., Overlay],
+) -> None:
+    overlay = overlays(queue_slots=1, in_service=1)
+    with grpc.insecure_channel(overlay.address("C")) as channel:
+        look = channel.stream_stream(REFLECTION)
+        # C has 42 threads for requests: 1 waiting, 1 in service, 40 to refuse.
+        open_ones = [look(iter(SimpleQueue().get, None)) for _ in range(60)]
+        time.sleep(1)  # for them to arrive: nothing tells that an idle stream has
+
+        assert overlay.ask("C", timeout=5).result == b"C: hi"
+        assert not any(call.done() for call in open_ones)
 
 
 # HTTP/2 and below.
