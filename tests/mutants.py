@@ -260,14 +260,12 @@ def _lie_about_size(records: list[Record], at: int, chance: Random) -> None:
 
 def _spoil_value(records: list[Record], at: int, chance: Random) -> None:
     for number, kind, value in records[at : at + 1]:
-        if kind != 2:
+        if kind != 2 or not value or value[0] > 127:  # no length, or one of several bytes
             records[at] = number, kind, spoiled(value, chance)
             continue
-        size, began = _read_varint(value, 0)
-        inner = value[began : began + size]
-        inner = (
-            _with_changed_records(inner, chance) if _is_message(inner) else spoiled(inner, chance)
-        )
+        inner = value[1:]
+        change = _with_changed_records if _is_message(inner) else spoiled
+        inner = change(inner, chance)
         records[at] = number, kind, _varint(len(inner)) + inner
 
 

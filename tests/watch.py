@@ -80,8 +80,11 @@ class Watched:
                 raise AssertionError(f"number {number}: {e}") from e
 
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(numbered, number) for number in numbers]:
-                done.result()
+            try:
+                for done in [pool.submit(numbered, number) for number in numbers]:
+                    done.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # after a failure the rest need not be sent
 
     def _wait_until_idle(self) -> dict[str, tuple[float, int]]:
         """MiB and open files of each process."""
