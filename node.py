@@ -32,7 +32,7 @@ try:
     from overlay import configuration, wire
     from overlay.admin import Admin
     from overlay.errors import ConfigError, OverlayError
-    from overlay.guard import Guard
+    from overlay.guard import Guard, Health
     from overlay.logs import ProcessLog
     from overlay.service import Drained, Service
     from overlay.topology import Process, Topology, join_address
@@ -104,9 +104,7 @@ class Node:
         self.reflection_pool = ThreadPoolExecutor(limits.reflection_threads, "reflection")
         options = wire.server_options(limits)
         self.server = grpc.server(self.pool, interceptors=(Guard(),), options=options)
-        self.health = health.HealthServicer(
-            experimental_non_blocking=True, experimental_thread_pool=self.metrics_pool
-        )
+        self.health = Health(self.metrics_pool)
         node = OverlayNode(service, self.metrics_pool, self.stream_pool)
         pb2_grpc.add_OverlayNodeServicer_to_server(node, self.server)
         pb2_grpc.add_OverlayAdminServicer_to_server(OverlayAdmin(self.admin), self.server)
@@ -133,6 +131,7 @@ class Node:
         self.server.stop(0.5).wait(2)
         self.service.close()
         self.admin.close()
+        self.health.close()
         for pool in (self.pool, self.stream_pool, self.metrics_pool, self.reflection_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         return drained

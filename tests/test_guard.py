@@ -1,15 +1,17 @@
-"""A stream's message that is no protobuf ends its call, and nothing else."""
+"""A stream's message that is no protobuf ends its call, and a watcher of health holds up nobody."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from overlay.guard import Guard
+from overlay.guard import Guard, Health
 
 METHOD = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 GOOD = reflection_pb2.ServerReflectionRequest(list_services="*").SerializeToString()
@@ -60,3 +62,37 @@ def test_unary_calls_and_unknown_methods_pass_as_they_are(served):
     with pytest.raises(grpc.RpcError) as raised:
         unknown(b"", timeout=5)
     assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+class Watcher:
+    """A call of Watch, as far as health knows it."""
+
+    def add_callback(self, leave: Callable[[], None]) -> bool:
+        self.leave = leave
+        return True
+
+
+def test_a_watcher_that_is_being_told_holds_up_neither_checks_nor_those_who_leave():
+    servicer, ask = Health(ThreadPoolExecutor(1)), health_pb2.HealthCheckRequest()
+    began, done = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def slow(response: object) -> None:
+        began.set()
+        done.wait(10)  # as a sending waits for the serving thread
+
+    def leave_and_check() -> None:
+        first.leave()
+        seen.append(servicer.Check(ask, None).status)
+
+    first = Watcher()
+    servicer.Watch(ask, first, lambda response: None)
+    for target, args in ((servicer.Watch, (ask, Watcher(), slow)), (leave_and_check, ())):
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        thread.start()
+        assert began.wait(5)
+    thread.join(2)
+
+    assert seen == [health_pb2.HealthCheckResponse.SERVING]
+    done.set()
+    servicer.close()
