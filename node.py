@@ -32,7 +32,7 @@ try:
     from overlay import configuration, wire
     from overlay.admin import Admin
     from overlay.errors import ConfigError, OverlayError
-    from overlay.guard import Guard, Health
+    from overlay.guard import Guarded, Health
     from overlay.logs import ProcessLog
     from overlay.service import Drained, Service
     from overlay.topology import Process, Topology, join_address
@@ -102,17 +102,17 @@ class Node:
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
         self.stream_pool = ThreadPoolExecutor(limits.stream_threads, "stream")
         self.reflection_pool = ThreadPoolExecutor(limits.reflection_threads, "reflection")
-        options = wire.server_options(limits)
-        self.server = grpc.server(self.pool, interceptors=(Guard(),), options=options)
+        self.server = grpc.server(self.pool, options=wire.server_options(limits))
         self.health = Health(self.metrics_pool)
         node = OverlayNode(service, self.metrics_pool, self.stream_pool)
-        pb2_grpc.add_OverlayNodeServicer_to_server(node, self.server)
-        pb2_grpc.add_OverlayAdminServicer_to_server(OverlayAdmin(self.admin), self.server)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        guarded = Guarded(self.server)
+        pb2_grpc.add_OverlayNodeServicer_to_server(node, guarded)
+        pb2_grpc.add_OverlayAdminServicer_to_server(OverlayAdmin(self.admin), guarded)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, guarded)
         names = (OVERLAY_NODE, OVERLAY_ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         look = reflection.ReflectionServicer(names)
         look.ServerReflectionInfo = on_own_threads(look.ServerReflectionInfo, self.reflection_pool)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(look, self.server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(look, guarded)
 
     def start(self) -> None:
         """Serves when it returns. Raises ConfigError when the port cannot be had."""

@@ -1,9 +1,9 @@
 """Two faults of gRPC for Python (1.85), put right, or a stranger could stop a process with them.
 
-Guard: a stream's message that is no protobuf. gRPC ends such a call while its method still reads,
-and again when the method returns; after that the call never leaves the server, which keeps its
-memory and never says that it has stopped. Here the method's own iterator raises BadRequest instead,
-and the call has one end, INVALID_ARGUMENT. Messages are read on the thread that asks for them.
+Guarded: a message that is no protobuf. After it gRPC keeps about 15 KB of a unary call for ever,
+and ends a stream twice, which then never leaves the server. Here messages reach the methods as
+bytes and are read there, on the method's own thread; what is no protobuf ends its call once, as
+INVALID_ARGUMENT.
 
 Health: Watch sends its news while it holds a lock. Only gRPC's serving thread completes a sending,
 and it wants that lock when another watcher leaves: the whole process then stands still for ever.
@@ -13,29 +13,33 @@ Here the news is sent by a thread of its own, "health", from `Health` to `close`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from grpc_health.v1 import health
 
+from overlay import wire
 from overlay.errors import BadRequest
 
 
-class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
-    """For `grpc.server(…, interceptors=)`. Unary requests pass as they are."""
+class Guarded:
+    """Takes the place of a server where generated code adds the methods of a service to it."""
 
-    def intercept_service(
-        self, continuation: Callable[[Any], Any], details: grpc.HandlerCallDetails
-    ) -> Any:
-        handler = continuation(details)
-        if handler is None or handler.stream_stream is None:
-            return handler
-        return grpc.stream_stream_rpc_method_handler(
-            _guarded(handler.stream_stream, handler.request_deserializer),
-            response_serializer=handler.response_serializer,
-        )
+    def __init__(self, server: grpc.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Nothing: the same methods come by name too, and are added both ways then."""
+
+    def add_registered_method_handlers(
+        self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]
+    ) -> None:
+        guarded = {name: _guarded(handler) for name, handler in handlers.items()}
+        generic = grpc.method_handlers_generic_handler(service, guarded)
+        self._server.add_generic_rpc_handlers((generic,))
+        self._server.add_registered_method_handlers(service, guarded)
 
 
 class Health(health.HealthServicer):  # type: ignore[misc]
@@ -58,15 +62,54 @@ class Health(health.HealthServicer):  # type: ignore[misc]
         self._teller.shutdown(wait=False, cancel_futures=True)
 
 
-def _guarded(method: Callable[..., Any], parse: Callable[[bytes], Any]) -> Callable[..., Any]:
+def _guarded(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    parse, serialize = handler.request_deserializer, handler.response_serializer
+    if handler.stream_stream is not None:
+        served = _reading_streams(handler.stream_stream, parse)
+        return grpc.stream_stream_rpc_method_handler(served, None, serialize)
+    if handler.unary_stream is not None:
+        served = _reading(handler.unary_stream, parse)
+        return grpc.unary_stream_rpc_method_handler(served, None, serialize)
+    return grpc.unary_unary_rpc_method_handler(
+        _reading(handler.unary_unary, parse), None, serialize
+    )
+
+
+def _reading(method: Callable[..., Any], parse: Callable[[bytes], Any]) -> Callable[..., Any]:
+    def served(message: bytes, context: grpc.ServicerContext, *more: Any, **named: Any) -> Any:
+        try:
+            request = _read(message, parse)
+        except BadRequest as e:
+            _refuse(context, e)
+        return method(request, context, *more, **named)
+
+    return _as(method, served)
+
+
+def _reading_streams(
+    method: Callable[..., Any], parse: Callable[[bytes], Any]
+) -> Callable[..., Any]:
     def served(messages: Iterable[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
         try:
             yield from method((_read(message, parse) for message in messages), context)
         except BadRequest as e:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(e))
+            _refuse(context, e)
 
-    served.experimental_thread_pool = getattr(method, "experimental_thread_pool", None)  # type: ignore[attr-defined]
+    return _as(method, served)
+
+
+def _as(method: Callable[..., Any], served: Callable[..., Any]) -> Callable[..., Any]:
+    """With what gRPC looks for on a method: its threads, and how it answers."""
+    for name in ("experimental_thread_pool", "experimental_non_blocking"):
+        if hasattr(method, name):
+            setattr(served, name, getattr(method, name))
     return served
+
+
+def _refuse(context: grpc.ServicerContext, error: BadRequest) -> NoReturn:
+    context.set_trailing_metadata(wire.trailers(error))
+    context.abort(wire.grpc_code(error.code), str(error))
+    raise AssertionError("context.abort always raises")
 
 
 def _read(message: bytes, parse: Callable[[bytes], Any]) -> Any:

@@ -286,9 +286,9 @@ def test_fields_of_a_newer_client_are_passed_over(six: Overlay) -> None:
 # Bytes that are no request
 
 NO_REQUEST = {
-    "cut off": (b"\x0a\x05ab", "INTERNAL"),
-    "all ones": (b"\xff" * 40, "INTERNAL"),
-    "bad utf-8": (b"\x22\x02\xff\xfe", "INTERNAL"),
+    "cut off": (b"\x0a\x05ab", "INVALID_ARGUMENT"),
+    "all ones": (b"\xff" * 40, "INVALID_ARGUMENT"),
+    "bad utf-8": (b"\x22\x02\xff\xfe", "INVALID_ARGUMENT"),
     "too large": (b"\x0a\x80\x80\xc0\x09" + bytes(19 * MIB), "RESOURCE_EXHAUSTED"),
 }
 

@@ -20,7 +20,7 @@ import pytest
 from overlay import assembly, streams, wire
 from overlay.deadlines import Deadlines
 from overlay.errors import NoTimeLeft, OverlayError
-from overlay.guard import Guard
+from overlay.guard import Guarded
 from overlay.intake import Intake
 from overlay.limits import Limits
 from overlay.topology import HandlerSpec, Process, Topology
@@ -138,9 +138,8 @@ class Served:
             answered=desk.count_answered,
         )
         self._pool = ThreadPoolExecutor(8)
-        options = wire.server_options(limits)
-        self._server = grpc.server(self._pool, interceptors=(Guard(),), options=options)
-        pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), self._server)
+        self._server = grpc.server(self._pool, options=wire.server_options(limits))
+        pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), Guarded(self._server))
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}", wire.channel_options(limits))
         self.stub = pb2_grpc.OverlayNodeStub(self.channel)
