@@ -1,10 +1,9 @@
-"""Two hosts on this one machine, for the tests: network namespaces with a wire between them.
+"""The shipped six on two hosts of this one machine, for the tests; faults.hosts makes those.
 
     host 1, 192.168.1.1: A B D    wire ======== wire    host 2, 192.168.1.2: C E F
 
-`Hosts` makes and removes them, `SixOnTwoHosts` runs the shipped configuration there, unchanged, and
-`Caller` is a gRPC client inside a host. Run as a program (`python -m tests.hosts`), this file is
-that client.
+`SixOnTwoHosts` runs the shipped configuration there, unchanged, and `Caller` is a gRPC client
+inside a host. Run as a program (`python -m tests.hosts`), this file is that client.
 
 A Caller owns one thread, which ends with its client process.
 """
@@ -29,112 +28,26 @@ from typing import Any
 
 import grpc
 
+from faults.hosts import ADDRESSES, CannotBuild, Hosts
 from overlay import wire
 from overlay.values import Executed
 from overlay.wire import pb2
 from tests.cluster import ROOT, Overlay
 
-ADDRESSES = {1: "192.168.1.1", 2: "192.168.1.2"}
 SHIPPED = ROOT / "two_hosts_config.json"
 
-# Waits until the process that made the hosts is gone or lets go, then removes them with all that
-# runs in them. Deleting a namespace alone would leave its processes behind.
-JANITOR = """
-cat >/dev/null
-for host do
-    for pid in $(ip netns pids "$host" 2>/dev/null); do kill -KILL "$pid"; done
-    ip netns del "$host" 2>/dev/null
-done
-"""
 
-_numbers = itertools.count(1)
+class SlowHosts(Hosts):
+    """Two hosts whose wire takes its time: each packet `delay_ms` to the other side."""
 
-
-class CannotBuild(Exception):
-    """Two hosts cannot be made here; says why."""
-
-
-class Hosts:
-    """Two namespaces, and the wire between them. They go on `close`, or when this process ends.
-
-    delay_ms: each packet takes so long to the other side. Raises CannotBuild.
-    """
-
-    def __init__(self, delay_ms: float = 0) -> None:
-        _check_tools("ip")
-        number = next(_numbers)
-        self.names = {host: f"overlay-{os.getpid()}-{number}-{host}" for host in ADDRESSES}
-        self._janitor = subprocess.Popen(
-            ["sh", "-c", JANITOR, "janitor", *self.names.values()],
-            stdin=subprocess.PIPE,
-            start_new_session=True,  # what ends the tests must not end it too
-        )
-        try:
-            for name in self.names.values():
-                ip("netns", "add", name)
-                ip("-n", name, "link", "set", "lo", "up")
-            if delay_ms:
-                self._join_slowly(delay_ms)
-            else:
-                self._join()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        if self._janitor.stdin and not self._janitor.stdin.closed:
-            self._janitor.stdin.close()
-        self._janitor.wait(10)
-
-    def popen(self, host: int, *command: str, **options: Any) -> subprocess.Popen[str]:
-        """Starts a program in the host. The pid is the program's own: `ip` becomes it."""
-        inside = ["ip", "netns", "exec", self.names[host], *command]
-        return subprocess.Popen(inside, text=True, encoding="utf-8", **options)
-
-    def run(self, host: int, *command: str, within_s: float = 30) -> subprocess.CompletedProcess:
-        """Runs a program in the host to its end; gives its exit code and all it printed."""
-        pipes = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.STDOUT,
-        }
-        with self.popen(host, *command, cwd=ROOT, **pipes) as program:
-            try:
-                printed, _ = program.communicate(timeout=within_s)
-            finally:
-                program.kill()
-        return subprocess.CompletedProcess(command, program.returncode, printed)
-
-    def cut(self) -> None:
-        """Pulls the wire out of host 2."""
-        ip("-n", self.names[2], "link", "set", "wire", "down")
-
-    def heal(self) -> None:
-        ip("-n", self.names[2], "link", "set", "wire", "up")
-
-    def deafen(self, host: int) -> None:
-        """The host hears nothing from the other any more, and is still heard by it."""
-        self._deafness(host, "-A")
-
-    def undeafen(self, host: int) -> None:
-        self._deafness(host, "-D")
-
-    def _deafness(self, host: int, verb: str) -> None:
-        _check_tools("iptables")
-        done = self.run(host, "iptables", verb, "INPUT", "-i", "wire", "-j", "DROP")
-        if done.returncode:
-            raise CannotBuild(f"iptables in a namespace: {done.stdout.strip()}")
+    def __init__(self, delay_ms: float) -> None:
+        self._delay_ms = delay_ms
+        super().__init__()
 
     def _join(self) -> None:
-        end1, end2 = self.names.values()
-        ip(*f"link add wire netns {end1} type veth peer name wire netns {end2}".split())
-        for host, name in self.names.items():
-            ip("-n", name, "addr", "add", f"{ADDRESSES[host]}/24", "dev", "wire")
-            ip("-n", name, "link", "set", "wire", "up")
-
-    def _join_slowly(self, delay_ms: float) -> None:
         sides = [word for host in ADDRESSES for word in (self.names[host], f"{ADDRESSES[host]}/24")]
-        program = [sys.executable, str(ROOT / "tests" / "slow_link.py"), *sides, str(delay_ms)]
+        script = str(ROOT / "tests" / "slow_link.py")
+        program = [sys.executable, script, *sides, str(self._delay_ms)]
         # In host 2 from the start, where it ends up anyway, so that the janitor finds it.
         self._relay = self.popen(
             2, *program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -142,22 +55,6 @@ class Hosts:
         said = self._relay.stdout.readline() if self._relay.stdout else ""
         if said != "joined\n":
             raise CannotBuild(f"the slow link does not start: {said}{self._relay.communicate()[0]}")
-
-
-def ip(*words: str) -> str:
-    """Runs `ip`, gives what it prints. Raises CannotBuild with its complaint."""
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CannotBuild(f"ip {' '.join(words)}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def _check_tools(*tools: str) -> None:
-    if os.geteuid() != 0:
-        raise CannotBuild("two hosts need root, for network namespaces")
-    for tool in tools:
-        if shutil.which(tool) is None:
-            raise CannotBuild(f"two hosts need the program '{tool}'")
 
 
 class SixOnTwoHosts(Overlay):

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from faults.hosts import ADDRESSES, CannotBuild, Hosts, ip
 from overlay.wire import pb2
 from tests.cluster import IDS, ROOT, until
-from tests.hosts import ADDRESSES, SHIPPED, Caller, CannotBuild, Hosts, Reply, SixOnTwoHosts, ip
+from tests.hosts import SHIPPED, Caller, Reply, SixOnTwoHosts, SlowHosts
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="network namespaces are a thing of Linux"
@@ -58,7 +59,7 @@ def slow_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SixOnTwoHos
 def hosts_or_reason(delay_ms: float = 0) -> Iterator[Hosts]:
     """Two hosts. Where they cannot be made the test is skipped, or fails in CI."""
     try:
-        hosts = Hosts(delay_ms)
+        hosts = SlowHosts(delay_ms) if delay_ms else Hosts()
     except CannotBuild as e:
         give_up(e)
     with contextlib.closing(hosts):
@@ -345,7 +346,9 @@ def test_over_a_slow_wire_a_worker_known_to_be_frozen_is_not_waited_for(
 def test_nothing_is_left_of_the_hosts_even_when_the_tests_are_killed() -> None:
     with hosts_or_reason():
         pass  # skips where hosts cannot be made
-    build = "from tests.hosts import Hosts; h = Hosts(50); print(*h.names.values(), flush=True)"
+    build = (
+        "from tests.hosts import SlowHosts as H; h = H(50); print(*h.names.values(), flush=True)"
+    )
     killed = subprocess.Popen(
         [sys.executable, "-c", f"{build}; input()"],
         stdin=subprocess.PIPE,
