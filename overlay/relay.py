@@ -276,6 +276,8 @@ class _Hand:
         self._claimed = claimed
         self._sink = sink
         self._lost: Answers | None = None  # what came of a first try that may have run
+        self._spared: frozenset[str] = frozenset()  # the workers on which it may have,
+        self._before = 0  # and how many neighbours had been tried by then
         self._lock = threading.Lock()
         self._open = OpenRows(segment.count)
         # what was sent, as (first row, rows, end), and what was ended, as (code, first row, rows)
@@ -309,7 +311,10 @@ class _Hand:
             if answers.refused is None and not answers.parts:
                 silent = Part(branch.neighbour, Code.INTERNAL, "answered without parts")
                 answers = Answers(answers.count, (), answers.hops, silent)
-            if answers.flawless or not self._try_others(at + start, answers, tried):
+            if branch.neighbour in branch.targets and assembly.was_lost(answers.at(0)):
+                # Said as the worker's own, so that those above know on which one it may have run.
+                answers = assembly.from_branch(answers, branch.targets)
+            if answers.flawless or not self._try_others(at + start, answers, branch, tried):
                 self._answer(at + start, answers)
 
         end, rows = self._relay._send(branch, segment, sink), segment.count
@@ -320,9 +325,12 @@ class _Hand:
         for code, start, count in ended:  # while this was sent
             end_overlap(end, at, rows, code, start, count)
 
-    def _try_others(self, start: int, answers: Answers, tried: tuple[str, ...]) -> bool:
+    def _try_others(
+        self, start: int, answers: Answers, branch: Branch, tried: tuple[str, ...]
+    ) -> bool:
         """Sends on the rows that provably did not run; answers the others, row by row."""
-        again = [self._may_try_elsewhere(answers, row) for row in range(answers.count)]
+        rows = range(answers.count)
+        again = [self._may_try_elsewhere(answers, row, branch, len(tried)) for row in rows]
         if not any(again):
             return False
         for row, may in enumerate(again):
@@ -330,13 +338,16 @@ class _Hand:
                 self._answer(start + row, answers.slice(row, 1))
         return True
 
-    def _may_try_elsewhere(self, answers: Answers, row: int) -> bool:
+    def _may_try_elsewhere(self, answers: Answers, row: int, branch: Branch, tried: int) -> bool:
         answer = answers.at(row)
         if assembly.may_try_elsewhere(answer):
             return True
         # Lost, with an idempotency key: once more, so that a body that kills workers kills two.
         if self._segment.keyed and self._lost is None and assembly.was_lost(answer):
             self._lost = answers.slice(row, 1)
+            worker = answer.parts[0].process_id if answer.parts else ""
+            self._spared = frozenset([worker] if worker in branch.targets else branch.targets)
+            self._before = tried
             return True
         return False
 
@@ -345,7 +356,7 @@ class _Hand:
         with self._lock:
             if not self._open.runs(row, 1) or segment.deadline <= relay._clock():
                 return False
-        plan = relay._plan(segment.route, relay._network.up().difference(tried))
+        plan = self._plan_of_others(segment.route, tried)
         if not plan.branches:
             return False
         handler = segment.route.handler
@@ -357,6 +368,15 @@ class _Hand:
             relay._network.reserve(branch.neighbour, handler, 1)
         self._send(branch, row, segment.again(), tried)
         return True
+
+    def _plan_of_others(self, route: Route, tried: tuple[str, ...]) -> Plan:
+        """After a loss: how to get to the other workers, also through the same neighbour."""
+        relay = self._relay
+        if self._spared:
+            scope = routing.scope(relay._topology, relay._me.id, route)
+            targets = tuple(worker for worker in scope if worker not in self._spared)
+            route = route._replace(targets=targets)
+        return relay._plan(route, relay._network.up().difference(tried[self._before :]))
 
     def _answer(self, start: int, answers: Answers) -> None:
         with self._lock:

@@ -19,7 +19,7 @@ import itertools
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -115,10 +115,12 @@ class MemoryNetwork:
         handler: str = "",
         deadline_s: float = 10.0,
         request_id: int = 0,
+        keyed: bool = False,
     ) -> Asked:
         """A client's single request."""
         route = Route(mode=mode, team=team, handler=handler)
-        asked = Asked(self._segment(route, (payload,), deadline_s, request_id))
+        segment = self._segment(route, (payload,), deadline_s, request_id)
+        asked = Asked(replace(segment, keyed=keyed))
         asked.ticket = self.nodes[process_id].serve(asked.segment, asked.take)
         return asked
 

@@ -338,6 +338,47 @@ def test_a_request_whose_answer_was_lost_is_never_sent_again(network, mode, fate
     assert asked.error.retry_after_s is None
 
 
+def test_a_lost_request_with_a_key_runs_once_more_and_on_another_worker(network):
+    for node in network.nodes.values():
+        node.works.hold()
+    asked = network.ask("A", mode=ANY, team="pink", keyed=True)
+    assert network.runs(asked.request_id) == {"D": 1}
+
+    network.cut("E", "D")  # who can still be reached through B
+
+    assert network.runs(asked.request_id) == {"D": 1, "F": 1}
+    for node in network.nodes.values():
+        node.works.finish()
+    assert asked.result == b"F: hi"
+    assert network.left_over == {}
+
+
+def test_a_request_with_a_key_is_lost_for_good_with_the_second_worker(network):
+    for node in network.nodes.values():
+        node.works.hold()
+    asked = network.ask("A", mode=ANY, keyed=True)
+    for _ in range(2):
+        worker = next(w for w, _ in reversed(network.executed))
+        for edge in network.into(worker):
+            edge.go_down()
+
+    assert sorted(network.runs(asked.request_id).values()) == [1, 1]
+    assert asked.error.executed is Executed.UNKNOWN
+
+
+def test_with_a_dead_team_leader_a_lost_request_with_a_key_spares_all_its_workers(network):
+    for node in network.nodes.values():
+        node.works.hold()
+    network.cut("A", "B")
+    asked = network.ask("A", mode=ANY, keyed=True)
+    (first,) = network.runs(asked.request_id)
+    network.heal("A", "B")
+
+    network.cut("A", "E")
+
+    assert network.runs(asked.request_id) == {first: 1, "C": 1}
+
+
 def test_a_refused_request_goes_to_another_branch(network):
     network.next("A", "B", REFUSED)
     network.next("A", "E", REFUSED)
