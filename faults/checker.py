@@ -14,7 +14,12 @@ from faults.history import Answer, Call, Execution, History
 LATE_S = 0.25  # an answer may come so long after its deadline
 SILENT_S = 1.0  # so long after it the bench's stream client gives up by itself
 MISLED_S = 1.0  # what requests may lose on their way: hops have no common clock to notice it
-HOLDING_UP = frozenset({"freeze", "few files"})  # faults under which a process cannot keep time
+SPREADS_S = 3.0  # after a fault until nothing is lost by it any more: dead connections are noticed
+# Faults under which a process cannot keep time, that lose what was on its way, and after which it
+# has forgotten the idempotency keys.
+HOLDING_UP = frozenset({"freeze", "few files"})
+LOSING = frozenset({*HOLDING_UP, "kill", "taken port"})
+FORGETTING = frozenset({"kill", "taken port", "restart"})
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,15 @@ class Facts:
         self.answers: dict[int, list[Answer]] = _Lists()
         self.executions: dict[int, list[Execution]] = _Lists()
         self.calls: dict[int, list[Call]] = _Lists()
+        self.keyed: dict[str, list[Call]] = {}
         for answer in history.answers:
             self.answers.setdefault(answer.id, []).append(answer)
         for execution in history.executions:
             self.executions.setdefault(execution.key, []).append(execution)
         for call in history.calls:
             self.calls.setdefault(call.key, []).append(call)
+            if call.idempotency:
+                self.keyed.setdefault(call.idempotency, []).append(call)
         self.by_id = {call.id: call for call in history.calls}
 
     def answered(self) -> Iterator[tuple[Call, Answer]]:
@@ -73,6 +81,28 @@ class Facts:
             and process in ("", fault.process)
             and fault.begin < end
             and begin < fault.end + LATE_S
+            for fault in self.history.faults
+        )
+
+    def forgotten(self, calls: list[Call]) -> bool:
+        """Whether the process asked has lost its memory while these calls of one key were made."""
+        begin, end = min(call.at for call in calls), max(call.deadline for call in calls)
+        return any(
+            fault.what in FORGETTING
+            and fault.process == calls[0].asked
+            and fault.begin < end
+            and begin < fault.end
+            for fault in self.history.faults
+        )
+
+    def may_be_lost(self, first: Execution, by: float) -> bool:
+        """Whether a fault may have kept what came of the run from whoever waited for it."""
+        others = self.history.about.workers.keys() - {first.worker}
+        return any(
+            fault.what in LOSING
+            and fault.process not in others
+            and fault.begin < by
+            and first.begin < fault.end + SPREADS_S
             for fault in self.history.faults
         )
 
@@ -144,14 +174,47 @@ def lying_refusal(facts: Facts) -> Found:
 
 
 def ran_twice(facts: Facts) -> Found:
-    """A request runs at most once on a worker, and with mode any on one worker only."""
+    """A request runs at most once on a worker, and with mode any on one worker only.
+
+    With an idempotency key too, however often it is asked; on a second worker if the first is lost.
+    """
     for key, executions in facts.executions.items():
+        calls, executions = facts.calls[key], sorted(executions, key=lambda run: run.begin)
         workers = [execution.worker for execution in executions]
+        keyed = bool(calls and calls[0].idempotency)
+        if keyed and facts.forgotten(calls):
+            continue
         for worker in sorted({w for w in workers if workers.count(w) > 1}):
             yield key, f"request {key} ran {workers.count(worker)} times on {worker}"
-        calls = facts.calls[key]
-        if len(calls) == 1 and calls[0].mode == "any" and len(set(workers)) > 1:
-            yield key, f"request {key} (any) ran on {', '.join(sorted(set(workers)))}"
+        if not calls or calls[0].mode != "any" or len(set(workers)) < 2:
+            continue
+        where = ", ".join(workers)
+        if not keyed and len(calls) == 1:
+            yield key, f"request {key} (any) ran on {where}"
+        elif keyed and len(set(workers)) > 2:
+            yield key, f"request {key}, with a key, ran on {where}"
+        elif keyed and not facts.may_be_lost(executions[0], executions[-1].begin):
+            yield key, f"request {key}, with a key, ran on {where}, and the first was not lost"
+
+
+def key_misused(facts: Facts) -> Found:
+    """An idempotency key stands for one payload and has one answer."""
+    for calls in facts.keyed.values():
+        if facts.forgotten(calls):
+            continue
+        said = [(call, answer) for call in calls for answer in facts.answers[call.id][:1]]
+        good = [(call, answer) for call, answer in said if answer.code == "OK"]
+        ran = {call.key for call in calls if facts.executions[call.key]}
+        taken = sorted(ran | {call.key for call, _ in good})
+        if len(taken) > 1:
+            yield taken[-1], f"one key stood for the requests {', '.join(map(str, taken))}"
+            continue
+        if len({(answer.result, answer.parts) for _, answer in good}) > 1:
+            yield good[-1][0].id, f"request {taken[0]}, with a key, has answers that differ"
+        for call, answer in said if good else ():
+            late = answer.by == "client" or answer.code in ("OK", "DEADLINE_EXCEEDED")
+            if not late and answer.executed != "no":
+                yield call.id, f"request {taken[0]}, with a key, was answered OK and {answer.code}"
 
 
 def ran_unasked(facts: Facts) -> Found:
@@ -218,6 +281,8 @@ def unexpected_status(facts: Facts) -> Found:
     about = facts.history.about
     for call, answer in facts.answered():
         allowed = {*about.expects, *(["INTERNAL"] if call.handler in about.may_raise else [])}
+        if len({other.key for other in facts.keyed.get(call.idempotency, ())}) > 1:
+            allowed.add("INVALID_ARGUMENT")  # one key for two payloads
         said = {code for _, code, _ in answer.parts} & {"INTERNAL"} | {answer.code}
         wrong = sorted(said - allowed)
         if wrong:
@@ -267,6 +332,7 @@ RULES: tuple[Callable[[Facts], Found], ...] = (
     silent,
     lying_refusal,
     ran_twice,
+    key_misused,
     ran_unasked,
     worked_for_nobody,
     short_in_silence,

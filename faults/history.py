@@ -31,6 +31,7 @@ class Call:
     """One request as it left. key: what the handler writes down; a repeated request shares it.
 
     due: when the schedule wanted it to leave. vanishes: its client is killed before the answer.
+    idempotency: the key of that name it carries.
     """
 
     id: int
@@ -44,6 +45,7 @@ class Call:
     handler: str = "work"
     asked: str = "A"
     vanishes: bool = False
+    idempotency: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Three ways: "unary", a Forward each; "stream", all on one ForwardStream that is made again when it
 ends; "library", the client library's futures. The first two speak plain gRPC, so that nothing
-between the overlay and the notes can hide an answer.
+between the overlay and the notes can hide an answer. Calls with an idempotency key are unary, and
+are asked again with it when they are lost.
 
 Owns the threads "pulse", "stream", "stream-clock" and "library", from `start` to `close`.
 """
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 
@@ -33,6 +34,7 @@ STALL_S = 0.1  # the pulse is this late: the machine did not let us run
 LIBRARY_THREADS = 200  # a second has some 30 such calls, and one waits 3 s at most
 WAYS = ("unary", "stream", "library")
 EXECUTED = {0: "unknown", 1: "no", 2: "yes"}
+ASKED_AGAIN = 2  # times, at most, under one idempotency key
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Planned:
     """A call to be: seconds after the start, and what is asked.
 
     named: it brings a request id. again: the same id and payload as the call before it.
+    keyed: it has an idempotency key, that of the call before it when it is "as before". insists: it
+    is asked again after an answer too.
     """
 
     after_s: float
@@ -51,11 +55,14 @@ class Planned:
     timeout_s: float
     named: bool = False
     again: bool = False
+    keyed: Literal["", "anew", "as before"] = ""
+    insists: bool = False
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What the calls are like. rate: a second. repeats: the share that is sent twice."""
+    """What the calls are like. rate: a second. repeats: the share that is sent twice. keyed: the
+    share of the others that has an idempotency key."""
 
     rate: float = 60
     nap_ms: tuple[int, int] = (2, 40)
@@ -63,6 +70,7 @@ class Mixture:
     handlers: Sequence[str] = ("work",)
     all_share: float = 0.3
     repeats: float = 0.0
+    keyed: float = 0.2
 
     def plan(self, seconds: float, dice: random.Random) -> list[Planned]:
         """The same seed gives the same calls."""
@@ -77,14 +85,35 @@ class Mixture:
                 nap_ms=dice.randint(*self.nap_ms),
                 timeout_s=dice.choice(self.timeouts_s),
             )
-            if dice.random() >= self.repeats:
+            if dice.random() < self.repeats:
+                planned += _sent_twice(call, dice)
+            elif dice.random() < self.keyed:
+                planned += _with_a_key(call, dice)
+            else:
                 planned.append(call)
-                continue
-            # In a team of one worker: another one could not know the first.
-            way = dice.choice(WAYS[:2])  # the library gives no id twice
-            call = replace(call, mode="any", way=way, team="green", timeout_s=5, named=True)
-            planned += [call, replace(call, after_s=call.after_s + 0.002, again=True)]
         return planned
+
+
+def _sent_twice(call: Planned, dice: random.Random) -> list[Planned]:
+    # In a team of one worker: another one could not know the first.
+    way = dice.choice(WAYS[:2])  # the library gives no id twice
+    call = replace(call, mode="any", way=way, team="green", timeout_s=5, named=True)
+    return [call, _soon_after(call, again=True)]
+
+
+def _with_a_key(call: Planned, dice: random.Random) -> list[Planned]:
+    """Alone, asked again after its answer, twice at once, or with another payload after it."""
+    call = replace(call, way="unary", keyed="anew", insists=dice.random() < 0.2)
+    kind = dice.random()
+    if kind < 0.2:
+        return [call, _soon_after(call, again=True, keyed="as before")]
+    if kind < 0.3:
+        return [call, _soon_after(call, keyed="as before")]
+    return [call]
+
+
+def _soon_after(call: Planned, **fields: Any) -> Planned:
+    return replace(call, after_s=call.after_s + 0.002, insists=False, **fields)
 
 
 class Notes:
@@ -128,6 +157,7 @@ class Load:
         self._asked = asked
         self._ids = itertools.count(first_id)
         self._key = 0
+        self._idempotency = ""
         self._base = random.getrandbits(40) << 20  # of the ids that we give
         self._closed = threading.Event()
         self._channel = grpc.insecure_channel(address, wire.channel_options())
@@ -153,6 +183,8 @@ class Load:
     def send(self, planned: Planned, due: float | None = None) -> Call:
         id_ = next(self._ids)
         self._key = self._key if planned.again else id_
+        if planned.keyed == "anew":
+            self._idempotency = f"{self._base}-{id_}"
         at = time.monotonic()
         call = Call(
             id=id_,
@@ -165,12 +197,13 @@ class Load:
             team=planned.team,
             handler=planned.handler,
             asked=self._asked,
+            idempotency=self._idempotency if planned.keyed else "",
         )
         self._notes.asked(call)
         payload = f"{call.key} {planned.nap_ms}".encode()
         request_id = self._base + call.key if planned.named else 0
         if planned.way == "unary":
-            self._send_unary(call, payload, planned.timeout_s, request_id)
+            self._send_unary(call, payload, request_id, planned.insists)
         elif planned.way == "stream":
             self._stream.send(call, payload, request_id)
         else:
@@ -184,30 +217,35 @@ class Load:
         self._submitting.shutdown(cancel_futures=True)
         self._channel.close()
 
-    def _send_unary(self, call: Call, payload: bytes, timeout_s: float, request_id: int) -> None:
+    def _send_unary(self, call: Call, payload: bytes, request_id: int, insists: bool) -> None:
         request = pb2.Request(
             payload=payload,
             mode=call.mode.upper(),
             team=call.team,
             handler=call.handler,
             request_id=request_id,
+            idempotency_key=call.idempotency,
         )
-        future = self._stub.Forward.future(request, timeout=timeout_s)
-        future.add_done_callback(partial(self._ended, call))
+        self._ask(call, request, ASKED_AGAIN if call.idempotency else 0, insists)
 
-    def _ended(self, call: Call, future: Any) -> None:
-        at = time.monotonic()
-        trailers = dict(future.trailing_metadata() or ())
-        error = future.exception() if not future.cancelled() else None
-        if future.cancelled() or error is not None:
-            executed = trailers.get(wire.EXECUTED_KEY)
-            code, by = future.code().name, "overlay" if executed else "client"
-            reason = str(future.details())
-            self._notes.answered(
-                Answer(call.id, at, code, by, executed or "unknown", reason=reason)
-            )
-            return
-        self._notes.answered(_of_response(call, at, future.result(), trailers))
+    def _ask(
+        self, call: Call, request: pb2.Request, more: int, insists: bool, patient: bool = False
+    ) -> None:
+        """more: how often it may be asked again. patient: it waits for the connection."""
+        timeout_s = call.deadline - call.at
+        future = self._stub.Forward.future(request, timeout=timeout_s, wait_for_ready=patient)
+        future.add_done_callback(partial(self._ended, call, request, more, insists))
+
+    def _ended(
+        self, call: Call, request: pb2.Request, more: int, insists: bool, future: Any
+    ) -> None:
+        answer = _of_unary(call, time.monotonic(), future)
+        if more and (insists or answer.by == "client") and not self._closed.is_set():
+            now, timeout_s = time.monotonic(), call.deadline - call.at
+            again = replace(call, id=next(self._ids), due=now, at=now, deadline=now + timeout_s)
+            self._notes.asked(again)
+            self._ask(again, request, more - 1, False, patient=True)
+        self._notes.answered(answer)
 
     def _send_library(self, call: Call, payload: bytes) -> None:
         timeout_s = max(0.001, call.deadline - time.monotonic())
@@ -324,6 +362,16 @@ class _Stream:
                 return  # told its caller already, and not a second answer of the overlay's
         # Without a call it is a second answer, and the checker shall see it.
         self._notes.answered(_of_slice(made, at))
+
+
+def _of_unary(call: Call, at: float, future: Any) -> Answer:
+    trailers = dict(future.trailing_metadata() or ())
+    if not future.cancelled() and future.exception() is None:
+        return _of_response(call, at, future.result(), trailers)
+    executed = trailers.get(wire.EXECUTED_KEY)
+    code, by = future.code().name, "overlay" if executed else "client"
+    reason = str(future.details())
+    return Answer(call.id, at, code, by, executed or "unknown", reason=reason)
 
 
 def _of_response(call: Call, at: float, response: pb2.Response, trailers: Any) -> Answer:

@@ -91,6 +91,12 @@ SCENARIOS = (
         mixture=Mixture(timeouts_s=(10,), repeats=0.34),
         expects=("OK", "ALREADY_EXISTS"),
     ),
+    Scenario(
+        "keys",
+        "nearly all have an idempotency key: asked twice, again, or for another payload",
+        mixture=Mixture(timeouts_s=(10,), keyed=0.9, handlers=(*["work"] * 4, "raises")),
+        expects=("OK",),
+    ),
     *_for_each_role(),
     Scenario(
         "rolling-restart",

@@ -323,6 +323,26 @@ def counts_go_astray() -> None:
     meter.Meter.completed = completed
 
 
+def keys_are_forgotten() -> None:
+    from overlay import keys
+
+    right = keys.Keys._end
+    keys.Keys._end = lambda self, name, asked, size, keep: right(self, name, asked, size, False)
+
+
+def key_for_any_payload() -> None:
+    from overlay import keys
+
+    right = keys.Keys._enter
+    keys.Keys._enter = lambda self, name, digest: right(self, name, b"")
+
+
+def failed_is_lost() -> None:
+    from overlay import assembly
+
+    assembly.was_lost = lambda answer: not answer.parts or not answer.parts[0].ok
+
+
 BUGS = (
     Bug(
         "expired-is-started",
@@ -458,6 +478,27 @@ BUGS = (
         "calm",
         ("leak",),
         counts_go_astray,
+    ),
+    Bug(
+        "keys-are-forgotten",
+        "who asks again after the answer is asked anew",
+        "keys",
+        ("ran_twice",),
+        keys_are_forgotten,
+    ),
+    Bug(
+        "key-for-any-payload",
+        "another payload under the same key gets the first one's answer",
+        "keys",
+        ("key_misused",),
+        key_for_any_payload,
+    ),
+    Bug(
+        "failed-is-lost",
+        "with a key, whatever failed is tried on a second worker",
+        "keys",
+        ("ran_twice",),
+        failed_is_lost,
     ),
 )
 BY_NAME = {bug.name: bug for bug in BUGS}

@@ -94,6 +94,14 @@ def less(found: History, place: str, index: int = 0) -> History:
     return replace(found, **{place: records})
 
 
+def asked_again(found: History, key: int = 1, **fields: object) -> History:
+    """The first call has an idempotency key, and so has one more; fields: of the answer to it."""
+    found = edited(found, "calls", idempotency="k")
+    answer = replace(found.answers[0], id=10**6, **fields)
+    found = more(found, "calls", replace(found.calls[0], id=10**6, key=key))
+    return more(found, "answers", answer)
+
+
 # What can be done to the first call of a true history, and the rule that must see it.
 LIES: dict[str, tuple[str, Callable[[History], History]]] = {
     "no answer": ("unanswered", lambda h: less(h, "answers")),
@@ -120,6 +128,17 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
     ),
     "twice on a worker": ("ran_twice", lambda h: more(h, "executions", h.executions[0])),
     "any on two workers": ("ran_twice", lambda h: edited(h, "calls", mode="any")),
+    "with a key on three workers": (
+        "ran_twice", lambda h: edited(h, "calls", mode="any", idempotency="k"),
+    ),
+    "with a key on two workers, and none was lost": (
+        "ran_twice", lambda h: less(edited(h, "calls", mode="any", idempotency="k"), "executions"),
+    ),
+    "one key for two payloads": ("key_misused", lambda h: asked_again(h, key=10**6)),
+    "two answers under one key": ("key_misused", lambda h: asked_again(h, parts=())),
+    "an answer and a failure under one key": (
+        "key_misused", lambda h: asked_again(h, code="INTERNAL", executed="yes", parts=()),
+    ),
     "a request of nobody": (
         "ran_unasked",
         lambda h: more(h, "executions", replace(h.executions[0], key=10**6)),
@@ -213,6 +232,33 @@ def test_a_repeated_request_may_be_refused_once_it_ran() -> None:
     assert check(more(found, "executions", *runs)) == []
 
 
+def test_with_a_key_the_same_answer_may_come_again_and_another_payload_is_refused() -> None:
+    refusal = {"code": "INVALID_ARGUMENT", "executed": "no", "parts": (), "result": ""}
+    assert check(asked_again(true_history())) == []
+    assert check(asked_again(true_history(), key=2, **refusal)) == []
+    assert check(asked_again(true_history(), **refusal)) != []  # it was the same payload
+
+
+@pytest.mark.parametrize(("process", "excuses"), [("C", True), ("A", True), ("D", False)])
+def test_with_a_key_a_second_worker_is_excused_by_a_fault_that_lost_the_first(process, excuses):
+    call, runs, answer = answered(2, "any", "unary", "")
+    call, second = replace(call, idempotency="k"), replace(runs[0], worker="F", begin=2.15)
+    part = (("F", "OK", "yes"),)
+    answer = replace(answer, parts=part, result="F 2", coverage="1/1")
+    found = more(true_history(), "calls", call)
+    found = more(more(found, "answers", answer), "executions", *runs, second)
+    found = more(found, "faults", Fault("freeze", process, 2.12, 2.14))
+    assert (check(found) == []) is excuses
+
+
+def test_a_leader_that_was_killed_has_forgotten_its_keys() -> None:
+    parts = (*true_history().answers[0].parts[:2], ("F", "UNAVAILABLE", "unknown"))
+    short = {"parts": parts, "result": "C 1\nD 1", "coverage": "2/3; missing=F"}
+    found = asked_again(true_history(), **short)
+    assert check(more(found, "faults", Fault("kill", "A", 1.4, 1.6))) == []
+    assert check(more(found, "faults", Fault("kill", "E", 1.4, 1.6))) != []
+
+
 def test_a_client_that_vanished_needs_no_answer() -> None:
     gone = replace(true_history().calls[0], id=9, key=9, vanishes=True)
     assert check(more(true_history(), "calls", gone)) == []
@@ -256,7 +302,7 @@ def test_a_seed_gives_the_same_calls_again() -> None:
 
 
 def test_a_repeat_goes_to_a_team_of_one_right_after_the_first() -> None:
-    planned = Mixture(repeats=0.5).plan(3, random.Random(5))
+    planned = Mixture(repeats=0.5, keyed=0).plan(3, random.Random(5))
     pairs = [pair for pair in itertools.pairwise(planned) if pair[1].again]
     assert len(pairs) > 20
     assert all(a.named and b.named and a.team == b.team == "green" for a, b in pairs)
