@@ -1,7 +1,8 @@
 """The fault bench: loads a real overlay, breaks it on purpose, and checks the history.
 
 scenarios   the table: a load, a fault, what answers may say
-bench       one scenario from start to end   -> overlays, load, breaking
+bench       one scenario from start to end   -> overlays, load, breaking, hosts
+hosts       two network namespaces with a wire between them
 history     what happened, as values; JSON lines
 checker     a history -> the promises that were broken (pure)
 seeded      product bugs made on purpose, so that the checker can be tested

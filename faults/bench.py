@@ -1,7 +1,13 @@
-"""One scenario from start to end: start, load and break, heal, look, stop, check."""
+"""One scenario from start to end: start, load and break, heal, look, stop, check.
+
+Where a process is to be on a host of its own, all this happens in a program inside two hosts made
+for it, this file (python -m faults.bench), and the history is what comes back.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
 import sys
 import threading
@@ -17,9 +23,10 @@ from faults import checker, history
 from faults.breaking import Stage
 from faults.checker import Violation
 from faults.history import About, History, Recovery, Rest, Trouble
+from faults.hosts import ADDRESSES, Hosts, Wire
 from faults.load import Load, Notes, Planned
 from faults.overlays import ROOT, NotReached, Overlay, six_processes, until
-from faults.scenarios import HORRORS, Scenario
+from faults.scenarios import BY_NAME, HORRORS, Scenario
 
 LATENESS_S = 0.02  # of the 99th percentile; beyond, the load was not what the run says
 REST_S = 15.0  # for hung handlers to end, and for what they held
@@ -54,12 +61,61 @@ class Outcome:
 
 
 def run(
-    scenario: Scenario, folder: Path, seconds: float, seed: int, command: Sequence[str] = ()
+    scenario: Scenario,
+    folder: Path,
+    seconds: float,
+    seed: int,
+    command: Sequence[str] = (),
+    freeze_s: float | None = None,
 ) -> Outcome:
-    """Runs it in `folder`, where it leaves history.jsonl. command: instead of node.py."""
+    """Runs it in `folder`, where it leaves history.jsonl. command: instead of node.py.
+
+    Raises CannotBuild when the scenario needs hosts that cannot be made here.
+    """
+    how = {"seconds": seconds, "seed": seed, "command": list(command), "freeze_s": freeze_s}
+    if scenario.away:
+        found = _played_on_hosts(scenario, folder.absolute(), how)
+    else:
+        found = _played(scenario, folder, **how)
+    return Outcome(scenario, found, checker.check(found))
+
+
+def _played_on_hosts(scenario: Scenario, folder: Path, how: dict[str, Any]) -> History:
+    with contextlib.closing(Hosts()) as hosts:
+        terms = json.dumps([scenario.name, str(folder), how, hosts.names])
+        program = hosts.popen(1, sys.executable, "-m", "faults.bench", terms, cwd=ROOT)
+        try:
+            code = program.wait()
+        finally:
+            program.terminate()
+            program.wait()
+    if code == 0:
+        return history.read(folder / "history.jsonl")
+    about = About(scenario.name, how["seed"], {}, [])
+    return History(about, troubles=[Trouble(f"the program in host 1 ended with {code}")])
+
+
+def _play_inside(terms: str) -> None:
+    """What the program inside does."""
+    name, folder, how, names = json.loads(terms)
+    wire = Wire({int(host): name for host, name in names.items()})
+    _played(BY_NAME[name], Path(folder), wire=wire, **how)
+
+
+def _played(
+    scenario: Scenario,
+    folder: Path,
+    seconds: float,
+    seed: int,
+    command: Sequence[str],
+    freeze_s: float | None,
+    wire: Wire | None = None,
+) -> History:
     overlay = Overlay(folder, configuration(scenario), command or node_command())
+    if wire is not None:
+        overlay.inside[scenario.away] = wire.inside(2)
     notes = Notes()
-    stage = Stage(overlay, notes, random.Random(seed), seconds)
+    stage = Stage(overlay, notes, random.Random(seed), seconds, freeze_s, wire)
     about = About(
         scenario.name,
         seed,
@@ -83,14 +139,16 @@ def run(
         for line in path.read_text(encoding="utf-8").splitlines()
     )
     history.write(found, folder / "history.jsonl")
-    return Outcome(scenario, found, checker.check(found))
+    return found
 
 
 def configuration(scenario: Scenario) -> dict[str, Any]:
     names = ("work", *HORRORS, "prints")
     handlers = {n: {"call": f"faults.handlers:{n}", "slots": scenario.slots} for n in names}
     config = six_processes(**{"handlers": handlers, "drain_grace_s": 10, **scenario.top})
-    for process in config["processes"].values():
+    for id_, process in config["processes"].items():
+        if scenario.away:
+            process["host"] = ADDRESSES[2 if id_ == scenario.away else 1]
         if process["role"] == "worker":
             process["handler"] = "work"
     return config
@@ -206,3 +264,8 @@ def _counts(overlay: Overlay, process: str) -> dict[str, int]:
     }
     counts.update({f"outstanding at {n.process_id}": n.outstanding for n in m.neighbours})
     return counts
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):  # whoever started us hears of it too
+        _play_inside(sys.argv[1])

@@ -22,23 +22,37 @@ from pathlib import Path
 import psutil
 
 from faults import crowd
+from faults.checker import REFUSED
 from faults.history import Call, Fault
+from faults.hosts import Wire
 from faults.load import Notes
 from faults.overlays import ROOT, Overlay, until
 
-REFUSED_START = [2]  # the exit code of a process that cannot begin
+LONG_S = 5.0  # at least: longer than a dead peer is not noticed
+CLOCK_STEPS = ("+3600", "-3600", "+0")  # seconds from the right time
 CROWD_KEY = 10_000_000
 
 
 @dataclass
 class Stage:
-    """What a fault may touch."""
+    """What a fault may touch. wire: when a process is on a host of its own.
+
+    seconds: the load lasts as long, or until the fault is undone. freeze_s: None is as long as
+    other faults.
+    """
 
     overlay: Overlay
     notes: Notes
     dice: random.Random
     seconds: float
+    freeze_s: float | None = None
+    wire: Wire | None = None
     faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def long_s(self) -> float:
+        """How long a fault lasts that everybody shall notice."""
+        return max(LONG_S, self.seconds / 2)
 
     @contextlib.contextmanager
     def doing(self, what: str, process: str) -> Iterator[None]:
@@ -78,9 +92,89 @@ def freeze(process: str) -> Breaking:
         with stage.doing("freeze", process):
             stage.overlay.signal(process, signal.SIGSTOP)
             try:
-                time.sleep(max(3.5, stage.seconds / 2))  # longer than a dead peer is not noticed
+                time.sleep(stage.freeze_s or stage.long_s)
             finally:
                 stage.overlay.signal(process, signal.SIGCONT)
+
+    return play
+
+
+def cut(process: str) -> Breaking:
+    """Nothing gets to its host, and nothing from it."""
+    return _apart("cut", process, Wire.cut, Wire.heal)
+
+
+def deaf(process: str) -> Breaking:
+    """Nothing gets to its host; the others hear it."""
+    return _apart("deaf", process, lambda wire: wire.deafen(2), lambda wire: wire.undeafen(2))
+
+
+def mute(process: str) -> Breaking:
+    """Nothing gets from its host to the others; it hears them."""
+    return _apart("mute", process, lambda wire: wire.deafen(1), lambda wire: wire.undeafen(1))
+
+
+def _apart(
+    what: str, process: str, part: Callable[[Wire], None], join: Callable[[Wire], None]
+) -> Breaking:
+    def play(stage: Stage) -> None:
+        assert stage.wire is not None
+        with stage.doing(what, process):
+            part(stage.wire)
+            try:
+                time.sleep(stage.long_s)
+            finally:
+                join(stage.wire)
+
+    return play
+
+
+def half_open(process: str) -> Breaking:
+    """It is gone without a word: killed behind a cut wire, its connections are never ended."""
+
+    def play(stage: Stage) -> None:
+        assert stage.wire is not None
+        with stage.doing("half open", process):
+            stage.wire.cut()
+            try:
+                stage.overlay.kill(process)
+                time.sleep(stage.long_s)
+            finally:
+                stage.wire.heal()
+            stage.overlay.start(process)
+
+    return play
+
+
+def clock_steps(process: str) -> Breaking:
+    """The wall clock that `own_clock` gave it jumps an hour forward, two back, and is right."""
+
+    def play(stage: Stage) -> None:
+        with stage.doing("clock", process):
+            for offset in CLOCK_STEPS:
+                _put(_clock_file(stage.overlay, process), offset)
+                time.sleep(stage.long_s / len(CLOCK_STEPS))
+
+    return play
+
+
+def corrupt_configuration(process: str) -> Breaking:
+    """Half of the file is gone: who runs goes on, who starts refuses, until it is whole again."""
+
+    def play(stage: Stage) -> None:
+        overlay = stage.overlay
+        whole = overlay.path.read_text(encoding="utf-8")
+        with stage.doing("configuration", process):
+            try:
+                _put(overlay.path, whole[: len(whole) // 2])
+                time.sleep(1)
+                overlay.stop(process)
+                overlay.spawn(process)
+                overlay.wait(process, [REFUSED])
+                time.sleep(stage.long_s / 2)
+            finally:
+                _put(overlay.path, whole)
+            overlay.start(process)
 
     return play
 
@@ -103,7 +197,7 @@ def taken_port(process: str) -> Breaking:
             overlay.kill(process)
             with _stranger(overlay.port(process)):
                 overlay.spawn(process)
-                overlay.wait(process, REFUSED_START)
+                overlay.wait(process, [REFUSED])
                 time.sleep(1)  # so that neighbours reach the stranger
             overlay.start(process)
 
@@ -119,16 +213,20 @@ def vanish(stage: Stage, count: int = 1000) -> None:
         try:
             assert crowd_process.stdout is not None
             crowd_process.stdout.readline()
-            sent = time.monotonic()
-            time.sleep(1)
+            until(lambda: _in_flight(stage.overlay, "A") > 0.9 * count, 15, "all calls under way")
         finally:
             crowd_process.kill()
             crowd_process.wait(10)
             crowd_process.stdout.close()
-    for key in range(CROWD_KEY, CROWD_KEY + count):
-        deadline = sent + crowd.TIMEOUT_S  # at the latest
-        call = Call(key, key, began, began, deadline, "any", "unary", vanishes=True)
-        stage.notes.calls.append(call)
+            for key in range(CROWD_KEY, CROWD_KEY + count):
+                deadline = time.monotonic() + crowd.TIMEOUT_S  # at the latest
+                call = Call(key, key, began, began, deadline, "any", "unary", vanishes=True)
+                stage.notes.calls.append(call)
+
+
+def _in_flight(overlay: Overlay, process: str) -> int:
+    metrics = overlay.metrics(process)
+    return metrics.queue_size + metrics.active_requests
 
 
 def mood(process: str, **how: float) -> Breaking:
@@ -137,9 +235,7 @@ def mood(process: str, **how: float) -> Breaking:
     def play(stage: Stage) -> None:
         path = stage.overlay.folder / f"mood-{process}.json"
         with stage.doing("mood", process):
-            fresh = path.with_suffix(".new")
-            fresh.write_text(json.dumps(how), encoding="utf-8")
-            os.replace(fresh, path)
+            _put(path, json.dumps(how))
             time.sleep(stage.seconds / 2)
             path.unlink()
 
@@ -170,14 +266,16 @@ def few_files(process: str) -> Breaking:
         overlay = stage.overlay
         victim = psutil.Process(overlay.processes[process].pid)
         soft, hard = victim.rlimit(psutil.RLIMIT_NOFILE)
+        most = victim.num_fds() + 2
         with stage.doing("few files", process), contextlib.ExitStack() as open_ones:
-            victim.rlimit(psutil.RLIMIT_NOFILE, (victim.num_fds() + 2, hard))
+            victim.rlimit(psutil.RLIMIT_NOFILE, (most, hard))
             try:
                 for _ in range(20):
                     each = open_ones.enter_context(socket.socket())
                     each.settimeout(1)
                     with contextlib.suppress(OSError):
                         each.connect(("127.0.0.1", overlay.port(process)))
+                until(lambda: victim.num_fds() >= most, 5, f"{process} has no free descriptor")
                 time.sleep(stage.seconds / 2)
             finally:
                 victim.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
@@ -186,6 +284,40 @@ def few_files(process: str) -> Breaking:
 
 
 # Before the start.
+
+
+def own_clock(process: str) -> Callable[[Overlay], None]:
+    """It has a wall clock of its own, by libfaketime; its monotonic clock is everybody's."""
+
+    def prepare(overlay: Overlay) -> None:
+        path = _clock_file(overlay, process)
+        _put(path, "+0")
+        overlay.inside[process] = [
+            "env",
+            f"LD_PRELOAD={fake_clock()}",
+            f"FAKETIME_TIMESTAMP_FILE={path}",
+            "FAKETIME_NO_CACHE=1",
+            "FAKETIME_DONT_FAKE_MONOTONIC=1",
+            f"PYTHONPATH={ROOT / 'faults' / 'clock'}",
+        ]
+
+    return prepare
+
+
+def fake_clock() -> Path | None:
+    """The library that fakes a clock, where Debian's package puts it."""
+    return next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
+
+
+def _clock_file(overlay: Overlay, process: str) -> Path:
+    return overlay.folder / f"clock-{process}"
+
+
+def _put(path: Path, text: str) -> None:
+    """Whoever reads it meanwhile sees the old text or the new one."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
 
 
 def full_disk(overlay: Overlay) -> None:

@@ -5,6 +5,7 @@ Each rule is a function that yields the violations of one promise; RULES is all 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,16 @@ from faults.history import Answer, Call, Execution, History
 
 LATE_S = 0.25  # an answer may come so long after its deadline
 SILENT_S = 1.0  # so long after it the bench's stream client gives up by itself
+REFUSED = 2  # the exit code of a process that cannot begin
+FLOWS_S = {"cut": 3.0, "deaf": 3.0, "mute": 3.0, "half open": 3.0, "freeze": 5.0}
+UNHURRIED_S = 2.0  # a call with less time may end before whoever is broken is known to be
 MISLED_S = 1.0  # what requests may lose on their way: hops have no common clock to notice it
 SPREADS_S = 3.0  # after a fault until nothing is lost by it any more: dead connections are noticed
 # Faults under which a process cannot keep time, that lose what was on its way, and after which it
 # has forgotten the idempotency keys.
-HOLDING_UP = frozenset({"freeze", "few files"})
+HOLDING_UP = frozenset({"freeze", "few files", "cut", "deaf", "mute", "half open"})
 LOSING = frozenset({*HOLDING_UP, "kill", "taken port"})
-FORGETTING = frozenset({"kill", "taken port", "restart"})
+FORGETTING = frozenset({"kill", "taken port", "restart", "half open", "configuration"})
 
 
 @dataclass(frozen=True)
@@ -290,6 +294,23 @@ def unexpected_status(facts: Facts) -> Found:
             yield call.id, f"call {call.id} ({call.handler}, {call.way}) got {wrong[-1]}{why}"
 
 
+def held_back(facts: Facts) -> Found:
+    """Soon after one process has broken, what need not pass it is answered."""
+    lost = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+    for call, answer in facts.answered():
+        if call.mode != "any" or call.team or call.deadline - call.at < UNHURRIED_S:
+            continue
+        broken = [f for f in facts.history.faults if f.begin < answer.at and call.at < f.end]
+        for fault in broken:
+            flows = call.at - fault.begin > FLOWS_S.get(fault.what, math.inf)
+            if flows and fault.process != call.asked and answer.code in lost:
+                after_s = call.at - fault.begin
+                yield (
+                    call.id,
+                    f"call {call.id}: {answer.code} {after_s:.1f} s after the {fault.what}",
+                )
+
+
 def leak(facts: Facts) -> Found:
     """Every process is at rest after the load."""
     for rest in facts.history.rests:
@@ -316,6 +337,8 @@ def bad_ending(facts: Facts) -> Found:
             yield 0, f"{ending.process} ended with {ending.code}, not {ending.wanted}{said}"
         elif "Traceback" in ending.said:
             yield 0, f"{ending.process} ended with a traceback: {ending.said[-300:]}"
+        elif ending.code == REFUSED and not ending.said:
+            yield 0, f"{ending.process} refused to start and did not say why"
 
 
 def coverage_of(answer: Answer) -> str:
@@ -338,9 +361,10 @@ RULES: tuple[Callable[[Facts], Found], ...] = (
     short_in_silence,
     wrong_result,
     unexpected_status,
+    held_back,
     leak,
     no_recovery,
     bad_ending,
 )
 # On a machine that is too busy these find what nobody did.
-TIMED = frozenset(rule.__name__ for rule in (late, silent, worked_for_nobody))
+TIMED = frozenset(rule.__name__ for rule in (late, silent, worked_for_nobody, held_back))

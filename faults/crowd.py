@@ -14,8 +14,8 @@ import grpc
 from overlay import wire
 from overlay.wire import pb2, pb2_grpc
 
-NAP_MS = 300
-TIMEOUT_S = 30
+NAP_MS = 1000
+TIMEOUT_S = 120  # or the last of them would be refused for want of time
 
 
 def main(address: str, count: int, key: int) -> None:

@@ -79,11 +79,13 @@ class Overlay:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.endings: list[Ending] = []
         self.unread: set[str] = set()  # those whose output goes to pipes that nobody reads
+        self.inside: dict[str, list[str]] = {}  # commands that run another: where a process is
+        self.path = folder / "overlay.json"
         self._command = command
-        self._path = folder / "overlay.json"
+        self._said_before: dict[str, int] = {}  # bytes of output that are an earlier start's
         self._channels: dict[str, grpc.Channel] = {}
         (folder / "executions").mkdir(parents=True)
-        self._path.write_text(json.dumps(config, indent=1), encoding="utf-8")
+        self.path.write_text(json.dumps(config, indent=1), encoding="utf-8")
 
     @property
     def ids(self) -> list[str]:
@@ -102,9 +104,10 @@ class Overlay:
     def spawn(self, process_id: str) -> None:
         flags = subprocess.CREATE_NEW_PROCESS_GROUP if os.name == "nt" else 0
         with (self.folder / f"{process_id}.out").open("ab") as out:
+            self._said_before[process_id] = out.tell()
             quiet = process_id not in self.unread
             self.processes[process_id] = subprocess.Popen(
-                [*self._command, str(self._path), process_id],
+                [*self.inside.get(process_id, ()), *self._command, str(self.path), process_id],
                 stdin=subprocess.DEVNULL,
                 stdout=out if quiet else subprocess.PIPE,
                 stderr=subprocess.STDOUT if quiet else subprocess.PIPE,
@@ -194,12 +197,13 @@ class Overlay:
         self._cut_output()
 
     def output(self, process_id: str) -> str:
-        """The last of what it said on stdout and stderr."""
+        """The last of what it said on stdout and stderr since it was started."""
         path = self.folder / f"{process_id}.out"
         if not path.exists():
             return ""
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - SHOWN_BYTES))
+            before = self._said_before.get(process_id, 0)
+            file.seek(max(before, path.stat().st_size - SHOWN_BYTES))
             return file.read().decode(errors="replace")
 
     def _cut_output(self) -> None:

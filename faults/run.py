@@ -1,12 +1,13 @@
 """Breaks a real overlay on purpose, under load, and checks what it promised meanwhile.
 
-    python3 faults/run.py                                    every scenario, some 7 minutes
+    python3 faults/run.py --freeze-s 30                      every scenario, some 15 minutes
     python3 faults/run.py --only kill-worker,vanish --seconds 10 --seed 7
     python3 faults/run.py --seeded                           finds bugs made on purpose
     python3 faults/run.py --check FOLDER/kill-worker/history.jsonl
 
 Needs only the project's own environment, which it makes if it is not there. All processes run on
-free loopback ports and are ended, also after Ctrl-C. Results go to faults/results/<date>/: for each
+free loopback ports, or in network namespaces made for them, and are ended, also after Ctrl-C; what
+needs more than there is here is not run, and the report says why. Results go to faults/results/<date>/: for each
 scenario a folder with history.jsonl and the logs; table.md and plot.svg.
 
 Exit codes: 0 nothing broken, 1 a promise was broken or a run proves nothing, 2 it could not begin.
@@ -44,10 +45,20 @@ def main(arguments: Sequence[str]) -> int:
     if not has_environment() and IN_ENVIRONMENT not in os.environ:
         return in_environment(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended
+    allow_many_files()
     options = parse(arguments)
     if options.check:
         return check(options.check)
     return seeded(options) if options.seeded else bench(options)
+
+
+def allow_many_files() -> None:
+    """A thousand clients need more than the usual limit; what we start has the same."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, macOS
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def has_environment() -> bool:
@@ -86,6 +97,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--only", type=names, default=[], metavar="NAME,...", help="these alone")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of load: 6")
+    parser.add_argument("--freeze-s", type=float, help="of a frozen process: 5 or half the load's")
     parser.add_argument("--seed", type=int, default=1, help="of the calls and the faults: 1")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="instead of a new one")
     parser.add_argument("--seeded", action="store_true", help="the bugs made on purpose")
@@ -98,6 +110,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.exit()
     if not options.seconds > 0:
         parser.error(f"--seconds {options.seconds:g} is not above 0")
+    if options.freeze_s is not None and not options.freeze_s > 0:
+        parser.error(f"--freeze-s {options.freeze_s:g} is not above 0")
     try:
         choose = seeded.chosen if options.seeded else scenarios.chosen
         options.chosen = choose(options.only)
@@ -112,17 +126,23 @@ def names(text: str) -> list[str]:
 
 def bench(options: argparse.Namespace) -> int:
     from faults import bench, plot, report
+    from faults.hosts import CannotBuild
 
     folder = options.out or new_folder()
     outcomes, not_run = [], {}
     with stopped_by_ctrl_c():
         for scenario in options.chosen:
-            if not scenario.runs_here:
-                not_run[scenario.name] = f"needs {scenario.needs}"
+            inside = fresh(folder, scenario.name)
+            try:
+                if scenario.why_not:
+                    raise CannotBuild(scenario.why_not)
+                outcome = bench.run(
+                    scenario, inside, options.seconds, options.seed, freeze_s=options.freeze_s
+                )
+            except CannotBuild as why:
+                not_run[scenario.name] = str(why)
+                print(f"{scenario.name:<20} not run: {why}", flush=True)
                 continue
-            outcome = bench.run(
-                scenario, fresh(folder, scenario.name), options.seconds, options.seed
-            )
             outcomes.append(outcome)
             print(report.line(outcome), flush=True)
     page = report.page(outcomes, not_run, options.seconds, options.seed, today_and_here())

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from faults import breaking
+from faults import breaking, hosts
 from faults.breaking import Breaking
 from faults.load import Mixture
 from faults.overlays import Overlay
@@ -17,6 +17,12 @@ USUAL = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
 HORRORS = ("raises", "exits", "wrong_type")
 BUSY = Mixture(rate=80, nap_ms=(20, 200))  # so that a kill finds something in flight
 CALM = Mixture(timeouts_s=(10,))
+APART = (
+    ("cut", "is cut off, both ways", breaking.cut),
+    ("deaf", "hears nothing any more, and is heard", breaking.deaf),
+    ("mute", "is not heard any more, and hears", breaking.mute),
+    ("half-open", "is gone without a word, behind a cut wire", breaking.half_open),
+)
 ROLES = {"leader": "A", "team-leader": "E", "worker": "D"}
 
 
@@ -24,7 +30,8 @@ ROLES = {"leader": "A", "team-leader": "E", "worker": "D"}
 class Scenario:
     """expects: the statuses that are no violation. slots: of each worker's handlers.
 
-    needs: "", "posix" or "linux". prepare: before the processes start.
+    needs: a name of NEEDS, or "". prepare: before the processes start. away: this process is on a
+    host of its own, across a wire.
     """
 
     name: str
@@ -36,12 +43,22 @@ class Scenario:
     needs: str = ""
     prepare: Callable[[Overlay], None] | None = None
     top: Mapping[str, Any] = field(default_factory=dict)
+    away: str = ""
 
     @property
-    def runs_here(self) -> bool:
-        if self.needs == "linux":
-            return sys.platform == "linux"
-        return self.needs != "posix" or os.name == "posix"
+    def why_not(self) -> str:
+        """Why it cannot run here; empty when it can."""
+        return hosts.why_not() if self.away else NEEDS[self.needs]()
+
+
+NEEDS: Mapping[str, Callable[[], str]] = {
+    "": lambda: "",
+    "posix": lambda: "" if os.name == "posix" else "needs a POSIX system",
+    "linux": lambda: "" if sys.platform == "linux" else "needs Linux",
+    "fake clock": lambda: (
+        "" if breaking.fake_clock() else "needs libfaketime (on Debian: apt-get install faketime)"
+    ),
+}
 
 
 def _for_each_role() -> list[Scenario]:
@@ -72,6 +89,24 @@ def _for_each_role() -> list[Scenario]:
                 f"{process} has no file descriptor left",
                 breaking.few_files(process),
                 needs="linux",
+            ),
+            Scenario(
+                f"clock-{role}",
+                f"{process}'s wall clock jumps an hour forward and back",
+                breaking.clock_steps(process),
+                mixture=CALM,
+                expects=("OK",),
+                needs="fake clock",
+                prepare=breaking.own_clock(process),
+            ),
+            Scenario(
+                f"config-{role}",
+                f"the configuration is cut in half, and {process} is to start with it",
+                breaking.corrupt_configuration(process),
+            ),
+            *(
+                Scenario(f"{name}-{role}", f"{process} {what}", broken(process), away=process)
+                for name, what, broken in APART
             ),
         ]
     return found
@@ -104,7 +139,12 @@ SCENARIOS = (
         breaking.restart_all,
         mixture=BUSY,
     ),
-    Scenario("vanish", "1,000 clients are killed in mid-call", breaking.vanish),
+    Scenario(
+        "vanish",
+        "1,000 clients are killed in mid-call",
+        breaking.vanish,
+        top={"queue_slots": 2000},  # or most of them would have been refused by then
+    ),
     Scenario("slow-worker", "D is ten times slower", breaking.mood("D", slower=10)),
     Scenario(
         "grey-worker", "D answers, and now and then hangs", breaking.mood("D", hangs=0.3, hang_s=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -167,11 +168,21 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
         "unexpected_status",
         lambda h: edited(h, "answers", parts=(*h.answers[0].parts[:2], ("F", "INTERNAL", "yes"))),
     ),
+    "sent to one who is cut off": (
+        "held_back",
+        lambda h: more(
+            edited(edited(h, "calls", mode="any"), "answers", code="UNAVAILABLE", parts=()),
+            "faults", Fault("cut", "D", -2.5, 2.0),
+        ),
+    ),
     "something active": ("leak", lambda h: edited(h, "rests", counts={"active": 1})),
     "miscounted": ("leak", lambda h: edited(h, "rests", counts={"not counted": -2})),
     "no complete answer": ("no_recovery", lambda h: edited(h, "recoveries", ok=False)),
     "nobody looked": ("no_recovery", lambda h: less(h, "recoveries")),
     "an unwanted end": ("bad_ending", lambda h: edited(h, "endings", code=3)),
+    "a refusal to start without a word": (
+        "bad_ending", lambda h: edited(h, "endings", code=2, wanted=[2]),
+    ),
     "a traceback": ("bad_ending", lambda h: edited(h, "endings", said="Traceback (most recent")),
 }  # fmt: skip
 OTHERS = st.lists(
@@ -312,12 +323,12 @@ def test_the_page_and_the_picture_tell_what_was_broken() -> None:
     rule, tell = LIES["a late answer"]
     found = more(tell(true_history()), "faults", Fault("kill", "E", 1.0, 2.0))
     outcome = bench.Outcome(scenarios.BY_NAME["kill-team-leader"], found, check(found))
-    page = report.page([outcome], {"files-leader": "needs linux"}, 6, 1)
+    page = report.page([outcome], {"files-leader": "needs Linux"}, 6, 1)
     picture = xml.etree.ElementTree.fromstring(plot.drawn([outcome]))
     texts = [text for text in picture.itertext() if text.strip()]
     assert "| kill-team-leader | 1 | 1 | 0 |  | 0.4 s | 0 ms | **1** |" in page
     assert f"- {rule}: call 1 (unary) was answered" in page
-    assert "- not run: files-leader: needs linux" in page
+    assert "- not run: files-leader: needs Linux" in page
     assert "kill-team-leader (1 broken)" in texts
 
 
@@ -363,6 +374,17 @@ def test_a_killed_worker_breaks_no_promise(tmp_path: Path) -> None:
     assert outcome.history.troubles == []
     assert [fault.what for fault in outcome.history.faults] == ["kill", "kill"]
     assert sum(answer.code == "OK" for answer in outcome.history.answers) > 50
+
+
+def test_a_worker_that_is_cut_off_breaks_no_promise(tmp_path: Path) -> None:
+    scenario = scenarios.BY_NAME["cut-worker"]
+    if scenario.why_not:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(scenario.why_not)
+    outcome = bench.run(scenario, tmp_path / "run", 1, seed=1)
+    excused = TIMED if outcome.invalid else frozenset()
+    assert [v for v in outcome.violations if v.rule not in excused] == []
+    assert outcome.history.troubles == []
+    assert [fault.what for fault in outcome.history.faults] == ["cut"]
 
 
 @pytest.mark.parametrize("name", ["refusal-says-always-no", "seen-ids-off", "merge-drops-a-part"])
