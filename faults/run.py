@@ -7,8 +7,9 @@
 
 Needs only the project's own environment, which it makes if it is not there. All processes run on
 free loopback ports, or in network namespaces made for them, and are ended, also after Ctrl-C; what
-needs more than there is here is not run, and the report says why. Results go to faults/results/<date>/: for each
-scenario a folder with history.jsonl and the logs; table.md and plot.svg.
+needs more than there is here is not run, and the report says why. Results go to
+faults/results/<date>/: for each scenario a folder with history.jsonl and the logs; table.md and
+plot.svg.
 
 Exit codes: 0 nothing broken, 1 a promise was broken or a run proves nothing, 2 it could not begin.
 """

@@ -31,7 +31,8 @@ from overlay.executor import SeenIds
 from overlay.health import State
 from overlay.intake import Intake, Ticket
 from overlay.lanes import Lane
-from overlay.relay import Relay
+from overlay.meter import Meter
+from overlay.relay import Claimed, Relay
 from overlay.rows import OpenRows, consecutive
 from overlay.topology import Process, Topology
 from overlay.values import (
@@ -88,13 +89,15 @@ class Clock:
 
 
 class MemoryNetwork:
-    """All processes of a topology. `sent` and `executed` tell what happened, in its order."""
+    """All processes of a topology. `sent`, `started` and `executed` tell what happened, in its
+    order."""
 
     def __init__(self, topology: Topology, slots: int = 100) -> None:
         self.topology = topology
         self.clock = Clock()
         self.sent: list[tuple[str, str, int]] = []
         self.executed: list[tuple[str, int]] = []
+        self.started: list[tuple[str, float, Segment]] = []  # by whom, when, what
         self._next_id = 1
         self.nodes = {
             process_id: Node(self, process_id, slots) for process_id in topology.processes
@@ -301,6 +304,7 @@ class Node:
         process = network.topology.processes[me]
         self.works = Workshop(network, process, slots)
         self.links = Links(network, me)
+        self.meter = Meter()
         self.relay = Relay(
             network.topology,
             me,
@@ -314,7 +318,7 @@ class Node:
             in_service=process.in_service,
             most_bytes=network.topology.limits.max_waiting_bytes,
             claim=self.relay.claim,
-            start=self.relay.start,
+            start=self._start,
             on_started=self.links.flush,
             clock=network.clock,
         )
@@ -324,6 +328,8 @@ class Node:
     def serve(self, segment: Segment, reply: Sink, lane: Lane | None = None) -> Ticket | None:
         """With a lane as a stream does, else as a single request."""
         clock, intake = self._network.clock, self.intake
+        self.meter.received(segment.count)
+        reply = partial(self._count, reply)
         try:
             routing.check(self._network.topology, self._me, segment.route)
             if lane is None:
@@ -338,6 +344,24 @@ class Node:
             intake.kick()
         clock.at(segment.deadline, lambda: ticket.end(Code.DEADLINE_EXCEEDED))
         return ticket
+
+    def _start(self, segment: Segment, place: Claimed, waited_s: float, sink: Sink) -> End:
+        self._network.started.append((self._me, self._network.clock.now, segment))
+        return self.relay.start(segment, place, waited_s, sink)
+
+    def _count(self, reply: Sink, start: int, answers: Answers) -> None:
+        """As service does, before the answer leaves."""
+        for row in range(len(answers)):
+            error = assembly.failure(answers.at(row), 1.0)
+            if error is None:
+                self.meter.completed(1)
+            elif error.code is Code.CANCELLED:
+                self.meter.cancelled()
+            elif error.executed is Executed.NO:
+                self.meter.refused(error.cause)
+            else:
+                self.meter.failed()
+        reply(start, answers)
 
 
 class Workshop:
