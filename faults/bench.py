@@ -165,8 +165,8 @@ def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed
     overlay.start()
     overlay.settle()
     load = Load(overlay.address("A"), notes, 1, _scope(found.about))
-    load.start()
     try:
+        load.start()
         _load_and_break(scenario, stage, load, found, seconds, seed)
         found.recoveries.append(_recovery(overlay, notes, _scope(found.about)))
     finally:

@@ -10,8 +10,10 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -29,7 +31,7 @@ from faults.load import Notes
 from faults.overlays import ROOT, Overlay, until
 
 LONG_S = 5.0  # at least: longer than a dead peer is not noticed
-CLOCK_STEPS = ("+3600", "-3600", "+0")  # seconds from the right time
+CLOCK_STEPS_S = (3600, -3600, 0)  # from the right time
 CROWD_KEY = 10_000_000
 
 
@@ -151,9 +153,9 @@ def clock_steps(process: str) -> Breaking:
 
     def play(stage: Stage) -> None:
         with stage.doing("clock", process):
-            for offset in CLOCK_STEPS:
-                _put(_clock_file(stage.overlay, process), offset)
-                time.sleep(stage.long_s / len(CLOCK_STEPS))
+            for off_s in CLOCK_STEPS_S:
+                _set_clock(_clock_file(stage.overlay, process), off_s)
+                time.sleep(stage.long_s / len(CLOCK_STEPS_S))
 
     return play
 
@@ -287,30 +289,33 @@ def few_files(process: str) -> Breaking:
 
 
 def own_clock(process: str) -> Callable[[Overlay], None]:
-    """It has a wall clock of its own, by libfaketime; its monotonic clock is everybody's."""
+    """It has a wall clock of its own; its monotonic clock is everybody's."""
 
     def prepare(overlay: Overlay) -> None:
-        path = _clock_file(overlay, process)
-        _put(path, "+0")
-        overlay.inside[process] = [
-            "env",
-            f"LD_PRELOAD={fake_clock()}",
-            f"FAKETIME_TIMESTAMP_FILE={path}",
-            "FAKETIME_NO_CACHE=1",
-            "FAKETIME_DONT_FAKE_MONOTONIC=1",
-            f"PYTHONPATH={ROOT / 'faults' / 'clock'}",
-        ]
+        library, clock = overlay.folder.absolute() / "wall_clock.so", _clock_file(overlay, process)
+        source = str(ROOT / "faults" / "wall_clock.c")
+        command = [compiler(), "-shared", "-fPIC", "-O2", "-o", str(library), source, "-ldl"]
+        subprocess.run(command, check=True)
+        _set_clock(clock, 0)
+        overlay.inside[process] = ["env", f"LD_PRELOAD={library}", f"CLOCK={clock}"]
 
     return prepare
 
 
-def fake_clock() -> Path | None:
-    """The library that fakes a clock, where Debian's package puts it."""
-    return next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
+def compiler() -> str:
+    """The C compiler; empty when there is none."""
+    return shutil.which("cc") or ""
 
 
 def _clock_file(overlay: Overlay, process: str) -> Path:
-    return overlay.folder / f"clock-{process}"
+    return overlay.folder.absolute() / f"clock-{process}"
+
+
+def _set_clock(path: Path, off_s: int) -> None:
+    # Where it is: the process has this file in its memory, and would not see another one.
+    path.touch()
+    with path.open("r+b") as file:
+        file.write(struct.pack("l", off_s))
 
 
 def _put(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ import grpc
 
 from faults.checker import SILENT_S
 from faults.history import Answer, Call, Stall
+from faults.overlays import until
 from overlay import wire
 from overlay.client import CallFailed, Incomplete, connect
 from overlay.values import Code
@@ -168,7 +169,9 @@ class Load:
         self._submitting = ThreadPoolExecutor(LIBRARY_THREADS, "library")
 
     def start(self) -> None:
+        """Returns when its stream is served. Raises NotReached."""
         self._stream.start()
+        until(lambda: self._stream.is_up, 10, "the stream is served")
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
 
     def run(self, planned: Sequence[Planned]) -> None:
@@ -289,6 +292,10 @@ class _Stream:
     def start(self) -> None:
         for name, work in (("stream", self._run), ("stream-clock", self._watch)):
             threading.Thread(target=work, name=name, daemon=True).start()
+
+    @property
+    def is_up(self) -> bool:
+        return self._frames is not None
 
     def send(self, call: Call, payload: bytes, request_id: int) -> None:
         frame = pb2.Frame()

@@ -55,9 +55,7 @@ NEEDS: Mapping[str, Callable[[], str]] = {
     "": lambda: "",
     "posix": lambda: "" if os.name == "posix" else "needs a POSIX system",
     "linux": lambda: "" if sys.platform == "linux" else "needs Linux",
-    "fake clock": lambda: (
-        "" if breaking.fake_clock() else "needs libfaketime (on Debian: apt-get install faketime)"
-    ),
+    "compiler": lambda: NEEDS["linux"]() or ("" if breaking.compiler() else "needs a C compiler"),
 }
 
 
@@ -96,7 +94,7 @@ def _for_each_role() -> list[Scenario]:
                 breaking.clock_steps(process),
                 mixture=CALM,
                 expects=("OK",),
-                needs="fake clock",
+                needs="compiler",
                 prepare=breaking.own_clock(process),
             ),
             Scenario(

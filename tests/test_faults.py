@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faults import bench, history, plot, report, run, scenarios, seeded
+from faults import bench, history, hosts, plot, report, run, scenarios, seeded
 from faults.checker import LATE_S, RULES, SILENT_S, TIMED, check, coverage_of
 from faults.history import (
     About,
@@ -353,6 +354,14 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(arguments, capsys)
         run.main(arguments)
     said = capsys.readouterr().err
     assert f"'{arguments[-1]}'; there are" in said
+
+
+def test_what_cannot_be_done_here_is_not_run_and_says_why(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(hosts.shutil, "which", lambda program: None)
+    assert run.main(["--only", "clock-worker,cut-worker", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "table.md").read_text()
+    assert "- not run: clock-worker: needs " in page
+    assert re.search(r"- not run: cut-worker: (two hosts need|network namespaces are)", page)
 
 
 def test_a_history_is_checked_by_command(tmp_path: Path) -> None:
