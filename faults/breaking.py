@@ -154,7 +154,7 @@ def clock_steps(process: str) -> Breaking:
     def play(stage: Stage) -> None:
         with stage.doing("clock", process):
             for off_s in CLOCK_STEPS_S:
-                _set_clock(_clock_file(stage.overlay, process), off_s)
+                set_clock(clock_file(stage.overlay, process), off_s)
                 time.sleep(stage.long_s / len(CLOCK_STEPS_S))
 
     return play
@@ -292,11 +292,11 @@ def own_clock(process: str) -> Callable[[Overlay], None]:
     """It has a wall clock of its own; its monotonic clock is everybody's."""
 
     def prepare(overlay: Overlay) -> None:
-        library, clock = overlay.folder.absolute() / "wall_clock.so", _clock_file(overlay, process)
+        library, clock = overlay.folder.absolute() / "wall_clock.so", clock_file(overlay, process)
         source = str(ROOT / "faults" / "wall_clock.c")
         command = [compiler(), "-shared", "-fPIC", "-O2", "-o", str(library), source, "-ldl"]
         subprocess.run(command, check=True)
-        _set_clock(clock, 0)
+        set_clock(clock, 0)
         overlay.inside[process] = ["env", f"LD_PRELOAD={library}", f"CLOCK={clock}"]
 
     return prepare
@@ -307,11 +307,11 @@ def compiler() -> str:
     return shutil.which("cc") or ""
 
 
-def _clock_file(overlay: Overlay, process: str) -> Path:
+def clock_file(overlay: Overlay, process: str) -> Path:
     return overlay.folder.absolute() / f"clock-{process}"
 
 
-def _set_clock(path: Path, off_s: int) -> None:
+def set_clock(path: Path, off_s: int) -> None:
     # Where it is: the process has this file in its memory, and would not see another one.
     path.touch()
     with path.open("r+b") as file:

@@ -10,7 +10,7 @@ from faults.bench import Outcome
 from faults.history import Answer
 
 BIN_S = 0.1
-SCALE = 60  # pixels a second
+SCALE = 40  # pixels a second
 LEFT, STRIP, GAP = 150, 44, 14
 KINDS = {"OK": "#3b7dd8", "refused": "#e0a526", "other": "#c23b3b"}
 

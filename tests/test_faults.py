@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faults import bench, history, hosts, plot, report, run, scenarios, seeded
+from faults import bench, breaking, history, hosts, plot, report, run, scenarios, seeded
 from faults.checker import LATE_S, RULES, SILENT_S, TIMED, check, coverage_of
 from faults.history import (
     About,
@@ -32,6 +33,7 @@ from faults.history import (
     Stall,
 )
 from faults.load import Mixture
+from faults.overlays import Overlay, six_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = {"C": "green", "D": "pink", "F": "pink"}
@@ -371,6 +373,20 @@ def test_a_history_is_checked_by_command(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 1
     assert "lying_refusal: call 1 was refused (UNAVAILABLE, executed: no) and ran on" in done.stdout
+
+
+def test_a_wall_clock_of_its_own_leaves_the_monotonic_clock_alone(tmp_path: Path) -> None:
+    if why_not := scenarios.BY_NAME["clock-worker"].why_not:
+        pytest.skip(why_not)
+    overlay = Overlay(tmp_path / "run", six_processes(), [])
+    breaking.own_clock("D")(overlay)
+    breaking.set_clock(breaking.clock_file(overlay, "D"), 3600)
+    look = "import time; print(time.time(), time.monotonic())"
+    command = [*overlay.inside["D"], sys.executable, "-c", look]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    wall, steady = map(float, seen.stdout.split())
+    assert 3500 < wall - time.time() < 3700
+    assert abs(steady - time.monotonic()) < 60
 
 
 # The short lane. On a busy machine such a run may be invalid; then its times say nothing.
