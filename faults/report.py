@@ -33,8 +33,9 @@ def page(
     parts = [
         "# What breaks it",
         f"{seconds:g} s of load each, seed {seed}. Refused: with `executed: no`, and it did not "
-        "run. Back after: from the end of the load until five complete answers in a row. Late p99: "
-        "how late calls left; above 20 ms a run is invalid.",
+        "run; so are, in each scenario, a few that use a key for a second payload. Back after: "
+        "from the end of the load until five complete answers in a row. Late p99: how late calls "
+        "left; above 20 ms a run is invalid.",
         where,
         table,
         "![Answers over time, by scenario](plot.svg)",

@@ -14,6 +14,8 @@ from faults.load import Mixture
 from faults.overlays import Overlay
 
 USUAL = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
+# gRPC's own word for a single call that comes in the moment in which its server closes.
+STOPPED = (*USUAL, "CANCELLED")
 HORRORS = ("raises", "exits", "wrong_type")
 BUSY = Mixture(rate=80, nap_ms=(20, 200))  # so that a kill finds something in flight
 CALM = Mixture(timeouts_s=(10,))
@@ -101,6 +103,7 @@ def _for_each_role() -> list[Scenario]:
                 f"config-{role}",
                 f"the configuration is cut in half, and {process} is to start with it",
                 breaking.corrupt_configuration(process),
+                expects=STOPPED,
             ),
             *(
                 Scenario(f"{name}-{role}", f"{process} {what}", broken(process), away=process)
@@ -136,6 +139,7 @@ SCENARIOS = (
         "SIGTERM and a new start, one after another",
         breaking.restart_all,
         mixture=BUSY,
+        expects=STOPPED,
     ),
     Scenario(
         "vanish",
