@@ -67,7 +67,7 @@ class OverlayNode(pb2_grpc.OverlayNodeServicer):
         return self._service.forward_stream(request_iterator, context)
 
     def GetMetrics(self, request, context):
-        return self._service.metrics()
+        return self._service.metrics(request.events, request.requests)
 
 
 class OverlayAdmin(pb2_grpc.OverlayAdminServicer):
@@ -223,7 +223,7 @@ def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
     log = ProcessLog(topology.folder / me.log_dir / f"process_{me.id.lower()}.log", me.id)
     log.start()
     try:
-        service = Service(topology, me.id, lambda: log.dropped)
+        service = Service(topology, me.id, log.recent, lambda: log.dropped)
         node = Node(topology, me, service, stopping.ask)
         try:
             node.start()
@@ -258,12 +258,13 @@ def _announce(topology: Topology, me: Process) -> None:
         log.warning("%s", warning)
     if me.host not in ("127.0.0.1", "::1", "[::1]", "localhost"):
         log.warning("no TLS: whoever reaches %s can send requests", me.listen_address)
-    log.info("serves on %s, pid %d", me.listen_address, os.getpid())
+    about = {"kind": "started"}
+    log.info("serves on %s, pid %d", me.listen_address, os.getpid(), extra=about)
 
 
 def _stop(node: Node, grace_s: float) -> int:
     began = time.monotonic()
-    _log().info("stopping: up to %g s for what runs", grace_s)
+    _log().info("stopping: up to %g s for what runs", grace_s, extra={"kind": "stopping"})
     _watchdog(grace_s + 5)
     drained = node.stop(grace_s)
     _log().info(

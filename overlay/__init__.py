@@ -5,12 +5,13 @@ arrow says so; tests/test_floors.py compares this picture with the code.
 
     4 edges      admin -> service -> streams   bulk -> console -> client -> calls -> orders
                  bulk -> client -> orders   aio -> client, calls, orders   guard
-    3 relay      relay
-    2 mechanism  intake   deadlines   keys   logs   links -> pipes, wire   pipes -> wire -> meter
+    3 relay      relay   record
+    2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
+                 links -> pipes, wire   pipes -> wire -> meter, recent
                  executor -> threads, processes -> batch -> handlers, meter
                  executor -> batch, handlers   threads -> handlers
                  processes -> child -> batch, handlers, logs
-    1 decisions  routing -> health   assembly   lanes -> admission   rows
+    1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
     0 values     errors -> values   limits   topology -> limits, errors
                  configuration -> topology, limits, errors
 

@@ -13,7 +13,6 @@ import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from urllib.parse import unquote
 
 import grpc
 import psutil
@@ -69,7 +68,7 @@ class Admin:
             host, port = self._me.host, self._me.port
             raise NotAllowed(
                 f"{verb} is answered only to callers on {self._me.id}'s own machine, and this one "
-                f"calls from {address_in(peer) or peer}; run it there: "
+                f"calls from {wire.address_in(peer)}; run it there: "
                 f"python client.py {host} {port} {verb}"
             )
 
@@ -100,7 +99,7 @@ def is_on_this_machine(peer: str) -> bool:
 
     A process that listens on 192.168.1.1 sees a caller beside it as 192.168.1.1, not as loopback.
     """
-    text = address_in(peer)
+    text = wire.address_in(peer)
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -116,9 +115,3 @@ def is_on_this_machine(peer: str) -> bool:
             return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]) == address
     except OSError:
         return False
-
-
-def address_in(peer: str) -> str:
-    """The address in gRPC's name for a caller, "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711"."""
-    kind, _, rest = unquote(peer).partition(":")
-    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else ""

@@ -18,10 +18,11 @@ def from_branch(answers: Answers, targets: Sequence[str]) -> Answers:
     count = answers.count
     if answers.refused is not None:
         why = Failure(answers.refused.code, answers.refused.reason, answers.refused.executed)
-        return Answers(count, tuple(PartColumn.missing(t, count, why) for t in targets))
+        columns = tuple(PartColumn.missing(t, count, why) for t in targets)
+        return Answers(count, columns, trace=answers.trace)
     by_id = {column.process_id: column for column in answers.parts}
     columns = tuple(by_id.get(t) or PartColumn.missing(t, count, _LEFT_OUT) for t in targets)
-    return Answers(count, columns, answers.hops)
+    return Answers(count, columns, answers.hops, None, answers.trace)
 
 
 def gathered(
@@ -35,8 +36,9 @@ def gathered(
     found = {column.process_id: column for answers in branches.values() for column in answers.parts}
     found.update({column.process_id: column for column in missing})
     hops = [hop for n in order if n in branches for hop in branches[n].hops]
+    trace = [hop for n in order if n in branches for hop in branches[n].trace]
     columns = tuple(found[w] for w in order if w in found)
-    return Answers(columns[0].results.count, columns, (me, *hops))
+    return Answers(columns[0].results.count, columns, (me, *hops), None, tuple(trace))
 
 
 def coverage(answer: Answer) -> str:

@@ -210,7 +210,7 @@ def outcome_of_error(error: BaseException) -> tuple[str, Any]:
     return "failed", text
 
 
-def read_outcome(name: str, kind: str, value: Any) -> bytes | Failure:
+def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes | Failure:
     """The row's result, or the failure that its caller sees."""
     if kind == "ok":
         return value  # type: ignore[no-any-return]
@@ -223,12 +223,13 @@ def read_outcome(name: str, kind: str, value: Any) -> bytes | Failure:
         size, most = value
         reason = f"handler '{name}' returned {size:,} bytes, more than max_message_mib allows"
         return Failure(Code.RESOURCE_EXHAUSTED, f"{reason} ({most:,})", Executed.YES)
-    return read_failure(name, value)
+    return read_failure(name, value, request_id)
 
 
-def read_failure(name: str, text: str) -> Failure:
+def read_failure(name: str, text: str, request_id: int) -> Failure:
     # The text may hold secrets: it goes to the log, and the caller gets a number to ask for.
     error_id = uuid.uuid4().hex[:8]
-    log.error("error id %s: handler %s failed: %s", error_id, name, text)
+    about = {"request_id": request_id, "private": text, "kind": ""}
+    log.error("error id %s: handler %s failed", error_id, name, extra=about)
     reason = f"handler '{name}' failed; error id {error_id} in this worker's log"
     return Failure(HandlerFailed.code, reason, Executed.YES)

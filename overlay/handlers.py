@@ -51,9 +51,12 @@ class Context:
         return bool(self._ended[self._row]) or time.monotonic() >= self.deadline
 
     @property
-    def log(self) -> logging.Logger:
-        return logging.getLogger("overlay.handler")
+    def log(self) -> logging.LoggerAdapter[logging.Logger]:
+        """To the worker's log, in lines that carry the request's id."""
+        return logging.LoggerAdapter(_log, {"request_id": self.request_id})
 
+
+_log = logging.getLogger("overlay.handler")
 
 Handler = Callable[[bytes, Context], bytes]
 

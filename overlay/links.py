@@ -232,7 +232,9 @@ class _Minder:
         for change in filter(None, changes):
             level = logging.INFO if change.state is State.HEALTHY else logging.WARNING
             work = f" for handler {change.handler}" if change.handler else ""
-            log.log(level, "requests to any one%s: %s %s", work, change.neighbour, change.reason)
+            who, why = change.neighbour, change.reason
+            about = {"kind": "health"}
+            log.log(level, "requests to any one%s: %s %s", work, who, why, extra=about)
 
 
 class _Link:
@@ -410,7 +412,8 @@ class _Link:
             differs = self._same_config and not same
             self._same_config = same
         if differs:
-            log.warning("%s reads another configuration than this process", self.id)
+            what = "reads another configuration than this process"
+            log.warning("%s %s", self.id, what, extra={"kind": "config"})
         if more:
             self._minder.came(self.id)
         if not metrics.is_healthy:
@@ -441,6 +444,7 @@ class _Link:
                 self.address,
                 state,
                 f": {reason}" if reason else "",
+                extra={"kind": "link"},
             )
         if changed or state == "up":
             self._changed()
@@ -562,6 +566,7 @@ class _Book:
             if (
                 other.route != first.route
                 or other.attempt != first.attempt
+                or other.told != first.told
                 or abs(other.deadline - first.deadline) > SAME_DEADLINE_S
                 or other.count > few
                 or size > self._limits.frame_bytes

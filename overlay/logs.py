@@ -10,6 +10,7 @@ Owns that thread, "log", from `start` to `stop`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -22,10 +23,13 @@ from collections.abc import Callable
 from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
 
+from overlay.allowance import Allowance
+from overlay.recent import LONGEST, OF_HANDLERS, Recent, escaped, texts_of
+
 WAITING_LINES = 10_000
 FILE_BYTES = 5 * 1024 * 1024
 OLD_FILES = 3
-LONGEST_LINE = 4096  # characters; a handler's traceback is cut here
+LONGEST_LINE = LONGEST  # characters; a handler's traceback is cut here
 HANDLER_LINES = 1000  # of all handlers at once; then so many a second:
 HANDLER_LINES_S = 100
 AGAIN_S = 1.0  # after a write that failed, until the file is tried again
@@ -33,12 +37,16 @@ STOP_S = 2.0  # for the last lines; a disk that hangs does not hold the process 
 
 
 class ProcessLog:
-    """Where this process's log lines go. `dropped` counts those that were lost."""
+    """Where this process's log lines go. `dropped` counts those that were lost.
+
+    recent: the last of them, for others to ask for.
+    """
 
     def __init__(self, path: Path, process_id: str) -> None:
         self.path = path
+        self.recent = Recent()
         self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(WAITING_LINES)
-        self._into = _Bounded(self._lines)
+        self._into = _Bounded(self._lines, self.recent)
         self._file = _File(path)
         self._file.setFormatter(_Line(process_id))
         self._outputs = [self._file, *_consoles(process_id)]
@@ -146,26 +154,29 @@ class _Lines(io.RawIOBase):
 
 
 class _Bounded(QueueHandler):
-    def __init__(self, lines: queue.Queue[logging.LogRecord | None]) -> None:
+    def __init__(self, lines: queue.Queue[logging.LogRecord | None], recent: Recent) -> None:
         super().__init__(lines)
         self.dropped = 0
-        self._room, self._since = float(HANDLER_LINES), time.monotonic()
+        self._recent = recent
+        self._of_handlers = Allowance(HANDLER_LINES, HANDLER_LINES_S, time.monotonic())
         self._told = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not record.name.startswith("overlay.handler") or self._has_room():
-            super().emit(record)
+        if not record.name.startswith(OF_HANDLERS) or self._has_room():
+            self._keep(record)
             return
         self.dropped += 1
         if not self._told:
             self._told = True
             text = "handlers write more lines than the log takes; the rest is dropped and counted"
             facts = {"name": "overlay.log", "msg": text, "levelno": 30, "levelname": "WARNING"}
-            super().emit(logging.makeLogRecord(facts))
+            self._keep(logging.makeLogRecord(facts))
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        prepared: logging.LogRecord = super().prepare(record)
-        prepared.msg = prepared.message = cut(prepared.msg)  # ten thousand long ones are too much
+        prepared = copy.copy(record)
+        text = "".join(texts_of(record))
+        prepared.msg = prepared.message = cut(text)  # ten thousand long ones are too much
+        prepared.args = prepared.exc_info = prepared.exc_text = prepared.stack_info = None
         return prepared
 
     def enqueue(self, record: logging.LogRecord) -> None:
@@ -177,15 +188,14 @@ class _Bounded(QueueHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         self.dropped += 1
 
+    def _keep(self, record: logging.LogRecord) -> None:
+        self._recent.handle(record)
+        super().emit(record)
+
     def _has_room(self) -> bool:
-        now = time.monotonic()
-        self._room += (now - self._since) * HANDLER_LINES_S
-        self._room, self._since = min(self._room, HANDLER_LINES), now
-        if self._room < 1:
-            return False
-        self._room -= 1
-        self._told = self._told and self._room < HANDLER_LINES / 2
-        return True
+        has_room = self._of_handlers.take(time.monotonic())
+        self._told = self._told and self._of_handlers.room < HANDLER_LINES / 2
+        return has_room
 
 
 class _File(RotatingFileHandler):
@@ -253,16 +263,6 @@ class _Line(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return escaped(super().format(record))
-
-
-def escaped(text: str) -> str:
-    """The text on one line and without control characters, cut at 4,096 characters."""
-    if len(text) > LONGEST_LINE:
-        text = f"{text[:LONGEST_LINE]}... ({len(text):,} characters)"
-    text = text.replace("\n", " | ")
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def cut(text: str) -> str:

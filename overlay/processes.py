@@ -145,12 +145,12 @@ class ProcessRunner:
             request = (payload, facts, context.remaining_s(), dict(context.options))
             came = child.ask(request, self._spec.limit_s or math.inf)
             if came is not None and came[0] not in _FATAL:
-                return read_outcome(self._spec.name, *came), child
+                return read_outcome(self._spec.name, *came, context.request_id), child
             exitcode = self._drop(child)
             if context.cancelled or self._closed:
                 return self._ended(), None
             if came is not None:
-                return self._fatal(*came, exitcode), None
+                return self._fatal(*came, exitcode, context.request_id), None
             child = self._maybe_child()
         reason = f"no process for handler '{self._spec.name}' can be started; see this worker's log"
         return Failure(Code.UNAVAILABLE, reason, Executed.NO), None
@@ -158,7 +158,9 @@ class ProcessRunner:
     def _ended(self) -> Failure:
         return _failure(f"the process of handler '{self._spec.name}' was ended")
 
-    def _fatal(self, kind: str, value: Any, exitcode: int | None) -> bytes | Failure:
+    def _fatal(
+        self, kind: str, value: Any, exitcode: int | None, request_id: int
+    ) -> bytes | Failure:
         spec = self._spec
         if kind == "late":
             return _failure(f"handler '{spec.name}' ran longer than its limit_s {spec.limit_s:g}")
@@ -167,7 +169,8 @@ class ProcessRunner:
             return _failure(
                 f"handler '{spec.name}' used {used}, more than its memory_mib {spec.memory_mib}"
             )
-        return read_outcome(spec.name, "failed", f"its process ended with {_exit(exitcode)}")
+        how = f"its process ended with {_exit(exitcode)}"
+        return read_outcome(spec.name, "failed", how, request_id)
 
     def _maybe_kept(self, child: _Child | None) -> _Child | None:
         """The process, unless it has done its requests or holds too much memory."""
@@ -253,6 +256,7 @@ class _Child:
         """The outcome, or what ended it; None when the process provably did not begin."""
         self.requests += 1
         until, begun = time.monotonic() + limit_s, False
+        about = {"request_id": request[1][2]}
         try:
             self._pipe.send(request)
         except (OSError, ValueError):  # not all of it is written, so it cannot have begun
@@ -263,7 +267,7 @@ class _Child:
                 begun = True
             elif kind == "line":
                 level, text = value
-                handler_log.log(level, "%s", text)
+                handler_log.log(level, "%s", text, extra=about)
             elif kind == "lost" and not begun:
                 return None
             else:

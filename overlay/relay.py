@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Protocol
 
-from overlay import assembly, routing
+from overlay import assembly, routing, story
 from overlay.health import State
 from overlay.lanes import AWAITED, NoPlace
 from overlay.routing import Branch, Load, Plan
@@ -228,7 +228,11 @@ class _Gather:
             end(code, start, count)
 
     def _sink_of(self, branch: Branch) -> Sink:
+        began, clock = self._relay._clock(), self._relay._clock
+
         def sink(start: int, answers: Answers) -> None:
+            if answers.trace:
+                answers = story.below(answers, clock() - began)
             whole = assembly.from_branch(answers, branch.targets)
             with self._lock:
                 self._came[branch.neighbour].append((start, start + answers.count, whole))
@@ -306,11 +310,14 @@ class _Hand:
 
     def _send(self, branch: Branch, at: int, segment: Segment, tried: tuple[str, ...]) -> None:
         tried = (*tried, branch.neighbour)
+        began, clock = self._relay._clock(), self._relay._clock
 
         def sink(start: int, answers: Answers) -> None:
+            if answers.trace:
+                answers = story.below(answers, clock() - began)
             if answers.refused is None and not answers.parts:
                 silent = Part(branch.neighbour, Code.INTERNAL, "answered without parts")
-                answers = Answers(answers.count, (), answers.hops, silent)
+                answers = Answers(answers.count, (), answers.hops, silent, answers.trace)
             if branch.neighbour in branch.targets and assembly.was_lost(answers.at(0)):
                 # Said as the worker's own, so that those above know on which one it may have run.
                 answers = assembly.from_branch(answers, branch.targets)
@@ -388,7 +395,7 @@ class _Hand:
         hops = (self._relay._me.id, *answers.hops)
         for begin, count in runs:
             rows = answers.slice(begin - start, count)
-            self._sink(begin, Answers(rows.count, rows.parts, hops, rows.refused))
+            self._sink(begin, Answers(rows.count, rows.parts, hops, rows.refused, rows.trace))
 
 
 _HERE = Plan(local=True)

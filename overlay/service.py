@@ -36,7 +36,8 @@ from overlay.executor import Executor
 from overlay.intake import Intake, Ticket
 from overlay.keys import Keys
 from overlay.links import Links
-from overlay.meter import Meter
+from overlay.recent import Recent
+from overlay.record import Ended, Record
 from overlay.relay import Relay
 from overlay.streams import Desk as StreamDesk
 from overlay.streams import serve as streams_serve
@@ -65,14 +66,23 @@ class Service:
     """The process `me` of the topology: made, then `start`, at the end `drain` and `close`."""
 
     def __init__(
-        self, topology: Topology, me: str, log_lines_dropped: Callable[[], int] = lambda: 0
+        self,
+        topology: Topology,
+        me: str,
+        recent: Recent | None = None,
+        log_lines_dropped: Callable[[], int] = lambda: 0,
     ) -> None:
-        """Imports the handlers and makes the links. Raises ConfigError."""
+        """Imports the handlers and makes the links. Raises ConfigError.
+
+        recent: what this process logged of late; its events are told to those who ask.
+        """
+        self._recent = recent or Recent()
         self._log_lines_dropped = log_lines_dropped
         self.topology = topology
         self.me = topology.process(me)
         self.limits = topology.limits
-        self.meter = Meter()
+        self._record = Record(me, self.me.works)
+        self.meter = self._record.meter
         handlers.add_folder(topology.folder)
         # Process pools start before any channel is there.
         self.executor = Executor(topology, self.me) if self.me.works else None
@@ -101,7 +111,8 @@ class Service:
             deadlines=self._deadlines,
             combine=self._combine_slice,
             received=self.meter.received,
-            answered=self._count_slice,
+            ended=self._record.counted,
+            wants_trace=self._record.wants_trace,
         )
         self.links.on_change = self.intake.kick
         if self.executor:
@@ -123,7 +134,7 @@ class Service:
         self.meter.received(1)
         self._last_single = time.monotonic()
         try:
-            segment = wire.read_request(request, self._deadline(context), self.limits)
+            segment = self._read(request, context)
             answer = self._answer_of_key if segment.keyed else self._answer
             response, coverage = answer(request, segment, context)
         except OverlayError as e:
@@ -136,7 +147,7 @@ class Service:
             self.meter.completed(1)
             context.set_trailing_metadata(((wire.COVERAGE_KEY, coverage),))
             return response
-        self._count(failed)
+        self._record.count(failed)
         return self._abort(context, failed)
 
     def forward_stream(
@@ -181,9 +192,10 @@ class Service:
         self.links.close()
         if self.executor:
             self.executor.close()
+        self._record.close()
 
-    def metrics(self) -> pb2.MetricsResponse:
-        """The truth about this process now; never waits for anything."""
+    def metrics(self, events: int = 0, requests: int = 0) -> pb2.MetricsResponse:
+        """The truth about this process now, with its last events and requests; never waits."""
         counts = self.meter.counts()
         service, waiting = self.meter.service.spread, self.meter.waiting.spread
         slots = self._known_slots()
@@ -220,6 +232,11 @@ class Service:
             streams=streams,
             streamed_waiting=streamed_waiting,
             streamed_active=streamed_active,
+            events=map(wire.write_event, self._recent.events(events)),
+            requests=map(wire.write_story, self._record.stories.last(requests)),
+            service=wire.write_histogram(self.meter.all_service.histogram),
+            waiting=wire.write_histogram(self.meter.all_waiting.histogram),
+            wall_time_s=time.time(),
         )
 
     @property
@@ -236,16 +253,25 @@ class Service:
         self, request: pb2.Request, segment: Segment, context: grpc.ServicerContext
     ) -> tuple[pb2.Response, str]:
         """The answer and its coverage. Raises OverlayError."""
-        routing.check(self.topology, self.me.id, segment.route)
-        answers = self._wait(segment, context, request.priority)
-        results, failures = self._combine(segment.route, answers)
-        if failures:
-            raise failures[0][1]
-        answer = answers.at(0)
-        response = wire.write_response(
-            answer, segment.first_id, results[0], with_results=request.want_parts
-        )
-        self._check_size(response.ByteSize())
+        ended = Ended(segment, _caller(context))
+        try:
+            routing.check(self.topology, self.me.id, segment.route)
+            answers = self._wait(ended, context, request.priority)
+            results, failures = self._combine(segment.route, answers)
+            if failures:
+                raise failures[0][1]
+            answer = answers.at(0)
+            response = wire.write_response(
+                answer, segment.first_id, results[0], with_results=request.want_parts
+            )
+            self._check_size(response.ByteSize())
+        except OverlayError as e:
+            ended.failures = ((0, e),)
+            self._record.notice(ended)
+            raise
+        self._record.notice(ended)
+        if request.want_trace:
+            wire.write_trace(response, ended.trace)
         return response, assembly.coverage(answer)
 
     def _answer_of_key(
@@ -264,16 +290,25 @@ class Service:
         )
         return found
 
-    def _wait(self, segment: Segment, context: grpc.ServicerContext, priority: int) -> Answers:
-        waiter = _Waiter()
-        ticket = self.intake.admit(segment, waiter.sink, _caller(context), priority)
+    def _read(self, request: pb2.Request, context: grpc.ServicerContext) -> Segment:
+        traced = self._record.wants_trace()
+        try:
+            return wire.read_request(request, self._deadline(context), self.limits, traced)
+        except OverlayError as e:
+            self._record.turned_away(e)
+            raise
+
+    def _wait(self, ended: Ended, context: grpc.ServicerContext, priority: int) -> Answers:
+        segment, waiter = ended.segment, _Waiter()
+        ticket = self.intake.admit(segment, waiter.sink, ended.caller, priority)
+        ended.ticket = ticket
         # With a key the work goes on when its caller has left, who may come again for the answer.
         if not segment.keyed and not context.add_callback(lambda: ticket.end(Code.CANCELLED)):
             ticket.end(Code.CANCELLED)  # the call was over before it began
         if not waiter.wait(_until(segment.deadline)):
             ticket.end(Code.DEADLINE_EXCEEDED)
             waiter.wait(1)  # it is made on this thread, or just now by another
-        self._note_times(ticket)
+        ended.answers = waiter.answers
         return waiter.answers
 
     def _combine(
@@ -307,21 +342,6 @@ class Service:
             return [], []
         failures = ((i, assembly.failure(answers.at(i), 0.0)) for i in range(answers.count))
         return [], [(i, failed) for i, failed in failures if failed is not None]
-
-    def _count_slice(
-        self, rows: int, failures: list[tuple[int, OverlayError]], ticket: Ticket | None
-    ) -> None:
-        self.meter.completed(rows - len(failures))
-        for _, failed in failures:
-            self._count(failed)
-        if ticket is not None:
-            self._note_times(ticket)
-
-    def _note_times(self, ticket: Ticket) -> None:
-        now = time.monotonic()
-        self.meter.waiting.add(ticket.waited_s(now))
-        if ticket.started is not None:
-            self.meter.service.add(now - ticket.started)
 
     def _check_size(self, size: int) -> None:
         most = self.limits.max_message_bytes
@@ -359,14 +379,6 @@ class Service:
         context.set_trailing_metadata(wire.trailers(error))
         context.abort(wire.grpc_code(error.code), str(error)[: wire.LONGEST_REASON])
         raise AssertionError("context.abort always raises")
-
-    def _count(self, error: OverlayError) -> None:
-        if error.code is Code.CANCELLED:
-            self.meter.cancelled()
-        elif error.executed is Executed.NO:
-            self.meter.refused(error.cause)
-        else:
-            self.meter.failed()
 
     def _known_slots(self) -> dict[str, dict[str, int]]:
         if self.executor:
@@ -444,8 +456,7 @@ def _caller(context: grpc.ServicerContext) -> str:
     for key, value in context.invocation_metadata():
         if key == wire.CALLER_KEY and value:
             return str(value)[:64]
-    peer, _, _port = context.peer().rpartition(":")
-    return str(peer)
+    return wire.address_in(context.peer())
 
 
 class _Waiter:

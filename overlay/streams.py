@@ -28,8 +28,9 @@ from overlay.deadlines import Deadlines
 from overlay.errors import BadRequest, Cancelled, Draining, OverlayError
 from overlay.intake import Intake, Ticket, refusal
 from overlay.limits import Limits
+from overlay.record import Ended
 from overlay.topology import Topology
-from overlay.values import Answers, Code, Executed, Part, Route, Segment
+from overlay.values import Answers, Code, Executed, Hop, Part, Route, Segment
 from overlay.wire import pb2
 
 log = logging.getLogger("overlay.streams")
@@ -48,7 +49,8 @@ class Desk:
     deadlines: Deadlines
     combine: Combine
     received: Callable[[int], None]
-    answered: Callable[[int, list[tuple[int, OverlayError]], Ticket | None], None]
+    ended: Callable[[Ended], None]  # counts them, and sets their trace where it is wanted
+    wants_trace: Callable[[], bool]  # of the next segment that a client sends
     streams: set[_Stream] = field(default_factory=set)  # open now
 
     @property
@@ -106,12 +108,14 @@ class _Accepted:
         "size",
         "ticket",
         "want_parts",
+        "want_trace",
     )
 
-    def __init__(self, number: int, segment: Segment, want_parts: bool) -> None:
-        self.number = number
+    def __init__(self, made: pb2.Segment, segment: Segment) -> None:
+        self.number = made.number
         self.segment = segment
-        self.want_parts = want_parts
+        self.want_parts = made.want_parts
+        self.want_trace = made.want_trace
         self.from_process = segment.route.targets is not None
         self.left = segment.count
         self.counted = 0  # rows told to the desk as answered
@@ -126,6 +130,7 @@ _Out = tuple[_Accepted, int, Answers, int]
 class _Stream:
     def __init__(self, desk: Desk, caller: str) -> None:
         self._desk = desk
+        self._caller = caller
         self._limits = desk.limits
         self._lane = desk.intake.open_lane(caller)
         self._changed = threading.Condition()
@@ -214,7 +219,10 @@ class _Stream:
         for accepted in rest:
             rows = accepted.segment.count - accepted.counted
             gone: OverlayError = Cancelled("the caller left")
-            self._desk.answered(rows, [(row, gone) for row in range(rows)], None)
+            left = Part(self._desk.me, gone.code, str(gone))
+            failures = [(row, gone) for row in range(rows)]
+            answers = Answers(rows, (), refused=left)
+            self._answered(accepted, accepted.counted, answers, failures, None)
 
     def _is_over_locked(self) -> bool:
         if self._abandoned or self.broken is not None:
@@ -237,7 +245,8 @@ class _Stream:
         desk = self._desk
         wrong: OverlayError | None = None
         try:
-            segment = wire.read_segment(made, now, self._limits, self._route(made))
+            traced = not made.hops and desk.wants_trace()
+            segment = wire.read_segment(made, now, self._limits, self._route(made), traced)
         except OverlayError as e:
             unread = wire.unread_segment(made, now, self._limits)
             if unread is None:
@@ -245,7 +254,7 @@ class _Stream:
             segment, wrong = unread, e
         if made.number in self._accepted:
             raise BadRequest(f"number: {made.number} is taken by a segment not answered yet")
-        accepted = _Accepted(made.number, segment, made.want_parts)
+        accepted = _Accepted(made, segment)
         with self._changed:
             if self._abandoned or self.parting is not None:
                 return
@@ -309,13 +318,33 @@ class _Stream:
             answers = self._too_large(answers, size)
         results, failures = self._desk.combine(accepted.segment, answers)
         accepted.counted += answers.count
-        self._desk.answered(answers.count, failures, accepted.ticket)
+        trace = self._answered(accepted, start, answers, failures, accepted.ticket)
         if accepted.from_process:
-            wire.write_slice(frame, accepted.number, start, answers)
+            wire.write_slice(frame, accepted.number, start, answers, trace)
         else:
+            to_tell = trace if accepted.want_trace else ()
             wire.write_client_slice(
-                frame, accepted.number, start, answers, results, failures, accepted.want_parts
+                frame,
+                accepted.number,
+                start,
+                answers,
+                results,
+                failures,
+                accepted.want_parts,
+                to_tell,
             )
+
+    def _answered(
+        self,
+        accepted: _Accepted,
+        start: int,
+        answers: Answers,
+        failures: list[tuple[int, OverlayError]],
+        ticket: Ticket | None,
+    ) -> tuple[Hop, ...]:
+        ended = Ended(accepted.segment, self._caller, start, answers, failures, ticket)
+        self._desk.ended(ended)
+        return ended.trace
 
     def _too_large(self, answers: Answers, size: int) -> Answers:
         # More than the other side receives would end its stream, with all that is in it.

@@ -193,4 +193,4 @@ def _called(
         sys.setrecursionlimit(RECURSION)  # a low one would end what tells of the failure
         outcome = outcome_of_error(e)
     sys.setrecursionlimit(RECURSION)  # it is every thread's
-    return read_outcome(name, *outcome)
+    return read_outcome(name, *outcome, context.request_id)

@@ -131,7 +131,8 @@ class Segment:
 
     The request in row i has the id first_id + i, or ids[i] when they do not follow each other. A
     unary Forward is a segment of one. keyed: it has an idempotency key, so that what was lost on
-    its way may run once more elsewhere.
+    its way may run once more elsewhere. traced: each process tells what its way took there. told:
+    and writes what became of it to its log.
     """
 
     route: Route
@@ -141,6 +142,8 @@ class Segment:
     attempt: int = 0
     ids: tuple[int, ...] | None = None
     keyed: bool = False
+    traced: bool = False
+    told: bool = False
 
     def __len__(self) -> int:
         return self.payloads.count
@@ -159,7 +162,8 @@ class Segment:
         rows = self.payloads.slice(start, count)
         ids = self.ids[start : start + count] if self.ids else None
         first_id = ids[0] if ids else self.first_id + start
-        return Segment(self.route, rows, self.deadline, first_id, self.attempt, ids, self.keyed)
+        rest = self.attempt, ids, self.keyed, self.traced, self.told
+        return Segment(self.route, rows, self.deadline, first_id, *rest)
 
     def again(self) -> Segment:
         """The same requests, to be tried once more."""
@@ -169,7 +173,8 @@ class Segment:
         """The same requests as `me` hands them down, to cover `targets`."""
         route = self.route
         down = Route(route.mode, route.team, route.handler, (*route.hops, me), targets)
-        return Segment(down, self.payloads, self.deadline, self.first_id, self.attempt, self.ids)
+        rest = self.attempt, self.ids, False, self.traced, self.told
+        return Segment(down, self.payloads, self.deadline, self.first_id, *rest)
 
     @staticmethod
     def joined(segments: Sequence[Segment]) -> Segment:
@@ -180,7 +185,25 @@ class Segment:
         payloads = [payload for segment in segments for payload in segment.payloads.items]
         ids = tuple(id_ for segment in segments for id_ in segment.all_ids)
         deadline = min(segment.deadline for segment in segments)
-        return Segment(first.route, Column(payloads), deadline, ids[0], first.attempt, ids)
+        traced = any(segment.traced for segment in segments)
+        told = any(segment.told for segment in segments)
+        rest = first.attempt, ids, False, traced, told
+        return Segment(first.route, Column(payloads), deadline, ids[0], *rest)
+
+
+class Hop(NamedTuple):
+    """What the way of requests took at one process, in microseconds.
+
+    waited: in its queue. worked: in service there. depth: 0 at the process that tells. away: from
+    being asked to its answer, by the clock of the process above it; 0 when not known.
+    """
+
+    process_id: str
+    waited_us: int = 0
+    worked_us: int = 0
+    depth: int = 0
+    code: Code = Code.OK
+    away_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,13 +294,15 @@ class PartColumn:
 class Answers:
     """The answers of consecutive requests: a column of parts per worker asked.
 
-    hops: as in Answer, the same for all rows. refused: as in Answer, for all rows.
+    hops: as in Answer, the same for all rows. refused: as in Answer, for all rows. trace: what the
+    way took below this process, where that was told.
     """
 
     count: int
     parts: tuple[PartColumn, ...]
     hops: tuple[str, ...] = ()
     refused: Part | None = None
+    trace: tuple[Hop, ...] = ()
 
     def __len__(self) -> int:
         return self.count
@@ -298,7 +323,7 @@ class Answers:
         if start == 0 and count == self.count:
             return self
         parts = tuple(column.slice(start, count) for column in self.parts)
-        return Answers(count, parts, self.hops, self.refused)
+        return Answers(count, parts, self.hops, self.refused, self.trace)
 
 
 Sink = Callable[[int, Answers], None]

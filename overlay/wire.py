@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -15,7 +16,9 @@ from google.rpc import error_details_pb2, status_pb2
 
 from overlay.errors import BadRequest, ConfigError, OverlayError
 from overlay.limits import MIB, Limits
-from overlay.meter import Spread
+from overlay.meter import BOUNDS_S, Histogram, Spread
+from overlay.recent import Line
+from overlay.story import Story
 from overlay.values import (
     Answer,
     Answers,
@@ -23,6 +26,7 @@ from overlay.values import (
     Column,
     Executed,
     Failure,
+    Hop,
     Mode,
     Part,
     PartColumn,
@@ -106,10 +110,13 @@ def _size_options(limits: Limits) -> list[tuple[str, Any]]:
 CHANNEL_OPTIONS = channel_options()
 
 
-def read_request(request: pb2.Request, deadline: float, limits: Limits) -> Segment:
+def read_request(
+    request: pb2.Request, deadline: float, limits: Limits, traced: bool = False
+) -> Segment:
     """A segment of one. Raises BadRequest naming the field that is not usable.
 
-    deadline: monotonic seconds. A request without an id gets one here.
+    deadline: monotonic seconds. traced: also without the client's wish. A request without an id
+    gets one here.
     """
     size = len(request.payload)
     if size > limits.max_message_bytes:
@@ -120,7 +127,9 @@ def read_request(request: pb2.Request, deadline: float, limits: Limits) -> Segme
     if len(key) > limits.max_key or not key.isprintable():
         raise BadRequest(f"idempotency_key: not a text of at most {limits.max_key} letters")
     route, attempt = read_route(request, limits), request.attempt
-    return Segment(route, payloads, deadline, first_id, attempt, None, bool(key))
+    told = request.want_trace
+    traced = traced or told
+    return Segment(route, payloads, deadline, first_id, attempt, None, bool(key), traced, told)
 
 
 def write_response(
@@ -147,11 +156,15 @@ def route_key(segment: pb2.Segment) -> object:
 
 
 def read_segment(
-    segment: pb2.Segment, now: float, limits: Limits, route: Route | None = None
+    segment: pb2.Segment,
+    now: float,
+    limits: Limits,
+    route: Route | None = None,
+    traced: bool = False,
 ) -> Segment:
     """Raises BadRequest naming the field that is not usable.
 
-    now: monotonic seconds. route: its route, if it was read before.
+    now: monotonic seconds. route: its route, if it was read before. traced: as in `read_request`.
     """
     count, found = segment.count, len(segment.payloads.items)
     if count != found or not 0 < count <= limits.segment_rows:
@@ -177,6 +190,8 @@ def read_segment(
         segment.first_id or new_ids(),
         segment.attempt,
         ids,
+        traced=traced or segment.want_trace,
+        told=segment.want_line or (segment.want_trace and not segment.hops),
     )
 
 
@@ -216,6 +231,9 @@ def write_segment(
         made.attempt = min(segment.attempt, 0xFFFFFFFF)
     if segment.ids:
         made.ids.extend(segment.ids)
+    if segment.traced:
+        made.want_trace = True
+        made.want_line = segment.told
     _write_column(made.payloads, segment.payloads)
 
 
@@ -225,8 +243,9 @@ def read_slice(made: pb2.Slice) -> Answers:
     if made.failures:
         first = made.failures[0]
         part = Part("", read_code(first.code), first.reason, executed=read_executed(first))
-        return Answers(count, (), tuple(made.hops), part)
-    return Answers(count, tuple([_read_part(p, count) for p in made.parts]), tuple(made.hops))
+        return Answers(count, (), tuple(made.hops), part, read_trace(made.trace))
+    parts = tuple([_read_part(p, count) for p in made.parts])
+    return Answers(count, parts, tuple(made.hops), None, read_trace(made.trace))
 
 
 def read_client_slice(made: pb2.Slice) -> Answers:
@@ -236,9 +255,13 @@ def read_client_slice(made: pb2.Slice) -> Answers:
     return Answers(count, parts, tuple(made.hops))
 
 
-def write_slice(frame: pb2.Frame, number: int, start: int, answers: Answers) -> None:
+def write_slice(
+    frame: pb2.Frame, number: int, start: int, answers: Answers, trace: Sequence[Hop] = ()
+) -> None:
     """Adds a slice as processes tell each other: all is in the parts, or in one refusal."""
     made = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
+    if trace:
+        write_trace(made, trace)
     if answers.refused is not None:
         refused = answers.refused
         _write_detail(made.failures, 0, 0, Failure(refused.code, refused.reason, refused.executed))
@@ -254,9 +277,12 @@ def write_client_slice(
     results: Sequence[bytes],
     failures: Iterable[tuple[int, OverlayError]],
     want_parts: bool,
+    trace: Sequence[Hop] = (),
 ) -> None:
     """Adds a slice as a client gets it: a result per row, and why a row has none."""
     made = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
+    if trace:
+        write_trace(made, trace)
     made.results.items.extend(results)
     for row, error in failures:
         detail = _write_detail(
@@ -265,6 +291,52 @@ def write_client_slice(
         detail.retry_after_ms = int((error.retry_after_s or 0) * 1000)
     for column in answers.parts:
         _write_part_slice(made, column, with_results=want_parts)
+
+
+def read_trace(hops: Sequence[pb2.Hop]) -> tuple[Hop, ...]:
+    if not hops:
+        return ()
+    return tuple([_read_hop(hop) for hop in hops])
+
+
+def write_trace(into: pb2.Slice | pb2.Response, trace: Iterable[Hop]) -> None:
+    into.trace.extend(map(_write_hop, trace))
+
+
+def write_event(line: Line) -> pb2.Event:
+    return pb2.Event(
+        at_s=line.at_s,
+        kind=line.kind,
+        text=line.text,
+        level=line.level,
+        number=line.number,
+        count=line.count,
+    )
+
+
+def write_story(story: Story) -> pb2.Story:
+    return pb2.Story(
+        request_id=story.request_id,
+        mode=_MODES[story.mode],
+        team=story.team,
+        handler=story.handler,
+        ended_s=story.ended_s,
+        code=story.code,
+        reason=story.reason[:LONGEST_REASON],
+        count=story.count,
+        hops=map(_write_hop, story.hops),
+        total_us=_as_uint32(story.total_us),
+        caller=story.caller,
+    )
+
+
+def address_in(peer: str) -> str:
+    """The address in gRPC's name for a caller, "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711".
+
+    Of a caller without one, as over a Unix socket, that name.
+    """
+    kind, _, rest = unquote(peer).partition(":")
+    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else peer
 
 
 def new_ids() -> int:
@@ -394,8 +466,30 @@ def _write_part(part: Part, with_result: bool) -> pb2.Part:
     )
 
 
+def _read_hop(hop: pb2.Hop) -> Hop:
+    times = hop.waited_us, hop.worked_us
+    return Hop(hop.process_id, *times, min(hop.depth, 64), read_code(hop.code), hop.away_us)
+
+
+def _write_hop(hop: Hop) -> pb2.Hop:
+    return pb2.Hop(
+        process_id=hop.process_id,
+        waited_us=_as_uint32(hop.waited_us),
+        worked_us=_as_uint32(hop.worked_us),
+        depth=hop.depth,
+        code=hop.code,
+        away_us=_as_uint32(hop.away_us),
+    )
+
+
 def read_code(number: int) -> Code:
     return Code(number) if 0 <= number <= 16 else Code.UNKNOWN
+
+
+def write_histogram(histogram: Histogram) -> pb2.Histogram:
+    return pb2.Histogram(
+        bounds_s=BOUNDS_S, counts=histogram.counts, sum_s=histogram.sum_s, count=histogram.count
+    )
 
 
 def write_spread(spread: Spread) -> pb2.Spread:

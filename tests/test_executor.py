@@ -212,8 +212,9 @@ def test_whatever_a_handler_raises_is_one_answer_and_its_text_stays_in_the_log(b
     assert "secret" not in part.reason
     assert part.reason.startswith("handler 'h' failed; error id ")
     error_id = part.reason.split("error id ")[1].split()[0]
-    (line,) = [record.getMessage() for record in caplog.records if error_id in record.getMessage()]
-    assert "act" in line
+    (line,) = [record for record in caplog.records if error_id in record.getMessage()]
+    assert "act" in line.private
+    assert line.request_id == max(bench.parts)
     assert len(bench.parts[max(bench.parts)]) == 1
 
 

@@ -23,6 +23,7 @@ from overlay.errors import NoTimeLeft, OverlayError
 from overlay.guard import Guarded
 from overlay.intake import Intake
 from overlay.limits import Limits
+from overlay.record import Ended
 from overlay.topology import HandlerSpec, Process, Topology
 from overlay.values import (
     Answers,
@@ -31,6 +32,7 @@ from overlay.values import (
     End,
     Executed,
     Failure,
+    Hop,
     PartColumn,
     Segment,
     Sink,
@@ -61,6 +63,7 @@ class Desk:
     answered: int = 0
     failures: list[OverlayError] = field(default_factory=list)
     wired: bool = False
+    follows: bool = False
 
     def claim(self, route, count, patient_until, streamed) -> Place | None:
         count = min(count, self.places - self.running)
@@ -100,9 +103,11 @@ class Desk:
     def count_received(self, rows: int) -> None:
         self.received += rows
 
-    def count_answered(self, rows: int, failures: list, ticket: object) -> None:
-        self.answered += rows
-        self.failures += [error for _, error in failures]
+    def count_ended(self, ended: Ended) -> None:
+        self.answered += ended.count
+        self.failures += [error for _, error in ended.failures]
+        if ended.segment.traced:
+            ended.trace = (Hop("W", worked_us=ended.count),)
 
     def _column(self, rows: list[bytes]) -> Column:
         if not self.wired:
@@ -135,7 +140,8 @@ class Served:
             deadlines=self.deadlines,
             combine=desk.combine,
             received=desk.count_received,
-            answered=desk.count_answered,
+            ended=desk.count_ended,
+            wants_trace=lambda: desk.follows,
         )
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(self._pool, options=wire.server_options(limits))
@@ -669,6 +675,28 @@ def test_a_process_gets_the_parts_alone():
     (made,) = answer.slices
     assert list(made.results.items) == []
     assert wire.read_slice(made).at(1).parts[0].result == b"W: b"
+
+
+def traces(desk: Desk, asked: pb2.Segment) -> list[str]:
+    with serving(desk) as served:
+        (answer,) = served.call([frame(asked)])
+    return [hop.process_id for hop in answer.slices[0].trace]
+
+
+def test_a_slice_tells_its_trace_to_those_who_want_it():
+    assert traces(Desk(), segment(1, b"a", want_trace=True)) == ["W"]
+    assert traces(Desk(), segment(1, b"a")) == []
+
+
+def test_what_the_process_itself_follows_is_traced_below_and_not_told_to_the_client():
+    assert traces(Desk(follows=True), segment(1, b"a")) == []
+    of_a_process = segment(1, b"a", want_trace=True, hops=["A"], targets=["W"])
+    assert traces(Desk(), of_a_process) == ["W"]
+
+
+def test_a_process_follows_only_what_clients_ask_it():
+    of_a_process = segment(1, b"a", hops=["A"], targets=["W"])
+    assert traces(Desk(follows=True), of_a_process) == []
 
 
 def test_many_streams_at_once_each_get_their_own():

@@ -1,0 +1,130 @@
+"""The last lines of this process's log, kept in memory for those who ask from elsewhere.
+
+    log.warning("link to B is down", extra={"kind": "link"})            an event too
+    log.error("handler %s failed", name, extra={"private": traceback})  stays on this machine
+
+What a record may say of itself: `kind` makes it an event, `count` says of how many; `request_id` is
+the request that it is about, told in the one form in which clients print it; `private` is the rest
+of the line, which may hold what was in a payload. What handlers print or log is private as a whole.
+A warning that names no kind is an event of kind "log", unless its kind is "".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+LINES = 1000
+EVENTS = 256
+LONGEST = 4096  # characters of a line; 1,000 such lines are 4 MiB
+WITHHELD = "(a handler's own text; it is in this process's log)"
+OF_HANDLERS = "overlay.handler"
+
+
+@dataclass(frozen=True)
+class Line:
+    """number: rises by one. public: the text for those who cannot read the file, when it differs.
+
+    kind: of an event, else empty. count: how many the same it tells of.
+    """
+
+    number: int
+    at_s: float
+    level: str
+    logger: str
+    text: str
+    public: str | None = None
+    request_id: int = 0
+    kind: str = ""
+    count: int = 1
+
+
+class Recent(logging.Handler):
+    """Keeps the last lines and, apart from them, the last events. Safe from any thread.
+
+    Apart, so that what handlers print pushes out no event.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: deque[Line] = deque(maxlen=LINES)
+        self._events: deque[Line] = deque(maxlen=EVENTS)
+        self._line_number = self._event_number = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Under the handler's lock, as logging calls it."""
+        try:
+            line = _line(self._line_number + 1, record)
+        except Exception:  # noqa: BLE001 - what is logged may fail in any way when it is written
+            return
+        self._line_number += 1
+        self._lines.append(line)
+        if line.kind:
+            self._event_number += 1
+            text = line.text if line.public is None else line.public
+            self._events.append(replace(line, number=self._event_number, text=text, public=None))
+
+    def lines(self, most: int = LINES, request_id: int = 0) -> list[Line]:
+        """The last ones, the oldest first; of one request only, if an id is given."""
+        found: Iterable[Line] = self._lines.copy()
+        if request_id:
+            found = [line for line in found if line.request_id == request_id]
+        return list(found)[-most:] if most else []
+
+    def events(self, most: int = EVENTS) -> list[Line]:
+        """The last ones, the oldest first; their text is public."""
+        return list(self._events.copy())[-most:] if most else []
+
+
+def texts_of(record: logging.LogRecord) -> tuple[str, str, str]:
+    """A line: which request it is about, what everybody may read of it, and the rest of it.
+
+    Raises what formatting raises.
+    """
+    request_id = getattr(record, "request_id", 0)
+    about = f"request {request_id:016x}: " if request_id else ""
+    if record.name.startswith(OF_HANDLERS):
+        return about, "", record.getMessage()
+    rest = getattr(record, "private", "")
+    private = f": {rest}" if rest else ""
+    if record.exc_info:
+        private += "\n" + _formatter.formatException(record.exc_info)
+    return about, record.getMessage(), private
+
+
+def _kind_of(record: logging.LogRecord) -> str:
+    """The event's kind; empty for a line that is none."""
+    kind: str | None = getattr(record, "kind", None)
+    if kind is not None or record.levelno < logging.WARNING or record.name.startswith(OF_HANDLERS):
+        return kind or ""
+    return "log"
+
+
+def escaped(text: str, most: int = LONGEST) -> str:
+    """The text on one line and without control characters, cut at 4,096 characters."""
+    if len(text) > most:
+        text = f"{text[:most]}... ({len(text):,} characters)"
+    text = text.replace("\n", " | ")
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _line(number: int, record: logging.LogRecord) -> Line:
+    about, public, private = texts_of(record)
+    return Line(
+        number,
+        record.created,
+        record.levelname,
+        record.name,
+        escaped(about + public + private),
+        escaped(about + (public or WITHHELD)) if private else None,
+        getattr(record, "request_id", 0),
+        _kind_of(record),
+        getattr(record, "count", 1),
+    )
+
+
+_formatter = logging.Formatter()

@@ -1,0 +1,219 @@
+"""What becomes of this process's requests: counted, told as stories, in the log where they fail.
+
+    ended -> counts and times       of every row, at the price of one
+          -> its trace and a story  of some a second, and of failures
+          -> lines in the log       of failures: some, then how many more; of those told: each
+
+Safe from any thread; owns none but the one of its repeats.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from overlay import story
+from overlay.errors import OverlayError
+from overlay.intake import Ticket
+from overlay.meter import Meter
+from overlay.repeats import Repeats
+from overlay.stories import Stories
+from overlay.story import Story
+from overlay.values import Answers, Code, Executed, Hop, Mode, Segment
+
+log = logging.getLogger("overlay.requests")
+
+TOLD_AT_ONCE, TOLD_PER_S = 200, 20  # lines of requests that want to be told
+FEW_REASONS = 3  # of rows that failed together, each with a story; what is left joins the last
+
+
+@dataclass(slots=True)
+class Ended:
+    """Rows of a segment that have come to their end together.
+
+    answers: None when it never came to any. start: the first of the rows. ticket: None for what
+    was not admitted. failures: by row, counted from the first.
+    """
+
+    segment: Segment
+    caller: str
+    start: int = 0
+    answers: Answers | None = None
+    failures: Sequence[tuple[int, OverlayError]] = ()
+    ticket: Ticket | None = None
+    trace: tuple[Hop, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return self.answers.count if self.answers else self.segment.count
+
+
+class Record:
+    """The process `me`. works: it runs handlers itself."""
+
+    def __init__(self, me: str, works: bool) -> None:
+        self.meter = Meter()
+        self.stories = Stories()
+        self.wants_trace = self.stories.wants_trace
+        self._me = me
+        self._works = works
+        self._failures = Repeats(_tell_more_failures)
+        self._told = Repeats(_tell_more, TOLD_AT_ONCE, TOLD_PER_S)
+
+    def close(self) -> None:
+        self._failures.flush()
+        self._told.flush()
+
+    def count(self, error: OverlayError) -> None:
+        if error.code is Code.CANCELLED:
+            self.meter.cancelled()
+        elif error.executed is Executed.NO:
+            self.meter.refused(error.cause)
+        else:
+            self.meter.failed()
+
+    def counted(self, ended: Ended) -> None:
+        """Counts its rows, and takes notice of them."""
+        self.meter.completed(ended.count - len(ended.failures))
+        for _, failed in ended.failures:
+            self.count(failed)
+        self.notice(ended)
+
+    def notice(self, ended: Ended) -> None:
+        """Notes its times; gives it a trace and tells of it, where that is wanted."""
+        segment, ticket, failures = ended.segment, ended.ticket, ended.failures
+        now, waited_s, served_s = time.monotonic(), 0.0, 0.0
+        if ticket is not None:
+            waited_s = ticket.waited_s(now)
+            self.meter.waited(waited_s, ended.count)
+            if ticket.started is not None:
+                served_s = now - ticket.started
+                self.meter.served(served_s, ended.count)
+        if not (segment.traced or failures):
+            return
+        if segment.traced or self.stories.wants_failure():
+            ended.trace = self._trace(ended, waited_s, served_s)
+            self._add_stories(ended, waited_s + served_s)
+        if segment.told:
+            self._tell_each(ended, waited_s, served_s)
+        else:
+            self._tell_failures(ended)
+
+    def turned_away(self, error: OverlayError) -> None:
+        """A request that could not even be read."""
+        if self._failures.may_tell(_kind(error)):
+            _tell_failure(error, 0, "")
+
+    def _trace(self, ended: Ended, waited_s: float, served_s: float) -> tuple[Hop, ...]:
+        if ended.answers is None:
+            code = ended.failures[0][1].code if ended.failures else Code.OK
+            return (Hop(self._me, int(waited_s * 1e6), int(served_s * 1e6), 0, code),)
+        if self._works and ended.answers.parts:
+            return story.trace_of_worker(self._me, ended.answers)
+        times = int(waited_s * 1e6), int(served_s * 1e6)
+        return story.trace_of(self._me, *times, ended.answers)
+
+    def _add_stories(self, ended: Ended, total_s: float) -> None:
+        ended_s, total_us = time.time(), int(total_s * 1e6)
+        ids, first = ended.segment.all_ids, ended.start
+        caller = _asked_by(ended)
+        route = ended.segment.route
+        asked = Mode(route.mode), route.team, route.handler
+
+        def add(row: int, code: Code, reason: str, count: int) -> None:
+            id_ = ids[first + row]
+            told = Story(id_, *asked, ended_s, code, reason, count, ended.trace, total_us, caller)
+            self.stories.add(told)
+
+        groups = _alike(ended.failures)
+        for row, error, count in groups:
+            add(row, error.code, str(error), count)
+        good = ended.count - len(ended.failures)
+        if good:
+            failed = {row for row, _ in ended.failures}
+            row = next(row for row in range(ended.count) if row not in failed)
+            reason = story.reason_of(ended.answers.at(row)) if ended.answers else ""
+            add(row, Code.OK, reason, good)
+
+    def _tell_each(self, ended: Ended, waited_s: float, served_s: float) -> None:
+        failed = dict(ended.failures)
+        ids = ended.segment.all_ids
+        for row in range(ended.count):
+            if not self._told.may_tell("told"):
+                self._told.add("told", ended.count - row - 1)
+                return
+            error = failed.get(row)
+            what = f"{_kind(error).word}, {_kind(error).cause}: {error}" if error else "answered"
+            log.info(
+                "%s; waited %.1f ms, in service %.1f ms, asked by %s",
+                what, waited_s * 1e3, served_s * 1e3, _asked_by(ended),
+                extra={"request_id": ids[ended.start + row]},
+            )  # fmt: skip
+
+    def _tell_failures(self, ended: Ended) -> None:
+        ids = ended.segment.all_ids
+        for row, error, count in _alike(ended.failures):
+            if error.code is Code.CANCELLED:  # its caller knows, and nobody else is concerned
+                continue
+            kind = _kind(error)
+            if self._failures.may_tell(kind):
+                _tell_failure(error, ids[ended.start + row], _asked_by(ended))
+            self._failures.add(kind, count - 1)
+
+
+def _alike(failures: Sequence[tuple[int, OverlayError]]) -> list[tuple[int, OverlayError, int]]:
+    """The failures by their reason: the first row that has it, its error, how many have it."""
+    groups: dict[str, tuple[int, OverlayError, int]] = {}
+    last = ""
+    for row, error in failures:
+        reason = str(error)
+        if reason not in groups and len(groups) == FEW_REASONS:
+            reason = last
+        first, kept, count = groups.get(reason, (row, error, 0))
+        groups[reason] = first, kept, count + 1
+        last = reason
+    return list(groups.values())
+
+
+def _asked_by(ended: Ended) -> str:
+    hops = ended.segment.route.hops
+    return hops[-1] if hops else ended.caller
+
+
+class _Kind(NamedTuple):
+    """Failures that are told together: of one word and one cause."""
+
+    word: str
+    cause: str
+    level: int
+
+
+def _kind(error: OverlayError) -> _Kind:
+    level = logging.INFO if error.code in _THE_CALLERS else logging.WARNING
+    if error.executed is Executed.NO:
+        return _Kind("refused", error.cause, level)
+    return _Kind("failed", error.code.name.lower().replace("_", " "), level)
+
+
+def _tell_failure(error: OverlayError, request_id: int, caller: str) -> None:
+    kind = _kind(error)
+    by = f"; asked by {caller}" if caller else ""
+    about = {"kind": _EVENTS[kind.word], "request_id": request_id}
+    log.log(kind.level, "%s, %s: %s%s", kind.word, kind.cause, error, by, extra=about)
+
+
+def _tell_more_failures(kind: Hashable, count: int) -> None:
+    assert isinstance(kind, _Kind)
+    about = {"kind": _EVENTS[kind.word], "count": count}
+    log.log(kind.level, "%s more %s, %s", f"{count:,}", kind.word, kind.cause, extra=about)
+
+
+def _tell_more(kind: Hashable, count: int) -> None:
+    log.info("%s more asked for a line and have none", f"{count:,}")
+
+
+_EVENTS = {"refused": "refusal", "failed": "failure"}
+_THE_CALLERS = (Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.FAILED_PRECONDITION)

@@ -1,0 +1,110 @@
+"""The last lines of a log in memory: bounded, numbered, and what leaves the machine is public."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from overlay.recent import EVENTS, LINES, WITHHELD, Recent
+
+
+@pytest.fixture
+def recent() -> Iterator[Recent]:
+    made, logger = Recent(), logging.getLogger("overlay")
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(made)
+    yield made
+    logger.removeHandler(made)
+    logger.level, logger.propagate = before
+
+
+def log(name: str = "overlay.links") -> logging.Logger:
+    return logging.getLogger(name)
+
+
+def test_a_line_with_a_kind_is_an_event_and_a_line_without_is_none(recent):
+    log().info("link to %s is up", "B", extra={"kind": "link"})
+    log().info("nothing much")
+
+    assert [(line.number, line.text) for line in recent.lines()] == [
+        (1, "link to B is up"),
+        (2, "nothing much"),
+    ]
+    assert [(e.number, e.kind, e.text) for e in recent.events()] == [(1, "link", "link to B is up")]
+
+
+def test_a_warning_is_an_event_unless_it_says_that_it_is_none(recent):
+    log().warning("odd")
+    log().error("one of many", extra={"kind": ""})
+
+    assert [(event.kind, event.text) for event in recent.events()] == [("log", "odd")]
+
+
+def test_what_may_have_been_in_a_payload_is_apart_from_what_others_may_read(recent):
+    log().error("handler h failed", extra={"private": "ValueError: secret", "kind": "failure"})
+    try:
+        raise ValueError("secret")
+    except ValueError:
+        log().exception("it broke")
+
+    first, second = recent.lines()
+    assert first.text == "handler h failed: ValueError: secret"
+    assert (first.public, second.public) == ("handler h failed", "it broke")
+    assert second.text.endswith("ValueError: secret")
+    assert not any("secret" in event.text for event in recent.events())
+
+
+def test_what_a_handler_says_is_private_as_a_whole_and_never_an_event(recent):
+    log("overlay.handler").warning("my password", extra={"request_id": 0xAB})
+
+    (line,) = recent.lines()
+    assert line.text == "request 00000000000000ab: my password"
+    assert line.public == f"request 00000000000000ab: {WITHHELD}"
+    assert recent.events() == []
+
+
+def test_a_request_finds_its_lines(recent):
+    log().info("its", extra={"request_id": 7})
+    log().info("another's", extra={"request_id": 8})
+    log().info("nobody's, with 0000000000000007 in it")
+
+    assert [line.text for line in recent.lines(request_id=7)] == ["request 0000000000000007: its"]
+
+
+def test_lines_push_out_lines_and_no_events(recent):
+    log().warning("kept")
+    for n in range(3 * LINES):
+        log("overlay.handler").info("line %d", n)
+
+    lines = recent.lines()
+    assert len(lines) == LINES
+    assert (lines[-1].number, lines[-1].text) == (3 * LINES + 1, f"line {3 * LINES - 1}")
+    assert [event.text for event in recent.events()] == ["kept"]
+
+
+def test_events_are_bounded_and_their_numbers_go_on(recent):
+    for _ in range(EVENTS + 10):
+        log().warning("again")
+
+    assert len(recent.events()) == EVENTS
+    assert recent.events(1)[0].number == EVENTS + 10
+
+
+def test_a_line_is_one_line_and_has_an_end(recent):
+    log().info("two\nlines\x1b[2J")
+    log().info("%s", "x" * 100_000)
+    recent.emit(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))  # cannot be written
+
+    two, long = recent.lines()
+    assert two.text == r"two | lines\x1b[2J"
+    assert len(long.text) < 4200
+
+
+def test_none_are_asked_for_and_none_are_given(recent):
+    log().warning("one")
+
+    assert (recent.lines(0), recent.events(0)) == ([], [])

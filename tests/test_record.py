@@ -1,0 +1,174 @@
+"""What a process notes of its requests: exact counts, some stories, few lines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from overlay.allowance import Allowance
+from overlay.errors import BadRequest, Cancelled, OverlayError, QueueFull
+from overlay.meter import BOUNDS_S, Tally
+from overlay.record import Ended, Record
+from overlay.repeats import Repeats
+from overlay.stories import KEPT, Stories
+from overlay.story import Story
+from overlay.values import Answers, Code, Column, Hop, Mode, PartColumn, Route, Segment
+from tests.cluster import until
+
+
+@pytest.fixture
+def record() -> Iterator[Record]:
+    made = Record("W", works=True)
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _lines_of_all_levels(caplog):
+    caplog.set_level(logging.INFO, "overlay.requests")
+
+
+def segment(rows: int = 1, *, traced: bool = False, told: bool = False, hops=()) -> Segment:
+    route = Route(Mode.ANY, "pink", "h", hops)
+    return Segment(route, Column([b"x"] * rows), 1e9, 0xAB, traced=traced, told=told)
+
+
+def ended(asked: Segment, *failures: tuple[int, OverlayError], start: int = 0) -> Ended:
+    rows = len(asked) - start
+    answers = Answers(rows, (PartColumn("W", Column([b""] * rows), worked_us=7),), ("W",))
+    return Ended(asked, "10.0.0.9", start, answers, failures)
+
+
+def lines(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_every_row_is_counted_and_only_some_are_told(record):
+    record.counted(ended(segment(1000)))
+    record.counted(ended(segment(10, traced=True), (3, QueueFull("full"))))
+
+    counts = record.meter.counts()
+    assert (counts.completed, counts.refused) == (1009, 1)
+    assert [(s.count, s.code) for s in record.stories.last(9)] == [
+        (9, Code.OK),
+        (1, Code.RESOURCE_EXHAUSTED),
+    ]
+
+
+def test_a_story_tells_who_asked_what_and_how_it_ended(record):
+    record.notice(ended(segment(5, traced=True), start=2))
+
+    (story,) = record.stories.last(9)
+    assert (story.request_id, story.count, story.caller) == (0xAD, 3, "10.0.0.9")
+    assert (story.mode, story.team, story.handler) == (Mode.ANY, "pink", "h")
+    assert story.hops == (Hop("W", 0, 7),)
+
+
+def test_of_another_process_the_story_names_the_last_hop_as_caller(record):
+    record.notice(ended(segment(traced=True, hops=("A", "B"))))
+
+    assert record.stories.last(1)[0].caller == "B"
+
+
+def test_rows_that_failed_for_one_reason_are_one_story(record):
+    full = [(row, QueueFull("full")) for row in range(4)]
+    record.notice(ended(segment(6), *full, (4, BadRequest("no picture"))))
+
+    told = [(s.count, s.reason) for s in record.stories.last(9)]
+    assert sorted(told) == [(1, ""), (1, "no picture"), (4, "full")]
+
+
+def test_a_thousand_different_reasons_are_few_stories(record):
+    record.notice(ended(segment(1000), *[(n, BadRequest(f"row {n}")) for n in range(1000)]))
+
+    told = record.stories.last(9)
+    assert len(told) == 3
+    assert sum(story.count for story in told) == 1000
+
+
+def test_the_first_failures_have_a_line_and_of_the_rest_one_says_how_many(record, caplog):
+    for _ in range(50):
+        record.notice(ended(segment(20), *[(n, QueueFull("full")) for n in range(20)]))
+    record.close()
+
+    *first, last = lines(caplog)
+    assert first == ["refused, queue full: full; asked by 10.0.0.9"] * 5
+    assert last == "995 more refused, queue full"
+    assert caplog.records[-1].count == 995
+
+
+def test_what_was_not_told_is_told_within_a_second_or_so(record, caplog):
+    for _ in range(7):
+        record.notice(ended(segment(), (0, QueueFull("full"))))
+
+    until(lambda: lines(caplog)[-1] == "2 more refused, queue full", 3)
+
+
+def test_a_line_names_its_request_and_its_kind(record, caplog):
+    record.notice(ended(segment(3), (1, QueueFull("full"))))
+
+    (line,) = caplog.records
+    assert (line.request_id, line.kind, line.levelname) == (0xAC, "refusal", "WARNING")
+
+
+def test_what_its_caller_did_wrong_or_gave_up_worries_nobody(record, caplog):
+    record.notice(ended(segment(), (0, BadRequest("no picture"))))
+    record.notice(ended(segment(), (0, Cancelled("the caller left"))))
+
+    (line,) = caplog.records
+    assert (line.levelname, line.kind) == ("INFO", "refusal")
+
+
+def test_a_request_that_wants_to_be_told_has_a_line_whatever_came_of_it(record, caplog):
+    record.notice(ended(segment(traced=True, told=True)))
+    record.notice(ended(segment(traced=True, told=True), (0, QueueFull("full"))))
+
+    good, bad = lines(caplog)
+    assert good.startswith("answered; waited 0.0 ms, in service 0.0 ms, asked by 10.0.0.9")
+    assert bad.startswith("refused, queue full: full; waited")
+
+
+def test_good_stories_never_push_out_failures():
+    stories = Stories()
+
+    def story(code: Code) -> Story:
+        return Story(1, Mode.ALL, "", "", 1.0, code, "", 1, (), 1, "")
+
+    stories.add(story(Code.INTERNAL))
+    for _ in range(3 * KEPT):
+        stories.add(story(Code.OK))
+
+    assert [s.code for s in stories.last(1000)].count(Code.INTERNAL) == 1
+    assert len(stories.last(1000)) == KEPT + 1
+    assert len(stories.last(7)) == 7
+    assert stories.last(0) == []
+
+
+def test_a_histogram_counts_each_time_below_its_bound():
+    tally = Tally()
+    for seconds, count in [(0.0, 1), (0.0001, 2), (0.0015, 3), (1e9, 4)]:
+        tally.add(seconds, count)
+
+    found = tally.histogram
+
+    assert len(found.counts) == len(BOUNDS_S) + 1
+    assert (found.counts[0], found.counts[BOUNDS_S.index(0.002)], found.counts[-1]) == (3, 3, 4)
+    assert found.count == 10
+    assert found.sum_s == pytest.approx(4e9, rel=1e-6)
+
+
+def test_an_allowance_is_so_many_at_once_and_so_many_a_second():
+    allowance = Allowance(2, 10, now=0.0)
+    assert [allowance.take(0.0) for _ in range(3)] == [True, True, False]
+    assert [allowance.take(0.1) for _ in range(2)] == [True, False]
+    assert [allowance.take(99.0) for _ in range(3)] == [True, True, False]
+
+
+def test_kinds_without_end_take_no_memory_without_end():
+    repeats = Repeats(lambda kind, count: None)
+    for n in range(1000):
+        repeats.may_tell(n)
+
+    assert len(repeats._kinds) <= 100
