@@ -25,7 +25,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours 
 try:
     import psutil
 
-    from overlay import bulk
+    from overlay import bulk, reading, story
     from overlay import client as library
     from overlay.configuration import load
     from overlay.console import (
@@ -49,7 +49,7 @@ try:
         sized,
     )
     from overlay.topology import ROLES, Process, Topology, join_address
-    from overlay.values import Part
+    from overlay.values import Hop, Part
 except ModuleNotFoundError as e:
     sys.stderr.write(
         f"{Path(sys.argv[0]).name}: the package '{e.name}' is not installed for this Python; "
@@ -79,6 +79,7 @@ The report is the same on a terminal and in a pipe. --out keeps the result's own
 everything. A character that the output's code page lacks is written as \\uXXXX."""
 
 CHECK_DEADLINE_S = 3.0
+STORIES = 1000  # more than a process keeps
 LONGEST_GRACE_S = 86_400.0
 GONE_S = 10.0  # a drained process has ended by then: its watchdog sees to it
 SAME_START_S = 2.0  # start times of one process differ by as much when the clock is corrected
@@ -200,6 +201,11 @@ def ask_arguments(parser: Parser) -> None:
     priority_argument(parser)
     add("--parts", action="store_true", help="show each worker's own result and times")
     add(
+        "--trace",
+        action="store_true",
+        help="show what the way took at each process, and leave a line in each one's log",
+    )
+    add(
         "--out",
         type=out_file,
         metavar="FILE",
@@ -211,8 +217,10 @@ def ask_arguments(parser: Parser) -> None:
 def ask(args: argparse.Namespace) -> int:
     started = time.monotonic()
     address = join_address(args.host, args.port)
+    request_id = library.new_request_id()
     try:
-        answer = connected(args).forward(
+        client = connected(args)
+        answer = client.forward(
             args.payload,
             mode=args.mode,
             team=args.team,
@@ -220,9 +228,14 @@ def ask(args: argparse.Namespace) -> int:
             timeout=args.deadline,
             want_parts=args.parts,
             priority=args.priority,
+            want_trace=args.trace,
+            request_id=request_id,
         )
     except library.CallFailed as e:
-        return failed(e, address, args.json)
+        code = failed(e, address, args.json)
+        if args.trace and not isinstance(e, library.NotReached):
+            show_failed(client, request_id, args.json)
+        return code
     took_ms = (time.monotonic() - started) * 1000
     code = Exit.INCOMPLETE if answer.missing else Exit.OK
     report = Screen(sys.stderr if args.out == "-" else sys.stdout)
@@ -250,6 +263,35 @@ def show_answer(
     )
     if args.parts:
         report.table("parts", PART_COLUMNS, [_part_row(part) for part in answer.parts])
+    if args.trace:
+        show_trace(report, answer.trace)
+
+
+def show_trace(report: Screen, trace: Sequence[Hop]) -> None:
+    bars = str.maketrans("├└│─", "+`|-" if report.options.ascii_only else "├└│─")
+    lines = ((shown_name.translate(bars), *rest) for shown_name, *rest in story.lines(trace))
+    report.table("trace", TRACE_COLUMNS, map(_hop_row, lines))
+
+
+def show_failed(client: library.Client, request_id: int, as_json: bool) -> None:
+    """The trace of a request that failed, as the process asked remembers it."""
+    with suppress(library.CallFailed):
+        told = client.metrics(timeout=CHECK_DEADLINE_S, requests=STORIES).requests
+        hops = [one.hops for one in told if one.request_id == request_id]
+        report = Screen(sys.stderr if as_json else sys.stdout)
+        report.facts(("request", f"{request_id:016x}"))
+        if hops:
+            show_trace(report, library.read_trace(hops[0]))
+
+
+TRACE_COLUMNS = ("process", "status", "waited ms", "worked ms", "on the way ms")
+
+
+def _hop_row(line: tuple[str, Hop, int | None]) -> tuple[str, ...]:
+    shown_name, hop, away_us = line
+    on_the_way = "" if away_us is None else f"{away_us / 1000:.1f}"
+    times = f"{hop.waited_us / 1000:.1f}", f"{hop.worked_us / 1000:.1f}", on_the_way
+    return shown_name, hop.code.name, *times
 
 
 PART_COLUMNS = ("worker", "status", "waited ms", "worked ms", "path", "result")
@@ -270,6 +312,7 @@ def answer_as_json(
     answer: library.Answer, address: str, took_ms: float, code: int, with_results: bool
 ) -> dict[str, Any]:
     answered, asked = answer.coverage
+    lines = list(story.lines(answer.trace))
     return {
         "ok": True,
         "exit_code": int(code),
@@ -281,6 +324,18 @@ def answer_as_json(
         "hops": list(answer.hops),
         "request_id": f"{answer.request_id:016x}",
         "took_ms": round(took_ms, 3),
+        **({"trace": [_hop_as_json(*line) for line in lines]} if lines else {}),
+    }
+
+
+def _hop_as_json(_name: str, hop: Hop, away_us: int | None) -> dict[str, Any]:
+    return {
+        "process_id": hop.process_id,
+        "depth": hop.depth,
+        "code": hop.code.name,
+        "waited_ms": hop.waited_us / 1000,
+        "worked_ms": hop.worked_us / 1000,
+        "on_the_way_ms": None if away_us is None else away_us / 1000,
     }
 
 
@@ -639,6 +694,9 @@ VERBS = {
         "Sends lines or files as they are, results in their order", bulk.arguments, bulk.run
     ),
     "check": Verb("What this process says of itself and its neighbours", check_arguments, check),
+    "logs": Verb(
+        "The last lines of this process's log, or of one below it", reading.arguments, reading.run
+    ),
     "drain": Verb(
         "Stops this process: what runs is finished, the rest refused", drain_arguments, drain
     ),

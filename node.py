@@ -71,14 +71,18 @@ class OverlayNode(pb2_grpc.OverlayNodeServicer):
 
 
 class OverlayAdmin(pb2_grpc.OverlayAdminServicer):
-    """The methods that only this machine may call; the work is in overlay.admin."""
+    """The methods for those who run the process; the work is in overlay.admin."""
 
     def __init__(self, admin: Admin) -> None:
         self._admin = admin
         self.Drain = on_own_threads(self.Drain, admin.pool)
+        self.Logs = on_own_threads(self.Logs, admin.logs_pool)
 
     def Drain(self, request, context):
         return self._admin.drain(request, context)
+
+    def Logs(self, request, context):
+        return self._admin.logs(request, context)
 
 
 class Node:
@@ -97,7 +101,7 @@ class Node:
         self.me = me
         self.service = service
         limits = topology.limits
-        self.admin = Admin(me, limits.drain_grace_s, stop_process)
+        self.admin = Admin(me, service.journal, limits.drain_grace_s, stop_process)
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
         self.stream_pool = ThreadPoolExecutor(limits.stream_threads, "stream")

@@ -3,8 +3,9 @@
 The floor plan. A module imports only from floors below its own, or on its own floor where an
 arrow says so; tests/test_floors.py compares this picture with the code.
 
-    4 edges      admin -> service -> streams   bulk -> console -> client -> calls -> orders
-                 bulk -> client -> orders   aio -> client, calls, orders   guard
+    4 edges      admin -> service -> streams   admin -> journal   service -> journal
+                 bulk -> console -> client -> calls -> orders   bulk -> client -> orders
+                 reading -> console, client   aio -> client, calls, orders   guard
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
                  links -> pipes, wire   pipes -> wire -> meter, recent

@@ -1,7 +1,8 @@
 """The service OverlayAdmin: verbs that act on the process itself.
 
-Answered only to callers on the same machine, until TLS tells who calls. Owns two threads, "admin",
-from `Admin` to `close`: a drain holds one for as long as it takes.
+Answered only to callers on the same machine, until TLS tells who calls; `logs` to others too, but
+for what is private. Owns two threads, "admin", from `Admin` to `close`: a drain holds one for as
+long as it takes; and two, "logs", that may wait for another process.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NoReturn
 
 import grpc
 import psutil
 
 from overlay import wire
 from overlay.errors import BadRequest, NotAllowed, OverlayError
+from overlay.journal import Journal
 from overlay.service import Drained
 from overlay.topology import Process
 from overlay.wire import pb2
@@ -26,14 +29,19 @@ from overlay.wire import pb2
 log = logging.getLogger("overlay.admin")
 
 LONGEST_GRACE_S = 86_400.0
+LOGS_S = 5.0  # another process is waited for so long
 
 
 class Admin:
     """stop: lets the process begin to stop, with this grace, as a signal does; returns at once."""
 
-    def __init__(self, me: Process, grace_s: float, stop: Callable[[float], None]) -> None:
+    def __init__(
+        self, me: Process, journal: Journal, grace_s: float, stop: Callable[[float], None]
+    ) -> None:
         self.pool = ThreadPoolExecutor(2, "admin")
+        self.logs_pool = ThreadPoolExecutor(2, "logs")
         self._me = me
+        self._journal = journal
         self._grace_s = grace_s
         self._stop = stop
         self._drained: Future[tuple[float, Drained]] = Future()
@@ -48,20 +56,30 @@ class Admin:
             self._check_caller("drain", context.peer())
             grace_s = self._grace_of(request)
         except OverlayError as e:
-            context.set_trailing_metadata(wire.trailers(e))
-            context.abort(wire.grpc_code(e.code), str(e))
-        log.info("drain: asked for by %s", context.peer())
+            _abort(context, e)
+        by = wire.address_in(context.peer())
+        log.info("drain: asked for by %s", by, extra={"kind": "stopping"})
         self._stop(grace_s)
         if request.no_wait:
             return self._response(grace_s, Drained())
         return self._response(*self._drained.result(LONGEST_GRACE_S))
+
+    def logs(self, request: pb2.LogsRequest, context: grpc.ServicerContext) -> pb2.LogsResponse:
+        """The last lines of this process, or of one below it."""
+        remaining: float | None = context.time_remaining()
+        within_s = LOGS_S if remaining is None else min(remaining * 0.9, LOGS_S)
+        try:
+            return self._journal.read(request, is_on_this_machine(context.peer()), within_s)
+        except OverlayError as e:
+            _abort(context, e)
 
     def tell(self, grace_s: float, drained: Drained) -> None:
         """What came of the drain, for those who wait for it."""
         self._drained.set_result((grace_s, drained))
 
     def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.pool, self.logs_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _check_caller(self, verb: str, peer: str) -> None:
         if not is_on_this_machine(peer):
@@ -92,6 +110,12 @@ class Admin:
             refused=drained.refused,
             left=drained.left,
         )
+
+
+def _abort(context: grpc.ServicerContext, error: OverlayError) -> NoReturn:
+    context.set_trailing_metadata(wire.trailers(error))
+    context.abort(wire.grpc_code(error.code), str(error)[: wire.LONGEST_REASON])
+    raise AssertionError("context.abort always raises")
 
 
 def is_on_this_machine(peer: str) -> bool:

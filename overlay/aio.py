@@ -133,9 +133,12 @@ class AsyncClient:
         options = (mode, team, timeout, window, chunksize, priority)
         return self._map(handler, payloads, *options, ordered=ordered)
 
-    async def metrics(self, *, timeout: float | None = None) -> pb2.MetricsResponse:
+    async def metrics(
+        self, *, timeout: float | None = None, events: int = 0, requests: int = 0
+    ) -> pb2.MetricsResponse:
         """What the process says of itself, as overlay.proto describes it."""
-        return await asyncio.to_thread(self._connection.metrics, as_timeout(timeout))
+        request = pb2.MetricsRequest(events=events, requests=requests)
+        return await asyncio.to_thread(self._connection.metrics, request, as_timeout(timeout))
 
     async def is_serving(self, *, timeout: float | None = None) -> bool:
         """What the standard health service says: False while the process stops."""

@@ -38,7 +38,7 @@ from overlay.calls import RETRY_PAUSE_S, Calls, Came
 from overlay.errors import OverlayError
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
-from overlay.values import Code, Executed, Failure, Mode, Part, Route
+from overlay.values import Code, Executed, Failure, Hop, Mode, Part, Route
 
 DEFAULT_TIMEOUT_S = Limits().default_deadline_s
 # A process that is being restarted is back within this. Windows takes 2 s to report a refused port.
@@ -55,13 +55,15 @@ class Answer:
     """What came back. parts: every worker asked, in the order of the configuration.
 
     result: ALL: merged, or joined by newlines; ANY: the worker's own bytes. A part's own `result`
-    is filled only with want_parts. hops: the processes that took part, the one asked first.
+    is filled only with want_parts. hops: the processes that took part, the one asked first. trace:
+    with want_trace, what the way took at each of them.
     """
 
     result: bytes
     parts: tuple[Part, ...]
     hops: tuple[str, ...]
     request_id: int
+    trace: tuple[Hop, ...] = ()
 
     @property
     def coverage(self) -> tuple[int, int]:
@@ -143,6 +145,16 @@ def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
     return Client(address, patience_s)
 
 
+def new_request_id() -> int:
+    """One that nobody else has, for `forward`."""
+    return wire.new_ids()
+
+
+def read_trace(hops: Sequence[wire.pb2.Hop]) -> tuple[Hop, ...]:
+    """The hops of a story that GetMetrics told."""
+    return wire.read_trace(hops)
+
+
 class Client(concurrent.futures.Executor):
     """The verbs of one kept connection. Safe from any thread; close() may be called twice.
 
@@ -210,12 +222,16 @@ class Client(concurrent.futures.Executor):
         want_parts: bool = False,
         idempotency_key: str = "",
         priority: int = 0,
+        want_trace: bool = False,
+        request_id: int = 0,
     ) -> Answer:
         """As `call`, by a unary Forward of its own, as any gRPC client asks.
 
         So it stands in the leader's queue, and is Refused when all its slots are taken, where a
         call waits in the stream's window. On proof that nothing ran, an Unavailable one is sent
-        again for as long as a connection is waited for.
+        again for as long as a connection is waited for. want_trace: fill the answer's trace, and
+        leave a line in each process's log. request_id: to know it before there is an answer; it
+        must be nobody else's.
         """
         route = kind_of(mode, team, handler, want_parts, priority).route
         request = wire.pb2.Request(
@@ -226,10 +242,13 @@ class Client(concurrent.futures.Executor):
             want_parts=want_parts,
             idempotency_key=idempotency_key,
             priority=priority,
+            want_trace=want_trace,
+            request_id=request_id,
         )
         response = self._connection.forward(request, as_timeout(timeout))
         read = wire.read_response(response)
-        return Answer(response.result, read.parts, read.hops, response.request_id)
+        trace = wire.read_trace(response.trace)
+        return Answer(response.result, read.parts, read.hops, response.request_id, trace)
 
     def submit(  # type: ignore[override]
         self,
@@ -293,9 +312,30 @@ class Client(concurrent.futures.Executor):
         options = (mode, team, timeout, window, chunksize, priority)
         return self._map(handler, payloads, *options, ordered=ordered)
 
-    def metrics(self, *, timeout: float | None = None) -> wire.pb2.MetricsResponse:
-        """What the process says of itself, as overlay.proto describes it."""
-        return self._connection.metrics(as_timeout(timeout))
+    def metrics(
+        self, *, timeout: float | None = None, events: int = 0, requests: int = 0
+    ) -> wire.pb2.MetricsResponse:
+        """What the process says of itself, as overlay.proto describes it.
+
+        events, requests: how many of the last ones are wanted.
+        """
+        request = wire.pb2.MetricsRequest(events=events, requests=requests)
+        return self._connection.metrics(request, as_timeout(timeout))
+
+    def logs(
+        self,
+        process_id: str = "",
+        *,
+        lines: int = 0,
+        request_id: int = 0,
+        timeout: float | None = None,
+    ) -> wire.pb2.LogsResponse:
+        """The last lines that this process logged, or one below it; as overlay.proto says.
+
+        lines: how many, 0 for a hundred. request_id: only those about this request.
+        """
+        wanted = wire.pb2.LogsRequest(process_id=process_id, lines=lines, request_id=request_id)
+        return self._connection.logs(wanted, as_timeout(timeout))
 
     def is_serving(self, *, timeout: float | None = None) -> bool:
         """What the standard health service says: False while the process stops."""
@@ -667,8 +707,13 @@ class Connection:
     def drain(self, request: wire.pb2.DrainRequest, timeout_s: float) -> wire.pb2.DrainResponse:
         return cast(wire.pb2.DrainResponse, self._ask(self._admin.Drain, request, timeout_s))
 
-    def metrics(self, timeout_s: float) -> wire.pb2.MetricsResponse:
-        found = self._ask(self._node.GetMetrics, wire.pb2.MetricsRequest(), timeout_s)
+    def logs(self, request: wire.pb2.LogsRequest, timeout_s: float) -> wire.pb2.LogsResponse:
+        return cast(wire.pb2.LogsResponse, self._ask(self._admin.Logs, request, timeout_s))
+
+    def metrics(
+        self, request: wire.pb2.MetricsRequest, timeout_s: float
+    ) -> wire.pb2.MetricsResponse:
+        found = self._ask(self._node.GetMetrics, request, timeout_s)
         return cast(wire.pb2.MetricsResponse, found)
 
     def is_serving(self, timeout_s: float) -> bool:

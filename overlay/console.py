@@ -167,6 +167,17 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def request_id(text: str) -> int:
+    """As it is printed: hexadecimal, at most 16 digits."""
+    with suppress(ValueError):
+        number = int(text, 16)
+        if 0 < number < 2**64:
+            return number
+    raise argparse.ArgumentTypeError(
+        f"'{clean(text)}' is not the id of a request, up to 16 digits from 0 to f"
+    )
+
+
 def name(text: str) -> str:
     if not text.isprintable():  # what a command line holds that is not text is not, either
         raise argparse.ArgumentTypeError(f"'{clean(text)}' is not a name")
@@ -194,15 +205,20 @@ def connected(args: argparse.Namespace) -> library.Client:
         raise library.InvalidCall(str(e), code=Code.INVALID_ARGUMENT) from None
 
 
-def failed(error: library.CallFailed, address: str, as_json: bool) -> int:
-    """Says what went wrong, and gives the exit code for it."""
+def failed(
+    error: library.CallFailed, address: str, as_json: bool, of_a_request: bool = True
+) -> int:
+    """Says what went wrong, and gives the exit code for it.
+
+    of_a_request: then whether a handler saw it is a question too.
+    """
     code = exit_of(error)
     if as_json:
         said = error_as_json(error)
         Screen(sys.stdout).json(
             {"ok": False, "exit_code": int(code), "address": address, "error": said}
         )
-    complain(f"{clean(str(error))}{proof(error)}")
+    complain(f"{clean(str(error))}{proof(error) if of_a_request else ''}")
     return code
 
 

@@ -50,6 +50,14 @@ class NotAllowed(OverlayError):
     cause = "not allowed"
 
 
+class NotTold(OverlayError):
+    """Another process was asked in the caller's stead and did not say; with that one's status."""
+
+    def __init__(self, message: str, code: Code) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class LoopDetected(OverlayError):
     code = Code.FAILED_PRECONDITION
     cause = "loop"

@@ -24,6 +24,7 @@ from functools import partial
 import grpc
 
 from overlay import wire
+from overlay.errors import NotTold
 from overlay.health import Case, Change, Heard, State, Verdict, Ward, heard
 from overlay.limits import Limits
 from overlay.pipes import Pipe
@@ -164,6 +165,15 @@ class Links:
         proves that nothing ran.
         """
         return self._links[neighbour].send(segment, sink)
+
+    def logs(self, neighbour: str, asked: pb2.LogsRequest, timeout_s: float) -> pb2.LogsResponse:
+        """Asks the neighbour for lines, and waits for them. Raises NotTold with its reason."""
+        ask = pb2_grpc.OverlayAdminStub(self._links[neighbour].channel).Logs
+        try:
+            return ask(asked, timeout=timeout_s)  # type: ignore[no-any-return]
+        except grpc.RpcError as e:
+            said = wire.read_error(e)
+            raise NotTold(f"{neighbour}: {said.reason}", said.code) from None
 
     def _changed(self) -> None:
         self._up = frozenset(link.id for link in self._links.values() if link.state == "up")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from overlay.errors import BadRequest, LoopDetected, UnknownName
+from overlay.errors import BadRequest, LoopDetected, UnknownName, Unreachable
 from overlay.health import State
 from overlay.topology import Process, Topology
 from overlay.values import Route, value
@@ -142,6 +142,34 @@ def lone(topology: Topology, me: str) -> frozenset[str]:
     branches = plan(topology, me, (n.id for n in below), Route()).branches
     single = {branch.neighbour for branch in branches if len(branch.targets) == 1}
     return frozenset(n.id for n in below if n.works or n.id in single)
+
+
+def way_to(
+    topology: Topology, me: str, links_up: Iterable[str], target: str, hops: Sequence[str] = ()
+) -> str:
+    """The neighbour that leads down to `target`, of any role: itself, or a team leader above it.
+
+    Raises UnknownName when there is no such process, or none below `me`; LoopDetected;
+    Unreachable.
+    """
+    if target not in topology.processes:
+        raise UnknownName(f"no process '{target}' here; there are {', '.join(topology.processes)}")
+    if me in hops:
+        raise LoopDetected(f"{me} is already in the hop list {' '.join(hops)}")
+    below = topology.below(me)
+    ways = [n.id for n in below if n.id == target]
+    ways += [n.id for n in below if target in {far.id for far in topology.below(n.id)}]
+    if not ways:
+        host, port = topology.processes[target].host, topology.processes[target].port
+        raise UnknownName(
+            f"{me} asks only those below it, and {target} is not; ask {target} itself, "
+            f"at {host} {port}"
+        )
+    up = set(links_up)
+    for way in ways:
+        if way in up:
+            return way
+    raise Unreachable(f"{target} cannot be reached: {me} has no live link to {' or '.join(ways)}")
 
 
 def pick(branches: Sequence[Branch], load: Callable[[Branch], Load]) -> tuple[Branch, int] | None:

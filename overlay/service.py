@@ -34,6 +34,7 @@ from overlay.errors import (
 )
 from overlay.executor import Executor
 from overlay.intake import Intake, Ticket
+from overlay.journal import Journal
 from overlay.keys import Keys
 from overlay.links import Links
 from overlay.recent import Recent
@@ -114,6 +115,7 @@ class Service:
             ended=self._record.counted,
             wants_trace=self._record.wants_trace,
         )
+        self.journal = Journal(topology, me, self._recent, self.links, log_lines_dropped)
         self.links.on_change = self.intake.kick
         if self.executor:
             self.executor.on_free = self.intake.kick

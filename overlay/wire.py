@@ -314,6 +314,18 @@ def write_event(line: Line) -> pb2.Event:
     )
 
 
+def write_line(line: Line, public_only: bool) -> pb2.LogLine:
+    withheld = public_only and line.public is not None
+    return pb2.LogLine(
+        at_s=line.at_s,
+        level=line.level,
+        logger=line.logger,
+        text=(line.public if withheld else line.text) or "",
+        number=line.number,
+        withheld=withheld,
+    )
+
+
 def write_story(story: Story) -> pb2.Story:
     return pb2.Story(
         request_id=story.request_id,
@@ -362,6 +374,12 @@ def read_route(request: pb2.Request | pb2.Segment, limits: Limits) -> Route:
         # Only between processes; the process that a client asks finds the targets itself.
         targets=(targets or None) if request.hops else None,
     )
+
+
+def read_hops(hops: Sequence[str], limits: Limits) -> tuple[str, ...]:
+    """Raises BadRequest."""
+    _check_names("hops", hops, limits, most=limits.max_hops)
+    return tuple(hops)
 
 
 def _as_uint32(number: int) -> int:

@@ -21,6 +21,7 @@ import client as script
 import overlay
 from overlay import client as library
 from overlay.values import Code, Executed
+from overlay.wire import pb2
 from tests.cluster import ROOT, Overlay, free_port, running, six_processes, until
 
 HANDLERS = """
@@ -351,6 +352,140 @@ def test_an_offices_web_proxy_is_not_used(mine: Overlay) -> None:
     done = run(*at(mine, "A"), http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
 
     assert done.returncode == 0, done.stderr
+
+
+# A request's own story
+
+
+def trace_of(found: Overlay, *words: str) -> list[dict[str, Any]]:
+    return json.loads(run(*at(found, "A"), "--trace", "--json", *words).stdout)["trace"]
+
+
+@pytest.mark.parametrize(("encoding", "bars"), [("utf-8", "├└│"), ("cp1252", "+`|")])
+def test_a_trace_shows_the_way_as_a_tree_on_every_code_page(
+    mine: Overlay, encoding: str, bars: str
+) -> None:
+    shown = run(*at(mine, "A"), "--trace", PYTHONIOENCODING=encoding).stdout
+
+    lines = shown[shown.index("trace\n") :].splitlines()
+    names = [line[1:].split(" OK ")[0].rstrip(" |") for line in lines if " OK " in line]
+    first, last, on = bars
+    tree = ["A", f"{first}- B", f"{on}  {last}- C", f"{last}- E", f"   {first}- D", f"   {last}- F"]
+    assert names == [line.replace("-", "─" if encoding == "utf-8" else "-") for line in tree]
+
+
+def test_a_trace_adds_up(mine: Overlay) -> None:
+    trace = trace_of(mine, "--handler", "slow", "--payload", "0.3", "--mode", "any")
+
+    asked, team_leader, worker = trace
+    assert [hop["depth"] for hop in trace] == [0, 1, 2]
+    assert worker["worked_ms"] >= 290
+    for above, hop in [(asked, team_leader), (team_leader, worker)]:
+        inside = hop["waited_ms"] + hop["worked_ms"]
+        assert inside + hop["on_the_way_ms"] <= above["worked_ms"] + 1
+
+
+def test_a_request_that_failed_has_a_trace_too(mine: Overlay) -> None:
+    done = run(*at(mine, "A"), "--trace", "--handler", "boom", "--mode", "any", "--team", "green")
+
+    assert done.returncode == 1
+    assert "handler 'boom' failed" in done.stderr
+    assert [word for word in done.stdout.split() if word in "ABC"] == ["A", "B", "C"]
+    assert done.stdout.count("INTERNAL") == 3
+
+
+def test_a_worker_that_is_gone_is_in_the_trace(wounded: Overlay) -> None:
+    trace = trace_of(wounded)
+
+    assert [(hop["process_id"], hop["code"]) for hop in trace[3:]] == [
+        ("E", "OK"),
+        ("D", "OK"),
+        ("F", "UNAVAILABLE"),
+    ]
+
+
+def logs(found: Overlay, asked: str, *words: object, code: int = 0) -> list[dict[str, Any]]:
+    done = run(*at(found, asked), "logs", *words, "--json")
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)["lines"]
+
+
+def test_the_lines_of_any_process_are_read_at_the_leader(mine: Overlay) -> None:
+    for process_id in "ABCDEF":
+        lines = logs(mine, "A", process_id)
+        assert {line["process_id"] for line in lines} == {process_id}
+        assert any("serves on" in line["text"] for line in lines)
+
+
+def test_lines_are_shown_as_the_process_wrote_them_to_its_file(mine: Overlay) -> None:
+    (line,) = [
+        line for line in run(*at(mine, "A"), "logs", "F").stdout.splitlines() if "pid" in line
+    ]
+
+    assert line in mine.log("F").splitlines()
+
+
+def test_a_request_finds_its_lines_in_every_process(mine: Overlay) -> None:
+    answer = json.loads(run(*at(mine, "A"), "--trace", "--json").stdout)
+
+    lines = logs(mine, "A", "--request", answer["request_id"])
+
+    assert sorted(line["process_id"] for line in lines) == list("ABCDEF")
+    assert all(answer["request_id"] in line["text"] for line in lines)
+
+
+def test_a_failure_is_in_the_lines_of_each_process_it_passed(mine: Overlay) -> None:
+    failed = run(*at(mine, "A"), "--trace", "--handler", "boom", "--mode", "any", "--team", "green")
+    request_id = failed.stdout.split("request")[1].split()[0]
+
+    lines = logs(mine, "A", "--request", request_id)
+
+    assert [line["process_id"] for line in lines] == ["C", "C", "B", "A"]
+    assert "the secret reason" in lines[0]["text"]  # all on this machine, as its file is
+    assert not any("the secret reason" in line["text"] for line in lines[1:])
+
+
+def test_events_tell_what_happened_and_never_what_a_handler_said(mine: Overlay) -> None:
+    run(*at(mine, "A"), "--handler", "boom")
+    told = {i: mine.stub(i).GetMetrics(pb2.MetricsRequest(events=200)) for i in "AC"}
+
+    kinds = {event.kind for event in told["A"].events}
+    assert {"started", "link", "failure"} <= kinds
+    assert not any("secret" in str(found) for found in told.values())
+
+
+def test_metrics_tell_as_many_stories_and_events_as_were_asked_for(mine: Overlay) -> None:
+    run(*at(mine, "A"))
+    ask = mine.stub("A").GetMetrics
+
+    plain, some = ask(pb2.MetricsRequest()), ask(pb2.MetricsRequest(events=1, requests=1))
+
+    assert (len(plain.events), len(plain.requests)) == (0, 0)
+    assert (len(some.events), len(some.requests)) == (1, 1)
+    assert [hop.process_id for hop in some.requests[0].hops] == list("ABCEDF")
+    assert some.service.count == sum(some.service.counts) > 0
+
+
+def test_the_lines_of_a_process_above_are_to_be_asked_for_there(mine: Overlay) -> None:
+    done = run(*at(mine, "E"), "logs", "A")
+
+    assert done.returncode == 1
+    assert f"ask A itself, at 127.0.0.1 {mine.port('A')}" in done.stderr
+
+
+def test_a_process_that_is_not_there_has_no_lines(wounded: Overlay) -> None:
+    done = run(*at(wounded, "A"), "logs", "F")
+
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr == "client.py: E: F cannot be reached: E has no live link to F\n"
+
+
+@pytest.mark.parametrize("text", ["zz", "0", "1" * 17, "-1", ""])
+def test_what_is_no_request_id_is_said_so(text: str) -> None:
+    done = run("127.0.0.1", "50051", "logs", "--request", text)
+
+    assert done.returncode == 2
+    assert "--request" in done.stderr
 
 
 # One request from the command line
