@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -235,16 +235,33 @@ def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
             node.stop(0)
             raise
         _announce(topology, me)
-        log.take_prints()
-        _calm_garbage_collector()
-        stopping.wait(stop_file)
-        code = _stop(node, stopping.grace_s)
+        with _told_to_prometheus(me, service):
+            log.take_prints()
+            _calm_garbage_collector()
+            stopping.wait(stop_file)
+            code = _stop(node, stopping.grace_s)
         if stop_file is not None:  # for `run.py status`: it did not die
             with contextlib.suppress(OSError):
                 stop_file.touch()
         return code
     finally:
         log.stop()
+
+
+@contextlib.contextmanager
+def _told_to_prometheus(me: Process, service: Service) -> Iterator[None]:
+    """While the process runs and stops, if that is configured."""
+    if me.metrics_port is None:
+        yield
+        return
+    from overlay.exporter import Exporter  # its library takes a moment, and few want it
+
+    exporter = Exporter(service.metrics, me.metrics_bind, me.metrics_port)
+    exporter.start()
+    try:
+        yield
+    finally:
+        exporter.stop()
 
 
 def _calm_garbage_collector() -> None:

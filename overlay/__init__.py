@@ -5,7 +5,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
 
     4 edges      admin -> service -> streams   admin -> journal   service -> journal
                  bulk -> console -> client -> calls -> orders   bulk -> client -> orders
-                 reading -> console, client   aio -> client, calls, orders   guard
+                 reading -> console, client   aio -> client, calls, orders   guard   exporter
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
                  links -> pipes, wire   pipes -> wire -> meter, recent

@@ -25,6 +25,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400, strict=True)]
 Host = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\s/\x00]+$")]
 Folder = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=10_000, strict=True)]
+Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 
 ONLY_IN_PROCESSES = {
     "limit_s": "a thread cannot be ended",
@@ -44,13 +45,14 @@ class ProcessEntry(_Entry):
     role: Literal["leader", "team_leader", "worker"]
     team: Name
     host: Host
-    port: Annotated[int, Field(ge=1, le=65535, strict=True)]
+    port: Port
     neighbors: list[str]
     bind: Host | None = None
     handler: Name = "echo"
     slots: Count | None = None
     in_service: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
     log_dir: Folder | None = None
+    metrics_port: Port | None = None
     options: dict[str, Any] = {}
 
 
@@ -86,6 +88,8 @@ class ConfigurationFile(_Entry):
     max_message_mib: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
     max_waiting_mib: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 256
     log_dir: Folder = "logs"
+    metrics_port_offset: Annotated[int, Field(ge=-65_534, le=65_534, strict=True)] | None = None
+    metrics_bind: Host = "127.0.0.1"
 
 
 def load(path: str | Path) -> Topology:
@@ -197,8 +201,8 @@ def _sentence(place: str, field: str, error: Any) -> str:
         return f"{place}unknown key '{field}'{_suggestion(place, field)}"
     if kind == "literal_error":
         return f"{place}{field} {_short(value)!r} is not {error['ctx']['expected']}"
-    if field == "port" and kind in {"greater_than_equal", "less_than_equal"}:
-        return f"{place}port {_short(value)} is not 1..65535"
+    if field in ("port", "metrics_port") and kind in {"greater_than_equal", "less_than_equal"}:
+        return f"{place}{field} {_short(value)} is not 1..65535"
     if kind == "string_pattern_mismatch" and error["ctx"]["pattern"] == _pattern(Function):
         return f'{place}{field or "value"} {_short(value)!r} is not "module:function"'
     if kind == "string_pattern_mismatch":
@@ -248,6 +252,7 @@ def _cross_problems(raw: Mapping[str, Any], good: Mapping[str, ProcessEntry]) ->
     whole = len(good) == len(known)
     yield from _entry_problems(good, list(known))
     yield from _address_problems(good)
+    yield from _metrics_problems(raw, good)
     if whole:
         yield from _shape_problems(good)
     yield from _handler_problems(raw, good)
@@ -279,6 +284,28 @@ def _address_problems(good: Mapping[str, ProcessEntry]) -> Iterator[str]:
                 f"process {_short(key)}: port {entry.port} on {entry.host} "
                 f"is process {_short(other)}'s already"
             )
+
+
+def _metrics_problems(raw: Mapping[str, Any], good: Mapping[str, ProcessEntry]) -> Iterator[str]:
+    offset = raw.get("metrics_port_offset")
+    offset = offset if isinstance(offset, int) else None
+    taken = {(entry.host.lower(), entry.port): f"{key}'s port" for key, entry in good.items()}
+    for key, entry in good.items():
+        port = _metrics_port(entry, offset)
+        if port is None:
+            continue
+        where = f"process {_short(key)}: metrics_port {port}"
+        if entry.metrics_port is None:
+            where += f" (port {entry.port} with metrics_port_offset {offset})"
+        other = taken.setdefault((entry.host.lower(), port), f"{key}'s metrics_port")
+        if not 1 <= port <= 65535:
+            yield f"{where} is not 1..65535"
+        elif other != f"{key}'s metrics_port":
+            yield f"{where} is process {_short(other)} on {entry.host} already"
+
+
+def _metrics_port(entry: ProcessEntry, offset: int | None) -> int | None:
+    return entry.metrics_port or (entry.port + offset if offset is not None else None)
 
 
 def _shape_problems(processes: Mapping[str, ProcessEntry]) -> Iterator[str]:
@@ -369,6 +396,8 @@ def _process(entry: ProcessEntry, file: ConfigurationFile) -> Process:
         in_service=entry.in_service or file.in_service,
         log_dir=entry.log_dir or file.log_dir,
         options=entry.options,
+        metrics_port=_metrics_port(entry, file.metrics_port_offset),
+        metrics_bind=file.metrics_bind,
     )
 
 

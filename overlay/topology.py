@@ -43,6 +43,8 @@ class Process:
     in_service: int = 100
     log_dir: str = "logs"
     options: Mapping[str, object] = field(default_factory=dict)
+    metrics_port: int | None = None  # for Prometheus
+    metrics_bind: str = "127.0.0.1"
 
     @property
     def address(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -431,6 +432,35 @@ def test_a_process_that_is_not_in_the_file_is_named(file):
     with pytest.raises(ConfigError) as raised:
         file.load(GOOD).process("G")
     assert str(raised.value) == "no process 'G' in mine.json; it has A, B, C, D, E, F"
+
+
+def test_prometheus_is_off_unless_the_file_says_where(file):
+    plain = file.load(GOOD)
+    assert {process.metrics_port for process in plain.processes.values()} == {None}
+
+    asked = file.load({**GOOD, "metrics_port_offset": 1000, "metrics_bind": "0.0.0.0"})
+    for process in asked.processes.values():
+        assert (process.metrics_port, process.metrics_bind) == (process.port + 1000, "0.0.0.0")
+
+
+def test_a_process_may_have_a_metrics_port_of_its_own(file):
+    found = file.load(changed(lambda raw, p: p["C"].update(metrics_port=9100)))
+    assert [i for i, process in found.processes.items() if process.metrics_port] == ["C"]
+
+
+def test_metrics_ports_that_cannot_be_are_named(file):
+    at_c = GOOD["processes"]["C"]["port"]
+    (problem,) = file.problems(changed(lambda raw, p: p["C"].update(metrics_port=at_c)))
+    assert problem.startswith(f"process C: metrics_port {at_c} is process C's port on ")
+
+    (problem,) = file.problems(changed(lambda raw, p: p["C"].update(metrics_port=99_999)))
+    assert problem == "process C: metrics_port 99999 is not 1..65535"
+
+    for problem in file.problems({**GOOD, "metrics_port_offset": 60_000}):
+        assert re.match(
+            r"process \w: metrics_port \d+ \(port \d+ with metrics_port_offset", problem
+        )
+        assert problem.endswith("is not 1..65535")
 
 
 def test_the_file_may_name_its_schema(file):

@@ -1,0 +1,163 @@
+"""What Prometheus reads: right by its conventions, and no burden to the process."""
+
+from __future__ import annotations
+
+import re
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families as parsed
+
+from overlay import exporter
+from overlay.exporter import CALLERS, Exporter
+from overlay.wire import pb2
+from tests.cluster import Overlay, free_port, six_processes, until
+
+FOUND = pb2.MetricsResponse(
+    process_id="A",
+    role="leader",
+    is_healthy=True,
+    received=7,
+    completed=4,
+    refused=3,
+    refused_by_reason={"queue full": 2, 'odd "reason"\n': 1},
+    queue_size=5,
+    waiting=pb2.Histogram(bounds_s=[0.1, 1], counts=[2, 1, 1], sum_s=9.5, count=4),
+    service=pb2.Histogram(bounds_s=[0.1, 1], counts=[0, 0, 0]),
+    neighbours=[pb2.Neighbour(process_id="B", state="up", asked=9)],
+    handlers=[pb2.HandlerMetrics(name="echo", completed=4)],
+    uptime_s=5,
+    wall_time_s=1_700_000_005,
+)
+
+
+@pytest.fixture
+def serving() -> Iterator[Callable[..., int]]:
+    """Starts an exporter of FOUND and gives its port."""
+    with ExitStack() as stack:
+
+        def start(metrics: Callable[[], Any] = lambda: FOUND) -> int:
+            port = free_port()
+            made = Exporter(metrics, "127.0.0.1", port)
+            stack.callback(made.stop)
+            assert made.start()
+            return port
+
+        yield start
+
+
+def read(port: int, path: str = "/metrics") -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        return answer.read().decode()
+
+
+def values(text: str) -> dict[str, float]:
+    """By name and labels, as they stand in the text."""
+    lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in lines}
+
+
+def test_the_figures_are_those_of_the_process(serving):
+    found = values(read(serving()))
+
+    assert found["overlay_requests_received_total"] == 7
+    assert found['overlay_requests_ended_total{outcome="completed"}'] == 4
+    assert found['overlay_requests_refused_total{reason="queue full"}'] == 2
+    assert found['overlay_link_up{neighbour="B"}'] == 1
+    assert found["overlay_start_time_seconds"] == 1_700_000_000
+
+
+def test_a_histogram_adds_up_from_bound_to_bound(serving):
+    found = values(read(serving()))
+
+    name = "overlay_request_waiting_seconds"
+    buckets = [found[f'{name}_bucket{{le="{bound}"}}'] for bound in ("0.1", "1.0", "+Inf")]
+    assert buckets == [2, 3, 4]
+    assert (found[f"{name}_count"], found[f"{name}_sum"]) == (4, 9.5)
+
+
+def test_names_types_and_units_are_by_the_conventions(serving):
+    families = list(parsed(read(serving())))
+
+    assert len(families) > 20
+    for family in families:
+        assert re.fullmatch(r"(overlay|process)_[a-z_]+", family.name)
+        assert family.documentation.endswith(".")
+        assert not re.search(r"_(ms|us|milliseconds|minutes|kb|mib|percent)\b", family.name)
+        if family.type == "counter":
+            assert all(sample.name.endswith("_total") for sample in family.samples)
+        else:
+            assert not family.name.endswith(("_total", "_count", "_sum", "_bucket"))
+
+
+def test_whatever_a_reason_says_the_text_can_be_read(serving):
+    families = {family.name: family for family in parsed(read(serving()))}
+
+    reasons = {sample.labels["reason"] for sample in families["overlay_requests_refused"].samples}
+    assert reasons == {"queue full", 'odd "reason"\n'}
+
+
+def test_however_often_it_is_asked_it_looks_once_a_second(serving, monkeypatch):
+    monkeypatch.setattr(exporter, "FRESH_S", 60)
+    looks: list[int] = []
+    port = serving(lambda: looks.append(1) or FOUND)
+    looks.clear()  # the library looks once when the figures are registered
+
+    assert len({read(port) for _ in range(5)}) == 1
+    assert len(looks) <= 1
+
+
+def test_anything_but_metrics_is_not_there(serving):
+    port = serving()
+    for path in ("/", "/metric", "/../etc/passwd"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            read(port, path)
+
+
+def test_callers_that_say_nothing_are_few_and_hold_it_up_for_a_while_only(serving, monkeypatch):
+    monkeypatch.setattr(exporter._Caller, "timeout", 0.5)
+    port = serving()
+    with ExitStack() as stack:
+        for _ in range(3 * CALLERS):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
+
+        def answers() -> bool:
+            try:
+                return "overlay_serving" in read(port)
+            except OSError:
+                return False
+
+        until(answers, 5)
+
+
+def test_a_port_that_is_taken_costs_a_line_in_the_log_and_no_more(caplog):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        made = Exporter(lambda: FOUND, "127.0.0.1", taken.getsockname()[1])
+
+        assert not made.start()
+        made.stop()
+
+    assert "no metrics for Prometheus at 127.0.0.1 port" in caplog.text
+
+
+def test_a_process_tells_prometheus_where_the_configuration_says(tmp_path: Path):
+    config = six_processes()
+    config["processes"]["C"]["metrics_port"] = port = free_port()
+    worker = Overlay(tmp_path, config)
+    try:
+        worker.start("C")
+        worker.ask("C", b"hi")
+        until(lambda: values(read(port)).get("overlay_requests_received_total") == 1, 5)
+        facts = next(f for f in parsed(read(port)) if f.name == "overlay_info").samples[0].labels
+        assert (facts["process"], facts["role"]) == ("C", "worker")
+    finally:
+        worker.stop()
