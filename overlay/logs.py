@@ -158,7 +158,7 @@ class _Bounded(QueueHandler):
         super().__init__(lines)
         self.dropped = 0
         self._recent = recent
-        self._of_handlers = Allowance(HANDLER_LINES, HANDLER_LINES_S, time.monotonic())
+        self._of_handlers = Allowance(HANDLER_LINES, HANDLER_LINES_S)
         self._told = False
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -193,9 +193,9 @@ class _Bounded(QueueHandler):
         super().emit(record)
 
     def _has_room(self) -> bool:
-        has_room = self._of_handlers.take(time.monotonic())
-        self._told = self._told and self._of_handlers.room < HANDLER_LINES / 2
-        return has_room
+        now = time.monotonic()
+        self._told = self._told and not self._of_handlers.is_half_back(now)
+        return self._of_handlers.take(now)
 
 
 class _File(RotatingFileHandler):

@@ -56,26 +56,6 @@ class Histogram:
         return sum(self.counts)
 
 
-class Tally:
-    """Counts durations up to each bound, since the start; many at once cost what one does."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts = [0] * (len(BOUNDS_S) + 1)
-        self._sum_s = 0.0
-
-    def add(self, seconds: float, count: int) -> None:
-        place = bisect_left(BOUNDS_S, seconds)
-        with self._lock:
-            self._counts[place] += count
-            self._sum_s += seconds * count
-
-    @property
-    def histogram(self) -> Histogram:
-        with self._lock:
-            return Histogram(tuple(self._counts), self._sum_s)
-
-
 @dataclass(frozen=True)
 class Counts:
     """received = completed + failed + refused + cancelled + what is waiting or in service."""
@@ -96,21 +76,25 @@ class Meter:
         self._causes: Counter[str] = Counter()
         self.service = Times()
         self.waiting = Times()
-        self.all_service = Tally()
-        self.all_waiting = Tally()
+        self._waited, self._served = _Tally(), _Tally()
 
     def received(self, count: int) -> None:
         with self._lock:
             self._received += count
 
-    def waited(self, seconds: float, count: int) -> None:
-        """Requests that waited so long until they started or were given up."""
-        self.waiting.add(seconds)
-        self.all_waiting.add(seconds, count)
+    def ended(self, rows: int, completed: int, waited_s: float, served_s: float | None) -> None:
+        """Counts the completed of so many rows, and notes what each of them took.
 
-    def served(self, seconds: float, count: int) -> None:
-        self.service.add(seconds)
-        self.all_service.add(seconds, count)
+        waited_s: until it started or was given up. served_s: from then; None if it never started.
+        """
+        self.waiting.add(waited_s)
+        if served_s is not None:
+            self.service.add(served_s)
+        with self._lock:  # once, and not for each figure: this is on every request's way
+            self._completed += completed
+            self._waited.add_locked(waited_s, rows)
+            if served_s is not None:
+                self._served.add_locked(served_s, rows)
 
     def completed(self, count: int) -> None:
         with self._lock:
@@ -133,6 +117,27 @@ class Meter:
             refused = sum(self._causes.values())
             return Counts(self._received, self._completed, self._failed, refused, self._cancelled)
 
+    def histograms(self) -> tuple[Histogram, Histogram]:
+        """Of all waiting, and of all service, since the start."""
+        with self._lock:
+            return self._waited.histogram, self._served.histogram
+
     def causes(self) -> dict[str, int]:
         with self._lock:
             return dict(self._causes)
+
+
+class _Tally:
+    """Counts durations up to each bound; many at once cost what one does."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BOUNDS_S) + 1)
+        self._sum_s = 0.0
+
+    def add_locked(self, seconds: float, count: int) -> None:
+        self._counts[bisect_left(BOUNDS_S, seconds)] += count
+        self._sum_s += seconds * count
+
+    @property
+    def histogram(self) -> Histogram:
+        return Histogram(tuple(self._counts), self._sum_s)

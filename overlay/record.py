@@ -75,29 +75,31 @@ class Record:
         else:
             self.meter.failed()
 
-    def counted(self, ended: Ended) -> None:
-        """Counts its rows, and takes notice of them."""
-        self.meter.completed(ended.count - len(ended.failures))
-        for _, failed in ended.failures:
+    def ended_and_counted(self, ended: Ended) -> None:
+        """As `ended`, and counts how each row ended."""
+        failures = ended.failures
+        self.ended(ended, ended.count - len(failures))
+        for _, failed in failures:
             self.count(failed)
-        self.notice(ended)
 
-    def notice(self, ended: Ended) -> None:
+    def ended(self, ended: Ended, completed: int = 0) -> None:
         """Notes its times; gives it a trace and tells of it, where that is wanted."""
-        segment, ticket, failures = ended.segment, ended.ticket, ended.failures
-        now, waited_s, served_s = time.monotonic(), 0.0, 0.0
+        ticket, now, waited_s, served_s = ended.ticket, time.monotonic(), 0.0, None
         if ticket is not None:
+            started = ticket.started
             waited_s = ticket.waited_s(now)
-            self.meter.waited(waited_s, ended.count)
-            if ticket.started is not None:
-                served_s = now - ticket.started
-                self.meter.served(served_s, ended.count)
-        if not (segment.traced or failures):
-            return
-        if segment.traced or self.stories.wants_failure():
+            served_s = None if started is None else now - started
+            self.meter.ended(ended.count, completed, waited_s, served_s)
+        elif completed:
+            self.meter.completed(completed)
+        if ended.segment.traced or ended.failures:
+            self._tell(ended, waited_s, served_s or 0.0)
+
+    def _tell(self, ended: Ended, waited_s: float, served_s: float) -> None:
+        if ended.segment.traced or self.stories.wants_failure():
             ended.trace = self._trace(ended, waited_s, served_s)
             self._add_stories(ended, waited_s + served_s)
-        if segment.told:
+        if ended.segment.told:
             self._tell_each(ended, waited_s, served_s)
         else:
             self._tell_failures(ended)

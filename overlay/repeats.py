@@ -42,7 +42,7 @@ class Repeats:
             if allowance is None:
                 if len(self._kinds) >= MOST_KINDS:
                     self._kinds.clear()
-                allowance = self._kinds[kind] = Allowance(*self._most, now)
+                allowance = self._kinds[kind] = Allowance(*self._most)
             if allowance.take(now):
                 return True
             self._add_locked(kind, 1)

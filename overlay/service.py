@@ -112,7 +112,7 @@ class Service:
             deadlines=self._deadlines,
             combine=self._combine_slice,
             received=self.meter.received,
-            ended=self._record.counted,
+            ended=self._record.ended_and_counted,
             wants_trace=self._record.wants_trace,
         )
         self.journal = Journal(topology, me, self._recent, self.links, log_lines_dropped)
@@ -200,6 +200,7 @@ class Service:
         """The truth about this process now, with its last events and requests; never waits."""
         counts = self.meter.counts()
         service, waiting = self.meter.service.spread, self.meter.waiting.spread
+        all_waiting, all_service = self.meter.histograms()
         slots = self._known_slots()
         streams, streamed_waiting, streamed_active = self.intake.streamed
         return pb2.MetricsResponse(
@@ -236,8 +237,8 @@ class Service:
             streamed_active=streamed_active,
             events=map(wire.write_event, self._recent.events(events)),
             requests=map(wire.write_story, self._record.stories.last(requests)),
-            service=wire.write_histogram(self.meter.all_service.histogram),
-            waiting=wire.write_histogram(self.meter.all_waiting.histogram),
+            service=wire.write_histogram(all_service),
+            waiting=wire.write_histogram(all_waiting),
             wall_time_s=time.time(),
         )
 
@@ -269,9 +270,9 @@ class Service:
             self._check_size(response.ByteSize())
         except OverlayError as e:
             ended.failures = ((0, e),)
-            self._record.notice(ended)
+            self._record.ended(ended)
             raise
-        self._record.notice(ended)
+        self._record.ended(ended)
         if request.want_trace:
             wire.write_trace(response, ended.trace)
         return response, assembly.coverage(answer)

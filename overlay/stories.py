@@ -21,11 +21,10 @@ class Stories:
     """Safe from any thread."""
 
     def __init__(self) -> None:
-        now = time.monotonic()
         self._good: deque[Story] = deque(maxlen=KEPT)
         self._bad: deque[Story] = deque(maxlen=KEPT)
-        self._traces = Allowance(AT_ONCE, PER_S, now)
-        self._failures = Allowance(AT_ONCE, PER_S, now)
+        self._traces = Allowance(AT_ONCE, PER_S)
+        self._failures = Allowance(AT_ONCE, PER_S)
 
     def wants_trace(self) -> bool:
         """Whether the next request is to be followed on its way."""

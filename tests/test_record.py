@@ -9,7 +9,7 @@ import pytest
 
 from overlay.allowance import Allowance
 from overlay.errors import BadRequest, Cancelled, OverlayError, QueueFull
-from overlay.meter import BOUNDS_S, Tally
+from overlay.meter import BOUNDS_S, Meter
 from overlay.record import Ended, Record
 from overlay.repeats import Repeats
 from overlay.stories import KEPT, Stories
@@ -46,8 +46,8 @@ def lines(caplog) -> list[str]:
 
 
 def test_every_row_is_counted_and_only_some_are_told(record):
-    record.counted(ended(segment(1000)))
-    record.counted(ended(segment(10, traced=True), (3, QueueFull("full"))))
+    record.ended_and_counted(ended(segment(1000)))
+    record.ended_and_counted(ended(segment(10, traced=True), (3, QueueFull("full"))))
 
     counts = record.meter.counts()
     assert (counts.completed, counts.refused) == (1009, 1)
@@ -58,7 +58,7 @@ def test_every_row_is_counted_and_only_some_are_told(record):
 
 
 def test_a_story_tells_who_asked_what_and_how_it_ended(record):
-    record.notice(ended(segment(5, traced=True), start=2))
+    record.ended(ended(segment(5, traced=True), start=2))
 
     (story,) = record.stories.last(9)
     assert (story.request_id, story.count, story.caller) == (0xAD, 3, "10.0.0.9")
@@ -67,21 +67,21 @@ def test_a_story_tells_who_asked_what_and_how_it_ended(record):
 
 
 def test_of_another_process_the_story_names_the_last_hop_as_caller(record):
-    record.notice(ended(segment(traced=True, hops=("A", "B"))))
+    record.ended(ended(segment(traced=True, hops=("A", "B"))))
 
     assert record.stories.last(1)[0].caller == "B"
 
 
 def test_rows_that_failed_for_one_reason_are_one_story(record):
     full = [(row, QueueFull("full")) for row in range(4)]
-    record.notice(ended(segment(6), *full, (4, BadRequest("no picture"))))
+    record.ended(ended(segment(6), *full, (4, BadRequest("no picture"))))
 
     told = [(s.count, s.reason) for s in record.stories.last(9)]
     assert sorted(told) == [(1, ""), (1, "no picture"), (4, "full")]
 
 
 def test_a_thousand_different_reasons_are_few_stories(record):
-    record.notice(ended(segment(1000), *[(n, BadRequest(f"row {n}")) for n in range(1000)]))
+    record.ended(ended(segment(1000), *[(n, BadRequest(f"row {n}")) for n in range(1000)]))
 
     told = record.stories.last(9)
     assert len(told) == 3
@@ -90,7 +90,7 @@ def test_a_thousand_different_reasons_are_few_stories(record):
 
 def test_the_first_failures_have_a_line_and_of_the_rest_one_says_how_many(record, caplog):
     for _ in range(50):
-        record.notice(ended(segment(20), *[(n, QueueFull("full")) for n in range(20)]))
+        record.ended(ended(segment(20), *[(n, QueueFull("full")) for n in range(20)]))
     record.close()
 
     *first, last = lines(caplog)
@@ -101,29 +101,29 @@ def test_the_first_failures_have_a_line_and_of_the_rest_one_says_how_many(record
 
 def test_what_was_not_told_is_told_within_a_second_or_so(record, caplog):
     for _ in range(7):
-        record.notice(ended(segment(), (0, QueueFull("full"))))
+        record.ended(ended(segment(), (0, QueueFull("full"))))
 
     until(lambda: lines(caplog)[-1] == "2 more refused, queue full", 3)
 
 
 def test_a_line_names_its_request_and_its_kind(record, caplog):
-    record.notice(ended(segment(3), (1, QueueFull("full"))))
+    record.ended(ended(segment(3), (1, QueueFull("full"))))
 
     (line,) = caplog.records
     assert (line.request_id, line.kind, line.levelname) == (0xAC, "refusal", "WARNING")
 
 
 def test_what_its_caller_did_wrong_or_gave_up_worries_nobody(record, caplog):
-    record.notice(ended(segment(), (0, BadRequest("no picture"))))
-    record.notice(ended(segment(), (0, Cancelled("the caller left"))))
+    record.ended(ended(segment(), (0, BadRequest("no picture"))))
+    record.ended(ended(segment(), (0, Cancelled("the caller left"))))
 
     (line,) = caplog.records
     assert (line.levelname, line.kind) == ("INFO", "refusal")
 
 
 def test_a_request_that_wants_to_be_told_has_a_line_whatever_came_of_it(record, caplog):
-    record.notice(ended(segment(traced=True, told=True)))
-    record.notice(ended(segment(traced=True, told=True), (0, QueueFull("full"))))
+    record.ended(ended(segment(traced=True, told=True)))
+    record.ended(ended(segment(traced=True, told=True), (0, QueueFull("full"))))
 
     good, bad = lines(caplog)
     assert good.startswith("answered; waited 0.0 ms, in service 0.0 ms, asked by 10.0.0.9")
@@ -147,22 +147,25 @@ def test_good_stories_never_push_out_failures():
 
 
 def test_a_histogram_counts_each_time_below_its_bound():
-    tally = Tally()
-    for seconds, count in [(0.0, 1), (0.0001, 2), (0.0015, 3), (1e9, 4)]:
-        tally.add(seconds, count)
+    meter = Meter()
+    for seconds, rows in [(0.0, 1), (0.0001, 2), (0.0015, 3), (1e9, 4)]:
+        meter.ended(rows, rows, seconds, None)
+    meter.ended(5, 0, 0.0, 0.3)
 
-    found = tally.histogram
+    waited, served = meter.histograms()
 
-    assert len(found.counts) == len(BOUNDS_S) + 1
-    assert (found.counts[0], found.counts[BOUNDS_S.index(0.002)], found.counts[-1]) == (3, 3, 4)
-    assert found.count == 10
-    assert found.sum_s == pytest.approx(4e9, rel=1e-6)
+    assert len(waited.counts) == len(BOUNDS_S) + 1
+    assert (waited.counts[0], waited.counts[BOUNDS_S.index(0.002)], waited.counts[-1]) == (8, 3, 4)
+    assert (waited.count, served.count) == (15, 5)
+    assert (served.counts[BOUNDS_S.index(0.5)], served.sum_s) == (5, 1.5)
+    assert waited.sum_s == pytest.approx(4e9, rel=1e-6)
+    assert meter.counts().completed == 10
 
 
 def test_an_allowance_is_so_many_at_once_and_so_many_a_second():
-    allowance = Allowance(2, 10, now=0.0)
+    allowance = Allowance(2, 10)
     assert [allowance.take(0.0) for _ in range(3)] == [True, True, False]
-    assert [allowance.take(0.1) for _ in range(2)] == [True, False]
+    assert [allowance.take(0.11) for _ in range(2)] == [True, False]
     assert [allowance.take(99.0) for _ in range(3)] == [True, True, False]
 
 
