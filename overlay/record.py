@@ -106,8 +106,9 @@ class Record:
 
     def turned_away(self, error: OverlayError) -> None:
         """A request that could not even be read."""
-        if self._failures.may_tell(_kind(error)):
-            _tell_failure(error, 0, "")
+        kind = _kind(error)
+        if self._failures.may_tell(kind):
+            _tell_failure(kind, f"{kind.word}, {kind.cause}: {error}", 0)
 
     def _trace(self, ended: Ended, waited_s: float, served_s: float) -> tuple[Hop, ...]:
         if ended.answers is None:
@@ -132,7 +133,7 @@ class Record:
 
         groups = _alike(ended.failures)
         for row, error, count in groups:
-            add(row, error.code, str(error), count)
+            add(row, error.code, _public(ended, row, error), count)
         good = ended.count - len(ended.failures)
         if good:
             failed = {row for row, _ in ended.failures}
@@ -148,11 +149,13 @@ class Record:
                 self._told.add("told", ended.count - row - 1)
                 return
             error = failed.get(row)
-            what = f"{_kind(error).word}, {_kind(error).cause}: {error}" if error else "answered"
+            what, private = "answered", ""
+            if error is not None:
+                what, private = _words(ended, row, error)
             log.info(
                 "%s; waited %.1f ms, in service %.1f ms, asked by %s",
                 what, waited_s * 1e3, served_s * 1e3, _asked_by(ended),
-                extra={"request_id": ids[ended.start + row]},
+                extra={"request_id": ids[ended.start + row], "private": private},
             )  # fmt: skip
 
     def _tell_failures(self, ended: Ended) -> None:
@@ -162,7 +165,10 @@ class Record:
                 continue
             kind = _kind(error)
             if self._failures.may_tell(kind):
-                _tell_failure(error, ids[ended.start + row], _asked_by(ended))
+                words, private = _words(ended, row, error)
+                _tell_failure(
+                    kind, f"{words}; asked by {_asked_by(ended)}", ids[ended.start + row], private
+                )
             self._failures.add(kind, count - 1)
 
 
@@ -200,11 +206,20 @@ def _kind(error: OverlayError) -> _Kind:
     return _Kind("failed", error.code.name.lower().replace("_", " "), level)
 
 
-def _tell_failure(error: OverlayError, request_id: int, caller: str) -> None:
-    kind = _kind(error)
-    by = f"; asked by {caller}" if caller else ""
-    about = {"kind": _EVENTS[kind.word], "request_id": request_id}
-    log.log(kind.level, "%s, %s: %s%s", kind.word, kind.cause, error, by, extra=about)
+def _tell_failure(kind: _Kind, words: str, request_id: int, private: str = "") -> None:
+    about = {"kind": _EVENTS[kind.word], "request_id": request_id, "private": private}
+    log.log(kind.level, "%s", words, extra=about)
+
+
+def _words(ended: Ended, row: int, error: OverlayError) -> tuple[str, str]:
+    """What is said of a failure, and what only its process's log says."""
+    kind, public = _kind(error), _public(ended, row, error)
+    return f"{kind.word}, {kind.cause}: {public}", str(error) if public != str(error) else ""
+
+
+def _public(ended: Ended, row: int, error: OverlayError) -> str:
+    answer = ended.answers.at(row) if ended.answers else None
+    return story.reason_of(answer) if answer and story.is_for_the_caller(answer) else str(error)
 
 
 def _tell_more_failures(kind: Hashable, count: int) -> None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from overlay.values import Answer, Answers, Code, Hop, Mode, PartColumn
+from overlay.values import Answer, Answers, Code, Executed, Hop, Mode, Part, PartColumn
+
+HANDLERS_OWN = "refused by its handler, in words for its caller"
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,22 @@ def code_of(answers: Answers) -> Code:
 
 
 def reason_of(answer: Answer) -> str:
-    """Why an answer is short: the workers that it lacks, each with its reason."""
-    return "; ".join(f"{p.process_id}: {p.reason or p.code.name}" for p in answer.parts if not p.ok)
+    """Why an answer is short, for everybody: the workers that it lacks, each with its reason."""
+    return "; ".join(f"{p.process_id}: {_public(p)}" for p in answer.parts if not p.ok)
+
+
+def is_for_the_caller(answer: Answer) -> bool:
+    """Whether a handler's own sentence is in it: that may quote the payload."""
+    return any(_is_a_handlers(part) for part in answer.parts)
+
+
+def _public(part: Part) -> str:
+    return HANDLERS_OWN if _is_a_handlers(part) else part.reason or part.code.name
+
+
+def _is_a_handlers(part: Part) -> bool:
+    # Of BadRequest alone do the words travel; the overlay's own is told before anything runs.
+    return part.code is Code.INVALID_ARGUMENT and part.executed is not Executed.NO
 
 
 def lines(trace: Sequence[Hop]) -> Iterator[tuple[str, Hop, int | None]]:

@@ -8,13 +8,24 @@ from collections.abc import Iterator
 import pytest
 
 from overlay.allowance import Allowance
-from overlay.errors import BadRequest, Cancelled, OverlayError, QueueFull
+from overlay.errors import BadRequest, Cancelled, OverlayError, PartsFailed, QueueFull
 from overlay.meter import BOUNDS_S, Meter
 from overlay.record import Ended, Record
 from overlay.repeats import Repeats
 from overlay.stories import KEPT, Stories
 from overlay.story import Story
-from overlay.values import Answers, Code, Column, Hop, Mode, PartColumn, Route, Segment
+from overlay.values import (
+    Answers,
+    Code,
+    Column,
+    Executed,
+    Failure,
+    Hop,
+    Mode,
+    PartColumn,
+    Route,
+    Segment,
+)
 from tests.cluster import until
 
 
@@ -128,6 +139,23 @@ def test_a_request_that_wants_to_be_told_has_a_line_whatever_came_of_it(record, 
     good, bad = lines(caplog)
     assert good.startswith("answered; waited 0.0 ms, in service 0.0 ms, asked by 10.0.0.9")
     assert bad.startswith("refused, queue full: full; waited")
+
+
+def test_what_a_handler_tells_its_caller_is_told_to_nobody_else(record, caplog):
+    """BadRequest's sentence may quote the payload."""
+    said = Failure(Code.INVALID_ARGUMENT, "no such word: my password", Executed.YES)
+    column = PartColumn("C", Column([b""]), failed=said)
+    error = PartsFailed(f"C: {said.reason}", said.code, said.executed, "invalid argument", None)
+    for told in (False, True):
+        asked = segment(traced=told, told=told)
+        answers = Answers(1, (column,), ("C",))
+        record.ended(Ended(asked, "10.0.0.9", 0, answers, [(0, error)]))
+
+    for story in record.stories.last(9):
+        assert story.reason == "C: refused by its handler, in words for its caller"
+    for line in caplog.records:
+        assert "password" not in line.getMessage()
+        assert "password" in line.private
 
 
 def test_good_stories_never_push_out_failures():

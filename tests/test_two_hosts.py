@@ -128,10 +128,11 @@ def test_any_reaches_each_worker_also_after_many_requests_to_all(two_hosts: SixO
         (COMMAND, ["3 of 3 workers answered", EVERYONE]),
         ([*COMMAND, "--mode", "any"], ["1 of 1 worker answered"]),
         ([*COMMAND, "check"], ["A, leader of team green, at 192.168.1.1:50051"]),
+        ([*COMMAND, "logs", "F"], ["F overlay.node INFO serves on 192.168.1.2:50056"]),
         ([sys.executable, "client.py", "check", SHIPPED.name], ["192.168.1.2:50056"]),
         ([sys.executable, "test_system.py", *COMMAND[2:]], ["all 5 tests passed"]),
     ],
-    ids=["request", "any", "check", "check all", "test_system"],
+    ids=["request", "any", "check", "logs", "check all", "test_system"],
 )
 def test_the_commands_work_from_either_host(
     two_hosts: SixOnTwoHosts, host: int, command: list[str], says: list[str]
