@@ -21,6 +21,7 @@ from overlay.values import (
     Column,
     Executed,
     Failure,
+    Hop,
     Mode,
     Part,
     PartColumn,
@@ -151,6 +152,48 @@ def test_a_slice_that_is_passed_on_unread_is_the_same_and_so_are_its_pieces(answ
         assert whole.at(row) == answers.at(row)
     for row in range(count):
         assert piece.at(row) == answers.at(start + row)
+
+
+HOPS = st.builds(
+    Hop,
+    st.sampled_from("ABCDEF"),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 64),
+    st.sampled_from(Code),
+    st.integers(0, 2**32 - 1),
+)
+
+
+@given(SLICES, st.lists(HOPS, max_size=6))
+def test_a_trace_travels_with_its_slice_and_with_its_pieces(answers, trace):
+    frame = pb2.Frame()
+    wire.write_slice(frame, 1, 0, answers, trace)
+    found = wire.read_slice(sent(frame).slices[0])
+
+    assert found.trace == tuple(trace)
+    assert found.slice(0, 1).trace == tuple(trace)
+
+
+@pytest.mark.parametrize(("traced", "told"), [(False, False), (True, False), (True, True)])
+def test_a_segment_says_on_its_way_whether_it_is_followed_and_told(traced, told):
+    segment = Segment(Route(), Column([b"a", b"b"]), 5.0, 1, traced=traced, told=told)
+    onward = Segment.joined([segment.slice(0, 1), segment.again().slice(1, 1)]).onward("A", ("C",))
+    frame = pb2.Frame()
+    wire.write_segment(frame, 1, onward, 1.0)
+
+    found = wire.read_segment(sent(frame).segments[0], 0.0, LIMITS)
+
+    assert (found.traced, found.told) == (traced, told)
+
+
+def test_a_clients_wish_for_a_trace_is_one_for_a_line_too():
+    segment = pb2.Segment(count=1, payloads=pb2.Column(items=[b""]), want_trace=True)
+    for found in (
+        wire.read_request(pb2.Request(want_trace=True), 1.0, LIMITS),
+        wire.read_segment(segment, 0.0, LIMITS),
+    ):
+        assert (found.traced, found.told) == (True, True)
 
 
 def test_a_column_is_copied_on_unread():
