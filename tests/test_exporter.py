@@ -64,6 +64,14 @@ def values(text: str) -> dict[str, float]:
     return {name: float(value) for name, _, value in lines}
 
 
+def received(port: int) -> float | None:
+    """None while it does not serve yet."""
+    try:
+        return values(read(port))["overlay_requests_received_total"]
+    except OSError:
+        return None
+
+
 def test_the_figures_are_those_of_the_process(serving):
     found = values(read(serving()))
 
@@ -156,7 +164,7 @@ def test_a_process_tells_prometheus_where_the_configuration_says(tmp_path: Path)
     try:
         worker.start("C")
         worker.ask("C", b"hi")
-        until(lambda: values(read(port)).get("overlay_requests_received_total") == 1, 5)
+        until(lambda: received(port) == 1, 5)
         facts = next(f for f in parsed(read(port)) if f.name == "overlay_info").samples[0].labels
         assert (facts["process"], facts["role"]) == ("C", "worker")
     finally:
