@@ -60,6 +60,7 @@ class LinkState:
     health: str = "healthy"
     health_reason: str = ""
     ejections: int = 0
+    rtt_s: float = 0.0  # there and back; 0 when not known
 
     @property
     def total_slots(self) -> int:
@@ -394,6 +395,7 @@ class _Link:
                 health=health,
                 health_reason=health_reason,
                 ejections=ejections,
+                rtt_s=min(self._rtts, default=0.0),
             )
 
     def _looked(self, began: float, probe: grpc.Future) -> None:

@@ -409,6 +409,7 @@ class Service:
                 health=state.health,
                 health_reason=state.health_reason,
                 ejections=state.ejections,
+                rtt_ms=state.rtt_s * 1e3,
             )
             for state in self.links.states()
         ]

@@ -397,6 +397,7 @@ def test_metrics_know_the_whole_overlay(six: Overlay) -> None:
     assert [p.id for p in metrics.topology] == list("ABCDEF")
     assert {n.process_id: n.state for n in metrics.neighbours} == {"B": "up", "E": "up"}
     assert all(n.same_config for n in metrics.neighbours)
+    assert all(0 < n.rtt_ms < 5_000 for n in metrics.neighbours)
     assert six.metrics("C").handlers[0].name == "echo"
     assert metrics.uptime_s > 0
     assert metrics.pid == six.processes["A"].pid
