@@ -6,6 +6,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
     4 edges      admin -> service -> streams   admin -> journal   service -> journal
                  bulk -> console -> client -> calls -> orders   bulk -> client -> orders
                  reading -> console, client   aio -> client, calls, orders   guard   exporter
+                 watch -> client   screenful -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
                  links -> pipes, wire   pipes -> wire -> meter, recent
@@ -13,6 +14,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  executor -> batch, handlers   threads -> handlers
                  processes -> child -> batch, handlers, logs
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
+                 picture -> history
     0 values     errors -> values   limits   topology -> limits, errors
                  configuration -> topology, limits, errors
 
