@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import sys
 import threading
@@ -21,6 +22,14 @@ from typing import Any
 from overlay.errors import ConfigError
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
+
+
+def not_installed(error: ModuleNotFoundError) -> str:
+    return (
+        f"the package '{error.name}' is not installed for this Python; "
+        "use the Python in .venv, or run: python -m pip install -r requirements.txt"
+    )
+
 
 try:
     import psutil
@@ -51,10 +60,7 @@ try:
     from overlay.topology import ROLES, Process, Topology, join_address
     from overlay.values import Hop, Part
 except ModuleNotFoundError as e:
-    sys.stderr.write(
-        f"{Path(sys.argv[0]).name}: the package '{e.name}' is not installed for this Python; "
-        "use the Python in .venv, or run: python -m pip install -r requirements.txt\n"
-    )
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {not_installed(e)}\n")
     raise SystemExit(2) from None
 except ConfigError as e:
     sys.stderr.write(f"{Path(sys.argv[0]).name}: {e}\n")
@@ -688,6 +694,21 @@ def _overall_as_json(topology: Topology, looks: Sequence[Look], code: int) -> di
     }
 
 
+def later(module: str, function: str) -> Callable[[Any], Any]:
+    """That function of a module of the package, which is imported when it is called: a page's
+    server is nothing that a request should wait for."""
+
+    def call(given: Any) -> Any:
+        try:
+            found = importlib.import_module(f"overlay.{module}")
+        except ModuleNotFoundError as e:
+            complain(not_installed(e))
+            raise SystemExit(Exit.USAGE) from None
+        return getattr(found, function)(given)
+
+    return call
+
+
 VERBS = {
     "ask": Verb("Sends one request", ask_arguments, ask),
     "map": Verb(
@@ -696,6 +717,14 @@ VERBS = {
     "check": Verb("What this process says of itself and its neighbours", check_arguments, check),
     "logs": Verb(
         "The last lines of this process's log, or of one below it", reading.arguments, reading.run
+    ),
+    "top": Verb(
+        "The whole overlay live, in this terminal", later("top", "arguments"), later("top", "run")
+    ),
+    "web": Verb(
+        "The whole overlay live, as a page on this machine",
+        later("web", "arguments"),
+        later("web", "run"),
     ),
     "drain": Verb(
         "Stops this process: what runs is finished, the rest refused", drain_arguments, drain

@@ -6,7 +6,8 @@ arrow says so; tests/test_floors.py compares this picture with the code.
     4 edges      admin -> service -> streams   admin -> journal   service -> journal
                  bulk -> console -> client -> calls -> orders   bulk -> client -> orders
                  reading -> console, client   aio -> client, calls, orders   guard   exporter
-                 watch -> client   screenful -> console
+                 web -> watch, console   watch -> client   top -> watch, console, screenful
+                 screenful -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
                  links -> pipes, wire   pipes -> wire -> meter, recent

@@ -49,7 +49,7 @@ LOCK = "requirements.lock"
 DEV_LOCK = "requirements-dev.lock"
 STUBS = ("overlay_pb2.py", "overlay_pb2.pyi", "overlay_pb2_grpc.py")
 NEEDED = ["grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.protobuf"]
-NEEDED += ["pydantic", "psutil", "rich"]
+NEEDED += ["pydantic", "psutil", "rich", "starlette", "uvicorn"]
 
 PROBE = """
 import importlib.util, json, sys

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
 from overlay import wire
 from overlay.wire import pb2, pb2_grpc
@@ -55,6 +57,16 @@ def until(condition: Callable[[], Any], within_s: float = 10.0, what: str = "") 
         if time.monotonic() > end:
             raise AssertionError(f"not within {within_s} s: {what or condition} (last: {value!r})")
         time.sleep(0.02)
+
+
+def tool(name: str, remedy: str) -> str:
+    """The program beside this Python, or on the path. Without it: skipped, but CI must have it."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = shutil.which(name, path=path)
+    if found is None:
+        reason = f"the program '{name}' is missing; run: {remedy}"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return found
 
 
 class Overlay:

@@ -22,7 +22,7 @@ from grpc_tools import protoc
 
 from overlay import wire
 from overlay.wire import pb2
-from tests.cluster import ROOT, Overlay, six_processes
+from tests.cluster import ROOT, Overlay, six_processes, tool
 
 HERE = Path(__file__).resolve().parent / "interop"
 PROTO = ROOT / "overlay.proto"
@@ -381,16 +381,6 @@ def printed(command: list[str], **options: Any) -> str:
     done = finished(command, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def tool(name: str, remedy: str) -> str:
-    """The program beside this Python, or on the path. Without it: skipped, but CI must have it."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    found = shutil.which(name, path=path)
-    if found is None:
-        reason = f"the program '{name}' is missing; run: {remedy}"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    return found
 
 
 def url(overlay: Overlay, method: str = "OverlayNode/Forward", process_id: str = "A") -> str:
