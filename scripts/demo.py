@@ -1,4 +1,4 @@
-"""The demo: six processes on this machine, real requests, and who answered.
+"""The demo: six processes on this machine, a page that shows them, real requests, who answered.
 
     demo.py          stays up until Ctrl-C, to try more
     demo.py --once   ends after the requests; exit code 0 only when every answer was right
@@ -42,6 +42,7 @@ THUMBNAILS = LOGS / "thumbnails"
 PHOTOS = ROOT / "examples" / "photos"
 PATTERN = r"re:^class \w+Error\("
 GRACE_S = 10.0
+PAGE_PORT = 8050
 TIMEOUT_S = 60.0  # a laptop that has just started six processes may be busy
 
 
@@ -93,6 +94,7 @@ def _demo(once: bool, given_up: threading.Event) -> int:
     examples = _write_configuration()
     topology = load(CONFIG)
     children: list[Child] = []
+    page: subprocess.Popen[bytes] | None = None
     print("starting six processes on this machine ...", flush=True)
     try:
         launcher.launch(topology, CONFIG, topology.processes.values(), children, given_up)
@@ -104,11 +106,16 @@ def _demo(once: bool, given_up: threading.Event) -> int:
         launcher.wait_until_linked(children, given_up)
         _print_processes(children)
         address = topology.processes["A"].address
+        if not once:
+            page = _open_page(address)
         fine = _requests(address, examples, given_up)
         if not once and not given_up.is_set():
             _stay_up(address, children, given_up)
         return 0 if fine else 1
     finally:
+        if page:
+            page.kill()  # it only reads
+            page.wait()
         if children:
             with contextlib.suppress(OSError):  # nobody may read any more
                 print("stopping ...", flush=True)
@@ -171,6 +178,28 @@ def _print_processes(children: Sequence[Child]) -> None:
         rows.append((process.id, process.role, process.team, process.address, pid, ready))
     launcher.print_table(rows)
     print(f"logs: {shown(LOGS)}\n")
+
+
+# The page
+
+
+def _open_page(address: str) -> subprocess.Popen[bytes]:
+    """Starts the page that watches the six, and prints its address. It ends when this does, however
+    that comes: its standard input ends then."""
+    host, port = address.split(":")
+    (page_port,) = free_ports([PAGE_PORT])
+    call = [sys.executable, str(ROOT / "client.py"), host, port, "web", "--until-eof"]
+    page = subprocess.Popen(
+        [*call, "--web-port", str(page_port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **launcher.apart(),
+    )
+    said = page.stdout.readline().decode("utf-8", "replace").strip() if page.stdout else ""
+    found = re.search(r"http://\S+", said)
+    print(f"watch them work: {found[0]}\n" if found else f"no page: {said}\n", flush=True)
+    return page
 
 
 # The requests
@@ -287,7 +316,13 @@ def _stay_up(address: str, children: Sequence[Child], given_up: threading.Event)
     host, port = address.split(":")
     python = shown(Path(sys.executable))
     print("the six processes stay up; try in another terminal")
-    for script, verb in (("client.py", ""), ("client.py", " check"), ("test_system.py", "")):
+    verbs = (
+        ("client.py", ""),
+        ("client.py", " top"),
+        ("client.py", " check"),
+        ("test_system.py", ""),
+    )
+    for script, verb in verbs:
         print(f"  {python} {shown(ROOT / script)} {host} {port}{verb}")
     print(f"  {launcher.command('status')} {shown(CONFIG)}")
     print("and press Ctrl-C here to stop them", flush=True)

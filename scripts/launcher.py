@@ -303,7 +303,7 @@ def _spawn(topology: Topology, config: Path, process: Process) -> Child:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **_ENVIRONMENT, TOKEN: token},
-                **_apart(),
+                **apart(),
             )
     except OSError as e:
         raise Refused(f"{shown(files.log.parent)} cannot be used: {e.strerror or e}") from None
@@ -330,7 +330,7 @@ def _spawn(topology: Topology, config: Path, process: Process) -> Child:
 _ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
 
 
-def _apart() -> dict[str, Any]:
+def apart() -> dict[str, Any]:
     """A group of its own: Ctrl-C in this terminal, and the end of it, do not reach the child."""
     if sys.platform == "win32":
         flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW

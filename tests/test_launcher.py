@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,15 @@ from packaging.requirements import Requirement
 import overlay
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("node.py", "overlay", "overlay.proto", "scripts", "examples", "two_hosts_config.json")
+COPIED = (
+    "node.py",
+    "client.py",
+    "overlay",
+    "overlay.proto",
+    "scripts",
+    "examples",
+    "two_hosts_config.json",
+)
 STUBS = ("overlay_pb2.py", "overlay_pb2.pyi", "overlay_pb2_grpc.py")
 THREE = {"A": ("leader", "B"), "B": ("team_leader", "AC"), "C": ("worker", "B")}
 SHELLS = {"dash": ["dash"], "busybox": ["busybox", "sh"], "zsh": ["zsh"]}
@@ -330,19 +339,30 @@ def test_a_file_without_a_process_for_this_machine_says_which_addresses_there_ar
 def demos(project):
     """One that stays up, a second beside it, and a third after the first was killed."""
     command = [sys.executable, str(project / "scripts" / "demo.py")]
+    said = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as first:
         try:
-            wait_for(lambda: "Ctrl-C here" in first.stdout.readline(), within_s=60)
+            wait_for(
+                lambda: "Ctrl-C here" in (said.append(first.stdout.readline()), said[-1])[1], 60
+            )
+            page = page_of("".join(said))
             second = launcher(project, "--once", script="demo.py")
         finally:
             first.kill()
     left = processes_of(project, ".demo.json", "node.py")
     third = launcher(project, "--once", script="demo.py")
-    return first.pid, second, left, third
+    return first.pid, second, left, third, page
+
+
+def page_of(said):
+    """What stands at the address that the demo has printed."""
+    address = re.search(r"watch them work: (http://\S+)", said)
+    with urllib.request.urlopen(address[1], timeout=10) as answer:
+        return answer.read().decode()
 
 
 def test_the_demo_shows_right_answers_and_leaves_nothing(project, demos):
-    _, _, _, shown = demos
+    shown = demos[3]
 
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "the way it went: A B C E D F; answered: 3 of 3" in shown.stdout
@@ -352,7 +372,7 @@ def test_the_demo_shows_right_answers_and_leaves_nothing(project, demos):
 
 
 def test_a_second_demo_says_that_one_is_running(demos):
-    pid, second, _, _ = demos
+    pid, second, *_ = demos
 
     assert second.returncode == 2
     assert f"already running as pid {pid}" in second.stderr
@@ -360,24 +380,30 @@ def test_a_second_demo_says_that_one_is_running(demos):
 
 
 def test_what_a_killed_demo_left_is_stopped_by_the_next(demos):
-    _, _, left, third = demos
+    _, _, left, third, _ = demos
 
     assert len(left) == 6
     assert "stopped A, B, C, D, E, F, left by a demo that was killed" in third.stdout
     assert not any(process.is_running() for process in left)
 
 
+def test_the_demo_has_a_page_that_ends_also_when_the_demo_is_killed(project, demos):
+    assert "<title>overlay</title>" in demos[4]
+    wait_for(lambda: not processes_of(project, "client.py"))
+
+
 @posix_only
 def test_ctrl_c_ends_the_demo_and_its_processes(project, demos):
     command = [sys.executable, str(project / "scripts" / "demo.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as demo:
-        wait_for(lambda: processes_of(project, ".demo.json", "node.py", " F "))
+        wait_for(lambda: "watch them work" in demo.stdout.readline())
         demo.send_signal(signal.SIGINT)
         said, _ = demo.communicate(timeout=60)
 
     assert "all six processes have stopped" in said
     assert "Traceback" not in said
     assert processes_of(project, ".demo.json") == []
+    assert processes_of(project, "client.py") == []
 
 
 # The start scripts
