@@ -751,7 +751,7 @@ def last_lines(path: Path, count: int = 10) -> list[str]:
 
 def shown(path: Path) -> str:
     """As short as can be typed from here."""
-    path = path.resolve()
+    path = Path(os.path.abspath(path))  # not resolved: the Python of a .venv is a link
     text = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
     return f'"{text}"' if " " in text else text
 

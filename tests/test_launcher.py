@@ -339,19 +339,26 @@ def test_a_file_without_a_process_for_this_machine_says_which_addresses_there_ar
 def demos(project):
     """One that stays up, a second beside it, and a third after the first was killed."""
     command = [sys.executable, str(project / "scripts" / "demo.py")]
-    said = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as first:
         try:
-            wait_for(
-                lambda: "Ctrl-C here" in (said.append(first.stdout.readline()), said[-1])[1], 60
-            )
-            page = page_of("".join(said))
+            said = read_until(first.stdout, "Ctrl-C here")
+            page = page_of(said)
             second = launcher(project, "--once", script="demo.py")
         finally:
             first.kill()
     left = processes_of(project, ".demo.json", "node.py")
     third = launcher(project, "--once", script="demo.py")
-    return first.pid, second, left, third, page
+    return first.pid, second, left, third, page, said
+
+
+def read_until(stream, words):
+    """What came up to the line with the words, that line too."""
+    said = ""
+    while words not in said:
+        line = stream.readline()
+        assert line, f"it ended without '{words}':\n{said}"
+        said += line
+    return said
 
 
 def page_of(said):
@@ -380,11 +387,16 @@ def test_a_second_demo_says_that_one_is_running(demos):
 
 
 def test_what_a_killed_demo_left_is_stopped_by_the_next(demos):
-    _, _, left, third, _ = demos
+    left, third = demos[2:4]
 
     assert len(left) == 6
     assert "stopped A, B, C, D, E, F, left by a demo that was killed" in third.stdout
     assert not any(process.is_running() for process in left)
+
+
+def test_the_demo_names_commands_that_run_in_its_own_environment(demos):
+    python = re.search(r"(?m)^  (\S+) .*client\.py", demos[5])[1]
+    assert os.path.abspath(python) == sys.executable
 
 
 def test_the_demo_has_a_page_that_ends_also_when_the_demo_is_killed(project, demos):
@@ -396,7 +408,7 @@ def test_the_demo_has_a_page_that_ends_also_when_the_demo_is_killed(project, dem
 def test_ctrl_c_ends_the_demo_and_its_processes(project, demos):
     command = [sys.executable, str(project / "scripts" / "demo.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as demo:
-        wait_for(lambda: "watch them work" in demo.stdout.readline())
+        read_until(demo.stdout, "watch them work")
         demo.send_signal(signal.SIGINT)
         said, _ = demo.communicate(timeout=60)
 
