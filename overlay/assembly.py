@@ -62,12 +62,11 @@ def failure(answer: Answer, retry_after_s: float) -> OverlayError | None:
             "no worker was asked", Code.UNAVAILABLE, Executed.NO, "unreachable", None
         )
     first, executed = parts[0], _executed(parts)
-    own_words = answer.refused is not None
-    reasons = "; ".join(dict.fromkeys(p.reason if own_words else _reason(p) for p in parts))
     cause = first.code.name.lower().replace("_", " ")
     again: float | None = first.retry_after_s or retry_after_s
     if executed is not Executed.NO or first.code not in _WORTH_A_RETRY:
         again = None
+    reasons = first.reason if answer.refused is not None else _reasons(parts)
     return PartsFailed(reasons, first.code, executed, cause, again)
 
 
@@ -110,5 +109,10 @@ def _executed(parts: Sequence[Part]) -> Executed:
     return Executed.YES if Executed.YES in found else Executed.UNKNOWN
 
 
-def _reason(part: Part) -> str:
-    return f"{part.process_id}: {part.reason}" if part.process_id else part.reason
+def _reasons(parts: Iterable[Part]) -> str:
+    """Each reason once, with those who gave it."""
+    givers: dict[str, list[str]] = {}
+    for part in parts:
+        givers.setdefault(part.reason, []).append(part.process_id)
+    told = ((", ".join(filter(None, ids)), why) for why, ids in givers.items())
+    return "; ".join(f"{ids}: {why}" if ids else why for ids, why in told)

@@ -136,6 +136,11 @@ def test_the_code_of_a_failure_is_the_first_parts_in_configuration_order(codes):
     assert str(error) == "C: C did not; D: D did not; F: F did not"
 
 
+def test_a_reason_that_several_give_is_told_once():
+    parts = [Part(worker, Code.INTERNAL, why) for worker, why in zip("CDF", "xyx", strict=True)]
+    assert str(assembly.failure(Answer(tuple(parts)), 1.0)) == "C, F: x; D: y"
+
+
 @pytest.mark.parametrize("found", list(itertools.product(Executed, repeat=3)))
 def test_a_failure_proves_that_nothing_ran_only_if_every_part_does(found):
     parts = tuple(failed(w, executed=e) for w, e in zip("CDF", found, strict=True))
