@@ -26,6 +26,7 @@ from overlay import admission, assembly, handlers, routing, wire
 from overlay.assembly import Merge
 from overlay.deadlines import Deadlines
 from overlay.errors import (
+    BadRequest,
     Draining,
     HandlerFailed,
     OverlayError,
@@ -329,6 +330,8 @@ class Service:
             if failed is None:
                 try:
                     result = assembly.result(route.mode, answer, merge)
+                except BadRequest as e:
+                    failed = PartsFailed(str(e), e.code, Executed.YES, e.cause, None)
                 except BaseException as e:  # noqa: BLE001 - user code, which may raise anything
                     failed = HandlerFailed(_log_failure("the handler's merge failed", e))
             if failed is not None:

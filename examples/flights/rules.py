@@ -1,0 +1,148 @@
+"""What of SQL can be asked of shares: everything else is refused, with the words it is about.
+
+Known to be mergeable are the functions that look at one row and nothing else, by DuckDB's own
+catalogue, and the aggregates named here. An expression of any other kind is refused, also one that
+a later DuckDB invents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqltree import Tree, arguments, kinds, number, read, walk
+
+# The sum of sums is the sum, the least of the least the least.
+SAME = {"sum", "min", "max", "bool_and", "bool_or", "bit_and", "bit_or", "bit_xor"}
+COUNTS = {"count", "count_star", "count_if", "countif"}
+MEANS = {"avg", "mean"}
+DISTINCT = {"count", "sum", "min", "max", *MEANS}  # may have DISTINCT
+
+MACROS = {"nullif", "if", "split_part", "days_in_month", "fdiv"}  # made of one row's values alone
+LOOKS_AT_THE_CLOCK = {"age"}  # with one argument
+
+PLAIN = {"COLUMN_REF", "CONSTANT", "FUNCTION", "COMPARISON", "CONJUNCTION", "OPERATOR", "CAST"}
+PLAIN |= {"CASE", "BETWEEN", "TYPE"}
+OPERATORS = {"OPERATOR_NOT", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "OPERATOR_COALESCE"}
+OPERATORS |= {"COMPARE_IN", "COMPARE_NOT_IN", "OPERATOR_NULLIF", "OPERATOR_TRY"}
+REASONS = {
+    "WINDOW": "a window function needs all rows in one place",
+    "SUBQUERY": "a subquery would see the rows of one share only",
+    "PARAMETER": "there are no parameters; write the value",
+    "POSITIONAL_REFERENCE": "name the column instead",
+}
+MODIFIERS = {"DISTINCT_MODIFIER", "ORDER_MODIFIER", "LIMIT_MODIFIER"}
+
+
+class CannotMerge(ValueError):
+    """The query is wrong, or the shares' answers would not make the whole's; says which words."""
+
+
+def aggregate(tree: Tree) -> str:
+    """The aggregate's name, "" for what is none. Of an expression that has passed the rules."""
+    name = tree["function_name"].lower() if tree["class"] == "FUNCTION" else ""
+    return name if name in SAME | COUNTS | MEANS else ""
+
+
+def the_select(table: str, sql: str) -> Tree:
+    """The tree of the one SELECT over the table that this must be. Raises CannotMerge."""
+    found = read(sql)
+    if "error_message" in found:
+        only = f"only a SELECT over the table {table} is answered"
+        raise CannotMerge(
+            only if "Only SELECT" in found["error_message"] else found["error_message"]
+        )
+    if len(found["statements"]) != 1:
+        raise CannotMerge(f"{len(found['statements'])} statements; send one SELECT")
+    node = found["statements"][0]["node"]
+    for refused, why in _clauses(node):
+        if refused:
+            raise CannotMerge(why)
+    source = node["from_table"]
+    if source["type"] != "BASE_TABLE" or source["table_name"].lower() != table.lower():
+        raise CannotMerge(f"the one table to select from is {table}")
+    return node  # type: ignore[no-any-return]
+
+
+def _clauses(node: Tree) -> Iterable[tuple[object, str]]:
+    if node["type"] != "SELECT_NODE":
+        yield True, "UNION and its like are not supported; ask twice"
+    yield node["cte_map"]["map"], "WITH is not supported: it would see the rows of one share only"
+    source = node["from_table"]
+    yield source["type"] == "JOIN", "joins are not supported: they would cross shares"
+    yield source.get("sample") or node.get("sample"), "samples are not supported"
+    named = source.get("schema_name") or source.get("catalog_name") or source.get("at_clause")
+    yield (
+        named or source.get("column_name_alias"),
+        "name the table alone, without schema or columns",
+    )
+    yield node.get("qualify"), "QUALIFY is not supported: it needs all rows in one place"
+    whole = list(range(len(node["group_expressions"])))
+    plain = node["group_sets"] in ([], [whole])
+    yield not plain, "ROLLUP, CUBE and GROUPING SETS are not supported; ask once for each"
+    for modifier in node["modifiers"]:
+        yield modifier["type"] not in MODIFIERS, f"{modifier['type']} is not supported"
+        yield modifier.get("distinct_on_targets"), "DISTINCT ON is not supported: it takes any row"
+        if modifier["type"] == "LIMIT_MODIFIER":
+            amounts = [a for a in (modifier["limit"], modifier["offset"]) if a is not None]
+            odd = modifier["limit_type"] != "ROW_COUNT" or None in map(number, amounts)
+            yield odd, "LIMIT and OFFSET take a whole number"
+
+
+class Rules:
+    """Looks at each expression of a query."""
+
+    def __init__(self, sql: str) -> None:
+        self._sql = sql.encode()
+
+    def check(self, node: Tree) -> None:
+        """Raises CannotMerge unless all of it is known to be mergeable."""
+        orders = [o for modifier in node["modifiers"] for o in modifier.get("orders", [])]
+        places = [*node["select_list"], *(order["expression"] for order in orders)]
+        stars = [tree for tree in places if tree["class"] == "STAR"]
+        for tree in walk(node):
+            self._check(tree, stars)
+
+    def refusal(self, tree: Tree, why: str) -> CannotMerge:
+        return CannotMerge(f"'{self._words(tree)}': {why}")
+
+    def _check(self, tree: Tree, stars: list[Tree]) -> None:
+        kind = tree["class"]
+        if kind == "FUNCTION":
+            self._check_function(tree)
+        elif kind == "STAR":
+            extras = ("replace_list", "rename_list", "expr", "qualified_exclude_list")
+            if not any(tree is star for star in stars) or any(map(tree.get, extras)):
+                raise self.refusal(tree, "a star stands only by itself in the SELECT list")
+        elif kind not in PLAIN or (kind == "OPERATOR" and tree["type"] not in OPERATORS):
+            name = tree["type"].lower().replace("_", " ")
+            raise self.refusal(tree, REASONS.get(kind, f"{name} is not supported"))
+
+    def _check_function(self, tree: Tree) -> None:
+        name = tree["function_name"].lower()
+        found = kinds(name)
+        if not found or tree.get("schema") or tree.get("catalog"):
+            raise self.refusal(tree, f"there is no function {name} here")
+        if any(kind == "aggregate" for kind, _ in found):
+            self._check_aggregate(tree, name)
+        elif name in LOOKS_AT_THE_CLOCK or not (
+            name in MACROS or ("scalar", "CONSISTENT") in found
+        ):
+            # Some of the steady ones have a second form that looks at the time zone; that is set.
+            raise self.refusal(tree, f"{name} does not depend on the row alone")
+
+    def _check_aggregate(self, tree: Tree, name: str) -> None:
+        if name not in SAME | COUNTS | MEANS:
+            raise self.refusal(tree, f"{name} needs all rows in one place")
+        if tree["distinct"] and (name not in DISTINCT or not arguments(tree)):
+            raise self.refusal(tree, f"{name} with DISTINCT is not supported")
+        if len(arguments(tree)) > 1 or tree["order_bys"]["orders"] or tree["export_state"]:
+            raise self.refusal(tree, f"{name} takes one value and no ORDER BY here")
+
+    def _words(self, tree: Tree) -> str:
+        """Those of the query that it stands for, from the first to the last of its parts."""
+        places = [(t["query_location"], t["query_location_length"]) for t in walk(tree)]
+        places = [(start, start + length) for start, length in places if length]
+        if not places:
+            return str(tree.get("function_name") or tree["class"].lower())
+        words = self._sql[min(place[0] for place in places) : max(place[1] for place in places)]
+        return " ".join(words.decode(errors="replace").split())
