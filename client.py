@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 import os
 import sys
 import threading
@@ -56,6 +57,7 @@ try:
         seconds,
         shown,
         sized,
+        whole_number,
     )
     from overlay.topology import ROLES, Process, Topology, join_address
     from overlay.values import Hop, Part
@@ -217,10 +219,23 @@ def ask_arguments(parser: Parser) -> None:
         metavar="FILE",
         help="write the result's own bytes there; - for standard output, the report to stderr then",
     )
-    add("--json", action="store_true", help="the report as one JSON object")
+    add(
+        "--as-completed",
+        action="store_true",
+        help="mode all: show each worker's own answer as soon as it has come; nothing is merged",
+    )
+    add(
+        "--first",
+        type=whole_number,
+        metavar="N",
+        help="as --as-completed, until N workers have answered; the others' work is ended",
+    )
+    add("--json", action="store_true", help="the report as JSON; of --as-completed, a line each")
 
 
 def ask(args: argparse.Namespace) -> int:
+    if args.as_completed or args.first:
+        return ask_for_parts(args)
     started = time.monotonic()
     address = join_address(args.host, args.port)
     request_id = library.new_request_id()
@@ -252,6 +267,43 @@ def ask(args: argparse.Namespace) -> int:
     else:
         show_answer(report, answer, took_ms, args)
     return code
+
+
+def ask_for_parts(args: argparse.Namespace) -> int:
+    """Shows each part when it comes, then who did not answer."""
+    if args.mode == "any" or args.out or args.parts:
+        complain("--as-completed and --first are of --mode all, without --out and --parts")
+        return Exit.USAGE
+    started, report = time.monotonic(), Screen(sys.stdout)
+    found: list[Part] = []
+    try:
+        for part in connected(args).parts(
+            args.payload,
+            team=args.team,
+            handler=args.handler,
+            timeout=args.deadline,
+            first=args.first,
+        ):
+            found.append(part)
+            took_ms = (time.monotonic() - started) * 1000
+            if args.json:
+                told = {**_part_as_json(part, True), "after_ms": round(took_ms, 3)}
+                print(json.dumps(told))
+            elif part.ok:
+                report.facts((part.process_id, shown(part.result)))
+            sys.stdout.flush()
+    except library.CallFailed as e:
+        return failed(e, join_address(args.host, args.port), args.json)
+    missing = [part for part in found if not part.ok]
+    if not args.json:
+        enough = " (the first; the others' work was ended)" if args.first and not missing else ""
+        answered = f"{len(found) - len(missing)} of {counted(len(found), 'worker')} answered"
+        report.facts(
+            ("answers", f"{len(found)}{enough}" if enough else answered),
+            ("missing", "\n".join(f"{p.process_id}: {_reason(p)}" for p in missing)),
+            ("time", f"{(time.monotonic() - started) * 1000:.1f} ms"),
+        )
+    return Exit.INCOMPLETE if missing else Exit.OK
 
 
 def show_answer(

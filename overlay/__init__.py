@@ -5,7 +5,8 @@ arrow says so; tests/test_floors.py compares this picture with the code.
 
     4 edges      admin -> service -> streams   admin -> journal   service -> journal
                  bulk -> console -> client -> calls -> orders   bulk -> client -> orders
-                 reading -> console, client   aio -> client, calls, orders   guard   exporter
+                 client -> parts -> calls   reading -> console, client   guard   exporter
+                 aio -> client, calls, orders, parts
                  web -> watch, console   watch -> client   top -> watch, console, screenful
                  screenful -> console
     3 relay      relay   record

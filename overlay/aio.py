@@ -40,7 +40,8 @@ from overlay.client import (
 )
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
-from overlay.values import Failure
+from overlay.parts import Parts
+from overlay.values import Failure, Part
 from overlay.wire import pb2
 
 Payloads = Iterable[bytes | str] | AsyncIterable[bytes | str]
@@ -133,6 +134,20 @@ class AsyncClient:
         options = (mode, team, timeout, window, chunksize, priority)
         return self._map(handler, payloads, *options, ordered=ordered)
 
+    def parts(
+        self,
+        payload: bytes | str,
+        *,
+        team: str = "",
+        handler: str = "",
+        timeout: float | None = None,
+        first: int | None = None,
+        priority: int = 0,
+    ) -> AsyncIterator[Part]:
+        """As Client.parts."""
+        kind, parts = kind_of("all", team, handler, False, priority, True), Parts(first)
+        return self._parts(kind, as_bytes(payload), as_timeout(timeout), parts)
+
     async def metrics(
         self, *, timeout: float | None = None, events: int = 0, requests: int = 0
     ) -> pb2.MetricsResponse:
@@ -158,6 +173,36 @@ class AsyncClient:
         trace: TracebackType | None,
     ) -> None:
         await self.close()
+
+    async def _parts(
+        self, kind: Kind, body: bytes, timeout_s: float, parts: Parts
+    ) -> AsyncIterator[Part]:
+        box: asyncio.Queue[tuple[bool, Any, int]] = asyncio.Queue()
+
+        def put(is_last: bool, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
+            box.put_nowait((is_last, came, at))
+
+        order = self._post.send(
+            kind,
+            [body],
+            timeout_s,
+            partial(put, True),
+            lambda error: box.put_nowait((True, error, 0)),
+            partial(put, False),
+        )
+        is_last = False
+        try:
+            while not (is_last or parts.is_over):
+                is_last, came, at = await box.get()
+                for part in parts.last(came, at) if is_last else parts.early(came, at):
+                    yield part
+            if is_last and isinstance(came, Failure):
+                raise self._connection.failed(came, timeout_s)
+            if isinstance(came, CallFailed):
+                raise came
+        finally:
+            if not is_last:
+                self._post.cancel(order, (0,))
 
     def _map(
         self,
@@ -247,9 +292,12 @@ class _Post:
         timeout_s: float,
         take: Take,
         fail: Callable[[CallFailed], None],
+        early: Take | None = None,
     ) -> Order:
-        """fail: called instead of `take` when nothing could be sent."""
-        order = Order(kind, payloads, time.monotonic() + timeout_s, partial(self._deliver, take))
+        """fail: called instead of `take` when nothing could be sent. early: see Order."""
+        deliver = partial(self._deliver, take)
+        order = Order(kind, payloads, time.monotonic() + timeout_s, deliver)
+        order.early = partial(self._deliver, early) if early else None
         try:
             calls = self._calls = self.connection.begin()
         except CallFailed as e:

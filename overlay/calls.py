@@ -59,7 +59,7 @@ class Came:
 
     def __init__(self, made: pb2.Slice) -> None:
         self.results = list(made.results.items)
-        if len(self.results) != made.count and not made.failures:
+        if len(self.results) != made.count and not (made.failures or made.more):
             raise ValueError(f"{len(self.results)} results for {made.count} rows")
         self.is_whole = not any(part.failures for part in made.parts)
         self._made = made
@@ -314,7 +314,8 @@ class Calls:
             return False
         self._deadlines.watch(sent, sent.deadline)
         kind = first.kind
-        wire.write_segment(frame, number, segment, left_s, kind.want_parts, kind.priority)
+        early = kind.as_they_come
+        wire.write_segment(frame, number, segment, left_s, kind.want_parts, kind.priority, early)
         return True
 
     def _put_back(self, orders: list[Order]) -> None:
@@ -343,7 +344,9 @@ class Calls:
         try:
             for made in frame.slices:
                 sent = self._sent.get(made.number)
-                if sent is not None:
+                if sent is not None and made.more:
+                    self._pass_on(sent, made)
+                elif sent is not None:
                     woken += self._take(sent, made)
         finally:
             self._woken = woken
@@ -352,6 +355,14 @@ class Calls:
                 self.after_frame()
         if self._outbox:
             self._pipe.kick()
+
+    def _pass_on(self, sent: _Sent, made: pb2.Slice) -> None:
+        """Parts of rows that are not answered yet."""
+        came, start = Came(made), made.start
+        for first, count in sent.open.runs(start, made.count):
+            for order, rows, begin in sent.pieces(first, count):
+                if order.early is not None:
+                    order.early(rows, came, begin - start, sent.first_id + begin)
 
     def _take(self, sent: _Sent, made: pb2.Slice) -> int:
         """Delivers a slice; how many threads that wakes."""

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -38,6 +39,7 @@ from overlay.calls import RETRY_PAUSE_S, Calls, Came
 from overlay.errors import OverlayError
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
+from overlay.parts import Parts
 from overlay.values import Code, Executed, Failure, Hop, Mode, Part, Route
 
 DEFAULT_TIMEOUT_S = Limits().default_deadline_s
@@ -312,6 +314,25 @@ class Client(concurrent.futures.Executor):
         options = (mode, team, timeout, window, chunksize, priority)
         return self._map(handler, payloads, *options, ordered=ordered)
 
+    def parts(
+        self,
+        payload: bytes | str,
+        *,
+        team: str = "",
+        handler: str = "",
+        timeout: float | None = None,
+        first: int | None = None,
+        priority: int = 0,
+    ) -> Iterator[Part]:
+        """Asks every worker in scope, and gives each one's part as soon as it has come.
+
+        Nothing is merged, and all parts together may be larger than a message. Those without a
+        result (`not part.ok`) come last; raises CallFailed when no worker has answered. After
+        `first` good parts, or when the loop is left, the others' work is ended.
+        """
+        kind, parts = kind_of("all", team, handler, False, priority, True), Parts(first)
+        return self._parts(kind, as_bytes(payload), as_timeout(timeout), parts)
+
     def metrics(
         self, *, timeout: float | None = None, events: int = 0, requests: int = 0
     ) -> wire.pb2.MetricsResponse:
@@ -372,6 +393,28 @@ class Client(concurrent.futures.Executor):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _parts(self, kind: Kind, body: bytes, timeout_s: float, parts: Parts) -> Iterator[Part]:
+        box: queue.SimpleQueue[tuple[bool, Any, int]] = queue.SimpleQueue()
+        order = Order(
+            kind,
+            (body,),
+            time.monotonic() + timeout_s,
+            lambda rows, came, at, request_id: box.put((True, came, at)),
+            early=lambda rows, came, at, request_id: box.put((False, came, at)),
+        )
+        self._connection.send(order, timeout_s)
+        is_last = False
+        try:
+            while not (is_last or parts.is_over):
+                with suppress(queue.Empty):  # in slices, so that Ctrl-C works on Windows too
+                    is_last, came, at = box.get(timeout=0.5)
+                    yield from parts.last(came, at) if is_last else parts.early(came, at)
+            if is_last and isinstance(came, Failure):
+                raise self._connection.failed(came, timeout_s)
+        finally:
+            if not is_last:
+                self._connection.cancel(order)
 
     def _map(
         self,
@@ -891,13 +934,20 @@ def as_bytes(payload: object) -> bytes:
 
 
 @functools.lru_cache(256)
-def kind_of(mode: str, team: str, handler: str, want_parts: bool, priority: int = 0) -> Kind:
+def kind_of(
+    mode: str,
+    team: str,
+    handler: str,
+    want_parts: bool,
+    priority: int = 0,
+    as_they_come: bool = False,
+) -> Kind:
     if mode not in ("all", "any"):
         raise ValueError(f"mode {mode!r} is not 'all' or 'any'")
     route = Route(Mode[mode.upper()], _as_name("team", team), _as_name("handler", handler))
     if not 0 <= priority <= HIGHEST_PRIORITY:
         raise ValueError(f"priority {priority} is not 0 to {HIGHEST_PRIORITY}")
-    return Kind(route, want_parts, priority)
+    return Kind(route, want_parts, priority, as_they_come)
 
 
 def _as_name(what: str, name: object) -> str:

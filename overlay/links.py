@@ -338,6 +338,10 @@ class _Link:
         if refused and refused.code is Code.UNAVAILABLE and refused.executed is Executed.NO:
             self.look_again()  # it answers, and refuses: draining, as the look will tell
 
+    def note_times(self, handler: str, answers: Answers) -> None:
+        with self._lock:
+            self._note_service_time(handler, answers)
+
     def overdue(self, handler: str, rows: int) -> None:
         """Rows that it has were not even answered as late."""
         silent = Heard(Verdict.BAD, rows, f"no answer from {self.id} within the deadline")
@@ -554,7 +558,8 @@ class _Book:
                     self._answer_all(part, Code.UNAVAILABLE, "the link is down", Executed.NO)
                 self._link.flush()
                 continue
-            wire.write_segment(frame, number, segment, left_s)
+            early = segment.early is not None
+            wire.write_segment(frame, number, segment, left_s, as_they_come=early)
             size += segment.payloads.size + 100
         # After the segments: what was ended before it left is ended where it arrives.
         for _ in range(len(self._cancels)):
@@ -572,6 +577,8 @@ class _Book:
         parts = [self._outbox.popleft()]
         first, rows, size = parts[0].segment, parts[0].segment.count, parts[0].segment.payloads.size
         few = self._limits.few_rows  # larger ones are copied on unopened, which is cheaper
+        if first.early is not None:  # whose parts are to be told apart before the answers
+            return parts
         while self._outbox and rows < self._limits.join_rows and first.count <= few:
             other = self._outbox[0].segment
             rows, size = rows + other.count, size + other.payloads.size
@@ -581,6 +588,7 @@ class _Book:
                 or other.told != first.told
                 or abs(other.deadline - first.deadline) > SAME_DEADLINE_S
                 or other.count > few
+                or other.early is not None
                 or size > self._limits.frame_bytes
             ):
                 break
@@ -594,9 +602,18 @@ class _Book:
             self._link.stops()
         for made in frame.slices:
             message = self._messages.get(made.number)
-            if message is not None:
+            if message is not None and made.more:
+                self._pass_on(message.parts[0], made.start, wire.read_slice(made))
+            elif message is not None:
                 self._spread(message, made.start, wire.read_slice(made))
         self._link.flush()  # what was tried elsewhere
+
+    def _pass_on(self, sent: _Sent, start: int, answers: Answers) -> None:
+        """Parts of rows that are not answered yet."""
+        early = sent.segment.early
+        if early is not None and start + answers.count <= sent.segment.count:
+            self._link.note_times(sent.segment.route.handler, answers)
+            early(start, answers)
 
     def _spread(self, message: _Message, start: int, answers: Answers) -> None:
         """Gives a slice to the segments that its rows belong to."""

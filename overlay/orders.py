@@ -29,6 +29,7 @@ class Kind:
     route: Route
     want_parts: bool = False
     priority: int = 0
+    as_they_come: bool = False  # parts before the answer
 
 
 class Order:
@@ -39,6 +40,7 @@ class Order:
         "cancelled",
         "deadline",
         "deliver",
+        "early",
         "given",
         "kind",
         "payloads",
@@ -54,8 +56,11 @@ class Order:
         deadline: float,
         deliver: Deliver,
         wakes_a_thread: bool = False,
+        early: Deliver | None = None,
     ) -> None:
+        """early: gets what comes before the answers, any number of times, as `deliver` those."""
         self.kind = kind
+        self.early = early
         self.payloads = payloads
         self.deadline = deadline
         self.deliver = deliver
@@ -68,7 +73,8 @@ class Order:
 
     def part(self, rows: Sequence[int], attempt: int) -> Order:
         """Some of its rows, as an order to be sent for themselves."""
-        made = Order(self.kind, self.payloads, self.deadline, self.deliver, self.wakes_a_thread)
+        whose = self.deliver, self.wakes_a_thread, self.early
+        made = Order(self.kind, self.payloads, self.deadline, *whose)
         made.rows, made.attempt, made.cancelled = rows, attempt, self.cancelled
         made.given = self.given
         made.size = sum(len(self.payloads[row]) for row in rows)

@@ -13,7 +13,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from overlay import assembly, routing, story
@@ -25,6 +27,7 @@ from overlay.topology import Topology
 from overlay.values import (
     Answers,
     Code,
+    Early,
     End,
     Executed,
     Failure,
@@ -119,6 +122,8 @@ class Relay:
             return self._works.run(segment, waited_s, sink)
         if segment.route.mode is Mode.ANY:
             return _Hand(self, segment, claimed, sink).begin()
+        if segment.early is not None:
+            return _PassOn(self, segment, claimed.plan, segment.early, sink).begin()
         return _Gather(self, segment, claimed.plan, sink).begin()
 
     def load(self, branch: Branch, handler: str) -> Load:
@@ -269,6 +274,119 @@ class _Gather:
         relay = self._relay
         missing = _missing_columns(self._plan, count)
         self._sink(start, assembly.gathered(relay._me.id, relay._order, found, missing))
+
+
+class _PassOn:
+    """ALL, as they come: each part goes on at once and is not kept.
+
+    A row is answered when its last branch has answered and no part of it is just being passed on.
+    The answer has the workers that never came; where none came well, all of them with their
+    reasons.
+    """
+
+    def __init__(
+        self, relay: Relay, segment: Segment, plan: Plan, early: Early, sink: Sink
+    ) -> None:
+        self._relay = relay
+        self._segment = segment
+        self._plan = plan
+        self._early = early
+        self._sink = sink
+        self._lock = threading.Lock()
+        self._open = OpenRows(segment.count)
+        self._rows = [_Row(plan) for _ in range(segment.count)]
+        self._ends: list[End] = []
+
+    def begin(self) -> End:
+        if not self._plan.branches:
+            answers = assembly.gathered(
+                self._relay._me.id,
+                self._relay._order,
+                {},
+                _missing_columns(self._plan, self._segment.count),
+            )
+            self._sink(0, answers)
+            return _nothing
+        for branch in self._plan.branches:
+            segment = replace(self._segment, early=partial(self._pass_on_rows, branch))
+            sink = partial(self._branch_answered, branch)
+            self._ends.append(self._relay._send(branch, segment, sink))
+        return self.end
+
+    def end(self, code: Code, start: int, count: int) -> None:
+        """Answers open rows with what did not come, and ends the branches' work on them."""
+        for row in range(start, start + count):
+            with self._lock:
+                is_open = bool(self._open.take(row, 1))
+                late = [
+                    column
+                    for branch in self._plan.branches
+                    for column in _late(branch, code).parts
+                    if column.process_id in self._rows[row].owed
+                ]
+            if is_open:
+                self._answer(row, late)
+        for end in list(self._ends):
+            end(code, start, count)
+
+    def _pass_on_rows(self, branch: Branch, start: int, answers: Answers) -> None:
+        for i in range(answers.count):
+            self._pass_on(start + i, answers.slice(i, 1))
+
+    def _branch_answered(self, branch: Branch, start: int, answers: Answers) -> None:
+        for i in range(answers.count):
+            row = start + i
+            with self._lock:
+                owed = [target for target in branch.targets if target in self._rows[row].owed]
+            self._pass_on(row, assembly.from_branch(answers.slice(i, 1), owed))
+            self._let_go(row)
+
+    def _pass_on(self, row: int, answers: Answers) -> None:
+        state = self._rows[row]
+        with self._lock:
+            columns = tuple(c for c in answers.parts if c.process_id in state.owed)
+            if not columns or not self._open.runs(row, 1):
+                return
+            state.holds += 1
+        self._early(row, Answers(1, columns, (self._relay._me.id, *answers.hops)))
+        with self._lock:
+            state.came(columns)
+        self._let_go(row)
+
+    def _let_go(self, row: int) -> None:
+        with self._lock:
+            self._rows[row].holds -= 1
+            is_last = not self._rows[row].holds and bool(self._open.take(row, 1))
+        if is_last:
+            self._answer(row, [])
+
+    def _answer(self, row: int, late: list[PartColumn]) -> None:
+        state = self._rows[row]
+        columns = {c.process_id: c for c in (*_missing_columns(self._plan, 1), *late)}
+        if not state.is_good:
+            columns = {**{c.process_id: c for c in state.bad}, **columns}
+        found = tuple(columns[worker] for worker in self._relay._order if worker in columns)
+        self._sink(row, Answers(1, found, (self._relay._me.id,)))
+
+
+class _Row:
+    """What is still to come of one row, and what is the matter with what came."""
+
+    __slots__ = ("bad", "holds", "is_good", "owed")
+
+    def __init__(self, plan: Plan) -> None:
+        self.owed = {worker for branch in plan.branches for worker in branch.targets}
+        self.holds = len(plan.branches)  # that have not answered, and parts being passed on
+        self.is_good = False  # a worker has answered well
+        self.bad: list[PartColumn] = []
+
+    def came(self, columns: Iterable[PartColumn]) -> None:
+        for column in columns:
+            self.owed.discard(column.process_id)
+            if column.at(0).ok:
+                self.is_good = True
+            else:
+                self.bad.append(column)
 
 
 class _Hand:

@@ -342,12 +342,14 @@ class Service:
     def _combine_slice(
         self, segment: Segment, answers: Answers
     ) -> tuple[list[bytes], list[tuple[int, OverlayError]]]:
-        if segment.route.targets is None:
+        if segment.route.targets is None and segment.early is None:
             return self._combine(segment.route, answers)
+        results = [b""] * answers.count if segment.early else []
         if answers.flawless:
-            return [], []
-        failures = ((i, assembly.failure(answers.at(i), 0.0)) for i in range(answers.count))
-        return [], [(i, failed) for i, failed in failures if failed is not None]
+            return results, []
+        again_s = self._retry_after_s() if segment.early else 0.0
+        failures = ((i, assembly.failure(answers.at(i), again_s)) for i in range(answers.count))
+        return results, [(i, failed) for i, failed in failures if failed is not None]
 
     def _check_size(self, size: int) -> None:
         most = self.limits.max_message_bytes

@@ -18,19 +18,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import grpc
 
-from overlay import routing, wire
+from overlay import assembly, routing, wire
 from overlay.deadlines import Deadlines
 from overlay.errors import BadRequest, Cancelled, Draining, OverlayError
 from overlay.intake import Intake, Ticket, refusal
 from overlay.limits import Limits
 from overlay.record import Ended
+from overlay.rows import OpenRows
 from overlay.topology import Topology
-from overlay.values import Answers, Code, Executed, Hop, Part, Route, Segment
+from overlay.values import Answers, Code, Executed, Hop, Mode, Part, Route, Segment
 from overlay.wire import pb2
 
 log = logging.getLogger("overlay.streams")
@@ -102,11 +103,13 @@ class _Accepted:
     __slots__ = (
         "counted",
         "from_process",
+        "good",
         "left",
         "number",
         "segment",
         "size",
         "ticket",
+        "unanswered",
         "want_parts",
         "want_trace",
     )
@@ -121,10 +124,14 @@ class _Accepted:
         self.counted = 0  # rows told to the desk as answered
         self.size = segment.payloads.size
         self.ticket: Ticket | None = None
+        # As they come: the rows that may still have parts, and those that had a good one.
+        self.unanswered: OpenRows | None = None
+        self.good: set[int] = set()
 
 
-_Out = tuple[_Accepted, int, Answers, int]
-"""Answers to be written: of which segment, its first row, they, and their bytes."""
+_Out = tuple[_Accepted, int, Answers, int, bool]
+"""Answers to be written: of which segment, its first row, they, their bytes, and whether they are
+parts before the answer."""
 
 
 class _Stream:
@@ -179,8 +186,11 @@ class _Stream:
                 taken = self._some_locked()
                 self._has_news = False
                 frame = pb2.Frame(stopping=self._stopping)
-            for accepted, start, answers, size in taken:
-                self._write_slice(frame, accepted, start, answers, size)
+            for accepted, start, answers, size, more in taken:
+                if more:
+                    self._write_parts(frame, accepted, start, answers, size)
+                else:
+                    self._write_slice(frame, accepted, start, answers, size)
             yield frame
             # Handed to gRPC: only now it leaves the window.
             self._leave_window(taken)
@@ -255,6 +265,9 @@ class _Stream:
         if made.number in self._accepted:
             raise BadRequest(f"number: {made.number} is taken by a segment not answered yet")
         accepted = _Accepted(made, segment)
+        if made.as_they_come and segment.route.mode is Mode.ALL:
+            segment = replace(segment, early=partial(self._pass_on, accepted))
+            accepted.segment, accepted.unanswered = segment, OpenRows(segment.count)
         with self._changed:
             if self._abandoned or self.parting is not None:
                 return
@@ -289,34 +302,52 @@ class _Stream:
     def _answer(self, accepted: _Accepted, start: int, answers: Answers) -> None:
         size = _size(answers)
         with self._changed:
-            self._out.append((accepted, start, answers, size))
-            self._bytes += size
-            self._unread += size
-            self._lane.paused = self._unread >= self._limits.window_bytes // 2
-            if len(self._out) == 1:
-                self._changed.notify_all()
+            if accepted.unanswered is not None:
+                accepted.unanswered.take(start, answers.count)
+            self._put_locked((accepted, start, answers, size, False))
+
+    def _pass_on(self, accepted: _Accepted, start: int, answers: Answers) -> None:
+        """Parts before the answer; none after it, when the segment's number may be another's."""
+        with self._changed:
+            assert accepted.unanswered is not None
+            for first, count in accepted.unanswered.runs(start, answers.count):
+                rows = answers.slice(first - start, count)
+                accepted.good.update(first + i for i in range(count) if _has_good(rows, i))
+                self._put_locked((accepted, first, rows, _size(rows), True))
+
+    def _put_locked(self, out: _Out) -> None:
+        size = out[3]
+        self._out.append(out)
+        self._bytes += size
+        self._unread += size
+        self._lane.paused = self._unread >= self._limits.window_bytes // 2
+        if len(self._out) == 1:
+            self._changed.notify_all()
 
     def _some_locked(self) -> list[_Out]:
         taken: list[_Out] = []
         room = self._frame_bytes
         while self._out and room > 0:
-            accepted, start, answers, size = self._out.popleft()
+            accepted, start, answers, size, more = self._out.popleft()
             if size > room and answers.count > 1:
                 answers, rest = _split(answers, room)
                 whole, size, rest_size = size, _size(answers), _size(rest)
-                self._out.appendleft((accepted, start + answers.count, rest, rest_size))
+                self._out.appendleft((accepted, start + answers.count, rest, rest_size, more))
                 self._bytes += size + rest_size - whole
                 self._unread += size + rest_size - whole
-            taken.append((accepted, start, answers, size))
+            taken.append((accepted, start, answers, size, more))
             room -= size
         return taken
 
     def _write_slice(
         self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
     ) -> None:
-        if size * (2 if accepted.want_parts else 1) > self._limits.max_message_bytes:
+        early = accepted.unanswered is not None
+        if size * (2 if accepted.want_parts and not early else 1) > self._limits.max_message_bytes:
             answers = self._too_large(answers, size)
         results, failures = self._desk.combine(accepted.segment, answers)
+        if early:  # what came before may have been better
+            failures = [(row, why) for row, why in failures if start + row not in accepted.good]
         accepted.counted += answers.count
         trace = self._answered(accepted, start, answers, failures, accepted.ticket)
         if accepted.from_process:
@@ -330,7 +361,7 @@ class _Stream:
                 answers,
                 results,
                 failures,
-                accepted.want_parts,
+                accepted.want_parts or early,
                 to_tell,
             )
 
@@ -346,6 +377,15 @@ class _Stream:
         self._desk.ended(ended)
         return ended.trace
 
+    def _write_parts(
+        self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
+    ) -> None:
+        if size > self._limits.max_message_bytes:
+            refused = self._too_large(answers, size).refused
+            ids = tuple(column.process_id for column in answers.parts)
+            answers = assembly.from_branch(Answers(answers.count, (), refused=refused), ids)
+        wire.write_slice(frame, accepted.number, start, answers, more=True)
+
     def _too_large(self, answers: Answers, size: int) -> Answers:
         # More than the other side receives would end its stream, with all that is in it.
         most = self._limits.max_message_bytes
@@ -356,10 +396,12 @@ class _Stream:
     def _leave_window(self, taken: list[_Out]) -> None:
         ended = []
         with self._changed:
-            for accepted, _, answers, size in taken:
-                self._rows -= answers.count
+            for accepted, _, answers, size, more in taken:
                 self._bytes -= size
                 self._unread -= size
+                if more:
+                    continue
+                self._rows -= answers.count
                 accepted.left -= answers.count
                 if not accepted.left:
                     self._bytes -= accepted.size
@@ -396,6 +438,10 @@ def _split(answers: Answers, room: int) -> tuple[Answers, Answers]:
     while rows > 1 and _size(answers.slice(0, rows)) > room:
         rows //= 2  # a large one among small ones goes alone
     return answers.slice(0, rows), answers.slice(rows, answers.count - rows)
+
+
+def _has_good(answers: Answers, row: int) -> bool:
+    return any(c.failed is None and row not in c.failures for c in answers.parts)
 
 
 def _size(answers: Answers) -> int:

@@ -132,7 +132,8 @@ class Segment:
     The request in row i has the id first_id + i, or ids[i] when they do not follow each other. A
     unary Forward is a segment of one. keyed: it has an idempotency key, so that what was lost on
     its way may run once more elsewhere. traced: each process tells what its way took there. told:
-    and writes what became of it to its log.
+    and writes what became of it to its log. early: wants each part of a request to all as it comes;
+    the answer then has the others only.
     """
 
     route: Route
@@ -144,6 +145,7 @@ class Segment:
     keyed: bool = False
     traced: bool = False
     told: bool = False
+    early: Early | None = None
 
     def __len__(self) -> int:
         return self.payloads.count
@@ -162,7 +164,8 @@ class Segment:
         rows = self.payloads.slice(start, count)
         ids = self.ids[start : start + count] if self.ids else None
         first_id = ids[0] if ids else self.first_id + start
-        rest = self.attempt, ids, self.keyed, self.traced, self.told
+        early = self.early and shifted(self.early, start)
+        rest = self.attempt, ids, self.keyed, self.traced, self.told, early
         return Segment(self.route, rows, self.deadline, first_id, *rest)
 
     def again(self) -> Segment:
@@ -173,7 +176,7 @@ class Segment:
         """The same requests as `me` hands them down, to cover `targets`."""
         route = self.route
         down = Route(route.mode, route.team, route.handler, (*route.hops, me), targets)
-        rest = self.attempt, self.ids, False, self.traced, self.told
+        rest = self.attempt, self.ids, False, self.traced, self.told, self.early
         return Segment(down, self.payloads, self.deadline, self.first_id, *rest)
 
     @staticmethod
@@ -329,6 +332,16 @@ class Answers:
 Sink = Callable[[int, Answers], None]
 """Takes answers as slices: (first row, answers). Each row comes exactly once, from any thread; a
 sink never blocks and never raises."""
+
+
+Early = Callable[[int, Answers], None]
+"""Takes parts that have come before their rows' answers: (first row, answers with some parts). Any
+thread; as quick as a sink. What comes after its row's answer is dropped, and what comes twice."""
+
+
+def shifted(early: Early, start: int) -> Early:
+    """For the rows from `start` on, numbered from 0."""
+    return lambda row, answers: early(start + row, answers)
 
 
 def end_overlap(end: End, first: int, rows: int, code: Code, start: int, count: int) -> None:

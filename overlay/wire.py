@@ -209,6 +209,7 @@ def write_segment(
     left_s: float,
     want_parts: bool = False,
     priority: int = 0,
+    as_they_come: bool = False,
 ) -> None:
     """Adds the segment to the frame. left_s: what remains of its time, more than 0."""
     route = segment.route
@@ -227,6 +228,8 @@ def write_segment(
         made.want_parts = True
     if priority:
         made.priority = priority
+    if as_they_come:
+        made.as_they_come = True
     if segment.attempt:
         made.attempt = min(segment.attempt, 0xFFFFFFFF)
     if segment.ids:
@@ -249,17 +252,27 @@ def read_slice(made: pb2.Slice) -> Answers:
 
 
 def read_client_slice(made: pb2.Slice) -> Answers:
-    """The parts as a client gets them: without results, unless it wanted the parts."""
+    """The parts as a client gets them: without results, unless it wanted those."""
     count = made.count
     parts = tuple(_read_part(part, count, with_results=False) for part in made.parts)
     return Answers(count, parts, tuple(made.hops))
 
 
 def write_slice(
-    frame: pb2.Frame, number: int, start: int, answers: Answers, trace: Sequence[Hop] = ()
+    frame: pb2.Frame,
+    number: int,
+    start: int,
+    answers: Answers,
+    trace: Sequence[Hop] = (),
+    more: bool = False,
 ) -> None:
-    """Adds a slice as processes tell each other: all is in the parts, or in one refusal."""
+    """Adds a slice as processes tell each other: all is in the parts, or in one refusal.
+
+    more: it is not yet the answer, to a client or to a process.
+    """
     made = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
+    if more:
+        made.more = True
     if trace:
         write_trace(made, trace)
     if answers.refused is not None:

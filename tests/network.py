@@ -119,11 +119,14 @@ class MemoryNetwork:
         deadline_s: float = 10.0,
         request_id: int = 0,
         keyed: bool = False,
+        early: bool = False,
     ) -> Asked:
-        """A client's single request."""
+        """A client's single request. early: wants each part as it comes."""
         route = Route(mode=mode, team=team, handler=handler)
         segment = self._segment(route, (payload,), deadline_s, request_id)
         asked = Asked(replace(segment, keyed=keyed))
+        if early:
+            asked.segment.early = asked.take_early
         asked.ticket = self.nodes[process_id].serve(asked.segment, asked.take)
         return asked
 
@@ -239,6 +242,12 @@ class Asked:
         self.ticket: Ticket | None = None
         self.answers: list[list[Answer]] = [[] for _ in range(len(segment))]
         self.order: list[int] = []
+        self.early: list[list[Part]] = [[] for _ in range(len(segment))]
+
+    def take_early(self, start: int, answers: Answers) -> None:
+        for row in range(len(answers)):
+            assert not self.answers[start + row], "a part came after its row's answer"
+            self.early[start + row] += answers.at(row).parts
 
     def take(self, start: int, answers: Answers) -> None:
         for row in range(len(answers)):
@@ -558,9 +567,12 @@ class _Letter:
         else:
             frame = pb2.Frame()
             left_s -= min(MARGIN_S, left_s / 4)
-            wire.write_segment(frame, 1, self._segment, left_s)
+            early = self._segment.early is not None
+            wire.write_segment(frame, 1, self._segment, left_s, as_they_come=early)
             (made,) = pb2.Frame.FromString(frame.SerializeToString()).segments
             segment = wire.read_segment(made, network.clock.now, network.topology.limits)
+            if made.as_they_come:
+                segment = replace(segment, early=self._part_came)
             self._serve(segment)
 
     def refuse(self) -> None:
@@ -600,6 +612,16 @@ class _Letter:
             self.take(start, answers)
         else:
             self._edge.kept.append((self, start, answers))
+
+    def _part_came(self, start: int, answers: Answers) -> None:
+        """A part before the answer; after it none passes."""
+        if self._fate is ANSWER_LOST or not self._open.runs(start, len(answers)):
+            return
+        frame = pb2.Frame()
+        wire.write_slice(frame, 1, start, answers, more=True)
+        (made,) = pb2.Frame.FromString(frame.SerializeToString()).slices
+        assert made.more
+        self._segment.early(made.start, wire.read_slice(made))
 
     def _refuse_all(self, code: Code, reason: str, executed: Executed) -> None:
         part = Part(self._edge.far, code, reason, executed=executed)

@@ -699,6 +699,64 @@ def test_a_process_follows_only_what_clients_ask_it():
     assert traces(Desk(follows=True), of_a_process) == []
 
 
+def part(result: bytes, rows: int = 1) -> Answers:
+    return Answers(rows, (PartColumn("V", Column((result,) * rows)),), ("W", "V"))
+
+
+def slices_of(frames: Iterable[pb2.Frame]) -> list[tuple[int, int, int, bool, list[bytes]]]:
+    made = itertools.chain.from_iterable(frame.slices for frame in frames)
+    return [(m.number, m.start, m.count, m.more, list(m.parts[0].results.items)) for m in made]
+
+
+def test_a_part_leaves_before_its_row_s_answer_and_none_after_it():
+    with serving(Desk(held=[])) as served:
+        call = served.call([frame(segment(5, b"a", b"b", as_they_come=True))])
+        ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
+        asked.early(0, part(b"both", 2))
+        sink(0, part(b"first's last"))
+        asked.early(0, part(b"late for the first", 2))
+        sink(1, part(b"second's last"))
+        asked.early(1, part(b"too late"))
+        served.desk.held = []
+        found = slices_of(call)
+
+    assert found == [
+        (5, 0, 2, True, [b"both", b"both"]),
+        (5, 0, 1, False, [b"first's last"]),
+        (5, 1, 1, True, [b"late for the first"]),
+        (5, 1, 1, False, [b"second's last"]),
+    ]
+
+
+def test_parts_that_nobody_reads_are_counted_in_the_window_until_they_are_written():
+    limits = replace(LIMITS, window_bytes=256 * KIB)
+    with serving(Desk(held=[]), limits) as served:
+        sender = Sender(frame(segment(1, b"a", as_they_come=True)))
+        call = served.call(sender)
+        ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
+        (stream,) = served.streams
+        for _ in range(40):
+            asked.early(0, part(bytes(100 * KIB)))
+        until(lambda: stream._lane.paused, what="nothing more starts meanwhile")
+        sink(0, part(b"last"))
+        served.desk.held = []
+        sender.close()
+        found = slices_of(call)
+
+        assert [more for *_, more, _ in found] == [True] * 40 + [False]
+        assert (stream._rows, stream._bytes, stream._unread) == (0, 0, 0)
+        assert not stream._lane.paused
+
+
+def test_who_does_not_ask_for_parts_gets_none_before_the_answer():
+    with serving(Desk(held=[])) as served:
+        call = served.call([frame(segment(5, b"a"), segment(6, b"a", mode=1, as_they_come=True))])
+        until(lambda: len(served.desk.held) == 2, what="both have started")
+        assert [asked.early for asked, _ in served.desk.held] == [None, None]
+        served.desk.let_go()
+        assert [more for *_, more, _ in slices_of(call)] == [False, False]
+
+
 def test_many_streams_at_once_each_get_their_own():
     with serving(Desk()) as served, ThreadPoolExecutor(5) as threads:
 
