@@ -783,8 +783,18 @@ VERBS = {
     ),
 }
 OVERALL = {
+    "init": Verb(
+        "Asks for the addresses of your machines and writes them into the configuration",
+        later("addressing", "arguments"),
+        later("addressing", "run"),
+    ),
     "check": Verb(
         "Every process of a configuration file, in one table", check_all_arguments, check_all
+    ),
+    "doctor": Verb(
+        "What is not well as seen from this machine, the likely cause, and what to do",
+        later("doctor", "arguments"),
+        later("doctor", "run"),
     ),
 }
 

@@ -8,15 +8,16 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  client -> parts -> calls   reading -> console, client   guard   exporter
                  aio -> client, calls, orders, parts
                  web -> watch, console   watch -> client   top -> watch, console, screenful
-                 screenful -> console
+                 screenful -> console   doctor -> client, console   addressing -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
+                 machine
                  links -> pipes, wire   pipes -> wire -> meter, recent
                  executor -> threads, processes -> batch -> handlers, meter
                  executor -> batch, handlers   threads -> handlers
                  processes -> child -> batch, handlers, logs
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
-                 picture -> history
+                 picture -> history   diagnosis
     0 values     errors -> values   limits   topology -> limits, errors
                  configuration -> topology, limits, errors
 
