@@ -79,12 +79,13 @@ class Change(NamedTuple):
     reason: str
 
 
-def heard(answers: Answers, pace_s: float) -> Heard:
-    """What a slice of answers says of the neighbour.
+def heard(answers: Answers, pace_s: float, to_all: bool = False) -> Heard:
+    """What a slice of answers says of the neighbour. to_all: of requests to all.
 
     Bad: nobody could be reached, or nobody answered in time. What a handler made of its request is
     an answer, also when it raised. A refusal with the proof that nothing ran is neither: so speaks
-    a process that stops in good order, and its link will tell.
+    a process that stops in good order, and its link will tell. That somebody below cannot be
+    reached says nothing of who tells it, when just that one was to be asked: a request to all.
     """
     refused = answers.refused
     if refused is not None:
@@ -96,6 +97,8 @@ def heard(answers: Answers, pace_s: float) -> Heard:
         if column.failed is None and len(column.failures) < answers.count:
             return Heard(Verdict.GOOD, answers.count, "", column.worked_us / 1e6, pace_s)
         for failure in [column.failed] if column.failed else column.failures.values():
+            if to_all and failure.executed is Executed.NO:
+                continue
             found = max(found, (_verdict(failure.code, failure.executed), failure.reason))
     return Heard(found[0], answers.count, found[1])
 

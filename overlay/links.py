@@ -30,7 +30,7 @@ from overlay.limits import Limits
 from overlay.pipes import Pipe
 from overlay.rows import OpenRows
 from overlay.topology import Process
-from overlay.values import Answers, Code, End, Executed, Part, Segment, Sink
+from overlay.values import Answers, Code, End, Executed, Mode, Part, Route, Segment, Sink
 from overlay.wire import pb2, pb2_grpc
 
 log = logging.getLogger("overlay.links")
@@ -323,8 +323,9 @@ class _Link:
         large = segment.payloads.size > self._limits.small_bytes * segment.count
         return self._books[large].send(segment, sink)
 
-    def answered(self, handler: str, answers: Answers) -> None:
+    def answered(self, route: Route, answers: Answers) -> None:
         """Rows that were asked have ended."""
+        handler = route.handler
         count, flawless = answers.count, answers.flawless
         with self._lock:
             self.outstanding[handler] -= count
@@ -333,7 +334,8 @@ class _Link:
             self._note_service_time(handler, answers)
         if flawless and not self.cases:
             return
-        self._minder.hear(self.id, handler, heard(answers, self.service_s.get(handler, 0.0)))
+        service_s, to_all = self.service_s.get(handler, 0.0), route.mode is Mode.ALL
+        self._minder.hear(self.id, handler, heard(answers, service_s, to_all))
         refused = answers.refused
         if refused and refused.code is Code.UNAVAILABLE and refused.executed is Executed.NO:
             self.look_again()  # it answers, and refuses: draining, as the look will tell
@@ -671,5 +673,5 @@ class _Book:
                         part.message = None
         for first, rows in runs:
             slice_ = answers.slice(first - start, rows)
-            self._link.answered(sent.segment.route.handler, slice_)
+            self._link.answered(sent.segment.route, slice_)
             sent.sink(first, slice_)

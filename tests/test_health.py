@@ -48,6 +48,14 @@ def test_a_team_leader_that_reaches_no_worker_is_not_taken_for_one_that_stops():
     assert heard(Answers(1, (missing,)), 0.0).verdict is Verdict.BAD
 
 
+def test_a_worker_that_cannot_be_reached_for_all_says_nothing_of_its_team_leader():
+    missing = PartColumn.missing("C", 1, Failure(Code.UNAVAILABLE, "C cannot be reached", NO))
+    assert heard(Answers(1, (missing,)), 0.0, to_all=True).verdict is Verdict.NEITHER
+
+    lost = PartColumn.missing("C", 1, Failure(Code.UNAVAILABLE, "no answer from B"))
+    assert heard(Answers(1, (lost,)), 0.0, to_all=True).verdict is Verdict.BAD
+
+
 GONE = Failure(Code.UNAVAILABLE, "gone")
 
 
