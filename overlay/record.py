@@ -48,7 +48,7 @@ class Ended:
 
     @property
     def count(self) -> int:
-        return self.answers.count if self.answers else self.segment.count
+        return self.segment.count if self.answers is None else self.answers.count
 
 
 class Record:

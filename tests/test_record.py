@@ -68,6 +68,14 @@ def test_every_row_is_counted_and_only_some_are_told(record):
     ]
 
 
+def test_who_leaves_when_all_is_counted_is_not_counted_again(record):
+    none_left = ended(segment(500), start=500)
+
+    record.ended_and_counted(none_left)
+
+    assert (none_left.count, record.meter.counts().completed) == (0, 0)
+
+
 def test_a_story_tells_who_asked_what_and_how_it_ended(record):
     record.ended(ended(segment(5, traced=True), start=2))
 
