@@ -85,13 +85,13 @@ def expired_is_started() -> None:
         else:
             right(ticket, code, start, count)
 
-    def unchecked(claim: Any) -> Any:
-        return lambda self, ticket, now: claim(self, ticket, min(now, ticket.segment.deadline - 1))
+    def unchecked(self: Any, ticket: Any, now: float) -> Any:
+        return claim(self, ticket, min(now, ticket.segment.deadline - 1))
 
     right = intake.Ticket.end
     intake.Ticket.end = end
-    intake.Intake._claim_one_locked = unchecked(intake.Intake._claim_one_locked)
-    intake.Intake._claim_rows = unchecked(intake.Intake._claim_rows)
+    claim = intake.Intake._claim_locked
+    intake.Intake._claim_locked = unchecked
     links._Link.time_left_s = lambda self, deadline: max(1.0, deadline - time.monotonic())
 
 

@@ -350,6 +350,12 @@ def test_the_tables_have_names_of_their_own_and_a_scenario_for_each_bug() -> Non
         assert rules.issuperset(bug.rules)
 
 
+def test_what_the_seeded_bugs_replace_is_there() -> None:
+    apply = "from faults import seeded; [bug.apply() for bug in seeded.BUGS]"
+    done = subprocess.run([sys.executable, "-c", apply], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--only", "typo"], ["--seeded", "--only", "calm"]])
 def test_an_unknown_name_is_refused_with_those_that_are_known(arguments, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
