@@ -6,5 +6,7 @@ hosts       two network namespaces with a wire between them
 history     what happened, as values; JSON lines
 checker     a history -> the promises that were broken (pure)
 seeded      product bugs made on purpose, so that the checker can be tested
+figures     what is to be reached under overload and after a fault, and its arithmetic (pure)
+trials      measures the figures                -> ground, which has an overlay and loads it
 report      the table and the plot
 """

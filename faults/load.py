@@ -15,6 +15,7 @@ import queue
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,7 +33,8 @@ from overlay.values import Code
 from overlay.wire import pb2, pb2_grpc
 
 STALL_S = 0.1  # the pulse is this late: the machine did not let us run
-LIBRARY_THREADS = 200  # a second has some 30 such calls, and one waits 3 s at most
+LIBRARY_THREADS = 1000  # a second has up to 200 such calls, and one waits 3 s at most
+TRY_AGAIN_S = 0.1  # the pause of a client that tries again and does not heed the retry-after
 WAYS = ("unary", "stream", "library")
 EXECUTED = {0: "unknown", 1: "no", 2: "yes"}
 ASKED_AGAIN = 2  # times, at most, under one idempotency key
@@ -45,6 +47,8 @@ class Planned:
     named: it brings a request id. again: the same id and payload as the call before it.
     keyed: it has an idempotency key, that of the call before it when it is "as before". insists: it
     is asked again after an answer too.
+    Of unary calls only: caller is what it calls itself, tries how often it is sent again after a
+    failure, without any key.
     """
 
     after_s: float
@@ -58,6 +62,14 @@ class Planned:
     again: bool = False
     keyed: Literal["", "anew", "as before"] = ""
     insists: bool = False
+    size: int = 0  # bytes of payload, at least
+    caller: str = ""
+    tries: int = 0
+
+
+def evenly(rate: float, seconds: float, like: Planned) -> list[Planned]:
+    """`rate` calls a second, all alike."""
+    return [replace(like, after_s=number / rate) for number in range(int(rate * seconds))]
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,7 @@ class Load:
         self._ids = itertools.count(first_id)
         self._key = 0
         self._idempotency = ""
+        self._again: deque[tuple[float, Planned]] = deque()  # when due, in this order
         self._base = random.getrandbits(40) << 20  # of the ids that we give
         self._closed = threading.Event()
         self._channel = grpc.insecure_channel(address, wire.channel_options())
@@ -179,9 +192,28 @@ class Load:
         began = time.monotonic()
         for call in planned:
             due = began + call.after_s
-            if (left := due - time.monotonic()) > 0:
-                time.sleep(left)
+            self._wait(due)
             self.send(call, due)
+
+    def keep(self, open_: int, like: Planned, seconds: float) -> None:
+        """A closed loop: so many calls are under way all the time."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for _ in range(open_ - self._notes.open):
+                self.send(like)
+            time.sleep(0.001)
+
+    def _wait(self, due: float) -> None:
+        """Until then, sending what is tried again meanwhile."""
+        while True:
+            now = time.monotonic()
+            if self._again and self._again[0][0] <= now:
+                again_due, call = self._again.popleft()
+                self.send(call, again_due)
+            elif (left := due - now) > 0:
+                time.sleep(min(left, 0.005))
+            else:
+                return
 
     def send(self, planned: Planned, due: float | None = None) -> Call:
         id_ = next(self._ids)
@@ -203,10 +235,10 @@ class Load:
             idempotency=self._idempotency if planned.keyed else "",
         )
         self._notes.asked(call)
-        payload = f"{call.key} {planned.nap_ms}".encode()
+        payload = f"{call.key} {planned.nap_ms}".encode().ljust(planned.size)
         request_id = self._base + call.key if planned.named else 0
         if planned.way == "unary":
-            self._send_unary(call, payload, request_id, planned.insists)
+            self._send_unary(call, planned, payload, request_id)
         elif planned.way == "stream":
             self._stream.send(call, payload, request_id)
         else:
@@ -220,7 +252,7 @@ class Load:
         self._submitting.shutdown(cancel_futures=True)
         self._channel.close()
 
-    def _send_unary(self, call: Call, payload: bytes, request_id: int, insists: bool) -> None:
+    def _send_unary(self, call: Call, planned: Planned, payload: bytes, request_id: int) -> None:
         request = pb2.Request(
             payload=payload,
             mode=call.mode.upper(),
@@ -229,25 +261,45 @@ class Load:
             request_id=request_id,
             idempotency_key=call.idempotency,
         )
-        self._ask(call, request, ASKED_AGAIN if call.idempotency else 0, insists)
+        more = ASKED_AGAIN if call.idempotency else 0
+        self._ask(call, planned, request, more, planned.insists)
 
     def _ask(
-        self, call: Call, request: pb2.Request, more: int, insists: bool, patient: bool = False
+        self,
+        call: Call,
+        planned: Planned,
+        request: pb2.Request,
+        more: int,
+        insists: bool,
+        patient: bool = False,
     ) -> None:
         """more: how often it may be asked again. patient: it waits for the connection."""
-        timeout_s = call.deadline - call.at
-        future = self._stub.Forward.future(request, timeout=timeout_s, wait_for_ready=patient)
-        future.add_done_callback(partial(self._ended, call, request, more, insists))
+        future = self._stub.Forward.future(
+            request,
+            timeout=call.deadline - call.at,
+            wait_for_ready=patient,
+            metadata=((wire.CALLER_KEY, planned.caller),) if planned.caller else (),
+        )
+        future.add_done_callback(partial(self._ended, call, planned, request, more, insists))
 
     def _ended(
-        self, call: Call, request: pb2.Request, more: int, insists: bool, future: Any
+        self,
+        call: Call,
+        planned: Planned,
+        request: pb2.Request,
+        more: int,
+        insists: bool,
+        future: Any,
     ) -> None:
         answer = _of_unary(call, time.monotonic(), future)
         if more and (insists or answer.by == "client") and not self._closed.is_set():
             now, timeout_s = time.monotonic(), call.deadline - call.at
             again = replace(call, id=next(self._ids), due=now, at=now, deadline=now + timeout_s)
             self._notes.asked(again)
-            self._ask(again, request, more - 1, False, patient=True)
+            self._ask(again, planned, request, more - 1, False, patient=True)
+        if planned.tries and answer.code != "OK":
+            tried = replace(planned, tries=planned.tries - 1)
+            self._again.append((answer.at + TRY_AGAIN_S, tried))
         self._notes.answered(answer)
 
     def _send_library(self, call: Call, payload: bytes) -> None:

@@ -3,23 +3,30 @@
     python3 faults/run.py --freeze-s 30                      every scenario, some 15 minutes
     python3 faults/run.py --only kill-worker,vanish --seconds 10 --seed 7
     python3 faults/run.py --seeded                           finds bugs made on purpose
+    python3 faults/run.py --figures                          overload and recovery, some 25 minutes
+    python3 faults/run.py --figures --only overload --runs 1 --seconds 5
     python3 faults/run.py --check FOLDER/kill-worker/history.jsonl
 
 Needs only the project's own environment, which it makes if it is not there. All processes run on
 free loopback ports, or in network namespaces made for them, and are ended, also after Ctrl-C; what
 needs more than there is here is not run, and the report says why. Results go to
 faults/results/<date>/: for each scenario a folder with history.jsonl and the logs; table.md and
-plot.svg.
+plot.svg; or figures.md and figures.json.
 
-Exit codes: 0 nothing broken, 1 a promise was broken or a run proves nothing, 2 it could not begin.
+Exit codes: 0 nothing broken, 1 a promise was broken, a figure missed or a run proves nothing, 2 it
+could not begin.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
+import importlib.metadata
 import importlib.util
+import json
+import math
 import os
 import platform
 import shutil
@@ -27,6 +34,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -38,8 +46,9 @@ NEEDED = ("grpc", "grpc_health", "google.protobuf", "psutil", "pydantic", "overl
 
 
 def today_and_here() -> str:
-    cores, python = os.cpu_count(), platform.python_version()
-    return f"{datetime.date.today()}, {cores} cores, {platform.platform()}, Python {python}."
+    cores, grpc = os.cpu_count(), importlib.metadata.version("grpcio")
+    versions = f"{platform.platform()}, Python {platform.python_version()}, grpcio {grpc}"
+    return f"{datetime.date.today()}, {cores} cores, {versions}."
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     if options.check:
         return check(options.check)
+    if options.figures:
+        return figures(options)
     return seeded(options) if options.seeded else bench(options)
 
 
@@ -89,7 +100,7 @@ def in_environment(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    from faults import scenarios, seeded
+    from faults import scenarios, seeded, trials
 
     parser = argparse.ArgumentParser(
         prog="faults/run.py",
@@ -97,24 +108,35 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", type=names, default=[], metavar="NAME,...", help="these alone")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of load: 6")
+    parser.add_argument("--seconds", type=float, help="of load: 6; of a figure's: 10")
     parser.add_argument("--freeze-s", type=float, help="of a frozen process: 5 or half the load's")
     parser.add_argument("--seed", type=int, default=1, help="of the calls and the faults: 1")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="instead of a new one")
     parser.add_argument("--seeded", action="store_true", help="the bugs made on purpose")
+    parser.add_argument("--figures", action="store_true", help="of overload and recovery")
+    parser.add_argument("--runs", type=int, default=3, help="of each figure: 3")
+    parser.add_argument(
+        "--overload-seconds", type=float, default=60.0, help="before the recovery is measured: 60"
+    )
     parser.add_argument("--check", type=Path, metavar="HISTORY", help="only checks a history")
     parser.add_argument("--list", action="store_true", help="says what there is")
     options = parser.parse_args(arguments)
     if options.list:
         for each in (*scenarios.SCENARIOS, *seeded.BUGS):
             print(f"{each.name:<20} {each.about}")
+        print(f"{'--figures':<20} {', '.join(trials.NAMES)}")
         parser.exit()
-    if not options.seconds > 0:
-        parser.error(f"--seconds {options.seconds:g} is not above 0")
+    if options.seconds is None:
+        options.seconds = trials.SECONDS if options.figures else SECONDS
+    for name in ("seconds", "runs", "overload_seconds"):
+        if not 0 < getattr(options, name) < math.inf:
+            said = f"--{name.replace('_', '-')} {getattr(options, name):g}"
+            parser.error(f"{said} is not a number above 0")
     if options.freeze_s is not None and not options.freeze_s > 0:
         parser.error(f"--freeze-s {options.freeze_s:g} is not above 0")
     try:
-        choose = seeded.chosen if options.seeded else scenarios.chosen
+        tables = seeded if options.seeded else trials if options.figures else scenarios
+        choose: Any = tables.chosen
         options.chosen = choose(options.only)
     except ValueError as error:
         parser.error(str(error))
@@ -169,6 +191,49 @@ def seeded(options: argparse.Namespace) -> int:
             print(trial.sentence, flush=True)
     print(f"{len(options.chosen) - len(missed)} of {len(options.chosen)} found; {folder}")
     return 1 if missed else 0
+
+
+def figures(options: argparse.Namespace) -> int:
+    """What is written down grows with each trial, so that Ctrl-C loses only the last one."""
+    from faults import figures, hosts, overlays, trials
+
+    sys.setswitchinterval(0.0005)  # or answers that come keep the next calls from leaving in time
+    folder = options.out or new_folder()
+    asked = trials.Asked(options.seconds, options.overload_seconds)
+    samples: list[figures.Sample] = []
+    not_run = {name: why for name in options.chosen if (why := trials.why_not(name))}
+    missing = [f"{name} was not measured: {why}" for name, why in not_run.items()]
+    here = [name for name in options.chosen if name not in not_run]
+    runs = [(run, name) for run in range(1, options.runs + 1) for name in here]
+    with stopped_by_ctrl_c():
+        for run, name in runs:
+            try:
+                for sample in trials.measure(name, run, fresh(folder, f"{name}-{run}"), asked):
+                    samples.append(sample)
+                    print(figures.line(sample), flush=True)
+            except (overlays.NotReached, hosts.CannotBuild) as error:
+                missing.append(f"{name}, run {run}, got stuck: {error}")
+                print(missing[-1], flush=True)
+            write_figures(folder, samples, missing, asked)
+    print(f"\n{write_figures(folder, samples, missing, asked)}\nwritten to {folder}")
+    return 0 if not missing and figures.all_reached(samples) else 1
+
+
+def write_figures(folder: Path, samples: list[Any], missing: list[str], asked: Any) -> str:
+    """figures.md and figures.json; gives the page."""
+    from faults import figures
+
+    how = f"{asked.seconds:g} s of each load, {asked.overload_s:g} s before a recovery."
+    page = figures.page(samples, missing, f"{today_and_here()} {how}")
+    raw = {"where": today_and_here(), **dataclasses.asdict(asked), "missing": missing}
+    raw["samples"] = [
+        {**dataclasses.asdict(s), "value": s.value if math.isfinite(s.value) else None}
+        for s in samples
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "figures.md").write_text(page, encoding="utf-8")
+    (folder / "figures.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    return page
 
 
 def check(path: Path) -> int:

@@ -1,0 +1,304 @@
+"""The trials that give the figures, each on an overlay of its own; faults.figures reckons them.
+
+Owns the thread "memory", "striker" or "restarts" while a trial lasts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from faults import bench, breaking, figures, hosts, scenarios
+from faults.figures import ROLES, Sample, p99
+from faults.ground import ATTEMPTS, USUAL, Ground, Phase, phase_of
+from faults.history import Execution
+from faults.load import Notes, evenly
+from faults.overlays import NotReached
+
+SECONDS = 10.0  # of a load, when nothing else is said
+PEAK = 60.0  # a second: 3 workers, 2 slots each, 0.1 s
+UNHURRIED_S = 1.0  # left out of the peak: until the slots are full and the connection is up
+ONSET_S = 1.0  # of an overload: the queue fills
+MEMORY_S = 0.02
+HEALTHY = 30.0  # a second: two of the workers can do it, and one cannot
+AFTER_S = 8.0  # of watching what a fault did
+FROZEN_LEADER_S = 3.0
+CUT_LOAD_S = 12.0  # the wire is cut in the middle of it
+RESTART_RATE = 200.0
+RESTARTED = 10_000  # requests, meanwhile
+ROUNDS = 3  # at least
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How long a load lasts. overload_s: 10x, in the trials of recovery."""
+
+    seconds: float
+    overload_s: float
+
+
+Trial = Callable[[Ground, Asked], Iterator[Sample]]
+
+
+def overload(ground: Ground, asked: Asked) -> Iterator[Sample]:
+    """Peak, 2x and 10x, by single calls and by the library's stream."""
+    for way in ("unary", "library"):
+        like = replace(USUAL, way=way)
+        peak = ground.peak(way).rate(UNHURRIED_S)
+        twice = ground.offered(evenly(2 * PEAK, asked.seconds, like))
+        yield Sample(f"goodput-2x-{way}", 100 * twice.rate() / peak, twice.invalid)
+        tenfold = ground.offered(evenly(10 * PEAK, asked.seconds, like), watched=way == "unary")
+        found = {f"goodput-10x-{way}": 100 * tenfold.rate() / peak}
+        for figure, value in _of_the_accepted(tenfold, ground.executions()).items():
+            found[f"{figure}-{way}"] = value
+        if way == "unary":
+            found |= _of_the_refused(tenfold)
+        else:
+            found["amplification"] = tenfold.received / len(tenfold.calls)
+        for figure, value in found.items():
+            yield Sample(figure, value, tenfold.invalid)
+
+
+def _of_the_accepted(phase: Phase, executions: Sequence[Execution]) -> dict[str, float]:
+    later = figures.due_since(phase.calls, phase.begin + ONSET_S)
+    first = phase.calls[: len(phase.calls) - len(later)]  # in the order of their times
+    begun, ended = figures.dead(phase.calls, executions)
+    return {
+        "accepted-p99": p99(figures.times(later, phase.answers, refused=False)),
+        "accepted-p99-first": p99(figures.times(first, phase.answers, refused=False)),
+        "dead-begun": 100 * begun,
+        "dead-ended": 100 * ended,
+    }
+
+
+def _of_the_refused(phase: Phase) -> dict[str, float]:
+    calls = figures.answered_share(phase.calls, phase.answers)
+    return {
+        "refusal-p99": 1e3 * p99(figures.times(phase.calls, phase.answers, refused=True)),
+        "metrics-p99": 1e3 * p99(phase.metrics_s),
+        "answered": 100 * min(calls, _finite_share(phase.metrics_s)),
+    }
+
+
+def recovery(
+    ground: Ground, asked: Asked, tries: int = 0, figure: str = "recovery"
+) -> Iterator[Sample]:
+    half = evenly(PEAK / 2, asked.seconds, USUAL)
+    before = ground.offered(half)
+    normal_s = p99(figures.times(before.calls, before.answers, refused=False)) + 0.1
+    ten = evenly(10 * PEAK, asked.overload_s, replace(USUAL, tries=tries))
+    after = [replace(c, after_s=c.after_s + asked.overload_s, tries=tries) for c in half]
+    phase = ground.offered([*ten, *after])
+    since = phase.begin + asked.overload_s
+    value = figures.whole_again_s(phase.calls, phase.answers, since, normal_s)
+    yield Sample(figure, value, phase.invalid)
+
+
+def recovery_with_tries(ground: Ground, asked: Asked) -> Iterator[Sample]:
+    return recovery(ground, asked, tries=3, figure="recovery-tries")
+
+
+def memory(ground: Ground, asked: Asked) -> Iterator[Sample]:
+    ground.peak("unary", asked.seconds)
+    leader = psutil.Process(ground.overlay.processes["A"].pid)
+    before = most = leader.memory_info().rss
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.wait(MEMORY_S):
+            most = max(most, leader.memory_info().rss)
+
+    thread = threading.Thread(target=watch, name="memory")
+    thread.start()
+    try:
+        large = replace(USUAL, size=64 * 1024)
+        phase = ground.offered(evenly(10 * PEAK, asked.seconds, large))
+    finally:
+        ended.set()
+        thread.join()
+    yield Sample("memory", (most - before) / 2**20, phase.invalid)
+
+
+def greedy(ground: Ground, asked: Asked) -> Iterator[Sample]:
+    """One asks for ten times the peak, nine for half of a tenth each."""
+    ground.peak("unary", asked.seconds)
+    planned = evenly(10 * PEAK, asked.seconds, replace(USUAL, caller="greedy"))
+    for number in range(9):
+        modest = replace(USUAL, caller=f"modest-{number}")
+        begin = number / 9 / (PEAK / 20)
+        planned += [
+            replace(c, after_s=c.after_s + begin) for c in evenly(PEAK / 20, asked.seconds, modest)
+        ]
+    planned.sort(key=lambda call: call.after_s)
+    phase = ground.offered(planned)
+    # Calls are noted in the order in which they were planned.
+    callers = zip(phase.calls, planned, strict=True)
+    nine = {call.id for call, like in callers if like.caller != "greedy"}
+    answers = [answer for answer in phase.answers if answer.id in nine]
+    good = sum(map(figures.is_complete, answers))
+    yield Sample("greedy", 100 * good / len(nine), phase.invalid, figures.why_not(answers))
+
+
+def kill(ground: Ground, asked: Asked) -> Iterator[Sample]:
+    overlay = ground.overlay
+
+    def strike(process: str) -> float:
+        since = time.monotonic()
+        overlay.kill(process)
+        if process == "A":
+            overlay.spawn(process)
+        return since
+
+    def mend(process: str) -> None:
+        if process != "A":
+            overlay.start(process)
+
+    return _each("kill", ground, strike, mend)
+
+
+def freeze(ground: Ground, asked: Asked) -> Iterator[Sample]:
+    overlay = ground.overlay
+
+    def strike(process: str) -> float:
+        since = time.monotonic()
+        overlay.signal(process, signal.SIGSTOP)
+        if process == "A":
+            time.sleep(FROZEN_LEADER_S)
+            since = time.monotonic()
+            overlay.signal(process, signal.SIGCONT)
+        return since
+
+    return _each("freeze", ground, strike, lambda p: overlay.signal(p, signal.SIGCONT))
+
+
+def cut(folder: Path) -> Iterator[Sample]:
+    """By scenarios of the bench, on two hosts. Of their calls, those to any of all workers."""
+    for role in ROLES:
+        scenario = scenarios.BY_NAME[f"cut-{role.replace(' ', '-')}"]
+        for attempt in range(ATTEMPTS):
+            outcome = bench.run(scenario, folder / f"{role}-{attempt}", CUT_LOAD_S, seed=1)
+            if not outcome.invalid:
+                break
+        if not outcome.history.faults:
+            raise NotReached(outcome.invalid)
+        (fault,) = outcome.history.faults
+        since = fault.end if role == "leader" else fault.begin
+        calls = [c for c in outcome.history.calls if c.mode == "any" and not c.team]
+        value = figures.whole_again_s(calls, outcome.history.answers, since)
+        yield Sample(f"cut-{role}", value, outcome.invalid)
+
+
+def _each(
+    what: str, ground: Ground, strike: Callable[[str], float], mend: Callable[[str], None]
+) -> Iterator[Sample]:
+    """Strikes each process in turn under a healthy load."""
+    for role, processes in ROLES.items():
+        for process in processes:
+            for _ in range(ATTEMPTS):
+                ground.overlay.settle()
+                phase, since = _struck(ground, partial(strike, process))
+                mend(process)
+                if not phase.invalid:
+                    break
+            value = figures.whole_again_s(phase.calls, phase.answers, since)
+            yield Sample(f"{what}-{role}", value, phase.invalid)
+
+
+def _struck(ground: Ground, strike: Callable[[], float]) -> tuple[Phase, float]:
+    """The phase in which it was struck, and when."""
+    with ground.loading() as (load, notes), ThreadPoolExecutor(1, "striker") as pool:
+        begin = time.monotonic()
+        load.run(evenly(HEALTHY, 1, USUAL))
+        since = pool.submit(strike)
+        load.run(evenly(HEALTHY, FROZEN_LEADER_S + AFTER_S, USUAL))
+        return phase_of(notes, begin, USUAL.timeout_s), since.result()
+
+
+def restart(ground: Ground, asked: Asked) -> Iterator[Sample]:
+    """Each of the six is asked to stop and started again, while the library asks; some rounds."""
+    stage = breaking.Stage(ground.overlay, Notes(), random.Random(1), 0)
+
+    def rounds(notes: Notes) -> None:
+        for number in itertools.count():
+            if number >= ROUNDS and len(notes.calls) >= RESTARTED:
+                return
+            breaking.restart_all(stage)
+
+    like = replace(USUAL, way="library", nap_ms=2, timeout_s=30)
+    second = [
+        replace(c, mode=mode)
+        for c, mode in zip(evenly(RESTART_RATE, 1, like), _mixed(), strict=False)
+    ]
+    with ground.loading("library") as (load, notes), ThreadPoolExecutor(1, "restarts") as pool:
+        begin = time.monotonic()
+        restarting = pool.submit(rounds, notes)
+        while not restarting.done():
+            load.run(second)
+        phase = phase_of(notes, begin, like.timeout_s)
+    restarting.result()
+    # A failure is one whether the load left in time or not.
+    good = sum(map(figures.is_complete, phase.answers))
+    twice = figures.executed_twice(phase.calls, ground.executions())
+    yield Sample("restart-asked", len(phase.calls))
+    yield Sample("restart-failed", len(phase.calls) - good, note=figures.why_not(phase.answers))
+    yield Sample("restart-twice", twice)
+
+
+def _mixed() -> Iterator[str]:
+    """One of ten goes to all."""
+    while True:
+        yield from ("all", *["any"] * 9)
+
+
+def _finite_share(values: Sequence[float]) -> float:
+    return sum(map(math.isfinite, values)) / len(values) if values else math.nan
+
+
+TRIALS: dict[str, Trial] = {
+    "overload": overload,
+    "recovery": recovery,
+    "recovery-tries": recovery_with_tries,
+    "memory": memory,
+    "greedy": greedy,
+    "kill": kill,
+    "freeze": freeze,
+    "restart": restart,
+}
+NAMES = (*TRIALS, "cut")
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The named trials, or all that run here. Raises ValueError for one that is not there."""
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise ValueError(f"no trial '{unknown[0]}'; there are {', '.join(NAMES)}")
+    return [name for name in NAMES if not names or name in names]
+
+
+def why_not(name: str) -> str:
+    """Why this trial cannot run here; empty when it can."""
+    if name == "cut":
+        return hosts.why_not()
+    return "" if name != "freeze" or hasattr(signal, "SIGSTOP") else "needs a POSIX system"
+
+
+def measure(name: str, run: int, folder: Path, asked: Asked) -> Iterator[Sample]:
+    """One trial on an overlay of its own, in `folder`. Raises NotReached when it got stuck."""
+    if name == "cut":
+        yield from (replace(sample, run=run) for sample in cut(folder))
+        return
+    with Ground(folder) as ground:
+        for sample in TRIALS[name](ground, asked):
+            yield replace(sample, run=run)
