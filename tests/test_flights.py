@@ -438,7 +438,7 @@ def test_shares_whose_tables_differ_are_not_merged(tmp_path):
         (["nowhere/*.csv"], "option files: nothing on this machine matches"),
         ([], "option files: say what this worker has"),
         (["flights.py"], "option files: .py; they must be all .parquet"),
-        (["flights.json", "data/../flights.py"], "they must be all .parquet"),
+        (["flights.json", "../flights/flights.py"], "they must be all .parquet"),
     ],
 )
 def test_options_that_cannot_be_right_are_named(files, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,7 +246,8 @@ def test_a_handler_that_never_ends_costs_its_own_request(three, run):
 
 def test_prints_and_log_lines_of_a_handler_come_to_its_workers_log(three):
     ask(three, "closes stdout", "process")
-    until(lambda: "overlay.handler INFO more" in three.log("C"))
+    line = re.compile(r"overlay\.handler INFO request [0-9a-f]{16}: more$", re.MULTILINE)
+    until(lambda: line.search(three.log("C")), what="the line, with its request")
 
 
 def test_what_handlers_print_neither_fills_the_log_nor_the_memory(three, folder):
