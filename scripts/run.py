@@ -121,11 +121,13 @@ def setup(arguments):
 def test(arguments):
     """Runs every check, also after one has failed, and ends with a line for each."""
     python = prepare(locks=(LOCK, DEV_LOCK))
+    # Two files at once: most tests wait for processes to start, to answer or to be missed.
+    at_once = ["-n", "2", "--dist", "loadfile"]
     checks = {
         "ruff check": ["-m", "ruff", "check", "."],
         "ruff format": ["-m", "ruff", "format", "--check", "."],
         "mypy": ["-m", "mypy"],
-        "pytest": ["-m", "pytest"] + arguments,
+        "pytest": ["-m", "pytest"] + at_once + arguments,
     }
     lines = []
     for name, command in checks.items():
@@ -203,7 +205,7 @@ def can_make_venv():
 
 def own_python(locks):
     """This very Python, for those that cannot make a virtual environment."""
-    needed = NEEDED + ["pytest", "ruff", "mypy"] if DEV_LOCK in locks else NEEDED
+    needed = NEEDED + ["pytest", "xdist", "ruff", "mypy"] if DEV_LOCK in locks else NEEDED
     facts = probe(sys.executable, *needed) or {"missing": needed}
     if facts["missing"]:
         raise Problem(
