@@ -43,6 +43,13 @@ posix_only = pytest.mark.skipif(os.name == "nt", reason="signals and sh are not 
 def project(tmp_path_factory):
     """A copy of the project in a folder that a careless script would stumble over."""
     folder = tmp_path_factory.mktemp("scripts") / "Grüße & läuft (2)"
+    copy_project(folder)
+    yield folder
+    for process in processes_of(folder):
+        process.kill()
+
+
+def copy_project(folder):
     ignore = shutil.ignore_patterns("__pycache__", ".demo.json")
     for name in (*COPIED, *STUBS):
         source = ROOT / name
@@ -51,9 +58,6 @@ def project(tmp_path_factory):
         else:
             folder.mkdir(exist_ok=True)
             shutil.copy(source, folder / name)
-    yield folder
-    for process in processes_of(folder):
-        process.kill()
 
 
 @pytest.fixture
