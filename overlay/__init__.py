@@ -4,11 +4,14 @@ The floor plan. A module imports only from floors below its own, or on its own f
 arrow says so; tests/test_floors.py compares this picture with the code.
 
     4 edges      admin -> service -> streams   admin -> journal   service -> journal
-                 bulk -> console -> client -> calls -> orders   bulk -> client -> orders
-                 client -> parts -> calls   reading -> console, client   guard   exporter
-                 aio -> client, calls, orders, parts
-                 web -> watch, console   watch -> client   top -> watch, console, screenful
-                 screenful -> console   doctor -> client, console   addressing -> console
+                 bulk -> console -> client -> connection -> calls -> orders   bulk -> client
+                 client -> mapping -> connection -> outcomes -> calls   client -> arguments
+                 client -> parts -> calls   client, mapping, connection, arguments -> orders
+                 client -> outcomes   mapping -> arguments, outcomes
+                 aio -> arguments, calls, connection, orders, outcomes, parts   guard   exporter
+                 reading -> console, client   doctor -> client, console   addressing -> console
+                 web -> watch, console   watch -> connection   top -> watch, console, screenful
+                 screenful -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
                  machine

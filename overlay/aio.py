@@ -24,22 +24,12 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from overlay.arguments import as_bytes, as_timeout, chunk_of, kind_of
 from overlay.calls import Calls
-from overlay.client import (
-    PATIENCE_S,
-    Answer,
-    CallCancelled,
-    CallFailed,
-    Connection,
-    NotReached,
-    as_bytes,
-    as_timeout,
-    chunk_of,
-    kind_of,
-    split,
-)
+from overlay.connection import PATIENCE_S, Connection, split
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
+from overlay.outcomes import Answer, CallCancelled, CallFailed, NotReached
 from overlay.parts import Parts
 from overlay.values import Failure, Part
 from overlay.wire import pb2

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 
 from overlay import wire
-from overlay.client import split
+from overlay.connection import split
 from overlay.history import History
 from overlay.picture import Known, Look, picture
 from overlay.values import Code

@@ -1,0 +1,62 @@
+"""What callers of the library give, checked and made usable. Raises TypeError and ValueError."""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+from overlay.admission import HIGHEST_PRIORITY
+from overlay.limits import Limits
+from overlay.orders import Kind
+from overlay.values import Mode, Route
+
+DEFAULT_TIMEOUT_S = Limits().default_deadline_s
+
+
+def as_bytes(payload: object) -> bytes:
+    if isinstance(payload, str):
+        return payload.encode()
+    if isinstance(payload, (bytes, bytearray, memoryview)):
+        return bytes(payload)
+    raise TypeError(f"a payload is bytes or str, not {type(payload).__name__}")
+
+
+@functools.lru_cache(256)
+def kind_of(
+    mode: str,
+    team: str,
+    handler: str,
+    want_parts: bool,
+    priority: int = 0,
+    as_they_come: bool = False,
+) -> Kind:
+    if mode not in ("all", "any"):
+        raise ValueError(f"mode {mode!r} is not 'all' or 'any'")
+    route = Route(Mode[mode.upper()], _as_name("team", team), _as_name("handler", handler))
+    if not 0 <= priority <= HIGHEST_PRIORITY:
+        raise ValueError(f"priority {priority} is not 0 to {HIGHEST_PRIORITY}")
+    return Kind(route, want_parts, priority, as_they_come)
+
+
+def _as_name(what: str, name: object) -> str:
+    if callable(name):
+        raise TypeError(f"code does not travel: name a {what} of the configuration")
+    if not isinstance(name, str):
+        raise TypeError(f"a {what} is named by a str, not {type(name).__name__}")
+    name.encode()  # raises UnicodeEncodeError, a ValueError, for what is not text
+    return name
+
+
+def chunk_of(window: int, chunksize: int) -> int:
+    """How many of a map's payloads travel together."""
+    if window < 1 or chunksize < 0:
+        raise ValueError(f"window {window} is not above 0, or chunksize {chunksize} is below")
+    return min(chunksize or max(1, min(512, window // 4)), window)
+
+
+def as_timeout(timeout: float | None) -> float:
+    if timeout is None:
+        return DEFAULT_TIMEOUT_S
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(f"a timeout of {timeout:g} s is not above 0")
+    return float(timeout)

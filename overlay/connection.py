@@ -1,0 +1,272 @@
+"""A kept channel to one process: made when needed, looked into when it does not come up."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from overlay import wire
+from overlay.calls import RETRY_PAUSE_S, Calls
+from overlay.orders import Order
+from overlay.outcomes import (
+    Answer,
+    CallCancelled,
+    CallFailed,
+    NotReached,
+    Unavailable,
+    error_of,
+    failure_of,
+    no_overlay,
+    result_of,
+)
+from overlay.values import Code, Executed, Failure
+
+# A process that is being restarted is back within this. Windows takes 2 s to report a refused port.
+PATIENCE_S = 2.5
+PROMPT_S = 0.25  # a connection that takes longer is looked into meanwhile
+FRESH_S = 1.0  # so long after an answer the connection counts as up; later a call greets first
+# gRPC heeds the first of two options of one name.
+_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),  # an office's web proxy does not lead to its own machines
+    # The process asked knows the configured size and refuses what is beyond it.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    *wire.CHANNEL_OPTIONS,
+]
+
+
+class Connection:
+    """A client's kept channel: a stream for requests, and calls for metrics and health."""
+
+    def __init__(self, address: str, patience_s: float) -> None:
+        self._address = address
+        self._patience_s = patience_s
+        self._answered = -FRESH_S  # when it last did; monotonic seconds
+        self._closed = False
+        self._lock = threading.Lock()
+        self._channel = grpc.insecure_channel(f"dns:///{address}", options=_OPTIONS)
+        self._node = wire.pb2_grpc.OverlayNodeStub(self._channel)
+        self._single_channel: grpc.Channel | None = None
+        self._admin = wire.pb2_grpc.OverlayAdminStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._calls: Calls | None = None
+
+    def send(self, order: Order, timeout_s: float) -> None:
+        """Raises NotReached when nobody serves at the address."""
+        calls = self.begin() if self._calls is None or self._closed else self._calls
+        if not calls.connected.is_set():
+            self.wait_connected(calls, min(self._patience_s, timeout_s))
+        calls.send(order)
+
+    def cancel(self, order: Order, rows: Sequence[int] = ()) -> None:
+        if self._calls is not None:
+            self._calls.cancel(order, rows or order.rows)
+
+    def read(self, came: Any, at: int, request_id: int, timeout_s: float) -> Answer:
+        """What was delivered, as an Answer. Raises CallFailed."""
+        if isinstance(came, Failure):
+            raise self.failed(came, timeout_s)
+        answer = came.answers.at(at)
+        return Answer(came.results[at], answer.parts, answer.hops, request_id)
+
+    def read_result(self, came: Any, at: int, request_id: int, timeout_s: float) -> bytes:
+        """As `read`, but the result only; an Incomplete where a worker is missing."""
+        if isinstance(came, Failure):
+            raise self.failed(came, timeout_s)
+        return result_of(came, at)
+
+    def failed(self, failure: Failure, timeout_s: float) -> CallFailed:
+        reason = failure.reason
+        if failure.code is Code.DEADLINE_EXCEEDED and not reason:
+            reason = f"no answer from {self._address} within {timeout_s:g} s"
+        return error_of(failure, reason)
+
+    def wait_until_idle(self) -> None:
+        while not self._closed and self._calls is not None and self._calls.open_rows:
+            time.sleep(0.01)
+
+    def begin(self) -> Calls:
+        with self._lock:
+            if self._closed:
+                raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client is closed")
+            if self._calls is None:
+                calls = Calls(self._channel, self._address)
+                calls.start()
+                self._calls = calls
+            return self._calls
+
+    def wait_connected(self, calls: Calls, patience_s: float) -> None:
+        """Raises NotReached with the reason, when the connection does not come up in time."""
+        until = time.monotonic() + patience_s
+        if calls.connected.wait(min(PROMPT_S, patience_s)):
+            return
+        doubt = _Doubt(self._address, until)
+        while (left_s := until - time.monotonic()) > 0 and not self._closed:
+            if calls.connected.wait(min(0.25, left_s)):
+                return
+            refused = calls.refused
+            if refused is not None and refused.code not in (Code.UNAVAILABLE, Code.CANCELLED):
+                raise error_of(refused, no_overlay(refused, self._address))
+        if self._closed:
+            raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client was closed")
+        reason, refused = doubt.reason(), calls.refused
+        if refused is not None and refused.executed is Executed.NO and not doubt.is_settled:
+            raise error_of(refused, refused.reason)  # the process's own words: it is stopping
+        raise NotReached(reason, code=Code.UNAVAILABLE, executed=Executed.NO)
+
+    def forward(self, request: wire.pb2.Request, timeout_s: float) -> wire.pb2.Response:
+        until = time.monotonic() + timeout_s
+        patient_until = time.monotonic() + min(self._patience_s, timeout_s)
+        while True:
+            try:
+                left_s = max(0.001, until - time.monotonic())
+                return cast(wire.pb2.Response, self._ask(self._single.Forward, request, left_s))
+            except NotReached:
+                raise
+            except Unavailable as e:
+                pause_s = e.retry_after_s or RETRY_PAUSE_S
+                if e.executed is not Executed.NO or time.monotonic() + pause_s > patient_until:
+                    raise
+                time.sleep(pause_s)
+
+    def drain(self, request: wire.pb2.DrainRequest, timeout_s: float) -> wire.pb2.DrainResponse:
+        return cast(wire.pb2.DrainResponse, self._ask(self._admin.Drain, request, timeout_s))
+
+    def logs(self, request: wire.pb2.LogsRequest, timeout_s: float) -> wire.pb2.LogsResponse:
+        return cast(wire.pb2.LogsResponse, self._ask(self._admin.Logs, request, timeout_s))
+
+    def metrics(
+        self, request: wire.pb2.MetricsRequest, timeout_s: float
+    ) -> wire.pb2.MetricsResponse:
+        found = self._ask(self._node.GetMetrics, request, timeout_s)
+        return cast(wire.pb2.MetricsResponse, found)
+
+    def is_serving(self, timeout_s: float) -> bool:
+        found = self._ask(self._health.Check, health_pb2.HealthCheckRequest(), timeout_s)
+        return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._calls is not None:
+            self._calls.close()
+        if self._single_channel is not None:
+            self._single_channel.close()
+        self._channel.close()
+
+    @property
+    def _single(self) -> wire.pb2_grpc.OverlayNodeStub:
+        """For single requests: a channel on which gRPC itself sends one again that a closing
+        connection has not taken. There is no other way to know that it did not run."""
+        with self._lock:
+            if self._single_channel is None and not self._closed:
+                options = [("grpc.enable_retries", 1), *_OPTIONS]
+                self._single_channel = grpc.insecure_channel(f"dns:///{self._address}", options)
+            return wire.pb2_grpc.OverlayNodeStub(self._single_channel or self._channel)
+
+    def _ask(self, method: Any, request: Any, timeout_s: float) -> Any:
+        if self._closed:
+            raise CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
+        until = time.monotonic() + timeout_s
+        try:
+            self._make_sure(min(self._patience_s, timeout_s))
+            # wait_for_ready: a connection lost just now is waited for, and the call sent once.
+            left_s = max(0.001, until - time.monotonic())
+            answer = method(request, timeout=left_s, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() in _SILENT:
+                self._answered = -FRESH_S
+            raise failure_of(error, self._address, timeout_s) from None
+        except ValueError:
+            if not self._closed:
+                raise
+            # gRPC's word for a channel that was closed meanwhile
+            raise CallCancelled("this client was closed", code=Code.CANCELLED) from None
+        self._answered = time.monotonic()
+        return answer
+
+    def _make_sure(self, patience_s: float) -> None:
+        """Raises NotReached unless the process answered lately or does so now.
+
+        A call itself waits for its whole deadline where nothing serves, and then cannot tell
+        whether it was ever sent.
+        """
+        if time.monotonic() - self._answered < FRESH_S:
+            return
+        until = time.monotonic() + patience_s
+        if self._is_greeted(min(PROMPT_S, patience_s)):
+            return
+        doubt = _Doubt(self._address, until)
+        while (left_s := until - time.monotonic()) > 0:
+            if self._is_greeted(left_s):
+                return
+            time.sleep(min(0.05, left_s))
+        raise NotReached(doubt.reason(), code=Code.UNAVAILABLE, executed=Executed.NO)
+
+    def _is_greeted(self, within_s: float) -> bool:
+        """Whether a gRPC server answers, whatever it answers."""
+        try:
+            self._health.Check(
+                health_pb2.HealthCheckRequest(), timeout=within_s, wait_for_ready=True
+            )
+        except grpc.RpcError as error:
+            return error.code() not in _SILENT
+        return True
+
+
+# After these, whether anybody is there is open; every other status is an answer.
+_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+class _Doubt:
+    """Why gRPC gets no connection: tries a plain one on a thread that ends by `until`.
+
+    is_settled: nobody listens there.
+    """
+
+    is_settled = False
+
+    def __init__(self, address: str, until: float) -> None:
+        self._until = max(until, time.monotonic() + 0.05)  # a refusal nearby takes no longer
+        self._reason = f"{address} does not answer: wrong address, machine off, or a firewall"
+        self._thread = threading.Thread(
+            target=self._look, args=(address,), name="overlay-doubt", daemon=True
+        )
+        self._thread.start()
+
+    def reason(self) -> str:
+        self._thread.join(max(0.0, self._until - time.monotonic()))
+        return self._reason
+
+    def _look(self, address: str) -> None:
+        try:
+            left_s = max(0.01, self._until - time.monotonic())
+            socket.create_connection(split(address), left_s).close()
+        except ConnectionRefusedError:
+            self._reason = f"nothing serves at {address}: the connection was refused"
+            self.is_settled = True
+        except (socket.gaierror, UnicodeError):
+            self._reason = f"the host of {address} is not known by name on this machine"
+        except TimeoutError:
+            pass
+        except OSError as error:
+            self._reason = f"{address} cannot be reached: {error.strerror or error}"
+        else:
+            self._reason = f"what listens at {address} does not speak gRPC, or is stuck"
+
+
+def split(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        raise ValueError(f"'{address}' is not host:port")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"'{address}' is not host:port; write an IPv6 host in brackets")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,164 @@
+"""One map of a client: payloads go out as results come back, never all at once."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from overlay.arguments import as_bytes
+from overlay.connection import Connection
+from overlay.limits import Limits
+from overlay.orders import Kind, Order
+from overlay.outcomes import CallFailed, NotReached, results_of
+from overlay.values import Failure
+
+PAUSE_S = 0.02  # how long a map waits for results before it asks again for payloads
+NOTHING_YET: Any = object()
+"""What a map's payloads may give when there is none at this moment: results are given meanwhile."""
+
+
+class MapRun:
+    """One map: keeps its window full while its results are taken. For one thread."""
+
+    def __init__(
+        self, connection: Connection, kind: Kind, timeout_s: float, chunk: int, window: int
+    ) -> None:
+        self._connection = connection
+        self._kind = kind
+        self._timeout_s = timeout_s
+        self._chunk = chunk
+        self._window = window
+        self._came: queue.SimpleQueue[tuple[int, Sequence[int], Any, int]] = queue.SimpleQueue()
+        self._orders: dict[int, list[Any]] = {}  # first index -> the order, rows still open
+        self._sent = 0
+        self._open = 0
+        self._early: dict[int, bytes | CallFailed] = {}
+        self._bytes = 0  # of payloads that are open and results that are early
+        self._mean_result = 0.0
+
+    def run(
+        self, payloads: Iterator[bytes | str], ordered: bool
+    ) -> Iterator[tuple[int, bytes | CallFailed]]:
+        given, more = 0, True
+        not_reached: NotReached | None = None
+        try:
+            while more or self._open:
+                pauses = False
+                while more and not pauses and self._has_room():
+                    try:
+                        more, pauses = self._send(payloads)
+                    except NotReached as e:  # what was sent is given first
+                        more, not_reached = False, e
+                for first, rows, results in self._some(PAUSE_S if pauses else None):
+                    for index, result in zip(rows, results, strict=True):
+                        index += first
+                        if not ordered:
+                            yield index, result
+                        elif index != given:
+                            self._early[index] = result
+                            self._bytes += _size_of(result)
+                        else:
+                            yield index, result
+                            given += 1
+                            while self._early and given in self._early:
+                                result = self._early.pop(given)
+                                self._bytes -= _size_of(result)
+                                yield given, result
+                                given += 1
+            if not_reached is not None:
+                raise not_reached
+        finally:
+            for order, _ in self._orders.values():
+                self._connection.cancel(order)
+
+    def _has_room(self) -> bool:
+        if not self._open:
+            return True
+        rows = self._open + len(self._early) + self._chunk
+        bytes_ = self._bytes + self._open * self._mean_result
+        return rows <= self._window and bytes_ < Limits.window_bytes
+
+    def _send(self, payloads: Iterator[bytes | str]) -> tuple[bool, bool]:
+        """Sends the next chunk. Whether there may be more, and whether not at once."""
+        rows: list[bytes] = []
+        size, pauses = 0, False
+        for payload in itertools.islice(payloads, self._chunk):
+            if payload is NOTHING_YET:
+                pauses = True
+                break
+            rows.append(payload if type(payload) is bytes else as_bytes(payload))
+            size += len(rows[-1])
+            if size >= Limits.frame_bytes:
+                break
+        else:
+            if len(rows) < self._chunk:
+                self._send_rows(rows)
+                return False, False
+        self._send_rows(rows)
+        return True, pauses
+
+    def _send_rows(self, rows: list[bytes]) -> None:
+        if not rows:
+            return
+        deadline = time.monotonic() + self._timeout_s
+        first = self._sent
+        order = Order(self._kind, rows, deadline, partial(self._deliver, first))
+        self._connection.send(order, self._timeout_s)
+        self._orders[first] = [order, len(rows)]
+        self._sent += len(rows)
+        self._open += len(rows)
+        self._bytes += order.size
+
+    def _deliver(
+        self, first: int, rows: Sequence[int], came: Any, at: int, request_id: int
+    ) -> None:
+        self._came.put((first, rows, came, at))
+
+    def _some(
+        self, within_s: float | None
+    ) -> Iterator[tuple[int, Sequence[int], Sequence[bytes | CallFailed]]]:
+        """What has come: at least one, unless nothing is open or within_s is given and over."""
+        while self._open:
+            try:
+                # In slices, so that Ctrl-C works on Windows too.
+                yield self._read(*self._came.get(timeout=within_s or 0.5))
+                break
+            except queue.Empty:
+                if within_s is not None:
+                    return
+        for _ in range(self._came.qsize()):
+            yield self._read(*self._came.get())
+
+    def _read(
+        self, first: int, rows: Sequence[int], came: Any, at: int
+    ) -> tuple[int, Sequence[int], Sequence[bytes | CallFailed]]:
+        entry, count = self._orders[first], len(rows)
+        entry[1] -= count
+        self._open -= count
+        if not entry[1]:
+            self._bytes -= entry[0].size
+            del self._orders[first]
+        if isinstance(came, Failure):
+            return first, rows, [self._connection.failed(came, self._timeout_s) for _ in rows]
+        results = results_of(came, at, count)
+        mean = sum(map(len, results)) / count
+        self._mean_result += (mean - self._mean_result) * min(1.0, count / 16)
+        return first, rows, results
+
+
+def _size_of(result: bytes | CallFailed) -> int:
+    return len(result) if isinstance(result, bytes) else 0
+
+
+def raising(pairs: Iterator[tuple[int, bytes | CallFailed]]) -> Iterator[bytes]:
+    try:
+        for _, result in pairs:
+            if isinstance(result, CallFailed):
+                raise result
+            yield result
+    finally:
+        pairs.close()  # type: ignore[attr-defined]
