@@ -103,7 +103,7 @@ def test_a_refusal_says_how_long_it_would_take():
 
 
 def test_while_others_are_refused_who_is_let_in_has_time_to_spare():
-    assert [admission.share_of_time(since_s) for since_s in (0, 0.9, 1.0, 1e9)] == [0.75] * 2 + [
+    assert [admission.share_of_time(since_s) for since_s in (0, 0.9, 1.0, 1e9)] == [2 / 3] * 2 + [
         1
     ] * 2
     admission.check_time(1.0, 9, 0.7, 0.75)
