@@ -19,7 +19,7 @@ RECENT_S = 10.0  # a caller or a pace (or thrice its time) seen longer ago is no
 RECENT = 32  # ends that are remembered
 CROWDED_S = 1.0  # after a refusal for its time more come than can be answered
 # Less would leave places empty when the pace picks up; more, dead work. With three quarters the
-# slowest accepted took 0.83 s of their second, with two thirds 0.75 s, at the same goodput.
+# slowest accepted (p99) took 0.83 s of their second, with two thirds 0.64 s, at the same goodput.
 CROWDED_SHARE = 2 / 3
 PROOF = 8  # ends that a stream's rows are refused upon; the first ones may be slower than the rest
 
