@@ -501,7 +501,7 @@ def _until(deadline: float) -> float:
     # A moment before the client's own clock, so that it hears what came rather than nothing, on a
     # busy machine too. Nothing is lost by it: the links keep back more for the way home.
     left = deadline - time.monotonic()
-    return max(0.0, left - min(0.03, left * 0.05))
+    return max(0.0, left - min(0.02, left * 0.05))
 
 
 def _unexpected(e: BaseException) -> OverlayError:

@@ -292,6 +292,8 @@ def test_a_stopping_process_refuses_in_its_own_words(fragile: Overlay) -> None:
         until(lambda: fragile.metrics("G").active_requests, what="G is at work")
         fragile.processes["G"].terminate()
         until(lambda: not client.is_serving(), what="G stops")
+        # A call that is given back waits for G to return; a new one is told at once.
+        until(lambda: not client._connection._calls.connected.is_set(), what="the stream says so")
 
         with pytest.raises(library.Unavailable) as caught:
             client.call("x")
