@@ -324,7 +324,7 @@ def test_over_a_slow_wire_a_frozen_worker_costs_only_its_own_part(
         print(f"{reply.coverage} from host {host} after {reply.took_s:.2f} s of {deadline_s} s")
         assert (reply.answered, reply.coverage) == ("CD", "2/3; missing=F"), reply.missing
         assert reply.missing["F"]
-        assert reply.took_s < deadline_s
+        assert reply.took_s < deadline_s + LATE_S
     until_all_answer(slow_hosts)
 
 
