@@ -49,6 +49,7 @@ try:
         guarded,
         host,
         join_all,
+        misconfigured,
         name,
         out_file,
         port,
@@ -641,9 +642,7 @@ def check_all(args: argparse.Namespace) -> int:
     try:
         topology = load(args.config)
     except ConfigError as e:
-        for problem in e.problems:
-            complain(problem)
-        return Exit.USAGE
+        return misconfigured(e)
     looks = look_at(topology, args.deadline)
     code = Exit.OK if all(look.is_well for look in looks) else Exit.FAILED
     if all(look.metrics is None for look in looks):

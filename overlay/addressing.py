@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from overlay.configuration import load
-from overlay.console import Exit, Parser, Screen, complain, counted, host
+from overlay.console import Exit, Parser, Screen, complain, counted, host, misconfigured
 from overlay.errors import ConfigError
 from overlay.machine import own_addresses
 from overlay.topology import Topology
@@ -52,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
         changes = _told(hosts, args.host) if args.host else _asked(hosts, path)
         write(path, changes)
     except ConfigError as e:
-        for problem in e.problems:
-            complain(problem)
-        return Exit.USAGE
+        return misconfigured(e)
     except EOFError:
         print()
         complain(f"an answer is missing; {path} is as it was")

@@ -31,6 +31,7 @@ from rich.text import Text
 
 from overlay import client as library
 from overlay.admission import HIGHEST_PRIORITY
+from overlay.errors import ConfigError
 from overlay.topology import join_address
 from overlay.values import Code, Executed
 
@@ -263,6 +264,13 @@ _IN_DOUBT = (library.Refused, library.Unavailable, library.DeadlinePassed)
 def complain(sentence: str, name: str = "client.py") -> None:
     with suppress(OSError):
         sys.stderr.write(f"{name}: {sentence}\n")
+
+
+def misconfigured(error: ConfigError) -> Exit:
+    """Says every problem of a file that cannot be used, and gives the exit code for it."""
+    for problem in error.problems:
+        complain(problem)
+    return Exit.USAGE
 
 
 def join_all(threads: Sequence[threading.Thread], within_s: float) -> None:

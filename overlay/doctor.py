@@ -20,7 +20,7 @@ from typing import Any
 import overlay
 from overlay import client as library
 from overlay.configuration import load
-from overlay.console import Exit, Parser, Screen, complain, counted, join_all, seconds
+from overlay.console import Exit, Parser, Screen, counted, join_all, misconfigured, seconds
 from overlay.diagnosis import Diagnosis, Finding, Grade, Link, Reach, Said, Seen
 from overlay.errors import ConfigError
 from overlay.machine import asking_address, is_here
@@ -49,9 +49,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         topology = load(args.config)
     except ConfigError as e:
-        for problem in e.problems:
-            complain(problem)
-        return Exit.USAGE
+        return misconfigured(e)
     seen = look_at(topology, args.deadline)
     diagnosis = Diagnosis(topology, seen, overlay.__version__, platform.system(), args.config)
     processes = [(p, diagnosis.of_process(p)) for p in topology.processes.values()]
