@@ -265,8 +265,10 @@ class Service:
             if failures:
                 raise failures[0][1]
             answer = answers.at(0)
+            # A process that asks by a single call joins the parts itself.
+            wanted = request.want_parts or segment.route.targets is not None
             response = wire.write_response(
-                answer, segment.first_id, results[0], with_results=request.want_parts
+                answer, segment.first_id, results[0], with_results=wanted
             )
             self._check_size(response.ByteSize())
         except OverlayError as e:

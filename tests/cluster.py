@@ -156,9 +156,13 @@ class Overlay:
             if process.stdout:
                 process.stdout.close()
 
+    def _node(self, process_id: str) -> list[str]:
+        """The command that serves the process."""
+        return [sys.executable, str(ROOT / "node.py"), self.path.name, process_id]
+
     def _spawn(self, process_id: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "node.py"), str(self.path), process_id],
+            self._node(process_id),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -107,9 +107,6 @@ class SixOnTwoHosts(Overlay):
             caller.close()
         super().stop()
 
-    def _node(self, process_id: str) -> list[str]:
-        return [sys.executable, str(ROOT / "node.py"), self.path.name, process_id]
-
     def _spawn(self, process_id: str) -> subprocess.Popen[str]:
         return self.hosts.popen(
             self.host(process_id),

@@ -269,6 +269,12 @@ def test_a_process_asked_for_a_worker_it_cannot_reach_says_so(six: Overlay) -> N
     assert response.parts[0].executed == pb2.NO
 
 
+def test_a_process_that_asks_by_a_single_call_gets_each_workers_bytes(six: Overlay) -> None:
+    response = six.ask("B", hops=["A"], targets=["C", "D"])
+
+    assert [part.result for part in response.parts] == [b"C: hi", b"D: hi"]
+
+
 def test_a_client_cannot_choose_targets(six: Overlay) -> None:
     response = six.ask("A", targets=["C"])
 
