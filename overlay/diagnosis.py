@@ -13,6 +13,7 @@ from enum import Enum
 from overlay.topology import Process, Topology
 
 CLOCK_S = 2.0  # apart; less is what a call's own way makes of it
+MOMENT_S = 10.0  # a link between two that answer is back by then
 WINDOWS, MAC, LINUX = "Windows", "Darwin", "Linux"  # as platform.system() has them
 
 
@@ -55,6 +56,7 @@ class Said:
     rtt_ms: float = 0.0
     clock_s: float = 0.0
     links: tuple[Link, ...] = ()
+    wire_format: int = 1
 
     @property
     def system(self) -> str:
@@ -83,15 +85,23 @@ class Finding:
 class Diagnosis:
     """The findings of one look at a whole overlay.
 
-    version, system: of the machine that looks. config: the file's name as its user wrote it.
+    version, wire_format, system: of the machine that looks. config: the file's name as its user
+    wrote it.
     """
 
     def __init__(
-        self, topology: Topology, seen: Mapping[str, Seen], version: str, system: str, config: str
+        self,
+        topology: Topology,
+        seen: Mapping[str, Seen],
+        version: str,
+        wire_format: int,
+        system: str,
+        config: str,
     ) -> None:
         self._topology = topology
         self._seen = seen
         self._version = version
+        self._wire_format = wire_format
         self._system = system
         self._config = config
 
@@ -125,6 +135,9 @@ class Diagnosis:
             return Finding(
                 Grade.BAD, f"is {said.process_id}", why, "stop that one, or change the port"
             )
+        if said.wire_format != self._wire_format:
+            why = f"it runs version {said.version}, which does not understand {self._version} here"
+            return Finding(Grade.BAD, "other release", why, self._same_release())
         if not said.is_healthy:
             return Finding(Grade.BAD, "stops", "it is being stopped", self._start(process))
         if said.digest != self._topology.digest:
@@ -133,7 +146,7 @@ class Diagnosis:
             return Finding(Grade.BAD, "other file", why, do)
         if said.version != self._version:
             why = f"it runs version {said.version}, here is {self._version}"
-            return Finding(Grade.NOTE, "serves", why, "put the same folder on both machines")
+            return Finding(Grade.NOTE, "serves", why, self._same_release())
         if abs(said.clock_s) > CLOCK_S:
             fast = "ahead of" if said.clock_s > 0 else "behind"
             why = f"its clock is {abs(said.clock_s):.0f} s {fast} this one's"
@@ -173,7 +186,12 @@ class Diagnosis:
             return Finding(Grade.NOTE, link.state, why)
         if self._said(asked) is None:
             return Finding(Grade.BAD, "down", why, f"see {asked.id} above")
-        if self._seen[asker.id].is_here:
+        if self._seen[asker.id].is_here and link.since_s > MOMENT_S:
+            do = (
+                "it answers here, so no firewall is in the way: put the same folder on every "
+                f"machine, or see the log of {asker.id}"
+            )
+        elif self._seen[asker.id].is_here:
             do = "it answers here, so the link will be back in a moment: look again"
         else:
             do = f"{asked.id} answers here, not there. {self._firewall(asked)}"
@@ -199,6 +217,9 @@ class Diagnosis:
     def _where(self, process: Process) -> str:
         here = self._seen[process.id].is_here
         return "here" if here else f"on {process.bind or process.host}"
+
+    def _same_release(self) -> str:
+        return f"put the same folder on every machine, then {self._run('restart')}"
 
     def _run(self, verb: str) -> str:
         return f"run {verb} {self._config} (scripts/run.py)"

@@ -19,6 +19,7 @@ from typing import Any
 
 import overlay
 from overlay import client as library
+from overlay import wire
 from overlay.configuration import load
 from overlay.console import Exit, Parser, Screen, counted, join_all, misconfigured, seconds
 from overlay.diagnosis import Diagnosis, Finding, Grade, Link, Reach, Said, Seen
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     except ConfigError as e:
         return misconfigured(e)
     seen = look_at(topology, args.deadline)
-    diagnosis = Diagnosis(topology, seen, overlay.__version__, platform.system(), args.config)
+    here = overlay.__version__, wire.FORMAT, platform.system()
+    diagnosis = Diagnosis(topology, seen, *here, args.config)
     processes = [(p, diagnosis.of_process(p)) for p in topology.processes.values()]
     links = [
         (asker, asked, diagnosis.of_link(asker, asked))
@@ -140,6 +142,7 @@ def _read(found: Any, rtt_s: float, our_time_s: float) -> Said:
         rtt_s * 1000,
         clock_s,
         links,
+        wire.read_format(found),
     )
 
 

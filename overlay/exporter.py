@@ -84,8 +84,9 @@ class Families(Collector):
 
 
 def _process(m: Any) -> Iterator[Metric]:
-    facts = {"process": m.process_id, "role": m.role, "team": m.team, "version": m.version}
-    yield InfoMetricFamily("overlay", "Which process this is.", {**facts, "python": m.python})
+    who = {"process": m.process_id, "role": m.role, "team": m.team}
+    what = {"version": m.version, "python": m.python, "config": m.config_digest}
+    yield InfoMetricFamily("overlay", "Which process this is.", {**who, **what})
     yield _gauge("serving", "1 while it takes requests, 0 while it stops.", m.is_healthy)
     yield _gauge("start_time_seconds", "When it started, since 1970.", m.wall_time_s - m.uptime_s)
     yield _counter("log_lines_dropped", "Lines that no log got.", m.log_lines_dropped)
@@ -121,6 +122,7 @@ def _requests(m: Any) -> Iterator[Metric]:
 def _links(neighbours: Any) -> Iterator[Metric]:
     for kind, name, documentation, of in (
         (GaugeMetricFamily, "up", "1 while the neighbour can be asked.", _is_up),
+        (GaugeMetricFamily, "same_config", "1 while it reads the same file.", _same_config),
         (GaugeMetricFamily, "outstanding_requests", "Asked and not answered.", _outstanding),
         (CounterMetricFamily, "requests", "Requests handed to the neighbour.", _asked),
         (CounterMetricFamily, "failures", "Of those, the ones that failed.", _failed),
@@ -152,6 +154,10 @@ def _handlers(handlers: Any) -> Iterator[Metric]:
 
 def _is_up(neighbour: Any) -> float:
     return float(neighbour.state == "up")
+
+
+def _same_config(neighbour: Any) -> float:
+    return float(neighbour.same_config)
 
 
 def _outstanding(neighbour: Any) -> float:

@@ -23,6 +23,7 @@ from functools import partial
 
 import grpc
 
+import overlay
 from overlay import wire
 from overlay.errors import NotTold
 from overlay.health import Case, Change, Heard, State, Verdict, Ward, heard
@@ -355,7 +356,7 @@ class _Link:
             if self.state == "draining" and not any(book.is_live for book in self._books):
                 self._set_state("down", "it has stopped", self._limits.restart_s)
         elif self.state != "draining":  # then it has said that it goes
-            self._set_state("down", why.reason)
+            self._set_state("down", why.reason, is_amiss=why.code is Code.UNIMPLEMENTED)
 
     def stops(self) -> None:
         """The neighbour has said that it is being stopped."""
@@ -418,20 +419,24 @@ class _Link:
             self._learn(probe.result(), now - began)
 
     def _learn(self, metrics: pb2.MetricsResponse, rtt_s: float) -> None:
-        if metrics.process_id != self.id:
-            self._set_state("down", f"process {metrics.process_id} answers at {self.address}")
+        amiss = self._amiss(metrics)
+        if amiss:
+            self._set_state("down", amiss, is_amiss=True)
             return
         with self._lock:
             slots = {p.id: dict(p.slots) for p in metrics.topology if p.slots}
             more, self.slots = not slots.keys() <= self.slots.keys(), slots
             self._rtts.append(rtt_s)
-            self._version = metrics.version
+            before, self._version = self._version, metrics.version
             same = metrics.config_digest == self._digest
             differs = self._same_config and not same
             self._same_config = same
         if differs:
             what = "reads another configuration than this process"
             log.warning("%s %s", self.id, what, extra={"kind": "config"})
+        if metrics.version not in (before, overlay.__version__):
+            what = f"runs version {metrics.version}, this process {overlay.__version__}"
+            log.info("%s %s", self.id, what, extra={"kind": "config"})
         if more:
             self._minder.came(self.id)
         if not metrics.is_healthy:
@@ -440,10 +445,26 @@ class _Link:
         elif all(book.is_live for book in self._books):
             self._set_state("up", "")
 
-    def _set_state(self, state: str, reason: str, patience_s: float | None = None) -> None:
-        """patience_s: how long it may be waited for in this state, when not as long as ever."""
+    def _amiss(self, metrics: pb2.MetricsResponse) -> str:
+        """Why what answers there cannot be asked; empty when it can."""
+        if metrics.process_id != self.id:
+            return f"process {metrics.process_id} answers at {self.address}"
+        found = wire.read_format(metrics)
+        if found != wire.FORMAT:
+            ours = f"this process {wire.FORMAT}, of version {overlay.__version__}"
+            return f"version {metrics.version} speaks wire format {found}, {ours}"
+        return ""
+
+    def _set_state(
+        self, state: str, reason: str, patience_s: float | None = None, is_amiss: bool = False
+    ) -> None:
+        """patience_s: how long it may be waited for in this state, when not as long as ever.
+
+        is_amiss: something answers that cannot be asked, which nobody has to wait to be told.
+        """
         with self._lock:
             before, changed = self.state, state != self.state
+            is_news = changed or (is_amiss and reason != self.reason)
             self.reason = reason
             if changed:
                 self.state, self.since = state, time.monotonic()
@@ -453,7 +474,8 @@ class _Link:
                 self.slots = {}
         if changed:
             self._minder.forget(self.id)
-            is_bad = state == "down" and before != "draining"
+        if is_news:
+            is_bad = is_amiss or (state == "down" and before != "draining")
             level = logging.WARNING if is_bad else logging.INFO
             log.log(
                 level,

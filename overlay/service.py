@@ -241,6 +241,7 @@ class Service:
             service=wire.write_histogram(all_service),
             waiting=wire.write_histogram(all_waiting),
             wall_time_s=time.time(),
+            wire_format=wire.FORMAT,
         )
 
     @property

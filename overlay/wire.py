@@ -55,6 +55,7 @@ else:
 
 __all__ = ["pb2", "pb2_grpc"]
 
+FORMAT = 1  # MetricsResponse.wire_format
 EXECUTED_KEY = "overlay-executed"
 COVERAGE_KEY = "overlay-coverage"
 CALLER_KEY = "overlay-caller"
@@ -517,6 +518,10 @@ def read_code(number: int) -> Code:
     return Code(number) if 0 <= number <= 16 else Code.UNKNOWN
 
 
+def read_format(metrics: pb2.MetricsResponse) -> int:
+    return metrics.wire_format or 1
+
+
 def write_histogram(histogram: Histogram) -> pb2.Histogram:
     return pb2.Histogram(
         bounds_s=BOUNDS_S, counts=histogram.counts, sum_s=histogram.sum_s, count=histogram.count
@@ -607,6 +612,7 @@ _PLAIN_REASONS = (
     ("keepalive", "it does not answer any more"),
     ("Deadline Exceeded", "no answer in time"),
     ("GOAWAY", "it is going away"),
+    ("Method not found", "it does not know this call: an older release, or no overlay"),
     ("failed to connect to all addresses", "no connection to it"),
 )
 _MODES = {Mode.ALL: pb2.ALL, Mode.ANY: pb2.ANY}

@@ -38,7 +38,7 @@ def answering(process_id: str, **changes: Any) -> Seen:
 def diagnosis(**seen: Seen) -> Diagnosis:
     """As the PC finds the six, all well but for those given."""
     all_seen = {i: answering(i) for i in SHIPPED.processes}
-    return Diagnosis(SHIPPED, {**all_seen, **seen}, "1.0", "Windows", "mine.json")
+    return Diagnosis(SHIPPED, {**all_seen, **seen}, "1.0", 1, "Windows", "mine.json")
 
 
 def of(process_id: str, **seen: Seen) -> Finding:
@@ -79,6 +79,8 @@ def test_nothing_is_said_of_what_is_well():
         ("F", answering("F", is_healthy=False), "stops", "being stopped", "start mine.json"),
         ("F", answering("F", digest="other"), "other file", "another configuration",
          "copy two_hosts_config.json to every machine"),
+        ("F", answering("F", version="2.0", wire_format=2), "other release",
+         "it runs version 2.0, which does not understand 1.0", "put the same folder"),
     ],
 )  # fmt: skip
 def test_each_trouble_has_its_cause_and_its_remedy(
@@ -126,6 +128,16 @@ def test_a_link_that_is_down_between_two_that_answer_here_is_the_firewalls():
     assert found.grade is Grade.BAD
     assert found.why == "for 12 s: no answer in time"
     assert found.do.startswith("F answers here, not there. System Settings")
+
+
+def test_a_link_between_two_that_answer_here_comes_back_or_its_asker_knows_why():
+    found = [
+        link("A", "B", A=answering("A", links=(Link("B", "down", since_s, "it does not know"),)))
+        for since_s in (2.0, 60.0)
+    ]
+
+    assert "will be back in a moment" in found[0].do
+    assert "or see the log of A" in found[1].do
 
 
 def test_a_link_to_a_process_that_is_gone_points_at_the_process():

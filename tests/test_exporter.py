@@ -31,6 +31,9 @@ FOUND = pb2.MetricsResponse(
     waiting=pb2.Histogram(bounds_s=[0.1, 1], counts=[2, 1, 1], sum_s=9.5, count=4),
     service=pb2.Histogram(bounds_s=[0.1, 1], counts=[0, 0, 0]),
     neighbours=[pb2.Neighbour(process_id="B", state="up", asked=9)],
+    version="1.0",
+    python="3.11.7",
+    config_digest="abc",
     handlers=[pb2.HandlerMetrics(name="echo", completed=4)],
     uptime_s=5,
     wall_time_s=1_700_000_005,
@@ -80,6 +83,14 @@ def test_the_figures_are_those_of_the_process(serving):
     assert found['overlay_requests_refused_total{reason="queue full"}'] == 2
     assert found['overlay_link_up{neighbour="B"}'] == 1
     assert found["overlay_start_time_seconds"] == 1_700_000_000
+
+
+def test_what_differs_between_two_processes_is_there_to_be_compared(serving):
+    found = values(read(serving()))
+
+    (info,) = (name for name in found if name.startswith("overlay_info"))
+    assert all(fact in info for fact in ('version="1.0"', 'python="3.11.7"', 'config="abc"'))
+    assert found['overlay_link_same_config{neighbour="B"}'] == 0
 
 
 def test_a_histogram_adds_up_from_bound_to_bound(serving):

@@ -1,8 +1,9 @@
-"""Processes that differ: in their Python, in their release."""
+"""Processes that differ: in their Python, in their release, in what they read and understand."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from overlay.values import Code
+import overlay
+from overlay import wire
+from overlay.links import LinkState
+from overlay.values import Code, Part
 from overlay.wire import pb2, pb2_grpc
 from tests import pythons
 from tests.cluster import IDS, ROOT, Overlay, six_processes, until
@@ -184,6 +188,14 @@ def bench() -> Iterator[Bench]:
     made.link.channel.close()
 
 
+def told_by(bench: Bench, **fields: Any) -> LinkState:
+    """What is known of the neighbour after it has told this of itself."""
+    said = {"process_id": "C", "is_healthy": True, "config_digest": "digest"}
+    said |= {"version": overlay.__version__, **fields}
+    bench.link._learn(newer(pb2.MetricsResponse(**said)), 0.001)
+    return bench.links.states()[0]
+
+
 def test_a_newer_neighbours_fields_are_passed_over_in_its_answers(bench: Bench) -> None:
     sent = bench.send(b"a", b"b")
     (frame,) = bench.small.take()
@@ -199,6 +211,62 @@ def test_a_newer_neighbours_fields_are_passed_over_in_its_answers(bench: Bench) 
 
     assert sent.parts[0].result == b"done"
     assert (sent.parts[1].code, sent.parts[1].reason) == (Code.RESOURCE_EXHAUSTED, "full")
+
+
+# Mismatches that matter
+
+
+def test_a_neighbour_that_is_only_newer_is_asked_and_named_once(bench, caplog) -> None:
+    with caplog.at_level(logging.INFO, "overlay.links"):
+        found = [told_by(bench, version="9.0") for _ in range(3)]
+
+    assert {state.state for state in found} == {"up"}
+    assert found[0].version == "9.0"
+    assert caplog.text.count(f"C runs version 9.0, this process {overlay.__version__}") == 1
+
+
+def test_another_configuration_is_named_once_and_shown(bench, caplog) -> None:
+    found = [told_by(bench, config_digest="other") for _ in range(3)]
+
+    assert {(state.state, state.same_config) for state in found} == {("up", False)}
+    assert caplog.text.count("C reads another configuration than this process") == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"wire_format": wire.FORMAT + 1, "version": "9.0"},
+            f"version 9.0 speaks wire format {wire.FORMAT + 1}, this process {wire.FORMAT}, of "
+            f"version {overlay.__version__}",
+        ),
+        ({"process_id": "D"}, "process D answers at 127.0.0.1:1"),
+    ],
+)
+def test_a_neighbour_that_cannot_be_understood_is_not_asked_and_named_once(
+    bench, caplog, fields: dict[str, Any], reason: str
+) -> None:
+    found = [told_by(bench, **fields) for _ in range(3)]
+
+    assert {(state.state, state.reason) for state in found} == {("down", reason)}
+    assert caplog.text.count(f"link to C (127.0.0.1:1) is down: {reason}") == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_neighbour_without_streams_is_named_once(bench, caplog) -> None:
+    reason = "it does not know this call: an older release, or no overlay"
+
+    for _ in range(3):
+        bench.small.lose(Part("", Code.UNIMPLEMENTED, reason))
+
+    assert caplog.text.count(f"link to C (127.0.0.1:1) is down: {reason}") == 1
+
+
+def test_a_process_says_what_it_speaks_and_one_that_says_nothing_speaks_the_first(
+    mixed: Mixed,
+) -> None:
+    assert mixed.metrics("A").wire_format == wire.FORMAT
+    assert wire.read_format(pb2.MetricsResponse()) == 1
 
 
 # Last, for it changes the overlay
