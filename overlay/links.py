@@ -292,6 +292,7 @@ class _Link:
         self._rtts: deque[float] = deque(maxlen=8)
         self._version = ""
         self._same_config = True
+        self._closed = False
 
     def look(self) -> None:
         """Starts a look at the neighbour when it is time and none is under way."""
@@ -316,6 +317,7 @@ class _Link:
             book.pipe.start()
 
     def close(self) -> None:
+        self._closed = True
         for book in self._books:
             book.pipe.end()
         self.channel.close()
@@ -474,7 +476,7 @@ class _Link:
                 self.slots = {}
         if changed:
             self._minder.forget(self.id)
-        if is_news:
+        if is_news and not self._closed:  # it is this process that goes
             is_bad = is_amiss or (state == "down" and before != "draining")
             level = logging.WARNING if is_bad else logging.INFO
             log.log(

@@ -790,6 +790,12 @@ def test_closing_answers_what_is_under_way(pair):
 # Pipes.
 
 
+def test_closing_is_no_trouble_of_the_neighbour(pair, caplog):
+    pair.links.close()
+
+    assert not caplog.records
+
+
 def test_a_sender_whose_call_is_lost_takes_nothing_of_the_next_call(pair):
     """It is still in `fill` when the call ends: what it takes then would never arrive."""
     outbox, lost, entered, go = [], threading.Event(), threading.Event(), threading.Event()
