@@ -89,6 +89,7 @@ class ProcessLog:
         while (record := self._lines.get()) is not None:
             for output in self._outputs:
                 output.handle(record)
+        self._file.close()
 
 
 class Printed(io.TextIOWrapper):
