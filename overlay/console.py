@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import errno
+import ipaddress
 import json
 import math
 import os
@@ -129,6 +130,13 @@ class Parser(argparse.ArgumentParser):
 def host(text: str) -> str:
     if not text.isprintable() or not text or "/" in text or " " in text:
         raise argparse.ArgumentTypeError(f"'{text}' is not a name or an address of a machine")
+    if not text.strip("0123456789."):  # no name looks so
+        try:
+            ipaddress.IPv4Address(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is not an address: four numbers from 0 to 255"
+            ) from None
     return text
 
 

@@ -166,8 +166,9 @@ class Diagnosis:
             do = f"see who has the port: {self._port_owner(process)}"
             return Finding(Grade.BAD, "no answer", f"{why}, or a process that is frozen", do)
         if seen.reach is Reach.NO_WAY:
-            why = f"there is no way from here to {host}: another network, or not its address"
-            return Finding(Grade.BAD, "no way", why, self._find_address(process))
+            why = f"there is no way from here to {host}: off, asleep, or in another network"
+            do = f"switch that machine on, or {self._find_address(process)}"
+            return Finding(Grade.BAD, "no way", why, do)
         return self._silent(process, host)
 
     def _silent(self, process: Process, host: str) -> Finding:
@@ -177,7 +178,7 @@ class Diagnosis:
             why = f"nothing comes back, though {who} can be reached: a firewall closes the port"
             return Finding(Grade.BAD, "silent", why, self._firewall(process))
         why = f"nothing comes back from {host}: off, another address, or a firewall in between"
-        do = f"{self._find_address(process)}, or open the firewall there. {self._firewall(process)}"
+        do = f"{self._find_address(process)}, or open the firewall {self._firewall(process)}"
         return Finding(Grade.BAD, "silent", why, do)
 
     def _link_down(self, asker: Process, asked: Process, link: Link) -> Finding:
@@ -194,7 +195,7 @@ class Diagnosis:
         elif self._seen[asker.id].is_here:
             do = "it answers here, so the link will be back in a moment: look again"
         else:
-            do = f"{asked.id} answers here, not there. {self._firewall(asked)}"
+            do = f"{asked.id} answers here, not there: a firewall {self._firewall(asked)}"
         return Finding(Grade.BAD, "down", why, do)
 
     def _others_that_answer(self, process: Process) -> list[str]:
@@ -254,9 +255,8 @@ class Diagnosis:
             LINUX: f"allow TCP {ports}, for example: sudo ufw allow {ports.replace('-', ':')}/tcp",
         }
         system = self._system_of(process)
-        if system in ways:
-            return ways[system]
-        return f"Windows, {ways[WINDOWS]}; Mac: {ways[MAC]}"
+        way = ways.get(system) or f"Windows, {ways[WINDOWS]}; Mac: {ways[MAC]}"
+        return f"{self._where(process)}: {way}"
 
     def _ports_beside(self, process: Process) -> str:
         """The ports of the process's machine, as a range when they follow each other."""

@@ -24,7 +24,7 @@ from overlay.configuration import load
 from overlay.console import Exit, Parser, Screen, counted, join_all, misconfigured, seconds
 from overlay.diagnosis import Diagnosis, Finding, Grade, Link, Reach, Said, Seen
 from overlay.errors import ConfigError
-from overlay.machine import asking_address, is_here
+from overlay.machine import asking_address, is_here, own_addresses
 from overlay.topology import Process, Topology
 
 DEADLINE_S = 3.0
@@ -176,6 +176,8 @@ def _show(
         f"{well} of {counted(len(processes), 'process')} well, "
         f"{up} of {counted(len(links), 'link')} up"
     )
+    if not any(one.is_here for one in seen.values()):
+        report.say(f"none of them is on this machine, which has {', '.join(own_addresses())}")
     named = [(p.id, f) for p, f in processes] + [(f"{a.id} to {b.id}", f) for a, b, f in links]
     for line in told(named):
         report.say(line)

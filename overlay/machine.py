@@ -18,7 +18,7 @@ def is_here(process: Process) -> bool:
         host = process.host.strip("[]")
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):  # the latter of a name that is too long
         return False
     return any(_can_bind(family, address) for family, _, _, _, address in found)
 

@@ -115,7 +115,7 @@ def test_where_nothing_is_known_of_the_other_machine_both_systems_are_told():
     found = [of(i, **silent) for i in "CEF"]
 
     assert "off, another address, or a firewall" in found[0].why
-    assert "Windows, as administrator: netsh" in found[0].do
+    assert "the firewall on 192.168.1.2: Windows, as administrator: netsh" in found[0].do
     assert "Mac: System Settings" in found[0].do
     assert len(told([(i, finding) for i, finding in zip("CEF", found, strict=True)])) == 1
 
@@ -127,7 +127,7 @@ def test_a_link_that_is_down_between_two_that_answer_here_is_the_firewalls():
 
     assert found.grade is Grade.BAD
     assert found.why == "for 12 s: no answer in time"
-    assert found.do.startswith("F answers here, not there. System Settings")
+    assert "F answers here, not there: a firewall on 192.168.1.2: System Settings" in found.do
 
 
 def test_a_link_between_two_that_answer_here_comes_back_or_its_asker_knows_why():
@@ -223,6 +223,18 @@ def test_when_nothing_answers_the_exit_code_says_so(tmp_path: Path) -> None:
     assert "A, B, C, D, E, F: nothing listens there: not started, or ended. Here:" in done.stdout
 
 
+def test_a_machine_that_has_no_address_of_the_file_is_told_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "elsewhere.json"
+    no_name = "x" * 70  # longer than a name can be, so that nobody is asked for it
+    path.write_text((ROOT / "two_hosts_config.json").read_text().replace("192.168.1.", no_name))
+
+    done = doctor(path)
+
+    assert "none of them is on this machine, which has" in done.stdout
+    assert done.stdout.count("is no name that this machine knows") == 2
+    assert not done.stderr
+
+
 def test_a_file_that_is_wrong_is_said_to_be_wrong(tmp_path: Path) -> None:
     done = doctor(tmp_path / "none.json")
 
@@ -262,10 +274,11 @@ def test_the_answers_are_written_and_the_file_keeps_its_form(file: Path) -> None
 
 
 def test_enter_keeps_an_address_and_a_wrong_answer_is_asked_again(file: Path) -> None:
-    done = init(file, said="\nhttp://mac/\n10.0.0.6\n")
+    done = init(file, said="\nhttp://mac/\n10.0.0.600\n10.0.0.6\n")
 
     assert done.returncode == 0, done.stderr
     assert "'http://mac/' is not a name or an address of a machine" in done.stdout
+    assert "'10.0.0.600' is not an address: four numbers from 0 to 255" in done.stdout
     assert hosts_in(file) == "192.168.1.1 192.168.1.1 10.0.0.6 192.168.1.1 10.0.0.6 10.0.0.6"
 
 
