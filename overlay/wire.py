@@ -608,6 +608,7 @@ _PLAIN_REASONS = (
     ("DNS resolution failed", "its name has no address"),
     ("Connection reset", "the connection was cut"),
     ("Socket closed", "the connection was closed"),
+    ("Connection timed out", "it does not answer any more"),
     ("ping timeout", "it does not answer any more"),
     ("keepalive", "it does not answer any more"),
     ("Deadline Exceeded", "no answer in time"),

@@ -319,6 +319,7 @@ def test_a_method_that_does_not_exist_is_unimplemented(six: Overlay) -> None:
         raw(six, "A", b"", "/OverlayNode/Shutdown")
 
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert wire.plain_reason(caught.value).startswith("it does not know this call")
     assert_unharmed(six, "A")
 
 

@@ -446,6 +446,12 @@ def test_a_failure_without_words_gets_its_codes_name(details):
     assert wire.read_error(Failed(UNAVAILABLE, details, ())).reason == "unavailable"
 
 
+def test_a_cable_that_is_out_is_said_in_plain_words():
+    details = "Stream removed (recvmsg:Connection timed out)"  # as gRPC says it on Linux
+    said = wire.read_error(Failed(UNAVAILABLE, details, ()))
+    assert said.reason == "it does not answer any more"
+
+
 def failure(executed: Executed = Executed.NO, after_s: float | None = None) -> OverlayError:
     return PartsFailed("why", Code.UNAVAILABLE, executed, "unreachable", after_s)
 
