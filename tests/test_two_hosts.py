@@ -31,6 +31,7 @@ NOTICED_S = 5.0  # how soon a dead link must be known; see the keepalive options
 HEALED_S = 5.0  # how soon it must serve again
 LATE_S = 0.25  # how much later than its deadline a call may end: two busy cores
 EVERYONE = "A B C E D F"
+DOCTOR = [sys.executable, "client.py", "doctor"]
 COMMAND = [sys.executable, "client.py", ADDRESSES[1], "50051"]
 
 
@@ -130,9 +131,10 @@ def test_any_reaches_each_worker_also_after_many_requests_to_all(two_hosts: SixO
         ([*COMMAND, "check"], ["A, leader of team green, at 192.168.1.1:50051"]),
         ([*COMMAND, "logs", "F"], ["F overlay.node INFO serves on 192.168.1.2:50056"]),
         ([sys.executable, "client.py", "check", SHIPPED.name], ["192.168.1.2:50056"]),
+        ([*DOCTOR, SHIPPED.name], ["6 of 6 processes well, 6 of 6 links up"]),
         ([sys.executable, "test_system.py", *COMMAND[2:]], ["all 5 tests passed"]),
     ],
-    ids=["request", "any", "check", "logs", "check all", "test_system"],
+    ids=["request", "any", "check", "logs", "check all", "doctor", "test_system"],
 )
 def test_the_commands_work_from_either_host(
     two_hosts: SixOnTwoHosts, host: int, command: list[str], says: list[str]
@@ -258,6 +260,24 @@ def test_a_wire_cut_in_one_direction_counts_as_cut(two_hosts: SixOnTwoHosts, dea
         assert (reply.answered, reply.coverage) == ("D", "1/3; missing=C,F")
         assert reply.took_s < 2
 
+    until_all_answer(two_hosts)
+
+
+def test_doctor_says_from_either_side_of_a_closed_wire_what_it_can_be(
+    two_hosts: SixOnTwoHosts,
+) -> None:
+    look = [*DOCTOR, SHIPPED.name, "--deadline", "1"]
+    with deaf_host(two_hosts, 2):
+        measured("links down", lambda: not any(link_up(two_hosts, p) for p in ACROSS))
+        done = {host: two_hosts.hosts.run(host, *look) for host in ADDRESSES}
+
+    for host, (there, ids) in {
+        1: ("192.168.1.2", "C, E, F"),
+        2: ("192.168.1.1", "A, B, D"),
+    }.items():
+        assert done[host].returncode == 1
+        assert f"{ids}: nothing comes back from {there}" in done[host].stdout
+        assert f"open the firewall on {there}: Windows, as administrator" in done[host].stdout
     until_all_answer(two_hosts)
 
 

@@ -276,7 +276,8 @@ def test_a_process_says_what_it_speaks_and_one_that_says_nothing_speaks_the_firs
 def test_a_process_is_drained_and_comes_back_on_another_python(mixed: Mixed) -> None:
     before = mixed.version("C")
     pb2_grpc.OverlayAdminStub(mixed.channel("C")).Drain(pb2.DrainRequest(), timeout=20)
-    mixed.processes["C"].wait(10)
+    with mixed.processes["C"] as drained:
+        drained.wait(10)
     short = until(lambda: _without(mixed, "C"), 10)
 
     mixed.of["C"] = next(path for path in mixed.of.values() if path != mixed.of["C"])
