@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from benchmarks import peers
@@ -50,7 +51,11 @@ def run(plan: Plan, folder: Path, results: Results, say: Callable[[str], None]) 
 def entered(row: Row, names: Iterable[str]) -> list[str]:
     """The peers that take part in a row, in their order."""
     asked = [name for name in names if row.peers is None or name in row.peers]
-    return [name for name in asked if row.needs <= peers.load(name).SUPPORTS]
+    return [name for name in asked if _can(peers.load(name), row)]
+
+
+def _can(peer: ModuleType, row: Row) -> bool:
+    return row.needs <= peer.SUPPORTS and row.setup in getattr(peer, "SETUPS", (row.setup,))
 
 
 def _able(names: Sequence[str], results: Results) -> list[str]:

@@ -148,7 +148,7 @@ def test_every_peer_has_the_same_interface(name):
     assert module.TITLE
     assert module.NOTES
     assert module.PACKAGES
-    assert module.BULK >= 100
+    assert module.BULK >= 100 or "bulk" not in module.SUPPORTS
     known = {row.load for row in rows.ROWS} | {"all"}
     assert set(module.SUPPORTS) <= known
     assert isinstance(module.missing(), str)

@@ -8,6 +8,7 @@
     missing() -> str               why it cannot run on this machine; empty when it can
     start(group, setup) -> dict    starts its servers and workers; gives the Caller's arguments
     Caller(**arguments)            its client, in a process of its own
+    SETUPS                         optional: the set-ups that it is for, when not all
     versions() -> dict             optional: of servers that are no Python package
 
 Modules import their own packages late, so that the driver needs none of them.
@@ -23,6 +24,7 @@ MODULES = {
     "ours": "ours",
     "grpc-hop": "grpc_hop",
     "grpc-chain": "grpc_chain",
+    "grpc-streams": "grpc_streams",
     "nats": "nats_queue",
     "zeromq": "zeromq",
     "celery": "celery_redis",

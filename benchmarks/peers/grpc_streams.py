@@ -1,0 +1,207 @@
+"""Raw grpcio, three hops on kept streams that pass frames on unread: what the overlay's way costs
+when nothing is done on it.
+
+client -> A -> B -> C          frames in turn; an answer goes back the way its request came
+            -> E -> D, F
+
+No peer that anyone would use: the bound that gRPC for Python sets to a design of streams. What the
+overlay's figure is below this one is its queue, its routing, its deadlines and its reports.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from benchmarks.children import Group
+from benchmarks.handlers import answer
+from benchmarks.loads import TIMEOUT_S, FuturesCaller
+from benchmarks.peers import grpc_chain, grpc_common
+from benchmarks.rows import Setup
+
+TITLE = "bare streams, three hops"
+PACKAGES = ("grpcio",)
+SUPPORTS = {"window", "threads", "unary"}
+SETUPS = ("three",)
+BULK = 0
+NOTES = (
+    "Not a peer but a bound: what gRPC for Python allows the overlay's own way, with nothing done "
+    "on it. Frames of requests go over kept streams, to the branches in turn, and no process opens "
+    "them but the worker, which answers on the thread that reads. Less: no queue, no bound, no "
+    "deadline, no cancel, no status, no routing by load, nothing when a process dies, no mode all."
+)
+HEAD = struct.Struct("<QI")  # of a record: its number, the length of its body
+
+
+def missing() -> str:
+    return ""
+
+
+def start(group: Group, setup: Setup) -> dict:
+    return grpc_chain.start(group, setup)
+
+
+def worker(ready, address: str, name: str, slots: int | None, nap_s: float) -> None:
+    def work(frame: bytes) -> bytes:
+        return b"".join(record(n, answer(name, body, nap_s)) for n, body in records(frame))
+
+    def streams(frames: Iterable[bytes], context) -> Iterator[bytes]:
+        gathered = Gathered()
+        read_on_thread(frames, lambda frame: gathered.put(work(frame)))
+        yield from gathered
+
+    serve(ready, address, streams)
+
+
+def relay(ready, address: str, below: list[tuple[str, int]]) -> None:
+    """below: address and number of workers of each branch, which is its share of the turns."""
+
+    def streams(frames: Iterable[bytes], context) -> Iterator[bytes]:
+        gathered = Gathered()
+        read_on_thread(frames, branches(below, gathered.put))
+        yield from gathered
+
+    calls = Calls()
+    calls.send = branches(below, calls.answered)
+    serve(ready, address, streams, lambda body, context: calls.begin(body).wait())
+
+
+def branches(below: list[tuple[str, int]], sink: Callable[[bytes], None]) -> Callable:
+    """Sends each frame to the next branch."""
+    pipes = [[Pipe(at, sink)] * share for at, share in below]
+    turn = itertools.cycle([pipe for share in pipes for pipe in share])
+    return lambda frame: next(turn).send(frame)
+
+
+def serve(ready, address: str, streams: Callable, single: Callable | None = None) -> None:
+    import grpc
+
+    methods = {"Streams": grpc.stream_stream_rpc_method_handler(streams)}
+    if single:
+        methods["Any"] = grpc.unary_unary_rpc_method_handler(single)
+    server = grpc.server(ThreadPoolExecutor(grpc_common.POOL), options=grpc_common.OPTIONS)
+    handlers = grpc.method_handlers_generic_handler(grpc_common.SERVICE, methods)
+    server.add_generic_rpc_handlers([handlers])
+    if not server.add_insecure_port(address):
+        raise OSError(f"{address} is taken")
+    server.start()
+    ready()
+    threading.Event().wait()
+
+
+def record(number: int, body: bytes) -> bytes:
+    return HEAD.pack(number, len(body)) + body
+
+
+def records(frame: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at < len(frame):
+        number, size = HEAD.unpack_from(frame, at)
+        at += HEAD.size
+        yield number, frame[at : at + size]
+        at += size
+
+
+class Gathered:
+    """What was put since the last frame leaves as one."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[bytes] = deque()
+
+    def put(self, frame: bytes) -> None:
+        with self._changed:
+            self._waiting.append(frame)
+            if len(self._waiting) == 1:
+                self._changed.notify()
+
+    def __iter__(self) -> Iterator[bytes]:
+        while True:
+            with self._changed:
+                while not self._waiting:
+                    self._changed.wait()
+                frame = b"".join(self._waiting)
+                self._waiting.clear()
+            yield frame
+
+
+def read_on_thread(frames: Iterable[bytes], take: Callable[[bytes], None]) -> None:
+    def read() -> None:
+        for frame in frames:
+            take(frame)
+
+    threading.Thread(target=read, name="reader", daemon=True).start()
+
+
+class Pipe:
+    """One stream to a process. It lives as long as this process."""
+
+    def __init__(self, address: str, sink: Callable[[bytes], None]) -> None:
+        import grpc
+
+        self._channel = grpc.insecure_channel(address)
+        self._gathered = Gathered()
+        method = self._channel.stream_stream(f"/{grpc_common.SERVICE}/Streams")
+        read_on_thread(method(iter(self._gathered), wait_for_ready=True), sink)
+        self.send = self._gathered.put
+
+
+class Call:
+    """One request under way; a bare lock wakes its thread cheapest."""
+
+    def __init__(self) -> None:
+        self._came = threading.Lock()
+        self._came.acquire()
+        self._body = b""
+
+    def set(self, body: bytes) -> None:
+        self._body = body
+        self._came.release()
+
+    def wait(self) -> bytes:
+        if not self._came.acquire(timeout=TIMEOUT_S):
+            raise TimeoutError("no answer")
+        return self._body
+
+
+class Calls:
+    """Requests under way, by their numbers."""
+
+    send: Callable[[bytes], None]
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._open: dict[int, Call] = {}
+
+    def begin(self, body: bytes) -> Call:
+        number, call = next(self._numbers), Call()
+        self._open[number] = call
+        self.send(record(number, body))
+        return call
+
+    def answered(self, frame: bytes) -> None:
+        for number, body in records(frame):
+            self._open.pop(number).set(body)
+
+
+class Caller(FuturesCaller):
+    def __init__(self, address: str) -> None:
+        self._calls = Calls()
+        self._calls.send = Pipe(address, self._calls.answered).send
+        self._channel, self._any = grpc_common.method(address, "Any")
+
+    def submit(self, payload: bytes, mode: str) -> Call:
+        return self._calls.begin(payload)
+
+    def result(self, handle: Call) -> bytes:
+        return handle.wait()
+
+    def unary_of(self, thread: int) -> Callable[[bytes, str], bytes]:
+        return lambda payload, mode: self._any(payload, timeout=TIMEOUT_S)
+
+    def close(self) -> None:
+        self._channel.close()
