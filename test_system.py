@@ -18,18 +18,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TextIO
 
-from client import expected_workers, library
+from client import Exit, Parser, guarded, host, port  # says what is not installed
+from overlay import client as library
+from overlay.checking import expected_workers
 from overlay.console import (
-    Exit,
-    Parser,
     clean,
     counted,
     exit_of,
-    guarded,
-    host,
     join_all,
     name,
-    port,
     seconds,
 )
 from overlay.topology import join_address

@@ -4,12 +4,13 @@ The floor plan. A module imports only from floors below its own, or on its own f
 arrow says so; tests/test_floors.py compares this picture with the code.
 
     4 edges      admin -> service -> streams   admin -> journal   service -> journal
-                 bulk -> console -> client -> connection -> calls -> orders   bulk -> client
+                 console -> client -> connection -> calls -> orders
                  client -> mapping -> connection -> outcomes -> calls   client -> arguments
                  client -> parts -> calls   client, mapping, connection, arguments -> orders
                  client -> outcomes   mapping -> arguments, outcomes
                  aio -> arguments, calls, connection, orders, outcomes, parts   guard   exporter
-                 reading -> console, client   doctor -> client, console   addressing -> console
+                 asking, bulk, checking, draining, reading, doctor -> client, console
+                 addressing -> console
                  web -> watch, console   watch -> connection   top -> watch, console, screenful
                  screenful -> console
     3 relay      relay   record

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -33,8 +33,10 @@ from rich.text import Text
 from overlay import client as library
 from overlay.admission import HIGHEST_PRIORITY
 from overlay.errors import ConfigError
-from overlay.topology import join_address
+from overlay.topology import Process, Topology, join_address
 from overlay.values import Code, Executed
+
+Seen = TypeVar("Seen")
 
 PIPE_WIDTH = 2000  # columns; in a pipe nothing is cut or folded
 
@@ -279,6 +281,23 @@ def misconfigured(error: ConfigError) -> Exit:
     for problem in error.problems:
         complain(problem)
     return Exit.USAGE
+
+
+def asked_at_once(
+    topology: Topology, look: Callable[[Process], Seen], within_s: float
+) -> dict[str, Seen]:
+    """What `look` finds of each process, on a thread each; without those that take longer."""
+    found: dict[str, Seen] = {}
+
+    def keep(process: Process) -> None:
+        found[process.id] = look(process)
+
+    processes = topology.processes.values()
+    threads = [threading.Thread(target=keep, args=(p,), daemon=True) for p in processes]
+    for thread in threads:
+        thread.start()
+    join_all(threads, within_s)
+    return dict(found)
 
 
 def join_all(threads: Sequence[threading.Thread], within_s: float) -> None:

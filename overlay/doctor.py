@@ -12,7 +12,6 @@ import errno
 import platform
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ import overlay
 from overlay import client as library
 from overlay import wire
 from overlay.configuration import load
-from overlay.console import Exit, Parser, Screen, counted, join_all, misconfigured, seconds
+from overlay.console import Exit, Parser, Screen, asked_at_once, counted, misconfigured, seconds
 from overlay.diagnosis import Diagnosis, Finding, Grade, Link, Reach, Said, Seen
 from overlay.errors import ConfigError
 from overlay.machine import asking_address, is_here, own_addresses
@@ -71,18 +70,9 @@ def run(args: argparse.Namespace) -> int:
 
 def look_at(topology: Topology, deadline_s: float) -> dict[str, Seen]:
     """What there is of each process; nobody is waited for beyond the deadline."""
-    found: dict[str, Seen] = {}
-
-    def look(process: Process) -> None:
-        found[process.id] = _look(process, deadline_s)
-
-    processes = list(topology.processes.values())
-    threads = [threading.Thread(target=look, args=(p,), daemon=True) for p in processes]
-    for thread in threads:
-        thread.start()
     # Knocking and asking may take the deadline each.
-    join_all(threads, 2 * deadline_s + 0.5)
-    return {p.id: found.get(p.id) or Seen(Reach.SILENT) for p in processes}
+    found = asked_at_once(topology, lambda one: _look(one, deadline_s), 2 * deadline_s + 0.5)
+    return {id_: found.get(id_) or Seen(Reach.SILENT) for id_ in topology.processes}
 
 
 def _look(process: Process, deadline_s: float) -> Seen:
