@@ -17,9 +17,9 @@ arrow says so; tests/test_floors.py compares this picture with the code.
     2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
                  machine
                  links -> pipes, wire   pipes -> wire -> meter, recent
-                 executor -> threads, processes -> batch -> handlers, meter
-                 executor -> batch, handlers   threads -> handlers
-                 processes -> child -> batch, handlers, logs
+                 executor -> threads, processes -> batch -> handlers, meter, pieces
+                 executor -> batch, handlers   threads -> handlers, pieces
+                 processes -> child -> batch, handlers, logs, pieces   processes -> pieces
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
                  picture -> history   diagnosis
     0 values     errors -> values   limits   topology -> limits, errors

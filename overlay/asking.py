@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def arguments(parser: Parser) -> None:
         "--out",
         type=out_file,
         metavar="FILE",
-        help="write the result's own bytes there; - for standard output, the report to stderr then",
+        help="write the result's own bytes there; - for standard output, the report to stderr then"
+        "; with --as-completed each worker's as they come, joined by newlines",
     )
     add(
         "--as-completed",
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     took_ms = (time.monotonic() - started) * 1000
     code = Exit.INCOMPLETE if answer.missing else Exit.OK
     report = Screen(sys.stderr if args.out == "-" else sys.stdout)
-    if args.out and not _kept(answer.result, args.out):
+    if args.out and not _kept(args.out, answer.result):
         return Exit.FAILED
     if args.json:
         report.json(answer_as_json(answer, address, took_ms, code, args.parts))
@@ -143,10 +145,11 @@ def run(args: argparse.Namespace) -> int:
 
 def ask_for_parts(args: argparse.Namespace) -> int:
     """Shows each part when it comes, then who did not answer."""
-    if args.mode == "any" or args.out or args.parts:
-        complain("--as-completed and --first are of --mode all, without --out and --parts")
+    if args.mode == "any" or args.parts:
+        complain("--as-completed and --first are of --mode all, without --parts")
         return Exit.USAGE
-    started, report = time.monotonic(), Screen(sys.stdout)
+    started = time.monotonic()
+    report = Screen(sys.stderr if args.out == "-" else sys.stdout)
     found: list[Part] = []
     try:
         for part in connected(args).parts(
@@ -156,14 +159,20 @@ def ask_for_parts(args: argparse.Namespace) -> int:
             timeout=args.deadline,
             first=args.first,
         ):
-            found.append(part)
+            if args.out and part.ok:
+                written = (b"\n", part.result) if found else (part.result,)
+                if not _kept(args.out, *written, is_first=not found):
+                    return Exit.FAILED
+            # Not the result itself, which may be large.
+            found.append(replace(part, result=b""))
             took_ms = (time.monotonic() - started) * 1000
             if args.json:
-                told = {**_part_as_json(part, True), "after_ms": round(took_ms, 3)}
-                print(json.dumps(told))
+                told = {**_part_as_json(part, not args.out), "after_ms": round(took_ms, 3)}
+                print(json.dumps(told), file=report.file)
             elif part.ok:
-                report.facts((part.process_id, shown(part.result)))
-            sys.stdout.flush()
+                kept = f"{sized(part.result)} -> {args.out}"
+                report.facts((part.process_id, kept if args.out else shown(part.result)))
+            report.file.flush()
     except library.CallFailed as e:
         return failed(e, join_address(args.host, args.port), args.json)
     missing = [part for part in found if not part.ok]
@@ -282,14 +291,16 @@ def _part_as_json(part: Part, with_result: bool) -> dict[str, Any]:
     }
 
 
-def _kept(result: bytes, out: str) -> bool:
-    """Writes the result's own bytes."""
+def _kept(out: str, *results: bytes, is_first: bool = True) -> bool:
+    """Writes the results' own bytes, after what was written before when it is not the first."""
     try:
         if out == "-":
             stdout: Any = sys.stdout  # a console.Output
-            stdout.write_bytes(result)
+            for result in results:
+                stdout.write_bytes(result)
         else:
-            Path(out).write_bytes(result)
+            with open(out, "wb" if is_first else "ab") as file:
+                file.writelines(results)
     except OSError as e:
         complain(f"cannot write the result to '{out}': {e.strerror or e}")
         return False

@@ -11,16 +11,27 @@ import threading
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from overlay.errors import AlreadyExecuted, BadRequest, HandlerFailed
 from overlay.handlers import Context
 from overlay.meter import Spread, Times
+from overlay.pieces import PIECE_BYTES, NotBytes, Outlet, Send, cut
 from overlay.rows import OpenRows, consecutive
 from overlay.topology import HandlerSpec, Process
-from overlay.values import Answers, Code, Column, Executed, Failure, PartColumn, Segment, Sink
+from overlay.values import (
+    Answers,
+    Code,
+    Column,
+    Executed,
+    Failure,
+    PartColumn,
+    Piece,
+    Segment,
+    Sink,
+)
 
 log = logging.getLogger("overlay.executor")
 
@@ -100,6 +111,7 @@ class Batch:
         self._waiting = deque(range(segment.count))
         self._unanswered = OpenRows(segment.count)
         self._ended = bytearray(segment.count)
+        self._outlets: dict[int, Outlet] = {}  # of rows that have begun, where pieces are wanted
 
     def begin_next(self) -> int | None:
         """The next row to run, for the caller alone; None when there is none."""
@@ -123,6 +135,25 @@ class Batch:
             self._ended,
             row,
         )
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether a large result may leave before it is whole."""
+        return self.segment.pieces > 0 and self.segment.early is not None
+
+    def outlet(self, row: int) -> Outlet:
+        """The way out of the row's result, where it may leave in pieces."""
+
+        def pass_on(result: bytes, piece: Piece) -> None:
+            assert self.segment.early is not None
+            self._tell(self.segment.early, row, self._part([result], 0, piece))
+
+        outlet = Outlet(self.segment.pieces, self.segment.deadline, pass_on)
+        with self._lock:
+            self._outlets[row] = outlet
+            if self._ended[row]:
+                outlet.close()
+        return outlet
 
     def too_late(self) -> Failure:
         """What becomes of a result that came after the deadline: the handler may have given up."""
@@ -155,6 +186,7 @@ class Batch:
             never = {row for row in self._waiting if row in rows}
             self._waiting = deque(row for row in self._waiting if row not in never)
             self._ended[start : start + count] = b"\1" * count
+            outlets = [self._outlets[row] for row in rows if row in self._outlets]
         if never:
             self._give_back(len(never))
         for row in rows:
@@ -163,17 +195,33 @@ class Batch:
             else:
                 reason, executed = f"{what} while the handler '{name}' ran", Executed.YES
             self._answer(row, [Failure(code, reason, executed)], 0)
-        # Only now: an ended process reports back at once, and the answer should be this one.
+        # Only now: what is ended reports back at once, and the answer should be this one.
+        for outlet in outlets:
+            outlet.close()
         self._stop(self, start, count)
 
     def _answer(self, start: int, outcomes: list[bytes | Failure], worked_us: int) -> None:
         with self._lock:
             runs = self._unanswered.take(start, len(outcomes))
         for first, rows in runs:
-            part = self._part(outcomes[first - start : first - start + rows], worked_us)
-            self._sink(first, Answers(rows, (part,), (self._process.id,)))
+            found = outcomes[first - start : first - start + rows]
+            if not self._outlets:
+                self._tell(self._sink, first, self._part(found, worked_us))
+                continue
+            for row, outcome in enumerate(found, first):
+                self._tell(self._sink, row, self._part([outcome], worked_us, self._rest(row)))
 
-    def _part(self, outcomes: list[bytes | Failure], worked_us: int) -> PartColumn:
+    def _tell(self, sink: Sink, row: int, part: PartColumn) -> None:
+        sink(row, Answers(part.results.count, (part,), (self._process.id,)))
+
+    def _rest(self, row: int) -> Piece | None:
+        """What the last piece of the row's result is of it, where others have left."""
+        outlet = self._outlets.get(row)
+        return Piece(outlet.at, False) if outlet is not None and outlet.at else None
+
+    def _part(
+        self, outcomes: list[bytes | Failure], worked_us: int, piece: Piece | None = None
+    ) -> PartColumn:
         failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Failure)}
         results = [o if isinstance(o, bytes) else b"" for o in outcomes] if failures else outcomes
         return PartColumn(
@@ -184,18 +232,47 @@ class Batch:
             None,
             self._waited_us,
             worked_us,
+            piece,
         )
 
 
-def outcome_of(result: object, most_bytes: int) -> tuple[str, Any]:
+def outcome_of(result: object, most_bytes: int, send: Send | None = None) -> tuple[str, Any]:
     """What a handler gave back, in a form that survives the way between processes.
 
-    May raise what the result's own code raises.
+    send: takes what is too large in pieces; then the outcome is the last one of them. May raise
+    what the result's own code raises.
     """
-    if not isinstance(result, (bytes, bytearray, memoryview)):
+    if isinstance(result, (bytes, bytearray, memoryview)):
+        size = memoryview(result).nbytes
+        if send is None or size <= PIECE_BYTES:
+            return ("large", (size, most_bytes)) if size > most_bytes else ("ok", bytes(result))
+        return _sent((result,), send)
+    if not isinstance(result, Iterator):
         return "type", type(result).__name__
-    size = memoryview(result).nbytes
-    return ("large", (size, most_bytes)) if size > most_bytes else ("ok", bytes(result))
+    try:
+        return _sent(result, send) if send else _gathered(result, most_bytes)
+    except NotBytes as e:
+        return "type", f"an iterator of {e}"
+    finally:
+        if hasattr(result, "close"):  # a generator may have files open
+            result.close()
+
+
+def _sent(items: Iterable[Any], send: Send) -> tuple[str, Any]:
+    for piece, more in cut(items, PIECE_BYTES):
+        if not more:
+            return "ok", piece
+        if not send(piece):
+            break
+    return "left", None
+
+
+def _gathered(items: Iterable[Any], most_bytes: int) -> tuple[str, Any]:
+    for whole, more in cut(items, most_bytes):
+        if not more:
+            return "ok", whole
+        break
+    return "large", (0, most_bytes)
 
 
 def outcome_of_error(error: BaseException) -> tuple[str, Any]:
@@ -221,8 +298,15 @@ def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes
         return Failure(HandlerFailed.code, reason, Executed.YES)
     if kind == "large":
         size, most = value
-        reason = f"handler '{name}' returned {size:,} bytes, more than max_message_mib allows"
-        return Failure(Code.RESOURCE_EXHAUSTED, f"{reason} ({most:,})", Executed.YES)
+        returned = f"{size:,} bytes, more" if size else "more"
+        reason = (
+            f"handler '{name}' returned {returned} than max_message_mib allows ({most:,}); "
+            "a part that is taken as it comes may be larger (--as-completed)"
+        )
+        return Failure(Code.RESOURCE_EXHAUSTED, reason, Executed.YES)
+    if kind == "left":  # its row has been answered, or is just being
+        reason = f"the caller left before all that handler '{name}' returned had been read"
+        return Failure(Code.CANCELLED, reason, Executed.YES)
     return read_failure(name, value, request_id)
 
 

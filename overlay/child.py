@@ -1,8 +1,10 @@
 """What runs in a handler's process: one request after the other, over a pipe to the parent.
 
-    parent -> (payload, facts, seconds left, options); the pipe's end is the process's end
+    parent -> (payload, facts, seconds left, options, whether a large result may come in pieces);
+              the pipe's end is the process's end
     child  -> ("ready", problem or "") once; then for each request ("begun", None), some
-              ("line", (level, text)), and one outcome as overlay.batch makes it
+              ("line", (level, text)) and ("piece", bytes), and one outcome as overlay.batch makes
+              it. The pipe holds little, so that the handler waits until its pieces are taken
 
 Whatever a handler does to its process, the next request finds it as it was, or finds another one.
 What it prints or logs is for the parent's log, the first lines of each request; the rest is left
@@ -29,11 +31,12 @@ from overlay.batch import outcome_of, outcome_of_error
 from overlay.errors import ConfigError
 from overlay.handlers import RECURSION, Context
 from overlay.logs import Printed, cut
+from overlay.pieces import Send
 from overlay.topology import HandlerSpec
 
 LINES = 200  # of one request that go to the log
 
-Request = tuple[bytes, tuple[str, str, int, int], float, dict[str, Any]]
+Request = tuple[bytes, tuple[str, str, int, int], float, dict[str, Any], bool]
 
 
 def serve(pipe: Connection, spec: HandlerSpec, folder: str, most_bytes: int) -> None:
@@ -52,7 +55,7 @@ def serve(pipe: Connection, spec: HandlerSpec, folder: str, most_bytes: int) -> 
     while (request := _next(pipe)) is not None:
         _as_it_was(parent, home)
         parent.begin()
-        outcome = _work(call, request, most_bytes)
+        outcome = _work(call, request, most_bytes, parent.piece)
         if os.getpid() != me:
             os._exit(0)  # a fork that the handler made and did not end; the answer is not its own
         parent.end_with(outcome)
@@ -82,6 +85,11 @@ class _Parent:
                     self._pipe.send(("line", (level, cut(text))))
             else:
                 self._left_out += 1
+
+    def piece(self, piece: bytes) -> bool:
+        with self._lock:
+            self._pipe.send(("piece", piece))
+        return True  # when nobody waits for the rest, the parent ends this process
 
     def end_with(self, message: tuple[str, Any]) -> None:
         """The last message of a request: no line comes after it."""
@@ -156,11 +164,13 @@ def _as_it_was(parent: _Parent, home: str) -> None:
         os.chdir(home)
 
 
-def _work(call: Callable[..., Any], request: Request, most_bytes: int) -> tuple[str, Any]:
-    payload, facts, remaining_s, options = request
+def _work(
+    call: Callable[..., Any], request: Request, most_bytes: int, send: Send
+) -> tuple[str, Any]:
+    payload, facts, remaining_s, options, in_pieces = request
     try:
         context = Context(*facts, time.monotonic() + remaining_s, options)
-        return outcome_of(call(payload, context), most_bytes)
+        return outcome_of(call(payload, context), most_bytes, send if in_pieces else None)
     except BaseException as e:  # noqa: BLE001 - SystemExit too is one request's failure
         sys.setrecursionlimit(RECURSION)  # or a low one would end what tells of the failure
         return outcome_of_error(e)

@@ -2,6 +2,9 @@
 
     def handler(payload: bytes, context: Context) -> bytes
 
+One that gives an iterator of bytes, as a function that yields does, has all of them as its result,
+and need not hold them at once where parts are taken as they come (overlay.pieces).
+
 Never a name from the wire: a request names a handler of the configuration, nothing else.
 """
 
@@ -11,7 +14,7 @@ import importlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +55,16 @@ class Context:
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
-        """To the worker's log, in lines that carry the request's id."""
+        """To the worker's log, in lines that carry the request's id.
+
+        What is printed carries it in a process only: threads share one standard output.
+        """
         return logging.LoggerAdapter(_log, {"request_id": self.request_id})
 
 
 _log = logging.getLogger("overlay.handler")
 
-Handler = Callable[[bytes, Context], bytes]
+Handler = Callable[[bytes, Context], "bytes | Iterator[bytes]"]
 
 
 def echo(payload: bytes, context: Context) -> bytes:

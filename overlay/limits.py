@@ -41,6 +41,8 @@ class Limits:
     join_rows: int = 256  # requests of small segments that a link joins to one
     few_rows: int = 8  # what a small segment has at most
     frame_bytes: int = MIB  # about; a larger frame would hold up those behind it
+    piece_bytes: int = 128 * 1024  # of a result that comes in pieces; a few fit into a frame
+    pieces_ahead: int = 64  # that a client may take before it has read any
     small_bytes: int = 16 * 1024  # larger bodies take a link's second stream
     key_window_s: float = 600.0  # an answer is kept for its idempotency key for so long
     keys: int = 10_000  # idempotency keys that are remembered

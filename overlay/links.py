@@ -324,6 +324,7 @@ class _Link:
 
     def send(self, segment: Segment, sink: Sink) -> End:
         large = segment.payloads.size > self._limits.small_bytes * segment.count
+        large = large or segment.pieces > 0  # whose answers may be
         return self._books[large].send(segment, sink)
 
     def answered(self, route: Route, answers: Answers) -> None:
@@ -533,6 +534,7 @@ class _Book:
         self._numbers = itertools.count(1)
         self._outbox: deque[_Sent] = deque()
         self._cancels: deque[tuple[_Sent, int, int]] = deque()
+        self._grants: deque[tuple[int, int, str, int]] = deque()  # message, row, worker, pieces
         self._messages: dict[int, _Message] = {}
 
     def send(self, segment: Segment, sink: Sink) -> End:
@@ -596,6 +598,10 @@ class _Book:
                 row = sent.row + start
                 frame.cancels.add(number=sent.message.number, start=row, count=count)
                 size += 20
+        for _ in range(len(self._grants)):
+            number, row, worker, count = self._grants.popleft()
+            frame.grants.add(number=number, row=row, process_id=worker, count=count)
+            size += 20
         return size > 0
 
     def _joinable(self) -> list[_Sent]:
@@ -639,7 +645,15 @@ class _Book:
         early = sent.segment.early
         if early is not None and start + answers.count <= sent.segment.count:
             self._link.note_times(sent.segment.route.handler, answers)
-            early(start, answers)
+            early(start, answers.granted_by(partial(self._grant, sent, start)))
+
+    def _grant(self, sent: _Sent, row: int, worker: str, pieces: int) -> None:
+        with self._lock:
+            message = sent.message
+            if message is None or not sent.open.runs(row, 1):
+                return
+            self._grants.append((message.number, sent.row + row, worker, pieces))
+        self.pipe.kick()
 
     def _spread(self, message: _Message, start: int, answers: Answers) -> None:
         """Gives a slice to the segments that its rows belong to."""
@@ -668,6 +682,7 @@ class _Book:
             unsent = list(self._outbox)
             self._outbox.clear()
             self._cancels.clear()
+            self._grants.clear()
         self._link.lost(why)
         # A neighbour that stops in order proves that it has read none of this.
         ran = Executed.NO if why.executed is Executed.NO else Executed.UNKNOWN

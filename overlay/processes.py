@@ -31,6 +31,7 @@ from overlay.batch import Batch, read_outcome
 from overlay.child import Request, serve
 from overlay.errors import ConfigError, HandlerFailed
 from overlay.limits import MIB, Limits
+from overlay.pieces import Outlet
 from overlay.topology import HandlerSpec
 from overlay.values import Code, Executed, Failure
 
@@ -119,18 +120,18 @@ class ProcessRunner:
         row = batch.begin_next()
         if row is None:
             return child
-        began = time.monotonic()
-        outcome, child = self._run(batch, row, child)
+        began, outlet = time.monotonic(), batch.outlet(row) if batch.in_pieces else None
+        outcome, child = self._run(batch, row, child, outlet)
         with self._lock:
             self._running.pop((batch, row), None)
         now = time.monotonic()
         if now >= batch.segment.deadline:
             outcome = batch.too_late()
-        batch.done([(row, outcome)], now - began)
+        batch.done([(row, outcome)], now - began - (outlet.waited_s if outlet else 0.0))
         return self._maybe_kept(child)
 
     def _run(
-        self, batch: Batch, row: int, child: _Child | None
+        self, batch: Batch, row: int, child: _Child | None, outlet: Outlet | None
     ) -> tuple[bytes | Failure, _Child | None]:
         context = batch.context(row)
         facts = (context.process_id, context.team, context.request_id, context.attempt)
@@ -142,8 +143,9 @@ class ProcessRunner:
                 self._running[batch, row] = child
             if context.cancelled:  # whoever ended it before now did not find the process
                 return self._ended(), child
-            request = (payload, facts, context.remaining_s(), dict(context.options))
-            came = child.ask(request, self._spec.limit_s or math.inf)
+            options, in_pieces = dict(context.options), outlet is not None
+            request = (payload, facts, context.remaining_s(), options, in_pieces)
+            came = child.ask(request, self._spec.limit_s or math.inf, outlet)
             if came is not None and came[0] not in _FATAL:
                 return read_outcome(self._spec.name, *came, context.request_id), child
             exitcode = self._drop(child)
@@ -252,8 +254,13 @@ class _Child:
     def exitcode(self) -> int | None:
         return self._process.exitcode
 
-    def ask(self, request: Request, limit_s: float) -> tuple[str, Any] | None:
-        """The outcome, or what ended it; None when the process provably did not begin."""
+    def ask(
+        self, request: Request, limit_s: float, outlet: Outlet | None = None
+    ) -> tuple[str, Any] | None:
+        """The outcome, or what ended it; None when the process provably did not begin.
+
+        outlet: for the pieces of a large result, at the pace at which they are read.
+        """
         self.requests += 1
         until, begun = time.monotonic() + limit_s, False
         about = {"request_id": request[1][2]}
@@ -268,6 +275,11 @@ class _Child:
             elif kind == "line":
                 level, text = value
                 handler_log.log(level, "%s", text, extra=about)
+            elif kind == "piece" and outlet is not None:
+                waited_s = outlet.waited_s
+                if not outlet.send(value):
+                    return "lost", None
+                until += outlet.waited_s - waited_s
             elif kind == "lost" and not begun:
                 return None
             else:

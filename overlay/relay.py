@@ -382,6 +382,8 @@ class _Row:
 
     def came(self, columns: Iterable[PartColumn]) -> None:
         for column in columns:
+            if not column.is_over:  # a piece; it is still owed
+                continue
             self.owed.discard(column.process_id)
             if column.at(0).ok:
                 self.is_good = True

@@ -5,7 +5,8 @@
 
 The reader stops while the window is full, and so does the client, whose frames gRPC then holds
 back. A request leaves the window when its answer has been handed to gRPC, so that a client that
-does not read is bounded too.
+does not read is bounded too. A large part passes in pieces, no further ahead of its reader than
+overlay.pieces.Passage lets it.
 
 Each stream owns one thread, "stream-reader", and holds the rpc thread that writes; both end with
 the call.
@@ -28,6 +29,7 @@ from overlay.deadlines import Deadlines
 from overlay.errors import BadRequest, Cancelled, Draining, OverlayError
 from overlay.intake import Intake, Ticket, refusal
 from overlay.limits import Limits
+from overlay.pieces import Passage, Told
 from overlay.record import Ended
 from overlay.rows import OpenRows
 from overlay.topology import Topology
@@ -101,6 +103,7 @@ class _Accepted:
     """A segment of the stream, until its last answer is written."""
 
     __slots__ = (
+        "ahead",
         "counted",
         "from_process",
         "good",
@@ -127,6 +130,7 @@ class _Accepted:
         # As they come: the rows that may still have parts, and those that had a good one.
         self.unanswered: OpenRows | None = None
         self.good: set[int] = set()
+        self.ahead = max(0, segment.pieces - 1)  # pieces of a part, beyond the first
 
 
 _Out = tuple[_Accepted, int, Answers, int, bool]
@@ -146,6 +150,7 @@ class _Stream:
         self._rows = 0  # accepted and not yet written
         self._bytes = 0
         self._unread = 0  # bytes of answers that wait for the client to read
+        self._passage = Passage(desk.limits.window_bytes // 2 // desk.limits.piece_bytes)
         self._frame_bytes = min(self._limits.frame_bytes, self._limits.max_message_bytes // 2)
         self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
         self._no_more = False
@@ -250,6 +255,19 @@ class _Stream:
                 rows = accepted.segment.count
                 start = min(cancel.start, rows)
                 accepted.ticket.end(Code.CANCELLED, start, min(cancel.count, rows - start))
+        for grant in frame.grants:
+            self._grant(grant)
+
+    def _grant(self, made: pb2.Grant) -> None:
+        with self._changed:
+            accepted = self._accepted.get(made.number)
+            if accepted is None:
+                return
+            key = made.number, made.row, made.process_id
+            told = self._passage.granted(key, made.count, not accepted.from_process)
+        if told is not None:
+            tell, pieces = told
+            tell(pieces)
 
     def _accept(self, made: pb2.Segment, now: float) -> None:
         desk = self._desk
@@ -266,7 +284,8 @@ class _Stream:
             raise BadRequest(f"number: {made.number} is taken by a segment not answered yet")
         accepted = _Accepted(made, segment)
         if made.as_they_come and segment.route.mode is Mode.ALL:
-            segment = replace(segment, early=partial(self._pass_on, accepted))
+            pieces = min(1, segment.pieces)  # more of them as there is room
+            segment = replace(segment, early=partial(self._pass_on, accepted), pieces=pieces)
             accepted.segment, accepted.unanswered = segment, OpenRows(segment.count)
         with self._changed:
             if self._abandoned or self.parting is not None:
@@ -304,16 +323,32 @@ class _Stream:
         with self._changed:
             if accepted.unanswered is not None:
                 accepted.unanswered.take(start, answers.count)
+                self._passage.end_rows(accepted.number, start, answers.count)
             self._put_locked((accepted, start, answers, size, False))
 
     def _pass_on(self, accepted: _Accepted, start: int, answers: Answers) -> None:
         """Parts before the answer; none after it, when the segment's number may be another's."""
+        told = []
         with self._changed:
             assert accepted.unanswered is not None
             for first, count in accepted.unanswered.runs(start, answers.count):
                 rows = answers.slice(first - start, count)
                 accepted.good.update(first + i for i in range(count) if _has_good(rows, i))
+                told += self._pieces_locked(accepted, first, rows)
                 self._put_locked((accepted, first, rows, _size(rows), True))
+        for tell, pieces in told:
+            tell(pieces)
+
+    def _pieces_locked(self, accepted: _Accepted, row: int, answers: Answers) -> list[Told]:
+        """Who of those whose pieces go up here may send more."""
+        told = []
+        for column in answers.parts:
+            key = accepted.number, row, column.process_id
+            if column.piece is None:  # a failure, it may be after pieces
+                self._passage.end(key)
+            elif more := self._passage.passes(key, column.piece, accepted.ahead):
+                told.append(more)
+        return told
 
     def _put_locked(self, out: _Out) -> None:
         size = out[3]
@@ -441,7 +476,7 @@ def _split(answers: Answers, room: int) -> tuple[Answers, Answers]:
 
 
 def _has_good(answers: Answers, row: int) -> bool:
-    return any(c.failed is None and row not in c.failures for c in answers.parts)
+    return any(c.failed is None and row not in c.failures and c.is_over for c in answers.parts)
 
 
 def _size(answers: Answers) -> int:

@@ -12,13 +12,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from sys import getrecursionlimit as recursion_limit
 
 from overlay import handlers
 from overlay.batch import Batch, outcome_of, outcome_of_error, read_outcome
-from overlay.handlers import RECURSION, Context
+from overlay.handlers import RECURSION, Context, Handler
 from overlay.limits import Limits
+from overlay.pieces import PIECE_BYTES, Outlet
 from overlay.topology import HandlerSpec
 from overlay.values import Failure
 
@@ -126,15 +126,22 @@ class ThreadRunner:
 
     def _work_on(self, batch: Batch) -> None:
         call, now, deadline = self._call, time.monotonic, batch.segment.deadline
+        in_pieces, outlet = batch.in_pieces, None
         hand = _Hand(batch)
         self._progress = now()
         try:
             while (row := batch.begin_next()) is not None:
                 payload = batch.segment.payloads.items[row]
-                outcome = _called(self._name, call, payload, batch.context(row), self._most_bytes)
+                if in_pieces:
+                    outlet = batch.outlet(row)
+                outcome = _called(
+                    self._name, call, payload, batch.context(row), self._most_bytes, outlet
+                )
                 ended = self._progress = now()
                 if ended >= deadline:
                     outcome = batch.too_late()
+                if outlet is not None:
+                    hand.waited(outlet.waited_s)
                 if hand.take(row, outcome, ended) and batch.waiting:
                     with self._changed:  # a minder passes it on, should the next row be stuck
                         self._hands.add(hand)
@@ -167,6 +174,11 @@ class _Hand:
             return False
         return first
 
+    def waited(self, waited_s: float) -> None:
+        """For those who read; that is not the handler's time."""
+        with self._lock:
+            self._began += waited_s
+
     def pass_on(self) -> None:
         with self._lock:
             outcomes, self._outcomes = self._outcomes, []
@@ -179,16 +191,18 @@ class _Hand:
 
 def _called(
     name: str,
-    call: Callable[[bytes, Context], bytes],
+    call: Handler,
     payload: bytes,
     context: Context,
     most_bytes: int,
+    outlet: Outlet | None,
 ) -> bytes | Failure:
+    most = most_bytes if outlet is None else PIECE_BYTES
     try:
         result = call(payload, context)
-        if type(result) is bytes and len(result) <= most_bytes and recursion_limit() == RECURSION:
+        if type(result) is bytes and len(result) <= most and recursion_limit() == RECURSION:
             return result
-        outcome = outcome_of(result, most_bytes)
+        outcome = outcome_of(result, most_bytes, outlet.send if outlet else None)
     except BaseException as e:  # noqa: BLE001 - SystemExit too is one request's failure
         sys.setrecursionlimit(RECURSION)  # a low one would end what tells of the failure
         outcome = outcome_of_error(e)

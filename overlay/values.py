@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
@@ -126,6 +127,19 @@ class Column:
 
 
 @value
+class Piece:
+    """A part of a result that comes in pieces: `at` bytes came before this one.
+
+    more: others follow it. grant: tells the worker that so many more may come; None where nothing
+    follows, and before it is known whom to tell.
+    """
+
+    at: int
+    more: bool
+    grant: Callable[[int], None] | None = None
+
+
+@value
 class Segment:
     """The unit that travels: requests of one route and one deadline, their payloads in a column.
 
@@ -133,7 +147,8 @@ class Segment:
     unary Forward is a segment of one. keyed: it has an idempotency key, so that what was lost on
     its way may run once more elsewhere. traced: each process tells what its way took there. told:
     and writes what became of it to its log. early: wants each part of a request to all as it comes;
-    the answer then has the others only.
+    the answer then has the others only. pieces: and takes a part in pieces, so many before it has
+    granted more; 0 for whole ones only.
     """
 
     route: Route
@@ -146,6 +161,7 @@ class Segment:
     traced: bool = False
     told: bool = False
     early: Early | None = None
+    pieces: int = 0
 
     def __len__(self) -> int:
         return self.payloads.count
@@ -165,7 +181,7 @@ class Segment:
         ids = self.ids[start : start + count] if self.ids else None
         first_id = ids[0] if ids else self.first_id + start
         early = self.early and shifted(self.early, start)
-        rest = self.attempt, ids, self.keyed, self.traced, self.told, early
+        rest = self.attempt, ids, self.keyed, self.traced, self.told, early, self.pieces
         return Segment(self.route, rows, self.deadline, first_id, *rest)
 
     def again(self) -> Segment:
@@ -176,7 +192,7 @@ class Segment:
         """The same requests as `me` hands them down, to cover `targets`."""
         route = self.route
         down = Route(route.mode, route.team, route.handler, (*route.hops, me), targets)
-        rest = self.attempt, self.ids, False, self.traced, self.told, self.early
+        rest = self.attempt, self.ids, False, self.traced, self.told, self.early, self.pieces
         return Segment(down, self.payloads, self.deadline, self.first_id, *rest)
 
     @staticmethod
@@ -256,7 +272,7 @@ class PartColumn:
     """One worker's parts of consecutive requests.
 
     failures: by row, only the rows that failed. failed: the failure of every row. The times are
-    means over the rows, in microseconds.
+    means over the rows, in microseconds. piece: of a column of one row, whose result is not whole.
     """
 
     process_id: str
@@ -266,6 +282,7 @@ class PartColumn:
     failed: Failure | None = None
     waited_us: int = 0
     worked_us: int = 0
+    piece: Piece | None = None
 
     def at(self, row: int) -> Part:
         failure = self.failed or self.failures.get(row)
@@ -287,6 +304,18 @@ class PartColumn:
         results = self.results.slice(start, count)
         times = self.waited_us, self.worked_us
         return PartColumn(self.process_id, results, self.hops, failures, self.failed, *times)
+
+    @property
+    def is_over(self) -> bool:
+        """No more of it follows."""
+        return self.piece is None or not self.piece.more
+
+    def granted_by(self, grant: Callable[[str, int], None]) -> PartColumn:
+        """As Answers.granted_by."""
+        if self.piece is None or not self.piece.more:
+            return self
+        tell = partial(grant, self.process_id)
+        return replace(self, piece=Piece(self.piece.at, True, tell))
 
     @staticmethod
     def missing(process_id: str, count: int, failure: Failure) -> PartColumn:
@@ -321,6 +350,11 @@ class Answers:
 
     def at(self, row: int) -> Answer:
         return Answer(tuple(column.at(row) for column in self.parts), self.hops, self.refused)
+
+    def granted_by(self, grant: Callable[[str, int], None]) -> Answers:
+        """With pieces that tell this (worker, how many more may come) who is to have more."""
+        parts = tuple(column.granted_by(grant) for column in self.parts)
+        return replace(self, parts=parts)
 
     def slice(self, start: int, count: int) -> Answers:
         if start == 0 and count == self.count:

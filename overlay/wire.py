@@ -30,6 +30,7 @@ from overlay.values import (
     Mode,
     Part,
     PartColumn,
+    Piece,
     Route,
     Segment,
 )
@@ -193,6 +194,7 @@ def read_segment(
         ids,
         traced=traced or segment.want_trace,
         told=segment.want_line or (segment.want_trace and not segment.hops),
+        pieces=min(segment.pieces, limits.pieces_ahead),
     )
 
 
@@ -231,6 +233,7 @@ def write_segment(
         made.priority = priority
     if as_they_come:
         made.as_they_come = True
+        made.pieces = segment.pieces
     if segment.attempt:
         made.attempt = min(segment.attempt, 0xFFFFFFFF)
     if segment.ids:
@@ -430,8 +433,12 @@ def _read_part(part: pb2.PartSlice, count: int, with_results: bool = True) -> Pa
         raise ValueError(f"{part.process_id}: {found} results for {count} rows")
     wired = found == count
     results = _read_column(part.results, count) if wired else Column((b"",) * count)
-    times = part.waited_us, part.worked_us
-    return PartColumn(part.process_id, results, tuple(part.hops), failures, None, *times)
+    times, piece = (part.waited_us, part.worked_us), None
+    if part.at or part.more:
+        if count != 1:
+            raise ValueError(f"{part.process_id}: a piece for {count} rows")
+        piece = Piece(part.at, part.more)
+    return PartColumn(part.process_id, results, tuple(part.hops), failures, None, *times, piece)
 
 
 def _write_part_slice(made: pb2.Slice, column: PartColumn, with_results: bool) -> None:
@@ -446,6 +453,8 @@ def _write_part_slice(made: pb2.Slice, column: PartColumn, with_results: bool) -
         return
     if with_results:
         _write_column(part.results, column.results)
+    if column.piece is not None:
+        part.at, part.more = column.piece.at, column.piece.more
     for row, failure in column.failures.items():
         _write_detail(part.failures, row, 1, failure)
 

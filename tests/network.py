@@ -18,7 +18,7 @@ import heapq
 import itertools
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from overlay.health import State
 from overlay.intake import Intake, Ticket
 from overlay.lanes import Lane
 from overlay.meter import Meter
+from overlay.pieces import Passage, cut
 from overlay.relay import Claimed, Relay
 from overlay.rows import OpenRows, consecutive
 from overlay.topology import Process, Topology
@@ -46,6 +47,7 @@ from overlay.values import (
     Mode,
     Part,
     PartColumn,
+    Piece,
     Route,
     Segment,
     Sink,
@@ -120,13 +122,16 @@ class MemoryNetwork:
         request_id: int = 0,
         keyed: bool = False,
         early: bool = False,
+        pieces: int = 0,
     ) -> Asked:
-        """A client's single request. early: wants each part as it comes."""
+        """A client's single request. early: wants each part as it comes; pieces: and in pieces, so
+        many at once, of which it grants more as the test has it `read` them."""
         route = Route(mode=mode, team=team, handler=handler)
         segment = self._segment(route, (payload,), deadline_s, request_id)
         asked = Asked(replace(segment, keyed=keyed))
-        if early:
+        if early or pieces:
             asked.segment.early = asked.take_early
+            asked.segment.pieces = pieces
         asked.ticket = self.nodes[process_id].serve(asked.segment, asked.take)
         return asked
 
@@ -243,11 +248,38 @@ class Asked:
         self.answers: list[list[Answer]] = [[] for _ in range(len(segment))]
         self.order: list[int] = []
         self.early: list[list[Part]] = [[] for _ in range(len(segment))]
+        self.pieces: dict[str, list[tuple[bytes, Piece]]] = {}  # by worker, of the one row
+        self.unread: deque[Piece] = deque()
 
     def take_early(self, start: int, answers: Answers) -> None:
         for row in range(len(answers)):
             assert not self.answers[start + row], "a part came after its row's answer"
-            self.early[start + row] += answers.at(row).parts
+            self.early[start + row] += [
+                column.at(row) for column in answers.parts if column.is_over
+            ]
+        self._note_pieces(answers)
+
+    def _note_pieces(self, answers: Answers) -> None:
+        for column in answers.parts:
+            if column.piece is not None:
+                came = column.results.items[0], column.piece
+                self.pieces.setdefault(column.process_id, []).append(came)
+                if column.piece.more:
+                    self.unread.append(column.piece)
+
+    def read(self, pieces: int = 10**9) -> None:
+        """Grants one more for each of so many that came."""
+        while self.unread and pieces:
+            pieces -= 1
+            self.unread.popleft().grant(1)
+
+    def result_of(self, worker: str) -> bytes:
+        """What its pieces make, which must follow each other and come to an end."""
+        came = self.pieces[worker]
+        sizes = [len(result) for result, _ in came]
+        assert [piece.at for _, piece in came] == list(itertools.accumulate([0, *sizes[:-1]]))
+        assert [piece.more for _, piece in came] == [True] * (len(came) - 1) + [False]
+        return b"".join(result for result, _ in came)
 
     def take(self, start: int, answers: Answers) -> None:
         for row in range(len(answers)):
@@ -384,6 +416,8 @@ class Workshop:
         self.network = network
         self.me = me
         self.seen = SeenIds(1000)
+        self.piece_bytes = 10**9  # a larger result leaves in pieces of so many, where it may
+        self.sent = 0  # pieces
         self.held: list[Callable[[], None]] | None = None
 
     def hold(self) -> None:
@@ -433,21 +467,63 @@ class _Job:
         self._sink = sink
         self._open = OpenRows(len(segment))
         self._hops = (*segment.route.hops, works.me.id)
+        self._sending: dict[int, Callable[[int], None]] = {}
 
     def finish(self, rows: list[int]) -> None:
-        me = self._works.me.id
+        me, segment = self._works.me.id, self._segment
+        items = segment.payloads.items
+        results = {row: me.encode() + b": " + items[row] for row in rows}
+        if segment.pieces and segment.early and len(results[rows[0]]) > self._works.piece_bytes:
+            (row,) = rows
+            self._send(row, cut([results[row]], self._works.piece_bytes))
+            return
         self._works.free(len(rows))
-        items = self._segment.payloads.items
         for first, count in consecutive(rows):
-            results = Column([me.encode() + b": " + items[i] for i in range(first, first + count)])
-            self._answer(first, PartColumn(me, results, self._hops))
+            column = Column([results[row] for row in range(first, first + count)])
+            self._answer(first, PartColumn(me, column, self._hops))
+
+    def _send(self, row: int, pieces: Iterator[tuple[bytes, bool]]) -> None:
+        """The row's result in pieces, as far as they are granted; its place is free after that."""
+        at, room = 0, self._segment.pieces
+        is_sending = False
+
+        def grant(more: int) -> None:
+            nonlocal at, room, is_sending
+            room += more
+            if is_sending:  # granted by who just got one
+                return
+            is_sending = True
+            while room and self._open.runs(row, 1):
+                result, follows = next(pieces)
+                piece = Piece(at, follows, grant if follows else None)
+                column = PartColumn(
+                    self._works.me.id,
+                    Column([result]),
+                    self._hops,
+                    piece=piece if at or follows else None,
+                )
+                at += len(result)
+                if not follows:
+                    self._works.free(1)
+                    self._answer(row, column)
+                    break
+                room -= 1
+                self._works.sent += 1
+                assert self._segment.early is not None
+                self._segment.early(row, Answers(1, (column,), (self._works.me.id,)))
+            is_sending = False
+
+        self._sending[row] = grant
+        grant(0)
 
     def refuse(self, row: int) -> None:
         self._works.free(1)
         self._fail(row, 1, Failure(AlreadyExecuted.code, "again", AlreadyExecuted.executed))
 
     def end(self, code: Code, start: int, count: int) -> None:
+        gone = [row for row in self._sending if self._open.runs(row, 1) and row - start < count]
         self._fail(start, count, Failure(code, "ended", Executed.YES))
+        self._works.free(len(gone))
 
     def _fail(self, start: int, count: int, failure: Failure) -> None:
         self._answer(start, PartColumn.missing(self._works.me.id, count, failure))
@@ -541,6 +617,7 @@ class _Letter:
         self._ticket: Ticket | None = None
         self._ended: list[tuple[int, int]] = []
         self._open = OpenRows(len(segment))
+        self._passage = Passage(0)
 
     def begin(self) -> None:
         edge = self._edge
@@ -621,7 +698,22 @@ class _Letter:
         wire.write_slice(frame, 1, start, answers, more=True)
         (made,) = pb2.Frame.FromString(frame.SerializeToString()).slices
         assert made.more
-        self._segment.early(made.start, wire.read_slice(made))
+        for column in answers.parts:
+            if column.piece is not None:
+                self._passage.passes((1, start, column.process_id), column.piece, 0)
+        came = wire.read_slice(made).granted_by(partial(self._granted, start))
+        self._segment.early(made.start, came)
+
+    def _granted(self, start: int, worker: str, pieces: int) -> None:
+        """A grant goes down; nobody hears it when the way is gone."""
+        if not self._open.runs(start, 1):
+            return
+        frame = pb2.Frame()
+        frame.grants.add(number=1, row=start, process_id=worker, count=pieces)
+        (made,) = pb2.Frame.FromString(frame.SerializeToString()).grants
+        told = self._passage.granted((1, made.row, made.process_id), made.count, False)
+        if told:
+            told[0](told[1])
 
     def _refuse_all(self, code: Code, reason: str, executed: Executed) -> None:
         part = Part(self._edge.far, code, reason, executed=executed)

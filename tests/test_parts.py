@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 import overlay
 from overlay.calls import Came
 from overlay.client import CallFailed, HandlerFailed, NameNotFound
+from overlay.limits import MIB
 from overlay.parts import Parts
 from overlay.values import Code, Executed, Failure, Part
 from overlay.wire import pb2
@@ -192,6 +194,15 @@ def timed(payload, context):
 def large(payload, context):
     return context.process_id.encode() * int(payload)
 
+def yields(payload, context):
+    """As large, but nowhere whole; small from C, when the payload says so."""
+    size, _, who = payload.partition(b" ")
+    if who and context.process_id not in who.decode():
+        size = b"0"
+    yield context.process_id.encode()
+    for _ in range(int(size) // 1000):
+        yield context.process_id.encode() * 1000
+
 def picky(payload, context):
     if context.process_id in payload.decode():
         raise ValueError
@@ -204,7 +215,9 @@ def six(tmp_path_factory) -> Iterator[Overlay]:
     folder = tmp_path_factory.mktemp("parts")
     (folder / "mine.py").write_text(HANDLERS)
     options = {"notes": str(folder / "notes")}
-    names = {n: {"call": f"mine:{n}", "options": options} for n in ("timed", "large", "picky")}
+    threads = ("timed", "large", "picky", "yields")
+    names = {n: {"call": f"mine:{n}", "options": options} for n in threads}
+    names["apart"] = {"call": "mine:yields", "run": "process", "slots": 1}
     with running(folder, six_processes(handlers=names, max_message_mib=1)) as found:
         yield found
 
@@ -267,9 +280,62 @@ def test_all_parts_together_may_be_larger_than_a_message(leader):
     assert found == dict.fromkeys("CDF", 900_000)
 
 
-def test_a_part_larger_than_a_message_is_refused_and_costs_no_other(leader):
-    with pytest.raises(CallFailed, match="C, D, F: handler 'large' returned 1,100,000 bytes"):
-        list(leader.parts(b"1100000", handler="large"))
+@pytest.mark.parametrize("handler", ["large", "yields", "apart"])
+def test_a_part_may_be_larger_than_a_message(leader, handler):
+    parts = list(leader.parts(b"5000000", handler=handler))
+    size = 5_000_000 + (handler != "large")
+    assert sorted((p.process_id, p.result == p.process_id.encode() * size) for p in parts) == [
+        ("C", True),
+        ("D", True),
+        ("F", True),
+    ]
+
+
+def test_a_whole_answer_is_refused_when_it_is_too_large_and_says_what_would_do(leader):
+    with pytest.raises(CallFailed, match=r"'large' returned 1,100,000 bytes.*--as-completed"):
+        leader.call(b"1100000", handler="large")
+
+
+def rss(six: Overlay, process_id: str) -> int:
+    return psutil.Process(six.metrics(process_id).pid).memory_info().rss
+
+
+def test_no_process_on_the_way_holds_more_than_some_pieces_of_large_parts(six, leader):
+    before = {process_id: rss(six, process_id) for process_id in "ABEF"}
+    most = dict(before)
+    taken = 0
+    for part in leader.parts(b"60000000", handler="yields"):
+        time.sleep(0.3)  # a slow reader
+        taken += len(part.result)
+        most = {process_id: max(most[process_id], rss(six, process_id)) for process_id in most}
+    assert taken == 3 * 60_000_001
+    assert {p: most[p] - before[p] < 40 * MIB for p in before} == dict.fromkeys("ABEF", True), most
+
+
+def test_the_first_whole_part_ends_the_others_in_their_midst(six, leader):
+    parts = list(leader.parts(b"900000000 CF", handler="yields", first=1))
+    assert [(p.process_id, p.result) for p in parts] == [("D", b"D")]
+    until(lambda: not at_work(six), what="the others have ended")
+
+
+def test_a_part_that_is_not_read_to_its_end_by_the_deadline_is_late_and_frees_its_place(
+    six, leader
+):
+    began = time.monotonic()
+    parts = list(leader.parts(b"900000000 F", handler="yields", timeout=1))
+    assert [(p.process_id, p.code) for p in parts[2:]] == [("F", Code.DEADLINE_EXCEEDED)]
+    until(lambda: not at_work(six), what="it has ended")
+    assert time.monotonic() - began < 10
+
+
+def test_who_does_not_take_pieces_is_refused_as_before(six):
+    segment = pb2.Segment(
+        number=7, count=1, payloads=pb2.Column(items=[b"1100000"]), handler="large"
+    )
+    segment.as_they_come = True
+    call = six.stub("A").ForwardStream(iter([pb2.Frame(segments=[segment])]), timeout=20)
+    slices = [made for frame in call for made in frame.slices]
+    assert [part.failures[0].code for m in slices for part in m.parts] == [8] * 6
 
 
 def test_who_fails_is_told_of_and_when_all_do_it_raises(leader):
@@ -300,20 +366,21 @@ def test_many_may_ask_for_parts_at_once(leader):
 
 
 def test_parts_come_on_an_event_loop_too(six):
-    async def ask() -> tuple[list[str], list[str], str]:
+    async def ask() -> tuple[list[str], list[str], list[int], str]:
         async with overlay.connect_async(six.address("A")) as client:
             found = [part.process_id async for part in client.parts(b"0.4 0 0.8", handler="timed")]
             first = [p.process_id async for p in client.parts(b"25 0 25", handler="timed", first=1)]
+            large = [len(p.result) async for p in client.parts(b"2000000", handler="yields")]
             try:
                 async for _ in client.parts(b"CDF", handler="picky"):
                     pass
             except HandlerFailed as e:
-                return found, first, str(e)
+                return found, first, large, str(e)
         raise AssertionError("it did not fail")
 
-    found, first, error = asyncio.run(ask())
+    found, first, large, error = asyncio.run(ask())
 
-    assert (found, first) == (["D", "C", "F"], ["D"])
+    assert (found, first, large) == (["D", "C", "F"], ["D"], [2_000_001] * 3)
     assert "handler 'picky' failed" in error
     until(lambda: not at_work(six), what="the others have ended")
 
@@ -371,6 +438,17 @@ def test_client_py_stops_at_the_first(six):
     until(lambda: not at_work(six), what="the others have ended")
 
 
+def test_client_py_keeps_what_comes_in_a_file(six, tmp_path):
+    out = tmp_path / "parts"
+    words = "--handler", "yields", "--payload", "3000000 CF", "--as-completed", "--out", str(out)
+    done = run(six, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"C  3,000,001 bytes -> {out}" in done.stdout
+    first, *others = out.read_bytes().split(b"\n")
+    assert first == b"D"
+    assert sorted(others) == [b"C" * 3_000_001, b"F" * 3_000_001]
+
+
 def test_client_py_tells_who_is_missing_by_its_exit_code(six):
     done = run(six, "--handler", "picky", "--payload", "F", "--as-completed")
     assert done.returncode == 6
@@ -380,8 +458,18 @@ def test_client_py_tells_who_is_missing_by_its_exit_code(six):
     assert run(six, "--handler", "nope", "--as-completed").returncode == 1
 
 
-def test_with_a_worker_gone_its_absence_comes_last(six, leader):
+def test_a_worker_that_goes_in_the_midst_of_its_part_is_an_unknown_failure(six, leader):
+    coming = leader.parts(b"900000000 F", handler="yields")
+    found = [next(coming), next(coming)]
     six.kill("F")
+    found += coming
+    assert sorted((p.process_id, p.result) for p in found[:2]) == [("C", b"C"), ("D", b"D")]
+    assert [(p.process_id, p.result, p.executed) for p in found[2:]] == [
+        ("F", b"", Executed.UNKNOWN)
+    ]
+
+
+def test_with_a_worker_gone_its_absence_comes_last(six, leader):
     until(lambda: any(n.state == "down" for n in six.metrics("E").neighbours), what="E sees it")
     parts = list(leader.parts(b"0 0 0", handler="timed"))
     assert sorted(workers(parts[:2])) == ["C", "D"]

@@ -34,6 +34,7 @@ from overlay.values import (
     Failure,
     Hop,
     PartColumn,
+    Piece,
     Segment,
     Sink,
 )
@@ -746,6 +747,80 @@ def test_parts_that_nobody_reads_are_counted_in_the_window_until_they_are_writte
         assert [more for *_, more, _ in found] == [True] * 40 + [False]
         assert (stream._rows, stream._bytes, stream._unread) == (0, 0, 0)
         assert not stream._lane.paused
+
+
+def piece(at: int, more: bool, granted: list[int]) -> Answers:
+    """Four bytes of a result, after `at` others."""
+    how = Piece(at, more, granted.append if more else None)
+    return Answers(1, (PartColumn("V", Column((b"four",)), piece=how),), ("W", "V"))
+
+
+def test_pieces_pass_with_their_places_and_grants_go_back_to_who_sent_them():
+    granted: list[int] = []
+    with serving(Desk(held=[])) as served:
+        sender = Sender(frame(segment(5, b"a", as_they_come=True, pieces=3)))
+        call = served.call(sender)
+        ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
+        assert asked.pieces == 1
+        asked.early(0, piece(0, True, granted))
+        assert granted == [2]  # as many more as the client takes
+        made = next(iter(call)).slices[0]
+        sender.send(pb2.Frame(grants=[pb2.Grant(number=5, row=0, process_id="V", count=1)]))
+        until(lambda: granted == [2, 1], what="a grant has come")
+        asked.early(0, piece(4, False, granted))
+        served.desk.held = []
+        sink(0, Answers(1, (), ("W",)))
+        sender.send(pb2.Frame(grants=[pb2.Grant(number=5, row=0, process_id="V", count=9)]))
+        sender.close()  # what is granted late is passed over
+        rest = [m for f in call for m in f.slices]
+
+    assert [(m.parts[0].at, m.parts[0].more) for m in (made, rest[0])] == [(0, True), (4, False)]
+    assert [m.more for m in rest] == [True, False]
+
+
+def test_a_part_that_fails_after_pieces_is_no_answer():
+    with serving(Desk(held=[])) as served:
+        call = served.call(sender := Sender(frame(segment(5, b"a", as_they_come=True, pieces=1))))
+        ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
+        asked.early(0, piece(0, True, []))
+        failed = PartColumn.missing("V", 1, Failure(Code.INTERNAL, "broke", Executed.YES))
+        sink(0, Answers(1, (failed,), ("W", "V")))
+        served.desk.held = []
+        sender.close()
+        first, last = (made for answered in call for made in answered.slices)
+
+    assert (first.more, last.more, [why.code for why in last.failures]) == (True, False, [13])
+
+
+def test_who_grants_more_than_has_come_is_told_so():
+    with serving(Desk(held=[])) as served:
+        sender = Sender(frame(segment(5, b"a", as_they_come=True, pieces=3)))
+        call = served.call(sender)
+        ((asked, _),) = until(lambda: served.desk.held, what="it has started")
+        asked.early(0, piece(0, True, []))
+        sender.send(pb2.Frame(grants=[pb2.Grant(number=5, row=0, process_id="V", count=2)]))
+        with pytest.raises(grpc.RpcError, match="grants: V has sent 1 pieces, not 2"):
+            list(call)
+        served.desk.held = []
+
+
+def test_many_parts_of_a_stream_share_the_room_that_there_is_ahead_of_who_reads():
+    limits = replace(LIMITS, window_bytes=2 * 10 * Limits.piece_bytes)
+    granted: list[int] = []
+    with serving(Desk(held=[]), limits) as served:
+        rows = frame(*(segment(n, b"a", as_they_come=True, pieces=5) for n in range(4)))
+        sender = Sender(rows)
+        call = served.call(sender)
+        until(lambda: len(served.desk.held) == 4, what="all have started")
+        for asked, _ in served.desk.held:
+            asked.early(0, piece(0, True, granted))
+        assert granted == [4, 4]
+        (_, sink), *_ = served.desk.held
+        sink(0, Answers(1, (), ("W",)))  # it has ended, and what it had is free
+        served.desk.held[3][0].early(0, piece(4, True, granted))
+        assert granted == [4, 4, 4]
+        served.desk.held = []
+        call.cancel()
 
 
 def test_who_does_not_ask_for_parts_gets_none_before_the_answer():

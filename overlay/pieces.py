@@ -1,0 +1,160 @@
+"""A result that is too large for one message: it leaves its worker in pieces, as they are read.
+
+    handler -> cut -> Outlet.send(piece) --> each process on the way passes it on --> the client
+                          ^--- grant(n) <--- and the grants back <--- has read n of them
+
+So many pieces of a part are under way, at all hops together, as the client can take and the process
+asked has room for (Passage); for the rest the handler waits, in `send`. No process on the way keeps
+a piece, or waits for anything.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from overlay.errors import BadRequest
+from overlay.limits import Limits
+from overlay.values import Piece
+
+PIECE_BYTES = Limits.piece_bytes
+
+Send = Callable[[bytes], bool]
+"""Takes the next piece; False when nobody waits for the rest."""
+
+
+def cut(items: Iterable[Any], size: int) -> Iterator[tuple[bytes, bool]]:
+    """The same bytes in pieces of `size`, and whether more follow; the last one has what is left.
+
+    items: bytes, bytearrays or memoryviews of any sizes. Raises TypeError for another kind.
+    """
+    held = bytearray()
+    for item in items:
+        if not isinstance(item, (bytes, bytearray, memoryview)):
+            raise NotBytes(type(item).__name__)
+        whole, start = memoryview(item).cast("B"), 0
+        while len(held) + len(whole) - start > size:  # so that something is left for the last one
+            end = start + size - len(held)
+            piece = held + whole[start:end]
+            held.clear()
+            start = end
+            yield bytes(piece), True
+        held += whole[start:]
+    yield bytes(held), False
+
+
+class NotBytes(TypeError):
+    """Its text is the name of the type that came instead."""
+
+
+class Outlet:
+    """The way out of one row's result. One thread sends; `grant` and `close` are safe from any."""
+
+    def __init__(
+        self, ahead: int, deadline: float, pass_on: Callable[[bytes, Piece], None]
+    ) -> None:
+        """ahead: how many pieces may leave before the first grant."""
+        self.at = 0  # bytes that have left
+        self.waited_s = 0.0  # for grants, which is not the handler's time
+        self._room = ahead
+        self._deadline = deadline
+        self._pass_on = pass_on
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def send(self, piece: bytes) -> bool:
+        """Passes it on when there is room; False when nobody waits for it any more."""
+        began = time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: self._room or self._closed, self._deadline - began)
+            self.waited_s += time.monotonic() - began
+            if self._closed or not self._room:
+                return False
+            self._room -= 1
+        at, self.at = self.at, self.at + len(piece)
+        self._pass_on(piece, Piece(at, True, self.grant))
+        return True
+
+    def grant(self, pieces: int) -> None:
+        with self._changed:
+            self._room += pieces
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody waits for the rest."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+Key = tuple[int, int, str]
+"""A part of a stream: segment, row, worker."""
+
+Told = tuple[Callable[[int], None], int]
+"""Who is to have more pieces, and how many."""
+
+
+class Passage:
+    """The parts that pass a stream in pieces, and how far each may go ahead. No lock of its own.
+
+    A part's worker sends one piece by itself, and then as many as it is told. As long as there is
+    room, that is as many more as the stream's client can take before it grants any; a part that
+    finds no room comes piece by piece, until there is. So a client that reads nothing holds up one
+    piece of each part, and `room` others.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._parts: dict[Key, _Part] = {}
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def passes(self, key: Key, piece: Piece, ahead: int) -> Told | None:
+        """A piece goes up to a client that takes `ahead` more of each part."""
+        if piece.grant is None:
+            self.end(key)
+            return None
+        part = self._parts.get(key)
+        if part is None:
+            part = self._parts[key] = _Part(piece.grant, ahead)
+        part.unread += 1
+        return self._told(part, 0)
+
+    def granted(self, key: Key, pieces: int, by_a_client: bool) -> Told | None:
+        """Raises BadRequest when a client grants more than have gone up; a process may."""
+        part = self._parts.get(key)
+        if part is None:  # it has ended meanwhile
+            return None
+        if by_a_client and pieces > part.unread:
+            raise BadRequest(f"grants: {key[2]} has sent {part.unread} pieces, not {pieces}")
+        part.unread -= pieces
+        return self._told(part, pieces)
+
+    def end(self, key: Key) -> None:
+        part = self._parts.pop(key, None)
+        if part is not None and part.is_wide:
+            self._room += part.ahead
+
+    def end_rows(self, number: int, start: int, count: int) -> None:
+        rows = range(start, start + count)
+        for key in [key for key in self._parts if key[0] == number and key[1] in rows]:
+            self.end(key)
+
+    def _told(self, part: _Part, pieces: int) -> Told | None:
+        if not part.is_wide and self._room >= part.ahead:
+            part.is_wide = True
+            self._room -= part.ahead
+            pieces += part.ahead
+        return (part.grant, pieces) if pieces else None
+
+
+@dataclass
+class _Part:
+    grant: Callable[[int], None]
+    ahead: int
+    unread: int = 0  # pieces that have gone up and were not granted
+    is_wide: bool = False
