@@ -301,7 +301,8 @@ def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes
         returned = f"{size:,} bytes, more" if size else "more"
         reason = (
             f"handler '{name}' returned {returned} than max_message_mib allows ({most:,}); "
-            "a part that is taken as it comes may be larger (--as-completed)"
+            "a part that is taken as it comes (--as-completed) may be larger, unless an older "
+            "process is on its way"
         )
         return Failure(Code.RESOURCE_EXHAUSTED, reason, Executed.YES)
     if kind == "left":  # its row has been answered, or is just being

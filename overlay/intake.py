@@ -71,6 +71,7 @@ class Ticket:
         self.number = number
         self.unstarted = OpenRows(segment.count)  # guarded by the intake's lock
         self.patient_until = (now + segment.deadline) / 2
+        self.is_read = False  # in pieces: so its time is its reader's, and no pace to go by
         self._sink = sink
         self._intake = intake
         self._lock = threading.Lock()
@@ -523,7 +524,7 @@ class Intake:
                 self._active -= 1
                 self._teams[ticket.route.team] -= 1
                 is_odd = False
-            if not is_odd:
+            if not (is_odd or ticket.is_read):
                 kind.pace.ended(now, now - started, kind.active)
             kind.active -= count
 

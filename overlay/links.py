@@ -327,8 +327,9 @@ class _Link:
         large = large or segment.pieces > 0  # whose answers may be
         return self._books[large].send(segment, sink)
 
-    def answered(self, route: Route, answers: Answers) -> None:
-        """Rows that were asked have ended."""
+    def answered(self, route: Route, answers: Answers, is_read: bool = False) -> None:
+        """Rows that were asked have ended. is_read: in pieces, when it says nothing of its health
+        that they failed."""
         handler = route.handler
         count, flawless = answers.count, answers.flawless
         with self._lock:
@@ -339,7 +340,10 @@ class _Link:
         if flawless and not self.cases:
             return
         service_s, to_all = self.service_s.get(handler, 0.0), route.mode is Mode.ALL
-        self._minder.hear(self.id, handler, heard(answers, service_s, to_all))
+        said = heard(answers, service_s, to_all)
+        if is_read and not flawless:
+            said = Heard(Verdict.NEITHER, count, "")
+        self._minder.hear(self.id, handler, said)
         refused = answers.refused
         if refused and refused.code is Code.UNAVAILABLE and refused.executed is Executed.NO:
             self.look_again()  # it answers, and refuses: draining, as the look will tell
@@ -496,9 +500,10 @@ class _Link:
 class _Sent:
     """A segment given to a link: each row is answered once, by the neighbour or for it."""
 
-    __slots__ = ("message", "open", "row", "segment", "sink")
+    __slots__ = ("is_read", "message", "open", "row", "segment", "sink")
 
     def __init__(self, segment: Segment, sink: Sink) -> None:
+        self.is_read = False  # in pieces: so it is the reader's matter when it ends, and how
         self.segment = segment
         self.sink = sink
         self.open = OpenRows(segment.count)
@@ -553,7 +558,7 @@ class _Book:
                 if not sent.open.left:
                     return
                 late = 0
-                if code is Code.DEADLINE_EXCEEDED and sent.message is not None:
+                if code is Code.DEADLINE_EXCEEDED and sent.message is not None and not sent.is_read:
                     late = sum(rows for _, rows in sent.open.runs(start, count))
                 self._cancels.append((sent, start, count))
             if late:
@@ -645,6 +650,7 @@ class _Book:
         early = sent.segment.early
         if early is not None and start + answers.count <= sent.segment.count:
             self._link.note_times(sent.segment.route.handler, answers)
+            sent.is_read = sent.is_read or not all(column.is_over for column in answers.parts)
             early(start, answers.granted_by(partial(self._grant, sent, start)))
 
     def _grant(self, sent: _Sent, row: int, worker: str, pieces: int) -> None:
@@ -712,5 +718,5 @@ class _Book:
                         part.message = None
         for first, rows in runs:
             slice_ = answers.slice(first - start, rows)
-            self._link.answered(sent.segment.route, slice_)
+            self._link.answered(sent.segment.route, slice_, sent.is_read)
             sent.sink(first, slice_)

@@ -346,7 +346,10 @@ class _Stream:
             key = accepted.number, row, column.process_id
             if column.piece is None:  # a failure, it may be after pieces
                 self._passage.end(key)
-            elif more := self._passage.passes(key, column.piece, accepted.ahead):
+                continue
+            if accepted.ticket is not None:
+                accepted.ticket.is_read = True
+            if more := self._passage.passes(key, column.piece, accepted.ahead):
                 told.append(more)
         return told
 

@@ -29,9 +29,11 @@ from overlay.values import (
     Column,
     End,
     Executed,
+    Failure,
     Mode,
     Part,
     PartColumn,
+    Piece,
     Route,
     Segment,
 )
@@ -494,6 +496,33 @@ def test_rows_that_are_not_even_answered_as_late_count(two):
         end(Code.DEADLINE_EXCEEDED, 0, 1)
     assert two.state is State.EJECTED
     assert "no answer from C within the deadline" in two.shown[1]
+
+
+def test_results_that_are_not_read_to_their_end_in_time_do_not_count(two):
+    """It answers: they come in pieces, and who reads them is slow."""
+    pipe = two.links._links["C"]._books[1].pipe
+    came: list[Answers] = []
+    for _ in range(2 * FAILURES):
+        two.links.reserve("C", "", 1)
+        route, deadline = Route(hops=("B",), targets=("C",)), time.monotonic() + 30
+        segment = Segment(route, Column([b"a"]), deadline, 1, pieces=1)
+        segment.early = lambda start, answers: came.append(answers)
+        end = two.links.send("C", segment, lambda start, answers: None)
+        (frame,) = pipe.take()
+        number = frame.segments[0].number
+        frame = pb2.Frame()
+        part = PartColumn("C", Column([b"some"]), piece=Piece(0, True))
+        wire.write_slice(frame, number, 0, Answers(1, (part,)), more=True)
+        pipe._receive(frame)
+        came.pop().parts[0].piece.grant(1)
+        end(Code.DEADLINE_EXCEEDED, 0, 1)
+        (frame,) = pipe.take()
+        assert [(made.number, made.process_id) for made in frame.grants] == [(number, "C")]
+        late = PartColumn.missing("C", 1, Failure(Code.DEADLINE_EXCEEDED, "", Executed.YES))
+        frame = pb2.Frame()
+        wire.write_slice(frame, number, 0, Answers(1, (late,)))
+        pipe._receive(frame)
+    assert two.state is State.HEALTHY
 
 
 def test_rows_that_their_callers_left_do_not_count(two):

@@ -778,6 +778,22 @@ def test_pieces_pass_with_their_places_and_grants_go_back_to_who_sent_them():
     assert [m.more for m in rest] == [True, False]
 
 
+def test_how_long_a_client_reads_is_no_pace_by_which_others_are_judged():
+    with serving(Desk(held=[])) as served:
+        rows = [segment(n, b"a", as_they_come=True, pieces=1) for n in range(2)]
+        call = served.call(sender := Sender(frame(*rows)))
+        (asked, sink), (_, whole) = until(lambda: len(served.desk.held) == 2 and served.desk.held)
+        asked.early(0, piece(0, True, []))
+        sink(0, Answers(1, (), ("W",)))
+        (kind,) = served.intake._kinds.values()
+        assert kind.pace.mean_s(time.monotonic()) == 0.0
+        whole(0, Answers(1, (), ("W",)))
+        assert kind.pace.mean_s(time.monotonic()) > 0.0
+        served.desk.held = []
+        sender.close()
+        assert sum(len(answered.slices) for answered in call) == 3
+
+
 def test_a_part_that_fails_after_pieces_is_no_answer():
     with serving(Desk(held=[])) as served:
         call = served.call(sender := Sender(frame(segment(5, b"a", as_they_come=True, pieces=1))))
