@@ -100,6 +100,8 @@ def buf(
     """Runs `buf curl` over gRPC: buf("http://HOST:PORT/SERVICE/METHOD", {...}, "-v")."""
     program = tool("buf", "pip install -r requirements-dev.txt")
     home = tmp_path_factory.mktemp("buf")
+    # It walks the folder of the schema's file, and would get to `/` through wine's drives in ours.
+    shutil.copy(PROTO, home)
 
     def ask(url: str, request: object = None, *options: str) -> subprocess.CompletedProcess[str]:
         command = [program, "curl", "--http2-prior-knowledge", "--protocol", "grpc", *options]
@@ -109,7 +111,7 @@ def buf(
     return ask
 
 
-SCHEMA = ("--schema", str(PROTO), "--reflect=false")
+SCHEMA = ("--schema", PROTO.name, "--reflect=false")
 
 
 @pytest.mark.parametrize("how", [SCHEMA, ()], ids=["from the proto", "by reflection"])
