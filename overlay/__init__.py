@@ -18,7 +18,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  machine
                  links -> pipes, wire   pipes -> wire -> meter, recent
                  executor -> threads, processes -> batch -> handlers, meter, pieces
-                 executor -> batch, handlers   threads -> handlers, pieces
+                 executor -> batch, handlers   threads -> handlers, logs, pieces
                  processes -> child -> batch, handlers, logs, pieces   processes -> pieces
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
                  picture -> history   diagnosis

@@ -55,10 +55,7 @@ class Context:
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
-        """To the worker's log, in lines that carry the request's id.
-
-        What is printed carries it in a process only: threads share one standard output.
-        """
+        """To the worker's log, in lines that carry the request's id."""
         return logging.LoggerAdapter(_log, {"request_id": self.request_id})
 
 

@@ -72,10 +72,14 @@ class ProcessLog:
 
         A pipe that nobody reads would fill up and stop whoever prints.
         """
-        say = logging.getLogger("overlay.handler").info
+        log = logging.getLogger("overlay.handler")
+
+        def say(text: str) -> None:
+            log.info("%s", text, extra={"request_id": _thread.request_id})
+
         for name, fd in (("stdout", 1), ("stderr", 2)):
             if getattr(sys, name) is None or not getattr(sys, name).isatty():
-                setattr(sys, name, Printed(lambda text: say("%s", text), fd))
+                setattr(sys, name, Printed(say, fd))
 
     def stop(self) -> None:
         logging.getLogger("overlay").removeHandler(self._into)
@@ -92,8 +96,28 @@ class ProcessLog:
         self._file.close()
 
 
+class _Thread(threading.local):
+    """The request that a thread works on, and the lines that it has begun to print."""
+
+    def __init__(self) -> None:
+        self.request_id = 0
+        self.begun: dict[_Lines, bytes] = {}
+
+
+_thread = _Thread()
+
+
+def work_on(request_id: int) -> None:
+    """What the thread that calls this prints from now on is about this request."""
+    if _thread.begun:
+        for lines in list(_thread.begun):
+            lines.end_line()
+    _thread.request_id = request_id
+
+
 class Printed(io.TextIOWrapper):
-    """A standard output that gives whole lines to `say`. It holds at most a line; stays open.
+    """A standard output that gives whole lines to `say`. It holds at most a line of each thread;
+    stays open.
 
     fd: what programs that are started with this output write to.
     """
@@ -109,6 +133,7 @@ class Printed(io.TextIOWrapper):
         )
 
     def end_line(self) -> None:
+        """Of the thread that calls it."""
         self._into.end_line()
 
     def close(self) -> None:
@@ -119,8 +144,6 @@ class _Lines(io.RawIOBase):
     def __init__(self, say: Callable[[str], None], fd: int) -> None:
         self._say = say
         self._fd = fd
-        self._lock = threading.Lock()
-        self._rest = b""
 
     def writable(self) -> bool:
         return True
@@ -131,10 +154,10 @@ class _Lines(io.RawIOBase):
     def write(self, data: object) -> int:
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         left_out = max(0, len(view) - 16 * LONGEST_LINE)
-        with self._lock:
-            text = self._rest + bytes(view[: len(view) - left_out])
-            *lines, rest = text.split(b"\n")
-            self._rest = rest[: 4 * LONGEST_LINE]
+        text = _thread.begun.pop(self, b"") + bytes(view[: len(view) - left_out])
+        *lines, rest = text.split(b"\n")
+        if rest:
+            _thread.begun[self] = rest[: 4 * LONGEST_LINE]
         for line in lines:
             self._say_bytes(line)
         if left_out:
@@ -142,9 +165,7 @@ class _Lines(io.RawIOBase):
         return len(view)
 
     def end_line(self) -> None:
-        with self._lock:
-            line, self._rest = self._rest, b""
-        self._say_bytes(line)
+        self._say_bytes(_thread.begun.pop(self, b""))
 
     def close(self) -> None:
         pass

@@ -18,6 +18,7 @@ from overlay import handlers
 from overlay.batch import Batch, outcome_of, outcome_of_error, read_outcome
 from overlay.handlers import RECURSION, Context, Handler
 from overlay.limits import Limits
+from overlay.logs import work_on
 from overlay.pieces import PIECE_BYTES, Outlet
 from overlay.topology import HandlerSpec
 from overlay.values import Failure
@@ -198,6 +199,7 @@ def _called(
     outlet: Outlet | None,
 ) -> bytes | Failure:
     most = most_bytes if outlet is None else PIECE_BYTES
+    work_on(context.request_id)
     try:
         result = call(payload, context)
         if type(result) is bytes and len(result) <= most and recursion_limit() == RECURSION:

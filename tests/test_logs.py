@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -316,6 +317,35 @@ def test_prints_go_to_the_log_until_it_stops(tmp_path, capfd):
     assert "C overlay.handler INFO to the log\n" in text
     assert "C overlay.handler INFO this too\n" in text
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_thread_prints_has_the_id_of_the_request_on_which_it_works(tmp_path):
+    path, both = tmp_path / "c.log", threading.Barrier(2)
+
+    def work(first: int) -> None:
+        for request_id in range(first, first + 3):
+            logs.work_on(request_id)
+            print(f"{request_id} ", end="")
+            both.wait(10)  # the other one prints too, in the midst of this line
+            print("begins")
+            both.wait(10)
+            print(f"{request_id} has no end", end="")
+        logs.work_on(0)
+
+    with logging_to(path) as log:
+        log.take_prints()
+        threads = [threading.Thread(target=work, args=(first,)) for first in (0x10, 0x20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print("nobody's")
+
+    *lines, last = [line.split(" INFO ")[1] for line in path.read_text().splitlines()]
+    ids = [0x10, 0x11, 0x12, 0x20, 0x21, 0x22]
+    expected = [f"request {n:016x}: {n} {how}" for n in ids for how in ("begins", "has no end")]
+    assert sorted(lines) == expected
+    assert last == "nobody's"
 
 
 def test_stopping_twice_is_stopping(tmp_path):
