@@ -40,6 +40,8 @@ class Limits:
     streams: int = 64  # at once per process; each holds two threads
     join_rows: int = 256  # requests of small segments that a link joins to one
     few_rows: int = 8  # what a small segment has at most
+    gather_rows: int = 64  # requests that gather behind a busy link; more leave at once
+    gather_s: float = 0.005  # and the time for which they do, if no answer comes before
     frame_bytes: int = MIB  # about; a larger frame would hold up those behind it
     piece_bytes: int = 128 * 1024  # of a result that comes in pieces; a few fit into a frame
     pieces_ahead: int = 64  # that a client may take before it has read any

@@ -29,6 +29,7 @@ from overlay.errors import NotTold
 from overlay.health import Case, Change, Heard, State, Verdict, Ward, heard
 from overlay.limits import Limits
 from overlay.pipes import Pipe
+from overlay.routing import QUICK_S
 from overlay.rows import OpenRows
 from overlay.topology import Process
 from overlay.values import Answers, Code, End, Executed, Mode, Part, Route, Segment, Sink
@@ -348,6 +349,11 @@ class _Link:
         if refused and refused.code is Code.UNAVAILABLE and refused.executed is Executed.NO:
             self.look_again()  # it answers, and refuses: draining, as the look will tell
 
+    def is_quick(self, handler: str) -> bool:
+        """Whether a row of it is known to take no longer than a few thread switches."""
+        service_s = self.service_s.get(handler)
+        return service_s is not None and service_s < QUICK_S
+
     def note_times(self, handler: str, answers: Answers) -> None:
         with self._lock:
             self._note_service_time(handler, answers)
@@ -531,7 +537,15 @@ class _Book:
     """What goes through one pipe: segments to send, segments not yet answered, cancels."""
 
     def __init__(self, link: _Link, name: str, limits: Limits) -> None:
-        self.pipe = Pipe(link.channel, name, self._fill, self._receive, self._lost, self._begin)
+        self.pipe = Pipe(
+            link.channel,
+            name,
+            self._fill,
+            self._receive,
+            self._lost,
+            self._begin,
+            self._patience_s,
+        )
         self.is_live = False
         self._link = link
         self._limits = limits
@@ -541,6 +555,7 @@ class _Book:
         self._cancels: deque[tuple[_Sent, int, int]] = deque()
         self._grants: deque[tuple[int, int, str, int]] = deque()  # message, row, worker, pieces
         self._messages: dict[int, _Message] = {}
+        self._last_quick: _Message | None = None
 
     def send(self, segment: Segment, sink: Sink) -> End:
         sent = _Sent(segment, sink)
@@ -569,6 +584,28 @@ class _Book:
 
     # on gRPC's sending thread
 
+    def _patience_s(self) -> float:
+        """Few requests that come while the neighbour is at quick work leave when that is answered.
+
+        Many single requests make each of their trips longer than their work; those that gather
+        share one. Source of the rule: Nagle's algorithm (RFC 896), here with a bound, or a request
+        that hangs would keep back the others.
+        """
+        if self._cancels or not self._is_at_quick_work:
+            return 0.0
+        try:
+            first = self._outbox[0].segment
+        except IndexError:
+            return 0.0
+        limits = self._limits
+        is_few = first.count <= limits.few_rows and len(self._outbox) < limits.gather_rows
+        return limits.gather_s if is_few and self._link.is_quick(first.route.handler) else 0.0
+
+    @property
+    def _is_at_quick_work(self) -> bool:
+        last = self._last_quick
+        return last is not None and last.left > 0
+
     def _fill(self, frame: pb2.Frame) -> bool:
         size = 0
         while self._outbox and size < self._limits.frame_bytes:
@@ -585,7 +622,9 @@ class _Book:
             with self._lock:
                 live = self.is_live
                 if live:
-                    self._messages[number] = _Message(number, parts)
+                    message = self._messages[number] = _Message(number, parts)
+                    if self._link.is_quick(segment.route.handler):
+                        self._last_quick = message
             if not live:  # lost since: this frame goes nowhere
                 for part in parts:
                     self._answer_all(part, Code.UNAVAILABLE, "the link is down", Executed.NO)
@@ -643,6 +682,8 @@ class _Book:
                 self._pass_on(message.parts[0], made.start, wire.read_slice(made))
             elif message is not None:
                 self._spread(message, made.start, wire.read_slice(made))
+        if self._outbox and not self._is_at_quick_work:
+            self.pipe.hurry()
         self._link.flush()  # what was tried elsewhere
 
     def _pass_on(self, sent: _Sent, start: int, answers: Answers) -> None:

@@ -5,9 +5,9 @@
     lost(why) when the call has ended; what was handed over and not answered may have run, unless
               why.executed is NO: then the process has read nothing that it did not answer
 
-One frame is in flight at a time: what comes meanwhile leaves together in the next. `fill` runs on
-gRPC's sending thread, `receive` and `lost` on the pipe's own thread, "pipe-NAME", from `start` to
-`end`.
+One frame is in flight at a time: what comes meanwhile leaves together in the next, and what may
+wait for company does, until `hurry`. `fill` runs on gRPC's sending thread, `receive` and `lost` on
+the pipe's own thread, "pipe-NAME", from `start` to `end`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RETRY_S = 0.1  # between two attempts; gRPC's own backoff comes on top
 
 
 class Pipe:
-    """Sends and receives frames of one stream. `kick` and `end` are safe from any thread."""
+    """Sends and receives frames of one stream. Its verbs are safe from any thread."""
 
     def __init__(
         self,
@@ -38,19 +38,23 @@ class Pipe:
         receive: Callable[[pb2.Frame], None],
         lost: Callable[[Part], None],
         live: Callable[[Mapping[str, str]], None] = lambda metadata: None,
+        patience_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """fill: puts what is to be sent into the frame; False when there is nothing.
 
-        live: the other side has accepted the call, with this metadata.
+        live: the other side has accepted the call, with this metadata. patience_s: how long what is
+        to be sent may wait for more, at most; must be quick.
         """
         self._stub = pb2_grpc.OverlayNodeStub(channel)
         self._fill = fill
         self._receive = receive
         self._lost = lost
         self._live = live
+        self._patience_s = patience_s
         self._changed = threading.Condition()
         self._filling = threading.Lock()  # a call's loss waits for what its sender takes just now
         self._kicked = False
+        self._hurried = False
         self._ended = False
         self._call: grpc.Call | None = None
         self._attempt = 0
@@ -65,6 +69,13 @@ class Pipe:
         with self._changed:
             self._kicked = True
             self._changed.notify_all()
+
+    def hurry(self) -> None:
+        """What waits for more leaves now."""
+        if self._kicked:
+            with self._changed:
+                self._hurried = True
+                self._changed.notify_all()
 
     def end(self) -> None:
         with self._changed:
@@ -112,13 +123,22 @@ class Pipe:
     def _frames(self, attempt: int) -> Iterator[pb2.Frame]:
         while True:
             with self._changed:
-                while not self._kicked and self._attempt == attempt and not self._ended:
+                while not self._kicked and not self._is_over(attempt):
                     self._changed.wait()
-                if self._attempt != attempt or self._ended:
+                patience_s = self._patience_s()
+                if patience_s and not self._hurried and not self._is_over(attempt):
+                    self._changed.wait(patience_s)
+                if self._is_over(attempt):
                     return
-                self._kicked = False
+                self._kicked = self._hurried = False
             while (frame := self._next_frame(attempt)) is not None:
                 yield frame
+                if self._patience_s():  # for what came meanwhile
+                    self._kicked = True
+                    break
+
+    def _is_over(self, attempt: int) -> bool:
+        return self._attempt != attempt or self._ended
 
     def _next_frame(self, attempt: int) -> pb2.Frame | None:
         frame = pb2.Frame()

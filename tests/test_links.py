@@ -50,9 +50,12 @@ class MemoryPipe:
 
     made: list[MemoryPipe]
 
-    def __init__(self, channel, name, fill, receive, lost, live=lambda metadata: None) -> None:
+    def __init__(
+        self, channel, name, fill, receive, lost, live=lambda metadata: None, patience_s=lambda: 0.0
+    ) -> None:
         self.name = name
-        self.kicks = 0
+        self.kicks = self.hurries = 0
+        self.patience_s = patience_s
         self._fill, self._receive, self._lost, self._live = fill, receive, lost, live
 
     def accept(self) -> None:
@@ -60,6 +63,9 @@ class MemoryPipe:
 
     def kick(self) -> None:
         self.kicks += 1
+
+    def hurry(self) -> None:
+        self.hurries += 1
 
     def start(self) -> None: ...
 
@@ -393,6 +399,68 @@ def test_the_pace_of_a_neighbour_follows_its_answers_and_not_one_odd_slice(bench
     for _ in range(60):
         last = answered(5000)
     assert last == pytest.approx(0.005, rel=0.1)
+
+
+# Few requests that leave together.
+
+
+def at_work(bench: Bench, worked_us: int = 100) -> int:
+    """A neighbour whose pace is known and that has a request; the number of its segment."""
+    bench.send(b"known")
+    (frame,) = bench.small.take()
+    bench.small.answer(frame.segments[0].number, 0, b"KNOWN", worked_us=worked_us)
+    bench.send(b"first")
+    (frame,) = bench.small.take()
+    return frame.segments[0].number
+
+
+def test_a_lone_request_waits_for_no_company(bench):
+    number = at_work(bench)
+    bench.small.answer(number, 0, b"FIRST")
+    bench.send(b"second")
+    assert bench.small.patience_s() == 0
+
+
+def test_what_comes_while_a_neighbour_is_at_quick_work_leaves_when_that_is_answered(bench):
+    number = at_work(bench)
+    bench.send(b"second")
+    assert bench.small.patience_s() == Limits().gather_s
+    assert not bench.small.hurries
+
+    bench.small.answer(number, 0, b"FIRST")
+
+    assert bench.small.hurries
+    assert bench.small.patience_s() == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "worked_us", "sent"),
+    [
+        ("slow work, which needs all its slots", 1000, [(b"second",)]),
+        ("many rows, which need no company", 100, [(b"row",) * (Limits().few_rows + 1)]),
+        ("a crowd", 100, [(b"one",)] * Limits().gather_rows),
+    ],
+)
+def test_these_wait_for_no_answer(bench, what, worked_us, sent):
+    at_work(bench, worked_us)
+    for payloads in sent:
+        bench.send(*payloads)
+    assert bench.small.patience_s() == 0
+
+
+def test_a_cancel_waits_for_no_answer(bench):
+    at_work(bench)
+    second = bench.send(b"second")
+    second.end(Code.CANCELLED, 0, 1)
+    assert bench.small.patience_s() == 0
+
+
+def test_after_a_loss_nothing_waits_for_an_answer(bench):
+    at_work(bench)
+    bench.small.lose()
+    bench.small.accept()
+    bench.send(b"second")
+    assert bench.small.patience_s() == 0
 
 
 # What the requests tell of a neighbour.
@@ -816,13 +884,82 @@ def test_closing_answers_what_is_under_way(pair):
     assert sent.parts[0].executed is Executed.UNKNOWN
 
 
-# Pipes.
-
-
 def test_closing_is_no_trouble_of_the_neighbour(pair, caplog):
     pair.links.close()
 
     assert not caplog.records
+
+
+# Pipes.
+
+
+class Lines:
+    """A real pipe whose frames are empty segments, and when each of them left."""
+
+    def __init__(self, pair: Pair, patience_s: float) -> None:
+        address = pair.topology.processes["C"].address
+        self.channel = grpc.insecure_channel(address, wire.channel_options())
+        self.waiting: list[int] = []
+        self.left: list[list[int]] = []
+        self.patience_s = patience_s
+        served = threading.Event()
+        self.pipe = Pipe(
+            self.channel,
+            "test",
+            self.fill,
+            lambda frame: None,
+            lambda why: None,
+            lambda metadata: served.set(),
+            lambda: self.patience_s if self.waiting else 0.0,
+        )
+        self.pipe.start()
+        assert served.wait(5)
+
+    def fill(self, frame: pb2.Frame) -> bool:
+        taken, self.waiting = self.waiting, []
+        if taken:
+            frame.cancels.add(number=1)
+            self.left.append(taken)
+        return bool(taken)
+
+    def put(self, number: int) -> None:
+        self.waiting.append(number)
+        self.pipe.kick()
+
+    def close(self) -> None:
+        self.pipe.end()
+        self.channel.close()
+
+
+def test_what_gathers_in_a_pipe_leaves_together_when_it_is_hurried(pair):
+    lines = Lines(pair, patience_s=30)
+    try:
+        for number in range(3):
+            lines.put(number)
+            time.sleep(0.02)
+        assert not lines.left
+        lines.pipe.hurry()
+        until(lambda: lines.left == [[0, 1, 2]], 2)
+    finally:
+        lines.close()
+
+
+def test_patience_ends_by_itself(pair):
+    lines = Lines(pair, patience_s=0.2)
+    try:
+        lines.put(0)
+        lines.put(1)
+        until(lambda: lines.left == [[0, 1]], 2)
+    finally:
+        lines.close()
+
+
+def test_a_pipe_that_waits_for_more_ends_at_once(pair):
+    lines = Lines(pair, patience_s=30)
+    lines.put(0)
+    began = time.monotonic()
+    lines.close()
+    assert time.monotonic() - began < 2
 
 
 def test_a_sender_whose_call_is_lost_takes_nothing_of_the_next_call(pair):
