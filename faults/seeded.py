@@ -156,13 +156,13 @@ def cancelled_stays_active() -> None:
 
 
 def dead_link_is_silent() -> None:
-    from overlay import links
+    from overlay import books
 
     def lost(self: Any, why: Any) -> None:
         self.is_live = False
         self._link.lost(why)
 
-    links._Book._lost = lost
+    books.Book._lost = lost
 
 
 def coverage_always_complete() -> None:

@@ -16,7 +16,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
                  machine
-                 links -> pipes, wire   pipes -> wire -> meter, recent
+                 links -> books, wire   books -> pipes, wire   pipes -> wire -> meter, recent
                  executor -> threads, processes -> batch -> handlers, meter, pieces
                  executor -> batch, handlers   threads -> handlers, logs, pieces
                  processes -> child -> batch, handlers, logs, pieces   processes -> pieces
@@ -28,7 +28,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
 Entries on top: node.py serves one process, client.py asks, scripts/ start and stop.
 
 Decisions are pure: no grpc, no threads, no clock of their own. `grpc` is known to wire, pipes,
-links and the edges, and to node.py; `threading` to the mechanism floor and above.
+books, links and the edges, and to node.py; `threading` to the mechanism floor and above.
 
 A request's way, on every process it passes:
 

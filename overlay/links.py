@@ -11,8 +11,6 @@ Owns one thread, "links", from `start` to `close`, and its pipes'.
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import logging
 import threading
 import time
@@ -25,19 +23,17 @@ import grpc
 
 import overlay
 from overlay import wire
+from overlay.books import Book
 from overlay.errors import NotTold
 from overlay.health import Case, Change, Heard, State, Verdict, Ward, heard
 from overlay.limits import Limits
-from overlay.pipes import Pipe
 from overlay.routing import QUICK_S
-from overlay.rows import OpenRows
 from overlay.topology import Process
 from overlay.values import Answers, Code, End, Executed, Mode, Part, Route, Segment, Sink
 from overlay.wire import pb2, pb2_grpc
 
 log = logging.getLogger("overlay.links")
 
-SAME_DEADLINE_S = 0.01  # segments whose deadlines are no further apart may travel as one
 _HEALTHY = State.HEALTHY  # looked up once: `load` is on every request's way
 
 
@@ -86,7 +82,7 @@ class Links:
         """lone: the neighbours that stand for one worker each; by default, those that work."""
         self.on_change: Callable[[], None] = lambda: None
         self._limits = limits
-        self._to_flush: set[_Book] = set()
+        self._to_flush: set[Book] = set()
         if lone is None:
             lone = {n.id for n in neighbours if n.works}
         self._minder = _Minder(Ward((n.id for n in neighbours), lone), self.up)
@@ -259,7 +255,7 @@ class _Link:
         limits: Limits,
         digest: str,
         changed: Callable[[], None],
-        to_flush: set[_Book],
+        to_flush: set[Book],
         flush: Callable[[], None],
         minder: _Minder,
     ) -> None:
@@ -280,8 +276,8 @@ class _Link:
         self.slots: dict[str, dict[str, int]] = {}
         self.service_s: dict[str, float] = {}
         self._books = (
-            _Book(self, f"{self.id}-small", limits),
-            _Book(self, f"{self.id}-large", limits),
+            Book(self, f"{self.id}-small", limits),
+            Book(self, f"{self.id}-large", limits),
         )
         self._stub = pb2_grpc.OverlayNodeStub(self.channel)
         self._limits = limits
@@ -501,263 +497,3 @@ class _Link:
             )
         if changed or state == "up":
             self._changed()
-
-
-class _Sent:
-    """A segment given to a link: each row is answered once, by the neighbour or for it."""
-
-    __slots__ = ("is_read", "message", "open", "row", "segment", "sink")
-
-    def __init__(self, segment: Segment, sink: Sink) -> None:
-        self.is_read = False  # in pieces: so it is the reader's matter when it ends, and how
-        self.segment = segment
-        self.sink = sink
-        self.open = OpenRows(segment.count)
-        self.message: _Message | None = None  # in which it was handed to gRPC; it may run then
-        self.row = 0  # where it begins in that message
-
-
-class _Message:
-    """A segment as it was written: one of those given, or several that could be joined."""
-
-    __slots__ = ("left", "number", "parts", "starts")
-
-    def __init__(self, number: int, parts: list[_Sent]) -> None:
-        self.number = number
-        self.parts = parts
-        self.starts: list[int] = []
-        self.left = 0
-        for part in parts:
-            part.message, part.row = self, self.left
-            self.starts.append(self.left)
-            self.left += part.segment.count
-
-
-class _Book:
-    """What goes through one pipe: segments to send, segments not yet answered, cancels."""
-
-    def __init__(self, link: _Link, name: str, limits: Limits) -> None:
-        self.pipe = Pipe(
-            link.channel,
-            name,
-            self._fill,
-            self._receive,
-            self._lost,
-            self._begin,
-            self._patience_s,
-        )
-        self.is_live = False
-        self._link = link
-        self._limits = limits
-        self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
-        self._outbox: deque[_Sent] = deque()
-        self._cancels: deque[tuple[_Sent, int, int]] = deque()
-        self._grants: deque[tuple[int, int, str, int]] = deque()  # message, row, worker, pieces
-        self._messages: dict[int, _Message] = {}
-        self._last_quick: _Message | None = None
-
-    def send(self, segment: Segment, sink: Sink) -> End:
-        sent = _Sent(segment, sink)
-        with self._lock:
-            live = self.is_live
-            if live:
-                self._outbox.append(sent)
-        if live:
-            self._link.to_flush.add(self)
-        else:
-            self._answer_all(sent, Code.UNAVAILABLE, "the link is down", Executed.NO)
-
-        def end(code: Code, start: int, count: int) -> None:
-            with self._lock:
-                if not sent.open.left:
-                    return
-                late = 0
-                if code is Code.DEADLINE_EXCEEDED and sent.message is not None and not sent.is_read:
-                    late = sum(rows for _, rows in sent.open.runs(start, count))
-                self._cancels.append((sent, start, count))
-            if late:
-                self._link.overdue(segment.route.handler, late)
-            self.pipe.kick()
-
-        return end
-
-    # on gRPC's sending thread
-
-    def _patience_s(self) -> float:
-        """Few requests that come while the neighbour is at quick work leave when that is answered.
-
-        Many single requests make each of their trips longer than their work; those that gather
-        share one. Source of the rule: Nagle's algorithm (RFC 896), here with a bound, or a request
-        that hangs would keep back the others.
-        """
-        if self._cancels or not self._is_at_quick_work:
-            return 0.0
-        try:
-            first = self._outbox[0].segment
-        except IndexError:
-            return 0.0
-        limits = self._limits
-        is_few = first.count <= limits.few_rows and len(self._outbox) < limits.gather_rows
-        return limits.gather_s if is_few and self._link.is_quick(first.route.handler) else 0.0
-
-    @property
-    def _is_at_quick_work(self) -> bool:
-        last = self._last_quick
-        return last is not None and last.left > 0
-
-    def _fill(self, frame: pb2.Frame) -> bool:
-        size = 0
-        while self._outbox and size < self._limits.frame_bytes:
-            parts = self._joinable()
-            segment = parts[0].segment
-            if len(parts) > 1:
-                segment = Segment.joined([part.segment for part in parts])
-            left_s = self._link.time_left_s(segment.deadline)
-            if left_s <= 0:
-                for part in parts:
-                    self._answer_all(part, Code.DEADLINE_EXCEEDED, "no time left", Executed.NO)
-                continue
-            number = next(self._numbers) & 0xFFFFFFFF
-            with self._lock:
-                live = self.is_live
-                if live:
-                    message = self._messages[number] = _Message(number, parts)
-                    if self._link.is_quick(segment.route.handler):
-                        self._last_quick = message
-            if not live:  # lost since: this frame goes nowhere
-                for part in parts:
-                    self._answer_all(part, Code.UNAVAILABLE, "the link is down", Executed.NO)
-                self._link.flush()
-                continue
-            early = segment.early is not None
-            wire.write_segment(frame, number, segment, left_s, as_they_come=early)
-            size += segment.payloads.size + 100
-        # After the segments: what was ended before it left is ended where it arrives.
-        for _ in range(len(self._cancels)):
-            sent, start, count = self._cancels.popleft()
-            if sent.message is None and sent.open.left:  # it leaves with a later frame
-                self._cancels.append((sent, start, count))
-            elif sent.message is not None:
-                row = sent.row + start
-                frame.cancels.add(number=sent.message.number, start=row, count=count)
-                size += 20
-        for _ in range(len(self._grants)):
-            number, row, worker, count = self._grants.popleft()
-            frame.grants.add(number=number, row=row, process_id=worker, count=count)
-            size += 20
-        return size > 0
-
-    def _joinable(self) -> list[_Sent]:
-        """The head of the outbox, with those after it that may travel in one segment with it."""
-        parts = [self._outbox.popleft()]
-        first, rows, size = parts[0].segment, parts[0].segment.count, parts[0].segment.payloads.size
-        few = self._limits.few_rows  # larger ones are copied on unopened, which is cheaper
-        if first.early is not None:  # whose parts are to be told apart before the answers
-            return parts
-        while self._outbox and rows < self._limits.join_rows and first.count <= few:
-            other = self._outbox[0].segment
-            rows, size = rows + other.count, size + other.payloads.size
-            if (
-                other.route != first.route
-                or other.attempt != first.attempt
-                or other.told != first.told
-                or abs(other.deadline - first.deadline) > SAME_DEADLINE_S
-                or other.count > few
-                or other.early is not None
-                or size > self._limits.frame_bytes
-            ):
-                break
-            parts.append(self._outbox.popleft())
-        return parts
-
-    # on the pipe's thread
-
-    def _receive(self, frame: pb2.Frame) -> None:
-        if frame.stopping:
-            self._link.stops()
-        for made in frame.slices:
-            message = self._messages.get(made.number)
-            if message is not None and made.more:
-                self._pass_on(message.parts[0], made.start, wire.read_slice(made))
-            elif message is not None:
-                self._spread(message, made.start, wire.read_slice(made))
-        if self._outbox and not self._is_at_quick_work:
-            self.pipe.hurry()
-        self._link.flush()  # what was tried elsewhere
-
-    def _pass_on(self, sent: _Sent, start: int, answers: Answers) -> None:
-        """Parts of rows that are not answered yet."""
-        early = sent.segment.early
-        if early is not None and start + answers.count <= sent.segment.count:
-            self._link.note_times(sent.segment.route.handler, answers)
-            sent.is_read = sent.is_read or not all(column.is_over for column in answers.parts)
-            early(start, answers.granted_by(partial(self._grant, sent, start)))
-
-    def _grant(self, sent: _Sent, row: int, worker: str, pieces: int) -> None:
-        with self._lock:
-            message = sent.message
-            if message is None or not sent.open.runs(row, 1):
-                return
-            self._grants.append((message.number, sent.row + row, worker, pieces))
-        self.pipe.kick()
-
-    def _spread(self, message: _Message, start: int, answers: Answers) -> None:
-        """Gives a slice to the segments that its rows belong to."""
-        if len(message.parts) == 1:
-            self._answer(message.parts[0], start, answers)
-            return
-        stop = start + answers.count
-        index = bisect.bisect_right(message.starts, start) - 1
-        while start < stop and index < len(message.parts):
-            part = message.parts[index]
-            rows = min(stop, part.row + part.segment.count) - start
-            if rows > 0:
-                offset = answers.count - (stop - start)
-                self._answer(part, start - part.row, answers.slice(offset, rows))
-                start += rows
-            index += 1
-
-    def _begin(self, metadata: Mapping[str, str]) -> None:
-        self.is_live = True
-        self._link.look_again()
-
-    def _lost(self, why: Part) -> None:
-        with self._lock:
-            self.is_live = False
-            handed = [part for message in self._messages.values() for part in message.parts]
-            unsent = list(self._outbox)
-            self._outbox.clear()
-            self._cancels.clear()
-            self._grants.clear()
-        self._link.lost(why)
-        # A neighbour that stops in order proves that it has read none of this.
-        ran = Executed.NO if why.executed is Executed.NO else Executed.UNKNOWN
-        for part in handed:
-            self._answer_all(part, Code.UNAVAILABLE, why.reason, ran)
-        for part in unsent:
-            self._answer_all(part, Code.UNAVAILABLE, why.reason, Executed.NO)
-        self._link.flush()
-
-    # on any thread
-
-    def _answer_all(self, sent: _Sent, code: Code, reason: str, executed: Executed) -> None:
-        reason = f"no answer from {self._link.id}: {reason}"
-        part = Part(self._link.id, code, reason, executed=executed)
-        self._answer(sent, 0, Answers(sent.segment.count, (), refused=part))
-
-    def _answer(self, sent: _Sent, start: int, answers: Answers) -> None:
-        message = sent.message
-        with self._lock:
-            before = sent.open.left
-            runs = sent.open.take(start, answers.count)
-            if message is not None:
-                message.left -= before - sent.open.left
-                if not message.left:
-                    self._messages.pop(message.number, None)
-                    for part in message.parts:
-                        part.message = None
-        for first, rows in runs:
-            slice_ = answers.slice(first - start, rows)
-            self._link.answered(sent.segment.route, slice_, sent.is_read)
-            sent.sink(first, slice_)

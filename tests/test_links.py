@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlay import health, links, wire
+from overlay import books, health, wire
 from overlay.handlers import Context
 from overlay.health import FAILURES, State
 from overlay.limits import Limits
@@ -112,7 +112,7 @@ class Bench:
     """The links of a process with one neighbour, over pipes in memory."""
 
     def __init__(self, limits: Limits) -> None:
-        with mock.patch.object(links, "Pipe", MemoryPipe):
+        with mock.patch.object(books, "Pipe", MemoryPipe):
             neighbour = Process("C", "worker", "green", "127.0.0.1", 1)
             self.links = Links([neighbour], limits, "digest")
         self.link = self.links._links["C"]
@@ -448,6 +448,23 @@ def test_these_wait_for_no_answer(bench, what, worked_us, sent):
     assert bench.small.patience_s() == 0
 
 
+def test_beside_a_bulk_nothing_waits_for_its_answer(bench):
+    number = at_work(bench)
+    bench.small.answer(number, 0, b"FIRST")
+    bench.send(*[b"row"] * (Limits().gather_rows + 1))
+    bench.small.take()
+    bench.send(b"second")
+    assert bench.small.patience_s() == 0
+
+
+def test_large_bodies_wait_for_no_answer(bench):
+    at_work(bench)
+    for payload in (b"1", b"2"):
+        bench.send(payload * 20 * KIB)
+        assert bench.large.patience_s() == 0
+        bench.large.take()
+
+
 def test_a_cancel_waits_for_no_answer(bench):
     at_work(bench)
     second = bench.send(b"second")
@@ -470,7 +487,7 @@ class Two:
     """Links to C and D over pipes in memory, both up; what is sent goes to C."""
 
     def __init__(self) -> None:
-        with mock.patch.object(links, "Pipe", MemoryPipe):
+        with mock.patch.object(books, "Pipe", MemoryPipe):
             neighbours = [Process(n, "worker", "green", "127.0.0.1", 1) for n in "CD"]
             self.links = Links(neighbours, Limits(), "digest")
         for link in self.links._links.values():
