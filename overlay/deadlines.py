@@ -1,11 +1,13 @@
 """Ends what nobody waits for on a thread of its own: one clock for all streamed requests.
 
-Owns one thread, "deadlines", from `start` to `stop`. It wakes only while something can expire.
+Owns one thread, "deadlines", from `start` to `stop`. It sleeps until the first of them is due, so
+that requests which are answered in time wake nobody.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import defaultdict
@@ -17,6 +19,7 @@ log = logging.getLogger("overlay.deadlines")
 # An end comes up to two of these late. The links keep back 50 ms for the way home, of which the
 # process asked needs 20; finer costs wake-ups and gains nobody anything.
 TICK_S = 0.01
+LONGEST_S = 600.0  # of one sleep
 
 
 class Deadlines:
@@ -25,6 +28,7 @@ class Deadlines:
     def __init__(self, expire: Callable[[Any], None]) -> None:
         self._expire = expire
         self._ticks: dict[int, set[Hashable]] = defaultdict(set)
+        self._first: float = math.inf  # the tick until which the thread sleeps
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._stopped = False
@@ -41,9 +45,10 @@ class Deadlines:
     def watch(self, thing: Hashable, deadline: float) -> None:
         tick = int(deadline / TICK_S)
         with self._lock:
-            if not self._ticks:
-                self._changed.notify()
             self._ticks[tick].add(thing)
+            if tick < self._first:
+                self._first = tick
+                self._changed.notify()
 
     def forget(self, thing: Hashable, deadline: float) -> None:
         tick = int(deadline / TICK_S)
@@ -57,17 +62,27 @@ class Deadlines:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._ticks and not self._stopped:
-                    self._changed.wait()
+                due = self._due_locked()
+                while not due and not self._stopped:
+                    left_s = (self._first + 1) * TICK_S - time.monotonic()
+                    # No longer than that, or a timeout of a century would be an error.
+                    self._changed.wait(min(max(0.0, left_s), LONGEST_S))
+                    due = self._due_locked()
                 if self._stopped:
                     return
-                now = int(time.monotonic() / TICK_S)
-                # A tick may hold thousands: they share it because their deadlines do.
-                due = [self._ticks.pop(tick) for tick in list(self._ticks) if tick < now]
             for things in due:
                 for thing in things:
                     self._expire_one(thing)
             time.sleep(TICK_S)
+
+    def _due_locked(self) -> list[set[Hashable]]:
+        """What is due, taken out. A tick may hold thousands: their deadlines share it."""
+        now = int(time.monotonic() / TICK_S)
+        if now <= self._first:
+            return []
+        due = [self._ticks.pop(tick) for tick in list(self._ticks) if tick < now]
+        self._first = min(self._ticks, default=math.inf)
+        return due
 
     def _expire_one(self, thing: Hashable) -> None:
         try:

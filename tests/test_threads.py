@@ -399,6 +399,34 @@ def test_a_new_deadline_is_seen_while_nothing_was_watched(deadlines, expired):
     until(lambda: expired, 1)
 
 
+def test_an_earlier_deadline_wakes_a_clock_that_sleeps_for_a_later_one(deadlines, expired):
+    deadlines.watch("late", time.monotonic() + 60)
+    time.sleep(0.05)
+    deadlines.watch("early", time.monotonic() + 0.02)
+    until(lambda: [thing for thing, _ in expired] == ["early"], 1)
+
+
+def test_a_deadline_in_ten_thousand_years_is_one_too(deadlines, expired):
+    deadlines.watch("then", time.monotonic() + 3e11)
+    time.sleep(0.05)
+    deadlines.watch("now", time.monotonic())
+    until(lambda: [thing for thing, _ in expired] == ["now"], 1)
+
+
+def test_what_is_answered_in_time_wakes_nobody(deadlines, expired, monkeypatch):
+    looks = []
+    look = Deadlines._due_locked
+    monkeypatch.setattr(Deadlines, "_due_locked", lambda self: looks.append(1) or look(self))
+    for n in range(20):
+        due = time.monotonic() + 30
+        deadlines.watch(n, due)
+        time.sleep(0.01)
+        deadlines.forget(n, due)
+
+    assert not expired
+    assert len(looks) <= 2  # for the first of them
+
+
 def test_a_thing_that_cannot_be_ended_does_not_stop_the_clock():
     ended: list[str] = []
 
