@@ -143,8 +143,9 @@ class Overlay:
         self._channels.clear()
         for process in self.processes.values():
             if process.poll() is None:
-                with contextlib.suppress(OSError):
-                    process.send_signal(signal.SIGCONT)
+                if os.name != "nt":  # there nothing is frozen, and there is no such signal
+                    with contextlib.suppress(OSError):
+                        process.send_signal(signal.SIGCONT)
                 process.terminate()
         for process in self.processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
