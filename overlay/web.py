@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import ipaddress
 import json
+import mimetypes
 import os
 import socket
 import sys
@@ -43,6 +44,14 @@ PORT = 8050
 MOST_VIEWERS = 32
 STALLED_S = 30.0  # a viewer that takes nothing for so long is let go
 CLOSING_S = 1  # for the answers under way when the server stops
+# Windows asks its registry, where an editor may have made JavaScript plain text; "nosniff" then
+# keeps a browser from running it.
+TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 HEADERS = (
     (
         "content-security-policy",
@@ -100,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
             f"{error.strerror or error}; --web-port 0 takes a free port"
         )
         return Exit.USAGE
+    know_types()
     watch.start()
     Screen(sys.stdout).say(f"watching {address}; the page: {_url(listening)}")
     sys.stdout.flush()
@@ -220,6 +230,11 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._page.close()
         await super().shutdown(sockets)
+
+
+def know_types() -> None:
+    for ending, kind in TYPES.items():
+        mimetypes.add_type(kind, ending)
 
 
 def _listen(address: str, port: int) -> socket.socket:

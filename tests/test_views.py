@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mimetypes
 import re
 import subprocess
 import sys
@@ -331,3 +332,11 @@ def test_top_fits_a_terminal_and_leaves_it_clean(mine, tmp_path):
         assert "serves" not in tell("capture-pane", "-p")
     finally:
         tell("kill-server")
+
+
+def test_a_system_that_takes_javascript_for_text_does_not_spoil_the_page() -> None:
+    mimetypes.add_type("text/plain", ".js")  # as the registry of a Windows PC may have it
+
+    web.know_types()
+
+    assert mimetypes.guess_type("page.js")[0] == "text/javascript"
