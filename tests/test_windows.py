@@ -111,6 +111,15 @@ def test_a_part_of_the_tests_passes_on_a_windows_python(windows: Windows) -> Non
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
 
 
+def test_the_clock_of_a_process_is_fine_enough_to_tell_who_is_quick(windows: Windows) -> None:
+    count = "import node, time; until = time.perf_counter() + 0.02; seen = set()"
+    count += "\nwhile time.perf_counter() < until: seen.add(time.monotonic())"
+    done = windows.run("-c", f"{count}\nprint(len(seen))")
+
+    # A tick of Windows' own is 15.6 ms, and 1 ms under wine.
+    assert int(done.stdout) > 100
+
+
 def test_ctrl_c_stops_a_process_in_good_order(windows: Windows, project: Path) -> None:
     write_three(project / "alone.json", log_dir="alone")
     process = windows.popen("node.py", "alone.json", "C", cwd=project)
