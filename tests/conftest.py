@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "six: starts the six processes")
     if config.option.seed is None:
         # A commit's tests shall not fail by chance; the long lane looks for the unknown.
         config.option.seed = random.randrange(10**6) if config.option.long else 1
@@ -45,6 +46,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"six", "overlays"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("six")
     for item in items if config.option.long else ():
         if "lane" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(LONG_S))

@@ -76,12 +76,17 @@ class Windows:
         return ["env", *_settings(self.folder, **environment), "wine", *words]
 
     def run(
-        self, *words: str, cwd: Path = ROOT, within_s: float = 60, **environment: str
+        self,
+        *words: str,
+        cwd: Path = ROOT,
+        within_s: float = 60,
+        typed: str = "",
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         """Runs the Windows Python to its end; gives its exit code and all it printed."""
-        with self.popen(*words, cwd=cwd, **environment) as program:
+        with self.popen(*words, cwd=cwd, stdin=subprocess.PIPE, **environment) as program:
             try:
-                said, _ = program.communicate(timeout=within_s)
+                said, _ = program.communicate(typed, timeout=within_s)
             finally:
                 program.kill()
         return subprocess.CompletedProcess(words, program.returncode, said)
@@ -100,9 +105,11 @@ class Windows:
         said = (cwd / "said.txt").read_text(encoding="cp1252")
         return subprocess.CompletedProcess(command, code, said)
 
-    def popen(self, *words: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    def popen(
+        self, *words: str, cwd: Path, stdin: int = subprocess.DEVNULL, **environment: str
+    ) -> subprocess.Popen[str]:
         command = self.python(*words, **environment)
-        pipes = {**_NOTHING, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return self.hosts.popen(1, *command, cwd=cwd, errors="replace", **pipes)
 
     def _wine(self, *words: str, check: bool = True) -> None:
