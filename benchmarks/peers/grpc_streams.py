@@ -34,6 +34,7 @@ NOTES = (
     "them but the worker, which answers on the thread that reads. Less: no queue, no bound, no "
     "deadline, no cancel, no status, no routing by load, nothing when a process dies, no mode all."
 )
+FRAME = 1024 * 1024  # bytes; gRPC takes four times that
 HEAD = struct.Struct("<QI")  # of a record: its number, the length of its body
 
 
@@ -107,7 +108,7 @@ def records(frame: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class Gathered:
-    """What was put since the last frame leaves as one."""
+    """What was put since the last frame leaves as one, of about FRAME bytes at most."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -124,8 +125,9 @@ class Gathered:
             with self._changed:
                 while not self._waiting:
                     self._changed.wait()
-                frame = b"".join(self._waiting)
-                self._waiting.clear()
+                frame = self._waiting.popleft()
+                while self._waiting and len(frame) + len(self._waiting[0]) <= FRAME:
+                    frame += self._waiting.popleft()
             yield frame
 
 
