@@ -122,7 +122,7 @@ def test(arguments):
     """Runs every check, also after one has failed, and ends with a line for each."""
     python = prepare(locks=(LOCK, DEV_LOCK))
     # Two files at once: most tests wait for processes to start, to answer or to be missed.
-    at_once = ["-n", "2", "--dist", "loadfile"]
+    at_once = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     checks = {
         "ruff check": ["-m", "ruff", "check", "."],
         "ruff format": ["-m", "ruff", "format", "--check", "."],

@@ -45,7 +45,12 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"fuzz: --seed {config.option.seed}"
 
 
+# Files that take a minute or more begin first, or at the end one core would wait for the other.
+LONG_FILES = ("windows", "two_hosts", "rules", "routing_around", "drain", "bad_input", "versions")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG_FILES)
     for item in items:
         if {"six", "overlays"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("six")
