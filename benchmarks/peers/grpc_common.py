@@ -15,11 +15,19 @@ SERVICE = "benchmark.Work"
 OPTIONS = [("grpc.so_reuseport", 0)]
 
 
-def serve(ready, address: str, methods: dict[str, Callable], pool: int) -> None:
-    """Serves the methods (bytes -> bytes) until the process is ended."""
+def serve(
+    ready,
+    address: str,
+    methods: dict[str, Callable],
+    pool: int,
+    streams: dict[str, Callable] | None = None,
+) -> None:
+    """Serves the methods (bytes -> bytes) and streams of these until the process is ended."""
     import grpc
 
     handlers = {name: grpc.unary_unary_rpc_method_handler(f) for name, f in methods.items()}
+    for name, f in (streams or {}).items():
+        handlers[name] = grpc.stream_stream_rpc_method_handler(f)
     server = grpc.server(ThreadPoolExecutor(pool), options=OPTIONS)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
     if not server.add_insecure_port(address):

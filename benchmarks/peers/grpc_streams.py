@@ -15,13 +15,10 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks.children import Group
 from benchmarks.handlers import answer
 from benchmarks.loads import TIMEOUT_S, FuturesCaller
 from benchmarks.peers import grpc_chain, grpc_common
-from benchmarks.rows import Setup
 
 TITLE = "bare streams, three hops"
 PACKAGES = ("grpcio",)
@@ -42,8 +39,7 @@ def missing() -> str:
     return ""
 
 
-def start(group: Group, setup: Setup) -> dict:
-    return grpc_chain.start(group, setup)
+start = grpc_chain.start  # the same processes, each with this module's worker and relay
 
 
 def worker(ready, address: str, name: str, slots: int | None, nap_s: float) -> None:
@@ -55,7 +51,7 @@ def worker(ready, address: str, name: str, slots: int | None, nap_s: float) -> N
         read_on_thread(frames, lambda frame: gathered.put(work(frame)))
         yield from gathered
 
-    serve(ready, address, streams)
+    grpc_common.serve(ready, address, {}, grpc_common.POOL, {"Streams": streams})
 
 
 def relay(ready, address: str, below: list[tuple[str, int]]) -> None:
@@ -68,7 +64,8 @@ def relay(ready, address: str, below: list[tuple[str, int]]) -> None:
 
     calls = Calls()
     calls.send = branches(below, calls.answered)
-    serve(ready, address, streams, lambda body, context: calls.begin(body).wait())
+    single = {"Any": lambda body, context: calls.begin(body).wait()}
+    grpc_common.serve(ready, address, single, grpc_common.POOL, {"Streams": streams})
 
 
 def branches(below: list[tuple[str, int]], sink: Callable[[bytes], None]) -> Callable:
@@ -76,22 +73,6 @@ def branches(below: list[tuple[str, int]], sink: Callable[[bytes], None]) -> Cal
     pipes = [[Pipe(at, sink)] * share for at, share in below]
     turn = itertools.cycle([pipe for share in pipes for pipe in share])
     return lambda frame: next(turn).send(frame)
-
-
-def serve(ready, address: str, streams: Callable, single: Callable | None = None) -> None:
-    import grpc
-
-    methods = {"Streams": grpc.stream_stream_rpc_method_handler(streams)}
-    if single:
-        methods["Any"] = grpc.unary_unary_rpc_method_handler(single)
-    server = grpc.server(ThreadPoolExecutor(grpc_common.POOL), options=grpc_common.OPTIONS)
-    handlers = grpc.method_handlers_generic_handler(grpc_common.SERVICE, methods)
-    server.add_generic_rpc_handlers([handlers])
-    if not server.add_insecure_port(address):
-        raise OSError(f"{address} is taken")
-    server.start()
-    ready()
-    threading.Event().wait()
 
 
 def record(number: int, body: bytes) -> bytes:
