@@ -25,10 +25,10 @@ from overlay.console import (
     connected,
     counted,
     failed,
-    name,
     out_file,
     priority_argument,
     result_as_json,
+    route_arguments,
     seconds,
     shown,
     sized,
@@ -43,15 +43,8 @@ STORIES = 1000  # more than a process keeps
 
 def arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add(
-        "--mode",
-        type=str.lower,
-        choices=("all", "any"),
-        default="all",
-        help="all: every worker answers (default); any: one does, the least loaded",
-    )
-    add("--team", type=name, default="", metavar="NAME", help="only the workers of this team")
-    add("--handler", type=name, default="", metavar="NAME", help="a handler of the configuration")
+    modes = "all: every worker answers (default); any: one does, the least loaded"
+    route_arguments(parser, "all", modes)
     add(
         "--payload",
         type=payload,

@@ -36,11 +36,11 @@ from overlay.console import (
     error_as_json,
     exit_of,
     failed,
-    name,
     out_file,
     priority_argument,
     proof,
     result_as_json,
+    route_arguments,
     seconds,
     shown,
     whole_number,
@@ -71,15 +71,8 @@ def arguments(parser: Parser) -> None:
     parser.usage = "client.py HOST PORT map [FILE ... | FOLDER | -] [options]"
     add = parser.add_argument
     add("inputs", nargs="*", default=["-"], metavar="FILE|FOLDER|-", help="default: standard input")
-    add(
-        "--mode",
-        type=str.lower,
-        choices=("all", "any"),
-        default="any",
-        help="any: one worker takes each (default); all: every worker does",
-    )
-    add("--team", type=name, default="", metavar="NAME", help="only the workers of this team")
-    add("--handler", type=name, default="", metavar="NAME", help="a handler of the configuration")
+    modes = "any: one worker takes each (default); all: every worker does"
+    route_arguments(parser, "any", modes)
     add("--out", type=out_file, metavar="FILE", help="write the lines there")
     add(
         "--out-folder",

@@ -156,6 +156,16 @@ def seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0, at most 86400")
 
 
+def route_arguments(parser: Parser, mode: str, modes: str) -> None:
+    """--mode, --team and --handler. mode: the default. modes: what each of them means."""
+    parser.add_argument("--mode", type=str.lower, choices=("all", "any"), default=mode, help=modes)
+    for option, help_ in (
+        ("--team", "only the workers of this team"),
+        ("--handler", "a handler of the configuration"),
+    ):
+        parser.add_argument(option, type=name, default="", metavar="NAME", help=help_)
+
+
 def priority_argument(parser: Parser) -> None:
     parser.add_argument(
         "--priority",
