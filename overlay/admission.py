@@ -11,7 +11,7 @@ import math
 from collections import OrderedDict, deque
 
 from overlay.errors import NoTimeLeft, QueueFull
-from overlay.values import Mode, Route
+from overlay.values import Caller, Mode, Route
 
 AGE_S = 2.0  # of waiting are worth one step of priority, so that the low ones come in the end
 HIGHEST_PRIORITY = 9
@@ -154,9 +154,9 @@ class Callers:
     """Who has come lately, whether let in or not. Times are monotonic seconds."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[str, float] = OrderedDict()
+        self._seen: OrderedDict[Caller, float] = OrderedDict()
 
-    def seen(self, caller: str, now: float) -> bool:
+    def seen(self, caller: Caller, now: float) -> bool:
         """Notes that it came; whether others have come of late too."""
         self._seen[caller] = now
         self._seen.move_to_end(caller)

@@ -30,7 +30,19 @@ from overlay.admission import HIGHEST_PRIORITY, Callers
 from overlay.errors import Draining, NoTimeLeft, OverlayError
 from overlay.lanes import Kind, Lane, NoPlace, Place, Turns
 from overlay.rows import OpenRows, Run
-from overlay.values import Answers, Code, End, Executed, Part, Route, Segment, Sink, end_overlap
+from overlay.values import (
+    NOBODY,
+    Answers,
+    Caller,
+    Code,
+    End,
+    Executed,
+    Part,
+    Route,
+    Segment,
+    Sink,
+    end_overlap,
+)
 
 log = logging.getLogger("overlay.intake")
 
@@ -186,7 +198,7 @@ class WaitingRoom(queue.Queue["Ticket"]):
 
     def _init(self, maxsize: int) -> None:
         self.turns: Turns[Ticket] = Turns()
-        self._lanes: dict[str, Lane[Ticket]] = {}
+        self._lanes: dict[Caller, Lane[Ticket]] = {}
         self._lately = Callers()
         self._count = 0
         self._bytes = 0
@@ -205,7 +217,7 @@ class WaitingRoom(queue.Queue["Ticket"]):
         self.start_locked(ticket)
         return ticket
 
-    def lane_locked(self, caller: str) -> Lane[Ticket]:
+    def lane_locked(self, caller: Caller) -> Lane[Ticket]:
         return self._lanes.get(caller) or Lane(caller)
 
     def has_rivals_locked(self, ticket: Ticket) -> bool:
@@ -300,7 +312,9 @@ class Intake:
             waiting = sum(lane.rows for lane in self._lanes)
             return len(self._lanes), waiting, sum(lane.active for lane in self._lanes)
 
-    def admit(self, segment: Segment, sink: Sink, caller: str = "", priority: int = 0) -> Ticket:
+    def admit(
+        self, segment: Segment, sink: Sink, caller: Caller = NOBODY, priority: int = 0
+    ) -> Ticket:
         """Takes one request in or refuses it now; never blocks.
 
         The sink gets its answer, whatever becomes of it. Raises QueueFull when there is no room,
@@ -317,7 +331,7 @@ class Intake:
         self.kick()
         return ticket
 
-    def open_lane(self, caller: str = "") -> Lane[Ticket]:
+    def open_lane(self, caller: Caller = NOBODY) -> Lane[Ticket]:
         """A lane for one stream of this caller's, until `close_lane`."""
         lane: Lane[Ticket] = Lane(caller, is_stream=True)
         with self._lock:

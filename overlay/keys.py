@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from overlay.errors import BadRequest, DeadlinePassed
-from overlay.values import Executed
+from overlay.values import Caller, Executed
 
-Name = tuple[str, str]
+Name = tuple[Caller, str]
 """The caller, and its key."""
 
 

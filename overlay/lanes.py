@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from overlay.admission import Pace, may_overtake
-from overlay.values import Route
+from overlay.values import NOBODY, Caller, Route
 
 MOST_BLOCKED = 16  # of a lane: so many routes are looked at for one turn
 
@@ -77,7 +77,7 @@ class Lane(Generic[W]):
     it starts, since its answers are not read.
     """
 
-    def __init__(self, caller: str = "", is_stream: bool = False) -> None:
+    def __init__(self, caller: Caller = NOBODY, is_stream: bool = False) -> None:
         self.caller = caller
         self.is_stream = is_stream
         self.paused = False
@@ -154,7 +154,7 @@ class Turns(Generic[W]):
 
     def __init__(self) -> None:
         self._lanes: dict[Lane[W], _Caller] = {}
-        self._callers: dict[str, _Caller] = {}
+        self._callers: dict[Caller, _Caller] = {}
         self._now = 0  # the turns of the one whose turn it was last
 
     def __len__(self) -> int:
@@ -201,7 +201,7 @@ class Turns(Generic[W]):
         """How many rows of the kind start before one that would be put in now, behind `more`."""
         before = lane.rows_before(kind, priority) + more
         known = self._callers.get(lane.caller)
-        rows: dict[str, int] = {}
+        rows: dict[Caller, int] = {}
         for other in self._lanes:
             if other is not lane:
                 waiting = other.rows_before(kind, 0)

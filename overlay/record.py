@@ -22,7 +22,7 @@ from overlay.meter import Meter
 from overlay.repeats import Repeats
 from overlay.stories import Stories
 from overlay.story import Story
-from overlay.values import Answers, Code, Executed, Hop, Mode, Segment
+from overlay.values import Answers, Caller, Code, Executed, Hop, Mode, Segment
 
 log = logging.getLogger("overlay.requests")
 
@@ -39,7 +39,7 @@ class Ended:
     """
 
     segment: Segment
-    caller: str
+    caller: Caller
     start: int = 0
     answers: Answers | None = None
     failures: Sequence[tuple[int, OverlayError]] = ()
@@ -187,8 +187,9 @@ def _alike(failures: Sequence[tuple[int, OverlayError]]) -> list[tuple[int, Over
 
 
 def _asked_by(ended: Ended) -> str:
+    """Its address first, whatever it says of itself: a hop list is only a claim too."""
     hops = ended.segment.route.hops
-    return hops[-1] if hops else ended.caller
+    return f"{hops[-1]} at {ended.caller}" if hops else str(ended.caller)
 
 
 class _Kind(NamedTuple):

@@ -44,7 +44,7 @@ from overlay.relay import Relay
 from overlay.streams import Desk as StreamDesk
 from overlay.streams import serve as streams_serve
 from overlay.topology import Topology
-from overlay.values import Answers, Code, Executed, Mode, Route, Segment
+from overlay.values import Answers, Caller, Code, Executed, Mode, Route, Segment
 from overlay.wire import pb2
 
 log = logging.getLogger("overlay.service")
@@ -52,6 +52,7 @@ log = logging.getLogger("overlay.service")
 NOTICE_S = 0.1  # for neighbours to route around this process; what is on its way is still taken
 QUIET_S = 0.2  # without a single call, before the server closes: gRPC drops those that come then
 MOST_QUIET_S = 1.0  # how long to wait for that; who was refused comes back later
+LONGEST_NAME = 64  # characters of what a caller calls itself that are kept
 LAST_WORDS_S = 0.5  # for answers on their way out, when the grace is over
 
 
@@ -463,12 +464,10 @@ def _half_if_several(topology: Topology, in_service: int) -> int:
     return in_service if len(teams) < 2 else max(1, in_service // 2)
 
 
-def _caller(context: grpc.ServicerContext) -> str:
-    """Who asks, for fairness and not for safety: what it calls itself, else its machine."""
-    for key, value in context.invocation_metadata():
-        if key == wire.CALLER_KEY and value:
-            return str(value)[:64]
-    return wire.address_in(context.peer())
+def _caller(context: grpc.ServicerContext) -> Caller:
+    """Who asks, for fairness and not for safety."""
+    names = (str(value) for key, value in context.invocation_metadata() if key == wire.CALLER_KEY)
+    return Caller(wire.address_in(context.peer()), next(names, "")[:LONGEST_NAME])
 
 
 class _Waiter:

@@ -33,7 +33,7 @@ from overlay.pieces import Passage, Told
 from overlay.record import Ended
 from overlay.rows import OpenRows
 from overlay.topology import Topology
-from overlay.values import Answers, Code, Executed, Hop, Mode, Part, Route, Segment
+from overlay.values import NOBODY, Answers, Caller, Code, Executed, Hop, Mode, Part, Route, Segment
 from overlay.wire import pb2
 
 log = logging.getLogger("overlay.streams")
@@ -75,7 +75,7 @@ class Desk:
 
 
 def serve(
-    desk: Desk, frames: Iterable[pb2.Frame], context: grpc.ServicerContext, caller: str = ""
+    desk: Desk, frames: Iterable[pb2.Frame], context: grpc.ServicerContext, caller: Caller = NOBODY
 ) -> Iterator[pb2.Frame]:
     """Answers one ForwardStream call. caller: who takes turns with others."""
     stream = _Stream(desk, caller)
@@ -139,7 +139,7 @@ parts before the answer."""
 
 
 class _Stream:
-    def __init__(self, desk: Desk, caller: str) -> None:
+    def __init__(self, desk: Desk, caller: Caller) -> None:
         self._desk = desk
         self._caller = caller
         self._limits = desk.limits

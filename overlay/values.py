@@ -65,6 +65,23 @@ class Code(IntEnum):
     UNAUTHENTICATED = 16
 
 
+class Caller(NamedTuple):
+    """Who asks: the address of its machine, and what it calls itself there, if anything.
+
+    Only the address is more than a claim: what is shared out is shared out by address, and among
+    the names of one address only what that address has.
+    """
+
+    address: str = ""
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.address} ('{self.name}')" if self.name else self.address
+
+
+NOBODY = Caller()
+
+
 class Route(NamedTuple):
     """What the requests of one segment share.
 

@@ -88,7 +88,7 @@ def test_a_story_tells_who_asked_what_and_how_it_ended(record):
 def test_of_another_process_the_story_names_the_last_hop_as_caller(record):
     record.ended(ended(segment(traced=True, hops=("A", "B"))))
 
-    assert record.stories.last(1)[0].caller == "B"
+    assert record.stories.last(1)[0].caller == "B at 10.0.0.9"
 
 
 def test_rows_that_failed_for_one_reason_are_one_story(record):
