@@ -30,14 +30,15 @@ if sys.platform == "win32" and sys.version_info < (3, 13):
 
 try:
     import grpc
-    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
     from overlay import configuration, wire
     from overlay.admin import Admin
+    from overlay.door import Door, most_connections, raise_file_limit
     from overlay.errors import ConfigError, OverlayError
-    from overlay.guard import Guarded, Health
     from overlay.logs import ProcessLog
+    from overlay.reception import Health, Reception, on_threads_of
     from overlay.service import Drained, Service
     from overlay.topology import Process, Topology, join_address
     from overlay.wire import pb2, pb2_grpc
@@ -51,24 +52,22 @@ except Exception as e:  # noqa: BLE001 - missing stubs; ConfigError may be what 
 
 OVERLAY_NODE = pb2.DESCRIPTOR.services_by_name["OverlayNode"].full_name
 OVERLAY_ADMIN = pb2.DESCRIPTOR.services_by_name["OverlayAdmin"].full_name
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 PORT_PATIENCE_S = 1.0  # for a port that an old connection still holds for a moment
 
 
 class OverlayNode(pb2_grpc.OverlayNodeServicer):
     """The methods that others call; the work is in overlay.service."""
 
-    def __init__(
-        self, service: Service, metrics_pool: ThreadPoolExecutor, stream_pool: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, service: Service, metrics_pool: ThreadPoolExecutor) -> None:
         self._service = service
-        self.GetMetrics = on_own_threads(self.GetMetrics, metrics_pool)
-        self.ForwardStream = on_own_threads(self.ForwardStream, stream_pool)
+        self.GetMetrics = on_threads_of(metrics_pool, self.GetMetrics)
 
     def Forward(self, request, context):
         return self._service.forward(request, context)
 
-    def ForwardStream(self, request_iterator, context):
-        return self._service.forward_stream(request_iterator, context)
+    def ForwardStream(self, call, context):
+        return self._service.forward_stream(call, context)
 
     def GetMetrics(self, request, context):
         return self._service.metrics(request.events, request.requests)
@@ -79,8 +78,8 @@ class OverlayAdmin(pb2_grpc.OverlayAdminServicer):
 
     def __init__(self, admin: Admin) -> None:
         self._admin = admin
-        self.Drain = on_own_threads(self.Drain, admin.pool)
-        self.Logs = on_own_threads(self.Logs, admin.logs_pool)
+        self.Drain = on_threads_of(admin.pool, self.Drain)
+        self.Logs = on_threads_of(admin.logs_pool, self.Logs)
 
     def Drain(self, request, context):
         return self._admin.drain(request, context)
@@ -108,25 +107,26 @@ class Node:
         self.admin = Admin(me, service.journal, limits.drain_grace_s, stop_process)
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
-        self.stream_pool = ThreadPoolExecutor(limits.stream_threads, "stream")
-        self.reflection_pool = ThreadPoolExecutor(limits.reflection_threads, "reflection")
-        self.server = grpc.server(self.pool, options=wire.server_options(limits))
+        most = most_connections(raise_file_limit())
+        self.server = grpc.server(self.pool, options=wire.server_options(limits, most))
+        self.reception = Reception(self.server, self.pool, limits)
+        self.door = Door(me.port, most, self.reception.open_peers, self.reception.end_late)
         self.health = Health(self.metrics_pool)
-        node = OverlayNode(service, self.metrics_pool, self.stream_pool)
-        guarded = Guarded(self.server)
-        pb2_grpc.add_OverlayNodeServicer_to_server(node, guarded)
-        pb2_grpc.add_OverlayAdminServicer_to_server(OverlayAdmin(self.admin), guarded)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, guarded)
-        names = (OVERLAY_NODE, OVERLAY_ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        node = OverlayNode(service, self.metrics_pool)
+        pb2_grpc.add_OverlayNodeServicer_to_server(node, self.reception)
+        pb2_grpc.add_OverlayAdminServicer_to_server(OverlayAdmin(self.admin), self.reception)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.reception)
+        names = (OVERLAY_NODE, OVERLAY_ADMIN, HEALTH, reflection.SERVICE_NAME)
         look = reflection.ReflectionServicer(names)
-        look.ServerReflectionInfo = on_own_threads(look.ServerReflectionInfo, self.reflection_pool)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(look, guarded)
+        look.ServerReflectionInfo = on_threads_of(self.metrics_pool, look.ServerReflectionInfo)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(look, self.reception)
 
     def start(self) -> None:
         """Serves when it returns. Raises ConfigError when the port cannot be had."""
         self._bind()
         self.server.start()
         self._probe()
+        self.door.start()
         self.service.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
@@ -139,8 +139,8 @@ class Node:
         self.server.stop(0.5).wait(2)
         self.service.close()
         self.admin.close()
-        self.health.close()
-        for pool in (self.pool, self.stream_pool, self.metrics_pool, self.reflection_pool):
+        self.door.stop()
+        for pool in (self.pool, self.metrics_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         return drained
 
@@ -191,16 +191,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def on_own_threads(method, pool: ThreadPoolExecutor):
-    """The method, served by `pool`: waiting requests must not keep it waiting."""
-
-    def served(request, context):
-        return method(request, context)
-
-    served.experimental_thread_pool = pool
-    return served
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

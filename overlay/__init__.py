@@ -4,11 +4,12 @@ The floor plan. A module imports only from floors below its own, or on its own f
 arrow says so; tests/test_floors.py compares this picture with the code.
 
     4 edges      admin -> service -> streams   admin -> journal   service -> journal
+                 reception   door   exporter
                  console -> client -> connection -> calls -> orders
                  client -> mapping -> connection -> outcomes -> calls   client -> arguments
                  client -> parts -> calls   client, mapping, connection, arguments -> orders
                  client -> outcomes   mapping -> arguments, outcomes
-                 aio -> arguments, calls, connection, orders, outcomes, parts   guard   exporter
+                 aio -> arguments, calls, connection, orders, outcomes, parts
                  asking, bulk, checking, draining, reading, doctor -> client, console
                  addressing -> console
                  web -> watch, console   watch -> connection   top -> watch, console, screenful
@@ -21,7 +22,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  executor -> batch, handlers   threads -> handlers, logs, pieces
                  processes -> child -> batch, handlers, logs, pieces   processes -> pieces
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
-                 picture -> history   diagnosis
+                 picture -> history   diagnosis   crowd
     0 values     errors -> values   limits   topology -> limits, errors
                  configuration -> topology, limits, errors
 

@@ -68,6 +68,13 @@ class QueueFull(OverlayError):
     cause = "queue full"
 
 
+class CrowdedOut(OverlayError):
+    """Ended, or not let in, for others: more of its kind are open than there is room for."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    cause = "crowded out"
+
+
 class NoTimeLeft(OverlayError):
     """The deadline passed before a handler could start."""
 
@@ -78,6 +85,13 @@ class NoTimeLeft(OverlayError):
 class Draining(OverlayError):
     code = Code.UNAVAILABLE
     cause = "draining"
+
+
+class MadeRoom(OverlayError):
+    """A stream that had nothing to do, ended for another client's."""
+
+    code = Code.UNAVAILABLE
+    cause = "crowded out"
 
 
 class Unreachable(OverlayError):

@@ -23,7 +23,6 @@ class Limits:
         40  # rpc threads beyond queue and service, that refuse while both are full
     )
     metrics_threads: int = 4  # GetMetrics and health answer on threads of their own
-    reflection_threads: int = 8  # each tool that looks at the services holds one while it is open
     max_hops: int = 64  # a longer hop list is not from an overlay
     max_targets: int = 10_000  # workers below one team leader
     max_name: int = 64  # characters in an id, team or handler of a request
@@ -37,7 +36,14 @@ class Limits:
     segment_rows: int = 4096  # requests in one segment of a stream
     window_rows: int = 4096  # requests of a stream that may be unanswered; then it is not read
     window_bytes: int = 64 * MIB  # the same in payload and result bytes
-    streams: int = 64  # at once per process; each holds two threads
+    streams: int = 1024  # at once per process; an idle one holds no thread and about 40 KiB
+    stream_threads: int = 64  # that read and write them; each is held for no longer than a frame
+    unread_bytes: int = 64 * MIB  # of answers that clients do not read, of all streams together;
+    # and the same of single calls
+    unarrived_calls: int = 2000  # whose message has not come; about 10 KiB each
+    resting_calls: int = 256  # of health's Watch, and of reflection, that stay open
+    calls_of_a_connection: int = 512  # at once; more wait at the client
+    handshake_s: float = 5.0  # until a connection has said that it speaks HTTP/2
     join_rows: int = 256  # requests of small segments that a link joins to one
     few_rows: int = 8  # what a small segment has at most
     gather_rows: int = 64  # requests that gather behind a busy link; more leave at once
@@ -51,11 +57,6 @@ class Limits:
     keys_bytes: int = 64 * MIB  # and their answers
     max_key: int = 256  # characters of an idempotency key
     remembered_ids: int = 100_000  # request ids a worker keeps to run each once; about 10 MiB
-
-    @property
-    def stream_threads(self) -> int:
-        """One per open stream, and some that refuse more."""
-        return self.streams + 4
 
     def pool_threads(self, queue_slots: int) -> int:
         """Rpc threads for a process with such a queue: each waiting request holds one."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from overlay import story
-from overlay.errors import OverlayError
+from overlay.errors import HandlerFailed, OverlayError
 from overlay.intake import Ticket
 from overlay.meter import Meter
 from overlay.repeats import Repeats
@@ -170,6 +171,17 @@ class Record:
                     kind, f"{words}; asked by {_asked_by(ended)}", ids[ended.start + row], private
                 )
             self._failures.add(kind, count - 1)
+
+
+def log_failure(what: str, e: BaseException) -> str:
+    """Logs it under an id, and says where: the sentence for its caller, who gets no more."""
+    error_id = uuid.uuid4().hex[:8]
+    log.error("error id %s: %s", error_id, what, exc_info=e)
+    return f"{what}; error id {error_id} in this process's log"
+
+
+def unexpected(e: BaseException) -> OverlayError:
+    return HandlerFailed(log_failure("something went wrong in the overlay itself", e))
 
 
 def _alike(failures: Sequence[tuple[int, OverlayError]]) -> list[tuple[int, OverlayError, int]]:

@@ -14,8 +14,8 @@ import os
 import platform
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -31,7 +31,6 @@ from overlay.errors import (
     HandlerFailed,
     OverlayError,
     PartsFailed,
-    QueueFull,
 )
 from overlay.executor import Executor
 from overlay.intake import Intake, Ticket
@@ -39,8 +38,10 @@ from overlay.journal import Journal
 from overlay.keys import Keys
 from overlay.links import Links
 from overlay.recent import Recent
-from overlay.record import Ended, Record
+from overlay.record import Ended, Record, log_failure, unexpected
 from overlay.relay import Relay
+from overlay.streams import Budget, Places
+from overlay.streams import Call as StreamCall
 from overlay.streams import Desk as StreamDesk
 from overlay.streams import serve as streams_serve
 from overlay.topology import Topology
@@ -116,7 +117,12 @@ class Service:
             received=self.meter.received,
             ended=self._record.ended_and_counted,
             wants_trace=self._record.wants_trace,
+            threads=ThreadPoolExecutor(limits.stream_threads, "stream"),
+            streams=Places(limits.streams),
+            held=Budget(limits.max_waiting_bytes),
+            unread=Budget(limits.unread_bytes),
         )
+        self._hosts: Mapping[str, frozenset[str]] = {}  # of those above, with their addresses
         self.journal = Journal(topology, me, self._recent, self.links, log_lines_dropped)
         self.links.on_change = self.intake.kick
         if self.executor:
@@ -146,7 +152,7 @@ class Service:
         except BaseException as e:
             if isinstance(e, KeyboardInterrupt):
                 raise
-            failed = _unexpected(e)
+            failed = unexpected(e)
         else:
             self.meter.completed(1)
             context.set_trailing_metadata(((wire.COVERAGE_KEY, coverage),))
@@ -154,16 +160,17 @@ class Service:
         self._record.count(failed)
         return self._abort(context, failed)
 
-    def forward_stream(
-        self, frames: Iterable[pb2.Frame], context: grpc.ServicerContext
-    ) -> Iterator[pb2.Frame]:
-        """Answers the requests of one stream until the client's half-close."""
-        if self._draining:
-            self._abort(context, Draining(f"{self.me.id} is stopping and takes no new requests"))
-        streams, _, _ = self.intake.streamed
-        if streams >= self.limits.streams:
-            self._abort(context, QueueFull(f"all {self.limits.streams} streams are open"))
-        return streams_serve(self._stream_desk, frames, context, _caller(context))
+    def forward_stream(self, call: StreamCall, context: grpc.ServicerContext) -> None:
+        """Answers the requests of one stream until the client's half-close. Never waits."""
+        caller = _caller(context)
+        try:
+            if self._draining:
+                raise Draining(f"{self.me.id} is stopping and takes no new requests")
+            neighbour = self._neighbour_of(context, caller)
+            streams_serve(self._stream_desk, call, context, caller, neighbour)
+        except OverlayError as e:
+            self._record.turned_away(e)
+            call.fail(e)
 
     def drain(self, grace_s: float) -> Drained:
         """Refuses what waits and what comes, and lets the running end within `grace_s`.
@@ -193,6 +200,7 @@ class Service:
 
     def close(self) -> None:
         self._deadlines.stop()
+        self._stream_desk.threads.shutdown(wait=False, cancel_futures=True)
         self.links.close()
         if self.executor:
             self.executor.close()
@@ -337,7 +345,7 @@ class Service:
                 except BadRequest as e:
                     failed = PartsFailed(str(e), e.code, Executed.YES, e.cause, None)
                 except BaseException as e:  # noqa: BLE001 - user code, which may raise anything
-                    failed = HandlerFailed(_log_failure("the handler's merge failed", e))
+                    failed = HandlerFailed(log_failure("the handler's merge failed", e))
             if failed is not None:
                 failures.append((row, failed))
             results.append(result)
@@ -377,6 +385,13 @@ class Service:
         if remaining is None or remaining > 1e9:
             remaining = self.limits.default_deadline_s
         return time.monotonic() + min(remaining, self.limits.max_deadline_s)
+
+    def _neighbour_of(self, context: grpc.ServicerContext, caller: Caller) -> str:
+        """The process above this one whose link it is: it says so, and comes from its host."""
+        for key, value in context.invocation_metadata():
+            if key == wire.PROCESS_KEY and caller.address in self._hosts.get(value, ()):
+                return str(value)
+        return ""
 
     def _retry_after_s(self) -> float:
         if self._draining:
@@ -504,13 +519,3 @@ def _until(deadline: float) -> float:
     # busy machine too. Nothing is lost by it: the links keep back more for the way home.
     left = deadline - time.monotonic()
     return max(0.0, left - min(0.02, left * 0.05))
-
-
-def _unexpected(e: BaseException) -> OverlayError:
-    return HandlerFailed(_log_failure("something went wrong in the overlay itself", e))
-
-
-def _log_failure(what: str, e: BaseException) -> str:
-    error_id = uuid.uuid4().hex[:8]
-    log.error("error id %s: %s", error_id, what, exc_info=e)
-    return f"{what}; error id {error_id} in this process's log"

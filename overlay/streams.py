@@ -1,15 +1,16 @@
 """ForwardStream, served: many requests over one call, bounded by a window.
 
-    reader   frames -> segments -> check -> the stream's lane in the intake
-    writer   answers -> combine -> slices -> frames, what has gathered meanwhile in one
+    a frame has come   --> segments -> check -> the stream's lane in the intake     read
+    answers are there  --> combine -> slices -> a frame, what has gathered meanwhile in one   write
+    a frame has left   --> its rows leave the window; the next one is written       on gRPC's thread
 
-The reader stops while the window is full, and so does the client, whose frames gRPC then holds
-back. A request leaves the window when its answer has been handed to gRPC, so that a client that
-does not read is bounded too. A large part passes in pieces, no further ahead of its reader than
-overlay.pieces.Passage lets it.
+The stream is not read while its window is full, and so its client stops too, whose frames gRPC then
+holds back. A request leaves the window when its answer has been handed to gRPC, so that a client
+that does not read is bounded too; and all that do not together. A large part passes in pieces, no
+further ahead of its reader than overlay.pieces.Passage lets it.
 
-Each stream owns one thread, "stream-reader", and holds the rpc thread that writes; both end with
-the call.
+Reading and writing are jobs for the process's stream threads, of each at most one a stream; between
+them a stream holds no thread. An idle one makes room where more come than there are places.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import grpc
 
 from overlay import assembly, routing, wire
+from overlay.crowd import Crowd
 from overlay.deadlines import Deadlines
-from overlay.errors import BadRequest, Cancelled, Draining, OverlayError
+from overlay.errors import BadRequest, Cancelled, Draining, MadeRoom, OverlayError, QueueFull
 from overlay.intake import Intake, Ticket, refusal
 from overlay.limits import Limits
 from overlay.pieces import Passage, Told
-from overlay.record import Ended
+from overlay.record import Ended, unexpected
 from overlay.rows import OpenRows
 from overlay.topology import Topology
 from overlay.values import NOBODY, Answers, Caller, Code, Executed, Hop, Mode, Part, Route, Segment
@@ -41,10 +46,118 @@ log = logging.getLogger("overlay.streams")
 Combine = Callable[[Segment, Answers], "tuple[Sequence[bytes], list[tuple[int, OverlayError]]]"]
 """What a client gets of a slice: a result per row, and the failures by row."""
 
+OF_ONE_ADDRESS = 3  # times the places that are left: of 1,024 it has 768 at most
+OF_A_NEIGHBOUR = 4  # streams: a link has two, and those before its restart
+
+
+class Call(Protocol):
+    """What a stream needs of its call; see overlay.reception.Call for the promises."""
+
+    def receive(self, then: Callable[[bytes | None], None]) -> None: ...
+    def send(self, message: bytes, then: Callable[[bool], None]) -> None: ...
+    def finish(self) -> None: ...
+    def fail(self, error: OverlayError) -> None: ...
+
+
+class Budget:
+    """Bytes that all streams share: none has more than is left. Safe from any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> int:
+        return self._left
+
+    def take(self, size: int) -> None:
+        """More than is left too: what has come is there. Less than 0 gives back."""
+        with self._lock:
+            self._left -= size
+
+
+class Places:
+    """The streams that are open. Safe from any thread.
+
+    So many at most, and one address three times as many as are left; one that has nothing to do
+    makes room for a new one of its address. Neighbours have places of their own.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._open: dict[_Stream, str] = {}  # the oldest first, each with its address
+        self._of_neighbours: dict[str, dict[_Stream, None]] = {}
+        self._counts: dict[str, int] = {}
+        self._resting: Crowd[_Stream] = Crowd(most)
+        self.refused = 0  # that found no place
+        self.ended = 0  # that made room for others
+
+    def __iter__(self) -> Iterator[_Stream]:
+        with self._lock:
+            found = list(self._open)
+            found += [stream for held in self._of_neighbours.values() for stream in held]
+        return iter(found)
+
+    def __len__(self) -> int:
+        return len(self._open) + sum(map(len, self._of_neighbours.values()))
+
+    def enter(self, stream: _Stream, address: str, neighbour: str = "") -> list[_Stream]:
+        """Who has to go for it. Raises QueueFull. neighbour: the process that it is a link of."""
+        with self._lock:
+            if neighbour:
+                held = self._of_neighbours.setdefault(neighbour, {})
+                gone = list(held)[: max(0, len(held) + 1 - OF_A_NEIGHBOUR)]
+                held[stream] = None
+            else:
+                gone = self._make_room_locked(address)
+                self._open[stream] = address
+                self._counts[address] = self._counts.get(address, 0) + 1
+                self._resting.add(stream, address)
+            self.ended += len(gone)
+        return gone
+
+    def rests(self, stream: _Stream) -> None:
+        """It has nothing to do."""
+        with self._lock:
+            address = self._open.get(stream)
+            if address is not None:
+                self._resting.add(stream, address)
+
+    def works(self, stream: _Stream) -> None:
+        with self._lock:
+            self._resting.discard(stream)
+
+    def leave(self, stream: _Stream) -> None:
+        with self._lock:
+            self._resting.discard(stream)
+            for held in self._of_neighbours.values():
+                held.pop(stream, None)
+            address = self._open.pop(stream, None)
+            if address is None:
+                return
+            self._counts[address] -= 1
+            if not self._counts[address]:
+                del self._counts[address]
+
+    def _make_room_locked(self, address: str) -> list[_Stream]:
+        count, left = self._counts.get(address, 0), self._most - len(self._open)
+        if left > 0 and count < OF_ONE_ADDRESS * left:
+            return []
+        if self._resting.size_of(address):
+            return [self._resting.pop_oldest(address)]
+        self.refused += 1
+        raise QueueFull(
+            f"all {self._most} streams are open"
+            if left <= 0
+            else f"{count} of {self._most} streams are open from {address} alone, all of them at "
+            f"work; let programs there share one client, or close those that are done"
+        )
+
 
 @dataclass(frozen=True)
 class Desk:
-    """What a stream needs of its process."""
+    """What a stream needs of its process. threads: run what streams have to do."""
 
     me: str
     topology: Topology
@@ -54,7 +167,10 @@ class Desk:
     received: Callable[[int], None]
     ended: Callable[[Ended], None]  # counts them, and sets their trace where it is wanted
     wants_trace: Callable[[], bool]  # of the next segment that a client sends
-    streams: set[_Stream] = field(default_factory=set)  # open now
+    threads: ThreadPoolExecutor
+    streams: Places
+    held: Budget  # payloads and answers in the windows
+    unread: Budget  # answers that wait for their clients to read
 
     @property
     def limits(self) -> Limits:
@@ -62,7 +178,7 @@ class Desk:
 
     def announce_stop(self) -> None:
         """Tells every client that the process stops, so that it sends no more."""
-        for stream in list(self.streams):
+        for stream in self.streams:
             stream.announce_stop()
 
     def end_streams(self) -> None:
@@ -70,33 +186,34 @@ class Desk:
 
         Its end proves to the client that nothing else it sent was read.
         """
-        for stream in list(self.streams):
+        for stream in self.streams:
             stream.end()
 
 
 def serve(
-    desk: Desk, frames: Iterable[pb2.Frame], context: grpc.ServicerContext, caller: Caller = NOBODY
-) -> Iterator[pb2.Frame]:
-    """Answers one ForwardStream call. caller: who takes turns with others."""
-    stream = _Stream(desk, caller)
+    desk: Desk,
+    call: Call,
+    context: grpc.ServicerContext,
+    caller: Caller = NOBODY,
+    neighbour: str = "",
+) -> None:
+    """Answers one ForwardStream call. caller: who takes turns with others. Raises QueueFull.
+
+    neighbour: the process whose link it is, if it is one. Never waits.
+    """
+    stream = _Stream(desk, call, caller)
+    try:
+        for other in desk.streams.enter(stream, caller.address, neighbour):
+            other.make_room()
+    except OverlayError:
+        stream.abandon()
+        raise
     if not context.add_callback(stream.abandon):
         stream.abandon()
         return
-    reader = threading.Thread(target=stream.read, args=(frames,), name="stream-reader", daemon=True)
-    reader.start()
-    desk.streams.add(stream)
-    try:
-        context.send_initial_metadata(())  # tells the client that its stream is served
-        yield from stream.write()
-    finally:
-        desk.streams.discard(stream)
-        stream.abandon()
-        stream.count_rest()
-    if stream.broken is not None:
-        context.abort(wire.grpc_code(stream.broken.code), str(stream.broken))
-    if stream.parting is not None:
-        context.set_trailing_metadata(wire.trailers(stream.parting))
-        context.abort(wire.grpc_code(stream.parting.code), str(stream.parting))
+    limit = str(desk.limits.max_message_bytes)
+    context.send_initial_metadata(((wire.MOST_BYTES_KEY, limit),))  # and that it is served
+    stream.begin()
 
 
 class _Accepted:
@@ -139,13 +256,15 @@ parts before the answer."""
 
 
 class _Stream:
-    def __init__(self, desk: Desk, caller: Caller) -> None:
+    def __init__(self, desk: Desk, call: Call, caller: Caller) -> None:
         self._desk = desk
+        self._call = call
         self._caller = caller
         self._limits = desk.limits
         self._lane = desk.intake.open_lane(caller)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._out: deque[_Out] = deque()
+        self._leaving: list[_Out] = []  # in the frame that is being written
         self._accepted: dict[int, _Accepted] = {}
         self._rows = 0  # accepted and not yet written
         self._bytes = 0
@@ -154,83 +273,192 @@ class _Stream:
         self._frame_bytes = min(self._limits.frame_bytes, self._limits.max_message_bytes // 2)
         self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
         self._no_more = False
-        self._reader_waits = False
+        self._reads_later = False  # when its window has room again
+        self._writes = False  # a job does, or a frame is leaving
         self._abandoned = False
+        self._rest_is_ended = False  # after that
         self._stopping = False
         self._has_news = False  # to be told, also when there is no answer to send
-        self.broken: OverlayError | None = None
-        self.parting: OverlayError | None = None
+        self._broken: OverlayError | None = None
+        self._parting: OverlayError | None = None
 
-    def read(self, frames: Iterable[pb2.Frame]) -> None:
-        """Takes frames in until the client's half-close; on the reader's thread."""
-        try:
-            for frame in frames:
-                self._take(frame)
-                if not self._wait_for_window():
-                    return
-        except OverlayError as e:
-            self.broken = e
-        except Exception as e:  # noqa: BLE001 - gRPC raises a bare Exception when the call is over
-            if not self._abandoned:
-                log.debug("a stream ended: %r", e)
-        finally:
-            with self._changed:
+    def begin(self) -> None:
+        self._call.receive(self._came)
+
+    def announce_stop(self) -> None:
+        with self._lock:
+            self._stopping = self._has_news = True
+        self._write_on()
+
+    def end(self) -> None:
+        """Ends the call once all it has accepted is answered."""
+        me = self._desk.me
+        self._part_with(Draining(f"{me} is stopping and takes no new requests"))
+
+    def make_room(self) -> None:
+        """It has nothing to do and ends for others; its client comes back when it has."""
+        self._part_with(
+            MadeRoom(f"{self._desk.me} has more clients than places; this one was idle")
+        )
+
+    def abandon(self) -> None:
+        """The call is over: ends what it still wanted. May be called twice."""
+        with self._lock:
+            if self._abandoned:
+                return
+            self._abandoned = True
+        self._desk.streams.leave(self)
+        self._desk.intake.close_lane(self._lane)
+        self._run(self._end_rest)
+
+    def _end_rest(self) -> None:
+        with self._lock:
+            open_ones = list(self._accepted.values())
+        for accepted in open_ones:
+            if accepted.ticket is not None:
+                accepted.ticket.end(Code.CANCELLED)
+                self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
+        with self._lock:
+            self._rest_is_ended, counts = True, not self._writes
+        if counts:
+            self._count_rest()
+
+    def _part_with(self, error: OverlayError) -> None:
+        with self._lock:
+            if not self._no_more:
+                self._parting = error
                 self._no_more = True
-                self._changed.notify_all()
+        self._write_on()
 
-    def write(self) -> Iterator[pb2.Frame]:
-        """Frames of answers, until all that was accepted is answered; on the rpc's thread."""
-        while True:
-            with self._changed:
-                while not (self._out or self._has_news or self._is_over_locked()):
-                    self._changed.wait()
-                if self._is_over_locked() and not self._out:
-                    return
-                if self._abandoned:
-                    return
-                taken = self._some_locked()
-                self._has_news = False
-                frame = pb2.Frame(stopping=self._stopping)
+    def _run(self, job: Callable[..., None], *args: object) -> None:
+        with suppress(RuntimeError):  # the threads have ended, and with them the process
+            self._desk.threads.submit(job, *args)
+
+    # reading
+
+    def _came(self, message: bytes | None) -> None:
+        """On gRPC's serving thread."""
+        if message is not None:
+            self._run(self._read, message)
+            return
+        with self._lock:
+            self._no_more = True
+        self._write_on()
+
+    def _read(self, message: bytes) -> None:
+        try:
+            self._take(wire.read_message(message, pb2.Frame.FromString))
+        except OverlayError as e:
+            self._break(e)
+        except Exception as e:  # noqa: BLE001 - a fault of ours costs one stream
+            self._break(unexpected(e))
+        if self._has_room():
+            self._call.receive(self._came)
+
+    def _break(self, error: OverlayError) -> None:
+        with self._lock:
+            self._broken = self._broken or error
+            self._no_more = True
+        self._write_on()
+
+    def _has_room(self) -> bool:
+        """Whether the next frame may come now; if not it does when half of the window is free."""
+        with self._lock:
+            if self._abandoned or self._broken is not None:
+                return False
+            self._reads_later = self._is_full_locked(1)
+            return not self._reads_later
+
+    def _is_full_locked(self, parts: int) -> bool:
+        """Whether more than one of so many parts of the window is taken."""
+        if not self._rows:
+            return False
+        rows, bytes_ = self._limits.window_rows, self._limits.window_bytes
+        bytes_ = min(bytes_, max(0, self._desk.held.left))  # what others hold is not to be had
+        if parts == 1:
+            return self._rows >= rows or self._bytes >= bytes_
+        return self._rows > rows // parts or self._bytes > bytes_ // parts
+
+    # writing
+
+    def _write_on(self) -> None:
+        """Has what there is to write written, unless that is under way."""
+        with self._lock:
+            if self._writes or not self._has_work_locked():
+                return
+            self._writes = True
+        self._run(self._write)
+
+    def _has_work_locked(self) -> bool:
+        return bool(self._out) or self._has_news or self._is_over_locked()
+
+    def _is_over_locked(self) -> bool:
+        if self._abandoned or self._broken is not None:
+            return True
+        return self._no_more and not self._rows
+
+    def _write(self) -> None:
+        """One frame of answers, or the end of the call when all that was accepted is answered."""
+        with self._lock:
+            is_over = self._abandoned or (self._is_over_locked() and not self._out)
+            self._leaving = taken = [] if is_over else self._some_locked()
+            self._has_news = False
+            frame = pb2.Frame(stopping=self._stopping)
+        if is_over:
+            self._finish()
+            return
+        try:
             for accepted, start, answers, size, more in taken:
                 if more:
                     self._write_parts(frame, accepted, start, answers, size)
                 else:
                     self._write_slice(frame, accepted, start, answers, size)
-            yield frame
-            # Handed to gRPC: only now it leaves the window.
-            self._leave_window(taken)
+            message = frame.SerializeToString()
+        except Exception as e:  # noqa: BLE001 - a fault of ours costs one stream
+            self._break(unexpected(e))
+            self._left(False)
+            return
+        self._call.send(message, self._left)
 
-    def announce_stop(self) -> None:
-        with self._changed:
-            self._stopping = self._has_news = True
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        with self._changed:
-            if not self._no_more:
-                me = self._desk.me
-                self.parting = Draining(f"{me} is stopping and takes no new requests")
-                self._no_more = True
-            self._changed.notify_all()
-
-    def abandon(self) -> None:
-        """The call is over: ends what it still wanted. May be called twice."""
-        with self._changed:
-            if self._abandoned:
-                return
-            self._abandoned = True
-            open_ones = list(self._accepted.values())
-            self._changed.notify_all()
-        for accepted in open_ones:
+    def _left(self, is_open: bool) -> None:
+        """A frame has been handed to gRPC: only now it leaves the window. On its serving thread."""
+        taken, self._leaving = self._leaving, []
+        goes_on, ended = self._leave_window(taken)
+        for accepted in ended:
             if accepted.ticket is not None:
-                accepted.ticket.end(Code.CANCELLED)
                 self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
-        self._desk.intake.close_lane(self._lane)
+                accepted.ticket = None  # it leads back here
+        with self._lock:
+            self._writes = writes = self._has_work_locked()
+            reads = self._reads_later and not self._is_full_locked(2)
+            self._reads_later = self._reads_later and not reads
+        if writes:
+            self._run(self._write)
+        if goes_on:
+            self._run(self._desk.intake.kick)
+        if reads:
+            self._call.receive(self._came)
 
-    def count_rest(self) -> None:
+    def _finish(self) -> None:
+        with self._lock:
+            self._writes = False
+            is_abandoned, counts = self._abandoned, self._rest_is_ended
+            error = self._broken or self._parting
+        if is_abandoned:
+            if counts:  # or it is counted when it has been ended
+                self._count_rest()
+        elif error is not None:
+            self._call.fail(error)
+        else:
+            self._call.finish()
+
+    def _count_rest(self) -> None:
         """Counts what was received and will not be answered any more, as cancelled."""
-        with self._changed:
+        with self._lock:
             rest, self._accepted = list(self._accepted.values()), {}
+            self._out.clear()
+            self._hold_locked(-self._bytes)
+            self._keep_unread_locked(-self._unread)
         for accepted in rest:
             rows = accepted.segment.count - accepted.counted
             gone: OverlayError = Cancelled("the caller left")
@@ -239,10 +467,17 @@ class _Stream:
             answers = Answers(rows, (), refused=left)
             self._answered(accepted, accepted.counted, answers, failures, None)
 
-    def _is_over_locked(self) -> bool:
-        if self._abandoned or self.broken is not None:
-            return True
-        return self._no_more and not self._rows
+    def _hold_locked(self, size: int) -> None:
+        """So many bytes more, or less, in its window."""
+        self._bytes += size
+        self._desk.held.take(size)
+
+    def _keep_unread_locked(self, size: int) -> None:
+        """So many bytes more, or less, that its client has not read; with many its lane pauses."""
+        self._unread += size
+        self._desk.unread.take(size)
+        most = min(self._limits.window_bytes // 2, max(0, self._desk.unread.left))
+        self._lane.paused = 0 < self._unread >= most
 
     def _take(self, frame: pb2.Frame) -> None:
         now = time.monotonic()
@@ -259,7 +494,7 @@ class _Stream:
             self._grant(grant)
 
     def _grant(self, made: pb2.Grant) -> None:
-        with self._changed:
+        with self._lock:
             accepted = self._accepted.get(made.number)
             if accepted is None:
                 return
@@ -287,12 +522,14 @@ class _Stream:
             pieces = min(1, segment.pieces)  # more of them as there is room
             segment = replace(segment, early=partial(self._pass_on, accepted), pieces=pieces)
             accepted.segment, accepted.unanswered = segment, OpenRows(segment.count)
-        with self._changed:
-            if self._abandoned or self.parting is not None:
+        with self._lock:
+            if self._abandoned or self._parting is not None:
                 return
+            if not self._rows:
+                desk.streams.works(self)
             self._accepted[made.number] = accepted
             self._rows += accepted.left
-            self._bytes += accepted.size
+            self._hold_locked(accepted.size)
         desk.received(segment.count)
         sink = partial(self._answer, accepted)
         try:
@@ -320,24 +557,29 @@ class _Stream:
 
     def _answer(self, accepted: _Accepted, start: int, answers: Answers) -> None:
         size = _size(answers)
-        with self._changed:
+        with self._lock:
             if accepted.unanswered is not None:
                 accepted.unanswered.take(start, answers.count)
                 self._passage.end_rows(accepted.number, start, answers.count)
-            self._put_locked((accepted, start, answers, size, False))
+            is_first = self._put_locked((accepted, start, answers, size, False))
+        if is_first:
+            self._write_on()
 
     def _pass_on(self, accepted: _Accepted, start: int, answers: Answers) -> None:
         """Parts before the answer; none after it, when the segment's number may be another's."""
         told = []
-        with self._changed:
+        is_first = False
+        with self._lock:
             assert accepted.unanswered is not None
             for first, count in accepted.unanswered.runs(start, answers.count):
                 rows = answers.slice(first - start, count)
                 accepted.good.update(first + i for i in range(count) if _has_good(rows, i))
                 told += self._pieces_locked(accepted, first, rows)
-                self._put_locked((accepted, first, rows, _size(rows), True))
+                is_first |= self._put_locked((accepted, first, rows, _size(rows), True))
         for tell, pieces in told:
             tell(pieces)
+        if is_first:
+            self._write_on()
 
     def _pieces_locked(self, accepted: _Accepted, row: int, answers: Answers) -> list[Told]:
         """Who of those whose pieces go up here may send more."""
@@ -353,14 +595,14 @@ class _Stream:
                 told.append(more)
         return told
 
-    def _put_locked(self, out: _Out) -> None:
-        size = out[3]
+    def _put_locked(self, out: _Out) -> bool:
+        """Whether nothing else waits to be written."""
+        if self._abandoned:
+            return False
         self._out.append(out)
-        self._bytes += size
-        self._unread += size
-        self._lane.paused = self._unread >= self._limits.window_bytes // 2
-        if len(self._out) == 1:
-            self._changed.notify_all()
+        self._hold_locked(out[3])
+        self._keep_unread_locked(out[3])
+        return len(self._out) == 1
 
     def _some_locked(self) -> list[_Out]:
         taken: list[_Out] = []
@@ -371,8 +613,8 @@ class _Stream:
                 answers, rest = _split(answers, room)
                 whole, size, rest_size = size, _size(answers), _size(rest)
                 self._out.appendleft((accepted, start + answers.count, rest, rest_size, more))
-                self._bytes += size + rest_size - whole
-                self._unread += size + rest_size - whole
+                self._hold_locked(size + rest_size - whole)
+                self._keep_unread_locked(size + rest_size - whole)
             taken.append((accepted, start, answers, size, more))
             room -= size
         return taken
@@ -431,43 +673,26 @@ class _Stream:
         part = Part(self._desk.me, Code.RESOURCE_EXHAUSTED, reason, executed=Executed.YES)
         return Answers(answers.count, (), answers.hops, part)
 
-    def _leave_window(self, taken: list[_Out]) -> None:
+    def _leave_window(self, taken: list[_Out]) -> tuple[bool, list[_Accepted]]:
+        """Whether its lane goes on, and the segments of which all is answered."""
         ended = []
-        with self._changed:
-            for accepted, _, answers, size, more in taken:
-                self._bytes -= size
-                self._unread -= size
+        with self._lock:
+            was_paused, size = self._lane.paused, 0
+            for accepted, _, answers, bytes_, more in taken:
+                size += bytes_
                 if more:
                     continue
                 self._rows -= answers.count
                 accepted.left -= answers.count
                 if not accepted.left:
-                    self._bytes -= accepted.size
+                    self._hold_locked(-accepted.size)
                     self._accepted.pop(accepted.number, None)
                     ended.append(accepted)
-            if self._reader_waits:
-                self._changed.notify_all()
-            resume = self._lane.paused and self._unread < self._limits.window_bytes // 2
-            self._lane.paused = self._lane.paused and not resume
-        if resume:
-            self._desk.intake.kick()
-        for accepted in ended:
-            if accepted.ticket is not None:
-                self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
-                accepted.ticket = None  # it leads back here
-
-    def _wait_for_window(self) -> bool:
-        """Waits while too much is unanswered, until half is free; False when the call is over."""
-        limits = self._limits
-        with self._changed:
-            if self._rows >= limits.window_rows or self._bytes >= limits.window_bytes:
-                self._reader_waits = True
-                while not self._abandoned and (
-                    self._rows > limits.window_rows // 2 or self._bytes > limits.window_bytes // 2
-                ):
-                    self._changed.wait()
-                self._reader_waits = False
-            return not self._abandoned
+            self._hold_locked(-size)
+            self._keep_unread_locked(-size)
+            if not self._rows:
+                self._desk.streams.rests(self)
+            return was_paused and not self._lane.paused, ended
 
 
 def _split(answers: Answers, room: int) -> tuple[Answers, Answers]:

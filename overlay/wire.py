@@ -6,7 +6,7 @@ Reading checks what came in; writing never fails.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from overlay.errors import BadRequest, ConfigError, OverlayError
+from overlay.errors import BadRequest, ConfigError, MadeRoom, OverlayError
 from overlay.limits import MIB, Limits
 from overlay.meter import BOUNDS_S, Histogram, Spread
 from overlay.recent import Line
@@ -60,6 +60,8 @@ FORMAT = 1  # MetricsResponse.wire_format
 EXECUTED_KEY = "overlay-executed"
 COVERAGE_KEY = "overlay-coverage"
 CALLER_KEY = "overlay-caller"
+IDLE_KEY = "overlay-idle"  # a stream had nothing to do, and need not come back until it has
+PROCESS_KEY = "overlay-process"  # the process that a link is of, as it says
 MOST_BYTES_KEY = "overlay-max-message-bytes"
 _STATUS_KEY = "grpc-status-details-bin"
 LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
@@ -88,12 +90,19 @@ def channel_options(limits: Limits | None = None) -> list[tuple[str, Any]]:
     ]
 
 
-def server_options(limits: Limits) -> list[tuple[str, Any]]:
-    """Options of a process's server: nobody shares its port, and no ping is too many."""
+def server_options(limits: Limits, connections: int | None = None) -> list[tuple[str, Any]]:
+    """Options of a process's server: nobody shares its port, and no ping is too many.
+
+    connections: that may be open at a time.
+    """
+    most = [] if connections is None else [("grpc.max_allowed_incoming_connections", connections)]
     return [
+        *most,
         *_size_options(limits),
         *_KEEPALIVE,
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", limits.calls_of_a_connection),
+        ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
         ("grpc.http2.min_ping_interval_without_data_ms", 500),
         ("grpc.http2.max_ping_strikes", 0),
     ]
@@ -110,6 +119,14 @@ def _size_options(limits: Limits) -> list[tuple[str, Any]]:
 
 
 CHANNEL_OPTIONS = channel_options()
+
+
+def read_message(message: bytes, parse: Callable[[bytes], Any]) -> Any:
+    """Raises BadRequest for what is not protobuf."""
+    try:
+        return parse(message)
+    except Exception as e:  # noqa: BLE001 - protobuf's implementations each have errors of their own
+        raise BadRequest(f"a message of {len(message):,} bytes is not protobuf: {e}") from None
 
 
 def read_request(
@@ -550,6 +567,8 @@ def grpc_code(code: Code) -> grpc.StatusCode:
 def trailers(error: OverlayError) -> list[tuple[str, str | bytes]]:
     """The trailing metadata of a failed request: whether anything ran, and when to retry."""
     made: list[tuple[str, str | bytes]] = [(EXECUTED_KEY, error.executed.name.lower())]
+    if isinstance(error, MadeRoom):
+        made.append((IDLE_KEY, "1"))
     if error.retry_after_s is not None:
         made.append((_STATUS_KEY, _retry_status(error)))
     return made

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from unittest import mock
@@ -20,9 +20,9 @@ import pytest
 from overlay import assembly, streams, wire
 from overlay.deadlines import Deadlines
 from overlay.errors import NoTimeLeft, OverlayError
-from overlay.guard import Guarded
 from overlay.intake import Intake
 from overlay.limits import Limits
+from overlay.reception import Reception
 from overlay.record import Ended
 from overlay.topology import HandlerSpec, Process, Topology
 from overlay.values import (
@@ -143,10 +143,15 @@ class Served:
             received=desk.count_received,
             ended=desk.count_ended,
             wants_trace=lambda: desk.follows,
+            threads=ThreadPoolExecutor(8, "stream"),
+            streams=streams.Places(limits.streams),
+            held=streams.Budget(limits.max_waiting_bytes),
+            unread=streams.Budget(limits.unread_bytes),
         )
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(self._pool, options=wire.server_options(limits))
-        pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), Guarded(self._server))
+        reception = Reception(self._server, self._pool, limits)
+        pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), reception)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}", wire.channel_options(limits))
         self.stub = pb2_grpc.OverlayNodeStub(self.channel)
@@ -159,7 +164,8 @@ class Served:
         self.channel.close()
         self._server.stop(0).wait(5)
         self.deadlines.stop()
-        self._pool.shutdown(wait=True)
+        for pool in (self._pool, self.stream_desk.threads):
+            pool.shutdown(wait=True)
 
     def call(self, frames: Iterable[pb2.Frame]) -> grpc.Call:
         return self.stub.ForwardStream(iter(frames), timeout=20, wait_for_ready=True)
@@ -168,8 +174,8 @@ class Served:
         served = self
 
         class Servicer(pb2_grpc.OverlayNodeServicer):
-            def ForwardStream(self, request_iterator, context):
-                return streams.serve(served.stream_desk, request_iterator, context)
+            def ForwardStream(self, call, context):
+                return streams.serve(served.stream_desk, call, context)
 
         return Servicer()
 
@@ -179,8 +185,8 @@ def serving(desk: Desk, limits: Limits = LIMITS) -> Iterator[Served]:
     served = Served(desk, limits)
     kept = streams._Stream
 
-    def keep(stream_desk: streams.Desk, caller: str) -> streams._Stream:
-        served.streams.append(kept(stream_desk, caller))
+    def keep(*made: object) -> streams._Stream:
+        served.streams.append(kept(*made))
         return served.streams[-1]
 
     with mock.patch.object(streams, "_Stream", keep):
@@ -484,29 +490,27 @@ def test_every_row_of_a_client_that_vanished_is_counted_once():
     assert {error.code for error in desk.failures} == {Code.CANCELLED}
 
 
-def test_a_call_that_is_over_before_it_is_served_leaves_no_lane():
-    class Over:
-        def add_callback(self, callback):
-            return False
+class OverCall:
+    """A call that is over before it is served, or while it is let in."""
 
+    def __init__(self, has_begun: bool) -> None:
+        self._has_begun = has_begun
+
+    def add_callback(self, callback):
+        self.callback = callback
+        return self._has_begun
+
+    def send_initial_metadata(self, metadata):
+        self.callback()
+        raise grpc.RpcError
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_client_that_leaves_before_it_is_let_in_leaves_no_stream(has_begun):
     with serving(Desk()) as served:
-        assert list(streams.serve(served.stream_desk, iter(()), Over())) == []
-        assert served.intake.streamed == (0, 0, 0)
-
-
-def test_a_client_that_leaves_while_it_is_let_in_leaves_no_stream():
-    class Leaving:
-        def add_callback(self, callback):
-            self.callback = callback
-            return True
-
-        def send_initial_metadata(self, metadata):
-            self.callback()
-            raise grpc.RpcError
-
-    with serving(Desk()) as served:
-        with pytest.raises(grpc.RpcError):
-            list(streams.serve(served.stream_desk, iter(()), Leaving()))
+        call = OverCall(has_begun)
+        with suppress(grpc.RpcError):
+            streams.serve(served.stream_desk, call, call)
         assert served.intake.streamed == (0, 0, 0)
         assert not served.stream_desk.streams, "a drain waits for it until its grace is over"
 
@@ -862,15 +866,20 @@ def test_many_streams_at_once_each_get_their_own():
         assert Counter(rows.values()) == {b"W: %d" % client: 600}
 
 
-def test_the_threads_of_a_stream_end_with_it():
+def test_a_stream_that_waits_for_its_client_or_for_answers_holds_no_thread():
     with serving(Desk(held=[])) as served:
-        calls = [served.call(Sender(frame(segment(1, b"")))) for _ in range(4)]
-        until(lambda: served.desk.received == 4, 5)
-        assert readers() == 4
+        senders = [Sender(frame(segment(1, b""))) for _ in range(40)]
+        calls = [served.call(sender) for sender in senders]
+        until(lambda: served.desk.received == 40, 5)
+        assert stream_threads() <= 8
+
+        served.desk.let_go()
+        assert [rows_of([next(call)]) for call in calls] == [{(1, 0): b"W: "}] * 40
+        assert stream_threads() <= 8
         for call in calls:
             call.cancel()
-        until(lambda: readers() == 0, 5)
+        until(lambda: is_quiet(served), 5)
 
 
-def readers() -> int:
-    return sum(thread.name == "stream-reader" for thread in threading.enumerate())
+def stream_threads() -> int:
+    return sum(thread.name.startswith("stream") for thread in threading.enumerate())

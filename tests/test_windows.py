@@ -114,7 +114,7 @@ def test_the_commands_run_on_a_windows_python(windows: Windows) -> None:
 def test_a_part_of_the_tests_passes_on_a_windows_python(windows: Windows) -> None:
     modules = ["configuration", "routing", "assembly", "admission", "rows", "wire", "health"]
     modules += ["picture", "lanes", "recent", "orders", "keys", "intake", "story", "record"]
-    modules += ["parts", "guard", "threads", "executor", "handlers", "journal", "links"]
+    modules += ["parts", "reception", "threads", "executor", "handlers", "journal", "links"]
     done = windows.run(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", UNITS, "-k", SOON, "--timeout=60"),
         *(f"tests/test_{name}.py" for name in modules),
