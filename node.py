@@ -109,8 +109,10 @@ class Node:
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
         most = most_connections(raise_file_limit())
         self.server = grpc.server(self.pool, options=wire.server_options(limits, most))
-        self.reception = Reception(self.server, self.pool, limits)
-        self.door = Door(me.port, most, self.reception.open_peers, self.reception.end_late)
+        self.reception = Reception(self.server, self.pool, limits, service.record)
+        service.calls_without_message = lambda: self.reception.unarrived
+        peers, end_late = self.reception.open_peers, self.reception.end_late
+        self.door = Door(me.port, most, service.record, peers, end_late)
         self.health = Health(self.metrics_pool)
         node = OverlayNode(service, self.metrics_pool)
         pb2_grpc.add_OverlayNodeServicer_to_server(node, self.reception)

@@ -82,6 +82,7 @@ def show_metrics(report: Screen, m: Any, address: str) -> None:
         ("serving", _spread(m.service_ms)),
         ("program", f"overlay {m.version}, Python {m.python}, {m.platform}, pid {m.pid}"),
         ("config", m.config_digest),
+        ("ended", ", ".join(f"{n} {what}" for what, n in sorted(m.crowded_out.items()))),
         ("log", f"{m.log_lines_dropped} lines dropped" if m.log_lines_dropped else ""),
     )
     report.table(

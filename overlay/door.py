@@ -23,6 +23,7 @@ import psutil
 
 from overlay import wire
 from overlay.crowd import Crowd
+from overlay.record import Record
 
 log = logging.getLogger("overlay.door")
 
@@ -30,7 +31,6 @@ WANTED_FILES = 10_240  # the most that macOS gives; Linux starts programs with 1
 OWN_FILES = 200  # for logs, links, handlers
 MOST_CONNECTIONS = 8192
 LOOK_S = 0.25
-TELL_S = 1.0  # between two lines in the log
 
 
 def raise_file_limit() -> int:
@@ -60,18 +60,19 @@ class Door:
         self,
         port: int,
         most: int,
+        record: Record,
         open_peers: Callable[[], Collection[str]],
         each_look: Callable[[], None] = lambda: None,
     ) -> None:
-        self.cut = 0  # connections, so far
+        """most: connections that gRPC lets in. record: is told of those that are cut."""
         self._port = port
         self._most = most * 3 // 4
+        self._record = record
         self._open_peers = open_peers
         self._each_look = each_look
         self._since: dict[End, float] = {}  # when a connection was first seen
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
-        self._told_at = -TELL_S
 
     def start(self) -> None:
         self._thread.start()
@@ -100,19 +101,9 @@ class Door:
         order = sorted(found, key=lambda peer: (peer in busy, self._since[peer]))
         crowd: Crowd[End] = Crowd(self._most)
         gone = [other for peer in order for other in crowd.add(peer, peer[0])]
-        self._tell(len(found), [peer for peer in gone if _cut(found[peer], peer)])
-
-    def _tell(self, open_: int, cut: list[End]) -> None:
-        self.cut += len(cut)
-        if not cut or time.monotonic() - self._told_at < TELL_S:
-            return
-        self._told_at = time.monotonic()
-        whose, count = Counter(host for host, _ in cut).most_common(1)[0]
-        log.warning(
-            "%d connections are open, more than this process may have: %d of %s are cut, the idle "
-            "ones first; they count as wanted again when they come back",
-            open_, count, whose, extra={"kind": "refusal"},
-        )  # fmt: skip
+        cut = Counter(peer[0] for peer in gone if _cut(found[peer], peer))
+        for address, count in cut.items():
+            self._record.crowded_out("connections", count, address)
 
 
 End = tuple[str, int]

@@ -112,6 +112,17 @@ def _requests(m: Any) -> Iterator[Metric]:
     yield _gauge("queue_slots", "How many can wait in the queue.", m.queue_slots)
     yield _gauge("requests_in_service", "Single requests in service.", m.active_requests)
     yield _gauge("service_slots", "How many can be in service.", m.max_capacity)
+    crowded = CounterMetricFamily(
+        "overlay_crowded_out",
+        "Calls, streams and connections ended, or not let in, because there were too many.",
+        labels=["what"],
+    )
+    for what, count in sorted(m.crowded_out.items()):
+        crowded.add_metric([what], count)
+    yield crowded
+    yield _gauge(
+        "calls_without_message", "Calls whose message has not come.", m.calls_without_message
+    )
     yield _gauge("streams", "Streams open.", m.streams)
     yield _gauge("streamed_requests_waiting", "Requests of streams that wait.", m.streamed_waiting)
     yield _gauge(

@@ -74,6 +74,7 @@ class Meter:
         self._lock = threading.Lock()
         self._received = self._completed = self._failed = self._cancelled = 0
         self._causes: Counter[str] = Counter()
+        self._crowded_out: Counter[str] = Counter()
         self.service = Times()
         self.waiting = Times()
         self._waited, self._served = _Tally(), _Tally()
@@ -112,6 +113,11 @@ class Meter:
         with self._lock:
             self._causes[cause] += 1
 
+    def crowded_out(self, what: str, count: int) -> None:
+        """So many calls, streams or connections were ended, or not let in, for others."""
+        with self._lock:
+            self._crowded_out[what] += count
+
     def counts(self) -> Counts:
         with self._lock:
             refused = sum(self._causes.values())
@@ -125,6 +131,10 @@ class Meter:
     def causes(self) -> dict[str, int]:
         with self._lock:
             return dict(self._causes)
+
+    def crowds(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._crowded_out)
 
 
 class _Tally:

@@ -35,11 +35,13 @@ from overlay import wire
 from overlay.crowd import Crowd
 from overlay.errors import BadRequest, CrowdedOut, OverlayError
 from overlay.limits import Limits
-from overlay.record import unexpected
+from overlay.record import Record, unexpected
 
 log = logging.getLogger("overlay.reception")
 
 Method = Callable[..., Any]
+
+COMING, RESTING, LEAVING = "calls without a message", "watchers", "answers that are not read"
 
 
 class Call:
@@ -122,16 +124,19 @@ class Reception:
     A pool of its own is its `experimental_thread_pool`; the others' is `pool`.
     """
 
-    def __init__(self, server: grpc.Server, pool: ThreadPoolExecutor, limits: Limits) -> None:
+    def __init__(
+        self, server: grpc.Server, pool: ThreadPoolExecutor, limits: Limits, record: Record
+    ) -> None:
+        """record: is told what is ended because there is too much of it."""
         self._server = server
         self._pool = pool
         self._limits = limits
+        self._record = record
         self._lock = threading.Lock()
         self._coming: Crowd[Call] = Crowd(limits.unarrived_calls)
         self._resting: Crowd[Call] = Crowd(limits.resting_calls)
         self._leaving: Crowd[Call] = Crowd(limits.unread_bytes)
         self._peers: Counter[str] = Counter()
-        self._crowded_out = 0
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
         """Nothing: the same methods come by name too, and are added both ways then."""
@@ -149,11 +154,6 @@ class Reception:
         """Calls whose message has not come."""
         return len(self._coming)
 
-    @property
-    def crowded_out(self) -> int:
-        """Calls that were ended because there were too many, or too much was not read."""
-        return self._crowded_out
-
     def open_peers(self) -> set[str]:
         """Who has a call open, as gRPC names them."""
         with self._lock:
@@ -166,6 +166,7 @@ class Reception:
             late = self._coming.pop_older(time.monotonic() - patience_s)
         for call in late:
             call.fail(CrowdedOut(f"no message came within {patience_s:g} s"))
+            self._record.crowded_out(COMING, 1, call.address)
 
     def _received(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         parse, serialize = handler.request_deserializer, handler.response_serializer
@@ -206,8 +207,7 @@ class Reception:
 
     def _unary(self, serve: Callable[[Call, bytes], None], pool: ThreadPoolExecutor) -> Method:
         def begin(call: Call, context: grpc.ServicerContext) -> None:
-            for other in self._put(self._coming, call):
-                other.fail(CrowdedOut("too many calls wait for their messages"))
+            self._put(self._coming, COMING, call)
             call.receive(partial(self._arrived, serve, pool, call))
 
         return begin
@@ -233,8 +233,7 @@ class Reception:
         """A method that waits for the next message, as one that nothing waits in."""
 
         def begin(call: Call, context: grpc.ServicerContext) -> None:
-            for other in self._put(self._resting, call):
-                other.fail(CrowdedOut("too many such calls are open"))
+            self._put(self._resting, RESTING, call)
             call.receive(partial(came, call))
 
         def came(call: Call, message: bytes | None) -> None:
@@ -283,8 +282,7 @@ class Reception:
     def _hand_over(
         self, method: Method, parse: Method, serialize: object, call: Call, message: bytes
     ) -> None:
-        for other in self._put(self._resting, call):
-            other.fail(CrowdedOut("too many such calls are open"))
+        self._put(self._resting, RESTING, call)
         try:
             method(wire.read_message(message, parse), call)
         except BaseException as e:  # noqa: BLE001 - as in `_answer`
@@ -292,18 +290,21 @@ class Reception:
 
     def _finish(self, call: Call, message: bytes) -> None:
         # Until it is read it takes memory, and no window of a stream bounds that.
-        for other in self._put(self._leaving, call, len(message)):
-            other.context.cancel()
+        self._put(self._leaving, LEAVING, call, len(message))
         call.finish(message)
 
-    def _put(self, crowd: Crowd[Call], call: Call, size: int = 1) -> list[Call]:
-        """Those who have to go for it."""
+    def _put(self, crowd: Crowd[Call], what: str, call: Call, size: int = 1) -> None:
+        """Counts it among them, and ends those that have to go for it."""
         with self._lock:
             if call.is_over:
-                return []
+                return
             gone = crowd.add(call, call.address, size, time.monotonic())
-            self._crowded_out += len(gone)
-        return gone
+        for other in gone:
+            if crowd is self._leaving:
+                other.context.cancel()  # it has its status, behind what is not read
+            else:
+                other.fail(CrowdedOut(f"too many {what} are open"))
+            self._record.crowded_out(what, 1, other.address)
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]

@@ -63,10 +63,12 @@ class Record:
         self._works = works
         self._failures = Repeats(_tell_more_failures)
         self._told = Repeats(_tell_more, TOLD_AT_ONCE, TOLD_PER_S)
+        self._crowds = Repeats(_tell_more_crowded_out)
 
     def close(self) -> None:
         self._failures.flush()
         self._told.flush()
+        self._crowds.flush()
 
     def count(self, error: OverlayError) -> None:
         if error.code is Code.CANCELLED:
@@ -110,6 +112,17 @@ class Record:
         kind = _kind(error)
         if self._failures.may_tell(kind):
             _tell_failure(kind, f"{kind.word}, {kind.cause}: {error}", 0)
+
+    def crowded_out(self, what: str, count: int, address: str) -> None:
+        """Calls, streams or connections of an address were ended, or not let in, for others."""
+        if not count:
+            return
+        self.meter.crowded_out(what, count)
+        if self._crowds.may_tell(what):
+            about = {"kind": "refusal", "count": count}
+            log.warning("too many %s: %d of %s ended", what, count, address, extra=about)
+        else:
+            self._crowds.add(what, count - 1)
 
     def _trace(self, ended: Ended, waited_s: float, served_s: float) -> tuple[Hop, ...]:
         if ended.answers is None:
@@ -243,6 +256,11 @@ def _tell_more_failures(kind: Hashable, count: int) -> None:
 
 def _tell_more(kind: Hashable, count: int) -> None:
     log.info("%s more asked for a line and have none", f"{count:,}")
+
+
+def _tell_more_crowded_out(what: Hashable, count: int) -> None:
+    about = {"kind": "refusal", "count": count}
+    log.warning("too many %s: %s more ended", what, f"{count:,}", extra=about)
 
 
 _EVENTS = {"refused": "refusal", "failed": "failure"}

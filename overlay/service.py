@@ -82,11 +82,12 @@ class Service:
         """
         self._recent = recent or Recent()
         self._log_lines_dropped = log_lines_dropped
+        self.calls_without_message: Callable[[], int] = lambda: 0
         self.topology = topology
         self.me = topology.process(me)
         self.limits = topology.limits
-        self._record = Record(me, self.me.works)
-        self.meter = self._record.meter
+        self.record = Record(me, self.me.works)
+        self.meter = self.record.meter
         handlers.add_folder(topology.folder)
         # Process pools start before any channel is there.
         self.executor = Executor(topology, self.me) if self.me.works else None
@@ -115,8 +116,9 @@ class Service:
             deadlines=self._deadlines,
             combine=self._combine_slice,
             received=self.meter.received,
-            ended=self._record.ended_and_counted,
-            wants_trace=self._record.wants_trace,
+            ended=self.record.ended_and_counted,
+            crowded_out=self.record.crowded_out,
+            wants_trace=self.record.wants_trace,
             threads=ThreadPoolExecutor(limits.stream_threads, "stream"),
             streams=Places(limits.streams),
             held=Budget(limits.max_waiting_bytes),
@@ -157,7 +159,7 @@ class Service:
             self.meter.completed(1)
             context.set_trailing_metadata(((wire.COVERAGE_KEY, coverage),))
             return response
-        self._record.count(failed)
+        self.record.count(failed)
         return self._abort(context, failed)
 
     def forward_stream(self, call: StreamCall, context: grpc.ServicerContext) -> None:
@@ -169,7 +171,6 @@ class Service:
             neighbour = self._neighbour_of(context, caller)
             streams_serve(self._stream_desk, call, context, caller, neighbour)
         except OverlayError as e:
-            self._record.turned_away(e)
             call.fail(e)
 
     def drain(self, grace_s: float) -> Drained:
@@ -204,7 +205,7 @@ class Service:
         self.links.close()
         if self.executor:
             self.executor.close()
-        self._record.close()
+        self.record.close()
 
     def metrics(self, events: int = 0, requests: int = 0) -> pb2.MetricsResponse:
         """The truth about this process now, with its last events and requests; never waits."""
@@ -246,11 +247,13 @@ class Service:
             streamed_waiting=streamed_waiting,
             streamed_active=streamed_active,
             events=map(wire.write_event, self._recent.events(events)),
-            requests=map(wire.write_story, self._record.stories.last(requests)),
+            requests=map(wire.write_story, self.record.stories.last(requests)),
             service=wire.write_histogram(all_service),
             waiting=wire.write_histogram(all_waiting),
             wall_time_s=time.time(),
             wire_format=wire.FORMAT,
+            crowded_out=self.meter.crowds(),
+            calls_without_message=self.calls_without_message(),
         )
 
     @property
@@ -283,9 +286,9 @@ class Service:
             self._check_size(response.ByteSize())
         except OverlayError as e:
             ended.failures = ((0, e),)
-            self._record.ended(ended)
+            self.record.ended(ended)
             raise
-        self._record.ended(ended)
+        self.record.ended(ended)
         if request.want_trace:
             wire.write_trace(response, ended.trace)
         return response, assembly.coverage(answer)
@@ -307,11 +310,11 @@ class Service:
         return found
 
     def _read(self, request: pb2.Request, context: grpc.ServicerContext) -> Segment:
-        traced = self._record.wants_trace()
+        traced = self.record.wants_trace()
         try:
             return wire.read_request(request, self._deadline(context), self.limits, traced)
         except OverlayError as e:
-            self._record.turned_away(e)
+            self.record.turned_away(e)
             raise
 
     def _wait(self, ended: Ended, context: grpc.ServicerContext, priority: int) -> Answers:

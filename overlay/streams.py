@@ -90,8 +90,6 @@ class Places:
         self._of_neighbours: dict[str, dict[_Stream, None]] = {}
         self._counts: dict[str, int] = {}
         self._resting: Crowd[_Stream] = Crowd(most)
-        self.refused = 0  # that found no place
-        self.ended = 0  # that made room for others
 
     def __iter__(self) -> Iterator[_Stream]:
         with self._lock:
@@ -114,7 +112,6 @@ class Places:
                 self._open[stream] = address
                 self._counts[address] = self._counts.get(address, 0) + 1
                 self._resting.add(stream, address)
-            self.ended += len(gone)
         return gone
 
     def rests(self, stream: _Stream) -> None:
@@ -146,7 +143,6 @@ class Places:
             return []
         if self._resting.size_of(address):
             return [self._resting.pop_oldest(address)]
-        self.refused += 1
         raise QueueFull(
             f"all {self._most} streams are open"
             if left <= 0
@@ -166,6 +162,7 @@ class Desk:
     combine: Combine
     received: Callable[[int], None]
     ended: Callable[[Ended], None]  # counts them, and sets their trace where it is wanted
+    crowded_out: Callable[[str, int, str], None]  # (what, how many, of which address)
     wants_trace: Callable[[], bool]  # of the next segment that a client sends
     threads: ThreadPoolExecutor
     streams: Places
@@ -205,7 +202,9 @@ def serve(
     try:
         for other in desk.streams.enter(stream, caller.address, neighbour):
             other.make_room()
-    except OverlayError:
+            desk.crowded_out("idle streams", 1, caller.address)
+    except QueueFull:
+        desk.crowded_out("streams", 1, caller.address)
         stream.abandon()
         raise
     if not context.add_callback(stream.abandon):

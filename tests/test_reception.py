@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 from overlay.errors import BadRequest
 from overlay.limits import Limits
 from overlay.reception import Health, Reception, on_threads_of
+from overlay.record import Record
 from tests.cluster import until
 
 METHOD = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -32,7 +33,8 @@ class Served:
     def __init__(self, **limits: object) -> None:
         pool = ThreadPoolExecutor(4, "few")
         self.server = grpc.server(pool)
-        self.reception = Reception(self.server, pool, replace(Limits(), **limits))
+        self.record = Record("A", works=False)
+        self.reception = Reception(self.server, pool, replace(Limits(), **limits), self.record)
         look = reflection.ReflectionServicer((reflection.SERVICE_NAME,))
         look.ServerReflectionInfo = on_threads_of(pool, look.ServerReflectionInfo)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(look, self.reception)
@@ -156,7 +158,7 @@ def test_the_oldest_call_without_a_message_makes_room_for_a_new_one():
 
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert ("overlay-executed", "no") in raised.value.trailing_metadata()
-    assert served.reception.crowded_out == 1
+    assert served.record.meter.crowds() == {"calls without a message": 1}
     boxes[3].put(b"")
     boxes[3].put(None)
     assert calls[3].result(5) == b"\x08\x01"
@@ -220,7 +222,7 @@ def test_watchers_are_many_at_most_the_oldest_ends_and_none_holds_a_thread():
     calls = [served.watch(b"", timeout=20) for _ in range(29)]
 
     assert served.check(b"", timeout=5) == b"\x08\x01"
-    until(lambda: served.reception.crowded_out == 10)
+    until(lambda: served.record.meter.crowds() == {"watchers": 10})
     with pytest.raises(grpc.RpcError) as raised:
         next(first)
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -254,7 +256,10 @@ def test_a_method_may_answer_later_and_hold_no_thread_until_then():
     pool = ThreadPoolExecutor(1, "one")
     server = grpc.server(pool)
     handler = grpc.unary_unary_rpc_method_handler(later, bytes, bytes)
-    Reception(server, pool, Limits()).add_registered_method_handlers("s", {"Later": handler})
+    record = Record("A", works=False)
+    Reception(server, pool, Limits(), record).add_registered_method_handlers(
+        "s", {"Later": handler}
+    )
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -23,7 +23,7 @@ from overlay.errors import NoTimeLeft, OverlayError
 from overlay.intake import Intake
 from overlay.limits import Limits
 from overlay.reception import Reception
-from overlay.record import Ended
+from overlay.record import Ended, Record
 from overlay.topology import HandlerSpec, Process, Topology
 from overlay.values import (
     Answers,
@@ -142,6 +142,7 @@ class Served:
             combine=desk.combine,
             received=desk.count_received,
             ended=desk.count_ended,
+            crowded_out=lambda what, count, address: None,
             wants_trace=lambda: desk.follows,
             threads=ThreadPoolExecutor(8, "stream"),
             streams=streams.Places(limits.streams),
@@ -150,7 +151,7 @@ class Served:
         )
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(self._pool, options=wire.server_options(limits))
-        reception = Reception(self._server, self._pool, limits)
+        reception = Reception(self._server, self._pool, limits, Record("W", works=True))
         pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), reception)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}", wire.channel_options(limits))
