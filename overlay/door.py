@@ -10,7 +10,6 @@ Owns one thread, "door", from `start` to `stop`, which does what is due every no
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
 import socket
@@ -23,6 +22,7 @@ import psutil
 
 from overlay import wire
 from overlay.crowd import Crowd
+from overlay.hosts import plain_address
 from overlay.record import Record
 
 log = logging.getLogger("overlay.door")
@@ -135,8 +135,7 @@ def _end_of(peer: str) -> End:
 
 def _normal(host: str, port: int) -> End:
     with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host.partition("%")[0])
-        host = str(getattr(address, "ipv4_mapped", None) or address)
+        return plain_address(host), port
     return host, port
 
 

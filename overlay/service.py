@@ -14,7 +14,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NoReturn
@@ -33,6 +33,7 @@ from overlay.errors import (
     PartsFailed,
 )
 from overlay.executor import Executor
+from overlay.hosts import Hosts
 from overlay.intake import Intake, Ticket
 from overlay.journal import Journal
 from overlay.keys import Keys
@@ -124,7 +125,7 @@ class Service:
             held=Budget(limits.max_waiting_bytes),
             unread=Budget(limits.unread_bytes),
         )
-        self._hosts: Mapping[str, frozenset[str]] = {}  # of those above, with their addresses
+        self._hosts = Hosts(topology.above(me))
         self.journal = Journal(topology, me, self._recent, self.links, log_lines_dropped)
         self.links.on_change = self.intake.kick
         if self.executor:
@@ -139,6 +140,7 @@ class Service:
 
     def start(self) -> None:
         self._deadlines.start()
+        self._hosts.start()
         self.links.start()
 
     def forward(self, request: pb2.Request, context: grpc.ServicerContext) -> pb2.Response:
@@ -201,6 +203,7 @@ class Service:
 
     def close(self) -> None:
         self._deadlines.stop()
+        self._hosts.stop()
         self._stream_desk.threads.shutdown(wait=False, cancel_futures=True)
         self.links.close()
         if self.executor:
@@ -392,7 +395,7 @@ class Service:
     def _neighbour_of(self, context: grpc.ServicerContext, caller: Caller) -> str:
         """The process above this one whose link it is: it says so, and comes from its host."""
         for key, value in context.invocation_metadata():
-            if key == wire.PROCESS_KEY and caller.address in self._hosts.get(value, ()):
+            if key == wire.PROCESS_KEY and self._hosts.has(value, caller.address):
                 return str(value)
         return ""
 

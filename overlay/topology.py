@@ -105,6 +105,12 @@ class Topology:
         me = self.processes[process_id]
         return tuple(self.processes[n] for n in me.neighbors if self.processes[n].rank < me.rank)
 
+    def above(self, process_id: str) -> tuple[Process, ...]:
+        """Those who may ask `process_id`: of a strictly higher rank, with it as their neighbour."""
+        me = self.processes[process_id]
+        others = self.processes.values()
+        return tuple(p for p in others if process_id in p.neighbors and p.rank > me.rank)
+
     def hops_below(self, process_id: str) -> int:
         """How many links the longest way from it to a worker has."""
         return max((1 + self.hops_below(n.id) for n in self.below(process_id)), default=0)

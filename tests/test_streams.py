@@ -19,7 +19,7 @@ import pytest
 
 from overlay import assembly, streams, wire
 from overlay.deadlines import Deadlines
-from overlay.errors import NoTimeLeft, OverlayError
+from overlay.errors import NoTimeLeft, OverlayError, QueueFull
 from overlay.intake import Intake
 from overlay.limits import Limits
 from overlay.reception import Reception
@@ -884,3 +884,90 @@ def test_a_stream_that_waits_for_its_client_or_for_answers_holds_no_thread():
 
 def stream_threads() -> int:
     return sum(thread.name.startswith("stream") for thread in threading.enumerate())
+
+
+def entered(places: streams.Places, address: str, count: int, works: bool = False) -> list[object]:
+    made = [object() for _ in range(count)]
+    for stream in made:
+        places.enter(stream, address)
+        if works:
+            places.works(stream)
+    return made
+
+
+def test_one_address_has_three_times_the_places_that_are_left():
+    places = streams.Places(16)
+    busy = entered(places, "pc", 12, works=True)
+
+    with pytest.raises(QueueFull, match=r"12 of 16 streams are open from pc alone"):
+        places.enter(object(), "pc")
+    assert places.enter(object(), "mac") == []
+    places.leave(busy[0])
+    assert len(places) == 12
+
+
+def test_an_idle_stream_makes_room_for_a_new_one_of_its_address_the_oldest_first():
+    places = streams.Places(16)
+    first, second, *_ = entered(places, "pc", 12)
+    other = entered(places, "mac", 1)[0]
+    places.works(first)
+
+    assert places.enter(object(), "pc") == [second]
+    places.rests(first)
+    assert first not in places.enter(object(), "pc"), "it has worked since, others have not"
+    assert other in list(places)
+
+
+def test_a_neighbour_has_places_of_its_own_and_its_newest_streams():
+    places = streams.Places(4)
+    entered(places, "pc", 3, works=True)
+    with pytest.raises(QueueFull):
+        places.enter(object(), "pc")
+
+    links = [object() for _ in range(5)]
+    gone = [places.enter(link, "pc", "A") for link in links]
+
+    assert gone == [[], [], [], [], [links[0]]]
+
+
+def test_an_idle_stream_that_made_room_says_that_it_need_not_come_back():
+    limits = replace(LIMITS, streams=4)
+    with serving(Desk(), limits) as served:
+        senders = [Sender(frame(segment(1, b"x"))) for _ in range(3)]
+        calls = []
+        for sender in senders:
+            calls.append(served.call(sender))
+            next(calls[-1])
+            until(lambda: not served.streams[-1]._rows)
+        newest = served.call([frame(segment(1, b"y"))])
+
+        assert rows_of(newest) == {(1, 0): b"W: y"}
+        with pytest.raises(grpc.RpcError) as raised:
+            next(calls[0])
+        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+        said = dict(raised.value.trailing_metadata())
+        assert (said["overlay-idle"], said["overlay-executed"]) == ("1", "no")
+        for sender in senders:
+            sender.close()
+
+
+def test_clients_that_do_not_read_are_bounded_together():
+    limits = replace(LIMITS, window_rows=4096, window_bytes=1024 * KIB, unread_bytes=512 * KIB)
+    desk = Desk(answer=lambda payload: b"y" * 64 * KIB)
+    with serving(desk, limits) as served:
+        senders = [Sender(frame(*[segment(n, b"") for n in range(4)])) for _ in range(20)]
+        calls = [served.call(sender) for sender in senders]
+        settled(lambda: desk.received)
+        for n in range(4, 16):
+            for sender in senders:
+                sender.send(frame(segment(n, b"")))
+        settled(lambda: sum(stream._unread for stream in served.streams))
+
+        unread = sum(stream._unread for stream in served.streams)
+        assert unread < 20 * 4 * 65 * KIB + 512 * KIB, "what had started, and what they share"
+        for sender, call in zip(senders, calls, strict=True):
+            sender.close()
+            assert len(rows_of(call)) == 16
+        until(lambda: is_quiet(served), 5)
+        assert served.stream_desk.unread.left == 512 * KIB
+        assert served.stream_desk.held.left == limits.max_waiting_bytes
