@@ -8,11 +8,12 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  client -> mapping -> connection -> outcomes -> calls   client -> arguments
                  client -> parts -> calls   client, mapping, connection, arguments -> orders
                  client -> outcomes   mapping -> arguments, outcomes
-                 aio -> arguments, calls, connection, orders, outcomes, parts   guard   exporter
+                 aio -> arguments, calls, connection, orders, outcomes, parts   guard
+                 exporter -> door
                  asking, bulk, checking, draining, reading, doctor -> client, console
                  addressing -> console
-                 web -> watch, console   watch -> connection   top -> watch, console, screenful
-                 screenful -> console
+                 web -> watch, console, door   watch -> connection
+                 top -> watch, console, screenful   screenful -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
                  machine
