@@ -119,12 +119,13 @@ def call_headers(method: str, more: Headers = ()) -> Headers:
 class Stranger:
     """One connection. What it sends to one that has closed it is lost, and nobody is told."""
 
-    def __init__(self, connection: socket.socket | None, window: int) -> None:
+    def __init__(self, connection: socket.socket | None, window: int, answers: bool) -> None:
         self.is_gone = connection is None
         self.ended: set[int] = set()  # streams that the other side has ended
         self.came: dict[int, bytearray] = {}  # and what it has sent on them
         self._socket = connection
         self._window = window
+        self._answers = answers
         self._next = 1
         self._buffer = bytearray()
         self._changed = threading.Condition(threading.RLock())
@@ -216,7 +217,7 @@ class Stranger:
             for kind, flags, stream, body in self._frames():
                 reply += self._take(kind, flags, stream, body)
             self._changed.notify_all()
-        if reply:
+        if reply and self._answers:
             self.send(reply)
 
     def _frames(self) -> Iterator[tuple[int, int, int, bytes]]:
@@ -289,14 +290,15 @@ class Strangers:
     ) -> Stranger:
         """One more; outside from the beginning when it was not let in.
 
-        first: what it says instead of HTTP/2's greeting. window: bytes that each of its streams may
-        be sent. reads: also answers pings; who does not is taken for dead after some seconds.
+        first: all that it says, instead of HTTP/2's greeting and what comes after. window: bytes
+        that each of its streams may be sent. reads: also answers pings; who does not is taken for
+        dead after some seconds.
         """
         connection: socket.socket | None = None
         with contextlib.suppress(OSError):
             connection = socket.create_connection((NEAR, port), SEND_S, (source, 0))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        made = Stranger(connection, window)
+        made = Stranger(connection, window, first is None)
         self._all.append(made)
         if connection is not None and reads:
             self._came.put((connection, made))
@@ -305,6 +307,19 @@ class Strangers:
         else:
             made.send(first)
         return made
+
+    def silent(self, count: int, port: int, source: str = FAR) -> None:
+        """So many connections on which nothing is asked; for each that is closed comes another."""
+        places: list[Stranger] = []
+
+        def fill() -> None:
+            places[:] = [one for one in places if not one.is_gone]
+            while len(places) < count and not self._closed.is_set():
+                places.append(self.connect(port, source))
+                if places[-1].is_gone:
+                    return
+
+        self.again(fill, 0.1)
 
     def crowd(self, count: int, port: int, **how: Any) -> list[Stranger]:
         return [self.connect(port, **how) for _ in range(count)]
