@@ -35,7 +35,7 @@ try:
 
     from overlay import configuration, wire
     from overlay.admin import Admin
-    from overlay.door import Door, most_connections, raise_file_limit
+    from overlay.connections import Connections, most_connections, raise_file_limit
     from overlay.errors import ConfigError, OverlayError
     from overlay.logs import ProcessLog
     from overlay.reception import Health, Reception, on_threads_of
@@ -112,7 +112,7 @@ class Node:
         self.reception = Reception(self.server, self.pool, limits, service.record)
         service.calls_without_message = lambda: self.reception.unarrived
         peers, end_late = self.reception.open_peers, self.reception.end_late
-        self.door = Door(me.port, most, service.record, peers, end_late)
+        self.connections = Connections(me.port, most, service.record, peers, end_late)
         self.health = Health(self.metrics_pool)
         node = OverlayNode(service, self.metrics_pool)
         pb2_grpc.add_OverlayNodeServicer_to_server(node, self.reception)
@@ -128,7 +128,7 @@ class Node:
         self._bind()
         self.server.start()
         self._probe()
-        self.door.start()
+        self.connections.start()
         self.service.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
@@ -141,7 +141,7 @@ class Node:
         self.server.stop(0.5).wait(2)
         self.service.close()
         self.admin.close()
-        self.door.stop()
+        self.connections.stop()
         for pool in (self.pool, self.metrics_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         return drained

@@ -3,21 +3,16 @@
     http://127.0.0.1:51051/metrics     for a process whose metrics_port is 51051
 
 Off unless configured. It shares nothing with requests but the process: it owns a thread,
-"prometheus", and at most four more for its callers; it answers from values only, and makes its text
-at most once a second, however often it is asked. A port that it cannot have costs a line in the
-log.
+"prometheus", which serves all its callers; it answers from values only, and makes its text at most
+once a second, however often it is asked. A port that it cannot have costs a line in the log.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -30,10 +25,11 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from overlay.door import Server, listen
+
 log = logging.getLogger("overlay.prometheus")
 
-CALLERS = 4  # at once; Prometheus is one
-CALLER_S = 5.0  # a caller that says nothing for so long is hung up on
+STOP_S = 3.0  # its thread is waited for so long, which is more than it takes to stop
 FRESH_S = 1.0  # a text is given again for so long
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -44,25 +40,31 @@ class Exporter:
     def __init__(self, metrics: Callable[[], Any], host: str, port: int) -> None:
         self._text = _Text(metrics)
         self._address = host.strip("[]"), port
-        self._server: _Server | None = None
+        self._server: Server | None = None
+        self._thread: threading.Thread | None = None
 
     def start(self) -> bool:
         """Whether it serves; if not, the log says why."""
         try:
-            self._server = _Server(self._address, self._text)
+            listening = listen(*self._address)
         except OSError as e:
             host, port = self._address
             log.warning("no metrics for Prometheus at %s port %d: %s", host, port, e.strerror or e)
             return False
-        serve = self._server.serve_forever
-        threading.Thread(target=serve, args=(0.2,), name="prometheus", daemon=True).start()
+        self._server = server = Server(_serving(self._text))
+
+        def serve() -> None:
+            with listening:
+                server.run(sockets=[listening])
+
+        self._thread = threading.Thread(target=serve, name="prometheus", daemon=True)
+        self._thread.start()
         return True
 
     def stop(self) -> None:
-        server, self._server = self._server, None
-        if server is not None:
-            server.shutdown()
-            server.server_close()
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._thread.join(STOP_S)
 
 
 class Families(Collector):
@@ -224,50 +226,22 @@ class _Text:
             return self._text
 
 
-class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    allow_reuse_address = os.name == "posix"  # elsewhere it would allow to share the port
-    daemon_threads = True
-    block_on_close = False
+def _serving(text: _Text) -> Any:
+    """The application. It runs on the server's event loop."""
 
-    def __init__(self, address: tuple[str, int], text: _Text) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.text = text
-        self._places = threading.BoundedSemaphore(CALLERS)
-        super().__init__(address, _Caller)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a caller of the metrics went wrong", exc_info=True)
-
-
-class _Caller(BaseHTTPRequestHandler):
-    timeout = CALLER_S
-    server: _Server
-
-    def do_GET(self) -> None:
-        if self.path.partition("?")[0] != "/metrics":
-            self.send_error(404, "only /metrics is here")
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
             return
-        text = self.server.text.fresh()
-        self.send_response(200)
-        self.send_header("Content-Type", CONTENT_TYPE)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
+        status, kind, body = 200, CONTENT_TYPE, b""
+        if scope["path"] != "/metrics":
+            status, kind, body = 404, "text/plain; charset=utf-8", b"only /metrics is here\n"
+        elif scope["method"] not in ("GET", "HEAD"):
+            status, kind, body = 405, "text/plain; charset=utf-8", b"it is only read\n"
+        else:
+            body = text.fresh()
+        headers = [("content-type", kind), ("content-length", str(len(body)))]
+        named = [(name.encode(), value.encode()) for name, value in headers]
+        await send({"type": "http.response.start", "status": status, "headers": named})
+        await send({"type": "http.response.body", "body": body})
 
-    def version_string(self) -> str:
-        return "overlay"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the log is no access log."""
+    return serve

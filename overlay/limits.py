@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 MIB = 1024 * 1024
 
+# Of the page and of what Prometheus reads. A browser has six connections, and 32 pages one more.
+DOOR_CONNECTIONS = 64  # at once; one more ends an idle one
+DOOR_IDLE_S = 5.0  # a connection on which nothing is asked is closed after so long
+
 
 @dataclass(frozen=True)
 class Limits:

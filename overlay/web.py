@@ -22,12 +22,13 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -36,14 +37,14 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overlay.console import Exit, Parser, Screen, complain, host
+from overlay.door import Server, listen
 from overlay.topology import join_address
 from overlay.watch import Watch
 
 PAGE = Path(__file__).parent / "page"
 PORT = 8050
-MOST_VIEWERS = 32
+MOST_VIEWERS = 32  # then the longest-standing of whoever has the most makes room for one more
 STALLED_S = 30.0  # a viewer that takes nothing for so long is let go
-CLOSING_S = 1  # for the answers under way when the server stops
 # Windows asks its registry, where an editor may have made JavaScript plain text; "nosniff" then
 # keeps a browser from running it.
 TYPES = {
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         complain(str(error))
         return Exit.USAGE
     try:
-        listening = _listen(args.bind, args.web_port)
+        listening = listen(args.bind, args.web_port)
     except OSError as error:
         watch.close()
         complain(
@@ -129,7 +130,7 @@ class Page:
         self._watch = watch
         self._loopback_only = loopback_only
         self._newest = b""
-        self._viewers = 0
+        self._viewers: list[_Viewer] = []  # the longest-standing first
         self._has_begun = False
         self._came: asyncio.Event | None = None  # the next picture; a new event for each
         self._routes = Starlette(
@@ -186,12 +187,12 @@ class Page:
             came.set()
 
     async def _frames(self, request: Request) -> Response:
-        if self._viewers >= MOST_VIEWERS:
-            return PlainTextResponse(f"{MOST_VIEWERS} pages are open already", 503)
-        return StreamingResponse(self._pictures(), media_type="text/event-stream")
+        address = request.client.host if request.client else ""
+        viewer = _Viewer(address, getattr(request.state, "hang_up", lambda: None))
+        return StreamingResponse(self._pictures(viewer), media_type="text/event-stream")
 
-    async def _pictures(self) -> AsyncIterator[bytes]:
-        self._viewers += 1
+    async def _pictures(self, viewer: _Viewer) -> AsyncIterator[bytes]:
+        self._let_in(viewer)
         try:
             yield b"retry: 1000\n\n"
             newest = self._watch.newer(within_s=0)
@@ -200,25 +201,31 @@ class Page:
             while self._came is not None and await self._came.wait():
                 yield self._newest
         finally:
-            self._viewers -= 1
+            if viewer in self._viewers:
+                self._viewers.remove(viewer)
+
+    def _let_in(self, viewer: _Viewer) -> None:
+        """A page that lost its place to another asks again by itself, a second later."""
+        self._viewers.append(viewer)
+        if len(self._viewers) > MOST_VIEWERS:
+            of = Counter(one.address for one in self._viewers)
+            leaver = max(self._viewers, key=lambda one: of[one.address])  # the first of them
+            self._viewers.remove(leaver)
+            leaver.hang_up()
 
     async def _picture(self, request: Request) -> Response:
         return JSONResponse(self._watch.newer(within_s=0))
 
 
-class _Server(uvicorn.Server):
+@dataclass(eq=False)
+class _Viewer:
+    address: str
+    hang_up: Callable[[], None]
+
+
+class _Server(Server):
     def __init__(self, page: Page) -> None:
-        settings = uvicorn.Config(
-            page,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=CLOSING_S,
-            limit_concurrency=2 * MOST_VIEWERS,  # the viewers, and who asks for files
-        )
-        super().__init__(settings)
+        super().__init__(page)
         self._page = page
 
     def end_with_stdin(self) -> None:
@@ -235,21 +242,6 @@ class _Server(uvicorn.Server):
 def know_types() -> None:
     for ending, kind in TYPES.items():
         mimetypes.add_type(kind, ending)
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    """Raises OSError."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listening = socket.socket(family)
-    try:
-        if os.name != "nt":  # there it would let two programs share the port
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((address, port))
-        listening.listen()
-    except BaseException:
-        listening.close()
-        raise
-    return listening
 
 
 def _url(listening: socket.socket) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
 from overlay import exporter
-from overlay.exporter import CALLERS, Exporter
+from overlay.exporter import Exporter
 from overlay.wire import pb2
 from tests.cluster import Overlay, free_port, six_processes, until
+from tests.doors import SLOWLY, held_open, timed
 
 FOUND = pb2.MetricsResponse(
     process_id="A",
@@ -140,20 +142,28 @@ def test_anything_but_metrics_is_not_there(serving):
             read(port, path)
 
 
-def test_callers_that_say_nothing_are_few_and_hold_it_up_for_a_while_only(serving, monkeypatch):
-    monkeypatch.setattr(exporter._Caller, "timeout", 0.5)
+@pytest.mark.parametrize("says", SLOWLY, ids=SLOWLY.get)
+def test_a_caller_is_answered_at_once_although_others_hold_the_door_open(serving, says):
     port = serving()
-    with ExitStack() as stack:
-        for _ in range(3 * CALLERS):
-            stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
+    with held_open(port, says):
+        took_s = min(timed(lambda: read(port)) for _ in range(3))
 
-        def answers() -> bool:
-            try:
-                return "overlay_serving" in read(port)
-            except OSError:
-                return False
+    assert took_s < 1
 
-        until(answers, 5)
+
+def test_a_caller_that_says_nothing_is_hung_up_on(serving):
+    port = serving()
+    with held_open(port, b"GET /metrics HTTP/1.1\r\n", count=1) as (slow,):
+        began = time.monotonic()
+        slow.settimeout(0.2)
+        while time.monotonic() < began + 20:
+            with suppress(TimeoutError):
+                slow.sendall(b"x: y\r\n")  # it says a little all the time
+                if not slow.recv(1000):
+                    break
+    took_s = time.monotonic() - began
+
+    assert 0.5 < took_s < 15
 
 
 def test_a_port_that_is_taken_costs_a_line_in_the_log_and_no_more(caplog):

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import mimetypes
 import re
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from overlay import web
 from overlay.watch import Watch
 from tests.cluster import ROOT, Overlay, free_port, running, six_processes, tool, until
+from tests.doors import FRAMES, SLOWLY, held_open, timed
 
 CLIENT = [sys.executable, str(ROOT / "client.py")]
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -235,11 +239,46 @@ def test_the_server_only_reads(address):
         urllib.request.urlopen(request, timeout=10)
 
 
+@pytest.mark.parametrize("says", [*SLOWLY, FRAMES], ids=[*SLOWLY.values(), "pages open"])
+def test_a_new_viewer_is_answered_at_once_although_others_hold_the_door_open(address, says):
+    def see() -> None:
+        assert got(address).status == got(address + "page.js").status == 200
+        with got(address + "frames") as frames:
+            assert frames.status == 200
+            assert frames.readline() == b"retry: 1000\n"
+
+    with held_open(urlsplit(address).port, says):
+        took_s = min(timed(see) for _ in range(3))
+
+    assert took_s < 1
+
+
+def test_one_page_too_many_takes_the_place_of_the_longest_open(address):
+    with ExitStack() as stack:
+        pages = [stack.enter_context(got(address + "frames")) for _ in range(web.MOST_VIEWERS + 1)]
+
+        assert pages[-1].readline() == b"retry: 1000\n"
+        assert is_ended(pages[0])
+        assert pages[1].readline() == b"retry: 1000\n"
+
+
+def is_ended(page: Any) -> bool:
+    """Whether no more pictures come, once what came before has been read."""
+    until_ = time.monotonic() + 10
+    try:
+        while time.monotonic() < until_:
+            if not page.readline():
+                return True
+    except (OSError, http.client.HTTPException):
+        return True
+    return False
+
+
 def test_a_slow_viewer_gets_the_newest_picture_and_none_in_between():
     async def view() -> list[bytes]:
         page = web.Page(Watch("127.0.0.1:1"), loopback_only=True)
         page._begin()
-        viewer = page._pictures()
+        viewer = page._pictures(web._Viewer("127.0.0.1", lambda: None))
         await anext(viewer)  # the first words; then it is slow
         waiting = asyncio.ensure_future(anext(viewer))
         await asyncio.sleep(0)
