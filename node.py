@@ -38,6 +38,7 @@ try:
     from overlay.connections import Connections, most_connections, raise_file_limit
     from overlay.errors import ConfigError, OverlayError
     from overlay.logs import ProcessLog
+    from overlay.memory import Memory
     from overlay.reception import Health, Reception, on_threads_of
     from overlay.service import Drained, Service
     from overlay.topology import Process, Topology, join_address
@@ -111,8 +112,9 @@ class Node:
         self.server = grpc.server(self.pool, options=wire.server_options(limits, most))
         self.reception = Reception(self.server, self.pool, limits, service.record)
         service.calls_without_message = lambda: self.reception.unarrived
-        peers, end_late = self.reception.open_peers, self.reception.end_late
-        self.connections = Connections(me.port, most, service.record, peers, end_late)
+        peers = self.reception.open_peers
+        self.connections = Connections(me.port, most, service.record, peers, self._look_after)
+        self.memory = Memory(lambda: service.is_busy)
         self.health = Health(self.metrics_pool)
         node = OverlayNode(service, self.metrics_pool)
         pb2_grpc.add_OverlayNodeServicer_to_server(node, self.reception)
@@ -145,6 +147,10 @@ class Node:
         for pool in (self.pool, self.metrics_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         return drained
+
+    def _look_after(self) -> None:
+        self.reception.end_late()
+        self.memory.look()
 
     def _set_health(self, status: int) -> None:
         for name in ("", OVERLAY_NODE):

@@ -16,7 +16,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  top -> watch, console, screenful   screenful -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
-                 machine   hosts
+                 machine   hosts   memory
                  links -> books, wire   books -> pipes, wire   pipes -> wire -> meter, recent
                  executor -> threads, processes -> batch -> handlers, meter, pieces
                  executor -> batch, handlers   threads -> handlers, logs, pieces

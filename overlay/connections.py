@@ -1,8 +1,8 @@
 """Connections: how many a process can have, and whose go when there are too many.
 
 Each takes a file descriptor. Where these run out nobody can connect any more, and nothing says so;
-so gRPC is told how many to let in, and from three quarters of that on the oldest of the address
-that has the most are cut: first those on which no call is open.
+so gRPC is told how many to let in, and when three quarters of these are there the half is cut: of
+the address that has the most, those on which no call is open first, and the oldest of them.
 
 Owns one thread, "connections", from `start` to `stop`, which does what is due every now and then.
 """
@@ -10,15 +10,15 @@ Owns one thread, "connections", from `start` to `stop`, which does what is due e
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
-
-import psutil
+from collections.abc import Callable, Collection, Iterable
 
 from overlay import wire
 from overlay.crowd import Crowd
@@ -30,7 +30,7 @@ log = logging.getLogger("overlay.connections")
 WANTED_FILES = 10_240  # the most that macOS gives; Linux starts programs with 1,024
 OWN_FILES = 200  # for logs, links, handlers
 MOST_CONNECTIONS = 8192
-LOOK_S = 0.25
+LOOK_S, BUSY_LOOK_S = 0.25, 0.05
 
 
 def raise_file_limit() -> int:
@@ -81,50 +81,63 @@ class Connections:
         self._stopped.set()
 
     def _run(self) -> None:
-        while not self._stopped.wait(LOOK_S):
+        pause_s = LOOK_S
+        while not self._stopped.wait(pause_s):
+            pause_s = LOOK_S
             try:
                 self._each_look()
-                if _open_files() > self._most:
-                    self._look()
-                else:
+                descriptors = _descriptors()
+                if len(descriptors) <= self._most:
                     self._since.clear()
+                elif self._look(descriptors):
+                    pause_s = BUSY_LOOK_S
             except Exception:  # the next look may find what this one did not
                 log.exception("the connections could not be looked at")
 
-    def _look(self) -> None:
-        now, found = time.monotonic(), _connections(self._port)
+    def _look(self, descriptors: list[int]) -> bool:
+        """Whether some had to be cut: then those who made them may come again at once."""
+        now, found = time.monotonic(), _connections(descriptors, self._port)
         self._since = {peer: self._since.get(peer, now) for peer in found}
         if len(found) <= self._most:
-            return
+            return False
         busy = {_end_of(peer) for peer in self._open_peers()}
-        # The first to go are those that have nothing to do, of them the oldest.
+        # The first to go are those that have nothing to do, of them the oldest; and so many that
+        # they are not back before somebody else has come.
         order = sorted(found, key=lambda peer: (peer in busy, self._since[peer]))
-        crowd: Crowd[End] = Crowd(self._most)
+        crowd: Crowd[End] = Crowd(self._most // 2)
         gone = [other for peer in order for other in crowd.add(peer, peer[0])]
         cut = Counter(peer[0] for peer in gone if _cut(found[peer], peer))
         for address, count in cut.items():
             self._record.crowded_out("connections", count, address)
+        return bool(cut)
 
 
 End = tuple[str, int]
 """The other side of a connection: its address and port."""
 
 
-def _open_files() -> int:
+def _descriptors() -> list[int]:
     for folder in ("/proc/self/fd", "/dev/fd"):  # Linux, macOS; elsewhere nothing is cut
         with contextlib.suppress(OSError):
-            return len(os.listdir(folder))
-    return 0
+            return [int(name) for name in os.listdir(folder)]
+    return []
 
 
-def _connections(port: int) -> dict[End, int]:
+def _connections(descriptors: Iterable[int], port: int) -> dict[End, int]:
     """Those that were let in at the port, each with its descriptor."""
-    return {
-        _normal(connection.raddr.ip, connection.raddr.port): connection.fd
-        for connection in psutil.Process().net_connections("tcp")
-        if connection.laddr and connection.raddr and connection.laddr.port == port
-        if connection.fd >= 0
-    }
+    found = {}
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError), _own(descriptor) as own:
+            if own.family in (socket.AF_INET, socket.AF_INET6) and own.getsockname()[1] == port:
+                found[_normal(*own.getpeername()[:2])] = descriptor
+    return found
+
+
+def _own(descriptor: int) -> socket.socket:
+    """The same socket under a descriptor of our own. Raises OSError where it is none."""
+    if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        raise OSError(errno.ENOTSOCK, "not a socket")
+    return socket.socket(fileno=os.dup(descriptor))
 
 
 def _end_of(peer: str) -> End:
@@ -142,7 +155,7 @@ def _normal(host: str, port: int) -> End:
 def _cut(descriptor: int, peer: End) -> bool:
     """Ends the connection as its other side would; gRPC closes its descriptor itself."""
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as own:
+        with _own(descriptor) as own:
             if _normal(*own.getpeername()[:2]) != peer:  # closed since, and its number taken
                 return False
             own.shutdown(socket.SHUT_RDWR)

@@ -138,6 +138,11 @@ class Service:
     def pool_threads(self) -> int:
         return self.limits.pool_threads(self.intake.slots)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is in service."""
+        return self._unfinished > 0
+
     def start(self) -> None:
         self._deadlines.start()
         self._hosts.start()
