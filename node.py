@@ -38,7 +38,7 @@ try:
     from overlay.connections import Connections, most_connections, raise_file_limit
     from overlay.errors import ConfigError, OverlayError
     from overlay.logs import ProcessLog
-    from overlay.memory import Memory
+    from overlay.memory import Memory, keep_little
     from overlay.reception import Health, Reception, on_threads_of
     from overlay.service import Drained, Service
     from overlay.topology import Process, Topology, join_address
@@ -225,6 +225,7 @@ def _say_checked(topology: Topology) -> int:
 
 
 def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
+    keep_little()
     stopping = _Stopping(topology.limits.drain_grace_s)
     log = ProcessLog(topology.folder / me.log_dir / f"process_{me.id.lower()}.log", me.id)
     log.start()

@@ -42,8 +42,8 @@ class Limits:
     window_bytes: int = 64 * MIB  # the same in payload and result bytes
     streams: int = 1024  # at once per process; an idle one holds no thread and about 40 KiB
     stream_threads: int = 64  # that read and write them; each is held for no longer than a frame
-    unread_bytes: int = 64 * MIB  # of answers that clients do not read, of all streams together;
-    # and the same of single calls
+    unread_bytes: int = 32 * MIB  # of answers that clients do not read: of all streams together,
+    # and as much of single calls; each byte is there two or three times
     unarrived_calls: int = 2000  # whose message has not come; about 10 KiB each
     resting_calls: int = 256  # of health's Watch, and of reflection, that stay open
     calls_of_a_connection: int = 512  # at once; more wait at the client

@@ -34,6 +34,8 @@ from overlay.wire import pb2, pb2_grpc
 
 log = logging.getLogger("overlay.links")
 
+BYTES_S = 100e6  # of answers, that a way is taken to carry
+
 _HEALTHY = State.HEALTHY  # looked up once: `load` is on every request's way
 
 
@@ -387,7 +389,10 @@ class _Link:
     def _note_service_time(self, handler: str, answers: Answers) -> None:
         for column in answers.parts:
             if column.worked_us and column.failed is None:
-                found, known = column.worked_us / 1e6, self.service_s.get(handler)
+                # Large answers take their way's time too, or work would go down against credit for
+                # thousands of them that nobody has room for.
+                found = max(column.worked_us / 1e6, column.results.size / answers.count / BYTES_S)
+                known = self.service_s.get(handler)
                 # One odd slice must not turn the picture: it counts at most four times the known.
                 self.service_s[handler] = (
                     0.8 * known + 0.2 * min(found, 4 * known) if known else found

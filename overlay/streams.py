@@ -249,6 +249,9 @@ class _Accepted:
         self.ahead = max(0, segment.pieces - 1)  # pieces of a part, beyond the first
 
 
+_Gone = tuple[_Accepted, int, int, bool]
+"""Answers that have been written: of which segment, how many rows, their bytes, and as below."""
+
 _Out = tuple[_Accepted, int, Answers, int, bool]
 """Answers to be written: of which segment, its first row, they, their bytes, and whether they are
 parts before the answer."""
@@ -263,7 +266,7 @@ class _Stream:
         self._lane = desk.intake.open_lane(caller)
         self._lock = threading.Lock()
         self._out: deque[_Out] = deque()
-        self._leaving: list[_Out] = []  # in the frame that is being written
+        self._leaving: list[_Gone] = []  # in the frame that is being written
         self._accepted: dict[int, _Accepted] = {}
         self._rows = 0  # accepted and not yet written
         self._bytes = 0
@@ -400,7 +403,9 @@ class _Stream:
         """One frame of answers, or the end of the call when all that was accepted is answered."""
         with self._lock:
             is_over = self._abandoned or (self._is_over_locked() and not self._out)
-            self._leaving = taken = [] if is_over else self._some_locked()
+            taken = [] if is_over else self._some_locked()
+            # Not the answers themselves: they would be there twice until the client reads them.
+            self._leaving = [(out[0], out[2].count, out[3], out[4]) for out in taken]
             self._has_news = False
             frame = pb2.Frame(stopping=self._stopping)
         if is_over:
@@ -417,6 +422,7 @@ class _Stream:
             self._break(unexpected(e))
             self._left(False)
             return
+        del taken, frame
         self._call.send(message, self._left)
 
     def _left(self, is_open: bool) -> None:
@@ -672,17 +678,17 @@ class _Stream:
         part = Part(self._desk.me, Code.RESOURCE_EXHAUSTED, reason, executed=Executed.YES)
         return Answers(answers.count, (), answers.hops, part)
 
-    def _leave_window(self, taken: list[_Out]) -> tuple[bool, list[_Accepted]]:
+    def _leave_window(self, taken: list[_Gone]) -> tuple[bool, list[_Accepted]]:
         """Whether its lane goes on, and the segments of which all is answered."""
         ended = []
         with self._lock:
             was_paused, size = self._lane.paused, 0
-            for accepted, _, answers, bytes_, more in taken:
+            for accepted, rows, bytes_, more in taken:
                 size += bytes_
                 if more:
                     continue
-                self._rows -= answers.count
-                accepted.left -= answers.count
+                self._rows -= rows
+                accepted.left -= rows
                 if not accepted.left:
                     self._hold_locked(-accepted.size)
                     self._accepted.pop(accepted.number, None)

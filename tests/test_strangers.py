@@ -35,7 +35,7 @@ from faults.strangers import (
 )
 from overlay.wire import pb2
 from tests.cluster import IDS, Overlay, six_processes
-from tests.strangers import FEW_FILES, Besieged, Few, raw
+from tests.strangers import FEW_FILES, MEMORY_MIB, Besieged, Few, raw
 from tests.watch import Watched
 
 FORWARD, STREAM = "/OverlayNode/Forward", "/OverlayNode/ForwardStream"
@@ -206,7 +206,7 @@ def test_repeats_of_a_key_whose_callers_left_hold_no_thread(besieged, folder, so
 
 
 @far
-@pytest.mark.parametrize("count", [70, 700])
+@pytest.mark.parametrize("count", [70, 900])
 def test_idle_streams_of_one_address_lock_nobody_else_out(besieged, count):
     with besieged.attacked() as strangers:
         for port in ports(besieged, "AB"):
@@ -381,29 +381,35 @@ def test_grants_beyond_the_window_bring_no_more_than_the_window(besieged, target
         besieged.serves(["stream"])
 
 
-def unread_streams(strangers: Strangers, port: int, source: str) -> None:
+def large_streams(strangers: Strangers, port: int, source: str, window: int) -> None:
     """Forty, each with what one may have unread: 64 MiB."""
     column = pb2.Column(items=[b"1048576"] * 64)
     asked = pb2.Segment(number=1, count=64, payloads=column, mode=pb2.ANY, handler="large")
     body = message(pb2.Frame(segments=[asked]).SerializeToString())
-    for one in strangers.crowd(40, port, source=source, window=0):
+    for one in strangers.crowd(40, port, source=source, window=window):
         one.open(STREAM, body)
 
 
-def unread_calls(strangers: Strangers, port: int, source: str) -> None:
-    """The same by single calls."""
+def large_calls(strangers: Strangers, port: int, source: str, window: int) -> None:
+    """Two hundred of 4 MiB."""
     asked = pb2.Request(payload=b"4194304", mode=pb2.ANY, handler="large")
     body = message(asked.SerializeToString())
-    for one in strangers.crowd(20, port, source=source, window=0):
+    for one in strangers.crowd(20, port, source=source, window=window):
         for _ in range(10):
             one.open(FORWARD, body, end=True)
 
 
-@pytest.mark.parametrize("unread", [unread_streams, unread_calls])
+@pytest.mark.parametrize("large", [large_streams, large_calls])
 @pytest.mark.parametrize("source", SOURCES)
-def test_clients_that_do_not_read_are_bounded_together(besieged, unread, source):
-    with besieged.attacked() as strangers:
-        unread(strangers, besieged.six.port("A"), source)
+def test_clients_that_do_not_read_are_bounded_together(besieged, large, source):
+    """They may cost what the same clients cost that read, and a bounded share of what is left."""
+    port = besieged.six.port("A")
+    with besieged.attacked(memory_mib=2048) as strangers:
+        large(strangers, port, source, 1 << 30)
+        time.sleep(1)
+    usual = besieged.grown
+    with besieged.attacked(memory_mib=max(usual.values()) + MEMORY_MIB) as strangers:
+        large(strangers, port, source, 0)
         time.sleep(1)
         besieged.serves(["stream"])
 
