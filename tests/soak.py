@@ -1,10 +1,15 @@
 """Many streamed requests with random cancels, deadlines and killed processes, and what must hold.
 
     python -m tests.soak 200000          prints what happened and every rule that was broken
+    python -m tests.soak distinct 1000000
 
-Each request carries a number of its own; each execution of the handler writes the number to a file
-of its worker before it does anything else. Afterwards the two histories are compared: every request
-ended once, no number ran twice, what was refused with proof never ran, every answer is right.
+The second asks in as many callers' names, under as many idempotency keys and ids, by single calls,
+and then by a map; it tells the rate and each process's memory in the first and the last tenth.
+
+In the first, each request carries a number of its own; each execution of the handler writes the
+number to a file of its worker before it does anything else. Afterwards the two histories are
+compared: every request ended once, no number ran twice, what was refused with proof never ran,
+every answer is right.
 """
 
 from __future__ import annotations
@@ -15,13 +20,19 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
+import psutil
+
 import overlay
+from overlay import wire
 from overlay.client import CallFailed, Client
 from overlay.values import Executed
+from overlay.wire import pb2
 from tests.cluster import Overlay, running, six_processes
 
 HANDLER = '''
@@ -143,7 +154,127 @@ def _wait_for(condition, within_s: float = 60) -> None:
         time.sleep(0.05)
 
 
+# Many that have nothing in common, and nobody to break anything.
+
+FLAT = 0.1  # of the first tenth, that the last may be worse
+BREATH_MIB = 8  # a process's memory breathes by as much, without growing
+KEYED = 4  # one of so many requests has a key: beyond what is remembered, a new key is refused
+SINGLE = 64  # single calls under way at once
+
+
+@dataclass
+class Tenths:
+    """What the tenths of a run took, and the processes' memory at the end of each."""
+
+    way: str
+    count: int
+    seconds: list[float] = field(default_factory=list)
+    mib: list[dict[str, float]] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def rates(self) -> list[float]:
+        """Requests a second."""
+        return [self.count / 10 / taken for taken in self.seconds]
+
+    @property
+    def slower(self) -> float:
+        """By which share of the first tenth's rate the last one's is lower."""
+        return 1 - self.rates[-1] / self.rates[0]
+
+    def grown(self, process_id: str) -> float:
+        """MiB, from the end of the first tenth to that of the last."""
+        return self.mib[-1][process_id] - self.mib[0][process_id]
+
+    def broken(self) -> list[str]:
+        found = []
+        if self.slower > FLAT:
+            first, last = self.rates[0], self.rates[-1]
+            found.append(f"{self.way}: {first:.0f} a second at first, {last:.0f} at last")
+        for process_id, first in self.mib[0].items():
+            if self.grown(process_id) > max(FLAT * first, BREATH_MIB):
+                last = self.mib[-1][process_id]
+                found.append(
+                    f"{self.way}: {process_id} had {first:.0f} MiB, and {last:.0f} at last"
+                )
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"{self.way}: {self.count}, {dict(self.outcomes)}"]
+        lines.append(
+            f"  a second   {self.rates[0]:9.0f} {self.rates[-1]:9.0f} {-self.slower:+8.1%}"
+        )
+        for process_id in self.mib[0]:
+            first, last = self.mib[0][process_id], self.mib[-1][process_id]
+            lines.append(f"  {process_id}, MiB     {first:9.1f} {last:9.1f} {last - first:+8.1f}")
+        return "\n".join(lines)
+
+
+def distinct(folder: Path, singles: int, mapped: int) -> list[Tenths]:
+    """So many single calls, each with a caller and an id of its own and some with a key, and so
+    many items of a map."""
+    with running(folder, six_processes()) as six:
+        by_calls = _tenths("single calls", singles, six, _single_calls(six))
+        with overlay.connect(six.address("A")) as client:
+            by_map = _tenths("map", mapped, six, _items_of(client))
+    return [by_calls, by_map]
+
+
+def _tenths(way: str, count: int, six: Overlay, ask: Callable[[int, int], Counter[str]]) -> Tenths:
+    """ask: so many, with numbers from the first on."""
+    found = Tenths(way, count)
+    ask(0, count // 50)  # until connections and threads are there
+    for tenth in range(10):
+        began = time.monotonic()
+        found.outcomes += ask(count * (tenth + 1), count // 10)
+        found.seconds.append(time.monotonic() - began)
+        found.mib.append({i: _mib(process.pid) for i, process in six.processes.items()})
+    return found
+
+
+def _single_calls(six: Overlay) -> Callable[[int, int], Counter[str]]:
+    base = time.time_ns() << 8 & (2**62 - 1)
+    forward = six.stub("A").Forward
+
+    def ask(first: int, count: int) -> Counter[str]:
+        outcomes: Counter[str] = Counter()
+        room, lock = threading.Semaphore(SINGLE), threading.Lock()
+
+        def ended(call: grpc.Future) -> None:
+            with lock:
+                outcomes[call.code().name] += 1
+            room.release()
+
+        for number in range(first, first + count):
+            key = f"order {number}" if number % KEYED == 0 else ""
+            request = pb2.Request(
+                payload=b"hi", mode=pb2.ANY, request_id=base + number, idempotency_key=key
+            )
+            room.acquire()
+            named = ((wire.CALLER_KEY, f"caller {number}"),)
+            forward.future(request, timeout=30, metadata=named).add_done_callback(ended)
+        for _ in range(SINGLE):
+            room.acquire()
+        return outcomes
+
+    return ask
+
+
+def _items_of(client: Client) -> Callable[[int, int], Counter[str]]:
+    def ask(first: int, count: int) -> Counter[str]:
+        items = client.map("echo", (b"%d" % n for n in range(first, first + count)), timeout=60)
+        return Counter(OK=sum(1 for _ in items))
+
+    return ask
+
+
+def _mib(pid: int) -> float:
+    return float(psutil.Process(pid).memory_info().rss) / 2**20
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["distinct"]:
+        return _main_distinct(int(sys.argv[2]) if len(sys.argv) > 2 else 1_000_000)
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     began = time.monotonic()
@@ -156,6 +287,14 @@ def main() -> int:
     for sentence in broken[:20]:
         print(f"BROKEN: {sentence}")
     print(f"{len(broken)} rules broken")
+    return 1 if broken else 0
+
+
+def _main_distinct(count: int) -> int:
+    with tempfile.TemporaryDirectory(prefix="soak") as folder:
+        found = distinct(Path(folder), count, 4 * count)
+    broken = [sentence for each in found for sentence in each.broken()]
+    print(*found, *(f"BROKEN: {sentence}" for sentence in broken), sep="\n")
     return 1 if broken else 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak import History, soak
+from tests.soak import BREATH_MIB, History, Tenths, distinct, soak
 
 
 def test_a_soak_with_kills_cancels_and_deadlines_keeps_every_rule(tmp_path: Path) -> None:
@@ -26,3 +26,29 @@ def test_the_checker_finds_each_broken_rule(ends: int, ran: int, outcome: str | 
     if outcome:
         history.outcomes[0] = outcome
     assert history.check(1, Counter({0: ran}))
+
+
+def test_requests_that_have_nothing_in_common_stay_as_cheap_as_the_first(tmp_path: Path) -> None:
+    """A busy machine lowers a rate too, not to a third. By 6,000 callers it fell to an eighth."""
+    for found in distinct(tmp_path, 6_000, 100_000):
+        print(found)
+        assert set(found.outcomes) == {"OK"}
+        assert found.slower < 2 / 3
+        assert max(map(found.grown, "ABCDEF")) < 3 * BREATH_MIB
+
+
+@pytest.mark.parametrize(
+    ("seconds", "mib", "broken"),
+    [
+        ([1.0] * 10, [60.0] * 9 + [64.0], 0),
+        ([1.0] * 9 + [1.05], [60.0] * 10, 0),
+        ([1.0] * 9 + [1.2], [60.0] * 10, 1),
+        ([1.0] * 10, [60.0] * 9 + [70.0], 1),
+    ],
+)
+def test_a_last_tenth_that_is_worse_is_told(
+    seconds: list[float], mib: list[float], broken: int
+) -> None:
+    found = Tenths("single calls", 1000, seconds, [{"A": value} for value in mib])
+    assert len(found.broken()) == broken
+    assert "single calls: 1000" in str(found)
