@@ -40,6 +40,8 @@ SEND_S = 2.0
 NEAR = "127.0.0.1"
 FAR = "127.0.0.2"  # another address of this machine, where there is one: see `has_far`
 BESIDE = 8  # calls on one connection, where many are opened
+# What neighbours and watchers look with; eight of each were enough to end an overlay.
+PROBED = (("/OverlayNode/GetMetrics", 8), ("/grpc.health.v1.Health/Watch", 8))
 Headers = Sequence[tuple[str, str]]
 
 
@@ -51,6 +53,11 @@ def has_far() -> bool:
         except OSError:
             return False
     return True
+
+
+def source() -> str:
+    """The address from which they come, another than that of everybody else where there is one."""
+    return FAR if has_far() else NEAR
 
 
 def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
@@ -157,6 +164,10 @@ class Stranger:
         if body:
             self.say(stream, body, end)
         return stream
+
+    def call(self, request: bytes, headers: Headers = ()) -> int:
+        """A whole Forward; what comes of it is not waited for."""
+        return self.open("/OverlayNode/Forward", message(request), end=True, headers=headers)
 
     def say(self, stream: int, body: bytes, end: bool = False) -> None:
         """More of a call, as its windows allow; what they do not allow in time is not sent."""
