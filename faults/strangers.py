@@ -155,7 +155,7 @@ class Stranger:
     def open(self, method: str, *bodies: bytes, end: bool = False, headers: Headers = ()) -> int:
         """A call, with these bytes of messages; the number of its stream. end: no more comes."""
         with self._changed:
-            stream, self._next = self._next, self._next + 2
+            stream = self.begin()
             self._room[stream] = self._first_room
             last = END_STREAM if end and not bodies else 0
             made = block(call_headers(method, headers))
@@ -164,6 +164,12 @@ class Stranger:
         if body:
             self.say(stream, body, end)
         return stream
+
+    def begin(self) -> int:
+        """The number of a call whose frames come by `send`."""
+        with self._changed:
+            self._next += 2
+            return self._next - 2
 
     def call(self, request: bytes, headers: Headers = ()) -> int:
         """A whole Forward; what comes of it is not waited for."""
@@ -267,7 +273,8 @@ class Strangers:
     """All of them, until `close`, which may be called twice."""
 
     def __init__(self) -> None:
-        self._all: list[Stranger] = []
+        self._all: list[Stranger] = []  # that have been let in
+        self._lock = threading.Lock()
         self._came: queue.SimpleQueue[tuple[socket.socket, Stranger]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=self._read, name="strangers", daemon=True)]
@@ -310,7 +317,9 @@ class Strangers:
             connection = socket.create_connection((NEAR, port), SEND_S, (source, 0))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         made = Stranger(connection, window, first is None)
-        self._all.append(made)
+        with self._lock:
+            self._all = [one for one in self._all if not one.is_gone]
+            self._all.append(made)
         if connection is not None and reads:
             self._came.put((connection, made))
         if first is None:
