@@ -3,6 +3,8 @@
 scenarios   the table: a load, a fault, what answers may say
 bench       one scenario from start to end   -> overlays, load, breaking, hosts
 hosts       two network namespaces with a wire between them
+strangers   what anybody who reaches a port can do to it; the tests use it too
+neighbour   a program that answers wrongly in a process's place
 history     what happened, as values; JSON lines
 checker     a history -> the promises that were broken (pure)
 seeded      product bugs made on purpose, so that the checker can be tested

@@ -122,6 +122,7 @@ def _played(
         {i: p["team"] for i, p in overlay.config["processes"].items() if p["role"] == "worker"},
         list(scenario.expects),
         list(HORRORS),
+        scenario.slots,
     )
     found = History(about)
     try:
@@ -190,7 +191,7 @@ def _load_and_break(
     finally:
         breaker.join()
     # Each call ends by its deadline and is given up soon after; what is open then has no answer.
-    longest_s = max(scenario.mixture.timeouts_s) + 2 * checker.SILENT_S + 1
+    longest_s = scenario.mixture.longest_s + 2 * checker.SILENT_S + 1
     end = time.monotonic() + longest_s
     while stage.notes.open and time.monotonic() < end:
         time.sleep(0.02)

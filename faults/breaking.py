@@ -7,6 +7,7 @@ the checker knows who could not answer.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -24,15 +25,19 @@ from pathlib import Path
 import psutil
 
 from faults import crowd
+from faults import strangers as strange
 from faults.checker import REFUSED
 from faults.history import Call, Fault
 from faults.hosts import Wire
 from faults.load import Notes
 from faults.overlays import ROOT, Overlay, until
+from overlay import wire
+from overlay.wire import pb2
 
 LONG_S = 5.0  # at least: longer than a dead peer is not noticed
 CLOCK_STEPS_S = (3600, -3600, 0)  # from the right time
 CROWD_KEY = 10_000_000
+NAMES_KEY, NAMES_S = 30_000_000, 3
 
 
 @dataclass
@@ -257,6 +262,81 @@ def garbage(process: str) -> Breaking:
                 with contextlib.suppress(OSError):  # it may have been shown the door
                     each.sendall(says[i % len(says)])
             time.sleep(max(0.0, until_ - time.monotonic()))
+
+    return play
+
+
+def strangers(stage: Stage) -> None:
+    """All that needs no more than a port, at once: on the leader and the team leaders."""
+    overlay, source = stage.overlay, strange.source()
+    echo = pb2.Request(payload=b"x", mode=pb2.ANY, handler="echo")
+    keyed = pb2.Request(payload=b"x", mode=pb2.ANY, handler="echo", idempotency_key="again")
+    numbers = itertools.count()
+    with stage.doing("strangers", "A"), strange.Strangers() as them:
+        for process in "ABE":
+            port = overlay.port(process)
+            for method, count in (*strange.PROBED, ("/OverlayNode/Forward", 60)):
+                them.unfinished(port, method, count, source, (b"", strange.half()))
+            restless = them.connect(port, source)
+
+            def restlessly(one: strange.Stranger = restless) -> None:
+                for request in (echo, keyed):
+                    one.leave(one.call(request.SerializeToString()))
+                name = b"n%d" % next(numbers)
+                named = strange.message(strange.field(1, len(name)) + name)
+                one.leave(one.open("/grpc.health.v1.Health/Watch", named))
+
+            them.again(restlessly, 0.05)
+        them.silent(200, overlay.port("A"), source)
+        them.unfinished(overlay.port("A"), "/OverlayNode/ForwardStream", 80, source)
+        for one in them.crowd(4, overlay.port("A"), source=source, window=0):
+            large = pb2.Request(payload=bytes(1 << 16), mode=pb2.ANY, handler="echo")
+            for _ in range(8):
+                one.call(large.SerializeToString())  # and never reads
+        time.sleep(stage.seconds / 2)
+
+
+def new_names(stage: Stage) -> None:
+    """One that asks for three times what there is, each time under a new name."""
+    keys = itertools.count(NAMES_KEY)
+    with stage.doing("strangers", "A"), strange.Strangers() as them:
+        crowd = them.crowd(10, stage.overlay.port("A"), source=strange.source())
+
+        def ask(one: strange.Stranger) -> None:
+            key, now = next(keys), time.monotonic()
+            deadline = now + NAMES_S
+            call = Call(key, key, now, now, deadline, "any", "unary", vanishes=True)
+            stage.notes.calls.append(call)
+            request = pb2.Request(payload=b"%d 100" % key, mode=pb2.ANY, handler="work")
+            named = ((wire.CALLER_KEY, f"n{key}"), ("grpc-timeout", f"{NAMES_S}S"))
+            one.call(request.SerializeToString(), named)
+
+        def more() -> None:
+            for one in (*crowd, *crowd):
+                ask(one)
+
+        them.again(more, 0.1)  # 200 a second
+        time.sleep(stage.long_s)
+
+
+def hostile(process: str) -> Breaking:
+    """Another program has its port: it says that it is this process, and answers wrongly."""
+
+    def play(stage: Stage) -> None:
+        overlay = stage.overlay
+        command = [sys.executable, "-m", "faults.neighbour", str(overlay.path.absolute()), process]
+        with stage.doing("hostile", process):
+            overlay.kill(process)
+            stranger = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+            try:
+                assert stranger.stdout is not None
+                stranger.stdout.readline()  # it serves
+                time.sleep(stage.long_s)
+            finally:
+                stranger.kill()
+                stranger.wait(10)
+                stranger.stdout.close()
+            overlay.start(process)
 
     return play
 

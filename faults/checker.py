@@ -18,11 +18,14 @@ REFUSED = 2  # the exit code of a process that cannot begin
 FLOWS_S = {"cut": 3.0, "deaf": 3.0, "mute": 3.0, "half open": 3.0, "freeze": 5.0}
 UNHURRIED_S = 2.0  # a call with less time may end before whoever is broken is known to be
 MISLED_S = 1.0  # what requests may lose on their way: hops have no common clock to notice it
+SETTLES_S = 0.1  # after its end until a request has given its place back everywhere
+HURRIED_S = 0.5  # a call with less time may lose it on its way, and be refused for that
 SPREADS_S = 3.0  # after a fault until nothing is lost by it any more: dead connections are noticed
 # Faults under which a process cannot keep time, that lose what was on its way, and after which it
 # has forgotten the idempotency keys.
 HOLDING_UP = frozenset({"freeze", "few files", "cut", "deaf", "mute", "half open"})
-LOSING = frozenset({*HOLDING_UP, "kill", "taken port"})
+LOSING = frozenset({*HOLDING_UP, "kill", "taken port", "hostile"})
+FULL = "RESOURCE_EXHAUSTED", "no"  # a refusal for want of a place or of time
 FORGETTING = frozenset({"kill", "taken port", "restart", "half open", "configuration"})
 
 
@@ -72,6 +75,13 @@ class Facts:
         workers = self.history.about.workers
         return [worker for worker, team in workers.items() if call.team in ("", team)]
 
+    def place(self, call: Call) -> tuple[float, float]:
+        """From when to when the call may have held places: nothing else tells that it has none."""
+        ends = [answer.at for answer in self.answers[call.id][:1]] or [math.inf]
+        runs = self.executions[call.key]
+        ends += [math.inf if run.end is None else run.end for run in runs]
+        return call.at, max(ends) + SETTLES_S
+
     def stalled_s(self, begin: float, end: float) -> float:
         """Seconds of begin..end in which the bench itself stood still."""
         return sum(
@@ -86,6 +96,12 @@ class Facts:
             and fault.begin < end
             and begin < fault.end + LATE_S
             for fault in self.history.faults
+        )
+
+    def disturbed(self, begin: float, end: float) -> bool:
+        """Whether anything at all was done to a process then, or shortly before."""
+        return any(
+            fault.begin < end and begin < fault.end + SPREADS_S for fault in self.history.faults
         )
 
     def forgotten(self, calls: list[Call]) -> bool:
@@ -311,6 +327,30 @@ def held_back(facts: Facts) -> Found:
                 )
 
 
+def refused_although_free(facts: Facts) -> Found:
+    """Nothing is refused for want of a place or of time where places are free.
+
+    Surely free is a place at each worker while fewer requests are open, wherever they may be, than
+    one worker takes at once: the leader has more places than that for each team.
+    """
+    slots = facts.history.about.slots
+    for call, answer in facts.answered():
+        by = [worker for worker, code, executed in answer.parts if (code, executed) == FULL]
+        if (answer.code, answer.executed) == FULL:
+            by = [call.asked]
+        if answer.by == "client" or not by or call.deadline - call.at < HURRIED_S:
+            continue
+        if facts.stalled_s(call.at, answer.at) or facts.disturbed(call.at, answer.at):
+            continue
+        others = 0
+        for other in facts.history.calls:
+            begin, end = facts.place(other)
+            others += other.id != call.id and begin < answer.at and call.at < end
+        if others < slots:
+            beside = f"{others} other requests were open, and a worker has {slots} places"
+            yield call.id, f"call {call.id} was refused by {' '.join(by)} while {beside}"
+
+
 def leak(facts: Facts) -> Found:
     """Every process is at rest after the load."""
     for rest in facts.history.rests:
@@ -362,9 +402,12 @@ RULES: tuple[Callable[[Facts], Found], ...] = (
     wrong_result,
     unexpected_status,
     held_back,
+    refused_although_free,
     leak,
     no_recovery,
     bad_ending,
 )
 # On a machine that is too busy these find what nobody did.
-TIMED = frozenset(rule.__name__ for rule in (late, silent, worked_for_nobody, held_back))
+TIMED = frozenset(
+    rule.__name__ for rule in (late, silent, worked_for_nobody, held_back, refused_although_free)
+)

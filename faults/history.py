@@ -17,6 +17,7 @@ class About:
     """What was run. workers: id -> team, in the order of the configuration.
 
     expects: the statuses an answer may have. may_raise: the handlers that may end as INTERNAL.
+    slots: how many requests a worker's handler takes at once; 0 when nobody wrote it down.
     """
 
     scenario: str
@@ -24,6 +25,7 @@ class About:
     workers: dict[str, str]
     expects: list[str]
     may_raise: list[str] = field(default_factory=list)
+    slots: int = 0
 
 
 @dataclass(frozen=True)

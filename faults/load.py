@@ -67,6 +67,10 @@ class Planned:
     tries: int = 0
 
 
+LONG = Planned(0, "any", "unary", "", "work", nap_ms=3000, timeout_s=10)
+LONG_S = 3.5  # until it has ended, and all have noticed
+
+
 def evenly(rate: float, seconds: float, like: Planned) -> list[Planned]:
     """`rate` calls a second, all alike."""
     return [replace(like, after_s=number / rate) for number in range(int(rate * seconds))]
@@ -75,7 +79,8 @@ def evenly(rate: float, seconds: float, like: Planned) -> list[Planned]:
 @dataclass(frozen=True)
 class Mixture:
     """What the calls are like. rate: a second. repeats: the share that is sent twice. keyed: the
-    share of the others that has an idempotency key."""
+    share of the others that has an idempotency key. long_first: before all of them each team works
+    on one that takes 3 s, and has the time for it."""
 
     rate: float = 60
     nap_ms: tuple[int, int] = (2, 40)
@@ -84,13 +89,22 @@ class Mixture:
     all_share: float = 0.3
     repeats: float = 0.0
     keyed: float = 0.2
+    long_first: bool = False
+
+    @property
+    def longest_s(self) -> float:
+        """That a call of it may take."""
+        return max([*self.timeouts_s, LONG.timeout_s if self.long_first else 0.0])
 
     def plan(self, seconds: float, dice: random.Random) -> list[Planned]:
         """The same seed gives the same calls."""
         planned: list[Planned] = []
+        if self.long_first:
+            planned += [replace(LONG, team=team) for team in ("", "green", "pink")]
+        begin = LONG_S if self.long_first else 0.0
         for number in range(int(self.rate * seconds)):
             call = Planned(
-                after_s=number / self.rate,
+                after_s=begin + number / self.rate,
                 mode="all" if dice.random() < self.all_share else "any",
                 way=dice.choice(WAYS),
                 team=dice.choice(("", "", "green", "pink")),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from faults import breaking, hosts
+from faults import breaking, hosts, strangers
 from faults.breaking import Breaking
 from faults.load import Mixture
 from faults.overlays import Overlay
@@ -56,6 +56,7 @@ class Scenario:
 NEEDS: Mapping[str, Callable[[], str]] = {
     "": lambda: "",
     "posix": lambda: "" if os.name == "posix" else "needs a POSIX system",
+    "far": lambda: "" if strangers.has_far() else f"needs a second address, {strangers.FAR}",
     "linux": lambda: "" if sys.platform == "linux" else "needs Linux",
     "compiler": lambda: NEEDS["linux"]() or ("" if breaking.compiler() else "needs a C compiler"),
 }
@@ -146,6 +147,38 @@ SCENARIOS = (
         "1,000 clients are killed in mid-call",
         breaking.vanish,
         top={"queue_slots": 2000},  # or most of them would have been refused by then
+    ),
+    Scenario(
+        "long-then-short",
+        "each team's first request takes 3 s, and those after it 2 to 40 ms",
+        mixture=Mixture(rate=20, timeouts_s=(2,), long_first=True),
+        expects=("OK",),
+    ),
+    Scenario(
+        "strangers",
+        "calls without a message, idle connections and streams, names, resets, unread answers",
+        breaking.strangers,
+        mixture=Mixture(rate=30, timeouts_s=(2,)),
+        expects=("OK",),
+        needs="far",
+    ),
+    Scenario(
+        "new-names",
+        "another machine asks for three times what there is, each time under a new name",
+        breaking.new_names,
+        mixture=Mixture(rate=10, timeouts_s=(2,)),
+        expects=("OK",),
+        slots=2,
+        needs="far",
+    ),
+    *(
+        Scenario(
+            f"hostile-{role}",
+            f"another program answers in {process}'s place, and wrongly",
+            breaking.hostile(process),
+        )
+        for role, process in ROLES.items()
+        if process != "A"  # whom no process asks
     ),
     Scenario("slow-worker", "D is ten times slower", breaking.mood("D", slower=10)),
     Scenario(

@@ -343,6 +343,31 @@ def failed_is_lost() -> None:
     assembly.was_lost = lambda answer: not answer.parts or not answer.parts[0].ok
 
 
+def refuses_now_and_then() -> None:
+    """As if the last requests had been too slow, whatever room there is."""
+    from overlay import errors, intake
+
+    numbers = itertools.count(1)
+
+    def grudging(right: Any) -> Any:
+        def admit(*arguments: Any, **options: Any) -> Any:
+            if next(numbers) % 15 == 0:
+                raise errors.NoTimeLeft("even the quickest of late took longer")
+            return right(*arguments, **options)
+
+        return admit
+
+    intake.Intake.admit = grudging(intake.Intake.admit)
+    intake.Intake.admit_to = grudging(intake.Intake.admit_to)
+
+
+def names_alone_share() -> None:
+    from overlay import service, values
+
+    right = service._caller
+    service._caller = lambda context: values.Caller("", right(context).name)
+
+
 BUGS = (
     Bug(
         "expired-is-started",
@@ -499,6 +524,34 @@ BUGS = (
         "keys",
         ("ran_twice",),
         failed_is_lost,
+    ),
+    Bug(
+        "refuses-now-and-then",
+        "one request in fifteen is refused for want of time, whatever room there is",
+        "calm",
+        ("refused_although_free",),
+        refuses_now_and_then,
+    ),
+    Bug(
+        "names-alone-share",
+        "callers take turns by the names that they give, wherever they are",
+        "new-names",
+        ("unexpected_status", "late"),
+        names_alone_share,
+    ),
+    Bug(
+        "reset-keeps-its-place",
+        "what a stranger takes back stays in service",
+        "strangers",
+        ("leak",),
+        cancelled_stays_active,
+    ),
+    Bug(
+        "broken-link-is-silent",
+        "what a neighbour that speaks wrongly owed is never answered",
+        "hostile-worker",
+        ("leak", "silent"),
+        dead_link_is_silent,
     ),
 )
 BY_NAME = {bug.name: bug for bug in BUGS}

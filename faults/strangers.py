@@ -40,6 +40,8 @@ SEND_S = 2.0
 NEAR = "127.0.0.1"
 FAR = "127.0.0.2"  # another address of this machine, where there is one: see `has_far`
 BESIDE = 8  # calls on one connection, where many are opened
+# What neighbours and watchers look with; eight of each were enough to end an overlay.
+PROBED = (("/OverlayNode/GetMetrics", 8), ("/grpc.health.v1.Health/Watch", 8))
 Headers = Sequence[tuple[str, str]]
 
 
@@ -51,6 +53,11 @@ def has_far() -> bool:
         except OSError:
             return False
     return True
+
+
+def source() -> str:
+    """The address from which they come, another than that of everybody else where there is one."""
+    return FAR if has_far() else NEAR
 
 
 def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
@@ -148,7 +155,7 @@ class Stranger:
     def open(self, method: str, *bodies: bytes, end: bool = False, headers: Headers = ()) -> int:
         """A call, with these bytes of messages; the number of its stream. end: no more comes."""
         with self._changed:
-            stream, self._next = self._next, self._next + 2
+            stream = self.begin()
             self._room[stream] = self._first_room
             last = END_STREAM if end and not bodies else 0
             made = block(call_headers(method, headers))
@@ -157,6 +164,16 @@ class Stranger:
         if body:
             self.say(stream, body, end)
         return stream
+
+    def begin(self) -> int:
+        """The number of a call whose frames come by `send`."""
+        with self._changed:
+            self._next += 2
+            return self._next - 2
+
+    def call(self, request: bytes, headers: Headers = ()) -> int:
+        """A whole Forward; what comes of it is not waited for."""
+        return self.open("/OverlayNode/Forward", message(request), end=True, headers=headers)
 
     def say(self, stream: int, body: bytes, end: bool = False) -> None:
         """More of a call, as its windows allow; what they do not allow in time is not sent."""
@@ -256,7 +273,8 @@ class Strangers:
     """All of them, until `close`, which may be called twice."""
 
     def __init__(self) -> None:
-        self._all: list[Stranger] = []
+        self._all: list[Stranger] = []  # that have been let in
+        self._lock = threading.Lock()
         self._came: queue.SimpleQueue[tuple[socket.socket, Stranger]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=self._read, name="strangers", daemon=True)]
@@ -299,7 +317,9 @@ class Strangers:
             connection = socket.create_connection((NEAR, port), SEND_S, (source, 0))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         made = Stranger(connection, window, first is None)
-        self._all.append(made)
+        with self._lock:
+            self._all = [one for one in self._all if not one.is_gone]
+            self._all.append(made)
         if connection is not None and reads:
             self._came.put((connection, made))
         if first is None:

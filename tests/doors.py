@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,7 +28,6 @@ def held_open(
             each = stack.enter_context(
                 socket.create_connection(("127.0.0.1", port), 5, (source, 0))
             )
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             with suppress(OSError):  # it may have been shown the door
                 each.sendall(says)
             made.append(each)

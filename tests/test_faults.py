@@ -37,7 +37,7 @@ from faults.overlays import Overlay, six_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = {"C": "green", "D": "pink", "F": "pink"}
-ABOUT = About("some", 1, WORKERS, list(scenarios.USUAL), ["raises"])
+ABOUT = About("some", 1, WORKERS, list(scenarios.USUAL), ["raises"], slots=2)
 
 
 def answered(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execution], Answer]:
@@ -55,7 +55,8 @@ def answered(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execu
 
 
 def refused(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execution], Answer]:
-    call = Call(id_, id_, float(id_), float(id_), id_ + 2.0, mode, way, team)
+    """For want of time, of which it brought little."""
+    call = Call(id_, id_, float(id_), float(id_), id_ + 0.4, mode, way, team)
     return call, [], Answer(id_, id_ + 0.1, "RESOURCE_EXHAUSTED", "overlay", "no")
 
 
@@ -104,6 +105,14 @@ def asked_again(found: History, key: int = 1, **fields: object) -> History:
     answer = replace(found.answers[0], id=10**6, **fields)
     found = more(found, "calls", replace(found.calls[0], id=10**6, key=key))
     return more(found, "answers", answer)
+
+
+def alone_and_refused(found: History) -> History:
+    """The first call was refused for want of a place, and ran nowhere."""
+    runs = [run for run in found.executions if run.key != 1]
+    fields = {"executed": "no", "parts": (), "result": "", "coverage": ""}
+    found = edited(found, "answers", code="RESOURCE_EXHAUSTED", **fields)
+    return replace(found, executions=runs)
 
 
 # What can be done to the first call of a true history, and the rule that must see it.
@@ -176,6 +185,19 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
         lambda h: more(
             edited(edited(h, "calls", mode="any"), "answers", code="UNAVAILABLE", parts=()),
             "faults", Fault("cut", "D", -2.5, 2.0),
+        ),
+    ),
+    "refused although nothing else was asked": (
+        "refused_although_free", lambda h: alone_and_refused(h),
+    ),
+    "a part refused although nothing else was asked": (
+        "refused_although_free",
+        lambda h: less(
+            edited(
+                h, "answers", result="C 1\nD 1", coverage="2/3; missing=F",
+                parts=(*h.answers[0].parts[:2], ("F", "RESOURCE_EXHAUSTED", "no")),
+            ),
+            "executions", 2,
         ),
     ),
     "something active": ("leak", lambda h: edited(h, "rests", counts={"active": 1})),
@@ -273,6 +295,36 @@ def test_a_leader_that_was_killed_has_forgotten_its_keys() -> None:
     assert check(more(found, "faults", Fault("kill", "E", 1.4, 1.6))) != []
 
 
+@pytest.mark.parametrize("kind", ["busy", "hung", "hurried", "disturbed", "stalled"])
+def test_who_is_refused_while_there_may_be_no_place_has_no_wrong(kind: str) -> None:
+    """busy: two others are open, and a worker takes two. hung: their answers came, and their
+    handlers go on."""
+    found = alone_and_refused(true_history())
+    first = found.calls[0]
+    others = [replace(first, id=id_, key=id_, at=0.8, due=0.8, deadline=2.8) for id_ in (8, 9)]
+    gone = [Answer(c.id, 0.95 if kind == "hung" else 1.5, "UNAVAILABLE") for c in others]
+    runs = [Execution(c.id, "C", 0.85, 1.5, 0, 2.8) for c in others]
+    if kind in ("busy", "hung"):
+        found = more(more(found, "calls", *others), "answers", *gone)
+        found = more(found, "executions", *runs)
+    if kind == "hurried":
+        found = edited(found, "calls", deadline=first.at + 0.4)
+    if kind == "disturbed":
+        found = more(found, "faults", Fault("kill", "E", 0.0, 0.5))
+    if kind == "stalled":
+        found = more(found, "stalls", Stall(0.5, 1.1))
+    assert check(found) == []
+
+
+def test_one_more_may_be_open_than_those_who_leave_a_place_free() -> None:
+    found = alone_and_refused(true_history())
+    other = replace(found.calls[0], id=8, key=8, at=0.8, due=0.8, deadline=2.8)
+    found = more(more(found, "calls", other), "answers", Answer(8, 1.5, "UNAVAILABLE"))
+    (violation,) = check(found)
+    assert violation.rule == "refused_although_free"
+    assert "1 other requests were open, and a worker has 2 places" in violation.sentence
+
+
 def test_a_client_that_vanished_needs_no_answer() -> None:
     gone = replace(true_history().calls[0], id=9, key=9, vanishes=True)
     assert check(more(true_history(), "calls", gone)) == []
@@ -313,6 +365,12 @@ def test_a_seed_gives_the_same_calls_again() -> None:
     mixture = Mixture(repeats=0.3)
     first, again = (mixture.plan(3, random.Random(5)) for _ in range(2))
     assert first == again != mixture.plan(3, random.Random(6))
+
+
+def test_long_ones_end_before_the_others_begin() -> None:
+    *long, first = Mixture(long_first=True).plan(1, random.Random(5))[:4]
+    assert [call.team for call in long] == ["", "green", "pink"]
+    assert all(call.after_s + call.nap_ms / 1000 < first.after_s for call in long)
 
 
 def test_a_repeat_goes_to_a_team_of_one_right_after_the_first() -> None:
@@ -407,6 +465,16 @@ def test_a_killed_worker_breaks_no_promise(tmp_path: Path) -> None:
     assert sum(answer.code == "OK" for answer in outcome.history.answers) > 50
 
 
+@pytest.mark.parametrize("name", ["long-then-short", "hostile-worker"])
+def test_neither_a_long_request_nor_a_lying_neighbour_breaks_a_promise(
+    tmp_path: Path, name: str
+) -> None:
+    outcome = bench.run(scenarios.BY_NAME[name], tmp_path / "run", 2, seed=1)
+    excused = TIMED if outcome.invalid else frozenset()
+    assert [v for v in outcome.violations if v.rule not in excused] == []
+    assert outcome.history.troubles == []
+
+
 def test_a_worker_that_is_cut_off_breaks_no_promise(tmp_path: Path) -> None:
     scenario = scenarios.BY_NAME["cut-worker"]
     if scenario.why_not:
@@ -418,7 +486,9 @@ def test_a_worker_that_is_cut_off_breaks_no_promise(tmp_path: Path) -> None:
     assert [fault.what for fault in outcome.history.faults] == ["cut"]
 
 
-@pytest.mark.parametrize("name", ["refusal-says-always-no", "seen-ids-off", "merge-drops-a-part"])
+@pytest.mark.parametrize(
+    "name", ["refusal-says-always-no", "seen-ids-off", "merge-drops-a-part", "refuses-now-and-then"]
+)
 def test_a_bug_made_on_purpose_is_found(tmp_path: Path, name: str) -> None:
     trial = seeded.try_out(seeded.BY_NAME[name], tmp_path / "run", 1, seed=1)
     assert trial.found, trial.sentence

@@ -29,7 +29,7 @@ def test_the_checker_finds_each_broken_rule(ends: int, ran: int, outcome: str | 
 
 
 def test_requests_that_have_nothing_in_common_stay_as_cheap_as_the_first(tmp_path: Path) -> None:
-    """A busy machine lowers a rate too, but not to a third; by 6,000 callers it was an eighth."""
+    """A busy machine lowers a rate too, not to a third. By 6,000 callers it fell to an eighth."""
     for found in distinct(tmp_path, 6_000, 100_000):
         print(found)
         assert set(found.outcomes) == {"OK"}
