@@ -386,20 +386,20 @@ def test_grants_beyond_the_window_bring_no_more_than_the_window(besieged, target
 
 
 def large_streams(strangers: Strangers, port: int, source: str, window: int) -> None:
-    """Forty, each with what one may have unread: 64 MiB."""
+    """Twenty-four, each with what one may have unread: 64 MiB."""
     column = pb2.Column(items=[b"1048576"] * 64)
     asked = pb2.Segment(number=1, count=64, payloads=column, mode=pb2.ANY, handler="large")
     body = message(pb2.Frame(segments=[asked]).SerializeToString())
-    for one in strangers.crowd(40, port, source=source, window=window):
+    for one in strangers.crowd(24, port, source=source, window=window):
         one.open(STREAM, body)
 
 
 def large_calls(strangers: Strangers, port: int, source: str, window: int) -> None:
-    """Two hundred of 4 MiB."""
+    """A hundred of 4 MiB."""
     asked = pb2.Request(payload=b"4194304", mode=pb2.ANY, handler="large")
     body = message(asked.SerializeToString())
     for one in strangers.crowd(20, port, source=source, window=window):
-        for _ in range(10):
+        for _ in range(5):
             one.open(FORWARD, body, end=True)
 
 
