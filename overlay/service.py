@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import queue
 import threading
 import time
 import uuid
@@ -36,7 +37,7 @@ from overlay.errors import (
 from overlay.executor import Executor
 from overlay.intake import Intake, Ticket
 from overlay.journal import Journal
-from overlay.keys import Keys
+from overlay.keys import First, Keys, Outcome, Waiter
 from overlay.links import Links
 from overlay.recent import Recent
 from overlay.record import Ended, Record
@@ -104,8 +105,7 @@ class Service:
             start=relay.start,
             on_started=self.links.flush,
         )
-        limits = self.limits
-        self._keys = Keys(limits.key_window_s, limits.keys, limits.keys_bytes)
+        self._keys = Keys(self.limits)
         self._deadlines = Deadlines(_expire)
         self._stream_desk = StreamDesk(
             me=me,
@@ -286,17 +286,30 @@ class Service:
         self, request: pb2.Request, segment: Segment, context: grpc.ServicerContext
     ) -> tuple[pb2.Response, str]:
         route, parts = segment.route, request.want_parts
-        question = f"{route.mode}\n{route.team}\n{route.handler}\n{parts}\n".encode()
-
-        def ask() -> tuple[tuple[pb2.Response, str], int]:
-            response, coverage = self._answer(request, segment, context)
-            return (response, coverage), response.ByteSize()
-
-        name = _caller(context), request.idempotency_key
-        found: tuple[pb2.Response, str] = self._keys.answer(
-            name, question + request.payload, segment.deadline, ask
+        asked = f"{route.mode}\n{route.team}\n{route.handler}\n{parts}\n".encode()
+        found = self._keys.enter(
+            _caller(context), request.idempotency_key, (asked, request.payload)
         )
-        return found
+        if isinstance(found, First):
+            return self._answer_first(found, request, segment, context)
+        outcome = _waited(found, segment, context) if isinstance(found, Waiter) else found
+        if isinstance(outcome, OverlayError):
+            raise outcome
+        response = pb2.Response.FromString(outcome)
+        return response, assembly.coverage(wire.read_response(response))
+
+    def _answer_first(
+        self, first: First, request: pb2.Request, segment: Segment, context: grpc.ServicerContext
+    ) -> tuple[pb2.Response, str]:
+        try:
+            response, coverage = self._answer(request, segment, context)
+            answer = response.SerializeToString()
+        except BaseException as e:  # noqa: BLE001 - whatever it is, it is what came of the key
+            failed = e if isinstance(e, OverlayError) else _unexpected(e)
+            first.failed(failed)
+            raise failed from None
+        first.answered(answer)
+        return response, coverage
 
     def _read(self, request: pb2.Request, context: grpc.ServicerContext) -> Segment:
         traced = self._record.wants_trace()
@@ -468,6 +481,19 @@ def _caller(context: grpc.ServicerContext) -> Caller:
     """Who asks, for fairness and not for safety."""
     names = (str(value) for key, value in context.invocation_metadata() if key == wire.CALLER_KEY)
     return Caller(wire.address_in(context.peer()), next(names, "")[:LONGEST_NAME])
+
+
+def _waited(waiter: Waiter, segment: Segment, context: grpc.ServicerContext) -> Outcome:
+    """What the first of its key is answered, as long as there is time and a caller."""
+    came: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    waiter.on_done(came.put)
+    if not context.add_callback(waiter.cancel):
+        waiter.cancel()
+    try:
+        return came.get(timeout=_until(segment.deadline))
+    except queue.Empty:
+        waiter.end(Code.DEADLINE_EXCEEDED)
+        return came.get()
 
 
 class _Waiter:
