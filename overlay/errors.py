@@ -95,6 +95,13 @@ class AlreadyExecuted(OverlayError):
     cause = "already executed"
 
 
+class IdsFull(OverlayError):
+    """There is no room to remember one more request id that its caller chose."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    cause = "ids full"
+
+
 class KeysFull(OverlayError):
     """There is no room to remember one more idempotency key."""
 

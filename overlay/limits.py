@@ -52,7 +52,9 @@ class Limits:
     key_waiters: int = 1000  # who may wait for a key's first answer; a call each, and no thread
     waiters_of_key: int = 100  # and for that of one key
     max_key: int = 256  # characters of an idempotency key
-    remembered_ids: int = 100_000  # request ids a worker keeps to run each once; about 10 MiB
+    own_ids: int = 100_000  # the overlay's own request ids that a worker keeps, the latest; 10 MiB
+    id_window_s: float = 60.0  # one that a caller chose is kept so long, or until its deadline
+    chosen_ids: int = 300_000  # of those that are kept, or runs of up to 256; 150 bytes each
 
     @property
     def stream_threads(self) -> int:

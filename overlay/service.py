@@ -35,6 +35,7 @@ from overlay.errors import (
     QueueFull,
 )
 from overlay.executor import Executor
+from overlay.ids import ChosenIds
 from overlay.intake import Intake, Ticket
 from overlay.journal import Journal
 from overlay.keys import First, Keys, Outcome, Waiter
@@ -106,6 +107,7 @@ class Service:
             on_started=self.links.flush,
         )
         self._keys = Keys(self.limits)
+        self._chosen_ids = ChosenIds(self.limits)
         self._deadlines = Deadlines(_expire)
         self._stream_desk = StreamDesk(
             me=me,
@@ -116,6 +118,7 @@ class Service:
             received=self.meter.received,
             ended=self._record.ended_and_counted,
             wants_trace=self._record.wants_trace,
+            take_ids=self._chosen_ids.take,
         )
         self.journal = Journal(topology, me, self._recent, self.links, log_lines_dropped)
         self.links.on_change = self.intake.kick
@@ -262,6 +265,7 @@ class Service:
         ended = Ended(segment, _caller(context))
         try:
             routing.check(self.topology, self.me.id, segment.route)
+            self._chosen_ids.take(ended.caller, segment)
             answers = self._wait(ended, context, request.priority)
             results, failures = self._combine(segment.route, answers)
             if failures:

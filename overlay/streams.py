@@ -54,6 +54,7 @@ class Desk:
     received: Callable[[int], None]
     ended: Callable[[Ended], None]  # counts them, and sets their trace where it is wanted
     wants_trace: Callable[[], bool]  # of the next segment that a client sends
+    take_ids: Callable[[Caller, Segment], None] = lambda caller, segment: None  # raises IdsFull
     streams: set[_Stream] = field(default_factory=set)  # open now
 
     @property
@@ -298,6 +299,7 @@ class _Stream:
         try:
             if wrong is not None:
                 raise wrong
+            desk.take_ids(self._caller, segment)
             ticket = desk.intake.admit_to(self._lane, segment, sink, made.priority)
         except OverlayError as e:
             sink(0, Answers(segment.count, (), refused=refusal(desk.me, e)))
