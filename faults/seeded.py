@@ -138,9 +138,9 @@ def refusal_says_always_no() -> None:
 
 
 def seen_ids_off() -> None:
-    from overlay import executor
+    from overlay import ids
 
-    executor.SeenIds.again = lambda self, ids: []
+    ids.SeenIds.begin = lambda self, segment: ids.Begun()
 
 
 def cancelled_stays_active() -> None:

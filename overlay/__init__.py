@@ -15,11 +15,11 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  web -> watch, console, door   watch -> connection
                  top -> watch, console, screenful   screenful -> console
     3 relay      relay   record
-    2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
+    2 mechanism  intake   deadlines   keys   ids   logs -> recent   repeats   stories
                  machine   hosts   memory
                  links -> books, wire   books -> pipes, wire   pipes -> wire -> meter, recent
-                 executor -> threads, processes -> batch -> handlers, meter, pieces
-                 executor -> batch, handlers   threads -> handlers, logs, pieces
+                 executor -> threads, processes -> batch -> handlers, ids, meter, pieces
+                 executor -> batch, handlers, ids   threads -> handlers, logs, pieces
                  processes -> child -> batch, handlers, logs, pieces   processes -> pieces
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
                  picture -> history   diagnosis   crowd

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from overlay.errors import AlreadyExecuted, BadRequest, HandlerFailed
+from overlay.errors import AlreadyExecuted, BadRequest, HandlerFailed, OverlayError
 from overlay.handlers import Context
+from overlay.ids import Begun
 from overlay.meter import Spread, Times
 from overlay.pieces import PIECE_BYTES, NotBytes, Outlet, Send, cut
 from overlay.rows import OpenRows, consecutive
@@ -97,12 +98,17 @@ class Batch:
         sink: Sink,
         give_back: Callable[[int], None],
         stop: Callable[[Batch, int, int], None],
+        forget: Callable[[Iterable[int]], None] = lambda rows: None,
     ) -> None:
-        """give_back: takes the number of places that are free again. stop: ends running rows."""
+        """give_back: takes the number of places that are free again. stop: ends running rows.
+
+        forget: takes the rows that provably did not run, before that is told.
+        """
         self.segment = segment
         self.desk = desk
         self._give_back = give_back
         self._stop = stop
+        self._forget = forget
         self._process = process
         self._sink = sink
         self._waited_us = int(waited_s * 1e6)
@@ -163,6 +169,8 @@ class Batch:
     def done(self, outcomes: list[tuple[int, bytes | Failure]], worked_s: float) -> None:
         """Takes what came of begun rows, in the order of their rows, `worked_s` together."""
         failed = sum(not isinstance(outcome, bytes) for _, outcome in outcomes)
+        if failed:
+            self._forget([row for row, outcome in outcomes if _proves_not_run(outcome)])
         self.desk.ended(len(outcomes), worked_s, failed)
         self._give_back(len(outcomes))
         each_us = int(worked_s / len(outcomes) * 1e6)
@@ -170,12 +178,20 @@ class Batch:
         for first, rows in consecutive([row for row, _ in outcomes]):
             self._answer(first, list(itertools.islice(left, rows)), each_us)
 
-    def refuse_second(self, row: int) -> None:
-        error = AlreadyExecuted(f"request {self.segment.all_ids[row]:016x} was run here before")
+    def refuse(self, begun: Begun) -> None:
+        """Answers the rows that must not begin; before it is submitted."""
+        failures, ids = {}, self.segment.all_ids
+        if begun.full is not None:
+            failures = dict.fromkeys(range(self.segment.count), _failure(begun.full))
+        for row in begun.again:
+            failures[row] = _failure(
+                AlreadyExecuted(f"request {ids[row]:016x} was run here before")
+            )
         with self._lock:
-            self._waiting.remove(row)
-        self._give_back(1)
-        self._answer(row, [Failure(error.code, str(error), error.executed)], 0)
+            self._waiting = deque(row for row in self._waiting if row not in failures)
+        self._give_back(len(failures))
+        for first, rows in consecutive(sorted(failures)):
+            self._answer(first, [failures[row] for row in range(first, first + rows)], 0)
 
     def end(self, code: Code, start: int, count: int) -> None:
         """Answers rows for their handlers, and tells these that nobody waits any more."""
@@ -188,6 +204,7 @@ class Batch:
             self._ended[start : start + count] = b"\1" * count
             outlets = [self._outlets[row] for row in rows if row in self._outlets]
         if never:
+            self._forget(never)
             self._give_back(len(never))
         for row in rows:
             if row in never:
@@ -234,6 +251,14 @@ class Batch:
             worked_us,
             piece,
         )
+
+
+def _failure(error: OverlayError) -> Failure:
+    return Failure(error.code, str(error), error.executed, error.retry_after_s)
+
+
+def _proves_not_run(outcome: bytes | Failure) -> bool:
+    return isinstance(outcome, Failure) and outcome.executed is Executed.NO
 
 
 def outcome_of(result: object, most_bytes: int, send: Send | None = None) -> tuple[str, Any]:

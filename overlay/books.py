@@ -215,6 +215,7 @@ class Book:
                 other.route != first.route
                 or other.attempt != first.attempt
                 or other.told != first.told
+                or other.own_ids != first.own_ids
                 or abs(other.deadline - first.deadline) > SAME_DEADLINE_S
                 or other.count > few
                 or other.early is not None

@@ -310,7 +310,9 @@ class Calls:
         bodies = [order.payloads[row] for order in orders for row in order.rows]
         payloads = Column(bodies, size=size)
         first = orders[0]
-        segment = Segment(first.kind.route, payloads, deadline, wire.new_ids(), first.attempt)
+        segment = Segment(
+            first.kind.route, payloads, deadline, wire.new_ids(), first.attempt, own_ids=True
+        )
         if first.kind.as_they_come:
             segment = replace(segment, pieces=PIECES_AHEAD)
         number = next(self._numbers) & 0xFFFFFFFF

@@ -82,6 +82,7 @@ def show_metrics(report: Screen, m: Any, address: str) -> None:
         ("serving", _spread(m.service_ms)),
         ("program", f"overlay {m.version}, Python {m.python}, {m.platform}, pid {m.pid}"),
         ("config", m.config_digest),
+        ("keys", _keys(m) if m.keys else ""),
         ("ended", ", ".join(f"{n} {what}" for what, n in sorted(m.crowded_out.items()))),
         ("log", f"{m.log_lines_dropped} lines dropped" if m.log_lines_dropped else ""),
     )
@@ -100,6 +101,10 @@ HANDLER_COLUMNS = (
     "name", "run", "active", "slots", "completed", "failed", "p50 ms", "p99 ms",
 )  # fmt: skip
 PROCESS_COLUMNS = ("id", "role", "team", "address", "handler", "slots", "neighbors")
+
+
+def _keys(m: Any) -> str:
+    return f"{m.keys:,} remembered, {m.key_bytes:,} bytes of answers, {m.key_waiters} wait for one"
 
 
 def _neighbour(n: Any) -> tuple[str, ...]:

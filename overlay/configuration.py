@@ -87,6 +87,8 @@ class ConfigurationFile(_Entry):
     drain_grace_s: Seconds = 30
     max_message_mib: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
     max_waiting_mib: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 256
+    key_window_s: Seconds = 600
+    max_kept_mib: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 256
     log_dir: Folder = "logs"
     metrics_port_offset: Annotated[int, Field(ge=-65_534, le=65_534, strict=True)] | None = None
     metrics_bind: Host = "127.0.0.1"
@@ -375,6 +377,8 @@ def _topology(file: ConfigurationFile, path: Path, raw: Mapping[str, Any]) -> To
             drain_grace_s=file.drain_grace_s,
             max_message_bytes=file.max_message_mib * MIB,
             max_waiting_bytes=file.max_waiting_mib * MIB,
+            key_window_s=file.key_window_s,
+            kept_bytes=file.max_kept_mib * MIB,
         ),
         folder=path.absolute().parent,
         name=path.name,

@@ -109,6 +109,36 @@ class AlreadyExecuted(OverlayError):
     cause = "already executed"
 
 
+class IdsFull(OverlayError):
+    """There is no room to remember one more request id that its caller chose."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    cause = "ids full"
+
+
+class KeysFull(OverlayError):
+    """There is no room to remember one more idempotency key."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    cause = "keys full"
+
+
+class KeyBusy(OverlayError):
+    """Too many wait for the answer to a key; the first request of it may have run."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    executed = Executed.UNKNOWN
+    cause = "key busy"
+
+
+class AnswerNotKept(OverlayError):
+    """The request of this key ran; its answer was too large to be kept for others."""
+
+    code = Code.ALREADY_EXISTS
+    executed = Executed.YES
+    cause = "answer not kept"
+
+
 class HandlerFailed(OverlayError):
     code = Code.INTERNAL
     executed = Executed.YES

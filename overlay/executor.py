@@ -1,19 +1,20 @@
 """Runs the user's handlers: on threads, or in processes that can be ended.
 
 A handler runs only in a slot, so that a worker never runs more than it has. A slot is free again
-when the handler has really ended, not when its caller has gone. One request id runs at most once;
-ids are remembered, a bounded number of them.
+when the handler has really ended, not when its caller has gone. One request id runs at most once
+(overlay.ids).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 from overlay import handlers
 from overlay.batch import Batch, Desk, HandlerCounts
+from overlay.ids import SeenIds
 from overlay.processes import ProcessRunner
 from overlay.threads import ThreadRunner
 from overlay.topology import Process, Topology
@@ -45,7 +46,7 @@ class Executor:
         self._process = process
         self._cap = min(process.slots or process.in_service, process.in_service)
         self._lock = threading.Lock()
-        self._seen = SeenIds(topology.limits.remembered_ids)
+        self._seen = SeenIds(topology.limits)
         self._desks: dict[str, tuple[Desk, Runner]] = {}
         handlers.add_folder(topology.folder)
         try:
@@ -93,9 +94,11 @@ class Executor:
         """Runs the rows in claimed places; the sink gets each one's answer, once."""
         desk, runner = self._desks[segment.route.handler or self._process.handler]
         give_back = partial(self._give_back, desk)
-        batch = Batch(desk, self._process, segment, waited_s, sink, give_back, runner.end)
-        for row in self._seen.again(segment.all_ids):
-            batch.refuse_second(row)
+        forget = partial(self._seen.forget, segment)
+        batch = Batch(desk, self._process, segment, waited_s, sink, give_back, runner.end, forget)
+        begun = self._seen.begin(segment)
+        if begun.again or begun.full:
+            batch.refuse(begun)
         runner.submit(batch)
         return batch.end
 
@@ -108,39 +111,6 @@ class Executor:
         with self._lock:
             desk.taken -= count
         self.on_free()
-
-
-class SeenIds:
-    """The request ids run here: the latest ones, at most `most` and at least half as many."""
-
-    def __init__(self, most: int) -> None:
-        self._half = max(1, most // 2)
-        self._new: set[int] = set()
-        self._old: set[int] = set()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._new) + len(self._old)
-
-    def again(self, ids: Sequence[int]) -> list[int]:
-        """The rows whose ids were seen before, in this list too. All are seen after this."""
-        with self._lock:
-            rows = []
-            twice = len(ids) > 1 and len(set(ids)) < len(ids)
-            if twice or not (self._new.isdisjoint(ids) and self._old.isdisjoint(ids)):
-                rows = self._again_locked(ids)
-            self._new.update(ids)
-            if len(self._new) >= self._half:
-                self._old, self._new = self._new, set()
-            return rows
-
-    def _again_locked(self, ids: Sequence[int]) -> list[int]:
-        rows, here = [], set()
-        for row, id_ in enumerate(ids):
-            if id_ in self._new or id_ in self._old or id_ in here:
-                rows.append(row)
-            here.add(id_)
-        return rows
 
 
 def _runner(desk: Desk, topology: Topology) -> Runner:

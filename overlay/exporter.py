@@ -125,6 +125,11 @@ def _requests(m: Any) -> Iterator[Metric]:
     yield _gauge(
         "calls_without_message", "Calls whose message has not come.", m.calls_without_message
     )
+    yield _gauge("idempotency_keys", "Idempotency keys that are remembered.", m.keys)
+    yield _gauge("idempotency_bytes", "Bytes of the answers kept for them.", m.key_bytes)
+    yield _gauge(
+        "idempotency_waiters", "Calls that wait for the first of their key.", m.key_waiters
+    )
     yield _gauge("streams", "Streams open.", m.streams)
     yield _gauge("streamed_requests_waiting", "Requests of streams that wait.", m.streamed_waiting)
     yield _gauge(

@@ -22,6 +22,8 @@ class Limits:
     drain_grace_s: float = 30.0  # running requests may finish within this when a process stops
     max_message_bytes: int = 16 * MIB  # per gRPC message; parsing is on gRPC's one serving thread
     max_waiting_bytes: int = 256 * MIB  # payloads in the queue: 200 slots x 16 MiB would be 3 GiB
+    key_window_s: float = 600.0  # an answer is kept for its idempotency key for so long
+    kept_bytes: int = 256 * MIB  # answers kept for their keys; more are refused, none is dropped
 
     reserve_threads: int = (
         40  # rpc threads beyond queue and service, that refuse while both are full
@@ -56,11 +58,13 @@ class Limits:
     piece_bytes: int = 128 * 1024  # of a result that comes in pieces; a few fit into a frame
     pieces_ahead: int = 64  # that a client may take before it has read any
     small_bytes: int = 16 * 1024  # larger bodies take a link's second stream
-    key_window_s: float = 600.0  # an answer is kept for its idempotency key for so long
-    keys: int = 10_000  # idempotency keys that are remembered
-    keys_bytes: int = 64 * MIB  # and their answers
+    keys: int = 200_000  # idempotency keys that are remembered; 340 bytes each besides the answer
+    key_waiters: int = 1000  # who may wait for a key's first answer; a call each, and no thread
+    waiters_of_key: int = 100  # and for that of one key
     max_key: int = 256  # characters of an idempotency key
-    remembered_ids: int = 100_000  # request ids a worker keeps to run each once; about 10 MiB
+    own_ids: int = 100_000  # the overlay's own request ids that a worker keeps, the latest; 10 MiB
+    id_window_s: float = 60.0  # one that a caller chose is kept so long, or until its deadline
+    chosen_ids: int = 300_000  # of those that are kept, or runs of up to 256; 150 bytes each
 
     def pool_threads(self, queue_slots: int) -> int:
         """Rpc threads for a process with such a queue: each waiting request holds one."""

@@ -15,7 +15,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -34,9 +34,10 @@ from overlay.errors import (
 )
 from overlay.executor import Executor
 from overlay.hosts import Hosts
+from overlay.ids import ChosenIds
 from overlay.intake import Intake, Ticket
 from overlay.journal import Journal
-from overlay.keys import Keys
+from overlay.keys import First, Keys, Outcome, Waiter
 from overlay.links import Links
 from overlay.recent import Recent
 from overlay.record import Ended, Record, log_failure, unexpected
@@ -107,9 +108,10 @@ class Service:
             start=relay.start,
             on_started=self.links.flush,
         )
-        limits = self.limits
-        self._keys = Keys(limits.key_window_s, limits.keys, limits.keys_bytes)
+        self._keys = Keys(self.limits)
+        self._chosen_ids = ChosenIds(self.limits)
         self._deadlines = Deadlines(_expire)
+        limits = self.limits
         self._stream_desk = StreamDesk(
             me=me,
             topology=topology,
@@ -124,6 +126,7 @@ class Service:
             streams=Places(limits.streams),
             held=Budget(limits.max_waiting_bytes),
             unread=Budget(limits.unread_bytes),
+            take_ids=self._chosen_ids.take,
         )
         self._hosts = Hosts(topology.above(me))
         self.journal = Journal(topology, me, self._recent, self.links, log_lines_dropped)
@@ -148,24 +151,33 @@ class Service:
         self._hosts.start()
         self.links.start()
 
-    def forward(self, request: pb2.Request, context: grpc.ServicerContext) -> pb2.Response:
-        """Answers one request, or ends it with the status of what went wrong."""
+    def forward(
+        self, request: pb2.Request, context: grpc.ServicerContext
+    ) -> pb2.Response | Future[pb2.Response]:
+        """Answers one request, or ends it with the status of what went wrong.
+
+        Later, and without a thread until then, where the first of its key has no answer yet.
+        """
         self.meter.received(1)
         self._last_single = time.monotonic()
         try:
             segment = self._read(request, context)
-            answer = self._answer_of_key if segment.keyed else self._answer
-            response, coverage = answer(request, segment, context)
+            if not segment.keyed:
+                return self._completed(context, *self._answer(request, segment, context))
+            found = self._enter_key(request, segment, context)
+            if isinstance(found, First):
+                return self._completed(
+                    context, *self._answer_first(found, request, segment, context)
+                )
+            if isinstance(found, Waiter):
+                return self._answer_later(found, segment, context)
+            return self._repeated(context, found)
         except OverlayError as e:
             failed = e
         except BaseException as e:
             if isinstance(e, KeyboardInterrupt):
                 raise
             failed = unexpected(e)
-        else:
-            self.meter.completed(1)
-            context.set_trailing_metadata(((wire.COVERAGE_KEY, coverage),))
-            return response
         self.record.count(failed)
         return self._abort(context, failed)
 
@@ -261,6 +273,9 @@ class Service:
             wall_time_s=time.time(),
             wire_format=wire.FORMAT,
             crowded_out=self.meter.crowds(),
+            keys=self._keys.kept,
+            key_bytes=self._keys.kept_bytes,
+            key_waiters=self._keys.waiting,
             calls_without_message=self.calls_without_message(),
         )
 
@@ -281,6 +296,7 @@ class Service:
         ended = Ended(segment, _caller(context))
         try:
             routing.check(self.topology, self.me.id, segment.route)
+            self._chosen_ids.take(ended.caller, segment)
             answers = self._wait(ended, context, request.priority)
             results, failures = self._combine(segment.route, answers)
             if failures:
@@ -301,21 +317,61 @@ class Service:
             wire.write_trace(response, ended.trace)
         return response, assembly.coverage(answer)
 
-    def _answer_of_key(
+    def _completed(
+        self, context: grpc.ServicerContext, response: pb2.Response, coverage: str
+    ) -> pb2.Response:
+        self.meter.completed(1)
+        context.set_trailing_metadata(((wire.COVERAGE_KEY, coverage),))
+        return response
+
+    def _enter_key(
         self, request: pb2.Request, segment: Segment, context: grpc.ServicerContext
-    ) -> tuple[pb2.Response, str]:
+    ) -> First | Waiter | Outcome:
         route, parts = segment.route, request.want_parts
-        question = f"{route.mode}\n{route.team}\n{route.handler}\n{parts}\n".encode()
+        asked = f"{route.mode}\n{route.team}\n{route.handler}\n{parts}\n".encode()
+        question = (asked, request.payload)
+        return self._keys.enter(_caller(context), request.idempotency_key, question)
 
-        def ask() -> tuple[tuple[pb2.Response, str], int]:
+    def _repeated(self, context: grpc.ServicerContext, outcome: Outcome) -> pb2.Response:
+        """What the first of a key was answered. Raises what it was refused with."""
+        if isinstance(outcome, OverlayError):
+            raise outcome
+        response = pb2.Response.FromString(outcome)
+        return self._completed(context, response, assembly.coverage(wire.read_response(response)))
+
+    def _answer_later(
+        self, waiter: Waiter, segment: Segment, context: grpc.ServicerContext
+    ) -> Future[pb2.Response]:
+        """Ends with the first of its key, at its own deadline, or when its caller leaves."""
+        later: Future[pb2.Response] = Future()
+        due = time.monotonic() + _until(segment.deadline)
+
+        def done(outcome: Outcome) -> None:
+            self._deadlines.forget(waiter, due)
+            try:
+                later.set_result(self._repeated(context, outcome))
+            except OverlayError as e:
+                self.record.count(e)
+                later.set_exception(self._with_retry(e))
+
+        self._deadlines.watch(waiter, due)
+        waiter.on_done(done)
+        if not context.add_callback(waiter.cancel):
+            waiter.cancel()
+        return later
+
+    def _answer_first(
+        self, first: First, request: pb2.Request, segment: Segment, context: grpc.ServicerContext
+    ) -> tuple[pb2.Response, str]:
+        try:
             response, coverage = self._answer(request, segment, context)
-            return (response, coverage), response.ByteSize()
-
-        name = _caller(context), request.idempotency_key
-        found: tuple[pb2.Response, str] = self._keys.answer(
-            name, question + request.payload, segment.deadline, ask
-        )
-        return found
+            answer = response.SerializeToString()
+        except BaseException as e:  # noqa: BLE001 - whatever it is, it is what came of the key
+            failed = e if isinstance(e, OverlayError) else unexpected(e)
+            first.failed(failed)
+            raise failed from None
+        first.answered(answer)
+        return response, coverage
 
     def _read(self, request: pb2.Request, context: grpc.ServicerContext) -> Segment:
         traced = self.record.wants_trace()
@@ -411,12 +467,16 @@ class Service:
         return admission.retry_after_s(self.intake.waiting, self.me.in_service, pace)
 
     def _abort(self, context: grpc.ServicerContext, error: OverlayError) -> NoReturn:
+        context.set_trailing_metadata(wire.trailers(self._with_retry(error)))
+        context.abort(wire.grpc_code(error.code), str(error)[: wire.LONGEST_REASON])
+        raise AssertionError("context.abort always raises")
+
+    def _with_retry(self, error: OverlayError) -> OverlayError:
+        """The same, of a refusal with the time after which it may be tried again."""
         refused = error.executed is Executed.NO
         if refused and error.retry_after_s is None and error.code in _RETRYABLE:
             error.retry_after_s = self._retry_after_s()
-        context.set_trailing_metadata(wire.trailers(error))
-        context.abort(wire.grpc_code(error.code), str(error)[: wire.LONGEST_REASON])
-        raise AssertionError("context.abort always raises")
+        return error
 
     def _known_slots(self) -> dict[str, dict[str, int]]:
         if self.executor:
@@ -480,8 +540,8 @@ class Service:
         ]
 
 
-def _expire(ticket: Ticket) -> None:
-    ticket.end(Code.DEADLINE_EXCEEDED)
+def _expire(due: Ticket | Waiter) -> None:
+    due.end(Code.DEADLINE_EXCEEDED)
 
 
 def _half_if_several(topology: Topology, in_service: int) -> int:

@@ -168,6 +168,7 @@ class Desk:
     streams: Places
     held: Budget  # payloads and answers in the windows
     unread: Budget  # answers that wait for their clients to read
+    take_ids: Callable[[Caller, Segment], None] = lambda caller, segment: None  # raises IdsFull
 
     @property
     def limits(self) -> Limits:
@@ -540,6 +541,7 @@ class _Stream:
         try:
             if wrong is not None:
                 raise wrong
+            desk.take_ids(self._caller, segment)
             ticket = desk.intake.admit_to(self._lane, segment, sink, made.priority)
         except OverlayError as e:
             sink(0, Answers(segment.count, (), refused=refusal(desk.me, e)))

@@ -165,7 +165,8 @@ class Segment:
     its way may run once more elsewhere. traced: each process tells what its way took there. told:
     and writes what became of it to its log. early: wants each part of a request to all as it comes;
     the answer then has the others only. pieces: and takes a part in pieces, so many before it has
-    granted more; 0 for whole ones only.
+    granted more; 0 for whole ones only. own_ids: the sender's library or the first process asked
+    made the ids, at random and never again; else the caller chose them.
     """
 
     route: Route
@@ -179,6 +180,7 @@ class Segment:
     told: bool = False
     early: Early | None = None
     pieces: int = 0
+    own_ids: bool = False
 
     def __len__(self) -> int:
         return self.payloads.count
@@ -199,7 +201,7 @@ class Segment:
         first_id = ids[0] if ids else self.first_id + start
         early = self.early and shifted(self.early, start)
         rest = self.attempt, ids, self.keyed, self.traced, self.told, early, self.pieces
-        return Segment(self.route, rows, self.deadline, first_id, *rest)
+        return Segment(self.route, rows, self.deadline, first_id, *rest, self.own_ids)
 
     def again(self) -> Segment:
         """The same requests, to be tried once more."""
@@ -210,11 +212,14 @@ class Segment:
         route = self.route
         down = Route(route.mode, route.team, route.handler, (*route.hops, me), targets)
         rest = self.attempt, self.ids, False, self.traced, self.told, self.early, self.pieces
-        return Segment(down, self.payloads, self.deadline, self.first_id, *rest)
+        return Segment(down, self.payloads, self.deadline, self.first_id, *rest, self.own_ids)
 
     @staticmethod
     def joined(segments: Sequence[Segment]) -> Segment:
-        """Segments of one route and attempt as one; its deadline is the earliest of theirs."""
+        """Segments of one route, attempt and kind of ids as one.
+
+        Its deadline is the earliest of theirs.
+        """
         first = segments[0]
         if len(segments) == 1:
             return first
@@ -224,7 +229,8 @@ class Segment:
         traced = any(segment.traced for segment in segments)
         told = any(segment.told for segment in segments)
         rest = first.attempt, ids, False, traced, told
-        return Segment(first.route, Column(payloads), deadline, ids[0], *rest)
+        own = first.own_ids
+        return Segment(first.route, Column(payloads), deadline, ids[0], *rest, own_ids=own)
 
 
 class Hop(NamedTuple):

@@ -145,10 +145,17 @@ def read_request(
     key = request.idempotency_key
     if len(key) > limits.max_key or not key.isprintable():
         raise BadRequest(f"idempotency_key: not a text of at most {limits.max_key} letters")
-    route, attempt = read_route(request, limits), request.attempt
-    told = request.want_trace
-    traced = traced or told
-    return Segment(route, payloads, deadline, first_id, attempt, None, bool(key), traced, told)
+    return Segment(
+        read_route(request, limits),
+        payloads,
+        deadline,
+        first_id,
+        request.attempt,
+        keyed=bool(key),
+        traced=traced or request.want_trace,
+        told=request.want_trace,
+        own_ids=not request.request_id,
+    )
 
 
 def write_response(
@@ -212,6 +219,7 @@ def read_segment(
         traced=traced or segment.want_trace,
         told=segment.want_line or (segment.want_trace and not segment.hops),
         pieces=min(segment.pieces, limits.pieces_ahead),
+        own_ids=segment.own_ids or not (segment.first_id or ids),
     )
 
 
@@ -255,6 +263,8 @@ def write_segment(
         made.attempt = min(segment.attempt, 0xFFFFFFFF)
     if segment.ids:
         made.ids.extend(segment.ids)
+    if segment.own_ids:
+        made.own_ids = True
     if segment.traced:
         made.want_trace = True
         made.want_line = segment.told

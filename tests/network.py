@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 
 from overlay import assembly, configuration, routing, wire
 from overlay.errors import AlreadyExecuted, OverlayError
-from overlay.executor import SeenIds
 from overlay.health import State
+from overlay.ids import SeenIds
 from overlay.intake import Intake, Ticket
 from overlay.lanes import Lane
 from overlay.meter import Meter
@@ -415,7 +415,7 @@ class Workshop:
         self.slots = slots
         self.network = network
         self.me = me
-        self.seen = SeenIds(1000)
+        self.seen = SeenIds(network.topology.limits, network.clock)
         self.piece_bytes = 10**9  # a larger result leaves in pieces of so many, where it may
         self.sent = 0  # pieces
         self.held: list[Callable[[], None]] | None = None
@@ -441,7 +441,7 @@ class Workshop:
 
     def run(self, segment: Segment, waited_s: float, sink: Sink) -> End:
         job = _Job(self, segment, sink)
-        again = set(self.seen.again(segment.all_ids))
+        again = set(self.seen.begin(segment).again)
         for row in again:
             job.refuse(row)
         fresh = [row for row in range(len(segment)) if row not in again]

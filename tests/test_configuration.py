@@ -88,6 +88,7 @@ def test_what_the_file_leaves_out_has_its_default(file):
         30,
     )
     assert (limits.max_message_bytes, limits.max_waiting_bytes) == (16 * MIB, 256 * MIB)
+    assert (limits.key_window_s, limits.kept_bytes) == (600, 256 * MIB)
     assert (c.handler, c.slots, c.in_service, c.log_dir, c.options) == (
         "echo",
         None,
@@ -111,6 +112,8 @@ def test_what_the_file_says_is_taken(file):
             drain_grace_s=1,
             max_message_mib=2,
             max_waiting_mib=3,
+            key_window_s=60,
+            max_kept_mib=4,
             log_dir="elsewhere",
             handlers={
                 "short": "mine:work",
@@ -134,6 +137,7 @@ def test_what_the_file_says_is_taken(file):
 
     limits, b, c = six.limits, six.processes["B"], six.processes["C"]
     assert (limits.queue_slots, limits.in_service, limits.max_message_bytes) == (7, 5, 2 * MIB)
+    assert (limits.key_window_s, limits.kept_bytes) == (60, 4 * MIB)
     assert (limits.default_deadline_s, limits.max_deadline_s, limits.drain_grace_s) == (2.5, 60, 1)
     assert (b.in_service, b.log_dir) == (5, "elsewhere")
     assert (c.in_service, c.log_dir, c.options) == (4, "c", {"b": 2})
@@ -297,6 +301,8 @@ WRONG_VALUES = [
     ("drain_grace_s", None),
     ("max_message_mib", 0),
     ("max_waiting_mib", -1),
+    ("key_window_s", 0),
+    ("max_kept_mib", 1.5),
     ("log_dir", 5),
     ("log_dir", "a\0b"),
     ("handlers", []),

@@ -9,16 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from overlay.errors import ConfigError
-from overlay.executor import Executor, SeenIds
+from overlay.executor import Executor
+from overlay.ids import SeenIds
+from overlay.limits import Limits
 from overlay.topology import HandlerSpec, Process, Topology
 from overlay.values import Answers, Code, Column, Executed, Part, Route, Segment
 from tests.cluster import ROOT, until
@@ -423,12 +424,14 @@ def test_without_a_process_to_be_had_a_request_is_refused_with_proof(benches, fo
     module.write_text("import nothing_of_this_name")
     child.kill()
 
-    part = bench.run("")
+    part = bench.run("", request_id=4711)
 
     assert (part.code, part.executed) == (Code.UNAVAILABLE, Executed.NO)
     assert "no process for handler 'h' can be started" in part.reason
     module.write_text(right)
-    assert bench.run("").ok
+    bench.start("", request_id=4711)
+    until(lambda: len(bench.parts[4711]) == 2)
+    assert bench.parts[4711][-1].ok
 
 
 def test_a_request_that_was_begun_is_not_given_to_another_process(benches, tmp_path):
@@ -644,6 +647,40 @@ def test_rows_that_ran_before_are_refused_and_the_others_run(bench):
     until(lambda: bench.free >= 2)
 
 
+def test_rows_that_ended_before_they_began_may_be_asked_again(benches):
+    bench = benches(slots=1)
+    for _ in range(5):  # quick ones, after which a worker takes rows beyond its slots
+        bench.run("pid")
+    until(lambda: bench.free >= 4)
+    first_id = bench.start_rows(["sleep 1", "pid", "pid", "pid"], first_id=20_000)
+    until(lambda: bench.executor.active == 1)
+
+    bench.ends[first_id](Code.DEADLINE_EXCEEDED)
+
+    ended = [bench.parts[first_id + row][0].executed for row in range(4)]
+    assert ended == [Executed.YES, Executed.NO, Executed.NO, Executed.NO]
+    until(lambda: bench.free >= 4)
+    bench.start_rows(["pid"] * 4, first_id=first_id)
+    until(lambda: all(len(bench.parts[first_id + row]) == 2 for row in range(4)))
+    again = [bench.parts[first_id + row][1].code for row in range(4)]
+    assert again == [Code.ALREADY_EXISTS, Code.OK, Code.OK, Code.OK]
+
+
+def test_where_no_more_ids_can_be_remembered_a_row_is_refused_with_proof(benches):
+    bench = benches(slots=2)
+    bench.executor._seen = SeenIds(replace(Limits(), chosen_ids=1))
+    assert bench.run("pid", request_id=1000).ok
+
+    part = bench.run("pid", request_id=2000)
+
+    assert (part.code, part.executed) == (Code.RESOURCE_EXHAUSTED, Executed.NO)
+    assert part.reason.startswith("no room for more request ids that callers choose: this worker")
+    bench.start("pid", request_id=1000)
+    until(lambda: len(bench.parts[1000]) == 2)
+    assert bench.parts[1000][1].code is Code.ALREADY_EXISTS
+    until(lambda: bench.free >= 2)
+
+
 def test_ending_some_rows_leaves_the_others_in_their_processes(benches):
     bench = benches(run="process", slots=2)
     bench.run("pid")
@@ -660,27 +697,3 @@ def test_ending_some_rows_leaves_the_others_in_their_processes(benches):
 def test_a_result_that_comes_after_the_deadline_is_told_as_late(bench):
     part = bench.run("sleep 0.4", request_id=own_id(bench), left_s=0.15)
     assert (part.code, part.executed) == (Code.DEADLINE_EXCEEDED, Executed.YES)
-
-
-def test_an_id_is_seen_once_it_was_run():
-    seen = SeenIds(100)
-    assert seen.again([1]) == []
-    assert seen.again([1]) == [0]
-    assert seen.again(range(2, 5)) == []
-    assert seen.again(range(4)) == [1, 2, 3]
-    assert seen.again([99, 7, 99, 0]) == [2, 3]
-
-
-@given(st.integers(2, 50), st.lists(st.tuples(st.integers(0, 60), st.integers(1, 5)), max_size=60))
-def test_the_latest_ids_are_remembered_and_their_number_is_bounded(most, calls):
-    seen = SeenIds(most)
-    told: list[int] = []
-    for first_id, count in calls:
-        ids = list(range(first_id, first_id + count))
-        again = seen.again(ids)
-
-        remembered = set(list(dict.fromkeys(reversed(told)))[: max(1, most // 2)])
-        assert {row for row, found in enumerate(ids) if found in remembered} <= set(again)
-        assert {ids[row] for row in again} <= set(told)
-        told += ids
-        assert len(seen) <= most + 2 * 5

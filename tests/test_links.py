@@ -120,10 +120,10 @@ class Bench:
         for pipe in (self.small, self.large):
             pipe.accept()
 
-    def send(self, *payloads: bytes, left_s: float = 30.0) -> Sent:
+    def send(self, *payloads: bytes, left_s: float = 30.0, own_ids: bool = False) -> Sent:
         self.links.reserve("C", "", len(payloads))
-        deadline = time.monotonic() + left_s
-        segment = Segment(Route(hops=("B",), targets=("C",)), Column(payloads), deadline, 1)
+        route, deadline = Route(hops=("B",), targets=("C",)), time.monotonic() + left_s
+        segment = Segment(route, Column(payloads), deadline, 1, own_ids=own_ids)
         rows: list[list[Part]] = [[] for _ in payloads]
 
         def sink(start: int, answers: Answers) -> None:
@@ -355,6 +355,17 @@ def test_small_segments_of_one_kind_travel_as_one_and_are_answered_apart(bench):
         assert [part.result for part in one.parts] == [b"%d" % n] * len(one.rows)
     assert not other.is_answered
     assert bench.outstanding == 1
+
+
+def test_ids_that_callers_chose_travel_apart_from_our_own(bench):
+    for own in (True, True, False, False, True):
+        bench.send(b"x", own_ids=own)
+    (frame,) = bench.small.take()
+    assert [(made.own_ids, made.count) for made in frame.segments] == [
+        (True, 2),
+        (False, 2),
+        (True, 1),
+    ]
 
 
 @pytest.mark.parametrize("what", ["handed over", "in the outbox"])

@@ -5,6 +5,7 @@ Asked both ways, by unary Forward and by stream; what only one of them has is sa
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -13,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import overlay as library
 from overlay import wire
 from overlay.wire import pb2, pb2_grpc
 from tests.cluster import Overlay, until
@@ -289,6 +292,47 @@ def test_a_request_id_runs_once_per_worker(overlays, tmp_path: Path, way: Way) -
     assert sum(o.response.result == b"C\nD\nF" for o in outcomes if o.ok) <= 1
     assert all(o.ok or o.code is grpc.StatusCode.ALREADY_EXISTS for o in outcomes)
     assert not any(o.refused for o in outcomes)
+
+
+def test_a_request_id_runs_once_whatever_a_library_asks_meanwhile(
+    overlays, tmp_path: Path, way: Way
+) -> None:
+    overlay = make(overlays, tmp_path)
+    request = {"payload": b"0", "handler": "work", "request_id": 4711}
+    assert Outcome(way.at_once(overlay, 1, "C", **request)[0]).ok
+    with library.connect(overlay.address("C")) as client:
+        for _ in client.map(None, itertools.repeat(b"x", 110_000), timeout=60):
+            pass
+    again = Outcome(way.at_once(overlay, 1, "C", **request)[0])
+    assert (again.code, again.refused) == (grpc.StatusCode.ALREADY_EXISTS, False)
+    assert len(notes(tmp_path)) == 1
+
+
+LATER = """
+import os
+
+def later(payload, context):
+    return b"%d" % os.getpid()
+"""
+
+
+def test_a_request_refused_with_proof_may_be_asked_again_with_its_id(overlays, way: Way) -> None:
+    """D is asked twice on the way: once through each team leader."""
+    handlers = {"later": {"call": "mine:later", "run": "process", "slots": 1}}
+    overlay = overlays(LATER, handlers=handlers)
+    module = overlay.folder / "mine.py"
+    children = [psutil.Process(int(way.ask(overlay, i, handler="later").result)) for i in "CDF"]
+    module.write_text("import nothing_of_this_name")
+    for child in children:
+        child.kill()
+    request = {"payload": b"0", "handler": "later", "request_id": 4711, "mode": pb2.ANY}
+
+    refused = Outcome(way.at_once(overlay, 1, **request)[0])
+
+    assert (refused.code, refused.refused) == (grpc.StatusCode.UNAVAILABLE, True), refused.details
+    module.write_text(LATER)
+    again = Outcome(way.at_once(overlay, 1, **request)[0])
+    assert again.ok, again.details
 
 
 def test_no_request_runs_twice_when_a_team_leader_is_killed(

@@ -187,6 +187,29 @@ def test_a_segment_says_on_its_way_whether_it_is_followed_and_told(traced, told)
     assert (found.traced, found.told) == (traced, told)
 
 
+@given(st.booleans(), st.booleans())
+def test_a_segment_says_on_its_way_who_made_its_ids(own, listed):
+    ids = (5, 9) if listed else None
+    segment = Segment(Route(), Column([b"a", b"b"]), 5.0, 5, ids=ids, own_ids=own)
+    rows = [segment.slice(0, 1), segment.slice(1, 1).again().onward("A", ("C",))]
+    for sent_on in (segment, *rows, Segment.joined(rows), segment.onward("A", ("C",)).again()):
+        frame = pb2.Frame()
+        wire.write_segment(frame, 1, sent_on, 1.0)
+        assert wire.read_segment(sent(frame).segments[0], 0.0, LIMITS).own_ids == own
+
+
+def test_ids_that_the_process_asked_makes_are_its_own():
+    def read(**fields) -> Segment:
+        made = pb2.Segment(count=1, payloads=pb2.Column(items=[b""]), **fields)
+        return wire.read_segment(made, 0.0, LIMITS)
+
+    assert read().own_ids
+    assert wire.read_request(pb2.Request(), 1.0, LIMITS).own_ids
+    assert not wire.read_request(pb2.Request(request_id=7), 1.0, LIMITS).own_ids
+    assert not read(first_id=7).own_ids
+    assert not read(ids=[7]).own_ids
+
+
 def test_a_clients_wish_for_a_trace_is_one_for_a_line_too():
     segment = pb2.Segment(count=1, payloads=pb2.Column(items=[b""]), want_trace=True)
     for found in (
