@@ -88,7 +88,7 @@ class ConfigurationFile(_Entry):
     max_message_mib: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
     max_waiting_mib: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 256
     key_window_s: Seconds = 600
-    max_kept_mib: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 256
+    max_kept_mib: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 128
     log_dir: Folder = "logs"
     metrics_port_offset: Annotated[int, Field(ge=-65_534, le=65_534, strict=True)] | None = None
     metrics_bind: Host = "127.0.0.1"

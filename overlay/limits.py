@@ -23,7 +23,7 @@ class Limits:
     max_message_bytes: int = 16 * MIB  # per gRPC message; parsing is on gRPC's one serving thread
     max_waiting_bytes: int = 256 * MIB  # payloads in the queue: 200 slots x 16 MiB would be 3 GiB
     key_window_s: float = 600.0  # an answer is kept for its idempotency key for so long
-    kept_bytes: int = 256 * MIB  # answers kept for their keys; more are refused, none is dropped
+    kept_bytes: int = 128 * MIB  # answers kept for their keys; more are refused, none is dropped
 
     reserve_threads: int = (
         40  # rpc threads beyond queue and service, that refuse while both are full

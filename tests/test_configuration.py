@@ -88,7 +88,7 @@ def test_what_the_file_leaves_out_has_its_default(file):
         30,
     )
     assert (limits.max_message_bytes, limits.max_waiting_bytes) == (16 * MIB, 256 * MIB)
-    assert (limits.key_window_s, limits.kept_bytes) == (600, 256 * MIB)
+    assert (limits.key_window_s, limits.kept_bytes) == (600, 128 * MIB)
     assert (c.handler, c.slots, c.in_service, c.log_dir, c.options) == (
         "echo",
         None,
