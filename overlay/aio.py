@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
@@ -29,7 +30,7 @@ from overlay.calls import Calls
 from overlay.connection import PATIENCE_S, Connection, split
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
-from overlay.outcomes import Answer, CallCancelled, CallFailed, NotReached
+from overlay.outcomes import Answer, CallFailed
 from overlay.parts import Parts
 from overlay.values import Failure, Part
 from overlay.wire import pb2
@@ -255,6 +256,7 @@ class _Post:
         self._came: deque[tuple[Take, Sequence[int], Any, int, int]] = deque()
         self._calls: Calls | None = None
         self._is_due = False  # the loop has been told of what came, and has not looked yet
+        self._wake_weakly = _weakly(self._wake)
         self._connecting: dict[float, asyncio.Task[None]] = {}
         self._sending: set[asyncio.Task[None]] = set()
 
@@ -293,7 +295,7 @@ class _Post:
         except CallFailed as e:
             fail(e)
             return order
-        calls.after_frame = self._wake
+        calls.after_frame = self._wake_weakly
         if calls.connected.is_set():
             calls.send(order)
         else:
@@ -362,6 +364,17 @@ class _Post:
         for _ in range(len(came)):
             take, *what = came.popleft()
             take(*what)
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """The method, without holding its object: a client that nobody holds is let go."""
+    found = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if (alive := found()) is not None:
+            alive()
+
+    return call
 
 
 def _frames_of(replies: list[_Reply]) -> Iterable[list[_Reply]]:
@@ -510,8 +523,7 @@ class _Mapping:
 
     def _fail(self, first: int, error: CallFailed) -> None:
         del self._orders[first]
-        if isinstance(error, (NotReached, CallCancelled)):
-            self._not_reached = error
+        self._not_reached = error
         self._changed.set()
         self._wake_feeder()
 

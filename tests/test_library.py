@@ -524,7 +524,11 @@ class Played:
         played = self
 
         class PlayedPipe:
-            def __init__(self, channel: Any, name: str, fill: Any, receive: Any, *more: Any):
+            rests = False
+
+            def __init__(
+                self, channel: Any, name: str, fill: Any, receive: Any, *more: Any, **options: Any
+            ) -> None:
                 self.fill, self.receive = fill, receive
                 self.lost, self.live = more
                 played.pipe = self
