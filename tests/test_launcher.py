@@ -158,7 +158,8 @@ def test_what_start_started_is_seen_by_status_and_ended_by_stop(project, three):
     assert processes_of(project, three.name) == []
     assert again.returncode == 0
     assert "nothing is running" in again.stdout
-    assert sorted(path.suffix for path in logs_of(three).iterdir()) == [".log"] * 3 + [".out"] * 3
+    kept = sorted(path.suffix for path in logs_of(three).iterdir())
+    assert kept == [".lock"] * 3 + [".log"] * 3 + [".out"] * 3
 
 
 def test_a_second_start_starts_only_what_is_missing(project, three):
