@@ -242,11 +242,11 @@ def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
             log.take_prints()
             _calm_garbage_collector()
             stopping.wait(stop_file)
-            code = _stop(node, stopping.grace_s)
-        if stop_file is not None:  # for `run.py status`: it did not die
+            left = _stop(node, stopping.grace_s)
+        if stop_file is not None:  # for `run.py`: it did not die, and how it ended
             with contextlib.suppress(OSError):
-                stop_file.touch()
-        return code
+                stop_file.write_text(f"{left}\n")
+        return 1 if left else 0
     finally:
         log.stop()
 
@@ -287,6 +287,7 @@ def _announce(topology: Topology, me: Process) -> None:
 
 
 def _stop(node: Node, grace_s: float) -> int:
+    """How many requests did not end within the grace."""
     began = time.monotonic()
     _log().info("stopping: up to %g s for what runs", grace_s, extra={"kind": "stopping"})
     _watchdog(grace_s + 5)
@@ -299,11 +300,11 @@ def _stop(node: Node, grace_s: float) -> int:
     )
     if drained.left:  # a handler that does not end holds a thread, and that would hold the process
         _watchdog(1)
-    return 0
+    return drained.left
 
 
 def _watchdog(after_s: float) -> None:
-    timer = threading.Timer(after_s, os._exit, (0,))
+    timer = threading.Timer(after_s, os._exit, (1,))
     timer.daemon = True
     timer.start()
 

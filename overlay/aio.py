@@ -18,22 +18,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
 
-from overlay.arguments import as_bytes, as_timeout, chunk_of, kind_of
+from overlay.arguments import as_bytes, as_patience, as_timeout, chunk_of, kind_of
 from overlay.calls import Calls
-from overlay.connection import PATIENCE_S, Connection, split
+from overlay.connection import PATIENCE_S, Connection, ended_early, split
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
-from overlay.outcomes import Answer, CallCancelled, CallFailed, NotReached
+from overlay.outcomes import Answer, CallFailed
 from overlay.parts import Parts
 from overlay.values import Failure, Part
 from overlay.wire import pb2
 
+LOOK_S = 0.25  # how often a map looks whether the process is there
 Payloads = Iterable[bytes | str] | AsyncIterable[bytes | str]
 Take = Callable[[Sequence[int], Any, int, int], None]
 """As overlay.calls.Deliver, but called on the event loop."""
@@ -97,9 +99,10 @@ class AsyncClient:
         window: int = 4096,
         chunksize: int = 0,
         priority: int = 0,
+        patience_s: float | None = None,
     ) -> AsyncIterator[bytes]:
         """As Client.map; the payloads may come from an async iterable too."""
-        options = (mode, team, timeout, window, chunksize, priority)
+        options = (mode, team, timeout, window, chunksize, priority, patience_s)
         pairs = self._map(handler, payloads, *options, ordered=True)
         async with contextlib.aclosing(pairs):  # type: ignore[type-var]  # a generator
             async for _, result in pairs:
@@ -119,9 +122,10 @@ class AsyncClient:
         chunksize: int = 0,
         ordered: bool = False,
         priority: int = 0,
+        patience_s: float | None = None,
     ) -> AsyncIterator[tuple[int, bytes | CallFailed]]:
-        """As `map`, but (index, result) as they come, and a failure is given, not raised."""
-        options = (mode, team, timeout, window, chunksize, priority)
+        """As Client.map_as_completed."""
+        options = (mode, team, timeout, window, chunksize, priority, patience_s)
         return self._map(handler, payloads, *options, ordered=ordered)
 
     def parts(
@@ -204,12 +208,14 @@ class AsyncClient:
         window: int,
         chunksize: int,
         priority: int,
+        patience_s: float | None,
         ordered: bool,
     ) -> AsyncIterator[tuple[int, bytes | CallFailed]]:
         kind = kind_of(mode, team, handler or "", False, priority)
-        timeout_s = as_timeout(timeout)
+        timeout_s, patience_s = as_timeout(timeout), as_patience(patience_s)
         chunk = chunk_of(window, chunksize)
-        return _Mapping(self._post, kind, timeout_s, chunk, window).run(payloads, ordered)
+        mapping = _Mapping(self._post, kind, timeout_s, chunk, window, patience_s)
+        return mapping.run(payloads, ordered)
 
 
 class _Reply(asyncio.Future[Any]):
@@ -255,6 +261,7 @@ class _Post:
         self._came: deque[tuple[Take, Sequence[int], Any, int, int]] = deque()
         self._calls: Calls | None = None
         self._is_due = False  # the loop has been told of what came, and has not looked yet
+        self._wake_weakly = _weakly(self._wake)
         self._connecting: dict[float, asyncio.Task[None]] = {}
         self._sending: set[asyncio.Task[None]] = set()
 
@@ -283,18 +290,21 @@ class _Post:
         take: Take,
         fail: Callable[[CallFailed], None],
         early: Take | None = None,
+        when_back: bool = False,
     ) -> Order:
-        """fail: called instead of `take` when nothing could be sent. early: see Order."""
+        """fail: called instead of `take` when nothing could be sent. early: see Order. when_back: a
+        process that is not there is not waited for here; what it is to have leaves when it is."""
         deliver = partial(self._deliver, take)
         order = Order(kind, payloads, time.monotonic() + timeout_s, deliver)
         order.early = partial(self._deliver, early) if early else None
+        order.is_patient = when_back
         try:
             calls = self._calls = self.connection.begin()
         except CallFailed as e:
             fail(e)
             return order
-        calls.after_frame = self._wake
-        if calls.connected.is_set():
+        calls.after_frame = self._wake_weakly
+        if when_back or calls.connected.is_set():
             calls.send(order)
         else:
             task = self.loop.create_task(self._send_later(calls, order, timeout_s, fail))
@@ -364,6 +374,17 @@ class _Post:
             take(*what)
 
 
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """The method, without holding its object: a client that nobody holds is let go."""
+    found = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if (alive := found()) is not None:
+            alive()
+
+    return call
+
+
 def _frames_of(replies: list[_Reply]) -> Iterable[list[_Reply]]:
     """In parts that fit into a frame; usually one."""
     size, first = 0, 0
@@ -391,8 +412,17 @@ def _fail_replies(replies: list[_Reply], error: CallFailed) -> None:
 class _Mapping:
     """One map: a task feeds it while its results are taken."""
 
-    def __init__(self, post: _Post, kind: Kind, timeout_s: float, chunk: int, window: int) -> None:
+    def __init__(
+        self,
+        post: _Post,
+        kind: Kind,
+        timeout_s: float,
+        chunk: int,
+        window: int,
+        patience_s: float | None,
+    ) -> None:
         self._post = post
+        self._presence = post.connection.presence(patience_s)
         self._kind = kind
         self._timeout_s = timeout_s
         self._chunk = chunk
@@ -408,13 +438,18 @@ class _Mapping:
         self._mean_result = 0.0
         self._changed = asyncio.Event()
         self._waiter: asyncio.Future[None] | None = None  # where the feeder waits for room
-        self._not_reached: CallFailed | None = None
+        self._is_away = False  # nothing can be sent now
+        self._over: CallFailed | None = None  # why nothing more is sent
+        self._answered = 0
+        self._failed = 0
+        self._unsent = 0
 
     async def run(
         self, payloads: Payloads, ordered: bool
     ) -> AsyncIterator[tuple[int, bytes | CallFailed]]:
         feeder = self._post.loop.create_task(self._feed(payloads))
         feeder.add_done_callback(lambda _: self._changed.set())
+        looks = self._post.loop.create_task(self._look_again())
         given = 0
         try:
             while self._came or self._open or not feeder.done():
@@ -433,17 +468,53 @@ class _Mapping:
                         self._give(result)
                         yield given, result
                         given += 1
-                if self._not_reached is not None and not self._orders and not self._came:
-                    raise self._not_reached
+                if self._over is not None and not self._orders and not self._came:
+                    break
                 if not self._came and (self._open or not feeder.done()):
                     self._changed.clear()
                     await self._changed.wait()
+            if self._over is not None:
+                raise self._over
             feeder.result()
         finally:
+            looks.cancel()
             feeder.cancel()
             for order, _ in self._orders.values():
                 self._post.cancel(order)
-            await asyncio.wait([feeder])
+            await asyncio.wait([feeder, looks])
+
+    async def _look_again(self) -> None:
+        """Whether the process is there: notices its loss, its return, and when it is too late."""
+        try:
+            why = await self._gone()
+            while self._rows or self._orders:  # each payload that was taken has its result
+                self._flush()
+                orders = [order for order, _ in self._orders.values()]
+                self._unsent += self._presence.take_back(orders, why)
+                await asyncio.sleep(LOOK_S / 10)
+        except CallFailed as e:  # closed meanwhile
+            self._end(e)
+        else:
+            failed = self._failed - self._unsent
+            self._end(ended_early(why, self._answered, failed, self._unsent))
+
+    async def _gone(self) -> CallFailed:
+        """Returns when the process was waited for in vain."""
+        presence = self._presence
+        while True:
+            await asyncio.sleep(LOOK_S)
+            was_away, self._is_away = self._is_away, presence.look_away()
+            if was_away and not self._is_away:
+                self._wake_feeder()
+            if self._is_away and presence.is_over:
+                why = await asyncio.to_thread(presence.last_look)
+                if why is not None:
+                    return why
+
+    def _end(self, why: CallFailed) -> None:
+        self._over = why
+        self._changed.set()
+        self._wake_feeder()
 
     async def _feed(self, payloads: Payloads) -> None:
         if isinstance(payloads, AsyncIterable):
@@ -454,10 +525,10 @@ class _Mapping:
                 await self._put(as_bytes(payload))
 
     async def _put(self, payload: bytes) -> None:
-        while not self._has_room() and self._not_reached is None:
+        while not self._has_room() and self._over is None:
             self._flush()
             await self._give_way()
-        if self._not_reached is not None:
+        if self._over is not None:
             raise asyncio.CancelledError  # nothing more can be sent
         if not self._rows:
             self._post.loop.call_soon(self._flush)
@@ -475,6 +546,8 @@ class _Mapping:
         await waiter
 
     def _has_room(self) -> bool:
+        if self._is_away:
+            return False
         if not self._open:
             return True
         bytes_ = self._bytes + self._open * self._mean_result
@@ -489,7 +562,10 @@ class _Mapping:
         entry: list[Any] = [None, len(rows)]
         self._orders[first] = entry
         take, fail = partial(self._take, first), partial(self._fail, first)
-        entry[0] = self._post.send(self._kind, rows, self._timeout_s, take, fail)
+        when_back = self._presence.is_under_way()
+        entry[0] = self._post.send(
+            self._kind, rows, self._timeout_s, take, fail, when_back=when_back
+        )
 
     def _take(self, first: int, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
         entry = self._orders[first]
@@ -500,8 +576,10 @@ class _Mapping:
         for n, row in enumerate(rows):
             result: bytes | CallFailed
             if isinstance(came, Failure):
+                self._failed += 1
                 result = self._post.connection.failed(came, self._timeout_s)
             else:
+                self._answered += 1
                 result = self._post.connection.read_result(came, at + n, 0, self._timeout_s)
                 self._mean_result += (len(result) - self._mean_result) / 16
                 self._bytes += len(result)
@@ -510,10 +588,7 @@ class _Mapping:
 
     def _fail(self, first: int, error: CallFailed) -> None:
         del self._orders[first]
-        if isinstance(error, (NotReached, CallCancelled)):
-            self._not_reached = error
-        self._changed.set()
-        self._wake_feeder()
+        self._end(error)
 
     def _give(self, result: bytes | CallFailed) -> None:
         self._open -= 1

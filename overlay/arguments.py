@@ -54,6 +54,12 @@ def chunk_of(window: int, chunksize: int) -> int:
     return min(chunksize or max(1, min(512, window // 4)), window)
 
 
+def as_patience(patience_s: float | None) -> float | None:
+    if patience_s is not None and not 0 <= patience_s <= threading.TIMEOUT_MAX:
+        raise ValueError(f"a patience of {patience_s:g} s is below 0, or without an end")
+    return patience_s
+
+
 def as_timeout(timeout: float | None) -> float:
     if timeout is None:
         return DEFAULT_TIMEOUT_S

@@ -114,7 +114,10 @@ class Batch:
         self._waited_us = int(waited_s * 1e6)
         self._hops = (*segment.route.hops, process.id)
         self._lock = threading.Lock()
+        # Ascending; those that are gone are passed over.
         self._waiting = deque(range(segment.count))
+        self._gone = bytearray()  # by row: it is not to begin any more
+        self._left = segment.count  # that wait and are not gone
         self._unanswered = OpenRows(segment.count)
         self._ended = bytearray(segment.count)
         self._outlets: dict[int, Outlet] = {}  # of rows that have begun, where pieces are wanted
@@ -122,12 +125,17 @@ class Batch:
     def begin_next(self) -> int | None:
         """The next row to run, for the caller alone; None when there is none."""
         with self._lock:
-            return self._waiting.popleft() if self._waiting else None
+            while self._left:
+                row = self._waiting.popleft()
+                if not (self._gone and self._gone[row]):
+                    self._left -= 1
+                    return row
+            return None
 
     @property
     def waiting(self) -> int:
         """Rows not begun."""
-        return len(self._waiting)
+        return self._left
 
     def context(self, row: int) -> Context:
         process, segment = self._process, self.segment
@@ -188,7 +196,8 @@ class Batch:
                 AlreadyExecuted(f"request {ids[row]:016x} was run here before")
             )
         with self._lock:
-            self._waiting = deque(row for row in self._waiting if row not in failures)
+            for row in failures:
+                self._drop_locked(row, row + 1)
         self._give_back(len(failures))
         for first, rows in consecutive(sorted(failures)):
             self._answer(first, [failures[row] for row in range(first, first + rows)], 0)
@@ -199,23 +208,31 @@ class Batch:
         name = self.desk.spec.name
         rows = range(start, start + count)
         with self._lock:
-            never = {row for row in self._waiting if row in rows}
-            self._waiting = deque(row for row in self._waiting if row not in never)
+            never = self._drop_locked(start, start + count)
             self._ended[start : start + count] = b"\1" * count
             outlets = [self._outlets[row] for row in rows if row in self._outlets]
         if never:
             self._forget(never)
             self._give_back(len(never))
+        unbegun = Failure(code, f"{what} before the handler '{name}' began", Executed.NO)
+        begun = Failure(code, f"{what} while the handler '{name}' ran", Executed.YES)
         for row in rows:
-            if row in never:
-                reason, executed = f"{what} before the handler '{name}' began", Executed.NO
-            else:
-                reason, executed = f"{what} while the handler '{name}' ran", Executed.YES
-            self._answer(row, [Failure(code, reason, executed)], 0)
+            self._answer(row, [unbegun if row in never else begun], 0)
         # Only now: what is ended reports back at once, and the answer should be this one.
         for outlet in outlets:
             outlet.close()
         self._stop(self, start, count)
+
+    def _drop_locked(self, start: int, stop: int) -> set[int]:
+        """The rows among these that wait; they never begin."""
+        if not self._left:
+            return set()
+        gone = self._gone = self._gone or bytearray(self.segment.count)
+        dropped = {row for row in range(max(start, self._waiting[0]), stop) if not gone[row]}
+        for row in dropped:
+            gone[row] = 1
+        self._left -= len(dropped)
+        return dropped
 
     def _answer(self, start: int, outcomes: list[bytes | Failure], worked_us: int) -> None:
         with self._lock:

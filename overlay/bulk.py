@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import queue
 import sys
@@ -49,6 +50,7 @@ from overlay.limits import Limits
 from overlay.topology import join_address
 
 WINDOW = 4096
+PATIENCE_S = 30.0
 SHOWN_FAILURES = 10  # each in words; beyond, they are counted
 REFRESH_S = 0.1  # of the progress bar, and how long a result may wait in our buffer
 READ_BYTES = 256 * 1024
@@ -96,6 +98,13 @@ def arguments(parser: Parser) -> None:
         help="for each, from when it is sent, waiting included (default: %(default)g)",
     )
     priority_argument(parser)
+    add(
+        "--patience",
+        type=seconds,
+        default=PATIENCE_S,
+        metavar="SECONDS",
+        help="a process that is lost on the way is waited for so long (default: %(default)g)",
+    )
     add("--json", action="store_true", help="one JSON object a line")
 
 
@@ -144,14 +153,14 @@ class _Run:
             return self._exit()
         if ended is not None:
             self._exits.add(Exit.UNREACHABLE)
-            rest = "; the rest of the input was not sent" if self._answered else ""
-            complain(f"{clean(str(ended))}{rest}")
+            complain(clean(str(ended)))
         if ended is None or self._answered or self._failed.total():
             complain(self._summary())
         return self._exit(ended is not None)
 
     def _take_all(self) -> None:
         args = self._args
+        logging.getLogger("overlay.client").addHandler(_Words(self._bar))
         results = connected(args).map_as_completed(
             args.handler or None,
             self._source.payloads(),
@@ -161,6 +170,7 @@ class _Run:
             window=args.window,
             ordered=not args.as_completed,
             priority=args.priority,
+            patience_s=args.patience,
         )
         with contextlib.closing(results):  # type: ignore[type-var]  # a generator
             for index, result in results:
@@ -542,6 +552,17 @@ class _Bar:
             complain(sentence)
         else:
             self._progress.console.print(f"client.py: {sentence}")
+
+
+class _Words(logging.Handler):
+    """What the library has to say meanwhile: that the process is gone, and is waited for."""
+
+    def __init__(self, bar: _Bar) -> None:
+        super().__init__(logging.WARNING)
+        self._bar = bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._bar.complain(clean(record.getMessage()))
 
 
 def _words(error: OSError | ValueError) -> str:

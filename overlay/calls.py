@@ -6,7 +6,8 @@
 An order is one request or many that were given together. What was never handed to gRPC is sent when
 the connection is back; what was, and has no answer, ends as unknown and is not sent again. What
 provably did not run is tried again, within a budget, after the time that the process asked for;
-what a process that is being stopped gives back waits, until it is back.
+what a process that is being stopped gives back waits, until it is back. Where all places for
+streams are taken, what is to be sent waits for one, within the client's patience.
 
 Owns a pipe, whose thread delivers, and a deadline thread, from `start` to `close`.
 """
@@ -20,6 +21,7 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import grpc
@@ -28,7 +30,7 @@ from overlay import wire
 from overlay.deadlines import Deadlines
 from overlay.limits import Limits
 from overlay.orders import Order, Outbox
-from overlay.pipes import Pipe
+from overlay.pipes import Pipe, is_full
 from overlay.rows import OpenRows, consecutive
 from overlay.values import Answers, Code, Column, Executed, Failure, Part, Segment
 from overlay.wire import pb2
@@ -46,6 +48,8 @@ RETRIES = 3  # of one request
 RETRY_SHARE = 0.09  # of all requests: with the few in hand, a tenth more at an overload
 FEW_RETRIES, MOST_RETRIES = 10.0, 1000.0  # that a client has in hand
 RETRY_PAUSE_S = 0.1  # when the process did not say how long
+SETTLE_S = 5.0  # a process that is back has found its neighbours by then
+SETTLE_PAUSE_S = 0.25  # and meanwhile is asked again so often
 NEVER_SENT = Failure(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
 WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
@@ -110,17 +114,21 @@ class Calls:
     """Sends orders and delivers their answers. Safe from any thread.
 
     connected: set while the process asked takes requests on our stream. refused: why it would not.
+    patience_s: how long an order waits for a place there before it is delivered as refused.
     after_frame: called when all of a frame is delivered; is_delivering: such a call is to come.
     """
 
-    def __init__(self, channel: grpc.Channel, name: str) -> None:
+    def __init__(self, channel: grpc.Channel, name: str, patience_s: float = math.inf) -> None:
         self.connected = threading.Event()
         self.refused: Failure | None = None
         self.after_frame: Callable[[], None] | None = None
         self.is_delivering = False
         self.most_bytes = LIMITS.max_message_bytes
         self._name = name
-        self._pipe = Pipe(channel, name, self._fill, self._receive, self._lost, self._live)
+        self._patience_s = patience_s
+        self._pipe = Pipe(
+            channel, name, self._fill, self._receive, self._lost, self._live, may_rest=True
+        )
         self._deadlines = Deadlines(self._expire)
         self._lock = threading.Lock()
         self._outbox = Outbox()
@@ -136,6 +144,9 @@ class Calls:
         self._retries = FEW_RETRIES
         self._retrying: set[_Retry] = set()
         self._served = False  # our stream is; the process may be stopping
+        self._was_lost = False  # a stream that was served
+        self._settles_by = -math.inf  # the process is just back; monotonic seconds
+        self._full_since: float | None = None  # all places there are taken; monotonic seconds
         self._closed = False
 
     @property
@@ -143,6 +154,22 @@ class Calls:
         with self._lock:
             unsent = sum(len(order.rows) for order in self._outbox.all())
             return self._rows + unsent + len(self._retrying)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the process asked refuses our stream because all its places are taken."""
+        refused = self.refused
+        return refused is not None and is_full(refused)
+
+    @property
+    def rests(self) -> bool:
+        """Whether our stream was let go because nothing was open; it comes with the next order."""
+        return self._pipe.rests
+
+    @property
+    def is_served(self) -> bool:
+        """Whether our stream is, also by a process that is being stopped and takes nothing new."""
+        return self._served
 
     def start(self) -> None:
         self._deadlines.start()
@@ -169,12 +196,24 @@ class Calls:
         if not order.attempt:  # or retries would pay for more of them
             self._retries = min(self._retries + len(order.rows) * RETRY_SHARE, MOST_RETRIES)
         self._outbox.put(order)
-        if order.deadline < self._look_at:
-            self._watch_outbox(order.deadline)
+        due_at = self._due_at(order)
+        if due_at < self._look_at:
+            self._watch_outbox(due_at)
         if self._closed:
             self._end_unsent()
         else:
             self._pipe.kick()
+
+    def wake(self) -> None:
+        """Somebody waits for `connected`: a stream that was let go is wanted again."""
+        self._pipe.kick()
+
+    def _due_at(self, order: Order) -> float:
+        """When an order that waits in the outbox is to be ended."""
+        since = self._full_since
+        if since is None or order.is_patient or not self.is_full:
+            return order.deadline
+        return min(order.deadline, max(since, order.given) + self._patience_s)
 
     def _watch_outbox(self, deadline: float) -> None:
         """Sees to it that an order in the outbox ends then, if it is still there."""
@@ -199,6 +238,21 @@ class Calls:
         order.cancelled.update(rows)
         self._unwanted.append(order.cancelled)
         self._pipe.kick()
+
+    def take_back(self, order: Order, failure: Failure) -> int:
+        """Delivers this for those of its rows that wait to be sent; how many they are."""
+        with self._lock:
+            mine = [r for r in self._retrying if r.order.cancelled is order.cancelled]
+            self._retrying.difference_update(mine)
+        taken = [retry.order for retry in mine]
+        for one in self._outbox.all():
+            if one.cancelled is order.cancelled:
+                with suppress(ValueError):  # it has left
+                    self._outbox.remove(one)
+                    taken.append(one)
+        for one in taken:
+            self._deliver_all(one, failure)
+        return sum(len(one.rows) for one in taken)
 
     # on gRPC's sending thread
 
@@ -336,7 +390,7 @@ class Calls:
     def _put_back(self, orders: list[Order]) -> None:
         for order in reversed(orders):
             self._outbox.put_back(order)
-            self._watch_outbox(order.deadline)
+            self._watch_outbox(self._due_at(order))
         if self._closed:
             self._end_unsent()
 
@@ -345,12 +399,15 @@ class Calls:
     def _live(self, metadata: Mapping[str, str]) -> None:
         self.refused = None
         self._served = True
+        if self._was_lost:
+            self._was_lost, self._settles_by = False, time.monotonic() + SETTLE_S
         self.most_bytes = int(metadata.get(wire.MOST_BYTES_KEY, LIMITS.max_message_bytes))
         self.connected.set()
         self._pipe.kick()
 
     def _receive(self, frame: pb2.Frame) -> None:
         woken = 0
+        self._full_since = None
         if frame.stopping and self.connected.is_set():
             reason = f"the process at {self._name} is stopping and takes no new requests"
             self.refused = Failure(Code.UNAVAILABLE, reason, Executed.NO)
@@ -410,13 +467,21 @@ class Calls:
             return
         was_served, self._served = self._served, False
         self.connected.clear()
-        if why.executed is Executed.NO or not (was_served or why.code is Code.CANCELLED):
-            self.refused = Failure(why.code, why.reason, why.executed)
+        if self._pipe.rests:
+            self.refused = None
+        elif why.executed is Executed.NO or not (was_served or why.code is Code.CANCELLED):
+            self.refused = Failure(why.code, why.reason, why.executed, why.retry_after_s)
         if was_served:
+            self._was_lost = not self._pipe.rests
             reason = f"no answer from {self._name}: {why.reason}"
             self._end_sent(Failure(Code.UNAVAILABLE, reason, why.executed))
             self._cancels.clear()
             self._grants.clear()
+        if self.is_full:
+            self._full_since = self._full_since or time.monotonic()
+            self._expire_unsent()
+        if self._outbox and self._pipe.rests:
+            self._pipe.kick()
 
     # on any thread
 
@@ -475,15 +540,17 @@ class Calls:
         with self._lock:
             self._look_at = math.inf
         now = time.monotonic()
+        late, full = Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO), self.refused
         for order in self._outbox.all():
-            if order.deadline > now:
-                self._watch_outbox(order.deadline)
+            due_at = self._due_at(order)
+            if due_at > now:
+                self._watch_outbox(due_at)
                 continue
             try:
                 self._outbox.remove(order)
             except ValueError:  # it has left
                 continue
-            self._deliver_all(order, Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO))
+            self._deliver_all(order, late if full is None or order.deadline <= now else full)
 
     def _keep(self, order: Order, rows: Sequence[int], failure: Failure) -> bool:
         """Whether these rows wait for the process to be back: it stops, and gave proof."""
@@ -492,7 +559,7 @@ class Calls:
             return False
         kept = order.part(rows, order.attempt)
         self._outbox.put(kept)
-        self._watch_outbox(kept.deadline)
+        self._watch_outbox(self._due_at(kept))
         if self._closed:
             self._end_unsent()
         return True
@@ -500,17 +567,21 @@ class Calls:
     def _failed(self, order: Order, row: int, failure: Failure) -> None:
         if self._keep(order, (row,), failure):
             return
-        again_at = time.monotonic() + (failure.retry_after_s or RETRY_PAUSE_S)
+        now = time.monotonic()
+        # A process that has just come back reaches nobody yet: that is no reason to give up.
+        settles = failure.code is Code.UNAVAILABLE and now < self._settles_by
+        again_at = now + (failure.retry_after_s or RETRY_PAUSE_S)
+        if settles:
+            again_at = max(again_at, now + SETTLE_PAUSE_S)
         if (
             failure.executed is Executed.NO
             and failure.code in WORTH_A_RETRY
-            and order.attempt < RETRIES
             and again_at < order.deadline
             and row not in order.cancelled
             and not self._closed
-            and self._spend_retry()
+            and (settles or (order.attempt < RETRIES and self._spend_retry()))
         ):
-            retry = _Retry(order.part((row,), order.attempt + 1))
+            retry = _Retry(order.part((row,), order.attempt + (not settles)))
             with self._lock:
                 self._retrying.add(retry)
             self._deadlines.watch(retry, again_at)

@@ -26,7 +26,14 @@ from types import TracebackType
 from typing import Any
 
 from overlay import wire
-from overlay.arguments import DEFAULT_TIMEOUT_S, as_bytes, as_timeout, chunk_of, kind_of
+from overlay.arguments import (
+    DEFAULT_TIMEOUT_S,
+    as_bytes,
+    as_patience,
+    as_timeout,
+    chunk_of,
+    kind_of,
+)
 from overlay.connection import PATIENCE_S, Connection, split
 from overlay.mapping import NOTHING_YET, MapRun, raising
 from overlay.orders import Kind, Order
@@ -215,15 +222,20 @@ class Client(concurrent.futures.Executor):
         window: int = 4096,
         chunksize: int = 0,
         priority: int = 0,
+        patience_s: float | None = None,
     ) -> Iterator[bytes]:
         """The results of many payloads, in their order; at most `window` are in flight at once.
 
         timeout: seconds for each. The payloads are taken as the results are, never all at once.
         The first failure is raised in its place and cancels the rest, as leaving the loop does.
-        Raises NotReached when nobody serves at the address, after what was sent has been given.
         chunksize: payloads per message; 0 lets the library choose.
+
+        When the process asked is lost on the way, what was under way fails, and the rest goes on
+        when it is back. patience_s: how long it is waited for, 30 s (or the client's own patience,
+        if that is longer) when it is not given; then raises NotReached, which tells how many were
+        answered, after what was sent has been given.
         """
-        options = (mode, team, timeout, window, chunksize, priority)
+        options = (mode, team, timeout, window, chunksize, priority, patience_s)
         return raising(self._map(handler, payloads, *options, ordered=True))
 
     def map_as_completed(
@@ -238,9 +250,14 @@ class Client(concurrent.futures.Executor):
         chunksize: int = 0,
         ordered: bool = False,
         priority: int = 0,
+        patience_s: float | None = None,
     ) -> Iterator[tuple[int, bytes | CallFailed]]:
-        """As `map`, but (index, result) as they come, and a failure is given, not raised."""
-        options = (mode, team, timeout, window, chunksize, priority)
+        """As `map`, but (index, result) as they come, and a failure is given, not raised.
+
+        Only that nobody serves at the address, or not again within the patience, is raised: each
+        payload that was taken has its result then.
+        """
+        options = (mode, team, timeout, window, chunksize, priority, patience_s)
         return self._map(handler, payloads, *options, ordered=ordered)
 
     def parts(
@@ -355,11 +372,16 @@ class Client(concurrent.futures.Executor):
         window: int,
         chunksize: int,
         priority: int,
+        patience_s: float | None,
         ordered: bool,
     ) -> Iterator[tuple[int, bytes | CallFailed]]:
         kind = kind_of(mode, team, handler or "", False, priority)
-        timeout_s = as_timeout(timeout)
-        mapping = MapRun(self._connection, kind, timeout_s, chunk_of(window, chunksize), window)
+        timeout_s, chunk, patience_s = (
+            as_timeout(timeout),
+            chunk_of(window, chunksize),
+            as_patience(patience_s),
+        )
+        mapping = MapRun(self._connection, kind, timeout_s, chunk, window, patience_s)
         return mapping.run(iter(payloads), ordered)
 
 

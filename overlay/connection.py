@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
+import logging
+import math
 import socket
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import grpc
@@ -27,8 +31,14 @@ from overlay.outcomes import (
 )
 from overlay.values import Code, Executed, Failure
 
+log = logging.getLogger("overlay.client")
+
 # A process that is being restarted is back within this. Windows takes 2 s to report a refused port.
 PATIENCE_S = 2.5
+# A map has more to lose than a call: one under way waits longer for a process that was lost.
+MAP_PATIENCE_S = 30.0
+TOLD_S = 1.0  # after so much of it, whoever waits is told why nothing comes
+LAST_LOOK_S = 0.5  # at the end of it: why nothing is there
 PROMPT_S = 0.25  # a connection that takes longer is looked into meanwhile
 FRESH_S = 1.0  # so long after an answer the connection counts as up; later a call greets first
 # gRPC heeds the first of two options of one name.
@@ -42,10 +52,14 @@ _OPTIONS = [
 
 
 class Connection:
-    """A client's kept channel: a stream for requests, and calls for metrics and health."""
+    """A client's kept channel: a stream for requests, and calls for metrics and health.
+
+    One that is dropped without `close` is closed all the same: its stream has a place at the
+    process asked, of which there are few.
+    """
 
     def __init__(self, address: str, patience_s: float) -> None:
-        self._address = address
+        self.address = self._address = address
         self._patience_s = patience_s
         self._answered = -FRESH_S  # when it last did; monotonic seconds
         self._closed = False
@@ -56,6 +70,9 @@ class Connection:
         self._admin = wire.pb2_grpc.OverlayAdminStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._calls: Calls | None = None
+        # What holds a stream and threads, without this connection: so that it can be let go.
+        self._held: list[Calls | grpc.Channel] = [self._channel]
+        weakref.finalize(self, _free_soon, self._held).atexit = False
 
     def send(self, order: Order, timeout_s: float) -> None:
         """Raises NotReached when nobody serves at the address."""
@@ -87,6 +104,16 @@ class Connection:
             reason = f"no answer from {self._address} within {timeout_s:g} s"
         return error_of(failure, reason)
 
+    def presence(self, patience_s: float | None) -> Presence:
+        """For one map. patience_s: for a process that is lost, None for as long as ever."""
+        if patience_s is None:
+            patience_s = max(MAP_PATIENCE_S, self._patience_s)
+        return Presence(self, patience_s)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
     def wait_until_idle(self) -> None:
         while not self._closed and self._calls is not None and self._calls.open_rows:
             time.sleep(0.01)
@@ -96,26 +123,32 @@ class Connection:
             if self._closed:
                 raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client is closed")
             if self._calls is None:
-                calls = Calls(self._channel, self._address)
+                calls = Calls(self._channel, self._address, self._patience_s)
                 calls.start()
                 self._calls = calls
+                self._held.insert(0, calls)
             return self._calls
 
     def wait_connected(self, calls: Calls, patience_s: float) -> None:
         """Raises NotReached with the reason, when the connection does not come up in time."""
         until = time.monotonic() + patience_s
+        calls.wake()
         if calls.connected.wait(min(PROMPT_S, patience_s)):
             return
-        doubt = _Doubt(self._address, until)
+        doubt = None if calls.is_full else _Doubt(self._address, until)
         while (left_s := until - time.monotonic()) > 0 and not self._closed:
             if calls.connected.wait(min(0.25, left_s)):
                 return
             refused = calls.refused
-            if refused is not None and refused.code not in (Code.UNAVAILABLE, Code.CANCELLED):
+            if refused is not None and refused.code not in _MAY_PASS and not calls.is_full:
                 raise error_of(refused, no_overlay(refused, self._address))
         if self._closed:
             raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client was closed")
-        reason, refused = doubt.reason(), calls.refused
+        refused = calls.refused
+        if refused is not None and calls.is_full:
+            raise error_of(refused, refused.reason)
+        doubt = doubt or _Doubt(self._address, until)
+        reason = doubt.reason()
         if refused is not None and refused.executed is Executed.NO and not doubt.is_settled:
             raise error_of(refused, refused.reason)  # the process's own words: it is stopping
         raise NotReached(reason, code=Code.UNAVAILABLE, executed=Executed.NO)
@@ -156,11 +189,7 @@ class Connection:
             if self._closed:
                 return
             self._closed = True
-        if self._calls is not None:
-            self._calls.close()
-        if self._single_channel is not None:
-            self._single_channel.close()
-        self._channel.close()
+        _free(self._held)
 
     @property
     def _single(self) -> wire.pb2_grpc.OverlayNodeStub:
@@ -170,6 +199,7 @@ class Connection:
             if self._single_channel is None and not self._closed:
                 options = [("grpc.enable_retries", 1), *_OPTIONS]
                 self._single_channel = grpc.insecure_channel(f"dns:///{self._address}", options)
+                self._held.append(self._single_channel)
             return wire.pb2_grpc.OverlayNodeStub(self._single_channel or self._channel)
 
     def _ask(self, method: Any, request: Any, timeout_s: float) -> Any:
@@ -222,8 +252,98 @@ class Connection:
         return True
 
 
+class Presence:
+    """Whether the process is there for a map, which outlives its absence. For one thread at a time.
+
+    Payloads not sent yet, and what provably did not run, wait until it is back: while it is being
+    stopped in order, and for `patience_s` from when it is gone.
+    """
+
+    def __init__(self, connection: Connection, patience_s: float) -> None:
+        self._connection = connection
+        self._patience_s = patience_s
+        self._since = math.inf  # when it was found away; monotonic seconds
+        self._until = math.inf  # when the patience is over
+        self._is_told = False
+        self.was_up = False  # the map is under way; until then a call's patience holds
+
+    def is_under_way(self) -> bool:
+        """Whether the process has been there since the map began."""
+        self.look_away()
+        return self.was_up
+
+    def look_away(self) -> bool:
+        """Whether a map that is under way has to wait for the process; to be asked now and then."""
+        if self._connection.is_closed:
+            return False  # who sends is told so, and what is open is ended
+        calls = self._connection.begin()
+        if calls.connected.is_set() or calls.rests:
+            self.was_up = self.was_up or calls.connected.is_set()
+            self._since = self._until = math.inf
+            self._is_told = False
+            return False
+        if not self.was_up:
+            return False
+        now = time.monotonic()
+        self._since = min(self._since, now)
+        if self._until == math.inf or calls.is_served:
+            self._until = now + self._patience_s
+        if not self._is_told and now - self._since > TOLD_S:
+            self._is_told = True
+            log.warning(
+                "%s is gone; the map goes on when it is back, and waits up to %g s for that",
+                self._connection.address,
+                self._patience_s,
+            )
+        return True
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self._until
+
+    def last_look(self) -> CallFailed | None:
+        """Why the process is not there; None when it is back just now. May take a moment."""
+        try:
+            self._connection.wait_connected(self._connection.begin(), LAST_LOOK_S)
+        except CallFailed as e:
+            return e
+        return None
+
+    def send(self, order: Order) -> None:
+        """As Connection.send, but does not wait: what cannot be sent now leaves when it can."""
+        order.is_patient = True
+        self._connection.begin().send(order)
+
+    def take_back(self, orders: Iterable[Order], why: CallFailed) -> int:
+        """Ends what of them was not sent, and never will be; how many rows."""
+        calls = self._connection.begin()
+        failure = Failure(why.code, f"not sent: {why}", Executed.NO, why.retry_after_s)
+        return sum(calls.take_back(order, failure) for order in orders)
+
+
+def ended_early(why: CallFailed, answered: int, failed: int, unsent: int) -> CallFailed:
+    """As `why`, with what has become of the map's payloads."""
+    counts = f"{answered:,} payloads were answered, {failed:,} failed, {unsent:,} were not sent"
+    about = {"code": why.code, "executed": why.executed, "retry_after_s": why.retry_after_s}
+    return type(why)(f"{why}; {counts}, nor were any after them", **about)  # type: ignore[arg-type]
+
+
 # After these, whether anybody is there is open; every other status is an answer.
 _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_MAY_PASS = (Code.UNAVAILABLE, Code.CANCELLED)  # why a stream may be refused, and taken soon
+
+
+def _free(held: list[Calls | grpc.Channel]) -> None:
+    """In their order. May be called twice."""
+    for one in list(held):
+        one.close()
+
+
+def _free_soon(held: list[Calls | grpc.Channel]) -> None:
+    # On a thread of its own: closing waits, and a finalizer runs wherever the last reference goes,
+    # on the pipe's thread too. By the bare function, which takes no lock of `threading`: that very
+    # thread may just hold it.
+    _thread.start_new_thread(_free, (held,))
 
 
 class _Doubt:

@@ -132,6 +132,13 @@ class Parser(argparse.ArgumentParser):
 def host(text: str) -> str:
     if not text.isprintable() or not text or "/" in text or " " in text:
         raise argparse.ArgumentTypeError(f"'{text}' is not a name or an address of a machine")
+    if set(text) & set(":[]"):
+        try:
+            ipaddress.IPv6Address(text[1:-1] if text[0] + text[-1] == "[]" else text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is not an address; one with colons is written as ::1 or [::1]"
+            ) from None
     if not text.strip("0123456789."):  # no name looks so
         try:
             ipaddress.IPv4Address(text)
@@ -143,7 +150,8 @@ def host(text: str) -> str:
 
 
 def port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+    is_number = text.isascii() and text.isdigit() and len(text) < 10
+    if not (is_number and 1 <= int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"'{text}' is not a port, a number from 1 to 65535")
     return int(text)
 

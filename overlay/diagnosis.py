@@ -57,6 +57,7 @@ class Said:
     clock_s: float = 0.0
     links: tuple[Link, ...] = ()
     wire_format: int = 1
+    streams: int = 0  # open there: a client of the library has one, a link two
 
     @property
     def system(self) -> str:
@@ -144,6 +145,13 @@ class Diagnosis:
             why = "it was started with another configuration"
             do = f"copy {self._topology.name} to every machine, then {self._run('restart')}"
             return Finding(Grade.BAD, "other file", why, do)
+        places = self._topology.limits.streams
+        if said.streams >= places:
+            why = (
+                f"its {places} places for streams are all taken: a map, or a program that uses the "
+                "library, is refused when it comes now"
+            )
+            return Finding(Grade.BAD, "full", why, "end, or close(), clients that are done")
         if said.version != self._version:
             why = f"it runs version {said.version}, here is {self._version}"
             return Finding(Grade.NOTE, "serves", why, self._same_release())

@@ -133,6 +133,7 @@ def _read(found: Any, rtt_s: float, our_time_s: float) -> Said:
         clock_s,
         links,
         wire.read_format(found),
+        found.streams,
     )
 
 

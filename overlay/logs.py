@@ -4,6 +4,10 @@ Logging never stops the process. Lines pass through a bounded queue to one threa
 what does not fit, or cannot be written, is dropped and counted. What handlers print or log is cut
 to a modest pace, so that it neither fills the log nor pushes everything else out of it.
 
+A log has one writer: process_a.lock beside it is locked, by the system, for as long as its process
+lives. A second one does not start: it is a mistake in nearly every case, and two that write into
+one file, each turning it over when it is full, leave a log in which nobody finds anything.
+
 Owns that thread, "log", from `start` to `stop`.
 """
 
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import io
 import logging
 import os
@@ -24,6 +29,7 @@ from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
 
 from overlay.allowance import Allowance
+from overlay.errors import ConfigError
 from overlay.recent import LONGEST, OF_HANDLERS, Recent, escaped, texts_of
 
 WAITING_LINES = 10_000
@@ -33,6 +39,9 @@ LONGEST_LINE = LONGEST  # characters; a handler's traceback is cut here
 HANDLER_LINES = 1000  # of all handlers at once; then so many a second:
 HANDLER_LINES_S = 100
 AGAIN_S = 1.0  # after a write that failed, until the file is tried again
+LOCK_PATIENCE_S = 3.0  # for a log whose process is just ending
+LOCKED_BYTE = 1 << 20  # on Windows, what is locked cannot be read: the pid can
+TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 STOP_S = 2.0  # for the last lines; a disk that hangs does not hold the process longer
 
 
@@ -52,12 +61,15 @@ class ProcessLog:
         self._outputs = [self._file, *_consoles(process_id)]
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._streams = sys.stdout, sys.stderr
+        self._lock: io.FileIO | None = None
 
     @property
     def dropped(self) -> int:
         return self._into.dropped + self._file.dropped
 
     def start(self) -> None:
+        """Raises ConfigError when another process writes into the same file."""
+        self._lock = _locked(self.path)
         logging.raiseExceptions = False  # a full disk would print a traceback per line
         root = logging.getLogger("overlay")
         root.setLevel(logging.INFO)
@@ -88,12 +100,67 @@ class ProcessLog:
             with contextlib.suppress(queue.Full):
                 self._lines.put(None, timeout=STOP_S)
             self._thread.join(STOP_S)
+        if self._lock is not None:
+            self._lock.close()
 
     def _write(self) -> None:
         while (record := self._lines.get()) is not None:
             for output in self._outputs:
                 output.handle(record)
         self._file.close()
+
+
+def _locked(path: Path) -> io.FileIO | None:
+    """Keeps the log for this process alone; closing it, or dying, lets go.
+
+    None where there can be no lock: a folder that cannot be written stops nobody. Raises
+    ConfigError when another process has it, and does not end soon.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device has no other files beside it
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = io.FileIO(path.with_suffix(".lock"), "a+")
+    except (OSError, ValueError):
+        return None
+    until = time.monotonic() + LOCK_PATIENCE_S
+    while not _takes(file):
+        if time.monotonic() > until:
+            file.seek(0)
+            pid = file.read(20).decode("ascii", "replace").strip()
+            file.close()
+            who = f" (pid {pid})" if pid.isdigit() else ""
+            raise ConfigError(
+                f"{path} is the log of another process that runs{who}: stop that one, or give this "
+                'one a "log_dir" of its own'
+            )
+        time.sleep(0.1)
+    with contextlib.suppress(OSError):  # a full disk
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
+    return file
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _takes(file: io.FileIO) -> bool:
+        file.seek(LOCKED_BYTE)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as e:
+            return e.errno not in TAKEN
+        return True
+else:
+    import fcntl
+
+    def _takes(file: io.FileIO) -> bool:
+        # Not flock: a handler's child process would inherit that, and hold it when we are gone.
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            return e.errno not in TAKEN  # a file system without locks has none to respect
+        return True
 
 
 class _Thread(threading.local):

@@ -1,4 +1,8 @@
-"""One map of a client: payloads go out as results come back, never all at once."""
+"""One map of a client: payloads go out as results come back, never all at once.
+
+It outlives the process asked: what was not sent, or provably did not run, goes on when that is
+back; what was under way is a failure in its own place.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,19 @@ import itertools
 import queue
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from overlay.arguments import as_bytes
-from overlay.connection import Connection
+from overlay.connection import Connection, ended_early
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
-from overlay.outcomes import CallFailed, NotReached, results_of
+from overlay.outcomes import CallFailed, results_of
 from overlay.values import Failure
 
 PAUSE_S = 0.02  # how long a map waits for results before it asks again for payloads
+LOOK_S = 0.5  # and before it looks whether the process is there; Ctrl-C works on Windows too
 NOTHING_YET: Any = object()
 """What a map's payloads may give when there is none at this moment: results are given meanwhile."""
 
@@ -25,9 +31,16 @@ class MapRun:
     """One map: keeps its window full while its results are taken. For one thread."""
 
     def __init__(
-        self, connection: Connection, kind: Kind, timeout_s: float, chunk: int, window: int
+        self,
+        connection: Connection,
+        kind: Kind,
+        timeout_s: float,
+        chunk: int,
+        window: int,
+        patience_s: float | None = None,
     ) -> None:
         self._connection = connection
+        self._presence = connection.presence(patience_s)
         self._kind = kind
         self._timeout_s = timeout_s
         self._chunk = chunk
@@ -39,21 +52,22 @@ class MapRun:
         self._early: dict[int, bytes | CallFailed] = {}
         self._bytes = 0  # of payloads that are open and results that are early
         self._mean_result = 0.0
+        self._answered = 0
+        self._failed = 0
+        self._unsent = 0
+        self._over: CallFailed | None = None  # why nothing more is sent
 
     def run(
         self, payloads: Iterator[bytes | str], ordered: bool
     ) -> Iterator[tuple[int, bytes | CallFailed]]:
         given, more = 0, True
-        not_reached: NotReached | None = None
         try:
-            while more or self._open:
-                pauses = False
-                while more and not pauses and self._has_room():
-                    try:
-                        more, pauses = self._send(payloads)
-                    except NotReached as e:  # what was sent is given first
-                        more, not_reached = False, e
-                for first, rows, results in self._some(PAUSE_S if pauses else None):
+            while (more and self._over is None) or self._open:
+                is_away, pauses = self._is_away(), False
+                while more and not is_away and not pauses and self._has_room():
+                    more, pauses = self._send(payloads)
+                within_s = PAUSE_S if is_away or pauses else LOOK_S
+                for first, rows, results in self._some(within_s if self._open or is_away else 0):
                     for index, result in zip(rows, results, strict=True):
                         index += first
                         if not ordered:
@@ -69,11 +83,23 @@ class MapRun:
                                 self._bytes -= _size_of(result)
                                 yield given, result
                                 given += 1
-            if not_reached is not None:
-                raise not_reached
+            if self._over is not None:
+                failed = self._failed - self._unsent
+                raise ended_early(self._over, self._answered, failed, self._unsent)
         finally:
             for order, _ in self._orders.values():
                 self._connection.cancel(order)
+
+    def _is_away(self) -> bool:
+        """Whether nothing can be sent now. When it never can, what was not sent is ended."""
+        if not self._presence.look_away():
+            return self._over is not None
+        if self._over is None and self._presence.is_over:
+            self._over = self._presence.last_look()
+        if self._over is not None:
+            orders = [order for order, _ in self._orders.values()]
+            self._unsent += self._presence.take_back(orders, self._over)
+        return True
 
     def _has_room(self) -> bool:
         if not self._open:
@@ -107,7 +133,11 @@ class MapRun:
         deadline = time.monotonic() + self._timeout_s
         first = self._sent
         order = Order(self._kind, rows, deadline, partial(self._deliver, first))
-        self._connection.send(order, self._timeout_s)
+        if self._presence.was_up:
+            self._presence.send(order)
+        else:
+            self._connection.send(order, self._timeout_s)
+            self._presence.was_up = order.is_patient = True
         self._orders[first] = [order, len(rows)]
         self._sent += len(rows)
         self._open += len(rows)
@@ -119,17 +149,11 @@ class MapRun:
         self._came.put((first, rows, came, at))
 
     def _some(
-        self, within_s: float | None
+        self, within_s: float
     ) -> Iterator[tuple[int, Sequence[int], Sequence[bytes | CallFailed]]]:
-        """What has come: at least one, unless nothing is open or within_s is given and over."""
-        while self._open:
-            try:
-                # In slices, so that Ctrl-C works on Windows too.
-                yield self._read(*self._came.get(timeout=within_s or 0.5))
-                break
-            except queue.Empty:
-                if within_s is not None:
-                    return
+        """What has come, waited for no longer than that."""
+        with suppress(queue.Empty):
+            yield self._read(*self._came.get(timeout=within_s))
         for _ in range(self._came.qsize()):
             yield self._read(*self._came.get())
 
@@ -143,7 +167,9 @@ class MapRun:
             self._bytes -= entry[0].size
             del self._orders[first]
         if isinstance(came, Failure):
+            self._failed += count
             return first, rows, [self._connection.failed(came, self._timeout_s) for _ in rows]
+        self._answered += count
         results = results_of(came, at, count)
         mean = sum(map(len, results)) / count
         self._mean_result += (mean - self._mean_result) * min(1.0, count / 16)

@@ -42,6 +42,7 @@ class Order:
         "deliver",
         "early",
         "given",
+        "is_patient",
         "kind",
         "payloads",
         "rows",
@@ -70,13 +71,14 @@ class Order:
         self.attempt = 0
         self.cancelled: set[int] = set()
         self.given = time.monotonic()
+        self.is_patient = False  # whose owner takes it back when it has waited for too long
 
     def part(self, rows: Sequence[int], attempt: int) -> Order:
         """Some of its rows, as an order to be sent for themselves."""
         whose = self.deliver, self.wakes_a_thread, self.early
         made = Order(self.kind, self.payloads, self.deadline, *whose)
         made.rows, made.attempt, made.cancelled = rows, attempt, self.cancelled
-        made.given = self.given
+        made.given, made.is_patient = self.given, self.is_patient
         made.size = sum(len(self.payloads[row]) for row in rows)
         return made
 

@@ -8,23 +8,30 @@
 One frame is in flight at a time: what comes meanwhile leaves together in the next, and what may
 wait for company does, until `hurry`. `fill` runs on gRPC's sending thread, `receive` and `lost` on
 the pipe's own thread, "pipe-NAME", from `start` to `end`.
+
+A client's pipe may rest: when the process has ended a stream on which nothing was open, to give its
+place to another, it comes again with the next `kick`. That of a link always comes again.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 import grpc
 
 from overlay import wire
-from overlay.values import Code, Executed, Part
+from overlay.values import Code, Executed, Failure, Part
 from overlay.wire import pb2, pb2_grpc
 
 log = logging.getLogger("overlay.links")
 
 RETRY_S = 0.1  # between two attempts; gRPC's own backoff comes on top
+REFUSED_S = 0.25  # where all places are taken, when the process did not say how long
+LONGEST_REFUSED_S = 5.0  # a free place shall not wait for its taker for longer
+VERDICT_S = 0.02  # for the status of a call whose metadata says nothing
 
 
 class Pipe:
@@ -39,12 +46,16 @@ class Pipe:
         lost: Callable[[Part], None],
         live: Callable[[Mapping[str, str]], None] = lambda metadata: None,
         patience_s: Callable[[], float] = lambda: 0.0,
+        may_rest: bool = False,
     ) -> None:
         """fill: puts what is to be sent into the frame; False when there is nothing.
 
         live: the other side has accepted the call, with this metadata. patience_s: how long what is
-        to be sent may wait for more, at most; must be quick.
+        to be sent may wait for more, at most; must be quick. may_rest: as a client's does, which
+        also leaves a process alone for as long as that asks for when it refuses the stream.
         """
+        self.rests = False  # until the next kick; set before `lost` is called
+        self._may_rest = may_rest
         self._stub = pb2_grpc.OverlayNodeStub(channel)
         self._fill = fill
         self._receive = receive
@@ -94,9 +105,22 @@ class Pipe:
                 self._attempt += 1  # ends the sender of the call that is over
                 self._changed.notify_all()
             self._lost(why)
-            with self._changed:
-                if not self._ended:
-                    self._changed.wait(RETRY_S)
+            self._pause(why)
+
+    def _pause(self, why: Part) -> None:
+        """Until the next call is due."""
+        with self._changed:
+            while self.rests and not self._kicked and not self._ended:
+                self._changed.wait()
+            if self.rests or self._ended:
+                self.rests = False
+            elif self._may_rest and is_full(why):
+                pause_s = min(why.retry_after_s or REFUSED_S, LONGEST_REFUSED_S)
+                until = time.monotonic() + pause_s
+                while not self._ended and (left_s := until - time.monotonic()) > 0:
+                    self._changed.wait(left_s)  # whoever asks meanwhile is not refused any sooner
+            else:
+                self._changed.wait(RETRY_S)
 
     def _one_call(self) -> Part:
         """One call, from its start to its end, and why it ended."""
@@ -107,11 +131,12 @@ class Pipe:
                 if self._ended:
                     call.cancel()
             metadata = dict(call.initial_metadata())  # waits until the other side has accepted
-            if call.is_active():  # a refused call has metadata too
+            if metadata or not _is_refused(call):
                 self._live(metadata)
             for frame in call:
                 self._receive(frame)
         except grpc.RpcError as e:
+            self.rests = self._may_rest and wire.was_idle(e)
             return wire.read_error(e)
         except ValueError as e:  # the channel is closed, or a slice made no sense
             return Part("", Code.UNAVAILABLE, str(e), executed=Executed.UNKNOWN)
@@ -144,3 +169,15 @@ class Pipe:
         frame = pb2.Frame()
         with self._filling:
             return frame if self._attempt == attempt and self._fill(frame) else None
+
+
+def is_full(why: Part | Failure) -> bool:
+    """Whether a stream was refused because the process has no place for one more."""
+    return why.code is Code.RESOURCE_EXHAUSTED and why.executed is Executed.NO
+
+
+def _is_refused(call: grpc.Call) -> bool:
+    """Whether the call is over by now. A refused one has metadata too, a moment before its status;
+    taken for an accepted one it would be given requests, each time anew."""
+    over = threading.Event()
+    return not call.add_callback(over.set) or over.wait(VERDICT_S)

@@ -22,7 +22,7 @@ from overlay import assembly, routing, story
 from overlay.health import State
 from overlay.lanes import AWAITED, NoPlace
 from overlay.routing import Branch, Load, Plan
-from overlay.rows import OpenRows
+from overlay.rows import Ends, OpenRows, Slices
 from overlay.topology import Topology
 from overlay.values import (
     Answers,
@@ -37,7 +37,6 @@ from overlay.values import (
     Route,
     Segment,
     Sink,
-    end_overlap,
     value,
 )
 
@@ -202,10 +201,7 @@ class _Gather:
         self._sink = sink
         self._lock = threading.Lock()
         self._open = OpenRows(segment.count)
-        # neighbour -> what has come from it, as (first row, row after the last, answers)
-        self._came: dict[str, list[tuple[int, int, Answers]]] = {
-            branch.neighbour: [] for branch in plan.branches
-        }
+        self._came = {branch.neighbour: Slices() for branch in plan.branches}
         self._ends: list[End] = []
 
     def begin(self) -> End:
@@ -222,7 +218,7 @@ class _Gather:
             with self._lock:
                 if not self._open.take(row, 1):
                     continue
-                found = {n: piece for n in self._came if (piece := self._piece(n, row))}
+                found = {n: piece for n, came in self._came.items() if (piece := came.at(row))}
             late = {
                 branch.neighbour: _late(branch, code)
                 for branch in self._plan.branches
@@ -240,7 +236,7 @@ class _Gather:
                 answers = story.below(answers, clock() - began)
             whole = assembly.from_branch(answers, branch.targets)
             with self._lock:
-                self._came[branch.neighbour].append((start, start + answers.count, whole))
+                self._came[branch.neighbour].add(start, whole)
                 ready = self._ready(start, start + answers.count)
             for first, count, found in ready:
                 self._answer(first, count, found)
@@ -251,24 +247,13 @@ class _Gather:
         """The open runs in start..stop that every branch has answered; they are open no more."""
         ranges = [(start, stop)]
         for came in self._came.values():
-            ranges = [
-                (max(first, begin), min(last, end))
-                for first, last in ranges
-                for begin, end, _ in came
-                if max(first, begin) < min(last, end)
-            ]
+            ranges = [both for one in ranges for both in came.overlapping(*one)]
         ready = []
         for first, last in ranges:
             for begin, count in self._open.take(first, last - first):
-                found = {n: self._piece(n, begin, count) for n in self._came}
+                found = {n: came.at(begin, count) for n, came in self._came.items()}
                 ready.append((begin, count, {n: p for n, p in found.items() if p is not None}))
         return ready
-
-    def _piece(self, neighbour: str, row: int, count: int = 1) -> Answers | None:
-        for begin, end, answers in self._came[neighbour]:
-            if begin <= row < end:
-                return answers.slice(row - begin, count)
-        return None
 
     def _answer(self, start: int, count: int, found: dict[str, Answers]) -> None:
         relay = self._relay
@@ -404,9 +389,7 @@ class _Hand:
         self._before = 0  # and how many neighbours had been tried by then
         self._lock = threading.Lock()
         self._open = OpenRows(segment.count)
-        # what was sent, as (first row, rows, end), and what was ended, as (code, first row, rows)
-        self._sent: list[tuple[int, int, End]] = []
-        self._ended: list[tuple[Code, int, int]] = []
+        self._ends = Ends(segment.count)
 
     def begin(self) -> End:
         branch = self._claimed.branch
@@ -419,14 +402,13 @@ class _Hand:
 
     def end(self, code: Code, start: int, count: int) -> None:
         with self._lock:
-            self._ended.append((code, start, count))
-            sent = list(self._sent)
+            endings = self._ends.end(code, start, count)
         # First the answer, so that this code wins and nothing is sent on to others for nobody.
         neighbour = self._claimed.branch.neighbour if self._claimed.branch else ""
         late = Part(neighbour, code, _late_reason(neighbour, code))
         self._answer(start, Answers(count, (), refused=late))
-        for first, rows, end in sent:
-            end_overlap(end, first, rows, code, start, count)
+        for ending in endings:
+            ending()
 
     def _send(self, branch: Branch, at: int, segment: Segment, tried: tuple[str, ...]) -> None:
         tried = (*tried, branch.neighbour)
@@ -446,11 +428,11 @@ class _Hand:
 
         end, rows = self._relay._send(branch, segment, sink), segment.count
         with self._lock:
-            if self._open.left:
-                self._sent.append((at, rows, end))
-            ended = list(self._ended)
-        for code, start, count in ended:  # while this was sent
-            end_overlap(end, at, rows, code, start, count)
+            endings = self._ends.begin(at, rows, end, len(tried))
+            if not self._open.left:
+                self._ends.forget()
+        for ending in endings:  # while this was sent
+            ending()
 
     def _try_others(
         self, start: int, answers: Answers, branch: Branch, tried: tuple[str, ...]
@@ -509,7 +491,7 @@ class _Hand:
         with self._lock:
             runs = self._open.take(start, answers.count)
             if not self._open.left:
-                self._sent.clear()  # they lead back here
+                self._ends.forget()  # they lead back here
         if self._lost is not None and assembly.may_try_elsewhere(answers.at(0)):
             answers = self._lost  # that the second one did not run is no proof for the first
         hops = (self._relay._me.id, *answers.hops)

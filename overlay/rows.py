@@ -1,8 +1,16 @@
-"""Which rows of a segment are still open: so that each is answered once, by whoever is first."""
+"""Which rows of a segment are still open: so that each is answered once, by whoever is first.
+
+And what has come of them, and how their work is ended, where both come piece by piece: what one
+piece costs does not grow with how many there were before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from overlay.values import Answers, Code, End
 
 Run = tuple[int, int]
 """Consecutive rows: (first, how many)."""
@@ -77,3 +85,101 @@ class OpenRows:
         if self._flags is None:
             self._flags = bytearray(b"\1") * self._count
         return self._flags
+
+
+class Slices:
+    """The answers of a segment's rows by one who answers each of them once, in any pieces."""
+
+    __slots__ = ("_answers", "_starts")
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []  # ascending
+        self._answers: list[Answers] = []
+
+    def add(self, start: int, answers: Answers) -> None:
+        index = bisect_left(self._starts, start)
+        self._starts.insert(index, start)
+        self._answers.insert(index, answers)
+
+    def overlapping(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """What of the rows from `start` to before `stop` is there, as such pairs."""
+        index = max(0, bisect_right(self._starts, start) - 1)
+        while index < len(self._starts) and (begin := self._starts[index]) < stop:
+            end = begin + self._answers[index].count
+            if end > start:
+                yield max(begin, start), min(end, stop)
+            index += 1
+
+    def at(self, row: int, count: int = 1) -> Answers | None:
+        """Of these rows, which came in one piece; None when the first did not come."""
+        index = bisect_right(self._starts, row) - 1
+        if index < 0 or row >= self._starts[index] + self._answers[index].count:
+            return None
+        return self._answers[index].slice(row - self._starts[index], count)
+
+
+Ending = Callable[[], None]
+"""Ends some rows' work."""
+
+
+class Ends:
+    """How the work behind a segment's rows is ended, which begins and is ended piece by piece.
+
+    What begins when its rows were ended already is ended at once. A row that begins anew elsewhere
+    has ended where it was. No lock of its own, and calls nothing: its owner does, holding none.
+    """
+
+    __slots__ = ("_codes", "_count", "_pieces")
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        # By row: the piece in which it began, as (try, first row, end); or none.
+        self._pieces: list[tuple[int, int, End] | None] = []
+        self._codes: list[Code | None] = []  # by row: with which it was ended; or none
+
+    def begin(self, first: int, count: int, end: End, turn: int = 0) -> list[Ending]:
+        """These rows have begun. What is to be called, as they were ended before.
+
+        turn: of tries, which may be told of in another order; the last one counts.
+        """
+        pieces = self._pieces = self._pieces or [None] * self._count
+        if any(pieces[first : first + count]):
+            for row in range(first, first + count):
+                before = pieces[row]
+                if before is None or before[0] <= turn:
+                    pieces[row] = turn, first, end
+        else:
+            pieces[first : first + count] = [(turn, first, end)] * count
+        return self._endings(first, count) if self._codes else []
+
+    def end(self, code: Code, start: int, count: int) -> list[Ending]:
+        """These rows are ended, those that have not begun too. What is to be called."""
+        if not self._codes:
+            self._codes = [None] * self._count
+        stop = min(start + count, self._count)
+        for row in range(start, stop):
+            if self._codes[row] is None:
+                self._codes[row] = code
+        return self._endings(start, stop - start) if self._pieces else []
+
+    def forget(self) -> None:
+        """All is over: the ends lead back to who owns this, and would keep it."""
+        self._pieces = []
+
+    def _endings(self, start: int, count: int) -> list[Ending]:
+        """Of rows that have begun and are ended: once for those of one piece and code."""
+        runs: list[tuple[tuple[int, int, End], Code, int]] = []
+        counts: list[int] = []
+        for row in range(start, start + count):
+            piece, code = self._pieces[row], self._codes[row]
+            if piece is None or code is None:
+                continue
+            if runs and (piece, code, row - counts[-1]) == runs[-1]:
+                counts[-1] += 1
+            else:
+                runs.append((piece, code, row))
+                counts.append(1)
+        return [
+            partial(end, code, row - first, rows)
+            for ((_, first, end), code, row), rows in zip(runs, counts, strict=True)
+        ]

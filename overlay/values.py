@@ -319,11 +319,11 @@ class PartColumn:
     def slice(self, start: int, count: int) -> PartColumn:
         if start == 0 and count == self.results.count:
             return self
-        failures = {
-            row - start: failure
-            for row, failure in self.failures.items()
-            if start <= row < start + count
-        }
+        if count < len(self.failures):  # or to slice row by row would look at each for each
+            rows = (row for row in range(start, start + count) if row in self.failures)
+        else:
+            rows = (row for row in self.failures if start <= row < start + count)
+        failures = {row - start: self.failures[row] for row in rows}
         results = self.results.slice(start, count)
         times = self.waited_us, self.worked_us
         return PartColumn(self.process_id, results, self.hops, failures, self.failed, *times)

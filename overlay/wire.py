@@ -589,7 +589,14 @@ def read_error(error: grpc.RpcError) -> Part:
     metadata = dict(error.trailing_metadata() or ())
     said = {"no": Executed.NO, "yes": Executed.YES}
     executed = said.get(metadata.get(EXECUTED_KEY, ""), Executed.UNKNOWN)
-    return Part("", Code(error.code().value[0]), plain_reason(error), executed=executed)
+    code, after_s = Code(error.code().value[0]), retry_after_s(error.trailing_metadata())
+    return Part("", code, plain_reason(error), executed=executed, retry_after_s=after_s)
+
+
+def was_idle(error: grpc.RpcError) -> bool:
+    """Whether a stream was ended in order because nothing was open on it."""
+    metadata = dict(error.trailing_metadata() or ())
+    return (metadata.get(IDLE_KEY), metadata.get(EXECUTED_KEY)) == ("1", "no")
 
 
 def plain_reason(error: grpc.RpcError) -> str:

@@ -8,10 +8,11 @@
 A start is whole or not at all: when one process does not come up, the others that this call started
 are stopped again; those that ran before stay. Beside the log of process A lie process_a.out (what
 it printed), process_a.pid (which process it is) and process_a.stop, while it stops and when it has
-ended in good order by itself. A pid counts only together with its start time, so a number that the
-system gave to another program since is never touched.
+ended by itself, with the number of requests that it left behind. A pid counts only together with
+its start time, so a number that the system gave to another program since is never touched.
 
-Exit codes: 0 all well, 1 a process is not as it should be, 2 the command could not begin.
+Exit codes: 0 all well, 1 a process is not as it should be (one that was stopped has left requests
+behind, or had to be killed), 2 the command could not begin.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ GRACE_MARGIN_S = 5.0  # a process that keeps its own drain_grace_s is not killed
 LINK_S = 10.0  # for processes that serve to find each other; they try at least each second
 ANSWER_S = 2.0  # for GetMetrics, which answers at once even under load
 SAME_START_S = 2.0  # start times of one process differ by as much when the clock is corrected
+LEFT_BEHIND = "left behind"  # requests, by a process that stopped
 TOKEN = "OVERLAY_LAUNCH"  # in the environment of a process and of all its children
 
 
@@ -425,7 +427,13 @@ def stop(config: Path, ids: Sequence[str] = (), grace_s: float | None = None) ->
         print_table([("id", "pid", "end"), *rows])
     else:
         print(f"nothing is running that was started here from {shown(config)}")
+    if any(_is_bad_end(how) for how in ends.values()):
+        return 1
     return 0 if asked or topology.processes else 2
+
+
+def _is_bad_end(how: str) -> bool:
+    return LEFT_BEHIND in how or how.startswith("killed")
 
 
 # restart
@@ -530,13 +538,23 @@ def _end_tier(tier: Sequence[Record], grace_s: float) -> dict[str, str]:
     while alive and time.monotonic() - began < grace_s:
         for record in [record for record in alive if not record.process()]:
             alive.remove(record)
-            said[record.id] = f"stopped in {time.monotonic() - began:.1f} s"
+            how = f"stopped in {time.monotonic() - began:.1f} s"
+            said[record.id] = how + _left_behind(record)
         time.sleep(0.02)
     said |= {record.id: f"killed after {grace_s:g} s" for record in alive}
     _kill(tier)
     for record in tier:
         Path(record.stop_file).unlink(missing_ok=True)
     return said
+
+
+def _left_behind(record: Record) -> str:
+    """What a process says at its end of requests that did not end in time, in words."""
+    try:
+        left = int(Path(record.stop_file).read_text(encoding="ascii"))
+    except (OSError, ValueError):  # it has said nothing: ended from outside, or in a hurry
+        return ""
+    return f", {left} request{'s' if left > 1 else ''} {LEFT_BEHIND}" if left > 0 else ""
 
 
 def _ask_to_end(record: Record) -> None:
@@ -621,7 +639,7 @@ def _state(process: Process, record: Record | None, metrics: Any) -> tuple[str, 
     if alive:
         return "runs but does not answer", False
     if record and Path(record.stop_file).exists():
-        return "stopped in order", False
+        return f"stopped{_left_behind(record) or ' in order'}", False
     if record:
         return "died; its log tells more", False
     return ("not running" if is_here(process) else "no answer"), False

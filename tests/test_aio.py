@@ -15,7 +15,15 @@ import overlay
 from overlay import client as library
 from overlay.values import Code, Executed
 from tests.cluster import free_port, running, six_processes, until
-from tests.test_library import HANDLERS, Noted, handlers, numbers, uppers
+from tests.test_library import (
+    HANDLERS,
+    Noted,
+    check_map_over_a_loss,
+    handlers,
+    killed_and_started,
+    numbers,
+    uppers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +337,24 @@ def test_nobody_there_ends_a_map() -> None:
     asyncio.run(main())
 
 
+def test_a_stopping_process_ends_a_map_that_has_not_begun(overlays: Any, tmp_path: Any) -> None:
+    own = Noted(overlays(HANDLERS, handlers=handlers(tmp_path / "notes")), tmp_path / "notes")
+
+    async def main() -> None:
+        async with (
+            overlay.connect_async(own.address("A")) as held,
+            overlay.connect_async(own.address("A"), patience_s=0.5) as client,
+        ):
+            held.submit("patient", "20")
+            await until_true(lambda: own.lines()["began"] == 1)
+            own.overlay.processes["A"].terminate()
+            await until_true(lambda: not own.overlay.metrics("A").is_healthy)
+            with pytest.raises(library.Unavailable):
+                await asyncio.wait_for(_into([], client.map(None, itertools.repeat("x"))), 20)
+
+    asyncio.run(main())
+
+
 def test_a_large_map_lets_the_loop_live(six: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client, Heart() as heart:
@@ -388,3 +414,43 @@ def test_it_survives_a_restart_of_the_leader(overlays: Any, tmp_path: Any) -> No
     lines = own.lines()
     assert lines["began"] == 20
     assert all(lines[payload.decode()] == 1 for payload in [*numbers(500), b"during"])
+
+
+def test_a_map_goes_on_when_its_lost_leader_is_back(overlays: Any, tmp_path: Any) -> None:
+    own = Noted(overlays(HANDLERS, handlers=handlers(tmp_path / "notes")), tmp_path / "notes")
+    payloads = numbers(20_000)
+    found: dict[int, bytes | library.CallFailed] = {}
+
+    async def main() -> None:
+        async with overlay.connect_async(own.address("A")) as client:
+            async for index, result in client.map_as_completed("upper", payloads, window=500):
+                assert index not in found
+                found[index] = result
+                if len(found) == 2000:
+                    back = asyncio.create_task(asyncio.to_thread(killed_and_started, own, 4.0))
+            await back
+
+    asyncio.run(main())
+    check_map_over_a_loss(own, payloads, found)
+
+
+def test_a_leader_that_does_not_come_back_ends_a_map(overlays: Any) -> None:
+    own = overlays()
+    found: list[Any] = []
+
+    async def main() -> None:
+        payloads = itertools.repeat("x")
+        async with overlay.connect_async(own.address("A")) as client:
+            results = client.map_as_completed(
+                None, payloads, window=100, patience_s=1, timeout=3600
+            )
+            async for pair in results:
+                found.append(pair)
+                if len(found) == 500:
+                    own.kill("A")
+
+    with pytest.raises(library.NotReached) as caught:
+        asyncio.run(asyncio.wait_for(main(), 30))
+    good = sum(isinstance(result, bytes) for _, result in found)
+    assert sorted(index for index, _ in found) == list(range(len(found)))
+    assert f"; {good:,} payloads were answered, " in str(caught.value)

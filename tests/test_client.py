@@ -655,6 +655,26 @@ def test_nobody_to_ask_is_exit_code_4(wounded: Overlay) -> None:
         (["127.0.0.1", "65536"], "'65536' is not a port"),
         (["127.0.0.1", "-1"], "'-1' is not a port"),
         (["http://127.0.0.1", "1"], "'http://127.0.0.1' is not a name or an address"),
+        *(
+            ([host, "50051", *words], f"'{host}' is not an address; one with colons is written as")
+            for host in (
+                "[::1",
+                "::1]",
+                "[]",
+                "[127.0.0.1]",
+                "a:b",
+                ":",
+                "[[::1]]",
+                "1:2:3",
+                "x[1]",
+            )
+            for words in (["--trace"],)
+        ),
+        *(
+            (["[::1", "50051", verb], "'[::1' is not an address; one with colons is written as")
+            for verb in ("map", "check", "logs", "top", "web", "drain")
+        ),
+        (["127.0.0.1", "9" * 5000], "is not a port"),
         (["127.0.0.1", "1", "chek"], "no verb 'chek'; 'check' is one"),
         (["127.0.0.1", "1", "fly"], "no verb 'fly'; there are ask, map, check"),
         (["chek", "overlay.json"], "no verb 'chek'; 'check' is one"),

@@ -134,7 +134,7 @@ def test_drain_says_what_it_had_to_leave_behind(noted: Noted) -> None:
     assert "gone" in done.stdout
     assert call.code() is not grpc.StatusCode.OK
     assert proof_of(call) != "no"
-    assert noted.six.processes["C"].wait(5) == 0
+    assert noted.six.processes["C"].wait(5) == 1
 
 
 def test_drain_without_waiting_returns_while_the_process_still_works(noted: Noted) -> None:

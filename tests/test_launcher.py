@@ -158,7 +158,8 @@ def test_what_start_started_is_seen_by_status_and_ended_by_stop(project, three):
     assert processes_of(project, three.name) == []
     assert again.returncode == 0
     assert "nothing is running" in again.stdout
-    assert sorted(path.suffix for path in logs_of(three).iterdir()) == [".log"] * 3 + [".out"] * 3
+    kept = sorted(path.suffix for path in logs_of(three).iterdir())
+    assert kept == [".lock"] * 3 + [".log"] * 3 + [".out"] * 3
 
 
 def test_a_second_start_starts_only_what_is_missing(project, three):
@@ -188,6 +189,38 @@ def test_a_drained_process_has_not_died(project, three):
     assert seen.returncode == 1
     assert re.search(r"(?m)^C .*stopped in order", seen.stdout)
     assert again.returncode == 0, again.stderr
+
+
+def test_requests_left_behind_are_told_by_stop_restart_and_status(project, tmp_path):
+    (project / "stuck.py").write_text("import time\ndef stuck(p, c): time.sleep(60)\n")
+    config = write_three(
+        project / "left.json",
+        log_dir=f"logs/{tmp_path.name}",
+        handlers={"stuck": "stuck:stuck"},
+        drain_grace_s=0.5,
+    )
+
+    def leave_one(*verb):
+        launcher(project, "start", config)
+        client = overlay.connect(f"127.0.0.1:{port_of(config, 'C')}")
+        client.submit("stuck", "x")
+        wait_for(lambda: client.metrics().active_requests == 1)
+        found = verb[0](client) if callable(verb[0]) else launcher(project, *verb)
+        client.close()
+        return found
+
+    restarted = leave_one("restart", config, "C")
+    stopped = leave_one("stop", config, "C")
+    leave_one(lambda client: client.drain(grace_s=0.1))
+    wait_for(lambda: not processes_of(project, config.name, " C "))
+    seen = launcher(project, "status", config)
+    rest = launcher(project, "stop", config)
+
+    assert re.search(r"C  stopped in .* s, 1 request left behind, serves again", restarted.stdout)
+    assert re.search(r"(?m)^C .*stopped in .* s, 1 request left behind$", stopped.stdout)
+    assert stopped.returncode == 1
+    assert re.search(r"(?m)^C .*stopped, 1 request left behind$", seen.stdout)
+    assert rest.returncode == 0, rest.stdout
 
 
 def test_a_process_that_cannot_start_is_explained_and_the_others_are_taken_back(project, three):
@@ -295,6 +328,7 @@ def test_a_stuck_process_is_killed_after_its_grace(project, three):
     stopped = launcher(project, "stop", three, "--grace-s", "1")
 
     assert "killed after 1 s" in stopped.stdout
+    assert stopped.returncode == 1
     assert processes_of(project, three.name) == []
 
 

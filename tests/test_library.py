@@ -486,15 +486,71 @@ def test_a_map_over_a_kill_of_the_leader_tells_the_truth_of_every_item(own: Note
     assert failed <= 500, "no more than the window was in doubt"
 
 
-def test_nobody_there_any_more_ends_a_map_after_what_was_sent(own: Noted) -> None:
-    with overlay.connect(own.address("A"), patience_s=0.5) as client:
-        results = client.map_as_completed("upper", itertools.repeat("x"), window=100)
-        found = [next(results)[0] for _ in range(500)]
-        own.overlay.kill("A")
-        with pytest.raises(library.NotReached):
-            found.extend(index for index, _ in results)
+def test_a_map_goes_on_when_its_lost_leader_is_back(own: Noted) -> None:
+    """Longer away than a call waits for it: only what was under way is lost."""
+    payloads = numbers(20_000)
+    found: dict[int, bytes | library.CallFailed] = {}
+    with overlay.connect(own.address("A")) as client, ThreadPoolExecutor(1) as pool:
+        for index, result in client.map_as_completed("upper", payloads, window=500):
+            assert index not in found
+            found[index] = result
+            if len(found) == 2000:
+                again = pool.submit(killed_and_started, own, 4.0)
+        again.result()
 
-    assert sorted(found) == list(range(len(found)))
+    check_map_over_a_loss(own, payloads, found)
+
+
+def killed_and_started(own: Noted, after_s: float) -> None:
+    own.overlay.kill("A")
+    time.sleep(after_s)
+    own.overlay.start("A")
+
+
+def check_map_over_a_loss(
+    own: Noted, payloads: list[bytes], found: dict[int, bytes | library.CallFailed]
+) -> None:
+    lines = own.lines()
+    assert sorted(found) == list(range(len(payloads)))
+    assert max(lines.values()) == 1, "nothing runs twice"
+    lost = {index: result for index, result in found.items() if not isinstance(result, bytes)}
+    assert 0 < len(lost) <= 500, "no more than the window was under way"
+    assert {result.executed for result in lost.values()} == {Executed.UNKNOWN}  # type: ignore[union-attr]
+    assert all(found[i] == payloads[i].upper() for i in found if i not in lost)
+
+
+def test_nobody_there_any_more_ends_a_map_after_what_was_sent(own: Noted) -> None:
+    with overlay.connect(own.address("A")) as client:
+        payloads = itertools.repeat("x")
+        results = client.map_as_completed("upper", payloads, window=100, patience_s=1, timeout=3600)
+        found = [next(results) for _ in range(500)]
+        own.overlay.kill("A")
+        began = time.monotonic()
+        with pytest.raises(library.NotReached) as caught:
+            found.extend(results)
+        took_s = time.monotonic() - began
+
+    good = sum(isinstance(result, bytes) for _, result in found)
+    assert sorted(index for index, _ in found) == list(range(len(found)))
+    assert f"; {good:,} payloads were answered, " in str(caught.value)
+    assert 1 <= took_s < 15
+
+
+def test_what_a_lost_leader_was_never_sent_is_given_back_with_proof(own: Noted) -> None:
+    """More than its window at the process, so that some still wait on this side."""
+    with overlay.connect(own.address("A")) as client:
+        payloads = ["3"] * 6000
+        results = client.map_as_completed("patient", payloads, window=6000, patience_s=1)
+        found = [next(results) for _ in range(1)]
+        own.overlay.kill("A")
+        with pytest.raises(library.NotReached) as caught:
+            found.extend(results)
+
+    failed = [result for _, result in found if isinstance(result, library.CallFailed)]
+    unsent = sum(result.executed is Executed.NO for result in failed)
+    assert sorted(index for index, _ in found) == list(range(len(found)))
+    assert unsent >= len(found) - calls.WINDOW_ROWS - 300  # those that had begun and ended
+    assert f", {len(failed) - unsent:,} failed, {unsent:,} were not sent" in str(caught.value)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there, terminate() is a kill")
@@ -524,7 +580,11 @@ class Played:
         played = self
 
         class PlayedPipe:
-            def __init__(self, channel: Any, name: str, fill: Any, receive: Any, *more: Any):
+            rests = False
+
+            def __init__(
+                self, channel: Any, name: str, fill: Any, receive: Any, *more: Any, **options: Any
+            ) -> None:
                 self.fill, self.receive = fill, receive
                 self.lost, self.live = more
                 played.pipe = self

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 
 from overlay import logs
 from overlay.logs import Printed, ProcessLog, escaped
-from tests.cluster import until
+from tests.cluster import ROOT, Overlay, free_port, six_processes, until
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +172,7 @@ def test_the_file_does_not_grow_for_ever(tmp_path, monkeypatch):
             logging.getLogger("overlay").warning("line %d", n)
         until(lambda: "line 299" in text_of(path))
 
-    files = sorted(tmp_path.iterdir())
+    files = sorted(tmp_path.glob("c.log*"))
     assert [file.name for file in files] == ["c.log", "c.log.1", "c.log.2", "c.log.3"]
     assert all(file.stat().st_size <= 2000 for file in files)
     assert log.dropped == 0
@@ -357,3 +359,74 @@ def test_stopping_twice_is_stopping(tmp_path):
 
 def test_stopping_before_the_start_is_allowed(tmp_path):
     ProcessLog(tmp_path / "c.log", "C").stop()
+
+
+# Two processes, one file
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """C alone, of the shipped six."""
+    found = Overlay(tmp_path / "one", six_processes())
+    try:
+        yield found.start("C")
+    finally:
+        found.stop()
+
+
+def second(worker):
+    """The same folder and id, with another configuration: its command, and what it writes to."""
+    other = json.loads(worker.path.read_text())
+    other["processes"]["C"]["port"] = free_port()
+    (worker.folder / "other.json").write_text(json.dumps(other))
+    return [sys.executable, str(ROOT / "node.py"), "other.json", "C"]
+
+
+def test_a_second_process_does_not_write_into_the_same_log(worker):
+    before = worker.log("C")
+
+    done = subprocess.run(
+        second(worker), cwd=worker.folder, capture_output=True, text=True, timeout=60
+    )
+
+    path, pid = Path("logs", "process_c.log"), worker.processes["C"].pid
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert f"{path} is the log of another process that runs (pid {pid})" in line
+    assert '"log_dir"' in line
+    assert worker.log("C") == before
+    assert worker.ask("C").result == b"C: hi"
+
+
+def test_a_process_that_died_leaves_its_log_to_the_next(worker):
+    worker.kill("C")
+
+    next_one = subprocess.Popen(
+        second(worker), cwd=worker.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        assert b"serves on" in next_one.stdout.readline()
+        until(lambda: worker.log("C").count(" serves on ") == 2)
+    finally:
+        next_one.kill()
+        next_one.wait(10)
+        next_one.stdout.close()
+
+
+def test_a_log_that_was_stopped_is_free(tmp_path):
+    path = tmp_path / "process_a.log"
+    log = ProcessLog(path, "A")
+    log.start()
+    script = (
+        "import sys; from pathlib import Path; from overlay import logs; logs.LOCK_PATIENCE_S = 0\n"
+        "log = logs.ProcessLog(Path(sys.argv[1]), 'A'); log.start(); log.stop()"
+    )
+    try_it = [sys.executable, "-c", script, str(path)]
+    taken = subprocess.run(try_it, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    log.stop()
+    free = subprocess.run(try_it, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert taken.returncode == 1
+    assert "ConfigError" in taken.stderr
+    assert (free.returncode, free.stderr) == (0, "")

@@ -375,6 +375,60 @@ def test_a_restart_in_the_middle_costs_only_what_was_in_doubt(overlays: Any) -> 
     assert results == {"X": 100, "Y": 100}
 
 
+def test_a_lost_leader_costs_only_what_was_under_way(overlays: Any, tmp_path: Path) -> None:
+    found = overlays(HANDLERS, handlers=NAMES)
+    asking = subprocess.Popen(
+        command(found, "--handler", "slow", "--json", "--window", 100),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    asking.stdin.write(b"0.01\n" * 3000)
+    asking.stdin.close()
+    first = [asking.stdout.readline() for _ in range(500)]
+    found.kill("A")
+    time.sleep(4)  # longer than a call waits for it
+    found.start("A")
+    said = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
+    complaints = asking.stderr.read().decode()
+    asking.stdout.close()
+    asking.stderr.close()
+
+    failed = [line for line in said if not line["ok"]]
+    assert asking.wait(10) == 1
+    assert [line["index"] for line in said] == list(range(3000))
+    assert 0 < len(failed) <= 100, "no more than the window was under way"
+    assert {line["error"]["executed"] for line in failed} == {"UNKNOWN"}
+    assert f"client.py: {found.address('A')} is gone; the map goes on when it is back" in complaints
+    assert f"line {failed[0]['index'] + 1}: no answer from {found.address('A')}" in complaints
+    assert f"{3000 - len(failed):,} of 3,000 answered in " in complaints
+    assert f"; {len(failed)} failed: {len(failed)} UNAVAILABLE" in complaints
+
+
+def test_a_leader_that_does_not_come_back_ends_it_with_the_counts(overlays: Any) -> None:
+    found = overlays(HANDLERS, handlers=NAMES)
+    asking = subprocess.Popen(
+        command(found, "--handler", "slow", "--json", "--window", 100, "--patience", 1),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    asking.stdin.write(b"0.01\n" * 3000)
+    asking.stdin.close()
+    first = [asking.stdout.readline() for _ in range(500)]
+    found.kill("A")
+    said = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
+    complaints = asking.stderr.read().decode()
+    asking.stdout.close()
+    asking.stderr.close()
+
+    good = sum(line["ok"] for line in said)
+    assert asking.wait(20) == 1
+    assert [line["index"] for line in said] == list(range(len(said)))
+    assert f"; {good:,} payloads were answered, " in complaints
+    assert f"{good:,} of {len(said):,} answered in " in complaints
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 def test_a_terminal_sees_how_far_it_is(six: Overlay, tmp_path: Path) -> None:
     import pty

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -18,7 +19,21 @@ from overlay.limits import Limits
 from overlay.links import Links
 from overlay.relay import Claimed, Relay
 from overlay.topology import Topology
-from overlay.values import Answer, Answers, Code, Column, Executed, Mode, Route, Segment
+from overlay.values import (
+    Answer,
+    Answers,
+    Code,
+    Column,
+    End,
+    Executed,
+    Failure,
+    Mode,
+    Part,
+    PartColumn,
+    Route,
+    Segment,
+    Sink,
+)
 from tests.cluster import free_port, until
 from tests.network import (
     ANSWER_LOST,
@@ -672,6 +687,97 @@ def test_answers_may_come_in_pieces_of_any_size_and_in_any_order(seed, mode):
         assert all(line.endswith(b": %d" % row) for line in asked.result_at(row).split(b"\n"))
         assert len(asked.at(row).parts) == (3 if mode is ALL else 1)
     assert network.left_over == {}
+
+
+class Branches:
+    """A network whose neighbours answer when the test does."""
+
+    def __init__(self) -> None:
+        self.sinks: dict[str, Sink] = {}
+        self.ended = 0
+
+    def up(self) -> frozenset[str]:
+        return frozenset("BE")
+
+    def awaited(self) -> set[str]:
+        return set()
+
+    def load(self, neighbour: str, handler: str) -> tuple[int, float, State]:
+        return 0, 0.0, State.HEALTHY
+
+    def slots(self, neighbour: str, worker: str, handler: str) -> int:
+        return 100_000
+
+    def reserve(self, neighbour: str, handler: str, count: int) -> None:
+        pass
+
+    def send(self, neighbour: str, segment: Segment, sink: Sink) -> End:
+        self.sinks[neighbour] = sink
+        return self._end
+
+    def _end(self, code: Code, start: int, count: int) -> None:
+        self.ended += count
+
+
+def row_by_row(count: int, mode: Mode, way: str, ends: bool) -> float:
+    """CPU seconds of a relay for a segment whose rows are answered, or ended, one by one."""
+    branches, chance, answered = Branches(), random.Random(count), Counter[int]()
+    relay = Relay(SIX, "A", branches)
+    segment = Segment(Route(mode), Column((b"",) * count), 1e9, 1)
+    if way == "as they come":
+        segment = replace(segment, early=lambda row, answers: None)
+    claimed = relay.claim(segment.route, count, 0.0, True)
+    assert isinstance(claimed, Claimed)
+    began = time.process_time()
+    end = relay.start(segment, claimed, 0.0, lambda row, answers: answered.update([row]))
+    if way == "tried elsewhere":
+        refused = Part("B", Code.UNAVAILABLE, "no", executed=Executed.NO)
+        (first,) = branches.sinks.values()
+        for row in range(count):
+            first(row, Answers(1, (), refused=refused))
+    for neighbour, sink in branches.sinks.items():
+        workers = "C" if neighbour == "B" else "DF"
+        columns = tuple(PartColumn(w, Column((b"x",))) for w in workers)
+        for row in chance.sample(range(count), count):
+            if ends:
+                end(Code.CANCELLED, row, 1)
+            else:
+                sink(row, Answers(1, columns, (neighbour,)))
+    took_s = time.process_time() - began
+    assert answered == dict.fromkeys(range(count), 1)
+    return took_s
+
+
+@pytest.mark.parametrize(
+    ("mode", "way", "ends"),
+    [
+        (ALL, "", False),
+        (ALL, "", True),
+        (ALL, "as they come", False),
+        (ALL, "as they come", True),
+        (ANY, "", False),
+        (ANY, "", True),
+        (ANY, "tried elsewhere", True),
+    ],
+)
+def test_a_row_costs_the_same_however_many_others_come_one_by_one(mode, way, ends):
+    few, many = (min(row_by_row(count, mode, way, ends) for _ in range(3)) for count in (512, 4096))
+
+    assert many < 3 * 8 * few, "eight times as many rows, not sixty-four times the work"
+
+
+def test_rows_that_all_failed_are_sliced_in_no_more_time_than_there_are_of_them():
+    def cpu_s(count: int) -> float:
+        failures = {row: Failure(Code.INTERNAL, "no") for row in range(count)}
+        column = PartColumn("F", Column((b"",) * count), (), failures)
+        began = time.process_time()
+        for row in range(count):
+            assert column.slice(row, 1).failures == {0: failures[row]}
+        return time.process_time() - began
+
+    few, many = (min(cpu_s(count) for _ in range(3)) for count in (1024, 8192))
+
+    assert many < 3 * 8 * few
 
 
 def test_a_row_of_all_is_answered_when_its_last_branch_has_answered_it(network):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay.rows import OpenRows, consecutive
+from overlay.rows import Ends, OpenRows, Slices, consecutive
 from overlay.values import (
     Answers,
     Code,
@@ -146,3 +146,68 @@ def test_a_missing_workers_rows_all_say_why(failed):
 )
 def test_ascending_rows_are_found_as_runs(rows, runs):
     assert consecutive(rows) == runs
+
+
+@given(st.integers(1, 30), st.randoms())
+def test_slices_find_what_came_in_any_pieces_and_order(count, chance):
+    pieces, start = [], 0
+    while start < count:
+        stop = min(count, start + chance.randint(1, 6))
+        pieces.append((start, stop))
+        start = stop
+    kept = [piece for piece in pieces if chance.random() < 0.7]
+    slices = Slices()
+    for start, stop in chance.sample(kept, len(kept)):
+        items = [b"%d" % row for row in range(start, stop)]
+        slices.add(start, Answers(stop - start, (PartColumn("F", Column(items)),)))
+    there = {row for start, stop in kept for row in range(start, stop)}
+
+    for row in range(count):
+        found = slices.at(row)
+        assert (found.at(0).parts[0].result if found else None) == (
+            b"%d" % row if row in there else None
+        )
+    begin = chance.randint(0, count)
+    end = chance.randint(begin, count)
+    runs = list(slices.overlapping(begin, end))
+    assert [row for a, b in runs for row in range(a, b)] == sorted(there & set(range(begin, end)))
+
+
+@given(st.integers(1, 20), st.randoms())
+def test_ends_reach_what_has_begun_wherever_it_did_last(count, chance):
+    """Pieces begin, are tried again elsewhere, and are ended, in any order."""
+    ends, begun, ended = Ends(count), {}, {}
+    reached = set()
+    for turn in range(12):
+        start = chance.randint(0, count - 1)
+        rows = chance.randint(1, count - start)
+        if chance.random() < 0.5:
+
+            def end(code, first, size, turn=turn, start=start):
+                reached.update((turn, start + first + i, code) for i in range(size))
+
+            todo = ends.begin(start, rows, end, turn)
+            begun.update(dict.fromkeys(range(start, start + rows), turn))
+        else:
+            code = chance.choice([Code.CANCELLED, Code.DEADLINE_EXCEEDED])
+            todo = ends.end(code, start, rows)
+            for row in range(start, start + rows):
+                ended.setdefault(row, code)
+        for ending in todo:
+            ending()
+        expected = {(begun[row], row, ended[row]) for row in begun if row in ended}
+        assert expected <= reached
+        assert all(ended.get(row) is code for _, row, code in reached)
+
+
+def test_an_earlier_try_that_is_told_of_later_does_not_count():
+    ends, reached = Ends(2), []
+    ends.begin(1, 1, lambda *what: reached.append(("second", *what)), 2)
+    ends.begin(0, 2, lambda *what: reached.append(("first", *what)), 1)
+
+    for ending in ends.end(Code.CANCELLED, 0, 2):
+        ending()
+
+    assert reached == [("first", Code.CANCELLED, 0, 1), ("second", Code.CANCELLED, 0, 1)]
+    ends.forget()
+    assert ends.end(Code.CANCELLED, 0, 2) == []
