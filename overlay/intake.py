@@ -5,8 +5,9 @@
     stream --> [ a lane per stream, its window ] --+--claim--> [ in service, against credit ]
 
 The room and the lanes take turns, so that neither a bulk of streamed requests nor a crowd of single
-ones starves the other. In the room callers take turns, and who comes too late to be answered in
-time is refused; overlay.admission decides both.
+ones starves the other. Who finds a place when it comes starts, whatever else waits. Only who found
+none is judged: whether there is room to wait, and whether it can be answered in time;
+overlay.admission decides both.
 
 Owns no thread. Whoever changes something (a request comes, one ends, a link comes up: `kick`) lets
 the next ones start, on its own thread. `claim` decides under the lock and must be quick; `start`
@@ -21,14 +22,14 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from overlay import admission
-from overlay.admission import HIGHEST_PRIORITY, Callers
+from overlay.admission import HIGHEST_PRIORITY, Callers, Lately, Seen, Shares
 from overlay.errors import Draining, NoTimeLeft, OverlayError
-from overlay.lanes import Kind, Lane, NoPlace, Place, Turns
+from overlay.lanes import NO_SHARE, Kind, Lane, NoPlace, Place, Turns
 from overlay.rows import OpenRows, Run
 from overlay.values import (
     NOBODY,
@@ -46,8 +47,9 @@ from overlay.values import (
 
 log = logging.getLogger("overlay.intake")
 
-SAMPLE_S = 0.001  # between two streamed rows whose time is noted: enough to know a pace
+SAMPLE_S = 0.001  # between two ends that are noted: enough to know a pace, where they are many
 MOST_KINDS = 1000  # routes are few, but a caller may name any targets
+MOST_HANDLERS = 1000  # as many are known to have been asked for of late
 
 
 Claim = Callable[[Route, int, float, bool], "Place | None"]
@@ -70,12 +72,17 @@ class Ticket:
         intake: Intake,
         lane: Lane[Ticket],
         kind: Kind,
+        wants: Route,
         priority: int = 0,
     ):
         self.segment = segment
         self.route = segment.route
+        self.wants = wants
         self.lane = lane
         self.kind = kind
+        self.own = kind.pace_of(admission.size_class(segment.payloads.size // segment.count))
+        self.found_none = False  # as of its lane; guarded by the intake's lock, as is the next
+        self.is_parked = False  # it had to wait for a place: so its time is the intake's to judge
         self.priority = priority
         self.urgency = admission.urgency(now, priority)
         self.admitted = now
@@ -92,11 +99,6 @@ class Ticket:
         self._ended: list[tuple[Code, int, int]] = []
 
     @property
-    def is_handed_down(self) -> bool:
-        """By another process, which has judged of its time."""
-        return self.route.targets is not None
-
-    @property
     def is_open(self) -> bool:
         return self._open.left > 0
 
@@ -108,8 +110,9 @@ class Ticket:
         count = self.segment.count - start if count is None else count
         if not self._open.left:
             return
-        for first, rows in self._intake._withdraw(self, start, count):
-            self._settle(first, _unstarted(self._intake.me, code, rows))
+        self._settle_runs(
+            self._intake._withdraw(self, start, count), _unstarted(self._intake.me, code)
+        )
         with self._lock:
             self._ended.append((code, start, count))
             ends = list(self._ends)
@@ -118,12 +121,15 @@ class Ticket:
 
     def refuse(self, error: OverlayError, start: int = 0) -> None:
         """Answers every row from `start` that has not started with this refusal."""
-        part = refusal(self._intake.me, error)
-        for first, rows in self._intake._withdraw(self, start, self.segment.count - start):
-            self._settle(first, Answers(rows, (), refused=part))
+        runs = self._intake._withdraw(self, start, self.segment.count - start)
+        self._settle_runs(runs, refusal(self._intake.me, error))
 
     def waited_s(self, now: float) -> float:
         return (self.started or now) - self.admitted
+
+    def _settle_runs(self, runs: list[Run], refused: Part) -> None:
+        for first, rows in runs:
+            self._settle(first, Answers(rows, (), refused=refused))
 
     def _settle(self, start: int, answers: Answers) -> None:
         """Passes on the rows that are still open."""
@@ -144,7 +150,7 @@ class Ticket:
                 before = still_in_service.left
                 still_in_service.take(row, answers.count)
                 left = before - still_in_service.left
-            intake._release(self, left, now)
+            intake._release(self, left, now, answers)
             self._settle(first + row, answers)
             intake.kick()
 
@@ -176,13 +182,12 @@ def refusal(me: str, error: OverlayError) -> Part:
     )
 
 
-def _unstarted(me: str, code: Code, rows: int) -> Answers:
+def _unstarted(me: str, code: Code) -> Part:
+    """What the callers of rows get that were ended before they started."""
     if code is Code.DEADLINE_EXCEEDED:
         reason = "no time left: the deadline passed in the queue, before any handler started"
-        part = Part(me, NoTimeLeft.code, reason, executed=Executed.NO)
-    else:
-        part = Part(me, code, "the caller left while the request waited", executed=Executed.NO)
-    return Answers(rows, (), refused=part)
+        return Part(me, NoTimeLeft.code, reason, executed=Executed.NO)
+    return Part(me, code, "the caller left while the request waited", executed=Executed.NO)
 
 
 class WaitingRoom(queue.Queue["Ticket"]):
@@ -199,7 +204,9 @@ class WaitingRoom(queue.Queue["Ticket"]):
     def _init(self, maxsize: int) -> None:
         self.turns: Turns[Ticket] = Turns()
         self._lanes: dict[Caller, Lane[Ticket]] = {}
-        self._lately = Callers()
+        self._handlers_lately: Lately[str] = Lately(MOST_HANDLERS)
+        self._addresses: Counter[str] = Counter()
+        self._handlers: Counter[str] = Counter()
         self._count = 0
         self._bytes = 0
 
@@ -207,7 +214,10 @@ class WaitingRoom(queue.Queue["Ticket"]):
         return self._count
 
     def _put(self, item: Ticket) -> None:
-        self._lanes[item.lane.caller] = item.lane
+        caller = item.lane.caller
+        self._lanes[caller] = item.lane
+        self._addresses[caller.address] += 1
+        self._handlers[item.wants.handler] += 1
         self.turns.put(item.lane, item)
         self._count += 1
         self._bytes += item.segment.payloads.size
@@ -220,17 +230,25 @@ class WaitingRoom(queue.Queue["Ticket"]):
     def lane_locked(self, caller: Caller) -> Lane[Ticket]:
         return self._lanes.get(caller) or Lane(caller)
 
-    def has_rivals_locked(self, ticket: Ticket) -> bool:
-        """Notes its caller; whether others have come lately too."""
-        return self._lately.seen(ticket.lane.caller, ticket.admitted)
-
-    def admit_locked(self, ticket: Ticket, has_rivals: bool) -> None:
-        """Puts the ticket in or raises QueueFull."""
-        size = ticket.segment.payloads.size
-        admission.check_room(self._count, self.maxsize, self._bytes, size, self.most_bytes)
-        if has_rivals:
-            admission.check_share(ticket.lane.rows, self._count, self.maxsize)
+    def put_locked(self, ticket: Ticket) -> None:
+        """For as long as it takes to see whether it starts at once."""
         self._put(ticket)
+
+    def check_locked(self, ticket: Ticket, seen: Seen) -> None:
+        """Raises QueueFull when the ticket, which is in already, has no room to wait."""
+        size, waiting = ticket.segment.payloads.size, self._count - 1
+        handler, address = ticket.wants.handler, seen.flow.address
+        others = self._handlers_lately.seen(handler, ticket.admitted)
+        held = self._bytes - size
+        admission.check_room(waiting, self.maxsize, held, size, self.most_bytes)
+        if seen.has_neighbours:
+            of_address = self._addresses[address] - 1
+            admission.check_share(of_address, waiting, self.maxsize, "this machine")
+        if seen.has_rivals:
+            admission.check_share(ticket.lane.rows - 1, waiting, self.maxsize)
+        if others:
+            of_handler = self._handlers[handler] - 1
+            admission.check_share_of_handler(of_handler, waiting, self.maxsize)
 
     def start_locked(self, ticket: Ticket) -> None:
         """Takes it out: it is its caller's turn."""
@@ -243,14 +261,46 @@ class WaitingRoom(queue.Queue["Ticket"]):
         self._forget(ticket)
 
     def _forget(self, ticket: Ticket) -> None:
+        caller = ticket.lane.caller
         if not ticket.lane.rows:
-            del self._lanes[ticket.lane.caller]
+            del self._lanes[caller]
+        _one_less(self._addresses, caller.address)
+        _one_less(self._handlers, ticket.wants.handler)
         self._count -= 1
         self._bytes -= ticket.segment.payloads.size
 
 
 def _number(ticket: Ticket) -> int:
     return ticket.number
+
+
+def _one_less(counts: Counter[str], key: str) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]  # nothing is kept of those who have nothing waiting
+
+
+class _Taken(NamedTuple):
+    """Rows whose turn it is, with their places."""
+
+    ticket: Ticket
+    first: int
+    place: Place
+    now: float
+
+    def settle(self, start: Start) -> None:
+        self.ticket._run(start, self.first, self.place, self.now)
+
+
+class _Refused(NamedTuple):
+    """Rows that were taken out and never start, and what their callers are told."""
+
+    ticket: Ticket
+    runs: list[Run]
+    part: Part
+
+    def settle(self, start: Start) -> None:
+        self.ticket._settle_runs(self.runs, self.part)
 
 
 class Intake:
@@ -267,20 +317,23 @@ class Intake:
         start: Start,
         of_a_team: int | None = None,
         way_home_s: float = 0.0,
+        default_handler: str = "",
         on_started: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """of_a_team: how many of the places in service those who name one team may have.
 
         way_home_s: what the processes below keep back of a request's time; nobody works in it.
+        default_handler: what a request without a handler's name runs, where that is the same on all
+        workers.
         on_started: called after starts, so that what they sent leaves together.
         """
         self.me = me
         self.on_started = on_started
         self.slots = slots
         self.in_service = in_service
-        self._of_a_team = of_a_team or in_service
         self._way_home_s = way_home_s
+        self._default_handler = default_handler
         self._room = WaitingRoom(slots, most_bytes)
         self._lock = self._room.mutex
         self._turns = self._room.turns
@@ -289,9 +342,10 @@ class Intake:
         self._start = start
         self._clock = clock
         self._numbers = itertools.count()
-        self._active = 0
-        self._kinds: dict[Hashable, Kind] = {}
-        self._teams: Counter[str] = Counter()  # single requests in service
+        self._callers = Callers()
+        self._shares = Shares(in_service, of_a_team or in_service)  # single requests in service
+        self._kinds: OrderedDict[Route, Kind] = OrderedDict()
+        self._fresh: dict[Ticket, None] = {}  # streamed ones that no kick has looked at
         self._draining = False
         self._pumping = threading.local()
 
@@ -303,7 +357,7 @@ class Intake:
     @property
     def active(self) -> int:
         """Single requests in service."""
-        return self._active
+        return self._shares.taken
 
     @property
     def streamed(self) -> tuple[int, int, int]:
@@ -317,24 +371,37 @@ class Intake:
     ) -> Ticket:
         """Takes one request in or refuses it now; never blocks.
 
-        The sink gets its answer, whatever becomes of it. Raises QueueFull when there is no room,
-        NoTimeLeft when its deadline has passed or comes too soon, Draining after `close`.
+        The sink gets its answer, whatever becomes of it. Who finds a place starts. Raises QueueFull
+        when there is none and no room to wait, NoTimeLeft when its deadline has passed or it cannot
+        be answered before it, Draining after `close`.
         """
         now = self._clock()
         _check_left(segment, now)
+        refused: OverlayError | None = None
         with self._lock:
             self._check_open()
-            ticket = self._ticket(segment, sink, now, self._room.lane_locked(caller), priority)
-            has_rivals = self._room.has_rivals_locked(ticket)
-            self._check_time_locked(ticket)
-            self._room.admit_locked(ticket, has_rivals)
-        self.kick()
+            seen = self._callers.seen(caller, now)
+            lane = self._room.lane_locked(seen.flow)
+            ticket = self._ticket_locked(segment, sink, now, lane, priority)
+            self._room.put_locked(ticket)
+            taken = self._take_all_locked(now)
+            if ticket.unstarted.left:
+                try:
+                    self._judge_locked(ticket, seen)
+                except OverlayError as e:
+                    refused = e
+                    self._withdraw_locked(ticket, 0, 1)
+        if taken:
+            self._run(taken)
+        if refused is not None:
+            raise refused
         return ticket
 
     def open_lane(self, caller: Caller = NOBODY) -> Lane[Ticket]:
         """A lane for one stream of this caller's, until `close_lane`."""
-        lane: Lane[Ticket] = Lane(caller, is_stream=True)
         with self._lock:
+            flow = self._callers.seen(caller, self._clock()).flow
+            lane: Lane[Ticket] = Lane(flow, is_stream=True)
             self._lanes.append(lane)
         return lane
 
@@ -347,20 +414,16 @@ class Intake:
     ) -> Ticket:
         """Takes a streamed segment in; its stream bounds how many. Raises NoTimeLeft, Draining.
 
-        Rows of it that cannot be answered in time are refused, the last ones first. It starts with
-        the next `kick`, so that the segments of a frame start together.
+        It starts with the next `kick`, so that the segments of a frame start together. Those of its
+        rows that find no place then, and cannot be answered in time, are refused, the last first.
         """
         now = self._clock()
         _check_left(segment, now)
-        ticket = self._ticket(segment, sink, now, lane, priority)
         with self._lock:
             self._check_open()
-            in_time, hopeless = self._in_time_locked(ticket)
-            if hopeless is not None and not in_time:
-                raise hopeless
+            ticket = self._ticket_locked(segment, sink, now, lane, priority)
             self._turns.put(lane, ticket, segment.count)
-        if hopeless is not None:
-            ticket.refuse(hopeless, in_time)
+            self._fresh[ticket] = None
         return ticket
 
     def kick(self) -> None:
@@ -371,12 +434,7 @@ class Intake:
         if getattr(self._pumping, "on", False):
             self._pumping.again = True
             return
-        self._pumping.on = True
-        try:
-            self._pump()
-        finally:
-            self._pumping.on = False
-            self.on_started()
+        self._run([])
 
     def close(self) -> int:
         """Refuses what waits and all that comes; what has started goes on. The number refused."""
@@ -388,114 +446,183 @@ class Intake:
             ticket.refuse(Draining(f"{self.me} is stopping; the request had not started"))
         return refused
 
-    def _ticket(
+    def _ticket_locked(
         self, segment: Segment, sink: Sink, now: float, lane: Lane[Ticket], priority: int
     ) -> Ticket:
-        kind, priority = self._kind_of(segment.route), min(priority, HIGHEST_PRIORITY)
-        return Ticket(segment, sink, now, next(self._numbers), self, lane, kind, priority)
+        wants = admission.wants(segment.route, self._default_handler)
+        kind, priority = self._kind_of(wants), min(priority, HIGHEST_PRIORITY)
+        return Ticket(segment, sink, now, next(self._numbers), self, lane, kind, wants, priority)
 
-    def _check_time_locked(self, ticket: Ticket, row: int = 0) -> None:
-        if not self._turns:
-            return
+    def _judge_locked(self, ticket: Ticket, seen: Seen) -> None:
+        """Raises why a single request that did not start at once may not wait either."""
+        self._room.check_locked(ticket, seen)
+        if self._park_locked(ticket):
+            self._check_time_locked(ticket, -1)
+
+    def _park_locked(self, ticket: Ticket) -> bool:
+        """Whether it waits for a place, and not for a neighbour to come back."""
+        if ticket.lane.paused or not self._turns.found_none(ticket.lane, ticket):
+            return False
+        ticket.is_parked = True
+        ticket.kind.park(ticket.admitted)
+        return True
+
+    def _unpark_locked(self, ticket: Ticket, now: float) -> None:
+        if ticket.is_parked and not ticket.unstarted.left:
+            ticket.is_parked = False
+            ticket.kind.unpark(now)
+
+    def _check_time_locked(self, ticket: Ticket, before: int) -> None:
+        """before: see `_way_locked`."""
         kind, now = ticket.kind, ticket.admitted
         share = admission.share_of_time(now - kind.refused)
         try:
-            admission.check_time(self._left_s(ticket, now), *self._way_locked(ticket, row), share)
+            ahead, needs_s = self._way_locked(ticket, before)
+            admission.check_time(self._left_s(ticket, now), ahead, needs_s, share)
         except NoTimeLeft:
             kind.refused = now
             raise
 
-    def _way_locked(self, ticket: Ticket, row: int = 0) -> tuple[int, float]:
-        """How many start before this row of it, and how long its answer takes."""
-        kind, now = ticket.kind, ticket.admitted
-        ahead = self._turns.ahead_of(ticket.lane, kind, ticket.priority, row)
-        at_work, mean_s = max(kind.active, kind.pace.at_work), kind.pace.mean_s(now)
-        return ahead, admission.takes_s(ahead, at_work, mean_s, kind.pace.ample_s(now))
+    def _way_locked(self, ticket: Ticket, before: int) -> tuple[int, float]:
+        """How many start before it, and how long its answer takes.
 
-    def _in_time_locked(self, ticket: Ticket) -> tuple[int, NoTimeLeft | None]:
+        before: how many of its line's rows are before it, beyond those in the line.
+        """
+        kind, now = ticket.kind, ticket.admitted
+        ahead = self._turns.ahead_of(ticket.lane, kind, ticket.priority, before)
+        at_work, mean_s = max(kind.active, kind.pace.at_work), kind.pace.mean_s(now)
+        return ahead, admission.takes_s(ahead, at_work, mean_s, ticket.own.own_s(now))
+
+    def _judge_fresh_locked(self) -> list[_Refused]:
+        """Takes out the streamed rows that found no place and cannot be answered in time."""
+        refused = []
+        after = Counter[tuple[Lane[Ticket], Kind, int]]()  # rows of a line from the one judged on
+        for ticket in self._fresh:
+            after[ticket.lane, ticket.kind, ticket.priority] += ticket.unstarted.left
+        for ticket in list(self._fresh):
+            line = ticket.lane, ticket.kind, ticket.priority
+            in_time, hopeless = self._in_time_locked(ticket, after[line])
+            after[line] -= ticket.unstarted.left
+            if hopeless is not None:
+                runs = self._withdraw_locked(ticket, in_time, ticket.segment.count - in_time)
+                refused.append(_Refused(ticket, runs, refusal(self.me, hopeless)))
+        self._fresh.clear()
+        return refused
+
+    def _in_time_locked(self, ticket: Ticket, after: int) -> tuple[int, NoTimeLeft | None]:
         """How many rows of the segment can be answered in time, and what to tell the others.
 
-        That takes proof, since thousands may come at once: some of its kind have ended lately, and
-        some still wait because no place was free.
+        after: how many rows its line has from its first one on. It takes proof to refuse any, since
+        thousands may come at once: some of its kind have ended lately.
         """
-        rows, kind, lane = ticket.segment.count, ticket.kind, ticket.lane
-        is_proven = kind.is_full and kind.pace.is_proven(ticket.admitted) and not lane.paused
-        if not is_proven or ticket.is_handed_down or not self._way_locked(ticket)[0]:
+        rows, kind = ticket.segment.count, ticket.kind
+        if not self._park_locked(ticket) or not kind.pace.is_proven(ticket.admitted):
+            return rows, None
+        first, _ = ticket.unstarted.first_run() or (0, 0)
+        if self._way_locked(ticket, -after)[0] <= 0:
             return rows, None
         share = admission.share_of_time(ticket.admitted - kind.refused)
         most_s = share * self._left_s(ticket, ticket.admitted)
 
         def is_late(row: int) -> bool:
-            return self._way_locked(ticket, row)[1] > most_s
+            return self._way_locked(ticket, row - first - after)[1] > most_s
 
         try:
-            self._check_time_locked(ticket, rows - 1)
+            self._check_time_locked(ticket, rows - 1 - first - after)
         except NoTimeLeft as e:
-            return bisect.bisect_left(range(rows - 1), True, key=is_late), e
+            return first + bisect.bisect_left(range(first, rows - 1), True, key=is_late), e
         return rows, None
 
-    def _kind_of(self, route: Route) -> Kind:
-        key = admission.places(route)
-        kind = self._kinds.get(key)
+    def _kind_of(self, wants: Route) -> Kind:
+        kinds = self._kinds
+        kind = kinds.get(wants)
         if kind is None:
-            if len(self._kinds) > MOST_KINDS:
-                self._kinds.clear()  # those in use live on with their tickets
-            kind = self._kinds[key] = Kind()
+            kind = kinds[wants] = Kind()
+            # Those that are idle judge nobody; those in use are as many as what waits and runs.
+            for _ in range(min(2, len(kinds) - MOST_KINDS)):
+                oldest, found = next(iter(kinds.items()))
+                if found.is_idle and found is not kind:
+                    del kinds[oldest]
+                else:
+                    kinds.move_to_end(oldest)
+        elif len(kinds) > 1:
+            kinds.move_to_end(wants)
         return kind
 
     def _check_open(self) -> None:
         if self._draining:
             raise Draining(f"{self.me} is stopping and takes no new requests")
 
-    def _pump(self) -> None:
-        self._pumping.again = True
-        while self._pumping.again:
-            self._pumping.again = False
-            while (taken := self._take()) is not None:
-                ticket, first, place, now = taken
-                if place is _EXPIRED:
-                    ticket.end(Code.DEADLINE_EXCEEDED)
-                elif place is _HOPELESS:
-                    ticket.refuse(NoTimeLeft("no time left: even the quickest of late took longer"))
-                else:
-                    ticket._run(self._start, first, place, now)
+    def _run(self, taken: list[_Taken | _Refused]) -> None:
+        """Starts these, and whatever else can start."""
+        here = self._pumping
+        if getattr(here, "on", False):
+            here.taken.extend(taken)
+            here.again = True
+            return
+        here.on, here.again, here.taken = True, True, deque(taken)
+        try:
+            self._pump(here)
+        finally:
+            here.on = False
+            self.on_started()
 
-    def _take(self) -> tuple[Ticket, int, Place, float] | None:
-        """The next rows to start, from the room and the lanes in turn."""
+    def _pump(self, here: Any) -> None:
+        while here.taken or here.again:
+            here.again = False
+            while here.taken:
+                here.taken.popleft().settle(self._start)
+            while taken := self._take():
+                for found in taken:
+                    found.settle(self._start)
+
+    def _take(self) -> list[_Taken | _Refused]:
+        """The next rows to start, from the room and the lanes in turn; and those that never can."""
+        if not self._turns:
+            return []
+        with self._lock:
+            taken = self._take_locked(self._clock())
+            if taken is not None:
+                return [taken]
+            return [*self._judge_fresh_locked()] if self._fresh else []
+
+    def _take_all_locked(self, now: float) -> list[_Taken | _Refused]:
+        found = []
+        while (taken := self._take_locked(now)) is not None:
+            found.append(taken)
+        return found
+
+    def _take_locked(self, now: float) -> _Taken | _Refused | None:
         if not self._turns:
             return None
-        with self._lock:
-            now = self._clock()
-            taken = self._turns.next(lambda ticket: self._claim_locked(ticket, now))
-            if taken is None:
-                return None
-            ticket, place = taken
-            first, _ = ticket.unstarted.first_run() or (0, 0)
-            if place.count:
-                self._begin_locked(ticket, first, place.count, now)
-            return ticket, first, place, now
+        taken = self._turns.next(lambda ticket: self._claim_locked(ticket, now))
+        if taken is None:
+            return None
+        ticket, place = taken
+        if place is _EXPIRED or place is _HOPELESS:
+            part = _unstarted(self.me, Code.DEADLINE_EXCEEDED)
+            if place is _HOPELESS:
+                part = refusal(self.me, NoTimeLeft(_TOO_LATE))
+            return _Refused(ticket, self._withdraw_locked(ticket, 0, ticket.segment.count), part)
+        first, _ = ticket.unstarted.first_run() or (0, 0)
+        self._begin_locked(ticket, first, place.count, now)
+        return _Taken(ticket, first, place, now)
 
     def _claim_locked(self, ticket: Ticket, now: float) -> Place | None:
         if ticket.segment.deadline <= now:
             return _EXPIRED  # dropped at dequeue: no handler shall work for nobody
-        if not ticket.lane.is_stream and not self._has_place_locked(ticket.route):
-            return None
-        # Only of those that had to wait: the others' time is their own to judge.
-        if now > ticket.admitted and self._is_hopeless(ticket, now):
+        if not ticket.lane.is_stream and not self._shares.allow(*_holder(ticket)):
+            return None if self._shares.is_full else NO_SHARE
+        if ticket.is_parked and self._is_hopeless_locked(ticket, now):
             return _HOPELESS
         _, rows = ticket.unstarted.first_run() or (0, 0)
         return self._claim(ticket.route, rows, ticket.patient_until, ticket.lane.is_stream)
 
-    def _has_place_locked(self, route: Route) -> bool:
-        """For a single request."""
-        if self._active >= self.in_service:
-            return False
-        return not route.team or self._teams[route.team] < self._of_a_team
-
-    def _is_hopeless(self, ticket: Ticket, now: float) -> bool:
-        if ticket.is_handed_down:
-            return False
-        return self._left_s(ticket, now) < ticket.kind.pace.least_s(now)
+    def _is_hopeless_locked(self, ticket: Ticket, now: float) -> bool:
+        """Whether its place is of more use to another one, that waits for it too."""
+        if ticket.kind.waiting <= ticket.unstarted.left:
+            return False  # nobody else would have the place
+        return ticket.own.is_too_little(now, self._left_s(ticket, now))
 
     def _left_s(self, ticket: Ticket, now: float) -> float:
         """What a worker gets of its time, about."""
@@ -506,41 +633,58 @@ class Intake:
         ticket.unstarted.take(first, count)
         ticket.started = ticket.started or now
         ticket.kind.active += count
+        self._unpark_locked(ticket, now)
         if ticket.lane.is_stream:
             ticket.lane.active += count
             self._turns.took(ticket.lane, ticket, count)
+            self._not_fresh_locked(ticket)
         else:
-            self._active += 1
-            self._teams[ticket.route.team] += 1
+            self._shares.take(*_holder(ticket))
             self._room.start_locked(ticket)
 
     def _withdraw(self, ticket: Ticket, start: int, count: int) -> list[Run]:
         """Takes out what has not started of these rows, so that it never will."""
         with self._lock:
-            runs = ticket.unstarted.take(start, count)
-            if not runs:
-                return runs
-            if ticket.lane.is_stream:
-                self._turns.less(ticket.lane, ticket, sum(rows for _, rows in runs))
-            else:
-                self._room.discard_locked(ticket)
-            return runs
+            return self._withdraw_locked(ticket, start, count)
 
-    def _release(self, ticket: Ticket, count: int, started: float) -> None:
+    def _withdraw_locked(self, ticket: Ticket, start: int, count: int) -> list[Run]:
+        runs = ticket.unstarted.take(start, count)
+        if not runs:
+            return runs
+        self._unpark_locked(ticket, self._clock())
+        if ticket.lane.is_stream:
+            self._turns.less(ticket.lane, ticket, sum(rows for _, rows in runs))
+            self._not_fresh_locked(ticket)
+        else:
+            self._room.discard_locked(ticket)
+        return runs
+
+    def _not_fresh_locked(self, ticket: Ticket) -> None:
+        if not ticket.unstarted.left:
+            self._fresh.pop(ticket, None)
+
+    def _release(self, ticket: Ticket, count: int, started: float, answers: Answers) -> None:
         if not count:  # they had ended before
             return
+        is_pace = not ticket.is_read and answers.is_worked_for
+        is_lost = not is_pace and answers.is_too_late
         with self._lock:
             kind, now = ticket.kind, self._clock()
             if ticket.lane.is_stream:
                 ticket.lane.active -= count
-                is_odd = now - kind.pace.last < SAMPLE_S  # tiny ones end in great numbers
             else:
-                self._active -= 1
-                self._teams[ticket.route.team] -= 1
-                is_odd = False
-            if not (is_odd or ticket.is_read):
+                self._shares.give_back(*_holder(ticket))
+            if is_pace and now - kind.pace.last >= SAMPLE_S:
                 kind.pace.ended(now, now - started, kind.active)
+                ticket.own.ended(now, now - started)
+            elif is_lost:
+                ticket.own.lost(now, now - started)
             kind.active -= count
+
+
+def _holder(ticket: Ticket) -> tuple[str, str, str]:
+    """Who holds its place: address, handler and team."""
+    return ticket.lane.caller.address, ticket.wants.handler, ticket.wants.team
 
 
 def _check_left(segment: Segment, now: float) -> None:
@@ -548,5 +692,6 @@ def _check_left(segment: Segment, now: float) -> None:
         raise NoTimeLeft("the deadline had passed when the request came")
 
 
+_TOO_LATE = "no time left: even the quickest of late took longer"
 _EXPIRED, _HOPELESS = NoPlace(), NoPlace()
 """Instead of places: its deadline has passed; what is left of its time is not enough."""

@@ -16,7 +16,9 @@ class Limits:
     """Counts are requests, times seconds, sizes bytes. The configuration sets the first group."""
 
     queue_slots: int = 200  # the leader's queue; more hides overload, less refuses bursts
-    in_service: int = 100  # at once per process; also the size of the other processes' queues
+    # At once per process, shared out as admission.Shares has it; also the size of the other
+    # processes' queues.
+    in_service: int = 100
     default_deadline_s: float = 30.0  # when a client gives none, so that every wait has an end
     max_deadline_s: float = 3600.0  # a longer wish is cut to this
     drain_grace_s: float = 30.0  # running requests may finish within this when a process stops

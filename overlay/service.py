@@ -46,7 +46,7 @@ from overlay.streams import Budget, Places
 from overlay.streams import Call as StreamCall
 from overlay.streams import Desk as StreamDesk
 from overlay.streams import serve as streams_serve
-from overlay.topology import Topology
+from overlay.topology import Process, Topology
 from overlay.values import Answers, Caller, Code, Executed, Mode, Route, Segment
 from overlay.wire import pb2
 
@@ -103,6 +103,7 @@ class Service:
             in_service=self.me.in_service,
             of_a_team=_half_if_several(topology, self.me.in_service),
             way_home_s=topology.hops_below(me) * self.limits.return_margin_s,
+            default_handler=_default_of_all(topology, self.me),
             most_bytes=self.limits.max_waiting_bytes,
             claim=relay.claim,
             start=relay.start,
@@ -548,6 +549,12 @@ def _half_if_several(topology: Topology, in_service: int) -> int:
     """A team that is stuck must not hold all places, where there are others."""
     teams = {worker.team for worker in topology.workers}
     return in_service if len(teams) < 2 else max(1, in_service // 2)
+
+
+def _default_of_all(topology: Topology, me: Process) -> str:
+    """What a request without a handler's name runs, where that is one and the same; else ""."""
+    names = {worker.handler for worker in ((me,) if me.works else topology.workers)}
+    return names.pop() if len(names) == 1 else ""
 
 
 def _caller(context: grpc.ServicerContext) -> Caller:

@@ -289,6 +289,14 @@ class Failure:
     executed: Executed = Executed.UNKNOWN
     retry_after_s: float | None = None  # of a refusal, when it says so
 
+    @property
+    def is_handlers(self) -> bool:
+        """Whether the handler came to an end with it."""
+        return self.executed is Executed.YES and self.code in _HANDLERS_OWN
+
+
+_HANDLERS_OWN = Code.INTERNAL, Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED
+
 
 @value
 class PartColumn:
@@ -370,6 +378,29 @@ class Answers:
             if column.failed is not None or column.failures:
                 return False
         return True
+
+    @property
+    def is_worked_for(self) -> bool:
+        """Whether of at least one row all its handlers came to an end, however that was.
+
+        Where one was late, lost or refused, how long the answer took says nothing of the work.
+        """
+        if self.flawless:
+            return True
+        if self.refused is not None:
+            return False
+        unworked: set[int] = set()
+        for column in self.parts:
+            if column.failed is not None and not column.failed.is_handlers:
+                return False
+            unworked.update(row for row, why in column.failures.items() if not why.is_handlers)
+        return len(unworked) < self.count
+
+    @property
+    def is_too_late(self) -> bool:
+        """Whether no part of any row came before its deadline."""
+        late = Code.DEADLINE_EXCEEDED
+        return bool(self.parts) and all(c.failed and c.failed.code is late for c in self.parts)
 
     def at(self, row: int) -> Answer:
         return Answer(tuple(column.at(row) for column in self.parts), self.hops, self.refused)
