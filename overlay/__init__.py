@@ -16,7 +16,8 @@ arrow says so; tests/test_floors.py compares this picture with the code.
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   logs -> recent   repeats   stories
                  machine
-                 links -> books, wire   books -> pipes, wire   pipes -> wire -> meter, recent
+                 links -> books, wire   books -> pipes, pieces, wire   pipes -> wire
+                 wire -> judge, meter, recent   judge -> recent
                  executor -> threads, processes -> batch -> handlers, meter, pieces
                  executor -> batch, handlers   threads -> handlers, logs, pieces
                  processes -> child -> batch, handlers, logs, pieces   processes -> pieces

@@ -50,6 +50,13 @@ class Limits:
     keys: int = 10_000  # idempotency keys that are remembered
     keys_bytes: int = 64 * MIB  # and their answers
     max_key: int = 256  # characters of an idempotency key
+    least_message_bytes: int = MIB  # what max_message_mib may be, and so what a neighbour may say
+    most_message_bytes: int = 1024 * MIB
+    max_text: int = 16_384  # characters of a text that another tells: a log's line, escaped
+    max_told_slots: int = 1_000_000  # of one handler on one worker, as another tells
+    wrong_s: float = 1.0  # one that speaks wrongly is asked again after so long, then after twice
+    most_wrong_s: float = 30.0  # as much, and so on up to this
+    frame_cancels: int = 2_000  # and grants, in one frame: 180 KB, where all names are longest
     remembered_ids: int = 100_000  # request ids a worker keeps to run each once; about 10 MiB
 
     @property

@@ -5,6 +5,10 @@
     lost(why) when the call has ended; what was handed over and not answered may have run, unless
               why.executed is NO: then the process has read nothing that it did not answer
 
+A call on which the process speaks wrongly ends at once, and so tells it DATA_LOSS; the next one
+begins after a second, and if that is no better after two, and so on, unless `again` says that it
+may have changed.
+
 One frame is in flight at a time: what comes meanwhile leaves together in the next, and what may
 wait for company does, until `hurry`. `fill` runs on gRPC's sending thread, `receive` and `lost` on
 the pipe's own thread, "pipe-NAME", from `start` to `end`.
@@ -14,11 +18,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grpc
 
 from overlay import wire
+from overlay.errors import Misspoken
+from overlay.limits import Limits
 from overlay.values import Code, Executed, Part
 from overlay.wire import pb2, pb2_grpc
 
@@ -39,11 +46,13 @@ class Pipe:
         lost: Callable[[Part], None],
         live: Callable[[Mapping[str, str]], None] = lambda metadata: None,
         patience_s: Callable[[], float] = lambda: 0.0,
+        metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
         """fill: puts what is to be sent into the frame; False when there is nothing.
 
-        live: the other side has accepted the call, with this metadata. patience_s: how long what is
-        to be sent may wait for more, at most; must be quick.
+        receive: raises Misspoken for a frame that makes no sense, which ends the call. live: the
+        other side has accepted the call, with this metadata. metadata: what it is told.
+        patience_s: how long what is to be sent may wait for more, at most; must be quick.
         """
         self._stub = pb2_grpc.OverlayNodeStub(channel)
         self._fill = fill
@@ -58,6 +67,8 @@ class Pipe:
         self._ended = False
         self._call: grpc.Call | None = None
         self._attempt = 0
+        self._metadata = tuple(metadata)
+        self._wrong_calls = 0  # one after another
         self._thread = threading.Thread(target=self._run, name=f"pipe-{name}", daemon=True)
 
     def start(self) -> None:
@@ -77,6 +88,12 @@ class Pipe:
                 self._hurried = True
                 self._changed.notify_all()
 
+    def again(self) -> None:
+        """The process may be another now: a pause for speaking wrongly is over."""
+        with self._changed:
+            self._wrong_calls = 0
+            self._changed.notify_all()
+
     def end(self) -> None:
         with self._changed:
             self._ended = True
@@ -89,19 +106,35 @@ class Pipe:
 
     def _run(self) -> None:
         while not self._ended:
+            began = time.monotonic()
             why = self._one_call()
             with self._filling, self._changed:
                 self._attempt += 1  # ends the sender of the call that is over
                 self._changed.notify_all()
             self._lost(why)
-            with self._changed:
-                if not self._ended:
-                    self._changed.wait(RETRY_S)
+            self._pause(why, began)
+
+    def _pause(self, why: Part, began: float) -> None:
+        """Before the next call; a kick cuts it short, but for one that has spoken wrongly."""
+        is_wrong, most_s = why.code in _WRONG, Limits.most_wrong_s
+        with self._changed:
+            if not is_wrong or time.monotonic() - began > most_s:
+                self._wrong_calls = 0
+            if self._ended:
+                return
+            if not is_wrong:
+                self._changed.wait(RETRY_S)
+                return
+            pause_s = min(Limits.wrong_s * 2.0**self._wrong_calls, most_s)
+            self._wrong_calls = calls = min(self._wrong_calls + 1, 10)
+            self._changed.wait_for(lambda: self._ended or self._wrong_calls != calls, pause_s)
 
     def _one_call(self) -> Part:
         """One call, from its start to its end, and why it ended."""
+        call = None
         try:
-            call = self._stub.ForwardStream(self._frames(self._attempt), wait_for_ready=True)
+            frames = self._frames(self._attempt)
+            call = self._stub.ForwardStream(frames, wait_for_ready=True, metadata=self._metadata)
             with self._changed:
                 self._call = call
                 if self._ended:
@@ -112,13 +145,18 @@ class Pipe:
             for frame in call:
                 self._receive(frame)
         except grpc.RpcError as e:
-            return wire.read_error(e)
-        except ValueError as e:  # the channel is closed, or a slice made no sense
+            return _plain(wire.read_error(e))
+        except Misspoken as e:
+            return Part("", e.code, f"it speaks wrongly: {e}")
+        except ValueError as e:  # the channel is closed
             return Part("", Code.UNAVAILABLE, str(e), executed=Executed.UNKNOWN)
         except Exception as e:
             log.exception("a pipe broke and starts again")
             return Part("", Code.UNAVAILABLE, repr(e), executed=Executed.UNKNOWN)
-        return Part("", Code.UNAVAILABLE, "the stream was ended by the other side")
+        finally:
+            if call is not None:
+                call.cancel()
+        return Part("", Code.DATA_LOSS, _ENDED)
 
     def _frames(self, attempt: int) -> Iterator[pb2.Frame]:
         while True:
@@ -144,3 +182,15 @@ class Pipe:
         frame = pb2.Frame()
         with self._filling:
             return frame if self._attempt == attempt and self._fill(frame) else None
+
+
+def _plain(why: Part) -> Part:
+    """gRPC's word for a message that is none, or larger than any that was agreed on, as ours."""
+    if why.code is Code.INTERNAL or "larger than max" in why.reason:
+        return Part("", Code.DATA_LOSS, f"it speaks wrongly: {why.reason}")
+    return why
+
+
+_ENDED = "it speaks wrongly: the stream was ended by the other side"
+# How a call ends on which one of the two sides has spoken wrongly: the next one may be no better.
+_WRONG = (Code.DATA_LOSS, Code.INVALID_ARGUMENT, Code.UNKNOWN)

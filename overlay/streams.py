@@ -78,7 +78,7 @@ def serve(
     desk: Desk, frames: Iterable[pb2.Frame], context: grpc.ServicerContext, caller: Caller = NOBODY
 ) -> Iterator[pb2.Frame]:
     """Answers one ForwardStream call. caller: who takes turns with others."""
-    stream = _Stream(desk, caller)
+    stream = _Stream(desk, caller, wire.read_most_bytes(context.invocation_metadata()))
     if not context.add_callback(stream.abandon):
         stream.abandon()
         return
@@ -86,7 +86,8 @@ def serve(
     reader.start()
     desk.streams.add(stream)
     try:
-        context.send_initial_metadata(())  # tells the client that its stream is served
+        # Tells the client that its stream is served, and how large a body may be.
+        context.send_initial_metadata(wire.most_bytes_metadata(desk.limits))
         yield from stream.write()
     finally:
         desk.streams.discard(stream)
@@ -139,10 +140,15 @@ parts before the answer."""
 
 
 class _Stream:
-    def __init__(self, desk: Desk, caller: Caller) -> None:
+    def __init__(self, desk: Desk, caller: Caller, theirs: int | None = None) -> None:
+        """theirs: the largest answer that the client takes, where it says so."""
         self._desk = desk
         self._caller = caller
         self._limits = desk.limits
+        self._theirs = theirs
+        self._most_bytes = min(
+            desk.limits.max_message_bytes, theirs or desk.limits.max_message_bytes
+        )
         self._lane = desk.intake.open_lane(caller)
         self._changed = threading.Condition()
         self._out: deque[_Out] = deque()
@@ -151,7 +157,7 @@ class _Stream:
         self._bytes = 0
         self._unread = 0  # bytes of answers that wait for the client to read
         self._passage = Passage(desk.limits.window_bytes // 2 // desk.limits.piece_bytes)
-        self._frame_bytes = min(self._limits.frame_bytes, self._limits.max_message_bytes // 2)
+        self._frame_bytes = min(self._limits.frame_bytes, self._most_bytes // 2)
         self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
         self._no_more = False
         self._reader_waits = False
@@ -309,7 +315,7 @@ class _Stream:
             ticket.end(Code.CANCELLED)
 
     def _route(self, made: pb2.Segment) -> Route:
-        key = wire.route_key(made)
+        key = wire.route_key(made, self._limits)
         route = self._routes.get(key)
         if route is None:
             route = wire.read_route(made, self._limits)
@@ -381,9 +387,13 @@ class _Stream:
         self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
     ) -> None:
         early = accepted.unanswered is not None
-        if size * (2 if accepted.want_parts and not early else 1) > self._limits.max_message_bytes:
+        if size * (2 if accepted.want_parts and not early else 1) > self._most_bytes:
             answers = self._too_large(answers, size)
         results, failures = self._desk.combine(accepted.segment, answers)
+        merged = sum(map(len, results))  # by the user's own function: of any size
+        if merged > self._most_bytes - (size if accepted.want_parts else 0):
+            answers = self._too_large(answers, merged)
+            results, failures = self._desk.combine(accepted.segment, answers)
         if early:  # what came before may have been better
             failures = [(row, why) for row, why in failures if start + row not in accepted.good]
         accepted.counted += answers.count
@@ -418,7 +428,7 @@ class _Stream:
     def _write_parts(
         self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
     ) -> None:
-        if size > self._limits.max_message_bytes:
+        if size > self._most_bytes:
             refused = self._too_large(answers, size).refused
             ids = tuple(column.process_id for column in answers.parts)
             answers = assembly.from_branch(Answers(answers.count, (), refused=refused), ids)
@@ -428,6 +438,8 @@ class _Stream:
         # More than the other side receives would end its stream, with all that is in it.
         most = self._limits.max_message_bytes
         reason = f"the answer has {size:,} bytes, more than max_message_mib allows ({most:,})"
+        if self._theirs is not None and self._theirs < most:
+            reason += f" at the process that asked ({self._theirs:,})"
         part = Part(self._desk.me, Code.RESOURCE_EXHAUSTED, reason, executed=Executed.YES)
         return Answers(answers.count, (), answers.hops, part)
 
