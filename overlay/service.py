@@ -368,7 +368,8 @@ class Service:
 
     def _common_default(self, answers: Answers) -> str:
         processes = self.topology.processes
-        defaults = {processes[column.process_id].handler for column in answers.parts}
+        workers = (processes.get(column.process_id) for column in answers.parts)
+        defaults = {worker.handler for worker in workers if worker is not None}
         return defaults.pop() if len(defaults) == 1 else ""
 
     def _deadline(self, context: grpc.ServicerContext) -> float:
