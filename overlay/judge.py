@@ -103,7 +103,7 @@ def check_logs(made: Any, process_id: str, lines: int) -> None:
     """The lines that a process tells, at most so many. Tidied in place. Raises Misspoken."""
     tidy(made)
     if made.process_id != process_id:
-        raise Misspoken(f"the log of '{_shown(made.process_id)}' in place of {process_id}'s")
+        raise Misspoken(f"the log of '{_shown(made.process_id)}', not of '{_shown(process_id)}'")
     if len(made.lines) > lines:
         raise Misspoken(f"{len(made.lines)} lines, and {lines} were asked for")
 

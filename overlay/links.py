@@ -300,6 +300,7 @@ class _Link:
         self._pid = 0
         self._wrong_looks = 0  # one after another
         self._wrong_lines = Allowance(1, 1 / WRONG_LINE_S)
+        self._wrong = 0.0, ""  # when it last did, and how
 
     def look(self) -> None:
         """Starts a look at the neighbour when it is time and none is under way."""
@@ -412,7 +413,7 @@ class _Link:
                 address=self.address,
                 state=self.state,
                 since=self.since,
-                reason=self.reason,
+                reason=self.reason or self._spoke_wrongly(),
                 outstanding=sum(self.outstanding.values()),
                 asked=self.asked,
                 failed=self.failed,
@@ -424,6 +425,12 @@ class _Link:
                 ejections=ejections,
                 rtt_s=min(self._rtts, default=0.0),
             )
+
+    def _spoke_wrongly(self) -> str:
+        """Of one that is up again, which tells no more of it than that it was restarted."""
+        when, how = self._wrong
+        ago_s = time.monotonic() - when
+        return f"spoke wrongly {ago_s:.0f} s ago{how}" if how and ago_s < WRONG_LINE_S else ""
 
     def _looked(self, began: float, probe: grpc.Future) -> None:
         now = time.monotonic()
@@ -500,6 +507,8 @@ class _Link:
             before, changed = self.state, state != self.state
             is_news = changed or (is_amiss and reason != self.reason)
             self.reason = reason
+            if reason.startswith(WRONGLY):
+                self._wrong = time.monotonic(), reason.removeprefix(WRONGLY)
             if changed:
                 self.state, self.since = state, time.monotonic()
                 self.patience_s = patience_s or self._limits.patience_s
