@@ -29,6 +29,9 @@ MOST_RETRY_S = _LIMITS.max_deadline_s  # no request waits for longer
 MESSAGE_BYTES = range(_LIMITS.least_message_bytes, _LIMITS.most_message_bytes + 1)
 
 
+_checked: set[tuple[str, ...]] = {()}  # hops, lately
+
+
 class Asked(NamedTuple):
     """What a slice may answer: so many rows, of which those that are open does not matter here.
 
@@ -42,32 +45,41 @@ class Asked(NamedTuple):
     pieces: bool = False
 
 
-def check_slice(made: Any, asked: Asked, results: bool = True) -> None:
-    """A slice between processes; without `results`, one that a client gets. Raises Misspoken."""
-    count, parts = made.count, made.parts
+Said = tuple[Any, str, int, Any, tuple[str, ...]]
+"""A part as it was looked at, so that it need not be twice: the message, its worker, how many
+results it has, its failures, its hops."""
+
+
+def check_slice(
+    made: Any, asked: Asked, results: bool = True
+) -> tuple[list[Said], tuple[str, ...]]:
+    """A slice between processes; without `results`, one that a client gets. Its parts and hops.
+
+    Raises Misspoken.
+    """
+    count = made.count
     if not 0 < count <= asked.rows - made.start:
         raise Misspoken(f"rows {made.start} to +{count} of a segment of {asked.rows}")
-    if made.more and not asked.early:
+    more = made.more
+    if more and not asked.early:
         raise Misspoken("parts before the answer, where none were asked for")
-    if made.hops:
-        _check_names("hops", made.hops, MOST_HOPS)
+    parts = [said(part) for part in made.parts]
     if parts:
-        workers = {part.process_id for part in parts}
-        if len(workers) < len(parts):
-            raise Misspoken("two parts of one worker in one slice")
-        if asked.targets is None:
-            _check_names("parts", workers, MOST_PARTS)
-        elif not workers <= asked.targets:
-            stranger = min(workers - asked.targets)
-            raise Misspoken(f"a part of '{_shown(stranger)}', which was not asked")
+        _check_workers([part[1] for part in parts], asked.targets)
         for part in parts:
-            _check_part(part, count, asked, made.more, results)
+            _check_part(part, count, asked, more, results)
     if made.failures:
         _check_failures(made.failures, count)
     if made.trace:
         _check_trace(made.trace)
     if not results:
         _check_results(made, count)
+    return parts, _hops(made.hops)
+
+
+def said(part: Any) -> Said:
+    """Raises Misspoken for its hops."""
+    return part, part.process_id, len(part.results.items), part.failures, _hops(part.hops)
 
 
 def check_response(made: Any) -> None:
@@ -138,20 +150,31 @@ def most_bytes(said: object) -> int | None:
     return int(said) if int(said) in MESSAGE_BYTES else None
 
 
-def _check_part(part: Any, count: int, asked: Asked, more: bool, results: bool) -> None:
-    found = len(part.results.items)
-    if part.failures:
-        _check_failures(part.failures, count)
-    all_failed = len(part.failures) == 1 and not part.failures[0].count
-    if found != count and (found or (results and not all_failed)):
-        raise Misspoken(f"{part.process_id}: {found} results for {count} rows")
-    if part.hops:
-        _check_names("hops", part.hops, MOST_HOPS)
-    if part.at or part.more:
+def _check_workers(workers: list[str], targets: frozenset[str] | None) -> None:
+    if len(workers) > 1 and len(set(workers)) < len(workers):
+        raise Misspoken("two parts of one worker in one slice")
+    if targets is None:
+        _check_names("parts", workers, MOST_PARTS)
+    elif not targets.issuperset(workers):
+        stranger = min(set(workers) - targets)
+        raise Misspoken(f"a part of '{_shown(stranger)}', which was not asked")
+
+
+def _check_part(said: Said, count: int, asked: Asked, more: bool, results: bool) -> None:
+    part, worker, found, failures, _ = said
+    if failures:
+        _check_failures(failures, count)
+    if found != count and (found or (results and not _all_failed(failures))):
+        raise Misspoken(f"{worker}: {found} results for {count} rows")
+    if part.more or part.at:
         if count != 1:
-            raise Misspoken(f"{part.process_id}: a piece for {count} rows")
-        if not asked.pieces or (part.more and not more):
-            raise Misspoken(f"{part.process_id}: a piece where none can come")
+            raise Misspoken(f"{worker}: a piece for {count} rows")
+        if not asked.pieces or not found or (part.more and not more):
+            raise Misspoken(f"{worker}: a piece where none can come")
+
+
+def _all_failed(failures: Any) -> bool:
+    return len(failures) == 1 and not failures[0].count
 
 
 def _check_failures(details: Any, count: int) -> None:
@@ -219,6 +242,18 @@ def _check_number(field: Any, value: float) -> None:
         raise Misspoken(f"{field.name}: {value} is not a number from 0 on")
     if field.enum_type is not None and value not in field.enum_type.values_by_number:
         raise Misspoken(f"{field.name}: {value} is not one of its values")
+
+
+def _hops(hops: Sequence[str]) -> tuple[str, ...]:
+    """Raises Misspoken."""
+    names = tuple(hops)
+    if names not in _checked:  # the same few ways come again and again
+        _check_names("hops", names, MOST_HOPS)
+        if len(_checked) > 1000:
+            _checked.clear()
+        if len(names) < 32:
+            _checked.add(names)
+    return names
 
 
 def _check_names(field: str, names: Iterable[str], most: int = MOST_ENTRIES) -> None:

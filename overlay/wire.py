@@ -266,15 +266,13 @@ def size_beside(segment: Segment) -> int:
 
 def read_slice(made: pb2.Slice, asked: Asked) -> Answers:
     """Between processes. Raises Misspoken when it is no answer to what was asked."""
-    judge.check_slice(made, asked)
-    count = made.count
+    parts, hops = judge.check_slice(made, asked)
+    count, trace = made.count, read_trace(made.trace)
     if made.failures:
-        first = made.failures[0]
-        why = read_failure(first)
+        why = read_failure(made.failures[0])
         part = Part("", why.code, why.reason, executed=why.executed)
-        return Answers(count, (), tuple(made.hops), part, read_trace(made.trace))
-    parts = tuple([_read_part(p, count) for p in made.parts])
-    return Answers(count, parts, tuple(made.hops), None, read_trace(made.trace))
+        return Answers(count, (), hops, part, trace)
+    return Answers(count, tuple([_read_part(part, count) for part in parts]), hops, None, trace)
 
 
 def check_client_slice(made: pb2.Slice, asked: Asked) -> None:
@@ -286,7 +284,7 @@ def read_client_slice(made: pb2.Slice) -> Answers:
     """The parts as a client gets them: without results, unless it wanted those. For a slice that
     was checked."""
     count = made.count
-    parts = tuple(_read_part(part, count) for part in made.parts)
+    parts = tuple(_read_part(judge.said(part), count) for part in made.parts)
     return Answers(count, parts, tuple(made.hops))
 
 
@@ -466,26 +464,20 @@ def _read_unary_part(part: pb2.Part) -> Part:
     )
 
 
-def _read_part(part: pb2.PartSlice, count: int) -> PartColumn:
+def _read_part(said: judge.Said, count: int) -> PartColumn:
     """Of a slice that was checked: so its numbers are those of rows that are there."""
+    part, worker, found, details, hops = said
     failures: dict[int, Failure] = {}
-    failed: Failure | None = None
-    for detail in part.failures:
+    for detail in details:
         failure = read_failure(detail)
         if detail.count == 0:
-            failed = failure
-        else:
-            rows = range(detail.start, min(detail.start + detail.count, count))
-            failures.update(dict.fromkeys(rows, failure))
-    if failed is not None:
-        return PartColumn.missing(part.process_id, count, failed)
-    found = len(part.results.items)
-    wired = found == count
-    results = _read_column(part.results, count) if wired else Column((b"",) * count)
-    times, piece = (part.waited_us, part.worked_us), None
-    if part.at or part.more:
-        piece = Piece(part.at, part.more)
-    return PartColumn(part.process_id, results, tuple(part.hops), failures, None, *times, piece)
+            return PartColumn.missing(worker, count, failure)
+        rows = range(detail.start, detail.start + detail.count)
+        failures.update(dict.fromkeys(rows, failure))
+    results = _read_column(part.results, count) if found else Column((b"",) * count)
+    piece = Piece(part.at, part.more) if part.more or part.at else None
+    times = part.waited_us, part.worked_us
+    return PartColumn(worker, results, hops, failures, None, *times, piece)
 
 
 def _write_part_slice(made: pb2.Slice, column: PartColumn, with_results: bool) -> None:
