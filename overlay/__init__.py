@@ -17,7 +17,8 @@ arrow says so; tests/test_floors.py compares this picture with the code.
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   ids   logs -> recent   repeats   stories
                  machine   hosts   memory
-                 links -> books, wire   books -> pipes, wire   pipes -> wire -> meter, recent
+                 links -> books, wire   books -> pipes, pieces, wire   pipes -> wire
+                 wire -> judge, meter, recent   judge -> recent
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces
                  executor -> batch, handlers, ids   threads -> handlers, logs, pieces
                  processes -> child -> batch, handlers, logs, pieces   processes -> pieces

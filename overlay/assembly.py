@@ -37,8 +37,17 @@ def gathered(
     found.update({column.process_id: column for column in missing})
     hops = [hop for n in order if n in branches for hop in branches[n].hops]
     trace = [hop for n in order if n in branches for hop in branches[n].trace]
-    columns = tuple(found[w] for w in order if w in found)
+    columns = in_order(found, order)
     return Answers(columns[0].results.count, columns, (me, *hops), None, tuple(trace))
+
+
+def in_order(columns: Mapping[str, PartColumn], order: Sequence[str]) -> tuple[PartColumn, ...]:
+    """In the order of the configuration; at the end those that it does not have."""
+    found = tuple(columns[w] for w in order if w in columns)
+    if len(found) < len(columns):
+        known = set(order)
+        found += tuple(column for worker, column in columns.items() if worker not in known)
+    return found
 
 
 def coverage(answer: Answer) -> str:
@@ -73,7 +82,7 @@ def failure(answer: Answer, retry_after_s: float) -> OverlayError | None:
 def may_try_elsewhere(answer: Answer) -> bool:
     """ANY: whether another worker may be asked, which takes proof that nothing has run."""
     part = answer.refused or (answer.parts[0] if answer.parts else None)
-    return part is not None and part.executed is Executed.NO and part.code in _WORTH_A_RETRY
+    return part is not None and part.executed is Executed.NO and part.code in _WORTH_ANOTHER
 
 
 def was_lost(answer: Answer) -> bool:
@@ -100,6 +109,8 @@ def result(mode: Mode, answer: Answer, merge: Merge | None) -> bytes:
 
 _LEFT_OUT = Failure(Code.INTERNAL, "left out of its team leader's answer")
 _WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
+# It reads another configuration, or takes no body of this size; another one may not.
+_WORTH_ANOTHER = (*_WORTH_A_RETRY, Code.FAILED_PRECONDITION)
 
 
 def _executed(parts: Sequence[Part]) -> Executed:

@@ -12,7 +12,7 @@ import bisect
 import itertools
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -20,10 +20,22 @@ import grpc
 
 from overlay import wire
 from overlay.limits import Limits
+from overlay.pieces import Arriving
 from overlay.pipes import Pipe
 from overlay.rows import OpenRows
-from overlay.values import Answers, Code, End, Executed, Part, Route, Segment, Sink
-from overlay.wire import pb2
+from overlay.values import (
+    Answers,
+    Code,
+    End,
+    Executed,
+    Part,
+    Route,
+    Segment,
+    Sink,
+    end_overlap,
+    shifted,
+)
+from overlay.wire import Asked, pb2
 
 SAME_DEADLINE_S = 0.01  # segments whose deadlines are no further apart may travel as one
 
@@ -31,11 +43,13 @@ SAME_DEADLINE_S = 0.01  # segments whose deadlines are no further apart may trav
 class Owner(Protocol):
     """What a book needs of its link. Safe from any thread.
 
-    to_flush: the books that have something to send, until `flush` kicks them.
+    metadata: what the neighbour is told with each call. to_flush: the books that have something to
+    send, until `flush` kicks them.
     """
 
     id: str
     channel: grpc.Channel
+    metadata: tuple[tuple[str, str], ...]
     to_flush: set[Book]
 
     def flush(self) -> None: ...
@@ -52,7 +66,7 @@ class Owner(Protocol):
 class _Sent:
     """A segment given to a link: each row is answered once, by the neighbour or for it."""
 
-    __slots__ = ("is_read", "message", "open", "row", "segment", "sink")
+    __slots__ = ("early", "is_read", "message", "open", "row", "segment", "sink")
 
     def __init__(self, segment: Segment, sink: Sink) -> None:
         self.is_read = False  # in pieces: so it is the reader's matter when it ends, and how
@@ -61,16 +75,20 @@ class _Sent:
         self.open = OpenRows(segment.count)
         self.message: _Message | None = None  # in which it was handed to gRPC; it may run then
         self.row = 0  # where it begins in that message
+        # What has come before the answers: (row, worker) -> how far its pieces are.
+        self.early: dict[tuple[int, str], Arriving] = {}
 
 
 class _Message:
     """A segment as it was written: one of those given, or several that could be joined."""
 
-    __slots__ = ("left", "number", "parts", "starts")
+    __slots__ = ("asked", "left", "number", "parts", "starts")
 
-    def __init__(self, number: int, parts: list[_Sent]) -> None:
+    def __init__(self, number: int, parts: list[_Sent], targets: frozenset[str] | None) -> None:
         self.number = number
         self.parts = parts
+        first, rows = parts[0].segment, sum(part.segment.count for part in parts)
+        self.asked = Asked(rows, targets, first.early is not None, first.pieces > 0)
         self.starts: list[int] = []
         self.left = 0
         for part in parts:
@@ -91,10 +109,13 @@ class Book:
             self._lost,
             self._begin,
             self._patience_s,
+            link.metadata,
         )
         self.is_live = False
         self._link = link
         self._limits = limits
+        self._most_bytes = limits.max_message_bytes  # that both sides take
+        self._targets: tuple[tuple[str, ...] | None, frozenset[str] | None] = None, None
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._outbox: deque[_Sent] = deque()
@@ -104,6 +125,34 @@ class Book:
         self._last_quick: _Message | None = None
 
     def send(self, segment: Segment, sink: Sink) -> End:
+        if segment.payloads.size > self._most_bytes and self.is_live:
+            return self._send_parts(segment, sink)
+        return self._send(segment, sink)
+
+    def _send_parts(self, segment: Segment, sink: Sink) -> End:
+        """What is too large for the neighbour as a whole: the rows that are not too large alone."""
+        ends: list[tuple[int, int, End]] = []
+        for first, count in _runs_within(segment.payloads.items, self._most_bytes):
+            part, part_sink = segment.slice(first, count), shifted(sink, first)
+            size = len(part.payloads.items[0]) if count == 1 else 0
+            if size > self._most_bytes:
+                self._refuse_too_large(part, size, part_sink)
+            else:
+                ends.append((first, count, self._send(part, part_sink)))
+
+        def end(code: Code, start: int, count: int) -> None:
+            for first, rows, one in ends:
+                end_overlap(one, first, rows, code, start, count)
+
+        return end
+
+    def _refuse_too_large(self, segment: Segment, size: int, sink: Sink) -> None:
+        mine, theirs = self._limits.max_message_bytes, self._most_bytes
+        why = f"{size:,} bytes are more than {self._link.id} takes, whose max_message_mib allows "
+        why += f"{theirs:,}, and this process's {mine:,}"
+        self._answer_all(_Sent(segment, sink), Code.FAILED_PRECONDITION, why, Executed.NO)
+
+    def _send(self, segment: Segment, sink: Sink) -> End:
         sent = _Sent(segment, sink)
         with self._lock:
             live = self.is_live
@@ -175,7 +224,8 @@ class Book:
             with self._lock:
                 live = self.is_live
                 if live:
-                    message = self._messages[number] = _Message(number, parts)
+                    targets = self._targets_of(segment.route)
+                    message = self._messages[number] = _Message(number, parts, targets)
                     if self._is_quick(segment):
                         self._last_quick = message
             if not live:  # lost since: this frame goes nowhere
@@ -185,9 +235,9 @@ class Book:
                 continue
             early = segment.early is not None
             wire.write_segment(frame, number, segment, left_s, as_they_come=early)
-            size += segment.payloads.size + 100
+            size += segment.payloads.size + wire.size_beside(segment)
         # After the segments: what was ended before it left is ended where it arrives.
-        for _ in range(len(self._cancels)):
+        for _ in range(min(len(self._cancels), self._limits.frame_cancels)):
             sent, start, count = self._cancels.popleft()
             if sent.message is None and sent.open.left:  # it leaves with a later frame
                 self._cancels.append((sent, start, count))
@@ -195,11 +245,19 @@ class Book:
                 row = sent.row + start
                 frame.cancels.add(number=sent.message.number, start=row, count=count)
                 size += 20
-        for _ in range(len(self._grants)):
+        for _ in range(min(len(self._grants), self._limits.frame_cancels)):
             number, row, worker, count = self._grants.popleft()
             frame.grants.add(number=number, row=row, process_id=worker, count=count)
             size += 20
         return size > 0
+
+    def _targets_of(self, route: Route) -> frozenset[str] | None:
+        """As a set. The same few routes come again and again."""
+        last, found = self._targets
+        if last is not route.targets:
+            found = None if route.targets is None else frozenset(route.targets)
+            self._targets = route.targets, found
+        return found
 
     def _joinable(self) -> list[_Sent]:
         """The head of the outbox, with those after it that may travel in one segment with it."""
@@ -232,10 +290,13 @@ class Book:
             self._link.stops()
         for made in frame.slices:
             message = self._messages.get(made.number)
-            if message is not None and made.more:
-                self._pass_on(message.parts[0], made.start, wire.read_slice(made))
-            elif message is not None:
-                self._spread(message, made.start, wire.read_slice(made))
+            if message is None:
+                continue
+            answers = wire.read_slice(made, message.asked)
+            if made.more:
+                self._pass_on(message.parts[0], made.start, answers)
+            else:
+                self._spread(message, made.start, answers)
         if self._outbox and not self._is_at_quick_work:
             self.pipe.hurry()
         self._link.flush()  # what was tried elsewhere
@@ -243,16 +304,34 @@ class Book:
     def _pass_on(self, sent: _Sent, start: int, answers: Answers) -> None:
         """Parts of rows that are not answered yet."""
         early = sent.segment.early
-        if early is not None and start + answers.count <= sent.segment.count:
+        if early is not None:
+            self._check_early(sent, start, answers)
             self._link.note_times(sent.segment.route.handler, answers)
             sent.is_read = sent.is_read or not all(column.is_over for column in answers.parts)
             early(start, answers.granted_by(partial(self._grant, sent, start)))
+
+    def _check_early(self, sent: _Sent, start: int, answers: Answers) -> None:
+        """Raises Misspoken for what no worker may send before its answer."""
+        with self._lock:
+            for column in answers.parts:
+                for row in range(start, start + answers.count):
+                    key = row, column.process_id
+                    early = sent.early.get(key)
+                    if early is None:
+                        early = sent.early[key] = Arriving(sent.segment.pieces)
+                    piece = column.piece
+                    if piece is None or column.failed is not None:
+                        early.whole()
+                    else:
+                        early.piece(piece.at, len(column.results.items[0]), piece.more)
 
     def _grant(self, sent: _Sent, row: int, worker: str, pieces: int) -> None:
         with self._lock:
             message = sent.message
             if message is None or not sent.open.runs(row, 1):
                 return
+            if early := sent.early.get((row, worker)):
+                early.left += pieces
             self._grants.append((message.number, sent.row + row, worker, pieces))
         self.pipe.kick()
 
@@ -273,6 +352,9 @@ class Book:
             index += 1
 
     def _begin(self, metadata: Mapping[str, str]) -> None:
+        theirs = wire.read_most_bytes(metadata.items())
+        mine = self._limits.max_message_bytes
+        self._most_bytes = mine if theirs is None else min(mine, theirs)
         self.is_live = True
         self._link.look_again()
 
@@ -315,3 +397,14 @@ class Book:
             slice_ = answers.slice(first - start, rows)
             self._link.answered(sent.segment.route, slice_, sent.is_read)
             sent.sink(first, slice_)
+
+
+def _runs_within(payloads: Sequence[bytes], most: int) -> Iterator[tuple[int, int]]:
+    """Consecutive rows as runs of at most so many bytes; what is larger alone is one by itself."""
+    first = size = 0
+    for row, payload in enumerate(payloads):
+        if size + len(payload) > most and row > first:
+            yield first, row - first
+            first, size = row, 0
+        size += len(payload)
+    yield first, len(payloads) - first

@@ -28,8 +28,10 @@ import grpc
 
 from overlay import wire
 from overlay.deadlines import Deadlines
+from overlay.errors import Misspoken
 from overlay.limits import Limits
 from overlay.orders import Order, Outbox
+from overlay.pieces import Arriving
 from overlay.pipes import Pipe, is_full
 from overlay.rows import OpenRows, consecutive
 from overlay.values import Answers, Code, Column, Executed, Failure, Part, Segment
@@ -51,14 +53,15 @@ RETRY_PAUSE_S = 0.1  # when the process did not say how long
 SETTLE_S = 5.0  # a process that is back has found its neighbours by then
 SETTLE_PAUSE_S = 0.25  # and meanwhile is asked again so often
 NEVER_SENT = Failure(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
+CLOSED = Failure(Code.CANCELLED, "this client was closed", Executed.NO)
 WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
 
 class Came:
     """A slice of answers, opened once for all who have rows in it. is_whole: no worker is missing.
 
-    grant: who has read a piece in it tells this (its row here, its worker). Raises ValueError when
-    it does not fit together.
+    grant: who has read a piece in it tells this (its row here, its worker). Of a slice that was
+    checked against what was asked.
     """
 
     __slots__ = ("_answers", "_made", "grant", "is_whole", "results")
@@ -68,8 +71,6 @@ class Came:
     ) -> None:
         self.grant = grant
         self.results = list(made.results.items)
-        if len(self.results) != made.count and not (made.failures or made.more):
-            raise ValueError(f"{len(self.results)} results for {made.count} rows")
         self.is_whole = not any(part.failures for part in made.parts)
         self._made = made
         self._answers: Answers | None = None
@@ -85,7 +86,10 @@ class Came:
 class _Sent:
     """A segment on its way, made of rows of some orders."""
 
-    __slots__ = ("count", "deadline", "first_id", "number", "open", "orders", "size", "starts")
+    __slots__ = (
+        "asked", "came", "count", "deadline", "first_id",
+        "number", "open", "orders", "size", "starts",
+    )  # fmt: skip
 
     def __init__(
         self, number: int, orders: list[Order], first_id: int, deadline: float, size: int
@@ -98,6 +102,25 @@ class _Sent:
         self.deadline = deadline
         self.size = size
         self.open = OpenRows(self.count)
+        early = orders[0].kind.as_they_come
+        self.asked = wire.Asked(self.count, None, early, early)
+        # What has come before the answers: (row, worker) -> how far it is.
+        self.came: dict[tuple[int, str], Arriving] = {}
+
+    def takes_early(self, made: pb2.Slice) -> None:
+        """Raises Misspoken for more of a part than may come before the answer: it waits here for
+        who reads it."""
+        for part in made.parts:
+            for row in range(made.start, made.start + made.count):
+                came = self.came.get((row, part.process_id))
+                if came is None:
+                    if len(self.came) > LIMITS.max_targets:
+                        raise Misspoken(f"parts of more than {LIMITS.max_targets:,} workers")
+                    came = self.came[row, part.process_id] = Arriving(PIECES_AHEAD)
+                if part.at or part.more:
+                    came.piece(part.at, len(part.results.items[0]), part.more)
+                else:
+                    came.whole()
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[Order, Sequence[int], int]]:
         """The orders of these rows, each with its own rows, and where they begin here."""
@@ -225,12 +248,14 @@ class Calls:
 
     def _refuse_too_large(self, order: Order) -> bool:
         """Such a payload would end the stream, with all that is in it."""
-        large = {row for row in order.rows if len(order.payloads[row]) > self.most_bytes}
+        most = self.most_bytes
+        large = {row for row in order.rows if len(order.payloads[row]) > most}
         for row in large:
-            size = len(order.payloads[row])
-            reason = f"payload: {size:,} bytes are more than {self.most_bytes:,}"
+            reason = wire.too_large(len(order.payloads[row]), most)
             order.deliver((row,), Failure(Code.INVALID_ARGUMENT, reason, Executed.NO), 0, 0)
-        order.rows = [row for row in order.rows if row not in large]
+        if large:
+            order.rows = [row for row in order.rows if row not in large]
+            order.size = sum(len(order.payloads[row]) for row in order.rows)
         return not order.rows
 
     def cancel(self, order: Order, rows: Sequence[int]) -> None:
@@ -335,13 +360,29 @@ class Calls:
             ):
                 self._put_back([order])
                 break
-            if len(order.rows) > rows:
-                self._put_back([order.part(order.rows[rows:], order.attempt)])
-                order = order.part(order.rows[:rows], order.attempt)
+            if order.size > self.most_bytes and self._refuse_too_large(order):
+                continue  # it came for a process that took more
+            fits = min(rows, self._rows_that_fit(order))
+            if len(order.rows) > fits:
+                self._put_back([order.part(order.rows[fits:], order.attempt)])
+                order = order.part(order.rows[:fits], order.attempt)
             orders.append(order)
             rows -= len(order.rows)
             size += order.size
         return orders, size
+
+    def _rows_that_fit(self, order: Order) -> int:
+        """How many of the first rows the process asked takes in one segment: all, but for large
+        ones; none of them is too large alone."""
+        if order.size <= self.most_bytes:
+            return len(order.rows)
+        size = fits = 0
+        for row in order.rows:
+            size += len(order.payloads[row])
+            if size > self.most_bytes:
+                break
+            fits += 1
+        return fits
 
     def _still_wanted(self, order: Order) -> Order | None:
         """The order without its cancelled rows, which are delivered as such."""
@@ -401,7 +442,8 @@ class Calls:
         self._served = True
         if self._was_lost:
             self._was_lost, self._settles_by = False, time.monotonic() + SETTLE_S
-        self.most_bytes = int(metadata.get(wire.MOST_BYTES_KEY, LIMITS.max_message_bytes))
+        said = wire.read_most_bytes(metadata.items())
+        self.most_bytes = LIMITS.max_message_bytes if said is None else said
         self.connected.set()
         self._pipe.kick()
 
@@ -416,9 +458,12 @@ class Calls:
         try:
             for made in frame.slices:
                 sent = self._sent.get(made.number)
-                if sent is not None and made.more:
+                if sent is None:
+                    continue
+                wire.check_client_slice(made, sent.asked)
+                if made.more:
                     self._pass_on(sent, made)
-                elif sent is not None:
+                else:
                     woken += self._take(sent, made)
         finally:
             self._woken = woken
@@ -434,10 +479,14 @@ class Calls:
 
         def grant(row: int, worker: str) -> None:
             with self._lock:
+                if came := sent.came.get((start + row, worker)):
+                    came.left += 1
                 if sent.open.runs(start + row, 1):
                     self._grants.append((sent.number, start + row, worker))
             self._pipe.kick()
 
+        with self._lock:
+            sent.takes_early(made)
         came = Came(made, grant)
         for first, count in sent.open.runs(start, made.count):
             for order, rows, begin in sent.pieces(first, count):
@@ -469,12 +518,17 @@ class Calls:
         self.connected.clear()
         if self._pipe.rests:
             self.refused = None
+        elif why.code is Code.DATA_LOSS:  # of what is not sent to it now
+            reason = f"the process at {self._name} cannot be asked: {why.reason}"
+            self.refused = Failure(why.code, reason, Executed.NO)
         elif why.executed is Executed.NO or not (was_served or why.code is Code.CANCELLED):
             self.refused = Failure(why.code, why.reason, why.executed, why.retry_after_s)
         if was_served:
             self._was_lost = not self._pipe.rests
             reason = f"no answer from {self._name}: {why.reason}"
             self._end_sent(Failure(Code.UNAVAILABLE, reason, why.executed))
+            if why.code is Code.DATA_LOSS and self.refused is not None:
+                self._end_unsent(self.refused)  # the next call may be a while
             self._cancels.clear()
             self._grants.clear()
         if self.is_full:
@@ -510,11 +564,10 @@ class Calls:
                     order.deliver(rows, failure, 0, 0)
         return runs
 
-    def _end_unsent(self) -> None:
-        closed = Failure(Code.CANCELLED, "this client was closed", Executed.NO)
+    def _end_unsent(self, why: Failure = CLOSED) -> None:
         while True:
             try:
-                self._deliver_all(self._outbox.take(), closed)
+                self._deliver_all(self._outbox.take(), why)
             except IndexError:
                 return
 

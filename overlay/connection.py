@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import logging
 import math
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from overlay import wire
+from overlay import judge, wire
 from overlay.calls import RETRY_PAUSE_S, Calls
+from overlay.errors import Misspoken
+from overlay.limits import Limits
 from overlay.orders import Order
 from overlay.outcomes import (
     Answer,
@@ -29,6 +32,7 @@ from overlay.outcomes import (
     no_overlay,
     result_of,
 )
+from overlay.recent import LINES
 from overlay.values import Code, Executed, Failure
 
 log = logging.getLogger("overlay.client")
@@ -156,10 +160,14 @@ class Connection:
     def forward(self, request: wire.pb2.Request, timeout_s: float) -> wire.pb2.Response:
         until = time.monotonic() + timeout_s
         patient_until = time.monotonic() + min(self._patience_s, timeout_s)
+        self._check_size(len(request.payload), min(self._patience_s, timeout_s))
         while True:
             try:
                 left_s = max(0.001, until - time.monotonic())
-                return cast(wire.pb2.Response, self._ask(self._single.Forward, request, left_s))
+                return cast(
+                    wire.pb2.Response,
+                    self._ask(self._single.Forward, request, left_s, judge.check_response),
+                )
             except NotReached:
                 raise
             except Unavailable as e:
@@ -169,15 +177,21 @@ class Connection:
                 time.sleep(pause_s)
 
     def drain(self, request: wire.pb2.DrainRequest, timeout_s: float) -> wire.pb2.DrainResponse:
-        return cast(wire.pb2.DrainResponse, self._ask(self._admin.Drain, request, timeout_s))
+        found = self._ask(self._admin.Drain, request, timeout_s, judge.tidy)
+        return cast(wire.pb2.DrainResponse, found)
 
     def logs(self, request: wire.pb2.LogsRequest, timeout_s: float) -> wire.pb2.LogsResponse:
-        return cast(wire.pb2.LogsResponse, self._ask(self._admin.Logs, request, timeout_s))
+        most = min(request.lines or wire.FEW_LINES, LINES)
+
+        def check(said: wire.pb2.LogsResponse) -> None:
+            judge.check_logs(said, request.process_id or said.process_id, most)
+
+        return cast(wire.pb2.LogsResponse, self._ask(self._admin.Logs, request, timeout_s, check))
 
     def metrics(
         self, request: wire.pb2.MetricsRequest, timeout_s: float
     ) -> wire.pb2.MetricsResponse:
-        found = self._ask(self._node.GetMetrics, request, timeout_s)
+        found = self._ask(self._node.GetMetrics, request, timeout_s, judge.check_metrics)
         return cast(wire.pb2.MetricsResponse, found)
 
     def is_serving(self, timeout_s: float) -> bool:
@@ -202,7 +216,26 @@ class Connection:
                 self._held.append(self._single_channel)
             return wire.pb2_grpc.OverlayNodeStub(self._single_channel or self._channel)
 
-    def _ask(self, method: Any, request: Any, timeout_s: float) -> Any:
+    def _check_size(self, size: int, patience_s: float) -> None:
+        """Raises InvalidCall for a payload that the process would not even read: gRPC itself ends
+        such a call, without a word on whether it ran. Only the stream tells the limit."""
+        if size <= Limits.least_message_bytes:
+            return
+        calls = self.begin()
+        with contextlib.suppress(CallFailed):  # then the call itself will tell
+            self.wait_connected(calls, patience_s)
+        if size > calls.most_bytes:
+            reason = wire.too_large(size, calls.most_bytes)
+            raise error_of(Failure(Code.INVALID_ARGUMENT, reason, Executed.NO), reason)
+
+    def _ask(
+        self,
+        method: Any,
+        request: Any,
+        timeout_s: float,
+        check: Callable[[Any], None] = lambda answer: None,
+    ) -> Any:
+        """The answer, judged by `check`. Raises CallFailed."""
         if self._closed:
             raise CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
         until = time.monotonic() + timeout_s
@@ -211,6 +244,10 @@ class Connection:
             # wait_for_ready: a connection lost just now is waited for, and the call sent once.
             left_s = max(0.001, until - time.monotonic())
             answer = method(request, timeout=left_s, wait_for_ready=True)
+            check(answer)
+        except Misspoken as e:
+            reason = f"what serves at {self._address} speaks wrongly: {e}"
+            raise error_of(Failure(e.code, reason), reason) from None
         except grpc.RpcError as error:
             if error.code() in _SILENT:
                 self._answered = -FRESH_S

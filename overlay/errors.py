@@ -58,6 +58,28 @@ class NotTold(OverlayError):
         self.code = code
 
 
+class Misspoken(OverlayError):
+    """What another process said does not fit what it was asked, or is out of all bounds."""
+
+    code = Code.DATA_LOSS
+    executed = Executed.UNKNOWN
+    cause = "misspoken"
+
+
+class OtherConfiguration(OverlayError):
+    """The process that asks means what the configuration here does not have."""
+
+    code = Code.FAILED_PRECONDITION
+    cause = "another configuration"
+
+
+class TooLarge(OverlayError):
+    """Larger than the process takes that would be asked next."""
+
+    code = Code.FAILED_PRECONDITION
+    cause = "too large"
+
+
 class LoopDetected(OverlayError):
     code = Code.FAILED_PRECONDITION
     cause = "loop"

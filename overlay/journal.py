@@ -17,7 +17,6 @@ from overlay.recent import LINES, Recent
 from overlay.topology import Topology
 from overlay.wire import pb2
 
-FEW = 100  # lines, when the question does not say how many
 MOST_BYTES = 512 * 1024  # of one answer; the smallest max_message_mib is 1
 
 
@@ -60,7 +59,7 @@ class Journal:
         return self._links.logs(neighbour, onward, timeout_s)
 
     def _own(self, asked: pb2.LogsRequest, public_only: bool) -> pb2.LogsResponse:
-        found = self._recent.lines(min(asked.lines or FEW, LINES), asked.request_id)
+        found = self._recent.lines(min(asked.lines or wire.FEW_LINES, LINES), asked.request_id)
         said = [wire.write_line(line, public_only) for line in found]
         size, first = 0, len(said)
         while first and size < MOST_BYTES:

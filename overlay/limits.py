@@ -67,6 +67,13 @@ class Limits:
     own_ids: int = 100_000  # the overlay's own request ids that a worker keeps, the latest; 10 MiB
     id_window_s: float = 60.0  # one that a caller chose is kept so long, or until its deadline
     chosen_ids: int = 300_000  # of those that are kept, or runs of up to 256; 150 bytes each
+    least_message_bytes: int = MIB  # what max_message_mib may be, and so what a neighbour may say
+    most_message_bytes: int = 1024 * MIB
+    max_text: int = 16_384  # characters of a text that another tells: a log's line, escaped
+    max_told_slots: int = 1_000_000  # of one handler on one worker, as another tells
+    wrong_s: float = 1.0  # one that speaks wrongly is asked again after so long, then after twice
+    most_wrong_s: float = 30.0  # as much, and so on up to this
+    frame_cancels: int = 2_000  # and grants, in one frame: 180 KB, where all names are longest
 
     def pool_threads(self, queue_slots: int) -> int:
         """Rpc threads for a process with such a queue: each waiting request holds one."""

@@ -23,8 +23,9 @@ import grpc
 
 import overlay
 from overlay import wire
+from overlay.allowance import Allowance
 from overlay.books import Book
-from overlay.errors import NotTold
+from overlay.errors import Misspoken, NotTold
 from overlay.health import Case, Change, Heard, State, Verdict, Ward, heard
 from overlay.limits import Limits
 from overlay.routing import QUICK_S
@@ -35,7 +36,8 @@ from overlay.wire import pb2, pb2_grpc
 log = logging.getLogger("overlay.links")
 
 BYTES_S = 100e6  # of answers, that a way is taken to carry
-
+WRONGLY = "it speaks wrongly"
+WRONG_LINE_S = 600.0  # a warning that a neighbour speaks wrongly is enough for so long
 _HEALTHY = State.HEALTHY  # looked up once: `load` is on every request's way
 
 
@@ -80,8 +82,12 @@ class Links:
         limits: Limits,
         digest: str,
         lone: Collection[str] | None = None,
+        me: str = "",
     ) -> None:
-        """lone: the neighbours that stand for one worker each; by default, those that work."""
+        """lone: the neighbours that stand for one worker each; by default, those that work.
+
+        me: this process, as its neighbours are told: its links are not counted among clients.
+        """
         self.on_change: Callable[[], None] = lambda: None
         self._limits = limits
         self._to_flush: set[Book] = set()
@@ -89,7 +95,9 @@ class Links:
             lone = {n.id for n in neighbours if n.works}
         self._minder = _Minder(Ward((n.id for n in neighbours), lone), self.up)
         self._links = {
-            n.id: _Link(n, limits, digest, self._changed, self._to_flush, self.flush, self._minder)
+            n.id: _Link(
+                n, limits, digest, self._changed, self._to_flush, self.flush, self._minder, me
+            )
             for n in neighbours
         }
         self._up: frozenset[str] = frozenset()
@@ -171,10 +179,12 @@ class Links:
         """Asks the neighbour for lines, and waits for them. Raises NotTold with its reason."""
         ask = pb2_grpc.OverlayAdminStub(self._links[neighbour].channel).Logs
         try:
-            return ask(asked, timeout=timeout_s)  # type: ignore[no-any-return]
+            return wire.read_logs(ask(asked, timeout=timeout_s), asked)
         except grpc.RpcError as e:
             said = wire.read_error(e)
             raise NotTold(f"{neighbour}: {said.reason}", said.code) from None
+        except Misspoken as e:
+            raise NotTold(f"{neighbour} speaks wrongly: {e}", e.code) from None
 
     def _changed(self) -> None:
         self._up = frozenset(link.id for link in self._links.values() if link.state == "up")
@@ -260,7 +270,9 @@ class _Link:
         to_flush: set[Book],
         flush: Callable[[], None],
         minder: _Minder,
+        me: str,
     ) -> None:
+        self.metadata = (*wire.most_bytes_metadata(limits), (wire.PROCESS_KEY, me))
         self.to_flush = to_flush
         self.flush = flush
         self.cases = minder.cases(neighbour.id)  # what is the matter with it, by handler
@@ -292,6 +304,12 @@ class _Link:
         self._version = ""
         self._same_config = True
         self._closed = False
+        # Whose slots it may tell: those it leads to. The file here decides, as for every plan.
+        self._workers = frozenset((neighbour.id, *neighbour.neighbors))
+        self._pid = 0
+        self._wrong_looks = 0  # one after another
+        self._wrong_lines = Allowance(1, 1 / WRONG_LINE_S)
+        self._wrong = 0.0, ""  # when it last did, and how
 
     def look(self) -> None:
         """Starts a look at the neighbour when it is time and none is under way."""
@@ -366,8 +384,9 @@ class _Link:
             self.stops()
             if self.state == "draining" and not any(book.is_live for book in self._books):
                 self._set_state("down", "it has stopped", self._limits.restart_s)
-        elif self.state != "draining":  # then it has said that it goes
-            self._set_state("down", why.reason, is_amiss=why.code is Code.UNIMPLEMENTED)
+        elif self.state != "draining" or why.code is Code.DATA_LOSS:  # it has said that it goes
+            is_amiss = why.code in (Code.UNIMPLEMENTED, Code.DATA_LOSS)
+            self._set_state("down", why.reason, is_amiss=is_amiss)
 
     def stops(self) -> None:
         """The neighbour has said that it is being stopped."""
@@ -406,7 +425,7 @@ class _Link:
                 address=self.address,
                 state=self.state,
                 since=self.since,
-                reason=self.reason,
+                reason=self.reason or self._spoke_wrongly(),
                 outstanding=sum(self.outstanding.values()),
                 asked=self.asked,
                 failed=self.failed,
@@ -419,6 +438,12 @@ class _Link:
                 rtt_s=min(self._rtts, default=0.0),
             )
 
+    def _spoke_wrongly(self) -> str:
+        """Of one that is up again, which tells no more of it than that it was restarted."""
+        when, how = self._wrong
+        ago_s = time.monotonic() - when
+        return f"spoke wrongly {ago_s:.0f} s ago{how}" if how and ago_s < WRONG_LINE_S else ""
+
     def _looked(self, began: float, probe: grpc.Future) -> None:
         now = time.monotonic()
         self._next_look = now + self._limits.probe_interval_s
@@ -429,16 +454,30 @@ class _Link:
         if error is not None:
             self._next_look = now + 0.1 if now - began < 1 else now
             self._set_state("down", wire.read_error(error).reason)
+            return
+        try:
+            metrics = wire.read_metrics(probe.result())
+        except Misspoken as e:
+            self._set_state("down", f"{WRONGLY}: {e}", is_amiss=True)
+            pause_s = min(self._limits.wrong_s * 2.0**self._wrong_looks, self._limits.most_wrong_s)
+            self._wrong_looks = min(self._wrong_looks + 1, 10)
+            self._next_look = now + pause_s
         else:
-            self._learn(probe.result(), now - began)
+            self._wrong_looks = 0
+            self._learn(metrics, now - began)
 
     def _learn(self, metrics: pb2.MetricsResponse, rtt_s: float) -> None:
+        if metrics.pid != self._pid:  # another process: it may speak better
+            self._pid = metrics.pid
+            for book in self._books:
+                book.pipe.again()
         amiss = self._amiss(metrics)
         if amiss:
             self._set_state("down", amiss, is_amiss=True)
             return
         with self._lock:
-            slots = {p.id: dict(p.slots) for p in metrics.topology if p.slots}
+            told = (p for p in metrics.topology if p.slots and p.id in self._workers)
+            slots = {p.id: dict(p.slots) for p in told}
             more, self.slots = not slots.keys() <= self.slots.keys(), slots
             self._rtts.append(rtt_s)
             before, self._version = self._version, metrics.version
@@ -480,6 +519,8 @@ class _Link:
             before, changed = self.state, state != self.state
             is_news = changed or (is_amiss and reason != self.reason)
             self.reason = reason
+            if reason.startswith(WRONGLY):
+                self._wrong = time.monotonic(), reason.removeprefix(WRONGLY)
             if changed:
                 self.state, self.since = state, time.monotonic()
                 self.patience_s = patience_s or self._limits.patience_s
@@ -490,6 +531,8 @@ class _Link:
             self._minder.forget(self.id)
         if is_news and not self._closed:  # it is this process that goes
             is_bad = is_amiss or (state == "down" and before != "draining")
+            if reason.startswith(WRONGLY) and not self._wrong_lines.take(time.monotonic()):
+                is_bad = False  # it comes back and speaks wrongly again, and has been told
             level = logging.WARNING if is_bad else logging.INFO
             log.log(
                 level,

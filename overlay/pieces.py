@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from overlay.errors import BadRequest
+from overlay.errors import BadRequest, Misspoken
 from overlay.limits import Limits
 from overlay.values import Piece
 
 PIECE_BYTES = Limits.piece_bytes
+MOST_TIMES = 8  # that a part may come before its answer
 
 Send = Callable[[bytes], bool]
 """Takes the next piece; False when nobody waits for the rest."""
@@ -90,6 +91,36 @@ class Outlet:
             self._changed.notify_all()
 
 
+class Arriving:
+    """What may still come of a worker's part of a row before its answer. No lock of its own.
+
+    Who sends more than was granted would fill the memory of those above; a part may come twice,
+    but not for ever.
+    """
+
+    __slots__ = ("at", "left", "times")
+
+    def __init__(self, pieces: int) -> None:
+        self.at = 0  # bytes that came in pieces
+        self.left = pieces  # that may come before more are granted
+        self.times = 0  # that it came whole
+
+    def whole(self) -> None:
+        """Raises Misspoken."""
+        self.times += 1
+        if self.times > MOST_TIMES:
+            raise Misspoken(f"a part {MOST_TIMES} times and again")
+
+    def piece(self, at: int, size: int, more: bool) -> None:
+        """Raises Misspoken."""
+        if at != self.at:
+            raise Misspoken(f"a piece at byte {at:,}, after {self.at:,}")
+        self.at += size
+        self.left -= more
+        if self.left < 0:
+            raise Misspoken("more pieces of a part than were granted")
+
+
 Key = tuple[int, int, str]
 """A part of a stream: segment, row, worker."""
 
@@ -125,11 +156,14 @@ class Passage:
         return self._told(part, 0)
 
     def granted(self, key: Key, pieces: int, by_a_client: bool) -> Told | None:
-        """Raises BadRequest when a client grants more than have gone up; a process may."""
+        """Raises BadRequest when a client grants more than have gone up, or a process more than a
+        client takes ahead of that."""
         part = self._parts.get(key)
         if part is None:  # it has ended meanwhile
             return None
-        if by_a_client and pieces > part.unread:
+        # A process hands on what it was told: also what its own client takes ahead.
+        most = part.unread + (0 if by_a_client else Limits.pieces_ahead)
+        if pieces > most:
             raise BadRequest(f"grants: {key[2]} has sent {part.unread} pieces, not {pieces}")
         part.unread -= pieces
         return self._told(part, pieces)

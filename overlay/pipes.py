@@ -5,6 +5,10 @@
     lost(why) when the call has ended; what was handed over and not answered may have run, unless
               why.executed is NO: then the process has read nothing that it did not answer
 
+A call on which the process speaks wrongly ends at once, and so tells it DATA_LOSS; the next one
+begins after a second, and if that is no better after two, and so on, unless `again` says that it
+may have changed.
+
 One frame is in flight at a time: what comes meanwhile leaves together in the next, and what may
 wait for company does, until `hurry`. `fill` runs on gRPC's sending thread, `receive` and `lost` on
 the pipe's own thread, "pipe-NAME", from `start` to `end`.
@@ -18,11 +22,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grpc
 
 from overlay import wire
+from overlay.errors import Misspoken
+from overlay.limits import Limits
 from overlay.values import Code, Executed, Failure, Part
 from overlay.wire import pb2, pb2_grpc
 
@@ -46,13 +52,16 @@ class Pipe:
         lost: Callable[[Part], None],
         live: Callable[[Mapping[str, str]], None] = lambda metadata: None,
         patience_s: Callable[[], float] = lambda: 0.0,
+        metadata: Sequence[tuple[str, str]] = (),
         may_rest: bool = False,
     ) -> None:
         """fill: puts what is to be sent into the frame; False when there is nothing.
 
-        live: the other side has accepted the call, with this metadata. patience_s: how long what is
-        to be sent may wait for more, at most; must be quick. may_rest: as a client's does, which
-        also leaves a process alone for as long as that asks for when it refuses the stream.
+        receive: raises Misspoken for a frame that makes no sense, which ends the call. live: the
+        other side has accepted the call, with this metadata. metadata: what it is told.
+        patience_s: how long what is to be sent may wait for more, at most; must be quick. may_rest:
+        as a client's does, which also leaves a process alone for as long as that asks for when it
+        refuses the stream.
         """
         self.rests = False  # until the next kick; set before `lost` is called
         self._may_rest = may_rest
@@ -69,6 +78,8 @@ class Pipe:
         self._ended = False
         self._call: grpc.Call | None = None
         self._attempt = 0
+        self._metadata = tuple(metadata)
+        self._wrong_calls = 0  # one after another
         self._thread = threading.Thread(target=self._run, name=f"pipe-{name}", daemon=True)
 
     def start(self) -> None:
@@ -88,6 +99,12 @@ class Pipe:
                 self._hurried = True
                 self._changed.notify_all()
 
+    def again(self) -> None:
+        """The process may be another now: a pause for speaking wrongly is over."""
+        with self._changed:
+            self._wrong_calls = 0
+            self._changed.notify_all()
+
     def end(self) -> None:
         with self._changed:
             self._ended = True
@@ -100,32 +117,41 @@ class Pipe:
 
     def _run(self) -> None:
         while not self._ended:
+            began = time.monotonic()
             why = self._one_call()
             with self._filling, self._changed:
                 self._attempt += 1  # ends the sender of the call that is over
                 self._changed.notify_all()
             self._lost(why)
-            self._pause(why)
+            self._pause(why, began)
 
-    def _pause(self, why: Part) -> None:
+    def _pause(self, why: Part, began: float) -> None:
         """Until the next call is due."""
+        is_wrong, most_s = why.code in _WRONG, Limits.most_wrong_s
         with self._changed:
+            if not is_wrong or time.monotonic() - began > most_s:
+                self._wrong_calls = 0
             while self.rests and not self._kicked and not self._ended:
                 self._changed.wait()
             if self.rests or self._ended:
                 self.rests = False
+            elif is_wrong:  # no kick cuts it short
+                pause_s = min(Limits.wrong_s * 2.0**self._wrong_calls, most_s)
+                self._wrong_calls = calls = min(self._wrong_calls + 1, 10)
+                self._changed.wait_for(lambda: self._ended or self._wrong_calls != calls, pause_s)
             elif self._may_rest and is_full(why):
                 pause_s = min(why.retry_after_s or REFUSED_S, LONGEST_REFUSED_S)
-                until = time.monotonic() + pause_s
-                while not self._ended and (left_s := until - time.monotonic()) > 0:
-                    self._changed.wait(left_s)  # whoever asks meanwhile is not refused any sooner
+                # Whoever asks meanwhile is not refused any sooner.
+                self._changed.wait_for(lambda: self._ended, pause_s)
             else:
                 self._changed.wait(RETRY_S)
 
     def _one_call(self) -> Part:
         """One call, from its start to its end, and why it ended."""
+        call = None
         try:
-            call = self._stub.ForwardStream(self._frames(self._attempt), wait_for_ready=True)
+            frames = self._frames(self._attempt)
+            call = self._stub.ForwardStream(frames, wait_for_ready=True, metadata=self._metadata)
             with self._changed:
                 self._call = call
                 if self._ended:
@@ -137,13 +163,18 @@ class Pipe:
                 self._receive(frame)
         except grpc.RpcError as e:
             self.rests = self._may_rest and wire.was_idle(e)
-            return wire.read_error(e)
-        except ValueError as e:  # the channel is closed, or a slice made no sense
+            return _plain(wire.read_error(e))
+        except Misspoken as e:
+            return Part("", e.code, f"it speaks wrongly: {e}")
+        except ValueError as e:  # the channel is closed
             return Part("", Code.UNAVAILABLE, str(e), executed=Executed.UNKNOWN)
         except Exception as e:
             log.exception("a pipe broke and starts again")
             return Part("", Code.UNAVAILABLE, repr(e), executed=Executed.UNKNOWN)
-        return Part("", Code.UNAVAILABLE, "the stream was ended by the other side")
+        finally:
+            if call is not None:
+                call.cancel()
+        return Part("", Code.DATA_LOSS, _ENDED)
 
     def _frames(self, attempt: int) -> Iterator[pb2.Frame]:
         while True:
@@ -181,3 +212,15 @@ def _is_refused(call: grpc.Call) -> bool:
     taken for an accepted one it would be given requests, each time anew."""
     over = threading.Event()
     return not call.add_callback(over.set) or over.wait(VERDICT_S)
+
+
+def _plain(why: Part) -> Part:
+    """gRPC's word for a message that is none, or larger than any that was agreed on, as ours."""
+    if why.code is Code.INTERNAL or "larger than max" in why.reason:
+        return Part("", Code.DATA_LOSS, f"it speaks wrongly: {why.reason}")
+    return why
+
+
+_ENDED = "it speaks wrongly: the stream was ended by the other side"
+# How a call ends on which one of the two sides has spoken wrongly: the next one may be no better.
+_WRONG = (Code.DATA_LOSS, Code.INVALID_ARGUMENT, Code.UNKNOWN)

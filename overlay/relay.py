@@ -350,7 +350,7 @@ class _PassOn:
         columns = {c.process_id: c for c in (*_missing_columns(self._plan, 1), *late)}
         if not state.is_good:
             columns = {**{c.process_id: c for c in state.bad}, **columns}
-        found = tuple(columns[worker] for worker in self._relay._order if worker in columns)
+        found = assembly.in_order(columns, self._relay._order)
         self._sink(row, Answers(1, found, (self._relay._me.id,)))
 
 
@@ -507,6 +507,9 @@ def _missing_columns(plan: Plan, count: int) -> list[PartColumn]:
     return [
         PartColumn.missing(worker, count, Failure(Code.UNAVAILABLE, reason, Executed.NO))
         for worker, reason in plan.missing.items()
+    ] + [
+        PartColumn.missing(worker, count, Failure(Code.FAILED_PRECONDITION, reason, Executed.NO))
+        for worker, reason in plan.unknown.items()
     ]
 
 

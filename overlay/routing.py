@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from overlay.errors import BadRequest, LoopDetected, UnknownName, Unreachable
+from overlay.errors import LoopDetected, OtherConfiguration, UnknownName, Unreachable
 from overlay.health import State
 from overlay.topology import Process, Topology
 from overlay.values import Route, value
@@ -27,12 +27,14 @@ class Branch:
 class Plan:
     """How a request gets to its workers. Each worker in scope is in one branch, local, or missing.
 
-    missing: worker -> why it cannot be asked now.
+    missing: worker -> why it cannot be asked now. unknown: targets that the configuration here does
+    not have as workers, each with that reason.
     """
 
     branches: tuple[Branch, ...] = ()
     local: bool = False
     missing: Mapping[str, str] = field(default_factory=dict)
+    unknown: Mapping[str, str] = field(default_factory=dict)
 
 
 # Backlog of a branch below which spreading would cost more than it gains; the second figure is for
@@ -83,28 +85,32 @@ def check(topology: Topology, me: str, route: Route) -> None:
     """Raises what is wrong with asking `me` this, before any place is taken.
 
     LoopDetected: `me` is in the hop list. UnknownName: no such team or handler, or no worker of the
-    team can be asked from here. BadRequest: a target is not a worker of the configuration.
+    team can be asked from here. OtherConfiguration: a process asks for a handler that is not known
+    here, or only for workers that are not; it has checked that by its own file.
     """
     if me in route.hops:
         raise LoopDetected(f"{me} is already in the hop list {' '.join(route.hops)}")
     if route.handler and route.handler not in topology.handlers:
         known = ", ".join(sorted(topology.handlers))
+        if route.targets is not None:
+            raise OtherConfiguration(f"{_other(me)}: it has no handler '{route.handler}'")
         raise UnknownName(f"no handler '{route.handler}' here; there are {known}")
     if not scope(topology, me, route):
+        if route.targets is not None:
+            raise OtherConfiguration(_unknown(me, route.targets))
         raise UnknownName(_nobody(topology, me, route.team))
 
 
 def scope(topology: Topology, me: str, route: Route) -> tuple[str, ...]:
     """The workers that the request means, in the order of the configuration.
 
-    With targets: exactly those. Else the process asked decides: the leader means every worker, a
-    team leader the workers among its neighbours, a worker itself; `team` narrows each.
+    With targets: those, as far as they are known here. Else the process asked decides: the leader
+    means every worker, a team leader the workers among its neighbours, a worker itself; `team`
+    narrows each.
     """
     if route.targets is not None:
-        for target in route.targets:
-            if target not in topology.processes or not topology.processes[target].works:
-                raise BadRequest(f"target '{target}' is not a worker of {topology.name}")
-        return topology.in_order(set(route.targets))
+        known = {worker.id for worker in topology.workers}
+        return topology.in_order(known.intersection(route.targets))
     asked = _reach(topology, topology.processes[me])
     return tuple(w.id for w in asked if route.team in ("", w.team))
 
@@ -133,7 +139,8 @@ def plan(topology: Topology, me: str, links_up: Iterable[str], route: Route) -> 
         else:
             missing[worker] = _no_way(me, worker, ways)
     order = topology.in_order(set(chosen))
-    return Plan(tuple(Branch(n, tuple(chosen[n])) for n in order), local, missing)
+    branches = tuple(Branch(n, tuple(chosen[n])) for n in order)
+    return Plan(branches, local, missing, _unknown_targets(topology, me, route))
 
 
 def lone(topology: Topology, me: str) -> frozenset[str]:
@@ -198,6 +205,21 @@ def pick(branches: Sequence[Branch], load: Callable[[Branch], Load]) -> tuple[Br
 
 def _is_ejected(branches: Iterable[Branch], load: Callable[[Branch], Load]) -> Iterator[bool]:
     return (load(branch).state is _EJECTED for branch in branches)
+
+
+def _unknown_targets(topology: Topology, me: str, route: Route) -> Mapping[str, str]:
+    """They cost their own parts, and the others of their branch nothing."""
+    known = {worker.id for worker in topology.workers}
+    return {t: _unknown(me, (t,)) for t in route.targets or () if t not in known}
+
+
+def _unknown(me: str, targets: Sequence[str]) -> str:
+    names = ", ".join(targets[:5]) + (" and others" if len(targets) > 5 else "")
+    return f"{_other(me)}: it does not know worker {names}"
+
+
+def _other(me: str) -> str:
+    return f"{me} reads another configuration"
 
 
 def _reach(topology: Topology, me: Process) -> tuple[Process, ...]:

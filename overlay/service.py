@@ -95,7 +95,7 @@ class Service:
         self.executor = Executor(topology, self.me) if self.me.works else None
         self._merges = _load_merges(topology)
         lone = routing.lone(topology, me)
-        self.links = Links(topology.below(me), self.limits, topology.digest, lone)
+        self.links = Links(topology.below(me), self.limits, topology.digest, lone, me)
         relay = Relay(topology, me, self.links, self.executor)
         self.intake = Intake(
             me,
@@ -444,7 +444,8 @@ class Service:
 
     def _common_default(self, answers: Answers) -> str:
         processes = self.topology.processes
-        defaults = {processes[column.process_id].handler for column in answers.parts}
+        workers = (processes.get(column.process_id) for column in answers.parts)
+        defaults = {worker.handler for worker in workers if worker is not None}
         return defaults.pop() if len(defaults) == 1 else ""
 
     def _deadline(self, context: grpc.ServicerContext) -> float:

@@ -199,7 +199,7 @@ def serve(
 
     neighbour: the process whose link it is, if it is one. Never waits.
     """
-    stream = _Stream(desk, call, caller)
+    stream = _Stream(desk, call, caller, wire.read_most_bytes(context.invocation_metadata()))
     try:
         for other in desk.streams.enter(stream, caller.address, neighbour):
             other.make_room()
@@ -211,8 +211,8 @@ def serve(
     if not context.add_callback(stream.abandon):
         stream.abandon()
         return
-    limit = str(desk.limits.max_message_bytes)
-    context.send_initial_metadata(((wire.MOST_BYTES_KEY, limit),))  # and that it is served
+    # Tells the client that its stream is served, and how large a body may be.
+    context.send_initial_metadata(wire.most_bytes_metadata(desk.limits))
     stream.begin()
 
 
@@ -259,11 +259,16 @@ parts before the answer."""
 
 
 class _Stream:
-    def __init__(self, desk: Desk, call: Call, caller: Caller) -> None:
+    def __init__(self, desk: Desk, call: Call, caller: Caller, theirs: int | None = None) -> None:
+        """theirs: the largest answer that the client takes, where it says so."""
         self._desk = desk
         self._call = call
         self._caller = caller
         self._limits = desk.limits
+        self._theirs = theirs
+        self._most_bytes = min(
+            desk.limits.max_message_bytes, theirs or desk.limits.max_message_bytes
+        )
         self._lane = desk.intake.open_lane(caller)
         self._lock = threading.Lock()
         self._out: deque[_Out] = deque()
@@ -273,7 +278,7 @@ class _Stream:
         self._bytes = 0
         self._unread = 0  # bytes of answers that wait for the client to read
         self._passage = Passage(desk.limits.window_bytes // 2 // desk.limits.piece_bytes)
-        self._frame_bytes = min(self._limits.frame_bytes, self._limits.max_message_bytes // 2)
+        self._frame_bytes = min(self._limits.frame_bytes, self._most_bytes // 2)
         self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
         self._no_more = False
         self._reads_later = False  # when its window has room again
@@ -553,7 +558,7 @@ class _Stream:
             ticket.end(Code.CANCELLED)
 
     def _route(self, made: pb2.Segment) -> Route:
-        key = wire.route_key(made)
+        key = wire.route_key(made, self._limits)
         route = self._routes.get(key)
         if route is None:
             route = wire.read_route(made, self._limits)
@@ -630,9 +635,13 @@ class _Stream:
         self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
     ) -> None:
         early = accepted.unanswered is not None
-        if size * (2 if accepted.want_parts and not early else 1) > self._limits.max_message_bytes:
+        if size * (2 if accepted.want_parts and not early else 1) > self._most_bytes:
             answers = self._too_large(answers, size)
         results, failures = self._desk.combine(accepted.segment, answers)
+        merged = sum(map(len, results))  # by the user's own function: of any size
+        if merged > self._most_bytes - (size if accepted.want_parts else 0):
+            answers = self._too_large(answers, merged)
+            results, failures = self._desk.combine(accepted.segment, answers)
         if early:  # what came before may have been better
             failures = [(row, why) for row, why in failures if start + row not in accepted.good]
         accepted.counted += answers.count
@@ -667,7 +676,7 @@ class _Stream:
     def _write_parts(
         self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
     ) -> None:
-        if size > self._limits.max_message_bytes:
+        if size > self._most_bytes:
             refused = self._too_large(answers, size).refused
             ids = tuple(column.process_id for column in answers.parts)
             answers = assembly.from_branch(Answers(answers.count, (), refused=refused), ids)
@@ -677,6 +686,8 @@ class _Stream:
         # More than the other side receives would end its stream, with all that is in it.
         most = self._limits.max_message_bytes
         reason = f"the answer has {size:,} bytes, more than max_message_mib allows ({most:,})"
+        if self._theirs is not None and self._theirs < most:
+            reason += f" at the process that asked ({self._theirs:,})"
         part = Part(self._desk.me, Code.RESOURCE_EXHAUSTED, reason, executed=Executed.YES)
         return Answers(answers.count, (), answers.hops, part)
 

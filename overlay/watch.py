@@ -19,6 +19,7 @@ import grpc
 
 from overlay import wire
 from overlay.connection import split
+from overlay.errors import Misspoken
 from overlay.history import History
 from overlay.picture import Known, Look, picture
 from overlay.values import Code
@@ -188,10 +189,14 @@ class _Eye:
         if asked.cancelled():
             return
         error = asked.exception()
-        if error is None:
-            self.look = Look(time.monotonic(), asked.result())
-        else:
+        if error is not None:
             self.look = Look(self.look.since, self.look.metrics, _reason(error))
+        else:
+            try:
+                self.look = Look(time.monotonic(), wire.read_metrics(asked.result()))
+            except Misspoken as e:
+                wrong = f"it speaks wrongly: {e}"
+                self.look = Look(self.look.since, self.look.metrics, wrong)
         self.is_asking = False
         self._answered()
 

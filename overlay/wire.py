@@ -14,10 +14,12 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
+from overlay import judge
 from overlay.errors import BadRequest, ConfigError, MadeRoom, OverlayError
+from overlay.judge import Asked
 from overlay.limits import MIB, Limits
 from overlay.meter import BOUNDS_S, Histogram, Spread
-from overlay.recent import Line
+from overlay.recent import LINES, Line
 from overlay.story import Story
 from overlay.values import (
     Answer,
@@ -54,7 +56,7 @@ else:
             f"overlay_pb2 does not fit the installed packages ({e}); run ./build_proto.sh again"
         ) from None
 
-__all__ = ["pb2", "pb2_grpc"]
+__all__ = ["Asked", "pb2", "pb2_grpc"]
 
 FORMAT = 1  # MetricsResponse.wire_format
 EXECUTED_KEY = "overlay-executed"
@@ -64,6 +66,7 @@ IDLE_KEY = "overlay-idle"  # a stream had nothing to do, and need not come back 
 PROCESS_KEY = "overlay-process"  # the process that a link is of, as it says
 MOST_BYTES_KEY = "overlay-max-message-bytes"
 _STATUS_KEY = "grpc-status-details-bin"
+FEW_LINES = 100  # of a log, when the question does not say how many
 LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
 
 # A frozen or vanished peer is noticed within about 2.5 s on every system; see the keepalive test.
@@ -87,6 +90,8 @@ def channel_options(limits: Limits | None = None) -> list[tuple[str, Any]]:
         ("grpc.enable_http_proxy", 0),  # an office's web proxy is not on the way
         ("grpc.enable_retries", 0),  # gRPC's own retries run a request twice
         ("grpc.use_local_subchannel_pool", 1),  # a client of its own, not one shared in the process
+        # Nothing of ours is compressed: a small message that swells to gigabytes is not taken.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
     ]
 
 
@@ -139,7 +144,7 @@ def read_request(
     """
     size = len(request.payload)
     if size > limits.max_message_bytes:
-        raise BadRequest(f"payload: {size:,} bytes are more than {limits.max_message_bytes:,}")
+        raise BadRequest(too_large(size, limits.max_message_bytes))
     payloads = Column((request.payload,), size=size)
     first_id = request.request_id or new_ids()
     key = request.idempotency_key
@@ -170,13 +175,22 @@ def write_response(
     )
 
 
+def too_large(size: int, most: int) -> str:
+    """Why a payload is not taken by the process asked."""
+    return f"payload: {size:,} bytes are more than max_message_mib allows ({most:,})"
+
+
 def read_response(response: pb2.Response) -> Answer:
-    """What a client got."""
+    """What a client got. Raises Misspoken."""
+    judge.check_response(response)
     return Answer(tuple(map(_read_unary_part, response.parts)), tuple(response.hops))
 
 
-def route_key(segment: pb2.Segment) -> object:
-    """Equal for segments of one route, which then need be read only once."""
+def route_key(segment: pb2.Segment, limits: Limits) -> object:
+    """Equal for segments of one route, which then need be read only once. Raises BadRequest when
+    there is more of it than any route has."""
+    _check_count("hops", segment.hops, limits.max_hops)
+    _check_count("targets", segment.targets, limits.max_targets)
     hops, targets = tuple(segment.hops), tuple(segment.targets)
     return segment.mode, segment.team, segment.handler, hops, targets
 
@@ -198,16 +212,15 @@ def read_segment(
             f"count: {count} is not the number of payloads ({found}), or not 1 to "
             f"{limits.segment_rows}"
         )
-    payloads = _read_column(segment.payloads, count)
-    if payloads.size > limits.max_message_bytes:
-        raise BadRequest(
-            f"payloads: {payloads.size:,} bytes are more than {limits.max_message_bytes:,}"
-        )
+    payloads, most = _read_column(segment.payloads, count), limits.max_message_bytes
+    # Its form on the wire has some bytes more for each, which must not refuse the largest body.
+    if payloads.size > most and (size := sum(map(len, segment.payloads.items))) > most:
+        raise BadRequest(too_large(size, most))
     if not segment.ids and segment.first_id + count > 2**64:
         raise BadRequest(f"first_id: {segment.first_id} leaves no ids for {count} requests")
+    if len(segment.ids) not in (0, count):
+        raise BadRequest(f"ids: {len(segment.ids)} are not one for each of {count} payloads")
     ids = tuple(segment.ids) or None
-    if ids and len(ids) != count:
-        raise BadRequest(f"ids: {len(ids)} are not one for each of {count} payloads")
     left_s = segment.remaining_us / 1e6 if segment.remaining_us else limits.default_deadline_s
     return Segment(
         route or read_route(segment, limits),
@@ -271,21 +284,34 @@ def write_segment(
     _write_column(made.payloads, segment.payloads)
 
 
-def read_slice(made: pb2.Slice) -> Answers:
-    """Between processes. Raises ValueError when the slice does not fit together."""
-    count = made.count
+def size_beside(segment: Segment) -> int:
+    """Bytes of a segment beside its payloads, at most, where names are ASCII."""
+    route, count = segment.route, segment.payloads.count
+    size = 200 + 5 * count + 70 * len(route.hops) + (8 * count if segment.ids else 0)
+    return size + sum(map(len, route.targets)) + 3 * len(route.targets) if route.targets else size
+
+
+def read_slice(made: pb2.Slice, asked: Asked) -> Answers:
+    """Between processes. Raises Misspoken when it is no answer to what was asked."""
+    parts, hops = judge.check_slice(made, asked)
+    count, trace = made.count, read_trace(made.trace)
     if made.failures:
-        first = made.failures[0]
-        part = Part("", read_code(first.code), first.reason, executed=read_executed(first))
-        return Answers(count, (), tuple(made.hops), part, read_trace(made.trace))
-    parts = tuple([_read_part(p, count) for p in made.parts])
-    return Answers(count, parts, tuple(made.hops), None, read_trace(made.trace))
+        why = read_failure(made.failures[0])
+        part = Part("", why.code, why.reason, executed=why.executed)
+        return Answers(count, (), hops, part, trace)
+    return Answers(count, tuple([_read_part(part, count) for part in parts]), hops, None, trace)
+
+
+def check_client_slice(made: pb2.Slice, asked: Asked) -> None:
+    """Raises Misspoken when it is no answer to what a client asked. Then it can be read."""
+    judge.check_slice(made, asked, results=False)
 
 
 def read_client_slice(made: pb2.Slice) -> Answers:
-    """The parts as a client gets them: without results, unless it wanted those."""
+    """The parts as a client gets them: without results, unless it wanted those. For a slice that
+    was checked."""
     count = made.count
-    parts = tuple(_read_part(part, count, with_results=False) for part in made.parts)
+    parts = tuple(_read_part(judge.said(part), count) for part in made.parts)
     return Answers(count, parts, tuple(made.hops))
 
 
@@ -341,6 +367,28 @@ def read_trace(hops: Sequence[pb2.Hop]) -> tuple[Hop, ...]:
     if not hops:
         return ()
     return tuple([_read_hop(hop) for hop in hops])
+
+
+def read_metrics(made: pb2.MetricsResponse) -> pb2.MetricsResponse:
+    """The same, judged: its lists and numbers are within reason, its texts cut and escaped. Raises
+    Misspoken."""
+    judge.check_metrics(made)
+    return made
+
+
+def read_logs(made: pb2.LogsResponse, asked: pb2.LogsRequest) -> pb2.LogsResponse:
+    """The same, judged as metrics are. Raises Misspoken."""
+    judge.check_logs(made, asked.process_id, min(asked.lines or FEW_LINES, LINES))
+    return made
+
+
+def read_most_bytes(metadata: Iterable[tuple[str, Any]] | None) -> int | None:
+    """The largest body that the other side of a stream says it takes; None where it does not."""
+    return judge.most_bytes(dict(metadata or ()).get(MOST_BYTES_KEY))
+
+
+def most_bytes_metadata(limits: Limits) -> tuple[tuple[str, str], ...]:
+    return ((MOST_BYTES_KEY, str(limits.max_message_bytes)),)
 
 
 def write_trace(into: pb2.Slice | pb2.Response, trace: Iterable[Hop]) -> None:
@@ -434,7 +482,7 @@ def _read_unary_part(part: pb2.Part) -> Part:
     return Part(
         process_id=part.process_id,
         code=read_code(part.code),
-        reason=part.reason,
+        reason=part.reason[:LONGEST_REASON],
         result=part.result,
         hops=tuple(part.hops),
         waited_us=part.waited_us,
@@ -443,29 +491,20 @@ def _read_unary_part(part: pb2.Part) -> Part:
     )
 
 
-def _read_part(part: pb2.PartSlice, count: int, with_results: bool = True) -> PartColumn:
+def _read_part(said: judge.Said, count: int) -> PartColumn:
+    """Of a slice that was checked: so its numbers are those of rows that are there."""
+    part, worker, found, details, hops = said
     failures: dict[int, Failure] = {}
-    failed: Failure | None = None
-    for detail in part.failures:
+    for detail in details:
         failure = read_failure(detail)
         if detail.count == 0:
-            failed = failure
-        else:
-            rows = range(detail.start, min(detail.start + detail.count, count))
-            failures.update(dict.fromkeys(rows, failure))
-    if failed is not None:
-        return PartColumn.missing(part.process_id, count, failed)
-    found = len(part.results.items)
-    if found != count and with_results:
-        raise ValueError(f"{part.process_id}: {found} results for {count} rows")
-    wired = found == count
-    results = _read_column(part.results, count) if wired else Column((b"",) * count)
-    times, piece = (part.waited_us, part.worked_us), None
-    if part.at or part.more:
-        if count != 1:
-            raise ValueError(f"{part.process_id}: a piece for {count} rows")
-        piece = Piece(part.at, part.more)
-    return PartColumn(part.process_id, results, tuple(part.hops), failures, None, *times, piece)
+            return PartColumn.missing(worker, count, failure)
+        rows = range(detail.start, detail.start + detail.count)
+        failures.update(dict.fromkeys(rows, failure))
+    results = _read_column(part.results, count) if found else Column((b"",) * count)
+    piece = Piece(part.at, part.more) if part.more or part.at else None
+    times = part.waited_us, part.worked_us
+    return PartColumn(worker, results, hops, failures, None, *times, piece)
 
 
 def _write_part_slice(made: pb2.Slice, column: PartColumn, with_results: bool) -> None:
@@ -497,9 +536,9 @@ def _write_detail(details: Any, start: int, count: int, failure: Failure) -> Any
 
 
 def read_failure(detail: pb2.Detail) -> Failure:
-    retry_after_s = detail.retry_after_ms / 1000 if detail.retry_after_ms else None
+    again_s = judge.retry_after_s(detail.retry_after_ms / 1000)
     code, executed = read_code(detail.code), read_executed(detail)
-    return Failure(code, detail.reason, executed, retry_after_s)
+    return Failure(code, detail.reason[:LONGEST_REASON], executed, again_s)
 
 
 def read_executed(detail: pb2.Detail | pb2.Part) -> Executed:
@@ -619,7 +658,7 @@ def retry_after_s(trailing_metadata: Iterable[tuple[str, Any]] | None) -> float 
         for detail in status.details:
             info = error_details_pb2.RetryInfo()
             if detail.Unpack(info):
-                return float(info.retry_delay.ToTimedelta().total_seconds())
+                return judge.retry_after_s(info.retry_delay.ToTimedelta().total_seconds())
     except Exception:  # noqa: BLE001 - another program's trailer may hold anything
         return None
     return None
@@ -635,14 +674,18 @@ def _retry_status(error: OverlayError) -> bytes:
 
 
 def _check_names(field: str, names: Sequence[str], limits: Limits, most: int = 1) -> None:
-    if len(names) > most:
-        raise BadRequest(f"{field}: {len(names)} entries are more than {most}")
+    _check_count(field, names, most)
     for name in names:
         if len(name) > limits.max_name or not name.isprintable():
             shown = ascii(name[:20])[1:-1]
             raise BadRequest(
                 f"{field}: '{shown}' is not a name of at most {limits.max_name} letters"
             )
+
+
+def _check_count(field: str, names: Sequence[str], most: int) -> None:
+    if len(names) > most:
+        raise BadRequest(f"{field}: {len(names)} entries are more than {most}")
 
 
 _PLAIN_REASONS = (

@@ -667,12 +667,17 @@ class _Letter:
         if self._ticket:
             self._ticket.end(Code.CANCELLED)
 
+    @property
+    def _asked(self) -> wire.Asked:
+        segment, targets = self._segment, frozenset(self._segment.route.targets)
+        return wire.Asked(segment.count, targets, segment.early is not None, segment.pieces > 0)
+
     def take(self, start: int, answers: Answers) -> None:
         """An answer arrives, through the real messages."""
         frame = pb2.Frame()
         wire.write_slice(frame, 1, start, answers)
         (made,) = pb2.Frame.FromString(frame.SerializeToString()).slices
-        self._settle(made.start, wire.read_slice(made))
+        self._settle(made.start, wire.read_slice(made, self._asked))
 
     def _serve(self, segment: Segment) -> None:
         far = self._edge.network.nodes[self._edge.far]
@@ -701,7 +706,7 @@ class _Letter:
         for column in answers.parts:
             if column.piece is not None:
                 self._passage.passes((1, start, column.process_id), column.piece, 0)
-        came = wire.read_slice(made).granted_by(partial(self._granted, start))
+        came = wire.read_slice(made, self._asked).granted_by(partial(self._granted, start))
         self._segment.early(made.start, came)
 
     def _granted(self, start: int, worker: str, pieces: int) -> None:

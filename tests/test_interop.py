@@ -227,8 +227,8 @@ NOT_MEANT = {
     "right to left": ({"hops": ["\u202eA"]}, "INVALID_ARGUMENT", r"hops: '\u202eA' is not a name"),
     "null": ({"hops": FAR, "targets": ["C\0"]}, "INVALID_ARGUMENT", r"targets: 'C\x00' is not"),
     "long name": ({"team": "x" * 65}, "INVALID_ARGUMENT", "at most 64 letters"),
-    "no such target": ({"hops": FAR, "targets": ["G"]}, "INVALID_ARGUMENT", "target 'G' is not a"),
-    "not a worker": ({"hops": FAR, "targets": ["B"]}, "INVALID_ARGUMENT", "target 'B' is not a"),
+    "no such target": ({"hops": FAR, "targets": ["G"]}, "FAILED_PRECONDITION", "know worker G"),
+    "not a worker": ({"hops": FAR, "targets": ["B"]}, "FAILED_PRECONDITION", "know worker B"),
 }  # fmt: skip
 
 

@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlay import books, health, wire
+from overlay.errors import Misspoken
 from overlay.handlers import Context
 from overlay.health import FAILURES, State
 from overlay.limits import Limits
 from overlay.links import Links
 from overlay.pipes import Pipe
+from overlay.reception import Reception
 from overlay.service import Service
 from overlay.topology import HandlerSpec, Process, Topology
 from overlay.values import (
@@ -51,7 +53,15 @@ class MemoryPipe:
     made: list[MemoryPipe]
 
     def __init__(
-        self, channel, name, fill, receive, lost, live=lambda metadata: None, patience_s=lambda: 0.0
+        self,
+        channel,
+        name,
+        fill,
+        receive,
+        lost,
+        live=lambda metadata: None,
+        patience_s=lambda: 0.0,
+        metadata=(),
     ) -> None:
         self.name = name
         self.kicks = self.hurries = 0
@@ -71,6 +81,8 @@ class MemoryPipe:
 
     def end(self) -> None: ...
 
+    def again(self) -> None: ...
+
     def take(self) -> list[pb2.Frame]:
         """The frames that leave now."""
         frames = []
@@ -82,13 +94,16 @@ class MemoryPipe:
         column = PartColumn("C", Column(results), worked_us=worked_us)
         frame = pb2.Frame()
         wire.write_slice(frame, number, start, Answers(len(results), (column,), ("C",)))
-        self._receive(pb2.Frame.FromString(frame.SerializeToString()))
+        self.hear(pb2.Frame.FromString(frame.SerializeToString()))
 
     def lose(self, why: Part = GONE) -> None:
         self._lost(why)
 
     def hear(self, frame: pb2.Frame) -> None:
-        self._receive(frame)
+        try:
+            self._receive(frame)
+        except Misspoken as e:
+            self._lost(Part("", e.code, f"it speaks wrongly: {e}"))
 
 
 @dataclass
@@ -642,7 +657,7 @@ def test_a_link_that_went_down_and_came_back_is_not_held_against_it(two):
 def test_workers_that_a_look_finds_new_behind_a_neighbour_make_its_trial_due(two):
     for _ in range(FAILURES):
         two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
-    behind = [pb2.Process(id="F", slots={"echo": 4})]
+    behind = [pb2.Process(id="C", slots={"echo": 4})]
     found = pb2.MetricsResponse(process_id="C", is_healthy=True, topology=behind)
     two.links._links["C"]._learn(found, 0.001)
     assert two.state is State.HALF_OPEN
@@ -736,11 +751,12 @@ class Worker:
             def GetMetrics(self, request, context):
                 return service.metrics()
 
-            def ForwardStream(self, request_iterator, context):
-                return service.forward_stream(request_iterator, context)
+            def ForwardStream(self, call, context):
+                return service.forward_stream(call, context)
 
         self._server = grpc.server(self._pool, options=wire.server_options(topology.limits))
-        pb2_grpc.add_OverlayNodeServicer_to_server(Servicer(), self._server)
+        reception = Reception(self._server, self._pool, topology.limits, service.record)
+        pb2_grpc.add_OverlayNodeServicer_to_server(Servicer(), reception)
         assert self._server.add_insecure_port(f"127.0.0.1:{port}") == port
         self._server.start()
         self.service.start()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlay import routing
-from overlay.errors import BadRequest, LoopDetected, UnknownName
+from overlay.errors import LoopDetected, OtherConfiguration, UnknownName
 from overlay.health import State
 from overlay.routing import Branch, Load
 from overlay.topology import Topology
@@ -76,6 +76,7 @@ def test_the_process_asked_means_the_workers_it_leads(me, scopes):
     assert found == scopes
 
 
+B_DIFFERS = "B reads another configuration: it"
 REFUSALS = [
     ("A", Route(hops=("A",)), LoopDetected, "A is already in the hop list A"),
     ("B", Route(hops=("A", "B", "C")), LoopDetected, "B is already in the hop list A B C"),
@@ -83,8 +84,8 @@ REFUSALS = [
     ("E", Route(team="green"), UnknownName, "no worker of team 'green' can be asked from E"),
     ("D", Route(team="green"), UnknownName, "no worker of team 'green' can be asked from D"),
     ("A", Route(handler="nope"), UnknownName, "no handler 'nope' here; there are echo"),
-    ("B", Route(targets=("Z",)), BadRequest, "target 'Z' is not a worker"),
-    ("B", Route(targets=("C", "E")), BadRequest, "target 'E' is not a worker"),
+    ("B", Route(targets=("Z", "E")), OtherConfiguration, f"{B_DIFFERS} does not know worker Z, E"),
+    ("B", Route(handler="x", targets=("C",)), OtherConfiguration, f"{B_DIFFERS} has no handler"),
 ]
 
 
@@ -98,6 +99,16 @@ def test_what_cannot_be_asked_is_said_before_any_place_is_taken(me, route, error
 @pytest.mark.parametrize("me", SIX.processes)
 def test_a_plain_request_can_be_asked_of_every_process(me):
     routing.check(SIX, me, Route())
+
+
+def test_targets_that_are_not_known_here_cost_the_others_nothing():
+    plan = routing.plan(SIX, "B", "CD", Route(targets=("Z", "C", "E")))
+    assert [(b.neighbour, b.targets) for b in plan.branches] == [("C", ("C",))]
+    assert plan.missing == {}
+    assert plan.unknown == {
+        "Z": "B reads another configuration: it does not know worker Z",
+        "E": "B reads another configuration: it does not know worker E",
+    }
 
 
 def test_a_missing_worker_has_its_reason():

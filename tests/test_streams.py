@@ -21,6 +21,7 @@ from overlay import assembly, streams, wire
 from overlay.deadlines import Deadlines
 from overlay.errors import NoTimeLeft, OverlayError, QueueFull
 from overlay.intake import Intake
+from overlay.judge import Asked
 from overlay.limits import Limits
 from overlay.reception import Reception
 from overlay.record import Ended, Record
@@ -497,6 +498,9 @@ class OverCall:
     def __init__(self, has_begun: bool) -> None:
         self._has_begun = has_begun
 
+    def invocation_metadata(self):
+        return ()
+
     def add_callback(self, callback):
         self.callback = callback
         return self._has_begun
@@ -680,7 +684,8 @@ def test_a_process_gets_the_parts_alone():
         (answer,) = served.call([frame(asked)])
     (made,) = answer.slices
     assert list(made.results.items) == []
-    assert wire.read_slice(made).at(1).parts[0].result == b"W: b"
+    asked = Asked(2, frozenset("W"))
+    assert wire.read_slice(made, asked).at(1).parts[0].result == b"W: b"
 
 
 def traces(desk: Desk, asked: pb2.Segment) -> list[str]:
