@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from overlay import handlers
+from overlay import admission, handlers
 from overlay.batch import Batch, Desk, HandlerCounts
 from overlay.processes import ProcessRunner
 from overlay.threads import ThreadRunner
@@ -44,6 +44,7 @@ class Executor:
         self.on_free: Callable[[], None] = lambda: None
         self._process = process
         self._cap = min(process.slots or process.in_service, process.in_service)
+        self._is_shared = len(topology.handlers) > 1
         self._lock = threading.Lock()
         self._seen = SeenIds(topology.limits.remembered_ids)
         self._desks: dict[str, tuple[Desk, Runner]] = {}
@@ -51,7 +52,8 @@ class Executor:
         try:
             for spec in topology.handlers.values():
                 options = {**spec.options, **process.options}
-                desk = Desk(spec, topology.handler_slots(process, spec), options)
+                slots = min(topology.handler_slots(process, spec), self._most(0))
+                desk = Desk(spec, slots, options)
                 self._desks[spec.name] = desk, _runner(desk, topology)
         except BaseException:
             self.close()
@@ -72,7 +74,8 @@ class Executor:
     def claim(self, handler: str, count: int) -> int:
         """Places for at most `count` rows of the handler ("" is the process's default).
 
-        As many as there are free slots, and those that quick rows will free in 2 ms.
+        As many as there are free slots, and those that quick rows will free in 2 ms. Of a worker's
+        slots a handler leaves some to the others.
         """
         desk, _ = self._desks[handler or self._process.handler]
         with self._lock:
@@ -84,7 +87,7 @@ class Executor:
             # Beyond the slots only while no other handler is at work: each has threads of its own.
             ahead = 0 if elsewhere else desk.ahead
             free = desk.slots + ahead - desk.taken
-            capped = self._cap + ahead - elsewhere - desk.taken
+            capped = self._most(elsewhere) + ahead - desk.taken
             count = max(0, min(count, free, capped))
             desk.taken += count
         return count
@@ -103,6 +106,10 @@ class Executor:
         """Ends the pools; processes are terminated, threads are left to end by themselves."""
         for _, runner in self._desks.values():
             runner.close()
+
+    def _most(self, elsewhere: int) -> int:
+        """Slots that one handler may take while others hold so many."""
+        return admission.most_of_slots(self._cap, elsewhere) if self._is_shared else self._cap
 
     def _give_back(self, desk: Desk, count: int) -> None:
         with self._lock:

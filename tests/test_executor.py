@@ -316,6 +316,22 @@ def test_slots_hold_with_many_threads(benches, acts):
     assert bench.free == 3
 
 
+@pytest.mark.parametrize(
+    ("slots", "slow", "quick"),
+    [(None, 90, 9), (80, 80, 18), (8, 8, 8)],
+)
+def test_a_handler_leaves_slots_of_its_worker_to_the_others(folder, slots, slow, quick):
+    specs = {name: HandlerSpec(name, "acts:act", slots=slots) for name in ("slow", "quick")}
+    worker = Process("W", "worker", "green", "h", 1)
+    executor = Executor(Topology({"W": worker}, specs, folder=folder), worker)
+    try:
+        assert executor.claim("slow", 1000) == slow
+        assert executor.claim("quick", 1000) == quick
+        assert set(executor.slots.values()) == {slow}
+    finally:
+        executor.close()
+
+
 TWO = Process("W", "worker", "green", "slow", 1, slots=1)
 
 
