@@ -78,10 +78,11 @@ def serve(
     desk: Desk, frames: Iterable[pb2.Frame], context: grpc.ServicerContext, caller: Caller = NOBODY
 ) -> Iterator[pb2.Frame]:
     """Answers one ForwardStream call. caller: who takes turns with others."""
-    stream = _Stream(desk, caller, wire.read_most_bytes(context.invocation_metadata()))
+    stream = _Stream(desk, caller)
     if not context.add_callback(stream.abandon):
         stream.abandon()
         return
+    stream.answer_within(wire.read_most_bytes(context.invocation_metadata()))
     reader = threading.Thread(target=stream.read, args=(frames,), name="stream-reader", daemon=True)
     reader.start()
     desk.streams.add(stream)
@@ -140,15 +141,12 @@ parts before the answer."""
 
 
 class _Stream:
-    def __init__(self, desk: Desk, caller: Caller, theirs: int | None = None) -> None:
-        """theirs: the largest answer that the client takes, where it says so."""
+    def __init__(self, desk: Desk, caller: Caller) -> None:
         self._desk = desk
         self._caller = caller
         self._limits = desk.limits
-        self._theirs = theirs
-        self._most_bytes = min(
-            desk.limits.max_message_bytes, theirs or desk.limits.max_message_bytes
-        )
+        self._theirs: int | None = None  # the largest answer that the client takes, if it says so
+        self._most_bytes = desk.limits.max_message_bytes
         self._lane = desk.intake.open_lane(caller)
         self._changed = threading.Condition()
         self._out: deque[_Out] = deque()
@@ -166,6 +164,12 @@ class _Stream:
         self._has_news = False  # to be told, also when there is no answer to send
         self.broken: OverlayError | None = None
         self.parting: OverlayError | None = None
+
+    def answer_within(self, theirs: int | None) -> None:
+        """theirs: the largest answer that the client takes, where it says so; before any comes."""
+        self._theirs = theirs
+        self._most_bytes = min(self._most_bytes, theirs or self._most_bytes)
+        self._frame_bytes = min(self._frame_bytes, self._most_bytes // 2)
 
     def read(self, frames: Iterable[pb2.Frame]) -> None:
         """Takes frames in until the client's half-close; on the reader's thread."""

@@ -500,6 +500,9 @@ def test_a_client_that_leaves_while_it_is_let_in_leaves_no_stream():
             self.callback = callback
             return True
 
+        def invocation_metadata(self):
+            return ()
+
         def send_initial_metadata(self, metadata):
             self.callback()
             raise grpc.RpcError
@@ -675,7 +678,7 @@ def test_a_process_gets_the_parts_alone():
         (answer,) = served.call([frame(asked)])
     (made,) = answer.slices
     assert list(made.results.items) == []
-    assert wire.read_slice(made).at(1).parts[0].result == b"W: b"
+    assert wire.read_slice(made, wire.Asked(made.count)).at(1).parts[0].result == b"W: b"
 
 
 def traces(desk: Desk, asked: pb2.Segment) -> list[str]:
