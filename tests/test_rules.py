@@ -145,7 +145,7 @@ def test_every_process_answers_for_its_own_scope(six, asked, fields, workers, wa
         ({"handler": "os:system"}, grpc.StatusCode.NOT_FOUND),
         ({"mode": 7}, grpc.StatusCode.INVALID_ARGUMENT),
         ({"hops": ["x"] * 100}, grpc.StatusCode.INVALID_ARGUMENT),
-        ({"hops": ["X"], "targets": ["A"]}, grpc.StatusCode.INVALID_ARGUMENT),
+        ({"hops": ["X"], "targets": ["A"]}, grpc.StatusCode.FAILED_PRECONDITION),
     ],
 )
 def test_a_wrong_request_is_refused_with_proof(six: Overlay, fields, code, way: Way) -> None:
