@@ -23,7 +23,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  executor -> batch, handlers, ids   threads -> handlers, logs, pieces
                  processes -> child -> batch, handlers, logs, pieces   processes -> pieces
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
-                 picture -> history   diagnosis   crowd
+                 picture -> history   diagnosis   crowd   density
     0 values     errors -> values   limits   topology -> limits, errors
                  configuration -> topology, limits, errors
 

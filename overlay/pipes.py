@@ -30,10 +30,12 @@ from overlay import wire
 from overlay.errors import Misspoken
 from overlay.limits import Limits
 from overlay.values import Code, Executed, Failure, Part
-from overlay.wire import pb2, pb2_grpc
+from overlay.wire import pb2
 
 log = logging.getLogger("overlay.links")
 
+
+FORWARD_STREAM = "/OverlayNode/ForwardStream"
 RETRY_S = 0.1  # between two attempts; gRPC's own backoff comes on top
 REFUSED_S = 0.25  # where all places are taken, when the process did not say how long
 LONGEST_REFUSED_S = 5.0  # a free place shall not wait for its taker for longer
@@ -65,7 +67,10 @@ class Pipe:
         """
         self.rests = False  # until the next kick; set before `lost` is called
         self._may_rest = may_rest
-        self._stub = pb2_grpc.OverlayNodeStub(channel)
+        # As the generated stub has it, but that each frame is looked at before it is parsed.
+        self._forward = channel.stream_stream(
+            FORWARD_STREAM, pb2.Frame.SerializeToString, wire.read_frame
+        )
         self._fill = fill
         self._receive = receive
         self._lost = lost
@@ -151,7 +156,7 @@ class Pipe:
         call = None
         try:
             frames = self._frames(self._attempt)
-            call = self._stub.ForwardStream(frames, wait_for_ready=True, metadata=self._metadata)
+            call = self._forward(frames, wait_for_ready=True, metadata=self._metadata)
             with self._changed:
                 self._call = call
                 if self._ended:

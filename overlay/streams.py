@@ -355,7 +355,7 @@ class _Stream:
 
     def _read(self, message: bytes) -> None:
         try:
-            self._take(wire.read_message(message, pb2.Frame.FromString))
+            self._take(wire.read_frame(message))
         except OverlayError as e:
             self._break(e)
         except Exception as e:  # noqa: BLE001 - a fault of ours costs one stream

@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from overlay import judge
+from overlay import density, judge
 from overlay.errors import BadRequest, ConfigError, MadeRoom, OverlayError
 from overlay.judge import Asked
 from overlay.limits import MIB, Limits
@@ -106,6 +106,8 @@ def server_options(limits: Limits, connections: int | None = None) -> list[tuple
         *_size_options(limits),
         *_KEEPALIVE,
         ("grpc.so_reuseport", 0),
+        # A packed message is refused: of a few KiB, which many can send at once, it makes many MiB.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.max_concurrent_streams", limits.calls_of_a_connection),
         ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
         ("grpc.http2.min_ping_interval_without_data_ms", 500),
@@ -126,12 +128,24 @@ def _size_options(limits: Limits) -> list[tuple[str, Any]]:
 CHANNEL_OPTIONS = channel_options()
 
 
-def read_message(message: bytes, parse: Callable[[bytes], Any]) -> Any:
-    """Raises BadRequest for what is not protobuf."""
+def read_message(
+    message: bytes, parse: Callable[[bytes], Any], shape: density.Shape = density.FLAT
+) -> Any:
+    """Raises BadRequest for what is not protobuf, or takes far more memory than its bytes.
+
+    shape: of what it has that are messages.
+    """
+    density.check(message, shape)
     try:
         return parse(message)
     except Exception as e:  # noqa: BLE001 - protobuf's implementations each have errors of their own
         raise BadRequest(f"a message of {len(message):,} bytes is not protobuf: {e}") from None
+
+
+def read_frame(message: bytes) -> pb2.Frame:
+    """As `read_message`."""
+    frame: pb2.Frame = read_message(message, pb2.Frame.FromString, _FRAME)
+    return frame
 
 
 def read_request(
@@ -673,6 +687,14 @@ def _retry_status(error: OverlayError) -> bytes:
     return bytes(status.SerializeToString())
 
 
+def _shape_of(message: Any) -> density.Shape:
+    def below(field: Any) -> density.Shape | None:
+        found = field.message_type
+        return None if found.name == pb2.Column.DESCRIPTOR.name else _shape_of(found)
+
+    return {field.number: below(field) for field in message.fields if field.message_type}
+
+
 def _check_names(field: str, names: Sequence[str], limits: Limits, most: int = 1) -> None:
     _check_count(field, names, most)
     for name in names:
@@ -704,6 +726,7 @@ _PLAIN_REASONS = (
     ("Method not found", "it does not know this call: an older release, or no overlay"),
     ("failed to connect to all addresses", "no connection to it"),
 )
+_FRAME = _shape_of(pb2.Frame.DESCRIPTOR)
 _MODES = {Mode.ALL: pb2.ALL, Mode.ANY: pb2.ANY}
 _EXECUTED = {Executed.UNKNOWN: pb2.UNKNOWN, Executed.NO: pb2.NO, Executed.YES: pb2.YES}
 _GRPC_CODES = {Code(status.value[0]): status for status in grpc.StatusCode}
