@@ -121,6 +121,23 @@ class Arriving:
             raise Misspoken("more pieces of a part than were granted")
 
 
+class Budget:
+    """Bytes that all streams share: none has more than is left. Safe from any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> int:
+        return self._left
+
+    def take(self, size: int) -> None:
+        """More than is left too: what has come is there. Less than 0 gives back."""
+        with self._lock:
+            self._left -= size
+
+
 Key = tuple[int, int, str]
 """A part of a stream: segment, row, worker."""
 
@@ -134,11 +151,13 @@ class Passage:
     A part's worker sends one piece by itself, and then as many as it is told. As long as there is
     room, that is as many more as the stream's client can take before it grants any; a part that
     finds no room comes piece by piece, until there is. So a client that reads nothing holds up one
-    piece of each part, and `room` others.
+    piece of each part, and `room` others; all of a process's clients together what is in `shared`.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, shared: Budget | None = None) -> None:
+        """room: pieces. shared: bytes."""
         self._room = room
+        self._shared = shared or Budget(room * PIECE_BYTES)
         self._parts: dict[Key, _Part] = {}
 
     def __len__(self) -> int:
@@ -172,6 +191,12 @@ class Passage:
         part = self._parts.pop(key, None)
         if part is not None and part.is_wide:
             self._room += part.ahead
+            self._shared.take(-part.ahead * PIECE_BYTES)
+
+    def close(self) -> None:
+        """All parts have ended."""
+        for key in list(self._parts):
+            self.end(key)
 
     def end_rows(self, number: int, start: int, count: int) -> None:
         rows = range(start, start + count)
@@ -179,9 +204,11 @@ class Passage:
             self.end(key)
 
     def _told(self, part: _Part, pieces: int) -> Told | None:
-        if not part.is_wide and self._room >= part.ahead:
+        size = part.ahead * PIECE_BYTES
+        if not part.is_wide and self._room >= part.ahead and self._shared.left >= size:
             part.is_wide = True
             self._room -= part.ahead
+            self._shared.take(size)
             pieces += part.ahead
         return (part.grant, pieces) if pieces else None
 

@@ -39,12 +39,13 @@ from overlay.intake import Intake, Ticket
 from overlay.journal import Journal
 from overlay.keys import First, Keys, Outcome, Waiter
 from overlay.links import Links
+from overlay.pieces import Budget
 from overlay.recent import Recent
 from overlay.record import Ended, Record, log_failure, unexpected
 from overlay.relay import Relay
-from overlay.streams import Budget, Places
 from overlay.streams import Call as StreamCall
 from overlay.streams import Desk as StreamDesk
+from overlay.streams import Places
 from overlay.streams import serve as streams_serve
 from overlay.topology import Process, Topology
 from overlay.values import Answers, Caller, Code, Executed, Mode, Route, Segment
@@ -127,6 +128,7 @@ class Service:
             streams=Places(limits.streams),
             held=Budget(limits.max_waiting_bytes),
             unread=Budget(limits.unread_bytes),
+            ahead=Budget(limits.ahead_bytes),
             take_ids=self._chosen_ids.take,
         )
         self._hosts = Hosts(topology.above(me))

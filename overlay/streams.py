@@ -34,7 +34,7 @@ from overlay.deadlines import Deadlines
 from overlay.errors import BadRequest, Cancelled, Draining, MadeRoom, OverlayError, QueueFull
 from overlay.intake import Intake, Ticket, refusal
 from overlay.limits import Limits
-from overlay.pieces import Passage, Told
+from overlay.pieces import Budget, Passage, Told
 from overlay.record import Ended, unexpected
 from overlay.rows import OpenRows
 from overlay.topology import Topology
@@ -57,23 +57,6 @@ class Call(Protocol):
     def send(self, message: bytes, then: Callable[[bool], None]) -> None: ...
     def finish(self) -> None: ...
     def fail(self, error: OverlayError) -> None: ...
-
-
-class Budget:
-    """Bytes that all streams share: none has more than is left. Safe from any thread."""
-
-    def __init__(self, most: int) -> None:
-        self._left = most
-        self._lock = threading.Lock()
-
-    @property
-    def left(self) -> int:
-        return self._left
-
-    def take(self, size: int) -> None:
-        """More than is left too: what has come is there. Less than 0 gives back."""
-        with self._lock:
-            self._left -= size
 
 
 class Places:
@@ -168,6 +151,7 @@ class Desk:
     streams: Places
     held: Budget  # payloads and answers in the windows
     unread: Budget  # answers that wait for their clients to read
+    ahead: Budget  # pieces that may come before their clients have asked for more
     take_ids: Callable[[Caller, Segment], None] = lambda caller, segment: None  # raises IdsFull
 
     @property
@@ -277,7 +261,9 @@ class _Stream:
         self._rows = 0  # accepted and not yet written
         self._bytes = 0
         self._unread = 0  # bytes of answers that wait for the client to read
-        self._passage = Passage(desk.limits.window_bytes // 2 // desk.limits.piece_bytes)
+        self._passage = Passage(
+            desk.limits.window_bytes // 2 // desk.limits.piece_bytes, desk.ahead
+        )
         self._frame_bytes = min(self._limits.frame_bytes, self._most_bytes // 2)
         self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
         self._no_more = False
@@ -468,6 +454,7 @@ class _Stream:
         with self._lock:
             rest, self._accepted = list(self._accepted.values()), {}
             self._out.clear()
+            self._passage.close()
             self._hold_locked(-self._bytes)
             self._keep_unread_locked(-self._unread)
         for accepted in rest:
@@ -583,6 +570,8 @@ class _Stream:
         is_first = False
         with self._lock:
             assert accepted.unanswered is not None
+            if self._abandoned:  # its room has been given back
+                return
             for first, count in accepted.unanswered.runs(start, answers.count):
                 rows = answers.slice(first - start, count)
                 accepted.good.update(first + i for i in range(count) if _has_good(rows, i))

@@ -23,6 +23,7 @@ from overlay.errors import NoTimeLeft, OverlayError, QueueFull
 from overlay.intake import Intake
 from overlay.judge import Asked
 from overlay.limits import Limits
+from overlay.pieces import Budget
 from overlay.reception import Reception
 from overlay.record import Ended, Record
 from overlay.topology import HandlerSpec, Process, Topology
@@ -147,8 +148,9 @@ class Served:
             wants_trace=lambda: desk.follows,
             threads=ThreadPoolExecutor(8, "stream"),
             streams=streams.Places(limits.streams),
-            held=streams.Budget(limits.max_waiting_bytes),
-            unread=streams.Budget(limits.unread_bytes),
+            held=Budget(limits.max_waiting_bytes),
+            unread=Budget(limits.unread_bytes),
+            ahead=Budget(limits.ahead_bytes),
         )
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(self._pool, options=wire.server_options(limits))
