@@ -146,10 +146,10 @@ class Diagnosis:
             do = f"copy {self._topology.name} to every machine, then {self._run('restart')}"
             return Finding(Grade.BAD, "other file", why, do)
         places = self._topology.limits.streams
-        if said.streams >= places:
+        if said.streams >= places * 3 // 4:  # as many as those of one address may have
             why = (
-                f"its {places} places for streams are all taken: a map, or a program that uses the "
-                "library, is refused when it comes now"
+                f"{said.streams} of its {places} places for streams are taken: a map, or a program "
+                "that uses the library, may be refused when it comes now"
             )
             return Finding(Grade.BAD, "full", why, "end, or close(), clients that are done")
         if said.version != self._version:

@@ -193,7 +193,7 @@ class Service:
             neighbour = self._neighbour_of(context, caller)
             streams_serve(self._stream_desk, call, context, caller, neighbour)
         except OverlayError as e:
-            call.fail(e)
+            call.fail(self._with_retry(e))
 
     def drain(self, grace_s: float) -> Drained:
         """Refuses what waits and what comes, and lets the running end within `grace_s`.

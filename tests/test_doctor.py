@@ -82,7 +82,7 @@ def test_nothing_is_said_of_what_is_well():
         ("F", answering("F", version="2.0", wire_format=2), "other release",
          "it runs version 2.0, which does not understand 1.0", "put the same folder"),
         ("F", answering("F", streams=SHIPPED.limits.streams), "full",
-         f"its {SHIPPED.limits.streams} places for streams are all taken", "close()"),
+         f"of its {SHIPPED.limits.streams} places for streams are taken", "close()"),
     ],
 )  # fmt: skip
 def test_each_trouble_has_its_cause_and_its_remedy(
