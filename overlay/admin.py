@@ -21,6 +21,7 @@ import psutil
 
 from overlay import wire
 from overlay.errors import BadRequest, NotAllowed, OverlayError
+from overlay.hosts import plain_address
 from overlay.journal import Journal
 from overlay.service import Drained
 from overlay.topology import Process
@@ -125,10 +126,9 @@ def is_on_this_machine(peer: str) -> bool:
     """
     text = wire.address_in(peer)
     try:
-        address = ipaddress.ip_address(text.partition("%")[0])
+        address = ipaddress.ip_address(plain_address(text))
     except ValueError:
         return peer.startswith("unix:")
-    address = getattr(address, "ipv4_mapped", None) or address
     if address.is_loopback:
         return True
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET

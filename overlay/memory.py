@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 
-MIB = 1024 * 1024
+from overlay.limits import MIB
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
 WORTH = 64 * MIB  # more than the least that was seen since the start
 PAUSE_S = 2.0  # between two tries; each takes some ms
