@@ -14,9 +14,11 @@ import os
 import platform
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import grpc
@@ -389,7 +391,7 @@ class Service:
         ticket = self.intake.admit(segment, waiter.sink, ended.caller, priority)
         ended.ticket = ticket
         # With a key the work goes on when its caller has left, who may come again for the answer.
-        if not segment.keyed and not context.add_callback(lambda: ticket.end(Code.CANCELLED)):
+        if not segment.keyed and not context.add_callback(partial(_left, weakref.ref(ticket))):
             ticket.end(Code.CANCELLED)  # the call was over before it began
         if not waiter.wait(_until(segment.deadline)):
             ticket.end(Code.DEADLINE_EXCEEDED)
@@ -580,6 +582,14 @@ class _Waiter:
 
     def wait(self, timeout_s: float) -> bool:
         return self._came.acquire(timeout=timeout_s)
+
+
+def _left(ticket: weakref.ref[Ticket]) -> None:
+    """Its caller has left. gRPC keeps this for as long as the answer is not read, and so must not
+    keep the ticket, which leads to the request and to its answer."""
+    found = ticket()
+    if found is not None:
+        found.end(Code.CANCELLED)
 
 
 def _wait_while(busy: Callable[[], bool], until: float) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 from faults.strangers import (
@@ -35,7 +36,7 @@ from faults.strangers import (
     message,
 )
 from overlay.wire import pb2
-from tests.cluster import IDS, Overlay, six_processes
+from tests.cluster import IDS, Overlay, six_processes, until
 from tests.strangers import FEW_FILES, MEMORY_MIB, Besieged, Few, raw
 from tests.watch import Watched
 
@@ -416,6 +417,25 @@ def test_clients_that_do_not_read_are_bounded_together(besieged, large, source):
         large(strangers, port, source, 0)
         time.sleep(1)
         besieged.serves(["stream"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory otherwise")
+def test_an_answer_that_is_not_read_is_held_no_more_than_twice(besieged):
+    """Once in Python and once in gRPC."""
+    asked = pb2.Request(payload=b"4194304", mode=pb2.ANY, handler="large")
+    body, count = message(asked.SerializeToString()), 6  # there is room for all of them
+    six = besieged.six
+    with besieged.attacked(memory_mib=2048) as strangers:
+        one = strangers.connect(six.port("A"), NEAR, window=0)
+        process = psutil.Process(six.processes["A"].pid)
+        before, answered = process.memory_info().rss, six.metrics("A").completed
+        for number in range(1, count + 1):
+            one.open(FORWARD, body, end=True)
+            until(lambda n=answered + number: six.metrics("A").completed >= n, 5, "answered")
+            time.sleep(0.2)
+        held = process.memory_info().rss - before
+    print(f"{held / MIB:.0f} MiB of {count} answers of 4 MiB")
+    assert held / MIB < 2.5 * 4 * count + 20
 
 
 @pytest.mark.parametrize("method", [FORWARD, STREAM, METRICS, CHECK])
