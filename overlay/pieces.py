@@ -138,6 +138,35 @@ class Budget:
             self._left -= size
 
 
+FREE_BYTES = 8 * 1024  # of each stream: 8 MiB of all of them
+
+
+class Share:
+    """What one stream has of a Budget. No lock of its own.
+
+    Its first FREE_BYTES are not counted: streams of small requests touch nothing that is shared.
+    """
+
+    __slots__ = ("_budget", "size")
+
+    def __init__(self, budget: Budget) -> None:
+        self.size = 0
+        self._budget = budget
+
+    def add(self, size: int) -> None:
+        """Less than 0 gives back."""
+        before = self.size
+        self.size = after = before + size
+        if before > FREE_BYTES or after > FREE_BYTES:
+            self._budget.take(max(after, FREE_BYTES) - max(before, FREE_BYTES))
+
+    def is_within(self, most: int) -> bool:
+        """Whether it has less than so much, and there is something left for others."""
+        if self.size <= FREE_BYTES:
+            return True
+        return self.size < min(most, max(0, self._budget.left))
+
+
 Key = tuple[int, int, str]
 """A part of a stream: segment, row, worker."""
 

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -42,6 +42,7 @@ from overlay.journal import Journal
 from overlay.keys import First, Keys, Outcome, Waiter
 from overlay.links import Links
 from overlay.pieces import Budget
+from overlay.pool import Pool
 from overlay.recent import Recent
 from overlay.record import Ended, Record, log_failure, unexpected
 from overlay.relay import Relay
@@ -126,7 +127,7 @@ class Service:
             ended=self.record.ended_and_counted,
             crowded_out=self.record.crowded_out,
             wants_trace=self.record.wants_trace,
-            threads=ThreadPoolExecutor(limits.stream_threads, "stream"),
+            threads=Pool(limits.stream_threads, "stream"),
             streams=Places(limits.streams),
             held=Budget(limits.max_waiting_bytes),
             unread=Budget(limits.unread_bytes),
@@ -226,7 +227,7 @@ class Service:
     def close(self) -> None:
         self._deadlines.stop()
         self._hosts.stop()
-        self._stream_desk.threads.shutdown(wait=False, cancel_futures=True)
+        self._stream_desk.threads.close()
         self.links.close()
         if self.executor:
             self.executor.close()
@@ -403,7 +404,7 @@ class Service:
         self, route: Route, answers: Answers
     ) -> tuple[list[bytes], list[tuple[int, OverlayError]]]:
         """What a client gets: a result per row, empty where it failed; and why, by row."""
-        merge = self._merges.get(route.handler or self._common_default(answers))
+        merge = self._merge_of(route, answers)
         if answers.flawless and (merge is None or route.mode is Mode.ANY):
             return assembly.plain_results(answers), []
         results, failures = [], []
@@ -445,6 +446,11 @@ class Service:
                 "answer too large",
                 None,
             )
+
+    def _merge_of(self, route: Route, answers: Answers) -> Merge | None:
+        if not self._merges:
+            return None
+        return self._merges.get(route.handler or self._common_default(answers))
 
     def _common_default(self, answers: Answers) -> str:
         processes = self.topology.processes

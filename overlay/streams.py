@@ -20,8 +20,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -34,7 +32,8 @@ from overlay.deadlines import Deadlines
 from overlay.errors import BadRequest, Cancelled, Draining, MadeRoom, OverlayError, QueueFull
 from overlay.intake import Intake, Ticket, refusal
 from overlay.limits import Limits
-from overlay.pieces import Budget, Passage, Told
+from overlay.pieces import Budget, Passage, Share, Told
+from overlay.pool import Pool
 from overlay.record import Ended, unexpected
 from overlay.rows import OpenRows
 from overlay.topology import Topology
@@ -72,6 +71,8 @@ class Places:
         self._open: dict[_Stream, str] = {}  # the oldest first, each with its address
         self._of_neighbours: dict[str, dict[_Stream, None]] = {}
         self._counts: dict[str, int] = {}
+        # Who had nothing to do when it was listed; who has worked since is looked at again, so that
+        # a stream tells of neither.
         self._resting: Crowd[_Stream] = Crowd(most)
 
     def __iter__(self) -> Iterator[_Stream]:
@@ -95,18 +96,16 @@ class Places:
                 self._open[stream] = address
                 self._counts[address] = self._counts.get(address, 0) + 1
                 self._resting.add(stream, address)
+                stream.is_listed = True
         return gone
 
     def rests(self, stream: _Stream) -> None:
-        """It has nothing to do."""
+        """It has nothing to do, and is not listed as one that may have nothing to do."""
         with self._lock:
             address = self._open.get(stream)
             if address is not None:
                 self._resting.add(stream, address)
-
-    def works(self, stream: _Stream) -> None:
-        with self._lock:
-            self._resting.discard(stream)
+                stream.is_listed = True
 
     def leave(self, stream: _Stream) -> None:
         with self._lock:
@@ -124,8 +123,16 @@ class Places:
         count, left = self._counts.get(address, 0), self._most - len(self._open)
         if left > 0 and count < OF_ONE_ADDRESS * left:
             return []
-        if self._resting.size_of(address):
-            return [self._resting.pop_oldest(address)]
+        while self._resting.size_of(address):
+            stream = self._resting.pop_oldest(address)
+            stream.is_listed = False  # before it is asked: from now on it lists itself
+            if stream.has_worked:  # since it was listed: others have rested for longer
+                stream.has_worked = False
+                if not stream.is_at_work:
+                    self._resting.add(stream, address)
+                    stream.is_listed = True
+            elif not stream.is_at_work:
+                return [stream]
         raise QueueFull(
             f"all {self._most} streams are open"
             if left <= 0
@@ -147,7 +154,7 @@ class Desk:
     ended: Callable[[Ended], None]  # counts them, and sets their trace where it is wanted
     crowded_out: Callable[[str, int, str], None]  # (what, how many, of which address)
     wants_trace: Callable[[], bool]  # of the next segment that a client sends
-    threads: ThreadPoolExecutor
+    threads: Pool
     streams: Places
     held: Budget  # payloads and answers in the windows
     unread: Budget  # answers that wait for their clients to read
@@ -259,8 +266,10 @@ class _Stream:
         self._leaving: list[_Gone] = []  # in the frame that is being written
         self._accepted: dict[int, _Accepted] = {}
         self._rows = 0  # accepted and not yet written
-        self._bytes = 0
-        self._unread = 0  # bytes of answers that wait for the client to read
+        self._held = Share(desk.held)  # bytes in its window
+        self._unread = Share(desk.unread)  # bytes of answers that wait for the client to read
+        self.is_listed = False  # among those that may have to go for others; so are the next
+        self.has_worked = False
         self._passage = Passage(
             desk.limits.window_bytes // 2 // desk.limits.piece_bytes, desk.ahead
         )
@@ -275,6 +284,10 @@ class _Stream:
         self._has_news = False  # to be told, also when there is no answer to send
         self._broken: OverlayError | None = None
         self._parting: OverlayError | None = None
+
+    @property
+    def is_at_work(self) -> bool:
+        return self._rows > 0
 
     def begin(self) -> None:
         self._call.receive(self._came)
@@ -303,7 +316,7 @@ class _Stream:
             self._abandoned = True
         self._desk.streams.leave(self)
         self._desk.intake.close_lane(self._lane)
-        self._run(self._end_rest)
+        self._desk.threads.run(self._end_rest)
 
     def _end_rest(self) -> None:
         with self._lock:
@@ -324,16 +337,12 @@ class _Stream:
                 self._no_more = True
         self._write_on()
 
-    def _run(self, job: Callable[..., None], *args: object) -> None:
-        with suppress(RuntimeError):  # the threads have ended, and with them the process
-            self._desk.threads.submit(job, *args)
-
     # reading
 
     def _came(self, message: bytes | None) -> None:
         """On gRPC's serving thread."""
         if message is not None:
-            self._run(self._read, message)
+            self._desk.threads.run(partial(self._read, message))
             return
         with self._lock:
             self._no_more = True
@@ -367,11 +376,9 @@ class _Stream:
         """Whether more than one of so many parts of the window is taken."""
         if not self._rows:
             return False
-        rows, bytes_ = self._limits.window_rows, self._limits.window_bytes
-        bytes_ = min(bytes_, max(0, self._desk.held.left))  # what others hold is not to be had
-        if parts == 1:
-            return self._rows >= rows or self._bytes >= bytes_
-        return self._rows > rows // parts or self._bytes > bytes_ // parts
+        if self._rows >= self._limits.window_rows // parts:
+            return True
+        return not self._held.is_within(self._limits.window_bytes // parts)
 
     # writing
 
@@ -381,7 +388,7 @@ class _Stream:
             if self._writes or not self._has_work_locked():
                 return
             self._writes = True
-        self._run(self._write)
+        self._desk.threads.run(self._write)
 
     def _has_work_locked(self) -> bool:
         return bool(self._out) or self._has_news or self._is_over_locked()
@@ -430,9 +437,9 @@ class _Stream:
             reads = self._reads_later and not self._is_full_locked(2)
             self._reads_later = self._reads_later and not reads
         if writes:
-            self._run(self._write)
+            self._desk.threads.run(self._write)
         if goes_on:
-            self._run(self._desk.intake.kick)
+            self._desk.threads.run(self._desk.intake.kick)
         if reads:
             self._call.receive(self._came)
 
@@ -455,8 +462,8 @@ class _Stream:
             rest, self._accepted = list(self._accepted.values()), {}
             self._out.clear()
             self._passage.close()
-            self._hold_locked(-self._bytes)
-            self._keep_unread_locked(-self._unread)
+            self._held.add(-self._held.size)
+            self._unread.add(-self._unread.size)
         for accepted in rest:
             rows = accepted.segment.count - accepted.counted
             gone: OverlayError = Cancelled("the caller left")
@@ -465,17 +472,11 @@ class _Stream:
             answers = Answers(rows, (), refused=left)
             self._answered(accepted, accepted.counted, answers, failures, None)
 
-    def _hold_locked(self, size: int) -> None:
-        """So many bytes more, or less, in its window."""
-        self._bytes += size
-        self._desk.held.take(size)
-
-    def _keep_unread_locked(self, size: int) -> None:
+    def _keep_answers_locked(self, size: int) -> None:
         """So many bytes more, or less, that its client has not read; with many its lane pauses."""
-        self._unread += size
-        self._desk.unread.take(size)
-        most = min(self._limits.window_bytes // 2, max(0, self._desk.unread.left))
-        self._lane.paused = 0 < self._unread >= most
+        self._held.add(size)
+        self._unread.add(size)
+        self._lane.paused = not self._unread.is_within(self._limits.window_bytes // 2)
 
     def _take(self, frame: pb2.Frame) -> None:
         now = time.monotonic()
@@ -523,11 +524,10 @@ class _Stream:
         with self._lock:
             if self._abandoned or self._parting is not None:
                 return
-            if not self._rows:
-                desk.streams.works(self)
+            self.has_worked = True
             self._accepted[made.number] = accepted
             self._rows += accepted.left
-            self._hold_locked(accepted.size)
+            self._held.add(accepted.size)
         desk.received(segment.count)
         sink = partial(self._answer, accepted)
         try:
@@ -601,8 +601,7 @@ class _Stream:
         if self._abandoned:
             return False
         self._out.append(out)
-        self._hold_locked(out[3])
-        self._keep_unread_locked(out[3])
+        self._keep_answers_locked(out[3])
         return len(self._out) == 1
 
     def _some_locked(self) -> list[_Out]:
@@ -614,8 +613,7 @@ class _Stream:
                 answers, rest = _split(answers, room)
                 whole, size, rest_size = size, _size(answers), _size(rest)
                 self._out.appendleft((accepted, start + answers.count, rest, rest_size, more))
-                self._hold_locked(size + rest_size - whole)
-                self._keep_unread_locked(size + rest_size - whole)
+                self._keep_answers_locked(size + rest_size - whole)
             taken.append((accepted, start, answers, size, more))
             room -= size
         return taken
@@ -692,12 +690,11 @@ class _Stream:
                 self._rows -= rows
                 accepted.left -= rows
                 if not accepted.left:
-                    self._hold_locked(-accepted.size)
+                    self._held.add(-accepted.size)
                     self._accepted.pop(accepted.number, None)
                     ended.append(accepted)
-            self._hold_locked(-size)
-            self._keep_unread_locked(-size)
-            if not self._rows:
+            self._keep_answers_locked(-size)
+            if not self._rows and not self.is_listed:
                 self._desk.streams.rests(self)
             return was_paused and not self._lane.paused, ended
 

@@ -24,6 +24,7 @@ from overlay.intake import Intake
 from overlay.judge import Asked
 from overlay.limits import Limits
 from overlay.pieces import Budget
+from overlay.pool import Pool
 from overlay.reception import Reception
 from overlay.record import Ended, Record
 from overlay.topology import HandlerSpec, Process, Topology
@@ -146,7 +147,7 @@ class Served:
             ended=desk.count_ended,
             crowded_out=lambda what, count, address: None,
             wants_trace=lambda: desk.follows,
-            threads=ThreadPoolExecutor(8, "stream"),
+            threads=Pool(8, "stream"),
             streams=streams.Places(limits.streams),
             held=Budget(limits.max_waiting_bytes),
             unread=Budget(limits.unread_bytes),
@@ -168,8 +169,9 @@ class Served:
         self.channel.close()
         self._server.stop(0).wait(5)
         self.deadlines.stop()
-        for pool in (self._pool, self.stream_desk.threads):
-            pool.shutdown(wait=True)
+        self._pool.shutdown(wait=True)
+        self.stream_desk.threads.close()
+        until(lambda: not stream_threads(), 5)
 
     def call(self, frames: Iterable[pb2.Frame]) -> grpc.Call:
         return self.stub.ForwardStream(iter(frames), timeout=20, wait_for_ready=True)
@@ -268,7 +270,7 @@ def test_each_row_of_each_segment_is_answered_once_with_its_own_result():
         (n, row): b"W: %d/%d" % (n, row) for n, size in enumerate(sizes) for row in range(size)
     }
     assert served.desk.received == served.desk.answered == sum(sizes)
-    assert (served.streams[0]._rows, served.streams[0]._bytes) == (0, 0)
+    assert (served.streams[0]._rows, served.streams[0]._held.size) == (0, 0)
 
 
 def test_a_half_close_answers_everything_that_was_accepted():
@@ -566,7 +568,7 @@ def test_a_client_that_sends_without_reading_is_bounded_by_bytes(held):
         received = settled(lambda: desk.received)
         (stream,) = served.streams
 
-        assert stream._bytes <= 256 * KIB + 4 * 17 * KIB
+        assert stream._held.size <= 256 * KIB + 4 * 17 * KIB
         assert received * 16 * KIB <= 256 * KIB + 4 * 17 * KIB + (0 if held else 4096 * KIB)
         call.cancel()
         until(lambda: is_quiet(served), 5)
@@ -595,7 +597,7 @@ def large_results(count: int) -> Iterator[tuple[Served, grpc.Call, list[int]]]:
 def test_large_results_that_nobody_reads_are_bounded_by_bytes_too():
     """Small requests, large answers: what the client does not read must not fill the memory."""
     with large_results(600) as (served, call, _):
-        most = served.streams[0]._bytes
+        most = served.streams[0]._held.size
         call.cancel()
         until(lambda: is_quiet(served), 5)
 
@@ -623,7 +625,7 @@ def test_a_client_that_reads_again_gets_everything():
         found = rows_of(call)
 
     assert len(found) == 1200
-    assert served.streams[0]._rows == served.streams[0]._bytes == 0
+    assert served.streams[0]._rows == served.streams[0]._held.size == 0
 
 
 @pytest.mark.parametrize("wired", [False, True], ids=["own", "from below"])
@@ -639,7 +641,7 @@ def test_the_window_is_whole_again_however_the_answers_were_cut_into_frames(wire
     assert len(rows_of(frames)) == 64
     assert len(frames) > 10
     assert max(frame.ByteSize() for frame in frames) < 6 * KIB
-    assert (served.streams[0]._rows, served.streams[0]._bytes) == (0, 0)
+    assert (served.streams[0]._rows, served.streams[0]._held.size) == (0, 0)
 
 
 def test_an_answer_that_is_too_large_costs_its_own_row_and_not_its_neighbours():
@@ -757,7 +759,7 @@ def test_parts_that_nobody_reads_are_counted_in_the_window_until_they_are_writte
         found = slices_of(call)
 
         assert [more for *_, more, _ in found] == [True] * 40 + [False]
-        assert (stream._rows, stream._bytes, stream._unread) == (0, 0, 0)
+        assert (stream._rows, stream._held.size, stream._unread.size) == (0, 0, 0)
         assert not stream._lane.paused
 
 
@@ -893,12 +895,23 @@ def stream_threads() -> int:
     return sum(thread.name.startswith("stream") for thread in threading.enumerate())
 
 
-def entered(places: streams.Places, address: str, count: int, works: bool = False) -> list[object]:
-    made = [object() for _ in range(count)]
+class Placed:
+    """What places look at of a stream."""
+
+    def __init__(self, works: bool = False) -> None:
+        self.is_listed = False
+        self.is_at_work = self.has_worked = works
+
+    def rest(self, places: streams.Places) -> None:
+        self.is_at_work = False
+        if not self.is_listed:
+            places.rests(self)
+
+
+def entered(places: streams.Places, address: str, count: int, works: bool = False) -> list[Placed]:
+    made = [Placed(works) for _ in range(count)]
     for stream in made:
         places.enter(stream, address)
-        if works:
-            places.works(stream)
     return made
 
 
@@ -907,31 +920,50 @@ def test_one_address_has_three_times_the_places_that_are_left():
     busy = entered(places, "pc", 12, works=True)
 
     with pytest.raises(QueueFull, match=r"12 of 16 streams are open from pc alone"):
-        places.enter(object(), "pc")
-    assert places.enter(object(), "mac") == []
+        places.enter(Placed(), "pc")
+    assert places.enter(Placed(), "mac") == []
     places.leave(busy[0])
     assert len(places) == 12
 
 
 def test_an_idle_stream_makes_room_for_a_new_one_of_its_address_the_oldest_first():
     places = streams.Places(16)
-    first, second, *_ = entered(places, "pc", 12)
+    first, second, third, *_ = entered(places, "pc", 12)
     other = entered(places, "mac", 1)[0]
-    places.works(first)
+    first.is_at_work = first.has_worked = True
 
-    assert places.enter(object(), "pc") == [second]
-    places.rests(first)
-    assert first not in places.enter(object(), "pc"), "it has worked since, others have not"
+    assert places.enter(Placed(), "pc") == [second]
+    first.rest(places)
+    third.has_worked = True
+    third.rest(places)
+    gone = places.enter(Placed(), "pc")
+    assert gone and not {first, third} & set(gone), "they have worked since, others have not"
     assert other in list(places)
+
+
+def test_each_idle_stream_goes_before_one_at_work_has_to_and_each_can_go():
+    places = streams.Places(16)
+    all_ = entered(places, "pc", 12, works=True)
+    with pytest.raises(QueueFull):
+        places.enter(Placed(), "pc")
+    for stream in all_[::2]:
+        stream.rest(places)
+    gone = []
+    for _ in range(6):
+        gone += places.enter(Placed(works=True), "pc")
+        places.leave(gone[-1])
+    assert set(gone) == set(all_[::2])
+    with pytest.raises(QueueFull):
+        places.enter(Placed(), "pc")
 
 
 def test_a_neighbour_has_places_of_its_own_and_its_newest_streams():
     places = streams.Places(4)
     entered(places, "pc", 3, works=True)
     with pytest.raises(QueueFull):
-        places.enter(object(), "pc")
+        places.enter(Placed(), "pc")
 
-    links = [object() for _ in range(5)]
+    links = [Placed() for _ in range(5)]
     gone = [places.enter(link, "pc", "A") for link in links]
 
     assert gone == [[], [], [], [], [links[0]]]
@@ -968,9 +1000,9 @@ def test_clients_that_do_not_read_are_bounded_together():
         for n in range(4, 16):
             for sender in senders:
                 sender.send(frame(segment(n, b"")))
-        settled(lambda: sum(stream._unread for stream in served.streams))
+        settled(lambda: sum(stream._unread.size for stream in served.streams))
 
-        unread = sum(stream._unread for stream in served.streams)
+        unread = sum(stream._unread.size for stream in served.streams)
         assert unread < 20 * 4 * 65 * KIB + 512 * KIB, "what had started, and what they share"
         for sender, call in zip(senders, calls, strict=True):
             sender.close()
