@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import compileall
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.cluster import Overlay, running, six_processes
+from tests.cluster import ROOT, Overlay, running, six_processes
 
 # A busy machine is no fault of the code: no example is judged by the time that it takes.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -39,6 +40,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         # A commit's tests shall not fail by chance; the long lane looks for the unknown.
         config.option.seed = random.randrange(10**6) if config.option.long else 1
+    if not hasattr(config, "workerinput"):  # one of several at once has a parent that did this
+        compile_once()
+
+
+def compile_once() -> None:
+    """The processes of the tests write no bytecode: each of the thousands would compile it all."""
+    for folder in ("overlay", "scripts"):
+        compileall.compile_dir(ROOT / folder, quiet=2)
+    compileall.compile_dir(ROOT, maxlevels=0, quiet=2)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -422,12 +422,12 @@ def test_a_map_goes_on_when_its_lost_leader_is_back(overlays: Any, tmp_path: Any
     found: dict[int, bytes | library.CallFailed] = {}
 
     async def main() -> None:
-        async with overlay.connect_async(own.address("A")) as client:
+        async with overlay.connect_async(own.address("A"), patience_s=1) as client:
             async for index, result in client.map_as_completed("upper", payloads, window=500):
                 assert index not in found
                 found[index] = result
                 if len(found) == 2000:
-                    back = asyncio.create_task(asyncio.to_thread(killed_and_started, own, 4.0))
+                    back = asyncio.create_task(asyncio.to_thread(killed_and_started, own, 1.5))
             await back
 
     asyncio.run(main())

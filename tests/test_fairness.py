@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import grpc
 import pytest
@@ -17,7 +18,7 @@ import pytest
 import overlay
 from overlay import wire
 from overlay.wire import pb2, pb2_grpc
-from tests.cluster import Overlay, until
+from tests.cluster import IDS, Overlay, running, six_processes, until
 from tests.ways import Outcome, Streamed, Unary, Way
 
 MINE = '''
@@ -40,9 +41,45 @@ def hangs_at_f(payload, context):
 '''
 
 
+NAMES = "work", "slow", "hangs_at_f"
+TURNS = 9  # tests that share an overlay
+
+
 def make(overlays, slots: int = 100) -> Overlay:
-    names = "work", "slow", "hangs_at_f"
-    return overlays(MINE, handlers={n: {"call": f"mine:{n}", "slots": slots} for n in names})
+    return overlays(MINE, handlers={n: {"call": f"mine:{n}", "slots": slots} for n in NAMES})
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The shared overlay, and handlers that no test before this one has asked for."""
+
+    six: Overlay
+    number: int
+
+    def handler(self, name: str) -> str:
+        return f"{name}_{self.number}"
+
+
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Turn]]:
+    folder = tmp_path_factory.mktemp("fairness")
+    (folder / "mine.py").write_text(MINE)
+    call = {f"{n}_{i}": {"call": f"mine:{n}", "slots": 100} for n in NAMES for i in range(TURNS)}
+    with running(folder, six_processes(handlers=call)) as six:
+        yield (Turn(six, number) for number in range(TURNS))
+
+
+@pytest.fixture
+def turn(turns: Iterator[Turn]) -> Iterator[Turn]:
+    """What was learned of a handler stays with its name; all else is idle again at the end."""
+    found = next(turns)
+    yield found
+    until(lambda: all(is_idle(found.six, i) for i in IDS), 20, "all processes are idle")
+
+
+def is_idle(six: Overlay, process_id: str) -> bool:
+    found = six.metrics(process_id)
+    return not (found.active_requests or found.queue_size or found.streamed_waiting)
 
 
 @pytest.fixture(params=[Unary, Streamed])
@@ -91,43 +128,50 @@ def from_address(address: str, port: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("mode", [pb2.ALL, pb2.ANY])
-def test_after_one_long_call_an_idle_overlay_refuses_no_short_one(overlays, mode, way: Way) -> None:
-    six = make(overlays)
-    way.ask(six, "A", b"3000", handler="work", mode=mode)
+def test_after_one_long_call_an_idle_overlay_refuses_no_short_one(
+    turn: Turn, mode, way: Way
+) -> None:
+    six = turn.six
+    way.ask(six, "A", b"3000", handler=turn.handler("work"), mode=mode)
 
     for _ in range(5):
-        calls = way.at_once(six, 10, payload=b"10", handler="work", mode=mode, timeout=2)
+        calls = way.at_once(
+            six, 10, payload=b"10", handler=turn.handler("work"), mode=mode, timeout=2
+        )
         outcomes = [Outcome(call) for call in calls]
         assert [o.details for o in outcomes if not o.ok] == []
 
 
 @pytest.mark.parametrize("mode", ["all", "any"])
-def test_after_one_long_call_the_library_is_refused_no_short_one(overlays, mode) -> None:
-    six = make(overlays)
+def test_after_one_long_call_the_library_is_refused_no_short_one(turn: Turn, mode) -> None:
+    six = turn.six
     with overlay.connect(six.address("A")) as leader:
-        leader.call(b"3000", handler="work", mode=mode, timeout=10)
+        leader.call(b"3000", handler=turn.handler("work"), mode=mode, timeout=10)
         for _ in range(20):
-            assert leader.call(b"10", handler="work", mode=mode, timeout=2).result
-        found = leader.map("work", [b"10"] * 100, mode=mode, timeout=5)
+            assert leader.call(b"10", handler=turn.handler("work"), mode=mode, timeout=2).result
+        found = leader.map(turn.handler("work"), [b"10"] * 100, mode=mode, timeout=5)
         assert len(list(found)) == 100
 
 
 def test_a_worker_that_never_answers_costs_its_own_part_and_nobody_is_refused(
-    overlays, way: Way
+    turn: Turn, way: Way
 ) -> None:
-    six = make(overlays)
+    six = turn.six
     for _ in range(4):
-        calls = way.at_once(six, 5, handler="hangs_at_f", timeout=0.6)
+        calls = way.at_once(six, 5, handler=turn.handler("hangs_at_f"), timeout=0.6)
         outcomes = [Outcome(call) for call in calls]
         assert [o.details for o in outcomes if not o.ok] == []
         assert {o.response.result for o in outcomes} == {b"C\nD"}
 
 
-def test_a_call_at_a_time_is_answered_beside_a_worker_that_never_does(overlays) -> None:
-    six = make(overlays)
+def test_a_call_at_a_time_is_answered_beside_a_worker_that_never_does(turn: Turn) -> None:
+    six = turn.six
     with overlay.connect(six.address("A")) as leader:
         for timeout in (2.0, 0.8, 0.8, 0.8, 0.8):
-            assert leader.call(b"", handler="hangs_at_f", timeout=timeout).result == b"C\nD"
+            assert (
+                leader.call(b"", handler=turn.handler("hangs_at_f"), timeout=timeout).result
+                == b"C\nD"
+            )
 
 
 # What is slow has not all the places.

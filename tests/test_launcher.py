@@ -50,7 +50,7 @@ def project(tmp_path_factory):
 
 
 def copy_project(folder):
-    ignore = shutil.ignore_patterns("__pycache__", ".demo.json")
+    ignore = shutil.ignore_patterns(".demo.json")  # with the bytecode: no start compiles it again
     for name in (*COPIED, *STUBS):
         source = ROOT / name
         if source.is_dir():

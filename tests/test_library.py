@@ -490,12 +490,12 @@ def test_a_map_goes_on_when_its_lost_leader_is_back(own: Noted) -> None:
     """Longer away than a call waits for it: only what was under way is lost."""
     payloads = numbers(20_000)
     found: dict[int, bytes | library.CallFailed] = {}
-    with overlay.connect(own.address("A")) as client, ThreadPoolExecutor(1) as pool:
+    with overlay.connect(own.address("A"), patience_s=1) as client, ThreadPoolExecutor(1) as pool:
         for index, result in client.map_as_completed("upper", payloads, window=500):
             assert index not in found
             found[index] = result
             if len(found) == 2000:
-                again = pool.submit(killed_and_started, own, 4.0)
+                again = pool.submit(killed_and_started, own, 1.5)
         again.result()
 
     check_map_over_a_loss(own, payloads, found)

@@ -387,7 +387,7 @@ def test_a_lost_leader_costs_only_what_was_under_way(overlays: Any, tmp_path: Pa
     asking.stdin.close()
     first = [asking.stdout.readline() for _ in range(500)]
     found.kill("A")
-    time.sleep(4)  # longer than a call waits for it
+    time.sleep(3)  # longer than a call waits for it
     found.start("A")
     said = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
     complaints = asking.stderr.read().decode()

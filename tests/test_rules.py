@@ -9,9 +9,11 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -21,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import overlay as library
 from overlay import wire
 from overlay.wire import pb2, pb2_grpc
-from tests.cluster import Overlay, until
+from tests.cluster import Overlay, running, six_processes, until
 from tests.ways import Outcome, Streamed, Unary, Way
 
 # Handlers write a line to a file for each execution, so that a test counts what really ran.
@@ -64,18 +66,62 @@ def empty(payload, context):
 '''
 
 
-def make(overlays, tmp_path: Path, slots: int = 100, **top) -> Overlay:
-    options = {"notes": str(tmp_path / "notes")}
-    (tmp_path / "notes").write_bytes(b"")
-    handlers = {
-        name: {"call": f"mine:{name}", "slots": slots, "options": options}
-        for name in ("work", "gate", "patient", "broken", "empty")
+Lend = Callable[..., Overlay]
+
+
+@pytest.fixture(scope="module")
+def lend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lend]:
+    """lend(slots=2, **top): one overlay for all tests that ask for the same, whole and with no
+    notes, whatever the test before has done to it.
+
+    learned: for tests in which it matters how long `work` has taken so far.
+    """
+    made: dict[str, Overlay] = {}
+
+    def overlay_of(slots: int = 100, learned: str = "", **top: Any) -> Overlay:
+        key = f"{slots} {learned} {top}"
+        if key not in made:
+            made[key] = stack.enter_context(own(tmp_path_factory.mktemp("rules"), slots, **top))
+        overlay = made[key]
+        dead = [i for i, process in overlay.processes.items() if process.poll() is not None]
+        if dead:
+            overlay.start(*dead)
+        (overlay.folder / "notes.open").unlink(missing_ok=True)
+        (overlay.folder / "notes").write_bytes(b"")
+        return overlay
+
+    with ExitStack() as stack:
+        yield overlay_of
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Overlay]:
+    """For what depends on who is thought healthy: nothing was killed here before."""
+    with own(tmp_path) as overlay:
+        yield overlay
+
+
+def own(folder: Path, slots: int = 100, **top: Any) -> AbstractContextManager[Overlay]:
+    (folder / "mine.py").write_text(MINE)
+    (folder / "notes").write_bytes(b"")
+    return running(folder, six_processes(**handlers(slots), **top))
+
+
+def handlers(slots: int) -> dict[str, Any]:
+    options = {"notes": "notes"}
+    names = ("work", "gate", "patient", "broken", "empty")
+    return {
+        "handlers": {
+            name: {"call": f"mine:{name}", "slots": slots, "options": options} for name in names
+        }
     }
-    return overlays(MINE, handlers=handlers, **top)
 
 
-def notes(tmp_path: Path) -> list[list[str]]:
-    return [line.split(" ") for line in (tmp_path / "notes").read_text().splitlines()]
+def notes(overlay: Overlay) -> list[list[str]]:
+    return [line.split(" ") for line in (overlay.folder / "notes").read_text().splitlines()]
+
+
+request_ids = itertools.count(4711)
 
 
 @pytest.fixture(params=[Unary, Streamed])
@@ -154,8 +200,8 @@ def test_a_wrong_request_is_refused_with_proof(six: Overlay, fields, code, way: 
     assert (outcome.code, outcome.refused) == (code, True), outcome.details
 
 
-def test_an_empty_answer_is_an_answer(overlays, tmp_path: Path, way: Way) -> None:
-    overlay = make(overlays, tmp_path)
+def test_an_empty_answer_is_an_answer(lend: Lend, way: Way) -> None:
+    overlay = lend()
     answer = way.ask(overlay, "A", handler="empty", team="green")
     assert (answer.result, answer.parts[0].code) == (b"", 0)
     assert way.ask(overlay, "A", b"").result == b"C: \nD: \nF: "
@@ -164,34 +210,33 @@ def test_an_empty_answer_is_an_answer(overlays, tmp_path: Path, way: Way) -> Non
 # 3: every wait has a deadline
 
 
-def test_the_deadline_ends_the_work_at_every_hop(overlays, tmp_path: Path, way: Way) -> None:
-    overlay = make(overlays, tmp_path)
+def test_the_deadline_ends_the_work_at_every_hop(lend: Lend, way: Way) -> None:
+    overlay = lend()
     (call,) = way.at_once(overlay, 1, handler="patient", timeout=0.5)
     assert Outcome(call).code is grpc.StatusCode.DEADLINE_EXCEEDED
-    until(lambda: sum("cancelled" in line for line in notes(tmp_path)) == 3, 1)
+    until(lambda: sum("cancelled" in line for line in notes(overlay)) == 3, 1)
     until(lambda: all(overlay.metrics(i).active_requests == 0 for i in "ABCDEF"), 1)
 
 
-def test_a_cancel_at_the_client_ends_the_work_at_every_hop(
-    overlays, tmp_path: Path, way: Way
-) -> None:
-    overlay = make(overlays, tmp_path)
+def test_a_cancel_at_the_client_ends_the_work_at_every_hop(lend: Lend, way: Way) -> None:
+    overlay = lend()
+    before = overlay.metrics("A").cancelled
     (call,) = way.at_once(overlay, 1, handler="patient", timeout=30)
-    until(lambda: len(notes(tmp_path)) == 3)
+    until(lambda: len(notes(overlay)) == 3)
     call.cancel()
-    until(lambda: sum("cancelled" in line for line in notes(tmp_path)) == 3, 1)
+    until(lambda: sum("cancelled" in line for line in notes(overlay)) == 3, 1)
     until(lambda: all(overlay.metrics(i).active_requests == 0 for i in "ABCDEF"), 1)
-    assert overlay.metrics("A").cancelled == 1
+    assert overlay.metrics("A").cancelled == before + 1
 
 
-def test_a_request_without_deadline_gets_the_default(overlays, tmp_path: Path, way: Way) -> None:
-    overlay = make(overlays, tmp_path, default_deadline_s=0.5)
+def test_a_request_without_deadline_gets_the_default(lend: Lend, way: Way) -> None:
+    overlay = lend(default_deadline_s=0.5)
     outcome = Outcome(way.at_once(overlay, 1, handler="patient", timeout=None)[0])
     assert outcome.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-def test_a_frozen_worker_costs_only_its_own_part(overlays, tmp_path: Path, way: Way) -> None:
-    overlay = make(overlays, tmp_path)
+def test_a_frozen_worker_costs_only_its_own_part(lend: Lend, way: Way) -> None:
+    overlay = lend()
     overlay.freeze("F")
     answer = way.ask(overlay, "A", b"0", handler="work", timeout=1.5)
     parts = {part.process_id: part for part in answer.parts}
@@ -210,8 +255,8 @@ def _state(overlay: Overlay, process_id: str, neighbour: str) -> str:
 # 4, 5 and 9: bounds
 
 
-def test_the_201st_waiting_request_is_refused_at_once(overlays, tmp_path: Path) -> None:
-    overlay = make(overlays, tmp_path, slots=1)
+def test_the_201st_waiting_request_is_refused_at_once(lend: Lend) -> None:
+    overlay = lend(slots=1)
     # In ALL mode 80 are in service at the leader, though each worker has but one slot; the other
     # places are for other callers and other handlers.
     calls = Unary().at_once(overlay, 280, payload=b"x", handler="gate", timeout=60)
@@ -227,9 +272,9 @@ def test_the_201st_waiting_request_is_refused_at_once(overlays, tmp_path: Path) 
     assert (metrics.queue_size, metrics.active_requests) == (200, 80)
     assert Outcome(Unary().at_once(overlay, 1, payload=b"0", handler="work")[0]).ok
     assert health_of(overlay, "A") == health_pb2.HealthCheckResponse.SERVING
-    (tmp_path / "notes.open").touch()
+    (overlay.folder / "notes.open").touch()
     assert all(Outcome(call).ok for call in calls)
-    assert sum(line[2] == "x" for line in notes(tmp_path)) == 840
+    assert sum(line[2] == "x" for line in notes(overlay)) == 840
 
 
 @pytest.mark.parametrize("count", [10, 20, 100, 300])
@@ -244,8 +289,8 @@ def test_concurrent_requests_all_end(six: Overlay, count: int, way: Way) -> None
         assert health_of(six, process_id) == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_a_worker_never_runs_more_than_its_slots(overlays, tmp_path: Path, way: Way) -> None:
-    overlay = make(overlays, tmp_path, slots=2)
+def test_a_worker_never_runs_more_than_its_slots(lend: Lend, way: Way) -> None:
+    overlay = lend(slots=2)
     ways = [way.at_once(overlay, 10, to, payload=b"50", handler="work") for to in "ABECDF"]
     seen = 0
     while not all(call.done() for calls in ways for call in calls):
@@ -256,8 +301,8 @@ def test_a_worker_never_runs_more_than_its_slots(overlays, tmp_path: Path, way: 
     assert all(Outcome(call).ok for calls in ways for call in calls)
 
 
-def test_any_waits_at_the_leader_for_a_free_slot(overlays, tmp_path: Path, way: Way) -> None:
-    overlay = make(overlays, tmp_path, slots=1)
+def test_any_waits_at_the_leader_for_a_free_slot(lend: Lend, way: Way) -> None:
+    overlay = lend(slots=1, learned="it is slow")
     calls = way.at_once(overlay, 30, payload=b"100", handler="work", mode=pb2.ANY)
     until(lambda: waiting_at(overlay, "A") >= 20)
     below = [waiting_at(overlay, i) for i in "BECDF"]
@@ -266,12 +311,10 @@ def test_any_waits_at_the_leader_for_a_free_slot(overlays, tmp_path: Path, way: 
     assert all(8 <= count <= 12 for count in who.values()), who
 
 
-def test_a_request_whose_deadline_passes_in_the_queue_never_runs(
-    overlays, tmp_path: Path, way: Way
-) -> None:
-    overlay = make(overlays, tmp_path, slots=1)
+def test_a_request_whose_deadline_passes_in_the_queue_never_runs(lend: Lend, way: Way) -> None:
+    overlay = lend(slots=1, learned="it is slow")
     long_ones = way.at_once(overlay, 3, payload=b"1500", handler="work", mode=pb2.ANY)
-    until(lambda: len(notes(tmp_path)) == 3)
+    until(lambda: len(notes(overlay)) == 3)
     short = way.at_once(overlay, 20, payload=b"0", handler="work", mode=pb2.ANY, timeout=0.5)
     assert {Outcome(call).code for call in short} <= {
         grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -279,35 +322,38 @@ def test_a_request_whose_deadline_passes_in_the_queue_never_runs(
     }
     assert all(Outcome(call).ok for call in long_ones)
     assert way.ask(overlay, "A", b"0", handler="work", mode=pb2.ANY).parts
-    assert len(notes(tmp_path)) == 4
+    assert len(notes(overlay)) == 4
     assert waiting_at(overlay, "A") == 0
 
 
 # 6: executed once
 
 
-def test_a_request_id_runs_once_per_worker(overlays, tmp_path: Path, way: Way) -> None:
-    overlay = make(overlays, tmp_path)
-    request = {"payload": b"50", "handler": "work", "request_id": 4711, "want_parts": True}
+def test_a_request_id_runs_once_per_worker(lend: Lend, way: Way) -> None:
+    overlay = lend()
+    request = {
+        "payload": b"50",
+        "handler": "work",
+        "request_id": next(request_ids),
+        "want_parts": True,
+    }
     outcomes = [Outcome(call) for call in way.at_once(overlay, 20, **request)]
-    assert Counter(line[0] for line in notes(tmp_path)) == {"C": 1, "D": 1, "F": 1}
+    assert Counter(line[0] for line in notes(overlay)) == {"C": 1, "D": 1, "F": 1}
     assert sum(o.response.result == b"C\nD\nF" for o in outcomes if o.ok) <= 1
     assert all(o.ok or o.code is grpc.StatusCode.ALREADY_EXISTS for o in outcomes)
     assert not any(o.refused for o in outcomes)
 
 
-def test_a_request_id_runs_once_whatever_a_library_asks_meanwhile(
-    overlays, tmp_path: Path, way: Way
-) -> None:
-    overlay = make(overlays, tmp_path)
-    request = {"payload": b"0", "handler": "work", "request_id": 4711}
+def test_a_request_id_runs_once_whatever_a_library_asks_meanwhile(lend: Lend, way: Way) -> None:
+    overlay = lend()
+    request = {"payload": b"0", "handler": "work", "request_id": next(request_ids)}
     assert Outcome(way.at_once(overlay, 1, "C", **request)[0]).ok
     with library.connect(overlay.address("C")) as client:
         for _ in client.map(None, itertools.repeat(b"x", 110_000), timeout=60):
             pass
     again = Outcome(way.at_once(overlay, 1, "C", **request)[0])
     assert (again.code, again.refused) == (grpc.StatusCode.ALREADY_EXISTS, False)
-    assert len(notes(tmp_path)) == 1
+    assert len(notes(overlay)) == 1
 
 
 LATER = """
@@ -318,16 +364,30 @@ def later(payload, context):
 """
 
 
-def test_a_request_refused_with_proof_may_be_asked_again_with_its_id(overlays, way: Way) -> None:
-    """D is asked twice on the way: once through each team leader."""
+@pytest.fixture(scope="module")
+def later(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    folder = tmp_path_factory.mktemp("later")
+    (folder / "mine.py").write_text(LATER)
     handlers = {"later": {"call": "mine:later", "run": "process", "slots": 1}}
-    overlay = overlays(LATER, handlers=handlers)
-    module = overlay.folder / "mine.py"
+    with running(folder, six_processes(handlers=handlers)) as overlay:
+        yield overlay
+
+
+def test_a_request_refused_with_proof_may_be_asked_again_with_its_id(
+    later: Overlay, way: Way
+) -> None:
+    """D is asked twice on the way: once through each team leader."""
+    overlay, module = later, later.folder / "mine.py"
     children = [psutil.Process(int(way.ask(overlay, i, handler="later").result)) for i in "CDF"]
     module.write_text("import nothing_of_this_name")
     for child in children:
         child.kill()
-    request = {"payload": b"0", "handler": "later", "request_id": 4711, "mode": pb2.ANY}
+    request = {
+        "payload": b"0",
+        "handler": "later",
+        "request_id": next(request_ids),
+        "mode": pb2.ANY,
+    }
 
     refused = Outcome(way.at_once(overlay, 1, **request)[0])
 
@@ -337,30 +397,24 @@ def test_a_request_refused_with_proof_may_be_asked_again_with_its_id(overlays, w
     assert again.ok, again.details
 
 
-def test_no_request_runs_twice_when_a_team_leader_is_killed(
-    overlays, tmp_path: Path, way: Way
-) -> None:
-    overlay = make(overlays, tmp_path)
-    calls = way.at_once(overlay, 60, payload=b"100", handler="work", mode=pb2.ANY)
-    until(lambda: len(notes(tmp_path)) > 10)
-    overlay.kill("E")
+def test_no_request_runs_twice_when_a_team_leader_is_killed(fresh: Overlay, way: Way) -> None:
+    calls = way.at_once(fresh, 60, payload=b"100", handler="work", mode=pb2.ANY)
+    until(lambda: len(notes(fresh)) > 10)
+    fresh.kill("E")
     outcomes = [Outcome(call) for call in calls]
-    ran = Counter(line[1] for line in notes(tmp_path))
+    ran = Counter(line[1] for line in notes(fresh))
     assert max(ran.values()) == 1
     assert all(o.ok or not o.refused for o in outcomes)
-    assert way.ask(overlay, "A", b"0", handler="work").result in (b"C\nD", b"C")
+    assert way.ask(fresh, "A", b"0", handler="work").result in (b"C\nD", b"C")
 
 
 # 7: nothing short in silence
 
 
-def test_with_e_dead_d_is_reached_through_b_and_f_is_missing(
-    overlays, tmp_path: Path, way: Way
-) -> None:
-    overlay = make(overlays, tmp_path)
-    overlay.kill("E")
-    until(lambda: _state(overlay, "A", "E") == "down")
-    (call,) = way.at_once(overlay, 1, payload=b"0", handler="work")
+def test_with_e_dead_d_is_reached_through_b_and_f_is_missing(fresh: Overlay, way: Way) -> None:
+    fresh.kill("E")
+    until(lambda: _state(fresh, "A", "E") == "down")
+    (call,) = way.at_once(fresh, 1, payload=b"0", handler="work")
     answer = call.result()
     assert answer.result == b"C\nD"
     assert list(answer.hops) == list("ABCD")
@@ -368,28 +422,24 @@ def test_with_e_dead_d_is_reached_through_b_and_f_is_missing(
     missing = answer.parts[2]
     assert (missing.process_id, missing.code, missing.executed) == ("F", 14, pb2.NO)
     assert "E" in missing.reason
-    overlay.start("E")
-    until(lambda: way.ask(overlay, "A", b"0", handler="work").result == b"C\nD\nF")
+    fresh.start("E")
+    until(lambda: way.ask(fresh, "A", b"0", handler="work").result == b"C\nD\nF")
 
 
-def test_with_every_worker_dead_the_answer_is_unavailable(
-    overlays, tmp_path: Path, way: Way
-) -> None:
-    overlay = make(overlays, tmp_path)
+def test_with_every_worker_dead_the_answer_is_unavailable(fresh: Overlay, way: Way) -> None:
     for process_id in "CDF":
-        overlay.kill(process_id)
-    until(lambda: _state(overlay, "E", "F") == "down" and _state(overlay, "B", "C") == "down")
-    until(lambda: _state(overlay, "E", "D") == "down" and _state(overlay, "B", "D") == "down")
+        fresh.kill(process_id)
+    until(lambda: _state(fresh, "E", "F") == "down" and _state(fresh, "B", "C") == "down")
+    until(lambda: _state(fresh, "E", "D") == "down" and _state(fresh, "B", "D") == "down")
     for mode in (pb2.ALL, pb2.ANY):
-        outcome = Outcome(way.at_once(overlay, 1, payload=b"0", handler="work", mode=mode)[0])
+        outcome = Outcome(way.at_once(fresh, 1, payload=b"0", handler="work", mode=mode)[0])
         assert (outcome.code, outcome.refused) == (grpc.StatusCode.UNAVAILABLE, True)
 
 
-def test_any_goes_on_with_the_workers_that_live(overlays, tmp_path: Path, way: Way) -> None:
-    overlay = make(overlays, tmp_path)
-    overlay.kill("F")
-    until(lambda: _state(overlay, "E", "F") == "down")
-    answers = [way.ask(overlay, "A", b"0", handler="work", mode=pb2.ANY) for _ in range(20)]
+def test_any_goes_on_with_the_workers_that_live(fresh: Overlay, way: Way) -> None:
+    fresh.kill("F")
+    until(lambda: _state(fresh, "E", "F") == "down")
+    answers = [way.ask(fresh, "A", b"0", handler="work", mode=pb2.ANY) for _ in range(20)]
     assert {answer.parts[0].process_id for answer in answers} == {"C", "D"}
 
 
@@ -397,10 +447,8 @@ def test_any_goes_on_with_the_workers_that_live(overlays, tmp_path: Path, way: W
 
 
 @pytest.mark.parametrize("payload", [b"42", b"exit"])
-def test_a_failing_handler_costs_one_request(
-    overlays, tmp_path: Path, payload: bytes, way: Way
-) -> None:
-    overlay = make(overlays, tmp_path)
+def test_a_failing_handler_costs_one_request(lend: Lend, payload: bytes, way: Way) -> None:
+    overlay = lend()
     outcome = Outcome(way.at_once(overlay, 1, payload=payload, handler="broken", team="green")[0])
     assert (outcome.code, outcome.refused) == (grpc.StatusCode.INTERNAL, False)
     assert "error id" in outcome.details
@@ -413,8 +461,8 @@ def test_a_failing_handler_costs_one_request(
 # 9 and the figures
 
 
-def test_the_counters_say_what_the_clients_saw(overlays, tmp_path: Path) -> None:
-    overlay = make(overlays, tmp_path, slots=4, queue_slots=30, in_service=20)
+def test_the_counters_say_what_the_clients_saw(lend: Lend) -> None:
+    overlay = lend(slots=4, queue_slots=30, in_service=20)
     calls = [
         call
         for handler, payload in (("work", b"20"), ("broken", b"1"), ("empty", b""))
@@ -430,7 +478,7 @@ def test_the_counters_say_what_the_clients_saw(overlays, tmp_path: Path) -> None
     counted = (metrics.completed, metrics.refused, metrics.failed, metrics.cancelled)
     assert counted == (seen["ok"], seen["refused"], seen["failed"], 0)
     assert sum(metrics.refused_by_reason.values()) == metrics.refused
-    ran = Counter(line[0] for line in notes(tmp_path))
+    ran = Counter(line[0] for line in notes(overlay))
     for process_id in "CDF":
         by_name = {h.name: h for h in overlay.metrics(process_id).handlers}
         assert by_name["work"].completed == ran[process_id]
@@ -452,12 +500,10 @@ def test_metrics_know_the_whole_overlay(six: Overlay) -> None:
 # 10: stopping
 
 
-def test_a_stopping_process_finishes_what_runs_and_refuses_the_rest(
-    overlays, tmp_path, way: Way
-) -> None:
-    overlay = make(overlays, tmp_path, slots=1)
+def test_a_stopping_process_finishes_what_runs_and_refuses_the_rest(lend: Lend, way: Way) -> None:
+    overlay = lend(slots=1, learned="it is slow")
     running = way.at_once(overlay, 3, payload=b"1000", handler="work", mode=pb2.ANY)
-    until(lambda: len(notes(tmp_path)) == 3)
+    until(lambda: len(notes(overlay)) == 3)
     waiting = way.at_once(overlay, 5, payload=b"0", handler="work", mode=pb2.ANY)
     until(lambda: waiting_at(overlay, "A") == 5)
     overlay.processes["A"].terminate()
@@ -469,13 +515,12 @@ def test_a_stopping_process_finishes_what_runs_and_refuses_the_rest(
     assert overlay.processes["A"].wait(5) == 0
 
 
-def test_neighbours_route_around_a_stopping_team_leader(overlays, tmp_path: Path) -> None:
-    overlay = make(overlays, tmp_path)
+def test_neighbours_route_around_a_stopping_team_leader(fresh: Overlay) -> None:
     stop = threading.Event()
     outcomes = []
 
     def load() -> None:
-        with grpc.insecure_channel(overlay.address("A"), wire.channel_options()) as channel:
+        with grpc.insecure_channel(fresh.address("A"), wire.channel_options()) as channel:
             stub = pb2_grpc.OverlayNodeStub(channel)
             while not stop.is_set():
                 request = pb2.Request(payload=b"10", handler="work", mode=pb2.ANY)
@@ -485,18 +530,18 @@ def test_neighbours_route_around_a_stopping_team_leader(overlays, tmp_path: Path
         for _ in range(8):
             pool.submit(load)
         time.sleep(0.5)
-        overlay.processes["E"].terminate()
-        overlay.processes["E"].wait(10)
+        fresh.processes["E"].terminate()
+        fresh.processes["E"].wait(10)
         time.sleep(0.5)
         stop.set()
     assert len(outcomes) > 50
     assert {o.code for o in outcomes} == {grpc.StatusCode.OK}
 
 
-def test_a_second_signal_ends_at_once(overlays, tmp_path: Path, way: Way) -> None:
-    overlay = make(overlays, tmp_path)
+def test_a_second_signal_ends_at_once(lend: Lend, way: Way) -> None:
+    overlay = lend()
     call = way.at_once(overlay, 1, payload=b"20000", handler="work", team="green")
-    until(lambda: len(notes(tmp_path)) == 1)
+    until(lambda: len(notes(overlay)) == 1)
     worker = overlay.processes["C"]
     worker.terminate()
     until(lambda: health_of(overlay, "C") == health_pb2.HealthCheckResponse.NOT_SERVING)

@@ -31,7 +31,9 @@ pytestmark = [
 ]
 
 UNITS = "not hypothesis and not six"
-SOON = "not killed_idle and not is_replaced"  # those start ten Pythons, a second each under wine
+# Not what starts many Pythons, a second each under wine, nor what counts the memory of thousands.
+SOON = "not killed_idle and not is_replaced and not does_not_grow and not refused_bytes"
+SOON += " and (not named_with_its_module or missing)"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TWO_MACHINES = README.partition("## Two machines")[2].partition("\n## ")[0]
 DOCTOR = "python client.py doctor two_hosts_config.json"
@@ -112,9 +114,10 @@ def test_the_commands_run_on_a_windows_python(windows: Windows) -> None:
 
 
 def test_a_part_of_the_tests_passes_on_a_windows_python(windows: Windows) -> None:
-    modules = ["configuration", "routing", "assembly", "admission", "rows", "wire", "health"]
-    modules += ["picture", "lanes", "recent", "orders", "keys", "intake", "story", "record"]
-    modules += ["parts", "reception", "threads", "executor", "handlers", "journal", "links"]
+    # None of pure decisions, whose answers cannot depend on the system.
+    # The executor first: under wine each process that starts costs a tidy parent a third.
+    modules = ["executor", "threads", "handlers", "configuration", "wire", "recent", "record"]
+    modules += ["keys", "intake", "journal", "reception", "links"]
     done = windows.run(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", UNITS, "-k", SOON, "--timeout=60"),
         *(f"tests/test_{name}.py" for name in modules),
@@ -122,7 +125,7 @@ def test_a_part_of_the_tests_passes_on_a_windows_python(windows: Windows) -> Non
     )
 
     assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 900
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
 
 
 def test_the_clock_of_a_process_is_fine_enough_to_tell_who_is_quick(windows: Windows) -> None:

@@ -144,6 +144,7 @@ def _settings(folder: Path, **more: str) -> list[str]:
         "WINEPATH": f"Z:{folder / 'python'}",  # so that `python` is found
         "LC_ALL": "C.UTF-8",  # arguments come as they are; the code page stays Windows'
         "PYTHONPYCACHEPREFIX": f"Z:{folder / 'pyc'}",
+        "PYTHONDONTWRITEBYTECODE": "",  # each start would take twice as long
         "VIRTUAL_ENV": "",
         **more,
     }
