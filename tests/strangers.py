@@ -90,8 +90,11 @@ class Besieged:
         best = dict.fromkeys(asks, math.inf)
         why: dict[str, str] = {}
         with ThreadPoolExecutor(len(asks)) as pool:
-            for _ in range(TRIES):
+            for number in range(TRIES):
                 lacking = [name for name in asks if best[name] > PROMISE_S]
+                if not lacking:
+                    break
+                time.sleep(0.1 * number)  # those refused at once would all meet the same moment
                 for name, (took_s, said) in zip(
                     lacking, pool.map(lambda n: _timed(asks[n], self.six), lacking), strict=True
                 ):
