@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from functools import lru_cache
 
 from overlay import wire
 from overlay.crowd import Crowd
@@ -30,7 +31,10 @@ log = logging.getLogger("overlay.connections")
 WANTED_FILES = 10_240  # the most that macOS gives; Linux starts programs with 1,024
 OWN_FILES = 200  # for logs, links, handlers
 MOST_CONNECTIONS = 8192
-LOOK_S, BUSY_LOOK_S = 0.25, 0.05
+LOOK_S = 0.25
+# After some had to be cut: those who made them come again at once, and may be back, too many for
+# anybody else to be let in, long before the usual next look.
+BUSY_LOOK_S, BUSY_S = 0.01, 5.0
 
 
 def raise_file_limit() -> int:
@@ -71,6 +75,7 @@ class Connections:
         self._open_peers = open_peers
         self._each_look = each_look
         self._since: dict[End, float] = {}  # when a connection was first seen
+        self._told: set[End] = set()  # of those that were cut and are not closed yet
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
 
@@ -81,23 +86,27 @@ class Connections:
         self._stopped.set()
 
     def _run(self) -> None:
-        pause_s = LOOK_S
-        while not self._stopped.wait(pause_s):
-            pause_s = LOOK_S
+        busy_until = next_other = 0.0
+        while not self._stopped.wait(BUSY_LOOK_S if time.monotonic() < busy_until else LOOK_S):
+            now = time.monotonic()
             try:
-                self._each_look()
+                if now >= next_other:
+                    next_other = now + LOOK_S * 0.9
+                    self._each_look()
                 descriptors = _descriptors()
                 if len(descriptors) <= self._most:
                     self._since.clear()
+                    self._told.clear()
                 elif self._look(descriptors):
-                    pause_s = BUSY_LOOK_S
+                    busy_until = now + BUSY_S
             except Exception:  # the next look may find what this one did not
                 log.exception("the connections could not be looked at")
 
     def _look(self, descriptors: list[int]) -> bool:
-        """Whether some had to be cut: then those who made them may come again at once."""
+        """Whether some had to be cut."""
         now, found = time.monotonic(), _connections(descriptors, self._port)
         self._since = {peer: self._since.get(peer, now) for peer in found}
+        self._told.intersection_update(found)
         if len(found) <= self._most:
             return False
         busy = {_end_of(peer) for peer in self._open_peers()}
@@ -106,8 +115,9 @@ class Connections:
         order = sorted(found, key=lambda peer: (peer in busy, self._since[peer]))
         crowd: Crowd[End] = Crowd(self._most // 2)
         gone = [other for peer in order for other in crowd.add(peer, peer[0])]
-        cut = Counter(peer[0] for peer in gone if _cut(found[peer], peer))
-        for address, count in cut.items():
+        cut = {peer for peer in gone if _cut(found[peer], peer)} - self._told
+        self._told |= cut
+        for address, count in Counter(peer[0] for peer in cut).items():
             self._record.crowded_out("connections", count, address)
         return bool(cut)
 
@@ -127,9 +137,16 @@ def _connections(descriptors: Iterable[int], port: int) -> dict[End, int]:
     """Those that were let in at the port, each with its descriptor."""
     found = {}
     for descriptor in descriptors:
-        with contextlib.suppress(OSError), _own(descriptor) as own:
-            if own.family in (socket.AF_INET, socket.AF_INET6) and own.getsockname()[1] == port:
-                found[_normal(*own.getpeername()[:2])] = descriptor
+        with contextlib.suppress(OSError):
+            # There are hundreds: so without a descriptor of our own, and of whatever family it is;
+            # the names of AF_INET6 are the longest, and there is room for the others.
+            same = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, descriptor)
+            try:
+                mine = same.getsockname()
+                if isinstance(mine, tuple) and mine[1] == port:
+                    found[_normal(*same.getpeername()[:2])] = descriptor
+            finally:
+                same.detach()
     return found
 
 
@@ -147,9 +164,14 @@ def _end_of(peer: str) -> End:
 
 
 def _normal(host: str, port: int) -> End:
+    return _plain(host), port
+
+
+@lru_cache(1024)
+def _plain(host: str) -> str:
     with contextlib.suppress(ValueError):
-        return plain_address(host), port
-    return host, port
+        return plain_address(host)
+    return host
 
 
 def _cut(descriptor: int, peer: End) -> bool:

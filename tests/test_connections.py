@@ -69,6 +69,7 @@ def test_the_oldest_idle_connections_of_who_has_most_are_cut(house):
     try:
         until(lambda: record.meter.crowds().get("connections") == 48)
         time.sleep(0.3)
+        assert record.meter.crowds() == {"connections": 48}, "those not closed yet count once"
     finally:
         door.stop()
 
@@ -97,6 +98,30 @@ def test_looking_takes_no_descriptors(house):
         found = connections._connections(connections._descriptors(), house.port)
     assert len(found) == 20
     assert len(connections._descriptors()) == before
+
+
+@posix
+@pytest.mark.skipif(not socket.has_ipv6, reason="this Python has no IPv6")
+def test_the_other_sides_are_known_where_a_port_takes_both_families():
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(socket.socket(socket.AF_INET6))
+        port.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        port.bind(("::", 0))
+        port.listen()
+        number = port.getsockname()[1]
+        wanted = {}
+        for address in ("127.0.0.1", "::1"):
+            out = stack.enter_context(socket.create_connection((address, number), 5))
+            inside = stack.enter_context(port.accept()[0])
+            wanted[out.getsockname()[:2]] = inside.fileno()
+        others = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        pair = socket.socketpair()
+        for one in pair:
+            stack.enter_context(one)
+        beside = [port.fileno(), others.fileno(), pair[0].fileno(), 0]
+        found = connections._connections([*wanted.values(), *beside], number)
+        assert found == wanted
+        assert all(one.fileno() >= 0 and one.getsockname() is not None for one in pair)
 
 
 def test_some_descriptors_are_kept_for_the_process_itself():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import socket
 import struct
 import sys
 import time
@@ -37,7 +38,7 @@ from faults.strangers import (
 )
 from overlay.wire import pb2
 from tests.cluster import IDS, Overlay, six_processes, until
-from tests.strangers import FEW_FILES, MEMORY_MIB, Besieged, Few, raw
+from tests.strangers import FEW_FILES, Besieged, Few, raw
 from tests.watch import Watched
 
 FORWARD, STREAM = "/OverlayNode/Forward", "/OverlayNode/ForwardStream"
@@ -252,6 +253,21 @@ def test_more_connections_than_descriptors_shut_nobody_else_out(besieged, proces
         strangers.silent(FEW_FILES + 176, port, source)
         time.sleep(0.5)
         besieged.serves()
+        tries = [is_let_in(port) for _ in range(200)]
+    print(f"{sum(tries)} of {len(tries)} were let in")
+    assert sum(tries) >= 0.9 * len(tries)
+
+
+def is_let_in(port: int) -> bool:
+    """Whether somebody new is greeted, who comes once."""
+    with socket.create_connection((NEAR, port), 2, (NEAR, 0)) as new:
+        try:
+            new.sendall(PREFACE + frame(SETTINGS, 0, 0))
+            return bool(new.recv(100))
+        except OSError:
+            return False
+        finally:
+            time.sleep(0.005)  # so that they meet the siege's whole course
 
 
 # 5. Names of callers, keys
@@ -409,11 +425,10 @@ def large_calls(strangers: Strangers, port: int, source: str, window: int) -> No
 def test_clients_that_do_not_read_are_bounded_together(besieged, large, source):
     """They may cost what the same clients cost that read, and a bounded share of what is left."""
     port = besieged.six.port("A")
-    with besieged.attacked(memory_mib=2048) as strangers:
+    with besieged.attacked(memory_mib=2048) as strangers:  # they read
         large(strangers, port, source, 1 << 30)
         time.sleep(1)
-    usual = besieged.grown
-    with besieged.attacked(memory_mib=max(usual.values()) + MEMORY_MIB) as strangers:
+    with besieged.attacked(beyond=besieged.peaks) as strangers:
         large(strangers, port, source, 0)
         time.sleep(1)
         besieged.serves(["stream"])
@@ -421,21 +436,27 @@ def test_clients_that_do_not_read_are_bounded_together(besieged, large, source):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory otherwise")
 def test_an_answer_that_is_not_read_is_held_no_more_than_twice(besieged):
-    """Once in Python and once in gRPC."""
+    """Once in Python and once in gRPC: 48 MiB; with what led to them besides it was 71 to 92."""
     asked = pb2.Request(payload=b"4194304", mode=pb2.ANY, handler="large")
     body, count = message(asked.SerializeToString()), 6  # there is room for all of them
     six = besieged.six
-    with besieged.attacked(memory_mib=2048) as strangers:
-        one = strangers.connect(six.port("A"), NEAR, window=0)
-        process = psutil.Process(six.processes["A"].pid)
-        before, answered = process.memory_info().rss, six.metrics("A").completed
+    process = psutil.Process(six.metrics("A").pid)
+
+    def answers(one: Stranger) -> int:
+        """What A has when it has answered all of them, one after another."""
+        before = six.metrics("A").completed
         for number in range(1, count + 1):
             one.open(FORWARD, body, end=True)
-            until(lambda n=answered + number: six.metrics("A").completed >= n, 5, "answered")
+            until(lambda n=before + number: six.metrics("A").completed >= n, 5, "answered")
             time.sleep(0.2)
-        held = process.memory_info().rss - before
-    print(f"{held / MIB:.0f} MiB of {count} answers of 4 MiB")
-    assert held / MIB < 2.5 * 4 * count + 20
+        return process.memory_info().rss
+
+    with besieged.attacked(memory_mib=2048) as strangers:
+        read = answers(strangers.connect(six.port("A"), NEAR, window=1 << 30))
+        unread = answers(strangers.connect(six.port("A"), NEAR, window=0))
+    held = (unread - read) / MIB
+    print(f"{held:.0f} MiB came with {count} answers of 4 MiB")
+    assert held < 2.5 * 4 * count
 
 
 @pytest.mark.parametrize("method", [FORWARD, STREAM, METRICS, CHECK])
