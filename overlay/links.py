@@ -36,6 +36,7 @@ from overlay.wire import pb2, pb2_grpc
 log = logging.getLogger("overlay.links")
 
 BYTES_S = 100e6  # of answers, that a way is taken to carry
+OF_LATE_S = 0.1  # a pace that was not seen for longer may be that of other requests
 WRONGLY = "it speaks wrongly"
 WRONG_LINE_S = 600.0  # a warning that a neighbour speaks wrongly is enough for so long
 _HEALTHY = State.HEALTHY  # looked up once: `load` is on every request's way
@@ -139,13 +140,16 @@ class Links:
         """What the neighbour last said; 0 when it did not."""
         return self._links[neighbour].slots.get(worker, {}).get(handler, 0)
 
-    def load(self, neighbour: str, handler: str) -> tuple[int, float, State]:
-        """Rows outstanding there for the handler, the seconds that one takes (0: not known), and
-        whether it is well."""
+    def load(self, neighbour: str, handler: str) -> tuple[int, float, State, bool]:
+        """Rows outstanding there for the handler, the seconds that one takes (0: not known),
+        whether it is well, and whether its pace was seen of late."""
         link = self._links[neighbour]
         case = link.cases.get(handler) if link.cases else None
-        state = case.standing(time.monotonic()) if case else _HEALTHY
-        return link.outstanding.get(handler, 0), link.service_s.get(handler, 0.0), state
+        now = time.monotonic()
+        state = case.standing(now) if case else _HEALTHY
+        of_late = now - link.pace_seen.get(handler, 0.0) < OF_LATE_S
+        outstanding = link.outstanding.get(handler, 0)
+        return outstanding, link.service_s.get(handler, 0.0), state, of_late
 
     def states(self) -> list[LinkState]:
         return [link.snapshot() for link in self._links.values()]
@@ -289,6 +293,7 @@ class _Link:
         self.failed = 0
         self.slots: dict[str, dict[str, int]] = {}
         self.service_s: dict[str, float] = {}
+        self.pace_seen: dict[str, float] = {}  # when, of those in `service_s`
         self._books = (
             Book(self, f"{self.id}-small", limits),
             Book(self, f"{self.id}-large", limits),
@@ -416,6 +421,7 @@ class _Link:
                 self.service_s[handler] = (
                     0.8 * known + 0.2 * min(found, 4 * known) if known else found
                 )
+                self.pace_seen[handler] = time.monotonic()
 
     def snapshot(self) -> LinkState:
         health, health_reason, ejections = self._minder.shown(self.id)

@@ -50,7 +50,8 @@ class Load:
     """What is known of a branch for a handler.
 
     outstanding: items asked and not answered. slots: handlers it runs at once. asked: picks of
-    late. service_s: the recent time of one item, 0 when not known.
+    late. service_s: the recent time of one item, 0 when not known. is_of_late: it was seen a moment
+    ago, and not of other items long before.
     """
 
     outstanding: int = 0
@@ -58,12 +59,18 @@ class Load:
     asked: float = 0
     service_s: float = 0.0
     state: State = State.HEALTHY
+    is_of_late: bool = True
 
     @property
     def credit(self) -> int:
-        """How many more items may go down: free slots, and what it finishes in 10 ms."""
+        """How many more items may go down: free slots, and what it finishes in 10 ms.
+
+        What went down does not come back: by the pace of quick items long ago one neighbour would
+        get thousands of long ones, while others have nothing to do.
+        """
         slots = max(1, self.slots)
-        ahead = int(slots * AHEAD_S / self.service_s) if self.service_s else 0
+        is_known = self.service_s and self.is_of_late
+        ahead = int(slots * AHEAD_S / self.service_s) if is_known else 0
         return max(0, min(slots + ahead, MOST_OUTSTANDING) - self.outstanding)
 
     @property

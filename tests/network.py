@@ -552,9 +552,9 @@ class Links:
     def slots(self, neighbour: str, worker: str, handler: str) -> int:
         return self._network.nodes[worker].works.slots
 
-    def load(self, neighbour: str, handler: str) -> tuple[int, float, State]:
+    def load(self, neighbour: str, handler: str) -> tuple[int, float, State, bool]:
         edge = self._to(neighbour)
-        return edge.outstanding[handler], edge.service_s, edge.state
+        return edge.outstanding[handler], edge.service_s, edge.state, edge.is_of_late
 
     def reserve(self, neighbour: str, handler: str, count: int) -> None:
         self._to(neighbour).outstanding[handler] += count
@@ -588,6 +588,7 @@ class Edge:
     is_live: bool = True  # its stream; of one who drains it is still there
     awaited: bool = False
     service_s: float = 0.0
+    is_of_late: bool = True  # its pace
     state: State = State.HEALTHY
     outstanding: Counter[str] = field(default_factory=Counter)
     fates: deque[str] = field(default_factory=deque)

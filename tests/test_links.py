@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlay import books, health, wire
+from overlay import books, health, links, wire
 from overlay.errors import Misspoken
 from overlay.handlers import Context
 from overlay.health import FAILURES, State
@@ -425,6 +425,18 @@ def test_the_pace_of_a_neighbour_follows_its_answers_and_not_one_odd_slice(bench
     for _ in range(60):
         last = answered(5000)
     assert last == pytest.approx(0.005, rel=0.1)
+
+
+def test_the_pace_of_a_neighbour_is_of_late_only_for_a_moment_after_an_answer(bench):
+    assert not bench.links.load("C", "")[3]
+    bench.send(b"a")
+    (frame,) = bench.small.take()
+    bench.small.answer(frame.segments[0].number, 0, b"A", worked_us=100)
+    seen = bench.links._links["C"].pace_seen[""]
+    with mock.patch.object(links.time, "monotonic", return_value=seen + 0.9 * links.OF_LATE_S):
+        assert bench.links.load("C", "")[3]
+    with mock.patch.object(links.time, "monotonic", return_value=seen + 1.1 * links.OF_LATE_S):
+        assert bench.links.load("C", "")[1:] == (0.0001, State.HEALTHY, False)
 
 
 # Few requests that leave together.

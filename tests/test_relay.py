@@ -702,8 +702,8 @@ class Branches:
     def awaited(self) -> set[str]:
         return set()
 
-    def load(self, neighbour: str, handler: str) -> tuple[int, float, State]:
-        return 0, 0.0, State.HEALTHY
+    def load(self, neighbour: str, handler: str) -> tuple[int, float, State, bool]:
+        return 0, 0.0, State.HEALTHY, True
 
     def slots(self, neighbour: str, worker: str, handler: str) -> int:
         return 100_000
@@ -823,6 +823,18 @@ def test_streamed_rows_of_any_go_down_only_against_credit():
 
     assert len(asked.rows_answered) == 1
     assert network.nodes["A"].intake.streamed[1:] == (13, 6)
+
+
+def test_long_rows_of_any_after_quick_ones_leave_no_slot_free():
+    """By their pace of long ago C would be given all of them, since D is the slow one."""
+    network = MemoryNetwork(SIX, slots=2)
+    for worker in "CDF":
+        network.nodes[worker].works.hold()
+    network.edges["B", "C"].service_s, network.edges["B", "C"].is_of_late = 0.00001, False
+    network.edges["B", "D"].state = State.SLOW
+    network.stream("B", 20, mode=ANY)
+
+    assert Counter(network.sent_from("B")) == {"C": 2, "D": 2}
 
 
 def test_streamed_rows_of_all_go_down_only_against_credit():
