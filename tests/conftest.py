@@ -56,8 +56,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 # Files that take a minute or more begin first, or at the end one core would wait for the other.
-LONG_FILES = ("windows", "two_hosts", "rules", "routing_around", "drain", "bad_input", "versions")
-LONG_FILES += ("strangers",)
+LONG_FILES = ("windows", "two_hosts", "rules", "launcher", "library", "hostile", "drain", "client")
+LONG_FILES += ("faults", "strangers", "versions", "bad_input")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

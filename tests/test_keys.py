@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from overlay.values import Caller, Code, Executed
 from overlay.wire import pb2
 from tests.cluster import Overlay, until
 from tests.network import Clock
-from tests.test_rules import make, notes
+from tests.test_rules import forget_notes, notes, own
 from tests.ways import Outcome
 
 MAC, PC = Caller("10.0.0.1", "mac"), Caller("10.0.0.2", "mac")
@@ -505,6 +506,19 @@ TestKeysMachine.settings = settings(max_examples=100, stateful_step_count=60, de
 # On six real processes.
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    with own(tmp_path_factory.mktemp("keys")) as overlay:
+        yield overlay
+
+
+@pytest.fixture
+def noted(shared: Overlay) -> Overlay:
+    """Shared, with no notes. Each test has keys of its own."""
+    forget_notes(shared)
+    return shared
+
+
 def keyed(key: str, payload: bytes = b"x", **fields) -> pb2.Request:
     return pb2.Request(payload=payload, mode=pb2.ANY, idempotency_key=key, **fields)
 
@@ -519,35 +533,38 @@ def at_most(in_flight: int, calls):
     yield from map(Outcome, waiting)
 
 
-def test_a_key_keeps_its_word_after_ten_thousand_others(overlays, tmp_path: Path) -> None:
-    overlay = make(overlays, tmp_path)
-    stub = overlay.stub("C")
-    first = stub.Forward(keyed("first", b"0", handler="work"), timeout=10)
+def test_a_key_keeps_its_word_after_ten_thousand_others(noted: Overlay) -> None:
+    stub = noted.stub("C")
+    first = stub.Forward(keyed("first of many", b"0", handler="work"), timeout=10)
 
     others = (stub.Forward.future(keyed(f"other {n}"), timeout=60) for n in range(10_001))
     assert all(outcome.ok for outcome in at_most(150, others))
 
-    again = stub.Forward(keyed("first", b"0", handler="work"), timeout=10)
+    again = stub.Forward(keyed("first of many", b"0", handler="work"), timeout=10)
     assert again == first
-    assert len(notes(tmp_path)) == 1
+    assert len(notes(noted)) == 1
 
 
-def test_a_key_keeps_its_word_after_five_large_answers(overlays, tmp_path: Path) -> None:
-    overlay = make(overlays, tmp_path)
-    stub, large = overlay.stub("C"), bytes(16 * MIB - 1000)
-    first = stub.Forward(keyed("first", b"0", handler="work"), timeout=10)
+def test_a_key_keeps_its_word_after_five_large_answers(noted: Overlay) -> None:
+    # Of D: what the test before left at C takes room there.
+    stub, large = noted.stub("D"), bytes(16 * MIB - 1000)
+    first = stub.Forward(keyed("first of large", b"0", handler="work"), timeout=10)
     for n in range(5):
-        assert len(stub.Forward(keyed(str(n), large), timeout=30).result) > 15 * MIB
-    again = stub.Forward(keyed("first", b"0", handler="work"), timeout=10)
+        assert len(stub.Forward(keyed(f"large {n}", large), timeout=30).result) > 15 * MIB
+    again = stub.Forward(keyed("first of large", b"0", handler="work"), timeout=10)
     assert again == first
-    assert len(stub.Forward(keyed("0", large), timeout=30).result) > 15 * MIB
-    assert len(notes(tmp_path)) == 1
+    assert len(stub.Forward(keyed("large 0", large), timeout=30).result) > 15 * MIB
+    assert len(notes(noted)) == 1
 
 
 def test_a_new_key_is_refused_with_proof_while_the_answers_kept_are_too_many(
-    overlays, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    overlay = make(overlays, tmp_path, max_kept_mib=1, key_window_s=5)
+    with own(tmp_path, max_kept_mib=1, key_window_s=5) as overlay:
+        new_keys_are_refused_while_too_much_is_kept(overlay)
+
+
+def new_keys_are_refused_while_too_much_is_kept(overlay: Overlay) -> None:
     stub, large = overlay.stub("A"), bytes(600_000)
     first = stub.Forward(keyed("first", large), timeout=10)
 
@@ -558,72 +575,72 @@ def test_a_new_key_is_refused_with_proof_while_the_answers_kept_are_too_many(
     assert "larger max_kept_mib" in refused.details
     assert 0 < wire.retry_after_s(refused.trailers.items()) <= 5
     assert overlay.metrics("A").refused_by_reason["keys full"] == 1
-    assert notes(tmp_path) == []
+    assert notes(overlay) == []
     assert overlay.ask("A", b"0", handler="work", mode=pb2.ANY).parts
     assert stub.Forward(keyed("first", large), timeout=10) == first
     again = keyed("second", b"0", handler="work")
     until(lambda: Outcome(stub.Forward.future(again, timeout=10)).ok, 15)
 
 
-def test_repeats_whose_callers_left_hold_nothing(overlays, tmp_path: Path) -> None:
+def test_repeats_whose_callers_left_hold_nothing(noted: Overlay) -> None:
     """More than there are threads: today's repeats still hold one each while they wait."""
-    overlay = make(overlays, tmp_path)
-    stub = overlay.stub("A")
-    asked = [keyed(str(n), handler="gate") for n in range(4)]
+    stub = noted.stub("A")
+    asked = [keyed(f"gate {n}", handler="gate") for n in range(4)]
     firsts = [stub.Forward.future(request, timeout=60) for request in asked]
-    until(lambda: len(notes(tmp_path)) == 4)
+    until(lambda: len(notes(noted)) == 4)
     repeats = [stub.Forward.future(request, timeout=60) for request in asked for _ in range(95)]
     time.sleep(0.5)
     for repeat in repeats:
         repeat.cancel()
-    assert overlay.ask("A", timeout=5).result == b"C: hi\nD: hi\nF: hi"
-    (tmp_path / "notes.open").touch()
+    assert noted.ask("A", timeout=5).result == b"C: hi\nD: hi\nF: hi"
+    (noted.folder / "notes.open").touch()
     assert all(Outcome(first).ok for first in firsts)
-    assert len(notes(tmp_path)) == 4
+    assert len(notes(noted)) == 4
 
 
-def test_a_caller_that_left_gets_its_answer_when_it_comes_again(overlays, tmp_path: Path) -> None:
-    overlay = make(overlays, tmp_path)
+def test_a_caller_that_left_gets_its_answer_when_it_comes_again(noted: Overlay) -> None:
     asked = {"mode": "any", "handler": "work", "idempotency_key": "k"}
-    with library.connect(overlay.address("A")) as client:
-        stub = overlay.stub("A")
+    with library.connect(noted.address("A")) as client:
+        stub = noted.stub("A")
         request = pb2.Request(payload=b"500", mode=pb2.ANY, handler="work", idempotency_key="k")
         call = stub.Forward.future(request, timeout=10)
-        until(lambda: notes(tmp_path))
+        until(lambda: notes(noted))
         call.cancel()
         again = client.call(b"500", **asked)
         third = client.call(b"500", **asked)
         with pytest.raises(library.client.InvalidCall, match="was used for another request"):
             client.call(b"501", **asked)
-    assert again.result == third.result == notes(tmp_path)[0][0].encode()
-    assert len(notes(tmp_path)) == 1
+    assert again.result == third.result == notes(noted)[0][0].encode()
+    assert len(notes(noted)) == 1
 
 
 @pytest.mark.parametrize("key", ["", "k"])
-def test_a_worker_that_dies_costs_a_keyed_request_a_second_try(
-    overlays, tmp_path: Path, key: str
-) -> None:
-    overlay: Overlay = make(overlays, tmp_path)
+def test_a_worker_that_dies_costs_a_keyed_request_a_second_try(tmp_path: Path, key: str) -> None:
+    with own(tmp_path) as overlay:
+        costs_a_second_try(overlay, key)
+
+
+def costs_a_second_try(overlay: Overlay, key: str) -> None:
     request = pb2.Request(payload=b"x", mode=pb2.ANY, handler="gate", idempotency_key=key)
     call = overlay.stub("A").Forward.future(request, timeout=20)
-    until(lambda: notes(tmp_path))
-    first = notes(tmp_path)[0][0]
+    until(lambda: notes(overlay))
+    first = notes(overlay)[0][0]
     overlay.kill(first)
     if not key:
         assert call.exception(10).code() is grpc.StatusCode.UNAVAILABLE
         assert dict(call.trailing_metadata())["overlay-executed"] == "unknown"
-        assert len(notes(tmp_path)) == 1
+        assert len(notes(overlay)) == 1
         return
-    until(lambda: len(notes(tmp_path)) == 2)
-    second = notes(tmp_path)[1][0]
+    until(lambda: len(notes(overlay)) == 2)
+    second = notes(overlay)[1][0]
     assert second != first
     overlay.kill(second)  # as if the payload killed its workers: no third one is risked
     error = call.exception(10)
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert dict(call.trailing_metadata())["overlay-executed"] == "unknown"
-    assert len(notes(tmp_path)) == 2
+    assert len(notes(overlay)) == 2
     with library.connect(overlay.address("A")) as client:
         with pytest.raises(library.CallFailed) as caught:
             client.call(b"x", mode="any", handler="gate", idempotency_key="k")
         assert caught.value.executed is Executed.UNKNOWN
-    assert len(notes(tmp_path)) == 2
+    assert len(notes(overlay)) == 2

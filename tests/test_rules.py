@@ -86,8 +86,7 @@ def lend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lend]:
         dead = [i for i, process in overlay.processes.items() if process.poll() is not None]
         if dead:
             overlay.start(*dead)
-        (overlay.folder / "notes.open").unlink(missing_ok=True)
-        (overlay.folder / "notes").write_bytes(b"")
+        forget_notes(overlay)
         return overlay
 
     with ExitStack() as stack:
@@ -119,6 +118,11 @@ def handlers(slots: int) -> dict[str, Any]:
 
 def notes(overlay: Overlay) -> list[list[str]]:
     return [line.split(" ") for line in (overlay.folder / "notes").read_text().splitlines()]
+
+
+def forget_notes(overlay: Overlay) -> None:
+    (overlay.folder / "notes.open").unlink(missing_ok=True)
+    (overlay.folder / "notes").write_bytes(b"")
 
 
 request_ids = itertools.count(4711)
