@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import socket
@@ -89,6 +90,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def besieged(folder: Path) -> Iterator[Besieged]:
+    with six_in(folder) as found:
+        yield found
+
+
+@pytest.fixture
+def untouched(tmp_path: Path) -> Iterator[Besieged]:
+    """Nothing was ever asked of these: what is freed and kept of earlier bursts is not in the
+    way of those who measure."""
+    with six_in(tmp_path) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def six_in(folder: Path) -> Iterator[Besieged]:
     def handler(name: str, slots: int) -> dict[str, object]:
         options = {"released": str(folder / "released")}
         return {"call": f"mine:{name}", "slots": slots, "options": options}
@@ -435,11 +450,11 @@ def test_clients_that_do_not_read_are_bounded_together(besieged, large, source):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory otherwise")
-def test_an_answer_that_is_not_read_is_held_no_more_than_twice(besieged):
-    """Once in Python and once in gRPC: 48 MiB; with what led to them besides it was 71 to 92."""
+def test_an_answer_that_is_not_read_is_held_no_more_than_twice(untouched):
+    """Once in Python and once in gRPC: 36 to 49 MiB. With the tickets kept it was 74 to 88."""
     asked = pb2.Request(payload=b"4194304", mode=pb2.ANY, handler="large")
     body, count = message(asked.SerializeToString()), 6  # there is room for all of them
-    six = besieged.six
+    six = untouched.six
     process = psutil.Process(six.metrics("A").pid)
 
     def answers(one: Stranger) -> int:
@@ -449,9 +464,13 @@ def test_an_answer_that_is_not_read_is_held_no_more_than_twice(besieged):
             one.open(FORWARD, body, end=True)
             until(lambda n=before + number: six.metrics("A").completed >= n, 5, "answered")
             time.sleep(0.2)
+        return min(rss() for _ in range(20))  # what is only on its way is not held
+
+    def rss() -> int:
+        time.sleep(0.05)
         return process.memory_info().rss
 
-    with besieged.attacked(memory_mib=2048) as strangers:
+    with untouched.attacked(memory_mib=2048) as strangers:
         read = answers(strangers.connect(six.port("A"), NEAR, window=1 << 30))
         unread = answers(strangers.connect(six.port("A"), NEAR, window=0))
     held = (unread - read) / MIB
