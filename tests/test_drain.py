@@ -399,7 +399,7 @@ def test_a_rolling_restart_fails_no_request_and_runs_none_twice(noted: Noted) ->
     print({way: len(answered) for way, answered in load.answered.items()})
     print("short", dict(load.short), "slowest", load.slowest_s)
     assert load.failures == []
-    assert all(len(answered) > 100 for answered in load.answered.values())
+    assert all(len(answered) > 40 for answered in load.answered.values())
     assert [where for where, times in runs.items() if times > 1] == []
     by_payload: Counter[str] = Counter(where.split(" ")[1] for where in runs)
     for way in ("unary any", "stream any"):
