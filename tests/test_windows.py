@@ -117,7 +117,7 @@ def test_a_part_of_the_tests_passes_on_a_windows_python(windows: Windows) -> Non
     # None of pure decisions, whose answers cannot depend on the system.
     # The executor first: under wine each process that starts costs a tidy parent a third.
     modules = ["executor", "threads", "handlers", "configuration", "wire", "recent", "record"]
-    modules += ["keys", "intake", "journal", "reception", "links"]
+    modules += ["intake", "journal", "reception", "links", "pool"]
     done = windows.run(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", UNITS, "-k", SOON, "--timeout=60"),
         *(f"tests/test_{name}.py" for name in modules),
