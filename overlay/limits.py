@@ -48,6 +48,8 @@ class Limits:
     stream_threads: int = 64  # that read and write them; each is held for no longer than a frame
     unread_bytes: int = 32 * MIB  # of answers that clients do not read: of all streams together,
     # and as much of single calls; each byte is there two or three times
+    uncounted_bytes: int = 8 * 1024  # of a stream's, so that small requests touch nothing that is
+    # shared; 8 MiB of all streams
     ahead_bytes: int = 16 * MIB  # of pieces that clients may be sent before they have read any, of
     # all streams together; the library takes half a MiB of each part so
     unarrived_calls: int = 2000  # whose message has not come; about 10 KiB each

@@ -138,7 +138,7 @@ class Budget:
             self._left -= size
 
 
-FREE_BYTES = 8 * 1024  # of each stream: 8 MiB of all of them
+FREE_BYTES = Limits.uncounted_bytes
 
 
 class Share:
@@ -164,7 +164,7 @@ class Share:
         """Whether it has less than so much, and there is something left for others."""
         if self.size <= FREE_BYTES:
             return True
-        return self.size < min(most, max(0, self._budget.left))
+        return self.size < most and self.size < self._budget.left
 
 
 Key = tuple[int, int, str]

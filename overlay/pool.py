@@ -13,8 +13,8 @@ log = logging.getLogger("overlay.pool")
 class Pool:
     """Starts a thread when a job comes and none is idle, at most `most`; safe from any thread.
 
-    A job costs a fifth of one of concurrent.futures, which makes each a Future and takes seven
-    locks for it; here there are two for each request at each process.
+    concurrent.futures makes a Future of each job and takes seven locks for it, which shows where
+    each request has two jobs at each process.
     """
 
     def __init__(self, most: int, name: str) -> None:

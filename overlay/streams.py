@@ -95,8 +95,8 @@ class Places:
                 gone = self._make_room_locked(address)
                 self._open[stream] = address
                 self._counts[address] = self._counts.get(address, 0) + 1
-                self._resting.add(stream, address)
-                stream.is_listed = True
+                self._list_locked(stream, address)
+            stream.is_listed = True  # a neighbour's never has to go, and need not list itself
         return gone
 
     def rests(self, stream: _Stream) -> None:
@@ -104,8 +104,7 @@ class Places:
         with self._lock:
             address = self._open.get(stream)
             if address is not None:
-                self._resting.add(stream, address)
-                stream.is_listed = True
+                self._list_locked(stream, address)
 
     def leave(self, stream: _Stream) -> None:
         with self._lock:
@@ -119,6 +118,10 @@ class Places:
             if not self._counts[address]:
                 del self._counts[address]
 
+    def _list_locked(self, stream: _Stream, address: str) -> None:
+        self._resting.add(stream, address)
+        stream.is_listed = True
+
     def _make_room_locked(self, address: str) -> list[_Stream]:
         count, left = self._counts.get(address, 0), self._most - len(self._open)
         if left > 0 and count < OF_ONE_ADDRESS * left:
@@ -126,13 +129,12 @@ class Places:
         while self._resting.size_of(address):
             stream = self._resting.pop_oldest(address)
             stream.is_listed = False  # before it is asked: from now on it lists itself
-            if stream.has_worked:  # since it was listed: others have rested for longer
-                stream.has_worked = False
-                if not stream.is_at_work:
-                    self._resting.add(stream, address)
-                    stream.is_listed = True
-            elif not stream.is_at_work:
+            has_worked, stream.has_worked = stream.has_worked, False
+            if stream.is_at_work:
+                continue
+            if not has_worked:
                 return [stream]
+            self._list_locked(stream, address)  # others have rested for longer
         raise QueueFull(
             f"all {self._most} streams are open"
             if left <= 0
