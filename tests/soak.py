@@ -4,7 +4,8 @@
     python -m tests.soak distinct 1000000
 
 The second asks in as many callers' names, under as many idempotency keys and ids, by single calls,
-and then by a map; it tells the rate and each process's memory in the first and the last tenth.
+and then by a map; it tells the rate of each tenth, and each process's memory after the first
+and the last.
 
 In the first, each request carries a number of its own; each execution of the handler writes the
 number to a file of its worker before it does anything else. Afterwards the two histories are
@@ -201,9 +202,7 @@ class Tenths:
 
     def __str__(self) -> str:
         lines = [f"{self.way}: {self.count}, {dict(self.outcomes)}"]
-        lines.append(
-            f"  a second   {self.rates[0]:9.0f} {self.rates[-1]:9.0f} {-self.slower:+8.1%}"
-        )
+        lines.append(f"  a second   {' '.join(f'{r:.0f}' for r in self.rates)} {-self.slower:+.1%}")
         for process_id in self.mib[0]:
             first, last = self.mib[0][process_id], self.mib[-1][process_id]
             lines.append(f"  {process_id}, MiB     {first:9.1f} {last:9.1f} {last - first:+8.1f}")
