@@ -483,7 +483,7 @@ def test_ending_a_request_ends_its_process_within_a_second(benches, caplog):
     bench.ends[request_id](Code.CANCELLED)
 
     child.wait(1)
-    until(lambda: bench.executor.active == 0, 1)
+    until(lambda: bench.executor.active == 0)
     assert bench.run("pid").ok
     assert len(bench.parts[request_id]) == 1
 
@@ -496,7 +496,7 @@ def test_the_next_request_in_a_process_begins_when_the_ended_one_is_gone(benches
     until(lambda: "it spins" in caplog.text, 5, "the handler computes")
 
     bench.ends[request_id](Code.CANCELLED)
-    until(lambda: bench.executor.active == 0, 1)
+    until(lambda: bench.executor.active == 0)
     following = bench.run("pid")
 
     assert int(following.result) != child.pid
@@ -710,7 +710,7 @@ def test_ending_some_rows_leaves_the_others_in_their_processes(benches):
 
     assert bench.parts[first_id][0].code is Code.CANCELLED
     assert bench.part(first_id + 1).ok
-    until(lambda: bench.free == 2, 3)
+    until(lambda: bench.free == 2)
 
 
 def test_a_result_that_comes_after_the_deadline_is_told_as_late(bench):

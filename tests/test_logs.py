@@ -261,7 +261,7 @@ def test_a_disk_that_hangs_holds_nobody(tmp_path, monkeypatch):
         until(lambda: logging.getLogger("overlay").warning("x" * 3000) or log.dropped > 100)
         began = time.monotonic()
         log.stop()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
     finally:
         os.close(reader)
 
