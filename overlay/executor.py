@@ -8,7 +8,7 @@ when the handler has really ended, not when its caller has gone. One request id 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -26,6 +26,9 @@ class Runner(Protocol):
 
     @property
     def active(self) -> int: ...
+
+    @property
+    def pids(self) -> Sequence[int]: ...
 
     def submit(self, batch: Batch) -> None: ...
 
@@ -64,6 +67,11 @@ class Executor:
     def active(self) -> int:
         """Handlers running now, those whose caller has left included."""
         return sum(runner.active for _, runner in self._desks.values())
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that run handlers."""
+        return [pid for _, runner in self._desks.values() for pid in runner.pids]
 
     @property
     def slots(self) -> dict[str, int]:

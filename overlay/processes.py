@@ -78,6 +78,11 @@ class ProcessRunner:
     def active(self) -> int:
         return len(self._running)
 
+    @property
+    def pids(self) -> list[int]:
+        with self._lock:
+            return [child.pid for child in self._children]
+
     def submit(self, batch: Batch) -> None:
         for _ in range(batch.waiting):
             self._todo.put(batch)
@@ -249,6 +254,10 @@ class _Child:
             return self._process.is_alive() and not self._pipe.poll(0)
         except OSError:
             return False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
 
     @property
     def exitcode(self) -> int | None:

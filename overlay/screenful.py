@@ -14,6 +14,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from overlay.console import clean, counted
+from overlay.events import latest
 from overlay.values import Code
 
 MOST_LISTED = 40  # requests, and events
@@ -50,10 +51,14 @@ PROCESS_COLUMNS = (
     "busy",
     "p50 ms",
     "p99 ms",
+    "cpu %",
+    "MiB",
     "team",
     "host",
 )
-LEFT = (0, 1, 7, 8)  # of them; numbers stand on the right
+USAGE = ("cpu %", "MiB")  # of them, where there is room
+NUMBERS = PROCESS_COLUMNS[2:-2]  # stand on the right
+ROOMY = 96  # columns of a screen
 
 
 def lines(picture: Picture, width: int, height: int, signs: Signs) -> list[Text]:
@@ -63,7 +68,8 @@ def lines(picture: Picture, width: int, height: int, signs: Signs) -> list[Text]
         return [_cut(line, width) for line in top]
     left = height - len(top) - 1
     links = _links(picture, width, max(2, left // 5), signs)
-    tables = [_processes(picture, max(4, min(left - len(links) - 8, left * 2 // 3)), signs), links]
+    most = max(4, min(left - len(links) - 8, left * 2 // 3))
+    tables = [_processes(picture, width, most, signs), links]
     left -= sum(len(table) + 1 for table in tables)
     requests = _requests(picture, max(0, left // 2 - 1), signs)
     events = _events(picture, max(0, left - len(requests) - 2), signs)
@@ -116,7 +122,7 @@ def _figures(picture: Picture, width: int, signs: Signs) -> list[Text]:
     return [queue, answers]
 
 
-def _processes(picture: Picture, most: int, signs: Signs) -> list[Text]:
+def _processes(picture: Picture, width: int, most: int, signs: Signs) -> list[Text]:
     """Those with a trouble first to stay, when not all fit; in the order of the configuration."""
     processes = picture["processes"]
     if len(processes) > most - 1:
@@ -124,7 +130,11 @@ def _processes(picture: Picture, most: int, signs: Signs) -> list[Text]:
         kept = {p["id"] for p in worst[: most - 2]}
         processes = [p for p in processes if p["id"] in kept]
     rows = [_process(p, signs) for p in processes]
-    made = _table(PROCESS_COLUMNS, [cells for cells, _ in rows], [style for _, style in rows], LEFT)
+    shown = [i for i, name in enumerate(PROCESS_COLUMNS) if width >= ROOMY or name not in USAGE]
+    head = [PROCESS_COLUMNS[i] for i in shown]
+    left = [at for at, name in enumerate(head) if name not in NUMBERS]
+    cells = [[row[i] for i in shown] for row, _ in rows]
+    made = _table(head, cells, [style for _, style in rows], left)
     if rest := len(picture["processes"]) - len(processes):
         made.append(Text(f"and {rest} more", DIM))
     return made
@@ -137,7 +147,7 @@ def _process(p: Mapping[str, Any], signs: Signs) -> tuple[tuple[str, ...], str]:
     state = WORDS.get(health, health)
     if health in ("gone", "unseen"):
         state += f" {_span(p['for_s'])}"
-    figures = ("-",) * 5
+    figures = ("-",) * 7
     if health in ("well", "impaired", "stopping"):
         busy = f"{p['in_service']} of {p['slots']}" if p["rank"] < 2 else str(p["in_service"])
         rate, times = (
@@ -150,6 +160,8 @@ def _process(p: Mapping[str, Any], signs: Signs) -> tuple[tuple[str, ...], str]:
             busy,
             _ms(times.get("p50")),
             _ms(times.get("p99")),
+            "-" if p["cores"] is None else f"{100 * p['cores']:.0f}",
+            f"{p['memory_mib']:,.0f}",
         )
     return (name, state, *figures, p["team"], p["host"]), COLOURS.get(health, "")
 
@@ -218,13 +230,15 @@ def _path(hops: Sequence[Mapping[str, Any]], signs: Signs) -> str:
 
 
 def _events(picture: Picture, most: int, signs: Signs) -> list[Text]:
+    shown = latest(picture["events"], min(most, MOST_LISTED), lambda event: event["is_change"])
     rows, styles = [], []
-    for event in _latest(picture["events"], most):
-        many = f" ({event['count']} times)" if event.get("count", 1) > 1 else ""
+    for event in reversed(shown):
+        many = ""
+        if event.get("count", 1) > 1:
+            many = f" ({event['count']:,} times since {_clock(event['first_at'])})"
         rows.append((_clock(event["at"]), event["process"], event["text"] + many))
-        styles.append(
-            {"warning": COLOURS["impaired"], "error": COLOURS["gone"]}.get(event["level"], "")
-        )
+        colour = {"warning": COLOURS["impaired"], "error": COLOURS["gone"]}.get(event["level"], "")
+        styles.append(f"bold {colour}".strip() if event["is_change"] else colour)
     return _table(("at", "of", "event"), rows, styles, (0, 1, 2)) if rows else []
 
 

@@ -51,6 +51,7 @@ from overlay.streams import Desk as StreamDesk
 from overlay.streams import Places
 from overlay.streams import serve as streams_serve
 from overlay.topology import Process, Topology
+from overlay.usage import usage
 from overlay.values import Answers, Caller, Code, Executed, Mode, Route, Segment
 from overlay.wire import pb2
 
@@ -240,6 +241,7 @@ class Service:
         all_waiting, all_service = self.meter.histograms()
         slots = self._known_slots()
         streams, streamed_waiting, streamed_active = self.intake.streamed
+        used = usage(self.executor.pids if self.executor else ())
         return pb2.MetricsResponse(
             process_id=self.me.id,
             role=self.me.role,
@@ -283,6 +285,8 @@ class Service:
             key_bytes=self._keys.kept_bytes,
             key_waiters=self._keys.waiting,
             calls_without_message=self.calls_without_message(),
+            cpu_s=used.cpu_s,
+            memory_bytes=used.memory_bytes,
         )
 
     @property

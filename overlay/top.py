@@ -18,6 +18,7 @@ from rich.console import Group
 from rich.live import Live
 
 from overlay.console import Exit, Parser, Screen, clean, complain
+from overlay.picture import Wanted
 from overlay.screenful import Signs, lines
 from overlay.topology import join_address
 from overlay.watch import Watch
@@ -41,6 +42,11 @@ def arguments(parser: Parser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("--once", action="store_true", help="one report, also into a pipe")
     parser.add_argument("--json", action="store_true", help="with --once: as one JSON object")
+    only = parser.add_argument_group("of the last requests, show only")
+    only.add_argument("--failed", action="store_true", help="those that failed")
+    only.add_argument("--handler", default="", metavar="NAME", help="those to this handler")
+    only.add_argument("--caller", default="", metavar="TEXT", help="those whose caller has this")
+    only.add_argument("--request", default="", metavar="ID", help="those with this in their id")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         complain("standard output is no terminal; --once prints one report")
         return Exit.USAGE
     try:
-        watch = Watch(join_address(args.host, args.port)).start()
+        wanted = Wanted(args.failed, args.handler, args.caller, args.request)
+        watch = Watch(join_address(args.host, args.port), wanted=wanted).start()
     except ValueError as error:
         complain(str(error))
         return Exit.USAGE

@@ -21,12 +21,12 @@ from overlay import wire
 from overlay.connection import split
 from overlay.errors import Misspoken
 from overlay.history import History
-from overlay.picture import Known, Look, picture
+from overlay.picture import ALL, Known, Look, Wanted, picture
 from overlay.values import Code
 
 INTERVAL_S = 1.0
 ROUND_S = 0.7  # a picture is not kept back longer by one that is silent
-LAST = 40  # events and requests wanted of each process
+EVENTS, REQUESTS = 40, 200  # of the last, wanted of a process
 ANSWER_S = 2.0  # as long as neighbours give each other; then it counts as gone
 KEPT_EVENTS = 100  # of what this watch itself has seen
 
@@ -34,12 +34,13 @@ KEPT_EVENTS = 100  # of what this watch itself has seen
 class Watch:
     """The rounds, and the latest picture. Safe from any thread; close() may be called twice."""
 
-    def __init__(self, address: str, interval_s: float = INTERVAL_S) -> None:
+    def __init__(self, address: str, interval_s: float = INTERVAL_S, wanted: Wanted = ALL) -> None:
         """Raises ValueError for an address that is not host:port."""
         split(address)
         self.on_picture: Callable[[dict[str, Any]], None] = lambda picture: None
         self._address = address
         self._interval_s = interval_s
+        self._wanted = wanted
         self._asked = _Eye("", address, self._tell)
         self._asked.tells_requests = True
         self._eyes: dict[str, _Eye] = {"": self._asked}
@@ -129,7 +130,7 @@ class Watch:
         known = Known(
             self._address, self._asked.id, self._processes, looks, self._histories, self._events
         )
-        made = picture(known, time.monotonic(), time.time())
+        made = picture(known, time.monotonic(), time.time(), self._wanted)
         self._note_changes(made)
         self._round += 1
         made |= {"round": self._round, "interval_s": self._interval_s}
@@ -156,7 +157,14 @@ class Watch:
                 else f"well, after {now - since:.0f} s {before}"
             )
             self._events.append(
-                {"at": round(now, 3), "process": who, "kind": health, "text": text, "level": level}
+                {
+                    "at": round(now, 3),
+                    "process": who,
+                    "kind": health,
+                    "text": text,
+                    "level": level,
+                    "is_change": True,
+                }
             )
 
 
@@ -178,7 +186,8 @@ class _Eye:
         if self.is_asking:
             return
         self.is_asking = True
-        wanted = wire.pb2.MetricsRequest(events=LAST, requests=LAST if self.tells_requests else 0)
+        requests = REQUESTS if self.tells_requests else 0
+        wanted = wire.pb2.MetricsRequest(events=EVENTS, requests=requests)
         asked = self._node.GetMetrics.future(wanted, timeout=ANSWER_S)
         asked.add_done_callback(self._looked)
 

@@ -417,6 +417,7 @@ def write_event(line: Line) -> pb2.Event:
         level=line.level,
         number=line.number,
         count=line.count,
+        first_at_s=line.first_s,
     )
 
 

@@ -23,6 +23,8 @@ source.onmessage = (message) => {
 setInterval(() => alarm(), 1000);
 addEventListener("resize", show);
 document.addEventListener("visibilitychange", show);
+byId("wanted").addEventListener("input", show);
+byId("wanted").addEventListener("submit", (event) => event.preventDefault());
 
 function pick(id) {
   picked = id;
