@@ -8,8 +8,10 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  console -> client -> connection -> calls -> orders
                  client -> mapping -> connection -> outcomes -> calls   client -> arguments
                  client -> parts -> calls   client, mapping, connection, arguments -> orders
-                 client -> outcomes   mapping -> arguments, outcomes
-                 aio -> arguments, calls, connection, orders, outcomes, parts   exporter -> door
+                 client -> outcomes   mapping -> arguments, outcomes, telling
+                 telling -> connection, outcomes
+                 aio -> arguments, calls, connection, orders, outcomes, parts, telling
+                 exporter -> door
                  asking, bulk, checking, draining, reading, doctor -> client, console
                  addressing -> console
                  web -> watch, console, door   watch -> connection
@@ -18,7 +20,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
     2 mechanism  intake   deadlines   keys   ids   logs -> recent   repeats   stories
                  machine   hosts   memory   pool   usage
                  links -> books, wire   books -> pipes, pieces, wire   pipes -> wire
-                 wire -> judge, meter, recent   judge -> recent
+                 wire -> judge, maps, meter, recent   judge -> recent
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces
                  executor -> batch, handlers, ids   threads -> handlers, logs, pieces
                  processes -> child -> batch, handlers, logs, pieces   processes -> pieces

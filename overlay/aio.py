@@ -32,6 +32,7 @@ from overlay.limits import Limits
 from overlay.orders import Kind, Order
 from overlay.outcomes import Answer, CallFailed
 from overlay.parts import Parts
+from overlay.telling import Telling
 from overlay.values import Failure, Part
 from overlay.wire import pb2
 
@@ -214,7 +215,7 @@ class AsyncClient:
         kind = kind_of(mode, team, handler or "", False, priority)
         timeout_s, patience_s = as_timeout(timeout), as_patience(patience_s)
         chunk = chunk_of(window, chunksize)
-        mapping = _Mapping(self._post, kind, timeout_s, chunk, window, patience_s)
+        mapping = _Mapping(self._post, kind, timeout_s, chunk, window, patience_s, payloads)
         return mapping.run(payloads, ordered)
 
 
@@ -420,8 +421,11 @@ class _Mapping:
         chunk: int,
         window: int,
         patience_s: float | None,
+        payloads: object,
     ) -> None:
+        """payloads: as the map was given them, for how many they are."""
         self._post = post
+        self._telling = Telling(post.connection, kind.route.handler, payloads)
         self._presence = post.connection.presence(patience_s)
         self._kind = kind
         self._timeout_s = timeout_s
@@ -481,6 +485,7 @@ class _Mapping:
             feeder.cancel()
             for order, _ in self._orders.values():
                 self._post.cancel(order)
+            self._telling.end()
             await asyncio.wait([feeder, looks])
 
     async def _look_again(self) -> None:
@@ -503,6 +508,7 @@ class _Mapping:
         presence = self._presence
         while True:
             await asyncio.sleep(LOOK_S)
+            self._telling.tell(self._answered, self._failed)
             was_away, self._is_away = self._is_away, presence.look_away()
             if was_away and not self._is_away:
                 self._wake_feeder()

@@ -34,7 +34,7 @@ from overlay.orders import Order, Outbox
 from overlay.pieces import Arriving
 from overlay.pipes import Pipe, is_full
 from overlay.rows import OpenRows, consecutive
-from overlay.values import Answers, Code, Column, Executed, Failure, Part, Segment
+from overlay.values import Answers, Code, Column, Executed, Failure, Part, Progress, Segment
 from overlay.wire import pb2
 
 LIMITS = Limits()
@@ -157,6 +157,7 @@ class Calls:
         self._outbox = Outbox()
         self._cancels: deque[tuple[int, int, int]] = deque()  # segment, first row, how many
         self._grants: deque[tuple[int, int, str]] = deque()  # segment, row, worker: one piece
+        self._progress: dict[int, Progress] = {}  # of maps, by number: to be told
         self._unwanted: deque[set[int]] = deque()  # the `cancelled` of orders, to be looked up
         self._sent: dict[int, _Sent] = {}
         self._numbers = itertools.count(1)
@@ -227,6 +228,11 @@ class Calls:
         else:
             self._pipe.kick()
 
+    def tell(self, progress: Progress) -> None:
+        """Goes to who watches, in one of the next frames."""
+        self._progress[progress.number] = progress
+        self._pipe.kick()
+
     def wake(self) -> None:
         """Somebody waits for `connected`: a stream that was let go is wanted again."""
         self._pipe.kick()
@@ -296,6 +302,10 @@ class Calls:
             number, row, worker = self._grants.popleft()
             frame.grants.add(number=number, row=row, process_id=worker, count=1)
             size += 20
+        while self._progress:
+            _, progress = self._progress.popitem()
+            frame.progress.append(wire.write_progress(progress))
+            size += 60
         while self.connected.is_set() and size < LIMITS.frame_bytes and self._has_room():
             orders, bytes_ = self._next_orders(LIMITS.frame_bytes - size)
             if not orders:

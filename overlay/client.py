@@ -381,7 +381,7 @@ class Client(concurrent.futures.Executor):
             chunk_of(window, chunksize),
             as_patience(patience_s),
         )
-        mapping = MapRun(self._connection, kind, timeout_s, chunk, window, patience_s)
+        mapping = MapRun(self._connection, kind, timeout_s, chunk, window, patience_s, payloads)
         return mapping.run(iter(payloads), ordered)
 
 

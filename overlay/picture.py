@@ -111,6 +111,7 @@ def picture(known: Known, now: float, wall: float, wanted: Wanted = ALL) -> dict
         ],
         "course": {name: history.course(name) for name in FIGURES},
         "requests": list(filter(wanted.has, _requests(known.looks[known.asked], now, wall))),
+        "maps": _maps(known.looks[known.asked], now),
         "events": _events(known, now, wall),
     }
 
@@ -270,6 +271,33 @@ def _requests(look: Look, now: float, wall: float) -> list[dict[str, Any]]:
         }
         for story in look.metrics.requests
     ]
+
+
+def _maps(look: Look, now: float) -> list[dict[str, Any]]:
+    """Those that run at the process asked, by their clients' own count."""
+    if look.metrics is None:
+        return []
+    made = []
+    for one in look.metrics.maps:
+        said = one.progress
+        ended, took_s = said.answered + said.failed, said.took_s
+        rate = ended / took_s if took_s else 0.0
+        left_s = (said.total - ended) / rate if rate and said.total else None
+        made.append(
+            {
+                "handler": said.handler,
+                "caller": one.caller,
+                "number": said.number,
+                "answered": said.answered,
+                "failed": said.failed,
+                "total": said.total or None,
+                "took_s": round(took_s, 1),
+                "rate": round(rate, 2),
+                "left_s": None if left_s is None else round(left_s, 1),
+                "silent_s": round(one.told_s + now - look.since, 1),
+            }
+        )
+    return made
 
 
 def _events(known: Known, now: float, wall: float) -> list[Mapping[str, Any]]:

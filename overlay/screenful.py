@@ -58,12 +58,14 @@ PROCESS_COLUMNS = (
 )
 USAGE = ("cpu %", "MiB")  # of them, where there is room
 NUMBERS = PROCESS_COLUMNS[2:-2]  # stand on the right
+MOST_MAPS = 3
+SILENT_S = 5  # a map whose client told nothing for so long may have stopped
 ROOMY = 96  # columns of a screen
 
 
 def lines(picture: Picture, width: int, height: int, signs: Signs) -> list[Text]:
     """The picture in at most so many lines, each at most so wide."""
-    top = [_title(picture, width), *_figures(picture, width, signs)]
+    top = [_title(picture, width), *_figures(picture, width, signs), *_maps(picture, signs)]
     if not picture["processes"]:
         return [_cut(line, width) for line in top]
     left = height - len(top) - 1
@@ -120,6 +122,28 @@ def _figures(picture: Picture, width: int, signs: Signs) -> list[Text]:
     if not any(lost.values()):
         answers.append("   none lost", DIM)
     return [queue, answers]
+
+
+def _maps(picture: Picture, signs: Signs) -> list[Text]:
+    """A line for each of the few that were told of last."""
+    made = []
+    for one in picture["maps"][-MOST_MAPS:]:
+        ended = one["answered"] + one["failed"]
+        line = Text("map      ")
+        if one["total"]:
+            line.append(_bar(ended, one["total"], 12, signs, "cyan"))
+            line.append(f" {ended:,} of {one['total']:,}")
+        else:
+            line.append(f"{ended:,}")
+        line.append(f" by {clean(one['handler']) or 'default'}, {_rate(one['rate'])}/s")
+        if one["left_s"] is not None:
+            line.append(f", {_span(one['left_s'])} left")
+        if one["failed"]:
+            line.append(f", {one['failed']:,} failed", COLOURS["gone"])
+        if one["silent_s"] > SILENT_S:
+            line.append(f", not heard of for {_span(one['silent_s'])}", COLOURS["impaired"])
+        made.append(line.append(f"  {clean(one['caller'])}", DIM))
+    return made
 
 
 def _processes(picture: Picture, width: int, most: int, signs: Signs) -> list[Text]:
@@ -272,9 +296,9 @@ def _cut(line: Text, width: int) -> Text:
     return line
 
 
-def _bar(used: int, of: int, width: int, signs: Signs) -> Text:
+def _bar(used: int, of: int, width: int, signs: Signs, style: str = "") -> Text:
     full = min(width, -(-used * width // of)) if of else 0
-    style = "cyan" if used < of * 0.8 else "yellow" if used < of else "red"
+    style = style or ("cyan" if used < of * 0.8 else "yellow" if used < of else "red")
     return Text.assemble((signs.bar[0] * full, style), (signs.bar[1] * (width - full), DIM))
 
 

@@ -41,6 +41,7 @@ from overlay.intake import Intake, Ticket
 from overlay.journal import Journal
 from overlay.keys import First, Keys, Outcome, Waiter
 from overlay.links import Links
+from overlay.maps import Maps
 from overlay.pieces import Budget
 from overlay.pool import Pool
 from overlay.recent import Recent
@@ -118,6 +119,7 @@ class Service:
         self._chosen_ids = ChosenIds(self.limits)
         self._deadlines = Deadlines(_expire)
         limits = self.limits
+        self._maps = Maps()
         self._stream_desk = StreamDesk(
             me=me,
             topology=topology,
@@ -133,6 +135,7 @@ class Service:
             held=Budget(limits.max_waiting_bytes),
             unread=Budget(limits.unread_bytes),
             ahead=Budget(limits.ahead_bytes),
+            maps=self._maps,
             take_ids=self._chosen_ids.take,
         )
         self._hosts = Hosts(topology.above(me))
@@ -241,6 +244,7 @@ class Service:
         all_waiting, all_service = self.meter.histograms()
         slots = self._known_slots()
         streams, streamed_waiting, streamed_active = self.intake.streamed
+        now = time.monotonic()
         used = usage(self.executor.pids if self.executor else ())
         return pb2.MetricsResponse(
             process_id=self.me.id,
@@ -260,7 +264,7 @@ class Service:
             queue_slots=self.intake.slots,
             service_ms=wire.write_spread(service),
             waiting_ms=wire.write_spread(waiting),
-            uptime_s=time.monotonic() - self._started,
+            uptime_s=now - self._started,
             version=overlay.__version__,
             python=platform.python_version(),
             platform=f"{platform.system()}-{platform.machine()}",
@@ -285,6 +289,7 @@ class Service:
             key_bytes=self._keys.kept_bytes,
             key_waiters=self._keys.waiting,
             calls_without_message=self.calls_without_message(),
+            maps=[wire.write_map(one, now) for one in self._maps.all()],
             cpu_s=used.cpu_s,
             memory_bytes=used.memory_bytes,
         )

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from overlay.deadlines import Deadlines
 from overlay.errors import BadRequest, Cancelled, Draining, MadeRoom, OverlayError, QueueFull
 from overlay.intake import Intake, Ticket, refusal
 from overlay.limits import Limits
+from overlay.maps import Maps
 from overlay.pieces import Budget, Passage, Share, Told
 from overlay.pool import Pool
 from overlay.record import Ended, unexpected
@@ -161,6 +162,7 @@ class Desk:
     held: Budget  # payloads and answers in the windows
     unread: Budget  # answers that wait for their clients to read
     ahead: Budget  # pieces that may come before their clients have asked for more
+    maps: Maps = field(default_factory=Maps)
     take_ids: Callable[[Caller, Segment], None] = lambda caller, segment: None  # raises IdsFull
 
     @property
@@ -317,6 +319,7 @@ class _Stream:
                 return
             self._abandoned = True
         self._desk.streams.leave(self)
+        self._desk.maps.left(self)
         self._desk.intake.close_lane(self._lane)
         self._desk.threads.run(self._end_rest)
 
@@ -493,6 +496,10 @@ class _Stream:
                 accepted.ticket.end(Code.CANCELLED, start, min(cancel.count, rows - start))
         for grant in frame.grants:
             self._grant(grant)
+        for told in frame.progress:
+            progress = wire.read_progress(told, self._limits)
+            if not self._abandoned:
+                self._desk.maps.told(self, self._caller, progress)
 
     def _grant(self, made: pb2.Grant) -> None:
         with self._lock:

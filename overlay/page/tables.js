@@ -126,6 +126,23 @@ export function showHandlers(picture) {
   });
 }
 
+export function showMaps(picture) {
+  keep(body("maps"), picture.maps, (m) => `${m.caller} ${m.number} ${m.handler}`, () => {
+    const row = rowOf("maps");
+    row.children[2].append(el("progress", { max: 1 }));
+    return row;
+  }, (row, m) => {
+    const bar = row.querySelector("progress");
+    if (m.total) set(bar, { value: (m.answered + m.failed) / m.total });
+    else set(bar, { value: null });
+    fill(row, [
+      m.handler || "default", m.silent_s > 5 ? `${m.caller}, not heard of for ${span(m.silent_s)}` : m.caller, null,
+      count(m.answered), [count(m.failed), m.failed > 0 && "bad"], count(m.total), rate(m.rate), m.left_s === null ? "–" : span(m.left_s),
+    ]);
+  });
+  byId("maps").classList.toggle("is-empty", !picture.maps.length);
+}
+
 const opened = new Map();
 let held = [];
 
