@@ -47,12 +47,12 @@ from overlay.pool import Pool
 from overlay.recent import Recent
 from overlay.record import Ended, Record, log_failure, unexpected
 from overlay.relay import Relay
+from overlay.resources import resources_of
 from overlay.streams import Call as StreamCall
 from overlay.streams import Desk as StreamDesk
 from overlay.streams import Places
 from overlay.streams import serve as streams_serve
 from overlay.topology import Process, Topology
-from overlay.usage import usage
 from overlay.values import Answers, Caller, Code, Executed, Mode, Route, Segment
 from overlay.wire import pb2
 
@@ -245,7 +245,7 @@ class Service:
         slots = self._known_slots()
         streams, streamed_waiting, streamed_active = self.intake.streamed
         now = time.monotonic()
-        used = usage(self.executor.pids if self.executor else ())
+        used = resources_of(self.executor.pids if self.executor else ())
         return pb2.MetricsResponse(
             process_id=self.me.id,
             role=self.me.role,

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import psutil
 
 
-class Usage(NamedTuple):
+class Resources(NamedTuple):
     """cpu_s: seconds of one core so far. memory_bytes: resident now."""
 
     cpu_s: float
     memory_bytes: int
 
 
-def usage(pids: Iterable[int] = ()) -> Usage:
+def resources_of(pids: Iterable[int] = ()) -> Resources:
     """Of this process, of those it has waited for (not on Windows), and of its `pids`."""
     cpu_s, memory_bytes = 0.0, 0
     for pid in (os.getpid(), *pids):
@@ -27,4 +27,4 @@ def usage(pids: Iterable[int] = ()) -> Usage:
                 times = process.cpu_times()
                 memory_bytes += process.memory_info().rss
             cpu_s += times.user + times.system + times.children_user + times.children_system
-    return Usage(cpu_s, memory_bytes)
+    return Resources(cpu_s, memory_bytes)
