@@ -31,6 +31,7 @@ COPIED = (
     "scripts",
     "examples",
     "two_hosts_config.json",
+    "one_host_config.json",
 )
 STUBS = ("overlay_pb2.py", "overlay_pb2.pyi", "overlay_pb2_grpc.py")
 THREE = {"A": ("leader", "B"), "B": ("team_leader", "AC"), "C": ("worker", "B")}
