@@ -10,7 +10,6 @@ handler is found beside its configuration. What a killed demo left running is st
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -34,6 +33,7 @@ from launcher import ROOT, Child, Record, shown
 import overlay
 from overlay.configuration import load
 from overlay.errors import ConfigError, OverlayError
+from overlay.usage import Parser
 
 CONFIG = ROOT / "examples" / ".demo.json"
 LOGS = ROOT / "logs" / "demo"
@@ -52,7 +52,7 @@ class WrongAnswer(Exception):
 
 def main(arguments: Sequence[str]) -> int:
     launcher.say_safely()
-    parser = argparse.ArgumentParser(prog="demo.py", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("run.py demo", (__doc__ or "").splitlines()[0])
     parser.add_argument("--once", action="store_true", help="end after the requests")
     once = parser.parse_args(arguments).once
     given_up = launcher.end_on_signal()
