@@ -507,6 +507,54 @@ def test_batch_files_have_the_line_ends_and_letters_that_cmd_reads(name):
 # The bootstrap
 
 
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A Python without any package, and a project that nobody has set up."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "python"], check=True)
+    project = folder / "project"
+    copy_project(project)
+    scripts = folder / "python" / ("Scripts" if os.name == "nt" else "bin")
+    return scripts / "python", project
+
+
+@pytest.mark.parametrize("is_half_there", [False, True])
+@pytest.mark.parametrize("verb", ["stop", "status"])
+def test_stop_and_status_install_nothing(bare, verb, is_half_there):
+    python, project = bare
+    if is_half_there and not (project / ".venv").exists():
+        shutil.copytree(python.parent.parent, project / ".venv", symlinks=True)
+    before = sorted(path for path in project.rglob("*") if "__pycache__" not in path.parts)
+    command = [python, project / "scripts" / "run.py", verb, "one_host_config.json"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
+
+    assert before == sorted(path for path in project.rglob("*") if "__pycache__" not in path.parts)
+    if verb == "stop":
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "nothing is running that was started here" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert "nothing is set up here" in done.stderr
+
+
+@pytest.mark.parametrize("log_dir", ["logs", "mine"])
+def test_stop_says_so_when_it_cannot_look_at_what_was_started(bare, log_dir):
+    python, project = bare
+    config = write_three(project / "started.json", log_dir=log_dir)
+    (project / log_dir).mkdir(exist_ok=True)
+    pid_file = project / log_dir / "process_a.pid"
+    pid_file.touch()
+    try:
+        command = [python, project / "scripts" / "run.py", "stop", config]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
+    finally:
+        pid_file.unlink()
+
+    assert done.returncode == 2
+    assert "set it up, which needs the network, and try again" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.fixture
 def run(tmp_path):
     """scripts/run.py, with its names pointing into an empty folder."""
