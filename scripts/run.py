@@ -41,6 +41,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from overlay import stdio  # noqa: E402 - found through the line above; needs no package
+
 SCRIPTS = ROOT / "scripts"
 VENV = ROOT / ".venv"
 STAMP = VENV / "overlay-setup.json"  # what is installed: the hash of each lock file
@@ -75,6 +79,7 @@ class Problem(Exception):
 
 
 def main(arguments):
+    stdio.complete()
     say_safely()
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("demo", [])
     if verb in ("-h", "--help", "help"):
@@ -470,8 +475,7 @@ def write(path, text):
 def say_safely():
     """Output must not die on a console's code page."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":
