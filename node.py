@@ -19,6 +19,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from overlay import stdio
+
+stdio.complete()
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
 if sys.platform == "linux":
     # gRPC's older poller: half the thread switches of its event engine, a fifth more requests.
@@ -31,11 +34,11 @@ if sys.platform == "win32" and sys.version_info < (3, 13):
 try:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
-    from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-    from overlay import configuration, wire
+    from overlay import configuration, reflection, wire
     from overlay.admin import Admin
     from overlay.connections import Connections, most_connections, raise_file_limit
+    from overlay.ending import StopFile, when_console_ends
     from overlay.errors import ConfigError, OverlayError
     from overlay.logs import ProcessLog
     from overlay.memory import Memory, keep_little
@@ -120,10 +123,8 @@ class Node:
         pb2_grpc.add_OverlayNodeServicer_to_server(node, self.reception)
         pb2_grpc.add_OverlayAdminServicer_to_server(OverlayAdmin(self.admin), self.reception)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.reception)
-        names = (OVERLAY_NODE, OVERLAY_ADMIN, HEALTH, reflection.SERVICE_NAME)
-        look = reflection.ReflectionServicer(names)
-        look.ServerReflectionInfo = on_threads_of(self.metrics_pool, look.ServerReflectionInfo)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(look, self.reception)
+        services = (OVERLAY_NODE, OVERLAY_ADMIN, HEALTH)
+        reflection.serve(self.reception, self.metrics_pool, services)
 
     def start(self) -> None:
         """Serves when it returns. Raises ConfigError when the port cannot be had."""
@@ -134,11 +135,14 @@ class Node:
         self.service.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
-    def stop(self, grace_s: float) -> Drained:
-        """Refuses new requests, lets the running ones end, then closes."""
+    def stop(self, grace_s: float, for_good: bool = False) -> Drained:
+        """Refuses new requests, lets the running ones end, then closes.
+
+        for_good: it will not be back soon, and its neighbours need not wait for it.
+        """
         # In this order: neighbours route around us before the first request is refused.
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        drained = self.service.drain(grace_s)
+        drained = self.service.drain(grace_s, for_good)
         self.admin.tell(grace_s, drained)
         self.server.stop(0.5).wait(2)
         self.service.close()
@@ -210,7 +214,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="only check the configuration")
     parser.add_argument(
         "--stop-file",
-        type=lambda path: Path(path).absolute(),  # a handler may change the current folder
+        type=lambda path: StopFile(Path(path).absolute()),  # a handler may change the folder
         metavar="PATH",
         help="stop when this file appears",
     )
@@ -224,9 +228,9 @@ def _say_checked(topology: Topology) -> int:
     return 0
 
 
-def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
+def _serve(topology: Topology, me: Process, stop_file: StopFile | None) -> int:
     keep_little()
-    stopping = _Stopping(topology.limits.drain_grace_s)
+    stopping = _Stopping(topology.limits.drain_grace_s, stop_file)
     log = ProcessLog(topology.folder / me.log_dir / f"process_{me.id.lower()}.log", me.id)
     log.start()
     try:
@@ -241,11 +245,10 @@ def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
         with _told_to_prometheus(me, service):
             log.take_prints()
             _calm_garbage_collector()
-            stopping.wait(stop_file)
-            left = _stop(node, stopping.grace_s)
+            stopping.wait()
+            left = _stop(node, stopping)
         if stop_file is not None:  # for `run.py`: it did not die, and how it ended
-            with contextlib.suppress(OSError):
-                stop_file.write_text(f"{left}\n")
+            stop_file.leave(left)
         return 1 if left else 0
     finally:
         log.stop()
@@ -286,12 +289,12 @@ def _announce(topology: Topology, me: Process) -> None:
     log.info("serves on %s, pid %d", me.listen_address, os.getpid(), extra=about)
 
 
-def _stop(node: Node, grace_s: float) -> int:
+def _stop(node: Node, stopping: _Stopping) -> int:
     """How many requests did not end within the grace."""
-    began = time.monotonic()
+    began, grace_s = time.monotonic(), stopping.grace_s
     _log().info("stopping: up to %g s for what runs", grace_s, extra={"kind": "stopping"})
     _watchdog(grace_s + 5)
-    drained = node.stop(grace_s)
+    drained = node.stop(grace_s, stopping.is_for_good)
     _log().info(
         "stopped in %.1f s; %d requests refused, %d left behind",
         time.monotonic() - began,
@@ -310,24 +313,37 @@ def _watchdog(after_s: float) -> None:
 
 
 class _Stopping:
-    """Waits for a signal, the stop file or `ask`. The second signal ends the process at once.
+    """Waits for a signal, the stop file or `ask`. The second signal ends the process at once, but
+    for SIGHUP: a terminal that is closed may send it more than once.
 
     grace_s: what runs may take so long then.
     """
 
-    def __init__(self, grace_s: float) -> None:
+    def __init__(self, grace_s: float, stop_file: StopFile | None) -> None:
         self.grace_s = grace_s
+        self._stop_file = stop_file
         self._wanted = threading.Event()
         self._was_signalled = False
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # Ctrl-Break is what Windows has
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._signalled)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            # Not where it is ignored, as under nohup.
+            signal.signal(signal.SIGHUP, lambda number, frame: self._wanted.set())
+        when_console_ends(self.ask)
 
-    def wait(self, stop_file: Path | None) -> None:
+    @property
+    def is_for_good(self) -> bool:
+        """Whether the process will not be back soon, as far as who stops it has said."""
+        return self._stop_file is not None and self._stop_file.is_for_good
+
+    def wait(self) -> None:
         # In slices: a wait without end cannot be interrupted on Windows before Python 3.14.
         while not self._wanted.wait(0.2):
-            if stop_file is not None and stop_file.exists():
+            stdio.leave_terminal()
+            if self._stop_file is not None and self._stop_file.is_there:
                 return
+        stdio.leave_terminal()
 
     def ask(self, grace_s: float) -> None:
         """As the first signal does. Safe from any thread; only the first grace counts."""

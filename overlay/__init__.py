@@ -4,7 +4,7 @@ The floor plan. A module imports only from floors below its own, or on its own f
 arrow says so; tests/test_floors.py compares this picture with the code.
 
     4 edges      admin -> service -> streams   admin -> journal   service -> journal
-                 reception   connections
+                 reflection -> reception   connections
                  console -> client -> connection -> calls -> orders
                  client -> mapping -> connection -> outcomes -> calls   client -> arguments
                  client -> parts -> calls   client, mapping, connection, arguments -> orders
@@ -18,7 +18,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  top -> watch, console, screenful   screenful -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   ids   logs -> recent   repeats   stories
-                 machine   hosts   memory   pool   resources
+                 machine   hosts   memory   pool   resources   stdio   ending   usage
                  links -> books, wire   books -> pipes, pieces, wire   pipes -> wire
                  wire -> judge, maps, meter, recent   judge -> recent
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces

@@ -22,6 +22,7 @@ from overlay.machine import own_addresses
 from overlay.topology import Topology
 
 SHIPPED = "two_hosts_config.json"
+OF_ONE_HOST = "one_host_config.json"
 HERE = "here"  # what one may answer for this machine's address
 LOOPBACK = ("127.", "::1", "localhost")
 
@@ -57,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
         print()
         complain(f"an answer is missing; {path} is as it was")
         return Exit.USAGE
-    _say_next(Screen(sys.stdout), path, {changes.get(h, h): ids for h, ids in hosts.items()})
+    written: dict[str, list[str]] = {}
+    for old, ids in hosts.items():
+        written.setdefault(changes.get(old, old), []).extend(ids)
+    _say_next(Screen(sys.stdout), path, written)
     return Exit.OK
 
 
@@ -91,12 +95,17 @@ def _asked(hosts: Mapping[str, list[str]], path: Path) -> dict[str, str]:
     print(
         f"{path} has {counted(len(hosts), 'machine')}. This one: {' or '.join(own) or 'no network'}"
     )
+    if len(hosts) > 1:
+        print(
+            f"One machine will do too: say '{HERE}' each time, or leave this and start "
+            f"{OF_ONE_HOST}, which is for trying on one."
+        )
     changes = {}
     for old, ids in hosts.items():
         while True:
             said = input(f"Address of the machine with {', '.join(ids)} [{old}]: ").strip() or old
-            if said.lower() == HERE and own:
-                said = own[0]
+            if said.lower() == HERE:
+                said = (own or ["127.0.0.1"])[0]
             try:
                 changes[old] = host(said)
                 break
@@ -152,7 +161,11 @@ def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]]) -> Non
         report.say(
             "Beware: 127.0.0.1 and localhost are each machine itself, and not one for others."
         )
-    report.say(f"Written to {path}. Copy it to every machine, start it on each, in any order:")
+    if len(hosts) > 1:
+        report.say(f"Written to {path}. Copy it to every machine, start it on each, in any order:")
+    else:
+        report.say(f"Written to {path}. It is for one machine; start it there:")
     report.say(rf"  Windows   scripts\start_windows.bat {path}")
     report.say(f"  Mac       scripts/start_macos.sh {path}")
-    report.say(f"Then, on any of them: python client.py doctor {path}")
+    there = "on any of them" if len(hosts) > 1 else "there"
+    report.say(f"Then, {there}: python client.py doctor {path}")

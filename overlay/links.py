@@ -127,13 +127,14 @@ class Links:
     def awaited(self) -> set[str]:
         """The links that are down for so short a time that a request may wait for them.
 
-        One whose neighbour is being stopped too: it may be restarted, and then is back soon.
+        One whose neighbour is being stopped too, unless that says that it is for good: it may be
+        restarted, and then is back soon.
         """
         now = time.monotonic()
         return {
             link.id
             for link in self._links.values()
-            if link.state != "up" and now - link.since < link.patience_s
+            if link.state != "up" and not link.for_good and now - link.since < link.patience_s
         }
 
     def slots(self, neighbour: str, worker: str, handler: str) -> int:
@@ -287,6 +288,7 @@ class _Link:
         self.state = "down"
         self.since = time.monotonic()
         self.patience_s = limits.patience_s
+        self.for_good = False  # it has said that it will not be back
         self.reason = "not reached yet"
         self.outstanding: defaultdict[str, int] = defaultdict(int)  # by handler
         self.asked = 0
@@ -388,15 +390,23 @@ class _Link:
         if why.executed is Executed.NO and why.code is Code.UNAVAILABLE:
             self.stops()
             if self.state == "draining" and not any(book.is_live for book in self._books):
-                self._set_state("down", "it has stopped", self._limits.restart_s)
+                self._set_state("down", f"it has stopped{self._for_good}", self._limits.restart_s)
         elif self.state != "draining" or why.code is Code.DATA_LOSS:  # it has said that it goes
             is_amiss = why.code in (Code.UNIMPLEMENTED, Code.DATA_LOSS)
             self._set_state("down", why.reason, is_amiss=is_amiss)
 
-    def stops(self) -> None:
+    def stops(self, for_good: bool = False) -> None:
         """The neighbour has said that it is being stopped."""
+        is_news = for_good and not self.for_good
+        self.for_good = self.for_good or for_good
         if self.state == "up":
-            self._set_state("draining", "it is stopping")
+            self._set_state("draining", f"it is stopping{self._for_good}")
+        elif is_news:
+            self._changed()  # nobody has to wait for it any more
+
+    @property
+    def _for_good(self) -> str:
+        return " for good" if self.for_good else ""
 
     def look_again(self) -> None:
         """Something may have changed: does not wait for the next look."""
@@ -500,7 +510,8 @@ class _Link:
             self._minder.came(self.id)
         if not metrics.is_healthy:
             # Down stays down: it has ended our streams, or never served us.
-            self._set_state("down" if self.state == "down" else "draining", "it is stopping")
+            state = "down" if self.state == "down" else "draining"
+            self._set_state(state, f"it is stopping{self._for_good}")
         elif all(book.is_live for book in self._books):
             self._set_state("up", "")
 
@@ -533,6 +544,8 @@ class _Link:
                 self._next_look = 0.0  # look again at once: it may be back already
             if state != "up":
                 self.slots = {}
+            elif before == "down":
+                self.for_good = False
         if changed:
             self._minder.forget(self.id)
         if is_news and not self._closed:  # it is this process that goes

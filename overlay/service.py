@@ -202,15 +202,17 @@ class Service:
         except OverlayError as e:
             call.fail(self._with_retry(e))
 
-    def drain(self, grace_s: float) -> Drained:
+    def drain(self, grace_s: float, for_good: bool = False) -> Drained:
         """Refuses what waits and what comes, and lets the running end within `grace_s`.
 
         Those who send on streams hear of it first, a moment before anything is refused. At last the
         streams end, so that each of them knows what of its requests was not read.
+
+        for_good: they hear that too, and do not wait for the process to be back.
         """
         began, refused_before = time.monotonic(), self.meter.counts().refused
         self._draining = True
-        self._stream_desk.announce_stop()
+        self._stream_desk.announce_stop(for_good)
         if self._stream_desk.streams:
             time.sleep(min(grace_s, NOTICE_S))
         waiting = self.intake.close()

@@ -169,10 +169,10 @@ class Desk:
     def limits(self) -> Limits:
         return self.topology.limits
 
-    def announce_stop(self) -> None:
+    def announce_stop(self, for_good: bool) -> None:
         """Tells every client that the process stops, so that it sends no more."""
         for stream in self.streams:
-            stream.announce_stop()
+            stream.announce_stop(for_good)
 
     def end_streams(self) -> None:
         """Each stream ends once all it has accepted is answered; it accepts no more.
@@ -284,7 +284,7 @@ class _Stream:
         self._writes = False  # a job does, or a frame is leaving
         self._abandoned = False
         self._rest_is_ended = False  # after that
-        self._stopping = False
+        self._stopping = self._for_good = False
         self._has_news = False  # to be told, also when there is no answer to send
         self._broken: OverlayError | None = None
         self._parting: OverlayError | None = None
@@ -296,9 +296,10 @@ class _Stream:
     def begin(self) -> None:
         self._call.receive(self._came)
 
-    def announce_stop(self) -> None:
+    def announce_stop(self, for_good: bool) -> None:
         with self._lock:
             self._stopping = self._has_news = True
+            self._for_good = for_good
         self._write_on()
 
     def end(self) -> None:
@@ -411,7 +412,7 @@ class _Stream:
             # Not the answers themselves: they would be there twice until the client reads them.
             self._leaving = [(out[0], out[2].count, out[3], out[4]) for out in taken]
             self._has_news = False
-            frame = pb2.Frame(stopping=self._stopping)
+            frame = pb2.Frame(stopping=self._stopping, for_good=self._for_good)
         if is_over:
             self._finish()
             return

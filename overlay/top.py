@@ -51,7 +51,7 @@ def arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.json and not args.once:
-        complain("--json goes with --once; --help tells more")
+        complain("--json goes with --once; client.py HOST PORT top --help tells more")
         return Exit.USAGE
     if not (args.once or sys.stdout.isatty()):
         complain("standard output is no terminal; --once prints one report")

@@ -708,6 +708,29 @@ def test_wrong_arguments_get_one_sentence(
     assert said.out == ""
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [["127.0.0.1", "1", name] for name in script.VERBS] + [[name] for name in script.OVERALL],
+)
+def test_a_wrong_option_names_the_help_of_its_verb_and_that_command_shows_it(
+    verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["client.py", *verb, "--no-such"])
+    with pytest.raises(SystemExit):
+        script.guarded(script.main, "client.py")
+    hint = capsys.readouterr().err.rpartition("; ")[2]
+    assert hint.endswith(" --help tells more\n")
+    monkeypatch.setattr(sys, "argv", hint.removesuffix(" tells more\n").split())
+    with pytest.raises(SystemExit) as end:
+        script.guarded(script.main, "client.py")
+
+    shown = capsys.readouterr().out
+    words = ["client.py", "HOST", "PORT", verb[2]] if len(verb) > 1 else ["client.py", *verb]
+    assert end.value.code == 0
+    assert shown.startswith(f"usage: {' '.join(words)} ")
+    assert "--no-such" not in shown
+
+
 def test_the_help_names_every_verb_and_every_exit_code() -> None:
     done = run("--help")
 

@@ -250,6 +250,41 @@ def test_a_neighbour_that_stops_is_asked_nothing_more_and_soon_waited_for(bench)
     assert bench.links.awaited() == {"C"}
 
 
+def test_a_neighbour_that_stops_for_good_is_not_waited_for_until_it_is_back(bench):
+    bench.link._set_state("up", "")
+    told: list[set[str]] = []
+    bench.links.on_change = lambda: told.append(bench.links.awaited())
+
+    bench.small.hear(pb2.Frame(stopping=True, for_good=True))
+    assert (bench.link.state, bench.link.reason) == ("draining", "it is stopping for good")
+    # A look that was under way says that it is well, and the other stream hears of it later.
+    bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=True), 0.001)
+    bench.large.hear(pb2.Frame(stopping=True))
+    for pipe in (bench.small, bench.large):
+        pipe.lose(STOPPED)
+
+    assert (bench.link.state, bench.link.reason) == ("down", "it has stopped for good")
+    assert set().union(*told) == set(), "whoever waits is told that it need not"
+    for pipe in (bench.small, bench.large):
+        pipe.accept()
+    bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=True), 0.001)
+    bench.small.lose()
+    assert bench.links.awaited() == {"C"}
+
+
+def test_who_waits_for_a_neighbour_hears_that_it_stops_for_good(bench):
+    bench.link._set_state("up", "")
+    bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=False), 0.001)
+    assert bench.links.awaited() == {"C"}
+    told = mock.Mock()
+    bench.links.on_change = told
+
+    bench.small.hear(pb2.Frame(stopping=True, for_good=True))
+
+    assert bench.links.awaited() == set()
+    assert told.called
+
+
 def test_a_lost_stream_takes_the_link_down_and_its_other_stream_goes_on(bench):
     large = bench.send(b"x" * 100 * KIB)
     (frame,) = bench.large.take()
