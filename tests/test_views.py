@@ -112,6 +112,21 @@ def test_the_page_shows_six_processes_and_every_link(page):
     assert page.inner_text("#figures").count("3 of 3") == 1
 
 
+def test_the_charts_are_as_long_as_what_is_known(page):
+    drawn = """async (points) => {
+        const { drawCharts } = await import("./charts.js");
+        drawCharts({ completed: [null, ...Array(points).fill(7)] }, 1, 300);
+        const chart = document.querySelector("#charts svg");
+        const line = chart.querySelector(".line").getAttribute("d");
+        return [line.match(/^M([0-9.]+) /)[1], chart.textContent, document.querySelector("#courses-when").textContent];
+    }"""  # noqa: E501
+    for points, axis in ((72, "1 min 12 s"), (299, "4 min 59 s"), (300, "5 min")):
+        begin, texts, title = page.evaluate(drawn, points)
+        assert float(begin) == pytest.approx(38)
+        assert f"−{axis}" in texts  # noqa: RUF001 - as it is printed
+        assert title == f"last {axis}"
+
+
 def test_a_request_is_shown_with_its_way(page, mine):
     mine.ask("A", b"hello")
     row = page.locator("#requests tbody tr").first
