@@ -21,7 +21,7 @@ from overlay.calls import RETRY_PAUSE_S, Calls
 from overlay.channels import SILENT, Channel, split
 from overlay.errors import Misspoken
 from overlay.limits import Limits
-from overlay.names import connect, look_up, silent
+from overlay.names import Named, connect, look_up
 from overlay.orders import Order
 from overlay.outcomes import (
     Answer,
@@ -424,36 +424,42 @@ class _Doubt:
 
     def __init__(self, address: str, until: float) -> None:
         self._address = address
+        self._host, self._port = split(address)
         self._until = max(until, time.monotonic() + 0.05)  # a refusal nearby takes no longer
-        self._kind: type[NotReached] = NoSuchHost
-        self._reason = silent(split(address)[0]).why
+        self._said = self._of_name(look_up(self._host, 0))
         self._thread = threading.Thread(target=self._look, name="overlay-doubt", daemon=True)
         self._thread.start()
 
     def error(self) -> NotReached:
         self._thread.join(max(0.0, self._until - time.monotonic()))
-        return self._kind(self._reason, code=Code.UNAVAILABLE, executed=Executed.NO)
+        kind, reason = self._said
+        return kind(reason, code=Code.UNAVAILABLE, executed=Executed.NO)
+
+    def _of_name(self, found: Named) -> tuple[type[NotReached], str]:
+        """What is to be said as long as no connection was tried."""
+        if not found.addresses:
+            return NoSuchHost, found.why
+        shown = found.shown(self._address)
+        return NotReached, f"{shown} does not answer: wrong address, machine off, or a firewall"
 
     def _look(self) -> None:
-        host, port = split(self._address)
-        found = look_up(host, self._left_s)
-        if not found.addresses:
-            self._reason = found.why
-            return
-        shown = found.shown(self._address)
-        self._reason = f"{shown} does not answer: wrong address, machine off, or a firewall"
-        self._kind = NotReached
+        found = look_up(self._host, self._left_s)
+        self._said = self._of_name(found)
+        if found.addresses:
+            self._try(found.addresses, found.shown(self._address))
+
+    def _try(self, addresses: tuple[str, ...], shown: str) -> None:
         try:
-            connect(found.addresses, port, self._left_s).close()
+            connect(addresses, self._port, self._left_s).close()
         except ConnectionRefusedError:
-            self._reason = f"nothing serves at {shown}: the connection was refused"
+            self._said = NotReached, f"nothing serves at {shown}: the connection was refused"
             self.is_settled = True
         except TimeoutError:
             pass
         except OSError as error:
-            self._reason = f"{shown} cannot be reached: {error.strerror or error}"
+            self._said = NotReached, f"{shown} cannot be reached: {error.strerror or error}"
         else:
-            self._reason = f"what listens at {shown} does not speak gRPC, or is stuck"
+            self._said = NotReached, f"what listens at {shown} does not speak gRPC, or is stuck"
 
     @property
     def _left_s(self) -> float:

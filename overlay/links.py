@@ -313,6 +313,7 @@ class _Link:
         # Whose slots it may tell: those it leads to. The file here decides, as for every plan.
         self._workers = frozenset((neighbour.id, *neighbour.neighbors))
         self._pid = 0
+        self._problem = ""  # with the name of its machine
         self._wrong_looks = 0  # one after another
         self._wrong_lines = Allowance(1, 1 / WRONG_LINE_S)
         self._wrong = 0.0, ""  # when it last did, and how
@@ -461,6 +462,7 @@ class _Link:
         error = probe.exception()
         if error is not None:
             self._next_look = now + 0.1 if now - began < 1 else now
+            self._tell_of_name(self.channel.problem)
             self._set_state("down", self.channel.problem or wire.read_error(error).reason)
             return
         try:
@@ -473,6 +475,12 @@ class _Link:
         else:
             self._wrong_looks = 0
             self._learn(metrics, now - began)
+
+    def _tell_of_name(self, problem: str) -> None:
+        # A machine that is not up yet is waited for quietly; a name that is misspelt never comes.
+        before, self._problem = self._problem, problem
+        if problem and problem != before:
+            log.warning("link to %s: %s", self.id, problem, extra={"kind": "link"})
 
     def _learn(self, metrics: pb2.MetricsResponse, rtt_s: float) -> None:
         if metrics.pid != self._pid:  # another process: it may speak better

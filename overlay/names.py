@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 LOOK_S = 5.0  # for who can wait; mDNS says no after this
+SLICE_S = 0.5  # or Windows hears no Ctrl-C before Python 3.14
 FRESH_S = 0.5  # what was found is given again for so long, as several ask about one machine
 MOST_KEPT = 256  # names whose look-up is remembered
 MOST_SHOWN = 4  # addresses in a message
@@ -86,8 +87,10 @@ def look_up(host: str, within_s: float = LOOK_S) -> Named:
     host = host.strip("[]")
     if is_number(host):
         return Named(host, (host,))
-    look = _begun(host)
-    look.done.wait(within_s)
+    look, until = _begun(host), time.monotonic() + within_s
+    while not look.done.wait(max(0.0, min(SLICE_S, until - time.monotonic()))):
+        if time.monotonic() >= until:
+            return silent(host)
     return look.found or silent(host)
 
 

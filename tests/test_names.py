@@ -13,15 +13,22 @@ from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import h2.config
+import h2.connection
+import h2.events
 import pytest
 
 from faults.hosts import ADDRESSES, CannotBuild, Hosts, ip
 from overlay import channels, names, wire
 from overlay.channels import Channel, target
+from overlay.limits import Limits
+from overlay.links import Links
 from overlay.names import Named, look_up, resolve
+from overlay.topology import Process
 from overlay.wire import pb2
 from tests.cluster import ROOT, Overlay, free_port, until
 from tests.hosts import Caller
@@ -137,8 +144,10 @@ class Office:
 
     def __init__(self) -> None:
         self.names: dict[str, tuple[str, ...]] = {}
+        self.looks = 0
 
     def resolve(self, host: str) -> Named:
+        self.looks += 1
         addresses = self.names.get(host, ())
         return Named(host, addresses, "" if addresses else f"{host}: {UNKNOWN}")
 
@@ -235,6 +244,47 @@ def test_a_look_ends_with_its_channel(office: Office) -> None:
     del channel
 
     until(lambda: "name-nobody.office" not in [t.name for t in threading.enumerate()])
+
+
+def test_a_link_whose_neighbour_has_no_known_name_says_so_once(
+    office: Office, caplog: pytest.LogCaptureFixture
+) -> None:
+    neighbour = Process("C", "worker", "green", "mac.office", 5)
+    links = Links([neighbour], replace(Limits(), probe_timeout_s=0.2), "digest")
+    links.start()
+    try:
+        until(lambda: links.states()[0].reason == f"mac.office: {UNKNOWN}")
+        before = office.looks
+        until(lambda: office.looks > before + 5)
+    finally:
+        links.close()
+
+    assert caplog.text.count(f"link to C: mac.office: {UNKNOWN}\n") == 1
+
+
+def test_the_other_side_is_told_the_name(office: Office) -> None:
+    office.names["my-mac.local"] = ("127.0.0.2",)
+    with socket.socket() as listening, ThreadPoolExecutor(1) as pool:
+        listening.bind(("127.0.0.2", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        told = pool.submit(first_headers, listening)
+        with Channel(f"my-mac.local:{port}", wire.CHANNEL_OPTIONS) as channel:
+            channel.unary_unary("/Test/Where").future(b"", timeout=10, wait_for_ready=True)
+
+            assert told.result(10)[b":authority"] == f"my-mac.local:{port}".encode()
+
+
+def first_headers(listening: socket.socket) -> dict[bytes, bytes]:
+    """Of the first call on the first connection, by a server that answers none."""
+    connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+    connection.initiate_connection()
+    with listening.accept()[0] as accepted:
+        while True:
+            accepted.sendall(connection.data_to_send())
+            for event in connection.receive_data(accepted.recv(65536)):
+                if isinstance(event, h2.events.RequestReceived):
+                    return dict(event.headers)
 
 
 # A whole office: the names are known to the resolver of the system only (see resolver.c)
