@@ -74,7 +74,8 @@ class Channel:
     @property
     def shown(self) -> str:
         """The address, with what it stands for here."""
-        return Named(self._host, self._leads_to).shown(self.address)
+        still = tuple(number for number in self._leads_to if number in self._found.addresses)
+        return Named(self._host, still or self._leads_to).shown(self.address)
 
     @property
     def problem(self) -> str:

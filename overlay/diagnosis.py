@@ -68,7 +68,8 @@ class Said:
 class Seen:
     """What this machine sees of one process; said is None when nothing of ours answers.
 
-    host, address: where it was looked for, a name with what it stands for here.
+    host, address: where it was looked for, a name with what it stands for here. is_loopback: its
+    name leads no other machine to it.
     """
 
     reach: Reach
@@ -76,6 +77,7 @@ class Seen:
     is_here: bool = False
     host: str = ""
     address: str = ""
+    is_loopback: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,10 @@ class Diagnosis:
         if said.version != self._version:
             why = f"it runs version {said.version}, here is {self._version}"
             return Finding(Grade.NOTE, "serves", why, self._same_release())
+        if self._seen[process.id].is_loopback and self._has_other_machines(process):
+            why = f"{self._seen[process.id].host} leads to this machine only: no other reaches it"
+            do = "write an address that others reach, as its host or its bind"
+            return Finding(Grade.NOTE, "serves", why, do)
         if abs(said.clock_s) > CLOCK_S:
             fast = "ahead of" if said.clock_s > 0 else "behind"
             why = f"its clock is {abs(said.clock_s):.0f} s {fast} this one's"
@@ -213,6 +219,9 @@ class Diagnosis:
         else:
             do = f"{asked.id} answers here, not there: a firewall {self._firewall(asked)}"
         return Finding(Grade.BAD, "down", why, do)
+
+    def _has_other_machines(self, process: Process) -> bool:
+        return any(other.host != process.host for other in self._topology.processes.values())
 
     def _others_that_answer(self, process: Process) -> list[str]:
         return [

@@ -82,7 +82,9 @@ def _look(process: Process, deadline_s: float) -> Seen:
     named = look_up(address.rpartition(":")[0], deadline_s)
     reach = _knock(named, process.port, deadline_s)
     said = _asked(address, deadline_s) if reach is Reach.OPEN else None
-    return Seen(reach, said, here, named.shown(), named.shown(address))
+    own = look_up(process.bind or process.host, deadline_s)
+    is_loopback = here and own.is_loopback and not own.is_lone_number
+    return Seen(reach, said, here, named.shown(), named.shown(address), is_loopback)
 
 
 def _knock(named: Named, port: int, deadline_s: float) -> Reach:

@@ -235,6 +235,7 @@ def test_a_channel_leaves_what_answers_wrongly_there(office: Office) -> None:
         channel.doubt(is_wrong=True)
 
         assert until(lambda: _where_or_not(channel) == "127.0.0.3")
+        assert channel.shown == f"mac:{port} (127.0.0.3)"
 
 
 def test_a_look_ends_with_its_channel(office: Office) -> None:
@@ -386,7 +387,9 @@ def test_every_command_takes_names(named: NamedOverlay) -> None:
     assert "C: hi" in answer
     assert f"at pc.office:{port} (127.0.0.1)" in check
     assert f"watching pc.office:{port}; the page: http://127.0.0.2:" in web
-    assert {process["here"] for process in json.loads(doctor)["processes"]} == {True}
+    seen = json.loads(doctor)["processes"]
+    assert {process["here"] for process in seen} == {True}
+    assert seen[0]["why"].startswith("pc.office (127.0.0.1) leads to this machine only")
     assert f"A (leader) at pc.office:{port} (127.0.0.1)" in tried
     assert status.count("serves") == 3
     c = f"{named.named('C')} (127.0.0.2, {ELSEWHERE})"
