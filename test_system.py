@@ -147,7 +147,7 @@ class Asked:
     @property
     def introduction(self) -> str:
         by = f", handler {self.handler}" if self.handler else ""
-        who = f"{self.id} ({self.metrics.role}) at {self.client.address}"
+        who = f"{self.id} ({self.metrics.role}) at {self.client.shown}"
         return f"{who}; workers that should answer: {' '.join(self.workers)}{by}"
 
     @property
@@ -380,6 +380,8 @@ def _of_error(error: library.CallFailed, asked: Asked) -> Problem:
 
 
 def _where_to_look(error: library.CallFailed, args: argparse.Namespace) -> str:
+    if isinstance(error, library.NoSuchHost):
+        return f"write its address in numbers in place of {args.host}"
     if isinstance(error, library.NotReached):
         return (
             f"start the process there (python node.py CONFIG ID), see that its configuration says "

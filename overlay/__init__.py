@@ -4,7 +4,7 @@ The floor plan. A module imports only from floors below its own, or on its own f
 arrow says so; tests/test_floors.py compares this picture with the code.
 
     4 edges      admin -> service -> streams   admin -> journal   service -> journal
-                 reflection -> reception   connections
+                 reflection -> reception   connections   listening
                  console -> client -> connection -> calls -> orders
                  client -> mapping -> connection -> outcomes -> calls   client -> arguments
                  client -> parts -> calls   client, mapping, connection, arguments -> orders
@@ -14,12 +14,13 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  exporter -> door
                  asking, bulk, checking, draining, reading, doctor -> client, console
                  addressing -> console
-                 web -> watch, console, door   watch -> connection
+                 web -> watch, console, door
                  top -> watch, console, screenful   screenful -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   ids   logs -> recent   repeats   stories
-                 machine   hosts   memory   pool   resources   stdio   ending   usage
-                 links -> books, wire   books -> pipes, pieces, wire   pipes -> wire
+                 memory   pool   resources   stdio   ending   usage
+                 machine, hosts, channels -> names
+                 links -> books, channels, wire   books -> pipes, pieces, wire   pipes -> wire
                  wire -> judge, maps, meter, recent   judge -> recent
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces
                  executor -> batch, handlers, ids   threads -> handlers, logs, pieces
@@ -32,7 +33,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
 Entries on top: node.py serves one process, client.py asks, scripts/ start and stop.
 
 Decisions are pure: no grpc, no threads, no clock of their own. `grpc` is known to wire, pipes,
-books, links and the edges, and to node.py; `threading` to the mechanism floor and above.
+books, channels, links and the edges, and to node.py; `threading` to the mechanism floor and above.
 
 A request's way, on every process it passes:
 

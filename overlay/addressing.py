@@ -19,12 +19,13 @@ from overlay.configuration import load
 from overlay.console import Exit, Parser, Screen, complain, counted, host, misconfigured
 from overlay.errors import ConfigError
 from overlay.machine import own_addresses
+from overlay.names import begin, look_up
 from overlay.topology import Topology
 
 SHIPPED = "two_hosts_config.json"
 OF_ONE_HOST = "one_host_config.json"
 HERE = "here"  # what one may answer for this machine's address
-LOOPBACK = ("127.", "::1", "localhost")
+LOOPBACK = ("127.", "::1")
 
 
 def arguments(parser: Parser) -> None:
@@ -152,12 +153,18 @@ def _with_hosts(raw: dict[str, Any], changes: Mapping[str, str]) -> dict[str, An
 
 def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]]) -> None:
     own = own_addresses()
+    begin(hosts)
+    named = {address: look_up(address) for address in hosts}
+    mine = {address for address, found in named.items() if set(found.addresses) & set(own)}
     for address, ids in hosts.items():
-        mine = "  (this machine)" if address in own else ""
-        report.say(f"{address}: {', '.join(ids)}{mine}")
-    if not any(address in own for address in hosts):
+        here = "  (this machine)" if address in mine else ""
+        report.say(f"{named[address].shown()}: {', '.join(ids)}{here}")
+    for found in named.values():
+        if found.why:
+            report.say(f"Beware: {found.why}.")
+    if not mine:
         report.say(f"Beware: none of them is an address of this machine ({', '.join(own)}).")
-    if len(hosts) > 1 and any(address.startswith(LOOPBACK) for address in hosts):
+    if len(hosts) > 1 and any(found.is_loopback for found in named.values()):
         report.say(
             "Beware: 127.0.0.1 and localhost are each machine itself, and not one for others."
         )

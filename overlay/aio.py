@@ -27,7 +27,8 @@ from typing import Any
 
 from overlay.arguments import as_bytes, as_patience, as_timeout, chunk_of, kind_of
 from overlay.calls import Calls
-from overlay.connection import PATIENCE_S, Connection, ended_early, split
+from overlay.channels import split
+from overlay.connection import PATIENCE_S, Connection, ended_early
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
 from overlay.outcomes import Answer, CallFailed
@@ -56,6 +57,11 @@ class AsyncClient:
         self._connection = Connection(address, patience_s)
         self._patience_s = patience_s
         self._post = _Post(self._connection, patience_s)
+
+    @property
+    def shown(self) -> str:
+        """As Client.shown."""
+        return self._connection.shown
 
     async def call(
         self,

@@ -137,17 +137,24 @@ class Calls:
     """Sends orders and delivers their answers. Safe from any thread.
 
     connected: set while the process asked takes requests on our stream. refused: why it would not.
-    patience_s: how long an order waits for a place there before it is delivered as refused.
+    patience_s: how long an order waits for a place there before it is delivered as refused. shown:
+    what the process is called in words; by default its name.
     after_frame: called when all of a frame is delivered; is_delivering: such a call is to come.
     """
 
-    def __init__(self, channel: grpc.Channel, name: str, patience_s: float = math.inf) -> None:
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        name: str,
+        patience_s: float = math.inf,
+        shown: Callable[[], str] | None = None,
+    ) -> None:
         self.connected = threading.Event()
         self.refused: Failure | None = None
         self.after_frame: Callable[[], None] | None = None
         self.is_delivering = False
         self.most_bytes = LIMITS.max_message_bytes
-        self._name = name
+        self._shown = shown or (lambda: name)
         self._patience_s = patience_s
         self._pipe = Pipe(
             channel, name, self._fill, self._receive, self._lost, self._live, may_rest=True
@@ -461,7 +468,7 @@ class Calls:
         woken = 0
         self._full_since = None
         if frame.stopping and self.connected.is_set():
-            reason = f"the process at {self._name} is stopping and takes no new requests"
+            reason = f"the process at {self._shown()} is stopping and takes no new requests"
             self.refused = Failure(Code.UNAVAILABLE, reason, Executed.NO)
             self.connected.clear()
         self.is_delivering = self.after_frame is not None
@@ -529,13 +536,13 @@ class Calls:
         if self._pipe.rests:
             self.refused = None
         elif why.code is Code.DATA_LOSS:  # of what is not sent to it now
-            reason = f"the process at {self._name} cannot be asked: {why.reason}"
+            reason = f"the process at {self._shown()} cannot be asked: {why.reason}"
             self.refused = Failure(why.code, reason, Executed.NO)
         elif why.executed is Executed.NO or not (was_served or why.code is Code.CANCELLED):
             self.refused = Failure(why.code, why.reason, why.executed, why.retry_after_s)
         if was_served:
             self._was_lost = not self._pipe.rests
-            reason = f"no answer from {self._name}: {why.reason}"
+            reason = f"no answer from {self._shown()}: {why.reason}"
             self._end_sent(Failure(Code.UNAVAILABLE, reason, why.executed))
             if why.code is Code.DATA_LOSS and self.refused is not None:
                 self._end_unsent(self.refused)  # the next call may be a while

@@ -34,7 +34,8 @@ from overlay.arguments import (
     chunk_of,
     kind_of,
 )
-from overlay.connection import PATIENCE_S, Connection, split
+from overlay.channels import split
+from overlay.connection import PATIENCE_S, Connection
 from overlay.mapping import NOTHING_YET, MapRun, raising
 from overlay.orders import Kind, Order
 from overlay.outcomes import (
@@ -46,6 +47,7 @@ from overlay.outcomes import (
     Incomplete,
     InvalidCall,
     NameNotFound,
+    NoSuchHost,
     NotReached,
     Refused,
     Unavailable,
@@ -66,6 +68,7 @@ __all__ = [
     "Incomplete",
     "InvalidCall",
     "NameNotFound",
+    "NoSuchHost",
     "NotReached",
     "Refused",
     "Unavailable",
@@ -103,6 +106,11 @@ class Client(concurrent.futures.Executor):
     def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
         self.address = address
         self._connection = Connection(address, patience_s)
+
+    @property
+    def shown(self) -> str:
+        """The address, with what its name stands for on this machine as far as that is known."""
+        return self._connection.shown
 
     def call(
         self,

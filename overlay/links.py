@@ -25,6 +25,7 @@ import overlay
 from overlay import wire
 from overlay.allowance import Allowance
 from overlay.books import Book
+from overlay.channels import Channel
 from overlay.errors import Misspoken, NotTold
 from overlay.health import Case, Change, Heard, State, Verdict, Ward, heard
 from overlay.limits import Limits
@@ -46,7 +47,8 @@ _HEALTHY = State.HEALTHY  # looked up once: `load` is on every request's way
 class LinkState:
     """What is known of a neighbour. since: monotonic seconds. slots: worker -> handler -> count.
 
-    state is that of the link, health what its requests tell; ejections: how often so far.
+    address: with what its name stands for here. state is that of the link, health what its requests
+    tell; ejections: how often so far.
     """
 
     process_id: str
@@ -283,8 +285,7 @@ class _Link:
         self.cases = minder.cases(neighbour.id)  # what is the matter with it, by handler
         self._minder = minder
         self.id = neighbour.id
-        self.address = neighbour.address
-        self.channel = grpc.insecure_channel(neighbour.address, wire.channel_options(limits))
+        self.channel = Channel(neighbour.address, wire.channel_options(limits))
         self.state = "down"
         self.since = time.monotonic()
         self.patience_s = limits.patience_s
@@ -314,6 +315,7 @@ class _Link:
         # Whose slots it may tell: those it leads to. The file here decides, as for every plan.
         self._workers = frozenset((neighbour.id, *neighbour.neighbors))
         self._pid = 0
+        self._problem = ""  # with the name of its machine
         self._wrong_looks = 0  # one after another
         self._wrong_lines = Allowance(1, 1 / WRONG_LINE_S)
         self._wrong = 0.0, ""  # when it last did, and how
@@ -393,7 +395,7 @@ class _Link:
                 self._set_state("down", f"it has stopped{self._for_good}", self._limits.restart_s)
         elif self.state != "draining" or why.code is Code.DATA_LOSS:  # it has said that it goes
             is_amiss = why.code in (Code.UNIMPLEMENTED, Code.DATA_LOSS)
-            self._set_state("down", why.reason, is_amiss=is_amiss)
+            self._set_state("down", self.channel.problem or why.reason, is_amiss=is_amiss)
 
     def stops(self, for_good: bool = False) -> None:
         """The neighbour has said that it is being stopped."""
@@ -438,7 +440,7 @@ class _Link:
         with self._lock:
             return LinkState(
                 process_id=self.id,
-                address=self.address,
+                address=self.channel.shown,
                 state=self.state,
                 since=self.since,
                 reason=self.reason or self._spoke_wrongly(),
@@ -464,12 +466,14 @@ class _Link:
         now = time.monotonic()
         self._next_look = now + self._limits.probe_interval_s
         self._probe = None
-        if probe.cancelled():
+        if probe.cancelled():  # the channel leads elsewhere now, or is closed
+            self._next_look = now + 0.1
             return
         error = probe.exception()
         if error is not None:
             self._next_look = now + 0.1 if now - began < 1 else now
-            self._set_state("down", wire.read_error(error).reason)
+            self._tell_of_name(self.channel.problem)
+            self._set_state("down", self.channel.problem or wire.read_error(error).reason)
             return
         try:
             metrics = wire.read_metrics(probe.result())
@@ -481,6 +485,12 @@ class _Link:
         else:
             self._wrong_looks = 0
             self._learn(metrics, now - began)
+
+    def _tell_of_name(self, problem: str) -> None:
+        # A machine that is not up yet is waited for quietly; a name that is misspelt never comes.
+        before, self._problem = self._problem, problem
+        if problem and problem != before:
+            log.warning("link to %s: %s", self.id, problem, extra={"kind": "link"})
 
     def _learn(self, metrics: pb2.MetricsResponse, rtt_s: float) -> None:
         if metrics.pid != self._pid:  # another process: it may speak better
@@ -518,7 +528,7 @@ class _Link:
     def _amiss(self, metrics: pb2.MetricsResponse) -> str:
         """Why what answers there cannot be asked; empty when it can."""
         if metrics.process_id != self.id:
-            return f"process {metrics.process_id} answers at {self.address}"
+            return f"process {metrics.process_id} answers at {self.channel.shown}"
         found = wire.read_format(metrics)
         if found != wire.FORMAT:
             ours = f"this process {wire.FORMAT}, of version {overlay.__version__}"
@@ -532,6 +542,8 @@ class _Link:
 
         is_amiss: something answers that cannot be asked, which nobody has to wait to be told.
         """
+        if is_amiss:
+            self.channel.doubt(is_wrong=True)
         with self._lock:
             before, changed = self.state, state != self.state
             is_news = changed or (is_amiss and reason != self.reason)
@@ -557,7 +569,7 @@ class _Link:
                 level,
                 "link to %s (%s) is %s%s",
                 self.id,
-                self.address,
+                self.channel.shown,
                 state,
                 f": {reason}" if reason else "",
                 extra={"kind": "link"},

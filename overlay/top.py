@@ -69,7 +69,8 @@ def _once(watch: Watch, as_json: bool) -> int:
     until = time.monotonic() + ONCE_S
     picture = watch.newer(0, ONCE_S)
     while (left_s := until - time.monotonic()) > 0:
-        if picture["round"] >= ROUNDS and picture["asked"]["health"] != "asking":
+        known = [one["health"] != "asking" for one in (picture["asked"], *picture["processes"])]
+        if picture["round"] >= ROUNDS and all(known):
             break
         picture = watch.newer(picture["round"], left_s)
     health = picture["asked"]["health"]

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 
 from overlay import wire
-from overlay.connection import split
+from overlay.channels import Channel, split
 from overlay.errors import Misspoken
 from overlay.history import History
 from overlay.picture import ALL, Known, Look, Wanted, picture
@@ -38,7 +38,6 @@ class Watch:
         """Raises ValueError for an address that is not host:port."""
         split(address)
         self.on_picture: Callable[[dict[str, Any]], None] = lambda picture: None
-        self._address = address
         self._interval_s = interval_s
         self._wanted = wanted
         self._asked = _Eye("", address, self._tell)
@@ -128,7 +127,7 @@ class Watch:
                 history.missed()
             history.point()
         known = Known(
-            self._address, self._asked.id, self._processes, looks, self._histories, self._events
+            self._asked.shown, self._asked.id, self._processes, looks, self._histories, self._events
         )
         made = picture(known, time.monotonic(), time.time(), self._wanted)
         self._note_changes(made)
@@ -178,12 +177,18 @@ class _Eye:
         self.tells_requests = False
         self.is_asking = False
         self._answered = answered
-        self._channel = grpc.insecure_channel(address, wire.CHANNEL_OPTIONS)
+        self._channel = Channel(address, wire.CHANNEL_OPTIONS)
+        self._channel.doubt()  # all names are looked up at once
         self._node = wire.pb2_grpc.OverlayNodeStub(self._channel)
+
+    @property
+    def shown(self) -> str:
+        """The address, with what its name stands for here."""
+        return self._channel.shown
 
     def ask(self) -> None:
         """Without waiting for a connection: where nobody listens, the answer is no, at once."""
-        if self.is_asking:
+        if self.is_asking or not self._channel.has_looked():
             return
         self.is_asking = True
         requests = REQUESTS if self.tells_requests else 0
@@ -195,11 +200,13 @@ class _Eye:
         self._channel.close()
 
     def _looked(self, asked: grpc.Future) -> None:
-        if asked.cancelled():
+        if asked.cancelled():  # the channel leads elsewhere now, or is closed
+            self.is_asking = False
             return
         error = asked.exception()
         if error is not None:
-            self.look = Look(self.look.since, self.look.metrics, _reason(error))
+            reason = self._channel.problem or self._named(_reason(error))
+            self.look = Look(self.look.since, self.look.metrics, reason)
         else:
             try:
                 self.look = Look(time.monotonic(), wire.read_metrics(asked.result()))
@@ -208,6 +215,9 @@ class _Eye:
                 self.look = Look(self.look.since, self.look.metrics, wrong)
         self.is_asking = False
         self._answered()
+
+    def _named(self, reason: str) -> str:
+        return reason if self.shown == self.address else f"{reason}, at {self.shown}"
 
 
 def _reason(error: grpc.RpcError) -> str:

@@ -742,7 +742,6 @@ _PLAIN_REASONS = (
     ("timed out before receiving SETTINGS", "it does not answer"),
     ("No route to host", "there is no route to it"),
     ("Network is unreachable", "the network is unreachable"),
-    ("DNS resolution failed", "its name has no address"),
     ("Connection reset", "the connection was cut"),
     ("Socket closed", "the connection was closed"),
     ("Connection timed out", "it does not answer any more"),

@@ -43,7 +43,8 @@ stdio.complete()
 import grpc  # noqa: E402 - after that, as all that may open files
 import psutil  # noqa: E402
 
-from overlay import wire  # noqa: E402
+from overlay import names, wire  # noqa: E402
+from overlay.channels import Channel  # noqa: E402
 from overlay.configuration import load  # noqa: E402
 from overlay.ending import StopFile, when_console_ends  # noqa: E402
 from overlay.errors import ConfigError  # noqa: E402
@@ -197,6 +198,7 @@ def choose(topology: Topology, config: Path, ids: Sequence[str]) -> list[Process
     """The named processes, or those of this machine. Raises Refused when there are none."""
     if ids:
         return [topology.process(process_id) for process_id in dict.fromkeys(ids)]
+    names.begin(n for p in topology.processes.values() for n in (p.bind, p.host) if n)
     here = [process for process in topology.processes.values() if is_here(process)]
     if not here:
         raise Refused(
@@ -393,7 +395,8 @@ def _start_rows(
         else:
             pid, ready = started[process.id].record.pid, f"{started[process.id].ready_ms:.0f} ms"
         log = shown(Files.of(topology, process).log)
-        yield process.id, process.role, process.team, process.listen_address, pid, ready, log
+        at = names.look_up(process.bind or process.host).shown(process.listen_address)
+        yield process.id, process.role, process.team, at, pid, ready, log
 
 
 def _notes(
@@ -619,7 +622,8 @@ def status(config: Path) -> int:
         record = Record.read(Files.of(topology, process).pid)
         state, serves = _state(process, record, metrics)
         fine = fine and (serves or not (record or is_here(process)))
-        place = (process.id, process.role, process.team, process.address)
+        at = names.look_up(process.host).shown(process.address)
+        place = (process.id, process.role, process.team, at)
         rows.append((*place, *_figures(record, metrics), state))
     print_table(rows)
     return 0 if fine else 1
@@ -663,13 +667,18 @@ def _hosts(topology: Topology) -> str:
     hosts: dict[str, list[str]] = {}
     for process in topology.processes.values():
         hosts.setdefault(process.bind or process.host, []).append(process.id)
-    return ", ".join(f"{host} ({', '.join(ids)})" for host, ids in hosts.items())
+    return ", ".join(f"{_host(host)} ({', '.join(ids)})" for host, ids in hosts.items())
+
+
+def _host(host: str) -> str:
+    found = names.look_up(host)
+    return found.shown() if found.addresses else f"{host}, a name that this machine does not know"
 
 
 def ask(address: str, timeout_s: float = ANSWER_S) -> Any:
     """The metrics of the process at the address, or None when it does not answer."""
     # Not through the client library: that waits for a connection, here a refused one is an answer.
-    with grpc.insecure_channel(address, wire.CHANNEL_OPTIONS) as channel:
+    with Channel(address, wire.CHANNEL_OPTIONS) as channel:
         node = wire.pb2_grpc.OverlayNodeStub(channel)
         try:
             return node.GetMetrics(wire.pb2.MetricsRequest(), timeout=timeout_s)
