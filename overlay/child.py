@@ -30,7 +30,7 @@ from overlay import handlers
 from overlay.batch import outcome_of, outcome_of_error
 from overlay.errors import ConfigError
 from overlay.handlers import RECURSION, Context
-from overlay.logs import Printed, cut
+from overlay.logs import Printed, cut, lead_to
 from overlay.pieces import Send
 from overlay.topology import HandlerSpec
 
@@ -147,6 +147,7 @@ def _log_to(parent: _Parent) -> None:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.addHandler(handler)
+    lead_to(handler)
 
 
 def _next(pipe: Connection) -> Request | None:
