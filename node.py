@@ -5,6 +5,13 @@ For example: python node.py two_hosts_config.json A
 
 from __future__ import annotations
 
+import sys
+
+import overlay  # noqa: F401 - this folder's, whatever else is installed
+
+if __name__ == "__main__":  # a random.py of yours in this folder is not Python's
+    sys.path.append(sys.path.pop(0))
+
 import argparse
 import contextlib
 import errno
@@ -12,7 +19,6 @@ import gc
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +39,7 @@ try:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-    from overlay import configuration, wire
+    from overlay import configuration, spawned, wire
     from overlay.admin import Admin
     from overlay.connections import Connections, most_connections, raise_file_limit
     from overlay.errors import ConfigError, OverlayError
@@ -226,6 +232,7 @@ def _say_checked(topology: Topology) -> int:
 
 def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
     keep_little()
+    spawned.be_main()
     stopping = _Stopping(topology.limits.drain_grace_s)
     log = ProcessLog(topology.folder / me.log_dir / f"process_{me.id.lower()}.log", me.id)
     log.start()

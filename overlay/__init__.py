@@ -16,12 +16,13 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  top -> watch, console, screenful   screenful -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   ids   logs -> recent   repeats   stories
-                 machine   hosts   memory   pool
+                 machine   hosts   memory   pool   spawned
                  links -> books, wire   books -> pipes, pieces, wire   pipes -> wire
                  wire -> judge, meter, recent   judge -> recent
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces
-                 executor -> batch, handlers, ids   threads -> handlers, logs, pieces
-                 processes -> child -> batch, handlers, logs, pieces   processes -> pieces
+                 executor -> batch, handlers, ids, sources   threads -> handlers, logs, pieces
+                 processes -> child -> batch, handlers, logs, pieces, sources
+                 processes -> pieces, sources   handlers -> sources
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
                  picture -> history   diagnosis   crowd   density
     0 values     errors -> values   limits   topology -> limits, errors

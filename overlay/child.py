@@ -2,9 +2,10 @@
 
     parent -> (payload, facts, seconds left, options, whether a large result may come in pieces);
               the pipe's end is the process's end
-    child  -> ("ready", problem or "") once; then for each request ("begun", None), some
-              ("line", (level, text)) and ("piece", bytes), and one outcome as overlay.batch makes
-              it. The pipe holds little, so that the handler waits until its pieces are taken
+    child  -> ("ready", modules that it has kept) or ("cannot", problem) once; then for each request
+              ("begun", None), some ("line", (level, text)) and ("piece", bytes), and one outcome as
+              overlay.batch makes it. The pipe holds little, so that the handler waits until its
+              pieces are taken
 
 Whatever a handler does to its process, the next request finds it as it was, or finds another one.
 What it prints or logs is for the parent's log, the first lines of each request; the rest is left
@@ -21,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from overlay.errors import ConfigError
 from overlay.handlers import RECURSION, Context
 from overlay.logs import Printed, cut, lead_to
 from overlay.pieces import Send
+from overlay.sources import Source
 from overlay.topology import HandlerSpec
 
 LINES = 200  # of one request that go to the log
@@ -39,19 +41,25 @@ LINES = 200  # of one request that go to the log
 Request = tuple[bytes, tuple[str, str, int, int], float, dict[str, Any], bool]
 
 
-def serve(pipe: Connection, spec: HandlerSpec, folder: str, most_bytes: int) -> None:
-    """Works until the pipe ends. Results of more than `most_bytes` are told by their size."""
+def serve(
+    pipe: Connection, spec: HandlerSpec, folder: str, kept: Mapping[str, Source], most_bytes: int
+) -> None:
+    """Works until the pipe ends. Results of more than `most_bytes` are told by their size.
+
+    kept: the folder's modules as they are to be loaded.
+    """
     _become_a_child()
     parent = _Parent(pipe)
     _log_to(parent)
-    handlers.add_folder(Path(folder))
+    sources = handlers.add_folder(Path(folder), kept)
     try:
         call = handlers.find(spec, spec.call)
     except ConfigError as e:
-        parent.end_with(("ready", str(e)))
+        parent.end_with(("cannot", str(e)))
         return
+    sources.keep_imported()
     home, me = os.getcwd(), os.getpid()
-    parent.end_with(("ready", ""))
+    parent.end_with(("ready", {name: sources.kept[name] for name in sources.kept.keys() - kept}))
     while (request := _next(pipe)) is not None:
         _as_it_was(parent, home)
         parent.begin()

@@ -39,7 +39,11 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from overlay import wire  # noqa: E402 - found through the line above
+import overlay  # noqa: E402, F401 - found through the line above
+
+sys.path.append(sys.path.pop(0))  # a random.py of yours in that folder is not Python's
+
+from overlay import wire  # noqa: E402
 from overlay.configuration import load  # noqa: E402
 from overlay.errors import ConfigError  # noqa: E402
 from overlay.machine import asking_address, is_here, own_addresses  # noqa: E402
