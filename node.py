@@ -13,6 +13,7 @@ if __name__ == "__main__":  # a random.py of yours in this folder is not Python'
     sys.path.append(sys.path.pop(0))
 
 import argparse
+import atexit
 import contextlib
 import errno
 import gc
@@ -24,6 +25,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from overlay import started
+
+if __name__ == "__main__":  # before multiprocessing's own, and so after that when it comes to it
+    atexit.register(started.end)
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
 if sys.platform == "linux":
@@ -60,6 +67,7 @@ except Exception as e:  # noqa: BLE001 - missing stubs; ConfigError may be what 
 OVERLAY_NODE = pb2.DESCRIPTOR.services_by_name["OverlayNode"].full_name
 OVERLAY_ADMIN = pb2.DESCRIPTOR.services_by_name["OverlayAdmin"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+LEAVE_S = 2.0  # at the end, for what modules of handlers have to do then
 PORT_PATIENCE_S = 1.0  # for a port that an old connection still holds for a moment
 
 
@@ -305,15 +313,19 @@ def _stop(node: Node, grace_s: float) -> int:
         drained.refused,
         drained.left,
     )
-    if drained.left:  # a handler that does not end holds a thread, and that would hold the process
-        _watchdog(1)
     return drained.left
 
 
-def _watchdog(after_s: float) -> None:
-    timer = threading.Timer(after_s, os._exit, (1,))
+def _watchdog(after_s: float, code: int = 1) -> None:
+    timer = threading.Timer(after_s, _end_now, (code,))
     timer.daemon = True
     timer.start()
+
+
+def _end_now(code: int) -> None:
+    """Without a word, but with all that handlers on threads have started."""
+    started.end()
+    os._exit(code)
 
 
 class _Stopping:
@@ -326,9 +338,13 @@ class _Stopping:
         self.grace_s = grace_s
         self._wanted = threading.Event()
         self._was_signalled = False
+        before = {}
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # Ctrl-Break is what Windows has
             if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._signalled)
+                number = getattr(signal, name)
+                before[number] = signal.signal(number, self._signalled)
+        if hasattr(os, "register_at_fork"):  # a pool of a handler ends its processes with SIGTERM
+            os.register_at_fork(after_in_child=lambda: _set_signals(before))
 
     def wait(self, stop_file: Path | None) -> None:
         # In slices: a wait without end cannot be interrupted on Windows before Python 3.14.
@@ -344,9 +360,15 @@ class _Stopping:
 
     def _signalled(self, number: int, frame: object) -> None:
         if self._was_signalled:
-            os._exit(128 + number)
+            _end_now(128 + number)
         self._was_signalled = True
         self._wanted.set()
+
+
+def _set_signals(actions: dict[int, Any]) -> None:
+    for number, action in actions.items():
+        with contextlib.suppress(TypeError, ValueError):  # None: not set from Python
+            signal.signal(number, action)
 
 
 def _wait_for_port(me: Process) -> None:
@@ -401,4 +423,6 @@ def _log():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    _watchdog(LEAVE_S, code)  # nothing that a handler has left behind holds up the end
+    sys.exit(code)

@@ -21,8 +21,8 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  wire -> judge, meter, recent   judge -> recent
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces
                  executor -> batch, handlers, ids, sources   threads -> handlers, logs, pieces
-                 processes -> child -> batch, handlers, logs, pieces, sources
-                 processes -> pieces, sources   handlers -> sources
+                 processes -> child -> batch, handlers, logs, pieces, sources, started
+                 processes -> pieces, sources, started   handlers -> sources
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
                  picture -> history   diagnosis   crowd   density
     0 values     errors -> values   limits   topology -> limits, errors

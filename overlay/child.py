@@ -1,7 +1,7 @@
 """What runs in a handler's process: one request after the other, over a pipe to the parent.
 
     parent -> (payload, facts, seconds left, options, whether a large result may come in pieces);
-              the pipe's end is the process's end
+              None when there is no more to do
     child  -> ("ready", modules that it has kept) or ("cannot", problem) once; then for each request
               ("begun", None), some ("line", (level, text)) and ("piece", bytes), and one outcome as
               overlay.batch makes it. The pipe holds little, so that the handler waits until its
@@ -25,9 +25,9 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from overlay import handlers
+from overlay import handlers, started
 from overlay.batch import outcome_of, outcome_of_error
 from overlay.errors import ConfigError
 from overlay.handlers import RECURSION, Context
@@ -44,7 +44,7 @@ Request = tuple[bytes, tuple[str, str, int, int], float, dict[str, Any], bool]
 def serve(
     pipe: Connection, spec: HandlerSpec, folder: str, kept: Mapping[str, Source], most_bytes: int
 ) -> None:
-    """Works until the pipe ends. Results of more than `most_bytes` are told by their size.
+    """Works until there is no more to do. Results of more than `most_bytes` are told by their size.
 
     kept: the folder's modules as they are to be loaded.
     """
@@ -78,6 +78,8 @@ class _Parent:
         self._lock = threading.Lock()
         self._room = LINES
         self._left_out = 0
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._be_silent)
 
     def begin(self) -> None:
         with self._lock:
@@ -113,6 +115,12 @@ class _Parent:
     def _printed(self, text: str) -> None:
         self.line(logging.INFO, text)
 
+    def _be_silent(self) -> None:
+        # A fork's lines would come between the bytes of an answer, or when there is no request.
+        self._lock = threading.Lock()
+        self._room = 0
+        self._pipe.close()
+
 
 class _ToParent(logging.Handler):
     def __init__(self, parent: _Parent) -> None:
@@ -142,9 +150,14 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        if os.name == "posix" and os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
+        _end_with_all()
+
+
+def _end_with_all() -> NoReturn:
+    started.end()
+    if os.name == "posix" and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def _log_to(parent: _Parent) -> None:
@@ -161,8 +174,8 @@ def _log_to(parent: _Parent) -> None:
 def _next(pipe: Connection) -> Request | None:
     try:
         return pipe.recv()  # type: ignore[no-any-return]
-    except (EOFError, OSError):
-        return None
+    except (EOFError, OSError):  # the parent is gone
+        _end_with_all()
 
 
 def _as_it_was(parent: _Parent, home: str) -> None:

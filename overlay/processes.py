@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from overlay import started
 from overlay.batch import Batch, read_outcome
 from overlay.child import Request, serve
 from overlay.errors import ConfigError, HandlerFailed
@@ -315,9 +316,12 @@ class _Child:
         return 0
 
     def retire(self) -> None:
-        """Lets it end by itself, for a second."""
-        self.hang_up()
+        """Lets it end by itself, for a second; ends what it leaves behind."""
+        left = started.by(self._process.pid)
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
         self.wait(1)
+        started.kill(left)
 
     def hang_up(self) -> None:
         self._pipe.close()
@@ -326,8 +330,10 @@ class _Child:
         """Ends it and the programs it started."""
         with self._kill_lock:
             if not self._gone:
-                _kill_tree(self._process.pid or 0)
+                left = started.by(self._process.pid)
                 self._process.kill()
+                _kill_group(self._process.pid or 0)
+                started.kill(left)
 
     def wait(self, within_s: float) -> None:
         """Returns when it has ended, or after so long."""
@@ -336,7 +342,9 @@ class _Child:
             connection.wait([self._process.sentinel], 0.02)
             time.sleep(0.001)  # its files may be closed, and itself not yet gone
         with self._kill_lock:
-            self._gone = self._has_ended()  # its number may be another's now
+            if not self._gone and self._has_ended():
+                _kill_group(self._process.pid or 0)  # which keeps the number while it has members
+                self._gone = True  # its number may be another's now
 
     def _has_ended(self) -> bool:
         # Somebody may have waited for it in our stead, as os.wait() in a handler does: then no
@@ -373,12 +381,7 @@ def _be_somewhere(folder: str) -> None:
         os.chdir(folder)
 
 
-def _kill_tree(pid: int) -> None:
+def _kill_group(pid: int) -> None:
     if os.name == "posix":
         with contextlib.suppress(OSError):  # it has no group yet, or no longer
             os.killpg(pid, signal.SIGKILL)
-        return
-    with contextlib.suppress(psutil.Error):
-        for process in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
