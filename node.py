@@ -241,6 +241,7 @@ def _say_checked(topology: Topology) -> int:
 def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
     keep_little()
     spawned.be_main()
+    started.hold_together()
     stopping = _Stopping(topology.limits.drain_grace_s)
     log = ProcessLog(topology.folder / me.log_dir / f"process_{me.id.lower()}.log", me.id)
     log.start()

@@ -139,6 +139,7 @@ def _become_a_child() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent
     if os.name == "posix":
         os.setpgid(0, 0)  # so that programs which the handler starts can be ended with it
+    started.hold_together()
     # Whatever the handler starts inherits these: it must not hold or fill the parent's output.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
