@@ -7,11 +7,17 @@ stdout, complaints to stderr.
 
 from __future__ import annotations
 
+import sys
+
+import overlay  # noqa: F401 - this folder's, whatever else is installed
+
+if __name__ == "__main__":  # a random.py of yours in this folder is not Python's
+    sys.path.append(sys.path.pop(0))
+
 import argparse
 import difflib
 import importlib
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

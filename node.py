@@ -5,24 +5,38 @@ For example: python node.py two_hosts_config.json A
 
 from __future__ import annotations
 
+import sys
+
+import overlay  # noqa: F401 - this folder's, whatever else is installed
+
+if __name__ == "__main__":  # a random.py of yours in this folder is not Python's
+    sys.path.append(sys.path.pop(0))
+
 import argparse
+import atexit
 import contextlib
 import errno
 import gc
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from overlay import stdio
 
 stdio.complete()
+
+from overlay import started  # noqa: E402 - after that, as all that may open files
+
+if __name__ == "__main__":  # before multiprocessing's own, and so after that when it comes to it
+    atexit.register(started.end)
+
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
 if sys.platform == "linux":
     # gRPC's older poller: half the thread switches of its event engine, a fifth more requests.
@@ -36,7 +50,7 @@ try:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    from overlay import configuration, reflection, wire
+    from overlay import configuration, reflection, spawned, wire
     from overlay.admin import Admin
     from overlay.channels import Channel
     from overlay.connections import Connections, most_connections, raise_file_limit
@@ -62,6 +76,7 @@ except Exception as e:  # noqa: BLE001 - missing stubs; ConfigError may be what 
 OVERLAY_NODE = pb2.DESCRIPTOR.services_by_name["OverlayNode"].full_name
 OVERLAY_ADMIN = pb2.DESCRIPTOR.services_by_name["OverlayAdmin"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+LEAVE_S = 2.0  # at the end, for what modules of handlers have to do then
 PORT_PATIENCE_S = 1.0  # for a port that an old connection still holds for a moment
 ELSEWHERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # of an address that this machine has not
 
@@ -232,6 +247,8 @@ def _say_checked(topology: Topology) -> int:
 
 def _serve(topology: Topology, me: Process, place: Named, stop_file: StopFile | None) -> int:
     keep_little()
+    spawned.be_main()
+    started.hold_together()
     stopping = _Stopping(topology.limits.drain_grace_s, stop_file)
     log = ProcessLog(topology.folder / me.log_dir / f"process_{me.id.lower()}.log", me.id)
     log.start()
@@ -307,15 +324,19 @@ def _stop(node: Node, stopping: _Stopping) -> int:
         drained.refused,
         drained.left,
     )
-    if drained.left:  # a handler that does not end holds a thread, and that would hold the process
-        _watchdog(1)
     return drained.left
 
 
-def _watchdog(after_s: float) -> None:
-    timer = threading.Timer(after_s, os._exit, (1,))
+def _watchdog(after_s: float, code: int = 1) -> None:
+    timer = threading.Timer(after_s, _end_now, (code,))
     timer.daemon = True
     timer.start()
+
+
+def _end_now(code: int) -> None:
+    """Without a word, but with all that handlers on threads have started."""
+    started.end()
+    os._exit(code)
 
 
 class _Stopping:
@@ -330,12 +351,17 @@ class _Stopping:
         self._stop_file = stop_file
         self._wanted = threading.Event()
         self._was_signalled = False
+        before = {}
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # Ctrl-Break is what Windows has
             if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._signalled)
+                number = getattr(signal, name)
+                before[number] = signal.signal(number, self._signalled)
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             # Not where it is ignored, as under nohup.
-            signal.signal(signal.SIGHUP, lambda number, frame: self._wanted.set())
+            hang_up = signal.signal(signal.SIGHUP, lambda number, frame: self._wanted.set())
+            before[signal.SIGHUP] = hang_up
+        if hasattr(os, "register_at_fork"):  # a pool of a handler ends its processes with SIGTERM
+            os.register_at_fork(after_in_child=lambda: _set_signals(before))
         when_console_ends(self.ask)
 
     @property
@@ -359,9 +385,15 @@ class _Stopping:
 
     def _signalled(self, number: int, frame: object) -> None:
         if self._was_signalled:
-            os._exit(128 + number)
+            _end_now(128 + number)
         self._was_signalled = True
         self._wanted.set()
+
+
+def _set_signals(actions: dict[int, Any]) -> None:
+    for number, action in actions.items():
+        with contextlib.suppress(TypeError, ValueError):  # None: not set from Python
+            signal.signal(number, action)
 
 
 def _wait_for_port(me: Process) -> Named:
@@ -421,4 +453,6 @@ def _log():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    _watchdog(LEAVE_S, code)  # nothing that a handler has left behind holds up the end
+    sys.exit(code)

@@ -8,9 +8,15 @@ what fails. May be run as often as one likes, beside other work.
 
 from __future__ import annotations
 
+import sys
+
+import overlay  # noqa: F401 - this folder's, whatever else is installed
+
+if __name__ == "__main__":  # a random.py of yours in this folder is not Python's
+    sys.path.append(sys.path.pop(0))
+
 import argparse
 import statistics
-import sys
 import threading
 import time
 from collections import Counter

@@ -18,13 +18,14 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  top -> watch, console, screenful   screenful -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   ids   logs -> recent   repeats   stories
-                 memory   pool   resources   stdio   ending   usage
+                 memory   pool   resources   stdio   ending   usage   spawned
                  machine, hosts, channels -> names
                  links -> books, channels, wire   books -> pipes, pieces, wire   pipes -> wire
                  wire -> judge, maps, meter, recent   judge -> recent
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces
-                 executor -> batch, handlers, ids   threads -> handlers, logs, pieces
-                 processes -> child -> batch, handlers, logs, pieces   processes -> pieces
+                 executor -> batch, handlers, ids, sources   threads -> handlers, logs, pieces
+                 processes -> child -> batch, handlers, logs, pieces, sources, started
+                 processes -> pieces, sources, started   handlers -> sources
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
                  picture -> history, events   diagnosis   crowd   density
     0 values     errors -> values   limits   topology -> limits, errors

@@ -96,10 +96,11 @@ class Service:
         self.limits = topology.limits
         self.record = Record(me, self.me.works)
         self.meter = self.record.meter
-        handlers.add_folder(topology.folder)
+        sources = handlers.add_folder(topology.folder)
         # Process pools start before any channel is there.
         self.executor = Executor(topology, self.me) if self.me.works else None
         self._merges = _load_merges(topology)
+        sources.keep_imported()
         lone = routing.lone(topology, me)
         self.links = Links(topology.below(me), self.limits, topology.digest, lone, me)
         relay = Relay(topology, me, self.links, self.executor)

@@ -36,7 +36,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from overlay import stdio  # noqa: E402 - found through the line above
+import overlay  # noqa: E402, F401 - found through the line above
+
+sys.path.append(sys.path.pop(0))  # a random.py of yours in that folder is not Python's
+
+from overlay import stdio  # noqa: E402
 
 stdio.complete()
 

@@ -432,19 +432,21 @@ def test_a_request_that_meets_a_killed_idle_process_runs_in_another(benches, wai
 
 
 def test_without_a_process_to_be_had_a_request_is_refused_with_proof(benches, folder):
-    module = folder / "later.py"
-    module.write_text("import os\ndef h(payload, context): return b'%d' % os.getpid()")
+    wrong = folder / "wrong"
+    (folder / "later.py").write_text(
+        f"import os\nassert not os.path.exists({str(wrong)!r})\n"
+        "def h(payload, context): return b'%d' % os.getpid()"
+    )
     bench = benches(call="later:h", run="process", slots=1)
-    right = module.read_text()
     child = psutil.Process(int(bench.run("").result))
-    module.write_text("import nothing_of_this_name")
+    wrong.write_text("")
     child.kill()
 
     part = bench.run("", request_id=4711)
 
     assert (part.code, part.executed) == (Code.UNAVAILABLE, Executed.NO)
     assert "no process for handler 'h' can be started" in part.reason
-    module.write_text(right)
+    wrong.unlink()
     bench.start("", request_id=4711)
     until(lambda: len(bench.parts[4711]) == 2)
     assert bench.parts[4711][-1].ok
