@@ -10,7 +10,8 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  client -> parts -> calls   client, mapping, connection, arguments -> orders
                  client -> outcomes   mapping -> arguments, outcomes
                  aio -> arguments, calls, connection, orders, outcomes, parts   exporter -> door
-                 asking, bulk, checking, draining, reading, doctor -> client, console
+                 asking, bulk, checking, describing, draining, reading -> client, console
+                 doctor -> client, console
                  addressing -> console
                  web -> watch, console, door   watch -> connection
                  top -> watch, console, screenful   screenful -> console
@@ -22,9 +23,10 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces
                  executor -> batch, handlers, ids   threads -> handlers, logs, pieces
                  processes -> child -> batch, handlers, logs, pieces   processes -> pieces
+                 threads, child -> typed -> handlers
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
-                 picture -> history   diagnosis   crowd   density
-    0 values     errors -> values   limits   topology -> limits, errors
+                 picture -> history   diagnosis   crowd   density   functions
+    0 values     errors -> values -> jsons   limits   topology -> limits, errors
                  configuration -> topology, limits, errors
 
 Entries on top: node.py serves one process, client.py asks, scripts/ start and stop.
@@ -54,6 +56,10 @@ def __getattr__(name: str) -> object:
         from overlay import aio
 
         return getattr(aio, name)
+    if name == "Context":
+        from overlay import handlers
+
+        return handlers.Context
     if name == "BadRequest":
         from overlay import errors
 

@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from overlay import handlers
+from overlay import handlers, typed
 from overlay.batch import outcome_of, outcome_of_error
 from overlay.errors import ConfigError
 from overlay.handlers import RECURSION, Context
@@ -46,16 +46,16 @@ def serve(pipe: Connection, spec: HandlerSpec, folder: str, most_bytes: int) -> 
     _log_to(parent)
     handlers.add_folder(Path(folder))
     try:
-        call = handlers.find(spec, spec.call)
+        loaded = typed.load(spec)
     except ConfigError as e:
-        parent.end_with(("ready", str(e)))
+        parent.end_with(("unusable", str(e)))
         return
     home, me = os.getcwd(), os.getpid()
-    parent.end_with(("ready", ""))
+    parent.end_with(("ready", tuple(loaded.function)))
     while (request := _next(pipe)) is not None:
         _as_it_was(parent, home)
         parent.begin()
-        outcome = _work(call, request, most_bytes, parent.piece)
+        outcome = _work(loaded.call, request, most_bytes, parent.piece)
         if os.getpid() != me:
             os._exit(0)  # a fork that the handler made and did not end; the answer is not its own
         parent.end_with(outcome)

@@ -15,6 +15,8 @@ from overlay.topology import ROLES
 
 FORMAT = 1  # rises when a field changes its meaning or goes
 EVENTS = 200  # shown
+FUNCTIONS = 50  # told, with so many characters of the docstring: each picture has them
+LONGEST_DOC = 1000
 MODES = ("all", "any")  # as the wire numbers them
 SAME_CLOCK_S = 0.5
 SHORT = 60  # points of a process's own courses
@@ -62,6 +64,7 @@ class Known:
     looks: Mapping[str, Look]
     histories: Mapping[str, History]
     seen: Sequence[Mapping[str, Any]]  # events that the watch itself has seen
+    functions: Sequence[Any] = ()  # as the process asked told of them
 
 
 def picture(known: Known, now: float, wall: float) -> dict[str, Any]:
@@ -89,6 +92,7 @@ def picture(known: Known, now: float, wall: float) -> dict[str, Any]:
         "course": {name: history.course(name) for name in FIGURES},
         "requests": _requests(known.looks[known.asked], now, wall),
         "events": _events(known, now, wall),
+        "functions": [_function(function) for function in known.functions[:FUNCTIONS]],
     }
 
 
@@ -271,6 +275,15 @@ def _is_told_above(event: Any, known: Known) -> bool:
     """Whether a request that failed here was another process's, which tells of it too."""
     asked_by = event.text.rpartition(" asked by ")[2]
     return event.kind in ("failure", "refusal") and asked_by in known.looks
+
+
+def _function(function: Any) -> dict[str, Any]:
+    return {
+        "name": function.name,
+        "signature": function.signature,
+        "doc": function.doc[:LONGEST_DOC],
+        "workers": list(function.workers),
+    }
 
 
 def _ahead_s(look: Look, now: float, wall: float) -> float:

@@ -30,6 +30,7 @@ import psutil
 from overlay.batch import Batch, read_outcome
 from overlay.child import Request, serve
 from overlay.errors import ConfigError, HandlerFailed
+from overlay.functions import Function
 from overlay.limits import MIB, Limits
 from overlay.pieces import Outlet
 from overlay.topology import HandlerSpec
@@ -54,6 +55,7 @@ class ProcessRunner:
         most_bytes: int = Limits.max_message_bytes,
     ) -> None:
         """Raises ConfigError when the handler cannot be imported in a child."""
+        self.function = Function(spec.name)
         self._spec = spec
         self._slots = slots
         self._folder = folder
@@ -205,10 +207,12 @@ class ProcessRunner:
             closed = self._closed
         if closed:
             child.kill()
-        kind, problem = child.receive(time.monotonic() + IMPORT_S)
-        if kind == "ready" and not problem:
+        kind, said = child.receive(time.monotonic() + IMPORT_S)
+        if kind == "ready":
+            self.function = Function(*said)
             return child
-        if kind != "ready":
+        problem = said
+        if kind != "unusable":
             problem = f"handler '{spec.name}': the process that imports '{spec.call}' "
             problem += "ended" if kind == "lost" else f"did not end within {IMPORT_S:g} s"
         self._drop(child)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -127,8 +127,9 @@ class Watch:
                 history.missed()
             history.point()
         known = Known(
-            self._address, self._asked.id, self._processes, looks, self._histories, self._events
-        )
+            self._address, self._asked.id, self._processes, looks, self._histories, self._events,
+            self._asked.functions,
+        )  # fmt: skip
         made = picture(known, time.monotonic(), time.time())
         self._note_changes(made)
         self._round += 1
@@ -167,9 +168,11 @@ class _Eye:
         self.id = process_id
         self.address = address
         self.look = Look(time.monotonic())
-        self.tells_requests = False
+        self.tells_requests = False  # and of its functions
+        self.functions: Sequence[Any] = ()
         self.is_asking = False
         self._answered = answered
+        self._digest = 0
         self._channel = grpc.insecure_channel(address, wire.CHANNEL_OPTIONS)
         self._node = wire.pb2_grpc.OverlayNodeStub(self._channel)
 
@@ -178,7 +181,11 @@ class _Eye:
         if self.is_asking:
             return
         self.is_asking = True
-        wanted = wire.pb2.MetricsRequest(events=LAST, requests=LAST if self.tells_requests else 0)
+        wanted = wire.pb2.MetricsRequest(events=LAST)
+        if self.tells_requests:
+            wanted.requests = LAST
+            metrics = self.look.metrics
+            wanted.functions = metrics is not None and self._digest != metrics.functions_digest
         asked = self._node.GetMetrics.future(wanted, timeout=ANSWER_S)
         asked.add_done_callback(self._looked)
 
@@ -194,11 +201,17 @@ class _Eye:
         else:
             try:
                 self.look = Look(time.monotonic(), wire.read_metrics(asked.result()))
+                self._learn_functions(self.look.metrics)
             except Misspoken as e:
                 wrong = f"it speaks wrongly: {e}"
                 self.look = Look(self.look.since, self.look.metrics, wrong)
         self.is_asking = False
         self._answered()
+
+    def _learn_functions(self, metrics: wire.pb2.MetricsResponse) -> None:
+        """They are told when they were asked for, as they are after their digest has changed."""
+        if metrics.functions or not metrics.functions_digest:
+            self.functions, self._digest = metrics.functions, metrics.functions_digest
 
 
 def _reason(error: grpc.RpcError) -> str:
