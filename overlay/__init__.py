@@ -23,7 +23,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces
                  executor -> batch, handlers, ids   threads -> handlers, logs, pieces
                  processes -> child -> batch, handlers, logs, pieces   processes -> pieces
-                 threads, child -> typed -> handlers
+                 threads, child -> typed -> handlers, pieces
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
                  picture -> history   diagnosis   crowd   density   functions
     0 values     errors -> values -> jsons   limits   topology -> limits, errors

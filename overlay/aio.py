@@ -160,7 +160,8 @@ class AsyncClient:
         priority: int = 0,
     ) -> AsyncIterator[Part]:
         """As Client.parts."""
-        kind, parts = kind_of("all", team, handler, False, priority, True), Parts(first)
+        kind = kind_of("all", team, handler, False, priority, True)
+        parts = Parts(first, in_items=args is not None)
         return self._parts(kind, as_body(payload, args), as_timeout(timeout), parts)
 
     async def metrics(

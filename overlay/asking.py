@@ -196,7 +196,10 @@ def ask_for_parts(args: argparse.Namespace) -> int:
     missing = [part for part in found if not part.ok]
     if not args.json:
         enough = " (the first; the others' work was ended)" if args.first and not missing else ""
-        answered = f"{len(found) - len(missing)} of {counted(len(found), 'worker')} answered"
+        workers = {part.process_id for part in found}  # who yields has a part for each item
+        failed_ones = {part.process_id for part in missing}
+        good = len(workers - failed_ones)
+        answered = f"{good} of {counted(len(workers), 'worker')} answered"
         report.facts(
             ("answers", f"{len(found)}{enough}" if enough else answered),
             ("missing", "\n".join(f"{p.process_id}: {_reason(p)}" for p in missing)),

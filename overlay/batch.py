@@ -20,7 +20,7 @@ from overlay.handlers import Context, NobodyWaits
 from overlay.ids import Begun
 from overlay.jsons import NotJson
 from overlay.meter import Spread, Times
-from overlay.pieces import PIECE_BYTES, NotBytes, Outlet, Send, cut
+from overlay.pieces import ITEM_END, PIECE_BYTES, Items, Leaving, NotBytes, Outlet, Send, cut
 from overlay.rows import OpenRows, consecutive
 from overlay.topology import HandlerSpec, Process
 from overlay.values import (
@@ -293,7 +293,9 @@ def outcome_of(result: object, most_bytes: int, send: Send | None = None) -> tup
     if not isinstance(result, Iterator):
         return "type", f"{type(result).__name__}, not bytes"
     try:
-        return _sent(result, send) if send else _gathered(result, most_bytes)
+        if send is None:
+            return _gathered(result, most_bytes)
+        return _sent_singly(result, send) if isinstance(result, Items) else _sent(result, send)
     except NotBytes as e:
         return "type", f"an iterator of {e}, not bytes"
     finally:
@@ -308,6 +310,19 @@ def _sent(items: Iterable[Any], send: Send) -> tuple[str, Any]:
         if not send(piece):
             break
     return "left", None
+
+
+def _sent_singly(items: Items, send: Send) -> tuple[str, Any]:
+    leaving = Leaving(send)
+    try:
+        for item in items:
+            if not item.endswith(ITEM_END):
+                return "ok", leaving.rest() + item
+            if not leaving.add(item):
+                break
+        return "left", None
+    finally:
+        leaving.rest()
 
 
 def _gathered(items: Iterable[Any], most_bytes: int) -> tuple[str, Any]:

@@ -297,9 +297,11 @@ class Client(concurrent.futures.Executor):
         Nothing is merged, and all parts together may be larger than a message. Those without a
         result (`not part.ok`) come last; raises CallFailed when no worker has answered. After
         `first` good parts, or when the loop is left, the others' work is ended. args: as in `call`;
-        each part's `value` is what the function returned there.
+        each part's `value` is what the function returned there, and each item that it yields is a
+        part of its own, given when it is there.
         """
-        kind, parts = kind_of("all", team, handler, False, priority, True), Parts(first)
+        kind = kind_of("all", team, handler, False, priority, True)
+        parts = Parts(first, in_items=args is not None)
         return self._parts(kind, as_body(payload, args), as_timeout(timeout), parts)
 
     def metrics(

@@ -49,6 +49,7 @@ from overlay import handlers, jsons
 from overlay.errors import BadRequest, ConfigError
 from overlay.functions import Function, bounded
 from overlay.handlers import Context, Handler, NobodyWaits
+from overlay.pieces import ITEM_END, Items
 from overlay.topology import HandlerSpec
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ class _Typed:
         result = self._found(**arguments)
         if self._loop is not None:
             result = self._loop.result_of(result, context)
-        return _array(result) if isinstance(result, Iterator) else jsons.write(result)
+        return Items(_array(result)) if isinstance(result, Iterator) else jsons.write(result)
 
     def described(self, doc: str) -> Function:
         shown = f"{self._name}{_shown(self._signature, self._given)}"
@@ -355,7 +356,8 @@ class _Typed:
         if annotation is Parameter.empty or isinstance(annotation, str):
             return ""
         if typing.get_origin(annotation) in _ITEMS:
-            annotation = list[typing.get_args(annotation)[0]]  # type: ignore[misc]
+            item, *_ = typing.get_args(annotation) or (Any,)
+            annotation = list[item]  # type: ignore[valid-type]
         try:
             made = _adapter(self._name, {"result": annotation}, {"result"}, self._function)
             schema = made.json_schema(mode="serialization")
@@ -396,13 +398,13 @@ def _adapter(
 
 
 def _array(items: Iterator[Any]) -> Iterator[bytes]:
-    """A JSON array, as its items come."""
+    """A JSON array, as its items come. Each is ended, for a client that takes them so."""
     before = b"["
     try:
         for item in items:
-            yield before + jsons.write(item)
+            yield before + jsons.write(item) + ITEM_END
             before = b","
-        yield b"]" if before == b"," else b"[]"
+        yield b"]" if before == b"," else b"[" + ITEM_END + b"]"
     finally:
         if hasattr(items, "close"):  # a generator may have files open
             items.close()
