@@ -74,5 +74,7 @@ def digest(functions: Iterable[Function]) -> int:
 
 
 def _cut(text: str, most: int) -> str:
-    text = text.encode("utf-8", "backslashreplace").decode()  # half a character cannot be told
-    return text if len(text) <= most else text[: most - 3] + "..."
+    # Half a character cannot be told, and what a terminal would obey is not.
+    text = text[:most].encode("utf-8", "backslashreplace").decode()
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    return text if len(text) < most else text[: most - 3] + "..."

@@ -169,6 +169,8 @@ def _is_context(parameter: Parameter, function: Any) -> bool:
     annotation = _resolved(parameter.annotation, function)
     if isinstance(annotation, str):  # imported for the type checker only
         return annotation.rpartition(".")[2] == "Context"
+    if getattr(annotation, "_is_protocol", False):  # nothing else can be meant: JSON has none
+        return True
     return annotation is not Parameter.empty and _is_among(annotation, (Context,))
 
 

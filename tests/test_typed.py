@@ -47,6 +47,9 @@ from overlay.handlers import Context
 if TYPE_CHECKING:
     from nowhere import Nowhere
 
+class HasLog(typing.Protocol):
+    log: Any
+
 class Fit(enum.Enum):
     CUT = "cut"
     PAD = "pad"
@@ -219,6 +222,7 @@ def p8(payload: memoryview, c: object): ...
 def p9(payload, *rest): ...
 p10 = lambda p, c: p
 def p11(payload, context, more=1): ...
+def p12(payload: bytes, ctx: HasLog): ...
 
 def t0(): ...
 def t1(path): ...
@@ -242,7 +246,7 @@ class Open:
     what: Nowhere
 '''
 
-BYTES = [f"p{n}" for n in range(12)] + ["shout", "wrapped_shout", "converted", "later_bytes"]
+BYTES = [f"p{n}" for n in range(13)] + ["shout", "wrapped_shout", "converted", "later_bytes"]
 TYPED = [f"t{n}" for n in range(8)] + ["resize", "wrapped", "resizer", "twice", "who", "later"]
 
 
@@ -586,6 +590,7 @@ def test_what_is_too_long_to_tell_is_left_out():
     )
     assert sum(function.size for function in many) < 2 * functions.MOST_CHARACTERS
     assert (many[0].doc, many[-1].doc, many[-1].name) == ("d" * 4000, "", "f0399")
+    assert functions.bounded(Function("f", doc="a\x1b[2J\nb")).doc == "a [2J\nb"
 
 
 def test_what_another_process_tells_of_functions_is_judged():
