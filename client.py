@@ -167,6 +167,7 @@ VERBS = {
     "ask": _verb("Sends one request", "asking"),
     "map": _verb("Sends lines or files as they are, results in their order", "bulk"),
     "check": _verb("What this process says of itself and its neighbours", "checking"),
+    "handlers": _verb("What the handlers do and take: signature, docstring", "describing"),
     "logs": _verb("The last lines of this process's log, or of one below it", "reading"),
     "top": _verb("The whole overlay live, in this terminal", "top"),
     "web": _verb("The whole overlay live, as a page on this machine", "web"),

@@ -95,7 +95,7 @@ class OverlayNode(pb2_grpc.OverlayNodeServicer):
         return self._service.forward_stream(call, context)
 
     def GetMetrics(self, request, context):
-        return self._service.metrics(request.events, request.requests)
+        return self._service.metrics(request.events, request.requests, request.functions)
 
 
 class OverlayAdmin(pb2_grpc.OverlayAdminServicer):

@@ -12,7 +12,8 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  telling -> connection, outcomes
                  aio -> arguments, calls, connection, orders, outcomes, parts, telling
                  exporter -> door
-                 asking, bulk, checking, draining, reading, doctor -> client, console
+                 asking, bulk, checking, describing, draining, reading -> client, console
+                 doctor -> client, console
                  addressing -> console
                  web -> watch, console, door
                  top -> watch, console, screenful   screenful -> console
@@ -26,9 +27,10 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  executor -> batch, handlers, ids, sources   threads -> handlers, logs, pieces
                  processes -> child -> batch, handlers, logs, pieces, sources, started
                  processes -> pieces, sources, started   handlers -> sources
+                 threads, child -> typed -> handlers, pieces
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
-                 picture -> history, events   diagnosis   crowd   density
-    0 values     errors -> values   limits   topology -> limits, errors
+                 picture -> history, events   diagnosis   crowd   density   functions
+    0 values     errors -> values -> jsons   limits   topology -> limits, errors
                  configuration -> topology, limits, errors
 
 Entries on top: node.py serves one process, client.py asks, scripts/ start and stop.
@@ -58,6 +60,10 @@ def __getattr__(name: str) -> object:
         from overlay import aio
 
         return getattr(aio, name)
+    if name == "Context":
+        from overlay import handlers
+
+        return handlers.Context
     if name == "BadRequest":
         from overlay import errors
 

@@ -20,18 +20,27 @@ import contextlib
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
 
-from overlay.arguments import as_bytes, as_patience, as_timeout, chunk_of, kind_of
+from overlay.arguments import (
+    as_bodies,
+    as_body,
+    as_bytes,
+    as_patience,
+    as_timeout,
+    check_mode_of_args,
+    chunk_of,
+    kind_of,
+)
 from overlay.calls import Calls
 from overlay.channels import split
 from overlay.connection import PATIENCE_S, Connection, ended_early
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
-from overlay.outcomes import Answer, CallFailed
+from overlay.outcomes import Answer, CallFailed, value_of
 from overlay.parts import Parts
 from overlay.telling import Telling
 from overlay.values import Failure, Part
@@ -39,6 +48,8 @@ from overlay.wire import pb2
 
 LOOK_S = 0.25  # how often a map looks whether the process is there
 Payloads = Iterable[bytes | str] | AsyncIterable[bytes | str]
+Args = Mapping[str, Any]
+ManyArgs = Iterable[Args] | AsyncIterable[Args]
 Take = Callable[[Sequence[int], Any, int, int], None]
 """As overlay.calls.Deliver, but called on the event loop."""
 
@@ -65,8 +76,9 @@ class AsyncClient:
 
     async def call(
         self,
-        payload: bytes | str,
+        payload: bytes | str | None = None,
         *,
+        args: Args | None = None,
         mode: str = "all",
         team: str = "",
         handler: str = "",
@@ -75,31 +87,38 @@ class AsyncClient:
         priority: int = 0,
     ) -> Answer:
         """As Client.call. Cancelling the task that waits ends the work."""
-        kind = kind_of(mode, team, handler, want_parts, priority)
-        reply = self._post.ask(kind, as_bytes(payload), as_timeout(timeout), self._connection.read)
+        want_parts = want_parts or (args is not None and mode == "all")
+        kind, body = kind_of(mode, team, handler, want_parts, priority), as_body(payload, args)
+        reply = self._post.ask(kind, body, as_timeout(timeout), self._connection.read)
         answer: Answer = await reply
         return answer
 
     def submit(
         self,
         handler: str | None,
-        payload: bytes | str,
+        payload: bytes | str | None = None,
         *,
+        args: Args | None = None,
         mode: str = "any",
         team: str = "",
         timeout: float | None = None,
         priority: int = 0,
-    ) -> asyncio.Future[bytes]:
-        """A Future of the result, whose cancel() ends the work; from a task or a callback."""
+    ) -> asyncio.Future[Any]:
+        """A Future of the result, as Client.submit gives one, whose cancel() ends the work.
+
+        From a task or a callback.
+        """
+        check_mode_of_args(args, mode)
         kind = kind_of(mode, team, handler or "", False, priority)
-        read = self._connection.read_result
-        return self._post.ask(kind, as_bytes(payload), as_timeout(timeout), read)
+        read = self._connection.read_result if args is None else self._read_value
+        return self._post.ask(kind, as_body(payload, args), as_timeout(timeout), read)
 
     async def map(
         self,
         handler: str | None,
-        payloads: Payloads,
+        payloads: Payloads | None = None,
         *,
+        args: ManyArgs | None = None,
         mode: str = "any",
         team: str = "",
         timeout: float | None = None,
@@ -107,10 +126,10 @@ class AsyncClient:
         chunksize: int = 0,
         priority: int = 0,
         patience_s: float | None = None,
-    ) -> AsyncIterator[bytes]:
-        """As Client.map; the payloads may come from an async iterable too."""
+    ) -> AsyncIterator[Any]:
+        """As Client.map; the payloads, or args, may come from an async iterable too."""
         options = (mode, team, timeout, window, chunksize, priority, patience_s)
-        pairs = self._map(handler, payloads, *options, ordered=True)
+        pairs = self._map(handler, payloads, args, *options, ordered=True)
         async with contextlib.aclosing(pairs):  # type: ignore[type-var]  # a generator
             async for _, result in pairs:
                 if isinstance(result, CallFailed):
@@ -120,8 +139,9 @@ class AsyncClient:
     def map_as_completed(
         self,
         handler: str | None,
-        payloads: Payloads,
+        payloads: Payloads | None = None,
         *,
+        args: ManyArgs | None = None,
         mode: str = "any",
         team: str = "",
         timeout: float | None = None,
@@ -130,15 +150,16 @@ class AsyncClient:
         ordered: bool = False,
         priority: int = 0,
         patience_s: float | None = None,
-    ) -> AsyncIterator[tuple[int, bytes | CallFailed]]:
+    ) -> AsyncIterator[tuple[int, Any]]:
         """As Client.map_as_completed."""
         options = (mode, team, timeout, window, chunksize, priority, patience_s)
-        return self._map(handler, payloads, *options, ordered=ordered)
+        return self._map(handler, payloads, args, *options, ordered=ordered)
 
     def parts(
         self,
-        payload: bytes | str,
+        payload: bytes | str | None = None,
         *,
+        args: Args | None = None,
         team: str = "",
         handler: str = "",
         timeout: float | None = None,
@@ -146,14 +167,20 @@ class AsyncClient:
         priority: int = 0,
     ) -> AsyncIterator[Part]:
         """As Client.parts."""
-        kind, parts = kind_of("all", team, handler, False, priority, True), Parts(first)
-        return self._parts(kind, as_bytes(payload), as_timeout(timeout), parts)
+        kind = kind_of("all", team, handler, False, priority, True)
+        parts = Parts(first, in_items=args is not None)
+        return self._parts(kind, as_body(payload, args), as_timeout(timeout), parts)
 
     async def metrics(
-        self, *, timeout: float | None = None, events: int = 0, requests: int = 0
+        self,
+        *,
+        timeout: float | None = None,
+        events: int = 0,
+        requests: int = 0,
+        functions: bool = False,
     ) -> pb2.MetricsResponse:
         """What the process says of itself, as overlay.proto describes it."""
-        request = pb2.MetricsRequest(events=events, requests=requests)
+        request = pb2.MetricsRequest(events=events, requests=requests, functions=functions)
         return await asyncio.to_thread(self._connection.metrics, request, as_timeout(timeout))
 
     async def is_serving(self, *, timeout: float | None = None) -> bool:
@@ -208,7 +235,8 @@ class AsyncClient:
     def _map(
         self,
         handler: str | None,
-        payloads: Payloads,
+        payloads: Payloads | None,
+        args: ManyArgs | None,
         mode: str,
         team: str,
         timeout: float | None,
@@ -217,12 +245,28 @@ class AsyncClient:
         priority: int,
         patience_s: float | None,
         ordered: bool,
-    ) -> AsyncIterator[tuple[int, bytes | CallFailed]]:
+    ) -> AsyncIterator[tuple[int, Any]]:
+        bodies, given = as_bodies(payloads, args, mode), payloads if args is None else args
         kind = kind_of(mode, team, handler or "", False, priority)
         timeout_s, patience_s = as_timeout(timeout), as_patience(patience_s)
         chunk = chunk_of(window, chunksize)
-        mapping = _Mapping(self._post, kind, timeout_s, chunk, window, patience_s, payloads)
-        return mapping.run(payloads, ordered)
+        mapping = _Mapping(self._post, kind, timeout_s, chunk, window, patience_s, given)
+        pairs = mapping.run(bodies, ordered)
+        return pairs if args is None else _with_values(pairs)
+
+    def _read_value(self, came: Any, at: int, request_id: int, timeout_s: float) -> Any:
+        value = value_of(self._connection.read_result(came, at, request_id, timeout_s))
+        if isinstance(value, CallFailed):
+            raise value
+        return value
+
+
+async def _with_values(
+    pairs: AsyncIterator[tuple[int, bytes | CallFailed]],
+) -> AsyncIterator[tuple[int, Any]]:
+    async with contextlib.aclosing(pairs):  # type: ignore[type-var]  # a generator
+        async for index, result in pairs:
+            yield index, value_of(result)
 
 
 class _Reply(asyncio.Future[Any]):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from overlay import client as library
-from overlay import story
+from overlay import jsons, story
 from overlay.console import (
     Exit,
     Parser,
@@ -45,12 +45,19 @@ def arguments(parser: Parser) -> None:
     add = parser.add_argument
     modes = "all: every worker answers (default); any: one does, the least loaded"
     route_arguments(parser, "all", modes)
-    add(
+    sent = parser.add_mutually_exclusive_group()
+    sent.add_argument(
         "--payload",
         type=payload,
         default=b"hello",
         metavar="TEXT|@FILE|-",
         help="what to send: a text, a file's bytes, or standard input (default: hello)",
+    )
+    sent.add_argument(
+        "--args",
+        type=function_arguments,
+        metavar="JSON|@FILE|-",
+        help="the arguments of a typed function, as a JSON object; the verb handlers shows which",
     )
     add(
         "--deadline",
@@ -100,6 +107,17 @@ def payload(text: str) -> bytes:
         raise argparse.ArgumentTypeError(f"cannot read '{text[1:]}': {reason}") from None
 
 
+def function_arguments(text: str) -> dict[str, Any]:
+    """As `payload`, of a JSON object."""
+    try:
+        found = jsons.read(payload(text))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"not JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError('not a JSON object, such as {"path": "a.jpg"}')
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     if args.as_completed or args.first:
         return ask_for_parts(args)
@@ -109,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         client = connected(args)
         answer = client.forward(
-            args.payload,
+            *_payload_of(args),
+            args=args.args,
             mode=args.mode,
             team=args.team,
             handler=args.handler,
@@ -130,10 +149,15 @@ def run(args: argparse.Namespace) -> int:
     if args.out and not _kept(args.out, answer.result):
         return Exit.FAILED
     if args.json:
-        report.json(answer_as_json(answer, address, took_ms, code, args.parts))
+        said = answer_as_json(answer, address, took_ms, code, args.parts)
+        report.json(said if args.args is None else said | _values_as_json(answer, args.mode))
     else:
         show_answer(report, answer, took_ms, args)
     return code
+
+
+def _payload_of(args: argparse.Namespace) -> tuple[bytes, ...]:
+    return (args.payload,) if args.args is None else ()
 
 
 def ask_for_parts(args: argparse.Namespace) -> int:
@@ -146,7 +170,8 @@ def ask_for_parts(args: argparse.Namespace) -> int:
     found: list[Part] = []
     try:
         for part in connected(args).parts(
-            args.payload,
+            *_payload_of(args),
+            args=args.args,
             team=args.team,
             handler=args.handler,
             timeout=args.deadline,
@@ -171,7 +196,10 @@ def ask_for_parts(args: argparse.Namespace) -> int:
     missing = [part for part in found if not part.ok]
     if not args.json:
         enough = " (the first; the others' work was ended)" if args.first and not missing else ""
-        answered = f"{len(found) - len(missing)} of {counted(len(found), 'worker')} answered"
+        workers = {part.process_id for part in found}  # who yields has a part for each item
+        failed_ones = {part.process_id for part in missing}
+        good = len(workers - failed_ones)
+        answered = f"{good} of {counted(len(workers), 'worker')} answered"
         report.facts(
             ("answers", f"{len(found)}{enough}" if enough else answered),
             ("missing", "\n".join(f"{p.process_id}: {_reason(p)}" for p in missing)),
@@ -258,6 +286,13 @@ def answer_as_json(
         "took_ms": round(took_ms, 3),
         **({"trace": [_hop_as_json(*line) for line in lines]} if lines else {}),
     }
+
+
+def _values_as_json(answer: library.Answer, mode: str) -> dict[str, Any]:
+    """What a typed function returned; nothing of one that gives other bytes."""
+    with suppress(ValueError):
+        return {"value": answer.value} if mode == "any" else {"values": answer.values}
+    return {}
 
 
 def _hop_as_json(_name: str, hop: Hop, away_us: int | None) -> dict[str, Any]:

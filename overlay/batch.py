@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from overlay.errors import AlreadyExecuted, BadRequest, HandlerFailed, OverlayError
-from overlay.handlers import Context
+from overlay.handlers import Context, NobodyWaits
 from overlay.ids import Begun
+from overlay.jsons import NotJson
 from overlay.meter import Spread, Times
-from overlay.pieces import PIECE_BYTES, NotBytes, Outlet, Send, cut
+from overlay.pieces import ITEM_END, PIECE_BYTES, Items, Leaving, NotBytes, Outlet, Send, cut
 from overlay.rows import OpenRows, consecutive
 from overlay.topology import HandlerSpec, Process
 from overlay.values import (
@@ -290,11 +291,13 @@ def outcome_of(result: object, most_bytes: int, send: Send | None = None) -> tup
             return ("large", (size, most_bytes)) if size > most_bytes else ("ok", bytes(result))
         return _sent((result,), send)
     if not isinstance(result, Iterator):
-        return "type", type(result).__name__
+        return "type", f"{type(result).__name__}, not bytes"
     try:
-        return _sent(result, send) if send else _gathered(result, most_bytes)
+        if send is None:
+            return _gathered(result, most_bytes)
+        return _sent_singly(result, send) if isinstance(result, Items) else _sent(result, send)
     except NotBytes as e:
-        return "type", f"an iterator of {e}"
+        return "type", f"an iterator of {e}, not bytes"
     finally:
         if hasattr(result, "close"):  # a generator may have files open
             result.close()
@@ -309,6 +312,19 @@ def _sent(items: Iterable[Any], send: Send) -> tuple[str, Any]:
     return "left", None
 
 
+def _sent_singly(items: Items, send: Send) -> tuple[str, Any]:
+    leaving = Leaving(send)
+    try:
+        for item in items:
+            if not item.endswith(ITEM_END):
+                return "ok", leaving.rest() + item
+            if not leaving.add(item):
+                break
+        return "left", None
+    finally:
+        leaving.rest()
+
+
 def _gathered(items: Iterable[Any], most_bytes: int) -> tuple[str, Any]:
     for whole, more in cut(items, most_bytes):
         if not more:
@@ -321,6 +337,10 @@ def outcome_of_error(error: BaseException) -> tuple[str, Any]:
     try:
         if isinstance(error, BadRequest):
             return "bad request", str(error)[:LONGEST_TEXT]
+        if isinstance(error, NotJson):
+            return "type", str(error)[:LONGEST_TEXT]
+        if isinstance(error, NobodyWaits):
+            return "left", None
         text = "".join(traceback.format_exception(error))
     except Exception:  # noqa: BLE001 - an error that cannot even tell its text
         text = f"{type(error).__name__}, which cannot be written as text"
@@ -336,7 +356,7 @@ def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes
     if kind == "bad request":  # the handler's own sentence, meant for the caller
         return Failure(BadRequest.code, value, Executed.YES)
     if kind == "type":
-        reason = f"handler '{name}' returned {value}, not bytes"
+        reason = f"handler '{name}' returned {value}"
         return Failure(HandlerFailed.code, reason, Executed.YES)
     if kind == "large":
         size, most = value

@@ -2,10 +2,10 @@
 
     parent -> (payload, facts, seconds left, options, whether a large result may come in pieces);
               None when there is no more to do
-    child  -> ("ready", modules that it has kept) or ("cannot", problem) once; then for each request
-              ("begun", None), some ("line", (level, text)) and ("piece", bytes), and one outcome as
-              overlay.batch makes it. The pipe holds little, so that the handler waits until its
-              pieces are taken
+    child  -> ("ready", (modules that it has kept, what its function is like)) or ("cannot",
+              problem) once; then for each request ("begun", None), some ("line", (level, text)) and
+              ("piece", bytes), and one outcome as overlay.batch makes it. The pipe holds little, so
+              that the handler waits until its pieces are taken
 
 Whatever a handler does to its process, the next request finds it as it was, or finds another one.
 What it prints or logs is for the parent's log, the first lines of each request; the rest is left
@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from overlay import handlers, started
+from overlay import handlers, started, typed
 from overlay.batch import outcome_of, outcome_of_error
 from overlay.errors import ConfigError
 from overlay.handlers import RECURSION, Context
@@ -53,17 +53,18 @@ def serve(
     _log_to(parent)
     sources = handlers.add_folder(Path(folder), kept)
     try:
-        call = handlers.find(spec, spec.call)
+        loaded = typed.load(spec)
     except ConfigError as e:
         parent.end_with(("cannot", str(e)))
         return
     sources.keep_imported()
     home, me = os.getcwd(), os.getpid()
-    parent.end_with(("ready", {name: sources.kept[name] for name in sources.kept.keys() - kept}))
+    found = {name: sources.kept[name] for name in sources.kept.keys() - kept}
+    parent.end_with(("ready", (found, tuple(loaded.function))))
     while (request := _next(pipe)) is not None:
         _as_it_was(parent, home)
         parent.begin()
-        outcome = _work(call, request, most_bytes, parent.piece)
+        outcome = _work(loaded.call, request, most_bytes, parent.piece)
         if os.getpid() != me:
             os._exit(0)  # a fork that the handler made and did not end; the answer is not its own
         parent.end_with(outcome)

@@ -19,7 +19,7 @@ import concurrent.futures
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from types import TracebackType
@@ -28,15 +28,17 @@ from typing import Any
 from overlay import wire
 from overlay.arguments import (
     DEFAULT_TIMEOUT_S,
-    as_bytes,
+    as_bodies,
+    as_body,
     as_patience,
     as_timeout,
+    check_mode_of_args,
     chunk_of,
     kind_of,
 )
 from overlay.channels import split
 from overlay.connection import PATIENCE_S, Connection
-from overlay.mapping import NOTHING_YET, MapRun, raising
+from overlay.mapping import NOTHING_YET, MapRun, raising, with_values
 from overlay.orders import Kind, Order
 from overlay.outcomes import (
     Answer,
@@ -52,6 +54,7 @@ from overlay.outcomes import (
     Refused,
     Unavailable,
     result_of,
+    value_of,
 )
 from overlay.parts import Parts
 from overlay.values import Failure, Hop, Part
@@ -74,6 +77,9 @@ __all__ = [
     "Unavailable",
     "connect",
 ]
+
+Args = Mapping[str, Any]
+"""The arguments of a typed function, by name; whatever pydantic can write as JSON."""
 
 
 def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
@@ -114,8 +120,9 @@ class Client(concurrent.futures.Executor):
 
     def call(
         self,
-        payload: bytes | str,
+        payload: bytes | str | None = None,
         *,
+        args: Args | None = None,
         mode: str = "all",
         team: str = "",
         handler: str = "",
@@ -126,8 +133,10 @@ class Client(concurrent.futures.Executor):
     ) -> Answer:
         """Asks every worker in scope (mode "all") or the least loaded one ("any").
 
-        payload: text is sent as UTF-8. team, handler: names of the configuration; empty for every
-        team and each worker's default. timeout: seconds, the wait for the connection included.
+        payload: text is sent as UTF-8. args: instead of it, the arguments of a typed function by
+        name; the answer's `value` or `values` are what it returned. team, handler: names of the
+        configuration; empty for every team and each worker's default. timeout: seconds, the wait
+        for the connection included.
         idempotency_key: asked again with it, also after a failure, the same request runs no second
         time within ten minutes and has the same answer. priority: 0 to 9, among this client's own
         requests; each step is worth two seconds of waiting. Raises CallFailed, whose subclasses
@@ -136,6 +145,7 @@ class Client(concurrent.futures.Executor):
         if idempotency_key:
             return self.forward(
                 payload,
+                args=args,
                 mode=mode,
                 team=team,
                 handler=handler,
@@ -144,9 +154,10 @@ class Client(concurrent.futures.Executor):
                 idempotency_key=idempotency_key,
                 priority=priority,
             )
-        body, timeout_s = as_bytes(payload), as_timeout(timeout)
+        body, timeout_s = as_body(payload, args), as_timeout(timeout)
         deadline = time.monotonic() + timeout_s
         waiter = _Waiter()
+        want_parts = want_parts or (args is not None and mode == "all")
         kind = kind_of(mode, team, handler, want_parts, priority)
         order = Order(kind, (body,), deadline, waiter.deliver, wakes_a_thread=True)
         self._connection.send(order, timeout_s)
@@ -159,8 +170,9 @@ class Client(concurrent.futures.Executor):
 
     def forward(
         self,
-        payload: bytes | str,
+        payload: bytes | str | None = None,
         *,
+        args: Args | None = None,
         mode: str = "all",
         team: str = "",
         handler: str = "",
@@ -179,9 +191,10 @@ class Client(concurrent.futures.Executor):
         leave a line in each process's log. request_id: to know it before there is an answer; it
         must be nobody else's.
         """
+        want_parts = want_parts or (args is not None and mode == "all")
         route = kind_of(mode, team, handler, want_parts, priority).route
         request = wire.pb2.Request(
-            payload=as_bytes(payload),
+            payload=as_body(payload, args),
             mode=route.mode.name,
             team=team,
             handler=handler,
@@ -199,21 +212,25 @@ class Client(concurrent.futures.Executor):
     def submit(  # type: ignore[override]
         self,
         handler: str | None,
-        payload: bytes | str,
+        payload: bytes | str | None = None,
         *,
+        args: Args | None = None,
         mode: str = "any",
         team: str = "",
         timeout: float | None = None,
         priority: int = 0,
-    ) -> Future[bytes]:
+    ) -> Future[Any]:
         """A Future of the result, of one worker (mode "any") or of all.
 
-        Its exception is a CallFailed; its cancel() ends the work. Raises NotReached when nobody
-        serves at the address.
+        The result is bytes; with `args` the JSON value that a typed function returned. Its
+        exception is a CallFailed; its cancel() ends the work. Raises NotReached when nobody serves
+        at the address.
         """
-        body, timeout_s = as_bytes(payload), as_timeout(timeout)
+        check_mode_of_args(args, mode)
+        body, timeout_s = as_body(payload, args), as_timeout(timeout)
         kind = kind_of(mode, team, handler or "", False, priority)
-        reply = _Reply(self._connection, timeout_s)
+        made = _Reply if args is None else _ValueReply
+        reply = made(self._connection, timeout_s)
         deadline = time.monotonic() + timeout_s
         reply.order = Order(kind, (body,), deadline, reply.deliver)
         self._connection.send(reply.order, timeout_s)
@@ -222,8 +239,9 @@ class Client(concurrent.futures.Executor):
     def map(  # type: ignore[override]
         self,
         handler: str | None,
-        payloads: Iterable[bytes | str],
+        payloads: Iterable[bytes | str] | None = None,
         *,
+        args: Iterable[Args] | None = None,
         mode: str = "any",
         team: str = "",
         timeout: float | None = None,
@@ -231,12 +249,14 @@ class Client(concurrent.futures.Executor):
         chunksize: int = 0,
         priority: int = 0,
         patience_s: float | None = None,
-    ) -> Iterator[bytes]:
+    ) -> Iterator[Any]:
         """The results of many payloads, in their order; at most `window` are in flight at once.
 
-        timeout: seconds for each. The payloads are taken as the results are, never all at once.
-        The first failure is raised in its place and cancels the rest, as leaving the loop does.
-        chunksize: payloads per message; 0 lets the library choose.
+        args: instead of payloads, the arguments of a typed function for each call; the results are
+        the JSON values that it returned, else bytes. timeout: seconds for each. The payloads are
+        taken as the results are, never all at once. The first failure is raised in its place and
+        cancels the rest, as leaving the loop does. chunksize: payloads per message; 0 lets the
+        library choose.
 
         When the process asked is lost on the way, what was under way fails, and the rest goes on
         when it is back. patience_s: how long it is waited for, 30 s (or the client's own patience,
@@ -244,13 +264,14 @@ class Client(concurrent.futures.Executor):
         answered, after what was sent has been given.
         """
         options = (mode, team, timeout, window, chunksize, priority, patience_s)
-        return raising(self._map(handler, payloads, *options, ordered=True))
+        return raising(self._map(handler, payloads, args, *options, ordered=True))
 
     def map_as_completed(
         self,
         handler: str | None,
-        payloads: Iterable[bytes | str],
+        payloads: Iterable[bytes | str] | None = None,
         *,
+        args: Iterable[Args] | None = None,
         mode: str = "any",
         team: str = "",
         timeout: float | None = None,
@@ -259,19 +280,20 @@ class Client(concurrent.futures.Executor):
         ordered: bool = False,
         priority: int = 0,
         patience_s: float | None = None,
-    ) -> Iterator[tuple[int, bytes | CallFailed]]:
+    ) -> Iterator[tuple[int, Any]]:
         """As `map`, but (index, result) as they come, and a failure is given, not raised.
 
         Only that nobody serves at the address, or not again within the patience, is raised: each
         payload that was taken has its result then.
         """
         options = (mode, team, timeout, window, chunksize, priority, patience_s)
-        return self._map(handler, payloads, *options, ordered=ordered)
+        return self._map(handler, payloads, args, *options, ordered=ordered)
 
     def parts(
         self,
-        payload: bytes | str,
+        payload: bytes | str | None = None,
         *,
+        args: Args | None = None,
         team: str = "",
         handler: str = "",
         timeout: float | None = None,
@@ -282,19 +304,28 @@ class Client(concurrent.futures.Executor):
 
         Nothing is merged, and all parts together may be larger than a message. Those without a
         result (`not part.ok`) come last; raises CallFailed when no worker has answered. After
-        `first` good parts, or when the loop is left, the others' work is ended.
+        `first` good parts, or when the loop is left, the others' work is ended. args: as in `call`;
+        each part's `value` is what the function returned there, and each item that it yields is a
+        part of its own, given when it is there.
         """
-        kind, parts = kind_of("all", team, handler, False, priority, True), Parts(first)
-        return self._parts(kind, as_bytes(payload), as_timeout(timeout), parts)
+        kind = kind_of("all", team, handler, False, priority, True)
+        parts = Parts(first, in_items=args is not None)
+        return self._parts(kind, as_body(payload, args), as_timeout(timeout), parts)
 
     def metrics(
-        self, *, timeout: float | None = None, events: int = 0, requests: int = 0
+        self,
+        *,
+        timeout: float | None = None,
+        events: int = 0,
+        requests: int = 0,
+        functions: bool = False,
     ) -> wire.pb2.MetricsResponse:
         """What the process says of itself, as overlay.proto describes it.
 
-        events, requests: how many of the last ones are wanted.
+        events, requests: how many of the last ones are wanted. functions: whether what the
+        handlers' functions are like is.
         """
-        request = wire.pb2.MetricsRequest(events=events, requests=requests)
+        request = wire.pb2.MetricsRequest(events=events, requests=requests, functions=functions)
         return self._connection.metrics(request, as_timeout(timeout))
 
     def logs(
@@ -373,7 +404,8 @@ class Client(concurrent.futures.Executor):
     def _map(
         self,
         handler: str | None,
-        payloads: Iterable[bytes | str],
+        payloads: Iterable[bytes | str] | None,
+        args: Iterable[Args] | None,
         mode: str,
         team: str,
         timeout: float | None,
@@ -382,15 +414,17 @@ class Client(concurrent.futures.Executor):
         priority: int,
         patience_s: float | None,
         ordered: bool,
-    ) -> Iterator[tuple[int, bytes | CallFailed]]:
+    ) -> Iterator[tuple[int, Any]]:
+        bodies, given = as_bodies(payloads, args, mode), payloads if args is None else args
         kind = kind_of(mode, team, handler or "", False, priority)
         timeout_s, chunk, patience_s = (
             as_timeout(timeout),
             chunk_of(window, chunksize),
             as_patience(patience_s),
         )
-        mapping = MapRun(self._connection, kind, timeout_s, chunk, window, patience_s, payloads)
-        return mapping.run(iter(payloads), ordered)
+        mapping = MapRun(self._connection, kind, timeout_s, chunk, window, patience_s, given)
+        pairs = mapping.run(iter(bodies), ordered)
+        return pairs if args is None else with_values(pairs)
 
 
 class _Waiter:
@@ -439,3 +473,18 @@ class _Reply(Future):  # type: ignore[type-arg]
         if cancelled and order is not None:
             self._connection.cancel(order)
         return cancelled
+
+
+class _ValueReply(_Reply):
+    """As _Reply, of a JSON value. It is read by who asks for it: a large one takes a while."""
+
+    _value: Any = None
+    _is_read = False
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self._is_read:
+            value = value_of(super().result(timeout))
+            if isinstance(value, CallFailed):
+                raise value
+            self._value, self._is_read = value, True
+        return self._value

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from overlay import admission, handlers
 from overlay.batch import Batch, Desk, HandlerCounts
+from overlay.functions import Function
 from overlay.ids import SeenIds
 from overlay.processes import ProcessRunner
 from overlay.sources import Sources
@@ -30,6 +31,9 @@ class Runner(Protocol):
 
     @property
     def pids(self) -> Sequence[int]: ...
+
+    @property
+    def function(self) -> Function: ...
 
     def submit(self, batch: Batch) -> None: ...
 
@@ -78,6 +82,9 @@ class Executor:
     @property
     def slots(self) -> dict[str, int]:
         return {name: desk.slots for name, (desk, _) in self._desks.items()}
+
+    def functions(self) -> list[Function]:
+        return [runner.function for _, runner in self._desks.values()]
 
     def counts(self) -> list[HandlerCounts]:
         return [desk.counts(runner.active) for desk, runner in self._desks.values()]

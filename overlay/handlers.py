@@ -3,7 +3,8 @@
     def handler(payload: bytes, context: Context) -> bytes
 
 One that gives an iterator of bytes, as a function that yields does, has all of them as its result,
-and need not hold them at once where parts are taken as they come (overlay.pieces).
+and need not hold them at once where parts are taken as they come (overlay.pieces). What else a
+function may be like, overlay.typed makes one of these.
 
 Never a name from the wire: a request names a handler of the configuration, nothing else.
 """
@@ -63,6 +64,10 @@ class Context:
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
         """To the worker's log, in lines that carry the request's id."""
         return logging.LoggerAdapter(_log, {"request_id": self.request_id})
+
+
+class NobodyWaits(Exception):
+    """A function was ended, or left alone, because nobody waits for its answer any more."""
 
 
 _log = logging.getLogger("overlay.handler")

@@ -25,6 +25,7 @@ MOST_PARTS = _LIMITS.max_targets
 MOST_HOPS = _LIMITS.max_targets + _LIMITS.max_hops  # of an answer: all workers, and those between
 MOST_ENTRIES = _LIMITS.max_targets  # of any list that a process tells of itself
 MOST_SLOTS = _LIMITS.max_told_slots
+MOST_CHARACTERS = _LIMITS.functions_characters
 MOST_RETRY_S = _LIMITS.max_deadline_s  # no request waits for longer
 MESSAGE_BYTES = range(_LIMITS.least_message_bytes, _LIMITS.most_message_bytes + 1)
 
@@ -106,6 +107,7 @@ def check_metrics(made: Any) -> None:
     _check_names("process_id", (made.process_id,))
     for process in made.topology:
         _check_process(process, ids)
+    _check_functions(made.functions)
     for histogram in (made.service, made.waiting):
         if histogram.bounds_s and len(histogram.counts) != len(histogram.bounds_s) + 1:
             raise Misspoken("a histogram with a count too many or too few")
@@ -121,13 +123,13 @@ def check_logs(made: Any, process_id: str, lines: int) -> None:
 
 
 def tidy(message: Any) -> None:
-    """Any message for people: its texts cut and escaped in place. Raises Misspoken for what no
-    process can mean: a number below 0 or not a number, an enum's unknown value, a list or a name
-    without end."""
+    """Any message for people: its texts cut and escaped in place, a docstring line by line. Raises
+    Misspoken for what no process can mean: a number below 0 or not a number, an enum's unknown
+    value, a list or a name without end."""
     for field, value in message.ListFields():
         if isinstance(value, str):
             if len(value) > LONGEST_TEXT or not value.isprintable():
-                setattr(message, field.name, escaped(value, LONGEST_TEXT))
+                setattr(message, field.name, _escaped(field.name, value))
         elif isinstance(value, (bool, bytes)):
             continue
         elif isinstance(value, (int, float)):
@@ -148,6 +150,19 @@ def most_bytes(said: object) -> int | None:
     if not (isinstance(said, str) and said.isascii() and said.isdigit() and len(said) < 12):
         return None
     return int(said) if int(said) in MESSAGE_BYTES else None
+
+
+def _escaped(field: str, text: str) -> str:
+    if field != "doc":
+        return escaped(text, LONGEST_TEXT)
+    return "\n".join(escaped(line) for line in text[:LONGEST_TEXT].split("\n"))[:LONGEST_TEXT]
+
+
+def _check_functions(functions: Sequence[Any]) -> None:
+    size = sum(len(f.signature) + len(f.doc) + len(f.arguments) + len(f.result) for f in functions)
+    if size > MOST_CHARACTERS:
+        raise Misspoken(f"functions: {size:,} characters of them")
+    _check_names("functions", [function.name for function in functions])
 
 
 def _check_workers(workers: list[str], targets: frozenset[str] | None) -> None:

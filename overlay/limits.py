@@ -75,6 +75,11 @@ class Limits:
     most_message_bytes: int = 1024 * MIB
     max_text: int = 16_384  # characters of a text that another tells: a log's line, escaped
     max_told_slots: int = 1_000_000  # of one handler on one worker, as another tells
+    function_schema: int = (
+        16_000  # characters of a function's JSON Schema; a longer one is not told
+    )
+    functions_characters: int = MIB // 4  # of all that a process tells of functions, which fits
+    # into the least message in any alphabet; of more than that, only names
     wrong_s: float = 1.0  # one that speaks wrongly is asked again after so long, then after twice
     most_wrong_s: float = 30.0  # as much, and so on up to this
     frame_cancels: int = 2_000  # and grants, in one frame: 180 KB, where all names are longest

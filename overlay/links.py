@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,6 +27,7 @@ from overlay.allowance import Allowance
 from overlay.books import Book
 from overlay.channels import Channel
 from overlay.errors import Misspoken, NotTold
+from overlay.functions import Function
 from overlay.health import Case, Change, Heard, State, Verdict, Ward, heard
 from overlay.limits import Limits
 from overlay.routing import QUICK_S
@@ -66,6 +67,7 @@ class LinkState:
     health_reason: str = ""
     ejections: int = 0
     rtt_s: float = 0.0  # there and back; 0 when not known
+    functions: Sequence[Function] = ()  # of the workers that it leads to
 
     @property
     def total_slots(self) -> int:
@@ -314,6 +316,9 @@ class _Link:
         self._closed = False
         # Whose slots it may tell: those it leads to. The file here decides, as for every plan.
         self._workers = frozenset((neighbour.id, *neighbour.neighbors))
+        self.functions: tuple[Function, ...] = ()
+        self._functions_digest = 0  # of those that are known
+        self._wants_functions = False
         self._pid = 0
         self._problem = ""  # with the name of its machine
         self._wrong_looks = 0  # one after another
@@ -327,7 +332,7 @@ class _Link:
             return
         # While down, the call waits for the connection, so that it succeeds the moment it is there.
         self._probe = self._stub.GetMetrics.future(
-            pb2.MetricsRequest(),
+            pb2.MetricsRequest(functions=self._wants_functions),
             timeout=self._limits.probe_timeout_s,
             wait_for_ready=self.state == "down",
         )
@@ -454,6 +459,7 @@ class _Link:
                 health_reason=health_reason,
                 ejections=ejections,
                 rtt_s=min(self._rtts, default=0.0),
+                functions=self.functions,
             )
 
     def _spoke_wrongly(self) -> str:
@@ -504,6 +510,7 @@ class _Link:
         with self._lock:
             told = (p for p in metrics.topology if p.slots and p.id in self._workers)
             slots = {p.id: dict(p.slots) for p in told}
+            self._learn_functions_locked(metrics)
             more, self.slots = not slots.keys() <= self.slots.keys(), slots
             self._rtts.append(rtt_s)
             before, self._version = self._version, metrics.version
@@ -524,6 +531,20 @@ class _Link:
             self._set_state(state, f"it is stopping{self._for_good}")
         elif all(book.is_live for book in self._books):
             self._set_state("up", "")
+
+    def _learn_functions_locked(self, metrics: pb2.MetricsResponse) -> None:
+        """They seldom change and may be long: they are asked for when their digest is a new one."""
+        if metrics.functions_digest != self._functions_digest and self._wants_functions:
+            self._functions_digest = metrics.functions_digest
+            told = (wire.read_function(made) for made in metrics.functions)
+            self.functions = tuple(
+                function._replace(workers=tuple(w for w in function.workers if w in self._workers))
+                for function in told
+            )
+        wanted = metrics.functions_digest != self._functions_digest
+        if wanted and not self._wants_functions:
+            self._next_look = 0.0
+        self._wants_functions = wanted
 
     def _amiss(self, metrics: pb2.MetricsResponse) -> str:
         """Why what answers there cannot be asked; empty when it can."""

@@ -18,7 +18,7 @@ from overlay.arguments import as_bytes
 from overlay.connection import Connection, ended_early
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
-from overlay.outcomes import CallFailed, results_of
+from overlay.outcomes import CallFailed, results_of, value_of
 from overlay.telling import Telling
 from overlay.values import Failure
 
@@ -184,6 +184,17 @@ class MapRun:
 
 def _size_of(result: bytes | CallFailed) -> int:
     return len(result) if isinstance(result, bytes) else 0
+
+
+def with_values(
+    pairs: Iterator[tuple[int, bytes | CallFailed]],
+) -> Iterator[tuple[int, Any]]:
+    """The results as the JSON values that they are."""
+    try:
+        for index, result in pairs:
+            yield index, value_of(result)
+    finally:
+        pairs.close()  # type: ignore[attr-defined]
 
 
 def raising(pairs: Iterator[tuple[int, bytes | CallFailed]]) -> Iterator[bytes]:

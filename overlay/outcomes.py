@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from overlay import wire
+from overlay import jsons, wire
 from overlay.calls import Came
 from overlay.errors import OverlayError
 from overlay.values import Code, Executed, Failure, Hop, Part
@@ -35,6 +35,30 @@ class Answer:
     def missing(self) -> tuple[Part, ...]:
         """The workers that did not answer, each with its code and reason."""
         return tuple(part for part in self.parts if not part.ok)
+
+    @property
+    def value(self) -> Any:
+        """Of a typed function: the JSON value that any one worker gave, or that a merge made.
+
+        Raises ValueError where several workers gave one each, which `values` has.
+        """
+        try:
+            return jsons.read(self.result)
+        except ValueError as e:
+            if self.coverage[0] > 1:
+                raise ValueError(
+                    f"{self.coverage[0]} workers gave a value each, which `values` has; "
+                    'mode="any" asks one of them'
+                ) from None
+            raise ValueError(f"the result is not JSON ({e}); `result` has its bytes") from None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Of a typed function: each worker's own JSON value, by its id; without the missing ones.
+
+        With `args` or want_parts. Raises ValueError.
+        """
+        return {part.process_id: part.value for part in self.parts if part.ok}
 
 
 class Incomplete(bytes):
@@ -116,6 +140,17 @@ def result_of(came: Came, at: int) -> bytes:
     incomplete = Incomplete(result)
     incomplete.missing = missing
     return incomplete
+
+
+def value_of(result: bytes | CallFailed) -> Any:
+    """The JSON value of a result; a failure as it is, or one that says that it is no JSON."""
+    if isinstance(result, CallFailed):
+        return result
+    try:
+        return jsons.read(result)
+    except ValueError as e:
+        reason = f"the result is not JSON ({e}): args are for typed functions, others get a payload"
+        return InvalidCall(reason, code=Code.INVALID_ARGUMENT, executed=Executed.YES)
 
 
 def failure_of(error: Any, address: str, timeout_s: float) -> CallFailed:

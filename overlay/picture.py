@@ -17,6 +17,8 @@ from overlay.topology import ROLES
 FORMAT = 1  # rises when a field changes its meaning or goes
 EVENTS = 200  # shown
 MIB = 2**20
+FUNCTIONS = 50  # told, with so many characters of the docstring: each picture has them
+LONGEST_DOC = 1000
 MODES = ("all", "any")  # as the wire numbers them
 SAME_CLOCK_S = 0.5
 SHORT = 60  # points of a process's own courses
@@ -64,6 +66,7 @@ class Known:
     looks: Mapping[str, Look]
     histories: Mapping[str, History]
     seen: Sequence[Mapping[str, Any]]  # events that the watch itself has seen
+    functions: Sequence[Any] = ()  # as the process asked told of them
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def picture(known: Known, now: float, wall: float, wanted: Wanted = ALL) -> dict
         "requests": list(filter(wanted.has, _requests(known.looks[known.asked], now, wall))),
         "maps": _maps(known.looks[known.asked], now),
         "events": _events(known, now, wall),
+        "functions": [_function(function) for function in known.functions[:FUNCTIONS]],
     }
 
 
@@ -320,6 +324,15 @@ def _events(known: Known, now: float, wall: float) -> list[Mapping[str, Any]]:
     ]
     in_time = sorted([*told, *known.seen], key=lambda event: event["at"])
     return latest(in_time, EVENTS, lambda event: event["is_change"])
+
+
+def _function(function: Any) -> dict[str, Any]:
+    return {
+        "name": function.name,
+        "signature": function.signature,
+        "doc": function.doc[:LONGEST_DOC],
+        "workers": list(function.workers),
+    }
 
 
 def _ahead_s(look: Look, now: float, wall: float) -> float:

@@ -16,12 +16,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from overlay.allowance import Allowance
 from overlay.errors import BadRequest, Misspoken
 from overlay.limits import Limits
 from overlay.values import Piece
 
 PIECE_BYTES = Limits.piece_bytes
 MOST_TIMES = 8  # that a part may come before its answer
+ITEM_END = b"\t"  # between the tokens of JSON it is nothing, and never within one that we write
+ITEMS_AT_ONCE, ITEMS_PER_S = 64, 500  # that leave alone; a piece costs every hop some 50 us
+ITEM_S = 0.02  # one that does not leaves so much later
 
 Send = Callable[[bytes], bool]
 """Takes the next piece; False when nobody waits for the rest."""
@@ -45,6 +49,71 @@ def cut(items: Iterable[Any], size: int) -> Iterator[tuple[bytes, bool]]:
             yield bytes(piece), True
         held += whole[start:]
     yield bytes(held), False
+
+
+class Items:
+    """An iterator of byte strings that each end an item, with ITEM_END, but for the last one.
+
+    Where pieces are taken each leaves as it comes; else it is as any other iterator of bytes.
+    """
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+
+    def __iter__(self) -> Items:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        if hasattr(self._chunks, "close"):
+            self._chunks.close()
+
+
+class Leaving:
+    """Items on their way out: each at once, but those of many that come together a moment later.
+
+    `add` and `rest` are for one thread. What waits is passed on by a timer's, "items".
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._held = bytearray()
+        self._is_wanted = True
+        self._at_once = Allowance(ITEMS_AT_ONCE, ITEMS_PER_S)
+        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
+
+    def add(self, item: bytes) -> bool:
+        """False when nobody waits for the rest."""
+        with self._lock:
+            self._held += item
+            if self._at_once.take(time.monotonic()) or len(self._held) >= PIECE_BYTES:
+                self._pass_on_locked()
+            elif self._timer is None:
+                self._timer = threading.Timer(ITEM_S, self._pass_on)
+                self._timer.name, self._timer.daemon = "items", True
+                self._timer.start()
+            return self._is_wanted
+
+    def rest(self) -> bytes:
+        """What has not left, and does not by itself any more. May be called twice."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            held, self._held = bytes(self._held), bytearray()
+            return held
+
+    def _pass_on(self) -> None:
+        with self._lock:
+            self._timer = None
+            self._pass_on_locked()
+
+    def _pass_on_locked(self) -> None:
+        held, self._held = bytes(self._held), bytearray()
+        for start in range(0, len(held), PIECE_BYTES):
+            self._is_wanted = self._is_wanted and self._send(held[start : start + PIECE_BYTES])
 
 
 class NotBytes(TypeError):

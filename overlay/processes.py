@@ -28,6 +28,7 @@ from overlay import started
 from overlay.batch import Batch, read_outcome
 from overlay.child import Request, serve
 from overlay.errors import ConfigError, HandlerFailed
+from overlay.functions import Function
 from overlay.limits import MIB, Limits
 from overlay.pieces import Outlet
 from overlay.sources import Sources
@@ -53,6 +54,7 @@ class ProcessRunner:
         most_bytes: int = Limits.max_message_bytes,
     ) -> None:
         """Raises ConfigError when the handler cannot be imported in a child."""
+        self.function = Function(spec.name)
         self._spec = spec
         self._slots = slots
         self._sources = sources
@@ -211,7 +213,9 @@ class ProcessRunner:
             child.kill()
         kind, said = child.receive(time.monotonic() + IMPORT_S)
         if kind == "ready":
-            self._sources.add(said)
+            found, function = said
+            self._sources.add(found)
+            self.function = Function(*function)
             return child
         problem = said
         if kind != "cannot":

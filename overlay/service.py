@@ -35,6 +35,8 @@ from overlay.errors import (
     PartsFailed,
 )
 from overlay.executor import Executor
+from overlay.functions import Function, gathered
+from overlay.functions import digest as functions_digest
 from overlay.hosts import Hosts
 from overlay.ids import ChosenIds
 from overlay.intake import Intake, Ticket
@@ -240,8 +242,13 @@ class Service:
             self.executor.close()
         self.record.close()
 
-    def metrics(self, events: int = 0, requests: int = 0) -> pb2.MetricsResponse:
-        """The truth about this process now, with its last events and requests; never waits."""
+    def metrics(
+        self, events: int = 0, requests: int = 0, functions: bool = False
+    ) -> pb2.MetricsResponse:
+        """The truth about this process now, with its last events and requests; never waits.
+
+        functions: with what the handlers' functions are like, here and below.
+        """
         counts = self.meter.counts()
         service, waiting = self.meter.service.spread, self.meter.waiting.spread
         all_waiting, all_service = self.meter.histograms()
@@ -249,6 +256,7 @@ class Service:
         streams, streamed_waiting, streamed_active = self.intake.streamed
         now = time.monotonic()
         used = resources_of(self.executor.pids if self.executor else ())
+        known_functions = self._known_functions(slots)
         return pb2.MetricsResponse(
             process_id=self.me.id,
             role=self.me.role,
@@ -295,6 +303,8 @@ class Service:
             maps=[wire.write_map(one, now) for one in self._maps.all()],
             cpu_s=used.cpu_s,
             memory_bytes=used.memory_bytes,
+            functions=map(wire.write_function, known_functions if functions else ()),
+            functions_digest=functions_digest(known_functions),
         )
 
     @property
@@ -509,6 +519,16 @@ class Service:
         for state in self.links.states():
             known.update({worker: dict(slots) for worker, slots in state.slots.items()})
         return known
+
+    def _known_functions(self, slots: dict[str, dict[str, int]]) -> tuple[Function, ...]:
+        """Of the handlers of the configuration, at the workers that are there now."""
+        if self.executor:
+            mine = (self.me.id,)
+            return gathered(f._replace(workers=mine) for f in self.executor.functions())
+        told = (f for state in self.links.states() for f in state.functions)
+        here = (f._replace(workers=tuple(w for w in f.workers if w in slots)) for f in told)
+        known = self.topology.handlers
+        return gathered(f for f in here if f.workers and f.name in known)
 
     def _neighbours(self) -> list[pb2.Neighbour]:
         now = time.monotonic()

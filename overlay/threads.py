@@ -14,7 +14,7 @@ import time
 from collections import deque
 from sys import getrecursionlimit as recursion_limit
 
-from overlay import handlers
+from overlay import typed
 from overlay.batch import Batch, outcome_of, outcome_of_error, read_outcome
 from overlay.handlers import RECURSION, Context, Handler
 from overlay.limits import Limits
@@ -39,7 +39,9 @@ class ThreadRunner:
         self._name = spec.name
         self._most_bytes = most_bytes
         self._slots = slots
-        self._call = handlers.find(spec, spec.call)
+        loaded = typed.load(spec)
+        self.function = loaded.function
+        self._call, self._close_loop = loaded.call, loaded.close
         self._batches: deque[Batch] = deque()
         self._changed = threading.Condition()
         self._threads = 0
@@ -68,6 +70,7 @@ class ThreadRunner:
             self._closed = True
             self._batches.clear()
             self._changed.notify_all()
+        self._close_loop()
 
     def _call_up_locked(self) -> None:
         """Gets a thread to look at the batches: to work, or to mind that those who do go on."""

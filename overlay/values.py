@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from overlay import jsons
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -277,6 +279,11 @@ class Part:
     @property
     def ok(self) -> bool:
         return self.code is Code.OK
+
+    @property
+    def value(self) -> Any:
+        """The result as the JSON value that it is, of a typed function. Raises ValueError."""
+        return jsons.read(self.result)
 
 
 @dataclass(frozen=True, slots=True)

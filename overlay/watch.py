@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -127,7 +127,13 @@ class Watch:
                 history.missed()
             history.point()
         known = Known(
-            self._asked.shown, self._asked.id, self._processes, looks, self._histories, self._events
+            self._asked.shown,
+            self._asked.id,
+            self._processes,
+            looks,
+            self._histories,
+            self._events,
+            self._asked.functions,
         )
         made = picture(known, time.monotonic(), time.time(), self._wanted)
         self._note_changes(made)
@@ -174,9 +180,11 @@ class _Eye:
         self.id = process_id
         self.address = address
         self.look = Look(time.monotonic())
-        self.tells_requests = False
+        self.tells_requests = False  # and of its functions
+        self.functions: Sequence[Any] = ()
         self.is_asking = False
         self._answered = answered
+        self._digest = 0
         self._channel = Channel(address, wire.CHANNEL_OPTIONS)
         self._channel.doubt()  # all names are looked up at once
         self._node = wire.pb2_grpc.OverlayNodeStub(self._channel)
@@ -191,8 +199,11 @@ class _Eye:
         if self.is_asking or not self._channel.has_looked():
             return
         self.is_asking = True
-        requests = REQUESTS if self.tells_requests else 0
-        wanted = wire.pb2.MetricsRequest(events=EVENTS, requests=requests)
+        wanted = wire.pb2.MetricsRequest(events=EVENTS)
+        if self.tells_requests:
+            wanted.requests = REQUESTS
+            metrics = self.look.metrics
+            wanted.functions = metrics is not None and self._digest != metrics.functions_digest
         asked = self._node.GetMetrics.future(wanted, timeout=ANSWER_S)
         asked.add_done_callback(self._looked)
 
@@ -210,6 +221,7 @@ class _Eye:
         else:
             try:
                 self.look = Look(time.monotonic(), wire.read_metrics(asked.result()))
+                self._learn_functions(self.look.metrics)
             except Misspoken as e:
                 wrong = f"it speaks wrongly: {e}"
                 self.look = Look(self.look.since, self.look.metrics, wrong)
@@ -218,6 +230,11 @@ class _Eye:
 
     def _named(self, reason: str) -> str:
         return reason if self.shown == self.address else f"{reason}, at {self.shown}"
+
+    def _learn_functions(self, metrics: wire.pb2.MetricsResponse) -> None:
+        """They are told when they were asked for, as they are after their digest has changed."""
+        if metrics.functions or not metrics.functions_digest:
+            self.functions, self._digest = metrics.functions, metrics.functions_digest
 
 
 def _reason(error: grpc.RpcError) -> str:

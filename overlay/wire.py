@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from overlay import density, judge
 from overlay.errors import BadRequest, ConfigError, MadeRoom, OverlayError
+from overlay.functions import Function
 from overlay.judge import Asked
 from overlay.limits import MIB, Limits
 from overlay.maps import RunningMap
@@ -391,6 +392,23 @@ def read_metrics(made: pb2.MetricsResponse) -> pb2.MetricsResponse:
     Misspoken."""
     judge.check_metrics(made)
     return made
+
+
+def write_function(function: Function) -> pb2.Function:
+    return pb2.Function(
+        name=function.name,
+        signature=function.signature,
+        doc=function.doc,
+        arguments=function.arguments,
+        result=function.result,
+        workers=function.workers,
+    )
+
+
+def read_function(made: pb2.Function) -> Function:
+    """Of metrics that were judged."""
+    texts = made.name, made.signature, made.doc, made.arguments, made.result
+    return Function(*texts, tuple(made.workers))
 
 
 def read_logs(made: pb2.LogsResponse, asked: pb2.LogsRequest) -> pb2.LogsResponse:

@@ -139,6 +139,14 @@ def test_a_request_is_shown_with_its_way(page, mine):
     assert [name for name in way.inner_text().split() if name in "ABCDEF"] == list("ABCEDF")
 
 
+def test_a_handler_is_shown_with_its_signature_and_docstring(page):
+    shown = page.locator("#handlers details").first
+
+    shown.get_by_text("echo(payload: bytes, context: Context) -> bytes").click()
+    shown.get_by_text("The default handler: gives the payload back").wait_for()
+    assert "on C, D, F" in shown.inner_text()
+
+
 def test_what_came_over_the_wire_is_text_on_the_page(page, mine):
     with suppress(Exception):
         mine.ask("A", b"", handler="<img src=x onerror=document.body.remove()>")

@@ -118,7 +118,15 @@ export function showHandlers(picture) {
     const [least, most] = [ms(Math.min(...values)), ms(Math.max(...values))];
     return least === most ? least : `${least}–${most}`;
   };
-  keep(body("handlers"), [...found.values()], (h) => h.name, () => rowOf("handlers"), (row, h) => {
+  const told = (h) => picture.functions.filter((f) => f.name === h.name).map((f) => ({ h, f }));
+  const rows = [...found.values()].flatMap((h) => [{ h }, ...told(h)]);
+  keep(body("handlers"), rows, ({ h, f }) => (f ? `${h.name} ${f.signature} ${f.doc}` : h.name), ({ f }) => {
+    if (!f) return rowOf("handlers");
+    return el("tr", { class: "function" }, el("td", { colspan: 10, class: "text" },
+      el("details", {}, el("summary", {}, el("code", {}, f.signature || f.name)),
+        el("p", { class: "doc" }, f.doc || "It has no docstring."), el("p", { class: "quiet" }))));
+  }, (row, { h, f }) => {
+    if (f) return say(row.querySelector(".quiet"), `on ${f.workers.join(", ")}`);
     fill(row, [
       h.name, h.run === "process" ? "processes" : "threads", count(h.workers), count(h.running), count(h.room),
       rate(h.rate), between(h.p50), between(h.p99), count(h.completed), [count(h.failed), h.failed > 0 && "bad"],

@@ -1,0 +1,87 @@
+"""JSON between those who call a typed function and the function: a value as text, and back.
+
+What pydantic writes as JSON can be a value: dataclasses, its models, dates, paths, enums, sets.
+Beyond that bytes, as base64; and numpy's scalars and arrays, without numpy being needed here.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from typing import Any
+
+# pydantic is imported where it is used: a process that runs a function of bytes needs none of it.
+
+
+class NotJson(TypeError):
+    """Its text names the type that cannot be written, and where it was."""
+
+
+def write(value: object) -> bytes:
+    """On one line. What is not a number becomes null, as JavaScript has it. Raises NotJson."""
+    from pydantic_core import PydanticSerializationError, to_json
+
+    unknown: list[str] = []
+
+    def of_unknown(found: Any) -> Any:
+        """Of a scalar or an array of numpy's kind what Python has for it."""
+        as_list = None if isinstance(found, type) else getattr(found, "tolist", None)
+        if as_list is None:
+            unknown.append(name_of(found))
+            raise TypeError
+        return as_list()
+
+    whole, inside, why = name_of(value), "", ""
+    try:
+        return to_json(_with_text(value), inf_nan_mode="null", fallback=of_unknown)
+    except RecursionError:
+        why = ": it contains itself, or is nested too deeply"
+    except PydanticSerializationError as e:
+        why = f": {' '.join(str(e).split())}"
+        if "utf-8" in why:
+            why += "; bytes of a model of pydantic's are base64 if its ser_json_bytes says so"
+    if unknown:
+        inside, why = "" if unknown == [whole] else f" with {unknown[0]} in it", ""
+    raise NotJson(f"{whole}{inside}, which is not JSON{why}")
+
+
+def read(text: bytes) -> Any:
+    """Raises ValueError."""
+    from pydantic_core import from_json
+
+    return from_json(text, allow_inf_nan=False)
+
+
+def name_of(value: object) -> str:
+    """The name of its type; with the module, but for Python's own."""
+    kind = type(value)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"
+
+
+_SIMPLE = frozenset({str, int, float, bool, type(None)})
+
+
+def _with_text(value: Any) -> Any:
+    """The value with its bytes as base64.
+
+    In the standard alphabet, which every language's decoder reads; pydantic's is that of URLs.
+    """
+    if type(value) in _SIMPLE:
+        return value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(value).decode("ascii")
+    if isinstance(value, dict):
+        if _SIMPLE.issuperset(map(type, value.values())):
+            return value
+        return {key: _with_text(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        if _SIMPLE.issuperset(map(type, value)):
+            return value
+        return [_with_text(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if hasattr(value, "__pydantic_serializer__"):  # pydantic's own: it says how it is written
+            return value
+        fields = dataclasses.fields(value)
+        return {field.name: _with_text(getattr(value, field.name)) for field in fields}
+    return value
