@@ -14,9 +14,9 @@ def be_main() -> None:
     main = sys.modules["__main__"]
     main.__file__, main.__spec__ = __file__, None
     # Or a new process, before it knows our path, would look into the current folder for modules of
-    # the standard library. Python 3.10 cannot be told.
-    flags = util._args_from_interpreter_flags  # type: ignore[attr-defined]
-    if sys.version_info >= (3, 11) and not sys.flags.safe_path:
+    # the standard library. Python 3.10 cannot be told, nor one that has no such function any more.
+    flags = getattr(util, "_args_from_interpreter_flags", None)
+    if flags and sys.version_info >= (3, 11) and "-P" not in flags():
         util._args_from_interpreter_flags = lambda: [*flags(), "-P"]  # type: ignore[attr-defined]
 
 

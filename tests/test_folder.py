@@ -41,10 +41,6 @@ def version(payload, context):
     versions = 1, helper.VERSION, later.VERSION, package.VERSION, deep.VERSION
     if payload == b"exit": os._exit(1)
     return json.dumps(versions).encode()
-
-def merge(parts):
-    import later
-    return b"%d" % later.VERSION
 """
 
 CLIENT = """
