@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,8 +31,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples" / "flights"
 sys.path.insert(0, str(FOLDER))
 
+import csvfiles  # noqa: E402
 import flights  # noqa: E402
 import prepare  # noqa: E402
+import share as shares  # noqa: E402
 
 SHIPPED = json.loads((FOLDER / "flights.json").read_text())
 LABELS = SHIPPED["handlers"]["query"]["options"]["shares"]
@@ -47,7 +50,7 @@ class Whole:
 
     def at(self, worker: str) -> Any:
         options = {"files": self.files[worker], "shares": LABELS, **self.options}
-        return SimpleNamespace(process_id=worker, options=options)
+        return SimpleNamespace(process_id=worker, options=options, remaining_s=lambda: 60.0)
 
     def shared(self, sql: str, workers: str = "CDF", form: str = "json") -> Any:
         payload = json.dumps({"sql": sql, "as": form}).encode()
@@ -136,6 +139,80 @@ def test_sums_of_doubles_agree_but_for_the_order_of_addition_and_say_so(year):
     assert total == pytest.approx(float(year.alone(sql)[1][0][0]), rel=1e-12)
     assert told["notes"] == [flights.rendering.INEXACT]
     assert year.shared("SELECT sum(distance) FROM flights")["notes"] == []
+
+
+SPREADS = ("stddev", "stddev_samp", "stddev_pop", "variance", "var_samp", "var_pop")
+
+
+@pytest.mark.parametrize(
+    ("values", "rest"),
+    [
+        (
+            ["arr_delay", "year", "distance / air_time", "CASE WHEN flight = 1 THEN 0.1 END"],
+            "FROM flights",
+        ),
+        (["arr_delay", "DISTINCT air_time"], "FROM flights WHERE day > 3 GROUP BY origin"),
+        (
+            ["epoch(time_hour)", "CASE WHEN month = 3 THEN day END"],
+            "FROM flights GROUP BY carrier, month = 2 HAVING stddev(day) > 0",
+        ),
+        (["dep_time"], "FROM flights WHERE flight = 1 GROUP BY month, day, origin"),
+    ],
+)
+def test_spreads_agree_with_those_of_the_whole(year, values, rest):
+    items = ", ".join(f"{name}({value})" for value in values for name in SPREADS)
+    filtered = "count(*), var_pop(day) FILTER (WHERE month > 6), count(DISTINCT dest)"
+    sql = f"SELECT {filtered}, {items} {rest} ORDER BY ALL"
+    told = year.shared(sql)
+    assert told["notes"] == [flights.rendering.INEXACT]
+    wanted = [[v and float(v) for v in row] for row in year.alone(sql)[1]]  # NULLs stay
+    assert len(told["rows"]) == len(wanted)
+    for row, other in zip(told["rows"], wanted, strict=True):
+        assert row == [v and pytest.approx(v, rel=1e-9, abs=1e-12) for v in other]
+
+
+NESTED = [
+    "WITH late AS (SELECT carrier, arr_delay AS d FROM flights WHERE arr_delay > 60) "
+    "SELECT carrier, count(*), max(late.d) FROM late GROUP BY carrier ORDER BY carrier",
+    "WITH late(c, d) AS (FROM (SELECT carrier, arr_delay FROM flights) WHERE arr_delay > 60), "
+    "far AS (SELECT c, d * 2 AS twice FROM late x WHERE c <> 'UA') "
+    "SELECT * FROM far ORDER BY twice DESC, c LIMIT 5",
+    "SELECT max(n), avg(n), median(n), count(*) FROM (SELECT tailnum, count(*) AS n FROM flights "
+    "GROUP BY tailnum) WHERE n > 10",
+    "WITH months AS (SELECT month, count(*) AS n, avg(dep_delay) AS late FROM flights GROUP BY 1) "
+    "SELECT month, n, n - lag(n) OVER (ORDER BY month) AS more, rank() OVER (ORDER BY late) "
+    "FROM months ORDER BY month",
+    "SELECT carrier, count(*) * 100 / (SELECT count(*) FROM flights) AS share FROM flights "
+    "GROUP BY carrier HAVING avg(arr_delay) > (SELECT avg(arr_delay) FROM flights) "
+    "ORDER BY share DESC, carrier",
+    "SELECT carrier, rank() OVER (ORDER BY count(*) DESC) AS place FROM flights GROUP BY carrier "
+    "QUALIFY place < 4 ORDER BY place",
+    "SELECT count(*) FROM (SELECT DISTINCT origin, dest FROM flights)",
+    "SELECT origin, n FROM (SELECT origin, count(*) AS n FROM flights GROUP BY ALL) AS o "
+    "WHERE n IN (SELECT max(m) FROM (SELECT count(*) AS m FROM flights GROUP BY origin))",
+    "WITH o AS (SELECT origin AS place, count(*) AS away FROM flights GROUP BY 1), "
+    "d AS (SELECT dest AS place, count(*) AS here FROM flights GROUP BY 1) "
+    "SELECT o.place, away, coalesce(here, 0) AS here FROM o LEFT JOIN d USING (place) ORDER BY ALL",
+    "SELECT 'far' AS kind, count(*) AS n FROM flights WHERE distance > 1000 UNION ALL "
+    "SELECT 'near', count(*) FROM flights WHERE distance <= 1000 ORDER BY n",
+    "SELECT carrier FROM flights WHERE month = 1 GROUP BY 1 EXCEPT "
+    "SELECT carrier FROM flights GROUP BY 1 HAVING count(*) > 20000 ORDER BY carrier",
+    "WITH a AS (SELECT month, sum(distance) AS s FROM flights GROUP BY month) "
+    "SELECT x.month, y.s FROM a x JOIN a y ON x.month = y.month + 1 WHERE EXISTS "
+    "(SELECT 1 FROM a z WHERE z.s > y.s AND z.month = x.month) ORDER BY 1",
+    "SELECT (SELECT max(day) FROM flights) - (SELECT min(day) FROM flights) AS days UNION SELECT 1",
+    "SELECT month, month FROM (SELECT month, month FROM flights GROUP BY 1) ORDER BY 1 LIMIT 3",
+]
+
+
+@pytest.mark.parametrize("sql", NESTED)
+def test_a_query_with_queries_in_it_is_answered_as_on_the_whole(year, sql):
+    same(year, sql, in_order="ORDER BY" in sql)
+
+
+def test_a_query_that_stands_twice_is_asked_once(year):
+    payload = b"WITH a AS (SELECT count(*) AS n FROM flights) SELECT x.n FROM a x, a y"
+    assert len(json.loads(flights.query(payload, year.at("C")))["rows"]) == 1
 
 
 # Every kind of value, in shares of different sizes, one of them empty. The doubles are eighths, so
@@ -269,12 +346,33 @@ def test_a_name_that_is_a_column_and_an_alias_means_what_it_means_in_duckdb(odd,
     [
         ("SELECT median(n) FROM t", "'median(n)': median needs all rows in one place"),
         ("SELECT n, row_number() OVER (ORDER BY n) FROM t", "OVER (ORDER BY n)': a window"),
-        ("SELECT n FROM t WHERE n > (SELECT avg(n) FROM t)", "avg(n) FROM t)': a subquery"),
-        ("SELECT sum(n) FROM t WHERE EXISTS (FROM t)", "a subquery"),
-        ("SELECT a.n FROM t a JOIN t b USING (id)", "joins"),
-        ("SELECT n FROM t, t b", "joins"),
-        ("WITH u AS (FROM t) SELECT n FROM u", "WITH"),
-        ("SELECT n FROM t UNION SELECT 1", "UNION"),
+        (
+            "SELECT n FROM t WHERE n > (SELECT avg(n) FROM t)",
+            "'(SELECT avg(n) FROM t)': its answer would have to be known before",
+        ),
+        ("SELECT sum(n) FROM t WHERE EXISTS (FROM t)", "would have to be known before"),
+        ("SELECT sum(n - (SELECT min(n) FROM t)) FROM t", "would have to be known before"),
+        ("SELECT n + (SELECT min(n) FROM t) FROM t", "would have to be known before"),
+        ("SELECT three IN (SELECT 1 FROM t), count(*) FROM t GROUP BY 1", "to be known before"),
+        (
+            "SELECT three, (SELECT max(n) FROM t u WHERE u.three = t.three) FROM t GROUP BY three",
+            "may not use what is outside of it",
+        ),
+        ("SELECT a.n FROM t a JOIN t b USING (id)", "joins of the table's rows"),
+        ("SELECT n FROM t, t b", "joins of the table's rows"),
+        ("SELECT u.n FROM t JOIN (SELECT max(n) AS n FROM t) u ON true", "joins of the table's"),
+        ("WITH RECURSIVE r AS (SELECT 1 AS x UNION ALL FROM r) FROM r", "WITH RECURSIVE"),
+        ("WITH r AS (SELECT n, random() AS x FROM t) SELECT n FROM r", "random does not depend"),
+        ("WITH r AS (SELECT count(*) AS n FROM t) SELECT random() FROM r", "random does not dep"),
+        ("WITH r AS (SELECT count(*) AS n FROM t) SELECT string_agg(n, '') FROM r", "string_agg"),
+        ("SELECT max(x) FROM (SELECT n, sum(n) OVER () AS x FROM t)", "a window function needs"),
+        ("WITH r AS (SELECT count(*) AS n FROM t) SELECT n FROM r, range(3)", "the one table"),
+        ("SELECT n FROM (SELECT count(*) AS n FROM t) TABLESAMPLE 10%", "samples"),
+        ("SELECT n FROM t UNION VALUES (1)", "the one table to select from is t"),
+        ("SELECT avg(n) FROM (SELECT 1 AS n)", "the one table to select from is t"),
+        ("WITH " + ", ".join(f"a{i + 1} AS (SELECT count(*) FROM a{i}, a{i})" for i in range(30))
+         + " SELECT * FROM a30", "more than 100 queries"),
+        ("SELECT " + "+".join(["n"] * 900) + " FROM t", "nested too deeply"),
         ("SELECT n FROM t QUALIFY true", "QUALIFY"),
         ("SELECT n FROM t USING SAMPLE 3", "samples"),
         ("SELECT three, sum(n) FROM t GROUP BY ROLLUP (three)", "ROLLUP"),
@@ -295,9 +393,11 @@ def test_a_name_that_is_a_column_and_an_alias_means_what_it_means_in_duckdb(odd,
         ("SELECT random() FROM t", "random does not depend on the row alone"),
         ("SELECT now() FROM t", "now does not depend on the row alone"),
         ("SELECT age(moment) FROM t", "age does not depend on the row alone"),
-        ("SELECT current_date FROM t", "'current_date': there is no such column"),
+        ("SELECT current_date FROM t", "'current_date': current_date does not depend on the row"),
         ("SELECT rowid FROM t", "\"rowid\" not found"),
-        ("SELECT t FROM t", "'t': there is no such column"),
+        ("SELECT t FROM t", "'t': a whole row cannot travel"),
+        ("SELECT nn FROM t", "\"nn\" not found"),
+        ("SELECT n AS \"@k0\" FROM t", "'@k0' is a name that is needed here"),
         ("SELECT *, -n AS n FROM t ORDER BY n", "'n': more than one column of the answer"),
         ("SELECT three, sum(n) AS n FROM t GROUP BY 1 HAVING n > 1", "'n': stands neither in"),
         ("SELECT n AS x, three AS x FROM t", "two columns of the answer are called 'x'"),
@@ -308,7 +408,7 @@ def test_a_name_that_is_a_column_and_an_alias_means_what_it_means_in_duckdb(odd,
         ("", "send a SELECT"),
         ("SELECT n FROM t; SELECT n FROM t", "2 statements"),
         ("SELECT 1", "the one table to select from is t"),
-        ("SELECT avg(moment) FROM t", "sum(TIMESTAMP)"),
+        ("SELECT avg(moment) FROM t", "avg of TIMESTAMP"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_merged_is_refused_with_its_words(odd, sql, words):
@@ -346,7 +446,8 @@ def test_a_query_reads_one_table_and_changes_nothing(odd, sql):
 
 
 def test_the_share_s_database_opens_no_other_file_even_without_the_rules(odd):
-    db = flights._opened(flights.Share.of(odd.at("C").options)).cursor()
+    share = flights.Share.of(odd.at("C").options)
+    db = shares.opened(share, lambda: 60.0).rows.cursor()
     with pytest.raises(duckdb.PermissionException):
         db.execute(f"FROM '{odd.files['D'][0]}'")
     with pytest.raises(duckdb.InvalidInputException):
@@ -412,12 +513,14 @@ def test_a_merge_that_takes_too_long_is_ended(year, monkeypatch):
 # Shares of one's own.
 
 
-def csv_shares(tmp_path: Path, **texts: str) -> Whole:
-    files = {}
-    for worker, text in texts.items():
-        (tmp_path / f"{worker}.csv").write_text(text)
-        files[worker] = [str(tmp_path / f"{worker}.cs*")]
-    return Whole(duckdb.connect(), files, {"table": "sales", "csv": {"nullstr": "-"}})
+def csv_shares(tmp_path: Path, how: dict[str, Any] | None = None, **texts: str) -> Whole:
+    """A file for each share; a name that ends in a number is one of several of that share."""
+    files: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8")
+        files[name[0]] = [str(tmp_path / f"{name[0]}*.cs*")]
+    options = {"table": "sales", "csv": how if how is not None else {"nullstr": "-"}}
+    return Whole(duckdb.connect(), files, options)
 
 
 def test_a_folder_of_csv_files_is_a_share_by_configuration_alone(tmp_path):
@@ -426,10 +529,166 @@ def test_a_folder_of_csv_files_is_a_share_by_configuration_alone(tmp_path):
     assert told["rows"] == [["A", 42], ["B", None]]
 
 
+@pytest.mark.parametrize(
+    ("texts", "columns"),
+    [
+        # As they come from a machine: columns in another order, more of them, other delimiters.
+        ({"C1": "a,b\n1,x\n", "C2": "b,a\ny,2\n", "C3": "b;a;c\nz;3;4\n"}, "a b c"),
+        ({"C1": "a,b\n1,x\n", "C2": "a,b\n1.5,y\n"}, "a b"),
+        ({"C1": "a,b\n007,x\n", "C2": "a,b\nx7,y\n"}, "a b"),
+        ({"C1": "a,b\n2024-01-31,x\n", "C2": "a,b\n2024-01-31 10:00:00,y\n"}, "a b"),
+        ({"C1": "a,b\n31.12.2023,x\n", "C2": "a,b\n12/31/2023,y\n"}, "a b"),
+        ({"C1": 'a,b\ntrue,"x, y"\n', "C2": 'a,b\nfalse,"x ""y"""\n'}, "a b"),
+        ({"C1": "a\tb\r\n1\tx\r\n", "C2": "a,b\n2,y\n"}, "a b"),
+    ],
+)
+def test_files_of_several_forms_are_read_as_by_duckdb_alone(tmp_path, texts, columns):
+    sales = csv_shares(tmp_path, {}, **texts)
+    glob = (tmp_path / "C*.csv").as_posix()
+    sales.db.execute(f"CREATE VIEW sales AS FROM read_csv('{glob}', union_by_name = true)")
+    wanted = sales.db.execute("FROM sales ORDER BY ALL")
+    assert [name for name, *_ in wanted.description] == columns.split()
+
+    part = json.loads(flights.query(b"FROM sales ORDER BY ALL", sales.at("C")))
+    assert part["table"] == {
+        name: type_ for name, type_, *_ in sales.db.execute("DESCRIBE sales").fetchall()
+    }
+    same_rows = sales.shared("FROM sales ORDER BY ALL", "C")["rows"]
+    assert same_rows == [
+        [flights.rendering._value(v, t) for v, t in zip(row, part["table"].values(), strict=True)]
+        for row in sales.alone("FROM sales ORDER BY ALL")[1]
+    ]
+
+
+def test_what_is_said_of_csv_files_holds_for_all_of_them(tmp_path):
+    how = {"dateformat": "%m/%d/%y", "delim": "|", "sample_size": -1, "filename": True}
+    numbers = "01/02/03|1\n" * 30_000
+    sales = csv_shares(tmp_path, how, C1=f"a|b\n{numbers}", C2=f"a|b\n{numbers}02/02/03|1.5\n")
+    asked = "SELECT max(a), max(b), count(DISTINCT filename), count(*) FROM sales"
+    assert sales.shared(asked, "C")["rows"] == [["2003-02-02", 1.5, 2, 60_001]]
+
+
+def test_a_file_without_rows_or_values_does_not_make_numbers_texts(tmp_path):
+    texts = {"C1": "a,b\n1,x\n", "C2": "a,b\n", "C3": "", "C4": "a,b\n,y\n,z\n"}
+    told = csv_shares(tmp_path, {}, **texts).shared("SELECT sum(a), count(*) FROM sales", "C")
+    assert told["rows"] == [[1, 3]]
+
+
+def test_files_without_a_line_of_names_are_given_them_by_configuration(tmp_path):
+    how = {"header": False, "names": ["shop", "sold"]}
+    sales = csv_shares(tmp_path, how, C1="A,2\n", C2="B,3\n", D="A,40\n")
+    told = sales.shared("SELECT shop, sum(sold) FROM sales GROUP BY ALL ORDER BY ALL", "CD")
+    assert told["rows"] == [["A", 42], ["B", 3]]
+
+    unnamed = csv_shares(tmp_path, {}, C1="A,2\n", C2="B,3\n")
+    assert unnamed.shared("SELECT sum(column1) FROM sales", "C")["rows"] == [[5]]
+
+
+def test_a_file_of_texts_alone_has_a_header_where_the_others_have_one(tmp_path):
+    sales = csv_shares(tmp_path, {}, C1="shop,sold\nA,2\n", C2="shop,town\nA,Rome\nB,Oslo\n")
+    rows = sales.shared("SELECT shop, sold, town FROM sales ORDER BY ALL", "C")["rows"]
+    assert rows == [["A", 2, None], ["A", None, "Rome"], ["B", None, "Oslo"]]
+
+    mixed = csv_shares(tmp_path, {}, C1="shop,sold\nA,2\n", C2="B,3\nC,4\n")
+    with pytest.raises(ValueError, match=r"C2.csv' has no header and others have one; say \"csv\""):
+        mixed.shared("FROM sales", "C")
+
+
+def test_how_a_file_is_written_is_looked_for_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    looked = []
+    form = csvfiles._form
+    monkeypatch.setattr(
+        csvfiles, "_form", lambda db, path, o: looked.append(path) or form(db, path, o)
+    )
+    sales = csv_shares(tmp_path, {"quote": '"'}, C1="a,b\n1,x\n", C2="a,b\n2,y\n")
+    for _ in range(3):
+        assert sales.shared("SELECT sum(a) FROM sales", "C")["rows"] == [[3]]
+    assert len(looked) == 2
+
+    (tmp_path / "C2.csv").write_text("b,a\ny,20\nz,30\n")
+    (tmp_path / "C3.csv").write_text("a,b\n100,z\n")
+    assert sales.shared("SELECT sum(a) FROM sales", "C")["rows"] == [[151]]
+    assert [Path(path).name for path in looked[2:]] == ["C2.csv", "C3.csv"]
+
+
+def test_no_file_is_opened_to_look_at_a_query(tmp_path):
+    sales = csv_shares(tmp_path, {}, C1="a,b\n1,x\n", C2="a,b\n2,y\n")
+    share = flights.Share.of(sales.at("C").options)
+    looks = shares.opened(share, lambda: 60.0).looks
+    for file in tmp_path.glob("*.csv"):
+        file.unlink()
+    assert flights.split(looks, "sales", "SELECT sum(a) FROM sales").output == ["sum(a)"]
+
+
+def test_a_value_that_a_file_s_first_lines_do_not_let_expect_is_said_with_the_remedy(tmp_path):
+    text = "a,b\n" + "1,x\n" * 30_000 + "many,y\n"
+    sales = csv_shares(tmp_path, {}, C=text)
+    remedy = '{"csv": {"types": {"a": "VARCHAR"}}}'
+    with pytest.raises(BadRequest, match=re.escape(remedy)):
+        sales.shared("SELECT sum(a) FROM sales", "C")
+    sales.options["csv"] = json.loads(remedy)["csv"]
+    assert sales.shared("SELECT max(a) FROM sales", "C")["rows"] == [["many"]]
+
+
+def test_a_query_out_of_time_names_the_deadline_and_what_would_be_faster(tmp_path):
+    sales = csv_shares(tmp_path, {}, C1="a,b\n1,x\n", C2="a,b\n2,y\n")
+    context = sales.at("C")
+    context.remaining_s = lambda: 0.0
+    with pytest.raises(BadRequest) as refused:
+        flights.query(b"SELECT sum(a) FROM sales", context)
+    assert "C could not answer within the 0.0 s that the request had left of its deadline" in str(
+        refused.value
+    )
+    assert "python to_parquet.py CONFIG C; 0 of 2 CSV files were looked at" in str(refused.value)
+
+
+def test_a_query_that_runs_too_long_is_ended_before_its_process_is(year):
+    context = year.at("C")
+    context.remaining_s = lambda: 0.3
+    slow = b"SELECT count(DISTINCT md5(repeat(tailnum || flight, 3000))) FROM flights"
+    with pytest.raises(BadRequest, match=r"C could not answer within the 0\.3 s that the request"):
+        flights.query(slow, context)
+
+
+def test_much_csv_is_said_with_the_command_that_makes_parquet_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(flights, "MUCH_CSV", 7)
+    sales = csv_shares(tmp_path, {}, C="a,b\n1,x\n", D="a,b\n2,y\n")
+    told = sales.shared("SELECT sum(a) FROM sales", "CD", form="table")
+    assert told.endswith("at C, D: python to_parquet.py CONFIG C")
+
+
 def test_shares_whose_tables_differ_are_not_merged(tmp_path):
     sales = csv_shares(tmp_path, C="shop,sold\nA,2\n", D="shop,sold\nA,many\n")
-    with pytest.raises(BadRequest, match="sold is BIGINT at C and VARCHAR at D"):
+    with pytest.raises(BadRequest, match=r"sold is BIGINT at C and VARCHAR at D.*\"types\""):
         sales.shared("SELECT shop, count(*) FROM sales GROUP BY shop", "CD")
+
+
+def to_parquet(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FOLDER / "to_parquet.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
+
+
+def test_parquet_is_made_of_what_a_worker_reads_from_csv(tmp_path):
+    sales = csv_shares(tmp_path, C1="a,b\n1,x\n", C2="b;a\ny;-\n")
+    config = json.loads(json.dumps(SHIPPED))
+    config["processes"]["C"]["options"] = sales.at("C").options
+    (tmp_path / "overlay.json").write_text(json.dumps(config))
+
+    done = to_parquet(tmp_path / "overlay.json", "C", tmp_path / "made" / "C.parquet")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    named = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
+    parquet = Whole(sales.db, {"C": named["files"]}, {"table": "sales"})
+    sql = "FROM sales ORDER BY a"
+    assert parquet.shared(sql, "C") == sales.shared(sql, "C")
+
+    config["processes"]["C"]["options"] = named
+    (tmp_path / "overlay.json").write_text(json.dumps(config))
+    again = to_parquet(tmp_path / "overlay.json", "C", tmp_path / "made" / "C.parquet")
+    unknown = to_parquet(tmp_path / "overlay.json", "X")
+    assert (again.returncode, unknown.returncode, to_parquet().returncode) == (2, 2, 2)
+    assert again.stderr == "to_parquet.py: what C has is Parquet already\n"
+    assert "no process 'X' in overlay.json; it has A, B, C" in unknown.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 The payload is one SELECT over the table, or for programs {"sql": "SELECT …", "as": "json"}. The
 answer is what DuckDB would give on the whole table, to read or as JSON, and says which share is not
-in it. What cannot be merged is refused; rules.py says what can, split.py how.
+in it. What cannot be merged is refused; rules.py says what can, split.py how, and share.py what a
+worker has.
 
 Options, of the handler or of one process:
 
@@ -10,7 +11,8 @@ Options, of the handler or of one process:
                 kind; relative ones from this file's folder
     table       its name in queries; default "flights"
     shares      what each worker has, in words, for the answer: {"C": "January to April", …}
-    csv         how to read CSV files, as DuckDB's read_csv takes it: {"nullstr": "NA"}
+    csv         how to read CSV files, as DuckDB's read_csv takes it: {"nullstr": "NA"}, without a
+                line of names {"header": false, "names": ["day", "shop", "sold"]}
     most_rows   that a share may send to be merged; default 100,000
     threads     of one query; default 2
     memory_mib  of one query; default 1024
@@ -18,14 +20,11 @@ Options, of the handler or of one process:
 
 from __future__ import annotations
 
-import glob
 import json
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 try:
@@ -37,48 +36,52 @@ except ImportError as e:
     ) from None
 import rendering
 from rules import CannotMerge
+from share import CannotRead, Share, TimeIsUp, database, interrupted, lock, opened
 from split import split
 from sqltree import quoted, said
 
 from overlay import BadRequest
 
-READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".gz": "read_csv", ".tsv": "read_csv"}
 MOST_BYTES = 8 * 1024 * 1024  # of a part; max_message_mib is 16 unless the configuration says so
+MOST_ROWS = 500_000  # of an answer, which the process asked holds in memory
 MERGE_S = 10  # a merge runs on the process asked, where no deadline would end it
 MERGE_MIB = 512
+RESERVE_S = 0.5  # of the deadline, to say why there is no answer; of a short one a fifth
+MUCH_CSV = 16 * 1024 * 1024  # bytes to read for each query; beyond, the answer says what would help
 
 # What is wrong with a query or with what it meets; the rest is not its sender's to correct.
 SENDERS = (duckdb.ProgrammingError, duckdb.DataError, duckdb.NotSupportedError)
 
 
 def query(payload: bytes, context: Any) -> bytes:
-    """This share's partial answer, and how to make the whole's of all of them.
+    """This share's partial answers, and how to make the whole's of all of them.
 
-    Raises BadRequest for a query that cannot be answered, with the words that it is about.
+    Raises BadRequest for a query that cannot be answered, with the words that it is about, and for
+    one that cannot be answered in time.
     """
     sql, form = _asked(payload)
     share = Share.of(context.options)
-    db = _opened(share).cursor()
-    try:
-        halves = split(db, share.table, sql)
-        rows = db.execute(halves.partial).fetchmany(share.most_rows + 1)
-        table = db.execute(f"DESCRIBE {quoted(share.table)}").fetchall()
-    except (CannotMerge, *SENDERS) as e:
-        raise BadRequest(said(e)) from None
-    finally:
-        db.close()
+    with _in_time(share, context) as left_s:
+        found = opened(share, left_s)
+        halves = split(found.looks.cursor(), share.table, sql)
+        with found.rows.cursor() as db, interrupted(db, left_s()):
+            rows = [
+                db.execute(partial.sql).fetchmany(share.most_rows + 1)
+                for partial in halves.partials
+            ]
     part = {
         "form": form,
-        "table": {name: type_ for name, type_, *_ in table},
-        "columns": halves.columns,
+        "table": dict(found.columns),
+        "partials": [partial.columns for partial in halves.partials],
         "final": halves.final,
         "output": halves.output,
         "inexact": halves.inexact,
         "shares": dict(context.options.get("shares", {})),
+        "csv": share.csv_bytes,
         "rows": rows,
     }
     answer = json.dumps(part, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(rows) > share.most_rows or len(answer) > MOST_BYTES:
+    if max(map(len, rows), default=0) > share.most_rows or len(answer) > MOST_BYTES:
         most = f"{share.most_rows:,} rows or {MOST_BYTES:,} bytes"
         raise BadRequest(
             f"a share has more than {most} to send for this query; add LIMIT, or a WHERE, or have "
@@ -92,27 +95,14 @@ def merge(parts: Sequence[Any]) -> bytes:
     answers = {part.process_id: json.loads(part.result) for part in parts}
     asked = next(iter(answers.values()))
     _check_alike(answers)
-    with _empty_database() as db:
-        columns = [f"{quoted(name)} {type_}" for name, type_ in asked["columns"]]
-        db.execute(f"CREATE TABLE partial ({', '.join(columns)})")
-        for answer in answers.values():
-            _insert(db, asked["columns"], answer["rows"])
-        try:
-            db.execute(f"CREATE TABLE answer AS {asked['final']}")
-        except duckdb.InterruptException:
-            raise BadRequest(f"the answers could not be merged within {MERGE_S} s") from None
-        except SENDERS as e:
-            raise BadRequest(said(e)) from None
-        types = [type_ for _, type_, *_ in db.execute("DESCRIBE answer").fetchall()]
-        as_text = "SELECT CAST(COLUMNS(*) AS VARCHAR) FROM answer ORDER BY rowid"
-        rows = db.execute(as_text).fetchall()
+    types, rows = _merged(asked, list(answers.values()))
     labels = {**dict.fromkeys(answers, ""), **asked["shares"]}
     told = rendering.Answered(
         columns=list(zip(asked["output"], types, strict=True)),
         rows=rows,
         shares={worker: labels[worker] for worker in labels if worker in answers},
         missing={worker: labels[worker] for worker in labels if worker not in answers},
-        inexact=asked["inexact"],
+        notes=[*([rendering.INEXACT] if asked["inexact"] else []), *_much_csv(answers)],
     )
     return (rendering.as_json if asked["form"] == "json" else rendering.as_table)(told).encode()
 
@@ -135,103 +125,52 @@ def _asked(payload: bytes) -> tuple[str, str]:
     return sql, form
 
 
-# The share.
+@contextmanager
+def _in_time(share: Share, context: Any) -> Iterator[Callable[[], float]]:
+    """Gives what says how much is left of the time for the query. Raises BadRequest."""
+    had_s = context.remaining_s()
+    end = time.monotonic() + had_s - min(RESERVE_S, had_s / 5)
+    try:
+        yield lambda: end - time.monotonic()
+    except TimeIsUp as e:
+        raise BadRequest(f"{_late(share, context, had_s)}; {e}, the next query goes on") from None
+    except CannotRead as e:
+        raise BadRequest(f"what {context.process_id} has cannot be read: {e}") from None
+    except duckdb.InterruptException:
+        raise BadRequest(_late(share, context, had_s)) from None
+    except duckdb.OutOfMemoryException:
+        most = f"the {share.memory_mib} MiB of option memory_mib"
+        raise BadRequest(f"{context.process_id} needs more for this query than {most}") from None
+    except (CannotMerge, *SENDERS) as e:
+        raise BadRequest(said(e) + _hint(share, e)) from None
+    except RecursionError:
+        raise BadRequest("the query is nested too deeply") from None
 
 
-@dataclass(frozen=True)
-class Share:
-    """What one worker answers from, and by which means."""
-
-    files: tuple[str, ...]
-    table: str = "flights"
-    reading: str = ""
-    most_rows: int = 100_000
-    threads: int = 2
-    memory_mib: int = 1024
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Share:
-        """Raises ValueError or FileNotFoundError for options that cannot be right."""
-        files = _files(options.get("files", []))
-        suffixes = {Path(file).suffix.lower() for file in files}
-        readers = {READERS.get(suffix, "") for suffix in suffixes}
-        if len(readers) != 1 or "" in readers:
-            kinds = ", ".join(sorted(suffixes))
-            raise ValueError(
-                f"option files: {kinds}; they must be all .parquet, or .csv, .csv.gz and .tsv"
-            )
-        (reader,) = readers
-        how = {"union_by_name": True, **(options.get("csv", {}) if reader == "read_csv" else {})}
-        settings = "".join(
-            f", {_identifier(key)} = {_literal(value)}" for key, value in how.items()
-        )
-        return cls(
-            files,
-            str(options.get("table", "flights")),
-            f"{reader}({_literal(files)}{settings})",
-            int(options.get("most_rows", 100_000)),
-            int(options.get("threads", 2)),
-            int(options.get("memory_mib", 1024)),
-        )
-
-
-@lru_cache(maxsize=4)
-def _opened(share: Share) -> duckdb.DuckDBPyConnection:
-    """A database with nothing but the share, which can read nothing else and change nothing."""
-    db = _database(share.threads, share.memory_mib)
-    db.execute(f"CREATE VIEW {quoted(share.table)} AS SELECT * FROM {share.reading}")
-    db.execute(f"SET allowed_paths = {_literal(share.files)}")
-    _lock(db)
-    return db
-
-
-def _files(patterns: Sequence[str]) -> tuple[str, ...]:
-    found: list[str] = []
-    for pattern in patterns:
-        path = Path(__file__).parent / Path(pattern).expanduser()
-        files = sorted(glob.glob(str(path), recursive=True))
-        if not files:
-            raise FileNotFoundError(f"option files: nothing on this machine matches '{path}'")
-        found += files
-    if not found:
-        raise ValueError('option files: say what this worker has, such as ["sales/*.parquet"]')
-    return tuple(Path(file).as_posix() for file in dict.fromkeys(found))
-
-
-def _database(threads: int, memory_mib: int) -> duckdb.DuckDBPyConnection:
-    """An empty one in memory, which loads and fetches nothing because a query names it."""
-    db = duckdb.connect(
-        config={
-            "threads": str(threads),
-            "memory_limit": f"{memory_mib}MiB",
-            "autoinstall_known_extensions": "false",
-            "autoload_known_extensions": "false",
-        }
+def _late(share: Share, context: Any, had_s: float) -> str:
+    told = (
+        f"{context.process_id} could not answer within the {had_s:.1f} s that the request had left "
+        "of its deadline; give it a longer one (--deadline)"
     )
-    db.execute("SET TimeZone = 'UTC'")  # or each machine would read and write times in its own
-    return db
+    if not share.csv_bytes:
+        return told
+    return f"{told}, or {_make_parquet(context.process_id, share.csv_bytes)}"
 
 
-def _lock(db: duckdb.DuckDBPyConnection) -> None:
-    db.execute("SET enable_external_access = false")
-    db.execute("SET lock_configuration = true")
+def _make_parquet(workers: str, csv_bytes: int) -> str:
+    first = workers.partition(",")[0]
+    return (
+        f"make Parquet of the {csv_bytes / 1e6:,.0f} MB of CSV that each query reads at {workers}: "
+        f"python to_parquet.py CONFIG {first}"
+    )
 
 
-def _literal(value: Any) -> str:
-    """The value as SQL; of the configuration, so that what is odd is named and not guessed."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_literal(str(k))}: {_literal(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    if isinstance(value, bool | int | float):
-        return str(value)
-    return "'" + str(value).replace("'", "''") + "'"
-
-
-def _identifier(key: str) -> str:
-    if not key.isidentifier():
-        raise ValueError(f"option csv: '{key}' is not one of read_csv's parameters")
-    return key
+def _hint(share: Share, error: Exception) -> str:
+    """What would help where a CSV file has another value than its first lines let expect."""
+    column = re.search(r'when converting column "([^"]+)"', str(error))
+    if share.reader != "read_csv" or not column:
+        return ""
+    return _say_type(column[1])
 
 
 # Merging.
@@ -247,29 +186,60 @@ def _check_alike(answers: Mapping[str, Mapping[str, Any]]) -> None:
             if mine.get(name) != theirs.get(name):
                 here, there = mine.get(name, "missing"), theirs.get(name, "missing")
                 differ = f"{name} is {here} at {first} and {there} at {other}"
-                raise BadRequest(f"the shares' tables differ: {differ}")
+                raise BadRequest(f"the shares' tables differ: {differ}{_say_type(name)}")
         if answers[first]["final"] != answers[other]["final"]:
             raise BadRequest(f"{first} and {other} read the query differently; use the same DuckDB")
 
 
-@contextmanager
-def _empty_database() -> Iterator[duckdb.DuckDBPyConnection]:
-    """One that can read no file; what runs too long in it is ended."""
-    with _database(1, MERGE_MIB) as db:
-        _lock(db)
-        alarm = threading.Timer(MERGE_S, db.interrupt)
-        alarm.daemon = True
-        alarm.start()
+def _merged(
+    asked: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[tuple[str | None, ...]]]:
+    """The answer's types, and its rows as texts. Raises BadRequest."""
+    names = ", ".join(quoted(f"@r{i}") for i in range(len(asked["output"])))
+    with database(1, MERGE_MIB) as db, interrupted(db, MERGE_S):
+        lock(db)
         try:
-            yield db
-        finally:
-            alarm.cancel()
-            alarm.join()  # or it could touch what is closed
+            for n, columns in enumerate(asked["partials"]):
+                told = ", ".join(f"{quoted(name)} {type_}" for name, type_ in columns)
+                db.execute(f"CREATE TABLE partial{n} ({told})")
+                for answer in answers:
+                    _insert(db, f"partial{n}", columns, answer["rows"][n])
+            db.execute(f"CREATE TABLE answer({names}) AS {asked['final']}")
+            types = [type_ for _, type_, *_ in db.execute("DESCRIBE answer").fetchall()]
+            as_text = "SELECT CAST(COLUMNS(*) AS VARCHAR) FROM answer ORDER BY rowid"
+            rows = db.execute(as_text).fetchmany(MOST_ROWS + 1)
+        except duckdb.InterruptException:
+            raise BadRequest(f"the answers could not be merged within {MERGE_S} s") from None
+        except duckdb.OutOfMemoryException:
+            raise BadRequest(f"the answers need more than {MERGE_MIB} MiB to be merged") from None
+        except SENDERS as e:
+            raise BadRequest(said(e)) from None
+    if len(rows) > MOST_ROWS:
+        raise BadRequest(f"the answer has more than {MOST_ROWS:,} rows; add LIMIT")
+    return types, rows
 
 
 def _insert(
-    db: duckdb.DuckDBPyConnection, columns: Sequence[tuple[str, str]], rows: Sequence[Any]
+    db: duckdb.DuckDBPyConnection,
+    table: str,
+    columns: Sequence[tuple[str, str]],
+    rows: Sequence[Any],
 ) -> None:
     values = ", ".join(f"CAST(r[{i}] AS {type_})" for i, (_, type_) in enumerate(columns, 1))
     from_json = "SELECT unnest(from_json(?::JSON, '[[\"VARCHAR\"]]')) AS r"
-    db.execute(f"INSERT INTO partial SELECT {values} FROM ({from_json})", [json.dumps(rows)])
+    db.execute(f"INSERT INTO {table} SELECT {values} FROM ({from_json})", [json.dumps(rows)])
+
+
+def _say_type(column: str) -> str:
+    types = json.dumps({"csv": {"types": {column: "VARCHAR"}}}, ensure_ascii=False)
+    return f"; where it is read from CSV, its type can be said in the workers' options: {types}"
+
+
+def _much_csv(answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What would make the next answer come sooner."""
+    read = {worker: answer["csv"] for worker, answer in answers.items()}
+    much = [worker for worker, size in read.items() if size > MUCH_CSV]
+    if not much:
+        return []
+    told = _make_parquet(", ".join(much), sum(read[worker] for worker in much))
+    return [f"it would come much sooner: {told}"]

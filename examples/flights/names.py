@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from rules import Rules
-from sqltree import Tree, changed, column_name, likeness
+from sqltree import Tree, changed, column_name, kinds, likeness
+
+OURS = re.compile("@[a-z][0-9]+")  # columns of partial answers
+MOMENTS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 
 
 class Names:
     """Columns of the table, or expressions of the SELECT list.
 
     Where a name is both, it is the column, as in DuckDB, but for ORDER BY of the name alone.
-    Raises CannotMerge where two columns of the answer have one alias.
+    What a query within the expression means is its own matter. Raises CannotMerge where two columns
+    of the answer have one alias.
     """
 
     def __init__(self, node: Tree, table: str, columns: Sequence[str], rules: Rules) -> None:
         self._columns = {name.lower(): name for name in columns}
-        self._tables = {table.lower(), (node["from_table"].get("alias") or table).lower()}
+        source = node["from_table"]
+        self._tables = {(source.get("alias") or table).lower()}
+        if source["type"] == "BASE_TABLE":
+            self._tables.add(table.lower())
         self._aliases: dict[str, Tree] = {}
         self._rules = rules
         for item in node["select_list"]:
             meant, alias = self.expanded(item), item["alias"].lower()
             if likeness(self._aliases.get(alias, meant)) != likeness(meant):
                 raise rules.refusal(item, f"two columns of the answer are called '{alias}'")
+            if OURS.fullmatch(alias):
+                raise rules.refusal(
+                    item, f"'{alias}' is a name that is needed here; use another one"
+                )
             if alias:
                 self._aliases[alias] = meant
 
@@ -38,6 +50,8 @@ class Names:
         return changed(tree, self._meaning)
 
     def _meaning(self, tree: Tree) -> Tree | None:
+        if tree["class"] == "SUBQUERY":
+            return {**tree, "child": self.expanded(tree["child"])}
         if tree["class"] != "COLUMN_REF":
             return None
         names = tree["column_names"]
@@ -52,6 +66,14 @@ class Names:
             return {**tree, "column_names": [self._columns[first], *names[1:]]}
         if first in self._aliases and len(names) == 1:
             return {**self._aliases[first], "alias": tree["alias"]}
-        raise self._rules.refusal(
-            tree, f"there is no such column; there are {', '.join(self._columns.values())}"
-        )
+        raise self._rules.refusal(tree, self._why_not(names))
+
+    def _why_not(self, names: Sequence[str]) -> str:
+        """Of what DuckDB would understand, and what is neither a column nor an alias."""
+        first = names[0].lower()
+        if kinds(first) or first in MOMENTS:
+            return f"{first} does not depend on the row alone"
+        if first in self._tables and len(names) == 1:
+            return "a whole row cannot travel; name the columns"
+        there_are = ", ".join(self._columns.values())
+        return f"there is no such column in the table; there are {there_are}"

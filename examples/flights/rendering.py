@@ -20,13 +20,16 @@ CONTROL = dict.fromkeys((*range(32), *range(127, 160), 0x2028, 0x2029), "?")
 
 @dataclass(frozen=True)
 class Answered:
-    """columns: (name, type). rows: of texts, None for NULL. shares, missing: words by worker."""
+    """columns: (name, type). rows: of texts, None for NULL. shares, missing: words by worker.
+
+    notes: sentences that a reader must know besides.
+    """
 
     columns: Sequence[tuple[str, str]]
     rows: Sequence[Sequence[str | None]]
     shares: Mapping[str, str]
     missing: Mapping[str, str]
-    inexact: bool
+    notes: Sequence[str] = ()
 
 
 def as_table(answered: Answered) -> str:
@@ -53,7 +56,7 @@ def as_json(answered: Answered) -> str:
         "rows": [list(map(_value, row, types)) for row in answered.rows],
         "shares": answered.shares,
         "missing": answered.missing,
-        "notes": [INEXACT] if answered.inexact else [],
+        "notes": list(answered.notes),
     }
     return json.dumps(told, ensure_ascii=False)
 
@@ -63,9 +66,7 @@ def _footer(answered: Answered) -> list[str]:
     lines = [f"({count:,} row{'' if count == 1 else 's'} from {_workers(answered.shares)})"]
     if answered.missing:
         lines.append(f"# NOT in this answer: {_workers(answered.missing)}")
-    if answered.inexact:
-        lines.append(f"# {INEXACT}")
-    return lines
+    return [*lines, *(f"# {note}" for note in answered.notes)]
 
 
 def _workers(labels: Mapping[str, str]) -> str:

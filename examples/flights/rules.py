@@ -1,21 +1,30 @@
 """What of SQL can be asked of shares: everything else is refused, with the words it is about.
 
 Known to be mergeable are the functions that look at one row and nothing else, by DuckDB's own
-catalogue, and the aggregates named here. An expression of any other kind is refused, also one that
-a later DuckDB invents.
+catalogue, and the aggregates named here. Where all rows are in one place, because what is there is
+merged already, some more are known to be right. An expression of any other kind is refused, also
+one that a later DuckDB invents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from sqltree import Tree, arguments, kinds, number, read, walk
+from sqltree import Tree, arguments, kinds, number, own, read, walk
 
 # The sum of sums is the sum, the least of the least the least.
 SAME = {"sum", "min", "max", "bool_and", "bool_or", "bit_and", "bit_or", "bit_xor"}
 COUNTS = {"count", "count_star", "count_if", "countif"}
 MEANS = {"avg", "mean"}
-DISTINCT = {"count", "sum", "min", "max", *MEANS}  # may have DISTINCT
+# Each by what its sum of squares is divided by, beyond the number of values, and if it is a root.
+SPREADS = {"var_pop": (0, False), "var_samp": (1, False), "variance": (1, False)}
+SPREADS |= {"stddev_pop": (0, True), "stddev_samp": (1, True), "stddev": (1, True)}
+AGGREGATES = {*SAME, *COUNTS, *MEANS, *SPREADS}
+DISTINCT = {"count", "sum", "min", "max", *MEANS, *SPREADS}  # may have DISTINCT
+IN_ONE_PLACE = {"median", "quantile_cont", "quantile_disc", "mad"}
+WINDOWS = {"row_number", "rank", "dense_rank", "percent_rank", "cume_dist", "ntile", "lag", "lead"}
+WINDOWS |= {"first_value", "last_value", "nth_value", *AGGREGATES}
 
 MACROS = {"nullif", "if", "split_part", "days_in_month", "fdiv"}  # made of one row's values alone
 LOOKS_AT_THE_CLOCK = {"age"}  # with one argument
@@ -26,10 +35,13 @@ OPERATORS = {"OPERATOR_NOT", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "OPERAT
 OPERATORS |= {"COMPARE_IN", "COMPARE_NOT_IN", "OPERATOR_NULLIF", "OPERATOR_TRY"}
 REASONS = {
     "WINDOW": "a window function needs all rows in one place",
-    "SUBQUERY": "a subquery would see the rows of one share only",
+    "SUBQUERY": "its answer would have to be known before the shares are asked; ask for it first, "
+    "and write the value",
     "PARAMETER": "there are no parameters; write the value",
     "POSITIONAL_REFERENCE": "name the column instead",
 }
+NEAR = {"SUBQUERY", "WINDOW"}  # can be worked out over merged answers only
+STANDARD = "STANDARD_HANDLING"  # as opposed to GROUP BY ALL
 MODIFIERS = {"DISTINCT_MODIFIER", "ORDER_MODIFIER", "LIMIT_MODIFIER"}
 
 
@@ -40,11 +52,16 @@ class CannotMerge(ValueError):
 def aggregate(tree: Tree) -> str:
     """The aggregate's name, "" for what is none. Of an expression that has passed the rules."""
     name = tree["function_name"].lower() if tree["class"] == "FUNCTION" else ""
-    return name if name in SAME | COUNTS | MEANS else ""
+    return name if name in AGGREGATES else ""
 
 
-def the_select(table: str, sql: str) -> Tree:
-    """The tree of the one SELECT over the table that this must be. Raises CannotMerge."""
+def puts_rows_together(node: Tree) -> bool:
+    grouped = node["group_sets"] or node["having"] or node["aggregate_handling"] != STANDARD
+    return bool(grouped) or any(aggregate(tree) for tree in own(node))
+
+
+def the_query(table: str, sql: str) -> Tree:
+    """The tree of the one query that this must be. Raises CannotMerge."""
     found = read(sql)
     if "error_message" in found:
         only = f"only a SELECT over the table {table} is answered"
@@ -53,29 +70,27 @@ def the_select(table: str, sql: str) -> Tree:
         )
     if len(found["statements"]) != 1:
         raise CannotMerge(f"{len(found['statements'])} statements; send one SELECT")
-    node = found["statements"][0]["node"]
+    return found["statements"][0]["node"]  # type: ignore[no-any-return]
+
+
+def check_clauses(node: Tree) -> None:
+    """Of a SELECT over rows that lie in shares. Raises CannotMerge."""
     for refused, why in _clauses(node):
         if refused:
             raise CannotMerge(why)
-    source = node["from_table"]
-    if source["type"] != "BASE_TABLE" or source["table_name"].lower() != table.lower():
-        raise CannotMerge(f"the one table to select from is {table}")
-    return node  # type: ignore[no-any-return]
 
 
 def _clauses(node: Tree) -> Iterable[tuple[object, str]]:
-    if node["type"] != "SELECT_NODE":
-        yield True, "UNION and its like are not supported; ask twice"
-    yield node["cte_map"]["map"], "WITH is not supported: it would see the rows of one share only"
     source = node["from_table"]
-    yield source["type"] == "JOIN", "joins are not supported: they would cross shares"
     yield source.get("sample") or node.get("sample"), "samples are not supported"
     named = source.get("schema_name") or source.get("catalog_name") or source.get("at_clause")
+    renamed = source["type"] == "BASE_TABLE" and source.get("column_name_alias")
+    yield named or renamed, "name the table alone, without schema or columns"
+    together = puts_rows_together(node)
     yield (
-        named or source.get("column_name_alias"),
-        "name the table alone, without schema or columns",
+        node.get("qualify") and not together,
+        "QUALIFY is not supported: it needs all rows in one place",
     )
-    yield node.get("qualify"), "QUALIFY is not supported: it needs all rows in one place"
     whole = list(range(len(node["group_expressions"])))
     plain = node["group_sets"] in ([], [whole])
     yield not plain, "ROLLUP, CUBE and GROUPING SETS are not supported; ask once for each"
@@ -94,44 +109,59 @@ class Rules:
     def __init__(self, sql: str) -> None:
         self._sql = sql.encode()
 
-    def check(self, node: Tree) -> None:
-        """Raises CannotMerge unless all of it is known to be mergeable."""
+    def check(self, node: Tree, *, merged: bool = False) -> None:
+        """Raises CannotMerge unless all of it is known to be right, queries within it apart.
+
+        merged: it runs over merged answers, where all rows are in one place.
+        """
         orders = [o for modifier in node["modifiers"] for o in modifier.get("orders", [])]
-        places = [*node["select_list"], *(order["expression"] for order in orders)]
+        places = [*node.get("select_list", []), *(order["expression"] for order in orders)]
         stars = [tree for tree in places if tree["class"] == "STAR"]
-        for tree in walk(node):
-            self._check(tree, stars)
+        together = merged or puts_rows_together(node)
+        for tree in own(node):
+            self._check(tree, stars, merged, together)
+
+    def check_far(self, tree: Any) -> None:
+        """Of what the shares are to work out. Raises CannotMerge."""
+        for each in own(tree):
+            if each["class"] in NEAR:
+                raise self.refusal(each, REASONS[each["class"]])
 
     def refusal(self, tree: Tree, why: str) -> CannotMerge:
         return CannotMerge(f"'{self._words(tree)}': {why}")
 
-    def _check(self, tree: Tree, stars: list[Tree]) -> None:
+    def _check(self, tree: Tree, stars: list[Tree], merged: bool, together: bool) -> None:
         kind = tree["class"]
         if kind == "FUNCTION":
-            self._check_function(tree)
+            self._check_function(tree, merged)
         elif kind == "STAR":
             extras = ("replace_list", "rename_list", "expr", "qualified_exclude_list")
             if not any(tree is star for star in stars) or any(map(tree.get, extras)):
                 raise self.refusal(tree, "a star stands only by itself in the SELECT list")
+        elif kind in NEAR and together:
+            if kind == "WINDOW" and tree["function_name"].lower() not in WINDOWS:
+                raise self.refusal(tree, f"{tree['function_name']} OVER … is not supported")
         elif kind not in PLAIN or (kind == "OPERATOR" and tree["type"] not in OPERATORS):
             name = tree["type"].lower().replace("_", " ")
             raise self.refusal(tree, REASONS.get(kind, f"{name} is not supported"))
 
-    def _check_function(self, tree: Tree) -> None:
+    def _check_function(self, tree: Tree, merged: bool) -> None:
         name = tree["function_name"].lower()
         found = kinds(name)
         if not found or tree.get("schema") or tree.get("catalog"):
             raise self.refusal(tree, f"there is no function {name} here")
         if any(kind == "aggregate" for kind, _ in found):
-            self._check_aggregate(tree, name)
+            self._check_aggregate(tree, name, merged)
         elif name in LOOKS_AT_THE_CLOCK or not (
             name in MACROS or ("scalar", "CONSISTENT") in found
         ):
             # Some of the steady ones have a second form that looks at the time zone; that is set.
             raise self.refusal(tree, f"{name} does not depend on the row alone")
 
-    def _check_aggregate(self, tree: Tree, name: str) -> None:
-        if name not in SAME | COUNTS | MEANS:
+    def _check_aggregate(self, tree: Tree, name: str, merged: bool) -> None:
+        if merged and name in IN_ONE_PLACE:
+            return
+        if name not in AGGREGATES:
             raise self.refusal(tree, f"{name} needs all rows in one place")
         if tree["distinct"] and (name not in DISTINCT or not arguments(tree)):
             raise self.refusal(tree, f"{name} with DISTINCT is not supported")

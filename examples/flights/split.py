@@ -1,25 +1,46 @@
-"""One SELECT over a table that lies in shares, as two: one for each share, one over their answers.
+"""A query over a table that lies in shares, as several: for each share, and over their answers.
 
     whole    SELECT carrier, avg(arr_delay) FROM flights GROUP BY carrier ORDER BY 2
     partial  SELECT carrier, sum(arr_delay), count(arr_delay) FROM flights GROUP BY 1
-    final    SELECT "@k0" AS carrier, sum("@a0") / sum("@a1") … GROUP BY "@k0" ORDER BY 2
+    final    SELECT "@k0" AS carrier, sum("@a0") / sum("@a1") … FROM partial0 GROUP BY 1 ORDER BY 2
 
 What is counted DISTINCT becomes one more group of the partial query: the shares send the values
 themselves, and any number of such counts stays exact beside any other aggregate.
 
+Of a query with queries in it each one over the table's rows is split so, and the final query is the
+whole with those in the place of what they stand for:
+
+    whole    WITH m AS (SELECT month, count(*) AS n FROM flights GROUP BY 1) SELECT max(n) FROM m
+    partial  SELECT month, count(*) FROM flights GROUP BY 1
+    final    SELECT max(n) FROM (SELECT "@k0" AS month, sum("@a0") AS n FROM partial0 …) AS m
+
 Columns of the partial answer: @k groups, @d values of DISTINCT aggregates, @a parts of the other
-aggregates; of a query without aggregates @c its columns, @o what else it is ordered by.
+aggregates; of a query without aggregates @c its columns, @o what else it is ordered by. Added where
+they are merged: @m the mean of all rows of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 from names import Names
-from rules import COUNTS, MEANS, CannotMerge, Rules, aggregate, the_select
+from nesting import is_rows, rows_within, with_in_place
+from rules import (
+    COUNTS,
+    MEANS,
+    SPREADS,
+    STANDARD,
+    CannotMerge,
+    Rules,
+    aggregate,
+    check_clauses,
+    puts_rows_together,
+    the_query,
+)
 from sqltree import (
     Tree,
     arguments,
@@ -29,87 +50,204 @@ from sqltree import (
     expression,
     likeness,
     number,
+    own,
     quoted,
     read,
     said,
-    walk,
     write,
 )
-
-STANDARD = "STANDARD_HANDLING"  # as opposed to GROUP BY ALL
 
 # Those whose text says all of them, and becomes the same value again.
 TRAVEL = {"BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE"}
 TRAVEL |= {"UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "UHUGEINT", "DECIMAL", "VARCHAR"}
 TRAVEL |= {"BLOB", "UUID", "DATE", "TIME", "INTERVAL", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"}
 TRAVEL |= {"TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS"}
+FLOATS = {"FLOAT", "DOUBLE"}
+ORDERLESS = {"count", "min", "max"}  # of DOUBLEs too the same in any order
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What a share is asked: SQL, and the columns of its answer, (name, type)."""
+
+    sql: str
+    columns: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Split:
-    """partial, final: SQL; final asks the table `partial`, which has these columns: (name, type).
+    """final: SQL over the tables partial0, partial1, …, one for each of `partials`.
 
-    output: the names of the answer's columns; in `final` they are @r0, @r1 …, for two may be alike.
-    inexact: DOUBLEs are added up, and the last digits of their sum depend on their order.
+    output: the names of the answer's columns. inexact: DOUBLEs are added up, and the last digits of
+    their sum depend on their order.
     """
 
-    partial: str
-    columns: Sequence[tuple[str, str]]
+    partials: Sequence[Partial]
     final: str
     output: Sequence[str]
     inexact: bool
 
 
 def split(db: duckdb.DuckDBPyConnection, table: str, sql: str) -> Split:
-    """The query in two. db has the share as `table`; none of its rows is read.
+    """The query in parts. db has the table; none of its rows is read.
 
     Raises CannotMerge.
     """
-    node = the_select(table, sql)
-    rules = Rules(sql)
-    rules.check(node)
+    node = with_in_place(the_query(table, sql))
+    parts = _Parts(db, table, sql)
     try:
-        columns = [name for name, _ in described(db, f"FROM {quoted(table)}")]
+        final = write(parts.answered(node))
+        if not parts.partials:
+            raise CannotMerge(f"the one table to select from is {table}")
         output = [name for name, _ in described(db, sql)]
-        kind = _Grouped if _puts_rows_together(node) else _Listed
-        halves = kind(node, Names(node, table, columns, rules), output, rules).halves()
-        sent = ", ".join(map(quoted, halves.columns))
-        asked = f"FROM ({write(halves.partial)}) AS partial({sent})"
-        found = described(db, asked)
     except duckdb.Error as e:
         raise CannotMerge(said(e)) from None
-    for _, type_ in found:
-        if type_.partition("(")[0] not in TRAVEL:
+    return Split(parts.partials, final, output, parts.inexact)
+
+
+class _Parts:
+    """Goes through a query, and gathers what the shares are to be asked."""
+
+    def __init__(self, db: duckdb.DuckDBPyConnection, table: str, sql: str) -> None:
+        self.partials: list[Partial] = []
+        self.inexact = False
+        self._db = db
+        self._table = table
+        self._sql = sql
+        self._rules = Rules(sql)
+        self._finals: dict[str, Tree] = {}  # by likeness of what they answer
+
+    def answered(self, node: Tree) -> Tree:
+        """The query over the shares' answers."""
+        if node["type"] == "SET_OPERATION_NODE":
+            self._rules.check({"modifiers": node["modifiers"]}, merged=True)
+            return {**node, "children": list(map(self.answered, node["children"]))}
+        if node["type"] != "SELECT_NODE":
+            raise CannotMerge(f"only a SELECT over the table {self._table} is answered")
+        if is_rows(node["from_table"], self._table):
+            like = likeness(node)
+            if like not in self._finals:
+                self._finals[like] = self._asked(node)
+            return self._finals[like]
+        source = self._source(node["from_table"])
+        self._rules.check(node, merged=True)
+        return {**self._with_answers({**node, "from_table": None}), "from_table": source}
+
+    def answer(self, tree: Tree) -> Tree:
+        """The same expression, which is a query, over the shares' answers."""
+        query = tree["subquery"]
+        return {**tree, "subquery": {**query, "node": self.answered(query["node"])}}
+
+    def _with_answers(self, tree: Any) -> Any:
+        def change(each: Tree) -> Tree | None:
+            if each["class"] != "SUBQUERY":
+                return None
+            return self.answer({**each, "child": self._with_answers(each["child"])})
+
+        return changed(tree, change)
+
+    def _source(self, source: Tree) -> Tree:
+        if source.get("sample"):
+            raise CannotMerge("samples are not supported")
+        if source["type"] == "SUBQUERY":
+            query = source["subquery"]
+            return {**source, "subquery": {**query, "node": self.answered(query["node"])}}
+        if (
+            source["type"] == "EMPTY"
+        ):  # as in SELECT (SELECT max(n) FROM t) - (SELECT min(n) FROM t)
+            return source
+        if source["type"] == "JOIN":
+            for side in ("left", "right"):
+                if is_rows(source[side], self._table):
+                    raise CannotMerge(
+                        "joins of the table's rows are not supported: they would cross shares; "
+                        "what GROUP BY makes of them can be joined"
+                    )
+            self._rules.check({"modifiers": [], "condition": source["condition"]}, merged=True)
+            sides = {side: self._source(source[side]) for side in ("left", "right")}
+            return {**source, **sides, "condition": self._with_answers(source["condition"])}
+        raise CannotMerge(f"the one table to select from is {self._table}")
+
+    def _asked(self, node: Tree) -> Tree:
+        """Has the shares asked for a query over rows; gives what to make of their answers."""
+        for each in (node, *rows_within(node["from_table"])):
+            check_clauses(each)
+            self._rules.check(each)
+        output = self._output(node)
+        columns = [name for name, _ in described(self._db, write(_all_of(node["from_table"])))]
+        names = Names(node, self._table, columns, self._rules)
+        kind = _Grouped if puts_rows_together(node) else _Listed
+        halves = kind(node, names, output, self._rules, self.answer).halves()
+        sent = ", ".join(map(quoted, halves.columns))
+        asked = f"FROM ({write(halves.partial)}) AS partial({sent})"
+        found = self._sent(asked, halves)
+        number = len(self.partials)
+        self.partials.append(Partial(f"SELECT CAST(COLUMNS(*) AS VARCHAR) {asked}", found))
+        self.inexact |= halves.spread or any(
+            name in halves.sums and type_ in FLOATS for name, type_ in found
+        )
+        return {**halves.final, "from_table": _partial(number, halves.added)}
+
+    def _output(self, node: Tree) -> list[str]:
+        try:
+            return [name for name, _ in described(self._db, write(node))]
+        except duckdb.Error:
+            described(self._db, self._sql)  # or the whole is wrong, for what is said then
             raise CannotMerge(
-                f"a value of type {type_} cannot travel; select it as text: …::VARCHAR"
-            )
-    inexact = any(name in halves.sums and type_ == "DOUBLE" for name, type_ in found)
-    as_text = f"SELECT CAST(COLUMNS(*) AS VARCHAR) {asked}"
-    return Split(as_text, found, write(halves.final), output, inexact)
+                "a query within the query may not use what is outside of it, which the shares "
+                "would have to know"
+            ) from None
 
-
-def _puts_rows_together(node: Tree) -> bool:
-    grouped = node["group_sets"] or node["having"] or node["aggregate_handling"] != STANDARD
-    return bool(grouped) or any(aggregate(tree) for tree in walk(node))
+    def _sent(self, asked: str, halves: _Halves) -> list[tuple[str, str]]:
+        try:
+            found = described(self._db, asked)
+        except duckdb.BinderException as e:
+            of = re.search(r"'sum\(([A-Z_ ]+)\)'", str(e))
+            if not of:
+                raise
+            why = f"it is made of the shares' sums, and there is no sum of {of[1]}"
+            raise CannotMerge(f"avg of {of[1]} is not supported: {why}") from None
+        for _, type_ in found:
+            if type_.partition("(")[0] not in TRAVEL:
+                raise CannotMerge(
+                    f"a value of type {type_} cannot travel; select it as text: …::VARCHAR"
+                )
+        return found
 
 
 class _Halves(NamedTuple):
-    """Both queries as trees. columns: of the partial answer. sums: those of them that are sums."""
+    """Both queries as trees. columns: of the partial answer. sums: those that are added up.
+
+    spread: there is a variance. added: to the partial answers, SQL by name.
+    """
 
     columns: Sequence[str]
     partial: Tree
     final: Tree
     sums: Collection[str] = ()
+    spread: bool = False
+    added: Mapping[str, str] = {}
 
 
 class _Query:
-    """A SELECT that has passed the rules. output: the names of its answer's columns."""
+    """A SELECT that has passed the rules. output: the names of its answer's columns.
 
-    def __init__(self, node: Tree, names: Names, output: Sequence[str], rules: Rules) -> None:
+    answer: gives the same expression with the queries in it over the shares' answers.
+    """
+
+    def __init__(
+        self,
+        node: Tree,
+        names: Names,
+        output: Sequence[str],
+        rules: Rules,
+        answer: Callable[[Tree], Tree],
+    ) -> None:
         self.node = node
         self.names = names
         self.output = output
         self.rules = rules
+        self.answer = answer
 
     def place(self, tree: Tree) -> int | None:
         """Which column of the answer, from 0, ORDER BY means by this: by its number or its name.
@@ -141,10 +279,11 @@ class _Grouped(_Query):
         keys = [self.names.expanded(key) for key in self._keys()]
         merging = _Merging(self, keys)
         items = [
-            {**merging.merged(item), "alias": f"@r{i}"}
-            for i, item in enumerate(node["select_list"])
+            {**merging.merged(item), "alias": name}
+            for name, item in zip(self.output, node["select_list"], strict=True)
         ]
         having = node["having"] and merging.merged(node["having"])
+        qualify = node["qualify"] and merging.merged(node["qualify"])
         modifiers = [self._ordered(modifier, merging) for modifier in node["modifiers"]]
         where = node["where_clause"] and self.names.expanded(node["where_clause"])
         partial = {
@@ -153,6 +292,7 @@ class _Grouped(_Query):
             "select_list": list(merging.partial.values()),
             "where_clause": where,
             "having": None,
+            "qualify": None,
             "aggregate_handling": STANDARD,
             **self._groups([_position(n) for n in range(merging.finer)]),
         }
@@ -161,9 +301,13 @@ class _Grouped(_Query):
             "modifiers": modifiers,
             "select_list": items,
             "having": having,
+            "qualify": qualify,
             **self._groups([_column(f"@k{i}") for i in range(len(keys))]),
         }
-        return _Halves(list(merging.partial), partial, final, merging.sums)
+        for tree in (*merging.partial.values(), where):
+            self.rules.check_far(tree)
+        added = merging.means
+        return _Halves(list(merging.partial), partial, final, merging.sums, bool(added), added)
 
     def _keys(self) -> list[Tree]:
         items = self.node["select_list"]
@@ -171,7 +315,7 @@ class _Grouped(_Query):
             places = [(key, number(key)) for key in self.node["group_expressions"]]
             return [key if n is None else items[n - 1] for key, n in places]
         expanded = [(item, self.names.expanded(item)) for item in items]
-        return [item for item, tree in expanded if not any(map(aggregate, walk(tree)))]
+        return [item for item, tree in expanded if not any(map(aggregate, own(tree)))]
 
     def _ordered(self, modifier: Tree, merging: _Merging) -> Tree:
         def by(tree: Tree) -> Tree:
@@ -201,6 +345,7 @@ class _Merging:
         self._groups: dict[str, Tree] = {f"@k{i}": key for i, key in enumerate(keys)}
         self._parts: dict[str, Tree] = {}
         self.sums: set[str] = set()
+        self.means: dict[str, str] = {}  # of all rows of a group, by name, as SQL
 
     @property
     def partial(self) -> dict[str, Tree]:
@@ -219,20 +364,25 @@ class _Merging:
         if like in self._keys:
             return _column(f"@k{self._keys.index(like)}")
         if name := aggregate(tree):
-            return self._of_values(tree) if tree["distinct"] else self._of_parts(name, tree)
+            return self._of_values(name, tree) if tree["distinct"] else self._of_parts(name, tree)
+        if tree["class"] == "SUBQUERY":
+            child = tree["child"] and self.merged(tree["child"])
+            return self._query.answer({**tree, "child": child})
         if tree["class"] == "COLUMN_REF":
             raise self._query.rules.refusal(tree, "stands neither in GROUP BY nor in an aggregate")
         return None
 
-    def _of_values(self, tree: Tree) -> Tree:
+    def _of_values(self, name: str, tree: Tree) -> Tree:
         (value,) = arguments(tree)
         if tree["filter"]:  # what does not pass is NULL, which no such aggregate counts
             value = _filled(expression("CASE WHEN w THEN v END"), w=tree["filter"], v=value)
-        column = _column(self._sent("@d", self._groups, value))
+        sent = self._sent("@d", self._groups, value)
+        if name not in ORDERLESS:
+            self.sums.add(sent)
         return {
             **tree,
             "filter": None,
-            "arguments": [{**tree["arguments"][0], "expression": column}],
+            "arguments": [{**tree["arguments"][0], "expression": _column(sent)}],
         }
 
     def _of_parts(self, name: str, tree: Tree) -> Tree:
@@ -241,11 +391,31 @@ class _Merging:
             return expression(
                 f'CASE WHEN sum("{count}") > 0 THEN sum("{total}")::DOUBLE / sum("{count}") END'
             )
+        if name in SPREADS:
+            return self._spread(name, tree)
         part = self._part(name, tree)
         if name in COUNTS:
             type_ = "HUGEINT" if name in {"count_if", "countif"} else "BIGINT"
             return expression(f'CAST(coalesce(sum("{part}"), 0) AS {type_})')
         return expression(f'{name}("{part}")')
+
+    def _spread(self, name: str, tree: Tree) -> Tree:
+        """Of the shares' numbers of values, means and variances, as Chan, Golub and LeVeque do."""
+        count, mean, spread = (self._part(f, tree) for f in ("count", "favg", "var_pop"))
+        whole = mean.replace("@a", "@m")
+        keys = ", ".join(quoted(f"@k{i}") for i in range(len(self._keys)))
+        over = f"OVER ({f'PARTITION BY {keys}' if keys else ''})"
+        self.means[whole] = (
+            f'CASE WHEN min("{mean}") {over} = max("{mean}") {over} THEN "{mean}" '
+            f'ELSE sum("{count}" * "{mean}") {over} / sum("{count}") {over} END'
+        )
+        less, is_root = SPREADS[name]
+        off = f'("{mean}" - "{whole}")'
+        squares = f'sum("{count}" * ("{spread}" + {off} * {off}))'
+        value = f'{squares} / (sum("{count}") - {less})'
+        return expression(
+            f'CASE WHEN sum("{count}") > {less} THEN {f"sqrt({value})" if is_root else value} END'
+        )
 
     def _part(self, function: str, tree: Tree) -> str:
         call = expression(f"{function}()" if function == "count_star" else f"{function}(0)")
@@ -292,7 +462,7 @@ class _Listed(_Query):
         final = {
             **_over_partial(node),
             "modifiers": near,
-            "select_list": [_column(name, f"@r{i}") for i, name in enumerate(columns)],
+            "select_list": list(map(_column, columns, self.output)),
         }
         columns += [f"@o{i}" for i in range(len(more))]
         return _Halves(columns, partial, final)
@@ -326,8 +496,19 @@ class _Listed(_Query):
 
 
 def _over_partial(node: Tree) -> Tree:
-    source = read("FROM partial")["statements"][0]["node"]["from_table"]
-    return {**node, "from_table": source, "where_clause": None, "aggregate_handling": STANDARD}
+    return {**node, "where_clause": None, "aggregate_handling": STANDARD}
+
+
+def _partial(number: int, added: Mapping[str, str]) -> Tree:
+    """The partial answers, as they stand after FROM."""
+    more = "".join(f", {sql} AS {quoted(name)}" for name, sql in added.items())
+    source = f"(SELECT *{more} FROM partial{number})" if more else f"partial{number}"
+    return read(f"FROM {source}")["statements"][0]["node"]["from_table"]  # type: ignore[no-any-return]
+
+
+def _all_of(source: Tree) -> Tree:
+    """A query for all that stands after FROM."""
+    return {**read("FROM partial")["statements"][0]["node"], "from_table": source}
 
 
 def _by(order: Tree, tree: Tree) -> Tree:

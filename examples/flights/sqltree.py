@@ -8,13 +8,14 @@ expression. Nothing here changes a tree; `changed` gives a new one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import duckdb
 
 Tree = dict[str, Any]
+WITHIN = ("from_table", "cte_map", "subquery")  # where a query has others
 
 
 def walk(tree: Any) -> Iterator[Tree]:
@@ -26,6 +27,17 @@ def walk(tree: Any) -> Iterator[Tree]:
     if isinstance(tree, list):
         for branch in tree:
             yield from walk(branch)
+
+
+def own(tree: Any) -> Iterator[Tree]:
+    """Every expression of a query but those of the queries within it, the outer ones first."""
+    if isinstance(tree, dict):
+        if "class" in tree:
+            yield tree
+        tree = [branch for key, branch in tree.items() if key not in WITHIN]
+    if isinstance(tree, list):
+        for branch in tree:
+            yield from own(branch)
 
 
 def changed(tree: Any, change: Callable[[Tree], Tree | None]) -> Any:
@@ -64,6 +76,17 @@ def column_name(tree: Tree) -> str | None:
 
 def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
+
+
+def literal(value: Any) -> str:
+    """A value of the configuration as SQL."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{literal(str(k))}: {literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    if isinstance(value, bool | int | float):
+        return str(value)
+    return "'" + str(value).replace("'", "''") + "'"
 
 
 def read(sql: str) -> Tree:
