@@ -56,9 +56,12 @@ class Answer:
     def values(self) -> dict[str, Any]:
         """Of a typed function: each worker's own JSON value, by its id; without the missing ones.
 
-        With `args` or want_parts. Raises ValueError.
+        Of all with `args` or want_parts. Raises ValueError.
         """
-        return {part.process_id: part.value for part in self.parts if part.ok}
+        good = [part for part in self.parts if part.ok]
+        if len(good) == 1 and not good[0].result:  # any one's own is the result
+            return {good[0].process_id: self.value}
+        return {part.process_id: part.value for part in good}
 
 
 class Incomplete(bytes):

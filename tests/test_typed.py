@@ -679,6 +679,7 @@ def test_a_typed_function_is_called_on_threads_and_in_processes(leader, name):
     answer = leader.call(handler=name, args={"path": "a.jpg"}, mode="any")
 
     assert answer.value["path"] == "a.jpg"
+    assert answer.values == {answer.parts[0].process_id: answer.value}
     assert json.loads(answer.result) == answer.value
     with pytest.raises(library.InvalidCall, match="argument 'path' is missing"):
         leader.call(handler=name, args={}, mode="any")
@@ -961,3 +962,24 @@ def test_the_example_makes_an_offer(leader):
         leader.submit(
             "payments", args={"loan": {**loan, "amount": "0"}, "first": "2026-01-31"}
         ).result(10)
+
+
+# The last one: a worker of the overlay is another one from here on
+
+
+def test_a_worker_that_runs_other_code_is_told_apart(four):
+    def told() -> dict[str, list[str]]:
+        asked = pb2.MetricsRequest(functions=True)
+        found = four.stub("A").GetMetrics(asked, timeout=5).functions
+        return {f.doc.partition("\n")[0]: list(f.workers) for f in found if f.name == "resize"}
+
+    until(lambda: told() == {"Makes a picture smaller.": ["C", "D"]}, what="both are alike")
+    text = MINE.replace("Makes a picture smaller.", "Makes it smaller.")
+    (four.folder / "typed_mine.py").write_text(text)
+
+    four.kill("D")
+    until(lambda: told() == {"Makes a picture smaller.": ["C"]}, what="D is gone")
+    four.start("D")
+
+    both = {"Makes a picture smaller.": ["C"], "Makes it smaller.": ["D"]}
+    until(lambda: told() == both, what="D is told apart")
