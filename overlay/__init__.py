@@ -24,13 +24,14 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  processes -> child -> batch, handlers, logs, pieces   processes -> pieces
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
                  picture -> history   diagnosis   crowd   density
-    0 values     errors -> values   limits   topology -> limits, errors
+    0 values     errors -> values   limits   topology -> limits, errors   clocks
                  configuration -> topology, limits, errors
 
 Entries on top: node.py serves one process, client.py asks, scripts/ start and stop.
 
-Decisions are pure: no grpc, no threads, no clock of their own. `grpc` is known to wire, pipes,
-books, links and the edges, and to node.py; `threading` to the mechanism floor and above.
+Decisions are pure: no grpc, no threads, no clock of their own; all others have theirs from clocks.
+`grpc` is known to wire, pipes, books, links and the edges, and to node.py; `threading` to the
+mechanism floor and above.
 
 A request's way, on every process it passes:
 

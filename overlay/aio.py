@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
@@ -25,6 +24,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from overlay import clocks as time
 from overlay.arguments import as_bytes, as_patience, as_timeout, chunk_of, kind_of
 from overlay.calls import Calls
 from overlay.connection import PATIENCE_S, Connection, ended_early, split
@@ -264,6 +264,7 @@ class _Post:
         self._wake_weakly = _weakly(self._wake)
         self._connecting: dict[float, asyncio.Task[None]] = {}
         self._sending: set[asyncio.Task[None]] = set()
+        self._pauses: set[asyncio.Future[None]] = set()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -315,9 +316,29 @@ class _Post:
     def cancel(self, order: Order, rows: Iterable[int] = ()) -> None:
         self.connection.cancel(order, tuple(rows))
 
+    async def pause(self, seconds: float) -> None:
+        """As asyncio.sleep, by the machine's clock: a test may have frozen the loop's. Raises
+        CallFailed when the client is closed."""
+        over = self.loop.create_future()
+
+        def end(*_: object) -> None:
+            if not over.done():
+                over.set_result(None)
+
+        at = time.monotonic() + seconds
+        self.connection.begin().remind(partial(self._deliver, end, (), None, 0, 0), at)
+        self._pauses.add(over)
+        try:
+            await over
+        finally:
+            self._pauses.discard(over)
+
     async def close(self) -> None:
         self._flush()
         await asyncio.to_thread(self.connection.close)
+        for over in self._pauses:
+            if not over.done():
+                over.set_result(None)
         if self._sending:
             await asyncio.wait(self._sending)
         self._settle()
@@ -491,7 +512,7 @@ class _Mapping:
                 self._flush()
                 orders = [order for order, _ in self._orders.values()]
                 self._unsent += self._presence.take_back(orders, why)
-                await asyncio.sleep(LOOK_S / 10)
+                await self._post.pause(LOOK_S / 10)
         except CallFailed as e:  # closed meanwhile
             self._end(e)
         else:
@@ -502,7 +523,7 @@ class _Mapping:
         """Returns when the process was waited for in vain."""
         presence = self._presence
         while True:
-            await asyncio.sleep(LOOK_S)
+            await self._post.pause(LOOK_S)
             was_away, self._is_away = self._is_away, presence.look_away()
             if was_away and not self._is_away:
                 self._wake_feeder()

@@ -20,12 +20,12 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from overlay import clocks as time
 from overlay import handlers
 from overlay.batch import outcome_of, outcome_of_error
 from overlay.errors import ConfigError

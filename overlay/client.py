@@ -18,13 +18,13 @@ from __future__ import annotations
 import concurrent.futures
 import queue
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+from overlay import clocks as time
 from overlay import wire
 from overlay.arguments import (
     DEFAULT_TIMEOUT_S,

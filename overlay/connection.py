@@ -8,7 +8,6 @@ import logging
 import math
 import socket
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -16,6 +15,7 @@ from typing import Any, cast
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from overlay import clocks as time
 from overlay import judge, wire
 from overlay.calls import RETRY_PAUSE_S, Calls
 from overlay.errors import Misspoken
@@ -243,7 +243,7 @@ class Connection:
             self._make_sure(min(self._patience_s, timeout_s))
             # wait_for_ready: a connection lost just now is waited for, and the call sent once.
             left_s = max(0.001, until - time.monotonic())
-            answer = method(request, timeout=left_s, wait_for_ready=True)
+            answer = method(request, timeout=time.Timeout(left_s), wait_for_ready=True)
             check(answer)
         except Misspoken as e:
             reason = f"what serves at {self._address} speaks wrongly: {e}"
@@ -282,7 +282,7 @@ class Connection:
         """Whether a gRPC server answers, whatever it answers."""
         try:
             self._health.Check(
-                health_pb2.HealthCheckRequest(), timeout=within_s, wait_for_ready=True
+                health_pb2.HealthCheckRequest(), timeout=time.Timeout(within_s), wait_for_ready=True
             )
         except grpc.RpcError as error:
             return error.code() not in _SILENT

@@ -16,7 +16,6 @@ import os
 import re
 import sys
 import threading
-import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -31,6 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from overlay import client as library
+from overlay import clocks as time
 from overlay.admission import HIGHEST_PRIORITY
 from overlay.errors import ConfigError
 from overlay.topology import Process, Topology, join_address

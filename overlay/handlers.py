@@ -13,12 +13,12 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from overlay import clocks as time
 from overlay.errors import ConfigError
 from overlay.topology import HandlerSpec
 

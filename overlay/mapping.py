@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 import queue
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from overlay import clocks as time
 from overlay.arguments import as_bytes
 from overlay.connection import Connection, ended_early
 from overlay.limits import Limits

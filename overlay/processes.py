@@ -19,7 +19,6 @@ import queue
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 import psutil
 
+from overlay import clocks as time
 from overlay.batch import Batch, read_outcome
 from overlay.child import Request, serve
 from overlay.errors import ConfigError, HandlerFailed
