@@ -273,6 +273,7 @@ class _Post:
         if self._loop is None:
             self._loop = running
         if self._loop is not running:
+            self.connection.check_here()
             raise RuntimeError("this client belongs to another event loop; make one in each")
         return running
 
@@ -334,6 +335,8 @@ class _Post:
             self._pauses.discard(over)
 
     async def close(self) -> None:
+        if self.connection.is_left:
+            return  # to the parent of this process, with its tasks
         self._flush()
         await asyncio.to_thread(self.connection.close)
         for over in self._pauses:

@@ -77,7 +77,8 @@ def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
     """A client for the process at `host:port`. Does not wait: the first call does.
 
     patience_s: how long a call waits for a connection that is not up before it raises NotReached.
-    Raises ValueError for an address that is not host:port.
+    Raises ValueError for an address that is not host:port, RuntimeError where gevent or eventlet
+    has replaced the threads that gRPC needs.
     """
     split(address)
     return Client(address, patience_s)
@@ -353,6 +354,7 @@ class Client(concurrent.futures.Executor):
         is_last = False
         try:
             while not (is_last or parts.is_over):
+                self._connection.check_here()
                 with suppress(queue.Empty):  # in slices, so that Ctrl-C works on Windows too
                     is_last, came, at = box.get(timeout=0.5)
                     yield from parts.last(came, at) if is_last else parts.early(came, at)
@@ -415,8 +417,15 @@ class _Reply(Future):  # type: ignore[type-arg]
         self._connection = connection
         self._timeout_s = timeout_s
 
+    def result(self, timeout: float | None = None) -> Any:
+        self._check_here()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check_here()
+        return super().exception(timeout)
+
     def deliver(self, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
-        self.order = None  # it holds this method, and so this
         try:
             if isinstance(came, Failure):
                 self.set_exception(self._connection.failed(came, self._timeout_s))
@@ -424,6 +433,7 @@ class _Reply(Future):  # type: ignore[type-arg]
                 self.set_result(result_of(came, at))
         except InvalidStateError:
             self.set_running_or_notify_cancel()  # tells those who wait that it was cancelled
+        self.order = None  # it holds this method, and so this
 
     def cancel(self) -> bool:
         order = self.order
@@ -431,3 +441,7 @@ class _Reply(Future):  # type: ignore[type-arg]
         if cancelled and order is not None:
             self._connection.cancel(order)
         return cancelled
+
+    def _check_here(self) -> None:
+        if self.order is not None:  # it is not done
+            self._connection.check_here()

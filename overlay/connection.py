@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay import clocks as time
-from overlay import judge, wire
+from overlay import judge, surroundings, wire
 from overlay.calls import RETRY_PAUSE_S, Calls
 from overlay.errors import Misspoken
 from overlay.limits import Limits
@@ -58,25 +58,31 @@ _OPTIONS = [
 class Connection:
     """A client's kept channel: a stream for requests, and calls for metrics and health.
 
+    gRPC is used from the first request on, not before: until then the process may be forked, and
+    each child has a connection of its own. In the child of a process that was using it every verb
+    raises, and `close` leaves it to the parent.
+
     One that is dropped without `close` is closed all the same: its stream has a place at the
     process asked, of which there are few.
     """
 
     def __init__(self, address: str, patience_s: float) -> None:
+        """Raises RuntimeError where gevent or eventlet left no threads to gRPC."""
+        surroundings.check_threads()
         self.address = self._address = address
         self._patience_s = patience_s
         self._answered = -FRESH_S  # when it last did; monotonic seconds
         self._closed = False
+        self._is_left = False  # to the parent, of which this process is a child
         self._lock = threading.Lock()
-        self._channel = grpc.insecure_channel(f"dns:///{address}", options=_OPTIONS)
-        self._node = wire.pb2_grpc.OverlayNodeStub(self._channel)
-        self._single_channel: grpc.Channel | None = None
-        self._admin = wire.pb2_grpc.OverlayAdminStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._made: _Line | None = None
+        self._single_line: _Line | None = None
         self._calls: Calls | None = None
         # What holds a stream and threads, without this connection: so that it can be let go.
-        self._held: list[Calls | grpc.Channel] = [self._channel]
-        weakref.finalize(self, _free_soon, self._held).atexit = False
+        self._held: list[Calls | grpc.Channel] = []
+        self._freeing = weakref.finalize(self, _free_soon, self._held)
+        self._freeing.atexit = False
+        surroundings.remember(self)
 
     def send(self, order: Order, timeout_s: float) -> None:
         """Raises NotReached when nobody serves at the address."""
@@ -116,18 +122,36 @@ class Connection:
 
     @property
     def is_closed(self) -> bool:
-        return self._closed
+        """Whether nothing can be asked here any more."""
+        return self._closed or surroundings.is_orphan
+
+    @property
+    def is_left(self) -> bool:
+        """Whether it is that of the process of which this one is a child."""
+        return self._is_left
 
     def wait_until_idle(self) -> None:
         while not self._closed and self._calls is not None and self._calls.open_rows:
             time.sleep(0.01)
 
+    def check_here(self) -> None:
+        """Raises CallFailed in a child of the process that used this: no answer comes there."""
+        if self._is_left:
+            raise _closed(is_left=True)
+
+    def leave_behind(self) -> None:
+        """As surroundings.Forkable has it."""
+        self._lock = threading.Lock()  # the parent may just have held it
+        if self._made is not None:
+            self._freeing.detach()
+            self._is_left, self._closed = not self._closed, True
+            self._calls = None
+
     def begin(self) -> Calls:
         with self._lock:
-            if self._closed:
-                raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client is closed")
+            channel = self._line_locked().channel
             if self._calls is None:
-                calls = Calls(self._channel, self._address, self._patience_s)
+                calls = Calls(channel, self._address, self._patience_s)
                 calls.start()
                 self._calls = calls
                 self._held.insert(0, calls)
@@ -166,7 +190,7 @@ class Connection:
                 left_s = max(0.001, until - time.monotonic())
                 return cast(
                     wire.pb2.Response,
-                    self._ask(self._single.Forward, request, left_s, judge.check_response),
+                    self._ask(self._single.node.Forward, request, left_s, judge.check_response),
                 )
             except NotReached:
                 raise
@@ -177,7 +201,7 @@ class Connection:
                 time.sleep(pause_s)
 
     def drain(self, request: wire.pb2.DrainRequest, timeout_s: float) -> wire.pb2.DrainResponse:
-        found = self._ask(self._admin.Drain, request, timeout_s, judge.tidy)
+        found = self._ask(self._line.admin.Drain, request, timeout_s, judge.tidy)
         return cast(wire.pb2.DrainResponse, found)
 
     def logs(self, request: wire.pb2.LogsRequest, timeout_s: float) -> wire.pb2.LogsResponse:
@@ -186,16 +210,18 @@ class Connection:
         def check(said: wire.pb2.LogsResponse) -> None:
             judge.check_logs(said, request.process_id or said.process_id, most)
 
-        return cast(wire.pb2.LogsResponse, self._ask(self._admin.Logs, request, timeout_s, check))
+        return cast(
+            wire.pb2.LogsResponse, self._ask(self._line.admin.Logs, request, timeout_s, check)
+        )
 
     def metrics(
         self, request: wire.pb2.MetricsRequest, timeout_s: float
     ) -> wire.pb2.MetricsResponse:
-        found = self._ask(self._node.GetMetrics, request, timeout_s, judge.check_metrics)
+        found = self._ask(self._line.node.GetMetrics, request, timeout_s, judge.check_metrics)
         return cast(wire.pb2.MetricsResponse, found)
 
     def is_serving(self, timeout_s: float) -> bool:
-        found = self._ask(self._health.Check, health_pb2.HealthCheckRequest(), timeout_s)
+        found = self._ask(self._line.health.Check, health_pb2.HealthCheckRequest(), timeout_s)
         return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
@@ -206,15 +232,29 @@ class Connection:
         _free(self._held)
 
     @property
-    def _single(self) -> wire.pb2_grpc.OverlayNodeStub:
+    def _line(self) -> _Line:
+        with self._lock:
+            return self._line_locked()
+
+    def _line_locked(self) -> _Line:
+        if self.is_closed:
+            raise _closed(self._is_left or surroundings.is_orphan)
+        if self._made is None:
+            surroundings.begin_use(self._held)
+            self._made = _Line(self._address, _OPTIONS)
+            self._held.append(self._made.channel)
+        return self._made
+
+    @property
+    def _single(self) -> _Line:
         """For single requests: a channel on which gRPC itself sends one again that a closing
         connection has not taken. There is no other way to know that it did not run."""
         with self._lock:
-            if self._single_channel is None and not self._closed:
-                options = [("grpc.enable_retries", 1), *_OPTIONS]
-                self._single_channel = grpc.insecure_channel(f"dns:///{self._address}", options)
-                self._held.append(self._single_channel)
-            return wire.pb2_grpc.OverlayNodeStub(self._single_channel or self._channel)
+            self._line_locked()
+            if self._single_line is None:
+                self._single_line = _Line(self._address, [("grpc.enable_retries", 1), *_OPTIONS])
+                self._held.append(self._single_line.channel)
+            return self._single_line
 
     def _check_size(self, size: int, patience_s: float) -> None:
         """Raises InvalidCall for a payload that the process would not even read: gRPC itself ends
@@ -236,8 +276,6 @@ class Connection:
         check: Callable[[Any], None] = lambda answer: None,
     ) -> Any:
         """The answer, judged by `check`. Raises CallFailed."""
-        if self._closed:
-            raise CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
         until = time.monotonic() + timeout_s
         try:
             self._make_sure(min(self._patience_s, timeout_s))
@@ -281,12 +319,22 @@ class Connection:
     def _is_greeted(self, within_s: float) -> bool:
         """Whether a gRPC server answers, whatever it answers."""
         try:
-            self._health.Check(
+            self._line.health.Check(
                 health_pb2.HealthCheckRequest(), timeout=time.Timeout(within_s), wait_for_ready=True
             )
         except grpc.RpcError as error:
             return error.code() not in _SILENT
         return True
+
+
+class _Line:
+    """A kept channel, and what is called on it."""
+
+    def __init__(self, address: str, options: Sequence[tuple[str, Any]]) -> None:
+        self.channel = grpc.insecure_channel(f"dns:///{address}", options)
+        self.node = wire.pb2_grpc.OverlayNodeStub(self.channel)
+        self.admin = wire.pb2_grpc.OverlayAdminStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
 
 
 class Presence:
@@ -370,10 +418,17 @@ _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _MAY_PASS = (Code.UNAVAILABLE, Code.CANCELLED)  # why a stream may be refused, and taken soon
 
 
+def _closed(is_left: bool) -> CallFailed:
+    if is_left:
+        return CallFailed(surroundings.FORKED, code=Code.FAILED_PRECONDITION, executed=Executed.NO)
+    return CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
+
+
 def _free(held: list[Calls | grpc.Channel]) -> None:
     """In their order. May be called twice."""
     for one in list(held):
         one.close()
+    surroundings.end_use(held)
 
 
 def _free_soon(held: list[Calls | grpc.Channel]) -> None:

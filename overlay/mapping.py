@@ -92,6 +92,7 @@ class MapRun:
 
     def _is_away(self) -> bool:
         """Whether nothing can be sent now. When it never can, what was not sent is ended."""
+        self._connection.check_here()
         if not self._presence.look_away():
             return self._over is not None
         if self._over is None and self._presence.is_over:
