@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from overlay import clocks as time
 from overlay.arguments import as_bytes, as_patience, as_timeout, chunk_of, kind_of
@@ -30,7 +30,7 @@ from overlay.calls import Calls
 from overlay.connection import PATIENCE_S, Connection, ended_early, split
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
-from overlay.outcomes import Answer, CallFailed
+from overlay.outcomes import NOT_PICKLED, Answer, CallFailed
 from overlay.parts import Parts
 from overlay.values import Failure, Part
 from overlay.wire import pb2
@@ -157,6 +157,9 @@ class AsyncClient:
         """Ends the connection; what has no answer yet fails with CallCancelled."""
         await self._post.close()
 
+    def __reduce__(self) -> tuple[type[AsyncClient], tuple[str, float]]:
+        return type(self), (self.address, self._patience_s)  # which connects where it arrives
+
     async def __aenter__(self) -> AsyncClient:
         return self
 
@@ -242,6 +245,9 @@ class _Reply(asyncio.Future[Any]):
     def fail(self, error: CallFailed) -> None:
         if not self.done():
             self.set_exception(error)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED)
 
     def cancel(self, msg: Any | None = None) -> bool:
         cancelled = super().cancel(msg)

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from overlay import clocks as time
 from overlay import wire
@@ -38,6 +38,7 @@ from overlay.connection import PATIENCE_S, Connection, split
 from overlay.mapping import NOTHING_YET, MapRun, raising
 from overlay.orders import Kind, Order
 from overlay.outcomes import (
+    NOT_PICKLED,
     Answer,
     CallCancelled,
     CallFailed,
@@ -103,6 +104,7 @@ class Client(concurrent.futures.Executor):
 
     def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
         self.address = address
+        self._patience_s = patience_s
         self._connection = Connection(address, patience_s)
 
     def call(
@@ -330,6 +332,9 @@ class Client(concurrent.futures.Executor):
             self._connection.wait_until_idle()
         self.close()
 
+    def __reduce__(self) -> tuple[type[Client], tuple[str, float]]:
+        return type(self), (self.address, self._patience_s)  # which connects where it arrives
+
     def __enter__(self) -> Client:
         return self
 
@@ -424,6 +429,9 @@ class _Reply(Future):  # type: ignore[type-arg]
     def exception(self, timeout: float | None = None) -> BaseException | None:
         self._check_here()
         return super().exception(timeout)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED)
 
     def deliver(self, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
         try:

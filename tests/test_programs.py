@@ -122,6 +122,19 @@ def test_a_job_without_input_and_output_asks_as_any_other(worker: str, tmp_path:
     assert "nowhere" in (tmp_path / "results.log").read_text()
 
 
+def test_a_client_travels_in_a_pickle_and_a_future_does_not(worker: str) -> None:
+    said = program("pickled.py", worker)
+
+    assert said == [
+        "b'C: from there' (1, 1) ('C',)",
+        "NameNotFound NOT_FOUND NO None",
+        "TypeError: a Future belongs to the process that waits for it; pickle its result()",
+        "b'C: y'",
+        "TypeError: a Future belongs to the process that waits for it; pickle its result()",
+        "b'C: x'",
+    ]
+
+
 @pytest.mark.parametrize(
     ("kind", "remedy"),
     [("gevent", "grpc.experimental.gevent.init_gevent()"), ("eventlet", "thread=False")],
