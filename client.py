@@ -7,18 +7,26 @@ stdout, complaints to stderr.
 
 from __future__ import annotations
 
+import sys
+
+import overlay  # noqa: F401 - this folder's, whatever else is installed
+
+if __name__ == "__main__":  # a random.py of yours in this folder is not Python's
+    sys.path.append(sys.path.pop(0))
+
 import argparse
 import difflib
 import importlib
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from overlay import stdio
 from overlay.errors import ConfigError
 
+stdio.complete()
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
 
 
@@ -57,6 +65,9 @@ The report is the same on a terminal and in a pipe. --out keeps the result's own
 everything. A character that the output's code page lacks is written as \\uXXXX."""
 
 
+HELP = {"-h", "--help"}
+
+
 @dataclass(frozen=True)
 class Verb:
     """help: one line. arguments: adds its own to a parser. run: does it and gives the exit code."""
@@ -68,6 +79,9 @@ class Verb:
 
 def main() -> int:
     parser, verb, words = choose(sys.argv[1:])
+    if HELP.intersection(words):  # also with a HOST and a PORT that are none yet
+        parser.print_help()
+        return Exit.OK
     return verb.run(parser.parse_args(words))
 
 
@@ -84,14 +98,16 @@ def choose(words: list[str]) -> tuple[Parser, Verb, list[str]]:
     name, rest = "ask", words
     if len(words) > 2 and not any(word.startswith("-") for word in words[:3]):
         name, rest = words[2], [*words[:2], *words[3:]]
+    elif words and words[0] in VERBS and HELP.intersection(words):
+        name, rest = words[0], words[1:]
     if complaint := _misread(words, name):
         Parser("client.py", overview(), EXITS).error(complaint)
     verb = VERBS[name]
     if rest is words:
         parser = Parser("client.py", overview(), EXITS)
     else:
-        parser = Parser("client.py", verb.help, EXITS)
-        parser.usage = f"client.py HOST PORT {name} [options]"
+        parser = Parser(f"client.py HOST PORT {name}", verb.help, EXITS)
+        parser.usage = f"{parser.prog} [options]"
     parser.add_argument("host", metavar="HOST", type=host, help="name or address of a process")
     parser.add_argument("port", metavar="PORT", type=port, help="its port")
     verb.arguments(parser)

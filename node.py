@@ -5,19 +5,37 @@ For example: python node.py two_hosts_config.json A
 
 from __future__ import annotations
 
+import sys
+
+import overlay  # noqa: F401 - this folder's, whatever else is installed
+
+if __name__ == "__main__":  # a random.py of yours in this folder is not Python's
+    sys.path.append(sys.path.pop(0))
+
 import argparse
+import atexit
 import contextlib
 import errno
 import gc
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from overlay import stdio
+
+stdio.complete()
+
+from overlay import started  # noqa: E402 - after that, as all that may open files
+
+if __name__ == "__main__":  # before multiprocessing's own, and so after that when it comes to it
+    atexit.register(started.end)
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
 if sys.platform == "linux":
@@ -31,14 +49,18 @@ if sys.platform == "win32" and sys.version_info < (3, 13):
 try:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
-    from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-    from overlay import configuration, wire
+    from overlay import configuration, reflection, spawned, wire
     from overlay.admin import Admin
+    from overlay.channels import Channel
     from overlay.connections import Connections, most_connections, raise_file_limit
+    from overlay.ending import StopFile, when_console_ends
     from overlay.errors import ConfigError, OverlayError
+    from overlay.listening import Listening
     from overlay.logs import ProcessLog
+    from overlay.machine import own_addresses
     from overlay.memory import Memory, keep_little
+    from overlay.names import Named, look_up, socket_address
     from overlay.reception import Health, Reception, on_threads_of
     from overlay.service import Drained, Service
     from overlay.topology import Process, Topology, join_address
@@ -54,7 +76,9 @@ except Exception as e:  # noqa: BLE001 - missing stubs; ConfigError may be what 
 OVERLAY_NODE = pb2.DESCRIPTOR.services_by_name["OverlayNode"].full_name
 OVERLAY_ADMIN = pb2.DESCRIPTOR.services_by_name["OverlayAdmin"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+LEAVE_S = 2.0  # at the end, for what modules of handlers have to do then
 PORT_PATIENCE_S = 1.0  # for a port that an old connection still holds for a moment
+ELSEWHERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # of an address that this machine has not
 
 
 class OverlayNode(pb2_grpc.OverlayNodeServicer):
@@ -92,24 +116,28 @@ class OverlayAdmin(pb2_grpc.OverlayAdminServicer):
 class Node:
     """The gRPC server of one process, from `start` to `stop`.
 
-    stop_process: takes a grace in seconds and lets whoever runs this process call `stop` soon.
+    place: the addresses to listen on. stop_process: takes a grace in seconds and lets whoever runs
+    this process call `stop` soon.
     """
 
     def __init__(
         self,
         topology: Topology,
         me: Process,
+        place: Named,
         service: Service,
         stop_process: Callable[[float], None],
     ) -> None:
         self.me = me
+        self.place = place
         self.service = service
         limits = topology.limits
         self.admin = Admin(me, service.journal, limits.drain_grace_s, stop_process)
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
         most = most_connections(raise_file_limit())
-        self.server = grpc.server(self.pool, options=wire.server_options(limits, most))
+        options = wire.server_options(limits, most)
+        self.server = Listening(place, me.port, lambda: grpc.server(self.pool, options=options))
         self.reception = Reception(self.server, self.pool, limits, service.record)
         service.calls_without_message = lambda: self.reception.unarrived
         peers = self.reception.open_peers
@@ -120,27 +148,30 @@ class Node:
         pb2_grpc.add_OverlayNodeServicer_to_server(node, self.reception)
         pb2_grpc.add_OverlayAdminServicer_to_server(OverlayAdmin(self.admin), self.reception)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.reception)
-        names = (OVERLAY_NODE, OVERLAY_ADMIN, HEALTH, reflection.SERVICE_NAME)
-        look = reflection.ReflectionServicer(names)
-        look.ServerReflectionInfo = on_threads_of(self.metrics_pool, look.ServerReflectionInfo)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(look, self.reception)
+        services = (OVERLAY_NODE, OVERLAY_ADMIN, HEALTH)
+        reflection.serve(self.reception, self.metrics_pool, services)
 
     def start(self) -> None:
         """Serves when it returns. Raises ConfigError when the port cannot be had."""
-        self._bind()
-        self.server.start()
+        try:
+            self.server.start()
+        except RuntimeError as e:
+            raise ConfigError(f"process {self.me.id}: cannot listen: {e}") from None
         self._probe()
         self.connections.start()
         self.service.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
-    def stop(self, grace_s: float) -> Drained:
-        """Refuses new requests, lets the running ones end, then closes."""
+    def stop(self, grace_s: float, for_good: bool = False) -> Drained:
+        """Refuses new requests, lets the running ones end, then closes.
+
+        for_good: it will not be back soon, and its neighbours need not wait for it.
+        """
         # In this order: neighbours route around us before the first request is refused.
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        drained = self.service.drain(grace_s)
+        drained = self.service.drain(grace_s, for_good)
         self.admin.tell(grace_s, drained)
-        self.server.stop(0.5).wait(2)
+        self.server.stop(0.5)
         self.service.close()
         self.admin.close()
         self.connections.stop()
@@ -156,21 +187,12 @@ class Node:
         for name in ("", OVERLAY_NODE):
             self.health.set(name, status)
 
-    def _bind(self) -> None:
-        address = self.me.listen_address
-        try:
-            bound = self.server.add_insecure_port(address)
-        except RuntimeError as e:
-            raise ConfigError(f"process {self.me.id}: cannot listen on {address}: {e}") from None
-        if bound != self.me.port:
-            raise ConfigError(f"process {self.me.id}: asked for {address} and got port {bound}")
-
     def _probe(self) -> None:
         # The answer must come from this process, not from another that has the port too.
-        host = self.me.bind or self.me.host
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
-        address = join_address(host, self.me.port)
-        with grpc.insecure_channel(address, wire.channel_options()) as channel:
+        number = self.place.addresses[0]
+        number = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(number, number)
+        address = join_address(number, self.me.port)
+        with Channel(address, wire.channel_options()) as channel:
             ask = pb2_grpc.OverlayNodeStub(channel).GetMetrics
             try:
                 found = ask(pb2.MetricsRequest(), timeout=5, wait_for_ready=True)
@@ -191,8 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         me = topology.process(arguments.id)
         if arguments.check:
             return _say_checked(topology)
-        _wait_for_port(me)
-        return _serve(topology, me, arguments.stop_file)
+        return _serve(topology, me, _wait_for_port(me), arguments.stop_file)
     except OverlayError as e:
         for problem in getattr(e, "problems", (str(e),)):
             print(f"node.py: {problem}", file=sys.stderr)
@@ -210,7 +231,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="only check the configuration")
     parser.add_argument(
         "--stop-file",
-        type=lambda path: Path(path).absolute(),  # a handler may change the current folder
+        type=lambda path: StopFile(Path(path).absolute()),  # a handler may change the folder
         metavar="PATH",
         help="stop when this file appears",
     )
@@ -224,28 +245,29 @@ def _say_checked(topology: Topology) -> int:
     return 0
 
 
-def _serve(topology: Topology, me: Process, stop_file: Path | None) -> int:
+def _serve(topology: Topology, me: Process, place: Named, stop_file: StopFile | None) -> int:
     keep_little()
-    stopping = _Stopping(topology.limits.drain_grace_s)
+    spawned.be_main()
+    started.hold_together()
+    stopping = _Stopping(topology.limits.drain_grace_s, stop_file)
     log = ProcessLog(topology.folder / me.log_dir / f"process_{me.id.lower()}.log", me.id)
     log.start()
     try:
         service = Service(topology, me.id, log.recent, lambda: log.dropped)
-        node = Node(topology, me, service, stopping.ask)
+        node = Node(topology, me, place, service, stopping.ask)
         try:
             node.start()
         except BaseException:
             node.stop(0)
             raise
-        _announce(topology, me)
+        _announce(topology, me, place)
         with _told_to_prometheus(me, service):
             log.take_prints()
             _calm_garbage_collector()
-            stopping.wait(stop_file)
-            left = _stop(node, stopping.grace_s)
+            stopping.wait()
+            left = _stop(node, stopping)
         if stop_file is not None:  # for `run.py`: it did not die, and how it ended
-            with contextlib.suppress(OSError):
-                stop_file.write_text(f"{left}\n")
+            stop_file.leave(left)
         return 1 if left else 0
     finally:
         log.stop()
@@ -275,59 +297,85 @@ def _calm_garbage_collector() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
-def _announce(topology: Topology, me: Process) -> None:
-    print(f"{me.id} {me.role} {me.team} serves on {me.listen_address}", flush=True)
+def _announce(topology: Topology, me: Process, place: Named) -> None:
+    at = place.shown(me.listen_address)
+    print(f"{me.id} {me.role} {me.team} serves on {at}", flush=True)
     log = _log()
     for warning in configuration.warnings(topology):
         log.warning("%s", warning)
-    if me.host not in ("127.0.0.1", "::1", "[::1]", "localhost"):
-        log.warning("no TLS: whoever reaches %s can send requests", me.listen_address)
+    if not place.is_loopback:
+        log.warning("no TLS: whoever reaches %s can send requests", at)
+    elif place.shown() != place.host and len({p.host for p in topology.processes.values()}) > 1:
+        # Of Debian's hosts file, for example, where a machine's own name is 127.0.1.1.
+        log.warning("%s leads no other machine to %s: give it a bind", place.shown(), me.id)
     about = {"kind": "started"}
-    log.info("serves on %s, pid %d", me.listen_address, os.getpid(), extra=about)
+    log.info("serves on %s, pid %d", at, os.getpid(), extra=about)
 
 
-def _stop(node: Node, grace_s: float) -> int:
+def _stop(node: Node, stopping: _Stopping) -> int:
     """How many requests did not end within the grace."""
-    began = time.monotonic()
+    began, grace_s = time.monotonic(), stopping.grace_s
     _log().info("stopping: up to %g s for what runs", grace_s, extra={"kind": "stopping"})
     _watchdog(grace_s + 5)
-    drained = node.stop(grace_s)
+    drained = node.stop(grace_s, stopping.is_for_good)
     _log().info(
         "stopped in %.1f s; %d requests refused, %d left behind",
         time.monotonic() - began,
         drained.refused,
         drained.left,
     )
-    if drained.left:  # a handler that does not end holds a thread, and that would hold the process
-        _watchdog(1)
     return drained.left
 
 
-def _watchdog(after_s: float) -> None:
-    timer = threading.Timer(after_s, os._exit, (1,))
+def _watchdog(after_s: float, code: int = 1) -> None:
+    timer = threading.Timer(after_s, _end_now, (code,))
     timer.daemon = True
     timer.start()
 
 
+def _end_now(code: int) -> None:
+    """Without a word, but with all that handlers on threads have started."""
+    started.end()
+    os._exit(code)
+
+
 class _Stopping:
-    """Waits for a signal, the stop file or `ask`. The second signal ends the process at once.
+    """Waits for a signal, the stop file or `ask`. The second signal ends the process at once, but
+    for SIGHUP: a terminal that is closed may send it more than once.
 
     grace_s: what runs may take so long then.
     """
 
-    def __init__(self, grace_s: float) -> None:
+    def __init__(self, grace_s: float, stop_file: StopFile | None) -> None:
         self.grace_s = grace_s
+        self._stop_file = stop_file
         self._wanted = threading.Event()
         self._was_signalled = False
+        before = {}
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # Ctrl-Break is what Windows has
             if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._signalled)
+                number = getattr(signal, name)
+                before[number] = signal.signal(number, self._signalled)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            # Not where it is ignored, as under nohup.
+            hang_up = signal.signal(signal.SIGHUP, lambda number, frame: self._wanted.set())
+            before[signal.SIGHUP] = hang_up
+        if hasattr(os, "register_at_fork"):  # a pool of a handler ends its processes with SIGTERM
+            os.register_at_fork(after_in_child=lambda: _set_signals(before))
+        when_console_ends(self.ask)
 
-    def wait(self, stop_file: Path | None) -> None:
+    @property
+    def is_for_good(self) -> bool:
+        """Whether the process will not be back soon, as far as who stops it has said."""
+        return self._stop_file is not None and self._stop_file.is_for_good
+
+    def wait(self) -> None:
         # In slices: a wait without end cannot be interrupted on Windows before Python 3.14.
         while not self._wanted.wait(0.2):
-            if stop_file is not None and stop_file.exists():
+            stdio.leave_terminal()
+            if self._stop_file is not None and self._stop_file.is_there:
                 return
+        stdio.leave_terminal()
 
     def ask(self, grace_s: float) -> None:
         """As the first signal does. Safe from any thread; only the first grace counts."""
@@ -337,54 +385,65 @@ class _Stopping:
 
     def _signalled(self, number: int, frame: object) -> None:
         if self._was_signalled:
-            os._exit(128 + number)
+            _end_now(128 + number)
         self._was_signalled = True
         self._wanted.set()
 
 
-def _wait_for_port(me: Process) -> None:
+def _set_signals(actions: dict[int, Any]) -> None:
+    for number, action in actions.items():
+        with contextlib.suppress(TypeError, ValueError):  # None: not set from Python
+            signal.signal(number, action)
+
+
+def _wait_for_port(me: Process) -> Named:
+    """What the host stands for, less what is not of this machine. Raises ConfigError."""
     until = time.monotonic() + PORT_PATIENCE_S
-    while (problem := _port_problem(me)) is not None:
-        error, sentence = problem
-        if error != errno.EADDRINUSE or time.monotonic() > until:
-            raise ConfigError(f"process {me.id}: {sentence}")
+    while True:
+        place = look_up(me.bind or me.host)
+        refused = {n: e for n in place.addresses if (e := _refusal(n, me.port)) is not None}
+        amiss = [e for e in refused.values() if e.errno not in ELSEWHERE]
+        if len(refused) < len(place.addresses) and not amiss:
+            own = tuple(number for number in place.addresses if number not in refused)
+            return replace(place, addresses=own)
+        if not amiss or amiss[0].errno != errno.EADDRINUSE or time.monotonic() > until:
+            e = next(iter([*amiss, *refused.values()]), None)
+            raise ConfigError(f"process {me.id}: {_bind_sentence(me, place, e)}")
         time.sleep(0.1)
 
 
-def _port_problem(me: Process) -> tuple[int | None, str] | None:
+def _refusal(number: str, port: int) -> OSError | None:
     """Why the address cannot be listened on, found with a plain socket: gRPC does not say."""
-    host = (me.bind or me.host).strip("[]")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, me.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
+        family, place = socket_address(number, port)
+        with socket.socket(family) as probe:
             if os.name == "posix":  # as gRPC does; elsewhere it would allow to share the port
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+            probe.bind(place)
             probe.listen(1)
-    except socket.gaierror:
-        return None, f"host '{host}' has no address; check its spelling or write its number"
-    except (OSError, UnicodeError) as e:
-        return getattr(e, "errno", None), _bind_sentence(me, host, e)
+    except OSError as e:
+        return e
     return None
 
 
-def _bind_sentence(me: Process, host: str, e: OSError | UnicodeError) -> str:
-    code = getattr(e, "errno", None)
-    if code == errno.EADDRINUSE:
+def _bind_sentence(me: Process, place: Named, e: OSError | None) -> str:
+    host = place.shown()
+    if e is None:
+        return place.why
+    if e.errno == errno.EADDRINUSE:
         return (
             f"port {me.port} on {host} is taken by another program (or by {me.id} itself, "
             f"still running); stop that one or give {me.id} another port"
         )
-    if code == errno.EADDRNOTAVAIL:
+    if e.errno in ELSEWHERE:
         return (
-            f"{host} is not an address of this machine; start {me.id} on the machine that has it, "
-            f"or correct its host (behind NAT: set its bind)"
+            f"{host} is not an address of this machine, which has {', '.join(own_addresses())}; "
+            f"start {me.id} on the machine that has it, or correct its host (behind NAT: set its "
+            "bind)"
         )
-    if code == errno.EACCES:
+    if e.errno == errno.EACCES:
         return f"port {me.port} on {host} needs rights that you do not have; use one above 1023"
-    return f"cannot listen on {host}:{me.port}: {e}"
+    return f"cannot listen on port {me.port} of {host}: {e}"
 
 
 def _log():
@@ -394,4 +453,6 @@ def _log():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    _watchdog(LEAVE_S, code)  # nothing that a handler has left behind holds up the end
+    sys.exit(code)

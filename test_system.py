@@ -8,9 +8,15 @@ what fails. May be run as often as one likes, beside other work.
 
 from __future__ import annotations
 
+import sys
+
+import overlay  # noqa: F401 - this folder's, whatever else is installed
+
+if __name__ == "__main__":  # a random.py of yours in this folder is not Python's
+    sys.path.append(sys.path.pop(0))
+
 import argparse
 import statistics
-import sys
 import threading
 import time
 from collections import Counter
@@ -147,7 +153,7 @@ class Asked:
     @property
     def introduction(self) -> str:
         by = f", handler {self.handler}" if self.handler else ""
-        who = f"{self.id} ({self.metrics.role}) at {self.client.address}"
+        who = f"{self.id} ({self.metrics.role}) at {self.client.shown}"
         return f"{who}; workers that should answer: {' '.join(self.workers)}{by}"
 
     @property
@@ -380,6 +386,8 @@ def _of_error(error: library.CallFailed, asked: Asked) -> Problem:
 
 
 def _where_to_look(error: library.CallFailed, args: argparse.Namespace) -> str:
+    if isinstance(error, library.NoSuchHost):
+        return f"write its address in numbers in place of {args.host}"
     if isinstance(error, library.NotReached):
         return (
             f"start the process there (python node.py CONFIG ID), see that its configuration says "

@@ -23,6 +23,8 @@ except ImportError as e:
         f"the pictures example needs Pillow 11 or later; python -m pip install pillow ({e})"
     ) from None
 
+from overlay import BadRequest
+
 # Named, because Pillow knows formats that start other programs (EPS) and some that nobody sends.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 MOST_PIXELS = 64_000_000  # 192 MB when unpacked; a small file can claim to be far more
@@ -33,18 +35,18 @@ def thumbnail(payload: bytes, context: Any) -> bytes:
     """A JPEG of the picture, upright as its camera meant it; what is transparent becomes white.
 
     Of an animation the first picture. Nothing else of the file is kept, such as where it was taken.
-    Raises ValueError for what is no picture, a damaged or an enormous one: the caller sees INTERNAL
-    with an error id, the worker's log the sentence.
+    Raises BadRequest for what is no picture, a damaged or an enormous one; ValueError for an option
+    that cannot be right.
     """
     box = _box(str(context.options.get("size", "160x160")))
     try:
         small = _fitted(_opened(payload), box)
     except UnidentifiedImageError:
-        raise ValueError(f"{len(payload)} bytes that are no {' or '.join(FORMATS)} file") from None
+        raise BadRequest(f"{len(payload)} bytes that are no {' or '.join(FORMATS)} file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise ValueError(f"the picture is too large: {e}") from None
+        raise BadRequest(f"the picture is too large: {e}") from None
     except (OSError, SyntaxError, EOFError) as e:  # Pillow's words for a file that ends too early
-        raise ValueError(f"the picture is damaged: {e}") from None
+        raise BadRequest(f"the picture is damaged: {e}") from None
     file = io.BytesIO()
     small.save(file, "JPEG", quality=85)
     return file.getvalue()

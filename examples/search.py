@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from overlay import BadRequest
+
 SUFFIXES = (".py", ".txt", ".md", ".rst", ".csv", ".log", ".json", ".toml", ".ini", ".cfg", ".html")
 SKIP = ("__pycache__", ".git", ".venv", "node_modules", "site-packages")
 RESERVE_S = 0.3  # kept to send what was found: a part of the answer in time beats none
@@ -44,14 +46,11 @@ Matches = Callable[[str], object]
 def search(payload: bytes, context: Any) -> bytes:
     """The lines of this worker's share that have the pattern, in the order of paths and lines.
 
-    A pattern that cannot be searched for is answered with a note that says why. Raises ValueError
-    or FileNotFoundError for options that cannot be right: then this worker's part has failed.
+    Raises BadRequest for a pattern that cannot be searched for; ValueError or FileNotFoundError for
+    options that cannot be right: then this worker's part has failed.
     """
     me, scope = context.process_id, Scope.of(context.options)
-    try:
-        text, matches = _pattern(payload)
-    except ValueError as problem:
-        return f"{NOTE}{me}: {problem}".encode()
+    text, matches = _pattern(payload)
     found, notes = _look(scope, text, matches, context)
     lines = [f"{me}: {line}" for line in found] + [f"{NOTE}{me}: {note}" for note in notes]
     return "\n".join(lines).encode("utf-8", "replace")
@@ -109,22 +108,22 @@ def _share(text: str) -> tuple[int, int]:
 def _pattern(payload: bytes) -> tuple[str, Matches]:
     """The text that a file must have to be worth a look, and what decides on a line.
 
-    Raises ValueError, with a sentence for whoever asked.
+    Raises BadRequest, with a sentence for whoever asked.
     """
     try:
         pattern = payload.decode().rstrip("\r\n")
     except UnicodeDecodeError:
-        raise ValueError("the pattern is not UTF-8 text") from None
+        raise BadRequest("the pattern is not UTF-8 text") from None
     if not pattern:
-        raise ValueError("the pattern is empty; send the text to search for")
+        raise BadRequest("the pattern is empty; send the text to search for")
     if "\n" in pattern or "\r" in pattern:
-        raise ValueError("the pattern has a line break; the search is line by line")
+        raise BadRequest("the pattern has a line break; the search is line by line")
     if not pattern.startswith("re:"):
         return pattern, lambda line: pattern in line
     try:
         return "", re.compile(pattern[3:]).search
     except (re.error, OverflowError, RecursionError) as e:
-        raise ValueError(f"'{_shown(pattern)}' is not a regular expression: {e}") from None
+        raise BadRequest(f"'{_shown(pattern)}' is not a regular expression: {e}") from None
 
 
 def _look(scope: Scope, text: str, matches: Matches, context: Any) -> tuple[list[str], list[str]]:

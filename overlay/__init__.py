@@ -4,34 +4,38 @@ The floor plan. A module imports only from floors below its own, or on its own f
 arrow says so; tests/test_floors.py compares this picture with the code.
 
     4 edges      admin -> service -> streams   admin -> journal   service -> journal
-                 reception   connections
+                 reflection -> reception   connections   listening
                  console -> client -> connection -> calls -> orders
                  client -> mapping -> connection -> outcomes -> calls   client -> arguments
                  client -> parts -> calls   client, mapping, connection, arguments -> orders
-                 client -> outcomes   mapping -> arguments, outcomes
-                 aio -> arguments, calls, connection, orders, outcomes, parts   exporter -> door
+                 client -> outcomes   mapping -> arguments, outcomes, telling
+                 telling -> connection, outcomes
+                 aio -> arguments, calls, connection, orders, outcomes, parts, telling
+                 exporter -> door
                  asking, bulk, checking, draining, reading, doctor -> client, console
                  addressing -> console
-                 web -> watch, console, door   watch -> connection
+                 web -> watch, console, door
                  top -> watch, console, screenful   screenful -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   ids   logs -> recent   repeats   stories
-                 machine   hosts   memory   pool   surroundings
-                 links -> books, wire   books -> pipes, pieces, wire   pipes -> wire
-                 wire -> judge, meter, recent   judge -> recent
+                 memory   pool   resources   stdio   ending   usage   spawned   surroundings
+                 machine, hosts, channels -> names
+                 links -> books, channels, wire   books -> pipes, pieces, wire   pipes -> wire
+                 wire -> judge, maps, meter, recent   judge -> recent
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces
-                 executor -> batch, handlers, ids   threads -> handlers, logs, pieces
-                 processes -> child -> batch, handlers, logs, pieces   processes -> pieces
+                 executor -> batch, handlers, ids, sources   threads -> handlers, logs, pieces
+                 processes -> child -> batch, handlers, logs, pieces, sources, started
+                 processes -> pieces, sources, started   handlers -> sources
     1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
-                 picture -> history   diagnosis   crowd   density
+                 picture -> history, events   diagnosis   crowd   density
     0 values     errors -> values   limits   topology -> limits, errors   clocks
                  configuration -> topology, limits, errors
 
 Entries on top: node.py serves one process, client.py asks, scripts/ start and stop.
 
 Decisions are pure: no grpc, no threads, no clock of their own; all others have theirs from clocks.
-`grpc` is known to wire, pipes, books, links and the edges, and to node.py; `threading` to the
-mechanism floor and above.
+`grpc` is known to wire, pipes, books, channels, links and the edges, and to node.py; `threading` to
+the mechanism floor and above.
 
 A request's way, on every process it passes:
 

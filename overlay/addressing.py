@@ -19,11 +19,13 @@ from overlay.configuration import load
 from overlay.console import Exit, Parser, Screen, complain, counted, host, misconfigured
 from overlay.errors import ConfigError
 from overlay.machine import own_addresses
+from overlay.names import begin, look_up
 from overlay.topology import Topology
 
 SHIPPED = "two_hosts_config.json"
+OF_ONE_HOST = "one_host_config.json"
 HERE = "here"  # what one may answer for this machine's address
-LOOPBACK = ("127.", "::1", "localhost")
+LOOPBACK = ("127.", "::1")
 
 
 def arguments(parser: Parser) -> None:
@@ -57,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
         print()
         complain(f"an answer is missing; {path} is as it was")
         return Exit.USAGE
-    _say_next(Screen(sys.stdout), path, {changes.get(h, h): ids for h, ids in hosts.items()})
+    written: dict[str, list[str]] = {}
+    for old, ids in hosts.items():
+        written.setdefault(changes.get(old, old), []).extend(ids)
+    _say_next(Screen(sys.stdout), path, written)
     return Exit.OK
 
 
@@ -91,12 +96,17 @@ def _asked(hosts: Mapping[str, list[str]], path: Path) -> dict[str, str]:
     print(
         f"{path} has {counted(len(hosts), 'machine')}. This one: {' or '.join(own) or 'no network'}"
     )
+    if len(hosts) > 1:
+        print(
+            f"One machine will do too: say '{HERE}' each time, or leave this and start "
+            f"{OF_ONE_HOST}, which is for trying on one."
+        )
     changes = {}
     for old, ids in hosts.items():
         while True:
             said = input(f"Address of the machine with {', '.join(ids)} [{old}]: ").strip() or old
-            if said.lower() == HERE and own:
-                said = own[0]
+            if said.lower() == HERE:
+                said = (own or ["127.0.0.1"])[0]
             try:
                 changes[old] = host(said)
                 break
@@ -143,16 +153,26 @@ def _with_hosts(raw: dict[str, Any], changes: Mapping[str, str]) -> dict[str, An
 
 def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]]) -> None:
     own = own_addresses()
+    begin(hosts)
+    named = {address: look_up(address) for address in hosts}
+    mine = {address for address, found in named.items() if set(found.addresses) & set(own)}
     for address, ids in hosts.items():
-        mine = "  (this machine)" if address in own else ""
-        report.say(f"{address}: {', '.join(ids)}{mine}")
-    if not any(address in own for address in hosts):
+        here = "  (this machine)" if address in mine else ""
+        report.say(f"{named[address].shown()}: {', '.join(ids)}{here}")
+    for found in named.values():
+        if found.why:
+            report.say(f"Beware: {found.why}.")
+    if not mine:
         report.say(f"Beware: none of them is an address of this machine ({', '.join(own)}).")
-    if len(hosts) > 1 and any(address.startswith(LOOPBACK) for address in hosts):
+    if len(hosts) > 1 and any(found.is_loopback for found in named.values()):
         report.say(
             "Beware: 127.0.0.1 and localhost are each machine itself, and not one for others."
         )
-    report.say(f"Written to {path}. Copy it to every machine, start it on each, in any order:")
+    if len(hosts) > 1:
+        report.say(f"Written to {path}. Copy it to every machine, start it on each, in any order:")
+    else:
+        report.say(f"Written to {path}. It is for one machine; start it there:")
     report.say(rf"  Windows   scripts\start_windows.bat {path}")
     report.say(f"  Mac       scripts/start_macos.sh {path}")
-    report.say(f"Then, on any of them: python client.py doctor {path}")
+    there = "on any of them" if len(hosts) > 1 else "there"
+    report.say(f"Then, {there}: python client.py doctor {path}")

@@ -27,11 +27,13 @@ from typing import Any, NoReturn
 from overlay import clocks as time
 from overlay.arguments import as_bytes, as_patience, as_timeout, chunk_of, kind_of
 from overlay.calls import Calls
-from overlay.connection import PATIENCE_S, Connection, ended_early, split
+from overlay.channels import split
+from overlay.connection import PATIENCE_S, Connection, ended_early
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
 from overlay.outcomes import NOT_PICKLED, Answer, CallFailed
 from overlay.parts import Parts
+from overlay.telling import Telling
 from overlay.values import Failure, Part
 from overlay.wire import pb2
 
@@ -55,6 +57,11 @@ class AsyncClient:
         self._connection = Connection(address, patience_s)
         self._patience_s = patience_s
         self._post = _Post(self._connection, patience_s)
+
+    @property
+    def shown(self) -> str:
+        """As Client.shown."""
+        return self._connection.shown
 
     async def call(
         self,
@@ -217,7 +224,7 @@ class AsyncClient:
         kind = kind_of(mode, team, handler or "", False, priority)
         timeout_s, patience_s = as_timeout(timeout), as_patience(patience_s)
         chunk = chunk_of(window, chunksize)
-        mapping = _Mapping(self._post, kind, timeout_s, chunk, window, patience_s)
+        mapping = _Mapping(self._post, kind, timeout_s, chunk, window, patience_s, payloads)
         return mapping.run(payloads, ordered)
 
 
@@ -450,8 +457,11 @@ class _Mapping:
         chunk: int,
         window: int,
         patience_s: float | None,
+        payloads: object,
     ) -> None:
+        """payloads: as the map was given them, for how many they are."""
         self._post = post
+        self._telling = Telling(post.connection, kind.route.handler, payloads)
         self._presence = post.connection.presence(patience_s)
         self._kind = kind
         self._timeout_s = timeout_s
@@ -511,6 +521,7 @@ class _Mapping:
             feeder.cancel()
             for order, _ in self._orders.values():
                 self._post.cancel(order)
+            self._telling.end()
             await asyncio.wait([feeder, looks])
 
     async def _look_again(self) -> None:
@@ -533,6 +544,7 @@ class _Mapping:
         presence = self._presence
         while True:
             await self._post.pause(LOOK_S)
+            self._telling.tell(self._answered, self._failed)
             was_away, self._is_away = self._is_away, presence.look_away()
             if was_away and not self._is_away:
                 self._wake_feeder()
@@ -603,6 +615,8 @@ class _Mapping:
         if not entry[1]:
             self._bytes -= entry[0].size
             del self._orders[first]
+        if not isinstance(came, Failure):
+            self._presence.was_up = True  # also when it is lost again before the next look
         for n, row in enumerate(rows):
             result: bytes | CallFailed
             if isinstance(came, Failure):

@@ -34,7 +34,7 @@ from overlay.orders import Order, Outbox
 from overlay.pieces import Arriving
 from overlay.pipes import Pipe, is_full
 from overlay.rows import OpenRows, consecutive
-from overlay.values import Answers, Code, Column, Executed, Failure, Part, Segment
+from overlay.values import Answers, Code, Column, Executed, Failure, Part, Progress, Segment
 from overlay.wire import pb2
 
 LIMITS = Limits()
@@ -137,17 +137,24 @@ class Calls:
     """Sends orders and delivers their answers. Safe from any thread.
 
     connected: set while the process asked takes requests on our stream. refused: why it would not.
-    patience_s: how long an order waits for a place there before it is delivered as refused.
+    patience_s: how long an order waits for a place there before it is delivered as refused. shown:
+    what the process is called in words; by default its name.
     after_frame: called when all of a frame is delivered; is_delivering: such a call is to come.
     """
 
-    def __init__(self, channel: grpc.Channel, name: str, patience_s: float = math.inf) -> None:
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        name: str,
+        patience_s: float = math.inf,
+        shown: Callable[[], str] | None = None,
+    ) -> None:
         self.connected = threading.Event()
         self.refused: Failure | None = None
         self.after_frame: Callable[[], None] | None = None
         self.is_delivering = False
         self.most_bytes = LIMITS.max_message_bytes
-        self._name = name
+        self._shown = shown or (lambda: name)
         self._patience_s = patience_s
         self._pipe = Pipe(
             channel, name, self._fill, self._receive, self._lost, self._live, may_rest=True
@@ -157,6 +164,7 @@ class Calls:
         self._outbox = Outbox()
         self._cancels: deque[tuple[int, int, int]] = deque()  # segment, first row, how many
         self._grants: deque[tuple[int, int, str]] = deque()  # segment, row, worker: one piece
+        self._progress: dict[int, Progress] = {}  # of maps, by number: to be told
         self._unwanted: deque[set[int]] = deque()  # the `cancelled` of orders, to be looked up
         self._sent: dict[int, _Sent] = {}
         self._numbers = itertools.count(1)
@@ -231,6 +239,11 @@ class Calls:
         """Calls that then, in monotonic seconds, on the deadline thread; never after `close`."""
         self._deadlines.watch(of, at)
 
+    def tell(self, progress: Progress) -> None:
+        """Goes to who watches, in one of the next frames."""
+        self._progress[progress.number] = progress
+        self._pipe.kick()
+
     def wake(self) -> None:
         """Somebody waits for `connected`: a stream that was let go is wanted again."""
         self._pipe.kick()
@@ -300,6 +313,10 @@ class Calls:
             number, row, worker = self._grants.popleft()
             frame.grants.add(number=number, row=row, process_id=worker, count=1)
             size += 20
+        while self._progress:
+            _, progress = self._progress.popitem()
+            frame.progress.append(wire.write_progress(progress))
+            size += 60
         while self.connected.is_set() and size < LIMITS.frame_bytes and self._has_room():
             orders, bytes_ = self._next_orders(LIMITS.frame_bytes - size)
             if not orders:
@@ -455,7 +472,7 @@ class Calls:
         woken = 0
         self._full_since = None
         if frame.stopping and self.connected.is_set():
-            reason = f"the process at {self._name} is stopping and takes no new requests"
+            reason = f"the process at {self._shown()} is stopping and takes no new requests"
             self.refused = Failure(Code.UNAVAILABLE, reason, Executed.NO)
             self.connected.clear()
         self.is_delivering = self.after_frame is not None
@@ -523,13 +540,13 @@ class Calls:
         if self._pipe.rests:
             self.refused = None
         elif why.code is Code.DATA_LOSS:  # of what is not sent to it now
-            reason = f"the process at {self._name} cannot be asked: {why.reason}"
+            reason = f"the process at {self._shown()} cannot be asked: {why.reason}"
             self.refused = Failure(why.code, reason, Executed.NO)
         elif why.executed is Executed.NO or not (was_served or why.code is Code.CANCELLED):
             self.refused = Failure(why.code, why.reason, why.executed, why.retry_after_s)
         if was_served:
             self._was_lost = not self._pipe.rests
-            reason = f"no answer from {self._name}: {why.reason}"
+            reason = f"no answer from {self._shown()}: {why.reason}"
             self._end_sent(Failure(Code.UNAVAILABLE, reason, why.executed))
             if why.code is Code.DATA_LOSS and self.refused is not None:
                 self._end_unsent(self.refused)  # the next call may be a while

@@ -44,7 +44,8 @@ def arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     address = join_address(args.host, args.port)
     try:
-        found = connected(args).metrics(timeout=args.deadline)
+        asked = connected(args)
+        found = asked.metrics(timeout=args.deadline)
     except library.CallFailed as e:
         return failed(e, address, args.json)
     is_well = (
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report.json({"ok": is_well, "exit_code": int(code), "address": address, **as_plain(found)})
     else:
-        show_metrics(report, found, address)
+        show_metrics(report, found, asked.shown)
     return code
 
 

@@ -1,10 +1,11 @@
 """What runs in a handler's process: one request after the other, over a pipe to the parent.
 
     parent -> (payload, facts, seconds left, options, whether a large result may come in pieces);
-              the pipe's end is the process's end
-    child  -> ("ready", problem or "") once; then for each request ("begun", None), some
-              ("line", (level, text)) and ("piece", bytes), and one outcome as overlay.batch makes
-              it. The pipe holds little, so that the handler waits until its pieces are taken
+              None when there is no more to do
+    child  -> ("ready", modules that it has kept) or ("cannot", problem) once; then for each request
+              ("begun", None), some ("line", (level, text)) and ("piece", bytes), and one outcome as
+              overlay.batch makes it. The pipe holds little, so that the handler waits until its
+              pieces are taken
 
 Whatever a handler does to its process, the next request finds it as it was, or finds another one.
 What it prints or logs is for the parent's log, the first lines of each request; the rest is left
@@ -20,18 +21,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from overlay import clocks as time
-from overlay import handlers
+from overlay import handlers, started
 from overlay.batch import outcome_of, outcome_of_error
 from overlay.errors import ConfigError
 from overlay.handlers import RECURSION, Context
-from overlay.logs import Printed, cut
+from overlay.logs import Printed, cut, lead_to
 from overlay.pieces import Send
+from overlay.sources import Source
 from overlay.topology import HandlerSpec
 
 LINES = 200  # of one request that go to the log
@@ -39,19 +41,25 @@ LINES = 200  # of one request that go to the log
 Request = tuple[bytes, tuple[str, str, int, int], float, dict[str, Any], bool]
 
 
-def serve(pipe: Connection, spec: HandlerSpec, folder: str, most_bytes: int) -> None:
-    """Works until the pipe ends. Results of more than `most_bytes` are told by their size."""
+def serve(
+    pipe: Connection, spec: HandlerSpec, folder: str, kept: Mapping[str, Source], most_bytes: int
+) -> None:
+    """Works until there is no more to do. Results of more than `most_bytes` are told by their size.
+
+    kept: the folder's modules as they are to be loaded.
+    """
     _become_a_child()
     parent = _Parent(pipe)
     _log_to(parent)
-    handlers.add_folder(Path(folder))
+    sources = handlers.add_folder(Path(folder), kept)
     try:
         call = handlers.find(spec, spec.call)
     except ConfigError as e:
-        parent.end_with(("ready", str(e)))
+        parent.end_with(("cannot", str(e)))
         return
+    sources.keep_imported()
     home, me = os.getcwd(), os.getpid()
-    parent.end_with(("ready", ""))
+    parent.end_with(("ready", {name: sources.kept[name] for name in sources.kept.keys() - kept}))
     while (request := _next(pipe)) is not None:
         _as_it_was(parent, home)
         parent.begin()
@@ -70,6 +78,8 @@ class _Parent:
         self._lock = threading.Lock()
         self._room = LINES
         self._left_out = 0
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._be_silent)
 
     def begin(self) -> None:
         with self._lock:
@@ -105,6 +115,12 @@ class _Parent:
     def _printed(self, text: str) -> None:
         self.line(logging.INFO, text)
 
+    def _be_silent(self) -> None:
+        # A fork's lines would come between the bytes of an answer, or when there is no request.
+        self._lock = threading.Lock()
+        self._room = 0
+        self._pipe.close()
+
 
 class _ToParent(logging.Handler):
     def __init__(self, parent: _Parent) -> None:
@@ -123,6 +139,7 @@ def _become_a_child() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent
     if os.name == "posix":
         os.setpgid(0, 0)  # so that programs which the handler starts can be ended with it
+    started.hold_together()
     # Whatever the handler starts inherits these: it must not hold or fill the parent's output.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
@@ -134,9 +151,14 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        if os.name == "posix" and os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
+        _end_with_all()
+
+
+def _end_with_all() -> NoReturn:
+    started.end()
+    if os.name == "posix" and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def _log_to(parent: _Parent) -> None:
@@ -147,13 +169,14 @@ def _log_to(parent: _Parent) -> None:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.addHandler(handler)
+    lead_to(handler)
 
 
 def _next(pipe: Connection) -> Request | None:
     try:
         return pipe.recv()  # type: ignore[no-any-return]
-    except (EOFError, OSError):
-        return None
+    except (EOFError, OSError):  # the parent is gone
+        _end_with_all()
 
 
 def _as_it_was(parent: _Parent, home: str) -> None:

@@ -34,7 +34,8 @@ from overlay.arguments import (
     chunk_of,
     kind_of,
 )
-from overlay.connection import PATIENCE_S, Connection, split
+from overlay.channels import split
+from overlay.connection import PATIENCE_S, Connection
 from overlay.mapping import NOTHING_YET, MapRun, raising
 from overlay.orders import Kind, Order
 from overlay.outcomes import (
@@ -47,6 +48,7 @@ from overlay.outcomes import (
     Incomplete,
     InvalidCall,
     NameNotFound,
+    NoSuchHost,
     NotReached,
     Refused,
     Unavailable,
@@ -67,6 +69,7 @@ __all__ = [
     "Incomplete",
     "InvalidCall",
     "NameNotFound",
+    "NoSuchHost",
     "NotReached",
     "Refused",
     "Unavailable",
@@ -106,6 +109,11 @@ class Client(concurrent.futures.Executor):
         self.address = address
         self._patience_s = patience_s
         self._connection = Connection(address, patience_s)
+
+    @property
+    def shown(self) -> str:
+        """The address, with what its name stands for on this machine as far as that is known."""
+        return self._connection.shown
 
     def call(
         self,
@@ -388,7 +396,7 @@ class Client(concurrent.futures.Executor):
             chunk_of(window, chunksize),
             as_patience(patience_s),
         )
-        mapping = MapRun(self._connection, kind, timeout_s, chunk, window, patience_s)
+        mapping = MapRun(self._connection, kind, timeout_s, chunk, window, patience_s, payloads)
         return mapping.run(iter(payloads), ordered)
 
 

@@ -6,10 +6,10 @@ import _thread
 import contextlib
 import logging
 import math
-import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import grpc
@@ -18,13 +18,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from overlay import clocks as time
 from overlay import judge, surroundings, wire
 from overlay.calls import RETRY_PAUSE_S, Calls
+from overlay.channels import SILENT, Channel, split
 from overlay.errors import Misspoken
 from overlay.limits import Limits
+from overlay.names import Named, connect, look_up
 from overlay.orders import Order
 from overlay.outcomes import (
     Answer,
     CallCancelled,
     CallFailed,
+    NoSuchHost,
     NotReached,
     Unavailable,
     error_of,
@@ -71,7 +74,6 @@ class Connection:
         surroundings.check_threads()
         self.address = self._address = address
         self._patience_s = patience_s
-        self._answered = -FRESH_S  # when it last did; monotonic seconds
         self._closed = False
         self._is_left = False  # to the parent, of which this process is a child
         self._lock = threading.Lock()
@@ -79,10 +81,15 @@ class Connection:
         self._single_line: _Line | None = None
         self._calls: Calls | None = None
         # What holds a stream and threads, without this connection: so that it can be let go.
-        self._held: list[Calls | grpc.Channel] = []
+        self._held: list[Calls | Channel] = []
         self._freeing = weakref.finalize(self, _free_soon, self._held)
         self._freeing.atexit = False
         surroundings.remember(self)
+
+    @property
+    def shown(self) -> str:
+        """The address, with what its name stands for here."""
+        return self._made.channel.shown if self._made else self._address
 
     def send(self, order: Order, timeout_s: float) -> None:
         """Raises NotReached when nobody serves at the address."""
@@ -111,7 +118,7 @@ class Connection:
     def failed(self, failure: Failure, timeout_s: float) -> CallFailed:
         reason = failure.reason
         if failure.code is Code.DEADLINE_EXCEEDED and not reason:
-            reason = f"no answer from {self._address} within {timeout_s:g} s"
+            reason = f"no answer from {self.shown} within {timeout_s:g} s"
         return error_of(failure, reason)
 
     def presence(self, patience_s: float | None) -> Presence:
@@ -119,6 +126,12 @@ class Connection:
         if patience_s is None:
             patience_s = max(MAP_PATIENCE_S, self._patience_s)
         return Presence(self, patience_s)
+
+    def seek(self, is_wrong: bool = False) -> None:
+        """The process is away, or another answers there: the name of its machine may lead
+        elsewhere by now."""
+        if self._made is not None:
+            self._made.channel.doubt(is_wrong)
 
     @property
     def is_closed(self) -> bool:
@@ -151,7 +164,8 @@ class Connection:
         with self._lock:
             channel = self._line_locked().channel
             if self._calls is None:
-                calls = Calls(channel, self._address, self._patience_s)
+                shown = partial(getattr, channel, "shown")
+                calls = Calls(channel, self._address, self._patience_s, shown)
                 calls.start()
                 self._calls = calls
                 self._held.insert(0, calls)
@@ -165,32 +179,34 @@ class Connection:
             return
         doubt = None if calls.is_full else _Doubt(self._address, until)
         while (left_s := until - time.monotonic()) > 0 and not self._closed:
+            self.seek(_is_wrong(calls))
             if calls.connected.wait(min(0.25, left_s)):
                 return
             refused = calls.refused
-            if refused is not None and refused.code not in _MAY_PASS and not calls.is_full:
-                raise error_of(refused, no_overlay(refused, self._address))
+            if refused is not None and _is_wrong(calls):
+                raise error_of(refused, no_overlay(refused, self.shown))
         if self._closed:
             raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client was closed")
         refused = calls.refused
         if refused is not None and calls.is_full:
             raise error_of(refused, refused.reason)
         doubt = doubt or _Doubt(self._address, until)
-        reason = doubt.reason()
+        error = doubt.error()
         if refused is not None and refused.executed is Executed.NO and not doubt.is_settled:
             raise error_of(refused, refused.reason)  # the process's own words: it is stopping
-        raise NotReached(reason, code=Code.UNAVAILABLE, executed=Executed.NO)
+        raise error
 
     def forward(self, request: wire.pb2.Request, timeout_s: float) -> wire.pb2.Response:
         until = time.monotonic() + timeout_s
         patient_until = time.monotonic() + min(self._patience_s, timeout_s)
         self._check_size(len(request.payload), min(self._patience_s, timeout_s))
+        line = self._single
         while True:
             try:
                 left_s = max(0.001, until - time.monotonic())
                 return cast(
                     wire.pb2.Response,
-                    self._ask(self._single.node.Forward, request, left_s, judge.check_response),
+                    self._ask(line, line.node.Forward, request, left_s, judge.check_response),
                 )
             except NotReached:
                 raise
@@ -201,7 +217,8 @@ class Connection:
                 time.sleep(pause_s)
 
     def drain(self, request: wire.pb2.DrainRequest, timeout_s: float) -> wire.pb2.DrainResponse:
-        found = self._ask(self._line.admin.Drain, request, timeout_s, judge.tidy)
+        line = self._line
+        found = self._ask(line, line.admin.Drain, request, timeout_s, judge.tidy)
         return cast(wire.pb2.DrainResponse, found)
 
     def logs(self, request: wire.pb2.LogsRequest, timeout_s: float) -> wire.pb2.LogsResponse:
@@ -210,18 +227,21 @@ class Connection:
         def check(said: wire.pb2.LogsResponse) -> None:
             judge.check_logs(said, request.process_id or said.process_id, most)
 
-        return cast(
-            wire.pb2.LogsResponse, self._ask(self._line.admin.Logs, request, timeout_s, check)
-        )
+        line = self._line
+        found = self._ask(line, line.admin.Logs, request, timeout_s, check)
+        return cast(wire.pb2.LogsResponse, found)
 
     def metrics(
         self, request: wire.pb2.MetricsRequest, timeout_s: float
     ) -> wire.pb2.MetricsResponse:
-        found = self._ask(self._line.node.GetMetrics, request, timeout_s, judge.check_metrics)
+        line = self._line
+        found = self._ask(line, line.node.GetMetrics, request, timeout_s, judge.check_metrics)
         return cast(wire.pb2.MetricsResponse, found)
 
     def is_serving(self, timeout_s: float) -> bool:
-        found = self._ask(self._line.health.Check, health_pb2.HealthCheckRequest(), timeout_s)
+        request = health_pb2.HealthCheckRequest()
+        line = self._line
+        found = self._ask(line, line.health.Check, request, timeout_s)
         return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
@@ -270,6 +290,7 @@ class Connection:
 
     def _ask(
         self,
+        line: _Line,
         method: Any,
         request: Any,
         timeout_s: float,
@@ -278,63 +299,64 @@ class Connection:
         """The answer, judged by `check`. Raises CallFailed."""
         until = time.monotonic() + timeout_s
         try:
-            self._make_sure(min(self._patience_s, timeout_s))
+            self._make_sure(line, min(self._patience_s, timeout_s))
             # wait_for_ready: a connection lost just now is waited for, and the call sent once.
             left_s = max(0.001, until - time.monotonic())
             answer = method(request, timeout=time.Timeout(left_s), wait_for_ready=True)
             check(answer)
         except Misspoken as e:
-            reason = f"what serves at {self._address} speaks wrongly: {e}"
+            reason = f"what serves at {self.shown} speaks wrongly: {e}"
             raise error_of(Failure(e.code, reason), reason) from None
         except grpc.RpcError as error:
-            if error.code() in _SILENT:
-                self._answered = -FRESH_S
-            raise failure_of(error, self._address, timeout_s) from None
+            if error.code() in SILENT:
+                line.answered = -FRESH_S
+            raise failure_of(error, self.shown, timeout_s) from None
         except ValueError:
             if not self._closed:
                 raise
             # gRPC's word for a channel that was closed meanwhile
             raise CallCancelled("this client was closed", code=Code.CANCELLED) from None
-        self._answered = time.monotonic()
+        line.answered = time.monotonic()
         return answer
 
-    def _make_sure(self, patience_s: float) -> None:
+    def _make_sure(self, line: _Line, patience_s: float) -> None:
         """Raises NotReached unless the process answered lately or does so now.
 
         A call itself waits for its whole deadline where nothing serves, and then cannot tell
         whether it was ever sent.
         """
-        if time.monotonic() - self._answered < FRESH_S:
+        if time.monotonic() - line.answered < FRESH_S:
             return
         until = time.monotonic() + patience_s
-        if self._is_greeted(min(PROMPT_S, patience_s)):
+        if line.is_greeted(min(PROMPT_S, patience_s)):
             return
         doubt = _Doubt(self._address, until)
         while (left_s := until - time.monotonic()) > 0:
-            if self._is_greeted(left_s):
+            if line.is_greeted(left_s):
                 return
             time.sleep(min(0.05, left_s))
-        raise NotReached(doubt.reason(), code=Code.UNAVAILABLE, executed=Executed.NO)
-
-    def _is_greeted(self, within_s: float) -> bool:
-        """Whether a gRPC server answers, whatever it answers."""
-        try:
-            self._line.health.Check(
-                health_pb2.HealthCheckRequest(), timeout=time.Timeout(within_s), wait_for_ready=True
-            )
-        except grpc.RpcError as error:
-            return error.code() not in _SILENT
-        return True
+        raise doubt.error()
 
 
 class _Line:
-    """A kept channel, and what is called on it."""
+    """A kept channel for single calls. answered: when it last was; monotonic seconds."""
 
     def __init__(self, address: str, options: Sequence[tuple[str, Any]]) -> None:
-        self.channel = grpc.insecure_channel(f"dns:///{address}", options)
+        self.channel = Channel(address, options)
         self.node = wire.pb2_grpc.OverlayNodeStub(self.channel)
         self.admin = wire.pb2_grpc.OverlayAdminStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
+        self.answered = -FRESH_S
+
+    def is_greeted(self, within_s: float) -> bool:
+        """Whether a gRPC server answers, whatever it answers."""
+        try:
+            self.health.Check(
+                health_pb2.HealthCheckRequest(), timeout=time.Timeout(within_s), wait_for_ready=True
+            )
+        except grpc.RpcError as error:
+            return error.code() not in SILENT
+        return True
 
 
 class Presence:
@@ -369,6 +391,7 @@ class Presence:
             return False
         if not self.was_up:
             return False
+        self._connection.seek()
         now = time.monotonic()
         self._since = min(self._since, now)
         if self._until == math.inf or calls.is_served:
@@ -377,7 +400,7 @@ class Presence:
             self._is_told = True
             log.warning(
                 "%s is gone; the map goes on when it is back, and waits up to %g s for that",
-                self._connection.address,
+                self._connection.shown,
                 self._patience_s,
             )
         return True
@@ -413,8 +436,12 @@ def ended_early(why: CallFailed, answered: int, failed: int, unsent: int) -> Cal
     return type(why)(f"{why}; {counts}, nor were any after them", **about)  # type: ignore[arg-type]
 
 
-# After these, whether anybody is there is open; every other status is an answer.
-_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+def _is_wrong(calls: Calls) -> bool:
+    """Whether something answers at the address that will not take our stream later either."""
+    refused = calls.refused
+    return refused is not None and refused.code not in _MAY_PASS and not calls.is_full
+
+
 _MAY_PASS = (Code.UNAVAILABLE, Code.CANCELLED)  # why a stream may be refused, and taken soon
 
 
@@ -424,14 +451,14 @@ def _closed(is_left: bool) -> CallFailed:
     return CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
 
 
-def _free(held: list[Calls | grpc.Channel]) -> None:
+def _free(held: list[Calls | Channel]) -> None:
     """In their order. May be called twice."""
     for one in list(held):
         one.close()
     surroundings.end_use(held)
 
 
-def _free_soon(held: list[Calls | grpc.Channel]) -> None:
+def _free_soon(held: list[Calls | Channel]) -> None:
     # On a thread of its own: closing waits, and a finalizer runs wherever the last reference goes,
     # on the pipe's thread too. By the bare function, which takes no lock of `threading`: that very
     # thread may just hold it.
@@ -447,38 +474,44 @@ class _Doubt:
     is_settled = False
 
     def __init__(self, address: str, until: float) -> None:
+        self._address = address
+        self._host, self._port = split(address)
         self._until = max(until, time.monotonic() + 0.05)  # a refusal nearby takes no longer
-        self._reason = f"{address} does not answer: wrong address, machine off, or a firewall"
-        self._thread = threading.Thread(
-            target=self._look, args=(address,), name="overlay-doubt", daemon=True
-        )
+        self._said = self._of_name(look_up(self._host, 0))
+        self._thread = threading.Thread(target=self._look, name="overlay-doubt", daemon=True)
         self._thread.start()
 
-    def reason(self) -> str:
+    def error(self) -> NotReached:
         self._thread.join(max(0.0, self._until - time.monotonic()))
-        return self._reason
+        kind, reason = self._said
+        return kind(reason, code=Code.UNAVAILABLE, executed=Executed.NO)
 
-    def _look(self, address: str) -> None:
+    def _of_name(self, found: Named) -> tuple[type[NotReached], str]:
+        """What is to be said as long as no connection was tried."""
+        if not found.addresses:
+            return NoSuchHost, found.why
+        shown = found.shown(self._address)
+        return NotReached, f"{shown} does not answer: wrong address, machine off, or a firewall"
+
+    def _look(self) -> None:
+        found = look_up(self._host, self._left_s)
+        self._said = self._of_name(found)
+        if found.addresses:
+            self._try(found.addresses, found.shown(self._address))
+
+    def _try(self, addresses: tuple[str, ...], shown: str) -> None:
         try:
-            left_s = max(0.01, self._until - time.monotonic())
-            socket.create_connection(split(address), left_s).close()
+            connect(addresses, self._port, self._left_s).close()
         except ConnectionRefusedError:
-            self._reason = f"nothing serves at {address}: the connection was refused"
+            self._said = NotReached, f"nothing serves at {shown}: the connection was refused"
             self.is_settled = True
-        except (socket.gaierror, UnicodeError):
-            self._reason = f"the host of {address} is not known by name on this machine"
         except TimeoutError:
             pass
         except OSError as error:
-            self._reason = f"{address} cannot be reached: {error.strerror or error}"
+            self._said = NotReached, f"{shown} cannot be reached: {error.strerror or error}"
         else:
-            self._reason = f"what listens at {address} does not speak gRPC, or is stuck"
+            self._said = NotReached, f"what listens at {shown} does not speak gRPC, or is stuck"
 
-
-def split(address: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
-        raise ValueError(f"'{address}' is not host:port")
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ValueError(f"'{address}' is not host:port; write an IPv6 host in brackets")
-    return host.strip("[]"), int(port)
+    @property
+    def _left_s(self) -> float:
+        return max(0.01, self._until - time.monotonic())

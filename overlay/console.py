@@ -13,7 +13,6 @@ import ipaddress
 import json
 import math
 import os
-import re
 import sys
 import threading
 import unicodedata
@@ -34,6 +33,7 @@ from overlay import clocks as time
 from overlay.admission import HIGHEST_PRIORITY
 from overlay.errors import ConfigError
 from overlay.topology import Process, Topology, join_address
+from overlay.usage import Parser as Parser
 from overlay.values import Code, Executed
 
 Seen = TypeVar("Seen")
@@ -109,24 +109,6 @@ class Output:
 
 
 # Arguments
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence; the program ends with exit code 2."""
-
-    def __init__(self, prog: str, description: str, epilog: str) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        name = self.prog.split()[0]
-        sentence = re.sub(r"^argument (\S+): ", r"\1: ", message)
-        self.exit(Exit.USAGE, f"{name}: {sentence}; {name} --help tells more\n")
 
 
 def host(text: str) -> str:

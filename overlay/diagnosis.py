@@ -66,11 +66,18 @@ class Said:
 
 @dataclass(frozen=True)
 class Seen:
-    """What this machine sees of one process; said is None when nothing of ours answers."""
+    """What this machine sees of one process; said is None when nothing of ours answers.
+
+    host, address: where it was looked for, a name with what it stands for here. is_loopback: its
+    name leads no other machine to it.
+    """
 
     reach: Reach
     said: Said | None = None
     is_here: bool = False
+    host: str = ""
+    address: str = ""
+    is_loopback: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,8 @@ class Diagnosis:
 
     def _answered(self, process: Process, said: Said) -> Finding:
         if said.process_id != process.id:
-            why = f"process {said.process_id} of another start answers at {process.address}"
+            address = self._seen[process.id].address or process.address
+            why = f"process {said.process_id} of another start answers at {address}"
             return Finding(
                 Grade.BAD, f"is {said.process_id}", why, "stop that one, or change the port"
             )
@@ -155,6 +163,10 @@ class Diagnosis:
         if said.version != self._version:
             why = f"it runs version {said.version}, here is {self._version}"
             return Finding(Grade.NOTE, "serves", why, self._same_release())
+        if self._seen[process.id].is_loopback and self._has_other_machines(process):
+            why = f"{self._seen[process.id].host} leads to this machine only: no other reaches it"
+            do = "write an address that others reach, as its host or its bind"
+            return Finding(Grade.NOTE, "serves", why, do)
         if abs(said.clock_s) > CLOCK_S:
             fast = "ahead of" if said.clock_s > 0 else "behind"
             why = f"its clock is {abs(said.clock_s):.0f} s {fast} this one's"
@@ -162,12 +174,14 @@ class Diagnosis:
         return Finding(Grade.OK, "serves")
 
     def _unreached(self, process: Process, seen: Seen) -> Finding:
-        host = process.bind or process.host
+        host = seen.host or process.bind or process.host
         if seen.reach is Reach.NO_NAME:
             why = f"'{host}' is no name that this machine knows"
-            return Finding(Grade.BAD, "no address", why, "correct its host, or write the number")
+            do = "correct its host, see that its machine is on, or write the address in numbers"
+            return Finding(Grade.BAD, "no address", why, do)
         if seen.reach is Reach.REFUSED:
-            why = "nothing listens there: not started, or ended"
+            at = "there" if host in (process.bind, process.host) else f"at {host}"
+            why = f"nothing listens {at}: not started, or ended"
             return Finding(Grade.BAD, "not running", why, self._start(process))
         if seen.reach is Reach.OPEN:
             why = "something listens there and does not answer as an overlay does: another program"
@@ -205,6 +219,9 @@ class Diagnosis:
         else:
             do = f"{asked.id} answers here, not there: a firewall {self._firewall(asked)}"
         return Finding(Grade.BAD, "down", why, do)
+
+    def _has_other_machines(self, process: Process) -> bool:
+        return any(other.host != process.host for other in self._topology.processes.values())
 
     def _others_that_answer(self, process: Process) -> list[str]:
         return [

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import errno
 import platform
-import socket
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from overlay.console import Exit, Parser, Screen, asked_at_once, counted, miscon
 from overlay.diagnosis import Diagnosis, Finding, Grade, Link, Reach, Said, Seen
 from overlay.errors import ConfigError
 from overlay.machine import asking_address, is_here, own_addresses
+from overlay.names import Named, connect, look_up
 from overlay.topology import Process, Topology
 
 DEADLINE_S = 3.0
@@ -76,22 +76,24 @@ def look_at(topology: Topology, deadline_s: float) -> dict[str, Seen]:
 
 
 def _look(process: Process, deadline_s: float) -> Seen:
-    here = is_here(process)
+    here = is_here(process, deadline_s)
     # A process of this machine may be known to others by an address outside a NAT.
     address = asking_address(process) if here else process.address
-    reach = knock(address, deadline_s)
+    named = look_up(address.rpartition(":")[0], deadline_s)
+    reach = _knock(named, process.port, deadline_s)
     said = _asked(address, deadline_s) if reach is Reach.OPEN else None
-    return Seen(reach, said, here)
+    own = look_up(process.bind or process.host, deadline_s)
+    is_loopback = here and own.is_loopback and not own.is_lone_number
+    return Seen(reach, said, here, named.shown(), named.shown(address), is_loopback)
 
 
-def knock(address: str, deadline_s: float) -> Reach:
+def _knock(named: Named, port: int, deadline_s: float) -> Reach:
     """Opens a plain connection and closes it again: gRPC does not say why it has none."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), deadline_s):
-            return Reach.OPEN
-    except (socket.gaierror, UnicodeError):
+    if not named.addresses:
         return Reach.NO_NAME
+    try:
+        connect(named.addresses, port, deadline_s).close()
+        return Reach.OPEN
     except ConnectionRefusedError:
         return Reach.REFUSED
     except OSError as e:
@@ -185,7 +187,8 @@ def told(named: Sequence[tuple[str, Finding]]) -> list[str]:
 
 
 def _process_row(process: Process, finding: Finding, seen: Seen) -> tuple[str, ...]:
-    place = process.id, process.role, process.address, "yes" if seen.is_here else "no"
+    address = seen.address or process.address
+    place = process.id, process.role, address, "yes" if seen.is_here else "no"
     said = seen.said
     if said is None:
         return (*place, finding.state, "-", "-", "-", "-")

@@ -19,6 +19,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from overlay.limits import DOOR_CONNECTIONS, DOOR_IDLE_S
+from overlay.names import look_up, socket_address
 
 CLOSING_S = 1  # for the answers under way when the server stops
 
@@ -97,14 +98,25 @@ class Visitor(H11Protocol):
             self.hang_up()
 
 
-def listen(address: str, port: int) -> socket.socket:
-    """Raises OSError."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+def listen(host: str, port: int) -> socket.socket:
+    """At the first of this machine's addresses that the host stands for. Raises OSError."""
+    found = look_up(host)
+    failed = OSError(found.why)
+    for address in found.addresses:
+        try:
+            return _listening(*socket_address(address, port))
+        except OSError as e:
+            at = "" if found.is_lone_number else f" ({address})"
+            failed = OSError(e.errno, f"{e.strerror or e}{at}")
+    raise failed
+
+
+def _listening(family: int, place: Any) -> socket.socket:
     listening = socket.socket(family)
     try:
         if os.name != "nt":  # there it would let two programs share the port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((address, port))
+        listening.bind(place)
         listening.listen()
     except BaseException:
         listening.close()

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     address = join_address(args.host, args.port)
     try:
         within_s = (args.grace or LONGEST_GRACE_S) + GONE_S
-        said = connected(args).drain(grace_s=args.grace, wait=not args.no_wait, timeout=within_s)
+        asked = connected(args)
+        said = asked.drain(grace_s=args.grace, wait=not args.no_wait, timeout=within_s)
     except library.CallFailed as e:
         return failed(e, address, args.json)
     is_gone = not args.no_wait and _has_gone(said, address)
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         return code
     ended = f"{counted(said.refused, 'request')} refused, {said.left} left behind"
     report.facts(
-        ("process", f"{said.process_id}, pid {said.pid}, at {address}"),
+        ("process", f"{said.process_id}, pid {said.pid}, at {asked.shown}"),
         ("state", "gone" if is_gone else f"stopping; what runs has up to {said.grace_s:g} s"),
         ("drained", "" if args.no_wait else f"in {said.took_s:.1f} s; {ended}"),
         ("time", "" if args.no_wait else f"{took_s:.1f} s until it was gone"),

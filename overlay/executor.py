@@ -8,7 +8,7 @@ when the handler has really ended, not when its caller has gone. One request id 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from overlay import admission, handlers
 from overlay.batch import Batch, Desk, HandlerCounts
 from overlay.ids import SeenIds
 from overlay.processes import ProcessRunner
+from overlay.sources import Sources
 from overlay.threads import ThreadRunner
 from overlay.topology import Process, Topology
 from overlay.values import End, Segment, Sink
@@ -26,6 +27,9 @@ class Runner(Protocol):
 
     @property
     def active(self) -> int: ...
+
+    @property
+    def pids(self) -> Sequence[int]: ...
 
     def submit(self, batch: Batch) -> None: ...
 
@@ -49,13 +53,14 @@ class Executor:
         self._lock = threading.Lock()
         self._seen = SeenIds(topology.limits)
         self._desks: dict[str, tuple[Desk, Runner]] = {}
-        handlers.add_folder(topology.folder)
+        sources = handlers.add_folder(topology.folder)
         try:
             for spec in topology.handlers.values():
                 options = {**spec.options, **process.options}
                 slots = min(topology.handler_slots(process, spec), self._most(0))
                 desk = Desk(spec, slots, options)
-                self._desks[spec.name] = desk, _runner(desk, topology)
+                self._desks[spec.name] = desk, _runner(desk, topology, sources)
+            sources.keep_imported()
         except BaseException:
             self.close()
             raise
@@ -64,6 +69,11 @@ class Executor:
     def active(self) -> int:
         """Handlers running now, those whose caller has left included."""
         return sum(runner.active for _, runner in self._desks.values())
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that run handlers."""
+        return [pid for _, runner in self._desks.values() for pid in runner.pids]
 
     @property
     def slots(self) -> dict[str, int]:
@@ -120,8 +130,8 @@ class Executor:
         self.on_free()
 
 
-def _runner(desk: Desk, topology: Topology) -> Runner:
+def _runner(desk: Desk, topology: Topology, sources: Sources) -> Runner:
     most_bytes = topology.limits.max_message_bytes
     if desk.spec.run == "process":
-        return ProcessRunner(desk.spec, desk.slots, topology.folder, most_bytes)
+        return ProcessRunner(desk.spec, desk.slots, sources, most_bytes)
     return ThreadRunner(desk.spec, desk.slots, most_bytes)

@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from overlay import clocks as time
+from overlay import sources
 from overlay.errors import ConfigError
+from overlay.sources import Source, Sources
 from overlay.topology import HandlerSpec
 
+ROOT = Path(__file__).resolve().parent.parent
 RECURSION = sys.getrecursionlimit()  # what it is again after a handler that changed it
 
 
@@ -69,10 +75,17 @@ def echo(payload: bytes, context: Context) -> bytes:
     return context.process_id.encode() + b": " + payload
 
 
-def add_folder(folder: Path) -> None:
-    """Puts the configuration's folder on the module path, so that handlers can lie beside it."""
-    if str(folder) not in sys.path:
-        sys.path.insert(1, str(folder))
+def add_folder(folder: Path, kept: Mapping[str, Source] = MappingProxyType({})) -> Sources:
+    """Puts the configuration's folder on the module path, so that handlers can lie beside it.
+
+    After the standard library and all that is installed, which a random.py or a logging.py of the
+    user's would break; before our own folder, whose client.py is not the user's. kept: modules of
+    the folder as another process has found them.
+    """
+    last = {os.path.realpath(folder), os.path.realpath(ROOT)}
+    others = [path for path in sys.path if os.path.realpath(path) not in last]
+    sys.path[:] = [*others, *dict.fromkeys((str(folder), str(ROOT)))]
+    return sources.keep(folder, kept)
 
 
 def find(spec: HandlerSpec, function: str) -> Callable[..., Any]:
@@ -83,13 +96,39 @@ def find(spec: HandlerSpec, function: str) -> Callable[..., Any]:
     except BaseException as e:
         if isinstance(e, KeyboardInterrupt):
             raise
+        _check_whose(spec, module_name)
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         raise ConfigError(
             f"handler '{spec.name}': module '{module_name}' cannot be imported ({reason}); "
             f"it is looked for in the configuration file's folder and in the Python path"
+            f"{_hidden_in(reason)}"
         ) from e
+    _check_whose(spec, module_name)
     found = getattr(module, name, None)
     if not callable(found):
         what = "has no function" if found is None else "is not a function:"
-        raise ConfigError(f"handler '{spec.name}': module '{module_name}' {what} '{name}'")
+        raise ConfigError(
+            f"handler '{spec.name}': module '{module_name}' {what} '{name}' ({_place(module)})"
+        )
     return found  # type: ignore[no-any-return]
+
+
+def _check_whose(spec: HandlerSpec, module_name: str) -> None:
+    """Raises ConfigError when the folder's module of that name is not the one that was found."""
+    top, here = module_name.partition(".")[0], sources.kept_here()
+    if here is not None and (own := here.passed_over(top)):
+        raise ConfigError(
+            f"handler '{spec.name}': module '{top}' is {_place(sys.modules[top])}, which comes "
+            f"before {own}: give that another name"
+        )
+
+
+def _hidden_in(reason: str) -> str:
+    """Says which of the names in an error are modules of the folder that cannot be imported."""
+    here, names = sources.kept_here(), re.findall(r"'(\w+)'", reason)
+    hidden = [own for name in dict.fromkeys(names) if here and (own := here.passed_over(name))]
+    return "".join(f"; {own} has the name of another module: give it another one" for own in hidden)
+
+
+def _place(module: ModuleType) -> str:
+    return getattr(module, "__file__", None) or "built into Python"

@@ -19,6 +19,7 @@ class History:
 
     def __init__(self) -> None:
         self.rates: dict[str, float] = {}  # a second, by counter; empty when not known
+        self.cores: float | None = None  # busy with it; None when not known
         self.asked: dict[str, float] = {}  # a second, by neighbour
         self.worked: dict[str, float] = {}  # a second, by handler
         self._took: dict[str, float] = {}  # by those that ended since the look before
@@ -39,6 +40,8 @@ class History:
             counters = {name: getattr(metrics, name) for name in COUNTERS}
             old = {name: getattr(before, name) for name in COUNTERS}
             self.rates = _rates(old, counters, past_s)
+            if metrics.memory_bytes:  # an older release tells neither
+                self.cores = max(0.0, metrics.cpu_s - before.cpu_s) / past_s
             self.asked = _rates(_asked(before), _asked(metrics), past_s)
             self.worked = _rates(_worked(before), _worked(metrics), past_s)
             self._took = _took(before.service, metrics.service)
@@ -67,6 +70,7 @@ class History:
 
     def _forget_rates(self) -> None:
         self.rates, self.asked, self.worked, self._took = {}, {}, {}, {}
+        self.cores = None
 
 
 def waiting(metrics: Any) -> int:

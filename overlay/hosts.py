@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import socket
 import threading
 from collections.abc import Iterable
 
+from overlay.names import resolve
 from overlay.topology import Process
 
-AGAIN_S = 5.0  # a name may get another address
+AGAIN_S = 2.0  # a name may get another address
 
 
 class Hosts:
@@ -46,10 +46,9 @@ class Hosts:
     def _look_up(self) -> None:
         while True:
             for process in self._named:
-                with contextlib.suppress(OSError, UnicodeError):  # it keeps the last ones
-                    found = socket.getaddrinfo(process.host, None, type=socket.SOCK_STREAM)
-                    addresses = (plain_address(str(entry[4][0])) for entry in found)
-                    self._addresses[process.id] = frozenset(addresses)
+                found = resolve(process.host).addresses
+                if found:  # else it keeps the last ones
+                    self._addresses[process.id] = frozenset(map(plain_address, found))
             if self._stopped.wait(AGAIN_S):
                 return
 

@@ -25,6 +25,7 @@ from overlay import clocks as time
 from overlay import wire
 from overlay.allowance import Allowance
 from overlay.books import Book
+from overlay.channels import Channel
 from overlay.errors import Misspoken, NotTold
 from overlay.health import Case, Change, Heard, State, Verdict, Ward, heard
 from overlay.limits import Limits
@@ -46,7 +47,8 @@ _HEALTHY = State.HEALTHY  # looked up once: `load` is on every request's way
 class LinkState:
     """What is known of a neighbour. since: monotonic seconds. slots: worker -> handler -> count.
 
-    state is that of the link, health what its requests tell; ejections: how often so far.
+    address: with what its name stands for here. state is that of the link, health what its requests
+    tell; ejections: how often so far.
     """
 
     process_id: str
@@ -127,13 +129,14 @@ class Links:
     def awaited(self) -> set[str]:
         """The links that are down for so short a time that a request may wait for them.
 
-        One whose neighbour is being stopped too: it may be restarted, and then is back soon.
+        One whose neighbour is being stopped too, unless that says that it is for good: it may be
+        restarted, and then is back soon.
         """
         now = time.monotonic()
         return {
             link.id
             for link in self._links.values()
-            if link.state != "up" and now - link.since < link.patience_s
+            if link.state != "up" and not link.for_good and now - link.since < link.patience_s
         }
 
     def slots(self, neighbour: str, worker: str, handler: str) -> int:
@@ -282,11 +285,11 @@ class _Link:
         self.cases = minder.cases(neighbour.id)  # what is the matter with it, by handler
         self._minder = minder
         self.id = neighbour.id
-        self.address = neighbour.address
-        self.channel = grpc.insecure_channel(neighbour.address, wire.channel_options(limits))
+        self.channel = Channel(neighbour.address, wire.channel_options(limits))
         self.state = "down"
         self.since = time.monotonic()
         self.patience_s = limits.patience_s
+        self.for_good = False  # it has said that it will not be back
         self.reason = "not reached yet"
         self.outstanding: defaultdict[str, int] = defaultdict(int)  # by handler
         self.asked = 0
@@ -312,6 +315,7 @@ class _Link:
         # Whose slots it may tell: those it leads to. The file here decides, as for every plan.
         self._workers = frozenset((neighbour.id, *neighbour.neighbors))
         self._pid = 0
+        self._problem = ""  # with the name of its machine
         self._wrong_looks = 0  # one after another
         self._wrong_lines = Allowance(1, 1 / WRONG_LINE_S)
         self._wrong = 0.0, ""  # when it last did, and how
@@ -388,15 +392,23 @@ class _Link:
         if why.executed is Executed.NO and why.code is Code.UNAVAILABLE:
             self.stops()
             if self.state == "draining" and not any(book.is_live for book in self._books):
-                self._set_state("down", "it has stopped", self._limits.restart_s)
+                self._set_state("down", f"it has stopped{self._for_good}", self._limits.restart_s)
         elif self.state != "draining" or why.code is Code.DATA_LOSS:  # it has said that it goes
             is_amiss = why.code in (Code.UNIMPLEMENTED, Code.DATA_LOSS)
-            self._set_state("down", why.reason, is_amiss=is_amiss)
+            self._set_state("down", self.channel.problem or why.reason, is_amiss=is_amiss)
 
-    def stops(self) -> None:
+    def stops(self, for_good: bool = False) -> None:
         """The neighbour has said that it is being stopped."""
+        is_news = for_good and not self.for_good
+        self.for_good = self.for_good or for_good
         if self.state == "up":
-            self._set_state("draining", "it is stopping")
+            self._set_state("draining", f"it is stopping{self._for_good}")
+        elif is_news:
+            self._changed()  # nobody has to wait for it any more
+
+    @property
+    def _for_good(self) -> str:
+        return " for good" if self.for_good else ""
 
     def look_again(self) -> None:
         """Something may have changed: does not wait for the next look."""
@@ -428,7 +440,7 @@ class _Link:
         with self._lock:
             return LinkState(
                 process_id=self.id,
-                address=self.address,
+                address=self.channel.shown,
                 state=self.state,
                 since=self.since,
                 reason=self.reason or self._spoke_wrongly(),
@@ -454,12 +466,14 @@ class _Link:
         now = time.monotonic()
         self._next_look = now + self._limits.probe_interval_s
         self._probe = None
-        if probe.cancelled():
+        if probe.cancelled():  # the channel leads elsewhere now, or is closed
+            self._next_look = now + 0.1
             return
         error = probe.exception()
         if error is not None:
             self._next_look = now + 0.1 if now - began < 1 else now
-            self._set_state("down", wire.read_error(error).reason)
+            self._tell_of_name(self.channel.problem)
+            self._set_state("down", self.channel.problem or wire.read_error(error).reason)
             return
         try:
             metrics = wire.read_metrics(probe.result())
@@ -471,6 +485,12 @@ class _Link:
         else:
             self._wrong_looks = 0
             self._learn(metrics, now - began)
+
+    def _tell_of_name(self, problem: str) -> None:
+        # A machine that is not up yet is waited for quietly; a name that is misspelt never comes.
+        before, self._problem = self._problem, problem
+        if problem and problem != before:
+            log.warning("link to %s: %s", self.id, problem, extra={"kind": "link"})
 
     def _learn(self, metrics: pb2.MetricsResponse, rtt_s: float) -> None:
         if metrics.pid != self._pid:  # another process: it may speak better
@@ -500,14 +520,15 @@ class _Link:
             self._minder.came(self.id)
         if not metrics.is_healthy:
             # Down stays down: it has ended our streams, or never served us.
-            self._set_state("down" if self.state == "down" else "draining", "it is stopping")
+            state = "down" if self.state == "down" else "draining"
+            self._set_state(state, f"it is stopping{self._for_good}")
         elif all(book.is_live for book in self._books):
             self._set_state("up", "")
 
     def _amiss(self, metrics: pb2.MetricsResponse) -> str:
         """Why what answers there cannot be asked; empty when it can."""
         if metrics.process_id != self.id:
-            return f"process {metrics.process_id} answers at {self.address}"
+            return f"process {metrics.process_id} answers at {self.channel.shown}"
         found = wire.read_format(metrics)
         if found != wire.FORMAT:
             ours = f"this process {wire.FORMAT}, of version {overlay.__version__}"
@@ -521,6 +542,8 @@ class _Link:
 
         is_amiss: something answers that cannot be asked, which nobody has to wait to be told.
         """
+        if is_amiss:
+            self.channel.doubt(is_wrong=True)
         with self._lock:
             before, changed = self.state, state != self.state
             is_news = changed or (is_amiss and reason != self.reason)
@@ -533,6 +556,8 @@ class _Link:
                 self._next_look = 0.0  # look again at once: it may be back already
             if state != "up":
                 self.slots = {}
+            elif before == "down":
+                self.for_good = False
         if changed:
             self._minder.forget(self.id)
         if is_news and not self._closed:  # it is this process that goes
@@ -544,7 +569,7 @@ class _Link:
                 level,
                 "link to %s (%s) is %s%s",
                 self.id,
-                self.address,
+                self.channel.shown,
                 state,
                 f": {reason}" if reason else "",
                 extra={"kind": "link"},

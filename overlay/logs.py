@@ -4,6 +4,9 @@ Logging never stops the process. Lines pass through a bounded queue to one threa
 what does not fit, or cannot be written, is dropped and counted. What handlers print or log is cut
 to a modest pace, so that it neither fills the log nor pushes everything else out of it.
 
+What a handler's module does to `logging`, as dictConfig does when it disables all loggers that it
+does not know, is for the handler's own loggers: ours write into this log whatever is configured.
+
 A log has one writer: process_a.lock beside it is locked, by the system, for as long as its process
 lives. A second one does not start: it is a mistake in nearly every case, and two that write into
 one file, each turning it over when it is full, leave a log in which nobody finds anything.
@@ -23,9 +26,10 @@ import queue
 import stat
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 from overlay import clocks as time
 from overlay.allowance import Allowance
@@ -75,6 +79,7 @@ class ProcessLog:
         root.setLevel(logging.INFO)
         root.propagate = False
         root.addHandler(self._into)
+        lead_to(self._into)
         if not self._file.opens():
             root.warning("no log file: %s cannot be written", self.path)
         self._thread.start()
@@ -85,6 +90,7 @@ class ProcessLog:
         A pipe that nobody reads would fill up and stop whoever prints.
         """
         log = logging.getLogger("overlay.handler")
+        lead_to(self._into)  # loggers that were made since the start too
 
         def say(text: str) -> None:
             log.info("%s", text, extra={"request_id": _thread.request_id})
@@ -94,6 +100,7 @@ class ProcessLog:
                 setattr(sys, name, Printed(say, fd))
 
     def stop(self) -> None:
+        lead_to(None)
         logging.getLogger("overlay").removeHandler(self._into)
         sys.stdout, sys.stderr = self._streams
         if self._thread.is_alive():
@@ -108,6 +115,45 @@ class ProcessLog:
             for output in self._outputs:
                 output.handle(record)
         self._file.close()
+
+
+def lead_to(into: logging.Handler | None) -> None:
+    """All that our loggers say goes there from now on, and nothing in `logging` can change that.
+
+    None: they are loggers like any other again. Of those that there are by now.
+    """
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if isinstance(logger, logging.Logger) and f"{name}.".startswith("overlay."):
+            logger.__class__ = logging.Logger if into is None else _Ours
+            logger.__dict__["into"] = into
+
+
+class _Ours(logging.Logger):
+    into: logging.Handler
+
+    def isEnabledFor(self, level: int) -> bool:
+        """INFO is, and what a logger of ours was told to say beyond it."""
+        return level >= min(self.level or logging.INFO, logging.INFO)
+
+    def makeRecord(  # as in logging; a factory that a handler's module has set may fail
+        self,
+        name: str,
+        level: int,
+        fn: str,
+        lno: int,
+        msg: object,
+        args: Any,
+        exc_info: Any,
+        func: str | None = None,
+        extra: Mapping[str, object] | None = None,
+        sinfo: str | None = None,
+    ) -> logging.LogRecord:
+        record = logging.LogRecord(name, level, fn, lno, msg, args, exc_info, func, sinfo)
+        record.__dict__.update(extra or {})
+        return record
+
+    def handle(self, record: logging.LogRecord) -> None:
+        self.into.handle(record)
 
 
 def _locked(path: Path) -> io.FileIO | None:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from typing import Any
 
 import psutil
 
+from overlay import names
 from overlay.topology import Process, join_address
 
 
-def is_here(process: Process) -> bool:
-    """Whether the address to listen on is this machine's; for "every address" the host decides."""
-    host = process.bind.strip("[]")
-    if not host or _is_wildcard(host):
-        host = process.host.strip("[]")
-    try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):  # the latter of a name that is too long
-        return False
-    return any(_can_bind(family, address) for family, _, _, _, address in found)
+def is_here(process: Process, within_s: float = names.LOOK_S) -> bool:
+    """Whether the address to listen on is this machine's; for "every address" the host decides.
+
+    A name is waited for no longer than told.
+    """
+    host = process.bind
+    if not host or _is_wildcard(host.strip("[]")):
+        host = process.host
+    return any(map(can_bind, names.look_up(host, within_s).addresses))
 
 
 def asking_address(process: Process) -> str:
@@ -40,10 +39,12 @@ def _is_wildcard(host: str) -> bool:
         return False
 
 
-def _can_bind(family: int, address: Any) -> bool:
+def can_bind(address: str) -> bool:
+    """Whether it is an address of this machine."""
     try:
+        family, place = names.socket_address(address, 0)
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind(address)
+            probe.bind(place)
             return True
     except OSError:
         return False

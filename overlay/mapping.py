@@ -19,6 +19,7 @@ from overlay.connection import Connection, ended_early
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
 from overlay.outcomes import CallFailed, results_of
+from overlay.telling import Telling
 from overlay.values import Failure
 
 PAUSE_S = 0.02  # how long a map waits for results before it asks again for payloads
@@ -38,8 +39,11 @@ class MapRun:
         chunk: int,
         window: int,
         patience_s: float | None = None,
+        payloads: object = (),
     ) -> None:
+        """payloads: as the map was given them, for how many they are."""
         self._connection = connection
+        self._telling = Telling(connection, kind.route.handler, payloads)
         self._presence = connection.presence(patience_s)
         self._kind = kind
         self._timeout_s = timeout_s
@@ -64,6 +68,7 @@ class MapRun:
         try:
             while (more and self._over is None) or self._open:
                 is_away, pauses = self._is_away(), False
+                self._telling.tell(self._answered, self._failed)
                 while more and not is_away and not pauses and self._has_room():
                     more, pauses = self._send(payloads)
                 within_s = PAUSE_S if is_away or pauses else LOOK_S
@@ -89,6 +94,7 @@ class MapRun:
         finally:
             for order, _ in self._orders.values():
                 self._connection.cancel(order)
+            self._telling.end()
 
     def _is_away(self) -> bool:
         """Whether nothing can be sent now. When it never can, what was not sent is ended."""

@@ -84,6 +84,10 @@ class NotReached(Unavailable):
     """Nothing serves at the address: the request never left this machine."""
 
 
+class NoSuchHost(NotReached):
+    """The name of the machine stands for no address on this one."""
+
+
 class HandlerFailed(CallFailed):
     """The handler raised; the message has the id under which the process's log says more."""
 

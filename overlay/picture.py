@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from overlay.events import COME_AGAIN, latest
 from overlay.history import COUNTERS, FIGURES, History, in_service, waiting
 from overlay.topology import ROLES
 
 FORMAT = 1  # rises when a field changes its meaning or goes
 EVENTS = 200  # shown
+MIB = 2**20
 MODES = ("all", "any")  # as the wire numbers them
 SAME_CLOCK_S = 0.5
 SHORT = 60  # points of a process's own courses
@@ -64,7 +66,28 @@ class Known:
     seen: Sequence[Mapping[str, Any]]  # events that the watch itself has seen
 
 
-def picture(known: Known, now: float, wall: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Wanted:
+    """Which requests are to be shown. caller and request_id: a part of it will do."""
+
+    failed: bool = False
+    handler: str = ""
+    caller: str = ""
+    request_id: str = ""
+
+    def has(self, request: Mapping[str, Any]) -> bool:
+        return (
+            (bool(request["code"]) or not self.failed)
+            and self.handler in ("", request["handler"])
+            and self.caller in request["caller"]
+            and self.request_id.lower() in request["request_id"]
+        )
+
+
+ALL = Wanted()
+
+
+def picture(known: Known, now: float, wall: float, wanted: Wanted = ALL) -> dict[str, Any]:
     """The picture at `now`, which is `wall` in seconds since 1970.
 
     Rates are a second; times have their unit in their name, or are of the machine that watches.
@@ -87,7 +110,8 @@ def picture(known: Known, now: float, wall: float) -> dict[str, Any]:
             link for p in known.processes for link in _links(p.id, healths[p.id], known, now)
         ],
         "course": {name: history.course(name) for name in FIGURES},
-        "requests": _requests(known.looks[known.asked], now, wall),
+        "requests": list(filter(wanted.has, _requests(known.looks[known.asked], now, wall))),
+        "maps": _maps(known.looks[known.asked], now),
         "events": _events(known, now, wall),
     }
 
@@ -170,6 +194,8 @@ def _said(metrics: Any, history: History) -> dict[str, Any]:
         "service_ms": _spread(metrics.service_ms),
         "waiting_ms": _spread(metrics.waiting_ms),
         "uptime_s": round(metrics.uptime_s, 1),
+        "cores": None if history.cores is None else round(history.cores, 2),
+        "memory_mib": round(metrics.memory_bytes / MIB, 1),
         "pid": metrics.pid,
         "version": metrics.version,
         "python": metrics.python,
@@ -247,6 +273,33 @@ def _requests(look: Look, now: float, wall: float) -> list[dict[str, Any]]:
     ]
 
 
+def _maps(look: Look, now: float) -> list[dict[str, Any]]:
+    """Those that run at the process asked, by their clients' own count."""
+    if look.metrics is None:
+        return []
+    made = []
+    for one in look.metrics.maps:
+        said = one.progress
+        ended, took_s = said.answered + said.failed, said.took_s
+        rate = ended / took_s if took_s else 0.0
+        left_s = (said.total - ended) / rate if rate and said.total else None
+        made.append(
+            {
+                "handler": said.handler,
+                "caller": one.caller,
+                "number": said.number,
+                "answered": said.answered,
+                "failed": said.failed,
+                "total": said.total or None,
+                "took_s": round(took_s, 1),
+                "rate": round(rate, 2),
+                "left_s": None if left_s is None else round(left_s, 1),
+                "silent_s": round(one.told_s + now - look.since, 1),
+            }
+        )
+    return made
+
+
 def _events(known: Known, now: float, wall: float) -> list[Mapping[str, Any]]:
     """What the processes tell and what the watch has seen, by time, the latest of them."""
     told = [
@@ -258,19 +311,15 @@ def _events(known: Known, now: float, wall: float) -> list[Mapping[str, Any]]:
             "level": event.level.lower(),
             "number": event.number,
             "count": event.count,
+            "first_at": round((event.first_at_s or event.at_s) - _ahead_s(look, now, wall), 3),
+            "is_change": event.kind not in COME_AGAIN,
         }
         for who, look in known.looks.items()
         if look.metrics is not None
         for event in look.metrics.events
-        if not _is_told_above(event, known)
     ]
-    return sorted([*told, *known.seen], key=lambda event: event["at"])[-EVENTS:]
-
-
-def _is_told_above(event: Any, known: Known) -> bool:
-    """Whether a request that failed here was another process's, which tells of it too."""
-    asked_by = event.text.rpartition(" asked by ")[2]
-    return event.kind in ("failure", "refusal") and asked_by in known.looks
+    in_time = sorted([*told, *known.seen], key=lambda event: event["at"])
+    return latest(in_time, EVENTS, lambda event: event["is_change"])
 
 
 def _ahead_s(look: Look, now: float, wall: float) -> float:

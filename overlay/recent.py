@@ -7,17 +7,22 @@ What a record may say of itself: `kind` makes it an event, `count` says of how m
 the request that it is about, told in the one form in which clients print it; `private` is the rest
 of the line, which may hold what was in a payload. What handlers print or log is private as a whole.
 A warning that names no kind is an event of kind "log", unless its kind is "".
+
+Events that say the `same` are one, with the words of the last and how many they were; one with
+`more` only counts. So what fails a thousand times takes one line, and hides no link that went down.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 
+from overlay.events import COME_AGAIN, latest
+
 LINES = 1000
-EVENTS = 256
+EVENTS = 256  # that happened once, and as many kinds of those that come again
 LONGEST = 4096  # characters of a line; 1,000 such lines are 4 MiB
 WITHHELD = "(a handler's own text; it is in this process's log)"
 OF_HANDLERS = "overlay.handler"
@@ -27,7 +32,7 @@ OF_HANDLERS = "overlay.handler"
 class Line:
     """number: rises by one. public: the text for those who cannot read the file, when it differs.
 
-    kind: of an event, else empty. count: how many the same it tells of.
+    kind: of an event, else empty. count: how many the same it tells of, since first_s.
     """
 
     number: int
@@ -39,6 +44,7 @@ class Line:
     request_id: int = 0
     kind: str = ""
     count: int = 1
+    first_s: float = 0.0
 
 
 class Recent(logging.Handler):
@@ -50,7 +56,8 @@ class Recent(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._lines: deque[Line] = deque(maxlen=LINES)
-        self._events: deque[Line] = deque(maxlen=EVENTS)
+        self._once: deque[Line] = deque(maxlen=EVENTS)
+        self._again: OrderedDict[Hashable, Line] = OrderedDict()
         self._line_number = self._event_number = 0
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -64,7 +71,21 @@ class Recent(logging.Handler):
         if line.kind:
             self._event_number += 1
             text = line.text if line.public is None else line.public
-            self._events.append(replace(line, number=self._event_number, text=text, public=None))
+            event = replace(line, number=self._event_number, text=text, public=None)
+            self._add_event(event, _same(record, line.kind), getattr(record, "more", False))
+
+    def _add_event(self, event: Line, same: Hashable, only_counts: bool) -> None:
+        if same is None:
+            self._once.append(event)
+            return
+        before = self._again.pop(same, None)
+        if before is not None:
+            text = before.text if only_counts else event.text
+            count = before.count + event.count
+            event = replace(event, text=text, count=count, first_s=before.first_s)
+        self._again[same] = event
+        if len(self._again) > EVENTS:
+            self._again.popitem(last=False)
 
     def lines(self, most: int = LINES, request_id: int = 0) -> list[Line]:
         """The last ones, the oldest first; of one request only, if an id is given."""
@@ -75,7 +96,13 @@ class Recent(logging.Handler):
 
     def events(self, most: int = EVENTS) -> list[Line]:
         """The last ones, the oldest first; their text is public."""
-        return list(self._events.copy())[-most:] if most else []
+        self.acquire()
+        try:
+            once, again = list(self._once), list(self._again.values())
+        finally:
+            self.release()
+        in_order = sorted([*once, *again], key=lambda event: event.number)
+        return latest(in_order, most, lambda event: event.kind not in COME_AGAIN)
 
 
 def texts_of(record: logging.LogRecord) -> tuple[str, str, str]:
@@ -102,6 +129,14 @@ def _kind_of(record: logging.LogRecord) -> str:
     return "log"
 
 
+def _same(record: logging.LogRecord, kind: str) -> Hashable:
+    """What it has in common with those that say the same; None for what happens once."""
+    if kind == "log":
+        return record.name, str(record.msg)
+    same: str | None = getattr(record, "same", None)
+    return same and (kind, same)
+
+
 def escaped(text: str, most: int = LONGEST) -> str:
     """The text on one line and without control characters, cut at 4,096 characters."""
     if len(text) > most:
@@ -124,6 +159,7 @@ def _line(number: int, record: logging.LogRecord) -> Line:
         getattr(record, "request_id", 0),
         _kind_of(record),
         getattr(record, "count", 1),
+        record.created,
     )
 
 

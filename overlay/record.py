@@ -119,7 +119,7 @@ class Record:
             return
         self.meter.crowded_out(what, count)
         if self._crowds.may_tell(what):
-            about = {"kind": "refusal", "count": count}
+            about = {"kind": "refusal", "count": count, "same": what}
             log.warning("too many %s: %d of %s ended", what, count, address, extra=about)
         else:
             self._crowds.add(what, count - 1)
@@ -177,13 +177,23 @@ class Record:
         for row, error, count in _alike(ended.failures):
             if error.code is Code.CANCELLED:  # its caller knows, and nobody else is concerned
                 continue
-            kind = _kind(error)
+            kind = _kind(error, ended.segment.route.handler, self._knows(ended, row, error))
             if self._failures.may_tell(kind):
                 words, private = _words(ended, row, error)
                 _tell_failure(
                     kind, f"{words}; asked by {_asked_by(ended)}", ids[ended.start + row], private
                 )
             self._failures.add(kind, count - 1)
+
+    def _knows(self, ended: Ended, row: int, error: OverlayError) -> bool:
+        """Whether it is for this process to make an event of it: so that each failure is one.
+
+        What ran is told by the process that ran it, the rest by the one that the client asked.
+        """
+        if error.executed is not Executed.YES:
+            return not ended.segment.route.hops
+        answer = None if self._works or ended.answers is None else ended.answers.at(row)
+        return answer is None or all(part.ok for part in answer.parts)
 
 
 def log_failure(what: str, e: BaseException) -> str:
@@ -218,23 +228,37 @@ def _asked_by(ended: Ended) -> str:
 
 
 class _Kind(NamedTuple):
-    """Failures that are told together: of one word and one cause."""
+    """Failures that are told together: of one word, cause and handler.
+
+    handler: of what was refused none, as a stranger may have made it up. event: "" where another
+    process makes one of it.
+    """
 
     word: str
     cause: str
     level: int
+    handler: str
+    event: str
+
+    def __str__(self) -> str:
+        return f"{self.word}, {self.cause}" + (f", in handler {self.handler}" * bool(self.handler))
+
+    @property
+    def about(self) -> dict[str, object]:
+        return {"kind": self.event, "same": str(self)}
 
 
-def _kind(error: OverlayError) -> _Kind:
+def _kind(error: OverlayError, handler: str = "", makes_event: bool = True) -> _Kind:
     level = logging.INFO if error.code in _THE_CALLERS else logging.WARNING
     if error.executed is Executed.NO:
-        return _Kind("refused", error.cause, level)
-    return _Kind("failed", error.code.name.lower().replace("_", " "), level)
+        return _Kind("refused", error.cause, level, "", "refusal" if makes_event else "")
+    cause = error.code.name.lower().replace("_", " ")
+    return _Kind("failed", cause, level, handler, "failure" if makes_event else "")
 
 
 def _tell_failure(kind: _Kind, words: str, request_id: int, private: str = "") -> None:
-    about = {"kind": _EVENTS[kind.word], "request_id": request_id, "private": private}
-    log.log(kind.level, "%s", words, extra=about)
+    about = {"request_id": request_id, "private": private}
+    log.log(kind.level, "%s", words, extra=kind.about | about)
 
 
 def _words(ended: Ended, row: int, error: OverlayError) -> tuple[str, str]:
@@ -250,8 +274,8 @@ def _public(ended: Ended, row: int, error: OverlayError) -> str:
 
 def _tell_more_failures(kind: Hashable, count: int) -> None:
     assert isinstance(kind, _Kind)
-    about = {"kind": _EVENTS[kind.word], "count": count}
-    log.log(kind.level, "%s more %s, %s", f"{count:,}", kind.word, kind.cause, extra=about)
+    about = {"count": count, "more": True}
+    log.log(kind.level, "%s more %s", f"{count:,}", kind, extra=kind.about | about)
 
 
 def _tell_more(kind: Hashable, count: int) -> None:
@@ -259,9 +283,8 @@ def _tell_more(kind: Hashable, count: int) -> None:
 
 
 def _tell_more_crowded_out(what: Hashable, count: int) -> None:
-    about = {"kind": "refusal", "count": count}
+    about = {"kind": "refusal", "count": count, "same": what, "more": True}
     log.warning("too many %s: %s more ended", what, f"{count:,}", extra=about)
 
 
-_EVENTS = {"refused": "refusal", "failed": "failure"}
 _THE_CALLERS = (Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.FAILED_PRECONDITION)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from overlay import clocks as time
 from overlay.console import clean, counted
+from overlay.events import latest
 from overlay.values import Code
 
 MOST_LISTED = 40  # requests, and events
@@ -50,20 +51,27 @@ PROCESS_COLUMNS = (
     "busy",
     "p50 ms",
     "p99 ms",
+    "cpu %",
+    "MiB",
     "team",
     "host",
 )
-LEFT = (0, 1, 7, 8)  # of them; numbers stand on the right
+USAGE = ("cpu %", "MiB")  # of them, where there is room
+NUMBERS = PROCESS_COLUMNS[2:-2]  # stand on the right
+MOST_MAPS = 3
+SILENT_S = 5  # a map whose client told nothing for so long may have stopped
+ROOMY = 96  # columns of a screen
 
 
 def lines(picture: Picture, width: int, height: int, signs: Signs) -> list[Text]:
     """The picture in at most so many lines, each at most so wide."""
-    top = [_title(picture, width), *_figures(picture, width, signs)]
+    top = [_title(picture, width), *_figures(picture, width, signs), *_maps(picture, signs)]
     if not picture["processes"]:
         return [_cut(line, width) for line in top]
     left = height - len(top) - 1
     links = _links(picture, width, max(2, left // 5), signs)
-    tables = [_processes(picture, max(4, min(left - len(links) - 8, left * 2 // 3)), signs), links]
+    most = max(4, min(left - len(links) - 8, left * 2 // 3))
+    tables = [_processes(picture, width, most, signs), links]
     left -= sum(len(table) + 1 for table in tables)
     requests = _requests(picture, max(0, left // 2 - 1), signs)
     events = _events(picture, max(0, left - len(requests) - 2), signs)
@@ -116,7 +124,29 @@ def _figures(picture: Picture, width: int, signs: Signs) -> list[Text]:
     return [queue, answers]
 
 
-def _processes(picture: Picture, most: int, signs: Signs) -> list[Text]:
+def _maps(picture: Picture, signs: Signs) -> list[Text]:
+    """A line for each of the few that were told of last."""
+    made = []
+    for one in picture["maps"][-MOST_MAPS:]:
+        ended = one["answered"] + one["failed"]
+        line = Text("map      ")
+        if one["total"]:
+            line.append(_bar(ended, one["total"], 12, signs, "cyan"))
+            line.append(f" {ended:,} of {one['total']:,}")
+        else:
+            line.append(f"{ended:,}")
+        line.append(f" by {clean(one['handler']) or 'default'}, {_rate(one['rate'])}/s")
+        if one["left_s"] is not None:
+            line.append(f", {_span(one['left_s'])} left")
+        if one["failed"]:
+            line.append(f", {one['failed']:,} failed", COLOURS["gone"])
+        if one["silent_s"] > SILENT_S:
+            line.append(f", not heard of for {_span(one['silent_s'])}", COLOURS["impaired"])
+        made.append(line.append(f"  {clean(one['caller'])}", DIM))
+    return made
+
+
+def _processes(picture: Picture, width: int, most: int, signs: Signs) -> list[Text]:
     """Those with a trouble first to stay, when not all fit; in the order of the configuration."""
     processes = picture["processes"]
     if len(processes) > most - 1:
@@ -124,7 +154,11 @@ def _processes(picture: Picture, most: int, signs: Signs) -> list[Text]:
         kept = {p["id"] for p in worst[: most - 2]}
         processes = [p for p in processes if p["id"] in kept]
     rows = [_process(p, signs) for p in processes]
-    made = _table(PROCESS_COLUMNS, [cells for cells, _ in rows], [style for _, style in rows], LEFT)
+    shown = [i for i, name in enumerate(PROCESS_COLUMNS) if width >= ROOMY or name not in USAGE]
+    head = [PROCESS_COLUMNS[i] for i in shown]
+    left = [at for at, name in enumerate(head) if name not in NUMBERS]
+    cells = [[row[i] for i in shown] for row, _ in rows]
+    made = _table(head, cells, [style for _, style in rows], left)
     if rest := len(picture["processes"]) - len(processes):
         made.append(Text(f"and {rest} more", DIM))
     return made
@@ -137,7 +171,7 @@ def _process(p: Mapping[str, Any], signs: Signs) -> tuple[tuple[str, ...], str]:
     state = WORDS.get(health, health)
     if health in ("gone", "unseen"):
         state += f" {_span(p['for_s'])}"
-    figures = ("-",) * 5
+    figures = ("-",) * 7
     if health in ("well", "impaired", "stopping"):
         busy = f"{p['in_service']} of {p['slots']}" if p["rank"] < 2 else str(p["in_service"])
         rate, times = (
@@ -150,6 +184,8 @@ def _process(p: Mapping[str, Any], signs: Signs) -> tuple[tuple[str, ...], str]:
             busy,
             _ms(times.get("p50")),
             _ms(times.get("p99")),
+            "-" if p["cores"] is None else f"{100 * p['cores']:.0f}",
+            f"{p['memory_mib']:,.0f}",
         )
     return (name, state, *figures, p["team"], p["host"]), COLOURS.get(health, "")
 
@@ -218,13 +254,15 @@ def _path(hops: Sequence[Mapping[str, Any]], signs: Signs) -> str:
 
 
 def _events(picture: Picture, most: int, signs: Signs) -> list[Text]:
+    shown = latest(picture["events"], min(most, MOST_LISTED), lambda event: event["is_change"])
     rows, styles = [], []
-    for event in _latest(picture["events"], most):
-        many = f" ({event['count']} times)" if event.get("count", 1) > 1 else ""
+    for event in reversed(shown):
+        many = ""
+        if event.get("count", 1) > 1:
+            many = f" ({event['count']:,} times since {_clock(event['first_at'])})"
         rows.append((_clock(event["at"]), event["process"], event["text"] + many))
-        styles.append(
-            {"warning": COLOURS["impaired"], "error": COLOURS["gone"]}.get(event["level"], "")
-        )
+        colour = {"warning": COLOURS["impaired"], "error": COLOURS["gone"]}.get(event["level"], "")
+        styles.append(f"bold {colour}".strip() if event["is_change"] else colour)
     return _table(("at", "of", "event"), rows, styles, (0, 1, 2)) if rows else []
 
 
@@ -258,9 +296,9 @@ def _cut(line: Text, width: int) -> Text:
     return line
 
 
-def _bar(used: int, of: int, width: int, signs: Signs) -> Text:
+def _bar(used: int, of: int, width: int, signs: Signs, style: str = "") -> Text:
     full = min(width, -(-used * width // of)) if of else 0
-    style = "cyan" if used < of * 0.8 else "yellow" if used < of else "red"
+    style = style or ("cyan" if used < of * 0.8 else "yellow" if used < of else "red")
     return Text.assemble((signs.bar[0] * full, style), (signs.bar[1] * (width - full), DIM))
 
 

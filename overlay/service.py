@@ -41,11 +41,13 @@ from overlay.intake import Intake, Ticket
 from overlay.journal import Journal
 from overlay.keys import First, Keys, Outcome, Waiter
 from overlay.links import Links
+from overlay.maps import Maps
 from overlay.pieces import Budget
 from overlay.pool import Pool
 from overlay.recent import Recent
 from overlay.record import Ended, Record, log_failure, unexpected
 from overlay.relay import Relay
+from overlay.resources import resources_of
 from overlay.streams import Call as StreamCall
 from overlay.streams import Desk as StreamDesk
 from overlay.streams import Places
@@ -94,10 +96,11 @@ class Service:
         self.limits = topology.limits
         self.record = Record(me, self.me.works)
         self.meter = self.record.meter
-        handlers.add_folder(topology.folder)
+        sources = handlers.add_folder(topology.folder)
         # Process pools start before any channel is there.
         self.executor = Executor(topology, self.me) if self.me.works else None
         self._merges = _load_merges(topology)
+        sources.keep_imported()
         lone = routing.lone(topology, me)
         self.links = Links(topology.below(me), self.limits, topology.digest, lone, me)
         relay = Relay(topology, me, self.links, self.executor)
@@ -117,6 +120,7 @@ class Service:
         self._chosen_ids = ChosenIds(self.limits)
         self._deadlines = Deadlines(_expire)
         limits = self.limits
+        self._maps = Maps()
         self._stream_desk = StreamDesk(
             me=me,
             topology=topology,
@@ -132,6 +136,7 @@ class Service:
             held=Budget(limits.max_waiting_bytes),
             unread=Budget(limits.unread_bytes),
             ahead=Budget(limits.ahead_bytes),
+            maps=self._maps,
             take_ids=self._chosen_ids.take,
         )
         self._hosts = Hosts(topology.above(me))
@@ -198,15 +203,17 @@ class Service:
         except OverlayError as e:
             call.fail(self._with_retry(e))
 
-    def drain(self, grace_s: float) -> Drained:
+    def drain(self, grace_s: float, for_good: bool = False) -> Drained:
         """Refuses what waits and what comes, and lets the running end within `grace_s`.
 
         Those who send on streams hear of it first, a moment before anything is refused. At last the
         streams end, so that each of them knows what of its requests was not read.
+
+        for_good: they hear that too, and do not wait for the process to be back.
         """
         began, refused_before = time.monotonic(), self.meter.counts().refused
         self._draining = True
-        self._stream_desk.announce_stop()
+        self._stream_desk.announce_stop(for_good)
         if self._stream_desk.streams:
             time.sleep(min(grace_s, NOTICE_S))
         waiting = self.intake.close()
@@ -240,6 +247,8 @@ class Service:
         all_waiting, all_service = self.meter.histograms()
         slots = self._known_slots()
         streams, streamed_waiting, streamed_active = self.intake.streamed
+        now = time.monotonic()
+        used = resources_of(self.executor.pids if self.executor else ())
         return pb2.MetricsResponse(
             process_id=self.me.id,
             role=self.me.role,
@@ -258,7 +267,7 @@ class Service:
             queue_slots=self.intake.slots,
             service_ms=wire.write_spread(service),
             waiting_ms=wire.write_spread(waiting),
-            uptime_s=time.monotonic() - self._started,
+            uptime_s=now - self._started,
             version=overlay.__version__,
             python=platform.python_version(),
             platform=f"{platform.system()}-{platform.machine()}",
@@ -283,6 +292,9 @@ class Service:
             key_bytes=self._keys.kept_bytes,
             key_waiters=self._keys.waiting,
             calls_without_message=self.calls_without_message(),
+            maps=[wire.write_map(one, now) for one in self._maps.all()],
+            cpu_s=used.cpu_s,
+            memory_bytes=used.memory_bytes,
         )
 
     @property

@@ -19,7 +19,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from overlay.deadlines import Deadlines
 from overlay.errors import BadRequest, Cancelled, Draining, MadeRoom, OverlayError, QueueFull
 from overlay.intake import Intake, Ticket, refusal
 from overlay.limits import Limits
+from overlay.maps import Maps
 from overlay.pieces import Budget, Passage, Share, Told
 from overlay.pool import Pool
 from overlay.record import Ended, unexpected
@@ -161,16 +162,17 @@ class Desk:
     held: Budget  # payloads and answers in the windows
     unread: Budget  # answers that wait for their clients to read
     ahead: Budget  # pieces that may come before their clients have asked for more
+    maps: Maps = field(default_factory=Maps)
     take_ids: Callable[[Caller, Segment], None] = lambda caller, segment: None  # raises IdsFull
 
     @property
     def limits(self) -> Limits:
         return self.topology.limits
 
-    def announce_stop(self) -> None:
+    def announce_stop(self, for_good: bool) -> None:
         """Tells every client that the process stops, so that it sends no more."""
         for stream in self.streams:
-            stream.announce_stop()
+            stream.announce_stop(for_good)
 
     def end_streams(self) -> None:
         """Each stream ends once all it has accepted is answered; it accepts no more.
@@ -282,7 +284,7 @@ class _Stream:
         self._writes = False  # a job does, or a frame is leaving
         self._abandoned = False
         self._rest_is_ended = False  # after that
-        self._stopping = False
+        self._stopping = self._for_good = False
         self._has_news = False  # to be told, also when there is no answer to send
         self._broken: OverlayError | None = None
         self._parting: OverlayError | None = None
@@ -294,9 +296,10 @@ class _Stream:
     def begin(self) -> None:
         self._call.receive(self._came)
 
-    def announce_stop(self) -> None:
+    def announce_stop(self, for_good: bool) -> None:
         with self._lock:
             self._stopping = self._has_news = True
+            self._for_good = for_good
         self._write_on()
 
     def end(self) -> None:
@@ -317,6 +320,7 @@ class _Stream:
                 return
             self._abandoned = True
         self._desk.streams.leave(self)
+        self._desk.maps.left(self)
         self._desk.intake.close_lane(self._lane)
         self._desk.threads.run(self._end_rest)
 
@@ -408,7 +412,7 @@ class _Stream:
             # Not the answers themselves: they would be there twice until the client reads them.
             self._leaving = [(out[0], out[2].count, out[3], out[4]) for out in taken]
             self._has_news = False
-            frame = pb2.Frame(stopping=self._stopping)
+            frame = pb2.Frame(stopping=self._stopping, for_good=self._for_good)
         if is_over:
             self._finish()
             return
@@ -493,6 +497,10 @@ class _Stream:
                 accepted.ticket.end(Code.CANCELLED, start, min(cancel.count, rows - start))
         for grant in frame.grants:
             self._grant(grant)
+        for told in frame.progress:
+            progress = wire.read_progress(told, self._limits)
+            if not self._abandoned:
+                self._desk.maps.told(self, self._caller, progress)
 
     def _grant(self, made: pb2.Grant) -> None:
         with self._lock:

@@ -49,6 +49,8 @@ class ThreadRunner:
         self._progress = 0.0
         self._hands: set[_Hand] = set()  # at work on segments of several rows
 
+    pids = ()  # its threads are in this process
+
     @property
     def active(self) -> int:
         return self._working

@@ -18,6 +18,7 @@ from rich.live import Live
 
 from overlay import clocks as time
 from overlay.console import Exit, Parser, Screen, clean, complain
+from overlay.picture import Wanted
 from overlay.screenful import Signs, lines
 from overlay.topology import join_address
 from overlay.watch import Watch
@@ -41,17 +42,23 @@ def arguments(parser: Parser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("--once", action="store_true", help="one report, also into a pipe")
     parser.add_argument("--json", action="store_true", help="with --once: as one JSON object")
+    only = parser.add_argument_group("of the last requests, show only")
+    only.add_argument("--failed", action="store_true", help="those that failed")
+    only.add_argument("--handler", default="", metavar="NAME", help="those to this handler")
+    only.add_argument("--caller", default="", metavar="TEXT", help="those whose caller has this")
+    only.add_argument("--request", default="", metavar="ID", help="those with this in their id")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.json and not args.once:
-        complain("--json goes with --once; --help tells more")
+        complain("--json goes with --once; client.py HOST PORT top --help tells more")
         return Exit.USAGE
     if not (args.once or sys.stdout.isatty()):
         complain("standard output is no terminal; --once prints one report")
         return Exit.USAGE
     try:
-        watch = Watch(join_address(args.host, args.port)).start()
+        wanted = Wanted(args.failed, args.handler, args.caller, args.request)
+        watch = Watch(join_address(args.host, args.port), wanted=wanted).start()
     except ValueError as error:
         complain(str(error))
         return Exit.USAGE
@@ -62,7 +69,8 @@ def _once(watch: Watch, as_json: bool) -> int:
     until = time.monotonic() + ONCE_S
     picture = watch.newer(0, ONCE_S)
     while (left_s := until - time.monotonic()) > 0:
-        if picture["round"] >= ROUNDS and picture["asked"]["health"] != "asking":
+        known = [one["health"] != "asking" for one in (picture["asked"], *picture["processes"])]
+        if picture["round"] >= ROUNDS and all(known):
             break
         picture = watch.newer(picture["round"], left_s)
     health = picture["asked"]["health"]

@@ -82,6 +82,18 @@ class Caller(NamedTuple):
 NOBODY = Caller()
 
 
+class Progress(NamedTuple):
+    """How a map goes, as its client says. total: 0 when it does not know. took_s: so far."""
+
+    number: int
+    handler: str
+    answered: int
+    failed: int
+    total: int
+    took_s: float
+    is_over: bool = False
+
+
 class Route(NamedTuple):
     """What the requests of one segment share.
 

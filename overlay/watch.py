@@ -18,15 +18,15 @@ import grpc
 
 from overlay import clocks as time
 from overlay import wire
-from overlay.connection import split
+from overlay.channels import Channel, split
 from overlay.errors import Misspoken
 from overlay.history import History
-from overlay.picture import Known, Look, picture
+from overlay.picture import ALL, Known, Look, Wanted, picture
 from overlay.values import Code
 
 INTERVAL_S = 1.0
 ROUND_S = 0.7  # a picture is not kept back longer by one that is silent
-LAST = 40  # events and requests wanted of each process
+EVENTS, REQUESTS = 40, 200  # of the last, wanted of a process
 ANSWER_S = 2.0  # as long as neighbours give each other; then it counts as gone
 KEPT_EVENTS = 100  # of what this watch itself has seen
 
@@ -34,12 +34,12 @@ KEPT_EVENTS = 100  # of what this watch itself has seen
 class Watch:
     """The rounds, and the latest picture. Safe from any thread; close() may be called twice."""
 
-    def __init__(self, address: str, interval_s: float = INTERVAL_S) -> None:
+    def __init__(self, address: str, interval_s: float = INTERVAL_S, wanted: Wanted = ALL) -> None:
         """Raises ValueError for an address that is not host:port."""
         split(address)
         self.on_picture: Callable[[dict[str, Any]], None] = lambda picture: None
-        self._address = address
         self._interval_s = interval_s
+        self._wanted = wanted
         self._asked = _Eye("", address, self._tell)
         self._asked.tells_requests = True
         self._eyes: dict[str, _Eye] = {"": self._asked}
@@ -127,9 +127,9 @@ class Watch:
                 history.missed()
             history.point()
         known = Known(
-            self._address, self._asked.id, self._processes, looks, self._histories, self._events
+            self._asked.shown, self._asked.id, self._processes, looks, self._histories, self._events
         )
-        made = picture(known, time.monotonic(), time.time())
+        made = picture(known, time.monotonic(), time.time(), self._wanted)
         self._note_changes(made)
         self._round += 1
         made |= {"round": self._round, "interval_s": self._interval_s}
@@ -156,7 +156,14 @@ class Watch:
                 else f"well, after {now - since:.0f} s {before}"
             )
             self._events.append(
-                {"at": round(now, 3), "process": who, "kind": health, "text": text, "level": level}
+                {
+                    "at": round(now, 3),
+                    "process": who,
+                    "kind": health,
+                    "text": text,
+                    "level": level,
+                    "is_change": True,
+                }
             )
 
 
@@ -170,15 +177,22 @@ class _Eye:
         self.tells_requests = False
         self.is_asking = False
         self._answered = answered
-        self._channel = grpc.insecure_channel(address, wire.CHANNEL_OPTIONS)
+        self._channel = Channel(address, wire.CHANNEL_OPTIONS)
+        self._channel.doubt()  # all names are looked up at once
         self._node = wire.pb2_grpc.OverlayNodeStub(self._channel)
+
+    @property
+    def shown(self) -> str:
+        """The address, with what its name stands for here."""
+        return self._channel.shown
 
     def ask(self) -> None:
         """Without waiting for a connection: where nobody listens, the answer is no, at once."""
-        if self.is_asking:
+        if self.is_asking or not self._channel.has_looked():
             return
         self.is_asking = True
-        wanted = wire.pb2.MetricsRequest(events=LAST, requests=LAST if self.tells_requests else 0)
+        requests = REQUESTS if self.tells_requests else 0
+        wanted = wire.pb2.MetricsRequest(events=EVENTS, requests=requests)
         asked = self._node.GetMetrics.future(wanted, timeout=ANSWER_S)
         asked.add_done_callback(self._looked)
 
@@ -186,11 +200,13 @@ class _Eye:
         self._channel.close()
 
     def _looked(self, asked: grpc.Future) -> None:
-        if asked.cancelled():
+        if asked.cancelled():  # the channel leads elsewhere now, or is closed
+            self.is_asking = False
             return
         error = asked.exception()
         if error is not None:
-            self.look = Look(self.look.since, self.look.metrics, _reason(error))
+            reason = self._channel.problem or self._named(_reason(error))
+            self.look = Look(self.look.since, self.look.metrics, reason)
         else:
             try:
                 self.look = Look(time.monotonic(), wire.read_metrics(asked.result()))
@@ -199,6 +215,9 @@ class _Eye:
                 self.look = Look(self.look.since, self.look.metrics, wrong)
         self.is_asking = False
         self._answered()
+
+    def _named(self, reason: str) -> str:
+        return reason if self.shown == self.address else f"{reason}, at {self.shown}"
 
 
 def _reason(error: grpc.RpcError) -> str:

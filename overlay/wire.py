@@ -5,6 +5,7 @@ Reading checks what came in; writing never fails.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from overlay import density, judge
 from overlay.errors import BadRequest, ConfigError, MadeRoom, OverlayError
 from overlay.judge import Asked
 from overlay.limits import MIB, Limits
+from overlay.maps import RunningMap
 from overlay.meter import BOUNDS_S, Histogram, Spread
 from overlay.recent import LINES, Line
 from overlay.story import Story
@@ -33,6 +35,7 @@ from overlay.values import (
     Part,
     PartColumn,
     Piece,
+    Progress,
     Route,
     Segment,
 )
@@ -417,6 +420,7 @@ def write_event(line: Line) -> pb2.Event:
         level=line.level,
         number=line.number,
         count=line.count,
+        first_at_s=line.first_s,
     )
 
 
@@ -429,6 +433,29 @@ def write_line(line: Line, public_only: bool) -> pb2.LogLine:
         text=(line.public if withheld else line.text) or "",
         number=line.number,
         withheld=withheld,
+    )
+
+
+def read_progress(made: pb2.Progress, limits: Limits) -> Progress:
+    """Raises BadRequest naming the field that is not usable."""
+    if len(made.handler) > limits.max_name or not made.handler.isprintable():
+        raise BadRequest(f"progress: handler is not a name of at most {limits.max_name} characters")
+    if not (math.isfinite(made.took_s) and made.took_s >= 0):
+        raise BadRequest(f"progress: took_s: {made.took_s} is not a number of seconds")
+    total = made.total if made.answered + made.failed <= made.total else 0
+    counts = made.answered, made.failed, total
+    return Progress(made.number, made.handler, *counts, made.took_s, made.is_over)
+
+
+def write_progress(progress: Progress) -> pb2.Progress:
+    return pb2.Progress(**progress._asdict())
+
+
+def write_map(running: RunningMap, now: float) -> pb2.RunningMap:
+    return pb2.RunningMap(
+        progress=write_progress(running.progress),
+        caller=str(running.caller),
+        told_s=max(0.0, now - running.told_s),
     )
 
 
@@ -715,7 +742,6 @@ _PLAIN_REASONS = (
     ("timed out before receiving SETTINGS", "it does not answer"),
     ("No route to host", "there is no route to it"),
     ("Network is unreachable", "the network is unreachable"),
-    ("DNS resolution failed", "its name has no address"),
     ("Connection reset", "the connection was cut"),
     ("Socket closed", "the connection was closed"),
     ("Connection timed out", "it does not answer any more"),

@@ -3,14 +3,13 @@
     demo.py          stays up until Ctrl-C, to try more
     demo.py --once   ends after the requests; exit code 0 only when every answer was right
 
-The processes are those of two_hosts_config.json, moved to loopback and free ports, with the
-handlers of the examples. Their configuration is written to examples/.demo.json, because a handler
-is found beside its configuration. What a killed demo left running is stopped by the next one.
+The processes are those of one_host_config.json, moved to free ports where theirs are taken, with
+the handlers of the examples. Their configuration is written to examples/.demo.json, because a
+handler is found beside its configuration. What a killed demo left running is stopped by the next.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -34,6 +33,7 @@ from launcher import ROOT, Child, Record, shown
 import overlay
 from overlay.configuration import load
 from overlay.errors import ConfigError, OverlayError
+from overlay.usage import Parser
 
 CONFIG = ROOT / "examples" / ".demo.json"
 LOGS = ROOT / "logs" / "demo"
@@ -52,7 +52,7 @@ class WrongAnswer(Exception):
 
 def main(arguments: Sequence[str]) -> int:
     launcher.say_safely()
-    parser = argparse.ArgumentParser(prog="demo.py", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("run.py demo", (__doc__ or "").splitlines()[0])
     parser.add_argument("--once", action="store_true", help="end after the requests")
     once = parser.parse_args(arguments).once
     given_up = launcher.end_on_signal()
@@ -129,11 +129,11 @@ def _demo(once: bool, given_up: threading.Event) -> int:
 
 def _write_configuration() -> list[str]:
     """Writes CONFIG. Returns the names of the handlers beside echo."""
-    made = _read("two_hosts_config.json")
+    made = _read("one_host_config.json")
     processes = made["processes"].values()
     ports = free_ports([process["port"] for process in processes])
     for process, port in zip(processes, ports, strict=True):
-        process |= {"host": "127.0.0.1", "port": port}
+        process["port"] = port
     made |= {"log_dir": "../logs/demo", "handlers": {}}
     names = ["search.json"]
     if importlib.util.find_spec("PIL"):

@@ -33,17 +33,28 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import grpc
-import psutil
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from overlay import wire  # noqa: E402 - found through the line above
+import overlay  # noqa: E402, F401 - found through the line above
+
+sys.path.append(sys.path.pop(0))  # a random.py of yours in that folder is not Python's
+
+from overlay import stdio  # noqa: E402
+
+stdio.complete()
+
+import grpc  # noqa: E402 - after that, as all that may open files
+import psutil  # noqa: E402
+
+from overlay import names, wire  # noqa: E402
+from overlay.channels import Channel  # noqa: E402
 from overlay.configuration import load  # noqa: E402
+from overlay.ending import StopFile, when_console_ends  # noqa: E402
 from overlay.errors import ConfigError  # noqa: E402
 from overlay.machine import asking_address, is_here, own_addresses  # noqa: E402
 from overlay.topology import Process, Topology  # noqa: E402
+from overlay.usage import Parser  # noqa: E402
 
 WAIT_S = 60.0  # for a process to serve; handlers that load a model take their time
 GRACE_MARGIN_S = 5.0  # a process that keeps its own drain_grace_s is not killed
@@ -102,6 +113,10 @@ class Record:
         beside.write_text(json.dumps(asdict(self)), encoding="utf-8")
         os.replace(beside, path)
 
+    @property
+    def stop(self) -> StopFile:
+        return StopFile(Path(self.stop_file))
+
     def process(self) -> psutil.Process | None:
         """The very process that was started, while it lives."""
         try:
@@ -136,7 +151,7 @@ class Child:
 
 def main(arguments: Sequence[str]) -> int:
     say_safely()
-    asked = _parser().parse_args(arguments)
+    asked = _asked(arguments)
     try:
         if asked.verb == "start":
             return start(find(asked.config), asked.ids, asked.wait_s)
@@ -187,6 +202,7 @@ def choose(topology: Topology, config: Path, ids: Sequence[str]) -> list[Process
     """The named processes, or those of this machine. Raises Refused when there are none."""
     if ids:
         return [topology.process(process_id) for process_id in dict.fromkeys(ids)]
+    names.begin(n for p in topology.processes.values() for n in (p.bind, p.host) if n)
     here = [process for process in topology.processes.values() if is_here(process)]
     if not here:
         raise Refused(
@@ -383,7 +399,8 @@ def _start_rows(
         else:
             pid, ready = started[process.id].record.pid, f"{started[process.id].ready_ms:.0f} ms"
         log = shown(Files.of(topology, process).log)
-        yield process.id, process.role, process.team, process.listen_address, pid, ready, log
+        at = names.look_up(process.bind or process.host).shown(process.listen_address)
+        yield process.id, process.role, process.team, at, pid, ready, log
 
 
 def _notes(
@@ -476,7 +493,7 @@ def _restart_one(
     given_up = threading.Event()  # half a restart helps nobody: Ctrl-C waits for its end
     before = ask(asking_address(process)) if record else None
     away = _not_linked(before) if before else {n.id for n in topology.below(process.id)}
-    ended = end([record], grace_s)[process.id] if record else "was not running"
+    ended = end([record], grace_s, False)[process.id] if record else "was not running"
     child = _spawn(topology, config, process)
     wait_until_ready([child], wait_s, given_up)
     if child.ready_ms is None:
@@ -517,24 +534,26 @@ def _wait_until_seen(
         time.sleep(0.1)
 
 
-def end(ended: Sequence[Record], grace_s: float) -> dict[str, str]:
+def end(ended: Sequence[Record], grace_s: float, for_good: bool = True) -> dict[str, str]:
     """Ends these processes with their children. Returns for each id how it went.
 
     The leader first and the workers last, so that what is in service is still answered. Each rank
-    has grace_s; what is left then is killed.
+    has grace_s; what is left then is killed. for_good: they are not started again at once, so that
+    no request has to wait for them.
     """
     said: dict[str, str] = {}
     for rank in sorted({record.rank for record in ended}, reverse=True):
-        said |= _end_tier([record for record in ended if record.rank == rank], grace_s)
+        tier = [record for record in ended if record.rank == rank]
+        said |= _end_tier(tier, grace_s, for_good)
     return said
 
 
-def _end_tier(tier: Sequence[Record], grace_s: float) -> dict[str, str]:
+def _end_tier(tier: Sequence[Record], grace_s: float, for_good: bool) -> dict[str, str]:
     began = time.monotonic()
     said = {record.id: "had ended before" for record in tier}
     alive = [record for record in tier if record.process()]
     for record in alive:
-        _ask_to_end(record)
+        _ask_to_end(record, for_good)
     while alive and time.monotonic() - began < grace_s:
         for record in [record for record in alive if not record.process()]:
             alive.remove(record)
@@ -544,25 +563,24 @@ def _end_tier(tier: Sequence[Record], grace_s: float) -> dict[str, str]:
     said |= {record.id: f"killed after {grace_s:g} s" for record in alive}
     _kill(tier)
     for record in tier:
-        Path(record.stop_file).unlink(missing_ok=True)
+        record.stop.remove()
     return said
 
 
 def _left_behind(record: Record) -> str:
     """What a process says at its end of requests that did not end in time, in words."""
-    try:
-        left = int(Path(record.stop_file).read_text(encoding="ascii"))
-    except (OSError, ValueError):  # it has said nothing: ended from outside, or in a hurry
-        return ""
+    left = record.stop.left
     return f", {left} request{'s' if left > 1 else ''} {LEFT_BEHIND}" if left > 0 else ""
 
 
-def _ask_to_end(record: Record) -> None:
+def _ask_to_end(record: Record, for_good: bool) -> None:
+    with contextlib.suppress(OSError):  # then it may be back, or is killed in the end
+        record.stop.ask(for_good)
     if os.name == "nt":
-        Path(record.stop_file).touch()  # no signal reaches a process in another console
-    elif process := record.process():
+        return  # no signal reaches a process in another console
+    if process := record.process():
         with contextlib.suppress(psutil.Error):  # gone meanwhile
-            process.terminate()
+            process.terminate()  # sooner than it looks for the file
 
 
 def _kill(tier: Sequence[Record], within_s: float = 5.0) -> None:
@@ -608,7 +626,8 @@ def status(config: Path) -> int:
         record = Record.read(Files.of(topology, process).pid)
         state, serves = _state(process, record, metrics)
         fine = fine and (serves or not (record or is_here(process)))
-        place = (process.id, process.role, process.team, process.address)
+        at = names.look_up(process.host).shown(process.address)
+        place = (process.id, process.role, process.team, at)
         rows.append((*place, *_figures(record, metrics), state))
     print_table(rows)
     return 0 if fine else 1
@@ -638,7 +657,7 @@ def _state(process: Process, record: Record | None, metrics: Any) -> tuple[str, 
         return (f"{said}; no link to {away}" if away else said), True
     if alive:
         return "runs but does not answer", False
-    if record and Path(record.stop_file).exists():
+    if record and record.stop.is_there:
         return f"stopped{_left_behind(record) or ' in order'}", False
     if record:
         return "died; its log tells more", False
@@ -652,13 +671,18 @@ def _hosts(topology: Topology) -> str:
     hosts: dict[str, list[str]] = {}
     for process in topology.processes.values():
         hosts.setdefault(process.bind or process.host, []).append(process.id)
-    return ", ".join(f"{host} ({', '.join(ids)})" for host, ids in hosts.items())
+    return ", ".join(f"{_host(host)} ({', '.join(ids)})" for host, ids in hosts.items())
+
+
+def _host(host: str) -> str:
+    found = names.look_up(host)
+    return found.shown() if found.addresses else f"{host}, a name that this machine does not know"
 
 
 def ask(address: str, timeout_s: float = ANSWER_S) -> Any:
     """The metrics of the process at the address, or None when it does not answer."""
     # Not through the client library: that waits for a connection, here a refused one is an answer.
-    with grpc.insecure_channel(address, wire.CHANNEL_OPTIONS) as channel:
+    with Channel(address, wire.CHANNEL_OPTIONS) as channel:
         node = wire.pb2_grpc.OverlayNodeStub(channel)
         try:
             return node.GetMetrics(wire.pb2.MetricsRequest(), timeout=timeout_s)
@@ -737,26 +761,32 @@ def print_table(rows: Iterable[Sequence[object]]) -> None:
 
 
 def end_on_signal() -> threading.Event:
-    """An event that Ctrl-C and the like set from now on, in place of an exception anywhere."""
+    """An event that Ctrl-C, a closed terminal and the like set from now on."""
     asked = threading.Event()
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda *_: asked.set())
+    when_console_ends(lambda grace_s: asked.set())
     return asked
 
 
 def say_safely() -> None:
     """Output must not die on a console's code page."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launcher.py", description="Starts, stops and shows this machine's processes."
-    )
+def _asked(arguments: Sequence[str]) -> argparse.Namespace:
+    parser, of_verbs = _parsers()
+    asked, unknown = parser.parse_known_args(arguments)
+    if unknown:  # argparse would name the help of all verbs, which has no options
+        of_verbs[asked.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return asked
+
+
+def _parsers() -> tuple[Parser, Mapping[str, Parser]]:
+    parser = Parser("run.py", "Starts, stops and shows this machine's processes.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, about in (
         ("start", "start this machine's processes, or the named ones"),
@@ -767,14 +797,14 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=about, description=about)
         sub.add_argument("config", metavar="CONFIG", help="for example two_hosts_config.json")
         if verb != "status":
-            sub.add_argument("ids", metavar="ID", nargs="*", help="for example A B")
+            sub.add_argument("ids", metavar="ID", nargs="*", default=[], help="for example A B")
         if verb in ("start", "restart"):
             wait = f"seconds for a process to serve (default {WAIT_S:.0f})"
             sub.add_argument("--wait-s", type=float, default=WAIT_S, metavar="S", help=wait)
         if verb in ("stop", "restart"):
             grace = "seconds before a process is killed (default: its drain_grace_s and 5 more)"
             sub.add_argument("--grace-s", type=float, default=None, metavar="S", help=grace)
-    return parser
+    return parser, verbs.choices
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@
     python3 scripts/run.py setup               only the set-up
     python3 scripts/run.py lock                makes the lock files anew from requirements*.txt
 
-Every verb first sets up what is missing, and touches the network only when it must: .venv beside
-the project, the packages of requirements.lock (checked against their hashes), the stubs of
-overlay.proto. On Windows: py scripts\\run.py.
+Every verb but stop and status, which install nothing, first sets up what is missing, and touches
+the network only when it must: .venv beside the project, the packages of requirements.lock (checked
+against their hashes), the stubs of overlay.proto. On Windows: py scripts\\run.py.
 
 Exit codes: 0 all well, 1 something failed, 2 it could not begin.
 """
@@ -41,6 +41,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from overlay import stdio  # noqa: E402 - found through the line above; needs no package
+
 SCRIPTS = ROOT / "scripts"
 VENV = ROOT / ".venv"
 STAMP = VENV / "overlay-setup.json"  # what is installed: the hash of each lock file
@@ -50,6 +54,7 @@ DEV_LOCK = "requirements-dev.lock"
 STUBS = ("overlay_pb2.py", "overlay_pb2.pyi", "overlay_pb2_grpc.py")
 NEEDED = ["grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.protobuf"]
 NEEDED += ["pydantic", "psutil", "rich", "starlette", "uvicorn"]
+TO_STOP = ["grpc", "google.protobuf", "google.rpc", "pydantic", "psutil"]  # the launcher's own
 
 PROBE = """
 import importlib.util, json, sys
@@ -74,6 +79,7 @@ class Problem(Exception):
 
 
 def main(arguments):
+    stdio.complete()
     say_safely()
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("demo", [])
     if verb in ("-h", "--help", "help"):
@@ -99,8 +105,11 @@ def start(arguments):
 
 
 def stop(arguments):
-    # What runs can be stopped offline too, whatever the lock file says by now.
-    return hand_over(prepare(update=False), SCRIPTS / "launcher.py", ["stop"] + arguments)
+    python = python_as_it_is()
+    if python is None and not pid_files(arguments):
+        print("nothing is set up here, so nothing is running that was started here")
+        return 0
+    return launch(python, "stop", arguments)
 
 
 def restart(arguments):
@@ -108,7 +117,7 @@ def restart(arguments):
 
 
 def status(arguments):
-    return hand_over(prepare(update=False), SCRIPTS / "launcher.py", ["status"] + arguments)
+    return launch(python_as_it_is(), "status", arguments)
 
 
 def setup(arguments):
@@ -178,19 +187,49 @@ VERBS = {
 # The set-up.
 
 
-def prepare(update=True, locks=(LOCK,)):
-    """The Python to run the project with, its packages and the stubs made.
-
-    update: False takes a working .venv as it is, even when a lock file has changed.
-    """
+def prepare(locks=(LOCK,)):
+    """The Python to run the project with, its packages and the stubs made."""
     with one_at_a_time():
         if not can_make_venv() and not VENV.exists():
             return own_python(locks)
-        facts = made_venv()
-        if update or not STAMP.exists():
-            facts = installed(facts, locks)
-        make_stubs(venv_python(), facts)
+        make_stubs(venv_python(), installed(made_venv(), locks))
     return venv_python()
+
+
+def python_as_it_is():
+    """The Python that can run the launcher, None when there is none; installs nothing.
+
+    So what runs can be stopped offline too, whatever the lock file says by now.
+    """
+    for python in (venv_python(), sys.executable):
+        facts = probe(python, *TO_STOP)
+        if facts and not facts["missing"]:
+            make_stubs(python, facts)
+            return python
+    return None
+
+
+def launch(python, verb, arguments):
+    if python is None:
+        raise Problem(
+            "nothing is set up here, or .venv was removed or spoilt since; set it up, which needs "
+            "the network, and try again: {} setup".format(ROOT / "scripts" / "run.py")
+        )
+    return hand_over(python, SCRIPTS / "launcher.py", [verb] + arguments)
+
+
+def pid_files(arguments):
+    """What the start of a configuration has left in its log folders and no stop has removed."""
+    named = [word for word in arguments if not word.startswith("-")][:1]
+    config = ROOT / (named[0] if named else "")
+    if named and Path(named[0]).exists():
+        config = Path(named[0]).resolve()
+    folders = {config.parent / "logs"}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        told = json.loads(config.read_text(encoding="utf-8-sig"))
+        places = [told] + list(told["processes"].values())
+        folders |= {config.parent / place["log_dir"] for place in places if "log_dir" in place}
+    return [path for folder in folders for path in folder.glob("process_*.pid")]
 
 
 def venv_python():
@@ -436,8 +475,7 @@ def write(path, text):
 def say_safely():
     """Output must not die on a console's code page."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ class Overlay:
         folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(config))
         self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
         self._channels: dict[str, grpc.Channel] = {}
 
     def start(self, *ids: str) -> Overlay:
@@ -169,7 +170,7 @@ class Overlay:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=self.folder,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            env=self.environment,
             start_new_session=True,
         )
 

@@ -265,7 +265,7 @@ def test_a_window_never_has_more_outstanding_than_it_says():
         return result(handle)
 
     caller.submit, caller.result = counted_submit, counted_result
-    caller.run(Work("window", WORKERS, callers=5, seconds=0.05))
+    caller.run(Work("window", WORKERS, callers=5, seconds=0.3))
     caller.close()
 
     assert most == 5

@@ -18,6 +18,7 @@ from overlay.topology import Topology, join_address
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = json.loads((ROOT / "two_hosts_config.json").read_text("utf-8"))
+OF_ONE_HOST = json.loads((ROOT / "one_host_config.json").read_text("utf-8"))
 SCHEMA = ROOT / "overlay" / "configuration.schema.json"
 
 Change = Callable[[dict[str, Any], dict[str, Any]], object]
@@ -75,6 +76,12 @@ def test_the_shipped_file_is_the_users(file):
     assert [p.id for p in six.below("E")] == ["F", "D"]
     assert six.below("C") == ()
     assert [six.hops_below(p) for p in "ABC"] == [2, 1, 0]
+
+
+def test_the_file_for_one_host_is_the_users_but_for_the_hosts():
+    moved = changed(lambda raw, six: [p.update(host="127.0.0.1") for p in six.values()])
+
+    assert moved == OF_ONE_HOST
 
 
 def test_what_the_file_leaves_out_has_its_default(file):

@@ -284,6 +284,22 @@ def test_enter_keeps_an_address_and_a_wrong_answer_is_asked_again(file: Path) ->
     assert hosts_in(file) == "192.168.1.1 192.168.1.1 10.0.0.6 192.168.1.1 10.0.0.6 10.0.0.6"
 
 
+@pytest.mark.parametrize("answer", ["127.0.0.1", "here"])
+def test_one_machine_will_do_and_the_summary_has_all_its_processes(file: Path, answer: str) -> None:
+    done = init(file, said=f"{answer}\n" * 2)
+
+    assert done.returncode == 0, done.stderr
+    assert "One machine will do too" in done.stdout
+    assert addressing.OF_ONE_HOST in done.stdout
+    (host,) = set(hosts_in(file).split())
+    written = done.stdout.partition(f"{host}: ")[2]
+    assert [word for word in written.split() if word in tuple("ABCDEF")] == list("ABDCEF")
+    assert "(this machine)" in written
+    assert "It is for one machine; start it there" in written
+    assert "Beware" not in written
+    assert "every machine" not in written
+
+
 def test_two_addresses_can_be_exchanged(file: Path) -> None:
     done = init(file, "--host", "192.168.1.1=192.168.1.2", "--host", "192.168.1.2=192.168.1.1")
 

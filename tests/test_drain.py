@@ -20,7 +20,8 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_reflection.v1alpha import reflection_pb2
 
 import overlay
 from overlay import wire
@@ -200,12 +201,25 @@ def test_a_grace_that_cannot_be_is_refused_and_the_process_serves_on(
     assert six.metrics("C").is_healthy
 
 
-def test_reflection_names_the_admin_service(six: Overlay) -> None:
-    stub = reflection_pb2_grpc.ServerReflectionStub(six.channel("A"))
-    asked = reflection_pb2.ServerReflectionRequest(list_services="")
-    (answer,) = stub.ServerReflectionInfo(iter([asked]), timeout=5)
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_tells_of_each_service_and_of_itself(six: Overlay, version: str) -> None:
+    """In v1's own messages, were they there: the two differ in their names only."""
+    itself = f"grpc.reflection.{version}.ServerReflection"
+    ask = six.channel("A").stream_stream(
+        f"/{itself}/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    wanted = [reflection_pb2.ServerReflectionRequest(list_services="")]
+    names = ("OverlayNode", "OverlayAdmin", "grpc.health.v1.Health", itself)
+    wanted += [reflection_pb2.ServerReflectionRequest(file_containing_symbol=n) for n in names]
+    first, *described = ask(iter(wanted), timeout=5)
 
-    assert "OverlayAdmin" in {s.name for s in answer.list_services_response.service}
+    assert {s.name for s in first.list_services_response.service} >= set(names)
+    for name, answer in zip(names, described, strict=True):
+        (file,) = answer.file_descriptor_response.file_descriptor_proto
+        read = FileDescriptorProto.FromString(file)
+        assert name.rpartition(".")[::2] in {(read.package, s.name) for s in read.service}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +278,7 @@ def test_a_stream_hears_of_the_stop_and_its_end_proves_what_was_not_read(noted: 
         came.extend(call)
     more.set()
 
-    assert [frame.stopping for frame in came] == [True, True]
+    assert [(frame.stopping, frame.for_good) for frame in came] == [(True, False)] * 2
     assert [list(s.results.items) for frame in came for s in frame.slices] == [[b"x"]]
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert dict(caught.value.trailing_metadata())[wire.EXECUTED_KEY] == "no"

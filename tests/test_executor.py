@@ -432,19 +432,21 @@ def test_a_request_that_meets_a_killed_idle_process_runs_in_another(benches, wai
 
 
 def test_without_a_process_to_be_had_a_request_is_refused_with_proof(benches, folder):
-    module = folder / "later.py"
-    module.write_text("import os\ndef h(payload, context): return b'%d' % os.getpid()")
+    wrong = folder / "wrong"
+    (folder / "later.py").write_text(
+        f"import os\nassert not os.path.exists({str(wrong)!r})\n"
+        "def h(payload, context): return b'%d' % os.getpid()"
+    )
     bench = benches(call="later:h", run="process", slots=1)
-    right = module.read_text()
     child = psutil.Process(int(bench.run("").result))
-    module.write_text("import nothing_of_this_name")
+    wrong.write_text("")
     child.kill()
 
     part = bench.run("", request_id=4711)
 
     assert (part.code, part.executed) == (Code.UNAVAILABLE, Executed.NO)
     assert "no process for handler 'h' can be started" in part.reason
-    module.write_text(right)
+    wrong.unlink()
     bench.start("", request_id=4711)
     until(lambda: len(bench.parts[4711]) == 2)
     assert bench.parts[4711][-1].ok
@@ -483,7 +485,7 @@ def test_ending_a_request_ends_its_process_within_a_second(benches, caplog):
     bench.ends[request_id](Code.CANCELLED)
 
     child.wait(1)
-    until(lambda: bench.executor.active == 0, 1)
+    until(lambda: bench.executor.active == 0)
     assert bench.run("pid").ok
     assert len(bench.parts[request_id]) == 1
 
@@ -496,7 +498,7 @@ def test_the_next_request_in_a_process_begins_when_the_ended_one_is_gone(benches
     until(lambda: "it spins" in caplog.text, 5, "the handler computes")
 
     bench.ends[request_id](Code.CANCELLED)
-    until(lambda: bench.executor.active == 0, 1)
+    until(lambda: bench.executor.active == 0)
     following = bench.run("pid")
 
     assert int(following.result) != child.pid
@@ -710,7 +712,7 @@ def test_ending_some_rows_leaves_the_others_in_their_processes(benches):
 
     assert bench.parts[first_id][0].code is Code.CANCELLED
     assert bench.part(first_id + 1).ok
-    until(lambda: bench.free == 2, 3)
+    until(lambda: bench.free == 2)
 
 
 def test_a_result_that_comes_after_the_deadline_is_told_as_late(bench):

@@ -97,7 +97,8 @@ def test_every_arrow_is_an_import(arrow):
 @pytest.mark.parametrize("module", MODULES)
 def test_grpc_is_known_only_to_the_wire_the_links_and_the_edges(module):
     edges = {"admin", "service", "streams", "reception", "connection", "calls", "watch"}
-    if module not in {"wire", "pipes", "books", "links"} | edges:
+    edges |= {"reflection"}
+    if module not in {"wire", "pipes", "books", "channels", "links"} | edges:
         assert not foreign_imports(module) & (GRPC | {"google"})
 
 

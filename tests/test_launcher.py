@@ -7,11 +7,13 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from pathlib import Path
@@ -21,6 +23,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import overlay
+from tests.cluster import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
@@ -31,6 +34,7 @@ COPIED = (
     "scripts",
     "examples",
     "two_hosts_config.json",
+    "one_host_config.json",
 )
 STUBS = ("overlay_pb2.py", "overlay_pb2.pyi", "overlay_pb2_grpc.py")
 THREE = {"A": ("leader", "B"), "B": ("team_leader", "AC"), "C": ("worker", "B")}
@@ -119,7 +123,12 @@ def port_of(config, name):
 
 
 def logs_of(config):
-    return config.parent / json.loads(config.read_text(encoding="utf-8"))["log_dir"]
+    told = json.loads(config.read_text(encoding="utf-8"))
+    return config.parent / told.get("log_dir", "logs")
+
+
+def log_of(config, name):
+    return (logs_of(config) / f"process_{name.lower()}.log").read_text(encoding="utf-8")
 
 
 def wait_for(condition, within_s=20.0):
@@ -291,6 +300,7 @@ def test_restart_replaces_each_process_and_waits_until_its_neighbours_see_it(pro
     assert restarted.returncode == 0, restarted.stderr
     said = re.findall(r"(?m)^(\w)  stopped in .* s, serves again after \d+ ms", restarted.stdout)
     assert said == ["C", "B", "A"]  # the leader last
+    assert re.search(r"link to C .*: it is stopping$", log_of(three, "B"), re.MULTILINE)
     assert seen.stdout.count("serves\n") == 3
     assert after.keys() == before.keys()
     assert not set(after.values()) & set(before.values())
@@ -368,6 +378,68 @@ def test_a_file_without_a_process_for_this_machine_says_which_addresses_there_ar
     assert refused.returncode == 2
     assert "240.0.0.1 (A, B, D), 240.0.0.2 (C, E, F); this machine has" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["start", "x.json", "--no-such"], "unrecognized arguments: --no-such; run.py start"),
+        (["stop", "--grace-s", "x", "x.json"], "--grace-s: invalid float value: 'x'; run.py stop"),
+        (["restart"], "required: CONFIG; run.py restart"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_wrong_options_name_the_help_of_their_verb(project, words, says):
+    done = launcher(project, *words)
+
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "--help tells more" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+# The first function, as the README has it
+
+
+def test_the_first_function_runs_as_the_page_says_and_stop_is_for_good(project, tmp_path):
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = page.partition("## Your own function")[2].partition("\n## ")[0]
+    blocks = re.findall(r"(?m)(?:^    .*\n(?:\n(?=    ))?)+", page)
+    module, entry, commands = (textwrap.dedent(block).strip() for block in blocks[:3])
+    folder = project / "first function"
+    copy_project(folder)
+    (folder / "mine.py").write_text(module, encoding="utf-8")
+    config = folder / "one_host_config.json"
+    text = config.read_text(encoding="utf-8").replace('"processes"', f'{entry} "processes"')
+    for port in range(50051, 50057):  # others may run here
+        text = text.replace(str(port), str(free_port()))
+    config.write_text(text, encoding="utf-8")
+
+    def run(command):
+        words = shlex.split(command.replace("50051", str(port_of(config, "A"))))
+        assert words.pop(0).startswith("python")
+        if words[0] == "scripts/run.py":  # which would set up the copy first
+            words[0] = "scripts/launcher.py"
+        done = subprocess.run(
+            [sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    start, activate, ask_all, ask_any = commands.splitlines()
+    stop = start.replace(" start ", " stop ")
+    run(start)
+    to_all, to_any = run(ask_all), run(ask_any)
+    run(f"{stop} F")
+    wait_for(lambda: "link to F" in log_of(config, "E").partition("stopping")[0])
+    log_of_e = log_of(config, "E")
+    run(stop)
+
+    assert activate.startswith(". .venv/bin/activate")
+    assert all(f"HELLO from {worker}" in to_all for worker in "CDF")
+    assert "HELLO from" in to_any
+    assert re.search(r"link to F .* is draining: it is stopping for good$", log_of_e, re.MULTILINE)
+    assert processes_of(folder) == []
 
 
 # The demo
@@ -504,6 +576,54 @@ def test_batch_files_have_the_line_ends_and_letters_that_cmd_reads(name):
 
 
 # The bootstrap
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A Python without any package, and a project that nobody has set up."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "python"], check=True)
+    project = folder / "project"
+    copy_project(project)
+    scripts = folder / "python" / ("Scripts" if os.name == "nt" else "bin")
+    return scripts / "python", project
+
+
+@pytest.mark.parametrize("is_half_there", [False, True])
+@pytest.mark.parametrize("verb", ["stop", "status"])
+def test_stop_and_status_install_nothing(bare, verb, is_half_there):
+    python, project = bare
+    if is_half_there and not (project / ".venv").exists():
+        shutil.copytree(python.parent.parent, project / ".venv", symlinks=True)
+    before = sorted(path for path in project.rglob("*") if "__pycache__" not in path.parts)
+    command = [python, project / "scripts" / "run.py", verb, "one_host_config.json"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
+
+    assert before == sorted(path for path in project.rglob("*") if "__pycache__" not in path.parts)
+    if verb == "stop":
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "nothing is running that was started here" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert "nothing is set up here" in done.stderr
+
+
+@pytest.mark.parametrize("log_dir", ["logs", "mine"])
+def test_stop_says_so_when_it_cannot_look_at_what_was_started(bare, log_dir):
+    python, project = bare
+    config = write_three(project / "started.json", log_dir=log_dir)
+    (project / log_dir).mkdir(exist_ok=True)
+    pid_file = project / log_dir / "process_a.pid"
+    pid_file.touch()
+    try:
+        command = [python, project / "scripts" / "run.py", "stop", config]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
+    finally:
+        pid_file.unlink()
+
+    assert done.returncode == 2
+    assert "set it up, which needs the network, and try again" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.fixture

@@ -250,6 +250,41 @@ def test_a_neighbour_that_stops_is_asked_nothing_more_and_soon_waited_for(bench)
     assert bench.links.awaited() == {"C"}
 
 
+def test_a_neighbour_that_stops_for_good_is_not_waited_for_until_it_is_back(bench):
+    bench.link._set_state("up", "")
+    told: list[set[str]] = []
+    bench.links.on_change = lambda: told.append(bench.links.awaited())
+
+    bench.small.hear(pb2.Frame(stopping=True, for_good=True))
+    assert (bench.link.state, bench.link.reason) == ("draining", "it is stopping for good")
+    # A look that was under way says that it is well, and the other stream hears of it later.
+    bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=True), 0.001)
+    bench.large.hear(pb2.Frame(stopping=True))
+    for pipe in (bench.small, bench.large):
+        pipe.lose(STOPPED)
+
+    assert (bench.link.state, bench.link.reason) == ("down", "it has stopped for good")
+    assert set().union(*told) == set(), "whoever waits is told that it need not"
+    for pipe in (bench.small, bench.large):
+        pipe.accept()
+    bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=True), 0.001)
+    bench.small.lose()
+    assert bench.links.awaited() == {"C"}
+
+
+def test_who_waits_for_a_neighbour_hears_that_it_stops_for_good(bench):
+    bench.link._set_state("up", "")
+    bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=False), 0.001)
+    assert bench.links.awaited() == {"C"}
+    told = mock.Mock()
+    bench.links.on_change = told
+
+    bench.small.hear(pb2.Frame(stopping=True, for_good=True))
+
+    assert bench.links.awaited() == set()
+    assert told.called
+
+
 def test_a_lost_stream_takes_the_link_down_and_its_other_stream_goes_on(bench):
     large = bench.send(b"x" * 100 * KIB)
     (frame,) = bench.large.take()
@@ -845,7 +880,7 @@ def test_rows_go_down_and_come_back_over_a_real_stream(pair):
         assert [part.result for part in one.parts] == [
             b"C: %d" % row for row in range(len(one.rows))
         ]
-    until(quiet(pair), 2)
+    until(quiet(pair))
 
 
 def test_large_and_small_bodies_share_a_link(pair):
@@ -874,8 +909,8 @@ def test_a_server_that_goes_answers_what_it_had_at_once_as_unknown(pair):
 
     until(lambda: sent.is_answered, 2, "the rows of a lost link")
     assert {part.executed for part in sent.parts} == {Executed.UNKNOWN}
-    until(lambda: not pair.is_up, 2)
-    until(quiet(pair), 2)
+    until(lambda: not pair.is_up)
+    until(quiet(pair))
 
 
 def test_a_neighbour_that_went_while_idle_costs_no_request_its_deadline(pair):
@@ -891,9 +926,9 @@ def test_a_neighbour_that_went_while_idle_costs_no_request_its_deadline(pair):
 
 def test_a_link_comes_back_and_works_again(pair):
     pair.worker.stop()
-    until(lambda: not pair.is_up, 3)
+    until(lambda: not pair.is_up)
     refused = pair.send(b"while down")
-    until(lambda: refused.is_answered, 2)
+    until(lambda: refused.is_answered)
     assert refused.parts[0].code is Code.UNAVAILABLE
 
     pair.restart()
@@ -909,7 +944,7 @@ def test_a_link_is_up_only_with_its_streams(pair):
     """Else what is sent the moment it is up would wait for a stream, or be refused."""
     for _ in range(3):
         pair.worker.stop()
-        until(lambda: not pair.is_up, 3)
+        until(lambda: not pair.is_up)
         pair.restart()
         until(lambda: pair.is_up, 10)
         sent = [pair.send(b"x"), pair.send(b"y" * 100 * KIB)]
@@ -927,7 +962,7 @@ def test_many_threads_over_one_link(pair):
         until(lambda: all(one.is_answered for one in sent), 10)
 
     assert all(part.ok for one in sent for part in one.parts)
-    until(quiet(pair), 2)
+    until(quiet(pair))
 
 
 def test_closing_answers_what_is_under_way(pair):
@@ -936,7 +971,7 @@ def test_closing_answers_what_is_under_way(pair):
 
     pair.links.close()
 
-    until(lambda: sent.is_answered, 3)
+    until(lambda: sent.is_answered)
     assert sent.parts[0].executed is Executed.UNKNOWN
 
 
@@ -995,7 +1030,7 @@ def test_what_gathers_in_a_pipe_leaves_together_when_it_is_hurried(pair):
             time.sleep(0.02)
         assert not lines.left
         lines.pipe.hurry()
-        until(lambda: lines.left == [[0, 1, 2]], 2)
+        until(lambda: lines.left == [[0, 1, 2]])
     finally:
         lines.close()
 
@@ -1005,7 +1040,7 @@ def test_patience_ends_by_itself(pair):
     try:
         lines.put(0)
         lines.put(1)
-        until(lambda: lines.left == [[0, 1]], 2)
+        until(lambda: lines.left == [[0, 1]])
     finally:
         lines.close()
 
@@ -1015,7 +1050,7 @@ def test_a_pipe_that_waits_for_more_ends_at_once(pair):
     lines.put(0)
     began = time.monotonic()
     lines.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 15
 
 
 def test_a_sender_whose_call_is_lost_takes_nothing_of_the_next_call(pair):

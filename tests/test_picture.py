@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from overlay.history import History, quantile
-from overlay.picture import Known, Look, health, picture
+from overlay.picture import ALL, Known, Look, Wanted, health, picture
 from overlay.screenful import LETTERS, SHAPES, lines
 from overlay.wire import pb2
 
@@ -25,7 +25,7 @@ def looks_of(*answers: pb2.MetricsResponse, **silent: Look) -> dict[str, Look]:
     return {m.process_id: Look(10.0, m) for m in answers} | silent
 
 
-def many(workers: int, **leader) -> dict:
+def many(workers: int, wanted: Wanted = ALL, **leader) -> dict:
     """The picture of a leader, a team leader and so many workers, all well."""
     ids = ["A", "B", *(f"W{n}" for n in range(workers))]
     roles = {i: ROLES.get(i, "worker") for i in ids}
@@ -41,7 +41,7 @@ def many(workers: int, **leader) -> dict:
     for history in histories.values():
         history.point()
     known = Known("10.0.0.0:50051", "A", topology, looks, histories, [])
-    return picture(known, 1.0, 1e9) | {"round": 1, "interval_s": 1.0}
+    return picture(known, 1.0, 1e9, wanted) | {"round": 1, "interval_s": 1.0}
 
 
 # Rates
@@ -66,6 +66,20 @@ def test_a_process_that_was_restarted_has_no_rates_until_its_second_look():
 
     history.saw(said("A", completed=4, pid=2), 3.0)
     assert history.rates["completed"] == 2
+
+
+def test_what_a_process_uses_is_known_from_its_second_look():
+    history = History()
+    history.saw(said("A", cpu_s=3.0, memory_bytes=1), 1.0)
+    assert history.cores is None
+
+    history.saw(said("A", cpu_s=4.0, memory_bytes=1), 3.0)
+    assert history.cores == 0.5
+
+    history.missed()
+    history.saw(said("A"), 4.0)
+    history.saw(said("A"), 5.0)
+    assert history.cores is None, "an older release tells neither"
 
 
 def test_a_course_has_a_hole_where_the_process_gave_no_answer():
@@ -169,6 +183,30 @@ def test_a_clock_that_is_wrong_shifts_no_event():
     assert found["events"][0]["at"] == 1e9 - 1 - 1  # seen a second ago, a second after it happened
 
 
+@pytest.mark.parametrize(
+    ("wanted", "ids"),
+    [
+        (Wanted(), [1, 2, 3]),
+        (Wanted(failed=True), [2]),
+        (Wanted(handler="thumb"), [2, 3]),
+        (Wanted(handler="thumb", failed=True), [2]),
+        (Wanted(caller="10.0.0.9"), [1, 2]),
+        (Wanted(request_id="3"), [3]),
+        (Wanted(request_id="A0"), []),
+    ],
+)
+def test_of_the_requests_only_those_that_are_wanted_are_shown(wanted, ids):
+    stories = [
+        pb2.Story(request_id=1, handler="echo", caller="10.0.0.9"),
+        pb2.Story(request_id=2, handler="thumb", caller="ann at 10.0.0.9", code=13),
+        pb2.Story(request_id=3, handler="thumb", caller="10.0.0.7"),
+    ]
+
+    found = many(1, wanted, requests=stories)
+
+    assert [int(r["request_id"], 16) for r in found["requests"]] == ids
+
+
 # On a screen
 
 
@@ -189,6 +227,21 @@ def test_the_one_that_is_gone_is_on_the_screen_among_sixty():
 
     assert "✕ W38  gone 1 min" in shown
     assert "more" in shown
+
+
+@pytest.mark.parametrize("height", [24, 30, 60])
+def test_a_process_that_is_gone_stands_out_among_failures(height):
+    events = [
+        pb2.Event(at_s=n, first_at_s=n, number=n, kind="failure", text=f"reason {n}", count=99)
+        for n in range(2, 80)
+    ]
+    events = [pb2.Event(at_s=1.0, number=1, kind="link", text="link to F is down"), *events]
+
+    drawn = lines(many(1, events=events), 120, height, SHAPES)
+
+    (down,) = [line for line in drawn if "link to F is down" in line.plain][:1]
+    assert "bold" in str(down.style)
+    assert any("reason 79 (99 times since" in line.plain for line in drawn)
 
 
 def test_letters_stand_for_shapes_where_the_code_page_has_none():

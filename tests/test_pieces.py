@@ -17,6 +17,7 @@ from overlay.errors import BadRequest
 from overlay.parts import Parts
 from overlay.pieces import PIECE_BYTES, NotBytes, Outlet, Passage, cut
 from overlay.processes import ProcessRunner
+from overlay.sources import Sources
 from overlay.threads import ThreadRunner
 from overlay.topology import HandlerSpec, Process
 from overlay.values import Answers, Code, Column, Executed, Failure, Part, Piece, Route, Segment
@@ -317,7 +318,7 @@ def bench(request, tmp_path_factory) -> Iterator[Bench]:
         if request.param == "thread":
             runner = ThreadRunner(spec, 1, MOST_BYTES)
         else:
-            runner = ProcessRunner(spec, 1, folder, MOST_BYTES)
+            runner = ProcessRunner(spec, 1, Sources(folder, {}), MOST_BYTES)
         made = Bench(runner, spec, str(folder / "notes"))
         yield made
         runner.close()

@@ -87,11 +87,37 @@ def test_lines_push_out_lines_and_no_events(recent):
 
 
 def test_events_are_bounded_and_their_numbers_go_on(recent):
-    for _ in range(EVENTS + 10):
-        log().warning("again")
+    for n in range(EVENTS + 10):
+        log().info("link %d", n, extra={"kind": "link"})
+        log().info("reason %d", n, extra={"kind": "failure", "same": f"reason {n}"})
 
-    assert len(recent.events()) == EVENTS
-    assert recent.events(1)[0].number == EVENTS + 10
+    assert len(recent.events(10 * EVENTS)) == 2 * EVENTS
+    assert recent.events(1)[0].number == 2 * (EVENTS + 10) - 1
+
+
+def test_what_comes_again_is_one_event_with_the_last_words_and_how_often(recent):
+    about = {"kind": "failure", "same": "failed, internal"}
+    for n in range(3):
+        log().warning("failed, internal: %d", n, extra=about)
+    log().warning("997 more failed", extra=about | {"more": True, "count": 997})
+    log().warning("odd: %d", 1)
+    log().warning("odd: %d", 2)
+
+    told = [(event.text, event.count, event.number) for event in recent.events()]
+    assert told == [("failed, internal: 2", 1000, 4), ("odd: 2", 2, 6)]
+    first = recent.lines()[0]
+    assert recent.events()[0].first_s == first.at_s
+
+
+@pytest.mark.parametrize("most", [2, 5, 40, EVENTS])
+def test_a_flood_of_failures_hides_no_change_of_state(recent, most):
+    log().info("link to F is down", extra={"kind": "link"})
+    for n in range(1000):
+        log().warning("failed", extra={"kind": "failure", "same": f"reason {n}"})
+
+    texts = [event.text for event in recent.events(most)]
+    assert len(texts) == most
+    assert texts[0] == "link to F is down"
 
 
 def test_a_line_is_one_line_and_has_an_end(recent):

@@ -8,7 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 from overlay.allowance import Allowance
-from overlay.errors import BadRequest, Cancelled, OverlayError, PartsFailed, QueueFull
+from overlay.errors import (
+    BadRequest,
+    Cancelled,
+    HandlerFailed,
+    OverlayError,
+    PartsFailed,
+    QueueFull,
+)
 from overlay.meter import BOUNDS_S, Meter
 from overlay.record import Ended, Record
 from overlay.repeats import Repeats
@@ -115,6 +122,7 @@ def test_the_first_failures_have_a_line_and_of_the_rest_one_says_how_many(record
     *first, last = lines(caplog)
     assert first == ["refused, queue full: full; asked by 10.0.0.9"] * 5
     assert last == "995 more refused, queue full"
+    assert len({(record.kind, record.same) for record in caplog.records}) == 1, "one event"
     assert caplog.records[-1].count == 995
 
 
@@ -122,7 +130,7 @@ def test_what_was_not_told_is_told_within_a_second_or_so(record, caplog):
     for _ in range(7):
         record.ended(ended(segment(), (0, QueueFull("full"))))
 
-    until(lambda: lines(caplog)[-1] == "2 more refused, queue full", 3)
+    until(lambda: lines(caplog)[-1] == "2 more refused, queue full")
 
 
 def test_a_line_names_its_request_and_its_kind(record, caplog):
@@ -130,6 +138,40 @@ def test_a_line_names_its_request_and_its_kind(record, caplog):
 
     (line,) = caplog.records
     assert (line.request_id, line.kind, line.levelname) == (0xAC, "refusal", "WARNING")
+
+
+BROKEN = HandlerFailed("C: it broke")
+LOST = PartsFailed("C was lost", Code.UNAVAILABLE, Executed.UNKNOWN, "lost", None)
+TOO_LARGE = PartsFailed("it is large", Code.RESOURCE_EXHAUSTED, Executed.YES, "too large", None)
+WELL, NOT = None, Failure(Code.INTERNAL, "it broke", Executed.YES)
+
+
+@pytest.mark.parametrize(
+    ("works", "asked_by", "error", "part", "event"),
+    [
+        (True, (), BROKEN, NOT, "failure"),
+        (True, ("A", "E"), BROKEN, NOT, "failure"),
+        (False, ("A",), BROKEN, NOT, ""),
+        (False, (), BROKEN, NOT, ""),
+        (False, (), TOO_LARGE, WELL, "failure"),
+        (False, (), LOST, NOT, "failure"),
+        (False, ("A",), LOST, NOT, ""),
+        (True, ("A", "E"), QueueFull("full"), WELL, ""),
+        (True, (), QueueFull("full"), WELL, "refusal"),
+    ],
+)
+def test_a_failure_is_an_event_at_the_one_process_that_knows(
+    caplog, works, asked_by, error, part, event
+):
+    column = PartColumn("C", Column([b""]), failed=part)
+    made = Record("X", works)
+
+    made.ended(
+        Ended(segment(hops=asked_by), "10.0.0.9", 0, Answers(1, (column,), ("C",)), [(0, error)])
+    )
+
+    (line,) = caplog.records
+    assert line.kind == event
 
 
 def test_what_its_caller_did_wrong_or_gave_up_worries_nobody(record, caplog):

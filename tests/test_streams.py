@@ -437,7 +437,7 @@ def test_rows_that_expire_are_answered_in_time_before_and_after_their_start():
 
     late, refused = Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED
     assert list(codes(dict(sorted(found.items()))).values()) == [late, late, refused, refused]
-    assert 0.29 < took < 1
+    assert 0.29 < took < 10
 
 
 def test_the_urgent_of_a_stream_start_before_what_came_earlier():

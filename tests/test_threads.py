@@ -193,7 +193,7 @@ def test_a_result_leaves_although_each_thread_has_found_a_row(benches):
     made = [benches(gate, 100) for _ in range(10)]  # which thread finds which row differs
     firsts = [(bench, bench.submit(14)[0]) for bench in made]
     try:
-        until(lambda: all(bench.parts[first] for bench, first in firsts), 1)
+        until(lambda: all(bench.parts[first] for bench, first in firsts))
     finally:
         gate.open.set()
     for bench in made:
@@ -207,7 +207,7 @@ def test_with_one_slot_the_rows_behind_a_stuck_one_wait(benches):
     bench.wait()
     bench.desk.service_s = 0.00001
     first_id, _ = bench.submit(4)
-    until(lambda: bench.begun[first_id + 1], 2)
+    until(lambda: bench.begun[first_id + 1])
 
     time.sleep(0.05)
 
@@ -221,7 +221,7 @@ def test_cancelled_rows_that_wait_never_begin_and_give_their_places_back(benches
     gate = Gate(b"0")
     bench = benches(gate, slots=1)
     first_id, batch = bench.submit(6)
-    until(lambda: bench.begun[first_id], 2)
+    until(lambda: bench.begun[first_id])
 
     batch.end(Code.CANCELLED, 2, 3)
     batch.end(Code.CANCELLED, 2, 3)
@@ -248,7 +248,7 @@ def test_a_cancelled_row_that_runs_is_answered_at_once_and_can_see_it(benches):
 
     bench = benches(handler, slots=2)
     first_id, batch = bench.submit(2)
-    until(lambda: len(bench.begun) == 2, 2)
+    until(lambda: len(bench.begun) == 2)
 
     batch.end(Code.CANCELLED, 1, 1)
 
@@ -266,7 +266,7 @@ def test_an_end_of_every_row_answers_every_row_with_its_code(benches, code):
     gate = Gate(b"0")
     bench = benches(gate, slots=1)
     first_id, batch = bench.submit(5)
-    until(lambda: bench.begun[first_id], 2)
+    until(lambda: bench.begun[first_id])
 
     batch.end(code, 0, 5)
 
@@ -335,7 +335,7 @@ def test_a_closed_runners_threads_end(benches):
     bench.runner.close()
     bench.runner.close()
 
-    until(lambda: not [t for t in threading.enumerate() if t.name.startswith("handler-h-")], 2)
+    until(lambda: not [t for t in threading.enumerate() if t.name.startswith("handler-h-")])
 
 
 def test_outcomes_with_gaps_are_answered_as_runs():
@@ -373,7 +373,7 @@ def test_what_is_watched_expires_soon_after_its_deadline_and_never_before(deadli
     due = {f"thing {n}": now + chance.random() * 0.4 for n in range(200)}
     for thing, deadline in due.items():
         deadlines.watch(thing, deadline)
-    until(lambda: len(expired) == 200, 3)
+    until(lambda: len(expired) == 200)
 
     assert len({thing for thing, _ in expired}) == 200
     assert all(0 <= when - due[thing] < 0.2 for thing, when in expired)
@@ -386,7 +386,7 @@ def test_what_is_forgotten_never_expires(deadlines, expired):
     deadlines.forget("b", soon)
     deadlines.forget("b", soon)
     deadlines.forget("nobody", soon)
-    until(lambda: len(expired) == 2, 2)
+    until(lambda: len(expired) == 2)
     time.sleep(0.1)
 
     assert {thing for thing, _ in expired} == {"a", "c"}
@@ -396,21 +396,21 @@ def test_what_is_forgotten_never_expires(deadlines, expired):
 def test_a_new_deadline_is_seen_while_nothing_was_watched(deadlines, expired):
     time.sleep(0.1)
     deadlines.watch("late", time.monotonic() + 0.02)
-    until(lambda: expired, 1)
+    until(lambda: expired)
 
 
 def test_an_earlier_deadline_wakes_a_clock_that_sleeps_for_a_later_one(deadlines, expired):
     deadlines.watch("late", time.monotonic() + 60)
     time.sleep(0.05)
     deadlines.watch("early", time.monotonic() + 0.02)
-    until(lambda: [thing for thing, _ in expired] == ["early"], 1)
+    until(lambda: [thing for thing, _ in expired] == ["early"])
 
 
 def test_a_deadline_in_ten_thousand_years_is_one_too(deadlines, expired):
     deadlines.watch("then", time.monotonic() + 3e11)
     time.sleep(0.05)
     deadlines.watch("now", time.monotonic())
-    until(lambda: [thing for thing, _ in expired] == ["now"], 1)
+    until(lambda: [thing for thing, _ in expired] == ["now"])
 
 
 def test_what_is_answered_in_time_wakes_nobody(deadlines, expired, monkeypatch):
@@ -442,7 +442,7 @@ def test_a_thing_that_cannot_be_ended_does_not_stop_the_clock():
     time.sleep(0.1)
     made.watch("good", time.monotonic())
     try:
-        until(lambda: ended == ["good"], 1)
+        until(lambda: ended == ["good"])
     finally:
         made.stop()
 

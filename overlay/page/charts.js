@@ -1,4 +1,5 @@
-// The courses of the last five minutes, as small line charts that share one crosshair.
+// The courses of what is known of the last five minutes, as small line charts that share one
+// crosshair and one axis of time.
 
 import { byId, count, el, keep, ms, rate, say, set, span } from "./dom.js";
 
@@ -8,15 +9,17 @@ const CHARTS = [
   { title: "service time, ms", lines: [["p50_ms", "p50"], ["p99_ms", "p99"]], format: ms },
   { title: "not answered, a second", lines: [["refused", "refused"], ["cancelled", "cancelled"], ["failed", "failed"]], format: rate },
 ];
+const LEAST = 30; // points on the axis; with fewer known, the left of it is empty
 const HEIGHT = 108, LEFT = 38, TOP = 8, BOTTOM = 18;
 
 let hovered = null; // which point the pointer is on, counted from the newest
 let drawn = null;
 
 export function drawCharts(course, interval, kept) {
-  drawn = { course, interval, kept };
+  drawn = { course, interval, kept, shown: Math.min(kept, Math.max(LEAST, known(course))) };
+  hovered = hovered === null ? null : Math.min(hovered, drawn.shown - 1);
   keep(byId("charts"), CHARTS, (chart) => chart.title, make, update);
-  say(byId("courses-when"), hovered === null ? "last five minutes" : `${span(hovered * interval)} ago`);
+  say(byId("courses-when"), hovered === null ? `last ${axis()}` : `${span(hovered * interval)} ago`);
 }
 
 function make(chart) {
@@ -24,7 +27,7 @@ function make(chart) {
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
     const part = (event.clientX - box.left - LEFT) / (box.width - LEFT);
-    hovered = Math.round((1 - Math.min(1, Math.max(0, part))) * (drawn.kept - 1));
+    hovered = Math.round((1 - Math.min(1, Math.max(0, part))) * (drawn.shown - 1));
     again();
   });
   svg.addEventListener("pointerleave", () => { hovered = null; again(); });
@@ -32,6 +35,14 @@ function make(chart) {
   return el("figure", { class: "chart" }, el("figcaption", {}, el("b", {}, chart.title), keys), svg);
 }
 
+// How many points back from now there are figures.
+function known(course) {
+  const since = (points) => points.length - points.findIndex((v) => v !== null);
+  const lines = CHARTS.flatMap((chart) => chart.lines).map(([name]) => course[name] ?? []);
+  return Math.max(0, ...lines.filter((points) => points.some((v) => v !== null)).map(since));
+}
+
+const axis = () => span(drawn.shown * drawn.interval).replace(" min 0 s", " min");
 const again = () => drawn && drawCharts(drawn.course, drawn.interval, drawn.kept);
 
 function update(figure, chart) {
@@ -39,7 +50,7 @@ function update(figure, chart) {
   const width = svg.clientWidth || 300;
   const lines = chart.lines.map(([name]) => drawn.course[name] ?? []);
   const most = ceiling(Math.max(0, ...lines.flat().filter((v) => v !== null)));
-  const x = (fromEnd) => LEFT + (width - LEFT) * (1 - fromEnd / (drawn.kept - 1));
+  const x = (fromEnd) => LEFT + (width - LEFT) * (1 - fromEnd / (drawn.shown - 1));
   const y = (value) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / most);
 
   figure.querySelectorAll(".key").forEach((key, i) => {
@@ -52,8 +63,7 @@ function update(figure, chart) {
     shapes.push(["line", `g${part}`, { class: "grid", x1: LEFT, x2: width, y1: Math.round(y(most * part)), y2: Math.round(y(most * part)) }]);
     shapes.push(["text", `t${part}`, { x: LEFT - 6, y: y(most * part) + 3.5, "text-anchor": "end" }, tick(most * part)]);
   }
-  const minutes = Math.round((drawn.kept * drawn.interval) / 60);
-  shapes.push(["text", "from", { x: LEFT, y: HEIGHT - 4 }, `−${minutes} min`]);
+  shapes.push(["text", "from", { x: LEFT, y: HEIGHT - 4 }, `−${axis()}`]);
   shapes.push(["text", "to", { x: width, y: HEIGHT - 4, "text-anchor": "end" }, "now"]);
   if (lines.length === 1) shapes.push(["path", "area", { class: "area", d: outline(lines[0], x, y, y(0)) }]);
   lines.forEach((points, i) => shapes.push(["path", `l${i}`, { class: `line k${i}`, d: outline(points, x, y) }]));

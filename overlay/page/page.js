@@ -3,7 +3,7 @@
 import { byId, clock, say, several, span, teamColours } from "./dom.js";
 import { drawCharts } from "./charts.js";
 import { drawTopology } from "./topology.js";
-import { showDetails, showEvents, showFigures, showHandlers, showProcesses, showRequests } from "./tables.js";
+import { showDetails, showEvents, showFigures, showHandlers, showMaps, showProcesses, showRequests } from "./tables.js";
 
 const SILENT_MS = 3500; // without a picture; one comes every second
 const KEPT = 300;
@@ -23,6 +23,8 @@ source.onmessage = (message) => {
 setInterval(() => alarm(), 1000);
 addEventListener("resize", show);
 document.addEventListener("visibilitychange", show);
+byId("wanted").addEventListener("input", show);
+byId("wanted").addEventListener("submit", (event) => event.preventDefault());
 
 function pick(id) {
   picked = id;
@@ -54,6 +56,7 @@ function draw() {
   drawCharts(picture.course, picture.interval_s, KEPT);
   showDetails(picture, byName.get(picked));
   showProcesses(picture, colours, picked, pick);
+  showMaps(picture);
   showHandlers(picture);
   showRequests(picture, picture.asked.address, show);
   showEvents(picture);

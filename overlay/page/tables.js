@@ -88,6 +88,7 @@ export function showProcesses(picture, colours, picked, pick) {
     fill(row, [
       null, null, p.team, p.host, now(rate(p.rates.completed)), now(count(p.waiting)),
       now(`${count(p.in_service)}${busy}`), now(ms(took.p50)), now(ms(took.p99)),
+      now(typeof p.cores === "number" ? count(100 * p.cores) : "–"), now(count(p.memory_mib)),
       [count(p.totals?.failed), p.rates.failed > 0 && "bad"],
       [count(p.totals?.refused), p.rates.refused > 0 && "bad"], null,
     ]);
@@ -125,6 +126,23 @@ export function showHandlers(picture) {
   });
 }
 
+export function showMaps(picture) {
+  keep(body("maps"), picture.maps, (m) => `${m.caller} ${m.number} ${m.handler}`, () => {
+    const row = rowOf("maps");
+    row.children[2].append(el("progress", { max: 1 }));
+    return row;
+  }, (row, m) => {
+    const bar = row.querySelector("progress");
+    if (m.total) set(bar, { value: (m.answered + m.failed) / m.total });
+    else set(bar, { value: null });
+    fill(row, [
+      m.handler || "default", m.silent_s > 5 ? `${m.caller}, not heard of for ${span(m.silent_s)}` : m.caller, null,
+      count(m.answered), [count(m.failed), m.failed > 0 && "bad"], count(m.total), rate(m.rate), m.left_s === null ? "–" : span(m.left_s),
+    ]);
+  });
+  byId("maps").classList.toggle("is-empty", !picture.maps.length);
+}
+
 const opened = new Map();
 let held = [];
 
@@ -133,8 +151,11 @@ export function showRequests(picture, address, again) {
   const isHeld = byId("requests").matches(":hover, :has(:focus-visible)");
   if (!isHeld) held = [...picture.requests].reverse();
   say(byId("held"), isHeld && held.length ? "held while you point at it" : "");
-  const shown = new Set(held.map(keyOf));
-  const requests = [...[...opened.values()].filter((r) => !shown.has(keyOf(r))), ...held];
+  const wanted = held.filter(isWanted);
+  const shown = new Set(wanted.map(keyOf));
+  const requests = [...[...opened.values()].filter((r) => !shown.has(keyOf(r))), ...wanted];
+  const others = held.length - wanted.length;
+  say(byId("hidden-requests"), others ? `${count(others)} of the last ${count(held.length)} are not shown` : "");
   const rows = requests.flatMap((r) => (opened.has(keyOf(r)) ? [{ r }, { r, isWay: true }] : [{ r }]));
   keep(body("requests"), rows, ({ r, isWay }) => keyOf(r) + (isWay ? " way" : ""), ({ r, isWay }) => {
     if (isWay) return el("tr", {}, el("td", { colspan: 7, class: "text" }, wayOf(r, address)));
@@ -145,7 +166,7 @@ export function showRequests(picture, address, again) {
     row.children[4].classList.toggle("bad", r.code !== 0);
     row.children[6].append(pathOf(r));
     row.children[6].classList.add("text");
-    const button = el("button", { type: "button", class: "id", title: r.request_id }, r.request_id.slice(-8));
+    const button = el("button", { type: "button", class: "id", title: "its way" }, r.request_id);
     button.addEventListener("click", () => {
       if (!opened.delete(keyOf(r))) opened.set(keyOf(r), r);
       again();
@@ -161,8 +182,16 @@ export function showRequests(picture, address, again) {
       r.caller, null, ms(r.total_ms), null,
     ]);
   });
-  byId("requests").classList.toggle("is-empty", !requests.length);
+  byId("requests").classList.toggle("is-empty", !held.length && !requests.length);
   say(byId("send-one"), `python client.py ${hostAndPort(address)}`);
+}
+
+// What the form above the list asks for.
+function isWanted(r) {
+  const { text, failed } = byId("wanted").elements;
+  const part = text.value.trim().toLowerCase();
+  const found = [r.handler || "default", r.caller, r.request_id].some((name) => name.toLowerCase().includes(part));
+  return found && (!failed.checked || r.code !== 0);
 }
 
 const hostAndPort = (address) => address.replace(/:(\d+)$/, " $1").replace(/[[\]]/g, "");
@@ -203,10 +232,12 @@ function wayOf(r, address) {
 export function showEvents(picture) {
   const events = [...picture.events].reverse();
   const level = { info: "well", warning: "impaired", error: "gone" };
-  keep(body("events"), events, (e) => `${e.process} ${e.at} ${e.number ?? e.kind}`, (e) => el("tr", {},
-    el("td", { class: "quiet" }, clock(e.at)), el("td", {}, marked(level[e.level] ?? "well"), el("b", {}, e.process)),
-    el("td", { class: "text" }, e.text)), (row, e) => {
-    say(row.lastChild, e.count > 1 ? `${e.text} (${count(e.count)} times)` : e.text);
+  const keyOf = (e) => (e.is_change ? `${e.process} ${e.at} ${e.number ?? e.kind}` : `${e.process} ${e.kind} ${e.first_at}`);
+  keep(body("events"), events, keyOf, (e) => el("tr", { class: e.is_change ? "is-change" : null },
+    el("td", { class: "quiet" }), el("td", {}, marked(level[e.level] ?? "well"), el("b", {}, e.process)),
+    el("td", { class: "text" })), (row, e) => {
+    say(row.firstChild, clock(e.at));
+    say(row.lastChild, e.count > 1 ? `${e.text} (${count(e.count)} times since ${clock(e.first_at)})` : e.text);
   });
   byId("events").classList.toggle("is-empty", !events.length);
 }
@@ -231,6 +262,7 @@ export function showDetails(picture, process) {
     ["served in", t?.received > 0 && spread(process.service_ms)],
     ["handlers", (process.handlers ?? []).map((h) => `${h.name} ${count(h.active)} of ${count(h.slots)}`).join(", ")],
     ["program", process.pid && `overlay ${process.version}, Python ${process.python}, ${process.platform}, pid ${process.pid}, up ${span(process.uptime_s)}`],
+    ["uses", process.pid && `${typeof process.cores === "number" ? `${count(100 * process.cores)} % of a core, ` : ""}${count(process.memory_mib)} MiB, with the processes of its handlers`],
     ["configuration", process.config],
   ].filter(([, value]) => value);
   const parts = [{ key: "facts" }, { key: "links" }];

@@ -1,0 +1,30 @@
+"""What this process and those that run its handlers use of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import psutil
+
+
+class Resources(NamedTuple):
+    """cpu_s: seconds of one core so far. memory_bytes: resident now."""
+
+    cpu_s: float
+    memory_bytes: int
+
+
+def resources_of(pids: Iterable[int] = ()) -> Resources:
+    """Of this process, of those it has waited for (not on Windows), and of its `pids`."""
+    cpu_s, memory_bytes = 0.0, 0
+    for pid in (os.getpid(), *pids):
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            process = psutil.Process(pid)
+            with process.oneshot():
+                times = process.cpu_times()
+                memory_bytes += process.memory_info().rss
+            cpu_s += times.user + times.system + times.children_user + times.children_system
+    return Resources(cpu_s, memory_bytes)

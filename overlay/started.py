@@ -1,0 +1,72 @@
+"""Programs and processes that a process has started, to any depth: found, and ended.
+
+In sessions and groups of their own too; not what its starter has disowned, as a daemon is. Windows
+ends all of it with the process that has started it, however that ends, once it has been asked to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+ROUNDS = 5  # of ending what may start more meanwhile
+KILL_ON_JOB_CLOSE, BREAKAWAY_OK, EXTENDED_LIMITS, THIS_PROCESS = 0x2000, 0x800, 9, -1  # Windows'
+
+
+if sys.platform == "win32":
+    import ctypes
+    import struct
+    from ctypes import wintypes
+
+    def hold_together() -> None:
+        """Puts this process, and all that it starts from now on, into a job that ends with it."""
+        # A JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of which only the flags are set.
+        limits = ctypes.create_string_buffer(144 if sys.maxsize > 1 << 32 else 112)
+        struct.pack_into("<I", limits, 16, KILL_ON_JOB_CLOSE | BREAKAWAY_OK)
+        kernel = ctypes.WinDLL("kernel32")
+        kernel.CreateJobObjectW.restype = wintypes.HANDLE
+        job = wintypes.HANDLE(kernel.CreateJobObjectW(None, None))  # closed with the process
+        kernel.SetInformationJobObject(job, EXTENDED_LIMITS, limits, len(limits))
+        kernel.AssignProcessToJobObject(job, wintypes.HANDLE(THIS_PROCESS))
+else:
+
+    def hold_together() -> None:
+        """Only Windows can be asked to."""
+
+
+def end() -> None:
+    """All that this process has started. Raises nothing."""
+    seen: set[Any] = set()
+    with contextlib.suppress(Exception):  # also when Python is coming to its end
+        for _ in range(ROUNDS):
+            found = set(by()) - seen
+            kill(found)
+            seen |= found
+            if not found:
+                return
+
+
+def by(pid: int | None = None) -> list[Any]:
+    """What the process of this number, or this one, has started."""
+    import psutil  # here: few of a handler's processes need it
+
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process(pid).children(recursive=True)
+        return [process for process in children if not _cleans_up(process)]
+    return []
+
+
+def kill(processes: Iterable[Any]) -> None:
+    """Never another one that has its number by now."""
+    for process in processes:
+        with contextlib.suppress(Exception):
+            process.kill()
+
+
+def _cleans_up(process: Any) -> bool:
+    # It ends by itself after those that use it, and takes away the memory that they shared.
+    with contextlib.suppress(Exception):
+        return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+    return False
