@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
+from overlay import clocks as time
 from overlay.arguments import (
     as_bodies,
     as_body,
@@ -40,7 +40,7 @@ from overlay.channels import split
 from overlay.connection import PATIENCE_S, Connection, ended_early
 from overlay.limits import Limits
 from overlay.orders import Kind, Order
-from overlay.outcomes import Answer, CallFailed, value_of
+from overlay.outcomes import NOT_PICKLED, Answer, CallFailed, value_of
 from overlay.parts import Parts
 from overlay.telling import Telling
 from overlay.values import Failure, Part
@@ -191,6 +191,9 @@ class AsyncClient:
         """Ends the connection; what has no answer yet fails with CallCancelled."""
         await self._post.close()
 
+    def __reduce__(self) -> tuple[type[AsyncClient], tuple[str, float]]:
+        return type(self), (self.address, self._patience_s)  # which connects where it arrives
+
     async def __aenter__(self) -> AsyncClient:
         return self
 
@@ -294,6 +297,9 @@ class _Reply(asyncio.Future[Any]):
         if not self.done():
             self.set_exception(error)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED)
+
     def cancel(self, msg: Any | None = None) -> bool:
         cancelled = super().cancel(msg)
         if cancelled and self.order is not None:
@@ -315,6 +321,7 @@ class _Post:
         self._wake_weakly = _weakly(self._wake)
         self._connecting: dict[float, asyncio.Task[None]] = {}
         self._sending: set[asyncio.Task[None]] = set()
+        self._pauses: set[asyncio.Future[None]] = set()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -323,6 +330,7 @@ class _Post:
         if self._loop is None:
             self._loop = running
         if self._loop is not running:
+            self.connection.check_here()
             raise RuntimeError("this client belongs to another event loop; make one in each")
         return running
 
@@ -366,9 +374,31 @@ class _Post:
     def cancel(self, order: Order, rows: Iterable[int] = ()) -> None:
         self.connection.cancel(order, tuple(rows))
 
+    async def pause(self, seconds: float) -> None:
+        """As asyncio.sleep, by the machine's clock: a test may have frozen the loop's. Raises
+        CallFailed when the client is closed."""
+        over = self.loop.create_future()
+
+        def end(*_: object) -> None:
+            if not over.done():
+                over.set_result(None)
+
+        at = time.monotonic() + seconds
+        self.connection.begin().remind(partial(self._deliver, end, (), None, 0, 0), at)
+        self._pauses.add(over)
+        try:
+            await over
+        finally:
+            self._pauses.discard(over)
+
     async def close(self) -> None:
+        if self.connection.is_left:
+            return  # to the parent of this process, with its tasks
         self._flush()
         await asyncio.to_thread(self.connection.close)
+        for over in self._pauses:
+            if not over.done():
+                over.set_result(None)
         if self._sending:
             await asyncio.wait(self._sending)
         self._settle()
@@ -546,7 +576,7 @@ class _Mapping:
                 self._flush()
                 orders = [order for order, _ in self._orders.values()]
                 self._unsent += self._presence.take_back(orders, why)
-                await asyncio.sleep(LOOK_S / 10)
+                await self._post.pause(LOOK_S / 10)
         except CallFailed as e:  # closed meanwhile
             self._end(e)
         else:
@@ -557,7 +587,7 @@ class _Mapping:
         """Returns when the process was waited for in vain."""
         presence = self._presence
         while True:
-            await asyncio.sleep(LOOK_S)
+            await self._post.pause(LOOK_S)
             self._telling.tell(self._answered, self._failed)
             was_away, self._is_away = self._is_away, presence.look_away()
             if was_away and not self._is_away:
@@ -629,6 +659,8 @@ class _Mapping:
         if not entry[1]:
             self._bytes -= entry[0].size
             del self._orders[first]
+        if not isinstance(came, Failure):
+            self._presence.was_up = True  # also when it is lost again before the next look
         for n, row in enumerate(rows):
             result: bytes | CallFailed
             if isinstance(came, Failure):

@@ -17,7 +17,6 @@ import os
 import queue
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, BinaryIO, Protocol
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from overlay import client as library
+from overlay import clocks as time
 from overlay.console import (
     Exit,
     Parser,

@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from dataclasses import dataclass, replace
 
 import grpc
 
+from overlay import clocks as time
 from overlay import wire
 from overlay.deadlines import Deadlines
 from overlay.errors import Misspoken
@@ -234,6 +234,10 @@ class Calls:
             self._end_unsent()
         else:
             self._pipe.kick()
+
+    def remind(self, of: Callable[[], None], at: float) -> None:
+        """Calls that then, in monotonic seconds, on the deadline thread; never after `close`."""
+        self._deadlines.watch(of, at)
 
     def tell(self, progress: Progress) -> None:
         """Goes to who watches, in one of the next frames."""
@@ -591,7 +595,7 @@ class Calls:
     def _deliver_all(self, order: Order, failure: Failure) -> None:
         order.deliver(order.rows, failure, 0, 0)
 
-    def _expire(self, due: _Sent | Calls | _Retry) -> None:
+    def _expire(self, due: _Sent | Calls | _Retry | Callable[[], None]) -> None:
         if isinstance(due, _Retry):
             with self._lock:
                 due_still = due in self._retrying
@@ -600,11 +604,13 @@ class Calls:
                 self.send(due.order)
         elif isinstance(due, Calls):
             self._expire_unsent()
-        else:
+        elif isinstance(due, _Sent):
             runs = self._end_rows(due, Failure(Code.DEADLINE_EXCEEDED, ""))
             with self._lock:
                 self._cancels.extend((due.number, *run) for run in runs)
             self._pipe.kick()
+        else:
+            due()
 
     def _expire_unsent(self) -> None:
         with self._lock:

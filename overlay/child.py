@@ -21,12 +21,12 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from overlay import clocks as time
 from overlay import handlers, started, typed
 from overlay.batch import outcome_of, outcome_of_error
 from overlay.errors import ConfigError

@@ -18,13 +18,13 @@ from __future__ import annotations
 import concurrent.futures
 import queue
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
+from overlay import clocks as time
 from overlay import wire
 from overlay.arguments import (
     DEFAULT_TIMEOUT_S,
@@ -41,6 +41,7 @@ from overlay.connection import PATIENCE_S, Connection
 from overlay.mapping import NOTHING_YET, MapRun, raising, with_values
 from overlay.orders import Kind, Order
 from overlay.outcomes import (
+    NOT_PICKLED,
     Answer,
     CallCancelled,
     CallFailed,
@@ -86,7 +87,8 @@ def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
     """A client for the process at `host:port`. Does not wait: the first call does.
 
     patience_s: how long a call waits for a connection that is not up before it raises NotReached.
-    Raises ValueError for an address that is not host:port.
+    Raises ValueError for an address that is not host:port, RuntimeError where gevent or eventlet
+    has replaced the threads that gRPC needs.
     """
     split(address)
     return Client(address, patience_s)
@@ -111,6 +113,7 @@ class Client(concurrent.futures.Executor):
 
     def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
         self.address = address
+        self._patience_s = patience_s
         self._connection = Connection(address, patience_s)
 
     @property
@@ -368,6 +371,9 @@ class Client(concurrent.futures.Executor):
             self._connection.wait_until_idle()
         self.close()
 
+    def __reduce__(self) -> tuple[type[Client], tuple[str, float]]:
+        return type(self), (self.address, self._patience_s)  # which connects where it arrives
+
     def __enter__(self) -> Client:
         return self
 
@@ -392,6 +398,7 @@ class Client(concurrent.futures.Executor):
         is_last = False
         try:
             while not (is_last or parts.is_over):
+                self._connection.check_here()
                 with suppress(queue.Empty):  # in slices, so that Ctrl-C works on Windows too
                     is_last, came, at = box.get(timeout=0.5)
                     yield from parts.last(came, at) if is_last else parts.early(came, at)
@@ -457,8 +464,18 @@ class _Reply(Future):  # type: ignore[type-arg]
         self._connection = connection
         self._timeout_s = timeout_s
 
+    def result(self, timeout: float | None = None) -> Any:
+        self._check_here()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check_here()
+        return super().exception(timeout)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED)
+
     def deliver(self, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
-        self.order = None  # it holds this method, and so this
         try:
             if isinstance(came, Failure):
                 self.set_exception(self._connection.failed(came, self._timeout_s))
@@ -466,6 +483,7 @@ class _Reply(Future):  # type: ignore[type-arg]
                 self.set_result(result_of(came, at))
         except InvalidStateError:
             self.set_running_or_notify_cancel()  # tells those who wait that it was cancelled
+        self.order = None  # it holds this method, and so this
 
     def cancel(self) -> bool:
         order = self.order
@@ -473,6 +491,10 @@ class _Reply(Future):  # type: ignore[type-arg]
         if cancelled and order is not None:
             self._connection.cancel(order)
         return cancelled
+
+    def _check_here(self) -> None:
+        if self.order is not None:  # it is not done
+            self._connection.check_here()
 
 
 class _ValueReply(_Reply):

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import math
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -16,7 +15,8 @@ from typing import Any, cast
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from overlay import judge, wire
+from overlay import clocks as time
+from overlay import judge, surroundings, wire
 from overlay.calls import RETRY_PAUSE_S, Calls
 from overlay.channels import SILENT, Channel, split
 from overlay.errors import Misspoken
@@ -61,26 +61,35 @@ _OPTIONS = [
 class Connection:
     """A client's kept channel: a stream for requests, and calls for metrics and health.
 
+    gRPC is used from the first request on, not before: until then the process may be forked, and
+    each child has a connection of its own. In the child of a process that was using it every verb
+    raises, and `close` leaves it to the parent.
+
     One that is dropped without `close` is closed all the same: its stream has a place at the
     process asked, of which there are few.
     """
 
     def __init__(self, address: str, patience_s: float) -> None:
+        """Raises RuntimeError where gevent or eventlet left no threads to gRPC."""
+        surroundings.check_threads()
         self.address = self._address = address
         self._patience_s = patience_s
         self._closed = False
+        self._is_left = False  # to the parent, of which this process is a child
         self._lock = threading.Lock()
-        self._line = _Line(address, _OPTIONS)
+        self._made: _Line | None = None
         self._single_line: _Line | None = None
         self._calls: Calls | None = None
         # What holds a stream and threads, without this connection: so that it can be let go.
-        self._held: list[Calls | Channel] = [self._line.channel]
-        weakref.finalize(self, _free_soon, self._held).atexit = False
+        self._held: list[Calls | Channel] = []
+        self._freeing = weakref.finalize(self, _free_soon, self._held)
+        self._freeing.atexit = False
+        surroundings.remember(self)
 
     @property
     def shown(self) -> str:
         """The address, with what its name stands for here."""
-        return self._line.channel.shown
+        return self._made.channel.shown if self._made else self._address
 
     def send(self, order: Order, timeout_s: float) -> None:
         """Raises NotReached when nobody serves at the address."""
@@ -118,24 +127,43 @@ class Connection:
             patience_s = max(MAP_PATIENCE_S, self._patience_s)
         return Presence(self, patience_s)
 
-    def seek(self) -> None:
-        """The process is away: the name of its machine may lead elsewhere by now."""
-        self._line.channel.doubt()
+    def seek(self, is_wrong: bool = False) -> None:
+        """The process is away, or another answers there: the name of its machine may lead
+        elsewhere by now."""
+        if self._made is not None:
+            self._made.channel.doubt(is_wrong)
 
     @property
     def is_closed(self) -> bool:
-        return self._closed
+        """Whether nothing can be asked here any more."""
+        return self._closed or surroundings.is_orphan
+
+    @property
+    def is_left(self) -> bool:
+        """Whether it is that of the process of which this one is a child."""
+        return self._is_left
 
     def wait_until_idle(self) -> None:
         while not self._closed and self._calls is not None and self._calls.open_rows:
             time.sleep(0.01)
 
+    def check_here(self) -> None:
+        """Raises CallFailed in a child of the process that used this: no answer comes there."""
+        if self._is_left:
+            raise _closed(is_left=True)
+
+    def leave_behind(self) -> None:
+        """As surroundings.Forkable has it."""
+        self._lock = threading.Lock()  # the parent may just have held it
+        if self._made is not None:
+            self._freeing.detach()
+            self._is_left, self._closed = not self._closed, True
+            self._calls = None
+
     def begin(self) -> Calls:
         with self._lock:
-            if self._closed:
-                raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client is closed")
+            channel = self._line_locked().channel
             if self._calls is None:
-                channel = self._line.channel
                 shown = partial(getattr, channel, "shown")
                 calls = Calls(channel, self._address, self._patience_s, shown)
                 calls.start()
@@ -151,7 +179,7 @@ class Connection:
             return
         doubt = None if calls.is_full else _Doubt(self._address, until)
         while (left_s := until - time.monotonic()) > 0 and not self._closed:
-            self._line.channel.doubt(is_wrong=_is_wrong(calls))
+            self.seek(_is_wrong(calls))
             if calls.connected.wait(min(0.25, left_s)):
                 return
             refused = calls.refused
@@ -189,7 +217,8 @@ class Connection:
                 time.sleep(pause_s)
 
     def drain(self, request: wire.pb2.DrainRequest, timeout_s: float) -> wire.pb2.DrainResponse:
-        found = self._ask(self._line, self._line.admin.Drain, request, timeout_s, judge.tidy)
+        line = self._line
+        found = self._ask(line, line.admin.Drain, request, timeout_s, judge.tidy)
         return cast(wire.pb2.DrainResponse, found)
 
     def logs(self, request: wire.pb2.LogsRequest, timeout_s: float) -> wire.pb2.LogsResponse:
@@ -198,7 +227,8 @@ class Connection:
         def check(said: wire.pb2.LogsResponse) -> None:
             judge.check_logs(said, request.process_id or said.process_id, most)
 
-        found = self._ask(self._line, self._line.admin.Logs, request, timeout_s, check)
+        line = self._line
+        found = self._ask(line, line.admin.Logs, request, timeout_s, check)
         return cast(wire.pb2.LogsResponse, found)
 
     def metrics(
@@ -210,7 +240,8 @@ class Connection:
 
     def is_serving(self, timeout_s: float) -> bool:
         request = health_pb2.HealthCheckRequest()
-        found = self._ask(self._line, self._line.health.Check, request, timeout_s)
+        line = self._line
+        found = self._ask(line, line.health.Check, request, timeout_s)
         return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
@@ -221,14 +252,29 @@ class Connection:
         _free(self._held)
 
     @property
+    def _line(self) -> _Line:
+        with self._lock:
+            return self._line_locked()
+
+    def _line_locked(self) -> _Line:
+        if self.is_closed:
+            raise _closed(self._is_left or surroundings.is_orphan)
+        if self._made is None:
+            surroundings.begin_use(self._held)
+            self._made = _Line(self._address, _OPTIONS)
+            self._held.append(self._made.channel)
+        return self._made
+
+    @property
     def _single(self) -> _Line:
         """For single requests: a channel on which gRPC itself sends one again that a closing
         connection has not taken. There is no other way to know that it did not run."""
         with self._lock:
-            if self._single_line is None and not self._closed:
+            self._line_locked()
+            if self._single_line is None:
                 self._single_line = _Line(self._address, [("grpc.enable_retries", 1), *_OPTIONS])
                 self._held.append(self._single_line.channel)
-            return self._single_line or self._line
+            return self._single_line
 
     def _check_size(self, size: int, patience_s: float) -> None:
         """Raises InvalidCall for a payload that the process would not even read: gRPC itself ends
@@ -251,14 +297,12 @@ class Connection:
         check: Callable[[Any], None] = lambda answer: None,
     ) -> Any:
         """The answer, judged by `check`. Raises CallFailed."""
-        if self._closed:
-            raise CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
         until = time.monotonic() + timeout_s
         try:
             self._make_sure(line, min(self._patience_s, timeout_s))
             # wait_for_ready: a connection lost just now is waited for, and the call sent once.
             left_s = max(0.001, until - time.monotonic())
-            answer = method(request, timeout=left_s, wait_for_ready=True)
+            answer = method(request, timeout=time.Timeout(left_s), wait_for_ready=True)
             check(answer)
         except Misspoken as e:
             reason = f"what serves at {self.shown} speaks wrongly: {e}"
@@ -308,7 +352,7 @@ class _Line:
         """Whether a gRPC server answers, whatever it answers."""
         try:
             self.health.Check(
-                health_pb2.HealthCheckRequest(), timeout=within_s, wait_for_ready=True
+                health_pb2.HealthCheckRequest(), timeout=time.Timeout(within_s), wait_for_ready=True
             )
         except grpc.RpcError as error:
             return error.code() not in SILENT
@@ -401,10 +445,17 @@ def _is_wrong(calls: Calls) -> bool:
 _MAY_PASS = (Code.UNAVAILABLE, Code.CANCELLED)  # why a stream may be refused, and taken soon
 
 
+def _closed(is_left: bool) -> CallFailed:
+    if is_left:
+        return CallFailed(surroundings.FORKED, code=Code.FAILED_PRECONDITION, executed=Executed.NO)
+    return CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
+
+
 def _free(held: list[Calls | Channel]) -> None:
     """In their order. May be called twice."""
     for one in list(held):
         one.close()
+    surroundings.end_use(held)
 
 
 def _free_soon(held: list[Calls | Channel]) -> None:

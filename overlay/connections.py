@@ -16,11 +16,11 @@ import os
 import socket
 import stat
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 
+from overlay import clocks as time
 from overlay import wire
 from overlay.crowd import Crowd
 from overlay.hosts import plain_address

@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import threading
-import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -30,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from overlay import client as library
+from overlay import clocks as time
 from overlay.admission import HIGHEST_PRIORITY
 from overlay.errors import ConfigError
 from overlay.topology import Process, Topology, join_address

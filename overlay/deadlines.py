@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
+
+from overlay import clocks as time
 
 log = logging.getLogger("overlay.deadlines")
 

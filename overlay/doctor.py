@@ -11,12 +11,12 @@ import argparse
 import errno
 import platform
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import overlay
 from overlay import client as library
+from overlay import clocks as time
 from overlay import wire
 from overlay.configuration import load
 from overlay.console import Exit, Parser, Screen, asked_at_once, counted, misconfigured, seconds

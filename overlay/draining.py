@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from contextlib import suppress
 from typing import Any
 
 import psutil
 
 from overlay import client as library
+from overlay import clocks as time
 from overlay.console import Exit, Parser, Screen, complain, connected, counted, failed, seconds
 from overlay.topology import join_address
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from overlay import clocks as time
 
 CONSOLE_GRACE_S = 3.0  # Windows gives 5 s; to refuse what waits and to close takes its part
 CONSOLE_END_S = 10.0  # Windows is faster

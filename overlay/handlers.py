@@ -16,13 +16,13 @@ import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
+from overlay import clocks as time
 from overlay import sources
 from overlay.errors import ConfigError
 from overlay.sources import Source, Sources

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from overlay import clocks as time
 from overlay.errors import IdsFull
 from overlay.limits import Limits
 from overlay.values import Caller, Segment

@@ -21,12 +21,12 @@ import itertools
 import logging
 import queue
 import threading
-import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from overlay import admission
+from overlay import clocks as time
 from overlay.admission import HIGHEST_PRIORITY, Callers, Lately, Seen, Shares
 from overlay.errors import Draining, NoTimeLeft, OverlayError
 from overlay.lanes import NO_SHARE, Kind, Lane, NoPlace, Place, Turns

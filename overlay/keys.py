@@ -17,11 +17,11 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from overlay import clocks as time
 from overlay.errors import (
     AnswerNotKept,
     BadRequest,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from functools import partial
 import grpc
 
 import overlay
+from overlay import clocks as time
 from overlay import wire
 from overlay.allowance import Allowance
 from overlay.books import Book

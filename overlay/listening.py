@@ -12,10 +12,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from overlay import clocks as time
 from overlay.machine import can_bind
 from overlay.names import Named, resolve
 from overlay.topology import join_address

@@ -26,12 +26,12 @@ import queue
 import stat
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+from overlay import clocks as time
 from overlay.allowance import Allowance
 from overlay.errors import ConfigError
 from overlay.recent import LONGEST, OF_HANDLERS, Recent, escaped, texts_of

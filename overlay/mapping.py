@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 import queue
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from overlay import clocks as time
 from overlay.arguments import as_bytes
 from overlay.connection import Connection, ended_early
 from overlay.limits import Limits
@@ -98,6 +98,7 @@ class MapRun:
 
     def _is_away(self) -> bool:
         """Whether nothing can be sent now. When it never can, what was not sent is ended."""
+        self._connection.check_here()
         if not self._presence.look_away():
             return self._over is not None
         if self._over is None and self._presence.is_over:

@@ -7,10 +7,10 @@ of those before it reached this process. So it says it once a second, with its f
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+from overlay import clocks as time
 from overlay.values import Caller, Progress
 
 OF_A_STREAM = 16  # of more, those that were told of longest ago are forgotten

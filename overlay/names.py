@@ -15,9 +15,10 @@ import contextlib
 import ipaddress
 import socket
 import threading
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from overlay import clocks as time
 
 LOOK_S = 5.0  # for who can wait; mDNS says no after this
 SLICE_S = 0.5  # or Windows hears no Ctrl-C before Python 3.14

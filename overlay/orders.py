@@ -7,13 +7,13 @@ Owns no thread and needs no lock of its own: a line is a deque, whose ends are s
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from overlay import admission
+from overlay import clocks as time
 from overlay.values import Route
 
 Deliver = Callable[[Sequence[int], Any, int, int], None]

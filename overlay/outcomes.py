@@ -127,6 +127,9 @@ class CallCancelled(CallFailed):
     """The client was closed before the answer came."""
 
 
+NOT_PICKLED = "a Future belongs to the process that waits for it; pickle its result()"
+
+
 def results_of(came: Came, at: int, count: int) -> list[bytes]:
     if came.is_whole:
         return came.results[at : at + count]

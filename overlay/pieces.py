@@ -11,11 +11,11 @@ a piece, or waits for anything.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from overlay import clocks as time
 from overlay.allowance import Allowance
 from overlay.errors import BadRequest, Misspoken
 from overlay.limits import Limits

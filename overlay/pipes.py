@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grpc
 
+from overlay import clocks as time
 from overlay import wire
 from overlay.errors import Misspoken
 from overlay.limits import Limits

@@ -18,12 +18,12 @@ import os
 import queue
 import signal
 import threading
-import time
 from multiprocessing import connection
 from typing import Any
 
 import psutil
 
+from overlay import clocks as time
 from overlay import started
 from overlay.batch import Batch, read_outcome
 from overlay.child import Request, serve

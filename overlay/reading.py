@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from overlay import client as library
+from overlay import clocks as time
 from overlay.console import (
     Exit,
     Parser,

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +30,7 @@ from grpc import _server
 from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from overlay import clocks as time
 from overlay import wire
 from overlay.crowd import Crowd
 from overlay.errors import BadRequest, CrowdedOut, OverlayError

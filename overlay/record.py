@@ -10,12 +10,12 @@ Safe from any thread; owns none but the one of its repeats.
 from __future__ import annotations
 
 import logging
-import time
 import uuid
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from overlay import clocks as time
 from overlay import story
 from overlay.errors import HandlerFailed, OverlayError
 from overlay.intake import Ticket

@@ -11,7 +11,6 @@ in their place.
 from __future__ import annotations
 
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from functools import partial
 from typing import Protocol
 
 from overlay import assembly, routing, story
+from overlay import clocks as time
 from overlay.health import State
 from overlay.lanes import AWAITED, NoPlace
 from overlay.routing import Branch, Load, Plan

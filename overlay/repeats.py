@@ -6,10 +6,10 @@ Owns a thread for a second at a time, "repeats", while there is something left t
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Hashable
 
+from overlay import clocks as time
 from overlay.allowance import Allowance
 
 AT_ONCE = 5  # of a kind; then

@@ -6,13 +6,13 @@ and events, then the ends of lines.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
 from rich.text import Text
 
+from overlay import clocks as time
 from overlay.console import clean, counted
 from overlay.events import latest
 from overlay.values import Code

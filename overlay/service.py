@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,6 +24,7 @@ import grpc
 
 import overlay
 from overlay import admission, assembly, handlers, routing, wire
+from overlay import clocks as time
 from overlay.assembly import Merge
 from overlay.deadlines import Deadlines
 from overlay.errors import (

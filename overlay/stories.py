@@ -6,9 +6,9 @@ the others would push them out.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 
+from overlay import clocks as time
 from overlay.allowance import Allowance
 from overlay.story import Story
 from overlay.values import Code

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from typing import Protocol
 import grpc
 
 from overlay import assembly, routing, wire
+from overlay import clocks as time
 from overlay.crowd import Crowd
 from overlay.deadlines import Deadlines
 from overlay.errors import BadRequest, Cancelled, Draining, MadeRoom, OverlayError, QueueFull

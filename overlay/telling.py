@@ -6,10 +6,10 @@ One that takes less tells nothing, and so costs nothing.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sized
 from contextlib import suppress
 
+from overlay import clocks as time
 from overlay.connection import Connection
 from overlay.outcomes import CallFailed
 from overlay.values import Progress

@@ -10,10 +10,10 @@ import logging
 import math
 import sys
 import threading
-import time
 from collections import deque
 from sys import getrecursionlimit as recursion_limit
 
+from overlay import clocks as time
 from overlay import typed
 from overlay.batch import Batch, outcome_of, outcome_of_error, read_outcome
 from overlay.handlers import RECURSION, Context, Handler

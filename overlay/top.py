@@ -10,13 +10,13 @@ import contextlib
 import os
 import select
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Group
 from rich.live import Live
 
+from overlay import clocks as time
 from overlay.console import Exit, Parser, Screen, clean, complain
 from overlay.picture import Wanted
 from overlay.screenful import Signs, lines

@@ -10,13 +10,13 @@ One thread, `watch`, runs the rounds and makes the pictures; a daemon that ends 
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 
+from overlay import clocks as time
 from overlay import wire
 from overlay.channels import Channel, split
 from overlay.errors import Misspoken

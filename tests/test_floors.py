@@ -110,8 +110,15 @@ def test_only_wire_imports_the_generated_code(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_threads_and_clocks_begin_at_the_mechanism_floor(module):
-    if FLOORS[module] < 2:
+    if FLOORS[module] < 2 and module != "clocks":
         assert not foreign_imports(module) & (THREADS | CLOCKS)
+        assert "clocks" not in own_imports(module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_time_is_taken_from_one_place(module):
+    if module != "clocks":
+        assert "time" not in foreign_imports(module)
 
 
 def test_the_process_asks_for_the_generated_code_through_wire():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -200,6 +202,54 @@ def test_a_client_that_is_dropped_frees_its_place(narrow: Noted, kind: str) -> N
 
 def _ours(threads: set[threading.Thread]) -> set[threading.Thread]:
     return {t for t in threads if t.name.startswith(("pipe-", "deadlines", "overlay-"))}
+
+
+@pytest.mark.parametrize("kind", ["blocking", "asyncio"])
+def test_a_program_may_connect_for_each_request_and_close_nothing(narrow: Noted, kind: str) -> None:
+    async def use_async() -> None:
+        for n in range(3 * PLACES):
+            client = overlay.connect_async(narrow.address("A"))
+            assert (await client.call(f"n{n}", handler="upper", mode="any")).result == b"N%d" % n
+
+    if kind == "blocking":
+        for n in range(3 * PLACES):
+            client = overlay.connect(narrow.address("A"))
+            assert client.call(f"n{n}", handler="upper", mode="any").result == b"N%d" % n
+        del client
+    else:
+        asyncio.run(use_async())
+    gc.collect()
+    until(lambda: narrow.overlay.metrics("A").streams == 0)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "pass",
+        "os.kill(os.getpid(), 9)",
+        pytest.param(
+            "os.fork() or time.sleep(60); os.kill(os.getpid(), 9)",  # the child has its socket
+            marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system"),
+        ),
+    ],
+)
+def test_a_program_that_ends_without_a_word_frees_its_place(narrow: Noted, end: str) -> None:
+    program = (
+        "import os, sys, time, overlay; client = overlay.connect(sys.argv[1]); "
+        f"print(client.call('x', mode='any').result, flush=True); {end}"
+    )
+    words = [sys.executable, "-c", program, narrow.address("A")]
+    done = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert done.stdout
+        assert b": x" in done.stdout.readline()
+        done.wait(20)
+        until(lambda: narrow.overlay.metrics("A").streams == 0, 20)
+    finally:
+        if os.name != "nt":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(done.pid, signal.SIGKILL)
+        done.stdout.close()
 
 
 def test_what_a_dropped_client_was_asked_is_still_answered(narrow: Noted) -> None:
