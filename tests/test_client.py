@@ -218,11 +218,8 @@ def test_where_nothing_serves_is_said_soon_and_proves_that_nothing_ran() -> None
     address = f"localhost:{free_port()}"
     began = time.monotonic()
 
-    with (
-        overlay.connect(address, patience_s=60) as nobody,
-        pytest.raises(library.NotReached) as caught,
-    ):
-        nobody.call("x")
+    with overlay.connect(address) as nobody, pytest.raises(library.NotReached) as caught:
+        nobody.call("x", timeout=60)
 
     assert time.monotonic() - began < 30
     assert str(caught.value) == f"nothing serves at {address}: the connection was refused"
@@ -454,8 +451,9 @@ def test_events_tell_what_happened_and_never_what_a_handler_said(mine: Overlay) 
     run(*at(mine, "A"), "--handler", "boom")
     told = {i: mine.stub(i).GetMetrics(pb2.MetricsRequest(events=200)) for i in "AC"}
 
-    kinds = {event.kind for event in told["A"].events}
-    assert {"started", "link", "failure"} <= kinds
+    of_a, of_c = ({event.kind for event in told[i].events} for i in "AC")
+    assert of_a >= {"started", "link"}
+    assert "failure" in of_c - of_a, "it is told where it is known"
     assert not any("secret" in str(found) for found in told.values())
 
 

@@ -362,6 +362,9 @@ def test_a_request_id_runs_once_whatever_a_library_asks_meanwhile(lend: Lend, wa
 
 LATER = """
 import os
+from pathlib import Path
+
+Path(__file__).with_name("needed").read_bytes()
 
 def later(payload, context):
     return b"%d" % os.getpid()
@@ -372,6 +375,7 @@ def later(payload, context):
 def later(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
     folder = tmp_path_factory.mktemp("later")
     (folder / "mine.py").write_text(LATER)
+    (folder / "needed").touch()
     handlers = {"later": {"call": "mine:later", "run": "process", "slots": 1}}
     with running(folder, six_processes(handlers=handlers)) as overlay:
         yield overlay
@@ -381,9 +385,9 @@ def test_a_request_refused_with_proof_may_be_asked_again_with_its_id(
     later: Overlay, way: Way
 ) -> None:
     """D is asked twice on the way: once through each team leader."""
-    overlay, module = later, later.folder / "mine.py"
+    overlay, needed = later, later.folder / "needed"
     children = [psutil.Process(int(way.ask(overlay, i, handler="later").result)) for i in "CDF"]
-    module.write_text("import nothing_of_this_name")
+    needed.unlink()
     for child in children:
         child.kill()
     request = {
@@ -396,7 +400,7 @@ def test_a_request_refused_with_proof_may_be_asked_again_with_its_id(
     refused = Outcome(way.at_once(overlay, 1, **request)[0])
 
     assert (refused.code, refused.refused) == (grpc.StatusCode.UNAVAILABLE, True), refused.details
-    module.write_text(LATER)
+    needed.touch()
     again = Outcome(way.at_once(overlay, 1, **request)[0])
     assert again.ok, again.details
 

@@ -40,6 +40,34 @@ DOCTOR = "python client.py doctor two_hosts_config.json"
 PC, MAC = "192.168.1.23", "192.168.1.40"  # those of the page
 LEADER = (ADDRESSES[1], "50051")
 PINK = (ADDRESSES[2], "50055")  # E, team leader on the other system
+# As Windows tells it: by a thread in the process, with the event (CTRL_CLOSE_EVENT).
+CLOSE = """
+import ctypes, sys
+kernel = ctypes.WinDLL("kernel32")
+kernel.OpenProcess.restype = kernel.CreateRemoteThread.restype = ctypes.c_void_p
+process = kernel.OpenProcess(0x1FFFFF, False, int(sys.argv[1]))
+routine = ctypes.cast(ctypes.WinDLL("kernelbase").CtrlRoutine, ctypes.c_void_p)
+thread = kernel.CreateRemoteThread(
+    ctypes.c_void_p(process), None, ctypes.c_size_t(0), routine, ctypes.c_void_p(2), 0, None
+)
+sys.exit(0 if thread else 3)
+"""
+# Started from no console, as by a shortcut.
+PYTHONW = """
+import subprocess, sys
+from pathlib import Path
+words = [str(Path(sys.executable).with_name("pythonw.exe")), *sys.argv[1:]]
+sys.exit(subprocess.run(words, creationflags=subprocess.DETACHED_PROCESS).returncode)
+"""
+STREAMS = """
+import sys
+open("before.txt", "w").write(f"{sys.stdin} {sys.stdout} {sys.stderr}")
+from overlay import stdio
+stdio.complete()
+print("nowhere", file=sys.stderr)
+streams = [stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)]
+open("after.txt", "w").write(" ".join(map(str, streams)) + f" {sys.stdin.read()!r}")
+"""
 MINE = """
 import subprocess, sys, time
 
@@ -161,6 +189,37 @@ def test_ctrl_c_stops_a_process_in_good_order(windows: Windows, project: Path) -
 
     log = (project / "alone" / "process_c.log").read_text(encoding="utf-8")
     assert "0 requests refused, 0 left behind" in log
+
+
+def test_a_closed_window_stops_a_process_in_good_order(windows: Windows, project: Path) -> None:
+    write_three(project / "window.json", log_dir="window")
+    log = project / "window" / "process_c.log"
+    process = windows.popen("node.py", "window.json", "C", cwd=project)
+    with process:
+        try:
+            assert "serves on" in process.stdout.readline()
+            serves = re.compile(r"serves on .*, pid (\d+)")
+            found = until(lambda: serves.search(log.read_text(encoding="utf-8")), 10, "its pid")
+            told = windows.run("-c", CLOSE, found[1], cwd=project)
+            assert (told.returncode, process.wait(20)) == (0, 0), told.stdout
+        finally:
+            process.kill()
+
+    said = log.read_text(encoding="utf-8")
+    assert "stopping: up to 3 s for what runs" in said
+    assert "0 requests refused, 0 left behind" in said
+
+
+def test_what_pythonw_starts_has_standard_streams(windows: Windows, project: Path) -> None:
+    checked = windows.run("-c", PYTHONW, "node.py", SHIPPED.name, "A", "--check", cwd=project)
+    unknown = windows.run("-c", PYTHONW, "node.py", SHIPPED.name, "Z", cwd=project)
+    wrong = windows.run("-c", PYTHONW, "client.py", "127.0.0.1", "1", "--no-such", cwd=project)
+    told = windows.run("-c", PYTHONW, "-c", STREAMS, cwd=project)
+
+    codes = [done.returncode for done in (checked, unknown, wrong, told)]
+    assert codes == [0, 2, 2, 0], told.stdout
+    assert (project / "before.txt").read_text() == "None None None"
+    assert (project / "after.txt").read_text() == "False False False ''"
 
 
 # start_windows.bat and stop_all.bat
