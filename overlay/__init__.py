@@ -16,7 +16,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
                  top -> watch, console, screenful   screenful -> console
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   ids   logs -> recent   repeats   stories
-                 machine   hosts   memory   pool
+                 machine   hosts   memory   pool   callbacks
                  links -> books, wire   books -> pipes, pieces, wire   pipes -> wire
                  wire -> judge, meter, recent   judge -> recent
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces

@@ -19,21 +19,34 @@ import concurrent.futures
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from overlay import wire
 from overlay.arguments import (
     DEFAULT_TIMEOUT_S,
+    HIGHEST_ID,
+    as_address,
     as_bytes,
+    as_first,
+    as_flag,
+    as_grace,
+    as_id,
+    as_key,
     as_patience,
+    as_payloads,
     as_timeout,
+    as_whole,
     chunk_of,
+    handler_of,
     kind_of,
 )
+from overlay.callbacks import Callbacks
 from overlay.connection import PATIENCE_S, Connection, split
 from overlay.mapping import NOTHING_YET, MapRun, raising
 from overlay.orders import Kind, Order
@@ -79,6 +92,7 @@ def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
     patience_s: how long a call waits for a connection that is not up before it raises NotReached.
     Raises ValueError for an address that is not host:port.
     """
+    address, patience_s = as_address(address), as_patience(patience_s)
     split(address)
     return Client(address, patience_s)
 
@@ -103,6 +117,7 @@ class Client(concurrent.futures.Executor):
     def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
         self.address = address
         self._connection = Connection(address, patience_s)
+        self._asked = weakref.ref(self._connection)  # also after a shutdown
 
     def call(
         self,
@@ -125,7 +140,7 @@ class Client(concurrent.futures.Executor):
         requests; each step is worth two seconds of waiting. Raises CallFailed, whose subclasses
         mirror the statuses.
         """
-        if idempotency_key:
+        if as_key(idempotency_key):
             return self.forward(
                 payload,
                 mode=mode,
@@ -171,17 +186,17 @@ class Client(concurrent.futures.Executor):
         leave a line in each process's log. request_id: to know it before there is an answer; it
         must be nobody else's.
         """
-        route = kind_of(mode, team, handler, want_parts, priority).route
+        kind = kind_of(mode, team, handler, want_parts, priority)
         request = wire.pb2.Request(
             payload=as_bytes(payload),
-            mode=route.mode.name,
-            team=team,
-            handler=handler,
-            want_parts=want_parts,
-            idempotency_key=idempotency_key,
-            priority=priority,
-            want_trace=want_trace,
-            request_id=request_id,
+            mode=kind.route.mode.name,
+            team=kind.route.team,
+            handler=kind.route.handler,
+            want_parts=kind.want_parts,
+            idempotency_key=as_key(idempotency_key),
+            priority=kind.priority,
+            want_trace=as_flag("want_trace", want_trace),
+            request_id=as_whole("request_id", request_id, most=HIGHEST_ID),
         )
         response = self._connection.forward(request, as_timeout(timeout))
         read = wire.read_response(response)
@@ -204,11 +219,17 @@ class Client(concurrent.futures.Executor):
         serves at the address.
         """
         body, timeout_s = as_bytes(payload), as_timeout(timeout)
-        kind = kind_of(mode, team, handler or "", False, priority)
+        kind = kind_of(mode, team, handler_of(handler), False, priority)
         reply = _Reply(self._connection, timeout_s)
         deadline = time.monotonic() + timeout_s
         reply.order = Order(kind, (body,), deadline, reply.deliver)
-        self._connection.send(reply.order, timeout_s)
+        replies = self._connection.replies
+        replies.add(reply)
+        try:
+            self._connection.send(reply.order, timeout_s)
+        except BaseException:  # nobody has it
+            replies.discard(reply)
+            raise
         return reply
 
     def map(  # type: ignore[override]
@@ -276,8 +297,9 @@ class Client(concurrent.futures.Executor):
         result (`not part.ok`) come last; raises CallFailed when no worker has answered. After
         `first` good parts, or when the loop is left, the others' work is ended.
         """
-        kind, parts = kind_of("all", team, handler, False, priority, True), Parts(first)
-        return self._parts(kind, as_bytes(payload), as_timeout(timeout), parts)
+        kind = kind_of("all", team, handler, False, priority, True)
+        parts = Parts(as_first(first))
+        return _parts(self._connection, kind, as_bytes(payload), as_timeout(timeout), parts)
 
     def metrics(
         self, *, timeout: float | None = None, events: int = 0, requests: int = 0
@@ -286,7 +308,9 @@ class Client(concurrent.futures.Executor):
 
         events, requests: how many of the last ones are wanted.
         """
-        request = wire.pb2.MetricsRequest(events=events, requests=requests)
+        request = wire.pb2.MetricsRequest(
+            events=as_whole("events", events), requests=as_whole("requests", requests)
+        )
         return self._connection.metrics(request, as_timeout(timeout))
 
     def logs(
@@ -301,7 +325,11 @@ class Client(concurrent.futures.Executor):
 
         lines: how many, 0 for a hundred. request_id: only those about this request.
         """
-        wanted = wire.pb2.LogsRequest(process_id=process_id, lines=lines, request_id=request_id)
+        wanted = wire.pb2.LogsRequest(
+            process_id=as_id(process_id),
+            lines=as_whole("lines", lines),
+            request_id=as_whole("request_id", request_id, most=HIGHEST_ID),
+        )
         return self._connection.logs(wanted, as_timeout(timeout))
 
     def is_serving(self, *, timeout: float | None = None) -> bool:
@@ -316,18 +344,36 @@ class Client(concurrent.futures.Executor):
         grace_s: what runs may take so long, None for the configured time. Without wait it returns
         when the stopping has begun. The process itself ends a moment after the answer.
         """
-        request = wire.pb2.DrainRequest(grace_s=grace_s, no_wait=not wait)
+        no_wait = not as_flag("wait", wait)
+        request = wire.pb2.DrainRequest(grace_s=as_grace(grace_s), no_wait=no_wait)
         return self._connection.drain(request, as_timeout(timeout))
 
     def close(self) -> None:
-        """Ends the connection; what has no answer yet fails with CallCancelled."""
-        self._connection.close()
+        """Ends the connection at once; what has no answer yet fails with CallCancelled."""
+        connection = self._asked()
+        if connection is not None:
+            connection.close()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Executor's close: waits for what was submitted, unless it is told not to."""
-        if wait and not cancel_futures:
-            self._connection.wait_until_idle()
-        self.close()
+        """Executor's: takes nothing new, and ends the connection when all that was asked has an
+        answer.
+
+        That goes for what a map, made before, still has to send, as long as the map is held. wait:
+        until what is under way is answered, and the callbacks have run. cancel_futures: each Future
+        that is not done is cancelled, also one whose handler runs.
+        """
+        connection, closed = self._asked(), Connection(self.address, 0.0)
+        closed.close()
+        # Those who still have an answer to come hold it, and with the last of them it goes.
+        self._connection = closed
+        if connection is None:
+            return
+        for reply in list(connection.replies) if cancel_futures else ():
+            reply.cancel()
+        if wait:
+            connection.wait_until_idle()
+            if not connection.maps:
+                connection.close()
 
     def __enter__(self) -> Client:
         return self
@@ -338,29 +384,9 @@ class Client(concurrent.futures.Executor):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
-
-    def _parts(self, kind: Kind, body: bytes, timeout_s: float, parts: Parts) -> Iterator[Part]:
-        box: queue.SimpleQueue[tuple[bool, Any, int]] = queue.SimpleQueue()
-        order = Order(
-            kind,
-            (body,),
-            time.monotonic() + timeout_s,
-            lambda rows, came, at, request_id: box.put((True, came, at)),
-            early=lambda rows, came, at, request_id: box.put((False, came, at)),
-        )
-        self._connection.send(order, timeout_s)
-        is_last = False
-        try:
-            while not (is_last or parts.is_over):
-                with suppress(queue.Empty):  # in slices, so that Ctrl-C works on Windows too
-                    is_last, came, at = box.get(timeout=0.5)
-                    yield from parts.last(came, at) if is_last else parts.early(came, at)
-            if is_last and isinstance(came, Failure):
-                raise self._connection.failed(came, timeout_s)
-        finally:
-            if not is_last:
-                self._connection.cancel(order)
+        self.shutdown(wait=error is None, cancel_futures=error is not None)
+        if error is not None:
+            self.close()
 
     def _map(
         self,
@@ -375,14 +401,38 @@ class Client(concurrent.futures.Executor):
         patience_s: float | None,
         ordered: bool,
     ) -> Iterator[tuple[int, bytes | CallFailed]]:
-        kind = kind_of(mode, team, handler or "", False, priority)
-        timeout_s, chunk, patience_s = (
-            as_timeout(timeout),
-            chunk_of(window, chunksize),
-            as_patience(patience_s),
-        )
+        kind = kind_of(mode, team, handler_of(handler), False, priority)
+        timeout_s, (window, chunk) = as_timeout(timeout), chunk_of(window, chunksize)
+        patience_s = None if patience_s is None else as_patience(patience_s)
+        ordered = as_flag("ordered", ordered)
+        self._connection.check_open()
         mapping = MapRun(self._connection, kind, timeout_s, chunk, window, patience_s)
-        return mapping.run(iter(payloads), ordered)
+        return mapping.run(as_payloads(payloads), ordered)
+
+
+def _parts(
+    connection: Connection, kind: Kind, body: bytes, timeout_s: float, parts: Parts
+) -> Iterator[Part]:
+    box: queue.SimpleQueue[tuple[bool, Any, int]] = queue.SimpleQueue()
+    order = Order(
+        kind,
+        (body,),
+        time.monotonic() + timeout_s,
+        lambda rows, came, at, request_id: box.put((True, came, at)),
+        early=lambda rows, came, at, request_id: box.put((False, came, at)),
+    )
+    connection.send(order, timeout_s)
+    is_last = False
+    try:
+        while not (is_last or parts.is_over):
+            with suppress(queue.Empty):  # in slices, so that Ctrl-C works on Windows too
+                is_last, came, at = box.get(timeout=0.5)
+                yield from parts.last(came, at) if is_last else parts.early(came, at)
+        if is_last and isinstance(came, Failure):
+            raise connection.failed(came, timeout_s)
+    finally:
+        if not is_last:
+            connection.cancel(order)
 
 
 class _Waiter:
@@ -407,27 +457,42 @@ class _Waiter:
 
 
 class _Reply(Future):  # type: ignore[type-arg]
-    """The Future of one request."""
+    """The Future of one request. What is called when it is done runs where it can hold up nothing:
+    not on the thread that all answers come on."""
 
     def __init__(self, connection: Connection, timeout_s: float) -> None:
         super().__init__()
         self.order: Order | None = None
-        self._connection = connection
+        self.later: Callbacks | None = None  # where callbacks run while it is being delivered
+        self._connection: Connection | None = connection  # until it is done, and no longer
         self._timeout_s = timeout_s
 
     def deliver(self, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
         self.order = None  # it holds this method, and so this
+        connection = self._connection
+        assert connection is not None
+        self.later = connection.callbacks
         try:
             if isinstance(came, Failure):
-                self.set_exception(self._connection.failed(came, self._timeout_s))
+                self.set_exception(connection.failed(came, self._timeout_s))
             else:
                 self.set_result(result_of(came, at))
         except InvalidStateError:
             self.set_running_or_notify_cancel()  # tells those who wait that it was cancelled
+        self.later = self._connection = None
+        connection.replies.discard(self)
+
+    def add_done_callback(self, fn: Callable[[Future[bytes]], object]) -> None:
+        super().add_done_callback(partial(_call, fn))
 
     def cancel(self) -> bool:
-        order = self.order
+        order, connection = self.order, self._connection
         cancelled = super().cancel()
-        if cancelled and order is not None:
-            self._connection.cancel(order)
+        if cancelled and order is not None and connection is not None:
+            connection.cancel(order)
         return cancelled
+
+
+def _call(fn: Callable[[Future[bytes]], object], reply: Future[bytes]) -> None:
+    later = reply.later if isinstance(reply, _Reply) else None
+    fn(reply) if later is None else later.put(fn, reply)

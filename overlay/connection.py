@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import concurrent.futures
 import contextlib
 import logging
 import math
@@ -17,6 +18,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay import judge, wire
+from overlay.callbacks import Callbacks
 from overlay.calls import RETRY_PAUSE_S, Calls
 from overlay.errors import Misspoken
 from overlay.limits import Limits
@@ -45,6 +47,7 @@ TOLD_S = 1.0  # after so much of it, whoever waits is told why nothing comes
 LAST_LOOK_S = 0.5  # at the end of it: why nothing is there
 PROMPT_S = 0.25  # a connection that takes longer is looked into meanwhile
 FRESH_S = 1.0  # so long after an answer the connection counts as up; later a call greets first
+CALLBACKS_S = 2.0  # for which `close` waits until they have run
 # gRPC heeds the first of two options of one name.
 _OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # an office's web proxy does not lead to its own machines
@@ -64,6 +67,10 @@ class Connection:
 
     def __init__(self, address: str, patience_s: float) -> None:
         self.address = self._address = address
+        self.callbacks = Callbacks()
+        self.replies: set[concurrent.futures.Future[bytes]] = set()  # those that are not done
+        self.maps: weakref.WeakSet[Any] = weakref.WeakSet()  # those that may have more to send
+        self._asking = 0  # single calls that are under way
         self._patience_s = patience_s
         self._answered = -FRESH_S  # when it last did; monotonic seconds
         self._closed = False
@@ -118,14 +125,21 @@ class Connection:
     def is_closed(self) -> bool:
         return self._closed
 
+    def check_open(self) -> None:
+        if self._closed:
+            raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client is closed")
+
     def wait_until_idle(self) -> None:
-        while not self._closed and self._calls is not None and self._calls.open_rows:
+        """Until what was asked is answered, and the callbacks have run."""
+        while not self._closed and (
+            self.replies or self._asking or (self._calls and self._calls.open_rows)
+        ):
             time.sleep(0.01)
+        self.callbacks.wait()
 
     def begin(self) -> Calls:
         with self._lock:
-            if self._closed:
-                raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client is closed")
+            self.check_open()
             if self._calls is None:
                 calls = Calls(self._channel, self._address, self._patience_s)
                 calls.start()
@@ -204,6 +218,7 @@ class Connection:
                 return
             self._closed = True
         _free(self._held)
+        self.callbacks.wait(CALLBACKS_S)
 
     @property
     def _single(self) -> wire.pb2_grpc.OverlayNodeStub:
@@ -239,6 +254,8 @@ class Connection:
         if self._closed:
             raise CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
         until = time.monotonic() + timeout_s
+        with self._lock:
+            self._asking += 1
         try:
             self._make_sure(min(self._patience_s, timeout_s))
             # wait_for_ready: a connection lost just now is waited for, and the call sent once.
@@ -257,6 +274,9 @@ class Connection:
                 raise
             # gRPC's word for a channel that was closed meanwhile
             raise CallCancelled("this client was closed", code=Code.CANCELLED) from None
+        finally:
+            with self._lock:
+                self._asking -= 1
         self._answered = time.monotonic()
         return answer
 
@@ -422,8 +442,11 @@ class _Doubt:
 
 def split(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
-        raise ValueError(f"'{address}' is not host:port")
+    is_number = port.isascii() and port.isdigit() and len(port) < 10
+    if not (colon and host and is_number and 1 <= int(port) <= 65535 and host.isprintable()):
+        raise ValueError(f"the address {address[:100]!r} is not host:port")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ValueError(f"'{address}' is not host:port; write an IPv6 host in brackets")
+        raise ValueError(
+            f"the address {address[:100]!r} is not host:port; write an IPv6 host in brackets"
+        )
     return host.strip("[]"), int(port)

@@ -33,6 +33,7 @@ from rich.text import Text
 from overlay import client as library
 from overlay.admission import HIGHEST_PRIORITY
 from overlay.errors import ConfigError
+from overlay.limits import Limits
 from overlay.topology import Process, Topology, join_address
 from overlay.values import Code, Executed
 
@@ -208,8 +209,11 @@ def request_id(text: str) -> int:
 
 
 def name(text: str) -> str:
-    if not text.isprintable():  # what a command line holds that is not text is not, either
-        raise argparse.ArgumentTypeError(f"'{clean(text)}' is not a name")
+    # What a command line holds that is not text is not printable, either.
+    if not text.isprintable() or len(text) > Limits.max_name:
+        raise argparse.ArgumentTypeError(
+            f"'{clean(text[:20])}' is not a name of at most {Limits.max_name} letters"
+        )
     return text
 
 

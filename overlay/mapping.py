@@ -40,6 +40,7 @@ class MapRun:
         patience_s: float | None = None,
     ) -> None:
         self._connection = connection
+        connection.maps.add(self)
         self._presence = connection.presence(patience_s)
         self._kind = kind
         self._timeout_s = timeout_s
@@ -89,6 +90,8 @@ class MapRun:
         finally:
             for order, _ in self._orders.values():
                 self._connection.cancel(order)
+            self._orders.clear()  # they hold this, and so the connection
+            self._connection.maps.discard(self)
 
     def _is_away(self) -> bool:
         """Whether nothing can be sent now. When it never can, what was not sent is ended."""

@@ -19,8 +19,6 @@ class Parts:
     """
 
     def __init__(self, first: int | None) -> None:
-        if first is not None and first < 1:
-            raise ValueError(f"first {first} is not above 0")
         self.is_over = False
         self._first = first
         self._good: set[str] = set()
