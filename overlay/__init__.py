@@ -20,7 +20,7 @@ arrow says so; tests/test_floors.py compares this picture with the code.
     3 relay      relay   record
     2 mechanism  intake   deadlines   keys   ids   logs -> recent   repeats   stories
                  memory   pool   resources   stdio   ending   usage   spawned   surroundings
-                 machine, hosts, channels -> names
+                 callbacks   machine, hosts, channels -> names
                  links -> books, channels, wire   books -> pipes, pieces, wire   pipes -> wire
                  wire -> judge, maps, meter, recent   judge -> recent
                  executor -> threads, processes -> batch -> handlers, ids, meter, pieces

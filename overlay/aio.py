@@ -9,31 +9,39 @@ The same verbs, errors and promises as overlay.client. A client belongs to the e
 it first; nothing here blocks that loop.
 
 What is asked in one turn of the loop leaves together, and what comes in one frame is handed to the
-loop together. The threads are those of overlay.calls, and one of the loop's own while a connection
-is waited for or closed.
+loop together. The threads are those of overlay.calls, and "overlay-asyncio" while a connection is
+waited for or closed, or a single call made.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from overlay import clocks as time
 from overlay.arguments import (
+    as_address,
+    as_any_payloads,
     as_bodies,
     as_body,
     as_bytes,
+    as_first,
+    as_flag,
     as_patience,
     as_timeout,
+    as_whole,
     check_mode_of_args,
     chunk_of,
+    handler_of,
     kind_of,
+    parts_wanted,
 )
 from overlay.calls import Calls
 from overlay.channels import split
@@ -46,6 +54,8 @@ from overlay.telling import Telling
 from overlay.values import Failure, Part
 from overlay.wire import pb2
 
+Said = TypeVar("Said")
+
 LOOK_S = 0.25  # how often a map looks whether the process is there
 Payloads = Iterable[bytes | str] | AsyncIterable[bytes | str]
 Args = Mapping[str, Any]
@@ -56,6 +66,7 @@ Take = Callable[[Sequence[int], Any, int, int], None]
 
 def connect_async(address: str, *, patience_s: float = PATIENCE_S) -> AsyncClient:
     """A client for the process at `host:port`, as `connect` makes one."""
+    address, patience_s = as_address(address), as_patience(patience_s)
     split(address)
     return AsyncClient(address, patience_s)
 
@@ -87,7 +98,7 @@ class AsyncClient:
         priority: int = 0,
     ) -> Answer:
         """As Client.call. Cancelling the task that waits ends the work."""
-        want_parts = want_parts or (args is not None and mode == "all")
+        want_parts = parts_wanted(want_parts, args, mode)
         kind, body = kind_of(mode, team, handler, want_parts, priority), as_body(payload, args)
         reply = self._post.ask(kind, body, as_timeout(timeout), self._connection.read)
         answer: Answer = await reply
@@ -108,12 +119,12 @@ class AsyncClient:
 
         From a task or a callback.
         """
+        kind = kind_of(mode, team, handler_of(handler), False, priority)
         check_mode_of_args(args, mode)
-        kind = kind_of(mode, team, handler or "", False, priority)
         read = self._connection.read_result if args is None else self._read_value
         return self._post.ask(kind, as_body(payload, args), as_timeout(timeout), read)
 
-    async def map(
+    def map(
         self,
         handler: str | None,
         payloads: Payloads | None = None,
@@ -129,12 +140,7 @@ class AsyncClient:
     ) -> AsyncIterator[Any]:
         """As Client.map; the payloads, or args, may come from an async iterable too."""
         options = (mode, team, timeout, window, chunksize, priority, patience_s)
-        pairs = self._map(handler, payloads, args, *options, ordered=True)
-        async with contextlib.aclosing(pairs):  # type: ignore[type-var]  # a generator
-            async for _, result in pairs:
-                if isinstance(result, CallFailed):
-                    raise result
-                yield result
+        return _raising(self._map(handler, payloads, args, *options, ordered=True))
 
     def map_as_completed(
         self,
@@ -168,7 +174,7 @@ class AsyncClient:
     ) -> AsyncIterator[Part]:
         """As Client.parts."""
         kind = kind_of("all", team, handler, False, priority, True)
-        parts = Parts(first, in_items=args is not None)
+        parts = Parts(as_first(first), in_items=args is not None)
         return self._parts(kind, as_body(payload, args), as_timeout(timeout), parts)
 
     async def metrics(
@@ -180,12 +186,16 @@ class AsyncClient:
         functions: bool = False,
     ) -> pb2.MetricsResponse:
         """What the process says of itself, as overlay.proto describes it."""
-        request = pb2.MetricsRequest(events=events, requests=requests, functions=functions)
-        return await asyncio.to_thread(self._connection.metrics, request, as_timeout(timeout))
+        request = pb2.MetricsRequest(
+            events=as_whole("events", events),
+            requests=as_whole("requests", requests),
+            functions=as_flag("functions", functions),
+        )
+        return await _on_a_thread(self._connection.metrics, request, as_timeout(timeout))
 
     async def is_serving(self, *, timeout: float | None = None) -> bool:
         """What the standard health service says: False while the process stops."""
-        return await asyncio.to_thread(self._connection.is_serving, as_timeout(timeout))
+        return await _on_a_thread(self._connection.is_serving, as_timeout(timeout))
 
     async def close(self) -> None:
         """Ends the connection; what has no answer yet fails with CallCancelled."""
@@ -229,7 +239,7 @@ class AsyncClient:
                     yield part
             if is_last and isinstance(came, Failure):
                 raise self._connection.failed(came, timeout_s)
-            if isinstance(came, CallFailed):
+            if isinstance(came, Exception):
                 raise came
         finally:
             if not is_last:
@@ -249,10 +259,12 @@ class AsyncClient:
         patience_s: float | None,
         ordered: bool,
     ) -> AsyncIterator[tuple[int, Any]]:
+        kind = kind_of(mode, team, handler_of(handler), False, priority)
+        timeout_s, (window, chunk) = as_timeout(timeout), chunk_of(window, chunksize)
+        patience_s = None if patience_s is None else as_patience(patience_s)
         bodies, given = as_bodies(payloads, args, mode), payloads if args is None else args
-        kind = kind_of(mode, team, handler or "", False, priority)
-        timeout_s, patience_s = as_timeout(timeout), as_patience(patience_s)
-        chunk = chunk_of(window, chunksize)
+        bodies, ordered = as_any_payloads(bodies), as_flag("ordered", ordered)
+        self._connection.check_open()
         mapping = _Mapping(self._post, kind, timeout_s, chunk, window, patience_s, given)
         pairs = mapping.run(bodies, ordered)
         return pairs if args is None else _with_values(pairs)
@@ -270,6 +282,37 @@ async def _with_values(
     async with contextlib.aclosing(pairs):  # type: ignore[type-var]  # a generator
         async for index, result in pairs:
             yield index, value_of(result)
+
+
+async def _raising(pairs: AsyncIterator[tuple[int, bytes | CallFailed]]) -> AsyncIterator[bytes]:
+    async with contextlib.aclosing(pairs):  # type: ignore[type-var]  # a generator
+        async for _, result in pairs:
+            if isinstance(result, CallFailed):
+                raise result
+            yield result
+
+
+async def _on_a_thread(function: Callable[..., Said], *arguments: Any) -> Said:
+    """As asyncio.to_thread, but on a thread of its own: those of the loop may all be busy, and
+    wait for us."""
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[Said] = loop.create_future()
+
+    def end(how: Callable[[Any], None], what: Any) -> None:
+        if not over.done():
+            how(what)
+
+    def run() -> None:
+        try:
+            said: tuple[Callable[[Any], None], Any] = over.set_result, function(*arguments)
+        except BaseException as e:  # noqa: BLE001 - raised where it is awaited
+            said = over.set_exception, e
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(end, *said)
+        del said  # an error holds this frame, and with it all that was asked
+
+    threading.Thread(target=run, name="overlay-asyncio", daemon=True).start()
+    return await over
 
 
 class _Reply(asyncio.Future[Any]):
@@ -293,7 +336,7 @@ class _Reply(asyncio.Future[Any]):
         except CallFailed as e:
             self.set_exception(e)
 
-    def fail(self, error: CallFailed) -> None:
+    def fail(self, error: Exception) -> None:
         if not self.done():
             self.set_exception(error)
 
@@ -347,7 +390,7 @@ class _Post:
         payloads: list[bytes],
         timeout_s: float,
         take: Take,
-        fail: Callable[[CallFailed], None],
+        fail: Callable[[Exception], None],
         early: Take | None = None,
         when_back: bool = False,
     ) -> Order:
@@ -359,7 +402,7 @@ class _Post:
         order.is_patient = when_back
         try:
             calls = self._calls = self.connection.begin()
-        except CallFailed as e:
+        except (CallFailed, RuntimeError) as e:  # the latter when no thread can be had
             fail(e)
             return order
         calls.after_frame = self._wake_weakly
@@ -395,7 +438,7 @@ class _Post:
         if self.connection.is_left:
             return  # to the parent of this process, with its tasks
         self._flush()
-        await asyncio.to_thread(self.connection.close)
+        await _on_a_thread(self.connection.close)
         for over in self._pauses:
             if not over.done():
                 over.set_result(None)
@@ -414,11 +457,11 @@ class _Post:
                     reply.order, reply.row = order, row
 
     async def _send_later(
-        self, calls: Calls, order: Order, timeout_s: float, fail: Callable[[CallFailed], None]
+        self, calls: Calls, order: Order, timeout_s: float, fail: Callable[[Exception], None]
     ) -> None:
         try:
             await self._connected(calls, min(self._patience_s, timeout_s))
-        except CallFailed as e:
+        except (CallFailed, RuntimeError) as e:
             fail(e)
         else:
             calls.send(order)  # cancelled rows among them are never sent
@@ -427,7 +470,7 @@ class _Post:
         # One thread waits for all who ask meanwhile.
         task = self._connecting.get(patience_s)
         if task is None:
-            waiting = asyncio.to_thread(self.connection.wait_connected, calls, patience_s)
+            waiting = _on_a_thread(self.connection.wait_connected, calls, patience_s)
             task = self._connecting[patience_s] = self.loop.create_task(waiting)
             task.add_done_callback(lambda _: self._connecting.pop(patience_s))
         await asyncio.shield(task)
@@ -485,7 +528,7 @@ def _take_replies(
         replies[row].take(came, at + n, request_id + n)
 
 
-def _fail_replies(replies: list[_Reply], error: CallFailed) -> None:
+def _fail_replies(replies: list[_Reply], error: Exception) -> None:
     for reply in replies:
         reply.fail(error)
 
@@ -523,7 +566,7 @@ class _Mapping:
         self._changed = asyncio.Event()
         self._waiter: asyncio.Future[None] | None = None  # where the feeder waits for room
         self._is_away = False  # nothing can be sent now
-        self._over: CallFailed | None = None  # why nothing more is sent
+        self._over: Exception | None = None  # why nothing more is sent
         self._answered = 0
         self._failed = 0
         self._unsent = 0
@@ -593,11 +636,11 @@ class _Mapping:
             if was_away and not self._is_away:
                 self._wake_feeder()
             if self._is_away and presence.is_over:
-                why = await asyncio.to_thread(presence.last_look)
+                why = await _on_a_thread(presence.last_look)
                 if why is not None:
                     return why
 
-    def _end(self, why: CallFailed) -> None:
+    def _end(self, why: Exception) -> None:
         self._over = why
         self._changed.set()
         self._wake_feeder()
@@ -674,7 +717,7 @@ class _Mapping:
             self._came.append((first + row, result))
         self._changed.set()
 
-    def _fail(self, first: int, error: CallFailed) -> None:
+    def _fail(self, first: int, error: Exception) -> None:
         del self._orders[first]
         self._end(error)
 

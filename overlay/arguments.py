@@ -1,11 +1,18 @@
-"""What callers of the library give, checked and made usable. Raises TypeError and ValueError."""
+"""What callers of the library give, checked here and nowhere else, and made usable.
+
+What leaves has exact types (bytes, str, int, float, bool), whatever came: the caches, keys and
+frames that the requests of a client share see nothing else. Raises TypeError and ValueError that
+name the argument.
+"""
 
 from __future__ import annotations
 
 import functools
+import numbers
+import operator
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from overlay import jsons
 from overlay.admission import HIGHEST_PRIORITY
@@ -13,15 +20,41 @@ from overlay.limits import Limits
 from overlay.orders import Kind
 from overlay.values import Mode, Route
 
+Given = TypeVar("Given")
+
 DEFAULT_TIMEOUT_S = Limits().default_deadline_s
+LONGEST_TEXT = 1000  # what is longer is neither a name nor a key, and would fill a shared frame
+MOST = 2**31 - 1  # of what is counted
+HIGHEST_ID = 2**64 - 1
 
 
 def as_bytes(payload: object) -> bytes:
-    if isinstance(payload, str):
-        return payload.encode()
-    if isinstance(payload, (bytes, bytearray, memoryview)):
-        return bytes(payload)
-    raise TypeError(f"a payload is bytes or str, not {type(payload).__name__}")
+    if type(payload) is bytes:
+        return payload
+    if _is_a(payload, str):
+        try:
+            return str.encode(payload)  # type: ignore[arg-type]
+        except UnicodeEncodeError as e:
+            raise ValueError(f"a payload that is text has to be Unicode: {e}") from None
+    if _is_a(payload, (bytes, bytearray, memoryview)):
+        try:
+            return memoryview(payload).tobytes()  # type: ignore[arg-type]
+        except ValueError as e:
+            raise ValueError(f"a payload cannot be read: {e}") from None
+    raise TypeError(f"a payload is bytes or str, not {_kind(payload)}")
+
+
+def as_payloads(payloads: Iterable[Given]) -> Iterator[Given]:
+    try:
+        return iter(payloads)
+    except TypeError as e:
+        raise TypeError(f"payloads are many, bytes or str: {e}") from None
+
+
+def as_any_payloads(
+    payloads: Iterable[Given] | AsyncIterable[Given],
+) -> Iterator[Given] | AsyncIterable[Given]:
+    return payloads if _is_a(payloads, AsyncIterable) else as_payloads(payloads)  # type: ignore[arg-type, return-value]
 
 
 def as_body(payload: object, args: object) -> bytes:
@@ -35,17 +68,20 @@ def as_body(payload: object, args: object) -> bytes:
     return as_json(args)
 
 
-def as_json(args: object) -> bytes:
-    if not isinstance(args, Mapping):
-        raise TypeError(
-            f"args are a function's arguments by name, a dict, not {type(args).__name__}"
-        )
-    if wrong := [name for name in args if not isinstance(name, str)]:
-        raise TypeError(f"args: {wrong[0]!r} is not the name of an argument")
+def as_json(args: Any) -> bytes:
+    if not _is_a(args, Mapping):
+        raise TypeError(f"args are a function's arguments by name, a dict, not {_kind(args)}")
     try:
-        return jsons.write(dict(args))
+        found = dict(args)
+        wrong = [name for name in found if type(name) is not str]
+        shown, written = (repr(wrong[0])[:50], b"") if wrong else ("", jsons.write(found))
     except jsons.NotJson as e:
         raise TypeError(f"args: {e}") from None
+    except Exception as e:  # noqa: BLE001 - what only looks like a dict may raise anything
+        raise TypeError(f"args: they cannot be read: {type(e).__name__}: {e}") from None
+    if wrong:
+        raise TypeError(f"args: {shown} is not the name of an argument")
+    return written
 
 
 def as_bodies(payloads: Any, args: Any, mode: str) -> Any:
@@ -55,18 +91,34 @@ def as_bodies(payloads: Any, args: Any, mode: str) -> Any:
         raise TypeError("a map has payloads, or the args of a typed function")
     if args is None:
         return payloads
-    if isinstance(args, Mapping):
+    if _is_a(args, Mapping):
         raise TypeError("args of a map are many dicts, one for each call; submit takes one")
-    return _later_as_json(args) if isinstance(args, AsyncIterable) else map(as_json, args)
+    if _is_a(args, AsyncIterable):
+        return _later_as_json(args)
+    try:
+        return map(as_json, args)
+    except TypeError as e:
+        raise TypeError(f"args of a map are many dicts, one for each call: {e}") from None
 
 
 def check_mode_of_args(args: object, mode: str) -> None:
     """A Future or a map has one value for each call, and could not tell who is missing."""
-    if args is not None and mode == "all":
+    if args is not None and _is_of_all(mode):
         raise ValueError(
             "mode 'all' with args has a value of each worker: use call (its answer's values), "
             "or parts"
         )
+
+
+def parts_wanted(want_parts: bool, args: object, mode: str) -> bool:
+    """Of a typed function each worker's own value is, where all are asked."""
+    if args is None:
+        return want_parts
+    return as_flag("want_parts", want_parts) or _is_of_all(mode)
+
+
+def _is_of_all(mode: object) -> bool:
+    return _is_a(mode, str) and str.__eq__(mode, "all") is True  # type: ignore[operator]
 
 
 async def _later_as_json(args: AsyncIterable[Any]) -> AsyncIterator[bytes]:
@@ -74,7 +126,6 @@ async def _later_as_json(args: AsyncIterable[Any]) -> AsyncIterator[bytes]:
         yield as_json(one)
 
 
-@functools.lru_cache(256)
 def kind_of(
     mode: str,
     team: str,
@@ -83,39 +134,147 @@ def kind_of(
     priority: int = 0,
     as_they_come: bool = False,
 ) -> Kind:
+    is_exact = type(mode) is type(team) is type(handler) is str
+    if not (is_exact and type(want_parts) is bool and type(priority) is int):
+        mode = _as_text("mode", mode)
+        team, handler = _as_name("team", team), _as_name("handler", handler)
+        want_parts = as_flag("want_parts", want_parts)
+        priority = as_whole("priority", priority, most=HIGHEST_PRIORITY)
+    return _kind_of(mode, team, handler, want_parts, priority, as_they_come)
+
+
+@functools.lru_cache(256)
+def _kind_of(
+    mode: str, team: str, handler: str, want_parts: bool, priority: int, as_they_come: bool
+) -> Kind:
+    # Of exact types only: 1, 1.0 and True are one key, and the first to come would be all three.
     if mode not in ("all", "any"):
-        raise ValueError(f"mode {mode!r} is not 'all' or 'any'")
+        raise ValueError(f"mode {mode[:20]!r} is not 'all' or 'any'")
     route = Route(Mode[mode.upper()], _as_name("team", team), _as_name("handler", handler))
-    if not 0 <= priority <= HIGHEST_PRIORITY:
-        raise ValueError(f"priority {priority} is not 0 to {HIGHEST_PRIORITY}")
+    priority = as_whole("priority", priority, most=HIGHEST_PRIORITY)
     return Kind(route, want_parts, priority, as_they_come)
 
 
-def _as_name(what: str, name: object) -> str:
-    if callable(name):
-        raise TypeError(f"code does not travel: name a {what} of the configuration")
-    if not isinstance(name, str):
-        raise TypeError(f"a {what} is named by a str, not {type(name).__name__}")
-    name.encode()  # raises UnicodeEncodeError, a ValueError, for what is not text
-    return name
+def handler_of(handler: str | None) -> str:
+    """Where None stands for each worker's default."""
+    return "" if handler is None else handler
 
 
-def chunk_of(window: int, chunksize: int) -> int:
-    """How many of a map's payloads travel together."""
-    if window < 1 or chunksize < 0:
-        raise ValueError(f"window {window} is not above 0, or chunksize {chunksize} is below")
-    return min(chunksize or max(1, min(512, window // 4)), window)
+def as_address(address: str) -> str:
+    """Whether it is host:port is for overlay.connection to say."""
+    return _as_text("address", address)
 
 
-def as_patience(patience_s: float | None) -> float | None:
-    if patience_s is not None and not 0 <= patience_s <= threading.TIMEOUT_MAX:
-        raise ValueError(f"a patience of {patience_s:g} s is below 0, or without an end")
-    return patience_s
+def as_key(idempotency_key: str) -> str:
+    return _as_text("idempotency_key", idempotency_key)
+
+
+def as_id(process_id: str) -> str:
+    return _as_text("process_id", process_id)
+
+
+def as_flag(what: str, given: bool) -> bool:
+    if type(given) is not bool:
+        raise TypeError(f"{what} is True or False, not of type {_kind(given)}")
+    return given
+
+
+def as_whole(what: str, given: int, least: int = 0, most: int = MOST) -> int:
+    number = given if type(given) is int else _as_index(what, given)
+    if number < least:
+        bound = f"not above {least - 1}" if least else "below 0"
+        raise ValueError(f"{what} {_shown(number)} is {bound}")
+    if number > most:
+        raise ValueError(f"{what} {_shown(number)} is above {most}")
+    return number
+
+
+def as_first(first: int | None) -> int | None:
+    """How many parts are enough; None for all."""
+    return None if first is None else as_whole("first", first, least=1)
+
+
+def chunk_of(window: int, chunksize: int) -> tuple[int, int]:
+    """The window, and how many of a map's payloads travel together."""
+    window, chunksize = as_whole("window", window, least=1), as_whole("chunksize", chunksize)
+    return window, min(chunksize or max(1, min(512, window // 4)), window)
+
+
+def as_patience(patience_s: float) -> float:
+    number = _as_number("patience_s", patience_s)
+    if not 0 <= number <= threading.TIMEOUT_MAX:
+        raise ValueError(f"a patience of {number:g} s is below 0, or without an end (patience_s)")
+    return number
+
+
+def as_grace(grace_s: float | None) -> float | None:
+    """Its bounds are the process's own."""
+    return None if grace_s is None else _as_number("grace_s", grace_s)
 
 
 def as_timeout(timeout: float | None) -> float:
     if timeout is None:
         return DEFAULT_TIMEOUT_S
-    if not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise ValueError(f"a timeout of {timeout:g} s is not above 0")
-    return float(timeout)
+    number = _as_number("timeout", timeout)
+    if number > threading.TIMEOUT_MAX:
+        raise ValueError(f"a timeout of {number:g} s has no end")
+    if not number > 0:
+        raise ValueError(f"a timeout of {number:g} s is not above 0")
+    return number
+
+
+def _as_name(what: str, name: object) -> str:
+    if callable(name):
+        raise TypeError(f"code does not travel: name a {what} of the configuration")
+    if not _is_a(name, str):
+        raise TypeError(f"a {what} is named by a str, not {_kind(name)}")
+    return _as_text(what, name)
+
+
+def _as_text(what: str, given: object) -> str:
+    if not _is_a(given, str):
+        raise TypeError(f"{what} is a str, not {_kind(given)}")
+    text = str.__str__(given)
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"{what}: {len(text):,} letters are more than {LONGEST_TEXT:,}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{what}: it is not Unicode: {e}") from None
+    return text
+
+
+def _as_index(what: str, given: Any) -> int:
+    try:
+        if _is_a(given, bool):
+            raise TypeError
+        # From an int's subclass, too, the bare number.
+        return int(operator.index(given))
+    except Exception:  # noqa: BLE001 - what is not a number of ours may raise anything
+        raise TypeError(f"{what} is a whole number, not of type {_kind(given)}") from None
+
+
+def _as_number(what: str, given: Any) -> float:
+    if type(given) is float:
+        return given
+    try:
+        if _is_a(given, bool) or not _is_a(given, numbers.Real):
+            raise TypeError
+        return float(given)
+    except OverflowError:
+        raise ValueError(f"{what}: no number of seconds is as large") from None
+    except Exception:  # noqa: BLE001 - as above
+        raise TypeError(f"{what} is a number of seconds, not of type {_kind(given)}") from None
+
+
+def _is_a(given: object, kind: Any) -> bool:
+    # By its real type: isinstance believes what an object says of itself, as a mock does.
+    return issubclass(type(given), kind)
+
+
+def _kind(given: object) -> str:
+    return type(given).__name__
+
+
+def _shown(number: int) -> str:
+    return str(number) if abs(number) < 10**20 else f"of {number.bit_length()} bits"

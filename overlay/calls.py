@@ -444,10 +444,27 @@ class Calls:
             self._put_back(orders)
             return False
         self._deadlines.watch(sent, sent.deadline)
-        kind = first.kind
+        kind, before = first.kind, len(frame.segments)
         early = kind.as_they_come
-        wire.write_segment(frame, number, segment, left_s, kind.want_parts, kind.priority, early)
+        want_parts, priority = kind.want_parts, kind.priority
+        try:
+            wire.write_segment(frame, number, segment, left_s, want_parts, priority, early)
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is of this request alone
+            del frame.segments[before:]
+            self._write_apart(frame, sent, e)
         return True
+
+    def _write_apart(self, frame: pb2.Frame, sent: _Sent, error: Exception) -> None:
+        """What cannot be written together: each row for itself, so that none fails for another."""
+        self._close_rows(sent, 0, sent.count)
+        if sent.count > 1:
+            for order in sent.orders:
+                for row in order.rows:
+                    alone = order.part((row,), order.attempt)
+                    self._write(frame, [alone], alone.size)
+            return
+        reason = f"the request cannot be sent: {error}"
+        self._deliver_all(sent.orders[0], Failure(Code.INVALID_ARGUMENT, reason, Executed.NO))
 
     def _put_back(self, orders: list[Order]) -> None:
         for order in reversed(orders):

@@ -190,10 +190,13 @@ def target(addresses: Sequence[str], port: int) -> str:
 def split(address: str) -> tuple[str, int]:
     """The host, without brackets, and the port of host:port. Raises ValueError."""
     host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
-        raise ValueError(f"'{address}' is not host:port")
+    is_number = port.isascii() and port.isdigit() and len(port) < 10
+    if not (colon and host and is_number and 1 <= int(port) <= 65535 and host.isprintable()):
+        raise ValueError(f"the address {address[:100]!r} is not host:port")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ValueError(f"'{address}' is not host:port; write an IPv6 host in brackets")
+        raise ValueError(
+            f"the address {address[:100]!r} is not host:port; write an IPv6 host in brackets"
+        )
     return host.strip("[]"), int(port)
 
 

@@ -18,9 +18,11 @@ from __future__ import annotations
 import concurrent.futures
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -28,14 +30,26 @@ from overlay import clocks as time
 from overlay import wire
 from overlay.arguments import (
     DEFAULT_TIMEOUT_S,
+    HIGHEST_ID,
+    as_address,
     as_bodies,
     as_body,
+    as_first,
+    as_flag,
+    as_grace,
+    as_id,
+    as_key,
     as_patience,
+    as_payloads,
     as_timeout,
+    as_whole,
     check_mode_of_args,
     chunk_of,
+    handler_of,
     kind_of,
+    parts_wanted,
 )
+from overlay.callbacks import Callbacks
 from overlay.channels import split
 from overlay.connection import PATIENCE_S, Connection
 from overlay.mapping import NOTHING_YET, MapRun, raising, with_values
@@ -90,6 +104,7 @@ def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
     Raises ValueError for an address that is not host:port, RuntimeError where gevent or eventlet
     has replaced the threads that gRPC needs.
     """
+    address, patience_s = as_address(address), as_patience(patience_s)
     split(address)
     return Client(address, patience_s)
 
@@ -115,6 +130,7 @@ class Client(concurrent.futures.Executor):
         self.address = address
         self._patience_s = patience_s
         self._connection = Connection(address, patience_s)
+        self._asked = weakref.ref(self._connection)  # also after a shutdown
 
     @property
     def shown(self) -> str:
@@ -145,7 +161,7 @@ class Client(concurrent.futures.Executor):
         requests; each step is worth two seconds of waiting. Raises CallFailed, whose subclasses
         mirror the statuses.
         """
-        if idempotency_key:
+        if as_key(idempotency_key):
             return self.forward(
                 payload,
                 args=args,
@@ -160,7 +176,7 @@ class Client(concurrent.futures.Executor):
         body, timeout_s = as_body(payload, args), as_timeout(timeout)
         deadline = time.monotonic() + timeout_s
         waiter = _Waiter()
-        want_parts = want_parts or (args is not None and mode == "all")
+        want_parts = parts_wanted(want_parts, args, mode)
         kind = kind_of(mode, team, handler, want_parts, priority)
         order = Order(kind, (body,), deadline, waiter.deliver, wakes_a_thread=True)
         self._connection.send(order, timeout_s)
@@ -194,18 +210,18 @@ class Client(concurrent.futures.Executor):
         leave a line in each process's log. request_id: to know it before there is an answer; it
         must be nobody else's.
         """
-        want_parts = want_parts or (args is not None and mode == "all")
-        route = kind_of(mode, team, handler, want_parts, priority).route
+        want_parts = parts_wanted(want_parts, args, mode)
+        kind = kind_of(mode, team, handler, want_parts, priority)
         request = wire.pb2.Request(
             payload=as_body(payload, args),
-            mode=route.mode.name,
-            team=team,
-            handler=handler,
-            want_parts=want_parts,
-            idempotency_key=idempotency_key,
-            priority=priority,
-            want_trace=want_trace,
-            request_id=request_id,
+            mode=kind.route.mode.name,
+            team=kind.route.team,
+            handler=kind.route.handler,
+            want_parts=kind.want_parts,
+            idempotency_key=as_key(idempotency_key),
+            priority=kind.priority,
+            want_trace=as_flag("want_trace", want_trace),
+            request_id=as_whole("request_id", request_id, most=HIGHEST_ID),
         )
         response = self._connection.forward(request, as_timeout(timeout))
         read = wire.read_response(response)
@@ -229,14 +245,19 @@ class Client(concurrent.futures.Executor):
         exception is a CallFailed; its cancel() ends the work. Raises NotReached when nobody serves
         at the address.
         """
-        check_mode_of_args(args, mode)
         body, timeout_s = as_body(payload, args), as_timeout(timeout)
-        kind = kind_of(mode, team, handler or "", False, priority)
-        made = _Reply if args is None else _ValueReply
-        reply = made(self._connection, timeout_s)
+        kind = kind_of(mode, team, handler_of(handler), False, priority)
+        check_mode_of_args(args, mode)
+        reply = (_Reply if args is None else _ValueReply)(self._connection, timeout_s)
         deadline = time.monotonic() + timeout_s
         reply.order = Order(kind, (body,), deadline, reply.deliver)
-        self._connection.send(reply.order, timeout_s)
+        replies = self._connection.replies
+        replies.add(reply)
+        try:
+            self._connection.send(reply.order, timeout_s)
+        except BaseException:  # nobody has it
+            replies.discard(reply)
+            raise
         return reply
 
     def map(  # type: ignore[override]
@@ -312,8 +333,8 @@ class Client(concurrent.futures.Executor):
         part of its own, given when it is there.
         """
         kind = kind_of("all", team, handler, False, priority, True)
-        parts = Parts(first, in_items=args is not None)
-        return self._parts(kind, as_body(payload, args), as_timeout(timeout), parts)
+        parts, body = Parts(as_first(first), in_items=args is not None), as_body(payload, args)
+        return _parts(self._connection, kind, body, as_timeout(timeout), parts)
 
     def metrics(
         self,
@@ -328,7 +349,11 @@ class Client(concurrent.futures.Executor):
         events, requests: how many of the last ones are wanted. functions: whether what the
         handlers' functions are like is.
         """
-        request = wire.pb2.MetricsRequest(events=events, requests=requests, functions=functions)
+        request = wire.pb2.MetricsRequest(
+            events=as_whole("events", events),
+            requests=as_whole("requests", requests),
+            functions=as_flag("functions", functions),
+        )
         return self._connection.metrics(request, as_timeout(timeout))
 
     def logs(
@@ -343,7 +368,11 @@ class Client(concurrent.futures.Executor):
 
         lines: how many, 0 for a hundred. request_id: only those about this request.
         """
-        wanted = wire.pb2.LogsRequest(process_id=process_id, lines=lines, request_id=request_id)
+        wanted = wire.pb2.LogsRequest(
+            process_id=as_id(process_id),
+            lines=as_whole("lines", lines),
+            request_id=as_whole("request_id", request_id, most=HIGHEST_ID),
+        )
         return self._connection.logs(wanted, as_timeout(timeout))
 
     def is_serving(self, *, timeout: float | None = None) -> bool:
@@ -358,18 +387,36 @@ class Client(concurrent.futures.Executor):
         grace_s: what runs may take so long, None for the configured time. Without wait it returns
         when the stopping has begun. The process itself ends a moment after the answer.
         """
-        request = wire.pb2.DrainRequest(grace_s=grace_s, no_wait=not wait)
+        no_wait = not as_flag("wait", wait)
+        request = wire.pb2.DrainRequest(grace_s=as_grace(grace_s), no_wait=no_wait)
         return self._connection.drain(request, as_timeout(timeout))
 
     def close(self) -> None:
-        """Ends the connection; what has no answer yet fails with CallCancelled."""
-        self._connection.close()
+        """Ends the connection at once; what has no answer yet fails with CallCancelled."""
+        connection = self._asked()
+        if connection is not None:
+            connection.close()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Executor's close: waits for what was submitted, unless it is told not to."""
-        if wait and not cancel_futures:
-            self._connection.wait_until_idle()
-        self.close()
+        """Executor's: takes nothing new, and ends the connection when all that was asked has an
+        answer.
+
+        That goes for what a map, made before, still has to send, as long as the map is held. wait:
+        until what is under way is answered, and the callbacks have run. cancel_futures: each Future
+        that is not done is cancelled, also one whose handler runs.
+        """
+        connection, closed = self._asked(), Connection(self.address, 0.0)
+        closed.close()
+        # Those who still have an answer to come hold it, and with the last of them it goes.
+        self._connection = closed
+        if connection is None:
+            return
+        for reply in list(connection.replies) if cancel_futures and not connection.is_left else ():
+            reply.cancel()
+        if wait:
+            connection.wait_until_idle()
+            if not connection.maps:
+                connection.close()
 
     def __reduce__(self) -> tuple[type[Client], tuple[str, float]]:
         return type(self), (self.address, self._patience_s)  # which connects where it arrives
@@ -383,30 +430,9 @@ class Client(concurrent.futures.Executor):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
-
-    def _parts(self, kind: Kind, body: bytes, timeout_s: float, parts: Parts) -> Iterator[Part]:
-        box: queue.SimpleQueue[tuple[bool, Any, int]] = queue.SimpleQueue()
-        order = Order(
-            kind,
-            (body,),
-            time.monotonic() + timeout_s,
-            lambda rows, came, at, request_id: box.put((True, came, at)),
-            early=lambda rows, came, at, request_id: box.put((False, came, at)),
-        )
-        self._connection.send(order, timeout_s)
-        is_last = False
-        try:
-            while not (is_last or parts.is_over):
-                self._connection.check_here()
-                with suppress(queue.Empty):  # in slices, so that Ctrl-C works on Windows too
-                    is_last, came, at = box.get(timeout=0.5)
-                    yield from parts.last(came, at) if is_last else parts.early(came, at)
-            if is_last and isinstance(came, Failure):
-                raise self._connection.failed(came, timeout_s)
-        finally:
-            if not is_last:
-                self._connection.cancel(order)
+        self.shutdown(wait=error is None, cancel_futures=error is not None)
+        if error is not None:
+            self.close()
 
     def _map(
         self,
@@ -422,16 +448,41 @@ class Client(concurrent.futures.Executor):
         patience_s: float | None,
         ordered: bool,
     ) -> Iterator[tuple[int, Any]]:
+        kind = kind_of(mode, team, handler_of(handler), False, priority)
+        timeout_s, (window, chunk) = as_timeout(timeout), chunk_of(window, chunksize)
+        patience_s = None if patience_s is None else as_patience(patience_s)
         bodies, given = as_bodies(payloads, args, mode), payloads if args is None else args
-        kind = kind_of(mode, team, handler or "", False, priority)
-        timeout_s, chunk, patience_s = (
-            as_timeout(timeout),
-            chunk_of(window, chunksize),
-            as_patience(patience_s),
-        )
+        bodies, ordered = as_payloads(bodies), as_flag("ordered", ordered)
+        self._connection.check_open()
         mapping = MapRun(self._connection, kind, timeout_s, chunk, window, patience_s, given)
-        pairs = mapping.run(iter(bodies), ordered)
+        pairs = mapping.run(bodies, ordered)
         return pairs if args is None else with_values(pairs)
+
+
+def _parts(
+    connection: Connection, kind: Kind, body: bytes, timeout_s: float, parts: Parts
+) -> Iterator[Part]:
+    box: queue.SimpleQueue[tuple[bool, Any, int]] = queue.SimpleQueue()
+    order = Order(
+        kind,
+        (body,),
+        time.monotonic() + timeout_s,
+        lambda rows, came, at, request_id: box.put((True, came, at)),
+        early=lambda rows, came, at, request_id: box.put((False, came, at)),
+    )
+    connection.send(order, timeout_s)
+    is_last = False
+    try:
+        while not (is_last or parts.is_over):
+            connection.check_here()
+            with suppress(queue.Empty):  # in slices, so that Ctrl-C works on Windows too
+                is_last, came, at = box.get(timeout=0.5)
+                yield from parts.last(came, at) if is_last else parts.early(came, at)
+        if is_last and isinstance(came, Failure):
+            raise connection.failed(came, timeout_s)
+    finally:
+        if not is_last:
+            connection.cancel(order)
 
 
 class _Waiter:
@@ -456,12 +507,14 @@ class _Waiter:
 
 
 class _Reply(Future):  # type: ignore[type-arg]
-    """The Future of one request."""
+    """The Future of one request. What is called when it is done runs where it can hold up nothing:
+    not on the thread that all answers come on."""
 
     def __init__(self, connection: Connection, timeout_s: float) -> None:
         super().__init__()
         self.order: Order | None = None
-        self._connection = connection
+        self.later: Callbacks | None = None  # where callbacks run while it is being delivered
+        self._connection: Connection | None = connection  # until it is done, and no longer
         self._timeout_s = timeout_s
 
     def result(self, timeout: float | None = None) -> Any:
@@ -476,25 +529,32 @@ class _Reply(Future):  # type: ignore[type-arg]
         raise TypeError(NOT_PICKLED)
 
     def deliver(self, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
+        connection = self._connection
+        assert connection is not None
+        self.later = connection.callbacks
         try:
             if isinstance(came, Failure):
-                self.set_exception(self._connection.failed(came, self._timeout_s))
+                self.set_exception(connection.failed(came, self._timeout_s))
             else:
                 self.set_result(result_of(came, at))
         except InvalidStateError:
             self.set_running_or_notify_cancel()  # tells those who wait that it was cancelled
-        self.order = None  # it holds this method, and so this
+        self.order = self.later = self._connection = None  # an order holds this method
+        connection.replies.discard(self)
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        super().add_done_callback(partial(_call, fn))
 
     def cancel(self) -> bool:
-        order = self.order
+        order, connection = self.order, self._connection
         cancelled = super().cancel()
-        if cancelled and order is not None:
-            self._connection.cancel(order)
+        if cancelled and order is not None and connection is not None:
+            connection.cancel(order)
         return cancelled
 
     def _check_here(self) -> None:
-        if self.order is not None:  # it is not done
-            self._connection.check_here()
+        if (connection := self._connection) is not None:  # it is not done
+            connection.check_here()
 
 
 class _ValueReply(_Reply):
@@ -510,3 +570,8 @@ class _ValueReply(_Reply):
                 raise value
             self._value, self._is_read = value, True
         return self._value
+
+
+def _call(fn: Callable[[Future[Any]], object], reply: Future[Any]) -> None:
+    later = reply.later if isinstance(reply, _Reply) else None
+    fn(reply) if later is None else later.put(fn, reply)

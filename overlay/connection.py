@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import concurrent.futures
 import contextlib
 import logging
 import math
@@ -17,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay import clocks as time
 from overlay import judge, surroundings, wire
+from overlay.callbacks import Callbacks
 from overlay.calls import RETRY_PAUSE_S, Calls
 from overlay.channels import SILENT, Channel, split
 from overlay.errors import Misspoken
@@ -48,6 +50,7 @@ TOLD_S = 1.0  # after so much of it, whoever waits is told why nothing comes
 LAST_LOOK_S = 0.5  # at the end of it: why nothing is there
 PROMPT_S = 0.25  # a connection that takes longer is looked into meanwhile
 FRESH_S = 1.0  # so long after an answer the connection counts as up; later a call greets first
+CALLBACKS_S = 2.0  # for which `close` waits until they have run
 # gRPC heeds the first of two options of one name.
 _OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # an office's web proxy does not lead to its own machines
@@ -73,6 +76,10 @@ class Connection:
         """Raises RuntimeError where gevent or eventlet left no threads to gRPC."""
         surroundings.check_threads()
         self.address = self._address = address
+        self.callbacks = Callbacks()
+        self.replies: set[concurrent.futures.Future[bytes]] = set()  # those that are not done
+        self.maps: weakref.WeakSet[Any] = weakref.WeakSet()  # those that may have more to send
+        self._asking = 0  # single calls that are under way
         self._patience_s = patience_s
         self._closed = False
         self._is_left = False  # to the parent, of which this process is a child
@@ -143,9 +150,18 @@ class Connection:
         """Whether it is that of the process of which this one is a child."""
         return self._is_left
 
+    def check_open(self) -> None:
+        """Raises CallFailed when nothing can be asked here any more."""
+        if self.is_closed:
+            raise _closed(self._is_left or surroundings.is_orphan)
+
     def wait_until_idle(self) -> None:
-        while not self._closed and self._calls is not None and self._calls.open_rows:
+        """Until what was asked is answered, and the callbacks have run."""
+        while not self._closed and (
+            self.replies or self._asking or (self._calls and self._calls.open_rows)
+        ):
             time.sleep(0.01)
+        self.callbacks.wait()
 
     def check_here(self) -> None:
         """Raises CallFailed in a child of the process that used this: no answer comes there."""
@@ -155,6 +171,7 @@ class Connection:
     def leave_behind(self) -> None:
         """As surroundings.Forkable has it."""
         self._lock = threading.Lock()  # the parent may just have held it
+        self.callbacks = Callbacks()
         if self._made is not None:
             self._freeing.detach()
             self._is_left, self._closed = not self._closed, True
@@ -250,6 +267,7 @@ class Connection:
                 return
             self._closed = True
         _free(self._held)
+        self.callbacks.wait(CALLBACKS_S)
 
     @property
     def _line(self) -> _Line:
@@ -257,8 +275,7 @@ class Connection:
             return self._line_locked()
 
     def _line_locked(self) -> _Line:
-        if self.is_closed:
-            raise _closed(self._is_left or surroundings.is_orphan)
+        self.check_open()
         if self._made is None:
             surroundings.begin_use(self._held)
             self._made = _Line(self._address, _OPTIONS)
@@ -298,6 +315,8 @@ class Connection:
     ) -> Any:
         """The answer, judged by `check`. Raises CallFailed."""
         until = time.monotonic() + timeout_s
+        with self._lock:
+            self._asking += 1
         try:
             self._make_sure(line, min(self._patience_s, timeout_s))
             # wait_for_ready: a connection lost just now is waited for, and the call sent once.
@@ -316,6 +335,9 @@ class Connection:
                 raise
             # gRPC's word for a channel that was closed meanwhile
             raise CallCancelled("this client was closed", code=Code.CANCELLED) from None
+        finally:
+            with self._lock:
+                self._asking -= 1
         line.answered = time.monotonic()
         return answer
 

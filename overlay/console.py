@@ -32,6 +32,7 @@ from overlay import client as library
 from overlay import clocks as time
 from overlay.admission import HIGHEST_PRIORITY
 from overlay.errors import ConfigError
+from overlay.limits import Limits
 from overlay.topology import Process, Topology, join_address
 from overlay.usage import Parser as Parser
 from overlay.values import Code, Executed
@@ -190,8 +191,11 @@ def request_id(text: str) -> int:
 
 
 def name(text: str) -> str:
-    if not text.isprintable():  # what a command line holds that is not text is not, either
-        raise argparse.ArgumentTypeError(f"'{clean(text)}' is not a name")
+    # What a command line holds that is not text is not printable, either.
+    if not text.isprintable() or len(text) > Limits.max_name:
+        raise argparse.ArgumentTypeError(
+            f"'{clean(text[:20])}' is not a name of at most {Limits.max_name} letters"
+        )
     return text
 
 

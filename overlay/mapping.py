@@ -44,6 +44,7 @@ class MapRun:
         """payloads: as the map was given them, for how many they are."""
         self._connection = connection
         self._telling = Telling(connection, kind.route.handler, payloads)
+        connection.maps.add(self)
         self._presence = connection.presence(patience_s)
         self._kind = kind
         self._timeout_s = timeout_s
@@ -95,6 +96,8 @@ class MapRun:
             for order, _ in self._orders.values():
                 self._connection.cancel(order)
             self._telling.end()
+            self._orders.clear()  # they hold this, and so the connection
+            self._connection.maps.discard(self)
 
     def _is_away(self) -> bool:
         """Whether nothing can be sent now. When it never can, what was not sent is ended."""

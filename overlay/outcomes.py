@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ class CallFailed(OverlayError):
         self.executed = executed
 
 
-class InvalidCall(CallFailed):
+class InvalidCall(CallFailed, ValueError):
     """The request itself is not right."""
 
 
@@ -119,12 +120,13 @@ class HandlerFailed(CallFailed):
     """The handler raised; the message has the id under which the process's log says more."""
 
 
-class DeadlinePassed(CallFailed):
-    """No answer in time; work may have begun."""
+class DeadlinePassed(CallFailed, concurrent.futures.TimeoutError):
+    """No answer in time; work may have begun. To callers of an Executor a TimeoutError."""
 
 
-class CallCancelled(CallFailed):
-    """The client was closed before the answer came."""
+class CallCancelled(CallFailed, RuntimeError):
+    """The client was closed before the answer came, or before the call: an Executor's RuntimeError
+    after its shutdown."""
 
 
 NOT_PICKLED = "a Future belongs to the process that waits for it; pickle its result()"

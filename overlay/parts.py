@@ -22,8 +22,6 @@ class Parts:
     """
 
     def __init__(self, first: int | None, in_items: bool = False) -> None:
-        if first is not None and first < 1:
-            raise ValueError(f"first {first} is not above 0")
         self.is_over = False
         self._first = first
         self._in_items = in_items

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,5 +193,18 @@ def running(folder: Path, config: dict[str, Any]) -> Iterator[Overlay]:
     overlay = Overlay(folder, config)
     try:
         yield overlay.start()
+    finally:
+        overlay.stop()
+
+
+@contextlib.contextmanager
+def running_one(folder: Path, module: str, names: Iterable[str]) -> Iterator[Overlay]:
+    """Worker C alone, which is asked itself. names: its handlers, functions of the module."""
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.py").write_text(module)
+    config = six_processes(handlers={name: f"mine:{name}" for name in names})
+    overlay = Overlay(folder, config)
+    try:
+        yield overlay.start("C")
     finally:
         overlay.stop()

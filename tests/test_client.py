@@ -683,6 +683,7 @@ def test_nobody_to_ask_is_exit_code_4(wounded: Overlay) -> None:
         (["127.0.0.1", "1", "--mode", "some"], "invalid choice: 'some'"),
         (["127.0.0.1", "1", "--out", "no-such-folder/x"], "is not a file in a folder that exists"),
         (["127.0.0.1", "1", "--team", "\udcff"], "is not a name"),
+        (["127.0.0.1", "1", "--handler", "x" * 2000], "is not a name of at most 64 letters"),
         (["127.0.0.1", "1", "--jsn"], "unrecognized arguments: --jsn"),
         (["check"], "required: CONFIG"),
         (["check", "no-such.json"], "no-such.json"),
