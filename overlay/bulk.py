@@ -121,8 +121,8 @@ def arguments(parser: Parser) -> None:
         type=seconds,
         default=PATIENCE_S,
         metavar="SECONDS",
-        help="a process that is lost on the way is waited for so long; while none answers, what did "
-        "not run is tried again for so long (default: %(default)g)",
+        help="a process that is lost on the way is waited for so long; while none answers, what "
+        "did not run is tried again for so long (default: %(default)g)",
     )
     add("--json", action="store_true", help="one JSON object a line")
 
