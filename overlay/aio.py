@@ -218,27 +218,27 @@ class AsyncClient:
     async def _parts(
         self, kind: Kind, body: bytes, timeout_s: float, parts: Parts
     ) -> AsyncIterator[Part]:
-        box: asyncio.Queue[tuple[bool, Any, int]] = asyncio.Queue()
+        box: asyncio.Queue[tuple[bool, Any, int, int]] = asyncio.Queue()
 
         def put(is_last: bool, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
-            box.put_nowait((is_last, came, at))
+            box.put_nowait((is_last, came, at, request_id))
 
         order = self._post.send(
             kind,
             [body],
             timeout_s,
             partial(put, True),
-            lambda error: box.put_nowait((True, error, 0)),
+            lambda error: box.put_nowait((True, error, 0, 0)),
             partial(put, False),
         )
         is_last = False
         try:
             while not (is_last or parts.is_over):
-                is_last, came, at = await box.get()
+                is_last, came, at, request_id = await box.get()
                 for part in parts.last(came, at) if is_last else parts.early(came, at):
                     yield part
             if is_last and isinstance(came, Failure):
-                raise self._connection.failed(came, timeout_s)
+                raise self._connection.failed(came, timeout_s, request_id)
             if isinstance(came, Exception):
                 raise came
         finally:
@@ -393,13 +393,17 @@ class _Post:
         fail: Callable[[Exception], None],
         early: Take | None = None,
         when_back: bool = False,
+        keeps_trying: Callable[[], bool] | None = None,
     ) -> Order:
-        """fail: called instead of `take` when nothing could be sent. early: see Order. when_back: a
-        process that is not there is not waited for here; what it is to have leaves when it is."""
+        """fail: called instead of `take` when nothing could be sent. early, keeps_trying: see
+        Order. when_back: a process that is not there is not waited for here; what it is to have
+        leaves when it is."""
         deliver = partial(self._deliver, take)
         order = Order(kind, payloads, time.monotonic() + timeout_s, deliver)
         order.early = partial(self._deliver, early) if early else None
         order.is_patient = when_back
+        if keeps_trying is not None:
+            order.keeps_trying = keeps_trying
         try:
             calls = self._calls = self.connection.begin()
         except (CallFailed, RuntimeError) as e:  # the latter when no thread can be had
@@ -525,7 +529,7 @@ def _take_replies(
     replies: list[_Reply], rows: Sequence[int], came: Any, at: int, request_id: int
 ) -> None:
     for n, row in enumerate(rows):
-        replies[row].take(came, at + n, request_id + n)
+        replies[row].take(came, at + n, request_id and request_id + n)
 
 
 def _fail_replies(replies: list[_Reply], error: Exception) -> None:
@@ -570,6 +574,7 @@ class _Mapping:
         self._answered = 0
         self._failed = 0
         self._unsent = 0
+        self._answered_at = time.monotonic()  # when a payload last was
 
     async def run(
         self, payloads: Payloads, ordered: bool
@@ -693,8 +698,17 @@ class _Mapping:
         take, fail = partial(self._take, first), partial(self._fail, first)
         when_back = self._presence.is_under_way()
         entry[0] = self._post.send(
-            self._kind, rows, self._timeout_s, take, fail, when_back=when_back
+            self._kind,
+            rows,
+            self._timeout_s,
+            take,
+            fail,
+            when_back=when_back,
+            keeps_trying=self._is_patient,
         )
+
+    def _is_patient(self) -> bool:
+        return time.monotonic() - self._answered_at < self._presence.patience_s
 
     def _take(self, first: int, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
         entry = self._orders[first]
@@ -708,9 +722,11 @@ class _Mapping:
             result: bytes | CallFailed
             if isinstance(came, Failure):
                 self._failed += 1
-                result = self._post.connection.failed(came, self._timeout_s)
+                id_ = request_id and request_id + n
+                result = self._post.connection.failed(came, self._timeout_s, id_)
             else:
                 self._answered += 1
+                self._answered_at = time.monotonic()
                 result = self._post.connection.read_result(came, at + n, 0, self._timeout_s)
                 self._mean_result += (len(result) - self._mean_result) / 16
                 self._bytes += len(result)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 import traceback
 import uuid
 from collections import deque
@@ -75,7 +76,7 @@ class Desk:
     def ended(self, rows: int, worked_s: float, failed: int) -> None:
         """Counts rows that ran, `worked_s` together."""
         each = worked_s / rows
-        self.worked.add(each)
+        self.worked.add(each, rows)
         with self._lock:
             self.service_s = each if not self.service_s else 0.8 * self.service_s + 0.2 * each
             self._completed += rows - failed
@@ -113,6 +114,8 @@ class Batch:
         self._process = process
         self._sink = sink
         self._waited_us = int(waited_s * 1e6)
+        self._made = time.monotonic()
+        self._is_ahead = desk.taken > desk.slots  # some of it has to wait here
         self._hops = (*segment.route.hops, process.id)
         self._lock = threading.Lock()
         # Ascending; those that are gone are passed over.
@@ -161,7 +164,7 @@ class Batch:
 
         def pass_on(result: bytes, piece: Piece) -> None:
             assert self.segment.early is not None
-            self._tell(self.segment.early, row, self._part([result], 0, piece))
+            self._tell(self.segment.early, row, self._part([result], 0, self._waited_us, piece))
 
         outlet = Outlet(self.segment.pieces, self.segment.deadline, pass_on)
         with self._lock:
@@ -175,17 +178,24 @@ class Batch:
         reason = f"the deadline passed while the handler '{self.desk.spec.name}' ran"
         return Failure(Code.DEADLINE_EXCEEDED, reason, Executed.YES)
 
-    def done(self, outcomes: list[tuple[int, bytes | Failure]], worked_s: float) -> None:
-        """Takes what came of begun rows, in the order of their rows, `worked_s` together."""
+    def done(
+        self, outcomes: list[tuple[int, bytes | Failure]], worked_s: float, began: float
+    ) -> None:
+        """Takes what came of begun rows, in the order of their rows, `worked_s` together.
+
+        began: when the first of them did, in monotonic seconds.
+        """
         failed = sum(not isinstance(outcome, bytes) for _, outcome in outcomes)
         if failed:
             self._forget([row for row, outcome in outcomes if _proves_not_run(outcome)])
         self.desk.ended(len(outcomes), worked_s, failed)
         self._give_back(len(outcomes))
         each_us = int(worked_s / len(outcomes) * 1e6)
+        here_s = max(0.0, began - self._made) if self._is_ahead else 0.0
+        waited_us = self._waited_us + int(here_s * 1e6)
         left = iter([outcome for _, outcome in outcomes])
         for first, rows in consecutive([row for row, _ in outcomes]):
-            self._answer(first, list(itertools.islice(left, rows)), each_us)
+            self._answer(first, list(itertools.islice(left, rows)), each_us, waited_us)
 
     def refuse(self, begun: Begun) -> None:
         """Answers the rows that must not begin; before it is submitted."""
@@ -235,16 +245,23 @@ class Batch:
         self._left -= len(dropped)
         return dropped
 
-    def _answer(self, start: int, outcomes: list[bytes | Failure], worked_us: int) -> None:
+    def _answer(
+        self,
+        start: int,
+        outcomes: list[bytes | Failure],
+        worked_us: int,
+        waited_us: int | None = None,
+    ) -> None:
+        times = worked_us, self._waited_us if waited_us is None else waited_us
         with self._lock:
             runs = self._unanswered.take(start, len(outcomes))
         for first, rows in runs:
             found = outcomes[first - start : first - start + rows]
             if not self._outlets:
-                self._tell(self._sink, first, self._part(found, worked_us))
+                self._tell(self._sink, first, self._part(found, *times))
                 continue
             for row, outcome in enumerate(found, first):
-                self._tell(self._sink, row, self._part([outcome], worked_us, self._rest(row)))
+                self._tell(self._sink, row, self._part([outcome], *times, self._rest(row)))
 
     def _tell(self, sink: Sink, row: int, part: PartColumn) -> None:
         sink(row, Answers(part.results.count, (part,), (self._process.id,)))
@@ -255,7 +272,11 @@ class Batch:
         return Piece(outlet.at, False) if outlet is not None and outlet.at else None
 
     def _part(
-        self, outcomes: list[bytes | Failure], worked_us: int, piece: Piece | None = None
+        self,
+        outcomes: list[bytes | Failure],
+        worked_us: int,
+        waited_us: int,
+        piece: Piece | None = None,
     ) -> PartColumn:
         failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Failure)}
         results = [o if isinstance(o, bytes) else b"" for o in outcomes] if failures else outcomes
@@ -265,7 +286,7 @@ class Batch:
             self._hops,
             failures,
             None,
-            self._waited_us,
+            waited_us,
             worked_us,
             piece,
         )

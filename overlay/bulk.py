@@ -45,6 +45,7 @@ from overlay.console import (
     seconds,
     shown,
     whole_number,
+    whose,
 )
 from overlay.limits import Limits
 from overlay.topology import join_address
@@ -56,6 +57,7 @@ REFRESH_S = 0.1  # of the progress bar, and how long a result may wait in our bu
 READ_BYTES = 256 * 1024
 PIECES = 16  # read from stdin and not yet taken
 IDLE_S = 0.02  # stdin is waited for so long before results are looked at
+REST_S = 2.0  # after the end, standard input is waited for so long
 COUNTED_BYTES = 512 * 1024 * 1024  # files up to this are read twice, for a bar that knows its end
 
 DESCRIPTION = """\
@@ -63,16 +65,26 @@ Sends many payloads, each to one worker, and prints the results in their order: 
 or of standard input (without their line ends), or the files of a folder (not the hidden ones).
 
 A failure does not stop the others. In the output of lines it leaves an empty line, so that line n
-belongs to line n of the input; --json has one object for each, whose index counts from 0."""
+belongs to line n of the input; --json has one object for each, whose index counts from 0. What
+provably did not run is tried again for as long as others are answered, and --patience after that.
+
+--failed FILE keeps what has no result, to be given to map again: lines as lines, and of a folder
+the files' paths, which map takes as @FILE."""
 
 Result = bytes | library.CallFailed
 
 
 def arguments(parser: Parser) -> None:
     parser.description = DESCRIPTION
-    parser.usage = "client.py HOST PORT map [FILE ... | FOLDER | -] [options]"
+    parser.usage = "client.py HOST PORT map [FILE ... | FOLDER | @FILE | -] [options]"
     add = parser.add_argument
-    add("inputs", nargs="*", default=["-"], metavar="FILE|FOLDER|-", help="default: standard input")
+    add(
+        "inputs",
+        nargs="*",
+        default=["-"],
+        metavar="FILE|FOLDER|@FILE|-",
+        help="lines, a folder's files, the files whose paths FILE has, or standard input (default)",
+    )
     modes = "any: one worker takes each (default); all: every worker does"
     route_arguments(parser, "any", modes)
     add("--out", type=out_file, metavar="FILE", help="write the lines there")
@@ -81,6 +93,12 @@ def arguments(parser: Parser) -> None:
         type=Path,
         metavar="DIR",
         help="write each result to a file there, named as its input file",
+    )
+    add(
+        "--failed",
+        type=out_file,
+        metavar="FILE",
+        help="write what has no result there, for another map; no file when there is nothing",
     )
     add("--as-completed", action="store_true", help="do not keep the order")
     add(
@@ -103,19 +121,21 @@ def arguments(parser: Parser) -> None:
         type=seconds,
         default=PATIENCE_S,
         metavar="SECONDS",
-        help="a process that is lost on the way is waited for so long (default: %(default)g)",
+        help="a process that is lost on the way is waited for so long; while none answers, what "
+        "did not run is tried again for so long (default: %(default)g)",
     )
     add("--json", action="store_true", help="one JSON object a line")
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        source, target = _source(args), _target(args)
+        source = _source(args)
+        target, left = _target(args), _Left(args, source)
     except (OSError, ValueError) as e:
         complain(_words(e))
         return Exit.USAGE
     try:
-        return _Run(args, source, target).run()
+        return _Run(args, source, target, left).run()
     except OSError as e:
         complain(_words(e))
         return Exit.FAILED
@@ -126,10 +146,14 @@ def run(args: argparse.Namespace) -> int:
 class _Run:
     """One map, and what is known of it so far."""
 
-    def __init__(self, args: argparse.Namespace, source: _Source, target: _Target) -> None:
+    def __init__(
+        self, args: argparse.Namespace, source: _Source, target: _Target, left: _Left
+    ) -> None:
         self._args = args
+        self._address = join_address(args.host, args.port)
         self._source = source
         self._target = target
+        self._left = left
         self._began = time.monotonic()
         self._answered = 0
         self._incomplete = 0
@@ -140,12 +164,12 @@ class _Run:
     def run(self) -> int:
         ended: library.NotReached | None = None
         try:
-            with self._bar:
+            with self._left, self._bar:
                 self._take_all()
         except library.NotReached as e:
             ended = e
         except library.CallFailed as e:
-            return failed(e, join_address(self._args.host, self._args.port), False)
+            return failed(e, self._address, False)
         except KeyboardInterrupt:
             complain(self._summary())
             raise
@@ -163,7 +187,7 @@ class _Run:
         logging.getLogger("overlay.client").addHandler(_Words(self._bar))
         results = connected(args).map_as_completed(
             args.handler or None,
-            self._source.payloads(),
+            self._left.noted(self._source.payloads()),
             mode=args.mode,
             team=args.team,
             timeout=args.deadline,
@@ -180,12 +204,14 @@ class _Run:
 
     def _take(self, index: int, name: str, result: Result) -> None:
         if isinstance(result, library.CallFailed):
-            self._fail(result.code.name, f"{name}: {clean(str(result))}{proof(result)}")
+            said = f"{clean(str(result))}{proof(result)}{whose(result, self._address)}"
+            self._fail(result.code.name, f"{name}: {said}")
             self._exits.add(exit_of(result))
         else:
             self._answered += 1
             if isinstance(result, library.Incomplete):
                 self._note_missing(name, result)
+        self._left.came(index, isinstance(result, bytes))
         self._target.write(index, name, result)
         self._bar.advance(self._answered, self._failed.total() + self._source.unread)
 
@@ -213,7 +239,9 @@ class _Run:
             said += f", {self._answered / max(took_s, 0.001):,.0f}/s"
         if failures.total():
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in failures.most_common() if n)
-            said += f"; {failures.total():,} failed: {reasons}"
+            kept, sign = self._args.failed, "@" if isinstance(self._source, _Files) else ""
+            kept = f" (kept for another map: {sign}{kept})" if kept else ""
+            said += f"; {failures.total():,} failed{kept}: {reasons}"
         if self._incomplete:
             said += f"; {counted(self._incomplete, 'result')} incomplete"
         return said
@@ -230,10 +258,18 @@ class _Run:
 
 
 class _Source(Protocol):
-    """unread: inputs that could not be read, which have no index. total: None if not known."""
+    """unread: how many could not be read, which have no index. total: None if not known.
 
-    unread: int
+    again: what another map is to be given for the payload that was taken last, and unreadable for
+    those that could not be read.
+    """
+
     total: int | None
+    again: bytes
+    unreadable: list[bytes]
+
+    @property
+    def unread(self) -> int: ...
 
     def payloads(self) -> Iterator[bytes]: ...
 
@@ -244,11 +280,16 @@ class _Source(Protocol):
 def _source(args: argparse.Namespace) -> _Source:
     """Raises ValueError, or OSError for a file that cannot be read."""
     inputs = args.inputs
+    lists = [text for text in inputs if text.startswith("@")]
+    if lists and len(inputs) > 1:
+        raise ValueError(f"'{lists[0]}' is a list of files, which has to be the only input")
+    if lists:
+        return _Files(_paths_in(Path(lists[0][1:])))
     folders = [text for text in inputs if text != "-" and Path(text).is_dir()]
     if folders and len(inputs) > 1:
         raise ValueError(f"'{folders[0]}' is a folder, which has to be the only input")
     if folders:
-        return _Files(Path(folders[0]))
+        return _Files(_paths_of(Path(folders[0])))
     if args.out_folder:
         raise ValueError("--out-folder needs a folder as input; --out FILE keeps results of lines")
     return _Lines(inputs)
@@ -257,8 +298,11 @@ def _source(args: argparse.Namespace) -> _Source:
 class _Lines:
     """The lines of files, one after the other; - is standard input."""
 
+    again = b""
+    unread = 0
+
     def __init__(self, inputs: Sequence[str]) -> None:
-        self.unread = 0
+        self.unreadable: list[bytes] = []
         for text in inputs:
             if text != "-":
                 open(text, "rb").close()  # an input that is missing is told before anything runs
@@ -266,6 +310,11 @@ class _Lines:
         self.total = self._count() if sys.stderr.isatty() else None
 
     def payloads(self) -> Iterator[bytes]:
+        for line in self._lines():
+            self.again = line
+            yield line
+
+    def _lines(self) -> Iterator[bytes]:
         for text in self._inputs:
             if text == "-":
                 yield from _stdin_lines()
@@ -286,35 +335,58 @@ class _Lines:
 
 
 class _Files:
-    """The files of a folder, by name."""
+    """Files, each a payload."""
 
-    def __init__(self, folder: Path) -> None:
-        self.unread = 0
-        self.folder = folder
-        self._paths = sorted(
-            entry.name
-            for entry in os.scandir(folder)
-            if entry.is_file() and not entry.name.startswith(".")
-        )
-        self.total: int | None = len(self._paths)
+    again = b""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.unreadable: list[bytes] = []
+        self._paths = paths
+        self.total: int | None = len(paths)
         self._open: dict[int, str] = {}
 
     def payloads(self) -> Iterator[bytes]:
         index = 0
-        for file_name in self._paths:
+        for path in self._paths:
             try:
-                payload = (self.folder / file_name).read_bytes()
+                payload = path.read_bytes()
             except OSError as e:
-                self.unread += 1
+                self.unreadable.append(_as_line(path))
                 if self.unread <= SHOWN_FAILURES:
                     complain(_words(e))
                 continue
-            self._open[index] = file_name
+            self._open[index] = path.name
+            self.again = _as_line(path)
             index += 1
             yield payload
 
     def name_of(self, index: int) -> str:
         return self._open.pop(index)
+
+    @property
+    def unread(self) -> int:
+        return len(self.unreadable)
+
+
+def _paths_of(folder: Path) -> list[Path]:
+    """Its files, by name; not the hidden ones."""
+    names = (e.name for e in os.scandir(folder) if e.is_file() and not e.name.startswith("."))
+    return [folder / name for name in sorted(names)]
+
+
+def _paths_in(list_: Path) -> list[Path]:
+    """Raises OSError, or ValueError where two have one name: their results could not be told
+    apart."""
+    paths = [Path(os.fsdecode(line)) for line in list_.read_bytes().splitlines() if line]
+    (name, times), *_ = Counter(path.name for path in paths).most_common(1) or [("", 0)]
+    if times > 1:
+        raise ValueError(f"'{list_}' has {times} files of the name '{name}'")
+    return paths
+
+
+def _as_line(path: Path) -> bytes:
+    """From wherever the next map is started."""
+    return os.fsencode(path.absolute())
 
 
 def _stdin_lines() -> Iterator[bytes]:
@@ -388,15 +460,94 @@ def _target(args: argparse.Namespace) -> _Target:
     if args.out and args.out_folder:
         raise ValueError("--out and --out-folder cannot be together")
     if args.out_folder:
-        if args.out_folder.exists() and args.out_folder.samefile(args.inputs[0]):
+        is_list = args.inputs[0].startswith("@")
+        if args.out_folder.exists() and not is_list and args.out_folder.samefile(args.inputs[0]):
             raise ValueError("--out-folder is the input folder: its files would be overwritten")
-        return _FolderTarget(args.out_folder, args.json)
+        return _FolderTarget(args)
     if args.out in (None, "-"):
         return _StreamTarget(args, sys.stdout)
-    for text in args.inputs:
-        if text != "-" and Path(args.out).exists() and Path(args.out).samefile(text):
-            raise ValueError(f"'{args.out}' is an input: it would be overwritten")
+    _check_is_no_input(args.out, args.inputs)
     return _FileTarget(args, open(args.out, "wb"))
+
+
+def _check_is_no_input(out: str, inputs: Sequence[str]) -> None:
+    for text in inputs:
+        path = text.removeprefix("@")
+        if text != "-" and Path(out).exists() and Path(out).samefile(path):
+            raise ValueError(f"'{out}' is an input: it would be overwritten")
+
+
+class _Left:
+    """What was taken and has no result, kept in a file for another map, if that is wanted.
+
+    It is written when it has failed, what is still open and what was never taken at the end. Owns
+    the file from the first that is written.
+    """
+
+    def __init__(self, args: argparse.Namespace, source: _Source) -> None:
+        """Raises ValueError, or OSError when the file cannot be written."""
+        self._path = Path(args.failed) if args.failed else None
+        self._source = source
+        self._open: dict[int, bytes] = {}
+        self._rest: Iterator[bytes] = iter(())
+        self._file: BinaryIO | None = None
+        if args.failed == "-":
+            raise ValueError("--failed needs a file of its own")
+        if self._path is not None:
+            is_out = args.out not in (None, "-") and self._path.exists()
+            if is_out and self._path.samefile(args.out):
+                raise ValueError("--out and --failed cannot be one file")
+            _check_is_no_input(args.failed, args.inputs)
+            self._file = self._path.open("wb")
+
+    def noted(self, payloads: Iterator[bytes]) -> Iterator[bytes]:
+        """The same payloads, each remembered until it has come."""
+        if self._path is None:
+            return payloads
+        self._rest = payloads
+        return self._noted()
+
+    def came(self, index: int, is_good: bool) -> None:
+        again = self._open.pop(index, None)
+        if again is not None and not is_good:
+            self._write(again)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._file is None or self._path is None:
+            return
+        for again in (*self._open.values(), *self._source.unreadable):
+            self._write(again)
+        if kind is not None and issubclass(kind, library.CallFailed):
+            self._write_rest()
+        is_empty = not self._file.tell()
+        self._file.close()
+        if is_empty:
+            self._path.unlink(missing_ok=True)
+
+    def _noted(self) -> Iterator[bytes]:
+        index = 0
+        for payload in self._rest:
+            if payload is not library.NOTHING_YET:
+                self._open[index] = self._source.again
+                index += 1
+            yield payload
+
+    def _write_rest(self) -> None:
+        """What was not taken any more; of standard input what there is for now."""
+        until = time.monotonic() + REST_S
+        for payload in self._rest:
+            if payload is not library.NOTHING_YET:
+                self._write(self._source.again)
+                until = time.monotonic() + REST_S
+            elif time.monotonic() > until:
+                return
+
+    def _write(self, again: bytes) -> None:
+        assert self._file is not None
+        self._file.write(again + b"\n")
 
 
 class _LineForm:
@@ -404,13 +555,15 @@ class _LineForm:
 
     def __init__(self, args: argparse.Namespace, for_people: bool) -> None:
         self._json = args.json
-        self._named = Path(args.inputs[0]).is_dir() if args.inputs[0] != "-" else False
+        first = args.inputs[0]
+        self._named = first.startswith("@") or (first != "-" and Path(first).is_dir())
+        self._address = join_address(args.host, args.port)
         self._in_order = not args.as_completed
         self._for_people = for_people
 
     def of(self, index: int, name: str, result: Result) -> bytes:
         if self._json:
-            return _as_json(index, name if self._named else None, result)
+            return _as_json(index, name if self._named else None, result, self._address)
         if isinstance(result, library.CallFailed):
             return b"\n" if self._in_order and not self._named else b""
         body = clean(shown(result)).encode() if self._for_people or self._named else result
@@ -471,10 +624,11 @@ class _FolderTarget:
 
     to_terminal = False
 
-    def __init__(self, folder: Path, as_json: bool) -> None:
-        folder.mkdir(exist_ok=True)
-        self._folder = folder
-        self._as_json = as_json
+    def __init__(self, args: argparse.Namespace) -> None:
+        args.out_folder.mkdir(exist_ok=True)
+        self._folder = args.out_folder
+        self._as_json = args.json
+        self._address = join_address(args.host, args.port)
 
     @property
     def reader_left(self) -> bool:
@@ -484,18 +638,20 @@ class _FolderTarget:
         if isinstance(result, bytes):
             (self._folder / name).write_bytes(result)
         if self._as_json:
-            sys.stdout.write(_as_json(index, name, result, with_result=False).decode())
+            sys.stdout.write(_as_json(index, name, result, self._address, False).decode())
 
     def close(self) -> None:
         sys.stdout.flush()
 
 
-def _as_json(index: int, name: str | None, result: Result, with_result: bool = True) -> bytes:
+def _as_json(
+    index: int, name: str | None, result: Result, address: str, with_result: bool = True
+) -> bytes:
     said: dict[str, Any] = {"index": index}
     if name is not None:
         said["name"] = name
     if isinstance(result, library.CallFailed):
-        said.update(ok=False, error=error_as_json(result))
+        said.update(ok=False, error=error_as_json(result, address))
     else:
         said["ok"] = True
         if with_result:

@@ -5,9 +5,10 @@
 
 An order is one request or many that were given together. What was never handed to gRPC is sent when
 the connection is back; what was, and has no answer, ends as unknown and is not sent again. What
-provably did not run is tried again, within a budget, after the time that the process asked for;
-what a process that is being stopped gives back waits, until it is back. Where all places for
-streams are taken, what is to be sent waits for one, within the client's patience.
+provably did not run is tried again, within a budget, after the time that the process asked for; a
+map's also beyond that, for as long as the map is patient. What a process that is being stopped
+gives back waits, until it is back. Where all places for streams are taken, what is to be sent waits
+for one, within the client's patience.
 
 Owns a pipe, whose thread delivers, and a deadline thread, from `start` to `close`.
 """
@@ -50,6 +51,7 @@ RETRIES = 3  # of one request
 RETRY_SHARE = 0.09  # of all requests: with the few in hand, a tenth more at an overload
 FEW_RETRIES, MOST_RETRIES = 10.0, 1000.0  # that a client has in hand
 RETRY_PAUSE_S = 0.1  # when the process did not say how long
+MOST_PAUSE_S = 2.0  # of one that keeps trying, where the process asks for no longer one
 SETTLE_S = 5.0  # a process that is back has found its neighbours by then
 SETTLE_PAUSE_S = 0.25  # and meanwhile is asked again so often
 NEVER_SENT = Failure(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
@@ -543,10 +545,11 @@ class Calls:
                     continue
                 for index, row in enumerate(rows, begin):
                     failure = failures.get(index - start)
+                    request_id = sent.first_id + index
                     if failure is None:
-                        order.deliver((row,), came, index - start, sent.first_id + index)
+                        order.deliver((row,), came, index - start, request_id)
                     else:
-                        self._failed(order, row, failure)
+                        self._failed(order, row, failure, request_id)
         return woken
 
     def _lost(self, why: Part) -> None:
@@ -597,9 +600,9 @@ class Calls:
     def _end_rows(self, sent: _Sent, failure: Failure) -> list[tuple[int, int]]:
         runs = self._close_rows(sent, 0, sent.count)
         for first, count in runs:
-            for order, rows, _ in sent.pieces(first, count):
+            for order, rows, begin in sent.pieces(first, count):
                 if not self._keep(order, rows, failure):
-                    order.deliver(rows, failure, 0, 0)
+                    order.deliver(rows, failure, 0, sent.first_id + begin)
         return runs
 
     def _end_unsent(self, why: Failure = CLOSED) -> None:
@@ -657,29 +660,37 @@ class Calls:
             self._end_unsent()
         return True
 
-    def _failed(self, order: Order, row: int, failure: Failure) -> None:
+    def _failed(self, order: Order, row: int, failure: Failure, request_id: int) -> None:
         if self._keep(order, (row,), failure):
             return
         now = time.monotonic()
         # A process that has just come back reaches nobody yet: that is no reason to give up.
         settles = failure.code is Code.UNAVAILABLE and now < self._settles_by
-        again_at = now + (failure.retry_after_s or RETRY_PAUSE_S)
+        pause_s = failure.retry_after_s or RETRY_PAUSE_S
         if settles:
-            again_at = max(again_at, now + SETTLE_PAUSE_S)
+            pause_s = max(pause_s, SETTLE_PAUSE_S)
+        elif order.attempt >= RETRIES:
+            pause_s = max(pause_s, min(RETRY_PAUSE_S * 2 ** min(order.attempt, 9), MOST_PAUSE_S))
+        again_at = now + pause_s
         if (
             failure.executed is Executed.NO
             and failure.code in WORTH_A_RETRY
             and again_at < order.deadline
             and row not in order.cancelled
             and not self._closed
-            and (settles or (order.attempt < RETRIES and self._spend_retry()))
+            and (settles or self._may_try_again(order))
         ):
             retry = _Retry(order.part((row,), order.attempt + (not settles)))
             with self._lock:
                 self._retrying.add(retry)
             self._deadlines.watch(retry, again_at)
         else:
-            order.deliver((row,), failure, 0, 0)
+            order.deliver((row,), failure, 0, request_id)
+
+    def _may_try_again(self, order: Order) -> bool:
+        if order.attempt < RETRIES and self._spend_retry():
+            return True
+        return order.keeps_trying()
 
     def _spend_retry(self) -> bool:
         with self._lock:

@@ -223,7 +223,12 @@ class Client(concurrent.futures.Executor):
             want_trace=as_flag("want_trace", want_trace),
             request_id=as_whole("request_id", request_id, most=HIGHEST_ID),
         )
-        response = self._connection.forward(request, as_timeout(timeout))
+        try:
+            response = self._connection.forward(request, as_timeout(timeout))
+        except CallFailed as e:
+            if not isinstance(e, NotReached):
+                e.request_id = e.request_id or request_id
+            raise
         read = wire.read_response(response)
         trace = wire.read_trace(response.trace)
         return Answer(response.result, read.parts, read.hops, response.request_id, trace)
@@ -362,16 +367,19 @@ class Client(concurrent.futures.Executor):
         *,
         lines: int = 0,
         request_id: int = 0,
+        error_id: str = "",
         timeout: float | None = None,
     ) -> wire.pb2.LogsResponse:
         """The last lines that this process logged, or one below it; as overlay.proto says.
 
-        lines: how many, 0 for a hundred. request_id: only those about this request.
+        lines: how many, 0 for a hundred. request_id: only those about this request. error_id: only
+        those that name this error.
         """
         wanted = wire.pb2.LogsRequest(
             process_id=as_id(process_id),
             lines=as_whole("lines", lines),
             request_id=as_whole("request_id", request_id, most=HIGHEST_ID),
+            error_id=as_id(error_id),
         )
         return self._connection.logs(wanted, as_timeout(timeout))
 
@@ -462,13 +470,13 @@ class Client(concurrent.futures.Executor):
 def _parts(
     connection: Connection, kind: Kind, body: bytes, timeout_s: float, parts: Parts
 ) -> Iterator[Part]:
-    box: queue.SimpleQueue[tuple[bool, Any, int]] = queue.SimpleQueue()
+    box: queue.SimpleQueue[tuple[bool, Any, int, int]] = queue.SimpleQueue()
     order = Order(
         kind,
         (body,),
         time.monotonic() + timeout_s,
-        lambda rows, came, at, request_id: box.put((True, came, at)),
-        early=lambda rows, came, at, request_id: box.put((False, came, at)),
+        lambda rows, came, at, request_id: box.put((True, came, at, request_id)),
+        early=lambda rows, came, at, request_id: box.put((False, came, at, request_id)),
     )
     connection.send(order, timeout_s)
     is_last = False
@@ -476,10 +484,10 @@ def _parts(
         while not (is_last or parts.is_over):
             connection.check_here()
             with suppress(queue.Empty):  # in slices, so that Ctrl-C works on Windows too
-                is_last, came, at = box.get(timeout=0.5)
+                is_last, came, at, request_id = box.get(timeout=0.5)
                 yield from parts.last(came, at) if is_last else parts.early(came, at)
         if is_last and isinstance(came, Failure):
-            raise connection.failed(came, timeout_s)
+            raise connection.failed(came, timeout_s, request_id)
     finally:
         if not is_last:
             connection.cancel(order)
@@ -534,7 +542,7 @@ class _Reply(Future):  # type: ignore[type-arg]
         self.later = connection.callbacks
         try:
             if isinstance(came, Failure):
-                self.set_exception(connection.failed(came, self._timeout_s))
+                self.set_exception(connection.failed(came, self._timeout_s, request_id))
             else:
                 self.set_result(result_of(came, at))
         except InvalidStateError:

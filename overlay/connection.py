@@ -112,21 +112,21 @@ class Connection:
     def read(self, came: Any, at: int, request_id: int, timeout_s: float) -> Answer:
         """What was delivered, as an Answer. Raises CallFailed."""
         if isinstance(came, Failure):
-            raise self.failed(came, timeout_s)
+            raise self.failed(came, timeout_s, request_id)
         answer = came.answers.at(at)
         return Answer(came.results[at], answer.parts, answer.hops, request_id)
 
     def read_result(self, came: Any, at: int, request_id: int, timeout_s: float) -> bytes:
         """As `read`, but the result only; an Incomplete where a worker is missing."""
         if isinstance(came, Failure):
-            raise self.failed(came, timeout_s)
+            raise self.failed(came, timeout_s, request_id)
         return result_of(came, at)
 
-    def failed(self, failure: Failure, timeout_s: float) -> CallFailed:
+    def failed(self, failure: Failure, timeout_s: float, request_id: int = 0) -> CallFailed:
         reason = failure.reason
         if failure.code is Code.DEADLINE_EXCEEDED and not reason:
             reason = f"no answer from {self.shown} within {timeout_s:g} s"
-        return error_of(failure, reason)
+        return error_of(failure, reason, request_id)
 
     def presence(self, patience_s: float | None) -> Presence:
         """For one map. patience_s: for a process that is lost, None for as long as ever."""
@@ -389,8 +389,8 @@ class Presence:
     """
 
     def __init__(self, connection: Connection, patience_s: float) -> None:
+        self.patience_s = patience_s
         self._connection = connection
-        self._patience_s = patience_s
         self._since = math.inf  # when it was found away; monotonic seconds
         self._until = math.inf  # when the patience is over
         self._is_told = False
@@ -417,13 +417,13 @@ class Presence:
         now = time.monotonic()
         self._since = min(self._since, now)
         if self._until == math.inf or calls.is_served:
-            self._until = now + self._patience_s
+            self._until = now + self.patience_s
         if not self._is_told and now - self._since > TOLD_S:
             self._is_told = True
             log.warning(
                 "%s is gone; the map goes on when it is back, and waits up to %g s for that",
                 self._connection.shown,
-                self._patience_s,
+                self.patience_s,
             )
         return True
 

@@ -13,6 +13,7 @@ import ipaddress
 import json
 import math
 import os
+import re
 import sys
 import threading
 import unicodedata
@@ -190,6 +191,15 @@ def request_id(text: str) -> int:
     )
 
 
+def error_id(text: str) -> str:
+    """As a failure tells it: hexadecimal, 8 digits."""
+    if not re.fullmatch("[0-9a-f]{8}", text):
+        raise argparse.ArgumentTypeError(
+            f"'{clean(text)}' is not the id of an error, 8 digits from 0 to f"
+        )
+    return text
+
+
 def name(text: str) -> str:
     # What a command line holds that is not text is not printable, either.
     if not text.isprintable() or len(text) > Limits.max_name:
@@ -229,21 +239,38 @@ def failed(
     """
     code = exit_of(error)
     if as_json:
-        said = error_as_json(error)
+        said = error_as_json(error, address)
         Screen(sys.stdout).json(
             {"ok": False, "exit_code": int(code), "address": address, "error": said}
         )
-    complain(f"{clean(str(error))}{proof(error) if of_a_request else ''}")
+    complain(f"{clean(str(error))}{proof(error) if of_a_request else ''}{whose(error, address)}")
     return code
 
 
-def error_as_json(error: library.CallFailed) -> dict[str, Any]:
-    return {
+def error_as_json(error: library.CallFailed, address: str) -> dict[str, Any]:
+    said = {
         "code": error.code.name,
         "message": str(error),
         "executed": error.executed.name,
         "retry_after_s": error.retry_after_s,
     }
+    if error.request_id:
+        said["request_id"] = f"{error.request_id:016x}"
+        said["logs"] = logs_command(error.request_id, address)
+    return said
+
+
+def whose(error: library.CallFailed, address: str) -> str:
+    """Which request failed, and how to see what its processes wrote of it."""
+    if not error.request_id:
+        return ""
+    shown_by = logs_command(error.request_id, address)
+    return f"; request {error.request_id:016x}, its log lines: {shown_by}"
+
+
+def logs_command(request_id: int, address: str) -> str:
+    host, _, port = address.rpartition(":")
+    return f"client.py {host.strip('[]')} {port} logs --request {request_id:016x}"
 
 
 def exit_of(error: library.CallFailed) -> Exit:

@@ -9,7 +9,10 @@ from overlay.values import Code, Executed
 
 
 class OverlayError(Exception):
-    """The root. `executed` says whether a handler saw the request; NO makes a retry safe."""
+    """The root. `executed` says whether a handler saw the request; NO makes a retry safe.
+
+    request_id: of the request that it became of, as its log lines have it; 0 where there is none.
+    """
 
     code = Code.UNKNOWN
     executed = Executed.NO
@@ -18,6 +21,7 @@ class OverlayError(Exception):
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.request_id = 0
 
 
 class ConfigError(OverlayError):

@@ -77,10 +77,10 @@ class Families(Collector):
         m = self._metrics()
         yield from _process(m)
         yield from _requests(m)
-        yield _histogram("request_waiting", "Time of requests in the queue.", m.waiting)
         yield _histogram(
-            "request_service", "Time of requests from leaving the queue to the answer.", m.service
+            "request_waiting", "Until a handler began: in queues and on the way.", m.waiting
         )
+        yield _histogram("request_service", "While the handler ran, as its worker says.", m.service)
         yield from _links(m.neighbours)
         yield from _handlers(m.handlers)
 

@@ -49,6 +49,7 @@ log = logging.getLogger("overlay.intake")
 
 SAMPLE_S = 0.001  # between two ends that are noted: enough to know a pace, where they are many
 MOST_KINDS = 1000  # routes are few, but a caller may name any targets
+OF_LATE = 16  # ends that make up the mean of how long a place is held
 MOST_HANDLERS = 1000  # as many are known to have been asked for of late
 
 
@@ -58,6 +59,10 @@ or AWAITED."""
 
 Start = Callable[[Segment, Any, float, Sink], End]
 """(rows, their places, seconds waited, sink) -> how to end them."""
+
+Took = Callable[["Ticket", int, Answers, "float | None", float], None]
+"""(ticket, so many of its rows, what came of them, when they started, when that came). None: they
+never started."""
 
 
 class Ticket:
@@ -86,7 +91,6 @@ class Ticket:
         self.priority = priority
         self.urgency = admission.urgency(now, priority)
         self.admitted = now
-        self.started: float | None = None
         self.number = number
         self.unstarted = OpenRows(segment.count)  # guarded by the intake's lock
         self.patient_until = (now + segment.deadline) / 2
@@ -97,6 +101,7 @@ class Ticket:
         self._open = OpenRows(segment.count)
         self._ends: list[tuple[int, int, End]] = []
         self._ended: list[tuple[Code, int, int]] = []
+        self._starts: list[tuple[int, int, float]] = []  # (first row, rows, when they started)
 
     @property
     def is_open(self) -> bool:
@@ -124,12 +129,18 @@ class Ticket:
         runs = self._intake._withdraw(self, start, self.segment.count - start)
         self._settle_runs(runs, refusal(self._intake.me, error))
 
-    def waited_s(self, now: float) -> float:
-        return (self.started or now) - self.admitted
+    def started(self, row: int) -> float | None:
+        """When the row did, which has ended; None when it never did."""
+        for first, rows, started in list(self._starts):
+            if first <= row < first + rows:
+                return started
+        return None
 
     def _settle_runs(self, runs: list[Run], refused: Part) -> None:
         for first, rows in runs:
-            self._settle(first, Answers(rows, (), refused=refused))
+            answers = Answers(rows, (), refused=refused)
+            self._intake.took(self, rows, answers, None, self._intake._clock())
+            self._settle(first, answers)
 
     def _settle(self, start: int, answers: Answers) -> None:
         """Passes on the rows that are still open."""
@@ -150,11 +161,14 @@ class Ticket:
                 before = still_in_service.left
                 still_in_service.take(row, answers.count)
                 left = before - still_in_service.left
-            intake._release(self, left, now, answers)
+            if left:  # else they had ended before
+                came = intake._release(self, left, now, answers)
+                intake.took(self, left, answers, now, came)
             self._settle(first + row, answers)
             intake.kick()
 
         rows = self.segment.slice(first, count)
+        self._starts.append((first, count, now))
         try:
             end = start(rows, place, now - self.admitted, sink)
         except Exception as e:
@@ -319,6 +333,7 @@ class Intake:
         way_home_s: float = 0.0,
         default_handler: str = "",
         on_started: Callable[[], None] = lambda: None,
+        took: Took = lambda ticket, rows, answers, started, ended: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """of_a_team: how many of the places in service those who name one team may have.
@@ -327,9 +342,12 @@ class Intake:
         default_handler: what a request without a handler's name runs, where that is the same on all
         workers.
         on_started: called after starts, so that what they sent leaves together.
+        took: is told of every row once, when it has ended.
         """
         self.me = me
         self.on_started = on_started
+        self.took = took
+        self.held_s = 0.0  # how long a place was held of late, about
         self.slots = slots
         self.in_service = in_service
         self._way_home_s = way_home_s
@@ -631,7 +649,6 @@ class Intake:
 
     def _begin_locked(self, ticket: Ticket, first: int, count: int, now: float) -> None:
         ticket.unstarted.take(first, count)
-        ticket.started = ticket.started or now
         ticket.kind.active += count
         self._unpark_locked(ticket, now)
         if ticket.lane.is_stream:
@@ -663,9 +680,8 @@ class Intake:
         if not ticket.unstarted.left:
             self._fresh.pop(ticket, None)
 
-    def _release(self, ticket: Ticket, count: int, started: float, answers: Answers) -> None:
-        if not count:  # they had ended before
-            return
+    def _release(self, ticket: Ticket, count: int, started: float, answers: Answers) -> float:
+        """Gives the places of so many rows back. When that was."""
         is_pace = not ticket.is_read and answers.is_worked_for
         is_lost = not is_pace and answers.is_too_late
         with self._lock:
@@ -680,6 +696,9 @@ class Intake:
             elif is_lost:
                 ticket.own.lost(now, now - started)
             kind.active -= count
+            held_s = now - started
+            self.held_s += (held_s - self.held_s) / OF_LATE if self.held_s else held_s
+        return now
 
 
 def _holder(ticket: Ticket) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from overlay import routing, wire
+from overlay.errors import BadRequest
 from overlay.links import Links
 from overlay.recent import LINES, Recent
 from overlay.topology import Topology
@@ -40,9 +41,11 @@ class Journal:
     def read(self, asked: pb2.LogsRequest, is_near: bool, timeout_s: float) -> pb2.LogsResponse:
         """The lines asked for. is_near: the question comes from this machine.
 
-        Raises OverlayError: no such process, none of those below, not reached in time.
+        Raises OverlayError: no such process, none of those below, not reached in time; BadRequest.
         """
         public_only = asked.public_only or not is_near
+        if len(asked.error_id) > wire.LONGEST_ERROR_ID:
+            raise BadRequest(f"error_id: more than {wire.LONGEST_ERROR_ID} characters")
         if asked.process_id in ("", self._me):
             return self._own(asked, public_only)
         limits = self._topology.limits
@@ -55,11 +58,13 @@ class Journal:
             request_id=asked.request_id,
             hops=(*hops, self._me),
             public_only=public_only,
+            error_id=asked.error_id,
         )
         return self._links.logs(neighbour, onward, timeout_s)
 
     def _own(self, asked: pb2.LogsRequest, public_only: bool) -> pb2.LogsResponse:
-        found = self._recent.lines(min(asked.lines or wire.FEW_LINES, LINES), asked.request_id)
+        most = min(asked.lines or wire.FEW_LINES, LINES)
+        found = self._recent.lines(most, asked.request_id, asked.error_id)
         said = [wire.write_line(line, public_only) for line in found]
         size, first = 0, len(said)
         while first and size < MOST_BYTES:

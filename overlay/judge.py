@@ -165,6 +165,16 @@ def _check_functions(functions: Sequence[Any]) -> None:
     _check_names("functions", [function.name for function in functions])
 
 
+def request_id(said: object) -> int:
+    """An id as it is printed; 0 for what is none."""
+    if not (isinstance(said, str) and len(said) == 16 and set(said) <= _HEXADECIMAL):
+        return 0
+    return int(said, 16)
+
+
+_HEXADECIMAL = set("0123456789abcdef")
+
+
 def _check_workers(workers: list[str], targets: frozenset[str] | None) -> None:
     if len(workers) > 1 and len(set(workers)) < len(workers):
         raise Misspoken("two parts of one worker in one slice")

@@ -366,7 +366,7 @@ class _Link:
         with self._lock:
             self.outstanding[handler] -= count
             if not flawless:
-                self.failed += count
+                self.failed += answers.failed_rows
             self._note_service_time(handler, answers)
         if flawless and not self.cases:
             return

@@ -1,7 +1,9 @@
 """One map of a client: payloads go out as results come back, never all at once.
 
 It outlives the process asked: what was not sent, or provably did not run, goes on when that is
-back; what was under way is a failure in its own place.
+back; what was under way is a failure in its own place. What is refused with proof, as by a process
+that has too much to do or reaches no worker, is tried again while others are answered, and for as
+long after the last answer as the map is patient; within its own time.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class MapRun:
         self._timeout_s = timeout_s
         self._chunk = chunk
         self._window = window
-        self._came: queue.SimpleQueue[tuple[int, Sequence[int], Any, int]] = queue.SimpleQueue()
+        self._came: queue.SimpleQueue[tuple[int, Sequence[int], Any, int, int]] = (
+            queue.SimpleQueue()
+        )
         self._orders: dict[int, list[Any]] = {}  # first index -> the order, rows still open
         self._sent = 0
         self._open = 0
@@ -61,6 +65,7 @@ class MapRun:
         self._failed = 0
         self._unsent = 0
         self._over: CallFailed | None = None  # why nothing more is sent
+        self._answered_at = time.monotonic()  # when a payload last was
 
     def run(
         self, payloads: Iterator[bytes | str], ordered: bool
@@ -143,6 +148,7 @@ class MapRun:
         deadline = time.monotonic() + self._timeout_s
         first = self._sent
         order = Order(self._kind, rows, deadline, partial(self._deliver, first))
+        order.keeps_trying = self._is_patient
         if self._presence.was_up:
             self._presence.send(order)
         else:
@@ -156,7 +162,12 @@ class MapRun:
     def _deliver(
         self, first: int, rows: Sequence[int], came: Any, at: int, request_id: int
     ) -> None:
-        self._came.put((first, rows, came, at))
+        if not isinstance(came, Failure):
+            self._answered_at = time.monotonic()
+        self._came.put((first, rows, came, at, request_id))
+
+    def _is_patient(self) -> bool:
+        return time.monotonic() - self._answered_at < self._presence.patience_s
 
     def _some(
         self, within_s: float
@@ -168,7 +179,7 @@ class MapRun:
             yield self._read(*self._came.get())
 
     def _read(
-        self, first: int, rows: Sequence[int], came: Any, at: int
+        self, first: int, rows: Sequence[int], came: Any, at: int, request_id: int
     ) -> tuple[int, Sequence[int], Sequence[bytes | CallFailed]]:
         entry, count = self._orders[first], len(rows)
         entry[1] -= count
@@ -178,7 +189,9 @@ class MapRun:
             del self._orders[first]
         if isinstance(came, Failure):
             self._failed += count
-            return first, rows, [self._connection.failed(came, self._timeout_s) for _ in rows]
+            failed, timeout_s = self._connection.failed, self._timeout_s
+            ids = range(request_id, request_id + count) if request_id else (0,) * count
+            return first, rows, [failed(came, timeout_s, id_) for id_ in ids]
         self._answered += count
         results = results_of(came, at, count)
         mean = sum(map(len, results)) / count

@@ -1,12 +1,13 @@
 """What GetMetrics tells: exact counts, and how times spread: of late, and since the start.
 
-Safe from any thread.
+Times are those of requests: many that ended together count as many. Safe from any thread.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ BOUNDS_S = tuple(step * 10.0**power for power in range(-4, 2) for step in (1, 2,
 
 @dataclass(frozen=True)
 class Spread:
-    """Of the last 1,024 measured times, in seconds."""
+    """Of the last requests, 1,024 at most, in seconds."""
 
     p50: float = 0.0
     p99: float = 0.0
@@ -26,22 +27,35 @@ class Spread:
 
 
 class Times:
-    """Keeps the last 1,024 durations. Adding is one atomic append; the sum is made when asked."""
+    """Keeps the durations of the last 1,024 requests. Adding is one atomic append; the sum is made
+    when asked."""
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
 
-    def add(self, seconds: float) -> None:
-        self._recent.append(seconds)
+    def add(self, seconds: float, rows: int = 1) -> None:
+        """rows: that took so long, each, as far as is known."""
+        self._recent.append((seconds, rows))
 
     @property
     def spread(self) -> Spread:
-        ordered = sorted(self._recent.copy())
-        if not ordered:
+        found, count = [], 0
+        for seconds, rows in reversed(self._recent.copy()):
+            rows = min(rows, RECENT - count)
+            found.append((seconds, rows))
+            count += rows
+            if count == RECENT:
+                break
+        if not count:
             return Spread()
-        last = len(ordered) - 1
-        mean = sum(ordered) / len(ordered)
-        return Spread(ordered[last // 2], ordered[round(last * 0.99)], mean, len(ordered))
+        found.sort()
+        upto = list(itertools.accumulate(rows for _, rows in found))
+        mean = sum(seconds * rows for seconds, rows in found) / count
+
+        def at(place: int) -> float:
+            return found[bisect_right(upto, place)][0]
+
+        return Spread(at((count - 1) // 2), at(round((count - 1) * 0.99)), mean, count)
 
 
 @dataclass(frozen=True)
@@ -83,16 +97,16 @@ class Meter:
         with self._lock:
             self._received += count
 
-    def ended(self, rows: int, completed: int, waited_s: float, served_s: float | None) -> None:
-        """Counts the completed of so many rows, and notes what each of them took.
+    def took(self, rows: int, waited_s: float, served_s: float | None) -> None:
+        """What each of so many rows took.
 
-        waited_s: until it started or was given up. served_s: from then; None if it never started.
+        served_s: while its handler ran, to all the last one; None when none began. waited_s: all
+        else.
         """
-        self.waiting.add(waited_s)
+        self.waiting.add(waited_s, rows)
         if served_s is not None:
-            self.service.add(served_s)
+            self.service.add(served_s, rows)
         with self._lock:  # once, and not for each figure: this is on every request's way
-            self._completed += completed
             self._waited.add_locked(waited_s, rows)
             if served_s is not None:
                 self._served.add_locked(served_s, rows)

@@ -18,7 +18,8 @@ from overlay.values import Route
 
 Deliver = Callable[[Sequence[int], Any, int, int], None]
 """(rows of the order, what came for them or the Failure that says why nothing did, the first one's
-row in what came, its request id). Each row comes once, on the pipe's or the deadline thread; must
+row in what came, its request id, after which those of the others come; 0 for what was not sent).
+Each row comes once, on the pipe's or the deadline thread; must
 be quick and must not raise."""
 
 
@@ -43,6 +44,7 @@ class Order:
         "early",
         "given",
         "is_patient",
+        "keeps_trying",
         "kind",
         "payloads",
         "rows",
@@ -72,6 +74,8 @@ class Order:
         self.cancelled: set[int] = set()
         self.given = time.monotonic()
         self.is_patient = False  # whose owner takes it back when it has waited for too long
+        # Whether what provably did not run is tried again, beyond what any call may have of that.
+        self.keeps_trying: Callable[[], bool] = _never
 
     def part(self, rows: Sequence[int], attempt: int) -> Order:
         """Some of its rows, as an order to be sent for themselves."""
@@ -79,11 +83,16 @@ class Order:
         made = Order(self.kind, self.payloads, self.deadline, *whose)
         made.rows, made.attempt, made.cancelled = rows, attempt, self.cancelled
         made.given, made.is_patient = self.given, self.is_patient
+        made.keeps_trying = self.keeps_trying
         made.size = sum(len(self.payloads[row]) for row in rows)
         return made
 
 
 _ONE = (0,)
+
+
+def _never() -> bool:
+    return False
 
 
 class Outbox:

@@ -74,7 +74,8 @@ class Incomplete(bytes):
 class CallFailed(OverlayError):
     """A call without an answer; itself for every code without a class of its own below.
 
-    executed: NO is proof that no handler saw the request.
+    executed: NO is proof that no handler saw the request. request_id: under which the processes
+    that it passed have lines in their logs; 0 when it never left, or nobody said.
     """
 
     executed = Executed.UNKNOWN
@@ -166,19 +167,22 @@ def failure_of(error: Any, address: str, timeout_s: float) -> CallFailed:
     said = wire.read_error(error)
     after_s = wire.retry_after_s(error.trailing_metadata())
     failure = Failure(said.code, said.reason, said.executed, after_s)
-    return error_of(failure, _sentence(error, said, address, timeout_s))
+    request_id = wire.read_request_id(error.trailing_metadata())
+    return error_of(failure, _sentence(error, said, address, timeout_s), request_id)
 
 
-def error_of(failure: Failure, sentence: str) -> CallFailed:
+def error_of(failure: Failure, sentence: str, request_id: int = 0) -> CallFailed:
     kind = _KINDS.get(failure.code, CallFailed)
     if kind is Refused and failure.executed is not Executed.NO:
         kind = CallFailed  # such as an answer too large for a process on its way
-    return kind(
+    error = kind(
         sentence,
         code=failure.code,
         executed=failure.executed,
         retry_after_s=failure.retry_after_s,
     )
+    error.request_id = request_id
+    return error
 
 
 _KINDS: dict[Code, type[CallFailed]] = {

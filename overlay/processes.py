@@ -133,7 +133,8 @@ class ProcessRunner:
         now = time.monotonic()
         if now >= batch.segment.deadline:
             outcome = batch.too_late()
-        batch.done([(row, outcome)], now - began - (outlet.waited_s if outlet else 0.0))
+        read_s = outlet.waited_s if outlet else 0.0
+        batch.done([(row, outcome)], now - began - read_s, began)
         return self._maybe_kept(child)
 
     def _run(

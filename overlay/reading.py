@@ -1,8 +1,9 @@
 """`client.py HOST PORT logs`: the last lines of any process, read from one place.
 
-without an ID    the process at HOST PORT
-with one         that process, asked through the one at HOST PORT
---request        all of them that can be asked, for the lines about one request, by their time
+without an ID       the process at HOST PORT
+with one            that process, asked through the one at HOST PORT
+--request, --error  all of them that can be asked, for the lines about one request, or that name one
+                    error id, by their time
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from overlay.console import (
     complain,
     connected,
     counted,
+    error_id,
     failed,
     name,
     request_id,
     seconds,
     whole_number,
 )
+from overlay.recent import names_error, unfolded
 from overlay.topology import ROLES, join_address
 
 DEADLINE_S = 5.0
@@ -62,6 +65,12 @@ def arguments(parser: Parser) -> None:
         help="only lines about this request; without an ID those of every process",
     )
     add(
+        "--error",
+        type=error_id,
+        metavar="ID",
+        help="only lines that name this error id; without a process those of every one",
+    )
+    add(
         "--deadline",
         type=seconds,
         default=DEADLINE_S,
@@ -75,14 +84,14 @@ def run(args: argparse.Namespace) -> int:
     address = join_address(args.host, args.port)
     try:
         client = connected(args)
-        everybody = args.request and not args.id
+        everybody = (args.request or args.error) and not args.id
         ids = _who_can_be_asked(client, args.deadline) if everybody else [args.id]
         said = [_ask(client, process_id, args) for process_id in ids]
     except library.CallFailed as e:
         return failed(e, address, args.json, of_a_request=False)
     if len(said) == 1 and said[0].why is not None:
         return failed(said[0].why, address, args.json, of_a_request=False)
-    code = _code(said, args.request)
+    code = _code(said, args)
     report = Screen(sys.stdout)
     if args.json:
         lines = [_as_json(*pair) for pair in _by_time(said)]
@@ -90,16 +99,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         for process_id, line in _by_time(said):
             report.say(shown_line(process_id, line))
-    _complain(said, args.request)
+    _complain(said, args)
     return code
 
 
 def shown_line(process_id: str, line: Any) -> str:
-    """As the process's own file has it, in local time."""
+    """As the process's own file has it, in local time; but for its line ends, as of a traceback."""
+    text = _text_of(line)
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line.at_s))
-    return (
-        f"{at},{int(line.at_s % 1 * 1000):03d} {process_id} {line.logger} {line.level} {line.text}"
-    )
+    return f"{at},{int(line.at_s % 1 * 1000):03d} {process_id} {line.logger} {line.level} {text}"
+
+
+def _text_of(line: Any) -> str:
+    return unfolded(line.text, line.breaks).rstrip("\n")
 
 
 def _who_can_be_asked(client: library.Client, deadline_s: float) -> list[str]:
@@ -120,16 +132,20 @@ def _who_can_be_asked(client: library.Client, deadline_s: float) -> list[str]:
 def _ask(client: library.Client, process_id: str, args: argparse.Namespace) -> Said:
     wanted = {"lines": args.lines, "request_id": args.request, "timeout": args.deadline}
     try:
-        found = client.logs(process_id, **wanted)
+        found = client.logs(process_id, error_id=args.error or "", **wanted)
     except library.CallFailed as e:
         return Said(process_id, why=e)
-    return Said(found.process_id, found.lines, found.dropped)
+    lines = list(found.lines)
+    if args.error:  # an older process gives all
+        lines = [line for line in lines if names_error(line.text, args.error)]
+    return Said(found.process_id, lines, found.dropped)
 
 
-def _code(said: Sequence[Said], request: int) -> Exit:
+def _code(said: Sequence[Said], args: argparse.Namespace) -> Exit:
     if any(one.why is not None for one in said):
         return Exit.INCOMPLETE
-    return Exit.FAILED if request and not any(one.lines for one in said) else Exit.OK
+    is_missed = (args.request or args.error) and not any(one.lines for one in said)
+    return Exit.FAILED if is_missed else Exit.OK
 
 
 def _by_time(said: Sequence[Said]) -> Iterator[tuple[str, Any]]:
@@ -137,16 +153,20 @@ def _by_time(said: Sequence[Said]) -> Iterator[tuple[str, Any]]:
     yield from sorted(pairs, key=lambda pair: pair[1].at_s)
 
 
-def _complain(said: Sequence[Said], request: int) -> None:
+def _complain(said: Sequence[Said], args: argparse.Namespace) -> None:
     for one in said:
         if one.why is not None:
             complain(f"no lines of {one.process_id}: {one.why}")
         if one.dropped:
             complain(f"{counted(one.dropped, 'line')} of {one.process_id} went into no log")
-    if request and not any(one.lines for one in said):
-        asked = ", ".join(one.process_id for one in said if one.why is None)
+    if any(one.lines for one in said):
+        return
+    asked = ", ".join(one.process_id for one in said if one.why is None)
+    if args.error:
+        complain(f"no line with error id {args.error} is among the last ones of {asked}")
+    elif args.request:
         complain(
-            f"no line about request {request:016x} is among the last ones of {asked}; "
+            f"no line about request {args.request:016x} is among the last ones of {asked}; "
             "a request leaves lines when it fails, or was asked with --trace"
         )
 
@@ -157,7 +177,7 @@ def _as_json(process_id: str, line: Any) -> dict[str, Any]:
         "at_s": round(line.at_s, 3),
         "level": line.level,
         "logger": line.logger,
-        "text": line.text,
+        "text": _text_of(line),
         "number": line.number,
         "withheld": line.withheld,
     }

@@ -14,6 +14,7 @@ Events that say the `same` are one, with the words of the last and how many they
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
@@ -24,6 +25,8 @@ from overlay.events import COME_AGAIN, latest
 LINES = 1000
 EVENTS = 256  # that happened once, and as many kinds of those that come again
 LONGEST = 4096  # characters of a line; 1,000 such lines are 4 MiB
+BREAK = " | "  # a line end, in a text on one line
+MOST_BREAKS = 200  # that are told of a line; a traceback that is kept has fewer
 WITHHELD = "(a handler's own text; it is in this process's log)"
 OF_HANDLERS = "overlay.handler"
 
@@ -32,7 +35,8 @@ OF_HANDLERS = "overlay.handler"
 class Line:
     """number: rises by one. public: the text for those who cannot read the file, when it differs.
 
-    kind: of an event, else empty. count: how many the same it tells of, since first_s.
+    kind: of an event, else empty. count: how many the same it tells of, since first_s. breaks:
+    where the text had line ends, as a traceback does, which are BREAK in it.
     """
 
     number: int
@@ -45,6 +49,7 @@ class Line:
     kind: str = ""
     count: int = 1
     first_s: float = 0.0
+    breaks: tuple[int, ...] = ()
 
 
 class Recent(logging.Handler):
@@ -71,7 +76,7 @@ class Recent(logging.Handler):
         if line.kind:
             self._event_number += 1
             text = line.text if line.public is None else line.public
-            event = replace(line, number=self._event_number, text=text, public=None)
+            event = replace(line, number=self._event_number, text=text, public=None, breaks=())
             self._add_event(event, _same(record, line.kind), getattr(record, "more", False))
 
     def _add_event(self, event: Line, same: Hashable, only_counts: bool) -> None:
@@ -87,11 +92,13 @@ class Recent(logging.Handler):
         if len(self._again) > EVENTS:
             self._again.popitem(last=False)
 
-    def lines(self, most: int = LINES, request_id: int = 0) -> list[Line]:
-        """The last ones, the oldest first; of one request only, if an id is given."""
+    def lines(self, most: int = LINES, request_id: int = 0, error_id: str = "") -> list[Line]:
+        """The last ones, the oldest first; of one request or error only, if an id is given."""
         found: Iterable[Line] = self._lines.copy()
         if request_id:
             found = [line for line in found if line.request_id == request_id]
+        if error_id:
+            found = [line for line in found if names_error(line.text, error_id)]
         return list(found)[-most:] if most else []
 
     def events(self, most: int = EVENTS) -> list[Line]:
@@ -141,25 +148,48 @@ def escaped(text: str, most: int = LONGEST) -> str:
     """The text on one line and without control characters, cut at 4,096 characters."""
     if len(text) > most:
         text = f"{text[:most]}... ({len(text):,} characters)"
-    text = text.replace("\n", " | ")
+    text = text.replace("\n", BREAK)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def unfolded(text: str, breaks: Iterable[int]) -> str:
+    """The text with its line ends again; a place where none can have been is left alone."""
+    begin, lines = 0, []
+    for at in breaks:
+        if at >= begin and text.startswith(BREAK, at):
+            lines.append(text[begin:at])
+            begin = at + len(BREAK)
+    return "\n".join([*lines, text[begin:]])
+
+
+def names_error(text: str, error_id: str) -> bool:
+    return f"error id {error_id}" in text
+
+
+def _breaks(text: str) -> tuple[int, ...]:
+    """Where `escaped` of this text has its line ends, the first ones."""
+    *lines, _ = text[:LONGEST].split("\n")[: MOST_BREAKS + 1]
+    ends = itertools.accumulate(len(escaped(line)) + len(BREAK) for line in lines)
+    return tuple(end - len(BREAK) for end in ends)
+
+
 def _line(number: int, record: logging.LogRecord) -> Line:
     about, public, private = texts_of(record)
+    text = about + public + private
     return Line(
         number,
         record.created,
         record.levelname,
         record.name,
-        escaped(about + public + private),
+        escaped(text),
         escaped(about + (public or WITHHELD)) if private else None,
         getattr(record, "request_id", 0),
         _kind_of(record),
         getattr(record, "count", 1),
         record.created,
+        _breaks(text) if "\n" in text else (),
     )
 
 

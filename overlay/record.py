@@ -1,6 +1,7 @@
 """What becomes of this process's requests: counted, told as stories, in the log where they fail.
 
-    ended -> counts and times       of every row, at the price of one
+    took  -> times                  of every row, at the price of one
+    ended -> counts                 the same
           -> its trace and a story  of some a second, and of failures
           -> lines in the log       of failures: some, then how many more; of those told: each
 
@@ -81,31 +82,46 @@ class Record:
     def ended_and_counted(self, ended: Ended) -> None:
         """As `ended`, and counts how each row ended."""
         failures = ended.failures
-        self.ended(ended, ended.count - len(failures))
+        if ended.count > len(failures):
+            self.meter.completed(ended.count - len(failures))
         for _, failed in failures:
             self.count(failed)
+        self.ended(ended)
 
-    def ended(self, ended: Ended, completed: int = 0) -> None:
-        """Notes its times; gives it a trace and tells of it, where that is wanted."""
-        ticket, now, waited_s, served_s = ended.ticket, time.monotonic(), 0.0, None
-        if ticket is not None:
-            started = ticket.started
-            waited_s = ticket.waited_s(now)
-            served_s = None if started is None else now - started
-            self.meter.ended(ended.count, completed, waited_s, served_s)
-        elif completed:
-            self.meter.completed(completed)
-        if ended.segment.traced or ended.failures:
-            self._tell(ended, waited_s, served_s or 0.0)
-
-    def _tell(self, ended: Ended, waited_s: float, served_s: float) -> None:
+    def ended(self, ended: Ended) -> None:
+        """Gives it a trace and tells of it, where that is wanted."""
+        if not (ended.segment.traced or ended.failures):
+            return
         if ended.segment.traced or self.stories.wants_failure():
-            ended.trace = self._trace(ended, waited_s, served_s)
-            self._add_stories(ended, waited_s + served_s)
+            waited_s, away_s = _times_here(ended)
+            ended.trace = self._trace(ended, waited_s, away_s)
+            self._add_stories(ended, waited_s + away_s)
         if ended.segment.told:
-            self._tell_each(ended, waited_s, served_s)
+            self._tell_each(ended)
         else:
             self._tell_failures(ended)
+
+    def took(
+        self, ticket: Ticket, rows: int, answers: Answers, started: float | None, ended: float
+    ) -> None:
+        """Notes the times of rows that have ended: as in overlay.intake.Took.
+
+        Service is what their worker says that its handler took, and waiting all else until the
+        answer was here: in queues, here and below, and on the way. Where parts went before the
+        answer, for which their reader may have let it wait, only what was told of queues.
+        """
+        stay_s = ended - ticket.admitted
+        if started is None:
+            self.meter.took(rows, stay_s, None)
+            return
+        served_s = served(answers, ended - started, self._works)
+        waited_s = stay_s - (served_s or 0.0)
+        if ticket.segment.early is not None:
+            waited_s = min(waited_s, started - ticket.admitted + self._waited_below_s(answers))
+        self.meter.took(rows, waited_s, served_s)
+
+    def _waited_below_s(self, answers: Answers) -> float:
+        return 0.0 if self._works or answers.early_us is None else answers.early_us[0] / 1e6
 
     def turned_away(self, error: OverlayError) -> None:
         """A request that could not even be read."""
@@ -124,13 +140,13 @@ class Record:
         else:
             self._crowds.add(what, count - 1)
 
-    def _trace(self, ended: Ended, waited_s: float, served_s: float) -> tuple[Hop, ...]:
+    def _trace(self, ended: Ended, waited_s: float, away_s: float) -> tuple[Hop, ...]:
+        times = int(waited_s * 1e6), int(away_s * 1e6)
         if ended.answers is None:
             code = ended.failures[0][1].code if ended.failures else Code.OK
-            return (Hop(self._me, int(waited_s * 1e6), int(served_s * 1e6), 0, code),)
+            return (Hop(self._me, *times, 0, code),)
         if self._works and ended.answers.parts:
             return story.trace_of_worker(self._me, ended.answers)
-        times = int(waited_s * 1e6), int(served_s * 1e6)
         return story.trace_of(self._me, *times, ended.answers)
 
     def _add_stories(self, ended: Ended, total_s: float) -> None:
@@ -155,7 +171,8 @@ class Record:
             reason = story.reason_of(ended.answers.at(row)) if ended.answers else ""
             add(row, Code.OK, reason, good)
 
-    def _tell_each(self, ended: Ended, waited_s: float, served_s: float) -> None:
+    def _tell_each(self, ended: Ended) -> None:
+        waited_s, away_s = _times_here(ended)
         failed = dict(ended.failures)
         ids = ended.segment.all_ids
         for row in range(ended.count):
@@ -168,7 +185,7 @@ class Record:
                 what, private = _words(ended, row, error)
             log.info(
                 "%s; waited %.1f ms, in service %.1f ms, asked by %s",
-                what, waited_s * 1e3, served_s * 1e3, _asked_by(ended),
+                what, waited_s * 1e3, away_s * 1e3, _asked_by(ended),
                 extra={"request_id": ids[ended.start + row], "private": private},
             )  # fmt: skip
 
@@ -196,15 +213,47 @@ class Record:
         return answer is None or all(part.ok for part in answer.parts)
 
 
-def log_failure(what: str, e: BaseException) -> str:
+def served(answers: Answers, away_s: float, works: bool = False) -> float | None:
+    """How long the handler of these rows ran, which were away for so long; None if none began.
+
+    Of several workers it is the one that took longest in all. What is late or lost has run all the
+    time that its worker did not say it waited, as far as is known.
+    """
+    if answers.refused is not None:
+        return None if answers.refused.executed is Executed.NO else away_s
+    early = answers.early_us
+    longest_us, worked_us = (-1, None) if early is None else (sum(early), early[1])
+    for column in answers.parts:
+        waited, worked = column.waited_us, column.worked_us
+        why = column.failed or next(iter(column.failures.values()), None)
+        if why is not None and not worked:
+            if why.executed is Executed.NO:
+                continue
+            worked = max(0, int(away_s * 1e6) - (0 if works else waited))
+        if waited + worked > longest_us:
+            longest_us, worked_us = waited + worked, worked
+    return None if worked_us is None else min(worked_us / 1e6, away_s)
+
+
+def log_failure(what: str, e: BaseException, request_id: int = 0) -> str:
     """Logs it under an id, and says where: the sentence for its caller, who gets no more."""
     error_id = uuid.uuid4().hex[:8]
-    log.error("error id %s: %s", error_id, what, exc_info=e)
+    log.error("error id %s: %s", error_id, what, exc_info=e, extra={"request_id": request_id})
     return f"{what}; error id {error_id} in this process's log"
 
 
-def unexpected(e: BaseException) -> OverlayError:
-    return HandlerFailed(log_failure("something went wrong in the overlay itself", e))
+def unexpected(e: BaseException, request_id: int = 0) -> OverlayError:
+    what = "something went wrong in the overlay itself"
+    return HandlerFailed(log_failure(what, e, request_id))
+
+
+def _times_here(ended: Ended) -> tuple[float, float]:
+    """How long its first row waited here, and how long it was in service here or below."""
+    if ended.ticket is None:
+        return 0.0, 0.0
+    now, started = time.monotonic(), ended.ticket.started(ended.start)
+    started = now if started is None else started
+    return started - ended.ticket.admitted, now - started
 
 
 def _alike(failures: Sequence[tuple[int, OverlayError]]) -> list[tuple[int, OverlayError, int]]:

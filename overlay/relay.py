@@ -351,19 +351,21 @@ class _PassOn:
         if not state.is_good:
             columns = {**{c.process_id: c for c in state.bad}, **columns}
         found = assembly.in_order(columns, self._relay._order)
-        self._sink(row, Answers(1, found, (self._relay._me.id,)))
+        hops, early_us = (self._relay._me.id,), state.slowest_us
+        self._sink(row, Answers(1, found, hops, early_us=early_us))
 
 
 class _Row:
     """What is still to come of one row, and what is the matter with what came."""
 
-    __slots__ = ("bad", "holds", "is_good", "owed")
+    __slots__ = ("bad", "holds", "is_good", "owed", "slowest_us")
 
     def __init__(self, plan: Plan) -> None:
         self.owed = {worker for branch in plan.branches for worker in branch.targets}
         self.holds = len(plan.branches)  # that have not answered, and parts being passed on
         self.is_good = False  # a worker has answered well
         self.bad: list[PartColumn] = []
+        self.slowest_us: tuple[int, int] | None = None  # waited and worked, of those that came
 
     def came(self, columns: Iterable[PartColumn]) -> None:
         for column in columns:
@@ -372,6 +374,8 @@ class _Row:
             self.owed.discard(column.process_id)
             if column.at(0).ok:
                 self.is_good = True
+                times = column.waited_us, column.worked_us
+                self.slowest_us = max(self.slowest_us or times, times, key=sum)
             else:
                 self.bad.append(column)
 

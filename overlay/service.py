@@ -117,6 +117,7 @@ class Service:
             claim=relay.claim,
             start=relay.start,
             on_started=self.links.flush,
+            took=self.record.took,
         )
         self._keys = Keys(self.limits)
         self._chosen_ids = ChosenIds(self.limits)
@@ -173,8 +174,10 @@ class Service:
         """
         self.meter.received(1)
         self._last_single = time.monotonic()
+        request_id = request.request_id
         try:
             segment = self._read(request, context)
+            request_id = segment.first_id
             if not segment.keyed:
                 return self._completed(context, *self._answer(request, segment, context))
             found = self._enter_key(request, segment, context)
@@ -190,8 +193,10 @@ class Service:
         except BaseException as e:
             if isinstance(e, KeyboardInterrupt):
                 raise
-            failed = unexpected(e)
+            failed = unexpected(e, request_id)
         self.record.count(failed)
+        # Of a key that is asked again it is the first one's, which has the log lines.
+        failed.request_id = failed.request_id or request_id
         return self._abort(context, failed)
 
     def forward_stream(self, call: StreamCall, context: grpc.ServicerContext) -> None:
@@ -326,7 +331,7 @@ class Service:
             routing.check(self.topology, self.me.id, segment.route)
             self._chosen_ids.take(ended.caller, segment)
             answers = self._wait(ended, context, request.priority)
-            results, failures = self._combine(segment.route, answers)
+            results, failures = self._combine(segment, answers)
             if failures:
                 raise failures[0][1]
             answer = answers.at(0)
@@ -423,9 +428,13 @@ class Service:
         return waiter.answers
 
     def _combine(
-        self, route: Route, answers: Answers
+        self, segment: Segment, answers: Answers, start: int = 0
     ) -> tuple[list[bytes], list[tuple[int, OverlayError]]]:
-        """What a client gets: a result per row, empty where it failed; and why, by row."""
+        """What a client gets: a result per row, empty where it failed; and why, by row.
+
+        start: the first of the rows in the segment.
+        """
+        route = segment.route
         merge = self._merge_of(route, answers)
         if answers.flawless and (merge is None or route.mode is Mode.ANY):
             return assembly.plain_results(answers), []
@@ -440,17 +449,18 @@ class Service:
                 except BadRequest as e:
                     failed = PartsFailed(str(e), e.code, Executed.YES, e.cause, None)
                 except BaseException as e:  # noqa: BLE001 - user code, which may raise anything
-                    failed = HandlerFailed(log_failure("the handler's merge failed", e))
+                    id_ = segment.all_ids[start + row]
+                    failed = HandlerFailed(log_failure("the handler's merge failed", e, id_))
             if failed is not None:
                 failures.append((row, failed))
             results.append(result)
         return results, failures
 
     def _combine_slice(
-        self, segment: Segment, answers: Answers
+        self, segment: Segment, answers: Answers, start: int
     ) -> tuple[list[bytes], list[tuple[int, OverlayError]]]:
         if segment.route.targets is None and segment.early is None:
-            return self._combine(segment.route, answers)
+            return self._combine(segment, answers, start)
         results = [b""] * answers.count if segment.early else []
         if answers.flawless:
             return results, []
@@ -497,8 +507,8 @@ class Service:
     def _retry_after_s(self) -> float:
         if self._draining:
             return MOST_QUIET_S
-        pace = self.meter.service.spread.mean
-        return admission.retry_after_s(self.intake.waiting, self.me.in_service, pace)
+        held_s = self.intake.held_s
+        return admission.retry_after_s(self.intake.waiting, self.me.in_service, held_s)
 
     def _abort(self, context: grpc.ServicerContext, error: OverlayError) -> NoReturn:
         context.set_trailing_metadata(wire.trailers(self._with_retry(error)))

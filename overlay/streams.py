@@ -43,8 +43,10 @@ from overlay.wire import pb2
 
 log = logging.getLogger("overlay.streams")
 
-Combine = Callable[[Segment, Answers], "tuple[Sequence[bytes], list[tuple[int, OverlayError]]]"]
-"""What a client gets of a slice: a result per row, and the failures by row."""
+Combine = Callable[
+    [Segment, Answers, int], "tuple[Sequence[bytes], list[tuple[int, OverlayError]]]"
+]
+"""What a client gets of a slice, which begins at that row: a result and the failures by row."""
 
 OF_ONE_ADDRESS = 3  # times the places that are left: of 1,024 it has 768 at most
 OF_A_NEIGHBOUR = 4  # streams: a link has two, and those before its restart
@@ -634,11 +636,11 @@ class _Stream:
         early = accepted.unanswered is not None
         if size * (2 if accepted.want_parts and not early else 1) > self._most_bytes:
             answers = self._too_large(answers, size)
-        results, failures = self._desk.combine(accepted.segment, answers)
+        results, failures = self._desk.combine(accepted.segment, answers, start)
         merged = sum(map(len, results))  # by the user's own function: of any size
         if merged > self._most_bytes - (size if accepted.want_parts else 0):
             answers = self._too_large(answers, merged)
-            results, failures = self._desk.combine(accepted.segment, answers)
+            results, failures = self._desk.combine(accepted.segment, answers, start)
         if early:  # what came before may have been better
             failures = [(row, why) for row, why in failures if start + row not in accepted.good]
         accepted.counted += answers.count

@@ -89,7 +89,7 @@ class ThreadRunner:
                     self._work_on(todo)
                 else:
                     for hand in todo:
-                        hand.pass_on()
+                        hand.pass_on(is_at_work=True)
             except Exception:
                 log.exception("handler %s: a batch was left", self._name)
             if isinstance(todo, Batch):
@@ -146,9 +146,8 @@ class ThreadRunner:
                 ended = self._progress = now()
                 if ended >= deadline:
                     outcome = batch.too_late()
-                if outlet is not None:
-                    hand.waited(outlet.waited_s)
-                if hand.take(row, outcome, ended) and batch.waiting:
+                read_s = outlet.waited_s if outlet is not None else 0.0
+                if hand.take(row, outcome, ended, read_s) and batch.waiting:
                     with self._changed:  # a minder passes it on, should the next row be stuck
                         self._hands.add(hand)
                         self._call_up_locked()
@@ -167,11 +166,15 @@ class _Hand:
         self._lock = threading.Lock()
         self._outcomes: list[tuple[int, bytes | Failure]] = []
         self._began = self._ended = time.monotonic()
+        self._read_s = 0.0  # of that time, for those who read: it is not the handler's
 
-    def take(self, row: int, outcome: bytes | Failure, ended: float) -> bool:
+    def take(self, row: int, outcome: bytes | Failure, ended: float, read_s: float = 0.0) -> bool:
         """True when it is the first that waits; passes all on when the oldest waits too long."""
+        if self.ready_since and ended - self._ended > FLUSH_S:
+            self.pass_on(is_at_work=True)  # they were quick, and this one is not
         with self._lock:
             self._outcomes.append((row, outcome))
+            self._read_s += read_s
             self._ended = ended
             first = not self.ready_since
             self.ready_since = self.ready_since or ended
@@ -180,18 +183,17 @@ class _Hand:
             return False
         return first
 
-    def waited(self, waited_s: float) -> None:
-        """For those who read; that is not the handler's time."""
-        with self._lock:
-            self._began += waited_s
-
-    def pass_on(self) -> None:
+    def pass_on(self, is_at_work: bool = False) -> None:
+        """is_at_work: its thread has been at the next row since the last one ended."""
         with self._lock:
             outcomes, self._outcomes = self._outcomes, []
-            worked_s = max(0.0, self._ended - self._began)
-            self.ready_since = 0.0
+            began, worked_s = self._began, max(0.0, self._ended - self._began - self._read_s)
+            self.ready_since = self._read_s = 0.0
+            if outcomes and is_at_work:
+                self._began = self._ended
         if outcomes:
-            self._batch.done(outcomes, worked_s)
+            self._batch.done(outcomes, worked_s, began)
+        if outcomes and not is_at_work:
             self._began = time.monotonic()  # passing on is not the handler's time
 
 

@@ -377,7 +377,8 @@ class Answers:
     """The answers of consecutive requests: a column of parts per worker asked.
 
     hops: as in Answer, the same for all rows. refused: as in Answer, for all rows. trace: what the
-    way took below this process, where that was told.
+    way took below this process, where that was told. early_us: how long the slowest of the parts
+    that went before the answer had waited and worked, where any did.
     """
 
     count: int
@@ -385,6 +386,7 @@ class Answers:
     hops: tuple[str, ...] = ()
     refused: Part | None = None
     trace: tuple[Hop, ...] = ()
+    early_us: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -397,6 +399,13 @@ class Answers:
             if column.failed is not None or column.failures:
                 return False
         return True
+
+    @property
+    def failed_rows(self) -> int:
+        """How many rows lack a part or more."""
+        if self.refused is not None or any(column.failed for column in self.parts):
+            return self.count
+        return len({row for column in self.parts for row in column.failures})
 
     @property
     def is_worked_for(self) -> bool:

@@ -67,9 +67,11 @@ EXECUTED_KEY = "overlay-executed"
 COVERAGE_KEY = "overlay-coverage"
 CALLER_KEY = "overlay-caller"
 IDLE_KEY = "overlay-idle"  # a stream had nothing to do, and need not come back until it has
+REQUEST_KEY = "overlay-request"  # the id of a request that failed, as it is printed
 PROCESS_KEY = "overlay-process"  # the process that a link is of, as it says
 MOST_BYTES_KEY = "overlay-max-message-bytes"
 _STATUS_KEY = "grpc-status-details-bin"
+LONGEST_ERROR_ID = 32  # characters; ours have 8
 FEW_LINES = 100  # of a log, when the question does not say how many
 LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
 
@@ -451,6 +453,7 @@ def write_line(line: Line, public_only: bool) -> pb2.LogLine:
         text=(line.public if withheld else line.text) or "",
         number=line.number,
         withheld=withheld,
+        breaks=() if withheld else line.breaks,
     )
 
 
@@ -673,8 +676,10 @@ def grpc_code(code: Code) -> grpc.StatusCode:
 
 
 def trailers(error: OverlayError) -> list[tuple[str, str | bytes]]:
-    """The trailing metadata of a failed request: whether anything ran, and when to retry."""
+    """The trailing metadata of a failed request: its id, whether anything ran, when to retry."""
     made: list[tuple[str, str | bytes]] = [(EXECUTED_KEY, error.executed.name.lower())]
+    if error.request_id:
+        made.append((REQUEST_KEY, f"{error.request_id:016x}"))
     if isinstance(error, MadeRoom):
         made.append((IDLE_KEY, "1"))
     if error.retry_after_s is not None:
@@ -721,6 +726,11 @@ def retry_after_s(trailing_metadata: Iterable[tuple[str, Any]] | None) -> float 
     except Exception:  # noqa: BLE001 - another program's trailer may hold anything
         return None
     return None
+
+
+def read_request_id(trailing_metadata: Iterable[tuple[str, Any]] | None) -> int:
+    """Of a failed call's trailing metadata; 0 when it has none."""
+    return judge.request_id(dict(trailing_metadata or ()).get(REQUEST_KEY))
 
 
 def _retry_status(error: OverlayError) -> bytes:

@@ -3,7 +3,7 @@
     launcher.py start CONFIG [IDS]   those whose host is an address of this machine, or the named
     launcher.py stop CONFIG [IDS]    exactly what start started, gently, then firmly
     launcher.py restart CONFIG [IDS] the same one after another, so that no request is lost
-    launcher.py status CONFIG        who serves
+    launcher.py status CONFIG        who serves, and how others ended
 
 A start is whole or not at all: when one process does not come up, the others that this call started
 are stopped again; those that ran before stay. Beside the log of process A lie process_a.out (what
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -61,6 +62,8 @@ GRACE_MARGIN_S = 5.0  # a process that keeps its own drain_grace_s is not killed
 LINK_S = 10.0  # for processes that serve to find each other; they try at least each second
 ANSWER_S = 2.0  # for GetMetrics, which answers at once even under load
 SAME_START_S = 2.0  # start times of one process differ by as much when the clock is corrected
+SERVES = " serves on "  # what a process prints when it does, and nothing after it
+STOPS = " INFO stopping: "  # what it logs when it has been told to
 LEFT_BEHIND = "left behind"  # requests, by a process that stopped
 TOKEN = "OVERLAY_LAUNCH"  # in the environment of a process and of all its children
 
@@ -624,7 +627,7 @@ def status(config: Path) -> int:
     fine = True
     for process, metrics in zip(processes, answers, strict=True):
         record = Record.read(Files.of(topology, process).pid)
-        state, serves = _state(process, record, metrics)
+        state, serves = _state(topology, process, record, metrics)
         fine = fine and (serves or not (record or is_here(process)))
         at = names.look_up(process.host).shown(process.address)
         place = (process.id, process.role, process.team, at)
@@ -644,7 +647,9 @@ def _figures(record: Record | None, metrics: Any) -> tuple[str, str, str]:
     )
 
 
-def _state(process: Process, record: Record | None, metrics: Any) -> tuple[str, bool]:
+def _state(
+    topology: Topology, process: Process, record: Record | None, metrics: Any
+) -> tuple[str, bool]:
     """(what to say of it, whether it serves)"""
     alive = record is not None and record.process() is not None
     if metrics and metrics.process_id != process.id:
@@ -660,8 +665,24 @@ def _state(process: Process, record: Record | None, metrics: Any) -> tuple[str, 
     if record and record.stop.is_there:
         return f"stopped{_left_behind(record) or ' in order'}", False
     if record:
-        return "died; its log tells more", False
+        return _how_it_died(topology, process, record), False
     return ("not running" if is_here(process) else "no answer"), False
+
+
+def _how_it_died(topology: Topology, process: Process, record: Record) -> str:
+    """As far as can be known of a process that was not stopped: who is killed says nothing."""
+    files = Files.of(topology, process)
+    if psutil.boot_time() > record.create_time + SAME_START_S:
+        return "died with this machine, which was started anew since"
+    printed = [line for line in last_lines(files.out) if line.strip()]
+    if printed and SERVES not in printed[-1]:  # a traceback, or Python's last words
+        return f"died: {printed[-1].strip()[:100]}; {shown(files.out)} tells more"
+    logged = last_lines(files.log)
+    since_start = itertools.takewhile(lambda line: SERVES not in line, reversed(logged))
+    if any(STOPS in line for line in since_start):
+        return f"died while it was stopping; {shown(files.log)} tells more"
+    when = f" after {logged[-1][:19]}" if logged else ""
+    return f"died: killed without a word{when}, as by kill -9, for lack of memory or in native code"
 
 
 # This machine

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 import client as script
@@ -445,6 +448,85 @@ def test_a_failure_is_in_the_lines_of_each_process_it_passed(mine: Overlay) -> N
     assert [line["process_id"] for line in lines] == ["C", "C", "B", "A"]
     assert "the secret reason" in lines[0]["text"]  # all on this machine, as its file is
     assert not any("the secret reason" in line["text"] for line in lines[1:])
+
+
+@pytest.mark.parametrize("words", [["--mode", "any"], ["--as-completed"], []])
+def test_a_failure_names_its_request_and_the_command_that_shows_its_lines(
+    mine: Overlay, words: list[str]
+) -> None:
+    done = run(*at(mine, "A"), "--handler", "boom", *words, "--json")
+
+    error = json.loads(done.stdout)["error"]
+    assert (
+        error["logs"]
+        == f"client.py 127.0.0.1 {mine.port('A')} logs --request " + (error["request_id"])
+    )
+    assert f"; request {error['request_id']}, its log lines: {error['logs']}" in done.stderr
+    shown = run(*error["logs"].split()[1:])
+    assert shown.returncode == 0
+    (error_id,) = set(re.findall("error id ([0-9a-f]{8})", error["message"])[:1])
+    assert re.search(f"{error['request_id']}: error id {error_id}: .*Traceback", shown.stdout)
+
+
+def test_in_a_program_a_failure_has_the_id_of_its_request(mine: Overlay) -> None:
+    async def ask() -> None:
+        async with overlay.connect_async(mine.address("A")) as leader:
+            await leader.call("x", handler="boom")
+
+    with overlay.connect(mine.address("A")) as leader:
+        ways: list[Callable[[], object]] = [
+            lambda: leader.call("x", handler="boom"),
+            lambda: leader.forward("x", handler="boom"),
+            lambda: leader.submit("boom", "x").result(),
+            lambda: list(leader.map("boom", ["x"])),
+            lambda: list(leader.parts("x", handler="boom")),
+            lambda: asyncio.run(ask()),
+        ]
+        found = []
+        for way in ways:
+            with pytest.raises(overlay.CallFailed) as failed:
+                way()
+            found.append(failed.value.request_id)
+
+        assert len(set(found)) == len(ways)
+        for request_id in found:
+            lines = list(leader.logs("C", request_id=request_id).lines)
+            lines += leader.logs("D", request_id=request_id).lines
+            lines += leader.logs("F", request_id=request_id).lines
+            assert any("handler boom failed" in line.text for line in lines)
+
+
+def test_the_trailing_metadata_of_a_failure_has_the_id_for_any_client(mine: Overlay) -> None:
+    with pytest.raises(grpc.RpcError) as failed:
+        mine.ask("A", handler="boom")
+
+    request_id = dict(failed.value.trailing_metadata())["overlay-request"]
+    assert logs(mine, "A", "--request", request_id)
+
+
+def test_an_error_id_finds_its_lines_and_a_traceback_is_readable(mine: Overlay) -> None:
+    said = run(*at(mine, "A"), "--handler", "boom", "--mode", "any").stderr
+    (error_id,) = re.findall("error id ([0-9a-f]{8})", said)
+
+    shown = run(*at(mine, "A"), "logs", "--error", error_id)
+    lines = logs(mine, "A", "--error", error_id)
+
+    assert shown.returncode == 0
+    assert 'raise ValueError("the secret reason")\nValueError: the secret reason\n' in re.sub(
+        r"\n +", "\n", shown.stdout
+    )
+    assert all(error_id in line["text"] for line in lines)
+    (traceback,) = [line["text"] for line in lines if "\n" in line["text"]]
+    assert "Traceback (most recent call last):\n  File " in traceback
+    assert traceback.endswith("\nValueError: the secret reason")
+
+
+def test_an_error_id_that_nobody_knows_is_said_so(mine: Overlay) -> None:
+    done = run(*at(mine, "A"), "logs", "--error", "0123abcd")
+
+    assert done.returncode == 1
+    assert "no line with error id 0123abcd is among the last ones of A, B, C, " in done.stderr
+    assert run(*at(mine, "A"), "logs", "--error", "xyz").returncode == 2
 
 
 def test_events_tell_what_happened_and_never_what_a_handler_said(mine: Overlay) -> None:

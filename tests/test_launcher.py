@@ -180,7 +180,7 @@ def test_a_second_start_starts_only_what_is_missing(project, three):
     second = launcher(project, "start", three)
 
     assert seen.returncode == 1
-    assert re.search(r"(?m)^C .*died", seen.stdout)
+    assert re.search(r"(?m)^C .*died: killed without a word after 20\d\d-.*kill -9", seen.stdout)
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("already running") == 2
     assert {n: pids_in(second.stdout)[n] for n in "AB"} == {n: pids[n] for n in "AB"}

@@ -244,6 +244,9 @@ def test_a_result_without_a_worker_is_told_and_makes_exit_code_6(
         (["{folder}", "--out-folder", "{folder}"], "its files would be overwritten"),
         (["{file}", "--out", "{file}"], "is an input: it would be overwritten"),
         (["{folder}", "--out", "x", "--out-folder", "y"], "cannot be together"),
+        (["{file}", "--failed", "{file}"], "is an input: it would be overwritten"),
+        (["{file}", "--failed", "-"], "--failed needs a file of its own"),
+        (["@{file}", "{file}"], "is a list of files, which has to be the only input"),
         (["--window", "0"], "'0' is not a whole number from 1 to 1000000"),
         (["--deadline", "-1"], "is not a number of seconds"),
         (["--priority", "10"], "'10' is not 0 to 9"),
@@ -261,6 +264,61 @@ def test_wrong_arguments_get_one_sentence_before_anything_is_sent(
     assert says in done.stderr.decode()
     assert len(done.stderr.splitlines()) == 1
     assert (tmp_path / "file").read_text() == "precious\n"
+
+
+# What failed, kept for another map
+
+
+def test_what_failed_is_kept_as_lines_that_map_takes_again(six: Overlay, tmp_path: Path) -> None:
+    text, kept = b"a\nbad 1\r\nb\nbad 2", tmp_path / "failed"
+
+    done = run(six, "--handler", "picky", "--failed", kept, stdin=text)
+    again = run(six, kept, "--handler", "upper", "--failed", tmp_path / "none")
+
+    assert done.returncode == 1
+    assert sorted(kept.read_bytes().splitlines()) == [b"bad 1", b"bad 2"]
+    assert f"; 2 failed (kept for another map: {kept}): 2 INTERNAL" in done.stderr.decode()
+    assert sorted(again.stdout.splitlines()) == [b"BAD 1", b"BAD 2"]
+    assert not (tmp_path / "none").exists()
+
+
+def test_of_a_folder_the_paths_of_what_failed_are_kept(six: Overlay, tmp_path: Path) -> None:
+    kept, folder = tmp_path / "failed", tmp_path / "in folder"
+    folder.mkdir()
+    for name, text in (("good", "x"), ("poor ü", "bad"), ("poor 2", "bad")):
+        (folder / name).write_text(text)
+
+    done = run(six, folder, "--handler", "picky", "--failed", kept)
+    again = run(six, f"@{kept}", "--handler", "upper", "--out-folder", tmp_path / "out")
+
+    assert done.returncode == 1
+    assert f"kept for another map: @{kept}" in done.stderr.decode()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["poor 2", "poor ü"]
+    assert (tmp_path / "out" / "poor 2").read_text() == "BAD"
+    assert again.returncode == 0
+
+
+def test_when_nobody_serves_all_of_the_input_is_kept(tmp_path: Path) -> None:
+    kept = tmp_path / "failed"
+    words = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(free_port()), "map"]
+    text = b"".join(b"%d\n" % n for n in range(5000))
+
+    done = subprocess.run(
+        [*words, "--window", "100", "--failed", str(kept)], input=text, timeout=20,
+        capture_output=True,
+    )  # fmt: skip
+
+    assert done.returncode == 4
+    assert sorted(kept.read_bytes().splitlines()) == sorted(text.splitlines())
+
+
+def test_a_failure_names_its_request_and_how_to_see_its_log_lines(six: Overlay) -> None:
+    done = run(six, "--handler", "picky", "--json", stdin=b"bad\n")
+
+    error = json.loads(done.stdout)["error"]
+    command = f"client.py 127.0.0.1 {six.port('A')} logs --request {error['request_id']}"
+    assert error["logs"] == command
+    assert f"; request {error['request_id']}, its log lines: {command}" in done.stderr.decode()
 
 
 # While it runs

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from overlay.recent import EVENTS, LINES, WITHHELD, Recent
+from overlay.recent import EVENTS, LINES, MOST_BREAKS, WITHHELD, Recent, unfolded
 
 
 @pytest.fixture
@@ -134,3 +134,34 @@ def test_none_are_asked_for_and_none_are_given(recent):
     log().warning("one")
 
     assert (recent.lines(0), recent.events(0)) == ([], [])
+
+
+def test_a_line_of_several_has_them_on_one_and_knows_where_they_end(recent):
+    text = "failed:\nTraceback\n  a | b\x1b[0m\n\nValueError: ü"
+    log().error("it", extra={"private": text})
+
+    (line,) = recent.lines()
+    assert line.text == "it: failed: | Traceback |   a | b\\x1b[0m |  | ValueError: ü"
+    assert unfolded(line.text, line.breaks) == "it: " + text.replace("\x1b", "\\x1b")
+    assert recent.events()[0].breaks == ()
+
+
+def test_a_text_without_end_has_so_many_line_ends_and_no_more(recent):
+    log().error("it", extra={"private": "x\n" * 5000})
+
+    (line,) = recent.lines()
+    assert len(line.breaks) == MOST_BREAKS
+    assert unfolded(line.text, line.breaks).count("\n") == MOST_BREAKS
+
+
+@pytest.mark.parametrize("breaks", [(), (3,), (1, 0), (99,), (1, 1), (2, 4)])
+def test_a_line_end_that_cannot_be_there_changes_nothing(breaks):
+    assert unfolded("a  | b", breaks).replace("\n", " | ") == "a  | b"
+
+
+def test_an_error_id_finds_its_lines(recent):
+    log().error("error id %s: it failed", "0123abcd")
+    log().warning("B: it failed; error id 0123abcd in that log")
+    log().error("error id %s: it failed", "77777777")
+
+    assert [line.number for line in recent.lines(error_id="0123abcd")] == [1, 2]

@@ -16,8 +16,8 @@ from overlay.errors import (
     PartsFailed,
     QueueFull,
 )
-from overlay.meter import BOUNDS_S, Meter
-from overlay.record import Ended, Record
+from overlay.meter import BOUNDS_S, RECENT, Meter, Spread, Times
+from overlay.record import Ended, Record, served
 from overlay.repeats import Repeats
 from overlay.stories import KEPT, Stories
 from overlay.story import Story
@@ -29,6 +29,7 @@ from overlay.values import (
     Failure,
     Hop,
     Mode,
+    Part,
     PartColumn,
     Route,
     Segment,
@@ -227,8 +228,8 @@ def test_good_stories_never_push_out_failures():
 def test_a_histogram_counts_each_time_below_its_bound():
     meter = Meter()
     for seconds, rows in [(0.0, 1), (0.0001, 2), (0.0015, 3), (1e9, 4)]:
-        meter.ended(rows, rows, seconds, None)
-    meter.ended(5, 0, 0.0, 0.3)
+        meter.took(rows, seconds, None)
+    meter.took(5, 0.0, 0.3)
 
     waited, served = meter.histograms()
 
@@ -237,7 +238,75 @@ def test_a_histogram_counts_each_time_below_its_bound():
     assert (waited.count, served.count) == (15, 5)
     assert (served.counts[BOUNDS_S.index(0.5)], served.sum_s) == (5, 1.5)
     assert waited.sum_s == pytest.approx(4e9, rel=1e-6)
-    assert meter.counts().completed == 10
+
+
+def test_many_that_ended_together_weigh_as_many():
+    times = Times()
+    times.add(1.0)
+    assert times.spread == Spread(1.0, 1.0, 1.0, 1)
+    times.add(0.1, 900)
+    times.add(0.2, 99)
+
+    spread = times.spread
+
+    assert (spread.p50, spread.p99, spread.count) == (0.1, 0.2, 1000)
+    assert spread.mean == pytest.approx((1.0 + 90 + 19.8) / 1000)
+
+
+def test_the_oldest_of_more_than_can_be_kept_are_forgotten_row_by_row():
+    times = Times()
+    assert times.spread == Spread()
+    times.add(9.0, 5000)
+    times.add(1.0, RECENT - 1)
+    assert times.spread == Spread(1.0, 1.0, pytest.approx(1 + 8 / RECENT), RECENT)
+    times.add(2.0)
+    assert times.spread == Spread(1.0, 1.0, pytest.approx(1 + 1 / RECENT), RECENT)
+
+
+def part(waited_s=0.0, worked_s=0.0, why: Failure | None = None) -> PartColumn:
+    failures = {} if why is None else {0: why}
+    times = int(waited_s * 1e6), int(worked_s * 1e6)
+    return PartColumn("C", Column([b""]), (), failures, None, *times)
+
+
+NEVER = Failure(Code.UNAVAILABLE, "", Executed.NO)
+LATE = Failure(Code.DEADLINE_EXCEEDED, "", Executed.YES)
+LOST = Failure(Code.UNAVAILABLE, "")
+RAISED = Failure(Code.INTERNAL, "", Executed.YES)
+
+
+# Of rows that were away for 2 s.
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([part(0.5, 0.25)], 0.25),
+        ([part()], 0.0),
+        ([part(0.5, 0.25, RAISED)], 0.25),
+        ([part(why=NEVER)], None),
+        ([part(1.5, why=LATE)], 0.5),
+        ([part(9.0, why=LATE)], 0.0),
+        ([part(why=LOST)], 2.0),
+        ([part(0, 4000)], 2.0),
+        ([part(1.0, 0.5), part(0, 1.25), part(why=NEVER)], 0.5),
+        ([part(0.5, 1.0), part(1.0, 0.25)], 1.0),
+    ],
+)
+def test_service_is_what_the_worker_says_and_never_more_than_can_be(parts, expected):
+    assert served(Answers(1, tuple(parts)), 2.0) == expected
+
+
+def test_what_was_refused_has_not_begun_unless_nobody_knows():
+    for executed, expected in ((Executed.NO, None), (Executed.UNKNOWN, 2.0)):
+        refused = Part("B", Code.UNAVAILABLE, executed=executed)
+        assert served(Answers(1, (), refused=refused), 2.0) == expected
+
+
+def test_of_a_worker_itself_what_it_waited_was_before_that():
+    assert served(Answers(1, (part(1.5, why=LATE),)), 2.0, works=True) == 2.0
+
+
+def test_parts_that_went_before_the_answer_count():
+    assert served(Answers(1, (), early_us=(500_000, 250_000)), 2.0) == 0.25
 
 
 def test_an_allowance_is_so_many_at_once_and_so_many_a_second():

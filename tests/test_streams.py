@@ -98,7 +98,7 @@ class Desk:
         for segment, sink in held:
             self.finish(segment, sink)
 
-    def combine(self, segment: Segment, answers: Answers):
+    def combine(self, segment: Segment, answers: Answers, start: int):
         if answers.flawless:
             return assembly.plain_results(answers), []
         found = [assembly.failure(answers.at(row), 0.5) for row in range(len(answers))]

@@ -347,7 +347,8 @@ def test_outcomes_with_gaps_are_answered_as_runs():
 
     segment = Segment(Route(), Column([b""] * 9), 1e12, 1)
     batch = Batch(desk, WORKER, segment, 0.0, sink, lambda count: None, lambda *what: None)
-    batch.done([(0, b"a"), (1, b"b"), (4, Failure(Code.INTERNAL, "")), (5, b"f"), (8, b"i")], 0.1)
+    outcomes = [(0, b"a"), (1, b"b"), (4, Failure(Code.INTERNAL, "")), (5, b"f"), (8, b"i")]
+    batch.done(outcomes, 0.1, time.monotonic())
 
     assert slices == [(0, [b"a", b"b"]), (4, [b"", b"f"]), (8, [b"i"])]
 
