@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import time
 import traceback
 import uuid
 from collections import deque
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from overlay import clocks as time
 from overlay.errors import AlreadyExecuted, BadRequest, HandlerFailed, OverlayError
 from overlay.handlers import Context, NobodyWaits
 from overlay.ids import Begun

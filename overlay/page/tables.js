@@ -161,7 +161,7 @@ export function showRequests(picture, address, again) {
   say(byId("held"), isHeld && held.length ? "held while you point at it" : "");
   const wanted = held.filter(isWanted);
   const shown = new Set(wanted.map(keyOf));
-  const requests = [...[...opened.values()].filter((r) => !shown.has(keyOf(r))), ...wanted];
+  const requests = [...[...opened.values()].filter((r) => isWanted(r) && !shown.has(keyOf(r))), ...wanted];
   const others = held.length - wanted.length;
   say(byId("hidden-requests"), others ? `${count(others)} of the last ${count(held.length)} are not shown` : "");
   const rows = requests.flatMap((r) => (opened.has(keyOf(r)) ? [{ r }, { r, isWay: true }] : [{ r }]));
