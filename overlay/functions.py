@@ -58,7 +58,7 @@ def gathered(told: Iterable[Function]) -> tuple[Function, ...]:
         workers.setdefault(function._replace(workers=()), []).extend(function.workers)
     found, left = [], MOST_CHARACTERS
     for function, names in sorted(workers.items()):
-        whole = function._replace(workers=tuple(dict.fromkeys(names)))
+        whole = function._replace(workers=tuple(sorted(set(names))))
         left -= whole.size
         found.append(whole if left >= 0 else Function(whole.name, workers=whole.workers))
     return tuple(found)
