@@ -256,10 +256,7 @@ class _Child:
     @property
     def waits(self) -> bool:
         """Whether it is there and idle; then it says nothing."""
-        try:
-            return self._process.is_alive() and not self._pipe.poll(0)
-        except OSError:
-            return False
+        return self._process.is_alive() and not self._has_said()
 
     @property
     def pid(self) -> int:
@@ -308,7 +305,7 @@ class _Child:
             if self._pipe in ready:
                 return self._read()
             if ready:
-                return self._read() if self._pipe.poll(0) else ("lost", None)
+                return self._read() if self._has_said() else ("lost", None)
             now = time.monotonic()
             if now >= until:
                 return "late", None
@@ -317,7 +314,7 @@ class _Child:
                 if used := self.memory_too_large():
                     return "memory", used
                 # A fork of it may hold its pipes open, which then never end.
-                if self._has_ended() and not self._pipe.poll(0):
+                if self._has_ended() and not self._has_said():
                     return "lost", None
 
     def memory_too_large(self) -> int:
@@ -364,6 +361,12 @@ class _Child:
         # Somebody may have waited for it in our stead, as os.wait() in a handler does: then no
         # exit code ever comes.
         return self._process.exitcode is not None or not psutil.pid_exists(self._process.pid or 0)
+
+    def _has_said(self) -> bool:
+        """Whether there is something to read, which may be that it is gone."""
+        with contextlib.suppress(OSError):  # Windows' word for a pipe without its other end
+            return self._pipe.poll(0)
+        return True
 
     def _read(self) -> tuple[str, Any]:
         try:

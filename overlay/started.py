@@ -7,7 +7,9 @@ ends all of it with the process that has started it, however that ends, once it 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,7 +39,9 @@ else:
 
 
 def end() -> None:
-    """All that this process has started. Raises nothing."""
+    """All that this process has started, which ends itself next. Raises nothing."""
+    global _is_ending
+    _is_ending = True
     seen: set[Any] = set()
     with contextlib.suppress(Exception):  # also when Python is coming to its end
         for _ in range(ROUNDS):
@@ -46,6 +50,19 @@ def end() -> None:
             seen |= found
             if not found:
                 return
+
+
+_is_ending = False
+
+
+def _wait_for_the_end() -> None:
+    # A pool forks a new process for each that ends, and would do so for these.
+    if _is_ending:
+        threading.Event().wait()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_wait_for_the_end)
 
 
 def by(pid: int | None = None) -> list[Any]:

@@ -608,12 +608,15 @@ def test_the_script_says_what_is_wrong_without_a_traceback(arguments, words):
 
 def test_a_worker_without_pillow_says_so_when_it_starts(tmp_path):
     (folder_of("pictures", tmp_path) / "overlay.json").write_text(json.dumps(shipped("pictures")))
-    (tmp_path / "PIL.py").write_text("raise ImportError('as if it were not installed')")
+    (tmp_path / "before").mkdir()
+    missing = tmp_path / "before" / "PIL.py"
+    missing.write_text("raise ImportError('as if it were not installed')")
 
     done = subprocess.run(
         [sys.executable, str(ROOT / "node.py"), str(tmp_path / "overlay.json"), "C"],
         capture_output=True,
         encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(missing.parent)},
         timeout=30,
     )
 

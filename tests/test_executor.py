@@ -565,7 +565,8 @@ if __name__ == "__main__":
 )
 def test_no_process_outlives_a_parent_that_is_killed(folder, tmp_path, what):
     script = tmp_path / "parent.py"
-    script.write_text(PARENT.format(root=str(ROOT), folder=str(folder), what=what))
+    text = PARENT.format(root=str(ROOT), folder=str(folder), what=what)
+    script.write_text(text, encoding="utf-8")
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     try:
         parent.stdout.readline()

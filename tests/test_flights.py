@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -808,12 +809,15 @@ def test_with_a_worker_gone_the_answer_names_its_months(six):
 
 def test_a_worker_without_duckdb_says_so_when_it_starts(year, tmp_path):
     (with_example(tmp_path) / "overlay.json").write_text(json.dumps(on_free_ports(year)))
-    (tmp_path / "duckdb.py").write_text("raise ImportError('as if it were not installed')")
+    (tmp_path / "before").mkdir()
+    missing = tmp_path / "before" / "duckdb.py"
+    missing.write_text("raise ImportError('as if it were not installed')")
 
     done = subprocess.run(
         [sys.executable, str(ROOT / "node.py"), str(tmp_path / "overlay.json"), "C"],
         capture_output=True,
         encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(missing.parent)},
         timeout=30,
     )
 
