@@ -7,10 +7,10 @@ ends all of it with the process that has started it, however that ends, once it 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 from collections.abc import Iterable
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 ROUNDS = 5  # of ending what may start more meanwhile
@@ -40,10 +40,10 @@ else:
 
 def end() -> None:
     """All that this process has started, which ends itself next. Raises nothing."""
-    global _is_ending
-    _is_ending = True
     seen: set[Any] = set()
     with contextlib.suppress(Exception):  # also when Python is coming to its end
+        # A pool starts a new process for each that ends, and would do so for these.
+        BaseProcess.start = _never  # type: ignore[assignment, method-assign]
         for _ in range(ROUNDS):
             found = set(by()) - seen
             kill(found)
@@ -52,17 +52,9 @@ def end() -> None:
                 return
 
 
-_is_ending = False
-
-
-def _wait_for_the_end() -> None:
-    # A pool forks a new process for each that ends, and would do so for these.
-    if _is_ending:
-        threading.Event().wait()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_wait_for_the_end)
+def _never(process: Any) -> None:
+    """In place of multiprocessing's start: waits for the end of this process."""
+    threading.Event().wait()
 
 
 def by(pid: int | None = None) -> list[Any]:
