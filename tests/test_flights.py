@@ -316,7 +316,7 @@ def endings() -> st.SearchStrategy[str]:
     return st.just("") | st.tuples(orders, limits).map(lambda both: "ORDER BY {} {}".format(*both))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(sql=grouped() | listed())
 def test_any_query_of_the_grammar_is_answered_as_on_the_whole(odd, sql):
     same(odd, sql, in_order="ORDER BY" in sql)

@@ -1280,7 +1280,7 @@ def test_what_is_kept_does_not_grow_with_all_that_ever_came(of, busy):
     if busy:
         desk.busy = {"pink"}
         desk.admit("w", left_s=1000, team="pink")
-    for n in range(50_000):
+    for n in range(10_000):
         caller = Caller("pc", f"{n}") if of == "names" else Caller(f"{n}" if of != "teams" else "")
         route = Route(team=f"t{n}" if of == "teams" else "")
         if of == "targets":
