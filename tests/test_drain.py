@@ -121,7 +121,7 @@ def test_drain_lets_what_runs_end_refuses_the_rest_and_says_so(noted: Noted) -> 
     assert (said["process_id"], said["refused"], said["left"], said["gone"]) == ("C", 2, 0, True)
     assert codes == {grpc.StatusCode.OK: 1, grpc.StatusCode.UNAVAILABLE: 2}
     assert [proof_of(c) for c in calls if c.code() is not grpc.StatusCode.OK] == ["no", "no"]
-    assert noted.six.processes["C"].wait(5) == 0
+    assert noted.six.processes["C"].wait(20) == 0
     assert "2 requests refused, 0 left behind" in noted.six.log("C")
 
 
@@ -135,7 +135,7 @@ def test_drain_says_what_it_had_to_leave_behind(noted: Noted) -> None:
     assert "gone" in done.stdout
     assert call.code() is not grpc.StatusCode.OK
     assert proof_of(call) != "no"
-    assert noted.six.processes["C"].wait(5) == 1
+    assert noted.six.processes["C"].wait(20) == 1
 
 
 def test_drain_without_waiting_returns_while_the_process_still_works(noted: Noted) -> None:

@@ -158,7 +158,7 @@ def test_the_oldest_call_without_a_message_makes_room_for_a_new_one():
 
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert ("overlay-executed", "no") in raised.value.trailing_metadata()
-    assert served.record.meter.crowds() == {"calls without a message": 1}
+    until(lambda: served.record.meter.crowds() == {"calls without a message": 1})
     boxes[3].put(b"")
     boxes[3].put(None)
     assert calls[3].result(5) == b"\x08\x01"

@@ -13,7 +13,7 @@ from tests.soak import BREATH_MIB, History, Tenths, distinct, soak
 def test_a_soak_with_kills_cancels_and_deadlines_keeps_every_rule(tmp_path: Path) -> None:
     history, broken = soak(tmp_path, 10_000, seed=1, kill_every_s=1)
     assert broken == []
-    assert Counter(history.outcomes.values())["ok"] > 5_000
+    assert Counter(history.outcomes.values())["ok"] > 2_000
 
 
 @pytest.mark.parametrize(

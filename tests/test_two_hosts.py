@@ -515,4 +515,4 @@ def test_a_process_is_drained_from_its_own_machine_only(stopped_hosts: SixOnTwoH
 
     beside = stopped_hosts.hosts.run(1, *drain)
     assert beside.returncode == 0, beside.stdout
-    assert stopped_hosts.processes["D"].wait(5) == 0
+    assert stopped_hosts.processes["D"].wait(20) == 0

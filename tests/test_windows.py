@@ -183,7 +183,7 @@ def test_ctrl_c_stops_a_process_in_good_order(windows: Windows, project: Path) -
         assert "serves on" in process.stdout.readline()
         process.send_signal(signal.SIGINT)  # wine makes of it what a console does of Ctrl-C
         try:
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 
@@ -201,7 +201,7 @@ def test_a_closed_window_stops_a_process_in_good_order(windows: Windows, project
             serves = re.compile(r"serves on .*, pid (\d+)")
             found = until(lambda: serves.search(log.read_text(encoding="utf-8")), 10, "its pid")
             told = windows.run("-c", CLOSE, found[1], cwd=project)
-            assert (told.returncode, process.wait(20)) == (0, 0), told.stdout
+            assert (told.returncode, process.wait(60)) == (0, 0), told.stdout
         finally:
             process.kill()
 
