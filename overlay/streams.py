@@ -501,8 +501,9 @@ class _Stream:
             self._grant(grant)
         for told in frame.progress:
             progress = wire.read_progress(told, self._limits)
-            if not self._abandoned:
-                self._desk.maps.told(self, self._caller, progress)
+            self._desk.maps.told(self, self._caller, progress)
+        if self._abandoned:  # perhaps only now: `abandon` has forgotten what was there before
+            self._desk.maps.left(self)
 
     def _grant(self, made: pb2.Grant) -> None:
         with self._lock:

@@ -23,6 +23,7 @@ from overlay.errors import NoTimeLeft, OverlayError, QueueFull
 from overlay.intake import Intake
 from overlay.judge import Asked
 from overlay.limits import Limits
+from overlay.maps import Maps
 from overlay.pieces import Budget
 from overlay.pool import Pool
 from overlay.reception import Reception
@@ -30,6 +31,7 @@ from overlay.record import Ended, Record
 from overlay.topology import HandlerSpec, Process, Topology
 from overlay.values import (
     Answers,
+    Caller,
     Code,
     Column,
     End,
@@ -38,6 +40,7 @@ from overlay.values import (
     Hop,
     PartColumn,
     Piece,
+    Progress,
     Segment,
     Sink,
 )
@@ -1011,3 +1014,21 @@ def test_clients_that_do_not_read_are_bounded_together():
         until(lambda: is_quiet(served), 5)
         assert served.stream_desk.unread.left == 512 * KIB
         assert served.stream_desk.held.left == limits.max_waiting_bytes
+
+
+def test_what_a_map_tells_while_its_stream_ends_is_not_kept():
+    class Late(Maps):
+        """The stream ends just before it is noted what it tells."""
+
+        def told(self, stream: streams._Stream, caller: Caller, progress: Progress) -> None:
+            stream.abandon()
+            super().told(stream, caller, progress)
+            told.set()
+
+    told, maps = threading.Event(), Late()
+    with serving(Desk()) as served:
+        served.stream_desk = replace(served.stream_desk, maps=maps)
+        call = served.call([pb2.Frame(progress=[pb2.Progress(number=1)])])
+        assert told.wait(10)
+        until(lambda: not maps.all())
+        call.cancel()
