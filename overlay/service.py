@@ -14,7 +14,7 @@ import os
 import platform
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +42,7 @@ from overlay.ids import ChosenIds
 from overlay.intake import Intake, Ticket
 from overlay.journal import Journal
 from overlay.keys import First, Keys, Outcome, Waiter
-from overlay.links import Links
+from overlay.links import Links, LinkState
 from overlay.maps import Maps
 from overlay.pieces import Budget
 from overlay.pool import Pool
@@ -257,11 +257,12 @@ class Service:
         counts = self.meter.counts()
         service, waiting = self.meter.service.spread, self.meter.waiting.spread
         all_waiting, all_service = self.meter.histograms()
-        slots = self._known_slots()
+        states = self.links.states()
+        slots = self._known_slots(states)
         streams, streamed_waiting, streamed_active = self.intake.streamed
         now = time.monotonic()
         used = resources_of(self.executor.pids if self.executor else ())
-        known_functions = self._known_functions(slots)
+        known_functions = self._known_functions(states, slots)
         return pb2.MetricsResponse(
             process_id=self.me.id,
             role=self.me.role,
@@ -287,7 +288,7 @@ class Service:
             pid=os.getpid(),
             config_digest=self.topology.digest,
             slots=sum(max(known.values(), default=0) for known in slots.values()),
-            neighbours=self._neighbours(),
+            neighbours=self._neighbours(states),
             handlers=self._handlers(),
             topology=self._processes(slots),
             log_lines_dropped=self._log_lines_dropped(),
@@ -522,25 +523,27 @@ class Service:
             error.retry_after_s = self._retry_after_s()
         return error
 
-    def _known_slots(self) -> dict[str, dict[str, int]]:
+    def _known_slots(self, states: Sequence[LinkState]) -> dict[str, dict[str, int]]:
         if self.executor:
             return {self.me.id: self.executor.slots}
         known: dict[str, dict[str, int]] = {}
-        for state in self.links.states():
+        for state in states:
             known.update({worker: dict(slots) for worker, slots in state.slots.items()})
         return known
 
-    def _known_functions(self, slots: dict[str, dict[str, int]]) -> tuple[Function, ...]:
+    def _known_functions(
+        self, states: Sequence[LinkState], slots: dict[str, dict[str, int]]
+    ) -> tuple[Function, ...]:
         """Of the handlers of the configuration, at the workers that are there now."""
         if self.executor:
             mine = (self.me.id,)
             return gathered(f._replace(workers=mine) for f in self.executor.functions())
-        told = (f for state in self.links.states() for f in state.functions)
+        told = (f for state in states for f in state.functions)
         here = (f._replace(workers=tuple(w for w in f.workers if w in slots)) for f in told)
         known = self.topology.handlers
         return gathered(f for f in here if f.workers and f.name in known)
 
-    def _neighbours(self) -> list[pb2.Neighbour]:
+    def _neighbours(self, states: Sequence[LinkState]) -> list[pb2.Neighbour]:
         now = time.monotonic()
         return [
             pb2.Neighbour(
@@ -560,7 +563,7 @@ class Service:
                 ejections=state.ejections,
                 rtt_ms=state.rtt_s * 1e3,
             )
-            for state in self.links.states()
+            for state in states
         ]
 
     def _handlers(self) -> list[pb2.HandlerMetrics]:
