@@ -12,11 +12,11 @@ from typing import Any
 
 from overlay.events import COME_AGAIN, latest
 from overlay.history import COUNTERS, FIGURES, History, in_service, waiting
+from overlay.limits import MIB
 from overlay.topology import ROLES
 
 FORMAT = 1  # rises when a field changes its meaning or goes
 EVENTS = 200  # shown
-MIB = 2**20
 FUNCTIONS = 50  # told, with so many characters of the docstring: each picture has them
 LONGEST_DOC = 1000
 MODES = ("all", "any")  # as the wire numbers them
