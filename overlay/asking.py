@@ -24,12 +24,12 @@ from overlay.console import (
     complain,
     connected,
     counted,
+    deadline_argument,
     failed,
     out_file,
     priority_argument,
     result_as_json,
     route_arguments,
-    seconds,
     shown,
     sized,
     whole_number,
@@ -59,13 +59,7 @@ def arguments(parser: Parser) -> None:
         metavar="JSON|@FILE|-",
         help="the arguments of a typed function, as a JSON object; the verb handlers shows which",
     )
-    add(
-        "--deadline",
-        type=seconds,
-        default=library.DEFAULT_TIMEOUT_S,
-        metavar="SECONDS",
-        help="an answer later than this is of no use (default: %(default)g)",
-    )
+    deadline_argument(parser, library.DEFAULT_TIMEOUT_S, "an answer later than this is of no use")
     priority_argument(parser)
     add("--parts", action="store_true", help="show each worker's own result and times")
     add(

@@ -34,6 +34,7 @@ from overlay.console import (
     complain,
     connected,
     counted,
+    deadline_argument,
     error_as_json,
     exit_of,
     failed,
@@ -108,12 +109,8 @@ def arguments(parser: Parser) -> None:
         metavar="N",
         help="at most so many are on their way or held for their order (default: %(default)s)",
     )
-    add(
-        "--deadline",
-        type=seconds,
-        default=Limits.max_deadline_s,
-        metavar="SECONDS",
-        help="for each, from when it is sent, waiting included (default: %(default)g)",
+    deadline_argument(
+        parser, Limits.max_deadline_s, "for each, from when it is sent, waiting included"
     )
     priority_argument(parser)
     add(

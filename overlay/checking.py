@@ -20,9 +20,9 @@ from overlay.console import (
     asked_at_once,
     connected,
     counted,
+    deadline_argument,
     failed,
     misconfigured,
-    seconds,
 )
 from overlay.errors import ConfigError
 from overlay.topology import ROLES, Process, Topology, join_address
@@ -31,13 +31,7 @@ DEADLINE_S = 3.0
 
 
 def arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "--deadline",
-        type=seconds,
-        default=DEADLINE_S,
-        metavar="SECONDS",
-        help="how long to wait for an answer (default: %(default)g)",
-    )
+    deadline_argument(parser, DEADLINE_S, "how long to wait for an answer")
     parser.add_argument("--json", action="store_true", help="the report as one JSON object")
 
 

@@ -158,6 +158,16 @@ def route_arguments(parser: Parser, mode: str, modes: str) -> None:
         parser.add_argument(option, type=name, default="", metavar="NAME", help=help_)
 
 
+def deadline_argument(parser: Parser, default: float, help_: str) -> None:
+    parser.add_argument(
+        "--deadline",
+        type=seconds,
+        default=default,
+        metavar="SECONDS",
+        help=f"{help_} (default: %(default)g)",
+    )
+
+
 def priority_argument(parser: Parser) -> None:
     parser.add_argument(
         "--priority",

@@ -10,7 +10,16 @@ from typing import Any
 from rich.text import Text
 
 from overlay import client as library
-from overlay.console import Exit, Parser, Screen, clean, complain, connected, failed, seconds
+from overlay.console import (
+    Exit,
+    Parser,
+    Screen,
+    clean,
+    complain,
+    connected,
+    deadline_argument,
+    failed,
+)
 from overlay.functions import Function
 from overlay.topology import join_address
 
@@ -18,13 +27,7 @@ DEADLINE_S = 3.0
 
 
 def arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "--deadline",
-        type=seconds,
-        default=DEADLINE_S,
-        metavar="SECONDS",
-        help="how long to wait for an answer (default: %(default)g)",
-    )
+    deadline_argument(parser, DEADLINE_S, "how long to wait for an answer")
     help_ = "as one JSON object, with the JSON Schemas of typed functions"
     parser.add_argument("--json", action="store_true", help=help_)
 

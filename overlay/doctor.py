@@ -19,7 +19,15 @@ from overlay import client as library
 from overlay import clocks as time
 from overlay import wire
 from overlay.configuration import load
-from overlay.console import Exit, Parser, Screen, asked_at_once, counted, misconfigured, seconds
+from overlay.console import (
+    Exit,
+    Parser,
+    Screen,
+    asked_at_once,
+    counted,
+    deadline_argument,
+    misconfigured,
+)
 from overlay.diagnosis import Diagnosis, Finding, Grade, Link, Reach, Said, Seen
 from overlay.errors import ConfigError
 from overlay.machine import asking_address, is_here, own_addresses
@@ -35,13 +43,7 @@ Links = list[tuple[Process, Process, Finding]]
 def arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("config", metavar="CONFIG", help="the configuration file")
-    add(
-        "--deadline",
-        type=seconds,
-        default=DEADLINE_S,
-        metavar="SECONDS",
-        help="how long to wait for each process (default: %(default)g)",
-    )
+    deadline_argument(parser, DEADLINE_S, "how long to wait for each process")
     add("--json", action="store_true", help="the report as one JSON object")
 
 

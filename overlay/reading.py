@@ -23,11 +23,11 @@ from overlay.console import (
     complain,
     connected,
     counted,
+    deadline_argument,
     error_id,
     failed,
     name,
     request_id,
-    seconds,
     whole_number,
 )
 from overlay.recent import names_error, unfolded
@@ -70,13 +70,7 @@ def arguments(parser: Parser) -> None:
         metavar="ID",
         help="only lines that name this error id; without a process those of every one",
     )
-    add(
-        "--deadline",
-        type=seconds,
-        default=DEADLINE_S,
-        metavar="SECONDS",
-        help="how long to wait for each answer (default: %(default)g)",
-    )
+    deadline_argument(parser, DEADLINE_S, "how long to wait for each answer")
     add("--json", action="store_true", help="the lines as one JSON object")
 
 
