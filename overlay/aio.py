@@ -27,9 +27,9 @@ from typing import Any, NoReturn, TypeVar
 
 from overlay import clocks as time
 from overlay.arguments import (
+    MapAsked,
     as_address,
     as_any_payloads,
-    as_bodies,
     as_body,
     as_bytes,
     as_first,
@@ -38,9 +38,9 @@ from overlay.arguments import (
     as_timeout,
     as_whole,
     check_mode_of_args,
-    chunk_of,
     handler_of,
     kind_of,
+    map_of,
     parts_wanted,
 )
 from overlay.calls import Calls
@@ -140,7 +140,8 @@ class AsyncClient:
     ) -> AsyncIterator[Any]:
         """As Client.map; the payloads, or args, may come from an async iterable too."""
         options = (mode, team, timeout, window, chunksize, priority, patience_s)
-        return _raising(self._map(handler, payloads, args, *options, ordered=True))
+        asked = map_of(handler, payloads, args, *options)
+        return _raising(self._map(*asked, has_values=args is not None, ordered=True))
 
     def map_as_completed(
         self,
@@ -159,7 +160,8 @@ class AsyncClient:
     ) -> AsyncIterator[tuple[int, Any]]:
         """As Client.map_as_completed."""
         options = (mode, team, timeout, window, chunksize, priority, patience_s)
-        return self._map(handler, payloads, args, *options, ordered=ordered)
+        asked = map_of(handler, payloads, args, *options)
+        return self._map(*asked, has_values=args is not None, ordered=ordered)
 
     def parts(
         self,
@@ -246,28 +248,12 @@ class AsyncClient:
                 self._post.cancel(order, (0,))
 
     def _map(
-        self,
-        handler: str | None,
-        payloads: Payloads | None,
-        args: ManyArgs | None,
-        mode: str,
-        team: str,
-        timeout: float | None,
-        window: int,
-        chunksize: int,
-        priority: int,
-        patience_s: float | None,
-        ordered: bool,
+        self, asked: MapAsked, bodies: Any, *, has_values: bool, ordered: bool
     ) -> AsyncIterator[tuple[int, Any]]:
-        kind = kind_of(mode, team, handler_of(handler), False, priority)
-        timeout_s, (window, chunk) = as_timeout(timeout), chunk_of(window, chunksize)
-        patience_s = None if patience_s is None else as_patience(patience_s)
-        bodies, given = as_bodies(payloads, args, mode), payloads if args is None else args
         bodies, ordered = as_any_payloads(bodies), as_flag("ordered", ordered)
         self._connection.check_open()
-        mapping = _Mapping(self._post, kind, timeout_s, chunk, window, patience_s, given)
-        pairs = mapping.run(bodies, ordered)
-        return pairs if args is None else _with_values(pairs)
+        pairs = _Mapping(self._post, *asked).run(bodies, ordered)
+        return _with_values(pairs) if has_values else pairs
 
     def _read_value(self, came: Any, at: int, request_id: int, timeout_s: float) -> Any:
         value = value_of(self._connection.read_result(came, at, request_id, timeout_s))

@@ -12,7 +12,7 @@ import numbers
 import operator
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from overlay import jsons
 from overlay.admission import HIGHEST_PRIORITY
@@ -198,6 +198,37 @@ def chunk_of(window: int, chunksize: int) -> tuple[int, int]:
     """The window, and how many of a map's payloads travel together."""
     window, chunksize = as_whole("window", window, least=1), as_whole("chunksize", chunksize)
     return window, min(chunksize or max(1, min(512, window // 4)), window)
+
+
+class MapAsked(NamedTuple):
+    """What a map goes by, as its runs take it. given: its payloads, or args, as they came."""
+
+    kind: Kind
+    timeout_s: float
+    chunk: int
+    window: int
+    patience_s: float | None
+    given: Any
+
+
+def map_of(
+    handler: str | None,
+    payloads: Any,
+    args: Any,
+    mode: str,
+    team: str,
+    timeout: float | None,
+    window: int,
+    chunksize: int,
+    priority: int,
+    patience_s: float | None,
+) -> tuple[MapAsked, Any]:
+    """And what is to be sent, as an iterable of the same kind as was given."""
+    kind = kind_of(mode, team, handler_of(handler), False, priority)
+    timeout_s, (window, chunk) = as_timeout(timeout), chunk_of(window, chunksize)
+    patience_s = None if patience_s is None else as_patience(patience_s)
+    bodies, given = as_bodies(payloads, args, mode), payloads if args is None else args
+    return MapAsked(kind, timeout_s, chunk, window, patience_s, given), bodies
 
 
 def as_patience(patience_s: float) -> float:

@@ -31,8 +31,8 @@ from overlay import wire
 from overlay.arguments import (
     DEFAULT_TIMEOUT_S,
     HIGHEST_ID,
+    MapAsked,
     as_address,
-    as_bodies,
     as_body,
     as_first,
     as_flag,
@@ -44,9 +44,9 @@ from overlay.arguments import (
     as_timeout,
     as_whole,
     check_mode_of_args,
-    chunk_of,
     handler_of,
     kind_of,
+    map_of,
     parts_wanted,
 )
 from overlay.callbacks import Callbacks
@@ -293,7 +293,8 @@ class Client(concurrent.futures.Executor):
         answered, after what was sent has been given.
         """
         options = (mode, team, timeout, window, chunksize, priority, patience_s)
-        return raising(self._map(handler, payloads, args, *options, ordered=True))
+        asked = map_of(handler, payloads, args, *options)
+        return raising(self._map(*asked, has_values=args is not None, ordered=True))
 
     def map_as_completed(
         self,
@@ -316,7 +317,8 @@ class Client(concurrent.futures.Executor):
         payload that was taken has its result then.
         """
         options = (mode, team, timeout, window, chunksize, priority, patience_s)
-        return self._map(handler, payloads, args, *options, ordered=ordered)
+        asked = map_of(handler, payloads, args, *options)
+        return self._map(*asked, has_values=args is not None, ordered=ordered)
 
     def parts(
         self,
@@ -443,28 +445,12 @@ class Client(concurrent.futures.Executor):
             self.close()
 
     def _map(
-        self,
-        handler: str | None,
-        payloads: Iterable[bytes | str] | None,
-        args: Iterable[Args] | None,
-        mode: str,
-        team: str,
-        timeout: float | None,
-        window: int,
-        chunksize: int,
-        priority: int,
-        patience_s: float | None,
-        ordered: bool,
+        self, asked: MapAsked, bodies: Any, *, has_values: bool, ordered: bool
     ) -> Iterator[tuple[int, Any]]:
-        kind = kind_of(mode, team, handler_of(handler), False, priority)
-        timeout_s, (window, chunk) = as_timeout(timeout), chunk_of(window, chunksize)
-        patience_s = None if patience_s is None else as_patience(patience_s)
-        bodies, given = as_bodies(payloads, args, mode), payloads if args is None else args
         bodies, ordered = as_payloads(bodies), as_flag("ordered", ordered)
         self._connection.check_open()
-        mapping = MapRun(self._connection, kind, timeout_s, chunk, window, patience_s, given)
-        pairs = mapping.run(bodies, ordered)
-        return pairs if args is None else with_values(pairs)
+        pairs = MapRun(self._connection, *asked).run(bodies, ordered)
+        return with_values(pairs) if has_values else pairs
 
 
 def _parts(
