@@ -171,7 +171,7 @@ class Channel:
             if self._closed:
                 return
             before, old = Named(self._host, self._leads_to), self._channel
-            self._leads_to, self._wrong_until = found.addresses, 0.0
+            self._found, self._leads_to, self._wrong_until = found, found.addresses, 0.0
             self._channel = self._made()
         if before.addresses:
             log.info("%s is now %s", before.shown(), ", ".join(found.addresses))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
@@ -600,3 +601,27 @@ def test_every_address_comes_by_the_systems_resolver() -> None:
     past = {path.name for path in own if re.search(ways, path.read_text("utf-8"))}
 
     assert past == {"names.py", "channels.py"}
+
+
+def test_where_a_channel_leads_is_shown_whole_as_soon_as_it_does() -> None:
+    shown: list[str] = []
+
+    class Look(logging.Handler):
+        """At the moment at which it says that it leads elsewhere."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            shown.append(channel.shown)
+
+    log, look = logging.getLogger("overlay.names"), Look()
+    before = log.level
+    log.addHandler(look)
+    log.setLevel(logging.INFO)
+    try:
+        with Channel("mac.office:1", []) as channel:
+            channel.take(Named("mac.office", ("127.0.0.2", "::1")))
+            channel.take(Named("mac.office", ("127.0.0.3", "::1")))
+    finally:
+        log.removeHandler(look)
+        log.setLevel(before)
+
+    assert shown == ["mac.office:1 (127.0.0.3, ::1)"]
