@@ -1,7 +1,7 @@
 """Asks an overlay from the command line: `python client.py --help` says how.
 
 A verb is a row in VERBS (asks one process) or in OVERALL (asks every process of a configuration),
-and a module of overlay/: its arguments, and a function from them to an exit code. Reports go to
+and a module of overlay/cli: its arguments, and a function from them to an exit code. Reports go to
 stdout, complaints to stderr.
 """
 
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overlay import stdio
-from overlay.errors import ConfigError
+from overlay.cli import stdio
+from overlay.model.errors import ConfigError
 
 stdio.complete()
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
@@ -38,7 +38,7 @@ def not_installed(error: ModuleNotFoundError) -> str:
 
 
 try:
-    from overlay.console import Exit, Parser, complain, guarded, host, port
+    from overlay.cli.terminal import Exit, Parser, complain, guarded, host, port
 except ModuleNotFoundError as e:
     sys.stderr.write(f"{Path(sys.argv[0]).name}: {not_installed(e)}\n")
     raise SystemExit(2) from None
@@ -152,7 +152,7 @@ def _verb(help_line: str, module: str, kind: str = "") -> Verb:
     def later(function: str) -> Callable[[Any], Any]:
         def call(given: Any) -> Any:
             try:
-                found = importlib.import_module(f"overlay.{module}")
+                found = importlib.import_module(f"overlay.cli.{module}")
             except ModuleNotFoundError as e:
                 complain(not_installed(e))
                 raise SystemExit(Exit.USAGE) from None
@@ -164,21 +164,21 @@ def _verb(help_line: str, module: str, kind: str = "") -> Verb:
 
 
 VERBS = {
-    "ask": _verb("Sends one request", "asking"),
-    "map": _verb("Sends lines or files as they are, results in their order", "bulk"),
-    "check": _verb("What this process says of itself and its neighbours", "checking"),
-    "handlers": _verb("What the handlers do and take: signature, docstring", "describing"),
-    "logs": _verb("The last lines of this process's log, or of one below it", "reading"),
+    "ask": _verb("Sends one request", "ask"),
+    "map": _verb("Sends lines or files as they are, results in their order", "map"),
+    "check": _verb("What this process says of itself and its neighbours", "check"),
+    "handlers": _verb("What the handlers do and take: signature, docstring", "handlers"),
+    "logs": _verb("The last lines of this process's log, or of one below it", "logs"),
     "top": _verb("The whole overlay live, in this terminal", "top"),
     "web": _verb("The whole overlay live, as a page on this machine", "web"),
-    "drain": _verb("Stops this process: what runs is finished, the rest refused", "draining"),
+    "drain": _verb("Stops this process: what runs is finished, the rest refused", "drain"),
 }
 OVERALL = {
     "init": _verb(
         "Asks for the addresses of your machines and writes them into the configuration",
-        "addressing",
+        "init",
     ),
-    "check": _verb("Every process of a configuration file, in one table", "checking", "all_"),
+    "check": _verb("Every process of a configuration file, in one table", "check", "all_"),
     "doctor": _verb(
         "What is not well as seen from this machine, the likely cause, and what to do", "doctor"
     ),

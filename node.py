@@ -28,14 +28,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from overlay import stdio
+from overlay.cli import stdio
 
 stdio.complete()
 
-from overlay import started  # noqa: E402 - after that, as all that may open files
+from overlay.workers import descendants  # noqa: E402 - after that, as all that may open files
 
 if __name__ == "__main__":  # before multiprocessing's own, and so after that when it comes to it
-    atexit.register(started.end)
+    atexit.register(descendants.end)
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
 if sys.platform == "linux":
@@ -50,21 +50,24 @@ try:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    from overlay import configuration, reflection, spawned, wire
-    from overlay.admin import Admin
-    from overlay.channels import Channel
-    from overlay.connections import Connections, most_connections, raise_file_limit
-    from overlay.ending import StopFile, when_console_ends
-    from overlay.errors import ConfigError, OverlayError
-    from overlay.listening import Listening
-    from overlay.logs import ProcessLog
-    from overlay.machine import own_addresses
-    from overlay.memory import Memory, keep_little
-    from overlay.names import Named, look_up, socket_address
-    from overlay.reception import Health, Reception, on_threads_of
-    from overlay.service import Drained, Service
-    from overlay.topology import Process, Topology, join_address
-    from overlay.wire import pb2, pb2_grpc
+    from overlay.model import config
+    from overlay.model.errors import ConfigError, OverlayError
+    from overlay.model.topology import Process, Topology, join_address
+    from overlay.observability.log_file import ProcessLog
+    from overlay.server import reflection
+    from overlay.server.admin import Admin
+    from overlay.server.connection_limits import Connections, most_connections, raise_file_limit
+    from overlay.server.heap import Memory, keep_little
+    from overlay.server.reception import Health, Reception, on_threads_of
+    from overlay.server.service import Drained, Service
+    from overlay.server.shutdown import StopFile, when_console_ends
+    from overlay.transport import codec
+    from overlay.transport.channels import Channel
+    from overlay.transport.codec import pb2, pb2_grpc
+    from overlay.transport.listener import Listening
+    from overlay.transport.machine import own_addresses
+    from overlay.transport.resolver import Named, look_up, socket_address
+    from overlay.workers import spawn_main
 except ImportError as e:
     sys.exit(
         f"node.py: {e}; run: python3 scripts/run.py setup (or pip install -r requirements.txt)"
@@ -82,7 +85,7 @@ ELSEWHERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # of an address that this
 
 
 class OverlayNode(pb2_grpc.OverlayNodeServicer):
-    """The methods that others call; the work is in overlay.service."""
+    """The methods that others call; the work is in overlay.server.service."""
 
     def __init__(self, service: Service, metrics_pool: ThreadPoolExecutor) -> None:
         self._service = service
@@ -99,7 +102,7 @@ class OverlayNode(pb2_grpc.OverlayNodeServicer):
 
 
 class OverlayAdmin(pb2_grpc.OverlayAdminServicer):
-    """The methods for those who run the process; the work is in overlay.admin."""
+    """The methods for those who run the process; the work is in overlay.server.admin."""
 
     def __init__(self, admin: Admin) -> None:
         self._admin = admin
@@ -136,7 +139,7 @@ class Node:
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
         most = most_connections(raise_file_limit())
-        options = wire.server_options(limits, most)
+        options = codec.server_options(limits, most)
         self.server = Listening(place, me.port, lambda: grpc.server(self.pool, options=options))
         self.reception = Reception(self.server, self.pool, limits, service.record)
         service.calls_without_message = lambda: self.reception.unarrived
@@ -192,7 +195,7 @@ class Node:
         number = self.place.addresses[0]
         number = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(number, number)
         address = join_address(number, self.me.port)
-        with Channel(address, wire.channel_options()) as channel:
+        with Channel(address, codec.channel_options()) as channel:
             ask = pb2_grpc.OverlayNodeStub(channel).GetMetrics
             try:
                 found = ask(pb2.MetricsRequest(), timeout=5, wait_for_ready=True)
@@ -209,7 +212,7 @@ class Node:
 def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     try:
-        topology = configuration.load(arguments.config)
+        topology = config.load(arguments.config)
         me = topology.process(arguments.id)
         if arguments.check:
             return _say_checked(topology)
@@ -239,7 +242,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _say_checked(topology: Topology) -> int:
-    for warning in configuration.warnings(topology):
+    for warning in config.warnings(topology):
         print(f"warning: {warning}")
     print(f"{topology.name} is right: {len(topology.processes)} processes")
     return 0
@@ -247,8 +250,8 @@ def _say_checked(topology: Topology) -> int:
 
 def _serve(topology: Topology, me: Process, place: Named, stop_file: StopFile | None) -> int:
     keep_little()
-    spawned.be_main()
-    started.hold_together()
+    spawn_main.be_main()
+    descendants.hold_together()
     stopping = _Stopping(topology.limits.drain_grace_s, stop_file)
     log = ProcessLog(topology.folder / me.log_dir / f"process_{me.id.lower()}.log", me.id)
     log.start()
@@ -279,7 +282,7 @@ def _told_to_prometheus(me: Process, service: Service) -> Iterator[None]:
     if me.metrics_port is None:
         yield
         return
-    from overlay.exporter import Exporter  # its library takes a moment, and few want it
+    from overlay.server.prometheus import Exporter  # its library takes a moment, and few want it
 
     exporter = Exporter(service.metrics, me.metrics_bind, me.metrics_port)
     exporter.start()
@@ -301,7 +304,7 @@ def _announce(topology: Topology, me: Process, place: Named) -> None:
     at = place.shown(me.listen_address)
     print(f"{me.id} {me.role} {me.team} serves on {at}", flush=True)
     log = _log()
-    for warning in configuration.warnings(topology):
+    for warning in config.warnings(topology):
         log.warning("%s", warning)
     if not place.is_loopback:
         log.warning("no TLS: whoever reaches %s can send requests", at)
@@ -335,7 +338,7 @@ def _watchdog(after_s: float, code: int = 1) -> None:
 
 def _end_now(code: int) -> None:
     """Without a word, but with all that handlers on threads have started."""
-    started.end()
+    descendants.end()
     os._exit(code)
 
 

@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TextIO
 
 from client import Exit, Parser, guarded, host, port  # says what is not installed
-from overlay import client as library
-from overlay.checking import expected_workers
-from overlay.console import (
+from overlay.cli.check import expected_workers
+from overlay.cli.terminal import (
     clean,
     counted,
     exit_of,
@@ -35,8 +34,9 @@ from overlay.console import (
     name,
     seconds,
 )
-from overlay.topology import join_address
-from overlay.values import Code, Part
+from overlay.client import sync as library
+from overlay.model.segments import Code, Part
+from overlay.model.topology import join_address
 
 DESCRIPTION = """\
 Tries a running overlay: a single request, the queue's status, 10 concurrent requests; then one

@@ -31,8 +31,8 @@ from faults.history import Call, Fault
 from faults.hosts import Wire
 from faults.load import Notes
 from faults.overlays import ROOT, Overlay, until
-from overlay import wire
-from overlay.wire import pb2
+from overlay.transport import codec as wire
+from overlay.transport.codec import pb2
 
 LONG_S = 5.0  # at least: longer than a dead peer is not noticed
 CLOCK_STEPS_S = (3600, -3600, 0)  # from the right time

@@ -27,10 +27,10 @@ import grpc
 from faults.checker import SILENT_S
 from faults.history import Answer, Call, Stall
 from faults.overlays import until
-from overlay import wire
-from overlay.client import CallFailed, Incomplete, connect
-from overlay.values import Code
-from overlay.wire import pb2, pb2_grpc
+from overlay.client.sync import CallFailed, Incomplete, connect
+from overlay.model.segments import Code
+from overlay.transport import codec
+from overlay.transport.codec import pb2, pb2_grpc
 
 STALL_S = 0.1  # the pulse is this late: the machine did not let us run
 LIBRARY_THREADS = 1000  # a second has up to 200 such calls, and one waits 3 s at most
@@ -188,7 +188,7 @@ class Load:
         self._again: deque[tuple[float, Planned]] = deque()  # when due, in this order
         self._base = random.getrandbits(40) << 20  # of the ids that we give
         self._closed = threading.Event()
-        self._channel = grpc.insecure_channel(address, wire.channel_options())
+        self._channel = grpc.insecure_channel(address, codec.channel_options())
         self._stub = pb2_grpc.OverlayNodeStub(self._channel)
         self._stream = _Stream(self._stub, notes, self._closed)
         self._library = connect(address)
@@ -292,7 +292,7 @@ class Load:
             request,
             timeout=call.deadline - call.at,
             wait_for_ready=patient,
-            metadata=((wire.CALLER_KEY, planned.caller),) if planned.caller else (),
+            metadata=((codec.CALLER_KEY, planned.caller),) if planned.caller else (),
         )
         future.add_done_callback(partial(self._ended, call, planned, request, more, insists))
 
@@ -441,7 +441,7 @@ def _of_unary(call: Call, at: float, future: Any) -> Answer:
     trailers = dict(future.trailing_metadata() or ())
     if not future.cancelled() and future.exception() is None:
         return _of_response(call, at, future.result(), trailers)
-    executed = trailers.get(wire.EXECUTED_KEY)
+    executed = trailers.get(codec.EXECUTED_KEY)
     code, by = future.code().name, "overlay" if executed else "client"
     reason = str(future.details())
     return Answer(call.id, at, code, by, executed or "unknown", reason=reason)
@@ -453,7 +453,7 @@ def _of_response(call: Call, at: float, response: pb2.Response, trailers: Any) -
         at=at,
         code="OK",
         executed="yes",
-        coverage=trailers.get(wire.COVERAGE_KEY, ""),
+        coverage=trailers.get(codec.COVERAGE_KEY, ""),
         parts=tuple(
             (p.process_id, Code(p.code).name, EXECUTED[p.executed]) for p in response.parts
         ),

@@ -18,8 +18,9 @@ from typing import Any
 import grpc
 
 import overlay
-from overlay import configuration, wire
-from overlay.wire import pb2
+from overlay.model import config
+from overlay.transport import codec
+from overlay.transport.codec import pb2
 
 THREADS = 16
 # As many as the field can say; who believes it takes gigabytes.
@@ -28,9 +29,9 @@ NAMES = ("work", "echo")
 
 
 def main(path: str, process_id: str) -> None:
-    topology = configuration.load(Path(path))
+    topology = config.load(Path(path))
     me = topology.process(process_id)
-    server = grpc.server(ThreadPoolExecutor(THREADS), options=wire.server_options(topology.limits))
+    server = grpc.server(ThreadPoolExecutor(THREADS), options=codec.server_options(topology.limits))
     methods = {
         "GetMetrics": grpc.unary_unary_rpc_method_handler(
             lambda request, context: _well(topology, process_id).SerializeToString()
@@ -55,7 +56,7 @@ def _well(topology: Any, process_id: str) -> pb2.MetricsResponse:
         is_healthy=True,
         version=overlay.__version__,
         config_digest=topology.digest,
-        wire_format=wire.FORMAT,
+        wire_format=codec.FORMAT,
     )
     for worker in topology.workers:
         if worker.id == me.id or worker.team == me.team:

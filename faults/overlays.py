@@ -21,8 +21,8 @@ import grpc
 
 from faults.handlers import FOLDER
 from faults.history import Ending
-from overlay import wire
-from overlay.wire import pb2, pb2_grpc
+from overlay.transport import codec
+from overlay.transport.codec import pb2, pb2_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 30.0  # within which a process serves, on a busy machine too
@@ -141,7 +141,7 @@ class Overlay:
 
     def stub(self, process_id: str) -> pb2_grpc.OverlayNodeStub:
         if process_id not in self._channels:
-            address, options = self.address(process_id), wire.channel_options()
+            address, options = self.address(process_id), codec.channel_options()
             self._channels[process_id] = grpc.insecure_channel(address, options)
         return pb2_grpc.OverlayNodeStub(self._channels[process_id])
 

@@ -76,129 +76,134 @@ def try_out(bug: Bug, folder: Path, seconds: float, seed: int) -> Trial:
 
 
 def expired_is_started() -> None:
-    from overlay import intake, links, values
+    from overlay.model import segments
+    from overlay.peers import peers
+    from overlay.queueing import request_queue
 
     def end(ticket: Any, code: Any, start: int = 0, count: int | None = None) -> None:
-        if code is values.Code.DEADLINE_EXCEEDED:  # answered, and it stays in the queue
+        if code is segments.Code.DEADLINE_EXCEEDED:  # answered, and it stays in the queue
             count = ticket.segment.count - start if count is None else count
-            ticket._settle(start, intake._unstarted(ticket._intake.me, code, count))
+            ticket._settle(start, request_queue._unstarted(ticket._intake.me, code, count))
         else:
             right(ticket, code, start, count)
 
     def unchecked(self: Any, ticket: Any, now: float) -> Any:
         return claim(self, ticket, min(now, ticket.segment.deadline - 1))
 
-    right = intake.Ticket.end
-    intake.Ticket.end = end
-    claim = intake.Intake._claim_locked
-    intake.Intake._claim_locked = unchecked
-    links._Link.time_left_s = lambda self, deadline: max(1.0, deadline - time.monotonic())
+    right = request_queue.Ticket.end
+    request_queue.Ticket.end = end
+    claim = request_queue.Intake._claim_locked
+    request_queue.Intake._claim_locked = unchecked
+    peers._Link.time_left_s = lambda self, deadline: max(1.0, deadline - time.monotonic())
 
 
 def retry_without_proof() -> None:
-    from overlay import assembly, values
+    from overlay.model import segments
+    from overlay.routing import aggregate
 
     def may(answer: Any) -> bool:
         part = answer.refused or (answer.parts[0] if answer.parts else None)
-        return part is not None and part.code is values.Code.UNAVAILABLE
+        return part is not None and part.code is segments.Code.UNAVAILABLE
 
-    assembly.may_try_elsewhere = may
+    aggregate.may_try_elsewhere = may
 
 
 def answer_sent_twice() -> None:
-    from overlay import wire
+    from overlay.transport import codec
 
-    right = wire.write_client_slice
+    right = codec.write_client_slice
 
     def twice(frame: Any, number: int, *rest: Any) -> None:
         right(frame, number, *rest)
         if number % 20 == 0:
             right(frame, number, *rest)
 
-    wire.write_client_slice = twice
+    codec.write_client_slice = twice
 
 
 def deadline_not_passed_on() -> None:
-    from overlay import links
+    from overlay.peers import peers
 
-    links._Link.time_left_s = lambda self, deadline: 30.0
+    peers._Link.time_left_s = lambda self, deadline: 30.0
 
 
 def refusal_says_always_no() -> None:
-    from overlay import errors, values, wire
+    from overlay.model import errors, segments
+    from overlay.transport import codec
 
-    right = wire.trailers
+    right = codec.trailers
 
     def trailers(error: Any) -> Any:
-        error.executed = values.Executed.NO
+        error.executed = segments.Executed.NO
         return right(error)
 
     assert issubclass(errors.HandlerFailed, errors.OverlayError)
-    wire.trailers = trailers
+    codec.trailers = trailers
 
 
 def seen_ids_off() -> None:
-    from overlay import ids
+    from overlay.workers import request_ids
 
-    ids.SeenIds.begin = lambda self, segment: ids.Begun()
+    request_ids.SeenIds.begin = lambda self, segment: request_ids.Begun()
 
 
 def cancelled_stays_active() -> None:
-    from overlay import intake
+    from overlay.queueing import request_queue
 
-    right = intake.Intake._release
+    right = request_queue.Intake._release
 
     def release(self: Any, ticket: Any, count: int) -> None:
         if not ticket._ended:
             right(self, ticket, count)
 
-    intake.Intake._release = release
+    request_queue.Intake._release = release
 
 
 def dead_link_is_silent() -> None:
-    from overlay import books
+    from overlay.peers import outgoing
 
     def lost(self: Any, why: Any) -> None:
         self.is_live = False
         self._link.lost(why)
 
-    books.Book._lost = lost
+    outgoing.Book._lost = lost
 
 
 def coverage_always_complete() -> None:
-    from overlay import assembly
+    from overlay.routing import aggregate
 
-    assembly.coverage = lambda answer: f"{len(answer.parts)}/{len(answer.parts)}"
+    aggregate.coverage = lambda answer: f"{len(answer.parts)}/{len(answer.parts)}"
 
 
 def missing_is_left_out() -> None:
-    from overlay import assembly
+    from overlay.routing import aggregate
 
-    right = assembly.gathered
+    right = aggregate.gathered
 
     def gathered(*arguments: Any) -> Any:
         answers = right(*arguments)
         good = tuple(column for column in answers.parts if column.failed is None)
         return replace(answers, parts=good or answers.parts)
 
-    assembly.gathered = gathered
+    aggregate.gathered = gathered
 
 
 def merge_drops_a_part() -> None:
-    from overlay import assembly
+    from overlay.routing import aggregate
 
     def plain_results(answers: Any) -> list[bytes]:
         columns = [column.results.items for column in answers.parts]
         return [b"\n".join(row[:2]) for row in zip(*columns, strict=True)]
 
-    assembly.plain_results = plain_results
+    aggregate.plain_results = plain_results
 
 
 def drain_refuses_running() -> None:
-    from overlay import errors, intake, values
+    from overlay.model import errors, segments
+    from overlay.queueing import request_queue
 
     running: list[Any] = []
-    right_run, right_close = intake.Ticket._run, intake.Intake.close
+    right_run, right_close = request_queue.Ticket._run, request_queue.Intake.close
 
     def run(ticket: Any, *rest: Any) -> None:
         running.append(ticket)
@@ -208,89 +213,89 @@ def drain_refuses_running() -> None:
         error = errors.Draining(f"{self.me} is stopping")
         for ticket in running:
             if ticket.is_open:
-                part = values.Part(self.me, error.code, str(error), executed=error.executed)
+                part = segments.Part(self.me, error.code, str(error), executed=error.executed)
                 rows = ticket.segment.count
-                ticket._settle(0, values.Answers(rows, (), refused=part))
+                ticket._settle(0, segments.Answers(rows, (), refused=part))
         return int(right_close(self))
 
-    intake.Ticket._run = run
-    intake.Intake.close = close
+    request_queue.Ticket._run = run
+    request_queue.Intake.close = close
 
 
 def runs_some_twice() -> None:
-    from overlay import threads
+    from overlay.workers import thread_pool
 
-    right, numbers = threads._called, itertools.count(1)
+    right, numbers = thread_pool._called, itertools.count(1)
 
     def called(*arguments: Any) -> Any:
         if next(numbers) % 10 == 0:
             right(*arguments)
         return right(*arguments)
 
-    threads._called = called
+    thread_pool._called = called
 
 
 def answers_get_lost() -> None:
-    from overlay import streams
+    from overlay.server import stream_session
 
-    right, numbers = streams._Stream._answer, itertools.count(1)
+    right, numbers = stream_session._Stream._answer, itertools.count(1)
 
     def answer(self: Any, accepted: Any, start: int, answers: Any) -> None:
         if next(numbers) % 15:
             right(self, accepted, start, answers)
 
-    streams._Stream._answer = answer
+    stream_session._Stream._answer = answer
 
 
 def deadlines_never_end() -> None:
-    from overlay import deadlines
+    from overlay.transport import timers
 
-    deadlines.Deadlines.watch = lambda self, thing, deadline: None
+    timers.Deadlines.watch = lambda self, thing, deadline: None
 
 
 def crashes_inside() -> None:
-    from overlay import wire
+    from overlay.transport import codec
 
-    right, numbers = wire.write_response, itertools.count(1)
+    right, numbers = codec.write_response, itertools.count(1)
 
     def write_response(*arguments: Any, **options: Any) -> Any:
         if next(numbers) % 20 == 0:
             raise KeyError("a bug")
         return right(*arguments, **options)
 
-    wire.write_response = write_response
+    codec.write_response = write_response
 
 
 def link_stays_down() -> None:
-    from overlay import links
+    from overlay.peers import peers
 
-    right = links._Link._set_state
+    right = peers._Link._set_state
 
     def set_state(self: Any, state: str, reason: str) -> None:
         if state == "up" and self.asked and self.state == "down":
             return
         right(self, state, reason)
 
-    links._Link._set_state = set_state
+    peers._Link._set_state = set_state
 
 
 def exit_takes_the_process() -> None:
-    from overlay import threads
+    from overlay.workers import thread_pool
 
-    right = threads.outcome_of_error
+    right = thread_pool.outcome_of_error
 
     def outcome_of_error(e: BaseException) -> Any:
         if isinstance(e, SystemExit):
             os._exit(3)
         return right(e)
 
-    threads.outcome_of_error = outcome_of_error
+    thread_pool.outcome_of_error = outcome_of_error
 
 
 def answers_mixed_up() -> None:
-    from overlay import threads
+    from overlay.workers import thread_pool
 
-    right, last = threads._called, [b"D 0"]
+    right, last = thread_pool._called, [b"D 0"]
 
     def called(*arguments: Any) -> Any:
         result = right(*arguments)
@@ -298,59 +303,60 @@ def answers_mixed_up() -> None:
             result, last[0] = last[0], result
         return result
 
-    threads._called = called
+    thread_pool._called = called
 
 
 def team_is_ignored() -> None:
-    from overlay import routing
+    from overlay.routing import planner
 
-    routing.scope = lambda topology, me, route: (
+    planner.scope = lambda topology, me, route: (
         topology.in_order(set(route.targets))
         if route.targets is not None
-        else tuple(worker.id for worker in routing._reach(topology, topology.processes[me]))
+        else tuple(worker.id for worker in planner._reach(topology, topology.processes[me]))
     )
 
 
 def counts_go_astray() -> None:
-    from overlay import meter
+    from overlay.observability import counters
 
-    right, numbers = meter.Meter.completed, itertools.count(1)
+    right, numbers = counters.Meter.completed, itertools.count(1)
 
     def completed(self: Any, count: int) -> None:
         if next(numbers) % 10:
             right(self, count)
 
-    meter.Meter.completed = completed
+    counters.Meter.completed = completed
 
 
 def keys_are_forgotten() -> None:
-    from overlay import keys
+    from overlay.server import idempotency
 
-    right = keys.Keys._end
+    right = idempotency.Keys._end
 
     def end(self: Any, named: bytes, asked: Any, outcome: Any) -> None:
         right(self, named, asked, outcome)
         asked.until = 0.0
 
-    keys.Keys._end = end
+    idempotency.Keys._end = end
 
 
 def key_for_any_payload() -> None:
-    from overlay import keys
+    from overlay.server import idempotency
 
-    right = keys.Keys.enter
-    keys.Keys.enter = lambda self, caller, key, question: right(self, caller, key, (b"",))
+    right = idempotency.Keys.enter
+    idempotency.Keys.enter = lambda self, caller, key, question: right(self, caller, key, (b"",))
 
 
 def failed_is_lost() -> None:
-    from overlay import assembly
+    from overlay.routing import aggregate
 
-    assembly.was_lost = lambda answer: not answer.parts or not answer.parts[0].ok
+    aggregate.was_lost = lambda answer: not answer.parts or not answer.parts[0].ok
 
 
 def refuses_now_and_then() -> None:
     """As if the last requests had been too slow, whatever room there is."""
-    from overlay import errors, intake
+    from overlay.model import errors
+    from overlay.queueing import request_queue
 
     numbers = itertools.count(1)
 
@@ -362,15 +368,16 @@ def refuses_now_and_then() -> None:
 
         return admit
 
-    intake.Intake.admit = grudging(intake.Intake.admit)
-    intake.Intake.admit_to = grudging(intake.Intake.admit_to)
+    request_queue.Intake.admit = grudging(request_queue.Intake.admit)
+    request_queue.Intake.admit_to = grudging(request_queue.Intake.admit_to)
 
 
 def names_alone_share() -> None:
-    from overlay import service, values
+    from overlay.model import segments
+    from overlay.server import service
 
     right = service._caller
-    service._caller = lambda context: values.Caller("", right(context).name)
+    service._caller = lambda context: segments.Caller("", right(context).name)
 
 
 BUGS = (

@@ -1,51 +1,26 @@
 """A request queue for the computers you already own.
 
-The floor plan. A module imports only from floors below its own, or on its own floor where an
-arrow says so; tests/test_floors.py compares this picture with the code.
+Eleven packages; imports go down only, and `lint-imports` holds them to it (pyproject.toml).
 
-    4 edges      admin -> service -> streams   admin -> journal   service -> journal
-                 reflection -> reception   connections   listening
-                 console -> client -> connection -> calls -> orders
-                 client -> mapping -> connection -> outcomes -> calls   client -> arguments
-                 client -> parts -> calls   client, mapping, connection, arguments -> orders
-                 client -> outcomes   mapping -> arguments, outcomes, telling
-                 telling -> connection, outcomes
-                 aio -> arguments, calls, connection, orders, outcomes, parts, telling
-                 exporter -> door
-                 asking, bulk, checking, describing, draining, reading -> client, console
-                 doctor -> client, console
-                 addressing -> console
-                 web -> watch, console, door
-                 top -> watch, console, screenful   screenful -> console
-    3 relay      relay   record
-    2 mechanism  intake   deadlines   keys   ids   logs -> recent   repeats   stories
-                 memory   pool   resources   stdio   ending   usage   spawned   surroundings
-                 callbacks   machine, hosts, channels -> names
-                 links -> books, channels, wire   books -> pipes, pieces, wire   pipes -> wire
-                 wire -> judge, maps, meter, recent   judge -> recent
-                 executor -> threads, processes -> batch -> handlers, ids, meter, pieces
-                 executor -> batch, handlers, ids, sources   threads -> handlers, logs, pieces
-                 processes -> child -> batch, handlers, logs, pieces, sources, started
-                 processes -> pieces, sources, started   handlers -> sources
-                 threads, child -> typed -> handlers, pieces
-    1 decisions  routing -> health   assembly   lanes -> admission   rows   story   allowance
-                 picture -> history, events   diagnosis   crowd   density   functions
-    0 values     errors -> values -> jsons   limits   topology -> limits, errors   clocks
-                 configuration -> topology, limits, errors
+    server                     one running process: its gRPC methods, and what they lean on
+    cli                        one file per verb of client.py, named as the verb
+    peers                      the kept links to the processes below
+    monitor                    a view of a whole overlay
+    routing  workers  client   who is asked | the user's function runs | the library
+    queueing  transport        who waits, whose turn it is | gRPC and protobuf
+    observability              counters, traces, logs
+    model                      values and configuration
 
-Entries on top: node.py serves one process, client.py asks, scripts/ start and stop.
+Which package a line belongs to: name the noun that it is about; if it needs two, it goes to the
+higher one. Entries on top: node.py serves one process, client.py asks, scripts/ start and stop.
 
-Decisions are pure: no grpc, no threads, no clock of their own; all others have theirs from clocks.
-`grpc` is known to wire, pipes, books, channels, links and the edges, and to node.py; `threading` to
-the mechanism floor and above.
+A request's way, on every process that it passes:
 
-A request's way, on every process it passes:
-
-    node.Forward -> service -> wire.read -> intake.admit -> ticket.wait
-                        => relay.claim -> routing.plan
-                        => relay.start -> links.send(neighbour, segment, sink)    team leaders
-                                       -> executor.run(segment, sink)             workers
-                    <- assembly.combine <- wire.write
+    node.Forward -> server.service -> transport.codec.read -> queueing.request_queue.admit
+        => routing.dispatcher.claim -> routing.planner.plan
+        => routing.dispatcher.start -> peers.send(neighbour, segment, sink)       team leaders
+                                    -> workers.executor.run(segment, sink)        workers
+        <- routing.aggregate.combine <- transport.codec.write
 """
 
 import os
@@ -60,20 +35,20 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     # Lazily, so that `import overlay` needs neither grpc nor the generated stubs.
-    if name in {"connect", "Client", "Answer", "CallFailed"}:
+    if name in {"connect", "Client", "connect_async", "AsyncClient", "Answer", "CallFailed"}:
         from overlay import client
 
         return getattr(client, name)
-    if name in {"connect_async", "AsyncClient"}:
-        from overlay import aio
+    if name == "client":  # as overlay.client.NotReached, without an import of its own
+        import importlib
 
-        return getattr(aio, name)
+        return importlib.import_module("overlay.client")
     if name == "Context":
-        from overlay import handlers
+        from overlay.workers import api
 
-        return handlers.Context
+        return api.Context
     if name == "BadRequest":
-        from overlay import errors
+        from overlay.model import errors
 
         return errors.BadRequest
     raise AttributeError(f"module 'overlay' has no attribute '{name}'")

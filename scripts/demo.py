@@ -31,9 +31,9 @@ import psutil
 from launcher import ROOT, Child, Record, shown
 
 import overlay
-from overlay.configuration import load
-from overlay.errors import ConfigError, OverlayError
-from overlay.usage import Parser
+from overlay.cli.usage import Parser
+from overlay.model.config import load
+from overlay.model.errors import ConfigError, OverlayError
 
 CONFIG = ROOT / "examples" / ".demo.json"
 LOGS = ROOT / "logs" / "demo"

@@ -41,21 +41,22 @@ import overlay  # noqa: E402, F401 - found through the line above
 
 sys.path.append(sys.path.pop(0))  # a random.py of yours in that folder is not Python's
 
-from overlay import stdio  # noqa: E402
+from overlay.cli import stdio  # noqa: E402
 
 stdio.complete()
 
 import grpc  # noqa: E402 - after that, as all that may open files
 import psutil  # noqa: E402
 
-from overlay import names, wire  # noqa: E402
-from overlay.channels import Channel  # noqa: E402
-from overlay.configuration import load  # noqa: E402
-from overlay.ending import StopFile, when_console_ends  # noqa: E402
-from overlay.errors import ConfigError  # noqa: E402
-from overlay.machine import asking_address, is_here, own_addresses  # noqa: E402
-from overlay.topology import Process, Topology  # noqa: E402
-from overlay.usage import Parser  # noqa: E402
+from overlay.cli.usage import Parser  # noqa: E402
+from overlay.model.config import load  # noqa: E402
+from overlay.model.errors import ConfigError  # noqa: E402
+from overlay.model.topology import Process, Topology  # noqa: E402
+from overlay.server.shutdown import StopFile, when_console_ends  # noqa: E402
+from overlay.transport import codec  # noqa: E402
+from overlay.transport import resolver as names  # noqa: E402
+from overlay.transport.channels import Channel  # noqa: E402
+from overlay.transport.machine import asking_address, is_here, own_addresses  # noqa: E402
 
 WAIT_S = 60.0  # for a process to serve; handlers that load a model take their time
 GRACE_MARGIN_S = 5.0  # a process that keeps its own drain_grace_s is not killed
@@ -703,10 +704,10 @@ def _host(host: str) -> str:
 def ask(address: str, timeout_s: float = ANSWER_S) -> Any:
     """The metrics of the process at the address, or None when it does not answer."""
     # Not through the client library: that waits for a connection, here a refused one is an answer.
-    with Channel(address, wire.CHANNEL_OPTIONS) as channel:
-        node = wire.pb2_grpc.OverlayNodeStub(channel)
+    with Channel(address, codec.CHANNEL_OPTIONS) as channel:
+        node = codec.pb2_grpc.OverlayNodeStub(channel)
         try:
-            return node.GetMetrics(wire.pb2.MetricsRequest(), timeout=timeout_s)
+            return node.GetMetrics(codec.pb2.MetricsRequest(), timeout=timeout_s)
         except grpc.RpcError:
             return None
 

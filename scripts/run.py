@@ -43,7 +43,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from overlay import stdio  # noqa: E402 - found through the line above; needs no package
+from overlay.cli import stdio  # noqa: E402 - found through the line above; needs no package
 
 SCRIPTS = ROOT / "scripts"
 VENV = ROOT / ".venv"
@@ -137,6 +137,10 @@ def test(arguments):
         "ruff check": ["-m", "ruff", "check", "."],
         "ruff format": ["-m", "ruff", "format", "--check", "."],
         "mypy": ["-m", "mypy"],
+        "imports": [
+            "-c",
+            "from importlinter.cli import lint_imports_command as check; check()",
+        ],
         "pytest": ["-m", "pytest"] + at_once + arguments,
     }
     lines = []

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.cluster import ROOT, Overlay, running, six_processes
+from tests.harness.cluster import ROOT, Overlay, running, six_processes
 
 # A busy machine is no fault of the code: no example is judged by the time that it takes.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -56,7 +56,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 # Files that take a minute or more begin first, or at the end one core would wait for the other.
-LONG_FILES = ("windows", "two_hosts", "rules", "launcher", "library", "hostile", "drain", "client")
+LONG_FILES = ("windows", "two_hosts", "rules", "launcher", "sync", "hostile", "drain", "client")
 LONG_FILES += ("faults", "strangers", "versions", "bad_input")
 
 

@@ -30,11 +30,11 @@ import grpc
 import psutil
 
 import overlay
-from overlay import wire
-from overlay.client import CallFailed, Client
-from overlay.values import Executed
-from overlay.wire import pb2
-from tests.cluster import Overlay, running, six_processes
+from overlay.client.sync import CallFailed, Client
+from overlay.model.segments import Executed
+from overlay.transport import codec
+from overlay.transport.codec import pb2
+from tests.harness.cluster import Overlay, running, six_processes
 
 HANDLER = '''
 import random, threading, time
@@ -251,7 +251,7 @@ def _single_calls(six: Overlay) -> Callable[[int, int], Counter[str]]:
                 payload=b"hi", mode=pb2.ANY, request_id=base + number, idempotency_key=key
             )
             room.acquire()
-            named = ((wire.CALLER_KEY, f"caller {number}"),)
+            named = ((codec.CALLER_KEY, f"caller {number}"),)
             forward.future(request, timeout=30, metadata=named).add_done_callback(ended)
         for _ in range(SINGLE):
             room.acquire()

@@ -64,7 +64,7 @@ def configuration(setup: Setup) -> dict:
 class Caller(FuturesCaller):
     def __init__(self, address: str, workers: int) -> None:
         import overlay
-        from overlay import wire
+        from overlay.transport import codec as wire
 
         self._client = overlay.connect(address)
         self._wait_for(workers)

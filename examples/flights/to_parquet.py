@@ -19,8 +19,8 @@ import duckdb
 from share import Share, with_table
 from sqltree import literal, quoted
 
-from overlay import configuration
-from overlay.errors import ConfigError
+from overlay.model import config as configuration
+from overlay.model.errors import ConfigError
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,92 @@
+"""`client.py HOST PORT handlers`: what the function of each handler is like, and where it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from rich.text import Text
+
+from overlay.cli.terminal import (
+    Exit,
+    Parser,
+    Screen,
+    clean,
+    complain,
+    connected,
+    deadline_argument,
+    failed,
+)
+from overlay.client import sync as library
+from overlay.model.signatures import Function
+from overlay.model.topology import join_address
+
+DEADLINE_S = 3.0
+
+
+def arguments(parser: Parser) -> None:
+    deadline_argument(parser, DEADLINE_S, "how long to wait for an answer")
+    help_ = "as one JSON object, with the JSON Schemas of typed functions"
+    parser.add_argument("--json", action="store_true", help=help_)
+
+
+def run(args: argparse.Namespace) -> int:
+    address = join_address(args.host, args.port)
+    try:
+        found = connected(args).metrics(timeout=args.deadline, functions=True)
+    except library.CallFailed as e:
+        return failed(e, address, args.json, of_a_request=False)
+    told = [*found.functions, *_untold(found)]
+    code = Exit.OK if told else Exit.FAILED
+    report = Screen(sys.stdout)
+    if args.json:
+        handlers = [_as_json(function) for function in told]
+        report.json({"ok": bool(told), "exit_code": int(code), "handlers": handlers})
+    for function in told if not args.json else ():
+        _show(report, function)
+    if not told:
+        complain(f"{found.process_id} knows of no worker that is there; the verb check says more")
+    return code
+
+
+def _untold(found: Any) -> list[Function]:
+    """The handlers of workers that tell nothing of their functions, as those of older releases."""
+    known = {(function.name, who) for function in found.functions for who in function.workers}
+    workers: dict[str, list[str]] = {}
+    for process in found.topology:
+        for handler in sorted(process.slots):
+            if (handler, process.id) not in known:
+                workers.setdefault(handler, []).append(process.id)
+    return [Function(name, workers=tuple(ids)) for name, ids in workers.items()]
+
+
+def _show(report: Screen, function: Any) -> None:
+    report.print(Text(clean(function.signature or function.name), style="bold"))
+    for line in function.doc.splitlines():
+        report.say(f"    {line}" if line else "")
+    kind = "typed, called with --args" if function.arguments else "takes the payload's bytes"
+    if not function.signature:
+        kind = "its workers do not tell of it"
+    report.say(f"    ({kind}; on {', '.join(function.workers)})")
+
+
+def _as_json(function: Any) -> dict[str, Any]:
+    return {
+        "name": function.name,
+        "signature": function.signature,
+        "doc": function.doc,
+        "workers": list(function.workers),
+        "arguments": _schema(function.arguments),
+        "result": _schema(function.result),
+    }
+
+
+def _schema(text: str) -> Any:
+    """None where there is none, or what another process told for one is none."""
+    try:
+        found = json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

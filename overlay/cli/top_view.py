@@ -1,0 +1,329 @@
+"""A picture of the overlay as lines of text for a screen of any size: pure.
+
+What does not fit gives way: first the healthy among many processes and links, then old requests
+and events, then the ends of lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.cells import cell_len
+from rich.text import Text
+
+from overlay.cli.terminal import clean, counted
+from overlay.model import clocks as time
+from overlay.model.segments import Code
+from overlay.observability.events import latest
+
+MOST_LISTED = 40  # requests, and events
+WIDEST = 1_000  # beyond, it is a pipe, and nothing stands on the right
+
+Picture = Mapping[str, Any]
+
+
+class Signs:
+    """Shapes, in letters where the code page has none."""
+
+    def __init__(self, health: Mapping[str, str], bar: str, steps: str, arrow: str) -> None:
+        self.health = health
+        self.bar = bar
+        self.steps = steps
+        self.arrow = arrow
+
+    @staticmethod
+    def of(encoding: str) -> Signs:
+        return SHAPES if encoding.lower().startswith("utf") else LETTERS
+
+
+STATES = ("well", "impaired", "stopping", "gone", "unseen", "asking")
+SHAPES = Signs(dict(zip(STATES, "●▲■✕○○", strict=True)), "█░", " ▁▂▃▄▅▆▇█", "→")
+LETTERS = Signs(dict(zip(STATES, "*!=x??", strict=True)), "#.", " .:-=+*#@", ">")
+COLOURS = {"impaired": "yellow", "stopping": "blue", "gone": "bold red", "unseen": "magenta"}
+WORDS = {"well": "serves", "asking": "being asked", "unseen": "not seen"}
+DIM = "bright_black"
+PROCESS_COLUMNS = (
+    "process",
+    "state",
+    "answers/s",
+    "wait",
+    "busy",
+    "p50 ms",
+    "p99 ms",
+    "cpu %",
+    "MiB",
+    "team",
+    "host",
+)
+USAGE = ("cpu %", "MiB")  # of them, where there is room
+NUMBERS = PROCESS_COLUMNS[2:-2]  # stand on the right
+MOST_MAPS = 3
+SILENT_S = 5  # a map whose client told nothing for so long may have stopped
+ROOMY = 96  # columns of a screen
+
+
+def lines(picture: Picture, width: int, height: int, signs: Signs) -> list[Text]:
+    """The picture in at most so many lines, each at most so wide."""
+    top = [_title(picture, width), *_figures(picture, width, signs), *_maps(picture, signs)]
+    if not picture["processes"]:
+        return [_cut(line, width) for line in top]
+    left = height - len(top) - 1
+    links = _links(picture, width, max(2, left // 5), signs)
+    most = max(4, min(left - len(links) - 8, left * 2 // 3))
+    tables = [_processes(picture, width, most, signs), links]
+    left -= sum(len(table) + 1 for table in tables)
+    requests = _requests(picture, max(0, left // 2 - 1), signs)
+    events = _events(picture, max(0, left - len(requests) - 2), signs)
+    made = top
+    for table in (*tables, requests, events):
+        if table:
+            made += [Text(), *table]
+    return [_cut(line, width) for line in made[:height]]
+
+
+def _title(picture: Picture, width: int) -> Text:
+    asked = picture["asked"]
+    role = next((p["role"] for p in picture["processes"] if p["id"] == asked["id"]), "")
+    name = f"{asked['id']} {role.replace('_', ' ')} at " if role else ""
+    left = Text.assemble(("overlay  ", "bold"), clean(f"{name}{asked['address']}"))
+    clock = time.strftime("%H:%M:%S", time.localtime(picture["at"]))
+    right = f"{counted(len(picture['processes']), 'process')}  {clock}"
+    space = max(2, width - cell_len(left.plain) - len(right)) if width < WIDEST else 2
+    return left.append(" " * space + right, DIM)
+
+
+def _figures(picture: Picture, width: int, signs: Signs) -> list[Text]:
+    asked = picture["asked"]
+    if asked["health"] not in ("well", "impaired", "stopping"):
+        since = f"gone for {_span(asked['for_s'])}" if asked["id"] else "no answer yet"
+        said = f"{asked['id']} {since}: {asked['why']}; asked every {picture['interval_s']:g} s"
+        return [Text(clean(said.strip()), COLOURS["gone"])]
+    me = next(p for p in picture["processes"] if p["id"] == asked["id"])
+    course = picture["course"]
+    p50, p99 = course["p50_ms"][-1], course["p99_ms"][-1]
+    long = 12 if width < 100 else 24
+    bar = _bar(me["queued"], me["queue_slots"], long, signs)
+    ready, workers = picture["workers_ready"], picture["workers"]
+    queue = Text.assemble(
+        "queue    ", bar, f" {me['queued']} of {me['queue_slots']}",
+        f"   in streams {me['waiting'] - me['queued']}   in service {me['in_service']}   ",
+        (f"workers {ready} of {workers}", COLOURS["gone"] if ready < workers else ""),
+    )  # fmt: skip
+    rates = me["rates"]
+    lost = {name: rates.get(name, 0.0) for name in ("refused", "failed", "cancelled")}
+    answers = Text.assemble(
+        "answers  ", (_spark(course["completed"], long, signs), "cyan"),
+        f" {_rate(rates.get('completed'))}/s   p50 {_ms(p50)}  p99 {_ms(p99)} ms",
+    )  # fmt: skip
+    for name, rate in lost.items():
+        if rate:
+            answers.append(f"   {name} {_rate(rate)}/s", COLOURS["gone"])
+    if not any(lost.values()):
+        answers.append("   none lost", DIM)
+    return [queue, answers]
+
+
+def _maps(picture: Picture, signs: Signs) -> list[Text]:
+    """A line for each of the few that were told of last."""
+    made = []
+    for one in picture["maps"][-MOST_MAPS:]:
+        ended = one["answered"] + one["failed"]
+        line = Text("map      ")
+        if one["total"]:
+            line.append(_bar(ended, one["total"], 12, signs, "cyan"))
+            line.append(f" {ended:,} of {one['total']:,}")
+        else:
+            line.append(f"{ended:,}")
+        line.append(f" by {clean(one['handler']) or 'default'}, {_rate(one['rate'])}/s")
+        if one["left_s"] is not None:
+            line.append(f", {_span(one['left_s'])} left")
+        if one["failed"]:
+            line.append(f", {one['failed']:,} failed", COLOURS["gone"])
+        if one["silent_s"] > SILENT_S:
+            line.append(f", not heard of for {_span(one['silent_s'])}", COLOURS["impaired"])
+        made.append(line.append(f"  {clean(one['caller'])}", DIM))
+    return made
+
+
+def _processes(picture: Picture, width: int, most: int, signs: Signs) -> list[Text]:
+    """Those with a trouble first to stay, when not all fit; in the order of the configuration."""
+    processes = picture["processes"]
+    if len(processes) > most - 1:
+        worst = sorted(processes, key=lambda p: (p["health"] == "well", -p["rank"]))
+        kept = {p["id"] for p in worst[: most - 2]}
+        processes = [p for p in processes if p["id"] in kept]
+    rows = [_process(p, signs) for p in processes]
+    shown = [i for i, name in enumerate(PROCESS_COLUMNS) if width >= ROOMY or name not in USAGE]
+    head = [PROCESS_COLUMNS[i] for i in shown]
+    left = [at for at, name in enumerate(head) if name not in NUMBERS]
+    cells = [[row[i] for i in shown] for row, _ in rows]
+    made = _table(head, cells, [style for _, style in rows], left)
+    if rest := len(picture["processes"]) - len(processes):
+        made.append(Text(f"and {rest} more", DIM))
+    return made
+
+
+def _process(p: Mapping[str, Any], signs: Signs) -> tuple[tuple[str, ...], str]:
+    health = p["health"]
+    indent = "  " * (2 - p["rank"])
+    name = f"{indent}{signs.health[health]} {p['id']}"
+    state = WORDS.get(health, health)
+    if health in ("gone", "unseen"):
+        state += f" {_span(p['for_s'])}"
+    figures = ("-",) * 7
+    if health in ("well", "impaired", "stopping"):
+        busy = f"{p['in_service']} of {p['slots']}" if p["rank"] < 2 else str(p["in_service"])
+        rate, times = (
+            p["rates"].get("completed"),
+            p["service_ms"] if p["totals"]["received"] else {},
+        )
+        figures = (
+            _rate(rate),
+            str(p["waiting"]),
+            busy,
+            _ms(times.get("p50")),
+            _ms(times.get("p99")),
+            "-" if p["cores"] is None else f"{100 * p['cores']:.0f}",
+            f"{p['memory_mib']:,.0f}",
+        )
+    return (name, state, *figures, p["team"], p["host"]), COLOURS.get(health, "")
+
+
+def _links(picture: Picture, width: int, most: int, signs: Signs) -> list[Text]:
+    """Several in a line; those with a trouble when not all fit."""
+    troubled = [link for link in picture["links"] if not _is_well(link)]
+    cells = [(_link(link, signs), _is_well(link)) for link in picture["links"]]
+    wide = max((cell_len(text) for text, _ in cells), default=0) + 3
+    across = max(1, min(width, 160) // max(1, wide))
+    if len(cells) > most * across:
+        up = len(picture["links"]) - len(troubled)
+        cells = [(_link(link, signs), False) for link in troubled[: most * across - 1]]
+        cells.append((f"{counted(up, 'link')} of {len(picture['links'])} up", True))
+        wide = max(cell_len(text) for text, _ in cells) + 3
+        across = max(1, width // wide)
+    made = []
+    for start in range(0, len(cells), across):
+        line = Text()
+        for text, is_well in cells[start : start + across]:
+            style = "" if is_well else COLOURS["impaired" if " down" not in text else "gone"]
+            line.append(text, style).append(" " * (wide - cell_len(text)))
+        line.rstrip()
+        made.append(line)
+    return made
+
+
+def _is_well(link: Mapping[str, Any]) -> bool:
+    return bool(link["state"] == "up" and link["health"] == "healthy")
+
+
+def _link(link: Mapping[str, Any], signs: Signs) -> str:
+    name = f"{link['from']} {signs.arrow} {link['to']}"
+    if link["state"] != "up":
+        since = "" if link["state"] == "unknown" else f" {_span(link['for_s'])}"
+        return f"{name} {link['state']}{since}"
+    health = "" if link["health"] == "healthy" else f" {link['health']}"
+    return f"{name} {_rate(link['rate'])}/s {_ms(link['rtt_ms'])} ms{health}"
+
+
+def _requests(picture: Picture, most: int, signs: Signs) -> list[Text]:
+    rows, styles = [], []
+    for r in _latest(picture["requests"], most):
+        status = Code(r["code"]).name if r["code"] in set(Code) else str(r["code"])
+        many = f" x{r['count']}" if r["count"] > 1 else ""
+        path = _path(r["hops"], signs)
+        what = f"{r['mode']} {r['handler'] or 'default'}{many}"
+        reason = f"{path}  {r['reason']}" if r["reason"] else path
+        rows.append(
+            (_clock(r["ended_at"]), r["request_id"], what, status, _ms(r["total_ms"]), reason)
+        )
+        styles.append("" if r["code"] == 0 else COLOURS["gone"])
+    head = ("ended", "request", "asks", "status", "ms", "path, with the ms at each hop")
+    return _table(head, rows, styles, (0, 1, 2, 3, 5)) if rows else []
+
+
+def _path(hops: Sequence[Mapping[str, Any]], signs: Signs) -> str:
+    """Each before those that it asked, with the milliseconds that the request was there."""
+    path, above = "", -1
+    for hop in hops:
+        if path:
+            path += f" {signs.arrow} " if hop["depth"] > above else ", "
+        path += f"{hop['id']} {_ms(hop['waited_ms'] + hop['worked_ms'])}"
+        above = hop["depth"]
+    return path
+
+
+def _events(picture: Picture, most: int, signs: Signs) -> list[Text]:
+    shown = latest(picture["events"], min(most, MOST_LISTED), lambda event: event["is_change"])
+    rows, styles = [], []
+    for event in reversed(shown):
+        many = ""
+        if event.get("count", 1) > 1:
+            many = f" ({event['count']:,} times since {_clock(event['first_at'])})"
+        rows.append((_clock(event["at"]), event["process"], event["text"] + many))
+        colour = {"warning": COLOURS["impaired"], "error": COLOURS["gone"]}.get(event["level"], "")
+        styles.append(f"bold {colour}".strip() if event["is_change"] else colour)
+    return _table(("at", "of", "event"), rows, styles, (0, 1, 2)) if rows else []
+
+
+def _latest(items: Sequence[Any], most: int) -> list[Any]:
+    """The last ones, the latest first; in a report of any length not all of them."""
+    return list(items[::-1][: max(0, min(most, MOST_LISTED))])
+
+
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str], left: Sequence[int]
+) -> list[Text]:
+    """Lines of columns; those in `left` stand on the left."""
+    rows = [[clean(cell).replace("\n", " ") for cell in row] for row in rows]
+    wide = [max(map(cell_len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell + " " * (w - cell_len(cell)) if i in left else " " * (w - cell_len(cell)) + cell
+            for i, (cell, w) in enumerate(zip(cells, wide, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    made = [Text(line(head), DIM)]
+    return made + [Text(line(row), style) for row, style in zip(rows, styles, strict=True)]
+
+
+def _cut(line: Text, width: int) -> Text:
+    line.no_wrap = True
+    if cell_len(line.plain) > width:
+        line.truncate(width, overflow="ellipsis" if width > 1 else "crop")
+    return line
+
+
+def _bar(used: int, of: int, width: int, signs: Signs, style: str = "") -> Text:
+    full = min(width, -(-used * width // of)) if of else 0
+    style = style or ("cyan" if used < of * 0.8 else "yellow" if used < of else "red")
+    return Text.assemble((signs.bar[0] * full, style), (signs.bar[1] * (width - full), DIM))
+
+
+def _spark(points: Sequence[float | None], width: int, signs: Signs) -> str:
+    points = points[-width:]
+    most = max([1.0, *(point for point in points if point is not None)])
+    last = len(signs.steps) - 1
+    drawn = [" " if p is None else signs.steps[max(1, round(p / most * last))] for p in points]
+    return "".join(drawn).rjust(width)
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))
+
+
+def _rate(n: float | None) -> str:
+    return "-" if n is None else f"{n:.1f}" if 0 < n < 10 else f"{n:,.0f}"
+
+
+def _ms(n: float | None) -> str:
+    return "-" if n is None else f"{n:,.0f}" if n >= 99.5 else f"{n:.1f}" if n >= 10 else f"{n:.2f}"
+
+
+def _span(span_s: float) -> str:
+    if span_s < 60:
+        return f"{span_s:.0f} s"
+    minutes = int(span_s // 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"

@@ -1,0 +1,79 @@
+"""Runs what callers want called when their answers have come, where it can hold up nothing else.
+
+One after the other, in the order in which they were put. Owns a thread, "overlay-callbacks", which
+comes with the first of them and ends when there was none for a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from overlay.model import clocks as time
+
+log = logging.getLogger("overlay.client")
+
+IDLE_S = 1.0
+SLICE_S = 0.5  # of a wait, so that Ctrl-C works on Windows too
+
+
+class Callbacks:
+    """Calls what is put. Safe from any thread; what is called may do anything and take long."""
+
+    def __init__(self) -> None:
+        self._due: deque[tuple[Callable[[Any], object], Any]] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_calling = False
+
+    def put(self, call: Callable[[Any], object], what: Any) -> None:
+        """Calls `call(what)` soon. Raises RuntimeError when no thread can be had."""
+        with self._changed:
+            self._due.append((call, what))
+            self._changed.notify_all()
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._run, name="overlay-callbacks", daemon=True)
+            self._thread = thread
+        try:
+            thread.start()
+        except RuntimeError:
+            self._thread = None
+            raise
+
+    def wait(self, within_s: float = math.inf) -> None:
+        """Until all have been called; on their own thread, where that would be never, at once."""
+        until = time.monotonic() + within_s
+        with self._changed:
+            if self._thread is threading.current_thread():
+                return
+            while self._due or self._is_calling:
+                left_s = until - time.monotonic()
+                if left_s <= 0:
+                    return
+                self._changed.wait(min(left_s, SLICE_S))
+
+    def _run(self) -> None:
+        while (due := self._next()) is not None:
+            call, what = due
+            try:
+                call(what)
+            except BaseException:  # one that wants to end the program ends no other's either
+                log.exception("the callback of a Future failed")
+            del due, call, what  # nothing is kept alive while this waits
+
+    def _next(self) -> tuple[Callable[[Any], object], Any] | None:
+        """The next one; None when there was none for a while."""
+        with self._changed:
+            self._is_calling = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._due, IDLE_S)
+            if not self._due:
+                self._thread = None
+                return None
+            self._is_calling = True
+            return self._due.popleft()

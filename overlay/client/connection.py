@@ -1,0 +1,540 @@
+"""A kept channel to one process: made when needed, looked into when it does not come up."""
+
+from __future__ import annotations
+
+import _thread
+import concurrent.futures
+import contextlib
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from overlay.client import environment
+from overlay.client.callbacks import Callbacks
+from overlay.client.multiplexer import RETRY_PAUSE_S, Calls
+from overlay.client.outbox import Order
+from overlay.client.results import (
+    Answer,
+    CallCancelled,
+    CallFailed,
+    NoSuchHost,
+    NotReached,
+    Unavailable,
+    error_of,
+    failure_of,
+    no_overlay,
+    result_of,
+)
+from overlay.model import clocks as time
+from overlay.model.errors import Misspoken
+from overlay.model.limits import Limits
+from overlay.model.segments import Code, Executed, Failure
+from overlay.observability.log_buffer import LINES
+from overlay.transport import codec, validation
+from overlay.transport.channels import SILENT, Channel, split
+from overlay.transport.resolver import Named, connect, look_up
+
+log = logging.getLogger("overlay.client")
+
+# A process that is being restarted is back within this. Windows takes 2 s to report a refused port.
+PATIENCE_S = 2.5
+# A map has more to lose than a call: one under way waits longer for a process that was lost.
+MAP_PATIENCE_S = 30.0
+TOLD_S = 1.0  # after so much of it, whoever waits is told why nothing comes
+LAST_LOOK_S = 0.5  # at the end of it: why nothing is there
+PROMPT_S = 0.25  # a connection that takes longer is looked into meanwhile
+FRESH_S = 1.0  # so long after an answer the connection counts as up; later a call greets first
+CALLBACKS_S = 2.0  # for which `close` waits until they have run
+# gRPC heeds the first of two options of one name.
+_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),  # an office's web proxy does not lead to its own machines
+    # The process asked knows the configured size and refuses what is beyond it.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    *codec.CHANNEL_OPTIONS,
+]
+
+
+class Connection:
+    """A client's kept channel: a stream for requests, and calls for metrics and health.
+
+    gRPC is used from the first request on, not before: until then the process may be forked, and
+    each child has a connection of its own. In the child of a process that was using it every verb
+    raises, and `close` leaves it to the parent.
+
+    One that is dropped without `close` is closed all the same: its stream has a place at the
+    process asked, of which there are few.
+    """
+
+    def __init__(self, address: str, patience_s: float) -> None:
+        """Raises RuntimeError where gevent or eventlet left no threads to gRPC."""
+        environment.check_threads()
+        self.address = self._address = address
+        self.callbacks = Callbacks()
+        self.replies: set[concurrent.futures.Future[bytes]] = set()  # those that are not done
+        self.maps: weakref.WeakSet[Any] = weakref.WeakSet()  # those that may have more to send
+        self._asking = 0  # single calls that are under way
+        self._patience_s = patience_s
+        self._closed = False
+        self._is_left = False  # to the parent, of which this process is a child
+        self._lock = threading.Lock()
+        self._made: _Line | None = None
+        self._single_line: _Line | None = None
+        self._calls: Calls | None = None
+        # What holds a stream and threads, without this connection: so that it can be let go.
+        self._held: list[Calls | Channel] = []
+        self._freeing = weakref.finalize(self, _free_soon, self._held)
+        self._freeing.atexit = False
+        environment.remember(self)
+
+    @property
+    def shown(self) -> str:
+        """The address, with what its name stands for here."""
+        return self._made.channel.shown if self._made else self._address
+
+    def send(self, order: Order, timeout_s: float) -> None:
+        """Raises NotReached when nobody serves at the address."""
+        calls = self.begin() if self._calls is None or self._closed else self._calls
+        if not calls.connected.is_set():
+            self.wait_connected(calls, min(self._patience_s, timeout_s))
+        calls.send(order)
+
+    def cancel(self, order: Order, rows: Sequence[int] = ()) -> None:
+        if self._calls is not None:
+            self._calls.cancel(order, rows or order.rows)
+
+    def read(self, came: Any, at: int, request_id: int, timeout_s: float) -> Answer:
+        """What was delivered, as an Answer. Raises CallFailed."""
+        if isinstance(came, Failure):
+            raise self.failed(came, timeout_s, request_id)
+        answer = came.answers.at(at)
+        return Answer(came.results[at], answer.parts, answer.hops, request_id)
+
+    def read_result(self, came: Any, at: int, request_id: int, timeout_s: float) -> bytes:
+        """As `read`, but the result only; an Incomplete where a worker is missing."""
+        if isinstance(came, Failure):
+            raise self.failed(came, timeout_s, request_id)
+        return result_of(came, at)
+
+    def failed(self, failure: Failure, timeout_s: float, request_id: int = 0) -> CallFailed:
+        reason = failure.reason
+        if failure.code is Code.DEADLINE_EXCEEDED and not reason:
+            reason = f"no answer from {self.shown} within {timeout_s:g} s"
+        return error_of(failure, reason, request_id)
+
+    def presence(self, patience_s: float | None) -> Presence:
+        """For one map. patience_s: for a process that is lost, None for as long as ever."""
+        if patience_s is None:
+            patience_s = max(MAP_PATIENCE_S, self._patience_s)
+        return Presence(self, patience_s)
+
+    def seek(self, is_wrong: bool = False) -> None:
+        """The process is away, or another answers there: the name of its machine may lead
+        elsewhere by now."""
+        if self._made is not None:
+            self._made.channel.doubt(is_wrong)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be asked here any more."""
+        return self._closed or environment.is_orphan
+
+    @property
+    def is_left(self) -> bool:
+        """Whether it is that of the process of which this one is a child."""
+        return self._is_left
+
+    def check_open(self) -> None:
+        """Raises CallFailed when nothing can be asked here any more."""
+        if self.is_closed:
+            raise _closed(self._is_left or environment.is_orphan)
+
+    def wait_until_idle(self) -> None:
+        """Until what was asked is answered, and the callbacks have run."""
+        while not self._closed and (
+            self.replies or self._asking or (self._calls and self._calls.open_rows)
+        ):
+            time.sleep(0.01)
+        self.callbacks.wait()
+
+    def check_here(self) -> None:
+        """Raises CallFailed in a child of the process that used this: no answer comes there."""
+        if self._is_left:
+            raise _closed(is_left=True)
+
+    def leave_behind(self) -> None:
+        """As surroundings.Forkable has it."""
+        self._lock = threading.Lock()  # the parent may just have held it
+        self.callbacks = Callbacks()
+        if self._made is not None:
+            self._freeing.detach()
+            self._is_left, self._closed = not self._closed, True
+            self._calls = None
+
+    def begin(self) -> Calls:
+        with self._lock:
+            channel = self._line_locked().channel
+            if self._calls is None:
+                shown = partial(getattr, channel, "shown")
+                calls = Calls(channel, self._address, self._patience_s, shown)
+                calls.start()
+                self._calls = calls
+                self._held.insert(0, calls)
+            return self._calls
+
+    def wait_connected(self, calls: Calls, patience_s: float) -> None:
+        """Raises NotReached with the reason, when the connection does not come up in time."""
+        until = time.monotonic() + patience_s
+        calls.wake()
+        if calls.connected.wait(min(PROMPT_S, patience_s)):
+            return
+        doubt = None if calls.is_full else _Doubt(self._address, until)
+        while (left_s := until - time.monotonic()) > 0 and not self._closed:
+            self.seek(_is_wrong(calls))
+            if calls.connected.wait(min(0.25, left_s)):
+                return
+            refused = calls.refused
+            if refused is not None and _is_wrong(calls):
+                raise error_of(refused, no_overlay(refused, self.shown))
+        if self._closed:
+            raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client was closed")
+        refused = calls.refused
+        if refused is not None and calls.is_full:
+            raise error_of(refused, refused.reason)
+        doubt = doubt or _Doubt(self._address, until)
+        error = doubt.error()
+        if refused is not None and refused.executed is Executed.NO and not doubt.is_settled:
+            raise error_of(refused, refused.reason)  # the process's own words: it is stopping
+        raise error
+
+    def forward(self, request: codec.pb2.Request, timeout_s: float) -> codec.pb2.Response:
+        until = time.monotonic() + timeout_s
+        patient_until = time.monotonic() + min(self._patience_s, timeout_s)
+        self._check_size(len(request.payload), min(self._patience_s, timeout_s))
+        line = self._single
+        while True:
+            try:
+                left_s = max(0.001, until - time.monotonic())
+                return cast(
+                    codec.pb2.Response,
+                    self._ask(line, line.node.Forward, request, left_s, validation.check_response),
+                )
+            except NotReached:
+                raise
+            except Unavailable as e:
+                pause_s = e.retry_after_s or RETRY_PAUSE_S
+                if e.executed is not Executed.NO or time.monotonic() + pause_s > patient_until:
+                    raise
+                time.sleep(pause_s)
+
+    def drain(self, request: codec.pb2.DrainRequest, timeout_s: float) -> codec.pb2.DrainResponse:
+        line = self._line
+        found = self._ask(line, line.admin.Drain, request, timeout_s, validation.tidy)
+        return cast(codec.pb2.DrainResponse, found)
+
+    def logs(self, request: codec.pb2.LogsRequest, timeout_s: float) -> codec.pb2.LogsResponse:
+        most = min(request.lines or codec.FEW_LINES, LINES)
+
+        def check(said: codec.pb2.LogsResponse) -> None:
+            validation.check_logs(said, request.process_id or said.process_id, most)
+
+        line = self._line
+        found = self._ask(line, line.admin.Logs, request, timeout_s, check)
+        return cast(codec.pb2.LogsResponse, found)
+
+    def metrics(
+        self, request: codec.pb2.MetricsRequest, timeout_s: float
+    ) -> codec.pb2.MetricsResponse:
+        line = self._line
+        found = self._ask(line, line.node.GetMetrics, request, timeout_s, validation.check_metrics)
+        return cast(codec.pb2.MetricsResponse, found)
+
+    def is_serving(self, timeout_s: float) -> bool:
+        request = health_pb2.HealthCheckRequest()
+        line = self._line
+        found = self._ask(line, line.health.Check, request, timeout_s)
+        return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        _free(self._held)
+        self.callbacks.wait(CALLBACKS_S)
+
+    @property
+    def _line(self) -> _Line:
+        with self._lock:
+            return self._line_locked()
+
+    def _line_locked(self) -> _Line:
+        self.check_open()
+        if self._made is None:
+            environment.begin_use(self._held)
+            self._made = _Line(self._address, _OPTIONS)
+            self._held.append(self._made.channel)
+        return self._made
+
+    @property
+    def _single(self) -> _Line:
+        """For single requests: a channel on which gRPC itself sends one again that a closing
+        connection has not taken. There is no other way to know that it did not run."""
+        with self._lock:
+            self._line_locked()
+            if self._single_line is None:
+                self._single_line = _Line(self._address, [("grpc.enable_retries", 1), *_OPTIONS])
+                self._held.append(self._single_line.channel)
+            return self._single_line
+
+    def _check_size(self, size: int, patience_s: float) -> None:
+        """Raises InvalidCall for a payload that the process would not even read: gRPC itself ends
+        such a call, without a word on whether it ran. Only the stream tells the limit."""
+        if size <= Limits.least_message_bytes:
+            return
+        calls = self.begin()
+        with contextlib.suppress(CallFailed):  # then the call itself will tell
+            self.wait_connected(calls, patience_s)
+        if size > calls.most_bytes:
+            reason = codec.too_large(size, calls.most_bytes)
+            raise error_of(Failure(Code.INVALID_ARGUMENT, reason, Executed.NO), reason)
+
+    def _ask(
+        self,
+        line: _Line,
+        method: Any,
+        request: Any,
+        timeout_s: float,
+        check: Callable[[Any], None] = lambda answer: None,
+    ) -> Any:
+        """The answer, judged by `check`. Raises CallFailed."""
+        until = time.monotonic() + timeout_s
+        with self._lock:
+            self._asking += 1
+        try:
+            self._make_sure(line, min(self._patience_s, timeout_s))
+            # wait_for_ready: a connection lost just now is waited for, and the call sent once.
+            left_s = max(0.001, until - time.monotonic())
+            answer = method(request, timeout=time.Timeout(left_s), wait_for_ready=True)
+            check(answer)
+        except Misspoken as e:
+            reason = f"what serves at {self.shown} speaks wrongly: {e}"
+            raise error_of(Failure(e.code, reason), reason) from None
+        except grpc.RpcError as error:
+            if error.code() in SILENT:
+                line.answered = -FRESH_S
+            raise failure_of(error, self.shown, timeout_s) from None
+        except ValueError:
+            if not self._closed:
+                raise
+            # gRPC's word for a channel that was closed meanwhile
+            raise CallCancelled("this client was closed", code=Code.CANCELLED) from None
+        finally:
+            with self._lock:
+                self._asking -= 1
+        line.answered = time.monotonic()
+        return answer
+
+    def _make_sure(self, line: _Line, patience_s: float) -> None:
+        """Raises NotReached unless the process answered lately or does so now.
+
+        A call itself waits for its whole deadline where nothing serves, and then cannot tell
+        whether it was ever sent.
+        """
+        if time.monotonic() - line.answered < FRESH_S:
+            return
+        until = time.monotonic() + patience_s
+        if line.is_greeted(min(PROMPT_S, patience_s)):
+            return
+        doubt = _Doubt(self._address, until)
+        while (left_s := until - time.monotonic()) > 0:
+            if line.is_greeted(left_s):
+                return
+            time.sleep(min(0.05, left_s))
+        raise doubt.error()
+
+
+class _Line:
+    """A kept channel for single calls. answered: when it last was; monotonic seconds."""
+
+    def __init__(self, address: str, options: Sequence[tuple[str, Any]]) -> None:
+        self.channel = Channel(address, options)
+        self.node = codec.pb2_grpc.OverlayNodeStub(self.channel)
+        self.admin = codec.pb2_grpc.OverlayAdminStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+        self.answered = -FRESH_S
+
+    def is_greeted(self, within_s: float) -> bool:
+        """Whether a gRPC server answers, whatever it answers."""
+        try:
+            self.health.Check(
+                health_pb2.HealthCheckRequest(), timeout=time.Timeout(within_s), wait_for_ready=True
+            )
+        except grpc.RpcError as error:
+            return error.code() not in SILENT
+        return True
+
+
+class Presence:
+    """Whether the process is there for a map, which outlives its absence. For one thread at a time.
+
+    Payloads not sent yet, and what provably did not run, wait until it is back: while it is being
+    stopped in order, and for `patience_s` from when it is gone.
+    """
+
+    def __init__(self, connection: Connection, patience_s: float) -> None:
+        self.patience_s = patience_s
+        self._connection = connection
+        self._since = math.inf  # when it was found away; monotonic seconds
+        self._until = math.inf  # when the patience is over
+        self._is_told = False
+        self.was_up = False  # the map is under way; until then a call's patience holds
+
+    def is_under_way(self) -> bool:
+        """Whether the process has been there since the map began."""
+        self.look_away()
+        return self.was_up
+
+    def look_away(self) -> bool:
+        """Whether a map that is under way has to wait for the process; to be asked now and then."""
+        if self._connection.is_closed:
+            return False  # who sends is told so, and what is open is ended
+        calls = self._connection.begin()
+        if calls.connected.is_set() or calls.rests:
+            self.was_up = self.was_up or calls.connected.is_set()
+            self._since = self._until = math.inf
+            self._is_told = False
+            return False
+        if not self.was_up:
+            return False
+        self._connection.seek()
+        now = time.monotonic()
+        self._since = min(self._since, now)
+        if self._until == math.inf or calls.is_served:
+            self._until = now + self.patience_s
+        if not self._is_told and now - self._since > TOLD_S:
+            self._is_told = True
+            log.warning(
+                "%s is gone; the map goes on when it is back, and waits up to %g s for that",
+                self._connection.shown,
+                self.patience_s,
+            )
+        return True
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self._until
+
+    def last_look(self) -> CallFailed | None:
+        """Why the process is not there; None when it is back just now. May take a moment."""
+        try:
+            self._connection.wait_connected(self._connection.begin(), LAST_LOOK_S)
+        except CallFailed as e:
+            return e
+        return None
+
+    def send(self, order: Order) -> None:
+        """As Connection.send, but does not wait: what cannot be sent now leaves when it can."""
+        order.is_patient = True
+        self._connection.begin().send(order)
+
+    def take_back(self, orders: Iterable[Order], why: CallFailed) -> int:
+        """Ends what of them was not sent, and never will be; how many rows."""
+        calls = self._connection.begin()
+        failure = Failure(why.code, f"not sent: {why}", Executed.NO, why.retry_after_s)
+        return sum(calls.take_back(order, failure) for order in orders)
+
+
+def ended_early(why: CallFailed, answered: int, failed: int, unsent: int) -> CallFailed:
+    """As `why`, with what has become of the map's payloads."""
+    counts = f"{answered:,} payloads were answered, {failed:,} failed, {unsent:,} were not sent"
+    about = {"code": why.code, "executed": why.executed, "retry_after_s": why.retry_after_s}
+    return type(why)(f"{why}; {counts}, nor were any after them", **about)  # type: ignore[arg-type]
+
+
+def _is_wrong(calls: Calls) -> bool:
+    """Whether something answers at the address that will not take our stream later either."""
+    refused = calls.refused
+    return refused is not None and refused.code not in _MAY_PASS and not calls.is_full
+
+
+_MAY_PASS = (Code.UNAVAILABLE, Code.CANCELLED)  # why a stream may be refused, and taken soon
+
+
+def _closed(is_left: bool) -> CallFailed:
+    if is_left:
+        return CallFailed(environment.FORKED, code=Code.FAILED_PRECONDITION, executed=Executed.NO)
+    return CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
+
+
+def _free(held: list[Calls | Channel]) -> None:
+    """In their order. May be called twice."""
+    for one in list(held):
+        one.close()
+    environment.end_use(held)
+
+
+def _free_soon(held: list[Calls | Channel]) -> None:
+    # On a thread of its own: closing waits, and a finalizer runs wherever the last reference goes,
+    # on the pipe's thread too. By the bare function, which takes no lock of `threading`: that very
+    # thread may just hold it.
+    _thread.start_new_thread(_free, (held,))
+
+
+class _Doubt:
+    """Why gRPC gets no connection: tries a plain one on a thread that ends by `until`.
+
+    is_settled: nobody listens there.
+    """
+
+    is_settled = False
+
+    def __init__(self, address: str, until: float) -> None:
+        self._address = address
+        self._host, self._port = split(address)
+        self._until = max(until, time.monotonic() + 0.05)  # a refusal nearby takes no longer
+        self._said = self._of_name(look_up(self._host, 0))
+        self._thread = threading.Thread(target=self._look, name="overlay-doubt", daemon=True)
+        self._thread.start()
+
+    def error(self) -> NotReached:
+        self._thread.join(max(0.0, self._until - time.monotonic()))
+        kind, reason = self._said
+        return kind(reason, code=Code.UNAVAILABLE, executed=Executed.NO)
+
+    def _of_name(self, found: Named) -> tuple[type[NotReached], str]:
+        """What is to be said as long as no connection was tried."""
+        if not found.addresses:
+            return NoSuchHost, found.why
+        shown = found.shown(self._address)
+        return NotReached, f"{shown} does not answer: wrong address, machine off, or a firewall"
+
+    def _look(self) -> None:
+        found = look_up(self._host, self._left_s)
+        self._said = self._of_name(found)
+        if found.addresses:
+            self._try(found.addresses, found.shown(self._address))
+
+    def _try(self, addresses: tuple[str, ...], shown: str) -> None:
+        try:
+            connect(addresses, self._port, self._left_s).close()
+        except ConnectionRefusedError:
+            self._said = NotReached, f"nothing serves at {shown}: the connection was refused"
+            self.is_settled = True
+        except TimeoutError:
+            pass
+        except OSError as error:
+            self._said = NotReached, f"{shown} cannot be reached: {error.strerror or error}"
+        else:
+            self._said = NotReached, f"what listens at {shown} does not speak gRPC, or is stuck"
+
+    @property
+    def _left_s(self) -> float:
+        return max(0.01, self._until - time.monotonic())

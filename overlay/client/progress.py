@@ -1,0 +1,49 @@
+"""What a map tells the process asked of how it goes, for who watches: once a second.
+
+One that takes less tells nothing, and so costs nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sized
+from contextlib import suppress
+
+from overlay.client.connection import Connection
+from overlay.client.results import CallFailed
+from overlay.model import clocks as time
+from overlay.model.segments import Progress
+
+TELL_S = 1.0
+
+_numbers = itertools.count(1)
+
+
+class Telling:
+    """Of one map. payloads: what it was given, which may know how many they are."""
+
+    def __init__(self, connection: Connection, handler: str, payloads: object) -> None:
+        self._connection = connection
+        self._handler = handler
+        self._total = len(payloads) if isinstance(payloads, Sized) else 0
+        self._number = next(_numbers) % 2**32
+        self._began = self._told_at = time.monotonic()
+        self._has_told = False
+
+    def tell(self, answered: int, failed: int) -> None:
+        """Unless it is too early."""
+        now = time.monotonic()
+        if now - self._told_at >= TELL_S:
+            self._told_at, self._has_told = now, True
+            self._send(answered, failed, False)
+
+    def end(self) -> None:
+        if self._has_told:
+            self._send(0, 0, True)
+
+    def _send(self, answered: int, failed: int, is_over: bool) -> None:
+        took_s = time.monotonic() - self._began
+        counts = answered, failed, self._total
+        with suppress(CallFailed):  # the client was closed
+            calls = self._connection.begin()
+            calls.tell(Progress(self._number, self._handler, *counts, took_s, is_over))

@@ -1,0 +1,216 @@
+"""What a call comes to: an Answer, or a CallFailed that says what happened and whether it ran."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from dataclasses import dataclass
+from typing import Any
+
+from overlay.client.multiplexer import Came
+from overlay.model import json_values
+from overlay.model.errors import OverlayError
+from overlay.model.segments import Code, Executed, Failure, Hop, Part
+from overlay.transport import codec
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. parts: every worker asked, in the order of the configuration.
+
+    result: ALL: merged, or joined by newlines; ANY: the worker's own bytes. A part's own `result`
+    is filled only with want_parts. hops: the processes that took part, the one asked first. trace:
+    with want_trace, what the way took at each of them.
+    """
+
+    result: bytes
+    parts: tuple[Part, ...]
+    hops: tuple[str, ...]
+    request_id: int
+    trace: tuple[Hop, ...] = ()
+
+    @property
+    def coverage(self) -> tuple[int, int]:
+        """(answered, asked), counted in workers."""
+        return sum(part.ok for part in self.parts), len(self.parts)
+
+    @property
+    def missing(self) -> tuple[Part, ...]:
+        """The workers that did not answer, each with its code and reason."""
+        return tuple(part for part in self.parts if not part.ok)
+
+    @property
+    def value(self) -> Any:
+        """Of a typed function: the JSON value that any one worker gave, or that a merge made.
+
+        Raises ValueError where several workers gave one each, which `values` has.
+        """
+        try:
+            return json_values.read(self.result)
+        except ValueError as e:
+            if self.coverage[0] > 1:
+                raise ValueError(
+                    f"{self.coverage[0]} workers gave a value each, which `values` has; "
+                    'mode="any" asks one of them'
+                ) from None
+            raise ValueError(f"the result is not JSON ({e}); `result` has its bytes") from None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Of a typed function: each worker's own JSON value, by its id; without the missing ones.
+
+        Of all with `args` or want_parts. Raises ValueError.
+        """
+        good = [part for part in self.parts if part.ok]
+        if len(good) == 1 and not good[0].result:  # any one's own is the result
+            return {good[0].process_id: self.value}
+        return {part.process_id: part.value for part in good}
+
+
+class Incomplete(bytes):
+    """The result, in a map or a Future, of a request to all that some workers did not answer."""
+
+    missing: tuple[Part, ...] = ()
+
+
+class CallFailed(OverlayError):
+    """A call without an answer; itself for every code without a class of its own below.
+
+    executed: NO is proof that no handler saw the request. request_id: under which the processes
+    that it passed have lines in their logs; 0 when it never left, or nobody said.
+    """
+
+    executed = Executed.UNKNOWN
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: Code = Code.UNKNOWN,
+        executed: Executed = Executed.UNKNOWN,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.code = code
+        self.executed = executed
+
+
+class InvalidCall(CallFailed, ValueError):
+    """The request itself is not right."""
+
+
+class NameNotFound(CallFailed):
+    """No such team, handler or worker."""
+
+
+class Refused(CallFailed):
+    """The queue is full or its time too short; no handler saw it, and later is worth a try."""
+
+
+class Unavailable(CallFailed):
+    """The process asked is stopping, or the connection or all workers were lost."""
+
+
+class NotReached(Unavailable):
+    """Nothing serves at the address: the request never left this machine."""
+
+
+class NoSuchHost(NotReached):
+    """The name of the machine stands for no address on this one."""
+
+
+class HandlerFailed(CallFailed):
+    """The handler raised; the message has the id under which the process's log says more."""
+
+
+class DeadlinePassed(CallFailed, concurrent.futures.TimeoutError):
+    """No answer in time; work may have begun. To callers of an Executor a TimeoutError."""
+
+
+class CallCancelled(CallFailed, RuntimeError):
+    """The client was closed before the answer came, or before the call: an Executor's RuntimeError
+    after its shutdown."""
+
+
+NOT_PICKLED = "a Future belongs to the process that waits for it; pickle its result()"
+
+
+def results_of(came: Came, at: int, count: int) -> list[bytes]:
+    if came.is_whole:
+        return came.results[at : at + count]
+    return [result_of(came, row) for row in range(at, at + count)]
+
+
+def result_of(came: Came, at: int) -> bytes:
+    result = came.results[at]
+    if came.is_whole:
+        return result
+    missing = tuple(part for part in came.answers.at(at).parts if not part.ok)
+    if not missing:
+        return result
+    incomplete = Incomplete(result)
+    incomplete.missing = missing
+    return incomplete
+
+
+def value_of(result: bytes | CallFailed) -> Any:
+    """The JSON value of a result; a failure as it is, or one that says that it is no JSON."""
+    if isinstance(result, CallFailed):
+        return result
+    try:
+        return json_values.read(result)
+    except ValueError as e:
+        reason = f"the result is not JSON ({e}): args are for typed functions, others get a payload"
+        return InvalidCall(reason, code=Code.INVALID_ARGUMENT, executed=Executed.YES)
+
+
+def failure_of(error: Any, address: str, timeout_s: float) -> CallFailed:
+    """gRPC's error as ours. Only the trailer proves that no handler ran; no code does."""
+    said = codec.read_error(error)
+    after_s = codec.retry_after_s(error.trailing_metadata())
+    failure = Failure(said.code, said.reason, said.executed, after_s)
+    request_id = codec.read_request_id(error.trailing_metadata())
+    return error_of(failure, _sentence(error, said, address, timeout_s), request_id)
+
+
+def error_of(failure: Failure, sentence: str, request_id: int = 0) -> CallFailed:
+    kind = _KINDS.get(failure.code, CallFailed)
+    if kind is Refused and failure.executed is not Executed.NO:
+        kind = CallFailed  # such as an answer too large for a process on its way
+    error = kind(
+        sentence,
+        code=failure.code,
+        executed=failure.executed,
+        retry_after_s=failure.retry_after_s,
+    )
+    error.request_id = request_id
+    return error
+
+
+_KINDS: dict[Code, type[CallFailed]] = {
+    Code.INVALID_ARGUMENT: InvalidCall,
+    Code.NOT_FOUND: NameNotFound,
+    Code.RESOURCE_EXHAUSTED: Refused,
+    Code.UNAVAILABLE: Unavailable,
+    Code.INTERNAL: HandlerFailed,
+    Code.DEADLINE_EXCEEDED: DeadlinePassed,
+    Code.CANCELLED: CallCancelled,
+}
+
+
+def no_overlay(failure: Failure, address: str) -> str:
+    if failure.code is Code.UNIMPLEMENTED:
+        return f"what serves at {address} is not a process of an overlay, or an older one"
+    return failure.reason
+
+
+def _sentence(error: Any, said: Part, address: str, timeout_s: float) -> str:
+    """The process's own words where it had some; else ours in place of gRPC's."""
+    if said.code is Code.UNIMPLEMENTED:
+        return f"what serves at {address} is not a process of an overlay, or an older one"
+    if said.code is Code.CANCELLED:
+        return "this client was closed before the answer came"
+    if said.code is Code.DEADLINE_EXCEEDED and said.reason == "Deadline Exceeded":
+        return f"no answer from {address} within {timeout_s:g} s"
+    if said.code is Code.UNAVAILABLE and not error.trailing_metadata():
+        return f"no answer from {address}: {said.reason}"
+    return said.reason

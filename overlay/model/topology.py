@@ -1,0 +1,138 @@
+"""Who there is, who may ask whom, which handlers there are: the configuration as frozen values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from overlay.model.errors import ConfigError
+from overlay.model.limits import Limits
+
+
+@dataclass(frozen=True)
+class Role:
+    """rank: requests only go to a lower one. works: runs handlers. queued: has the big queue."""
+
+    rank: int
+    works: bool = False
+    queued: bool = False
+
+
+ROLES: Mapping[str, Role] = {
+    "leader": Role(rank=2, queued=True),
+    "team_leader": Role(rank=1),
+    "worker": Role(rank=0, works=True),
+}
+
+
+@dataclass(frozen=True)
+class Process:
+    """One entry of the configuration. `neighbors` keep its order."""
+
+    id: str
+    role: str
+    team: str
+    host: str
+    port: int
+    neighbors: tuple[str, ...] = ()
+    bind: str = ""
+    handler: str = "echo"
+    slots: int | None = None
+    in_service: int = 100
+    log_dir: str = "logs"
+    options: Mapping[str, object] = field(default_factory=dict)
+    metrics_port: int | None = None  # for Prometheus
+    metrics_bind: str = "127.0.0.1"
+
+    @property
+    def address(self) -> str:
+        return join_address(self.host, self.port)
+
+    @property
+    def listen_address(self) -> str:
+        return join_address(self.bind or self.host, self.port)
+
+    @property
+    def rank(self) -> int:
+        return ROLES[self.role].rank
+
+    @property
+    def works(self) -> bool:
+        return ROLES[self.role].works
+
+
+@dataclass(frozen=True)
+class HandlerSpec:
+    """A handler as configured. call and merge: "module:function". run: "thread" or "process"."""
+
+    name: str
+    call: str
+    merge: str | None = None
+    run: str = "thread"
+    slots: int | None = None  # None: 100 on threads, the number of CPUs in processes
+    limit_s: float | None = None
+    memory_mib: int | None = None  # of each process
+    max_requests: int | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+BUILT_IN = {"echo": HandlerSpec("echo", "overlay.workers.api:echo")}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The whole overlay, in the order of the configuration file."""
+
+    processes: Mapping[str, Process]
+    handlers: Mapping[str, HandlerSpec] = field(default_factory=lambda: dict(BUILT_IN))
+    limits: Limits = field(default_factory=Limits)
+    folder: Path = Path(".")
+    name: str = "configuration"
+    digest: str = ""
+
+    def process(self, process_id: str) -> Process:
+        """Raises ConfigError for an id that is not in the file."""
+        try:
+            return self.processes[process_id]
+        except KeyError:
+            known = ", ".join(self.processes)
+            raise ConfigError(f"no process '{process_id}' in {self.name}; it has {known}") from None
+
+    def below(self, process_id: str) -> tuple[Process, ...]:
+        """The neighbours that `process_id` may ask: those of a strictly lower rank."""
+        me = self.processes[process_id]
+        return tuple(self.processes[n] for n in me.neighbors if self.processes[n].rank < me.rank)
+
+    def above(self, process_id: str) -> tuple[Process, ...]:
+        """Those who may ask `process_id`: of a strictly higher rank, with it as their neighbour."""
+        me = self.processes[process_id]
+        others = self.processes.values()
+        return tuple(p for p in others if process_id in p.neighbors and p.rank > me.rank)
+
+    def hops_below(self, process_id: str) -> int:
+        """How many links the longest way from it to a worker has."""
+        return max((1 + self.hops_below(n.id) for n in self.below(process_id)), default=0)
+
+    def in_order(self, ids: frozenset[str] | set[str]) -> tuple[str, ...]:
+        return tuple(process_id for process_id in self.processes if process_id in ids)
+
+    @property
+    def workers(self) -> tuple[Process, ...]:
+        return tuple(process for process in self.processes.values() if process.works)
+
+    def queue_slots(self, process_id: str) -> int:
+        """The leader's queue is the configured one; the others keep a short one."""
+        me = self.processes[process_id]
+        return self.limits.queue_slots if ROLES[me.role].queued else me.in_service
+
+    def handler_slots(self, process: Process, spec: HandlerSpec) -> int:
+        """How many requests of this handler run at once on this worker."""
+        own = spec.slots or (100 if spec.run == "thread" else os.cpu_count() or 1)
+        return min(own, process.slots or own, process.in_service)
+
+
+def join_address(host: str, port: int) -> str:
+    """host:port, with an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

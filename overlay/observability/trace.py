@@ -1,0 +1,144 @@
+"""What a request's way took, hop by hop: pure functions over traces.
+
+A trace is a tree in a tuple, each process before those below it. What a process knows of its way:
+
+    its own hop        from its ticket: waited, and in service since
+    the hops below     as the answers tell them, each seen from above by `below`
+    the other ones     from the answers' parts: workers with their times, those between without
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from overlay.model.segments import Answer, Answers, Code, Executed, Hop, Mode, Part, PartColumn
+
+HANDLERS_OWN = "refused by its handler, in words for its caller"
+
+
+@dataclass(frozen=True)
+class Story:
+    """How `count` requests ended together, and where their time went.
+
+    request_id: the first one's. ended_s: seconds since 1970. hops: a trace of the whole way, means
+    over all that were answered together. caller: its machine or name, or the process that asked.
+    """
+
+    request_id: int
+    mode: Mode
+    team: str
+    handler: str
+    ended_s: float
+    code: Code
+    reason: str
+    count: int
+    hops: tuple[Hop, ...]
+    total_us: int
+    caller: str
+
+
+def below(answers: Answers, away_s: float) -> Answers:
+    """A neighbour's answers as the process above sees them: one deeper, and how long it took."""
+    first, *rest = answers.trace
+    seen = [first._replace(depth=first.depth + 1, away_us=int(away_s * 1e6))]
+    seen += [hop._replace(depth=hop.depth + 1) for hop in rest]
+    return replace(answers, trace=tuple(seen))
+
+
+def trace_of_worker(me: str, answers: Answers) -> tuple[Hop, ...]:
+    """A worker's own hop: its handler's time and not the whole stay."""
+    for column in answers.parts:
+        return (Hop(me, column.waited_us, column.worked_us, 0, code_of(answers)),)
+    return (Hop(me, code=code_of(answers)),)
+
+
+def trace_of(me: str, waited_us: int, worked_us: int, answers: Answers) -> tuple[Hop, ...]:
+    """The whole way as `me` knows it: its own hop, and one for each process below it."""
+    branches: dict[str, list[Hop]] = {}  # by the neighbour that was asked
+    neighbour = ""
+    for hop in answers.trace:
+        neighbour = hop.process_id if hop.depth == 1 else neighbour
+        branches.setdefault(neighbour, []).append(hop)
+    seen = {hop.process_id for hop in answers.trace}
+    for neighbour, hop in _from_parts(me, answers.parts):
+        if hop.process_id not in seen:
+            seen.add(hop.process_id)
+            branches.setdefault(neighbour, []).append(hop)
+    order = {process_id: place for place, process_id in enumerate(answers.hops)}
+    tops = sorted(branches, key=lambda top: order.get(top, len(order)))
+    under = [hop for top in tops for hop in branches[top]]
+    return (Hop(me, waited_us, worked_us, 0, code_of(answers)), *under)
+
+
+def code_of(answers: Answers) -> Code:
+    """OK when any worker answered all of the rows; else why the first did not."""
+    if answers.refused is not None:
+        return answers.refused.code
+    first = Code.OK if answers.parts else Code.UNAVAILABLE
+    for column in answers.parts:
+        code = _code_of(column)
+        if code is Code.OK:
+            return code
+        first = first or code
+    return first
+
+
+def reason_of(answer: Answer) -> str:
+    """Why an answer is short, for everybody: the workers that it lacks, each with its reason."""
+    return "; ".join(f"{p.process_id}: {_public(p)}" for p in answer.parts if not p.ok)
+
+
+def is_for_the_caller(answer: Answer) -> bool:
+    """Whether a handler's own sentence is in it: that may quote the payload."""
+    return any(_is_a_handlers(part) for part in answer.parts)
+
+
+def _public(part: Part) -> str:
+    return HANDLERS_OWN if _is_a_handlers(part) else part.reason or part.code.name
+
+
+def _is_a_handlers(part: Part) -> bool:
+    # Of BadRequest alone do the words travel; the overlay's own is told before anything runs.
+    return part.code is Code.INVALID_ARGUMENT and part.executed is not Executed.NO
+
+
+def lines(trace: Sequence[Hop]) -> Iterator[tuple[str, Hop, int | None]]:
+    """A trace as a tree for people: (name with its branch, hop, microseconds on the way or None).
+
+    On the way: there and back, of what the process above waited for it; None when not known.
+    """
+    for at, hop in enumerate(trace):
+        bars = "".join(
+            ("│  " if _goes_on(trace, at, depth) else "   ") for depth in range(1, hop.depth)
+        )
+        branch = ("├─ " if _goes_on(trace, at, hop.depth) else "└─ ") if hop.depth else ""
+        inside = hop.waited_us + hop.worked_us
+        on_the_way = max(0, hop.away_us - inside) if hop.away_us else None
+        yield bars + branch + hop.process_id, hop, on_the_way
+
+
+def _goes_on(trace: Sequence[Hop], at: int, depth: int) -> bool:
+    """Whether the branch at this depth has another hop after the one at `at`."""
+    for hop in trace[at + 1 :]:
+        if hop.depth <= depth:
+            return hop.depth == depth
+    return False
+
+
+def _from_parts(me: str, parts: Sequence[PartColumn]) -> Iterator[tuple[str, Hop]]:
+    """The hops to each worker, with the first of them: only the worker's own has times."""
+    for column in parts:
+        way = column.hops[column.hops.index(me) + 1 :] if me in column.hops else ()
+        way = way or (column.process_id,)
+        for depth, process_id in enumerate(way[:-1], 1):
+            yield way[0], Hop(process_id, depth=depth)
+        times = column.waited_us, column.worked_us
+        yield way[0], Hop(column.process_id, *times, len(way), _code_of(column))
+
+
+def _code_of(column: PartColumn) -> Code:
+    failure = column.failed
+    if failure is None and len(column.failures) == column.results.count:
+        failure = next(iter(column.failures.values()), None)
+    return failure.code if failure else Code.OK

@@ -1,0 +1,129 @@
+"""How parts become one answer: pure functions, used on every process a request passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from overlay.model.errors import OverlayError, PartsFailed
+from overlay.model.segments import Answer, Answers, Code, Executed, Failure, Mode, Part, PartColumn
+
+Merge = Callable[[Sequence[Part]], bytes]
+
+
+def from_branch(answers: Answers, targets: Sequence[str]) -> Answers:
+    """A branch's answers with exactly one column per target: what it left out is said so.
+
+    A refusal of the whole branch is every target's own.
+    """
+    count = answers.count
+    if answers.refused is not None:
+        why = Failure(answers.refused.code, answers.refused.reason, answers.refused.executed)
+        columns = tuple(PartColumn.missing(t, count, why) for t in targets)
+        return Answers(count, columns, trace=answers.trace)
+    by_id = {column.process_id: column for column in answers.parts}
+    columns = tuple(by_id.get(t) or PartColumn.missing(t, count, _LEFT_OUT) for t in targets)
+    return Answers(count, columns, answers.hops, None, answers.trace)
+
+
+def gathered(
+    me: str, order: Sequence[str], branches: Mapping[str, Answers], missing: Iterable[PartColumn]
+) -> Answers:
+    """ALL: the branches' answers as one, parts and hops in the order of the configuration.
+
+    branches: by neighbour, each as `from_branch` gives it. missing: of workers in no branch. All
+    have the same rows.
+    """
+    found = {column.process_id: column for answers in branches.values() for column in answers.parts}
+    found.update({column.process_id: column for column in missing})
+    hops = [hop for n in order if n in branches for hop in branches[n].hops]
+    trace = [hop for n in order if n in branches for hop in branches[n].trace]
+    columns = in_order(found, order)
+    return Answers(columns[0].results.count, columns, (me, *hops), None, tuple(trace))
+
+
+def in_order(columns: Mapping[str, PartColumn], order: Sequence[str]) -> tuple[PartColumn, ...]:
+    """In the order of the configuration; at the end those that it does not have."""
+    found = tuple(columns[w] for w in order if w in columns)
+    if len(found) < len(columns):
+        known = set(order)
+        found += tuple(column for worker, column in columns.items() if worker not in known)
+    return found
+
+
+def coverage(answer: Answer) -> str:
+    """The trailer that tells k of n and who is missing: "2/3; missing=F"."""
+    good = sum(part.ok for part in answer.parts)
+    missing = ",".join(part.process_id for part in answer.parts if not part.ok)
+    return f"{good}/{len(answer.parts)}" + (f"; missing={missing}" if missing else "")
+
+
+def failure(answer: Answer, retry_after_s: float) -> OverlayError | None:
+    """The error that the caller gets when no worker answered OK, else None.
+
+    Its code is the first part's in the order of the configuration. It proves that nothing ran only
+    if every part does.
+    """
+    parts = (answer.refused,) if answer.refused is not None else answer.parts
+    if any(part.ok for part in parts):
+        return None
+    if not parts:
+        return PartsFailed(
+            "no worker was asked", Code.UNAVAILABLE, Executed.NO, "unreachable", None
+        )
+    first, executed = parts[0], _executed(parts)
+    cause = first.code.name.lower().replace("_", " ")
+    again: float | None = first.retry_after_s or retry_after_s
+    if executed is not Executed.NO or first.code not in _WORTH_A_RETRY:
+        again = None
+    reasons = first.reason if answer.refused is not None else _reasons(parts)
+    return PartsFailed(reasons, first.code, executed, cause, again)
+
+
+def may_try_elsewhere(answer: Answer) -> bool:
+    """ANY: whether another worker may be asked, which takes proof that nothing has run."""
+    part = answer.refused or (answer.parts[0] if answer.parts else None)
+    return part is not None and part.executed is Executed.NO and part.code in _WORTH_ANOTHER
+
+
+def was_lost(answer: Answer) -> bool:
+    """ANY: whether it is open what became of it: its worker, or the way there, broke down."""
+    part = answer.refused or (answer.parts[0] if answer.parts else None)
+    return part is not None and part.executed is Executed.UNKNOWN and part.code is Code.UNAVAILABLE
+
+
+def plain_results(answers: Answers) -> list[bytes]:
+    """`result` without a merge for every row, of answers that are flawless."""
+    columns = [column.results.items for column in answers.parts]
+    if len(columns) == 1:
+        return list(columns[0])
+    return [b"\n".join(row) for row in zip(*columns, strict=True)]
+
+
+def result(mode: Mode, answer: Answer, merge: Merge | None) -> bytes:
+    """What the client gets: ANY the worker's own bytes; ALL merged, or joined by newlines."""
+    good = [part for part in answer.parts if part.ok]
+    if mode is Mode.ANY:
+        return good[0].result
+    return merge(good) if merge else b"\n".join(part.result for part in good)
+
+
+_LEFT_OUT = Failure(Code.INTERNAL, "left out of its team leader's answer")
+_WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
+# It reads another configuration, or takes no body of this size; another one may not.
+_WORTH_ANOTHER = (*_WORTH_A_RETRY, Code.FAILED_PRECONDITION)
+
+
+def _executed(parts: Sequence[Part]) -> Executed:
+    found = {part.executed for part in parts}
+    if found == {Executed.NO}:
+        return Executed.NO
+    return Executed.YES if Executed.YES in found else Executed.UNKNOWN
+
+
+def _reasons(parts: Iterable[Part]) -> str:
+    """Each reason once, with those who gave it."""
+    givers: dict[str, list[str]] = {}
+    for part in parts:
+        givers.setdefault(part.reason, []).append(part.process_id)
+    told = ((", ".join(filter(None, ids)), why) for why, ids in givers.items())
+    return "; ".join(f"{ids}: {why}" if ids else why for ids, why in told)

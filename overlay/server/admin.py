@@ -1,0 +1,141 @@
+"""The service OverlayAdmin: verbs that act on the process itself.
+
+Answered only to callers on the same machine, until TLS tells who calls; `logs` to others too, but
+for what is private. Owns two threads, "admin", from `Admin` to `close`: a drain holds one for as
+long as it takes; and two, "logs", that may wait for another process.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NoReturn
+
+import grpc
+import psutil
+
+from overlay.model.errors import BadRequest, NotAllowed, OverlayError
+from overlay.model.topology import Process
+from overlay.server.log_reader import Journal
+from overlay.server.service import Drained
+from overlay.server.upstream import plain_address
+from overlay.transport import codec
+from overlay.transport.codec import pb2
+
+log = logging.getLogger("overlay.admin")
+
+LONGEST_GRACE_S = 86_400.0
+LOGS_S = 5.0  # another process is waited for so long
+
+
+class Admin:
+    """stop: lets the process begin to stop, with this grace, as a signal does; returns at once."""
+
+    def __init__(
+        self, me: Process, journal: Journal, grace_s: float, stop: Callable[[float], None]
+    ) -> None:
+        self.pool = ThreadPoolExecutor(2, "admin")
+        self.logs_pool = ThreadPoolExecutor(2, "logs")
+        self._me = me
+        self._journal = journal
+        self._grace_s = grace_s
+        self._stop = stop
+        self._drained: Future[tuple[float, Drained]] = Future()
+        self._started_at = psutil.Process().create_time()
+
+    def drain(self, request: pb2.DrainRequest, context: grpc.ServicerContext) -> pb2.DrainResponse:
+        """Stops the process; answers when all that ran has ended, or at once with no_wait.
+
+        A second caller waits for the end of the same drain.
+        """
+        try:
+            self._check_caller("drain", context.peer())
+            grace_s = self._grace_of(request)
+        except OverlayError as e:
+            _abort(context, e)
+        by = codec.address_in(context.peer())
+        log.info("drain: asked for by %s", by, extra={"kind": "stopping"})
+        self._stop(grace_s)
+        if request.no_wait:
+            return self._response(grace_s, Drained())
+        return self._response(*self._drained.result(LONGEST_GRACE_S))
+
+    def logs(self, request: pb2.LogsRequest, context: grpc.ServicerContext) -> pb2.LogsResponse:
+        """The last lines of this process, or of one below it."""
+        remaining: float | None = context.time_remaining()
+        within_s = LOGS_S if remaining is None else min(remaining * 0.9, LOGS_S)
+        try:
+            return self._journal.read(request, is_on_this_machine(context.peer()), within_s)
+        except OverlayError as e:
+            _abort(context, e)
+
+    def tell(self, grace_s: float, drained: Drained) -> None:
+        """What came of the drain, for those who wait for it."""
+        self._drained.set_result((grace_s, drained))
+
+    def close(self) -> None:
+        for pool in (self.pool, self.logs_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _check_caller(self, verb: str, peer: str) -> None:
+        if not is_on_this_machine(peer):
+            host, port = self._me.host, self._me.port
+            raise NotAllowed(
+                f"{verb} is answered only to callers on {self._me.id}'s own machine, and this one "
+                f"calls from {codec.address_in(peer)}; run it there: "
+                f"python client.py {host} {port} {verb}"
+            )
+
+    def _grace_of(self, request: pb2.DrainRequest) -> float:
+        if not request.HasField("grace_s"):
+            return self._grace_s
+        if not (math.isfinite(request.grace_s) and 0 <= request.grace_s <= LONGEST_GRACE_S):
+            raise BadRequest(
+                f"grace_s: {request.grace_s:g} is not a number of seconds from 0 to "
+                f"{LONGEST_GRACE_S:g}"
+            )
+        return float(request.grace_s)
+
+    def _response(self, grace_s: float, drained: Drained) -> pb2.DrainResponse:
+        return pb2.DrainResponse(
+            process_id=self._me.id,
+            pid=os.getpid(),
+            started_at=self._started_at,
+            grace_s=grace_s,
+            took_s=drained.took_s,
+            refused=drained.refused,
+            left=drained.left,
+        )
+
+
+def _abort(context: grpc.ServicerContext, error: OverlayError) -> NoReturn:
+    context.set_trailing_metadata(codec.trailers(error))
+    context.abort(codec.grpc_code(error.code), str(error)[: codec.LONGEST_REASON])
+    raise AssertionError("context.abort always raises")
+
+
+def is_on_this_machine(peer: str) -> bool:
+    """Whether gRPC's name for a caller is an address of this machine: loopback or another.
+
+    A process that listens on 192.168.1.1 sees a caller beside it as 192.168.1.1, not as loopback.
+    """
+    text = codec.address_in(peer)
+    try:
+        address = ipaddress.ip_address(plain_address(text))
+    except ValueError:
+        return peer.startswith("unix:")
+    if address.is_loopback:
+        return True
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    try:
+        # Sends nothing. Towards an address of its own, and only then, a machine comes from there.
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(address), 9))
+            return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]) == address
+    except OSError:
+        return False

@@ -1,0 +1,74 @@
+"""The last lines of this process's log, and of those below it, for whoever asks.
+
+Two kinds of text: what the overlay itself says is for all who may ask GetMetrics, whose events are
+the same lines. What a handler printed, logged or raised may hold what was in a payload: it is given
+only where the client, and every process on the way, is on this machine, whose files tell it anyway.
+
+The question goes down by rank, as requests do, and so can never go in a circle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from overlay.model.errors import BadRequest
+from overlay.model.topology import Topology
+from overlay.observability.log_buffer import LINES, Recent
+from overlay.peers.peers import Links
+from overlay.routing import planner
+from overlay.transport import codec
+from overlay.transport.codec import pb2
+
+MOST_BYTES = 512 * 1024  # of one answer; the smallest max_message_mib is 1
+
+
+class Journal:
+    """dropped: how many lines no log got. Safe from any thread; `read` may wait for others."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        me: str,
+        recent: Recent,
+        links: Links,
+        dropped: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._topology = topology
+        self._me = me
+        self._recent = recent
+        self._links = links
+        self._dropped = dropped
+
+    def read(self, asked: pb2.LogsRequest, is_near: bool, timeout_s: float) -> pb2.LogsResponse:
+        """The lines asked for. is_near: the question comes from this machine.
+
+        Raises OverlayError: no such process, none of those below, not reached in time; BadRequest.
+        """
+        public_only = asked.public_only or not is_near
+        if len(asked.error_id) > codec.LONGEST_ERROR_ID:
+            raise BadRequest(f"error_id: more than {codec.LONGEST_ERROR_ID} characters")
+        if asked.process_id in ("", self._me):
+            return self._own(asked, public_only)
+        limits = self._topology.limits
+        hops = codec.read_hops(asked.hops, limits)
+        up, target = self._links.up(), asked.process_id
+        neighbour = planner.way_to(self._topology, self._me, up, target, hops)
+        onward = pb2.LogsRequest(
+            process_id=target,
+            lines=asked.lines,
+            request_id=asked.request_id,
+            hops=(*hops, self._me),
+            public_only=public_only,
+            error_id=asked.error_id,
+        )
+        return self._links.logs(neighbour, onward, timeout_s)
+
+    def _own(self, asked: pb2.LogsRequest, public_only: bool) -> pb2.LogsResponse:
+        most = min(asked.lines or codec.FEW_LINES, LINES)
+        found = self._recent.lines(most, asked.request_id, asked.error_id)
+        said = [codec.write_line(line, public_only) for line in found]
+        size, first = 0, len(said)
+        while first and size < MOST_BYTES:
+            first -= 1
+            size += said[first].ByteSize()
+        return pb2.LogsResponse(process_id=self._me, lines=said[first:], dropped=self._dropped())

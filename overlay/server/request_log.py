@@ -1,0 +1,339 @@
+"""What becomes of this process's requests: counted, told as stories, in the log where they fail.
+
+    took  -> times                  of every row, at the price of one
+    ended -> counts                 the same
+          -> its trace and a story  of some a second, and of failures
+          -> lines in the log       of failures: some, then how many more; of those told: each
+
+Safe from any thread; owns none but the one of its repeats.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from overlay.model import clocks as time
+from overlay.model.errors import HandlerFailed, OverlayError
+from overlay.model.segments import Answers, Caller, Code, Executed, Hop, Mode, Segment
+from overlay.observability import trace as story
+from overlay.observability.counters import Meter
+from overlay.observability.log_throttle import Repeats
+from overlay.observability.request_summaries import Stories
+from overlay.observability.trace import Story
+from overlay.queueing.request_queue import Ticket
+
+log = logging.getLogger("overlay.requests")
+
+TOLD_AT_ONCE, TOLD_PER_S = 200, 20  # lines of requests that want to be told
+FEW_REASONS = 3  # of rows that failed together, each with a story; what is left joins the last
+
+
+@dataclass(slots=True)
+class Ended:
+    """Rows of a segment that have come to their end together.
+
+    answers: None when it never came to any. start: the first of the rows. ticket: None for what
+    was not admitted. failures: by row, counted from the first.
+    """
+
+    segment: Segment
+    caller: Caller
+    start: int = 0
+    answers: Answers | None = None
+    failures: Sequence[tuple[int, OverlayError]] = ()
+    ticket: Ticket | None = None
+    trace: tuple[Hop, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return self.segment.count if self.answers is None else self.answers.count
+
+
+class Record:
+    """The process `me`. works: it runs handlers itself."""
+
+    def __init__(self, me: str, works: bool) -> None:
+        self.meter = Meter()
+        self.stories = Stories()
+        self.wants_trace = self.stories.wants_trace
+        self._me = me
+        self._works = works
+        self._failures = Repeats(_tell_more_failures)
+        self._told = Repeats(_tell_more, TOLD_AT_ONCE, TOLD_PER_S)
+        self._crowds = Repeats(_tell_more_crowded_out)
+
+    def close(self) -> None:
+        self._failures.flush()
+        self._told.flush()
+        self._crowds.flush()
+
+    def count(self, error: OverlayError) -> None:
+        if error.code is Code.CANCELLED:
+            self.meter.cancelled()
+        elif error.executed is Executed.NO:
+            self.meter.refused(error.cause)
+        else:
+            self.meter.failed()
+
+    def ended_and_counted(self, ended: Ended) -> None:
+        """As `ended`, and counts how each row ended."""
+        failures = ended.failures
+        if ended.count > len(failures):
+            self.meter.completed(ended.count - len(failures))
+        for _, failed in failures:
+            self.count(failed)
+        self.ended(ended)
+
+    def ended(self, ended: Ended) -> None:
+        """Gives it a trace and tells of it, where that is wanted."""
+        if not (ended.segment.traced or ended.failures):
+            return
+        if ended.segment.traced or self.stories.wants_failure():
+            waited_s, away_s = _times_here(ended)
+            ended.trace = self._trace(ended, waited_s, away_s)
+            self._add_stories(ended, waited_s + away_s)
+        if ended.segment.told:
+            self._tell_each(ended)
+        else:
+            self._tell_failures(ended)
+
+    def took(
+        self, ticket: Ticket, rows: int, answers: Answers, started: float | None, ended: float
+    ) -> None:
+        """Notes the times of rows that have ended: as in overlay.queueing.request_queue.Took.
+
+        Service is what their worker says that its handler took, and waiting all else until the
+        answer was here: in queues, here and below, and on the way. Where parts went before the
+        answer, for which their reader may have let it wait, only what was told of queues.
+        """
+        stay_s = ended - ticket.admitted
+        if started is None:
+            self.meter.took(rows, stay_s, None)
+            return
+        served_s = served(answers, ended - started, self._works)
+        waited_s = stay_s - (served_s or 0.0)
+        if ticket.segment.early is not None:
+            waited_s = min(waited_s, started - ticket.admitted + self._waited_below_s(answers))
+        self.meter.took(rows, waited_s, served_s)
+
+    def _waited_below_s(self, answers: Answers) -> float:
+        return 0.0 if self._works or answers.early_us is None else answers.early_us[0] / 1e6
+
+    def turned_away(self, error: OverlayError) -> None:
+        """A request that could not even be read."""
+        kind = _kind(error)
+        if self._failures.may_tell(kind):
+            _tell_failure(kind, f"{kind.word}, {kind.cause}: {error}", 0)
+
+    def crowded_out(self, what: str, count: int, address: str) -> None:
+        """Calls, streams or connections of an address were ended, or not let in, for others."""
+        if not count:
+            return
+        self.meter.crowded_out(what, count)
+        if self._crowds.may_tell(what):
+            about = {"kind": "refusal", "count": count, "same": what}
+            log.warning("too many %s: %d of %s ended", what, count, address, extra=about)
+        else:
+            self._crowds.add(what, count - 1)
+
+    def _trace(self, ended: Ended, waited_s: float, away_s: float) -> tuple[Hop, ...]:
+        times = int(waited_s * 1e6), int(away_s * 1e6)
+        if ended.answers is None:
+            code = ended.failures[0][1].code if ended.failures else Code.OK
+            return (Hop(self._me, *times, 0, code),)
+        if self._works and ended.answers.parts:
+            return story.trace_of_worker(self._me, ended.answers)
+        return story.trace_of(self._me, *times, ended.answers)
+
+    def _add_stories(self, ended: Ended, total_s: float) -> None:
+        ended_s, total_us = time.time(), int(total_s * 1e6)
+        ids, first = ended.segment.all_ids, ended.start
+        caller = _asked_by(ended)
+        route = ended.segment.route
+        asked = Mode(route.mode), route.team, route.handler
+
+        def add(row: int, code: Code, reason: str, count: int) -> None:
+            id_ = ids[first + row]
+            told = Story(id_, *asked, ended_s, code, reason, count, ended.trace, total_us, caller)
+            self.stories.add(told)
+
+        groups = _alike(ended.failures)
+        for row, error, count in groups:
+            add(row, error.code, _public(ended, row, error), count)
+        good = ended.count - len(ended.failures)
+        if good:
+            failed = {row for row, _ in ended.failures}
+            row = next(row for row in range(ended.count) if row not in failed)
+            reason = story.reason_of(ended.answers.at(row)) if ended.answers else ""
+            add(row, Code.OK, reason, good)
+
+    def _tell_each(self, ended: Ended) -> None:
+        waited_s, away_s = _times_here(ended)
+        failed = dict(ended.failures)
+        ids = ended.segment.all_ids
+        for row in range(ended.count):
+            if not self._told.may_tell("told"):
+                self._told.add("told", ended.count - row - 1)
+                return
+            error = failed.get(row)
+            what, private = "answered", ""
+            if error is not None:
+                what, private = _words(ended, row, error)
+            log.info(
+                "%s; waited %.1f ms, in service %.1f ms, asked by %s",
+                what, waited_s * 1e3, away_s * 1e3, _asked_by(ended),
+                extra={"request_id": ids[ended.start + row], "private": private},
+            )  # fmt: skip
+
+    def _tell_failures(self, ended: Ended) -> None:
+        ids = ended.segment.all_ids
+        for row, error, count in _alike(ended.failures):
+            if error.code is Code.CANCELLED:  # its caller knows, and nobody else is concerned
+                continue
+            kind = _kind(error, ended.segment.route.handler, self._knows(ended, row, error))
+            if self._failures.may_tell(kind):
+                words, private = _words(ended, row, error)
+                _tell_failure(
+                    kind, f"{words}; asked by {_asked_by(ended)}", ids[ended.start + row], private
+                )
+            self._failures.add(kind, count - 1)
+
+    def _knows(self, ended: Ended, row: int, error: OverlayError) -> bool:
+        """Whether it is for this process to make an event of it: so that each failure is one.
+
+        What ran is told by the process that ran it, the rest by the one that the client asked.
+        """
+        if error.executed is not Executed.YES:
+            return not ended.segment.route.hops
+        answer = None if self._works or ended.answers is None else ended.answers.at(row)
+        return answer is None or all(part.ok for part in answer.parts)
+
+
+def served(answers: Answers, away_s: float, works: bool = False) -> float | None:
+    """How long the handler of these rows ran, which were away for so long; None if none began.
+
+    Of several workers it is the one that took longest in all. What is late or lost has run all the
+    time that its worker did not say it waited, as far as is known.
+    """
+    if answers.refused is not None:
+        return None if answers.refused.executed is Executed.NO else away_s
+    early = answers.early_us
+    longest_us, worked_us = (-1, None) if early is None else (sum(early), early[1])
+    for column in answers.parts:
+        waited, worked = column.waited_us, column.worked_us
+        why = column.failed or next(iter(column.failures.values()), None)
+        if why is not None and not worked:
+            if why.executed is Executed.NO:
+                continue
+            worked = max(0, int(away_s * 1e6) - (0 if works else waited))
+        if waited + worked > longest_us:
+            longest_us, worked_us = waited + worked, worked
+    return None if worked_us is None else min(worked_us / 1e6, away_s)
+
+
+def log_failure(what: str, e: BaseException, request_id: int = 0) -> str:
+    """Logs it under an id, and says where: the sentence for its caller, who gets no more."""
+    error_id = uuid.uuid4().hex[:8]
+    log.error("error id %s: %s", error_id, what, exc_info=e, extra={"request_id": request_id})
+    return f"{what}; error id {error_id} in this process's log"
+
+
+def unexpected(e: BaseException, request_id: int = 0) -> OverlayError:
+    what = "something went wrong in the overlay itself"
+    return HandlerFailed(log_failure(what, e, request_id))
+
+
+def _times_here(ended: Ended) -> tuple[float, float]:
+    """How long its first row waited here, and how long it was in service here or below."""
+    if ended.ticket is None:
+        return 0.0, 0.0
+    now, started = time.monotonic(), ended.ticket.started(ended.start)
+    started = now if started is None else started
+    return started - ended.ticket.admitted, now - started
+
+
+def _alike(failures: Sequence[tuple[int, OverlayError]]) -> list[tuple[int, OverlayError, int]]:
+    """The failures by their reason: the first row that has it, its error, how many have it."""
+    groups: dict[str, tuple[int, OverlayError, int]] = {}
+    last = ""
+    for row, error in failures:
+        reason = str(error)
+        if reason not in groups and len(groups) == FEW_REASONS:
+            reason = last
+        first, kept, count = groups.get(reason, (row, error, 0))
+        groups[reason] = first, kept, count + 1
+        last = reason
+    return list(groups.values())
+
+
+def _asked_by(ended: Ended) -> str:
+    """Its address first, whatever it says of itself: a hop list is only a claim too."""
+    hops = ended.segment.route.hops
+    return f"{hops[-1]} at {ended.caller}" if hops else str(ended.caller)
+
+
+class _Kind(NamedTuple):
+    """Failures that are told together: of one word, cause and handler.
+
+    handler: of what was refused none, as a stranger may have made it up. event: "" where another
+    process makes one of it.
+    """
+
+    word: str
+    cause: str
+    level: int
+    handler: str
+    event: str
+
+    def __str__(self) -> str:
+        return f"{self.word}, {self.cause}" + (f", in handler {self.handler}" * bool(self.handler))
+
+    @property
+    def about(self) -> dict[str, object]:
+        return {"kind": self.event, "same": str(self)}
+
+
+def _kind(error: OverlayError, handler: str = "", makes_event: bool = True) -> _Kind:
+    level = logging.INFO if error.code in _THE_CALLERS else logging.WARNING
+    if error.executed is Executed.NO:
+        return _Kind("refused", error.cause, level, "", "refusal" if makes_event else "")
+    cause = error.code.name.lower().replace("_", " ")
+    return _Kind("failed", cause, level, handler, "failure" if makes_event else "")
+
+
+def _tell_failure(kind: _Kind, words: str, request_id: int, private: str = "") -> None:
+    about = {"request_id": request_id, "private": private}
+    log.log(kind.level, "%s", words, extra=kind.about | about)
+
+
+def _words(ended: Ended, row: int, error: OverlayError) -> tuple[str, str]:
+    """What is said of a failure, and what only its process's log says."""
+    kind, public = _kind(error), _public(ended, row, error)
+    return f"{kind.word}, {kind.cause}: {public}", str(error) if public != str(error) else ""
+
+
+def _public(ended: Ended, row: int, error: OverlayError) -> str:
+    answer = ended.answers.at(row) if ended.answers else None
+    return story.reason_of(answer) if answer and story.is_for_the_caller(answer) else str(error)
+
+
+def _tell_more_failures(kind: Hashable, count: int) -> None:
+    assert isinstance(kind, _Kind)
+    about = {"count": count, "more": True}
+    log.log(kind.level, "%s more %s", f"{count:,}", kind, extra=kind.about | about)
+
+
+def _tell_more(kind: Hashable, count: int) -> None:
+    log.info("%s more asked for a line and have none", f"{count:,}")
+
+
+def _tell_more_crowded_out(what: Hashable, count: int) -> None:
+    about = {"kind": "refusal", "count": count, "same": what, "more": True}
+    log.warning("too many %s: %s more ended", what, f"{count:,}", extra=about)
+
+
+_THE_CALLERS = (Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.FAILED_PRECONDITION)

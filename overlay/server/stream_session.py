@@ -1,0 +1,750 @@
+"""ForwardStream, served: many requests over one call, bounded by a window.
+
+    a frame has come   --> segments -> check -> the stream's lane in the intake     read
+    answers are there  --> combine -> slices -> a frame, what has gathered meanwhile in one   write
+    a frame has left   --> its rows leave the window; the next one is written       on gRPC's thread
+
+The stream is not read while its window is full, and so its client stops too, whose frames gRPC then
+holds back. A request leaves the window when its answer has been handed to gRPC, so that a client
+that does not read is bounded too; and all that do not together. A large part passes in pieces, no
+further ahead of its reader than overlay.transport.chunks.Passage lets it.
+
+Reading and writing are jobs for the process's stream threads, of each at most one a stream; between
+them a stream holds no thread. An idle one makes room where more come than there are places.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
+
+import grpc
+
+from overlay.model import clocks as time
+from overlay.model.errors import BadRequest, Cancelled, Draining, MadeRoom, OverlayError, QueueFull
+from overlay.model.limits import Limits
+from overlay.model.pending import OpenRows
+from overlay.model.segments import (
+    NOBODY,
+    Answers,
+    Caller,
+    Code,
+    Executed,
+    Hop,
+    Mode,
+    Part,
+    Route,
+    Segment,
+)
+from overlay.model.topology import Topology
+from overlay.observability.map_progress import Maps
+from overlay.queueing.request_queue import Intake, Ticket, refusal
+from overlay.routing import aggregate, planner
+from overlay.server.background import Pool
+from overlay.server.eviction import Crowd
+from overlay.server.request_log import Ended, unexpected
+from overlay.transport import codec
+from overlay.transport.chunks import Budget, Passage, Share, Told
+from overlay.transport.codec import pb2
+from overlay.transport.timers import Deadlines
+
+log = logging.getLogger("overlay.streams")
+
+Combine = Callable[
+    [Segment, Answers, int], "tuple[Sequence[bytes], list[tuple[int, OverlayError]]]"
+]
+"""What a client gets of a slice, which begins at that row: a result and the failures by row."""
+
+OF_ONE_ADDRESS = 3  # times the places that are left: of 1,024 it has 768 at most
+OF_A_NEIGHBOUR = 4  # streams: a link has two, and those before its restart
+
+
+class Call(Protocol):
+    """What a stream needs of its call; see overlay.server.reception.Call for the promises."""
+
+    def receive(self, then: Callable[[bytes | None], None]) -> None: ...
+    def send(self, message: bytes, then: Callable[[bool], None]) -> None: ...
+    def finish(self) -> None: ...
+    def fail(self, error: OverlayError) -> None: ...
+
+
+class Places:
+    """The streams that are open. Safe from any thread.
+
+    So many at most, and one address three times as many as are left; one that has nothing to do
+    makes room for a new one of its address. Neighbours have places of their own.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._open: dict[_Stream, str] = {}  # the oldest first, each with its address
+        self._of_neighbours: dict[str, dict[_Stream, None]] = {}
+        self._counts: dict[str, int] = {}
+        # Who had nothing to do when it was listed; who has worked since is looked at again, so that
+        # a stream tells of neither.
+        self._resting: Crowd[_Stream] = Crowd(most)
+
+    def __iter__(self) -> Iterator[_Stream]:
+        with self._lock:
+            found = list(self._open)
+            found += [stream for held in self._of_neighbours.values() for stream in held]
+        return iter(found)
+
+    def __len__(self) -> int:
+        return len(self._open) + sum(map(len, self._of_neighbours.values()))
+
+    def enter(self, stream: _Stream, address: str, neighbour: str = "") -> list[_Stream]:
+        """Who has to go for it. Raises QueueFull. neighbour: the process that it is a link of."""
+        with self._lock:
+            if neighbour:
+                held = self._of_neighbours.setdefault(neighbour, {})
+                gone = list(held)[: max(0, len(held) + 1 - OF_A_NEIGHBOUR)]
+                held[stream] = None
+            else:
+                gone = self._make_room_locked(address)
+                self._open[stream] = address
+                self._counts[address] = self._counts.get(address, 0) + 1
+                self._list_locked(stream, address)
+            stream.is_listed = True  # a neighbour's never has to go, and need not list itself
+        return gone
+
+    def rests(self, stream: _Stream) -> None:
+        """It has nothing to do, and is not listed as one that may have nothing to do."""
+        with self._lock:
+            address = self._open.get(stream)
+            if address is not None:
+                self._list_locked(stream, address)
+
+    def leave(self, stream: _Stream) -> None:
+        with self._lock:
+            self._resting.discard(stream)
+            for held in self._of_neighbours.values():
+                held.pop(stream, None)
+            address = self._open.pop(stream, None)
+            if address is None:
+                return
+            self._counts[address] -= 1
+            if not self._counts[address]:
+                del self._counts[address]
+
+    def _list_locked(self, stream: _Stream, address: str) -> None:
+        self._resting.add(stream, address)
+        stream.is_listed = True
+
+    def _make_room_locked(self, address: str) -> list[_Stream]:
+        count, left = self._counts.get(address, 0), self._most - len(self._open)
+        if left > 0 and count < OF_ONE_ADDRESS * left:
+            return []
+        while self._resting.size_of(address):
+            stream = self._resting.pop_oldest(address)
+            stream.is_listed = False  # before it is asked: from now on it lists itself
+            has_worked, stream.has_worked = stream.has_worked, False
+            if stream.is_at_work:
+                continue
+            if not has_worked:
+                return [stream]
+            self._list_locked(stream, address)  # others have rested for longer
+        raise QueueFull(
+            f"all {self._most} streams are open"
+            if left <= 0
+            else f"{count} of {self._most} streams are open from {address} alone, all of them at "
+            f"work; let programs there share one client, or close those that are done"
+        )
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a stream needs of its process. threads: run what streams have to do."""
+
+    me: str
+    topology: Topology
+    intake: Intake
+    deadlines: Deadlines
+    combine: Combine
+    received: Callable[[int], None]
+    ended: Callable[[Ended], None]  # counts them, and sets their trace where it is wanted
+    crowded_out: Callable[[str, int, str], None]  # (what, how many, of which address)
+    wants_trace: Callable[[], bool]  # of the next segment that a client sends
+    threads: Pool
+    streams: Places
+    held: Budget  # payloads and answers in the windows
+    unread: Budget  # answers that wait for their clients to read
+    ahead: Budget  # pieces that may come before their clients have asked for more
+    maps: Maps = field(default_factory=Maps)
+    take_ids: Callable[[Caller, Segment], None] = lambda caller, segment: None  # raises IdsFull
+
+    @property
+    def limits(self) -> Limits:
+        return self.topology.limits
+
+    def announce_stop(self, for_good: bool) -> None:
+        """Tells every client that the process stops, so that it sends no more."""
+        for stream in self.streams:
+            stream.announce_stop(for_good)
+
+    def end_streams(self) -> None:
+        """Each stream ends once all it has accepted is answered; it accepts no more.
+
+        Its end proves to the client that nothing else it sent was read.
+        """
+        for stream in self.streams:
+            stream.end()
+
+
+def serve(
+    desk: Desk,
+    call: Call,
+    context: grpc.ServicerContext,
+    caller: Caller = NOBODY,
+    neighbour: str = "",
+) -> None:
+    """Answers one ForwardStream call. caller: who takes turns with others. Raises QueueFull.
+
+    neighbour: the process whose link it is, if it is one. Never waits.
+    """
+    stream = _Stream(desk, call, caller, codec.read_most_bytes(context.invocation_metadata()))
+    try:
+        for other in desk.streams.enter(stream, caller.address, neighbour):
+            other.make_room()
+            desk.crowded_out("idle streams", 1, caller.address)
+    except QueueFull:
+        desk.crowded_out("streams", 1, caller.address)
+        stream.abandon()
+        raise
+    if not context.add_callback(stream.abandon):
+        stream.abandon()
+        return
+    # Tells the client that its stream is served, and how large a body may be.
+    context.send_initial_metadata(codec.most_bytes_metadata(desk.limits))
+    stream.begin()
+
+
+class _Accepted:
+    """A segment of the stream, until its last answer is written."""
+
+    __slots__ = (
+        "ahead",
+        "counted",
+        "from_process",
+        "good",
+        "left",
+        "number",
+        "segment",
+        "size",
+        "ticket",
+        "unanswered",
+        "want_parts",
+        "want_trace",
+    )
+
+    def __init__(self, made: pb2.Segment, segment: Segment) -> None:
+        self.number = made.number
+        self.segment = segment
+        self.want_parts = made.want_parts
+        self.want_trace = made.want_trace
+        self.from_process = segment.route.targets is not None
+        self.left = segment.count
+        self.counted = 0  # rows told to the desk as answered
+        self.size = segment.payloads.size
+        self.ticket: Ticket | None = None
+        # As they come: the rows that may still have parts, and those that had a good one.
+        self.unanswered: OpenRows | None = None
+        self.good: set[int] = set()
+        self.ahead = max(0, segment.pieces - 1)  # pieces of a part, beyond the first
+
+
+_Gone = tuple[_Accepted, int, int, bool]
+"""Answers that have been written: of which segment, how many rows, their bytes, and as below."""
+
+_Out = tuple[_Accepted, int, Answers, int, bool]
+"""Answers to be written: of which segment, its first row, they, their bytes, and whether they are
+parts before the answer."""
+
+
+class _Stream:
+    def __init__(self, desk: Desk, call: Call, caller: Caller, theirs: int | None = None) -> None:
+        """theirs: the largest answer that the client takes, where it says so."""
+        self._desk = desk
+        self._call = call
+        self._caller = caller
+        self._limits = desk.limits
+        self._theirs = theirs
+        self._most_bytes = min(
+            desk.limits.max_message_bytes, theirs or desk.limits.max_message_bytes
+        )
+        self._lane = desk.intake.open_lane(caller)
+        self._lock = threading.Lock()
+        self._out: deque[_Out] = deque()
+        self._leaving: list[_Gone] = []  # in the frame that is being written
+        self._accepted: dict[int, _Accepted] = {}
+        self._rows = 0  # accepted and not yet written
+        self._held = Share(desk.held)  # bytes in its window
+        self._unread = Share(desk.unread)  # bytes of answers that wait for the client to read
+        self.is_listed = False  # among those that may have to go for others; so are the next
+        self.has_worked = False
+        self._passage = Passage(
+            desk.limits.window_bytes // 2 // desk.limits.piece_bytes, desk.ahead
+        )
+        self._frame_bytes = min(self._limits.frame_bytes, self._most_bytes // 2)
+        self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
+        self._no_more = False
+        self._reads_later = False  # when its window has room again
+        self._writes = False  # a job does, or a frame is leaving
+        self._abandoned = False
+        self._rest_is_ended = False  # after that
+        self._stopping = self._for_good = False
+        self._has_news = False  # to be told, also when there is no answer to send
+        self._broken: OverlayError | None = None
+        self._parting: OverlayError | None = None
+
+    @property
+    def is_at_work(self) -> bool:
+        return self._rows > 0
+
+    def begin(self) -> None:
+        self._call.receive(self._came)
+
+    def announce_stop(self, for_good: bool) -> None:
+        with self._lock:
+            self._stopping = self._has_news = True
+            self._for_good = for_good
+        self._write_on()
+
+    def end(self) -> None:
+        """Ends the call once all it has accepted is answered."""
+        me = self._desk.me
+        self._part_with(Draining(f"{me} is stopping and takes no new requests"))
+
+    def make_room(self) -> None:
+        """It has nothing to do and ends for others; its client comes back when it has."""
+        self._part_with(
+            MadeRoom(f"{self._desk.me} has more clients than places; this one was idle")
+        )
+
+    def abandon(self) -> None:
+        """The call is over: ends what it still wanted. May be called twice."""
+        with self._lock:
+            if self._abandoned:
+                return
+            self._abandoned = True
+        self._desk.streams.leave(self)
+        self._desk.maps.left(self)
+        self._desk.intake.close_lane(self._lane)
+        self._desk.threads.run(self._end_rest)
+
+    def _end_rest(self) -> None:
+        with self._lock:
+            open_ones = list(self._accepted.values())
+        for accepted in open_ones:
+            if accepted.ticket is not None:
+                accepted.ticket.end(Code.CANCELLED)
+                self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
+        with self._lock:
+            self._rest_is_ended, counts = True, not self._writes
+        if counts:
+            self._count_rest()
+
+    def _part_with(self, error: OverlayError) -> None:
+        with self._lock:
+            if not self._no_more:
+                self._parting = error
+                self._no_more = True
+        self._write_on()
+
+    # reading
+
+    def _came(self, message: bytes | None) -> None:
+        """On gRPC's serving thread."""
+        if message is not None:
+            self._desk.threads.run(partial(self._read, message))
+            return
+        with self._lock:
+            self._no_more = True
+        self._write_on()
+
+    def _read(self, message: bytes) -> None:
+        try:
+            self._take(codec.read_frame(message))
+        except OverlayError as e:
+            self._break(e)
+        except Exception as e:  # noqa: BLE001 - a fault of ours costs one stream
+            self._break(unexpected(e))
+        if self._has_room():
+            self._call.receive(self._came)
+
+    def _break(self, error: OverlayError) -> None:
+        with self._lock:
+            self._broken = self._broken or error
+            self._no_more = True
+        self._write_on()
+
+    def _has_room(self) -> bool:
+        """Whether the next frame may come now; if not it does when half of the window is free."""
+        with self._lock:
+            if self._abandoned or self._broken is not None:
+                return False
+            self._reads_later = self._is_full_locked(1)
+            return not self._reads_later
+
+    def _is_full_locked(self, parts: int) -> bool:
+        """Whether more than one of so many parts of the window is taken."""
+        if not self._rows:
+            return False
+        if self._rows >= self._limits.window_rows // parts:
+            return True
+        return not self._held.is_within(self._limits.window_bytes // parts)
+
+    # writing
+
+    def _write_on(self) -> None:
+        """Has what there is to write written, unless that is under way."""
+        with self._lock:
+            if self._writes or not self._has_work_locked():
+                return
+            self._writes = True
+        self._desk.threads.run(self._write)
+
+    def _has_work_locked(self) -> bool:
+        return bool(self._out) or self._has_news or self._is_over_locked()
+
+    def _is_over_locked(self) -> bool:
+        if self._abandoned or self._broken is not None:
+            return True
+        return self._no_more and not self._rows
+
+    def _write(self) -> None:
+        """One frame of answers, or the end of the call when all that was accepted is answered."""
+        with self._lock:
+            is_over = self._abandoned or (self._is_over_locked() and not self._out)
+            taken = [] if is_over else self._some_locked()
+            # Not the answers themselves: they would be there twice until the client reads them.
+            self._leaving = [(out[0], out[2].count, out[3], out[4]) for out in taken]
+            self._has_news = False
+            frame = pb2.Frame(stopping=self._stopping, for_good=self._for_good)
+        if is_over:
+            self._finish()
+            return
+        try:
+            for accepted, start, answers, size, more in taken:
+                if more:
+                    self._write_parts(frame, accepted, start, answers, size)
+                else:
+                    self._write_slice(frame, accepted, start, answers, size)
+            message = frame.SerializeToString()
+        except Exception as e:  # noqa: BLE001 - a fault of ours costs one stream
+            self._break(unexpected(e))
+            self._left(False)
+            return
+        del taken, frame
+        self._call.send(message, self._left)
+
+    def _left(self, is_open: bool) -> None:
+        """A frame has been handed to gRPC: only now it leaves the window. On its serving thread."""
+        taken, self._leaving = self._leaving, []
+        goes_on, ended = self._leave_window(taken)
+        for accepted in ended:
+            if accepted.ticket is not None:
+                self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
+                accepted.ticket = None  # it leads back here
+        with self._lock:
+            self._writes = writes = self._has_work_locked()
+            reads = self._reads_later and not self._is_full_locked(2)
+            self._reads_later = self._reads_later and not reads
+        if writes:
+            self._desk.threads.run(self._write)
+        if goes_on:
+            self._desk.threads.run(self._desk.intake.kick)
+        if reads:
+            self._call.receive(self._came)
+
+    def _finish(self) -> None:
+        with self._lock:
+            self._writes = False
+            is_abandoned, counts = self._abandoned, self._rest_is_ended
+            error = self._broken or self._parting
+        if is_abandoned:
+            if counts:  # or it is counted when it has been ended
+                self._count_rest()
+        elif error is not None:
+            self._call.fail(error)
+        else:
+            self._call.finish()
+
+    def _count_rest(self) -> None:
+        """Counts what was received and will not be answered any more, as cancelled."""
+        with self._lock:
+            rest, self._accepted = list(self._accepted.values()), {}
+            self._out.clear()
+            self._passage.close()
+            self._held.add(-self._held.size)
+            self._unread.add(-self._unread.size)
+        for accepted in rest:
+            rows = accepted.segment.count - accepted.counted
+            gone: OverlayError = Cancelled("the caller left")
+            left = Part(self._desk.me, gone.code, str(gone))
+            failures = [(row, gone) for row in range(rows)]
+            answers = Answers(rows, (), refused=left)
+            self._answered(accepted, accepted.counted, answers, failures, None)
+
+    def _keep_answers_locked(self, size: int) -> None:
+        """So many bytes more, or less, that its client has not read; with many its lane pauses."""
+        self._held.add(size)
+        self._unread.add(size)
+        self._lane.paused = not self._unread.is_within(self._limits.window_bytes // 2)
+
+    def _take(self, frame: pb2.Frame) -> None:
+        now = time.monotonic()
+        for made in frame.segments:
+            self._accept(made, now)
+        self._desk.intake.kick()
+        for cancel in frame.cancels:
+            accepted = self._accepted.get(cancel.number)
+            if accepted is not None and accepted.ticket is not None:
+                rows = accepted.segment.count
+                start = min(cancel.start, rows)
+                accepted.ticket.end(Code.CANCELLED, start, min(cancel.count, rows - start))
+        for grant in frame.grants:
+            self._grant(grant)
+        for told in frame.progress:
+            progress = codec.read_progress(told, self._limits)
+            self._desk.maps.told(self, self._caller, progress)
+        if self._abandoned:  # perhaps only now: `abandon` has forgotten what was there before
+            self._desk.maps.left(self)
+
+    def _grant(self, made: pb2.Grant) -> None:
+        with self._lock:
+            accepted = self._accepted.get(made.number)
+            if accepted is None:
+                return
+            key = made.number, made.row, made.process_id
+            told = self._passage.granted(key, made.count, not accepted.from_process)
+        if told is not None:
+            tell, pieces = told
+            tell(pieces)
+
+    def _accept(self, made: pb2.Segment, now: float) -> None:
+        desk = self._desk
+        wrong: OverlayError | None = None
+        try:
+            traced = not made.hops and desk.wants_trace()
+            segment = codec.read_segment(made, now, self._limits, self._route(made), traced)
+        except OverlayError as e:
+            unread = codec.unread_segment(made, now, self._limits)
+            if unread is None:
+                raise  # no rows to answer for: that ends the stream
+            segment, wrong = unread, e
+        if made.number in self._accepted:
+            raise BadRequest(f"number: {made.number} is taken by a segment not answered yet")
+        accepted = _Accepted(made, segment)
+        if made.as_they_come and segment.route.mode is Mode.ALL:
+            pieces = min(1, segment.pieces)  # more of them as there is room
+            segment = replace(segment, early=partial(self._pass_on, accepted), pieces=pieces)
+            accepted.segment, accepted.unanswered = segment, OpenRows(segment.count)
+        with self._lock:
+            if self._abandoned or self._parting is not None:
+                return
+            self.has_worked = True
+            self._accepted[made.number] = accepted
+            self._rows += accepted.left
+            self._held.add(accepted.size)
+        desk.received(segment.count)
+        sink = partial(self._answer, accepted)
+        try:
+            if wrong is not None:
+                raise wrong
+            desk.take_ids(self._caller, segment)
+            ticket = desk.intake.admit_to(self._lane, segment, sink, made.priority)
+        except OverlayError as e:
+            sink(0, Answers(segment.count, (), refused=refusal(desk.me, e)))
+            return
+        accepted.ticket = ticket
+        if ticket.is_open:
+            desk.deadlines.watch(ticket, segment.deadline)
+        if self._abandoned:
+            ticket.end(Code.CANCELLED)
+
+    def _route(self, made: pb2.Segment) -> Route:
+        key = codec.route_key(made, self._limits)
+        route = self._routes.get(key)
+        if route is None:
+            route = codec.read_route(made, self._limits)
+            planner.check(self._desk.topology, self._desk.me, route)
+            if len(self._routes) < 100:
+                self._routes[key] = route
+        return route
+
+    def _answer(self, accepted: _Accepted, start: int, answers: Answers) -> None:
+        size = _size(answers)
+        with self._lock:
+            if accepted.unanswered is not None:
+                accepted.unanswered.take(start, answers.count)
+                self._passage.end_rows(accepted.number, start, answers.count)
+            is_first = self._put_locked((accepted, start, answers, size, False))
+        if is_first:
+            self._write_on()
+
+    def _pass_on(self, accepted: _Accepted, start: int, answers: Answers) -> None:
+        """Parts before the answer; none after it, when the segment's number may be another's."""
+        told = []
+        is_first = False
+        with self._lock:
+            assert accepted.unanswered is not None
+            if self._abandoned:  # its room has been given back
+                return
+            for first, count in accepted.unanswered.runs(start, answers.count):
+                rows = answers.slice(first - start, count)
+                accepted.good.update(first + i for i in range(count) if _has_good(rows, i))
+                told += self._pieces_locked(accepted, first, rows)
+                is_first |= self._put_locked((accepted, first, rows, _size(rows), True))
+        for tell, pieces in told:
+            tell(pieces)
+        if is_first:
+            self._write_on()
+
+    def _pieces_locked(self, accepted: _Accepted, row: int, answers: Answers) -> list[Told]:
+        """Who of those whose pieces go up here may send more."""
+        told = []
+        for column in answers.parts:
+            key = accepted.number, row, column.process_id
+            if column.piece is None:  # a failure, it may be after pieces
+                self._passage.end(key)
+                continue
+            if accepted.ticket is not None:
+                accepted.ticket.is_read = True
+            if more := self._passage.passes(key, column.piece, accepted.ahead):
+                told.append(more)
+        return told
+
+    def _put_locked(self, out: _Out) -> bool:
+        """Whether nothing else waits to be written."""
+        if self._abandoned:
+            return False
+        self._out.append(out)
+        self._keep_answers_locked(out[3])
+        return len(self._out) == 1
+
+    def _some_locked(self) -> list[_Out]:
+        taken: list[_Out] = []
+        room = self._frame_bytes
+        while self._out and room > 0:
+            accepted, start, answers, size, more = self._out.popleft()
+            if size > room and answers.count > 1:
+                answers, rest = _split(answers, room)
+                whole, size, rest_size = size, _size(answers), _size(rest)
+                self._out.appendleft((accepted, start + answers.count, rest, rest_size, more))
+                self._keep_answers_locked(size + rest_size - whole)
+            taken.append((accepted, start, answers, size, more))
+            room -= size
+        return taken
+
+    def _write_slice(
+        self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
+    ) -> None:
+        early = accepted.unanswered is not None
+        if size * (2 if accepted.want_parts and not early else 1) > self._most_bytes:
+            answers = self._too_large(answers, size)
+        results, failures = self._desk.combine(accepted.segment, answers, start)
+        merged = sum(map(len, results))  # by the user's own function: of any size
+        if merged > self._most_bytes - (size if accepted.want_parts else 0):
+            answers = self._too_large(answers, merged)
+            results, failures = self._desk.combine(accepted.segment, answers, start)
+        if early:  # what came before may have been better
+            failures = [(row, why) for row, why in failures if start + row not in accepted.good]
+        accepted.counted += answers.count
+        trace = self._answered(accepted, start, answers, failures, accepted.ticket)
+        if accepted.from_process:
+            codec.write_slice(frame, accepted.number, start, answers, trace)
+        else:
+            to_tell = trace if accepted.want_trace else ()
+            codec.write_client_slice(
+                frame,
+                accepted.number,
+                start,
+                answers,
+                results,
+                failures,
+                accepted.want_parts or early,
+                to_tell,
+            )
+
+    def _answered(
+        self,
+        accepted: _Accepted,
+        start: int,
+        answers: Answers,
+        failures: list[tuple[int, OverlayError]],
+        ticket: Ticket | None,
+    ) -> tuple[Hop, ...]:
+        ended = Ended(accepted.segment, self._caller, start, answers, failures, ticket)
+        self._desk.ended(ended)
+        return ended.trace
+
+    def _write_parts(
+        self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
+    ) -> None:
+        if size > self._most_bytes:
+            refused = self._too_large(answers, size).refused
+            ids = tuple(column.process_id for column in answers.parts)
+            answers = aggregate.from_branch(Answers(answers.count, (), refused=refused), ids)
+        codec.write_slice(frame, accepted.number, start, answers, more=True)
+
+    def _too_large(self, answers: Answers, size: int) -> Answers:
+        # More than the other side receives would end its stream, with all that is in it.
+        most = self._limits.max_message_bytes
+        reason = f"the answer has {size:,} bytes, more than max_message_mib allows ({most:,})"
+        if self._theirs is not None and self._theirs < most:
+            reason += f" at the process that asked ({self._theirs:,})"
+        part = Part(self._desk.me, Code.RESOURCE_EXHAUSTED, reason, executed=Executed.YES)
+        return Answers(answers.count, (), answers.hops, part)
+
+    def _leave_window(self, taken: list[_Gone]) -> tuple[bool, list[_Accepted]]:
+        """Whether its lane goes on, and the segments of which all is answered."""
+        ended = []
+        with self._lock:
+            was_paused, size = self._lane.paused, 0
+            for accepted, rows, bytes_, more in taken:
+                size += bytes_
+                if more:
+                    continue
+                self._rows -= rows
+                accepted.left -= rows
+                if not accepted.left:
+                    self._held.add(-accepted.size)
+                    self._accepted.pop(accepted.number, None)
+                    ended.append(accepted)
+            self._keep_answers_locked(-size)
+            if not self._rows and not self.is_listed:
+                self._desk.streams.rests(self)
+            return was_paused and not self._lane.paused, ended
+
+
+def _split(answers: Answers, room: int) -> tuple[Answers, Answers]:
+    """The first rows that fit into `room` bytes, at least one, and the rest."""
+    rows = max(1, answers.count * room // _size(answers))
+    while rows > 1 and _size(answers.slice(0, rows)) > room:
+        rows //= 2  # a large one among small ones goes alone
+    return answers.slice(0, rows), answers.slice(rows, answers.count - rows)
+
+
+def _has_good(answers: Answers, row: int) -> bool:
+    return any(c.failed is None and row not in c.failures and c.is_over for c in answers.parts)
+
+
+def _size(answers: Answers) -> int:
+    """Bytes of a slice, about; a reason is told with its part and with its row."""
+    size, rows = 50 * len(answers.parts), answers.count
+    if answers.refused is not None:
+        size += rows * (50 + 2 * len(answers.refused.reason))
+    for column in answers.parts:
+        size += column.results.size
+        if column.failed is not None:
+            size += rows * (50 + 2 * len(column.failed.reason))
+        for failure in column.failures.values():
+            size += 50 + 2 * len(failure.reason)
+    return size

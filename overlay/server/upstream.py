@@ -1,0 +1,62 @@
+"""From which addresses the processes above this one call: how their links are told from clients.
+
+Owns a thread, "hosts", from `start` to `stop`, where a host is a name that has to be looked up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import threading
+from collections.abc import Iterable
+
+from overlay.model.topology import Process
+from overlay.transport.resolver import resolve
+
+AGAIN_S = 2.0  # a name may get another address
+
+
+class Hosts:
+    """Safe from any thread; never waits."""
+
+    def __init__(self, processes: Iterable[Process]) -> None:
+        self._addresses: dict[str, frozenset[str]] = {}
+        self._named: list[Process] = []
+        for process in processes:
+            try:
+                self._addresses[process.id] = frozenset([plain_address(process.host.strip("[]"))])
+            except ValueError:
+                self._named.append(process)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look_up, name="hosts", daemon=True)
+
+    def start(self) -> None:
+        if self._named:
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def has(self, process_id: str, address: str) -> bool:
+        """Whether the process is one of them, and calls from there."""
+        with contextlib.suppress(ValueError):
+            return plain_address(address) in self._addresses.get(process_id, ())
+        return False
+
+    def _look_up(self) -> None:
+        while True:
+            for process in self._named:
+                found = resolve(process.host).addresses
+                if found:  # else it keeps the last ones
+                    self._addresses[process.id] = frozenset(map(plain_address, found))
+            if self._stopped.wait(AGAIN_S):
+                return
+
+
+def plain_address(text: str) -> str:
+    """One way to write an IP address, IPv4 also where it came over an IPv6 socket.
+
+    Raises ValueError for what is none.
+    """
+    address = ipaddress.ip_address(text.partition("%")[0])
+    return str(getattr(address, "ipv4_mapped", None) or address)

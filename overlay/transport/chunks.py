@@ -1,0 +1,319 @@
+"""A result that is too large for one message: it leaves its worker in pieces, as they are read.
+
+    handler -> cut -> Outlet.send(piece) --> each process on the way passes it on --> the client
+                          ^--- grant(n) <--- and the grants back <--- has read n of them
+
+So many pieces of a part are under way, at all hops together, as the client can take and the process
+asked has room for (Passage); for the rest the handler waits, in `send`. No process on the way keeps
+a piece, or waits for anything.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from overlay.model import clocks as time
+from overlay.model.errors import BadRequest, Misspoken
+from overlay.model.limits import Limits
+from overlay.model.segments import Piece
+from overlay.observability.token_bucket import Allowance
+
+PIECE_BYTES = Limits.piece_bytes
+MOST_TIMES = 8  # that a part may come before its answer
+ITEM_END = b"\t"  # between the tokens of JSON it is nothing, and never within one that we write
+ITEMS_AT_ONCE, ITEMS_PER_S = 64, 500  # that leave alone; a piece costs every hop some 50 us
+ITEM_S = 0.02  # one that does not leaves so much later
+
+Send = Callable[[bytes], bool]
+"""Takes the next piece; False when nobody waits for the rest."""
+
+
+def cut(items: Iterable[Any], size: int) -> Iterator[tuple[bytes, bool]]:
+    """The same bytes in pieces of `size`, and whether more follow; the last one has what is left.
+
+    items: bytes, bytearrays or memoryviews of any sizes. Raises TypeError for another kind.
+    """
+    held = bytearray()
+    for item in items:
+        if not isinstance(item, (bytes, bytearray, memoryview)):
+            raise NotBytes(type(item).__name__)
+        whole, start = memoryview(item).cast("B"), 0
+        while len(held) + len(whole) - start > size:  # so that something is left for the last one
+            end = start + size - len(held)
+            piece = held + whole[start:end]
+            held.clear()
+            start = end
+            yield bytes(piece), True
+        held += whole[start:]
+    yield bytes(held), False
+
+
+class Items:
+    """An iterator of byte strings that each end an item, with ITEM_END, but for the last one.
+
+    Where pieces are taken each leaves as it comes; else it is as any other iterator of bytes.
+    """
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+
+    def __iter__(self) -> Items:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        if hasattr(self._chunks, "close"):
+            self._chunks.close()
+
+
+class Leaving:
+    """Items on their way out: each at once, but those of many that come together a moment later.
+
+    `add` and `rest` are for one thread. What waits is passed on by a timer's, "items".
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._held = bytearray()
+        self._is_wanted = True
+        self._at_once = Allowance(ITEMS_AT_ONCE, ITEMS_PER_S)
+        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
+
+    def add(self, item: bytes) -> bool:
+        """False when nobody waits for the rest."""
+        with self._lock:
+            self._held += item
+            if self._at_once.take(time.monotonic()) or len(self._held) >= PIECE_BYTES:
+                self._pass_on_locked()
+            elif self._timer is None:
+                self._timer = threading.Timer(ITEM_S, self._pass_on)
+                self._timer.name, self._timer.daemon = "items", True
+                self._timer.start()
+            return self._is_wanted
+
+    def rest(self) -> bytes:
+        """What has not left, and does not by itself any more. May be called twice."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            held, self._held = bytes(self._held), bytearray()
+            return held
+
+    def _pass_on(self) -> None:
+        with self._lock:
+            self._timer = None
+            self._pass_on_locked()
+
+    def _pass_on_locked(self) -> None:
+        held, self._held = bytes(self._held), bytearray()
+        for start in range(0, len(held), PIECE_BYTES):
+            self._is_wanted = self._is_wanted and self._send(held[start : start + PIECE_BYTES])
+
+
+class NotBytes(TypeError):
+    """Its text is the name of the type that came instead."""
+
+
+class Outlet:
+    """The way out of one row's result. One thread sends; `grant` and `close` are safe from any."""
+
+    def __init__(
+        self, ahead: int, deadline: float, pass_on: Callable[[bytes, Piece], None]
+    ) -> None:
+        """ahead: how many pieces may leave before the first grant."""
+        self.at = 0  # bytes that have left
+        self.waited_s = 0.0  # for grants, which is not the handler's time
+        self._room = ahead
+        self._deadline = deadline
+        self._pass_on = pass_on
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def send(self, piece: bytes) -> bool:
+        """Passes it on when there is room; False when nobody waits for it any more."""
+        began = time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: self._room or self._closed, self._deadline - began)
+            self.waited_s += time.monotonic() - began
+            if self._closed or not self._room:
+                return False
+            self._room -= 1
+        at, self.at = self.at, self.at + len(piece)
+        self._pass_on(piece, Piece(at, True, self.grant))
+        return True
+
+    def grant(self, pieces: int) -> None:
+        with self._changed:
+            self._room += pieces
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody waits for the rest."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Arriving:
+    """What may still come of a worker's part of a row before its answer. No lock of its own.
+
+    Who sends more than was granted would fill the memory of those above; a part may come twice,
+    but not for ever.
+    """
+
+    __slots__ = ("at", "left", "times")
+
+    def __init__(self, pieces: int) -> None:
+        self.at = 0  # bytes that came in pieces
+        self.left = pieces  # that may come before more are granted
+        self.times = 0  # that it came whole
+
+    def whole(self) -> None:
+        """Raises Misspoken."""
+        self.times += 1
+        if self.times > MOST_TIMES:
+            raise Misspoken(f"a part {MOST_TIMES} times and again")
+
+    def piece(self, at: int, size: int, more: bool) -> None:
+        """Raises Misspoken."""
+        if at != self.at:
+            raise Misspoken(f"a piece at byte {at:,}, after {self.at:,}")
+        self.at += size
+        self.left -= more
+        if self.left < 0:
+            raise Misspoken("more pieces of a part than were granted")
+
+
+class Budget:
+    """Bytes that all streams share: none has more than is left. Safe from any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> int:
+        return self._left
+
+    def take(self, size: int) -> None:
+        """More than is left too: what has come is there. Less than 0 gives back."""
+        with self._lock:
+            self._left -= size
+
+
+FREE_BYTES = Limits.uncounted_bytes
+
+
+class Share:
+    """What one stream has of a Budget. No lock of its own.
+
+    Its first FREE_BYTES are not counted: streams of small requests touch nothing that is shared.
+    """
+
+    __slots__ = ("_budget", "size")
+
+    def __init__(self, budget: Budget) -> None:
+        self.size = 0
+        self._budget = budget
+
+    def add(self, size: int) -> None:
+        """Less than 0 gives back."""
+        before = self.size
+        self.size = after = before + size
+        if before > FREE_BYTES or after > FREE_BYTES:
+            self._budget.take(max(after, FREE_BYTES) - max(before, FREE_BYTES))
+
+    def is_within(self, most: int) -> bool:
+        """Whether it has less than so much, and there is something left for others."""
+        if self.size <= FREE_BYTES:
+            return True
+        return self.size < most and self.size < self._budget.left
+
+
+Key = tuple[int, int, str]
+"""A part of a stream: segment, row, worker."""
+
+Told = tuple[Callable[[int], None], int]
+"""Who is to have more pieces, and how many."""
+
+
+class Passage:
+    """The parts that pass a stream in pieces, and how far each may go ahead. No lock of its own.
+
+    A part's worker sends one piece by itself, and then as many as it is told. As long as there is
+    room, that is as many more as the stream's client can take before it grants any; a part that
+    finds no room comes piece by piece, until there is. So a client that reads nothing holds up one
+    piece of each part, and `room` others; all of a process's clients together what is in `shared`.
+    """
+
+    def __init__(self, room: int, shared: Budget | None = None) -> None:
+        """room: pieces. shared: bytes."""
+        self._room = room
+        self._shared = shared or Budget(room * PIECE_BYTES)
+        self._parts: dict[Key, _Part] = {}
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def passes(self, key: Key, piece: Piece, ahead: int) -> Told | None:
+        """A piece goes up to a client that takes `ahead` more of each part."""
+        if piece.grant is None:
+            self.end(key)
+            return None
+        part = self._parts.get(key)
+        if part is None:
+            part = self._parts[key] = _Part(piece.grant, ahead)
+        part.unread += 1
+        return self._told(part, 0)
+
+    def granted(self, key: Key, pieces: int, by_a_client: bool) -> Told | None:
+        """Raises BadRequest when a client grants more than have gone up, or a process more than a
+        client takes ahead of that."""
+        part = self._parts.get(key)
+        if part is None:  # it has ended meanwhile
+            return None
+        # A process hands on what it was told: also what its own client takes ahead.
+        most = part.unread + (0 if by_a_client else Limits.pieces_ahead)
+        if pieces > most:
+            raise BadRequest(f"grants: {key[2]} has sent {part.unread} pieces, not {pieces}")
+        part.unread -= pieces
+        return self._told(part, pieces)
+
+    def end(self, key: Key) -> None:
+        part = self._parts.pop(key, None)
+        if part is not None and part.is_wide:
+            self._room += part.ahead
+            self._shared.take(-part.ahead * PIECE_BYTES)
+
+    def close(self) -> None:
+        """All parts have ended."""
+        for key in list(self._parts):
+            self.end(key)
+
+    def end_rows(self, number: int, start: int, count: int) -> None:
+        rows = range(start, start + count)
+        for key in [key for key in self._parts if key[0] == number and key[1] in rows]:
+            self.end(key)
+
+    def _told(self, part: _Part, pieces: int) -> Told | None:
+        size = part.ahead * PIECE_BYTES
+        if not part.is_wide and self._room >= part.ahead and self._shared.left >= size:
+            part.is_wide = True
+            self._room -= part.ahead
+            self._shared.take(size)
+            pieces += part.ahead
+        return (part.grant, pieces) if pieces else None
+
+
+@dataclass
+class _Part:
+    grant: Callable[[int], None]
+    ahead: int
+    unread: int = 0  # pieces that have gone up and were not granted
+    is_wide: bool = False

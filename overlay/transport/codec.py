@@ -1,0 +1,786 @@
+"""Between the messages of overlay.proto and our values; the only module that knows both.
+
+Reading checks what came in; writing never fails.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+
+from overlay.model.errors import BadRequest, ConfigError, MadeRoom, OverlayError
+from overlay.model.limits import MIB, Limits
+from overlay.model.segments import (
+    Answer,
+    Answers,
+    Code,
+    Column,
+    Executed,
+    Failure,
+    Hop,
+    Mode,
+    Part,
+    PartColumn,
+    Piece,
+    Progress,
+    Route,
+    Segment,
+)
+from overlay.model.signatures import Function
+from overlay.observability.counters import BOUNDS_S, Histogram, Spread
+from overlay.observability.log_buffer import LINES, Line
+from overlay.observability.map_progress import RunningMap
+from overlay.observability.trace import Story
+from overlay.transport import message_size, validation
+from overlay.transport.validation import Asked
+
+if TYPE_CHECKING:
+    import overlay_pb2 as pb2
+    import overlay_pb2_grpc as pb2_grpc
+else:
+    try:
+        import overlay_pb2 as pb2
+        import overlay_pb2_grpc as pb2_grpc
+    except ModuleNotFoundError as e:
+        if e.name not in {"overlay_pb2", "overlay_pb2_grpc"}:
+            raise
+        raise ConfigError(
+            f"{e.name} is missing; run ./build_proto.sh (Windows: python -m grpc_tools.protoc "
+            f"-I . --python_out=. --pyi_out=. --grpc_python_out=. overlay.proto)"
+        ) from None
+    except Exception as e:  # noqa: BLE001 - the generated code checks versions with errors of its own
+        raise ConfigError(
+            f"overlay_pb2 does not fit the installed packages ({e}); run ./build_proto.sh again"
+        ) from None
+
+__all__ = ["Asked", "pb2", "pb2_grpc"]
+
+FORMAT = 1  # MetricsResponse.wire_format
+EXECUTED_KEY = "overlay-executed"
+COVERAGE_KEY = "overlay-coverage"
+CALLER_KEY = "overlay-caller"
+IDLE_KEY = "overlay-idle"  # a stream had nothing to do, and need not come back until it has
+REQUEST_KEY = "overlay-request"  # the id of a request that failed, as it is printed
+PROCESS_KEY = "overlay-process"  # the process that a link is of, as it says
+MOST_BYTES_KEY = "overlay-max-message-bytes"
+_STATUS_KEY = "grpc-status-details-bin"
+LONGEST_ERROR_ID = 32  # characters; ours have 8
+FEW_LINES = 100  # of a log, when the question does not say how many
+LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
+
+# A frozen or vanished peer is noticed within about 2.5 s on every system; see the keepalive test.
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 1500),
+    ("grpc.http2.ping_timeout_ms", 1500),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+def channel_options(limits: Limits | None = None) -> list[tuple[str, Any]]:
+    """Options of a channel to a process: quick to notice a dead peer, quick to come back."""
+    return [
+        *_size_options(limits or Limits()),
+        *_KEEPALIVE,
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 2000),  # also the time that one attempt may take
+        ("grpc.max_reconnect_backoff_ms", 300),  # who is back shall not be waited for any more
+        ("grpc.enable_http_proxy", 0),  # an office's web proxy is not on the way
+        ("grpc.enable_retries", 0),  # gRPC's own retries run a request twice
+        ("grpc.use_local_subchannel_pool", 1),  # a client of its own, not one shared in the process
+        # Nothing of ours is compressed: a small message that swells to gigabytes is not taken.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+    ]
+
+
+def server_options(limits: Limits, connections: int | None = None) -> list[tuple[str, Any]]:
+    """Options of a process's server: nobody shares its port, and no ping is too many.
+
+    connections: that may be open at a time.
+    """
+    most = [] if connections is None else [("grpc.max_allowed_incoming_connections", connections)]
+    return [
+        *most,
+        *_size_options(limits),
+        *_KEEPALIVE,
+        ("grpc.so_reuseport", 0),
+        # A packed message is refused: of a few KiB, which many can send at once, it makes many MiB.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        ("grpc.max_concurrent_streams", limits.calls_of_a_connection),
+        ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
+        ("grpc.http2.min_ping_interval_without_data_ms", 500),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
+
+
+def _size_options(limits: Limits) -> list[tuple[str, Any]]:
+    return [
+        # A frame's other requests and fields come on top of a body of the largest size.
+        ("grpc.max_receive_message_length", limits.max_message_bytes + 2 * MIB),
+        ("grpc.max_send_message_length", limits.max_message_bytes + 2 * MIB),
+        # Or gRPC reads ahead of us, and a stream that is not read would fill the memory.
+        ("grpc.http2.bdp_probe", 0),
+    ]
+
+
+CHANNEL_OPTIONS = channel_options()
+
+
+def read_message(
+    message: bytes, parse: Callable[[bytes], Any], shape: message_size.Shape = message_size.FLAT
+) -> Any:
+    """Raises BadRequest for what is not protobuf, or takes far more memory than its bytes.
+
+    shape: of what it has that are messages.
+    """
+    message_size.check(message, shape)
+    try:
+        return parse(message)
+    except Exception as e:  # noqa: BLE001 - protobuf's implementations each have errors of their own
+        raise BadRequest(f"a message of {len(message):,} bytes is not protobuf: {e}") from None
+
+
+def read_frame(message: bytes) -> pb2.Frame:
+    """As `read_message`."""
+    frame: pb2.Frame = read_message(message, pb2.Frame.FromString, _FRAME)
+    return frame
+
+
+def read_request(
+    request: pb2.Request, deadline: float, limits: Limits, traced: bool = False
+) -> Segment:
+    """A segment of one. Raises BadRequest naming the field that is not usable.
+
+    deadline: monotonic seconds. traced: also without the client's wish. A request without an id
+    gets one here.
+    """
+    size = len(request.payload)
+    if size > limits.max_message_bytes:
+        raise BadRequest(too_large(size, limits.max_message_bytes))
+    payloads = Column((request.payload,), size=size)
+    first_id = request.request_id or new_ids()
+    key = request.idempotency_key
+    if len(key) > limits.max_key or not key.isprintable():
+        raise BadRequest(f"idempotency_key: not a text of at most {limits.max_key} letters")
+    return Segment(
+        read_route(request, limits),
+        payloads,
+        deadline,
+        first_id,
+        request.attempt,
+        keyed=bool(key),
+        traced=traced or request.want_trace,
+        told=request.want_trace,
+        own_ids=not request.request_id,
+    )
+
+
+def write_response(
+    answer: Answer, request_id: int, result: bytes, *, with_results: bool
+) -> pb2.Response:
+    """with_results: for a client that wants each part's own bytes too."""
+    return pb2.Response(
+        result=result,
+        hops=answer.hops,
+        parts=[_write_part(part, with_results) for part in answer.parts],
+        request_id=request_id,
+    )
+
+
+def too_large(size: int, most: int) -> str:
+    """Why a payload is not taken by the process asked."""
+    return f"payload: {size:,} bytes are more than max_message_mib allows ({most:,})"
+
+
+def read_response(response: pb2.Response) -> Answer:
+    """What a client got. Raises Misspoken."""
+    validation.check_response(response)
+    return Answer(tuple(map(_read_unary_part, response.parts)), tuple(response.hops))
+
+
+def route_key(segment: pb2.Segment, limits: Limits) -> object:
+    """Equal for segments of one route, which then need be read only once. Raises BadRequest when
+    there is more of it than any route has."""
+    _check_count("hops", segment.hops, limits.max_hops)
+    _check_count("targets", segment.targets, limits.max_targets)
+    hops, targets = tuple(segment.hops), tuple(segment.targets)
+    return segment.mode, segment.team, segment.handler, hops, targets
+
+
+def read_segment(
+    segment: pb2.Segment,
+    now: float,
+    limits: Limits,
+    route: Route | None = None,
+    traced: bool = False,
+) -> Segment:
+    """Raises BadRequest naming the field that is not usable.
+
+    now: monotonic seconds. route: its route, if it was read before. traced: as in `read_request`.
+    """
+    count, found = segment.count, len(segment.payloads.items)
+    if count != found or not 0 < count <= limits.segment_rows:
+        raise BadRequest(
+            f"count: {count} is not the number of payloads ({found}), or not 1 to "
+            f"{limits.segment_rows}"
+        )
+    payloads, most = _read_column(segment.payloads, count), limits.max_message_bytes
+    # Its form on the wire has some bytes more for each, which must not refuse the largest body.
+    if payloads.size > most and (size := sum(map(len, segment.payloads.items))) > most:
+        raise BadRequest(too_large(size, most))
+    if not segment.ids and segment.first_id + count > 2**64:
+        raise BadRequest(f"first_id: {segment.first_id} leaves no ids for {count} requests")
+    if len(segment.ids) not in (0, count):
+        raise BadRequest(f"ids: {len(segment.ids)} are not one for each of {count} payloads")
+    ids = tuple(segment.ids) or None
+    left_s = segment.remaining_us / 1e6 if segment.remaining_us else limits.default_deadline_s
+    return Segment(
+        route or read_route(segment, limits),
+        payloads,
+        now + min(left_s, limits.max_deadline_s),
+        segment.first_id or new_ids(),
+        segment.attempt,
+        ids,
+        traced=traced or segment.want_trace,
+        told=segment.want_line or (segment.want_trace and not segment.hops),
+        pieces=min(segment.pieces, limits.pieces_ahead),
+        own_ids=segment.own_ids or not (segment.first_id or ids),
+    )
+
+
+def unread_segment(segment: pb2.Segment, now: float, limits: Limits) -> Segment | None:
+    """Stands for a segment that could not be read, to refuse its rows; None when it has none."""
+    if not 0 < segment.count <= limits.segment_rows:
+        return None
+    return Segment(Route(), Column((b"",) * segment.count), now, 0)
+
+
+def write_segment(
+    frame: pb2.Frame,
+    number: int,
+    segment: Segment,
+    left_s: float,
+    want_parts: bool = False,
+    priority: int = 0,
+    as_they_come: bool = False,
+) -> None:
+    """Adds the segment to the frame. left_s: what remains of its time, more than 0."""
+    route = segment.route
+    made = frame.segments.add()
+    made.number = number
+    made.count = segment.payloads.count
+    made.remaining_us = max(1, int(left_s * 1e6))
+    made.first_id = segment.first_id
+    made.mode = _MODES[route.mode]
+    made.team = route.team
+    made.handler = route.handler
+    made.hops.extend(route.hops)
+    if route.targets:
+        made.targets.extend(route.targets)
+    if want_parts:
+        made.want_parts = True
+    if priority:
+        made.priority = priority
+    if as_they_come:
+        made.as_they_come = True
+        made.pieces = segment.pieces
+    if segment.attempt:
+        made.attempt = min(segment.attempt, 0xFFFFFFFF)
+    if segment.ids:
+        made.ids.extend(segment.ids)
+    if segment.own_ids:
+        made.own_ids = True
+    if segment.traced:
+        made.want_trace = True
+        made.want_line = segment.told
+    _write_column(made.payloads, segment.payloads)
+
+
+def size_beside(segment: Segment) -> int:
+    """Bytes of a segment beside its payloads, at most, where names are ASCII."""
+    route, count = segment.route, segment.payloads.count
+    size = 200 + 5 * count + 70 * len(route.hops) + (8 * count if segment.ids else 0)
+    return size + sum(map(len, route.targets)) + 3 * len(route.targets) if route.targets else size
+
+
+def read_slice(made: pb2.Slice, asked: Asked) -> Answers:
+    """Between processes. Raises Misspoken when it is no answer to what was asked."""
+    parts, hops = validation.check_slice(made, asked)
+    count, trace = made.count, read_trace(made.trace)
+    if made.failures:
+        why = read_failure(made.failures[0])
+        part = Part("", why.code, why.reason, executed=why.executed)
+        return Answers(count, (), hops, part, trace)
+    return Answers(count, tuple([_read_part(part, count) for part in parts]), hops, None, trace)
+
+
+def check_client_slice(made: pb2.Slice, asked: Asked) -> None:
+    """Raises Misspoken when it is no answer to what a client asked. Then it can be read."""
+    validation.check_slice(made, asked, results=False)
+
+
+def read_client_slice(made: pb2.Slice) -> Answers:
+    """The parts as a client gets them: without results, unless it wanted those. For a slice that
+    was checked."""
+    count = made.count
+    parts = tuple(_read_part(validation.said(part), count) for part in made.parts)
+    return Answers(count, parts, tuple(made.hops))
+
+
+def write_slice(
+    frame: pb2.Frame,
+    number: int,
+    start: int,
+    answers: Answers,
+    trace: Sequence[Hop] = (),
+    more: bool = False,
+) -> None:
+    """Adds a slice as processes tell each other: all is in the parts, or in one refusal.
+
+    more: it is not yet the answer, to a client or to a process.
+    """
+    made = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
+    if more:
+        made.more = True
+    if trace:
+        write_trace(made, trace)
+    if answers.refused is not None:
+        refused = answers.refused
+        _write_detail(made.failures, 0, 0, Failure(refused.code, refused.reason, refused.executed))
+    for column in answers.parts:
+        _write_part_slice(made, column, with_results=True)
+
+
+def write_client_slice(
+    frame: pb2.Frame,
+    number: int,
+    start: int,
+    answers: Answers,
+    results: Sequence[bytes],
+    failures: Iterable[tuple[int, OverlayError]],
+    want_parts: bool,
+    trace: Sequence[Hop] = (),
+) -> None:
+    """Adds a slice as a client gets it: a result per row, and why a row has none."""
+    made = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
+    if trace:
+        write_trace(made, trace)
+    made.results.items.extend(results)
+    for row, error in failures:
+        detail = _write_detail(
+            made.failures, row, 1, Failure(error.code, str(error), error.executed)
+        )
+        detail.retry_after_ms = int((error.retry_after_s or 0) * 1000)
+    for column in answers.parts:
+        _write_part_slice(made, column, with_results=want_parts)
+
+
+def read_trace(hops: Sequence[pb2.Hop]) -> tuple[Hop, ...]:
+    if not hops:
+        return ()
+    return tuple([_read_hop(hop) for hop in hops])
+
+
+def read_metrics(made: pb2.MetricsResponse) -> pb2.MetricsResponse:
+    """The same, judged: its lists and numbers are within reason, its texts cut and escaped. Raises
+    Misspoken."""
+    validation.check_metrics(made)
+    return made
+
+
+def write_function(function: Function) -> pb2.Function:
+    return pb2.Function(
+        name=function.name,
+        signature=function.signature,
+        doc=function.doc,
+        arguments=function.arguments,
+        result=function.result,
+        workers=function.workers,
+    )
+
+
+def read_function(made: pb2.Function) -> Function:
+    """Of metrics that were judged."""
+    texts = made.name, made.signature, made.doc, made.arguments, made.result
+    return Function(*texts, tuple(made.workers))
+
+
+def read_logs(made: pb2.LogsResponse, asked: pb2.LogsRequest) -> pb2.LogsResponse:
+    """The same, judged as metrics are. Raises Misspoken."""
+    validation.check_logs(made, asked.process_id, min(asked.lines or FEW_LINES, LINES))
+    return made
+
+
+def read_most_bytes(metadata: Iterable[tuple[str, Any]] | None) -> int | None:
+    """The largest body that the other side of a stream says it takes; None where it does not."""
+    return validation.most_bytes(dict(metadata or ()).get(MOST_BYTES_KEY))
+
+
+def most_bytes_metadata(limits: Limits) -> tuple[tuple[str, str], ...]:
+    return ((MOST_BYTES_KEY, str(limits.max_message_bytes)),)
+
+
+def write_trace(into: pb2.Slice | pb2.Response, trace: Iterable[Hop]) -> None:
+    into.trace.extend(map(_write_hop, trace))
+
+
+def write_event(line: Line) -> pb2.Event:
+    return pb2.Event(
+        at_s=line.at_s,
+        kind=line.kind,
+        text=line.text,
+        level=line.level,
+        number=line.number,
+        count=line.count,
+        first_at_s=line.first_s,
+    )
+
+
+def write_line(line: Line, public_only: bool) -> pb2.LogLine:
+    withheld = public_only and line.public is not None
+    return pb2.LogLine(
+        at_s=line.at_s,
+        level=line.level,
+        logger=line.logger,
+        text=(line.public if withheld else line.text) or "",
+        number=line.number,
+        withheld=withheld,
+        breaks=() if withheld else line.breaks,
+    )
+
+
+def read_progress(made: pb2.Progress, limits: Limits) -> Progress:
+    """Raises BadRequest naming the field that is not usable."""
+    if len(made.handler) > limits.max_name or not made.handler.isprintable():
+        raise BadRequest(f"progress: handler is not a name of at most {limits.max_name} characters")
+    if not (math.isfinite(made.took_s) and made.took_s >= 0):
+        raise BadRequest(f"progress: took_s: {made.took_s} is not a number of seconds")
+    total = made.total if made.answered + made.failed <= made.total else 0
+    counts = made.answered, made.failed, total
+    return Progress(made.number, made.handler, *counts, made.took_s, made.is_over)
+
+
+def write_progress(progress: Progress) -> pb2.Progress:
+    return pb2.Progress(**progress._asdict())
+
+
+def write_map(running: RunningMap, now: float) -> pb2.RunningMap:
+    return pb2.RunningMap(
+        progress=write_progress(running.progress),
+        caller=str(running.caller),
+        told_s=max(0.0, now - running.told_s),
+    )
+
+
+def write_story(story: Story) -> pb2.Story:
+    return pb2.Story(
+        request_id=story.request_id,
+        mode=_MODES[story.mode],
+        team=story.team,
+        handler=story.handler,
+        ended_s=story.ended_s,
+        code=story.code,
+        reason=story.reason[:LONGEST_REASON],
+        count=story.count,
+        hops=map(_write_hop, story.hops),
+        total_us=_as_uint32(story.total_us),
+        caller=story.caller,
+    )
+
+
+def address_in(peer: str) -> str:
+    """The address in gRPC's name for a caller, "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711".
+
+    Of a caller without one, as over a Unix socket, that name.
+    """
+    kind, _, rest = unquote(peer).partition(":")
+    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else peer
+
+
+def new_ids() -> int:
+    """The first of some request ids in a row that nobody else has."""
+    return secrets.randbits(62) + 1
+
+
+def read_route(request: pb2.Request | pb2.Segment, limits: Limits) -> Route:
+    """Raises BadRequest naming the field that is not usable."""
+    _check_names("hops", request.hops, limits, most=limits.max_hops)
+    _check_names("targets", request.targets, limits, most=limits.max_targets)
+    _check_names("team", [request.team], limits)
+    _check_names("handler", [request.handler], limits)
+    mode = int(request.mode)
+    if mode not in (Mode.ALL, Mode.ANY):
+        raise BadRequest(f"mode {mode} is not 0 (all) or 1 (any)")
+    targets = tuple(request.targets)
+    return Route(
+        mode=Mode(mode),
+        team=request.team,
+        handler=request.handler,
+        hops=tuple(request.hops),
+        # Only between processes; the process that a client asks finds the targets itself.
+        targets=(targets or None) if request.hops else None,
+    )
+
+
+def read_hops(hops: Sequence[str], limits: Limits) -> tuple[str, ...]:
+    """Raises BadRequest."""
+    _check_names("hops", hops, limits, most=limits.max_hops)
+    return tuple(hops)
+
+
+def _as_uint32(number: int) -> int:
+    return max(0, min(number, 0xFFFFFFFF))
+
+
+def _read_unary_part(part: pb2.Part) -> Part:
+    return Part(
+        process_id=part.process_id,
+        code=read_code(part.code),
+        reason=part.reason[:LONGEST_REASON],
+        result=part.result,
+        hops=tuple(part.hops),
+        waited_us=part.waited_us,
+        worked_us=part.worked_us,
+        executed=read_executed(part),
+    )
+
+
+def _read_part(said: validation.Said, count: int) -> PartColumn:
+    """Of a slice that was checked: so its numbers are those of rows that are there."""
+    part, worker, found, details, hops = said
+    failures: dict[int, Failure] = {}
+    for detail in details:
+        failure = read_failure(detail)
+        if detail.count == 0:
+            return PartColumn.missing(worker, count, failure)
+        rows = range(detail.start, detail.start + detail.count)
+        failures.update(dict.fromkeys(rows, failure))
+    results = _read_column(part.results, count) if found else Column((b"",) * count)
+    piece = Piece(part.at, part.more) if part.more or part.at else None
+    times = part.waited_us, part.worked_us
+    return PartColumn(worker, results, hops, failures, None, *times, piece)
+
+
+def _write_part_slice(made: pb2.Slice, column: PartColumn, with_results: bool) -> None:
+    part = made.parts.add(
+        process_id=column.process_id,
+        hops=column.hops,
+        waited_us=_as_uint32(column.waited_us),
+        worked_us=_as_uint32(column.worked_us),
+    )
+    if column.failed is not None:
+        _write_detail(part.failures, 0, 0, column.failed)
+        return
+    if with_results:
+        _write_column(part.results, column.results)
+    if column.piece is not None:
+        part.at, part.more = column.piece.at, column.piece.more
+    for row, failure in column.failures.items():
+        _write_detail(part.failures, row, 1, failure)
+
+
+def _write_detail(details: Any, start: int, count: int, failure: Failure) -> Any:
+    return details.add(
+        start=start,
+        count=count,
+        code=failure.code,
+        reason=failure.reason[:LONGEST_REASON],
+        executed=_EXECUTED[failure.executed],
+    )
+
+
+def read_failure(detail: pb2.Detail) -> Failure:
+    again_s = validation.retry_after_s(detail.retry_after_ms / 1000)
+    code, executed = read_code(detail.code), read_executed(detail)
+    return Failure(code, detail.reason[:LONGEST_REASON], executed, again_s)
+
+
+def read_executed(detail: pb2.Detail | pb2.Part) -> Executed:
+    return Executed(detail.executed) if detail.executed in (0, 1, 2) else Executed.UNKNOWN
+
+
+def _read_column(column: pb2.Column, count: int) -> Column:
+    return Column(wired=column, count=count, size=column.ByteSize(), open_wired=_open_column)
+
+
+def _open_column(column: Any, count: int) -> Sequence[bytes]:
+    return list(column.items)
+
+
+def _write_column(into: pb2.Column, column: Column) -> None:
+    if column.wired is not None:
+        into.CopyFrom(column.wired)  # type: ignore[arg-type]
+    else:
+        into.items.extend(column.items)
+
+
+def _write_part(part: Part, with_result: bool) -> pb2.Part:
+    return pb2.Part(
+        process_id=part.process_id,
+        code=part.code,
+        reason=part.reason,
+        result=part.result if with_result else b"",
+        hops=part.hops,
+        waited_us=_as_uint32(part.waited_us),
+        worked_us=_as_uint32(part.worked_us),
+        executed=_EXECUTED[part.executed],
+    )
+
+
+def _read_hop(hop: pb2.Hop) -> Hop:
+    times = hop.waited_us, hop.worked_us
+    return Hop(hop.process_id, *times, min(hop.depth, 64), read_code(hop.code), hop.away_us)
+
+
+def _write_hop(hop: Hop) -> pb2.Hop:
+    return pb2.Hop(
+        process_id=hop.process_id,
+        waited_us=_as_uint32(hop.waited_us),
+        worked_us=_as_uint32(hop.worked_us),
+        depth=hop.depth,
+        code=hop.code,
+        away_us=_as_uint32(hop.away_us),
+    )
+
+
+def read_code(number: int) -> Code:
+    return Code(number) if 0 <= number <= 16 else Code.UNKNOWN
+
+
+def read_format(metrics: pb2.MetricsResponse) -> int:
+    return metrics.wire_format or 1
+
+
+def write_histogram(histogram: Histogram) -> pb2.Histogram:
+    return pb2.Histogram(
+        bounds_s=BOUNDS_S, counts=histogram.counts, sum_s=histogram.sum_s, count=histogram.count
+    )
+
+
+def write_spread(spread: Spread) -> pb2.Spread:
+    return pb2.Spread(
+        p50=spread.p50 * 1e3, p99=spread.p99 * 1e3, mean=spread.mean * 1e3, count=spread.count
+    )
+
+
+def grpc_code(code: Code) -> grpc.StatusCode:
+    return _GRPC_CODES[code]
+
+
+def trailers(error: OverlayError) -> list[tuple[str, str | bytes]]:
+    """The trailing metadata of a failed request: its id, whether anything ran, when to retry."""
+    made: list[tuple[str, str | bytes]] = [(EXECUTED_KEY, error.executed.name.lower())]
+    if error.request_id:
+        made.append((REQUEST_KEY, f"{error.request_id:016x}"))
+    if isinstance(error, MadeRoom):
+        made.append((IDLE_KEY, "1"))
+    if error.retry_after_s is not None:
+        made.append((_STATUS_KEY, _retry_status(error)))
+    return made
+
+
+def read_error(error: grpc.RpcError) -> Part:
+    """What a failed call says, as a refusal. Only the trailer proves that nothing ran."""
+    metadata = dict(error.trailing_metadata() or ())
+    said = {"no": Executed.NO, "yes": Executed.YES}
+    executed = said.get(metadata.get(EXECUTED_KEY, ""), Executed.UNKNOWN)
+    code, after_s = Code(error.code().value[0]), retry_after_s(error.trailing_metadata())
+    return Part("", code, plain_reason(error), executed=executed, retry_after_s=after_s)
+
+
+def was_idle(error: grpc.RpcError) -> bool:
+    """Whether a stream was ended in order because nothing was open on it."""
+    metadata = dict(error.trailing_metadata() or ())
+    return (metadata.get(IDLE_KEY), metadata.get(EXECUTED_KEY)) == ("1", "no")
+
+
+def plain_reason(error: grpc.RpcError) -> str:
+    """Why a call failed, in few words; gRPC's own are long and name its insides."""
+    details = error.details() or ""
+    for sign, words in _PLAIN_REASONS:
+        if sign in details:
+            return words
+    return str(details[:LONGEST_REASON]) or error.code().name.lower().replace("_", " ")
+
+
+def retry_after_s(trailing_metadata: Iterable[tuple[str, Any]] | None) -> float | None:
+    """The seconds of google.rpc.RetryInfo in a failed call's trailing metadata, if it is there."""
+    packed = dict(trailing_metadata or ()).get(_STATUS_KEY)
+    if packed is None:
+        return None
+    status = status_pb2.Status()
+    try:
+        status.ParseFromString(packed)
+        for detail in status.details:
+            info = error_details_pb2.RetryInfo()
+            if detail.Unpack(info):
+                return validation.retry_after_s(info.retry_delay.ToTimedelta().total_seconds())
+    except Exception:  # noqa: BLE001 - another program's trailer may hold anything
+        return None
+    return None
+
+
+def read_request_id(trailing_metadata: Iterable[tuple[str, Any]] | None) -> int:
+    """Of a failed call's trailing metadata; 0 when it has none."""
+    return validation.request_id(dict(trailing_metadata or ()).get(REQUEST_KEY))
+
+
+def _retry_status(error: OverlayError) -> bytes:
+    delay = Duration()
+    delay.FromMilliseconds(max(1, round((error.retry_after_s or 0) * 1000)))
+    # The message must be the call's own, or clients that compare the two see a broken status.
+    status = status_pb2.Status(code=int(error.code), message=str(error)[:LONGEST_REASON])
+    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return bytes(status.SerializeToString())
+
+
+def _shape_of(message: Any) -> message_size.Shape:
+    def below(field: Any) -> message_size.Shape | None:
+        found = field.message_type
+        return None if found.name == pb2.Column.DESCRIPTOR.name else _shape_of(found)
+
+    return {field.number: below(field) for field in message.fields if field.message_type}
+
+
+def _check_names(field: str, names: Sequence[str], limits: Limits, most: int = 1) -> None:
+    _check_count(field, names, most)
+    for name in names:
+        if len(name) > limits.max_name or not name.isprintable():
+            shown = ascii(name[:20])[1:-1]
+            raise BadRequest(
+                f"{field}: '{shown}' is not a name of at most {limits.max_name} letters"
+            )
+
+
+def _check_count(field: str, names: Sequence[str], most: int) -> None:
+    if len(names) > most:
+        raise BadRequest(f"{field}: {len(names)} entries are more than {most}")
+
+
+_PLAIN_REASONS = (
+    ("Connection refused", "the connection was refused: nothing serves there"),
+    ("timed out before receiving SETTINGS", "it does not answer"),
+    ("No route to host", "there is no route to it"),
+    ("Network is unreachable", "the network is unreachable"),
+    ("Connection reset", "the connection was cut"),
+    ("Socket closed", "the connection was closed"),
+    ("Connection timed out", "it does not answer any more"),
+    ("ping timeout", "it does not answer any more"),
+    ("keepalive", "it does not answer any more"),
+    ("Deadline Exceeded", "no answer in time"),
+    ("GOAWAY", "it is going away"),
+    ("Method not found", "it does not know this call: an older release, or no overlay"),
+    ("failed to connect to all addresses", "no connection to it"),
+)
+_FRAME = _shape_of(pb2.Frame.DESCRIPTOR)
+_MODES = {Mode.ALL: pb2.ALL, Mode.ANY: pb2.ANY}
+_EXECUTED = {Executed.UNKNOWN: pb2.UNKNOWN, Executed.NO: pb2.NO, Executed.YES: pb2.YES}
+_GRPC_CODES = {Code(status.value[0]): status for status in grpc.StatusCode}

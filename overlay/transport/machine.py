@@ -1,0 +1,62 @@
+"""Which addresses are this machine's, and which processes of a configuration belong to it."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+import psutil
+
+from overlay.model.topology import Process, join_address
+from overlay.transport import resolver
+
+
+def is_here(process: Process, within_s: float = resolver.LOOK_S) -> bool:
+    """Whether the address to listen on is this machine's; for "every address" the host decides.
+
+    A name is waited for no longer than told.
+    """
+    host = process.bind
+    if not host or _is_wildcard(host.strip("[]")):
+        host = process.host
+    return any(map(can_bind, resolver.look_up(host, within_s).addresses))
+
+
+def asking_address(process: Process) -> str:
+    """Where to ask this process from this machine; `host` may be an address outside a NAT."""
+    host = process.bind.strip("[]")
+    if not host:
+        return process.address
+    if _is_wildcard(host):
+        return join_address("::1" if ":" in host else "127.0.0.1", process.port)
+    return process.listen_address
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def can_bind(address: str) -> bool:
+    """Whether it is an address of this machine."""
+    try:
+        family, place = resolver.socket_address(address, 0)
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(place)
+            return True
+    except OSError:
+        return False
+
+
+def own_addresses() -> list[str]:
+    """The addresses that other machines could know this one by."""
+    found = {
+        address.address
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6) and "%" not in address.address
+    }
+    usable = [n for n in map(ipaddress.ip_address, found) if not n.is_link_local]
+    return [str(n) for n in sorted(usable, key=lambda n: (n.is_loopback, n.version, int(n)))]

@@ -1,0 +1,87 @@
+"""What a message will take in memory, told from its bytes before it is parsed.
+
+protobuf makes an object of each part of a message: of two bytes that say "an empty one" some
+hundred in memory, so that 18 MiB of them become 1.3 GiB. What is real has contents, and takes
+hardly more than its bytes.
+
+The bytes are walked field by field, into messages but not into columns, whose items are bytes: a
+segment of thousands of requests is a few fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from overlay.model.errors import BadRequest
+
+FEW_BYTES = 16 * 1024  # of a message that is not looked at: it becomes a MiB at most
+OBJECT_BYTES = 100  # of a message in a message, at least
+ITEM_BYTES = 24  # of a string or bytes in one, besides its contents
+ROOM_BYTES, ROOM_PER_BYTE = 16 * 1024 * 1024, 2  # that a message may take
+
+Shape = Mapping[int, "Shape | None"]
+"""The fields of a message that are messages, each with its own; None for one not walked into."""
+
+FLAT: Shape = {}
+
+
+def check(message: bytes, shape: Shape) -> None:
+    """Raises BadRequest for what would take far more than its bytes. Broken ones are not judged."""
+    if len(message) <= FEW_BYTES:
+        return
+    room = ROOM_BYTES + ROOM_PER_BYTE * len(message)
+    try:
+        left = _walk(message, 0, len(message), shape, room)
+    except IndexError:  # it breaks off: the parser will say so
+        return
+    if left < 0:
+        raise BadRequest(
+            f"a message of {len(message):,} bytes has so many parts that it would take more than "
+            f"{room:,} bytes of memory"
+        )
+
+
+def _walk(data: bytes, at: int, stop: int, shape: Shape, room: int) -> int:
+    """What is left of the room; below 0 as soon as it is known not to be enough."""
+    while at < stop and room >= 0:
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == 0:
+            _, at = _varint(data, at)
+        elif kind == 1:
+            at += 8
+        elif kind == 5:
+            at += 4
+        elif kind == 2:
+            size, at = _varint(data, at)
+            end = min(at + size, stop)
+            number = tag >> 3
+            if number not in shape:
+                room -= ITEM_BYTES
+            else:
+                room -= OBJECT_BYTES
+                below = shape[number]
+                if below is not None and end > at:
+                    room = _walk(data, at, end, below, room)
+            at = end
+        else:  # groups, which nothing here has: the parser refuses them
+            return room
+    return room
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = data[at]
+    at += 1
+    if value < 128:
+        return value, at
+    value &= 127
+    shift = 7
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise IndexError

@@ -1,0 +1,175 @@
+"""What the name of a machine stands for here, as this system's own resolver says.
+
+gRPC's resolver knows the hosts file and DNS servers; it knows neither mDNS (my-mac.local) nor
+NetBIOS nor what else a system looks names up in. So it is given numbers only: every address on its
+way to gRPC or to a socket comes by here.
+
+The system may take many seconds and cannot be told to stop. So each look-up that somebody waits for
+is on a thread of its own, "name", one at a time for each name, and is left to itself when the wait
+is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from overlay.model import clocks as time
+
+LOOK_S = 5.0  # for who can wait; mDNS says no after this
+SLICE_S = 0.5  # or Windows hears no Ctrl-C before Python 3.14
+FRESH_S = 0.5  # what was found is given again for so long, as several ask about one machine
+MOST_KEPT = 256  # names whose look-up is remembered
+MOST_SHOWN = 4  # addresses in a message
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
+INSTEAD = "correct it, see that its machine is on, or write its address in numbers"
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a host stands for here.
+
+    addresses: in numbers, each once, in the order in which the system wants them tried; an IPv6 one
+    may have a zone (fe80::1%2). Where there are none, `why` says so.
+    """
+
+    host: str
+    addresses: tuple[str, ...] = ()
+    why: str = ""
+
+    @property
+    def is_lone_number(self) -> bool:
+        return self.addresses == (self.host,)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it leads to this machine only, from wherever one asks."""
+        return bool(self.addresses) and all(
+            ipaddress.ip_address(address).is_loopback for address in self.addresses
+        )
+
+    def shown(self, text: str = "") -> str:
+        """The host, or a text that ends in it, with what it stands for here in brackets."""
+        text = text or self.host
+        if not self.addresses or self.is_lone_number or self.host == "localhost":
+            return text
+        more = ["…"] if len(self.addresses) > MOST_SHOWN else []
+        return f"{text} ({', '.join([*self.addresses[:MOST_SHOWN], *more])})"
+
+
+def is_number(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
+def resolve(host: str) -> Named:
+    """Asks the system, for as long as that takes."""
+    host = host.strip("[]")
+    if is_number(host):
+        return Named(host, (host,))
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as e:  # the latter of a name that is too long, or none at all
+        again = getattr(e, "errno", None) == socket.EAI_AGAIN
+        return Named(host, (), _unknown(host, " (who is to know gives no answer)" if again else ""))
+    addresses = tuple(
+        dict.fromkeys(_number(place) for family, *_, place in found if family in FAMILIES)
+    )
+    return Named(host, addresses, "" if addresses else _unknown(host))
+
+
+def look_up(host: str, within_s: float = LOOK_S) -> Named:
+    """As `resolve`, but waits no longer than told."""
+    host = host.strip("[]")
+    if is_number(host):
+        return Named(host, (host,))
+    look, until = _begun(host), time.monotonic() + within_s
+    while not look.done.wait(max(0.0, min(SLICE_S, until - time.monotonic()))):
+        if time.monotonic() >= until:
+            return silent(host)
+    return look.found or silent(host)
+
+
+def begin(hosts: Iterable[str]) -> None:
+    """So that to look all of these up takes no longer than the slowest of them."""
+    for host in hosts:
+        if not is_number(plain := host.strip("[]")):
+            _begun(plain)
+
+
+def silent(host: str) -> Named:
+    """Of a name that is still being looked up."""
+    return Named(host, (), _unknown(host, " yet (the system is still looking it up)"))
+
+
+def socket_address(address: str, port: int) -> tuple[socket.AddressFamily, tuple[object, ...]]:
+    """As sockets take it; of an address in numbers."""
+    flags = socket.AI_NUMERICHOST
+    found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=flags)
+    return found[0][0], found[0][4]
+
+
+def connect(addresses: tuple[str, ...], port: int, within_s: float) -> socket.socket:
+    """A connection to the first that takes one. Raises OSError: a refusal, where there was one, as
+    it tells the most."""
+    until = time.monotonic() + within_s
+    failed: OSError = TimeoutError()
+    for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+        within_s = max(0.01, (until - time.monotonic()) / left)
+        try:
+            return socket.create_connection((address, port), within_s)
+        except OSError as e:
+            if not isinstance(failed, ConnectionRefusedError):
+                failed = e
+    raise failed
+
+
+def _unknown(host: str, doubt: str = "") -> str:
+    return f"{host}: this machine knows no such name{doubt}; {INSTEAD}"
+
+
+def _number(place: tuple[object, ...]) -> str:
+    zone = place[3] if len(place) == 4 else 0
+    return f"{str(place[0]).partition('%')[0]}%{zone}" if zone else str(place[0])
+
+
+class _Look:
+    """One look-up, on its way or over."""
+
+    def __init__(self, host: str) -> None:
+        self.done = threading.Event()
+        self.found: Named | None = None
+        self._host = host
+        self._ended = 0.0  # monotonic seconds
+
+    @property
+    def is_stale(self) -> bool:
+        return self.done.is_set() and time.monotonic() - self._ended > FRESH_S
+
+    def run(self) -> None:
+        try:
+            self.found = resolve(self._host)
+        finally:
+            self._ended = time.monotonic()
+            self.done.set()
+
+
+_looks: dict[str, _Look] = {}
+_lock = threading.Lock()
+
+
+def _begun(host: str) -> _Look:
+    with _lock:
+        look = _looks.get(host)
+        if look is None or look.is_stale:
+            if len(_looks) >= MOST_KEPT:
+                for old in [name for name, one in _looks.items() if one.is_stale]:
+                    del _looks[old]
+            look = _looks[host] = _Look(host)
+            threading.Thread(target=look.run, name="name", daemon=True).start()
+        return look

@@ -1,0 +1,294 @@
+"""What another process may say: a message is judged before anything is done by its numbers.
+
+Who speaks may be broken, hostile, or of a release that nobody here knows; a slice of 60 bytes can
+claim 2^32 rows. Everything that a process or a client of the library reads of another process goes
+through here first, and is Misspoken when it does not fit what was asked, or is out of all bounds.
+
+An answer costs a look at each of its parts, hops and failures, and none at its rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from overlay.model.errors import Misspoken
+from overlay.model.limits import Limits
+from overlay.model.topology import ROLES
+from overlay.observability.log_buffer import escaped
+
+_LIMITS = Limits()
+LONGEST_NAME = _LIMITS.max_name
+LONGEST_TEXT = _LIMITS.max_text
+MOST_PARTS = _LIMITS.max_targets
+MOST_HOPS = _LIMITS.max_targets + _LIMITS.max_hops  # of an answer: all workers, and those between
+MOST_ENTRIES = _LIMITS.max_targets  # of any list that a process tells of itself
+MOST_SLOTS = _LIMITS.max_told_slots
+MOST_CHARACTERS = _LIMITS.functions_characters
+MOST_RETRY_S = _LIMITS.max_deadline_s  # no request waits for longer
+MESSAGE_BYTES = range(_LIMITS.least_message_bytes, _LIMITS.most_message_bytes + 1)
+
+
+_checked: set[tuple[str, ...]] = {()}  # hops, lately
+
+
+class Asked(NamedTuple):
+    """What a slice may answer: so many rows, of which those that are open does not matter here.
+
+    targets: who may have a part in it; None where the process asked has chosen them. early: parts
+    may come before the answer, and with pieces in pieces.
+    """
+
+    rows: int
+    targets: frozenset[str] | None = None
+    early: bool = False
+    pieces: bool = False
+
+
+Said = tuple[Any, str, int, Any, tuple[str, ...]]
+"""A part as it was looked at, so that it need not be twice: the message, its worker, how many
+results it has, its failures, its hops."""
+
+
+def check_slice(
+    made: Any, asked: Asked, results: bool = True
+) -> tuple[list[Said], tuple[str, ...]]:
+    """A slice between processes; without `results`, one that a client gets. Its parts and hops.
+
+    Raises Misspoken.
+    """
+    count = made.count
+    if not 0 < count <= asked.rows - made.start:
+        raise Misspoken(f"rows {made.start} to +{count} of a segment of {asked.rows}")
+    more = made.more
+    if more and not asked.early:
+        raise Misspoken("parts before the answer, where none were asked for")
+    parts = [said(part) for part in made.parts]
+    if parts:
+        _check_workers([part[1] for part in parts], asked.targets)
+        for part in parts:
+            _check_part(part, count, asked, more, results)
+    if made.failures:
+        _check_failures(made.failures, count)
+    if made.trace:
+        _check_trace(made.trace)
+    if not results:
+        _check_results(made, count)
+    return parts, _hops(made.hops)
+
+
+def said(part: Any) -> Said:
+    """Raises Misspoken for its hops."""
+    return part, part.process_id, len(part.results.items), part.failures, _hops(part.hops)
+
+
+def check_response(made: Any) -> None:
+    """The answer to one request. Raises Misspoken."""
+    workers = {part.process_id for part in made.parts}
+    if len(workers) < len(made.parts):
+        raise Misspoken("two parts of one worker in one answer")
+    _check_names("parts", workers, MOST_PARTS)
+    _check_names("hops", made.hops, MOST_HOPS)
+    for part in made.parts:
+        _check_names("hops", part.hops, MOST_HOPS)
+    _check_trace(made.trace)
+
+
+def check_metrics(made: Any) -> None:
+    """What a process says of itself. Its texts are cut and escaped in place. Raises Misspoken."""
+    tidy(made)
+    ids = {process.id for process in made.topology}
+    if len(ids) < len(made.topology):
+        raise Misspoken("topology: one process twice")
+    if ids and made.process_id not in ids:
+        raise Misspoken(f"topology: it does not have '{_shown(made.process_id)}' itself")
+    _check_names("topology", ids, MOST_ENTRIES)
+    _check_names("process_id", (made.process_id,))
+    for process in made.topology:
+        _check_process(process, ids)
+    _check_functions(made.functions)
+    for histogram in (made.service, made.waiting):
+        if histogram.bounds_s and len(histogram.counts) != len(histogram.bounds_s) + 1:
+            raise Misspoken("a histogram with a count too many or too few")
+
+
+def check_logs(made: Any, process_id: str, lines: int) -> None:
+    """The lines that a process tells, at most so many. Tidied in place. Raises Misspoken."""
+    tidy(made)
+    if made.process_id != process_id:
+        raise Misspoken(f"the log of '{_shown(made.process_id)}', not of '{_shown(process_id)}'")
+    if len(made.lines) > lines:
+        raise Misspoken(f"{len(made.lines)} lines, and {lines} were asked for")
+
+
+def tidy(message: Any) -> None:
+    """Any message for people: its texts cut and escaped in place, a docstring line by line. Raises
+    Misspoken for what no process can mean: a number below 0 or not a number, an enum's unknown
+    value, a list or a name without end."""
+    for field, value in message.ListFields():
+        if isinstance(value, str):
+            if len(value) > LONGEST_TEXT or not value.isprintable():
+                setattr(message, field.name, _escaped(field.name, value))
+        elif isinstance(value, (bool, bytes)):
+            continue
+        elif isinstance(value, (int, float)):
+            _check_number(field, value)
+        elif hasattr(value, "ListFields"):
+            tidy(value)
+        else:
+            _tidy_many(field, value)
+
+
+def retry_after_s(seconds: float) -> float | None:
+    """A time after which another says to come again, within reason; None for one that is not."""
+    return min(seconds, MOST_RETRY_S) if seconds > 0 else None
+
+
+def most_bytes(said: object) -> int | None:
+    """The largest message that another says it takes; None when it does not say, or not so."""
+    if not (isinstance(said, str) and said.isascii() and said.isdigit() and len(said) < 12):
+        return None
+    return int(said) if int(said) in MESSAGE_BYTES else None
+
+
+def _escaped(field: str, text: str) -> str:
+    if field != "doc":
+        return escaped(text, LONGEST_TEXT)
+    return "\n".join(escaped(line) for line in text[:LONGEST_TEXT].split("\n"))[:LONGEST_TEXT]
+
+
+def _check_functions(functions: Sequence[Any]) -> None:
+    size = sum(len(f.signature) + len(f.doc) + len(f.arguments) + len(f.result) for f in functions)
+    if size > MOST_CHARACTERS:
+        raise Misspoken(f"functions: {size:,} characters of them")
+    _check_names("functions", [function.name for function in functions])
+
+
+def request_id(said: object) -> int:
+    """An id as it is printed; 0 for what is none."""
+    if not (isinstance(said, str) and len(said) == 16 and set(said) <= _HEXADECIMAL):
+        return 0
+    return int(said, 16)
+
+
+_HEXADECIMAL = set("0123456789abcdef")
+
+
+def _check_workers(workers: list[str], targets: frozenset[str] | None) -> None:
+    if len(workers) > 1 and len(set(workers)) < len(workers):
+        raise Misspoken("two parts of one worker in one slice")
+    if targets is None:
+        _check_names("parts", workers, MOST_PARTS)
+    elif not targets.issuperset(workers):
+        stranger = min(set(workers) - targets)
+        raise Misspoken(f"a part of '{_shown(stranger)}', which was not asked")
+
+
+def _check_part(said: Said, count: int, asked: Asked, more: bool, results: bool) -> None:
+    part, worker, found, failures, _ = said
+    if failures:
+        _check_failures(failures, count)
+    if found != count and (found or (results and not _all_failed(failures))):
+        raise Misspoken(f"{worker}: {found} results for {count} rows")
+    if part.more or part.at:
+        if count != 1:
+            raise Misspoken(f"{worker}: a piece for {count} rows")
+        if not asked.pieces or not found or (part.more and not more):
+            raise Misspoken(f"{worker}: a piece where none can come")
+
+
+def _all_failed(failures: Any) -> bool:
+    return len(failures) == 1 and not failures[0].count
+
+
+def _check_failures(details: Any, count: int) -> None:
+    """Each within the slice, and no more of them than there are rows."""
+    told = 0
+    for detail in details:
+        rows = detail.count or count
+        told += rows
+        if told > count or (detail.count and detail.start + rows > count):
+            raise Misspoken(f"failures of rows {detail.start} to +{rows} in a slice of {count}")
+        if detail.code == 0:
+            raise Misspoken("a failure with the code OK")
+
+
+def _check_results(made: Any, count: int) -> None:
+    """A client's: one for each row, or none and a failure for each."""
+    found = len(made.results.items)
+    if found == count or (found == 0 and made.more):
+        return
+    failed = sum(detail.count or count for detail in made.failures)
+    if found or failed < count:
+        raise Misspoken(f"{found} results and {failed} failures for {count} rows")
+
+
+def _check_trace(trace: Sequence[Any]) -> None:
+    _check_names("trace", [hop.process_id for hop in trace], MOST_HOPS)
+
+
+def _check_process(process: Any, ids: set[str]) -> None:
+    if process.role not in ROLES:
+        raise Misspoken(f"topology: '{_shown(process.role)}' is not a role")
+    _check_names("topology", (process.team, process.handler))
+    if strangers := set(process.neighbors) - ids:
+        raise Misspoken(f"topology: neighbor '{_shown(min(strangers))}' is not in it")
+    host, _, port = process.address.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and len(host) < 300 and len(port) < 6):
+        raise Misspoken(f"topology: '{_shown(process.address)}' is not host:port")
+    check_slots(process.slots)
+
+
+def check_slots(slots: Mapping[str, int]) -> None:
+    if len(slots) > MOST_ENTRIES or any(not 0 <= n <= MOST_SLOTS for n in slots.values()):
+        raise Misspoken(f"slots: not 0 to {MOST_SLOTS:,} of each handler")
+
+
+def _tidy_many(field: Any, values: Any) -> None:
+    if len(values) > MOST_ENTRIES:
+        raise Misspoken(f"{field.name}: {len(values):,} entries")
+    if hasattr(values, "items"):
+        _check_names(field.name, values)
+        for value in values.values():
+            _check_number(field, value)
+        return
+    for value in values:
+        if isinstance(value, str):
+            _check_names(field.name, (value,))
+        elif isinstance(value, (int, float)):
+            _check_number(field, value)
+        else:
+            tidy(value)
+
+
+def _check_number(field: Any, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise Misspoken(f"{field.name}: {value} is not a number from 0 on")
+    if field.enum_type is not None and value not in field.enum_type.values_by_number:
+        raise Misspoken(f"{field.name}: {value} is not one of its values")
+
+
+def _hops(hops: Sequence[str]) -> tuple[str, ...]:
+    """Raises Misspoken."""
+    names = tuple(hops)
+    if names not in _checked:  # the same few ways come again and again
+        _check_names("hops", names, MOST_HOPS)
+        if len(_checked) > 1000:
+            _checked.clear()
+        if len(names) < 32:
+            _checked.add(names)
+    return names
+
+
+def _check_names(field: str, names: Iterable[str], most: int = MOST_ENTRIES) -> None:
+    names = names if isinstance(names, tuple) else tuple(names)
+    if len(names) > most:
+        raise Misspoken(f"{field}: {len(names):,} entries")
+    if max(map(len, names), default=0) > LONGEST_NAME or not "".join(names).isprintable():
+        bad = next(n for n in names if len(n) > LONGEST_NAME or not n.isprintable())
+        raise Misspoken(f"{field}: '{_shown(bad)}' is not a name")
+
+
+def _shown(text: str) -> str:
+    return ascii(text[:20])[1:-1]

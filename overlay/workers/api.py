@@ -1,0 +1,139 @@
+"""The user's functions: found by their configured name, called with a payload and a context.
+
+    def handler(payload: bytes, context: Context) -> bytes
+
+One that gives an iterator of bytes, as a function that yields does, has all of them as its result,
+and need not hold them at once where parts are taken as they come (transport.chunks). What else a
+function may be like, overlay.workers.typed makes one of these.
+
+Never a name from the wire: a request names a handler of the configuration, nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from overlay.model import clocks as time
+from overlay.model.errors import ConfigError
+from overlay.model.topology import HandlerSpec
+from overlay.workers import user_modules
+from overlay.workers.user_modules import Source, Sources
+
+ROOT = Path(__file__).resolve().parents[2]
+RECURSION = sys.getrecursionlimit()  # what it is again after a handler that changed it
+
+
+@dataclass
+class Context:
+    """What a handler may know of its call.
+
+    deadline: monotonic seconds of this process. options: the handler's, overlaid by the process's.
+    """
+
+    process_id: str
+    team: str
+    request_id: int
+    attempt: int
+    deadline: float
+    options: Mapping[str, Any]
+    _ended: Sequence[int] = (0,)
+    _row: int = 0
+
+    def remaining_s(self) -> float:
+        """Seconds until the caller stops waiting; never below 0."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    @property
+    def cancelled(self) -> bool:
+        """True once nobody waits for the answer: the caller left or the deadline passed.
+
+        A handler on a thread looks at it now and then and returns; one in a process is ended.
+        """
+        return bool(self._ended[self._row]) or time.monotonic() >= self.deadline
+
+    @property
+    def log(self) -> logging.LoggerAdapter[logging.Logger]:
+        """To the worker's log, in lines that carry the request's id."""
+        return logging.LoggerAdapter(_log, {"request_id": self.request_id})
+
+
+class NobodyWaits(Exception):
+    """A function was ended, or left alone, because nobody waits for its answer any more."""
+
+
+_log = logging.getLogger("overlay.handler")
+
+Handler = Callable[[bytes, Context], "bytes | Iterator[bytes]"]
+
+
+def echo(payload: bytes, context: Context) -> bytes:
+    """The default handler: gives the payload back and says which process did."""
+    return context.process_id.encode() + b": " + payload
+
+
+def add_folder(folder: Path, kept: Mapping[str, Source] = MappingProxyType({})) -> Sources:
+    """Puts the configuration's folder on the module path, so that handlers can lie beside it.
+
+    After the standard library and all that is installed, which a random.py or a logging.py of the
+    user's would break; before our own folder, whose client.py is not the user's. kept: modules of
+    the folder as another process has found them.
+    """
+    last = {os.path.realpath(folder), os.path.realpath(ROOT)}
+    others = [path for path in sys.path if os.path.realpath(path) not in last]
+    sys.path[:] = [*others, *dict.fromkeys((str(folder), str(ROOT)))]
+    return user_modules.keep(folder, kept)
+
+
+def find(spec: HandlerSpec, function: str) -> Callable[..., Any]:
+    """The function named "module:function". Raises ConfigError saying why it cannot be had."""
+    module_name, _, name = function.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except BaseException as e:
+        if isinstance(e, KeyboardInterrupt):
+            raise
+        _check_whose(spec, module_name)
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise ConfigError(
+            f"handler '{spec.name}': module '{module_name}' cannot be imported ({reason}); "
+            f"it is looked for in the configuration file's folder and in the Python path"
+            f"{_hidden_in(reason)}"
+        ) from e
+    _check_whose(spec, module_name)
+    found = getattr(module, name, None)
+    if not callable(found):
+        what = "has no function" if found is None else "is not a function:"
+        raise ConfigError(
+            f"handler '{spec.name}': module '{module_name}' {what} '{name}' ({_place(module)})"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _check_whose(spec: HandlerSpec, module_name: str) -> None:
+    """Raises ConfigError when the folder's module of that name is not the one that was found."""
+    top, here = module_name.partition(".")[0], user_modules.kept_here()
+    if here is not None and (own := here.passed_over(top)):
+        raise ConfigError(
+            f"handler '{spec.name}': module '{top}' is {_place(sys.modules[top])}, which comes "
+            f"before {own}: give that another name"
+        )
+
+
+def _hidden_in(reason: str) -> str:
+    """Says which of the names in an error are modules of the folder that cannot be imported."""
+    here, names = user_modules.kept_here(), re.findall(r"'(\w+)'", reason)
+    hidden = [own for name in dict.fromkeys(names) if here and (own := here.passed_over(name))]
+    return "".join(f"; {own} has the name of another module: give it another one" for own in hidden)
+
+
+def _place(module: ModuleType) -> str:
+    return getattr(module, "__file__", None) or "built into Python"

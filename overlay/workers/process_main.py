@@ -1,0 +1,200 @@
+"""What runs in a handler's process: one request after the other, over a pipe to the parent.
+
+    parent -> (payload, facts, seconds left, options, whether a large result may come in pieces);
+              None when there is no more to do
+    child  -> ("ready", (modules that it has kept, what its function is like)) or ("cannot",
+              problem) once; then for each request ("begun", None), some ("line", (level, text)) and
+              ("piece", bytes), and one outcome as workers.job makes it. The pipe holds little, so
+              that the handler waits until its pieces are taken
+
+Whatever a handler does to its process, the next request finds it as it was, or finds another one.
+What it prints or logs is for the parent's log, the first lines of each request; the rest is left
+out, so that nothing it prints can fill a disk, a memory or a pipe that nobody reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from overlay.model import clocks as time
+from overlay.model.errors import ConfigError
+from overlay.model.topology import HandlerSpec
+from overlay.observability.log_file import Printed, cut, lead_to
+from overlay.transport.chunks import Send
+from overlay.workers import api, descendants, typed
+from overlay.workers.api import RECURSION, Context
+from overlay.workers.job import outcome_of, outcome_of_error
+from overlay.workers.user_modules import Source
+
+LINES = 200  # of one request that go to the log
+
+Request = tuple[bytes, tuple[str, str, int, int], float, dict[str, Any], bool]
+
+
+def serve(
+    pipe: Connection, spec: HandlerSpec, folder: str, kept: Mapping[str, Source], most_bytes: int
+) -> None:
+    """Works until there is no more to do. Results of more than `most_bytes` are told by their size.
+
+    kept: the folder's modules as they are to be loaded.
+    """
+    _become_a_child()
+    parent = _Parent(pipe)
+    _log_to(parent)
+    sources = api.add_folder(Path(folder), kept)
+    try:
+        loaded = typed.load(spec)
+    except ConfigError as e:
+        parent.end_with(("cannot", str(e)))
+        return
+    sources.keep_imported()
+    home, me = os.getcwd(), os.getpid()
+    found = {name: sources.kept[name] for name in sources.kept.keys() - kept}
+    parent.end_with(("ready", (found, tuple(loaded.function))))
+    while (request := _next(pipe)) is not None:
+        _as_it_was(parent, home)
+        parent.begin()
+        outcome = _work(loaded.call, request, most_bytes, parent.piece)
+        if os.getpid() != me:
+            os._exit(0)  # a fork that the handler made and did not end; the answer is not its own
+        parent.end_with(outcome)
+
+
+class _Parent:
+    """The sending end of the pipe, for the handler and for threads that it leaves behind."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.out, self.err = Printed(self._printed, 1), Printed(self._printed, 2)
+        self._pipe = pipe
+        self._lock = threading.Lock()
+        self._room = LINES
+        self._left_out = 0
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._be_silent)
+
+    def begin(self) -> None:
+        with self._lock:
+            self._room, self._left_out = LINES, 0
+            self._pipe.send(("begun", None))
+
+    def line(self, level: int, text: str) -> None:
+        """Sends a line while there is a request and room for its lines."""
+        with self._lock:
+            if self._room:
+                self._room -= 1
+                with contextlib.suppress(OSError):
+                    self._pipe.send(("line", (level, cut(text))))
+            else:
+                self._left_out += 1
+
+    def piece(self, piece: bytes) -> bool:
+        with self._lock:
+            self._pipe.send(("piece", piece))
+        return True  # when nobody waits for the rest, the parent ends this process
+
+    def end_with(self, message: tuple[str, Any]) -> None:
+        """The last message of a request: no line comes after it."""
+        for stream in (self.out, self.err):
+            stream.end_line()
+        with self._lock:
+            self._room = 0
+            if self._left_out:
+                text = f"{self._left_out:,} more lines of this request are left out"
+                self._pipe.send(("line", (logging.WARNING, text)))
+            self._pipe.send(message)
+
+    def _printed(self, text: str) -> None:
+        self.line(logging.INFO, text)
+
+    def _be_silent(self) -> None:
+        # A fork's lines would come between the bytes of an answer, or when there is no request.
+        self._lock = threading.Lock()
+        self._room = 0
+        self._pipe.close()
+
+
+class _ToParent(logging.Handler):
+    def __init__(self, parent: _Parent) -> None:
+        super().__init__(logging.INFO)
+        self._parent = parent
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._parent.line(record.levelno, self.format(record))
+        except Exception:  # noqa: BLE001 - a line that cannot be made is not the handler's failure
+            self.handleError(record)
+
+
+def _become_a_child() -> None:
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent
+    if os.name == "posix":
+        os.setpgid(0, 0)  # so that programs which the handler starts can be ended with it
+    descendants.hold_together()
+    # Whatever the handler starts inherits these: it must not hold or fill the parent's output.
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            os.dup2(nowhere, fd)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        _end_with_all()
+
+
+def _end_with_all() -> NoReturn:
+    descendants.end()
+    if os.name == "posix" and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def _log_to(parent: _Parent) -> None:
+    sys.stdout, sys.stderr = parent.out, parent.err
+    logging.raiseExceptions = False
+    handler = _ToParent(parent)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)
+    lead_to(handler)
+
+
+def _next(pipe: Connection) -> Request | None:
+    try:
+        return pipe.recv()  # type: ignore[no-any-return]
+    except (EOFError, OSError):  # the parent is gone
+        _end_with_all()
+
+
+def _as_it_was(parent: _Parent, home: str) -> None:
+    sys.stdout, sys.stderr = parent.out, parent.err
+    if sys.getrecursionlimit() != RECURSION:
+        sys.setrecursionlimit(RECURSION)
+    with contextlib.suppress(OSError):
+        os.chdir(home)
+
+
+def _work(
+    call: Callable[..., Any], request: Request, most_bytes: int, send: Send
+) -> tuple[str, Any]:
+    payload, facts, remaining_s, options, in_pieces = request
+    try:
+        context = Context(*facts, time.monotonic() + remaining_s, options)
+        return outcome_of(call(payload, context), most_bytes, send if in_pieces else None)
+    except BaseException as e:  # noqa: BLE001 - SystemExit too is one request's failure
+        sys.setrecursionlimit(RECURSION)  # or a low one would end what tells of the failure
+        return outcome_of_error(e)

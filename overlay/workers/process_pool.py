@@ -1,0 +1,404 @@
+"""Handlers that compute, each call in a process that can be ended.
+
+    a thread per slot  == a pipe of their own ==>  its process, started by spawn on every system
+
+Nothing is shared between the processes, so each may be killed at any moment, by us or by anybody:
+that costs the request it works on, and no other. A request that a process provably did not begin
+is given to another one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import math
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from multiprocessing import connection
+from typing import Any
+
+import psutil
+
+from overlay.model import clocks as time
+from overlay.model.errors import ConfigError, HandlerFailed
+from overlay.model.limits import MIB, Limits
+from overlay.model.segments import Code, Executed, Failure
+from overlay.model.signatures import Function
+from overlay.model.topology import HandlerSpec
+from overlay.transport.chunks import Outlet
+from overlay.workers import descendants
+from overlay.workers.job import Batch, read_outcome
+from overlay.workers.process_main import Request, serve
+from overlay.workers.user_modules import Sources
+
+log = logging.getLogger("overlay.executor")
+handler_log = logging.getLogger("overlay.handler")
+
+IMPORT_S = 60.0  # for the modules that a handler imports
+LOOK_S = 0.1  # between two looks at a process at work: is it there, how much memory has it
+TRIES = 3  # processes that one request may be given to, when each is gone before it begins
+
+
+class ProcessRunner:
+    """Owns `slots` threads, "handler-NAME-n", each with a process, until `close`."""
+
+    def __init__(
+        self,
+        spec: HandlerSpec,
+        slots: int,
+        sources: Sources,
+        most_bytes: int = Limits.max_message_bytes,
+    ) -> None:
+        """Raises ConfigError when the handler cannot be imported in a child."""
+        self.function = Function(spec.name)
+        self._spec = spec
+        self._slots = slots
+        self._sources = sources
+        self._most_bytes = most_bytes
+        self._todo: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()  # once for each row
+        self._lock = threading.Lock()
+        self._running: dict[tuple[Batch, int], _Child] = {}
+        self._children: set[_Child] = set()
+        self._closed = False
+        atexit.register(self.close)  # or multiprocessing would wait for them when Python ends
+        try:
+            first = self._new_child()
+        except BaseException:
+            self.close()
+            raise
+        for n in range(slots):
+            name = f"handler-{spec.name}-{n + 1}"
+            args = (first if n == 0 else None,)
+            threading.Thread(target=self._serve, args=args, name=name, daemon=True).start()
+
+    @property
+    def active(self) -> int:
+        return len(self._running)
+
+    @property
+    def pids(self) -> list[int]:
+        with self._lock:
+            return [child.pid for child in self._children]
+
+    def submit(self, batch: Batch) -> None:
+        for _ in range(batch.waiting):
+            self._todo.put(batch)
+
+    def end(self, batch: Batch, start: int, count: int) -> None:
+        """Kills the processes that work on these rows."""
+        rows = range(start, start + count)
+        with self._lock:  # or a process might have gone on to another row meanwhile
+            for (other, row), child in self._running.items():
+                if other is batch and row in rows:
+                    child.kill()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            children = list(self._children)
+        for _ in range(self._slots):
+            self._todo.put(None)
+        for child in children:
+            child.kill()
+        for child in children:
+            child.wait(5)
+        atexit.unregister(self.close)
+
+    def _serve(self, child: _Child | None) -> None:
+        while not self._closed:
+            child = child or self._maybe_child()
+            batch = self._todo.get()
+            if batch is None:
+                break
+            child = self._work_on(batch, child)
+
+    def _work_on(self, batch: Batch, child: _Child | None) -> _Child | None:
+        """Runs one row; gives back the process if it can take the next one."""
+        if child is not None and not child.waits:
+            log.warning("handler %s: an idle process was gone", self._spec.name)
+            self._drop(child)
+            child = None
+        child = child or self._maybe_child()
+        row = batch.begin_next()
+        if row is None:
+            return child
+        began, outlet = time.monotonic(), batch.outlet(row) if batch.in_pieces else None
+        outcome, child = self._run(batch, row, child, outlet)
+        with self._lock:
+            self._running.pop((batch, row), None)
+        now = time.monotonic()
+        if now >= batch.segment.deadline:
+            outcome = batch.too_late()
+        read_s = outlet.waited_s if outlet else 0.0
+        batch.done([(row, outcome)], now - began - read_s, began)
+        return self._maybe_kept(child)
+
+    def _run(
+        self, batch: Batch, row: int, child: _Child | None, outlet: Outlet | None
+    ) -> tuple[bytes | Failure, _Child | None]:
+        context = batch.context(row)
+        facts = (context.process_id, context.team, context.request_id, context.attempt)
+        payload = batch.segment.payloads.items[row]
+        for _ in range(TRIES):
+            if child is None:
+                break
+            with self._lock:
+                self._running[batch, row] = child
+            if context.cancelled:  # whoever ended it before now did not find the process
+                return self._ended(), child
+            options, in_pieces = dict(context.options), outlet is not None
+            request = (payload, facts, context.remaining_s(), options, in_pieces)
+            came = child.ask(request, self._spec.limit_s or math.inf, outlet)
+            if came is not None and came[0] not in _FATAL:
+                return read_outcome(self._spec.name, *came, context.request_id), child
+            exitcode = self._drop(child)
+            if context.cancelled or self._closed:
+                return self._ended(), None
+            if came is not None:
+                return self._fatal(*came, exitcode, context.request_id), None
+            child = self._maybe_child()
+        reason = f"no process for handler '{self._spec.name}' can be started; see this worker's log"
+        return Failure(Code.UNAVAILABLE, reason, Executed.NO), None
+
+    def _ended(self) -> Failure:
+        return _failure(f"the process of handler '{self._spec.name}' was ended")
+
+    def _fatal(
+        self, kind: str, value: Any, exitcode: int | None, request_id: int
+    ) -> bytes | Failure:
+        spec = self._spec
+        if kind == "late":
+            return _failure(f"handler '{spec.name}' ran longer than its limit_s {spec.limit_s:g}")
+        if kind == "memory":
+            used = f"{value / MIB:,.0f} MiB"
+            return _failure(
+                f"handler '{spec.name}' used {used}, more than its memory_mib {spec.memory_mib}"
+            )
+        how = f"its process ended with {_exit(exitcode)}"
+        return read_outcome(spec.name, "failed", how, request_id)
+
+    def _maybe_kept(self, child: _Child | None) -> _Child | None:
+        """The process, unless it has done its requests or holds too much memory."""
+        if child is None:
+            return None
+        worn = child.requests >= (self._spec.max_requests or math.inf)
+        if worn or child.memory_too_large():
+            child.retire()
+            self._drop(child)
+            return None
+        return child
+
+    def _maybe_child(self) -> _Child | None:
+        try:
+            return self._new_child()
+        except ConfigError as e:
+            if not self._closed:
+                log.error("handler %s: no process can be started: %s", self._spec.name, e)
+            return None
+
+    def _new_child(self) -> _Child:
+        """Started, with the handler imported. Raises ConfigError."""
+        spec = self._spec
+        try:
+            child = _Child(spec, self._sources, self._most_bytes)
+        except OSError as e:
+            raise ConfigError(f"handler '{spec.name}': a process cannot be started: {e}") from None
+        with self._lock:
+            self._children.add(child)
+            closed = self._closed
+        if closed:
+            child.kill()
+        kind, said = child.receive(time.monotonic() + IMPORT_S)
+        if kind == "ready":
+            found, function = said
+            self._sources.add(found)
+            self.function = Function(*function)
+            return child
+        problem = said
+        if kind != "cannot":
+            problem = f"handler '{spec.name}': the process that imports '{spec.call}' "
+            problem += "ended" if kind == "lost" else f"did not end within {IMPORT_S:g} s"
+        self._drop(child)
+        raise ConfigError(problem)
+
+    def _drop(self, child: _Child) -> int | None:
+        """Ends the process; returns its exit code."""
+        child.kill()
+        child.wait(5)
+        child.hang_up()
+        with self._lock:
+            self._children.discard(child)
+        return child.exitcode
+
+
+class _Child:
+    """One process and the pipe to it. Used by one thread; `kill` is safe from any."""
+
+    def __init__(self, spec: HandlerSpec, sources: Sources, most_bytes: int) -> None:
+        """Starts it. Raises OSError."""
+        self.requests = 0
+        self._most_memory = (spec.memory_mib or 0) * MIB
+        self._next_look = 0.0
+        self._kill_lock = threading.Lock()
+        self._gone = False
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        args = (theirs, spec, sources.folder, dict(sources.kept), most_bytes)
+        self._process = spawn.Process(target=serve, args=args, name=spec.name)
+        with theirs, _starting:
+            _be_somewhere(sources.folder)
+            self._process.start()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is there and idle; then it says nothing."""
+        return self._process.is_alive() and not self._has_said()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._process.exitcode
+
+    def ask(
+        self, request: Request, limit_s: float, outlet: Outlet | None = None
+    ) -> tuple[str, Any] | None:
+        """The outcome, or what ended it; None when the process provably did not begin.
+
+        outlet: for the pieces of a large result, at the pace at which they are read.
+        """
+        self.requests += 1
+        until, begun = time.monotonic() + limit_s, False
+        about = {"request_id": request[1][2]}
+        try:
+            self._pipe.send(request)
+        except (OSError, ValueError):  # not all of it is written, so it cannot have begun
+            return None
+        while True:
+            kind, value = self.receive(until)
+            if kind == "begun":
+                begun = True
+            elif kind == "line":
+                level, text = value
+                handler_log.log(level, "%s", text, extra=about)
+            elif kind == "piece" and outlet is not None:
+                waited_s = outlet.waited_s
+                if not outlet.send(value):
+                    return "lost", None
+                until += outlet.waited_s - waited_s
+            elif kind == "lost" and not begun:
+                return None
+            else:
+                return kind, value
+
+    def receive(self, until: float) -> tuple[str, Any]:
+        """What it says next; or "late" at `until`, "lost" when it is gone, "memory" with bytes."""
+        while True:
+            left = max(0.0, min(LOOK_S, until - time.monotonic()))
+            ready = connection.wait([self._pipe, self._process.sentinel], left)
+            if self._pipe in ready:
+                return self._read()
+            if ready:
+                return self._read() if self._has_said() else ("lost", None)
+            now = time.monotonic()
+            if now >= until:
+                return "late", None
+            if now >= self._next_look:
+                self._next_look = now + LOOK_S
+                if used := self.memory_too_large():
+                    return "memory", used
+                # A fork of it may hold its pipes open, which then never end.
+                if self._has_ended() and not self._has_said():
+                    return "lost", None
+
+    def memory_too_large(self) -> int:
+        """How much memory it has, if that is more than it may; else 0."""
+        if not self._most_memory:
+            return 0
+        with contextlib.suppress(psutil.Error):
+            used: int = psutil.Process(self._process.pid).memory_info().rss
+            return used if used > self._most_memory else 0
+        return 0
+
+    def retire(self) -> None:
+        """Lets it end by itself, for a second; ends what it leaves behind."""
+        left = descendants.by(self._process.pid)
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
+        self.wait(1)
+        descendants.kill(left)
+
+    def hang_up(self) -> None:
+        self._pipe.close()
+
+    def kill(self) -> None:
+        """Ends it and the programs it started."""
+        with self._kill_lock:
+            if not self._gone:
+                left = descendants.by(self._process.pid)
+                self._process.kill()
+                _kill_group(self._process.pid or 0)
+                descendants.kill(left)
+
+    def wait(self, within_s: float) -> None:
+        """Returns when it has ended, or after so long."""
+        until = time.monotonic() + within_s
+        while not self._has_ended() and time.monotonic() < until:
+            connection.wait([self._process.sentinel], 0.02)
+            time.sleep(0.001)  # its files may be closed, and itself not yet gone
+        with self._kill_lock:
+            if not self._gone and self._has_ended():
+                _kill_group(self._process.pid or 0)  # which keeps the number while it has members
+                self._gone = True  # its number may be another's now
+
+    def _has_ended(self) -> bool:
+        # Somebody may have waited for it in our stead, as os.wait() in a handler does: then no
+        # exit code ever comes.
+        return self._process.exitcode is not None or not psutil.pid_exists(self._process.pid or 0)
+
+    def _has_said(self) -> bool:
+        """Whether there is something to read, which may be that it is gone."""
+        with contextlib.suppress(OSError):  # Windows' word for a pipe without its other end
+            return self._pipe.poll(0)
+        return True
+
+    def _read(self) -> tuple[str, Any]:
+        try:
+            return self._pipe.recv()  # type: ignore[no-any-return]
+        except Exception:  # noqa: BLE001 - half a message of one that was killed, or not ours
+            return "lost", None
+
+
+_FATAL = ("lost", "late", "memory")
+_starting = threading.Lock()  # multiprocessing keeps a list of children, for one thread
+
+
+def _failure(reason: str) -> Failure:
+    return Failure(HandlerFailed.code, reason, Executed.YES)
+
+
+def _exit(code: int | None) -> str:
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def _be_somewhere(folder: str) -> None:
+    # A handler on a thread may have changed into a folder that is gone; spawn asks where we are.
+    try:
+        os.getcwd()
+    except OSError:
+        os.chdir(folder)
+
+
+def _kill_group(pid: int) -> None:
+    if os.name == "posix":
+        with contextlib.suppress(OSError):  # it has no group yet, or no longer
+            os.killpg(pid, signal.SIGKILL)

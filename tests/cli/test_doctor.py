@@ -1,0 +1,354 @@
+"""client.py doctor and init: the diagnoses by table, the rest on real processes and files."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overlay.cli import init as addressing
+from overlay.cli.diagnosis import Diagnosis, Finding, Grade, Link, Reach, Said, Seen
+from overlay.cli.doctor import told
+from overlay.model.config import load
+from overlay.model.errors import ConfigError
+from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes
+
+SHIPPED = load(ROOT / "two_hosts_config.json")
+UP = {
+    process.id: tuple(Link(n.id, "up", 5.0, "", 0.5) for n in SHIPPED.below(process.id))
+    for process in SHIPPED.processes.values()
+}
+PC, MAC = "Windows-AMD64", "Darwin-arm64"
+
+
+def answering(process_id: str, **changes: Any) -> Seen:
+    system = PC if SHIPPED.processes[process_id].host == "192.168.1.1" else MAC
+    said = Said(process_id, "1.0", system, SHIPPED.digest, links=UP[process_id])
+    return Seen(Reach.OPEN, replace(said, **changes), is_here=system == PC)
+
+
+def diagnosis(**seen: Seen) -> Diagnosis:
+    """As the PC finds the six, all well but for those given."""
+    all_seen = {i: answering(i) for i in SHIPPED.processes}
+    return Diagnosis(SHIPPED, {**all_seen, **seen}, "1.0", 1, "Windows", "mine.json")
+
+
+def of(process_id: str, **seen: Seen) -> Finding:
+    return diagnosis(**seen).of_process(SHIPPED.processes[process_id])
+
+
+def link(asker: str, asked: str, **seen: Seen) -> Finding:
+    return diagnosis(**seen).of_link(SHIPPED.processes[asker], SHIPPED.processes[asked])
+
+
+def test_nothing_is_said_of_what_is_well():
+    found = [of(i) for i in SHIPPED.processes] + [link("A", "E"), link("E", "D")]
+
+    assert {finding.grade for finding in found} == {Grade.OK}
+    assert not any(finding.why or finding.do for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("who", "seen", "state", "why", "do"),
+    [
+        ("D", Seen(Reach.REFUSED, None, True), "not running", "nothing listens",
+         r"here: py scripts\run.py start mine.json"),
+        ("F", Seen(Reach.REFUSED), "not running", "nothing listens",
+         "on 192.168.1.2: python3 scripts/run.py start mine.json"),
+        ("F", Seen(Reach.SILENT), "silent", "C and E at 192.168.1.2 can be reached",
+         "System Settings, Network, Firewall"),
+        ("D", Seen(Reach.SILENT, None, True), "silent", "a firewall closes the port",
+         "netsh advfirewall firewall add rule name=\"overlay\" dir=in action=allow protocol=TCP "
+         "localport=50051-50054"),
+        ("F", Seen(Reach.NO_WAY), "no way", "another network", "ipconfig getifaddr en0"),
+        ("F", Seen(Reach.NO_NAME), "no address", "'192.168.1.2' is no name", "correct its host"),
+        ("F", Seen(Reach.OPEN), "no answer", "another program",
+         "on 192.168.1.2: lsof -nP -iTCP:50056 -sTCP:LISTEN"),
+        ("D", Seen(Reach.OPEN, None, True), "no answer", "frozen",
+         "here: netstat -ano | findstr :50054"),
+        ("F", answering("C"), "is C", "process C of another start answers at 192.168.1.2:50056",
+         "change the port"),
+        ("F", answering("F", is_healthy=False), "stops", "being stopped", "start mine.json"),
+        ("F", answering("F", digest="other"), "other file", "another configuration",
+         "copy two_hosts_config.json to every machine"),
+        ("F", answering("F", version="2.0", wire_format=2), "other release",
+         "it runs version 2.0, which does not understand 1.0", "put the same folder"),
+        ("F", answering("F", streams=SHIPPED.limits.streams), "full",
+         f"of its {SHIPPED.limits.streams} places for streams are taken", "close()"),
+    ],
+)  # fmt: skip
+def test_each_trouble_has_its_cause_and_its_remedy(
+    who: str, seen: Seen, state: str, why: str, do: str
+) -> None:
+    found = of(who, **{who: seen})
+
+    assert found.grade is Grade.BAD
+    assert found.state == state
+    assert why in found.why
+    assert do in found.do
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"version": "0.9"}, "it runs version 0.9, here is 1.0"),
+        ({"clock_s": -83.2}, "its clock is 83 s behind this one's"),
+        ({"clock_s": 5.1}, "its clock is 5 s ahead of this one's"),
+    ],
+)
+def test_what_does_no_harm_is_only_noted(changes: dict[str, Any], why: str) -> None:
+    found = of("F", F=answering("F", **changes))
+
+    assert found.grade is Grade.NOTE
+    assert found.why == why
+
+
+def test_where_nothing_is_known_of_the_other_machine_both_systems_are_told():
+    silent = {i: Seen(Reach.SILENT) for i in "CEF"}
+
+    found = [of(i, **silent) for i in "CEF"]
+
+    assert "off, another address, or a firewall" in found[0].why
+    assert "the firewall on 192.168.1.2: Windows, as administrator: netsh" in found[0].do
+    assert "Mac: System Settings" in found[0].do
+    assert len(told([(i, finding) for i, finding in zip("CEF", found, strict=True)])) == 1
+
+
+def test_a_link_that_is_down_between_two_that_answer_here_is_the_firewalls():
+    down = (Link("F", "down", 12.4, "no answer in time"), Link("D", "up"))
+
+    found = link("E", "F", E=answering("E", links=down))
+
+    assert found.grade is Grade.BAD
+    assert found.why == "for 12 s: no answer in time"
+    assert "F answers here, not there: a firewall on 192.168.1.2: System Settings" in found.do
+
+
+def test_a_link_between_two_that_answer_here_comes_back_or_its_asker_knows_why():
+    found = [
+        link("A", "B", A=answering("A", links=(Link("B", "down", since_s, "it does not know"),)))
+        for since_s in (2.0, 60.0)
+    ]
+
+    assert "will be back in a moment" in found[0].do
+    assert "or see the log of A" in found[1].do
+
+
+def test_a_link_to_a_process_that_is_gone_points_at_the_process():
+    down = (Link("F", "down", 2.0), Link("D", "up"))
+
+    found = link("E", "F", E=answering("E", links=down), F=Seen(Reach.REFUSED))
+
+    assert (found.grade, found.do) == (Grade.BAD, "see F above")
+
+
+def test_of_the_links_of_one_who_is_silent_nothing_is_said():
+    found = link("E", "F", E=Seen(Reach.SILENT))
+
+    assert (found.state, found.why) == ("not known", "")
+
+
+# On real processes
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    with running(tmp_path_factory.mktemp("doctor"), six_processes()) as found:
+        yield found
+
+
+def doctor(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "client.py", "doctor", str(path), "--deadline", "1.5", *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_an_overlay_that_is_well_is_said_to_be_well(six: Overlay) -> None:
+    done = doctor(six.path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 of 6 processes well, 6 of 6 links up" in done.stdout
+    assert "+0.0" in done.stdout or "-0.0" in done.stdout  # one clock
+
+
+def test_the_report_for_scripts_tells_of_each_process_and_link(six: Overlay) -> None:
+    report = json.loads(doctor(six.path, "--json").stdout)
+
+    assert (report["ok"], report["exit_code"]) == (True, 0)
+    assert [p["id"] for p in report["processes"]] == list("ABCDEF")
+    assert all(p["here"] and abs(p["clock_offset_s"]) < 1 for p in report["processes"])
+    assert {(k["from"], k["to"]) for k in report["links"]} == {
+        ("A", "B"), ("A", "E"), ("B", "C"), ("B", "D"), ("E", "F"), ("E", "D"),
+    }  # fmt: skip
+
+
+def test_a_frozen_one_and_another_program_on_the_port_are_told_from_one_that_is_gone(
+    six: Overlay, tmp_path: Path
+) -> None:
+    # C is frozen, D's port has another program, F's nobody: as a file says that A was not told of.
+    config = json.loads(six.path.read_text())
+    config["processes"]["F"]["port"] = free_port()
+    path = tmp_path / "other.json"
+    six.processes["C"].send_signal(signal.SIGSTOP)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as program:
+            config["processes"]["D"]["port"] = program.getsockname()[1]
+            path.write_text(json.dumps(config))
+            done = doctor(path, "--json")
+    finally:
+        six.processes["C"].send_signal(signal.SIGCONT)
+
+    states = {p["id"]: p["state"] for p in json.loads(done.stdout)["processes"]}
+    assert done.returncode == 1
+    assert {i: states[i] for i in "CDF"} == {
+        "C": "no answer",
+        "D": "no answer",
+        "F": "not running",
+    }
+    assert {states[i] for i in "ABE"} == {"other file"}
+
+
+def test_when_nothing_answers_the_exit_code_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "nobody.json"
+    path.write_text(json.dumps(six_processes()))
+
+    done = doctor(path)
+
+    assert done.returncode == 4
+    assert "A, B, C, D, E, F: nothing listens there: not started, or ended. Here:" in done.stdout
+
+
+def test_a_machine_that_has_no_address_of_the_file_is_told_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "elsewhere.json"
+    no_name = "x" * 70  # longer than a name can be, so that nobody is asked for it
+    path.write_text((ROOT / "two_hosts_config.json").read_text().replace("192.168.1.", no_name))
+
+    done = doctor(path)
+
+    assert "none of them is on this machine, which has" in done.stdout
+    assert done.stdout.count("is no name that this machine knows") == 2
+    assert not done.stderr
+
+
+def test_a_file_that_is_wrong_is_said_to_be_wrong(tmp_path: Path) -> None:
+    done = doctor(tmp_path / "none.json")
+
+    assert done.returncode == 2
+    assert done.stderr == f"client.py: no configuration file at '{tmp_path / 'none.json'}'\n"
+
+
+# init
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "two_hosts_config.json"
+    path.write_bytes((ROOT / "two_hosts_config.json").read_bytes())
+    return path
+
+
+def init(path: Path, *more: str, said: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "client.py"), "init", str(path), *more]
+    return subprocess.run(command, input=said, capture_output=True, text=True, timeout=60)
+
+
+def hosts_in(path: Path) -> str:
+    return " ".join(p.host for p in load(path).processes.values())
+
+
+def test_the_answers_are_written_and_the_file_keeps_its_form(file: Path) -> None:
+    before = file.read_text()
+
+    done = init(file, said="10.0.0.5\nmac.local\n")
+
+    assert done.returncode == 0, done.stderr
+    assert file.read_text() == before.replace("192.168.1.1", "10.0.0.5").replace(
+        "192.168.1.2", "mac.local"
+    )
+    assert f"client.py doctor {file}" in done.stdout
+
+
+def test_enter_keeps_an_address_and_a_wrong_answer_is_asked_again(file: Path) -> None:
+    done = init(file, said="\nhttp://mac/\n10.0.0.600\n10.0.0.6\n")
+
+    assert done.returncode == 0, done.stderr
+    assert "'http://mac/' is not a name or an address of a machine" in done.stdout
+    assert "'10.0.0.600' is not an address: four numbers from 0 to 255" in done.stdout
+    assert hosts_in(file) == "192.168.1.1 192.168.1.1 10.0.0.6 192.168.1.1 10.0.0.6 10.0.0.6"
+
+
+@pytest.mark.parametrize("answer", ["127.0.0.1", "here"])
+def test_one_machine_will_do_and_the_summary_has_all_its_processes(file: Path, answer: str) -> None:
+    done = init(file, said=f"{answer}\n" * 2)
+
+    assert done.returncode == 0, done.stderr
+    assert "One machine will do too" in done.stdout
+    assert addressing.OF_ONE_HOST in done.stdout
+    (host,) = set(hosts_in(file).split())
+    written = done.stdout.partition(f"{host}: ")[2]
+    assert [word for word in written.split() if word in tuple("ABCDEF")] == list("ABDCEF")
+    assert "(this machine)" in written
+    assert "It is for one machine; start it there" in written
+    assert "Beware" not in written
+    assert "every machine" not in written
+
+
+def test_two_addresses_can_be_exchanged(file: Path) -> None:
+    done = init(file, "--host", "192.168.1.1=192.168.1.2", "--host", "192.168.1.2=192.168.1.1")
+
+    assert done.returncode == 0, done.stderr
+    assert hosts_in(file) == (
+        "192.168.1.2 192.168.1.2 192.168.1.1 192.168.1.2 192.168.1.1 192.168.1.1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "complaint"),
+    [
+        ([], "10.0.0.5\n", "an answer is missing"),
+        (["--host", "1.2.3.4=10.0.0.5"], "", "no process has the host '1.2.3.4'; there are"),
+        (["--host", "192.168.1.1"], "", "'192.168.1.1' is not OLD=NEW"),
+        (["--host", "192.168.1.1=a b"], "", "'a b' is not a name or an address"),
+    ],
+)
+def test_what_cannot_be_written_leaves_the_file_as_it_was(
+    file: Path, arguments: list[str], said: str, complaint: str
+) -> None:
+    before = file.read_bytes()
+
+    done = init(file, *arguments, said=said)
+
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_host_that_would_make_two_processes_one_address_is_refused(file: Path) -> None:
+    raw = json.loads(file.read_text())
+    raw["processes"]["F"]["port"] = raw["processes"]["A"]["port"]
+    file.write_text(json.dumps(raw))
+
+    with pytest.raises(ConfigError, match=r"port 50051 on 10.0.0.5 is process A's already"):
+        addressing.write(file, {"192.168.1.1": "10.0.0.5", "192.168.1.2": "10.0.0.5"})
+
+    assert json.loads(file.read_text()) == raw
+
+
+def test_only_the_hosts_of_processes_change(file: Path) -> None:
+    raw = json.loads(file.read_text())
+    raw["processes"]["C"]["options"] = {"host": "192.168.1.2"}
+    file.write_text("\N{ZERO WIDTH NO-BREAK SPACE}" + json.dumps(raw), encoding="utf-8")
+
+    addressing.write(file, {"192.168.1.2": "10.0.0.6"})
+
+    assert load(file).processes["C"].options == {"host": "192.168.1.2"}
+    assert load(file).processes["C"].host == "10.0.0.6"

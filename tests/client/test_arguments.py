@@ -1,0 +1,323 @@
+"""Whatever a caller gives for whatever argument: it is refused by name, and hurts nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import fractions
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import overlay
+from overlay.client import arguments
+from overlay.client import sync as library
+from overlay.client.outbox import Kind, Order
+from overlay.model.segments import Code, Executed, Mode, Route
+from tests.harness.cluster import Overlay, running_one, until
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    """A worker, which is asked itself."""
+    with running_one(tmp_path_factory.mktemp("arguments"), HANDLERS, ["upper"]) as found:
+        yield found
+
+
+HANDLERS = """
+def upper(payload, context):
+    return payload.upper()
+"""
+
+
+@pytest.fixture(scope="module")
+def client(one: Overlay) -> Iterator[overlay.Client]:
+    with overlay.connect(one.address("C")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def other(one: Overlay) -> Iterator[overlay.Client]:
+    """Another one of this Python process."""
+    with overlay.connect(one.address("C")) as found:
+        yield found
+
+
+# Which values
+
+
+class OddityError(Exception):
+    pass
+
+
+class Oddity:
+    """Fails at whatever is done with it."""
+
+    def fail(self, *_: object) -> Any:
+        raise OddityError
+
+    __eq__ = __hash__ = __bool__ = __len__ = __index__ = __int__ = __float__ = fail
+    __iter__ = __aiter__ = __str__ = __format__ = __lt__ = __gt__ = __le__ = __ge__ = fail
+
+
+class Text(str):
+    """Says something else than it is."""
+
+    __slots__ = ()
+
+    def encode(self, *_: Any) -> bytes:
+        raise OddityError
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise OddityError
+
+
+class Number(int):
+    def __index__(self) -> Any:
+        raise OddityError
+
+    __float__ = __int__ = __le__ = __lt__ = __ge__ = __gt__ = __index__
+
+
+class Share(float):
+    def __float__(self) -> Any:
+        raise OddityError
+
+
+class Way(str, enum.Enum):
+    ANY = "any"
+
+
+class Urgency(enum.IntEnum):
+    FIRST = 1
+
+
+ODD = [
+    *(None, True, False, 0, 1, 1.0, -1, 10, 10**400, 2**63, 2**64, 1j, ..., NotImplemented),
+    *(float("nan"), float("inf"), -0.0, 5e-324, fractions.Fraction(1, 3)),
+    *("", "any", "all", "upper", "\ud800", "\0", "x" * 100_000, b"any", bytearray(b"x"), [1], {}),
+    *(print, int, Oddity, Oddity(), Text("any"), Text("upper"), Number(1), Share(1.0)),
+    *(Way.ANY, Urgency.FIRST, mock.MagicMock(spec=str), mock.MagicMock(spec=int)),
+    *(memoryview(b"abcd")[::2], range(3), [b"a", 1.0], ["a", None], (b"a", "\ud800")),
+]
+SOMETHING_ODD = st.sampled_from(range(len(ODD))).map(ODD.__getitem__)
+ANYTHING = st.one_of(
+    SOMETHING_ODD,
+    st.integers(),
+    st.floats(),
+    st.text(st.characters(exclude_categories=())),
+    st.binary(),
+    st.lists(st.integers() | st.binary()),
+    st.fractions(),
+    st.decimals(),
+    st.complex_numbers(),
+)
+
+PLAIN = {"handler": "upper", "timeout": 5}
+# Each verb, what it is given besides the argument in question, and what it may be given.
+VERBS: dict[str, tuple[dict[str, Any], str]] = {
+    "call": (
+        {"payload": b"x", **PLAIN, "mode": "any"},
+        "payload mode team handler timeout want_parts idempotency_key priority",
+    ),
+    "forward": (
+        {"payload": b"x", **PLAIN, "mode": "any"},
+        "payload mode team handler timeout want_parts idempotency_key priority want_trace "
+        "request_id",
+    ),
+    "submit": ({"payload": b"x", **PLAIN}, "handler payload mode team timeout priority"),
+    "map": (
+        {"payloads": [b"x", b"y"], **PLAIN},
+        "handler payloads mode team timeout window chunksize priority patience_s",
+    ),
+    "map_as_completed": (
+        {"payloads": [b"x", b"y"], **PLAIN},
+        "handler payloads mode team timeout window chunksize ordered priority patience_s",
+    ),
+    "parts": ({"payload": b"x", **PLAIN}, "payload team handler timeout first priority"),
+    "metrics": ({"timeout": 5}, "timeout events requests"),
+    "logs": ({"timeout": 5}, "process_id lines request_id timeout"),
+    "is_serving": ({}, "timeout"),
+}
+CASES = st.sampled_from(
+    [(verb, name) for verb, (_, names) in VERBS.items() for name in names.split()]
+)
+ASYNC_VERBS = {"call", "submit", "map", "map_as_completed", "parts", "metrics", "is_serving"}
+# By which word of the sentence one knows what was wrong.
+WORDS = {"payloads": "payload", "patience_s": "patience"}
+
+
+def check_refusal(name: str, error: Exception) -> None:
+    if isinstance(error, OddityError):
+        assert name == "payloads", "what its iterator raises is the caller's own"
+    elif isinstance(error, (TypeError, ValueError)):
+        assert WORDS.get(name, name) in str(error), f"{name} is not named: {error}"
+    else:
+        assert isinstance(error, library.CallFailed), f"{type(error)}: {error}"
+
+
+def ask(client: overlay.Client, verb: str, given: dict[str, Any]) -> None:
+    came = getattr(client, verb)(**given)
+    if verb == "submit":
+        came.result(10)
+    elif hasattr(type(came), "__next__"):
+        for _ in came:
+            pass
+
+
+@settings(max_examples=400)
+@given(CASES, ANYTHING)
+@example(("call", "priority"), 1.0)
+@example(("submit", "priority"), True)
+@example(("call", "want_parts"), 1)
+@example(("submit", "handler"), 0)
+@example(("call", "idempotency_key"), [])
+@example(("map", "chunksize"), 2.0)
+@example(("forward", "request_id"), -1)
+def test_any_value_for_any_argument_is_answered_or_refused_by_name(
+    client: overlay.Client, other: overlay.Client, case: tuple[str, str], value: Any
+) -> None:
+    verb, name = case
+    bystanders = [one.submit("upper", b"before", priority=1) for one in (client, other)]
+
+    try:
+        ask(client, verb, {**VERBS[verb][0], name: value})
+    except Exception as e:  # noqa: BLE001 - any may come
+        check_refusal(name, e)
+
+    bystanders += [one.submit("upper", b"after", priority=1) for one in (client, other)]
+    found = [future.result(10) for future in bystanders]
+    assert found == [b"BEFORE", b"BEFORE", b"AFTER", b"AFTER"]
+
+
+def test_so_it_is_with_asyncio(one: Overlay) -> None:
+    async def ask(client: overlay.AsyncClient, verb: str, given: dict[str, Any]) -> None:
+        came = getattr(client, verb)(**given)
+        if hasattr(type(came), "__anext__"):
+            async for _ in came:
+                pass
+        else:
+            await came
+
+    async def main() -> None:
+        cases = [(v, name) for v in sorted(ASYNC_VERBS) for name in VERBS[v][1].split()]
+        async with overlay.connect_async(one.address("C")) as client:
+            for verb, name in cases:
+                if name == "idempotency_key":  # it has none
+                    continue
+                for value in ODD[::2]:
+                    bystander = client.submit("upper", b"x", priority=1)
+                    try:
+                        await ask(client, verb, {**VERBS[verb][0], name: value})
+                    except Exception as e:  # noqa: BLE001 - any may come
+                        check_refusal(name, e)
+                    assert await bystander == b"X"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("connect", [overlay.connect, overlay.connect_async])
+@given(value=ANYTHING)
+def test_what_makes_no_client_is_said_so(connect: Any, value: Any) -> None:
+    for name, given_ in (("address", {}), ("patience_s", {"address": "127.0.0.1:5"})):
+        try:
+            connect(**given_, **{name: value})
+        except Exception as e:  # noqa: BLE001 - any may come
+            check_refusal(name, e)
+
+
+@settings(max_examples=50)
+@given(ANYTHING, ANYTHING)
+def test_a_drain_is_not_begun_with_what_is_no_grace(grace_s: Any, wait: Any) -> None:
+    with overlay.connect("127.0.0.1:1", patience_s=0) as nobody:
+        for given_, name in (({"grace_s": grace_s}, "grace_s"), ({"wait": wait}, "wait")):
+            try:
+                nobody.drain(**given_)
+            except Exception as e:  # noqa: BLE001 - any may come
+                check_refusal(name, e)
+
+
+@given(SOMETHING_ODD | ANYTHING)
+def test_what_is_taken_has_the_exact_type(value: Any) -> None:
+    for take, kind in (
+        (arguments.as_bytes, bytes),
+        (arguments.as_key, str),
+        (arguments.as_timeout, float),
+        (arguments.as_patience, float),
+        (lambda given: arguments.as_whole("n", given), int),
+        (lambda given: arguments.kind_of("any", "", "", False, given).priority, int),
+        (lambda given: arguments.kind_of("any", given, "", False).route.team, str),
+        (lambda given: arguments.kind_of("any", "", "", given).want_parts, bool),
+    ):
+        with contextlib.suppress(TypeError, ValueError):
+            assert type(take(value)) is kind
+
+
+def test_one_number_is_not_taken_for_another(client: overlay.Client) -> None:
+    for priority in (True, 1.0, "1"):
+        with pytest.raises(TypeError, match="priority is a whole number, not of type"):
+            client.call(b"x", priority=priority)  # type: ignore[arg-type]
+
+    kind = arguments.kind_of("any", "", "", False, 1)
+
+    assert (type(kind.priority), kind.priority) == (int, 1)
+
+
+def test_a_payload_that_can_no_longer_be_read_is_said_so(client: overlay.Client) -> None:
+    view = memoryview(b"x")
+    view.release()
+
+    with pytest.raises(ValueError, match="a payload cannot be read"):
+        client.call(view)  # type: ignore[arg-type]
+
+
+# A frame that cannot be built
+
+
+def test_a_request_that_cannot_be_written_fails_alone(client: overlay.Client) -> None:
+    """Past all checks, as a fault of ours would be: in one segment with others, and in its own."""
+    came: dict[str, Any] = {}
+    good, bad = Kind(Route(Mode.ANY, "", "upper")), Kind(Route(Mode.ANY, "", "upper"), priority=-1)
+    client.call(b"x")
+    calls = client._connection.begin()
+    begun = threading.Event()
+
+    def order(name: str, kind: Kind, *payloads: Any) -> Order:
+        def keep(rows: Any, what: Any, at: int, request_id: int) -> None:
+            for n, row in enumerate(rows):
+                is_failure = not hasattr(what, "results")
+                came[f"{name}{row}"] = what if is_failure else what.results[at + n]
+
+        return Order(kind, payloads, deadline, keep)
+
+    # All in one frame, hence while its sender waits.
+    deadline = time.monotonic() + 10
+    with calls._pipe._filling:
+        begun.set()
+        for made in (
+            order("a", good, b"a"),
+            order("b", good, b"b", "text", b"c"),
+            order("c", bad, b"d", b"e"),
+            order("d", good, b"f"),
+        ):
+            calls.send(made)
+    until(lambda: len(came) == 7)
+
+    assert {name: what for name, what in came.items() if isinstance(what, bytes)} == {
+        "a0": b"A", "b0": b"B", "b2": b"C", "d0": b"F",
+    }  # fmt: skip
+    for name in ("b1", "c0", "c1"):
+        failure = came[name]
+        assert (failure.code, failure.executed) == (Code.INVALID_ARGUMENT, Executed.NO)
+        assert "the request cannot be sent: " in failure.reason
+    assert calls.open_rows == 0
+    assert client.call(b"x", handler="upper").result == b"X"

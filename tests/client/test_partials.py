@@ -1,0 +1,483 @@
+"""Parts as they come: on the relay in memory, then over a stream, then as a user asks for them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import overlay
+from overlay.client.multiplexer import Came
+from overlay.client.partials import Parts
+from overlay.client.sync import CallFailed, HandlerFailed, NameNotFound
+from overlay.model.limits import MIB
+from overlay.model.segments import Code, Executed, Failure, Part
+from overlay.transport.codec import pb2
+from tests.harness.cluster import ROOT, Overlay, running, six_processes, until
+from tests.harness.network import (
+    ANSWER_LOST,
+    REFUSED,
+    Asked,
+    MemoryNetwork,
+    random_topology,
+    the_six,
+)
+
+SIX = the_six()
+
+
+@pytest.fixture
+def network() -> MemoryNetwork:
+    return MemoryNetwork(SIX)
+
+
+def workers(parts: list[Part]) -> list[str]:
+    return [part.process_id for part in parts]
+
+
+def outcomes(asked: Asked) -> dict[str, tuple[Code, bytes]]:
+    """What became of each worker, by the parts that came early and those of the one answer."""
+    found: dict[str, tuple[Code, bytes]] = {}
+    for part in (*asked.early[0], *asked.answer.parts):
+        found.setdefault(part.process_id, (part.code, part.result))
+    return found
+
+
+# The relay, in memory.
+
+
+def test_a_slow_worker_of_a_team_does_not_hold_back_the_quick_one_s_part(network):
+    network.nodes["F"].works.hold()
+
+    asked = network.ask("A", early=True)
+
+    assert workers(asked.early[0]) == ["C", "D"]
+    assert not asked.is_answered
+    network.nodes["F"].works.finish()
+    assert workers(asked.early[0]) == ["C", "D", "F"]
+    assert asked.answer.parts == ()
+    assert network.left_over == {}
+
+
+def test_each_part_says_its_way(network):
+    asked = network.ask("A", early=True)
+    assert {p.process_id: "".join(p.hops) for p in asked.early[0]} == {
+        "C": "ABC",
+        "D": "AED",
+        "F": "AEF",
+    }
+
+
+EDGES = [("A", "B"), ("A", "E"), ("B", "C"), ("B", "D"), ("E", "D"), ("E", "F")]
+CUTS = [cut for n in range(7) for cut in itertools.combinations(EDGES, n)]
+
+
+@pytest.mark.parametrize("fate", [None, REFUSED, ANSWER_LOST])
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_parts_as_they_come_are_those_of_the_whole_answer_whatever_is_cut(cuts, fate):
+    found = []
+    for early in (False, True):
+        network = MemoryNetwork(SIX)
+        for edge in cuts:
+            network.cut(*edge)
+        if fate:
+            network.next("B", "C", fate)
+            network.next("A", "E", fate)
+        asked = network.ask("A", early=early)
+        found.append((outcomes(asked), asked.error is None or bool(asked.early[0])))
+        assert network.left_over == {}
+        if early and not any(part.ok for part in asked.early[0]):
+            assert [p.process_id for p in asked.answer.parts] == list("CDF")  # all, and why
+    assert found[0][0] == found[1][0]
+
+
+@given(seed=st.integers(0, 2**32), leaves=st.booleans())
+def test_each_worker_is_told_of_once_and_the_answer_comes_last(seed, leaves):
+    network = MemoryNetwork(random_topology(seed))
+    (leader,) = [p.id for p in network.topology.processes.values() if p.role == "leader"]
+    held = [p.id for p in network.topology.processes.values() if p.works][::2]
+    for worker in held:
+        network.nodes[worker].works.hold()
+
+    asked = network.ask(leader, early=True)
+    if leaves:
+        asked.leave()
+        assert asked.is_answered
+    for worker in held:
+        network.nodes[worker].works.finish()
+
+    told = Counter(workers(asked.early[0]))
+    in_scope = {p.process_id for p in MemoryNetwork(network.topology).ask(leader).answer.parts}
+    assert set(told.values()) <= {1}
+    assert {*told, *workers(list(asked.answer.parts))} == in_scope
+    assert network.left_over == {}
+
+
+def test_a_deadline_ends_the_wait_for_the_rest_and_says_so(network):
+    network.nodes["F"].works.hold()
+    asked = network.ask("A", early=True, deadline_s=1)
+
+    network.advance(2)
+
+    assert workers(asked.early[0])[:2] == ["C", "D"]
+    network.nodes["F"].works.finish()  # nobody waits for it any more
+    assert outcomes(asked)["F"][0] is Code.DEADLINE_EXCEEDED
+    assert network.left_over == {}
+
+
+def test_when_no_worker_answers_the_answer_has_all_of_them_with_their_reasons(network):
+    for edge in EDGES[2:]:
+        network.next(*edge, REFUSED)
+    asked = network.ask("A", early=True)
+
+    assert [(p.process_id, p.code) for p in asked.answer.parts] == [
+        (worker, Code.UNAVAILABLE) for worker in "CDF"
+    ]
+    assert asked.error.executed is Executed.NO
+
+
+# What is given, and in which order.
+
+
+def came(*parts: Part) -> Came:
+    made = pb2.Slice(count=1, more=True)
+    for part in parts:
+        slice_ = made.parts.add(process_id=part.process_id, results=pb2.Column(items=[part.result]))
+        if not part.ok:
+            slice_.failures.add(code=part.code, reason=part.reason)
+    return Came(made)
+
+
+GOOD = {worker: Part(worker, result=worker.encode()) for worker in "CDF"}
+BAD = {worker: Part(worker, Code.UNAVAILABLE, "no") for worker in "CDF"}
+
+
+def test_good_parts_are_given_at_once_and_the_others_at_the_end():
+    parts = Parts(None)
+    assert workers(list(parts.early(came(BAD["C"]), 0))) == []
+    assert workers(list(parts.early(came(GOOD["D"]), 0))) == ["D"]
+    assert workers(list(parts.last(came(BAD["F"]), 0))) == ["C", "F"]
+
+
+def test_a_part_that_comes_twice_is_given_once_and_a_second_try_counts():
+    parts = Parts(None)
+    given = [*parts.early(came(BAD["C"], GOOD["D"]), 0), *parts.early(came(GOOD["D"]), 0)]
+    given += [*parts.early(came(GOOD["C"]), 0), *parts.last(Failure(Code.INTERNAL, ""), 0)]
+    assert workers(given) == ["D", "C"]
+
+
+def test_after_the_first_few_good_ones_nothing_more_is_given():
+    parts = Parts(2)
+    given = list(parts.early(came(BAD["C"], GOOD["D"], GOOD["F"], GOOD["C"]), 0))
+    assert workers(given) == ["D", "F"]
+    assert parts.is_over
+
+
+# On real processes.
+
+HANDLERS = '''
+import time
+
+def timed(payload, context):
+    """Works as long as the payload says for this worker, and notes how it ended."""
+    seconds = dict(zip("CDF", map(float, payload.split())))[context.process_id]
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not context.cancelled:
+        time.sleep(0.01)
+    with open(f"{context.options['notes']}.{context.process_id}", "a") as file:
+        file.write("cancelled\\n" if context.cancelled else "done\\n")
+    return context.process_id.encode()
+
+def large(payload, context):
+    return context.process_id.encode() * int(payload)
+
+def yields(payload, context):
+    """As large, but nowhere whole; small from C, when the payload says so."""
+    size, _, who = payload.partition(b" ")
+    if who and context.process_id not in who.decode():
+        size = b"0"
+    yield context.process_id.encode()
+    for _ in range(int(size) // 1000):
+        yield context.process_id.encode() * 1000
+
+def picky(payload, context):
+    if context.process_id in payload.decode():
+        raise ValueError
+    return payload
+'''
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory) -> Iterator[Overlay]:
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "mine.py").write_text(HANDLERS)
+    options = {"notes": str(folder / "notes")}
+    threads = ("timed", "large", "picky", "yields")
+    names = {n: {"call": f"mine:{n}", "options": options} for n in threads}
+    names["apart"] = {"call": "mine:yields", "run": "process", "slots": 1}
+    with running(folder, six_processes(handlers=names, max_message_mib=1)) as found:
+        yield found
+
+
+@pytest.fixture
+def leader(six) -> Iterator[overlay.Client]:
+    with overlay.connect(six.address("A")) as found:
+        yield found
+
+
+def notes(six: Overlay, worker: str) -> list[str]:
+    path = six.folder / f"notes.{worker}"
+    return path.read_text().split() if path.exists() else []
+
+
+def at_work(six: Overlay) -> int:
+    return sum(h.active for w in "CDF" for h in six.metrics(w).handlers)
+
+
+def test_parts_come_in_the_order_in_which_workers_answer(leader):
+    parts = list(leader.parts(b"0.5 0 1", handler="timed"))
+    assert [(p.process_id, p.result, p.hops) for p in parts] == [
+        ("D", b"D", ("A", "E", "D")),
+        ("C", b"C", ("A", "B", "C")),
+        ("F", b"F", ("A", "E", "F")),
+    ]
+
+
+def test_the_first_ends_the_work_of_the_others(six, leader):
+    began = time.monotonic()
+    before = len(notes(six, "C")), len(notes(six, "F"))
+
+    parts = list(leader.parts(b"25 0 25", handler="timed", first=1))
+
+    assert workers(parts) == ["D"]
+    until(lambda: not at_work(six), what="the others have ended")
+    assert time.monotonic() - began < 20
+    assert "done" not in notes(six, "C")[before[0] :] + notes(six, "F")[before[1] :]
+
+
+def test_leaving_the_loop_ends_the_work(six, leader):
+    for _ in leader.parts(b"25 0 25", handler="timed"):
+        break
+    until(lambda: not at_work(six), what="the others have ended")
+
+
+def test_a_late_worker_is_told_of_at_the_end(leader):
+    parts = list(leader.parts(b"0 0 25", handler="timed", timeout=1))
+    assert [p.ok for p in parts] == [True, True, False]
+    assert (parts[2].process_id, parts[2].code) == ("F", Code.DEADLINE_EXCEEDED)
+
+
+def test_all_parts_together_may_be_larger_than_a_message(leader):
+    size = b"900000"
+    whole = leader.call(size, handler="large")
+    found = {p.process_id: len(p.result) for p in leader.parts(size, handler="large")}
+
+    assert [p.process_id for p in whole.missing] == ["D", "F"]
+    assert "max_message_mib" in whole.missing[0].reason
+    assert found == dict.fromkeys("CDF", 900_000)
+
+
+@pytest.mark.parametrize("handler", ["large", "yields", "apart"])
+def test_a_part_may_be_larger_than_a_message(leader, handler):
+    parts = list(leader.parts(b"5000000", handler=handler))
+    size = 5_000_000 + (handler != "large")
+    assert sorted((p.process_id, p.result == p.process_id.encode() * size) for p in parts) == [
+        ("C", True),
+        ("D", True),
+        ("F", True),
+    ]
+
+
+def test_a_whole_answer_is_refused_when_it_is_too_large_and_says_what_would_do(leader):
+    with pytest.raises(CallFailed, match=r"'large' returned 1,100,000 bytes.*--as-completed"):
+        leader.call(b"1100000", handler="large")
+
+
+def rss(six: Overlay, process_id: str) -> int:
+    return psutil.Process(six.metrics(process_id).pid).memory_info().rss
+
+
+def test_no_process_on_the_way_holds_more_than_some_pieces_of_large_parts(six, leader):
+    before = {process_id: rss(six, process_id) for process_id in "ABEF"}
+    most = dict(before)
+    taken = 0
+    for part in leader.parts(b"60000000", handler="yields"):
+        time.sleep(0.3)  # a slow reader
+        taken += len(part.result)
+        most = {process_id: max(most[process_id], rss(six, process_id)) for process_id in most}
+    assert taken == 3 * 60_000_001
+    assert {p: most[p] - before[p] < 40 * MIB for p in before} == dict.fromkeys("ABEF", True), most
+
+
+def test_the_first_whole_part_ends_the_others_in_their_midst(six, leader):
+    parts = list(leader.parts(b"900000000 CF", handler="yields", first=1))
+    assert [(p.process_id, p.result) for p in parts] == [("D", b"D")]
+    until(lambda: not at_work(six), what="the others have ended")
+
+
+def test_a_part_that_is_not_read_to_its_end_by_the_deadline_is_late_and_frees_its_place(
+    six, leader
+):
+    began = time.monotonic()
+    parts = list(leader.parts(b"900000000 F", handler="yields", timeout=1))
+    assert [(p.process_id, p.code) for p in parts[2:]] == [("F", Code.DEADLINE_EXCEEDED)]
+    until(lambda: not at_work(six), what="it has ended")
+    assert time.monotonic() - began < 10
+
+
+def test_who_does_not_take_pieces_is_refused_as_before(six):
+    segment = pb2.Segment(
+        number=7, count=1, payloads=pb2.Column(items=[b"1100000"]), handler="large"
+    )
+    segment.as_they_come = True
+    call = six.stub("A").ForwardStream(iter([pb2.Frame(segments=[segment])]), timeout=20)
+    slices = [made for frame in call for made in frame.slices]
+    assert [part.failures[0].code for m in slices for part in m.parts] == [8] * 6
+
+
+def test_who_fails_is_told_of_and_when_all_do_it_raises(leader):
+    parts = list(leader.parts(b"C", handler="picky"))
+    assert sorted(workers(parts[:2])) == ["D", "F"]
+    assert (parts[2].process_id, parts[2].code) == ("C", Code.INTERNAL)
+
+    given = []
+    with pytest.raises(HandlerFailed, match="C: handler 'picky' failed"):
+        given += leader.parts(b"CDF", handler="picky")
+    with pytest.raises(NameNotFound, match="no handler 'nope'"):
+        given += leader.parts(b"", handler="nope")
+    assert given == []
+
+
+def test_a_worker_asked_itself_gives_its_part(six):
+    with overlay.connect(six.address("D")) as worker:
+        (part,) = worker.parts(b"900000", handler="large")
+    assert (part.process_id, len(part.result), part.hops) == ("D", 900_000, ("D",))
+
+
+def test_many_may_ask_for_parts_at_once(leader):
+    asked = [leader.parts(f"{n % 3 / 20} 0 0", handler="timed") for n in range(30)]
+    firsts = [next(parts) for parts in asked]
+    rest = [list(parts) for parts in asked]
+    for first, more in zip(firsts, rest, strict=True):
+        assert sorted(workers([first, *more])) == list("CDF")
+
+
+def test_parts_come_on_an_event_loop_too(six):
+    async def ask() -> tuple[list[str], list[str], list[int], str]:
+        async with overlay.connect_async(six.address("A")) as client:
+            found = [part.process_id async for part in client.parts(b"0.4 0 0.8", handler="timed")]
+            first = [p.process_id async for p in client.parts(b"25 0 25", handler="timed", first=1)]
+            large = [len(p.result) async for p in client.parts(b"2000000", handler="yields")]
+            try:
+                async for _ in client.parts(b"CDF", handler="picky"):
+                    pass
+            except HandlerFailed as e:
+                return found, first, large, str(e)
+        raise AssertionError("it did not fail")
+
+    found, first, large, error = asyncio.run(ask())
+
+    assert (found, first, large) == (["D", "C", "F"], ["D"], [2_000_001] * 3)
+    assert "handler 'picky' failed" in error
+    until(lambda: not at_work(six), what="the others have ended")
+
+
+@pytest.mark.parametrize("first", [0, -1])
+def test_a_number_that_is_none_is_named_at_once(leader, first):
+    with pytest.raises(ValueError, match="is not above 0"):
+        leader.parts(b"", first=first)
+
+
+def test_another_language_reads_parts_in_slices_with_more_and_then_the_answer(six):
+    segment = pb2.Segment(
+        number=7,
+        count=1,
+        payloads=pb2.Column(items=[b"0 0.3 0.6"]),
+        handler="timed",
+        as_they_come=True,
+    )
+    call = six.stub("A").ForwardStream(iter([pb2.Frame(segments=[segment])]), timeout=20)
+
+    slices = [made for frame in call for made in frame.slices]
+
+    assert [(made.more, [p.process_id for p in made.parts]) for made in slices] == [
+        (True, ["C"]),
+        (True, ["D"]),
+        (True, ["F"]),
+        (False, []),
+    ]
+    assert [made.parts[0].results.items[0] for made in slices[:3]] == [b"C", b"D", b"F"]
+    assert list(slices[3].results.items) == [b""]
+    assert {made.number for made in slices} == {7}
+
+
+# client.py
+
+
+def run(six: Overlay, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(six.port("A")), *words]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
+
+
+def test_client_py_shows_each_answer_as_it_comes(six):
+    done = run(six, "--handler", "timed", "--payload", "0.4 0 0.8", "--as-completed")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[:3] == [["D", "D"], ["C", "C"], ["F", "F"]]
+    assert " ".join(lines[3]) == "answers 3 of 3 workers answered"
+
+
+def test_client_py_stops_at_the_first(six):
+    done = run(six, "--handler", "timed", "--payload", "25 0 25", "--first", "1", "--json")
+    assert done.returncode == 0
+    (line,) = done.stdout.splitlines()
+    assert (json.loads(line)["process_id"], json.loads(line)["result"]) == ("D", "D")
+    until(lambda: not at_work(six), what="the others have ended")
+
+
+def test_client_py_keeps_what_comes_in_a_file(six, tmp_path):
+    out = tmp_path / "parts"
+    words = "--handler", "yields", "--payload", "3000000 CF", "--as-completed", "--out", str(out)
+    done = run(six, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"C  3,000,001 bytes -> {out}" in done.stdout
+    first, *others = out.read_bytes().split(b"\n")
+    assert first == b"D"
+    assert sorted(others) == [b"C" * 3_000_001, b"F" * 3_000_001]
+
+
+def test_client_py_tells_who_is_missing_by_its_exit_code(six):
+    done = run(six, "--handler", "picky", "--payload", "F", "--as-completed")
+    assert done.returncode == 6
+    assert "2 of 3 workers answered" in done.stdout
+    assert "missing  F: handler 'picky' failed" in done.stdout
+    assert run(six, "--first", "1", "--mode", "any").returncode == 2
+    assert run(six, "--handler", "nope", "--as-completed").returncode == 1
+
+
+def test_a_worker_that_goes_in_the_midst_of_its_part_is_an_unknown_failure(six, leader):
+    coming = leader.parts(b"900000000 F", handler="yields")
+    found = [next(coming), next(coming)]
+    six.kill("F")
+    found += coming
+    assert sorted((p.process_id, p.result) for p in found[:2]) == [("C", b"C"), ("D", b"D")]
+    assert [(p.process_id, p.result, p.executed) for p in found[2:]] == [
+        ("F", b"", Executed.UNKNOWN)
+    ]
+
+
+def test_with_a_worker_gone_its_absence_comes_last(six, leader):
+    until(lambda: any(n.state == "down" for n in six.metrics("E").neighbours), what="E sees it")
+    parts = list(leader.parts(b"0 0 0", handler="timed"))
+    assert sorted(workers(parts[:2])) == ["C", "D"]
+    assert (parts[2].process_id, parts[2].executed) == ("F", Executed.NO)

@@ -1,0 +1,154 @@
+"""Programs as users write them, around a client: what docs/client.md says of each is what it does.
+
+They are in tests/programs, and each runs as a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.cluster import ROOT, Overlay, six_processes
+
+PROGRAMS = ROOT / "tests" / "programs"
+HANDLERS = """
+import time
+
+def slow(payload, context):
+    until = time.monotonic() + float(payload)
+    while time.monotonic() < until and not context.cancelled:
+        time.sleep(0.01)
+    return b"slept"
+"""
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One process is enough: C, whose default handler answers "C: " and the payload."""
+    folder = tmp_path_factory.mktemp("programs")
+    (folder / "mine.py").write_text(HANDLERS)
+    found = Overlay(folder, six_processes(handlers={"slow": {"call": "mine:slow"}}))
+    try:
+        yield found.start("C").address("C")
+    finally:
+        found.stop()
+
+
+def run(words: list[str], **env: str) -> list[str]:
+    """The lines that a program prints; it ends by itself, and well."""
+    done = subprocess.run(
+        words,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def program(name: str, *words: str) -> list[str]:
+    return run([sys.executable, str(PROGRAMS / name), *words])
+
+
+@FORKS
+def test_a_client_that_was_made_before_the_fork_serves_in_each_child(worker: str) -> None:
+    answers = [line.split(maxsplit=1) for line in program("prefork.py", worker)]
+
+    assert [answer for _, answer in answers] == [f"C: n{n}" for n in range(6)]
+
+
+@FORKS
+def test_after_the_fork_of_a_client_in_use_all_verbs_raise_and_the_parent_goes_on(
+    worker: str,
+) -> None:
+    assert program("forked_late.py", worker) == [
+        "child is over",
+        "exit code 7",
+        "child is over",
+        "exit code 0",
+        "b'slept' b'C: x'",
+        "b'slept' b'slept' b'C: x'",
+        "the child: b'C: x' b'C: y'",
+        "exit code 0",
+    ]
+
+
+@FORKS
+def test_each_process_of_a_pool_has_a_client_of_its_own(worker: str) -> None:
+    answers, error = program("pool.py", worker)
+
+    assert answers == "C: a C: b C: c"
+    assert error.startswith("NameNotFound NOT_FOUND NO ")
+    assert "nowhere" in error
+
+
+def test_frozen_time_stops_no_verb(worker: str) -> None:
+    words = ["-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "--timeout=40"]
+    path = str(PROGRAMS / "frozen.py")
+    said = run([sys.executable, *words, path], OVERLAY_ADDRESS=worker)
+
+    assert "10 passed" in said[-1]
+
+
+def test_cells_of_a_notebook_ask_in_a_loop_that_is_running(worker: str) -> None:
+    assert program("notebook.py", worker) == [
+        "b'C: blocking'",
+        "[b'C: m', b'C: n']",
+        "b'C: awaited'",
+        "b'C: begun in one cell'",
+        "b'C: o'",
+        "b'C: p'",
+        "gathered",
+        "b'C: both at once'",
+        "b'C: again'",
+    ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a shell closes no descriptors")
+def test_a_job_without_input_and_output_asks_as_any_other(worker: str, tmp_path: Path) -> None:
+    path = tmp_path / "results"
+    words = [sys.executable, str(PROGRAMS / "cron.py"), worker, str(path)]
+    assert run(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *words]) == []
+
+    assert path.read_bytes().splitlines() == [b"C: row %d" % n for n in range(1000)]
+    assert "nowhere" in (tmp_path / "results.log").read_text()
+
+
+def test_a_client_travels_in_a_pickle_and_a_future_does_not(worker: str) -> None:
+    said = program("pickled.py", worker)
+
+    assert said == [
+        "b'C: from there' (1, 1) ('C',)",
+        "NameNotFound NOT_FOUND NO None",
+        "TypeError: a Future belongs to the process that waits for it; pickle its result()",
+        "b'C: y'",
+        "TypeError: a Future belongs to the process that waits for it; pickle its result()",
+        "b'C: x'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [("gevent", "grpc.experimental.gevent.init_gevent()"), ("eventlet", "thread=False")],
+)
+def test_replaced_threads_are_told_at_connect(worker: str, kind: str, remedy: str) -> None:
+    said = program("gevented.py", worker, kind)
+
+    assert len(said) == 2
+    assert all(kind in line and remedy in line for line in said)
+
+
+def test_geventlets_with_grpcs_own_patch_ask_side_by_side(worker: str) -> None:
+    assert program("gevented.py", worker, "gevent-grpc") == [
+        "b'C: x'",
+        "b'C: 0' b'C: 1' b'C: 2'",
+        "[b'C: y', b'C: y', b'C: y']",
+    ]

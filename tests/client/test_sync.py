@@ -1,0 +1,789 @@
+"""Many requests through one client: submit, map, threads, restarts, retries."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import itertools
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import overlay
+from overlay.client import multiplexer
+from overlay.client import sync as library
+from overlay.client.multiplexer import Calls
+from overlay.client.outbox import Kind, Order
+from overlay.model.segments import Code, Executed, Mode, Part, Route
+from overlay.transport.codec import pb2
+from tests.harness.cluster import Overlay, running, six_processes, until
+
+# Each handler notes its executions in a file of its own process, so that a test counts what ran.
+HANDLERS = '''
+import os, time
+
+def _note(context, payload):
+    with open(f"{context.options['notes']}.{context.process_id}", "ab") as file:
+        file.write(payload + b"\\n")
+
+def upper(payload, context):
+    _note(context, payload)
+    return payload.upper()
+
+def picky(payload, context):
+    if payload.startswith(b"bad"):
+        raise ValueError(payload)
+    return payload
+
+def patient(payload, context):
+    """Works until it is cancelled, or as long as the payload says, and notes how it ended."""
+    _note(context, b"began")
+    until = time.monotonic() + float(payload)
+    while time.monotonic() < until and not context.cancelled:
+        time.sleep(0.005)
+    _note(context, b"cancelled" if context.cancelled else b"done")
+    return b"done"
+
+def timed(payload, context):
+    """Works so long, and notes from when to when: all processes of a machine have one clock."""
+    began = time.monotonic_ns()
+    time.sleep(float(payload))
+    _note(context, b"%d %d" % (began, time.monotonic_ns()))
+    return payload
+'''
+
+
+def handlers(notes: Path, **more: Any) -> dict[str, Any]:
+    names = ("upper", "picky", "patient", "timed")
+    return {n: {"call": f"mine:{n}", "options": {"notes": str(notes)}, **more} for n in names}
+
+
+class Noted:
+    """The overlay, and what its handlers noted."""
+
+    def __init__(self, found: Overlay, notes: Path) -> None:
+        self.overlay = found
+        self._notes = notes
+
+    def address(self, process_id: str) -> str:
+        return self.overlay.address(process_id)
+
+    def lines(self) -> Counter[str]:
+        paths = self._notes.parent.glob(f"{self._notes.name}.*")
+        return Counter(line for path in paths for line in path.read_text().splitlines())
+
+    def forget(self) -> None:
+        for path in self._notes.parent.glob(f"{self._notes.name}.*"):
+            path.unlink()
+
+    def at_work(self) -> int:
+        return sum(h.active for w in "CDF" for h in self.overlay.metrics(w).handlers)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Noted]:
+    folder = tmp_path_factory.mktemp("library")
+    notes = tmp_path_factory.mktemp("notes") / "notes"
+    (folder / "mine.py").write_text(HANDLERS)
+    with running(folder, six_processes(handlers=handlers(notes))) as found:
+        yield Noted(found, notes)
+
+
+@pytest.fixture
+def six(shared: Noted) -> Iterator[Noted]:
+    shared.forget()
+    yield shared
+    until(lambda: not shared.at_work(), 10, "nothing is left at work")
+
+
+@pytest.fixture
+def own(overlays: Any, tmp_path: Path) -> Noted:
+    """Six processes that the test may kill."""
+    notes = tmp_path / "notes"
+    return Noted(overlays(HANDLERS, handlers=handlers(notes)), notes)
+
+
+@pytest.fixture
+def client(six: Noted) -> Iterator[overlay.Client]:
+    with overlay.connect(six.address("A")) as found:
+        yield found
+
+
+def _until_full(six: Noted) -> None:
+    """Each worker does as much of one handler as it may: 90 of its 100 slots."""
+    try:
+        until(lambda: six.lines()["began"] == 270)
+    except AssertionError:
+        found = {w: {h.name: h.active for h in six.overlay.metrics(w).handlers} for w in "CDF"}
+        links = {
+            i: [
+                (n.process_id, n.state, n.outstanding, n.slots)
+                for n in six.overlay.metrics(i).neighbours
+            ]
+            for i in "ABE"
+        }
+        raise AssertionError(f"not 270: {dict(six.lines())}, {found}, {links}") from None
+
+
+def numbers(count: int) -> list[bytes]:
+    return [b"n%d" % n for n in range(count)]
+
+
+def uppers(count: int) -> list[bytes]:
+    return [b"N%d" % n for n in range(count)]
+
+
+# submit
+
+
+def test_submit_gives_a_future_of_the_result(client: overlay.Client) -> None:
+    assert client.submit("upper", "hello").result(10) == b"HELLO"
+    assert client.submit(None, b"x", mode="all").result(10) == b"C: x\nD: x\nF: x"
+
+
+def test_a_failed_future_has_the_error_of_its_status(client: overlay.Client) -> None:
+    error = client.submit("picky", "bad").exception(10)
+
+    assert type(error) is library.HandlerFailed
+    assert error.executed is Executed.YES
+
+
+def test_cancelling_a_future_ends_its_handler(six: Noted, client: overlay.Client) -> None:
+    future = client.submit("patient", "20")
+    until(lambda: six.lines()["began"] == 1)
+
+    assert future.cancel()
+    until(lambda: six.lines()["cancelled"] == 1)
+    assert future.cancelled()
+
+
+def test_thousands_of_futures_are_cancelled_in_a_moment(six: Noted, client: overlay.Client) -> None:
+    futures = [client.submit("patient", "20") for _ in range(6000)]
+    _until_full(six)
+    began = time.monotonic()
+
+    assert all(future.cancel() for future in futures)
+    assert time.monotonic() - began < 15
+    until(lambda: six.at_work() == 0, 10)
+    until(lambda: client._connection._calls.open_rows == 0, 10)
+    assert six.lines()["done"] == 0
+
+
+def test_what_is_cancelled_before_it_was_sent_never_runs(
+    six: Noted, client: overlay.Client
+) -> None:
+    first = [client.submit("patient", "20") for _ in range(4096)]  # the window is full of these
+    _until_full(six)
+    late = [client.submit("upper", payload) for payload in numbers(100)]
+
+    assert all(future.cancel() for future in [*late, *first])
+    until(lambda: client._connection._calls.open_rows == 0, 10)
+    assert not any(line.startswith("n") for line in six.lines())
+
+
+def test_a_deadline_is_kept_behind_a_full_window(six: Noted, client: overlay.Client) -> None:
+    held = [client.submit("patient", "20") for _ in range(4096)]
+    _until_full(six)
+    began = time.monotonic()
+
+    with pytest.raises(library.DeadlinePassed) as caught:
+        client.submit("upper", "late", timeout=0.5).result(10)
+
+    assert time.monotonic() - began < 10
+    assert caught.value.executed is Executed.NO
+    for future in held:
+        future.cancel()
+
+
+def test_the_executor_helpers_of_the_standard_library_work(client: overlay.Client) -> None:
+    futures = {client.submit("upper", payload): payload for payload in numbers(50)}
+
+    for future in concurrent.futures.as_completed(futures, timeout=10):
+        assert future.result() == futures[future].upper()
+    done, open_ = concurrent.futures.wait(futures, timeout=10)
+    assert (len(done), len(open_)) == (50, 0)
+
+
+def test_an_event_loop_takes_it_for_an_executor(client: overlay.Client) -> None:
+    async def ask() -> bytes:
+        return await asyncio.get_running_loop().run_in_executor(client, "upper", b"hello")
+
+    assert asyncio.run(ask()) == b"HELLO"
+
+
+def test_the_helpers_of_tqdm_work(client: overlay.Client) -> None:
+    tqdm = pytest.importorskip("tqdm")
+    helpers = pytest.importorskip("tqdm.contrib.concurrent")
+    quiet = {"disable": True}
+
+    bar = tqdm.tqdm(client.map("upper", numbers(100)), total=100, **quiet)
+    threads = helpers.thread_map(client.call, numbers(20), max_workers=5, **quiet)
+
+    assert list(bar) == uppers(100)
+    assert [answer.result.split(b"\n")[0] for answer in threads] == [
+        b"C: " + payload for payload in numbers(20)
+    ]
+
+
+def test_shutdown_waits_for_what_was_submitted(six: Noted) -> None:
+    client = overlay.connect(six.address("A"))
+    future = client.submit("patient", "0.5")
+
+    client.shutdown()
+
+    assert future.result(0) == b"done"
+
+
+# map
+
+
+@pytest.mark.parametrize(("window", "chunksize"), [(4096, 0), (1, 0), (7, 3), (100, 1000)])
+def test_map_keeps_the_order_and_asks_each_once(
+    six: Noted, client: overlay.Client, window: int, chunksize: int
+) -> None:
+    found = client.map("upper", numbers(300), window=window, chunksize=chunksize)
+
+    assert list(found) == uppers(300)
+    assert six.lines() == Counter(payload.decode() for payload in numbers(300))
+
+
+def test_map_as_completed_gives_each_index_once(client: overlay.Client) -> None:
+    payloads = ["0.3" if n % 10 == 0 else "0" for n in range(40)]
+
+    found = [index for index, _ in client.map_as_completed("patient", payloads, chunksize=1)]
+
+    assert sorted(found) == list(range(40))
+    assert {0, 10, 20, 30} == set(found[-4:]), "the slow ones came last"
+
+
+def test_a_failing_item_ends_map_in_its_place(client: overlay.Client) -> None:
+    payloads = itertools.chain(numbers(5), ["bad"], numbers(10_000_000))
+    results = client.map("picky", payloads)
+
+    assert [next(results) for _ in range(5)] == numbers(5)
+    with pytest.raises(library.HandlerFailed):
+        next(results)
+
+
+def test_map_as_completed_gives_failures_and_goes_on(client: overlay.Client) -> None:
+    payloads = [b"bad" if n % 3 == 0 else b"%d" % n for n in range(30)]
+
+    found = dict(client.map_as_completed("picky", payloads))
+
+    assert sorted(found) == list(range(30))
+    for index, result in found.items():
+        wanted = library.HandlerFailed if index % 3 == 0 else bytes
+        assert isinstance(result, wanted)
+
+
+def test_payloads_are_taken_as_the_results_are(client: overlay.Client) -> None:
+    taken = 0
+
+    def payloads() -> Iterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield b"x"
+
+    results = client.map("upper", payloads(), window=100)
+    assert taken == 0
+    for _ in range(500):
+        next(results)
+
+    assert 500 <= taken <= 600
+    results.close()
+
+
+def test_payloads_that_pause_do_not_hold_up_results(client: overlay.Client) -> None:
+    given: list[bytes] = []
+
+    def payloads() -> Iterator[Any]:
+        for payload in numbers(3):
+            yield payload
+            end = time.monotonic() + 10
+            while len(given) <= int(payload[1:]) and time.monotonic() < end:
+                yield library.NOTHING_YET
+
+    for result in client.map("upper", payloads()):
+        given.append(result)
+
+    assert given == uppers(3)
+
+
+def test_large_payloads_bound_what_is_held(client: overlay.Client) -> None:
+    taken = 0
+
+    def payloads() -> Iterator[bytes]:
+        nonlocal taken
+        for _ in range(200):
+            taken += 1
+            yield b"x" * 1_000_000
+
+    results = client.map("upper", payloads())
+    next(results)
+
+    assert taken < 100, "64 MiB are in flight, not 4,096 payloads"
+    assert sum(len(result) for result in results) == 199 * 1_000_000
+
+
+def test_the_window_bounds_what_is_at_work(six: Noted, client: overlay.Client) -> None:
+    for _ in client.map("timed", ["0.1"] * 60, window=12):
+        pass
+
+    times = [line.split() for line in six.lines().elements()]
+    changes = sorted([(int(ended), -1) for _, ended in times] + [(int(b), 1) for b, _ in times])
+    assert len(times) == 60
+    assert 4 <= max(itertools.accumulate(change for _, change in changes)) <= 12
+
+
+def test_leaving_a_map_early_cancels_the_rest(six: Noted, client: overlay.Client) -> None:
+    for _ in client.map("patient", itertools.chain(["0"], itertools.repeat("20")), window=40):
+        until(lambda: six.lines()["began"] == 40, what="the window is at work")
+        break
+
+    until(lambda: six.lines()["cancelled"] == 39)
+    assert six.at_work() == 0
+
+
+def test_an_error_of_the_payloads_is_raised_and_cancels_the_rest(
+    six: Noted, client: overlay.Client
+) -> None:
+    def payloads() -> Iterator[str]:
+        yield from ["20"] * 10
+        until(lambda: six.lines()["began"] == 10)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        list(client.map("patient", payloads(), chunksize=1))
+
+    until(lambda: six.lines()["cancelled"] == 10)
+
+
+def test_a_result_of_all_says_who_is_missing(own: Noted) -> None:
+    own.overlay.kill("F")
+    with overlay.connect(own.address("A")) as client:
+        until(lambda: _is_down(own.overlay, "E", "F"), 10)
+        (mapped,) = client.map(None, ["x"], mode="all")
+        submitted = client.submit(None, "x", mode="all").result(10)
+
+    for result in (mapped, submitted):
+        assert result == b"C: x\nD: x"
+        assert isinstance(result, library.Incomplete)
+        assert [part.process_id for part in result.missing] == ["F"]
+
+
+def _is_down(found: Overlay, process_id: str, neighbour: str) -> bool:
+    neighbours = found.metrics(process_id).neighbours
+    return any(n.process_id == neighbour and n.state == "down" for n in neighbours)
+
+
+# Threads
+
+
+def test_fifty_threads_share_one_client(six: Noted, client: overlay.Client) -> None:
+    def work(thread: int) -> list[bytes]:
+        mine = [b"t%d-%d" % (thread, n) for n in range(20)]
+        called = [client.call(p, mode="any", handler="upper").result for p in mine[:10]]
+        return called + list(client.map("upper", mine[10:]))
+
+    before = threading.active_count()
+    client.call("x")
+    with ThreadPoolExecutor(50) as pool:
+        found = list(pool.map(work, range(50)))
+        threads = threading.active_count()
+
+    assert found == [[b"T%d-%d" % (t, n) for n in range(20)] for t in range(50)]
+    assert set(six.lines().values()) == {1}
+    assert sum(six.lines().values()) == 1000
+    assert threads - before < 50 + 10, "the client has a few threads, not one a call"
+    assert six.overlay.metrics("A").streams == 1
+
+
+def test_closing_ends_open_calls_once_each(six: Noted) -> None:
+    ended = Counter[concurrent.futures.Future[bytes]]()
+    with overlay.connect(six.address("A")) as client:
+        futures = [client.submit("patient", "20") for _ in range(5000)]
+        _until_full(six)
+        for future in futures:
+            future.add_done_callback(lambda f: ended.update([f]))
+
+        client.close()
+        client.close()
+
+    assert all(isinstance(f.exception(0), library.CallCancelled) for f in futures)
+    assert set(ended.values()) == {1}
+    until(lambda: six.at_work() == 0, 5)
+
+
+def test_closing_from_many_threads_beside_calls_ends_every_call(six: Noted) -> None:
+    client = overlay.connect(six.address("A"))
+    ends = Counter[str]()
+
+    def ask() -> None:
+        try:
+            while True:
+                client.call("x", mode="any", timeout=5)
+        except library.CallFailed as e:
+            ends[type(e).__name__] += 1
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    closers = [threading.Thread(target=client.close) for _ in range(3)]
+    for thread in closers:
+        thread.start()
+    for thread in [*threads, *closers]:
+        thread.join(10)
+
+    assert not any(thread.is_alive() for thread in threads)
+    assert ends == {"CallCancelled": 20}
+
+
+# Restarts
+
+
+def test_a_client_survives_a_restart_of_the_leader_and_nothing_runs_twice(own: Noted) -> None:
+    with overlay.connect(own.address("A"), patience_s=20) as client:
+        assert list(client.map("upper", numbers(100))) == uppers(100)
+        held = [client.submit("patient", "20") for _ in range(20)]
+        until(lambda: own.lines()["began"] == 20)
+        own.overlay.kill("A")
+        lost = [future.exception(10) for future in held]
+        with ThreadPoolExecutor(1) as pool:
+            during = pool.submit(client.call, "during", mode="any", handler="upper", timeout=20)
+            own.overlay.start("A")
+            assert during.result(20).result == b"DURING"
+        after = [b"after%d" % n for n in range(200)]
+        assert list(client.map("upper", after)) == [payload.upper() for payload in after]
+
+    assert {type(error) for error in lost} == {library.Unavailable}
+    assert {error.executed for error in lost} == {Executed.UNKNOWN}
+    lines = own.lines()
+    assert lines["began"] == 20, "what may have run was not sent again"
+    assert all(lines[p.decode()] == 1 for p in [*numbers(100), *after, b"during"])
+
+
+def test_a_map_over_a_kill_of_the_leader_tells_the_truth_of_every_item(own: Noted) -> None:
+    payloads = numbers(20_000)
+    found: dict[int, bytes | library.CallFailed] = {}
+    with overlay.connect(own.address("A"), patience_s=20) as client:
+        results = client.map_as_completed("upper", payloads, window=500)
+        for index, result in results:
+            assert index not in found
+            found[index] = result
+            if len(found) == 2000:
+                own.overlay.kill("A")
+                threading.Thread(target=own.overlay.start, args=("A",)).start()
+
+    lines = own.lines()
+    assert sorted(found) == list(range(20_000))
+    assert max(lines.values()) == 1
+    failed = 0
+    for index, result in found.items():
+        if isinstance(result, bytes):
+            assert result == payloads[index].upper()
+            assert lines[payloads[index].decode()] == 1
+        else:
+            failed += 1
+            assert isinstance(result, library.Unavailable)
+            if result.executed is Executed.NO:
+                assert lines[payloads[index].decode()] == 0
+    assert failed <= 500, "no more than the window was in doubt"
+
+
+def test_a_map_goes_on_when_its_lost_leader_is_back(own: Noted) -> None:
+    """Longer away than a call waits for it: only what was under way is lost."""
+    payloads = numbers(20_000)
+    found: dict[int, bytes | library.CallFailed] = {}
+    with overlay.connect(own.address("A"), patience_s=1) as client, ThreadPoolExecutor(1) as pool:
+        for index, result in client.map_as_completed("upper", payloads, window=500):
+            assert index not in found
+            found[index] = result
+            if len(found) == 2000:
+                again = pool.submit(killed_and_started, own, 1.5)
+        again.result()
+
+    check_map_over_a_loss(own, payloads, found)
+
+
+def killed_and_started(own: Noted, after_s: float) -> None:
+    own.overlay.kill("A")
+    time.sleep(after_s)
+    own.overlay.start("A")
+
+
+def check_map_over_a_loss(
+    own: Noted, payloads: list[bytes], found: dict[int, bytes | library.CallFailed]
+) -> None:
+    lines = own.lines()
+    assert sorted(found) == list(range(len(payloads)))
+    assert max(lines.values()) == 1, "nothing runs twice"
+    lost = {index: result for index, result in found.items() if not isinstance(result, bytes)}
+    assert 0 < len(lost) <= 500, "no more than the window was under way"
+    assert {result.executed for result in lost.values()} == {Executed.UNKNOWN}  # type: ignore[union-attr]
+    assert all(found[i] == payloads[i].upper() for i in found if i not in lost)
+
+
+def test_nobody_there_any_more_ends_a_map_after_what_was_sent(own: Noted) -> None:
+    with overlay.connect(own.address("A")) as client:
+        payloads = itertools.repeat("x")
+        results = client.map_as_completed("upper", payloads, window=100, patience_s=1, timeout=3600)
+        found = [next(results) for _ in range(500)]
+        own.overlay.kill("A")
+        began = time.monotonic()
+        with pytest.raises(library.NotReached) as caught:
+            found.extend(results)
+        took_s = time.monotonic() - began
+
+    good = sum(isinstance(result, bytes) for _, result in found)
+    assert sorted(index for index, _ in found) == list(range(len(found)))
+    assert f"; {good:,} payloads were answered, " in str(caught.value)
+    assert 1 <= took_s < 15
+
+
+def test_what_a_lost_leader_was_never_sent_is_given_back_with_proof(own: Noted) -> None:
+    """More than its window at the process, so that some still wait on this side."""
+    with overlay.connect(own.address("A")) as client:
+        payloads = ["3"] * 6000
+        results = client.map_as_completed("patient", payloads, window=6000, patience_s=1)
+        found = [next(results) for _ in range(1)]
+        own.overlay.kill("A")
+        with pytest.raises(library.NotReached) as caught:
+            found.extend(results)
+
+    failed = [result for _, result in found if isinstance(result, library.CallFailed)]
+    unsent = sum(result.executed is Executed.NO for result in failed)
+    assert sorted(index for index, _ in found) == list(range(len(found)))
+    assert unsent >= len(found) - multiplexer.WINDOW_ROWS - 300  # those that had begun and ended
+    assert f", {len(failed) - unsent:,} failed, {unsent:,} were not sent" in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there, terminate() is a kill")
+def test_requests_to_a_stopping_worker_go_to_others(own: Noted) -> None:
+    payloads = numbers(3000)
+    with overlay.connect(own.address("A")) as client:
+        found: list[bytes] = []
+        for result in client.map("upper", payloads, window=200):
+            found.append(result)
+            if len(found) == 500:
+                own.overlay.processes["C"].send_signal(signal.SIGTERM)
+
+    assert found == [payload.upper() for payload in payloads]
+    assert set(own.lines().values()) == {1}
+
+
+# Retries, on a stream whose other side is played here, frame by frame
+
+
+class Played:
+    """Calls over a pipe without a wire: what is sent is answered as `answer` says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+        self.asked: list[tuple[int, int]] = []  # rows of a segment, its attempt
+        self._answer = answer
+        self._pending: list[pb2.Slice] = []
+        played = self
+
+        class PlayedPipe:
+            rests = False
+
+            def __init__(
+                self, channel: Any, name: str, fill: Any, receive: Any, *more: Any, **options: Any
+            ) -> None:
+                self.fill, self.receive = fill, receive
+                self.lost, self.live = more
+                played.pipe = self
+                self.kicked = threading.Event()
+                self.ended = False
+                self.thread = threading.Thread(target=self.run, daemon=True)
+
+            def start(self) -> None:
+                self.thread.start()
+
+            def kick(self) -> None:
+                self.kicked.set()
+
+            def end(self) -> None:
+                self.ended = True
+                self.kicked.set()
+                self.thread.join(2)
+
+            def run(self) -> None:
+                self.live({})
+                while not self.ended:
+                    self.kicked.wait()
+                    self.kicked.clear()
+                    frame = pb2.Frame()
+                    while self.fill(frame):
+                        self.receive(played.answers_to(frame))
+                        frame = pb2.Frame()
+
+        monkeypatch.setattr(multiplexer, "Pipe", PlayedPipe)
+        self.calls = Calls(None, "played")  # type: ignore[arg-type]
+        self.calls.start()
+
+    def answers_to(self, frame: pb2.Frame) -> pb2.Frame:
+        answer = pb2.Frame()
+        for segment in frame.segments:
+            self.asked.append((segment.count, segment.attempt))
+            self._answer(segment, answer)
+        return answer
+
+    def ask(self, count: int = 1, within_s: float = 5.0) -> list[Any]:
+        came: list[Any] = [None] * count
+        order = Order(
+            Kind(Route(Mode.ANY)),
+            numbers(count),
+            time.monotonic() + within_s,
+            lambda rows, what, at, id_: [came.__setitem__(row, what) for row in rows],
+        )
+        self.calls.send(order)
+        until(lambda: None not in came, within_s + 1)
+        return came
+
+
+def refusing(executed: Executed, code: Code = Code.UNAVAILABLE, retry_after_ms: int = 10) -> Any:
+    def answer(segment: pb2.Segment, frame: pb2.Frame) -> None:
+        slice_ = frame.slices.add(number=segment.number, start=0, count=segment.count)
+        slice_.failures.add(
+            code=code, reason="no", executed=int(executed), retry_after_ms=retry_after_ms
+        )
+
+    return answer
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    made: list[Played] = []
+
+    def make(answer: Any) -> Played:
+        made.append(Played(monkeypatch, answer))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.calls.close()
+
+
+def test_what_provably_did_not_run_is_tried_again_a_few_times(played: Any) -> None:
+    stream = played(refusing(Executed.NO))
+
+    (failure,) = stream.ask()
+
+    assert failure.executed is Executed.NO
+    assert stream.asked == [(1, attempt) for attempt in range(multiplexer.RETRIES + 1)]
+
+
+@pytest.mark.parametrize("executed", [Executed.UNKNOWN, Executed.YES])
+def test_without_proof_nothing_is_sent_again(played: Any, executed: Executed) -> None:
+    stream = played(refusing(executed))
+
+    stream.ask()
+
+    assert stream.asked == [(1, 0)]
+
+
+def test_a_wrong_request_is_not_tried_again(played: Any) -> None:
+    stream = played(refusing(Executed.NO, Code.NOT_FOUND))
+
+    stream.ask()
+
+    assert stream.asked == [(1, 0)]
+
+
+def test_a_retry_waits_as_long_as_it_was_told_to(played: Any) -> None:
+    stream = played(refusing(Executed.NO, retry_after_ms=800))
+    began = time.monotonic()
+
+    stream.ask(within_s=1.5)
+
+    assert len(stream.asked) == 2, "the second retry would have come after the deadline"
+    assert time.monotonic() - began >= 0.8
+
+
+def test_an_urgent_request_passes_what_waits_for_room_in_the_window(played: Any) -> None:
+    held: list[pb2.Segment] = []
+    stream = played(lambda segment, frame: held.append(segment))
+    came: list[Any] = []
+
+    def send(payload: bytes, count: int, priority: int) -> None:
+        kind = Kind(Route(Mode.ANY), priority=priority)
+        deadline, keep = time.monotonic() + 30, lambda *what: came.append(what)
+        stream.calls.send(Order(kind, (payload,) * count, deadline, keep))
+
+    send(b"a", 4000, 0)
+    send(b"b", 4000, 0)
+    until(lambda: sum(segment.count for segment in held) == multiplexer.WINDOW_ROWS)
+    send(b"c", 1, 2)
+    send(b"d", 1, 9)
+    full = held.copy()
+    answer = pb2.Frame()
+    slice_ = answer.slices.add(number=full[0].number, start=0, count=full[0].count)
+    slice_.results.items.extend([b""] * full[0].count)
+    stream.calls._receive(answer)
+    until(lambda: len(held) > len(full) + 2)
+
+    later = [(s.priority, s.payloads.items[0]) for s in held[len(full) :]]
+    assert later[:3] == [(9, b"d"), (2, b"c"), (0, b"b")]
+
+
+def test_what_a_stopping_process_gives_back_waits_for_the_next_call(played: Any) -> None:
+    def answer(segment: pb2.Segment, frame: pb2.Frame) -> None:
+        if len(stream.asked) == 1:
+            frame.stopping = True
+            refusing(Executed.NO)(segment, frame)
+        elif len(stream.asked) == 2:
+            frame.slices.add(number=segment.number, count=segment.count).results.items.extend(
+                segment.payloads.items
+            )
+
+    stream = played(answer)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(stream.ask, 2000)
+        until(lambda: stream.calls.open_rows == 2000 and not stream.calls.connected.is_set())
+        stream.pipe.lost(Part("", Code.UNAVAILABLE, "A is stopping", executed=Executed.NO))
+        assert stream.asked == [(2000, 0)]
+        stream.pipe.live({})
+        came = asked.result()
+
+    assert stream.asked[1:] == [(2000, 0)], "neither an attempt nor the budget is spent"
+    assert [one.results[row] for row, one in enumerate(came)] == numbers(2000)
+
+
+def test_what_a_stopping_process_did_not_read_waits_for_the_next_call(played: Any) -> None:
+    def answer(segment: pb2.Segment, frame: pb2.Frame) -> None:
+        if len(stream.asked) > 1:
+            frame.slices.add(number=segment.number, count=segment.count).results.items.extend(
+                segment.payloads.items
+            )
+
+    stream = played(answer)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(stream.ask, 3)
+        until(lambda: stream.asked == [(3, 0)])
+        stream.pipe.lost(Part("", Code.UNAVAILABLE, "A is stopping", executed=Executed.NO))
+        stream.pipe.live({})
+        came = asked.result()
+
+    assert stream.asked[1:] == [(3, 0)]
+    assert [one.results[row] for row, one in enumerate(came)] == numbers(3)
+
+
+def test_retries_have_a_budget(played: Any) -> None:
+    stream = played(refusing(Executed.NO))
+
+    stream.ask(2000)
+
+    retried = sum(rows for rows, attempt in stream.asked if attempt)
+    # A share of the requests, without those retries, and the few that a client begins with.
+    assert 180 <= retried <= 2000 * multiplexer.RETRY_SHARE + multiplexer.FEW_RETRIES
+    assert retried <= 200

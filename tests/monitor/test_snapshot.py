@@ -1,0 +1,259 @@
+"""Rates, courses, health and what a screen has room for: from answers made up here."""
+
+from __future__ import annotations
+
+import pytest
+
+from overlay.cli.top_view import LETTERS, SHAPES, lines
+from overlay.monitor.snapshot import ALL, Known, Look, Wanted, health, picture
+from overlay.monitor.timeseries import History, quantile
+from overlay.transport.codec import pb2
+
+ROLES = {"A": "leader", "B": "team_leader", "C": "worker"}
+
+
+def said(process_id: str, **fields) -> pb2.MetricsResponse:
+    fields = {"is_healthy": True, "pid": 1, "role": ROLES.get(process_id, "worker"), **fields}
+    return pb2.MetricsResponse(process_id=process_id, **fields)
+
+
+def sees(process_id: str, state: str = "up", **fields) -> pb2.Neighbour:
+    return pb2.Neighbour(process_id=process_id, state=state, **{"health": "healthy", **fields})
+
+
+def looks_of(*answers: pb2.MetricsResponse, **silent: Look) -> dict[str, Look]:
+    return {m.process_id: Look(10.0, m) for m in answers} | silent
+
+
+def many(workers: int, wanted: Wanted = ALL, **leader) -> dict:
+    """The picture of a leader, a team leader and so many workers, all well."""
+    ids = ["A", "B", *(f"W{n}" for n in range(workers))]
+    roles = {i: ROLES.get(i, "worker") for i in ids}
+    topology = [
+        pb2.Process(id=i, role=roles[i], team="green", address=f"10.0.0.{n % 5}:50051")
+        for n, i in enumerate(ids)
+    ]
+    links = {"A": [sees("B")], "B": [sees(i) for i in ids[2:]]}
+    looks = {
+        i: Look(0.0, said(i, role=roles[i], neighbours=links.get(i, ()), **leader)) for i in ids
+    }
+    histories = {i: History() for i in ids}
+    for history in histories.values():
+        history.point()
+    known = Known("10.0.0.0:50051", "A", topology, looks, histories, [])
+    return picture(known, 1.0, 1e9, wanted) | {"round": 1, "interval_s": 1.0}
+
+
+# Rates
+
+
+def test_rates_are_what_was_counted_between_two_looks():
+    history = History()
+
+    history.saw(said("A", received=10, completed=4, neighbours=[sees("B", asked=7)]), 1.0)
+    history.saw(said("A", received=30, completed=14, neighbours=[sees("B", asked=17)]), 3.0)
+
+    assert (history.rates["received"], history.rates["completed"]) == (10, 5)
+    assert history.asked == {"B": 5}
+
+
+def test_a_process_that_was_restarted_has_no_rates_until_its_second_look():
+    history = History()
+    history.saw(said("A", completed=400), 1.0)
+
+    history.saw(said("A", completed=2, pid=2), 2.0)
+    assert history.rates == {}
+
+    history.saw(said("A", completed=4, pid=2), 3.0)
+    assert history.rates["completed"] == 2
+
+
+def test_what_a_process_uses_is_known_from_its_second_look():
+    history = History()
+    history.saw(said("A", cpu_s=3.0, memory_bytes=1), 1.0)
+    assert history.cores is None
+
+    history.saw(said("A", cpu_s=4.0, memory_bytes=1), 3.0)
+    assert history.cores == 0.5
+
+    history.missed()
+    history.saw(said("A"), 4.0)
+    history.saw(said("A"), 5.0)
+    assert history.cores is None, "an older release tells neither"
+
+
+def test_a_course_has_a_hole_where_the_process_gave_no_answer():
+    history = History()
+
+    for count in (0, 3, None, 9, 12):
+        if count is None:
+            history.missed()
+        else:
+            history.saw(said("A", completed=count), float(count))
+        history.point()
+
+    assert history.course("completed") == [None, 1.0, None, None, 1.0]
+    assert history.course("completed", 2) == [None, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "part", "value"),
+    [
+        ([10, 0, 0], 0.5, 0.5),  # half of the way through the bucket from 0 to 1
+        ([0, 10, 0], 0.5, 1.5),
+        ([5, 5, 0], 0.9, 1.8),
+        ([0, 0, 3], 0.5, 2.0),  # above all bounds: at least the last
+        ([0, 0, 0], 0.5, 2.0),
+    ],
+)
+def test_a_quantile_lies_on_a_straight_line_in_its_bucket(counts, part, value):
+    assert quantile([1.0, 2.0], counts, part) == pytest.approx(value)
+
+
+# Health
+
+
+@pytest.mark.parametrize(
+    ("looks", "name", "why"),
+    [
+        (looks_of(said("A"), C=Look(4.0)), "asking", ""),
+        (looks_of(said("A"), said("C")), "well", ""),
+        (looks_of(said("A"), C=Look(4.0, said("C"), "refused")), "gone", "refused"),
+        (
+            looks_of(said("A", neighbours=[sees("C")]), C=Look(4.0, None, "no answer")),
+            "unseen",
+            "no answer; but A can reach it",
+        ),
+        (
+            looks_of(said("A", neighbours=[sees("C", "down")]), C=Look(4.0, None, "no answer")),
+            "gone",
+            "no answer",
+        ),
+        (looks_of(said("A"), C=Look(10.0, said("X"))), "gone", "process X answers at its address"),
+        (
+            looks_of(said("A"), said("C", config_digest="other")),
+            "impaired",
+            "reads another configuration than A",
+        ),
+        (
+            looks_of(
+                said("A", neighbours=[sees("C", health="slow", health_reason="3x")]), said("C")
+            ),
+            "impaired",
+            "A finds it slow: 3x",
+        ),
+    ],
+)
+def test_a_process_is_what_it_says_and_what_those_say_who_ask_it(looks, name, why):
+    found = health("C", looks, "A", now=12.0)
+
+    assert (found.name, found.why) == (name, why)
+
+
+def test_a_process_that_stops_is_told_from_one_that_is_gone():
+    looks = looks_of(said("A"), said("C", is_healthy=False))
+
+    assert health("C", looks, "A", now=12.0).name == "stopping"
+
+
+def test_a_process_counts_as_gone_since_its_last_answer():
+    looks = looks_of(said("A"), C=Look(4.0, said("C"), "refused"))
+
+    assert health("C", looks, "A", now=12.0).for_s == 8.0
+
+
+def test_one_that_never_answered_here_is_gone_for_as_long_as_others_miss_it():
+    down = sees("C", "down", since_s=300.0)
+    looks = looks_of(said("A", neighbours=[down]), C=Look(11.0, None, "refused"))
+
+    assert health("C", looks, "A", now=12.0).for_s == 300.0
+
+
+def test_the_words_of_a_process_that_is_gone_about_its_links_do_not_count():
+    old = Look(4.0, said("B", neighbours=[sees("C")]), "refused")
+    looks = looks_of(said("A"), B=old, C=Look(4.0, None, "no answer"))
+
+    assert health("C", looks, "A", now=12.0).name == "gone"
+
+
+def test_a_clock_that_is_wrong_shifts_no_event():
+    event = pb2.Event(at_s=5_000.0, text="it happened")
+    found = many(1, events=[event], wall_time_s=5_001.0)
+
+    assert found["events"][0]["at"] == 1e9 - 1 - 1  # seen a second ago, a second after it happened
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ids"),
+    [
+        (Wanted(), [1, 2, 3]),
+        (Wanted(failed=True), [2]),
+        (Wanted(handler="thumb"), [2, 3]),
+        (Wanted(handler="thumb", failed=True), [2]),
+        (Wanted(caller="10.0.0.9"), [1, 2]),
+        (Wanted(request_id="3"), [3]),
+        (Wanted(request_id="A0"), []),
+    ],
+)
+def test_of_the_requests_only_those_that_are_wanted_are_shown(wanted, ids):
+    stories = [
+        pb2.Story(request_id=1, handler="echo", caller="10.0.0.9"),
+        pb2.Story(request_id=2, handler="thumb", caller="ann at 10.0.0.9", code=13),
+        pb2.Story(request_id=3, handler="thumb", caller="10.0.0.7"),
+    ]
+
+    found = many(1, wanted, requests=stories)
+
+    assert [int(r["request_id"], 16) for r in found["requests"]] == ids
+
+
+# On a screen
+
+
+@pytest.mark.parametrize("workers", [1, 4, 60, 300])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 10), (200, 60)])
+def test_any_picture_fits_the_screen(workers, width, height):
+    drawn = lines(many(workers), width, height, SHAPES)
+
+    assert len(drawn) <= height
+    assert all(line.cell_len <= width for line in drawn)
+
+
+def test_the_one_that_is_gone_is_on_the_screen_among_sixty():
+    found = many(60)
+    found["processes"][40] |= {"health": "gone", "why": "refused", "for_s": 75.0}
+
+    shown = "\n".join(line.plain for line in lines(found, 80, 24, SHAPES))
+
+    assert "✕ W38  gone 1 min" in shown
+    assert "more" in shown
+
+
+@pytest.mark.parametrize("height", [24, 30, 60])
+def test_a_process_that_is_gone_stands_out_among_failures(height):
+    events = [
+        pb2.Event(at_s=n, first_at_s=n, number=n, kind="failure", text=f"reason {n}", count=99)
+        for n in range(2, 80)
+    ]
+    events = [pb2.Event(at_s=1.0, number=1, kind="link", text="link to F is down"), *events]
+
+    drawn = lines(many(1, events=events), 120, height, SHAPES)
+
+    (down,) = [line for line in drawn if "link to F is down" in line.plain][:1]
+    assert "bold" in str(down.style)
+    assert any("reason 79 (99 times since" in line.plain for line in drawn)
+
+
+def test_letters_stand_for_shapes_where_the_code_page_has_none():
+    shown = "\n".join(line.plain for line in lines(many(60), 80, 24, LETTERS))
+
+    shown.encode("cp437")
+    assert shown.isascii()
+
+
+def test_what_a_terminal_would_obey_is_shown_as_text():
+    event = pb2.Event(at_s=1.0, text="a\x1b[2Jb\nc")
+
+    shown = [line.plain for line in lines(many(1, events=[event]), 80, 24, SHAPES)]
+
+    assert any("a\\x1b[2Jb c" in line for line in shown)

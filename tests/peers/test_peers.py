@@ -1,0 +1,1100 @@
+"""A link's bookkeeping with a pipe in memory, and links to a real server in this process."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overlay.model.errors import Misspoken
+from overlay.model.limits import Limits
+from overlay.model.segments import (
+    Answers,
+    Code,
+    Column,
+    End,
+    Executed,
+    Failure,
+    Mode,
+    Part,
+    PartColumn,
+    Piece,
+    Route,
+    Segment,
+)
+from overlay.model.topology import HandlerSpec, Process, Topology
+from overlay.peers import outgoing
+from overlay.peers import peers as links
+from overlay.peers.peers import Links
+from overlay.routing import outlier
+from overlay.routing.outlier import FAILURES, State
+from overlay.server.reception import Reception
+from overlay.server.service import Service
+from overlay.transport import codec
+from overlay.transport.codec import pb2, pb2_grpc
+from overlay.transport.stream import Pipe
+from overlay.workers.api import Context
+from tests.harness.cluster import free_port, until
+
+KIB = 1024
+GONE = Part("", Code.UNAVAILABLE, "the connection was closed")
+STOPPED = Part("", Code.UNAVAILABLE, "C is stopping", executed=Executed.NO)
+
+
+class MemoryPipe:
+    """What a pipe does, when the test says so."""
+
+    made: list[MemoryPipe]
+
+    def __init__(
+        self,
+        channel,
+        name,
+        fill,
+        receive,
+        lost,
+        live=lambda metadata: None,
+        patience_s=lambda: 0.0,
+        metadata=(),
+    ) -> None:
+        self.name = name
+        self.kicks = self.hurries = 0
+        self.patience_s = patience_s
+        self._fill, self._receive, self._lost, self._live = fill, receive, lost, live
+
+    def accept(self) -> None:
+        self._live({})
+
+    def kick(self) -> None:
+        self.kicks += 1
+
+    def hurry(self) -> None:
+        self.hurries += 1
+
+    def start(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def again(self) -> None: ...
+
+    def take(self) -> list[pb2.Frame]:
+        """The frames that leave now."""
+        frames = []
+        while self._fill(frame := pb2.Frame()):
+            frames.append(pb2.Frame.FromString(frame.SerializeToString()))
+        return frames
+
+    def answer(self, number: int, start: int, *results: bytes, worked_us: int = 0) -> None:
+        column = PartColumn("C", Column(results), worked_us=worked_us)
+        frame = pb2.Frame()
+        codec.write_slice(frame, number, start, Answers(len(results), (column,), ("C",)))
+        self.hear(pb2.Frame.FromString(frame.SerializeToString()))
+
+    def lose(self, why: Part = GONE) -> None:
+        self._lost(why)
+
+    def hear(self, frame: pb2.Frame) -> None:
+        try:
+            self._receive(frame)
+        except Misspoken as e:
+            self._lost(Part("", e.code, f"it speaks wrongly: {e}"))
+
+
+@dataclass
+class Sent:
+    """A segment that the test sent, and what came of its rows."""
+
+    rows: list[list[Part]]
+    end: End
+
+    @property
+    def parts(self) -> list[Part]:
+        assert {len(found) for found in self.rows} == {1}
+        return [found[0] for found in self.rows]
+
+    @property
+    def is_answered(self) -> bool:
+        return all(self.rows)
+
+
+class Bench:
+    """The links of a process with one neighbour, over pipes in memory."""
+
+    def __init__(self, limits: Limits) -> None:
+        with mock.patch.object(outgoing, "Pipe", MemoryPipe):
+            neighbour = Process("C", "worker", "green", "127.0.0.1", 1)
+            self.links = Links([neighbour], limits, "digest")
+        self.link = self.links._links["C"]
+        self.small, self.large = (book.pipe for book in self.link._books)
+        for pipe in (self.small, self.large):
+            pipe.accept()
+
+    def send(self, *payloads: bytes, left_s: float = 30.0, own_ids: bool = False) -> Sent:
+        self.links.reserve("C", "", len(payloads))
+        route, deadline = Route(hops=("B",), targets=("C",)), time.monotonic() + left_s
+        segment = Segment(route, Column(payloads), deadline, 1, own_ids=own_ids)
+        rows: list[list[Part]] = [[] for _ in payloads]
+
+        def sink(start: int, answers: Answers) -> None:
+            for row in range(len(answers)):
+                answer = answers.at(row)
+                rows[start + row].append(answer.refused or answer.parts[0])
+
+        return Sent(rows, self.links.send("C", segment, sink))
+
+    @property
+    def outstanding(self) -> int:
+        return self.links.load("C", "")[0]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench(Limits())
+    yield made
+    made.link.channel.close()
+
+
+def test_what_is_sent_leaves_together_with_the_next_flush(bench):
+    kicks = bench.small.kicks
+    bench.send(b"a", b"b")
+    bench.send(b"c", left_s=20)
+    assert bench.small.kicks == kicks
+    bench.links.flush()
+    bench.links.flush()
+
+    (frame,) = bench.small.take()
+
+    assert bench.small.kicks == kicks + 1
+    assert [list(made.payloads.items) for made in frame.segments] == [[b"a", b"b"], [b"c"]]
+    assert len({made.number for made in frame.segments}) == 2
+
+
+def test_answers_come_in_any_order_and_each_row_once(bench):
+    sent = bench.send(b"a", b"b", b"c", b"d")
+    ((number,),) = [[made.number for made in frame.segments] for frame in bench.small.take()]
+
+    bench.small.answer(number, 2, b"C", b"D")
+    assert bench.outstanding == 2
+    bench.small.answer(number, 0, b"A", b"B", b"X", b"X")
+    bench.small.answer(number, 0, b"X", b"X", b"X", b"X")
+    bench.small.answer(77, 0, b"X")
+
+    assert [part.result for part in sent.parts] == [b"A", b"B", b"C", b"D"]
+    assert bench.outstanding == 0
+
+
+def test_what_was_never_handed_to_grpc_provably_did_not_run(bench):
+    sent = bench.send(b"a", b"b")
+
+    bench.small.lose()
+
+    assert {(p.code, p.executed) for p in sent.parts} == {(Code.UNAVAILABLE, Executed.NO)}
+    assert bench.outstanding == 0
+    bench.small.accept()
+    assert bench.small.take() == []  # and it never will
+
+
+def test_what_was_handed_to_grpc_may_have_run(bench):
+    sent = bench.send(b"a", b"b")
+    bench.small.take()
+
+    bench.small.lose()
+
+    assert {(p.code, p.executed) for p in sent.parts} == {(Code.UNAVAILABLE, Executed.UNKNOWN)}
+    assert "the connection was closed" in sent.parts[0].reason
+    assert bench.outstanding == 0
+
+
+def test_a_loss_answers_only_the_rows_that_are_open(bench):
+    sent = bench.send(b"a", b"b", b"c")
+    (frame,) = bench.small.take()
+    bench.small.answer(frame.segments[0].number, 1, b"B")
+
+    bench.small.lose()
+
+    assert [part.code for part in sent.parts] == [Code.UNAVAILABLE, Code.OK, Code.UNAVAILABLE]
+    assert bench.outstanding == 0
+
+
+def test_the_end_of_a_neighbour_that_stops_in_order_proves_that_the_rest_did_not_run(bench):
+    sent = bench.send(b"a", b"b", b"c")
+    (frame,) = bench.small.take()
+    bench.small.answer(frame.segments[0].number, 1, b"B")
+
+    bench.small.lose(STOPPED)
+
+    assert [part.executed for part in sent.parts] == [Executed.NO, Executed.YES, Executed.NO]
+    assert bench.outstanding == 0
+
+
+def test_a_neighbour_that_stops_is_asked_nothing_more_and_soon_waited_for(bench):
+    bench.link._set_state("up", "")
+    assert bench.links.up() == {"C"}
+
+    bench.small.hear(pb2.Frame(stopping=True))
+    assert (bench.link.state, bench.links.up(), bench.links.awaited()) == ("draining", set(), {"C"})
+    bench.small.lose(STOPPED)
+    assert bench.link.state == "draining", "its other stream still answers"
+    bench.large.lose(STOPPED)
+
+    assert (bench.link.state, bench.link.reason) == ("down", "it has stopped")
+    assert bench.link.patience_s == Limits.restart_s
+    bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=False), 0.001)
+    assert bench.link.state == "down", "it is still there for a moment, without streams"
+    assert bench.links.awaited() == {"C"}
+
+
+def test_a_neighbour_that_stops_for_good_is_not_waited_for_until_it_is_back(bench):
+    bench.link._set_state("up", "")
+    told: list[set[str]] = []
+    bench.links.on_change = lambda: told.append(bench.links.awaited())
+
+    bench.small.hear(pb2.Frame(stopping=True, for_good=True))
+    assert (bench.link.state, bench.link.reason) == ("draining", "it is stopping for good")
+    # A look that was under way says that it is well, and the other stream hears of it later.
+    bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=True), 0.001)
+    bench.large.hear(pb2.Frame(stopping=True))
+    for pipe in (bench.small, bench.large):
+        pipe.lose(STOPPED)
+
+    assert (bench.link.state, bench.link.reason) == ("down", "it has stopped for good")
+    assert set().union(*told) == set(), "whoever waits is told that it need not"
+    for pipe in (bench.small, bench.large):
+        pipe.accept()
+    bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=True), 0.001)
+    bench.small.lose()
+    assert bench.links.awaited() == {"C"}
+
+
+def test_who_waits_for_a_neighbour_hears_that_it_stops_for_good(bench):
+    bench.link._set_state("up", "")
+    bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=False), 0.001)
+    assert bench.links.awaited() == {"C"}
+    told = mock.Mock()
+    bench.links.on_change = told
+
+    bench.small.hear(pb2.Frame(stopping=True, for_good=True))
+
+    assert bench.links.awaited() == set()
+    assert told.called
+
+
+def test_a_lost_stream_takes_the_link_down_and_its_other_stream_goes_on(bench):
+    large = bench.send(b"x" * 100 * KIB)
+    (frame,) = bench.large.take()
+    bench.link.state = "up"
+
+    bench.small.lose()
+
+    assert bench.link.state == "down"
+    bench.large.answer(frame.segments[0].number, 0, b"done")
+    assert large.parts[0].result == b"done"
+
+
+def test_on_a_link_without_a_stream_nothing_waits_and_nothing_ran(bench):
+    bench.small.lose()
+
+    sent = bench.send(b"a")
+
+    assert (sent.parts[0].code, sent.parts[0].executed) == (Code.UNAVAILABLE, Executed.NO)
+    assert bench.outstanding == 0
+    assert bench.small.take() == []
+
+
+def test_what_is_lost_while_it_is_written_provably_did_not_run(bench):
+    book = bench.link._books[0]
+    sent, joinable = bench.send(b"a"), book._joinable
+
+    def lose_meanwhile():
+        parts = joinable()
+        bench.small.lose()
+        return parts
+
+    with mock.patch.object(book, "_joinable", lose_meanwhile):
+        frames = bench.small.take()
+
+    assert frames == []
+    assert sent.parts[0].executed is Executed.NO
+    assert bench.outstanding == 0
+
+
+def test_an_answer_from_before_the_loss_is_not_taken_for_one_after_it(bench):
+    bench.send(b"a")
+    (frame,) = bench.small.take()
+    bench.small.lose()
+    bench.small.accept()
+    second = bench.send(b"b")
+    bench.small.take()
+
+    bench.small.answer(frame.segments[0].number, 0, b"old")
+
+    assert not second.is_answered
+
+
+def test_large_bodies_take_the_other_stream(bench):
+    bench.send(b"x" * 100)
+    bench.send(b"x" * 100 * KIB)
+    bench.send(*[b"x" * 10] * 5000)
+    (small,), (large,) = bench.small.take(), bench.large.take()
+    assert [made.count for made in small.segments] == [1, 5000]
+    assert [made.count for made in large.segments] == [1]
+
+
+def test_a_frame_is_about_as_large_as_it_may_be(bench):
+    for _ in range(100):
+        bench.send(b"x" * 100 * KIB)
+    frames = bench.large.take()
+    assert sum(made.count for frame in frames for made in frame.segments) == 100
+    assert max(frame.ByteSize() for frame in frames) < 2 * Limits().frame_bytes + 110 * KIB
+    assert len(frames) < 12
+
+
+def test_a_cancel_leaves_after_its_segment_and_the_neighbour_answers_it(bench):
+    sent = bench.send(b"a", b"b", b"c")
+    sent.end(Code.CANCELLED, 1, 1)
+
+    (frame,) = bench.small.take()
+
+    (made,), (cancel,) = frame.segments, frame.cancels
+    assert (cancel.number, cancel.start, cancel.count) == (made.number, 1, 1)
+    assert not any(sent.rows)
+    bench.small.answer(made.number, 0, b"A", b"B", b"C")
+    kicks = bench.small.kicks
+    sent.end(Code.CANCELLED, 0, 3)
+    assert bench.small.take() == []
+    assert bench.small.kicks == kicks
+
+
+def test_a_cancel_waits_for_its_segment_when_that_is_not_in_this_frame(bench):
+    for _ in range(15):
+        bench.send(b"x" * 100 * KIB)
+    last = bench.send(b"y" * 100 * KIB, left_s=20)
+    last.end(Code.CANCELLED, 0, 1)
+
+    frames = bench.large.take()
+
+    assert len(frames) > 1
+    (made,) = [made for frame in frames for made in frame.segments if made.remaining_us < 2.5e7]
+    assert [cancel.number for frame in frames for cancel in frame.cancels] == [made.number]
+
+
+def test_small_segments_of_one_kind_travel_as_one_and_are_answered_apart(bench):
+    sent = [bench.send(*[b"%d" % n] * (n % 3 + 1)) for n in range(10)]
+    other = bench.send(b"later", left_s=20)
+    (frame,) = bench.small.take()
+    joined, alone = frame.segments
+    total = sum(len(one.rows) for one in sent)
+    assert (joined.count, alone.count) == (total, 1)
+
+    sent[4].end(Code.CANCELLED, 1, 1)
+    ((cancel,),) = [frame.cancels for frame in bench.small.take()]
+    before = sum(len(one.rows) for one in sent[:4])
+    assert (cancel.number, cancel.start, cancel.count) == (joined.number, before + 1, 1)
+
+    items = list(joined.payloads.items)
+    bench.small.answer(joined.number, 5, *items[5:])
+    assert sum(bool(row) for one in sent for row in one.rows) == total - 5
+    bench.small.answer(joined.number, 0, *items)
+    for n, one in enumerate(sent):
+        assert [part.result for part in one.parts] == [b"%d" % n] * len(one.rows)
+    assert not other.is_answered
+    assert bench.outstanding == 1
+
+
+def test_ids_that_callers_chose_travel_apart_from_our_own(bench):
+    for own in (True, True, False, False, True):
+        bench.send(b"x", own_ids=own)
+    (frame,) = bench.small.take()
+    assert [(made.own_ids, made.count) for made in frame.segments] == [
+        (True, 2),
+        (False, 2),
+        (True, 1),
+    ]
+
+
+@pytest.mark.parametrize("what", ["handed over", "in the outbox"])
+def test_a_loss_answers_every_part_of_what_travels_as_one(bench, what):
+    sent = [bench.send(b"a", b"b"), bench.send(b"c")]
+    if what == "handed over":
+        assert len(bench.small.take()[0].segments) == 1
+
+    bench.small.lose()
+
+    executed = Executed.UNKNOWN if what == "handed over" else Executed.NO
+    assert {part.executed for one in sent for part in one.parts} == {executed}
+    assert bench.outstanding == 0
+
+
+def test_what_has_no_time_left_is_not_sent(bench):
+    late = bench.send(b"a", left_s=0.0)
+    good = bench.send(b"b")
+
+    (frame,) = bench.small.take()
+
+    assert [list(made.payloads.items) for made in frame.segments] == [[b"b"]]
+    assert (late.parts[0].code, late.parts[0].executed) == (Code.DEADLINE_EXCEEDED, Executed.NO)
+    assert not good.is_answered
+
+
+def test_the_neighbour_gets_less_time_so_that_its_answer_comes_in_time(bench):
+    bench.send(b"a", left_s=10.0)
+    (frame,) = bench.small.take()
+    assert 9 < frame.segments[0].remaining_us / 1e6 < 9.96
+
+
+def test_the_pace_of_a_neighbour_follows_its_answers_and_not_one_odd_slice(bench):
+    def answered(worked_us: int) -> float:
+        bench.send(b"a")
+        (frame,) = bench.small.take()
+        bench.small.answer(frame.segments[0].number, 0, b"A", worked_us=worked_us)
+        return bench.links.load("C", "")[1]
+
+    assert answered(100) == pytest.approx(0.0001)
+    assert answered(1_000_000) < 0.0002
+    for _ in range(60):
+        last = answered(5000)
+    assert last == pytest.approx(0.005, rel=0.1)
+
+
+def test_the_pace_of_a_neighbour_is_of_late_only_for_a_moment_after_an_answer(bench):
+    assert not bench.links.load("C", "")[3]
+    bench.send(b"a")
+    (frame,) = bench.small.take()
+    bench.small.answer(frame.segments[0].number, 0, b"A", worked_us=100)
+    seen = bench.links._links["C"].pace_seen[""]
+    with mock.patch.object(links.time, "monotonic", return_value=seen + 0.9 * links.OF_LATE_S):
+        assert bench.links.load("C", "")[3]
+    with mock.patch.object(links.time, "monotonic", return_value=seen + 1.1 * links.OF_LATE_S):
+        assert bench.links.load("C", "")[1:] == (0.0001, State.HEALTHY, False)
+
+
+# Few requests that leave together.
+
+
+def at_work(bench: Bench, worked_us: int = 100) -> int:
+    """A neighbour whose pace is known and that has a request; the number of its segment."""
+    bench.send(b"known")
+    (frame,) = bench.small.take()
+    bench.small.answer(frame.segments[0].number, 0, b"KNOWN", worked_us=worked_us)
+    bench.send(b"first")
+    (frame,) = bench.small.take()
+    return frame.segments[0].number
+
+
+def test_a_lone_request_waits_for_no_company(bench):
+    number = at_work(bench)
+    bench.small.answer(number, 0, b"FIRST")
+    bench.send(b"second")
+    assert bench.small.patience_s() == 0
+
+
+def test_what_comes_while_a_neighbour_is_at_quick_work_leaves_when_that_is_answered(bench):
+    number = at_work(bench)
+    bench.send(b"second")
+    assert bench.small.patience_s() == Limits().gather_s
+    assert not bench.small.hurries
+
+    bench.small.answer(number, 0, b"FIRST")
+
+    assert bench.small.hurries
+    assert bench.small.patience_s() == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "worked_us", "sent"),
+    [
+        ("slow work, which needs all its slots", 1000, [(b"second",)]),
+        ("many rows, which need no company", 100, [(b"row",) * (Limits().few_rows + 1)]),
+        ("a crowd", 100, [(b"one",)] * Limits().gather_rows),
+    ],
+)
+def test_these_wait_for_no_answer(bench, what, worked_us, sent):
+    at_work(bench, worked_us)
+    for payloads in sent:
+        bench.send(*payloads)
+    assert bench.small.patience_s() == 0
+
+
+def test_beside_a_bulk_nothing_waits_for_its_answer(bench):
+    number = at_work(bench)
+    bench.small.answer(number, 0, b"FIRST")
+    bench.send(*[b"row"] * (Limits().gather_rows + 1))
+    bench.small.take()
+    bench.send(b"second")
+    assert bench.small.patience_s() == 0
+
+
+def test_large_bodies_wait_for_no_answer(bench):
+    at_work(bench)
+    for payload in (b"1", b"2"):
+        bench.send(payload * 20 * KIB)
+        assert bench.large.patience_s() == 0
+        bench.large.take()
+
+
+def test_a_cancel_waits_for_no_answer(bench):
+    at_work(bench)
+    second = bench.send(b"second")
+    second.end(Code.CANCELLED, 0, 1)
+    assert bench.small.patience_s() == 0
+
+
+def test_after_a_loss_nothing_waits_for_an_answer(bench):
+    at_work(bench)
+    bench.small.lose()
+    bench.small.accept()
+    bench.send(b"second")
+    assert bench.small.patience_s() == 0
+
+
+# What the requests tell of a neighbour.
+
+
+class Two:
+    """Links to C and D over pipes in memory, both up; what is sent goes to C."""
+
+    def __init__(self) -> None:
+        with mock.patch.object(outgoing, "Pipe", MemoryPipe):
+            neighbours = [Process(n, "worker", "green", "127.0.0.1", 1) for n in "CD"]
+            self.links = Links(neighbours, Limits(), "digest")
+        for link in self.links._links.values():
+            for book in link._books:
+                book.pipe.accept()
+            link._set_state("up", "")
+        self.pipe = self.links._links["C"]._books[0].pipe
+
+    def send(self, left_s: float = 30.0) -> tuple[int, End]:
+        """One row to C, as far as gRPC; its segment's number, and how to end it."""
+        self.links.reserve("C", "", 1)
+        route = Route(Mode.ANY, hops=("B",), targets=("C",))
+        segment = Segment(route, Column([b"a"]), time.monotonic() + left_s, 1)
+        end = self.links.send("C", segment, lambda start, answers: None)
+        (frame,) = self.pipe.take()
+        return frame.segments[0].number, end
+
+    def refuse(self, code: Code, executed: Executed) -> None:
+        number, _ = self.send()
+        frame = pb2.Frame()
+        refused = Part("C", code, "why", executed=executed)
+        codec.write_slice(frame, number, 0, Answers(1, (), refused=refused))
+        self.pipe._receive(frame)
+
+    @property
+    def state(self) -> State:
+        return self.links.load("C", "")[2]
+
+    @property
+    def shown(self) -> tuple[str, str, int]:
+        found = self.links.states()[0]
+        return found.health, found.health_reason, found.ejections
+
+
+@pytest.fixture
+def two() -> Iterator[Two]:
+    made = Two()
+    yield made
+    for link in made.links._links.values():
+        link.channel.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "executed", "state"),
+    [
+        (Code.UNAVAILABLE, Executed.UNKNOWN, State.EJECTED),
+        (Code.DEADLINE_EXCEEDED, Executed.YES, State.EJECTED),
+        (Code.INTERNAL, Executed.YES, State.HEALTHY),
+        (Code.UNAVAILABLE, Executed.NO, State.HEALTHY),  # it stops, as the next look will tell
+        (Code.RESOURCE_EXHAUSTED, Executed.NO, State.HEALTHY),
+    ],
+)
+def test_a_neighbour_that_does_not_answer_is_ejected_though_its_link_is_up(
+    two, code, executed, state
+):
+    for _ in range(FAILURES):
+        two.refuse(code, executed)
+    assert two.state is state
+    assert two.links.up() == {"C", "D"}
+
+
+def test_an_ejection_is_told_with_its_reason_and_once_in_the_log(two, caplog):
+    with caplog.at_level("INFO", "overlay.links"):
+        for _ in range(2 * FAILURES):
+            two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
+
+    reason = "ejected for 1 s: 5 requests in a row without an answer; the last: why"
+    assert two.shown == ("ejected", reason, 1)
+    assert caplog.messages == [f"requests to any one: C is {reason}"]
+
+
+def test_one_trial_at_a_time_and_an_answer_brings_it_back(two, caplog):
+    for _ in range(FAILURES):
+        two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
+    two.links._links["C"].cases[""].retry_at = 0.0  # its time is over
+    assert two.state is State.HALF_OPEN
+
+    number, _ = two.send()
+    assert two.state is State.EJECTED
+
+    with caplog.at_level("INFO", "overlay.links"):
+        two.pipe.answer(number, 0, b"A")
+    assert two.state is State.HEALTHY
+    assert two.shown == ("healthy", "", 1)
+    assert caplog.messages[-1] == "requests to any one: C answers again"
+
+
+def test_rows_that_are_not_even_answered_as_late_count(two):
+    for _ in range(FAILURES):
+        _, end = two.send()
+        end(Code.DEADLINE_EXCEEDED, 0, 1)
+    assert two.state is State.EJECTED
+    assert "no answer from C within the deadline" in two.shown[1]
+
+
+def test_results_that_are_not_read_to_their_end_in_time_do_not_count(two):
+    """It answers: they come in pieces, and who reads them is slow."""
+    pipe = two.links._links["C"]._books[1].pipe
+    came: list[Answers] = []
+    for _ in range(2 * FAILURES):
+        two.links.reserve("C", "", 1)
+        route, deadline = Route(hops=("B",), targets=("C",)), time.monotonic() + 30
+        segment = Segment(route, Column([b"a"]), deadline, 1, pieces=1)
+        segment.early = lambda start, answers: came.append(answers)
+        end = two.links.send("C", segment, lambda start, answers: None)
+        (frame,) = pipe.take()
+        number = frame.segments[0].number
+        frame = pb2.Frame()
+        part = PartColumn("C", Column([b"some"]), piece=Piece(0, True))
+        codec.write_slice(frame, number, 0, Answers(1, (part,)), more=True)
+        pipe._receive(frame)
+        came.pop().parts[0].piece.grant(1)
+        end(Code.DEADLINE_EXCEEDED, 0, 1)
+        (frame,) = pipe.take()
+        assert [(made.number, made.process_id) for made in frame.grants] == [(number, "C")]
+        late = PartColumn.missing("C", 1, Failure(Code.DEADLINE_EXCEEDED, "", Executed.YES))
+        frame = pb2.Frame()
+        codec.write_slice(frame, number, 0, Answers(1, (late,)))
+        pipe._receive(frame)
+    assert two.state is State.HEALTHY
+
+
+def test_rows_that_their_callers_left_do_not_count(two):
+    for _ in range(2 * FAILURES):
+        _, end = two.send()
+        end(Code.CANCELLED, 0, 1)
+    assert two.state is State.HEALTHY
+
+
+def test_a_link_that_went_down_and_came_back_is_not_held_against_it(two):
+    for _ in range(FAILURES):
+        two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
+    two.send()
+    two.pipe.lose()
+    assert two.shown[:2] == ("healthy", "")
+
+    two.links._links["C"]._set_state("up", "")
+    assert two.state is State.HEALTHY
+
+
+def test_workers_that_a_look_finds_new_behind_a_neighbour_make_its_trial_due(two):
+    for _ in range(FAILURES):
+        two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
+    behind = [pb2.Process(id="C", slots={"echo": 4})]
+    found = pb2.MetricsResponse(process_id="C", is_healthy=True, topology=behind)
+    two.links._links["C"]._learn(found, 0.001)
+    assert two.state is State.HALF_OPEN
+
+    two.send()
+    two.links._links["C"]._learn(found, 0.001)
+    assert two.state is State.EJECTED, "they are not new any more"
+
+
+def test_a_slow_neighbour_is_seen_by_its_pace_and_its_peers(two):
+    paces = {n: two.links._links[n].service_s for n in "CD"}
+    paces["D"][""] = 0.005
+    with mock.patch.object(outlier, "LOOK_S", 0.0):
+        for look in range(2):
+            number, _ = two.send()
+            two.pipe.answer(number, 0, b"A", worked_us=50_000 + look)
+            two.links._compare_paces()
+
+    assert two.state is State.SLOW
+    assert two.shown[:2] == ("slow", "slow: 50 ms where its peers take 5 ms")
+
+
+ACTS = st.lists(
+    st.tuples(
+        st.sampled_from(["send", "take", "answer", "end", "lose", "accept"]),
+        st.integers(0, 10),
+        st.integers(0, 10),
+    ),
+    max_size=40,
+)
+
+
+@given(ACTS)
+@settings(max_examples=150, deadline=None)
+def test_whatever_happens_each_row_is_answered_once_and_nothing_stays_outstanding(acts):
+    bench = Bench(replace(Limits(), frame_bytes=300))
+    sent: list[Sent] = []
+    open_numbers: dict[int, int] = {}
+    try:
+        for act, one, two in acts:
+            if act == "send":
+                sent.append(bench.send(*[b"x"] * (one + 1)))
+            elif act == "take":
+                for made in [made for frame in bench.small.take() for made in frame.segments]:
+                    open_numbers[made.number] = made.count
+            elif act == "answer" and open_numbers:
+                number = list(open_numbers)[one % len(open_numbers)]
+                bench.small.answer(number, two, *[b"r"] * (one + 1))
+            elif act == "end" and sent:
+                chosen = sent[one % len(sent)]
+                chosen.end(Code.CANCELLED, 0, len(chosen.rows))
+            elif act == "lose":
+                bench.small.lose()
+                open_numbers.clear()
+            else:
+                bench.small.accept()
+            answered = sum(bool(row) for one_sent in sent for row in one_sent.rows)
+            total = sum(len(one_sent.rows) for one_sent in sent)
+            assert bench.outstanding == total - answered
+        bench.small.lose()
+    finally:
+        bench.link.channel.close()
+
+    assert all(len(row) == 1 for one_sent in sent for row in one_sent.rows)
+    assert bench.outstanding == 0
+    (book, _) = bench.link._books
+    assert (book._messages, list(book._outbox)) == ({}, [])
+
+
+# Real links, to a real worker in this process.
+
+GATE = threading.Event()
+RAN: list[bytes] = []
+
+
+def handler(payload: bytes, context: Context) -> bytes:
+    RAN.append(payload)
+    if payload.startswith(b"wait"):
+        GATE.wait(10)
+    return b"C: " + payload
+
+
+class Worker:
+    """Process C, served on a port of its own."""
+
+    def __init__(self, topology: Topology, port: int) -> None:
+        self.service = Service(topology, "C")
+        service, self._pool = self.service, ThreadPoolExecutor(16)
+
+        class Servicer(pb2_grpc.OverlayNodeServicer):
+            def GetMetrics(self, request, context):
+                return service.metrics()
+
+            def ForwardStream(self, call, context):
+                return service.forward_stream(call, context)
+
+        self._server = grpc.server(self._pool, options=codec.server_options(topology.limits))
+        reception = Reception(self._server, self._pool, topology.limits, service.record)
+        pb2_grpc.add_OverlayNodeServicer_to_server(Servicer(), reception)
+        assert self._server.add_insecure_port(f"127.0.0.1:{port}") == port
+        self._server.start()
+        self.service.start()
+
+    def stop(self) -> None:
+        self._server.stop(0).wait(5)
+        self.service.close()
+        self._pool.shutdown(wait=False)
+
+
+@dataclass
+class Pair:
+    topology: Topology
+    worker: Worker
+    links: Links
+    ids: Iterator[int]
+
+    def send(self, *payloads: bytes, left_s: float = 20.0) -> Sent:
+        rows: list[list[Part]] = [[] for _ in payloads]
+        self.links.reserve("C", "h", len(payloads))
+        route = Route(Mode.ALL, "", "h", ("B",), ("C",))
+        first_id = next(self.ids) * 10_000
+        deadline = time.monotonic() + left_s
+        segment = Segment(route, Column(payloads), deadline, first_id)
+
+        def sink(start: int, answers: Answers) -> None:
+            for row in range(len(answers)):
+                answer = answers.at(row)
+                rows[start + row].append(answer.refused or answer.parts[0])
+
+        sent = Sent(rows, self.links.send("C", segment, sink))
+        self.links.flush()
+        return sent
+
+    def restart(self) -> None:
+        self.worker = Worker(self.topology, self.topology.processes["C"].port)
+
+    @property
+    def is_up(self) -> bool:
+        return self.links.up() == {"C"}
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    GATE.clear()
+    RAN.clear()
+    port = free_port()
+    processes = {
+        "B": Process("B", "team_leader", "green", "127.0.0.1", free_port(), ("C",)),
+        "C": Process("C", "worker", "green", "127.0.0.1", port, ("B",), handler="h"),
+    }
+    topology = Topology(
+        processes, {"h": HandlerSpec("h", "tests.peers.test_peers:handler", slots=8)}
+    )
+    made = Links([processes["C"]], topology.limits, "")
+    pair = Pair(topology, Worker(topology, port), made, itertools.count(1))
+    made.start()
+    try:
+        until(lambda: pair.is_up, 10, "the link is up")
+        yield pair
+    finally:
+        GATE.set()
+        made.close()
+        pair.worker.stop()
+
+
+def quiet(pair: Pair) -> Callable[[], bool]:
+    return lambda: pair.links.load("C", "h")[0] == 0
+
+
+def test_rows_go_down_and_come_back_over_a_real_stream(pair):
+    sent = [pair.send(*[b"%d" % row for row in range(n)]) for n in (1, 50, 300)]
+    until(lambda: all(one.is_answered for one in sent), 10)
+
+    for one in sent:
+        assert [part.result for part in one.parts] == [
+            b"C: %d" % row for row in range(len(one.rows))
+        ]
+    until(quiet(pair))
+
+
+def test_large_and_small_bodies_share_a_link(pair):
+    large = pair.send(*[b"x" * 300 * KIB] * 20)
+    small = pair.send(b"small")
+    until(lambda: large.is_answered and small.is_answered, 10)
+    assert all(part.ok for part in large.parts + small.parts)
+
+
+def test_a_cancel_reaches_the_worker(pair):
+    sent = pair.send(b"wait", b"b")
+    until(lambda: b"wait" in RAN, 5)
+
+    sent.end(Code.CANCELLED, 0, 1)
+
+    until(lambda: sent.is_answered, 5)
+    assert (sent.parts[0].code, sent.parts[0].executed) == (Code.CANCELLED, Executed.YES)
+    assert sent.parts[1].ok
+
+
+def test_a_server_that_goes_answers_what_it_had_at_once_as_unknown(pair):
+    sent = pair.send(b"wait 1", b"wait 2")
+    until(lambda: len(RAN) == 2, 5)
+
+    pair.worker.stop()
+
+    until(lambda: sent.is_answered, 2, "the rows of a lost link")
+    assert {part.executed for part in sent.parts} == {Executed.UNKNOWN}
+    until(lambda: not pair.is_up)
+    until(quiet(pair))
+
+
+def test_a_neighbour_that_went_while_idle_costs_no_request_its_deadline(pair):
+    pair.worker.stop()
+
+    # At once, while the link may still look up.
+    sent = [pair.send(b"%d" % n) for n in range(20)]
+
+    until(lambda: all(one.is_answered for one in sent), 2, "answers from a link that is gone")
+    assert {one.parts[0].code for one in sent} == {Code.UNAVAILABLE}
+    assert RAN == []
+
+
+def test_a_link_comes_back_and_works_again(pair):
+    pair.worker.stop()
+    until(lambda: not pair.is_up)
+    refused = pair.send(b"while down")
+    until(lambda: refused.is_answered)
+    assert refused.parts[0].code is Code.UNAVAILABLE
+
+    pair.restart()
+    until(lambda: pair.is_up, 10, "the link is back")
+
+    sent = pair.send(b"again")
+    until(lambda: sent.is_answered, 5)
+    assert sent.parts[0].result == b"C: again"
+    assert RAN == [b"again"]
+
+
+def test_a_link_is_up_only_with_its_streams(pair):
+    """Else what is sent the moment it is up would wait for a stream, or be refused."""
+    for _ in range(3):
+        pair.worker.stop()
+        until(lambda: not pair.is_up)
+        pair.restart()
+        until(lambda: pair.is_up, 10)
+        sent = [pair.send(b"x"), pair.send(b"y" * 100 * KIB)]
+        until(lambda sent=sent: all(one.is_answered for one in sent), 5)
+        assert all(one.parts[0].ok for one in sent)
+
+
+def test_many_threads_over_one_link(pair):
+    with ThreadPoolExecutor(8) as threads:
+
+        def ask(n: int) -> list[Sent]:
+            return [pair.send(*[b"%d/%d" % (n, i)] * (i % 5 + 1)) for i in range(40)]
+
+        sent = [one for found in threads.map(ask, range(8)) for one in found]
+        until(lambda: all(one.is_answered for one in sent), 10)
+
+    assert all(part.ok for one in sent for part in one.parts)
+    until(quiet(pair))
+
+
+def test_closing_answers_what_is_under_way(pair):
+    sent = pair.send(b"wait")
+    until(lambda: b"wait" in RAN, 5)
+
+    pair.links.close()
+
+    until(lambda: sent.is_answered)
+    assert sent.parts[0].executed is Executed.UNKNOWN
+
+
+def test_closing_is_no_trouble_of_the_neighbour(pair, caplog):
+    pair.links.close()
+
+    assert not caplog.records
+
+
+# Pipes.
+
+
+class Lines:
+    """A real pipe whose frames are empty segments, and when each of them left."""
+
+    def __init__(self, pair: Pair, patience_s: float) -> None:
+        address = pair.topology.processes["C"].address
+        self.channel = grpc.insecure_channel(address, codec.channel_options())
+        self.waiting: list[int] = []
+        self.left: list[list[int]] = []
+        self.patience_s = patience_s
+        served = threading.Event()
+        self.pipe = Pipe(
+            self.channel,
+            "test",
+            self.fill,
+            lambda frame: None,
+            lambda why: None,
+            lambda metadata: served.set(),
+            lambda: self.patience_s if self.waiting else 0.0,
+        )
+        self.pipe.start()
+        assert served.wait(5)
+
+    def fill(self, frame: pb2.Frame) -> bool:
+        taken, self.waiting = self.waiting, []
+        if taken:
+            frame.cancels.add(number=1)
+            self.left.append(taken)
+        return bool(taken)
+
+    def put(self, number: int) -> None:
+        self.waiting.append(number)
+        self.pipe.kick()
+
+    def close(self) -> None:
+        self.pipe.end()
+        self.channel.close()
+
+
+def test_what_gathers_in_a_pipe_leaves_together_when_it_is_hurried(pair):
+    lines = Lines(pair, patience_s=30)
+    try:
+        for number in range(3):
+            lines.put(number)
+            time.sleep(0.02)
+        assert not lines.left
+        lines.pipe.hurry()
+        until(lambda: lines.left == [[0, 1, 2]])
+    finally:
+        lines.close()
+
+
+def test_patience_ends_by_itself(pair):
+    lines = Lines(pair, patience_s=0.2)
+    try:
+        lines.put(0)
+        lines.put(1)
+        until(lambda: lines.left == [[0, 1]])
+    finally:
+        lines.close()
+
+
+def test_a_pipe_that_waits_for_more_ends_at_once(pair):
+    lines = Lines(pair, patience_s=30)
+    lines.put(0)
+    began = time.monotonic()
+    lines.close()
+    assert time.monotonic() - began < 15
+
+
+def test_a_sender_whose_call_is_lost_takes_nothing_of_the_next_call(pair):
+    """It is still in `fill` when the call ends: what it takes then would never arrive."""
+    outbox, lost, entered, go = [], threading.Event(), threading.Event(), threading.Event()
+    taken_by: dict[bytes, int] = {}
+
+    def fill(frame: pb2.Frame) -> bool:
+        entered.set()
+        go.wait(5)
+        if not outbox:
+            return False
+        taken_by[outbox.pop()] = threading.get_ident()
+        frame.cancels.add(number=1)
+        return True
+
+    channel = grpc.insecure_channel(pair.topology.processes["C"].address, codec.channel_options())
+    served = threading.Event()
+    pipe = Pipe(
+        channel,
+        "test",
+        fill,
+        lambda frame: None,
+        lambda why: lost.set(),
+        lambda metadata: served.set(),
+    )
+    pipe.start()
+    try:
+        assert served.wait(5)
+        pipe.kick()
+        assert entered.wait(5)
+        pair.worker.stop()
+        was_told = lost.wait(1)
+        outbox.append(b"after the loss")
+        pipe.kick()
+        go.set()
+        time.sleep(0.1)
+        assert not was_told or b"after the loss" not in taken_by
+    finally:
+        go.set()
+        pipe.end()
+        channel.close()

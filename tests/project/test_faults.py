@@ -1,0 +1,509 @@
+"""The fault bench: its checker by tables and properties, and a short lane on real processes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from faults import bench, breaking, history, hosts, plot, report, run, scenarios, seeded
+from faults.checker import LATE_S, RULES, SILENT_S, TIMED, check, coverage_of
+from faults.history import (
+    About,
+    Answer,
+    Call,
+    Ending,
+    Execution,
+    Fault,
+    History,
+    Recovery,
+    Rest,
+    Stall,
+)
+from faults.load import Mixture
+from faults.overlays import Overlay, six_processes
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKERS = {"C": "green", "D": "pink", "F": "pink"}
+ABOUT = About("some", 1, WORKERS, list(scenarios.USUAL), ["raises"], slots=2)
+
+
+def answered(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execution], Answer]:
+    """A call at second `id_`, worked on and answered by everyone it means, or by the first."""
+    call = Call(id_, id_, float(id_), float(id_), id_ + 2.0, mode, way, team)
+    scope = [worker for worker in WORKERS if team in ("", WORKERS[worker])]
+    workers = scope if mode == "all" else scope[:1]
+    runs = [Execution(id_, w, id_ + 0.1, id_ + 0.2, 0, id_ + 2.0) for w in workers]
+    parts = tuple((worker, "OK", "yes") for worker in workers)
+    result = "\n".join(f"{worker} {id_}" for worker in workers)
+    answer = Answer(id_, id_ + 0.3, "OK", "overlay", "yes", "", parts, result)
+    if way == "unary":
+        answer = replace(answer, coverage=coverage_of(answer))
+    return call, runs, answer
+
+
+def refused(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execution], Answer]:
+    """For want of time, of which it brought little."""
+    call = Call(id_, id_, float(id_), float(id_), id_ + 0.4, mode, way, team)
+    return call, [], Answer(id_, id_ + 0.1, "RESOURCE_EXHAUSTED", "overlay", "no")
+
+
+def expired(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execution], Answer]:
+    """It runs on after its deadline, and that is nobody's fault."""
+    call = Call(id_, id_, float(id_), float(id_), id_ + 2.0, mode, way, team)
+    worker = next(w for w in WORKERS if team in ("", WORKERS[w]))
+    runs = [Execution(id_, worker, id_ + 1.9, None, 0, id_ + 2.0)]
+    return call, runs, Answer(id_, id_ + 2.05, "DEADLINE_EXCEEDED", "overlay", "unknown")
+
+
+def true_history(*kinds: tuple[Callable[..., object], str, str, str]) -> History:
+    """A history that keeps every promise; one call of each kind, after an answered one of all."""
+    found = History(ABOUT)
+    for id_, (make, *how) in enumerate([(answered, "all", "unary", ""), *kinds], 1):
+        call, runs, answer = make(id_, *how)
+        found.calls.append(call)
+        found.executions += runs
+        found.answers.append(answer)
+    found.rests = [Rest(process, {"active": 0, "waiting": 0}) for process in "ABCDEF"]
+    found.endings = [Ending(process, 0, [0]) for process in "ABCDEF"]
+    found.recoveries = [Recovery(True, 0.4)]
+    return found
+
+
+def edited(found: History, place: str, index: int = 0, **fields: object) -> History:
+    """The history with one record changed."""
+    records = list(getattr(found, place))
+    records[index] = replace(records[index], **fields)
+    return replace(found, **{place: records})
+
+
+def more(found: History, place: str, *records: object) -> History:
+    return replace(found, **{place: [*getattr(found, place), *records]})
+
+
+def less(found: History, place: str, index: int = 0) -> History:
+    records = list(getattr(found, place))
+    del records[index]
+    return replace(found, **{place: records})
+
+
+def asked_again(found: History, key: int = 1, **fields: object) -> History:
+    """The first call has an idempotency key, and so has one more; fields: of the answer to it."""
+    found = edited(found, "calls", idempotency="k")
+    answer = replace(found.answers[0], id=10**6, **fields)
+    found = more(found, "calls", replace(found.calls[0], id=10**6, key=key))
+    return more(found, "answers", answer)
+
+
+def alone_and_refused(found: History) -> History:
+    """The first call was refused for want of a place, and ran nowhere."""
+    runs = [run for run in found.executions if run.key != 1]
+    fields = {"executed": "no", "parts": (), "result": "", "coverage": ""}
+    found = edited(found, "answers", code="RESOURCE_EXHAUSTED", **fields)
+    return replace(found, executions=runs)
+
+
+# What can be done to the first call of a true history, and the rule that must see it.
+LIES: dict[str, tuple[str, Callable[[History], History]]] = {
+    "no answer": ("unanswered", lambda h: less(h, "answers")),
+    "two answers": ("answered_twice", lambda h: more(h, "answers", h.answers[0])),
+    "an answer to nobody": (
+        "answered_twice",
+        lambda h: more(h, "answers", replace(h.answers[0], id=10**6)),
+    ),
+    "a late answer": ("late", lambda h: edited(h, "answers", at=3.0 + LATE_S + 0.01)),
+    "silence": (
+        "silent",
+        lambda h: edited(
+            edited(h, "calls", way="stream"),
+            "answers", code="DEADLINE_EXCEEDED", by="client", at=3.0 + SILENT_S, parts=(),
+        ),
+    ),
+    "refused, and it ran": (
+        "lying_refusal",
+        lambda h: edited(h, "answers", code="UNAVAILABLE", executed="no", parts=()),
+    ),
+    "a part refused, and it ran": (
+        "lying_refusal",
+        lambda h: edited(h, "answers", parts=(("C", "UNAVAILABLE", "no"), *h.answers[0].parts[1:])),
+    ),
+    "twice on a worker": ("ran_twice", lambda h: more(h, "executions", h.executions[0])),
+    "any on two workers": ("ran_twice", lambda h: edited(h, "calls", mode="any")),
+    "with a key on three workers": (
+        "ran_twice", lambda h: edited(h, "calls", mode="any", idempotency="k"),
+    ),
+    "with a key on two workers, and none was lost": (
+        "ran_twice", lambda h: less(edited(h, "calls", mode="any", idempotency="k"), "executions"),
+    ),
+    "one key for two payloads": ("key_misused", lambda h: asked_again(h, key=10**6)),
+    "two answers under one key": ("key_misused", lambda h: asked_again(h, parts=())),
+    "an answer and a failure under one key": (
+        "key_misused", lambda h: asked_again(h, code="INTERNAL", executed="yes", parts=()),
+    ),
+    "a request of nobody": (
+        "ran_unasked",
+        lambda h: more(h, "executions", replace(h.executions[0], key=10**6)),
+    ),
+    "outside of its team": ("ran_unasked", lambda h: edited(h, "calls", team="green")),
+    "begun too late": ("worked_for_nobody", lambda h: edited(h, "executions", begin=4.1)),
+    "told too much time": ("worked_for_nobody", lambda h: edited(h, "executions", told=30.0)),
+    "counted, and not there": ("short_in_silence", lambda h: less(h, "executions")),
+    "counted, and not finished": ("short_in_silence", lambda h: edited(h, "executions", end=None)),
+    "a worker not told of": (
+        "short_in_silence",
+        lambda h: edited(h, "answers", parts=h.answers[0].parts[:2], coverage="2/2"),
+    ),
+    "a coverage that lies": ("short_in_silence", lambda h: edited(h, "answers", coverage="4/4")),
+    "a result too short": ("wrong_result", lambda h: edited(h, "answers", result="C 1\nD 1")),
+    "another's result": ("wrong_result", lambda h: edited(h, "answers", result="C 2\nD 2\nF 2")),
+    "a status out of place": (
+        "unexpected_status",
+        lambda h: edited(h, "answers", code="UNIMPLEMENTED", executed="yes", parts=()),
+    ),
+    "INTERNAL of a quiet handler": (
+        "unexpected_status",
+        lambda h: edited(h, "answers", code="INTERNAL", executed="yes", parts=()),
+    ),
+    "INTERNAL in a part": (
+        "unexpected_status",
+        lambda h: edited(h, "answers", parts=(*h.answers[0].parts[:2], ("F", "INTERNAL", "yes"))),
+    ),
+    "sent to one who is cut off": (
+        "held_back",
+        lambda h: more(
+            edited(edited(h, "calls", mode="any"), "answers", code="UNAVAILABLE", parts=()),
+            "faults", Fault("cut", "D", -2.5, 2.0),
+        ),
+    ),
+    "refused although nothing else was asked": (
+        "refused_although_free", lambda h: alone_and_refused(h),
+    ),
+    "a part refused although nothing else was asked": (
+        "refused_although_free",
+        lambda h: less(
+            edited(
+                h, "answers", result="C 1\nD 1", coverage="2/3; missing=F",
+                parts=(*h.answers[0].parts[:2], ("F", "RESOURCE_EXHAUSTED", "no")),
+            ),
+            "executions", 2,
+        ),
+    ),
+    "something active": ("leak", lambda h: edited(h, "rests", counts={"active": 1})),
+    "miscounted": ("leak", lambda h: edited(h, "rests", counts={"not counted": -2})),
+    "no complete answer": ("no_recovery", lambda h: edited(h, "recoveries", ok=False)),
+    "nobody looked": ("no_recovery", lambda h: less(h, "recoveries")),
+    "an unwanted end": ("bad_ending", lambda h: edited(h, "endings", code=3)),
+    "a refusal to start without a word": (
+        "bad_ending", lambda h: edited(h, "endings", code=2, wanted=[2]),
+    ),
+    "a traceback": ("bad_ending", lambda h: edited(h, "endings", said="Traceback (most recent")),
+}  # fmt: skip
+OTHERS = st.lists(
+    st.tuples(
+        st.sampled_from([answered, refused, expired]),
+        st.sampled_from(["all", "any"]),
+        st.sampled_from(["unary", "stream"]),
+        st.sampled_from(["", "green", "pink"]),
+    ),
+    max_size=20,
+)
+
+
+@given(OTHERS)
+def test_a_true_history_breaks_nothing(others: list[tuple[Callable[..., object], str, str, str]]):
+    assert check(true_history(*others)) == []
+
+
+@given(OTHERS, st.sampled_from(sorted(LIES)))
+def test_a_lie_is_found_whatever_is_true_beside_it(
+    others: list[tuple[Callable[..., object], str, str, str]], lie: str
+) -> None:
+    rule, tell = LIES[lie]
+    found = {(violation.rule, violation.call) for violation in check(tell(true_history(*others)))}
+    assert rule in {name for name, _ in found}
+    assert {call for _, call in found} <= {0, 1, 10**6}  # and nobody else is blamed
+
+
+def test_each_rule_is_broken_by_some_lie() -> None:
+    assert {rule for rule, _ in LIES.values()} == {rule.__name__ for rule in RULES}
+
+
+@pytest.mark.parametrize(
+    ("place", "fields", "excuse"),
+    [
+        ("answers", {"at": 5.0}, Fault("freeze", "A", 1.5, 5.0)),
+        ("answers", {"at": 5.0}, Stall(2.0, 5.0)),
+        ("executions", {"begin": 5.0, "end": 5.1}, Fault("freeze", "C", 1.5, 4.9)),
+        ("executions", {"begin": 5.0, "end": 5.1}, Stall(2.0, 5.0)),
+    ],
+)
+def test_what_stood_still_is_not_blamed_for_the_time(place, fields, excuse) -> None:
+    late = edited(true_history(), place, **fields)
+    excused = more(late, "faults" if isinstance(excuse, Fault) else "stalls", excuse)
+    assert check(late) != []
+    assert check(excused) == []
+
+
+def test_a_frozen_worker_is_no_excuse_for_the_leader() -> None:
+    late = edited(true_history(), "answers", at=5.0)
+    assert check(more(late, "faults", Fault("freeze", "D", 1.5, 5.0))) == check(late) != []
+
+
+def test_a_repeated_request_may_be_refused_once_it_ran() -> None:
+    call, runs, answer = answered(2, "any", "unary", "green")
+    found = more(true_history(), "calls", call, replace(call, id=3))
+    found = more(found, "answers", answer, Answer(3, 2.2, "UNAVAILABLE", executed="no"))
+    assert check(more(found, "executions", *runs)) == []
+
+
+def test_with_a_key_the_same_answer_may_come_again_and_another_payload_is_refused() -> None:
+    refusal = {"code": "INVALID_ARGUMENT", "executed": "no", "parts": (), "result": ""}
+    assert check(asked_again(true_history())) == []
+    assert check(asked_again(true_history(), key=2, **refusal)) == []
+    assert check(asked_again(true_history(), **refusal)) != []  # it was the same payload
+
+
+@pytest.mark.parametrize(("process", "excuses"), [("C", True), ("A", True), ("D", False)])
+def test_with_a_key_a_second_worker_is_excused_by_a_fault_that_lost_the_first(process, excuses):
+    call, runs, answer = answered(2, "any", "unary", "")
+    call, second = replace(call, idempotency="k"), replace(runs[0], worker="F", begin=2.15)
+    part = (("F", "OK", "yes"),)
+    answer = replace(answer, parts=part, result="F 2", coverage="1/1")
+    found = more(true_history(), "calls", call)
+    found = more(more(found, "answers", answer), "executions", *runs, second)
+    found = more(found, "faults", Fault("freeze", process, 2.12, 2.14))
+    assert (check(found) == []) is excuses
+
+
+def test_a_leader_that_was_killed_has_forgotten_its_keys() -> None:
+    parts = (*true_history().answers[0].parts[:2], ("F", "UNAVAILABLE", "unknown"))
+    short = {"parts": parts, "result": "C 1\nD 1", "coverage": "2/3; missing=F"}
+    found = asked_again(true_history(), **short)
+    assert check(more(found, "faults", Fault("kill", "A", 1.4, 1.6))) == []
+    assert check(more(found, "faults", Fault("kill", "E", 1.4, 1.6))) != []
+
+
+@pytest.mark.parametrize("kind", ["busy", "hung", "hurried", "disturbed", "stalled"])
+def test_who_is_refused_while_there_may_be_no_place_has_no_wrong(kind: str) -> None:
+    """busy: two others are open, and a worker takes two. hung: their answers came, and their
+    handlers go on."""
+    found = alone_and_refused(true_history())
+    first = found.calls[0]
+    others = [replace(first, id=id_, key=id_, at=0.8, due=0.8, deadline=2.8) for id_ in (8, 9)]
+    gone = [Answer(c.id, 0.95 if kind == "hung" else 1.5, "UNAVAILABLE") for c in others]
+    runs = [Execution(c.id, "C", 0.85, 1.5, 0, 2.8) for c in others]
+    if kind in ("busy", "hung"):
+        found = more(more(found, "calls", *others), "answers", *gone)
+        found = more(found, "executions", *runs)
+    if kind == "hurried":
+        found = edited(found, "calls", deadline=first.at + 0.4)
+    if kind == "disturbed":
+        found = more(found, "faults", Fault("kill", "E", 0.0, 0.5))
+    if kind == "stalled":
+        found = more(found, "stalls", Stall(0.5, 1.1))
+    assert check(found) == []
+
+
+def test_one_more_may_be_open_than_those_who_leave_a_place_free() -> None:
+    found = alone_and_refused(true_history())
+    other = replace(found.calls[0], id=8, key=8, at=0.8, due=0.8, deadline=2.8)
+    found = more(more(found, "calls", other), "answers", Answer(8, 1.5, "UNAVAILABLE"))
+    (violation,) = check(found)
+    assert violation.rule == "refused_although_free"
+    assert "1 other requests were open, and a worker has 2 places" in violation.sentence
+
+
+def test_a_client_that_vanished_needs_no_answer() -> None:
+    gone = replace(true_history().calls[0], id=9, key=9, vanishes=True)
+    assert check(more(true_history(), "calls", gone)) == []
+
+
+@given(OTHERS)
+def test_a_history_can_be_written_and_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    others: list[tuple[Callable[..., object], str, str, str]],
+) -> None:
+    path = tmp_path_factory.mktemp("history") / "history.jsonl"
+    found = more(true_history(*others), "faults", Fault("kill", "E", 1.0, 2.0))
+    history.write(found, path)
+    assert history.read(path) == found
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history.write(true_history(), path)
+    path.write_text(path.read_text() + '{"kind": "wish"}\n')
+    number = len(path.read_text().splitlines())
+    with pytest.raises(ValueError, match=f"history.jsonl:{number}: not a record"):
+        history.read(path)
+
+
+def test_a_run_that_a_kill_cut_off_has_no_end() -> None:
+    begun = '"key": 7, "worker": "C", "begin": 1.0, "attempt": 0, "told": 2.0}'
+    lines = [
+        '{"run": "a", ' + begun,
+        '{"run": "b", ' + begun,
+        '{"run": "a", "end": 1.5}',
+        '{"run": "b", "e',
+    ]
+    assert [each.end for each in history.executions_of(lines)] == [1.5, None]
+
+
+def test_a_seed_gives_the_same_calls_again() -> None:
+    mixture = Mixture(repeats=0.3)
+    first, again = (mixture.plan(3, random.Random(5)) for _ in range(2))
+    assert first == again != mixture.plan(3, random.Random(6))
+
+
+def test_long_ones_end_before_the_others_begin() -> None:
+    *long, first = Mixture(long_first=True).plan(1, random.Random(5))[:4]
+    assert [call.team for call in long] == ["", "green", "pink"]
+    assert all(call.after_s + call.nap_ms / 1000 < first.after_s for call in long)
+
+
+def test_a_repeat_goes_to_a_team_of_one_right_after_the_first() -> None:
+    planned = Mixture(repeats=0.5, keyed=0).plan(3, random.Random(5))
+    pairs = [pair for pair in itertools.pairwise(planned) if pair[1].again]
+    assert len(pairs) > 20
+    assert all(a.named and b.named and a.team == b.team == "green" for a, b in pairs)
+
+
+def test_the_page_and_the_picture_tell_what_was_broken() -> None:
+    rule, tell = LIES["a late answer"]
+    found = more(tell(true_history()), "faults", Fault("kill", "E", 1.0, 2.0))
+    outcome = bench.Outcome(scenarios.BY_NAME["kill-team-leader"], found, check(found))
+    page = report.page([outcome], {"files-leader": "needs Linux"}, 6, 1)
+    picture = xml.etree.ElementTree.fromstring(plot.drawn([outcome]))
+    texts = [text for text in picture.itertext() if text.strip()]
+    assert "| kill-team-leader | 1 | 1 | 0 |  | 0.4 s | 0 ms | **1** |" in page
+    assert f"- {rule}: call 1 (unary) was answered" in page
+    assert "- not run: files-leader: needs Linux" in page
+    assert {"answers a second", "kill-team-leader", "1 broken"} <= set(texts)
+
+
+@pytest.mark.parametrize(("in_a_bin", "top"), [(1, 10), (2, 20), (3, 50), (7, 100), (37, 500)])
+def test_a_strip_of_the_picture_has_a_scale_in_answers_a_second(in_a_bin: int, top: int) -> None:
+    one = true_history().answers[0]
+    found = replace(true_history(), answers=[one] * in_a_bin)
+    outcome = bench.Outcome(scenarios.BY_NAME["calm"], found, [])
+    picture = xml.etree.ElementTree.fromstring(plot.drawn([outcome]))
+    texts = [text for text in picture.itertext() if text.strip()]
+    blue = [r for r in picture.findall(".//{*}rect") if r.get("fill") == plot.KINDS["OK"]]
+    _, bar = blue  # the first is the legend's
+
+    assert {f"{top}", f"{top // 2}", "0", "0 s"} <= set(texts)
+    share = float(bar.get("height", 0)) / plot.STRIP
+    assert share * top == pytest.approx(in_a_bin / plot.BIN_S, abs=0.05 * top)
+
+
+def test_a_run_whose_load_was_late_is_invalid() -> None:
+    outcome = bench.Outcome(scenarios.BY_NAME["calm"], true_history(), [])
+    late = replace(outcome, history=edited(true_history(), "calls", at=1.03))
+    assert (outcome.invalid, bool(late.invalid)) == ("", True)
+
+
+def test_the_tables_have_names_of_their_own_and_a_scenario_for_each_bug() -> None:
+    assert len(scenarios.BY_NAME) == len(scenarios.SCENARIOS)
+    assert len(seeded.BY_NAME) == len(seeded.BUGS) >= 12
+    rules = {rule.__name__ for rule in RULES}
+    for bug in seeded.BUGS:
+        assert bug.scenario in scenarios.BY_NAME
+        assert rules.issuperset(bug.rules)
+
+
+def test_what_the_seeded_bugs_replace_is_there() -> None:
+    apply = "from faults import seeded; [bug.apply() for bug in seeded.BUGS]"
+    done = subprocess.run([sys.executable, "-c", apply], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--only", "typo"], ["--seeded", "--only", "calm"]])
+def test_an_unknown_name_is_refused_with_those_that_are_known(arguments, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run.main(arguments)
+    said = capsys.readouterr().err
+    assert f"'{arguments[-1]}'; there are" in said
+
+
+def test_what_cannot_be_done_here_is_not_run_and_says_why(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(hosts.shutil, "which", lambda program: None)
+    assert run.main(["--only", "clock-worker,cut-worker", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "table.md").read_text()
+    assert "- not run: clock-worker: needs " in page
+    assert re.search(r"- not run: cut-worker: (two hosts need|network namespaces are)", page)
+
+
+def test_a_history_is_checked_by_command(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history.write(LIES["refused, and it ran"][1](true_history()), path)
+    command = [sys.executable, str(ROOT / "faults" / "run.py"), "--check", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "lying_refusal: call 1 was refused (UNAVAILABLE, executed: no) and ran on" in done.stdout
+
+
+def test_a_wall_clock_of_its_own_leaves_the_monotonic_clock_alone(tmp_path: Path) -> None:
+    if why_not := scenarios.BY_NAME["clock-worker"].why_not:
+        pytest.skip(why_not)
+    overlay = Overlay(tmp_path / "run", six_processes(), [])
+    breaking.own_clock("D")(overlay)
+    breaking.set_clock(breaking.clock_file(overlay, "D"), 3600)
+    look = "import time; print(time.time(), time.monotonic())"
+    command = [*overlay.inside["D"], sys.executable, "-c", look]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    wall, steady = map(float, seen.stdout.split())
+    assert 3500 < wall - time.time() < 3700
+    assert abs(steady - time.monotonic()) < 60
+
+
+# The short lane. On a busy machine such a run may be invalid; then its times say nothing.
+
+
+def test_a_killed_worker_breaks_no_promise(tmp_path: Path) -> None:
+    outcome = bench.run(scenarios.BY_NAME["kill-worker"], tmp_path / "run", 2, seed=1)
+    excused = TIMED if outcome.invalid else frozenset()
+    assert [v for v in outcome.violations if v.rule not in excused] == []
+    assert outcome.history.troubles == []
+    assert [fault.what for fault in outcome.history.faults] == ["kill", "kill"]
+    assert sum(answer.code == "OK" for answer in outcome.history.answers) > 50
+
+
+@pytest.mark.parametrize("name", ["long-then-short", "hostile-worker"])
+def test_neither_a_long_request_nor_a_lying_neighbour_breaks_a_promise(
+    tmp_path: Path, name: str
+) -> None:
+    outcome = bench.run(scenarios.BY_NAME[name], tmp_path / "run", 2, seed=1)
+    excused = TIMED if outcome.invalid else frozenset()
+    assert [v for v in outcome.violations if v.rule not in excused] == []
+    assert outcome.history.troubles == []
+
+
+def test_a_worker_that_is_cut_off_breaks_no_promise(tmp_path: Path) -> None:
+    scenario = scenarios.BY_NAME["cut-worker"]
+    if scenario.why_not:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(scenario.why_not)
+    outcome = bench.run(scenario, tmp_path / "run", 1, seed=1)
+    excused = TIMED if outcome.invalid else frozenset()
+    assert [v for v in outcome.violations if v.rule not in excused] == []
+    assert outcome.history.troubles == []
+    assert [fault.what for fault in outcome.history.faults] == ["cut"]
+
+
+@pytest.mark.parametrize(
+    "name", ["refusal-says-always-no", "seen-ids-off", "merge-drops-a-part", "refuses-now-and-then"]
+)
+def test_a_bug_made_on_purpose_is_found(tmp_path: Path, name: str) -> None:
+    trial = seeded.try_out(seeded.BY_NAME[name], tmp_path / "run", 1, seed=1)
+    assert trial.found, trial.sentence

@@ -1,0 +1,702 @@
+"""scripts/: the launcher, the demo, the bootstrap and the start scripts, with real processes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from packaging.requirements import Requirement
+
+import overlay
+from tests.harness.cluster import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = (
+    "node.py",
+    "client.py",
+    "overlay",
+    "overlay.proto",
+    "scripts",
+    "examples",
+    "two_hosts_config.json",
+    "one_host_config.json",
+)
+STUBS = ("overlay_pb2.py", "overlay_pb2.pyi", "overlay_pb2_grpc.py")
+THREE = {"A": ("leader", "B"), "B": ("team_leader", "AC"), "C": ("worker", "B")}
+SHELLS = {"dash": ["dash"], "busybox": ["busybox", "sh"], "zsh": ["zsh"]}
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="signals and sh are not of Windows")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project in a folder that a careless script would stumble over."""
+    folder = tmp_path_factory.mktemp("scripts") / "Grüße & läuft (2)"
+    copy_project(folder)
+    yield folder
+    for process in processes_of(folder):
+        process.kill()
+
+
+def copy_project(folder):
+    ignore = shutil.ignore_patterns(".demo.json")  # with the bytecode: no start compiles it again
+    for name in (*COPIED, *STUBS):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=ignore)
+        else:
+            folder.mkdir(exist_ok=True)
+            shutil.copy(source, folder / name)
+
+
+@pytest.fixture
+def three(project, tmp_path, request):
+    """A configuration of three loopback processes; what runs of it is stopped at the end."""
+    config = write_three(
+        project / f"{request.node.name[:40]}.json", log_dir=f"logs/{tmp_path.name}"
+    )
+    yield config
+    launcher(project, "stop", config, "--grace-s", "5")
+    assert processes_of(project, config.name) == []
+
+
+def write_three(path, **extra):
+    # Explicit ports: held together for a moment, so that they differ.
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in THREE]
+    processes = {}
+    for (name, (role, neighbors)), one in zip(THREE.items(), held, strict=True):
+        port = one.getsockname()[1]
+        one.close()
+        processes[name] = {"id": name, "role": role, "team": "green", "host": "127.0.0.1"}
+        processes[name] |= {"port": port, "neighbors": list(neighbors)}
+    path.write_text(json.dumps({"processes": processes, **extra}), encoding="utf-8")
+    return path
+
+
+def launcher(project, *arguments, script="launcher.py"):
+    """Runs the command to its end. The result has returncode, stdout and stderr."""
+    command = [sys.executable, str(project / "scripts" / script), *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=project,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        timeout=90,
+    )
+
+
+def processes_of(folder, *words):
+    """The live processes with the folder, and all the words, in their command line."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if all(word in line for word in (str(folder), *words)):
+            found.append(process)
+    return [p for p in found if p.info["status"] != psutil.STATUS_ZOMBIE and p.pid != os.getpid()]
+
+
+def pids_in(table):
+    """id -> pid, from what start or status printed."""
+    rows = re.findall(r"(?m)^(\w+) +\w+ +green +127\.0\.0\.1:\d+ +(\d+)", table)
+    return {name: int(pid) for name, pid in rows}
+
+
+def port_of(config, name):
+    return json.loads(config.read_text(encoding="utf-8"))["processes"][name]["port"]
+
+
+def logs_of(config):
+    told = json.loads(config.read_text(encoding="utf-8"))
+    return config.parent / told.get("log_dir", "logs")
+
+
+def log_of(config, name):
+    return (logs_of(config) / f"process_{name.lower()}.log").read_text(encoding="utf-8")
+
+
+def wait_for(condition, within_s=20.0):
+    until = time.monotonic() + within_s
+    while not (value := condition()):
+        assert time.monotonic() < until, f"still {value!r} after {within_s:g} s"
+        time.sleep(0.05)
+    return value
+
+
+def needs(tool):
+    """Skips on a laptop without the tool; CI must have it."""
+    if shutil.which(tool) is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"{tool} is not installed")
+        pytest.skip(f"{tool} is not installed")
+
+
+# The launcher
+
+
+def test_what_start_started_is_seen_by_status_and_ended_by_stop(project, three):
+    started = launcher(project, "start", three)
+    assert started.returncode == 0, started.stderr
+    seen = launcher(project, "status", three)
+    stopped = launcher(project, "stop", three)
+    again = launcher(project, "stop", three)
+
+    assert pids_in(started.stdout).keys() == set(THREE)
+    assert re.search(r"(?m)^C .* \d+ ms ", started.stdout)
+    assert seen.returncode == 0
+    assert seen.stdout.count("serves\n") == 3
+    assert pids_in(seen.stdout) == pids_in(started.stdout)
+    assert stopped.returncode == 0
+    assert stopped.stdout.count("stopped in") == 3
+    assert processes_of(project, three.name) == []
+    assert again.returncode == 0
+    assert "nothing is running" in again.stdout
+    kept = sorted(path.suffix for path in logs_of(three).iterdir())
+    assert kept == [".lock"] * 3 + [".log"] * 3 + [".out"] * 3
+
+
+def test_a_second_start_starts_only_what_is_missing(project, three):
+    first = launcher(project, "start", three)
+    pids = pids_in(first.stdout)
+    psutil.Process(pids["C"]).kill()
+    wait_for(lambda: not processes_of(project, three.name, " C "))
+    seen = launcher(project, "status", three)
+    second = launcher(project, "start", three)
+
+    assert seen.returncode == 1
+    assert re.search(r"(?m)^C .*died: killed without a word after 20\d\d-.*kill -9", seen.stdout)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("already running") == 2
+    assert {n: pids_in(second.stdout)[n] for n in "AB"} == {n: pids[n] for n in "AB"}
+    assert pids_in(second.stdout)["C"] != pids["C"]
+
+
+def test_a_drained_process_has_not_died(project, three):
+    launcher(project, "start", three)
+    with overlay.connect(f"127.0.0.1:{port_of(three, 'C')}") as client:
+        client.drain(grace_s=1)
+    wait_for(lambda: not processes_of(project, three.name, " C "))
+    seen = launcher(project, "status", three)
+    again = launcher(project, "start", three)
+
+    assert seen.returncode == 1
+    assert re.search(r"(?m)^C .*stopped in order", seen.stdout)
+    assert again.returncode == 0, again.stderr
+
+
+def test_requests_left_behind_are_told_by_stop_restart_and_status(project, tmp_path):
+    (project / "stuck.py").write_text("import time\ndef stuck(p, c): time.sleep(60)\n")
+    config = write_three(
+        project / "left.json",
+        log_dir=f"logs/{tmp_path.name}",
+        handlers={"stuck": "stuck:stuck"},
+        drain_grace_s=0.5,
+    )
+
+    def leave_one(*verb):
+        launcher(project, "start", config)
+        client = overlay.connect(f"127.0.0.1:{port_of(config, 'C')}")
+        client.submit("stuck", "x")
+        wait_for(lambda: client.metrics().active_requests == 1)
+        found = verb[0](client) if callable(verb[0]) else launcher(project, *verb)
+        client.close()
+        return found
+
+    restarted = leave_one("restart", config, "C")
+    stopped = leave_one("stop", config, "C")
+    leave_one(lambda client: client.drain(grace_s=0.1))
+    wait_for(lambda: not processes_of(project, config.name, " C "))
+    seen = launcher(project, "status", config)
+    rest = launcher(project, "stop", config)
+
+    assert re.search(r"C  stopped in .* s, 1 request left behind, serves again", restarted.stdout)
+    assert re.search(r"(?m)^C .*stopped in .* s, 1 request left behind$", stopped.stdout)
+    assert stopped.returncode == 1
+    assert re.search(r"(?m)^C .*stopped, 1 request left behind$", seen.stdout)
+    assert rest.returncode == 0, rest.stdout
+
+
+def test_a_process_that_cannot_start_is_explained_and_the_others_are_taken_back(project, three):
+    with socket.create_server(("127.0.0.1", port_of(three, "C"))):
+        failed = launcher(project, "start", three)
+
+    assert failed.returncode == 1
+    assert "process C ended with exit code 2; the end of" in failed.stderr
+    assert f"port {port_of(three, 'C')}" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "A, B did start and were stopped again" in failed.stderr
+    assert processes_of(project, three.name) == []
+    assert list(logs_of(three).glob("*.pid")) == []
+
+
+def test_named_ids_alone_are_started_and_stopped(project, three):
+    started = launcher(project, "start", three, "B", "C")
+    stopped = launcher(project, "stop", three, "C")
+    status = [project, "status", three]
+    wait_for(lambda: re.search(r"(?m)^B .*serves; no link to C$", launcher(*status).stdout))
+    seen = launcher(*status)
+    unknown = launcher(project, "start", three, "Z")
+
+    assert pids_in(started.stdout).keys() == {"B", "C"}
+    assert re.search(r"(?m)^C +\d+ +stopped in", stopped.stdout)
+    assert re.search(r"(?m)^A .*not running$", seen.stdout)
+    assert unknown.returncode == 2
+    assert "no process 'Z'" in unknown.stderr
+
+
+def test_two_configurations_do_not_share_a_log_folder(project, three):
+    launcher(project, "start", three, "C")
+    other = write_three(project / "other.json", log_dir=str(logs_of(three)))
+    refused = launcher(project, "start", other)
+    stopped = launcher(project, "stop", other)
+
+    assert refused.returncode == 2
+    assert f"process C of {three.name} runs" in refused.stderr
+    assert "nothing is running" in stopped.stdout
+    assert len(processes_of(project, three.name, " C ")) == 1
+
+
+def test_a_pid_that_another_program_has_by_now_is_never_touched(project, three):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        created = psutil.Process(sleeper.pid).create_time() - 100
+        stale = {"id": "C", "rank": 0, "pid": sleeper.pid, "create_time": created, "port": 1}
+        stale |= {"config": str(three), "token": "t", "stop_file": str(logs_of(three) / "c.stop")}
+        logs_of(three).mkdir(parents=True)
+        (logs_of(three) / "process_c.pid").write_text(json.dumps(stale), encoding="utf-8")
+        stopped = launcher(project, "stop", three)
+
+        assert stopped.returncode == 0
+        assert "had ended before" in stopped.stdout
+        assert sleeper.poll() is None
+        assert list(logs_of(three).iterdir()) == []
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_restart_replaces_each_process_and_waits_until_its_neighbours_see_it(project, three):
+    started = launcher(project, "start", three)
+    restarted = launcher(project, "restart", three)
+    seen = launcher(project, "status", three)
+
+    before, after = pids_in(started.stdout), pids_in(seen.stdout)
+    assert restarted.returncode == 0, restarted.stderr
+    said = re.findall(r"(?m)^(\w)  stopped in .* s, serves again after \d+ ms", restarted.stdout)
+    assert said == ["C", "B", "A"]  # the leader last
+    assert re.search(r"link to C .*: it is stopping$", log_of(three, "B"), re.MULTILINE)
+    assert seen.stdout.count("serves\n") == 3
+    assert after.keys() == before.keys()
+    assert not set(after.values()) & set(before.values())
+
+
+def test_restart_of_named_ids_leaves_the_others(project, three):
+    started = launcher(project, "start", three)
+    psutil.Process(pids_in(started.stdout)["C"]).kill()
+    restarted = launcher(project, "restart", three, "C", "B")
+    seen = launcher(project, "status", three)
+
+    before, after = pids_in(started.stdout), pids_in(seen.stdout)
+    assert restarted.returncode == 0, restarted.stderr
+    assert "C  was not running, serves again" in restarted.stdout
+    assert {n for n in "ABC" if before[n] == after[n]} == {"A"}
+
+
+def test_a_restart_ends_with_the_first_that_does_not_come_back(project, three):
+    started = launcher(project, "start", three)
+    launcher(project, "stop", three, "B")
+    with socket.create_server(("127.0.0.1", port_of(three, "B"))):
+        restarted = launcher(project, "restart", three, "B", "A")
+    seen = launcher(project, "status", three)
+
+    assert restarted.returncode == 1
+    assert "process B ended with exit code 2; the end of" in restarted.stderr
+    assert "process B is down; the others were not touched" in restarted.stderr
+    assert pids_in(seen.stdout)["A"] == pids_in(started.stdout)["A"]
+
+
+@posix_only
+def test_a_stuck_process_is_killed_after_its_grace(project, three):
+    started = launcher(project, "start", three, "C")
+    os.kill(pids_in(started.stdout)["C"], signal.SIGSTOP)
+    stopped = launcher(project, "stop", three, "--grace-s", "1")
+
+    assert "killed after 1 s" in stopped.stdout
+    assert stopped.returncode == 1
+    assert processes_of(project, three.name) == []
+
+
+@posix_only
+def test_an_interrupted_start_leaves_nothing(project, three):
+    command = [sys.executable, str(project / "scripts" / "launcher.py"), "start", str(three)]
+    starting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: processes_of(project, three.name, "node.py"))
+    starting.send_signal(signal.SIGINT)
+    _, said = starting.communicate(timeout=30)
+
+    assert starting.returncode == 130
+    assert b"interrupted" in said
+    assert b"Traceback" not in said
+    assert processes_of(project, three.name) == []
+    assert list(logs_of(three).glob("*.pid")) == []
+
+
+def test_what_was_started_can_be_stopped_when_the_file_is_broken(project, three):
+    config = write_three(project / "broken.json")  # its logs are in the default folder
+    launcher(project, "start", config, "C")
+    config.write_text("{", encoding="utf-8")
+    stopped = launcher(project, "stop", config)
+
+    assert re.search(r"(?m)^C +\d+ +stopped in", stopped.stdout)
+    assert "broken.json is not JSON" in stopped.stderr
+    assert processes_of(project, config.name) == []
+
+
+def test_a_file_without_a_process_for_this_machine_says_which_addresses_there_are(project):
+    text = (ROOT / "two_hosts_config.json").read_text(encoding="utf-8")
+    config = project / "elsewhere.json"
+    # Of a class kept for the future: no machine has them, and none can be reached.
+    config.write_text(text.replace("192.168.1.", "240.0.0."), encoding="utf-8")
+    refused = launcher(project, "start", config)
+
+    assert refused.returncode == 2
+    assert "240.0.0.1 (A, B, D), 240.0.0.2 (C, E, F); this machine has" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["start", "x.json", "--no-such"], "unrecognized arguments: --no-such; run.py start"),
+        (["stop", "--grace-s", "x", "x.json"], "--grace-s: invalid float value: 'x'; run.py stop"),
+        (["restart"], "required: CONFIG; run.py restart"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_wrong_options_name_the_help_of_their_verb(project, words, says):
+    done = launcher(project, *words)
+
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "--help tells more" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+# The first function, as the README has it
+
+
+def test_the_first_function_runs_as_the_page_says_and_stop_is_for_good(project, tmp_path):
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = page.partition("## Your own function")[2].partition("\n## ")[0]
+    blocks = re.findall(r"(?m)(?:^    .*\n(?:\n(?=    ))?)+", page)
+    module, entry, commands = (textwrap.dedent(block).strip() for block in blocks[:3])
+    folder = project / "first function"
+    copy_project(folder)
+    (folder / "mine.py").write_text(module, encoding="utf-8")
+    config = folder / "one_host_config.json"
+    text = config.read_text(encoding="utf-8").replace('"processes"', f'{entry} "processes"')
+    for port in range(50051, 50057):  # others may run here
+        text = text.replace(str(port), str(free_port()))
+    config.write_text(text, encoding="utf-8")
+
+    def run(command):
+        words = shlex.split(command.replace("50051", str(port_of(config, "A"))))
+        assert words.pop(0).startswith("python")
+        if words[0] == "scripts/run.py":  # which would set up the copy first
+            words[0] = "scripts/launcher.py"
+        done = subprocess.run(
+            [sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    start, activate, ask_all, ask_any = commands.splitlines()
+    stop = start.replace(" start ", " stop ")
+    run(start)
+    to_all, to_any = run(ask_all), run(ask_any)
+    run(f"{stop} F")
+    wait_for(lambda: "link to F" in log_of(config, "E").partition("stopping")[0])
+    log_of_e = log_of(config, "E")
+    run(stop)
+
+    assert activate.startswith(". .venv/bin/activate")
+    assert all(f"HELLO from {worker}" in to_all for worker in "CDF")
+    assert "HELLO from" in to_any
+    assert re.search(r"link to F .* is draining: it is stopping for good$", log_of_e, re.MULTILINE)
+    assert processes_of(folder) == []
+
+
+# The demo
+
+
+@pytest.fixture(scope="module")
+def demos(project):
+    """One that stays up, a second beside it, and a third after the first was killed."""
+    command = [sys.executable, str(project / "scripts" / "demo.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as first:
+        try:
+            said = read_until(first.stdout, "Ctrl-C here")
+            page = page_of(said)
+            second = launcher(project, "--once", script="demo.py")
+        finally:
+            first.kill()
+    left = processes_of(project, ".demo.json", "node.py")
+    third = launcher(project, "--once", script="demo.py")
+    return first.pid, second, left, third, page, said
+
+
+def read_until(stream, words):
+    """What came up to the line with the words, that line too."""
+    said = ""
+    while words not in said:
+        line = stream.readline()
+        assert line, f"it ended without '{words}':\n{said}"
+        said += line
+    return said
+
+
+def page_of(said):
+    """What stands at the address that the demo has printed."""
+    address = re.search(r"watch them work: (http://\S+)", said)
+    with urllib.request.urlopen(address[1], timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_the_demo_shows_right_answers_and_leaves_nothing(project, demos):
+    shown = demos[3]
+
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "the way it went: A B C E D F; answered: 3 of 3" in shown.stdout
+    assert "0 failed, 0 refused" in shown.stdout
+    assert len(list((project / "logs" / "demo" / "thumbnails").glob("*.jpg"))) > 3
+    assert processes_of(project, ".demo.json") == []
+
+
+def test_a_second_demo_says_that_one_is_running(demos):
+    pid, second, *_ = demos
+
+    assert second.returncode == 2
+    assert f"already running as pid {pid}" in second.stderr
+    assert "run.py stop" in second.stderr
+
+
+def test_what_a_killed_demo_left_is_stopped_by_the_next(demos):
+    left, third = demos[2:4]
+
+    assert len(left) == 6
+    assert "stopped A, B, C, D, E, F, left by a demo that was killed" in third.stdout
+    assert not any(process.is_running() for process in left)
+
+
+def test_the_demo_names_commands_that_run_in_its_own_environment(demos):
+    python = re.search(r"(?m)^  (\S+) .*client\.py", demos[5])[1]
+    assert os.path.abspath(python) == sys.executable
+
+
+def test_the_demo_has_a_page_that_ends_also_when_the_demo_is_killed(project, demos):
+    assert "<title>overlay</title>" in demos[4]
+    wait_for(lambda: not processes_of(project, "client.py"))
+
+
+@posix_only
+def test_ctrl_c_ends_the_demo_and_its_processes(project, demos):
+    command = [sys.executable, str(project / "scripts" / "demo.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as demo:
+        read_until(demo.stdout, "watch them work")
+        demo.send_signal(signal.SIGINT)
+        said, _ = demo.communicate(timeout=60)
+
+    assert "all six processes have stopped" in said
+    assert "Traceback" not in said
+    assert processes_of(project, ".demo.json") == []
+    assert processes_of(project, "client.py") == []
+
+
+# The start scripts
+
+
+@posix_only
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_start_and_stop_scripts_run_under(shell, tmp_path):
+    needs(SHELLS[shell][0])
+    stamp = ROOT / ".venv" / "overlay-setup.json"
+    if not stamp.exists():
+        assert not os.environ.get("CI"), "CI runs the tests through scripts/run.py"
+        pytest.skip(".venv was not made by scripts/run.py")
+    folder = tmp_path / "mit Leerzeichen ß"
+    folder.mkdir()
+    config = write_three(folder / "three.json")
+
+    def script(name, *arguments):
+        call = [*SHELLS[shell], str(ROOT / "scripts" / name), "three.json", *arguments]
+        return subprocess.run(call, cwd=folder, capture_output=True, encoding="utf-8", timeout=60)
+
+    started = script("start_macos.sh", "C")
+    stopped = script("stop_all.sh")
+
+    assert started.returncode == 0, started.stderr
+    assert pids_in(started.stdout).keys() == {"C"}
+    assert stopped.returncode == 0, stopped.stderr
+    assert re.search(r"(?m)^C +\d+ +stopped in", stopped.stdout)
+    assert processes_of(config.parent) == []
+
+
+@pytest.mark.parametrize(
+    "script", ["scripts/start_macos.sh", "scripts/stop_all.sh", "build_proto.sh", ".ci/run"]
+)
+def test_shellcheck_finds_nothing_in(script):
+    needs("shellcheck")
+    dialect = "bash" if script == ".ci/run" else "sh"
+    command = ["shellcheck", "-s", dialect, "-S", "style", str(ROOT / script)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["start_windows.bat", "stop_all.bat"])
+def test_batch_files_have_the_line_ends_and_letters_that_cmd_reads(name):
+    text = (ROOT / "scripts" / name).read_bytes()
+    assert text.count(b"\n") == text.count(b"\r\n")
+    assert text.isascii()
+
+
+# The bootstrap
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A Python without any package, and a project that nobody has set up."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "python"], check=True)
+    project = folder / "project"
+    copy_project(project)
+    scripts = folder / "python" / ("Scripts" if os.name == "nt" else "bin")
+    return scripts / "python", project
+
+
+@pytest.mark.parametrize("is_half_there", [False, True])
+@pytest.mark.parametrize("verb", ["stop", "status"])
+def test_stop_and_status_install_nothing(bare, verb, is_half_there):
+    python, project = bare
+    if is_half_there and not (project / ".venv").exists():
+        shutil.copytree(python.parent.parent, project / ".venv", symlinks=True)
+    before = sorted(path for path in project.rglob("*") if "__pycache__" not in path.parts)
+    command = [python, project / "scripts" / "run.py", verb, "one_host_config.json"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
+
+    assert before == sorted(path for path in project.rglob("*") if "__pycache__" not in path.parts)
+    if verb == "stop":
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "nothing is running that was started here" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert "nothing is set up here" in done.stderr
+
+
+@pytest.mark.parametrize("log_dir", ["logs", "mine"])
+def test_stop_says_so_when_it_cannot_look_at_what_was_started(bare, log_dir):
+    python, project = bare
+    config = write_three(project / "started.json", log_dir=log_dir)
+    (project / log_dir).mkdir(exist_ok=True)
+    pid_file = project / log_dir / "process_a.pid"
+    pid_file.touch()
+    try:
+        command = [python, project / "scripts" / "run.py", "stop", config]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
+    finally:
+        pid_file.unlink()
+
+    assert done.returncode == 2
+    assert "set it up, which needs the network, and try again" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def run(tmp_path):
+    """scripts/run.py, with its names pointing into an empty folder."""
+    names = runpy.run_path(str(ROOT / "scripts" / "run.py"))
+    places = names["prepare"].__globals__
+    places["ROOT"], places["VENV"] = tmp_path, tmp_path / ".venv"
+    places["STAMP"] = tmp_path / ".venv" / "overlay-setup.json"
+    places["INSTALLING"] = tmp_path / ".venv" / "overlay-installing"
+    return places
+
+
+def test_an_old_python_is_told_in_one_sentence():
+    source = (ROOT / "scripts" / "run.py").read_text(encoding="ascii")
+    ast.parse(source, feature_version=(3, 4))  # without f-strings and the like
+    pretend = "import sys; sys.version_info = (3, 9, 18); exec(sys.stdin.read())"
+    done = subprocess.run(
+        [sys.executable, "-c", pretend], input=source, capture_output=True, encoding="utf-8"
+    )
+
+    assert done.returncode == 2
+    assert "Python 3.10 or later is needed, this is 3.9" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_stubs_are_made_anew_only_when_the_proto_or_protobuf_changed(run, tmp_path):
+    proto = tmp_path / "overlay.proto"
+    proto.write_bytes((ROOT / "overlay.proto").read_bytes())
+    facts = run["probe"](sys.executable)
+
+    def made():
+        run["make_stubs"](sys.executable, facts)
+        return [(tmp_path / name).stat().st_mtime_ns for name in STUBS]
+
+    first = made()
+    assert made() == first
+    proto.write_bytes(proto.read_bytes() + b"// changed\n")
+    second = made()
+    assert all(new > old for new, old in zip(second, first, strict=True))
+    facts["protobuf"] = "0.0"
+    assert made() != second
+
+
+def test_an_environment_left_half_made_is_not_trusted(run, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", run["VENV"]], check=True)
+    assert not run["is_whole"]()  # killed before pip was in it
+    run["STAMP"].touch()
+    assert run["is_whole"]()
+    run["INSTALLING"].touch()
+    assert not run["is_whole"]()  # killed while pip worked
+
+
+def test_a_failed_install_says_why_and_keeps_what_there_was(run, tmp_path):
+    run["VENV"].mkdir()
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("nowhere-at-all==1.0 --hash=sha256:" + "0" * 64 + "\n", encoding="utf-8")
+    os.environ["PIP_NO_INDEX"] = "1"
+    try:
+        with pytest.raises(run["Problem"], match=r"could not install requirements\.lock; needed"):
+            run["pip_install"](sys.executable, lock)
+    finally:
+        del os.environ["PIP_NO_INDEX"]
+    assert not run["INSTALLING"].exists()
+
+
+@pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
+def test_a_lock_pins_what_its_list_asks_for_and_names_no_place(name):
+    lock = (ROOT / f"{name}.lock").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"(?m)^([a-z0-9-]+)==([^ ]+)", lock))
+    lines = (ROOT / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [Requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip()]
+
+    assert [n for n in wanted if not n.specifier.contains(pins[n.name.lower()])] == []
+    assert "://" not in lock
+    assert "--find-links" not in lock

@@ -1,0 +1,285 @@
+"""Whose turn it is among all that waits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from overlay.model.segments import Caller, Route
+from overlay.queueing import admission
+from overlay.queueing.fair_queue import AWAITED, Kind, Lane, Turns
+
+ONE = Kind()
+
+
+@dataclass(eq=False)
+class Item:
+    """Rows of a lane, to be started in portions of `most`."""
+
+    name: str
+    lane: Lane[Item]
+    number: int
+    rows: int = 1
+    priority: int = 0
+    urgency: float = 0.0
+    kind: Kind = field(default_factory=lambda: ONE)
+    wants: Route = Route()  # noqa: RUF009 - a value
+    found_none: bool = False
+
+
+def lane_of(name: str, is_stream: bool = False) -> Lane[Item]:
+    """Of the only caller at an address of that name."""
+    return Lane(Caller(name), is_stream)
+
+
+@dataclass
+class Place:
+    count: int
+
+
+class Queue:
+    """Turns, and what has started of them by name."""
+
+    def __init__(self) -> None:
+        self.turns: Turns[Item] = Turns()
+        self.number = 0
+        self.started: list[str] = []
+
+    def put(self, lane: Lane[Item], name: str, rows: int = 1, now: float = 0.0, **more) -> Item:
+        self.number += 1
+        priority = more.get("priority", 0)
+        urgency = admission.urgency(now, priority)
+        item = Item(name, lane, self.number, rows, urgency=urgency, **more)
+        self.turns.put(lane, item, rows)
+        return item
+
+    def serve(self, most: int = 1, claim=None) -> bool:
+        found = self.turns.next(claim or (lambda item: Place(min(item.rows, most))))
+        if found is None:
+            return False
+        item, place = found
+        self.turns.took(item.lane, item, place.count)
+        item.rows -= place.count
+        self.started += [item.name] * place.count
+        return True
+
+    def serve_all(self, most: int = 1, claim=None) -> str:
+        while self.serve(most, claim):
+            pass
+        return "".join(self.started)
+
+
+@pytest.fixture
+def queue() -> Queue:
+    return Queue()
+
+
+def test_callers_take_turns(queue):
+    lanes = {name: lane_of(name) for name in "abc"}
+    for n, caller in enumerate("aaaaabc"):
+        queue.put(lanes[caller], f"{caller}{n}")
+
+    assert queue.serve_all() == "a0b5c6a1a2a3a4"
+
+
+def test_a_caller_with_many_streams_has_no_more_turns_than_one_with_one(queue):
+    many = [lane_of("many", is_stream=True) for _ in range(9)]
+    for lane in many:
+        queue.put(lane, "m", rows=50)
+    queue.put(lane_of("many"), "m")  # a single call of its own
+    queue.put(lane_of("one", is_stream=True), "o", rows=50)
+
+    for _ in range(40):
+        queue.serve()
+
+    assert Counter(queue.started) == {"m": 20, "o": 20}
+
+
+def test_streams_and_single_calls_of_a_caller_take_turns_among_themselves(queue):
+    queue.put(lane_of("a", is_stream=True), "b", rows=99)
+    queue.put(lane_of("a"), "s")
+
+    for _ in range(3):
+        queue.serve()
+
+    assert "s" in queue.started
+
+
+def test_a_turn_is_a_row_also_where_many_start_at_once(queue):
+    queue.put(lane_of("a", is_stream=True), "a", rows=400)
+    small = lane_of("b")
+    for _ in range(100):
+        queue.put(small, "b")
+
+    while queue.started.count("b") < 100:
+        queue.serve(most=20)
+
+    assert queue.started.count("a") <= 120
+
+
+def test_who_was_away_has_saved_up_no_turns(queue):
+    a, b = lane_of("a"), lane_of("b")
+    for n in range(4):
+        queue.put(a, f"a{n}")
+    queue.serve()
+    queue.serve()
+    for n in range(4, 8):
+        queue.put(b, f"b{n}")
+
+    assert queue.serve_all()[4:] in ("a2b4a3b5b6b7", "b4a2b5a3b6b7")
+
+
+def test_who_found_no_place_has_saved_up_no_turns(queue):
+    a, b, shut = lane_of("a"), lane_of("b"), Kind()
+    for _ in range(50):
+        queue.put(a, "a", kind=shut, wants=Route(team="pink"))
+        queue.put(b, "b")
+    for _ in range(20):
+        queue.serve(claim=lambda item: None if item.kind is shut else Place(1))
+    queue.started.clear()
+
+    for _ in range(20):
+        queue.serve()
+
+    assert abs(queue.started.count("a") - 10) <= 1
+
+
+def test_priority_goes_first_until_the_others_have_waited(queue):
+    lane = lane_of("a", is_stream=True)
+    queue.put(lane, "old", now=0)
+    queue.put(lane, "urgent", now=5, priority=3)
+    queue.put(lane, "late", now=7, priority=3)
+
+    assert queue.serve_all() == "urgentoldlate"
+
+
+def test_a_paused_lane_keeps_what_it_has_and_holds_up_nobody(queue):
+    paused, other = lane_of("a", is_stream=True), lane_of("a", is_stream=True)
+    queue.put(paused, "p")
+    queue.put(other, "o")
+    paused.paused = True
+    assert queue.serve_all() == "o"
+
+    paused.paused = False
+    assert queue.serve_all() == "op"
+
+
+def test_who_wants_what_another_did_not_get_is_not_even_tried(queue):
+    for name in "abcdefgh":
+        queue.put(lane_of(name), name)
+    tried = []
+
+    assert queue.turns.next(lambda item: tried.append(item.name)) is None
+
+    assert tried == ["a"]
+    assert all(queue.turns.found_none(item.lane, item) for item in queue.turns)
+
+
+def test_who_waits_for_a_neighbour_holds_up_nobody(queue):
+    lane = lane_of("a")
+    queue.put(lane, "w", kind=Kind())
+    queue.put(lane, "n", kind=Kind())
+
+    queue.serve_all(claim=lambda item: AWAITED if item.name == "w" else Place(1))
+
+    assert queue.started == ["n"]
+
+
+AHEAD = [
+    # what waits before, as (caller, rows); of whom; how many start before one of theirs
+    ([], "a", 0),
+    ([("a", 30)], "a", 30),
+    ([("b", 30)], "a", 1),
+    ([("a", 3), ("b", 30)], "a", 7),
+    ([("a", 3), ("b", 2), ("c", 2)], "a", 7),
+    ([("b", 10), ("b", 10)], "a", 1),  # two streams of one caller
+]
+
+
+@pytest.mark.parametrize(("waiting", "caller", "ahead"), AHEAD)
+def test_who_is_ahead_is_counted_in_the_rows_of_turns(queue, waiting, caller, ahead):
+    lanes = [(lane_of(name, is_stream=True), rows) for name, rows in waiting]
+    for lane, rows in lanes:
+        queue.put(lane, "x", rows=rows)
+    own = next((lane for lane, _ in lanes if lane.caller.address == caller), lane_of(caller))
+
+    assert queue.turns.ahead_of(own, ONE, 0) == ahead
+
+
+def test_the_less_urgent_are_not_ahead(queue):
+    lane = lane_of("a", is_stream=True)
+    queue.put(lane, "low", rows=30)
+    queue.put(lane, "high", rows=4, priority=5)
+
+    assert [queue.turns.ahead_of(lane, ONE, p) for p in (0, 3, 5, 9)] == [34, 4, 4, 0]
+
+
+class Crowd(RuleBasedStateMachine):
+    """Turns against a model: nothing lost, own order kept, no caller passed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = Queue()
+        self.lanes = [lane_of(caller, is_stream=True) for caller in "aabc"]
+        self.waiting: dict[Item, int] = {}
+        self.since: dict[str, int] = {}  # turns of others since a waiting caller's last
+        self.now = 0.0
+
+    @rule(
+        lane=st.integers(0, 3),
+        rows=st.integers(1, 3),
+        priority=st.sampled_from([0, 0, 1, 9]),
+        later_s=st.sampled_from([0.0, 1.5]),
+    )
+    def put(self, lane, rows, priority, later_s):
+        self.now += later_s
+        found = self.lanes[lane]
+        ahead = self.queue.turns.ahead_of(found, ONE, priority)
+        assert 0 <= ahead <= sum(self.waiting.values())
+        item = self.queue.put(found, "x", rows, self.now, priority=priority)
+        self.waiting[item] = rows
+        self.since.setdefault(found.caller, 0)
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def take(self):
+        item, _ = self.queue.turns.next(lambda item: Place(1))
+        own = [(i.urgency, i.number) for i in self.waiting if i.lane is item.lane]
+        assert (item.urgency, item.number) == min(own)
+        self.queue.turns.took(item.lane, item)
+        self.less(item, 1)
+        for other in self.since:
+            self.since[other] = 0 if other == item.lane.caller else self.since[other] + 1
+            assert self.since[other] <= 4, "two turns of each of the others at most"
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def withdraw(self, data):
+        item = data.draw(st.sampled_from(list(self.waiting)))
+        rows = data.draw(st.integers(1, self.waiting[item]))
+        self.queue.turns.less(item.lane, item, rows)
+        self.less(item, rows)
+
+    def less(self, item, rows):
+        self.waiting[item] -= rows
+        if not self.waiting[item]:
+            del self.waiting[item]
+        if item.lane.caller not in {i.lane.caller for i in self.waiting}:
+            self.since.pop(item.lane.caller, None)
+
+    @invariant()
+    def nothing_is_lost(self):
+        turns = self.queue.turns
+        assert set(turns) == set(self.waiting)
+        assert len(turns) == len({item.lane for item in self.waiting})
+        for lane in self.lanes:
+            assert lane.rows == sum(n for i, n in self.waiting.items() if i.lane is lane)
+
+
+TestCrowd = Crowd.TestCase
+TestCrowd.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

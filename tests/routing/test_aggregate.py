@@ -1,0 +1,261 @@
+"""How parts become one answer."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overlay.model.segments import (
+    Answer,
+    Answers,
+    Code,
+    Column,
+    Executed,
+    Failure,
+    Mode,
+    Part,
+    PartColumn,
+)
+from overlay.routing import aggregate
+
+ORDER = tuple("ABCDEF")
+NO, YES, UNKNOWN = Executed.NO, Executed.YES, Executed.UNKNOWN
+
+
+def ok(worker: str, result: bytes = b"") -> Part:
+    return Part(worker, result=result, executed=YES)
+
+
+def failed(worker: str, code: Code = Code.UNAVAILABLE, executed: Executed = NO) -> Part:
+    return Part(worker, code, f"{worker} did not", executed=executed)
+
+
+def column(part: Part, count: int = 1) -> PartColumn:
+    """Rows that all fared like this part."""
+    failed = None if part.ok else Failure(part.code, part.reason, part.executed)
+    return PartColumn(part.process_id, Column((part.result,) * count), part.hops, {}, failed)
+
+
+def answers(*parts: Part, hops: tuple[str, ...] = (), count: int = 1) -> Answers:
+    return Answers(count, tuple(column(part, count) for part in parts), hops)
+
+
+def test_hops_are_the_process_asked_and_then_depth_first_in_configuration_order():
+    at_b = answers(ok("C"), hops=("B", "C"))
+    at_e = answers(ok("D"), ok("F"), hops=("E", "D", "F"))
+
+    found = aggregate.gathered("A", ORDER, {"E": at_e, "B": at_b}, ())
+
+    assert found.hops == tuple("ABCEDF")
+    assert [part.process_id for part in found.at(0).parts] == list("CDF")
+
+
+def test_parts_of_workers_in_no_branch_stand_in_their_place():
+    at_e = answers(ok("D"), hops=("E", "D"))
+
+    missing = [column(failed("F")), column(failed("C"))]
+    found = aggregate.gathered("A", ORDER, {"E": at_e}, missing)
+
+    assert [part.process_id for part in found.at(0).parts] == list("CDF")
+    assert found.hops == tuple("AED")
+
+
+def test_rows_are_gathered_each_with_its_own():
+    at_b = Answers(3, (PartColumn("C", Column((b"c0", b"c1", b"c2"))),), ("B", "C"))
+    failures = {1: Failure(Code.INTERNAL, "row 1", YES)}
+    at_e = Answers(3, (PartColumn("D", Column((b"d0", b"", b"d2")), (), failures),), ("E", "D"))
+
+    found = aggregate.gathered("A", ORDER, {"E": at_e, "B": at_b}, ())
+
+    rows = [found.at(row) for row in range(3)]
+    assert [aggregate.result(Mode.ALL, row, None) for row in rows] == [b"c0\nd0", b"c1", b"c2\nd2"]
+    assert [aggregate.coverage(row) for row in rows] == ["2/2", "1/2; missing=D", "2/2"]
+
+
+def test_plain_results_are_what_each_row_gets_alone():
+    two = Answers(2, tuple(PartColumn(w, Column((b"0" + w.encode(), b"1"))) for w in "CD"))
+    one = Answers(2, two.parts[:1])
+    for mode, found in ((Mode.ALL, two), (Mode.ALL, one), (Mode.ANY, one)):
+        alone = [aggregate.result(mode, found.at(row), None) for row in range(2)]
+        assert aggregate.plain_results(found) == alone
+
+
+COVERAGES = [
+    ((ok("C"), ok("D"), ok("F")), "3/3"),
+    ((ok("C"), ok("D"), failed("F")), "2/3; missing=F"),
+    ((failed("C"), ok("D"), failed("F")), "1/3; missing=C,F"),
+    ((failed("C"),), "0/1; missing=C"),
+    ((), "0/0"),
+]
+
+
+@pytest.mark.parametrize(("parts", "text"), COVERAGES)
+def test_coverage_says_k_of_n_and_who_is_missing(parts, text):
+    assert aggregate.coverage(Answer(parts)) == text
+
+
+def test_a_branch_answers_for_each_of_its_targets_and_for_nobody_else():
+    said = answers(ok("D", b"d"), ok("Z"), ok("C"), hops=("E", "D"), count=2)
+
+    found = aggregate.from_branch(said, ("D", "F"))
+
+    for row in range(2):
+        first, second = found.at(row).parts
+        assert (first.process_id, first.result) == ("D", b"d")
+        assert (second.process_id, second.code) == ("F", Code.INTERNAL)
+    assert found.hops == ("E", "D")
+
+
+def test_what_a_branch_left_out_in_silence_is_no_proof_that_nothing_ran():
+    (part,) = aggregate.from_branch(Answers(1, ()), ("F",)).at(0).parts
+    assert part.executed is UNKNOWN
+
+
+@pytest.mark.parametrize("executed", Executed)
+def test_a_branchs_refusal_is_each_targets_own(executed):
+    refused = Part("E", Code.RESOURCE_EXHAUSTED, "full", executed=executed)
+
+    found = aggregate.from_branch(Answers(2, (), refused=refused), ("D", "F"))
+
+    for row in range(2):
+        assert found.at(row).parts == (
+            Part("D", Code.RESOURCE_EXHAUSTED, "full", executed=executed),
+            Part("F", Code.RESOURCE_EXHAUSTED, "full", executed=executed),
+        )
+    assert found.hops == ()
+
+
+def test_one_good_part_is_enough():
+    answer = Answer((failed("C"), ok("D"), failed("F", Code.INTERNAL, YES)))
+    assert aggregate.failure(answer, 1.0) is None
+
+
+FIRSTS = list(itertools.permutations([Code.INTERNAL, Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED]))
+
+
+@pytest.mark.parametrize("codes", FIRSTS)
+def test_the_code_of_a_failure_is_the_first_parts_in_configuration_order(codes):
+    parts = tuple(failed(worker, code) for worker, code in zip("CDF", codes, strict=True))
+
+    error = aggregate.failure(Answer(parts), 1.0)
+
+    assert error.code is codes[0]
+    assert str(error) == "C: C did not; D: D did not; F: F did not"
+
+
+def test_a_reason_that_several_give_is_told_once():
+    parts = [Part(worker, Code.INTERNAL, why) for worker, why in zip("CDF", "xyx", strict=True)]
+    assert str(aggregate.failure(Answer(tuple(parts)), 1.0)) == "C, F: x; D: y"
+
+
+@pytest.mark.parametrize("found", list(itertools.product(Executed, repeat=3)))
+def test_a_failure_proves_that_nothing_ran_only_if_every_part_does(found):
+    parts = tuple(failed(w, executed=e) for w, e in zip("CDF", found, strict=True))
+
+    error = aggregate.failure(Answer(parts), 1.0)
+
+    assert (error.executed is NO) == (set(found) == {NO})
+    assert (error.executed is YES) == (YES in found)
+
+
+RETRIES = [
+    (Code.UNAVAILABLE, NO, 1.5),
+    (Code.RESOURCE_EXHAUSTED, NO, 1.5),
+    (Code.INTERNAL, NO, None),
+    (Code.NOT_FOUND, NO, None),
+    (Code.UNAVAILABLE, UNKNOWN, None),
+    (Code.RESOURCE_EXHAUSTED, YES, None),
+]
+
+
+@pytest.mark.parametrize(("code", "executed", "after_s"), RETRIES)
+def test_only_a_proven_refusal_for_want_of_room_says_when_to_come_back(code, executed, after_s):
+    error = aggregate.failure(Answer((failed("C", code, executed),)), 1.5)
+    assert error.retry_after_s == after_s
+
+
+def test_a_refusal_of_the_process_asked_is_the_failure():
+    refused = Part("A", Code.CANCELLED, "left", executed=UNKNOWN)
+
+    error = aggregate.failure(Answer((), refused=refused), 1.0)
+
+    assert (error.code, str(error), error.executed) == (Code.CANCELLED, "left", UNKNOWN)
+
+
+def test_the_same_reason_of_many_workers_is_told_once():
+    parts = tuple(Part("", Code.UNAVAILABLE, "E is down") for _ in range(3))
+    assert str(aggregate.failure(Answer(parts), 1.0)) == "E is down"
+
+
+ELSEWHERE = [
+    (Answer((), refused=failed("", Code.UNAVAILABLE, NO)), True),
+    (Answer((), refused=failed("", Code.RESOURCE_EXHAUSTED, NO)), True),
+    (Answer((failed("D"),)), True),
+    (Answer((), refused=failed("", Code.UNAVAILABLE, UNKNOWN)), False),
+    (Answer((), refused=failed("", Code.UNAVAILABLE, YES)), False),
+    (Answer((), refused=failed("", Code.INVALID_ARGUMENT, NO)), False),
+    (Answer((), refused=failed("", Code.INTERNAL, NO)), False),
+    (Answer((ok("D"),)), False),
+    (Answer(()), False),
+]
+
+
+@pytest.mark.parametrize(("answer", "may"), ELSEWHERE)
+def test_another_worker_is_asked_only_on_proof_that_nothing_ran(answer, may):
+    assert aggregate.may_try_elsewhere(answer) is may
+
+
+def test_the_answers_of_all_are_joined_by_newlines_in_configuration_order():
+    answer = Answer((ok("C", b"c"), failed("D"), ok("F", b"f")))
+    assert aggregate.result(Mode.ALL, answer, None) == b"c\nf"
+
+
+def test_an_empty_answer_is_an_answer():
+    answer = Answer((ok("C", b""), ok("D", b"d"), ok("F", b"")))
+
+    assert aggregate.result(Mode.ALL, answer, None) == b"\nd\n"
+    assert aggregate.coverage(answer) == "3/3"
+    assert aggregate.failure(Answer((ok("C", b""),)), 1.0) is None
+    assert aggregate.result(Mode.ANY, Answer((ok("C", b""),)), None) == b""
+
+
+def test_a_merge_gets_the_good_parts_in_configuration_order():
+    answer = Answer((ok("C", b"1"), failed("D"), ok("F", b"2")))
+
+    def merge(parts):
+        return b",".join(part.process_id.encode() + part.result for part in parts)
+
+    assert aggregate.result(Mode.ALL, answer, merge) == b"C1,F2"
+
+
+def test_one_answer_is_the_workers_own_bytes_whatever_the_merge():
+    answer = Answer((ok("D", b"d"),))
+    assert aggregate.result(Mode.ANY, answer, lambda parts: b"merged") == b"d"
+
+
+def test_nobody_asked_is_a_failure():
+    assert aggregate.failure(Answer(()), 1.0).code is Code.UNAVAILABLE
+
+
+PARTS = st.builds(
+    Part,
+    st.sampled_from("CDF"),
+    st.sampled_from(Code),
+    st.text(max_size=3),
+    executed=st.sampled_from(Executed),
+)
+
+
+@given(st.lists(PARTS, max_size=4), st.lists(st.sampled_from("CDF"), unique=True, min_size=1))
+def test_whatever_a_branch_says_there_is_one_part_for_each_target(parts, targets):
+    found = aggregate.from_branch(answers(*parts, hops=("E",)), targets)
+    assert [part.process_id for part in found.at(0).parts] == targets
+
+
+@given(st.lists(PARTS, min_size=1, max_size=4))
+def test_a_failure_is_told_exactly_when_no_part_is_good(parts):
+    error = aggregate.failure(Answer(tuple(parts)), 1.0)
+    assert (error is None) == any(part.ok for part in parts)

@@ -1,0 +1,420 @@
+"""Stopping without loss: the verb drain, what clients and neighbours hear, and rolling restarts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_reflection.v1alpha import reflection_pb2
+
+import overlay
+from overlay.client.sync import CallFailed
+from overlay.model.segments import Executed
+from overlay.server.admin import is_on_this_machine
+from overlay.transport import codec
+from overlay.transport.codec import pb2, pb2_grpc
+from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes, until
+
+MINE = '''
+import os, threading, time
+local = threading.local()
+
+def work(payload, context):
+    """Writes that it ran and gives the payload back."""
+    if not hasattr(local, "file"):
+        folder = context.options["folder"]
+        name = f"{context.process_id}-{os.getpid()}-{threading.get_ident()}"
+        local.file = open(os.path.join(folder, name), "ab", buffering=0)
+    local.file.write(context.process_id.encode() + b" " + payload + b"\\n")
+    time.sleep(0.002)
+    return payload
+
+def gate(payload, context):
+    """Waits until the test opens the gate."""
+    while not os.path.exists(context.options["folder"] + ".open"):
+        time.sleep(0.01)
+    return payload
+'''
+
+
+class Noted:
+    """Six processes whose handler `work` writes down every execution."""
+
+    def __init__(self, six: Overlay, notes: Path) -> None:
+        self.six = six
+        self._notes = notes
+
+    def open_gate(self) -> None:
+        self._notes.with_name(self._notes.name + ".open").touch()
+
+    def executions(self) -> Counter[str]:
+        """(worker, payload) as one string -> how often it ran there."""
+        found: Counter[str] = Counter()
+        for path in self._notes.iterdir():
+            found.update(path.read_text().splitlines())
+        return found
+
+
+@pytest.fixture
+def noted(tmp_path: Path) -> Iterator[Noted]:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (tmp_path / "mine.py").write_text(MINE)
+    options = {"folder": str(notes)}
+    handlers: dict[str, Any] = {"work": {"call": "mine:work", "options": options}}
+    handlers["gate"] = {"call": "mine:gate", "slots": 1, "options": options}
+    with running(tmp_path, six_processes(handlers=handlers)) as six:
+        yield Noted(six, notes)
+
+
+def client_py(six: Overlay, process_id: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(six.port(process_id))]
+    done = subprocess.run(
+        [*command, *map(str, words)], capture_output=True, text=True, timeout=60, cwd=six.folder
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def begin(six: Overlay, process_id: str, count: int, **fields: Any) -> list[Any]:
+    """Single requests on their way."""
+    stub = six.stub(process_id)
+    request = pb2.Request(mode=pb2.ANY, **fields)
+    return [stub.Forward.future(request, timeout=30) for _ in range(count)]
+
+
+def proof_of(call: Any) -> str | None:
+    return dict(call.trailing_metadata()).get(codec.EXECUTED_KEY)
+
+
+# The verb
+
+
+def test_drain_lets_what_runs_end_refuses_the_rest_and_says_so(noted: Noted) -> None:
+    calls = begin(noted.six, "C", 3, handler="gate")
+    until(lambda: noted.six.metrics("C").queue_size == 2, what="one runs and two wait at C")
+    with ThreadPoolExecutor(1) as pool:
+        drain = pool.submit(client_py, noted.six, "C", "drain", "--json")
+        until(lambda: sum(call.done() for call in calls) == 2, 30, "those that wait are refused")
+        noted.open_gate()
+        done = drain.result()
+    codes = Counter(call.code() for call in calls)
+
+    said = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert (said["process_id"], said["refused"], said["left"], said["gone"]) == ("C", 2, 0, True)
+    assert codes == {grpc.StatusCode.OK: 1, grpc.StatusCode.UNAVAILABLE: 2}
+    assert [proof_of(c) for c in calls if c.code() is not grpc.StatusCode.OK] == ["no", "no"]
+    assert noted.six.processes["C"].wait(20) == 0
+    assert "2 requests refused, 0 left behind" in noted.six.log("C")
+
+
+def test_drain_says_what_it_had_to_leave_behind(noted: Noted) -> None:
+    (call,) = begin(noted.six, "C", 1, handler="gate")
+    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is at work")
+    done = client_py(noted.six, "C", "drain", "--grace", "0.5")
+
+    assert done.returncode == 1
+    assert "0 requests refused, 1 left behind" in done.stdout
+    assert "gone" in done.stdout
+    assert call.code() is not grpc.StatusCode.OK
+    assert proof_of(call) != "no"
+    assert noted.six.processes["C"].wait(20) == 1
+
+
+def test_drain_without_waiting_returns_while_the_process_still_works(noted: Noted) -> None:
+    (call,) = begin(noted.six, "C", 1, payload=b"x", handler="gate")
+    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is at work")
+    done = client_py(noted.six, "C", "drain", "--no-wait", "--grace", "27")
+
+    assert done.returncode == 0, done.stderr
+    assert "stopping; what runs has up to 27 s" in done.stdout
+    assert not call.done()
+    noted.open_gate()
+    assert call.result().result == b"x"
+    assert noted.six.processes["C"].wait(10) == 0
+
+
+def test_a_second_drain_waits_for_the_end_of_the_first(noted: Noted) -> None:
+    (call,) = begin(noted.six, "C", 1, payload=b"x", handler="gate")
+    admin = pb2_grpc.OverlayAdminStub(noted.six.channel("C"))
+    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is at work")
+    first = admin.Drain.future(pb2.DrainRequest(grace_s=25), timeout=30)
+    until(lambda: not noted.six.metrics("C").is_healthy, what="C stops")
+    second = admin.Drain.future(pb2.DrainRequest(grace_s=0), timeout=30)
+    time.sleep(0.2)
+    assert not second.done()
+    noted.open_gate()
+
+    assert call.result().result == b"x"
+    assert [one.result().grace_s for one in (first, second)] == [25, 25]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there, terminate() is a kill")
+def test_the_first_signal_after_a_drain_does_not_cut_it_short(noted: Noted) -> None:
+    (call,) = begin(noted.six, "C", 1, payload=b"x", handler="gate")
+    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is at work")
+    client_py(noted.six, "C", "drain", "--no-wait")
+    noted.six.processes["C"].terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        noted.six.processes["C"].wait(0.5)
+    noted.open_gate()
+
+    assert call.result().result == b"x"
+    assert noted.six.processes["C"].wait(10) == 0
+
+
+def test_drain_where_nothing_serves_says_so() -> None:
+    command = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(free_port()), "drain"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+
+    assert done.returncode == 4
+    assert "nothing serves at" in done.stderr
+
+
+@pytest.mark.parametrize("grace_s", [-1.0, float("nan"), float("inf"), 1e9])
+def test_a_grace_that_cannot_be_is_refused_and_the_process_serves_on(
+    six: Overlay, grace_s: float
+) -> None:
+    admin = pb2_grpc.OverlayAdminStub(six.channel("C"))
+
+    with pytest.raises(grpc.RpcError) as caught:
+        admin.Drain(pb2.DrainRequest(grace_s=grace_s), timeout=5)
+
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert six.metrics("C").is_healthy
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_tells_of_each_service_and_of_itself(six: Overlay, version: str) -> None:
+    """In v1's own messages, were they there: the two differ in their names only."""
+    itself = f"grpc.reflection.{version}.ServerReflection"
+    ask = six.channel("A").stream_stream(
+        f"/{itself}/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    wanted = [reflection_pb2.ServerReflectionRequest(list_services="")]
+    names = ("OverlayNode", "OverlayAdmin", "grpc.health.v1.Health", itself)
+    wanted += [reflection_pb2.ServerReflectionRequest(file_containing_symbol=n) for n in names]
+    first, *described = ask(iter(wanted), timeout=5)
+
+    assert {s.name for s in first.list_services_response.service} >= set(names)
+    for name, answer in zip(names, described, strict=True):
+        (file,) = answer.file_descriptor_response.file_descriptor_proto
+        read = FileDescriptorProto.FromString(file)
+        assert name.rpartition(".")[::2] in {(read.package, s.name) for s in read.service}
+
+
+@pytest.mark.parametrize(
+    ("peer", "here"),
+    [
+        ("ipv4:127.0.0.1:4711", True),
+        ("ipv4:127.8.9.10:4711", True),
+        ("ipv6:%5B::1%5D:4711", True),
+        ("ipv6:[::1]:4711", True),
+        ("ipv6:[::ffff:127.0.0.1]:4711", True),
+        ("unix:/tmp/socket", True),
+        ("ipv4:203.0.113.7:4711", False),  # of a class kept for examples
+        ("ipv6:[2001:db8::7]:4711", False),
+        ("ipv6:[::ffff:203.0.113.7]:4711", False),
+        ("ipv4:0.0.0.0:4711", False),
+        ("ipv4:127.0.0.1.example.org:4711", False),
+        ("", False),
+        ("unknown", False),
+    ],
+)
+def test_who_calls_from_this_machine_is_known_by_the_address(peer: str, here: bool) -> None:
+    assert is_on_this_machine(peer) is here
+
+
+def test_every_address_of_this_machine_is_its_own() -> None:
+    found = [
+        address.address
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family is socket.AF_INET
+    ]
+
+    assert [address for address in found if not is_on_this_machine(f"ipv4:{address}:1")] == []
+
+
+# What clients and neighbours hear
+
+
+def test_a_stream_hears_of_the_stop_and_its_end_proves_what_was_not_read(noted: Noted) -> None:
+    """In the form of overlay.proto, as any language would speak it."""
+    stub = noted.six.stub("C")
+    more = threading.Event()
+
+    def frames() -> Iterator[pb2.Frame]:
+        frame = pb2.Frame()
+        frame.segments.add(number=1, count=1, handler="gate").payloads.items.append(b"x")
+        yield frame
+        more.wait(30)
+
+    call = stub.ForwardStream(frames(), timeout=30)
+    until(lambda: noted.six.metrics("C").streamed_active == 1, what="C is at work")
+    noted.six.processes["C"].terminate()
+    came = [next(call)]
+    noted.open_gate()
+    with pytest.raises(grpc.RpcError) as caught:
+        came.extend(call)
+    more.set()
+
+    assert [(frame.stopping, frame.for_good) for frame in came] == [(True, False)] * 2
+    assert [list(s.results.items) for frame in came for s in frame.slices] == [[b"x"]]
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert dict(caught.value.trailing_metadata())[codec.EXECUTED_KEY] == "no"
+
+
+def test_a_worker_that_is_drained_again_and_again_costs_its_clients_nothing(noted: Noted) -> None:
+    """Its neighbour may hand it a request in the very moment in which its stream ends."""
+    ended: list[BaseException | None] = []
+    with overlay.connect(noted.six.address("A"), patience_s=20) as client:
+        for turn in range(2):
+            futures = []
+            noted.six.processes["C"].terminate()
+            while noted.six.processes["C"].poll() is None:
+                futures += [client.submit("work", f"{turn}-{len(futures) + i}") for i in range(20)]
+                time.sleep(0.001)
+            ended += [future.exception(20) for future in futures]
+            start_again(noted.six, "C")
+
+    assert len(ended) > 100
+    assert [error for error in ended if error] == []
+    assert run_twice(noted) == []
+
+
+def test_what_was_asked_of_a_stopping_leader_is_answered_by_the_next(noted: Noted) -> None:
+    """A window full of requests: far more than a client's budget for retries."""
+    payloads = [f"{number}" for number in range(6000)]
+    results: list[bytes] = []
+    with (
+        overlay.connect(noted.six.address("A"), patience_s=20) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for result in client.map("work", payloads, timeout=60):
+            results.append(result)
+            if len(results) == 1000:
+                noted.six.processes["A"].terminate()
+                again = pool.submit(restarted, noted.six, "A")
+        again.result()
+
+    assert results == [payload.encode() for payload in payloads]
+    assert run_twice(noted) == []
+    assert sum(noted.executions().values()) == len(payloads)
+
+
+def start_again(six: Overlay, process_id: str) -> None:
+    six.processes[process_id] = six._spawn(process_id)
+    six._wait_ready(process_id)
+    six.settle(30)
+
+
+def restarted(six: Overlay, process_id: str) -> None:
+    assert six.processes[process_id].wait(40) == 0
+    start_again(six, process_id)
+
+
+def run_twice(noted: Noted) -> list[str]:
+    return [where for where, times in noted.executions().items() if times > 1]
+
+
+# Rolling restarts
+
+
+class Load:
+    """Threads that ask all the time, by one client of the library, until the end."""
+
+    def __init__(self, address: str) -> None:
+        # The default, 2.5 s, is for a machine that is not so busy that a start takes longer.
+        self.client = overlay.connect(address, patience_s=20)
+        self.failures: list[str] = []
+        self.short: Counter[str] = Counter()
+        self.slowest_s: dict[str, float] = {}
+        self.answered: dict[str, list[str]] = {}
+        self._ended = threading.Event()
+        self.ways: dict[str, Callable[[str], Any]] = {
+            "unary all": lambda p: self.client.forward(p, handler="work"),
+            "unary any": lambda p: self.client.forward(p, handler="work", mode="any"),
+            "stream all": lambda p: self.client.call(p, handler="work"),
+            "stream any": lambda p: self.client.call(p, handler="work", mode="any"),
+        }
+        self._threads = [
+            threading.Thread(target=self._ask, args=(way, n), daemon=True)
+            for way in self.ways
+            for n in range(2)
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(40)
+        self.client.close()
+
+    def _ask(self, way: str, thread: int) -> None:
+        answered = self.answered.setdefault(way, [])
+        for number in itertools.count():
+            if self._ended.is_set():
+                return
+            payload = f"{way}/{thread}/{number}".replace(" ", "-")
+            began = time.monotonic()
+            try:
+                answer = self.ways[way](payload)
+            except CallFailed as e:
+                proof = "" if e.executed is Executed.NO else f" ({e.executed.name})"
+                self.failures.append(f"{payload}: {e.code.name}{proof}: {e}")
+                continue
+            took_s = time.monotonic() - began
+            self.slowest_s[way] = max(took_s, self.slowest_s.get(way, 0.0))
+            answered.append(payload)
+            if answer.missing:
+                self.short[",".join(part.process_id for part in answer.missing)] += 1
+            time.sleep(0.005)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(os.name == "nt", reason="there, terminate() is a kill")
+def test_a_rolling_restart_fails_no_request_and_runs_none_twice(noted: Noted) -> None:
+    six = noted.six
+    with Load(six.address("A")) as load:
+        # Workers, team leaders and the leader: of each kind some by the verb, some by the signal.
+        for turn, process_id in enumerate("CDFBEAA"):
+            if turn % 2:
+                done = client_py(six, process_id, "drain")
+                assert done.returncode == 0, done.stdout + done.stderr
+            else:
+                six.processes[process_id].send_signal(signal.SIGTERM)
+            restarted(six, process_id)
+    runs = noted.executions()
+
+    print({way: len(answered) for way, answered in load.answered.items()})
+    print("short", dict(load.short), "slowest", load.slowest_s)
+    assert load.failures == []
+    assert all(len(answered) > 40 for answered in load.answered.values())
+    assert [where for where, times in runs.items() if times > 1] == []
+    by_payload: Counter[str] = Counter(where.split(" ")[1] for where in runs)
+    for way in ("unary any", "stream any"):
+        assert {by_payload[payload] for payload in load.answered[way]} == {1}

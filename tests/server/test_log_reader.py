@@ -1,0 +1,97 @@
+"""Whose lines are told to whom: a pure question of the way that it came."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from overlay.model.errors import LoopDetected, OverlayError, UnknownName, Unreachable
+from overlay.observability.log_buffer import WITHHELD, Recent
+from overlay.server.log_reader import MOST_BYTES, Journal
+from overlay.transport.codec import pb2
+from tests.harness.network import the_six
+
+
+class Links:
+    """Notes what is passed on, and to whom."""
+
+    def __init__(self, *up: str) -> None:
+        self.passed: list[tuple[str, pb2.LogsRequest]] = []
+        self._up = frozenset(up)
+
+    def up(self) -> frozenset[str]:
+        return self._up
+
+    def logs(self, neighbour: str, asked: pb2.LogsRequest, timeout_s: float) -> pb2.LogsResponse:
+        self.passed.append((neighbour, asked))
+        return pb2.LogsResponse(process_id=asked.process_id)
+
+
+def journal(me: str, links: Links, *texts: str) -> Journal:
+    recent = Recent()
+    for text in texts:
+        name = "overlay.handler" if text.startswith("secret") else "overlay.links"
+        recent.handle(logging.makeLogRecord({"name": name, "msg": text, "levelno": 20}))
+    return Journal(the_six(), me, recent, links)  # type: ignore[arg-type]
+
+
+def texts(read: pb2.LogsResponse) -> list[str]:
+    return [line.text for line in read.lines]
+
+
+@pytest.mark.parametrize(
+    ("me", "target", "up", "way"),
+    [("A", "E", "BE", "E"), ("A", "F", "BE", "E"), ("B", "D", "CD", "D"), ("A", "D", "B", "B")],
+)
+def test_a_question_goes_down_to_whom_it_is_for(me, target, up, way):
+    links = Links(*up)
+
+    journal(me, links).read(pb2.LogsRequest(process_id=target, lines=7), True, 1)
+
+    ((neighbour, asked),) = links.passed
+    assert neighbour == way
+    assert (asked.process_id, asked.lines, list(asked.hops)) == (target, 7, [me])
+
+
+@pytest.mark.parametrize(
+    ("me", "asked", "error"),
+    [
+        ("A", pb2.LogsRequest(process_id="Z"), UnknownName),
+        ("E", pb2.LogsRequest(process_id="A"), UnknownName),
+        ("C", pb2.LogsRequest(process_id="D"), UnknownName),
+        ("A", pb2.LogsRequest(process_id="F"), Unreachable),
+        ("A", pb2.LogsRequest(process_id="C", hops=["A"]), LoopDetected),
+        ("A", pb2.LogsRequest(process_id="C", hops=["x" * 100]), OverlayError),
+    ],
+)
+def test_a_question_that_leads_nowhere_is_answered_so(me, asked, error):
+    with pytest.raises(error):
+        journal(me, Links("B")).read(asked, True, 1)
+
+
+def test_what_a_handler_wrote_is_told_on_its_machine_alone():
+    own = journal("C", Links(), "a link", "secret")
+
+    assert texts(own.read(pb2.LogsRequest(), True, 1)) == ["a link", "secret"]
+    assert texts(own.read(pb2.LogsRequest(), False, 1)) == ["a link", WITHHELD]
+    assert texts(own.read(pb2.LogsRequest(public_only=True), True, 1)) == ["a link", WITHHELD]
+
+
+@pytest.mark.parametrize(("is_near", "public_only"), [(True, False), (False, True)])
+def test_a_distant_caller_gets_no_more_through_a_process_in_between(is_near, public_only):
+    links = Links("C")
+
+    journal("B", links).read(pb2.LogsRequest(process_id="C"), is_near, 1)
+
+    assert links.passed[0][1].public_only is public_only
+
+
+def test_the_last_lines_are_told_as_many_as_were_asked_for_and_as_fit():
+    own = journal("C", Links(), *[f"line {n}" for n in range(300)])
+    assert texts(own.read(pb2.LogsRequest(lines=2), True, 1)) == ["line 298", "line 299"]
+    assert len(own.read(pb2.LogsRequest(), True, 1).lines) == 100
+
+    own = journal("C", Links(), *["x" * 4000 for _ in range(1000)])
+    found = own.read(pb2.LogsRequest(lines=1000), True, 1)
+    assert MOST_BYTES <= found.ByteSize() < MOST_BYTES + 5000

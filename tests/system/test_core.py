@@ -1,0 +1,159 @@
+"""The core under anything that can happen: real relays, intakes and messages, a network in memory.
+
+A machine of hypothesis asks, leaves, breaks and mends in any order, while time passes, and checks
+after each step what must always hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from overlay.model.limits import Limits
+from overlay.model.segments import Executed, Mode
+from overlay.model.topology import Topology
+from tests.harness.network import ANSWER_LOST, REFUSED, REQUEST_LOST, Asked, MemoryNetwork, the_six
+
+SIX = the_six()
+SIDEWAYS = {"B": "E", "E": "B", "D": "F", "F": "D"}  # neighbours whom nobody may ask
+EDGES = [(near, far.id) for near in SIX.processes for far in SIX.below(near)]
+ASKED = st.sampled_from("AAABEDF")  # the leader most often
+MODES = st.sampled_from(Mode)
+TEAMS = st.sampled_from(["", "green", "pink"])
+DEADLINES_S = st.sampled_from([0.1, 1.0, 10.0])
+SOME_TIME_S = st.sampled_from([0.05, 0.5, 3.0])
+FATES = (REFUSED, ANSWER_LOST, REQUEST_LOST)
+TROUBLES = ("cut", "cut just now", "heal", "keep", "answer", *FATES, *FATES)
+
+
+def small(in_service: int, queue_slots: int) -> Topology:
+    """The six with so little room that it is soon full, and with neighbours of equal rank."""
+    processes = {
+        p.id: replace(p, in_service=in_service, neighbors=(*p.neighbors, *SIDEWAYS.get(p.id, "")))
+        for p in SIX.processes.values()
+    }
+    return replace(SIX, processes=processes, limits=Limits(queue_slots=queue_slots))
+
+
+class Core(RuleBasedStateMachine):
+    """asked: every request. gone: the ids whose callers left, and how much had started by then."""
+
+    @initialize(
+        in_service=st.integers(1, 4), queue_slots=st.integers(1, 4), slots=st.integers(1, 3)
+    )
+    def begin(self, in_service: int, queue_slots: int, slots: int) -> None:
+        self.network = MemoryNetwork(small(in_service, queue_slots), slots)
+        self.asked: list[Asked] = []
+        self.gone: dict[int, int] = {}
+        for node in self.network.nodes.values():
+            node.works.hold()
+
+    @rule(
+        me=ASKED,
+        count=st.integers(1, 4),
+        mode=MODES,
+        team=TEAMS,
+        s=DEADLINES_S,
+        keyed=st.booleans(),
+    )
+    def ask(self, me: str, count: int, mode: Mode, team: str, s: float, keyed: bool) -> None:
+        how = {"mode": mode, "team": team, "deadline_s": s, "keyed": keyed}
+        self.asked += [self.network.ask(me, **how) for _ in range(count)]
+
+    @rule(me=ASKED, rows=st.integers(1, 6), mode=MODES, team=TEAMS, s=DEADLINES_S)
+    def stream(self, me: str, rows: int, mode: Mode, team: str, s: float) -> None:
+        self.asked.append(self.network.stream(me, rows, mode=mode, team=team, deadline_s=s))
+
+    @rule(worker=st.sampled_from("CDF"), count=st.integers(1, 4))
+    def finish(self, worker: str, count: int) -> None:
+        self.network.nodes[worker].works.finish(count)
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        asked = data.draw(st.sampled_from(self.asked))
+        asked.leave()
+        for id_ in asked.segment.all_ids:
+            self.gone.setdefault(id_, len(self.network.started))
+
+    @rule(seconds=SOME_TIME_S, told=st.booleans())
+    def time_passes(self, seconds: float, told: bool) -> None:
+        """Not told: the thread that ends what is late does not get the processor."""
+        if told:
+            self.network.advance(seconds)
+        else:
+            self.network.clock.now += seconds
+
+    @rule(edge=st.sampled_from(EDGES), what=st.sampled_from(TROUBLES))
+    def trouble(self, edge: tuple[str, str], what: str) -> None:
+        acts = {
+            "cut": self.network.cut,
+            "cut just now": partial(self.network.cut, just_now=True),
+            "heal": self.network.heal,
+            "keep": self.network.keep,
+            "answer": self.network.answer_all,
+        }
+        if what in acts:
+            acts[what](*edge)
+        else:
+            self.network.next(*edge, what)
+
+    @invariant()
+    def bounded(self) -> None:
+        for node in self.network.nodes.values():
+            assert node.intake.waiting <= node.intake.slots
+            assert node.intake.active <= node.intake.in_service
+            assert node.works.active <= node.works.slots
+
+    @invariant()
+    def conserved(self) -> None:
+        for me, node in self.network.nodes.items():
+            counts, (_, waiting, active) = node.meter.counts(), node.intake.streamed
+            ended = counts.completed + counts.failed + counts.refused + counts.cancelled
+            inside = node.intake.waiting + node.intake.active + waiting + active
+            assert counts.received == ended + inside, me
+        assert all(len(found) <= 1 for asked in self.asked for found in asked.answers)
+
+    @invariant()
+    def no_dead_work(self) -> None:
+        for me, at, segment in self.network.started:
+            assert at < segment.deadline, f"{me} began too late"
+        for id_, before in self.gone.items():
+            later = [s for _, _, segment in self.network.started[before:] for s in segment.all_ids]
+            assert id_ not in later, "begun for a caller who had left"
+
+    @invariant()
+    def rank_falls(self) -> None:
+        processes = self.network.topology.processes
+        assert all(processes[a].rank > processes[b].rank for a, b, _ in self.network.sent)
+
+    def teardown(self) -> None:
+        """All that is held comes, and then nothing is owed to anybody."""
+        if not hasattr(self, "network"):
+            return
+        for edge in EDGES:
+            self.network.answer_all(*edge)
+        for node in self.network.nodes.values():
+            node.works.finish()
+        self.network.advance(20)
+        self.conserved()
+        assert self.network.left_over == {}
+        for asked in self.asked:
+            assert [len(found) for found in asked.answers] == [1] * len(asked.segment)
+            for row, id_ in enumerate(asked.segment.all_ids):
+                self._ran_as_told(asked, row, id_)
+
+    def _ran_as_told(self, asked: Asked, row: int, id_: int) -> None:
+        runs, error = self.network.runs(id_), asked.error_at(row)
+        tries = 2 if asked.segment.keyed else 1
+        assert max(runs.values(), default=0) <= 1
+        assert asked.mode is Mode.ALL or len(runs) <= tries
+        assert error is None or error.executed is not Executed.NO or not runs
+
+
+TestCore = Core.TestCase
+TestCore.settings = settings(max_examples=75, stateful_step_count=40, deadline=None)

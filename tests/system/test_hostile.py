@@ -1,0 +1,639 @@
+"""A process that speaks wrongly costs what it had been asked, and nobody else anything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import overlay
+from overlay.cli import check
+from overlay.cli.terminal import Screen
+from overlay.client.multiplexer import Came
+from overlay.client.sync import CallFailed
+from overlay.model.errors import BadRequest, Misspoken
+from overlay.model.limits import Limits
+from overlay.model.segments import Code, Executed
+from overlay.monitor.poller import Watch
+from overlay.monitor.snapshot import Known, Look, picture
+from overlay.monitor.timeseries import History
+from overlay.transport import codec, validation
+from overlay.transport.codec import Asked, pb2, pb2_grpc
+from tests.harness.cluster import ROOT, Overlay, six_processes, until
+from tests.harness.hostile import Hostile, Rss, any_message, well
+
+MOST_MIB = 150  # that a process may grow by what is wrong; a count of 2^32 would take 30,000
+HUGE = 2**32 - 1
+MIB = 2**20
+RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def a_slice(segment: pb2.Segment, **fields: Any) -> pb2.Slice:
+    return pb2.Slice(**{"number": segment.number, "count": segment.count, **fields})
+
+
+def d_says(results: int = 1, **fields: Any) -> pb2.PartSlice:
+    items = [b"d"] * results
+    return pb2.PartSlice(
+        **{"process_id": "D", "results": pb2.Column(items=items) if items else None, **fields}
+    )
+
+
+def failing(**fields: Any) -> pb2.Detail:
+    return pb2.Detail(**{"code": 13, "reason": "why", **fields})
+
+
+WRONG: dict[str, tuple[Callable[[pb2.Segment], list[pb2.Slice]], str]] = {
+    "more rows than were asked": (
+        lambda s: [a_slice(s, count=HUGE, parts=[d_says(0)])], "rows 0 to +4294967295"),
+    "rows beyond": (lambda s: [a_slice(s, start=7, parts=[d_says()])], "rows 7 to +1"),
+    "start beyond all": (lambda s: [a_slice(s, start=HUGE, parts=[d_says()])], "rows 4294967295"),
+    "no rows": (lambda s: [a_slice(s, count=0)], "rows 0 to +0"),
+    "results missing": (lambda s: [a_slice(s, parts=[d_says(0)])], "D: 0 results for 1 rows"),
+    "too many results": (lambda s: [a_slice(s, parts=[d_says(9)])], "D: 9 results for 1 rows"),
+    "a worker not asked": (
+        lambda s: [a_slice(s, parts=[d_says(process_id="C")])], "a part of 'C', which was not"),
+    "a name without end": (
+        lambda s: [a_slice(s, parts=[d_says(process_id="x" * 10**6)])], "a part of 'xxxx"),
+    "a part twice": (lambda s: [a_slice(s, parts=[d_says(), d_says()])], "two parts of one"),
+    "parts nobody wants yet": (
+        lambda s: [a_slice(s, parts=[d_says()], more=True)], "parts before the answer"),
+    "a piece nobody wants": (lambda s: [a_slice(s, parts=[d_says(at=9)])], "D: a piece where"),
+    "a failure of rows beyond": (
+        lambda s: [a_slice(s, parts=[d_says(failures=[failing(start=0, count=HUGE)])])],
+        "failures of rows 0 to +4294967295"),
+    "failures over each other": (
+        lambda s: [a_slice(s, parts=[d_says(failures=[failing(count=1)] * 2)])], "failures of"),
+    "a failure that is none": (
+        lambda s: [a_slice(s, parts=[d_says(0, failures=[failing(code=0)])])], "a failure with"),
+    "a refusal that is none": (
+        lambda s: [a_slice(s, failures=[failing(code=0)])], "a failure with"),
+    "hops without end": (
+        lambda s: [a_slice(s, parts=[d_says()], hops=["D"] * 20_000)], "hops: 20,000 entries"),
+    "a hop that is no name": (
+        lambda s: [a_slice(s, parts=[d_says(hops=["\x1b[31m" * 99])])], "hops: '\\x1b[31m"),
+    "a trace without end": (
+        lambda s: [a_slice(s, parts=[d_says()], trace=[pb2.Hop(process_id="D")] * 20_000)],
+        "trace: 20,000 entries"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory: Any) -> Iterator[tuple[Overlay, Hostile]]:
+    """Five of the six, and D a hostile process of this test."""
+    config = six_processes()
+    made = Overlay(tmp_path_factory.mktemp("hostile"), config)
+    with Hostile("D", config["processes"]["D"]["port"]) as d:
+        try:
+            made.start("A", "B", "C", "E", "F")
+            yield made, d
+        finally:
+            made.stop()
+
+
+@pytest.fixture
+def d(lived: tuple[Overlay, Hostile]) -> Iterator[Hostile]:
+    made, hostile = lived
+    hostile.turn_good()
+    until(lambda: len(hostile.lookers) > 1, 20, "B and E see it")
+    until(lambda: link(made, "E", "D").state == "up", 20, "E's link to a D that speaks well")
+    yield hostile
+    hostile.turn_good()
+
+
+@pytest.fixture
+def d_alone() -> Iterator[Hostile]:
+    with Hostile("D") as made:
+        yield made
+
+
+@pytest.fixture
+def house(lived: tuple[Overlay, Hostile]) -> Overlay:
+    return lived[0]
+
+
+def link(made: Overlay, who: str, to: str) -> pb2.Neighbour:
+    (found,) = [n for n in made.metrics(who).neighbours if n.process_id == to]
+    return found
+
+
+def pids(made: Overlay) -> list[int]:
+    return [process.pid for process in made.processes.values()]
+
+
+@pytest.mark.parametrize(("says", "reason"), WRONG.values(), ids=WRONG)
+def test_a_wrong_slice_is_misspoken_and_says_how(says: Any, reason: str) -> None:
+    with pytest.raises(Misspoken, match=re.escape(reason)):
+        codec.read_slice(says(pb2.Segment(number=1, count=1))[0], Asked(1, frozenset("D")))
+
+
+@pytest.mark.parametrize(
+    "how", ["more rows than were asked", "a worker not asked", "a refusal that is none"]
+)
+def test_a_wrong_answer_costs_its_sender_its_own_part(house: Overlay, d: Hostile, how: str) -> None:
+    says, reason = WRONG[how]
+    with Rss(*pids(house)) as rss, overlay.connect(house.address("A")) as client:
+        client.call(b"hi")
+        d.says = says
+        began = time.monotonic()
+        answer = client.call(b"hi", timeout=20)
+        took_s = time.monotonic() - began
+        gone = until(lambda: found if (found := link(house, "E", "D")).state == "down" else None)
+
+    assert [part.process_id for part in answer.parts if part.ok] == ["C", "F"]
+    (missing,) = answer.missing
+    assert missing.executed is Executed.UNKNOWN
+    assert f"it speaks wrongly: {reason}" in missing.reason
+    assert f"it speaks wrongly: {reason}" in gone.reason
+    assert took_s < 10
+    assert rss.grown < MOST_MIB
+    assert {n.state for n in house.metrics("A").neighbours} == {"up"}
+    assert link(house, "E", "F").state == link(house, "B", "C").state == "up"
+
+
+def test_it_is_in_the_log_once_in_check_and_on_the_page(house: Overlay, d: Hostile) -> None:
+    d.says = WRONG["more rows than were asked"][0]
+    with overlay.connect(house.address("A")) as client:
+        client.call(b"hi")
+    until(lambda: link(house, "E", "D").state == "down")
+
+    lines = [line for line in house.log("E").splitlines() if "speaks wrongly" in line]
+    assert sum("WARNING" in line for line in lines) == 1
+    assert "link to D" in lines[0]
+    command = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(house.port("E")), "check"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert re.search(
+        r"(it speaks wrongly|spoke wrongly \d+ s ago): rows 0 to \+4294967295", shown.stdout
+    )
+    watch = Watch(house.address("E")).start()
+    try:
+        seen = until(lambda: watch.newer(0).get("links"), 10)
+        (to_d,) = [one for one in seen if (one["from"], one["to"]) == ("E", "D")]
+        assert "wrongly" in to_d["why"]
+        assert "rows 0 to +4294967295" in to_d["why"]
+    finally:
+        watch.close()
+
+
+def test_who_keeps_speaking_wrongly_is_not_hammered_and_comes_back(
+    house: Overlay, d: Hostile
+) -> None:
+    d.says = WRONG["no rows"][0]
+    before = d.calls
+    with overlay.connect(house.address("A")) as client:
+        until_s = time.monotonic() + 6
+        while time.monotonic() < until_s:
+            assert client.call(b"hi", timeout=10).coverage[0] == 2
+            time.sleep(0.05)
+        # Two pipes of E; each begins anew after 1, 2, 4 s. Without a pause there were 100.
+        assert d.calls - before <= 10
+        d.turn_good()
+        until(lambda: client.call(b"hi", timeout=10).coverage[0] == 3, 20)
+
+
+def test_what_is_answered_twice_counts_once(house: Overlay, d: Hostile) -> None:
+    good = well("D")
+    d.says = lambda segment: [*good(segment)] * 50
+    with overlay.connect(house.address("A")) as client:
+        for n in range(50):
+            assert client.call(b"%d" % n).result.count(b"%d" % n) == 3
+    assert link(house, "E", "D").outstanding == 0
+
+
+def test_pieces_beyond_those_granted_end_the_link(house: Overlay, d: Hostile) -> None:
+    def says(segment: pb2.Segment) -> list[pb2.Slice]:
+        body = bytes(100_000)
+        return [
+            a_slice(segment, more=True, parts=[pb2.PartSlice(
+                process_id="D", results=pb2.Column(items=[body]), at=n * len(body), more=True)])
+            for n in range(150)
+        ]  # fmt: skip
+
+    d.says = says
+    with Rss(*pids(house)) as rss, overlay.connect(house.address("A")) as client:
+        parts = {part.process_id: part for part in client.parts(b"hi", timeout=10)}
+    assert parts["C"].ok
+    assert parts["F"].ok
+    assert "more pieces of a part than were granted" in parts["D"].reason
+    assert rss.grown < MOST_MIB
+
+
+# What it tells of itself.
+
+
+def with_slots(count: int) -> Callable[[pb2.MetricsResponse], None]:
+    return lambda m: m.topology[0].slots.__setitem__("echo", count)
+
+
+def setting(**fields: Any) -> Callable[[pb2.MetricsResponse], None]:
+    return lambda m: m.MergeFrom(pb2.MetricsResponse(**fields))
+
+
+WRONG_METRICS: dict[str, Callable[[pb2.MetricsResponse], None]] = {
+    "slots below 0": with_slots(-5),
+    "slots without end": with_slots(2**31 - 1),
+    "not a number": setting(avg_processing_time_ms=float("nan")),
+    "no end": setting(uptime_s=float("inf")),
+    "a process twice": setting(topology=[pb2.Process(id="D", role="worker", address="h:1")]),
+    "a role that is none": setting(topology=[pb2.Process(id="Z", role="king", address="h:1")]),
+    "a neighbor that is none": setting(
+        topology=[pb2.Process(id="Z", role="worker", address="h:1", neighbors=["Q"])]
+    ),
+    "an address that is none": setting(
+        topology=[pb2.Process(id="Z", role="worker", address="unix:/etc")]
+    ),
+    "events without end": setting(events=[pb2.Event()] * 20_000),
+    "a story of no mode": setting(requests=[pb2.Story(mode=99)]),
+    "counts below 0": setting(queue_size=-1),
+    "a histogram that does not fit": setting(service=pb2.Histogram(bounds_s=[1.0], counts=[1])),
+}
+
+
+@pytest.mark.parametrize("spoil", WRONG_METRICS.values(), ids=WRONG_METRICS)
+def test_metrics_out_of_all_bounds_are_misspoken(
+    d_alone: Hostile, spoil: Callable[[pb2.MetricsResponse], None]
+) -> None:
+    made = d_alone.good_metrics()
+    codec.read_metrics(made)
+    spoil(made)
+    with pytest.raises(Misspoken):
+        codec.read_metrics(made)
+
+
+@pytest.mark.parametrize("how", ["slots below 0", "no end"])
+def test_metrics_out_of_all_bounds_end_the_link_and_are_told(
+    house: Overlay, d: Hostile, how: str
+) -> None:
+    def metrics() -> pb2.MetricsResponse:
+        made = d.good_metrics()
+        WRONG_METRICS[how](made)
+        return made
+
+    d.metrics = metrics
+    gone = until(lambda: found if (found := link(house, "E", "D")).state == "down" else None)
+    assert "it speaks wrongly" in gone.reason
+    with overlay.connect(d.address) as client, pytest.raises(CallFailed, match="speaks wrongly"):
+        client.metrics()
+    with overlay.connect(house.address("A")) as client:
+        assert client.call(b"hi").coverage[0] == 2
+
+
+def test_what_it_says_of_others_does_not_count_and_its_words_are_escaped(
+    house: Overlay, d: Hostile
+) -> None:
+    def metrics() -> pb2.MetricsResponse:
+        made = d.good_metrics()
+        made.topology.add(id="F", role="worker", address="h:1").slots["echo"] = 999_999
+        made.version = "\x1b[31m\n" * 9_000
+        return made
+
+    d.metrics = metrics
+    time.sleep(2.5)
+    found = link(house, "E", "D")
+    assert (found.state, found.slots) == ("up", 100)
+    assert found.version.isprintable()
+    assert len(found.version) < 200_000
+    assert "\x1b" not in house.log("E")
+
+
+def test_a_log_without_end_is_not_passed_on(house: Overlay, d: Hostile) -> None:
+    with overlay.connect(house.address("E")) as client:
+        with pytest.raises(CallFailed, match="D speaks wrongly"):
+            client.logs("D")
+        assert client.logs().process_id == "E"
+
+
+# A team leader that is hostile.
+
+
+def test_a_hostile_team_leader_ends_its_own_link(tmp_path: Any) -> None:
+    config = six_processes()
+    made = Overlay(tmp_path / "led", config)
+    with Hostile("E", config["processes"]["E"]["port"]) as e:
+        try:
+            made.start("A", "B", "C", "D", "F")
+            until(lambda: link(made, "A", "E").state == "up", 20)
+            e.says = lambda s: [a_slice(s, parts=[d_says(process_id="C")])]
+            with overlay.connect(made.address("A")) as client:
+                calls = [client.submit(None, b"%d" % n, team="green") for n in range(50)]
+                answer = client.call(b"hi")
+                good = {part.process_id for part in answer.parts if part.ok}
+                assert "C" in good
+                assert "a part of 'C', which was not asked" in str(answer.missing)
+                assert [call.result() for call in calls] == [b"C: %d" % n for n in range(50)]
+            assert link(made, "A", "B").state == "up"
+        finally:
+            made.stop()
+
+
+# A process asked that is hostile, and the library.
+
+
+CLIENT_WRONG: dict[str, Callable[[pb2.Segment], list[pb2.Slice]]] = {
+    "more rows than were asked": lambda s: [a_slice(s, count=HUGE)],
+    "rows beyond": lambda s: [a_slice(s, start=3, results=pb2.Column(items=[b"x"]))],
+    "no results": lambda s: [a_slice(s)],
+    "too many results": lambda s: [a_slice(s, results=pb2.Column(items=[b"x"] * 99))],
+    "a failure of rows beyond": lambda s: [a_slice(s, failures=[failing(start=1, count=HUGE)])],
+    "a failure that is none": lambda s: [a_slice(s, failures=[failing(code=0)])],
+    "a part's failure of rows beyond": lambda s: [
+        a_slice(
+            s,
+            results=pb2.Column(items=[b"x"]),
+            parts=[d_says(0, failures=[failing(count=HUGE)])],
+        )
+    ],
+    "parts nobody wants yet": lambda s: [a_slice(s, parts=[d_says()], more=True)],
+    "a part twice": lambda s: [
+        a_slice(s, results=pb2.Column(items=[b"x"]), parts=[d_says(0), d_says(0)])
+    ],
+    "hops without end": lambda s: [
+        a_slice(s, results=pb2.Column(items=[b"x"]), hops=["D"] * 20_000)
+    ],
+}
+
+
+@pytest.mark.parametrize("says", CLIENT_WRONG.values(), ids=CLIENT_WRONG)
+def test_a_clients_wrong_slice_is_misspoken(says: Any) -> None:
+    with pytest.raises(Misspoken):
+        codec.check_client_slice(says(pb2.Segment(number=1, count=1))[0], Asked(1))
+
+
+@pytest.mark.parametrize("how", ["more rows than were asked", "no results"])
+def test_the_librarys_calls_end_at_once_with_the_reason(how: str) -> None:
+    says = CLIENT_WRONG[how]
+    with Hostile("A") as leader, overlay.connect(leader.address) as client, Rss(os.getpid()) as rss:
+        leader.says = says
+        began = time.monotonic()
+        with pytest.raises(CallFailed, match="it speaks wrongly") as raised:
+            client.call(b"hi", timeout=30)
+        assert raised.value.executed is Executed.UNKNOWN
+        with pytest.raises(CallFailed, match="it speaks wrongly") as raised:
+            client.call(b"hi", timeout=30)  # not even sent
+        assert time.monotonic() - began < 15
+
+        async def ask() -> None:
+            async with overlay.connect_async(leader.address) as other:
+                with pytest.raises(CallFailed, match="it speaks wrongly"):
+                    await other.call(b"hi", timeout=30)
+
+        asyncio.run(ask())
+        leader.turn_good()
+        answered = until(lambda: attempt(lambda: client.call(b"hi").result), 20)
+        assert answered == b"A: hi"
+    assert rss.grown < MOST_MIB
+
+
+def attempt(ask: Callable[[], Any]) -> Any:
+    try:
+        return ask()
+    except CallFailed:
+        return None
+
+
+def test_a_flood_of_early_parts_ends_the_librarys_call() -> None:
+    def says(segment: pb2.Segment) -> list[pb2.Slice]:
+        return [a_slice(segment, more=True, parts=[d_says()])] * 200
+
+    with Hostile("A") as leader, overlay.connect(leader.address) as client:
+        leader.says = says
+        with pytest.raises(CallFailed, match="speaks wrongly"):
+            list(client.parts(b"hi", timeout=20))
+
+
+@pytest.mark.parametrize("garbage", ["", "-1", "x" * 500, "9" * 500, "0", "1e9"])
+def test_garbage_for_a_limit_is_none(garbage: str) -> None:
+    with Hostile("A") as leader, overlay.connect(leader.address) as client:
+        leader.initial = ((codec.MOST_BYTES_KEY, garbage),)
+        assert client.call(bytes(2**20)).result == b"A: " + bytes(2**20)
+
+
+# A process above that is hostile: wrong frames to a server.
+
+
+def column(*items: bytes) -> pb2.Column:
+    return pb2.Column(items=items)
+
+
+DOWN = {"hops": ["A"], "targets": ["C"]}
+WRONG_DOWN: dict[str, pb2.Frame] = {
+    "a count without payloads": pb2.Frame(segments=[pb2.Segment(number=1, count=HUGE, **DOWN)]),
+    "ids not for each": pb2.Frame(
+        segments=[pb2.Segment(number=1, count=1, payloads=column(b"x"), ids=[1] * 9000, **DOWN)]
+    ),
+    "too many targets": pb2.Frame(
+        segments=[
+            pb2.Segment(number=1, count=1, payloads=column(b"x"), hops=["A"], targets=["C"] * 10**6)
+        ]
+    ),
+    "too many hops": pb2.Frame(
+        segments=[pb2.Segment(number=1, count=1, payloads=column(b"x"), hops=["A"] * 10**6)]
+    ),
+    "a handler without end": pb2.Frame(
+        segments=[
+            pb2.Segment(number=1, count=1, payloads=column(b"x"), handler="x" * 10**7, **DOWN)
+        ]
+    ),
+    "cancels and grants of nothing": pb2.Frame(
+        cancels=[pb2.Cancel(number=HUGE, start=HUGE, count=HUGE)] * 1000,
+        grants=[pb2.Grant(number=HUGE, row=HUGE, process_id="x" * 900, count=HUGE)] * 1000,
+    ),
+}
+
+
+@pytest.mark.parametrize("frame", WRONG_DOWN.values(), ids=WRONG_DOWN)
+def test_a_wrong_frame_from_above_harms_nobody(house: Overlay, frame: pb2.Frame) -> None:
+    channel = grpc.insecure_channel(
+        house.address("B"), options=[("grpc.max_send_message_length", -1)]
+    )
+    with Rss(*pids(house)) as rss, channel:
+        call = pb2_grpc.OverlayNodeStub(channel).ForwardStream(iter([frame] * 3), timeout=10)
+        told: list[pb2.Slice] = []
+        with contextlib.suppress(grpc.RpcError):
+            told += [made for answer in call for made in answer.slices]
+    ended = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, RESOURCE_EXHAUSTED}
+    assert call.code() in ended
+    assert all(made.failures[0].code == Code.INVALID_ARGUMENT for made in told)
+    assert rss.grown < MOST_MIB
+    assert house.ask("A").parts[0].code == 0
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+def test_a_message_that_swells_is_refused_before_it_does(house: Overlay, kind: str) -> None:
+    channel = grpc.insecure_channel(
+        house.address("A"), options=[("grpc.max_send_message_length", -1)]
+    )
+    body = bytes(96 * MIB)  # 94 KB when packed
+    packed = {"compression": grpc.Compression.Gzip, "timeout": 60}
+    with Rss(house.processes["A"].pid) as rss, channel:
+        stub = pb2_grpc.OverlayNodeStub(channel)
+        segment = pb2.Segment(number=1, count=1, payloads=column(body))
+        ask = {
+            "unary": lambda: stub.Forward(pb2.Request(payload=body), **packed),
+            "stream": lambda: [
+                *stub.ForwardStream(iter([pb2.Frame(segments=[segment])]), **packed)
+            ],
+        }
+        with pytest.raises(grpc.RpcError) as raised:
+            ask[kind]()
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED  # nothing packed is taken
+    assert rss.grown < 60
+    assert house.ask("A").parts[0].code == 0
+
+
+# Any message at all.
+
+LIMITS = Limits()
+SEEDS = st.integers(0, 2**48)
+QUESTIONS = [
+    Asked(rows, targets, early, pieces)
+    for rows in (1, 3, 4096)
+    for targets in (None, frozenset("CD"))
+    for early, pieces in ((False, False), (True, True))
+]
+
+
+def read_slices(made: pb2.Slice) -> None:
+    for asked in QUESTIONS:
+        try:
+            answers = codec.read_slice(made, asked)
+        except Misspoken:
+            continue
+        assert 0 < answers.count <= asked.rows
+        assert all(column.results.count == answers.count for column in answers.parts)
+        for row in (0, answers.count - 1):
+            answers.at(row)
+        answers.slice(0, 1)
+
+
+def read_client_slices(made: pb2.Slice) -> None:
+    for asked in QUESTIONS:
+        try:
+            codec.check_client_slice(made, asked)
+        except Misspoken:
+            continue
+        came = Came(made)
+        assert len(came.results) in (0, made.count)
+        assert len(came.answers.parts) == len(made.parts)
+        came.answers.at(made.count - 1)
+
+
+def read_metrics(made: pb2.MetricsResponse) -> None:
+    codec.read_metrics(made)
+    json.dumps(check.as_plain(made), allow_nan=False)
+    check.show_metrics(Screen(Paper()), made, "h:1")
+    if made.process_id in {process.id for process in made.topology}:
+        known = Known(
+            "h:1", made.process_id, made.topology, {p.id: Look(0.0, made) for p in made.topology},
+            {p.id: History() for p in made.topology}, [],
+        )  # fmt: skip
+        json.dumps(picture(known, 1.0, 2.0), allow_nan=False)
+
+
+class Paper:
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool:
+        return False
+
+
+def read_segments(made: pb2.Segment) -> None:
+    segment = codec.read_segment(made, 0.0, LIMITS)
+    assert segment.count == len(made.payloads.items)
+    codec.unread_segment(made, 0.0, LIMITS)
+    codec.route_key(made, LIMITS)
+
+
+READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "slice": (pb2.Slice, read_slices),
+    "client's slice": (pb2.Slice, read_client_slices),
+    "response": (pb2.Response, codec.read_response),
+    "metrics": (pb2.MetricsResponse, read_metrics),
+    "logs": (
+        pb2.LogsResponse,
+        lambda made: codec.read_logs(made, pb2.LogsRequest(process_id=made.process_id[:9])),
+    ),
+    "drained": (pb2.DrainResponse, validation.tidy),
+    "segment": (pb2.Segment, read_segments),
+    "request": (pb2.Request, lambda made: codec.read_request(made, 1.0, LIMITS)),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@given(seed=SEEDS, fill=st.sampled_from((0.15, 0.4, 0.8)))
+@settings(max_examples=150)
+def test_any_message_is_read_in_bounds_or_is_misspoken(name: str, seed: int, fill: float) -> None:
+    kind, read = READERS[name]
+    made = any_message(random.Random(seed), kind, fill)
+    size, error = made.ByteSize(), ""
+    tracemalloc.start()
+    try:
+        read(made)
+    except (Misspoken, BadRequest) as e:
+        error = str(e)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert error.isprintable()
+    assert len(error) < 1000
+    assert peak < 20 * size + 4 * MIB
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_hundreds_of_wrong_frames_harm_no_process(house: Overlay, d: Hostile, seed: int) -> None:
+    chance = random.Random(seed)
+
+    def says(segment: pb2.Segment) -> list[pb2.Slice]:
+        made = any_message(chance, pb2.Slice, chance.choice((0.2, 0.5)))
+        made.number = segment.number
+        return [made]
+
+    d.says = says
+    with Rss(*pids(house)) as rss, overlay.connect(house.address("A")) as client:
+        for _ in range(30):
+            d.turn_good()
+            d.says = says  # a new process each time, that is asked at once
+            answers = [client.submit(None, b"x", mode="all", timeout=1) for _ in range(3)]
+            for answer in answers:
+                answer.result()
+    assert rss.grown < MOST_MIB
+    assert {n.state for n in house.metrics("A").neighbours} == {"up"}
+
+
+def test_any_slice_leaves_the_library_a_client_that_works() -> None:
+    with Hostile("A") as leader, Rss(os.getpid()) as rss:
+        for seed in range(40):
+            chance = random.Random(seed)
+
+            def says(segment: pb2.Segment, chance: random.Random = chance) -> list[pb2.Slice]:
+                made = any_message(chance, pb2.Slice, 0.3)
+                made.number = segment.number
+                return [made]
+
+            leader.says = says
+            with overlay.connect(leader.address) as client:
+                attempt(lambda client=client: client.call(b"hi", timeout=0.2))
+                attempt(lambda client=client: list(client.map(None, [b"a", b"b"], timeout=0.2)))
+        leader.turn_good()
+        with overlay.connect(leader.address) as client:
+            assert client.call(b"hi").result == b"A: hi"
+    assert rss.grown < MOST_MIB

@@ -1,0 +1,442 @@
+"""Clients that nobody here wrote, clients of the older kind, and callers that send anything."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_tools import protoc
+
+from overlay.transport import codec
+from overlay.transport.codec import pb2
+from tests.harness.cluster import ROOT, Overlay, six_processes, tool
+
+HERE = Path(__file__).resolve().parent / "interop"
+PROTO = ROOT / "overlay.proto"
+EVERYONE = ["A", "B", "C", "E", "D", "F"]
+MIB = 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def leader_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    """A, and nobody else: every request is refused."""
+    overlay = Overlay(tmp_path_factory.mktemp("alone"), six_processes())
+    try:
+        yield overlay.start("A")
+    finally:
+        overlay.stop()
+
+
+# A client of the older kind: string payloads, no parts
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Runs the older client: older("127.0.0.1:50051", "hi") gives what it saw."""
+    folder = str(tmp_path_factory.mktemp("older"))
+    out = [f"--python_out={folder}", f"--grpc_python_out={folder}"]
+    assert protoc.main(["protoc", f"-I{HERE}", *out, "older.proto"]) == 0
+
+    def ask(address: str, payload: str) -> dict[str, Any]:
+        command = [sys.executable, str(HERE / "older_client.py"), folder, address, payload]
+        return json.loads(printed(command))
+
+    return ask
+
+
+@pytest.mark.parametrize("payload", ["hi", "", "Grüße, 世界\n\t\x01"])
+def test_an_older_client_gets_text_hops_and_coverage(
+    six: Overlay, older: Callable[..., dict[str, Any]], payload: str
+) -> None:
+    seen = older(six.address("A"), payload)
+
+    assert seen["code"] == "OK"
+    assert seen["result"] == f"C: {payload}\nD: {payload}\nF: {payload}"
+    assert seen["hops"] == EVERYONE
+    assert seen["trailers"]["overlay-coverage"] == "3/3"
+
+
+def test_an_older_client_reads_the_eight_metrics_it_knows(
+    six: Overlay, older: Callable[..., dict[str, Any]]
+) -> None:
+    metrics = older(six.address("A"), "hi")["metrics"]
+
+    assert (metrics["process_id"], metrics["role"], metrics["team"]) == ("A", "leader", "green")
+    assert (metrics["max_capacity"], metrics["is_healthy"], metrics["queue_size"]) == (100, True, 0)
+    assert metrics["active_requests"] == 0
+    assert metrics["avg_processing_time_ms"] > 0
+
+
+def test_an_older_client_sees_a_refusal_as_a_status(
+    leader_alone: Overlay, older: Callable[..., dict[str, Any]]
+) -> None:
+    seen = older(leader_alone.address("A"), "hi")
+
+    assert seen["code"] == "UNAVAILABLE"
+    assert "A has no live link to B" in seen["details"]
+    assert seen["trailers"]["overlay-executed"] == "no"
+
+
+# `buf curl`, written in Go
+
+
+@pytest.fixture(scope="module")
+def buf(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `buf curl` over gRPC: buf("http://HOST:PORT/SERVICE/METHOD", {...}, "-v")."""
+    program = tool("buf", "pip install -r requirements-dev.txt")
+    home = tmp_path_factory.mktemp("buf")
+    # It walks the folder of the schema's file, and would get to `/` through wine's drives in ours.
+    shutil.copy(PROTO, home)
+
+    def ask(url: str, request: object = None, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [program, "curl", "--http2-prior-knowledge", "--protocol", "grpc", *options]
+        data = [] if request is None else ["-d", json.dumps(request)]
+        return finished([*command, *data, url], cwd=home, env={**os.environ, "HOME": str(home)})
+
+    return ask
+
+
+SCHEMA = ("--schema", PROTO.name, "--reflect=false")
+
+
+@pytest.mark.parametrize("how", [SCHEMA, ()], ids=["from the proto", "by reflection"])
+def test_an_outside_client_gets_answers(six: Overlay, buf: Any, how: tuple[str, ...]) -> None:
+    text = base64.b64encode(b"hi").decode()
+
+    done = buf(url(six), {"payload": text, "want_parts": True}, "-v", *how)
+
+    said = json.loads(done.stdout)
+    assert base64.b64decode(said["result"]) == b"C: hi\nD: hi\nF: hi"
+    assert said["hops"] == EVERYONE
+    assert [(p["processId"], base64.b64decode(p["result"])) for p in said["parts"]] == [
+        ("C", b"C: hi"),
+        ("D", b"D: hi"),
+        ("F", b"F: hi"),
+    ]
+    assert "Overlay-Coverage: 3/3" in done.stderr
+
+
+def test_an_outside_client_can_ask_any_worker(six: Overlay, buf: Any) -> None:
+    said = json.loads(buf(url(six), {"mode": "ANY"}, *SCHEMA).stdout)
+
+    (part,) = said["parts"]
+    assert part["executed"] == "YES"
+    assert said["hops"] in (["A", "B", "C"], ["A", "E", "D"], ["A", "E", "F"])
+
+
+@pytest.mark.parametrize("service", ["", "OverlayNode"])
+@pytest.mark.parametrize("process_id", "ABC")
+def test_the_standard_health_check_answers(
+    six: Overlay, buf: Any, process_id: str, service: str
+) -> None:
+    done = buf(url(six, "grpc.health.v1.Health/Check", process_id), {"service": service})
+
+    assert json.loads(done.stdout) == {"status": "SERVING"}
+
+
+def test_reflection_names_the_services(six: Overlay, buf: Any) -> None:
+    done = buf(f"http://{six.address('A')}", None, "--list-services")
+
+    assert {"OverlayNode", "grpc.health.v1.Health"} <= set(done.stdout.split())
+
+
+def test_an_outside_client_sees_why_a_call_failed(six: Overlay, buf: Any) -> None:
+    done = buf(url(six), {"team": "blue"}, "-v", *SCHEMA)
+
+    assert done.returncode == 8 * grpc.StatusCode.NOT_FOUND.value[0]  # as buf does it
+    assert "no team 'blue'; there are green, pink" in done.stderr
+    assert "Overlay-Executed: no" in done.stderr
+
+
+def test_an_outside_client_learns_when_to_try_again(leader_alone: Overlay, buf: Any) -> None:
+    done = buf(url(leader_alone), {}, *SCHEMA)
+
+    said = json.loads(done.stderr)
+    assert said["code"] == "unavailable"
+    assert "A has no live link to B" in said["message"]
+    assert [detail["type"] for detail in said["details"]] == ["google.rpc.RetryInfo"]
+
+
+# JavaScript
+
+
+@pytest.fixture(scope="module")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Runs client.js with npm's packages in a folder of its own. Skipped where there are none."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("no node and npm here")
+    folder = tmp_path_factory.mktemp("javascript")
+    install = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "@grpc/grpc-js@1"]
+    try:
+        done = finished(install, cwd=folder)
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm did not install @grpc/grpc-js in time")
+    if done.returncode:
+        pytest.skip(f"npm cannot install @grpc/grpc-js: {done.stderr.strip()[-200:]}")
+
+    def ask(address: str, payload: str) -> dict[str, Any]:
+        command = [node, str(HERE / "client.js"), str(PROTO), address, payload]
+        return json.loads(printed(command, cwd=folder))
+
+    return ask
+
+
+def test_a_javascript_client_gets_answers_and_statuses(six: Overlay, javascript: Any) -> None:
+    seen = javascript(six.address("A"), "hi")
+
+    assert seen["result"] == "C: hi\nD: hi\nF: hi"
+    assert seen["hops"] == EVERYONE
+    assert seen["coverage"] == "3/3"
+    assert seen["refusal"] == {
+        "code": grpc.StatusCode.NOT_FOUND.value[0],
+        "details": "no team 'blue'; there are green, pink",
+        "executed": "no",
+    }
+
+
+# Well-formed requests that cannot be meant
+
+FAR = ["Z"]  # as if another process had sent it
+
+NOT_MEANT = {
+    "mode 7": ({"mode": 7}, "INVALID_ARGUMENT", "mode 7 is not 0 (all) or 1 (any)"),
+    "mode -1": ({"mode": -1}, "INVALID_ARGUMENT", "mode -1 is not 0 (all) or 1 (any)"),
+    "unknown team": ({"team": "blue"}, "NOT_FOUND", "no team 'blue'"),
+    "unknown handler": ({"handler": "ocr"}, "NOT_FOUND", "no handler 'ocr' here; there are echo"),
+    "import path": ({"handler": "os:system"}, "NOT_FOUND", "no handler 'os:system'"),
+    "100 hops": ({"hops": ["Z"] * 100}, "INVALID_ARGUMENT", "100 entries are more than 64"),
+    "half a million hops": ({"hops": [""] * 500_000}, "INVALID_ARGUMENT", "more than 64"),
+    "a million hops": ({"hops": [""] * 10**6}, "INVALID_ARGUMENT", "has so many parts that it"),
+    "newline": ({"team": "pink\nA"}, "INVALID_ARGUMENT", r"team: 'pink\nA' is not a name"),
+    "escape": ({"handler": "\x1b[31m"}, "INVALID_ARGUMENT", r"handler: '\x1b[31m' is not a name"),
+    "right to left": ({"hops": ["\u202eA"]}, "INVALID_ARGUMENT", r"hops: '\u202eA' is not a name"),
+    "null": ({"hops": FAR, "targets": ["C\0"]}, "INVALID_ARGUMENT", r"targets: 'C\x00' is not"),
+    "long name": ({"team": "x" * 65}, "INVALID_ARGUMENT", "at most 64 letters"),
+    "no such target": ({"hops": FAR, "targets": ["G"]}, "FAILED_PRECONDITION", "know worker G"),
+    "not a worker": ({"hops": FAR, "targets": ["B"]}, "FAILED_PRECONDITION", "know worker B"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("process_id", "ABC")
+@pytest.mark.parametrize(("fields", "code", "says"), NOT_MEANT.values(), ids=NOT_MEANT)
+def test_a_request_that_cannot_be_meant_is_refused_before_anything_runs(
+    six: Overlay, process_id: str, fields: dict[str, Any], code: str, says: str
+) -> None:
+    before = runs(six)
+
+    with pytest.raises(grpc.RpcError) as caught:
+        six.ask(process_id, **fields)
+
+    assert caught.value.code().name == code
+    assert says in caught.value.details()
+    assert caught.value.details().isprintable()
+    assert dict(caught.value.trailing_metadata())[codec.EXECUTED_KEY] == "no"
+    assert runs(six) == before
+    assert_unharmed(six, process_id)
+
+
+@pytest.mark.parametrize("process_id", "ABC")
+def test_a_process_that_finds_itself_in_the_hop_list_refuses(six: Overlay, process_id: str) -> None:
+    before = runs(six)
+
+    with pytest.raises(grpc.RpcError) as caught:
+        six.ask(process_id, hops=["Z", process_id])
+
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert f"{process_id} is already in the hop list" in caught.value.details()
+    assert dict(caught.value.trailing_metadata())[codec.EXECUTED_KEY] == "no"
+    assert runs(six) == before
+
+
+def test_a_process_asked_for_a_worker_it_cannot_reach_says_so(six: Overlay) -> None:
+    response = six.ask("E", hops=["A"], targets=["C", "D"])
+
+    assert [(p.process_id, p.code) for p in response.parts] == [("C", 14), ("D", 0)]
+    assert response.parts[0].reason == "E has no neighbor that leads to C"
+    assert response.parts[0].executed == pb2.NO
+
+
+def test_a_process_that_asks_by_a_single_call_gets_each_workers_bytes(six: Overlay) -> None:
+    response = six.ask("B", hops=["A"], targets=["C", "D"])
+
+    assert [part.result for part in response.parts] == [b"C: hi", b"D: hi"]
+
+
+def test_a_client_cannot_choose_targets(six: Overlay) -> None:
+    response = six.ask("A", targets=["C"])
+
+    assert [part.process_id for part in response.parts] == ["C", "D", "F"]
+
+
+def test_fields_of_a_newer_client_are_passed_over(six: Overlay) -> None:
+    newer = b"\x0a\x02hi" + b"\xfa\x3e\x05newer" + b"\x18\x00"  # payload, field 1007, mode
+
+    response = pb2.Response.FromString(raw(six, "A", newer))
+
+    assert response.result == b"C: hi\nD: hi\nF: hi"
+
+
+# Bytes that are no request
+
+NO_REQUEST = {
+    "cut off": (b"\x0a\x05ab", "INVALID_ARGUMENT"),
+    "all ones": (b"\xff" * 40, "INVALID_ARGUMENT"),
+    "bad utf-8": (b"\x22\x02\xff\xfe", "INVALID_ARGUMENT"),
+    "too large": (b"\x0a\x80\x80\xc0\x09" + bytes(19 * MIB), "RESOURCE_EXHAUSTED"),
+}
+
+
+@pytest.mark.parametrize("process_id", "AC")
+@pytest.mark.parametrize(("body", "code"), NO_REQUEST.values(), ids=NO_REQUEST)
+def test_a_body_that_is_no_request_gets_a_status_and_runs_nothing(
+    six: Overlay, process_id: str, body: bytes, code: str
+) -> None:
+    before = runs(six)
+
+    with pytest.raises(grpc.RpcError) as caught:
+        raw(six, process_id, body)
+
+    assert caught.value.code().name == code
+    assert runs(six) == before
+    assert_unharmed(six, process_id)
+
+
+def test_a_method_that_does_not_exist_is_unimplemented(six: Overlay) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        raw(six, "A", b"", "/OverlayNode/Shutdown")
+
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert codec.plain_reason(caught.value).startswith("it does not know this call")
+    assert_unharmed(six, "A")
+
+
+HTTP2_BEGIN = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+NO_GRPC = {
+    "junk": bytes(range(256)) * 40,
+    "zeros": bytes(100_000),
+    "http 1": b"GET / HTTP/1.1\r\nHost: overlay\r\n\r\n",
+    "http 1 post": b"POST /OverlayNode/Forward HTTP/1.1\r\nContent-Length: 2\r\n\r\nhi",
+    "http 2, then junk": HTTP2_BEGIN + bytes([0, 0, 8, 99, 255, 0, 0, 0, 1]) + b"?" * 500,
+    "a frame too large": HTTP2_BEGIN + b"\xff\xff\xff\x00\x00\x00\x00\x00\x01" + bytes(50_000),
+}
+
+
+@pytest.mark.parametrize("sent", NO_GRPC.values(), ids=NO_GRPC)
+def test_bytes_that_are_no_grpc_end_that_connection_only(six: Overlay, sent: bytes) -> None:
+    with connection(six, "A") as line:
+        with contextlib.suppress(ConnectionError):  # it may hang up before all is sent
+            line.sendall(sent)
+
+        assert ends(line)
+    assert_unharmed(six, "A")
+
+
+def test_a_caller_that_wants_tls_is_turned_away(six: Overlay) -> None:
+    trusting = ssl._create_unverified_context()
+
+    with connection(six, "A") as line, pytest.raises((ssl.SSLError, ConnectionError)):
+        trusting.wrap_socket(line)
+
+    assert_unharmed(six, "A")
+
+
+def test_silent_and_broken_connections_hold_nobody_up(six: Overlay) -> None:
+    with contextlib.ExitStack() as silent:
+        for _ in range(300):
+            silent.enter_context(connection(six, "A"))
+        for _ in range(100):
+            with connection(six, "A") as line:
+                line.sendall(HTTP2_BEGIN[:10])
+                reset = struct.pack("ii", 1, 0)  # closing sends RST
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+
+        assert_unharmed(six, "A")
+
+
+# What the tests share
+
+
+def finished(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+def printed(command: list[str], **options: Any) -> str:
+    """What the program prints; fails with its complaint."""
+    done = finished(command, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def url(overlay: Overlay, method: str = "OverlayNode/Forward", process_id: str = "A") -> str:
+    return f"http://{overlay.address(process_id)}/{method}"
+
+
+def raw(
+    overlay: Overlay, process_id: str, body: bytes, method: str = "/OverlayNode/Forward"
+) -> bytes:
+    """Calls the method with these bytes, from a new connection that lets any size leave."""
+    options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(overlay.address(process_id), options) as channel:
+        return channel.unary_unary(method)(body, timeout=10)
+
+
+def connection(overlay: Overlay, process_id: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", overlay.port(process_id)), timeout=5)
+
+
+def ends(line: socket.socket) -> bool:
+    """Whether the other side hangs up; fails after the socket's timeout."""
+    try:
+        while line.recv(65_536):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+def runs(overlay: Overlay) -> int:
+    """How many requests the workers' handlers have seen."""
+    seen = [overlay.metrics(worker).handlers[0] for worker in "CDF"]
+    return sum(found.active + found.completed + found.failed for found in seen)
+
+
+def assert_unharmed(overlay: Overlay, process_id: str) -> None:
+    """The process serves a new client, and neither its log nor its console has a traceback."""
+    response = pb2.Response.FromString(raw(overlay, process_id, b""))
+    assert all(part.code == 0 for part in response.parts)
+    assert overlay.processes[process_id].poll() is None
+    assert "Traceback" not in overlay.log(process_id)
+    assert said_on_console(overlay, process_id) == ""
+
+
+def said_on_console(overlay: Overlay, process_id: str) -> str:
+    """What the process has printed since it said that it serves."""
+    console = overlay.processes[process_id].stdout.buffer
+    os.set_blocking(console.fileno(), False)
+    return (console.read1(65_536) or b"").decode()

@@ -1,0 +1,203 @@
+"""Neighbours that are slow or do not answer, on six real processes under a steady load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import pytest
+
+from overlay.transport import codec
+from overlay.transport.codec import pb2, pb2_grpc
+from tests.harness.cluster import ROOT, Overlay, running, six_processes, until
+
+# While the file "slow F" is there, F takes ten times as long; with "stuck F" it never ends.
+MINE = """
+import os, time
+
+def work(payload, context):
+    me, folder = context.process_id, context.options["folder"]
+    while os.path.exists(f"{folder}/stuck {me}") and not context.cancelled:
+        time.sleep(0.01)
+    time.sleep(0.2 if os.path.exists(f"{folder}/slow {me}") else 0.02)
+    return me.encode()
+"""
+
+
+class Load:
+    """Callers that send requests to any one, each the next when it has its answer."""
+
+    def __init__(self, overlay: Overlay, callers: int = 6, deadline_s: float = 10) -> None:
+        self.answers: list[tuple[str, float]] = []  # who answered, or the status; after how long
+        self._address = overlay.address("A")
+        self._deadline_s = deadline_s
+        self._over = threading.Event()
+        self._threads = ThreadPoolExecutor(callers)
+        for _ in range(callers):
+            self._threads.submit(self._call)
+
+    def stop(self) -> None:
+        self._over.set()
+        self._threads.shutdown()
+
+    def next(self, count: int) -> list[tuple[str, float]]:
+        """The answers to come, so many."""
+        begin = len(self.answers)
+        until(lambda: len(self.answers) >= begin + count, 30, f"{count} more answers")
+        return self.answers[begin : begin + count]
+
+    def _call(self) -> None:
+        with grpc.insecure_channel(self._address, codec.channel_options()) as channel:
+            stub = pb2_grpc.OverlayNodeStub(channel)
+            while not self._over.is_set():
+                request = pb2.Request(handler="work", mode=pb2.ANY)
+                began = time.monotonic()
+                try:
+                    who = stub.Forward(request, timeout=self._deadline_s).parts[0].process_id
+                except grpc.RpcError as e:
+                    who = e.code().name
+                self.answers.append((who, time.monotonic() - began))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the files are that make a worker slow, and the configuration."""
+    return tmp_path_factory.mktemp("around")
+
+
+@pytest.fixture(scope="module")
+def overlay(folder: Path) -> Iterator[Overlay]:
+    """For all tests: each leaves its processes running and quick again."""
+    (folder / "mine.py").write_text(MINE)
+    work = {"call": "mine:work", "options": {"folder": str(folder)}}
+    with running(folder, six_processes(handlers={"work": work})) as overlay:
+        yield overlay
+
+
+@pytest.fixture
+def loads(overlay: Overlay) -> Iterator[Callable[..., Load]]:
+    """Makes a load that ends with the test: loads(deadline_s=1)."""
+    with ExitStack() as stack:
+
+        def make(**settings: float) -> Load:
+            made = Load(overlay, **settings)
+            stack.callback(made.stop)
+            return made
+
+        yield make
+
+
+def who(answers: list[tuple[str, float]]) -> Counter[str]:
+    return Counter(name for name, _ in answers)
+
+
+def report(what: str, answers: list[tuple[str, float]], without: str) -> None:
+    """For the reader of a run; how long things take depends on the machine."""
+    times = sorted(took_s for name, took_s in answers if name != without)
+    p99_ms = times[len(times) * 99 // 100] * 1e3
+    print(f"{what}: {dict(who(answers))}, p99 of the others {p99_ms:.1f} ms")
+
+
+def health(overlay: Overlay, process_id: str, neighbour: str) -> pb2.Neighbour:
+    found = {n.process_id: n for n in overlay.metrics(process_id).neighbours}
+    return found[neighbour]
+
+
+def becomes(overlay: Overlay, process_id: str, neighbour: str, state: str) -> Callable[[], bool]:
+    return lambda: health(overlay, process_id, neighbour).health == state
+
+
+def unwell(overlay: Overlay, process_id: str) -> str:
+    """What `check` says when it finds something wrong, else nothing."""
+    words = [str(ROOT / "client.py"), "127.0.0.1", str(overlay.port(process_id)), "check"]
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=30, cwd=ROOT
+    )
+    return done.stdout if done.returncode == 1 else ""
+
+
+# the slow worker, who asks it, and in whose list it is called slow
+@pytest.mark.parametrize(("slow", "asks", "neighbour"), [("F", "E", "F"), ("C", "A", "B")])
+def test_a_slow_worker_gets_less_until_it_is_quick_again(
+    overlay: Overlay,
+    loads: Callable[..., Load],
+    folder: Path,
+    slow: str,
+    asks: str,
+    neighbour: str,
+) -> None:
+    load = loads()
+    load.next(200)
+    before = load.next(300)
+    (folder / f"slow {slow}").touch()
+    until(becomes(overlay, asks, neighbour, "slow"), 15)
+    reason = health(overlay, asks, neighbour).health_reason
+    load.next(100)
+    during = load.next(300)
+    (folder / f"slow {slow}").unlink()
+    until(becomes(overlay, asks, neighbour, "healthy"), 15)
+    load.next(200)
+    after = load.next(300)
+
+    report("before", before, slow)
+    report("during", during, slow)
+    report("after", after, slow)
+    assert who(before)[slow] > 30
+    assert who(during)[slow] < 9
+    assert who(after)[slow] > 30
+    assert set(who(before + during + after)) == {"C", "D", "F"}
+    assert "where its peers take" in reason
+
+
+def test_a_worker_that_never_answers_in_time_is_ejected_and_comes_back(
+    overlay: Overlay, loads: Callable[..., Load], folder: Path
+) -> None:
+    load = loads(deadline_s=1)
+    load.next(200)
+    (folder / "stuck F").touch()
+    until(becomes(overlay, "E", "F", "ejected"), 15)
+    reason = health(overlay, "E", "F").health_reason
+    checked = until(lambda: unwell(overlay, "E"), 30, "check ends with code 1")
+    load.next(100)
+    during = load.next(500)
+    assert health(overlay, "E", "F").state == "up", "its link is"
+    until(becomes(overlay, "A", "E", "healthy"), 5, "D behind it is well")
+    (folder / "stuck F").unlink()
+    until(becomes(overlay, "E", "F", "healthy"), 40)
+    load.next(200)
+    after = load.next(300)
+
+    assert who(during)["C"] + who(during)["D"] >= 490
+    assert set(who(after)) == {"C", "D", "F"}
+    assert reason.startswith("handler work: ejected for ")
+    assert "the deadline passed while the handler 'work' ran" in reason
+    assert "handler work: ejected for " in checked
+    assert "requests to any one for handler work: F answers again" in overlay.log("E")
+
+
+def test_a_team_leader_that_reaches_nobody_is_ejected_and_comes_back_with_its_workers(
+    overlay: Overlay, loads: Callable[..., Load]
+) -> None:
+    load = loads()
+    load.next(200)
+    for worker in "DF":
+        overlay.kill(worker)
+    until(becomes(overlay, "A", "E", "ejected"), 15)
+    assert health(overlay, "A", "E").ejections > 0
+    load.next(100)
+    during = load.next(200)
+    overlay.start("D", "F")
+    until(becomes(overlay, "A", "E", "healthy"), 15)
+    load.next(200)
+    after = load.next(300)
+
+    assert who(during) == {"C": 200}
+    assert set(who(after)) == {"C", "D", "F"}

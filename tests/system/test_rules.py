@@ -1,0 +1,563 @@
+"""The rules that keep the overlay alive, each on six real processes with real calls.
+
+Asked both ways, by unary Forward and by stream; what only one of them has is said so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import overlay as library
+from overlay.transport import codec
+from overlay.transport.codec import pb2, pb2_grpc
+from tests.harness.cluster import Overlay, running, six_processes, until
+from tests.harness.ways import Outcome, Streamed, Unary, Way
+
+# Handlers write a line to a file for each execution, so that a test counts what really ran.
+MINE = '''
+import os, time
+from pathlib import Path
+
+def _note(payload, context):
+    with open(context.options["notes"], "ab") as file:
+        file.write(b"%s %016x %s\\n" % (context.process_id.encode(), context.request_id, payload))
+
+def gate(payload, context):
+    """Waits until the test opens the gate."""
+    _note(payload, context)
+    while not os.path.exists(context.options["notes"] + ".open") and not context.cancelled:
+        time.sleep(0.01)
+    return context.process_id.encode()
+
+def work(payload, context):
+    """The payload is the time to take in ms."""
+    _note(payload, context)
+    time.sleep(float(payload or b"0") / 1000)
+    return context.process_id.encode()
+
+def patient(payload, context):
+    """Runs until it is cancelled, and says so."""
+    _note(b"begin", context)
+    while not context.cancelled:
+        time.sleep(0.01)
+    _note(b"cancelled", context)
+    return b"too late"
+
+def broken(payload, context):
+    if payload == b"exit":
+        raise SystemExit(3)
+    raise ValueError("the secret is " + payload.decode())
+
+def empty(payload, context):
+    return b""
+'''
+
+
+Lend = Callable[..., Overlay]
+
+
+@pytest.fixture(scope="module")
+def lend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lend]:
+    """lend(slots=2, **top): one overlay for all tests that ask for the same, whole and with no
+    notes, whatever the test before has done to it.
+
+    learned: for tests in which it matters how long `work` has taken so far.
+    """
+    made: dict[str, Overlay] = {}
+
+    def overlay_of(slots: int = 100, learned: str = "", **top: Any) -> Overlay:
+        key = f"{slots} {learned} {top}"
+        if key not in made:
+            made[key] = stack.enter_context(own(tmp_path_factory.mktemp("rules"), slots, **top))
+        overlay = made[key]
+        dead = [i for i, process in overlay.processes.items() if process.poll() is not None]
+        if dead:
+            overlay.start(*dead)
+        forget_notes(overlay)
+        return overlay
+
+    with ExitStack() as stack:
+        yield overlay_of
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Overlay]:
+    """For what depends on who is thought healthy: nothing was killed here before."""
+    with own(tmp_path) as overlay:
+        yield overlay
+
+
+def own(folder: Path, slots: int = 100, **top: Any) -> AbstractContextManager[Overlay]:
+    (folder / "mine.py").write_text(MINE)
+    (folder / "notes").write_bytes(b"")
+    return running(folder, six_processes(**handlers(slots), **top))
+
+
+def handlers(slots: int) -> dict[str, Any]:
+    options = {"notes": "notes"}
+    names = ("work", "gate", "patient", "broken", "empty")
+    return {
+        "handlers": {
+            name: {"call": f"mine:{name}", "slots": slots, "options": options} for name in names
+        }
+    }
+
+
+def notes(overlay: Overlay) -> list[list[str]]:
+    return [line.split(" ") for line in (overlay.folder / "notes").read_text().splitlines()]
+
+
+def forget_notes(overlay: Overlay) -> None:
+    (overlay.folder / "notes.open").unlink(missing_ok=True)
+    (overlay.folder / "notes").write_bytes(b"")
+
+
+request_ids = itertools.count(4711)
+
+
+@pytest.fixture(params=[Unary, Streamed])
+def way(request: pytest.FixtureRequest) -> Iterator[Way]:
+    made = request.param()
+    yield made
+    made.close()
+
+
+def waiting_at(overlay: Overlay, process_id: str) -> int:
+    """Requests that have not started there: in the queue, or in the windows of streams."""
+    metrics = overlay.metrics(process_id)
+    return metrics.queue_size + metrics.streamed_waiting
+
+
+def health_of(overlay: Overlay, process_id: str) -> int:
+    stub = health_pb2_grpc.HealthStub(overlay.channel(process_id))
+    return stub.Check(health_pb2.HealthCheckRequest(), timeout=2).status
+
+
+# 1, 2 and the answer itself
+
+
+def test_all_asks_every_worker_and_says_so(six: Overlay, way: Way) -> None:
+    (call,) = way.at_once(six, 1, payload=b"hi")
+    answer = call.result()
+    assert answer.result == b"C: hi\nD: hi\nF: hi"
+    assert list(answer.hops) == list("ABCEDF")
+    assert [(p.process_id, p.code) for p in answer.parts] == [("C", 0), ("D", 0), ("F", 0)]
+    assert [list(p.hops) for p in answer.parts] == [list("ABC"), list("AED"), list("AEF")]
+    assert dict(call.trailing_metadata())[codec.COVERAGE_KEY] == "3/3"
+
+
+def test_any_asks_exactly_one_worker_and_spreads(six: Overlay, way: Way) -> None:
+    answers = [way.ask(six, "A", mode=pb2.ANY) for _ in range(30)]
+    who = Counter(answer.parts[0].process_id for answer in answers)
+    assert all(len(answer.parts) == 1 for answer in answers)
+    assert set(who) == {"C", "D", "F"}
+    assert min(who.values()) >= 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "fields", "workers"),
+    [
+        ("A", {"team": "green"}, "C"),
+        ("A", {"team": "pink"}, "DF"),
+        ("B", {}, "CD"),
+        ("B", {"team": "pink"}, "D"),
+        ("E", {}, "DF"),
+        ("C", {}, "C"),
+        ("D", {"mode": pb2.ANY}, "D"),
+        ("E", {"mode": pb2.ANY, "team": "pink"}, "DF"),
+    ],
+)
+def test_every_process_answers_for_its_own_scope(six, asked, fields, workers, way: Way) -> None:
+    answer = way.ask(six, asked, **fields)
+    who = "".join(part.process_id for part in answer.parts)
+    assert who in workers if fields.get("mode") else who == workers
+    assert answer.hops[0] == asked
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"hops": ["A"]}, grpc.StatusCode.FAILED_PRECONDITION),
+        ({"team": "blue"}, grpc.StatusCode.NOT_FOUND),
+        ({"handler": "os:system"}, grpc.StatusCode.NOT_FOUND),
+        ({"mode": 7}, grpc.StatusCode.INVALID_ARGUMENT),
+        ({"hops": ["x"] * 100}, grpc.StatusCode.INVALID_ARGUMENT),
+        ({"hops": ["X"], "targets": ["A"]}, grpc.StatusCode.FAILED_PRECONDITION),
+    ],
+)
+def test_a_wrong_request_is_refused_with_proof(six: Overlay, fields, code, way: Way) -> None:
+    (call,) = way.at_once(six, 1, **fields)
+    outcome = Outcome(call)
+    assert (outcome.code, outcome.refused) == (code, True), outcome.details
+
+
+def test_an_empty_answer_is_an_answer(lend: Lend, way: Way) -> None:
+    overlay = lend()
+    answer = way.ask(overlay, "A", handler="empty", team="green")
+    assert (answer.result, answer.parts[0].code) == (b"", 0)
+    assert way.ask(overlay, "A", b"").result == b"C: \nD: \nF: "
+
+
+# 3: every wait has a deadline
+
+
+def test_the_deadline_ends_the_work_at_every_hop(lend: Lend, way: Way) -> None:
+    overlay = lend()
+    (call,) = way.at_once(overlay, 1, handler="patient", timeout=0.5)
+    assert Outcome(call).code is grpc.StatusCode.DEADLINE_EXCEEDED
+    until(lambda: sum("cancelled" in line for line in notes(overlay)) == 3)
+    until(lambda: all(overlay.metrics(i).active_requests == 0 for i in "ABCDEF"))
+
+
+def test_a_cancel_at_the_client_ends_the_work_at_every_hop(lend: Lend, way: Way) -> None:
+    overlay = lend()
+    before = overlay.metrics("A").cancelled
+    (call,) = way.at_once(overlay, 1, handler="patient", timeout=30)
+    until(lambda: len(notes(overlay)) == 3)
+    call.cancel()
+    until(lambda: sum("cancelled" in line for line in notes(overlay)) == 3)
+    until(lambda: all(overlay.metrics(i).active_requests == 0 for i in "ABCDEF"))
+    assert overlay.metrics("A").cancelled == before + 1
+
+
+def test_a_request_without_deadline_gets_the_default(lend: Lend, way: Way) -> None:
+    overlay = lend(default_deadline_s=0.5)
+    outcome = Outcome(way.at_once(overlay, 1, handler="patient", timeout=None)[0])
+    assert outcome.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_a_frozen_worker_costs_only_its_own_part(lend: Lend, way: Way) -> None:
+    overlay = lend()
+    overlay.freeze("F")
+    try:
+        # Where the machine is busy D's part, too, may miss a deadline that E waits for in vain.
+        answers = [way.ask(overlay, "A", b"0", handler="work", timeout=1.5) for _ in range(3)]
+        until(lambda: _state(overlay, "E", "F") == "down")
+    finally:
+        overlay.thaw("F")
+    assert b"C\nD" in {answer.result for answer in answers}
+    codes = {part.code for answer in answers for part in answer.parts if part.process_id == "F"}
+    late, gone = grpc.StatusCode.DEADLINE_EXCEEDED.value[0], grpc.StatusCode.UNAVAILABLE.value[0]
+    assert late in codes
+    assert codes <= {late, gone}, "as soon as it is known to be gone"
+    until(lambda: way.ask(overlay, "A", b"0", handler="work").result == b"C\nD\nF")
+
+
+def _state(overlay: Overlay, process_id: str, neighbour: str) -> str:
+    found = {n.process_id: n.state for n in overlay.metrics(process_id).neighbours}
+    return found[neighbour]
+
+
+# 4, 5 and 9: bounds
+
+
+def test_the_201st_waiting_request_is_refused_at_once(lend: Lend) -> None:
+    overlay = lend(slots=1)
+    # In ALL mode 80 are in service at the leader, though each worker has but one slot; the other
+    # places are for other callers and other handlers.
+    calls = Unary().at_once(overlay, 280, payload=b"x", handler="gate", timeout=60)
+    until(lambda: overlay.metrics("A").queue_size == 200)
+    began = time.monotonic()
+    outcome = Outcome(Unary().at_once(overlay, 1, payload=b"0", handler="gate")[0])
+    took_s = time.monotonic() - began
+    metrics = overlay.metrics("A")
+    assert (outcome.code, outcome.refused) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+    assert "200 queue slots" in outcome.details
+    assert 0 < codec.retry_after_s(outcome.trailers.items()) <= 30
+    assert took_s < 10
+    assert (metrics.queue_size, metrics.active_requests) == (200, 80)
+    assert Outcome(Unary().at_once(overlay, 1, payload=b"0", handler="work")[0]).ok
+    assert health_of(overlay, "A") == health_pb2.HealthCheckResponse.SERVING
+    (overlay.folder / "notes.open").touch()
+    assert all(Outcome(call).ok for call in calls)
+    assert sum(line[2] == "x" for line in notes(overlay)) == 840
+
+
+@pytest.mark.parametrize("count", [10, 20, 100, 300])
+def test_concurrent_requests_all_end(six: Overlay, count: int, way: Way) -> None:
+    outcomes = [Outcome(call) for call in way.at_once(six, count, payload=b"x")]
+    for outcome in outcomes:
+        assert outcome.ok or outcome.refused
+        assert not outcome.ok or outcome.response.result == b"C: x\nD: x\nF: x"
+    assert way.ask(six, "A").result == b"C: hi\nD: hi\nF: hi"
+    for process_id in "ABCDEF":
+        until(lambda p=process_id: six.metrics(p).active_requests == 0)
+        assert health_of(six, process_id) == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_worker_never_runs_more_than_its_slots(lend: Lend, way: Way) -> None:
+    overlay = lend(slots=2)
+    ways = [way.at_once(overlay, 10, to, payload=b"50", handler="work") for to in "ABECDF"]
+    seen = 0
+    while not all(call.done() for calls in ways for call in calls):
+        now = [h.active for i in "CDF" for h in overlay.metrics(i).handlers if h.name == "work"]
+        assert max(now) <= 2
+        seen = max(seen, *now)
+    assert seen == 2
+    assert all(Outcome(call).ok for calls in ways for call in calls)
+
+
+def test_any_waits_at_the_leader_for_a_free_slot(lend: Lend, way: Way) -> None:
+    overlay = lend(slots=1, learned="it is slow")
+    calls = way.at_once(overlay, 30, payload=b"100", handler="work", mode=pb2.ANY)
+    until(lambda: waiting_at(overlay, "A") >= 20)
+    below = [waiting_at(overlay, i) for i in "BECDF"]
+    assert sum(below) <= 3
+    who = Counter(Outcome(call).response.parts[0].process_id for call in calls)
+    assert all(8 <= count <= 12 for count in who.values()), who
+
+
+def test_a_request_whose_deadline_passes_in_the_queue_never_runs(lend: Lend, way: Way) -> None:
+    overlay = lend(slots=1, learned="it is slow")
+    long_ones = way.at_once(overlay, 3, payload=b"1500", handler="work", mode=pb2.ANY)
+    until(lambda: len(notes(overlay)) == 3)
+    short = way.at_once(overlay, 20, payload=b"0", handler="work", mode=pb2.ANY, timeout=0.5)
+    assert {Outcome(call).code for call in short} <= {
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+    assert all(Outcome(call).ok for call in long_ones)
+    assert way.ask(overlay, "A", b"0", handler="work", mode=pb2.ANY).parts
+    assert len(notes(overlay)) == 4
+    assert waiting_at(overlay, "A") == 0
+
+
+# 6: executed once
+
+
+def test_a_request_id_runs_once_per_worker(lend: Lend, way: Way) -> None:
+    overlay = lend()
+    request = {
+        "payload": b"50",
+        "handler": "work",
+        "request_id": next(request_ids),
+        "want_parts": True,
+    }
+    outcomes = [Outcome(call) for call in way.at_once(overlay, 20, **request)]
+    assert Counter(line[0] for line in notes(overlay)) == {"C": 1, "D": 1, "F": 1}
+    assert sum(o.response.result == b"C\nD\nF" for o in outcomes if o.ok) <= 1
+    assert all(o.ok or o.code is grpc.StatusCode.ALREADY_EXISTS for o in outcomes)
+    assert not any(o.refused for o in outcomes)
+
+
+def test_a_request_id_runs_once_whatever_a_library_asks_meanwhile(lend: Lend, way: Way) -> None:
+    overlay = lend()
+    request = {"payload": b"0", "handler": "work", "request_id": next(request_ids)}
+    assert Outcome(way.at_once(overlay, 1, "C", **request)[0]).ok
+    with library.connect(overlay.address("C")) as client:
+        for _ in client.map(None, itertools.repeat(b"x", 110_000), timeout=60):
+            pass
+    again = Outcome(way.at_once(overlay, 1, "C", **request)[0])
+    assert (again.code, again.refused) == (grpc.StatusCode.ALREADY_EXISTS, False)
+    assert len(notes(overlay)) == 1
+
+
+LATER = """
+import os
+from pathlib import Path
+
+Path(__file__).with_name("needed").read_bytes()
+
+def later(payload, context):
+    return b"%d" % os.getpid()
+"""
+
+
+@pytest.fixture(scope="module")
+def later(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    folder = tmp_path_factory.mktemp("later")
+    (folder / "mine.py").write_text(LATER)
+    (folder / "needed").touch()
+    handlers = {"later": {"call": "mine:later", "run": "process", "slots": 1}}
+    with running(folder, six_processes(handlers=handlers)) as overlay:
+        yield overlay
+
+
+def test_a_request_refused_with_proof_may_be_asked_again_with_its_id(
+    later: Overlay, way: Way
+) -> None:
+    """D is asked twice on the way: once through each team leader."""
+    overlay, needed = later, later.folder / "needed"
+    children = [psutil.Process(int(way.ask(overlay, i, handler="later").result)) for i in "CDF"]
+    needed.unlink()
+    for child in children:
+        child.kill()
+    request = {
+        "payload": b"0",
+        "handler": "later",
+        "request_id": next(request_ids),
+        "mode": pb2.ANY,
+    }
+
+    refused = Outcome(way.at_once(overlay, 1, **request)[0])
+
+    assert (refused.code, refused.refused) == (grpc.StatusCode.UNAVAILABLE, True), refused.details
+    needed.touch()
+    again = Outcome(way.at_once(overlay, 1, **request)[0])
+    assert again.ok, again.details
+
+
+def test_no_request_runs_twice_when_a_team_leader_is_killed(fresh: Overlay, way: Way) -> None:
+    calls = way.at_once(fresh, 60, payload=b"100", handler="work", mode=pb2.ANY)
+    until(lambda: len(notes(fresh)) > 10)
+    fresh.kill("E")
+    outcomes = [Outcome(call) for call in calls]
+    ran = Counter(line[1] for line in notes(fresh))
+    assert max(ran.values()) == 1
+    assert all(o.ok or not o.refused for o in outcomes)
+    assert way.ask(fresh, "A", b"0", handler="work").result in (b"C\nD", b"C")
+
+
+# 7: nothing short in silence
+
+
+def test_with_e_dead_d_is_reached_through_b_and_f_is_missing(fresh: Overlay, way: Way) -> None:
+    fresh.kill("E")
+    until(lambda: _state(fresh, "A", "E") == "down")
+    (call,) = way.at_once(fresh, 1, payload=b"0", handler="work")
+    answer = call.result()
+    assert answer.result == b"C\nD"
+    assert list(answer.hops) == list("ABCD")
+    assert dict(call.trailing_metadata())[codec.COVERAGE_KEY] == "2/3; missing=F"
+    missing = answer.parts[2]
+    assert (missing.process_id, missing.code, missing.executed) == ("F", 14, pb2.NO)
+    assert "E" in missing.reason
+    fresh.start("E")
+    until(lambda: way.ask(fresh, "A", b"0", handler="work").result == b"C\nD\nF")
+
+
+def test_with_every_worker_dead_the_answer_is_unavailable(fresh: Overlay, way: Way) -> None:
+    for process_id in "CDF":
+        fresh.kill(process_id)
+    until(lambda: _state(fresh, "E", "F") == "down" and _state(fresh, "B", "C") == "down")
+    until(lambda: _state(fresh, "E", "D") == "down" and _state(fresh, "B", "D") == "down")
+    for mode in (pb2.ALL, pb2.ANY):
+        outcome = Outcome(way.at_once(fresh, 1, payload=b"0", handler="work", mode=mode)[0])
+        assert (outcome.code, outcome.refused) == (grpc.StatusCode.UNAVAILABLE, True)
+
+
+def test_any_goes_on_with_the_workers_that_live(fresh: Overlay, way: Way) -> None:
+    fresh.kill("F")
+    until(lambda: _state(fresh, "E", "F") == "down")
+    answers = [way.ask(fresh, "A", b"0", handler="work", mode=pb2.ANY) for _ in range(20)]
+    assert {answer.parts[0].process_id for answer in answers} == {"C", "D"}
+
+
+# 8: a handler's failure is one answer
+
+
+@pytest.mark.parametrize("payload", [b"42", b"exit"])
+def test_a_failing_handler_costs_one_request(lend: Lend, payload: bytes, way: Way) -> None:
+    overlay = lend()
+    outcome = Outcome(way.at_once(overlay, 1, payload=payload, handler="broken", team="green")[0])
+    assert (outcome.code, outcome.refused) == (grpc.StatusCode.INTERNAL, False)
+    assert "error id" in outcome.details
+    assert "secret" not in outcome.details
+    error_id = outcome.details.split("error id ")[1].split()[0]
+    until(lambda: error_id in overlay.log("C"))
+    assert way.ask(overlay, "A").result == b"C: hi\nD: hi\nF: hi"
+
+
+# 9 and the figures
+
+
+def test_the_counters_say_what_the_clients_saw(lend: Lend) -> None:
+    overlay = lend(slots=4, queue_slots=30, in_service=20)
+    calls = [
+        call
+        for handler, payload in (("work", b"20"), ("broken", b"1"), ("empty", b""))
+        for mode in (pb2.ALL, pb2.ANY)
+        for call in Unary().at_once(overlay, 60, payload=payload, handler=handler, mode=mode)
+    ]
+    outcomes = [Outcome(call) for call in calls]
+    until(lambda: overlay.metrics("A").active_requests == 0)
+    metrics = overlay.metrics("A")
+    seen = Counter("ok" if o.ok else "refused" if o.refused else "failed" for o in outcomes)
+    assert min(seen.values()) > 0
+    assert metrics.received == len(calls)
+    counted = (metrics.completed, metrics.refused, metrics.failed, metrics.cancelled)
+    assert counted == (seen["ok"], seen["refused"], seen["failed"], 0)
+    assert sum(metrics.refused_by_reason.values()) == metrics.refused
+    ran = Counter(line[0] for line in notes(overlay))
+    for process_id in "CDF":
+        by_name = {h.name: h for h in overlay.metrics(process_id).handlers}
+        assert by_name["work"].completed == ran[process_id]
+
+
+def test_metrics_know_the_whole_overlay(six: Overlay) -> None:
+    metrics = six.metrics("A")
+    assert (metrics.role, metrics.team, metrics.max_capacity) == ("leader", "green", 100)
+    assert (metrics.queue_slots, metrics.is_healthy) == (200, True)
+    assert [p.id for p in metrics.topology] == list("ABCDEF")
+    assert {n.process_id: n.state for n in metrics.neighbours} == {"B": "up", "E": "up"}
+    assert all(n.same_config for n in metrics.neighbours)
+    assert all(0 < n.rtt_ms < 5_000 for n in metrics.neighbours)
+    assert six.metrics("C").handlers[0].name == "echo"
+    assert metrics.uptime_s > 0
+    assert metrics.pid == six.processes["A"].pid
+
+
+# 10: stopping
+
+
+def test_a_stopping_process_finishes_what_runs_and_refuses_the_rest(lend: Lend, way: Way) -> None:
+    overlay = lend(slots=1, learned="it is slow")
+    running = way.at_once(overlay, 3, payload=b"2000", handler="work", mode=pb2.ANY)
+    until(lambda: len(notes(overlay)) == 3)
+    waiting = way.at_once(overlay, 5, payload=b"0", handler="work", mode=pb2.ANY)
+    until(lambda: waiting_at(overlay, "A") == 5)
+    overlay.processes["A"].terminate()
+    until(lambda: health_of(overlay, "A") == health_pb2.HealthCheckResponse.NOT_SERVING)
+    late = Outcome(way.at_once(overlay, 1, payload=b"0", handler="work")[0])
+    refused = [Outcome(call) for call in waiting]
+    assert all(Outcome(call).ok for call in running)
+    assert {(o.code, o.refused) for o in [*refused, late]} == {(grpc.StatusCode.UNAVAILABLE, True)}
+    assert overlay.processes["A"].wait(20) == 0
+
+
+def test_neighbours_route_around_a_stopping_team_leader(fresh: Overlay) -> None:
+    stop = threading.Event()
+    outcomes = []
+
+    def load() -> None:
+        with grpc.insecure_channel(fresh.address("A"), codec.channel_options()) as channel:
+            stub = pb2_grpc.OverlayNodeStub(channel)
+            while not stop.is_set():
+                request = pb2.Request(payload=b"10", handler="work", mode=pb2.ANY)
+                outcomes.append(Outcome(stub.Forward.future(request, timeout=10)))
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            pool.submit(load)
+        time.sleep(0.5)
+        fresh.processes["E"].terminate()
+        fresh.processes["E"].wait(10)
+        time.sleep(0.5)
+        stop.set()
+    assert len(outcomes) > 50
+    assert {o.code for o in outcomes} == {grpc.StatusCode.OK}
+
+
+def test_a_second_signal_ends_at_once(lend: Lend, way: Way) -> None:
+    overlay = lend()
+    call = way.at_once(overlay, 1, payload=b"20000", handler="work", team="green")
+    until(lambda: len(notes(overlay)) == 1)
+    worker = overlay.processes["C"]
+    worker.terminate()
+    until(lambda: health_of(overlay, "C") == health_pb2.HealthCheckResponse.NOT_SERVING)
+    worker.terminate()
+    assert worker.wait(15) != 0
+    assert not Outcome(call[0]).ok

@@ -1,0 +1,272 @@
+"""A request or an answer that is too large for a process is refused alone, whoever notices, and
+whatever each process's file says of max_message_mib."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import overlay
+from overlay.client.sync import CallFailed, Client, InvalidCall
+from overlay.model.segments import Code, Executed
+from overlay.transport import codec
+from tests.harness.cluster import ROOT, Overlay, six_processes, until
+
+MIB = 1024 * 1024
+MODULE = """
+import time
+def slow(payload, context):
+    time.sleep(float(context.options.get("takes_s", 1.0)))
+    return context.process_id.encode() + b": " + payload[:40]
+def made(payload, context):
+    return bytes(int(payload))
+def sized(payload, context):
+    return str(len(payload)).encode()
+"""
+HANDLERS = {
+    "slow": {"call": "mine:slow"},
+    "made": {"call": "mine:made"},
+    "sized": {"call": "mine:sized"},
+}
+
+
+class Mixed(Overlay):
+    """Six processes whose files differ in max_message_mib."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], limits: dict[str, int]) -> None:
+        super().__init__(folder, config)
+        (folder / "mine.py").write_text(MODULE)
+        for process_id in config["processes"]:
+            mine = {**config, "max_message_mib": limits.get(process_id, 16)}
+            (folder / f"{process_id}.json").write_text(json.dumps(mine))
+
+    def _node(self, process_id: str) -> list[str]:
+        return [sys.executable, str(ROOT / "node.py"), f"{process_id}.json", process_id]
+
+
+@pytest.fixture(scope="module", params=[1, 32])  # less and more than the default
+def equal(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[tuple[Overlay, int]]:
+    limits = dict.fromkeys("ABCDEF", request.param)
+    yield from served(Mixed(tmp_path_factory.mktemp("equal"), six(), limits), request.param)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: Any) -> Iterator[Overlay]:
+    """A takes 64 MiB, the team leaders 16, D 1 and the other workers 64."""
+    limits = {"A": 64, "B": 16, "E": 16, "D": 1, "C": 64, "F": 64}
+    for made, _ in served(Mixed(tmp_path_factory.mktemp("mixed"), six(), limits), 0):
+        yield made
+
+
+def six() -> dict[str, Any]:
+    return six_processes(handlers=HANDLERS)
+
+
+def served(made: Overlay, limit: int) -> Iterator[tuple[Overlay, int]]:
+    try:
+        made.start()
+        yield made, limit
+    finally:
+        made.stop()
+
+
+def first_call(client: Client, payload: bytes) -> bytes:
+    return client.call(payload, mode="any", handler="sized").result
+
+
+def by_future(client: Client, payload: bytes) -> bytes:
+    return client.submit("sized", payload).result(30)
+
+
+def by_map(client: Client, payload: bytes) -> bytes:
+    small, large = client.map("sized", [b"abc", payload])
+    assert small == b"3"
+    return large
+
+
+def by_parts(client: Client, payload: bytes) -> bytes:
+    return next(client.parts(payload, handler="sized", first=1)).result
+
+
+def by_forward(client: Client, payload: bytes) -> bytes:
+    return client.forward(payload, mode="any", handler="sized").result
+
+
+def by_asyncio(client: Client, payload: bytes) -> bytes:
+    async def ask() -> bytes:
+        async with overlay.connect_async(client.address) as other:
+            called = await other.call(payload, mode="any", handler="sized")
+            mapped = [r async for r in other.map("sized", [payload])]
+            assert mapped == [called.result] == [await other.submit("sized", payload)]
+            return called.result
+
+    return asyncio.run(ask())
+
+
+WAYS = [first_call, by_future, by_map, by_parts, by_forward, by_asyncio]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_the_file_allows_is_answered_and_more_is_refused_with_proof(
+    equal: tuple[Overlay, int], way: Callable[[Client, bytes], bytes]
+) -> None:
+    made, limit = equal
+    with overlay.connect(made.address("A")) as client:
+        assert way(client, bytes(limit * MIB)) == str(limit * MIB).encode()
+        with pytest.raises(InvalidCall, match="max_message_mib") as raised:
+            way(client, bytes(limit * MIB + 1))
+    assert raised.value.executed is Executed.NO
+
+
+def test_one_that_is_too_large_ends_alone(equal: tuple[Overlay, int]) -> None:
+    made, limit = equal
+    with overlay.connect(made.address("A")) as client:
+        others = [client.submit("slow", b"%d" % n, timeout=60) for n in range(20)]
+        with pytest.raises(InvalidCall, match="max_message_mib"):
+            client.call(bytes((limit + 4) * MIB), timeout=60)
+        with pytest.raises(InvalidCall, match="max_message_mib"):
+            client.forward(bytes((limit + 4) * MIB), timeout=60)
+        assert [other.result().split()[1] for other in others] == [b"%d" % n for n in range(20)]
+
+
+def test_the_first_of_all_calls_knows_the_limit(equal: tuple[Overlay, int]) -> None:
+    made, limit = equal
+
+    async def ask() -> None:
+        async with overlay.connect_async(made.address("A")) as client:
+            small = client.submit("sized", b"abc")
+            with pytest.raises(InvalidCall, match="max_message_mib"):
+                await client.call(bytes((limit + 4) * MIB))
+            assert await small == b"3"
+
+    asyncio.run(ask())
+
+
+def test_many_rows_that_are_larger_together_than_a_message_are_all_answered(
+    equal: tuple[Overlay, int],
+) -> None:
+    made, limit = equal
+    row = bytes(limit * MIB // 4 + 1000)
+    with overlay.connect(made.address("A")) as client:
+        found = list(client.map("sized", [row] * 10, chunksize=10))
+    assert found == [str(len(row)).encode()] * 10
+
+
+def test_the_command_tells_the_limit(equal: tuple[Overlay, int], tmp_path: Path) -> None:
+    made, limit = equal
+    body = tmp_path / "body"
+    body.write_bytes(bytes((limit + 4) * MIB))
+    command = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(made.port("A"))]
+    done = subprocess.run(
+        [*command, "--payload", f"@{body}"], capture_output=True, text=True, timeout=60, env=ENV
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"more than max_message_mib allows ({limit * MIB:,})" in done.stderr
+
+
+ENV = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+# Files that differ.
+
+
+def test_a_request_too_large_for_the_next_process_is_refused_alone_and_says_both_limits(
+    mixed: Overlay,
+) -> None:
+    with overlay.connect(mixed.address("A")) as client:
+        others = [client.submit("slow", b"%d" % n, timeout=60) for n in range(20)]
+        many = client.submit("slow", b"all", mode="all", timeout=60)
+        with pytest.raises(CallFailed, match="max_message_mib") as raised:
+            client.call(bytes(20 * MIB), timeout=60)
+        assert (raised.value.code, raised.value.executed) == (
+            Code.FAILED_PRECONDITION,
+            Executed.NO,
+        )
+        assert "16,777,216" in str(raised.value)
+        assert "67,108,864" in str(raised.value)
+        assert [other.result().split()[1] for other in others] == [b"%d" % n for n in range(20)]
+        assert not getattr(many.result(), "missing", ())
+    for process_id in "AB":
+        assert {n.state for n in mixed.metrics(process_id).neighbours} == {"up"}
+        assert {n.failed for n in mixed.metrics("B").neighbours} <= {0}
+
+
+def test_one_worker_that_takes_less_costs_its_own_part(mixed: Overlay) -> None:
+    with overlay.connect(mixed.address("A")) as client:
+        answer = client.call(bytes(5 * MIB), handler="sized", timeout=60)
+        unary = client.forward(bytes(5 * MIB), handler="sized", timeout=60)
+        early = {p.process_id: p for p in client.parts(bytes(5 * MIB), handler="sized", timeout=60)}
+    for found in (answer, unary):
+        (missing,) = found.missing
+        assert (missing.process_id, missing.executed) == ("D", Executed.NO)
+        assert "D takes" in missing.reason
+        assert "1,048,576" in missing.reason
+    assert {who: part.ok for who, part in early.items()} == {"C": True, "F": True, "D": False}
+
+
+def test_any_one_is_found_that_takes_it(mixed: Overlay) -> None:
+    with overlay.connect(mixed.address("A")) as client:
+        for _ in range(10):
+            found = client.call(bytes(5 * MIB), mode="any", handler="sized", timeout=60)
+            assert found.result == str(5 * MIB).encode()
+            assert found.parts[0].process_id in "CF"
+
+
+def test_an_answer_too_large_for_the_process_above_is_refused_alone(mixed: Overlay) -> None:
+    with overlay.connect(mixed.address("A")) as client:
+        others = [client.submit("slow", b"%d" % n, timeout=60) for n in range(20)]
+        with pytest.raises(CallFailed, match="max_message_mib") as raised:
+            client.call(b"%d" % (20 * MIB), team="green", handler="made", timeout=60)
+        assert (raised.value.code, raised.value.executed) == (
+            Code.RESOURCE_EXHAUSTED,
+            Executed.YES,
+        )
+        assert [other.result().split()[1] for other in others] == [b"%d" % n for n in range(20)]
+        good = client.call(b"%d" % (12 * MIB), mode="any", team="green", handler="made", timeout=60)
+        assert len(good.result) == 12 * MIB
+
+
+def test_a_restart_with_another_limit_is_noticed(mixed: Overlay) -> None:
+    folder = mixed.folder
+    with overlay.connect(mixed.address("D")) as client:
+        assert client.call(b"12", handler="sized").result == b"2"
+        with pytest.raises(InvalidCall):
+            client.call(bytes(2 * MIB), handler="sized")
+        before = (folder / "D.json").read_text()
+        (folder / "D.json").write_text(
+            before.replace('"max_message_mib": 1', '"max_message_mib": 4')
+        )
+        try:
+            mixed.kill("D")
+            mixed.start("D")
+            until(lambda: client.call(b"12", handler="sized", timeout=10).result == b"2", 20)
+            found = client.call(bytes(2 * MIB), handler="sized")
+            assert found.result == str(2 * MIB).encode()
+        finally:
+            (folder / "D.json").write_text(before)
+
+
+# What a stranger's metadata may hold.
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("1048576", MIB),
+        ("1073741824", 1024 * MIB),
+        *((s, None) for s in ("", "0", "-1", "1048575", "1073741825", "9" * 400, "x", "1e7", "²")),
+        (b"1048576", None),
+        (None, None),
+    ],
+)
+def test_a_limit_is_a_number_within_the_files_range_or_nobody_said_it(said, found) -> None:
+    metadata = [] if said is None else [(codec.MOST_BYTES_KEY, said)]
+    assert codec.read_most_bytes(metadata) == found

@@ -1,0 +1,272 @@
+"""What a process tells of its requests' times, against what their handlers and callers saw."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+import overlay
+from overlay.cli import check, top_view
+from overlay.cli.terminal import Screen
+from overlay.model.segments import Code
+from overlay.monitor.poller import Watch
+from overlay.server.prometheus import Families
+from overlay.transport.codec import pb2
+from tests.harness.cluster import Overlay, free_port, running
+
+HANDLERS = """
+import time
+
+def nap(payload, context):
+    began = time.time()
+    time.sleep(float(payload))
+    return f"{began} {time.time()}".encode()
+
+def picky(payload, context):
+    if payload == b"bad":
+        raise ValueError
+    return payload
+"""
+NAP_S = 0.05
+ROWS = 30
+EACH_S = 0.02  # of a row's time may pass on its way, where others use the machine too
+
+
+class Seen(NamedTuple):
+    """One request, by its caller's clock and its handler's; to all, of the one that ended last."""
+
+    sent: float
+    began: float
+    ended: float
+    came: float
+
+
+class Told(NamedTuple):
+    """Of a process: how many requests, and the seconds of all of them together."""
+
+    count: int
+    waiting_s: float
+    service_s: float
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    """A leader, a team leader and two workers, each of which naps twice at a time."""
+    folder = tmp_path_factory.mktemp("figures")
+    (folder / "mine.py").write_text(HANDLERS)
+    rows = [("A", "leader", "B"), ("B", "team_leader", "ACD"), ("C", "worker", "B")]
+    rows.append(("D", "worker", "B"))
+    processes = {
+        id_: {
+            "id": id_,
+            "role": role,
+            "team": "green",
+            "host": "127.0.0.1",
+            "port": free_port(),
+            "neighbors": list(neighbors),
+        }
+        for id_, role, neighbors in rows
+    }
+    handlers = {"nap": {"call": "mine:nap", "slots": 2}, "picky": "mine:picky"}
+    with running(folder, {"processes": processes, "handlers": handlers}) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def leader(four: Overlay) -> Iterator[overlay.Client]:
+    with overlay.connect(four.address("A")) as client:
+        yield client
+
+
+def by_map(mode: str) -> Callable[[Overlay, overlay.Client, int], list[Seen]]:
+    def load(four: Overlay, leader: overlay.Client, rows: int) -> list[Seen]:
+        sent, seen = time.time(), []
+        naps = [b"%g" % NAP_S] * rows
+        for _, result in leader.map_as_completed("nap", naps, mode=mode, ordered=False):
+            assert isinstance(result, bytes)
+            seen.append(Seen(sent, *last_of(result), time.time()))
+        return seen
+
+    return load
+
+
+def by_single_calls(mode: int) -> Callable[[Overlay, overlay.Client, int], list[Seen]]:
+    def load(four: Overlay, leader: overlay.Client, rows: int) -> list[Seen]:
+        def ask(_: int) -> Seen:
+            sent = time.time()
+            answer = four.ask("A", b"%g" % NAP_S, mode=mode, handler="nap", timeout=20)
+            return Seen(sent, *last_of(answer.result), time.time())
+
+        with ThreadPoolExecutor(rows) as pool:
+            return list(pool.map(ask, range(rows)))
+
+    return load
+
+
+def by_parts(four: Overlay, leader: overlay.Client, rows: int) -> list[Seen]:
+    def ask(_: int) -> Seen:
+        sent = time.time()
+        parts = list(leader.parts(b"%g" % NAP_S, handler="nap", timeout=20))
+        return Seen(sent, *last_of(b"\n".join(part.result for part in parts)), time.time())
+
+    with ThreadPoolExecutor(rows) as pool:
+        return list(pool.map(ask, range(rows)))
+
+
+def last_of(result: bytes) -> tuple[float, float]:
+    times = [tuple(map(float, line.split())) for line in result.splitlines()]
+    began, ended = max(times, key=lambda pair: pair[1])
+    return began, ended
+
+
+def told(four: Overlay, process_id: str) -> Told:
+    m = four.metrics(process_id)
+    assert m.waiting.count >= m.service.count == sum(m.service.counts)
+    return Told(m.service.count, m.waiting.sum_s, m.service.sum_s)
+
+
+def since(four: Overlay, process_id: str, before: Told) -> Told:
+    now = told(four, process_id)
+    return Told(*(n - b for n, b in zip(now, before, strict=True)))
+
+
+def about(seconds: float, rows: int) -> Any:
+    return pytest.approx(seconds, rel=0.4, abs=rows * EACH_S)
+
+
+WAYS = {
+    "a map to any": by_map("any"),
+    "a map to all": by_map("all"),
+    "single calls to any": by_single_calls(pb2.ANY),
+    "single calls to all": by_single_calls(pb2.ALL),
+    "parts as they come": by_parts,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_waiting_is_until_a_worker_begins_and_service_while_it_works(
+    four: Overlay, leader: overlay.Client, way: str
+) -> None:
+    """Wherever it waits: in the leader's queue, in the stream's window, or at the worker."""
+    before = {process_id: told(four, process_id) for process_id in "AB"}
+
+    seen = WAYS[way](four, leader, ROWS)
+
+    served = sum(s.ended - s.began for s in seen)
+    waited = sum(s.began - s.sent for s in seen)
+    assert waited > 2 * served, "so that the two cannot be taken for each other"
+    of_leader = since(four, "A", before["A"])
+    assert of_leader == (ROWS, about(waited, ROWS), about(served, ROWS))
+    stays = sum(s.came - s.sent for s in seen)
+    assert of_leader.waiting_s + of_leader.service_s == about(stays, ROWS)
+    assert since(four, "B", before["B"]).service_s == about(served, ROWS)
+
+
+def test_the_workers_time_is_their_handlers(four: Overlay, leader: overlay.Client) -> None:
+    before = {process_id: told(four, process_id) for process_id in "CD"}
+    long, seen = 5, []
+
+    for _, result in leader.map_as_completed("nap", [b"0", *[b"0"] * 60, *[b"0.05"] * long] * 4):
+        assert isinstance(result, bytes)
+        seen.append(last_of(result))
+
+    found = [since(four, process_id, before[process_id]) for process_id in "CD"]
+    assert sum(f.count for f in found) == len(seen)
+    served = sum(ended - began for began, ended in seen)
+    assert sum(f.service_s for f in found) == about(served, 4 * long)
+
+
+def test_a_trace_tells_the_same_of_each_row(four: Overlay, leader: overlay.Client) -> None:
+    time.sleep(0.5)  # of some requests a second there are traces
+    sent = time.time()
+
+    seen = by_map("any")(four, leader, ROWS)
+
+    answer = four.stub("A").GetMetrics(pb2.MetricsRequest(requests=1000))
+    stories = [s for s in answer.requests if s.ended_s >= sent and s.handler == "nap"]
+    assert sum(story.count for story in stories) == ROWS
+    waited = worked = total = 0.0
+    for story in stories:
+        hops = {hop.process_id: hop for hop in story.hops}
+        (worker,) = {"C", "D"} & hops.keys()
+        waited += story.count * sum(hops[i].waited_us for i in ("A", "B", worker)) / 1e6
+        worked += story.count * hops[worker].worked_us / 1e6
+        total += story.count * story.total_us / 1e6
+    assert waited == about(sum(s.began - s.sent for s in seen), ROWS)
+    assert worked == about(sum(s.ended - s.began for s in seen), ROWS)
+    assert total == about(sum(s.came - s.sent for s in seen), ROWS)
+
+
+def test_every_view_shows_these_figures(four: Overlay, leader: overlay.Client) -> None:
+    watch, pictures = Watch(four.address("A"), 0.3), []
+    watch.on_picture = pictures.append
+    watch.start()
+    try:
+        watch.newer(0)
+        seen = by_map("any")(four, leader, ROWS)
+        picture = watch.newer(watch.newer(within_s=0)["round"] + 1)
+    finally:
+        watch.close()
+    m = four.metrics("A")
+
+    served = statistics.median(s.ended - s.began for s in seen)
+    assert m.avg_processing_time_ms == pytest.approx(m.service_ms.mean)
+    me = next(process for process in picture["processes"] if process["id"] == "A")
+    assert me["service_ms"]["p50"] == pytest.approx(m.service_ms.p50, abs=0.001)
+    assert me["waiting_ms"]["p50"] == pytest.approx(m.waiting_ms.p50, abs=0.001)
+    at_work = [one for one in pictures if one["course"]["p50_ms"][-1] is not None]
+    headline = at_work[-1]["course"]["p50_ms"][-1]
+    assert headline / 2.5 < served * 1e3 < headline * 2.5, "as exact as a bucket is"
+    screen = "\n".join(map(str, top_view.lines(at_work[-1], 200, 50, top_view.LETTERS)))
+    assert f"p50 {top_view._ms(headline)}" in screen
+
+    report = io.StringIO()
+    check.show_metrics(Screen(report), m, four.address("A"))
+    assert f"serving   p50 {m.service_ms.p50:.1f} ms" in report.getvalue()
+    assert f"waiting   p50 {m.waiting_ms.p50:.1f} ms" in report.getvalue()
+
+    registry = CollectorRegistry()
+    registry.register(Families(lambda: m))
+    text = generate_latest(registry).decode()
+    for name, found in (("waiting", m.waiting), ("service", m.service)):
+        assert f"overlay_request_{name}_seconds_sum {found.sum_s}" in text
+        assert f"overlay_request_{name}_seconds_count {found.count}.0" in text
+
+
+def test_a_link_counts_the_requests_that_failed_and_no_others(
+    four: Overlay, leader: overlay.Client
+) -> None:
+    def failed() -> list[int]:
+        return [four.metrics(who).neighbours[0].failed for who in "AB"]
+
+    before = failed()[0]
+    payloads = [b"bad" if n % 50 == 0 else b"good" for n in range(500)]
+
+    results = list(leader.map_as_completed("picky", payloads))
+
+    assert sum(isinstance(result, overlay.CallFailed) for _, result in results) == 10
+    assert failed()[0] - before == 10
+
+
+def test_what_never_began_has_waited_and_was_not_served(
+    four: Overlay, leader: overlay.Client
+) -> None:
+    """The last of a segment whose first ones are at work when the time of all is over."""
+    before = told(four, "A")
+
+    results: Sequence[Any] = list(
+        leader.map_as_completed("nap", [b"0.4"] * 20, timeout=1.0, ordered=False)
+    )
+
+    late = [r for _, r in results if isinstance(r, overlay.CallFailed)]
+    assert {error.code for error in late} <= {Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED}
+    assert len(late) >= 12, "two rounds of four have time enough"
+    found = since(four, "A", before)
+    assert found.service_s < 6 < found.waiting_s

@@ -1,0 +1,531 @@
+"""The Windows half with a Windows Python, under wine on this Linux machine.
+
+The harness is tests/harness/windows.py.
+All tests share one wine on host 1, and those of the two hosts share one overlay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from faults.hosts import ADDRESSES, CannotBuild, Hosts, ip
+from tests.harness.cluster import IDS, ROOT, until
+from tests.harness.hosts import SHIPPED
+from tests.harness.windows import PcAndMac, Windows
+from tests.project.test_launcher import STUBS, copy_project, pids_in, port_of, write_three
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="wine is for Linux here"),
+    pytest.mark.timeout(400),  # the first installs it
+]
+
+UNITS = "not hypothesis and not six"
+# Not what starts many Pythons, a second each under wine, nor what counts the memory of thousands.
+SOON = "not killed_idle and not is_replaced and not does_not_grow and not refused_bytes"
+SOON += " and (not named_with_its_module or missing)"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TWO_MACHINES = README.partition("## Two machines")[2].partition("\n## ")[0]
+DOCTOR = "python client.py doctor two_hosts_config.json"
+PC, MAC = "192.168.1.23", "192.168.1.40"  # those of the page
+LEADER = (ADDRESSES[1], "50051")
+PINK = (ADDRESSES[2], "50055")  # E, team leader on the other system
+# As Windows tells it: by a thread in the process, with the event (CTRL_CLOSE_EVENT).
+CLOSE = """
+import ctypes, sys
+kernel = ctypes.WinDLL("kernel32")
+kernel.OpenProcess.restype = kernel.CreateRemoteThread.restype = ctypes.c_void_p
+process = kernel.OpenProcess(0x1FFFFF, False, int(sys.argv[1]))
+routine = ctypes.cast(ctypes.WinDLL("kernelbase").CtrlRoutine, ctypes.c_void_p)
+thread = kernel.CreateRemoteThread(
+    ctypes.c_void_p(process), None, ctypes.c_size_t(0), routine, ctypes.c_void_p(2), 0, None
+)
+sys.exit(0 if thread else 3)
+"""
+# Started from no console, as by a shortcut.
+PYTHONW = """
+import subprocess, sys
+from pathlib import Path
+words = [str(Path(sys.executable).with_name("pythonw.exe")), *sys.argv[1:]]
+sys.exit(subprocess.run(words, creationflags=subprocess.DETACHED_PROCESS).returncode)
+"""
+STREAMS = """
+import sys
+open("before.txt", "w").write(f"{sys.stdin} {sys.stdout} {sys.stderr}")
+from overlay.cli import stdio
+stdio.complete()
+print("nowhere", file=sys.stderr)
+streams = [stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)]
+open("after.txt", "w").write(" ".join(map(str, streams)) + f" {sys.stdin.read()!r}")
+"""
+MINE = """
+import subprocess, sys, time
+
+def where(payload, context):
+    return f"{sys.platform} {__file__}".encode()
+
+def hang(payload, context):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)  # left-behind"])
+    time.sleep(99)
+"""
+
+
+@pytest.fixture(scope="module")
+def windows() -> Iterator[Windows]:
+    with contextlib.ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(contextlib.closing(Hosts()))
+            windows = stack.enter_context(contextlib.closing(Windows(hosts)))
+        except CannotBuild as e:
+            pytest.fail(str(e)) if os.environ.get("CI") else pytest.skip(str(e))
+        yield windows
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Iterator[PcAndMac]:
+    """All six of the shipped configuration, started. A test that breaks something mends it."""
+    overlay = PcAndMac(tmp_path_factory.mktemp("both"), windows)
+    try:
+        yield overlay.start()
+    finally:
+        overlay.stop()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as a user has it on a PC, three processes and a module of their own."""
+    folder = tmp_path_factory.mktemp("windows") / "Grüße & läuft (2)"
+    copy_project(folder)
+    (folder / "mine.py").write_text(MINE, encoding="utf-8")
+    hang = {"call": "mine:hang", "run": "process", "slots": 1, "limit_s": 2}
+    where = {"call": "mine:where", "run": "process", "slots": 1}
+    shutil.copy(ROOT / "examples" / "search.py", folder)
+    (folder / "my texts").mkdir()
+    (folder / "my texts" / "höhe.txt").write_text("no\nthe needle, ä\n", encoding="utf-8")
+    texts = {"folder": "Z:" + str(folder / "my texts").replace("/", "\\")}
+    search = {"call": "search:search", "merge": "search:merge", "options": texts}
+    handlers = {"where": where, "hang": hang, "thread": "mine:where", "search": search}
+    write_three(folder / "three.json", log_dir="my logs", handlers=handlers)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three(windows: Windows, project: Path) -> Iterator[str]:
+    """What start_windows.bat says; its processes run, and stop at the end."""
+    started = windows.batch(r"scripts\start_windows.bat three.json", project)
+    assert started.returncode == 0, started.stdout
+    yield started.stdout
+    windows.batch(r"scripts\stop_all.bat three.json", project)
+
+
+# The programs
+
+
+def test_the_commands_run_on_a_windows_python(windows: Windows) -> None:
+    version = windows.run("-c", "import overlay, sys; print(sys.platform, overlay.connect)")
+    checked = windows.run("node.py", SHIPPED.name, "A", "--check")
+    unknown = windows.run("node.py", SHIPPED.name, "Z")
+
+    assert version.stdout.startswith("win32 <function connect"), version.stdout
+    assert checked.stdout.strip() == "two_hosts_config.json is right: 6 processes"
+    assert (unknown.returncode, "no process 'Z'" in unknown.stdout) == (2, True), unknown.stdout
+
+
+def test_a_part_of_the_tests_passes_on_a_windows_python(windows: Windows) -> None:
+    # None of pure decisions, whose answers cannot depend on the system.
+    # The executor first: under wine each process that starts costs a tidy parent a third.
+    modules = ["workers/test_executor", "workers/test_thread_pool", "workers/test_api"]
+    modules += ["model/test_config", "transport/test_codec", "observability/test_log_buffer"]
+    modules += ["server/test_request_log", "queueing/test_request_queue", "server/test_log_reader"]
+    modules += ["server/test_reception", "peers/test_peers", "server/test_background"]
+    done = windows.run(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", UNITS, "-k", SOON, "--timeout=60"),
+        *(f"tests/{name}.py" for name in modules),
+        within_s=240,
+    )
+
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
+
+
+def test_the_clock_of_a_process_is_fine_enough_to_tell_who_is_quick(windows: Windows) -> None:
+    count = "import node, time; until = time.perf_counter() + 0.02; seen = set()"
+    count += "\nwhile time.perf_counter() < until: seen.add(time.monotonic())"
+    done = windows.run("-c", f"{count}\nprint(len(seen))")
+
+    # A tick of Windows' own is 15.6 ms, and 1 ms under wine.
+    assert int(done.stdout) > 100
+
+
+def test_init_writes_the_addresses_that_are_typed(windows: Windows, tmp_path: Path) -> None:
+    shutil.copy(SHIPPED, tmp_path)
+    done = windows.run(str(ROOT / "client.py"), "init", cwd=tmp_path, typed="here\n10.0.0.40\n")
+
+    assert done.returncode == 0, done.stdout
+    assert f"This one: {ADDRESSES[1]}" in done.stdout
+    assert r"scripts\start_windows.bat two_hosts_config.json" in done.stdout
+    written = (tmp_path / SHIPPED.name).read_bytes()
+    assert written == SHIPPED.read_bytes().replace(b"192.168.1.2", b"10.0.0.40")
+
+
+def test_ctrl_c_stops_a_process_in_good_order(windows: Windows, project: Path) -> None:
+    write_three(project / "alone.json", log_dir="alone")
+    process = windows.popen("node.py", "alone.json", "C", cwd=project)
+    with process:
+        assert "serves on" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)  # wine makes of it what a console does of Ctrl-C
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+    log = (project / "alone" / "process_c.log").read_text(encoding="utf-8")
+    assert "0 requests refused, 0 left behind" in log
+
+
+def test_a_closed_window_stops_a_process_in_good_order(windows: Windows, project: Path) -> None:
+    write_three(project / "window.json", log_dir="window")
+    log = project / "window" / "process_c.log"
+    process = windows.popen("node.py", "window.json", "C", cwd=project)
+    with process:
+        try:
+            assert "serves on" in process.stdout.readline()
+            serves = re.compile(r"serves on .*, pid (\d+)")
+            found = until(lambda: serves.search(log.read_text(encoding="utf-8")), 10, "its pid")
+            told = windows.run("-c", CLOSE, found[1], cwd=project)
+            assert (told.returncode, process.wait(60)) == (0, 0), told.stdout
+        finally:
+            process.kill()
+
+    said = log.read_text(encoding="utf-8")
+    assert "stopping: up to 3 s for what runs" in said
+    assert "0 requests refused, 0 left behind" in said
+
+
+def test_what_pythonw_starts_has_standard_streams(windows: Windows, project: Path) -> None:
+    checked = windows.run("-c", PYTHONW, "node.py", SHIPPED.name, "A", "--check", cwd=project)
+    unknown = windows.run("-c", PYTHONW, "node.py", SHIPPED.name, "Z", cwd=project)
+    wrong = windows.run("-c", PYTHONW, "client.py", "127.0.0.1", "1", "--no-such", cwd=project)
+    told = windows.run("-c", PYTHONW, "-c", STREAMS, cwd=project)
+
+    codes = [done.returncode for done in (checked, unknown, wrong, told)]
+    assert codes == [0, 2, 2, 0], told.stdout
+    assert (project / "before.txt").read_text() == "None None None"
+    assert (project / "after.txt").read_text() == "False False False ''"
+
+
+# start_windows.bat and stop_all.bat
+
+
+def test_the_batch_files_start_and_stop(windows: Windows, project: Path, three: str) -> None:
+    again = windows.batch(r"scripts\start_windows.bat three.json C", project)
+    stopped = windows.batch(r"scripts\stop_all.bat three.json", project)
+    nothing = windows.batch(r"scripts\stop_all.bat three.json", project)
+    restarted = windows.batch(r"scripts\start_windows.bat three.json", project)
+
+    assert pids_in(three).keys() == {"A", "B", "C"}
+    assert '"my logs\\process_a.log"' in three
+    assert "already running" in again.stdout
+    assert stopped.stdout.count("stopped in") == 3, stopped.stdout
+    assert "nothing is running" in nothing.stdout
+    assert restarted.returncode == 0, restarted.stdout
+
+
+def test_a_start_that_fails_gives_its_exit_code(windows: Windows, project: Path) -> None:
+    unknown = windows.batch(r"scripts\start_windows.bat three.json Z", project)
+    missing = windows.batch(r'scripts\start_windows.bat "no such file.json"', project)
+
+    assert unknown.returncode == missing.returncode == 2
+    assert "no process 'Z'" in unknown.stdout
+    assert "no such file.json" in missing.stdout
+    assert "Traceback" not in unknown.stdout + missing.stdout
+
+
+@pytest.mark.parametrize("handler", ["where", "thread"])
+def test_a_module_in_the_users_folder_serves(
+    windows: Windows, project: Path, three: str, handler: str
+) -> None:
+    done = asked(windows, project, handler)
+
+    assert done.returncode == 0, done.stdout
+    result = json.loads(done.stdout)["result"]
+    assert result.startswith("win32 ")
+    assert result.endswith("Grüße & läuft (2)\\mine.py")
+
+
+def test_a_handler_process_and_what_it_started_end_at_the_limit(
+    windows: Windows, project: Path, three: str
+) -> None:
+    hung = asked(windows, project, "hang")
+
+    assert "ran longer than its limit_s 2" in hung.stdout
+    until(lambda: not left_behind(), 10, "the program that the handler has started ends")
+    assert asked(windows, project, "where").returncode == 0
+
+
+def test_the_search_looks_into_a_folder_with_a_windows_path(
+    windows: Windows, project: Path, three: str
+) -> None:
+    done = asked(windows, project, "search", "--payload", "needle")
+
+    assert json.loads(done.stdout)["result"] == "C: höhe.txt:2: the needle, ä"
+
+
+def test_a_drained_process_is_known_to_have_stopped_and_restart_brings_it_back(
+    windows: Windows, project: Path, three: str
+) -> None:
+    place = ["127.0.0.1", str(port_of(project / "three.json", "C"))]
+    drained = windows.run("client.py", *place, "drain", cwd=project)
+    status = windows.run("scripts/run.py", "status", "three.json", cwd=project)
+    restarted = windows.batch(r"python scripts\run.py restart three.json A B C", project)
+
+    assert drained.returncode == 0, drained.stdout
+    assert "0 requests refused, 0 left behind" in drained.stdout
+    assert (status.returncode, "stopped in order" in status.stdout) == (1, True), status.stdout
+    assert restarted.returncode == 0, restarted.stdout
+    ends = re.findall(r"(?m)^(\w)  (stopped|was not running)", restarted.stdout)
+    assert ends == [("C", "was not running"), ("B", "stopped"), ("A", "stopped")]
+    assert asked(windows, project, "where").returncode == 0
+
+
+def asked(windows: Windows, project: Path, handler: str, *more: str):
+    """client.py of this Linux, which asks A on loopback of host 1."""
+    place = ["client.py", "127.0.0.1", str(port_of(project / "three.json", "A"))]
+    return windows.hosts.run(1, sys.executable, *place, "--handler", handler, "--json", *more)
+
+
+def left_behind() -> list[int]:
+    found = psutil.process_iter(["pid", "cmdline"])
+    return [p.pid for p in found if "left-behind" in " ".join(p.info["cmdline"] or ())]
+
+
+# Two systems
+
+
+@pytest.mark.parametrize("host", ADDRESSES)
+def test_each_process_answers_across_the_two_systems(both: PcAndMac, host: int) -> None:
+    for process_id, workers in zip(IDS, ["CDF", "CD", "C", "D", "DF", "F"], strict=True):
+        assert both.ask(process_id, host=host).answered == workers
+
+    replies = [both.ask("A", host=host, mode="ANY") for _ in range(12)]
+    assert {reply.answered for reply in replies} == {"C", "D", "F"}
+
+
+@pytest.mark.parametrize("place", [LEADER, PINK])
+@pytest.mark.parametrize("on_windows", [True, False])
+def test_a_client_on_either_system_calls_and_maps(
+    both: PcAndMac, place: tuple[str, str], on_windows: bool
+) -> None:
+    lines = [f"line {i}" for i in range(500)]
+    (both.folder / "lines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def client(*words: str) -> str:
+        command = [str(ROOT / "client.py"), *place, *words]
+        if on_windows:
+            done = both.windows.run(*command, cwd=both.folder)
+        else:
+            done = both.hosts.run(2, sys.executable, *command)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    assert re.search(r"(\d) of \1 workers answered", client("--payload", "hello"))
+    assert "1 of 1 worker answered" in client("--mode", "any")
+    client("map", str(both.folder / "lines.txt"), "--out", str(both.folder / "mapped.txt"))
+    mapped = (both.folder / "mapped.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.partition(": ")[2] for line in mapped] == lines
+    assert {line[0] for line in mapped} <= set("CDF")
+
+
+@pytest.mark.parametrize("on_windows", [True, False])
+def test_the_doctor_on_either_system_finds_all_well(both: PcAndMac, on_windows: bool) -> None:
+    words = ["client.py", "doctor", str(both.path), "--json"]
+    done = both.windows.run(*words) if on_windows else both.hosts.run(2, sys.executable, *words)
+
+    report = json.loads(done.stdout)
+    assert report["ok"], done.stdout
+    assert [p["here"] for p in report["processes"]] == [(i in "ABD") == on_windows for i in IDS]
+    there = {p["id"] for p in report["processes"] if p["platform"].startswith("Windows")}
+    assert there == set("ABD")
+    assert [link["state"] for link in report["links"]] == ["up"] * 6
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["check", "two_hosts_config.json"], "6 of 6 processes well"),
+        ([*LEADER, "top", "--once"], "workers 3 of 3"),
+        ([*LEADER, "top", "--once", "--json"], '"ok": true'),
+        ([*LEADER, "logs", "F"], "F overlay.node INFO serves on 192.168.1.2:50056"),
+        ([*LEADER, "--as-completed"], "3 of 3 workers answered"),
+        ([*LEADER, "--first", "1"], "the others' work was ended"),
+        ([*LEADER, "--trace"], "on the way ms"),
+    ],
+    ids=lambda words: " ".join(words[-2:]) if isinstance(words, list) else "",
+)
+def test_a_report_on_windows_tells_of_both_systems(
+    both: PcAndMac, words: list[str], told: str
+) -> None:
+    done = both.windows.run(str(ROOT / "client.py"), *words, cwd=both.folder)
+
+    assert (done.returncode, told in done.stdout) == (0, True), done.stdout
+
+
+def test_the_files_of_a_folder_are_mapped_into_another(both: PcAndMac) -> None:
+    texts = {f"größe {n}.txt": f"text {n}" for n in range(5)}
+    (both.folder / "to do").mkdir()
+    for name, text in texts.items():
+        (both.folder / "to do" / name).write_text(text)
+
+    words = ["map", "to do", "--out-folder", r".\done"]
+    done = both.windows.run(str(ROOT / "client.py"), *LEADER, *words, cwd=both.folder)
+
+    assert done.returncode == 0, done.stdout
+    results = {path.name: path.read_text() for path in (both.folder / "done").iterdir()}
+    assert {name: text[3:] for name, text in results.items()} == texts
+
+
+def test_the_page_is_served_on_windows_and_ends_with_ctrl_c(both: PcAndMac) -> None:
+    web = [str(ROOT / "client.py"), *LEADER, "web", "--web-port", "0"]
+    with both.windows.popen(*web, cwd=both.folder) as server:
+        try:
+            page = re.search(r"http://\S+/", server.stdout.readline())[0]
+            shown = both.hosts.run(1, "curl", "-s", page)
+            script = both.hosts.run(1, "curl", "-sI", f"{page}page.js")
+            curl = ["curl", "-sN", f"{page}frames"]
+            with both.hosts.popen(1, *curl, stdout=subprocess.PIPE) as frames:
+                events = [frames.stdout.readline() for _ in range(5)]
+                server.send_signal(signal.SIGINT)
+                assert server.wait(20) == 0
+        finally:
+            server.kill()
+
+    assert "<title>" in shown.stdout
+    assert "content-type: text/javascript" in script.stdout.lower()
+    pictures = [json.loads(line[6:]) for line in events if line.startswith("data: ")]
+    assert [len(picture["processes"]) for picture in pictures][-1] == 6
+
+
+def test_output_does_not_die_on_a_windows_code_page(both: PcAndMac) -> None:
+    for page in ("cp850", "cp1252"):
+        done = both.windows.run(
+            *("client.py", *PINK, "--payload", "Grüße 中文"), PYTHONIOENCODING=page
+        )
+        assert done.returncode == 0, done.stdout
+        assert r"e \u4e2d\u6587" in done.stdout
+
+
+def test_it_survives_a_cut_between_the_two_systems(both: PcAndMac) -> None:
+    both.hosts.cut()
+    try:
+        until(lambda: both.ask("A", host=1, timeout=3).answered == "D", 20, "D alone answers A")
+        assert both.ask("E", host=2, timeout=3).answered == "F"
+    finally:
+        both.hosts.heal()
+
+    until(lambda: both.ask("A", host=1).answered == "CDF", 20, "all answer again")
+    assert both.ask("E", host=2).answered == "DF"
+
+
+def test_a_process_on_windows_stops_in_order_and_comes_back(both: PcAndMac) -> None:
+    both.stop_file("D").touch()
+
+    assert both.processes["D"].wait(20) == 0
+    assert "0 requests refused, 0 left behind" in both.log("D")
+    assert both.ask("A", mode="ANY").answered in ("C", "F")
+
+    both.stop_file("D").unlink()
+    both.start_in_turn("D")
+    until(lambda: both.ask("A").answered == "CDF", 20, "all answer again")
+
+
+# README, "Two machines"
+
+
+class Machines:
+    """A PC and a Mac with a fresh copy each, whose owner types what the page says.
+
+    Wine has no `py` and cannot make a `.venv`: there `python` is typed for both.
+    """
+
+    def __init__(self, folder: Path, windows: Windows) -> None:
+        self.windows = windows
+        self.pc, self.mac = folder / "my pc", folder / "mac"
+        for machine in (self.pc, self.mac):
+            copy_project(machine)
+            for name in STUBS:
+                (machine / name).unlink()
+            for lock in ROOT.glob("requirements*"):
+                shutil.copy(lock, machine)
+        (self.mac / ".venv").symlink_to(sys.prefix)
+        for name, address in zip(windows.hosts.names.values(), (PC, MAC), strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "wire")
+
+    def on_pc(self, line: str) -> tuple[int, str]:
+        assert line in TWO_MACHINES
+        line = re.sub(r"^(py|\.venv\\Scripts\\python) ", "python ", line)
+        done = self.windows.batch(line, self.pc)
+        return done.returncode, done.stdout
+
+    def on_mac(self, line: str) -> tuple[int, str]:
+        assert line in TWO_MACHINES
+        typed = f"cd '{self.mac}' && . .venv/bin/activate && {line}"
+        done = self.windows.hosts.run(2, "dash", "-c", typed)
+        return done.returncode, done.stdout
+
+    def logs(self) -> list[Path]:
+        return [*self.pc.glob("logs/*.log"), *self.mac.glob("logs/*.log")]
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Machines:
+    """Steps 1 to 3: the copies, their set-up, the addresses typed on the PC, the file on both."""
+    if not (Path(sys.prefix) / "overlay-setup.json").exists():
+        pytest.skip("this Python is not the one that scripts/run.py has set up")
+    made = Machines(tmp_path_factory.mktemp("page"), windows)
+    for code, said in (
+        made.on_pc(r"py scripts\run.py setup"),
+        made.on_mac("python3 scripts/run.py setup"),
+    ):
+        assert (code, "made the stubs" in said) == (0, True), said
+    assert r".venv\Scripts\python client.py init" in TWO_MACHINES
+    said = windows.run("client.py", "init", cwd=made.pc, typed=f"{PC}\n{MAC}\n").stdout
+    assert f"{PC}: A (leader), B (team_leader), D (worker)  (this machine)" in said, said
+    shutil.copy(made.pc / SHIPPED.name, made.mac)
+    return made
+
+
+@pytest.mark.parametrize("first", ["pc", "mac"])
+def test_the_page_about_two_machines_is_true(machines: Machines, first: str) -> None:
+    def start_pc() -> None:
+        code, said = machines.on_pc(r"scripts\start_windows.bat")
+        assert (code, re.findall(rf"(?m)^(\w) .*{PC}", said)) == (0, ["A", "B", "D"]), said
+
+    def start_mac() -> None:
+        code, said = machines.on_mac("scripts/start_macos.sh")
+        assert (code, re.findall(rf"(?m)^(\w) .*{MAC}", said)) == (0, ["C", "E", "F"]), said
+
+    for log in machines.logs():
+        log.unlink()  # those of the other order
+    try:
+        for start in (start_pc, start_mac) if first == "pc" else (start_mac, start_pc):
+            start()
+        run = machines.on_pc if first == "pc" else machines.on_mac
+        well = "6 of 6 processes well, 6 of 6 links up"
+        until(lambda: well in run(DOCTOR)[1], 20, well)
+        assert "3 of 3 workers answered" in run(f"python client.py {PC} 50051")[1]
+        lines = "".join(log.read_text(encoding="utf-8") for log in machines.logs()).splitlines()
+        assert [line for line in lines if "INFO" not in line and "no TLS" not in line] == []
+    finally:
+        stopped = machines.on_pc(r"scripts\stop_all.bat"), machines.on_mac("scripts/stop_all.sh")
+    assert [said.count("stopped in") for _, said in stopped] == [3, 3], stopped

@@ -1,0 +1,466 @@
+"""Results in pieces: how they are cut, how far they go ahead of who reads them, what becomes of
+them on the way and at the client."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overlay.client.multiplexer import Came
+from overlay.client.partials import Parts
+from overlay.model.errors import BadRequest
+from overlay.model.segments import (
+    Answers,
+    Code,
+    Column,
+    Executed,
+    Failure,
+    Part,
+    Piece,
+    Route,
+    Segment,
+)
+from overlay.model.topology import HandlerSpec, Process
+from overlay.transport.chunks import PIECE_BYTES, NotBytes, Outlet, Passage, cut
+from overlay.transport.codec import pb2
+from overlay.workers.job import Batch, Desk
+from overlay.workers.process_pool import ProcessRunner
+from overlay.workers.thread_pool import ThreadRunner
+from overlay.workers.user_modules import Sources
+from tests.harness.cluster import until
+from tests.harness.network import MemoryNetwork, the_six
+
+# How a result is cut.
+
+
+@given(items=st.lists(st.binary(max_size=40), max_size=12), size=st.integers(1, 20))
+def test_pieces_make_the_same_bytes_and_only_the_last_is_smaller(items, size):
+    pieces = list(cut(iter(items), size))
+
+    assert b"".join(piece for piece, _ in pieces) == b"".join(items)
+    assert [more for _, more in pieces] == [True] * (len(pieces) - 1) + [False]
+    assert all(len(piece) == size for piece, more in pieces if more)
+    assert 0 < len(pieces[-1][0]) <= size or items in ([], [b""] * len(items))
+
+
+def test_pieces_leave_before_the_last_item_is_there():
+    def items() -> Iterator[bytes]:
+        yield bytearray(5)
+        yield memoryview(b"abcdef")
+        raise AssertionError("asked for more than it needed")
+
+    pieces = cut(items(), 5)
+    assert [next(pieces), next(pieces)] == [(bytes(5), True), (b"abcde", True)]
+
+
+def test_what_is_not_bytes_is_named_by_its_type():
+    with pytest.raises(NotBytes, match="str"):
+        list(cut(iter([b"good", "text"]), 2))
+
+
+# How far a worker goes ahead.
+
+
+@pytest.fixture
+def sent() -> list[tuple[bytes, Piece]]:
+    return []
+
+
+def outlet(sent: list, ahead: int = 1, left_s: float = 20.0) -> Outlet:
+    return Outlet(ahead, time.monotonic() + left_s, lambda piece, how: sent.append((piece, how)))
+
+
+def test_a_sender_waits_for_a_grant_and_the_wait_is_not_its_own_time(sent):
+    way = outlet(sent)
+    assert way.send(b"one")
+    threading.Timer(0.05, lambda: sent[0][1].grant(1)).start()
+    assert way.send(b"three")
+    assert [(piece, how.at, how.more) for piece, how in sent] == [(b"one", 0, 1), (b"three", 3, 1)]
+    assert way.at == 8
+    assert way.waited_s > 0.03
+
+
+@pytest.mark.parametrize("ended", ["closed", "deadline"])
+def test_nothing_is_sent_for_nobody(sent, ended):
+    way = outlet(sent, ahead=1, left_s=0.05 if ended == "deadline" else 20)
+    way.send(b"one")
+    if ended == "closed":
+        threading.Timer(0.05, way.close).start()
+    assert not way.send(b"two")
+    assert len(sent) == 1
+
+
+class Worker:
+    """One part behind a passage: what it may still send, and what was read of it."""
+
+    def __init__(self, row: int) -> None:
+        self.key = (1, row, "W")
+        self.room = 1
+        self.unread = self.sent = 0
+
+    def grant(self, pieces: int) -> None:
+        self.room += pieces
+
+
+@given(
+    room=st.integers(0, 12),
+    ahead=st.integers(0, 4),
+    steps=st.lists(st.tuples(st.integers(0, 4), st.sampled_from("srre")), max_size=80),
+)
+def test_under_way_are_one_piece_of_each_part_and_as_many_more_as_there_is_room(room, ahead, steps):
+    passage, workers = Passage(room), {row: Worker(row) for row in range(5)}
+
+    def tell(told):
+        if told:
+            told[0](told[1])
+
+    for row, step in steps:
+        worker = workers[row]
+        if step == "s" and worker.room:
+            worker.room, worker.unread = worker.room - 1, worker.unread + 1
+            piece = Piece(worker.sent, True, worker.grant)
+            worker.sent += 1
+            tell(passage.passes(worker.key, piece, ahead))
+        elif step == "r" and worker.unread:
+            worker.unread -= 1
+            tell(passage.granted(worker.key, 1, True))
+        elif step == "e":
+            passage.end(worker.key)
+            workers[row] = Worker(row)
+        under_way = [w.room + w.unread for w in workers.values()]
+        assert sum(under_way) <= len(workers) + room
+        assert all(1 <= n <= 1 + ahead for n in under_way)
+
+    passage.end_rows(1, 0, 5)
+    assert (len(passage), passage._room) == (0, room)
+
+
+def test_a_client_cannot_grant_more_than_it_was_sent_and_late_grants_are_passed_over():
+    passage, worker = Passage(0), Worker(0)
+    passage.passes(worker.key, Piece(0, True, worker.grant), 0)
+    with pytest.raises(BadRequest, match="W has sent 1 pieces, not 2"):
+        passage.granted(worker.key, 2, True)
+    assert passage.granted(worker.key, 1, True) == (worker.grant, 1)
+    passage.passes(worker.key, Piece(9, False), 0)
+    assert passage.granted(worker.key, 1, True) is None
+
+
+# What becomes of them on the way.
+
+
+@pytest.fixture
+def network() -> MemoryNetwork:
+    made = MemoryNetwork(the_six())
+    for worker in "CDF":
+        made.nodes[worker].works.piece_bytes = 7
+    return made
+
+
+BODY = bytes(range(200))
+
+
+def sent_by(network: MemoryNetwork) -> dict[str, int]:
+    return {worker: network.nodes[worker].works.sent for worker in "CDF"}
+
+
+@pytest.mark.parametrize("size", [4, 5, 11, 200])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_large_part_arrives_whole_over_all_hops(network, size, pieces):
+    asked = network.ask("A", BODY[:size], pieces=pieces)
+    asked.read()
+
+    whole = {part.process_id: part.result for part in asked.early[0] if not asked.pieces}
+    whole |= {worker: asked.result_of(worker) for worker in asked.pieces}
+    assert whole == {worker: worker.encode() + b": " + BODY[:size] for worker in "CDF"}
+    assert asked.answer.parts == ()
+    assert network.left_over == {}
+
+
+def test_of_what_nobody_reads_each_worker_has_sent_what_it_may_and_waits(network):
+    asked = network.ask("A", BODY, pieces=2)
+    assert sent_by(network) == {"C": 2, "D": 2, "F": 2}
+    asked.read(1)
+    assert sum(sent_by(network).values()) == 7
+    assert not asked.is_answered
+
+
+def test_who_is_not_asked_for_pieces_sends_its_result_whole(network):
+    asked = network.ask("A", BODY, early=True)
+    assert [part.result[3:] for part in asked.early[0]] == [BODY] * 3
+    assert sent_by(network) == {"C": 0, "D": 0, "F": 0}
+
+
+def test_a_link_that_breaks_in_the_midst_of_a_part_costs_that_part_alone(network):
+    asked = network.ask("A", BODY, pieces=1)
+    asked.read(4)
+
+    network.cut("B", "C")
+    asked.read()
+
+    failed = [part for part in asked.early[0] if not part.ok]
+    assert [(part.process_id, part.executed) for part in failed] == [("C", Executed.UNKNOWN)]
+    assert asked.result_of("D") == b"D: " + BODY
+    assert asked.result_of("F") == b"F: " + BODY
+    assert network.left_over == {}
+
+
+@pytest.mark.parametrize("edge", [("A", "B"), ("E", "F")])
+def test_whatever_breaks_no_worker_goes_on_sending(network, edge):
+    asked = network.ask("A", BODY, pieces=1)
+    asked.read(2)
+    network.cut(*edge)
+    network.cut("A", "E")
+    before = sent_by(network)
+    asked.read()
+    after = sent_by(network)
+    assert {worker for worker in "CDF" if after[worker] > before[worker]} <= set("C")
+    assert network.left_over == {}
+
+
+def test_a_caller_who_leaves_or_is_late_ends_every_part_in_its_midst(network):
+    leaves = network.ask("A", BODY, pieces=1)
+    late = network.ask("A", BODY, pieces=1, deadline_s=1)
+    leaves.read(3)
+
+    leaves.leave()
+    assert leaves.is_answered
+    late.read(3)
+    network.advance(2)
+
+    assert [part.code for part in late.answer.parts] == [Code.DEADLINE_EXCEEDED] * 3
+    assert network.left_over == {}
+
+
+# What a handler gives, on threads and in processes.
+
+HANDLERS = """
+import time
+
+def act(payload, context):
+    what, size = payload.decode().split()
+    return globals()[what](int(size), context)
+
+def gives(size, context):
+    return bytearray(b"0123456789" * (size // 10))
+
+def yields(size, context):
+    try:
+        for _ in range(size // 10):
+            yield b"0123456789"
+    finally:
+        with open(context.options["notes"], "a") as notes: notes.write("closed ")
+
+def text(size, context):
+    yield b"0" * size
+    yield "text"
+
+def fails(size, context):
+    yield b"0" * size
+    raise ValueError("a secret")
+"""
+SIZE = 5 * PIECE_BYTES + 50
+MOST_BYTES = 7 * PIECE_BYTES
+
+
+class Bench:
+    """A runner, and what became of the one row that it has at a time."""
+
+    def __init__(self, runner: ThreadRunner | ProcessRunner, spec: HandlerSpec, notes: str) -> None:
+        self.runner = runner
+        self.notes = notes
+        self._desk = Desk(spec, 1, {"notes": notes})
+        self._ids = 0
+
+    def start(self, what: str, pieces: int = 0, left_s: float = 20.0) -> None:
+        self.came: list[tuple[bytes, Piece]] = []
+        self.parts: list[Part] = []
+        self.free = 0
+        self._ids += 1
+        until_s = time.monotonic() + left_s
+        segment = Segment(Route(), Column((what.encode(),)), until_s, self._ids, pieces=pieces)
+        segment.early = self._take
+        me = Process("W", "worker", "green", "h", 1)
+        rest = self._give_back, self.runner.end
+        self.batch = Batch(self._desk, me, segment, 0.0, self._take, *rest)
+        self.runner.submit(self.batch)
+
+    def run(self, what: str, pieces: int = 0, left_s: float = 20.0) -> Part:
+        """Reads all that comes; its last part, with all of its bytes."""
+        self.start(what, pieces, left_s)
+        read = 0
+        while not self.parts:
+            until(lambda: self.parts or len(self.came) > read, 10, "something comes")  # noqa: B023
+            for _, piece in self.came[read:]:
+                read += 1
+                if piece.more:
+                    piece.grant(1)
+        until(lambda: self.free, 10, "its place is free")
+        return self.parts[0]
+
+    @property
+    def result(self) -> bytes:
+        return b"".join(piece for piece, _ in self.came)
+
+    def _take(self, start: int, answers: Answers) -> None:
+        (column,) = answers.parts
+        part = column.at(0)
+        if column.piece is not None and part.ok:
+            self.came.append((part.result, column.piece))
+        if column.is_over:
+            self.parts.append(part)
+
+    def _give_back(self, places: int) -> None:
+        self.free += places
+
+
+@pytest.fixture(scope="module", params=["thread", "process"])
+def bench(request, tmp_path_factory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "given.py").write_text(HANDLERS)
+    spec = HandlerSpec("h", "given:act", run=request.param, slots=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        if request.param == "thread":
+            runner = ThreadRunner(spec, 1, MOST_BYTES)
+        else:
+            runner = ProcessRunner(spec, 1, Sources(folder, {}), MOST_BYTES)
+        made = Bench(runner, spec, str(folder / "notes"))
+        yield made
+        runner.close()
+
+
+@pytest.mark.parametrize("what", ["gives", "yields"])
+@pytest.mark.parametrize("pieces", [0, 1, 4])
+def test_all_that_a_handler_gives_arrives(bench, what, pieces):
+    part = bench.run(f"{what} {SIZE}", pieces)
+    whole = bench.result if pieces else part.result
+    assert whole == b"0123456789" * (SIZE // 10)
+    assert [piece.at for _, piece in bench.came] == [
+        n * PIECE_BYTES for n in range(6 * (pieces > 0))
+    ]
+
+
+def test_a_small_result_comes_whole(bench):
+    assert bench.run("yields 50", pieces=1).result == b"0123456789" * 5
+    assert bench.came == []
+
+
+@pytest.mark.parametrize("what", ["gives", "yields"])
+def test_too_large_a_result_that_must_come_whole_is_refused_with_what_would_do(bench, what):
+    part = bench.run(f"{what} {2 * MOST_BYTES}")
+    assert part.code is Code.RESOURCE_EXHAUSTED
+    assert "more than max_message_mib allows" in part.reason
+    assert "(--as-completed)" in part.reason
+    assert bench.run(f"{what} {2 * MOST_BYTES}", pieces=4).code is Code.OK
+
+
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_an_iterator_that_fails_or_gives_something_else_is_a_failure(bench, pieces):
+    part = bench.run(f"text {SIZE}", pieces)
+    assert (part.code, part.executed) == (Code.INTERNAL, Executed.YES)
+    assert "returned an iterator of str, not bytes" in part.reason
+    assert "error id" in bench.run(f"fails {SIZE}", pieces).reason
+
+
+@pytest.mark.parametrize("how", ["leaves", "deadline"])
+def test_who_reads_no_more_frees_the_place_and_closes_the_iterator(bench, how):
+    is_a_thread = isinstance(bench.runner, ThreadRunner)
+    before = closed(bench)
+
+    bench.start(f"yields {SIZE}", pieces=2, left_s=0.5 if how == "deadline" else 20)
+    until(lambda: len(bench.came) == 2, 10, "two pieces come")
+    if how == "leaves":
+        time.sleep(0.05)  # it waits for a grant
+        bench.batch.end(Code.CANCELLED, 0, 1)
+    until(lambda: bench.free, 10, "its place is free")
+
+    assert (len(bench.came), bench.parts[0].ok) == (2, False)
+    if is_a_thread:  # a process is killed
+        assert closed(bench) == before + 1
+    assert bench.run("gives 50").ok
+
+
+def closed(bench: Bench) -> int:
+    try:
+        with open(bench.notes) as notes:
+            return len(notes.read().split())
+    except FileNotFoundError:
+        return 0
+
+
+def test_a_slow_reader_is_not_the_handler_s_time(bench):
+    bench.start(f"gives {SIZE}", pieces=3)
+    until(lambda: len(bench.came) == 3, 10, "three pieces come")
+    time.sleep(0.3)
+    bench.came[0][1].grant(10)
+    until(lambda: bench.parts, 10, "it ends")
+    assert bench.parts[0].worked_us < 200_000
+
+
+# What the client makes of them.
+
+
+def came(granted: Callable[[str], None], **pieces: tuple[int, bytes, bool]) -> Came:
+    made = pb2.Slice(count=1, more=True)
+    for worker, (at, result, more) in pieces.items():
+        column = pb2.Column(items=[result])
+        made.parts.add(process_id=worker, results=column, at=at, more=more)
+    return Came(made, lambda row, worker: granted(worker))
+
+
+@given(
+    bodies=st.lists(st.binary(max_size=30), min_size=1, max_size=3),
+    size=st.integers(1, 9),
+    seed=st.randoms(use_true_random=False),
+    lost=st.none() | st.integers(0, 12),
+    twice=st.none() | st.integers(0, 12),
+)
+def test_a_part_is_given_whole_or_not_at_all(bodies, size, seed, lost, twice):
+    letters = []
+    for worker, body in zip("CDF", bodies, strict=False):
+        at = 0
+        for piece, more in cut([body], size):
+            letters.append((seed.random(), worker, (at, piece, more)))
+            at += len(piece)
+    order = sorted(worker for _, worker, _ in letters)
+    seed.shuffle(order)
+    left = {worker: iter([p for _, w, p in letters if w == worker]) for worker in "CDF"}
+    coming = [(worker, next(left[worker])) for worker in order]
+    if twice is not None and twice < len(coming):
+        coming.insert(twice, coming[twice])
+    broken = coming.pop(lost)[0] if lost is not None and lost < len(coming) else ""
+
+    granted: list[str] = []
+    parts, given_parts = Parts(None), []
+    for worker, piece in coming:
+        given_parts += parts.early(came(granted.append, **{worker: piece}), 0)
+    given_parts += parts.last(came(granted.append), 0)
+
+    whole = dict(zip("CDF", bodies, strict=False))
+    for part in given_parts:
+        assert part.result == (whole[part.process_id] if part.ok else b"")
+    good = [part.process_id for part in given_parts if part.ok]
+    assert len(set(good)) == len(good)
+    if twice is None:
+        assert set(whole) - set(good) <= {broken}
+
+
+def test_more_is_granted_as_pieces_are_taken_and_nothing_after_the_last():
+    granted: list[str] = []
+    parts = Parts(None)
+    assert list(parts.early(came(granted.append, C=(0, b"ab", True), D=(0, b"x", True)), 0)) == []
+    (part,) = parts.early(came(granted.append, C=(2, b"c", False)), 0)
+    assert (part.process_id, part.result, granted) == ("C", b"abc", ["C", "D"])
+
+
+def test_a_part_that_broke_off_is_told_of_at_the_end():
+    parts = Parts(None)
+    list(parts.early(came(lambda worker: None, C=(0, b"ab", True), D=(0, b"x", False)), 0))
+    (part,) = parts.last(Failure(Code.UNAVAILABLE, "gone"), 0)
+    assert (part.process_id, part.code, part.executed) == ("C", Code.DATA_LOSS, Executed.UNKNOWN)
+    assert "broke off after 2 bytes" in part.reason

@@ -1,0 +1,65 @@
+"""Handlers: found by their configured name, called with a context."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from overlay.model.errors import ConfigError
+from overlay.model.topology import BUILT_IN, HandlerSpec
+from overlay.workers import api
+from overlay.workers.api import Context
+
+
+def context(left_s: float = 5.0, ended: bytearray | None = None, row: int = 0) -> Context:
+    rows = ended or bytearray(1)
+    return Context("C", "green", 7, 0, time.monotonic() + left_s, {}, rows, row)
+
+
+def test_the_default_handler_says_who_answers():
+    assert api.echo(b"hi", context()) == b"C: hi"
+    assert api.echo(b"", context()) == b"C: "
+    assert api.echo(b"\xff\x00", context()) == b"C: \xff\x00"
+
+
+def test_the_built_in_handlers_can_be_found():
+    for spec in BUILT_IN.values():
+        assert callable(api.find(spec, spec.call))
+
+
+def test_a_handler_sees_that_its_caller_left():
+    ended = bytearray(3)
+    seen, other = context(ended=ended, row=1), context(ended=ended, row=2)
+    assert not seen.cancelled
+
+    ended[1] = 1
+
+    assert seen.cancelled
+    assert not other.cancelled
+
+
+def test_a_handler_sees_that_its_deadline_passed():
+    late = context(left_s=-1)
+    assert late.cancelled
+    assert late.remaining_s() == 0
+
+
+def test_a_handlers_log_is_the_handlers_own_area():
+    assert context().log.name == "overlay.handler"
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        ("nowhere_at_all:f", "module 'nowhere_at_all' cannot be imported (ModuleNotFoundError"),
+        ("json:nope", f"module 'json' has no function 'nope' ({json.__file__})"),
+        ("json:__name__", f"module 'json' is not a function: '__name__' ({json.__file__})"),
+        ("time:nope", "module 'time' has no function 'nope' (built into Python)"),
+    ],
+)
+def test_what_cannot_be_found_is_named(function, sentence):
+    with pytest.raises(ConfigError) as raised:
+        api.find(HandlerSpec("mine", function), function)
+    assert str(raised.value).startswith(f"handler 'mine': {sentence}")
