@@ -57,7 +57,7 @@ try:
     from overlay.server import reflection
     from overlay.server.admin import Admin
     from overlay.server.connection_limits import Connections, most_connections, raise_file_limit
-    from overlay.server.heap import Memory, keep_little
+    from overlay.server.heap import HeapTrimmer, keep_little
     from overlay.server.reception import Health, Reception, on_threads_of
     from overlay.server.service import Drained, Service
     from overlay.server.shutdown import StopFile, when_console_ends
@@ -145,7 +145,7 @@ class Node:
         service.calls_without_message = lambda: self.reception.unarrived
         peers = self.reception.open_peers
         self.connections = Connections(me.port, most, service.record, peers, self._look_after)
-        self.memory = Memory(lambda: service.is_busy)
+        self.memory = HeapTrimmer(lambda: service.is_busy)
         self.health = Health(self.metrics_pool)
         node = OverlayNode(service, self.metrics_pool)
         pb2_grpc.add_OverlayNodeServicer_to_server(node, self.reception)

@@ -27,8 +27,8 @@ from overlay import BadRequest
 
 # Named, because Pillow knows formats that start other programs (EPS) and some that nobody sends.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
-MOST_PIXELS = 64_000_000  # 192 MB when unpacked; a small file can claim to be far more
-Image.MAX_IMAGE_PIXELS = MOST_PIXELS
+MAX_PIXELS = 64_000_000  # 192 MB when unpacked; a small file can claim to be far more
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 def thumbnail(payload: bytes, context: Any) -> bytes:

@@ -1,6 +1,6 @@
 """Bugs made on purpose: python faults/seeded.py BUG CONFIG ID serves a process that has one.
 
-Each replaces a piece of the product by one that breaks a promise. The bench must see it, by one of
+Each replaces a chunk of the product by one that breaks a promise. The bench must see it, by one of
 the rules that the table names, in the scenario that provokes it.
 """
 
@@ -90,11 +90,11 @@ def expired_is_started() -> None:
     def unchecked(self: Any, ticket: Any, now: float) -> Any:
         return claim(self, ticket, min(now, ticket.segment.deadline - 1))
 
-    right = request_queue.Ticket.end
-    request_queue.Ticket.end = end
-    claim = request_queue.Intake._claim_locked
-    request_queue.Intake._claim_locked = unchecked
-    peers._Link.time_left_s = lambda self, deadline: max(1.0, deadline - time.monotonic())
+    right = request_queue.QueuedSegment.end
+    request_queue.QueuedSegment.end = end
+    claim = request_queue.RequestQueue._claim_locked
+    request_queue.RequestQueue._claim_locked = unchecked
+    peers._Peer.time_left_s = lambda self, deadline: max(1.0, deadline - time.monotonic())
 
 
 def retry_without_proof() -> None:
@@ -124,7 +124,7 @@ def answer_sent_twice() -> None:
 def deadline_not_passed_on() -> None:
     from overlay.peers import peers
 
-    peers._Link.time_left_s = lambda self, deadline: 30.0
+    peers._Peer.time_left_s = lambda self, deadline: 30.0
 
 
 def refusal_says_always_no() -> None:
@@ -150,13 +150,13 @@ def seen_ids_off() -> None:
 def cancelled_stays_active() -> None:
     from overlay.queueing import request_queue
 
-    right = request_queue.Intake._release
+    right = request_queue.RequestQueue._release
 
     def release(self: Any, ticket: Any, count: int) -> None:
         if not ticket._ended:
             right(self, ticket, count)
 
-    request_queue.Intake._release = release
+    request_queue.RequestQueue._release = release
 
 
 def dead_link_is_silent() -> None:
@@ -166,7 +166,7 @@ def dead_link_is_silent() -> None:
         self.is_live = False
         self._link.lost(why)
 
-    outgoing.Book._lost = lost
+    outgoing.SegmentSender._lost = lost
 
 
 def coverage_always_complete() -> None:
@@ -203,7 +203,7 @@ def drain_refuses_running() -> None:
     from overlay.queueing import request_queue
 
     running: list[Any] = []
-    right_run, right_close = request_queue.Ticket._run, request_queue.Intake.close
+    right_run, right_close = request_queue.QueuedSegment._run, request_queue.RequestQueue.close
 
     def run(ticket: Any, *rest: Any) -> None:
         running.append(ticket)
@@ -218,8 +218,8 @@ def drain_refuses_running() -> None:
                 ticket._settle(0, segments.Answers(rows, (), refused=part))
         return int(right_close(self))
 
-    request_queue.Ticket._run = run
-    request_queue.Intake.close = close
+    request_queue.QueuedSegment._run = run
+    request_queue.RequestQueue.close = close
 
 
 def runs_some_twice() -> None:
@@ -238,13 +238,13 @@ def runs_some_twice() -> None:
 def answers_get_lost() -> None:
     from overlay.server import stream_session
 
-    right, numbers = stream_session._Stream._answer, itertools.count(1)
+    right, numbers = stream_session._Session._answer, itertools.count(1)
 
     def answer(self: Any, accepted: Any, start: int, answers: Any) -> None:
         if next(numbers) % 15:
             right(self, accepted, start, answers)
 
-    stream_session._Stream._answer = answer
+    stream_session._Session._answer = answer
 
 
 def deadlines_never_end() -> None:
@@ -269,14 +269,14 @@ def crashes_inside() -> None:
 def link_stays_down() -> None:
     from overlay.peers import peers
 
-    right = peers._Link._set_state
+    right = peers._Peer._set_state
 
     def set_state(self: Any, state: str, reason: str) -> None:
         if state == "up" and self.asked and self.state == "down":
             return
         right(self, state, reason)
 
-    peers._Link._set_state = set_state
+    peers._Peer._set_state = set_state
 
 
 def exit_takes_the_process() -> None:
@@ -331,20 +331,22 @@ def counts_go_astray() -> None:
 def keys_are_forgotten() -> None:
     from overlay.server import idempotency
 
-    right = idempotency.Keys._end
+    right = idempotency.IdempotencyKeys._end
 
     def end(self: Any, named: bytes, asked: Any, outcome: Any) -> None:
         right(self, named, asked, outcome)
         asked.until = 0.0
 
-    idempotency.Keys._end = end
+    idempotency.IdempotencyKeys._end = end
 
 
 def key_for_any_payload() -> None:
     from overlay.server import idempotency
 
-    right = idempotency.Keys.enter
-    idempotency.Keys.enter = lambda self, caller, key, question: right(self, caller, key, (b"",))
+    right = idempotency.IdempotencyKeys.enter
+    idempotency.IdempotencyKeys.enter = lambda self, caller, key, question: right(
+        self, caller, key, (b"",)
+    )
 
 
 def failed_is_lost() -> None:
@@ -368,8 +370,8 @@ def refuses_now_and_then() -> None:
 
         return admit
 
-    request_queue.Intake.admit = grudging(request_queue.Intake.admit)
-    request_queue.Intake.admit_to = grudging(request_queue.Intake.admit_to)
+    request_queue.RequestQueue.admit = grudging(request_queue.RequestQueue.admit)
+    request_queue.RequestQueue.admit_to = grudging(request_queue.RequestQueue.admit_to)
 
 
 def names_alone_share() -> None:

@@ -181,9 +181,9 @@ class Stranger:
             size = self._take_room(stream, min(len(body), FRAME_BYTES))
             if not size:
                 return
-            piece, body = body[:size], body[size:]
+            chunk, body = body[:size], body[size:]
             last = END_STREAM if end and not body else 0
-            self.send(frame(DATA, last, stream, piece))
+            self.send(frame(DATA, last, stream, chunk))
 
     def _take_room(self, stream: int, most: int) -> int:
         until = time.monotonic() + SEND_S
@@ -222,13 +222,13 @@ class Stranger:
     def read(self) -> None:
         """Takes what has come; on the reader's thread."""
         try:
-            piece = self._socket.recv(65_536) if self._socket else b""
+            chunk = self._socket.recv(65_536) if self._socket else b""
         except OSError:
-            piece = b""
-        if not piece:
+            chunk = b""
+        if not chunk:
             self.close()
             return
-        self._buffer += piece
+        self._buffer += chunk
         reply = b""
         with self._changed:
             for kind, flags, stream, body in self._frames():

@@ -25,8 +25,8 @@ TOGETHER = {"union_by_name", "filename", "hive_partitioning", "hive_types", "hiv
 TOGETHER |= {"files_to_sniff", "auto_detect", "parallel", "buffer_size", "store_rejects"}
 TOGETHER |= {"rejects_table", "rejects_scan", "rejects_limit"}
 
-MOST_BYTES = 65_536  # of a file's first line
-MOST_MODELS = 1000
+MAX_BYTES = 65_536  # of a file's first line
+MAX_MODELS = 1000
 WIDER = (("BIGINT", "DOUBLE"), ("DATE", "TIMESTAMP"))  # what holds every value of those before it
 
 
@@ -89,7 +89,7 @@ class Forms:
         ):
             return model
         form = _form(db, file.path, self._options)
-        if form.has_header and len(self._models) < MOST_MODELS:
+        if form.has_header and len(self._models) < MAX_MODELS:
             self._models.setdefault(line, form)
         return form
 
@@ -161,7 +161,7 @@ def _told(form: Form) -> dict[str, Any]:
 def _first_line(path: str) -> bytes:
     opened = gzip.open if path.lower().endswith(".gz") else open
     with opened(path, "rb") as file:
-        return bytes(file.readline(MOST_BYTES))
+        return bytes(file.readline(MAX_BYTES))
 
 
 def _form(db: duckdb.DuckDBPyConnection, path: str, options: Mapping[str, Any]) -> Form:

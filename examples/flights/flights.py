@@ -42,8 +42,8 @@ from sqltree import quoted, said
 
 from overlay import BadRequest
 
-MOST_BYTES = 8 * 1024 * 1024  # of a part; max_message_mib is 16 unless the configuration says so
-MOST_ROWS = 500_000  # of an answer, which the process asked holds in memory
+MAX_BYTES = 8 * 1024 * 1024  # of a part; max_message_mib is 16 unless the configuration says so
+MAX_ROWS = 500_000  # of an answer, which the process asked holds in memory
 MERGE_S = 10  # a merge runs on the process asked, where no deadline would end it
 MERGE_MIB = 512
 RESERVE_S = 0.5  # of the deadline, to say why there is no answer; of a short one a fifth
@@ -81,8 +81,8 @@ def query(payload: bytes, context: Any) -> bytes:
         "rows": rows,
     }
     answer = json.dumps(part, separators=(",", ":"), ensure_ascii=False).encode()
-    if max(map(len, rows), default=0) > share.most_rows or len(answer) > MOST_BYTES:
-        most = f"{share.most_rows:,} rows or {MOST_BYTES:,} bytes"
+    if max(map(len, rows), default=0) > share.most_rows or len(answer) > MAX_BYTES:
+        most = f"{share.most_rows:,} rows or {MAX_BYTES:,} bytes"
         raise BadRequest(
             f"a share has more than {most} to send for this query; add LIMIT, or a WHERE, or have "
             "fewer groups and DISTINCT values"
@@ -207,15 +207,15 @@ def _merged(
             db.execute(f"CREATE TABLE answer({names}) AS {asked['final']}")
             types = [type_ for _, type_, *_ in db.execute("DESCRIBE answer").fetchall()]
             as_text = "SELECT CAST(COLUMNS(*) AS VARCHAR) FROM answer ORDER BY rowid"
-            rows = db.execute(as_text).fetchmany(MOST_ROWS + 1)
+            rows = db.execute(as_text).fetchmany(MAX_ROWS + 1)
         except duckdb.InterruptException:
             raise BadRequest(f"the answers could not be merged within {MERGE_S} s") from None
         except duckdb.OutOfMemoryException:
             raise BadRequest(f"the answers need more than {MERGE_MIB} MiB to be merged") from None
         except SENDERS as e:
             raise BadRequest(said(e)) from None
-    if len(rows) > MOST_ROWS:
-        raise BadRequest(f"the answer has more than {MOST_ROWS:,} rows; add LIMIT")
+    if len(rows) > MAX_ROWS:
+        raise BadRequest(f"the answer has more than {MAX_ROWS:,} rows; add LIMIT")
     return types, rows
 
 

@@ -21,7 +21,7 @@ from csvfiles import File, Forms
 from sqltree import described, literal, quoted, said
 
 READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".gz": "read_csv", ".tsv": "read_csv"}
-MOST_OPEN = 2  # databases: that of the files as they are now, and of those before a change
+MAX_OPEN = 2  # databases: that of the files as they are now, and of those before a change
 
 _open: dict[Share, Opened] = {}
 _opening = threading.Lock()  # guards _open, and the forms, which are looked for once
@@ -94,7 +94,7 @@ def opened(share: Share, left_s: Callable[[], float]) -> Opened:
     try:
         if share not in _open:
             made = _opened(share, left_s)
-            while len(_open) >= MOST_OPEN:
+            while len(_open) >= MAX_OPEN:
                 del _open[next(iter(_open))]
             _open[share] = made
         return _open[share]

@@ -56,7 +56,7 @@ PATIENCE_S = 30.0
 SHOWN_FAILURES = 10  # each in words; beyond, they are counted
 REFRESH_S = 0.1  # of the progress bar, and how long a result may wait in our buffer
 READ_BYTES = 256 * 1024
-PIECES = 16  # read from stdin and not yet taken
+CHUNKS = 16  # read from stdin and not yet taken
 IDLE_S = 0.02  # stdin is waited for so long before results are looked at
 REST_S = 2.0  # after the end, standard input is waited for so long
 COUNTED_BYTES = 512 * 1024 * 1024  # files up to this are read twice, for a bar that knows its end
@@ -388,16 +388,16 @@ def _as_line(path: Path) -> bytes:
 
 def _stdin_lines() -> Iterator[bytes]:
     """Lines as they come, and NOTHING_YET while none does, so that results are shown meanwhile."""
-    pieces: queue.Queue[bytes] = queue.Queue(PIECES)
-    threading.Thread(target=_read_stdin, args=(pieces,), name="map-reader", daemon=True).start()
+    chunks: queue.Queue[bytes] = queue.Queue(CHUNKS)
+    threading.Thread(target=_read_stdin, args=(chunks,), name="map-reader", daemon=True).start()
     rest: list[bytes] = []
     while True:
         try:
-            piece = pieces.get(timeout=IDLE_S)
+            chunk = chunks.get(timeout=IDLE_S)
         except queue.Empty:
             yield library.NOTHING_YET
             continue
-        *lines, last = piece.split(b"\n")
+        *lines, last = chunk.split(b"\n")
         for line in lines:
             if rest:
                 line = b"".join([*rest, line])
@@ -405,21 +405,21 @@ def _stdin_lines() -> Iterator[bytes]:
             yield line.removesuffix(b"\r")
         if last:
             rest.append(last)
-        if not piece:
+        if not chunk:
             if rest:
                 yield b"".join(rest).removesuffix(b"\r")
             return
 
 
-def _read_stdin(pieces: queue.Queue[bytes]) -> None:
+def _read_stdin(chunks: queue.Queue[bytes]) -> None:
     # Not sys.stdin: a thread that reads it while the program ends would make Python abort.
     while True:
         try:
-            piece = os.read(0, READ_BYTES)
+            chunk = os.read(0, READ_BYTES)
         except OSError:
-            piece = b""
-        pieces.put(piece)
-        if not piece:
+            chunk = b""
+        chunks.put(chunk)
+        if not chunk:
             return
 
 
@@ -428,11 +428,11 @@ def _without_end(line: bytes) -> bytes:
 
 
 def _lines_in(path: Path) -> int:
-    lines, piece = 0, b"\n"
+    lines, chunk = 0, b"\n"
     with path.open("rb") as file:
         while more := file.read(READ_BYTES):
-            lines, piece = lines + more.count(b"\n"), more
-    return lines + (not piece.endswith(b"\n"))
+            lines, chunk = lines + more.count(b"\n"), more
+    return lines + (not chunk.endswith(b"\n"))
 
 
 # What comes out

@@ -20,7 +20,7 @@ from overlay.cli.terminal import Exit, Parser, Screen, clean, complain
 from overlay.cli.top_view import Signs, lines
 from overlay.model import clocks as time
 from overlay.model.topology import join_address
-from overlay.monitor.poller import Watch
+from overlay.monitor.poller import Poller
 from overlay.monitor.snapshot import Wanted
 
 ROUNDS = 2  # for one report: rates are differences
@@ -58,14 +58,14 @@ def run(args: argparse.Namespace) -> int:
         return Exit.USAGE
     try:
         wanted = Wanted(args.failed, args.handler, args.caller, args.request)
-        watch = Watch(join_address(args.host, args.port), wanted=wanted).start()
+        watch = Poller(join_address(args.host, args.port), wanted=wanted).start()
     except ValueError as error:
         complain(str(error))
         return Exit.USAGE
     return _once(watch, args.json) if args.once else _live(watch)
 
 
-def _once(watch: Watch, as_json: bool) -> int:
+def _once(watch: Poller, as_json: bool) -> int:
     until = time.monotonic() + ONCE_S
     picture = watch.newer(0, ONCE_S)
     while (left_s := until - time.monotonic()) > 0:
@@ -88,7 +88,7 @@ def _once(watch: Watch, as_json: bool) -> int:
     return code
 
 
-def _live(watch: Watch) -> int:
+def _live(watch: Poller) -> int:
     screen = Screen(sys.stdout)
     signs = Signs.of(screen.encoding)
     shown: tuple[Any, ...] = ()

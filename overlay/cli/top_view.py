@@ -17,7 +17,7 @@ from overlay.model import clocks as time
 from overlay.model.segments import Code
 from overlay.observability.events import latest
 
-MOST_LISTED = 40  # requests, and events
+MAX_LISTED = 40  # requests, and events
 WIDEST = 1_000  # beyond, it is a pipe, and nothing stands on the right
 
 Picture = Mapping[str, Any]
@@ -58,7 +58,7 @@ PROCESS_COLUMNS = (
 )
 USAGE = ("cpu %", "MiB")  # of them, where there is room
 NUMBERS = PROCESS_COLUMNS[2:-2]  # stand on the right
-MOST_MAPS = 3
+MAX_MAPS = 3
 SILENT_S = 5  # a map whose client told nothing for so long may have stopped
 ROOMY = 96  # columns of a screen
 
@@ -127,7 +127,7 @@ def _figures(picture: Picture, width: int, signs: Signs) -> list[Text]:
 def _maps(picture: Picture, signs: Signs) -> list[Text]:
     """A line for each of the few that were told of last."""
     made = []
-    for one in picture["maps"][-MOST_MAPS:]:
+    for one in picture["maps"][-MAX_MAPS:]:
         ended = one["answered"] + one["failed"]
         line = Text("map      ")
         if one["total"]:
@@ -254,7 +254,7 @@ def _path(hops: Sequence[Mapping[str, Any]], signs: Signs) -> str:
 
 
 def _events(picture: Picture, most: int, signs: Signs) -> list[Text]:
-    shown = latest(picture["events"], min(most, MOST_LISTED), lambda event: event["is_change"])
+    shown = latest(picture["events"], min(most, MAX_LISTED), lambda event: event["is_change"])
     rows, styles = [], []
     for event in reversed(shown):
         many = ""
@@ -268,7 +268,7 @@ def _events(picture: Picture, most: int, signs: Signs) -> list[Text]:
 
 def _latest(items: Sequence[Any], most: int) -> list[Any]:
     """The last ones, the latest first; in a report of any length not all of them."""
-    return list(items[::-1][: max(0, min(most, MOST_LISTED))])
+    return list(items[::-1][: max(0, min(most, MAX_LISTED))])
 
 
 def _table(

@@ -38,12 +38,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overlay.cli.terminal import Exit, Parser, Screen, complain, host
 from overlay.model.topology import join_address
-from overlay.monitor.poller import Watch
+from overlay.monitor.poller import Poller
 from overlay.transport.http_door import Server, listen
 
 PAGE = Path(__file__).parent / "page"
 PORT = 8050
-MOST_VIEWERS = 32  # then the longest-standing of whoever has the most makes room for one more
+MAX_VIEWERS = 32  # then the longest-standing of whoever has the most makes room for one more
 STALLED_S = 30.0  # a viewer that takes nothing for so long is let go
 # Windows asks its registry, where an editor may have made JavaScript plain text; "nosniff" then
 # keeps a browser from running it.
@@ -97,7 +97,7 @@ def arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     address = join_address(args.host, args.port)
     try:
-        watch = Watch(address)
+        watch = Poller(address)
     except ValueError as error:
         complain(str(error))
         return Exit.USAGE
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 class Page:
     """The application. Its methods run on the server's event loop."""
 
-    def __init__(self, watch: Watch, loopback_only: bool) -> None:
+    def __init__(self, watch: Poller, loopback_only: bool) -> None:
         self._watch = watch
         self._loopback_only = loopback_only
         self._newest = b""
@@ -207,7 +207,7 @@ class Page:
     def _let_in(self, viewer: _Viewer) -> None:
         """A page that lost its place to another asks again by itself, a second later."""
         self._viewers.append(viewer)
-        if len(self._viewers) > MOST_VIEWERS:
+        if len(self._viewers) > MAX_VIEWERS:
             of = Counter(one.address for one in self._viewers)
             leaver = max(self._viewers, key=lambda one: of[one.address])  # the first of them
             self._viewers.remove(leaver)

@@ -43,8 +43,8 @@ from overlay.client.arguments import (
     parts_wanted,
 )
 from overlay.client.connection import PATIENCE_S, Connection, ended_early
-from overlay.client.multiplexer import Calls
-from overlay.client.outbox import Kind, Order
+from overlay.client.multiplexer import Multiplexer
+from overlay.client.outbox import CallKind, Submission
 from overlay.client.partials import Parts
 from overlay.client.progress import Telling
 from overlay.client.results import NOT_PICKLED, Answer, CallFailed, value_of
@@ -218,7 +218,7 @@ class AsyncClient:
         await self.close()
 
     async def _parts(
-        self, kind: Kind, body: bytes, timeout_s: float, parts: Parts
+        self, kind: CallKind, body: bytes, timeout_s: float, parts: Parts
     ) -> AsyncIterator[Part]:
         box: asyncio.Queue[tuple[bool, Any, int, int]] = asyncio.Queue()
 
@@ -304,7 +304,7 @@ async def _on_a_thread(function: Callable[..., Said], *arguments: Any) -> Said:
 class _Reply(asyncio.Future[Any]):
     """The Future of one request."""
 
-    order: Order | None = None
+    order: Submission | None = None
     row = 0
 
     def __init__(self, post: _Post, payload: bytes, timeout_s: float, read: Any) -> None:
@@ -343,9 +343,9 @@ class _Post:
         self.connection = connection
         self._patience_s = patience_s
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._asked: dict[tuple[Kind, float], list[_Reply]] = {}
+        self._asked: dict[tuple[CallKind, float], list[_Reply]] = {}
         self._came: deque[tuple[Take, Sequence[int], Any, int, int]] = deque()
-        self._calls: Calls | None = None
+        self._calls: Multiplexer | None = None
         self._is_due = False  # the loop has been told of what came, and has not looked yet
         self._wake_weakly = _weakly(self._wake)
         self._connecting: dict[float, asyncio.Task[None]] = {}
@@ -363,7 +363,7 @@ class _Post:
             raise RuntimeError("this client belongs to another event loop; make one in each")
         return running
 
-    def ask(self, kind: Kind, payload: bytes, timeout_s: float, read: Any) -> _Reply:
+    def ask(self, kind: CallKind, payload: bytes, timeout_s: float, read: Any) -> _Reply:
         reply = _Reply(self, payload, timeout_s, read)
         if not self._asked:
             self.loop.call_soon(self._flush)
@@ -372,7 +372,7 @@ class _Post:
 
     def send(
         self,
-        kind: Kind,
+        kind: CallKind,
         payloads: list[bytes],
         timeout_s: float,
         take: Take,
@@ -380,12 +380,12 @@ class _Post:
         early: Take | None = None,
         when_back: bool = False,
         keeps_trying: Callable[[], bool] | None = None,
-    ) -> Order:
+    ) -> Submission:
         """fail: called instead of `take` when nothing could be sent. early, keeps_trying: see
         Order. when_back: a process that is not there is not waited for here; what it is to have
         leaves when it is."""
         deliver = partial(self._deliver, take)
-        order = Order(kind, payloads, time.monotonic() + timeout_s, deliver)
+        order = Submission(kind, payloads, time.monotonic() + timeout_s, deliver)
         order.early = partial(self._deliver, early) if early else None
         order.is_patient = when_back
         if keeps_trying is not None:
@@ -404,7 +404,7 @@ class _Post:
             task.add_done_callback(self._sending.discard)
         return order
 
-    def cancel(self, order: Order, rows: Iterable[int] = ()) -> None:
+    def cancel(self, order: Submission, rows: Iterable[int] = ()) -> None:
         self.connection.cancel(order, tuple(rows))
 
     async def pause(self, seconds: float) -> None:
@@ -447,7 +447,11 @@ class _Post:
                     reply.order, reply.row = order, row
 
     async def _send_later(
-        self, calls: Calls, order: Order, timeout_s: float, fail: Callable[[Exception], None]
+        self,
+        calls: Multiplexer,
+        order: Submission,
+        timeout_s: float,
+        fail: Callable[[Exception], None],
     ) -> None:
         try:
             await self._connected(calls, min(self._patience_s, timeout_s))
@@ -456,7 +460,7 @@ class _Post:
         else:
             calls.send(order)  # cancelled rows among them are never sent
 
-    async def _connected(self, calls: Calls, patience_s: float) -> None:
+    async def _connected(self, calls: Multiplexer, patience_s: float) -> None:
         # One thread waits for all who ask meanwhile.
         task = self._connecting.get(patience_s)
         if task is None:
@@ -529,7 +533,7 @@ class _Mapping:
     def __init__(
         self,
         post: _Post,
-        kind: Kind,
+        kind: CallKind,
         timeout_s: float,
         chunk: int,
         window: int,

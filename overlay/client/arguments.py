@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from overlay.client.outbox import Kind
+from overlay.client.outbox import CallKind
 from overlay.model import json_values
 from overlay.model.limits import Limits
 from overlay.model.segments import Mode, Route
@@ -133,7 +133,7 @@ def kind_of(
     want_parts: bool,
     priority: int = 0,
     as_they_come: bool = False,
-) -> Kind:
+) -> CallKind:
     is_exact = type(mode) is type(team) is type(handler) is str
     if not (is_exact and type(want_parts) is bool and type(priority) is int):
         mode = _as_text("mode", mode)
@@ -146,13 +146,13 @@ def kind_of(
 @functools.lru_cache(256)
 def _kind_of(
     mode: str, team: str, handler: str, want_parts: bool, priority: int, as_they_come: bool
-) -> Kind:
+) -> CallKind:
     # Of exact types only: 1, 1.0 and True are one key, and the first to come would be all three.
     if mode not in ("all", "any"):
         raise ValueError(f"mode {mode[:20]!r} is not 'all' or 'any'")
     route = Route(Mode[mode.upper()], _as_name("team", team), _as_name("handler", handler))
     priority = as_whole("priority", priority, most=HIGHEST_PRIORITY)
-    return Kind(route, want_parts, priority, as_they_come)
+    return CallKind(route, want_parts, priority, as_they_come)
 
 
 def handler_of(handler: str | None) -> str:
@@ -203,7 +203,7 @@ def chunk_of(window: int, chunksize: int) -> tuple[int, int]:
 class MapAsked(NamedTuple):
     """What a map goes by, as its runs take it. given: its payloads, or args, as they came."""
 
-    kind: Kind
+    kind: CallKind
     timeout_s: float
     chunk: int
     window: int

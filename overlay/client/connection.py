@@ -18,8 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay.client import environment
 from overlay.client.callbacks import Callbacks
-from overlay.client.multiplexer import RETRY_PAUSE_S, Calls
-from overlay.client.outbox import Order
+from overlay.client.multiplexer import RETRY_PAUSE_S, Multiplexer
+from overlay.client.outbox import Submission
 from overlay.client.results import (
     Answer,
     CallCancelled,
@@ -87,9 +87,9 @@ class Connection:
         self._lock = threading.Lock()
         self._made: _Line | None = None
         self._single_line: _Line | None = None
-        self._calls: Calls | None = None
+        self._calls: Multiplexer | None = None
         # What holds a stream and threads, without this connection: so that it can be let go.
-        self._held: list[Calls | Channel] = []
+        self._held: list[Multiplexer | Channel] = []
         self._freeing = weakref.finalize(self, _free_soon, self._held)
         self._freeing.atexit = False
         environment.remember(self)
@@ -99,14 +99,14 @@ class Connection:
         """The address, with what its name stands for here."""
         return self._made.channel.shown if self._made else self._address
 
-    def send(self, order: Order, timeout_s: float) -> None:
+    def send(self, order: Submission, timeout_s: float) -> None:
         """Raises NotReached when nobody serves at the address."""
         calls = self.begin() if self._calls is None or self._closed else self._calls
         if not calls.connected.is_set():
             self.wait_connected(calls, min(self._patience_s, timeout_s))
         calls.send(order)
 
-    def cancel(self, order: Order, rows: Sequence[int] = ()) -> None:
+    def cancel(self, order: Submission, rows: Sequence[int] = ()) -> None:
         if self._calls is not None:
             self._calls.cancel(order, rows or order.rows)
 
@@ -178,18 +178,18 @@ class Connection:
             self._is_left, self._closed = not self._closed, True
             self._calls = None
 
-    def begin(self) -> Calls:
+    def begin(self) -> Multiplexer:
         with self._lock:
             channel = self._line_locked().channel
             if self._calls is None:
                 shown = partial(getattr, channel, "shown")
-                calls = Calls(channel, self._address, self._patience_s, shown)
+                calls = Multiplexer(channel, self._address, self._patience_s, shown)
                 calls.start()
                 self._calls = calls
                 self._held.insert(0, calls)
             return self._calls
 
-    def wait_connected(self, calls: Calls, patience_s: float) -> None:
+    def wait_connected(self, calls: Multiplexer, patience_s: float) -> None:
         """Raises NotReached with the reason, when the connection does not come up in time."""
         until = time.monotonic() + patience_s
         calls.wake()
@@ -240,7 +240,7 @@ class Connection:
         return cast(codec.pb2.DrainResponse, found)
 
     def logs(self, request: codec.pb2.LogsRequest, timeout_s: float) -> codec.pb2.LogsResponse:
-        most = min(request.lines or codec.FEW_LINES, LINES)
+        most = min(request.lines or codec.MIN_LINES, LINES)
 
         def check(said: codec.pb2.LogsResponse) -> None:
             validation.check_logs(said, request.process_id or said.process_id, most)
@@ -440,12 +440,12 @@ class Presence:
             return e
         return None
 
-    def send(self, order: Order) -> None:
+    def send(self, order: Submission) -> None:
         """As Connection.send, but does not wait: what cannot be sent now leaves when it can."""
         order.is_patient = True
         self._connection.begin().send(order)
 
-    def take_back(self, orders: Iterable[Order], why: CallFailed) -> int:
+    def take_back(self, orders: Iterable[Submission], why: CallFailed) -> int:
         """Ends what of them was not sent, and never will be; how many rows."""
         calls = self._connection.begin()
         failure = Failure(why.code, f"not sent: {why}", Executed.NO, why.retry_after_s)
@@ -459,7 +459,7 @@ def ended_early(why: CallFailed, answered: int, failed: int, unsent: int) -> Cal
     return type(why)(f"{why}; {counts}, nor were any after them", **about)  # type: ignore[arg-type]
 
 
-def _is_wrong(calls: Calls) -> bool:
+def _is_wrong(calls: Multiplexer) -> bool:
     """Whether something answers at the address that will not take our stream later either."""
     refused = calls.refused
     return refused is not None and refused.code not in _MAY_PASS and not calls.is_full
@@ -474,14 +474,14 @@ def _closed(is_left: bool) -> CallFailed:
     return CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
 
 
-def _free(held: list[Calls | Channel]) -> None:
+def _free(held: list[Multiplexer | Channel]) -> None:
     """In their order. May be called twice."""
     for one in list(held):
         one.close()
     environment.end_use(held)
 
 
-def _free_soon(held: list[Calls | Channel]) -> None:
+def _free_soon(held: list[Multiplexer | Channel]) -> None:
     # On a thread of its own: closing waits, and a finalizer runs wherever the last reference goes,
     # on the pipe's thread too. By the bare function, which takes no lock of `threading`: that very
     # thread may just hold it.

@@ -17,7 +17,7 @@ from typing import Any
 
 from overlay.client.arguments import as_bytes
 from overlay.client.connection import Connection, ended_early
-from overlay.client.outbox import Kind, Order
+from overlay.client.outbox import CallKind, Submission
 from overlay.client.progress import Telling
 from overlay.client.results import CallFailed, results_of, value_of
 from overlay.model import clocks as time
@@ -36,7 +36,7 @@ class MapRun:
     def __init__(
         self,
         connection: Connection,
-        kind: Kind,
+        kind: CallKind,
         timeout_s: float,
         chunk: int,
         window: int,
@@ -147,7 +147,7 @@ class MapRun:
             return
         deadline = time.monotonic() + self._timeout_s
         first = self._sent
-        order = Order(self._kind, rows, deadline, partial(self._deliver, first))
+        order = Submission(self._kind, rows, deadline, partial(self._deliver, first))
         order.keeps_trying = self._is_patient
         if self._presence.was_up:
             self._presence.send(order)

@@ -26,16 +26,16 @@ from dataclasses import dataclass, replace
 
 import grpc
 
-from overlay.client.outbox import Order, Outbox
+from overlay.client.outbox import Outbox, Submission
 from overlay.model import clocks as time
 from overlay.model.errors import Misspoken
 from overlay.model.limits import Limits
-from overlay.model.pending import OpenRows, consecutive
+from overlay.model.pending import PendingRows, consecutive
 from overlay.model.segments import Answers, Code, Column, Executed, Failure, Part, Progress, Segment
 from overlay.transport import codec
 from overlay.transport.chunks import Arriving
 from overlay.transport.codec import pb2
-from overlay.transport.stream import Pipe, is_full
+from overlay.transport.stream import ReconnectingStream, is_full
 from overlay.transport.timers import Deadlines
 
 LIMITS = Limits()
@@ -44,14 +44,14 @@ WINDOW_ROWS = LIMITS.window_rows - 1
 WINDOW_BYTES = LIMITS.window_bytes - 1
 SAME_DEADLINE_S = 0.01  # calls whose deadlines are no further apart travel together
 LATE_S = 0.1  # the process asked answers by the deadline; after so much more we do
-PIECES_AHEAD = 4  # of each part: 512 KiB under way, 50 MB/s where all the way takes 10 ms
+CHUNKS_AHEAD = 4  # of each part: 512 KiB under way, 50 MB/s where all the way takes 10 ms
 GATHER_S = 0.00003  # how long to wait for calls that a frame's answers may bring
 GATHERINGS = 5  # and how often, while they still come
 RETRIES = 3  # of one request
 RETRY_SHARE = 0.09  # of all requests: with the few in hand, a tenth more at an overload
-FEW_RETRIES, MOST_RETRIES = 10.0, 1000.0  # that a client has in hand
+MIN_RETRIES, MAX_RETRIES = 10.0, 1000.0  # that a client has in hand
 RETRY_PAUSE_S = 0.1  # when the process did not say how long
-MOST_PAUSE_S = 2.0  # of one that keeps trying, where the process asks for no longer one
+MAX_PAUSE_S = 2.0  # of one that keeps trying, where the process asks for no longer one
 SETTLE_S = 5.0  # a process that is back has found its neighbours by then
 SETTLE_PAUSE_S = 0.25  # and meanwhile is asked again so often
 NEVER_SENT = Failure(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
@@ -59,10 +59,10 @@ CLOSED = Failure(Code.CANCELLED, "this client was closed", Executed.NO)
 WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
 
-class Came:
+class Delivery:
     """A slice of answers, opened once for all who have rows in it. is_whole: no worker is missing.
 
-    grant: who has read a piece in it tells this (its row here, its worker). Of a slice that was
+    grant: who has read a chunk in it tells this (its row here, its worker). Of a slice that was
     checked against what was asked.
     """
 
@@ -94,7 +94,7 @@ class _Sent:
     )  # fmt: skip
 
     def __init__(
-        self, number: int, orders: list[Order], first_id: int, deadline: float, size: int
+        self, number: int, orders: list[Submission], first_id: int, deadline: float, size: int
     ) -> None:
         self.number = number
         self.orders = orders
@@ -103,7 +103,7 @@ class _Sent:
         self.first_id = first_id
         self.deadline = deadline
         self.size = size
-        self.open = OpenRows(self.count)
+        self.open = PendingRows(self.count)
         early = orders[0].kind.as_they_come
         self.asked = codec.Asked(self.count, None, early, early)
         # What has come before the answers: (row, worker) -> how far it is.
@@ -118,13 +118,13 @@ class _Sent:
                 if came is None:
                     if len(self.came) > LIMITS.max_targets:
                         raise Misspoken(f"parts of more than {LIMITS.max_targets:,} workers")
-                    came = self.came[row, part.process_id] = Arriving(PIECES_AHEAD)
+                    came = self.came[row, part.process_id] = Arriving(CHUNKS_AHEAD)
                 if part.at or part.more:
-                    came.piece(part.at, len(part.results.items[0]), part.more)
+                    came.chunk(part.at, len(part.results.items[0]), part.more)
                 else:
                     came.whole()
 
-    def pieces(self, first: int, count: int) -> Iterator[tuple[Order, Sequence[int], int]]:
+    def chunks(self, first: int, count: int) -> Iterator[tuple[Submission, Sequence[int], int]]:
         """The orders of these rows, each with its own rows, and where they begin here."""
         stop, index = first + count, bisect_right(self.starts, first) - 1
         while first < stop:
@@ -135,7 +135,7 @@ class _Sent:
             index += 1
 
 
-class Calls:
+class Multiplexer:
     """Sends orders and delivers their answers. Safe from any thread.
 
     connected: set while the process asked takes requests on our stream. refused: why it would not.
@@ -158,14 +158,14 @@ class Calls:
         self.most_bytes = LIMITS.max_message_bytes
         self._shown = shown or (lambda: name)
         self._patience_s = patience_s
-        self._pipe = Pipe(
+        self._pipe = ReconnectingStream(
             channel, name, self._fill, self._receive, self._lost, self._live, may_rest=True
         )
         self._deadlines = Deadlines(self._expire)
         self._lock = threading.Lock()
         self._outbox = Outbox()
         self._cancels: deque[tuple[int, int, int]] = deque()  # segment, first row, how many
-        self._grants: deque[tuple[int, int, str]] = deque()  # segment, row, worker: one piece
+        self._grants: deque[tuple[int, int, str]] = deque()  # segment, row, worker: one chunk
         self._progress: dict[int, Progress] = {}  # of maps, by number: to be told
         self._unwanted: deque[set[int]] = deque()  # the `cancelled` of orders, to be looked up
         self._sent: dict[int, _Sent] = {}
@@ -174,7 +174,7 @@ class Calls:
         self._bytes = 0
         self._woken = 0  # threads that the last frame woke, who may call again at once
         self._look_at = math.inf  # when the outbox is looked through for what has expired
-        self._retries = FEW_RETRIES
+        self._retries = MIN_RETRIES
         self._retrying: set[_Retry] = set()
         self._served = False  # our stream is; the process may be stopping
         self._was_lost = False  # a stream that was served
@@ -223,11 +223,11 @@ class Calls:
             self._outbox.put(retry.order)
         self._end_unsent()
 
-    def send(self, order: Order) -> None:
+    def send(self, order: Submission) -> None:
         if order.size > self.most_bytes and self._refuse_too_large(order):
             return
         if not order.attempt:  # or retries would pay for more of them
-            self._retries = min(self._retries + len(order.rows) * RETRY_SHARE, MOST_RETRIES)
+            self._retries = min(self._retries + len(order.rows) * RETRY_SHARE, MAX_RETRIES)
         self._outbox.put(order)
         due_at = self._due_at(order)
         if due_at < self._look_at:
@@ -250,7 +250,7 @@ class Calls:
         """Somebody waits for `connected`: a stream that was let go is wanted again."""
         self._pipe.kick()
 
-    def _due_at(self, order: Order) -> float:
+    def _due_at(self, order: Submission) -> float:
         """When an order that waits in the outbox is to be ended."""
         since = self._full_since
         if since is None or order.is_patient or not self.is_full:
@@ -265,7 +265,7 @@ class Calls:
             self._look_at = deadline
         self._deadlines.watch(self, deadline)
 
-    def _refuse_too_large(self, order: Order) -> bool:
+    def _refuse_too_large(self, order: Submission) -> bool:
         """Such a payload would end the stream, with all that is in it."""
         most = self.most_bytes
         large = {row for row in order.rows if len(order.payloads[row]) > most}
@@ -277,13 +277,13 @@ class Calls:
             order.size = sum(len(order.payloads[row]) for row in order.rows)
         return not order.rows
 
-    def cancel(self, order: Order, rows: Sequence[int]) -> None:
+    def cancel(self, order: Submission, rows: Sequence[int]) -> None:
         """Nobody waits for these rows any more; they are delivered all the same."""
         order.cancelled.update(rows)
         self._unwanted.append(order.cancelled)
         self._pipe.kick()
 
-    def take_back(self, order: Order, failure: Failure) -> int:
+    def take_back(self, order: Submission, failure: Failure) -> int:
         """Delivers this for those of its rows that wait to be sent; how many they are."""
         with self._lock:
             mine = [r for r in self._retrying if r.order.cancelled is order.cancelled]
@@ -364,9 +364,9 @@ class Calls:
             return False
         return self._bytes + next_size <= WINDOW_BYTES or not self._rows
 
-    def _next_orders(self, most_bytes: int) -> tuple[list[Order], int]:
+    def _next_orders(self, most_bytes: int) -> tuple[list[Submission], int]:
         """Orders from the head of the outbox that may share a segment, and their bytes."""
-        orders: list[Order] = []
+        orders: list[Submission] = []
         rows, size = WINDOW_ROWS - self._rows, 0
         while self._outbox and rows > 0:
             order = self._outbox.take()
@@ -394,7 +394,7 @@ class Calls:
             size += order.size
         return orders, size
 
-    def _rows_that_fit(self, order: Order) -> int:
+    def _rows_that_fit(self, order: Submission) -> int:
         """How many of the first rows the process asked takes in one segment: all, but for large
         ones; none of them is too large alone."""
         if order.size <= self.most_bytes:
@@ -407,7 +407,7 @@ class Calls:
             fits += 1
         return fits
 
-    def _still_wanted(self, order: Order) -> Order | None:
+    def _still_wanted(self, order: Submission) -> Submission | None:
         """The order without its cancelled rows, which are delivered as such."""
         gone = [row for row in order.rows if row in order.cancelled]
         left = [row for row in order.rows if row not in order.cancelled]
@@ -416,7 +416,7 @@ class Calls:
         self._deliver_all(order.part(gone, order.attempt), NEVER_SENT)
         return order.part(left, order.attempt) if left else None
 
-    def _write(self, frame: pb2.Frame, orders: list[Order], size: int) -> bool:
+    def _write(self, frame: pb2.Frame, orders: list[Submission], size: int) -> bool:
         """False when the stream is over."""
         deadline = min(order.deadline for order in orders)
         left_s = deadline - time.monotonic()
@@ -432,7 +432,7 @@ class Calls:
             first.kind.route, payloads, deadline, codec.new_ids(), first.attempt, own_ids=True
         )
         if first.kind.as_they_come:
-            segment = replace(segment, pieces=PIECES_AHEAD)
+            segment = replace(segment, chunks=CHUNKS_AHEAD)
         number = next(self._numbers) & 0xFFFFFFFF
         sent = _Sent(number, orders, segment.first_id, deadline + LATE_S, size)
         with self._lock:
@@ -468,7 +468,7 @@ class Calls:
         reason = f"the request cannot be sent: {error}"
         self._deliver_all(sent.orders[0], Failure(Code.INVALID_ARGUMENT, reason, Executed.NO))
 
-    def _put_back(self, orders: list[Order]) -> None:
+    def _put_back(self, orders: list[Submission]) -> None:
         for order in reversed(orders):
             self._outbox.put_back(order)
             self._watch_outbox(self._due_at(order))
@@ -527,18 +527,18 @@ class Calls:
 
         with self._lock:
             sent.takes_early(made)
-        came = Came(made, grant)
+        came = Delivery(made, grant)
         for first, count in sent.open.runs(start, made.count):
-            for order, rows, begin in sent.pieces(first, count):
+            for order, rows, begin in sent.chunks(first, count):
                 if order.early is not None:
                     order.early(rows, came, begin - start, sent.first_id + begin)
 
     def _take(self, sent: _Sent, made: pb2.Slice) -> int:
         """Delivers a slice; how many threads that wakes."""
-        came, start, woken = Came(made), made.start, 0
+        came, start, woken = Delivery(made), made.start, 0
         failures = _failures_of(made) if made.failures else None
         for first, count in self._close_rows(sent, start, made.count):
-            for order, rows, begin in sent.pieces(first, count):
+            for order, rows, begin in sent.chunks(first, count):
                 woken += order.wakes_a_thread
                 if failures is None:
                     order.deliver(rows, came, begin - start, sent.first_id + begin)
@@ -600,7 +600,7 @@ class Calls:
     def _end_rows(self, sent: _Sent, failure: Failure) -> list[tuple[int, int]]:
         runs = self._close_rows(sent, 0, sent.count)
         for first, count in runs:
-            for order, rows, begin in sent.pieces(first, count):
+            for order, rows, begin in sent.chunks(first, count):
                 if not self._keep(order, rows, failure):
                     order.deliver(rows, failure, 0, sent.first_id + begin)
         return runs
@@ -612,17 +612,17 @@ class Calls:
             except IndexError:
                 return
 
-    def _deliver_all(self, order: Order, failure: Failure) -> None:
+    def _deliver_all(self, order: Submission, failure: Failure) -> None:
         order.deliver(order.rows, failure, 0, 0)
 
-    def _expire(self, due: _Sent | Calls | _Retry | Callable[[], None]) -> None:
+    def _expire(self, due: _Sent | Multiplexer | _Retry | Callable[[], None]) -> None:
         if isinstance(due, _Retry):
             with self._lock:
                 due_still = due in self._retrying
                 self._retrying.discard(due)
             if due_still:
                 self.send(due.order)
-        elif isinstance(due, Calls):
+        elif isinstance(due, Multiplexer):
             self._expire_unsent()
         elif isinstance(due, _Sent):
             runs = self._end_rows(due, Failure(Code.DEADLINE_EXCEEDED, ""))
@@ -648,7 +648,7 @@ class Calls:
                 continue
             self._deliver_all(order, late if full is None or order.deadline <= now else full)
 
-    def _keep(self, order: Order, rows: Sequence[int], failure: Failure) -> bool:
+    def _keep(self, order: Submission, rows: Sequence[int], failure: Failure) -> bool:
         """Whether these rows wait for the process to be back: it stops, and gave proof."""
         gave_back = failure.executed is Executed.NO and failure.code is Code.UNAVAILABLE
         if not gave_back or self.connected.is_set() or self._closed:
@@ -660,7 +660,7 @@ class Calls:
             self._end_unsent()
         return True
 
-    def _failed(self, order: Order, row: int, failure: Failure, request_id: int) -> None:
+    def _failed(self, order: Submission, row: int, failure: Failure, request_id: int) -> None:
         if self._keep(order, (row,), failure):
             return
         now = time.monotonic()
@@ -670,7 +670,7 @@ class Calls:
         if settles:
             pause_s = max(pause_s, SETTLE_PAUSE_S)
         elif order.attempt >= RETRIES:
-            pause_s = max(pause_s, min(RETRY_PAUSE_S * 2 ** min(order.attempt, 9), MOST_PAUSE_S))
+            pause_s = max(pause_s, min(RETRY_PAUSE_S * 2 ** min(order.attempt, 9), MAX_PAUSE_S))
         again_at = now + pause_s
         if (
             failure.executed is Executed.NO
@@ -687,7 +687,7 @@ class Calls:
         else:
             order.deliver((row,), failure, 0, request_id)
 
-    def _may_try_again(self, order: Order) -> bool:
+    def _may_try_again(self, order: Submission) -> bool:
         if order.attempt < RETRIES and self._spend_retry():
             return True
         return order.keeps_trying()
@@ -704,7 +704,7 @@ class Calls:
 class _Retry:
     """An order that waits for its next attempt."""
 
-    order: Order
+    order: Submission
 
 
 def _failures_of(made: pb2.Slice) -> dict[int, Failure]:

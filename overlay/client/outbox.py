@@ -24,7 +24,7 @@ be quick and must not raise."""
 
 
 @dataclass(frozen=True)
-class Kind:
+class CallKind:
     """What requests that travel together share, but for the deadline."""
 
     route: Route
@@ -33,7 +33,7 @@ class Kind:
     as_they_come: bool = False  # parts before the answer
 
 
-class Order:
+class Submission:
     """Requests that were given together. deadline, given: monotonic seconds."""
 
     __slots__ = (
@@ -54,7 +54,7 @@ class Order:
 
     def __init__(
         self,
-        kind: Kind,
+        kind: CallKind,
         payloads: Sequence[bytes],
         deadline: float,
         deliver: Deliver,
@@ -77,10 +77,10 @@ class Order:
         # Whether what provably did not run is tried again, beyond what any call may have of that.
         self.keeps_trying: Callable[[], bool] = _never
 
-    def part(self, rows: Sequence[int], attempt: int) -> Order:
+    def part(self, rows: Sequence[int], attempt: int) -> Submission:
         """Some of its rows, as an order to be sent for themselves."""
         whose = self.deliver, self.wakes_a_thread, self.early
-        made = Order(self.kind, self.payloads, self.deadline, *whose)
+        made = Submission(self.kind, self.payloads, self.deadline, *whose)
         made.rows, made.attempt, made.cancelled = rows, attempt, self.cancelled
         made.given, made.is_patient = self.given, self.is_patient
         made.keeps_trying = self.keeps_trying
@@ -99,7 +99,7 @@ class Outbox:
     """What is still to be sent: the most urgent first, as overlay.queueing.admission says."""
 
     def __init__(self) -> None:
-        self._lines: dict[int, deque[Order]] = {0: deque()}  # by priority
+        self._lines: dict[int, deque[Submission]] = {0: deque()}  # by priority
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
@@ -107,33 +107,33 @@ class Outbox:
     def __bool__(self) -> bool:
         return any(self._lines.values())
 
-    def put(self, order: Order) -> None:
+    def put(self, order: Submission) -> None:
         self._line_of(order).append(order)
 
-    def put_back(self, order: Order) -> None:
+    def put_back(self, order: Submission) -> None:
         """What was taken last, or the rest of it."""
         self._line_of(order).appendleft(order)
 
-    def first(self) -> Order:
+    def first(self) -> Submission:
         """The one that `take` would give now. Raises IndexError when there is none."""
         return self._first_line()[0]
 
-    def take(self) -> Order:
+    def take(self) -> Submission:
         """Raises IndexError when there is none."""
         return self._first_line().popleft()
 
-    def remove(self, order: Order) -> None:
+    def remove(self, order: Submission) -> None:
         """Raises ValueError when it has left."""
         self._line_of(order).remove(order)
 
-    def all(self) -> list[Order]:
+    def all(self) -> list[Submission]:
         return [order for line in list(self._lines.values()) for order in line.copy()]
 
-    def _line_of(self, order: Order) -> deque[Order]:
+    def _line_of(self, order: Submission) -> deque[Submission]:
         line = self._lines.get(order.kind.priority)
         return self._lines.setdefault(order.kind.priority, deque()) if line is None else line
 
-    def _first_line(self) -> deque[Order]:
+    def _first_line(self) -> deque[Submission]:
         if len(self._lines) == 1:
             return self._lines[0]
         heads = []

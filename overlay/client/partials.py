@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from overlay.client.multiplexer import Came
+from overlay.client.multiplexer import Delivery
 from overlay.model.segments import Code, Failure, Part, PartColumn
 from overlay.transport.chunks import ITEM_END
 
@@ -14,7 +14,7 @@ from overlay.transport.chunks import ITEM_END
 class Parts:
     """Which parts to give next, of what has been delivered. For one thread.
 
-    A good part is given once, at once; one that comes in pieces when it is whole, and more pieces
+    A good part is given once, at once; one that comes in chunks when it is whole, and more chunks
     are granted as these are taken here. The others come at the end, each worker's last word: what
     was refused may have been tried again. With `first` nothing more is given after so many good.
 
@@ -28,10 +28,10 @@ class Parts:
         self._given = 0
         self._good: set[str] = set()
         self._bad: dict[str, Part] = {}
-        self._unfinished: dict[str, _Pieces] = {}
+        self._unfinished: dict[str, _Chunks] = {}
         self._yielding: set[str] = set()  # workers of whom items were given
 
-    def early(self, came: Came, at: int) -> Iterator[Part]:
+    def early(self, came: Delivery, at: int) -> Iterator[Part]:
         """What came before the answer."""
         for column in came.answers.parts:
             part = self._whole(column, at)
@@ -44,10 +44,10 @@ class Parts:
 
     def last(self, came: Any, at: int) -> Iterator[Part]:
         """What came with the answer, or with the failure in its place, and what is left to say."""
-        if isinstance(came, Came):
+        if isinstance(came, Delivery):
             yield from self.early(came, at)
-        for who, pieces in self._unfinished.items():
-            self._bad[who] = _broken(who, pieces.size)
+        for who, chunks in self._unfinished.items():
+            self._bad[who] = _broken(who, chunks.size)
         nothing_came = isinstance(came, Failure) and not self._good  # which says it all
         if not (self.is_over or nothing_came):
             yield from (part for who, part in self._bad.items() if who not in self._good)
@@ -55,24 +55,24 @@ class Parts:
 
     def _whole(self, column: PartColumn, at: int) -> Part | None:
         """The worker's part, with what came of it before; None while more is to come."""
-        part, piece, who = column.at(at), column.piece, column.process_id
-        pieces = self._unfinished.pop(who, None) or _Pieces()
+        part, chunk, who = column.at(at), column.chunk, column.process_id
+        chunks = self._unfinished.pop(who, None) or _Chunks()
         if not part.ok or self.is_over or who in self._good:
             return part
-        is_anew = piece is None or piece.at == 0
+        is_anew = chunk is None or chunk.at == 0
         if is_anew and who in self._yielding:
-            return _broken(who, pieces.size)
-        if piece is None:
+            return _broken(who, chunks.size)
+        if chunk is None:
             return part
         if is_anew:
-            pieces = _Pieces()
-        if piece.at != pieces.size:
-            return _broken(who, pieces.size)
-        pieces.add(part.result)
-        if piece.more:
-            self._unfinished[who] = pieces
+            chunks = _Chunks()
+        if chunk.at != chunks.size:
+            return _broken(who, chunks.size)
+        chunks.add(part.result)
+        if chunk.more:
+            self._unfinished[who] = chunks
             return None
-        return replace(part, result=b"".join(pieces.items))
+        return replace(part, result=b"".join(chunks.items))
 
     def _take(self, part: Part) -> Iterable[Part]:
         who = part.process_id
@@ -89,16 +89,16 @@ class Parts:
             yield from self._give(part, [part.result])
 
     def _items_so_far(self, part: Part) -> Iterator[Part]:
-        """Of a worker whose array is under way, the items that have come; part: the last piece."""
+        """Of a worker whose array is under way, the items that have come; part: the last chunk."""
         who = part.process_id
-        pieces = self._unfinished[who]
+        chunks = self._unfinished[who]
         if ITEM_END not in part.result:
             return
-        text = b"".join(pieces.items)
+        text = b"".join(chunks.items)
         if who in self._yielding or _is_yielded(text):
             self._yielding.add(who)
             items, rest = _split(text)
-            pieces.items = [rest]
+            chunks.items = [rest]
             yield from self._give(part, items)
 
     def _give(self, part: Part, results: Iterable[bytes]) -> Iterator[Part]:
@@ -111,15 +111,15 @@ class Parts:
 
 
 @dataclass
-class _Pieces:
+class _Chunks:
     """The beginning of a result; items: what is not given of it yet. size: of all of it."""
 
     items: list[bytes] = field(default_factory=list)
     size: int = 0
 
-    def add(self, piece: bytes) -> None:
-        self.items.append(piece)
-        self.size += len(piece)
+    def add(self, chunk: bytes) -> None:
+        self.items.append(chunk)
+        self.size += len(chunk)
 
 
 def _is_yielded(array: bytes) -> bool:

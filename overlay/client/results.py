@@ -6,7 +6,7 @@ import concurrent.futures
 from dataclasses import dataclass
 from typing import Any
 
-from overlay.client.multiplexer import Came
+from overlay.client.multiplexer import Delivery
 from overlay.model import json_values
 from overlay.model.errors import OverlayError
 from overlay.model.segments import Code, Executed, Failure, Hop, Part
@@ -134,13 +134,13 @@ class CallCancelled(CallFailed, RuntimeError):
 NOT_PICKLED = "a Future belongs to the process that waits for it; pickle its result()"
 
 
-def results_of(came: Came, at: int, count: int) -> list[bytes]:
+def results_of(came: Delivery, at: int, count: int) -> list[bytes]:
     if came.is_whole:
         return came.results[at : at + count]
     return [result_of(came, row) for row in range(at, at + count)]
 
 
-def result_of(came: Came, at: int) -> bytes:
+def result_of(came: Delivery, at: int) -> bytes:
     result = came.results[at]
     if came.is_whole:
         return result

@@ -50,7 +50,7 @@ from overlay.client.arguments import (
 from overlay.client.callbacks import Callbacks
 from overlay.client.connection import PATIENCE_S, Connection
 from overlay.client.map_window import NOTHING_YET, MapRun, raising, with_values
-from overlay.client.outbox import Kind, Order
+from overlay.client.outbox import CallKind, Submission
 from overlay.client.partials import Parts
 from overlay.client.results import (
     NOT_PICKLED,
@@ -178,7 +178,7 @@ class Client(concurrent.futures.Executor):
         waiter = _Waiter()
         want_parts = parts_wanted(want_parts, args, mode)
         kind = kind_of(mode, team, handler, want_parts, priority)
-        order = Order(kind, (body,), deadline, waiter.deliver, wakes_a_thread=True)
+        order = Submission(kind, (body,), deadline, waiter.deliver, wakes_a_thread=True)
         self._connection.send(order, timeout_s)
         try:
             came = waiter.wait()
@@ -255,7 +255,7 @@ class Client(concurrent.futures.Executor):
         check_mode_of_args(args, mode)
         reply = (_Reply if args is None else _ValueReply)(self._connection, timeout_s)
         deadline = time.monotonic() + timeout_s
-        reply.order = Order(kind, (body,), deadline, reply.deliver)
+        reply.order = Submission(kind, (body,), deadline, reply.deliver)
         replies = self._connection.replies
         replies.add(reply)
         try:
@@ -454,10 +454,10 @@ class Client(concurrent.futures.Executor):
 
 
 def _parts(
-    connection: Connection, kind: Kind, body: bytes, timeout_s: float, parts: Parts
+    connection: Connection, kind: CallKind, body: bytes, timeout_s: float, parts: Parts
 ) -> Iterator[Part]:
     box: queue.SimpleQueue[tuple[bool, Any, int, int]] = queue.SimpleQueue()
-    order = Order(
+    order = Submission(
         kind,
         (body,),
         time.monotonic() + timeout_s,
@@ -506,7 +506,7 @@ class _Reply(Future):  # type: ignore[type-arg]
 
     def __init__(self, connection: Connection, timeout_s: float) -> None:
         super().__init__()
-        self.order: Order | None = None
+        self.order: Submission | None = None
         self.later: Callbacks | None = None  # where callbacks run while it is being delivered
         self._connection: Connection | None = connection  # until it is done, and no longer
         self._timeout_s = timeout_s

@@ -50,7 +50,7 @@ class Limits:
     # and as much of single calls; each byte is there two or three times
     uncounted_bytes: int = 8 * 1024  # of a stream's, so that small requests touch nothing that is
     # shared; 8 MiB of all streams
-    ahead_bytes: int = 16 * MIB  # of pieces that clients may be sent before they have read any, of
+    ahead_bytes: int = 16 * MIB  # of chunks that clients may be sent before they have read any, of
     # all streams together; the library takes half a MiB of each part so
     unarrived_calls: int = 2000  # whose message has not come; about 10 KiB each
     resting_calls: int = 256  # of health's Watch, and of reflection, that stay open
@@ -61,8 +61,8 @@ class Limits:
     gather_rows: int = 64  # requests that gather behind a busy link; more leave at once
     gather_s: float = 0.005  # and the time for which they do, if no answer comes before
     frame_bytes: int = MIB  # about; a larger frame would hold up those behind it
-    piece_bytes: int = 128 * 1024  # of a result that comes in pieces; a few fit into a frame
-    pieces_ahead: int = 64  # that a client may take before it has read any
+    chunk_bytes: int = 128 * 1024  # of a result that comes in chunks; a few fit into a frame
+    chunks_ahead: int = 64  # that a client may take before it has read any
     small_bytes: int = 16 * 1024  # larger bodies take a link's second stream
     keys: int = 200_000  # idempotency keys that are remembered; 340 bytes each besides the answer
     key_waiters: int = 1000  # who may wait for a key's first answer; a call each, and no thread

@@ -27,7 +27,7 @@ def consecutive(rows: Sequence[int]) -> list[Run]:
     return found
 
 
-class OpenRows:
+class PendingRows:
     """All rows open at first. No lock of its own: its owner holds one."""
 
     __slots__ = ("_count", "_flags", "left")

@@ -158,8 +158,8 @@ class Column:
 
 
 @value
-class Piece:
-    """A part of a result that comes in pieces: `at` bytes came before this one.
+class Chunk:
+    """A part of a result that comes in chunks: `at` bytes came before this one.
 
     more: others follow it. grant: tells the worker that so many more may come; None where nothing
     follows, and before it is known whom to tell.
@@ -178,7 +178,7 @@ class Segment:
     unary Forward is a segment of one. keyed: it has an idempotency key, so that what was lost on
     its way may run once more elsewhere. traced: each process tells what its way took there. told:
     and writes what became of it to its log. early: wants each part of a request to all as it comes;
-    the answer then has the others only. pieces: and takes a part in pieces, so many before it has
+    the answer then has the others only. chunks: and takes a part in chunks, so many before it has
     granted more; 0 for whole ones only. own_ids: the sender's library or the first process asked
     made the ids, at random and never again; else the caller chose them.
     """
@@ -193,7 +193,7 @@ class Segment:
     traced: bool = False
     told: bool = False
     early: Early | None = None
-    pieces: int = 0
+    chunks: int = 0
     own_ids: bool = False
 
     def __len__(self) -> int:
@@ -214,7 +214,7 @@ class Segment:
         ids = self.ids[start : start + count] if self.ids else None
         first_id = ids[0] if ids else self.first_id + start
         early = self.early and shifted(self.early, start)
-        rest = self.attempt, ids, self.keyed, self.traced, self.told, early, self.pieces
+        rest = self.attempt, ids, self.keyed, self.traced, self.told, early, self.chunks
         return Segment(self.route, rows, self.deadline, first_id, *rest, self.own_ids)
 
     def again(self) -> Segment:
@@ -225,7 +225,7 @@ class Segment:
         """The same requests as `me` hands them down, to cover `targets`."""
         route = self.route
         down = Route(route.mode, route.team, route.handler, (*route.hops, me), targets)
-        rest = self.attempt, self.ids, False, self.traced, self.told, self.early, self.pieces
+        rest = self.attempt, self.ids, False, self.traced, self.told, self.early, self.chunks
         return Segment(down, self.payloads, self.deadline, self.first_id, *rest, self.own_ids)
 
     @staticmethod
@@ -322,7 +322,7 @@ class PartColumn:
     """One worker's parts of consecutive requests.
 
     failures: by row, only the rows that failed. failed: the failure of every row. The times are
-    means over the rows, in microseconds. piece: of a column of one row, whose result is not whole.
+    means over the rows, in microseconds. chunk: of a column of one row, whose result is not whole.
     """
 
     process_id: str
@@ -332,7 +332,7 @@ class PartColumn:
     failed: Failure | None = None
     waited_us: int = 0
     worked_us: int = 0
-    piece: Piece | None = None
+    chunk: Chunk | None = None
 
     def at(self, row: int) -> Part:
         failure = self.failed or self.failures.get(row)
@@ -358,14 +358,14 @@ class PartColumn:
     @property
     def is_over(self) -> bool:
         """No more of it follows."""
-        return self.piece is None or not self.piece.more
+        return self.chunk is None or not self.chunk.more
 
     def granted_by(self, grant: Callable[[str, int], None]) -> PartColumn:
         """As Answers.granted_by."""
-        if self.piece is None or not self.piece.more:
+        if self.chunk is None or not self.chunk.more:
             return self
         tell = partial(grant, self.process_id)
-        return replace(self, piece=Piece(self.piece.at, True, tell))
+        return replace(self, chunk=Chunk(self.chunk.at, True, tell))
 
     @staticmethod
     def missing(process_id: str, count: int, failure: Failure) -> PartColumn:
@@ -434,7 +434,7 @@ class Answers:
         return Answer(tuple(column.at(row) for column in self.parts), self.hops, self.refused)
 
     def granted_by(self, grant: Callable[[str, int], None]) -> Answers:
-        """With pieces that tell this (worker, how many more may come) who is to have more."""
+        """With chunks that tell this (worker, how many more may come) who is to have more."""
         parts = tuple(column.granted_by(grant) for column in self.parts)
         return replace(self, parts=parts)
 

@@ -14,7 +14,7 @@ from overlay.model.limits import Limits
 LONGEST_SIGNATURE = 500  # characters
 LONGEST_DOC = 4_000
 LONGEST_SCHEMA = Limits.function_schema
-MOST_CHARACTERS = Limits.functions_characters
+MAX_CHARACTERS = Limits.functions_characters
 
 
 class Function(NamedTuple):
@@ -56,7 +56,7 @@ def gathered(told: Iterable[Function]) -> tuple[Function, ...]:
     workers: dict[Function, list[str]] = {}
     for function in told:
         workers.setdefault(function._replace(workers=()), []).extend(function.workers)
-    found, left = [], MOST_CHARACTERS
+    found, left = [], MAX_CHARACTERS
     for function, names in sorted(workers.items()):
         whole = function._replace(workers=tuple(sorted(set(names))))
         left -= whole.size

@@ -20,7 +20,7 @@ from overlay.model import clocks as time
 from overlay.model.errors import Misspoken
 from overlay.model.segments import Code
 from overlay.monitor.snapshot import ALL, Known, Look, Wanted, picture
-from overlay.monitor.timeseries import History
+from overlay.monitor.timeseries import Timeseries
 from overlay.transport import codec
 from overlay.transport.channels import Channel, split
 
@@ -31,7 +31,7 @@ ANSWER_S = 2.0  # as long as neighbours give each other; then it counts as gone
 KEPT_EVENTS = 100  # of what this watch itself has seen
 
 
-class Watch:
+class Poller:
     """The rounds, and the latest picture. Safe from any thread; close() may be called twice."""
 
     def __init__(self, address: str, interval_s: float = INTERVAL_S, wanted: Wanted = ALL) -> None:
@@ -40,10 +40,10 @@ class Watch:
         self.on_picture: Callable[[dict[str, Any]], None] = lambda picture: None
         self._interval_s = interval_s
         self._wanted = wanted
-        self._asked = _Eye("", address, self._tell)
+        self._asked = _Target("", address, self._tell)
         self._asked.tells_requests = True
-        self._eyes: dict[str, _Eye] = {"": self._asked}
-        self._histories = {"": History()}
+        self._eyes: dict[str, _Target] = {"": self._asked}
+        self._histories = {"": Timeseries()}
         self._processes: list[Any] = []
         self._healths: dict[str, tuple[str, float]] = {}  # and since when
         self._events: deque[dict[str, Any]] = deque(maxlen=KEPT_EVENTS)
@@ -53,7 +53,7 @@ class Watch:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
-    def start(self) -> Watch:
+    def start(self) -> Poller:
         self._thread.start()
         return self
 
@@ -113,8 +113,8 @@ class Watch:
                 del self._eyes[gone.id]
         new = [p for p in metrics.topology if p.id not in self._eyes]
         for process in new:
-            self._eyes[process.id] = _Eye(process.id, process.address, self._tell)
-            self._histories[process.id] = History()
+            self._eyes[process.id] = _Target(process.id, process.address, self._tell)
+            self._histories[process.id] = Timeseries()
         return bool(new)
 
     def _publish(self) -> None:
@@ -173,7 +173,7 @@ class Watch:
             )
 
 
-class _Eye:
+class _Target:
     """Looks at one process whenever it is told to, over a kept connection."""
 
     def __init__(self, process_id: str, address: str, answered: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from overlay.model.limits import MIB
 from overlay.model.topology import ROLES
-from overlay.monitor.timeseries import COUNTERS, FIGURES, History, in_service, waiting
+from overlay.monitor.timeseries import COUNTERS, FIGURES, Timeseries, in_service, waiting
 from overlay.observability.events import COME_AGAIN, latest
 
 FORMAT = 1  # rises when a field changes its meaning or goes
@@ -64,7 +64,7 @@ class Known:
     asked: str
     processes: Sequence[Any]  # of the topology, in its order
     looks: Mapping[str, Look]
-    histories: Mapping[str, History]
+    histories: Mapping[str, Timeseries]
     seen: Sequence[Mapping[str, Any]]  # events that the watch itself has seen
     functions: Sequence[Any] = ()  # as the process asked told of them
 
@@ -181,7 +181,7 @@ def _process(process: Any, health: Health, known: Known) -> dict[str, Any]:
     }
 
 
-def _said(metrics: Any, history: History) -> dict[str, Any]:
+def _said(metrics: Any, history: Timeseries) -> dict[str, Any]:
     """The last that it said of itself; empty when it never did."""
     if metrics is None:
         return {}

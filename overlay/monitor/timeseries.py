@@ -14,7 +14,7 @@ COUNTERS = ("received", "completed", "failed", "refused", "cancelled")
 FIGURES = (*COUNTERS, "waiting", "in_service", "p50_ms", "p99_ms")
 
 
-class History:
+class Timeseries:
     """Of one process. Not safe from several threads."""
 
     def __init__(self) -> None:

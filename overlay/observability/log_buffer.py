@@ -26,7 +26,7 @@ LINES = 1000
 EVENTS = 256  # that happened once, and as many kinds of those that come again
 LONGEST = 4096  # characters of a line; 1,000 such lines are 4 MiB
 BREAK = " | "  # a line end, in a text on one line
-MOST_BREAKS = 200  # that are told of a line; a traceback that is kept has fewer
+MAX_BREAKS = 200  # that are told of a line; a traceback that is kept has fewer
 WITHHELD = "(a handler's own text; it is in this process's log)"
 OF_HANDLERS = "overlay.handler"
 
@@ -52,7 +52,7 @@ class Line:
     breaks: tuple[int, ...] = ()
 
 
-class Recent(logging.Handler):
+class LogBuffer(logging.Handler):
     """Keeps the last lines and, apart from them, the last events. Safe from any thread.
 
     Apart, so that what handlers print pushes out no event.
@@ -170,7 +170,7 @@ def names_error(text: str, error_id: str) -> bool:
 
 def _breaks(text: str) -> tuple[int, ...]:
     """Where `escaped` of this text has its line ends, the first ones."""
-    *lines, _ = text[:LONGEST].split("\n")[: MOST_BREAKS + 1]
+    *lines, _ = text[:LONGEST].split("\n")[: MAX_BREAKS + 1]
     ends = itertools.accumulate(len(escaped(line)) + len(BREAK) for line in lines)
     return tuple(end - len(BREAK) for end in ends)
 

@@ -33,8 +33,8 @@ from typing import Any
 
 from overlay.model import clocks as time
 from overlay.model.errors import ConfigError
-from overlay.observability.log_buffer import LONGEST, OF_HANDLERS, Recent, escaped, texts_of
-from overlay.observability.token_bucket import Allowance
+from overlay.observability.log_buffer import LONGEST, OF_HANDLERS, LogBuffer, escaped, texts_of
+from overlay.observability.token_bucket import TokenBucket
 
 WAITING_LINES = 10_000
 FILE_BYTES = 5 * 1024 * 1024
@@ -57,7 +57,7 @@ class ProcessLog:
 
     def __init__(self, path: Path, process_id: str) -> None:
         self.path = path
-        self.recent = Recent()
+        self.recent = LogBuffer()
         self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(WAITING_LINES)
         self._into = _Bounded(self._lines, self.recent)
         self._file = _File(path)
@@ -289,11 +289,11 @@ class _Lines(io.RawIOBase):
 
 
 class _Bounded(QueueHandler):
-    def __init__(self, lines: queue.Queue[logging.LogRecord | None], recent: Recent) -> None:
+    def __init__(self, lines: queue.Queue[logging.LogRecord | None], recent: LogBuffer) -> None:
         super().__init__(lines)
         self.dropped = 0
         self._recent = recent
-        self._of_handlers = Allowance(HANDLER_LINES, HANDLER_LINES_S)
+        self._of_handlers = TokenBucket(HANDLER_LINES, HANDLER_LINES_S)
         self._told = False
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -10,15 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 
 from overlay.model import clocks as time
-from overlay.observability.token_bucket import Allowance
+from overlay.observability.token_bucket import TokenBucket
 
 AT_ONCE = 5  # of a kind; then
 PER_S = 0.5
 PAUSE_S = 1.0  # between two lines that say how many more
-MOST_KINDS = 100  # reasons are few; one that names what a caller sent could be different each time
+MAX_KINDS = 100  # reasons are few; one that names what a caller sent could be different each time
 
 
-class Repeats:
+class LogThrottle:
     """tell_more: says that so many more of a kind came. Safe from any thread."""
 
     def __init__(
@@ -30,7 +30,7 @@ class Repeats:
         self._tell_more = tell_more
         self._most = at_once, per_s
         self._lock = threading.Lock()
-        self._kinds: dict[Hashable, Allowance] = {}
+        self._kinds: dict[Hashable, TokenBucket] = {}
         self._more: Counter[Hashable] = Counter()
         self._timer: threading.Timer | None = None
 
@@ -40,9 +40,9 @@ class Repeats:
         with self._lock:
             allowance = self._kinds.get(kind)
             if allowance is None:
-                if len(self._kinds) >= MOST_KINDS:
+                if len(self._kinds) >= MAX_KINDS:
                     self._kinds.clear()
-                allowance = self._kinds[kind] = Allowance(*self._most)
+                allowance = self._kinds[kind] = TokenBucket(*self._most)
             if allowance.take(now):
                 return True
             self._add_locked(kind, 1)

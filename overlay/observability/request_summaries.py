@@ -10,21 +10,21 @@ from collections import deque
 
 from overlay.model import clocks as time
 from overlay.model.segments import Code
-from overlay.observability.token_bucket import Allowance
-from overlay.observability.trace import Story
+from overlay.observability.token_bucket import TokenBucket
+from overlay.observability.trace import RequestSummary
 
 KEPT = 256  # of each: those that went well, those that did not
 AT_ONCE, PER_S = 64, 50  # stories that are told of each
 
 
-class Stories:
+class RequestSummaries:
     """Safe from any thread."""
 
     def __init__(self) -> None:
-        self._good: deque[Story] = deque(maxlen=KEPT)
-        self._bad: deque[Story] = deque(maxlen=KEPT)
-        self._traces = Allowance(AT_ONCE, PER_S)
-        self._failures = Allowance(AT_ONCE, PER_S)
+        self._good: deque[RequestSummary] = deque(maxlen=KEPT)
+        self._bad: deque[RequestSummary] = deque(maxlen=KEPT)
+        self._traces = TokenBucket(AT_ONCE, PER_S)
+        self._failures = TokenBucket(AT_ONCE, PER_S)
 
     def wants_trace(self) -> bool:
         """Whether the next request is to be followed on its way."""
@@ -33,14 +33,14 @@ class Stories:
     def wants_failure(self) -> bool:
         return self._failures.take(time.monotonic())
 
-    def add(self, story: Story) -> None:
+    def add(self, story: RequestSummary) -> None:
         (self._good if story.code is Code.OK and not story.reason else self._bad).append(story)
 
-    def last(self, most: int) -> list[Story]:
+    def last(self, most: int) -> list[RequestSummary]:
         """The oldest first."""
         found = sorted([*self._good.copy(), *self._bad.copy()], key=_ended)
         return found[-most:] if most else []
 
 
-def _ended(story: Story) -> float:
+def _ended(story: RequestSummary) -> float:
     return story.ended_s

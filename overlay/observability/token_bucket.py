@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Allowance:
+class TokenBucket:
     """`at_once` may be taken together; they come back at `per_s` a second.
 
     It costs next to nothing, without a lock: two threads that take the last one may both have it.

@@ -18,7 +18,7 @@ HANDLERS_OWN = "refused by its handler, in words for its caller"
 
 
 @dataclass(frozen=True)
-class Story:
+class RequestSummary:
     """How `count` requests ended together, and where their time went.
 
     request_id: the first one's. ended_s: seconds since 1970. hops: a trace of the whole way, means

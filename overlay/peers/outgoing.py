@@ -19,7 +19,7 @@ from typing import Protocol
 import grpc
 
 from overlay.model.limits import Limits
-from overlay.model.pending import OpenRows
+from overlay.model.pending import PendingRows
 from overlay.model.segments import (
     Answers,
     Code,
@@ -35,7 +35,7 @@ from overlay.model.segments import (
 from overlay.transport import codec
 from overlay.transport.chunks import Arriving
 from overlay.transport.codec import Asked, pb2
-from overlay.transport.stream import Pipe
+from overlay.transport.stream import ReconnectingStream
 
 SAME_DEADLINE_S = 0.01  # segments whose deadlines are no further apart may travel as one
 
@@ -50,7 +50,7 @@ class Owner(Protocol):
     id: str
     channel: grpc.Channel
     metadata: tuple[tuple[str, str], ...]
-    to_flush: set[Book]
+    to_flush: set[SegmentSender]
 
     def flush(self) -> None: ...
     def is_quick(self, handler: str) -> bool: ...
@@ -69,13 +69,13 @@ class _Sent:
     __slots__ = ("early", "is_read", "message", "open", "row", "segment", "sink")
 
     def __init__(self, segment: Segment, sink: Sink) -> None:
-        self.is_read = False  # in pieces: so it is the reader's matter when it ends, and how
+        self.is_read = False  # in chunks: so it is the reader's matter when it ends, and how
         self.segment = segment
         self.sink = sink
-        self.open = OpenRows(segment.count)
+        self.open = PendingRows(segment.count)
         self.message: _Message | None = None  # in which it was handed to gRPC; it may run then
         self.row = 0  # where it begins in that message
-        # What has come before the answers: (row, worker) -> how far its pieces are.
+        # What has come before the answers: (row, worker) -> how far its chunks are.
         self.early: dict[tuple[int, str], Arriving] = {}
 
 
@@ -88,7 +88,7 @@ class _Message:
         self.number = number
         self.parts = parts
         first, rows = parts[0].segment, sum(part.segment.count for part in parts)
-        self.asked = Asked(rows, targets, first.early is not None, first.pieces > 0)
+        self.asked = Asked(rows, targets, first.early is not None, first.chunks > 0)
         self.starts: list[int] = []
         self.left = 0
         for part in parts:
@@ -97,11 +97,11 @@ class _Message:
             self.left += part.segment.count
 
 
-class Book:
+class SegmentSender:
     """What goes through one pipe: segments to send, segments not yet answered, cancels."""
 
     def __init__(self, link: Owner, name: str, limits: Limits) -> None:
-        self.pipe = Pipe(
+        self.pipe = ReconnectingStream(
             link.channel,
             name,
             self._fill,
@@ -120,7 +120,7 @@ class Book:
         self._numbers = itertools.count(1)
         self._outbox: deque[_Sent] = deque()
         self._cancels: deque[tuple[_Sent, int, int]] = deque()
-        self._grants: deque[tuple[int, int, str, int]] = deque()  # message, row, worker, pieces
+        self._grants: deque[tuple[int, int, str, int]] = deque()  # message, row, worker, chunks
         self._messages: dict[int, _Message] = {}
         self._last_quick: _Message | None = None
 
@@ -318,21 +318,21 @@ class Book:
                     key = row, column.process_id
                     early = sent.early.get(key)
                     if early is None:
-                        early = sent.early[key] = Arriving(sent.segment.pieces)
-                    piece = column.piece
-                    if piece is None or column.failed is not None:
+                        early = sent.early[key] = Arriving(sent.segment.chunks)
+                    chunk = column.chunk
+                    if chunk is None or column.failed is not None:
                         early.whole()
                     else:
-                        early.piece(piece.at, len(column.results.items[0]), piece.more)
+                        early.chunk(chunk.at, len(column.results.items[0]), chunk.more)
 
-    def _grant(self, sent: _Sent, row: int, worker: str, pieces: int) -> None:
+    def _grant(self, sent: _Sent, row: int, worker: str, chunks: int) -> None:
         with self._lock:
             message = sent.message
             if message is None or not sent.open.runs(row, 1):
                 return
             if early := sent.early.get((row, worker)):
-                early.left += pieces
-            self._grants.append((message.number, sent.row + row, worker, pieces))
+                early.left += chunks
+            self._grants.append((message.number, sent.row + row, worker, chunks))
         self.pipe.kick()
 
     def _spread(self, message: _Message, start: int, answers: Answers) -> None:

@@ -27,9 +27,17 @@ from overlay.model.limits import Limits
 from overlay.model.segments import Answers, Code, End, Executed, Mode, Part, Route, Segment, Sink
 from overlay.model.signatures import Function
 from overlay.model.topology import Process
-from overlay.observability.token_bucket import Allowance
-from overlay.peers.outgoing import Book
-from overlay.routing.outlier import Case, Change, Heard, State, Verdict, Ward, heard
+from overlay.observability.token_bucket import TokenBucket
+from overlay.peers.outgoing import SegmentSender
+from overlay.routing.outlier import (
+    Change,
+    Outcome,
+    OutlierDetector,
+    PeerHealth,
+    State,
+    Verdict,
+    heard,
+)
 from overlay.routing.planner import QUICK_S
 from overlay.transport import codec
 from overlay.transport.channels import Channel
@@ -45,7 +53,7 @@ _HEALTHY = State.HEALTHY  # looked up once: `load` is on every request's way
 
 
 @dataclass(frozen=True)
-class LinkState:
+class PeerState:
     """What is known of a neighbour. since: monotonic seconds. slots: worker -> handler -> count.
 
     address: with what its name stands for here. state is that of the link, health what its requests
@@ -74,7 +82,7 @@ class LinkState:
         return sum(max(handlers.values(), default=0) for handlers in self.slots.values())
 
 
-class Links:
+class Peers:
     """All links of one process. Safe from any thread.
 
     on_change is called, on any thread, when a link has come up or gone down, or has been down for
@@ -95,12 +103,12 @@ class Links:
         """
         self.on_change: Callable[[], None] = lambda: None
         self._limits = limits
-        self._to_flush: set[Book] = set()
+        self._to_flush: set[SegmentSender] = set()
         if lone is None:
             lone = {n.id for n in neighbours if n.works}
-        self._minder = _Minder(Ward((n.id for n in neighbours), lone), self.up)
+        self._minder = _Minder(OutlierDetector((n.id for n in neighbours), lone), self.up)
         self._links = {
-            n.id: _Link(
+            n.id: _Peer(
                 n, limits, digest, self._changed, self._to_flush, self.flush, self._minder, me
             )
             for n in neighbours
@@ -156,7 +164,7 @@ class Links:
         outstanding = link.outstanding.get(handler, 0)
         return outstanding, link.service_s.get(handler, 0.0), state, of_late
 
-    def states(self) -> list[LinkState]:
+    def states(self) -> list[PeerState]:
         return [link.snapshot() for link in self._links.values()]
 
     def reserve(self, neighbour: str, handler: str, count: int) -> None:
@@ -220,19 +228,19 @@ class Links:
 class _Minder:
     """Lets the ward decide, under a lock, and puts each decision into the log."""
 
-    def __init__(self, ward: Ward, up: Callable[[], Collection[str]]) -> None:
+    def __init__(self, ward: OutlierDetector, up: Callable[[], Collection[str]]) -> None:
         self._ward = ward
         self._up = up
         self._lock = threading.Lock()
 
-    def cases(self, neighbour: str) -> Mapping[str, Case]:
+    def cases(self, neighbour: str) -> Mapping[str, PeerHealth]:
         return self._ward.cases[neighbour]
 
     def begin(self, neighbour: str, handler: str) -> None:
         with self._lock:
             self._ward.begin(neighbour, handler, time.monotonic())
 
-    def hear(self, neighbour: str, handler: str, heard: Heard) -> None:
+    def hear(self, neighbour: str, handler: str, heard: Outcome) -> None:
         with self._lock:
             change = self._ward.hear(neighbour, handler, heard, self._up(), time.monotonic())
         self._tell(change)
@@ -267,7 +275,7 @@ class _Minder:
             log.log(level, "requests to any one%s: %s %s", work, who, why, extra=about)
 
 
-class _Link:
+class _Peer:
     """One neighbour: its channel, its state, what it owes us."""
 
     def __init__(
@@ -276,7 +284,7 @@ class _Link:
         limits: Limits,
         digest: str,
         changed: Callable[[], None],
-        to_flush: set[Book],
+        to_flush: set[SegmentSender],
         flush: Callable[[], None],
         minder: _Minder,
         me: str,
@@ -300,8 +308,8 @@ class _Link:
         self.service_s: dict[str, float] = {}
         self.pace_seen: dict[str, float] = {}  # when, of those in `service_s`
         self._books = (
-            Book(self, f"{self.id}-small", limits),
-            Book(self, f"{self.id}-large", limits),
+            SegmentSender(self, f"{self.id}-small", limits),
+            SegmentSender(self, f"{self.id}-large", limits),
         )
         self._stub = pb2_grpc.OverlayNodeStub(self.channel)
         self._limits = limits
@@ -322,7 +330,7 @@ class _Link:
         self._pid = 0
         self._problem = ""  # with the name of its machine
         self._wrong_looks = 0  # one after another
-        self._wrong_lines = Allowance(1, 1 / WRONG_LINE_S)
+        self._wrong_lines = TokenBucket(1, 1 / WRONG_LINE_S)
         self._wrong = 0.0, ""  # when it last did, and how
 
     def look(self) -> None:
@@ -355,11 +363,11 @@ class _Link:
 
     def send(self, segment: Segment, sink: Sink) -> End:
         large = segment.payloads.size > self._limits.small_bytes * segment.count
-        large = large or segment.pieces > 0  # whose answers may be
+        large = large or segment.chunks > 0  # whose answers may be
         return self._books[large].send(segment, sink)
 
     def answered(self, route: Route, answers: Answers, is_read: bool = False) -> None:
-        """Rows that were asked have ended. is_read: in pieces, when it says nothing of its health
+        """Rows that were asked have ended. is_read: in chunks, when it says nothing of its health
         that they failed."""
         handler = route.handler
         count, flawless = answers.count, answers.flawless
@@ -373,7 +381,7 @@ class _Link:
         service_s, to_all = self.service_s.get(handler, 0.0), route.mode is Mode.ALL
         said = heard(answers, service_s, to_all)
         if is_read and not flawless:
-            said = Heard(Verdict.NEITHER, count, "")
+            said = Outcome(Verdict.NEITHER, count, "")
         self._minder.hear(self.id, handler, said)
         refused = answers.refused
         if refused and refused.code is Code.UNAVAILABLE and refused.executed is Executed.NO:
@@ -390,7 +398,7 @@ class _Link:
 
     def overdue(self, handler: str, rows: int) -> None:
         """Rows that it has were not even answered as late."""
-        silent = Heard(Verdict.BAD, rows, f"no answer from {self.id} within the deadline")
+        silent = Outcome(Verdict.BAD, rows, f"no answer from {self.id} within the deadline")
         self._minder.hear(self.id, handler, silent)
 
     def lost(self, why: Part) -> None:
@@ -440,10 +448,10 @@ class _Link:
                 )
                 self.pace_seen[handler] = time.monotonic()
 
-    def snapshot(self) -> LinkState:
+    def snapshot(self) -> PeerState:
         health, health_reason, ejections = self._minder.shown(self.id)
         with self._lock:
-            return LinkState(
+            return PeerState(
                 process_id=self.id,
                 address=self.channel.shown,
                 state=self.state,

@@ -38,8 +38,8 @@ OF_ONE, OF_MANY = 4, 9
 FEWEST_SHARED = 20  # of fewer places nobody is kept from any
 OF_A_HANDLER = 4  # the same for slots of the queue: 160 of 200
 
-MOST_ADDRESSES = 1000  # that are remembered as callers of late
-MOST_NAMES = 32  # of one address that take turns of their own; the others have one together
+MAX_ADDRESSES = 1000  # that are remembered as callers of late
+MAX_NAMES = 32  # of one address that take turns of their own; the others have one together
 FREE_NAMES = 16  # of them go to whoever comes; for the others one must have come before
 REMEMBERED_NAMES = 4096  # that came once, of all addresses
 NAME_KEPT_S = 2.0  # for which no other name takes its place among them
@@ -188,7 +188,7 @@ def check_time(left_s: float, ahead: int, needs_s: float, share: float = 1.0) ->
         )
 
 
-class Pace:
+class ServiceTimeEstimator:
     """How long requests were at work of late, and how many at a time. Times are monotonic seconds.
 
     Only what its handlers really answered is told to it.
@@ -332,7 +332,7 @@ class Callers:
     """
 
     def __init__(self) -> None:
-        self._addresses: Lately[str] = Lately(MOST_ADDRESSES)
+        self._addresses: Lately[str] = Lately(MAX_ADDRESSES)
         self._names: OrderedDict[str, Lately[str]] = OrderedDict()
         self._once: list[tuple[int, float] | None] = [None] * REMEMBERED_NAMES
 
@@ -344,17 +344,15 @@ class Callers:
         has_neighbours = self._addresses.seen(caller.address, now)
         names = self._names.get(caller.address)
         if names is None:
-            names = self._names[caller.address] = Lately(MOST_NAMES + 1)
-            while len(self._names) > MOST_ADDRESSES:
+            names = self._names[caller.address] = Lately(MAX_NAMES + 1)
+            while len(self._names) > MAX_ADDRESSES:
                 self._names.popitem(last=False)
         elif has_neighbours:
             self._names.move_to_end(caller.address)
         if caller.name not in names:
             names.forget(now)
-            free = MOST_NAMES - len(names)
-            if free <= 0 or (
-                free <= MOST_NAMES - FREE_NAMES and not self._came_before(caller, now)
-            ):
+            free = MAX_NAMES - len(names)
+            if free <= 0 or (free <= MAX_NAMES - FREE_NAMES and not self._came_before(caller, now)):
                 caller = Caller(caller.address, OTHERS)
         has_rivals = names.seen(caller.name, now) or has_neighbours
         return Seen(caller, has_rivals, has_neighbours)

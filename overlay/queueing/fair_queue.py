@@ -16,10 +16,10 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 from overlay.model.segments import NOBODY, Caller, Route
-from overlay.queueing.admission import ERA_S, Pace, may_overtake
+from overlay.queueing.admission import ERA_S, ServiceTimeEstimator, may_overtake
 
-MOST_BLOCKED = 16  # of a lane: so many routes are looked at for one turn
-MOST_KEPT = 64  # callers and addresses that are remembered although nothing of theirs waits
+MAX_BLOCKED = 16  # of a lane: so many routes are looked at for one turn
+MAX_KEPT = 64  # callers and addresses that are remembered although nothing of theirs waits
 
 
 class Place(Protocol):
@@ -43,7 +43,7 @@ NO_SHARE = NoPlace()
 """There are places, and none for it: its own kind or caller has too many. It holds up nobody."""
 
 
-class Kind:
+class ServiceClass:
     """What wants the same places.
 
     active: rows at work. waiting: rows that wait; parked: requests that do since they found no
@@ -56,17 +56,17 @@ class Kind:
     def __init__(self) -> None:
         self.active = self.waiting = self.parked = 0
         self.full_at = self.refused = -math.inf
-        self.pace = Pace()
-        self.own: dict[int, Pace] = {}
+        self.pace = ServiceTimeEstimator()
+        self.own: dict[int, ServiceTimeEstimator] = {}
 
     @property
     def is_idle(self) -> bool:
         return not (self.active or self.waiting)
 
-    def pace_of(self, size_class: int) -> Pace:
+    def pace_of(self, size_class: int) -> ServiceTimeEstimator:
         found = self.own.get(size_class)
         if found is None:
-            found = self.own[size_class] = Pace()
+            found = self.own[size_class] = ServiceTimeEstimator()
         return found
 
     def park(self, now: float) -> None:
@@ -94,7 +94,7 @@ class Waiting(Hashable, Protocol):
     found_none: bool
 
     @property
-    def kind(self) -> Kind: ...
+    def kind(self) -> ServiceClass: ...
     @property
     def wants(self) -> Route: ...
     @property
@@ -108,7 +108,7 @@ class Waiting(Hashable, Protocol):
 W = TypeVar("W", bound=Waiting)
 
 
-class Lane(Generic[W]):
+class Flow(Generic[W]):
     """What one caller has waiting on one way in. rows, active: waiting and at work.
 
     is_stream: a stream's window bounds it, and several rows may start at once. paused: nothing of
@@ -122,9 +122,9 @@ class Lane(Generic[W]):
         self.rows = 0
         self.active = 0
         self.turns = 0  # that it has had, as far as it still matters to its flow
-        self.flow: _Flow[W] | None = None
+        self.flow: _CallerTurns[W] | None = None
         # What wants the same places with the same priority starts in the order in which it came.
-        self._lines: dict[tuple[Kind, int], _Line[W]] = {}
+        self._lines: dict[tuple[ServiceClass, int], _Line[W]] = {}
 
     def __iter__(self) -> Iterator[W]:
         return (item for line in self._lines.values() for item in line.items)
@@ -137,14 +137,14 @@ class Lane(Generic[W]):
             heads.sort(key=_urgency)
         return heads
 
-    def rows_before(self, kind: Kind, priority: int) -> int:
+    def rows_before(self, kind: ServiceClass, priority: int) -> int:
         """Of this kind, how many start before one of this priority that comes now.
 
         Those that are less urgent only because they came later are not foreseen.
         """
         return sum(line.rows for (k, p), line in self._lines.items() if k is kind and p >= priority)
 
-    def first_of(self, kind: Kind, priority: int) -> W:
+    def first_of(self, kind: ServiceClass, priority: int) -> W:
         """The first to start of what waits there like that."""
         return next(iter(self._lines[kind, priority].items))
 
@@ -179,7 +179,7 @@ class _Line(Generic[W]):
         self.rows = 0
 
 
-class _Flow(Generic[W]):
+class _CallerTurns(Generic[W]):
     """One caller's. had: the turns that it has had, as far as they still matter; now: those of the
     lane that had its last one. lanes: of it, in which something waits."""
 
@@ -188,31 +188,33 @@ class _Flow(Generic[W]):
     def __init__(self, had: int) -> None:
         self.had = had
         self.now = 0
-        self.lanes: dict[Lane[W], None] = {}
+        self.lanes: dict[Flow[W], None] = {}
 
 
-class _Address(Generic[W]):
-    """As _Flow. flows: by name; lanes: how many of all have something waiting."""
+class _AddressTurns(Generic[W]):
+    """As _CallerTurns. flows: by name; lanes: how many of all have something waiting."""
 
     __slots__ = ("flows", "had", "lanes", "now")
 
     def __init__(self, had: int) -> None:
         self.had = had
         self.now = self.lanes = 0
-        self.flows: dict[str, _Flow[W]] = {}
+        self.flows: dict[str, _CallerTurns[W]] = {}
 
 
-class Turns(Generic[W]):
+class FairQueue(Generic[W]):
     """The lanes in which something waits. A turn is a row; the next has had the fewest.
 
     Source of the rule: start-time fair queueing (Goyal, Vin and Cheng, 1996), in a hierarchy.
     """
 
     def __init__(self) -> None:
-        self._lanes: dict[Lane[W], _Address[W]] = {}
-        self._addresses: dict[str, _Address[W]] = {}
-        self._wanted: dict[tuple[Kind, bool], int] = {}  # rows that wait, streamed ones apart
-        self._blocked: set[tuple[Kind, bool]] = set()  # got no place in the last round
+        self._lanes: dict[Flow[W], _AddressTurns[W]] = {}
+        self._addresses: dict[str, _AddressTurns[W]] = {}
+        self._wanted: dict[
+            tuple[ServiceClass, bool], int
+        ] = {}  # rows that wait, streamed ones apart
+        self._blocked: set[tuple[ServiceClass, bool]] = set()  # got no place in the last round
         self._kept = 0  # addresses and flows
         self._now = 0  # the turns of the one whose turn it was last
 
@@ -227,7 +229,7 @@ class Turns(Generic[W]):
         """How many addresses and callers are remembered."""
         return self._kept
 
-    def put(self, lane: Lane[W], item: W, rows: int = 1) -> None:
+    def put(self, lane: Flow[W], item: W, rows: int = 1) -> None:
         if lane not in self._lanes:
             self._join(lane)
         lane.put(item, rows)
@@ -235,7 +237,7 @@ class Turns(Generic[W]):
         self._wanted[key] = self._wanted.get(key, 0) + rows
         item.kind.waiting += rows
 
-    def less(self, lane: Lane[W], item: W, rows: int = 1) -> None:
+    def less(self, lane: Flow[W], item: W, rows: int = 1) -> None:
         """So many of its rows wait no more."""
         lane.less(item, rows)
         item.kind.waiting -= rows
@@ -249,10 +251,10 @@ class Turns(Generic[W]):
             self._lanes.pop(lane).lanes -= 1
             assert lane.flow is not None
             del lane.flow.lanes[lane]
-            if self._kept > MOST_KEPT + 4 * len(self._lanes):
+            if self._kept > MAX_KEPT + 4 * len(self._lanes):
                 self._forget()
 
-    def took(self, lane: Lane[W], item: W, rows: int = 1) -> None:
+    def took(self, lane: Flow[W], item: W, rows: int = 1) -> None:
         """So many of its rows start: that was its caller's turn."""
         address, flow = self._lanes[lane], lane.flow
         assert flow is not None
@@ -278,13 +280,13 @@ class Turns(Generic[W]):
                 return None  # all that waits wants what another did not get
         return None
 
-    def found_none(self, lane: Lane[W], item: W) -> bool:
+    def found_none(self, lane: Flow[W], item: W) -> bool:
         """Whether there was no place for it in the last round, in which nothing got one."""
         if (item.kind, lane.is_stream) in self._blocked:
             return True
         return lane.first_of(item.kind, item.priority).found_none
 
-    def ahead_of(self, lane: Lane[W], kind: Kind, priority: int, more: int = 0) -> int:
+    def ahead_of(self, lane: Flow[W], kind: ServiceClass, priority: int, more: int = 0) -> int:
         """How many rows of the kind start before one that would be put in now, behind `more`."""
         if not kind.waiting:
             return more
@@ -312,17 +314,17 @@ class Turns(Generic[W]):
                 before += min(waiting, max(0, had - other_address.had) + 1)
         return before
 
-    def _join(self, lane: Lane[W]) -> None:
+    def _join(self, lane: Flow[W]) -> None:
         address = self._addresses.get(lane.caller.address)
         if address is None:
-            address = self._addresses[lane.caller.address] = _Address(self._now)
+            address = self._addresses[lane.caller.address] = _AddressTurns(self._now)
             self._kept += 1
         # Who was away has saved up no turns, and who was just served has not lost its own.
         elif not address.lanes:
             address.had = max(address.had, self._now)
         flow = address.flows.get(lane.caller.name)
         if flow is None:
-            flow = address.flows[lane.caller.name] = _Flow(address.now)
+            flow = address.flows[lane.caller.name] = _CallerTurns(address.now)
             self._kept += 1
         elif not flow.lanes:
             flow.had = max(flow.had, address.now)
@@ -333,7 +335,7 @@ class Turns(Generic[W]):
         address.lanes += 1
         self._lanes[lane] = address
 
-    def _in_turn(self) -> Iterator[Lane[W]]:
+    def _in_turn(self) -> Iterator[Flow[W]]:
         if len(self._lanes) == 1:
             yield from self._lanes
             return
@@ -349,7 +351,7 @@ class Turns(Generic[W]):
         self._kept = sum(1 + len(address.flows) for address in self._addresses.values())
 
 
-N = TypeVar("N", bound="_Flow[Any] | _Address[Any]")
+N = TypeVar("N", bound="_CallerTurns[Any] | _AddressTurns[Any]")
 
 
 def _by_turns(nodes: Iterable[N]) -> list[N]:
@@ -359,16 +361,16 @@ def _by_turns(nodes: Iterable[N]) -> list[N]:
     return found
 
 
-def _had(node: _Flow[Any] | _Address[Any]) -> int:
+def _had(node: _CallerTurns[Any] | _AddressTurns[Any]) -> int:
     return node.had
 
 
-def _turns(lane: Lane[Any]) -> int:
+def _turns(lane: Flow[Any]) -> int:
     return lane.turns
 
 
 def _first(
-    lane: Lane[W], claim: Callable[[W], Place | None], blocked: set[tuple[Kind, bool]]
+    lane: Flow[W], claim: Callable[[W], Place | None], blocked: set[tuple[ServiceClass, bool]]
 ) -> tuple[W, Place] | None:
     """The first of the lane that gets a place, and that may overtake those that got none.
 
@@ -385,7 +387,7 @@ def _first(
             item.found_none = True
             blocked.add(key)
             passed.append(item)
-            if len(passed) >= MOST_BLOCKED:
+            if len(passed) >= MAX_BLOCKED:
                 return None
         elif place is NO_SHARE:
             item.found_none = True

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from overlay.model import clocks as time
 from overlay.model.errors import Draining, NoTimeLeft, OverlayError
-from overlay.model.pending import OpenRows, Run
+from overlay.model.pending import PendingRows, Run
 from overlay.model.segments import (
     NOBODY,
     Answers,
@@ -43,14 +43,14 @@ from overlay.model.segments import (
 )
 from overlay.queueing import admission
 from overlay.queueing.admission import HIGHEST_PRIORITY, Callers, Lately, Seen, Shares
-from overlay.queueing.fair_queue import NO_SHARE, Kind, Lane, NoPlace, Place, Turns
+from overlay.queueing.fair_queue import NO_SHARE, FairQueue, Flow, NoPlace, Place, ServiceClass
 
 log = logging.getLogger("overlay.intake")
 
 SAMPLE_S = 0.001  # between two ends that are noted: enough to know a pace, where they are many
-MOST_KINDS = 1000  # routes are few, but a caller may name any targets
+MAX_KINDS = 1000  # routes are few, but a caller may name any targets
 OF_LATE = 16  # ends that make up the mean of how long a place is held
-MOST_HANDLERS = 1000  # as many are known to have been asked for of late
+MAX_HANDLERS = 1000  # as many are known to have been asked for of late
 
 
 Claim = Callable[[Route, int, float, bool], "Place | None"]
@@ -60,12 +60,12 @@ or AWAITED."""
 Start = Callable[[Segment, Any, float, Sink], End]
 """(rows, their places, seconds waited, sink) -> how to end them."""
 
-Took = Callable[["Ticket", int, Answers, "float | None", float], None]
+Took = Callable[["QueuedSegment", int, Answers, "float | None", float], None]
 """(ticket, so many of its rows, what came of them, when they started, when that came). None: they
 never started."""
 
 
-class Ticket:
+class QueuedSegment:
     """One segment's stay, from admission to its last answer. Times are monotonic seconds."""
 
     def __init__(
@@ -74,9 +74,9 @@ class Ticket:
         sink: Sink,
         now: float,
         number: int,
-        intake: Intake,
-        lane: Lane[Ticket],
-        kind: Kind,
+        intake: RequestQueue,
+        lane: Flow[QueuedSegment],
+        kind: ServiceClass,
         wants: Route,
         priority: int = 0,
     ):
@@ -92,13 +92,13 @@ class Ticket:
         self.urgency = admission.urgency(now, priority)
         self.admitted = now
         self.number = number
-        self.unstarted = OpenRows(segment.count)  # guarded by the intake's lock
+        self.unstarted = PendingRows(segment.count)  # guarded by the intake's lock
         self.patient_until = (now + segment.deadline) / 2
-        self.is_read = False  # in pieces: so its time is its reader's, and no pace to go by
+        self.is_read = False  # in chunks: so its time is its reader's, and no pace to go by
         self._sink = sink
         self._intake = intake
         self._lock = threading.Lock()
-        self._open = OpenRows(segment.count)
+        self._open = PendingRows(segment.count)
         self._ends: list[tuple[int, int, End]] = []
         self._ended: list[tuple[Code, int, int]] = []
         self._starts: list[tuple[int, int, float]] = []  # (first row, rows, when they started)
@@ -154,7 +154,7 @@ class Ticket:
     def _run(self, start: Start, first: int, place: Place, now: float) -> None:
         count = place.count
         intake = self._intake
-        still_in_service = OpenRows(count)
+        still_in_service = PendingRows(count)
 
         def sink(row: int, answers: Answers) -> None:
             with self._lock:
@@ -204,7 +204,7 @@ def _unstarted(me: str, code: Code) -> Part:
     return Part(me, code, "the caller left while the request waited", executed=Executed.NO)
 
 
-class WaitingRoom(queue.Queue["Ticket"]):
+class WaitingRoom(queue.Queue["QueuedSegment"]):
     """The bounded queue of single requests, a lane for each caller that has some.
 
     They take turns with what waits on streams: `turns` has both. Its `mutex` is the intake's one
@@ -216,9 +216,9 @@ class WaitingRoom(queue.Queue["Ticket"]):
         self.most_bytes = most_bytes
 
     def _init(self, maxsize: int) -> None:
-        self.turns: Turns[Ticket] = Turns()
-        self._lanes: dict[Caller, Lane[Ticket]] = {}
-        self._handlers_lately: Lately[str] = Lately(MOST_HANDLERS)
+        self.turns: FairQueue[QueuedSegment] = FairQueue()
+        self._lanes: dict[Caller, Flow[QueuedSegment]] = {}
+        self._handlers_lately: Lately[str] = Lately(MAX_HANDLERS)
         self._addresses: Counter[str] = Counter()
         self._handlers: Counter[str] = Counter()
         self._count = 0
@@ -227,7 +227,7 @@ class WaitingRoom(queue.Queue["Ticket"]):
     def _qsize(self) -> int:
         return self._count
 
-    def _put(self, item: Ticket) -> None:
+    def _put(self, item: QueuedSegment) -> None:
         caller = item.lane.caller
         self._lanes[caller] = item.lane
         self._addresses[caller.address] += 1
@@ -236,19 +236,19 @@ class WaitingRoom(queue.Queue["Ticket"]):
         self._count += 1
         self._bytes += item.segment.payloads.size
 
-    def _get(self) -> Ticket:
+    def _get(self) -> QueuedSegment:
         ticket = min((t for lane in self._lanes.values() for t in lane), key=_number)
         self.start_locked(ticket)
         return ticket
 
-    def lane_locked(self, caller: Caller) -> Lane[Ticket]:
-        return self._lanes.get(caller) or Lane(caller)
+    def lane_locked(self, caller: Caller) -> Flow[QueuedSegment]:
+        return self._lanes.get(caller) or Flow(caller)
 
-    def put_locked(self, ticket: Ticket) -> None:
+    def put_locked(self, ticket: QueuedSegment) -> None:
         """For as long as it takes to see whether it starts at once."""
         self._put(ticket)
 
-    def check_locked(self, ticket: Ticket, seen: Seen) -> None:
+    def check_locked(self, ticket: QueuedSegment, seen: Seen) -> None:
         """Raises QueueFull when the ticket, which is in already, has no room to wait."""
         size, waiting = ticket.segment.payloads.size, self._count - 1
         handler, address = ticket.wants.handler, seen.flow.address
@@ -264,17 +264,17 @@ class WaitingRoom(queue.Queue["Ticket"]):
             of_handler = self._handlers[handler] - 1
             admission.check_share_of_handler(of_handler, waiting, self.maxsize)
 
-    def start_locked(self, ticket: Ticket) -> None:
+    def start_locked(self, ticket: QueuedSegment) -> None:
         """Takes it out: it is its caller's turn."""
         self.turns.took(ticket.lane, ticket)
         self._forget(ticket)
 
-    def discard_locked(self, ticket: Ticket) -> None:
+    def discard_locked(self, ticket: QueuedSegment) -> None:
         """Takes it out: nobody waits for it any more."""
         self.turns.less(ticket.lane, ticket)
         self._forget(ticket)
 
-    def _forget(self, ticket: Ticket) -> None:
+    def _forget(self, ticket: QueuedSegment) -> None:
         caller = ticket.lane.caller
         if not ticket.lane.rows:
             del self._lanes[caller]
@@ -284,7 +284,7 @@ class WaitingRoom(queue.Queue["Ticket"]):
         self._bytes -= ticket.segment.payloads.size
 
 
-def _number(ticket: Ticket) -> int:
+def _number(ticket: QueuedSegment) -> int:
     return ticket.number
 
 
@@ -297,7 +297,7 @@ def _one_less(counts: Counter[str], key: str) -> None:
 class _Taken(NamedTuple):
     """Rows whose turn it is, with their places."""
 
-    ticket: Ticket
+    ticket: QueuedSegment
     first: int
     place: Place
     now: float
@@ -309,7 +309,7 @@ class _Taken(NamedTuple):
 class _Refused(NamedTuple):
     """Rows that were taken out and never start, and what their callers are told."""
 
-    ticket: Ticket
+    ticket: QueuedSegment
     runs: list[Run]
     part: Part
 
@@ -317,7 +317,7 @@ class _Refused(NamedTuple):
         self.ticket._settle_runs(self.runs, self.part)
 
 
-class Intake:
+class RequestQueue:
     """Admits, keeps waiting, starts, and counts. Safe from any thread."""
 
     def __init__(
@@ -355,15 +355,15 @@ class Intake:
         self._room = WaitingRoom(slots, most_bytes)
         self._lock = self._room.mutex
         self._turns = self._room.turns
-        self._lanes: list[Lane[Ticket]] = []  # of the streams
+        self._lanes: list[Flow[QueuedSegment]] = []  # of the streams
         self._claim = claim
         self._start = start
         self._clock = clock
         self._numbers = itertools.count()
         self._callers = Callers()
         self._shares = Shares(in_service, of_a_team or in_service)  # single requests in service
-        self._kinds: OrderedDict[Route, Kind] = OrderedDict()
-        self._fresh: dict[Ticket, None] = {}  # streamed ones that no kick has looked at
+        self._kinds: OrderedDict[Route, ServiceClass] = OrderedDict()
+        self._fresh: dict[QueuedSegment, None] = {}  # streamed ones that no kick has looked at
         self._draining = False
         self._pumping = threading.local()
 
@@ -386,7 +386,7 @@ class Intake:
 
     def admit(
         self, segment: Segment, sink: Sink, caller: Caller = NOBODY, priority: int = 0
-    ) -> Ticket:
+    ) -> QueuedSegment:
         """Takes one request in or refuses it now; never blocks.
 
         The sink gets its answer, whatever becomes of it. Who finds a place starts. Raises QueueFull
@@ -415,21 +415,21 @@ class Intake:
             raise refused
         return ticket
 
-    def open_lane(self, caller: Caller = NOBODY) -> Lane[Ticket]:
+    def open_lane(self, caller: Caller = NOBODY) -> Flow[QueuedSegment]:
         """A lane for one stream of this caller's, until `close_lane`."""
         with self._lock:
             flow = self._callers.seen(caller, self._clock()).flow
-            lane: Lane[Ticket] = Lane(flow, is_stream=True)
+            lane: Flow[QueuedSegment] = Flow(flow, is_stream=True)
             self._lanes.append(lane)
         return lane
 
-    def close_lane(self, lane: Lane[Ticket]) -> None:
+    def close_lane(self, lane: Flow[QueuedSegment]) -> None:
         with self._lock:
             self._lanes.remove(lane)
 
     def admit_to(
-        self, lane: Lane[Ticket], segment: Segment, sink: Sink, priority: int = 0
-    ) -> Ticket:
+        self, lane: Flow[QueuedSegment], segment: Segment, sink: Sink, priority: int = 0
+    ) -> QueuedSegment:
         """Takes a streamed segment in; its stream bounds how many. Raises NoTimeLeft, Draining.
 
         It starts with the next `kick`, so that the segments of a frame start together. Those of its
@@ -465,19 +465,21 @@ class Intake:
         return refused
 
     def _ticket_locked(
-        self, segment: Segment, sink: Sink, now: float, lane: Lane[Ticket], priority: int
-    ) -> Ticket:
+        self, segment: Segment, sink: Sink, now: float, lane: Flow[QueuedSegment], priority: int
+    ) -> QueuedSegment:
         wants = admission.wants(segment.route, self._default_handler)
         kind, priority = self._kind_of(wants), min(priority, HIGHEST_PRIORITY)
-        return Ticket(segment, sink, now, next(self._numbers), self, lane, kind, wants, priority)
+        return QueuedSegment(
+            segment, sink, now, next(self._numbers), self, lane, kind, wants, priority
+        )
 
-    def _judge_locked(self, ticket: Ticket, seen: Seen) -> None:
+    def _judge_locked(self, ticket: QueuedSegment, seen: Seen) -> None:
         """Raises why a single request that did not start at once may not wait either."""
         self._room.check_locked(ticket, seen)
         if self._park_locked(ticket):
             self._check_time_locked(ticket, -1)
 
-    def _park_locked(self, ticket: Ticket) -> bool:
+    def _park_locked(self, ticket: QueuedSegment) -> bool:
         """Whether it waits for a place, and not for a neighbour to come back."""
         if ticket.lane.paused or not self._turns.found_none(ticket.lane, ticket):
             return False
@@ -485,12 +487,12 @@ class Intake:
         ticket.kind.park(ticket.admitted)
         return True
 
-    def _unpark_locked(self, ticket: Ticket, now: float) -> None:
+    def _unpark_locked(self, ticket: QueuedSegment, now: float) -> None:
         if ticket.is_parked and not ticket.unstarted.left:
             ticket.is_parked = False
             ticket.kind.unpark(now)
 
-    def _check_time_locked(self, ticket: Ticket, before: int) -> None:
+    def _check_time_locked(self, ticket: QueuedSegment, before: int) -> None:
         """before: see `_way_locked`."""
         kind, now = ticket.kind, ticket.admitted
         share = admission.share_of_time(now - kind.refused)
@@ -501,7 +503,7 @@ class Intake:
             kind.refused = now
             raise
 
-    def _way_locked(self, ticket: Ticket, before: int) -> tuple[int, float]:
+    def _way_locked(self, ticket: QueuedSegment, before: int) -> tuple[int, float]:
         """How many start before it, and how long its answer takes.
 
         before: how many of its line's rows are before it, beyond those in the line.
@@ -514,7 +516,9 @@ class Intake:
     def _judge_fresh_locked(self) -> list[_Refused]:
         """Takes out the streamed rows that found no place and cannot be answered in time."""
         refused = []
-        after = Counter[tuple[Lane[Ticket], Kind, int]]()  # rows of a line from the one judged on
+        after = Counter[
+            tuple[Flow[QueuedSegment], ServiceClass, int]
+        ]()  # rows of a line from the one judged on
         for ticket in self._fresh:
             after[ticket.lane, ticket.kind, ticket.priority] += ticket.unstarted.left
         for ticket in list(self._fresh):
@@ -527,7 +531,7 @@ class Intake:
         self._fresh.clear()
         return refused
 
-    def _in_time_locked(self, ticket: Ticket, after: int) -> tuple[int, NoTimeLeft | None]:
+    def _in_time_locked(self, ticket: QueuedSegment, after: int) -> tuple[int, NoTimeLeft | None]:
         """How many rows of the segment can be answered in time, and what to tell the others.
 
         after: how many rows its line has from its first one on. It takes proof to refuse any, since
@@ -551,13 +555,13 @@ class Intake:
             return first + bisect.bisect_left(range(first, rows - 1), True, key=is_late), e
         return rows, None
 
-    def _kind_of(self, wants: Route) -> Kind:
+    def _kind_of(self, wants: Route) -> ServiceClass:
         kinds = self._kinds
         kind = kinds.get(wants)
         if kind is None:
-            kind = kinds[wants] = Kind()
+            kind = kinds[wants] = ServiceClass()
             # Those that are idle judge nobody; those in use are as many as what waits and runs.
-            for _ in range(min(2, len(kinds) - MOST_KINDS)):
+            for _ in range(min(2, len(kinds) - MAX_KINDS)):
                 oldest, found = next(iter(kinds.items()))
                 if found.is_idle and found is not kind:
                     del kinds[oldest]
@@ -626,7 +630,7 @@ class Intake:
         self._begin_locked(ticket, first, place.count, now)
         return _Taken(ticket, first, place, now)
 
-    def _claim_locked(self, ticket: Ticket, now: float) -> Place | None:
+    def _claim_locked(self, ticket: QueuedSegment, now: float) -> Place | None:
         if ticket.segment.deadline <= now:
             return _EXPIRED  # dropped at dequeue: no handler shall work for nobody
         if not ticket.lane.is_stream and not self._shares.allow(*_holder(ticket)):
@@ -636,18 +640,18 @@ class Intake:
         _, rows = ticket.unstarted.first_run() or (0, 0)
         return self._claim(ticket.route, rows, ticket.patient_until, ticket.lane.is_stream)
 
-    def _is_hopeless_locked(self, ticket: Ticket, now: float) -> bool:
+    def _is_hopeless_locked(self, ticket: QueuedSegment, now: float) -> bool:
         """Whether its place is of more use to another one, that waits for it too."""
         if ticket.kind.waiting <= ticket.unstarted.left:
             return False  # nobody else would have the place
         return ticket.own.is_too_little(now, self._left_s(ticket, now))
 
-    def _left_s(self, ticket: Ticket, now: float) -> float:
+    def _left_s(self, ticket: QueuedSegment, now: float) -> float:
         """What a worker gets of its time, about."""
         left_s = ticket.segment.deadline - now
         return left_s - min(self._way_home_s, left_s / 2)
 
-    def _begin_locked(self, ticket: Ticket, first: int, count: int, now: float) -> None:
+    def _begin_locked(self, ticket: QueuedSegment, first: int, count: int, now: float) -> None:
         ticket.unstarted.take(first, count)
         ticket.kind.active += count
         self._unpark_locked(ticket, now)
@@ -659,12 +663,12 @@ class Intake:
             self._shares.take(*_holder(ticket))
             self._room.start_locked(ticket)
 
-    def _withdraw(self, ticket: Ticket, start: int, count: int) -> list[Run]:
+    def _withdraw(self, ticket: QueuedSegment, start: int, count: int) -> list[Run]:
         """Takes out what has not started of these rows, so that it never will."""
         with self._lock:
             return self._withdraw_locked(ticket, start, count)
 
-    def _withdraw_locked(self, ticket: Ticket, start: int, count: int) -> list[Run]:
+    def _withdraw_locked(self, ticket: QueuedSegment, start: int, count: int) -> list[Run]:
         runs = ticket.unstarted.take(start, count)
         if not runs:
             return runs
@@ -676,11 +680,13 @@ class Intake:
             self._room.discard_locked(ticket)
         return runs
 
-    def _not_fresh_locked(self, ticket: Ticket) -> None:
+    def _not_fresh_locked(self, ticket: QueuedSegment) -> None:
         if not ticket.unstarted.left:
             self._fresh.pop(ticket, None)
 
-    def _release(self, ticket: Ticket, count: int, started: float, answers: Answers) -> float:
+    def _release(
+        self, ticket: QueuedSegment, count: int, started: float, answers: Answers
+    ) -> float:
         """Gives the places of so many rows back. When that was."""
         is_pace = not ticket.is_read and answers.is_worked_for
         is_lost = not is_pace and answers.is_too_late
@@ -701,7 +707,7 @@ class Intake:
         return now
 
 
-def _holder(ticket: Ticket) -> tuple[str, str, str]:
+def _holder(ticket: QueuedSegment) -> tuple[str, str, str]:
     """Who holds its place: address, handler and team."""
     return ticket.lane.caller.address, ticket.wants.handler, ticket.wants.team
 

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Protocol
 
 from overlay.model import clocks as time
-from overlay.model.pending import Ends, OpenRows, Slices
+from overlay.model.pending import Ends, PendingRows, Slices
 from overlay.model.segments import (
     Answers,
     Code,
@@ -41,7 +41,7 @@ from overlay.routing import aggregate, planner
 from overlay.routing.outlier import State
 from overlay.routing.planner import Branch, Load, Plan
 
-MOST_PICKED = 100  # counted of a neighbour: one who comes back is not given all that it missed
+MAX_PICKED = 100  # counted of a neighbour: one who comes back is not given all that it missed
 
 
 class Network(Protocol):
@@ -74,7 +74,7 @@ class Claimed:
     branch: Branch | None = None
 
 
-class Relay:
+class Dispatcher:
     """The decisions and deeds of one process. Safe from any thread."""
 
     def __init__(
@@ -121,9 +121,9 @@ class Relay:
         if claimed.plan.local and self._works is not None:
             return self._works.run(segment, waited_s, sink)
         if segment.route.mode is Mode.ANY:
-            return _Hand(self, segment, claimed, sink).begin()
+            return _DispatchAny(self, segment, claimed, sink).begin()
         if segment.early is not None:
-            return _PassOn(self, segment, claimed.plan, segment.early, sink).begin()
+            return _StreamingGather(self, segment, claimed.plan, segment.early, sink).begin()
         return _Gather(self, segment, claimed.plan, sink).begin()
 
     def load(self, branch: Branch, handler: str) -> Load:
@@ -156,7 +156,7 @@ class Relay:
 
     def _note_picked(self, neighbour: str, count: int) -> None:
         self._picked[neighbour] += count
-        if self._picked[neighbour] > MOST_PICKED:
+        if self._picked[neighbour] > MAX_PICKED:
             for known in self._picked:
                 self._picked[known] /= 2
 
@@ -195,13 +195,13 @@ class Relay:
 class _Gather:
     """ALL: every branch is asked at once; a row is answered when its last branch has answered."""
 
-    def __init__(self, relay: Relay, segment: Segment, plan: Plan, sink: Sink) -> None:
+    def __init__(self, relay: Dispatcher, segment: Segment, plan: Plan, sink: Sink) -> None:
         self._relay = relay
         self._segment = segment
         self._plan = plan
         self._sink = sink
         self._lock = threading.Lock()
-        self._open = OpenRows(segment.count)
+        self._open = PendingRows(segment.count)
         self._came = {branch.neighbour: Slices() for branch in plan.branches}
         self._ends: list[End] = []
 
@@ -219,7 +219,7 @@ class _Gather:
             with self._lock:
                 if not self._open.take(row, 1):
                     continue
-                found = {n: piece for n, came in self._came.items() if (piece := came.at(row))}
+                found = {n: chunk for n, came in self._came.items() if (chunk := came.at(row))}
             late = {
                 branch.neighbour: _late(branch, code)
                 for branch in self._plan.branches
@@ -262,7 +262,7 @@ class _Gather:
         self._sink(start, aggregate.gathered(relay._me.id, relay._order, found, missing))
 
 
-class _PassOn:
+class _StreamingGather:
     """ALL, as they come: each part goes on at once and is not kept.
 
     A row is answered when its last branch has answered and no part of it is just being passed on.
@@ -271,7 +271,7 @@ class _PassOn:
     """
 
     def __init__(
-        self, relay: Relay, segment: Segment, plan: Plan, early: Early, sink: Sink
+        self, relay: Dispatcher, segment: Segment, plan: Plan, early: Early, sink: Sink
     ) -> None:
         self._relay = relay
         self._segment = segment
@@ -279,7 +279,7 @@ class _PassOn:
         self._early = early
         self._sink = sink
         self._lock = threading.Lock()
-        self._open = OpenRows(segment.count)
+        self._open = PendingRows(segment.count)
         self._rows = [_Row(plan) for _ in range(segment.count)]
         self._ends: list[End] = []
 
@@ -370,7 +370,7 @@ class _Row:
 
     def came(self, columns: Iterable[PartColumn]) -> None:
         for column in columns:
-            if not column.is_over:  # a piece; it is still owed
+            if not column.is_over:  # a chunk; it is still owed
                 continue
             self.owed.discard(column.process_id)
             if column.at(0).ok:
@@ -381,10 +381,10 @@ class _Row:
                 self.bad.append(column)
 
 
-class _Hand:
+class _DispatchAny:
     """ANY: one branch is asked; another only on proof that nothing ran in the first."""
 
-    def __init__(self, relay: Relay, segment: Segment, claimed: Claimed, sink: Sink) -> None:
+    def __init__(self, relay: Dispatcher, segment: Segment, claimed: Claimed, sink: Sink) -> None:
         self._relay = relay
         self._segment = segment
         self._claimed = claimed
@@ -393,7 +393,7 @@ class _Hand:
         self._spared: frozenset[str] = frozenset()  # the workers on which it may have,
         self._before = 0  # and how many neighbours had been tried by then
         self._lock = threading.Lock()
-        self._open = OpenRows(segment.count)
+        self._open = PendingRows(segment.count)
         self._ends = Ends(segment.count)
 
     def begin(self) -> End:

@@ -57,7 +57,7 @@ class Verdict(IntEnum):
     GOOD = 3
 
 
-class Heard(NamedTuple):
+class Outcome(NamedTuple):
     """What became of requests, all the same way: of so many rows, and why they failed.
 
     took_s: the handler's time for each now, pace_s: what it takes of late; 0 when not known.
@@ -79,7 +79,7 @@ class Change(NamedTuple):
     reason: str
 
 
-def heard(answers: Answers, pace_s: float, to_all: bool = False) -> Heard:
+def heard(answers: Answers, pace_s: float, to_all: bool = False) -> Outcome:
     """What a slice of answers says of the neighbour. to_all: of requests to all.
 
     Bad: nobody could be reached, or nobody answered in time. What a handler made of its request is
@@ -91,19 +91,19 @@ def heard(answers: Answers, pace_s: float, to_all: bool = False) -> Heard:
     if refused is not None:
         proof = refused.executed is Executed.NO
         said = Verdict.NEITHER if proof else _verdict(refused.code, refused.executed)
-        return Heard(said, answers.count, refused.reason)
+        return Outcome(said, answers.count, refused.reason)
     found = Verdict.NEITHER, ""
     for column in answers.parts:
         if column.failed is None and len(column.failures) < answers.count:
-            return Heard(Verdict.GOOD, answers.count, "", column.worked_us / 1e6, pace_s)
+            return Outcome(Verdict.GOOD, answers.count, "", column.worked_us / 1e6, pace_s)
         for failure in [column.failed] if column.failed else column.failures.values():
             if to_all and failure.executed is Executed.NO:
                 continue
             found = max(found, (_verdict(failure.code, failure.executed), failure.reason))
-    return Heard(found[0], answers.count, found[1])
+    return Outcome(found[0], answers.count, found[1])
 
 
-class Case:
+class PeerHealth:
     """What is the matter with a neighbour and one handler."""
 
     __slots__ = ("cause", "failures", "on_trial", "pause_s", "quick_s", "retry_at", "state")
@@ -145,7 +145,7 @@ class Case:
         self.on_trial = False
 
 
-class Ward:
+class OutlierDetector:
     """The neighbours of one process, by handler. No lock of its own: its owner holds one.
 
     lone: those who stand for one worker each. Others are never slow: who of their workers is, and
@@ -155,7 +155,7 @@ class Ward:
     """
 
     def __init__(self, neighbours: Iterable[str], lone: Collection[str]) -> None:
-        self.cases: dict[str, dict[str, Case]] = {n: {} for n in neighbours}
+        self.cases: dict[str, dict[str, PeerHealth]] = {n: {} for n in neighbours}
         self.ejections = dict.fromkeys(self.cases, 0)
         self._lone = lone
         self._odd: dict[tuple[str, str], float] = {}  # slow at the last look, with this pace
@@ -168,7 +168,7 @@ class Ward:
             case.on_trial = True
 
     def hear(
-        self, neighbour: str, handler: str, heard: Heard, up: Collection[str], now: float
+        self, neighbour: str, handler: str, heard: Outcome, up: Collection[str], now: float
     ) -> Change | None:
         """Requests have ended. up: the neighbours whose links are up."""
         said = heard.verdict
@@ -205,11 +205,11 @@ class Ward:
     def shown(self, neighbour: str, now: float) -> tuple[str, str]:
         """State and reason of the handler with which it is worst, in words."""
         cases = self.cases[neighbour].items()
-        handler, worst = max(cases, key=lambda item: item[1].state, default=("", Case()))
+        handler, worst = max(cases, key=lambda item: item[1].state, default=("", PeerHealth()))
         state, reason = worst.shown(now)
         return state, f"handler {handler}: {reason}" if handler and reason else reason
 
-    def _good(self, neighbour: str, handler: str, heard: Heard, now: float) -> Change | None:
+    def _good(self, neighbour: str, handler: str, heard: Outcome, now: float) -> Change | None:
         case = self.cases[neighbour].get(handler)
         if case is None:
             return None
@@ -228,9 +228,9 @@ class Ward:
         return None
 
     def _bad(
-        self, neighbour: str, handler: str, heard: Heard, up: Collection[str], now: float
+        self, neighbour: str, handler: str, heard: Outcome, up: Collection[str], now: float
     ) -> Change | None:
-        case = self.cases[neighbour].setdefault(handler, Case())
+        case = self.cases[neighbour].setdefault(handler, PeerHealth())
         case.failures += heard.rows
         tried, case.on_trial = case.on_trial, False
         if case.state is State.EJECTED:
@@ -291,7 +291,7 @@ class Ward:
         if self._odd.setdefault(key, pace_s) == pace_s:
             return None
         del self._odd[key]
-        case = self.cases[neighbour].setdefault(handler, Case())
+        case = self.cases[neighbour].setdefault(handler, PeerHealth())
         case.enter(State.SLOW, cause, now)
         case.quick_s = quick_s
         return Change(neighbour, handler, State.SLOW, f"is {case.shown(now)[1]}")

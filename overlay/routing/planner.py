@@ -41,7 +41,7 @@ class Plan:
 # items so tiny that their way costs more than they do, and that gain by going together.
 QUICK_S, TINY_QUICK_S, TINY_S = 0.0005, 0.002, 0.0001
 AHEAD_S = 0.010  # work that a branch may have beyond its slots, so that it never runs dry
-MOST_OUTSTANDING = 4096  # of a branch and handler, whatever its pace
+MAX_OUTSTANDING = 4096  # of a branch and handler, whatever its pace
 _HALF_OPEN, _EJECTED = State.HALF_OPEN, State.EJECTED  # looked up once: `pick` is on every way
 
 
@@ -71,7 +71,7 @@ class Load:
         slots = max(1, self.slots)
         is_known = self.service_s and self.is_of_late
         ahead = int(slots * AHEAD_S / self.service_s) if is_known else 0
-        return max(0, min(slots + ahead, MOST_OUTSTANDING) - self.outstanding)
+        return max(0, min(slots + ahead, MAX_OUTSTANDING) - self.outstanding)
 
     @property
     def is_quick(self) -> bool:

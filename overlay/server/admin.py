@@ -21,7 +21,7 @@ import psutil
 
 from overlay.model.errors import BadRequest, NotAllowed, OverlayError
 from overlay.model.topology import Process
-from overlay.server.log_reader import Journal
+from overlay.server.log_reader import LogReader
 from overlay.server.service import Drained
 from overlay.server.upstream import plain_address
 from overlay.transport import codec
@@ -37,7 +37,7 @@ class Admin:
     """stop: lets the process begin to stop, with this grace, as a signal does; returns at once."""
 
     def __init__(
-        self, me: Process, journal: Journal, grace_s: float, stop: Callable[[float], None]
+        self, me: Process, journal: LogReader, grace_s: float, stop: Callable[[float], None]
     ) -> None:
         self.pool = ThreadPoolExecutor(2, "admin")
         self.logs_pool = ThreadPoolExecutor(2, "logs")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 log = logging.getLogger("overlay.pool")
 
 
-class Pool:
+class BackgroundThreads:
     """Starts a thread when a job comes and none is idle, at most `most`; safe from any thread.
 
     concurrent.futures makes a Future of each job and takes seven locks for it, which shows where

@@ -21,8 +21,8 @@ from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 
 from overlay.model import clocks as time
-from overlay.server.eviction import Crowd
-from overlay.server.request_log import Record
+from overlay.server.eviction import EvictionQueue
+from overlay.server.request_log import RequestLog
 from overlay.server.upstream import plain_address
 from overlay.transport import codec
 
@@ -30,7 +30,7 @@ log = logging.getLogger("overlay.connections")
 
 WANTED_FILES = 10_240  # the most that macOS gives; Linux starts programs with 1,024
 OWN_FILES = 200  # for logs, links, handlers
-MOST_CONNECTIONS = 8192
+MAX_CONNECTIONS = 8192
 LOOK_S = 0.25
 # After some had to be cut: those who made them come again at once, and may be back, too many for
 # anybody else to be let in, long before the usual next look.
@@ -54,7 +54,7 @@ def raise_file_limit() -> int:
 
 def most_connections(files: int) -> int:
     """How many may be let in, of a process that may have so many files open."""
-    return max(16, min(MOST_CONNECTIONS, files - OWN_FILES))
+    return max(16, min(MAX_CONNECTIONS, files - OWN_FILES))
 
 
 class Connections:
@@ -64,7 +64,7 @@ class Connections:
         self,
         port: int,
         most: int,
-        record: Record,
+        record: RequestLog,
         open_peers: Callable[[], Collection[str]],
         each_look: Callable[[], None] = lambda: None,
     ) -> None:
@@ -113,7 +113,7 @@ class Connections:
         # The first to go are those that have nothing to do, of them the oldest; and so many that
         # they are not back before somebody else has come.
         order = sorted(found, key=lambda peer: (peer in busy, self._since[peer]))
-        crowd: Crowd[End] = Crowd(self._most // 2)
+        crowd: EvictionQueue[End] = EvictionQueue(self._most // 2)
         gone = [other for peer in order for other in crowd.add(peer, peer[0])]
         cut = {peer for peer in gone if _cut(found[peer], peer)} - self._told
         self._told |= cut

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T", bound=Hashable)
 
 
-class Crowd(Generic[T]):
+class EvictionQueue(Generic[T]):
     """At most `most` together, each of some size. No lock of its own: its owner holds one."""
 
     def __init__(self, most: int) -> None:

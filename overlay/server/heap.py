@@ -35,7 +35,7 @@ def keep_little() -> None:
             mallopt(name, value)
 
 
-class Memory:
+class HeapTrimmer:
     """is_busy: then it waits, since what is freed would be wanted again at once."""
 
     def __init__(self, is_busy: Callable[[], bool]) -> None:

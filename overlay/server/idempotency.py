@@ -42,7 +42,7 @@ LEAST_RETRY_S = 0.05
 UNKNOWN_RETRY_S = 1.0  # when nothing is answered yet, so that no time can be told
 
 
-class Keys:
+class IdempotencyKeys:
     """Safe from any thread. Each `enter` takes the same time, however many keys there are."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -231,7 +231,7 @@ class First:
 
     __slots__ = ("_asked", "_keys", "_named")
 
-    def __init__(self, keys: Keys, named: bytes, asked: _Asked) -> None:
+    def __init__(self, keys: IdempotencyKeys, named: bytes, asked: _Asked) -> None:
         self._keys = keys
         self._named = named
         self._asked = asked
@@ -256,7 +256,7 @@ class Waiter:
 
     __slots__ = ("_callback", "_keys", "_named", "_outcome")
 
-    def __init__(self, keys: Keys, named: bytes) -> None:
+    def __init__(self, keys: IdempotencyKeys, named: bytes) -> None:
         self._keys = keys
         self._named = named
         self._callback: Callable[[Outcome], None] | None = None

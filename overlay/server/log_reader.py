@@ -13,24 +13,24 @@ from collections.abc import Callable
 
 from overlay.model.errors import BadRequest
 from overlay.model.topology import Topology
-from overlay.observability.log_buffer import LINES, Recent
-from overlay.peers.peers import Links
+from overlay.observability.log_buffer import LINES, LogBuffer
+from overlay.peers.peers import Peers
 from overlay.routing import planner
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 
-MOST_BYTES = 512 * 1024  # of one answer; the smallest max_message_mib is 1
+MAX_BYTES = 512 * 1024  # of one answer; the smallest max_message_mib is 1
 
 
-class Journal:
+class LogReader:
     """dropped: how many lines no log got. Safe from any thread; `read` may wait for others."""
 
     def __init__(
         self,
         topology: Topology,
         me: str,
-        recent: Recent,
-        links: Links,
+        recent: LogBuffer,
+        links: Peers,
         dropped: Callable[[], int] = lambda: 0,
     ) -> None:
         self._topology = topology
@@ -64,11 +64,11 @@ class Journal:
         return self._links.logs(neighbour, onward, timeout_s)
 
     def _own(self, asked: pb2.LogsRequest, public_only: bool) -> pb2.LogsResponse:
-        most = min(asked.lines or codec.FEW_LINES, LINES)
+        most = min(asked.lines or codec.MIN_LINES, LINES)
         found = self._recent.lines(most, asked.request_id, asked.error_id)
         said = [codec.write_line(line, public_only) for line in found]
         size, first = 0, len(said)
-        while first and size < MOST_BYTES:
+        while first and size < MAX_BYTES:
             first -= 1
             size += said[first].ByteSize()
         return pb2.LogsResponse(process_id=self._me, lines=said[first:], dropped=self._dropped())

@@ -34,8 +34,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from overlay.model import clocks as time
 from overlay.model.errors import BadRequest, CrowdedOut, OverlayError
 from overlay.model.limits import Limits
-from overlay.server.eviction import Crowd
-from overlay.server.request_log import Record, unexpected
+from overlay.server.eviction import EvictionQueue
+from overlay.server.request_log import RequestLog, unexpected
 from overlay.transport import codec
 
 log = logging.getLogger("overlay.reception")
@@ -126,7 +126,7 @@ class Reception:
     """
 
     def __init__(
-        self, server: grpc.Server, pool: ThreadPoolExecutor, limits: Limits, record: Record
+        self, server: grpc.Server, pool: ThreadPoolExecutor, limits: Limits, record: RequestLog
     ) -> None:
         """record: is told what is ended because there is too much of it."""
         self._server = server
@@ -134,9 +134,9 @@ class Reception:
         self._limits = limits
         self._record = record
         self._lock = threading.Lock()
-        self._coming: Crowd[Call] = Crowd(limits.unarrived_calls)
-        self._resting: Crowd[Call] = Crowd(limits.resting_calls)
-        self._leaving: Crowd[Call] = Crowd(limits.unread_bytes)
+        self._coming: EvictionQueue[Call] = EvictionQueue(limits.unarrived_calls)
+        self._resting: EvictionQueue[Call] = EvictionQueue(limits.resting_calls)
+        self._leaving: EvictionQueue[Call] = EvictionQueue(limits.unread_bytes)
         self._peers: Counter[str] = Counter()
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
@@ -294,7 +294,7 @@ class Reception:
         self._put(self._leaving, LEAVING, call, len(message))
         call.finish(message)
 
-    def _put(self, crowd: Crowd[Call], what: str, call: Call, size: int = 1) -> None:
+    def _put(self, crowd: EvictionQueue[Call], what: str, call: Call, size: int = 1) -> None:
         """Counts it among them, and ends those that have to go for it."""
         with self._lock:
             if call.is_over:

@@ -21,15 +21,15 @@ from overlay.model.errors import HandlerFailed, OverlayError
 from overlay.model.segments import Answers, Caller, Code, Executed, Hop, Mode, Segment
 from overlay.observability import trace as story
 from overlay.observability.counters import Meter
-from overlay.observability.log_throttle import Repeats
-from overlay.observability.request_summaries import Stories
-from overlay.observability.trace import Story
-from overlay.queueing.request_queue import Ticket
+from overlay.observability.log_throttle import LogThrottle
+from overlay.observability.request_summaries import RequestSummaries
+from overlay.observability.trace import RequestSummary
+from overlay.queueing.request_queue import QueuedSegment
 
 log = logging.getLogger("overlay.requests")
 
 TOLD_AT_ONCE, TOLD_PER_S = 200, 20  # lines of requests that want to be told
-FEW_REASONS = 3  # of rows that failed together, each with a story; what is left joins the last
+MIN_REASONS = 3  # of rows that failed together, each with a story; what is left joins the last
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Ended:
     start: int = 0
     answers: Answers | None = None
     failures: Sequence[tuple[int, OverlayError]] = ()
-    ticket: Ticket | None = None
+    ticket: QueuedSegment | None = None
     trace: tuple[Hop, ...] = ()
 
     @property
@@ -53,18 +53,18 @@ class Ended:
         return self.segment.count if self.answers is None else self.answers.count
 
 
-class Record:
+class RequestLog:
     """The process `me`. works: it runs handlers itself."""
 
     def __init__(self, me: str, works: bool) -> None:
         self.meter = Meter()
-        self.stories = Stories()
+        self.stories = RequestSummaries()
         self.wants_trace = self.stories.wants_trace
         self._me = me
         self._works = works
-        self._failures = Repeats(_tell_more_failures)
-        self._told = Repeats(_tell_more, TOLD_AT_ONCE, TOLD_PER_S)
-        self._crowds = Repeats(_tell_more_crowded_out)
+        self._failures = LogThrottle(_tell_more_failures)
+        self._told = LogThrottle(_tell_more, TOLD_AT_ONCE, TOLD_PER_S)
+        self._crowds = LogThrottle(_tell_more_crowded_out)
 
     def close(self) -> None:
         self._failures.flush()
@@ -102,7 +102,12 @@ class Record:
             self._tell_failures(ended)
 
     def took(
-        self, ticket: Ticket, rows: int, answers: Answers, started: float | None, ended: float
+        self,
+        ticket: QueuedSegment,
+        rows: int,
+        answers: Answers,
+        started: float | None,
+        ended: float,
     ) -> None:
         """Notes the times of rows that have ended: as in overlay.queueing.request_queue.Took.
 
@@ -158,7 +163,9 @@ class Record:
 
         def add(row: int, code: Code, reason: str, count: int) -> None:
             id_ = ids[first + row]
-            told = Story(id_, *asked, ended_s, code, reason, count, ended.trace, total_us, caller)
+            told = RequestSummary(
+                id_, *asked, ended_s, code, reason, count, ended.trace, total_us, caller
+            )
             self.stories.add(told)
 
         groups = _alike(ended.failures)
@@ -262,7 +269,7 @@ def _alike(failures: Sequence[tuple[int, OverlayError]]) -> list[tuple[int, Over
     last = ""
     for row, error in failures:
         reason = str(error)
-        if reason not in groups and len(groups) == FEW_REASONS:
+        if reason not in groups and len(groups) == MIN_REASONS:
             reason = last
         first, kept, count = groups.get(reason, (row, error, 0))
         groups[reason] = first, kept, count + 1

@@ -35,24 +35,24 @@ from overlay.model.segments import Answers, Caller, Code, Executed, Mode, Route,
 from overlay.model.signatures import Function, gathered
 from overlay.model.signatures import digest as functions_digest
 from overlay.model.topology import Process, Topology
-from overlay.observability.log_buffer import Recent
+from overlay.observability.log_buffer import LogBuffer
 from overlay.observability.map_progress import Maps
 from overlay.observability.resources import resources_of
-from overlay.peers.peers import Links, LinkState
+from overlay.peers.peers import Peers, PeerState
 from overlay.queueing import admission
-from overlay.queueing.request_queue import Intake, Ticket
+from overlay.queueing.request_queue import QueuedSegment, RequestQueue
 from overlay.routing import aggregate, planner
 from overlay.routing.aggregate import Merge
-from overlay.routing.dispatcher import Relay
-from overlay.server.background import Pool
-from overlay.server.idempotency import First, Keys, Outcome, Waiter
-from overlay.server.log_reader import Journal
-from overlay.server.request_log import Ended, Record, log_failure, unexpected
-from overlay.server.stream_session import Call as StreamCall
+from overlay.routing.dispatcher import Dispatcher
+from overlay.server.background import BackgroundThreads
+from overlay.server.idempotency import First, IdempotencyKeys, Outcome, Waiter
+from overlay.server.log_reader import LogReader
+from overlay.server.request_log import Ended, RequestLog, log_failure, unexpected
 from overlay.server.stream_session import Desk as StreamDesk
 from overlay.server.stream_session import Places
+from overlay.server.stream_session import StreamCall as StreamCall
 from overlay.server.stream_session import serve as streams_serve
-from overlay.server.upstream import Hosts
+from overlay.server.upstream import UpstreamHosts
 from overlay.transport import codec
 from overlay.transport.chunks import Budget
 from overlay.transport.codec import pb2
@@ -65,7 +65,7 @@ log = logging.getLogger("overlay.service")
 
 NOTICE_S = 0.1  # for neighbours to route around this process; what is on its way is still taken
 QUIET_S = 0.2  # without a single call, before the server closes: gRPC drops those that come then
-MOST_QUIET_S = 1.0  # how long to wait for that; who was refused comes back later
+MAX_QUIET_S = 1.0  # how long to wait for that; who was refused comes back later
 LONGEST_NAME = 64  # characters of what a caller calls itself that are kept
 LAST_WORDS_S = 0.5  # for answers on their way out, when the grace is over
 
@@ -86,20 +86,20 @@ class Service:
         self,
         topology: Topology,
         me: str,
-        recent: Recent | None = None,
+        recent: LogBuffer | None = None,
         log_lines_dropped: Callable[[], int] = lambda: 0,
     ) -> None:
         """Imports the handlers and makes the links. Raises ConfigError.
 
         recent: what this process logged of late; its events are told to those who ask.
         """
-        self._recent = recent or Recent()
+        self._recent = recent or LogBuffer()
         self._log_lines_dropped = log_lines_dropped
         self.calls_without_message: Callable[[], int] = lambda: 0
         self.topology = topology
         self.me = topology.process(me)
         self.limits = topology.limits
-        self.record = Record(me, self.me.works)
+        self.record = RequestLog(me, self.me.works)
         self.meter = self.record.meter
         sources = api.add_folder(topology.folder)
         # Process pools start before any channel is there.
@@ -107,9 +107,9 @@ class Service:
         self._merges = _load_merges(topology)
         sources.keep_imported()
         lone = planner.lone(topology, me)
-        self.links = Links(topology.below(me), self.limits, topology.digest, lone, me)
-        relay = Relay(topology, me, self.links, self.executor)
-        self.intake = Intake(
+        self.links = Peers(topology.below(me), self.limits, topology.digest, lone, me)
+        relay = Dispatcher(topology, me, self.links, self.executor)
+        self.intake = RequestQueue(
             me,
             slots=topology.queue_slots(me),
             in_service=self.me.in_service,
@@ -122,7 +122,7 @@ class Service:
             on_started=self.links.flush,
             took=self.record.took,
         )
-        self._keys = Keys(self.limits)
+        self._keys = IdempotencyKeys(self.limits)
         self._chosen_ids = ChosenIds(self.limits)
         self._deadlines = Deadlines(_expire)
         limits = self.limits
@@ -137,7 +137,7 @@ class Service:
             ended=self.record.ended_and_counted,
             crowded_out=self.record.crowded_out,
             wants_trace=self.record.wants_trace,
-            threads=Pool(limits.stream_threads, "stream"),
+            threads=BackgroundThreads(limits.stream_threads, "stream"),
             streams=Places(limits.streams),
             held=Budget(limits.max_waiting_bytes),
             unread=Budget(limits.unread_bytes),
@@ -145,8 +145,8 @@ class Service:
             maps=self._maps,
             take_ids=self._chosen_ids.take,
         )
-        self._hosts = Hosts(topology.above(me))
-        self.journal = Journal(topology, me, self._recent, self.links, log_lines_dropped)
+        self._hosts = UpstreamHosts(topology.above(me))
+        self.journal = LogReader(topology, me, self._recent, self.links, log_lines_dropped)
         self.links.on_change = self.intake.kick
         if self.executor:
             self.executor.on_free = self.intake.kick
@@ -233,7 +233,7 @@ class Service:
         _wait_while(lambda: self._unfinished > 0, until)
         left = self._unfinished
         if grace_s:
-            quiet_by = min(until, time.monotonic() + MOST_QUIET_S)
+            quiet_by = min(until, time.monotonic() + MAX_QUIET_S)
             _wait_while(lambda: time.monotonic() - self._last_single < QUIET_S, quiet_by)
         self._stream_desk.end_streams()
         until = max(until, time.monotonic() + LAST_WORDS_S)
@@ -510,7 +510,7 @@ class Service:
 
     def _retry_after_s(self) -> float:
         if self._draining:
-            return MOST_QUIET_S
+            return MAX_QUIET_S
         held_s = self.intake.held_s
         return admission.retry_after_s(self.intake.waiting, self.me.in_service, held_s)
 
@@ -526,7 +526,7 @@ class Service:
             error.retry_after_s = self._retry_after_s()
         return error
 
-    def _known_slots(self, states: Sequence[LinkState]) -> dict[str, dict[str, int]]:
+    def _known_slots(self, states: Sequence[PeerState]) -> dict[str, dict[str, int]]:
         if self.executor:
             return {self.me.id: self.executor.slots}
         known: dict[str, dict[str, int]] = {}
@@ -535,7 +535,7 @@ class Service:
         return known
 
     def _known_functions(
-        self, states: Sequence[LinkState], slots: dict[str, dict[str, int]]
+        self, states: Sequence[PeerState], slots: dict[str, dict[str, int]]
     ) -> tuple[Function, ...]:
         """Of the handlers of the configuration, at the workers that are there now."""
         if self.executor:
@@ -546,7 +546,7 @@ class Service:
         known = self.topology.handlers
         return gathered(f for f in here if f.workers and f.name in known)
 
-    def _neighbours(self, states: Sequence[LinkState]) -> list[pb2.Neighbour]:
+    def _neighbours(self, states: Sequence[PeerState]) -> list[pb2.Neighbour]:
         now = time.monotonic()
         return [
             pb2.Neighbour(
@@ -600,7 +600,7 @@ class Service:
         ]
 
 
-def _expire(due: Ticket | Waiter) -> None:
+def _expire(due: QueuedSegment | Waiter) -> None:
     due.end(Code.DEADLINE_EXCEEDED)
 
 
@@ -638,7 +638,7 @@ class _Waiter:
         return self._came.acquire(timeout=timeout_s)
 
 
-def _left(ticket: weakref.ref[Ticket]) -> None:
+def _left(ticket: weakref.ref[QueuedSegment]) -> None:
     """Its caller has left. gRPC keeps this for as long as the answer is not read, and so must not
     keep the ticket, which leads to the request and to its answer."""
     found = ticket()

@@ -6,7 +6,7 @@
 
 The stream is not read while its window is full, and so its client stops too, whose frames gRPC then
 holds back. A request leaves the window when its answer has been handed to gRPC, so that a client
-that does not read is bounded too; and all that do not together. A large part passes in pieces, no
+that does not read is bounded too; and all that do not together. A large part passes in chunks, no
 further ahead of its reader than overlay.transport.chunks.Passage lets it.
 
 Reading and writing are jobs for the process's stream threads, of each at most one a stream; between
@@ -28,7 +28,7 @@ import grpc
 from overlay.model import clocks as time
 from overlay.model.errors import BadRequest, Cancelled, Draining, MadeRoom, OverlayError, QueueFull
 from overlay.model.limits import Limits
-from overlay.model.pending import OpenRows
+from overlay.model.pending import PendingRows
 from overlay.model.segments import (
     NOBODY,
     Answers,
@@ -43,13 +43,13 @@ from overlay.model.segments import (
 )
 from overlay.model.topology import Topology
 from overlay.observability.map_progress import Maps
-from overlay.queueing.request_queue import Intake, Ticket, refusal
+from overlay.queueing.request_queue import QueuedSegment, RequestQueue, refusal
 from overlay.routing import aggregate, planner
-from overlay.server.background import Pool
-from overlay.server.eviction import Crowd
+from overlay.server.background import BackgroundThreads
+from overlay.server.eviction import EvictionQueue
 from overlay.server.request_log import Ended, unexpected
 from overlay.transport import codec
-from overlay.transport.chunks import Budget, Passage, Share, Told
+from overlay.transport.chunks import Budget, ChunkWindow, Share, Told
 from overlay.transport.codec import pb2
 from overlay.transport.timers import Deadlines
 
@@ -64,7 +64,7 @@ OF_ONE_ADDRESS = 3  # times the places that are left: of 1,024 it has 768 at mos
 OF_A_NEIGHBOUR = 4  # streams: a link has two, and those before its restart
 
 
-class Call(Protocol):
+class StreamCall(Protocol):
     """What a stream needs of its call; see overlay.server.reception.Call for the promises."""
 
     def receive(self, then: Callable[[bytes | None], None]) -> None: ...
@@ -83,14 +83,14 @@ class Places:
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()
-        self._open: dict[_Stream, str] = {}  # the oldest first, each with its address
-        self._of_neighbours: dict[str, dict[_Stream, None]] = {}
+        self._open: dict[_Session, str] = {}  # the oldest first, each with its address
+        self._of_neighbours: dict[str, dict[_Session, None]] = {}
         self._counts: dict[str, int] = {}
         # Who had nothing to do when it was listed; who has worked since is looked at again, so that
         # a stream tells of neither.
-        self._resting: Crowd[_Stream] = Crowd(most)
+        self._resting: EvictionQueue[_Session] = EvictionQueue(most)
 
-    def __iter__(self) -> Iterator[_Stream]:
+    def __iter__(self) -> Iterator[_Session]:
         with self._lock:
             found = list(self._open)
             found += [stream for held in self._of_neighbours.values() for stream in held]
@@ -99,7 +99,7 @@ class Places:
     def __len__(self) -> int:
         return len(self._open) + sum(map(len, self._of_neighbours.values()))
 
-    def enter(self, stream: _Stream, address: str, neighbour: str = "") -> list[_Stream]:
+    def enter(self, stream: _Session, address: str, neighbour: str = "") -> list[_Session]:
         """Who has to go for it. Raises QueueFull. neighbour: the process that it is a link of."""
         with self._lock:
             if neighbour:
@@ -114,14 +114,14 @@ class Places:
             stream.is_listed = True  # a neighbour's never has to go, and need not list itself
         return gone
 
-    def rests(self, stream: _Stream) -> None:
+    def rests(self, stream: _Session) -> None:
         """It has nothing to do, and is not listed as one that may have nothing to do."""
         with self._lock:
             address = self._open.get(stream)
             if address is not None:
                 self._list_locked(stream, address)
 
-    def leave(self, stream: _Stream) -> None:
+    def leave(self, stream: _Session) -> None:
         with self._lock:
             self._resting.discard(stream)
             for held in self._of_neighbours.values():
@@ -133,11 +133,11 @@ class Places:
             if not self._counts[address]:
                 del self._counts[address]
 
-    def _list_locked(self, stream: _Stream, address: str) -> None:
+    def _list_locked(self, stream: _Session, address: str) -> None:
         self._resting.add(stream, address)
         stream.is_listed = True
 
-    def _make_room_locked(self, address: str) -> list[_Stream]:
+    def _make_room_locked(self, address: str) -> list[_Session]:
         count, left = self._counts.get(address, 0), self._most - len(self._open)
         if left > 0 and count < OF_ONE_ADDRESS * left:
             return []
@@ -164,18 +164,18 @@ class Desk:
 
     me: str
     topology: Topology
-    intake: Intake
+    intake: RequestQueue
     deadlines: Deadlines
     combine: Combine
     received: Callable[[int], None]
     ended: Callable[[Ended], None]  # counts them, and sets their trace where it is wanted
     crowded_out: Callable[[str, int, str], None]  # (what, how many, of which address)
     wants_trace: Callable[[], bool]  # of the next segment that a client sends
-    threads: Pool
+    threads: BackgroundThreads
     streams: Places
     held: Budget  # payloads and answers in the windows
     unread: Budget  # answers that wait for their clients to read
-    ahead: Budget  # pieces that may come before their clients have asked for more
+    ahead: Budget  # chunks that may come before their clients have asked for more
     maps: Maps = field(default_factory=Maps)
     take_ids: Callable[[Caller, Segment], None] = lambda caller, segment: None  # raises IdsFull
 
@@ -199,7 +199,7 @@ class Desk:
 
 def serve(
     desk: Desk,
-    call: Call,
+    call: StreamCall,
     context: grpc.ServicerContext,
     caller: Caller = NOBODY,
     neighbour: str = "",
@@ -208,7 +208,7 @@ def serve(
 
     neighbour: the process whose link it is, if it is one. Never waits.
     """
-    stream = _Stream(desk, call, caller, codec.read_most_bytes(context.invocation_metadata()))
+    stream = _Session(desk, call, caller, codec.read_most_bytes(context.invocation_metadata()))
     try:
         for other in desk.streams.enter(stream, caller.address, neighbour):
             other.make_room()
@@ -252,11 +252,11 @@ class _Accepted:
         self.left = segment.count
         self.counted = 0  # rows told to the desk as answered
         self.size = segment.payloads.size
-        self.ticket: Ticket | None = None
+        self.ticket: QueuedSegment | None = None
         # As they come: the rows that may still have parts, and those that had a good one.
-        self.unanswered: OpenRows | None = None
+        self.unanswered: PendingRows | None = None
         self.good: set[int] = set()
-        self.ahead = max(0, segment.pieces - 1)  # pieces of a part, beyond the first
+        self.ahead = max(0, segment.chunks - 1)  # chunks of a part, beyond the first
 
 
 _Gone = tuple[_Accepted, int, int, bool]
@@ -267,8 +267,10 @@ _Out = tuple[_Accepted, int, Answers, int, bool]
 parts before the answer."""
 
 
-class _Stream:
-    def __init__(self, desk: Desk, call: Call, caller: Caller, theirs: int | None = None) -> None:
+class _Session:
+    def __init__(
+        self, desk: Desk, call: StreamCall, caller: Caller, theirs: int | None = None
+    ) -> None:
         """theirs: the largest answer that the client takes, where it says so."""
         self._desk = desk
         self._call = call
@@ -288,8 +290,8 @@ class _Stream:
         self._unread = Share(desk.unread)  # bytes of answers that wait for the client to read
         self.is_listed = False  # among those that may have to go for others; so are the next
         self.has_worked = False
-        self._passage = Passage(
-            desk.limits.window_bytes // 2 // desk.limits.piece_bytes, desk.ahead
+        self._passage = ChunkWindow(
+            desk.limits.window_bytes // 2 // desk.limits.chunk_bytes, desk.ahead
         )
         self._frame_bytes = min(self._limits.frame_bytes, self._most_bytes // 2)
         self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
@@ -525,8 +527,8 @@ class _Stream:
             key = made.number, made.row, made.process_id
             told = self._passage.granted(key, made.count, not accepted.from_process)
         if told is not None:
-            tell, pieces = told
-            tell(pieces)
+            tell, chunks = told
+            tell(chunks)
 
     def _accept(self, made: pb2.Segment, now: float) -> None:
         desk = self._desk
@@ -543,9 +545,9 @@ class _Stream:
             raise BadRequest(f"number: {made.number} is taken by a segment not answered yet")
         accepted = _Accepted(made, segment)
         if made.as_they_come and segment.route.mode is Mode.ALL:
-            pieces = min(1, segment.pieces)  # more of them as there is room
-            segment = replace(segment, early=partial(self._pass_on, accepted), pieces=pieces)
-            accepted.segment, accepted.unanswered = segment, OpenRows(segment.count)
+            chunks = min(1, segment.chunks)  # more of them as there is room
+            segment = replace(segment, early=partial(self._pass_on, accepted), chunks=chunks)
+            accepted.segment, accepted.unanswered = segment, PendingRows(segment.count)
         with self._lock:
             if self._abandoned or self._parting is not None:
                 return
@@ -600,24 +602,24 @@ class _Stream:
             for first, count in accepted.unanswered.runs(start, answers.count):
                 rows = answers.slice(first - start, count)
                 accepted.good.update(first + i for i in range(count) if _has_good(rows, i))
-                told += self._pieces_locked(accepted, first, rows)
+                told += self._chunks_locked(accepted, first, rows)
                 is_first |= self._put_locked((accepted, first, rows, _size(rows), True))
-        for tell, pieces in told:
-            tell(pieces)
+        for tell, chunks in told:
+            tell(chunks)
         if is_first:
             self._write_on()
 
-    def _pieces_locked(self, accepted: _Accepted, row: int, answers: Answers) -> list[Told]:
-        """Who of those whose pieces go up here may send more."""
+    def _chunks_locked(self, accepted: _Accepted, row: int, answers: Answers) -> list[Told]:
+        """Who of those whose chunks go up here may send more."""
         told = []
         for column in answers.parts:
             key = accepted.number, row, column.process_id
-            if column.piece is None:  # a failure, it may be after pieces
+            if column.chunk is None:  # a failure, it may be after chunks
                 self._passage.end(key)
                 continue
             if accepted.ticket is not None:
                 accepted.ticket.is_read = True
-            if more := self._passage.passes(key, column.piece, accepted.ahead):
+            if more := self._passage.passes(key, column.chunk, accepted.ahead):
                 told.append(more)
         return told
 
@@ -679,7 +681,7 @@ class _Stream:
         start: int,
         answers: Answers,
         failures: list[tuple[int, OverlayError]],
-        ticket: Ticket | None,
+        ticket: QueuedSegment | None,
     ) -> tuple[Hop, ...]:
         ended = Ended(accepted.segment, self._caller, start, answers, failures, ticket)
         self._desk.ended(ended)

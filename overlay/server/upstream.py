@@ -16,7 +16,7 @@ from overlay.transport.resolver import resolve
 AGAIN_S = 2.0  # a name may get another address
 
 
-class Hosts:
+class UpstreamHosts:
     """Safe from any thread; never waits."""
 
     def __init__(self, processes: Iterable[Process]) -> None:

@@ -1,11 +1,11 @@
-"""A result that is too large for one message: it leaves its worker in pieces, as they are read.
+"""A result that is too large for one message: it leaves its worker in chunks, as they are read.
 
-    handler -> cut -> Outlet.send(piece) --> each process on the way passes it on --> the client
+    handler -> cut -> ChunkWriter.send(chunk) --> each process passes it on --> the client
                           ^--- grant(n) <--- and the grants back <--- has read n of them
 
-So many pieces of a part are under way, at all hops together, as the client can take and the process
-asked has room for (Passage); for the rest the handler waits, in `send`. No process on the way keeps
-a piece, or waits for anything.
+So many chunks of a part are under way, at all hops together, as the client can take and the process
+asked has room for (ChunkWindow); for the rest the handler waits, in `send`. No process on the way
+keeps a chunk, or waits for anything.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import Any
 from overlay.model import clocks as time
 from overlay.model.errors import BadRequest, Misspoken
 from overlay.model.limits import Limits
-from overlay.model.segments import Piece
-from overlay.observability.token_bucket import Allowance
+from overlay.model.segments import Chunk
+from overlay.observability.token_bucket import TokenBucket
 
-PIECE_BYTES = Limits.piece_bytes
-MOST_TIMES = 8  # that a part may come before its answer
+CHUNK_BYTES = Limits.chunk_bytes
+MAX_TIMES = 8  # that a part may come before its answer
 ITEM_END = b"\t"  # between the tokens of JSON it is nothing, and never within one that we write
-ITEMS_AT_ONCE, ITEMS_PER_S = 64, 500  # that leave alone; a piece costs every hop some 50 us
+ITEMS_AT_ONCE, ITEMS_PER_S = 64, 500  # that leave alone; a chunk costs every hop some 50 us
 ITEM_S = 0.02  # one that does not leaves so much later
 
 Send = Callable[[bytes], bool]
-"""Takes the next piece; False when nobody waits for the rest."""
+"""Takes the next chunk; False when nobody waits for the rest."""
 
 
 def cut(items: Iterable[Any], size: int) -> Iterator[tuple[bytes, bool]]:
-    """The same bytes in pieces of `size`, and whether more follow; the last one has what is left.
+    """The same bytes in chunks of `size`, and whether more follow; the last one has what is left.
 
     items: bytes, bytearrays or memoryviews of any sizes. Raises TypeError for another kind.
     """
@@ -43,10 +43,10 @@ def cut(items: Iterable[Any], size: int) -> Iterator[tuple[bytes, bool]]:
         whole, start = memoryview(item).cast("B"), 0
         while len(held) + len(whole) - start > size:  # so that something is left for the last one
             end = start + size - len(held)
-            piece = held + whole[start:end]
+            chunk = held + whole[start:end]
             held.clear()
             start = end
-            yield bytes(piece), True
+            yield bytes(chunk), True
         held += whole[start:]
     yield bytes(held), False
 
@@ -54,7 +54,7 @@ def cut(items: Iterable[Any], size: int) -> Iterator[tuple[bytes, bool]]:
 class Items:
     """An iterator of byte strings that each end an item, with ITEM_END, but for the last one.
 
-    Where pieces are taken each leaves as it comes; else it is as any other iterator of bytes.
+    Where chunks are taken each leaves as it comes; else it is as any other iterator of bytes.
     """
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
@@ -81,7 +81,7 @@ class Leaving:
         self._send = send
         self._held = bytearray()
         self._is_wanted = True
-        self._at_once = Allowance(ITEMS_AT_ONCE, ITEMS_PER_S)
+        self._at_once = TokenBucket(ITEMS_AT_ONCE, ITEMS_PER_S)
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
 
@@ -89,7 +89,7 @@ class Leaving:
         """False when nobody waits for the rest."""
         with self._lock:
             self._held += item
-            if self._at_once.take(time.monotonic()) or len(self._held) >= PIECE_BYTES:
+            if self._at_once.take(time.monotonic()) or len(self._held) >= CHUNK_BYTES:
                 self._pass_on_locked()
             elif self._timer is None:
                 self._timer = threading.Timer(ITEM_S, self._pass_on)
@@ -112,21 +112,21 @@ class Leaving:
 
     def _pass_on_locked(self) -> None:
         held, self._held = bytes(self._held), bytearray()
-        for start in range(0, len(held), PIECE_BYTES):
-            self._is_wanted = self._is_wanted and self._send(held[start : start + PIECE_BYTES])
+        for start in range(0, len(held), CHUNK_BYTES):
+            self._is_wanted = self._is_wanted and self._send(held[start : start + CHUNK_BYTES])
 
 
 class NotBytes(TypeError):
     """Its text is the name of the type that came instead."""
 
 
-class Outlet:
+class ChunkWriter:
     """The way out of one row's result. One thread sends; `grant` and `close` are safe from any."""
 
     def __init__(
-        self, ahead: int, deadline: float, pass_on: Callable[[bytes, Piece], None]
+        self, ahead: int, deadline: float, pass_on: Callable[[bytes, Chunk], None]
     ) -> None:
-        """ahead: how many pieces may leave before the first grant."""
+        """ahead: how many chunks may leave before the first grant."""
         self.at = 0  # bytes that have left
         self.waited_s = 0.0  # for grants, which is not the handler's time
         self._room = ahead
@@ -135,7 +135,7 @@ class Outlet:
         self._closed = False
         self._changed = threading.Condition()
 
-    def send(self, piece: bytes) -> bool:
+    def send(self, chunk: bytes) -> bool:
         """Passes it on when there is room; False when nobody waits for it any more."""
         began = time.monotonic()
         with self._changed:
@@ -144,13 +144,13 @@ class Outlet:
             if self._closed or not self._room:
                 return False
             self._room -= 1
-        at, self.at = self.at, self.at + len(piece)
-        self._pass_on(piece, Piece(at, True, self.grant))
+        at, self.at = self.at, self.at + len(chunk)
+        self._pass_on(chunk, Chunk(at, True, self.grant))
         return True
 
-    def grant(self, pieces: int) -> None:
+    def grant(self, chunks: int) -> None:
         with self._changed:
-            self._room += pieces
+            self._room += chunks
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -169,25 +169,25 @@ class Arriving:
 
     __slots__ = ("at", "left", "times")
 
-    def __init__(self, pieces: int) -> None:
-        self.at = 0  # bytes that came in pieces
-        self.left = pieces  # that may come before more are granted
+    def __init__(self, chunks: int) -> None:
+        self.at = 0  # bytes that came in chunks
+        self.left = chunks  # that may come before more are granted
         self.times = 0  # that it came whole
 
     def whole(self) -> None:
         """Raises Misspoken."""
         self.times += 1
-        if self.times > MOST_TIMES:
-            raise Misspoken(f"a part {MOST_TIMES} times and again")
+        if self.times > MAX_TIMES:
+            raise Misspoken(f"a part {MAX_TIMES} times and again")
 
-    def piece(self, at: int, size: int, more: bool) -> None:
+    def chunk(self, at: int, size: int, more: bool) -> None:
         """Raises Misspoken."""
         if at != self.at:
-            raise Misspoken(f"a piece at byte {at:,}, after {self.at:,}")
+            raise Misspoken(f"a chunk at byte {at:,}, after {self.at:,}")
         self.at += size
         self.left -= more
         if self.left < 0:
-            raise Misspoken("more pieces of a part than were granted")
+            raise Misspoken("more chunks of a part than were granted")
 
 
 class Budget:
@@ -240,56 +240,56 @@ Key = tuple[int, int, str]
 """A part of a stream: segment, row, worker."""
 
 Told = tuple[Callable[[int], None], int]
-"""Who is to have more pieces, and how many."""
+"""Who is to have more chunks, and how many."""
 
 
-class Passage:
-    """The parts that pass a stream in pieces, and how far each may go ahead. No lock of its own.
+class ChunkWindow:
+    """The parts that pass a stream in chunks, and how far each may go ahead. No lock of its own.
 
-    A part's worker sends one piece by itself, and then as many as it is told. As long as there is
+    A part's worker sends one chunk by itself, and then as many as it is told. As long as there is
     room, that is as many more as the stream's client can take before it grants any; a part that
-    finds no room comes piece by piece, until there is. So a client that reads nothing holds up one
-    piece of each part, and `room` others; all of a process's clients together what is in `shared`.
+    finds no room comes chunk by chunk, until there is. So a client that reads nothing holds up one
+    chunk of each part, and `room` others; all of a process's clients together what is in `shared`.
     """
 
     def __init__(self, room: int, shared: Budget | None = None) -> None:
-        """room: pieces. shared: bytes."""
+        """room: chunks. shared: bytes."""
         self._room = room
-        self._shared = shared or Budget(room * PIECE_BYTES)
+        self._shared = shared or Budget(room * CHUNK_BYTES)
         self._parts: dict[Key, _Part] = {}
 
     def __len__(self) -> int:
         return len(self._parts)
 
-    def passes(self, key: Key, piece: Piece, ahead: int) -> Told | None:
-        """A piece goes up to a client that takes `ahead` more of each part."""
-        if piece.grant is None:
+    def passes(self, key: Key, chunk: Chunk, ahead: int) -> Told | None:
+        """A chunk goes up to a client that takes `ahead` more of each part."""
+        if chunk.grant is None:
             self.end(key)
             return None
         part = self._parts.get(key)
         if part is None:
-            part = self._parts[key] = _Part(piece.grant, ahead)
+            part = self._parts[key] = _Part(chunk.grant, ahead)
         part.unread += 1
         return self._told(part, 0)
 
-    def granted(self, key: Key, pieces: int, by_a_client: bool) -> Told | None:
+    def granted(self, key: Key, chunks: int, by_a_client: bool) -> Told | None:
         """Raises BadRequest when a client grants more than have gone up, or a process more than a
         client takes ahead of that."""
         part = self._parts.get(key)
         if part is None:  # it has ended meanwhile
             return None
         # A process hands on what it was told: also what its own client takes ahead.
-        most = part.unread + (0 if by_a_client else Limits.pieces_ahead)
-        if pieces > most:
-            raise BadRequest(f"grants: {key[2]} has sent {part.unread} pieces, not {pieces}")
-        part.unread -= pieces
-        return self._told(part, pieces)
+        most = part.unread + (0 if by_a_client else Limits.chunks_ahead)
+        if chunks > most:
+            raise BadRequest(f"grants: {key[2]} has sent {part.unread} chunks, not {chunks}")
+        part.unread -= chunks
+        return self._told(part, chunks)
 
     def end(self, key: Key) -> None:
         part = self._parts.pop(key, None)
         if part is not None and part.is_wide:
             self._room += part.ahead
-            self._shared.take(-part.ahead * PIECE_BYTES)
+            self._shared.take(-part.ahead * CHUNK_BYTES)
 
     def close(self) -> None:
         """All parts have ended."""
@@ -301,19 +301,19 @@ class Passage:
         for key in [key for key in self._parts if key[0] == number and key[1] in rows]:
             self.end(key)
 
-    def _told(self, part: _Part, pieces: int) -> Told | None:
-        size = part.ahead * PIECE_BYTES
+    def _told(self, part: _Part, chunks: int) -> Told | None:
+        size = part.ahead * CHUNK_BYTES
         if not part.is_wide and self._room >= part.ahead and self._shared.left >= size:
             part.is_wide = True
             self._room -= part.ahead
             self._shared.take(size)
-            pieces += part.ahead
-        return (part.grant, pieces) if pieces else None
+            chunks += part.ahead
+        return (part.grant, chunks) if chunks else None
 
 
 @dataclass
 class _Part:
     grant: Callable[[int], None]
     ahead: int
-    unread: int = 0  # pieces that have gone up and were not granted
+    unread: int = 0  # chunks that have gone up and were not granted
     is_wide: bool = False

@@ -20,6 +20,7 @@ from overlay.model.limits import MIB, Limits
 from overlay.model.segments import (
     Answer,
     Answers,
+    Chunk,
     Code,
     Column,
     Executed,
@@ -28,7 +29,6 @@ from overlay.model.segments import (
     Mode,
     Part,
     PartColumn,
-    Piece,
     Progress,
     Route,
     Segment,
@@ -37,7 +37,7 @@ from overlay.model.signatures import Function
 from overlay.observability.counters import BOUNDS_S, Histogram, Spread
 from overlay.observability.log_buffer import LINES, Line
 from overlay.observability.map_progress import RunningMap
-from overlay.observability.trace import Story
+from overlay.observability.trace import RequestSummary
 from overlay.transport import message_size, validation
 from overlay.transport.validation import Asked
 
@@ -69,10 +69,10 @@ CALLER_KEY = "overlay-caller"
 IDLE_KEY = "overlay-idle"  # a stream had nothing to do, and need not come back until it has
 REQUEST_KEY = "overlay-request"  # the id of a request that failed, as it is printed
 PROCESS_KEY = "overlay-process"  # the process that a link is of, as it says
-MOST_BYTES_KEY = "overlay-max-message-bytes"
+MAX_BYTES_KEY = "overlay-max-message-bytes"
 _STATUS_KEY = "grpc-status-details-bin"
 LONGEST_ERROR_ID = 32  # characters; ours have 8
-FEW_LINES = 100  # of a log, when the question does not say how many
+MIN_LINES = 100  # of a log, when the question does not say how many
 LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
 
 # A frozen or vanished peer is noticed within about 2.5 s on every system; see the keepalive test.
@@ -251,7 +251,7 @@ def read_segment(
         ids,
         traced=traced or segment.want_trace,
         told=segment.want_line or (segment.want_trace and not segment.hops),
-        pieces=min(segment.pieces, limits.pieces_ahead),
+        chunks=min(segment.chunks, limits.chunks_ahead),
         own_ids=segment.own_ids or not (segment.first_id or ids),
     )
 
@@ -291,7 +291,7 @@ def write_segment(
         made.priority = priority
     if as_they_come:
         made.as_they_come = True
-        made.pieces = segment.pieces
+        made.chunks = segment.chunks
     if segment.attempt:
         made.attempt = min(segment.attempt, 0xFFFFFFFF)
     if segment.ids:
@@ -415,17 +415,17 @@ def read_function(made: pb2.Function) -> Function:
 
 def read_logs(made: pb2.LogsResponse, asked: pb2.LogsRequest) -> pb2.LogsResponse:
     """The same, judged as metrics are. Raises Misspoken."""
-    validation.check_logs(made, asked.process_id, min(asked.lines or FEW_LINES, LINES))
+    validation.check_logs(made, asked.process_id, min(asked.lines or MIN_LINES, LINES))
     return made
 
 
 def read_most_bytes(metadata: Iterable[tuple[str, Any]] | None) -> int | None:
     """The largest body that the other side of a stream says it takes; None where it does not."""
-    return validation.most_bytes(dict(metadata or ()).get(MOST_BYTES_KEY))
+    return validation.most_bytes(dict(metadata or ()).get(MAX_BYTES_KEY))
 
 
 def most_bytes_metadata(limits: Limits) -> tuple[tuple[str, str], ...]:
-    return ((MOST_BYTES_KEY, str(limits.max_message_bytes)),)
+    return ((MAX_BYTES_KEY, str(limits.max_message_bytes)),)
 
 
 def write_trace(into: pb2.Slice | pb2.Response, trace: Iterable[Hop]) -> None:
@@ -480,8 +480,8 @@ def write_map(running: RunningMap, now: float) -> pb2.RunningMap:
     )
 
 
-def write_story(story: Story) -> pb2.Story:
-    return pb2.Story(
+def write_story(story: RequestSummary) -> pb2.RequestSummary:
+    return pb2.RequestSummary(
         request_id=story.request_id,
         mode=_MODES[story.mode],
         team=story.team,
@@ -564,9 +564,9 @@ def _read_part(said: validation.Said, count: int) -> PartColumn:
         rows = range(detail.start, detail.start + detail.count)
         failures.update(dict.fromkeys(rows, failure))
     results = _read_column(part.results, count) if found else Column((b"",) * count)
-    piece = Piece(part.at, part.more) if part.more or part.at else None
+    chunk = Chunk(part.at, part.more) if part.more or part.at else None
     times = part.waited_us, part.worked_us
-    return PartColumn(worker, results, hops, failures, None, *times, piece)
+    return PartColumn(worker, results, hops, failures, None, *times, chunk)
 
 
 def _write_part_slice(made: pb2.Slice, column: PartColumn, with_results: bool) -> None:
@@ -581,8 +581,8 @@ def _write_part_slice(made: pb2.Slice, column: PartColumn, with_results: bool) -
         return
     if with_results:
         _write_column(part.results, column.results)
-    if column.piece is not None:
-        part.at, part.more = column.piece.at, column.piece.more
+    if column.chunk is not None:
+        part.at, part.more = column.chunk.at, column.chunk.more
     for row, failure in column.failures.items():
         _write_detail(part.failures, row, 1, failure)
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from overlay.model.errors import BadRequest
 
-FEW_BYTES = 16 * 1024  # of a message that is not looked at: it becomes a MiB at most
+MIN_BYTES = 16 * 1024  # of a message that is not looked at: it becomes a MiB at most
 OBJECT_BYTES = 100  # of a message in a message, at least
 ITEM_BYTES = 24  # of a string or bytes in one, besides its contents
 ROOM_BYTES, ROOM_PER_BYTE = 16 * 1024 * 1024, 2  # that a message may take
@@ -27,7 +27,7 @@ FLAT: Shape = {}
 
 def check(message: bytes, shape: Shape) -> None:
     """Raises BadRequest for what would take far more than its bytes. Broken ones are not judged."""
-    if len(message) <= FEW_BYTES:
+    if len(message) <= MIN_BYTES:
         return
     room = ROOM_BYTES + ROOM_PER_BYTE * len(message)
     try:

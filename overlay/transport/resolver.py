@@ -23,8 +23,8 @@ from overlay.model import clocks as time
 LOOK_S = 5.0  # for who can wait; mDNS says no after this
 SLICE_S = 0.5  # or Windows hears no Ctrl-C before Python 3.14
 FRESH_S = 0.5  # what was found is given again for so long, as several ask about one machine
-MOST_KEPT = 256  # names whose look-up is remembered
-MOST_SHOWN = 4  # addresses in a message
+MAX_KEPT = 256  # names whose look-up is remembered
+MAX_SHOWN = 4  # addresses in a message
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
 INSTEAD = "correct it, see that its machine is on, or write its address in numbers"
 
@@ -57,8 +57,8 @@ class Named:
         text = text or self.host
         if not self.addresses or self.is_lone_number or self.host == "localhost":
             return text
-        more = ["…"] if len(self.addresses) > MOST_SHOWN else []
-        return f"{text} ({', '.join([*self.addresses[:MOST_SHOWN], *more])})"
+        more = ["…"] if len(self.addresses) > MAX_SHOWN else []
+        return f"{text} ({', '.join([*self.addresses[:MAX_SHOWN], *more])})"
 
 
 def is_number(host: str) -> bool:
@@ -167,7 +167,7 @@ def _begun(host: str) -> _Look:
     with _lock:
         look = _looks.get(host)
         if look is None or look.is_stale:
-            if len(_looks) >= MOST_KEPT:
+            if len(_looks) >= MAX_KEPT:
                 for old in [name for name, one in _looks.items() if one.is_stale]:
                     del _looks[old]
             look = _looks[host] = _Look(host)

@@ -42,7 +42,7 @@ LONGEST_REFUSED_S = 5.0  # a free place shall not wait for its taker for longer
 VERDICT_S = 0.02  # for the status of a call whose metadata says nothing
 
 
-class Pipe:
+class ReconnectingStream:
     """Sends and receives frames of one stream. Its verbs are safe from any thread."""
 
     def __init__(

@@ -21,12 +21,12 @@ from overlay.observability.log_buffer import escaped
 _LIMITS = Limits()
 LONGEST_NAME = _LIMITS.max_name
 LONGEST_TEXT = _LIMITS.max_text
-MOST_PARTS = _LIMITS.max_targets
-MOST_HOPS = _LIMITS.max_targets + _LIMITS.max_hops  # of an answer: all workers, and those between
-MOST_ENTRIES = _LIMITS.max_targets  # of any list that a process tells of itself
-MOST_SLOTS = _LIMITS.max_told_slots
-MOST_CHARACTERS = _LIMITS.functions_characters
-MOST_RETRY_S = _LIMITS.max_deadline_s  # no request waits for longer
+MAX_PARTS = _LIMITS.max_targets
+MAX_HOPS = _LIMITS.max_targets + _LIMITS.max_hops  # of an answer: all workers, and those between
+MAX_ENTRIES = _LIMITS.max_targets  # of any list that a process tells of itself
+MAX_SLOTS = _LIMITS.max_told_slots
+MAX_CHARACTERS = _LIMITS.functions_characters
+MAX_RETRY_S = _LIMITS.max_deadline_s  # no request waits for longer
 MESSAGE_BYTES = range(_LIMITS.least_message_bytes, _LIMITS.most_message_bytes + 1)
 
 
@@ -37,13 +37,13 @@ class Asked(NamedTuple):
     """What a slice may answer: so many rows, of which those that are open does not matter here.
 
     targets: who may have a part in it; None where the process asked has chosen them. early: parts
-    may come before the answer, and with pieces in pieces.
+    may come before the answer, and with chunks in chunks.
     """
 
     rows: int
     targets: frozenset[str] | None = None
     early: bool = False
-    pieces: bool = False
+    chunks: bool = False
 
 
 Said = tuple[Any, str, int, Any, tuple[str, ...]]
@@ -88,10 +88,10 @@ def check_response(made: Any) -> None:
     workers = {part.process_id for part in made.parts}
     if len(workers) < len(made.parts):
         raise Misspoken("two parts of one worker in one answer")
-    _check_names("parts", workers, MOST_PARTS)
-    _check_names("hops", made.hops, MOST_HOPS)
+    _check_names("parts", workers, MAX_PARTS)
+    _check_names("hops", made.hops, MAX_HOPS)
     for part in made.parts:
-        _check_names("hops", part.hops, MOST_HOPS)
+        _check_names("hops", part.hops, MAX_HOPS)
     _check_trace(made.trace)
 
 
@@ -103,7 +103,7 @@ def check_metrics(made: Any) -> None:
         raise Misspoken("topology: one process twice")
     if ids and made.process_id not in ids:
         raise Misspoken(f"topology: it does not have '{_shown(made.process_id)}' itself")
-    _check_names("topology", ids, MOST_ENTRIES)
+    _check_names("topology", ids, MAX_ENTRIES)
     _check_names("process_id", (made.process_id,))
     for process in made.topology:
         _check_process(process, ids)
@@ -142,7 +142,7 @@ def tidy(message: Any) -> None:
 
 def retry_after_s(seconds: float) -> float | None:
     """A time after which another says to come again, within reason; None for one that is not."""
-    return min(seconds, MOST_RETRY_S) if seconds > 0 else None
+    return min(seconds, MAX_RETRY_S) if seconds > 0 else None
 
 
 def most_bytes(said: object) -> int | None:
@@ -160,7 +160,7 @@ def _escaped(field: str, text: str) -> str:
 
 def _check_functions(functions: Sequence[Any]) -> None:
     size = sum(len(f.signature) + len(f.doc) + len(f.arguments) + len(f.result) for f in functions)
-    if size > MOST_CHARACTERS:
+    if size > MAX_CHARACTERS:
         raise Misspoken(f"functions: {size:,} characters of them")
     _check_names("functions", [function.name for function in functions])
 
@@ -179,7 +179,7 @@ def _check_workers(workers: list[str], targets: frozenset[str] | None) -> None:
     if len(workers) > 1 and len(set(workers)) < len(workers):
         raise Misspoken("two parts of one worker in one slice")
     if targets is None:
-        _check_names("parts", workers, MOST_PARTS)
+        _check_names("parts", workers, MAX_PARTS)
     elif not targets.issuperset(workers):
         stranger = min(set(workers) - targets)
         raise Misspoken(f"a part of '{_shown(stranger)}', which was not asked")
@@ -193,9 +193,9 @@ def _check_part(said: Said, count: int, asked: Asked, more: bool, results: bool)
         raise Misspoken(f"{worker}: {found} results for {count} rows")
     if part.more or part.at:
         if count != 1:
-            raise Misspoken(f"{worker}: a piece for {count} rows")
-        if not asked.pieces or not found or (part.more and not more):
-            raise Misspoken(f"{worker}: a piece where none can come")
+            raise Misspoken(f"{worker}: a chunk for {count} rows")
+        if not asked.chunks or not found or (part.more and not more):
+            raise Misspoken(f"{worker}: a chunk where none can come")
 
 
 def _all_failed(failures: Any) -> bool:
@@ -225,7 +225,7 @@ def _check_results(made: Any, count: int) -> None:
 
 
 def _check_trace(trace: Sequence[Any]) -> None:
-    _check_names("trace", [hop.process_id for hop in trace], MOST_HOPS)
+    _check_names("trace", [hop.process_id for hop in trace], MAX_HOPS)
 
 
 def _check_process(process: Any, ids: set[str]) -> None:
@@ -241,12 +241,12 @@ def _check_process(process: Any, ids: set[str]) -> None:
 
 
 def check_slots(slots: Mapping[str, int]) -> None:
-    if len(slots) > MOST_ENTRIES or any(not 0 <= n <= MOST_SLOTS for n in slots.values()):
-        raise Misspoken(f"slots: not 0 to {MOST_SLOTS:,} of each handler")
+    if len(slots) > MAX_ENTRIES or any(not 0 <= n <= MAX_SLOTS for n in slots.values()):
+        raise Misspoken(f"slots: not 0 to {MAX_SLOTS:,} of each handler")
 
 
 def _tidy_many(field: Any, values: Any) -> None:
-    if len(values) > MOST_ENTRIES:
+    if len(values) > MAX_ENTRIES:
         raise Misspoken(f"{field.name}: {len(values):,} entries")
     if hasattr(values, "items"):
         _check_names(field.name, values)
@@ -273,7 +273,7 @@ def _hops(hops: Sequence[str]) -> tuple[str, ...]:
     """Raises Misspoken."""
     names = tuple(hops)
     if names not in _checked:  # the same few ways come again and again
-        _check_names("hops", names, MOST_HOPS)
+        _check_names("hops", names, MAX_HOPS)
         if len(_checked) > 1000:
             _checked.clear()
         if len(names) < 32:
@@ -281,7 +281,7 @@ def _hops(hops: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_names(field: str, names: Iterable[str], most: int = MOST_ENTRIES) -> None:
+def _check_names(field: str, names: Iterable[str], most: int = MAX_ENTRIES) -> None:
     names = names if isinstance(names, tuple) else tuple(names)
     if len(names) > most:
         raise Misspoken(f"{field}: {len(names):,} entries")

@@ -17,7 +17,7 @@ from overlay.model.signatures import Function
 from overlay.model.topology import Process, Topology
 from overlay.queueing import admission
 from overlay.workers import api
-from overlay.workers.job import Batch, Desk, HandlerCounts
+from overlay.workers.job import HandlerCounts, HandlerJob, HandlerSlots
 from overlay.workers.process_pool import ProcessRunner
 from overlay.workers.request_ids import SeenIds
 from overlay.workers.thread_pool import ThreadRunner
@@ -36,9 +36,9 @@ class Runner(Protocol):
     @property
     def function(self) -> Function: ...
 
-    def submit(self, batch: Batch) -> None: ...
+    def submit(self, batch: HandlerJob) -> None: ...
 
-    def end(self, batch: Batch, start: int, count: int) -> None: ...
+    def end(self, batch: HandlerJob, start: int, count: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -57,13 +57,13 @@ class Executor:
         self._is_shared = len(topology.handlers) > 1
         self._lock = threading.Lock()
         self._seen = SeenIds(topology.limits)
-        self._desks: dict[str, tuple[Desk, Runner]] = {}
+        self._desks: dict[str, tuple[HandlerSlots, Runner]] = {}
         sources = api.add_folder(topology.folder)
         try:
             for spec in topology.handlers.values():
                 options = {**spec.options, **process.options}
                 slots = min(topology.handler_slots(process, spec), self._most(0))
-                desk = Desk(spec, slots, options)
+                desk = HandlerSlots(spec, slots, options)
                 self._desks[spec.name] = desk, _runner(desk, topology, sources)
             sources.keep_imported()
         except BaseException:
@@ -116,7 +116,9 @@ class Executor:
         desk, runner = self._desks[segment.route.handler or self._process.handler]
         give_back = partial(self._give_back, desk)
         forget = partial(self._seen.forget, segment)
-        batch = Batch(desk, self._process, segment, waited_s, sink, give_back, runner.end, forget)
+        batch = HandlerJob(
+            desk, self._process, segment, waited_s, sink, give_back, runner.end, forget
+        )
         begun = self._seen.begin(segment)
         if begun.again or begun.full:
             batch.refuse(begun)
@@ -132,13 +134,13 @@ class Executor:
         """Slots that one handler may take while others hold so many."""
         return admission.most_of_slots(self._cap, elsewhere) if self._is_shared else self._cap
 
-    def _give_back(self, desk: Desk, count: int) -> None:
+    def _give_back(self, desk: HandlerSlots, count: int) -> None:
         with self._lock:
             desk.taken -= count
         self.on_free()
 
 
-def _runner(desk: Desk, topology: Topology, sources: Sources) -> Runner:
+def _runner(desk: HandlerSlots, topology: Topology, sources: Sources) -> Runner:
     most_bytes = topology.limits.max_message_bytes
     if desk.spec.run == "process":
         return ProcessRunner(desk.spec, desk.slots, sources, most_bytes)

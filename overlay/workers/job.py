@@ -18,27 +18,27 @@ from typing import Any
 from overlay.model import clocks as time
 from overlay.model.errors import AlreadyExecuted, BadRequest, HandlerFailed, OverlayError
 from overlay.model.json_values import NotJson
-from overlay.model.pending import OpenRows, consecutive
+from overlay.model.pending import PendingRows, consecutive
 from overlay.model.segments import (
     Answers,
+    Chunk,
     Code,
     Column,
     Executed,
     Failure,
     PartColumn,
-    Piece,
     Segment,
     Sink,
 )
 from overlay.model.topology import HandlerSpec, Process
 from overlay.observability.counters import Spread, Times
 from overlay.transport.chunks import (
+    CHUNK_BYTES,
     ITEM_END,
-    PIECE_BYTES,
+    ChunkWriter,
     Items,
     Leaving,
     NotBytes,
-    Outlet,
     Send,
     cut,
 )
@@ -62,7 +62,7 @@ class HandlerCounts:
     worked: Spread
 
 
-class Desk:
+class HandlerSlots:
     """One handler's places and counts; `taken` is guarded by the executor's lock."""
 
     def __init__(self, spec: HandlerSpec, slots: int, options: Mapping[str, Any]) -> None:
@@ -97,18 +97,18 @@ class Desk:
         return HandlerCounts(spec.name, spec.run, self.slots, active, *counted, self.worked.spread)
 
 
-class Batch:
+class HandlerJob:
     """Claimed rows of one segment at work: each begun at most once and answered once."""
 
     def __init__(
         self,
-        desk: Desk,
+        desk: HandlerSlots,
         process: Process,
         segment: Segment,
         waited_s: float,
         sink: Sink,
         give_back: Callable[[int], None],
-        stop: Callable[[Batch, int, int], None],
+        stop: Callable[[HandlerJob, int, int], None],
         forget: Callable[[Iterable[int]], None] = lambda rows: None,
     ) -> None:
         """give_back: takes the number of places that are free again. stop: ends running rows.
@@ -131,9 +131,11 @@ class Batch:
         self._waiting = deque(range(segment.count))
         self._gone = bytearray()  # by row: it is not to begin any more
         self._left = segment.count  # that wait and are not gone
-        self._unanswered = OpenRows(segment.count)
+        self._unanswered = PendingRows(segment.count)
         self._ended = bytearray(segment.count)
-        self._outlets: dict[int, Outlet] = {}  # of rows that have begun, where pieces are wanted
+        self._outlets: dict[
+            int, ChunkWriter
+        ] = {}  # of rows that have begun, where chunks are wanted
 
     def begin_next(self) -> int | None:
         """The next row to run, for the caller alone; None when there is none."""
@@ -164,18 +166,18 @@ class Batch:
         )
 
     @property
-    def in_pieces(self) -> bool:
+    def in_chunks(self) -> bool:
         """Whether a large result may leave before it is whole."""
-        return self.segment.pieces > 0 and self.segment.early is not None
+        return self.segment.chunks > 0 and self.segment.early is not None
 
-    def outlet(self, row: int) -> Outlet:
-        """The way out of the row's result, where it may leave in pieces."""
+    def outlet(self, row: int) -> ChunkWriter:
+        """The way out of the row's result, where it may leave in chunks."""
 
-        def pass_on(result: bytes, piece: Piece) -> None:
+        def pass_on(result: bytes, chunk: Chunk) -> None:
             assert self.segment.early is not None
-            self._tell(self.segment.early, row, self._part([result], 0, self._waited_us, piece))
+            self._tell(self.segment.early, row, self._part([result], 0, self._waited_us, chunk))
 
-        outlet = Outlet(self.segment.pieces, self.segment.deadline, pass_on)
+        outlet = ChunkWriter(self.segment.chunks, self.segment.deadline, pass_on)
         with self._lock:
             self._outlets[row] = outlet
             if self._ended[row]:
@@ -275,17 +277,17 @@ class Batch:
     def _tell(self, sink: Sink, row: int, part: PartColumn) -> None:
         sink(row, Answers(part.results.count, (part,), (self._process.id,)))
 
-    def _rest(self, row: int) -> Piece | None:
-        """What the last piece of the row's result is of it, where others have left."""
+    def _rest(self, row: int) -> Chunk | None:
+        """What the last chunk of the row's result is of it, where others have left."""
         outlet = self._outlets.get(row)
-        return Piece(outlet.at, False) if outlet is not None and outlet.at else None
+        return Chunk(outlet.at, False) if outlet is not None and outlet.at else None
 
     def _part(
         self,
         outcomes: list[bytes | Failure],
         worked_us: int,
         waited_us: int,
-        piece: Piece | None = None,
+        chunk: Chunk | None = None,
     ) -> PartColumn:
         failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Failure)}
         results = [o if isinstance(o, bytes) else b"" for o in outcomes] if failures else outcomes
@@ -297,7 +299,7 @@ class Batch:
             None,
             waited_us,
             worked_us,
-            piece,
+            chunk,
         )
 
 
@@ -312,12 +314,12 @@ def _proves_not_run(outcome: bytes | Failure) -> bool:
 def outcome_of(result: object, most_bytes: int, send: Send | None = None) -> tuple[str, Any]:
     """What a handler gave back, in a form that survives the way between processes.
 
-    send: takes what is too large in pieces; then the outcome is the last one of them. May raise
+    send: takes what is too large in chunks; then the outcome is the last one of them. May raise
     what the result's own code raises.
     """
     if isinstance(result, (bytes, bytearray, memoryview)):
         size = memoryview(result).nbytes
-        if send is None or size <= PIECE_BYTES:
+        if send is None or size <= CHUNK_BYTES:
             return ("large", (size, most_bytes)) if size > most_bytes else ("ok", bytes(result))
         return _sent((result,), send)
     if not isinstance(result, Iterator):
@@ -334,10 +336,10 @@ def outcome_of(result: object, most_bytes: int, send: Send | None = None) -> tup
 
 
 def _sent(items: Iterable[Any], send: Send) -> tuple[str, Any]:
-    for piece, more in cut(items, PIECE_BYTES):
+    for chunk, more in cut(items, CHUNK_BYTES):
         if not more:
-            return "ok", piece
-        if not send(piece):
+            return "ok", chunk
+        if not send(chunk):
             break
     return "left", None
 

@@ -1,11 +1,11 @@
 """What runs in a handler's process: one request after the other, over a pipe to the parent.
 
-    parent -> (payload, facts, seconds left, options, whether a large result may come in pieces);
+    parent -> (payload, facts, seconds left, options, whether a large result may come in chunks);
               None when there is no more to do
     child  -> ("ready", (modules that it has kept, what its function is like)) or ("cannot",
               problem) once; then for each request ("begun", None), some ("line", (level, text)) and
-              ("piece", bytes), and one outcome as workers.job makes it. The pipe holds little, so
-              that the handler waits until its pieces are taken
+              ("chunk", bytes), and one outcome as workers.job makes it. The pipe holds little, so
+              that the handler waits until its chunks are taken
 
 Whatever a handler does to its process, the next request finds it as it was, or finds another one.
 What it prints or logs is for the parent's log, the first lines of each request; the rest is left
@@ -64,7 +64,7 @@ def serve(
     while (request := _next(pipe)) is not None:
         _as_it_was(parent, home)
         parent.begin()
-        outcome = _work(loaded.call, request, most_bytes, parent.piece)
+        outcome = _work(loaded.call, request, most_bytes, parent.chunk)
         if os.getpid() != me:
             os._exit(0)  # a fork that the handler made and did not end; the answer is not its own
         parent.end_with(outcome)
@@ -97,9 +97,9 @@ class _Parent:
             else:
                 self._left_out += 1
 
-    def piece(self, piece: bytes) -> bool:
+    def chunk(self, chunk: bytes) -> bool:
         with self._lock:
-            self._pipe.send(("piece", piece))
+            self._pipe.send(("chunk", chunk))
         return True  # when nobody waits for the rest, the parent ends this process
 
     def end_with(self, message: tuple[str, Any]) -> None:
@@ -191,10 +191,10 @@ def _as_it_was(parent: _Parent, home: str) -> None:
 def _work(
     call: Callable[..., Any], request: Request, most_bytes: int, send: Send
 ) -> tuple[str, Any]:
-    payload, facts, remaining_s, options, in_pieces = request
+    payload, facts, remaining_s, options, in_chunks = request
     try:
         context = Context(*facts, time.monotonic() + remaining_s, options)
-        return outcome_of(call(payload, context), most_bytes, send if in_pieces else None)
+        return outcome_of(call(payload, context), most_bytes, send if in_chunks else None)
     except BaseException as e:  # noqa: BLE001 - SystemExit too is one request's failure
         sys.setrecursionlimit(RECURSION)  # or a low one would end what tells of the failure
         return outcome_of_error(e)

@@ -29,9 +29,9 @@ from overlay.model.limits import MIB, Limits
 from overlay.model.segments import Code, Executed, Failure
 from overlay.model.signatures import Function
 from overlay.model.topology import HandlerSpec
-from overlay.transport.chunks import Outlet
+from overlay.transport.chunks import ChunkWriter
 from overlay.workers import descendants
-from overlay.workers.job import Batch, read_outcome
+from overlay.workers.job import HandlerJob, read_outcome
 from overlay.workers.process_main import Request, serve
 from overlay.workers.user_modules import Sources
 
@@ -59,9 +59,9 @@ class ProcessRunner:
         self._slots = slots
         self._sources = sources
         self._most_bytes = most_bytes
-        self._todo: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()  # once for each row
+        self._todo: queue.SimpleQueue[HandlerJob | None] = queue.SimpleQueue()  # once for each row
         self._lock = threading.Lock()
-        self._running: dict[tuple[Batch, int], _Child] = {}
+        self._running: dict[tuple[HandlerJob, int], _Child] = {}
         self._children: set[_Child] = set()
         self._closed = False
         atexit.register(self.close)  # or multiprocessing would wait for them when Python ends
@@ -84,11 +84,11 @@ class ProcessRunner:
         with self._lock:
             return [child.pid for child in self._children]
 
-    def submit(self, batch: Batch) -> None:
+    def submit(self, batch: HandlerJob) -> None:
         for _ in range(batch.waiting):
             self._todo.put(batch)
 
-    def end(self, batch: Batch, start: int, count: int) -> None:
+    def end(self, batch: HandlerJob, start: int, count: int) -> None:
         """Kills the processes that work on these rows."""
         rows = range(start, start + count)
         with self._lock:  # or a process might have gone on to another row meanwhile
@@ -116,7 +116,7 @@ class ProcessRunner:
                 break
             child = self._work_on(batch, child)
 
-    def _work_on(self, batch: Batch, child: _Child | None) -> _Child | None:
+    def _work_on(self, batch: HandlerJob, child: _Child | None) -> _Child | None:
         """Runs one row; gives back the process if it can take the next one."""
         if child is not None and not child.waits:
             log.warning("handler %s: an idle process was gone", self._spec.name)
@@ -126,7 +126,7 @@ class ProcessRunner:
         row = batch.begin_next()
         if row is None:
             return child
-        began, outlet = time.monotonic(), batch.outlet(row) if batch.in_pieces else None
+        began, outlet = time.monotonic(), batch.outlet(row) if batch.in_chunks else None
         outcome, child = self._run(batch, row, child, outlet)
         with self._lock:
             self._running.pop((batch, row), None)
@@ -138,7 +138,7 @@ class ProcessRunner:
         return self._maybe_kept(child)
 
     def _run(
-        self, batch: Batch, row: int, child: _Child | None, outlet: Outlet | None
+        self, batch: HandlerJob, row: int, child: _Child | None, outlet: ChunkWriter | None
     ) -> tuple[bytes | Failure, _Child | None]:
         context = batch.context(row)
         facts = (context.process_id, context.team, context.request_id, context.attempt)
@@ -150,8 +150,8 @@ class ProcessRunner:
                 self._running[batch, row] = child
             if context.cancelled:  # whoever ended it before now did not find the process
                 return self._ended(), child
-            options, in_pieces = dict(context.options), outlet is not None
-            request = (payload, facts, context.remaining_s(), options, in_pieces)
+            options, in_chunks = dict(context.options), outlet is not None
+            request = (payload, facts, context.remaining_s(), options, in_chunks)
             came = child.ask(request, self._spec.limit_s or math.inf, outlet)
             if came is not None and came[0] not in _FATAL:
                 return read_outcome(self._spec.name, *came, context.request_id), child
@@ -267,11 +267,11 @@ class _Child:
         return self._process.exitcode
 
     def ask(
-        self, request: Request, limit_s: float, outlet: Outlet | None = None
+        self, request: Request, limit_s: float, outlet: ChunkWriter | None = None
     ) -> tuple[str, Any] | None:
         """The outcome, or what ended it; None when the process provably did not begin.
 
-        outlet: for the pieces of a large result, at the pace at which they are read.
+        outlet: for the chunks of a large result, at the pace at which they are read.
         """
         self.requests += 1
         until, begun = time.monotonic() + limit_s, False
@@ -287,7 +287,7 @@ class _Child:
             elif kind == "line":
                 level, text = value
                 handler_log.log(level, "%s", text, extra=about)
-            elif kind == "piece" and outlet is not None:
+            elif kind == "chunk" and outlet is not None:
                 waited_s = outlet.waited_s
                 if not outlet.send(value):
                     return "lost", None

@@ -18,10 +18,10 @@ from overlay.model.limits import Limits
 from overlay.model.segments import Failure
 from overlay.model.topology import HandlerSpec
 from overlay.observability.log_file import work_on
-from overlay.transport.chunks import PIECE_BYTES, Outlet
+from overlay.transport.chunks import CHUNK_BYTES, ChunkWriter
 from overlay.workers import typed
 from overlay.workers.api import RECURSION, Context, Handler
-from overlay.workers.job import Batch, outcome_of, outcome_of_error, read_outcome
+from overlay.workers.job import HandlerJob, outcome_of, outcome_of_error, read_outcome
 
 log = logging.getLogger("overlay.executor")
 
@@ -42,14 +42,14 @@ class ThreadRunner:
         loaded = typed.load(spec)
         self.function = loaded.function
         self._call, self._close_loop = loaded.call, loaded.close
-        self._batches: deque[Batch] = deque()
+        self._batches: deque[HandlerJob] = deque()
         self._changed = threading.Condition()
         self._threads = 0
         self._working = 0
         self._minded = False
         self._closed = False
         self._progress = 0.0
-        self._hands: set[_Hand] = set()  # at work on segments of several rows
+        self._hands: set[_Thread] = set()  # at work on segments of several rows
 
     pids = ()  # its threads are in this process
 
@@ -57,12 +57,12 @@ class ThreadRunner:
     def active(self) -> int:
         return self._working
 
-    def submit(self, batch: Batch) -> None:
+    def submit(self, batch: HandlerJob) -> None:
         with self._changed:
             self._batches.append(batch)
             self._call_up_locked()
 
-    def end(self, batch: Batch, start: int, count: int) -> None:
+    def end(self, batch: HandlerJob, start: int, count: int) -> None:
         """Nothing can be done from here: the handler sees context.cancelled."""
 
     def close(self) -> None:
@@ -85,18 +85,18 @@ class ThreadRunner:
     def _work(self) -> None:
         while (todo := self._next()) is not None:
             try:
-                if isinstance(todo, Batch):
+                if isinstance(todo, HandlerJob):
                     self._work_on(todo)
                 else:
                     for hand in todo:
                         hand.pass_on(is_at_work=True)
             except Exception:
                 log.exception("handler %s: a batch was left", self._name)
-            if isinstance(todo, Batch):
+            if isinstance(todo, HandlerJob):
                 with self._changed:
                     self._working -= 1
 
-    def _next(self) -> Batch | list[_Hand] | None:
+    def _next(self) -> HandlerJob | list[_Thread] | None:
         """A batch to work on, or hands that are stuck with results in them."""
         with self._changed:
             while not self._closed:
@@ -119,7 +119,7 @@ class ThreadRunner:
                     return stuck
             return None
 
-    def _ready_locked(self, before: float) -> list[_Hand]:
+    def _ready_locked(self, before: float) -> list[_Thread]:
         """The hands with results that came before then."""
         return [hand for hand in self._hands if 0 < hand.ready_since <= before]
 
@@ -130,15 +130,15 @@ class ThreadRunner:
         quick = 0 < service_s < QUICK_S
         return not quick or time.monotonic() - self._progress > STUCK_S
 
-    def _work_on(self, batch: Batch) -> None:
+    def _work_on(self, batch: HandlerJob) -> None:
         call, now, deadline = self._call, time.monotonic, batch.segment.deadline
-        in_pieces, outlet = batch.in_pieces, None
-        hand = _Hand(batch)
+        in_chunks, outlet = batch.in_chunks, None
+        hand = _Thread(batch)
         self._progress = now()
         try:
             while (row := batch.begin_next()) is not None:
                 payload = batch.segment.payloads.items[row]
-                if in_pieces:
+                if in_chunks:
                     outlet = batch.outlet(row)
                 outcome = _called(
                     self._name, call, payload, batch.context(row), self._most_bytes, outlet
@@ -157,10 +157,10 @@ class ThreadRunner:
             hand.pass_on()
 
 
-class _Hand:
+class _Thread:
     """Results of one thread that leave together, soon; taken by it, passed on by anyone."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: HandlerJob) -> None:
         self.ready_since = 0.0  # when the oldest result came, 0 when there is none
         self._batch = batch
         self._lock = threading.Lock()
@@ -203,9 +203,9 @@ def _called(
     payload: bytes,
     context: Context,
     most_bytes: int,
-    outlet: Outlet | None,
+    outlet: ChunkWriter | None,
 ) -> bytes | Failure:
-    most = most_bytes if outlet is None else PIECE_BYTES
+    most = most_bytes if outlet is None else CHUNK_BYTES
     work_on(context.request_id)
     try:
         result = call(payload, context)

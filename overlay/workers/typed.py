@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("overlay.handler")
 
 LOOK_S = 0.1  # how often it is looked whether somebody still waits for an async function
-MOST_PROBLEMS = 5  # of a call's arguments that are told
+MAX_PROBLEMS = 5  # of a call's arguments that are told
 LONGEST_NAME = 60  # characters of a name that is none of the arguments'
 
 Parameter = inspect.Parameter
@@ -320,8 +320,8 @@ class _Typed:
         """What is wrong with the arguments, each by its name."""
         found = error.errors(include_url=False, include_context=False)
         problems = [self._sentence(e) for e in found]
-        if len(problems) > MOST_PROBLEMS:
-            problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
+        if len(problems) > MAX_PROBLEMS:
+            problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
         return f"handler '{self._name}': {'; '.join(problems)}"
 
     def _sentence(self, error: Mapping[str, Any]) -> str:

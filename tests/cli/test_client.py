@@ -890,13 +890,13 @@ def _read_all(terminal: int) -> str:
     text = b""
     while True:
         try:
-            piece = os.read(terminal, 65536)
+            chunk = os.read(terminal, 65536)
         except OSError:  # Linux's word for the end
-            piece = b""
-        if not piece:
+            chunk = b""
+        if not chunk:
             os.close(terminal)
             return text.decode()
-        text += piece
+        text += chunk
 
 
 # check

@@ -391,10 +391,10 @@ def test_an_endless_input_streams_through_bounded_memory(six: Overlay) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    piece = b"".join(b"%0100d\n" % n for n in range(1000))
+    chunk = b"".join(b"%0100d\n" % n for n in range(1000))
     sizes = []
     for step in range(100):
-        asking.stdin.write(piece)
+        asking.stdin.write(chunk)
         if step % 50 == 49:
             sizes.append(_resident_mib(asking.pid))
     asking.stdin.close()
@@ -514,11 +514,11 @@ def _read_all(terminal: int) -> str:
     end = time.monotonic() + 30
     while time.monotonic() < end:
         try:
-            piece = os.read(terminal, 65536)
+            chunk = os.read(terminal, 65536)
         except OSError:  # Linux's word for the end
-            piece = b""
-        if not piece:
+            chunk = b""
+        if not chunk:
             break
-        text += piece
+        text += chunk
     os.close(terminal)
     return text.decode()

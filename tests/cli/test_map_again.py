@@ -29,7 +29,7 @@ class Reluctant(pb2_grpc.OverlayNodeServicer):
         self.seen: Counter[bytes] = Counter()
 
     def ForwardStream(self, frames: Any, context: Any) -> Any:
-        context.send_initial_metadata(((codec.MOST_BYTES_KEY, str(2**24)),))
+        context.send_initial_metadata(((codec.MAX_BYTES_KEY, str(2**24)),))
         for frame in frames:
             answer = pb2.Frame()
             for made in frame.segments:

@@ -23,7 +23,7 @@ import grpc
 import pytest
 
 from overlay.cli import web
-from overlay.monitor.poller import Watch
+from overlay.monitor.poller import Poller
 from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes, tool, until
 from tests.harness.doors import FRAMES, SLOWLY, held_open, timed
 
@@ -308,7 +308,7 @@ def test_a_new_viewer_is_answered_at_once_although_others_hold_the_door_open(add
 
 def test_one_page_too_many_takes_the_place_of_the_longest_open(address):
     with ExitStack() as stack:
-        pages = [stack.enter_context(got(address + "frames")) for _ in range(web.MOST_VIEWERS + 1)]
+        pages = [stack.enter_context(got(address + "frames")) for _ in range(web.MAX_VIEWERS + 1)]
 
         assert pages[-1].readline() == b"retry: 1000\n"
         assert is_ended(pages[0])
@@ -329,7 +329,7 @@ def is_ended(page: Any) -> bool:
 
 def test_a_slow_viewer_gets_the_newest_picture_and_none_in_between():
     async def view() -> list[bytes]:
-        page = web.Page(Watch("127.0.0.1:1"), loopback_only=True)
+        page = web.Page(Poller("127.0.0.1:1"), loopback_only=True)
         page._begin()
         viewer = page._pictures(web._Viewer("127.0.0.1", lambda: None))
         await anext(viewer)  # the first words; then it is slow

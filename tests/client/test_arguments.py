@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import overlay
 from overlay.client import arguments
 from overlay.client import sync as library
-from overlay.client.outbox import Kind, Order
+from overlay.client.outbox import CallKind, Submission
 from overlay.model.segments import Code, Executed, Mode, Route
 from tests.harness.cluster import Overlay, running_one, until
 
@@ -286,18 +286,21 @@ def test_a_payload_that_can_no_longer_be_read_is_said_so(client: overlay.Client)
 def test_a_request_that_cannot_be_written_fails_alone(client: overlay.Client) -> None:
     """Past all checks, as a fault of ours would be: in one segment with others, and in its own."""
     came: dict[str, Any] = {}
-    good, bad = Kind(Route(Mode.ANY, "", "upper")), Kind(Route(Mode.ANY, "", "upper"), priority=-1)
+    good, bad = (
+        CallKind(Route(Mode.ANY, "", "upper")),
+        CallKind(Route(Mode.ANY, "", "upper"), priority=-1),
+    )
     client.call(b"x")
     calls = client._connection.begin()
     begun = threading.Event()
 
-    def order(name: str, kind: Kind, *payloads: Any) -> Order:
+    def order(name: str, kind: CallKind, *payloads: Any) -> Submission:
         def keep(rows: Any, what: Any, at: int, request_id: int) -> None:
             for n, row in enumerate(rows):
                 is_failure = not hasattr(what, "results")
                 came[f"{name}{row}"] = what if is_failure else what.results[at + n]
 
-        return Order(kind, payloads, deadline, keep)
+        return Submission(kind, payloads, deadline, keep)
 
     # All in one frame, hence while its sender waits.
     deadline = time.monotonic() + 10

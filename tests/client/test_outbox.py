@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from overlay.client import outbox as orders
-from overlay.client.outbox import Kind, Order, Outbox
+from overlay.client.outbox import CallKind, Outbox, Submission
 from overlay.model.segments import Route
 from tests.harness.network import Clock
 
@@ -17,8 +17,10 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def order(name: str, priority: int = 0) -> Order:
-    return Order(Kind(Route(), priority=priority), (name.encode(),), 1e9, lambda *what: None)
+def order(name: str, priority: int = 0) -> Submission:
+    return Submission(
+        CallKind(Route(), priority=priority), (name.encode(),), 1e9, lambda *what: None
+    )
 
 
 def taken(outbox: Outbox) -> str:

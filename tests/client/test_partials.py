@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import overlay
-from overlay.client.multiplexer import Came
+from overlay.client.multiplexer import Delivery
 from overlay.client.partials import Parts
 from overlay.client.sync import CallFailed, HandlerFailed, NameNotFound
 from overlay.model.limits import MIB
@@ -149,13 +149,13 @@ def test_when_no_worker_answers_the_answer_has_all_of_them_with_their_reasons(ne
 # What is given, and in which order.
 
 
-def came(*parts: Part) -> Came:
+def came(*parts: Part) -> Delivery:
     made = pb2.Slice(count=1, more=True)
     for part in parts:
         slice_ = made.parts.add(process_id=part.process_id, results=pb2.Column(items=[part.result]))
         if not part.ok:
             slice_.failures.add(code=part.code, reason=part.reason)
-    return Came(made)
+    return Delivery(made)
 
 
 GOOD = {worker: Part(worker, result=worker.encode()) for worker in "CDF"}
@@ -307,7 +307,7 @@ def rss(six: Overlay, process_id: str) -> int:
     return psutil.Process(six.metrics(process_id).pid).memory_info().rss
 
 
-def test_no_process_on_the_way_holds_more_than_some_pieces_of_large_parts(six, leader):
+def test_no_process_on_the_way_holds_more_than_some_chunks_of_large_parts(six, leader):
     before = {process_id: rss(six, process_id) for process_id in "ABEF"}
     most = dict(before)
     taken = 0
@@ -335,7 +335,7 @@ def test_a_part_that_is_not_read_to_its_end_by_the_deadline_is_late_and_frees_it
     assert time.monotonic() - began < 10
 
 
-def test_who_does_not_take_pieces_is_refused_as_before(six):
+def test_who_does_not_take_chunks_is_refused_as_before(six):
     segment = pb2.Segment(
         number=7, count=1, payloads=pb2.Column(items=[b"1100000"]), handler="large"
     )

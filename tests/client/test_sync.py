@@ -20,8 +20,8 @@ import pytest
 import overlay
 from overlay.client import multiplexer
 from overlay.client import sync as library
-from overlay.client.multiplexer import Calls
-from overlay.client.outbox import Kind, Order
+from overlay.client.multiplexer import Multiplexer
+from overlay.client.outbox import CallKind, Submission
 from overlay.model.segments import Code, Executed, Mode, Part, Route
 from overlay.transport.codec import pb2
 from tests.harness.cluster import Overlay, running, six_processes, until
@@ -627,8 +627,8 @@ class Played:
                         self.receive(played.answers_to(frame))
                         frame = pb2.Frame()
 
-        monkeypatch.setattr(multiplexer, "Pipe", PlayedPipe)
-        self.calls = Calls(None, "played")  # type: ignore[arg-type]
+        monkeypatch.setattr(multiplexer, "ReconnectingStream", PlayedPipe)
+        self.calls = Multiplexer(None, "played")  # type: ignore[arg-type]
         self.calls.start()
 
     def answers_to(self, frame: pb2.Frame) -> pb2.Frame:
@@ -640,8 +640,8 @@ class Played:
 
     def ask(self, count: int = 1, within_s: float = 5.0) -> list[Any]:
         came: list[Any] = [None] * count
-        order = Order(
-            Kind(Route(Mode.ANY)),
+        order = Submission(
+            CallKind(Route(Mode.ANY)),
             numbers(count),
             time.monotonic() + within_s,
             lambda rows, what, at, id_: [came.__setitem__(row, what) for row in rows],
@@ -716,9 +716,9 @@ def test_an_urgent_request_passes_what_waits_for_room_in_the_window(played: Any)
     came: list[Any] = []
 
     def send(payload: bytes, count: int, priority: int) -> None:
-        kind = Kind(Route(Mode.ANY), priority=priority)
+        kind = CallKind(Route(Mode.ANY), priority=priority)
         deadline, keep = time.monotonic() + 30, lambda *what: came.append(what)
-        stream.calls.send(Order(kind, (payload,) * count, deadline, keep))
+        stream.calls.send(Submission(kind, (payload,) * count, deadline, keep))
 
     send(b"a", 4000, 0)
     send(b"b", 4000, 0)
@@ -785,5 +785,5 @@ def test_retries_have_a_budget(played: Any) -> None:
 
     retried = sum(rows for rows, attempt in stream.asked if attempt)
     # A share of the requests, without those retries, and the few that a client begins with.
-    assert 180 <= retried <= 2000 * multiplexer.RETRY_SHARE + multiplexer.FEW_RETRIES
+    assert 180 <= retried <= 2000 * multiplexer.RETRY_SHARE + multiplexer.MIN_RETRIES
     assert retried <= 200

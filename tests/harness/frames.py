@@ -102,20 +102,20 @@ def talk(port: int, sent: bytes, chance: Random, patience_s: float = 0.05) -> by
     connection = socket.create_connection(("127.0.0.1", port), timeout=5)
     # An OSError: it was refused half-way, or nothing more comes.
     with connection, contextlib.suppress(OSError):
-        for piece in _pieces(sent, chance):
-            connection.sendall(piece)
+        for chunk in _chunks(sent, chance):
+            connection.sendall(chunk)
         leaving = chance.choice(["close", "reset", "half-close", "at once"])
         if leaving == "half-close":
             connection.shutdown(socket.SHUT_WR)
         if leaving == "reset":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.settimeout(patience_s)
-        while leaving != "at once" and (piece := connection.recv(65_536)):
-            came += piece
+        while leaving != "at once" and (chunk := connection.recv(65_536)):
+            came += chunk
     return bytes(came)
 
 
-def _pieces(sent: bytes, chance: Random) -> Iterator[bytes]:
+def _chunks(sent: bytes, chance: Random) -> Iterator[bytes]:
     at = 0
     while at < len(sent):
         size = chance.choice([1, 8, 9, 100]) if chance.random() < 0.2 else len(sent)

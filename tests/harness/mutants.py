@@ -103,10 +103,10 @@ def spoiled(good: bytes, chance: Random) -> bytes:
     made = bytearray(good)
     for _ in range(chance.choice([1, 1, 2, 8])):
         at, size = chance.randrange(len(made) + 1), chance.choice([1, 1, 2, 4, 40])
-        piece = made[at : at + size]
-        new = chance.choice([b"", bytes(size), b"\xff" * size, piece * 2, chance.randbytes(size)])
-        if len(piece) == 1 and chance.random() < 0.5:
-            new = bytes([piece[0] ^ 1 << chance.randrange(8)])
+        chunk = made[at : at + size]
+        new = chance.choice([b"", bytes(size), b"\xff" * size, chunk * 2, chance.randbytes(size)])
+        if len(chunk) == 1 and chance.random() < 0.5:
+            new = bytes([chunk[0] ^ 1 << chance.randrange(8)])
         made[at : at + size] = new
     return bytes(made[: chance.randrange(len(made) + 1)] if chance.random() < 0.1 else made)
 
@@ -237,9 +237,9 @@ def _lose(records: list[Record], at: int, chance: Random) -> None:
 
 
 def _double(records: list[Record], at: int, chance: Random) -> None:
-    piece = records[at : at + 1]
-    size = sum(len(value) for _, _, value in piece)
-    records[at:at] = piece * chance.choice([1, 1, 2, 200 if size < 200 else 3])
+    chunk = records[at : at + 1]
+    size = sum(len(value) for _, _, value in chunk)
+    records[at:at] = chunk * chance.choice([1, 1, 2, 200 if size < 200 else 3])
 
 
 def _renumber(records: list[Record], at: int, chance: Random) -> None:

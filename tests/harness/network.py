@@ -27,10 +27,11 @@ from hypothesis import strategies as st
 
 from overlay.model import config
 from overlay.model.errors import AlreadyExecuted, OverlayError
-from overlay.model.pending import OpenRows, consecutive
+from overlay.model.pending import PendingRows, consecutive
 from overlay.model.segments import (
     Answer,
     Answers,
+    Chunk,
     Code,
     Column,
     End,
@@ -39,20 +40,19 @@ from overlay.model.segments import (
     Mode,
     Part,
     PartColumn,
-    Piece,
     Route,
     Segment,
     Sink,
 )
 from overlay.model.topology import Process, Topology
 from overlay.observability.counters import Meter
-from overlay.queueing.fair_queue import Lane
-from overlay.queueing.request_queue import Intake, Ticket
+from overlay.queueing.fair_queue import Flow
+from overlay.queueing.request_queue import QueuedSegment, RequestQueue
 from overlay.routing import aggregate, planner
-from overlay.routing.dispatcher import Claimed, Relay
+from overlay.routing.dispatcher import Claimed, Dispatcher
 from overlay.routing.outlier import State
 from overlay.transport import codec
-from overlay.transport.chunks import Passage, cut
+from overlay.transport.chunks import ChunkWindow, cut
 from overlay.transport.codec import pb2
 from overlay.workers.request_ids import SeenIds
 
@@ -124,16 +124,16 @@ class MemoryNetwork:
         request_id: int = 0,
         keyed: bool = False,
         early: bool = False,
-        pieces: int = 0,
+        chunks: int = 0,
     ) -> Asked:
-        """A client's single request. early: wants each part as it comes; pieces: and in pieces, so
+        """A client's single request. early: wants each part as it comes; chunks: and in chunks, so
         many at once, of which it grants more as the test has it `read` them."""
         route = Route(mode=mode, team=team, handler=handler)
         segment = self._segment(route, (payload,), deadline_s, request_id)
         asked = Asked(replace(segment, keyed=keyed))
-        if early or pieces:
+        if early or chunks:
             asked.segment.early = asked.take_early
-            asked.segment.pieces = pieces
+            asked.segment.chunks = chunks
         asked.ticket = self.nodes[process_id].serve(asked.segment, asked.take)
         return asked
 
@@ -146,7 +146,7 @@ class MemoryNetwork:
         team: str = "",
         deadline_s: float = 10.0,
         first_id: int = 0,
-        lane: Lane | None = None,
+        lane: Flow | None = None,
     ) -> Asked:
         """A client's segment; its payloads are the rows' numbers."""
         node = self.nodes[process_id]
@@ -195,7 +195,7 @@ class MemoryNetwork:
         edge.kept = edge.kept or []
 
     def answer_all(self, near: str, far: str, chance: random.Random | None = None) -> None:
-        """The answers arrive; with `chance`, in pieces of any size and in any order."""
+        """The answers arrive; with `chance`, in chunks of any size and in any order."""
         edge = self.edges[near, far]
         slices, edge.kept = edge.kept or [], None
         for letter, start, answers in _shuffled(slices, chance) if chance else slices:
@@ -246,12 +246,12 @@ class Asked:
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
-        self.ticket: Ticket | None = None
+        self.ticket: QueuedSegment | None = None
         self.answers: list[list[Answer]] = [[] for _ in range(len(segment))]
         self.order: list[int] = []
         self.early: list[list[Part]] = [[] for _ in range(len(segment))]
-        self.pieces: dict[str, list[tuple[bytes, Piece]]] = {}  # by worker, of the one row
-        self.unread: deque[Piece] = deque()
+        self.chunks: dict[str, list[tuple[bytes, Chunk]]] = {}  # by worker, of the one row
+        self.unread: deque[Chunk] = deque()
 
     def take_early(self, start: int, answers: Answers) -> None:
         for row in range(len(answers)):
@@ -259,28 +259,28 @@ class Asked:
             self.early[start + row] += [
                 column.at(row) for column in answers.parts if column.is_over
             ]
-        self._note_pieces(answers)
+        self._note_chunks(answers)
 
-    def _note_pieces(self, answers: Answers) -> None:
+    def _note_chunks(self, answers: Answers) -> None:
         for column in answers.parts:
-            if column.piece is not None:
-                came = column.results.items[0], column.piece
-                self.pieces.setdefault(column.process_id, []).append(came)
-                if column.piece.more:
-                    self.unread.append(column.piece)
+            if column.chunk is not None:
+                came = column.results.items[0], column.chunk
+                self.chunks.setdefault(column.process_id, []).append(came)
+                if column.chunk.more:
+                    self.unread.append(column.chunk)
 
-    def read(self, pieces: int = 10**9) -> None:
+    def read(self, chunks: int = 10**9) -> None:
         """Grants one more for each of so many that came."""
-        while self.unread and pieces:
-            pieces -= 1
+        while self.unread and chunks:
+            chunks -= 1
             self.unread.popleft().grant(1)
 
     def result_of(self, worker: str) -> bytes:
-        """What its pieces make, which must follow each other and come to an end."""
-        came = self.pieces[worker]
+        """What its chunks make, which must follow each other and come to an end."""
+        came = self.chunks[worker]
         sizes = [len(result) for result, _ in came]
-        assert [piece.at for _, piece in came] == list(itertools.accumulate([0, *sizes[:-1]]))
-        assert [piece.more for _, piece in came] == [True] * (len(came) - 1) + [False]
+        assert [chunk.at for _, chunk in came] == list(itertools.accumulate([0, *sizes[:-1]]))
+        assert [chunk.more for _, chunk in came] == [True] * (len(came) - 1) + [False]
         return b"".join(result for result, _ in came)
 
     def take(self, start: int, answers: Answers) -> None:
@@ -348,14 +348,14 @@ class Node:
         self.works = Workshop(network, process, slots)
         self.links = Links(network, me)
         self.meter = Meter()
-        self.relay = Relay(
+        self.relay = Dispatcher(
             network.topology,
             me,
             self.links,
             self.works if process.works else None,
             clock=network.clock,
         )
-        self.intake = Intake(
+        self.intake = RequestQueue(
             me,
             slots=network.topology.queue_slots(me),
             in_service=process.in_service,
@@ -368,7 +368,9 @@ class Node:
         self.works.on_free = self.intake.kick
         self.lane = self.intake.open_lane()
 
-    def serve(self, segment: Segment, reply: Sink, lane: Lane | None = None) -> Ticket | None:
+    def serve(
+        self, segment: Segment, reply: Sink, lane: Flow | None = None
+    ) -> QueuedSegment | None:
         """With a lane as a stream does, else as a single request."""
         clock, intake = self._network.clock, self.intake
         self.meter.received(segment.count)
@@ -418,8 +420,8 @@ class Workshop:
         self.network = network
         self.me = me
         self.seen = SeenIds(network.topology.limits, network.clock)
-        self.piece_bytes = 10**9  # a larger result leaves in pieces of so many, where it may
-        self.sent = 0  # pieces
+        self.chunk_bytes = 10**9  # a larger result leaves in chunks of so many, where it may
+        self.sent = 0  # chunks
         self.held: list[Callable[[], None]] | None = None
 
     def hold(self) -> None:
@@ -467,7 +469,7 @@ class _Job:
         self._works = works
         self._segment = segment
         self._sink = sink
-        self._open = OpenRows(len(segment))
+        self._open = PendingRows(len(segment))
         self._hops = (*segment.route.hops, works.me.id)
         self._sending: dict[int, Callable[[int], None]] = {}
 
@@ -475,18 +477,18 @@ class _Job:
         me, segment = self._works.me.id, self._segment
         items = segment.payloads.items
         results = {row: me.encode() + b": " + items[row] for row in rows}
-        if segment.pieces and segment.early and len(results[rows[0]]) > self._works.piece_bytes:
+        if segment.chunks and segment.early and len(results[rows[0]]) > self._works.chunk_bytes:
             (row,) = rows
-            self._send(row, cut([results[row]], self._works.piece_bytes))
+            self._send(row, cut([results[row]], self._works.chunk_bytes))
             return
         self._works.free(len(rows))
         for first, count in consecutive(rows):
             column = Column([results[row] for row in range(first, first + count)])
             self._answer(first, PartColumn(me, column, self._hops))
 
-    def _send(self, row: int, pieces: Iterator[tuple[bytes, bool]]) -> None:
-        """The row's result in pieces, as far as they are granted; its place is free after that."""
-        at, room = 0, self._segment.pieces
+    def _send(self, row: int, chunks: Iterator[tuple[bytes, bool]]) -> None:
+        """The row's result in chunks, as far as they are granted; its place is free after that."""
+        at, room = 0, self._segment.chunks
         is_sending = False
 
         def grant(more: int) -> None:
@@ -496,13 +498,13 @@ class _Job:
                 return
             is_sending = True
             while room and self._open.runs(row, 1):
-                result, follows = next(pieces)
-                piece = Piece(at, follows, grant if follows else None)
+                result, follows = next(chunks)
+                chunk = Chunk(at, follows, grant if follows else None)
                 column = PartColumn(
                     self._works.me.id,
                     Column([result]),
                     self._hops,
-                    piece=piece if at or follows else None,
+                    chunk=chunk if at or follows else None,
                 )
                 at += len(result)
                 if not follows:
@@ -617,10 +619,10 @@ class _Letter:
         self._sink = sink
         self._fate = DELIVERED
         self._delivered = False
-        self._ticket: Ticket | None = None
+        self._ticket: QueuedSegment | None = None
         self._ended: list[tuple[int, int]] = []
-        self._open = OpenRows(len(segment))
-        self._passage = Passage(0)
+        self._open = PendingRows(len(segment))
+        self._passage = ChunkWindow(0)
 
     def begin(self) -> None:
         edge = self._edge
@@ -673,7 +675,7 @@ class _Letter:
     @property
     def _asked(self) -> codec.Asked:
         segment, targets = self._segment, frozenset(self._segment.route.targets)
-        return codec.Asked(segment.count, targets, segment.early is not None, segment.pieces > 0)
+        return codec.Asked(segment.count, targets, segment.early is not None, segment.chunks > 0)
 
     def take(self, start: int, answers: Answers) -> None:
         """An answer arrives, through the real messages."""
@@ -707,17 +709,17 @@ class _Letter:
         (made,) = pb2.Frame.FromString(frame.SerializeToString()).slices
         assert made.more
         for column in answers.parts:
-            if column.piece is not None:
-                self._passage.passes((1, start, column.process_id), column.piece, 0)
+            if column.chunk is not None:
+                self._passage.passes((1, start, column.process_id), column.chunk, 0)
         came = codec.read_slice(made, self._asked).granted_by(partial(self._granted, start))
         self._segment.early(made.start, came)
 
-    def _granted(self, start: int, worker: str, pieces: int) -> None:
+    def _granted(self, start: int, worker: str, chunks: int) -> None:
         """A grant goes down; nobody hears it when the way is gone."""
         if not self._open.runs(start, 1):
             return
         frame = pb2.Frame()
-        frame.grants.add(number=1, row=start, process_id=worker, count=pieces)
+        frame.grants.add(number=1, row=start, process_id=worker, count=chunks)
         (made,) = pb2.Frame.FromString(frame.SerializeToString()).grants
         told = self._passage.granted((1, made.row, made.process_id), made.count, False)
         if told:
@@ -740,13 +742,13 @@ class _Letter:
 def _shuffled(
     slices: list[tuple[_Letter, int, Answers]], chance: random.Random
 ) -> list[tuple[_Letter, int, Answers]]:
-    pieces = []
+    chunks = []
     for letter, start, answers in slices:
         cuts = sorted(chance.sample(range(1, len(answers)), chance.randint(0, len(answers) - 1)))
         for begin, stop in itertools.pairwise([0, *cuts, len(answers)]):
-            pieces.append((letter, start + begin, answers.slice(begin, stop - begin)))
-    chance.shuffle(pieces)
-    return pieces
+            chunks.append((letter, start + begin, answers.slice(begin, stop - begin)))
+    chance.shuffle(chunks)
+    return chunks
 
 
 def random_topology(seed: int) -> Topology:

@@ -36,8 +36,8 @@ MEMORY_MIB = 100
 # 2 s are promised; the machine may have as much again to do with what the strangers left behind.
 REST_S = 4.0
 
-FEW_FILES = 1024  # as many systems have it
-LIMITS = {"A": f"ulimit -Sn {FEW_FILES}", "E": f"ulimit -n {FEW_FILES}"}
+MIN_FILES = 1024  # as many systems have it
+LIMITS = {"A": f"ulimit -Sn {MIN_FILES}", "E": f"ulimit -n {MIN_FILES}"}
 
 
 class Few(Overlay):
@@ -119,7 +119,7 @@ class Besieged:
             until(lambda p=process_id: self._is_at_rest(p), left, f"{process_id} at rest")
 
     def _begin(self) -> None:
-        have_files(4 * FEW_FILES)
+        have_files(4 * MIN_FILES)
         try:
             self.six.settle(10)
             self.serves()

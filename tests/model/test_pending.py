@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay.model.pending import Ends, OpenRows, Slices, consecutive
+from overlay.model.pending import Ends, PendingRows, Slices, consecutive
 from overlay.model.segments import (
     Answers,
     Code,
@@ -33,7 +33,7 @@ def runs_of(rows: set[int]) -> list[tuple[int, int]]:
 
 @given(st.integers(0, 40), RANGES)
 def test_open_rows_are_a_set_of_rows(count, calls):
-    rows, model = OpenRows(count), set(range(count))
+    rows, model = PendingRows(count), set(range(count))
     for take, start, size in calls:
         among = runs_of(model & set(range(start, start + size)))
         assert rows.runs(start, size) == among
@@ -47,7 +47,7 @@ def test_open_rows_are_a_set_of_rows(count, calls):
 
 @given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=20))
 def test_each_row_is_taken_once_whoever_asks(count, calls):
-    rows = OpenRows(count)
+    rows = PendingRows(count)
     taken = [
         row
         for start, size in [*calls, (0, count)]
@@ -149,13 +149,13 @@ def test_ascending_rows_are_found_as_runs(rows, runs):
 
 
 @given(st.integers(1, 30), st.randoms())
-def test_slices_find_what_came_in_any_pieces_and_order(count, chance):
-    pieces, start = [], 0
+def test_slices_find_what_came_in_any_chunks_and_order(count, chance):
+    chunks, start = [], 0
     while start < count:
         stop = min(count, start + chance.randint(1, 6))
-        pieces.append((start, stop))
+        chunks.append((start, stop))
         start = stop
-    kept = [piece for piece in pieces if chance.random() < 0.7]
+    kept = [chunk for chunk in chunks if chance.random() < 0.7]
     slices = Slices()
     for start, stop in chance.sample(kept, len(kept)):
         items = [b"%d" % row for row in range(start, stop)]
@@ -175,7 +175,7 @@ def test_slices_find_what_came_in_any_pieces_and_order(count, chance):
 
 @given(st.integers(1, 20), st.randoms())
 def test_ends_reach_what_has_begun_wherever_it_did_last(count, chance):
-    """Pieces begin, are tried again elsewhere, and are ended, in any order."""
+    """Chunks begin, are tried again elsewhere, and are ended, in any order."""
     ends, begun, ended = Ends(count), {}, {}
     reached = set()
     for turn in range(12):

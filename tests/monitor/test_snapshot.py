@@ -6,7 +6,7 @@ import pytest
 
 from overlay.cli.top_view import LETTERS, SHAPES, lines
 from overlay.monitor.snapshot import ALL, Known, Look, Wanted, health, picture
-from overlay.monitor.timeseries import History, quantile
+from overlay.monitor.timeseries import Timeseries, quantile
 from overlay.transport.codec import pb2
 
 ROLES = {"A": "leader", "B": "team_leader", "C": "worker"}
@@ -37,7 +37,7 @@ def many(workers: int, wanted: Wanted = ALL, **leader) -> dict:
     looks = {
         i: Look(0.0, said(i, role=roles[i], neighbours=links.get(i, ()), **leader)) for i in ids
     }
-    histories = {i: History() for i in ids}
+    histories = {i: Timeseries() for i in ids}
     for history in histories.values():
         history.point()
     known = Known("10.0.0.0:50051", "A", topology, looks, histories, [])
@@ -48,7 +48,7 @@ def many(workers: int, wanted: Wanted = ALL, **leader) -> dict:
 
 
 def test_rates_are_what_was_counted_between_two_looks():
-    history = History()
+    history = Timeseries()
 
     history.saw(said("A", received=10, completed=4, neighbours=[sees("B", asked=7)]), 1.0)
     history.saw(said("A", received=30, completed=14, neighbours=[sees("B", asked=17)]), 3.0)
@@ -58,7 +58,7 @@ def test_rates_are_what_was_counted_between_two_looks():
 
 
 def test_a_process_that_was_restarted_has_no_rates_until_its_second_look():
-    history = History()
+    history = Timeseries()
     history.saw(said("A", completed=400), 1.0)
 
     history.saw(said("A", completed=2, pid=2), 2.0)
@@ -69,7 +69,7 @@ def test_a_process_that_was_restarted_has_no_rates_until_its_second_look():
 
 
 def test_what_a_process_uses_is_known_from_its_second_look():
-    history = History()
+    history = Timeseries()
     history.saw(said("A", cpu_s=3.0, memory_bytes=1), 1.0)
     assert history.cores is None
 
@@ -83,7 +83,7 @@ def test_what_a_process_uses_is_known_from_its_second_look():
 
 
 def test_a_course_has_a_hole_where_the_process_gave_no_answer():
-    history = History()
+    history = Timeseries()
 
     for count in (0, 3, None, 9, 12):
         if count is None:
@@ -197,9 +197,9 @@ def test_a_clock_that_is_wrong_shifts_no_event():
 )
 def test_of_the_requests_only_those_that_are_wanted_are_shown(wanted, ids):
     stories = [
-        pb2.Story(request_id=1, handler="echo", caller="10.0.0.9"),
-        pb2.Story(request_id=2, handler="thumb", caller="ann at 10.0.0.9", code=13),
-        pb2.Story(request_id=3, handler="thumb", caller="10.0.0.7"),
+        pb2.RequestSummary(request_id=1, handler="echo", caller="10.0.0.9"),
+        pb2.RequestSummary(request_id=2, handler="thumb", caller="ann at 10.0.0.9", code=13),
+        pb2.RequestSummary(request_id=3, handler="thumb", caller="10.0.0.7"),
     ]
 
     found = many(1, wanted, requests=stories)

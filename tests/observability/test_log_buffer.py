@@ -7,12 +7,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from overlay.observability.log_buffer import EVENTS, LINES, MOST_BREAKS, WITHHELD, Recent, unfolded
+from overlay.observability.log_buffer import (
+    EVENTS,
+    LINES,
+    MAX_BREAKS,
+    WITHHELD,
+    LogBuffer,
+    unfolded,
+)
 
 
 @pytest.fixture
-def recent() -> Iterator[Recent]:
-    made, logger = Recent(), logging.getLogger("overlay")
+def recent() -> Iterator[LogBuffer]:
+    made, logger = LogBuffer(), logging.getLogger("overlay")
     before = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -150,8 +157,8 @@ def test_a_text_without_end_has_so_many_line_ends_and_no_more(recent):
     log().error("it", extra={"private": "x\n" * 5000})
 
     (line,) = recent.lines()
-    assert len(line.breaks) == MOST_BREAKS
-    assert unfolded(line.text, line.breaks).count("\n") == MOST_BREAKS
+    assert len(line.breaks) == MAX_BREAKS
+    assert unfolded(line.text, line.breaks).count("\n") == MAX_BREAKS
 
 
 @pytest.mark.parametrize("breaks", [(), (3,), (1, 0), (99,), (1, 1), (2, 4)])

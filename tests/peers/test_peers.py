@@ -19,6 +19,7 @@ from overlay.model.errors import Misspoken
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     Answers,
+    Chunk,
     Code,
     Column,
     End,
@@ -27,21 +28,20 @@ from overlay.model.segments import (
     Mode,
     Part,
     PartColumn,
-    Piece,
     Route,
     Segment,
 )
 from overlay.model.topology import HandlerSpec, Process, Topology
 from overlay.peers import outgoing
 from overlay.peers import peers as links
-from overlay.peers.peers import Links
+from overlay.peers.peers import Peers
 from overlay.routing import outlier
 from overlay.routing.outlier import FAILURES, State
 from overlay.server.reception import Reception
 from overlay.server.service import Service
 from overlay.transport import codec
 from overlay.transport.codec import pb2, pb2_grpc
-from overlay.transport.stream import Pipe
+from overlay.transport.stream import ReconnectingStream
 from overlay.workers.api import Context
 from tests.harness.cluster import free_port, until
 
@@ -130,9 +130,9 @@ class Bench:
     """The links of a process with one neighbour, over pipes in memory."""
 
     def __init__(self, limits: Limits) -> None:
-        with mock.patch.object(outgoing, "Pipe", MemoryPipe):
+        with mock.patch.object(outgoing, "ReconnectingStream", MemoryPipe):
             neighbour = Process("C", "worker", "green", "127.0.0.1", 1)
-            self.links = Links([neighbour], limits, "digest")
+            self.links = Peers([neighbour], limits, "digest")
         self.link = self.links._links["C"]
         self.small, self.large = (book.pipe for book in self.link._books)
         for pipe in (self.small, self.large):
@@ -563,9 +563,9 @@ class Two:
     """Links to C and D over pipes in memory, both up; what is sent goes to C."""
 
     def __init__(self) -> None:
-        with mock.patch.object(outgoing, "Pipe", MemoryPipe):
+        with mock.patch.object(outgoing, "ReconnectingStream", MemoryPipe):
             neighbours = [Process(n, "worker", "green", "127.0.0.1", 1) for n in "CD"]
-            self.links = Links(neighbours, Limits(), "digest")
+            self.links = Peers(neighbours, Limits(), "digest")
         for link in self.links._links.values():
             for book in link._books:
                 book.pipe.accept()
@@ -660,22 +660,22 @@ def test_rows_that_are_not_even_answered_as_late_count(two):
 
 
 def test_results_that_are_not_read_to_their_end_in_time_do_not_count(two):
-    """It answers: they come in pieces, and who reads them is slow."""
+    """It answers: they come in chunks, and who reads them is slow."""
     pipe = two.links._links["C"]._books[1].pipe
     came: list[Answers] = []
     for _ in range(2 * FAILURES):
         two.links.reserve("C", "", 1)
         route, deadline = Route(hops=("B",), targets=("C",)), time.monotonic() + 30
-        segment = Segment(route, Column([b"a"]), deadline, 1, pieces=1)
+        segment = Segment(route, Column([b"a"]), deadline, 1, chunks=1)
         segment.early = lambda start, answers: came.append(answers)
         end = two.links.send("C", segment, lambda start, answers: None)
         (frame,) = pipe.take()
         number = frame.segments[0].number
         frame = pb2.Frame()
-        part = PartColumn("C", Column([b"some"]), piece=Piece(0, True))
+        part = PartColumn("C", Column([b"some"]), chunk=Chunk(0, True))
         codec.write_slice(frame, number, 0, Answers(1, (part,)), more=True)
         pipe._receive(frame)
-        came.pop().parts[0].piece.grant(1)
+        came.pop().parts[0].chunk.grant(1)
         end(Code.DEADLINE_EXCEEDED, 0, 1)
         (frame,) = pipe.take()
         assert [(made.number, made.process_id) for made in frame.grants] == [(number, "C")]
@@ -821,7 +821,7 @@ class Worker:
 class Pair:
     topology: Topology
     worker: Worker
-    links: Links
+    links: Peers
     ids: Iterator[int]
 
     def send(self, *payloads: bytes, left_s: float = 20.0) -> Sent:
@@ -861,7 +861,7 @@ def pair() -> Iterator[Pair]:
     topology = Topology(
         processes, {"h": HandlerSpec("h", "tests.peers.test_peers:handler", slots=8)}
     )
-    made = Links([processes["C"]], topology.limits, "")
+    made = Peers([processes["C"]], topology.limits, "")
     pair = Pair(topology, Worker(topology, port), made, itertools.count(1))
     made.start()
     try:
@@ -999,7 +999,7 @@ class Lines:
         self.left: list[list[int]] = []
         self.patience_s = patience_s
         served = threading.Event()
-        self.pipe = Pipe(
+        self.pipe = ReconnectingStream(
             self.channel,
             "test",
             self.fill,
@@ -1074,7 +1074,7 @@ def test_a_sender_whose_call_is_lost_takes_nothing_of_the_next_call(pair):
 
     channel = grpc.insecure_channel(pair.topology.processes["C"].address, codec.channel_options())
     served = threading.Event()
-    pipe = Pipe(
+    pipe = ReconnectingStream(
         channel,
         "test",
         fill,

@@ -20,7 +20,14 @@ from overlay.model.segments import (
     Route,
 )
 from overlay.queueing import admission
-from overlay.queueing.admission import MOST_NAMES, OTHERS, Callers, Lately, Pace, Shares
+from overlay.queueing.admission import (
+    MAX_NAMES,
+    OTHERS,
+    Callers,
+    Lately,
+    ServiceTimeEstimator,
+    Shares,
+)
 
 
 def test_the_last_free_slot_is_given_and_no_more():
@@ -125,14 +132,14 @@ def test_while_others_are_refused_who_is_let_in_has_time_to_spare():
 
 
 def test_its_own_time_is_ample_where_times_are_alike_and_that_of_the_quick_in_a_mix():
-    even, uneven = Pace(), Pace()
+    even, uneven = ServiceTimeEstimator(), ServiceTimeEstimator()
     for n in range(32):
         even.ended(n / 100, 0.1)
         uneven.ended(n / 100, 0.05 if n % 2 else 0.15)
     assert even.own_s(0.4) == pytest.approx(0.1)
     assert uneven.mean_s(0.4) == pytest.approx(0.1, rel=0.05)
     assert 0.15 <= uneven.own_s(0.4) <= 0.4
-    mix = Pace()
+    mix = ServiceTimeEstimator()
     for n in range(32):
         mix.ended(n / 100, 600.0 if n % 2 else 0.05)
     assert mix.own_s(0.4) == pytest.approx(8 * 0.05)
@@ -174,7 +181,7 @@ def test_names_have_turns_of_their_own_until_there_are_too_many():
     assert flows[:16] == [f"n{n}" for n in range(16)]
     assert set(flows[16:]) == {OTHERS}
     again = [callers.seen(Caller("pc", f"n{n}"), 1 + n / 100).flow.name for n in range(100)]
-    assert len({*again} - {OTHERS}) in (MOST_NAMES, MOST_NAMES - 1)
+    assert len({*again} - {OTHERS}) in (MAX_NAMES, MAX_NAMES - 1)
     assert again[:16] == flows[:16]
     assert callers.seen(Caller("mac", "n99"), 2).flow == Caller("mac", "n99")
 
@@ -206,7 +213,7 @@ def test_callers_that_are_never_seen_again_do_not_pile_up(of):
     callers = Callers()
     for n in range(50_000):
         callers.seen(Caller("pc", f"{n}") if of == "names" else Caller(f"{n}", "x"), n / 1e5)
-    assert len(callers) <= 2 * admission.MOST_ADDRESSES
+    assert len(callers) <= 2 * admission.MAX_ADDRESSES
 
 
 def filled(shares: Shares, *who: tuple[str, str, str], most: int = 200) -> list[int]:
@@ -298,7 +305,7 @@ def test_payloads_of_very_different_sizes_are_not_one_class(size, other, alike):
 
 
 def test_a_pace_is_what_was_seen_lately():
-    pace = Pace()
+    pace = ServiceTimeEstimator()
     assert (pace.mean_s(0), pace.least_s(0)) == (0, 0)
     for now in range(8):
         pace.ended(now, 1.0 + now)
@@ -313,7 +320,7 @@ def test_a_pace_is_what_was_seen_lately():
 
 @given(st.lists(st.floats(0.01, 10), min_size=8, max_size=80))
 def test_the_quickest_of_late_is_known_without_looking_at_all(took):
-    pace = Pace()
+    pace = ServiceTimeEstimator()
     for n, took_s in enumerate(took):
         pace.ended(n / 100, took_s)
         if n >= 7:
@@ -321,7 +328,7 @@ def test_the_quickest_of_late_is_known_without_looking_at_all(took):
 
 
 def test_a_pace_is_proven_by_more_than_an_odd_end_or_two():
-    pace = Pace()
+    pace = ServiceTimeEstimator()
     for n in range(8):
         assert not pace.is_proven(n)
         pace.ended(n, 0.1, at_work=6)
@@ -332,7 +339,7 @@ def test_a_pace_is_proven_by_more_than_an_odd_end_or_two():
 
 
 def test_where_nothing_came_in_time_twice_as_much_is_wanted_until_one_does():
-    pace = Pace()
+    pace = ServiceTimeEstimator()
     for n in range(8):
         assert pace.least_s(n / 10) == 0
         pace.lost(n / 10, 0.1 + n / 100)
@@ -342,7 +349,7 @@ def test_where_nothing_came_in_time_twice_as_much_is_wanted_until_one_does():
 
 
 def test_an_odd_one_of_those_that_seem_hopeless_is_tried():
-    pace = Pace()
+    pace = ServiceTimeEstimator()
     for n in range(8):
         pace.ended(n, 600.0)
     assert [pace.is_too_little(9, 2.0) for _ in range(32)].count(False) == 2

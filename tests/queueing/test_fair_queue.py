@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from overlay.model.segments import Caller, Route
 from overlay.queueing import admission
-from overlay.queueing.fair_queue import AWAITED, Kind, Lane, Turns
+from overlay.queueing.fair_queue import AWAITED, FairQueue, Flow, ServiceClass
 
-ONE = Kind()
+ONE = ServiceClass()
 
 
 @dataclass(eq=False)
@@ -22,19 +22,19 @@ class Item:
     """Rows of a lane, to be started in portions of `most`."""
 
     name: str
-    lane: Lane[Item]
+    lane: Flow[Item]
     number: int
     rows: int = 1
     priority: int = 0
     urgency: float = 0.0
-    kind: Kind = field(default_factory=lambda: ONE)
+    kind: ServiceClass = field(default_factory=lambda: ONE)
     wants: Route = Route()  # noqa: RUF009 - a value
     found_none: bool = False
 
 
-def lane_of(name: str, is_stream: bool = False) -> Lane[Item]:
+def lane_of(name: str, is_stream: bool = False) -> Flow[Item]:
     """Of the only caller at an address of that name."""
-    return Lane(Caller(name), is_stream)
+    return Flow(Caller(name), is_stream)
 
 
 @dataclass
@@ -43,14 +43,14 @@ class Place:
 
 
 class Queue:
-    """Turns, and what has started of them by name."""
+    """FairQueue, and what has started of them by name."""
 
     def __init__(self) -> None:
-        self.turns: Turns[Item] = Turns()
+        self.turns: FairQueue[Item] = FairQueue()
         self.number = 0
         self.started: list[str] = []
 
-    def put(self, lane: Lane[Item], name: str, rows: int = 1, now: float = 0.0, **more) -> Item:
+    def put(self, lane: Flow[Item], name: str, rows: int = 1, now: float = 0.0, **more) -> Item:
         self.number += 1
         priority = more.get("priority", 0)
         urgency = admission.urgency(now, priority)
@@ -135,7 +135,7 @@ def test_who_was_away_has_saved_up_no_turns(queue):
 
 
 def test_who_found_no_place_has_saved_up_no_turns(queue):
-    a, b, shut = lane_of("a"), lane_of("b"), Kind()
+    a, b, shut = lane_of("a"), lane_of("b"), ServiceClass()
     for _ in range(50):
         queue.put(a, "a", kind=shut, wants=Route(team="pink"))
         queue.put(b, "b")
@@ -182,8 +182,8 @@ def test_who_wants_what_another_did_not_get_is_not_even_tried(queue):
 
 def test_who_waits_for_a_neighbour_holds_up_nobody(queue):
     lane = lane_of("a")
-    queue.put(lane, "w", kind=Kind())
-    queue.put(lane, "n", kind=Kind())
+    queue.put(lane, "w", kind=ServiceClass())
+    queue.put(lane, "n", kind=ServiceClass())
 
     queue.serve_all(claim=lambda item: AWAITED if item.name == "w" else Place(1))
 
@@ -220,7 +220,7 @@ def test_the_less_urgent_are_not_ahead(queue):
 
 
 class Crowd(RuleBasedStateMachine):
-    """Turns against a model: nothing lost, own order kept, no caller passed over."""
+    """FairQueue against a model: nothing lost, own order kept, no caller passed over."""
 
     def __init__(self) -> None:
         super().__init__()

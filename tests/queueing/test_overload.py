@@ -24,8 +24,8 @@ from overlay.model.segments import (
     Segment,
     Sink,
 )
-from overlay.queueing.fair_queue import Lane
-from overlay.queueing.request_queue import Intake, Ticket
+from overlay.queueing.fair_queue import Flow
+from overlay.queueing.request_queue import QueuedSegment, RequestQueue
 from tests.harness.network import Clock
 
 PLACES = 10
@@ -58,10 +58,10 @@ class Simulated:
 
     def __post_init__(self) -> None:
         self.chance = random.Random(7)
-        self.lanes: dict[str, Lane] = {}
+        self.lanes: dict[str, Flow] = {}
         self.took: list[float] = []  # the answers in time
         self.asked = 0
-        self.intake = Intake(
+        self.intake = RequestQueue(
             "A",
             slots=200,
             in_service=100,
@@ -140,7 +140,7 @@ class Simulated:
         self.most_waiting = max(self.most_waiting, self.intake.waiting)
         return refusals[0] if refusals else None
 
-    def _admit(self, segment: Segment, sink: Sink, caller: str) -> Ticket:
+    def _admit(self, segment: Segment, sink: Sink, caller: str) -> QueuedSegment:
         if self.way == "unary":
             return self.intake.admit(segment, sink, Caller(caller))
         if caller not in self.lanes:
@@ -218,7 +218,7 @@ def test_below_capacity_nobody_is_refused(load, way):
 def test_without_admission_by_time_the_same_queue_works_for_nobody(monkeypatch, way):
     """So that the tests above would fail without it."""
     monkeypatch.setattr("overlay.queueing.admission.takes_s", lambda *what: 0.0)
-    monkeypatch.setattr("overlay.queueing.admission.Pace.least_s", lambda self, now: 0.0)
+    monkeypatch.setattr("overlay.queueing.admission.ServiceTimeEstimator.least_s", lambda self, now: 0.0)
 
     simulated = Simulated(2, way=way).run(20).until_the_end()
 

@@ -32,8 +32,8 @@ from overlay.model.segments import (
     Segment,
 )
 from overlay.queueing import admission
-from overlay.queueing.fair_queue import Lane
-from overlay.queueing.request_queue import Intake, Ticket
+from overlay.queueing.fair_queue import Flow
+from overlay.queueing.request_queue import QueuedSegment, RequestQueue
 from tests.harness.cluster import until
 from tests.harness.network import Clock
 
@@ -85,7 +85,7 @@ class Desk:
         self.running: dict[bytes, Callable[..., None]] = {}
         self.ended: list[tuple[bytes, Code]] = []
         self.answers: dict[bytes, list[Answer]] = {}
-        self.intake = Intake(
+        self.intake = RequestQueue(
             "A",
             slots=slots,
             in_service=in_service,
@@ -104,14 +104,14 @@ class Desk:
         caller: str = "",
         priority: int = 0,
         **route: object,
-    ) -> Ticket:
+    ) -> QueuedSegment:
         body = name.encode()
         segment = Segment(Route(**route), Column((body,)), self.clock.now + left_s, 1)
         return self.intake.admit(segment, self._sink((body,)), Caller(caller), priority)
 
     def stream(
-        self, lane: Lane, names: str, *, left_s: float = 10.0, priority: int = 0, **route: object
-    ) -> Ticket:
+        self, lane: Flow, names: str, *, left_s: float = 10.0, priority: int = 0, **route: object
+    ) -> QueuedSegment:
         """A segment with a row for each letter, or each word, of `names`."""
         rows = tuple(name.encode() for name in (names.split() if " " in names else names))
         segment = Segment(Route(**route), Column(rows), self.clock.now + left_s, 1)
@@ -335,7 +335,7 @@ def test_ending_an_answered_request_does_nothing():
 
 def test_a_request_ended_between_its_claim_and_its_start_is_ended_once_started():
     desk = Desk()
-    tickets: list[Ticket] = []
+    tickets: list[QueuedSegment] = []
     ended: list[tuple[Code, int, int]] = []
 
     def start(segment, place, waited_s, sink):
@@ -482,7 +482,7 @@ def test_never_more_than_the_bounds_with_many_threads():
         workers.submit(work)
         return lambda code, start, count: None
 
-    intake = Intake(
+    intake = RequestQueue(
         "A", slots=8, in_service=3, most_bytes=10**9, claim=lambda *what: Place(1), start=start
     )
 
@@ -526,7 +526,7 @@ def desk() -> Desk:
 
 
 @pytest.fixture
-def lane(desk: Desk) -> Lane:
+def lane(desk: Desk) -> Flow:
     return desk.intake.open_lane()
 
 
@@ -655,7 +655,7 @@ def test_streams_of_one_caller_share_its_turn():
     assert sum(name.isupper() for name in desk.order) == 6
 
 
-def paced(desk: Desk, lane: Lane, places: int = 4, took_s: float = 1.0, **route: object) -> None:
+def paced(desk: Desk, lane: Flow, places: int = 4, took_s: float = 1.0, **route: object) -> None:
     """Rows of the stream have ended lately, a second each; all places are taken and some wait."""
     desk.places = places
     names = " ".join(f"p{n}" for n in range(13 * places))
@@ -739,7 +739,7 @@ def test_what_another_process_hands_down_is_judged_as_what_a_client_asks(desk, l
     assert desk.codes("ab") == [Code.RESOURCE_EXHAUSTED] * 2
 
 
-def hopeless(desk: Desk, lane: Lane, names: str, after_s: float, behind: str = "") -> None:
+def hopeless(desk: Desk, lane: Flow, names: str, after_s: float, behind: str = "") -> None:
     """These wait so long of their 4 s for a place, with `behind` behind them; then all are free."""
     paced(desk, lane)
     desk.places = 0
@@ -853,7 +853,7 @@ def test_an_end_over_started_and_waiting_rows_ends_both(desk, lane):
 
 
 def test_rows_ended_between_their_claim_and_their_start_are_ended_once_started(desk, lane):
-    tickets: list[Ticket] = []
+    tickets: list[QueuedSegment] = []
     ended: list[tuple[Code, int, int]] = []
 
     def start(segment, place, waited_s, sink):
@@ -1037,7 +1037,7 @@ def test_streams_and_single_requests_with_many_threads():
             workers.submit(work, row)
         return lambda code, start, count: None
 
-    intake = Intake("A", slots=50, in_service=3, most_bytes=10**9, claim=claim, start=start)
+    intake = RequestQueue("A", slots=50, in_service=3, most_bytes=10**9, claim=claim, start=start)
 
     def ask(thread: int) -> int:
         lane, refused = intake.open_lane(), 0
@@ -1082,10 +1082,10 @@ class Conservation(RuleBasedStateMachine):
         super().__init__()
         self.desk = Desk(slots=5, in_service=3, most_bytes=60)
         self.streams = [self.desk.intake.open_lane(Caller(caller)) for caller in ("mac", "lab")]
-        self.tickets: list[tuple[Ticket, list[str]]] = []
+        self.tickets: list[tuple[QueuedSegment, list[str]]] = []
         self.single: list[str] = []
         self.callers: dict[str, str] = {}
-        self.came: dict[str, float] = {}
+        self.came = dict.fromkeys(("mac", "lab"), self.desk.clock.now)  # with a stream each
         self.streamed: list[str] = []
         self.lanes: dict[object, list[str]] = {}
         self.number = 0
@@ -1306,8 +1306,8 @@ def test_a_newcomer_costs_as_much_beside_many_waiting_as_their_number_and_no_mor
         for n in range(admitted):
             segment = Segment(Route(team="pink"), Column((b"",)), 2000.0, n)
             desk.intake.admit(segment, nothing, Caller(f"{n}"))
-        before = Lane.rows_before
-        with mock.patch.object(Lane, "rows_before", autospec=True, side_effect=before) as counted:
+        before = Flow.rows_before
+        with mock.patch.object(Flow, "rows_before", autospec=True, side_effect=before) as counted:
             desk.admit("x", team="pink")
         desk.intake.close()
         desk.intake._draining = False

@@ -29,10 +29,10 @@ from overlay.model.segments import (
     Sink,
 )
 from overlay.model.topology import Topology
-from overlay.peers.peers import Links
-from overlay.queueing.request_queue import Intake
+from overlay.peers.peers import Peers
+from overlay.queueing.request_queue import RequestQueue
 from overlay.routing import aggregate, planner
-from overlay.routing.dispatcher import Claimed, Relay
+from overlay.routing.dispatcher import Claimed, Dispatcher
 from overlay.routing.outlier import State
 from tests.harness.cluster import free_port, until
 from tests.harness.network import (
@@ -558,9 +558,9 @@ def test_half_of_a_short_deadline_is_enough_to_learn_who_is_missing():
         p.id: replace(p, host="127.0.0.1", port=free_port()) for p in SIX.processes.values()
     }
     topology = replace(SIX, processes=processes)
-    links = Links(topology.below("A"), Limits(), "")
-    relay = Relay(topology, "A", links)
-    intake = Intake(
+    links = Peers(topology.below("A"), Limits(), "")
+    relay = Dispatcher(topology, "A", links)
+    intake = RequestQueue(
         "A", slots=9, in_service=9, most_bytes=999, claim=relay.claim, start=relay.start
     )
     links.on_change = intake.kick
@@ -672,7 +672,7 @@ def test_each_row_of_a_segment_is_answered_once_with_its_own_result(network, mod
 
 @given(st.integers(0, 2**32), st.sampled_from(Mode))
 @settings(max_examples=100, deadline=None)
-def test_answers_may_come_in_pieces_of_any_size_and_in_any_order(seed, mode):
+def test_answers_may_come_in_chunks_of_any_size_and_in_any_order(seed, mode):
     chance, network = random.Random(seed), MemoryNetwork(SIX)
     for edge in network.edges:
         network.keep(*edge)
@@ -722,7 +722,7 @@ class Branches:
 def row_by_row(count: int, mode: Mode, way: str, ends: bool) -> float:
     """CPU seconds of a relay for a segment whose rows are answered, or ended, one by one."""
     branches, chance, answered = Branches(), random.Random(count), Counter[int]()
-    relay = Relay(SIX, "A", branches)
+    relay = Dispatcher(SIX, "A", branches)
     segment = Segment(Route(mode), Column((b"",) * count), 1e9, 1)
     if way == "as they come":
         segment = replace(segment, early=lambda row, answers: None)

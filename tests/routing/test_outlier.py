@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlay.model.segments import Answers, Code, Column, Executed, Failure, Part, PartColumn
-from overlay.routing.outlier import FAILURES, LOOK_S, PAUSES, Heard, State, Verdict, Ward, heard
+from overlay.routing.outlier import (
+    FAILURES,
+    LOOK_S,
+    PAUSES,
+    Outcome,
+    OutlierDetector,
+    State,
+    Verdict,
+    heard,
+)
 
 HEALTHY, SLOW, EJECTED, HALF_OPEN = State.HEALTHY, State.SLOW, State.EJECTED, State.HALF_OPEN
 NO, YES, UNKNOWN = Executed.NO, Executed.YES, Executed.UNKNOWN
@@ -61,7 +70,7 @@ GONE = Failure(Code.UNAVAILABLE, "gone")
 
 def test_one_result_among_failures_is_an_answer():
     some = PartColumn("C", Column([b"", b"x"]), failures={0: GONE}, worked_us=5000)
-    assert heard(Answers(2, (some,)), 0.004) == Heard(Verdict.GOOD, 2, "", 0.005, 0.004)
+    assert heard(Answers(2, (some,)), 0.004) == Outcome(Verdict.GOOD, 2, "", 0.005, 0.004)
 
     other = PartColumn.missing("F", 2, GONE)
     assert heard(Answers(2, (other, some)), 0.004).verdict is Verdict.GOOD
@@ -81,13 +90,13 @@ class Room:
     """A ward whose time the test moves; every neighbour stands for one worker, but for T."""
 
     def __init__(self, neighbours: str) -> None:
-        self.ward = Ward(neighbours, set(neighbours) - {"T"})
+        self.ward = OutlierDetector(neighbours, set(neighbours) - {"T"})
         self.up = neighbours
         self.now = 100.0
         self.decided: list[str] = []
 
     def hear(self, neighbour: str, verdict: Verdict, rows: int = 1, **times: float) -> None:
-        said = Heard(verdict, rows, "why", **times)
+        said = Outcome(verdict, rows, "why", **times)
         change = self.ward.hear(neighbour, "h", said, self.up, self.now)
         if change:
             self.decided.append(f"{change.neighbour} {change.reason}")

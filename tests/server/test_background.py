@@ -9,13 +9,13 @@ import weakref
 
 import pytest
 
-from overlay.server.background import Pool
+from overlay.server.background import BackgroundThreads
 from tests.harness.cluster import until
 
 
 @pytest.fixture
 def pool():
-    made = Pool(3, "job")
+    made = BackgroundThreads(3, "job")
     yield made
     made.close()
     until(lambda: not threads_of("job"), 5, "its threads have ended")
@@ -79,7 +79,7 @@ def test_a_job_is_not_kept_after_it_has_run(pool):
 
 
 def test_nothing_is_run_after_its_end():
-    pool, ran = Pool(2, "ended"), []
+    pool, ran = BackgroundThreads(2, "ended"), []
     pool.run(lambda: ran.append(1))
     until(lambda: ran, 5)
     pool.close()

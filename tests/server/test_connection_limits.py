@@ -12,7 +12,7 @@ import pytest
 
 from overlay.server import connection_limits
 from overlay.server.connection_limits import Connections, most_connections, raise_file_limit
-from overlay.server.request_log import Record
+from overlay.server.request_log import RequestLog
 from tests.harness.cluster import until
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="it counts no descriptors")
@@ -60,7 +60,7 @@ def peer(one: socket.socket) -> str:
 @posix
 @pytest.mark.skipif(sys.platform == "darwin", reason="it has one loopback address")
 def test_the_oldest_idle_connections_of_who_has_most_are_cut(house):
-    record = Record("A", works=False)
+    record = RequestLog("A", works=False)
     first = house.let_in("127.0.0.3", 3)
     many = house.let_in("127.0.0.2", 60)
     busy = {peer(one) for one in many[:5]}
@@ -79,7 +79,7 @@ def test_the_oldest_idle_connections_of_who_has_most_are_cut(house):
 
 @posix
 def test_few_connections_are_left_alone_and_something_else_is_done_each_look(house):
-    record, looks = Record("A", works=False), []
+    record, looks = RequestLog("A", works=False), []
     few = house.let_in("127.0.0.1", 10)
     door = Connections(house.port, 400, record, set, lambda: looks.append(1))
     door.start()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay.server.eviction import Crowd
+from overlay.server.eviction import EvictionQueue
 
 
 def test_the_oldest_of_the_address_that_has_most_goes():
-    crowd: Crowd[str] = Crowd(4)
+    crowd: EvictionQueue[str] = EvictionQueue(4)
     for item, address in (("a", "pc"), ("b", "mac"), ("c", "pc"), ("d", "pc")):
         assert crowd.add(item, address) == []
 
@@ -18,7 +18,7 @@ def test_the_oldest_of_the_address_that_has_most_goes():
 
 
 def test_one_address_pushes_out_only_its_own():
-    crowd: Crowd[int] = Crowd(10)
+    crowd: EvictionQueue[int] = EvictionQueue(10)
     crowd.add(-1, "honest")
     for n in range(1000):
         assert -1 not in crowd.add(n, "greedy")
@@ -27,7 +27,7 @@ def test_one_address_pushes_out_only_its_own():
 
 
 def test_sizes_count_and_not_heads():
-    crowd: Crowd[str] = Crowd(100)
+    crowd: EvictionQueue[str] = EvictionQueue(100)
     crowd.add("large", "pc", 90)
     crowd.add("one", "mac", 5)
     crowd.add("two", "mac", 5)
@@ -37,7 +37,7 @@ def test_sizes_count_and_not_heads():
 
 
 def test_what_is_older_than_a_time_is_taken_out():
-    crowd: Crowd[str] = Crowd(10)
+    crowd: EvictionQueue[str] = EvictionQueue(10)
     for n, item in enumerate("abc"):
         crowd.add(item, "pc", now=float(n))
 
@@ -49,7 +49,7 @@ def test_what_is_older_than_a_time_is_taken_out():
     st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 30), st.booleans()), max_size=80)
 )
 def test_it_never_holds_more_than_it_may_and_forgets_nobody(steps):
-    crowd: Crowd[int] = Crowd(60)
+    crowd: EvictionQueue[int] = EvictionQueue(60)
     held: dict[int, tuple[str, int]] = {}
     for n, (address, size, leaves) in enumerate(steps):
         if leaves and held:

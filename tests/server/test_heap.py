@@ -11,7 +11,7 @@ BURST = """
 from overlay.server import heap as memory
 
 busy = True
-kept = memory.Memory(lambda: busy)
+kept = memory.HeapTrimmer(lambda: busy)
 busy = False
 kept.look()
 blocks = [bytes(60_000) for _ in range(4000)]  # below what malloc would map by itself

@@ -33,7 +33,7 @@ from overlay.model.errors import (
 )
 from overlay.model.limits import MIB, Limits
 from overlay.model.segments import Caller, Code, Executed
-from overlay.server.idempotency import First, Keys, Waiter
+from overlay.server.idempotency import First, IdempotencyKeys, Waiter
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from tests.harness.cluster import Overlay, until
@@ -50,7 +50,7 @@ class Bench:
 
     def __init__(self, **limits: int) -> None:
         self.clock = Clock()
-        self.keys = Keys(replace(LIMITS, **limits), self.clock)
+        self.keys = IdempotencyKeys(replace(LIMITS, **limits), self.clock)
 
     def enter(self, key: str = "k", question: bytes = b"q", caller: Caller = MAC):
         return self.keys.enter(caller, key, (question,))
@@ -264,7 +264,7 @@ def test_who_asks_without_end_leaves_room_for_others(addresses):
 def test_a_key_takes_the_same_time_and_memory_however_many_have_been():
     """Processor seconds of 20,000, the first against the later ones."""
     clock = Clock()
-    keys = Keys(replace(Limits(), keys=20_000), clock)
+    keys = IdempotencyKeys(replace(Limits(), keys=20_000), clock)
     took: list[float] = []
     for tenth in range(5):
         began = time.process_time()
@@ -366,7 +366,7 @@ def test_too_many_that_wait_are_refused_and_not_told_that_nothing_ran():
 
 
 def test_of_many_threads_with_one_key_exactly_one_asks():
-    keys, told, ran = Keys(Limits()), [], []
+    keys, told, ran = IdempotencyKeys(Limits()), [], []
 
     def ask(number: int) -> None:
         found = keys.enter(MAC, str(number // 8), (b"q",))

@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from overlay.model.errors import LoopDetected, OverlayError, UnknownName, Unreachable
-from overlay.observability.log_buffer import WITHHELD, Recent
-from overlay.server.log_reader import MOST_BYTES, Journal
+from overlay.observability.log_buffer import WITHHELD, LogBuffer
+from overlay.server.log_reader import MAX_BYTES, LogReader
 from overlay.transport.codec import pb2
 from tests.harness.network import the_six
 
@@ -28,12 +28,12 @@ class Links:
         return pb2.LogsResponse(process_id=asked.process_id)
 
 
-def journal(me: str, links: Links, *texts: str) -> Journal:
-    recent = Recent()
+def journal(me: str, links: Links, *texts: str) -> LogReader:
+    recent = LogBuffer()
     for text in texts:
         name = "overlay.handler" if text.startswith("secret") else "overlay.links"
         recent.handle(logging.makeLogRecord({"name": name, "msg": text, "levelno": 20}))
-    return Journal(the_six(), me, recent, links)  # type: ignore[arg-type]
+    return LogReader(the_six(), me, recent, links)  # type: ignore[arg-type]
 
 
 def texts(read: pb2.LogsResponse) -> list[str]:
@@ -94,4 +94,4 @@ def test_the_last_lines_are_told_as_many_as_were_asked_for_and_as_fit():
 
     own = journal("C", Links(), *["x" * 4000 for _ in range(1000)])
     found = own.read(pb2.LogsRequest(lines=1000), True, 1)
-    assert MOST_BYTES <= found.ByteSize() < MOST_BYTES + 5000
+    assert MAX_BYTES <= found.ByteSize() < MAX_BYTES + 5000

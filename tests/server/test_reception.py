@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 from overlay.model.errors import BadRequest
 from overlay.model.limits import Limits
 from overlay.server.reception import Health, Reception, on_threads_of
-from overlay.server.request_log import Record
+from overlay.server.request_log import RequestLog
 from tests.harness.cluster import until
 
 METHOD = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -33,7 +33,7 @@ class Served:
     def __init__(self, **limits: object) -> None:
         pool = ThreadPoolExecutor(4, "few")
         self.server = grpc.server(pool)
-        self.record = Record("A", works=False)
+        self.record = RequestLog("A", works=False)
         self.reception = Reception(self.server, pool, replace(Limits(), **limits), self.record)
         look = reflection.ReflectionServicer((reflection.SERVICE_NAME,))
         look.ServerReflectionInfo = on_threads_of(pool, look.ServerReflectionInfo)
@@ -256,7 +256,7 @@ def test_a_method_may_answer_later_and_hold_no_thread_until_then():
     pool = ThreadPoolExecutor(1, "one")
     server = grpc.server(pool)
     handler = grpc.unary_unary_rpc_method_handler(later, bytes, bytes)
-    record = Record("A", works=False)
+    record = RequestLog("A", works=False)
     Reception(server, pool, Limits(), record).add_registered_method_handlers(
         "s", {"Later": handler}
     )

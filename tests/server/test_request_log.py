@@ -29,17 +29,17 @@ from overlay.model.segments import (
     Segment,
 )
 from overlay.observability.counters import BOUNDS_S, RECENT, Meter, Spread, Times
-from overlay.observability.log_throttle import Repeats
-from overlay.observability.request_summaries import KEPT, Stories
-from overlay.observability.token_bucket import Allowance
-from overlay.observability.trace import Story
-from overlay.server.request_log import Ended, Record, served
+from overlay.observability.log_throttle import LogThrottle
+from overlay.observability.request_summaries import KEPT, RequestSummaries
+from overlay.observability.token_bucket import TokenBucket
+from overlay.observability.trace import RequestSummary
+from overlay.server.request_log import Ended, RequestLog, served
 from tests.harness.cluster import until
 
 
 @pytest.fixture
-def record() -> Iterator[Record]:
-    made = Record("W", works=True)
+def record() -> Iterator[RequestLog]:
+    made = RequestLog("W", works=True)
     yield made
     made.close()
 
@@ -165,7 +165,7 @@ def test_a_failure_is_an_event_at_the_one_process_that_knows(
     caplog, works, asked_by, error, part, event
 ):
     column = PartColumn("C", Column([b""]), failed=part)
-    made = Record("X", works)
+    made = RequestLog("X", works)
 
     made.ended(
         Ended(segment(hops=asked_by), "10.0.0.9", 0, Answers(1, (column,), ("C",)), [(0, error)])
@@ -210,10 +210,10 @@ def test_what_a_handler_tells_its_caller_is_told_to_nobody_else(record, caplog):
 
 
 def test_good_stories_never_push_out_failures():
-    stories = Stories()
+    stories = RequestSummaries()
 
-    def story(code: Code) -> Story:
-        return Story(1, Mode.ALL, "", "", 1.0, code, "", 1, (), 1, "")
+    def story(code: Code) -> RequestSummary:
+        return RequestSummary(1, Mode.ALL, "", "", 1.0, code, "", 1, (), 1, "")
 
     stories.add(story(Code.INTERNAL))
     for _ in range(3 * KEPT):
@@ -310,14 +310,14 @@ def test_parts_that_went_before_the_answer_count():
 
 
 def test_an_allowance_is_so_many_at_once_and_so_many_a_second():
-    allowance = Allowance(2, 10)
+    allowance = TokenBucket(2, 10)
     assert [allowance.take(0.0) for _ in range(3)] == [True, True, False]
     assert [allowance.take(0.11) for _ in range(2)] == [True, False]
     assert [allowance.take(99.0) for _ in range(3)] == [True, True, False]
 
 
 def test_kinds_without_end_take_no_memory_without_end():
-    repeats = Repeats(lambda kind, count: None)
+    repeats = LogThrottle(lambda kind, count: None)
     for n in range(1000):
         repeats.may_tell(n)
 

@@ -22,6 +22,7 @@ from overlay.model.limits import Limits
 from overlay.model.segments import (
     Answers,
     Caller,
+    Chunk,
     Code,
     Column,
     End,
@@ -29,19 +30,18 @@ from overlay.model.segments import (
     Failure,
     Hop,
     PartColumn,
-    Piece,
     Progress,
     Segment,
     Sink,
 )
 from overlay.model.topology import HandlerSpec, Process, Topology
 from overlay.observability.map_progress import Maps
-from overlay.queueing.request_queue import Intake
+from overlay.queueing.request_queue import RequestQueue
 from overlay.routing import aggregate
 from overlay.server import stream_session
-from overlay.server.background import Pool
+from overlay.server.background import BackgroundThreads
 from overlay.server.reception import Reception
-from overlay.server.request_log import Ended, Record
+from overlay.server.request_log import Ended, RequestLog
 from overlay.transport import codec
 from overlay.transport.chunks import Budget
 from overlay.transport.codec import pb2, pb2_grpc
@@ -132,7 +132,7 @@ class Served:
         self.desk = desk
         worker = Process("W", "worker", "green", "h", 1, handler="h")
         specs = {"h": HandlerSpec("h", "none:none")}
-        self.intake = Intake(
+        self.intake = RequestQueue(
             "W",
             slots=9,
             in_service=9,
@@ -141,7 +141,7 @@ class Served:
             start=desk.start,
         )
         self.deadlines = Deadlines(lambda ticket: ticket.end(Code.DEADLINE_EXCEEDED))
-        self.streams: list[stream_session._Stream] = []
+        self.streams: list[stream_session._Session] = []
         self.stream_desk = stream_session.Desk(
             me="W",
             topology=Topology({"W": worker}, specs, limits=limits),
@@ -152,7 +152,7 @@ class Served:
             ended=desk.count_ended,
             crowded_out=lambda what, count, address: None,
             wants_trace=lambda: desk.follows,
-            threads=Pool(8, "stream"),
+            threads=BackgroundThreads(8, "stream"),
             streams=stream_session.Places(limits.streams),
             held=Budget(limits.max_waiting_bytes),
             unread=Budget(limits.unread_bytes),
@@ -160,7 +160,7 @@ class Served:
         )
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(self._pool, options=codec.server_options(limits))
-        reception = Reception(self._server, self._pool, limits, Record("W", works=True))
+        reception = Reception(self._server, self._pool, limits, RequestLog("W", works=True))
         pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), reception)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self.channel = grpc.insecure_channel(
@@ -196,13 +196,13 @@ class Served:
 @contextmanager
 def serving(desk: Desk, limits: Limits = LIMITS) -> Iterator[Served]:
     served = Served(desk, limits)
-    kept = stream_session._Stream
+    kept = stream_session._Session
 
-    def keep(*made: object) -> stream_session._Stream:
+    def keep(*made: object) -> stream_session._Session:
         served.streams.append(kept(*made))
         return served.streams[-1]
 
-    with mock.patch.object(stream_session, "_Stream", keep):
+    with mock.patch.object(stream_session, "_Session", keep):
         served.start()
         try:
             yield served
@@ -770,25 +770,25 @@ def test_parts_that_nobody_reads_are_counted_in_the_window_until_they_are_writte
         assert not stream._lane.paused
 
 
-def piece(at: int, more: bool, granted: list[int]) -> Answers:
+def chunk(at: int, more: bool, granted: list[int]) -> Answers:
     """Four bytes of a result, after `at` others."""
-    how = Piece(at, more, granted.append if more else None)
-    return Answers(1, (PartColumn("V", Column((b"four",)), piece=how),), ("W", "V"))
+    how = Chunk(at, more, granted.append if more else None)
+    return Answers(1, (PartColumn("V", Column((b"four",)), chunk=how),), ("W", "V"))
 
 
-def test_pieces_pass_with_their_places_and_grants_go_back_to_who_sent_them():
+def test_chunks_pass_with_their_places_and_grants_go_back_to_who_sent_them():
     granted: list[int] = []
     with serving(Desk(held=[])) as served:
-        sender = Sender(frame(segment(5, b"a", as_they_come=True, pieces=3)))
+        sender = Sender(frame(segment(5, b"a", as_they_come=True, chunks=3)))
         call = served.call(sender)
         ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
-        assert asked.pieces == 1
-        asked.early(0, piece(0, True, granted))
+        assert asked.chunks == 1
+        asked.early(0, chunk(0, True, granted))
         assert granted == [2]  # as many more as the client takes
         made = next(iter(call)).slices[0]
         sender.send(pb2.Frame(grants=[pb2.Grant(number=5, row=0, process_id="V", count=1)]))
         until(lambda: granted == [2, 1], what="a grant has come")
-        asked.early(0, piece(4, False, granted))
+        asked.early(0, chunk(4, False, granted))
         served.desk.held = []
         sink(0, Answers(1, (), ("W",)))
         sender.send(pb2.Frame(grants=[pb2.Grant(number=5, row=0, process_id="V", count=9)]))
@@ -801,10 +801,10 @@ def test_pieces_pass_with_their_places_and_grants_go_back_to_who_sent_them():
 
 def test_how_long_a_client_reads_is_no_pace_by_which_others_are_judged():
     with serving(Desk(held=[])) as served:
-        rows = [segment(n, b"a", as_they_come=True, pieces=1) for n in range(2)]
+        rows = [segment(n, b"a", as_they_come=True, chunks=1) for n in range(2)]
         call = served.call(sender := Sender(frame(*rows)))
         (asked, sink), (_, whole) = until(lambda: len(served.desk.held) == 2 and served.desk.held)
-        asked.early(0, piece(0, True, []))
+        asked.early(0, chunk(0, True, []))
         sink(0, Answers(1, (), ("W",)))
         (kind,) = served.intake._kinds.values()
         assert kind.pace.mean_s(time.monotonic()) == 0.0
@@ -815,11 +815,11 @@ def test_how_long_a_client_reads_is_no_pace_by_which_others_are_judged():
         assert sum(len(answered.slices) for answered in call) == 3
 
 
-def test_a_part_that_fails_after_pieces_is_no_answer():
+def test_a_part_that_fails_after_chunks_is_no_answer():
     with serving(Desk(held=[])) as served:
-        call = served.call(sender := Sender(frame(segment(5, b"a", as_they_come=True, pieces=1))))
+        call = served.call(sender := Sender(frame(segment(5, b"a", as_they_come=True, chunks=1))))
         ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
-        asked.early(0, piece(0, True, []))
+        asked.early(0, chunk(0, True, []))
         failed = PartColumn.missing("V", 1, Failure(Code.INTERNAL, "broke", Executed.YES))
         sink(0, Answers(1, (failed,), ("W", "V")))
         served.desk.held = []
@@ -831,30 +831,30 @@ def test_a_part_that_fails_after_pieces_is_no_answer():
 
 def test_who_grants_more_than_has_come_is_told_so():
     with serving(Desk(held=[])) as served:
-        sender = Sender(frame(segment(5, b"a", as_they_come=True, pieces=3)))
+        sender = Sender(frame(segment(5, b"a", as_they_come=True, chunks=3)))
         call = served.call(sender)
         ((asked, _),) = until(lambda: served.desk.held, what="it has started")
-        asked.early(0, piece(0, True, []))
+        asked.early(0, chunk(0, True, []))
         sender.send(pb2.Frame(grants=[pb2.Grant(number=5, row=0, process_id="V", count=2)]))
-        with pytest.raises(grpc.RpcError, match="grants: V has sent 1 pieces, not 2"):
+        with pytest.raises(grpc.RpcError, match="grants: V has sent 1 chunks, not 2"):
             list(call)
         served.desk.held = []
 
 
 def test_many_parts_of_a_stream_share_the_room_that_there_is_ahead_of_who_reads():
-    limits = replace(LIMITS, window_bytes=2 * 10 * Limits.piece_bytes)
+    limits = replace(LIMITS, window_bytes=2 * 10 * Limits.chunk_bytes)
     granted: list[int] = []
     with serving(Desk(held=[]), limits) as served:
-        rows = frame(*(segment(n, b"a", as_they_come=True, pieces=5) for n in range(4)))
+        rows = frame(*(segment(n, b"a", as_they_come=True, chunks=5) for n in range(4)))
         sender = Sender(rows)
         call = served.call(sender)
         until(lambda: len(served.desk.held) == 4, what="all have started")
         for asked, _ in served.desk.held:
-            asked.early(0, piece(0, True, granted))
+            asked.early(0, chunk(0, True, granted))
         assert granted == [4, 4]
         (_, sink), *_ = served.desk.held
         sink(0, Answers(1, (), ("W",)))  # it has ended, and what it had is free
-        served.desk.held[3][0].early(0, piece(4, True, granted))
+        served.desk.held[3][0].early(0, chunk(4, True, granted))
         assert granted == [4, 4, 4]
         served.desk.held = []
         call.cancel()
@@ -1026,7 +1026,7 @@ def test_what_a_map_tells_while_its_stream_ends_is_not_kept():
     class Late(Maps):
         """The stream ends just before it is noted what it tells."""
 
-        def told(self, stream: stream_session._Stream, caller: Caller, progress: Progress) -> None:
+        def told(self, stream: stream_session._Session, caller: Caller, progress: Progress) -> None:
             stream.abandon()
             super().told(stream, caller, progress)
             told.set()

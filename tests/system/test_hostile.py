@@ -23,20 +23,20 @@ from hypothesis import strategies as st
 import overlay
 from overlay.cli import check
 from overlay.cli.terminal import Screen
-from overlay.client.multiplexer import Came
+from overlay.client.multiplexer import Delivery
 from overlay.client.sync import CallFailed
 from overlay.model.errors import BadRequest, Misspoken
 from overlay.model.limits import Limits
 from overlay.model.segments import Code, Executed
-from overlay.monitor.poller import Watch
+from overlay.monitor.poller import Poller
 from overlay.monitor.snapshot import Known, Look, picture
-from overlay.monitor.timeseries import History
+from overlay.monitor.timeseries import Timeseries
 from overlay.transport import codec, validation
 from overlay.transport.codec import Asked, pb2, pb2_grpc
 from tests.harness.cluster import ROOT, Overlay, six_processes, until
 from tests.harness.hostile import Hostile, Rss, any_message, well
 
-MOST_MIB = 150  # that a process may grow by what is wrong; a count of 2^32 would take 30,000
+MAX_MIB = 150  # that a process may grow by what is wrong; a count of 2^32 would take 30,000
 HUGE = 2**32 - 1
 MIB = 2**20
 RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -72,7 +72,7 @@ WRONG: dict[str, tuple[Callable[[pb2.Segment], list[pb2.Slice]], str]] = {
     "a part twice": (lambda s: [a_slice(s, parts=[d_says(), d_says()])], "two parts of one"),
     "parts nobody wants yet": (
         lambda s: [a_slice(s, parts=[d_says()], more=True)], "parts before the answer"),
-    "a piece nobody wants": (lambda s: [a_slice(s, parts=[d_says(at=9)])], "D: a piece where"),
+    "a chunk nobody wants": (lambda s: [a_slice(s, parts=[d_says(at=9)])], "D: a chunk where"),
     "a failure of rows beyond": (
         lambda s: [a_slice(s, parts=[d_says(failures=[failing(start=0, count=HUGE)])])],
         "failures of rows 0 to +4294967295"),
@@ -160,7 +160,7 @@ def test_a_wrong_answer_costs_its_sender_its_own_part(house: Overlay, d: Hostile
     assert f"it speaks wrongly: {reason}" in missing.reason
     assert f"it speaks wrongly: {reason}" in gone.reason
     assert took_s < 10
-    assert rss.grown < MOST_MIB
+    assert rss.grown < MAX_MIB
     assert {n.state for n in house.metrics("A").neighbours} == {"up"}
     assert link(house, "E", "F").state == link(house, "B", "C").state == "up"
 
@@ -179,7 +179,7 @@ def test_it_is_in_the_log_once_in_check_and_on_the_page(house: Overlay, d: Hosti
     assert re.search(
         r"(it speaks wrongly|spoke wrongly \d+ s ago): rows 0 to \+4294967295", shown.stdout
     )
-    watch = Watch(house.address("E")).start()
+    watch = Poller(house.address("E")).start()
     try:
         seen = until(lambda: watch.newer(0).get("links"), 10)
         (to_d,) = [one for one in seen if (one["from"], one["to"]) == ("E", "D")]
@@ -214,7 +214,7 @@ def test_what_is_answered_twice_counts_once(house: Overlay, d: Hostile) -> None:
     assert link(house, "E", "D").outstanding == 0
 
 
-def test_pieces_beyond_those_granted_end_the_link(house: Overlay, d: Hostile) -> None:
+def test_chunks_beyond_those_granted_end_the_link(house: Overlay, d: Hostile) -> None:
     def says(segment: pb2.Segment) -> list[pb2.Slice]:
         body = bytes(100_000)
         return [
@@ -228,8 +228,8 @@ def test_pieces_beyond_those_granted_end_the_link(house: Overlay, d: Hostile) ->
         parts = {part.process_id: part for part in client.parts(b"hi", timeout=10)}
     assert parts["C"].ok
     assert parts["F"].ok
-    assert "more pieces of a part than were granted" in parts["D"].reason
-    assert rss.grown < MOST_MIB
+    assert "more chunks of a part than were granted" in parts["D"].reason
+    assert rss.grown < MAX_MIB
 
 
 # What it tells of itself.
@@ -257,7 +257,7 @@ WRONG_METRICS: dict[str, Callable[[pb2.MetricsResponse], None]] = {
         topology=[pb2.Process(id="Z", role="worker", address="unix:/etc")]
     ),
     "events without end": setting(events=[pb2.Event()] * 20_000),
-    "a story of no mode": setting(requests=[pb2.Story(mode=99)]),
+    "a story of no mode": setting(requests=[pb2.RequestSummary(mode=99)]),
     "counts below 0": setting(queue_size=-1),
     "a histogram that does not fit": setting(service=pb2.Histogram(bounds_s=[1.0], counts=[1])),
 }
@@ -395,7 +395,7 @@ def test_the_librarys_calls_end_at_once_with_the_reason(how: str) -> None:
         leader.turn_good()
         answered = until(lambda: attempt(lambda: client.call(b"hi").result), 20)
         assert answered == b"A: hi"
-    assert rss.grown < MOST_MIB
+    assert rss.grown < MAX_MIB
 
 
 def attempt(ask: Callable[[], Any]) -> Any:
@@ -418,7 +418,7 @@ def test_a_flood_of_early_parts_ends_the_librarys_call() -> None:
 @pytest.mark.parametrize("garbage", ["", "-1", "x" * 500, "9" * 500, "0", "1e9"])
 def test_garbage_for_a_limit_is_none(garbage: str) -> None:
     with Hostile("A") as leader, overlay.connect(leader.address) as client:
-        leader.initial = ((codec.MOST_BYTES_KEY, garbage),)
+        leader.initial = ((codec.MAX_BYTES_KEY, garbage),)
         assert client.call(bytes(2**20)).result == b"A: " + bytes(2**20)
 
 
@@ -468,7 +468,7 @@ def test_a_wrong_frame_from_above_harms_nobody(house: Overlay, frame: pb2.Frame)
     ended = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, RESOURCE_EXHAUSTED}
     assert call.code() in ended
     assert all(made.failures[0].code == Code.INVALID_ARGUMENT for made in told)
-    assert rss.grown < MOST_MIB
+    assert rss.grown < MAX_MIB
     assert house.ask("A").parts[0].code == 0
 
 
@@ -500,10 +500,10 @@ def test_a_message_that_swells_is_refused_before_it_does(house: Overlay, kind: s
 LIMITS = Limits()
 SEEDS = st.integers(0, 2**48)
 QUESTIONS = [
-    Asked(rows, targets, early, pieces)
+    Asked(rows, targets, early, chunks)
     for rows in (1, 3, 4096)
     for targets in (None, frozenset("CD"))
-    for early, pieces in ((False, False), (True, True))
+    for early, chunks in ((False, False), (True, True))
 ]
 
 
@@ -526,7 +526,7 @@ def read_client_slices(made: pb2.Slice) -> None:
             codec.check_client_slice(made, asked)
         except Misspoken:
             continue
-        came = Came(made)
+        came = Delivery(made)
         assert len(came.results) in (0, made.count)
         assert len(came.answers.parts) == len(made.parts)
         came.answers.at(made.count - 1)
@@ -539,7 +539,7 @@ def read_metrics(made: pb2.MetricsResponse) -> None:
     if made.process_id in {process.id for process in made.topology}:
         known = Known(
             "h:1", made.process_id, made.topology, {p.id: Look(0.0, made) for p in made.topology},
-            {p.id: History() for p in made.topology}, [],
+            {p.id: Timeseries() for p in made.topology}, [],
         )  # fmt: skip
         json.dumps(picture(known, 1.0, 2.0), allow_nan=False)
 
@@ -615,7 +615,7 @@ def test_hundreds_of_wrong_frames_harm_no_process(house: Overlay, d: Hostile, se
             answers = [client.submit(None, b"x", mode="all", timeout=1) for _ in range(3)]
             for answer in answers:
                 answer.result()
-    assert rss.grown < MOST_MIB
+    assert rss.grown < MAX_MIB
     assert {n.state for n in house.metrics("A").neighbours} == {"up"}
 
 
@@ -636,4 +636,4 @@ def test_any_slice_leaves_the_library_a_client_that_works() -> None:
         leader.turn_good()
         with overlay.connect(leader.address) as client:
             assert client.call(b"hi").result == b"A: hi"
-    assert rss.grown < MOST_MIB
+    assert rss.grown < MAX_MIB

@@ -28,7 +28,7 @@ from tests.harness.cluster import ROOT, Overlay, free_port, six_processes, until
 
 PLACES = 8
 HELD = 6  # of them: as many as one address may have, all at work
-FEW_PLACES = f"""
+MIN_PLACES = f"""
 import dataclasses, runpy, sys
 from overlay.model.limits import Limits
 
@@ -55,7 +55,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Noted]:
     notes = tmp_path_factory.mktemp("notes") / "notes"
     (folder / "mine.py").write_text(HANDLERS)
     (folder / "few_places.py").write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + FEW_PLACES
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + MIN_PLACES
     )
     found = Narrow(folder, six_processes(handlers=handlers(notes)))
     try:
@@ -283,7 +283,7 @@ class Sparing(pb2_grpc.OverlayNodeServicer):
 
     def ForwardStream(self, request_iterator: Any, context: Any) -> Any:
         self.begun += 1
-        context.send_initial_metadata(((codec.MOST_BYTES_KEY, str(2**24)),))
+        context.send_initial_metadata(((codec.MAX_BYTES_KEY, str(2**24)),))
         frames: list[Any] = []
         came = threading.Event()
 

@@ -268,5 +268,5 @@ def test_a_restart_with_another_limit_is_noticed(mixed: Overlay) -> None:
     ],
 )
 def test_a_limit_is_a_number_within_the_files_range_or_nobody_said_it(said, found) -> None:
-    metadata = [] if said is None else [(codec.MOST_BYTES_KEY, said)]
+    metadata = [] if said is None else [(codec.MAX_BYTES_KEY, said)]
     assert codec.read_most_bytes(metadata) == found

@@ -39,7 +39,7 @@ from faults.strangers import (
 )
 from overlay.transport.codec import pb2
 from tests.harness.cluster import IDS, Overlay, six_processes, until
-from tests.harness.strangers import FEW_FILES, Besieged, Few, raw
+from tests.harness.strangers import MIN_FILES, Besieged, Few, raw
 from tests.harness.watch import Watched
 
 FORWARD, STREAM = "/OverlayNode/Forward", "/OverlayNode/ForwardStream"
@@ -70,7 +70,7 @@ def large(payload, context):
     return bytes(int(payload))
 
 def endless(payload, context):
-    """Far more than one may be sent, a piece at a time."""
+    """Far more than one may be sent, a chunk at a time."""
     for _ in range(4096):
         yield bytes(1 << 20)
 
@@ -265,7 +265,7 @@ def test_more_connections_than_descriptors_shut_nobody_else_out(besieged, proces
         port = besieged.six.port(process_id)
         for says in (b"", PREFACE[:9], PREFACE):
             strangers.crowd(20, port, source=source, first=says)
-        strangers.silent(FEW_FILES + 176, port, source)
+        strangers.silent(MIN_FILES + 176, port, source)
         time.sleep(0.5)
         besieged.serves()
         tries = [is_let_in(port) for _ in range(200)]
@@ -402,7 +402,7 @@ def parts_of(handler: str, payload: bytes, **fields: object) -> pb2.Segment:
 @pytest.mark.parametrize("targets", [[], ["C", "D", "F"]], ids=["as-a-client", "as-a-process"])
 def test_grants_beyond_the_window_bring_no_more_than_the_window(besieged, targets):
     asked = parts_of(
-        "endless", b"", as_they_come=True, pieces=64, want_parts=True, targets=targets,
+        "endless", b"", as_they_come=True, chunks=64, want_parts=True, targets=targets,
         hops=["X"] if targets else [], remaining_us=3_000_000,
     )  # fmt: skip
     grants = [pb2.Grant(number=1, process_id=i, count=2**31) for i in "CDF"]

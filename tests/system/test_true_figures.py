@@ -16,7 +16,7 @@ import overlay
 from overlay.cli import check, top_view
 from overlay.cli.terminal import Screen
 from overlay.model.segments import Code
-from overlay.monitor.poller import Watch
+from overlay.monitor.poller import Poller
 from overlay.server.prometheus import Families
 from overlay.transport.codec import pb2
 from tests.harness.cluster import Overlay, free_port, running
@@ -205,7 +205,7 @@ def test_a_trace_tells_the_same_of_each_row(four: Overlay, leader: overlay.Clien
 
 
 def test_every_view_shows_these_figures(four: Overlay, leader: overlay.Client) -> None:
-    watch, pictures = Watch(four.address("A"), 0.3), []
+    watch, pictures = Poller(four.address("A"), 0.3), []
     watch.on_picture = pictures.append
     watch.start()
     try:

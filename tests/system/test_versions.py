@@ -14,7 +14,7 @@ import pytest
 
 import overlay
 from overlay.model.segments import Code, Part
-from overlay.peers.peers import LinkState
+from overlay.peers.peers import PeerState
 from overlay.transport import codec
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness import pythons
@@ -188,7 +188,7 @@ def bench() -> Iterator[Bench]:
     made.link.channel.close()
 
 
-def told_by(bench: Bench, **fields: Any) -> LinkState:
+def told_by(bench: Bench, **fields: Any) -> PeerState:
     """What is known of the neighbour after it has told this of itself."""
     said = {"process_id": "C", "is_healthy": True, "config_digest": "digest"}
     said |= {"version": overlay.__version__, **fields}

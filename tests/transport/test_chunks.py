@@ -1,4 +1,4 @@
-"""Results in pieces: how they are cut, how far they go ahead of who reads them, what becomes of
+"""Results in chunks: how they are cut, how far they go ahead of who reads them, what becomes of
 them on the way and at the client."""
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay.client.multiplexer import Came
+from overlay.client.multiplexer import Delivery
 from overlay.client.partials import Parts
 from overlay.model.errors import BadRequest
 from overlay.model.segments import (
     Answers,
+    Chunk,
     Code,
     Column,
     Executed,
     Failure,
     Part,
-    Piece,
     Route,
     Segment,
 )
 from overlay.model.topology import HandlerSpec, Process
-from overlay.transport.chunks import PIECE_BYTES, NotBytes, Outlet, Passage, cut
+from overlay.transport.chunks import CHUNK_BYTES, ChunkWindow, ChunkWriter, NotBytes, cut
 from overlay.transport.codec import pb2
-from overlay.workers.job import Batch, Desk
+from overlay.workers.job import HandlerJob, HandlerSlots
 from overlay.workers.process_pool import ProcessRunner
 from overlay.workers.thread_pool import ThreadRunner
 from overlay.workers.user_modules import Sources
@@ -39,23 +39,23 @@ from tests.harness.network import MemoryNetwork, the_six
 
 
 @given(items=st.lists(st.binary(max_size=40), max_size=12), size=st.integers(1, 20))
-def test_pieces_make_the_same_bytes_and_only_the_last_is_smaller(items, size):
-    pieces = list(cut(iter(items), size))
+def test_chunks_make_the_same_bytes_and_only_the_last_is_smaller(items, size):
+    chunks = list(cut(iter(items), size))
 
-    assert b"".join(piece for piece, _ in pieces) == b"".join(items)
-    assert [more for _, more in pieces] == [True] * (len(pieces) - 1) + [False]
-    assert all(len(piece) == size for piece, more in pieces if more)
-    assert 0 < len(pieces[-1][0]) <= size or items in ([], [b""] * len(items))
+    assert b"".join(chunk for chunk, _ in chunks) == b"".join(items)
+    assert [more for _, more in chunks] == [True] * (len(chunks) - 1) + [False]
+    assert all(len(chunk) == size for chunk, more in chunks if more)
+    assert 0 < len(chunks[-1][0]) <= size or items in ([], [b""] * len(items))
 
 
-def test_pieces_leave_before_the_last_item_is_there():
+def test_chunks_leave_before_the_last_item_is_there():
     def items() -> Iterator[bytes]:
         yield bytearray(5)
         yield memoryview(b"abcdef")
         raise AssertionError("asked for more than it needed")
 
-    pieces = cut(items(), 5)
-    assert [next(pieces), next(pieces)] == [(bytes(5), True), (b"abcde", True)]
+    chunks = cut(items(), 5)
+    assert [next(chunks), next(chunks)] == [(bytes(5), True), (b"abcde", True)]
 
 
 def test_what_is_not_bytes_is_named_by_its_type():
@@ -67,12 +67,14 @@ def test_what_is_not_bytes_is_named_by_its_type():
 
 
 @pytest.fixture
-def sent() -> list[tuple[bytes, Piece]]:
+def sent() -> list[tuple[bytes, Chunk]]:
     return []
 
 
-def outlet(sent: list, ahead: int = 1, left_s: float = 20.0) -> Outlet:
-    return Outlet(ahead, time.monotonic() + left_s, lambda piece, how: sent.append((piece, how)))
+def outlet(sent: list, ahead: int = 1, left_s: float = 20.0) -> ChunkWriter:
+    return ChunkWriter(
+        ahead, time.monotonic() + left_s, lambda chunk, how: sent.append((chunk, how))
+    )
 
 
 def test_a_sender_waits_for_a_grant_and_the_wait_is_not_its_own_time(sent):
@@ -80,7 +82,7 @@ def test_a_sender_waits_for_a_grant_and_the_wait_is_not_its_own_time(sent):
     assert way.send(b"one")
     threading.Timer(0.05, lambda: sent[0][1].grant(1)).start()
     assert way.send(b"three")
-    assert [(piece, how.at, how.more) for piece, how in sent] == [(b"one", 0, 1), (b"three", 3, 1)]
+    assert [(chunk, how.at, how.more) for chunk, how in sent] == [(b"one", 0, 1), (b"three", 3, 1)]
     assert way.at == 8
     assert way.waited_s > 0.03
 
@@ -103,8 +105,8 @@ class Worker:
         self.room = 1
         self.unread = self.sent = 0
 
-    def grant(self, pieces: int) -> None:
-        self.room += pieces
+    def grant(self, chunks: int) -> None:
+        self.room += chunks
 
 
 @given(
@@ -112,8 +114,8 @@ class Worker:
     ahead=st.integers(0, 4),
     steps=st.lists(st.tuples(st.integers(0, 4), st.sampled_from("srre")), max_size=80),
 )
-def test_under_way_are_one_piece_of_each_part_and_as_many_more_as_there_is_room(room, ahead, steps):
-    passage, workers = Passage(room), {row: Worker(row) for row in range(5)}
+def test_under_way_are_one_chunk_of_each_part_and_as_many_more_as_there_is_room(room, ahead, steps):
+    passage, workers = ChunkWindow(room), {row: Worker(row) for row in range(5)}
 
     def tell(told):
         if told:
@@ -123,9 +125,9 @@ def test_under_way_are_one_piece_of_each_part_and_as_many_more_as_there_is_room(
         worker = workers[row]
         if step == "s" and worker.room:
             worker.room, worker.unread = worker.room - 1, worker.unread + 1
-            piece = Piece(worker.sent, True, worker.grant)
+            chunk = Chunk(worker.sent, True, worker.grant)
             worker.sent += 1
-            tell(passage.passes(worker.key, piece, ahead))
+            tell(passage.passes(worker.key, chunk, ahead))
         elif step == "r" and worker.unread:
             worker.unread -= 1
             tell(passage.granted(worker.key, 1, True))
@@ -141,12 +143,12 @@ def test_under_way_are_one_piece_of_each_part_and_as_many_more_as_there_is_room(
 
 
 def test_a_client_cannot_grant_more_than_it_was_sent_and_late_grants_are_passed_over():
-    passage, worker = Passage(0), Worker(0)
-    passage.passes(worker.key, Piece(0, True, worker.grant), 0)
-    with pytest.raises(BadRequest, match="W has sent 1 pieces, not 2"):
+    passage, worker = ChunkWindow(0), Worker(0)
+    passage.passes(worker.key, Chunk(0, True, worker.grant), 0)
+    with pytest.raises(BadRequest, match="W has sent 1 chunks, not 2"):
         passage.granted(worker.key, 2, True)
     assert passage.granted(worker.key, 1, True) == (worker.grant, 1)
-    passage.passes(worker.key, Piece(9, False), 0)
+    passage.passes(worker.key, Chunk(9, False), 0)
     assert passage.granted(worker.key, 1, True) is None
 
 
@@ -157,7 +159,7 @@ def test_a_client_cannot_grant_more_than_it_was_sent_and_late_grants_are_passed_
 def network() -> MemoryNetwork:
     made = MemoryNetwork(the_six())
     for worker in "CDF":
-        made.nodes[worker].works.piece_bytes = 7
+        made.nodes[worker].works.chunk_bytes = 7
     return made
 
 
@@ -169,34 +171,34 @@ def sent_by(network: MemoryNetwork) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("size", [4, 5, 11, 200])
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_a_large_part_arrives_whole_over_all_hops(network, size, pieces):
-    asked = network.ask("A", BODY[:size], pieces=pieces)
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_large_part_arrives_whole_over_all_hops(network, size, chunks):
+    asked = network.ask("A", BODY[:size], chunks=chunks)
     asked.read()
 
-    whole = {part.process_id: part.result for part in asked.early[0] if not asked.pieces}
-    whole |= {worker: asked.result_of(worker) for worker in asked.pieces}
+    whole = {part.process_id: part.result for part in asked.early[0] if not asked.chunks}
+    whole |= {worker: asked.result_of(worker) for worker in asked.chunks}
     assert whole == {worker: worker.encode() + b": " + BODY[:size] for worker in "CDF"}
     assert asked.answer.parts == ()
     assert network.left_over == {}
 
 
 def test_of_what_nobody_reads_each_worker_has_sent_what_it_may_and_waits(network):
-    asked = network.ask("A", BODY, pieces=2)
+    asked = network.ask("A", BODY, chunks=2)
     assert sent_by(network) == {"C": 2, "D": 2, "F": 2}
     asked.read(1)
     assert sum(sent_by(network).values()) == 7
     assert not asked.is_answered
 
 
-def test_who_is_not_asked_for_pieces_sends_its_result_whole(network):
+def test_who_is_not_asked_for_chunks_sends_its_result_whole(network):
     asked = network.ask("A", BODY, early=True)
     assert [part.result[3:] for part in asked.early[0]] == [BODY] * 3
     assert sent_by(network) == {"C": 0, "D": 0, "F": 0}
 
 
 def test_a_link_that_breaks_in_the_midst_of_a_part_costs_that_part_alone(network):
-    asked = network.ask("A", BODY, pieces=1)
+    asked = network.ask("A", BODY, chunks=1)
     asked.read(4)
 
     network.cut("B", "C")
@@ -211,7 +213,7 @@ def test_a_link_that_breaks_in_the_midst_of_a_part_costs_that_part_alone(network
 
 @pytest.mark.parametrize("edge", [("A", "B"), ("E", "F")])
 def test_whatever_breaks_no_worker_goes_on_sending(network, edge):
-    asked = network.ask("A", BODY, pieces=1)
+    asked = network.ask("A", BODY, chunks=1)
     asked.read(2)
     network.cut(*edge)
     network.cut("A", "E")
@@ -223,8 +225,8 @@ def test_whatever_breaks_no_worker_goes_on_sending(network, edge):
 
 
 def test_a_caller_who_leaves_or_is_late_ends_every_part_in_its_midst(network):
-    leaves = network.ask("A", BODY, pieces=1)
-    late = network.ask("A", BODY, pieces=1, deadline_s=1)
+    leaves = network.ask("A", BODY, chunks=1)
+    late = network.ask("A", BODY, chunks=1, deadline_s=1)
     leaves.read(3)
 
     leaves.leave()
@@ -263,8 +265,8 @@ def fails(size, context):
     yield b"0" * size
     raise ValueError("a secret")
 """
-SIZE = 5 * PIECE_BYTES + 50
-MOST_BYTES = 7 * PIECE_BYTES
+SIZE = 5 * CHUNK_BYTES + 50
+MAX_BYTES = 7 * CHUNK_BYTES
 
 
 class Bench:
@@ -273,44 +275,44 @@ class Bench:
     def __init__(self, runner: ThreadRunner | ProcessRunner, spec: HandlerSpec, notes: str) -> None:
         self.runner = runner
         self.notes = notes
-        self._desk = Desk(spec, 1, {"notes": notes})
+        self._desk = HandlerSlots(spec, 1, {"notes": notes})
         self._ids = 0
 
-    def start(self, what: str, pieces: int = 0, left_s: float = 20.0) -> None:
-        self.came: list[tuple[bytes, Piece]] = []
+    def start(self, what: str, chunks: int = 0, left_s: float = 20.0) -> None:
+        self.came: list[tuple[bytes, Chunk]] = []
         self.parts: list[Part] = []
         self.free = 0
         self._ids += 1
         until_s = time.monotonic() + left_s
-        segment = Segment(Route(), Column((what.encode(),)), until_s, self._ids, pieces=pieces)
+        segment = Segment(Route(), Column((what.encode(),)), until_s, self._ids, chunks=chunks)
         segment.early = self._take
         me = Process("W", "worker", "green", "h", 1)
         rest = self._give_back, self.runner.end
-        self.batch = Batch(self._desk, me, segment, 0.0, self._take, *rest)
+        self.batch = HandlerJob(self._desk, me, segment, 0.0, self._take, *rest)
         self.runner.submit(self.batch)
 
-    def run(self, what: str, pieces: int = 0, left_s: float = 20.0) -> Part:
+    def run(self, what: str, chunks: int = 0, left_s: float = 20.0) -> Part:
         """Reads all that comes; its last part, with all of its bytes."""
-        self.start(what, pieces, left_s)
+        self.start(what, chunks, left_s)
         read = 0
         while not self.parts:
             until(lambda: self.parts or len(self.came) > read, 10, "something comes")  # noqa: B023
-            for _, piece in self.came[read:]:
+            for _, chunk in self.came[read:]:
                 read += 1
-                if piece.more:
-                    piece.grant(1)
+                if chunk.more:
+                    chunk.grant(1)
         until(lambda: self.free, 10, "its place is free")
         return self.parts[0]
 
     @property
     def result(self) -> bytes:
-        return b"".join(piece for piece, _ in self.came)
+        return b"".join(chunk for chunk, _ in self.came)
 
     def _take(self, start: int, answers: Answers) -> None:
         (column,) = answers.parts
         part = column.at(0)
-        if column.piece is not None and part.ok:
-            self.came.append((part.result, column.piece))
+        if column.chunk is not None and part.ok:
+            self.came.append((part.result, column.chunk))
         if column.is_over:
             self.parts.append(part)
 
@@ -326,45 +328,45 @@ def bench(request, tmp_path_factory) -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         if request.param == "thread":
-            runner = ThreadRunner(spec, 1, MOST_BYTES)
+            runner = ThreadRunner(spec, 1, MAX_BYTES)
         else:
-            runner = ProcessRunner(spec, 1, Sources(folder, {}), MOST_BYTES)
+            runner = ProcessRunner(spec, 1, Sources(folder, {}), MAX_BYTES)
         made = Bench(runner, spec, str(folder / "notes"))
         yield made
         runner.close()
 
 
 @pytest.mark.parametrize("what", ["gives", "yields"])
-@pytest.mark.parametrize("pieces", [0, 1, 4])
-def test_all_that_a_handler_gives_arrives(bench, what, pieces):
-    part = bench.run(f"{what} {SIZE}", pieces)
-    whole = bench.result if pieces else part.result
+@pytest.mark.parametrize("chunks", [0, 1, 4])
+def test_all_that_a_handler_gives_arrives(bench, what, chunks):
+    part = bench.run(f"{what} {SIZE}", chunks)
+    whole = bench.result if chunks else part.result
     assert whole == b"0123456789" * (SIZE // 10)
-    assert [piece.at for _, piece in bench.came] == [
-        n * PIECE_BYTES for n in range(6 * (pieces > 0))
+    assert [chunk.at for _, chunk in bench.came] == [
+        n * CHUNK_BYTES for n in range(6 * (chunks > 0))
     ]
 
 
 def test_a_small_result_comes_whole(bench):
-    assert bench.run("yields 50", pieces=1).result == b"0123456789" * 5
+    assert bench.run("yields 50", chunks=1).result == b"0123456789" * 5
     assert bench.came == []
 
 
 @pytest.mark.parametrize("what", ["gives", "yields"])
 def test_too_large_a_result_that_must_come_whole_is_refused_with_what_would_do(bench, what):
-    part = bench.run(f"{what} {2 * MOST_BYTES}")
+    part = bench.run(f"{what} {2 * MAX_BYTES}")
     assert part.code is Code.RESOURCE_EXHAUSTED
     assert "more than max_message_mib allows" in part.reason
     assert "(--as-completed)" in part.reason
-    assert bench.run(f"{what} {2 * MOST_BYTES}", pieces=4).code is Code.OK
+    assert bench.run(f"{what} {2 * MAX_BYTES}", chunks=4).code is Code.OK
 
 
-@pytest.mark.parametrize("pieces", [0, 1])
-def test_an_iterator_that_fails_or_gives_something_else_is_a_failure(bench, pieces):
-    part = bench.run(f"text {SIZE}", pieces)
+@pytest.mark.parametrize("chunks", [0, 1])
+def test_an_iterator_that_fails_or_gives_something_else_is_a_failure(bench, chunks):
+    part = bench.run(f"text {SIZE}", chunks)
     assert (part.code, part.executed) == (Code.INTERNAL, Executed.YES)
     assert "returned an iterator of str, not bytes" in part.reason
-    assert "error id" in bench.run(f"fails {SIZE}", pieces).reason
+    assert "error id" in bench.run(f"fails {SIZE}", chunks).reason
 
 
 @pytest.mark.parametrize("how", ["leaves", "deadline"])
@@ -372,8 +374,8 @@ def test_who_reads_no_more_frees_the_place_and_closes_the_iterator(bench, how):
     is_a_thread = isinstance(bench.runner, ThreadRunner)
     before = closed(bench)
 
-    bench.start(f"yields {SIZE}", pieces=2, left_s=0.5 if how == "deadline" else 20)
-    until(lambda: len(bench.came) == 2, 10, "two pieces come")
+    bench.start(f"yields {SIZE}", chunks=2, left_s=0.5 if how == "deadline" else 20)
+    until(lambda: len(bench.came) == 2, 10, "two chunks come")
     if how == "leaves":
         time.sleep(0.05)  # it waits for a grant
         bench.batch.end(Code.CANCELLED, 0, 1)
@@ -394,8 +396,8 @@ def closed(bench: Bench) -> int:
 
 
 def test_a_slow_reader_is_not_the_handler_s_time(bench):
-    bench.start(f"gives {SIZE}", pieces=3)
-    until(lambda: len(bench.came) == 3, 10, "three pieces come")
+    bench.start(f"gives {SIZE}", chunks=3)
+    until(lambda: len(bench.came) == 3, 10, "three chunks come")
     time.sleep(0.3)
     bench.came[0][1].grant(10)
     until(lambda: bench.parts, 10, "it ends")
@@ -405,12 +407,12 @@ def test_a_slow_reader_is_not_the_handler_s_time(bench):
 # What the client makes of them.
 
 
-def came(granted: Callable[[str], None], **pieces: tuple[int, bytes, bool]) -> Came:
+def came(granted: Callable[[str], None], **chunks: tuple[int, bytes, bool]) -> Delivery:
     made = pb2.Slice(count=1, more=True)
-    for worker, (at, result, more) in pieces.items():
+    for worker, (at, result, more) in chunks.items():
         column = pb2.Column(items=[result])
         made.parts.add(process_id=worker, results=column, at=at, more=more)
-    return Came(made, lambda row, worker: granted(worker))
+    return Delivery(made, lambda row, worker: granted(worker))
 
 
 @given(
@@ -424,9 +426,9 @@ def test_a_part_is_given_whole_or_not_at_all(bodies, size, seed, lost, twice):
     letters = []
     for worker, body in zip("CDF", bodies, strict=False):
         at = 0
-        for piece, more in cut([body], size):
-            letters.append((seed.random(), worker, (at, piece, more)))
-            at += len(piece)
+        for chunk, more in cut([body], size):
+            letters.append((seed.random(), worker, (at, chunk, more)))
+            at += len(chunk)
     order = sorted(worker for _, worker, _ in letters)
     seed.shuffle(order)
     left = {worker: iter([p for _, w, p in letters if w == worker]) for worker in "CDF"}
@@ -437,8 +439,8 @@ def test_a_part_is_given_whole_or_not_at_all(bodies, size, seed, lost, twice):
 
     granted: list[str] = []
     parts, given_parts = Parts(None), []
-    for worker, piece in coming:
-        given_parts += parts.early(came(granted.append, **{worker: piece}), 0)
+    for worker, chunk in coming:
+        given_parts += parts.early(came(granted.append, **{worker: chunk}), 0)
     given_parts += parts.last(came(granted.append), 0)
 
     whole = dict(zip("CDF", bodies, strict=False))
@@ -450,7 +452,7 @@ def test_a_part_is_given_whole_or_not_at_all(bodies, size, seed, lost, twice):
         assert set(whole) - set(good) <= {broken}
 
 
-def test_more_is_granted_as_pieces_are_taken_and_nothing_after_the_last():
+def test_more_is_granted_as_chunks_are_taken_and_nothing_after_the_last():
     granted: list[str] = []
     parts = Parts(None)
     assert list(parts.early(came(granted.append, C=(0, b"ab", True), D=(0, b"x", True)), 0)) == []

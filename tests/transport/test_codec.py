@@ -143,7 +143,7 @@ def test_a_slice_between_processes_arrives_as_it_was_sent(answers, number, start
 
 
 @given(SLICES, st.data())
-def test_a_slice_that_is_passed_on_unread_is_the_same_and_so_are_its_pieces(answers, data):
+def test_a_slice_that_is_passed_on_unread_is_the_same_and_so_are_its_chunks(answers, data):
     first = pb2.Frame()
     codec.write_slice(first, 1, 0, answers)
     asked = asked_for(answers)
@@ -154,12 +154,12 @@ def test_a_slice_that_is_passed_on_unread_is_the_same_and_so_are_its_pieces(answ
     frame = pb2.Frame()
     codec.write_slice(frame, 1, 0, read)
     codec.write_slice(frame, 2, start, read.slice(start, count))
-    whole, piece = (codec.read_slice(made, asked) for made in sent(frame).slices)
+    whole, chunk = (codec.read_slice(made, asked) for made in sent(frame).slices)
 
     for row in range(len(answers)):
         assert whole.at(row) == answers.at(row)
     for row in range(count):
-        assert piece.at(row) == answers.at(start + row)
+        assert chunk.at(row) == answers.at(start + row)
 
 
 HOPS = st.builds(
@@ -174,7 +174,7 @@ HOPS = st.builds(
 
 
 @given(SLICES, st.lists(HOPS, max_size=6))
-def test_a_trace_travels_with_its_slice_and_with_its_pieces(answers, trace):
+def test_a_trace_travels_with_its_slice_and_with_its_chunks(answers, trace):
     frame = pb2.Frame()
     codec.write_slice(frame, 1, 0, answers, trace)
     found = codec.read_slice(sent(frame).slices[0], asked_for(answers))

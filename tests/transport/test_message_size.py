@@ -72,4 +72,4 @@ def test_what_is_real_is_read(frame):
 @given(st.binary(min_size=1, max_size=60))
 def test_broken_bytes_are_left_to_the_parser(few):
     with suppress(BadRequest):
-        message_size.check(few * (message_size.FEW_BYTES // len(few) + 2), codec._FRAME)
+        message_size.check(few * (message_size.MIN_BYTES // len(few) + 2), codec._FRAME)

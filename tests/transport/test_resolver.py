@@ -26,7 +26,7 @@ import pytest
 from faults.hosts import ADDRESSES, CannotBuild, Hosts, ip
 from overlay.model.limits import Limits
 from overlay.model.topology import Process
-from overlay.peers.peers import Links
+from overlay.peers.peers import Peers
 from overlay.transport import channels, codec, resolver
 from overlay.transport.channels import Channel, target
 from overlay.transport.codec import pb2
@@ -252,7 +252,7 @@ def test_a_link_whose_neighbour_has_no_known_name_says_so_once(
     office: Office, caplog: pytest.LogCaptureFixture
 ) -> None:
     neighbour = Process("C", "worker", "green", "mac.office", 5)
-    links = Links([neighbour], replace(Limits(), probe_timeout_s=0.2), "digest")
+    links = Peers([neighbour], replace(Limits(), probe_timeout_s=0.2), "digest")
     links.start()
     try:
         until(lambda: links.states()[0].reason == f"mac.office: {UNKNOWN}")

@@ -14,7 +14,7 @@ from overlay.model.segments import Answers, Code, Column, Executed, Failure, Par
 from overlay.model.topology import HandlerSpec, Process
 from overlay.transport.timers import Deadlines
 from overlay.workers.api import Context
-from overlay.workers.job import Batch, Desk
+from overlay.workers.job import HandlerJob, HandlerSlots
 from overlay.workers.thread_pool import ThreadRunner
 from tests.harness.cluster import until
 
@@ -26,7 +26,7 @@ class Bench:
 
     def __init__(self, handler: Callable[[bytes, Context], bytes], slots: int) -> None:
         spec = HandlerSpec("h", "overlay.workers.api:echo", slots=slots)
-        self.desk = Desk(spec, slots, {})
+        self.desk = HandlerSlots(spec, slots, {})
         self.runner = ThreadRunner(spec, slots)
         self.runner._call = self._call
         self.slices: list[tuple[int, int]] = []
@@ -38,7 +38,7 @@ class Bench:
         self._lock = threading.Lock()
         self._ids = 0
 
-    def submit(self, rows: int, left_s: float = 30.0) -> tuple[int, Batch]:
+    def submit(self, rows: int, left_s: float = 30.0) -> tuple[int, HandlerJob]:
         """A segment whose payloads are the rows' numbers; the id of its first row."""
         first_id = self._ids
         self._ids += rows
@@ -52,7 +52,7 @@ class Bench:
                 for row in range(len(answers)):
                     self.parts[first_id + start + row] += answers.at(row).parts
 
-        batch = Batch(self.desk, WORKER, segment, 0.0, sink, self._give_back, self.runner.end)
+        batch = HandlerJob(self.desk, WORKER, segment, 0.0, sink, self._give_back, self.runner.end)
         self.runner.submit(batch)
         return first_id, batch
 
@@ -280,7 +280,7 @@ def test_rows_and_ends_from_many_threads_still_answer_each_row_once(benches):
     bench = benches(lambda payload, context: time.sleep(0.0005) or payload, 4)
     batches = [bench.submit(20)[1] for _ in range(20)]
 
-    def end(batch: Batch, start: int) -> None:
+    def end(batch: HandlerJob, start: int) -> None:
         batch.end(Code.CANCELLED, start, 5)
 
     enders = [
@@ -320,7 +320,7 @@ def test_a_sink_that_fails_does_not_end_the_threads(benches):
         raise RuntimeError("a fault of ours")
 
     segment = Segment(Route(), Column([b"x"]), time.monotonic() + 9, 999)
-    batch = Batch(bench.desk, WORKER, segment, 0.0, broken, bench._give_back, bench.runner.end)
+    batch = HandlerJob(bench.desk, WORKER, segment, 0.0, broken, bench._give_back, bench.runner.end)
     bench.runner.submit(batch)
     bench.submit(3)
 
@@ -339,14 +339,14 @@ def test_a_closed_runners_threads_end(benches):
 
 
 def test_outcomes_with_gaps_are_answered_as_runs():
-    desk = Desk(HandlerSpec("h", "x:y"), 9, {})
+    desk = HandlerSlots(HandlerSpec("h", "x:y"), 9, {})
     slices: list[tuple[int, list[bytes]]] = []
 
     def sink(start: int, answers: Answers) -> None:
         slices.append((start, [answers.at(row).parts[0].result for row in range(len(answers))]))
 
     segment = Segment(Route(), Column([b""] * 9), 1e12, 1)
-    batch = Batch(desk, WORKER, segment, 0.0, sink, lambda count: None, lambda *what: None)
+    batch = HandlerJob(desk, WORKER, segment, 0.0, sink, lambda count: None, lambda *what: None)
     outcomes = [(0, b"a"), (1, b"b"), (4, Failure(Code.INTERNAL, "")), (5, b"f"), (8, b"i")]
     batch.done(outcomes, 0.1, time.monotonic())
 

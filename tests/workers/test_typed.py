@@ -473,19 +473,19 @@ def test_what_is_yielded_is_an_array(call):
     assert call("known_items") == [0, 1]
 
 
-def test_an_array_leaves_in_pieces_while_it_is_made(mine):
+def test_an_array_leaves_in_chunks_while_it_is_made(mine):
     loaded = typed.prepared("count", mine.count)
-    pieces: list[bytes] = []
+    chunks: list[bytes] = []
 
-    def send(piece: bytes) -> bool:
-        pieces.append(piece)
+    def send(chunk: bytes) -> bool:
+        chunks.append(chunk)
         return True
 
     kind, last = outcome_of(loaded.call(b'{"to": 50000}', at()), 10**5, send)
 
     assert kind == "ok"
-    assert len(pieces) > 3
-    assert len(json.loads(b"".join([*pieces, last]))) == 50_000
+    assert len(chunks) > 3
+    assert len(json.loads(b"".join([*chunks, last]))) == 50_000
 
 
 # Async ones
@@ -589,7 +589,7 @@ def test_what_is_too_long_to_tell_is_left_out():
         "{}",
         "",
     )
-    assert sum(function.size for function in many) < 2 * signatures.MOST_CHARACTERS
+    assert sum(function.size for function in many) < 2 * signatures.MAX_CHARACTERS
     assert (many[0].doc, many[-1].doc, many[-1].name) == ("d" * 4000, "", "f0399")
     assert signatures.bounded(Function("f", doc="a\x1b[2J\nb")).doc == "a [2J\nb"
 
@@ -820,14 +820,14 @@ def test_items_are_found_wherever_their_array_is_cut(mine, size):
     assert text.count(b"\n") == 0  # so that a result stays a line
     parts, given = Parts(None, in_items=True), []
     for start in range(0, len(text), size):
-        piece = start, text[start : start + size], start + size < len(text)
-        given += parts.early(came(lambda worker: None, C=piece), 0)
+        chunk = start, text[start : start + size], start + size < len(text)
+        given += parts.early(came(lambda worker: None, C=chunk), 0)
     assert [part.value["n"] for part in given] == list(range(20))
 
 
 def test_many_quick_items_leave_together():
     sent: list[bytes] = []
-    leaving = Leaving(lambda piece: sent.append(piece) or True)
+    leaving = Leaving(lambda chunk: sent.append(chunk) or True)
 
     for n in range(5_000):
         assert leaving.add(b"%d\t" % n)
@@ -914,9 +914,9 @@ def test_the_functions_are_told_only_to_those_who_ask(four):
 
 
 def test_a_watch_has_the_functions_too(four):
-    from overlay.monitor.poller import Watch
+    from overlay.monitor.poller import Poller
 
-    watch = Watch(four.address("A"), 0.1).start()
+    watch = Poller(four.address("A"), 0.1).start()
     try:
         told = until(lambda: watch.newer(within_s=1).get("functions"), what="functions")
     finally:
