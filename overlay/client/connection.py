@@ -39,6 +39,7 @@ from overlay.model.segments import Code, Executed, Failure
 from overlay.observability.log_buffer import LINES
 from overlay.transport import codec, validation
 from overlay.transport.channels import SILENT, Channel, split
+from overlay.transport.endpoints import channel_options
 from overlay.transport.resolver import Named, connect, look_up
 
 log = logging.getLogger("overlay.client")
@@ -58,7 +59,7 @@ _OPTIONS = [
     # The process asked knows the configured size and refuses what is beyond it.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    *codec.CHANNEL_OPTIONS,
+    *channel_options(),
 ]
 
 

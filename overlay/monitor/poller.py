@@ -185,7 +185,7 @@ class _Target:
         self.is_asking = False
         self._answered = answered
         self._digest = 0
-        self._channel = Channel(address, codec.CHANNEL_OPTIONS)
+        self._channel = Channel(address)
         self._channel.doubt()  # all names are looked up at once
         self._node = codec.pb2_grpc.OverlayNodeStub(self._channel)
 
