@@ -304,7 +304,7 @@ class _Bounded(QueueHandler):
         if not self._told:
             self._told = True
             text = "handlers write more lines than the log takes; the rest is dropped and counted"
-            facts = {"name": "overlay.log", "msg": text, "levelno": 30, "levelname": "WARNING"}
+            facts = {"name": __name__, "msg": text, "levelno": 30, "levelname": "WARNING"}
             self._keep(logging.makeLogRecord(facts))
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:

@@ -32,7 +32,7 @@ from overlay.transport.resolver import Named, is_number, resolve, silent
 if TYPE_CHECKING:
     from overlay.transport.endpoints import Options
 
-log = logging.getLogger("overlay.names")
+log = logging.getLogger(__name__)
 
 AGAIN_S = 1.0  # from one look to the next
 DOUBT_S = 30.0  # it is looked at for so long after the last trouble: a call's default deadline

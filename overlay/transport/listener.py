@@ -21,7 +21,7 @@ from overlay.transport.endpoints import open_port
 from overlay.transport.machine import can_bind
 from overlay.transport.resolver import Named, resolve
 
-log = logging.getLogger("overlay.node")
+log = logging.getLogger(__name__)
 
 LOOK_S = 1.0  # from one look at the own addresses to the next
 CLOSE_S = 2.0  # gRPC's server takes less

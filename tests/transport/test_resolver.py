@@ -613,7 +613,7 @@ def test_where_a_channel_leads_is_shown_whole_as_soon_as_it_does() -> None:
         def emit(self, record: logging.LogRecord) -> None:
             shown.append(channel.shown)
 
-    log, look = logging.getLogger("overlay.names"), Look()
+    log, look = logging.getLogger("overlay.transport.channels"), Look()
     before = log.level
     log.addHandler(look)
     log.setLevel(logging.INFO)
