@@ -10,7 +10,7 @@ A trace is a tree in a tuple, each process before those below it. What a process
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from overlay.model.segments import Answer, Answers, Code, Executed, Hop, Mode, Part, PartColumn
 
@@ -43,7 +43,7 @@ def below(answers: Answers, away_s: float) -> Answers:
     first, *rest = answers.trace
     seen = [first._replace(depth=first.depth + 1, away_us=int(away_s * 1e6))]
     seen += [hop._replace(depth=hop.depth + 1) for hop in rest]
-    return replace(answers, trace=tuple(seen))
+    return answers.with_(trace=tuple(seen))
 
 
 def trace_of_worker(me: str, answers: Answers) -> tuple[Hop, ...]:
