@@ -27,7 +27,7 @@ from overlay.model.limits import Limits
 from overlay.model.segments import Answers, Code, End, Executed, Mode, Part, Route, Segment, Sink
 from overlay.model.signatures import Function
 from overlay.model.topology import Process
-from overlay.observability.token_bucket import TokenBucket
+from overlay.observability.throttle import TokenBucket
 from overlay.peers.outgoing import SegmentSender
 from overlay.routing.outlier import (
     Change,

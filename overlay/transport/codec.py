@@ -37,7 +37,7 @@ from overlay.model.signatures import Function
 from overlay.observability.counters import BOUNDS_S, Histogram, Spread
 from overlay.observability.log_buffer import LINES, Line
 from overlay.observability.map_progress import RunningMap
-from overlay.observability.trace import RequestSummary
+from overlay.observability.request_summaries import RequestSummary
 from overlay.transport import message_size, validation
 from overlay.transport.validation import Asked
 
