@@ -41,7 +41,9 @@ class Copied:
         """
         made = object.__new__(type(self))
         for name in self.__slots__:
-            setattr(made, name, changes[name] if name in changes else getattr(self, name))
+            setattr(made, name, getattr(self, name))
+        for name, changed in changes.items():
+            setattr(made, name, changed)
         return made
 
 
@@ -192,12 +194,14 @@ class Segment(Copied):
     """The unit that travels: requests with one route and one deadline, their payloads in a column.
 
     The request in row i has the id first_id + i, or ids[i] when the ids are not consecutive. A
-    unary Forward is a segment of one. keyed: it has an idempotency key, so a request that was lost
-    on its way may run again elsewhere. traced: each process reports the time it took there. told:
-    each process also logs what became of it. early: takes each part of an ALL request as it comes;
-    the answer then has only the other parts. chunks: how many chunks of a part may come before
-    more are granted; 0: parts come whole. own_ids: the ids were made at random, by the sender's
-    library or the first process asked, and are never used again; else the caller chose them.
+    unary Forward is a segment of one.
+    keyed: it has an idempotency key, so a request that was lost may run again elsewhere.
+    traced: each process reports the time that it took there.
+    told: each process also logs what became of it.
+    early: takes each part of an ALL request as it comes; the answer has only the others.
+    chunks: how many chunks of a part may come before more are granted; 0: parts come whole.
+    own_ids: the ids were made at random, by the sender's library or the first process asked, and
+    are never used again; else the caller chose them.
     """
 
     route: Route

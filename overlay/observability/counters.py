@@ -128,7 +128,7 @@ class Meter:
             self._causes[cause] += 1
 
     def crowded_out(self, what: str, count: int) -> None:
-        """So many calls, streams or connections were ended or not let in, as others need the room."""
+        """So many calls, streams or connections were ended or not let in, for others."""
         with self._lock:
             self._crowded_out[what] += count
 
