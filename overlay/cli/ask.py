@@ -14,23 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from overlay.cli.terminal import (
-    Exit,
-    Parser,
-    Screen,
-    complain,
-    connected,
-    counted,
-    deadline_argument,
-    failed,
-    out_file,
-    priority_argument,
-    result_as_json,
-    route_arguments,
-    shown,
-    sized,
-    whole_number,
-)
+from overlay.cli.terminal import Exit, Screen, connected, failed, result_as_json
+from overlay.cli.text import counted, shown, sized
+from overlay.cli.usage import Parser, complain, out_file, shared_options, whole_number
 from overlay.client import sync as library
 from overlay.model import clocks as time
 from overlay.model import json_values
@@ -44,8 +30,6 @@ STORIES = 1000  # more than a process keeps
 
 def arguments(parser: Parser) -> None:
     add = parser.add_argument
-    modes = "all: every worker answers (default); any: one does, the least loaded"
-    route_arguments(parser, "all", modes)
     sent = parser.add_mutually_exclusive_group()
     sent.add_argument(
         "--payload",
@@ -58,35 +42,40 @@ def arguments(parser: Parser) -> None:
         "--args",
         type=function_arguments,
         metavar="JSON|@FILE|-",
-        help="the arguments of a typed function, as a JSON object; the verb handlers shows which",
+        help="the arguments of a typed function, as a JSON object; the verb handlers lists them",
     )
-    deadline_argument(parser, library.DEFAULT_TIMEOUT_S, "an answer later than this is of no use")
-    priority_argument(parser)
     add("--parts", action="store_true", help="show each worker's own result and times")
     add(
         "--trace",
         action="store_true",
-        help="show what the way took at each process, and leave a line in each one's log",
+        help="show the times at each process on the way, and leave a line in the log of each",
     )
     add(
         "--out",
         type=out_file,
         metavar="FILE",
-        help="write the result's own bytes there; - for standard output, the report to stderr then"
-        "; with --as-completed each worker's as they come, joined by newlines",
+        help="write the exact bytes of the result there; - is standard output, and the report goes "
+        "to standard error then; with --as-completed each worker's as they come, newlines between",
     )
     add(
         "--as-completed",
         action="store_true",
-        help="mode all: show each worker's own answer as soon as it has come; nothing is merged",
+        help="mode all: show each worker's answer as soon as it arrives; nothing is merged",
     )
     add(
         "--first",
         type=whole_number,
         metavar="N",
-        help="as --as-completed, until N workers have answered; the others' work is ended",
+        help="as --as-completed, until N workers have answered; the others are cancelled",
     )
-    add("--json", action="store_true", help="the report as JSON; of --as-completed, a line each")
+    shared_options(
+        parser,
+        mode="all",
+        deadline_s=library.DEFAULT_TIMEOUT_S,
+        deadline="how long the answer may take",
+        priority=True,
+        json="print the report as JSON; with --as-completed, an object a line",
+    )
 
 
 def payload(text: str) -> bytes:

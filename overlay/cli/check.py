@@ -11,17 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from overlay.cli.terminal import (
-    Exit,
-    Parser,
-    Screen,
-    asked_at_once,
-    connected,
-    counted,
-    deadline_argument,
-    failed,
-    misconfigured,
-)
+from overlay.cli.terminal import Exit, Screen, asked_at_once, connected, failed, misconfigured
+from overlay.cli.text import counted
+from overlay.cli.usage import Parser, shared_options
 from overlay.client import sync as library
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
@@ -31,11 +23,14 @@ DEADLINE_S = 3.0
 
 
 def arguments(parser: Parser) -> None:
-    deadline_argument(parser, DEADLINE_S, "how long to wait for an answer")
-    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+    shared_options(parser, deadline_s=DEADLINE_S)
 
 
 def run(args: argparse.Namespace) -> int:
+    return of_configuration(args) if "config" in args else of_process(args)
+
+
+def of_process(args: argparse.Namespace) -> int:
     address = join_address(args.host, args.port)
     try:
         asked = connected(args)
@@ -175,12 +170,7 @@ class Look:
         return self.state == "serves" and self.same_config
 
 
-def all_arguments(parser: Parser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="the configuration file")
-    arguments(parser)
-
-
-def all_run(args: argparse.Namespace) -> int:
+def of_configuration(args: argparse.Namespace) -> int:
     try:
         topology = load(args.config)
     except ConfigError as e:

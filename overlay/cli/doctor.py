@@ -16,15 +16,9 @@ from typing import Any
 
 import overlay
 from overlay.cli.diagnosis import Diagnosis, Finding, Grade, Link, Reach, Said, Seen
-from overlay.cli.terminal import (
-    Exit,
-    Parser,
-    Screen,
-    asked_at_once,
-    counted,
-    deadline_argument,
-    misconfigured,
-)
+from overlay.cli.terminal import Exit, Screen, asked_at_once, misconfigured
+from overlay.cli.text import counted
+from overlay.cli.usage import Parser, shared_options
 from overlay.client import sync as library
 from overlay.model import clocks as time
 from overlay.model.config import load
@@ -41,10 +35,7 @@ Links = list[tuple[Process, Process, Finding]]
 
 
 def arguments(parser: Parser) -> None:
-    add = parser.add_argument
-    add("config", metavar="CONFIG", help="the configuration file")
-    deadline_argument(parser, DEADLINE_S, "how long to wait for each process")
-    add("--json", action="store_true", help="the report as one JSON object")
+    shared_options(parser, deadline_s=DEADLINE_S, deadline="how long to wait for each process")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,9 @@ from typing import Any
 
 import psutil
 
-from overlay.cli.terminal import Exit, Parser, Screen, complain, connected, counted, failed, seconds
+from overlay.cli.terminal import Exit, Screen, connected, failed
+from overlay.cli.text import counted
+from overlay.cli.usage import Parser, complain, seconds, shared_options
 from overlay.client import sync as library
 from overlay.model import clocks as time
 from overlay.model.topology import join_address
@@ -25,10 +27,10 @@ def arguments(parser: Parser) -> None:
         "--grace",
         type=seconds,
         metavar="SECONDS",
-        help="what runs may take so long (default: the configured drain_grace_s)",
+        help="how long running requests may take (default: the configured drain_grace_s)",
     )
-    add("--no-wait", action="store_true", help="return when the stopping has begun")
-    add("--json", action="store_true", help="the report as one JSON object")
+    add("--no-wait", action="store_true", help="return as soon as stopping has begun")
+    shared_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

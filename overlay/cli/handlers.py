@@ -9,16 +9,9 @@ from typing import Any
 
 from rich.text import Text
 
-from overlay.cli.terminal import (
-    Exit,
-    Parser,
-    Screen,
-    clean,
-    complain,
-    connected,
-    deadline_argument,
-    failed,
-)
+from overlay.cli.terminal import Exit, Screen, connected, failed
+from overlay.cli.text import clean
+from overlay.cli.usage import Parser, complain, shared_options
 from overlay.client import sync as library
 from overlay.model.signatures import Function
 from overlay.model.topology import join_address
@@ -27,9 +20,8 @@ DEADLINE_S = 3.0
 
 
 def arguments(parser: Parser) -> None:
-    deadline_argument(parser, DEADLINE_S, "how long to wait for an answer")
-    help_ = "as one JSON object, with the JSON Schemas of typed functions"
-    parser.add_argument("--json", action="store_true", help=help_)
+    json_ = "print one JSON object, with the JSON Schemas of typed functions"
+    shared_options(parser, deadline_s=DEADLINE_S, json=json_)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,34 +15,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from overlay.cli.terminal import Exit, Parser, Screen, complain, counted, host, misconfigured
+from overlay.cli.terminal import Exit, Screen, misconfigured
+from overlay.cli.text import counted
+from overlay.cli.usage import Parser, command, complain, host
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.topology import Topology
 from overlay.transport.machine import own_addresses
 from overlay.transport.resolver import begin, look_up
 
-SHIPPED = "two_hosts_config.json"
 OF_ONE_HOST = "one_host_config.json"
 HERE = "here"  # what one may answer for this machine's address
 LOOPBACK = ("127.", "::1")
 
 
 def arguments(parser: Parser) -> None:
-    add = parser.add_argument
-    add(
-        "config",
-        metavar="CONFIG",
-        nargs="?",
-        default=SHIPPED,
-        help="the configuration file (default: %(default)s)",
-    )
-    add(
+    parser.add_argument(
         "--host",
         metavar="OLD=NEW",
         type=_change,
         action="append",
-        help="an address of the file and what it shall be, instead of being asked; may be repeated",
+        help="an address in the file and the one to put in its place, instead of being asked; may "
+        "be repeated",
     )
 
 
@@ -175,4 +169,4 @@ def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]]) -> Non
     report.say(rf"  Windows   scripts\start_windows.bat {path}")
     report.say(f"  Mac       scripts/start_macos.sh {path}")
     there = "on any of them" if len(hosts) > 1 else "there"
-    report.say(f"Then, {there}: python client.py doctor {path}")
+    report.say(f"Then, {there}: {command('client.py', 'overlay')} doctor {path}")

@@ -14,18 +14,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from overlay.cli.terminal import (
-    Exit,
+from overlay.cli.terminal import Exit, Screen, connected, failed
+from overlay.cli.text import counted
+from overlay.cli.usage import (
     Parser,
-    Screen,
     complain,
-    connected,
-    counted,
-    deadline_argument,
     error_id,
-    failed,
     name,
     request_id,
+    shared_options,
     whole_number,
 )
 from overlay.client import sync as library
@@ -48,30 +45,35 @@ class Said:
 
 def arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("id", metavar="ID", nargs="?", type=name, default="", help="whose; one below HOST PORT's")
+    help_ = "the process whose log is read, at or below HOST PORT (default: the one there)"
+    add("id", metavar="ID", nargs="?", type=name, default="", help=help_)
     add(
         "--lines",
         "-n",
         type=whole_number,
         default=100,
         metavar="N",
-        help="the last N lines of each process (default: %(default)s; it keeps 1000)",
+        help="the last N lines of each process (default: %(default)s; a process keeps 1000)",
     )
     add(
         "--request",
         type=request_id,
         default=0,
         metavar="HEX",
-        help="only lines about this request; without an ID those of every process",
+        help="only lines about this request; without an ID, of every process",
     )
     add(
         "--error",
         type=error_id,
-        metavar="ID",
-        help="only lines that name this error id; without a process those of every one",
+        metavar="HEX",
+        help="only lines with this error id; without an ID, of every process",
     )
-    deadline_argument(parser, DEADLINE_S, "how long to wait for each answer")
-    add("--json", action="store_true", help="the lines as one JSON object")
+    shared_options(
+        parser,
+        deadline_s=DEADLINE_S,
+        deadline="how long to wait for each answer",
+        json="print the lines as one JSON object",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

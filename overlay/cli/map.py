@@ -26,25 +26,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from overlay.cli.terminal import (
     Exit,
-    Parser,
     Screen,
-    clean,
-    complain,
     connected,
-    counted,
-    deadline_argument,
     error_as_json,
     exit_of,
     failed,
-    out_file,
-    priority_argument,
     proof,
     result_as_json,
-    route_arguments,
-    seconds,
-    shown,
-    whole_number,
     whose,
+)
+from overlay.cli.text import clean, counted, shown
+from overlay.cli.usage import (
+    Parser,
+    complain,
+    out_file,
+    program,
+    seconds,
+    shared_options,
+    whole_number,
 )
 from overlay.client import sync as library
 from overlay.model import clocks as time
@@ -62,33 +61,34 @@ REST_S = 2.0  # after the end, standard input is waited for so long
 COUNTED_BYTES = 512 * 1024 * 1024  # files up to this are read twice, for a bar that knows its end
 
 DESCRIPTION = """\
-Sends many payloads, each to one worker, and prints the results in their order: the lines of files
-or of standard input (without their line ends), or the files of a folder (not the hidden ones).
+Sends many payloads, each to one worker, and prints the results in the order of the input. Payloads
+are the lines of files or of standard input (without their line ends), or the files of a folder
+(without the hidden ones).
 
 A failure does not stop the others. In the output of lines it leaves an empty line, so that line n
-belongs to line n of the input; --json has one object for each, whose index counts from 0. What
-provably did not run is tried again for as long as others are answered, and --patience after that.
+belongs to line n of the input; --json prints an object for each, whose index counts from 0. A
+payload that provably did not run is sent again as long as others are answered, and for --patience
+after that.
 
---failed FILE keeps what has no result, to be given to map again: lines as lines, and of a folder
-the files' paths, which map takes as @FILE."""
+--failed FILE keeps every payload that has no result, as input for another map: lines as lines; of a
+folder, the paths of the files, which map takes as @FILE."""
 
 Result = bytes | library.CallFailed
 
 
 def arguments(parser: Parser) -> None:
     parser.description = DESCRIPTION
-    parser.usage = "client.py HOST PORT map [FILE ... | FOLDER | @FILE | -] [options]"
+    parser.usage = f"{parser.prog} [FILE ... | FOLDER | @FILE | -] [options]"
     add = parser.add_argument
     add(
         "inputs",
         nargs="*",
         default=["-"],
         metavar="FILE|FOLDER|@FILE|-",
-        help="lines, a folder's files, the files whose paths FILE has, or standard input (default)",
+        help="lines of files, the files of a folder, the files whose paths are in FILE, or lines "
+        "of standard input (default)",
     )
-    modes = "any: one worker takes each (default); all: every worker does"
-    route_arguments(parser, "any", modes)
-    add("--out", type=out_file, metavar="FILE", help="write the lines there")
+    add("--out", type=out_file, metavar="FILE", help="write the output lines there")
     add(
         "--out-folder",
         type=Path,
@@ -99,29 +99,34 @@ def arguments(parser: Parser) -> None:
         "--failed",
         type=out_file,
         metavar="FILE",
-        help="write what has no result there, for another map; no file when there is nothing",
+        help="write the payloads without a result there, for another map; no file if there are "
+        "none",
     )
-    add("--as-completed", action="store_true", help="do not keep the order")
+    add("--as-completed", action="store_true", help="print results as they arrive, in no order")
     add(
         "--window",
         type=whole_number,
         default=WINDOW,
         metavar="N",
-        help="at most so many are on their way or held for their order (default: %(default)s)",
+        help="how many payloads are on their way, or held for their order, at most (default: "
+        "%(default)s)",
     )
-    deadline_argument(
-        parser, Limits.max_deadline_s, "for each, from when it is sent, waiting included"
-    )
-    priority_argument(parser)
     add(
         "--patience",
         type=seconds,
         default=PATIENCE_S,
         metavar="SECONDS",
-        help="a process that is lost on the way is waited for so long; while none answers, what "
-        "did not run is tried again for so long (default: %(default)g)",
+        help="how long to wait for a process that is lost on the way, and to send again what did "
+        "not run while no other is answered (default: %(default)g)",
     )
-    add("--json", action="store_true", help="one JSON object a line")
+    shared_options(
+        parser,
+        mode="any",
+        deadline_s=Limits.max_deadline_s,
+        deadline="how long each may take from when it is sent, waiting included",
+        priority=True,
+        json="print one JSON object a line",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -704,7 +709,7 @@ class _Bar:
         if self._progress is None:
             complain(sentence)
         else:
-            self._progress.console.print(f"client.py: {sentence}")
+            self._progress.console.print(f"{program()}: {sentence}")
 
 
 class _Words(logging.Handler):

@@ -1,7 +1,7 @@
-"""What the command lines share: arguments, screens, failures in words, exit codes.
+"""What the verbs share: asking a process, failures in words, exit codes, reports.
 
-Reports go to stdout, complaints to stderr. Nothing here dies on a console's code page, on Ctrl-C or
-on a reader that leaves.
+Reports go to stdout, complaints to stderr. Nothing here fails because of a console's code page, of
+Ctrl-C, or of a reader that leaves.
 """
 
 from __future__ import annotations
@@ -9,19 +9,14 @@ from __future__ import annotations
 import argparse
 import base64
 import errno
-import ipaddress
 import json
-import math
 import os
-import re
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from enum import IntEnum
-from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -29,16 +24,15 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from overlay.cli.usage import Parser as Parser
+from overlay.cli.text import clean
+from overlay.cli.usage import complain, program
 from overlay.client import sync as library
 from overlay.model import clocks as time
 from overlay.model.errors import ConfigError
-from overlay.model.limits import Limits
 from overlay.model.segments import Code, Executed
 from overlay.model.topology import Process, Topology, join_address
-from overlay.queueing.admission import HIGHEST_PRIORITY
 
-Seen = TypeVar("Seen")
+Found = TypeVar("Found")
 
 PIPE_WIDTH = 2000  # columns; in a pipe nothing is cut or folded
 
@@ -56,8 +50,8 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-def guarded(run: Callable[[], int], name: str) -> NoReturn:
-    """Ends the program with run()'s code; Ctrl-C and a reader that left leave no traceback."""
+def guarded(run: Callable[[], int]) -> int:
+    """run()'s exit code; Ctrl-C and a reader that leaves cause no traceback."""
     stream: Any
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
@@ -67,9 +61,9 @@ def guarded(run: Callable[[], int], name: str) -> NoReturn:
             code = run()
         except KeyboardInterrupt:
             code = Exit.INTERRUPTED
-            complain("interrupted", name)
+            complain("interrupted")
         sys.stdout.flush()
-    sys.exit(code)
+    return code
 
 
 class Output:
@@ -108,122 +102,6 @@ class Output:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-
-
-# Arguments
-
-
-def host(text: str) -> str:
-    if not text.isprintable() or not text or "/" in text or " " in text:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a name or an address of a machine")
-    if set(text) & set(":[]"):
-        try:
-            ipaddress.IPv6Address(text[1:-1] if text[0] + text[-1] == "[]" else text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"'{text}' is not an address; one with colons is written as ::1 or [::1]"
-            ) from None
-    if not text.strip("0123456789."):  # no name looks so
-        try:
-            ipaddress.IPv4Address(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"'{text}' is not an address: four numbers from 0 to 255"
-            ) from None
-    return text
-
-
-def port(text: str) -> int:
-    is_number = text.isascii() and text.isdigit() and len(text) < 10
-    if not (is_number and 1 <= int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port, a number from 1 to 65535")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    with suppress(ValueError):
-        number = float(text)
-        if 0 < number <= 86_400 and math.isfinite(number):
-            return number
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0, at most 86400")
-
-
-def route_arguments(parser: Parser, mode: str, modes: str) -> None:
-    """--mode, --team and --handler. mode: the default. modes: what each of them means."""
-    parser.add_argument("--mode", type=str.lower, choices=("all", "any"), default=mode, help=modes)
-    for option, help_ in (
-        ("--team", "only the workers of this team"),
-        ("--handler", "a handler of the configuration"),
-    ):
-        parser.add_argument(option, type=name, default="", metavar="NAME", help=help_)
-
-
-def deadline_argument(parser: Parser, default: float, help_: str) -> None:
-    parser.add_argument(
-        "--deadline",
-        type=seconds,
-        default=default,
-        metavar="SECONDS",
-        help=f"{help_} (default: %(default)g)",
-    )
-
-
-def priority_argument(parser: Parser) -> None:
-    parser.add_argument(
-        "--priority",
-        type=priority,
-        default=0,
-        metavar="0..9",
-        help="before this caller's other requests of less; a step is worth 2 s of waiting",
-    )
-
-
-def priority(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) <= HIGHEST_PRIORITY):
-        raise argparse.ArgumentTypeError(f"'{text}' is not 0 to {HIGHEST_PRIORITY}")
-    return int(text)
-
-
-def whole_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1_000_000):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to 1000000")
-    return int(text)
-
-
-def request_id(text: str) -> int:
-    """As it is printed: hexadecimal, at most 16 digits."""
-    with suppress(ValueError):
-        number = int(text, 16)
-        if 0 < number < 2**64:
-            return number
-    raise argparse.ArgumentTypeError(
-        f"'{clean(text)}' is not the id of a request, up to 16 digits from 0 to f"
-    )
-
-
-def error_id(text: str) -> str:
-    """As a failure tells it: hexadecimal, 8 digits."""
-    if not re.fullmatch("[0-9a-f]{8}", text):
-        raise argparse.ArgumentTypeError(
-            f"'{clean(text)}' is not the id of an error, 8 digits from 0 to f"
-        )
-    return text
-
-
-def name(text: str) -> str:
-    # What a command line holds that is not text is not printable, either.
-    if not text.isprintable() or len(text) > Limits.max_name:
-        raise argparse.ArgumentTypeError(
-            f"'{clean(text[:20])}' is not a name of at most {Limits.max_name} letters"
-        )
-    return text
-
-
-def out_file(text: str) -> str:
-    path = Path(text)
-    if text != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a file in a folder that exists")
-    return text
 
 
 # Asking, and what went wrong
@@ -280,7 +158,7 @@ def whose(error: library.CallFailed, address: str) -> str:
 
 def logs_command(request_id: int, address: str) -> str:
     host, _, port = address.rpartition(":")
-    return f"client.py {host.strip('[]')} {port} logs --request {request_id:016x}"
+    return f"{program()} {host.strip('[]')} {port} logs --request {request_id:016x}"
 
 
 def exit_of(error: library.CallFailed) -> Exit:
@@ -312,11 +190,6 @@ def proof(error: library.CallFailed) -> str:
 _IN_DOUBT = (library.Refused, library.Unavailable, library.DeadlinePassed)
 
 
-def complain(sentence: str, name: str = "client.py") -> None:
-    with suppress(OSError):
-        sys.stderr.write(f"{name}: {sentence}\n")
-
-
 def misconfigured(error: ConfigError) -> Exit:
     """Says every problem of a file that cannot be used, and gives the exit code for it."""
     for problem in error.problems:
@@ -325,10 +198,10 @@ def misconfigured(error: ConfigError) -> Exit:
 
 
 def asked_at_once(
-    topology: Topology, look: Callable[[Process], Seen], within_s: float
-) -> dict[str, Seen]:
+    topology: Topology, look: Callable[[Process], Found], within_s: float
+) -> dict[str, Found]:
     """What `look` finds of each process, on a thread each; without those that take longer."""
-    found: dict[str, Seen] = {}
+    found: dict[str, Found] = {}
 
     def keep(process: Process) -> None:
         found[process.id] = look(process)
@@ -392,41 +265,6 @@ class Screen(Console):
 
     def json(self, value: Any) -> None:
         self.out(json.dumps(value, indent=2), highlight=False)
-
-
-def shown(result: bytes) -> str:
-    """The result as a person reads it; of binary data only the size."""
-    if not result:
-        return "(empty)"
-    try:
-        text = result.decode()
-    except UnicodeDecodeError:
-        return f"{sized(result)}, not text; --out FILE keeps them"
-    if "\0" in text:
-        return f"{sized(result)}, not text; --out FILE keeps them"
-    return text
-
-
-def clean(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c.encode("unicode_escape").decode()
-        if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"
-        else c
-        for c in text
-    )
-
-
-def sized(result: bytes) -> str:
-    return f"{len(result):,} byte{'' if len(result) == 1 else 's'}"
-
-
-def counted(number: int, noun: str) -> str:
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def result_as_json(result: bytes) -> dict[str, str | None]:

@@ -16,8 +16,10 @@ from typing import Any
 from rich.console import Group
 from rich.live import Live
 
-from overlay.cli.terminal import Exit, Parser, Screen, clean, complain
+from overlay.cli.terminal import Exit, Screen
+from overlay.cli.text import clean
 from overlay.cli.top_view import Signs, lines
+from overlay.cli.usage import Parser, complain, program, shared_options
 from overlay.model import clocks as time
 from overlay.model.topology import join_address
 from overlay.monitor.poller import Poller
@@ -41,7 +43,7 @@ stays the same."""
 def arguments(parser: Parser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("--once", action="store_true", help="one report, also into a pipe")
-    parser.add_argument("--json", action="store_true", help="with --once: as one JSON object")
+    shared_options(parser, json="with --once: print one JSON object")
     only = parser.add_argument_group("of the last requests, show only")
     only.add_argument("--failed", action="store_true", help="those that failed")
     only.add_argument("--handler", default="", metavar="NAME", help="those to this handler")
@@ -51,7 +53,7 @@ def arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.json and not args.once:
-        complain("--json goes with --once; client.py HOST PORT top --help tells more")
+        complain(f"--json goes with --once; {program()} HOST PORT top --help tells more")
         return Exit.USAGE
     if not (args.once or sys.stdout.isatty()):
         complain("standard output is no terminal; --once prints one report")

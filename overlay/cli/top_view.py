@@ -12,7 +12,7 @@ from typing import Any
 from rich.cells import cell_len
 from rich.text import Text
 
-from overlay.cli.terminal import clean, counted
+from overlay.cli.text import clean, counted
 from overlay.model import clocks as time
 from overlay.model.segments import Code
 from overlay.observability.events import latest

@@ -36,7 +36,8 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from overlay.cli.terminal import Exit, Parser, Screen, complain, host
+from overlay.cli.terminal import Exit, Screen
+from overlay.cli.usage import Parser, complain, host, port_or_any
 from overlay.model.topology import join_address
 from overlay.monitor.poller import Poller
 from overlay.transport.http_door import Server, listen
@@ -75,7 +76,7 @@ def arguments(parser: Parser) -> None:
     add = parser.add_argument
     add(
         "--web-port",
-        type=_web_port,
+        type=port_or_any,
         default=PORT,
         metavar="PORT",
         help="where the page is served; 0 takes a free port (default: %(default)s)",
@@ -266,9 +267,3 @@ def _names_loopback(named: str) -> bool:
 
 def _as_json(picture: dict[str, Any]) -> bytes:
     return json.dumps(picture, separators=(",", ":")).encode()
-
-
-def _web_port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port, a number from 0 to 65535")
-    return int(text)
