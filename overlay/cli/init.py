@@ -17,7 +17,7 @@ from typing import Any
 
 from overlay.cli.terminal import Exit, Screen, misconfigured
 from overlay.cli.text import counted
-from overlay.cli.usage import Parser, command, complain, host
+from overlay.cli.usage import Parser, complain, host, is_installed, program
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.topology import Topology
@@ -169,4 +169,5 @@ def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]]) -> Non
     report.say(rf"  Windows   scripts\start_windows.bat {path}")
     report.say(f"  Mac       scripts/start_macos.sh {path}")
     there = "on any of them" if len(hosts) > 1 else "there"
-    report.say(f"Then, {there}: {command('client.py', 'overlay')} doctor {path}")
+    client = program() if is_installed() else f"python {program()}"
+    report.say(f"Then, {there}: {client} doctor {path}")

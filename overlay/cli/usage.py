@@ -28,9 +28,9 @@ def program() -> str:
     return Path(sys.argv[0]).name
 
 
-def command(script: str, installed: str) -> str:
-    """How to start another program of ours: `python SCRIPT`, or its name where we are installed."""
-    return f"python {script}" if program().endswith(".py") else installed
+def is_installed() -> bool:
+    """Whether this is the installed program, which has no project folder with scripts."""
+    return not program().endswith(".py")
 
 
 @contextmanager

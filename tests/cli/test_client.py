@@ -947,14 +947,17 @@ def test_check_of_a_configuration_shows_every_process(mine: Overlay) -> None:
     assert [p["metrics"]["process_id"] for p in said["processes"]] == list("ABCDEF")
 
 
-def test_check_of_a_configuration_says_how_to_start_who_is_dead(wounded: Overlay) -> None:
-    done = run("check", wounded.path, "--deadline", 1)
+def test_check_of_a_configuration_finds_what_the_doctor_finds(wounded: Overlay) -> None:
+    done = run("check", wounded.path, "--deadline", 2)
+    said = json.loads(run("check", wounded.path, "--deadline", 2, "--json").stdout)
 
-    assert done.returncode == 1
-    assert "5 of 6 processes well" in done.stdout
-    assert f"F: nothing serves at {wounded.address('F')}" in done.stdout
-    assert f"python node.py {wounded.path} F" in done.stdout
-    assert str(wounded.folder / "logs" / "process_f.log") in done.stdout
+    assert done.returncode == said["exit_code"] == 1
+    assert "5 of 6 processes well, 5 of 6 links up" in done.stdout
+    assert "F: nothing listens there: it was not started, or has ended. Start it" in done.stdout
+    assert f"scripts/run.py start {wounded.path}; its log in logs says more" in done.stdout
+    assert "E to F: down for " in done.stdout
+    assert [p["state"] for p in said["processes"]] == ["serves"] * 5 + ["not running"]
+    assert [link["state"] for link in said["links"]].count("down") == 1
 
 
 def test_check_notices_another_configuration_and_another_process(
@@ -969,7 +972,7 @@ def test_check_notices_another_configuration_and_another_process(
     done = run("check", tmp_path / "swapped.json")
 
     assert done.returncode == 1
-    assert "A: it was started with another configuration file" in done.stdout
+    assert "A, B, E, F: it was started with another configuration file" in done.stdout
     assert f"C: process D answers at {mine.address('D')}" in done.stdout
 
 
