@@ -13,10 +13,10 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from enum import IntEnum
-from typing import Any, TextIO, TypeVar
+from typing import IO, Any, TextIO, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -38,7 +38,7 @@ PIPE_WIDTH = 2000  # columns; in a pipe nothing is cut or folded
 
 
 class Exit(IntEnum):
-    """What a script learns; client.py's help describes each."""
+    """What a script learns; overlay.cli.main describes each."""
 
     OK = 0
     FAILED = 1
@@ -69,7 +69,7 @@ def guarded(run: Callable[[], int]) -> int:
 class Output:
     """Standard output, whose reader may leave as `| head -1` does.
 
-    Then the rest goes nowhere, and the exit code stays true. has_left: whether it did.
+    The rest is discarded then, and the exit code stays true. has_left: whether the reader left.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -96,7 +96,7 @@ class Output:
         try:
             yield
         except OSError as e:
-            if e.errno not in (errno.EPIPE, errno.EINVAL):  # the second is Windows' word for it
+            if e.errno not in (errno.EPIPE, errno.EINVAL):  # the second on Windows
                 raise
             self.has_left = True
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -121,16 +121,14 @@ def connected(args: argparse.Namespace) -> library.Client:
 def failed(
     error: library.CallFailed, address: str, as_json: bool, of_a_request: bool = True
 ) -> int:
-    """Says what went wrong, and gives the exit code for it.
+    """Prints what went wrong and returns the exit code for it.
 
-    of_a_request: then whether a handler saw it is a question too.
+    of_a_request: so the message also says whether a handler may have seen it.
     """
     code = exit_of(error)
     if as_json:
-        said = error_as_json(error, address)
-        Screen(sys.stdout).json(
-            {"ok": False, "exit_code": int(code), "address": address, "error": said}
-        )
+        found = {"ok": False, "exit_code": int(code), "address": address}
+        Screen(sys.stdout).json({**found, "error": error_as_json(error, address)})
     complain(f"{clean(str(error))}{proof(error) if of_a_request else ''}{whose(error, address)}")
     return code
 
@@ -149,7 +147,7 @@ def error_as_json(error: library.CallFailed, address: str) -> dict[str, Any]:
 
 
 def whose(error: library.CallFailed, address: str) -> str:
-    """Which request failed, and how to see what its processes wrote of it."""
+    """Which request failed, and how to see its log lines."""
     if not error.request_id:
         return ""
     shown_by = logs_command(error.request_id, address)
@@ -177,7 +175,7 @@ _EXITS: tuple[tuple[type[library.CallFailed], Exit], ...] = (
 
 
 def proof(error: library.CallFailed) -> str:
-    """Whether a handler saw the request, where that is a question, and when to try again."""
+    """Whether a handler saw the request, where that is in doubt, and when to try again."""
     if isinstance(error, library.NotReached) or not isinstance(error, _IN_DOUBT):
         return ""
     if error.executed is Executed.NO:
@@ -191,20 +189,20 @@ _IN_DOUBT = (library.Refused, library.Unavailable, library.DeadlinePassed)
 
 
 def misconfigured(error: ConfigError) -> Exit:
-    """Says every problem of a file that cannot be used, and gives the exit code for it."""
+    """Prints every problem of a file that cannot be used and returns the exit code for it."""
     for problem in error.problems:
         complain(problem)
     return Exit.USAGE
 
 
 def asked_at_once(
-    topology: Topology, look: Callable[[Process], Found], within_s: float
+    topology: Topology, ask: Callable[[Process], Found], within_s: float
 ) -> dict[str, Found]:
-    """What `look` finds of each process, on a thread each; without those that take longer."""
+    """What `ask` returns for each process, on a thread each; without those that take longer."""
     found: dict[str, Found] = {}
 
     def keep(process: Process) -> None:
-        found[process.id] = look(process)
+        found[process.id] = ask(process)
 
     processes = topology.processes.values()
     threads = [threading.Thread(target=keep, args=(p,), daemon=True) for p in processes]
@@ -215,7 +213,7 @@ def asked_at_once(
 
 
 def join_all(threads: Sequence[threading.Thread], within_s: float) -> None:
-    """Waits for their ends. In slices: before Python 3.14, Windows hears no Ctrl-C in a join."""
+    """Waits for them, in slices: on Windows before Python 3.14, Ctrl-C does not end a join."""
     until = time.monotonic() + within_s
     for thread in threads:
         while thread.is_alive() and (left_s := until - time.monotonic()) > 0:
@@ -228,7 +226,7 @@ def join_all(threads: Sequence[threading.Thread], within_s: float) -> None:
 class Screen(Console):
     """Where a report goes. In a pipe nothing is cut; on a narrow terminal tables become lists."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: IO[str]) -> None:
         width = None if stream.isatty() else PIPE_WIDTH
         super().__init__(
             file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True
@@ -245,25 +243,25 @@ class Screen(Console):
                 text = clean(value).replace("\n", "\n" + " " * wide)
                 self.print(Text.assemble((label.ljust(wide), "bold"), text))
 
-    def table(self, title: str, columns: Sequence[str], rows: Any) -> None:
-        """A table; where it does not fit, each row as a paragraph. Nothing for no rows."""
-        rows = [[clean(cell) for cell in row] for row in rows]
-        if not rows:
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table; where it does not fit, each row as a paragraph. Without rows, nothing."""
+        cells = [[clean(cell) for cell in row] for row in rows]
+        if not cells:
             return
         if title:
             self.print(Text(f"\n{title}", style="bold"))
         table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in rows:
+        for row in cells:
             table.add_row(*(Text(cell) for cell in row))
         natural = Measurement.get(self, self.options.update(max_width=PIPE_WIDTH), table)
         if natural.maximum <= self.width:
             self.print(table)
             return
-        for row in rows:
+        for row in cells:
             self.facts(*zip(columns, row, strict=True))
             self.print()
 
-    def json(self, value: Any) -> None:
+    def json(self, value: object) -> None:
         self.out(json.dumps(value, indent=2), highlight=False)
 
 

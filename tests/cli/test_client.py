@@ -527,7 +527,7 @@ def test_an_error_id_that_nobody_knows_is_said_so(mine: Overlay) -> None:
     done = run(*at(mine, "A"), "logs", "--error", "0123abcd")
 
     assert done.returncode == 1
-    assert "no line with error id 0123abcd is among the last ones of A, B, C, " in done.stderr
+    assert "none of the last lines of A, B, C, D, E, F has the error id 0123abcd" in done.stderr
     assert run(*at(mine, "A"), "logs", "--error", "xyz").returncode == 2
 
 

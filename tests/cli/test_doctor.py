@@ -317,14 +317,14 @@ def test_one_machine_will_do_and_the_summary_has_all_its_processes(file: Path, a
     done = init(file, said=f"{answer}\n" * 2)
 
     assert done.returncode == 0, done.stderr
-    assert "One machine will do too" in done.stdout
+    assert "One machine is enough" in done.stdout
     assert addressing.OF_ONE_HOST in done.stdout
     (host,) = set(hosts_in(file).split())
     written = done.stdout.partition(f"{host}: ")[2]
     assert [word for word in written.split() if word in tuple("ABCDEF")] == list("ABDCEF")
     assert "(this machine)" in written
     assert "It is for one machine; start it there" in written
-    assert "Beware" not in written
+    assert "Careful" not in written
     assert "every machine" not in written
 
 
