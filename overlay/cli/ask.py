@@ -309,7 +309,7 @@ def _write_result(out: str, *results: bytes, is_first: bool = True) -> bool:
     """Writes the exact bytes of the results; unless is_first, after those written before."""
     try:
         if out == "-":
-            stdout: Any = sys.stdout  # a terminal.Output
+            stdout: Any = sys.stdout  # a terminal.StandardOutput
             for result in results:
                 stdout.write_bytes(result)
         else:

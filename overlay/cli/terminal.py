@@ -55,7 +55,7 @@ def guarded(run: Callable[[], int]) -> int:
     stream: Any
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    output: Any = Output(sys.stdout)
+    output: Any = StandardOutput(sys.stdout)
     with redirect_stdout(output):
         try:
             code = run()
@@ -66,7 +66,7 @@ def guarded(run: Callable[[], int]) -> int:
     return code
 
 
-class Output:
+class StandardOutput:
     """Standard output, whose reader may leave as `| head -1` does.
 
     The rest is discarded then, and the exit code stays true. has_left: whether the reader left.
