@@ -25,7 +25,8 @@ from overlay.client.event_loop import LoopBridge, on_a_thread
 from overlay.client.map_run import MapRun
 from overlay.client.map_window import PAUSE_S, Run
 from overlay.client.partials import Parts
-from overlay.client.results import Answer, CallFailed, value_of
+from overlay.client.results import Answer, value_of
+from overlay.model.errors import CallFailed
 from overlay.model.segments import Failure, Part
 from overlay.transport.channels import split
 from overlay.transport.codec import pb2

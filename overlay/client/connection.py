@@ -18,20 +18,16 @@ from overlay.client import environment
 from overlay.client.callbacks import Callbacks
 from overlay.client.multiplexer import RETRY_PAUSE_S, Multiplexer
 from overlay.client.outbox import Submission
-from overlay.client.results import (
-    Answer,
+from overlay.client.results import Answer, error_of, failure_of, result_of, sentence_of
+from overlay.model import clocks as time
+from overlay.model.errors import (
     CallCancelled,
     CallFailed,
+    Misspoken,
     NoSuchHost,
     NotReached,
     Unavailable,
-    error_of,
-    failure_of,
-    no_overlay,
-    result_of,
 )
-from overlay.model import clocks as time
-from overlay.model.errors import Misspoken
 from overlay.model.limits import Limits
 from overlay.model.segments import Code, Executed, Failure
 from overlay.observability.log_buffer import LINES
@@ -198,7 +194,7 @@ class Connection:
                 return
             refused = calls.refused
             if refused is not None and _is_wrong(calls):
-                raise error_of(refused, no_overlay(refused, self.shown))
+                raise error_of(refused, sentence_of(refused.code, refused.reason, self.shown))
         if self._closed:
             raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client was closed")
         refused = calls.refused
@@ -331,7 +327,7 @@ class Connection:
             if not self._closed:
                 raise
             # gRPC's word for a channel that was closed meanwhile
-            raise CallCancelled("this client was closed", code=Code.CANCELLED) from None
+            raise CallCancelled("this client was closed") from None
         finally:
             with self._lock:
                 self._asking -= 1
@@ -390,7 +386,7 @@ _MAY_PASS = (Code.UNAVAILABLE, Code.CANCELLED)  # why a stream may be refused, a
 def _closed(is_left: bool) -> CallFailed:
     if is_left:
         return CallFailed(environment.FORKED, code=Code.FAILED_PRECONDITION, executed=Executed.NO)
-    return CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
+    return CallCancelled("this client is closed", executed=Executed.NO)
 
 
 def _free(held: list[Multiplexer | Channel]) -> None:
@@ -426,7 +422,7 @@ class _Doubt:
     def error(self) -> NotReached:
         self._thread.join(max(0.0, self._until - time.monotonic()))
         kind, reason = self._said
-        return kind(reason, code=Code.UNAVAILABLE, executed=Executed.NO)
+        return kind(reason)
 
     def _of_name(self, found: Named) -> tuple[type[NotReached], str]:
         """What is to be said as long as no connection was tried."""

@@ -20,8 +20,9 @@ from overlay.client.arguments import CallOptions
 from overlay.client.connection import Connection
 from overlay.client.multiplexer import Multiplexer
 from overlay.client.outbox import CallKind, Submission
-from overlay.client.results import NOT_PICKLED, CallFailed
+from overlay.client.results import NOT_PICKLED
 from overlay.model import clocks as time
+from overlay.model.errors import CallFailed
 from overlay.model.limits import Limits
 
 Said = TypeVar("Said")

@@ -14,8 +14,9 @@ from overlay.client.arguments import CallOptions
 from overlay.client.callbacks import Callbacks
 from overlay.client.connection import Connection
 from overlay.client.outbox import Submission
-from overlay.client.results import NOT_PICKLED, CallFailed, result_of, value_of
+from overlay.client.results import NOT_PICKLED, result_of, value_of
 from overlay.model import clocks as time
+from overlay.model.errors import CallFailed
 from overlay.model.segments import Failure
 
 

@@ -21,8 +21,9 @@ from overlay.client.connection import Connection
 from overlay.client.map_window import MapWindow, Patience, Run
 from overlay.client.outbox import Submission
 from overlay.client.progress import Telling
-from overlay.client.results import CallFailed, results_of, value_of
+from overlay.client.results import results_of, value_of
 from overlay.model import clocks as time
+from overlay.model.errors import CallFailed
 from overlay.model.segments import Executed, Failure
 
 log = logging.getLogger("overlay.client")

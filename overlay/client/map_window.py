@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from overlay.client.arguments import as_bytes
-from overlay.client.results import CallFailed
+from overlay.model.errors import CallFailed
 from overlay.model.limits import Limits
 
 NOTHING_YET: Any = object()

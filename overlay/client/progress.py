@@ -9,8 +9,8 @@ import itertools
 from contextlib import suppress
 
 from overlay.client.connection import Connection
-from overlay.client.results import CallFailed
 from overlay.model import clocks as time
+from overlay.model.errors import CallFailed
 from overlay.model.segments import Progress
 
 TELL_S = 1.0

@@ -33,13 +33,13 @@ from overlay.client.map_run import MapRun
 from overlay.client.map_window import NOTHING_YET, PAUSE_S, Run
 from overlay.client.outbox import Submission
 from overlay.client.partials import Parts
-from overlay.client.results import (
-    Answer,
+from overlay.client.results import Answer, Incomplete
+from overlay.model import clocks as time
+from overlay.model.errors import (
     CallCancelled,
     CallFailed,
     DeadlinePassed,
     HandlerFailed,
-    Incomplete,
     InvalidCall,
     NameNotFound,
     NoSuchHost,
@@ -47,7 +47,6 @@ from overlay.client.results import (
     Refused,
     Unavailable,
 )
-from overlay.model import clocks as time
 from overlay.model.segments import Failure, Hop, Part
 from overlay.transport import codec
 from overlay.transport.channels import split

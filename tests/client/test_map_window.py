@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overlay.client.map_window import NOTHING_YET, MapWindow, Patience
-from overlay.client.results import CallFailed
+from overlay.model.errors import CallFailed
 from overlay.model.limits import Limits
 
 
