@@ -115,10 +115,10 @@ def write(path: Path, changes: Mapping[str, str]) -> None:
     after = _changed(before, changes)
     try:
         with tempfile.TemporaryDirectory(prefix=".init-", dir=path.parent) as folder:
-            beside = Path(folder) / path.name
-            beside.write_bytes(after)
-            load(beside)
-            os.replace(beside, path)
+            written = Path(folder) / path.name
+            written.write_bytes(after)
+            load(written)
+            os.replace(written, path)
     except OSError as e:
         raise ConfigError(f"{path} cannot be written: {e.strerror or e}") from None
 

@@ -129,7 +129,7 @@ def failed(
     if as_json:
         found = {"ok": False, "exit_code": int(code), "address": address}
         Screen(sys.stdout).json({**found, "error": error_as_json(error, address)})
-    complain(f"{clean(str(error))}{proof(error) if of_a_request else ''}{whose(error, address)}")
+    complain(f"{clean(str(error))}{proof(error) if of_a_request else ''}{log_hint(error, address)}")
     return code
 
 
@@ -146,7 +146,7 @@ def error_as_json(error: library.CallFailed, address: str) -> dict[str, Any]:
     return said
 
 
-def whose(error: library.CallFailed, address: str) -> str:
+def log_hint(error: library.CallFailed, address: str) -> str:
     """Which request failed, and how to see its log lines."""
     if not error.request_id:
         return ""
