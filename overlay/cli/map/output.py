@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from overlay.cli.map_input import FilesInput, Input
+from overlay.cli.map.input import FilesInput, Input
 from overlay.cli.terminal import StandardOutput, error_as_json, result_as_json
 from overlay.cli.text import clean, shown
 from overlay.client import sync as library
