@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from overlay.cli.terminal import Exit, Screen, connected, failed, result_as_json
+from overlay.cli.terminal import Exit, Screen, StandardOutput, connected, failed, result_as_json
 from overlay.cli.text import counted, shown, sized
 from overlay.cli.usage import Parser, complain, out_file, shared_options, whole_number
 from overlay.client import sync as library
@@ -309,7 +309,7 @@ def _write_result(out: str, *results: bytes, is_first: bool = True) -> bool:
     """Writes the exact bytes of the results; unless is_first, after those written before."""
     try:
         if out == "-":
-            stdout: Any = sys.stdout  # a terminal.StandardOutput
+            stdout = cast(StandardOutput, sys.stdout)
             for result in results:
                 stdout.write_bytes(result)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 from overlay.cli.diagnosis import Finding, Observation
 from overlay.cli.doctor import DEADLINE_S, Examination, examine, links_as_json
 from overlay.cli.terminal import Exit, Screen, connected, failed, misconfigured
-from overlay.cli.text import counted
+from overlay.cli.text import counted, span
 from overlay.cli.usage import Parser, shared_options
 from overlay.client import sync as library
 from overlay.model.config import load
@@ -57,7 +57,7 @@ def show_metrics(report: Screen, m: pb2.MetricsResponse, address: str) -> None:
     workers, unreached = expected_workers(m), unreached_workers(m)
     report.facts(
         ("process", f"{m.process_id}, {m.role} of team {m.team}, at {address}"),
-        ("state", f"{'serves' if m.is_healthy else 'stops'}, up for {_span(m.uptime_s)}"),
+        ("state", f"{'serves' if m.is_healthy else 'stops'}, up for {span(m.uptime_s, 1)}"),
         ("queue", f"{m.queue_size} of {m.queue_slots} waiting"),
         ("service", f"{m.active_requests} of {m.max_capacity} in service"),
         ("slots", f"{counted(m.slots, 'handler')} can run at once here or below"),
@@ -95,12 +95,14 @@ PROCESS_COLUMNS = ("id", "role", "team", "address", "handler", "slots", "neighbo
 
 
 def _keys(m: pb2.MetricsResponse) -> str:
-    return f"{m.keys:,} remembered, {m.key_bytes:,} bytes of answers, {m.key_waiters} wait for one"
+    return (
+        f"{m.keys:,} remembered, {m.key_bytes:,} bytes of answers, {m.key_waiters} waiting for one"
+    )
 
 
 def _neighbour(n: pb2.Neighbour) -> tuple[str, ...]:
     return (
-        n.process_id, n.address, n.state, _span(n.since_s), n.health, str(n.outstanding),
+        n.process_id, n.address, n.state, span(n.since_s, 1), n.health, str(n.outstanding),
         str(n.slots), str(n.asked), str(n.failed), n.version, "yes" if n.same_config else "no",
         n.reason or n.health_reason,
     )  # fmt: skip
@@ -135,7 +137,7 @@ def expected_workers(m: pb2.MetricsResponse) -> tuple[str, ...]:
 
 
 def unreached_workers(m: pb2.MetricsResponse) -> tuple[str, ...]:
-    """The expected workers that have not told this process of their slots."""
+    """The expected workers whose slots this process does not know."""
     silent = {p.id for p in m.topology if not p.slots}
     return tuple(worker for worker in expected_workers(m) if worker in silent)
 
@@ -220,13 +222,6 @@ def _overall_as_json(topology: Topology, found: Examination) -> dict[str, Any]:
         ],
         "links": links_as_json(found),
     }
-
-
-def _span(span_s: float) -> str:
-    if span_s < 60:
-        return f"{span_s:.1f} s"
-    minutes = int(span_s // 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _spread(spread: pb2.Spread) -> str:

@@ -212,7 +212,7 @@ class Diagnosis:
         ]
 
     def _system_of(self, process: Process) -> str:
-        """The system of the process's machine, as far as anything that runs there has told."""
+        """The system of the process's machine, as far as a process that runs there says so."""
         if self._observed[process.id].is_here:
             return self._system
         for other_id in self._others_that_answer(process):

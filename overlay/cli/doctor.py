@@ -11,13 +11,14 @@ import argparse
 import errno
 import platform
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import overlay
 from overlay.cli.diagnosis import Diagnosis, Finding, Grade, Observation, Reach
-from overlay.cli.terminal import Exit, Screen, asked_at_once, misconfigured
+from overlay.cli.terminal import Exit, Screen, join_all, misconfigured
 from overlay.cli.text import counted
 from overlay.cli.usage import Parser, is_installed, shared_options
 from overlay.client import sync as library
@@ -85,9 +86,7 @@ def examine(topology: Topology, config: str, deadline_s: float = DEADLINE_S) -> 
 
     config: the name of the file, as advice is to repeat it.
     """
-    # Looking up a name and asking may take the deadline each.
-    found = asked_at_once(topology, lambda one: _observe(one, deadline_s), 2 * deadline_s + 0.5)
-    observed = {id_: found.get(id_) or Observation(Reach.SILENT) for id_ in topology.processes}
+    observed = _observe_all(topology, deadline_s)
     here = overlay.__version__, codec.FORMAT, platform.system()
     diagnosis = Diagnosis(topology, observed, *here, config, is_installed())
     processes = topology.processes.values()
@@ -96,6 +95,20 @@ def examine(topology: Topology, config: str, deadline_s: float = DEADLINE_S) -> 
         [(p, diagnosis.of_process(p)) for p in processes],
         [(p, n, diagnosis.of_link(p, n)) for p in processes for n in topology.below(p.id)],
     )
+
+
+def _observe_all(topology: Topology, deadline_s: float) -> dict[str, Observation]:
+    observed = {id_: Observation(Reach.SILENT) for id_ in topology.processes}
+
+    def keep(process: Process) -> None:
+        observed[process.id] = _observe(process, deadline_s)
+
+    processes = topology.processes.values()
+    threads = [threading.Thread(target=keep, args=(p,), daemon=True) for p in processes]
+    for thread in threads:
+        thread.start()
+    join_all(threads, 2 * deadline_s + 0.5)  # the lookup of a name may take the deadline, too
+    return dict(observed)
 
 
 def _observe(process: Process, deadline_s: float) -> Observation:

@@ -115,10 +115,10 @@ def write(path: Path, changes: Mapping[str, str]) -> None:
     after = _changed(before, changes)
     try:
         with tempfile.TemporaryDirectory(prefix=".init-", dir=path.parent) as folder:
-            beside = Path(folder) / path.name
-            beside.write_bytes(after)
-            load(beside)
-            os.replace(beside, path)
+            written = Path(folder) / path.name
+            written.write_bytes(after)
+            load(written)
+            os.replace(written, path)
     except OSError as e:
         raise ConfigError(f"{path} cannot be written: {e.strerror or e}") from None
 
@@ -166,8 +166,11 @@ def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]]) -> Non
         )
     else:
         report.say(f"Written to {path}. It is for one machine; start it there:")
-    report.say(rf"  Windows   scripts\start_windows.bat {path}")
-    report.say(f"  Mac       scripts/start_macos.sh {path}")
+    if is_installed():
+        report.say(f"  overlay-node {path} ID   (for each of its processes)")
+    else:
+        report.say(rf"  Windows   scripts\start_windows.bat {path}")
+        report.say(f"  Mac       scripts/start_macos.sh {path}")
     there = "on any of them" if len(hosts) > 1 else "there"
     client = program() if is_installed() else f"python {program()}"
     report.say(f"Then, {there}: {client} doctor {path}")

@@ -1,7 +1,7 @@
 """The table of verbs: which there are, which of them a command line means, and their help.
 
-A verb `v` is a row here and the module overlay/cli/v.py: `arguments(parser)` adds its own
-arguments, `run(args)` does it and returns an exit code (see `EXITS`).
+A verb `v` is a row here and the module overlay.cli.v: `arguments(parser)` adds its own arguments,
+`run(args)` does it and returns an exit code (see `EXITS`).
 """
 
 from __future__ import annotations

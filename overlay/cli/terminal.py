@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from enum import IntEnum
-from typing import IO, Any, TextIO, TypeVar
+from typing import IO, Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -30,9 +30,7 @@ from overlay.client import sync as library
 from overlay.model import clocks as time
 from overlay.model.errors import ConfigError
 from overlay.model.segments import Code, Executed
-from overlay.model.topology import Process, Topology, join_address
-
-Found = TypeVar("Found")
+from overlay.model.topology import join_address
 
 PIPE_WIDTH = 2000  # columns; in a pipe nothing is cut or folded
 
@@ -129,24 +127,24 @@ def failed(
     if as_json:
         found = {"ok": False, "exit_code": int(code), "address": address}
         Screen(sys.stdout).json({**found, "error": error_as_json(error, address)})
-    complain(f"{clean(str(error))}{proof(error) if of_a_request else ''}{whose(error, address)}")
+    complain(f"{clean(str(error))}{proof(error) if of_a_request else ''}{log_hint(error, address)}")
     return code
 
 
 def error_as_json(error: library.CallFailed, address: str) -> dict[str, Any]:
-    said = {
+    found = {
         "code": error.code.name,
         "message": str(error),
         "executed": error.executed.name,
         "retry_after_s": error.retry_after_s,
     }
     if error.request_id:
-        said["request_id"] = f"{error.request_id:016x}"
-        said["logs"] = logs_command(error.request_id, address)
-    return said
+        found["request_id"] = f"{error.request_id:016x}"
+        found["logs"] = logs_command(error.request_id, address)
+    return found
 
 
-def whose(error: library.CallFailed, address: str) -> str:
+def log_hint(error: library.CallFailed, address: str) -> str:
     """Which request failed, and how to see its log lines."""
     if not error.request_id:
         return ""
@@ -193,23 +191,6 @@ def misconfigured(error: ConfigError) -> Exit:
     for problem in error.problems:
         complain(problem)
     return Exit.USAGE
-
-
-def asked_at_once(
-    topology: Topology, ask: Callable[[Process], Found], within_s: float
-) -> dict[str, Found]:
-    """What `ask` returns for each process, on a thread each; without those that take longer."""
-    found: dict[str, Found] = {}
-
-    def keep(process: Process) -> None:
-        found[process.id] = ask(process)
-
-    processes = topology.processes.values()
-    threads = [threading.Thread(target=keep, args=(p,), daemon=True) for p in processes]
-    for thread in threads:
-        thread.start()
-    join_all(threads, within_s)
-    return dict(found)
 
 
 def join_all(threads: Sequence[threading.Thread], within_s: float) -> None:

@@ -36,3 +36,11 @@ def counted(number: int, noun: str) -> str:
     if number == 1:
         return f"1 {noun}"
     return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def span(span_s: float, decimals: int = 0) -> str:
+    """A length of time; `decimals` of its seconds while it is below a minute."""
+    if span_s < 60:
+        return f"{span_s:.{decimals}f} s"
+    minutes = int(span_s // 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

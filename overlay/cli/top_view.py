@@ -7,20 +7,21 @@ and events, then the ends of lines.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.cells import cell_len
 from rich.text import Text
 
-from overlay.cli.text import clean, counted
+from overlay.cli.text import clean, counted, span
 from overlay.model import clocks as time
 from overlay.model.segments import Code
+from overlay.monitor.snapshot import Snapshot
 from overlay.observability.events import latest
+
+T = TypeVar("T")
 
 MAX_LISTED = 40  # requests, and events
 MAX_WIDTH = 1_000  # beyond, it is a pipe, and nothing is aligned to the right edge
-
-Snapshot = Mapping[str, Any]
 
 
 class Signs:
@@ -87,7 +88,7 @@ def _title(snapshot: Snapshot, width: int) -> Text:
 def _figures(snapshot: Snapshot, width: int, signs: Signs) -> list[Text]:
     asked = snapshot["asked"]
     if asked["health"] not in ("well", "impaired", "stopping"):
-        since = f"gone for {_span(asked['for_s'])}" if asked["id"] else "no answer yet"
+        since = f"gone for {span(asked['for_s'])}" if asked["id"] else "no answer yet"
         alarm = f"{asked['id']} {since}: {asked['why']}; asked every {snapshot['interval_s']:g} s"
         return [Text(clean(alarm.strip()), COLOURS["gone"])]
     me = next(p for p in snapshot["processes"] if p["id"] == asked["id"])
@@ -128,11 +129,11 @@ def _maps(snapshot: Snapshot, signs: Signs) -> list[Text]:
             line.append(f"{ended:,}")
         line.append(f" by {clean(one['handler']) or 'default'}, {_rate(one['rate'])}/s")
         if one["left_s"] is not None:
-            line.append(f", {_span(one['left_s'])} left")
+            line.append(f", {span(one['left_s'])} left")
         if one["failed"]:
             line.append(f", {one['failed']:,} failed", COLOURS["gone"])
         if one["silent_s"] > SILENT_S:
-            line.append(f", silent for {_span(one['silent_s'])}", COLOURS["impaired"])
+            line.append(f", silent for {span(one['silent_s'])}", COLOURS["impaired"])
         made.append(line.append(f"  {clean(one['caller'])}", DIM))
     return made
 
@@ -161,7 +162,7 @@ def _process(p: Mapping[str, Any], signs: Signs) -> tuple[tuple[str, ...], str]:
     name = f"{indent}{signs.health[health]} {p['id']}"
     state = WORDS.get(health, health)
     if health in ("gone", "unseen"):
-        state += f" {_span(p['for_s'])}"
+        state += f" {span(p['for_s'])}"
     figures = ("-",) * 7
     if health in ("well", "impaired", "stopping"):
         busy = f"{p['in_service']} of {p['slots']}" if p["rank"] < 2 else str(p["in_service"])
@@ -211,7 +212,7 @@ def _is_well(link: Mapping[str, Any]) -> bool:
 def _link(link: Mapping[str, Any], signs: Signs) -> str:
     name = f"{link['from']} {signs.arrow} {link['to']}"
     if link["state"] != "up":
-        since = "" if link["state"] == "unknown" else f" {_span(link['for_s'])}"
+        since = "" if link["state"] == "unknown" else f" {span(link['for_s'])}"
         return f"{name} {link['state']}{since}"
     health = "" if link["health"] == "healthy" else f" {link['health']}"
     return f"{name} {_rate(link['rate'])}/s {_ms(link['rtt_ms'])} ms{health}"
@@ -257,7 +258,7 @@ def _events(snapshot: Snapshot, most: int, signs: Signs) -> list[Text]:
     return _table(("at", "of", "event"), rows, styles, (0, 1, 2)) if rows else []
 
 
-def _latest(items: Sequence[Any], most: int) -> list[Any]:
+def _latest(items: Sequence[T], most: int) -> list[T]:
     """The last ones, the latest first; at most MAX_LISTED, however long the report."""
     return list(items[::-1][: max(0, min(most, MAX_LISTED))])
 
@@ -311,10 +312,3 @@ def _rate(n: float | None) -> str:
 
 def _ms(n: float | None) -> str:
     return "-" if n is None else f"{n:,.0f}" if n >= 99.5 else f"{n:.1f}" if n >= 10 else f"{n:.2f}"
-
-
-def _span(span_s: float) -> str:
-    if span_s < 60:
-        return f"{span_s:.0f} s"
-    minutes = int(span_s // 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"

@@ -200,7 +200,7 @@ def request_id(text: str) -> int:
 
 
 def error_id(text: str) -> str:
-    """As a failure tells it: hexadecimal, 8 digits."""
+    """As a failure has it: hexadecimal, 8 digits."""
     if not re.fullmatch("[0-9a-f]{8}", text):
         raise argparse.ArgumentTypeError(
             f"'{clean(text)}' is not the id of an error, 8 digits from 0 to f"

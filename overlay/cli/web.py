@@ -38,7 +38,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from overlay.cli.terminal import Exit, Screen
 from overlay.cli.usage import Parser, complain, host, port_or_any
 from overlay.model.topology import join_address
-from overlay.monitor.poller import Poller, Snapshot
+from overlay.monitor.poller import Poller
+from overlay.monitor.snapshot import Snapshot
 from overlay.transport.http_door import Server, listen
 
 PAGE = Path(__file__).parent / "page"

@@ -1,6 +1,6 @@
 """Polls a whole overlay: asks every process for its metrics, round after round.
 
-Knows neither pages nor terminals. The process at the given address tells the topology, which names
+Knows neither pages nor terminals. The process at the given address has the topology, which names
 the others; each has a kept connection of its own. A round ends when all have answered or after
 0.7 s, and a process that has not answered yet is not asked again.
 
@@ -19,7 +19,7 @@ import grpc
 from overlay.model import clocks as time
 from overlay.model.errors import Misspoken
 from overlay.model.segments import Code
-from overlay.monitor.snapshot import ALL, Polled, PollResult, RequestFilter, snapshot
+from overlay.monitor.snapshot import ALL, Polled, PollResult, RequestFilter, Snapshot, snapshot
 from overlay.monitor.timeseries import Timeseries
 from overlay.transport import codec
 from overlay.transport.channels import Channel, split
@@ -29,9 +29,6 @@ ROUND_S = 0.7  # a silent process does not delay a snapshot longer
 EVENTS, REQUESTS = 40, 200  # the last ones, asked of a process
 ANSWER_S = 2.0  # as long as neighbours wait for each other; then it counts as gone
 MAX_EVENTS = 100  # that this poller itself has observed
-
-
-Snapshot = dict[str, Any]  # as overlay.monitor.snapshot makes it
 
 
 class Poller:
@@ -103,7 +100,7 @@ class Poller:
         metrics = self._asked.result.metrics
         if metrics is None:
             return False
-        if self._asked.id == "":  # its first answer tells its id
+        if self._asked.id == "":  # its first answer has its id
             self._asked.id = metrics.process_id
             self._targets = {metrics.process_id: self._asked}
             self._timeseries = {metrics.process_id: self._timeseries[""]}

@@ -91,10 +91,10 @@ class RequestFilter:
 
 ALL = RequestFilter()
 
+Snapshot = dict[str, Any]
 
-def snapshot(
-    polled: Polled, now: float, wall: float, wanted: RequestFilter = ALL
-) -> dict[str, Any]:
+
+def snapshot(polled: Polled, now: float, wall: float, wanted: RequestFilter = ALL) -> Snapshot:
     """The snapshot at `now`, which is `wall` in seconds since 1970.
 
     Rates are per second. Times have their unit in their name; others are by this machine's clock.

@@ -118,8 +118,8 @@ export function showHandlers(snapshot) {
     const [least, most] = [ms(Math.min(...values)), ms(Math.max(...values))];
     return least === most ? least : `${least}–${most}`;
   };
-  const told = (h) => snapshot.functions.filter((f) => f.name === h.name).map((f) => ({ h, f }));
-  const rows = [...found.values()].flatMap((h) => [{ h }, ...told(h)]);
+  const described = (h) => snapshot.functions.filter((f) => f.name === h.name).map((f) => ({ h, f }));
+  const rows = [...found.values()].flatMap((h) => [{ h }, ...described(h)]);
   keep(body("handlers"), rows, ({ h, f }) => (f ? `${h.name} ${f.signature} ${f.doc}` : h.name), ({ f }) => {
     if (!f) return rowOf("handlers");
     return el("tr", { class: "function" }, el("td", { colspan: 10, class: "text" },

@@ -13,10 +13,10 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from overlay.cli.map_input import FilesInput, Input
-from overlay.cli.terminal import error_as_json, result_as_json
+from overlay.cli.map.input import FilesInput, Input
+from overlay.cli.terminal import StandardOutput, error_as_json, result_as_json
 from overlay.cli.text import clean, shown
 from overlay.client import sync as library
 from overlay.model import clocks as time
@@ -58,7 +58,7 @@ def output_of(args: argparse.Namespace, source: Input) -> Output:
         return FolderOutput(args)
     is_named = isinstance(source, FilesInput)
     if args.out in (None, "-"):
-        return StreamOutput(args, is_named, sys.stdout)
+        return StreamOutput(args, is_named, cast(StandardOutput, sys.stdout))
     _check_is_no_input(args.out, args.inputs)
     return FileOutput(args, is_named, open(args.out, "wb"))
 
@@ -104,7 +104,7 @@ class FileOutput(Output):
 class StreamOutput(Output):
     """Standard output; what is written leaves within FLUSH_S."""
 
-    def __init__(self, args: argparse.Namespace, is_named: bool, stream: Any) -> None:
+    def __init__(self, args: argparse.Namespace, is_named: bool, stream: StandardOutput) -> None:
         self.to_terminal = stream.isatty()
         self._form = LineForm(args, is_named, for_people=self.to_terminal)
         self._stream = stream
@@ -114,7 +114,7 @@ class StreamOutput(Output):
 
     @property
     def reader_left(self) -> bool:
-        return bool(self._stream.has_left)
+        return self._stream.has_left
 
     def write(self, index: int, name: str, result: Result) -> None:
         line = self._form.of(index, name, result)

@@ -1,6 +1,6 @@
 """`client.py HOST PORT map`: many payloads in, their results out, memory bounded by the window.
 
-    map_input --> Client.map_as_completed --> map_output
+    input --> Client.map_as_completed --> output
 
 Everything happens on the caller's thread, but for the two that those modules own.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from overlay.cli.map_input import MAX_SHOWN, FilesInput, Input, input_of, sentence_of
-from overlay.cli.map_output import Output, Result, Unanswered, output_of
-from overlay.cli.terminal import Exit, Screen, connected, exit_of, failed, proof, whose
+from overlay.cli.map.input import MAX_SHOWN, FilesInput, Input, input_of, sentence_of
+from overlay.cli.map.output import Output, Result, Unanswered, output_of
+from overlay.cli.terminal import Exit, Screen, connected, exit_of, failed, log_hint, proof
 from overlay.cli.text import clean, counted
 from overlay.cli.usage import (
     Parser,
@@ -182,7 +182,7 @@ class _Run:
 
     def _take(self, index: int, name: str, result: Result) -> None:
         if isinstance(result, library.CallFailed):
-            reason = f"{clean(str(result))}{proof(result)}{whose(result, self._address)}"
+            reason = f"{clean(str(result))}{proof(result)}{log_hint(result, self._address)}"
             self._fail(result.code.name, f"{name}: {reason}")
             self._exits.add(exit_of(result))
         else:
