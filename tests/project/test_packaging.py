@@ -191,9 +191,6 @@ def test_a_handler_with_the_name_of_an_installed_package_is_refused(installed: I
     assert "which comes before" in done.stderr, done.stderr
 
 
-@pytest.mark.skipif(
-    not (ROOT / "overlay" / "cli" / "main.py").exists(), reason="client.py is not in the package"
-)
 def test_the_installed_command_asks(installed: Installed) -> None:
     done = installed.run("overlay", "127.0.0.1", installed.port("A"), "check")
 
