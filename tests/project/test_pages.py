@@ -172,6 +172,29 @@ def test_what_the_code_says_of_pages_names_pages_that_exist() -> None:
     assert [(path, page) for path, page in sorted(named) if not (ROOT / page).exists()] == []
 
 
+def test_what_pages_say_of_the_code_names_files_and_modules_that_exist() -> None:
+    packages = [path.parent.name for path in (ROOT / "overlay").glob("*/__init__.py")]
+    named = set()
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":  # it says how things were called
+            continue
+        for span in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+            if re.fullmatch(r"[a-z][\w./-]*/[\w./-]*\.(py|json|sh|md|proto)", span):
+                named.add((page.relative_to(ROOT).as_posix(), span))
+            elif re.fullmatch(
+                rf"(overlay\.)?({'|'.join(packages)})\.(?!py$)[a-z_]+(\.[A-Z]\w*)?", span
+            ):
+                module = re.sub(r"\.[A-Z]\w*$", "", span.removeprefix("overlay."))
+                named.add((page.relative_to(ROOT).as_posix(), module.replace(".", "/") + ".py"))
+
+    def exists(path: str) -> bool:
+        return any((ROOT / base / path).exists() for base in ("", "overlay", "examples"))
+
+    named = {(page, path) for page, path in named if "NAME" not in path}
+    assert len(named) > 30
+    assert [f"{page}: {path}" for page, path in sorted(named) if not exists(path)] == []
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
