@@ -46,38 +46,67 @@ ONLY_IN_PROCESSES = {
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class ProcessEntry(_Entry):
     """One process. The first six keys are required."""
 
     id: Name
+    """Its name in the file; must be the entry's key. Names may have letters, digits, dots,
+    underscores and hyphens."""
     role: Literal["leader", "team_leader", "worker"]
+    """Requests only go down: from the leader to team leaders, and from those to workers."""
     team: Name
+    """A request may be narrowed to one team. Each team with workers needs a team_leader."""
     host: Host
+    """The address at which the other processes reach it: a number or a name."""
     port: Port
+    """The port it serves on."""
     neighbors: list[str]
+    """The ids it has links to. Those of a lower role are the ones it asks."""
     bind: Host | None = None
+    """The address to listen on when it is not `host`: behind NAT, or with several network
+    cards. Without it: `host`."""
     handler: Name = "echo"
+    """What a request without a handler's name runs here. `echo` is built in."""
     slots: Count | None = None
+    """How many requests may run at once on this worker, of all handlers together and of
+    each."""
     in_service: Places | None = None
+    """As the top-level in_service, for this process alone."""
     log_dir: Folder | None = None
+    """As the top-level log_dir, for this process alone."""
     metrics_port: Port | None = None
+    """Prometheus reads this process there. Without it: port + metrics_port_offset, if that is
+    set."""
     options: dict[str, Any] = {}
+    """Laid over the handler's own options, for context.options."""
 
 
 class HandlerEntry(_Entry):
     """A handler in full; in its place the text "module:function" is enough."""
 
     call: Function
+    """The function, as module:function. The module is looked for in the configuration's folder
+    too."""
     merge: Function | None = None
+    """A function that makes one answer of all workers' parts, in mode all. Without it they are
+    joined by newlines."""
     run: Literal["thread", "process"] = "thread"
+    """Where it runs. A process can be ended while it works, a thread cannot."""
     slots: Places | None = None
+    """How many may run at once on one worker. Without it: on threads 100, or 90 where there are
+    other handlers; in processes one per CPU."""
     limit_s: Seconds | None = None
+    """Seconds that one request may take before its process is ended. Only in processes."""
     memory_mib: Annotated[int, Field(ge=1, le=1_048_576, strict=True)] | None = None
+    """MiB that one process may hold, looked at ten times a second; the programs it starts are
+    not counted. Only in processes."""
     max_requests: Count | None = None
+    """A process is replaced after so many requests. Only in processes."""
     options: dict[str, Any] = {}
+    """Whatever the function reads from context.options."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,19 +119,33 @@ class ConfigurationFile(_Entry):
 
     schema_: str | None = Field(None, alias="$schema")
     processes: Annotated[dict[str, ProcessEntry], Field(min_length=1)]
+    """The processes by id."""
     handlers: dict[Name, HandlerEntry] = {}
+    """The functions by the name that requests use: "module:function", or an object in full."""
     queue_slots: Count = Limits.queue_slots
+    """How many single calls may wait in the leader's queue."""
     in_service: Places = Limits.in_service
+    """How many single calls may be in service at once, per process."""
     default_deadline_s: Seconds = Limits.default_deadline_s
+    """Seconds for a request whose client gives no deadline."""
     max_deadline_s: Seconds = Limits.max_deadline_s
+    """A longer deadline is cut to so many seconds."""
     drain_grace_s: Seconds = Limits.drain_grace_s
+    """Seconds that running requests may take when a process is told to stop."""
     max_message_mib: MessageMib = Limits.max_message_bytes // MIB
+    """MiB of the largest payload or answer. A larger payload is refused before it runs."""
     max_waiting_mib: Mib = Limits.max_waiting_bytes // MIB
+    """MiB of all waiting payloads together, per process."""
     key_window_s: Seconds = Limits.key_window_s
+    """Seconds for which an answer is kept for its idempotency key."""
     max_kept_mib: Mib = Limits.kept_bytes // MIB
+    """MiB of all answers kept for idempotency keys, per process."""
     log_dir: Folder = "logs"
+    """The folder of the logs, process_a.log and so on, relative to the configuration file."""
     metrics_port_offset: Annotated[int, Field(ge=-65_534, le=65_534, strict=True)] | None = None
+    """Each process's metrics_port is its port plus this."""
     metrics_bind: Host = "127.0.0.1"
+    """The address on which Prometheus reads the processes."""
 
 
 def load(path: str | Path) -> Topology:

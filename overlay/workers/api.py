@@ -87,9 +87,12 @@ def add_folder(folder: Path, kept: Mapping[str, Source] = MappingProxyType({})) 
     user's would break; before our own folder, whose client.py is not the user's. kept: modules of
     the folder as another process has found them.
     """
-    last = {os.path.realpath(folder), os.path.realpath(ROOT)}
-    others = [path for path in sys.path if os.path.realpath(path) not in last]
-    sys.path[:] = [*others, *dict.fromkeys((str(folder), str(ROOT)))]
+    last = [str(folder)]
+    if (ROOT / "node.py").exists():  # a clone, and not where pip installs everything
+        last.append(str(ROOT))
+    moved = {os.path.realpath(path) for path in last}
+    others = [path for path in sys.path if os.path.realpath(path) not in moved]
+    sys.path[:] = [*others, *dict.fromkeys(last)]
     return user_modules.keep(folder, kept)
 
 

@@ -483,7 +483,7 @@ def test_the_file_may_name_its_schema(file):
 def test_the_schema_beside_the_code_is_current():
     text = json.dumps(config.schema(), indent=2) + "\n"
     assert SCHEMA.read_text("utf-8") == text, (
-        "write it again: python -m tests.model.test_config (after a change of config.py)"
+        "run: python scripts/reference.py (after a change of config.py)"
     )
 
 
@@ -513,7 +513,3 @@ def _outcome(file: File, text: str) -> Topology | tuple[str, ...] | None:
     except ConfigError as e:
         right = e.problems and all(problem.isprintable() and problem for problem in e.problems)
         return e.problems if right else None
-
-
-if __name__ == "__main__":
-    SCHEMA.write_text(json.dumps(config.schema(), indent=2) + "\n", "utf-8")

@@ -35,8 +35,7 @@ UNITS = "not hypothesis and not six"
 # Not what starts many Pythons, a second each under wine, nor what counts the memory of thousands.
 SOON = "not killed_idle and not is_replaced and not does_not_grow and not refused_bytes"
 SOON += " and (not named_with_its_module or missing)"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TWO_MACHINES = README.partition("## Two machines")[2].partition("\n## ")[0]
+TWO_MACHINES = (ROOT / "docs" / "two-machines.md").read_text(encoding="utf-8")
 DOCTOR = "python client.py doctor two_hosts_config.json"
 PC, MAC = "192.168.1.23", "192.168.1.40"  # those of the page
 LEADER = (ADDRESSES[1], "50051")
@@ -449,7 +448,7 @@ def test_a_process_on_windows_stops_in_order_and_comes_back(both: PcAndMac) -> N
     until(lambda: both.ask("A").answered == "CDF", 20, "all answer again")
 
 
-# README, "Two machines"
+# docs/two-machines.md
 
 
 class Machines:
