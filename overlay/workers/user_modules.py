@@ -38,10 +38,7 @@ class Sources(MetaPathFinder):
 
     def __init__(self, folder: Path, kept: Mapping[str, Source]) -> None:
         self.folder = str(folder)
-        self._spellings = (
-            self.folder,
-            os.path.abspath(folder),
-        )  # the second is Python's own on Windows
+        self._spellings = (self.folder, os.path.abspath(folder))  # Windows' Python uses the second
         self.kept = dict(kept)
         self._followed = set(kept)  # modules whose imports are kept too
 
