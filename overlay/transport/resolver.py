@@ -76,7 +76,7 @@ def resolve(host: str) -> Named:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as e:  # ValueError: the name is too long or malformed
         again = getattr(e, "errno", None) == socket.EAI_AGAIN
-        return Named(host, (), _unknown(host, " (who is to know gives no answer)" if again else ""))
+        return Named(host, (), _unknown(host, " (the name servers do not answer)" if again else ""))
     addresses = tuple(
         dict.fromkeys(_number(place) for family, *_, place in found if family in FAMILIES)
     )

@@ -272,7 +272,7 @@ def _blocks(ids: Sequence[int]) -> dict[int, int]:
 def _full(text: str, after_s: float) -> IdsFull:
     after_s = max(0.05, after_s) if math.isfinite(after_s) else 1.0
     return IdsFull(
-        f"no room for more request ids that callers choose: {text}; come again in {after_s:.0f} s, "
+        f"no room for more request ids chosen by callers: {text}; try again in {after_s:.0f} s, "
         "or leave the id to the overlay",
         retry_after_s=after_s,
     )

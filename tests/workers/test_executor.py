@@ -696,7 +696,7 @@ def test_where_no_more_ids_can_be_remembered_a_row_is_refused_with_proof(benches
     part = bench.run("pid", request_id=2000)
 
     assert (part.code, part.executed) == (Code.RESOURCE_EXHAUSTED, Executed.NO)
-    assert part.reason.startswith("no room for more request ids that callers choose: this worker")
+    assert part.reason.startswith("no room for more request ids chosen by callers: this worker")
     bench.start("pid", request_id=1000)
     until(lambda: len(bench.parts[1000]) == 2)
     assert bench.parts[1000][1].code is Code.ALREADY_EXISTS
