@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from overlay.model.errors import ConfigError
 from overlay.model.limits import MIB, Limits
@@ -205,7 +206,7 @@ def _place(steps: list[str]) -> tuple[str, str]:
     return "", ".".join(steps)
 
 
-def _sentence(place: str, field: str, error: Any) -> str:
+def _sentence(place: str, field: str, error: ErrorDetails) -> str:
     kind, value = error["type"], error.get("input")
     field = _short(field)
     if kind == "missing":

@@ -52,7 +52,7 @@ class Visitor(H11Protocol):
     _is_shown_out = False
     _timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.app_state = {**self.app_state, "hang_up": self.hang_up}
         self._since = self.loop.time()

@@ -13,13 +13,16 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overlay.model import clocks as time
 from overlay.model.topology import join_address
 from overlay.transport.endpoints import open_port
 from overlay.transport.machine import can_bind
 from overlay.transport.resolver import Named, resolve
+
+if TYPE_CHECKING:
+    import grpc
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +36,12 @@ class Listening:
     place: the addresses to begin with. make: makes a server without methods or ports.
     """
 
-    def __init__(self, place: Named, port: int, make: Callable[[], Any]) -> None:
+    def __init__(self, place: Named, port: int, make: Callable[[], grpc.Server]) -> None:
         self._place = place
         self._port = port
         self._make = make
         self._methods: list[tuple[str, tuple[Any, ...]]] = []
-        self._open: list[tuple[tuple[str, ...], Any]] = []  # addresses, their server
+        self._open: list[tuple[tuple[str, ...], grpc.Server]] = []  # addresses, their server
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._is_told = False  # whether the log says that there is no address
@@ -83,7 +86,7 @@ class Listening:
             else:
                 self._is_told = False
 
-    def _seek(self, gone: list[tuple[tuple[str, ...], Any]]) -> None:
+    def _seek(self, gone: list[tuple[tuple[str, ...], grpc.Server]]) -> None:
         found = resolve(self._place.host)
         # Without a network some systems give a machine's own name a loopback address.
         own = tuple(n for n in found.addresses if can_bind(n) and not Named(n, (n,)).is_loopback)

@@ -12,7 +12,10 @@ import sys
 import threading
 from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 ROUNDS = 5  # what is being ended may start more meanwhile
 KILL_ON_JOB_CLOSE, BREAKAWAY_OK, EXTENDED_LIMITS, THIS_PROCESS = 0x2000, 0x800, 9, -1  # Windows'
@@ -41,7 +44,7 @@ else:
 
 def end() -> None:
     """Ends everything that this process has started; it ends itself next. Raises nothing."""
-    seen: set[Any] = set()
+    seen: set[psutil.Process] = set()
     with contextlib.suppress(Exception):  # also while Python is shutting down
         # A pool would replace each process that ends.
         BaseProcess.start = _never  # type: ignore[assignment, method-assign]
@@ -53,12 +56,12 @@ def end() -> None:
                 return
 
 
-def _never(process: Any) -> None:
+def _never(process: BaseProcess) -> None:
     """Replaces multiprocessing's start: waits for the end of this process."""
     threading.Event().wait()
 
 
-def by(pid: int | None = None) -> list[Any]:
+def by(pid: int | None = None) -> list[psutil.Process]:
     """What the process with this pid has started; without one, what this process has."""
     import psutil  # here, as few handlers' processes need it
 
@@ -68,14 +71,14 @@ def by(pid: int | None = None) -> list[Any]:
     return []
 
 
-def kill(processes: Iterable[Any]) -> None:
+def kill(processes: Iterable[psutil.Process]) -> None:
     """Kills them, but never another process that has got the pid of one."""
     for process in processes:
         with contextlib.suppress(Exception):
             process.kill()
 
 
-def _cleans_up(process: Any) -> bool:
+def _cleans_up(process: psutil.Process) -> bool:
     # It ends by itself after the processes that use it, and removes the memory that they shared.
     with contextlib.suppress(Exception):
         return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
