@@ -26,7 +26,14 @@ from typing import Protocol
 import grpc
 
 from overlay.model import clocks as time
-from overlay.model.errors import BadRequest, Cancelled, Draining, MadeRoom, OverlayError, QueueFull
+from overlay.model.errors import (
+    BadRequest,
+    CallCancelled,
+    Draining,
+    MadeRoom,
+    OverlayError,
+    QueueFull,
+)
 from overlay.model.limits import Limits
 from overlay.model.pending import PendingRows
 from overlay.model.segments import (
@@ -488,7 +495,7 @@ class _Session:
             self._unread.add(-self._unread.size)
         for accepted in rest:
             rows = accepted.segment.count - accepted.counted
-            gone: OverlayError = Cancelled("the caller left")
+            gone: OverlayError = CallCancelled("the caller left")
             left = Part(self._desk.me, gone.code, str(gone))
             failures = [(row, gone) for row in range(rows)]
             answers = Answers(rows, (), refused=left)

@@ -9,7 +9,7 @@ import pytest
 
 from overlay.model.errors import (
     BadRequest,
-    Cancelled,
+    CallCancelled,
     HandlerFailed,
     OverlayError,
     PartsFailed,
@@ -175,7 +175,7 @@ def test_a_failure_is_an_event_at_the_one_process_that_knows(
 
 def test_what_its_caller_did_wrong_or_gave_up_worries_nobody(record, caplog):
     record.ended(ended(segment(), (0, BadRequest("no picture"))))
-    record.ended(ended(segment(), (0, Cancelled("the caller left"))))
+    record.ended(ended(segment(), (0, CallCancelled("the caller left"))))
 
     (line,) = caplog.records
     assert (line.levelname, line.kind) == ("INFO", "refusal")

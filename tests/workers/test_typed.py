@@ -873,7 +873,7 @@ def test_client_py_sends_args(four, tmp_path):
 )
 def test_client_py_refuses_wrong_args(words, sentence, capsys):
     from overlay.cli import ask as asking
-    from overlay.cli.terminal import Parser
+    from overlay.cli.usage import Parser
 
     parser = Parser("client.py", "", "")
     asking.arguments(parser)
