@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from overlay.model.errors import ConfigError
 from overlay.model.limits import MIB, Limits
@@ -218,7 +219,7 @@ def _parse(text: str, name: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f'{name} must be an object like {{"processes": {{…}}}}')
     if twice:
-        raise ConfigError(*(f"{name}: key '{_short(key)}' is there twice" for key in twice))
+        raise ConfigError(*(f"{name}: key '{_short(key)}' appears twice" for key in twice))
     return raw
 
 
@@ -248,7 +249,7 @@ def _place(steps: list[str]) -> tuple[str, str]:
     return "", ".".join(steps)
 
 
-def _sentence(place: str, field: str, error: Any) -> str:
+def _sentence(place: str, field: str, error: ErrorDetails) -> str:
     kind, value = error["type"], error.get("input")
     field = _short(field)
     if kind == "missing":
@@ -279,7 +280,7 @@ def _suggestion(place: str, field: str) -> str:
         model = ProcessEntry if place.startswith("process") else HandlerEntry
     known = [name for name in model.model_fields if name != "schema_"]
     close = difflib.get_close_matches(field.rsplit(".", 1)[-1], known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean '{close[0]}'?" if close else f"; known keys are {', '.join(known)}"
 
 
 def _printable(text: str) -> str:
@@ -328,7 +329,7 @@ def _entry_problems(good: Mapping[str, ProcessEntry], known: list[str]) -> Itera
             elif n not in known:
                 yield f"process {_short(key)}: neighbor '{_short(n)}' is not in the file"
         for n in sorted({n for n in entry.neighbors if entry.neighbors.count(n) > 1}):
-            yield f"process {_short(key)}: neighbor '{_short(n)}' is there twice"
+            yield f"process {_short(key)}: neighbor '{_short(n)}' appears twice"
 
 
 def _address_problems(good: Mapping[str, ProcessEntry]) -> Iterator[str]:
@@ -371,14 +372,14 @@ def _shape_problems(processes: Mapping[str, ProcessEntry]) -> Iterator[str]:
     led = {entry.team for entry in processes.values() if entry.role == "team_leader"}
     working = {entry.team for entry in processes.values() if entry.role == "worker"}
     for team in sorted(working - led):
-        yield f"team '{team}' has workers and no team_leader"
+        yield f"team '{team}' has workers but no team_leader"
     if len(leaders) == 1:
         reached = _reached_from(leaders[0], processes)
         for key, entry in processes.items():
             if entry.role == "worker" and key not in reached:
                 yield (
-                    f"process {key}: no way from leader {leaders[0]} down to it; "
-                    f"a team_leader that {leaders[0]} has as neighbor must have {key} as neighbor"
+                    f"process {key}: leader {leaders[0]} has no path down to it; "
+                    f"a team_leader among the neighbors of {leaders[0]} must have {key} as neighbor"
                 )
 
 

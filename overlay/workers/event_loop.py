@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
-from overlay.workers.api import Context, Handler, NobodyWaits
+from overlay.workers.api import Context, Handler, NotWanted
 
 log = logging.getLogger("overlay.handler")  # a task's traceback may quote the payload
 
@@ -44,7 +44,7 @@ class EventLoop:
     def result_of(self, found: Any, context: Context) -> Any:
         """The result behind an async function's call; for an async generator, an iterator of items.
 
-        Raises what the function raises, and NobodyWaits when it was cancelled because its caller
+        Raises what the function raises, and NotWanted when it was cancelled because its caller
         has gone.
         """
         if isinstance(found, AsyncIterator):
@@ -60,9 +60,9 @@ class EventLoop:
             except concurrent.futures.TimeoutError:
                 if context.cancelled:
                     work.cancel()
-                    raise NobodyWaits from None
+                    raise NotWanted from None
             except concurrent.futures.CancelledError:  # by `close`
-                raise NobodyWaits from None
+                raise NotWanted from None
         if error is not None:
             raise error
         return result
@@ -77,7 +77,7 @@ class EventLoop:
                 yield item
         finally:
             if hasattr(found, "aclose"):
-                with contextlib.suppress(NobodyWaits, RuntimeError):  # or it is still running
+                with contextlib.suppress(NotWanted, RuntimeError):  # or it is still running
                     self._run(found.aclose(), context)
 
     def _serve(self) -> None:

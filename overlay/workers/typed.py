@@ -59,6 +59,7 @@ from overlay.workers.inspection import (
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
+    from pydantic_core import ErrorDetails
 
 MAX_PROBLEMS = 5  # named in one complaint about a call's arguments
 LONGEST_NAME = 60  # characters shown of a name that is not an argument's
@@ -195,7 +196,7 @@ class _Typed:
             problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
         return f"handler '{self._name}': {'; '.join(problems)}"
 
-    def _sentence(self, error: Mapping[str, Any]) -> str:
+    def _sentence(self, error: ErrorDetails) -> str:
         kind, loc, said = error["type"], error["loc"], error["msg"]
         if kind == "json_invalid":
             return f"the payload is not JSON: {said.partition(': ')[2]}"

@@ -434,7 +434,7 @@ def test_a_name_without_an_address_nobody_there_and_a_stranger_are_told_apart(
         cases = {
             "none.office:5": ("NoSuchHost", f"none.office: {UNKNOWN}; correct it"),
             "slow.office:5": ("NoSuchHost", f"slow.office: {UNKNOWN} yet"),
-            "away.office:5": ("NoSuchHost", f"away.office: {UNKNOWN} (who is to know"),
+            "away.office:5": ("NoSuchHost", f"away.office: {UNKNOWN} (the name servers"),
             f"pc.office:{nobody}": (
                 "NotReached",
                 f"nothing serves at pc.office:{nobody} (127.0.0.1): the connection was refused",
