@@ -79,17 +79,13 @@ class RequestLog:
         else:
             self.meter.failed()
 
-    def ended_and_counted(self, ended: Ended) -> None:
-        """As `ended`, and counts how each row ended."""
+    def ended(self, ended: Ended) -> None:
+        """Counts how each row ended; gives it a trace and tells of it, where that is wanted."""
         failures = ended.failures
         if ended.count > len(failures):
             self.meter.completed(ended.count - len(failures))
         for _, failed in failures:
             self.count(failed)
-        self.ended(ended)
-
-    def ended(self, ended: Ended) -> None:
-        """Gives it a trace and tells of it, where that is wanted."""
         if not (ended.segment.traced or ended.failures):
             return
         if ended.segment.traced or self.stories.wants_failure():
@@ -127,12 +123,6 @@ class RequestLog:
 
     def _waited_below_s(self, answers: Answers) -> float:
         return 0.0 if self._works or answers.early_us is None else answers.early_us[0] / 1e6
-
-    def turned_away(self, error: OverlayError) -> None:
-        """A request that could not even be read."""
-        kind = _kind(error)
-        if self._failures.may_tell(kind):
-            _tell_failure(kind, f"{kind.word}, {kind.cause}: {error}", 0)
 
     def crowded_out(self, what: str, count: int, address: str) -> None:
         """Calls, streams or connections of an address were ended, or not let in, for others."""

@@ -65,8 +65,8 @@ def lines(caplog) -> list[str]:
 
 
 def test_every_row_is_counted_and_only_some_are_told(record):
-    record.ended_and_counted(ended(segment(1000)))
-    record.ended_and_counted(ended(segment(10, traced=True), (3, QueueFull("full"))))
+    record.ended(ended(segment(1000)))
+    record.ended(ended(segment(10, traced=True), (3, QueueFull("full"))))
 
     counts = record.meter.counts()
     assert (counts.completed, counts.refused) == (1009, 1)
@@ -79,7 +79,7 @@ def test_every_row_is_counted_and_only_some_are_told(record):
 def test_who_leaves_when_all_is_counted_is_not_counted_again(record):
     none_left = ended(segment(500), start=500)
 
-    record.ended_and_counted(none_left)
+    record.ended(none_left)
 
     assert (none_left.count, record.meter.counts().completed) == (0, 0)
 
