@@ -17,7 +17,7 @@ import grpc
 
 from overlay.model import clocks as time
 from overlay.model.errors import OverlayError
-from overlay.model.segments import Answers, Caller, Code, Column, Route, Segment
+from overlay.model.segments import Answer, Answers, Caller, Code, Column, Route, Segment
 from overlay.queueing.request_queue import QueuedSegment
 from overlay.routing import aggregate
 from overlay.server.idempotency import First, IdempotencyKeys, Outcome, Waiter
@@ -47,127 +47,97 @@ class UnaryRequests:
         Raises OverlayError: why there is none, counted and logged.
         """
         self.last_came = time.monotonic()
-        segment, wrong = self._read(request, context)
+        single = self._read(request, context, caller)
         try:
-            if segment.keyed and wrong is None:
-                return self._ask_with_key(segment, request, context, caller)
-            return self._ask(segment, wrong, request, context, caller)
+            if single.segment.keyed and single.wrong is None:
+                return self._ask_with_key(single)
+            return self._ask(single)
         except OverlayError as e:
-            e.request_id = e.request_id or segment.first_id
+            e.request_id = e.request_id or single.segment.first_id
             raise self._path.with_retry(e) from None
 
-    def _read(
-        self, request: pb2.Request, context: grpc.ServicerContext
-    ) -> tuple[Segment, OverlayError | None]:
-        """The request, and what is wrong with it; without its route where that cannot be read."""
-        deadline = self._deadline(context)
+    def _read(self, request: pb2.Request, context: grpc.ServicerContext, caller: Caller) -> _Single:
+        """What is wrong with it is said there; its route is blank where that cannot be read."""
+        deadline, wrong = self._deadline(context), None
+        segment = Segment(Route(), Column((b"",)), deadline, request.request_id)
         traced = not request.hops and self._record.wants_trace()
         try:
             segment = codec.read_request(request, deadline, self._limits, traced)
-        except OverlayError as e:
-            return Segment(Route(), Column((b"",)), deadline, request.request_id), e
-        try:
             self._path.check(segment.route)
         except OverlayError as e:
-            return segment, e
-        return segment, None
+            wrong = e
+        return _Single(request, context, caller, segment, wrong)
 
-    def _ask(
-        self,
-        segment: Segment,
-        wrong: OverlayError | None,
-        request: pb2.Request,
-        context: grpc.ServicerContext,
-        caller: Caller,
-    ) -> pb2.Response:
-        accepted = Accepted(segment, caller, request.want_parts)
+    def _ask(self, single: _Single) -> pb2.Response:
+        segment = single.segment
         try:
-            answers = self._wait(accepted, wrong, context, request.priority)
-            made = self._path.finish(accepted, 0, answers, size_of(answers))
+            answers = self._wait(single)
+            made = self._path.finish(single, 0, answers, size_of(answers))
             if made.failures:
                 raise made.failures[0][1]
             answer, result = made.answers.at(0), b"".join(made.results)
-            with_results = accepted.want_parts or accepted.from_process
+            with_parts = single.want_parts or single.from_process
             response = codec.write_response(
-                answer, segment.first_id, result, with_results=with_results
+                answer, segment.first_id, result, with_results=with_parts
             )
             if segment.told:
                 codec.write_trace(response, made.trace)
-            _tell_coverage(context, aggregate.coverage(answer))
+            _tell_coverage(single.context, answer)
         except OverlayError:
             raise
         except Exception as e:  # noqa: BLE001 - a fault of ours costs one request
             failed = unexpected(e, segment.first_id)
-            if not accepted.counted:
+            if not single.counted:
                 self._record.count(failed)
             raise failed from None
         return response
 
-    def _wait(
-        self,
-        accepted: Accepted,
-        wrong: OverlayError | None,
-        context: grpc.ServicerContext,
-        priority: int,
-    ) -> Answers:
-        segment, only = accepted.segment, _OneAnswer()
-        self._path.admit(accepted, only.sink, priority, wrong=wrong)
-        ticket = accepted.ticket
+    def _wait(self, single: _Single) -> Answers:
+        segment, only = single.segment, _OneAnswer()
+        self._path.admit(single, only.sink, single.request.priority, wrong=single.wrong)
+        ticket = single.ticket
         if ticket is None:
             return only.answers
         # With a key the work goes on when its caller has left, who may come again for the answer.
-        if not segment.keyed and not context.add_callback(partial(_cancel, weakref.ref(ticket))):
+        if not segment.keyed and not single.context.add_callback(
+            partial(_cancel, weakref.ref(ticket))
+        ):
             ticket.end(Code.CANCELLED)  # the call was over before it began
         if not only.wait(_until(segment.deadline)):
             ticket.end(Code.DEADLINE_EXCEEDED)
             only.wait(1)  # it is made on this thread, or just now by another
         return only.answers
 
-    def _ask_with_key(
-        self,
-        segment: Segment,
-        request: pb2.Request,
-        context: grpc.ServicerContext,
-        caller: Caller,
-    ) -> pb2.Response | Future[pb2.Response]:
-        route = segment.route
+    def _ask_with_key(self, single: _Single) -> pb2.Response | Future[pb2.Response]:
+        request, route = single.request, single.segment.route
         asked = f"{route.mode}\n{route.team}\n{route.handler}\n{request.want_parts}\n".encode()
         try:
-            found = self._keys.enter(caller, request.idempotency_key, (asked, request.payload))
+            question = (asked, request.payload)
+            found = self._keys.enter(single.caller, request.idempotency_key, question)
         except OverlayError as e:
-            self._record.meter.received(1)
-            self._record.count(e)
-            raise
+            found = e
         if isinstance(found, First):
-            return self._ask_first(found, segment, request, context, caller)
+            return self._ask_first(found, single)
         self._record.meter.received(1)
         if isinstance(found, Waiter):
-            return self._answer_later(found, segment, context)
-        return self._repeat(found, context)
+            return self._answer_later(found, single)
+        return self._repeat(found, single.context)
 
-    def _ask_first(
-        self,
-        first: First,
-        segment: Segment,
-        request: pb2.Request,
-        context: grpc.ServicerContext,
-        caller: Caller,
-    ) -> pb2.Response:
+    def _ask_first(self, first: First, single: _Single) -> pb2.Response:
         try:
-            response = self._ask(segment, None, request, context, caller)
+            response = self._ask(single)
             answer = response.SerializeToString()
         except BaseException as e:  # whatever it is, it is what came of the key
-            first.failed(e if isinstance(e, OverlayError) else unexpected(e, segment.first_id))
+            first.failed(e if isinstance(e, OverlayError) else unexpected(e))
             raise
         first.answered(answer)
         return response
 
-    def _answer_later(
-        self, waiter: Waiter, segment: Segment, context: grpc.ServicerContext
-    ) -> Future[pb2.Response]:
+    def _answer_later(self, waiter: Waiter, single: _Single) -> Future[pb2.Response]:
         """Ends with the first of its key, at its own deadline, or when its caller leaves."""
         later: Future[pb2.Response] = Future()
-        due = time.monotonic() + _until(segment.deadline)
+        context = single.context  # alone: `done` must not keep the request while it waits
+        due = time.monotonic() + _until(single.segment.deadline)
 
         def done(outcome: Outcome) -> None:
             self._deadlines.forget(waiter, due)
@@ -189,7 +159,7 @@ class UnaryRequests:
             raise outcome
         self._record.meter.completed(1)
         response = pb2.Response.FromString(outcome)
-        _tell_coverage(context, aggregate.coverage(codec.read_response(response)))
+        _tell_coverage(context, codec.read_response(response))
         return response
 
     def _deadline(self, context: grpc.ServicerContext) -> float:
@@ -198,6 +168,25 @@ class UnaryRequests:
         if remaining is None or remaining > 1e9:
             remaining = self._limits.default_deadline_s
         return time.monotonic() + min(remaining, self._limits.max_deadline_s)
+
+
+class _Single(Accepted):
+    """A single request, until it is answered. wrong: why it cannot be served."""
+
+    __slots__ = ("context", "request", "wrong")
+
+    def __init__(
+        self,
+        request: pb2.Request,
+        context: grpc.ServicerContext,
+        caller: Caller,
+        segment: Segment,
+        wrong: OverlayError | None,
+    ) -> None:
+        super().__init__(segment, caller, request.want_parts)
+        self.request = request
+        self.context = context
+        self.wrong = wrong
 
 
 class _OneAnswer:
@@ -216,9 +205,9 @@ class _OneAnswer:
         return self._came.acquire(timeout=timeout_s)
 
 
-def _tell_coverage(context: grpc.ServicerContext, coverage: str) -> None:
+def _tell_coverage(context: grpc.ServicerContext, answer: Answer) -> None:
     """For a client that is older than the parts of a response."""
-    context.set_trailing_metadata(((codec.COVERAGE_KEY, coverage),))
+    context.set_trailing_metadata(((codec.COVERAGE_KEY, aggregate.coverage(answer)),))
 
 
 def _cancel(ticket: weakref.ref[QueuedSegment]) -> None:
