@@ -33,6 +33,7 @@ from overlay.model.errors import (
 )
 from overlay.model.limits import Limits
 from overlay.model.segments import Caller, Code, Executed
+from overlay.transport.codec import pb2
 
 Outcome = bytes | OverlayError
 """The answer, or the error to raise: each who gets it has one of his own."""
@@ -56,6 +57,9 @@ class IdempotencyKeys:
         self._shares: dict[str, _Share] = {}  # of addresses that have keys
         self._bytes = 0
         self._waiting = 0
+
+    def fill(self, made: pb2.MetricsResponse) -> None:
+        made.keys, made.key_bytes, made.key_waiters = self.kept, self.kept_bytes, self.waiting
 
     @property
     def kept(self) -> int:

@@ -16,6 +16,7 @@ from overlay.model.topology import Topology
 from overlay.observability.log_buffer import LINES, LogBuffer
 from overlay.peers.peers import Peers
 from overlay.routing import planner
+from overlay.server import metrics_codec
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 
@@ -38,6 +39,11 @@ class LogReader:
         self._recent = recent
         self._links = links
         self._dropped = dropped
+
+    def fill(self, made: pb2.MetricsResponse, events: int) -> None:
+        """With so many of the last events."""
+        made.events.extend(map(metrics_codec.write_event, self._recent.events(events)))
+        made.log_lines_dropped = self._dropped()
 
     def read(self, asked: pb2.LogsRequest, is_near: bool, timeout_s: float) -> pb2.LogsResponse:
         """The lines asked for. is_near: the question comes from this machine.

@@ -25,6 +25,8 @@ from overlay.observability.log_throttle import LogThrottle
 from overlay.observability.request_summaries import RequestSummaries
 from overlay.observability.trace import RequestSummary
 from overlay.queueing.request_queue import QueuedSegment
+from overlay.server import metrics_codec
+from overlay.transport.codec import pb2
 
 log = logging.getLogger("overlay.requests")
 
@@ -65,6 +67,23 @@ class RequestLog:
         self._failures = LogThrottle(_tell_more_failures)
         self._told = LogThrottle(_tell_more, TOLD_AT_ONCE, TOLD_PER_S)
         self._crowds = LogThrottle(_tell_more_crowded_out)
+
+    def fill(self, made: pb2.MetricsResponse, requests: int) -> None:
+        """Its figures, with so many of the last requests."""
+        service, waiting = self.meter.service.spread, self.meter.waiting.spread
+        all_waiting, all_service = self.meter.histograms()
+        metrics_codec.fill(
+            made,
+            self.meter.counts(),
+            refused_by_reason=self.meter.causes(),
+            crowded_out=self.meter.crowds(),
+            avg_processing_time_ms=service.mean * 1e3,
+            service_ms=metrics_codec.write_spread(service),
+            waiting_ms=metrics_codec.write_spread(waiting),
+            service=metrics_codec.write_histogram(all_service),
+            waiting=metrics_codec.write_histogram(all_waiting),
+            requests=map(metrics_codec.write_story, self.stories.last(requests)),
+        )
 
     def close(self) -> None:
         self._failures.flush()

@@ -33,6 +33,7 @@ from overlay.queueing.request_queue import QueuedSegment, RequestQueue, refusal
 from overlay.routing import aggregate, planner
 from overlay.routing.aggregate import Merge
 from overlay.server.request_log import Ended, RequestLog, log_failure
+from overlay.transport.codec import pb2
 from overlay.workers.request_ids import ChosenIds
 
 NO_MERGES: Mapping[str, Merge] = {}
@@ -92,6 +93,12 @@ class RequestPath:
         self._in_service = topology.process(me).in_service
         self._ids = ChosenIds(topology.limits)
         self._merges = merges
+
+    def fill(self, made: pb2.MetricsResponse) -> None:
+        made.is_healthy = not self.draining
+        made.queue_size, made.queue_slots = self.queue.waiting, self.queue.slots
+        made.active_requests = self.queue.active
+        made.streams, made.streamed_waiting, made.streamed_active = self.queue.streamed
 
     def check(self, route: Route) -> None:
         """Raises what is wrong with asking this process for it: UnknownName, LoopDetected ..."""

@@ -10,31 +10,25 @@ Puts the parts together and owns the order in which they start and stop.
 from __future__ import annotations
 
 import logging
-import os
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import grpc
 
-import overlay
 from overlay.model import clocks as time
 from overlay.model.errors import OverlayError
 from overlay.model.segments import Caller, Code
-from overlay.model.signatures import Function, gathered
-from overlay.model.signatures import digest as functions_digest
 from overlay.model.topology import Process, Topology
 from overlay.observability.log_buffer import LogBuffer
-from overlay.observability.map_progress import Maps
-from overlay.observability.resources import resources_of
-from overlay.peers.peers import Peers, PeerState
+from overlay.peers.peers import Peers
 from overlay.queueing.request_queue import QueuedSegment, RequestQueue
 from overlay.routing import planner
 from overlay.routing.aggregate import Merge
 from overlay.routing.dispatcher import Dispatcher
 from overlay.server.idempotency import IdempotencyKeys, Waiter
 from overlay.server.log_reader import LogReader
+from overlay.server.metrics import ProcessMetrics
 from overlay.server.reception import Call
 from overlay.server.request_log import RequestLog
 from overlay.server.request_path import STOPPING_RETRY_S, RequestPath
@@ -79,8 +73,6 @@ class Service:
 
         recent: what this process logged of late; its events are told to those who ask.
         """
-        self._recent = recent or LogBuffer()
-        self._log_lines_dropped = log_lines_dropped
         self.calls_without_message: Callable[[], int] = lambda: 0
         self.topology = topology
         self.me = topology.process(me)
@@ -110,16 +102,15 @@ class Service:
         )
         self._keys = IdempotencyKeys(self.limits)
         self._deadlines = Deadlines(_expire)
-        self._maps = Maps()
         self._path = RequestPath(topology, me, self.intake, self.record, merges)
         self._unary = UnaryRequests(self._path, self._keys, self._deadlines)
-        self._sessions = StreamSessions(self._path, self._deadlines, self._maps)
+        self._sessions = StreamSessions(self._path, self._deadlines)
         self._hosts = UpstreamHosts(topology.above(me))
-        self.journal = LogReader(topology, me, self._recent, self.links, log_lines_dropped)
+        self.journal = LogReader(topology, me, recent or LogBuffer(), self.links, log_lines_dropped)
+        self._about = ProcessMetrics(topology, self.me, self.links, self.executor)
         self.links.on_change = self.intake.kick
         if self.executor:
             self.executor.on_free = self.intake.kick
-        self._started = time.monotonic()
 
     @property
     def pool_threads(self) -> int:
@@ -196,64 +187,14 @@ class Service:
 
         functions: with what the handlers' functions are like, here and below.
         """
-        counts = self.meter.counts()
-        service, waiting = self.meter.service.spread, self.meter.waiting.spread
-        all_waiting, all_service = self.meter.histograms()
-        states = self.links.states()
-        slots = self._known_slots(states)
-        streams, streamed_waiting, streamed_active = self.intake.streamed
-        now = time.monotonic()
-        used = resources_of(self.executor.pids if self.executor else ())
-        known_functions = self._known_functions(states, slots)
-        return pb2.MetricsResponse(
-            process_id=self.me.id,
-            role=self.me.role,
-            team=self.me.team,
-            active_requests=self._active,
-            max_capacity=self.me.in_service,
-            is_healthy=not self._path.draining,
-            queue_size=self.intake.waiting,
-            avg_processing_time_ms=service.mean * 1e3,
-            received=counts.received,
-            completed=counts.completed,
-            failed=counts.failed,
-            refused=counts.refused,
-            cancelled=counts.cancelled,
-            refused_by_reason=self.meter.causes(),
-            queue_slots=self.intake.slots,
-            service_ms=codec.write_spread(service),
-            waiting_ms=codec.write_spread(waiting),
-            uptime_s=now - self._started,
-            version=overlay.__version__,
-            python=platform.python_version(),
-            platform=f"{platform.system()}-{platform.machine()}",
-            pid=os.getpid(),
-            config_digest=self.topology.digest,
-            slots=sum(max(known.values(), default=0) for known in slots.values()),
-            neighbours=self._neighbours(states),
-            handlers=self._handlers(),
-            topology=self._processes(slots),
-            log_lines_dropped=self._log_lines_dropped(),
-            streams=streams,
-            streamed_waiting=streamed_waiting,
-            streamed_active=streamed_active,
-            events=map(codec.write_event, self._recent.events(events)),
-            requests=map(codec.write_story, self.record.stories.last(requests)),
-            service=codec.write_histogram(all_service),
-            waiting=codec.write_histogram(all_waiting),
-            wall_time_s=time.time(),
-            wire_format=codec.FORMAT,
-            crowded_out=self.meter.crowds(),
-            keys=self._keys.kept,
-            key_bytes=self._keys.kept_bytes,
-            key_waiters=self._keys.waiting,
-            calls_without_message=self.calls_without_message(),
-            maps=[codec.write_map(one, now) for one in self._maps.all()],
-            cpu_s=used.cpu_s,
-            memory_bytes=used.memory_bytes,
-            functions=map(codec.write_function, known_functions if functions else ()),
-            functions_digest=functions_digest(known_functions),
-        )
+        made = pb2.MetricsResponse(calls_without_message=self.calls_without_message())
+        self.record.fill(made, requests)
+        self._path.fill(made)
+        self._sessions.fill(made)
+        self._keys.fill(made)
+        self.journal.fill(made, events)
+        self._about.fill(made, functions)
+        return made
 
     @property
     def _active(self) -> int:
@@ -271,79 +212,6 @@ class Service:
             if key == codec.PROCESS_KEY and self._hosts.has(value, caller.address):
                 return str(value)
         return ""
-
-    def _known_slots(self, states: Sequence[PeerState]) -> dict[str, dict[str, int]]:
-        if self.executor:
-            return {self.me.id: self.executor.slots}
-        known: dict[str, dict[str, int]] = {}
-        for state in states:
-            known.update({worker: dict(slots) for worker, slots in state.slots.items()})
-        return known
-
-    def _known_functions(
-        self, states: Sequence[PeerState], slots: dict[str, dict[str, int]]
-    ) -> tuple[Function, ...]:
-        """Of the handlers of the configuration, at the workers that are there now."""
-        if self.executor:
-            mine = (self.me.id,)
-            return gathered(f._replace(workers=mine) for f in self.executor.functions())
-        told = (f for state in states for f in state.functions)
-        here = (f._replace(workers=tuple(w for w in f.workers if w in slots)) for f in told)
-        known = self.topology.handlers
-        return gathered(f for f in here if f.workers and f.name in known)
-
-    def _neighbours(self, states: Sequence[PeerState]) -> list[pb2.Neighbour]:
-        now = time.monotonic()
-        return [
-            pb2.Neighbour(
-                process_id=state.process_id,
-                address=state.address,
-                state=state.state,
-                since_s=now - state.since,
-                reason=state.reason,
-                outstanding=state.outstanding,
-                slots=state.total_slots,
-                asked=state.asked,
-                failed=state.failed,
-                version=state.version,
-                same_config=state.same_config,
-                health=state.health,
-                health_reason=state.health_reason,
-                ejections=state.ejections,
-                rtt_ms=state.rtt_s * 1e3,
-            )
-            for state in states
-        ]
-
-    def _handlers(self) -> list[pb2.HandlerMetrics]:
-        if self.executor is None:
-            return []
-        return [
-            pb2.HandlerMetrics(
-                name=counts.name,
-                run=counts.run,
-                slots=counts.slots,
-                active=counts.active,
-                completed=counts.completed,
-                failed=counts.failed,
-                worked_ms=codec.write_spread(counts.worked),
-            )
-            for counts in self.executor.counts()
-        ]
-
-    def _processes(self, slots: dict[str, dict[str, int]]) -> list[pb2.Process]:
-        return [
-            pb2.Process(
-                id=process.id,
-                role=process.role,
-                team=process.team,
-                address=process.address,
-                neighbors=process.neighbors,
-                handler=process.handler if process.works else "",
-                slots=slots.get(process.id, {}),
-            )
-            for process in self.topology.processes.values()
-        ]
 
 
 def _expire(due: QueuedSegment | Waiter) -> None:

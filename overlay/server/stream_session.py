@@ -30,6 +30,7 @@ from overlay.model.pending import PendingRows
 from overlay.model.segments import NOBODY, Answers, Caller, Code, Mode, Part, Route, Segment
 from overlay.observability.map_progress import Maps
 from overlay.routing import aggregate
+from overlay.server import metrics_codec
 from overlay.server.background import BackgroundThreads
 from overlay.server.eviction import EvictionQueue
 from overlay.server.reception import Call
@@ -134,11 +135,11 @@ class OpenStreams:
 class StreamSessions:
     """Serves the ForwardStream calls of one process; what its sessions have in common."""
 
-    def __init__(self, path: RequestPath, deadlines: Deadlines, maps: Maps) -> None:
+    def __init__(self, path: RequestPath, deadlines: Deadlines) -> None:
         limits = path.limits
         self.path = path
         self.deadlines = deadlines
-        self.maps = maps
+        self.maps = Maps()
         self.open = OpenStreams(limits.streams)
         self.threads = BackgroundThreads(limits.stream_threads, "stream")
         self.held = Budget(limits.max_waiting_bytes)  # payloads and answers in the windows
@@ -175,6 +176,10 @@ class StreamSessions:
         # Tells the client that its stream is served, and how large a body may be.
         context.send_initial_metadata(codec.most_bytes_metadata(path.limits))
         session.begin()
+
+    def fill(self, made: pb2.MetricsResponse) -> None:
+        now = time.monotonic()
+        made.maps.extend(metrics_codec.write_map(running, now) for running in self.maps.all())
 
     def announce_stop(self, for_good: bool) -> None:
         """Tells every client that the process stops, so that it sends no more."""

@@ -287,8 +287,9 @@ def test_a_process_that_stops_refuses_and_says_when_to_come_again(worker, way):
 
 
 def test_what_waits_when_a_process_stops_is_refused(worker, way):
-    running, waiting = way.at_once(worker, 2, "C", handler="held", timeout=30)
+    (running,) = way.at_once(worker, 1, "C", handler="held", timeout=30)
     until(lambda: STARTED)
+    (waiting,) = way.at_once(worker, 1, "C", handler="held", timeout=30)
     queued(worker, 1)
     worker.service.intake.close()
 

@@ -140,7 +140,7 @@ class Served:
         topology = Topology({"W": worker}, specs, limits=limits)
         self.record = Record(desk)
         self.path = RequestPath(topology, "W", self.intake, self.record)
-        self.sessions = stream_session.StreamSessions(self.path, self.deadlines, Maps())
+        self.sessions = stream_session.StreamSessions(self.path, self.deadlines)
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(self._pool, options=codec.server_options(limits))
         reception = Reception(self._server, self._pool, limits, self.record)
