@@ -27,7 +27,7 @@ from overlay.server.upstream import plain_address
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 
-log = logging.getLogger("overlay.admin")
+log = logging.getLogger(__name__)
 
 LONGEST_GRACE_S = 86_400.0
 LOGS_S = 5.0  # another process is waited for so long

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-log = logging.getLogger("overlay.pool")
+log = logging.getLogger(__name__)
 
 
 class BackgroundThreads:

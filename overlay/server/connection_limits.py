@@ -26,7 +26,7 @@ from overlay.server.request_log import RequestLog
 from overlay.server.upstream import plain_address
 from overlay.transport import codec
 
-log = logging.getLogger("overlay.connections")
+log = logging.getLogger(__name__)
 
 WANTED_FILES = 10_240  # the most that macOS gives; Linux starts programs with 1,024
 OWN_FILES = 200  # for logs, links, handlers

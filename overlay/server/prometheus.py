@@ -31,7 +31,7 @@ from prometheus_client.registry import Collector
 from overlay.model import clocks as time
 from overlay.transport.http_door import Server, listen
 
-log = logging.getLogger("overlay.prometheus")
+log = logging.getLogger(__name__)
 
 STOP_S = 3.0  # its thread is waited for so long, which is more than it takes to stop
 FRESH_S = 1.0  # a text is given again for so long

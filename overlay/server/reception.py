@@ -38,7 +38,7 @@ from overlay.server.eviction import EvictionQueue
 from overlay.server.request_log import RequestLog, unexpected
 from overlay.transport import codec
 
-log = logging.getLogger("overlay.reception")
+log = logging.getLogger(__name__)
 
 Method = Callable[..., Any]
 

@@ -28,7 +28,7 @@ from overlay.queueing.request_queue import QueuedSegment
 from overlay.server import metrics_codec
 from overlay.transport.codec import pb2
 
-log = logging.getLogger("overlay.requests")
+log = logging.getLogger(__name__)
 
 TOLD_AT_ONCE, TOLD_PER_S = 200, 20  # lines of requests that want to be told
 MIN_REASONS = 3  # of rows that failed together, each with a story; what is left joins the last

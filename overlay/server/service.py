@@ -41,7 +41,7 @@ from overlay.transport.timers import Deadlines
 from overlay.workers import api
 from overlay.workers.executor import Executor
 
-log = logging.getLogger("overlay.service")
+log = logging.getLogger(__name__)
 
 NOTICE_S = 0.1  # for neighbours to route around this process; what is on its way is still taken
 QUIET_S = 0.2  # without a single call, before the server closes: gRPC drops those that come then

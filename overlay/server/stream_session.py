@@ -41,7 +41,7 @@ from overlay.transport.chunks import Budget, ChunkWindow, Share, Told
 from overlay.transport.codec import pb2
 from overlay.transport.timers import Deadlines
 
-log = logging.getLogger("overlay.streams")
+log = logging.getLogger(__name__)
 
 OF_ONE_ADDRESS = 3  # times the places that are left: of 1,024 it has 768 at most
 OF_A_NEIGHBOUR = 4  # streams: a link has two, and those before its restart

@@ -46,7 +46,7 @@ def record() -> Iterator[RequestLog]:
 
 @pytest.fixture(autouse=True)
 def _lines_of_all_levels(caplog):
-    caplog.set_level(logging.INFO, "overlay.requests")
+    caplog.set_level(logging.INFO, "overlay.server.request_log")
 
 
 def segment(rows: int = 1, *, traced: bool = False, told: bool = False, hops=()) -> Segment:
