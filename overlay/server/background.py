@@ -1,4 +1,4 @@
-"""Threads that run jobs whose results nobody waits for."""
+"""Threads that run jobs without results."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""The last lines of this process's log, and of those below it, for whoever asks.
+"""The last lines of this process's log, and of the logs below it.
 
-Two kinds of text: what the overlay itself says is for all who may ask GetMetrics, whose events are
-the same lines. What a handler printed, logged or raised may hold what was in a payload: it is given
-only where the client, and every process on the way, is on this machine, whose files tell it anyway.
+There are two kinds of text. What the overlay itself says is for everyone who may call GetMetrics,
+whose events are the same lines. What a handler printed, logged or raised may quote a payload: it is
+given only where the client, and every process on the way, is on this machine, where the log file
+can be read anyway.
 
-The question goes down by rank, as requests do, and so can never go in a circle.
+The question goes down by rank, as requests do, and so never in a circle.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MAX_BYTES = 512 * 1024  # of one answer; the smallest max_message_mib is 1
 
 
 class LogReader:
-    """dropped: how many lines no log got. Safe from any thread; `read` may wait for others."""
+    """Safe from any thread; `read` may wait for other processes. dropped: lines that no log got."""
 
     def __init__(
         self,

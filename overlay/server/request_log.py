@@ -1,11 +1,11 @@
-"""What becomes of this process's requests: counted, told as stories, in the log where they fail.
+"""What becomes of this process's requests: counts, times, summaries, and log lines of failures.
 
-    took  -> times                  of every row, at the price of one
-    ended -> counts                 the same
-          -> its trace and a story  of some a second, and of failures
-          -> lines in the log       of failures: some, then how many more; of those told: each
+    took  -> times                of every row, at the cost of one
+    ended -> counts               the same
+          -> a trace, a summary   of some requests a second, and of failures
+          -> lines in the log     of failures: some, then how many more; of each request on demand
 
-Safe from any thread; owns none but the one of its repeats.
+Safe from any thread; owns none but that of its throttles.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from overlay.transport.codec import pb2
 
 log = logging.getLogger(__name__)
 
-TOLD_AT_ONCE, TOLD_PER_S = 200, 20  # lines of requests that want to be told
-MIN_REASONS = 3  # of rows that failed together, each with a story; what is left joins the last
+TOLD_AT_ONCE, TOLD_PER_S = 200, 20  # lines of requests that ask for one
+MIN_REASONS = 3  # of rows that failed together, each with a summary; further ones join the last
 
 
 @dataclass(slots=True)
 class Ended:
-    """Rows of a segment that have come to their end together.
+    """Rows of a segment that have ended together.
 
-    answers: None when it never came to any. start: the first of the rows. ticket: None for what
-    was not admitted. failures: by row, counted from the first.
+    answers: None where there are none. start: the first of the rows. ticket: None for rows that
+    were not admitted. failures: by row, counted from the first.
     """
 
     segment: Segment
@@ -99,7 +99,7 @@ class RequestLog:
             self.meter.failed()
 
     def ended(self, ended: Ended) -> None:
-        """Counts how each row ended; gives it a trace and tells of it, where that is wanted."""
+        """Counts how each row ended; traces, summarises and logs it where that is wanted."""
         failures = ended.failures
         if ended.count > len(failures):
             self.meter.completed(ended.count - len(failures))
@@ -126,9 +126,9 @@ class RequestLog:
     ) -> None:
         """Notes the times of rows that have ended: as in overlay.queueing.request_queue.Took.
 
-        Service is what their worker says that its handler took, and waiting all else until the
-        answer was here: in queues, here and below, and on the way. Where parts went before the
-        answer, for which their reader may have let it wait, only what was told of queues.
+        Service is the time that the worker reports for its handler; waiting is all other time until
+        the answer was here: in queues, here and below, and on the way. Where parts went ahead of
+        the answer, whose reader may have held it up, waiting is only what was reported of queues.
         """
         stay_s = ended - ticket.admitted
         if started is None:
@@ -208,7 +208,7 @@ class RequestLog:
     def _tell_failures(self, ended: Ended) -> None:
         ids = ended.segment.all_ids
         for row, error, count in _alike(ended.failures):
-            if error.code is Code.CANCELLED:  # its caller knows, and nobody else is concerned
+            if error.code is Code.CANCELLED:  # its caller knows, and it concerns no one else
                 continue
             kind = _kind(error, ended.segment.route.handler, self._knows(ended, row, error))
             if self._failures.may_tell(kind):
@@ -219,9 +219,9 @@ class RequestLog:
             self._failures.add(kind, count - 1)
 
     def _knows(self, ended: Ended, row: int, error: OverlayError) -> bool:
-        """Whether it is for this process to make an event of it: so that each failure is one.
+        """Whether this process makes an event of it, so that each failure makes one.
 
-        What ran is told by the process that ran it, the rest by the one that the client asked.
+        The process that ran a request reports it; of the others, the one that the client asked.
         """
         if error.executed is not Executed.YES:
             return not ended.segment.route.hops
@@ -230,10 +230,10 @@ class RequestLog:
 
 
 def served(answers: Answers, away_s: float, works: bool = False) -> float | None:
-    """How long the handler of these rows ran, which were away for so long; None if none began.
+    """How long the handler of these rows ran, of the time that they were away; None if none began.
 
-    Of several workers it is the one that took longest in all. What is late or lost has run all the
-    time that its worker did not say it waited, as far as is known.
+    Of several workers it is the one that took longest in all. A row that is late or lost counts as
+    running for all the time that its worker did not report as waiting.
     """
     if answers.refused is not None:
         return None if answers.refused.executed is Executed.NO else away_s
@@ -252,7 +252,7 @@ def served(answers: Answers, away_s: float, works: bool = False) -> float | None
 
 
 def log_failure(what: str, e: BaseException, request_id: int = 0) -> str:
-    """Logs it under an id, and says where: the sentence for its caller, who gets no more."""
+    """Logs the error under an id. The sentence for its caller, which names only that id."""
     error_id = uuid.uuid4().hex[:8]
     log.error("error id %s: %s", error_id, what, exc_info=e, extra={"request_id": request_id})
     return f"{what}; error id {error_id} in this process's log"
@@ -293,9 +293,9 @@ def _asked_by(ended: Ended) -> str:
 
 
 class _Kind(NamedTuple):
-    """Failures that are told together: of one word, cause and handler.
+    """Failures that are logged together: of one word, cause and handler.
 
-    handler: of what was refused none, as a stranger may have made it up. event: "" where another
+    handler: "" for a refusal, whose handler a stranger may have made up. event: "" where another
     process makes one of it.
     """
 
@@ -327,7 +327,7 @@ def _tell_failure(kind: _Kind, words: str, request_id: int, private: str = "") -
 
 
 def _words(ended: Ended, row: int, error: OverlayError) -> tuple[str, str]:
-    """What is said of a failure, and what only its process's log says."""
+    """What everyone may read of a failure, and what is only in this process's log."""
     kind, public = _kind(error), _public(ended, row, error)
     return f"{kind.word}, {kind.cause}: {public}", str(error) if public != str(error) else ""
 

@@ -43,16 +43,16 @@ from overlay.workers.executor import Executor
 
 log = logging.getLogger(__name__)
 
-NOTICE_S = 0.1  # for neighbours to route around this process; what is on its way is still taken
-QUIET_S = 0.2  # without a single call, before the server closes: gRPC drops those that come then
+NOTICE_S = 0.1  # for neighbours to route around this process; requests on their way are still taken
+QUIET_S = 0.2  # without a unary call before the server closes, which drops the calls that come then
 MAX_QUIET_S = STOPPING_RETRY_S  # how long to wait for that; what is refused comes back later
-LONGEST_NAME = 64  # characters of what a caller calls itself that are kept
+LONGEST_NAME = 64  # characters that are kept of a caller's own name
 LAST_WORDS_S = 0.5  # for answers on their way out, when the grace is over
 
 
 @dataclass(frozen=True)
 class Drained:
-    """What came of a drain: requests refused while it lasted, and those it had to leave."""
+    """The result of a drain: requests refused meanwhile, and those left unfinished."""
 
     refused: int = 0
     left: int = 0
@@ -71,7 +71,7 @@ class Service:
     ) -> None:
         """Imports the handlers and makes the links. Raises ConfigError.
 
-        recent: what this process logged of late; its events are told to those who ask.
+        recent: the last lines that this process logged, and its events.
         """
         self.calls_without_message: Callable[[], int] = lambda: 0
         self.topology = topology
@@ -146,10 +146,10 @@ class Service:
     def drain(self, grace_s: float, for_good: bool = False) -> Drained:
         """Refuses what waits and what comes, and lets the running end within `grace_s`.
 
-        Those who send on streams hear of it first, a moment before anything is refused. At last the
-        streams end, so that each of them knows what of its requests was not read.
+        Clients with streams are told first, a moment before anything is refused. At the end the
+        streams end, which tells each client which of its requests were not read.
 
-        for_good: they hear that too, and do not wait for the process to be back.
+        for_good: they are told that too, and do not wait for the process to be back.
         """
         began, refused_before = time.monotonic(), self.meter.counts().refused
         self._path.draining = True
@@ -219,19 +219,19 @@ def _expire(due: QueuedSegment | Waiter) -> None:
 
 
 def _half_if_several(topology: Topology, in_service: int) -> int:
-    """A team that is stuck must not hold all places, where there are others."""
+    """A team that is stuck must not hold all places where there are other teams."""
     teams = {worker.team for worker in topology.workers}
     return in_service if len(teams) < 2 else max(1, in_service // 2)
 
 
 def _default_of_all(topology: Topology, me: Process) -> str:
-    """What a request without a handler's name runs, where that is one and the same; else ""."""
+    """The handler of a request that names none, where all workers agree on it; else ""."""
     names = {worker.handler for worker in ((me,) if me.works else topology.workers)}
     return names.pop() if len(names) == 1 else ""
 
 
 def _caller(context: grpc.ServicerContext) -> Caller:
-    """Who asks, for fairness and not for safety."""
+    """The caller, for fairness and not for security."""
     names = (str(value) for key, value in context.invocation_metadata() if key == codec.CALLER_KEY)
     return Caller(codec.address_in(context.peer()), next(names, "")[:LONGEST_NAME])
 

@@ -50,8 +50,8 @@ OF_A_NEIGHBOUR = 4  # streams: a link has two, and those before its restart
 class OpenStreams:
     """The streams that are open. Safe from any thread.
 
-    So many at most, and one address three times as many as are left; one that has nothing to do
-    makes room for a new one of its address. Neighbours have places of their own.
+    At most `most`, and of one address three times as many as are left. An idle one is ended for a
+    new one of its address. Neighbours' streams are counted apart.
     """
 
     def __init__(self, most: int) -> None:
@@ -60,8 +60,8 @@ class OpenStreams:
         self._open: dict[_Session, str] = {}  # the oldest first, each with its address
         self._of_neighbours: dict[str, dict[_Session, None]] = {}
         self._counts: dict[str, int] = {}
-        # Who had nothing to do when it was listed; who has worked since is looked at again, so that
-        # a stream tells of neither.
+        # Streams that were idle when they were listed. One that has worked since is found out when
+        # its turn comes, so that a stream need not report that it works.
         self._resting: EvictionQueue[_Session] = EvictionQueue(most)
 
     def __iter__(self) -> Iterator[_Session]:
@@ -74,7 +74,7 @@ class OpenStreams:
         return len(self._open) + sum(map(len, self._of_neighbours.values()))
 
     def enter(self, stream: _Session, address: str, neighbour: str = "") -> list[_Session]:
-        """Who has to go for it. Raises QueueFull. neighbour: the process that it is a link of."""
+        """The streams that end for it. Raises QueueFull. neighbour: the process of its link."""
         with self._lock:
             if neighbour:
                 held = self._of_neighbours.setdefault(neighbour, {})
@@ -85,11 +85,13 @@ class OpenStreams:
                 self._open[stream] = address
                 self._counts[address] = self._counts.get(address, 0) + 1
                 self._list_locked(stream, address)
-            stream.is_listed = True  # a neighbour's never has to go, and need not list itself
+            stream.is_listed = (
+                True  # a neighbour's is not ended for others, and need not list itself
+            )
         return gone
 
     def rests(self, stream: _Session) -> None:
-        """It has nothing to do, and is not listed as one that may have nothing to do."""
+        """It is idle, and not yet listed as one that may be."""
         with self._lock:
             address = self._open.get(stream)
             if address is not None:
@@ -117,13 +119,13 @@ class OpenStreams:
             return []
         while self._resting.size_of(address):
             stream = self._resting.pop_oldest(address)
-            stream.is_listed = False  # before it is asked: from now on it lists itself
+            stream.is_listed = False  # before it is looked at: from now on it lists itself
             has_worked, stream.has_worked = stream.has_worked, False
             if stream.is_at_work:
                 continue
             if not has_worked:
                 return [stream]
-            self._list_locked(stream, address)  # others have rested for longer
+            self._list_locked(stream, address)  # others have been idle for longer
         raise QueueFull(
             f"all {self._most} streams are open"
             if left <= 0
@@ -240,7 +242,9 @@ class _Session:
         self._rows = 0  # accepted and not yet written
         self._held = Share(sessions.held)  # bytes in its window
         self._unread = Share(sessions.unread)  # bytes of answers that wait for the client to read
-        self.is_listed = False  # among those that may have to go for others; so are the next
+        self.is_listed = (
+            False  # as one that may be idle; guarded by the list's lock, as is the next
+        )
         self.has_worked = False
         self._passage = ChunkWindow(limits.window_bytes // 2 // limits.chunk_bytes, sessions.ahead)
         self._frame_bytes = min(limits.frame_bytes, self._most_bytes // 2)
@@ -251,7 +255,7 @@ class _Session:
         self._abandoned = False
         self._rest_is_ended = False  # after that
         self._stopping = self._for_good = False
-        self._has_news = False  # to be told, also when there is no answer to send
+        self._has_news = False  # to be sent even without an answer
         self._broken: OverlayError | None = None
         self._parting: OverlayError | None = None
 
@@ -274,7 +278,7 @@ class _Session:
         self._part_with(Draining(f"{me} is stopping and takes no new requests"))
 
     def make_room(self) -> None:
-        """It has nothing to do and ends for others; its client comes back when it has."""
+        """It is idle and ends for others; its client comes back when it has something to ask."""
         self._part_with(
             MadeRoom(f"{self._path.me} has more clients than places; this one was idle")
         )
@@ -355,7 +359,7 @@ class _Session:
     # writing
 
     def _write_on(self) -> None:
-        """Has what there is to write written, unless that is under way."""
+        """Starts a job that writes what there is to write, unless one is under way."""
         with self._lock:
             if self._writes or not self._has_work_locked():
                 return
@@ -446,7 +450,7 @@ class _Session:
             self._path.note(accepted, accepted.counted, answers, failures)
 
     def _keep_answers_locked(self, size: int) -> None:
-        """So many bytes more, or less, that its client has not read; with many its lane pauses."""
+        """Adds to the bytes that its client has not read; with too many its lane pauses."""
         self._held.add(size)
         self._unread.add(size)
         self._lane.paused = not self._unread.is_within(self._limits.window_bytes // 2)
@@ -561,7 +565,7 @@ class _Session:
             self._write_on()
 
     def _chunks_locked(self, accepted: _Accepted, row: int, answers: Answers) -> list[Told]:
-        """Who of those whose chunks go up here may send more."""
+        """The workers whose chunks pass here and that may send more."""
         told = []
         for column in answers.parts:
             key = accepted.number, row, column.process_id
@@ -624,7 +628,7 @@ class _Session:
         codec.write_slice(frame, accepted.number, start, answers, more=True)
 
     def _leave_window(self, taken: list[_Gone]) -> tuple[bool, list[_Accepted]]:
-        """Whether its lane goes on, and the segments of which all is answered."""
+        """Whether its lane goes on, and the segments that are answered in full."""
         ended = []
         with self._lock:
             was_paused, size = self._lane.paused, 0
