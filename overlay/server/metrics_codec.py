@@ -12,7 +12,7 @@ from overlay.model.signatures import Function
 from overlay.observability.counters import BOUNDS_S, Histogram, Spread
 from overlay.observability.log_buffer import Line
 from overlay.observability.map_progress import RunningMap
-from overlay.observability.trace import RequestSummary
+from overlay.observability.request_summaries import RequestSummary
 from overlay.peers.peers import PeerState
 from overlay.transport import codec
 from overlay.transport.codec import pb2

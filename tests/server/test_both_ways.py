@@ -23,7 +23,7 @@ from overlay.model.limits import Limits
 from overlay.model.topology import HandlerSpec, Process, Topology
 from overlay.server.reception import Reception
 from overlay.server.service import Service
-from overlay.transport import codec
+from overlay.transport import endpoints
 from overlay.transport.codec import pb2_grpc
 from overlay.workers.api import Context
 from tests.harness.cluster import free_port, until
@@ -101,13 +101,13 @@ class Worker:
             def ForwardStream(self, call, context):
                 return service.forward_stream(call, context)
 
-        self._server = grpc.server(self._pool, options=codec.server_options(LIMITS))
+        self._server = grpc.server(self._pool, options=endpoints.server_options(LIMITS))
         reception = Reception(self._server, self._pool, LIMITS, service.record)
         pb2_grpc.add_OverlayNodeServicer_to_server(Servicer(), reception)
         assert self._server.add_insecure_port(f"127.0.0.1:{port}") == port
         self._server.start()
         service.start()
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}", codec.channel_options())
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}", endpoints.channel_options())
 
     def stub(self, process_id: str) -> pb2_grpc.OverlayNodeStub:
         return pb2_grpc.OverlayNodeStub(self._channel)

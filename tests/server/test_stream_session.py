@@ -40,7 +40,7 @@ from overlay.server import stream_session
 from overlay.server.reception import Reception
 from overlay.server.request_log import Ended, RequestLog
 from overlay.server.request_path import RequestPath
-from overlay.transport import codec
+from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from overlay.transport.timers import Deadlines
 from overlay.transport.validation import Asked
@@ -142,12 +142,12 @@ class Served:
         self.path = RequestPath(topology, "W", self.intake, self.record)
         self.sessions = stream_session.StreamSessions(self.path, self.deadlines)
         self._pool = ThreadPoolExecutor(8)
-        self._server = grpc.server(self._pool, options=codec.server_options(limits))
+        self._server = grpc.server(self._pool, options=endpoints.server_options(limits))
         reception = Reception(self._server, self._pool, limits, self.record)
         pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), reception)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self.channel = grpc.insecure_channel(
-            f"127.0.0.1:{self.port}", codec.channel_options(limits)
+            f"127.0.0.1:{self.port}", endpoints.channel_options(limits)
         )
         self.stub = pb2_grpc.OverlayNodeStub(self.channel)
 
