@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-import overlay  # noqa: F401 - this folder's, whatever else is installed
+import overlay  # noqa: F401 - of this folder, whatever else is installed
 
-if __name__ == "__main__":  # a random.py of yours in this folder is not Python's
+if __name__ == "__main__":  # so that a random.py beside this file does not hide Python's own
     sys.path.append(sys.path.pop(0))
 
 import argparse
@@ -17,13 +17,14 @@ import atexit
 import contextlib
 import errno
 import gc
+import logging
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,18 @@ from overlay.cli import stdio
 
 stdio.complete()
 
-from overlay.workers import descendants  # noqa: E402 - after that, as all that may open files
+from overlay.workers import descendants  # noqa: E402 - it, like the rest, may open files
 
-if __name__ == "__main__":  # before multiprocessing's own, and so after that when it comes to it
+if __name__ == "__main__":  # registered before multiprocessing's own, and so it runs after that
     atexit.register(descendants.end)
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines go to stderr, ours tell the same
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our log says the same as its lines on stderr
 if sys.platform == "linux":
     # gRPC's older poller: half the thread switches of its event engine, a fifth more requests.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 if sys.platform == "win32" and sys.version_info < (3, 13):
-    # There it ticks each 15.6 ms, far too coarse for who is quick and who is slow. Measured with
-    # such ticks: 2,300 requests of a map a second in place of 123,000. Newer Pythons do the same.
+    # There it ticks every 15.6 ms, too coarse to tell quick workers from slow ones: a map made
+    # 2,300 requests a second with such ticks and 123,000 without. Newer Pythons do the same.
     time.monotonic = time.perf_counter
 
 try:
@@ -58,7 +59,7 @@ try:
     from overlay.server.admin import Admin
     from overlay.server.connection_limits import Connections, most_connections, raise_file_limit
     from overlay.server.heap import HeapTrimmer, keep_little
-    from overlay.server.reception import Health, Reception, on_threads_of
+    from overlay.server.reception import Call, Health, Reception, on_threads_of
     from overlay.server.service import Drained, Service
     from overlay.server.shutdown import StopFile, when_console_ends
     from overlay.transport.channels import Channel
@@ -79,48 +80,54 @@ except Exception as e:  # noqa: BLE001 - missing stubs; ConfigError may be what 
 OVERLAY_NODE = pb2.DESCRIPTOR.services_by_name["OverlayNode"].full_name
 OVERLAY_ADMIN = pb2.DESCRIPTOR.services_by_name["OverlayAdmin"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-LEAVE_S = 2.0  # at the end, for what modules of handlers have to do then
+logger = logging.getLogger("overlay.node")
+
+LEAVE_S = 2.0  # at the end, for what handler modules have registered to run then
 PORT_PATIENCE_S = 1.0  # for a port that an old connection still holds for a moment
-ELSEWHERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # of an address that this machine has not
+ELSEWHERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # the address is not one of this machine's
 
 
-class OverlayNode(pb2_grpc.OverlayNodeServicer):
+class OverlayNode(pb2_grpc.OverlayNodeServicer):  # type: ignore[misc]
     """The methods that others call; the work is in overlay.server.service."""
 
     def __init__(self, service: Service, metrics_pool: ThreadPoolExecutor) -> None:
         self._service = service
-        self.GetMetrics = on_threads_of(metrics_pool, self.GetMetrics)
+        self.GetMetrics = on_threads_of(metrics_pool, self.GetMetrics)  # type: ignore[method-assign]
 
-    def Forward(self, request, context):
+    def Forward(
+        self, request: pb2.Request, context: grpc.ServicerContext
+    ) -> pb2.Response | Future[pb2.Response]:
         return self._service.forward(request, context)
 
-    def ForwardStream(self, call, context):
-        return self._service.forward_stream(call, context)
+    def ForwardStream(self, call: Call, context: grpc.ServicerContext) -> None:
+        self._service.forward_stream(call, context)
 
-    def GetMetrics(self, request, context):
+    def GetMetrics(
+        self, request: pb2.MetricsRequest, context: grpc.ServicerContext
+    ) -> pb2.MetricsResponse:
         return self._service.metrics(request.events, request.requests, request.functions)
 
 
-class OverlayAdmin(pb2_grpc.OverlayAdminServicer):
+class OverlayAdmin(pb2_grpc.OverlayAdminServicer):  # type: ignore[misc]
     """The methods for those who run the process; the work is in overlay.server.admin."""
 
     def __init__(self, admin: Admin) -> None:
         self._admin = admin
-        self.Drain = on_threads_of(admin.pool, self.Drain)
-        self.Logs = on_threads_of(admin.logs_pool, self.Logs)
+        self.Drain = on_threads_of(admin.pool, self.Drain)  # type: ignore[method-assign]
+        self.Logs = on_threads_of(admin.logs_pool, self.Logs)  # type: ignore[method-assign]
 
-    def Drain(self, request, context):
+    def Drain(self, request: pb2.DrainRequest, context: grpc.ServicerContext) -> pb2.DrainResponse:
         return self._admin.drain(request, context)
 
-    def Logs(self, request, context):
+    def Logs(self, request: pb2.LogsRequest, context: grpc.ServicerContext) -> pb2.LogsResponse:
         return self._admin.logs(request, context)
 
 
 class Node:
     """The gRPC server of one process, from `start` to `stop`.
 
-    place: the addresses to listen on. stop_process: takes a grace in seconds and lets whoever runs
-    this process call `stop` soon.
+    place: the addresses to listen on. stop_process: asks for a stop with a grace in seconds and
+    returns at once; whoever runs this process then calls `stop`.
     """
 
     def __init__(
@@ -155,7 +162,7 @@ class Node:
         reflection.serve(self.reception, self.metrics_pool, services)
 
     def start(self) -> None:
-        """Serves when it returns. Raises ConfigError when the port cannot be had."""
+        """Returns when it serves. Raises ConfigError where it cannot listen on its port."""
         try:
             self.server.start()
         except RuntimeError as e:
@@ -168,7 +175,7 @@ class Node:
     def stop(self, grace_s: float, for_good: bool = False) -> Drained:
         """Refuses new requests, lets the running ones end, then closes.
 
-        for_good: it will not be back soon, and its neighbours need not wait for it.
+        for_good: it will not be back soon, so its neighbours need not wait for it.
         """
         # In this order: neighbours route around us before the first request is refused.
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -191,7 +198,7 @@ class Node:
             self.health.set(name, status)
 
     def _probe(self) -> None:
-        # The answer must come from this process, not from another that has the port too.
+        # The answer must come from this process, not from another one that shares the port.
         number = self.place.addresses[0]
         number = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(number, number)
         address = join_address(number, self.me.port)
@@ -264,7 +271,7 @@ def _serve(topology: Topology, me: Process, place: Named, stop_file: StopFile | 
             node.stop(0)
             raise
         _announce(topology, me, place)
-        with _told_to_prometheus(me, service):
+        with _exporter(me, service):
             log.take_prints()
             _calm_garbage_collector()
             stopping.wait()
@@ -277,12 +284,12 @@ def _serve(topology: Topology, me: Process, place: Named, stop_file: StopFile | 
 
 
 @contextlib.contextmanager
-def _told_to_prometheus(me: Process, service: Service) -> Iterator[None]:
-    """While the process runs and stops, if that is configured."""
+def _exporter(me: Process, service: Service) -> Iterator[None]:
+    """Serves the figures to Prometheus, where that is configured, until the process has stopped."""
     if me.metrics_port is None:
         yield
         return
-    from overlay.server.prometheus import Exporter  # its library takes a moment, and few want it
+    from overlay.server.prometheus import Exporter  # few want it, and its library loads slowly
 
     exporter = Exporter(service.metrics, me.metrics_bind, me.metrics_port)
     exporter.start()
@@ -293,8 +300,8 @@ def _told_to_prometheus(me: Process, service: Service) -> Iterator[None]:
 
 
 def _calm_garbage_collector() -> None:
-    # Requests leave no cycles behind, and what is there now stays until the end: looking through it
-    # with every few hundred new objects costs a twentieth of the work.
+    # Requests leave no cycles behind, and what exists now stays until the end: a look through it
+    # after every few hundred new objects costs a twentieth of all CPU time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
@@ -303,25 +310,24 @@ def _calm_garbage_collector() -> None:
 def _announce(topology: Topology, me: Process, place: Named) -> None:
     at = place.shown(me.listen_address)
     print(f"{me.id} {me.role} {me.team} serves on {at}", flush=True)
-    log = _log()
     for warning in config.warnings(topology):
-        log.warning("%s", warning)
+        logger.warning("%s", warning)
     if not place.is_loopback:
-        log.warning("no TLS: whoever reaches %s can send requests", at)
+        logger.warning("no TLS: whoever reaches %s can send requests", at)
     elif place.shown() != place.host and len({p.host for p in topology.processes.values()}) > 1:
-        # Of Debian's hosts file, for example, where a machine's own name is 127.0.1.1.
-        log.warning("%s leads no other machine to %s: give it a bind", place.shown(), me.id)
+        # As in Debian's hosts file, where a machine's own name stands for 127.0.1.1.
+        logger.warning("%s leads no other machine to %s: give it a bind", place.shown(), me.id)
     about = {"kind": "started"}
-    log.info("serves on %s, pid %d", at, os.getpid(), extra=about)
+    logger.info("serves on %s, pid %d", at, os.getpid(), extra=about)
 
 
 def _stop(node: Node, stopping: _Stopping) -> int:
-    """How many requests did not end within the grace."""
+    """The number of requests that did not end within the grace."""
     began, grace_s = time.monotonic(), stopping.grace_s
-    _log().info("stopping: up to %g s for what runs", grace_s, extra={"kind": "stopping"})
+    logger.info("stopping: up to %g s for what runs", grace_s, extra={"kind": "stopping"})
     _watchdog(grace_s + 5)
     drained = node.stop(grace_s, stopping.is_for_good)
-    _log().info(
+    logger.info(
         "stopped in %.1f s; %d requests refused, %d left behind",
         time.monotonic() - began,
         drained.refused,
@@ -337,16 +343,18 @@ def _watchdog(after_s: float, code: int = 1) -> None:
 
 
 def _end_now(code: int) -> None:
-    """Without a word, but with all that handlers on threads have started."""
+    """Ends the process without a word, and with it all that its handlers have started."""
     descendants.end()
     os._exit(code)
 
 
 class _Stopping:
-    """Waits for a signal, the stop file or `ask`. The second signal ends the process at once, but
-    for SIGHUP: a terminal that is closed may send it more than once.
+    """Waits for a signal, the stop file or `ask`.
 
-    grace_s: what runs may take so long then.
+    The second signal ends the process at once, except SIGHUP: a terminal that closes may send it
+    more than once.
+
+    grace_s: the time that running requests have from then on.
     """
 
     def __init__(self, grace_s: float, stop_file: StopFile | None) -> None:
@@ -363,17 +371,17 @@ class _Stopping:
             # Not where it is ignored, as under nohup.
             hang_up = signal.signal(signal.SIGHUP, lambda number, frame: self._wanted.set())
             before[signal.SIGHUP] = hang_up
-        if hasattr(os, "register_at_fork"):  # a pool of a handler ends its processes with SIGTERM
+        if hasattr(os, "register_at_fork"):  # a handler's own pool ends its children with SIGTERM
             os.register_at_fork(after_in_child=lambda: _set_signals(before))
         when_console_ends(self.ask)
 
     @property
     def is_for_good(self) -> bool:
-        """Whether the process will not be back soon, as far as who stops it has said."""
+        """Whether the stop file says that the process will not be back soon."""
         return self._stop_file is not None and self._stop_file.is_for_good
 
     def wait(self) -> None:
-        # In slices: a wait without end cannot be interrupted on Windows before Python 3.14.
+        # In slices: before Python 3.14, nothing interrupts an endless wait on Windows.
         while not self._wanted.wait(0.2):
             stdio.leave_terminal()
             if self._stop_file is not None and self._stop_file.is_there:
@@ -381,7 +389,10 @@ class _Stopping:
         stdio.leave_terminal()
 
     def ask(self, grace_s: float) -> None:
-        """As the first signal does. Safe from any thread; only the first grace counts."""
+        """Stops the process as the first signal does; only the first grace counts.
+
+        Safe from any thread.
+        """
         if not self._wanted.is_set():
             self.grace_s = grace_s
         self._wanted.set()
@@ -400,27 +411,27 @@ def _set_signals(actions: dict[int, Any]) -> None:
 
 
 def _wait_for_port(me: Process) -> Named:
-    """What the host stands for, less what is not of this machine. Raises ConfigError."""
+    """The addresses of its host that this machine has and can listen on. Raises ConfigError."""
     until = time.monotonic() + PORT_PATIENCE_S
     while True:
         place = look_up(me.bind or me.host)
         refused = {n: e for n in place.addresses if (e := _refusal(n, me.port)) is not None}
-        amiss = [e for e in refused.values() if e.errno not in ELSEWHERE]
-        if len(refused) < len(place.addresses) and not amiss:
+        unusable = [e for e in refused.values() if e.errno not in ELSEWHERE]
+        if len(refused) < len(place.addresses) and not unusable:
             own = tuple(number for number in place.addresses if number not in refused)
             return replace(place, addresses=own)
-        if not amiss or amiss[0].errno != errno.EADDRINUSE or time.monotonic() > until:
-            e = next(iter([*amiss, *refused.values()]), None)
+        if not unusable or unusable[0].errno != errno.EADDRINUSE or time.monotonic() > until:
+            e = next(iter([*unusable, *refused.values()]), None)
             raise ConfigError(f"process {me.id}: {_bind_sentence(me, place, e)}")
         time.sleep(0.1)
 
 
 def _refusal(number: str, port: int) -> OSError | None:
-    """Why the address cannot be listened on, found with a plain socket: gRPC does not say."""
+    """Why this machine cannot listen on the address, by a plain socket: gRPC does not say."""
     try:
         family, place = socket_address(number, port)
         with socket.socket(family) as probe:
-            if os.name == "posix":  # as gRPC does; elsewhere it would allow to share the port
+            if os.name == "posix":  # as gRPC does; on Windows it would share the port
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
             probe.listen(1)
@@ -449,13 +460,7 @@ def _bind_sentence(me: Process, place: Named, e: OSError | None) -> str:
     return f"cannot listen on port {me.port} of {host}: {e}"
 
 
-def _log():
-    import logging
-
-    return logging.getLogger("overlay.node")
-
-
 if __name__ == "__main__":
     code = main()
-    _watchdog(LEAVE_S, code)  # nothing that a handler has left behind holds up the end
+    _watchdog(LEAVE_S, code)  # whatever handlers have left behind, the process ends
     sys.exit(code)

@@ -302,6 +302,7 @@ class Part:
     worked_us: int = 0
     executed: Executed = Executed.UNKNOWN
     retry_after_s: float | None = None  # of a refusal by the process asked, if it gave one
+    cause: str = ""  # the word that metrics count a refusal by this process under
 
     @property
     def ok(self) -> bool:

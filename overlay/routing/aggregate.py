@@ -71,7 +71,7 @@ def failure(answer: Answer, retry_after_s: float) -> OverlayError | None:
             "no worker was asked", Code.UNAVAILABLE, Executed.NO, "unreachable", None
         )
     first, executed = parts[0], _executed(parts)
-    cause = first.code.name.lower().replace("_", " ")
+    cause = first.cause or first.code.name.lower().replace("_", " ")
     again: float | None = first.retry_after_s or retry_after_s
     if executed is not Executed.NO or first.code not in _WORTH_A_RETRY:
         again = None

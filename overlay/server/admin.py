@@ -1,8 +1,8 @@
 """The service OverlayAdmin: verbs that act on the process itself.
 
-Answered only to callers on the same machine, until TLS tells who calls; `logs` to others too, but
-for what is private. Owns two threads, "admin", from `Admin` to `close`: a drain holds one for as
-long as it takes; and two, "logs", that may wait for another process.
+Answered only to callers on the same machine, until TLS identifies callers; `logs` to others too
+but without what is private. Owns two threads, "admin", from `Admin` to `close`: a drain holds one
+for as long as it takes; and two, "logs", that may wait for another process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from overlay.server.upstream import plain_address
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 
-log = logging.getLogger("overlay.admin")
+log = logging.getLogger(__name__)
 
 LONGEST_GRACE_S = 86_400.0
 LOGS_S = 5.0  # another process is waited for so long
@@ -75,7 +75,7 @@ class Admin:
             _abort(context, e)
 
     def tell(self, grace_s: float, drained: Drained) -> None:
-        """What came of the drain, for those who wait for it."""
+        """Passes on the result of the drain to the callers that wait for it."""
         self._drained.set_result((grace_s, drained))
 
     def close(self) -> None:

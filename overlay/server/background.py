@@ -1,4 +1,4 @@
-"""Threads that run jobs whose results nobody waits for."""
+"""Threads that run jobs without results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-log = logging.getLogger("overlay.pool")
+log = logging.getLogger(__name__)
 
 
 class BackgroundThreads:

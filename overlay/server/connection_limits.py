@@ -26,14 +26,14 @@ from overlay.server.request_log import RequestLog
 from overlay.server.upstream import plain_address
 from overlay.transport import codec
 
-log = logging.getLogger("overlay.connections")
+log = logging.getLogger(__name__)
 
 WANTED_FILES = 10_240  # the most that macOS gives; Linux starts programs with 1,024
 OWN_FILES = 200  # for logs, links, handlers
 MAX_CONNECTIONS = 8192
 LOOK_S = 0.25
-# After some had to be cut: those who made them come again at once, and may be back, too many for
-# anybody else to be let in, long before the usual next look.
+# After some were cut: their makers come again at once, and would fill the room, so that no other
+# caller gets in, long before the usual next look.
 BUSY_LOOK_S, BUSY_S = 0.01, 5.0
 
 
@@ -58,7 +58,7 @@ def most_connections(files: int) -> int:
 
 
 class Connections:
-    """open_peers: who has a call open, as gRPC names them. each_look: is called each 250 ms."""
+    """open_peers: callers with an open call, by gRPC's names. each_look: called every 250 ms."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Connections:
         open_peers: Callable[[], Collection[str]],
         each_look: Callable[[], None] = lambda: None,
     ) -> None:
-        """most: connections that gRPC lets in. record: is told of those that are cut."""
+        """most: connections that gRPC lets in. record: counts those that are cut."""
         self._port = port
         self._most = most * 3 // 4
         self._record = record

@@ -1,6 +1,6 @@
-"""Who has to go when there are too many: the oldest of the address that has the most.
+"""Where there are too many, the oldest one of the address that has the most is evicted.
 
-So one address, however much it holds, pushes out only its own; and whoever comes anew is let in.
+So an address, however much it holds, evicts only its own, and a new caller is always let in.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class EvictionQueue(Generic[T]):
         return held.size if held else 0
 
     def add(self, item: T, address: str, size: int = 1, now: float = 0.0) -> list[T]:
-        """Those who have to go for it, taken out; never itself. now: seconds of any clock."""
+        """Adds the item; those evicted for it, never itself. now: seconds of any clock."""
         gone: list[T] = []
         while self._entries and self.size + size > self._most:
             gone.append(self.pop_oldest(self._fullest(address, size)))

@@ -1,15 +1,15 @@
 """What was asked under an idempotency key: the first asks, those after it get the same outcome.
 
-    enter --> First     nobody has asked: ask, then tell it what came of it
-          --> Waiter    the first has no answer yet: `on_done` hears of it, and no thread waits
-          --> Outcome   what came of the first: its answer, or what to raise
+    enter --> First     the key is new: ask, then report the outcome to it
+          --> Waiter    the first has no answer yet: `on_done` gets it, and no thread waits
+          --> Outcome   the first one's outcome: its answer, or the error to raise
 
-A key belongs to its caller, by address and name: nobody elsewhere can use it, learn of it or spoil
-it. It is remembered from its first request until `key_window_s` after its answer, and never less.
-So where there is no room the new key is refused, which then has not run; room is shared out by
-address, and none has more than is left free for others.
+A key belongs to its caller, by address and name: other callers cannot use it, probe it or spoil it.
+It is remembered from its first request until `key_window_s` after its answer, never less. So where
+there is no room, the new key is refused and its request has not run. Room is shared by address: no
+address has more than is left free for others.
 
-Owns no thread. Whoever holds a Waiter ends it when its time is over or its caller has left.
+Owns no thread. The holder of a Waiter ends it when its deadline passes or its caller leaves.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from overlay.model.errors import (
 )
 from overlay.model.limits import Limits
 from overlay.model.segments import Caller, Code, Executed
+from overlay.transport.codec import pb2
 
 Outcome = bytes | OverlayError
-"""The answer, or the error to raise: each who gets it has one of his own."""
+"""The answer, or the error to raise; each receiver gets an error object of its own."""
 
 ERROR_BYTES = 600  # that a kept error takes besides its text
 LEAST_RETRY_S = 0.05
-UNKNOWN_RETRY_S = 1.0  # when nothing is answered yet, so that no time can be told
+UNKNOWN_RETRY_S = 1.0  # while no key is answered yet, so that no better time is known
 
 
 class IdempotencyKeys:
@@ -49,13 +50,18 @@ class IdempotencyKeys:
         self._limits = limits
         self._clock = clock
         self._lock = threading.Lock()
-        self._secret = secrets.token_bytes(16)  # so that nobody can make two names alike
+        self._secret = secrets.token_bytes(
+            16
+        )  # so that no caller can construct two names with one digest
         self._asked: dict[bytes, _Asked] = {}
-        self._answered: deque[bytes] = deque()  # their names, who is forgotten first at the front
-        self._waiters: dict[bytes, dict[Waiter, None]] = {}  # of keys that somebody waits for
+        self._answered: deque[bytes] = deque()  # their names, the first one to forget in front
+        self._waiters: dict[bytes, dict[Waiter, None]] = {}  # of keys with requests that wait
         self._shares: dict[str, _Share] = {}  # of addresses that have keys
         self._bytes = 0
         self._waiting = 0
+
+    def fill(self, made: pb2.MetricsResponse) -> None:
+        made.keys, made.key_bytes, made.key_waiters = self.kept, self.kept_bytes, self.waiting
 
     @property
     def kept(self) -> int:
@@ -73,17 +79,17 @@ class IdempotencyKeys:
 
     @property
     def waiting(self) -> int:
-        """Who waits for the first of a key to be answered."""
+        """Requests that wait for the first one of their key."""
         return self._waiting
 
     def enter(
         self, caller: Caller, key: str, question: Sequence[bytes]
     ) -> First | Waiter | Outcome:
-        """Who comes with this key: the first, one that waits, or one for whom the outcome is there.
+        """What a request with this key is: the first, one that waits, or one with a known outcome.
 
-        question: all that makes a request another one. Raises BadRequest when the key stands for
-        another question, KeysFull when there is no room for a new key, which proves that it has not
-        run, and KeyBusy when too many wait already.
+        question: everything that distinguishes one request from another. Raises BadRequest when
+        the key stands for another question, KeysFull when there is no room for a new key, which
+        proves that it has not run, and KeyBusy when too many wait already.
         """
         address, name = caller
         whose = f"{len(address)} {len(name)} {address}{name}{key}"
@@ -155,13 +161,13 @@ class IdempotencyKeys:
         return waiter
 
     def _end(self, named: bytes, asked: _Asked, outcome: Outcome) -> None:
-        """The first has its outcome, and with it those who wait."""
+        """The first one has its outcome, and so have the ones that wait."""
         mine = _own(outcome)
         with self._lock:
             if asked.kept is not None or self._asked.get(named) is not asked:
-                return  # it was told before
+                return  # it was reported before
             if isinstance(outcome, OverlayError) and outcome.executed is Executed.NO:
-                self._drop_locked(named, asked)  # nothing ran: whoever comes later may ask again
+                self._drop_locked(named, asked)  # nothing ran: the next one may ask again
             else:
                 self._keep_locked(named, asked, mine)
             waiters = self._waiters.pop(named, {})
@@ -227,7 +233,7 @@ class IdempotencyKeys:
 
 
 class First:
-    """Who is to ask. Must be told once what came of it, in any case; more is passed over."""
+    """The one that asks. It must report its outcome, whatever that is; the first report counts."""
 
     __slots__ = ("_asked", "_keys", "_named")
 
@@ -240,12 +246,12 @@ class First:
         self._keys._end(self._named, self._asked, answer)
 
     def failed(self, error: OverlayError) -> None:
-        """What proves that nothing ran is not kept: the next one with this key asks again."""
+        """An error that proves that nothing ran is not kept: the next one asks again."""
         self._keys._end(self._named, self._asked, error)
 
 
 class Waiter:
-    """One who waits for the first. It ends once: with the first, its own time, or its caller.
+    """Waits for the first one; ends once: with it, at its own deadline, or when its caller leaves.
 
     To wait for it without a thread, from an rpc that can be answered later:
 
@@ -272,7 +278,7 @@ class Waiter:
         callback(_own(outcome))
 
     def end(self, code: Code) -> None:
-        """Its time is over, or its caller left: it waits no more. Nothing happens after its end."""
+        """Its deadline has passed or its caller has left. Nothing happens after its end."""
         if code is Code.CANCELLED:
             error: OverlayError = CallCancelled("the caller left")
         else:
@@ -283,13 +289,13 @@ class Waiter:
         self.end(Code.CANCELLED)
 
     def _done_locked(self, outcome: Outcome) -> Callable[[Outcome], None] | None:
-        """Who is to hear of it."""
+        """The callback to call, if it is set already."""
         callback, self._callback, self._outcome = self._callback, None, outcome
         return callback
 
 
 class _Lost(NamedTuple):
-    """What there was no room to keep. ran: it was an answer."""
+    """An outcome that there was no room to keep. ran: it was an answer."""
 
     size: int
     ran: bool
@@ -308,7 +314,7 @@ class _Asked:
 
 
 class _Share:
-    """What one address has of the room."""
+    """What one address holds."""
 
     __slots__ = ("address", "bytes", "keys", "waiting")
 
@@ -326,7 +332,7 @@ def _size(kept: Outcome | _Lost | None) -> int:
 
 
 def _own(outcome: Outcome) -> Outcome:
-    """The same; an error without the calls that it has passed, which hold their requests."""
+    """A copy; an error loses its traceback, whose frames hold their requests."""
     if isinstance(outcome, bytes):
         return outcome
     made = type(outcome).__new__(type(outcome), *outcome.args)

@@ -1,10 +1,11 @@
-"""The last lines of this process's log, and of those below it, for whoever asks.
+"""The last lines of this process's log, and of the logs below it.
 
-Two kinds of text: what the overlay itself says is for all who may ask GetMetrics, whose events are
-the same lines. What a handler printed, logged or raised may hold what was in a payload: it is given
-only where the client, and every process on the way, is on this machine, whose files tell it anyway.
+There are two kinds of text. What the overlay itself says is for everyone who may call GetMetrics,
+whose events are the same lines. What a handler printed, logged or raised may quote a payload: it is
+given only where the client, and every process on the way, is on this machine, where the log file
+can be read anyway.
 
-The question goes down by rank, as requests do, and so can never go in a circle.
+The question goes down by rank, as requests do, and so never in a circle.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from overlay.model.topology import Topology
 from overlay.observability.log_buffer import LINES, LogBuffer
 from overlay.peers.peers import Peers
 from overlay.routing import planner
+from overlay.server import metrics_codec
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 
@@ -23,7 +25,7 @@ MAX_BYTES = 512 * 1024  # of one answer; the smallest max_message_mib is 1
 
 
 class LogReader:
-    """dropped: how many lines no log got. Safe from any thread; `read` may wait for others."""
+    """Safe from any thread; `read` may wait for other processes. dropped: lines that no log got."""
 
     def __init__(
         self,
@@ -38,6 +40,11 @@ class LogReader:
         self._recent = recent
         self._links = links
         self._dropped = dropped
+
+    def fill(self, made: pb2.MetricsResponse, events: int) -> None:
+        """With so many of the last events."""
+        made.events.extend(map(metrics_codec.write_event, self._recent.events(events)))
+        made.log_lines_dropped = self._dropped()
 
     def read(self, asked: pb2.LogsRequest, is_near: bool, timeout_s: float) -> pb2.LogsResponse:
         """The lines asked for. is_near: the question comes from this machine.

@@ -10,10 +10,10 @@ each name that it was ever asked for. So what lies between the server and the me
 grpcio's own building blocks (`_server`); tests/server/test_reception.py says what is expected of
 them.
 
-Who opens more than there is room for loses its own first (server.eviction): calls whose message has
-not come, answers that are not read.
+A caller that opens more than there is room for loses its own first (server.eviction): calls whose
+message has not come, answers that are not read.
 
-Owns no thread. What is called back on gRPC's serving thread is said to be; it must be quick.
+Owns no thread. Callbacks on gRPC's serving thread are marked as such; they must be quick.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from overlay.server.eviction import EvictionQueue
 from overlay.server.request_log import RequestLog, unexpected
 from overlay.transport import codec
 
-log = logging.getLogger("overlay.reception")
+log = logging.getLogger(__name__)
 
 Method = Callable[..., Any]
 
@@ -128,7 +128,7 @@ class Reception:
     def __init__(
         self, server: grpc.Server, pool: ThreadPoolExecutor, limits: Limits, record: RequestLog
     ) -> None:
-        """record: is told what is ended because there is too much of it."""
+        """record: counts what is ended because there is too much of it."""
         self._server = server
         self._pool = pool
         self._limits = limits
@@ -140,7 +140,7 @@ class Reception:
         self._peers: Counter[str] = Counter()
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
-        """Nothing: the same methods come by name too, and are added both ways then."""
+        """Does nothing: the same methods come by name too, and are then added both ways."""
 
     def add_registered_method_handlers(
         self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]
@@ -156,7 +156,7 @@ class Reception:
         return len(self._coming)
 
     def open_peers(self) -> set[str]:
-        """Who has a call open, as gRPC names them."""
+        """The callers with an open call, by gRPC's names for them."""
         with self._lock:
             return set(self._peers)
 
@@ -200,8 +200,8 @@ class Reception:
     def _leave(self, call: Call) -> None:
         with self._lock:
             call.is_over = True
-            for crowd in (self._coming, self._resting, self._leaving):
-                crowd.discard(call)
+            for held in (self._coming, self._resting, self._leaving):
+                held.discard(call)
             self._peers[call.peer] -= 1
             if not self._peers[call.peer]:
                 del self._peers[call.peer]
@@ -294,14 +294,14 @@ class Reception:
         self._put(self._leaving, LEAVING, call, len(message))
         call.finish(message)
 
-    def _put(self, crowd: EvictionQueue[Call], what: str, call: Call, size: int = 1) -> None:
-        """Counts it among them, and ends those that have to go for it."""
+    def _put(self, queue: EvictionQueue[Call], what: str, call: Call, size: int = 1) -> None:
+        """Adds the call to its kind, and ends the calls that are evicted for it."""
         with self._lock:
             if call.is_over:
                 return
-            gone = crowd.add(call, call.address, size, time.monotonic())
+            gone = queue.add(call, call.address, size, time.monotonic())
         for other in gone:
-            if crowd is self._leaving:
+            if queue is self._leaving:
                 other.context.cancel()  # it has its status, behind what is not read
             else:
                 other.fail(CrowdedOut(f"too many {what} are open"))
@@ -311,8 +311,8 @@ class Reception:
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """The standard health service, of the names that were ever set; Watch waits on no thread.
 
-    gRPC's own keeps each name that it was asked for, for ever, and sends its news while it holds a
-    lock that its serving thread may want, which then stands still.
+    gRPC's own remembers for ever each name that it was asked for, and sends while it holds a lock
+    that gRPC's serving thread may need, which then stands still.
     """
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
@@ -323,7 +323,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             setattr(self, name, on_threads_of(pool, getattr(self, name)))
 
     def set(self, name: str, status: int) -> None:
-        """Tells those who watch the name."""
+        """Sends it to the watchers of the name."""
         with self._lock:
             self._statuses[name] = status
             told = [watcher for watcher in self._watchers.values() if watcher.name == name]
@@ -343,7 +343,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             status = self._statuses.get(request.service)
             if status is not None:
                 watcher = self._watchers[call] = _Watcher(call, request.service)
-            else:  # which nobody will ever set: told, and not remembered
+            else:  # no name of this process: answered, and not remembered
                 watcher, status = _Watcher(call, ""), health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         if not call.context.add_callback(partial(self._forget, call)):
             self._forget(call)
@@ -355,7 +355,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
 
 class _Watcher:
-    """Tells one call the newest status, one message at a time."""
+    """Sends one call the newest status, one message at a time."""
 
     def __init__(self, call: Call, name: str) -> None:
         self.name = name
@@ -392,7 +392,7 @@ def on_threads_of(pool: ThreadPoolExecutor, method: Method) -> Method:
 
 
 class _AtOnce(ThreadPoolExecutor):
-    """Runs what it is given there and then, and has no threads: what gRPC begins never waits."""
+    """Runs each job at once, on the caller's thread: what gRPC begins never waits."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
         done: Future[Any] = Future()

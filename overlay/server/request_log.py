@@ -1,11 +1,11 @@
-"""What becomes of this process's requests: counted, told as stories, in the log where they fail.
+"""What becomes of this process's requests: counts, times, summaries, and log lines of failures.
 
-    took  -> times                  of every row, at the price of one
-    ended -> counts                 the same
-          -> its trace and a story  of some a second, and of failures
-          -> lines in the log       of failures: some, then how many more; of those told: each
+    took  -> times                of every row, at the cost of one
+    ended -> counts               the same
+          -> a trace, a summary   of some requests a second, and of failures
+          -> lines in the log     of failures: some, then how many more; of each request on demand
 
-Safe from any thread; owns none but the one of its repeats.
+Safe from any thread; owns none but that of its throttles.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from overlay.observability.counters import Meter
 from overlay.observability.request_summaries import RequestSummaries, RequestSummary
 from overlay.observability.throttle import LogThrottle
 from overlay.queueing.request_queue import QueuedSegment
+from overlay.server import metrics_codec
+from overlay.transport.codec import pb2
 
-log = logging.getLogger("overlay.requests")
+log = logging.getLogger(__name__)
 
-TOLD_AT_ONCE, TOLD_PER_S = 200, 20  # lines of requests that want to be told
-MIN_REASONS = 3  # of rows that failed together, each with a story; what is left joins the last
+TOLD_AT_ONCE, TOLD_PER_S = 200, 20  # lines of requests that ask for one
+MIN_REASONS = 3  # of rows that failed together, each with a summary; further ones join the last
 
 
 @dataclass(slots=True)
 class Ended:
-    """Rows of a segment that have come to their end together.
+    """Rows of a segment that have ended together.
 
-    answers: None when it never came to any. start: the first of the rows. ticket: None for what
-    was not admitted. failures: by row, counted from the first.
+    answers: None where there are none. start: the first of the rows. ticket: None for rows that
+    were not admitted. failures: by row, counted from the first.
     """
 
     segment: Segment
@@ -65,6 +67,23 @@ class RequestLog:
         self._told = LogThrottle(_tell_more, TOLD_AT_ONCE, TOLD_PER_S)
         self._crowds = LogThrottle(_tell_more_crowded_out)
 
+    def fill(self, made: pb2.MetricsResponse, requests: int) -> None:
+        """Its figures, with so many of the last requests."""
+        service, waiting = self.meter.service.spread, self.meter.waiting.spread
+        all_waiting, all_service = self.meter.histograms()
+        metrics_codec.fill(
+            made,
+            self.meter.counts(),
+            refused_by_reason=self.meter.causes(),
+            crowded_out=self.meter.crowds(),
+            avg_processing_time_ms=service.mean * 1e3,
+            service_ms=metrics_codec.write_spread(service),
+            waiting_ms=metrics_codec.write_spread(waiting),
+            service=metrics_codec.write_histogram(all_service),
+            waiting=metrics_codec.write_histogram(all_waiting),
+            requests=map(metrics_codec.write_story, self.stories.last(requests)),
+        )
+
     def close(self) -> None:
         self._failures.flush()
         self._told.flush()
@@ -78,17 +97,13 @@ class RequestLog:
         else:
             self.meter.failed()
 
-    def ended_and_counted(self, ended: Ended) -> None:
-        """As `ended`, and counts how each row ended."""
+    def ended(self, ended: Ended) -> None:
+        """Counts how each row ended; traces, summarises and logs it where that is wanted."""
         failures = ended.failures
         if ended.count > len(failures):
             self.meter.completed(ended.count - len(failures))
         for _, failed in failures:
             self.count(failed)
-        self.ended(ended)
-
-    def ended(self, ended: Ended) -> None:
-        """Gives it a trace and tells of it, where that is wanted."""
         if not (ended.segment.traced or ended.failures):
             return
         if ended.segment.traced or self.stories.wants_failure():
@@ -110,9 +125,9 @@ class RequestLog:
     ) -> None:
         """Notes the times of rows that have ended: as in overlay.queueing.request_queue.Took.
 
-        Service is what their worker says that its handler took, and waiting all else until the
-        answer was here: in queues, here and below, and on the way. Where parts went before the
-        answer, for which their reader may have let it wait, only what was told of queues.
+        Service is the time that the worker reports for its handler; waiting is all other time until
+        the answer was here: in queues, here and below, and on the way. Where parts went ahead of
+        the answer, whose reader may have held it up, waiting is only what was reported of queues.
         """
         stay_s = ended - ticket.admitted
         if started is None:
@@ -126,12 +141,6 @@ class RequestLog:
 
     def _waited_below_s(self, answers: Answers) -> float:
         return 0.0 if self._works or answers.early_us is None else answers.early_us[0] / 1e6
-
-    def turned_away(self, error: OverlayError) -> None:
-        """A request that could not even be read."""
-        kind = _kind(error)
-        if self._failures.may_tell(kind):
-            _tell_failure(kind, f"{kind.word}, {kind.cause}: {error}", 0)
 
     def crowded_out(self, what: str, count: int, address: str) -> None:
         """Calls, streams or connections of an address were ended, or not let in, for others."""
@@ -198,7 +207,7 @@ class RequestLog:
     def _tell_failures(self, ended: Ended) -> None:
         ids = ended.segment.all_ids
         for row, error, count in _alike(ended.failures):
-            if error.code is Code.CANCELLED:  # its caller knows, and nobody else is concerned
+            if error.code is Code.CANCELLED:  # its caller knows, and it concerns no one else
                 continue
             kind = _kind(error, ended.segment.route.handler, self._knows(ended, row, error))
             if self._failures.may_tell(kind):
@@ -209,9 +218,9 @@ class RequestLog:
             self._failures.add(kind, count - 1)
 
     def _knows(self, ended: Ended, row: int, error: OverlayError) -> bool:
-        """Whether it is for this process to make an event of it: so that each failure is one.
+        """Whether this process makes an event of it, so that each failure makes one.
 
-        What ran is told by the process that ran it, the rest by the one that the client asked.
+        The process that ran a request reports it; of the others, the one that the client asked.
         """
         if error.executed is not Executed.YES:
             return not ended.segment.route.hops
@@ -220,10 +229,10 @@ class RequestLog:
 
 
 def served(answers: Answers, away_s: float, works: bool = False) -> float | None:
-    """How long the handler of these rows ran, which were away for so long; None if none began.
+    """How long the handler of these rows ran, of the time that they were away; None if none began.
 
-    Of several workers it is the one that took longest in all. What is late or lost has run all the
-    time that its worker did not say it waited, as far as is known.
+    Of several workers it is the one that took longest in all. A row that is late or lost counts as
+    running for all the time that its worker did not report as waiting.
     """
     if answers.refused is not None:
         return None if answers.refused.executed is Executed.NO else away_s
@@ -242,7 +251,7 @@ def served(answers: Answers, away_s: float, works: bool = False) -> float | None
 
 
 def log_failure(what: str, e: BaseException, request_id: int = 0) -> str:
-    """Logs it under an id, and says where: the sentence for its caller, who gets no more."""
+    """Logs the error under an id. The sentence for its caller, which names only that id."""
     error_id = uuid.uuid4().hex[:8]
     log.error("error id %s: %s", error_id, what, exc_info=e, extra={"request_id": request_id})
     return f"{what}; error id {error_id} in this process's log"
@@ -283,9 +292,9 @@ def _asked_by(ended: Ended) -> str:
 
 
 class _Kind(NamedTuple):
-    """Failures that are told together: of one word, cause and handler.
+    """Failures that are logged together: of one word, cause and handler.
 
-    handler: of what was refused none, as a stranger may have made it up. event: "" where another
+    handler: "" for a refusal, whose handler a stranger may have made up. event: "" where another
     process makes one of it.
     """
 
@@ -317,7 +326,7 @@ def _tell_failure(kind: _Kind, words: str, request_id: int, private: str = "") -
 
 
 def _words(ended: Ended, row: int, error: OverlayError) -> tuple[str, str]:
-    """What is said of a failure, and what only its process's log says."""
+    """What everyone may read of a failure, and what is only in this process's log."""
     kind, public = _kind(error), _public(ended, row, error)
     return f"{kind.word}, {kind.cause}: {public}", str(error) if public != str(error) else ""
 

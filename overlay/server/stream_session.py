@@ -18,10 +18,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
-from typing import Protocol
 
 import grpc
 
@@ -34,57 +32,32 @@ from overlay.model.errors import (
     OverlayError,
     QueueFull,
 )
-from overlay.model.limits import Limits
 from overlay.model.pending import PendingRows
-from overlay.model.segments import (
-    NOBODY,
-    Answers,
-    Caller,
-    Code,
-    Executed,
-    Hop,
-    Mode,
-    Part,
-    Route,
-    Segment,
-)
-from overlay.model.topology import Topology
+from overlay.model.segments import NOBODY, Answers, Caller, Code, Mode, Part, Route, Segment
 from overlay.observability.map_progress import Maps
-from overlay.queueing.request_queue import QueuedSegment, RequestQueue, refusal
-from overlay.routing import aggregate, planner
+from overlay.routing import aggregate
+from overlay.server import metrics_codec
 from overlay.server.background import BackgroundThreads
 from overlay.server.eviction import EvictionQueue
-from overlay.server.request_log import Ended, unexpected
+from overlay.server.reception import Call
+from overlay.server.request_log import unexpected
+from overlay.server.request_path import Accepted, RequestPath, size_of
 from overlay.transport import codec
 from overlay.transport.chunks import Budget, ChunkWindow, Share, Told
 from overlay.transport.codec import pb2
 from overlay.transport.timers import Deadlines
 
-log = logging.getLogger("overlay.streams")
-
-Combine = Callable[
-    [Segment, Answers, int], "tuple[Sequence[bytes], list[tuple[int, OverlayError]]]"
-]
-"""What a client gets of a slice, which begins at that row: a result and the failures by row."""
+log = logging.getLogger(__name__)
 
 OF_ONE_ADDRESS = 3  # times the places that are left: of 1,024 it has 768 at most
 OF_A_NEIGHBOUR = 4  # streams: a link has two, and those before its restart
 
 
-class StreamCall(Protocol):
-    """What a stream needs of its call; see overlay.server.reception.Call for the promises."""
-
-    def receive(self, then: Callable[[bytes | None], None]) -> None: ...
-    def send(self, message: bytes, then: Callable[[bool], None]) -> None: ...
-    def finish(self) -> None: ...
-    def fail(self, error: OverlayError) -> None: ...
-
-
-class Places:
+class OpenStreams:
     """The streams that are open. Safe from any thread.
 
-    So many at most, and one address three times as many as are left; one that has nothing to do
-    makes room for a new one of its address. Neighbours have places of their own.
+    At most `most`, and of one address three times as many as are left. An idle one is ended for a
+    new one of its address. Neighbours' streams are counted apart.
     """
 
     def __init__(self, most: int) -> None:
@@ -93,8 +66,8 @@ class Places:
         self._open: dict[_Session, str] = {}  # the oldest first, each with its address
         self._of_neighbours: dict[str, dict[_Session, None]] = {}
         self._counts: dict[str, int] = {}
-        # Who had nothing to do when it was listed; who has worked since is looked at again, so that
-        # a stream tells of neither.
+        # Streams that were idle when they were listed. One that has worked since is found out when
+        # its turn comes, so that a stream need not report that it works.
         self._resting: EvictionQueue[_Session] = EvictionQueue(most)
 
     def __iter__(self) -> Iterator[_Session]:
@@ -107,7 +80,7 @@ class Places:
         return len(self._open) + sum(map(len, self._of_neighbours.values()))
 
     def enter(self, stream: _Session, address: str, neighbour: str = "") -> list[_Session]:
-        """Who has to go for it. Raises QueueFull. neighbour: the process that it is a link of."""
+        """The streams that end for it. Raises QueueFull. neighbour: the process of its link."""
         with self._lock:
             if neighbour:
                 held = self._of_neighbours.setdefault(neighbour, {})
@@ -118,11 +91,13 @@ class Places:
                 self._open[stream] = address
                 self._counts[address] = self._counts.get(address, 0) + 1
                 self._list_locked(stream, address)
-            stream.is_listed = True  # a neighbour's never has to go, and need not list itself
+            stream.is_listed = (
+                True  # a neighbour's is not ended for others, and need not list itself
+            )
         return gone
 
     def rests(self, stream: _Session) -> None:
-        """It has nothing to do, and is not listed as one that may have nothing to do."""
+        """It is idle, and not yet listed as one that may be."""
         with self._lock:
             address = self._open.get(stream)
             if address is not None:
@@ -150,13 +125,13 @@ class Places:
             return []
         while self._resting.size_of(address):
             stream = self._resting.pop_oldest(address)
-            stream.is_listed = False  # before it is asked: from now on it lists itself
+            stream.is_listed = False  # before it is looked at: from now on it lists itself
             has_worked, stream.has_worked = stream.has_worked, False
             if stream.is_at_work:
                 continue
             if not has_worked:
                 return [stream]
-            self._list_locked(stream, address)  # others have rested for longer
+            self._list_locked(stream, address)  # others have been idle for longer
         raise QueueFull(
             f"all {self._most} streams are open"
             if left <= 0
@@ -165,101 +140,80 @@ class Places:
         )
 
 
-@dataclass(frozen=True)
-class Desk:
-    """What a stream needs of its process. threads: run what streams have to do."""
+class StreamSessions:
+    """Serves the ForwardStream calls of one process; what its sessions have in common."""
 
-    me: str
-    topology: Topology
-    intake: RequestQueue
-    deadlines: Deadlines
-    combine: Combine
-    received: Callable[[int], None]
-    ended: Callable[[Ended], None]  # counts them, and sets their trace where it is wanted
-    crowded_out: Callable[[str, int, str], None]  # (what, how many, of which address)
-    wants_trace: Callable[[], bool]  # of the next segment that a client sends
-    threads: BackgroundThreads
-    streams: Places
-    held: Budget  # payloads and answers in the windows
-    unread: Budget  # answers that wait for their clients to read
-    ahead: Budget  # chunks that may come before their clients have asked for more
-    maps: Maps = field(default_factory=Maps)
-    take_ids: Callable[[Caller, Segment], None] = lambda caller, segment: None  # raises IdsFull
+    def __init__(self, path: RequestPath, deadlines: Deadlines) -> None:
+        limits = path.limits
+        self.path = path
+        self.deadlines = deadlines
+        self.maps = Maps()
+        self.open = OpenStreams(limits.streams)
+        self.threads = BackgroundThreads(limits.stream_threads, "stream")
+        self.held = Budget(limits.max_waiting_bytes)  # payloads and answers in the windows
+        self.unread = Budget(limits.unread_bytes)  # answers that wait for their clients to read
+        self.ahead = Budget(limits.ahead_bytes)  # chunks before their clients have asked for more
 
-    @property
-    def limits(self) -> Limits:
-        return self.topology.limits
+    def serve(
+        self,
+        call: Call,
+        context: grpc.ServicerContext,
+        caller: Caller = NOBODY,
+        neighbour: str = "",
+    ) -> None:
+        """Answers one call until the client's half-close. Never waits. Raises QueueFull, Draining.
+
+        neighbour: the process above this one whose link it is, if it is one.
+        """
+        path, record = self.path, self.path.record
+        if path.draining:
+            raise Draining(f"{path.me} is stopping and takes no new requests")
+        theirs = codec.read_most_bytes(context.invocation_metadata())
+        session = _Session(self, call, caller, theirs)
+        try:
+            for other in self.open.enter(session, caller.address, neighbour):
+                other.make_room()
+                record.crowded_out("idle streams", 1, caller.address)
+        except QueueFull:
+            record.crowded_out("streams", 1, caller.address)
+            session.abandon()
+            raise
+        if not context.add_callback(session.abandon):
+            session.abandon()
+            return
+        # Tells the client that its stream is served, and how large a body may be.
+        context.send_initial_metadata(codec.most_bytes_metadata(path.limits))
+        session.begin()
+
+    def fill(self, made: pb2.MetricsResponse) -> None:
+        now = time.monotonic()
+        made.maps.extend(metrics_codec.write_map(running, now) for running in self.maps.all())
 
     def announce_stop(self, for_good: bool) -> None:
         """Tells every client that the process stops, so that it sends no more."""
-        for stream in self.streams:
-            stream.announce_stop(for_good)
+        for session in self.open:
+            session.announce_stop(for_good)
 
-    def end_streams(self) -> None:
+    def end(self) -> None:
         """Each stream ends once all it has accepted is answered; it accepts no more.
 
         Its end proves to the client that nothing else it sent was read.
         """
-        for stream in self.streams:
-            stream.end()
+        for session in self.open:
+            session.end()
 
 
-def serve(
-    desk: Desk,
-    call: StreamCall,
-    context: grpc.ServicerContext,
-    caller: Caller = NOBODY,
-    neighbour: str = "",
-) -> None:
-    """Answers one ForwardStream call. caller: who takes turns with others. Raises QueueFull.
-
-    neighbour: the process whose link it is, if it is one. Never waits.
-    """
-    stream = _Session(desk, call, caller, codec.read_most_bytes(context.invocation_metadata()))
-    try:
-        for other in desk.streams.enter(stream, caller.address, neighbour):
-            other.make_room()
-            desk.crowded_out("idle streams", 1, caller.address)
-    except QueueFull:
-        desk.crowded_out("streams", 1, caller.address)
-        stream.abandon()
-        raise
-    if not context.add_callback(stream.abandon):
-        stream.abandon()
-        return
-    # Tells the client that its stream is served, and how large a body may be.
-    context.send_initial_metadata(codec.most_bytes_metadata(desk.limits))
-    stream.begin()
-
-
-class _Accepted:
+class _Accepted(Accepted):
     """A segment of the stream, until its last answer is written."""
 
-    __slots__ = (
-        "ahead",
-        "counted",
-        "from_process",
-        "good",
-        "left",
-        "number",
-        "segment",
-        "size",
-        "ticket",
-        "unanswered",
-        "want_parts",
-        "want_trace",
-    )
+    __slots__ = ("ahead", "good", "left", "number", "size", "unanswered", "want_trace")
 
-    def __init__(self, made: pb2.Segment, segment: Segment) -> None:
+    def __init__(self, made: pb2.Segment, segment: Segment, caller: Caller) -> None:
+        super().__init__(segment, caller, made.want_parts)
         self.number = made.number
-        self.segment = segment
-        self.want_parts = made.want_parts
         self.want_trace = made.want_trace
-        self.from_process = segment.route.targets is not None
         self.left = segment.count
-        self.counted = 0  # rows told to the desk as answered
         self.size = segment.payloads.size
-        self.ticket: QueuedSegment | None = None
         # As they come: the rows that may still have parts, and those that had a good one.
         self.unanswered: PendingRows | None = None
         self.good: set[int] = set()
@@ -276,31 +230,30 @@ parts before the answer."""
 
 class _Session:
     def __init__(
-        self, desk: Desk, call: StreamCall, caller: Caller, theirs: int | None = None
+        self, sessions: StreamSessions, call: Call, caller: Caller, theirs: int | None = None
     ) -> None:
         """theirs: the largest answer that the client takes, where it says so."""
-        self._desk = desk
+        self._sessions = sessions
+        self._path = sessions.path
         self._call = call
         self._caller = caller
-        self._limits = desk.limits
+        self._limits = limits = sessions.path.limits
         self._theirs = theirs
-        self._most_bytes = min(
-            desk.limits.max_message_bytes, theirs or desk.limits.max_message_bytes
-        )
-        self._lane = desk.intake.open_lane(caller)
+        self._most_bytes = min(limits.max_message_bytes, theirs or limits.max_message_bytes)
+        self._lane = self._path.queue.open_lane(caller)
         self._lock = threading.Lock()
         self._out: deque[_Out] = deque()
         self._leaving: list[_Gone] = []  # in the frame that is being written
         self._accepted: dict[int, _Accepted] = {}
         self._rows = 0  # accepted and not yet written
-        self._held = Share(desk.held)  # bytes in its window
-        self._unread = Share(desk.unread)  # bytes of answers that wait for the client to read
-        self.is_listed = False  # among those that may have to go for others; so are the next
-        self.has_worked = False
-        self._passage = ChunkWindow(
-            desk.limits.window_bytes // 2 // desk.limits.chunk_bytes, desk.ahead
+        self._held = Share(sessions.held)  # bytes in its window
+        self._unread = Share(sessions.unread)  # bytes of answers that wait for the client to read
+        self.is_listed = (
+            False  # as one that may be idle; guarded by the list's lock, as is the next
         )
-        self._frame_bytes = min(self._limits.frame_bytes, self._most_bytes // 2)
+        self.has_worked = False
+        self._passage = ChunkWindow(limits.window_bytes // 2 // limits.chunk_bytes, sessions.ahead)
+        self._frame_bytes = min(limits.frame_bytes, self._most_bytes // 2)
         self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
         self._no_more = False
         self._reads_later = False  # when its window has room again
@@ -308,7 +261,7 @@ class _Session:
         self._abandoned = False
         self._rest_is_ended = False  # after that
         self._stopping = self._for_good = False
-        self._has_news = False  # to be told, also when there is no answer to send
+        self._has_news = False  # to be sent even without an answer
         self._broken: OverlayError | None = None
         self._parting: OverlayError | None = None
 
@@ -327,13 +280,13 @@ class _Session:
 
     def end(self) -> None:
         """Ends the call once all it has accepted is answered."""
-        me = self._desk.me
+        me = self._path.me
         self._part_with(Draining(f"{me} is stopping and takes no new requests"))
 
     def make_room(self) -> None:
-        """It has nothing to do and ends for others; its client comes back when it has."""
+        """It is idle and ends for others; its client comes back when it has something to ask."""
         self._part_with(
-            MadeRoom(f"{self._desk.me} has more clients than places; this one was idle")
+            MadeRoom(f"{self._path.me} has more clients than places; this one was idle")
         )
 
     def abandon(self) -> None:
@@ -342,10 +295,10 @@ class _Session:
             if self._abandoned:
                 return
             self._abandoned = True
-        self._desk.streams.leave(self)
-        self._desk.maps.left(self)
-        self._desk.intake.close_lane(self._lane)
-        self._desk.threads.run(self._end_rest)
+        self._sessions.open.leave(self)
+        self._sessions.maps.left(self)
+        self._path.queue.close_lane(self._lane)
+        self._sessions.threads.run(self._end_rest)
 
     def _end_rest(self) -> None:
         with self._lock:
@@ -353,7 +306,7 @@ class _Session:
         for accepted in open_ones:
             if accepted.ticket is not None:
                 accepted.ticket.end(Code.CANCELLED)
-                self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
+                self._sessions.deadlines.forget(accepted.ticket, accepted.segment.deadline)
         with self._lock:
             self._rest_is_ended, counts = True, not self._writes
         if counts:
@@ -371,7 +324,7 @@ class _Session:
     def _came(self, message: bytes | None) -> None:
         """On gRPC's serving thread."""
         if message is not None:
-            self._desk.threads.run(partial(self._read, message))
+            self._sessions.threads.run(partial(self._read, message))
             return
         with self._lock:
             self._no_more = True
@@ -412,12 +365,12 @@ class _Session:
     # writing
 
     def _write_on(self) -> None:
-        """Has what there is to write written, unless that is under way."""
+        """Starts a job that writes what there is to write, unless one is under way."""
         with self._lock:
             if self._writes or not self._has_work_locked():
                 return
             self._writes = True
-        self._desk.threads.run(self._write)
+        self._sessions.threads.run(self._write)
 
     def _has_work_locked(self) -> bool:
         return bool(self._out) or self._has_news or self._is_over_locked()
@@ -459,16 +412,16 @@ class _Session:
         goes_on, ended = self._leave_window(taken)
         for accepted in ended:
             if accepted.ticket is not None:
-                self._desk.deadlines.forget(accepted.ticket, accepted.segment.deadline)
+                self._sessions.deadlines.forget(accepted.ticket, accepted.segment.deadline)
                 accepted.ticket = None  # it leads back here
         with self._lock:
             self._writes = writes = self._has_work_locked()
             reads = self._reads_later and not self._is_full_locked(2)
             self._reads_later = self._reads_later and not reads
         if writes:
-            self._desk.threads.run(self._write)
+            self._sessions.threads.run(self._write)
         if goes_on:
-            self._desk.threads.run(self._desk.intake.kick)
+            self._sessions.threads.run(self._path.queue.kick)
         if reads:
             self._call.receive(self._came)
 
@@ -496,13 +449,14 @@ class _Session:
         for accepted in rest:
             rows = accepted.segment.count - accepted.counted
             gone: OverlayError = CallCancelled("the caller left")
-            left = Part(self._desk.me, gone.code, str(gone))
+            left = Part(self._path.me, gone.code, str(gone))
             failures = [(row, gone) for row in range(rows)]
+            accepted.ticket = None
             answers = Answers(rows, (), refused=left)
-            self._answered(accepted, accepted.counted, answers, failures, None)
+            self._path.note(accepted, accepted.counted, answers, failures)
 
     def _keep_answers_locked(self, size: int) -> None:
-        """So many bytes more, or less, that its client has not read; with many its lane pauses."""
+        """Adds to the bytes that its client has not read; with too many its lane pauses."""
         self._held.add(size)
         self._unread.add(size)
         self._lane.paused = not self._unread.is_within(self._limits.window_bytes // 2)
@@ -511,7 +465,7 @@ class _Session:
         now = time.monotonic()
         for made in frame.segments:
             self._accept(made, now)
-        self._desk.intake.kick()
+        self._path.queue.kick()
         for cancel in frame.cancels:
             accepted = self._accepted.get(cancel.number)
             if accepted is not None and accepted.ticket is not None:
@@ -522,9 +476,9 @@ class _Session:
             self._grant(grant)
         for told in frame.progress:
             progress = codec.read_progress(told, self._limits)
-            self._desk.maps.told(self, self._caller, progress)
+            self._sessions.maps.told(self, self._caller, progress)
         if self._abandoned:  # perhaps only now: `abandon` has forgotten what was there before
-            self._desk.maps.left(self)
+            self._sessions.maps.left(self)
 
     def _grant(self, made: pb2.Grant) -> None:
         with self._lock:
@@ -538,19 +492,10 @@ class _Session:
             tell(chunks)
 
     def _accept(self, made: pb2.Segment, now: float) -> None:
-        desk = self._desk
-        wrong: OverlayError | None = None
-        try:
-            traced = not made.hops and desk.wants_trace()
-            segment = codec.read_segment(made, now, self._limits, self._route(made), traced)
-        except OverlayError as e:
-            unread = codec.unread_segment(made, now, self._limits)
-            if unread is None:
-                raise  # no rows to answer for: that ends the stream
-            segment, wrong = unread, e
+        segment, wrong = self._read_segment(made, now)
         if made.number in self._accepted:
             raise BadRequest(f"number: {made.number} is taken by a segment not answered yet")
-        accepted = _Accepted(made, segment)
+        accepted = _Accepted(made, segment, self._caller)
         if made.as_they_come and segment.route.mode is Mode.ALL:
             chunks = min(1, segment.chunks)  # more of them as there is room
             segment = segment.with_(early=partial(self._pass_on, accepted), chunks=chunks)
@@ -562,34 +507,43 @@ class _Session:
             self._accepted[made.number] = accepted
             self._rows += accepted.left
             self._held.add(accepted.size)
-        desk.received(segment.count)
         sink = partial(self._answer, accepted)
-        try:
-            if wrong is not None:
-                raise wrong
-            desk.take_ids(self._caller, segment)
-            ticket = desk.intake.admit_to(self._lane, segment, sink, made.priority)
-        except OverlayError as e:
-            sink(0, Answers(segment.count, (), refused=refusal(desk.me, e)))
+        self._path.admit(accepted, sink, made.priority, self._lane, wrong)
+        ticket = accepted.ticket
+        if ticket is None:
             return
-        accepted.ticket = ticket
         if ticket.is_open:
-            desk.deadlines.watch(ticket, segment.deadline)
+            self._sessions.deadlines.watch(ticket, segment.deadline)
         if self._abandoned:
             ticket.end(Code.CANCELLED)
 
-    def _route(self, made: pb2.Segment) -> Route:
+    def _read_segment(self, made: pb2.Segment, now: float) -> tuple[Segment, OverlayError | None]:
+        """The segment, and what is wrong with it; blank rows where it cannot be read."""
+        traced = not made.hops and self._path.record.wants_trace()
+        try:
+            route, wrong = self._route(made)
+            return codec.read_segment(made, now, self._limits, route, traced), wrong
+        except OverlayError as e:
+            unread = codec.unread_segment(made, now, self._limits)
+            if unread is None:
+                raise  # no rows to answer for: that ends the stream
+            return unread, e
+
+    def _route(self, made: pb2.Segment) -> tuple[Route, OverlayError | None]:
         key = codec.route_key(made, self._limits)
         route = self._routes.get(key)
         if route is None:
             route = codec.read_route(made, self._limits)
-            planner.check(self._desk.topology, self._desk.me, route)
+            try:
+                self._path.check(route)
+            except OverlayError as e:
+                return route, e
             if len(self._routes) < 100:
                 self._routes[key] = route
-        return route
+        return route, None
 
     def _answer(self, accepted: _Accepted, start: int, answers: Answers) -> None:
-        size = _size(answers)
+        size = size_of(answers)
         with self._lock:
             if accepted.unanswered is not None:
                 accepted.unanswered.take(start, answers.count)
@@ -610,14 +564,14 @@ class _Session:
                 rows = answers.slice(first - start, count)
                 accepted.good.update(first + i for i in range(count) if _has_good(rows, i))
                 told += self._chunks_locked(accepted, first, rows)
-                is_first |= self._put_locked((accepted, first, rows, _size(rows), True))
+                is_first |= self._put_locked((accepted, first, rows, size_of(rows), True))
         for tell, chunks in told:
             tell(chunks)
         if is_first:
             self._write_on()
 
     def _chunks_locked(self, accepted: _Accepted, row: int, answers: Answers) -> list[Told]:
-        """Who of those whose chunks go up here may send more."""
+        """The workers whose chunks pass here and that may send more."""
         told = []
         for column in answers.parts:
             key = accepted.number, row, column.process_id
@@ -645,7 +599,7 @@ class _Session:
             accepted, start, answers, size, more = self._out.popleft()
             if size > room and answers.count > 1:
                 answers, rest = _split(answers, room)
-                whole, size, rest_size = size, _size(answers), _size(rest)
+                whole, size, rest_size = size, size_of(answers), size_of(rest)
                 self._out.appendleft((accepted, start + answers.count, rest, rest_size, more))
                 self._keep_answers_locked(size + rest_size - whole)
             taken.append((accepted, start, answers, size, more))
@@ -655,65 +609,32 @@ class _Session:
     def _write_slice(
         self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
     ) -> None:
-        early = accepted.unanswered is not None
-        if size * (2 if accepted.want_parts and not early else 1) > self._most_bytes:
-            answers = self._too_large(answers, size)
-        results, failures = self._desk.combine(accepted.segment, answers, start)
-        merged = sum(map(len, results))  # by the user's own function: of any size
-        if merged > self._most_bytes - (size if accepted.want_parts else 0):
-            answers = self._too_large(answers, merged)
-            results, failures = self._desk.combine(accepted.segment, answers, start)
-        if early:  # what came before may have been better
-            failures = [(row, why) for row, why in failures if start + row not in accepted.good]
-        accepted.counted += answers.count
-        trace = self._answered(accepted, start, answers, failures, accepted.ticket)
+        made = self._path.finish(accepted, start, answers, size, self._theirs, accepted.good)
         if accepted.from_process:
-            codec.write_slice(frame, accepted.number, start, answers, trace)
+            codec.write_slice(frame, accepted.number, start, made.answers, made.trace)
         else:
-            to_tell = trace if accepted.want_trace else ()
             codec.write_client_slice(
                 frame,
                 accepted.number,
                 start,
-                answers,
-                results,
-                failures,
-                accepted.want_parts or early,
-                to_tell,
+                made.answers,
+                made.results,
+                made.failures,
+                accepted.want_parts or accepted.unanswered is not None,
+                made.trace if accepted.want_trace else (),
             )
-
-    def _answered(
-        self,
-        accepted: _Accepted,
-        start: int,
-        answers: Answers,
-        failures: list[tuple[int, OverlayError]],
-        ticket: QueuedSegment | None,
-    ) -> tuple[Hop, ...]:
-        ended = Ended(accepted.segment, self._caller, start, answers, failures, ticket)
-        self._desk.ended(ended)
-        return ended.trace
 
     def _write_parts(
         self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
     ) -> None:
         if size > self._most_bytes:
-            refused = self._too_large(answers, size).refused
+            refused = self._path.too_large(answers, size, self._theirs).refused
             ids = tuple(column.process_id for column in answers.parts)
             answers = aggregate.from_branch(Answers(answers.count, (), refused=refused), ids)
         codec.write_slice(frame, accepted.number, start, answers, more=True)
 
-    def _too_large(self, answers: Answers, size: int) -> Answers:
-        # More than the other side receives would end its stream, with all that is in it.
-        most = self._limits.max_message_bytes
-        reason = f"the answer has {size:,} bytes, more than max_message_mib allows ({most:,})"
-        if self._theirs is not None and self._theirs < most:
-            reason += f" at the process that asked ({self._theirs:,})"
-        part = Part(self._desk.me, Code.RESOURCE_EXHAUSTED, reason, executed=Executed.YES)
-        return Answers(answers.count, (), answers.hops, part)
-
     def _leave_window(self, taken: list[_Gone]) -> tuple[bool, list[_Accepted]]:
-        """Whether its lane goes on, and the segments of which all is answered."""
+        """Whether its lane goes on, and the segments that are answered in full."""
         ended = []
         with self._lock:
             was_paused, size = self._lane.paused, 0
@@ -729,31 +650,17 @@ class _Session:
                     ended.append(accepted)
             self._keep_answers_locked(-size)
             if not self._rows and not self.is_listed:
-                self._desk.streams.rests(self)
+                self._sessions.open.rests(self)
             return was_paused and not self._lane.paused, ended
 
 
 def _split(answers: Answers, room: int) -> tuple[Answers, Answers]:
     """The first rows that fit into `room` bytes, at least one, and the rest."""
-    rows = max(1, answers.count * room // _size(answers))
-    while rows > 1 and _size(answers.slice(0, rows)) > room:
+    rows = max(1, answers.count * room // size_of(answers))
+    while rows > 1 and size_of(answers.slice(0, rows)) > room:
         rows //= 2  # a large one among small ones goes alone
     return answers.slice(0, rows), answers.slice(rows, answers.count - rows)
 
 
 def _has_good(answers: Answers, row: int) -> bool:
     return any(c.failed is None and row not in c.failures and c.is_over for c in answers.parts)
-
-
-def _size(answers: Answers) -> int:
-    """Bytes of a slice, about; a reason is told with its part and with its row."""
-    size, rows = 50 * len(answers.parts), answers.count
-    if answers.refused is not None:
-        size += rows * (50 + 2 * len(answers.refused.reason))
-    for column in answers.parts:
-        size += column.results.size
-        if column.failed is not None:
-            size += rows * (50 + 2 * len(column.failed.reason))
-        for failure in column.failures.values():
-            size += 50 + 2 * len(failure.reason)
-    return size

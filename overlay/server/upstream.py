@@ -1,4 +1,4 @@
-"""From which addresses the processes above this one call: how their links are told from clients.
+"""The addresses of the processes above this one, which tell their links from clients.
 
 Owns a thread, "hosts", from `start` to `stop`, where a host is a name that has to be looked up.
 """

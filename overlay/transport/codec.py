@@ -34,10 +34,7 @@ from overlay.model.segments import (
     Segment,
 )
 from overlay.model.signatures import Function
-from overlay.observability.counters import BOUNDS_S, Histogram, Spread
 from overlay.observability.log_buffer import LINES, Line
-from overlay.observability.map_progress import RunningMap
-from overlay.observability.request_summaries import RequestSummary
 from overlay.transport import message_size, validation
 from overlay.transport.validation import Asked
 
@@ -339,17 +336,6 @@ def read_metrics(made: pb2.MetricsResponse) -> pb2.MetricsResponse:
     return made
 
 
-def write_function(function: Function) -> pb2.Function:
-    return pb2.Function(
-        name=function.name,
-        signature=function.signature,
-        doc=function.doc,
-        arguments=function.arguments,
-        result=function.result,
-        workers=function.workers,
-    )
-
-
 def read_function(made: pb2.Function) -> Function:
     """Of metrics that were judged."""
     texts = made.name, made.signature, made.doc, made.arguments, made.result
@@ -373,18 +359,6 @@ def most_bytes_metadata(limits: Limits) -> tuple[tuple[str, str], ...]:
 
 def write_trace(into: pb2.Slice | pb2.Response, trace: Iterable[Hop]) -> None:
     into.trace.extend(map(_write_hop, trace))
-
-
-def write_event(line: Line) -> pb2.Event:
-    return pb2.Event(
-        at_s=line.at_s,
-        kind=line.kind,
-        text=line.text,
-        level=line.level,
-        number=line.number,
-        count=line.count,
-        first_at_s=line.first_s,
-    )
 
 
 def write_line(line: Line, public_only: bool) -> pb2.LogLine:
@@ -413,30 +387,6 @@ def read_progress(made: pb2.Progress, limits: Limits) -> Progress:
 
 def write_progress(progress: Progress) -> pb2.Progress:
     return pb2.Progress(**progress._asdict())
-
-
-def write_map(running: RunningMap, now: float) -> pb2.RunningMap:
-    return pb2.RunningMap(
-        progress=write_progress(running.progress),
-        caller=str(running.caller),
-        told_s=max(0.0, now - running.told_s),
-    )
-
-
-def write_story(story: RequestSummary) -> pb2.RequestSummary:
-    return pb2.RequestSummary(
-        request_id=story.request_id,
-        mode=_MODES[story.mode],
-        team=story.team,
-        handler=story.handler,
-        ended_s=story.ended_s,
-        code=story.code,
-        reason=story.reason[:LONGEST_REASON],
-        count=story.count,
-        hops=map(_write_hop, story.hops),
-        total_us=_as_uint32(story.total_us),
-        caller=story.caller,
-    )
 
 
 def address_in(peer: str) -> str:
@@ -600,18 +550,6 @@ def read_code(number: int) -> Code:
 
 def read_format(metrics: pb2.MetricsResponse) -> int:
     return metrics.wire_format or 1
-
-
-def write_histogram(histogram: Histogram) -> pb2.Histogram:
-    return pb2.Histogram(
-        bounds_s=BOUNDS_S, counts=histogram.counts, sum_s=histogram.sum_s, count=histogram.count
-    )
-
-
-def write_spread(spread: Spread) -> pb2.Spread:
-    return pb2.Spread(
-        p50=spread.p50 * 1e3, p99=spread.p99 * 1e3, mean=spread.mean * 1e3, count=spread.count
-    )
 
 
 def grpc_code(code: Code) -> grpc.StatusCode:

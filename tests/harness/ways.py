@@ -34,14 +34,21 @@ class Outcome:
             self.code = e.code()
             self.details = e.details()
         self.trailers = dict(call.trailing_metadata() or ())
+        again_s = codec.retry_after_s(self.trailers.items())
+        self.retry_after_s = getattr(call, "retry_after_s", again_s)
 
     @property
     def ok(self) -> bool:
         return self.code is grpc.StatusCode.OK
 
     @property
+    def executed(self) -> str:
+        """Of a failure: "no", "yes" or "unknown"."""
+        return self.trailers.get(codec.EXECUTED_KEY, "")
+
+    @property
     def refused(self) -> bool:
-        return self.trailers.get(codec.EXECUTED_KEY) == "no"
+        return self.executed == "no"
 
 
 class Call(Protocol):
@@ -120,7 +127,9 @@ class _Stream:
             mode=request.mode,
             team=request.team,
             handler=request.handler,
+            priority=request.priority,
             want_parts=request.want_parts,
+            want_trace=request.want_trace,
             hops=request.hops,
             targets=request.targets,
             payloads=pb2.Column(items=[request.payload]),
@@ -178,6 +187,7 @@ class _Row:
         self._timeout = 60 if timeout is None else timeout
         self._future: Future[Any] = Future()
         self._trailers: dict[str, str] = {}
+        self.retry_after_s: float | None = None  # of a refusal
 
     def result(self) -> Any:
         return self._future.result(self._timeout + PATIENCE_S)
@@ -202,4 +212,5 @@ class _Row:
 
     def fail(self, failure: Failure) -> None:
         self._trailers[codec.EXECUTED_KEY] = failure.executed.name.lower()
+        self.retry_after_s = failure.retry_after_s
         self._future.set_exception(StreamError(failure))

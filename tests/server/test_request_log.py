@@ -44,7 +44,7 @@ def record() -> Iterator[RequestLog]:
 
 @pytest.fixture(autouse=True)
 def _lines_of_all_levels(caplog):
-    caplog.set_level(logging.INFO, "overlay.requests")
+    caplog.set_level(logging.INFO, "overlay.server.request_log")
 
 
 def segment(rows: int = 1, *, traced: bool = False, told: bool = False, hops=()) -> Segment:
@@ -63,8 +63,8 @@ def lines(caplog) -> list[str]:
 
 
 def test_every_row_is_counted_and_only_some_are_told(record):
-    record.ended_and_counted(ended(segment(1000)))
-    record.ended_and_counted(ended(segment(10, traced=True), (3, QueueFull("full"))))
+    record.ended(ended(segment(1000)))
+    record.ended(ended(segment(10, traced=True), (3, QueueFull("full"))))
 
     counts = record.meter.counts()
     assert (counts.completed, counts.refused) == (1009, 1)
@@ -77,7 +77,7 @@ def test_every_row_is_counted_and_only_some_are_told(record):
 def test_who_leaves_when_all_is_counted_is_not_counted_again(record):
     none_left = ended(segment(500), start=500)
 
-    record.ended_and_counted(none_left)
+    record.ended(none_left)
 
     assert (none_left.count, record.meter.counts().completed) == (0, 0)
 

@@ -28,7 +28,6 @@ from overlay.model.segments import (
     End,
     Executed,
     Failure,
-    Hop,
     PartColumn,
     Progress,
     Segment,
@@ -37,19 +36,17 @@ from overlay.model.segments import (
 from overlay.model.topology import HandlerSpec, Process, Topology
 from overlay.observability.map_progress import Maps
 from overlay.queueing.request_queue import RequestQueue
-from overlay.routing import aggregate
 from overlay.server import stream_session
-from overlay.server.background import BackgroundThreads
 from overlay.server.reception import Reception
 from overlay.server.request_log import Ended, RequestLog
+from overlay.server.request_path import RequestPath
 from overlay.transport import codec, endpoints
-from overlay.transport.chunks import Budget
 from overlay.transport.codec import pb2, pb2_grpc
 from overlay.transport.timers import Deadlines
 from overlay.transport.validation import Asked
 from tests.harness.cluster import until
 
-LIMITS = replace(Limits(), window_rows=64, segment_rows=64)
+LIMITS = replace(Limits(), window_rows=64, segment_rows=64, stream_threads=8)
 KIB = 1024
 
 
@@ -68,7 +65,6 @@ class Desk:
     ended: list[tuple[Code, int, int]] = field(default_factory=list)
     started: list[tuple[Segment, Sink]] = field(default_factory=list)
     running: int = 0
-    received: int = 0
     answered: int = 0
     failures: list[OverlayError] = field(default_factory=list)
     wired: bool = False
@@ -103,26 +99,25 @@ class Desk:
         for segment, sink in held:
             self.finish(segment, sink)
 
-    def combine(self, segment: Segment, answers: Answers, start: int):
-        if answers.flawless:
-            return aggregate.plain_results(answers), []
-        found = [aggregate.failure(answers.at(row), 0.5) for row in range(len(answers))]
-        return [b""] * len(answers), [(row, e) for row, e in enumerate(found) if e is not None]
-
-    def count_received(self, rows: int) -> None:
-        self.received += rows
-
-    def count_ended(self, ended: Ended) -> None:
-        self.answered += ended.count
-        self.failures += [error for _, error in ended.failures]
-        if ended.segment.traced:
-            ended.trace = (Hop("W", worked_us=ended.count),)
-
     def _column(self, rows: list[bytes]) -> Column:
         if not self.wired:
             return Column(rows)
         made = pb2.Column(items=rows)  # as it comes from a process below
         return codec._read_column(made, len(rows))
+
+
+class Record(RequestLog):
+    """Counts for its desk, and follows requests only if that wants it."""
+
+    def __init__(self, desk: Desk) -> None:
+        super().__init__("W", works=True)
+        self._desk = desk
+        self.wants_trace = lambda: desk.follows
+
+    def ended(self, ended: Ended) -> None:
+        self._desk.answered += ended.count
+        self._desk.failures += [error for _, error in ended.failures]
+        super().ended(ended)
 
 
 class Served:
@@ -142,25 +137,13 @@ class Served:
         )
         self.deadlines = Deadlines(lambda ticket: ticket.end(Code.DEADLINE_EXCEEDED))
         self.streams: list[stream_session._Session] = []
-        self.stream_desk = stream_session.Desk(
-            me="W",
-            topology=Topology({"W": worker}, specs, limits=limits),
-            intake=self.intake,
-            deadlines=self.deadlines,
-            combine=desk.combine,
-            received=desk.count_received,
-            ended=desk.count_ended,
-            crowded_out=lambda what, count, address: None,
-            wants_trace=lambda: desk.follows,
-            threads=BackgroundThreads(8, "stream"),
-            streams=stream_session.Places(limits.streams),
-            held=Budget(limits.max_waiting_bytes),
-            unread=Budget(limits.unread_bytes),
-            ahead=Budget(limits.ahead_bytes),
-        )
+        topology = Topology({"W": worker}, specs, limits=limits)
+        self.record = Record(desk)
+        self.path = RequestPath(topology, "W", self.intake, self.record)
+        self.sessions = stream_session.StreamSessions(self.path, self.deadlines)
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(self._pool, options=endpoints.server_options(limits))
-        reception = Reception(self._server, self._pool, limits, RequestLog("W", works=True))
+        reception = Reception(self._server, self._pool, limits, self.record)
         pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), reception)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self.channel = grpc.insecure_channel(
@@ -177,8 +160,13 @@ class Served:
         self._server.stop(0).wait(5)
         self.deadlines.stop()
         self._pool.shutdown(wait=True)
-        self.stream_desk.threads.close()
+        self.sessions.threads.close()
+        self.record.close()
         until(lambda: not stream_threads(), 5)
+
+    @property
+    def received(self) -> int:
+        return self.record.meter.counts().received
 
     def call(self, frames: Iterable[pb2.Frame]) -> grpc.Call:
         return self.stub.ForwardStream(iter(frames), timeout=20, wait_for_ready=True)
@@ -188,7 +176,7 @@ class Served:
 
         class Servicer(pb2_grpc.OverlayNodeServicer):
             def ForwardStream(self, call, context):
-                return stream_session.serve(served.stream_desk, call, context)
+                return served.sessions.serve(call, context)
 
         return Servicer()
 
@@ -276,7 +264,7 @@ def test_each_row_of_each_segment_is_answered_once_with_its_own_result():
     assert found == {
         (n, row): b"W: %d/%d" % (n, row) for n, size in enumerate(sizes) for row in range(size)
     }
-    assert served.desk.received == served.desk.answered == sum(sizes)
+    assert served.received == served.desk.answered == sum(sizes)
     assert (served.streams[0]._rows, served.streams[0]._held.size) == (0, 0)
 
 
@@ -400,7 +388,7 @@ def test_what_cannot_be_asked_is_refused_for_each_row_with_proof():
     unknown, stopping = Code.NOT_FOUND, Code.UNAVAILABLE
     assert codes(found) == {(1, 0): unknown, (1, 1): unknown, (2, 0): stopping}
     assert {detail.executed for detail in found.values()} == {pb2.NO}
-    assert found[2, 0].retry_after_ms == 500
+    assert found[2, 0].retry_after_ms > 0
 
 
 def test_cancelled_rows_are_answered_as_cancelled_and_the_others_as_usual():
@@ -480,7 +468,7 @@ def test_a_client_that_vanishes_ends_its_rows_and_leaves_nothing():
     desk = Desk(held=[], places=3)
     with serving(desk) as served:
         call = served.call(Sender(frame(segment(1, *[b""] * 5)), frame(segment(2, b""))))
-        until(lambda: desk.held and desk.received == 6, 5)
+        until(lambda: desk.held and served.received == 6, 5)
 
         call.cancel()
 
@@ -494,12 +482,12 @@ def test_every_row_of_a_client_that_vanished_is_counted_once():
     desk = Desk(held=[], places=3)
     with serving(desk) as served:
         call = served.call(Sender(frame(segment(1, *[b""] * 5)), frame(segment(2, b""))))
-        until(lambda: desk.held and desk.received == 6, 5)
+        until(lambda: desk.held and served.received == 6, 5)
         call.cancel()
         until(lambda: is_quiet(served), 5)
 
         # received = completed + failed + refused + cancelled + what is waiting or in service
-        until(lambda: desk.answered == desk.received, 2, "rows are in no count")
+        until(lambda: desk.answered == served.received, 2, "rows are in no count")
     assert {error.code for error in desk.failures} == {Code.CANCELLED}
 
 
@@ -526,9 +514,9 @@ def test_a_client_that_leaves_before_it_is_let_in_leaves_no_stream(has_begun):
     with serving(Desk()) as served:
         call = OverCall(has_begun)
         with suppress(grpc.RpcError):
-            stream_session.serve(served.stream_desk, call, call)
+            served.sessions.serve(call, call)
         assert served.intake.streamed == (0, 0, 0)
-        assert not served.stream_desk.streams, "a drain waits for it until its grace is over"
+        assert not served.sessions.open, "a drain waits for it until its grace is over"
 
 
 def flood(payload: bytes, rows: int, count: list[int]) -> Iterator[pb2.Frame]:
@@ -555,7 +543,7 @@ def test_a_client_that_sends_without_reading_is_bounded_by_rows(held):
     desk, sent = Desk(held=[] if held else None), [0]
     with serving(desk) as served:
         call = served.call(flood(b"x" * KIB, 8, sent))
-        received = settled(lambda: desk.received)
+        received = settled(lambda: served.received)
         (stream,) = served.streams
 
         assert stream._rows <= LIMITS.window_rows + 8
@@ -572,7 +560,7 @@ def test_a_client_that_sends_without_reading_is_bounded_by_bytes(held):
     desk, sent = Desk(held=[] if held else None), [0]
     with serving(desk, limits) as served:
         call = served.call(flood(b"x" * 16 * KIB, 2, sent))
-        received = settled(lambda: desk.received)
+        received = settled(lambda: served.received)
         (stream,) = served.streams
 
         assert stream._held.size <= 256 * KIB + 4 * 17 * KIB
@@ -626,7 +614,7 @@ def test_a_client_that_reads_again_gets_everything():
     with serving(desk, limits) as served:
         frames = itertools.islice(flood(b"x" * 4 * KIB, 4, sent), 300)
         call = served.call(frames)
-        settled(lambda: desk.received)
+        settled(lambda: served.received)
         assert sent[0] < 1200
 
         found = rows_of(call)
@@ -887,7 +875,7 @@ def test_a_stream_that_waits_for_its_client_or_for_answers_holds_no_thread():
     with serving(Desk(held=[])) as served:
         senders = [Sender(frame(segment(1, b""))) for _ in range(40)]
         calls = [served.call(sender) for sender in senders]
-        until(lambda: served.desk.received == 40, 5)
+        until(lambda: served.received == 40, 5)
         assert stream_threads() <= 8
 
         served.desk.let_go()
@@ -909,14 +897,14 @@ class Placed:
         self.is_listed = False
         self.is_at_work = self.has_worked = works
 
-    def rest(self, places: stream_session.Places) -> None:
+    def rest(self, places: stream_session.OpenStreams) -> None:
         self.is_at_work = False
         if not self.is_listed:
             places.rests(self)
 
 
 def entered(
-    places: stream_session.Places, address: str, count: int, works: bool = False
+    places: stream_session.OpenStreams, address: str, count: int, works: bool = False
 ) -> list[Placed]:
     made = [Placed(works) for _ in range(count)]
     for stream in made:
@@ -925,7 +913,7 @@ def entered(
 
 
 def test_one_address_has_three_times_the_places_that_are_left():
-    places = stream_session.Places(16)
+    places = stream_session.OpenStreams(16)
     busy = entered(places, "pc", 12, works=True)
 
     with pytest.raises(QueueFull, match=r"12 of 16 streams are open from pc alone"):
@@ -936,7 +924,7 @@ def test_one_address_has_three_times_the_places_that_are_left():
 
 
 def test_an_idle_stream_makes_room_for_a_new_one_of_its_address_the_oldest_first():
-    places = stream_session.Places(16)
+    places = stream_session.OpenStreams(16)
     first, second, third, *_ = entered(places, "pc", 12)
     other = entered(places, "mac", 1)[0]
     first.is_at_work = first.has_worked = True
@@ -952,7 +940,7 @@ def test_an_idle_stream_makes_room_for_a_new_one_of_its_address_the_oldest_first
 
 
 def test_each_idle_stream_goes_before_one_at_work_has_to_and_each_can_go():
-    places = stream_session.Places(16)
+    places = stream_session.OpenStreams(16)
     all_ = entered(places, "pc", 12, works=True)
     with pytest.raises(QueueFull):
         places.enter(Placed(), "pc")
@@ -968,7 +956,7 @@ def test_each_idle_stream_goes_before_one_at_work_has_to_and_each_can_go():
 
 
 def test_a_neighbour_has_places_of_its_own_and_its_newest_streams():
-    places = stream_session.Places(4)
+    places = stream_session.OpenStreams(4)
     entered(places, "pc", 3, works=True)
     with pytest.raises(QueueFull):
         places.enter(Placed(), "pc")
@@ -1006,7 +994,7 @@ def test_clients_that_do_not_read_are_bounded_together():
     with serving(desk, limits) as served:
         senders = [Sender(frame(*[segment(n, b"") for n in range(4)])) for _ in range(20)]
         calls = [served.call(sender) for sender in senders]
-        settled(lambda: desk.received)
+        settled(lambda: served.received)
         for n in range(4, 16):
             for sender in senders:
                 sender.send(frame(segment(n, b"")))
@@ -1018,8 +1006,8 @@ def test_clients_that_do_not_read_are_bounded_together():
             sender.close()
             assert len(rows_of(call)) == 16
         until(lambda: is_quiet(served), 5)
-        assert served.stream_desk.unread.left == 512 * KIB
-        assert served.stream_desk.held.left == limits.max_waiting_bytes
+        assert served.sessions.unread.left == 512 * KIB
+        assert served.sessions.held.left == limits.max_waiting_bytes
 
 
 def test_what_a_map_tells_while_its_stream_ends_is_not_kept():
@@ -1033,7 +1021,7 @@ def test_what_a_map_tells_while_its_stream_ends_is_not_kept():
 
     told, maps = threading.Event(), Late()
     with serving(Desk()) as served:
-        served.stream_desk = replace(served.stream_desk, maps=maps)
+        served.sessions.maps = maps
         call = served.call([pb2.Frame(progress=[pb2.Progress(number=1)])])
         assert told.wait(10)
         until(lambda: not maps.all())

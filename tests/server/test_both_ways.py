@@ -1,0 +1,363 @@
+"""Every rule holds for a single request as for a segment of a stream: one table, asked both ways.
+
+What bounds how much waits is not in it: a single request has a slot of the queue, which may be full
+(tests/system/test_rules.py); a stream has its window (tests/server/test_stream_session.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+import pytest
+from grpc import StatusCode
+
+from overlay.model.errors import BadRequest
+from overlay.model.limits import Limits
+from overlay.model.topology import HandlerSpec, Process, Topology
+from overlay.server.reception import Reception
+from overlay.server.service import Service
+from overlay.transport import endpoints
+from overlay.transport.codec import pb2_grpc
+from overlay.workers.api import Context
+from tests.harness.cluster import free_port, until
+from tests.harness.ways import Outcome, Streamed, Unary, Way
+
+MOST = 64 * 1024
+LIMITS = replace(Limits(), max_message_bytes=MOST, chosen_ids=3, default_deadline_s=5.0)
+GATE = threading.Event()
+STARTED: list[Context] = []
+PAYLOADS: list[bytes] = []  # of those
+
+
+def echo(payload: bytes, context: Context) -> bytes:
+    return b"C: " + payload
+
+
+def held(payload: bytes, context: Context) -> bytes:
+    PAYLOADS.append(payload)
+    STARTED.append(context)
+    while not GATE.wait(0.01) and not context.cancelled:
+        pass
+    return payload
+
+
+def sized(payload: bytes, context: Context) -> bytes:
+    return bytes(int(payload))
+
+
+def picky(payload: bytes, context: Context) -> bytes:
+    raise BadRequest("no such word")
+
+
+def broken(payload: bytes, context: Context) -> bytes:
+    raise ValueError("the secret")
+
+
+def swollen(parts: object) -> bytes:
+    return bytes(MOST + 1)
+
+
+def stubborn(parts: object) -> bytes:
+    raise BadRequest("these do not fit together")
+
+
+def failing(parts: object) -> bytes:
+    raise ValueError("the secret")
+
+
+def spec(name: str, call: str, merge: str | None = None, slots: int = 8) -> HandlerSpec:
+    here = "tests.server.test_both_ways"
+    return HandlerSpec(name, f"{here}:{call}", merge and f"{here}:{merge}", slots=slots)
+
+
+HANDLERS = [
+    *(spec(name, name) for name in ("echo", "sized", "picky", "broken")),
+    *(spec(name, "echo", name) for name in ("swollen", "stubborn", "failing")),
+    spec("held", "held", slots=1),
+]
+
+
+class Worker:
+    """Process C in this process, on a port of its own."""
+
+    def __init__(self) -> None:
+        port = free_port()
+        me = Process("C", "worker", "green", "127.0.0.1", port, handler="echo")
+        handlers = {handler.name: handler for handler in HANDLERS}
+        self.service = service = Service(Topology({"C": me}, handlers, limits=LIMITS), "C")
+        self._pool = ThreadPoolExecutor(16)
+
+        class Servicer(pb2_grpc.OverlayNodeServicer):
+            def Forward(self, request, context):
+                return service.forward(request, context)
+
+            def ForwardStream(self, call, context):
+                return service.forward_stream(call, context)
+
+        self._server = grpc.server(self._pool, options=endpoints.server_options(LIMITS))
+        reception = Reception(self._server, self._pool, LIMITS, service.record)
+        pb2_grpc.add_OverlayNodeServicer_to_server(Servicer(), reception)
+        assert self._server.add_insecure_port(f"127.0.0.1:{port}") == port
+        self._server.start()
+        service.start()
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}", endpoints.channel_options())
+
+    def stub(self, process_id: str) -> pb2_grpc.OverlayNodeStub:
+        return pb2_grpc.OverlayNodeStub(self._channel)
+
+    def counts(self) -> Counts:
+        m = self.service.metrics()
+        ended = m.completed, m.failed, sum(m.refused_by_reason.values()), m.cancelled
+        return Counts(m.received, ended, dict(m.refused_by_reason))
+
+    def stop(self) -> None:
+        self._channel.close()
+        self._server.stop(0).wait(5)
+        self.service.close()
+        self._pool.shutdown(wait=False)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """ended: completed, failed, refused, cancelled."""
+
+    received: int
+    ended: tuple[int, int, int, int]
+    refused: dict[str, int]
+
+    def since(self, before: Counts) -> tuple[int, tuple[int, ...], dict[str, int]]:
+        ended = tuple(now - then for now, then in zip(self.ended, before.ended, strict=True))
+        grown = {why: n - before.refused.get(why, 0) for why, n in self.refused.items()}
+        return self.received - before.received, ended, {why: n for why, n in grown.items() if n}
+
+
+COMPLETED, FAILED, REFUSED, CANCELLED = (tuple(int(i == way) for i in range(4)) for way in range(4))
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    GATE.clear()
+    STARTED.clear()
+    PAYLOADS.clear()
+    made = Worker()
+    yield made
+    GATE.set()
+    made.stop()
+
+
+@pytest.fixture(params=[Unary, Streamed])
+def way(request: pytest.FixtureRequest) -> Iterator[Way]:
+    made = request.param()
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _lines_of_all_levels(caplog):
+    caplog.set_level(logging.INFO, "overlay")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a request that asks `asked` is answered. why: how a refusal is counted."""
+
+    asked: dict[str, Any]
+    code: StatusCode
+    sentence: str = ""
+    executed: str = ""
+    ended: tuple[int, ...] = FAILED
+    why: str = ""
+
+
+def refused(code: StatusCode, sentence: str, why: str = "bad request", **asked: Any) -> Rule:
+    return Rule(asked, code, sentence, "no", REFUSED, why)
+
+
+def failed(code: StatusCode, sentence: str, executed: str = "yes", **asked: Any) -> Rule:
+    return Rule(asked, code, sentence, executed)
+
+
+INVALID, LARGE = StatusCode.INVALID_ARGUMENT, StatusCode.RESOURCE_EXHAUSTED
+TOO_LARGE = r"the answer has [\d,]+ bytes, more than max_message_mib allows \(65,536\)"
+RULES = {
+    "an answer": Rule({}, StatusCode.OK, ended=COMPLETED),
+    "an unknown handler": refused(
+        StatusCode.NOT_FOUND, "no handler 'os:system'", "unknown name", handler="os:system"
+    ),
+    "an unknown team": refused(StatusCode.NOT_FOUND, "no team 'blue'", "unknown name", team="blue"),
+    "a loop": refused(
+        StatusCode.FAILED_PRECONDITION, "C is already in the hop list", "loop", hops=["X", "C"]
+    ),
+    "a mode that is none": refused(INVALID, "mode 7 is not", mode=7),
+    "too many hops": refused(INVALID, "hops: 100 entries", hops=["x"] * 100),
+    "a name that is none": refused(INVALID, "team: 'xxxx", team="x" * 65),
+    "a payload that is too large": refused(
+        INVALID, r"payload: 65,537 bytes are more than max_message_mib allows \(65,536\)",
+        payload=bytes(MOST + 1),
+    ),
+    "a result that is too large": failed(
+        LARGE, "handler 'sized' returned 70,000 bytes", handler="sized", payload=b"70000"
+    ),
+    "a result that is too large when it is sent twice": failed(
+        LARGE, TOO_LARGE, handler="sized", payload=b"40000", want_parts=True
+    ),
+    "a merged result that is too large": failed(LARGE, TOO_LARGE, handler="swollen"),
+    "a merge that refuses": failed(INVALID, "these do not fit together", handler="stubborn"),
+    "a merge that raises": failed(
+        StatusCode.INTERNAL, "the handler's merge failed; error id", handler="failing"
+    ),
+    "a handler that refuses": failed(INVALID, "no such word", handler="picky"),
+    "a handler that raises": failed(StatusCode.INTERNAL, "error id", handler="broken"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", RULES)
+def test_a_rule_is_kept_and_counted_and_logged_once(worker, way, what, caplog):
+    rule, before = RULES[what], worker.counts()
+
+    (call,) = way.at_once(worker, 1, "C", **rule.asked)
+    outcome = Outcome(call)
+
+    assert (outcome.code, outcome.executed) == (rule.code, rule.executed)
+    if not outcome.ok:
+        assert re.search(rule.sentence, outcome.details), outcome.details
+        assert "secret" not in outcome.details
+    refused = {rule.why: 1} if rule.why else {}
+    assert worker.counts().since(before) == (1, rule.ended, refused)
+    lines = [line for line in caplog.records if "asked by" in line.getMessage()]
+    assert len(lines) == (not outcome.ok)
+    assert all("127.0.0.1" in line.getMessage() for line in lines)
+    (story,) = worker.service.metrics(requests=9).requests
+    assert (story.code, story.count) == (outcome.code.value[0], 1)
+
+
+def test_both_ways_say_the_same(worker):
+    ways = [Unary(), Streamed()]
+    try:
+        for what, rule in RULES.items():
+            said = [Outcome(way.at_once(worker, 1, "C", **rule.asked)[0]) for way in ways]
+            failures = {re.sub("error id [0-9a-f]+", "", o.details) for o in said if not o.ok}
+            results = {o.response.result for o in said if o.ok}
+            assert len(failures | results) == 1, (what, failures, results)
+    finally:
+        for way in ways:
+            way.close()
+
+
+def test_a_chosen_id_is_asked_once_and_counted_twice(worker, way):
+    asked = {"payload": b"x", "request_id": 4711}
+    assert Outcome(way.at_once(worker, 1, "C", **asked)[0]).ok
+    before = worker.counts()
+
+    again = Outcome(way.at_once(worker, 1, "C", **asked)[0])
+
+    assert (again.code, again.executed) == (StatusCode.ALREADY_EXISTS, "unknown")
+    assert worker.counts().since(before) == (1, FAILED, {})
+
+
+def test_where_no_more_chosen_ids_can_be_kept_it_is_refused_and_told_when_to_come(worker, way):
+    outcomes = [
+        Outcome(way.at_once(worker, 1, "C", request_id=n, timeout=3)[0]) for n in (1, 9, 17, 25)
+    ]
+    (full,) = [outcome for outcome in outcomes if not outcome.ok][:1]
+
+    assert (full.code, full.executed) == (LARGE, "no")
+    assert full.retry_after_s > 0
+    assert worker.counts().refused["ids full"] >= 1
+
+
+def test_a_process_that_stops_refuses_and_says_when_to_come_again(worker, way):
+    assert Outcome(way.at_once(worker, 1, "C")[0]).ok
+    before = worker.counts()
+    worker.service.intake.close()
+
+    outcome = Outcome(way.at_once(worker, 1, "C")[0])
+
+    assert (outcome.code, outcome.executed) == (StatusCode.UNAVAILABLE, "no")
+    assert outcome.details == "C is stopping and takes no new requests"
+    assert outcome.retry_after_s > 0
+    assert worker.counts().since(before) == (1, REFUSED, {"draining": 1})
+
+
+def test_what_waits_when_a_process_stops_is_refused(worker, way):
+    (running,) = way.at_once(worker, 1, "C", handler="held", timeout=30)
+    until(lambda: STARTED)
+    (waiting,) = way.at_once(worker, 1, "C", handler="held", timeout=30)
+    queued(worker, 1)
+    worker.service.intake.close()
+
+    outcome = Outcome(waiting)
+    GATE.set()
+
+    assert (outcome.code, outcome.executed) == (StatusCode.UNAVAILABLE, "no")
+    assert Outcome(running).ok
+    assert worker.counts().ended == (1, 0, 1, 0)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["it runs", "it waits"])
+def test_a_caller_that_leaves_ends_its_request_and_is_counted_once(worker, way, waits):
+    first = way.at_once(worker, 1, "C", handler="held", timeout=30)
+    until(lambda: STARTED)
+    calls = way.at_once(worker, 1, "C", handler="held", timeout=30) if waits else first
+    queued(worker, int(waits))
+
+    calls[0].cancel()
+
+    until(lambda: worker.counts().ended == (0, 0, 0, 1))
+    queued(worker, 0)
+    assert (len(STARTED), STARTED[0].cancelled) == (1, not waits)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["it runs", "it waits"])
+def test_a_deadline_ends_what_runs_and_refuses_what_waits(worker, way, waits):
+    calls = way.at_once(worker, 1, "C", handler="held", timeout=30) if waits else []
+    until(lambda: len(STARTED) == len(calls))
+
+    calls += way.at_once(worker, 1, "C", handler="held", timeout=0.4)
+
+    until(lambda: sum(worker.counts().ended) == 1)
+    assert worker.counts().ended == (REFUSED if waits else FAILED)
+    assert (len(STARTED), STARTED[0].cancelled) == (1, not waits)
+
+
+def test_a_request_without_a_deadline_gets_the_processes_own(worker, way):
+    (call,) = way.at_once(worker, 1, "C", handler="held", timeout=None)
+    until(lambda: STARTED)
+
+    assert 0 < STARTED[0].remaining_s() <= LIMITS.default_deadline_s
+    call.cancel()
+
+
+def test_who_wants_to_hear_of_a_request_has_a_line_of_it(worker, way, caplog):
+    assert Outcome(way.at_once(worker, 1, "C", want_trace=True)[0]).ok
+
+    until(lambda: [line for line in caplog.records if "answered; waited" in line.getMessage()])
+
+
+def test_the_more_urgent_one_goes_first(worker, way):
+    calls = way.at_once(worker, 1, "C", handler="held", payload=b"first", timeout=30)
+    until(lambda: STARTED)
+    for payload, priority in ((b"late", 0), (b"urgent", 9)):
+        asked = {"handler": "held", "payload": payload, "priority": priority, "timeout": 30}
+        calls += way.at_once(worker, 1, "C", **asked)
+        queued(worker, len(calls) - 1)
+
+    GATE.set()
+
+    assert all(Outcome(call).ok for call in calls)
+    assert PAYLOADS == [b"first", b"urgent", b"late"]
+
+
+def queued(worker: Worker, count: int) -> None:
+    def waiting() -> bool:
+        metrics = worker.service.metrics()
+        return metrics.queue_size + metrics.streamed_waiting == count
+
+    until(waiting, what=f"{count} wait")
