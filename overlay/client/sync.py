@@ -447,6 +447,7 @@ def _results(
                 run.read(*box.get())
             while (ready := run.take()) is not None:
                 yield ready
+                window.gave()
         run.check()
     finally:
         run.close()
