@@ -1,4 +1,4 @@
-"""The client library for asyncio: `connect_async("host:port")` gives an AsyncClient.
+"""The client library for asyncio: `connect_async("host:port")` returns an AsyncClient.
 
     async with overlay.connect_async("192.168.1.1:50051") as client:
         answer = await client.call(b"hello")
@@ -156,7 +156,7 @@ class AsyncClient:
         requests: int = 0,
         functions: bool = False,
     ) -> pb2.MetricsResponse:
-        """What the process says of itself, as overlay.proto describes it."""
+        """As Client.metrics."""
         request = pb2.MetricsRequest(
             events=arguments.as_whole("events", events),
             requests=arguments.as_whole("requests", requests),
@@ -165,7 +165,7 @@ class AsyncClient:
         return await on_a_thread(self._connection.metrics, request, arguments.as_timeout(timeout))
 
     async def is_serving(self, *, timeout: float | None = None) -> bool:
-        """What the standard health service says: False while the process stops."""
+        """As Client.is_serving."""
         return await on_a_thread(self._connection.is_serving, arguments.as_timeout(timeout))
 
     async def close(self) -> None:
