@@ -287,7 +287,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnswerRow:
     """One request's answer: a part per worker asked, and the processes that took part.
 
     hops: this process first, then depth first in the order of the configuration.
@@ -376,7 +376,7 @@ class PartColumn:
 class Answers:
     """The answers of consecutive requests: a column of parts per worker asked.
 
-    hops: as in Answer, the same for all rows. refused: as in Answer, for all rows. trace: what the
+    hops, refused: as in AnswerRow, the same for all rows. trace: what the
     way took below this process, where that was told. early_us: how long the slowest of the parts
     that went before the answer had waited and worked, where any did.
     """
@@ -430,8 +430,8 @@ class Answers:
         late = Code.DEADLINE_EXCEEDED
         return bool(self.parts) and all(c.failed and c.failed.code is late for c in self.parts)
 
-    def at(self, row: int) -> Answer:
-        return Answer(tuple(column.at(row) for column in self.parts), self.hops, self.refused)
+    def at(self, row: int) -> AnswerRow:
+        return AnswerRow(tuple(column.at(row) for column in self.parts), self.hops, self.refused)
 
     def granted_by(self, grant: Callable[[str, int], None]) -> Answers:
         """With chunks that tell this (worker, how many more may come) who is to have more."""
