@@ -33,6 +33,7 @@ from overlay.model.segments import Code, Executed, Failure
 from overlay.observability.log_buffer import LINES
 from overlay.transport import codec, validation
 from overlay.transport.channels import SILENT, Channel
+from overlay.transport.endpoints import channel_options
 
 # A process that is being restarted is back within this. Windows takes 2 s to report a refused port.
 PATIENCE_S = 2.5
@@ -47,7 +48,7 @@ _OPTIONS = [
     # The process asked knows the configured size and refuses what is beyond it.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    *codec.CHANNEL_OPTIONS,
+    *channel_options(),
 ]
 
 

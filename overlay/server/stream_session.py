@@ -19,7 +19,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -553,7 +553,7 @@ class _Session:
         accepted = _Accepted(made, segment)
         if made.as_they_come and segment.route.mode is Mode.ALL:
             chunks = min(1, segment.chunks)  # more of them as there is room
-            segment = replace(segment, early=partial(self._pass_on, accepted), chunks=chunks)
+            segment = segment.with_(early=partial(self._pass_on, accepted), chunks=chunks)
             accepted.segment, accepted.unanswered = segment, PendingRows(segment.count)
         with self._lock:
             if self._abandoned or self._parting is not None:

@@ -29,10 +29,8 @@ from overlay.model.segments import (
     Segment,
 )
 from overlay.observability.counters import BOUNDS_S, RECENT, Meter, Spread, Times
-from overlay.observability.log_throttle import LogThrottle
-from overlay.observability.request_summaries import KEPT, RequestSummaries
-from overlay.observability.token_bucket import TokenBucket
-from overlay.observability.trace import RequestSummary
+from overlay.observability.request_summaries import KEPT, RequestSummaries, RequestSummary
+from overlay.observability.throttle import LogThrottle, TokenBucket
 from overlay.server.request_log import Ended, RequestLog, served
 from tests.harness.cluster import until
 
