@@ -1,4 +1,4 @@
-"""The client library for asyncio: `connect_async("host:port")` gives an AsyncClient.
+"""The client library for asyncio: `connect_async("host:port")` returns an AsyncClient.
 
     async with overlay.connect_async("192.168.1.1:50051") as client:
         answer = await client.call(b"hello")
@@ -12,7 +12,6 @@ it first; nothing here blocks that loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -23,7 +22,7 @@ from overlay.client.arguments import CallOptions, MapOptions
 from overlay.client.connection import PATIENCE_S, Connection
 from overlay.client.event_loop import LoopBridge, on_a_thread
 from overlay.client.map_run import MapRun
-from overlay.client.map_window import PAUSE_S, Run
+from overlay.client.map_window import PAUSE_S
 from overlay.client.partials import Parts
 from overlay.client.results import Answer, value_of
 from overlay.model.errors import CallFailed
@@ -112,7 +111,7 @@ class AsyncClient:
     ) -> AsyncIterator[Any]:
         """As Client.map; the payloads, or args, may come from an async iterable too."""
         how = mode, team, timeout, window, chunksize, True, priority, patience_s
-        return _raising(self._map(arguments.map_options(handler, payloads, args, *how)))
+        return self._map(arguments.map_options(handler, payloads, args, *how), numbered=False)
 
     def map_as_completed(
         self,
@@ -131,7 +130,7 @@ class AsyncClient:
     ) -> AsyncIterator[tuple[int, Any]]:
         """As Client.map_as_completed."""
         how = mode, team, timeout, window, chunksize, ordered, priority, patience_s
-        return _numbered(self._map(arguments.map_options(handler, payloads, args, *how)))
+        return self._map(arguments.map_options(handler, payloads, args, *how), numbered=True)
 
     def parts(
         self,
@@ -157,7 +156,7 @@ class AsyncClient:
         requests: int = 0,
         functions: bool = False,
     ) -> pb2.MetricsResponse:
-        """What the process says of itself, as overlay.proto describes it."""
+        """As Client.metrics."""
         request = pb2.MetricsRequest(
             events=arguments.as_whole("events", events),
             requests=arguments.as_whole("requests", requests),
@@ -166,7 +165,7 @@ class AsyncClient:
         return await on_a_thread(self._connection.metrics, request, arguments.as_timeout(timeout))
 
     async def is_serving(self, *, timeout: float | None = None) -> bool:
-        """What the standard health service says: False while the process stops."""
+        """As Client.is_serving."""
         return await on_a_thread(self._connection.is_serving, arguments.as_timeout(timeout))
 
     async def close(self) -> None:
@@ -215,31 +214,15 @@ class AsyncClient:
             if not is_last:
                 self._connection.cancel(submission)
 
-    def _map(self, options: MapOptions) -> AsyncIterator[Run]:
+    def _map(self, options: MapOptions, numbered: bool) -> AsyncIterator[Any]:
         self._connection.check_open()
-        return _Map(self._bridge, options).results()
+        return _Map(self._bridge, options).results(numbered)
 
     def _read_value(self, came: Any, at: int, request_id: int, timeout_s: float) -> Any:
         value = value_of(self._connection.read_result(came, at, request_id, timeout_s))
         if isinstance(value, CallFailed):
             raise value
         return value
-
-
-async def _numbered(runs: AsyncIterator[Run]) -> AsyncIterator[tuple[int, Any]]:
-    async with contextlib.aclosing(runs):  # type: ignore[type-var]  # a generator
-        async for first, results in runs:
-            for pair in enumerate(results, first):
-                yield pair
-
-
-async def _raising(runs: AsyncIterator[Run]) -> AsyncIterator[Any]:
-    async with contextlib.aclosing(runs):  # type: ignore[type-var]  # a generator
-        async for _, results in runs:
-            for result in results:
-                if isinstance(result, CallFailed):
-                    raise result
-                yield result
 
 
 class _Map:
@@ -255,8 +238,10 @@ class _Map:
         self._changed = asyncio.Event()  # there may be results, or an end
         self._has_room = asyncio.Event()  # more may be sent, or nothing any more
 
-    async def results(self) -> AsyncIterator[Run]:
+    async def results(self, numbered: bool) -> AsyncIterator[Any]:
+        """numbered: pairs of index and result, else the results, where a failure is raised."""
         run = self._run
+        window = run.window
         feeder = self._bridge.loop.create_task(self._feed())
         feeder.add_done_callback(lambda _: self._changed.set())
         looks = self._bridge.loop.create_task(self._look())
@@ -266,8 +251,18 @@ class _Map:
                 if feeder.done():
                     feeder.result()  # raises what the payloads raised
                 while (ready := run.take()) is not None:
-                    self._has_room.set()
-                    yield ready
+                    first, results = ready
+                    last = first + window.taking - 1
+                    for index, result in enumerate(results, first):
+                        if index == last:  # before it is given: more is sent while it is used
+                            window.gave()
+                            self._has_room.set()
+                        if numbered:
+                            yield index, result
+                        elif isinstance(result, CallFailed):
+                            raise result
+                        else:
+                            yield result
                 if run.is_done and not self._rows:
                     break
                 await self._changed.wait()

@@ -1,7 +1,7 @@
-"""Runs what callers want called when their answers have come, where it can hold up nothing else.
+"""Runs the callbacks of Futures on a thread of their own, where they can hold up nothing else.
 
-One after the other, in the order in which they were put. Owns a thread, "overlay-callbacks", which
-comes with the first of them and ends when there was none for a second.
+One after the other, in the order in which they were put. The thread, "overlay-callbacks", starts
+with the first of them and ends when there was none for a second.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SLICE_S = 0.5  # of a wait, so that Ctrl-C works on Windows too
 
 
 class Callbacks:
-    """Calls what is put. Safe from any thread; what is called may do anything and take long."""
+    """Calls what is put. Safe from any thread; a callback may do anything, and may take long."""
 
     def __init__(self) -> None:
         self._due: deque[tuple[Callable[[Any], object], Any]] = deque()
@@ -46,7 +46,8 @@ class Callbacks:
             raise
 
     def wait(self, within_s: float = math.inf) -> None:
-        """Until all have been called; on their own thread, where that would be never, at once."""
+        """Waits until all have been called; returns at once on their own thread, which would wait
+        for itself."""
         until = time.monotonic() + within_s
         with self._changed:
             if self._thread is threading.current_thread():

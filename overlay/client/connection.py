@@ -1,4 +1,4 @@
-"""A kept channel to one process: made when needed, looked into when it does not come up."""
+"""A client's kept connection to one process: a stream for requests, and single calls beside it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay.client import environment
 from overlay.client.callbacks import Callbacks
+from overlay.client.doubt import Doubt
 from overlay.client.multiplexer import RETRY_PAUSE_S, Multiplexer
 from overlay.client.outbox import Submission
 from overlay.client.results import Answer, error_of, failure_of, result_of, sentence_of
@@ -24,7 +25,6 @@ from overlay.model.errors import (
     CallCancelled,
     CallFailed,
     Misspoken,
-    NoSuchHost,
     NotReached,
     Unavailable,
 )
@@ -32,9 +32,8 @@ from overlay.model.limits import Limits
 from overlay.model.segments import Code, Executed, Failure
 from overlay.observability.log_buffer import LINES
 from overlay.transport import codec, validation
-from overlay.transport.channels import SILENT, Channel, split
+from overlay.transport.channels import SILENT, Channel
 from overlay.transport.endpoints import channel_options
-from overlay.transport.resolver import Named, connect, look_up
 
 # A process that is being restarted is back within this. Windows takes 2 s to report a refused port.
 PATIENCE_S = 2.5
@@ -54,14 +53,14 @@ _OPTIONS = [
 
 
 class Connection:
-    """A client's kept channel: a stream for requests, and calls for metrics and health.
+    """Made when it is first needed, and looked into when it does not come up. Safe from any thread.
 
     gRPC is used from the first request on, not before: until then the process may be forked, and
     each child has a connection of its own. In the child of a process that was using it every verb
     raises, and `close` leaves it to the parent.
 
-    One that is dropped without `close` is closed all the same: its stream has a place at the
-    process asked, of which there are few.
+    A connection that is dropped without `close` is closed all the same: its stream has a place at
+    the process asked, of which there are few.
     """
 
     def __init__(self, address: str, patience_s: float) -> None:
@@ -76,8 +75,8 @@ class Connection:
         self._closed = False
         self._is_left = False  # to the parent, of which this process is a child
         self._lock = threading.Lock()
-        self._made: _Line | None = None
-        self._single_line: _Line | None = None
+        self._made: _Stubs | None = None
+        self._single_stubs: _Stubs | None = None
         self._calls: Multiplexer | None = None
         # What holds a stream and threads, without this connection: so that it can be let go.
         self._held: list[Multiplexer | Channel] = []
@@ -129,8 +128,8 @@ class Connection:
         return max(MAP_PATIENCE_S, self._patience_s) if patience_s is None else patience_s
 
     def seek(self, is_wrong: bool = False) -> None:
-        """The process is away, or another answers there: the name of its machine may lead
-        elsewhere by now."""
+        """The process is away, or another one answers: the name of its machine may lead elsewhere
+        by now."""
         if self._made is not None:
             self._made.channel.doubt(is_wrong)
 
@@ -141,7 +140,7 @@ class Connection:
 
     @property
     def is_left(self) -> bool:
-        """Whether it is that of the process of which this one is a child."""
+        """Whether the connection belongs to the process of which this one is a child."""
         return self._is_left
 
     def check_open(self) -> None:
@@ -163,7 +162,7 @@ class Connection:
             raise _closed(is_left=True)
 
     def leave_behind(self) -> None:
-        """As surroundings.Forkable has it."""
+        """As environment.Forkable has it."""
         self._lock = threading.Lock()  # the parent may just have held it
         self.callbacks = Callbacks()
         if self._made is not None:
@@ -173,7 +172,7 @@ class Connection:
 
     def begin(self) -> Multiplexer:
         with self._lock:
-            channel = self._line_locked().channel
+            channel = self._stubs_locked().channel
             if self._calls is None:
                 shown = partial(getattr, channel, "shown")
                 calls = Multiplexer(channel, self._address, self._patience_s, shown)
@@ -188,7 +187,7 @@ class Connection:
         calls.wake()
         if calls.connected.wait(min(PROMPT_S, patience_s)):
             return
-        doubt = None if calls.is_full else _Doubt(self._address, until)
+        doubt = None if calls.is_full else Doubt(self._address, until)
         while (left_s := until - time.monotonic()) > 0 and not self._closed:
             self.seek(_is_wrong(calls))
             if calls.connected.wait(min(0.25, left_s)):
@@ -201,7 +200,7 @@ class Connection:
         refused = calls.refused
         if refused is not None and calls.is_full:
             raise error_of(refused, refused.reason)
-        doubt = doubt or _Doubt(self._address, until)
+        doubt = doubt or Doubt(self._address, until)
         error = doubt.error()
         if refused is not None and refused.executed is Executed.NO and not doubt.is_settled:
             raise error_of(refused, refused.reason)  # the process's own words: it is stopping
@@ -211,13 +210,15 @@ class Connection:
         until = time.monotonic() + timeout_s
         patient_until = time.monotonic() + min(self._patience_s, timeout_s)
         self._check_size(len(request.payload), min(self._patience_s, timeout_s))
-        line = self._single
+        stubs = self._single
         while True:
             try:
                 left_s = max(0.001, until - time.monotonic())
                 return cast(
                     codec.pb2.Response,
-                    self._ask(line, line.node.Forward, request, left_s, validation.check_response),
+                    self._ask(
+                        stubs, stubs.node.Forward, request, left_s, validation.check_response
+                    ),
                 )
             except NotReached:
                 raise
@@ -228,8 +229,8 @@ class Connection:
                 time.sleep(pause_s)
 
     def drain(self, request: codec.pb2.DrainRequest, timeout_s: float) -> codec.pb2.DrainResponse:
-        line = self._line
-        found = self._ask(line, line.admin.Drain, request, timeout_s, validation.tidy)
+        stubs = self._stubs
+        found = self._ask(stubs, stubs.admin.Drain, request, timeout_s, validation.tidy)
         return cast(codec.pb2.DrainResponse, found)
 
     def logs(self, request: codec.pb2.LogsRequest, timeout_s: float) -> codec.pb2.LogsResponse:
@@ -238,21 +239,23 @@ class Connection:
         def check(said: codec.pb2.LogsResponse) -> None:
             validation.check_logs(said, request.process_id or said.process_id, most)
 
-        line = self._line
-        found = self._ask(line, line.admin.Logs, request, timeout_s, check)
+        stubs = self._stubs
+        found = self._ask(stubs, stubs.admin.Logs, request, timeout_s, check)
         return cast(codec.pb2.LogsResponse, found)
 
     def metrics(
         self, request: codec.pb2.MetricsRequest, timeout_s: float
     ) -> codec.pb2.MetricsResponse:
-        line = self._line
-        found = self._ask(line, line.node.GetMetrics, request, timeout_s, validation.check_metrics)
+        stubs = self._stubs
+        found = self._ask(
+            stubs, stubs.node.GetMetrics, request, timeout_s, validation.check_metrics
+        )
         return cast(codec.pb2.MetricsResponse, found)
 
     def is_serving(self, timeout_s: float) -> bool:
         request = health_pb2.HealthCheckRequest()
-        line = self._line
-        found = self._ask(line, line.health.Check, request, timeout_s)
+        stubs = self._stubs
+        found = self._ask(stubs, stubs.health.Check, request, timeout_s)
         return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
@@ -264,32 +267,32 @@ class Connection:
         self.callbacks.wait(CALLBACKS_S)
 
     @property
-    def _line(self) -> _Line:
+    def _stubs(self) -> _Stubs:
         with self._lock:
-            return self._line_locked()
+            return self._stubs_locked()
 
-    def _line_locked(self) -> _Line:
+    def _stubs_locked(self) -> _Stubs:
         self.check_open()
         if self._made is None:
             environment.begin_use(self._held)
-            self._made = _Line(self._address, _OPTIONS)
+            self._made = _Stubs(self._address, _OPTIONS)
             self._held.append(self._made.channel)
         return self._made
 
     @property
-    def _single(self) -> _Line:
-        """For single requests: a channel on which gRPC itself sends one again that a closing
+    def _single(self) -> _Stubs:
+        """For single requests: a channel on which gRPC itself sends a request again that a closing
         connection has not taken. There is no other way to know that it did not run."""
         with self._lock:
-            self._line_locked()
-            if self._single_line is None:
-                self._single_line = _Line(self._address, [("grpc.enable_retries", 1), *_OPTIONS])
-                self._held.append(self._single_line.channel)
-            return self._single_line
+            self._stubs_locked()
+            if self._single_stubs is None:
+                self._single_stubs = _Stubs(self._address, [("grpc.enable_retries", 1), *_OPTIONS])
+                self._held.append(self._single_stubs.channel)
+            return self._single_stubs
 
     def _check_size(self, size: int, patience_s: float) -> None:
         """Raises InvalidCall for a payload that the process would not even read: gRPC itself ends
-        such a call, without a word on whether it ran. Only the stream tells the limit."""
+        such a call, and does not say whether it ran. Only the stream tells the limit."""
         if size <= Limits.least_message_bytes:
             return
         calls = self.begin()
@@ -301,7 +304,7 @@ class Connection:
 
     def _ask(
         self,
-        line: _Line,
+        stubs: _Stubs,
         method: Any,
         request: Any,
         timeout_s: float,
@@ -312,7 +315,7 @@ class Connection:
         with self._lock:
             self._asking += 1
         try:
-            self._make_sure(line, min(self._patience_s, timeout_s))
+            self._make_sure(stubs, min(self._patience_s, timeout_s))
             # wait_for_ready: a connection lost just now is waited for, and the call sent once.
             left_s = max(0.001, until - time.monotonic())
             answer = method(request, timeout=time.Timeout(left_s), wait_for_ready=True)
@@ -322,40 +325,41 @@ class Connection:
             raise error_of(Failure(e.code, reason), reason) from None
         except grpc.RpcError as error:
             if error.code() in SILENT:
-                line.answered = -FRESH_S
+                stubs.answered = -FRESH_S
             raise failure_of(error, self.shown, timeout_s) from None
         except ValueError:
             if not self._closed:
                 raise
-            # gRPC's word for a channel that was closed meanwhile
+            # what gRPC raises for a channel that was closed meanwhile
             raise CallCancelled("this client was closed") from None
         finally:
             with self._lock:
                 self._asking -= 1
-        line.answered = time.monotonic()
+        stubs.answered = time.monotonic()
         return answer
 
-    def _make_sure(self, line: _Line, patience_s: float) -> None:
-        """Raises NotReached unless the process answered lately or does so now.
+    def _make_sure(self, stubs: _Stubs, patience_s: float) -> None:
+        """Raises NotReached unless the process answered a moment ago or does so now.
 
         A call itself waits for its whole deadline where nothing serves, and then cannot tell
         whether it was ever sent.
         """
-        if time.monotonic() - line.answered < FRESH_S:
+        if time.monotonic() - stubs.answered < FRESH_S:
             return
         until = time.monotonic() + patience_s
-        if line.is_greeted(min(PROMPT_S, patience_s)):
+        if stubs.is_greeted(min(PROMPT_S, patience_s)):
             return
-        doubt = _Doubt(self._address, until)
+        doubt = Doubt(self._address, until)
         while (left_s := until - time.monotonic()) > 0:
-            if line.is_greeted(left_s):
+            if stubs.is_greeted(left_s):
                 return
             time.sleep(min(0.05, left_s))
         raise doubt.error()
 
 
-class _Line:
-    """A kept channel for single calls. answered: when it last was; monotonic seconds."""
+class _Stubs:
+    """The stubs of a kept channel for single calls. answered: when a call last was; monotonic
+    seconds."""
 
     def __init__(self, address: str, options: Sequence[tuple[str, Any]]) -> None:
         self.channel = Channel(address, options)
@@ -391,7 +395,7 @@ def _closed(is_left: bool) -> CallFailed:
 
 
 def _free(held: list[Multiplexer | Channel]) -> None:
-    """In their order. May be called twice."""
+    """Closes them in their order. May be called twice."""
     for one in list(held):
         one.close()
     environment.end_use(held)
@@ -402,55 +406,3 @@ def _free_soon(held: list[Multiplexer | Channel]) -> None:
     # on the pipe's thread too. By the bare function, which takes no lock of `threading`: that very
     # thread may just hold it.
     _thread.start_new_thread(_free, (held,))
-
-
-class _Doubt:
-    """Why gRPC gets no connection: tries a plain one on a thread that ends by `until`.
-
-    is_settled: nobody listens there.
-    """
-
-    is_settled = False
-
-    def __init__(self, address: str, until: float) -> None:
-        self._address = address
-        self._host, self._port = split(address)
-        self._until = max(until, time.monotonic() + 0.05)  # a refusal nearby takes no longer
-        self._said = self._of_name(look_up(self._host, 0))
-        self._thread = threading.Thread(target=self._look, name="overlay-doubt", daemon=True)
-        self._thread.start()
-
-    def error(self) -> NotReached:
-        self._thread.join(max(0.0, self._until - time.monotonic()))
-        kind, reason = self._said
-        return kind(reason)
-
-    def _of_name(self, found: Named) -> tuple[type[NotReached], str]:
-        """What is to be said as long as no connection was tried."""
-        if not found.addresses:
-            return NoSuchHost, found.why
-        shown = found.shown(self._address)
-        return NotReached, f"{shown} does not answer: wrong address, machine off, or a firewall"
-
-    def _look(self) -> None:
-        found = look_up(self._host, self._left_s)
-        self._said = self._of_name(found)
-        if found.addresses:
-            self._try(found.addresses, found.shown(self._address))
-
-    def _try(self, addresses: tuple[str, ...], shown: str) -> None:
-        try:
-            connect(addresses, self._port, self._left_s).close()
-        except ConnectionRefusedError:
-            self._said = NotReached, f"nothing serves at {shown}: the connection was refused"
-            self.is_settled = True
-        except TimeoutError:
-            pass
-        except OSError as error:
-            self._said = NotReached, f"{shown} cannot be reached: {error.strerror or error}"
-        else:
-            self._said = NotReached, f"what listens at {shown} does not speak gRPC, or is stuck"
-
-    @property
-    def _left_s(self) -> float:
-        return max(0.01, self._until - time.monotonic())

@@ -1,8 +1,8 @@
-"""What the program around a client does to its processes and threads, as far as gRPC minds.
+"""What the program around a client does to processes and threads, where that matters to gRPC.
 
-When a process forks, gRPC's threads stay with the parent, and its connections are in both hands:
-what the child did on them would be said in the parent's name. So the child touches nothing of it,
-and begins nothing of its own beside it.
+When a process forks, gRPC's threads stay with the parent, and both have its connections: what the
+child did on them would be said in the parent's name. So the child touches none of gRPC, and begins
+nothing of its own beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from overlay.model import clocks as time
 
-# After the last close gRPC tidies up on a thread of its own; a child of the middle of that hangs.
+# After the last close gRPC tidies up on a thread of its own; a child forked meanwhile hangs.
 SETTLED_S = 0.2
 FORKED = (
     "this process was forked from one in which a client was in use, and gRPC does not survive "
@@ -26,24 +26,24 @@ is_orphan = False
 
 
 class Forkable(Protocol):
-    """What knows something that a child has of its parent's."""
+    """Has something that a child inherits from its parent."""
 
     def leave_behind(self) -> None:
-        """In the child: lets go of that as it is, and waits for nothing."""
+        """In the child: lets go of it as it is, and waits for nothing."""
 
 
 def remember(one: Forkable) -> None:
-    """For as long as it lives: it is told when it finds itself in a child."""
+    """Has its `leave_behind` called in a child, for as long as it lives."""
     _remembered.add(one)
 
 
 def begin_use(of: Any) -> None:
-    """Before it uses gRPC, until `end_use`; a child keeps it as it is."""
+    """To be called before `of` uses gRPC, until `end_use`; a child keeps it as it is."""
     _in_use[id(of)] = of
 
 
 def end_use(of: Any) -> None:
-    """After it was closed. May be called twice."""
+    """To be called after `of` was closed. May be called twice."""
     global _ended_at
     if _in_use.pop(id(of), None) is not None:
         _ended_at = time.monotonic()

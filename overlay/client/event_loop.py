@@ -80,7 +80,7 @@ class LoopBridge:
         self._asked: dict[tuple[CallKind, float], list[AsyncCallFuture]] = {}
         self._came: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._calls: Multiplexer | None = None
-        self._is_due = False  # the loop has been told of what came, and has not looked yet
+        self._is_due = False  # the loop is to look at what came, and has not yet
         self._wake_weakly = _weakly(self._wake)
         self._connecting: dict[float, asyncio.Task[None]] = {}
         self._sending: set[asyncio.Task[None]] = set()
@@ -252,7 +252,7 @@ async def on_a_thread(function: Callable[..., Said], *arguments: Any) -> Said:
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
-    """The method, without holding its object: a client that nobody holds is let go."""
+    """The method, without holding its object: a client that is not held any more is let go."""
     found = weakref.WeakMethod(method)
 
     def call() -> None:

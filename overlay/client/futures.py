@@ -66,7 +66,7 @@ class CallFuture(Future):  # type: ignore[type-arg]
             else:
                 self.set_result(result_of(came, at))
         except InvalidStateError:
-            self.set_running_or_notify_cancel()  # tells those who wait that it was cancelled
+            self.set_running_or_notify_cancel()  # wakes what waits: it was cancelled
         self._submission = self.later = self._connection = None  # a submission holds this method
         connection.replies.discard(self)
 

@@ -162,7 +162,7 @@ class MapRun:
 
     def _look_away(self) -> bool:
         if self._connection.is_closed:
-            return False  # who sends is told so, and what is open is ended
+            return False  # `send` finds out, and what is open is ended
         calls, now = self._connection.begin(), time.monotonic()
         is_up = calls.connected.is_set()
         if not self._patience.is_away(now, is_up, calls.rests, calls.is_served):

@@ -1,6 +1,6 @@
 """What a map decides, without I/O, threads or a clock of its own; one for both clients.
 
-    gather(payloads) --> sent(rows) --> came(rows, results) --> take()
+    gather(payloads) --> sending(rows) --> came(rows, results) --> take() --> gave()
 
 `MapWindow` says how much may be sent, and which results are given next. `Patience` says whether a
 map waits for a process that is away, and when it stops waiting. Times are monotonic seconds.
@@ -48,6 +48,8 @@ class MapWindow:
         self.pauses = False  # the payloads had nothing at that moment
         self.sent = self.given = 0  # payloads and results
         self.answered = self.failed = 0
+        self.taking = 0  # results
+        self._taking_bytes = 0
         self._rows = rows
         self._ordered = ordered
         self._max_bytes = max_bytes
@@ -134,13 +136,20 @@ class MapWindow:
         return True
 
     def take(self) -> Run | None:
-        """The results to be given now, which count as given; None when more have to come first."""
+        """The results to be given now, `taking` of them; None when more have to come first.
+
+        They keep their room until `gave` is called, before the next take.
+        """
         if not self._ready:
             return None
-        first, results, size = self._ready.popleft()
-        self.given += len(results)
-        self._bytes -= size
+        first, results, self._taking_bytes = self._ready.popleft()
+        self.taking = len(results)
         return first, results
+
+    def gave(self) -> None:
+        """The results taken last are given, or the last of them is about to be."""
+        self.given += self.taking
+        self._bytes -= self._taking_bytes
 
     def _put(self, first: int, results: Sequence[Result], size: int) -> None:
         if self._ordered and first != self._next:

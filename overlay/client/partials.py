@@ -14,11 +14,12 @@ from overlay.transport.chunks import ITEM_END
 class Parts:
     """Which parts to give next, of what has been delivered. For one thread.
 
-    A good part is given once, at once; one that comes in chunks when it is whole, and more chunks
-    are granted as these are taken here. The others come at the end, each worker's last word: what
-    was refused may have been tried again. With `first` nothing more is given after so many good.
+    A good part is given once, as soon as it has come; a part in chunks is given when it is whole,
+    and more chunks are granted as these are taken here. Parts without a result are given at the
+    end, the last one of each worker: what was refused may have been tried again. With `first`,
+    nothing more is given after so many good parts.
 
-    in_items: of an array that a function yields each item is a part, given as soon as it is there.
+    in_items: each item that a function yields is a part, given as soon as it has come.
     """
 
     def __init__(self, first: int | None, in_items: bool = False) -> None:
@@ -43,60 +44,60 @@ class Parts:
                 yield from self._take(part)
 
     def last(self, came: Any, at: int) -> Iterator[Part]:
-        """What came with the answer, or with the failure in its place, and what is left to say."""
+        """What came with the answer or with a failure, and then the parts without a result."""
         if isinstance(came, Delivery):
             yield from self.early(came, at)
-        for who, chunks in self._unfinished.items():
-            self._bad[who] = _broken(who, chunks.size)
+        for worker, chunks in self._unfinished.items():
+            self._bad[worker] = _broken(worker, chunks.size)
         nothing_came = isinstance(came, Failure) and not self._good  # which says it all
         if not (self.is_over or nothing_came):
-            yield from (part for who, part in self._bad.items() if who not in self._good)
+            yield from (part for worker, part in self._bad.items() if worker not in self._good)
         self.is_over = True
 
     def _whole(self, column: PartColumn, at: int) -> Part | None:
-        """The worker's part, with what came of it before; None while more is to come."""
-        part, chunk, who = column.at(at), column.chunk, column.process_id
-        chunks = self._unfinished.pop(who, None) or _Chunks()
-        if not part.ok or self.is_over or who in self._good:
+        """The worker's part, with the chunks that came before; None while more are to come."""
+        part, chunk, worker = column.at(at), column.chunk, column.process_id
+        chunks = self._unfinished.pop(worker, None) or _Chunks()
+        if not part.ok or self.is_over or worker in self._good:
             return part
         is_anew = chunk is None or chunk.at == 0
-        if is_anew and who in self._yielding:
-            return _broken(who, chunks.size)
+        if is_anew and worker in self._yielding:
+            return _broken(worker, chunks.size)
         if chunk is None:
             return part
         if is_anew:
             chunks = _Chunks()
         if chunk.at != chunks.size:
-            return _broken(who, chunks.size)
+            return _broken(worker, chunks.size)
         chunks.add(part.result)
         if chunk.more:
-            self._unfinished[who] = chunks
+            self._unfinished[worker] = chunks
             return None
         return replace(part, result=b"".join(chunks.items))
 
     def _take(self, part: Part) -> Iterable[Part]:
-        who = part.process_id
-        if self.is_over or who in self._good:
+        worker = part.process_id
+        if self.is_over or worker in self._good:
             return
         if part.code is not Code.OK:
-            self._bad[who] = part
+            self._bad[worker] = part
             return
-        self._good.add(who)
-        if who in self._yielding or (self._in_items and _is_yielded(part.result)):
+        self._good.add(worker)
+        if worker in self._yielding or (self._in_items and _is_yielded(part.result)):
             items, _ = _split(part.result)
             yield from self._give(part, items)
         else:
             yield from self._give(part, [part.result])
 
     def _items_so_far(self, part: Part) -> Iterator[Part]:
-        """Of a worker whose array is under way, the items that have come; part: the last chunk."""
-        who = part.process_id
-        chunks = self._unfinished[who]
+        """The items that have come of an array that is under way; part: its last chunk."""
+        worker = part.process_id
+        chunks = self._unfinished[worker]
         if ITEM_END not in part.result:
             return
         text = b"".join(chunks.items)
-        if who in self._yielding or _is_yielded(text):
-            self._yielding.add(who)
+        if worker in self._yielding or _is_yielded(text):
+            self._yielding.add(worker)
             items, rest = _split(text)
             chunks.items = [rest]
             yield from self._give(part, items)
@@ -133,5 +134,5 @@ def _split(array: bytes) -> tuple[list[bytes], bytes]:
     return [item[1:] for item in ended if len(item) > 1], rest
 
 
-def _broken(who: str, size: int) -> Part:
-    return Part(who, Code.DATA_LOSS, f"its answer broke off after {size:,} bytes")
+def _broken(worker: str, size: int) -> Part:
+    return Part(worker, Code.DATA_LOSS, f"its answer broke off after {size:,} bytes")

@@ -1,4 +1,4 @@
-"""The client library: `connect("host:port")` gives a Client that any number of threads may share.
+"""The client library: `connect("host:port")` returns a Client that any number of threads may share.
 
     with overlay.connect("192.168.1.1:50051") as client:
         answer = client.call(b"hello")
@@ -6,11 +6,11 @@
         for thumbnail in client.map("pictures", photos):
             ...
 
-A call has an answer or raises a CallFailed that says what happened and whether a handler saw the
-request; every call has a deadline. A request is sent again only on proof that it did not run.
+A call returns an answer or raises a CallFailed that says what happened and whether a handler saw
+the request; every call has a deadline. A request is sent again only on proof that it did not run.
 
-All requests of a client share one stream, whose threads client.multiplexer owns; metrics and health
-are calls of their own.
+All requests of a client share one stream, whose threads client.multiplexer owns; metrics, health
+and what an administrator asks are calls of their own.
 """
 
 from __future__ import annotations
@@ -88,20 +88,20 @@ def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
 
 
 def new_request_id() -> int:
-    """One that nobody else has, for `forward`."""
+    """An id that no other request has, for `forward`."""
     return codec.new_ids()
 
 
 def read_trace(hops: Sequence[codec.pb2.Hop]) -> tuple[Hop, ...]:
-    """The hops of a story that GetMetrics told."""
+    """The hops of a request, from what GetMetrics says of it."""
     return codec.read_trace(hops)
 
 
 class Client(concurrent.futures.Executor):
     """The verbs of one kept connection. Safe from any thread; close() may be called twice.
 
-    As an Executor it takes the name of a handler where others take a function (None: each worker's
-    default), and payloads where others take arguments.
+    As an Executor it takes the name of a handler in place of a function (None: each worker's
+    default), and payloads in place of arguments.
     """
 
     def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
@@ -112,7 +112,7 @@ class Client(concurrent.futures.Executor):
 
     @property
     def shown(self) -> str:
-        """The address, with what its name stands for on this machine as far as that is known."""
+        """The address, with what its host name resolves to here, as far as that is known."""
         return self._connection.shown
 
     def call(
@@ -128,16 +128,19 @@ class Client(concurrent.futures.Executor):
         idempotency_key: str = "",
         priority: int = 0,
     ) -> Answer:
-        """Asks every worker in scope (mode "all") or the least loaded one ("any").
+        """Asks every worker in scope (mode "all"), or the least loaded one ("any").
 
-        payload: text is sent as UTF-8. args: instead of it, the arguments of a typed function by
-        name; the answer's `value` or `values` are what it returned. team, handler: names of the
-        configuration; empty for every team and each worker's default. timeout: seconds, the wait
-        for the connection included.
-        idempotency_key: asked again with it, also after a failure, the same request runs no second
-        time within ten minutes and has the same answer. priority: 0 to 9, among this client's own
-        requests; each step is worth two seconds of waiting. Raises CallFailed, whose subclasses
-        mirror the statuses.
+        payload: bytes, or text, which is sent as UTF-8. args: instead of a payload, the arguments
+        of a typed function by name; the answer's `value` or `values` are what it returned.
+        team, handler: names of the configuration; empty for every team and each worker's default.
+        timeout: seconds, including the wait for the connection; None for 30. want_parts: the answer
+        has each worker's own result. idempotency_key: a request that is sent again with the same
+        key within ten minutes, also after a failure, does not run again and has the same answer.
+        priority: 0 to 9, among this client's own requests; each step is worth two seconds of
+        waiting.
+
+        Raises CallFailed, whose subclasses mirror the statuses, and TypeError or ValueError for an
+        argument that is not right.
         """
         options = arguments.call_options(
             payload, args, mode, team, handler, timeout, want_parts, priority
@@ -174,11 +177,11 @@ class Client(concurrent.futures.Executor):
     ) -> Answer:
         """As `call`, by a unary Forward of its own, as any gRPC client asks.
 
-        So it stands in the leader's queue, and is Refused when all its slots are taken, where a
-        call waits in the stream's window. On proof that nothing ran, an Unavailable one is sent
-        again for as long as a connection is waited for. want_trace: fill the answer's trace, and
-        leave a line in each process's log. request_id: to know it before there is an answer; it
-        must be nobody else's.
+        So the request waits in the leader's queue, and is Refused when all its slots are taken; a
+        call waits in the stream's window. A request that is Unavailable, with proof that nothing
+        ran, is sent again for as long as a client waits for a connection. want_trace: fills the
+        answer's trace, and leaves a line in each process's log. request_id: to know the id before
+        there is an answer; no other request may have it (`new_request_id`).
         """
         options = arguments.call_options(
             payload, args, mode, team, handler, timeout, want_parts, priority
@@ -226,11 +229,11 @@ class Client(concurrent.futures.Executor):
         timeout: float | None = None,
         priority: int = 0,
     ) -> Future[Any]:
-        """A Future of the result, of one worker (mode "any") or of all.
+        """A Future of the result of one worker (mode "any") or of all.
 
-        The result is bytes; with `args` the JSON value that a typed function returned. Its
-        exception is a CallFailed; its cancel() ends the work. Raises NotReached when nobody serves
-        at the address.
+        The result is bytes; with `args`, the JSON value that a typed function returned. Its
+        exception is a CallFailed; its cancel() ends the work. Raises NotReached when nothing serves
+        at the address. The other arguments are those of `call`.
         """
         options = arguments.submit_options(handler, payload, args, mode, team, timeout, priority)
         future = (ValueFuture if options.has_values else CallFuture)(self._connection, options)
@@ -254,15 +257,15 @@ class Client(concurrent.futures.Executor):
         """The results of many payloads, in their order; at most `window` are in flight at once.
 
         args: instead of payloads, the arguments of a typed function for each call; the results are
-        the JSON values that it returned, else bytes. timeout: seconds for each. The payloads are
-        taken as the results are, never all at once. The first failure is raised in its place and
-        cancels the rest, as leaving the loop does. chunksize: payloads per message; 0 lets the
-        library choose.
+        the JSON values that it returned, else bytes. timeout: seconds for each payload. The
+        payloads are taken as the results are, never all at once. The first failure is raised in its
+        place and cancels the rest, as leaving the loop does. chunksize: payloads per message; 0
+        lets the library choose.
 
-        When the process asked is lost on the way, what was under way fails, and the rest goes on
-        when it is back. patience_s: how long it is waited for, 30 s (or the client's own patience,
-        if that is longer) when it is not given; then raises NotReached, which tells how many were
-        answered, after what was sent has been given.
+        When the process asked is lost, what was under way fails, and the rest goes on when the
+        process is back. patience_s: how many seconds the map waits for that; None for 30, or the
+        client's own patience where that is longer. After that, when all that was sent has been
+        given, raises NotReached, which says how many payloads were answered.
         """
         how = mode, team, timeout, window, chunksize, True, priority, patience_s
         return _raising(self._map(arguments.map_options(handler, payloads, args, *how)))
@@ -282,10 +285,11 @@ class Client(concurrent.futures.Executor):
         priority: int = 0,
         patience_s: float | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        """As `map`, but (index, result) as they come, and a failure is given, not raised.
+        """As `map`, but gives (index, result) as they come, and a failure in place of its result.
 
-        Only that nobody serves at the address, or not again within the patience, is raised: each
-        payload that was taken has its result then.
+        Raises NotReached only when nothing serves at the address, or not again within the patience;
+        each payload that was sent has been given its result by then. ordered: in the order of the
+        payloads.
         """
         how = mode, team, timeout, window, chunksize, ordered, priority, patience_s
         return _numbered(self._map(arguments.map_options(handler, payloads, args, *how)))
@@ -301,13 +305,13 @@ class Client(concurrent.futures.Executor):
         first: int | None = None,
         priority: int = 0,
     ) -> Iterator[Part]:
-        """Asks every worker in scope, and gives each one's part as soon as it has come.
+        """Asks every worker in scope, and gives each worker's part as soon as it has come.
 
-        Nothing is merged, and all parts together may be larger than a message. Those without a
-        result (`not part.ok`) come last; raises CallFailed when no worker has answered. After
-        `first` good parts, or when the loop is left, the others' work is ended. args: as in `call`;
-        each part's `value` is what the function returned there, and each item that it yields is a
-        part of its own, given when it is there.
+        Nothing is merged, and all parts together may be larger than a message. Parts without a
+        result (`not part.ok`) come last. Raises CallFailed when no worker has answered. After
+        `first` good parts, or when the loop is left, the work of the other workers is ended.
+        args: as in `call`; each part's `value` is what the function returned there, and each item
+        that it yields is a part of its own, given as soon as it has come.
         """
         options = arguments.parts_options(payload, args, team, handler, timeout, priority)
         parts = Parts(arguments.as_first(first), in_items=options.has_values)
@@ -321,10 +325,10 @@ class Client(concurrent.futures.Executor):
         requests: int = 0,
         functions: bool = False,
     ) -> codec.pb2.MetricsResponse:
-        """What the process says of itself, as overlay.proto describes it.
+        """The process's own figures, as overlay.proto describes them.
 
-        events, requests: how many of the last ones are wanted. functions: whether what the
-        handlers' functions are like is.
+        events, requests: how many of the last ones to include. functions: whether to include the
+        signatures of the handlers' functions. Raises CallFailed.
         """
         request = codec.pb2.MetricsRequest(
             events=arguments.as_whole("events", events),
@@ -342,10 +346,10 @@ class Client(concurrent.futures.Executor):
         error_id: str = "",
         timeout: float | None = None,
     ) -> codec.pb2.LogsResponse:
-        """The last lines that this process logged, or one below it; as overlay.proto says.
+        """The last lines of the log of the process asked, or of one below it (`process_id`).
 
-        lines: how many, 0 for a hundred. request_id: only those about this request. error_id: only
-        those that name this error.
+        lines: how many, 0 for a hundred. request_id: only lines about this request. error_id: only
+        lines that name this error. Raises CallFailed.
         """
         wanted = codec.pb2.LogsRequest(
             process_id=arguments.as_id(process_id),
@@ -356,16 +360,17 @@ class Client(concurrent.futures.Executor):
         return self._connection.logs(wanted, arguments.as_timeout(timeout))
 
     def is_serving(self, *, timeout: float | None = None) -> bool:
-        """What the standard health service says: False while the process stops."""
+        """The standard health service: False while the process stops. Raises CallFailed."""
         return self._connection.is_serving(arguments.as_timeout(timeout))
 
     def drain(
         self, *, grace_s: float | None = None, wait: bool = True, timeout: float | None = None
     ) -> codec.pb2.DrainResponse:
-        """Stops the process as SIGTERM does, and says what came of it; from its own machine only.
+        """Stops the process as SIGTERM does; only from its own machine.
 
-        grace_s: what runs may take so long, None for the configured time. Without wait it returns
-        when the stopping has begun. The process itself ends a moment after the answer.
+        grace_s: seconds that running requests may take, None for the configured time. wait: until
+        the process has stopped serving, and the answer says what became of its requests; else until
+        the stop has begun. The process itself ends a moment after the answer. Raises CallFailed.
         """
         no_wait = not arguments.as_flag("wait", wait)
         request = codec.pb2.DrainRequest(grace_s=arguments.as_grace(grace_s), no_wait=no_wait)
@@ -378,16 +383,16 @@ class Client(concurrent.futures.Executor):
             connection.close()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Executor's: takes nothing new, and ends the connection when all that was asked has an
-        answer.
+        """As an Executor's: takes nothing new, and ends the connection when all that was asked has
+        an answer.
 
-        That goes for what a map, made before, still has to send, as long as the map is held. wait:
-        until what is under way is answered, and the callbacks have run. cancel_futures: each Future
-        that is not done is cancelled, also one whose handler runs.
+        A map that was made before still sends what it has to, for as long as the map is held. wait:
+        until what is under way is answered, and the callbacks have run. cancel_futures: cancels
+        each Future that is not done, also one whose handler runs.
         """
         connection, closed = self._asked(), Connection(self.address, 0.0)
         closed.close()
-        # Those who still have an answer to come hold it, and with the last of them it goes.
+        # What still has an answer to come holds the old one, which goes with the last of them.
         self._connection = closed
         if connection is None:
             return
@@ -447,6 +452,7 @@ def _results(
                 run.read(*box.get())
             while (ready := run.take()) is not None:
                 yield ready
+                window.gave()
         run.check()
     finally:
         run.close()

@@ -315,7 +315,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnswerRow:
     """One request's answer: a part per worker asked, and the processes that took part.
 
     hops: this process first, then depth first in the order of the configuration.
@@ -402,9 +402,9 @@ class PartColumn(Copied):
 class Answers(Copied):
     """The answers of consecutive requests: a column of parts per worker asked.
 
-    hops: as in Answer, the same for all rows. refused: as in Answer, for all rows. trace: the times
-    at the processes below this one, where they were reported. early_us: how long the slowest of the
-    parts that were sent before the answer had waited and worked; None where none were.
+    hops, refused: as in AnswerRow, the same for all rows. trace: the times at the processes below
+    this one, where they were reported. early_us: how long the slowest of the parts that were sent
+    before the answer had waited and worked; None where none were.
     """
 
     count: int
@@ -456,8 +456,8 @@ class Answers(Copied):
         late = Code.DEADLINE_EXCEEDED
         return bool(self.parts) and all(c.failed and c.failed.code is late for c in self.parts)
 
-    def at(self, row: int) -> Answer:
-        return Answer(tuple(column.at(row) for column in self.parts), self.hops, self.refused)
+    def at(self, row: int) -> AnswerRow:
+        return AnswerRow(tuple(column.at(row) for column in self.parts), self.hops, self.refused)
 
     def granted_by(self, grant: Callable[[str, int], None]) -> Answers:
         """The same, with chunks whose grants go to `grant` as (worker, how many more)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from overlay.model.segments import Answer, Answers, Code, Executed, Hop, Part, PartColumn
+from overlay.model.segments import AnswerRow, Answers, Code, Executed, Hop, Part, PartColumn
 
 HANDLERS_OWN = "refused by its handler, in words for its caller"
 
@@ -62,12 +62,12 @@ def code_of(answers: Answers) -> Code:
     return first
 
 
-def reason_of(answer: Answer) -> str:
+def reason_of(answer: AnswerRow) -> str:
     """Why an answer is incomplete, for anyone to read: each missing worker with the reason."""
     return "; ".join(f"{p.process_id}: {_public(p)}" for p in answer.parts if not p.ok)
 
 
-def is_for_the_caller(answer: Answer) -> bool:
+def is_for_the_caller(answer: AnswerRow) -> bool:
     """Whether it contains a handler's own sentence, which may quote the payload."""
     return any(_is_a_handlers(part) for part in answer.parts)
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from overlay.model.errors import OverlayError, PartsFailed
-from overlay.model.segments import Answer, Answers, Code, Executed, Failure, Mode, Part, PartColumn
+from overlay.model.segments import (
+    AnswerRow,
+    Answers,
+    Code,
+    Executed,
+    Failure,
+    Mode,
+    Part,
+    PartColumn,
+)
 
 Merge = Callable[[Sequence[Part]], bytes]
 
@@ -50,14 +59,14 @@ def in_order(columns: Mapping[str, PartColumn], order: Sequence[str]) -> tuple[P
     return found
 
 
-def coverage(answer: Answer) -> str:
+def coverage(answer: AnswerRow) -> str:
     """The trailer that tells k of n and who is missing: "2/3; missing=F"."""
     good = sum(part.ok for part in answer.parts)
     missing = ",".join(part.process_id for part in answer.parts if not part.ok)
     return f"{good}/{len(answer.parts)}" + (f"; missing={missing}" if missing else "")
 
 
-def failure(answer: Answer, retry_after_s: float) -> OverlayError | None:
+def failure(answer: AnswerRow, retry_after_s: float) -> OverlayError | None:
     """The error that the caller gets when no worker answered OK, else None.
 
     Its code is the first part's in the order of the configuration. It proves that nothing ran only
@@ -79,13 +88,13 @@ def failure(answer: Answer, retry_after_s: float) -> OverlayError | None:
     return PartsFailed(reasons, first.code, executed, cause, again)
 
 
-def may_try_elsewhere(answer: Answer) -> bool:
+def may_try_elsewhere(answer: AnswerRow) -> bool:
     """ANY: whether another worker may be asked, which takes proof that nothing has run."""
     part = answer.refused or (answer.parts[0] if answer.parts else None)
     return part is not None and part.executed is Executed.NO and part.code in _WORTH_ANOTHER
 
 
-def was_lost(answer: Answer) -> bool:
+def was_lost(answer: AnswerRow) -> bool:
     """ANY: whether it is open what became of it: its worker, or the way there, broke down."""
     part = answer.refused or (answer.parts[0] if answer.parts else None)
     return part is not None and part.executed is Executed.UNKNOWN and part.code is Code.UNAVAILABLE
@@ -99,7 +108,7 @@ def plain_results(answers: Answers) -> list[bytes]:
     return [b"\n".join(row) for row in zip(*columns, strict=True)]
 
 
-def result(mode: Mode, answer: Answer, merge: Merge | None) -> bytes:
+def result(mode: Mode, answer: AnswerRow, merge: Merge | None) -> bytes:
     """What the client gets: ANY the worker's own bytes; ALL merged, or joined by newlines."""
     good = [part for part in answer.parts if part.ok]
     if mode is Mode.ANY:

@@ -18,7 +18,7 @@ from google.rpc import error_details_pb2, status_pb2
 from overlay.model.errors import BadRequest, ConfigError, MadeRoom, OverlayError
 from overlay.model.limits import Limits
 from overlay.model.segments import (
-    Answer,
+    AnswerRow,
     Answers,
     Chunk,
     Code,
@@ -123,7 +123,7 @@ def read_request(
 
 
 def write_response(
-    answer: Answer, request_id: int, result: bytes, *, with_results: bool
+    answer: AnswerRow, request_id: int, result: bytes, *, with_results: bool
 ) -> pb2.Response:
     """with_results: for a client that asked for each part's own bytes."""
     return pb2.Response(
@@ -139,10 +139,10 @@ def too_large(size: int, most: int) -> str:
     return f"payload: {size:,} bytes are more than max_message_mib allows ({most:,})"
 
 
-def read_response(response: pb2.Response) -> Answer:
+def read_response(response: pb2.Response) -> AnswerRow:
     """The answer that a client got. Raises Misspoken."""
     validation.check_response(response)
-    return Answer(tuple(map(_read_unary_part, response.parts)), tuple(response.hops))
+    return AnswerRow(tuple(map(_read_unary_part, response.parts)), tuple(response.hops))
 
 
 def route_key(segment: pb2.Segment, limits: Limits) -> object:

@@ -292,6 +292,25 @@ def test_payloads_are_taken_as_the_results_are(six: Noted) -> None:
     asyncio.run(main())
 
 
+def test_a_source_that_has_nothing_yet_is_asked_again(six: Noted) -> None:
+    found: list[bytes] = []
+
+    def payloads() -> Iterator[Any]:
+        yield b"a"
+        while not found:
+            yield library.NOTHING_YET
+        yield b"b"
+
+    async def main() -> None:
+        async with overlay.connect_async(six.address("A")) as client:
+            async for result in client.map("upper", payloads()):
+                found.append(result)
+
+    asyncio.run(main())
+
+    assert found == [b"A", b"B"]
+
+
 def test_a_slow_source_does_not_hold_up_results(six: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client:

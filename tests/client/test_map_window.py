@@ -18,6 +18,7 @@ def given_by(window: MapWindow) -> list[tuple[int, Any]]:
     found: list[tuple[int, Any]] = []
     while (run := window.take()) is not None:
         found += enumerate(run[1], run[0])
+        window.gave()
     return found
 
 

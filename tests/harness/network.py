@@ -29,7 +29,7 @@ from overlay.model import config
 from overlay.model.errors import AlreadyExecuted, OverlayError
 from overlay.model.pending import PendingRows, consecutive
 from overlay.model.segments import (
-    Answer,
+    AnswerRow,
     Answers,
     Chunk,
     Code,
@@ -247,7 +247,7 @@ class Asked:
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self.ticket: QueuedSegment | None = None
-        self.answers: list[list[Answer]] = [[] for _ in range(len(segment))]
+        self.answers: list[list[AnswerRow]] = [[] for _ in range(len(segment))]
         self.order: list[int] = []
         self.early: list[list[Part]] = [[] for _ in range(len(segment))]
         self.chunks: dict[str, list[tuple[bytes, Chunk]]] = {}  # by worker, of the one row
@@ -305,11 +305,11 @@ class Asked:
         return [row for row, found in enumerate(self.answers) if found]
 
     @property
-    def answer(self) -> Answer:
+    def answer(self) -> AnswerRow:
         ((answer,),) = self.answers
         return answer
 
-    def at(self, row: int) -> Answer:
+    def at(self, row: int) -> AnswerRow:
         (answer,) = self.answers[row]
         return answer
 

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from overlay.model.errors import Draining, NoTimeLeft, QueueFull
 from overlay.model.segments import (
-    Answer,
+    AnswerRow,
     Answers,
     Caller,
     Code,
@@ -84,7 +84,7 @@ class Desk:
         self.waited: list[float] = []
         self.running: dict[bytes, Callable[..., None]] = {}
         self.ended: list[tuple[bytes, Code]] = []
-        self.answers: dict[bytes, list[Answer]] = {}
+        self.answers: dict[bytes, list[AnswerRow]] = {}
         self.intake = RequestQueue(
             "A",
             slots=slots,
@@ -129,7 +129,7 @@ class Desk:
         self.busy -= set(teams)
         self.intake.kick()
 
-    def got(self, name: str) -> Answer:
+    def got(self, name: str) -> AnswerRow:
         (answer,) = self.answers[name.encode()]
         return answer
 

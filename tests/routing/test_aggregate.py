@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overlay.model.segments import (
-    Answer,
+    AnswerRow,
     Answers,
     Code,
     Column,
@@ -94,7 +94,7 @@ COVERAGES = [
 
 @pytest.mark.parametrize(("parts", "text"), COVERAGES)
 def test_coverage_says_k_of_n_and_who_is_missing(parts, text):
-    assert aggregate.coverage(Answer(parts)) == text
+    assert aggregate.coverage(AnswerRow(parts)) == text
 
 
 def test_a_branch_answers_for_each_of_its_targets_and_for_nobody_else():
@@ -129,7 +129,7 @@ def test_a_branchs_refusal_is_each_targets_own(executed):
 
 
 def test_one_good_part_is_enough():
-    answer = Answer((failed("C"), ok("D"), failed("F", Code.INTERNAL, YES)))
+    answer = AnswerRow((failed("C"), ok("D"), failed("F", Code.INTERNAL, YES)))
     assert aggregate.failure(answer, 1.0) is None
 
 
@@ -140,7 +140,7 @@ FIRSTS = list(itertools.permutations([Code.INTERNAL, Code.UNAVAILABLE, Code.RESO
 def test_the_code_of_a_failure_is_the_first_parts_in_configuration_order(codes):
     parts = tuple(failed(worker, code) for worker, code in zip("CDF", codes, strict=True))
 
-    error = aggregate.failure(Answer(parts), 1.0)
+    error = aggregate.failure(AnswerRow(parts), 1.0)
 
     assert error.code is codes[0]
     assert str(error) == "C: C did not; D: D did not; F: F did not"
@@ -148,14 +148,14 @@ def test_the_code_of_a_failure_is_the_first_parts_in_configuration_order(codes):
 
 def test_a_reason_that_several_give_is_told_once():
     parts = [Part(worker, Code.INTERNAL, why) for worker, why in zip("CDF", "xyx", strict=True)]
-    assert str(aggregate.failure(Answer(tuple(parts)), 1.0)) == "C, F: x; D: y"
+    assert str(aggregate.failure(AnswerRow(tuple(parts)), 1.0)) == "C, F: x; D: y"
 
 
 @pytest.mark.parametrize("found", list(itertools.product(Executed, repeat=3)))
 def test_a_failure_proves_that_nothing_ran_only_if_every_part_does(found):
     parts = tuple(failed(w, executed=e) for w, e in zip("CDF", found, strict=True))
 
-    error = aggregate.failure(Answer(parts), 1.0)
+    error = aggregate.failure(AnswerRow(parts), 1.0)
 
     assert (error.executed is NO) == (set(found) == {NO})
     assert (error.executed is YES) == (YES in found)
@@ -173,33 +173,33 @@ RETRIES = [
 
 @pytest.mark.parametrize(("code", "executed", "after_s"), RETRIES)
 def test_only_a_proven_refusal_for_want_of_room_says_when_to_come_back(code, executed, after_s):
-    error = aggregate.failure(Answer((failed("C", code, executed),)), 1.5)
+    error = aggregate.failure(AnswerRow((failed("C", code, executed),)), 1.5)
     assert error.retry_after_s == after_s
 
 
 def test_a_refusal_of_the_process_asked_is_the_failure():
     refused = Part("A", Code.CANCELLED, "left", executed=UNKNOWN)
 
-    error = aggregate.failure(Answer((), refused=refused), 1.0)
+    error = aggregate.failure(AnswerRow((), refused=refused), 1.0)
 
     assert (error.code, str(error), error.executed) == (Code.CANCELLED, "left", UNKNOWN)
 
 
 def test_the_same_reason_of_many_workers_is_told_once():
     parts = tuple(Part("", Code.UNAVAILABLE, "E is down") for _ in range(3))
-    assert str(aggregate.failure(Answer(parts), 1.0)) == "E is down"
+    assert str(aggregate.failure(AnswerRow(parts), 1.0)) == "E is down"
 
 
 ELSEWHERE = [
-    (Answer((), refused=failed("", Code.UNAVAILABLE, NO)), True),
-    (Answer((), refused=failed("", Code.RESOURCE_EXHAUSTED, NO)), True),
-    (Answer((failed("D"),)), True),
-    (Answer((), refused=failed("", Code.UNAVAILABLE, UNKNOWN)), False),
-    (Answer((), refused=failed("", Code.UNAVAILABLE, YES)), False),
-    (Answer((), refused=failed("", Code.INVALID_ARGUMENT, NO)), False),
-    (Answer((), refused=failed("", Code.INTERNAL, NO)), False),
-    (Answer((ok("D"),)), False),
-    (Answer(()), False),
+    (AnswerRow((), refused=failed("", Code.UNAVAILABLE, NO)), True),
+    (AnswerRow((), refused=failed("", Code.RESOURCE_EXHAUSTED, NO)), True),
+    (AnswerRow((failed("D"),)), True),
+    (AnswerRow((), refused=failed("", Code.UNAVAILABLE, UNKNOWN)), False),
+    (AnswerRow((), refused=failed("", Code.UNAVAILABLE, YES)), False),
+    (AnswerRow((), refused=failed("", Code.INVALID_ARGUMENT, NO)), False),
+    (AnswerRow((), refused=failed("", Code.INTERNAL, NO)), False),
+    (AnswerRow((ok("D"),)), False),
+    (AnswerRow(()), False),
 ]
 
 
@@ -209,21 +209,21 @@ def test_another_worker_is_asked_only_on_proof_that_nothing_ran(answer, may):
 
 
 def test_the_answers_of_all_are_joined_by_newlines_in_configuration_order():
-    answer = Answer((ok("C", b"c"), failed("D"), ok("F", b"f")))
+    answer = AnswerRow((ok("C", b"c"), failed("D"), ok("F", b"f")))
     assert aggregate.result(Mode.ALL, answer, None) == b"c\nf"
 
 
 def test_an_empty_answer_is_an_answer():
-    answer = Answer((ok("C", b""), ok("D", b"d"), ok("F", b"")))
+    answer = AnswerRow((ok("C", b""), ok("D", b"d"), ok("F", b"")))
 
     assert aggregate.result(Mode.ALL, answer, None) == b"\nd\n"
     assert aggregate.coverage(answer) == "3/3"
-    assert aggregate.failure(Answer((ok("C", b""),)), 1.0) is None
-    assert aggregate.result(Mode.ANY, Answer((ok("C", b""),)), None) == b""
+    assert aggregate.failure(AnswerRow((ok("C", b""),)), 1.0) is None
+    assert aggregate.result(Mode.ANY, AnswerRow((ok("C", b""),)), None) == b""
 
 
 def test_a_merge_gets_the_good_parts_in_configuration_order():
-    answer = Answer((ok("C", b"1"), failed("D"), ok("F", b"2")))
+    answer = AnswerRow((ok("C", b"1"), failed("D"), ok("F", b"2")))
 
     def merge(parts):
         return b",".join(part.process_id.encode() + part.result for part in parts)
@@ -232,12 +232,12 @@ def test_a_merge_gets_the_good_parts_in_configuration_order():
 
 
 def test_one_answer_is_the_workers_own_bytes_whatever_the_merge():
-    answer = Answer((ok("D", b"d"),))
+    answer = AnswerRow((ok("D", b"d"),))
     assert aggregate.result(Mode.ANY, answer, lambda parts: b"merged") == b"d"
 
 
 def test_nobody_asked_is_a_failure():
-    assert aggregate.failure(Answer(()), 1.0).code is Code.UNAVAILABLE
+    assert aggregate.failure(AnswerRow(()), 1.0).code is Code.UNAVAILABLE
 
 
 PARTS = st.builds(
@@ -257,5 +257,5 @@ def test_whatever_a_branch_says_there_is_one_part_for_each_target(parts, targets
 
 @given(st.lists(PARTS, min_size=1, max_size=4))
 def test_a_failure_is_told_exactly_when_no_part_is_good(parts):
-    error = aggregate.failure(Answer(tuple(parts)), 1.0)
+    error = aggregate.failure(AnswerRow(tuple(parts)), 1.0)
     assert (error is None) == any(part.ok for part in parts)

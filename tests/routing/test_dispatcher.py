@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from overlay.model.limits import Limits
 from overlay.model.segments import (
-    Answer,
+    AnswerRow,
     Answers,
     Code,
     Column,
@@ -564,7 +564,7 @@ def test_half_of_a_short_deadline_is_enough_to_learn_who_is_missing():
         "A", slots=9, in_service=9, most_bytes=999, claim=relay.claim, start=relay.start
     )
     links.on_change = intake.kick
-    answers: list[Answer] = []
+    answers: list[AnswerRow] = []
     links.start()
     try:
         # The links are new and down, so they are waited for; nobody listens.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from overlay.model.errors import BadRequest, Misspoken, OverlayError, PartsFailed, QueueFull
 from overlay.model.limits import Limits
 from overlay.model.segments import (
-    Answer,
+    AnswerRow,
     Answers,
     Code,
     Column,
@@ -56,7 +56,7 @@ PARTS = st.builds(
     executed=st.sampled_from(Executed),
 )
 ANSWERS = st.builds(
-    Answer, st.lists(PARTS, max_size=5, unique_by=lambda part: part.process_id).map(tuple), HOPS
+    AnswerRow, st.lists(PARTS, max_size=5, unique_by=lambda part: part.process_id).map(tuple), HOPS
 )
 
 
