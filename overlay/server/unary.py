@@ -17,7 +17,7 @@ import grpc
 
 from overlay.model import clocks as time
 from overlay.model.errors import OverlayError
-from overlay.model.segments import Answer, Answers, Caller, Code, Column, Route, Segment
+from overlay.model.segments import AnswerRow, Answers, Caller, Code, Column, Route, Segment
 from overlay.queueing.request_queue import QueuedSegment
 from overlay.routing import aggregate
 from overlay.server.idempotency import First, IdempotencyKeys, Outcome, Waiter
@@ -205,7 +205,7 @@ class _OneAnswer:
         return self._came.acquire(timeout=timeout_s)
 
 
-def _tell_coverage(context: grpc.ServicerContext, answer: Answer) -> None:
+def _tell_coverage(context: grpc.ServicerContext, answer: AnswerRow) -> None:
     """For a client that is older than the parts of a response."""
     context.set_trailing_metadata(((codec.COVERAGE_KEY, aggregate.coverage(answer)),))
 
