@@ -774,7 +774,7 @@ def test_whatever_happens_each_row_is_answered_once_and_nothing_stays_outstandin
     assert all(len(row) == 1 for one_sent in sent for row in one_sent.rows)
     assert bench.outstanding == 0
     (book, _) = bench.link._books
-    assert (book._messages, list(book._outbox)) == ({}, [])
+    assert (book._multiplexer.segments(), list(book._outbox)) == ([], [])
 
 
 # Real links, to a real worker in this process.
