@@ -9,7 +9,7 @@ The same verbs, errors and promises as overlay.client. A client belongs to the e
 it first; nothing here blocks that loop.
 
 What is asked in one turn of the loop leaves together, and what comes in one frame is handed to the
-loop together. The threads are those of client.multiplexer, and "overlay-asyncio" while a
+loop together. The threads are those of client.submitter, and "overlay-asyncio" while a
 connection is waited for or closed, or a single call made.
 """
 
@@ -43,11 +43,11 @@ from overlay.client.arguments import (
     parts_wanted,
 )
 from overlay.client.connection import PATIENCE_S, Connection, ended_early
-from overlay.client.multiplexer import Multiplexer
 from overlay.client.outbox import CallKind, Submission
 from overlay.client.partials import Parts
 from overlay.client.progress import Telling
 from overlay.client.results import NOT_PICKLED, Answer, CallFailed, value_of
+from overlay.client.submitter import Submitter
 from overlay.model import clocks as time
 from overlay.model.limits import Limits
 from overlay.model.segments import Failure, Part
@@ -61,7 +61,7 @@ Payloads = Iterable[bytes | str] | AsyncIterable[bytes | str]
 Args = Mapping[str, Any]
 ManyArgs = Iterable[Args] | AsyncIterable[Args]
 Take = Callable[[Sequence[int], Any, int, int], None]
-"""As overlay.client.multiplexer.Deliver, but called on the event loop."""
+"""As overlay.client.submitter.Deliver, but called on the event loop."""
 
 
 def connect_async(address: str, *, patience_s: float = PATIENCE_S) -> AsyncClient:
@@ -345,7 +345,7 @@ class _Post:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked: dict[tuple[CallKind, float], list[_Reply]] = {}
         self._came: deque[tuple[Take, Sequence[int], Any, int, int]] = deque()
-        self._calls: Multiplexer | None = None
+        self._calls: Submitter | None = None
         self._is_due = False  # the loop has been told of what came, and has not looked yet
         self._wake_weakly = _weakly(self._wake)
         self._connecting: dict[float, asyncio.Task[None]] = {}
@@ -448,7 +448,7 @@ class _Post:
 
     async def _send_later(
         self,
-        calls: Multiplexer,
+        calls: Submitter,
         order: Submission,
         timeout_s: float,
         fail: Callable[[Exception], None],
@@ -460,7 +460,7 @@ class _Post:
         else:
             calls.send(order)  # cancelled rows among them are never sent
 
-    async def _connected(self, calls: Multiplexer, patience_s: float) -> None:
+    async def _connected(self, calls: Submitter, patience_s: float) -> None:
         # One thread waits for all who ask meanwhile.
         task = self._connecting.get(patience_s)
         if task is None:
@@ -472,7 +472,7 @@ class _Post:
     def _deliver(
         self, take: Take, rows: Sequence[int], came: Any, at: int, request_id: int
     ) -> None:
-        # On a thread of overlay.client.multiplexer.
+        # On a thread of overlay.client.submitter.
         self._came.append((take, rows, came, at, request_id))
         if self._calls is None or not self._calls.is_delivering:
             self._wake()

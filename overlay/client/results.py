@@ -6,7 +6,7 @@ import concurrent.futures
 from dataclasses import dataclass
 from typing import Any
 
-from overlay.client.multiplexer import Delivery
+from overlay.client.submitter import Delivery
 from overlay.model import json_values
 from overlay.model.errors import OverlayError
 from overlay.model.segments import Code, Executed, Failure, Hop, Part

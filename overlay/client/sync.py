@@ -9,7 +9,7 @@
 A call has an answer or raises a CallFailed that says what happened and whether a handler saw the
 request; every call has a deadline. A request is sent again only on proof that it did not run.
 
-All requests of a client share one stream, whose threads client.multiplexer owns; metrics and health
+All requests of a client share one stream, whose threads client.submitter owns; metrics and health
 are calls of their own.
 """
 

@@ -15,26 +15,23 @@ Owns a pipe, whose thread delivers, and a deadline thread, from `start` to `clos
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import grpc
 
 from overlay.client.outbox import Outbox, Submission
 from overlay.model import clocks as time
-from overlay.model.errors import Misspoken
 from overlay.model.limits import Limits
-from overlay.model.pending import PendingRows, consecutive
+from overlay.model.pending import Run, consecutive
 from overlay.model.segments import Answers, Code, Column, Executed, Failure, Part, Progress, Segment
 from overlay.transport import codec
-from overlay.transport.chunks import Arriving
 from overlay.transport.codec import pb2
+from overlay.transport.multiplexer import SAME_DEADLINE_S, Multiplexer, OpenSegment
 from overlay.transport.stream import ReconnectingStream, is_full
 from overlay.transport.timers import Deadlines
 
@@ -42,7 +39,6 @@ LIMITS = Limits()
 # One less than the process asked takes: with a full window it reads nothing, cancels neither.
 WINDOW_ROWS = LIMITS.window_rows - 1
 WINDOW_BYTES = LIMITS.window_bytes - 1
-SAME_DEADLINE_S = 0.01  # calls whose deadlines are no further apart travel together
 LATE_S = 0.1  # the process asked answers by the deadline; after so much more we do
 CHUNKS_AHEAD = 4  # of each part: 512 KiB under way, 50 MB/s where all the way takes 10 ms
 GATHER_S = 0.00003  # how long to wait for calls that a frame's answers may bring
@@ -85,57 +81,21 @@ class Delivery:
         return self._answers
 
 
-class _Sent:
-    """A segment on its way, made of rows of some orders."""
+class _Sent(OpenSegment[Submission]):
+    """A segment on its way, of rows of some orders."""
 
-    __slots__ = (
-        "asked", "came", "count", "deadline", "first_id",
-        "number", "open", "orders", "size", "starts",
-    )  # fmt: skip
+    __slots__ = ("deadline", "first_id")
 
     def __init__(
-        self, number: int, orders: list[Submission], first_id: int, deadline: float, size: int
+        self, orders: list[Submission], first_id: int, deadline: float, size: int, chunks: int
     ) -> None:
-        self.number = number
-        self.orders = orders
-        self.starts = list(itertools.accumulate([len(o.rows) for o in orders[:-1]], initial=0))
-        self.count = self.starts[-1] + len(orders[-1].rows)
+        counts = [len(order.rows) for order in orders]
+        super().__init__(orders, counts, size, partial=chunks > 0, chunks=chunks)
         self.first_id = first_id
         self.deadline = deadline
-        self.size = size
-        self.open = PendingRows(self.count)
-        early = orders[0].kind.as_they_come
-        self.asked = codec.Asked(self.count, None, early, early)
-        # What has come before the answers: (row, worker) -> how far it is.
-        self.came: dict[tuple[int, str], Arriving] = {}
-
-    def takes_early(self, made: pb2.Slice) -> None:
-        """Raises Misspoken for more of a part than may come before the answer: it waits here for
-        who reads it."""
-        for part in made.parts:
-            for row in range(made.start, made.start + made.count):
-                came = self.came.get((row, part.process_id))
-                if came is None:
-                    if len(self.came) > LIMITS.max_targets:
-                        raise Misspoken(f"parts of more than {LIMITS.max_targets:,} workers")
-                    came = self.came[row, part.process_id] = Arriving(CHUNKS_AHEAD)
-                if part.at or part.more:
-                    came.chunk(part.at, len(part.results.items[0]), part.more)
-                else:
-                    came.whole()
-
-    def chunks(self, first: int, count: int) -> Iterator[tuple[Submission, Sequence[int], int]]:
-        """The orders of these rows, each with its own rows, and where they begin here."""
-        stop, index = first + count, bisect_right(self.starts, first) - 1
-        while first < stop:
-            order, start = self.orders[index], self.starts[index]
-            rows = order.rows[first - start : stop - start]
-            yield order, rows, first
-            first += len(rows)
-            index += 1
 
 
-class Multiplexer:
+class Submitter:
     """Sends orders and delivers their answers. Safe from any thread.
 
     connected: set while the process asked takes requests on our stream. refused: why it would not.
@@ -164,14 +124,9 @@ class Multiplexer:
         self._deadlines = Deadlines(self._expire)
         self._lock = threading.Lock()
         self._outbox = Outbox()
-        self._cancels: deque[tuple[int, int, int]] = deque()  # segment, first row, how many
-        self._grants: deque[tuple[int, int, str]] = deque()  # segment, row, worker: one chunk
+        self._multiplexer = Multiplexer()
         self._progress: dict[int, Progress] = {}  # of maps, by number: to be told
         self._unwanted: deque[set[int]] = deque()  # the `cancelled` of orders, to be looked up
-        self._sent: dict[int, _Sent] = {}
-        self._numbers = itertools.count(1)
-        self._rows = 0  # sent and not answered
-        self._bytes = 0
         self._woken = 0  # threads that the last frame woke, who may call again at once
         self._look_at = math.inf  # when the outbox is looked through for what has expired
         self._retries = MIN_RETRIES
@@ -186,7 +141,7 @@ class Multiplexer:
     def open_rows(self) -> int:
         with self._lock:
             unsent = sum(len(order.rows) for order in self._outbox.all())
-            return self._rows + unsent + len(self._retrying)
+            return self._multiplexer.rows + unsent + len(self._retrying)
 
     @property
     def is_full(self) -> bool:
@@ -307,14 +262,7 @@ class Multiplexer:
         size = 0
         if self._unwanted:
             self._find_unwanted()
-        while self._cancels:
-            number, first, count = self._cancels.popleft()
-            frame.cancels.add(number=number, start=first, count=count)
-            size += 20
-        while self._grants:
-            number, row, worker = self._grants.popleft()
-            frame.grants.add(number=number, row=row, process_id=worker, count=1)
-            size += 20
+        size += self._multiplexer.write_control(frame, LIMITS.frame_cancels)
         while self._progress:
             _, progress = self._progress.popitem()
             frame.progress.append(codec.write_progress(progress))
@@ -331,16 +279,16 @@ class Multiplexer:
     def _find_unwanted(self) -> None:
         # For all at once: thousands may be cancelled together, and each may be in any segment.
         unwanted = {id(self._unwanted.popleft()) for _ in range(len(self._unwanted))}
-        with self._lock:
-            for sent in self._sent.values():
-                rows = [
-                    start + index
-                    for start, order in zip(sent.starts, sent.orders, strict=True)
-                    if id(order.cancelled) in unwanted
-                    for index, row in enumerate(order.rows)
-                    if row in order.cancelled
-                ]
-                self._cancels.extend((sent.number, *run) for run in consecutive(rows))
+        for sent in self._multiplexer.segments():
+            rows = [
+                start + index
+                for start, order in zip(sent.starts, sent.members, strict=False)
+                if id(order.cancelled) in unwanted
+                for index, row in enumerate(order.rows)
+                if row in order.cancelled
+            ]
+            for first, count in consecutive(rows):
+                self._multiplexer.cancel(sent, first, count)
 
     def _gather(self) -> None:
         # Threads that were woken together call together: a moment's patience makes one frame of it.
@@ -356,18 +304,19 @@ class Multiplexer:
             before = now
 
     def _has_room(self) -> bool:
-        if self._rows >= WINDOW_ROWS:
+        open_ = self._multiplexer
+        if open_.rows >= WINDOW_ROWS:
             return False
         try:
             next_size = self._outbox.first().size
         except IndexError:
             return False
-        return self._bytes + next_size <= WINDOW_BYTES or not self._rows
+        return open_.bytes + next_size <= WINDOW_BYTES or not open_.rows
 
     def _next_orders(self, most_bytes: int) -> tuple[list[Submission], int]:
         """Orders from the head of the outbox that may share a segment, and their bytes."""
         orders: list[Submission] = []
-        rows, size = WINDOW_ROWS - self._rows, 0
+        rows, size = WINDOW_ROWS - self._multiplexer.rows, 0
         while self._outbox and rows > 0:
             order = self._outbox.take()
             if order.cancelled:
@@ -427,30 +376,20 @@ class Multiplexer:
             return True
         bodies = [order.payloads[row] for order in orders for row in order.rows]
         payloads = Column(bodies, size=size)
-        first = orders[0]
-        segment = Segment(
-            first.kind.route, payloads, deadline, codec.new_ids(), first.attempt, own_ids=True
-        )
-        if first.kind.as_they_come:
-            segment = replace(segment, chunks=CHUNKS_AHEAD)
-        number = next(self._numbers) & 0xFFFFFFFF
-        sent = _Sent(number, orders, segment.first_id, deadline + LATE_S, size)
-        with self._lock:
-            # Closed or lost meanwhile: whoever noticed has already ended what was sent.
-            is_over = self._closed or not self.connected.is_set()
-            if not is_over:
-                self._sent[number] = sent
-                self._rows += sent.count
-                self._bytes += size
-        if is_over:
+        kind, attempt = orders[0].kind, orders[0].attempt
+        chunks = CHUNKS_AHEAD if kind.as_they_come else 0
+        first_id = codec.new_ids()
+        sent = _Sent(orders, first_id, deadline + LATE_S, size, chunks)
+        if not self._multiplexer.open(sent):
             self._put_back(orders)
             return False
         self._deadlines.watch(sent, sent.deadline)
-        kind, before = first.kind, len(frame.segments)
-        early = kind.as_they_come
-        want_parts, priority = kind.want_parts, kind.priority
+        segment = Segment(
+            kind.route, payloads, deadline, first_id, attempt, chunks=chunks, own_ids=True
+        )
+        before, more = len(frame.segments), (kind.want_parts, kind.priority, kind.as_they_come)
         try:
-            codec.write_segment(frame, number, segment, left_s, want_parts, priority, early)
+            codec.write_segment(frame, sent.number, segment, left_s, *more)
         except Exception as e:  # noqa: BLE001 - whatever it is, it is of this request alone
             del frame.segments[before:]
             self._write_apart(frame, sent, e)
@@ -460,13 +399,13 @@ class Multiplexer:
         """What cannot be written together: each row for itself, so that none fails for another."""
         self._close_rows(sent, 0, sent.count)
         if sent.count > 1:
-            for order in sent.orders:
+            for order in sent.members:
                 for row in order.rows:
                     alone = order.part((row,), order.attempt)
                     self._write(frame, [alone], alone.size)
             return
         reason = f"the request cannot be sent: {error}"
-        self._deliver_all(sent.orders[0], Failure(Code.INVALID_ARGUMENT, reason, Executed.NO))
+        self._deliver_all(sent.members[0], Failure(Code.INVALID_ARGUMENT, reason, Executed.NO))
 
     def _put_back(self, orders: list[Submission]) -> None:
         for order in reversed(orders):
@@ -480,6 +419,7 @@ class Multiplexer:
     def _live(self, metadata: Mapping[str, str]) -> None:
         self.refused = None
         self._served = True
+        self._multiplexer.is_live = not self._closed
         if self._was_lost:
             self._was_lost, self._settles_by = False, time.monotonic() + SETTLE_S
         said = codec.read_most_bytes(metadata.items())
@@ -494,12 +434,10 @@ class Multiplexer:
             reason = f"the process at {self._shown()} is stopping and takes no new requests"
             self.refused = Failure(Code.UNAVAILABLE, reason, Executed.NO)
             self.connected.clear()
+            self._multiplexer.is_live = False
         self.is_delivering = self.after_frame is not None
         try:
-            for made in frame.slices:
-                sent = self._sent.get(made.number)
-                if sent is None:
-                    continue
+            for sent, made in self._multiplexer.answers_in(frame):
                 codec.check_client_slice(made, sent.asked)
                 if made.more:
                     self._pass_on(sent, made)
@@ -518,32 +456,28 @@ class Multiplexer:
         start = made.start
 
         def grant(row: int, worker: str) -> None:
-            with self._lock:
-                if came := sent.came.get((start + row, worker)):
-                    came.left += 1
-                if sent.open.runs(start + row, 1):
-                    self._grants.append((sent.number, start + row, worker))
+            self._multiplexer.grant(sent, start + row, worker, 1)
             self._pipe.kick()
 
-        with self._lock:
-            sent.takes_early(made)
         came = Delivery(made, grant)
-        for first, count in sent.open.runs(start, made.count):
-            for order, rows, begin in sent.chunks(first, count):
+        for first, count in self._multiplexer.arrive(sent, start, came.answers):
+            for order, row, rows, at in sent.members_of(first, count):
                 if order.early is not None:
-                    order.early(rows, came, begin - start, sent.first_id + begin)
+                    whose = order.rows[row : row + rows]
+                    order.early(whose, came, at - start, sent.first_id + at)
 
     def _take(self, sent: _Sent, made: pb2.Slice) -> int:
         """Delivers a slice; how many threads that wakes."""
         came, start, woken = Delivery(made), made.start, 0
         failures = _failures_of(made) if made.failures else None
         for first, count in self._close_rows(sent, start, made.count):
-            for order, rows, begin in sent.chunks(first, count):
+            for order, own, size, at in sent.members_of(first, count):
                 woken += order.wakes_a_thread
+                rows = order.rows[own : own + size]
                 if failures is None:
-                    order.deliver(rows, came, begin - start, sent.first_id + begin)
+                    order.deliver(rows, came, at - start, sent.first_id + at)
                     continue
-                for index, row in enumerate(rows, begin):
+                for index, row in enumerate(rows, at):
                     failure = failures.get(index - start)
                     request_id = sent.first_id + index
                     if failure is None:
@@ -570,8 +504,6 @@ class Multiplexer:
             self._end_sent(Failure(Code.UNAVAILABLE, reason, why.executed))
             if why.code is Code.DATA_LOSS and self.refused is not None:
                 self._end_unsent(self.refused)  # the next call may be a while
-            self._cancels.clear()
-            self._grants.clear()
         if self.is_full:
             self._full_since = self._full_since or time.monotonic()
             self._expire_unsent()
@@ -580,30 +512,22 @@ class Multiplexer:
 
     # on any thread
 
-    def _close_rows(self, sent: _Sent, start: int, count: int) -> list[tuple[int, int]]:
-        with self._lock:
-            runs = sent.open.take(start, count)
-            self._rows -= sum(rows for _, rows in runs)
-            over = not sent.open.left and self._sent.pop(sent.number, None) is not None
-            if over:
-                self._bytes -= sent.size
-        if over:
+    def _close_rows(self, sent: _Sent, start: int, count: int) -> list[Run]:
+        runs = self._multiplexer.take(sent, start, count)
+        if runs and not sent.pending.left:
             self._deadlines.forget(sent, sent.deadline)
         return runs
 
     def _end_sent(self, failure: Failure) -> None:
-        with self._lock:
-            lost = list(self._sent.values())
-        for sent in lost:
+        for sent in self._multiplexer.lose():
             self._end_rows(sent, failure)
 
-    def _end_rows(self, sent: _Sent, failure: Failure) -> list[tuple[int, int]]:
-        runs = self._close_rows(sent, 0, sent.count)
-        for first, count in runs:
-            for order, rows, begin in sent.chunks(first, count):
+    def _end_rows(self, sent: _Sent, failure: Failure) -> None:
+        for first, count in self._close_rows(sent, 0, sent.count):
+            for order, own, size, at in sent.members_of(first, count):
+                rows = order.rows[own : own + size]
                 if not self._keep(order, rows, failure):
-                    order.deliver(rows, failure, 0, sent.first_id + begin)
-        return runs
+                    order.deliver(rows, failure, 0, sent.first_id + at)
 
     def _end_unsent(self, why: Failure = CLOSED) -> None:
         while True:
@@ -615,19 +539,18 @@ class Multiplexer:
     def _deliver_all(self, order: Submission, failure: Failure) -> None:
         order.deliver(order.rows, failure, 0, 0)
 
-    def _expire(self, due: _Sent | Multiplexer | _Retry | Callable[[], None]) -> None:
+    def _expire(self, due: _Sent | Submitter | _Retry | Callable[[], None]) -> None:
         if isinstance(due, _Retry):
             with self._lock:
                 due_still = due in self._retrying
                 self._retrying.discard(due)
             if due_still:
                 self.send(due.order)
-        elif isinstance(due, Multiplexer):
+        elif isinstance(due, Submitter):
             self._expire_unsent()
         elif isinstance(due, _Sent):
-            runs = self._end_rows(due, Failure(Code.DEADLINE_EXCEEDED, ""))
-            with self._lock:
-                self._cancels.extend((due.number, *run) for run in runs)
+            self._multiplexer.cancel(due, 0, due.count)
+            self._end_rows(due, Failure(Code.DEADLINE_EXCEEDED, ""))
             self._pipe.kick()
         else:
             due()
