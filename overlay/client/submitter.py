@@ -86,13 +86,8 @@ class _Sent(OpenSegment[Submission]):
 
     __slots__ = ("deadline", "first_id")
 
-    def __init__(
-        self, orders: list[Submission], first_id: int, deadline: float, size: int, chunks: int
-    ) -> None:
-        counts = [len(order.rows) for order in orders]
-        super().__init__(orders, counts, size, partial=chunks > 0, chunks=chunks)
-        self.first_id = first_id
-        self.deadline = deadline
+    deadline: float
+    first_id: int
 
 
 class Submitter:
@@ -379,7 +374,9 @@ class Submitter:
         kind, attempt = orders[0].kind, orders[0].attempt
         chunks = CHUNKS_AHEAD if kind.as_they_come else 0
         first_id = codec.new_ids()
-        sent = _Sent(orders, first_id, deadline + LATE_S, size, chunks)
+        counts = [len(order.rows) for order in orders]
+        sent = _Sent(orders, counts, size, partial=chunks > 0, chunks=chunks)
+        sent.deadline, sent.first_id = deadline + LATE_S, first_id
         if not self._multiplexer.open(sent):
             self._put_back(orders)
             return False

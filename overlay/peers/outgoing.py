@@ -202,8 +202,10 @@ class SegmentSender:
 
     def _write(self, frame: pb2.Frame, members: list[_Member]) -> int:
         """Sends them as one segment; about how many bytes, or 0 when they are refused instead."""
-        segment, counts = members[0].segment, [member.segment.count for member in members]
+        segment = members[0].segment
+        counts = [segment.count]
         if len(members) > 1:
+            counts = [member.segment.count for member in members]
             segment = Segment.joined([member.segment for member in members])
         left_s = self._link.time_left_s(segment.deadline)
         if left_s <= 0:

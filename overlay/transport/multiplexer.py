@@ -16,8 +16,8 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, count
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, count, repeat
 from typing import Any, Generic, TypeVar
 
 from overlay.model.errors import Misspoken
@@ -31,6 +31,8 @@ SAME_DEADLINE_S = 0.01  # requests whose deadlines are no further apart may shar
 CONTROL_BYTES = 20  # about, of a cancel or a grant in a frame
 MAX_TARGETS = Limits.max_targets
 
+_FIRST = (0,)  # the start of one that is alone
+
 Member = TypeVar("Member")
 
 
@@ -38,11 +40,12 @@ class OpenSegment(Generic[Member]):
     """A segment on the stream, and which of its rows are not answered yet.
 
     members: what was given to be sent, of which it is made: one, or several that were joined.
-    starts: the row in which each of them begins, and how many rows there are.
+    counts, starts: how many rows each of them has, and in which row here it begins.
     """
 
     __slots__ = (
-        "arriving", "asked", "chunks", "count", "members", "number", "pending", "size", "starts",
+        "arriving", "asked", "chunks", "count", "counts", "members", "number", "pending", "size",
+        "starts",
     )  # fmt: skip
 
     def __init__(
@@ -54,13 +57,14 @@ class OpenSegment(Generic[Member]):
         partial: bool = False,
         chunks: int = 0,
     ) -> None:
-        """counts: rows of each member. size: bytes. targets: the workers that may answer; None
+        """size: bytes. targets: the workers that may answer; None
         where the other side chooses them. partial: parts may come before their row's answer.
         chunks: and in chunks, so many of each before more are granted."""
         self.number = 0
         self.members = members
-        self.starts = list(accumulate(counts, initial=0))
-        self.count = rows = self.starts[-1]
+        self.counts = counts
+        self.starts = _FIRST if len(counts) == 1 else list(accumulate(counts[:-1], initial=0))
+        self.count = rows = self.starts[-1] + counts[-1]
         self.size = size
         self.pending = PendingRows(rows)
         self.chunks = chunks
@@ -68,16 +72,17 @@ class OpenSegment(Generic[Member]):
         # Of parts that have come before their row's answer: (row, worker) -> how far it is.
         self.arriving: dict[tuple[int, str], Arriving] = {}
 
-    def members_of(self, first: int, rows: int) -> list[tuple[Member, int, int, int]]:
+    def members_of(self, first: int, rows: int) -> Iterable[tuple[Member, int, int, int]]:
         """Whose these rows are: (member, its own first row, how many, the first one's row here)."""
-        if len(self.members) == 1:
-            return [(self.members[0], first, rows, first)]
+        if rows == self.count:  # the ordinary case
+            return zip(self.members, repeat(0), self.counts, self.starts)
         found, stop = [], first + rows
         index = bisect_right(self.starts, first) - 1
         while first < stop:
-            start, end = self.starts[index], min(self.starts[index + 1], stop)
-            found.append((self.members[index], first - start, end - first, first))
-            first, index = end, index + 1
+            start = self.starts[index]
+            part = min(start + self.counts[index], stop) - first
+            found.append((self.members[index], first - start, part, first))
+            first, index = first + part, index + 1
         return found
 
 
@@ -182,6 +187,8 @@ class Multiplexer:
 
     def write_control(self, frame: pb2.Frame, most: int) -> int:
         """Adds what waits, at most so many cancels and as many grants; about how many bytes."""
+        if not self._cancels and not self._grants:
+            return 0
         count = min(len(self._cancels), most)
         for _ in range(count):
             number, start, rows = self._cancels.popleft()

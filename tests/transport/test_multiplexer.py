@@ -43,11 +43,12 @@ def chunk(at: int, data: bytes, more: bool = True, worker: str = "C") -> Answers
     ],
 )
 def test_rows_of_a_joined_segment_belong_to_its_members(first, rows, found):
-    assert segment(2, 1, 3).members_of(first, rows) == found
+    assert list(segment(2, 1, 3).members_of(first, rows)) == found
 
 
 def test_all_rows_of_a_lone_member_are_its_own():
-    assert segment(4).members_of(1, 3) == [("a", 1, 3, 1)]
+    assert list(segment(4).members_of(1, 3)) == [("a", 1, 3, 1)]
+    assert list(segment(4).members_of(0, 4)) == [("a", 0, 4, 0)]
 
 
 def test_each_row_is_taken_once_and_the_last_one_closes_its_segment(live):
