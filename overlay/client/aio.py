@@ -386,7 +386,7 @@ class _Post:
         leaves when it is."""
         deliver = partial(self._deliver, take)
         order = Submission(kind, payloads, time.monotonic() + timeout_s, deliver)
-        order.early = partial(self._deliver, early) if early else None
+        order.on_partial = partial(self._deliver, early) if early else None
         order.is_patient = when_back
         if keeps_trying is not None:
             order.keeps_trying = keeps_trying

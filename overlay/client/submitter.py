@@ -1,16 +1,18 @@
 """Many requests over one stream: the engine of the client library.
 
-    send(order) --> outbox --> segments of one kind and deadline --> frames --> the process asked
-    order.deliver(...) <------------------------------------ slices <-- frames <--
+    send(submission) --> outbox --> segments --> frames --> the process asked
+    submission.deliver(...) <------- slices <-- frames <--
 
-An order is one request or many that were given together. What was never handed to gRPC is sent when
-the connection is back; what was, and has no answer, ends as unknown and is not sent again. What
-provably did not run is tried again, within a budget, after the time that the process asked for; a
-map's also beyond that, for as long as the map is patient. What a process that is being stopped
-gives back waits, until it is back. Where all places for streams are taken, what is to be sent waits
-for one, within the client's patience.
+A submission is one request, or many that were given together; those of one kind and about the same
+deadline share a segment. Requests that were never handed to gRPC are sent when the connection is
+back. Those that were handed over and have no answer end as unknown and are not sent again. Those
+that provably did not run are tried again, within a budget, after the pause that the process asked
+for; a map's also beyond the budget, for as long as the map is patient. Those that a stopping
+process gives back wait until it is back. Where a process has no place for another stream, unsent
+requests wait for one, within the client's patience.
 
-Owns a pipe, whose thread delivers, and a deadline thread, from `start` to `close`.
+Which segment an answer belongs to is overlay.transport.multiplexer's. Owns a stream, whose thread
+delivers, and a deadline thread, from `start` to `close`.
 """
 
 from __future__ import annotations
@@ -36,30 +38,30 @@ from overlay.transport.stream import ReconnectingStream, is_full
 from overlay.transport.timers import Deadlines
 
 LIMITS = Limits()
-# One less than the process asked takes: with a full window it reads nothing, cancels neither.
+# One less than the process asked takes: once its window is full it reads nothing, not even cancels.
 WINDOW_ROWS = LIMITS.window_rows - 1
 WINDOW_BYTES = LIMITS.window_bytes - 1
-LATE_S = 0.1  # the process asked answers by the deadline; after so much more we do
-CHUNKS_AHEAD = 4  # of each part: 512 KiB under way, 50 MB/s where all the way takes 10 ms
-GATHER_S = 0.00003  # how long to wait for calls that a frame's answers may bring
-GATHERINGS = 5  # and how often, while they still come
+LATE_S = 0.1  # after the deadline; an answer that the process asked gives in time is here by then
+CHUNKS_AHEAD = 4  # of each part: 512 KiB in flight, 50 MB/s at a round trip of 10 ms
+GATHER_S = 0.00003  # a wait for the next calls of the threads that a frame's answers woke
+GATHERINGS = 5  # of these waits at most, while calls still come
 RETRIES = 3  # of one request
-RETRY_SHARE = 0.09  # of all requests: with the few in hand, a tenth more at an overload
-MIN_RETRIES, MAX_RETRIES = 10.0, 1000.0  # that a client has in hand
-RETRY_PAUSE_S = 0.1  # when the process did not say how long
-MAX_PAUSE_S = 2.0  # of one that keeps trying, where the process asks for no longer one
-SETTLE_S = 5.0  # a process that is back has found its neighbours by then
-SETTLE_PAUSE_S = 0.25  # and meanwhile is asked again so often
+RETRY_SHARE = 0.09  # retries per request: with MIN_RETRIES, a tenth more load in an overload
+MIN_RETRIES, MAX_RETRIES = 10.0, 1000.0  # saved up: at the start, and at most
+RETRY_PAUSE_S = 0.1  # when the process does not say how long
+MAX_PAUSE_S = 2.0  # between tries that go on, unless the process asks for a longer pause
+SETTLE_S = 5.0  # a restarted process has found its neighbours by then
+SETTLE_PAUSE_S = 0.25  # between two tries in the meantime
 NEVER_SENT = Failure(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
 CLOSED = Failure(Code.CANCELLED, "this client was closed", Executed.NO)
 WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
 
 class Delivery:
-    """A slice of answers, opened once for all who have rows in it. is_whole: no worker is missing.
+    """A slice of answers, decoded once for all submissions with rows in it.
 
-    grant: who has read a chunk in it tells this (its row here, its worker). Of a slice that was
-    checked against what was asked.
+    results: a row each; empty bytes where it failed. is_whole: no worker is missing. grant: called
+    with (row here, worker) when a chunk was read. The slice was checked against what was asked.
     """
 
     __slots__ = ("_answers", "_made", "grant", "is_whole", "results")
@@ -82,7 +84,7 @@ class Delivery:
 
 
 class _Sent(OpenSegment[Submission]):
-    """A segment on its way, of rows of some orders."""
+    """A segment of one or more submissions. deadline: when it is given up; monotonic seconds."""
 
     __slots__ = ("deadline", "first_id")
 
@@ -91,12 +93,12 @@ class _Sent(OpenSegment[Submission]):
 
 
 class Submitter:
-    """Sends orders and delivers their answers. Safe from any thread.
+    """Sends submissions and delivers their answers. Safe from any thread.
 
-    connected: set while the process asked takes requests on our stream. refused: why it would not.
-    patience_s: how long an order waits for a place there before it is delivered as refused. shown:
-    what the process is called in words; by default its name.
-    after_frame: called when all of a frame is delivered; is_delivering: such a call is to come.
+    connected: set while the process asked takes requests on the stream. refused: why it does not.
+    patience_s: how long a submission waits for a place there before it is delivered as refused.
+    shown: how messages call the process; by default its name. after_frame: called when everything
+    in a frame is delivered; is_delivering: such a call will follow.
     """
 
     def __init__(
@@ -113,50 +115,50 @@ class Submitter:
         self.most_bytes = LIMITS.max_message_bytes
         self._shown = shown or (lambda: name)
         self._patience_s = patience_s
-        self._pipe = ReconnectingStream(
+        self._stream = ReconnectingStream(
             channel, name, self._fill, self._receive, self._lost, self._live, may_rest=True
         )
         self._deadlines = Deadlines(self._expire)
         self._lock = threading.Lock()
         self._outbox = Outbox()
         self._multiplexer = Multiplexer()
-        self._progress: dict[int, Progress] = {}  # of maps, by number: to be told
-        self._unwanted: deque[set[int]] = deque()  # the `cancelled` of orders, to be looked up
-        self._woken = 0  # threads that the last frame woke, who may call again at once
-        self._look_at = math.inf  # when the outbox is looked through for what has expired
+        self._progress: dict[int, Progress] = {}  # of maps, by number: to be sent
+        self._unwanted: deque[set[int]] = deque()  # `cancelled` of submissions
+        self._woken = 0  # threads that the last frame woke, which may call again at once
+        self._look_at = math.inf  # when the outbox is next searched for expired submissions
         self._retries = MIN_RETRIES
         self._retrying: set[_Retry] = set()
-        self._served = False  # our stream is; the process may be stopping
+        self._served = False  # the stream is; the process may be stopping
         self._was_lost = False  # a stream that was served
-        self._settles_by = -math.inf  # the process is just back; monotonic seconds
-        self._full_since: float | None = None  # all places there are taken; monotonic seconds
+        self._settles_by = -math.inf  # until then the process has just come back; monotonic s
+        self._full_since: float | None = None  # all its places are taken since; monotonic s
         self._closed = False
 
     @property
     def open_rows(self) -> int:
         with self._lock:
-            unsent = sum(len(order.rows) for order in self._outbox.all())
+            unsent = sum(len(submission.rows) for submission in self._outbox.all())
             return self._multiplexer.rows + unsent + len(self._retrying)
 
     @property
     def is_full(self) -> bool:
-        """Whether the process asked refuses our stream because all its places are taken."""
+        """Whether the process refuses the stream because all its places are taken."""
         refused = self.refused
         return refused is not None and is_full(refused)
 
     @property
     def rests(self) -> bool:
-        """Whether our stream was let go because nothing was open; it comes with the next order."""
-        return self._pipe.rests
+        """Whether the idle stream gave up its place; the next submission brings it back."""
+        return self._stream.rests
 
     @property
     def is_served(self) -> bool:
-        """Whether our stream is, also by a process that is being stopped and takes nothing new."""
+        """Whether the stream is served, also by a stopping process that takes nothing new."""
         return self._served
 
     def start(self) -> None:
         self._deadlines.start()
-        self._pipe.start()
+        self._stream.start()
 
     def close(self) -> None:
         """Ends the stream; what is open is delivered as cancelled. May be called twice."""
@@ -164,83 +166,86 @@ class Submitter:
             if self._closed:
                 return
             self._closed = True
-        self._pipe.end()
+        self._stream.end()
         self._deadlines.stop()
         self._end_sent(Failure(Code.CANCELLED, "this client was closed before the answer came"))
         with self._lock:
             waiting, self._retrying = self._retrying, set()
         for retry in waiting:
-            self._outbox.put(retry.order)
+            self._outbox.put(retry.submission)
         self._end_unsent()
 
-    def send(self, order: Submission) -> None:
-        if order.size > self.most_bytes and self._refuse_too_large(order):
+    def send(self, submission: Submission) -> None:
+        if submission.size > self.most_bytes and self._refuse_too_large(submission):
             return
-        if not order.attempt:  # or retries would pay for more of them
-            self._retries = min(self._retries + len(order.rows) * RETRY_SHARE, MAX_RETRIES)
-        self._outbox.put(order)
-        due_at = self._due_at(order)
+        if not submission.attempt:  # or retries would earn retries
+            self._retries = min(self._retries + len(submission.rows) * RETRY_SHARE, MAX_RETRIES)
+        self._outbox.put(submission)
+        due_at = self._due_at(submission)
         if due_at < self._look_at:
             self._watch_outbox(due_at)
         if self._closed:
             self._end_unsent()
         else:
-            self._pipe.kick()
+            self._stream.kick()
 
     def remind(self, of: Callable[[], None], at: float) -> None:
-        """Calls that then, in monotonic seconds, on the deadline thread; never after `close`."""
+        """Calls `of` then, in monotonic seconds, on the deadline thread; not after `close`."""
         self._deadlines.watch(of, at)
 
     def tell(self, progress: Progress) -> None:
-        """Goes to who watches, in one of the next frames."""
+        """Sends how a map goes, for those who watch, in one of the next frames."""
         self._progress[progress.number] = progress
-        self._pipe.kick()
+        self._stream.kick()
 
     def wake(self) -> None:
-        """Somebody waits for `connected`: a stream that was let go is wanted again."""
-        self._pipe.kick()
+        """Brings back a stream that gave up its place, for a caller waiting for `connected`."""
+        self._stream.kick()
 
-    def _due_at(self, order: Submission) -> float:
-        """When an order that waits in the outbox is to be ended."""
+    def _due_at(self, submission: Submission) -> float:
+        """When a submission that still waits in the outbox is given up."""
         since = self._full_since
-        if since is None or order.is_patient or not self.is_full:
-            return order.deadline
-        return min(order.deadline, max(since, order.given) + self._patience_s)
+        if since is None or submission.is_patient or not self.is_full:
+            return submission.deadline
+        return min(submission.deadline, max(since, submission.given) + self._patience_s)
 
     def _watch_outbox(self, deadline: float) -> None:
-        """Sees to it that an order in the outbox ends then, if it is still there."""
+        """Has the outbox searched for expired submissions then."""
         with self._lock:
             if deadline >= self._look_at:
                 return
             self._look_at = deadline
         self._deadlines.watch(self, deadline)
 
-    def _refuse_too_large(self, order: Submission) -> bool:
-        """Such a payload would end the stream, with all that is in it."""
+    def _refuse_too_large(self, submission: Submission) -> bool:
+        """Delivers the failure of rows that are too large; whether no other rows are left.
+
+        Such a payload would end the stream, and with it everything that is open.
+        """
         most = self.most_bytes
-        large = {row for row in order.rows if len(order.payloads[row]) > most}
+        large = {row for row in submission.rows if len(submission.payloads[row]) > most}
         for row in large:
-            reason = codec.too_large(len(order.payloads[row]), most)
-            order.deliver((row,), Failure(Code.INVALID_ARGUMENT, reason, Executed.NO), 0, 0)
+            reason = codec.too_large(len(submission.payloads[row]), most)
+            submission.deliver((row,), Failure(Code.INVALID_ARGUMENT, reason, Executed.NO), 0, 0)
         if large:
-            order.rows = [row for row in order.rows if row not in large]
-            order.size = sum(len(order.payloads[row]) for row in order.rows)
-        return not order.rows
+            submission.rows = [row for row in submission.rows if row not in large]
+            submission.size = sum(len(submission.payloads[row]) for row in submission.rows)
+        return not submission.rows
 
-    def cancel(self, order: Submission, rows: Sequence[int]) -> None:
-        """Nobody waits for these rows any more; they are delivered all the same."""
-        order.cancelled.update(rows)
-        self._unwanted.append(order.cancelled)
-        self._pipe.kick()
+    def cancel(self, submission: Submission, rows: Sequence[int]) -> None:
+        """Stops the work on rows that are not wanted any more; they are delivered all the same."""
+        submission.cancelled.update(rows)
+        self._unwanted.append(submission.cancelled)
+        self._stream.kick()
 
-    def take_back(self, order: Submission, failure: Failure) -> int:
-        """Delivers this for those of its rows that wait to be sent; how many they are."""
+    def take_back(self, submission: Submission, failure: Failure) -> int:
+        """Delivers the failure for those of its rows that wait to be sent; how many they are."""
         with self._lock:
-            mine = [r for r in self._retrying if r.order.cancelled is order.cancelled]
+            mine = [r for r in self._retrying if r.submission.cancelled is submission.cancelled]
             self._retrying.difference_update(mine)
-        taken = [retry.order for retry in mine]
+        taken = [retry.submission for retry in mine]
         for one in self._outbox.all():
-            if one.cancelled is order.cancelled:
+            if one.cancelled is submission.cancelled:
                 with suppress(ValueError):  # it has left
                     self._outbox.remove(one)
                     taken.append(one)
@@ -252,7 +257,7 @@ class Submitter:
 
     def _fill(self, frame: pb2.Frame) -> bool:
         if not self._served:
-            return False  # a call that is never accepted would lose it
+            return False  # the call may never be accepted, and the frame would be lost
         self._gather()
         size = 0
         if self._unwanted:
@@ -263,30 +268,30 @@ class Submitter:
             frame.progress.append(codec.write_progress(progress))
             size += 60
         while self.connected.is_set() and size < LIMITS.frame_bytes and self._has_room():
-            orders, bytes_ = self._next_orders(LIMITS.frame_bytes - size)
-            if not orders:
+            submissions, bytes_ = self._next_submissions(LIMITS.frame_bytes - size)
+            if not submissions:
                 break
-            if not self._write(frame, orders, bytes_):
+            if not self._write(frame, submissions, bytes_):
                 break
             size += bytes_ + 100
         return size > 0
 
     def _find_unwanted(self) -> None:
-        # For all at once: thousands may be cancelled together, and each may be in any segment.
+        # All in one pass: thousands may be cancelled together, and each may be in any segment.
         unwanted = {id(self._unwanted.popleft()) for _ in range(len(self._unwanted))}
         for sent in self._multiplexer.segments():
             rows = [
                 start + index
-                for start, order in zip(sent.starts, sent.members, strict=False)
-                if id(order.cancelled) in unwanted
-                for index, row in enumerate(order.rows)
-                if row in order.cancelled
+                for start, submission in zip(sent.starts, sent.members, strict=False)
+                if id(submission.cancelled) in unwanted
+                for index, row in enumerate(submission.rows)
+                if row in submission.cancelled
             ]
             for first, count in consecutive(rows):
                 self._multiplexer.cancel(sent, first, count)
 
     def _gather(self) -> None:
-        # Threads that were woken together call together: a moment's patience makes one frame of it.
+        # Threads that wake together call again together: a short wait puts them into one frame.
         woken, self._woken = self._woken, 0
         before = len(self._outbox)
         for _ in range(GATHERINGS if woken > 1 else 0):
@@ -308,77 +313,77 @@ class Submitter:
             return False
         return open_.bytes + next_size <= WINDOW_BYTES or not open_.rows
 
-    def _next_orders(self, most_bytes: int) -> tuple[list[Submission], int]:
-        """Orders from the head of the outbox that may share a segment, and their bytes."""
-        orders: list[Submission] = []
+    def _next_submissions(self, most_bytes: int) -> tuple[list[Submission], int]:
+        """Submissions from the head of the outbox that may share a segment, and their bytes."""
+        submissions: list[Submission] = []
         rows, size = WINDOW_ROWS - self._multiplexer.rows, 0
         while self._outbox and rows > 0:
-            order = self._outbox.take()
-            if order.cancelled:
-                kept = self._still_wanted(order)
+            submission = self._outbox.take()
+            if submission.cancelled:
+                kept = self._still_wanted(submission)
                 if kept is None:
                     continue
-                order = kept
-            if orders and not (
-                (order.kind is orders[0].kind or order.kind == orders[0].kind)
-                and order.attempt == orders[0].attempt
-                and abs(order.deadline - orders[0].deadline) <= SAME_DEADLINE_S
-                and size + order.size <= most_bytes
+                submission = kept
+            if submissions and not (
+                (submission.kind is submissions[0].kind or submission.kind == submissions[0].kind)
+                and submission.attempt == submissions[0].attempt
+                and abs(submission.deadline - submissions[0].deadline) <= SAME_DEADLINE_S
+                and size + submission.size <= most_bytes
             ):
-                self._put_back([order])
+                self._put_back([submission])
                 break
-            if order.size > self.most_bytes and self._refuse_too_large(order):
-                continue  # it came for a process that took more
-            fits = min(rows, self._rows_that_fit(order))
-            if len(order.rows) > fits:
-                self._put_back([order.part(order.rows[fits:], order.attempt)])
-                order = order.part(order.rows[:fits], order.attempt)
-            orders.append(order)
-            rows -= len(order.rows)
-            size += order.size
-        return orders, size
+            if submission.size > self.most_bytes and self._refuse_too_large(submission):
+                continue  # it was given when the process took more
+            fits = min(rows, self._rows_that_fit(submission))
+            if len(submission.rows) > fits:
+                self._put_back([submission.part(submission.rows[fits:], submission.attempt)])
+                submission = submission.part(submission.rows[:fits], submission.attempt)
+            submissions.append(submission)
+            rows -= len(submission.rows)
+            size += submission.size
+        return submissions, size
 
-    def _rows_that_fit(self, order: Submission) -> int:
-        """How many of the first rows the process asked takes in one segment: all, but for large
-        ones; none of them is too large alone."""
-        if order.size <= self.most_bytes:
-            return len(order.rows)
+    def _rows_that_fit(self, submission: Submission) -> int:
+        """How many of its first rows fit into the largest message that the process takes; none of
+        them is too large alone."""
+        if submission.size <= self.most_bytes:
+            return len(submission.rows)
         size = fits = 0
-        for row in order.rows:
-            size += len(order.payloads[row])
+        for row in submission.rows:
+            size += len(submission.payloads[row])
             if size > self.most_bytes:
                 break
             fits += 1
         return fits
 
-    def _still_wanted(self, order: Submission) -> Submission | None:
-        """The order without its cancelled rows, which are delivered as such."""
-        gone = [row for row in order.rows if row in order.cancelled]
-        left = [row for row in order.rows if row not in order.cancelled]
+    def _still_wanted(self, submission: Submission) -> Submission | None:
+        """The submission without its cancelled rows, which are delivered as such."""
+        gone = [row for row in submission.rows if row in submission.cancelled]
+        left = [row for row in submission.rows if row not in submission.cancelled]
         if not gone:
-            return order
-        self._deliver_all(order.part(gone, order.attempt), NEVER_SENT)
-        return order.part(left, order.attempt) if left else None
+            return submission
+        self._deliver_all(submission.part(gone, submission.attempt), NEVER_SENT)
+        return submission.part(left, submission.attempt) if left else None
 
-    def _write(self, frame: pb2.Frame, orders: list[Submission], size: int) -> bool:
+    def _write(self, frame: pb2.Frame, submissions: list[Submission], size: int) -> bool:
         """False when the stream is over."""
-        deadline = min(order.deadline for order in orders)
+        deadline = min(submission.deadline for submission in submissions)
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             late = Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO)
-            for order in orders:
-                self._deliver_all(order, late)
+            for submission in submissions:
+                self._deliver_all(submission, late)
             return True
-        bodies = [order.payloads[row] for order in orders for row in order.rows]
+        bodies = [submission.payloads[row] for submission in submissions for row in submission.rows]
         payloads = Column(bodies, size=size)
-        kind, attempt = orders[0].kind, orders[0].attempt
+        kind, attempt = submissions[0].kind, submissions[0].attempt
         chunks = CHUNKS_AHEAD if kind.as_they_come else 0
         first_id = codec.new_ids()
-        counts = [len(order.rows) for order in orders]
-        sent = _Sent(orders, counts, size, partial=chunks > 0, chunks=chunks)
+        counts = [len(submission.rows) for submission in submissions]
+        sent = _Sent(submissions, counts, size, partial=chunks > 0, chunks=chunks)
         sent.deadline, sent.first_id = deadline + LATE_S, first_id
         if not self._multiplexer.open(sent):
-            self._put_back(orders)
+            self._put_back(submissions)
             return False
         self._deadlines.watch(sent, sent.deadline)
         segment = Segment(
@@ -387,31 +392,31 @@ class Submitter:
         before, more = len(frame.segments), (kind.want_parts, kind.priority, kind.as_they_come)
         try:
             codec.write_segment(frame, sent.number, segment, left_s, *more)
-        except Exception as e:  # noqa: BLE001 - whatever it is, it is of this request alone
+        except Exception as e:  # noqa: BLE001 - whatever it is, only this segment is to fail
             del frame.segments[before:]
             self._write_apart(frame, sent, e)
         return True
 
     def _write_apart(self, frame: pb2.Frame, sent: _Sent, error: Exception) -> None:
-        """What cannot be written together: each row for itself, so that none fails for another."""
+        """Writes each row by itself, so that only those that cannot be written fail."""
         self._close_rows(sent, 0, sent.count)
         if sent.count > 1:
-            for order in sent.members:
-                for row in order.rows:
-                    alone = order.part((row,), order.attempt)
+            for submission in sent.members:
+                for row in submission.rows:
+                    alone = submission.part((row,), submission.attempt)
                     self._write(frame, [alone], alone.size)
             return
         reason = f"the request cannot be sent: {error}"
         self._deliver_all(sent.members[0], Failure(Code.INVALID_ARGUMENT, reason, Executed.NO))
 
-    def _put_back(self, orders: list[Submission]) -> None:
-        for order in reversed(orders):
-            self._outbox.put_back(order)
-            self._watch_outbox(self._due_at(order))
+    def _put_back(self, submissions: list[Submission]) -> None:
+        for submission in reversed(submissions):
+            self._outbox.put_back(submission)
+            self._watch_outbox(self._due_at(submission))
         if self._closed:
             self._end_unsent()
 
-    # on the pipe's thread
+    # on the stream's thread
 
     def _live(self, metadata: Mapping[str, str]) -> None:
         self.refused = None
@@ -422,7 +427,7 @@ class Submitter:
         said = codec.read_most_bytes(metadata.items())
         self.most_bytes = LIMITS.max_message_bytes if said is None else said
         self.connected.set()
-        self._pipe.kick()
+        self._stream.kick()
 
     def _receive(self, frame: pb2.Frame) -> None:
         woken = 0
@@ -446,41 +451,41 @@ class Submitter:
             if self.after_frame is not None:
                 self.after_frame()
         if self._outbox:
-            self._pipe.kick()
+            self._stream.kick()
 
     def _pass_on(self, sent: _Sent, made: pb2.Slice) -> None:
-        """Parts of rows that are not answered yet."""
+        """Delivers parts of rows that are not answered yet."""
         start = made.start
 
         def grant(row: int, worker: str) -> None:
             self._multiplexer.grant(sent, start + row, worker, 1)
-            self._pipe.kick()
+            self._stream.kick()
 
-        came = Delivery(made, grant)
-        for first, count in self._multiplexer.arrive(sent, start, came.answers):
-            for order, row, rows, at in sent.members_of(first, count):
-                if order.early is not None:
-                    whose = order.rows[row : row + rows]
-                    order.early(whose, came, at - start, sent.first_id + at)
+        delivery = Delivery(made, grant)
+        for first, count in self._multiplexer.arrive(sent, start, delivery.answers):
+            for submission, row, rows, at in sent.members_of(first, count):
+                if submission.on_partial is not None:
+                    whose = submission.rows[row : row + rows]
+                    submission.on_partial(whose, delivery, at - start, sent.first_id + at)
 
     def _take(self, sent: _Sent, made: pb2.Slice) -> int:
-        """Delivers a slice; how many threads that wakes."""
-        came, start, woken = Delivery(made), made.start, 0
+        """Delivers a slice; returns how many threads that wakes."""
+        delivery, start, woken = Delivery(made), made.start, 0
         failures = _failures_of(made) if made.failures else None
         for first, count in self._close_rows(sent, start, made.count):
-            for order, own, size, at in sent.members_of(first, count):
-                woken += order.wakes_a_thread
-                rows = order.rows[own : own + size]
+            for submission, own, size, at in sent.members_of(first, count):
+                woken += submission.wakes_a_thread
+                rows = submission.rows[own : own + size]
                 if failures is None:
-                    order.deliver(rows, came, at - start, sent.first_id + at)
+                    submission.deliver(rows, delivery, at - start, sent.first_id + at)
                     continue
                 for index, row in enumerate(rows, at):
                     failure = failures.get(index - start)
                     request_id = sent.first_id + index
                     if failure is None:
-                        order.deliver((row,), came, index - start, request_id)
+                        submission.deliver((row,), delivery, index - start, request_id)
                     else:
-                        self._failed(order, row, failure, request_id)
+                        self._failed(submission, row, failure, request_id)
         return woken
 
     def _lost(self, why: Part) -> None:
@@ -488,24 +493,24 @@ class Submitter:
             return
         was_served, self._served = self._served, False
         self.connected.clear()
-        if self._pipe.rests:
+        if self._stream.rests:
             self.refused = None
-        elif why.code is Code.DATA_LOSS:  # of what is not sent to it now
+        elif why.code is Code.DATA_LOSS:  # also the reason for what is not sent now
             reason = f"the process at {self._shown()} cannot be asked: {why.reason}"
             self.refused = Failure(why.code, reason, Executed.NO)
         elif why.executed is Executed.NO or not (was_served or why.code is Code.CANCELLED):
             self.refused = Failure(why.code, why.reason, why.executed, why.retry_after_s)
         if was_served:
-            self._was_lost = not self._pipe.rests
+            self._was_lost = not self._stream.rests
             reason = f"no answer from {self._shown()}: {why.reason}"
             self._end_sent(Failure(Code.UNAVAILABLE, reason, why.executed))
             if why.code is Code.DATA_LOSS and self.refused is not None:
-                self._end_unsent(self.refused)  # the next call may be a while
+                self._end_unsent(self.refused)  # the next stream may take a while
         if self.is_full:
             self._full_since = self._full_since or time.monotonic()
             self._expire_unsent()
-        if self._outbox and self._pipe.rests:
-            self._pipe.kick()
+        if self._outbox and self._stream.rests:
+            self._stream.kick()
 
     # on any thread
 
@@ -521,10 +526,10 @@ class Submitter:
 
     def _end_rows(self, sent: _Sent, failure: Failure) -> None:
         for first, count in self._close_rows(sent, 0, sent.count):
-            for order, own, size, at in sent.members_of(first, count):
-                rows = order.rows[own : own + size]
-                if not self._keep(order, rows, failure):
-                    order.deliver(rows, failure, 0, sent.first_id + at)
+            for submission, own, size, at in sent.members_of(first, count):
+                rows = submission.rows[own : own + size]
+                if not self._keep(submission, rows, failure):
+                    submission.deliver(rows, failure, 0, sent.first_id + at)
 
     def _end_unsent(self, why: Failure = CLOSED) -> None:
         while True:
@@ -533,8 +538,8 @@ class Submitter:
             except IndexError:
                 return
 
-    def _deliver_all(self, order: Submission, failure: Failure) -> None:
-        order.deliver(order.rows, failure, 0, 0)
+    def _deliver_all(self, submission: Submission, failure: Failure) -> None:
+        submission.deliver(submission.rows, failure, 0, 0)
 
     def _expire(self, due: _Sent | Submitter | _Retry | Callable[[], None]) -> None:
         if isinstance(due, _Retry):
@@ -542,13 +547,13 @@ class Submitter:
                 due_still = due in self._retrying
                 self._retrying.discard(due)
             if due_still:
-                self.send(due.order)
+                self.send(due.submission)
         elif isinstance(due, Submitter):
             self._expire_unsent()
         elif isinstance(due, _Sent):
             self._multiplexer.cancel(due, 0, due.count)
             self._end_rows(due, Failure(Code.DEADLINE_EXCEEDED, ""))
-            self._pipe.kick()
+            self._stream.kick()
         else:
             due()
 
@@ -556,61 +561,65 @@ class Submitter:
         with self._lock:
             self._look_at = math.inf
         now = time.monotonic()
-        late, full = Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO), self.refused
-        for order in self._outbox.all():
-            due_at = self._due_at(order)
+        late, refused = Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO), self.refused
+        for submission in self._outbox.all():
+            due_at = self._due_at(submission)
             if due_at > now:
                 self._watch_outbox(due_at)
                 continue
             try:
-                self._outbox.remove(order)
+                self._outbox.remove(submission)
             except ValueError:  # it has left
                 continue
-            self._deliver_all(order, late if full is None or order.deadline <= now else full)
+            why = late if refused is None or submission.deadline <= now else refused
+            self._deliver_all(submission, why)
 
-    def _keep(self, order: Submission, rows: Sequence[int], failure: Failure) -> bool:
-        """Whether these rows wait for the process to be back: it stops, and gave proof."""
+    def _keep(self, submission: Submission, rows: Sequence[int], failure: Failure) -> bool:
+        """Puts rows that a stopping process provably did not run back into the outbox; whether it
+        did."""
         gave_back = failure.executed is Executed.NO and failure.code is Code.UNAVAILABLE
         if not gave_back or self.connected.is_set() or self._closed:
             return False
-        kept = order.part(rows, order.attempt)
+        kept = submission.part(rows, submission.attempt)
         self._outbox.put(kept)
         self._watch_outbox(self._due_at(kept))
         if self._closed:
             self._end_unsent()
         return True
 
-    def _failed(self, order: Submission, row: int, failure: Failure, request_id: int) -> None:
-        if self._keep(order, (row,), failure):
+    def _failed(self, submission: Submission, row: int, failure: Failure, request_id: int) -> None:
+        if self._keep(submission, (row,), failure):
             return
         now = time.monotonic()
-        # A process that has just come back reaches nobody yet: that is no reason to give up.
+        # A process that has just come back has not found its neighbours yet: no reason to give up.
         settles = failure.code is Code.UNAVAILABLE and now < self._settles_by
         pause_s = failure.retry_after_s or RETRY_PAUSE_S
         if settles:
             pause_s = max(pause_s, SETTLE_PAUSE_S)
-        elif order.attempt >= RETRIES:
-            pause_s = max(pause_s, min(RETRY_PAUSE_S * 2 ** min(order.attempt, 9), MAX_PAUSE_S))
+        elif submission.attempt >= RETRIES:
+            pause_s = max(
+                pause_s, min(RETRY_PAUSE_S * 2 ** min(submission.attempt, 9), MAX_PAUSE_S)
+            )
         again_at = now + pause_s
         if (
             failure.executed is Executed.NO
             and failure.code in WORTH_A_RETRY
-            and again_at < order.deadline
-            and row not in order.cancelled
+            and again_at < submission.deadline
+            and row not in submission.cancelled
             and not self._closed
-            and (settles or self._may_try_again(order))
+            and (settles or self._may_try_again(submission))
         ):
-            retry = _Retry(order.part((row,), order.attempt + (not settles)))
+            retry = _Retry(submission.part((row,), submission.attempt + (not settles)))
             with self._lock:
                 self._retrying.add(retry)
             self._deadlines.watch(retry, again_at)
         else:
-            order.deliver((row,), failure, 0, request_id)
+            submission.deliver((row,), failure, 0, request_id)
 
-    def _may_try_again(self, order: Submission) -> bool:
-        if order.attempt < RETRIES and self._spend_retry():
+    def _may_try_again(self, submission: Submission) -> bool:
+        if submission.attempt < RETRIES and self._spend_retry():
             return True
-        return order.keeps_trying()
+        return submission.keeps_trying()
 
     def _spend_retry(self) -> bool:
         with self._lock:
@@ -622,9 +631,9 @@ class Submitter:
 
 @dataclass(eq=False)
 class _Retry:
-    """An order that waits for its next attempt."""
+    """A submission that waits for its next attempt."""
 
-    order: Submission
+    submission: Submission
 
 
 def _failures_of(made: pb2.Slice) -> dict[int, Failure]:

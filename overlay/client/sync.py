@@ -462,7 +462,7 @@ def _parts(
         (body,),
         time.monotonic() + timeout_s,
         lambda rows, came, at, request_id: box.put((True, came, at, request_id)),
-        early=lambda rows, came, at, request_id: box.put((False, came, at, request_id)),
+        on_partial=lambda rows, came, at, request_id: box.put((False, came, at, request_id)),
     )
     connection.send(order, timeout_s)
     is_last = False
