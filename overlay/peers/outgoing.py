@@ -1,9 +1,10 @@
-"""What goes through one pipe to a neighbour: segments to send, those not answered yet, cancels.
+"""What goes to a neighbour over one stream: the segments to send, and what answers them.
 
-    send --> outbox --> fill: what may travel in one segment is joined --> the neighbour
+    send --> outbox --> fill: small segments of one kind are joined --> the neighbour
     sink <-- receive: a slice is given to the segments that its rows belong to <--
 
-Few requests gather behind a neighbour that is at quick work, and leave together.
+Which segment an answer belongs to is overlay.transport.multiplexer's. Single requests for a
+neighbour that is at quick work gather for a moment, and leave together.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from overlay.transport.stream import ReconnectingStream
 
 
 class Owner(Protocol):
-    """What a book needs of its link. Safe from any thread.
+    """What a SegmentSender needs of its owner. Safe from any thread.
 
-    metadata: what the neighbour is told with each call. to_flush: the books that have something to
-    send, until `flush` kicks them.
+    metadata: sent with each call. to_flush: the senders that have something to send, until `flush`
+    kicks their streams.
     """
 
     id: str
@@ -58,40 +59,43 @@ class Owner(Protocol):
 
 
 class _Member:
-    """A segment that was given: it waits, or travels as a segment of its own or in a joined one."""
+    """A segment that was given to be sent: it waits, or was sent alone or joined with others."""
 
     __slots__ = ("is_over", "is_read", "row", "segment", "sent_in", "sink")
 
     def __init__(self, segment: Segment, sink: Sink) -> None:
         self.segment = segment
         self.sink = sink
-        self.sent_in: OpenSegment[_Member] | None = None  # as handed to gRPC; it may run then
-        self.row = 0  # where it begins in that
-        self.is_read = False  # in chunks: so it is the reader's matter when it ends, and how
-        self.is_over = False  # it was answered without having been sent
+        self.sent_in: OpenSegment[_Member] | None = None  # once handed to gRPC: it may run
+        self.row = 0  # in which it begins there
+        self.is_read = False  # in chunks: how fast it ends is then up to its reader
+        self.is_over = False  # it was refused, and not sent
 
 
 class SegmentSender:
-    """What goes through one pipe: segments to send, segments not yet answered, cancels."""
+    """Sends segments over one stream and gives each of their rows one answer.
 
-    def __init__(self, link: Owner, name: str, limits: Limits) -> None:
-        self.pipe = ReconnectingStream(
-            link.channel,
+    stream: its owner starts and ends it. is_live: the neighbour has accepted the stream.
+    """
+
+    def __init__(self, peer: Owner, name: str, limits: Limits) -> None:
+        self.stream = ReconnectingStream(
+            peer.channel,
             name,
             self._fill,
             self._receive,
             self._lost,
-            self._begin,
+            self._live,
             self._patience_s,
-            link.metadata,
+            peer.metadata,
         )
-        self._link = link
+        self._peer = peer
         self._limits = limits
-        self._most_bytes = limits.max_message_bytes  # that both sides take
+        self._most_bytes = limits.max_message_bytes  # that both sides accept
         self._targets: tuple[tuple[str, ...] | None, frozenset[str] | None] = None, None
         self._multiplexer = Multiplexer()
         self._outbox: deque[_Member] = deque()
-        # Of what has not left when it is cancelled: which of its rows.
+        # Rows that were cancelled before they were sent.
         self._cancelled: deque[tuple[_Member, int, int]] = deque()
         self._last_quick: OpenSegment[_Member] | None = None
 
@@ -105,7 +109,8 @@ class SegmentSender:
         return self._send(segment, sink)
 
     def _send_parts(self, segment: Segment, sink: Sink) -> End:
-        """What is too large for the neighbour as a whole: the rows that are not too large alone."""
+        """Sends a segment that is too large for the neighbour in pieces; refuses rows that are too
+        large alone."""
         ends: list[tuple[int, int, End]] = []
         for first, count in _runs_within(segment.payloads.items, self._most_bytes):
             part, part_sink = segment.slice(first, count), shifted(sink, first)
@@ -123,7 +128,7 @@ class SegmentSender:
 
     def _refuse_too_large(self, segment: Segment, size: int, sink: Sink) -> None:
         mine, theirs = self._limits.max_message_bytes, self._most_bytes
-        why = f"{size:,} bytes are more than {self._link.id} takes, whose max_message_mib allows "
+        why = f"{size:,} bytes are more than {self._peer.id} takes, whose max_message_mib allows "
         why += f"{theirs:,}, and this process's {mine:,}"
         self._refuse(_Member(segment, sink), Code.FAILED_PRECONDITION, why)
 
@@ -134,7 +139,7 @@ class SegmentSender:
             if is_live:
                 self._outbox.append(member)
         if is_live:
-            self._link.to_flush.add(self)
+            self._peer.to_flush.add(self)
         else:
             self._refuse(member, Code.UNAVAILABLE, "the link is down")
 
@@ -148,19 +153,19 @@ class SegmentSender:
                 if not rows:
                     return
                 if code is Code.DEADLINE_EXCEEDED and not member.is_read:
-                    self._link.overdue(segment.route.handler, rows)
-            self.pipe.kick()
+                    self._peer.overdue(segment.route.handler, rows)
+            self.stream.kick()
 
         return end
 
     # on gRPC's sending thread
 
     def _patience_s(self) -> float:
-        """Few requests that come while the neighbour is at quick work leave when that is answered.
+        """How long a few requests wait for company while the neighbour is at quick work.
 
-        Many single requests make each of their trips longer than their work; those that gather
-        share one. Source of the rule: Nagle's algorithm (RFC 896), here with a bound, or a request
-        that hangs would keep back the others.
+        Sent one by one, requests cost more on the way than at work; those that gather share a
+        trip. They leave when the quick work is answered. Source of the rule: Nagle's algorithm
+        (RFC 896), here with a limit, so that a request that hangs does not hold up the others.
         """
         if not self._outbox or not self._is_at_quick_work:
             return 0.0
@@ -175,11 +180,11 @@ class SegmentSender:
         return limits.gather_s if is_few and self._is_quick(first) else 0.0
 
     def _is_quick(self, segment: Segment) -> bool:
-        """Whether its answer is a matter of its way rather than of its work, bytes or number."""
+        """Whether its time is spent on the way rather than on its work, bytes or number."""
         limits, count = self._limits, segment.count
         is_small = segment.payloads.size <= limits.small_bytes * count
         is_alike = is_small and count <= limits.gather_rows and segment.early is None
-        return is_alike and self._link.is_quick(segment.route.handler)
+        return is_alike and self._peer.is_quick(segment.route.handler)
 
     @property
     def _is_at_quick_work(self) -> bool:
@@ -190,24 +195,24 @@ class SegmentSender:
         size = 0
         while self._outbox and size < self._limits.frame_bytes:
             size += self._write(frame, self._joinable())
-        # After the segments: what was cancelled before it left is cancelled where it arrives.
+        # After the segments: rows that were cancelled before they were sent are cancelled there.
         for _ in range(len(self._cancelled)):
             member, start, count = self._cancelled.popleft()
             if member.sent_in is not None:
                 self._multiplexer.cancel(member.sent_in, member.row + start, count)
-            elif not member.is_over:  # it leaves with a later frame
+            elif not member.is_over:  # it leaves in a later frame
                 self._cancelled.append((member, start, count))
         size += self._multiplexer.write_control(frame, self._limits.frame_cancels)
         return size > 0
 
     def _write(self, frame: pb2.Frame, members: list[_Member]) -> int:
-        """Sends them as one segment; about how many bytes, or 0 when they are refused instead."""
+        """Writes them as one segment; about how many bytes, or 0 when they were refused instead."""
         segment = members[0].segment
         counts = [segment.count]
         if len(members) > 1:
             counts = [member.segment.count for member in members]
             segment = Segment.joined([member.segment for member in members])
-        left_s = self._link.time_left_s(segment.deadline)
+        left_s = self._peer.time_left_s(segment.deadline)
         if left_s <= 0:
             for member in members:
                 self._refuse(member, Code.DEADLINE_EXCEEDED, "no time left")
@@ -218,7 +223,7 @@ class SegmentSender:
         if not self._multiplexer.open(sent):  # lost since: this frame goes nowhere
             for member in members:
                 self._refuse(member, Code.UNAVAILABLE, "the link is down")
-            self._link.flush()
+            self._peer.flush()
             return 0
         for member, row in zip(members, sent.starts, strict=False):
             member.row, member.sent_in = row, sent
@@ -228,7 +233,7 @@ class SegmentSender:
         return size + codec.size_beside(segment)
 
     def _targets_of(self, route: Route) -> frozenset[str] | None:
-        """As a set. The same few routes come again and again."""
+        """As a set; the last one is kept, since a few routes come again and again."""
         last, found = self._targets
         if last is not route.targets:
             found = None if route.targets is None else frozenset(route.targets)
@@ -236,12 +241,13 @@ class SegmentSender:
         return found
 
     def _joinable(self) -> list[_Member]:
-        """The head of the outbox, with those after it that may travel in one segment with it."""
-        parts = [self._outbox.popleft()]
-        first, rows, size = parts[0].segment, parts[0].segment.count, parts[0].segment.payloads.size
-        few = self._limits.few_rows  # larger ones are copied on unopened, which is cheaper
-        if first.early is not None:  # whose parts are to be told apart before the answers
-            return parts
+        """The head of the outbox, with those behind it that may share its segment."""
+        members = [self._outbox.popleft()]
+        first = members[0].segment
+        rows, size = first.count, first.payloads.size
+        few = self._limits.few_rows  # larger ones are copied undecoded, which is cheaper
+        if first.early is not None:  # its parts come before the answers, and must be told apart
+            return members
         while self._outbox and rows < self._limits.join_rows and first.count <= few:
             other = self._outbox[0].segment
             rows, size = rows + other.count, size + other.payloads.size
@@ -256,14 +262,14 @@ class SegmentSender:
                 or size > self._limits.frame_bytes
             ):
                 break
-            parts.append(self._outbox.popleft())
-        return parts
+            members.append(self._outbox.popleft())
+        return members
 
-    # on the pipe's thread
+    # on the stream's thread
 
     def _receive(self, frame: pb2.Frame) -> None:
         if frame.stopping:
-            self._link.stops(frame.for_good)
+            self._peer.stops(frame.for_good)
         for sent, made in self._multiplexer.answers_in(frame):
             answers = codec.read_slice(made, sent.asked)
             if made.more:
@@ -271,21 +277,21 @@ class SegmentSender:
             else:
                 self._answer(sent, made.start, answers)
         if self._outbox and not self._is_at_quick_work:
-            self.pipe.hurry()
-        self._link.flush()  # what was tried elsewhere
+            self.stream.hurry()
+        self._peer.flush()  # what the answers led to may be sent elsewhere
 
     def _pass_on(self, sent: OpenSegment[_Member], start: int, answers: Answers) -> None:
-        """Parts of rows that are not answered yet."""
+        """Gives parts of rows that are not answered yet to `early` of their segment."""
         (member,) = sent.members  # such segments are not joined
         early = member.segment.early
         assert early is not None, "checked against what was asked"
         self._multiplexer.arrive(sent, start, answers)
-        self._link.note_times(member.segment.route.handler, answers)
+        self._peer.note_times(member.segment.route.handler, answers)
         member.is_read = member.is_read or not all(column.is_over for column in answers.parts)
 
         def grant(row: int, worker: str, chunks: int) -> None:
             self._multiplexer.grant(sent, row, worker, chunks)
-            self.pipe.kick()
+            self.stream.kick()
 
         early(start, answers.granted_by(partial(grant, start)))
 
@@ -294,47 +300,47 @@ class SegmentSender:
         for first, count in self._multiplexer.take(sent, start, answers.count):
             for member, row, rows, at in sent.members_of(first, count):
                 slice_ = answers.slice(at - start, rows)
-                self._link.answered(member.segment.route, slice_, member.is_read)
+                self._peer.answered(member.segment.route, slice_, member.is_read)
                 member.sink(row, slice_)
 
-    def _begin(self, metadata: Mapping[str, str]) -> None:
+    def _live(self, metadata: Mapping[str, str]) -> None:
         theirs = codec.read_most_bytes(metadata.items())
         mine = self._limits.max_message_bytes
         self._most_bytes = mine if theirs is None else min(mine, theirs)
         self._multiplexer.is_live = True
-        self._link.look_again()
+        self._peer.look_again()
 
     def _lost(self, why: Part) -> None:
         handed = self._multiplexer.lose()  # nothing comes into the outbox from now on
         unsent = list(self._outbox)
         self._outbox.clear()
         self._cancelled.clear()
-        self._link.lost(why)
-        # A neighbour that stops in order proves that it has read none of this.
+        self._peer.lost(why)
+        # A neighbour that stops in good order proves that it has read none of this.
         ran = Executed.NO if why.executed is Executed.NO else Executed.UNKNOWN
         for sent in handed:
             refused = self._refusal(sent.count, Code.UNAVAILABLE, why.reason, ran)
             self._answer(sent, 0, refused)
         for member in unsent:
             self._refuse(member, Code.UNAVAILABLE, why.reason)
-        self._link.flush()
+        self._peer.flush()
 
     # on any thread
 
     def _refuse(self, member: _Member, code: Code, reason: str) -> None:
-        """Answers what has not left."""
+        """Answers a segment that was not sent."""
         member.is_over = True
         answers = self._refusal(member.segment.count, code, reason, Executed.NO)
-        self._link.answered(member.segment.route, answers)
+        self._peer.answered(member.segment.route, answers)
         member.sink(0, answers)
 
     def _refusal(self, count: int, code: Code, reason: str, executed: Executed) -> Answers:
-        reason = f"no answer from {self._link.id}: {reason}"
-        return Answers(count, (), refused=Part(self._link.id, code, reason, executed=executed))
+        reason = f"no answer from {self._peer.id}: {reason}"
+        return Answers(count, (), refused=Part(self._peer.id, code, reason, executed=executed))
 
 
 def _runs_within(payloads: Sequence[bytes], most: int) -> Iterator[tuple[int, int]]:
-    """Consecutive rows as runs of at most so many bytes; what is larger alone is one by itself."""
+    """Consecutive rows in runs of at most so many bytes; a larger row is a run by itself."""
     first = size = 0
     for row, payload in enumerate(payloads):
         if size + len(payload) > most and row > first:
