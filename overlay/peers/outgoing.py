@@ -69,7 +69,7 @@ class _Member:
         self.sent_in: OpenSegment[_Member] | None = None  # once handed to gRPC: it may run
         self.row = 0  # in which it begins there
         self.is_read = False  # in chunks: how fast it ends is then up to its reader
-        self.is_over = False  # it was refused, and not sent
+        self.is_over = False  # each of its rows has its answer
 
 
 class SegmentSender:
@@ -144,12 +144,13 @@ class SegmentSender:
             self._refuse(member, Code.UNAVAILABLE, "the link is down")
 
         def end(code: Code, start: int, count: int) -> None:
-            if member.sent_in is None:
+            sent = member.sent_in
+            if sent is None:
                 if member.is_over:
                     return
                 self._cancelled.append((member, start, count))
             else:
-                rows = self._multiplexer.cancel(member.sent_in, member.row + start, count)
+                rows = self._multiplexer.cancel(sent, member.row + start, count)
                 if not rows:
                     return
                 if code is Code.DEADLINE_EXCEEDED and not member.is_read:
@@ -198,8 +199,9 @@ class SegmentSender:
         # After the segments: rows that were cancelled before they were sent are cancelled there.
         for _ in range(len(self._cancelled)):
             member, start, count = self._cancelled.popleft()
-            if member.sent_in is not None:
-                self._multiplexer.cancel(member.sent_in, member.row + start, count)
+            sent = member.sent_in
+            if sent is not None:
+                self._multiplexer.cancel(sent, member.row + start, count)
             elif not member.is_over:  # it leaves in a later frame
                 self._cancelled.append((member, start, count))
         size += self._multiplexer.write_control(frame, self._limits.frame_cancels)
@@ -297,7 +299,11 @@ class SegmentSender:
 
     def _answer(self, sent: OpenSegment[_Member], start: int, answers: Answers) -> None:
         """Gives a slice to the segments that its rows belong to."""
-        for first, count in self._multiplexer.take(sent, start, answers.count):
+        runs = self._multiplexer.take(sent, start, answers.count)
+        if not sent.pending.left:  # or the two would keep each other until a garbage collection
+            for member in sent.members:
+                member.is_over, member.sent_in = True, None
+        for first, count in runs:
             for member, row, rows, at in sent.members_of(first, count):
                 slice_ = answers.slice(at - start, rows)
                 self._peer.answered(member.segment.route, slice_, member.is_read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
@@ -41,6 +42,7 @@ from overlay.server.reception import Reception
 from overlay.server.service import Service
 from overlay.transport import codec
 from overlay.transport.codec import pb2, pb2_grpc
+from overlay.transport.multiplexer import OpenSegment
 from overlay.transport.stream import ReconnectingStream
 from overlay.workers.api import Context
 from tests.harness.cluster import free_port, until
@@ -408,6 +410,25 @@ def test_small_segments_of_one_kind_travel_as_one_and_are_answered_apart(bench):
         assert [part.result for part in one.parts] == [b"%d" % n] * len(one.rows)
     assert not other.is_answered
     assert bench.outstanding == 1
+
+
+def test_what_is_answered_is_freed_without_the_garbage_collector(bench):
+    """Or each request would cost a pass of it a share, and its payload would stay until then."""
+
+    def kept() -> int:
+        return sum(isinstance(o, (outgoing._Member, OpenSegment)) for o in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before, sent = kept(), [bench.send(b"a"), bench.send(b"b")]
+        (frame,) = bench.small.take()
+        bench.small.answer(frame.segments[0].number, 0, b"A", b"B")
+        assert all(one.is_answered for one in sent)
+        del sent
+        assert kept() == before
+    finally:
+        gc.enable()
 
 
 def test_ids_that_callers_chose_travel_apart_from_our_own(bench):
