@@ -43,7 +43,7 @@ from overlay.transport import codec
 from overlay.transport.channels import Channel
 from overlay.transport.codec import pb2, pb2_grpc
 
-log = logging.getLogger("overlay.links")
+log = logging.getLogger(__name__)
 
 BYTES_S = 100e6  # of answers, that a network is assumed to carry
 RECENT_S = 0.1  # a service time that is older may be that of other requests

@@ -647,7 +647,7 @@ def test_a_neighbour_that_does_not_answer_is_ejected_though_its_link_is_up(
 
 
 def test_an_ejection_is_told_with_its_reason_and_once_in_the_log(two, caplog):
-    with caplog.at_level("INFO", "overlay.links"):
+    with caplog.at_level("INFO", "overlay.peers.peers"):
         for _ in range(2 * FAILURES):
             two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
 
@@ -665,7 +665,7 @@ def test_one_trial_at_a_time_and_an_answer_brings_it_back(two, caplog):
     number, _ = two.send()
     assert two.state is State.EJECTED
 
-    with caplog.at_level("INFO", "overlay.links"):
+    with caplog.at_level("INFO", "overlay.peers.peers"):
         two.pipe.answer(number, 0, b"A")
     assert two.state is State.HEALTHY
     assert two.shown == ("healthy", "", 1)
