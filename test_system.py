@@ -1,9 +1,9 @@
-"""Tries a running overlay: `python test_system.py HOST PORT`.
+"""Tests a running overlay: `python test_system.py HOST PORT`.
 
-Three tests - a single request, the queue's status, 10 concurrent requests - and two beyond them:
-one request to any one worker, and the way to every neighbour. What to expect is learnt from the
-process asked, which tells its whole configuration. Measures on the way, and says what to do about
-what fails. May be run as often as one likes, beside other work.
+Three tests (a single request, the queue's status, 10 concurrent requests) and two beyond them:
+requests to any one worker, and the links to the neighbours. The process asked tells its whole
+configuration, so what to expect is known. Each test is timed, and what fails comes with advice.
+Other work may go on beside it, and it may be repeated at will.
 """
 
 from __future__ import annotations
@@ -22,25 +22,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TextIO
+from functools import partial
+from typing import NamedTuple, TextIO
 
-from client import Exit, Parser, guarded, host, port  # says what is not installed
-from overlay.cli.check import expected_workers
-from overlay.cli.terminal import (
-    clean,
-    counted,
-    exit_of,
-    join_all,
-    name,
-    seconds,
-)
-from overlay.client import sync as library
-from overlay.model.segments import Code, Part
-from overlay.model.topology import join_address
+from overlay.cli.text import clean, counted
+from overlay.cli.usage import Parser, importing, name, process_arguments, shared_options
+
+with importing():
+    from overlay.cli.check import expected_workers
+    from overlay.cli.terminal import Exit, exit_of, guarded, join_all
+    from overlay.client import sync as library
+    from overlay.model.segments import Code, Part
+    from overlay.model.topology import join_address
+    from overlay.transport.codec import pb2
 
 DESCRIPTION = """\
-Tries a running overlay: a single request, the queue's status, 10 concurrent requests; then one
-request to any one worker, and the neighbours."""
+Tests a running overlay: a single request, the queue's status, 10 concurrent requests; then requests
+to any one worker, and the neighbours."""
 
 EXITS = """\
 exit codes:
@@ -50,12 +48,13 @@ exit codes:
   4    nothing serves at HOST PORT
   130  interrupted"""
 
+DEADLINE_S = 10.0
 CONCURRENT = 10
 IN_A_ROW = 20
 
 
 class Problem(NamedTuple):
-    """What is wrong, and what would do about it; each a sentence."""
+    """What is wrong, and what to do about it; a sentence each."""
 
     what: str
     advice: str
@@ -78,7 +77,7 @@ def main() -> int:
         say(f"  - {_where_to_look(e, args)}", sys.stderr)
         return exit_of(e)
     say(asked.introduction)
-    outcomes = [tried(name, test, asked) for name, test in TESTS.items()]
+    outcomes = [run_test(name, test, asked) for name, test in TESTS.items()]
     failed = sum(bool(outcome.problems) for outcome in outcomes)
     if not failed:
         say(f"all {len(TESTS)} tests passed")
@@ -89,8 +88,8 @@ def main() -> int:
     return Exit.FAILED
 
 
-def tried(name: str, test: Callable[[Asked], Outcome], asked: Asked) -> Outcome:
-    """Runs one test and prints what came of it. A call that fails is the test's only problem."""
+def run_test(name: str, test: Callable[[Asked], Outcome], asked: Asked) -> Outcome:
+    """Runs one test and prints its outcome. A call that fails is the test's only problem."""
     try:
         outcome = test(asked)
     except library.CallFailed as e:
@@ -102,29 +101,24 @@ def tried(name: str, test: Callable[[Asked], Outcome], asked: Asked) -> Outcome:
 
 
 def say(line: str, stream: TextIO | None = None) -> None:
-    # Flushed, so that a log shows each test when it is over.
+    # Flushed, so that a log shows each test as soon as it ends.
     print(clean(line), file=stream or sys.stdout, flush=True)
 
 
 def _parser() -> Parser:
     parser = Parser("test_system.py", DESCRIPTION, EXITS)
+    process_arguments(parser)
     add = parser.add_argument
-    add("host", metavar="HOST", type=host, help="name or address of a process")
-    add("port", metavar="PORT", type=port, help="its port")
     add(
         "--handler",
         type=name,
         default="",
         metavar="NAME",
-        help="test with this handler (default: echo)",
+        help="the handler to test with (default: echo)",
     )
     add("--payload", default="hello", metavar="TEXT", help="what to send (default: %(default)s)")
-    add(
-        "--deadline",
-        type=seconds,
-        default=10.0,
-        metavar="SECONDS",
-        help="for each request (default: %(default)g)",
+    shared_options(
+        parser, deadline_s=DEADLINE_S, deadline="how long each request may take", json=""
     )
     return parser
 
@@ -134,13 +128,13 @@ def _parser() -> Parser:
 
 @dataclass(frozen=True)
 class Asked:
-    """The process under test. workers: those that a request to all means here, in order.
+    """The process under test. workers: those that a request to all goes to here, in order.
 
-    metrics: what it said before the first test. handler: empty for each worker's default.
+    metrics: its own before the first test. handler: empty for the default of each worker.
     """
 
     client: library.Client
-    metrics: Any
+    metrics: pb2.MetricsResponse
     workers: tuple[str, ...]
     handler: str
     payload: str
@@ -148,17 +142,17 @@ class Asked:
 
     @property
     def id(self) -> str:
-        return str(self.metrics.process_id)
+        return self.metrics.process_id
 
     @property
     def introduction(self) -> str:
         by = f", handler {self.handler}" if self.handler else ""
-        who = f"{self.id} ({self.metrics.role}) at {self.client.shown}"
-        return f"{who}; workers that should answer: {' '.join(self.workers)}{by}"
+        place = f"{self.id} ({self.metrics.role}) at {self.client.shown}"
+        return f"{place}; workers that should answer: {' '.join(self.workers)}{by}"
 
     @property
     def is_echo(self) -> bool:
-        """Whether every answer is known beforehand."""
+        """Whether every answer is known in advance."""
         return self.handler == "echo" or (not self.handler and _all_echo(self.metrics))
 
     @property
@@ -173,20 +167,20 @@ class Asked:
 
 
 def learn(args: argparse.Namespace) -> Asked:
-    """Asks the process who it is and who should answer. Raises CallFailed."""
+    """Asks the process for its id and for the workers that should answer. Raises CallFailed."""
     try:
         client = library.connect(join_address(args.host, args.port))
     except ValueError as e:
         raise library.InvalidCall(str(e), code=Code.INVALID_ARGUMENT) from None
     metrics = client.metrics(timeout=args.deadline)
-    # A test must not run a user's own work unasked.
+    # A test must not run the user's own work without being told to.
     handler = args.handler or ("" if _all_echo(metrics) else "echo")
     workers = expected_workers(metrics)
     payload = args.payload.encode("utf-8", "replace").decode()
     return Asked(client, metrics, workers, handler, payload, args.deadline)
 
 
-def _all_echo(metrics: Any) -> bool:
+def _all_echo(metrics: pb2.MetricsResponse) -> bool:
     workers = expected_workers(metrics)
     return all(p.handler == "echo" for p in metrics.topology if p.id in workers)
 
@@ -220,8 +214,8 @@ def queue_status(asked: Asked) -> Outcome:
     )
 
 
-def _metrics_after_a_request(asked: Asked) -> Any:
-    """The metrics once they count what was asked here: a counter may follow its answer."""
+def _metrics_after_a_request(asked: Asked) -> pb2.MetricsResponse:
+    """The metrics once they count the request: a counter may lag behind the answer."""
     until = time.monotonic() + 2
     while True:
         m = asked.client.metrics(timeout=asked.deadline_s)
@@ -231,11 +225,11 @@ def _metrics_after_a_request(asked: Asked) -> Any:
 
 
 def concurrent_requests(asked: Asked) -> Outcome:
-    """Each with a payload of its own, so that a mixed-up answer shows."""
+    """Each with a payload of its own, so that swapped answers are noticed."""
     payloads = [asked.payload] * CONCURRENT
     if asked.is_echo:
         payloads = [f"{asked.payload} {n}" for n in range(CONCURRENT)]
-    runs = _at_once([lambda p=p: asked.call(p) for p in payloads], asked.deadline_s + 5)
+    runs = _at_once([partial(asked.call, p) for p in payloads], asked.deadline_s + 5)
     found = [run.problems(asked, sent) for run, sent in zip(runs, payloads, strict=True)]
     whole = [run for run, problems in zip(runs, found, strict=True) if not problems]
     facts = f"{len(whole)} of {CONCURRENT} answered in full"
@@ -246,12 +240,12 @@ def concurrent_requests(asked: Asked) -> Outcome:
 
 
 def any_worker(asked: Asked) -> Outcome:
-    """One after the other, so that the latency is the way's own."""
+    """One after the other, so that the latency is that of the path alone."""
     runs = [_timed(lambda: asked.call(asked.payload, "any")) for _ in range(IN_A_ROW)]
     problems = [found for run in runs for found in _problems_of_any(run.answer, asked)]
     served = Counter(part.process_id for run in runs for part in run.answer.parts if part.ok)
-    shares = ", ".join(f"{who} {times}" for who, times in sorted(served.items()))
-    facts = f"{IN_A_ROW} in a row, {_spread(runs)}; served by {shares or 'nobody'}"
+    shares = ", ".join(f"{worker} {times}" for worker, times in sorted(served.items()))
+    facts = f"{IN_A_ROW} in a row, {_spread(runs)}; served by {shares or 'no worker'}"
     return Outcome(facts, problems)
 
 
@@ -270,7 +264,7 @@ def neighbours(asked: Asked) -> Outcome:
         for n in others
     ]
     up = len(m.neighbours) - len(down)
-    facts = f"{up} of {len(m.neighbours)} up" if m.neighbours else "this process asks nobody"
+    facts = f"{up} of {len(m.neighbours)} up" if m.neighbours else "this process has none below it"
     return Outcome(facts, problems)
 
 
@@ -287,12 +281,12 @@ TESTS: dict[str, Callable[[Asked], Outcome]] = {
 
 
 def problems_of(answer: library.Answer, asked: Asked, sent: str) -> list[Problem]:
-    """Everything that does not fit a request to all workers, beginning with who is missing."""
+    """Everything that is wrong with an answer of all workers, missing workers first."""
     problems = [_missing(part, asked) for part in answer.missing]
     seen = Counter(part.process_id for part in answer.parts)
-    odd = [f"{who} is in the answer {times} times" for who, times in seen.items() if times > 1]
-    odd += [f"the answer says nothing of worker {w}" for w in asked.workers if w not in seen]
-    odd += [f"{who} answered, which is not expected" for who in seen if who not in asked.workers]
+    odd = [f"{id_} is in the answer {times} times" for id_, times in seen.items() if times > 1]
+    odd += [f"worker {w} is not in the answer" for w in asked.workers if w not in seen]
+    odd += [f"{id_} answered, which is not expected" for id_ in seen if id_ not in asked.workers]
     odd += _odd_path(answer, asked)
     odd += _odd_result(answer, asked, sent)
     return problems + [Problem(what, _report(asked)) for what in odd]
@@ -318,20 +312,20 @@ def _odd_path(answer: library.Answer, asked: Asked) -> list[str]:
     if answer.hops[:1] != (asked.id,):
         odd.append(f"the path '{path}' does not begin at {asked.id}")
     if len(set(answer.hops)) < len(answer.hops):
-        odd.append(f"the path '{path}' passes a process twice")
+        odd.append(f"the path '{path}' visits a process twice")
     absent = [p.process_id for p in answer.parts if p.ok and p.process_id not in answer.hops]
-    return odd + [f"the path '{path}' leaves out {who}, who answered" for who in absent]
+    return odd + [f"the path '{path}' lacks {id_}, which answered" for id_ in absent]
 
 
 def _odd_result(answer: library.Answer, asked: Asked, sent: str) -> list[str]:
-    """Only echo's answers are known beforehand; of another handler, that there is one."""
+    """Only the answers of echo are known in advance."""
     if not asked.is_echo:
         return []
     good = [part for part in answer.parts if part.ok]
     odd = [f"{p.process_id} did not echo '{sent}'" for p in good if p.result != _echo(p, sent)]
     lines = set(answer.result.split(b"\n"))
     return odd + [
-        f"the result leaves out the answer of {p.process_id}"
+        f"the result lacks the answer of {p.process_id}"
         for p in good
         if not lines.issuperset(p.result.split(b"\n"))
     ]
@@ -341,7 +335,7 @@ def _echo(part: Part, sent: str) -> bytes:
     return f"{part.process_id}: {sent}".encode()
 
 
-# What would do about it
+# What to do about it
 
 
 def _missing(part: Part, asked: Asked) -> Problem:
@@ -349,7 +343,7 @@ def _missing(part: Part, asked: Asked) -> Problem:
     if part.code is Code.INTERNAL:
         return Problem(
             f"worker {part.process_id} failed: {why}",
-            f"the log of {part.process_id} tells more: logs/process_{part.process_id.lower()}.log",
+            f"see the log of {part.process_id}: logs/process_{part.process_id.lower()}.log",
         )
     return Problem(f"missing worker {part.process_id}: {why}", _go_and_see(part.process_id, asked))
 
@@ -365,7 +359,7 @@ def _go_and_see(process_id: str, asked: Asked) -> str:
 
 def _report(asked: Asked) -> str:
     return (
-        "an overlay never answers so: see that every machine has the same version and "
+        "no healthy overlay answers like this: see that every machine has the same version and "
         f"configuration file ({asked.check})"
     )
 
@@ -377,7 +371,7 @@ def _of_error(error: library.CallFailed, asked: Asked) -> Problem:
     elif isinstance(error, library.DeadlinePassed):
         advice = f"give a longer --deadline, or see what keeps {asked.id} busy: {asked.check}"
     elif isinstance(error, library.HandlerFailed):
-        advice = "the log of the worker tells more under that id: logs/process_ID.log there"
+        advice = "see that error id in the log of the worker: logs/process_ID.log there"
     elif isinstance(error, library.NameNotFound):
         advice = f"{asked.check} lists the handlers"
     else:
@@ -394,7 +388,9 @@ def _where_to_look(error: library.CallFailed, args: argparse.Namespace) -> str:
             f"host {args.host} and port {args.port}, and that the firewall of that machine lets "
             f"Python take connections on TCP port {args.port}"
         )
-    return f"see what serves at port {args.port} of {args.host}: an overlay process should"
+    return (
+        f"see which program serves at port {args.port} of {args.host}: it is not an overlay process"
+    )
 
 
 # Running and measuring
@@ -402,7 +398,7 @@ def _where_to_look(error: library.CallFailed, args: argparse.Namespace) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One request: when it began and ended (monotonic seconds), and what came of it."""
+    """One request: when it began and ended (monotonic seconds), and its outcome."""
 
     started: float
     ended: float
@@ -430,7 +426,7 @@ def _timed(ask: Callable[[], library.Answer]) -> Run:
 
 
 def _at_once(asks: Sequence[Callable[[], library.Answer]], within_s: float) -> list[Run]:
-    """Runs all from threads that begin together; a call without an end counts as failed."""
+    """Runs all from threads that start together; a call that does not end counts as failed."""
     runs: dict[int, Run] = {}
     gate = threading.Barrier(len(asks))
 
@@ -448,7 +444,7 @@ def _at_once(asks: Sequence[Callable[[], library.Answer]], within_s: float) -> l
     for thread in threads:
         thread.start()
     join_all(threads, within_s)
-    lost = Run(began, began + within_s, library.DeadlinePassed(f"no end within {within_s:g} s"))
+    lost = Run(began, began + within_s, library.DeadlinePassed(f"no answer within {within_s:g} s"))
     return [runs.get(n, lost) for n in range(len(asks))]
 
 
@@ -459,4 +455,4 @@ def _spread(runs: Sequence[Run]) -> str:
 
 
 if __name__ == "__main__":
-    guarded(main, "test_system.py")
+    sys.exit(guarded(main))

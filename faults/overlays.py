@@ -21,7 +21,7 @@ import grpc
 
 from faults.handlers import FOLDER
 from faults.history import Ending
-from overlay.transport import codec
+from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +141,7 @@ class Overlay:
 
     def stub(self, process_id: str) -> pb2_grpc.OverlayNodeStub:
         if process_id not in self._channels:
-            address, options = self.address(process_id), codec.channel_options()
+            address, options = self.address(process_id), endpoints.channel_options()
             self._channels[process_id] = grpc.insecure_channel(address, options)
         return pb2_grpc.OverlayNodeStub(self._channels[process_id])
 

@@ -1,26 +1,27 @@
 """A request queue for the computers you already own.
 
-Eleven packages; imports go down only, and `lint-imports` holds them to it (pyproject.toml).
+Eleven packages; imports go down only, and `lint-imports` checks it (pyproject.toml).
 
-    server                     one running process: its gRPC methods, and what they lean on
+    server                     one running process: its gRPC methods, its start and stop
     cli                        one file per verb of client.py, named as the verb
     peers                      the kept links to the processes below
     monitor                    a view of a whole overlay
-    routing  workers  client   who is asked | the user's function runs | the library
-    queueing  transport        who waits, whose turn it is | gRPC and protobuf
+    routing  workers  client   which processes are asked | the user's function runs | the library
+    queueing  transport        what waits, whose turn it is | gRPC and protobuf
     observability              counters, traces, logs
     model                      values and configuration
 
 Which package a line belongs to: name the noun that it is about; if it needs two, it goes to the
-higher one. Entries on top: node.py serves one process, client.py asks, scripts/ start and stop.
+higher one. On top are the entries: node.py serves one process, client.py asks, scripts/ start and
+stop. docs/architecture.md has the picture, a request's way, the threads, and which file to touch.
 
-A request's way, on every process that it passes:
+The way of a request, in every process that it passes:
 
-    node.Forward -> server.service -> transport.codec.read -> queueing.request_queue.admit
-        => routing.dispatcher.claim -> routing.planner.plan
-        => routing.dispatcher.start -> peers.send(neighbour, segment, sink)       team leaders
-                                    -> workers.executor.run(segment, sink)        workers
-        <- routing.aggregate.combine <- transport.codec.write
+    node.Forward -> server.service -> transport.codec -> queueing.request_queue
+        => routing.dispatcher -> routing.planner
+        => routing.dispatcher -> peers              to the processes below
+                              -> workers.executor   in a worker
+        <- routing.aggregate <- transport.codec
 """
 
 import os

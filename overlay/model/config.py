@@ -1,7 +1,11 @@
-"""Reads the configuration file and names every problem in it at once.
+"""Reads the configuration file, and reports every problem in it at once.
 
-`load(path)` gives a Topology or raises ConfigError, whose `problems` are sentences that each name
-the process, the field and the value. Every key beyond the six of a process is optional.
+`load(path)` returns a Topology or raises ConfigError, whose `problems` are sentences that each name
+the process, the field and the value. All keys but the six first ones of a process are optional.
+
+The models here exist for reading only. What the program works with are the frozen dataclasses of
+`topology`: a handler's process gets its HandlerSpec without importing pydantic, which would take
+17 MiB and up to a second in each.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from overlay.model.errors import ConfigError
 from overlay.model.limits import MIB, Limits
@@ -25,7 +30,14 @@ Seconds = Annotated[float, Field(gt=0, le=86_400, strict=True)]
 Host = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\s/\x00]+$")]
 Folder = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=10_000, strict=True)]
+Places = Annotated[int, Field(ge=1, le=1000, strict=True)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
+
+Mib = Annotated[int, Field(ge=1, le=65_536, strict=True)]
+MessageMib = Annotated[
+    int,
+    Field(ge=Limits.least_message_bytes // MIB, le=Limits.most_message_bytes // MIB, strict=True),
+]
 
 ONLY_IN_PROCESSES = {
     "limit_s": "a thread cannot be ended",
@@ -35,38 +47,67 @@ ONLY_IN_PROCESSES = {
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class ProcessEntry(_Entry):
     """One process. The first six keys are required."""
 
     id: Name
+    """Its name in the file; must be the entry's key. Names may have letters, digits, dots,
+    underscores and hyphens."""
     role: Literal["leader", "team_leader", "worker"]
+    """Requests only go down: from the leader to team leaders, and from those to workers."""
     team: Name
+    """A request may be narrowed to one team. Each team with workers needs a team_leader."""
     host: Host
+    """The address at which the other processes reach it: a number or a name."""
     port: Port
+    """The port it serves on."""
     neighbors: list[str]
+    """The ids it has links to. Those of a lower role are the ones it asks."""
     bind: Host | None = None
+    """The address to listen on when it is not `host`: behind NAT, or with several network
+    cards. Without it: `host`."""
     handler: Name = "echo"
+    """What a request without a handler's name runs here. `echo` is built in."""
     slots: Count | None = None
-    in_service: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
+    """How many requests may run at once on this worker, of all handlers together and of
+    each."""
+    in_service: Places | None = None
+    """As the top-level in_service, for this process alone."""
     log_dir: Folder | None = None
+    """As the top-level log_dir, for this process alone."""
     metrics_port: Port | None = None
+    """Prometheus reads this process there. Without it: port + metrics_port_offset, if that is
+    set."""
     options: dict[str, Any] = {}
+    """Laid over the handler's own options, for context.options."""
 
 
 class HandlerEntry(_Entry):
-    """A handler in full; "module:function" alone is enough."""
+    """A handler in full; in its place the text "module:function" is enough."""
 
     call: Function
+    """The function, as module:function. The module is looked for in the configuration's folder
+    too."""
     merge: Function | None = None
+    """A function that makes one answer of all workers' parts, in mode all. Without it they are
+    joined by newlines."""
     run: Literal["thread", "process"] = "thread"
-    slots: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
+    """Where it runs. A process can be ended while it works, a thread cannot."""
+    slots: Places | None = None
+    """How many may run at once on one worker. Without it: on threads 100, or 90 where there are
+    other handlers; in processes one per CPU."""
     limit_s: Seconds | None = None
+    """Seconds that one request may take before its process is ended. Only in processes."""
     memory_mib: Annotated[int, Field(ge=1, le=1_048_576, strict=True)] | None = None
+    """MiB that one process may hold, looked at ten times a second; the programs it starts are
+    not counted. Only in processes."""
     max_requests: Count | None = None
+    """A process is replaced after so many requests. Only in processes."""
     options: dict[str, Any] = {}
+    """Whatever the function reads from context.options."""
 
     @model_validator(mode="before")
     @classmethod
@@ -79,23 +120,37 @@ class ConfigurationFile(_Entry):
 
     schema_: str | None = Field(None, alias="$schema")
     processes: Annotated[dict[str, ProcessEntry], Field(min_length=1)]
+    """The processes by id."""
     handlers: dict[Name, HandlerEntry] = {}
-    queue_slots: Count = 200
-    in_service: Annotated[int, Field(ge=1, le=1000, strict=True)] = 100
-    default_deadline_s: Seconds = 30
-    max_deadline_s: Seconds = 3600
-    drain_grace_s: Seconds = 30
-    max_message_mib: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
-    max_waiting_mib: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 256
-    key_window_s: Seconds = 600
-    max_kept_mib: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 128
+    """The functions by the name that requests use: "module:function", or an object in full."""
+    queue_slots: Count = Limits.queue_slots
+    """How many single calls may wait in the leader's queue."""
+    in_service: Places = Limits.in_service
+    """How many single calls may be in service at once, per process."""
+    default_deadline_s: Seconds = Limits.default_deadline_s
+    """Seconds for a request whose client gives no deadline."""
+    max_deadline_s: Seconds = Limits.max_deadline_s
+    """A longer deadline is cut to so many seconds."""
+    drain_grace_s: Seconds = Limits.drain_grace_s
+    """Seconds that running requests may take when a process is told to stop."""
+    max_message_mib: MessageMib = Limits.max_message_bytes // MIB
+    """MiB of the largest payload or answer. A larger payload is refused before it runs."""
+    max_waiting_mib: Mib = Limits.max_waiting_bytes // MIB
+    """MiB of all waiting payloads together, per process."""
+    key_window_s: Seconds = Limits.key_window_s
+    """Seconds for which an answer is kept for its idempotency key."""
+    max_kept_mib: Mib = Limits.kept_bytes // MIB
+    """MiB of all answers kept for idempotency keys, per process."""
     log_dir: Folder = "logs"
+    """The folder of the logs, process_a.log and so on, relative to the configuration file."""
     metrics_port_offset: Annotated[int, Field(ge=-65_534, le=65_534, strict=True)] | None = None
+    """Each process's metrics_port is its port plus this."""
     metrics_bind: Host = "127.0.0.1"
+    """The address on which Prometheus reads the processes."""
 
 
 def load(path: str | Path) -> Topology:
-    """The overlay that the file describes. Raises ConfigError with all problems found."""
+    """The overlay that the file describes. Raises ConfigError with every problem in the file."""
     path = Path(path)
     text = _read(path)
     raw = _parse(text, path.name)
@@ -111,7 +166,7 @@ def load(path: str | Path) -> Topology:
 
 
 def warnings(topology: Topology) -> list[str]:
-    """What is allowed and yet probably not meant."""
+    """What is allowed, but probably a mistake."""
     return [
         f"process {process.id}: neighbor '{n}' does not name {process.id} back"
         for process in topology.processes.values()
@@ -164,7 +219,7 @@ def _parse(text: str, name: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f'{name} must be an object like {{"processes": {{…}}}}')
     if twice:
-        raise ConfigError(*(f"{name}: key '{_short(key)}' is there twice" for key in twice))
+        raise ConfigError(*(f"{name}: key '{_short(key)}' appears twice" for key in twice))
     return raw
 
 
@@ -194,7 +249,7 @@ def _place(steps: list[str]) -> tuple[str, str]:
     return "", ".".join(steps)
 
 
-def _sentence(place: str, field: str, error: Any) -> str:
+def _sentence(place: str, field: str, error: ErrorDetails) -> str:
     kind, value = error["type"], error.get("input")
     field = _short(field)
     if kind == "missing":
@@ -225,7 +280,7 @@ def _suggestion(place: str, field: str) -> str:
         model = ProcessEntry if place.startswith("process") else HandlerEntry
     known = [name for name in model.model_fields if name != "schema_"]
     close = difflib.get_close_matches(field.rsplit(".", 1)[-1], known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean '{close[0]}'?" if close else f"; known keys are {', '.join(known)}"
 
 
 def _printable(text: str) -> str:
@@ -238,7 +293,7 @@ def _short(value: object) -> str:
 
 
 def _good_entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, ProcessEntry]]:
-    # So that one bad field does not hide what is wrong between the other processes.
+    # So that one bad field does not hide problems between the other processes.
     processes = raw.get("processes")
     for key, value in processes.items() if isinstance(processes, dict) else ():
         try:
@@ -274,7 +329,7 @@ def _entry_problems(good: Mapping[str, ProcessEntry], known: list[str]) -> Itera
             elif n not in known:
                 yield f"process {_short(key)}: neighbor '{_short(n)}' is not in the file"
         for n in sorted({n for n in entry.neighbors if entry.neighbors.count(n) > 1}):
-            yield f"process {_short(key)}: neighbor '{_short(n)}' is there twice"
+            yield f"process {_short(key)}: neighbor '{_short(n)}' appears twice"
 
 
 def _address_problems(good: Mapping[str, ProcessEntry]) -> Iterator[str]:
@@ -317,14 +372,14 @@ def _shape_problems(processes: Mapping[str, ProcessEntry]) -> Iterator[str]:
     led = {entry.team for entry in processes.values() if entry.role == "team_leader"}
     working = {entry.team for entry in processes.values() if entry.role == "worker"}
     for team in sorted(working - led):
-        yield f"team '{team}' has workers and no team_leader"
+        yield f"team '{team}' has workers but no team_leader"
     if len(leaders) == 1:
         reached = _reached_from(leaders[0], processes)
         for key, entry in processes.items():
             if entry.role == "worker" and key not in reached:
                 yield (
-                    f"process {key}: no way from leader {leaders[0]} down to it; "
-                    f"a team_leader that {leaders[0]} has as neighbor must have {key} as neighbor"
+                    f"process {key}: leader {leaders[0]} has no path down to it; "
+                    f"a team_leader among the neighbors of {leaders[0]} must have {key} as neighbor"
                 )
 
 
@@ -365,7 +420,7 @@ def _limit_problems(configured: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _topology(file: ConfigurationFile, path: Path, raw: Mapping[str, Any]) -> Topology:
-    handlers = {name: _handler(name, entry) for name, entry in file.handlers.items()}
+    handlers = {name: HandlerSpec(name, **dict(entry)) for name, entry in file.handlers.items()}
     return Topology(
         processes={key: _process(entry, file) for key, entry in file.processes.items()},
         handlers={**BUILT_IN, **handlers},
@@ -388,38 +443,19 @@ def _topology(file: ConfigurationFile, path: Path, raw: Mapping[str, Any]) -> To
 
 def _process(entry: ProcessEntry, file: ConfigurationFile) -> Process:
     return Process(
-        id=entry.id,
-        role=entry.role,
-        team=entry.team,
-        host=entry.host,
-        port=entry.port,
-        neighbors=tuple(entry.neighbors),
-        bind=entry.bind or "",
-        handler=entry.handler,
-        slots=entry.slots,
-        in_service=entry.in_service or file.in_service,
-        log_dir=entry.log_dir or file.log_dir,
-        options=entry.options,
-        metrics_port=_metrics_port(entry, file.metrics_port_offset),
-        metrics_bind=file.metrics_bind,
-    )
-
-
-def _handler(name: str, entry: HandlerEntry) -> HandlerSpec:
-    return HandlerSpec(
-        name=name,
-        call=entry.call,
-        merge=entry.merge,
-        run=entry.run,
-        slots=entry.slots,
-        limit_s=entry.limit_s,
-        memory_mib=entry.memory_mib,
-        max_requests=entry.max_requests,
-        options=entry.options,
+        **{
+            **dict(entry),
+            "neighbors": tuple(entry.neighbors),
+            "bind": entry.bind or "",
+            "in_service": entry.in_service or file.in_service,
+            "log_dir": entry.log_dir or file.log_dir,
+            "metrics_port": _metrics_port(entry, file.metrics_port_offset),
+            "metrics_bind": file.metrics_bind,
+        }
     )
 
 
 def _digest(raw: Mapping[str, Any]) -> str:
-    """The same for the same content, whatever its layout."""
+    """Equal for equal content, whatever the layout of the file."""
     text = json.dumps(raw, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,16 +1,17 @@
-"""Kept channels to processes, wherever the name of their machine leads at the moment.
+"""Kept channels to processes, which follow the name of a machine to its current addresses.
 
-    host:port --> what the name stands for here (resolver) --> a gRPC channel to those numbers
+    host:port --> the name's addresses (resolver) --> a gRPC channel to those addresses
 
-gRPC tries several addresses in their order. A name is looked up with the first call, and once a
-second for a while after something went wrong: after a call got no answer, a stream ended, or the
-owner had doubts. When it stands for other addresses then, and nothing of ours answers at the old
-ones, the channel leads to the new ones: what is under way over the old ends as unavailable.
+gRPC tries several addresses in their order. A name is looked up with the first call. After
+something went wrong (a call got no answer, a stream ended, the owner has doubts) it is looked up
+again, once a second for a while. If it then has other addresses, and nothing of ours answers at the
+old ones, the channel moves to the new ones, and calls in progress on the old ones end with
+UNAVAILABLE.
 
-An address in numbers stands for itself, and its calls are gRPC's own. To the other side, and to
-certificates, the channel goes by its name (`:authority`).
+A numeric address stands for itself, and calls to it are plain gRPC calls. The other side, and its
+certificate, see the name (`:authority`).
 
-Owns a thread, "name-HOST", while it looks.
+Owns a thread, "name-HOST", while it is looking.
 """
 
 from __future__ import annotations
@@ -20,36 +21,39 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from overlay.model import clocks as time
 from overlay.model.topology import join_address
+from overlay.transport.endpoints import channel_options, open_channel
 from overlay.transport.resolver import Named, is_number, resolve, silent
 
-log = logging.getLogger("overlay.names")
+if TYPE_CHECKING:
+    from overlay.transport.endpoints import Options
 
-AGAIN_S = 1.0  # from one look to the next
-DOUBT_S = 30.0  # it is looked at for so long after the last trouble: a call's default deadline
-WRONG_S = 3.0  # what was found to answer there wrongly is taken for wrong for so long
-FIRST_S = 0.25  # who has no time to wait for the first look does so for so long after its begin
-READY_S = 0.3  # gRPC takes some thread switches to say that a channel is connected
+log = logging.getLogger(__name__)
+
+AGAIN_S = 1.0  # from one look-up to the next
+DOUBT_S = 30.0  # how long look-ups go on after the last trouble: a call's default deadline
+WRONG_S = 3.0  # how long an address counts as wrong after something else answered there
+FIRST_S = 0.25  # how long even a call without a timeout waits for the first look-up
+READY_S = 0.3  # gRPC needs some thread switches to report that a channel is connected
 SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-NOWHERE = "ipv4:127.0.0.1:0"  # a port that nobody has, for a name without an address
 MOVED = "the name of its machine stands for another address now"
 
 
 class Channel:
-    """What a grpc.Channel is to generated stubs. Safe from any thread; close() may be called twice.
+    """To generated stubs, a grpc.Channel. Safe from any thread; close() may be called twice.
 
-    address: host:port; what is not leads nowhere. Does not wait: a call does, within its time.
+    address: host:port; with anything else every call is UNAVAILABLE. Making one does not wait; a
+    call does, within its timeout.
     """
 
-    def __init__(self, address: str, options: Sequence[tuple[str, Any]]) -> None:
+    def __init__(self, address: str, options: Options | None = None) -> None:
         self.address = address
-        self._options = list(options)
+        self._options = list(channel_options() if options is None else options)
         try:
             self._host, self._port = split(address)
             self._is_fixed = is_number(self._host)
@@ -63,7 +67,7 @@ class Channel:
             self._looked.set()
         self._wake = threading.Event()
         self._is_looking = False
-        self._begun = math.inf  # the first look; monotonic seconds
+        self._begun = math.inf  # when the first look-up began; monotonic seconds
         self._doubted_until = 0.0
         self._wrong_until = 0.0
         self._closed = False
@@ -73,17 +77,17 @@ class Channel:
 
     @property
     def shown(self) -> str:
-        """The address, with what it stands for here."""
+        """The address, with the numbers that it stands for here."""
         still = tuple(number for number in self._leads_to if number in self._found.addresses)
         return Named(self._host, still or self._leads_to).shown(self.address)
 
     @property
     def problem(self) -> str:
-        """Why the name leads nowhere, as far as is known; empty when it leads somewhere."""
+        """Why the name has no address, as far as is known; empty when it has one."""
         return "" if self._leads_to else self._found.why
 
     def doubt(self, is_wrong: bool = False) -> None:
-        """What should be there is not; is_wrong: something else answers. Never waits."""
+        """The process is not where it should be; is_wrong: something else answers. Never waits."""
         if self._is_fixed:
             return
         with self._lock:
@@ -125,8 +129,8 @@ class Channel:
         self.close()
 
     def has_looked(self, within_s: float = 0.0) -> bool:
-        """Whether the name was looked up at least once. Waits for it within the time given, and in
-        any case for the moment that a look takes when all is well."""
+        """Whether the name was looked up at least once. Waits up to `within_s` for that, and in any
+        case for as long as a look-up usually takes."""
         if not self._looked.is_set():
             self.doubt()
             moment_s = self._begun + FIRST_S - time.monotonic()
@@ -134,7 +138,7 @@ class Channel:
         return self._looked.is_set()
 
     def now(self, within_s: float = 0.0) -> grpc.Channel:
-        """The channel to where the name leads, as soon as that is known, or the time is over."""
+        """The channel to the name's addresses, when they are known or the time is over."""
         self.has_looked(within_s)
         return self._channel
 
@@ -147,10 +151,10 @@ class Channel:
         options = self._options
         if not self._is_fixed:
             options = [("grpc.default_authority", _authority(self._host, self._port)), *options]
-        return grpc.insecure_channel(target(self._leads_to, self._port), options)
+        return open_channel(self._leads_to, self._port, options)
 
     def take(self, found: Named) -> bool:
-        """Goes where the name leads by now; whether to look again. On the looking thread."""
+        """Moves to the addresses found; whether to look again. On the looking thread."""
         if not set(found.addresses) <= set(self._leads_to) and not self._is_well:
             self._lead_to(found)
         with self._lock:
@@ -162,7 +166,7 @@ class Channel:
 
     @property
     def _is_well(self) -> bool:
-        """Whether what it leads to need not be left, whatever the name says now."""
+        """Whether to stay at the current addresses, whatever the name stands for now."""
         is_right = bool(self._leads_to) and time.monotonic() >= self._wrong_until
         return is_right and _is_connected(self._channel)
 
@@ -176,15 +180,6 @@ class Channel:
         if before.addresses:
             log.info("%s is now %s", before.shown(), ", ".join(found.addresses))
         old.close()
-
-
-def target(addresses: Sequence[str], port: int) -> str:
-    """As gRPC takes several addresses in numbers, to be tried in their order."""
-    if not addresses:
-        return NOWHERE
-    if not any(":" in address for address in addresses):
-        return "ipv4:" + ",".join(f"{address}:{port}" for address in addresses)
-    return "ipv6:" + ",".join(f"[{_as_ipv6(address)}]:{port}" for address in addresses)
 
 
 def split(address: str) -> tuple[str, int]:
@@ -201,7 +196,7 @@ def split(address: str) -> tuple[str, int]:
 
 
 class Moved(grpc.RpcError):  # type: ignore[misc]
-    """A call over a channel that leads elsewhere now. Whether it ran is open."""
+    """A call over a channel that has moved. Whether the request ran is unknown."""
 
     def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.UNAVAILABLE
@@ -214,7 +209,7 @@ class Moved(grpc.RpcError):  # type: ignore[misc]
 
 
 class _Method:
-    """One method of the other side, over wherever the channel leads when it is called."""
+    """One method of the other side, called over the channel's current addresses."""
 
     def __init__(self, channel: Channel, verb: str, given: Any, named: Any) -> None:
         self._channel = channel
@@ -243,13 +238,13 @@ class _Unary(_Method):
             if e.code() is grpc.StatusCode.CANCELLED and channel is not self._channel.now():
                 raise Moved from None
             raise
-        except ValueError:  # it was closed meanwhile
+        except ValueError:  # the channel was closed meanwhile
             if channel is not self._channel.now():
                 raise Moved from None
             raise
 
     def future(self, request: Any, **named: Any) -> Any:
-        """Ends as cancelled when the channel leads elsewhere before there is an answer."""
+        """Ends as cancelled when the channel moves before there is an answer."""
         while True:
             channel, call = self._now()
             try:
@@ -275,7 +270,7 @@ class _Stream(_Method):
 
 
 def _look(found: weakref.ref[Channel], host: str, wake: threading.Event) -> None:
-    """Until there is no more doubt, or the channel is closed or no longer held."""
+    """Looks until there is no more doubt, or the channel is closed or garbage."""
     while True:
         named = resolve(host)
         channel = found()
@@ -289,7 +284,7 @@ def _is_connected(channel: grpc.Channel) -> bool:
     ready, is_ready = grpc.channel_ready_future(channel), threading.Event()
     ready.add_done_callback(lambda _: is_ready.set())
     try:
-        return is_ready.wait(READY_S)  # its own wait goes by a clock that a test may have frozen
+        return is_ready.wait(READY_S)  # the future's own wait uses a clock that tests may freeze
     finally:
         with contextlib.suppress(ValueError):
             ready.cancel()
@@ -299,9 +294,3 @@ def _authority(host: str, port: int) -> str:
     with contextlib.suppress(UnicodeError):
         host = host.encode("idna").decode()
     return join_address(host, port)
-
-
-def _as_ipv6(address: str) -> str:
-    if ":" not in address:
-        return f"::ffff:{address}"
-    return address.replace("%", "%25")

@@ -1,11 +1,11 @@
-"""A result that is too large for one message: it leaves its worker in chunks, as they are read.
+"""Results that are too large for one message: they are sent in chunks, as fast as they are read.
 
     handler -> cut -> ChunkWriter.send(chunk) --> each process passes it on --> the client
                           ^--- grant(n) <--- and the grants back <--- has read n of them
 
-So many chunks of a part are under way, at all hops together, as the client can take and the process
-asked has room for (ChunkWindow); for the rest the handler waits, in `send`. No process on the way
-keeps a chunk, or waits for anything.
+At all hops together, only as many chunks of a part are in transit as the client can take and the
+process asked has room for (ChunkWindow). Beyond that the handler waits, in `send`. No process on
+the way keeps a chunk or waits for anything.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from overlay.model import clocks as time
 from overlay.model.errors import BadRequest, Misspoken
 from overlay.model.limits import Limits
 from overlay.model.segments import Chunk
-from overlay.observability.token_bucket import TokenBucket
+from overlay.observability.throttle import TokenBucket
 
 CHUNK_BYTES = Limits.chunk_bytes
-MAX_TIMES = 8  # that a part may come before its answer
-ITEM_END = b"\t"  # between the tokens of JSON it is nothing, and never within one that we write
-ITEMS_AT_ONCE, ITEMS_PER_S = 64, 500  # that leave alone; a chunk costs every hop some 50 us
-ITEM_S = 0.02  # one that does not leaves so much later
+MAX_TIMES = 8  # that one part may come before the answer
+ITEM_END = b"\t"  # has no meaning between JSON tokens, and never occurs within one we write
+ITEMS_AT_ONCE, ITEMS_PER_S = 64, 500  # sent singly; a chunk costs every hop some 50 us
+ITEM_S = 0.02  # the delay of the others
 
 Send = Callable[[bytes], bool]
-"""Takes the next chunk; False when nobody waits for the rest."""
+"""Takes the next chunk; False when the rest is no longer wanted."""
 
 
 def cut(items: Iterable[Any], size: int) -> Iterator[tuple[bytes, bool]]:
-    """The same bytes in chunks of `size`, and whether more follow; the last one has what is left.
+    """The same bytes in chunks of `size`, each with whether more follow; the last has what is left.
 
-    items: bytes, bytearrays or memoryviews of any sizes. Raises TypeError for another kind.
+    items: bytes, bytearrays or memoryviews of any size. Raises NotBytes for other types.
     """
     held = bytearray()
     for item in items:
@@ -52,9 +52,9 @@ def cut(items: Iterable[Any], size: int) -> Iterator[tuple[bytes, bool]]:
 
 
 class Items:
-    """An iterator of byte strings that each end an item, with ITEM_END, but for the last one.
+    """An iterator of byte strings, each of which ends an item, with ITEM_END, except the last.
 
-    Where chunks are taken each leaves as it comes; else it is as any other iterator of bytes.
+    Where chunks are taken, each is sent as it comes; else it is like any other iterator of bytes.
     """
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
@@ -72,9 +72,9 @@ class Items:
 
 
 class Leaving:
-    """Items on their way out: each at once, but those of many that come together a moment later.
+    """Sends items: each at once, or together with others a moment later when there are many.
 
-    `add` and `rest` are for one thread. What waits is passed on by a timer's, "items".
+    `add` and `rest` are for one thread. Items that wait are sent on a timer's thread, "items".
     """
 
     def __init__(self, send: Send) -> None:
@@ -86,7 +86,7 @@ class Leaving:
         self._lock = threading.Lock()
 
     def add(self, item: bytes) -> bool:
-        """False when nobody waits for the rest."""
+        """False when the rest is no longer wanted."""
         with self._lock:
             self._held += item
             if self._at_once.take(time.monotonic()) or len(self._held) >= CHUNK_BYTES:
@@ -98,7 +98,7 @@ class Leaving:
             return self._is_wanted
 
     def rest(self) -> bytes:
-        """What has not left, and does not by itself any more. May be called twice."""
+        """What was not sent; from now on nothing is sent. May be called twice."""
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
@@ -117,18 +117,18 @@ class Leaving:
 
 
 class NotBytes(TypeError):
-    """Its text is the name of the type that came instead."""
+    """Its text is the name of the type that was found instead."""
 
 
 class ChunkWriter:
-    """The way out of one row's result. One thread sends; `grant` and `close` are safe from any."""
+    """Sends one row's result. One thread sends; `grant` and `close` are safe from any."""
 
     def __init__(
         self, ahead: int, deadline: float, pass_on: Callable[[bytes, Chunk], None]
     ) -> None:
-        """ahead: how many chunks may leave before the first grant."""
-        self.at = 0  # bytes that have left
-        self.waited_s = 0.0  # for grants, which is not the handler's time
+        """ahead: how many chunks may be sent before the first grant."""
+        self.at = 0  # bytes sent
+        self.waited_s = 0.0  # for grants; it does not count as the handler's time
         self._room = ahead
         self._deadline = deadline
         self._pass_on = pass_on
@@ -136,7 +136,7 @@ class ChunkWriter:
         self._changed = threading.Condition()
 
     def send(self, chunk: bytes) -> bool:
-        """Passes it on when there is room; False when nobody waits for it any more."""
+        """Sends the chunk when there is room; False when it is no longer wanted."""
         began = time.monotonic()
         with self._changed:
             self._changed.wait_for(lambda: self._room or self._closed, self._deadline - began)
@@ -154,17 +154,17 @@ class ChunkWriter:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Nobody waits for the rest."""
+        """The rest is no longer wanted."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
 
 class Arriving:
-    """What may still come of a worker's part of a row before its answer. No lock of its own.
+    """What may still come of a worker's part of a row, before its answer. No lock of its own.
 
-    Who sends more than was granted would fill the memory of those above; a part may come twice,
-    but not for ever.
+    A process that sends more than was granted would fill the memory of those above it. A part may
+    come again, but not without end.
     """
 
     __slots__ = ("at", "left", "times")
@@ -172,16 +172,16 @@ class Arriving:
     def __init__(self, chunks: int) -> None:
         self.at = 0  # bytes that came in chunks
         self.left = chunks  # that may come before more are granted
-        self.times = 0  # that it came whole
+        self.times = 0  # how often the whole part has come
 
     def whole(self) -> None:
-        """Raises Misspoken."""
+        """The part has come whole. Raises Misspoken."""
         self.times += 1
         if self.times > MAX_TIMES:
             raise Misspoken(f"a part {MAX_TIMES} times and again")
 
     def chunk(self, at: int, size: int, more: bool) -> None:
-        """Raises Misspoken."""
+        """A chunk of it has come. Raises Misspoken."""
         if at != self.at:
             raise Misspoken(f"a chunk at byte {at:,}, after {self.at:,}")
         self.at += size
@@ -191,7 +191,7 @@ class Arriving:
 
 
 class Budget:
-    """Bytes that all streams share: none has more than is left. Safe from any thread."""
+    """Bytes that all streams share. Safe from any thread."""
 
     def __init__(self, most: int) -> None:
         self._left = most
@@ -202,7 +202,7 @@ class Budget:
         return self._left
 
     def take(self, size: int) -> None:
-        """More than is left too: what has come is there. Less than 0 gives back."""
+        """Even more than is left, as the bytes are there already. A negative size gives back."""
         with self._lock:
             self._left -= size
 
@@ -211,9 +211,9 @@ FREE_BYTES = Limits.uncounted_bytes
 
 
 class Share:
-    """What one stream has of a Budget. No lock of its own.
+    """What one stream has taken of a Budget. No lock of its own.
 
-    Its first FREE_BYTES are not counted: streams of small requests touch nothing that is shared.
+    Its first FREE_BYTES are not counted, so that streams of small requests touch nothing shared.
     """
 
     __slots__ = ("_budget", "size")
@@ -223,14 +223,14 @@ class Share:
         self._budget = budget
 
     def add(self, size: int) -> None:
-        """Less than 0 gives back."""
+        """A negative size gives back."""
         before = self.size
         self.size = after = before + size
         if before > FREE_BYTES or after > FREE_BYTES:
             self._budget.take(max(after, FREE_BYTES) - max(before, FREE_BYTES))
 
     def is_within(self, most: int) -> bool:
-        """Whether it has less than so much, and there is something left for others."""
+        """Whether it has less than `most`, and leaves enough for others."""
         if self.size <= FREE_BYTES:
             return True
         return self.size < most and self.size < self._budget.left
@@ -240,16 +240,17 @@ Key = tuple[int, int, str]
 """A part of a stream: segment, row, worker."""
 
 Told = tuple[Callable[[int], None], int]
-"""Who is to have more chunks, and how many."""
+"""The worker's grant, and how many chunks to grant."""
 
 
 class ChunkWindow:
-    """The parts that pass a stream in chunks, and how far each may go ahead. No lock of its own.
+    """The parts that pass through a stream in chunks, and how far ahead of the client each may be.
 
-    A part's worker sends one chunk by itself, and then as many as it is told. As long as there is
-    room, that is as many more as the stream's client can take before it grants any; a part that
-    finds no room comes chunk by chunk, until there is. So a client that reads nothing holds up one
-    chunk of each part, and `room` others; all of a process's clients together what is in `shared`.
+    A part's worker sends one chunk unasked, and then as many as it is granted. While there is room,
+    that is as many as the client can take before it grants any; a part that finds no room comes
+    chunk by chunk until there is. So a client that reads nothing holds up one chunk of each part
+    and `room` others; all clients of a process together hold up what `shared` allows. No lock of
+    its own.
     """
 
     def __init__(self, room: int, shared: Budget | None = None) -> None:
@@ -262,7 +263,7 @@ class ChunkWindow:
         return len(self._parts)
 
     def passes(self, key: Key, chunk: Chunk, ahead: int) -> Told | None:
-        """A chunk goes up to a client that takes `ahead` more of each part."""
+        """A chunk passes to a client that takes `ahead` more of each part."""
         if chunk.grant is None:
             self.end(key)
             return None
@@ -273,12 +274,12 @@ class ChunkWindow:
         return self._told(part, 0)
 
     def granted(self, key: Key, chunks: int, by_a_client: bool) -> Told | None:
-        """Raises BadRequest when a client grants more than have gone up, or a process more than a
-        client takes ahead of that."""
+        """Raises BadRequest when a client grants more than it was sent, or a process more than that
+        and what a client takes in advance."""
         part = self._parts.get(key)
         if part is None:  # it has ended meanwhile
             return None
-        # A process hands on what it was told: also what its own client takes ahead.
+        # A process passes grants on, including those that its own client gives in advance.
         most = part.unread + (0 if by_a_client else Limits.chunks_ahead)
         if chunks > most:
             raise BadRequest(f"grants: {key[2]} has sent {part.unread} chunks, not {chunks}")
@@ -315,5 +316,5 @@ class ChunkWindow:
 class _Part:
     grant: Callable[[int], None]
     ahead: int
-    unread: int = 0  # chunks that have gone up and were not granted
+    unread: int = 0  # chunks passed on and not yet granted
     is_wide: bool = False

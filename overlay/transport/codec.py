@@ -1,4 +1,4 @@
-"""Between the messages of overlay.proto and our values; the only module that knows both.
+"""Converts between the messages of overlay.proto and our values.
 
 Reading checks what came in; writing never fails.
 """
@@ -16,7 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
 from overlay.model.errors import BadRequest, ConfigError, MadeRoom, OverlayError
-from overlay.model.limits import MIB, Limits
+from overlay.model.limits import Limits
 from overlay.model.segments import (
     Answer,
     Answers,
@@ -37,7 +37,7 @@ from overlay.model.signatures import Function
 from overlay.observability.counters import BOUNDS_S, Histogram, Spread
 from overlay.observability.log_buffer import LINES, Line
 from overlay.observability.map_progress import RunningMap
-from overlay.observability.trace import RequestSummary
+from overlay.observability.request_summaries import RequestSummary
 from overlay.transport import message_size, validation
 from overlay.transport.validation import Asked
 
@@ -66,85 +66,27 @@ FORMAT = 1  # MetricsResponse.wire_format
 EXECUTED_KEY = "overlay-executed"
 COVERAGE_KEY = "overlay-coverage"
 CALLER_KEY = "overlay-caller"
-IDLE_KEY = "overlay-idle"  # a stream had nothing to do, and need not come back until it has
-REQUEST_KEY = "overlay-request"  # the id of a request that failed, as it is printed
-PROCESS_KEY = "overlay-process"  # the process that a link is of, as it says
+IDLE_KEY = "overlay-idle"  # a stream was idle: it need not be opened again before it is needed
+REQUEST_KEY = "overlay-request"  # the id of a request that failed, in its printed form
+PROCESS_KEY = "overlay-process"  # the process that opened a link, by its own account
 MAX_BYTES_KEY = "overlay-max-message-bytes"
 _STATUS_KEY = "grpc-status-details-bin"
 LONGEST_ERROR_ID = 32  # characters; ours have 8
-MIN_LINES = 100  # of a log, when the question does not say how many
+MIN_LINES = 100  # of a log, when LogsRequest.lines is 0
 LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
-
-# A frozen or vanished peer is noticed within about 2.5 s on every system; see the keepalive test.
-_KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 1500),
-    ("grpc.http2.ping_timeout_ms", 1500),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-]
-
-
-def channel_options(limits: Limits | None = None) -> list[tuple[str, Any]]:
-    """Options of a channel to a process: quick to notice a dead peer, quick to come back."""
-    return [
-        *_size_options(limits or Limits()),
-        *_KEEPALIVE,
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 2000),  # also the time that one attempt may take
-        ("grpc.max_reconnect_backoff_ms", 300),  # who is back shall not be waited for any more
-        ("grpc.enable_http_proxy", 0),  # an office's web proxy is not on the way
-        ("grpc.enable_retries", 0),  # gRPC's own retries run a request twice
-        ("grpc.use_local_subchannel_pool", 1),  # a client of its own, not one shared in the process
-        # Nothing of ours is compressed: a small message that swells to gigabytes is not taken.
-        ("grpc.compression_enabled_algorithms_bitset", 1),
-    ]
-
-
-def server_options(limits: Limits, connections: int | None = None) -> list[tuple[str, Any]]:
-    """Options of a process's server: nobody shares its port, and no ping is too many.
-
-    connections: that may be open at a time.
-    """
-    most = [] if connections is None else [("grpc.max_allowed_incoming_connections", connections)]
-    return [
-        *most,
-        *_size_options(limits),
-        *_KEEPALIVE,
-        ("grpc.so_reuseport", 0),
-        # A packed message is refused: of a few KiB, which many can send at once, it makes many MiB.
-        ("grpc.compression_enabled_algorithms_bitset", 1),
-        ("grpc.max_concurrent_streams", limits.calls_of_a_connection),
-        ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
-        ("grpc.http2.min_ping_interval_without_data_ms", 500),
-        ("grpc.http2.max_ping_strikes", 0),
-    ]
-
-
-def _size_options(limits: Limits) -> list[tuple[str, Any]]:
-    return [
-        # A frame's other requests and fields come on top of a body of the largest size.
-        ("grpc.max_receive_message_length", limits.max_message_bytes + 2 * MIB),
-        ("grpc.max_send_message_length", limits.max_message_bytes + 2 * MIB),
-        # Or gRPC reads ahead of us, and a stream that is not read would fill the memory.
-        ("grpc.http2.bdp_probe", 0),
-    ]
-
-
-CHANNEL_OPTIONS = channel_options()
 
 
 def read_message(
     message: bytes, parse: Callable[[bytes], Any], shape: message_size.Shape = message_size.FLAT
 ) -> Any:
-    """Raises BadRequest for what is not protobuf, or takes far more memory than its bytes.
+    """Raises BadRequest for what is not protobuf, or would take far more memory than its bytes.
 
-    shape: of what it has that are messages.
+    shape: the message fields of the message, for the memory check.
     """
     message_size.check(message, shape)
     try:
         return parse(message)
-    except Exception as e:  # noqa: BLE001 - protobuf's implementations each have errors of their own
+    except Exception as e:  # noqa: BLE001 - each implementation of protobuf raises its own errors
         raise BadRequest(f"a message of {len(message):,} bytes is not protobuf: {e}") from None
 
 
@@ -159,8 +101,8 @@ def read_request(
 ) -> Segment:
     """A segment of one. Raises BadRequest naming the field that is not usable.
 
-    deadline: monotonic seconds. traced: also without the client's wish. A request without an id
-    gets one here.
+    deadline: monotonic seconds. traced: even if the client did not ask for it. A request without an
+    id gets one here.
     """
     size = len(request.payload)
     if size > limits.max_message_bytes:
@@ -186,7 +128,7 @@ def read_request(
 def write_response(
     answer: Answer, request_id: int, result: bytes, *, with_results: bool
 ) -> pb2.Response:
-    """with_results: for a client that wants each part's own bytes too."""
+    """with_results: for a client that asked for each part's own bytes."""
     return pb2.Response(
         result=result,
         hops=answer.hops,
@@ -196,19 +138,19 @@ def write_response(
 
 
 def too_large(size: int, most: int) -> str:
-    """Why a payload is not taken by the process asked."""
+    """Why the process asked refuses a payload."""
     return f"payload: {size:,} bytes are more than max_message_mib allows ({most:,})"
 
 
 def read_response(response: pb2.Response) -> Answer:
-    """What a client got. Raises Misspoken."""
+    """The answer that a client got. Raises Misspoken."""
     validation.check_response(response)
     return Answer(tuple(map(_read_unary_part, response.parts)), tuple(response.hops))
 
 
 def route_key(segment: pb2.Segment, limits: Limits) -> object:
-    """Equal for segments of one route, which then need be read only once. Raises BadRequest when
-    there is more of it than any route has."""
+    """Equal for segments with one route, so that each route is read only once. Raises BadRequest
+    for lists longer than any route has."""
     _check_count("hops", segment.hops, limits.max_hops)
     _check_count("targets", segment.targets, limits.max_targets)
     hops, targets = tuple(segment.hops), tuple(segment.targets)
@@ -224,7 +166,7 @@ def read_segment(
 ) -> Segment:
     """Raises BadRequest naming the field that is not usable.
 
-    now: monotonic seconds. route: its route, if it was read before. traced: as in `read_request`.
+    now: monotonic seconds. route: its route, if that was read before. traced: as in `read_request`.
     """
     count, found = segment.count, len(segment.payloads.items)
     if count != found or not 0 < count <= limits.segment_rows:
@@ -233,7 +175,7 @@ def read_segment(
             f"{limits.segment_rows}"
         )
     payloads, most = _read_column(segment.payloads, count), limits.max_message_bytes
-    # Its form on the wire has some bytes more for each, which must not refuse the largest body.
+    # On the wire each has some bytes more, for which the largest body must not be refused.
     if payloads.size > most and (size := sum(map(len, segment.payloads.items))) > most:
         raise BadRequest(too_large(size, most))
     if not segment.ids and segment.first_id + count > 2**64:
@@ -257,7 +199,8 @@ def read_segment(
 
 
 def unread_segment(segment: pb2.Segment, now: float, limits: Limits) -> Segment | None:
-    """Stands for a segment that could not be read, to refuse its rows; None when it has none."""
+    """Stands for a segment that could not be read, so that its rows can be refused; None if it has
+    none, or too many."""
     if not 0 < segment.count <= limits.segment_rows:
         return None
     return Segment(Route(), Column((b"",) * segment.count), now, 0)
@@ -272,7 +215,7 @@ def write_segment(
     priority: int = 0,
     as_they_come: bool = False,
 ) -> None:
-    """Adds the segment to the frame. left_s: what remains of its time, more than 0."""
+    """Adds the segment to the frame. left_s: seconds until its deadline, more than 0."""
     route = segment.route
     made = frame.segments.add()
     made.number = number
@@ -305,14 +248,14 @@ def write_segment(
 
 
 def size_beside(segment: Segment) -> int:
-    """Bytes of a segment beside its payloads, at most, where names are ASCII."""
+    """The most bytes that a segment takes besides its payloads, if its names are ASCII."""
     route, count = segment.route, segment.payloads.count
     size = 200 + 5 * count + 70 * len(route.hops) + (8 * count if segment.ids else 0)
     return size + sum(map(len, route.targets)) + 3 * len(route.targets) if route.targets else size
 
 
 def read_slice(made: pb2.Slice, asked: Asked) -> Answers:
-    """Between processes. Raises Misspoken when it is no answer to what was asked."""
+    """A slice between processes. Raises Misspoken when it does not answer what was asked."""
     parts, hops = validation.check_slice(made, asked)
     count, trace = made.count, read_trace(made.trace)
     if made.failures:
@@ -323,13 +266,13 @@ def read_slice(made: pb2.Slice, asked: Asked) -> Answers:
 
 
 def check_client_slice(made: pb2.Slice, asked: Asked) -> None:
-    """Raises Misspoken when it is no answer to what a client asked. Then it can be read."""
+    """Checks a slice for a client. Raises Misspoken when it does not answer what was asked."""
     validation.check_slice(made, asked, results=False)
 
 
 def read_client_slice(made: pb2.Slice) -> Answers:
-    """The parts as a client gets them: without results, unless it wanted those. For a slice that
-    was checked."""
+    """The parts as a client gets them: without results, unless it asked for them. Takes a slice
+    that was checked."""
     count = made.count
     parts = tuple(_read_part(validation.said(part), count) for part in made.parts)
     return Answers(count, parts, tuple(made.hops))
@@ -343,9 +286,9 @@ def write_slice(
     trace: Sequence[Hop] = (),
     more: bool = False,
 ) -> None:
-    """Adds a slice as processes tell each other: all is in the parts, or in one refusal.
+    """Adds a slice as processes send it: everything is in the parts, or in one refusal.
 
-    more: it is not yet the answer, to a client or to a process.
+    more: the answer is still to come.
     """
     made = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
     if more:
@@ -369,7 +312,7 @@ def write_client_slice(
     want_parts: bool,
     trace: Sequence[Hop] = (),
 ) -> None:
-    """Adds a slice as a client gets it: a result per row, and why a row has none."""
+    """Adds a slice for a client: a result per row, or why the row has none."""
     made = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
     if trace:
         write_trace(made, trace)
@@ -420,7 +363,7 @@ def read_logs(made: pb2.LogsResponse, asked: pb2.LogsRequest) -> pb2.LogsRespons
 
 
 def read_most_bytes(metadata: Iterable[tuple[str, Any]] | None) -> int | None:
-    """The largest body that the other side of a stream says it takes; None where it does not."""
+    """The largest body that the other side of a stream says it takes; None if it does not say."""
     return validation.most_bytes(dict(metadata or ()).get(MAX_BYTES_KEY))
 
 
@@ -499,14 +442,14 @@ def write_story(story: RequestSummary) -> pb2.RequestSummary:
 def address_in(peer: str) -> str:
     """The address in gRPC's name for a caller, "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711".
 
-    Of a caller without one, as over a Unix socket, that name.
+    For a caller without one, as over a Unix socket, gRPC's name itself.
     """
     kind, _, rest = unquote(peer).partition(":")
     return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else peer
 
 
 def new_ids() -> int:
-    """The first of some request ids in a row that nobody else has."""
+    """The first of a run of random request ids, which no other request has."""
     return secrets.randbits(62) + 1
 
 
@@ -525,7 +468,7 @@ def read_route(request: pb2.Request | pb2.Segment, limits: Limits) -> Route:
         team=request.team,
         handler=request.handler,
         hops=tuple(request.hops),
-        # Only between processes; the process that a client asks finds the targets itself.
+        # Only between processes; the process that a client asks determines the targets itself.
         targets=(targets or None) if request.hops else None,
     )
 
@@ -554,7 +497,7 @@ def _read_unary_part(part: pb2.Part) -> Part:
 
 
 def _read_part(said: validation.Said, count: int) -> PartColumn:
-    """Of a slice that was checked: so its numbers are those of rows that are there."""
+    """Takes a part of a slice that was checked, so that its row numbers are valid."""
     part, worker, found, details, hops = said
     failures: dict[int, Failure] = {}
     for detail in details:
@@ -688,7 +631,7 @@ def trailers(error: OverlayError) -> list[tuple[str, str | bytes]]:
 
 
 def read_error(error: grpc.RpcError) -> Part:
-    """What a failed call says, as a refusal. Only the trailer proves that nothing ran."""
+    """A failed call as a refusal. Only the trailing metadata proves that nothing ran."""
     metadata = dict(error.trailing_metadata() or ())
     said = {"no": Executed.NO, "yes": Executed.YES}
     executed = said.get(metadata.get(EXECUTED_KEY, ""), Executed.UNKNOWN)
@@ -703,7 +646,7 @@ def was_idle(error: grpc.RpcError) -> bool:
 
 
 def plain_reason(error: grpc.RpcError) -> str:
-    """Why a call failed, in few words; gRPC's own are long and name its insides."""
+    """Why a call failed, in a few words; gRPC's own are long and describe its internals."""
     details = error.details() or ""
     for sign, words in _PLAIN_REASONS:
         if sign in details:
@@ -712,7 +655,7 @@ def plain_reason(error: grpc.RpcError) -> str:
 
 
 def retry_after_s(trailing_metadata: Iterable[tuple[str, Any]] | None) -> float | None:
-    """The seconds of google.rpc.RetryInfo in a failed call's trailing metadata, if it is there."""
+    """The seconds of google.rpc.RetryInfo in a failed call's trailing metadata, if present."""
     packed = dict(trailing_metadata or ()).get(_STATUS_KEY)
     if packed is None:
         return None
@@ -723,20 +666,20 @@ def retry_after_s(trailing_metadata: Iterable[tuple[str, Any]] | None) -> float 
             info = error_details_pb2.RetryInfo()
             if detail.Unpack(info):
                 return validation.retry_after_s(info.retry_delay.ToTimedelta().total_seconds())
-    except Exception:  # noqa: BLE001 - another program's trailer may hold anything
+    except Exception:  # noqa: BLE001 - another program's metadata may hold anything
         return None
     return None
 
 
 def read_request_id(trailing_metadata: Iterable[tuple[str, Any]] | None) -> int:
-    """Of a failed call's trailing metadata; 0 when it has none."""
+    """The request's id in a failed call's trailing metadata; 0 if it has none."""
     return validation.request_id(dict(trailing_metadata or ()).get(REQUEST_KEY))
 
 
 def _retry_status(error: OverlayError) -> bytes:
     delay = Duration()
     delay.FromMilliseconds(max(1, round((error.retry_after_s or 0) * 1000)))
-    # The message must be the call's own, or clients that compare the two see a broken status.
+    # The message must equal the call's, or clients that compare the two see a broken status.
     status = status_pb2.Status(code=int(error.code), message=str(error)[:LONGEST_REASON])
     status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return bytes(status.SerializeToString())

@@ -1,8 +1,8 @@
-"""The way in to what is served over HTTP: who holds the door open keeps nobody else out.
+"""The HTTP servers' connections: idle ones do not keep others out.
 
-A connection on which nothing is asked is closed after some seconds, however slowly it says the
-beginning of something; and when all are taken, at once: the oldest such one, of the address that
-has the most. So one more is always let in, unless all of them are being answered.
+A connection without a complete request is closed after some seconds, however slowly it sends one.
+When all connections are taken, the oldest idle one of the address that has the most is closed at
+once. So one more is always let in, unless requests are being answered on all of them.
 
 A server runs on the thread that calls `run`, until `should_exit` is set, from any thread.
 """
@@ -18,14 +18,17 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from overlay.model.limits import DOOR_CONNECTIONS, DOOR_IDLE_S
 from overlay.transport.resolver import look_up, socket_address
 
-CLOSING_S = 1  # for the answers under way when the server stops
+# Of the page and of what Prometheus reads together. A browser has six connections, and 32 pages one
+# more.
+DOOR_CONNECTIONS = 64  # at once; one more ends an idle one
+DOOR_IDLE_S = 5.0  # until a connection on which nothing is asked is closed
+CLOSING_S = 1  # for answers in progress when the server stops
 
 
 class Server(uvicorn.Server):
-    """app: an ASGI application; in `request.state.hang_up` it finds how to end a connection."""
+    """app: an ASGI application; it can call `request.state.hang_up` to end a connection."""
 
     def __init__(self, app: Any) -> None:
         settings = uvicorn.Config(
@@ -34,7 +37,7 @@ class Server(uvicorn.Server):
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="critical",  # whoever sends nonsense writes no lines
+            log_level="critical",  # malformed requests write no log lines
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=CLOSING_S,
@@ -45,11 +48,11 @@ class Server(uvicorn.Server):
 class Visitor(H11Protocol):
     """One connection. All methods are called on the server's event loop."""
 
-    _since = 0.0  # when it had its last answer, or came
+    _since = 0.0  # its last answer, or when it was opened
     _is_shown_out = False
     _timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.app_state = {**self.app_state, "hang_up": self.hang_up}
         self._since = self.loop.time()
@@ -73,11 +76,11 @@ class Visitor(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is asked, or the answer is made and only its reader is not there."""
+        """Nothing is asked, or the answer is complete and only waits for its reader."""
         return self.cycle is None or self.cycle.response_complete or self.transport.is_closing()
 
     def hang_up(self) -> None:
-        """Whatever is on its way."""
+        """Closes it, whatever is in progress."""
         self._is_shown_out = True
         self.transport.abort()
 
@@ -99,7 +102,7 @@ class Visitor(H11Protocol):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """At the first of this machine's addresses that the host stands for. Raises OSError."""
+    """A socket listening at the first of the host's addresses that works. Raises OSError."""
     found = look_up(host)
     failed = OSError(found.why)
     for address in found.addresses:
@@ -114,7 +117,7 @@ def listen(host: str, port: int) -> socket.socket:
 def _listening(family: int, place: Any) -> socket.socket:
     listening = socket.socket(family)
     try:
-        if os.name != "nt":  # there it would let two programs share the port
+        if os.name != "nt":  # on Windows it would let two programs share the port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(place)
         listening.listen()

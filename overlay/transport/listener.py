@@ -1,8 +1,8 @@
-"""Where a process listens: a gRPC server, and a new one when its machine has got other addresses.
+"""Where a process listens: a gRPC server, and a new one when its machine gets other addresses.
 
-A server of gRPC keeps the addresses that it was started with. When its host is a name, and this
-machine loses them (another network, another lease), the name is looked up again until it stands for
-an address that this machine has, and the process listens there too.
+A gRPC server keeps the addresses that it was started with. When the host is a name, and this
+machine loses those addresses (another network, another lease), the name is looked up again until it
+stands for an address of this machine, and the process listens there too.
 
 Owns a thread, "listening", from `start` to `stop`, where the host is such a name.
 """
@@ -13,34 +13,38 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overlay.model import clocks as time
 from overlay.model.topology import join_address
+from overlay.transport.endpoints import open_port
 from overlay.transport.machine import can_bind
 from overlay.transport.resolver import Named, resolve
 
-log = logging.getLogger("overlay.node")
+if TYPE_CHECKING:
+    import grpc
 
-LOOK_S = 1.0  # from one look at the own addresses to the next
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0  # from one check of the own addresses to the next
 CLOSE_S = 2.0  # gRPC's server takes less
 
 
 class Listening:
-    """The servers of one process, to those who add methods to a server: as if it were one.
+    """The servers of one process. Methods are added to it as to a single grpc.Server.
 
-    place: the addresses to begin with. make: a new server, without methods or ports.
+    place: the addresses to begin with. make: makes a server without methods or ports.
     """
 
-    def __init__(self, place: Named, port: int, make: Callable[[], Any]) -> None:
+    def __init__(self, place: Named, port: int, make: Callable[[], grpc.Server]) -> None:
         self._place = place
         self._port = port
         self._make = make
         self._methods: list[tuple[str, tuple[Any, ...]]] = []
-        self._open: list[tuple[tuple[str, ...], Any]] = []  # addresses, their server
+        self._open: list[tuple[tuple[str, ...], grpc.Server]] = []  # addresses, their server
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._is_told = False  # that there is no address
+        self._is_told = False  # whether the log says that there is no address
         self._thread = threading.Thread(target=self._follow, name="listening", daemon=True)
 
     def add_generic_rpc_handlers(self, *given: Any) -> None:
@@ -50,7 +54,7 @@ class Listening:
         self._methods.append(("add_registered_method_handlers", given))
 
     def start(self) -> None:
-        """Raises RuntimeError when an address cannot be had."""
+        """Raises RuntimeError when an address cannot be listened on."""
         self._listen(self._place.addresses)
         if not (self._place.is_lone_number or self._place.is_loopback):
             self._thread.start()
@@ -68,10 +72,7 @@ class Listening:
         for add, given in self._methods:
             getattr(server, add)(*given)
         for number in numbers:
-            address = join_address(number, self._port)
-            # As in an URI: or gRPC takes the number of a zone for an encoded character.
-            if server.add_insecure_port(address.replace("%", "%25")) != self._port:
-                raise RuntimeError(f"{address} cannot be listened on")
+            open_port(server, number, self._port)
         with self._lock:
             if not self._stopped.is_set():
                 server.start()
@@ -85,17 +86,17 @@ class Listening:
             else:
                 self._is_told = False
 
-    def _seek(self, gone: list[tuple[tuple[str, ...], Any]]) -> None:
+    def _seek(self, gone: list[tuple[tuple[str, ...], grpc.Server]]) -> None:
         found = resolve(self._place.host)
         # Without a network some systems give a machine's own name a loopback address.
         own = tuple(n for n in found.addresses if can_bind(n) and not Named(n, (n,)).is_loopback)
         if not own:
             if not self._is_told:
                 lost = Named(found.host, gone[-1][0]).shown()
-                log.warning("this machine is no longer %s: nobody reaches this process", lost)
+                log.warning("this machine is no longer %s: this process cannot be reached", lost)
             self._is_told = True
             return
-        with contextlib.suppress(RuntimeError):  # taken by another program; maybe free at last
+        with contextlib.suppress(RuntimeError):  # taken by another program; it may become free
             self._listen(own)
             at = Named(found.host, own).shown(join_address(found.host, self._port))
             log.info("serves on %s now", at, extra={"kind": "started"})

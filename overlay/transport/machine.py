@@ -12,9 +12,9 @@ from overlay.transport import resolver
 
 
 def is_here(process: Process, within_s: float = resolver.LOOK_S) -> bool:
-    """Whether the address to listen on is this machine's; for "every address" the host decides.
+    """Whether the process listens on this machine. If it binds to every address, its host decides.
 
-    A name is waited for no longer than told.
+    within_s: how long to wait for a name's address.
     """
     host = process.bind
     if not host or _is_wildcard(host.strip("[]")):
@@ -23,7 +23,7 @@ def is_here(process: Process, within_s: float = resolver.LOOK_S) -> bool:
 
 
 def asking_address(process: Process) -> str:
-    """Where to ask this process from this machine; `host` may be an address outside a NAT."""
+    """Where to reach this process from its own machine; `host` may be an address outside a NAT."""
     host = process.bind.strip("[]")
     if not host:
         return process.address
@@ -51,7 +51,7 @@ def can_bind(address: str) -> bool:
 
 
 def own_addresses() -> list[str]:
-    """The addresses that other machines could know this one by."""
+    """The addresses at which other machines may know this one."""
     found = {
         address.address
         for addresses in psutil.net_if_addrs().values()

@@ -1,11 +1,11 @@
-"""What a message will take in memory, told from its bytes before it is parsed.
+"""Estimates, from a message's bytes, how much memory it will take when it is parsed.
 
-protobuf makes an object of each part of a message: of two bytes that say "an empty one" some
-hundred in memory, so that 18 MiB of them become 1.3 GiB. What is real has contents, and takes
-hardly more than its bytes.
+protobuf makes an object of each message within a message: the two bytes of an empty one become some
+hundred in memory, so that 18 MiB of them become 1.3 GiB. Genuine messages have contents, and take
+hardly more memory than they have bytes.
 
-The bytes are walked field by field, into messages but not into columns, whose items are bytes: a
-segment of thousands of requests is a few fields.
+The bytes are walked field by field, into messages but not into columns, whose items are bytes. So a
+segment of thousands of requests is only a few fields.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ from collections.abc import Mapping
 
 from overlay.model.errors import BadRequest
 
-MIN_BYTES = 16 * 1024  # of a message that is not looked at: it becomes a MiB at most
-OBJECT_BYTES = 100  # of a message in a message, at least
-ITEM_BYTES = 24  # of a string or bytes in one, besides its contents
-ROOM_BYTES, ROOM_PER_BYTE = 16 * 1024 * 1024, 2  # that a message may take
+MIN_BYTES = 16 * 1024  # smaller messages are not checked: they become a MiB at most
+OBJECT_BYTES = 100  # of a message within a message, at least
+ITEM_BYTES = 24  # of a string or bytes field, besides its contents
+ROOM_BYTES, ROOM_PER_BYTE = 16 * 1024 * 1024, 2  # memory that a message may take
 
 Shape = Mapping[int, "Shape | None"]
-"""The fields of a message that are messages, each with its own; None for one not walked into."""
+"""The message fields of a message, each with its own shape; None for one not walked into."""
 
 FLAT: Shape = {}
 
 
 def check(message: bytes, shape: Shape) -> None:
-    """Raises BadRequest for what would take far more than its bytes. Broken ones are not judged."""
+    """Raises BadRequest for a message that would take far more memory than its bytes.
+
+    Truncated ones pass: the parser refuses them.
+    """
     if len(message) <= MIN_BYTES:
         return
     room = ROOM_BYTES + ROOM_PER_BYTE * len(message)
     try:
         left = _walk(message, 0, len(message), shape, room)
-    except IndexError:  # it breaks off: the parser will say so
+    except IndexError:  # it is truncated
         return
     if left < 0:
         raise BadRequest(
@@ -42,7 +45,7 @@ def check(message: bytes, shape: Shape) -> None:
 
 
 def _walk(data: bytes, at: int, stop: int, shape: Shape, room: int) -> int:
-    """What is left of the room; below 0 as soon as it is known not to be enough."""
+    """What is left of the room; negative as soon as it is known not to be enough."""
     while at < stop and room >= 0:
         tag, at = _varint(data, at)
         kind = tag & 7
@@ -64,7 +67,7 @@ def _walk(data: bytes, at: int, stop: int, shape: Shape, room: int) -> int:
                 if below is not None and end > at:
                     room = _walk(data, at, end, below, room)
             at = end
-        else:  # groups, which nothing here has: the parser refuses them
+        else:  # groups, which no message here has: the parser refuses them
             return room
     return room
 

@@ -1,12 +1,12 @@
-"""What the name of a machine stands for here, as this system's own resolver says.
+"""The addresses of a machine's name, from this system's own resolver.
 
-gRPC's resolver knows the hosts file and DNS servers; it knows neither mDNS (my-mac.local) nor
-NetBIOS nor what else a system looks names up in. So it is given numbers only: every address on its
-way to gRPC or to a socket comes by here.
+gRPC's resolver knows the hosts file and DNS servers, but neither mDNS (my-mac.local) nor NetBIOS
+nor the other sources of a system. So gRPC gets only numbers: every address on its way to gRPC or a
+socket passes through here.
 
-The system may take many seconds and cannot be told to stop. So each look-up that somebody waits for
-is on a thread of its own, "name", one at a time for each name, and is left to itself when the wait
-is over.
+The system may take many seconds and cannot be interrupted. So each look-up that is waited for runs
+on a thread of its own, "name", one at a time for each name, and is left to itself when the wait is
+over.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 from overlay.model import clocks as time
 
-LOOK_S = 5.0  # for who can wait; mDNS says no after this
-SLICE_S = 0.5  # or Windows hears no Ctrl-C before Python 3.14
-FRESH_S = 0.5  # what was found is given again for so long, as several ask about one machine
-MAX_KEPT = 256  # names whose look-up is remembered
+LOOK_S = 5.0  # for callers that can wait; mDNS gives up after this
+SLICE_S = 0.5  # of a wait: before Python 3.14, Windows cannot interrupt a longer one
+FRESH_S = 0.5  # how long a result is reused, as several may ask about one machine
+MAX_KEPT = 256  # names whose last look-up is remembered
 MAX_SHOWN = 4  # addresses in a message
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
 INSTEAD = "correct it, see that its machine is on, or write its address in numbers"
@@ -31,10 +31,10 @@ INSTEAD = "correct it, see that its machine is on, or write its address in numbe
 
 @dataclass(frozen=True)
 class Named:
-    """What a host stands for here.
+    """A host and its addresses.
 
-    addresses: in numbers, each once, in the order in which the system wants them tried; an IPv6 one
-    may have a zone (fe80::1%2). Where there are none, `why` says so.
+    addresses: numeric, each once, in the order in which the system wants them tried; an IPv6 one
+    may have a zone (fe80::1%2). If there are none, `why` says the reason.
     """
 
     host: str
@@ -47,13 +47,13 @@ class Named:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether it leads to this machine only, from wherever one asks."""
+        """Whether it means "this machine" on every machine."""
         return bool(self.addresses) and all(
             ipaddress.ip_address(address).is_loopback for address in self.addresses
         )
 
     def shown(self, text: str = "") -> str:
-        """The host, or a text that ends in it, with what it stands for here in brackets."""
+        """The host, or the given text in its place, with its addresses in brackets."""
         text = text or self.host
         if not self.addresses or self.is_lone_number or self.host == "localhost":
             return text
@@ -68,15 +68,15 @@ def is_number(host: str) -> bool:
 
 
 def resolve(host: str) -> Named:
-    """Asks the system, for as long as that takes."""
+    """Asks the system, however long that takes."""
     host = host.strip("[]")
     if is_number(host):
         return Named(host, (host,))
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, ValueError) as e:  # the latter of a name that is too long, or none at all
+    except (OSError, ValueError) as e:  # ValueError: the name is too long or malformed
         again = getattr(e, "errno", None) == socket.EAI_AGAIN
-        return Named(host, (), _unknown(host, " (who is to know gives no answer)" if again else ""))
+        return Named(host, (), _unknown(host, " (the name servers do not answer)" if again else ""))
     addresses = tuple(
         dict.fromkeys(_number(place) for family, *_, place in found if family in FAMILIES)
     )
@@ -84,7 +84,7 @@ def resolve(host: str) -> Named:
 
 
 def look_up(host: str, within_s: float = LOOK_S) -> Named:
-    """As `resolve`, but waits no longer than told."""
+    """As `resolve`, but waits at most `within_s`."""
     host = host.strip("[]")
     if is_number(host):
         return Named(host, (host,))
@@ -96,27 +96,27 @@ def look_up(host: str, within_s: float = LOOK_S) -> Named:
 
 
 def begin(hosts: Iterable[str]) -> None:
-    """So that to look all of these up takes no longer than the slowest of them."""
+    """Starts looking these up, so that all together take no longer than the slowest."""
     for host in hosts:
         if not is_number(plain := host.strip("[]")):
             _begun(plain)
 
 
 def silent(host: str) -> Named:
-    """Of a name that is still being looked up."""
+    """The result for a name that is still being looked up."""
     return Named(host, (), _unknown(host, " yet (the system is still looking it up)"))
 
 
 def socket_address(address: str, port: int) -> tuple[socket.AddressFamily, tuple[object, ...]]:
-    """As sockets take it; of an address in numbers."""
+    """A numeric address in the form that sockets take."""
     flags = socket.AI_NUMERICHOST
     found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=flags)
     return found[0][0], found[0][4]
 
 
 def connect(addresses: tuple[str, ...], port: int, within_s: float) -> socket.socket:
-    """A connection to the first that takes one. Raises OSError: a refusal, where there was one, as
-    it tells the most."""
+    """A connection to the first address that accepts one. Raises OSError: a refusal if there was
+    one, as it says the most."""
     until = time.monotonic() + within_s
     failed: OSError = TimeoutError()
     for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
@@ -139,7 +139,7 @@ def _number(place: tuple[object, ...]) -> str:
 
 
 class _Look:
-    """One look-up, on its way or over."""
+    """One look-up, in progress or done."""
 
     def __init__(self, host: str) -> None:
         self.done = threading.Event()

@@ -1,10 +1,10 @@
-"""What another process may say: a message is judged before anything is done by its numbers.
+"""Checks what another process says, before anything acts on its numbers.
 
-Who speaks may be broken, hostile, or of a release that nobody here knows; a slice of 60 bytes can
-claim 2^32 rows. Everything that a process or a client of the library reads of another process goes
-through here first, and is Misspoken when it does not fit what was asked, or is out of all bounds.
+The sender may be broken, hostile, or of an unknown release: a slice of 60 bytes can claim 2^32
+rows. Everything that a process or a client reads from another process passes through here first,
+and raises Misspoken when it does not fit what was asked, or exceeds any reasonable bound.
 
-An answer costs a look at each of its parts, hops and failures, and none at its rows.
+An answer is checked in each of its parts, hops and failures, but not row by row.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MAX_RETRY_S = _LIMITS.max_deadline_s  # no request waits for longer
 MESSAGE_BYTES = range(_LIMITS.least_message_bytes, _LIMITS.most_message_bytes + 1)
 
 
-_checked: set[tuple[str, ...]] = {()}  # hops, lately
+_checked: set[tuple[str, ...]] = {()}  # hops that passed recently
 
 
 class Asked(NamedTuple):
-    """What a slice may answer: so many rows, of which those that are open does not matter here.
+    """What a slice may be an answer to. Which rows are still open does not matter here.
 
-    targets: who may have a part in it; None where the process asked has chosen them. early: parts
-    may come before the answer, and with chunks in chunks.
+    targets: the workers that may have a part in it; None where the process asked chose them. early:
+    parts may come before the answer; chunks: and in chunks.
     """
 
     rows: int
@@ -47,16 +47,16 @@ class Asked(NamedTuple):
 
 
 Said = tuple[Any, str, int, Any, tuple[str, ...]]
-"""A part as it was looked at, so that it need not be twice: the message, its worker, how many
-results it has, its failures, its hops."""
+"""A part that was read, so that it is read only once: the message, its worker, its number of
+results, its failures, its hops."""
 
 
 def check_slice(
     made: Any, asked: Asked, results: bool = True
 ) -> tuple[list[Said], tuple[str, ...]]:
-    """A slice between processes; without `results`, one that a client gets. Its parts and hops.
+    """Checks a slice between processes or, with `results` false, one for a client.
 
-    Raises Misspoken.
+    Returns its parts and hops. Raises Misspoken.
     """
     count = made.count
     if not 0 < count <= asked.rows - made.start:
@@ -79,12 +79,12 @@ def check_slice(
 
 
 def said(part: Any) -> Said:
-    """Raises Misspoken for its hops."""
+    """Reads a part. Raises Misspoken for its hops."""
     return part, part.process_id, len(part.results.items), part.failures, _hops(part.hops)
 
 
 def check_response(made: Any) -> None:
-    """The answer to one request. Raises Misspoken."""
+    """Checks the answer to a unary request. Raises Misspoken."""
     workers = {part.process_id for part in made.parts}
     if len(workers) < len(made.parts):
         raise Misspoken("two parts of one worker in one answer")
@@ -96,7 +96,7 @@ def check_response(made: Any) -> None:
 
 
 def check_metrics(made: Any) -> None:
-    """What a process says of itself. Its texts are cut and escaped in place. Raises Misspoken."""
+    """Checks metrics. Their texts are cut and escaped in place. Raises Misspoken."""
     tidy(made)
     ids = {process.id for process in made.topology}
     if len(ids) < len(made.topology):
@@ -114,7 +114,7 @@ def check_metrics(made: Any) -> None:
 
 
 def check_logs(made: Any, process_id: str, lines: int) -> None:
-    """The lines that a process tells, at most so many. Tidied in place. Raises Misspoken."""
+    """Checks a log's lines, at most so many. Tidied in place. Raises Misspoken."""
     tidy(made)
     if made.process_id != process_id:
         raise Misspoken(f"the log of '{_shown(made.process_id)}', not of '{_shown(process_id)}'")
@@ -123,9 +123,11 @@ def check_logs(made: Any, process_id: str, lines: int) -> None:
 
 
 def tidy(message: Any) -> None:
-    """Any message for people: its texts cut and escaped in place, a docstring line by line. Raises
-    Misspoken for what no process can mean: a number below 0 or not a number, an enum's unknown
-    value, a list or a name without end."""
+    """Checks any message for people; cuts and escapes its texts in place, docstrings line by line.
+
+    Raises Misspoken for negative numbers and NaN, unknown values of an enum, and lists or names
+    that are too long.
+    """
     for field, value in message.ListFields():
         if isinstance(value, str):
             if len(value) > LONGEST_TEXT or not value.isprintable():
@@ -141,12 +143,12 @@ def tidy(message: Any) -> None:
 
 
 def retry_after_s(seconds: float) -> float | None:
-    """A time after which another says to come again, within reason; None for one that is not."""
+    """The time after which to try again, as another process says, bounded; None if not positive."""
     return min(seconds, MAX_RETRY_S) if seconds > 0 else None
 
 
 def most_bytes(said: object) -> int | None:
-    """The largest message that another says it takes; None when it does not say, or not so."""
+    """The largest message that another process says it takes; None for no or no sensible number."""
     if not (isinstance(said, str) and said.isascii() and said.isdigit() and len(said) < 12):
         return None
     return int(said) if int(said) in MESSAGE_BYTES else None
@@ -166,7 +168,7 @@ def _check_functions(functions: Sequence[Any]) -> None:
 
 
 def request_id(said: object) -> int:
-    """An id as it is printed; 0 for what is none."""
+    """An id from its printed form; 0 if it is not one."""
     if not (isinstance(said, str) and len(said) == 16 and set(said) <= _HEXADECIMAL):
         return 0
     return int(said, 16)
@@ -203,7 +205,7 @@ def _all_failed(failures: Any) -> bool:
 
 
 def _check_failures(details: Any, count: int) -> None:
-    """Each within the slice, and no more of them than there are rows."""
+    """Each must lie within the slice, and there must not be more of them than rows."""
     told = 0
     for detail in details:
         rows = detail.count or count
@@ -215,7 +217,7 @@ def _check_failures(details: Any, count: int) -> None:
 
 
 def _check_results(made: Any, count: int) -> None:
-    """A client's: one for each row, or none and a failure for each."""
+    """For a client: one result for each row, or none and a failure for each."""
     found = len(made.results.items)
     if found == count or (found == 0 and made.more):
         return
@@ -272,7 +274,7 @@ def _check_number(field: Any, value: float) -> None:
 def _hops(hops: Sequence[str]) -> tuple[str, ...]:
     """Raises Misspoken."""
     names = tuple(hops)
-    if names not in _checked:  # the same few ways come again and again
+    if names not in _checked:  # the same few routes come again and again
         _check_names("hops", names, MAX_HOPS)
         if len(_checked) > 1000:
             _checked.clear()

@@ -2,11 +2,11 @@
 
     def handler(payload: bytes, context: Context) -> bytes
 
-One that gives an iterator of bytes, as a function that yields does, has all of them as its result,
-and need not hold them at once where parts are taken as they come (transport.chunks). What else a
-function may be like, overlay.workers.typed makes one of these.
+A function that returns an iterator of bytes, as one that yields does, has all of them together as
+its result, and need not hold them at once where parts are taken as they come (transport.chunks).
+From every other kind of function overlay.workers.typed makes one of these.
 
-Never a name from the wire: a request names a handler of the configuration, nothing else.
+No name from the wire is ever imported: a request names a handler of the configuration.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from overlay.workers import user_modules
 from overlay.workers.user_modules import Source, Sources
 
 ROOT = Path(__file__).resolve().parents[2]
-RECURSION = sys.getrecursionlimit()  # what it is again after a handler that changed it
+RECURSION = sys.getrecursionlimit()  # restored after a handler that changed it
 
 
 @dataclass
 class Context:
-    """What a handler may know of its call.
+    """What a handler is told about its call.
 
-    deadline: monotonic seconds of this process. options: the handler's, overlaid by the process's.
+    deadline: monotonic seconds of this process. options: the handler's, then the
+    process's, which win.
     """
 
     process_id: str
@@ -54,20 +55,20 @@ class Context:
 
     @property
     def cancelled(self) -> bool:
-        """True once nobody waits for the answer: the caller left or the deadline passed.
+        """Whether the answer is no longer wanted: the caller left or the deadline passed.
 
-        A handler on a thread looks at it now and then and returns; one in a process is ended.
+        A handler on a thread should check this now and then; one in a process is killed.
         """
         return bool(self._ended[self._row]) or time.monotonic() >= self.deadline
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
-        """To the worker's log, in lines that carry the request's id."""
+        """Writes to the worker's log, in lines that carry the request's id."""
         return logging.LoggerAdapter(_log, {"request_id": self.request_id})
 
 
-class NobodyWaits(Exception):
-    """A function was ended, or left alone, because nobody waits for its answer any more."""
+class NotWanted(Exception):
+    """A function was cancelled, or is left to itself, because its answer is no longer wanted."""
 
 
 _log = logging.getLogger("overlay.handler")
@@ -76,25 +77,28 @@ Handler = Callable[[bytes, Context], "bytes | Iterator[bytes]"]
 
 
 def echo(payload: bytes, context: Context) -> bytes:
-    """The default handler: gives the payload back and says which process did."""
+    """The default handler: returns the payload, after the id of the process that did so."""
     return context.process_id.encode() + b": " + payload
 
 
 def add_folder(folder: Path, kept: Mapping[str, Source] = MappingProxyType({})) -> Sources:
     """Puts the configuration's folder on the module path, so that handlers can lie beside it.
 
-    After the standard library and all that is installed, which a random.py or a logging.py of the
-    user's would break; before our own folder, whose client.py is not the user's. kept: modules of
-    the folder as another process has found them.
+    It comes after the standard library and everything installed, which a random.py or a logging.py
+    of the user's would break, and before our own folder, whose client.py is not the user's. kept:
+    modules of the folder as another process has found them.
     """
-    last = {os.path.realpath(folder), os.path.realpath(ROOT)}
-    others = [path for path in sys.path if os.path.realpath(path) not in last]
-    sys.path[:] = [*others, *dict.fromkeys((str(folder), str(ROOT)))]
+    last = [str(folder)]
+    if (ROOT / "node.py").exists():  # a clone, and not where pip installs everything
+        last.append(str(ROOT))
+    moved = {os.path.realpath(path) for path in last}
+    others = [path for path in sys.path if os.path.realpath(path) not in moved]
+    sys.path[:] = [*others, *dict.fromkeys(last)]
     return user_modules.keep(folder, kept)
 
 
 def find(spec: HandlerSpec, function: str) -> Callable[..., Any]:
-    """The function named "module:function". Raises ConfigError saying why it cannot be had."""
+    """The function named "module:function". Raises ConfigError when it cannot be imported."""
     module_name, _, name = function.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -119,7 +123,7 @@ def find(spec: HandlerSpec, function: str) -> Callable[..., Any]:
 
 
 def _check_whose(spec: HandlerSpec, module_name: str) -> None:
-    """Raises ConfigError when the folder's module of that name is not the one that was found."""
+    """Raises ConfigError when another module of that name hides the one in the folder."""
     top, here = module_name.partition(".")[0], user_modules.kept_here()
     if here is not None and (own := here.passed_over(top)):
         raise ConfigError(
@@ -129,7 +133,7 @@ def _check_whose(spec: HandlerSpec, module_name: str) -> None:
 
 
 def _hidden_in(reason: str) -> str:
-    """Says which of the names in an error are modules of the folder that cannot be imported."""
+    """Which names in an error are modules of the folder that another module hides."""
     here, names = user_modules.kept_here(), re.findall(r"'(\w+)'", reason)
     hidden = [own for name in dict.fromkeys(names) if here and (own := here.passed_over(name))]
     return "".join(f"; {own} has the name of another module: give it another one" for own in hidden)

@@ -1,7 +1,8 @@
-"""Programs and processes that a process has started, to any depth: found, and ended.
+"""Finds and ends the programs and processes that a process has started, to any depth.
 
-In sessions and groups of their own too; not what its starter has disowned, as a daemon is. Windows
-ends all of it with the process that has started it, however that ends, once it has been asked to.
+Those in sessions and groups of their own too, but not those that their parent has disowned, as
+daemons are. Windows, once asked to, ends all of them with the process that started them, however
+that ends.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import sys
 import threading
 from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import TYPE_CHECKING
 
-ROUNDS = 5  # of ending what may start more meanwhile
+if TYPE_CHECKING:
+    import psutil
+
+ROUNDS = 5  # what is being ended may start more meanwhile
 KILL_ON_JOB_CLOSE, BREAKAWAY_OK, EXTENDED_LIMITS, THIS_PROCESS = 0x2000, 0x800, 9, -1  # Windows'
 
 
@@ -23,7 +27,7 @@ if sys.platform == "win32":
     from ctypes import wintypes
 
     def hold_together() -> None:
-        """Puts this process, and all that it starts from now on, into a job that ends with it."""
+        """Puts this process and everything it starts from now on into a job that ends with it."""
         # A JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of which only the flags are set.
         limits = ctypes.create_string_buffer(144 if sys.maxsize > 1 << 32 else 112)
         struct.pack_into("<I", limits, 16, KILL_ON_JOB_CLOSE | BREAKAWAY_OK)
@@ -35,14 +39,14 @@ if sys.platform == "win32":
 else:
 
     def hold_together() -> None:
-        """Only Windows can be asked to."""
+        """Does nothing: only Windows can do this."""
 
 
 def end() -> None:
-    """All that this process has started, which ends itself next. Raises nothing."""
-    seen: set[Any] = set()
-    with contextlib.suppress(Exception):  # also when Python is coming to its end
-        # A pool starts a new process for each that ends, and would do so for these.
+    """Ends everything that this process has started; it ends itself next. Raises nothing."""
+    seen: set[psutil.Process] = set()
+    with contextlib.suppress(Exception):  # also while Python is shutting down
+        # A pool would replace each process that ends.
         BaseProcess.start = _never  # type: ignore[assignment, method-assign]
         for _ in range(ROUNDS):
             found = set(by()) - seen
@@ -52,14 +56,14 @@ def end() -> None:
                 return
 
 
-def _never(process: Any) -> None:
-    """In place of multiprocessing's start: waits for the end of this process."""
+def _never(process: BaseProcess) -> None:
+    """Replaces multiprocessing's start: waits for the end of this process."""
     threading.Event().wait()
 
 
-def by(pid: int | None = None) -> list[Any]:
-    """What the process of this number, or this one, has started."""
-    import psutil  # here: few of a handler's processes need it
+def by(pid: int | None = None) -> list[psutil.Process]:
+    """What the process with this pid has started; without one, what this process has."""
+    import psutil  # here, as few handlers' processes need it
 
     with contextlib.suppress(psutil.Error):
         children = psutil.Process(pid).children(recursive=True)
@@ -67,15 +71,15 @@ def by(pid: int | None = None) -> list[Any]:
     return []
 
 
-def kill(processes: Iterable[Any]) -> None:
-    """Never another one that has its number by now."""
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Kills them, but never another process that has got the pid of one."""
     for process in processes:
         with contextlib.suppress(Exception):
             process.kill()
 
 
-def _cleans_up(process: Any) -> bool:
-    # It ends by itself after those that use it, and takes away the memory that they shared.
+def _cleans_up(process: psutil.Process) -> bool:
+    # It ends by itself after the processes that use it, and removes the memory that they shared.
     with contextlib.suppress(Exception):
         return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
     return False

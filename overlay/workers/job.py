@@ -1,6 +1,6 @@
-"""Rows of one segment at work on one handler, and the places that the handler has.
+"""Rows of one segment that one handler works on, and the slots that the handler has.
 
-A row is begun at most once and answered once, by its handler or for it.
+A row is begun at most once and answered once, by its handler or in its place.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from overlay.transport.chunks import (
     Send,
     cut,
 )
-from overlay.workers.api import Context, NobodyWaits
+from overlay.workers.api import Context, NotWanted
 from overlay.workers.request_ids import Begun
 
-log = logging.getLogger("overlay.executor")
+log = logging.getLogger(__name__)
 
-LONGEST_TEXT = 4000  # characters of an error that are kept; a log line takes a few more
-AHEAD_S = 0.002  # work taken beyond the slots, so that a thread never waits for the next row
+LONGEST_TEXT = 4000  # characters kept of an error; a log line holds a few more
+AHEAD_S = 0.002  # of work is taken beyond the slots, so that no thread waits for its next row
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class HandlerCounts:
 
 
 class HandlerSlots:
-    """One handler's places and counts; `taken` is guarded by the executor's lock."""
+    """One handler's slots and counts. The executor's lock guards `taken`."""
 
     def __init__(self, spec: HandlerSpec, slots: int, options: Mapping[str, Any]) -> None:
         self.spec = spec
-        self.slots = slots
+        self.total = slots
         self.options = options
         self.taken = 0
         self.worked = Times()
@@ -83,7 +83,7 @@ class HandlerSlots:
         return min(4096, int(AHEAD_S / self.service_s))
 
     def ended(self, rows: int, worked_s: float, failed: int) -> None:
-        """Counts rows that ran, `worked_s` together."""
+        """Counts rows that ran, in `worked_s` all together."""
         each = worked_s / rows
         self.worked.add(each, rows)
         with self._lock:
@@ -94,7 +94,7 @@ class HandlerSlots:
     def counts(self, active: int) -> HandlerCounts:
         spec = self.spec
         counted = self._completed, self._failed
-        return HandlerCounts(spec.name, spec.run, self.slots, active, *counted, self.worked.spread)
+        return HandlerCounts(spec.name, spec.run, self.total, active, *counted, self.worked.spread)
 
 
 class HandlerJob:
@@ -102,7 +102,7 @@ class HandlerJob:
 
     def __init__(
         self,
-        desk: HandlerSlots,
+        slots: HandlerSlots,
         process: Process,
         segment: Segment,
         waited_s: float,
@@ -111,12 +111,12 @@ class HandlerJob:
         stop: Callable[[HandlerJob, int, int], None],
         forget: Callable[[Iterable[int]], None] = lambda rows: None,
     ) -> None:
-        """give_back: takes the number of places that are free again. stop: ends running rows.
+        """give_back: takes the number of slots that are free again. stop: ends running rows.
 
-        forget: takes the rows that provably did not run, before that is told.
+        forget: takes the rows that provably did not run, before they are answered so.
         """
         self.segment = segment
-        self.desk = desk
+        self.slots = slots
         self._give_back = give_back
         self._stop = stop
         self._forget = forget
@@ -124,21 +124,21 @@ class HandlerJob:
         self._sink = sink
         self._waited_us = int(waited_s * 1e6)
         self._made = time.monotonic()
-        self._is_ahead = desk.taken > desk.slots  # some of it has to wait here
+        self._is_ahead = slots.taken > slots.total  # some of it has to wait here
         self._hops = (*segment.route.hops, process.id)
         self._lock = threading.Lock()
-        # Ascending; those that are gone are passed over.
+        # Ascending; rows that are gone are skipped.
         self._waiting = deque(range(segment.count))
-        self._gone = bytearray()  # by row: it is not to begin any more
-        self._left = segment.count  # that wait and are not gone
+        self._gone = bytearray()  # by row: it must not begin any more
+        self._left = segment.count  # how many wait and are not gone
         self._unanswered = PendingRows(segment.count)
         self._ended = bytearray(segment.count)
-        self._outlets: dict[
+        self._writers: dict[
             int, ChunkWriter
         ] = {}  # of rows that have begun, where chunks are wanted
 
     def begin_next(self) -> int | None:
-        """The next row to run, for the caller alone; None when there is none."""
+        """The next row, for this caller alone to run; None when there is none."""
         with self._lock:
             while self._left:
                 row = self._waiting.popleft()
@@ -149,7 +149,7 @@ class HandlerJob:
 
     @property
     def waiting(self) -> int:
-        """Rows not begun."""
+        """Rows that have not begun."""
         return self._left
 
     def context(self, row: int) -> Context:
@@ -160,46 +160,46 @@ class HandlerJob:
             segment.all_ids[row],
             segment.attempt,
             segment.deadline,
-            self.desk.options,
+            self.slots.options,
             self._ended,
             row,
         )
 
     @property
     def in_chunks(self) -> bool:
-        """Whether a large result may leave before it is whole."""
+        """Whether a large result may be sent in chunks."""
         return self.segment.chunks > 0 and self.segment.early is not None
 
-    def outlet(self, row: int) -> ChunkWriter:
-        """The way out of the row's result, where it may leave in chunks."""
+    def writer_of(self, row: int) -> ChunkWriter:
+        """Takes the row's result where it may be sent in chunks."""
 
         def pass_on(result: bytes, chunk: Chunk) -> None:
             assert self.segment.early is not None
             self._tell(self.segment.early, row, self._part([result], 0, self._waited_us, chunk))
 
-        outlet = ChunkWriter(self.segment.chunks, self.segment.deadline, pass_on)
+        writer = ChunkWriter(self.segment.chunks, self.segment.deadline, pass_on)
         with self._lock:
-            self._outlets[row] = outlet
+            self._writers[row] = writer
             if self._ended[row]:
-                outlet.close()
-        return outlet
+                writer.close()
+        return writer
 
     def too_late(self) -> Failure:
-        """What becomes of a result that came after the deadline: the handler may have given up."""
-        reason = f"the deadline passed while the handler '{self.desk.spec.name}' ran"
+        """Replaces a result that came after the deadline: the handler may have given up on it."""
+        reason = f"the deadline passed while the handler '{self.slots.spec.name}' ran"
         return Failure(Code.DEADLINE_EXCEEDED, reason, Executed.YES)
 
     def done(
         self, outcomes: list[tuple[int, bytes | Failure]], worked_s: float, began: float
     ) -> None:
-        """Takes what came of begun rows, in the order of their rows, `worked_s` together.
+        """Takes the outcomes of begun rows, in the order of their rows.
 
-        began: when the first of them did, in monotonic seconds.
+        worked_s: of all together. began: when the first one did, in monotonic seconds.
         """
         failed = sum(not isinstance(outcome, bytes) for _, outcome in outcomes)
         if failed:
             self._forget([row for row, outcome in outcomes if _proves_not_run(outcome)])
-        self.desk.ended(len(outcomes), worked_s, failed)
+        self.slots.ended(len(outcomes), worked_s, failed)
         self._give_back(len(outcomes))
         each_us = int(worked_s / len(outcomes) * 1e6)
         here_s = max(0.0, began - self._made) if self._is_ahead else 0.0
@@ -209,7 +209,7 @@ class HandlerJob:
             self._answer(first, list(itertools.islice(left, rows)), each_us, waited_us)
 
     def refuse(self, begun: Begun) -> None:
-        """Answers the rows that must not begin; before it is submitted."""
+        """Answers the rows that must not begin. To be called before the job is submitted."""
         failures, ids = {}, self.segment.all_ids
         if begun.full is not None:
             failures = dict.fromkeys(range(self.segment.count), _failure(begun.full))
@@ -225,14 +225,14 @@ class HandlerJob:
             self._answer(first, [failures[row] for row in range(first, first + rows)], 0)
 
     def end(self, code: Code, start: int, count: int) -> None:
-        """Answers rows for their handlers, and tells these that nobody waits any more."""
+        """Answers rows in place of their handlers, and tells these that they are cancelled."""
         what = "the deadline passed" if code is Code.DEADLINE_EXCEEDED else "the caller left"
-        name = self.desk.spec.name
+        name = self.slots.spec.name
         rows = range(start, start + count)
         with self._lock:
             never = self._drop_locked(start, start + count)
             self._ended[start : start + count] = b"\1" * count
-            outlets = [self._outlets[row] for row in rows if row in self._outlets]
+            writers = [self._writers[row] for row in rows if row in self._writers]
         if never:
             self._forget(never)
             self._give_back(len(never))
@@ -240,13 +240,13 @@ class HandlerJob:
         begun = Failure(code, f"{what} while the handler '{name}' ran", Executed.YES)
         for row in rows:
             self._answer(row, [unbegun if row in never else begun], 0)
-        # Only now: what is ended reports back at once, and the answer should be this one.
-        for outlet in outlets:
-            outlet.close()
+        # Only now: a handler that is ended reports at once, and the answer should be the above.
+        for writer in writers:
+            writer.close()
         self._stop(self, start, count)
 
     def _drop_locked(self, start: int, stop: int) -> set[int]:
-        """The rows among these that wait; they never begin."""
+        """Keeps those of these rows that wait from ever beginning, and returns them."""
         if not self._left:
             return set()
         gone = self._gone = self._gone or bytearray(self.segment.count)
@@ -268,7 +268,7 @@ class HandlerJob:
             runs = self._unanswered.take(start, len(outcomes))
         for first, rows in runs:
             found = outcomes[first - start : first - start + rows]
-            if not self._outlets:
+            if not self._writers:
                 self._tell(self._sink, first, self._part(found, *times))
                 continue
             for row, outcome in enumerate(found, first):
@@ -278,9 +278,9 @@ class HandlerJob:
         sink(row, Answers(part.results.count, (part,), (self._process.id,)))
 
     def _rest(self, row: int) -> Chunk | None:
-        """What the last chunk of the row's result is of it, where others have left."""
-        outlet = self._outlets.get(row)
-        return Chunk(outlet.at, False) if outlet is not None and outlet.at else None
+        """The place of the last chunk in the row's result, where others were sent before."""
+        writer = self._writers.get(row)
+        return Chunk(writer.at, False) if writer is not None and writer.at else None
 
     def _part(
         self,
@@ -312,9 +312,9 @@ def _proves_not_run(outcome: bytes | Failure) -> bool:
 
 
 def outcome_of(result: object, most_bytes: int, send: Send | None = None) -> tuple[str, Any]:
-    """What a handler gave back, in a form that survives the way between processes.
+    """What a handler returned, as a (kind, value) that can be sent between processes.
 
-    send: takes what is too large in chunks; then the outcome is the last one of them. May raise
+    send: takes a result that is too large in chunks; the outcome is then the last one. May raise
     what the result's own code raises.
     """
     if isinstance(result, (bytes, bytearray, memoryview)):
@@ -371,12 +371,12 @@ def outcome_of_error(error: BaseException) -> tuple[str, Any]:
             return "bad request", str(error)[:LONGEST_TEXT]
         if isinstance(error, NotJson):
             return "type", str(error)[:LONGEST_TEXT]
-        if isinstance(error, NobodyWaits):
+        if isinstance(error, NotWanted):
             return "left", None
         text = "".join(traceback.format_exception(error))
-    except Exception:  # noqa: BLE001 - an error that cannot even tell its text
+    except Exception:  # noqa: BLE001 - an error whose text cannot be made
         text = f"{type(error).__name__}, which cannot be written as text"
-    if len(text) > LONGEST_TEXT:  # where it came from, and what it was
+    if len(text) > LONGEST_TEXT:  # keeps where it came from, and what it was
         text = f"{text[: LONGEST_TEXT // 2]} ... {text[-LONGEST_TEXT // 2 :]}"
     return "failed", text
 
@@ -385,7 +385,7 @@ def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes
     """The row's result, or the failure that its caller sees."""
     if kind == "ok":
         return value  # type: ignore[no-any-return]
-    if kind == "bad request":  # the handler's own sentence, meant for the caller
+    if kind == "bad request":  # the handler's own sentence, for the caller
         return Failure(BadRequest.code, value, Executed.YES)
     if kind == "type":
         reason = f"handler '{name}' returned {value}"
@@ -399,14 +399,14 @@ def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes
             "process is on its way"
         )
         return Failure(Code.RESOURCE_EXHAUSTED, reason, Executed.YES)
-    if kind == "left":  # its row has been answered, or is just being
+    if kind == "left":  # its row has an answer, or is about to get one
         reason = f"the caller left before all that handler '{name}' returned had been read"
         return Failure(Code.CANCELLED, reason, Executed.YES)
     return read_failure(name, value, request_id)
 
 
 def read_failure(name: str, text: str, request_id: int) -> Failure:
-    # The text may hold secrets: it goes to the log, and the caller gets a number to ask for.
+    # The text may hold secrets: it goes to the log, and the caller gets an id to look for.
     error_id = uuid.uuid4().hex[:8]
     about = {"request_id": request_id, "private": text, "kind": ""}
     log.error("error id %s: handler %s failed", error_id, name, extra=about)

@@ -7,9 +7,9 @@
               ("chunk", bytes), and one outcome as workers.job makes it. The pipe holds little, so
               that the handler waits until its chunks are taken
 
-Whatever a handler does to its process, the next request finds it as it was, or finds another one.
-What it prints or logs is for the parent's log, the first lines of each request; the rest is left
-out, so that nothing it prints can fill a disk, a memory or a pipe that nobody reads.
+Whatever a handler does to its process, the next request gets the process as it was, or another one.
+What it prints or logs goes to the parent's log: the first lines of each request. The rest is left
+out, so that it cannot fill a disk, the memory or a pipe that is not read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from overlay.workers.api import RECURSION, Context
 from overlay.workers.job import outcome_of, outcome_of_error
 from overlay.workers.user_modules import Source
 
-LINES = 200  # of one request that go to the log
+LINES = 200  # of one request that are logged
 
 Request = tuple[bytes, tuple[str, str, int, int], float, dict[str, Any], bool]
 
@@ -44,7 +44,7 @@ Request = tuple[bytes, tuple[str, str, int, int], float, dict[str, Any], bool]
 def serve(
     pipe: Connection, spec: HandlerSpec, folder: str, kept: Mapping[str, Source], most_bytes: int
 ) -> None:
-    """Works until there is no more to do. Results of more than `most_bytes` are told by their size.
+    """Works until there is no more to do. Of results beyond `most_bytes` only the size is sent.
 
     kept: the folder's modules as they are to be loaded.
     """
@@ -66,7 +66,7 @@ def serve(
         parent.begin()
         outcome = _work(loaded.call, request, most_bytes, parent.chunk)
         if os.getpid() != me:
-            os._exit(0)  # a fork that the handler made and did not end; the answer is not its own
+            os._exit(0)  # a fork that the handler made and did not end; it must not answer
         parent.end_with(outcome)
 
 
@@ -88,7 +88,7 @@ class _Parent:
             self._pipe.send(("begun", None))
 
     def line(self, level: int, text: str) -> None:
-        """Sends a line while there is a request and room for its lines."""
+        """Sends a line, while a request is running and has lines left."""
         with self._lock:
             if self._room:
                 self._room -= 1
@@ -100,7 +100,7 @@ class _Parent:
     def chunk(self, chunk: bytes) -> bool:
         with self._lock:
             self._pipe.send(("chunk", chunk))
-        return True  # when nobody waits for the rest, the parent ends this process
+        return True  # when the rest is no longer wanted, the parent kills this process
 
     def end_with(self, message: tuple[str, Any]) -> None:
         """The last message of a request: no line comes after it."""
@@ -117,7 +117,7 @@ class _Parent:
         self.line(logging.INFO, text)
 
     def _be_silent(self) -> None:
-        # A fork's lines would come between the bytes of an answer, or when there is no request.
+        # A fork's lines would mix with the bytes of an answer, or come without a request.
         self._lock = threading.Lock()
         self._room = 0
         self._pipe.close()
@@ -131,7 +131,7 @@ class _ToParent(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._parent.line(record.levelno, self.format(record))
-        except Exception:  # noqa: BLE001 - a line that cannot be made is not the handler's failure
+        except Exception:  # noqa: BLE001 - a line that cannot be made is no failure of the handler
             self.handleError(record)
 
 
@@ -139,9 +139,9 @@ def _become_a_child() -> None:
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent
     if os.name == "posix":
-        os.setpgid(0, 0)  # so that programs which the handler starts can be ended with it
+        os.setpgid(0, 0)  # so that programs started by the handler can be ended with it
     descendants.hold_together()
-    # Whatever the handler starts inherits these: it must not hold or fill the parent's output.
+    # Programs that the handler starts inherit these: they must not hold the parent's output.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         with contextlib.suppress(OSError):
@@ -196,5 +196,5 @@ def _work(
         context = Context(*facts, time.monotonic() + remaining_s, options)
         return outcome_of(call(payload, context), most_bytes, send if in_chunks else None)
     except BaseException as e:  # noqa: BLE001 - SystemExit too is one request's failure
-        sys.setrecursionlimit(RECURSION)  # or a low one would end what tells of the failure
+        sys.setrecursionlimit(RECURSION)  # a low one would break the report of the failure
         return outcome_of_error(e)

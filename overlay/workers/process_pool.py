@@ -1,10 +1,10 @@
-"""Handlers that compute, each call in a process that can be ended.
+"""Runs handlers in processes: those that compute, each call in a process that can be killed.
 
-    a thread per slot  == a pipe of their own ==>  its process, started by spawn on every system
+    a thread per slot  == a pipe of its own ==>  its process, started by spawn on every system
 
-Nothing is shared between the processes, so each may be killed at any moment, by us or by anybody:
-that costs the request it works on, and no other. A request that a process provably did not begin
-is given to another one.
+Nothing is shared between the processes, so each may be killed at any moment, by us or anyone else:
+that costs the request it works on, and no other. A request that a process provably did not begin is
+given to another one.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from overlay.workers.job import HandlerJob, read_outcome
 from overlay.workers.process_main import Request, serve
 from overlay.workers.user_modules import Sources
 
-log = logging.getLogger("overlay.executor")
+log = logging.getLogger(__name__)
 handler_log = logging.getLogger("overlay.handler")
 
-IMPORT_S = 60.0  # for the modules that a handler imports
-LOOK_S = 0.1  # between two looks at a process at work: is it there, how much memory has it
-TRIES = 3  # processes that one request may be given to, when each is gone before it begins
+IMPORT_S = 60.0  # for importing a handler's modules
+LOOK_S = 0.1  # between two checks of a busy process: is it alive, how much memory it has
+TRIES = 3  # processes that a request is given to, when each is gone before it begins
 
 
 class ProcessRunner:
@@ -59,12 +59,14 @@ class ProcessRunner:
         self._slots = slots
         self._sources = sources
         self._most_bytes = most_bytes
-        self._todo: queue.SimpleQueue[HandlerJob | None] = queue.SimpleQueue()  # once for each row
+        self._todo: queue.SimpleQueue[HandlerJob | None] = (
+            queue.SimpleQueue()
+        )  # each job once for each of its rows
         self._lock = threading.Lock()
         self._running: dict[tuple[HandlerJob, int], _Child] = {}
         self._children: set[_Child] = set()
         self._closed = False
-        atexit.register(self.close)  # or multiprocessing would wait for them when Python ends
+        atexit.register(self.close)  # or multiprocessing would wait for them when Python exits
         try:
             first = self._new_child()
         except BaseException:
@@ -84,16 +86,16 @@ class ProcessRunner:
         with self._lock:
             return [child.pid for child in self._children]
 
-    def submit(self, batch: HandlerJob) -> None:
-        for _ in range(batch.waiting):
-            self._todo.put(batch)
+    def submit(self, job: HandlerJob) -> None:
+        for _ in range(job.waiting):
+            self._todo.put(job)
 
-    def end(self, batch: HandlerJob, start: int, count: int) -> None:
+    def end(self, job: HandlerJob, start: int, count: int) -> None:
         """Kills the processes that work on these rows."""
         rows = range(start, start + count)
         with self._lock:  # or a process might have gone on to another row meanwhile
             for (other, row), child in self._running.items():
-                if other is batch and row in rows:
+                if other is job and row in rows:
                     child.kill()
 
     def close(self) -> None:
@@ -111,48 +113,48 @@ class ProcessRunner:
     def _serve(self, child: _Child | None) -> None:
         while not self._closed:
             child = child or self._maybe_child()
-            batch = self._todo.get()
-            if batch is None:
+            job = self._todo.get()
+            if job is None:
                 break
-            child = self._work_on(batch, child)
+            child = self._work_on(job, child)
 
-    def _work_on(self, batch: HandlerJob, child: _Child | None) -> _Child | None:
-        """Runs one row; gives back the process if it can take the next one."""
+    def _work_on(self, job: HandlerJob, child: _Child | None) -> _Child | None:
+        """Runs one row; returns the process if it can take the next one."""
         if child is not None and not child.waits:
             log.warning("handler %s: an idle process was gone", self._spec.name)
             self._drop(child)
             child = None
         child = child or self._maybe_child()
-        row = batch.begin_next()
+        row = job.begin_next()
         if row is None:
             return child
-        began, outlet = time.monotonic(), batch.outlet(row) if batch.in_chunks else None
-        outcome, child = self._run(batch, row, child, outlet)
+        began, writer = time.monotonic(), job.writer_of(row) if job.in_chunks else None
+        outcome, child = self._run(job, row, child, writer)
         with self._lock:
-            self._running.pop((batch, row), None)
+            self._running.pop((job, row), None)
         now = time.monotonic()
-        if now >= batch.segment.deadline:
-            outcome = batch.too_late()
-        read_s = outlet.waited_s if outlet else 0.0
-        batch.done([(row, outcome)], now - began - read_s, began)
+        if now >= job.segment.deadline:
+            outcome = job.too_late()
+        read_s = writer.waited_s if writer else 0.0
+        job.done([(row, outcome)], now - began - read_s, began)
         return self._maybe_kept(child)
 
     def _run(
-        self, batch: HandlerJob, row: int, child: _Child | None, outlet: ChunkWriter | None
+        self, job: HandlerJob, row: int, child: _Child | None, writer: ChunkWriter | None
     ) -> tuple[bytes | Failure, _Child | None]:
-        context = batch.context(row)
+        context = job.context(row)
         facts = (context.process_id, context.team, context.request_id, context.attempt)
-        payload = batch.segment.payloads.items[row]
+        payload = job.segment.payloads.items[row]
         for _ in range(TRIES):
             if child is None:
                 break
             with self._lock:
-                self._running[batch, row] = child
-            if context.cancelled:  # whoever ended it before now did not find the process
+                self._running[job, row] = child
+            if context.cancelled:  # what ended it before now did not find the process
                 return self._ended(), child
-            options, in_chunks = dict(context.options), outlet is not None
+            options, in_chunks = dict(context.options), writer is not None
             request = (payload, facts, context.remaining_s(), options, in_chunks)
-            came = child.ask(request, self._spec.limit_s or math.inf, outlet)
+            came = child.ask(request, self._spec.limit_s or math.inf, writer)
             if came is not None and came[0] not in _FATAL:
                 return read_outcome(self._spec.name, *came, context.request_id), child
             exitcode = self._drop(child)
@@ -182,7 +184,7 @@ class ProcessRunner:
         return read_outcome(spec.name, "failed", how, request_id)
 
     def _maybe_kept(self, child: _Child | None) -> _Child | None:
-        """The process, unless it has done its requests or holds too much memory."""
+        """The process, unless it has had its max_requests or holds too much memory."""
         if child is None:
             return None
         worn = child.requests >= (self._spec.max_requests or math.inf)
@@ -201,7 +203,7 @@ class ProcessRunner:
             return None
 
     def _new_child(self) -> _Child:
-        """Started, with the handler imported. Raises ConfigError."""
+        """A started process that has imported the handler. Raises ConfigError."""
         spec = self._spec
         try:
             child = _Child(spec, self._sources, self._most_bytes)
@@ -236,7 +238,7 @@ class ProcessRunner:
 
 
 class _Child:
-    """One process and the pipe to it. Used by one thread; `kill` is safe from any."""
+    """One process and the pipe to it. For one thread; `kill` is safe from any."""
 
     def __init__(self, spec: HandlerSpec, sources: Sources, most_bytes: int) -> None:
         """Starts it. Raises OSError."""
@@ -255,7 +257,7 @@ class _Child:
 
     @property
     def waits(self) -> bool:
-        """Whether it is there and idle; then it says nothing."""
+        """Whether it is alive and idle; then it sends nothing."""
         return self._process.is_alive() and not self._has_said()
 
     @property
@@ -267,18 +269,18 @@ class _Child:
         return self._process.exitcode
 
     def ask(
-        self, request: Request, limit_s: float, outlet: ChunkWriter | None = None
+        self, request: Request, limit_s: float, writer: ChunkWriter | None = None
     ) -> tuple[str, Any] | None:
         """The outcome, or what ended it; None when the process provably did not begin.
 
-        outlet: for the chunks of a large result, at the pace at which they are read.
+        writer: takes the chunks of a large result, as fast as they are read.
         """
         self.requests += 1
         until, begun = time.monotonic() + limit_s, False
         about = {"request_id": request[1][2]}
         try:
             self._pipe.send(request)
-        except (OSError, ValueError):  # not all of it is written, so it cannot have begun
+        except (OSError, ValueError):  # not all of it was written, so it cannot have begun
             return None
         while True:
             kind, value = self.receive(until)
@@ -287,18 +289,18 @@ class _Child:
             elif kind == "line":
                 level, text = value
                 handler_log.log(level, "%s", text, extra=about)
-            elif kind == "chunk" and outlet is not None:
-                waited_s = outlet.waited_s
-                if not outlet.send(value):
+            elif kind == "chunk" and writer is not None:
+                waited_s = writer.waited_s
+                if not writer.send(value):
                     return "lost", None
-                until += outlet.waited_s - waited_s
+                until += writer.waited_s - waited_s
             elif kind == "lost" and not begun:
                 return None
             else:
                 return kind, value
 
     def receive(self, until: float) -> tuple[str, Any]:
-        """What it says next; or "late" at `until`, "lost" when it is gone, "memory" with bytes."""
+        """What it sends next; or "late" at `until`, "lost" when it is gone, "memory" with bytes."""
         while True:
             left = max(0.0, min(LOOK_S, until - time.monotonic()))
             ready = connection.wait([self._pipe, self._process.sentinel], left)
@@ -327,7 +329,7 @@ class _Child:
         return 0
 
     def retire(self) -> None:
-        """Lets it end by itself, for a second; ends what it leaves behind."""
+        """Lets it end by itself for a second, then kills what it leaves behind."""
         left = descendants.by(self._process.pid)
         with contextlib.suppress(OSError):
             self._pipe.send(None)
@@ -338,7 +340,7 @@ class _Child:
         self._pipe.close()
 
     def kill(self) -> None:
-        """Ends it and the programs it started."""
+        """Kills it and the programs that it has started."""
         with self._kill_lock:
             if not self._gone:
                 left = descendants.by(self._process.pid)
@@ -347,36 +349,36 @@ class _Child:
                 descendants.kill(left)
 
     def wait(self, within_s: float) -> None:
-        """Returns when it has ended, or after so long."""
+        """Returns when it has ended, or after this time."""
         until = time.monotonic() + within_s
         while not self._has_ended() and time.monotonic() < until:
             connection.wait([self._process.sentinel], 0.02)
-            time.sleep(0.001)  # its files may be closed, and itself not yet gone
+            time.sleep(0.001)  # its files may be closed while it is still there
         with self._kill_lock:
             if not self._gone and self._has_ended():
-                _kill_group(self._process.pid or 0)  # which keeps the number while it has members
-                self._gone = True  # its number may be another's now
+                _kill_group(self._process.pid or 0)  # a group keeps its number while it has members
+                self._gone = True  # from now on its pid may be another's
 
     def _has_ended(self) -> bool:
-        # Somebody may have waited for it in our stead, as os.wait() in a handler does: then no
-        # exit code ever comes.
+        # Other code may have waited for it, as os.wait() in a handler does: then there is never an
+        # exit code.
         return self._process.exitcode is not None or not psutil.pid_exists(self._process.pid or 0)
 
     def _has_said(self) -> bool:
-        """Whether there is something to read, which may be that it is gone."""
-        with contextlib.suppress(OSError):  # Windows' word for a pipe without its other end
+        """Whether there is something to read, which may be the end of the pipe."""
+        with contextlib.suppress(OSError):  # how Windows reports a pipe without its other end
             return self._pipe.poll(0)
         return True
 
     def _read(self) -> tuple[str, Any]:
         try:
             return self._pipe.recv()  # type: ignore[no-any-return]
-        except Exception:  # noqa: BLE001 - half a message of one that was killed, or not ours
+        except Exception:  # noqa: BLE001 - half a message of a killed process, or not ours
             return "lost", None
 
 
 _FATAL = ("lost", "late", "memory")
-_starting = threading.Lock()  # multiprocessing keeps a list of children, for one thread
+_starting = threading.Lock()  # multiprocessing's list of children is not thread-safe
 
 
 def _failure(reason: str) -> Failure:
@@ -391,7 +393,7 @@ def _exit(code: int | None) -> str:
 
 
 def _be_somewhere(folder: str) -> None:
-    # A handler on a thread may have changed into a folder that is gone; spawn asks where we are.
+    # A handler on a thread may have changed into a folder that is gone; spawn calls getcwd.
     try:
         os.getcwd()
     except OSError:
@@ -400,5 +402,5 @@ def _be_somewhere(folder: str) -> None:
 
 def _kill_group(pid: int) -> None:
     if os.name == "posix":
-        with contextlib.suppress(OSError):  # it has no group yet, or no longer
+        with contextlib.suppress(OSError):  # it has no group yet, or no longer has one
             os.killpg(pid, signal.SIGKILL)

@@ -1,8 +1,8 @@
 """Which request ids have run, so that none runs twice on a worker.
 
 An id that a caller chose is remembered for a minute, or until its request's deadline if that is
-later, and never less; where there is no room, new ones are refused. Ids that a library or the first
-process asked made at random cannot come twice but by a fault of ours: of those the latest are
+later, and never for less; when there is no room, new ones are refused. Ids that a library or the
+first process asked made at random can only come twice by a fault of ours: the latest of those are
 remembered, as a guard that costs next to nothing.
 """
 
@@ -20,15 +20,15 @@ from overlay.model.errors import IdsFull
 from overlay.model.limits import Limits
 from overlay.model.segments import Caller, Segment
 
-BLOCK_BITS = 8  # ids that differ in these only share an entry, so that a run of 256 takes one
-SLICE_S = 15.0  # what ends within so long ends together: a quarter of the shortest stay
+BLOCK_BITS = 8  # ids that differ only in these share an entry: a run of 256 takes one
+SLICE_S = 15.0  # what expires within so long expires together: a quarter of the window
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Begun:
-    """again: the rows whose ids were seen before. full: why none of the others may begin."""
+    """again: rows whose ids were seen before. full: why none of the other rows may begin."""
 
     again: Sequence[int] = ()
     full: IdsFull | None = None
@@ -43,11 +43,11 @@ class SeenIds:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """What is remembered: ids of our own, and entries of chosen ones."""
+        """How much is remembered: random ids, and entries of chosen ones."""
         return len(self._own) + len(self._chosen)
 
     def begin(self, segment: Segment) -> Begun:
-        """The rows that must not begin. All others have, until they are forgotten."""
+        """The rows that must not begin. All others count as begun, until they are forgotten."""
         ids: Sequence[int] = segment.all_ids
         with self._lock:
             self._chosen.expire()
@@ -62,7 +62,7 @@ class SeenIds:
             return Begun(again, self._chosen.add(ids, segment.deadline))
 
     def forget(self, segment: Segment, rows: Iterable[int]) -> None:
-        """These began and provably were not run: the same ids may come again."""
+        """These rows provably did not run: their ids may come again."""
         ids = segment.all_ids
         with self._lock:
             for row in rows:
@@ -83,10 +83,10 @@ class SeenIds:
 
 
 class ChosenIds:
-    """How many ids the callers of this process chose that workers remember. Safe from any thread.
+    """How many ids that callers of this process chose the workers remember. Safe from any thread.
 
-    So that one address cannot have all the room that the workers have: it gets no more than is left
-    free for others.
+    It keeps one address from taking all the room that the workers have: an address gets no more
+    than is left free for others.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -101,7 +101,7 @@ class ChosenIds:
         return self._taken
 
     def take(self, caller: Caller, segment: Segment) -> None:
-        """Counts a client's segment. Raises IdsFull, which proves that nothing of it ran."""
+        """Counts a client's segment. Raises IdsFull, which proves that none of it ran."""
         if segment.own_ids or segment.route.targets is not None:
             return
         address, count = caller.address, _entries(segment)
@@ -153,7 +153,7 @@ class _Latest:
 
 
 class _Chosen:
-    """Ids until their time is over, as bits: by slice of time, by their upper bits."""
+    """Ids until they expire, as bits: by slice of time, then by their upper bits."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self._most = limits.chosen_ids
@@ -178,7 +178,7 @@ class _Chosen:
         )
 
     def add(self, ids: Sequence[int], deadline: float) -> IdsFull | None:
-        """All of them, or none and the reason. They are not there yet."""
+        """Adds all of them, or none and returns the reason. None of them is there yet."""
         blocks, now = _blocks(ids), self._clock()
         end = self._slices.end_of(now, deadline)
         there = self._slices.get(end) or {}
@@ -204,7 +204,7 @@ class _Chosen:
 
 
 class _Slices(Generic[T]):
-    """What ends at about the same time lies together, and goes in one go."""
+    """What expires at about the same time is kept together and removed together."""
 
     def __init__(self, make: Callable[[], T], least_s: float) -> None:
         self._make = make
@@ -216,9 +216,11 @@ class _Slices(Generic[T]):
         return list(self._by_end.values())
 
     def end_of(self, now: float, deadline: float) -> float:
-        """When that ends which has come now: not before its deadline, and not much later."""
+        """When an id that comes now expires: not before its deadline, and not much later."""
         stay_s, width_s = max(self._least_s, deadline - now), SLICE_S
-        while stay_s > 4 * width_s:  # or stays of a day would make thousands to be looked through
+        while (
+            stay_s > 4 * width_s
+        ):  # or deadlines of a day would make thousands of slices to search
             width_s *= 2
         return math.ceil((now + stay_s) / width_s) * width_s
 
@@ -233,7 +235,7 @@ class _Slices(Generic[T]):
         return found
 
     def ended(self, now: float) -> Iterator[T]:
-        """Takes out those whose time is over."""
+        """Removes and yields the expired ones."""
         if now < self.first_end:
             return
         for end in [end for end in self._by_end if end <= now]:
@@ -242,7 +244,7 @@ class _Slices(Generic[T]):
 
 
 def _entries(segment: Segment) -> int:
-    """How many a worker needs for it, at most."""
+    """How many entries a worker needs for it, at most."""
     if segment.ids:
         return len(segment.ids)
     last = segment.first_id + segment.count - 1
@@ -250,7 +252,7 @@ def _entries(segment: Segment) -> int:
 
 
 def _blocks(ids: Sequence[int]) -> dict[int, int]:
-    """By their upper bits, a bit for each."""
+    """By their upper bits, one bit for each id."""
     size = 1 << BLOCK_BITS
     made: dict[int, int] = {}
     if isinstance(ids, range):
@@ -270,7 +272,7 @@ def _blocks(ids: Sequence[int]) -> dict[int, int]:
 def _full(text: str, after_s: float) -> IdsFull:
     after_s = max(0.05, after_s) if math.isfinite(after_s) else 1.0
     return IdsFull(
-        f"no room for more request ids that callers choose: {text}; come again in {after_s:.0f} s, "
+        f"no room for more request ids chosen by callers: {text}; try again in {after_s:.0f} s, "
         "or leave the id to the overlay",
         retry_after_s=after_s,
     )

@@ -1,10 +1,10 @@
 """The user's modules, each as it was when this process first needed it.
 
-A process of a handler starts at any time, and a function may import when it is called: whatever
-was edited meanwhile would meet what was not, or be read when it is half written. So what lies in
-the configuration's folder is kept from the start on, in the worker and in its handlers' processes,
-until the worker starts anew. A module whose name is not written in an import statement is kept
-when it is first imported.
+A handler's process may start at any time, and a function may import when it is called. Edited files
+would then be mixed with unedited ones, or be read half written. So the modules in the
+configuration's folder are kept as they are when the worker starts, for the worker and its handlers'
+processes, until the worker starts again. A module that no import statement names is kept when it is
+first imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-OURS = {"overlay", "overlay_pb2", "overlay_pb2_grpc"}  # where both lie in one folder
+OURS = {"overlay", "overlay_pb2", "overlay_pb2_grpc"}  # where ours and the user's lie in one folder
 
 
 class Source(NamedTuple):
@@ -31,16 +31,16 @@ class Source(NamedTuple):
 
 
 class Sources(MetaPathFinder):
-    """Finds modules of the folder where Python finds them, and loads what was first found there.
+    """Finds the folder's modules as Python does, and loads the source that was first found there.
 
     kept: by the module's full name.
     """
 
     def __init__(self, folder: Path, kept: Mapping[str, Source]) -> None:
         self.folder = str(folder)
-        self._spellings = (self.folder, os.path.abspath(folder))  # Python's own on Windows
+        self._spellings = (self.folder, os.path.abspath(folder))  # Windows' Python uses the second
         self.kept = dict(kept)
-        self._followed = set(kept)  # what these import is kept
+        self._followed = set(kept)  # modules whose imports are kept too
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -59,7 +59,7 @@ class Sources(MetaPathFinder):
         )
 
     def keep_imported(self) -> None:
-        """Keeps what the modules kept so far name in import statements, within functions too."""
+        """Keeps the modules that those kept so far import, within functions too."""
         while todo := self.kept.keys() - self._followed:
             self._followed |= todo
             names = {name for one in todo for name in _imported(one, self.kept[one])}
@@ -69,12 +69,12 @@ class Sources(MetaPathFinder):
                         self._keep(name, _search_path(name))
 
     def add(self, kept: Mapping[str, Source]) -> None:
-        """What another process has kept, with all that it imports."""
+        """Adds what another process has kept, imports included."""
         self._followed |= kept.keys()
         self.kept = {**kept, **self.kept}
 
     def passed_over(self, name: str) -> str | None:
-        """The path of the folder's own module of that name, where the one imported is another."""
+        """The path of the folder's own module of that name, if the imported one is another."""
         own = None if name in OURS else PathFinder.find_spec(name, [self.folder])
         if own is None or own.origin is None or name not in sys.modules:
             return None
@@ -93,7 +93,7 @@ class Sources(MetaPathFinder):
             return None
         with contextlib.suppress(OSError, SyntaxError, ValueError):  # then Python says so
             text, is_package = Path(spec.origin).read_bytes(), spec.submodule_search_locations
-            ast.parse(text)  # what is being written just now may be whole the next time
+            ast.parse(text)  # a file that is just being written may be whole the next time
             source = Source(spec.origin, text, is_package is not None)
             return self.kept.setdefault(fullname, source)
         return None
@@ -108,11 +108,11 @@ class _AsItWas(SourceFileLoader):
         return self._source.text if path == self._source.path else super().get_data(path)
 
     def path_stats(self, path: str) -> Mapping[str, float]:
-        raise OSError  # the bytecode on the disk is that of the file as it is now
+        raise OSError  # bytecode on disk belongs to the file as it is now
 
 
 def keep(folder: Path, kept: Mapping[str, Source]) -> Sources:
-    """This process's, from now on."""
+    """Makes this process import the folder's modules through these sources from now on."""
     found = kept_here()
     if found is None or found.folder != str(folder):
         sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not found]
@@ -127,7 +127,7 @@ def kept_here() -> Sources | None:
 
 
 def _search_path(fullname: str) -> Sequence[str] | None:
-    """Where a module is looked for: in its package. Imports nothing."""
+    """Where Python looks for a module: in its package. Imports nothing."""
     package = fullname.rpartition(".")[0]
     if not package:
         return None
@@ -138,14 +138,16 @@ def _search_path(fullname: str) -> Sequence[str] | None:
 
 
 def _imported(importer: str, source: Source) -> Iterator[str]:
-    """Full names that may be modules."""
+    """The full names in its import statements that may be modules."""
     package = importer if source.is_package else importer.rpartition(".")[0]
     for node in ast.walk(ast.parse(source.text)):
         if isinstance(node, ast.Import):
             for name in node.names:
                 yield from _with_packages(name.name)
         elif isinstance(node, ast.ImportFrom):
-            with contextlib.suppress(ImportError):  # beyond the top: that is for Python to say
+            with contextlib.suppress(
+                ImportError
+            ):  # beyond the top package: Python will report that
                 module = resolve_name("." * node.level + (node.module or ""), package or None)
                 yield from _with_packages(module)
                 yield from (f"{module}.{name.name}" for name in node.names)

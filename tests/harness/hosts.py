@@ -30,7 +30,7 @@ import grpc
 
 from faults.hosts import ADDRESSES, CannotBuild, Hosts
 from overlay.model.segments import Executed
-from overlay.transport import codec
+from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2
 from tests.harness.cluster import ROOT, Overlay
 
@@ -225,7 +225,7 @@ def call_as_told() -> None:
     for line in sys.stdin:
         number, address, method, text, timeout, wait = json.loads(line)
         if address not in channels:
-            channels[address] = grpc.insecure_channel(address, codec.channel_options())
+            channels[address] = grpc.insecure_channel(address, endpoints.channel_options())
         ask = channels[address].unary_unary(method)  # bytes in, bytes out
         began = time.monotonic()
         call = ask.future(base64.b64decode(text), timeout=timeout, wait_for_ready=wait)

@@ -176,7 +176,7 @@ BROKEN: list[tuple[Change, list[str]]] = [
     ),
     (
         lambda raw, p: p["C"].update(neighbors=["B", "B"]),
-        ["process C: neighbor 'B' is there twice"],
+        ["process C: neighbor 'B' appears twice"],
     ),
     (lambda raw, p: p["B"].update(port=99999), ["process B: port 99999 is not 1..65535"]),
     (lambda raw, p: p["B"].update(port=0), ["process B: port 0 is not 1..65535"]),
@@ -242,7 +242,7 @@ BROKEN: list[tuple[Change, list[str]]] = [
         lambda raw, p: p["E"].update(role="leader"),
         [
             "there must be one leader, not 2 (A, E)",
-            "team 'pink' has workers and no team_leader",
+            "team 'pink' has workers but no team_leader",
         ],
     ),
     (
@@ -252,13 +252,13 @@ BROKEN: list[tuple[Change, list[str]]] = [
     (
         lambda raw, p: p["A"].update(neighbors=["B"]),
         [
-            "process F: no way from leader A down to it; "
-            "a team_leader that A has as neighbor must have F as neighbor"
+            "process F: leader A has no path down to it; "
+            "a team_leader among the neighbors of A must have F as neighbor"
         ],
     ),
     (
         lambda raw, p: p["F"].update(team="blue"),
-        ["team 'blue' has workers and no team_leader"],
+        ["team 'blue' has workers but no team_leader"],
     ),
 ]
 
@@ -374,8 +374,8 @@ TEXTS = [
     ('{"processes": {}', "mine.json is not JSON: line 1, column 17"),
     ("[]", 'mine.json must be an object like {"processes"'),
     ("null", "mine.json must be an object"),
-    ('{"a": 1, "a": 2}', "mine.json: key 'a' is there twice"),
-    ('{"processes": {"A": {"id": 1, "id": 2}}}', "mine.json: key 'id' is there twice"),
+    ('{"a": 1, "a": 2}', "mine.json: key 'a' appears twice"),
+    ('{"processes": {"A": {"id": 1, "id": 2}}}', "mine.json: key 'id' appears twice"),
     ('{"processes": NaN}', "mine.json is not usable JSON: NaN is not JSON"),
     ('{"processes": -Infinity}', "mine.json is not usable JSON: -Infinity is not JSON"),
     ('{"x": ' + "9" * 5000 + "}", "mine.json is not usable JSON: "),
@@ -483,7 +483,7 @@ def test_the_file_may_name_its_schema(file):
 def test_the_schema_beside_the_code_is_current():
     text = json.dumps(config.schema(), indent=2) + "\n"
     assert SCHEMA.read_text("utf-8") == text, (
-        "write it again: python -m tests.model.test_config (after a change of config.py)"
+        "run: python scripts/reference.py (after a change of config.py)"
     )
 
 
@@ -513,7 +513,3 @@ def _outcome(file: File, text: str) -> Topology | tuple[str, ...] | None:
     except ConfigError as e:
         right = e.problems and all(problem.isprintable() and problem for problem in e.problems)
         return e.problems if right else None
-
-
-if __name__ == "__main__":
-    SCHEMA.write_text(json.dumps(config.schema(), indent=2) + "\n", "utf-8")

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 import urllib.request
 from pathlib import Path
@@ -404,8 +403,8 @@ def test_wrong_options_name_the_help_of_their_verb(project, words, says):
 def test_the_first_function_runs_as_the_page_says_and_stop_is_for_good(project, tmp_path):
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     page = page.partition("## Your own function")[2].partition("\n## ")[0]
-    blocks = re.findall(r"(?m)(?:^    .*\n(?:\n(?=    ))?)+", page)
-    module, entry, commands = (textwrap.dedent(block).strip() for block in blocks[:3])
+    blocks = re.findall(r"(?ms)^```\w+\n(.*?)^```$", page)
+    module, entry, commands = (block.strip() for block in blocks[:3])
     folder = project / "first function"
     copy_project(folder)
     (folder / "mine.py").write_text(module, encoding="utf-8")

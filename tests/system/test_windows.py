@@ -35,8 +35,7 @@ UNITS = "not hypothesis and not six"
 # Not what starts many Pythons, a second each under wine, nor what counts the memory of thousands.
 SOON = "not killed_idle and not is_replaced and not does_not_grow and not refused_bytes"
 SOON += " and (not named_with_its_module or missing)"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TWO_MACHINES = README.partition("## Two machines")[2].partition("\n## ")[0]
+TWO_MACHINES = (ROOT / "docs" / "two-machines.md").read_text(encoding="utf-8")
 DOCTOR = "python client.py doctor two_hosts_config.json"
 PC, MAC = "192.168.1.23", "192.168.1.40"  # those of the page
 LEADER = (ADDRESSES[1], "50051")
@@ -368,7 +367,7 @@ def test_the_doctor_on_either_system_finds_all_well(both: PcAndMac, on_windows: 
         ([*LEADER, "top", "--once", "--json"], '"ok": true'),
         ([*LEADER, "logs", "F"], "F overlay.node INFO serves on 192.168.1.2:50056"),
         ([*LEADER, "--as-completed"], "3 of 3 workers answered"),
-        ([*LEADER, "--first", "1"], "the others' work was ended"),
+        ([*LEADER, "--first", "1"], "the others were cancelled"),
         ([*LEADER, "--trace"], "on the way ms"),
     ],
     ids=lambda words: " ".join(words[-2:]) if isinstance(words, list) else "",
@@ -449,7 +448,7 @@ def test_a_process_on_windows_stops_in_order_and_comes_back(both: PcAndMac) -> N
     until(lambda: both.ask("A").answered == "CDF", 20, "all answer again")
 
 
-# README, "Two machines"
+# docs/two-machines.md
 
 
 class Machines:

@@ -131,7 +131,7 @@ class Bench:
     def free(self) -> int:
         """Places that can be claimed now."""
         count = self.executor.claim("h", 10_000)
-        self.executor._give_back(self.executor._desks["h"][0], count)
+        self.executor._give_back(self.executor._handlers["h"][0], count)
         return count
 
     def _freed(self) -> None:
@@ -206,7 +206,7 @@ def test_whatever_is_bytes_is_an_answer(bench, what, result):
 
 @pytest.mark.parametrize("what", ["raise", "exit", "interrupt", "generator"])
 def test_whatever_a_handler_raises_is_one_answer_and_its_text_stays_in_the_log(bench, what, caplog):
-    caplog.set_level(logging.ERROR, "overlay.executor")
+    caplog.set_level(logging.ERROR, "overlay.workers.job")
 
     part = bench.run(what, request_id=own_id(bench))
 
@@ -298,14 +298,14 @@ def test_a_claim_gets_as_many_places_as_there_are(benches):
 
 def test_slots_hold_with_many_threads(benches, acts):
     bench = benches(slots=3)
-    desk, _ = bench.executor._desks["h"]
+    slots, _ = bench.executor._handlers["h"]
     most: list[int] = []
 
     def ask() -> None:
         for n in range(100):
             count = bench.executor.claim("h", n % 4)
-            most.append(desk.taken)
-            bench.executor._give_back(desk, count)
+            most.append(slots.taken)
+            bench.executor._give_back(slots, count)
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
@@ -669,8 +669,8 @@ def test_rows_that_ran_before_are_refused_and_the_others_run(bench):
 def test_rows_that_ended_before_they_began_may_be_asked_again(benches):
     bench = benches(slots=1)
     bench.run("pid")
-    ((desk, _),) = bench.executor._desks.values()
-    desk.service_s = 0.0001  # it was quick, so that the worker takes rows beyond its slots
+    ((slots, _),) = bench.executor._handlers.values()
+    slots.service_s = 0.0001  # it was quick, so that the worker takes rows beyond its slots
     until(lambda: bench.free >= 4)
     first_id = bench.start_rows(["sleep 1", "pid", "pid", "pid"], first_id=20_000)
     until(lambda: bench.executor.active == 1)
@@ -680,7 +680,7 @@ def test_rows_that_ended_before_they_began_may_be_asked_again(benches):
     ended = [bench.parts[first_id + row][0].executed for row in range(4)]
     assert ended == [Executed.YES, Executed.NO, Executed.NO, Executed.NO]
     until(lambda: bench.executor.active == 0)
-    desk.service_s = 0.0001
+    slots.service_s = 0.0001
     until(lambda: bench.free >= 4)
     bench.start_rows(["pid"] * 4, first_id=first_id)
     until(lambda: all(len(bench.parts[first_id + row]) == 2 for row in range(4)))
@@ -696,7 +696,7 @@ def test_where_no_more_ids_can_be_remembered_a_row_is_refused_with_proof(benches
     part = bench.run("pid", request_id=2000)
 
     assert (part.code, part.executed) == (Code.RESOURCE_EXHAUSTED, Executed.NO)
-    assert part.reason.startswith("no room for more request ids that callers choose: this worker")
+    assert part.reason.startswith("no room for more request ids chosen by callers: this worker")
     bench.start("pid", request_id=1000)
     until(lambda: len(bench.parts[1000]) == 2)
     assert bench.parts[1000][1].code is Code.ALREADY_EXISTS

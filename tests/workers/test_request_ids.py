@@ -108,7 +108,7 @@ def test_where_there_is_no_room_a_chosen_id_may_not_begin_and_what_ran_is_still_
     assert (begun.full.code, begun.full.executed) == (Code.RESOURCE_EXHAUSTED, Executed.NO)
     assert 60 <= begun.full.retry_after_s <= 75
     assert str(begun.full).startswith(
-        "no room for more request ids that callers choose: this worker remembers 3 of 3; come again"
+        "no room for more request ids chosen by callers: this worker remembers 3 of 3; try again"
     )
     assert bench.begin(3 * RUN, own=True) == []
     bench.clock.advance(begun.full.retry_after_s)
@@ -293,7 +293,7 @@ def test_over_the_wire_one_address_is_refused_with_proof_where_its_room_ends(six
     assert most - 4000 <= good <= most + 4000
     assert {(f.code, f.executed) for f in failures} == {(Code.RESOURCE_EXHAUSTED, pb2.NO)}
     assert failures[0].reason.startswith(
-        "no room for more request ids that callers choose: 127.0.0.1"
+        "no room for more request ids chosen by callers: 127.0.0.1"
     )
     assert 0 < failures[0].retry_after_ms <= 75_000
     assert stub.Forward(pb2.Request(payload=b"hi"), timeout=10).result == b"C: hi"

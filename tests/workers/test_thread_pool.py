@@ -26,7 +26,7 @@ class Bench:
 
     def __init__(self, handler: Callable[[bytes, Context], bytes], slots: int) -> None:
         spec = HandlerSpec("h", "overlay.workers.api:echo", slots=slots)
-        self.desk = HandlerSlots(spec, slots, {})
+        self.slots = HandlerSlots(spec, slots, {})
         self.runner = ThreadRunner(spec, slots)
         self.runner._call = self._call
         self.slices: list[tuple[int, int]] = []
@@ -52,9 +52,9 @@ class Bench:
                 for row in range(len(answers)):
                     self.parts[first_id + start + row] += answers.at(row).parts
 
-        batch = HandlerJob(self.desk, WORKER, segment, 0.0, sink, self._give_back, self.runner.end)
-        self.runner.submit(batch)
-        return first_id, batch
+        job = HandlerJob(self.slots, WORKER, segment, 0.0, sink, self._give_back, self.runner.end)
+        self.runner.submit(job)
+        return first_id, job
 
     @property
     def answered(self) -> list[int]:
@@ -117,7 +117,7 @@ def test_each_row_is_begun_once_and_answered_once_with_its_own_result(benches):
     assert set(bench.begun.values()) == {1}
     assert bench.given_back == 1000
     assert all(parts[0].result == b"%d" % (n % 50) for n, parts in bench.parts.items())
-    assert (bench.desk.counts(0).completed, bench.desk.counts(0).failed) == (1000, 0)
+    assert (bench.slots.counts(0).completed, bench.slots.counts(0).failed) == (1000, 0)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
@@ -136,7 +136,7 @@ def test_quick_rows_of_a_segment_leave_in_few_slices(benches):
     bench = benches()
     bench.submit(1)
     bench.wait()
-    bench.desk.service_s = 0.00001
+    bench.slots.service_s = 0.00001
 
     bench.submit(500)
     bench.wait()
@@ -160,7 +160,7 @@ def test_a_stuck_quick_handler_gets_company(benches):
     bench = benches(gate, slots=2)
     bench.submit(1)
     bench.wait()
-    bench.desk.service_s = 0.00001
+    bench.slots.service_s = 0.00001
 
     first_id, _ = bench.submit(10)
     until(lambda: len(bench.answered) >= 7, 2, "the rows behind the stuck one")
@@ -176,7 +176,7 @@ def test_a_stuck_quick_handler_gets_company(benches):
 def test_a_result_does_not_wait_for_a_row_that_is_stuck_behind_it(benches, slots, service_s):
     gate = Gate(b"1", b"2", b"3")
     bench = benches(gate, slots)
-    bench.desk.service_s = service_s
+    bench.slots.service_s = service_s
 
     first_id, _ = bench.submit(4)
 
@@ -205,7 +205,7 @@ def test_with_one_slot_the_rows_behind_a_stuck_one_wait(benches):
     bench = benches(gate, slots=1)
     bench.submit(1)
     bench.wait()
-    bench.desk.service_s = 0.00001
+    bench.slots.service_s = 0.00001
     first_id, _ = bench.submit(4)
     until(lambda: bench.begun[first_id + 1])
 
@@ -220,11 +220,11 @@ def test_with_one_slot_the_rows_behind_a_stuck_one_wait(benches):
 def test_cancelled_rows_that_wait_never_begin_and_give_their_places_back(benches):
     gate = Gate(b"0")
     bench = benches(gate, slots=1)
-    first_id, batch = bench.submit(6)
+    first_id, job = bench.submit(6)
     until(lambda: bench.begun[first_id])
 
-    batch.end(Code.CANCELLED, 2, 3)
-    batch.end(Code.CANCELLED, 2, 3)
+    job.end(Code.CANCELLED, 2, 3)
+    job.end(Code.CANCELLED, 2, 3)
 
     assert bench.given_back == 3
     assert bench.answered == [first_id + row for row in (2, 3, 4)]
@@ -247,10 +247,10 @@ def test_a_cancelled_row_that_runs_is_answered_at_once_and_can_see_it(benches):
         return payload
 
     bench = benches(handler, slots=2)
-    first_id, batch = bench.submit(2)
+    first_id, job = bench.submit(2)
     until(lambda: len(bench.begun) == 2)
 
-    batch.end(Code.CANCELLED, 1, 1)
+    job.end(Code.CANCELLED, 1, 1)
 
     assert bench.answered == [first_id + 1]
     assert bench.parts[first_id + 1][0].executed is Executed.YES
@@ -265,10 +265,10 @@ def test_a_cancelled_row_that_runs_is_answered_at_once_and_can_see_it(benches):
 def test_an_end_of_every_row_answers_every_row_with_its_code(benches, code):
     gate = Gate(b"0")
     bench = benches(gate, slots=1)
-    first_id, batch = bench.submit(5)
+    first_id, job = bench.submit(5)
     until(lambda: bench.begun[first_id])
 
-    batch.end(code, 0, 5)
+    job.end(code, 0, 5)
 
     assert {parts[0].code for parts in bench.parts.values()} == {code}
     gate.open.set()
@@ -280,12 +280,10 @@ def test_rows_and_ends_from_many_threads_still_answer_each_row_once(benches):
     bench = benches(lambda payload, context: time.sleep(0.0005) or payload, 4)
     batches = [bench.submit(20)[1] for _ in range(20)]
 
-    def end(batch: HandlerJob, start: int) -> None:
-        batch.end(Code.CANCELLED, start, 5)
+    def end(job: HandlerJob, start: int) -> None:
+        job.end(Code.CANCELLED, start, 5)
 
-    enders = [
-        threading.Thread(target=end, args=(batch, chance.randint(0, 15))) for batch in batches
-    ]
+    enders = [threading.Thread(target=end, args=(job, chance.randint(0, 15))) for job in batches]
     for ender in enders:
         ender.start()
     for ender in enders:
@@ -310,7 +308,7 @@ def test_a_failing_row_costs_its_own_row(benches):
     bench.wait()
 
     assert [n for n, parts in bench.parts.items() if not parts[0].ok] == [first_id + 2]
-    assert (bench.desk.counts(0).completed, bench.desk.counts(0).failed) == (4, 1)
+    assert (bench.slots.counts(0).completed, bench.slots.counts(0).failed) == (4, 1)
 
 
 def test_a_sink_that_fails_does_not_end_the_threads(benches):
@@ -320,8 +318,8 @@ def test_a_sink_that_fails_does_not_end_the_threads(benches):
         raise RuntimeError("a fault of ours")
 
     segment = Segment(Route(), Column([b"x"]), time.monotonic() + 9, 999)
-    batch = HandlerJob(bench.desk, WORKER, segment, 0.0, broken, bench._give_back, bench.runner.end)
-    bench.runner.submit(batch)
+    job = HandlerJob(bench.slots, WORKER, segment, 0.0, broken, bench._give_back, bench.runner.end)
+    bench.runner.submit(job)
     bench.submit(3)
 
     bench.wait()
@@ -339,16 +337,16 @@ def test_a_closed_runners_threads_end(benches):
 
 
 def test_outcomes_with_gaps_are_answered_as_runs():
-    desk = HandlerSlots(HandlerSpec("h", "x:y"), 9, {})
+    slots = HandlerSlots(HandlerSpec("h", "x:y"), 9, {})
     slices: list[tuple[int, list[bytes]]] = []
 
     def sink(start: int, answers: Answers) -> None:
         slices.append((start, [answers.at(row).parts[0].result for row in range(len(answers))]))
 
     segment = Segment(Route(), Column([b""] * 9), 1e12, 1)
-    batch = HandlerJob(desk, WORKER, segment, 0.0, sink, lambda count: None, lambda *what: None)
+    job = HandlerJob(slots, WORKER, segment, 0.0, sink, lambda count: None, lambda *what: None)
     outcomes = [(0, b"a"), (1, b"b"), (4, Failure(Code.INTERNAL, "")), (5, b"f"), (8, b"i")]
-    batch.done(outcomes, 0.1, time.monotonic())
+    job.done(outcomes, 0.1, time.monotonic())
 
     assert slices == [(0, [b"a", b"b"]), (4, [b"", b"f"]), (8, [b"i"])]
 

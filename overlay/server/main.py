@@ -1,0 +1,16 @@
+"""The command `overlay-node CONFIG ID` of an installed package: node.py, as `python node.py`."""
+
+import runpy
+import sys
+from pathlib import Path
+
+BESIDE = Path(__file__).with_name("node.py")  # in a wheel, where setup.py puts it
+IN_A_CLONE = Path(__file__).resolve().parents[2] / "node.py"
+
+
+def main() -> None:
+    """Ends with SystemExit, as the program does."""
+    path = BESIDE if BESIDE.exists() else IN_A_CLONE
+    # As the main program: what it does last of all, it does only there.
+    runpy.run_path(str(path), run_name="__main__")
+    sys.exit(0)

@@ -1,0 +1,38 @@
+"""The pages that are made from the code say what the code says."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from scripts import reference
+from tests.harness.cluster import ROOT
+
+made = functools.cache(reference.pages)
+
+
+# Words, and not lines: argparse breaks its lines elsewhere in another Python.
+@pytest.mark.parametrize("path", ["docs/configuration.md", "docs/verbs.md"])
+def test_a_page_made_from_the_code_is_current(path: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+
+    assert text.split() == made()[path].split(), "run: python scripts/reference.py"
+
+
+def test_every_key_of_the_configuration_is_explained() -> None:
+    schema = reference.config.schema()
+    parts = [schema, *schema["$defs"].values()]
+    keys = [(name, key) for part in parts for name, key in part["properties"].items()]
+
+    assert [name for name, key in keys if name != "$schema" and "description" not in key] == []
+
+
+def test_every_verb_has_its_help_on_the_page() -> None:
+    page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
+    modules = {path.stem for path in (ROOT / "overlay" / "cli").glob("*.py")}
+    verbs = {line.split()[1] for line in page.splitlines() if line.startswith("## ")}
+
+    assert verbs & modules == {
+        *("map", "check", "handlers", "logs", "top", "web", "drain", "init", "doctor")
+    }
