@@ -163,7 +163,7 @@ def dead_link_is_silent() -> None:
     from overlay.peers import outgoing
 
     def lost(self: Any, why: Any) -> None:
-        self.is_live = False
+        self._multiplexer.lose()
         self._link.lost(why)
 
     outgoing.SegmentSender._lost = lost

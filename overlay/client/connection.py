@@ -17,9 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from overlay.client import environment
 from overlay.client.callbacks import Callbacks
 from overlay.client.doubt import Doubt
-from overlay.client.multiplexer import RETRY_PAUSE_S, Multiplexer
 from overlay.client.outbox import Submission
 from overlay.client.results import Answer, error_of, failure_of, result_of, sentence_of
+from overlay.client.submitter import RETRY_PAUSE_S, Submitter
 from overlay.model import clocks as time
 from overlay.model.errors import (
     CallCancelled,
@@ -77,9 +77,9 @@ class Connection:
         self._lock = threading.Lock()
         self._made: _Stubs | None = None
         self._single_stubs: _Stubs | None = None
-        self._calls: Multiplexer | None = None
+        self._calls: Submitter | None = None
         # What holds a stream and threads, without this connection: so that it can be let go.
-        self._held: list[Multiplexer | Channel] = []
+        self._held: list[Submitter | Channel] = []
         self._freeing = weakref.finalize(self, _free_soon, self._held)
         self._freeing.atexit = False
         environment.remember(self)
@@ -93,7 +93,7 @@ class Connection:
         """Raises NotReached when nothing serves at the address."""
         self.wait_ready(timeout_s).send(submission)
 
-    def wait_ready(self, timeout_s: float) -> Multiplexer:
+    def wait_ready(self, timeout_s: float) -> Submitter:
         """Waits for the connection, no longer than the client's patience. Raises NotReached."""
         calls = self.begin() if self._calls is None or self._closed else self._calls
         if not calls.connected.is_set():
@@ -170,18 +170,18 @@ class Connection:
             self._is_left, self._closed = not self._closed, True
             self._calls = None
 
-    def begin(self) -> Multiplexer:
+    def begin(self) -> Submitter:
         with self._lock:
             channel = self._stubs_locked().channel
             if self._calls is None:
                 shown = partial(getattr, channel, "shown")
-                calls = Multiplexer(channel, self._address, self._patience_s, shown)
+                calls = Submitter(channel, self._address, self._patience_s, shown)
                 calls.start()
                 self._calls = calls
                 self._held.insert(0, calls)
             return self._calls
 
-    def wait_connected(self, calls: Multiplexer, patience_s: float) -> None:
+    def wait_connected(self, calls: Submitter, patience_s: float) -> None:
         """Raises NotReached with the reason, when the connection does not come up in time."""
         until = time.monotonic() + patience_s
         calls.wake()
@@ -379,7 +379,7 @@ class _Stubs:
         return True
 
 
-def _is_wrong(calls: Multiplexer) -> bool:
+def _is_wrong(calls: Submitter) -> bool:
     """Whether something answers at the address that will not take our stream later either."""
     refused = calls.refused
     return refused is not None and refused.code not in _MAY_PASS and not calls.is_full
@@ -394,14 +394,14 @@ def _closed(is_left: bool) -> CallFailed:
     return CallCancelled("this client is closed", executed=Executed.NO)
 
 
-def _free(held: list[Multiplexer | Channel]) -> None:
+def _free(held: list[Submitter | Channel]) -> None:
     """Closes them in their order. May be called twice."""
     for one in list(held):
         one.close()
     environment.end_use(held)
 
 
-def _free_soon(held: list[Multiplexer | Channel]) -> None:
+def _free_soon(held: list[Submitter | Channel]) -> None:
     # On a thread of its own: closing waits, and a finalizer runs wherever the last reference goes,
     # on the pipe's thread too. By the bare function, which takes no lock of `threading`: that very
     # thread may just hold it.

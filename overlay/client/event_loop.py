@@ -18,9 +18,9 @@ from typing import Any, NoReturn, TypeVar
 
 from overlay.client.arguments import CallOptions
 from overlay.client.connection import Connection
-from overlay.client.multiplexer import Multiplexer
 from overlay.client.outbox import CallKind, Submission
 from overlay.client.results import NOT_PICKLED
+from overlay.client.submitter import Submitter
 from overlay.model import clocks as time
 from overlay.model.errors import CallFailed
 from overlay.model.limits import Limits
@@ -79,7 +79,7 @@ class LoopBridge:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked: dict[tuple[CallKind, float], list[AsyncCallFuture]] = {}
         self._came: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._calls: Multiplexer | None = None
+        self._calls: Submitter | None = None
         self._is_due = False  # the loop is to look at what came, and has not yet
         self._wake_weakly = _weakly(self._wake)
         self._connecting: dict[float, asyncio.Task[None]] = {}
@@ -115,7 +115,7 @@ class LoopBridge:
     ) -> Submission:
         """fail: called instead of `take` when nothing could be sent. early: see Submission."""
         submission = Submission(kind, payloads, time.monotonic() + timeout_s, self.hand_over(take))
-        submission.early = self.hand_over(early) if early else None
+        submission.on_partial = self.hand_over(early) if early else None
         try:
             calls = self._begin()
         except (CallFailed, RuntimeError) as e:  # the latter when no thread can be had
@@ -168,7 +168,7 @@ class LoopBridge:
             await asyncio.wait(self._sending)
         self._settle()
 
-    def _begin(self) -> Multiplexer:
+    def _begin(self) -> Submitter:
         calls = self._calls = self.connection.begin()
         calls.after_frame = self._wake_weakly
         return calls
@@ -185,7 +185,7 @@ class LoopBridge:
 
     async def _send_later(
         self,
-        calls: Multiplexer,
+        calls: Submitter,
         submission: Submission,
         timeout_s: float,
         fail: Callable[[Exception], None],
@@ -197,7 +197,7 @@ class LoopBridge:
         else:
             calls.send(submission)  # cancelled rows among them are never sent
 
-    async def _connected(self, calls: Multiplexer, timeout_s: float) -> None:
+    async def _connected(self, calls: Submitter, timeout_s: float) -> None:
         # One thread waits for all that is asked meanwhile.
         patience_s = min(self._patience_s, timeout_s)
         task = self._connecting.get(patience_s)
@@ -208,7 +208,7 @@ class LoopBridge:
         await asyncio.shield(task)
 
     def _deliver(self, take: Callable[..., None], *came: Any) -> None:
-        # On a thread of client.multiplexer.
+        # On a thread of client.submitter.
         self._came.append((take, came))
         if self._calls is None or not self._calls.is_delivering:
             self._wake()

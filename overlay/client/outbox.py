@@ -1,6 +1,6 @@
-"""What a client has been asked to send: orders, and the outbox where they wait for room.
+"""What a client has been asked to send, and the outbox where it waits for room.
 
-    put(order) --> a line for each priority --> take()     the most urgent first
+    put(submission) --> a line for each priority --> take()     the most urgent first
 
 Owns no thread and needs no lock of its own: a line is a deque, whose ends are safe from any thread.
 """
@@ -17,20 +17,20 @@ from overlay.model.segments import Route
 from overlay.queueing import admission
 
 Deliver = Callable[[Sequence[int], Any, int, int], None]
-"""(rows of the order, what came for them or the Failure that says why nothing did, the first one's
-row in what came, its request id, after which those of the others come; 0 for what was not sent).
-Each row comes once, on the pipe's or the deadline thread; must
-be quick and must not raise."""
+"""Takes (rows, what came, at, request_id): rows of the submission; the Delivery that has them, from
+its row `at` on, or the Failure that says why there is none; the first row's request id, which those
+of the other rows follow, or 0 for rows that were not sent. Each row comes once, on the stream's or
+the deadline thread; must be quick and must not raise."""
 
 
 @dataclass(frozen=True)
 class CallKind:
-    """What requests that travel together share, but for the deadline."""
+    """What requests of one segment share, apart from the deadline."""
 
     route: Route
     want_parts: bool = False
     priority: int = 0
-    as_they_come: bool = False  # parts before the answer
+    as_they_come: bool = False  # parts come before the answer
 
 
 class Submission:
@@ -41,11 +41,11 @@ class Submission:
         "cancelled",
         "deadline",
         "deliver",
-        "early",
         "given",
         "is_patient",
         "keeps_trying",
         "kind",
+        "on_partial",
         "payloads",
         "rows",
         "size",
@@ -59,11 +59,12 @@ class Submission:
         deadline: float,
         deliver: Deliver,
         wakes_a_thread: bool = False,
-        early: Deliver | None = None,
+        on_partial: Deliver | None = None,
     ) -> None:
-        """early: gets what comes before the answers, any number of times, as `deliver` those."""
+        """on_partial: as `deliver`, for parts that come before their row's answer; any number of
+        times for a row."""
         self.kind = kind
-        self.early = early
+        self.on_partial = on_partial
         self.payloads = payloads
         self.deadline = deadline
         self.deliver = deliver
@@ -73,13 +74,13 @@ class Submission:
         self.attempt = 0
         self.cancelled: set[int] = set()
         self.given = time.monotonic()
-        self.is_patient = False  # whose owner takes it back when it has waited for too long
-        # Whether what provably did not run is tried again, beyond what any call may have of that.
+        self.is_patient = False  # waits for a place there until its owner takes it back
+        # Whether rows that provably did not run are tried again beyond the budget of retries.
         self.keeps_trying: Callable[[], bool] = _never
 
     def part(self, rows: Sequence[int], attempt: int) -> Submission:
-        """Some of its rows, as an order to be sent for themselves."""
-        whose = self.deliver, self.wakes_a_thread, self.early
+        """A submission of some of its rows."""
+        whose = self.deliver, self.wakes_a_thread, self.on_partial
         made = Submission(self.kind, self.payloads, self.deadline, *whose)
         made.rows, made.attempt, made.cancelled = rows, attempt, self.cancelled
         made.given, made.is_patient = self.given, self.is_patient
@@ -96,7 +97,7 @@ def _never() -> bool:
 
 
 class Outbox:
-    """What is still to be sent: the most urgent first, as overlay.queueing.admission says."""
+    """What is still to be sent: the most urgent first, as overlay.queueing.admission ranks it."""
 
     def __init__(self) -> None:
         self._lines: dict[int, deque[Submission]] = {0: deque()}  # by priority
@@ -107,31 +108,31 @@ class Outbox:
     def __bool__(self) -> bool:
         return any(self._lines.values())
 
-    def put(self, order: Submission) -> None:
-        self._line_of(order).append(order)
+    def put(self, submission: Submission) -> None:
+        self._line_of(submission).append(submission)
 
-    def put_back(self, order: Submission) -> None:
-        """What was taken last, or the rest of it."""
-        self._line_of(order).appendleft(order)
+    def put_back(self, submission: Submission) -> None:
+        """Puts back what was taken last, or the rest of it."""
+        self._line_of(submission).appendleft(submission)
 
     def first(self) -> Submission:
-        """The one that `take` would give now. Raises IndexError when there is none."""
+        """The one that `take` would return now. Raises IndexError when there is none."""
         return self._first_line()[0]
 
     def take(self) -> Submission:
         """Raises IndexError when there is none."""
         return self._first_line().popleft()
 
-    def remove(self, order: Submission) -> None:
+    def remove(self, submission: Submission) -> None:
         """Raises ValueError when it has left."""
-        self._line_of(order).remove(order)
+        self._line_of(submission).remove(submission)
 
     def all(self) -> list[Submission]:
-        return [order for line in list(self._lines.values()) for order in line.copy()]
+        return [submission for line in list(self._lines.values()) for submission in line.copy()]
 
-    def _line_of(self, order: Submission) -> deque[Submission]:
-        line = self._lines.get(order.kind.priority)
-        return self._lines.setdefault(order.kind.priority, deque()) if line is None else line
+    def _line_of(self, submission: Submission) -> deque[Submission]:
+        line = self._lines.get(submission.kind.priority)
+        return self._lines.setdefault(submission.kind.priority, deque()) if line is None else line
 
     def _first_line(self) -> deque[Submission]:
         if len(self._lines) == 1:

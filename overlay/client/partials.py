@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from overlay.client.multiplexer import Delivery
+from overlay.client.submitter import Delivery
 from overlay.model.segments import Code, Failure, Part, PartColumn
 from overlay.transport.chunks import ITEM_END
 

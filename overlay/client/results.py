@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from overlay.client.multiplexer import Delivery
+from overlay.client.submitter import Delivery
 from overlay.model import json_values
 from overlay.model.errors import CallFailed, InvalidCall, of_status
 from overlay.model.segments import Code, Executed, Failure, Hop, Part

@@ -9,7 +9,7 @@
 A call returns an answer or raises a CallFailed that says what happened and whether a handler saw
 the request; every call has a deadline. A request is sent again only on proof that it did not run.
 
-All requests of a client share one stream, whose threads client.multiplexer owns; metrics, health
+All requests of a client share one stream, whose threads client.submitter owns; metrics, health
 and what an administrator asks are calls of their own.
 """
 
@@ -485,7 +485,7 @@ def _parts(connection: Connection, options: CallOptions, parts: Parts) -> Iterat
         (options.body,),
         time.monotonic() + timeout_s,
         lambda rows, came, at, request_id: box.put((True, came, at, request_id)),
-        early=lambda rows, came, at, request_id: box.put((False, came, at, request_id)),
+        on_partial=lambda rows, came, at, request_id: box.put((False, came, at, request_id)),
     )
     connection.send(submission, timeout_s)
     is_last = False

@@ -1,16 +1,14 @@
-"""What goes through one pipe to a neighbour: segments to send, those not answered yet, cancels.
+"""What goes to a neighbour over one stream: the segments to send, and what answers them.
 
-    send --> outbox --> fill: what may travel in one segment is joined --> the neighbour
+    send --> outbox --> fill: small segments of one kind are joined --> the neighbour
     sink <-- receive: a slice is given to the segments that its rows belong to <--
 
-Few requests gather behind a neighbour that is at quick work, and leave together.
+Which segment an answer belongs to is overlay.transport.multiplexer's. Single requests for a
+neighbour that is at quick work gather for a moment, and leave together.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -19,7 +17,6 @@ from typing import Protocol
 import grpc
 
 from overlay.model.limits import Limits
-from overlay.model.pending import PendingRows
 from overlay.model.segments import (
     Answers,
     Code,
@@ -33,18 +30,16 @@ from overlay.model.segments import (
     shifted,
 )
 from overlay.transport import codec
-from overlay.transport.chunks import Arriving
-from overlay.transport.codec import Asked, pb2
+from overlay.transport.codec import pb2
+from overlay.transport.multiplexer import SAME_DEADLINE_S, Multiplexer, OpenSegment
 from overlay.transport.stream import ReconnectingStream
-
-SAME_DEADLINE_S = 0.01  # segments whose deadlines are no further apart may travel as one
 
 
 class Owner(Protocol):
-    """What a book needs of its link. Safe from any thread.
+    """What a SegmentSender needs of its owner. Safe from any thread.
 
-    metadata: what the neighbour is told with each call. to_flush: the books that have something to
-    send, until `flush` kicks them.
+    metadata: sent with each call. to_flush: the senders that have something to send, until `flush`
+    kicks their streams.
     """
 
     id: str
@@ -63,66 +58,50 @@ class Owner(Protocol):
     def lost(self, why: Part) -> None: ...
 
 
-class _Sent:
-    """A segment given to a link: each row is answered once, by the neighbour or for it."""
+class _Member:
+    """A segment that was given to be sent: it waits, or was sent alone or joined with others."""
 
-    __slots__ = ("early", "is_read", "message", "open", "row", "segment", "sink")
+    __slots__ = ("is_over", "is_read", "row", "segment", "sent_in", "sink")
 
     def __init__(self, segment: Segment, sink: Sink) -> None:
-        self.is_read = False  # in chunks: so it is the reader's matter when it ends, and how
         self.segment = segment
         self.sink = sink
-        self.open = PendingRows(segment.count)
-        self.message: _Message | None = None  # in which it was handed to gRPC; it may run then
-        self.row = 0  # where it begins in that message
-        # What has come before the answers: (row, worker) -> how far its chunks are.
-        self.early: dict[tuple[int, str], Arriving] = {}
-
-
-class _Message:
-    """A segment as it was written: one of those given, or several that could be joined."""
-
-    __slots__ = ("asked", "left", "number", "parts", "starts")
-
-    def __init__(self, number: int, parts: list[_Sent], targets: frozenset[str] | None) -> None:
-        self.number = number
-        self.parts = parts
-        first, rows = parts[0].segment, sum(part.segment.count for part in parts)
-        self.asked = Asked(rows, targets, first.early is not None, first.chunks > 0)
-        self.starts: list[int] = []
-        self.left = 0
-        for part in parts:
-            part.message, part.row = self, self.left
-            self.starts.append(self.left)
-            self.left += part.segment.count
+        self.sent_in: OpenSegment[_Member] | None = None  # once handed to gRPC: it may run
+        self.row = 0  # in which it begins there
+        self.is_read = False  # in chunks: how fast it ends is then up to its reader
+        self.is_over = False  # each of its rows has its answer
 
 
 class SegmentSender:
-    """What goes through one pipe: segments to send, segments not yet answered, cancels."""
+    """Sends segments over one stream and gives each of their rows one answer.
 
-    def __init__(self, link: Owner, name: str, limits: Limits) -> None:
-        self.pipe = ReconnectingStream(
-            link.channel,
+    stream: its owner starts and ends it. is_live: the neighbour has accepted the stream.
+    """
+
+    def __init__(self, peer: Owner, name: str, limits: Limits) -> None:
+        self.stream = ReconnectingStream(
+            peer.channel,
             name,
             self._fill,
             self._receive,
             self._lost,
-            self._begin,
+            self._live,
             self._patience_s,
-            link.metadata,
+            peer.metadata,
         )
-        self.is_live = False
-        self._link = link
+        self._peer = peer
         self._limits = limits
-        self._most_bytes = limits.max_message_bytes  # that both sides take
+        self._most_bytes = limits.max_message_bytes  # that both sides accept
         self._targets: tuple[tuple[str, ...] | None, frozenset[str] | None] = None, None
-        self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
-        self._outbox: deque[_Sent] = deque()
-        self._cancels: deque[tuple[_Sent, int, int]] = deque()
-        self._grants: deque[tuple[int, int, str, int]] = deque()  # message, row, worker, chunks
-        self._messages: dict[int, _Message] = {}
-        self._last_quick: _Message | None = None
+        self._multiplexer = Multiplexer()
+        self._outbox: deque[_Member] = deque()
+        # Rows that were cancelled before they were sent.
+        self._cancelled: deque[tuple[_Member, int, int]] = deque()
+        self._last_quick: OpenSegment[_Member] | None = None
+
+    @property
+    def is_live(self) -> bool:
+        return self._multiplexer.is_live
 
     def send(self, segment: Segment, sink: Sink) -> End:
         if segment.payloads.size > self._most_bytes and self.is_live:
@@ -130,7 +109,8 @@ class SegmentSender:
         return self._send(segment, sink)
 
     def _send_parts(self, segment: Segment, sink: Sink) -> End:
-        """What is too large for the neighbour as a whole: the rows that are not too large alone."""
+        """Sends a segment that is too large for the neighbour in pieces; refuses rows that are too
+        large alone."""
         ends: list[tuple[int, int, End]] = []
         for first, count in _runs_within(segment.payloads.items, self._most_bytes):
             part, part_sink = segment.slice(first, count), shifted(sink, first)
@@ -148,45 +128,49 @@ class SegmentSender:
 
     def _refuse_too_large(self, segment: Segment, size: int, sink: Sink) -> None:
         mine, theirs = self._limits.max_message_bytes, self._most_bytes
-        why = f"{size:,} bytes are more than {self._link.id} takes, whose max_message_mib allows "
+        why = f"{size:,} bytes are more than {self._peer.id} takes, whose max_message_mib allows "
         why += f"{theirs:,}, and this process's {mine:,}"
-        self._answer_all(_Sent(segment, sink), Code.FAILED_PRECONDITION, why, Executed.NO)
+        self._refuse(_Member(segment, sink), Code.FAILED_PRECONDITION, why)
 
     def _send(self, segment: Segment, sink: Sink) -> End:
-        sent = _Sent(segment, sink)
-        with self._lock:
-            live = self.is_live
-            if live:
-                self._outbox.append(sent)
-        if live:
-            self._link.to_flush.add(self)
+        member = _Member(segment, sink)
+        with self._multiplexer.lock:
+            is_live = self._multiplexer.is_live
+            if is_live:
+                self._outbox.append(member)
+        if is_live:
+            self._peer.to_flush.add(self)
         else:
-            self._answer_all(sent, Code.UNAVAILABLE, "the link is down", Executed.NO)
+            self._refuse(member, Code.UNAVAILABLE, "the link is down")
 
         def end(code: Code, start: int, count: int) -> None:
-            with self._lock:
-                if not sent.open.left:
+            sent = member.sent_in
+            if sent is None:
+                if member.is_over:
                     return
-                late = 0
-                if code is Code.DEADLINE_EXCEEDED and sent.message is not None and not sent.is_read:
-                    late = sum(rows for _, rows in sent.open.runs(start, count))
-                self._cancels.append((sent, start, count))
-            if late:
-                self._link.overdue(segment.route.handler, late)
-            self.pipe.kick()
+                self._cancelled.append((member, start, count))
+            else:
+                rows = self._multiplexer.cancel(sent, member.row + start, count)
+                if not rows:
+                    return
+                if code is Code.DEADLINE_EXCEEDED and not member.is_read:
+                    self._peer.overdue(segment.route.handler, rows)
+            self.stream.kick()
 
         return end
 
     # on gRPC's sending thread
 
     def _patience_s(self) -> float:
-        """Few requests that come while the neighbour is at quick work leave when that is answered.
+        """How long a few requests wait for company while the neighbour is at quick work.
 
-        Many single requests make each of their trips longer than their work; those that gather
-        share one. Source of the rule: Nagle's algorithm (RFC 896), here with a bound, or a request
-        that hangs would keep back the others.
+        Sent one by one, requests cost more on the way than at work; those that gather share a
+        trip. They leave when the quick work is answered. Source of the rule: Nagle's algorithm
+        (RFC 896), here with a limit, so that a request that hangs does not hold up the others.
         """
-        if not self._outbox or self._cancels or self._grants or not self._is_at_quick_work:
+        if not self._outbox or not self._is_at_quick_work:
+            return 0.0
+        if self._cancelled or self._multiplexer.has_control:
             return 0.0
         try:
             first = self._outbox[0].segment
@@ -197,75 +181,75 @@ class SegmentSender:
         return limits.gather_s if is_few and self._is_quick(first) else 0.0
 
     def _is_quick(self, segment: Segment) -> bool:
-        """Whether its answer is a matter of its way rather than of its work, bytes or number."""
+        """Whether its time is spent on the way rather than on its work, bytes or number."""
         limits, count = self._limits, segment.count
         is_small = segment.payloads.size <= limits.small_bytes * count
         is_alike = is_small and count <= limits.gather_rows and segment.early is None
-        return is_alike and self._link.is_quick(segment.route.handler)
+        return is_alike and self._peer.is_quick(segment.route.handler)
 
     @property
     def _is_at_quick_work(self) -> bool:
         last = self._last_quick
-        return last is not None and last.left > 0
+        return last is not None and last.pending.left > 0
 
     def _fill(self, frame: pb2.Frame) -> bool:
         size = 0
         while self._outbox and size < self._limits.frame_bytes:
-            parts = self._joinable()
-            segment = parts[0].segment
-            if len(parts) > 1:
-                segment = Segment.joined([part.segment for part in parts])
-            left_s = self._link.time_left_s(segment.deadline)
-            if left_s <= 0:
-                for part in parts:
-                    self._answer_all(part, Code.DEADLINE_EXCEEDED, "no time left", Executed.NO)
-                continue
-            number = next(self._numbers) & 0xFFFFFFFF
-            with self._lock:
-                live = self.is_live
-                if live:
-                    targets = self._targets_of(segment.route)
-                    message = self._messages[number] = _Message(number, parts, targets)
-                    if self._is_quick(segment):
-                        self._last_quick = message
-            if not live:  # lost since: this frame goes nowhere
-                for part in parts:
-                    self._answer_all(part, Code.UNAVAILABLE, "the link is down", Executed.NO)
-                self._link.flush()
-                continue
-            early = segment.early is not None
-            codec.write_segment(frame, number, segment, left_s, as_they_come=early)
-            size += segment.payloads.size + codec.size_beside(segment)
-        # After the segments: what was ended before it left is ended where it arrives.
-        for _ in range(min(len(self._cancels), self._limits.frame_cancels)):
-            sent, start, count = self._cancels.popleft()
-            if sent.message is None and sent.open.left:  # it leaves with a later frame
-                self._cancels.append((sent, start, count))
-            elif sent.message is not None:
-                row = sent.row + start
-                frame.cancels.add(number=sent.message.number, start=row, count=count)
-                size += 20
-        for _ in range(min(len(self._grants), self._limits.frame_cancels)):
-            number, row, worker, count = self._grants.popleft()
-            frame.grants.add(number=number, row=row, process_id=worker, count=count)
-            size += 20
+            size += self._write(frame, self._joinable())
+        # After the segments: rows that were cancelled before they were sent are cancelled there.
+        for _ in range(len(self._cancelled)):
+            member, start, count = self._cancelled.popleft()
+            sent = member.sent_in
+            if sent is not None:
+                self._multiplexer.cancel(sent, member.row + start, count)
+            elif not member.is_over:  # it leaves in a later frame
+                self._cancelled.append((member, start, count))
+        size += self._multiplexer.write_control(frame, self._limits.frame_cancels)
         return size > 0
 
+    def _write(self, frame: pb2.Frame, members: list[_Member]) -> int:
+        """Writes them as one segment; about how many bytes, or 0 when they were refused instead."""
+        segment = members[0].segment
+        counts = [segment.count]
+        if len(members) > 1:
+            counts = [member.segment.count for member in members]
+            segment = Segment.joined([member.segment for member in members])
+        left_s = self._peer.time_left_s(segment.deadline)
+        if left_s <= 0:
+            for member in members:
+                self._refuse(member, Code.DEADLINE_EXCEEDED, "no time left")
+            return 0
+        is_partial, targets = segment.early is not None, self._targets_of(segment.route)
+        size = segment.payloads.size
+        sent = OpenSegment(members, counts, size, targets, is_partial, segment.chunks)
+        if not self._multiplexer.open(sent):  # lost since: this frame goes nowhere
+            for member in members:
+                self._refuse(member, Code.UNAVAILABLE, "the link is down")
+            self._peer.flush()
+            return 0
+        for member, row in zip(members, sent.starts, strict=False):
+            member.row, member.sent_in = row, sent
+        if self._is_quick(segment):
+            self._last_quick = sent
+        codec.write_segment(frame, sent.number, segment, left_s, as_they_come=is_partial)
+        return size + codec.size_beside(segment)
+
     def _targets_of(self, route: Route) -> frozenset[str] | None:
-        """As a set. The same few routes come again and again."""
+        """As a set; the last one is kept, since a few routes come again and again."""
         last, found = self._targets
         if last is not route.targets:
             found = None if route.targets is None else frozenset(route.targets)
             self._targets = route.targets, found
         return found
 
-    def _joinable(self) -> list[_Sent]:
-        """The head of the outbox, with those after it that may travel in one segment with it."""
-        parts = [self._outbox.popleft()]
-        first, rows, size = parts[0].segment, parts[0].segment.count, parts[0].segment.payloads.size
-        few = self._limits.few_rows  # larger ones are copied on unopened, which is cheaper
-        if first.early is not None:  # whose parts are to be told apart before the answers
-            return parts
+    def _joinable(self) -> list[_Member]:
+        """The head of the outbox, with those behind it that may share its segment."""
+        members = [self._outbox.popleft()]
+        first = members[0].segment
+        rows, size = first.count, first.payloads.size
+        few = self._limits.few_rows  # larger ones are copied undecoded, which is cheaper
+        if first.early is not None:  # its parts come before the answers, and must be told apart
+            return members
         while self._outbox and rows < self._limits.join_rows and first.count <= few:
             other = self._outbox[0].segment
             rows, size = rows + other.count, size + other.payloads.size
@@ -280,127 +264,89 @@ class SegmentSender:
                 or size > self._limits.frame_bytes
             ):
                 break
-            parts.append(self._outbox.popleft())
-        return parts
+            members.append(self._outbox.popleft())
+        return members
 
-    # on the pipe's thread
+    # on the stream's thread
 
     def _receive(self, frame: pb2.Frame) -> None:
         if frame.stopping:
-            self._link.stops(frame.for_good)
-        for made in frame.slices:
-            message = self._messages.get(made.number)
-            if message is None:
-                continue
-            answers = codec.read_slice(made, message.asked)
+            self._peer.stops(frame.for_good)
+        for sent, made in self._multiplexer.answers_in(frame):
+            answers = codec.read_slice(made, sent.asked)
             if made.more:
-                self._pass_on(message.parts[0], made.start, answers)
+                self._pass_on(sent, made.start, answers)
             else:
-                self._spread(message, made.start, answers)
+                self._answer(sent, made.start, answers)
         if self._outbox and not self._is_at_quick_work:
-            self.pipe.hurry()
-        self._link.flush()  # what was tried elsewhere
+            self.stream.hurry()
+        self._peer.flush()  # what the answers led to may be sent elsewhere
 
-    def _pass_on(self, sent: _Sent, start: int, answers: Answers) -> None:
-        """Parts of rows that are not answered yet."""
-        early = sent.segment.early
-        if early is not None:
-            self._check_early(sent, start, answers)
-            self._link.note_times(sent.segment.route.handler, answers)
-            sent.is_read = sent.is_read or not all(column.is_over for column in answers.parts)
-            early(start, answers.granted_by(partial(self._grant, sent, start)))
+    def _pass_on(self, sent: OpenSegment[_Member], start: int, answers: Answers) -> None:
+        """Gives parts of rows that are not answered yet to `early` of their segment."""
+        (member,) = sent.members  # such segments are not joined
+        early = member.segment.early
+        assert early is not None, "checked against what was asked"
+        self._multiplexer.arrive(sent, start, answers)
+        self._peer.note_times(member.segment.route.handler, answers)
+        member.is_read = member.is_read or not all(column.is_over for column in answers.parts)
 
-    def _check_early(self, sent: _Sent, start: int, answers: Answers) -> None:
-        """Raises Misspoken for what no worker may send before its answer."""
-        with self._lock:
-            for column in answers.parts:
-                for row in range(start, start + answers.count):
-                    key = row, column.process_id
-                    early = sent.early.get(key)
-                    if early is None:
-                        early = sent.early[key] = Arriving(sent.segment.chunks)
-                    chunk = column.chunk
-                    if chunk is None or column.failed is not None:
-                        early.whole()
-                    else:
-                        early.chunk(chunk.at, len(column.results.items[0]), chunk.more)
+        def grant(row: int, worker: str, chunks: int) -> None:
+            self._multiplexer.grant(sent, row, worker, chunks)
+            self.stream.kick()
 
-    def _grant(self, sent: _Sent, row: int, worker: str, chunks: int) -> None:
-        with self._lock:
-            message = sent.message
-            if message is None or not sent.open.runs(row, 1):
-                return
-            if early := sent.early.get((row, worker)):
-                early.left += chunks
-            self._grants.append((message.number, sent.row + row, worker, chunks))
-        self.pipe.kick()
+        early(start, answers.granted_by(partial(grant, start)))
 
-    def _spread(self, message: _Message, start: int, answers: Answers) -> None:
+    def _answer(self, sent: OpenSegment[_Member], start: int, answers: Answers) -> None:
         """Gives a slice to the segments that its rows belong to."""
-        if len(message.parts) == 1:
-            self._answer(message.parts[0], start, answers)
-            return
-        stop = start + answers.count
-        index = bisect.bisect_right(message.starts, start) - 1
-        while start < stop and index < len(message.parts):
-            part = message.parts[index]
-            rows = min(stop, part.row + part.segment.count) - start
-            if rows > 0:
-                offset = answers.count - (stop - start)
-                self._answer(part, start - part.row, answers.slice(offset, rows))
-                start += rows
-            index += 1
+        runs = self._multiplexer.take(sent, start, answers.count)
+        if not sent.pending.left:  # or the two would keep each other until a garbage collection
+            for member in sent.members:
+                member.is_over, member.sent_in = True, None
+        for first, count in runs:
+            for member, row, rows, at in sent.members_of(first, count):
+                slice_ = answers.slice(at - start, rows)
+                self._peer.answered(member.segment.route, slice_, member.is_read)
+                member.sink(row, slice_)
 
-    def _begin(self, metadata: Mapping[str, str]) -> None:
+    def _live(self, metadata: Mapping[str, str]) -> None:
         theirs = codec.read_most_bytes(metadata.items())
         mine = self._limits.max_message_bytes
         self._most_bytes = mine if theirs is None else min(mine, theirs)
-        self.is_live = True
-        self._link.look_again()
+        self._multiplexer.is_live = True
+        self._peer.look_again()
 
     def _lost(self, why: Part) -> None:
-        with self._lock:
-            self.is_live = False
-            handed = [part for message in self._messages.values() for part in message.parts]
-            unsent = list(self._outbox)
-            self._outbox.clear()
-            self._cancels.clear()
-            self._grants.clear()
-        self._link.lost(why)
-        # A neighbour that stops in order proves that it has read none of this.
+        handed = self._multiplexer.lose()  # nothing comes into the outbox from now on
+        unsent = list(self._outbox)
+        self._outbox.clear()
+        self._cancelled.clear()
+        self._peer.lost(why)
+        # A neighbour that stops in good order proves that it has read none of this.
         ran = Executed.NO if why.executed is Executed.NO else Executed.UNKNOWN
-        for part in handed:
-            self._answer_all(part, Code.UNAVAILABLE, why.reason, ran)
-        for part in unsent:
-            self._answer_all(part, Code.UNAVAILABLE, why.reason, Executed.NO)
-        self._link.flush()
+        for sent in handed:
+            refused = self._refusal(sent.count, Code.UNAVAILABLE, why.reason, ran)
+            self._answer(sent, 0, refused)
+        for member in unsent:
+            self._refuse(member, Code.UNAVAILABLE, why.reason)
+        self._peer.flush()
 
     # on any thread
 
-    def _answer_all(self, sent: _Sent, code: Code, reason: str, executed: Executed) -> None:
-        reason = f"no answer from {self._link.id}: {reason}"
-        part = Part(self._link.id, code, reason, executed=executed)
-        self._answer(sent, 0, Answers(sent.segment.count, (), refused=part))
+    def _refuse(self, member: _Member, code: Code, reason: str) -> None:
+        """Answers a segment that was not sent."""
+        member.is_over = True
+        answers = self._refusal(member.segment.count, code, reason, Executed.NO)
+        self._peer.answered(member.segment.route, answers)
+        member.sink(0, answers)
 
-    def _answer(self, sent: _Sent, start: int, answers: Answers) -> None:
-        message = sent.message
-        with self._lock:
-            before = sent.open.left
-            runs = sent.open.take(start, answers.count)
-            if message is not None:
-                message.left -= before - sent.open.left
-                if not message.left:
-                    self._messages.pop(message.number, None)
-                    for part in message.parts:
-                        part.message = None
-        for first, rows in runs:
-            slice_ = answers.slice(first - start, rows)
-            self._link.answered(sent.segment.route, slice_, sent.is_read)
-            sent.sink(first, slice_)
+    def _refusal(self, count: int, code: Code, reason: str, executed: Executed) -> Answers:
+        reason = f"no answer from {self._peer.id}: {reason}"
+        return Answers(count, (), refused=Part(self._peer.id, code, reason, executed=executed))
 
 
 def _runs_within(payloads: Sequence[bytes], most: int) -> Iterator[tuple[int, int]]:
-    """Consecutive rows as runs of at most so many bytes; what is larger alone is one by itself."""
+    """Consecutive rows in runs of at most so many bytes; a larger row is a run by itself."""
     first = size = 0
     for row, payload in enumerate(payloads):
         if size + len(payload) > most and row > first:

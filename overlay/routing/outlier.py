@@ -79,7 +79,7 @@ class Change(NamedTuple):
     reason: str
 
 
-def heard(answers: Answers, pace_s: float, to_all: bool = False) -> Outcome:
+def classify(answers: Answers, pace_s: float, to_all: bool = False) -> Outcome:
     """What a slice of answers says of the neighbour. to_all: of requests to all.
 
     Bad: nobody could be reached, or nobody answered in time. What a handler made of its request is
@@ -167,7 +167,7 @@ class OutlierDetector:
         if case is not None and case.standing(now) is State.HALF_OPEN:
             case.on_trial = True
 
-    def hear(
+    def record(
         self, neighbour: str, handler: str, heard: Outcome, up: Collection[str], now: float
     ) -> Change | None:
         """Requests have ended. up: the neighbours whose links are up."""
@@ -182,7 +182,7 @@ class OutlierDetector:
             case.wait(now)
         return None
 
-    def came(self, neighbour: str, now: float) -> None:
+    def capacity_added(self, neighbour: str, now: float) -> None:
         """There are workers behind it that were not there before: a trial is due at once."""
         for case in self.cases[neighbour].values():
             case.retry_at = now

@@ -1,20 +1,20 @@
-"""One ForwardStream call to a process, made again whenever it ends: frames out, frames in.
+"""One ForwardStream call to a process, begun again whenever it ends: frames out, frames in.
 
     kick  --> "there is something to send" --> fill(frame) --> gRPC --> the process
     receive(frame) <------------------------------------------ gRPC <--
-    lost(why) when the call has ended; what was handed over and not answered may have run, unless
-              why.executed is NO: then the process has read nothing that it did not answer
+    lost(why) when the call has ended; requests that were handed over and not answered may have run,
+              unless why.executed is NO: then the process read none of them
 
-A call on which the process speaks wrongly ends at once, and so tells it DATA_LOSS; the next one
-begins after a second, and if that is no better after two, and so on, unless `again` says that it
-may have changed.
+A call on which the process sends nonsense ends at once, with the reason DATA_LOSS. The next call
+begins a second later, the one after that two seconds later, and so on, until `again` says that the
+process may be another one.
 
-One frame is in flight at a time: what comes meanwhile leaves together in the next, and what may
-wait for company does, until `hurry`. `fill` runs on gRPC's sending thread, `receive` and `lost` on
-the pipe's own thread, "pipe-NAME", from `start` to `end`.
+One frame is in flight at a time: what comes meanwhile leaves together in the next frame, and what
+may wait for more does so until `hurry`. `fill` runs on gRPC's sending thread, `receive` and `lost`
+on the stream's own thread, "pipe-NAME", from `start` to `end`.
 
-A client's pipe may rest: when the process has ended a stream on which nothing was open, to give its
-place to another, it comes again with the next `kick`. That of a link always comes again.
+A client's stream may rest: when the process ends it because nothing was open, to give its place to
+another, it comes back with the next `kick`. The streams of a link always come back.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ from overlay.model.segments import Code, Executed, Failure, Part
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 
-log = logging.getLogger("overlay.links")
-
+log = logging.getLogger(__name__)
 
 FORWARD_STREAM = "/OverlayNode/ForwardStream"
-RETRY_S = 0.1  # between two attempts; gRPC's own backoff comes on top
-REFUSED_S = 0.25  # where all places are taken, when the process did not say how long
-LONGEST_REFUSED_S = 5.0  # a free place shall not wait for its taker for longer
-VERDICT_S = 0.02  # for the status of a call whose metadata says nothing
+RETRY_S = 0.1  # between two calls; gRPC's own backoff is added
+REFUSED_S = 0.25  # where all places are taken and the process does not say how long to wait
+LONGEST_REFUSED_S = 5.0  # so that a place which becomes free is not left unused for longer
+VERDICT_S = 0.02  # for the status of a call whose metadata is empty
 
 
 class ReconnectingStream:
@@ -60,14 +59,13 @@ class ReconnectingStream:
         """fill: puts what is to be sent into the frame; False when there is nothing.
 
         receive: raises Misspoken for a frame that makes no sense, which ends the call. live: the
-        other side has accepted the call, with this metadata. metadata: what it is told.
+        other side has accepted the call, with this metadata. metadata: sent with the call.
         patience_s: how long what is to be sent may wait for more, at most; must be quick. may_rest:
-        as a client's does, which also leaves a process alone for as long as that asks for when it
-        refuses the stream.
+        it is a client's, which also waits as long as a process asks that refuses the stream.
         """
         self.rests = False  # until the next kick; set before `lost` is called
         self._may_rest = may_rest
-        # As the generated stub has it, but that each frame is looked at before it is parsed.
+        # As in the generated stub, but each frame's size in memory is checked before it is parsed.
         self._forward = channel.stream_stream(
             FORWARD_STREAM, pb2.Frame.SerializeToString, codec.read_frame
         )
@@ -77,14 +75,14 @@ class ReconnectingStream:
         self._live = live
         self._patience_s = patience_s
         self._changed = threading.Condition()
-        self._filling = threading.Lock()  # a call's loss waits for what its sender takes just now
+        self._filling = threading.Lock()  # a call's loss waits while its sender fills a frame
         self._kicked = False
         self._hurried = False
         self._ended = False
         self._call: grpc.Call | None = None
         self._attempt = 0
         self._metadata = tuple(metadata)
-        self._wrong_calls = 0  # one after another
+        self._wrong_calls = 0  # in a row
         self._thread = threading.Thread(target=self._run, name=f"pipe-{name}", daemon=True)
 
     def start(self) -> None:
@@ -98,14 +96,14 @@ class ReconnectingStream:
             self._changed.notify_all()
 
     def hurry(self) -> None:
-        """What waits for more leaves now."""
+        """Sends now what waits for more."""
         if self._kicked:
             with self._changed:
                 self._hurried = True
                 self._changed.notify_all()
 
     def again(self) -> None:
-        """The process may be another now: a pause for speaking wrongly is over."""
+        """Ends a pause after nonsense: the process may be another one now."""
         with self._changed:
             self._wrong_calls = 0
             self._changed.notify_all()
@@ -131,7 +129,7 @@ class ReconnectingStream:
             self._pause(why, began)
 
     def _pause(self, why: Part, began: float) -> None:
-        """Until the next call is due."""
+        """Waits until the next call is due."""
         is_wrong, most_s = why.code in _WRONG, Limits.most_wrong_s
         with self._changed:
             if not is_wrong or time.monotonic() - began > most_s:
@@ -140,19 +138,19 @@ class ReconnectingStream:
                 self._changed.wait()
             if self.rests or self._ended:
                 self.rests = False
-            elif is_wrong:  # no kick cuts it short
+            elif is_wrong:  # no kick shortens it
                 pause_s = min(Limits.wrong_s * 2.0**self._wrong_calls, most_s)
                 self._wrong_calls = calls = min(self._wrong_calls + 1, 10)
                 self._changed.wait_for(lambda: self._ended or self._wrong_calls != calls, pause_s)
             elif self._may_rest and is_full(why):
                 pause_s = min(why.retry_after_s or REFUSED_S, LONGEST_REFUSED_S)
-                # Whoever asks meanwhile is not refused any sooner.
+                # No kick shortens it: a request given meanwhile is not refused any sooner.
                 self._changed.wait_for(lambda: self._ended, pause_s)
             else:
                 self._changed.wait(RETRY_S)
 
     def _one_call(self) -> Part:
-        """One call, from its start to its end, and why it ended."""
+        """Makes one call; why it ended."""
         call = None
         try:
             frames = self._frames(self._attempt)
@@ -174,7 +172,7 @@ class ReconnectingStream:
         except ValueError as e:  # the channel is closed
             return Part("", Code.UNAVAILABLE, str(e), executed=Executed.UNKNOWN)
         except Exception as e:
-            log.exception("a pipe broke and starts again")
+            log.exception("a stream broke and starts again")
             return Part("", Code.UNAVAILABLE, repr(e), executed=Executed.UNKNOWN)
         finally:
             if call is not None:
@@ -213,19 +211,19 @@ def is_full(why: Part | Failure) -> bool:
 
 
 def _is_refused(call: grpc.Call) -> bool:
-    """Whether the call is over by now. A refused one has metadata too, a moment before its status;
-    taken for an accepted one it would be given requests, each time anew."""
+    """Whether the call is over. A refused call has metadata too, a moment before its status; if it
+    were taken for accepted, requests would be sent on it again and again."""
     over = threading.Event()
     return not call.add_callback(over.set) or over.wait(VERDICT_S)
 
 
 def _plain(why: Part) -> Part:
-    """gRPC's word for a message that is none, or larger than any that was agreed on, as ours."""
+    """Says of a message that is not protobuf, or larger than agreed, what Misspoken says."""
     if why.code is Code.INTERNAL or "larger than max" in why.reason:
         return Part("", Code.DATA_LOSS, f"it speaks wrongly: {why.reason}")
     return why
 
 
 _ENDED = "it speaks wrongly: the stream was ended by the other side"
-# How a call ends on which one of the two sides has spoken wrongly: the next one may be no better.
+# How a call ends when either side found nonsense in it: the next one may be no better.
 _WRONG = (Code.DATA_LOSS, Code.INVALID_ARGUMENT, Code.UNKNOWN)

@@ -1,7 +1,7 @@
-"""Ends what nobody waits for on a thread of its own: one clock for all streamed requests.
+"""Calls a function for each thing whose deadline has passed: one thread for all of them.
 
-Owns one thread, "deadlines", from `start` to `stop`. It sleeps until the first of them is due, so
-that requests which are answered in time wake nobody.
+Owns that thread, "deadlines", from `start` to `stop`. It sleeps until the first deadline, so that
+requests which are answered in time wake nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from overlay.model import clocks as time
 
-log = logging.getLogger("overlay.deadlines")
+log = logging.getLogger(__name__)
 
-# An end comes up to two of these late. The links keep back 50 ms for the way home, of which the
-# process asked needs 20; finer costs wake-ups and gains nobody anything.
+# `expire` comes up to two of these late. A link reserves 50 ms of a deadline for the way back, so
+# 20 ms are enough for the process asked; a finer tick costs wake-ups.
 TICK_S = 0.01
-LONGEST_S = 600.0  # of one sleep
+LONGEST_S = 600.0  # of one sleep, at most
 
 
 class Deadlines:
@@ -66,7 +66,7 @@ class Deadlines:
                 due = self._due_locked()
                 while not due and not self._stopped:
                     left_s = (self._first + 1) * TICK_S - time.monotonic()
-                    # No longer than that, or a timeout of a century would be an error.
+                    # Bounded, since Condition.wait raises OverflowError for a timeout of centuries.
                     self._changed.wait(min(max(0.0, left_s), LONGEST_S))
                     due = self._due_locked()
                 if self._stopped:
@@ -77,7 +77,7 @@ class Deadlines:
             time.sleep(TICK_S)
 
     def _due_locked(self) -> list[set[Hashable]]:
-        """What is due, taken out. A tick may hold thousands: their deadlines share it."""
+        """Takes out what is due, by tick; thousands of deadlines may share one."""
         now = int(time.monotonic() / TICK_S)
         if now <= self._first:
             return []
@@ -88,5 +88,5 @@ class Deadlines:
     def _expire_one(self, thing: Hashable) -> None:
         try:
             self._expire(thing)
-        except Exception:  # the others' deadlines come all the same
-            log.exception("what has expired could not be ended")
+        except Exception:  # the others' deadlines must still come
+            log.exception("the handling of an expired deadline failed")

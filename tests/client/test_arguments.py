@@ -304,7 +304,7 @@ def test_a_request_that_cannot_be_written_fails_alone(client: overlay.Client) ->
 
     # All in one frame, hence while its sender waits.
     deadline = time.monotonic() + 10
-    with calls._pipe._filling:
+    with calls._stream._filling:
         begun.set()
         for made in (
             order("a", good, b"a"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from overlay.client import outbox as orders
+from overlay.client import outbox as module
 from overlay.client.outbox import CallKind, Outbox, Submission
 from overlay.model.segments import Route
 from tests.harness.network import Clock
@@ -13,11 +13,11 @@ from tests.harness.network import Clock
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(orders.time, "monotonic", clock)
+    monkeypatch.setattr(module.time, "monotonic", clock)
     return clock
 
 
-def order(name: str, priority: int = 0) -> Submission:
+def submission(name: str, priority: int = 0) -> Submission:
     return Submission(
         CallKind(Route(), priority=priority), (name.encode(),), 1e9, lambda *what: None
     )
@@ -29,39 +29,39 @@ def taken(outbox: Outbox) -> str:
         first = outbox.first()
         found.append(outbox.take())
         assert found[-1] is first
-    return b"".join(o.payloads[0] for o in found).decode()
+    return b"".join(one.payloads[0] for one in found).decode()
 
 
-def test_orders_leave_in_their_order(clock):
+def test_submissions_leave_in_the_order_they_came(clock):
     outbox = Outbox()
     for name in "abc":
-        outbox.put(order(name))
+        outbox.put(submission(name))
     assert len(outbox) == 3
     assert taken(outbox) == "abc"
 
 
 def test_the_urgent_leave_first_until_the_others_have_waited(clock):
     outbox = Outbox()
-    outbox.put(order("a"))
+    outbox.put(submission("a"))
     clock.advance(3)
-    outbox.put(order("b", 1))  # as urgent as what came a second after a
-    outbox.put(order("c", 2))
-    outbox.put(order("d", 9))
+    outbox.put(submission("b", 1))  # as urgent as what came a second after a
+    outbox.put(submission("c", 2))
+    outbox.put(submission("d", 9))
     assert taken(outbox) == "dcab"
 
 
 def test_what_is_put_back_is_the_next_one(clock):
     outbox = Outbox()
     for name in "ab":
-        outbox.put(order(name, 4))
+        outbox.put(submission(name, 4))
     first = outbox.take()
-    outbox.put(order("z"))
+    outbox.put(submission("z"))
     outbox.put_back(first.part((0,), 0))
     assert taken(outbox) == "abz"
 
 
-def test_an_order_that_has_left_cannot_be_removed(clock):
-    outbox, one, other = Outbox(), order("a", 1), order("b")
+def test_a_submission_that_has_left_cannot_be_removed(clock):
+    outbox, one, other = Outbox(), submission("a", 1), submission("b")
     outbox.put(one)
     outbox.put(other)
     outbox.remove(one)

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import overlay
-from overlay.client.multiplexer import Delivery
 from overlay.client.partials import Parts
+from overlay.client.submitter import Delivery
 from overlay.client.sync import CallFailed, HandlerFailed, NameNotFound
 from overlay.model.limits import MIB
 from overlay.model.segments import Code, Executed, Failure, Part

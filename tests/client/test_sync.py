@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 import overlay
-from overlay.client import multiplexer
+from overlay.client import submitter
 from overlay.client import sync as library
-from overlay.client.multiplexer import Multiplexer
 from overlay.client.outbox import CallKind, Submission
+from overlay.client.submitter import Submitter
 from overlay.model.segments import Code, Executed, Mode, Part, Route
 from overlay.transport.codec import pb2
 from tests.harness.cluster import Overlay, running, six_processes, until
@@ -563,7 +563,7 @@ def test_what_a_lost_leader_was_never_sent_is_given_back_with_proof(own: Noted) 
     failed = [result for _, result in found if isinstance(result, library.CallFailed)]
     unsent = sum(result.executed is Executed.NO for result in failed)
     assert sorted(index for index, _ in found) == list(range(len(found)))
-    assert unsent >= len(found) - multiplexer.WINDOW_ROWS - 300  # those that had begun and ended
+    assert unsent >= len(found) - submitter.WINDOW_ROWS - 300  # those that had begun and ended
     assert f", {len(failed) - unsent:,} failed, {unsent:,} were not sent" in str(caught.value)
 
 
@@ -627,8 +627,8 @@ class Played:
                         self.receive(played.answers_to(frame))
                         frame = pb2.Frame()
 
-        monkeypatch.setattr(multiplexer, "ReconnectingStream", PlayedPipe)
-        self.calls = Multiplexer(None, "played")  # type: ignore[arg-type]
+        monkeypatch.setattr(submitter, "ReconnectingStream", PlayedPipe)
+        self.calls = Submitter(None, "played")  # type: ignore[arg-type]
         self.calls.start()
 
     def answers_to(self, frame: pb2.Frame) -> pb2.Frame:
@@ -680,7 +680,7 @@ def test_what_provably_did_not_run_is_tried_again_a_few_times(played: Any) -> No
     (failure,) = stream.ask()
 
     assert failure.executed is Executed.NO
-    assert stream.asked == [(1, attempt) for attempt in range(multiplexer.RETRIES + 1)]
+    assert stream.asked == [(1, attempt) for attempt in range(submitter.RETRIES + 1)]
 
 
 @pytest.mark.parametrize("executed", [Executed.UNKNOWN, Executed.YES])
@@ -722,7 +722,7 @@ def test_an_urgent_request_passes_what_waits_for_room_in_the_window(played: Any)
 
     send(b"a", 4000, 0)
     send(b"b", 4000, 0)
-    until(lambda: sum(segment.count for segment in held) == multiplexer.WINDOW_ROWS)
+    until(lambda: sum(segment.count for segment in held) == submitter.WINDOW_ROWS)
     send(b"c", 1, 2)
     send(b"d", 1, 9)
     full = held.copy()
@@ -785,5 +785,5 @@ def test_retries_have_a_budget(played: Any) -> None:
 
     retried = sum(rows for rows, attempt in stream.asked if attempt)
     # A share of the requests, without those retries, and the few that a client begins with.
-    assert 180 <= retried <= 2000 * multiplexer.RETRY_SHARE + multiplexer.MIN_RETRIES
+    assert 180 <= retried <= 2000 * submitter.RETRY_SHARE + submitter.MIN_RETRIES
     assert retried <= 200

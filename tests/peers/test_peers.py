@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
@@ -41,6 +42,7 @@ from overlay.server.reception import Reception
 from overlay.server.service import Service
 from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
+from overlay.transport.multiplexer import OpenSegment
 from overlay.transport.stream import ReconnectingStream
 from overlay.workers.api import Context
 from tests.harness.cluster import free_port, until
@@ -134,7 +136,7 @@ class Bench:
             neighbour = Process("C", "worker", "green", "127.0.0.1", 1)
             self.links = Peers([neighbour], limits, "digest")
         self.link = self.links._links["C"]
-        self.small, self.large = (book.pipe for book in self.link._books)
+        self.small, self.large = (sender.stream for sender in self.link._senders)
         for pipe in (self.small, self.large):
             pipe.accept()
 
@@ -311,15 +313,15 @@ def test_on_a_link_without_a_stream_nothing_waits_and_nothing_ran(bench):
 
 
 def test_what_is_lost_while_it_is_written_provably_did_not_run(bench):
-    book = bench.link._books[0]
-    sent, joinable = bench.send(b"a"), book._joinable
+    sender = bench.link._senders[0]
+    sent, joinable = bench.send(b"a"), sender._joinable
 
     def lose_meanwhile():
         parts = joinable()
         bench.small.lose()
         return parts
 
-    with mock.patch.object(book, "_joinable", lose_meanwhile):
+    with mock.patch.object(sender, "_joinable", lose_meanwhile):
         frames = bench.small.take()
 
     assert frames == []
@@ -410,6 +412,25 @@ def test_small_segments_of_one_kind_travel_as_one_and_are_answered_apart(bench):
     assert bench.outstanding == 1
 
 
+def test_what_is_answered_is_freed_without_the_garbage_collector(bench):
+    """Or each request would cost a pass of it a share, and its payload would stay until then."""
+
+    def kept() -> int:
+        return sum(isinstance(o, (outgoing._Member, OpenSegment)) for o in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before, sent = kept(), [bench.send(b"a"), bench.send(b"b")]
+        (frame,) = bench.small.take()
+        bench.small.answer(frame.segments[0].number, 0, b"A", b"B")
+        assert all(one.is_answered for one in sent)
+        del sent
+        assert kept() == before
+    finally:
+        gc.enable()
+
+
 def test_ids_that_callers_chose_travel_apart_from_our_own(bench):
     for own in (True, True, False, False, True):
         bench.send(b"x", own_ids=own)
@@ -470,10 +491,10 @@ def test_the_pace_of_a_neighbour_is_of_late_only_for_a_moment_after_an_answer(be
     bench.send(b"a")
     (frame,) = bench.small.take()
     bench.small.answer(frame.segments[0].number, 0, b"A", worked_us=100)
-    seen = bench.links._links["C"].pace_seen[""]
-    with mock.patch.object(links.time, "monotonic", return_value=seen + 0.9 * links.OF_LATE_S):
+    seen = bench.links._links["C"].service_seen[""]
+    with mock.patch.object(links.time, "monotonic", return_value=seen + 0.9 * links.RECENT_S):
         assert bench.links.load("C", "")[3]
-    with mock.patch.object(links.time, "monotonic", return_value=seen + 1.1 * links.OF_LATE_S):
+    with mock.patch.object(links.time, "monotonic", return_value=seen + 1.1 * links.RECENT_S):
         assert bench.links.load("C", "")[1:] == (0.0001, State.HEALTHY, False)
 
 
@@ -567,10 +588,10 @@ class Two:
             neighbours = [Process(n, "worker", "green", "127.0.0.1", 1) for n in "CD"]
             self.links = Peers(neighbours, Limits(), "digest")
         for link in self.links._links.values():
-            for book in link._books:
-                book.pipe.accept()
+            for sender in link._senders:
+                sender.stream.accept()
             link._set_state("up", "")
-        self.pipe = self.links._links["C"]._books[0].pipe
+        self.pipe = self.links._links["C"]._senders[0].stream
 
     def send(self, left_s: float = 30.0) -> tuple[int, End]:
         """One row to C, as far as gRPC; its segment's number, and how to end it."""
@@ -626,7 +647,7 @@ def test_a_neighbour_that_does_not_answer_is_ejected_though_its_link_is_up(
 
 
 def test_an_ejection_is_told_with_its_reason_and_once_in_the_log(two, caplog):
-    with caplog.at_level("INFO", "overlay.links"):
+    with caplog.at_level("INFO", "overlay.peers.peers"):
         for _ in range(2 * FAILURES):
             two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
 
@@ -638,13 +659,13 @@ def test_an_ejection_is_told_with_its_reason_and_once_in_the_log(two, caplog):
 def test_one_trial_at_a_time_and_an_answer_brings_it_back(two, caplog):
     for _ in range(FAILURES):
         two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
-    two.links._links["C"].cases[""].retry_at = 0.0  # its time is over
+    two.links._links["C"].health[""].retry_at = 0.0  # its time is over
     assert two.state is State.HALF_OPEN
 
     number, _ = two.send()
     assert two.state is State.EJECTED
 
-    with caplog.at_level("INFO", "overlay.links"):
+    with caplog.at_level("INFO", "overlay.peers.peers"):
         two.pipe.answer(number, 0, b"A")
     assert two.state is State.HEALTHY
     assert two.shown == ("healthy", "", 1)
@@ -661,7 +682,7 @@ def test_rows_that_are_not_even_answered_as_late_count(two):
 
 def test_results_that_are_not_read_to_their_end_in_time_do_not_count(two):
     """It answers: they come in chunks, and who reads them is slow."""
-    pipe = two.links._links["C"]._books[1].pipe
+    pipe = two.links._links["C"]._senders[1].stream
     came: list[Answers] = []
     for _ in range(2 * FAILURES):
         two.links.reserve("C", "", 1)
@@ -724,7 +745,7 @@ def test_a_slow_neighbour_is_seen_by_its_pace_and_its_peers(two):
         for look in range(2):
             number, _ = two.send()
             two.pipe.answer(number, 0, b"A", worked_us=50_000 + look)
-            two.links._compare_paces()
+            two.links._compare_service_times()
 
     assert two.state is State.SLOW
     assert two.shown[:2] == ("slow", "slow: 50 ms where its peers take 5 ms")
@@ -773,8 +794,8 @@ def test_whatever_happens_each_row_is_answered_once_and_nothing_stays_outstandin
 
     assert all(len(row) == 1 for one_sent in sent for row in one_sent.rows)
     assert bench.outstanding == 0
-    (book, _) = bench.link._books
-    assert (book._messages, list(book._outbox)) == ({}, [])
+    (sender, _) = bench.link._senders
+    assert (sender._multiplexer.segments(), list(sender._outbox)) == ([], [])
 
 
 # Real links, to a real worker in this process.

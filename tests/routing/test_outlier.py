@@ -15,7 +15,7 @@ from overlay.routing.outlier import (
     OutlierDetector,
     State,
     Verdict,
-    heard,
+    classify,
 )
 
 HEALTHY, SLOW, EJECTED, HALF_OPEN = State.HEALTHY, State.SLOW, State.EJECTED, State.HALF_OPEN
@@ -44,25 +44,25 @@ def test_a_refusal_and_a_part_that_failed_say_the_same_of_a_neighbour(code, exec
     by_row = Answers(2, (PartColumn("C", Column([b"", b""]), failures={0: failure, 1: failure}),))
 
     for answers in (refused, all_rows, by_row):
-        found = heard(answers, 0.0)
+        found = classify(answers, 0.0)
         assert (found.verdict, found.rows) == (verdict, 2)
         assert verdict is not Verdict.BAD or found.reason == "why"
 
 
 def test_a_team_leader_that_reaches_no_worker_is_not_taken_for_one_that_stops():
     stops = Part("E", Code.UNAVAILABLE, "E is stopping", executed=NO)
-    assert heard(Answers(1, (), refused=stops), 0.0).verdict is Verdict.NEITHER
+    assert classify(Answers(1, (), refused=stops), 0.0).verdict is Verdict.NEITHER
 
     missing = PartColumn.missing("F", 1, Failure(Code.UNAVAILABLE, "F cannot be reached", NO))
-    assert heard(Answers(1, (missing,)), 0.0).verdict is Verdict.BAD
+    assert classify(Answers(1, (missing,)), 0.0).verdict is Verdict.BAD
 
 
 def test_a_worker_that_cannot_be_reached_for_all_says_nothing_of_its_team_leader():
     missing = PartColumn.missing("C", 1, Failure(Code.UNAVAILABLE, "C cannot be reached", NO))
-    assert heard(Answers(1, (missing,)), 0.0, to_all=True).verdict is Verdict.NEITHER
+    assert classify(Answers(1, (missing,)), 0.0, to_all=True).verdict is Verdict.NEITHER
 
     lost = PartColumn.missing("C", 1, Failure(Code.UNAVAILABLE, "no answer from B"))
-    assert heard(Answers(1, (lost,)), 0.0, to_all=True).verdict is Verdict.BAD
+    assert classify(Answers(1, (lost,)), 0.0, to_all=True).verdict is Verdict.BAD
 
 
 GONE = Failure(Code.UNAVAILABLE, "gone")
@@ -70,20 +70,20 @@ GONE = Failure(Code.UNAVAILABLE, "gone")
 
 def test_one_result_among_failures_is_an_answer():
     some = PartColumn("C", Column([b"", b"x"]), failures={0: GONE}, worked_us=5000)
-    assert heard(Answers(2, (some,)), 0.004) == Outcome(Verdict.GOOD, 2, "", 0.005, 0.004)
+    assert classify(Answers(2, (some,)), 0.004) == Outcome(Verdict.GOOD, 2, "", 0.005, 0.004)
 
     other = PartColumn.missing("F", 2, GONE)
-    assert heard(Answers(2, (other, some)), 0.004).verdict is Verdict.GOOD
+    assert classify(Answers(2, (other, some)), 0.004).verdict is Verdict.GOOD
 
 
 def test_the_worst_of_several_failures_counts():
     late = Failure(Code.DEADLINE_EXCEEDED, "late", YES)
     columns = PartColumn.missing("D", 1, late), PartColumn.missing("F", 1, GONE)
-    assert heard(Answers(1, columns), 0.0)[:3] == (Verdict.BAD, 1, "gone")
+    assert classify(Answers(1, columns), 0.0)[:3] == (Verdict.BAD, 1, "gone")
 
 
 def test_an_answer_without_parts_says_nothing():
-    assert heard(Answers(3, ()), 0.0).verdict is Verdict.NEITHER
+    assert classify(Answers(3, ()), 0.0).verdict is Verdict.NEITHER
 
 
 class Room:
@@ -97,7 +97,7 @@ class Room:
 
     def hear(self, neighbour: str, verdict: Verdict, rows: int = 1, **times: float) -> None:
         said = Outcome(verdict, rows, "why", **times)
-        change = self.ward.hear(neighbour, "h", said, self.up, self.now)
+        change = self.ward.record(neighbour, "h", said, self.up, self.now)
         if change:
             self.decided.append(f"{change.neighbour} {change.reason}")
 
@@ -247,7 +247,7 @@ def test_an_answer_to_a_request_sent_before_brings_it_back():
 def test_workers_that_have_come_make_the_trial_due():
     room = Room("CT")
     room.fail("T")
-    room.ward.came("T", room.now)
+    room.ward.capacity_added("T", room.now)
     assert room.state("T") is HALF_OPEN
 
 

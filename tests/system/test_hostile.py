@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import overlay
 from overlay.cli import check
 from overlay.cli.terminal import Screen
-from overlay.client.multiplexer import Delivery
+from overlay.client.submitter import Delivery
 from overlay.client.sync import CallFailed
 from overlay.model.errors import BadRequest, Misspoken
 from overlay.model.limits import Limits

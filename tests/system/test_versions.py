@@ -217,7 +217,7 @@ def test_a_newer_neighbours_fields_are_passed_over_in_its_answers(bench: Bench) 
 
 
 def test_a_neighbour_that_is_only_newer_is_asked_and_named_once(bench, caplog) -> None:
-    with caplog.at_level(logging.INFO, "overlay.links"):
+    with caplog.at_level(logging.INFO, "overlay.peers.peers"):
         found = [told_by(bench, version="9.0") for _ in range(3)]
 
     assert {state.state for state in found} == {"up"}

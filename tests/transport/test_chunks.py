@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay.client.multiplexer import Delivery
 from overlay.client.partials import Parts
+from overlay.client.submitter import Delivery
 from overlay.model.errors import BadRequest
 from overlay.model.segments import (
     Answers,

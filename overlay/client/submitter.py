@@ -1,0 +1,644 @@
+"""Many requests over one stream: the engine of the client library.
+
+    send(submission) --> outbox --> segments --> frames --> the process asked
+    submission.deliver(...) <------- slices <-- frames <--
+
+A submission is one request, or many that were given together; those of one kind and about the same
+deadline share a segment. Requests that were never handed to gRPC are sent when the connection is
+back. Those that were handed over and have no answer end as unknown and are not sent again. Those
+that provably did not run are tried again, within a budget, after the pause that the process asked
+for; a map's also beyond the budget, for as long as the map is patient. Those that a stopping
+process gives back wait until it is back. Where a process has no place for another stream, unsent
+requests wait for one, within the client's patience.
+
+Which segment an answer belongs to is overlay.transport.multiplexer's. Owns a stream, whose thread
+delivers, and a deadline thread, from `start` to `close`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import grpc
+
+from overlay.client.outbox import Outbox, Submission
+from overlay.model import clocks as time
+from overlay.model.limits import Limits
+from overlay.model.pending import Run, consecutive
+from overlay.model.segments import Answers, Code, Column, Executed, Failure, Part, Progress, Segment
+from overlay.transport import codec
+from overlay.transport.codec import pb2
+from overlay.transport.multiplexer import SAME_DEADLINE_S, Multiplexer, OpenSegment
+from overlay.transport.stream import ReconnectingStream, is_full
+from overlay.transport.timers import Deadlines
+
+LIMITS = Limits()
+# One less than the process asked takes: once its window is full it reads nothing, not even cancels.
+WINDOW_ROWS = LIMITS.window_rows - 1
+WINDOW_BYTES = LIMITS.window_bytes - 1
+LATE_S = 0.1  # after the deadline; an answer that the process asked gives in time is here by then
+CHUNKS_AHEAD = 4  # of each part: 512 KiB in flight, 50 MB/s at a round trip of 10 ms
+GATHER_S = 0.00003  # a wait for the next calls of the threads that a frame's answers woke
+GATHERINGS = 5  # of these waits at most, while calls still come
+RETRIES = 3  # of one request
+RETRY_SHARE = 0.09  # retries per request: with MIN_RETRIES, a tenth more load in an overload
+MIN_RETRIES, MAX_RETRIES = 10.0, 1000.0  # saved up: at the start, and at most
+RETRY_PAUSE_S = 0.1  # when the process does not say how long
+MAX_PAUSE_S = 2.0  # between tries that go on, unless the process asks for a longer pause
+SETTLE_S = 5.0  # a restarted process has found its neighbours by then
+SETTLE_PAUSE_S = 0.25  # between two tries in the meantime
+NEVER_SENT = Failure(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
+CLOSED = Failure(Code.CANCELLED, "this client was closed", Executed.NO)
+WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
+
+
+class Delivery:
+    """A slice of answers, decoded once for all submissions with rows in it.
+
+    results: a row each; empty bytes where it failed. is_whole: no worker is missing. grant: called
+    with (row here, worker) when a chunk was read. The slice was checked against what was asked.
+    """
+
+    __slots__ = ("_answers", "_made", "grant", "is_whole", "results")
+
+    def __init__(
+        self, made: pb2.Slice, grant: Callable[[int, str], None] = lambda row, worker: None
+    ) -> None:
+        self.grant = grant
+        self.results = list(made.results.items)
+        self.is_whole = not any(part.failures for part in made.parts)
+        self._made = made
+        self._answers: Answers | None = None
+
+    @property
+    def answers(self) -> Answers:
+        """Parts and hops."""
+        if self._answers is None:
+            self._answers = codec.read_client_slice(self._made)
+        return self._answers
+
+
+class _Sent(OpenSegment[Submission]):
+    """A segment of one or more submissions. deadline: when it is given up; monotonic seconds."""
+
+    __slots__ = ("deadline", "first_id")
+
+    deadline: float
+    first_id: int
+
+
+class Submitter:
+    """Sends submissions and delivers their answers. Safe from any thread.
+
+    connected: set while the process asked takes requests on the stream. refused: why it does not.
+    patience_s: how long a submission waits for a place there before it is delivered as refused.
+    shown: how messages call the process; by default its name. after_frame: called when everything
+    in a frame is delivered; is_delivering: such a call will follow.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        name: str,
+        patience_s: float = math.inf,
+        shown: Callable[[], str] | None = None,
+    ) -> None:
+        self.connected = threading.Event()
+        self.refused: Failure | None = None
+        self.after_frame: Callable[[], None] | None = None
+        self.is_delivering = False
+        self.most_bytes = LIMITS.max_message_bytes
+        self._shown = shown or (lambda: name)
+        self._patience_s = patience_s
+        self._stream = ReconnectingStream(
+            channel, name, self._fill, self._receive, self._lost, self._live, may_rest=True
+        )
+        self._deadlines = Deadlines(self._expire)
+        self._lock = threading.Lock()
+        self._outbox = Outbox()
+        self._multiplexer = Multiplexer()
+        self._progress: dict[int, Progress] = {}  # of maps, by number: to be sent
+        self._unwanted: deque[set[int]] = deque()  # `cancelled` of submissions
+        self._woken = 0  # threads that the last frame woke, which may call again at once
+        self._look_at = math.inf  # when the outbox is next searched for expired submissions
+        self._retries = MIN_RETRIES
+        self._retrying: set[_Retry] = set()
+        self._served = False  # the stream is; the process may be stopping
+        self._was_lost = False  # a stream that was served
+        self._settles_by = -math.inf  # until then the process has just come back; monotonic s
+        self._full_since: float | None = None  # all its places are taken since; monotonic s
+        self._closed = False
+
+    @property
+    def open_rows(self) -> int:
+        with self._lock:
+            unsent = sum(len(submission.rows) for submission in self._outbox.all())
+            return self._multiplexer.rows + unsent + len(self._retrying)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the process refuses the stream because all its places are taken."""
+        refused = self.refused
+        return refused is not None and is_full(refused)
+
+    @property
+    def rests(self) -> bool:
+        """Whether the idle stream gave up its place; the next submission brings it back."""
+        return self._stream.rests
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the stream is served, also by a stopping process that takes nothing new."""
+        return self._served
+
+    def start(self) -> None:
+        self._deadlines.start()
+        self._stream.start()
+
+    def close(self) -> None:
+        """Ends the stream; what is open is delivered as cancelled. May be called twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._stream.end()
+        self._deadlines.stop()
+        self._end_sent(Failure(Code.CANCELLED, "this client was closed before the answer came"))
+        with self._lock:
+            waiting, self._retrying = self._retrying, set()
+        for retry in waiting:
+            self._outbox.put(retry.submission)
+        self._end_unsent()
+
+    def send(self, submission: Submission) -> None:
+        if submission.size > self.most_bytes and self._refuse_too_large(submission):
+            return
+        if not submission.attempt:  # or retries would earn retries
+            self._retries = min(self._retries + len(submission.rows) * RETRY_SHARE, MAX_RETRIES)
+        self._outbox.put(submission)
+        due_at = self._due_at(submission)
+        if due_at < self._look_at:
+            self._watch_outbox(due_at)
+        if self._closed:
+            self._end_unsent()
+        else:
+            self._stream.kick()
+
+    def remind(self, of: Callable[[], None], at: float) -> None:
+        """Calls `of` then, in monotonic seconds, on the deadline thread; not after `close`."""
+        self._deadlines.watch(of, at)
+
+    def tell(self, progress: Progress) -> None:
+        """Sends how a map goes, for those who watch, in one of the next frames."""
+        self._progress[progress.number] = progress
+        self._stream.kick()
+
+    def wake(self) -> None:
+        """Brings back a stream that gave up its place, for a caller waiting for `connected`."""
+        self._stream.kick()
+
+    def _due_at(self, submission: Submission) -> float:
+        """When a submission that still waits in the outbox is given up."""
+        since = self._full_since
+        if since is None or submission.is_patient or not self.is_full:
+            return submission.deadline
+        return min(submission.deadline, max(since, submission.given) + self._patience_s)
+
+    def _watch_outbox(self, deadline: float) -> None:
+        """Has the outbox searched for expired submissions then."""
+        with self._lock:
+            if deadline >= self._look_at:
+                return
+            self._look_at = deadline
+        self._deadlines.watch(self, deadline)
+
+    def _refuse_too_large(self, submission: Submission) -> bool:
+        """Delivers the failure of rows that are too large; whether no other rows are left.
+
+        Such a payload would end the stream, and with it everything that is open.
+        """
+        most = self.most_bytes
+        large = {row for row in submission.rows if len(submission.payloads[row]) > most}
+        for row in large:
+            reason = codec.too_large(len(submission.payloads[row]), most)
+            submission.deliver((row,), Failure(Code.INVALID_ARGUMENT, reason, Executed.NO), 0, 0)
+        if large:
+            submission.rows = [row for row in submission.rows if row not in large]
+            submission.size = sum(len(submission.payloads[row]) for row in submission.rows)
+        return not submission.rows
+
+    def cancel(self, submission: Submission, rows: Sequence[int]) -> None:
+        """Stops the work on rows that are not wanted any more; they are delivered all the same."""
+        submission.cancelled.update(rows)
+        self._unwanted.append(submission.cancelled)
+        self._stream.kick()
+
+    def take_back(self, submission: Submission, failure: Failure) -> int:
+        """Delivers the failure for those of its rows that wait to be sent; how many they are."""
+        with self._lock:
+            mine = [r for r in self._retrying if r.submission.cancelled is submission.cancelled]
+            self._retrying.difference_update(mine)
+        taken = [retry.submission for retry in mine]
+        for one in self._outbox.all():
+            if one.cancelled is submission.cancelled:
+                with suppress(ValueError):  # it has left
+                    self._outbox.remove(one)
+                    taken.append(one)
+        for one in taken:
+            self._deliver_all(one, failure)
+        return sum(len(one.rows) for one in taken)
+
+    # on gRPC's sending thread
+
+    def _fill(self, frame: pb2.Frame) -> bool:
+        if not self._served:
+            return False  # the call may never be accepted, and the frame would be lost
+        self._gather()
+        size = 0
+        if self._unwanted:
+            self._find_unwanted()
+        size += self._multiplexer.write_control(frame, LIMITS.frame_cancels)
+        while self._progress:
+            _, progress = self._progress.popitem()
+            frame.progress.append(codec.write_progress(progress))
+            size += 60
+        while self.connected.is_set() and size < LIMITS.frame_bytes and self._has_room():
+            submissions, bytes_ = self._next_submissions(LIMITS.frame_bytes - size)
+            if not submissions:
+                break
+            if not self._write(frame, submissions, bytes_):
+                break
+            size += bytes_ + 100
+        return size > 0
+
+    def _find_unwanted(self) -> None:
+        # All in one pass: thousands may be cancelled together, and each may be in any segment.
+        unwanted = {id(self._unwanted.popleft()) for _ in range(len(self._unwanted))}
+        for sent in self._multiplexer.segments():
+            rows = [
+                start + index
+                for start, submission in zip(sent.starts, sent.members, strict=False)
+                if id(submission.cancelled) in unwanted
+                for index, row in enumerate(submission.rows)
+                if row in submission.cancelled
+            ]
+            for first, count in consecutive(rows):
+                self._multiplexer.cancel(sent, first, count)
+
+    def _gather(self) -> None:
+        # Threads that wake together call again together: a short wait puts them into one frame.
+        woken, self._woken = self._woken, 0
+        before = len(self._outbox)
+        for _ in range(GATHERINGS if woken > 1 else 0):
+            if before >= woken:
+                return
+            time.sleep(GATHER_S)
+            now = len(self._outbox)
+            if now == before:
+                return
+            before = now
+
+    def _has_room(self) -> bool:
+        open_ = self._multiplexer
+        if open_.rows >= WINDOW_ROWS:
+            return False
+        try:
+            next_size = self._outbox.first().size
+        except IndexError:
+            return False
+        return open_.bytes + next_size <= WINDOW_BYTES or not open_.rows
+
+    def _next_submissions(self, most_bytes: int) -> tuple[list[Submission], int]:
+        """Submissions from the head of the outbox that may share a segment, and their bytes."""
+        submissions: list[Submission] = []
+        rows, size = WINDOW_ROWS - self._multiplexer.rows, 0
+        while self._outbox and rows > 0:
+            submission = self._outbox.take()
+            if submission.cancelled:
+                kept = self._still_wanted(submission)
+                if kept is None:
+                    continue
+                submission = kept
+            if submissions and not (
+                (submission.kind is submissions[0].kind or submission.kind == submissions[0].kind)
+                and submission.attempt == submissions[0].attempt
+                and abs(submission.deadline - submissions[0].deadline) <= SAME_DEADLINE_S
+                and size + submission.size <= most_bytes
+            ):
+                self._put_back([submission])
+                break
+            if submission.size > self.most_bytes and self._refuse_too_large(submission):
+                continue  # it was given when the process took more
+            fits = min(rows, self._rows_that_fit(submission))
+            if len(submission.rows) > fits:
+                self._put_back([submission.part(submission.rows[fits:], submission.attempt)])
+                submission = submission.part(submission.rows[:fits], submission.attempt)
+            submissions.append(submission)
+            rows -= len(submission.rows)
+            size += submission.size
+        return submissions, size
+
+    def _rows_that_fit(self, submission: Submission) -> int:
+        """How many of its first rows fit into the largest message that the process takes; none of
+        them is too large alone."""
+        if submission.size <= self.most_bytes:
+            return len(submission.rows)
+        size = fits = 0
+        for row in submission.rows:
+            size += len(submission.payloads[row])
+            if size > self.most_bytes:
+                break
+            fits += 1
+        return fits
+
+    def _still_wanted(self, submission: Submission) -> Submission | None:
+        """The submission without its cancelled rows, which are delivered as such."""
+        gone = [row for row in submission.rows if row in submission.cancelled]
+        left = [row for row in submission.rows if row not in submission.cancelled]
+        if not gone:
+            return submission
+        self._deliver_all(submission.part(gone, submission.attempt), NEVER_SENT)
+        return submission.part(left, submission.attempt) if left else None
+
+    def _write(self, frame: pb2.Frame, submissions: list[Submission], size: int) -> bool:
+        """False when the stream is over."""
+        deadline = min(submission.deadline for submission in submissions)
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            late = Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO)
+            for submission in submissions:
+                self._deliver_all(submission, late)
+            return True
+        bodies = [submission.payloads[row] for submission in submissions for row in submission.rows]
+        payloads = Column(bodies, size=size)
+        kind, attempt = submissions[0].kind, submissions[0].attempt
+        chunks = CHUNKS_AHEAD if kind.as_they_come else 0
+        first_id = codec.new_ids()
+        counts = [len(submission.rows) for submission in submissions]
+        sent = _Sent(submissions, counts, size, partial=chunks > 0, chunks=chunks)
+        sent.deadline, sent.first_id = deadline + LATE_S, first_id
+        if not self._multiplexer.open(sent):
+            self._put_back(submissions)
+            return False
+        self._deadlines.watch(sent, sent.deadline)
+        segment = Segment(
+            kind.route, payloads, deadline, first_id, attempt, chunks=chunks, own_ids=True
+        )
+        before, more = len(frame.segments), (kind.want_parts, kind.priority, kind.as_they_come)
+        try:
+            codec.write_segment(frame, sent.number, segment, left_s, *more)
+        except Exception as e:  # noqa: BLE001 - whatever it is, only this segment is to fail
+            del frame.segments[before:]
+            self._write_apart(frame, sent, e)
+        return True
+
+    def _write_apart(self, frame: pb2.Frame, sent: _Sent, error: Exception) -> None:
+        """Writes each row by itself, so that only those that cannot be written fail."""
+        self._close_rows(sent, 0, sent.count)
+        if sent.count > 1:
+            for submission in sent.members:
+                for row in submission.rows:
+                    alone = submission.part((row,), submission.attempt)
+                    self._write(frame, [alone], alone.size)
+            return
+        reason = f"the request cannot be sent: {error}"
+        self._deliver_all(sent.members[0], Failure(Code.INVALID_ARGUMENT, reason, Executed.NO))
+
+    def _put_back(self, submissions: list[Submission]) -> None:
+        for submission in reversed(submissions):
+            self._outbox.put_back(submission)
+            self._watch_outbox(self._due_at(submission))
+        if self._closed:
+            self._end_unsent()
+
+    # on the stream's thread
+
+    def _live(self, metadata: Mapping[str, str]) -> None:
+        self.refused = None
+        self._served = True
+        self._multiplexer.is_live = not self._closed
+        if self._was_lost:
+            self._was_lost, self._settles_by = False, time.monotonic() + SETTLE_S
+        said = codec.read_most_bytes(metadata.items())
+        self.most_bytes = LIMITS.max_message_bytes if said is None else said
+        self.connected.set()
+        self._stream.kick()
+
+    def _receive(self, frame: pb2.Frame) -> None:
+        woken = 0
+        self._full_since = None
+        if frame.stopping and self.connected.is_set():
+            reason = f"the process at {self._shown()} is stopping and takes no new requests"
+            self.refused = Failure(Code.UNAVAILABLE, reason, Executed.NO)
+            self.connected.clear()
+            self._multiplexer.is_live = False
+        self.is_delivering = self.after_frame is not None
+        try:
+            for sent, made in self._multiplexer.answers_in(frame):
+                codec.check_client_slice(made, sent.asked)
+                if made.more:
+                    self._pass_on(sent, made)
+                else:
+                    woken += self._take(sent, made)
+        finally:
+            self._woken = woken
+            self.is_delivering = False
+            if self.after_frame is not None:
+                self.after_frame()
+        if self._outbox:
+            self._stream.kick()
+
+    def _pass_on(self, sent: _Sent, made: pb2.Slice) -> None:
+        """Delivers parts of rows that are not answered yet."""
+        start = made.start
+
+        def grant(row: int, worker: str) -> None:
+            self._multiplexer.grant(sent, start + row, worker, 1)
+            self._stream.kick()
+
+        delivery = Delivery(made, grant)
+        for first, count in self._multiplexer.arrive(sent, start, delivery.answers):
+            for submission, row, rows, at in sent.members_of(first, count):
+                if submission.on_partial is not None:
+                    whose = submission.rows[row : row + rows]
+                    submission.on_partial(whose, delivery, at - start, sent.first_id + at)
+
+    def _take(self, sent: _Sent, made: pb2.Slice) -> int:
+        """Delivers a slice; returns how many threads that wakes."""
+        delivery, start, woken = Delivery(made), made.start, 0
+        failures = _failures_of(made) if made.failures else None
+        for first, count in self._close_rows(sent, start, made.count):
+            for submission, own, size, at in sent.members_of(first, count):
+                woken += submission.wakes_a_thread
+                rows = submission.rows[own : own + size]
+                if failures is None:
+                    submission.deliver(rows, delivery, at - start, sent.first_id + at)
+                    continue
+                for index, row in enumerate(rows, at):
+                    failure = failures.get(index - start)
+                    request_id = sent.first_id + index
+                    if failure is None:
+                        submission.deliver((row,), delivery, index - start, request_id)
+                    else:
+                        self._failed(submission, row, failure, request_id)
+        return woken
+
+    def _lost(self, why: Part) -> None:
+        if self._closed:
+            return
+        was_served, self._served = self._served, False
+        self.connected.clear()
+        if self._stream.rests:
+            self.refused = None
+        elif why.code is Code.DATA_LOSS:  # also the reason for what is not sent now
+            reason = f"the process at {self._shown()} cannot be asked: {why.reason}"
+            self.refused = Failure(why.code, reason, Executed.NO)
+        elif why.executed is Executed.NO or not (was_served or why.code is Code.CANCELLED):
+            self.refused = Failure(why.code, why.reason, why.executed, why.retry_after_s)
+        if was_served:
+            self._was_lost = not self._stream.rests
+            reason = f"no answer from {self._shown()}: {why.reason}"
+            self._end_sent(Failure(Code.UNAVAILABLE, reason, why.executed))
+            if why.code is Code.DATA_LOSS and self.refused is not None:
+                self._end_unsent(self.refused)  # the next stream may take a while
+        if self.is_full:
+            self._full_since = self._full_since or time.monotonic()
+            self._expire_unsent()
+        if self._outbox and self._stream.rests:
+            self._stream.kick()
+
+    # on any thread
+
+    def _close_rows(self, sent: _Sent, start: int, count: int) -> list[Run]:
+        runs = self._multiplexer.take(sent, start, count)
+        if runs and not sent.pending.left:
+            self._deadlines.forget(sent, sent.deadline)
+        return runs
+
+    def _end_sent(self, failure: Failure) -> None:
+        for sent in self._multiplexer.lose():
+            self._end_rows(sent, failure)
+
+    def _end_rows(self, sent: _Sent, failure: Failure) -> None:
+        for first, count in self._close_rows(sent, 0, sent.count):
+            for submission, own, size, at in sent.members_of(first, count):
+                rows = submission.rows[own : own + size]
+                if not self._keep(submission, rows, failure):
+                    submission.deliver(rows, failure, 0, sent.first_id + at)
+
+    def _end_unsent(self, why: Failure = CLOSED) -> None:
+        while True:
+            try:
+                self._deliver_all(self._outbox.take(), why)
+            except IndexError:
+                return
+
+    def _deliver_all(self, submission: Submission, failure: Failure) -> None:
+        submission.deliver(submission.rows, failure, 0, 0)
+
+    def _expire(self, due: _Sent | Submitter | _Retry | Callable[[], None]) -> None:
+        if isinstance(due, _Retry):
+            with self._lock:
+                due_still = due in self._retrying
+                self._retrying.discard(due)
+            if due_still:
+                self.send(due.submission)
+        elif isinstance(due, Submitter):
+            self._expire_unsent()
+        elif isinstance(due, _Sent):
+            self._multiplexer.cancel(due, 0, due.count)
+            self._end_rows(due, Failure(Code.DEADLINE_EXCEEDED, ""))
+            self._stream.kick()
+        else:
+            due()
+
+    def _expire_unsent(self) -> None:
+        with self._lock:
+            self._look_at = math.inf
+        now = time.monotonic()
+        late, refused = Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO), self.refused
+        for submission in self._outbox.all():
+            due_at = self._due_at(submission)
+            if due_at > now:
+                self._watch_outbox(due_at)
+                continue
+            try:
+                self._outbox.remove(submission)
+            except ValueError:  # it has left
+                continue
+            why = late if refused is None or submission.deadline <= now else refused
+            self._deliver_all(submission, why)
+
+    def _keep(self, submission: Submission, rows: Sequence[int], failure: Failure) -> bool:
+        """Puts rows that a stopping process provably did not run back into the outbox; whether it
+        did."""
+        gave_back = failure.executed is Executed.NO and failure.code is Code.UNAVAILABLE
+        if not gave_back or self.connected.is_set() or self._closed:
+            return False
+        kept = submission.part(rows, submission.attempt)
+        self._outbox.put(kept)
+        self._watch_outbox(self._due_at(kept))
+        if self._closed:
+            self._end_unsent()
+        return True
+
+    def _failed(self, submission: Submission, row: int, failure: Failure, request_id: int) -> None:
+        if self._keep(submission, (row,), failure):
+            return
+        now = time.monotonic()
+        # A process that has just come back has not found its neighbours yet: no reason to give up.
+        settles = failure.code is Code.UNAVAILABLE and now < self._settles_by
+        pause_s = failure.retry_after_s or RETRY_PAUSE_S
+        if settles:
+            pause_s = max(pause_s, SETTLE_PAUSE_S)
+        elif submission.attempt >= RETRIES:
+            pause_s = max(
+                pause_s, min(RETRY_PAUSE_S * 2 ** min(submission.attempt, 9), MAX_PAUSE_S)
+            )
+        again_at = now + pause_s
+        if (
+            failure.executed is Executed.NO
+            and failure.code in WORTH_A_RETRY
+            and again_at < submission.deadline
+            and row not in submission.cancelled
+            and not self._closed
+            and (settles or self._may_try_again(submission))
+        ):
+            retry = _Retry(submission.part((row,), submission.attempt + (not settles)))
+            with self._lock:
+                self._retrying.add(retry)
+            self._deadlines.watch(retry, again_at)
+        else:
+            submission.deliver((row,), failure, 0, request_id)
+
+    def _may_try_again(self, submission: Submission) -> bool:
+        if submission.attempt < RETRIES and self._spend_retry():
+            return True
+        return submission.keeps_trying()
+
+    def _spend_retry(self) -> bool:
+        with self._lock:
+            if self._retries < 1:
+                return False
+            self._retries -= 1
+            return True
+
+
+@dataclass(eq=False)
+class _Retry:
+    """A submission that waits for its next attempt."""
+
+    submission: Submission
+
+
+def _failures_of(made: pb2.Slice) -> dict[int, Failure]:
+    found: dict[int, Failure] = {}
+    for detail in made.failures:
+        rows = range(detail.start, detail.start + (detail.count or made.count))
+        found.update(dict.fromkeys(rows, codec.read_failure(detail)))
+    return found
