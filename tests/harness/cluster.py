@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -21,8 +22,10 @@ import pytest
 
 from overlay.transport import codec
 from overlay.transport.codec import pb2, pb2_grpc
+from tests.harness.forks import LINUX, Fork, Nursery
 
 ROOT = Path(__file__).resolve().parents[2]
+NODE = ROOT / "node.py"
 IDS = "ABCDEF"
 
 
@@ -78,8 +81,8 @@ class Overlay:
         self.path = folder / "overlay.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(config))
-        self.processes: dict[str, subprocess.Popen[str]] = {}
-        self.environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        self.processes: dict[str, subprocess.Popen[str] | Fork] = {}
+        self.environment = _environment()
         self._channels: dict[str, grpc.Channel] = {}
 
     def start(self, *ids: str) -> Overlay:
@@ -160,11 +163,16 @@ class Overlay:
 
     def _node(self, process_id: str) -> list[str]:
         """The command that serves the process."""
-        return [sys.executable, str(ROOT / "node.py"), self.path.name, process_id]
+        return [sys.executable, str(NODE), self.path.name, process_id]
 
-    def _spawn(self, process_id: str) -> subprocess.Popen[str]:
+    def _spawn(self, process_id: str) -> subprocess.Popen[str] | Fork:
+        command = self._node(process_id)
+        if LINUX and command[:2] == [sys.executable, str(NODE)]:
+            nursery = _nursery()
+            if nursery.environment == self.environment:
+                return nursery.start(command[2:], self.folder)
         return subprocess.Popen(
-            self._node(process_id),
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -186,6 +194,17 @@ class Overlay:
         return all(
             n.state == "up" and n.slots > 0 for n in metrics.neighbours if n.process_id in alive
         )
+
+
+def _environment() -> dict[str, str]:
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    return environment
+
+
+@functools.cache
+def _nursery() -> Nursery:
+    return Nursery(NODE, _environment())
 
 
 @contextlib.contextmanager
