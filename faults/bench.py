@@ -23,10 +23,12 @@ from faults import checker, history
 from faults.breaking import Stage
 from faults.checker import Violation
 from faults.history import About, History, Recovery, Rest, Trouble
-from faults.hosts import ADDRESSES, Hosts, Wire
 from faults.load import Load, Notes, Planned
-from faults.overlays import ROOT, NotReached, Overlay, six_processes, until
+from faults.overlays import Overlay
 from faults.scenarios import BY_NAME, HORRORS, Scenario
+from tests.harness.cluster import six_processes
+from tests.harness.hosts import ADDRESSES, Hosts, Wire
+from tests.harness.machine import ROOT, NotReached, until
 
 LATENESS_S = 0.02  # of the 99th percentile; beyond, the load was not what the run says
 REST_S = 15.0  # for hung handlers to end, and for what they held
@@ -164,7 +166,6 @@ def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed
     if scenario.prepare:
         scenario.prepare(overlay)
     overlay.start()
-    overlay.settle()
     load = Load(overlay.address("A"), notes, 1, _scope(found.about))
     try:
         load.start()

@@ -26,11 +26,11 @@ import grpc
 
 from faults.checker import SILENT_S
 from faults.history import Answer, Call, Stall
-from faults.overlays import until
 from overlay.client.sync import CallFailed, Incomplete, connect
 from overlay.model.segments import Code
 from overlay.transport import codec
 from overlay.transport.codec import pb2, pb2_grpc
+from tests.harness.machine import until
 
 STALL_S = 0.1  # the pulse is this late: the machine did not let us run
 LIBRARY_THREADS = 1000  # a second has up to 200 such calls, and one waits 3 s at most

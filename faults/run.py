@@ -149,7 +149,7 @@ def names(text: str) -> list[str]:
 
 def bench(options: argparse.Namespace) -> int:
     from faults import bench, plot, report
-    from faults.hosts import CannotBuild
+    from tests.harness.hosts import CannotBuild
 
     folder = options.out or new_folder()
     outcomes, not_run = [], {}
@@ -195,7 +195,9 @@ def seeded(options: argparse.Namespace) -> int:
 
 def figures(options: argparse.Namespace) -> int:
     """What is written down grows with each trial, so that Ctrl-C loses only the last one."""
-    from faults import figures, hosts, overlays, trials
+    from faults import figures, trials
+    from tests.harness.hosts import CannotBuild
+    from tests.harness.machine import NotReached
 
     sys.setswitchinterval(0.0005)  # or answers that come keep the next calls from leaving in time
     folder = options.out or new_folder()
@@ -211,7 +213,7 @@ def figures(options: argparse.Namespace) -> int:
                 for sample in trials.measure(name, run, fresh(folder, f"{name}-{run}"), asked):
                     samples.append(sample)
                     print(figures.line(sample), flush=True)
-            except (overlays.NotReached, hosts.CannotBuild) as error:
+            except (NotReached, CannotBuild) as error:
                 missing.append(f"{name}, run {run}, got stuck: {error}")
                 print(missing[-1], flush=True)
             write_figures(folder, samples, missing, asked)

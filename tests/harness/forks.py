@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ LINUX = sys.platform == "linux"
 class Nursery:
     """The forks of one script. Used by one thread at a time."""
 
-    def __init__(self, script: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, script: Path, environment: dict[str, str], inside: Sequence[str] = ()
+    ) -> None:
+        """inside: the start of a command that runs the rest of it somewhere, as in a namespace."""
         self.environment = environment
         self._here, there = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(there.fileno()), str(script)],
+            [*inside, sys.executable, __file__, str(there.fileno()), str(script)],
             stdin=subprocess.DEVNULL,
             pass_fds=[there.fileno()],
             cwd="/",
@@ -44,6 +48,11 @@ class Nursery:
             start_new_session=True,
         )
         there.close()
+
+    def close(self) -> None:
+        """Ends it and all that it has forked."""
+        self._here.close()
+        self._process.wait()
 
     def start(self, words: list[str], cwd: Path) -> Fork:
         output, its_output = os.pipe()

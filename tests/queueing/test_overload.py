@@ -218,7 +218,9 @@ def test_below_capacity_nobody_is_refused(load, way):
 def test_without_admission_by_time_the_same_queue_works_for_nobody(monkeypatch, way):
     """So that the tests above would fail without it."""
     monkeypatch.setattr("overlay.queueing.admission.takes_s", lambda *what: 0.0)
-    monkeypatch.setattr("overlay.queueing.admission.ServiceTimeEstimator.least_s", lambda self, now: 0.0)
+    monkeypatch.setattr(
+        "overlay.queueing.admission.ServiceTimeEstimator.least_s", lambda self, now: 0.0
+    )
 
     simulated = Simulated(2, way=way).run(20).until_the_end()
 

@@ -20,9 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from faults.hosts import ADDRESSES, CannotBuild, Hosts, ip
 from tests.harness.cluster import IDS, ROOT, until
-from tests.harness.hosts import SHIPPED
+from tests.harness.hosts import ADDRESSES, SHIPPED, CannotBuild, Hosts, ip
 from tests.harness.windows import PcAndMac, Windows
 from tests.project.test_launcher import STUBS, copy_project, pids_in, port_of, write_three
 
