@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,12 @@ def run(
 
     Raises CannotBuild when the scenario needs hosts that cannot be made here.
     """
-    how = {"seconds": seconds, "seed": seed, "command": list(command), "freeze_s": freeze_s}
+    how: dict[str, Any] = {
+        "seconds": seconds,
+        "seed": seed,
+        "command": list(command),
+        "freeze_s": freeze_s,
+    }
     if scenario.away:
         found = _played_on_hosts(scenario, folder.absolute(), how)
     else:
@@ -215,7 +221,7 @@ def _recovery(overlay: Overlay, notes: Notes, scope: Mapping[str, Sequence[str]]
         while time.monotonic() < began + RECOVERY_S:
             mode = "any" if good % 2 else "all"
             call = probing.send(Planned(0, mode, "unary", "", "work", 1, 5))
-            answer = until(lambda c=call: _answer_to(notes, c.id), 10, f"an answer to {call.id}")
+            answer = until(partial(_answer_to, notes, call.id), 10, f"an answer to {call.id}")
             complete = answer.code == "OK" and all(code == "OK" for _, code, _ in answer.parts)
             good = good + 1 if complete else 0
             said = f"{answer.code} {answer.coverage} {answer.reason}"

@@ -218,8 +218,8 @@ def vanish(stage: Stage, count: int = 1000) -> None:
     with stage.doing("crowd", "A"):
         command = [sys.executable, "-m", "faults.crowd", address, str(count), str(CROWD_KEY)]
         crowd_process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        assert crowd_process.stdout is not None
         try:
-            assert crowd_process.stdout is not None
             crowd_process.stdout.readline()
             until(lambda: _in_flight(stage.overlay, "A") > 0.9 * count, 15, "all calls under way")
         finally:
@@ -329,8 +329,8 @@ def hostile(process: str) -> Breaking:
         with stage.doing("hostile", process):
             overlay.kill(process)
             stranger = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+            assert stranger.stdout is not None
             try:
-                assert stranger.stdout is not None
                 stranger.stdout.readline()  # it serves
                 time.sleep(stage.long_s)
             finally:

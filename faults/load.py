@@ -431,7 +431,7 @@ class _Stream:
     def _came(self, made: pb2.Slice, at: float) -> None:
         with self._lock:
             call = self._open.pop(made.number, None)
-            if call is None and self._given_up.pop(made.number, None):
+            if call is None and self._given_up.pop(made.number, None) is not None:
                 return  # told its caller already, and not a second answer of the overlay's
         # Without a call it is a second answer, and the checker shall see it.
         self._notes.answered(_of_slice(made, at))

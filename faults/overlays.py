@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ import grpc
 
 from faults.handlers import FOLDER
 from faults.history import Ending
-from overlay.transport.codec import pb2
 from tests.harness import cluster
 from tests.harness.forks import Fork
 from tests.harness.machine import NotReached, until
 
 STOP_S = 20.0  # the drain's grace and the watchdog behind it
-ASK_TO_STOP = signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGTERM
+if sys.platform == "win32":
+    ASK_TO_STOP, FLAGS = signal.CTRL_BREAK_EVENT, subprocess.CREATE_NEW_PROCESS_GROUP
+else:
+    ASK_TO_STOP, FLAGS = signal.SIGTERM, 0
 STOPPED = [0]
 SHOWN_BYTES = 64 * 1024  # of a process's output
 
@@ -46,7 +49,6 @@ class Overlay(cluster.Overlay):
         return [*before, *self._command, str(self.path), process_id]
 
     def _spawn(self, process_id: str) -> subprocess.Popen[Any]:
-        flags = subprocess.CREATE_NEW_PROCESS_GROUP if os.name == "nt" else 0
         with (self.folder / f"{process_id}.out").open("ab") as out:
             self._said_before[process_id] = out.tell()
             quiet = process_id not in self.unread
@@ -58,7 +60,7 @@ class Overlay(cluster.Overlay):
                 cwd=self.folder,
                 env={**self.environment, FOLDER: str(self.folder)},
                 start_new_session=os.name == "posix",
-                creationflags=flags,
+                creationflags=FLAGS,
             )
 
     def _wait_ready(self, process_id: str) -> None:
@@ -75,10 +77,7 @@ class Overlay(cluster.Overlay):
         except grpc.RpcError:
             return False
 
-    def metrics(self, process_id: str) -> pb2.MetricsResponse:
-        """Raises grpc.RpcError."""
-        ask = self.stub(process_id).GetMetrics
-        return ask(pb2.MetricsRequest(), timeout=2, wait_for_ready=True)
+    metrics_s = 2.0
 
     def signal(self, process_id: str, number: int) -> None:
         self.processes[process_id].send_signal(number)
@@ -141,6 +140,7 @@ class Overlay(cluster.Overlay):
 
     def _ended(self, process_id: str, wanted: list[int]) -> None:
         process = self.processes.pop(process_id)
+        assert process.returncode is not None
         said = "\n".join(self.output(process_id).splitlines()[-8:])[-2000:]
         self.endings.append(Ending(process_id, process.returncode, wanted, said))
         self._close_pipes(process)

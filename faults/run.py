@@ -32,7 +32,7 @@ import platform
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def in_environment(arguments: Sequence[str]) -> int:
         print(problem, file=sys.stderr)
         return 2
     os.environ[IN_ENVIRONMENT] = python
-    return project.hand_over(python, Path(__file__).resolve(), list(arguments))
+    return int(project.hand_over(python, Path(__file__).resolve(), list(arguments)))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -122,8 +122,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="says what there is")
     options = parser.parse_args(arguments)
     if options.list:
-        for each in (*scenarios.SCENARIOS, *seeded.BUGS):
-            print(f"{each.name:<20} {each.about}")
+        for name, about in [(each.name, each.about) for each in scenarios.SCENARIOS] + [
+            (bug.name, bug.about) for bug in seeded.BUGS
+        ]:
+            print(f"{name:<20} {about}")
         print(f"{'--figures':<20} {', '.join(trials.NAMES)}")
         parser.exit()
     if options.seconds is None:
@@ -253,7 +255,7 @@ def check(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def stopped_by_ctrl_c():
+def stopped_by_ctrl_c() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:

@@ -52,6 +52,8 @@ def tool(name: str, remedy: str) -> str:
 class Overlay:
     """The processes of one configuration, started in a folder of their own."""
 
+    metrics_s = 5.0  # within which each answers GetMetrics, on a busy machine too
+
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
         self.config = config
@@ -107,16 +109,20 @@ class Overlay:
 
     def metrics(self, process_id: str) -> pb2.MetricsResponse:
         """Raises grpc.RpcError."""
-        return self.stub(process_id).GetMetrics(
-            pb2.MetricsRequest(), timeout=5, wait_for_ready=True
+        ask = self.stub(process_id).GetMetrics
+        found: pb2.MetricsResponse = ask(
+            pb2.MetricsRequest(), timeout=self.metrics_s, wait_for_ready=True
         )
+        return found
 
     def ask(
         self, process_id: str, payload: bytes = b"hi", *, timeout: float = 10, **fields: Any
     ) -> pb2.Response:
         """Forward; a mode may be given by its name."""
         request = pb2.Request(payload=payload, **fields)
-        return self.stub(process_id).Forward(request, timeout=timeout, wait_for_ready=True)
+        ask = self.stub(process_id).Forward
+        response: pb2.Response = ask(request, timeout=timeout, wait_for_ready=True)
+        return response
 
     def kill(self, process_id: str) -> None:
         process = self.processes[process_id]

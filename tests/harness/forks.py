@@ -12,6 +12,7 @@ forked. No threads: they do not survive a fork.
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
 import gc
 import json
@@ -48,9 +49,11 @@ class Nursery:
             start_new_session=True,
         )
         there.close()
+        atexit.register(self.close)
 
     def close(self) -> None:
-        """Ends it and all that it has forked."""
+        """Ends it and all that it has forked. May be called twice."""
+        atexit.unregister(self.close)
         self._here.close()
         self._process.wait()
 
@@ -128,8 +131,8 @@ def fork_on(tests: socket.socket) -> bool:
     """True in a fork; False at the end of the tests."""
     children: dict[int, tuple[int, int]] = {}  # pidfd: pid, where its end is told
     while True:
-        for ready in select.select([tests, *children], [], [])[0]:
-            if ready is not tests:
+        for ready in select.select([tests.fileno(), *children], [], [])[0]:
+            if ready != tests.fileno():
                 tell_end(ready, *children.pop(ready))
                 continue
             length, fds, _, _ = socket.recv_fds(tests, 4, 2)

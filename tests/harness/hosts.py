@@ -80,7 +80,9 @@ class Wire:
         """The command that runs this one in the host."""
         return ["ip", "netns", "exec", self.names[host], *command]
 
-    def run(self, host: int, *command: str, within_s: float = 30) -> subprocess.CompletedProcess:
+    def run(
+        self, host: int, *command: str, within_s: float = 30
+    ) -> subprocess.CompletedProcess[str]:
         """Runs a program in the host to its end; gives its exit code and all it printed."""
         pipes = {
             "stdin": subprocess.DEVNULL,
