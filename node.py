@@ -61,9 +61,9 @@ try:
     from overlay.server.reception import Health, Reception, on_threads_of
     from overlay.server.service import Drained, Service
     from overlay.server.shutdown import StopFile, when_console_ends
-    from overlay.transport import codec
     from overlay.transport.channels import Channel
     from overlay.transport.codec import pb2, pb2_grpc
+    from overlay.transport.endpoints import server_options
     from overlay.transport.listener import Listening
     from overlay.transport.machine import own_addresses
     from overlay.transport.resolver import Named, look_up, socket_address
@@ -139,7 +139,7 @@ class Node:
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
         most = most_connections(raise_file_limit())
-        options = codec.server_options(limits, most)
+        options = server_options(limits, most)
         self.server = Listening(place, me.port, lambda: grpc.server(self.pool, options=options))
         self.reception = Reception(self.server, self.pool, limits, service.record)
         service.calls_without_message = lambda: self.reception.unarrived
@@ -195,7 +195,7 @@ class Node:
         number = self.place.addresses[0]
         number = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(number, number)
         address = join_address(number, self.me.port)
-        with Channel(address, codec.channel_options()) as channel:
+        with Channel(address) as channel:
             ask = pb2_grpc.OverlayNodeStub(channel).GetMetrics
             try:
                 found = ask(pb2.MetricsRequest(), timeout=5, wait_for_ready=True)

@@ -22,21 +22,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TextIO
 
-from client import Exit, Parser, guarded, host, port  # says what is not installed
-from overlay.cli.check import expected_workers
-from overlay.cli.terminal import (
-    clean,
-    counted,
-    exit_of,
-    join_all,
-    name,
-    seconds,
-)
-from overlay.client import sync as library
-from overlay.model.segments import Code, Part
-from overlay.model.topology import join_address
+from overlay.cli.text import clean, counted
+from overlay.cli.usage import Parser, importing, name, process_arguments, shared_options
+
+with importing():
+    from overlay.cli.check import expected_workers
+    from overlay.cli.terminal import Exit, exit_of, guarded, join_all
+    from overlay.client import sync as library
+    from overlay.model.segments import Code, Part
+    from overlay.model.topology import join_address
 
 DESCRIPTION = """\
 Tries a running overlay: a single request, the queue's status, 10 concurrent requests; then one
@@ -50,6 +47,7 @@ exit codes:
   4    nothing serves at HOST PORT
   130  interrupted"""
 
+DEADLINE_S = 10.0
 CONCURRENT = 10
 IN_A_ROW = 20
 
@@ -108,9 +106,8 @@ def say(line: str, stream: TextIO | None = None) -> None:
 
 def _parser() -> Parser:
     parser = Parser("test_system.py", DESCRIPTION, EXITS)
+    process_arguments(parser)
     add = parser.add_argument
-    add("host", metavar="HOST", type=host, help="name or address of a process")
-    add("port", metavar="PORT", type=port, help="its port")
     add(
         "--handler",
         type=name,
@@ -119,12 +116,8 @@ def _parser() -> Parser:
         help="test with this handler (default: echo)",
     )
     add("--payload", default="hello", metavar="TEXT", help="what to send (default: %(default)s)")
-    add(
-        "--deadline",
-        type=seconds,
-        default=10.0,
-        metavar="SECONDS",
-        help="for each request (default: %(default)g)",
+    shared_options(
+        parser, deadline_s=DEADLINE_S, deadline="how long each request may take", json=""
     )
     return parser
 
@@ -235,7 +228,7 @@ def concurrent_requests(asked: Asked) -> Outcome:
     payloads = [asked.payload] * CONCURRENT
     if asked.is_echo:
         payloads = [f"{asked.payload} {n}" for n in range(CONCURRENT)]
-    runs = _at_once([lambda p=p: asked.call(p) for p in payloads], asked.deadline_s + 5)
+    runs = _at_once([partial(asked.call, p) for p in payloads], asked.deadline_s + 5)
     found = [run.problems(asked, sent) for run, sent in zip(runs, payloads, strict=True)]
     whole = [run for run, problems in zip(runs, found, strict=True) if not problems]
     facts = f"{len(whole)} of {CONCURRENT} answered in full"
@@ -459,4 +452,4 @@ def _spread(runs: Sequence[Run]) -> str:
 
 
 if __name__ == "__main__":
-    guarded(main, "test_system.py")
+    sys.exit(guarded(main))

@@ -11,7 +11,7 @@ import time
 
 import grpc
 
-from overlay.transport import codec
+from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 
 NAP_MS = 1000
@@ -19,7 +19,7 @@ TIMEOUT_S = 120  # or the last of them would be refused for want of time
 
 
 def main(address: str, count: int, key: int) -> None:
-    options = codec.channel_options()
+    options = endpoints.channel_options()
     clients = [grpc.insecure_channel(address, options) for _ in range(count)]
     calls = []
     for i, client in enumerate(clients):

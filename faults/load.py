@@ -28,7 +28,7 @@ from faults.checker import SILENT_S
 from faults.history import Answer, Call, Stall
 from overlay.client.sync import CallFailed, Incomplete, connect
 from overlay.model.segments import Code
-from overlay.transport import codec
+from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.machine import until
 
@@ -188,7 +188,7 @@ class Load:
         self._again: deque[tuple[float, Planned]] = deque()  # when due, in this order
         self._base = random.getrandbits(40) << 20  # of the ids that we give
         self._closed = threading.Event()
-        self._channel = grpc.insecure_channel(address, codec.channel_options())
+        self._channel = grpc.insecure_channel(address, endpoints.channel_options())
         self._stub = pb2_grpc.OverlayNodeStub(self._channel)
         self._stream = _Stream(self._stub, notes, self._closed)
         self._library = connect(address)

@@ -19,7 +19,7 @@ import grpc
 
 import overlay
 from overlay.model import config
-from overlay.transport import codec
+from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2
 
 THREADS = 16
@@ -31,7 +31,9 @@ NAMES = ("work", "echo")
 def main(path: str, process_id: str) -> None:
     topology = config.load(Path(path))
     me = topology.process(process_id)
-    server = grpc.server(ThreadPoolExecutor(THREADS), options=codec.server_options(topology.limits))
+    server = grpc.server(
+        ThreadPoolExecutor(THREADS), options=endpoints.server_options(topology.limits)
+    )
     methods = {
         "GetMetrics": grpc.unary_unary_rpc_method_handler(
             lambda request, context: _well(topology, process_id).SerializeToString()

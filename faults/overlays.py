@@ -34,6 +34,8 @@ class Overlay(cluster.Overlay):
     """The processes of one configuration, each end of which is noted. Not for several threads at
     once, but for `metrics` and `address`."""
 
+    metrics_s = 2.0
+
     def __init__(self, folder: Path, config: dict[str, Any], command: Sequence[str]) -> None:
         """command: what serves a process, the configuration and the id come after it."""
         super().__init__(folder, config)
@@ -76,8 +78,6 @@ class Overlay(cluster.Overlay):
             return bool(self.metrics(process_id).pid == process.pid)
         except grpc.RpcError:
             return False
-
-    metrics_s = 2.0
 
     def signal(self, process_id: str, number: int) -> None:
         self.processes[process_id].send_signal(number)

@@ -705,7 +705,7 @@ def _host(host: str) -> str:
 def ask(address: str, timeout_s: float = ANSWER_S) -> Any:
     """The metrics of the process at the address, or None when it does not answer."""
     # Not through the client library: that waits for a connection, here a refused one is an answer.
-    with Channel(address, codec.CHANNEL_OPTIONS) as channel:
+    with Channel(address) as channel:
         node = codec.pb2_grpc.OverlayNodeStub(channel)
         try:
             return node.GetMetrics(codec.pb2.MetricsRequest(), timeout=timeout_s)

@@ -1,6 +1,6 @@
-"""`client.py HOST PORT`: one request, and what came of it: the answer, who gave it, its way.
+"""`client.py HOST PORT`: one request; its answer, who gave it, and the path that it took.
 
---as-completed and --first show each worker's own part as soon as it has come.
+--as-completed and --first show each worker's own part as soon as it arrives.
 """
 
 from __future__ import annotations
@@ -14,38 +14,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from overlay.cli.terminal import (
-    Exit,
-    Parser,
-    Screen,
-    complain,
-    connected,
-    counted,
-    deadline_argument,
-    failed,
-    out_file,
-    priority_argument,
-    result_as_json,
-    route_arguments,
-    shown,
-    sized,
-    whole_number,
-)
+from overlay.cli.terminal import Exit, Screen, connected, failed, result_as_json
+from overlay.cli.text import counted, shown, sized
+from overlay.cli.usage import Parser, complain, out_file, shared_options, whole_number
 from overlay.client import sync as library
 from overlay.model import clocks as time
 from overlay.model import json_values
 from overlay.model.segments import Hop, Part
 from overlay.model.topology import join_address
-from overlay.observability import trace as story
+from overlay.observability.trace import lines as trace_lines
 
 TRACE_DEADLINE_S = 3.0  # for the trace of a request that failed
-STORIES = 1000  # more than a process keeps
+MAX_REQUESTS = 1000  # more than a process keeps
 
 
 def arguments(parser: Parser) -> None:
     add = parser.add_argument
-    modes = "all: every worker answers (default); any: one does, the least loaded"
-    route_arguments(parser, "all", modes)
     sent = parser.add_mutually_exclusive_group()
     sent.add_argument(
         "--payload",
@@ -58,35 +42,40 @@ def arguments(parser: Parser) -> None:
         "--args",
         type=function_arguments,
         metavar="JSON|@FILE|-",
-        help="the arguments of a typed function, as a JSON object; the verb handlers shows which",
+        help="the arguments of a typed function, as a JSON object; the verb handlers lists them",
     )
-    deadline_argument(parser, library.DEFAULT_TIMEOUT_S, "an answer later than this is of no use")
-    priority_argument(parser)
     add("--parts", action="store_true", help="show each worker's own result and times")
     add(
         "--trace",
         action="store_true",
-        help="show what the way took at each process, and leave a line in each one's log",
+        help="show the times at each process on the way, and leave a line in the log of each",
     )
     add(
         "--out",
         type=out_file,
         metavar="FILE",
-        help="write the result's own bytes there; - for standard output, the report to stderr then"
-        "; with --as-completed each worker's as they come, joined by newlines",
+        help="write the exact bytes of the result there; - is standard output, and the report goes "
+        "to standard error then; with --as-completed each worker's as they come, newlines between",
     )
     add(
         "--as-completed",
         action="store_true",
-        help="mode all: show each worker's own answer as soon as it has come; nothing is merged",
+        help="mode all: show each worker's answer as soon as it arrives; nothing is merged",
     )
     add(
         "--first",
         type=whole_number,
         metavar="N",
-        help="as --as-completed, until N workers have answered; the others' work is ended",
+        help="as --as-completed, until N workers have answered; the others are cancelled",
     )
-    add("--json", action="store_true", help="the report as JSON; of --as-completed, a line each")
+    shared_options(
+        parser,
+        mode="all",
+        deadline_s=library.DEFAULT_TIMEOUT_S,
+        deadline="how long the answer may take",
+        priority=True,
+        json="print the report as JSON; with --as-completed, an object a line",
+    )
 
 
 def payload(text: str) -> bytes:
@@ -103,7 +92,7 @@ def payload(text: str) -> bytes:
 
 
 def function_arguments(text: str) -> dict[str, Any]:
-    """As `payload`, of a JSON object."""
+    """As `payload`, but a JSON object."""
     try:
         found = json_values.read(payload(text))
     except ValueError as e:
@@ -141,11 +130,11 @@ def run(args: argparse.Namespace) -> int:
     took_ms = (time.monotonic() - started) * 1000
     code = Exit.INCOMPLETE if answer.missing else Exit.OK
     report = Screen(sys.stderr if args.out == "-" else sys.stdout)
-    if args.out and not _kept(args.out, answer.result):
+    if args.out and not _write_result(args.out, answer.result):
         return Exit.FAILED
     if args.json:
-        said = answer_as_json(answer, address, took_ms, code, args.parts)
-        report.json(said if args.args is None else said | _values_as_json(answer, args.mode))
+        values = {} if args.args is None else _values_as_json(answer, args.mode)
+        report.json(answer_as_json(answer, address, took_ms, code, args.parts) | values)
     else:
         show_answer(report, answer, took_ms, args)
     return code
@@ -156,9 +145,9 @@ def _payload_of(args: argparse.Namespace) -> tuple[bytes, ...]:
 
 
 def ask_for_parts(args: argparse.Namespace) -> int:
-    """Shows each part when it comes, then who did not answer."""
+    """Shows each part as it arrives, then which workers did not answer."""
     if args.mode == "any" or args.parts:
-        complain("--as-completed and --first are of --mode all, without --parts")
+        complain("--as-completed and --first need --mode all, and exclude --parts")
         return Exit.USAGE
     started = time.monotonic()
     report = Screen(sys.stderr if args.out == "-" else sys.stdout)
@@ -174,14 +163,14 @@ def ask_for_parts(args: argparse.Namespace) -> int:
         ):
             if args.out and part.ok:
                 written = (b"\n", part.result) if found else (part.result,)
-                if not _kept(args.out, *written, is_first=not found):
+                if not _write_result(args.out, *written, is_first=not found):
                     return Exit.FAILED
             # Not the result itself, which may be large.
             found.append(replace(part, result=b""))
             took_ms = (time.monotonic() - started) * 1000
             if args.json:
-                told = {**_part_as_json(part, not args.out), "after_ms": round(took_ms, 3)}
-                print(json.dumps(told), file=report.file)
+                shown_part = {**_part_as_json(part, not args.out), "after_ms": round(took_ms, 3)}
+                print(json.dumps(shown_part), file=report.file)
             elif part.ok:
                 kept = f"{sized(part.result)} -> {args.out}"
                 report.facts((part.process_id, kept if args.out else shown(part.result)))
@@ -190,10 +179,10 @@ def ask_for_parts(args: argparse.Namespace) -> int:
         return failed(e, join_address(args.host, args.port), args.json)
     missing = [part for part in found if not part.ok]
     if not args.json:
-        enough = " (the first; the others' work was ended)" if args.first and not missing else ""
-        workers = {part.process_id for part in found}  # who yields has a part for each item
-        failed_ones = {part.process_id for part in missing}
-        good = len(workers - failed_ones)
+        enough = " (the first; the others were cancelled)" if args.first and not missing else ""
+        workers = {part.process_id for part in found}  # a generator has a part for each item
+        failed_workers = {part.process_id for part in missing}
+        good = len(workers - failed_workers)
         answered = f"{good} of {counted(len(workers), 'worker')} answered"
         report.facts(
             ("answers", f"{len(found)}{enough}" if enough else answered),
@@ -224,15 +213,17 @@ def show_answer(
 
 def show_trace(report: Screen, trace: Sequence[Hop]) -> None:
     bars = str.maketrans("├└│─", "+`|-" if report.options.ascii_only else "├└│─")
-    lines = [(who.translate(bars), hop, away_us) for who, hop, away_us in story.lines(trace)]
+    lines = [
+        (shown_id.translate(bars), hop, away_us) for shown_id, hop, away_us in trace_lines(trace)
+    ]
     report.table("trace", TRACE_COLUMNS, map(_hop_row, lines))
 
 
 def show_failed(client: library.Client, request_id: int, as_json: bool) -> None:
-    """The trace of a request that failed, as the process asked remembers it."""
+    """The trace of a failed request, as the process asked remembers it."""
     with suppress(library.CallFailed):
-        told = client.metrics(timeout=TRACE_DEADLINE_S, requests=STORIES).requests
-        hops = [one.hops for one in told if one.request_id == request_id]
+        summaries = client.metrics(timeout=TRACE_DEADLINE_S, requests=MAX_REQUESTS).requests
+        hops = [one.hops for one in summaries if one.request_id == request_id]
         report = Screen(sys.stderr if as_json else sys.stdout)
         report.facts(("request", f"{request_id:016x}"))
         if hops:
@@ -267,7 +258,7 @@ def answer_as_json(
     answer: library.Answer, address: str, took_ms: float, code: int, with_results: bool
 ) -> dict[str, Any]:
     answered, asked = answer.coverage
-    lines = list(story.lines(answer.trace))
+    lines = list(trace_lines(answer.trace))
     return {
         "ok": True,
         "exit_code": int(code),
@@ -284,7 +275,7 @@ def answer_as_json(
 
 
 def _values_as_json(answer: library.Answer, mode: str) -> dict[str, Any]:
-    """What a typed function returned; nothing of one that gives other bytes."""
+    """What a typed function returned; nothing for one that returns other bytes."""
     with suppress(ValueError):
         return {"value": answer.value} if mode == "any" else {"values": answer.values}
     return {}
@@ -314,11 +305,11 @@ def _part_as_json(part: Part, with_result: bool) -> dict[str, Any]:
     }
 
 
-def _kept(out: str, *results: bytes, is_first: bool = True) -> bool:
-    """Writes the results' own bytes, after what was written before when it is not the first."""
+def _write_result(out: str, *results: bytes, is_first: bool = True) -> bool:
+    """Writes the exact bytes of the results; unless is_first, after those written before."""
     try:
         if out == "-":
-            stdout: Any = sys.stdout  # a console.Output
+            stdout: Any = sys.stdout  # a terminal.StandardOutput
             for result in results:
                 stdout.write_bytes(result)
         else:

@@ -1,62 +1,58 @@
-"""`client.py HOST PORT check` and `client.py check CONFIG`: what one process says, and what all do.
-
-Owns a thread per process while it asks all of them.
-"""
+"""`client.py HOST PORT check`: the state of one process; `client.py check CONFIG`: of all."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from overlay.cli.terminal import (
-    Exit,
-    Parser,
-    Screen,
-    asked_at_once,
-    connected,
-    counted,
-    deadline_argument,
-    failed,
-    misconfigured,
-)
+from overlay.cli.diagnosis import Finding, Observation
+from overlay.cli.doctor import DEADLINE_S, Examination, examine, links_as_json
+from overlay.cli.terminal import Exit, Screen, connected, failed, misconfigured
+from overlay.cli.text import counted
+from overlay.cli.usage import Parser, shared_options
 from overlay.client import sync as library
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.topology import ROLES, Process, Topology, join_address
-
-DEADLINE_S = 3.0
+from overlay.transport.codec import pb2
 
 
 def arguments(parser: Parser) -> None:
-    deadline_argument(parser, DEADLINE_S, "how long to wait for an answer")
-    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+    shared_options(parser, deadline_s=DEADLINE_S)
 
 
 def run(args: argparse.Namespace) -> int:
+    return of_configuration(args) if "config" in args else of_process(args)
+
+
+# One process
+
+
+def of_process(args: argparse.Namespace) -> int:
     address = join_address(args.host, args.port)
     try:
         asked = connected(args)
-        found = asked.metrics(timeout=args.deadline)
+        metrics = asked.metrics(timeout=args.deadline)
     except library.CallFailed as e:
-        return failed(e, address, args.json)
+        return failed(e, address, args.json, of_a_request=False)
     is_well = (
-        found.is_healthy
-        and all(n.state == "up" and n.health != "ejected" for n in found.neighbours)
-        and not unreached_workers(found)
+        metrics.is_healthy
+        and all(n.state == "up" and n.health != "ejected" for n in metrics.neighbours)
+        and not unreached_workers(metrics)
     )
     code = Exit.OK if is_well else Exit.FAILED
     report = Screen(sys.stdout)
     if args.json:
-        report.json({"ok": is_well, "exit_code": int(code), "address": address, **as_plain(found)})
+        head = {"ok": is_well, "exit_code": int(code), "address": address}
+        report.json({**head, **as_plain(metrics)})
     else:
-        show_metrics(report, found, asked.shown)
+        show_metrics(report, metrics, asked.shown)
     return code
 
 
-def show_metrics(report: Screen, m: Any, address: str) -> None:
+def show_metrics(report: Screen, m: pb2.MetricsResponse, address: str) -> None:
     refusals = ", ".join(f"{n} {reason}" for reason, n in sorted(m.refused_by_reason.items()))
     workers, unreached = expected_workers(m), unreached_workers(m)
     report.facts(
@@ -98,11 +94,11 @@ HANDLER_COLUMNS = (
 PROCESS_COLUMNS = ("id", "role", "team", "address", "handler", "slots", "neighbors")
 
 
-def _keys(m: Any) -> str:
+def _keys(m: pb2.MetricsResponse) -> str:
     return f"{m.keys:,} remembered, {m.key_bytes:,} bytes of answers, {m.key_waiters} wait for one"
 
 
-def _neighbour(n: Any) -> tuple[str, ...]:
+def _neighbour(n: pb2.Neighbour) -> tuple[str, ...]:
     return (
         n.process_id, n.address, n.state, _span(n.since_s), n.health, str(n.outstanding),
         str(n.slots), str(n.asked), str(n.failed), n.version, "yes" if n.same_config else "no",
@@ -110,21 +106,23 @@ def _neighbour(n: Any) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _handler(h: Any) -> tuple[str, ...]:
+def _handler(h: pb2.HandlerMetrics) -> tuple[str, ...]:
     return (
         h.name, h.run, str(h.active), str(h.slots), str(h.completed), str(h.failed),
         f"{h.worked_ms.p50:.1f}", f"{h.worked_ms.p99:.1f}",
     )  # fmt: skip
 
 
-def _process(p: Any) -> tuple[str, ...]:
+def _process(p: pb2.Process) -> tuple[str, ...]:
     slots = str(max(p.slots.values())) if p.slots else ""
     return p.id, p.role, p.team, p.address, p.handler, slots, " ".join(p.neighbors)
 
 
-def expected_workers(m: Any) -> tuple[str, ...]:
-    """Whom a request to all means: the leader every worker, a team leader those among its
-    neighbours, a worker itself; in the order of the configuration."""
+def expected_workers(m: pb2.MetricsResponse) -> tuple[str, ...]:
+    """The workers that a request to all of this process goes to, in configuration order.
+
+    A leader's are all workers, a team leader's those among its neighbours, a worker's itself.
+    """
     role = {p.id: ROLES[p.role] for p in m.topology}
     workers = tuple(p.id for p in m.topology if role[p.id].works)
     if m.process_id in workers:
@@ -136,14 +134,14 @@ def expected_workers(m: Any) -> tuple[str, ...]:
     return tuple(worker for worker in workers if worker in below)
 
 
-def unreached_workers(m: Any) -> tuple[str, ...]:
-    """The expected workers of which this process has not heard."""
+def unreached_workers(m: pb2.MetricsResponse) -> tuple[str, ...]:
+    """The expected workers that have not told this process of their slots."""
     silent = {p.id for p in m.topology if not p.slots}
     return tuple(worker for worker in expected_workers(m) if worker in silent)
 
 
 def as_plain(value: Any) -> Any:
-    """A message as JSON has it, numbers as numbers, every field present."""
+    """A message as plain data for JSON: numbers as numbers, every field present."""
     if hasattr(value, "DESCRIPTOR"):
         return {
             field.name: as_plain(getattr(value, field.name)) for field in value.DESCRIPTOR.fields
@@ -160,69 +158,22 @@ def as_plain(value: Any) -> Any:
 # The whole overlay
 
 
-@dataclass(frozen=True)
-class Look:
-    """What one process of the configuration says; metrics is None when it says nothing."""
-
-    process: Process
-    state: str = "no answer"
-    reason: str = "it gave no answer in time"
-    metrics: Any = None
-    same_config: bool = False
-
-    @property
-    def is_well(self) -> bool:
-        return self.state == "serves" and self.same_config
-
-
-def all_arguments(parser: Parser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="the configuration file")
-    arguments(parser)
-
-
-def all_run(args: argparse.Namespace) -> int:
+def of_configuration(args: argparse.Namespace) -> int:
+    """The doctor's findings in short, with the load of each process."""
     try:
         topology = load(args.config)
     except ConfigError as e:
         return misconfigured(e)
-    looks = look_at(topology, args.deadline)
-    code = Exit.OK if all(look.is_well for look in looks) else Exit.FAILED
-    if all(look.metrics is None for look in looks):
-        code = Exit.UNREACHABLE
+    found = examine(topology, args.config, args.deadline)
     report = Screen(sys.stdout)
     if args.json:
-        report.json(_overall_as_json(topology, looks, code))
-    else:
-        show_overall(report, topology, looks, args.config)
-    return code
-
-
-def look_at(topology: Topology, deadline_s: float) -> list[Look]:
-    """Asks every process at the same time; nobody is waited for beyond the deadline."""
-
-    def look(process: Process) -> Look:
-        return _look(process, topology, deadline_s)
-
-    found = asked_at_once(topology, look, deadline_s + 0.5)
-    return [found.get(process.id, Look(process)) for process in topology.processes.values()]
-
-
-def _look(process: Process, topology: Topology, deadline_s: float) -> Look:
-    try:
-        found = library.connect(process.address).metrics(timeout=deadline_s)
-    except (library.CallFailed, ValueError) as e:
-        return Look(process, reason=str(e))
-    same_config = found.config_digest == topology.digest
-    state, reason = _judged(found, process, same_config)
-    return Look(process, state, reason, found, same_config)
-
-
-def _judged(found: Any, process: Process, same_config: bool) -> tuple[str, str]:
-    if found.process_id != process.id:
-        return "other", f"process {found.process_id} answers at {process.address}"
-    if not found.is_healthy:
-        return "stops", "it is being stopped and takes no new requests"
-    return "serves", "" if same_config else "it was started with another configuration file"
+        report.json(_overall_as_json(topology, found))
+        return found.exit_code
+    rows = [_overall_row(p, f, found.observed[p.id], topology) for p, f in found.processes]
+    report.table("", OVERALL_COLUMNS, rows)
+    for line in found.summary():
+        report.say(line)
+    return found.exit_code
 
 
 OVERALL_COLUMNS = (
@@ -231,54 +182,43 @@ OVERALL_COLUMNS = (
 )  # fmt: skip
 
 
-def show_overall(report: Screen, topology: Topology, looks: Sequence[Look], config: str) -> None:
-    report.table("", OVERALL_COLUMNS, map(_overall_row, looks))
-    well = sum(look.is_well for look in looks)
-    report.say(f"{well} of {counted(len(looks), 'process')} well")
-    for look in looks:
-        if not look.is_well:
-            report.say(f"{look.process.id}: {look.reason}{_advice(look, topology, config)}")
-
-
-def _advice(look: Look, topology: Topology, config: str) -> str:
-    if look.metrics is not None:
-        return ""
-    me = look.process
-    log = topology.folder / me.log_dir / f"process_{me.id.lower()}.log"
-    return f"; start it on {me.host}: python node.py {config} {me.id}; its log there: {log}"
-
-
-def _overall_row(look: Look) -> tuple[str, ...]:
-    me, m = look.process, look.metrics
-    place = (me.id, me.role, me.team, me.address, look.state)
+def _overall_row(
+    process: Process, finding: Finding, observed: Observation, topology: Topology
+) -> tuple[str, ...]:
+    address = observed.address or process.address
+    place = (process.id, process.role, process.team, address, finding.state)
+    m = observed.metrics
     if m is None:
         return (*place, *("-" for _ in OVERALL_COLUMNS[5:]))
     return (
         *place, f"{m.queue_size}/{m.queue_slots}", f"{m.active_requests}/{m.max_capacity}",
         str(m.completed), str(m.failed), str(m.refused),
         f"{m.service_ms.p50:.1f}", f"{m.service_ms.p99:.1f}", m.version,
-        "yes" if look.same_config else "no",
+        "yes" if m.config_digest == topology.digest else "no",
     )  # fmt: skip
 
 
-def _overall_as_json(topology: Topology, looks: Sequence[Look], code: int) -> dict[str, Any]:
+def _overall_as_json(topology: Topology, found: Examination) -> dict[str, Any]:
     return {
-        "ok": code == Exit.OK,
-        "exit_code": int(code),
+        "ok": found.exit_code is Exit.OK,
+        "exit_code": int(found.exit_code),
         "config_digest": topology.digest,
         "processes": [
             {
-                "id": look.process.id,
-                "role": look.process.role,
-                "team": look.process.team,
-                "address": look.process.address,
-                "state": look.state,
-                "reason": look.reason,
-                "same_config": look.same_config,
-                "metrics": None if look.metrics is None else as_plain(look.metrics),
+                "id": process.id,
+                "role": process.role,
+                "team": process.team,
+                "address": process.address,
+                "state": finding.state,
+                "reason": finding.why,
+                "do": finding.do,
+                "same_config": bool(m and m.config_digest == topology.digest),
+                "metrics": None if m is None else as_plain(m),
             }
-            for look in looks
+            for process, finding in found.processes
+            for m in [found.observed[process.id].metrics]
         ],
+        "links": links_as_json(found),
     }
 
 
@@ -289,7 +229,7 @@ def _span(span_s: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _spread(spread: Any) -> str:
+def _spread(spread: pb2.Spread) -> str:
     if not spread.count:
         return ""
     return (

@@ -1,7 +1,7 @@
-"""Why a process or a link is not well, and what to do about it: from what was seen to a sentence.
+"""What is wrong with a process or a link, and what to do: from observations to a sentence.
 
-Who looks from one machine sees little: whether a port opens, what answers there, and what the
-processes that do answer say of their links. The rest is told apart here.
+One machine observes little: whether a port opens, what answers there, and what the processes that
+do answer say about their links. This module tells the likely causes apart.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from overlay.model.topology import Process, Topology
+from overlay.transport import codec
+from overlay.transport.codec import pb2
 
-CLOCK_S = 2.0  # apart; less is what a call's own way makes of it
-MOMENT_S = 10.0  # a link between two that answer is back by then
+MAX_CLOCK_S = 2.0  # apart; less may be the travel time of the call
+RECONNECTED_S = 10.0  # a link between two processes that answer is back by then
 WINDOWS, MAC, LINUX = "Windows", "Darwin", "Linux"  # as platform.system() has them
 
 
@@ -23,57 +25,28 @@ class Reach(Enum):
     OPEN = "open"
     REFUSED = "refused"
     SILENT = "silent"
-    NO_WAY = "no way"
+    NO_ROUTE = "no route"
     NO_NAME = "no name"
 
 
 class Grade(Enum):
     OK = "ok"
-    NOTE = "note"  # worth knowing, and it works all the same
+    NOTE = "note"  # worth knowing, but it works
     BAD = "bad"
 
 
 @dataclass(frozen=True)
-class Link:
-    """What a process says of a neighbour that it asks."""
+class Observation:
+    """What this machine sees of one process; metrics is None when no overlay process answers.
 
-    to: str
-    state: str
-    since_s: float = 0.0
-    reason: str = ""
-    rtt_ms: float = 0.0
-
-
-@dataclass(frozen=True)
-class Said:
-    """What answered at a process's address. clock_s: its wall clock less ours."""
-
-    process_id: str
-    version: str
-    platform: str
-    digest: str
-    is_healthy: bool = True
-    rtt_ms: float = 0.0
-    clock_s: float = 0.0
-    links: tuple[Link, ...] = ()
-    wire_format: int = 1
-    streams: int = 0  # open there: a client of the library has one, a link two
-
-    @property
-    def system(self) -> str:
-        return self.platform.partition("-")[0]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What this machine sees of one process; said is None when nothing of ours answers.
-
-    host, address: where it was looked for, a name with what it stands for here. is_loopback: its
-    name leads no other machine to it.
+    clock_s: its wall clock minus ours. host, address: where it was looked for, a name with the
+    address that it stands for here. is_loopback: no other machine reaches it by its name.
     """
 
     reach: Reach
-    said: Said | None = None
+    metrics: pb2.MetricsResponse | None = None
+    rtt_ms: float = 0.0
+    clock_s: float = 0.0
     is_here: bool = False
     host: str = ""
     address: str = ""
@@ -91,133 +64,141 @@ class Finding:
 
 
 class Diagnosis:
-    """The findings of one look at a whole overlay.
+    """The findings about a whole overlay that was observed once.
 
-    version, wire_format, system: of the machine that looks. config: the file's name as its user
-    wrote it.
+    version, wire_format, system: of the machine that observes. config: the file's name as its user
+    wrote it. is_installed: there is no project folder, so no scripts either.
     """
 
     def __init__(
         self,
         topology: Topology,
-        seen: Mapping[str, Seen],
+        observed: Mapping[str, Observation],
         version: str,
         wire_format: int,
         system: str,
         config: str,
+        is_installed: bool = False,
     ) -> None:
         self._topology = topology
-        self._seen = seen
+        self._observed = observed
         self._version = version
         self._wire_format = wire_format
         self._system = system
         self._config = config
+        self._is_installed = is_installed
 
     def of_process(self, process: Process) -> Finding:
-        seen = self._seen[process.id]
-        if seen.said is None:
-            return self._unreached(process, seen)
-        return self._answered(process, seen.said)
+        observed = self._observed[process.id]
+        if observed.metrics is None:
+            return self._unreached(process, observed)
+        return self._answered(process, observed, observed.metrics)
 
     def of_link(self, asker: Process, asked: Process) -> Finding:
         """How the asker finds the neighbour below it."""
-        said = self._said(asker)
-        if said is None:
-            return Finding(Grade.NOTE, "not known")  # what is said of the asker says it all
-        link = next((link for link in said.links if link.to == asked.id), None)
+        metrics = self._metrics(asker)
+        if metrics is None:
+            return Finding(Grade.NOTE, "unknown")  # the finding about the asker says why
+        link = next((n for n in metrics.neighbours if n.process_id == asked.id), None)
         if link is None:
-            why = f"{asker.id} does not name it: it reads another configuration"
-            return Finding(Grade.BAD, "not there", why)
+            why = f"{asker.id} has no such link: it reads another configuration"
+            return Finding(Grade.BAD, "missing", why)
         if link.state == "up":
             return Finding(Grade.OK, "up")
         return self._link_down(asker, asked, link)
 
-    def _said(self, process: Process) -> Said | None:
-        """What the process says, if it is the right one that answers."""
-        said = self._seen[process.id].said
-        return said if said is not None and said.process_id == process.id else None
+    def _metrics(self, process: Process) -> pb2.MetricsResponse | None:
+        """The process's metrics, if it is the right one that answers."""
+        metrics = self._observed[process.id].metrics
+        return metrics if metrics is not None and metrics.process_id == process.id else None
 
-    def _answered(self, process: Process, said: Said) -> Finding:
-        if said.process_id != process.id:
-            address = self._seen[process.id].address or process.address
-            why = f"process {said.process_id} of another start answers at {address}"
-            return Finding(
-                Grade.BAD, f"is {said.process_id}", why, "stop that one, or change the port"
-            )
-        if said.wire_format != self._wire_format:
-            why = f"it runs version {said.version}, which does not understand {self._version} here"
+    def _answered(
+        self, process: Process, observed: Observation, metrics: pb2.MetricsResponse
+    ) -> Finding:
+        if metrics.process_id != process.id:
+            address = observed.address or process.address
+            why = f"process {metrics.process_id} answers at {address}"
+            do = "stop that process, or change the port"
+            return Finding(Grade.BAD, f"is {metrics.process_id}", why, do)
+        version = metrics.version
+        if codec.read_format(metrics) != self._wire_format:
+            why = f"it runs version {version}, which does not understand {self._version} here"
             return Finding(Grade.BAD, "other release", why, self._same_release())
-        if not said.is_healthy:
-            return Finding(Grade.BAD, "stops", "it is being stopped", self._start(process))
-        if said.digest != self._topology.digest:
-            why = "it was started with another configuration"
-            do = f"copy {self._topology.name} to every machine, then {self._run('restart')}"
-            return Finding(Grade.BAD, "other file", why, do)
-        places = self._topology.limits.streams
-        if said.streams >= places * 3 // 4:  # as many as those of one address may have
+        if not metrics.is_healthy:
+            why = "it is being stopped and takes no new requests"
+            return Finding(Grade.BAD, "stopping", why, self._start(process))
+        if metrics.config_digest != self._topology.digest:
+            why = "it was started with another configuration file"
+            do = f"copy {self._topology.name} to every machine, then {self._restart()}"
+            return Finding(Grade.BAD, "other config", why, do)
+        max_streams = self._topology.limits.streams
+        if metrics.streams >= max_streams * 3 // 4:  # as many as one address may have
             why = (
-                f"{said.streams} of its {places} places for streams are taken: a map, or a program "
-                "that uses the library, may be refused when it comes now"
+                f"{metrics.streams} of its {max_streams} places for streams are taken: it may "
+                "refuse a new map, or a new program that uses the library"
             )
             return Finding(Grade.BAD, "full", why, "end, or close(), clients that are done")
-        if said.version != self._version:
-            why = f"it runs version {said.version}, here is {self._version}"
+        if version != self._version:
+            why = f"it runs version {version}; this machine has {self._version}"
             return Finding(Grade.NOTE, "serves", why, self._same_release())
-        if self._seen[process.id].is_loopback and self._has_other_machines(process):
-            why = f"{self._seen[process.id].host} leads to this machine only: no other reaches it"
-            do = "write an address that others reach, as its host or its bind"
+        if observed.is_loopback and self._has_other_machines(process):
+            why = f"{observed.host} leads to this machine only: no other machine reaches it"
+            do = "write an address that the others reach, as its host or its bind"
             return Finding(Grade.NOTE, "serves", why, do)
-        if abs(said.clock_s) > CLOCK_S:
-            fast = "ahead of" if said.clock_s > 0 else "behind"
-            why = f"its clock is {abs(said.clock_s):.0f} s {fast} this one's"
-            return Finding(Grade.NOTE, "serves", why, "no request minds; times in logs differ")
+        if abs(observed.clock_s) > MAX_CLOCK_S:
+            fast = "ahead of" if observed.clock_s > 0 else "behind"
+            why = f"its clock is {abs(observed.clock_s):.0f} s {fast} this one's"
+            return Finding(Grade.NOTE, "serves", why, "requests work; only times in logs differ")
         return Finding(Grade.OK, "serves")
 
-    def _unreached(self, process: Process, seen: Seen) -> Finding:
-        host = seen.host or process.bind or process.host
-        if seen.reach is Reach.NO_NAME:
-            why = f"'{host}' is no name that this machine knows"
-            do = "correct its host, see that its machine is on, or write the address in numbers"
+    def _unreached(self, process: Process, observed: Observation) -> Finding:
+        host = observed.host or process.bind or process.host
+        if observed.reach is Reach.NO_NAME:
+            why = f"this machine does not know the name '{host}'"
+            do = "correct its host, see that its machine is on, or write its address in numbers"
             return Finding(Grade.BAD, "no address", why, do)
-        if seen.reach is Reach.REFUSED:
+        if observed.reach is Reach.REFUSED:
             at = "there" if host in (process.bind, process.host) else f"at {host}"
-            why = f"nothing listens {at}: not started, or ended"
+            why = f"nothing listens {at}: it was not started, or has ended"
             return Finding(Grade.BAD, "not running", why, self._start(process))
-        if seen.reach is Reach.OPEN:
-            why = "something listens there and does not answer as an overlay does: another program"
-            do = f"see who has the port: {self._port_owner(process)}"
-            return Finding(Grade.BAD, "no answer", f"{why}, or a process that is frozen", do)
-        if seen.reach is Reach.NO_WAY:
-            why = f"there is no way from here to {host}: off, asleep, or in another network"
+        if observed.reach is Reach.OPEN:
+            why = (
+                "something listens there that does not answer as an overlay process does: another "
+                "program, or a process that is frozen"
+            )
+            do = f"see which program has the port: {self._port_owner(process)}"
+            return Finding(Grade.BAD, "no answer", why, do)
+        if observed.reach is Reach.NO_ROUTE:
+            why = f"{host} cannot be reached from here: off, asleep, or in another network"
             do = f"switch that machine on, or {self._find_address(process)}"
-            return Finding(Grade.BAD, "no way", why, do)
+            return Finding(Grade.BAD, "no route", why, do)
         return self._silent(process, host)
 
     def _silent(self, process: Process, host: str) -> Finding:
         answering = self._others_that_answer(process)
         if answering:
-            who = f"{' and '.join(answering)} at {host}"
-            why = f"nothing comes back, though {who} can be reached: a firewall closes the port"
-            return Finding(Grade.BAD, "silent", why, self._firewall(process))
+            others = f"{' and '.join(answering)} at {host}"
+            why = f"nothing comes back, though {others} can be reached: a firewall closes the port"
+            return Finding(Grade.BAD, "silent", why, f"open it {self._firewall(process)}")
         why = f"nothing comes back from {host}: off, another address, or a firewall in between"
         do = f"{self._find_address(process)}, or open the firewall {self._firewall(process)}"
         return Finding(Grade.BAD, "silent", why, do)
 
-    def _link_down(self, asker: Process, asked: Process, link: Link) -> Finding:
-        why = f"for {link.since_s:.0f} s" + (f": {link.reason}" if link.reason else "")
+    def _link_down(self, asker: Process, asked: Process, link: pb2.Neighbour) -> Finding:
+        why = f"{link.state} for {link.since_s:.0f} s" + (f": {link.reason}" if link.reason else "")
         if link.state != "down":
             return Finding(Grade.NOTE, link.state, why)
-        if self._said(asked) is None:
+        if self._metrics(asked) is None:
             return Finding(Grade.BAD, "down", why, f"see {asked.id} above")
-        if self._seen[asker.id].is_here and link.since_s > MOMENT_S:
+        if not self._observed[asker.id].is_here:
+            do = f"{asked.id} answers here but not there: open the firewall {self._firewall(asked)}"
+        elif link.since_s > RECONNECTED_S:
             do = (
                 "it answers here, so no firewall is in the way: put the same folder on every "
                 f"machine, or see the log of {asker.id}"
             )
-        elif self._seen[asker.id].is_here:
-            do = "it answers here, so the link will be back in a moment: look again"
         else:
-            do = f"{asked.id} answers here, not there: a firewall {self._firewall(asked)}"
+            do = "it answers here, so the link will be back in a moment: look again"
         return Finding(Grade.BAD, "down", why, do)
 
     def _has_other_machines(self, process: Process) -> bool:
@@ -227,35 +208,40 @@ class Diagnosis:
         return [
             other.id
             for other in self._topology.processes.values()
-            if other.host == process.host and other.id != process.id and self._said(other)
+            if other.host == process.host and other.id != process.id and self._metrics(other)
         ]
 
     def _system_of(self, process: Process) -> str:
-        """Of the process's machine, as far as anything that runs there has told; else empty."""
-        if self._seen[process.id].is_here:
+        """The system of the process's machine, as far as anything that runs there has told."""
+        if self._observed[process.id].is_here:
             return self._system
         for other_id in self._others_that_answer(process):
-            said = self._seen[other_id].said
-            if said is not None:
-                return said.system
+            metrics = self._observed[other_id].metrics
+            if metrics is not None:
+                return metrics.platform.partition("-")[0]
         return ""
 
     def _where(self, process: Process) -> str:
-        here = self._seen[process.id].is_here
+        here = self._observed[process.id].is_here
         return "here" if here else f"on {process.bind or process.host}"
 
     def _same_release(self) -> str:
-        return f"put the same folder on every machine, then {self._run('restart')}"
+        what = "release" if self._is_installed else "folder"
+        return f"put the same {what} on every machine, then {self._restart()}"
 
-    def _run(self, verb: str) -> str:
-        return f"run {verb} {self._config} (scripts/run.py)"
+    def _restart(self) -> str:
+        if self._is_installed:
+            return "restart its processes"
+        return f"run restart {self._config} (scripts/run.py)"
 
     def _start(self, process: Process) -> str:
         script = {WINDOWS: r"py scripts\run.py", "": "scripts/run.py"}.get(
             self._system_of(process), "python3 scripts/run.py"
         )
-        where = self._where(process)
-        return f"{where}: {script} start {self._config}; its log in {process.log_dir} says more"
+        start = f"{script} start {self._config}"
+        if self._is_installed:
+            start = f"overlay-node {self._config} {process.id}"
+        return f"start it {self._where(process)}: {start}; its log in {process.log_dir} says more"
 
     def _find_address(self, process: Process) -> str:
         ways = {

@@ -1,8 +1,8 @@
 """`client.py doctor CONFIG`: every process and link of an overlay as this machine sees them.
 
-Knocks at every address at the same time, asks who answers, and prints a line for each process and
-for each link, with the likely cause and the remedy of what is not well; overlay.cli.diagnosis finds
-both. Owns a thread per process while it looks.
+Opens a connection to every address at the same time, asks what answers, and prints a line for each
+process and each link, with the likely cause and the remedy of what is wrong (overlay.cli.diagnosis
+finds both). `examine` is the same without the report. Owns a thread per process while it asks.
 """
 
 from __future__ import annotations
@@ -11,85 +11,108 @@ import argparse
 import errno
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import overlay
-from overlay.cli.diagnosis import Diagnosis, Finding, Grade, Link, Reach, Said, Seen
-from overlay.cli.terminal import (
-    Exit,
-    Parser,
-    Screen,
-    asked_at_once,
-    counted,
-    deadline_argument,
-    misconfigured,
-)
+from overlay.cli.diagnosis import Diagnosis, Finding, Grade, Observation, Reach
+from overlay.cli.terminal import Exit, Screen, asked_at_once, misconfigured
+from overlay.cli.text import counted
+from overlay.cli.usage import Parser, is_installed, shared_options
 from overlay.client import sync as library
 from overlay.model import clocks as time
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.topology import Process, Topology
 from overlay.transport import codec
+from overlay.transport.codec import pb2
 from overlay.transport.machine import asking_address, is_here, own_addresses
 from overlay.transport.resolver import Named, connect, look_up
 
 DEADLINE_S = 3.0
-LOOKS = 3  # the quickest of them tells the round trip
-
-Links = list[tuple[Process, Process, Finding]]
+ROUNDS = 3  # the quickest of them is the round trip
 
 
 def arguments(parser: Parser) -> None:
-    add = parser.add_argument
-    add("config", metavar="CONFIG", help="the configuration file")
-    deadline_argument(parser, DEADLINE_S, "how long to wait for each process")
-    add("--json", action="store_true", help="the report as one JSON object")
+    shared_options(parser, deadline_s=DEADLINE_S, deadline="how long to wait for each process")
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        topology = load(args.config)
+        found = examine(load(args.config), args.config, args.deadline)
     except ConfigError as e:
         return misconfigured(e)
-    seen = look_at(topology, args.deadline)
-    here = overlay.__version__, codec.FORMAT, platform.system()
-    diagnosis = Diagnosis(topology, seen, *here, args.config)
-    processes = [(p, diagnosis.of_process(p)) for p in topology.processes.values()]
-    links = [
-        (asker, asked, diagnosis.of_link(asker, asked))
-        for asker in topology.processes.values()
-        for asked in topology.below(asker.id)
-    ]
-    code = _exit_of(seen, [f for _, f in processes] + [f for *_, f in links])
     report = Screen(sys.stdout)
     if args.json:
-        report.json(_as_json(code, seen, processes, links))
+        report.json(_as_json(found))
     else:
-        _show(report, seen, processes, links)
-    return code
+        show(report, found)
+    return found.exit_code
 
 
-def look_at(topology: Topology, deadline_s: float) -> dict[str, Seen]:
-    """What there is of each process; nobody is waited for beyond the deadline."""
-    # Knocking and asking may take the deadline each.
-    found = asked_at_once(topology, lambda one: _look(one, deadline_s), 2 * deadline_s + 0.5)
-    return {id_: found.get(id_) or Seen(Reach.SILENT) for id_ in topology.processes}
+@dataclass(frozen=True)
+class Examination:
+    """Which processes and links of an overlay are well, and what is wrong with the others."""
+
+    observed: Mapping[str, Observation]
+    processes: Sequence[tuple[Process, Finding]]
+    links: Sequence[tuple[Process, Process, Finding]]
+
+    @property
+    def exit_code(self) -> Exit:
+        if all(one.metrics is None for one in self.observed.values()):
+            return Exit.UNREACHABLE
+        findings = [f for _, f in self.processes] + [f for *_, f in self.links]
+        return Exit.FAILED if any(f.grade is Grade.BAD for f in findings) else Exit.OK
+
+    def summary(self) -> list[str]:
+        """How many are well, then what is wrong and what to do."""
+        well = sum(f.grade is not Grade.BAD for _, f in self.processes)
+        up = sum(f.grade is Grade.OK for *_, f in self.links)
+        lines = [
+            f"{well} of {counted(len(self.processes), 'process')} well, "
+            f"{up} of {counted(len(self.links), 'link')} up"
+        ]
+        if not any(one.is_here for one in self.observed.values()):
+            lines.append(f"none of them is on this machine, which has {', '.join(own_addresses())}")
+        named = [(p.id, f) for p, f in self.processes]
+        return lines + advice(named + [(f"{a.id} to {b.id}", f) for a, b, f in self.links])
 
 
-def _look(process: Process, deadline_s: float) -> Seen:
+def examine(topology: Topology, config: str, deadline_s: float = DEADLINE_S) -> Examination:
+    """Asks all processes at the same time, each for at most `deadline_s`.
+
+    config: the name of the file, as advice is to repeat it.
+    """
+    # Looking up a name and asking may take the deadline each.
+    found = asked_at_once(topology, lambda one: _observe(one, deadline_s), 2 * deadline_s + 0.5)
+    observed = {id_: found.get(id_) or Observation(Reach.SILENT) for id_ in topology.processes}
+    here = overlay.__version__, codec.FORMAT, platform.system()
+    diagnosis = Diagnosis(topology, observed, *here, config, is_installed())
+    processes = topology.processes.values()
+    return Examination(
+        observed,
+        [(p, diagnosis.of_process(p)) for p in processes],
+        [(p, n, diagnosis.of_link(p, n)) for p in processes for n in topology.below(p.id)],
+    )
+
+
+def _observe(process: Process, deadline_s: float) -> Observation:
     here = is_here(process, deadline_s)
-    # A process of this machine may be known to others by an address outside a NAT.
+    # Others may know a process of this machine by an address outside a NAT.
     address = asking_address(process) if here else process.address
     named = look_up(address.rpartition(":")[0], deadline_s)
-    reach = _knock(named, process.port, deadline_s)
-    said = _asked(address, deadline_s) if reach is Reach.OPEN else None
     own = look_up(process.bind or process.host, deadline_s)
+    until = time.monotonic() + deadline_s
+    reach = _reach(named, process.port, deadline_s)
+    metrics, rtt_ms, clock_s = _ask(address, until) if reach is Reach.OPEN else NO_ANSWER
     is_loopback = here and own.is_loopback and not own.is_lone_number
-    return Seen(reach, said, here, named.shown(), named.shown(address), is_loopback)
+    at = named.shown(), named.shown(address)
+    return Observation(reach, metrics, rtt_ms, clock_s, here, *at, is_loopback)
 
 
-def _knock(named: Named, port: int, deadline_s: float) -> Reach:
+def _reach(named: Named, port: int, deadline_s: float) -> Reach:
     """Opens a plain connection and closes it again: gRPC does not say why it has none."""
     if not named.addresses:
         return Reach.NO_NAME
@@ -99,52 +122,28 @@ def _knock(named: Named, port: int, deadline_s: float) -> Reach:
     except ConnectionRefusedError:
         return Reach.REFUSED
     except OSError as e:
-        no_way = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL)
-        return Reach.NO_WAY if e.errno in no_way else Reach.SILENT
+        no_route = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL)
+        return Reach.NO_ROUTE if e.errno in no_route else Reach.SILENT
 
 
-def _asked(address: str, deadline_s: float) -> Said | None:
-    best: Said | None = None
-    until = time.monotonic() + deadline_s
+Answer = tuple[pb2.MetricsResponse | None, float, float]
+NO_ANSWER: Answer = (None, 0.0, 0.0)
+
+
+def _ask(address: str, until: float) -> Answer:
+    """Its metrics, the shortest round trip in ms, and how far its clock is ahead in s."""
+    answers: list[Answer] = []
     try:
-        asking = library.connect(address)
-        for _ in range(LOOKS):
-            began, left_s = time.time(), until - time.monotonic()
-            if left_s <= 0:
-                break
-            started = time.monotonic()
-            found = asking.metrics(timeout=left_s)
-            rtt_s = time.monotonic() - started
-            if best is None or rtt_s * 1000 < best.rtt_ms:
-                best = _read(found, rtt_s, began + rtt_s / 2)
+        asked = library.connect(address)
+        while len(answers) < ROUNDS and (left_s := until - time.monotonic()) > 0:
+            wall_s, began = time.time(), time.monotonic()
+            metrics = asked.metrics(timeout=left_s)
+            rtt_s = time.monotonic() - began
+            ahead_s = metrics.wall_time_s - (wall_s + rtt_s / 2) if metrics.wall_time_s else 0.0
+            answers.append((metrics, rtt_s * 1000, ahead_s))
     except (library.CallFailed, ValueError):
         pass
-    return best
-
-
-def _read(found: Any, rtt_s: float, our_time_s: float) -> Said:
-    clock_s = found.wall_time_s - our_time_s if found.wall_time_s else 0.0
-    links = tuple(
-        Link(n.process_id, n.state, n.since_s, n.reason, n.rtt_ms) for n in found.neighbours
-    )
-    return Said(
-        found.process_id,
-        found.version,
-        found.platform,
-        found.config_digest,
-        found.is_healthy,
-        rtt_s * 1000,
-        clock_s,
-        links,
-        codec.read_format(found),
-        found.streams,
-    )
-
-
-def _exit_of(seen: Mapping[str, Seen], findings: Iterable[Finding]) -> Exit:
-    if all(one.said is None for one in seen.values()):
-        return Exit.UNREACHABLE
-    return Exit.FAILED if any(f.grade is Grade.BAD for f in findings) else Exit.OK
+    return min(answers, key=lambda answer: answer[1], default=NO_ANSWER)
 
 
 # The report
@@ -155,31 +154,17 @@ PROCESS_COLUMNS = (
 LINK_COLUMNS = ("from", "to", "state", "round trip")
 
 
-def _show(
-    report: Screen,
-    seen: dict[str, Seen],
-    processes: list[tuple[Process, Finding]],
-    links: Links,
-) -> None:
-    report.table(
-        "processes", PROCESS_COLUMNS, [_process_row(p, f, seen[p.id]) for p, f in processes]
-    )
-    report.table("links", LINK_COLUMNS, [_link_row(a, b, f, seen[a.id]) for a, b, f in links])
-    well = sum(f.grade is not Grade.BAD for _, f in processes)
-    up = sum(f.grade is Grade.OK for *_, f in links)
-    report.say(
-        f"{well} of {counted(len(processes), 'process')} well, "
-        f"{up} of {counted(len(links), 'link')} up"
-    )
-    if not any(one.is_here for one in seen.values()):
-        report.say(f"none of them is on this machine, which has {', '.join(own_addresses())}")
-    named = [(p.id, f) for p, f in processes] + [(f"{a.id} to {b.id}", f) for a, b, f in links]
-    for line in told(named):
+def show(report: Screen, found: Examination) -> None:
+    processes = [_process_row(p, f, found.observed[p.id]) for p, f in found.processes]
+    report.table("processes", PROCESS_COLUMNS, processes)
+    links = [_link_row(a, b, f, found.observed[a.id]) for a, b, f in found.links]
+    report.table("links", LINK_COLUMNS, links)
+    for line in found.summary():
         report.say(line)
 
 
-def told(named: Sequence[tuple[str, Finding]]) -> list[str]:
-    """Why, and what to do; once for all that the same is the matter with."""
+def advice(named: Sequence[tuple[str, Finding]]) -> list[str]:
+    """Why, and what to do; one line for all that have the same problem."""
     groups: dict[str, list[str]] = {}
     for name, finding in named:
         if finding.why:
@@ -188,57 +173,58 @@ def told(named: Sequence[tuple[str, Finding]]) -> list[str]:
     return [f"{', '.join(names)}: {text}" for text, names in groups.items()]
 
 
-def _process_row(process: Process, finding: Finding, seen: Seen) -> tuple[str, ...]:
-    address = seen.address or process.address
-    place = process.id, process.role, address, "yes" if seen.is_here else "no"
-    said = seen.said
-    if said is None:
+def _process_row(process: Process, finding: Finding, observed: Observation) -> tuple[str, ...]:
+    address = observed.address or process.address
+    place = process.id, process.role, address, "yes" if observed.is_here else "no"
+    metrics = observed.metrics
+    if metrics is None:
         return (*place, finding.state, "-", "-", "-", "-")
-    clock = f"{said.clock_s:+.2f} s"
-    return *place, finding.state, f"{said.rtt_ms:.1f} ms", clock, said.version, said.platform
+    times = f"{observed.rtt_ms:.1f} ms", f"{observed.clock_s:+.2f} s"
+    return *place, finding.state, *times, metrics.version, metrics.platform
 
 
-def _link_row(asker: Process, asked: Process, finding: Finding, seen: Seen) -> tuple[str, ...]:
-    rtt_ms = _rtt_ms(seen, asked)
+def _link_row(
+    asker: Process, asked: Process, finding: Finding, observed: Observation
+) -> tuple[str, ...]:
+    rtt_ms = _rtt_ms(observed, asked)
     return asker.id, asked.id, finding.state, f"{rtt_ms:.1f} ms" if rtt_ms else "-"
 
 
-def _rtt_ms(seen: Seen, asked: Process) -> float:
-    links = seen.said.links if seen.said else ()
-    return next((k.rtt_ms for k in links if k.to == asked.id and k.state == "up"), 0.0)
+def _rtt_ms(observed: Observation, asked: Process) -> float:
+    links = observed.metrics.neighbours if observed.metrics else ()
+    return next((n.rtt_ms for n in links if n.process_id == asked.id and n.state == "up"), 0.0)
 
 
-def _as_json(
-    code: Exit,
-    seen: dict[str, Seen],
-    processes: list[tuple[Process, Finding]],
-    links: Links,
-) -> dict[str, Any]:
+def _as_json(found: Examination) -> dict[str, Any]:
     return {
-        "ok": code is Exit.OK,
-        "exit_code": int(code),
+        "ok": found.exit_code is Exit.OK,
+        "exit_code": int(found.exit_code),
         "processes": [
             {
                 "id": p.id,
                 "role": p.role,
                 "address": p.address,
-                "here": seen[p.id].is_here,
-                "connection": seen[p.id].reach.value,
+                "here": found.observed[p.id].is_here,
+                "connection": found.observed[p.id].reach.value,
                 **_finding_as_json(finding),
-                **_said_as_json(seen[p.id].said),
+                **_metrics_as_json(found.observed[p.id]),
             }
-            for p, finding in processes
+            for p, finding in found.processes
         ],
-        "links": [
-            {
-                "from": asker.id,
-                "to": asked.id,
-                "round_trip_ms": round(_rtt_ms(seen[asker.id], asked), 3),
-                **_finding_as_json(finding),
-            }
-            for asker, asked, finding in links
-        ],
+        "links": links_as_json(found),
     }
+
+
+def links_as_json(found: Examination) -> list[dict[str, Any]]:
+    return [
+        {
+            "from": asker.id,
+            "to": asked.id,
+            "round_trip_ms": round(_rtt_ms(found.observed[asker.id], asked), 3),
+            **_finding_as_json(finding),
+        }
+        for asker, asked, finding in found.links
+    ]
 
 
 def _finding_as_json(finding: Finding) -> dict[str, str]:
@@ -246,12 +232,12 @@ def _finding_as_json(finding: Finding) -> dict[str, str]:
     return {**found, "why": finding.why, "do": finding.do}
 
 
-def _said_as_json(said: Said | None) -> dict[str, Any]:
-    if said is None:
+def _metrics_as_json(observed: Observation) -> dict[str, Any]:
+    if observed.metrics is None:
         return {}
     return {
-        "round_trip_ms": round(said.rtt_ms, 3),
-        "clock_offset_s": round(said.clock_s, 3),
-        "version": said.version,
-        "platform": said.platform,
+        "round_trip_ms": round(observed.rtt_ms, 3),
+        "clock_offset_s": round(observed.clock_s, 3),
+        "version": observed.metrics.version,
+        "platform": observed.metrics.platform,
     }

@@ -1,6 +1,6 @@
 """`client.py init [CONFIG]`: writes the addresses of this network into a configuration file.
 
-Only the hosts change: the file keeps its form, and is written whole or not at all.
+Only the hosts change: the file keeps its layout, and is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -15,34 +15,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from overlay.cli.terminal import Exit, Parser, Screen, complain, counted, host, misconfigured
+from overlay.cli.terminal import Exit, Screen, misconfigured
+from overlay.cli.text import counted
+from overlay.cli.usage import Parser, complain, host, is_installed, program
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.topology import Topology
 from overlay.transport.machine import own_addresses
 from overlay.transport.resolver import begin, look_up
 
-SHIPPED = "two_hosts_config.json"
 OF_ONE_HOST = "one_host_config.json"
-HERE = "here"  # what one may answer for this machine's address
+HERE = "here"  # an answer that stands for this machine's address
 LOOPBACK = ("127.", "::1")
 
 
 def arguments(parser: Parser) -> None:
-    add = parser.add_argument
-    add(
-        "config",
-        metavar="CONFIG",
-        nargs="?",
-        default=SHIPPED,
-        help="the configuration file (default: %(default)s)",
-    )
-    add(
+    parser.add_argument(
         "--host",
         metavar="OLD=NEW",
         type=_change,
         action="append",
-        help="an address of the file and what it shall be, instead of being asked; may be repeated",
+        help="an address in the file and the one to put in its place, instead of being asked; may "
+        "be repeated",
     )
 
 
@@ -51,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         topology = load(path)
         hosts = _hosts(topology)
-        changes = _told(hosts, args.host) if args.host else _asked(hosts, path)
+        changes = _checked(hosts, args.host) if args.host else _asked(hosts, path)
         write(path, changes)
     except ConfigError as e:
         return misconfigured(e)
     except EOFError:
         print()
-        complain(f"an answer is missing; {path} is as it was")
+        complain(f"an answer is missing; {path} is unchanged")
         return Exit.USAGE
     written: dict[str, list[str]] = {}
     for old, ids in hosts.items():
@@ -67,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _hosts(topology: Topology) -> dict[str, list[str]]:
-    """The addresses of the file, each with its processes in words."""
+    """The addresses of the file, each with its processes as text."""
     found: dict[str, list[str]] = {}
     for process in topology.processes.values():
         found.setdefault(process.host, []).append(f"{process.id} ({process.role})")
@@ -83,7 +77,7 @@ def _change(text: str) -> tuple[str, str]:
     return old, host(new)
 
 
-def _told(hosts: Mapping[str, object], changes: list[tuple[str, str]]) -> dict[str, str]:
+def _checked(hosts: Mapping[str, object], changes: list[tuple[str, str]]) -> dict[str, str]:
     for old, _ in changes:
         if old not in hosts:
             raise ConfigError(f"no process has the host '{old}'; there are {', '.join(hosts)}")
@@ -91,32 +85,32 @@ def _told(hosts: Mapping[str, object], changes: list[tuple[str, str]]) -> dict[s
 
 
 def _asked(hosts: Mapping[str, list[str]], path: Path) -> dict[str, str]:
-    """What a person at the terminal says; Enter keeps an address. Raises EOFError."""
+    """What a person at the terminal answers; Enter keeps an address. Raises EOFError."""
     own = [address for address in own_addresses() if not address.startswith(LOOPBACK)]
     print(
         f"{path} has {counted(len(hosts), 'machine')}. This one: {' or '.join(own) or 'no network'}"
     )
     if len(hosts) > 1:
         print(
-            f"One machine will do too: say '{HERE}' each time, or leave this and start "
-            f"{OF_ONE_HOST}, which is for trying on one."
+            f"One machine is enough: answer '{HERE}' each time, or leave this and start "
+            f"{OF_ONE_HOST}, which is made for one."
         )
     changes = {}
     for old, ids in hosts.items():
         while True:
-            said = input(f"Address of the machine with {', '.join(ids)} [{old}]: ").strip() or old
-            if said.lower() == HERE:
-                said = (own or ["127.0.0.1"])[0]
+            answer = input(f"Address of the machine with {', '.join(ids)} [{old}]: ").strip() or old
+            if answer.lower() == HERE:
+                answer = (own or ["127.0.0.1"])[0]
             try:
-                changes[old] = host(said)
+                changes[old] = host(answer)
                 break
             except argparse.ArgumentTypeError as e:
-                print(f"{e}; a number like 192.168.1.7, a name, or '{HERE}' for this machine")
+                print(f"{e}; write one like 192.168.1.7, a name, or '{HERE}' for this machine")
     return changes
 
 
 def write(path: Path, changes: Mapping[str, str]) -> None:
-    """Changes the hosts of the processes. Raises ConfigError, and the file is as it was then."""
+    """Changes the hosts of the processes. Raises ConfigError and leaves the file as it was."""
     before = path.read_bytes()
     after = _changed(before, changes)
     try:
@@ -136,7 +130,7 @@ def _changed(before: bytes, changes: Mapping[str, str]) -> bytes:
         old = json.loads(found[2])
         return found[1] + json.dumps(changes.get(old, old)).encode()
 
-    # In its place, so that the file keeps the form that its owner gave it.
+    # In the text, so that the file keeps the layout that its owner gave it.
     after = re.sub(rb'("host"\s*:\s*)("(?:[^"\\]|\\.)*")', replaced, before)
     if json.loads(after.decode("utf-8-sig")) == wanted:
         return after
@@ -161,18 +155,19 @@ def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]]) -> Non
         report.say(f"{named[address].shown()}: {', '.join(ids)}{here}")
     for found in named.values():
         if found.why:
-            report.say(f"Beware: {found.why}.")
+            report.say(f"Careful: {found.why}.")
     if not mine:
-        report.say(f"Beware: none of them is an address of this machine ({', '.join(own)}).")
+        report.say(f"Careful: none of them is an address of this machine ({', '.join(own)}).")
     if len(hosts) > 1 and any(found.is_loopback for found in named.values()):
-        report.say(
-            "Beware: 127.0.0.1 and localhost are each machine itself, and not one for others."
-        )
+        report.say("Careful: 127.0.0.1 and localhost mean each machine itself, and no other one.")
     if len(hosts) > 1:
-        report.say(f"Written to {path}. Copy it to every machine, start it on each, in any order:")
+        report.say(
+            f"Written to {path}. Copy it to every machine and start it on each, in any order:"
+        )
     else:
         report.say(f"Written to {path}. It is for one machine; start it there:")
     report.say(rf"  Windows   scripts\start_windows.bat {path}")
     report.say(f"  Mac       scripts/start_macos.sh {path}")
     there = "on any of them" if len(hosts) > 1 else "there"
-    report.say(f"Then, {there}: python client.py doctor {path}")
+    client = program() if is_installed() else f"python {program()}"
+    report.say(f"Then, {there}: {client} doctor {path}")

@@ -1,8 +1,9 @@
-"""Standard input, output and error, of a program that was started without some of them too.
+"""Standard input, output and error for a program that may have been started without them.
 
-Cron, services, `>&-` and pythonw start programs so. What such a program opens first gets the
-numbers 0 to 2: then a socket is what prints are written to, and what each child inherits. Here what
-is missing is nowhere, before anything is opened; and so is a terminal, once it is gone.
+Cron, services, `>&-` and pythonw start programs that way. The first files that such a program opens
+get the numbers 0 to 2: prints then go to a socket, and every child inherits it. This module opens
+the null device in place of what is missing, before anything else is opened, and in place of a
+terminal once that is gone.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ _terminals: set[int] = set()
 
 
 def complete() -> None:
-    """Opens what is missing. Every program calls this first of all; it may be called twice."""
+    """Opens what is missing. Every program calls this first; it may be called twice."""
     for fd, (name, mode) in enumerate(_STREAMS):
         if not _is_open(fd):
-            _lead_nowhere(fd)
+            _open_null(fd)
         elif os.isatty(fd):
             _terminals.add(fd)
         if getattr(sys, name) is None:
             file = os.fdopen(fd, mode, closefd=False)
-            stream = _Nowhere(file, "utf-8", "backslashreplace")
+            stream = _NullStream(file, "utf-8", "backslashreplace")
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
 
 
 def leave_terminal() -> None:
-    """Where the terminal is gone, each print of a handler would be an error from now on."""
+    """Replaces a terminal that is gone, where every print of a handler would be an error."""
     for fd in list(_terminals):
         if not os.isatty(fd):
             _terminals.discard(fd)
-            _lead_nowhere(fd)
+            _open_null(fd)
 
 
 def _is_open(fd: int) -> bool:
@@ -45,14 +46,14 @@ def _is_open(fd: int) -> bool:
     return True
 
 
-def _lead_nowhere(fd: int) -> None:
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    if nowhere != fd:
-        os.dup2(nowhere, fd)
-        os.close(nowhere)
-    os.set_inheritable(fd, True)  # or each program that is started lacks it again
+def _open_null(fd: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != fd:
+        os.dup2(null, fd)
+        os.close(null)
+    os.set_inheritable(fd, True)  # or every child would lack it again
 
 
-class _Nowhere(io.TextIOWrapper):
+class _NullStream(io.TextIOWrapper):
     def isatty(self) -> bool:
-        return False  # Windows takes its NUL for a terminal
+        return False  # Windows says that NUL is a terminal

@@ -1,6 +1,6 @@
 """`client.py HOST PORT top`: the whole overlay in a terminal, or once for a pipe or a script.
 
-Everything happens on the caller's thread; the watch has one of its own.
+Everything happens on the caller's thread; the poller has one of its own.
 """
 
 from __future__ import annotations
@@ -10,105 +10,110 @@ import contextlib
 import os
 import select
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
-from rich.console import Group
+from rich.console import ConsoleDimensions, Group
 from rich.live import Live
 
-from overlay.cli.terminal import Exit, Parser, Screen, clean, complain
+from overlay.cli.terminal import Exit, Screen
+from overlay.cli.text import clean
 from overlay.cli.top_view import Signs, lines
+from overlay.cli.usage import Parser, complain, program, shared_options
 from overlay.model import clocks as time
 from overlay.model.topology import join_address
 from overlay.monitor.poller import Poller
-from overlay.monitor.snapshot import Wanted
+from overlay.monitor.snapshot import RequestFilter
 
 ROUNDS = 2  # for one report: rates are differences
-ONCE_S = 10.0  # and at most so long for it
+ONCE_S = 10.0  # the longest that a report is waited for
 KEY_S = 0.1  # how soon a key, or a new size of the window, is noticed
-ENDING_KEYS = ("q", "Q", "\x1b", "\x03")  # Windows gives Ctrl-C as a key too
-EVERYTHING = 10_000  # lines, where nothing scrolls by
+QUIT_KEYS = ("q", "Q", "\x1b", "\x03")  # Windows gives Ctrl-C as a key too
+NO_LIMIT = 10_000  # lines, where nothing scrolls
 
 DESCRIPTION = """\
-Shows the whole overlay live: the queue, every process and link, the last requests and events. It
-ends with q or Ctrl-C; the overlay may come and go meanwhile.
+Shows the whole overlay live: the queue, every process and link, the last requests and events. q or
+Ctrl-C ends it; the overlay may come and go meanwhile.
 
-With --once it prints one report and ends: 0 when all is well, 1 when something is not, 4 when the
-process asked cannot be reached. The fields of --json keep their meaning as long as its "format"
-stays the same."""
+With --once it prints one report and exits with 0 when all is well, 1 when something is wrong, and 4
+when the process asked cannot be reached. The fields of --json keep their meaning as long as its
+"format" stays the same."""
 
 
 def arguments(parser: Parser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("--once", action="store_true", help="one report, also into a pipe")
-    parser.add_argument("--json", action="store_true", help="with --once: as one JSON object")
-    only = parser.add_argument_group("of the last requests, show only")
-    only.add_argument("--failed", action="store_true", help="those that failed")
-    only.add_argument("--handler", default="", metavar="NAME", help="those to this handler")
-    only.add_argument("--caller", default="", metavar="TEXT", help="those whose caller has this")
-    only.add_argument("--request", default="", metavar="ID", help="those with this in their id")
+    parser.add_argument("--once", action="store_true", help="print one report, also into a pipe")
+    shared_options(parser, json="with --once: print one JSON object")
+    only = parser.add_argument_group("which of the last requests to show")
+    only.add_argument("--failed", action="store_true", help="only those that failed")
+    only.add_argument("--handler", default="", metavar="NAME", help="only those to this handler")
+    only.add_argument(
+        "--caller", default="", metavar="TEXT", help="only those whose caller contains this"
+    )
+    only.add_argument(
+        "--request", default="", metavar="ID", help="only those whose id contains this"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.json and not args.once:
-        complain("--json goes with --once; client.py HOST PORT top --help tells more")
+        complain(f"--json needs --once; {program()} HOST PORT top --help tells more")
         return Exit.USAGE
     if not (args.once or sys.stdout.isatty()):
-        complain("standard output is no terminal; --once prints one report")
+        complain("standard output is not a terminal; --once prints one report")
         return Exit.USAGE
     try:
-        wanted = Wanted(args.failed, args.handler, args.caller, args.request)
-        watch = Poller(join_address(args.host, args.port), wanted=wanted).start()
+        wanted = RequestFilter(args.failed, args.handler, args.caller, args.request)
+        poller = Poller(join_address(args.host, args.port), wanted=wanted).start()
     except ValueError as error:
         complain(str(error))
         return Exit.USAGE
-    return _once(watch, args.json) if args.once else _live(watch)
+    return _once(poller, args.json) if args.once else _live(poller)
 
 
-def _once(watch: Poller, as_json: bool) -> int:
+def _once(poller: Poller, as_json: bool) -> int:
     until = time.monotonic() + ONCE_S
-    picture = watch.newer(0, ONCE_S)
+    snapshot = poller.newer(0, ONCE_S)
     while (left_s := until - time.monotonic()) > 0:
-        known = [one["health"] != "asking" for one in (picture["asked"], *picture["processes"])]
-        if picture["round"] >= ROUNDS and all(known):
+        known = [one["health"] != "asking" for one in (snapshot["asked"], *snapshot["processes"])]
+        if snapshot["round"] >= ROUNDS and all(known):
             break
-        picture = watch.newer(picture["round"], left_s)
-    health = picture["asked"]["health"]
-    is_well = all(process["health"] == "well" for process in picture["processes"])
+        snapshot = poller.newer(snapshot["round"], left_s)
+    health = snapshot["asked"]["health"]
+    is_well = all(process["health"] == "well" for process in snapshot["processes"])
     code = Exit.OK if is_well else Exit.FAILED
     if health in ("gone", "asking"):
         code = Exit.UNREACHABLE
-        complain(clean(f"{picture['asked']['address']}: {picture['asked']['why']}"))
+        complain(clean(f"{snapshot['asked']['address']}: {snapshot['asked']['why']}"))
     screen = Screen(sys.stdout)
     if as_json:
-        screen.json({"ok": code == Exit.OK, "exit_code": int(code), **picture})
-    elif picture["processes"]:
-        for line in lines(picture, screen.width, EVERYTHING, Signs.of(screen.encoding)):
+        screen.json({"ok": code == Exit.OK, "exit_code": int(code), **snapshot})
+    elif snapshot["processes"]:
+        for line in lines(snapshot, screen.width, NO_LIMIT, Signs.of(screen.encoding)):
             screen.print(line)
     return code
 
 
-def _live(watch: Poller) -> int:
+def _live(poller: Poller) -> int:
     screen = Screen(sys.stdout)
     signs = Signs.of(screen.encoding)
-    shown: tuple[Any, ...] = ()
+    shown: tuple[int, ConsoleDimensions] | None = None
     live = Live(console=screen, screen=True, auto_refresh=False)
     with contextlib.suppress(KeyboardInterrupt), _keys() as pressed, live:
-        while pressed(KEY_S) not in ENDING_KEYS:
-            picture, size = watch.newer(within_s=0), screen.size
-            if not picture or shown == (picture["round"], size):
+        while pressed(KEY_S) not in QUIT_KEYS:
+            snapshot, size = poller.newer(within_s=0), screen.size
+            if not snapshot or shown == (snapshot["round"], size):
                 continue
-            shown = picture["round"], size
-            drawn = lines(picture, size.width, size.height, signs)
+            shown = snapshot["round"], size
+            drawn = lines(snapshot, size.width, size.height, signs)
             live.update(Group(*drawn), refresh=True)
     return Exit.OK
 
 
 @contextlib.contextmanager
-def _keys() -> Iterator[Any]:
-    """A function that waits so many seconds for a key and gives it, or nothing."""
+def _keys() -> Iterator[Callable[[float], str]]:
+    """A function that waits so many seconds for a key and returns it, or an empty string."""
     if not sys.stdin.isatty():
-        yield lambda within_s: time.sleep(within_s)
+        yield _no_key
     elif sys.platform == "win32":
         import msvcrt
 
@@ -133,3 +138,8 @@ def _keys() -> Iterator[Any]:
             yield read
         finally:
             termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+
+def _no_key(within_s: float) -> str:
+    time.sleep(within_s)
+    return ""

@@ -1,6 +1,6 @@
-"""A picture of the overlay as lines of text for a screen of any size: pure.
+"""A snapshot of the overlay as lines of text for a screen of any size. Sans-IO.
 
-What does not fit gives way: first the healthy among many processes and links, then old requests
+What does not fit is left out: first the healthy among many processes and links, then old requests
 and events, then the ends of lines.
 """
 
@@ -12,19 +12,19 @@ from typing import Any
 from rich.cells import cell_len
 from rich.text import Text
 
-from overlay.cli.terminal import clean, counted
+from overlay.cli.text import clean, counted
 from overlay.model import clocks as time
 from overlay.model.segments import Code
 from overlay.observability.events import latest
 
 MAX_LISTED = 40  # requests, and events
-WIDEST = 1_000  # beyond, it is a pipe, and nothing stands on the right
+MAX_WIDTH = 1_000  # beyond, it is a pipe, and nothing is aligned to the right edge
 
-Picture = Mapping[str, Any]
+Snapshot = Mapping[str, Any]
 
 
 class Signs:
-    """Shapes, in letters where the code page has none."""
+    """Shapes, or ASCII where the code page has none."""
 
     def __init__(self, health: Mapping[str, str], bar: str, steps: str, arrow: str) -> None:
         self.health = health
@@ -44,37 +44,28 @@ COLOURS = {"impaired": "yellow", "stopping": "blue", "gone": "bold red", "unseen
 WORDS = {"well": "serves", "asking": "being asked", "unseen": "not seen"}
 DIM = "bright_black"
 PROCESS_COLUMNS = (
-    "process",
-    "state",
-    "answers/s",
-    "wait",
-    "busy",
-    "p50 ms",
-    "p99 ms",
-    "cpu %",
-    "MiB",
-    "team",
+    "process", "state", "answers/s", "wait", "busy", "p50 ms", "p99 ms", "cpu %", "MiB", "team",
     "host",
-)
-USAGE = ("cpu %", "MiB")  # of them, where there is room
-NUMBERS = PROCESS_COLUMNS[2:-2]  # stand on the right
+)  # fmt: skip
+USAGE = ("cpu %", "MiB")  # shown where there is room
+NUMBERS = PROCESS_COLUMNS[2:-2]  # aligned to the right
 MAX_MAPS = 3
-SILENT_S = 5  # a map whose client told nothing for so long may have stopped
+SILENT_S = 5  # a map whose client has been silent for so long may have stopped
 ROOMY = 96  # columns of a screen
 
 
-def lines(picture: Picture, width: int, height: int, signs: Signs) -> list[Text]:
-    """The picture in at most so many lines, each at most so wide."""
-    top = [_title(picture, width), *_figures(picture, width, signs), *_maps(picture, signs)]
-    if not picture["processes"]:
+def lines(snapshot: Snapshot, width: int, height: int, signs: Signs) -> list[Text]:
+    """The snapshot in at most `height` lines of at most `width` columns."""
+    top = [_title(snapshot, width), *_figures(snapshot, width, signs), *_maps(snapshot, signs)]
+    if not snapshot["processes"]:
         return [_cut(line, width) for line in top]
     left = height - len(top) - 1
-    links = _links(picture, width, max(2, left // 5), signs)
+    links = _links(snapshot, width, max(2, left // 5), signs)
     most = max(4, min(left - len(links) - 8, left * 2 // 3))
-    tables = [_processes(picture, width, most, signs), links]
+    tables = [_processes(snapshot, width, most, signs), links]
     left -= sum(len(table) + 1 for table in tables)
-    requests = _requests(picture, max(0, left // 2 - 1), signs)
-    events = _events(picture, max(0, left - len(requests) - 2), signs)
+    requests = _requests(snapshot, max(0, left // 2 - 1), signs)
+    events = _events(snapshot, max(0, left - len(requests) - 2), signs)
     made = top
     for table in (*tables, requests, events):
         if table:
@@ -82,29 +73,29 @@ def lines(picture: Picture, width: int, height: int, signs: Signs) -> list[Text]
     return [_cut(line, width) for line in made[:height]]
 
 
-def _title(picture: Picture, width: int) -> Text:
-    asked = picture["asked"]
-    role = next((p["role"] for p in picture["processes"] if p["id"] == asked["id"]), "")
+def _title(snapshot: Snapshot, width: int) -> Text:
+    asked = snapshot["asked"]
+    role = next((p["role"] for p in snapshot["processes"] if p["id"] == asked["id"]), "")
     name = f"{asked['id']} {role.replace('_', ' ')} at " if role else ""
     left = Text.assemble(("overlay  ", "bold"), clean(f"{name}{asked['address']}"))
-    clock = time.strftime("%H:%M:%S", time.localtime(picture["at"]))
-    right = f"{counted(len(picture['processes']), 'process')}  {clock}"
-    space = max(2, width - cell_len(left.plain) - len(right)) if width < WIDEST else 2
+    clock = time.strftime("%H:%M:%S", time.localtime(snapshot["at"]))
+    right = f"{counted(len(snapshot['processes']), 'process')}  {clock}"
+    space = max(2, width - cell_len(left.plain) - len(right)) if width < MAX_WIDTH else 2
     return left.append(" " * space + right, DIM)
 
 
-def _figures(picture: Picture, width: int, signs: Signs) -> list[Text]:
-    asked = picture["asked"]
+def _figures(snapshot: Snapshot, width: int, signs: Signs) -> list[Text]:
+    asked = snapshot["asked"]
     if asked["health"] not in ("well", "impaired", "stopping"):
         since = f"gone for {_span(asked['for_s'])}" if asked["id"] else "no answer yet"
-        said = f"{asked['id']} {since}: {asked['why']}; asked every {picture['interval_s']:g} s"
-        return [Text(clean(said.strip()), COLOURS["gone"])]
-    me = next(p for p in picture["processes"] if p["id"] == asked["id"])
-    course = picture["course"]
-    p50, p99 = course["p50_ms"][-1], course["p99_ms"][-1]
+        alarm = f"{asked['id']} {since}: {asked['why']}; asked every {snapshot['interval_s']:g} s"
+        return [Text(clean(alarm.strip()), COLOURS["gone"])]
+    me = next(p for p in snapshot["processes"] if p["id"] == asked["id"])
+    series = snapshot["course"]
+    p50, p99 = series["p50_ms"][-1], series["p99_ms"][-1]
     long = 12 if width < 100 else 24
     bar = _bar(me["queued"], me["queue_slots"], long, signs)
-    ready, workers = picture["workers_ready"], picture["workers"]
+    ready, workers = snapshot["workers_ready"], snapshot["workers"]
     queue = Text.assemble(
         "queue    ", bar, f" {me['queued']} of {me['queue_slots']}",
         f"   in streams {me['waiting'] - me['queued']}   in service {me['in_service']}   ",
@@ -113,7 +104,7 @@ def _figures(picture: Picture, width: int, signs: Signs) -> list[Text]:
     rates = me["rates"]
     lost = {name: rates.get(name, 0.0) for name in ("refused", "failed", "cancelled")}
     answers = Text.assemble(
-        "answers  ", (_spark(course["completed"], long, signs), "cyan"),
+        "answers  ", (_spark(series["completed"], long, signs), "cyan"),
         f" {_rate(rates.get('completed'))}/s   p50 {_ms(p50)}  p99 {_ms(p99)} ms",
     )  # fmt: skip
     for name, rate in lost.items():
@@ -124,10 +115,10 @@ def _figures(picture: Picture, width: int, signs: Signs) -> list[Text]:
     return [queue, answers]
 
 
-def _maps(picture: Picture, signs: Signs) -> list[Text]:
-    """A line for each of the few that were told of last."""
+def _maps(snapshot: Snapshot, signs: Signs) -> list[Text]:
+    """A line for each of the latest few."""
     made = []
-    for one in picture["maps"][-MAX_MAPS:]:
+    for one in snapshot["maps"][-MAX_MAPS:]:
         ended = one["answered"] + one["failed"]
         line = Text("map      ")
         if one["total"]:
@@ -141,14 +132,14 @@ def _maps(picture: Picture, signs: Signs) -> list[Text]:
         if one["failed"]:
             line.append(f", {one['failed']:,} failed", COLOURS["gone"])
         if one["silent_s"] > SILENT_S:
-            line.append(f", not heard of for {_span(one['silent_s'])}", COLOURS["impaired"])
+            line.append(f", silent for {_span(one['silent_s'])}", COLOURS["impaired"])
         made.append(line.append(f"  {clean(one['caller'])}", DIM))
     return made
 
 
-def _processes(picture: Picture, width: int, most: int, signs: Signs) -> list[Text]:
-    """Those with a trouble first to stay, when not all fit; in the order of the configuration."""
-    processes = picture["processes"]
+def _processes(snapshot: Snapshot, width: int, most: int, signs: Signs) -> list[Text]:
+    """In configuration order; when not all fit, those with a problem are kept."""
+    processes = snapshot["processes"]
     if len(processes) > most - 1:
         worst = sorted(processes, key=lambda p: (p["health"] == "well", -p["rank"]))
         kept = {p["id"] for p in worst[: most - 2]}
@@ -159,7 +150,7 @@ def _processes(picture: Picture, width: int, most: int, signs: Signs) -> list[Te
     left = [at for at, name in enumerate(head) if name not in NUMBERS]
     cells = [[row[i] for i in shown] for row, _ in rows]
     made = _table(head, cells, [style for _, style in rows], left)
-    if rest := len(picture["processes"]) - len(processes):
+    if rest := len(snapshot["processes"]) - len(processes):
         made.append(Text(f"and {rest} more", DIM))
     return made
 
@@ -190,16 +181,16 @@ def _process(p: Mapping[str, Any], signs: Signs) -> tuple[tuple[str, ...], str]:
     return (name, state, *figures, p["team"], p["host"]), COLOURS.get(health, "")
 
 
-def _links(picture: Picture, width: int, most: int, signs: Signs) -> list[Text]:
-    """Several in a line; those with a trouble when not all fit."""
-    troubled = [link for link in picture["links"] if not _is_well(link)]
-    cells = [(_link(link, signs), _is_well(link)) for link in picture["links"]]
+def _links(snapshot: Snapshot, width: int, most: int, signs: Signs) -> list[Text]:
+    """Several in a line; when not all fit, those with a problem."""
+    unwell = [link for link in snapshot["links"] if not _is_well(link)]
+    cells = [(_link(link, signs), _is_well(link)) for link in snapshot["links"]]
     wide = max((cell_len(text) for text, _ in cells), default=0) + 3
     across = max(1, min(width, 160) // max(1, wide))
     if len(cells) > most * across:
-        up = len(picture["links"]) - len(troubled)
-        cells = [(_link(link, signs), False) for link in troubled[: most * across - 1]]
-        cells.append((f"{counted(up, 'link')} of {len(picture['links'])} up", True))
+        up = len(snapshot["links"]) - len(unwell)
+        cells = [(_link(link, signs), False) for link in unwell[: most * across - 1]]
+        cells.append((f"{counted(up, 'link')} of {len(snapshot['links'])} up", True))
         wide = max(cell_len(text) for text, _ in cells) + 3
         across = max(1, width // wide)
     made = []
@@ -226,9 +217,9 @@ def _link(link: Mapping[str, Any], signs: Signs) -> str:
     return f"{name} {_rate(link['rate'])}/s {_ms(link['rtt_ms'])} ms{health}"
 
 
-def _requests(picture: Picture, most: int, signs: Signs) -> list[Text]:
+def _requests(snapshot: Snapshot, most: int, signs: Signs) -> list[Text]:
     rows, styles = [], []
-    for r in _latest(picture["requests"], most):
+    for r in _latest(snapshot["requests"], most):
         status = Code(r["code"]).name if r["code"] in set(Code) else str(r["code"])
         many = f" x{r['count']}" if r["count"] > 1 else ""
         path = _path(r["hops"], signs)
@@ -243,7 +234,7 @@ def _requests(picture: Picture, most: int, signs: Signs) -> list[Text]:
 
 
 def _path(hops: Sequence[Mapping[str, Any]], signs: Signs) -> str:
-    """Each before those that it asked, with the milliseconds that the request was there."""
+    """Each process before those that it asked, with the milliseconds of the request there."""
     path, above = "", -1
     for hop in hops:
         if path:
@@ -253,8 +244,8 @@ def _path(hops: Sequence[Mapping[str, Any]], signs: Signs) -> str:
     return path
 
 
-def _events(picture: Picture, most: int, signs: Signs) -> list[Text]:
-    shown = latest(picture["events"], min(most, MAX_LISTED), lambda event: event["is_change"])
+def _events(snapshot: Snapshot, most: int, signs: Signs) -> list[Text]:
+    shown = latest(snapshot["events"], min(most, MAX_LISTED), lambda event: event["is_change"])
     rows, styles = [], []
     for event in reversed(shown):
         many = ""
@@ -267,14 +258,14 @@ def _events(picture: Picture, most: int, signs: Signs) -> list[Text]:
 
 
 def _latest(items: Sequence[Any], most: int) -> list[Any]:
-    """The last ones, the latest first; in a report of any length not all of them."""
+    """The last ones, the latest first; at most MAX_LISTED, however long the report."""
     return list(items[::-1][: max(0, min(most, MAX_LISTED))])
 
 
 def _table(
     head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str], left: Sequence[int]
 ) -> list[Text]:
-    """Lines of columns; those in `left` stand on the left."""
+    """Lines of columns; those in `left` are aligned to the left."""
     rows = [[clean(cell).replace("\n", " ") for cell in row] for row in rows]
     wide = [max(map(cell_len, column)) for column in zip(head, *rows, strict=True)]
 

@@ -1,14 +1,14 @@
-"""The watching page: a small server of static files and of pictures, as server-sent events.
+"""The live page: a small server of static files, and of snapshots as server-sent events.
 
-    GET /              the page        GET /picture   the newest picture, as JSON
-    GET /frames        each picture as it is made, until the viewer leaves
+    GET /              the page        GET /snapshot  the newest snapshot, as JSON
+    GET /frames        each snapshot as it is made, until the viewer leaves
 
 Read only, and a process of its own, so that it never shares an interpreter with the leader. A
-viewer has no buffer of its own: one that is slow gets the newest picture when it is ready for it,
-and never those in between.
+viewer has no buffer: a slow one gets the newest snapshot when it is ready for it, and none of those
+in between.
 
-The server's event loop runs on the main thread; the watch has a thread (see monitor.poller), and
-`web-stdin` waits for the end of standard input, where that ends the server.
+The server's event loop runs on the main thread; the poller has a thread (see monitor.poller), and
+`web-stdin` waits for the end of standard input where that ends the server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -36,17 +35,18 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from overlay.cli.terminal import Exit, Parser, Screen, complain, host
+from overlay.cli.terminal import Exit, Screen
+from overlay.cli.usage import Parser, complain, host, port_or_any
 from overlay.model.topology import join_address
-from overlay.monitor.poller import Poller
+from overlay.monitor.poller import Poller, Snapshot
 from overlay.transport.http_door import Server, listen
 
 PAGE = Path(__file__).parent / "page"
 PORT = 8050
-MAX_VIEWERS = 32  # then the longest-standing of whoever has the most makes room for one more
-STALLED_S = 30.0  # a viewer that takes nothing for so long is let go
-# Windows asks its registry, where an editor may have made JavaScript plain text; "nosniff" then
-# keeps a browser from running it.
+MAX_VIEWERS = 32  # then the oldest one of the address with the most makes room for one more
+STALLED_S = 30.0  # a viewer that reads nothing for so long is disconnected
+# Windows looks in its registry, where an editor may have registered .js as plain text; "nosniff"
+# would then keep a browser from running it.
 TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -66,8 +66,8 @@ HEADERS = (
 )
 
 DESCRIPTION = """\
-Serves a page that shows the whole overlay live, and prints its address. Read only. It ends with
-Ctrl-C; the overlay may come and go meanwhile."""
+Serves a page that shows the whole overlay live, and prints its address. Read only. Ctrl-C ends it;
+the overlay may come and go meanwhile."""
 
 
 def arguments(parser: Parser) -> None:
@@ -75,74 +75,74 @@ def arguments(parser: Parser) -> None:
     add = parser.add_argument
     add(
         "--web-port",
-        type=_web_port,
+        type=port_or_any,
         default=PORT,
         metavar="PORT",
-        help="where the page is served; 0 takes a free port (default: %(default)s)",
+        help="the port of the page; 0 takes a free one (default: %(default)s)",
     )
     add(
         "--bind",
         type=host,
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="the address to serve at; whoever reaches it sees everything (default: %(default)s)",
+        help="where to serve; anyone who reaches it sees everything (default: %(default)s)",
     )
     add(
         "--until-eof",
         action="store_true",
-        help="end when standard input does, with the program that started this",
+        help="end when standard input ends, so with the program that started this",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     address = join_address(args.host, args.port)
     try:
-        watch = Poller(address)
+        poller = Poller(address)
     except ValueError as error:
         complain(str(error))
         return Exit.USAGE
     try:
         listening = listen(args.bind, args.web_port)
     except OSError as error:
-        watch.close()
+        poller.close()
         complain(
             f"the page cannot be served at {join_address(args.bind, args.web_port)}: "
             f"{error.strerror or error}; --web-port 0 takes a free port"
         )
         return Exit.USAGE
     know_types()
-    watch.start()
+    poller.start()
     Screen(sys.stdout).say(f"watching {address}; the page: {_url(listening)}")
     sys.stdout.flush()
     with listening, suppress(KeyboardInterrupt):
-        server = _Server(Page(watch, _loopback_only(listening)))
+        server = _Server(Page(poller, _loopback_only(listening)))
         if args.until_eof:
             threading.Thread(target=server.end_with_stdin, name="web-stdin", daemon=True).start()
         server.run(sockets=[listening])
-    watch.close()
+    poller.close()
     return Exit.OK
 
 
 class Page:
     """The application. Its methods run on the server's event loop."""
 
-    def __init__(self, watch: Poller, loopback_only: bool) -> None:
-        self._watch = watch
+    def __init__(self, poller: Poller, loopback_only: bool) -> None:
+        self._poller = poller
         self._loopback_only = loopback_only
         self._newest = b""
-        self._viewers: list[_Viewer] = []  # the longest-standing first
+        self._viewers: list[_Viewer] = []  # the oldest first
         self._has_begun = False
-        self._came: asyncio.Event | None = None  # the next picture; a new event for each
+        self._next: asyncio.Event | None = None  # of the next snapshot; a new event for each
         self._routes = Starlette(
             routes=[
                 Route("/frames", self._frames),
-                Route("/picture", self._picture),
+                Route("/snapshot", self._snapshot),
                 Mount("/", StaticFiles(directory=PAGE, html=True)),
             ]
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Every answer has the headers; a page elsewhere that had its name lead here gets none."""
+        """Adds the headers to every answer. A site whose name is made to lead here gets nothing."""
         if scope["type"] != "http":
             return
         self._begin()
@@ -155,66 +155,66 @@ class Page:
 
         app: ASGIApp = self._routes
         if self._loopback_only and not _names_loopback(Request(scope).headers.get("host", "")):
-            app = PlainTextResponse("this page is served to 127.0.0.1 and localhost only", 403)
+            app = PlainTextResponse("this page is served only to 127.0.0.1 and localhost", 403)
         with suppress(asyncio.TimeoutError):
             await app(scope, receive, with_headers)
 
     def _begin(self) -> None:
-        """Lets the watch tell of its pictures, from the first request on."""
+        """Subscribes to the poller's snapshots, at the first request."""
         if self._has_begun:
             return
-        self._has_begun, self._came = True, asyncio.Event()
+        self._has_begun, self._next = True, asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def tell(picture: dict[str, Any]) -> None:
+        def publish(made: Snapshot) -> None:
             with suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self._take, picture)
+                loop.call_soon_threadsafe(self._take, made)
 
-        self._watch.on_picture = tell
+        self._poller.on_snapshot = publish
 
-    def _take(self, picture: dict[str, Any]) -> None:
-        if self._came is None:  # closed
+    def _take(self, made: Snapshot) -> None:
+        if self._next is None:  # closed
             return
-        came, self._came = self._came, asyncio.Event()
+        ready, self._next = self._next, asyncio.Event()
         if self._viewers:
-            self._newest = b"data: " + _as_json(picture) + b"\n\n"
-        came.set()
+            self._newest = b"data: " + _as_json(made) + b"\n\n"
+        ready.set()
 
     def close(self) -> None:
-        """Ends the streams of pictures, which have no end of their own."""
-        came, self._came = self._came, None
-        if came:
-            came.set()
+        """Ends the streams of snapshots, which have no end of their own."""
+        ready, self._next = self._next, None
+        if ready:
+            ready.set()
 
     async def _frames(self, request: Request) -> Response:
         address = request.client.host if request.client else ""
         viewer = _Viewer(address, getattr(request.state, "hang_up", lambda: None))
-        return StreamingResponse(self._pictures(viewer), media_type="text/event-stream")
+        return StreamingResponse(self._snapshots(viewer), media_type="text/event-stream")
 
-    async def _pictures(self, viewer: _Viewer) -> AsyncIterator[bytes]:
+    async def _snapshots(self, viewer: _Viewer) -> AsyncIterator[bytes]:
         self._let_in(viewer)
         try:
             yield b"retry: 1000\n\n"
-            newest = self._watch.newer(within_s=0)
+            newest = self._poller.newer(within_s=0)
             if newest:
                 yield b"data: " + _as_json(newest) + b"\n\n"
-            while self._came is not None and await self._came.wait():
+            while self._next is not None and await self._next.wait():
                 yield self._newest
         finally:
             if viewer in self._viewers:
                 self._viewers.remove(viewer)
 
     def _let_in(self, viewer: _Viewer) -> None:
-        """A page that lost its place to another asks again by itself, a second later."""
+        """A page that loses its place to another reconnects by itself a second later."""
         self._viewers.append(viewer)
         if len(self._viewers) > MAX_VIEWERS:
             of = Counter(one.address for one in self._viewers)
-            leaver = max(self._viewers, key=lambda one: of[one.address])  # the first of them
-            self._viewers.remove(leaver)
-            leaver.hang_up()
+            oldest = max(self._viewers, key=lambda one: of[one.address])  # the first of them
+            self._viewers.remove(oldest)
+            oldest.hang_up()
 
-    async def _picture(self, request: Request) -> Response:
-        return JSONResponse(self._watch.newer(within_s=0))
+    async def _snapshot(self, request: Request) -> Response:
+        return JSONResponse(self._poller.newer(within_s=0))
 
 
 @dataclass(eq=False)
@@ -254,7 +254,7 @@ def _loopback_only(listening: socket.socket) -> bool:
 
 
 def _names_loopback(named: str) -> bool:
-    """Whether a Host header is a name that nobody else can give to this machine."""
+    """Whether a Host header is a name that no other site can give to this machine."""
     name = named[: named.rfind("]") + 1] or named.partition(":")[0]
     if name == "localhost":
         return True
@@ -264,11 +264,5 @@ def _names_loopback(named: str) -> bool:
         return False
 
 
-def _as_json(picture: dict[str, Any]) -> bytes:
-    return json.dumps(picture, separators=(",", ":")).encode()
-
-
-def _web_port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port, a number from 0 to 65535")
-    return int(text)
+def _as_json(made: Snapshot) -> bytes:
+    return json.dumps(made, separators=(",", ":")).encode()

@@ -1,14 +1,19 @@
-"""The client library. What programs use of it is here, and made when it is first asked for."""
+"""The client library. What programs use of it is here, imported when it is first asked for."""
 
 from __future__ import annotations
 
-_RESULTS = (
-    "Answer",
+import importlib
+
+_NAMES = {
+    "sync": ("Client", "connect"),
+    "aio": ("AsyncClient", "connect_async"),
+    "results": ("Answer", "Incomplete"),
+}
+_ERRORS = (
     "CallCancelled",
     "CallFailed",
     "DeadlinePassed",
     "HandlerFailed",
-    "Incomplete",
     "InvalidCall",
     "NameNotFound",
     "NoSuchHost",
@@ -20,16 +25,11 @@ _RESULTS = (
 
 def __getattr__(name: str) -> object:
     # Lazily, as in the package above: an import of one file loads no gRPC beside it.
-    if name in {"connect", "Client"}:
-        from overlay.client import sync
+    if name in _ERRORS:
+        from overlay.model import errors
 
-        return getattr(sync, name)
-    if name in {"connect_async", "AsyncClient"}:
-        from overlay.client import aio
-
-        return getattr(aio, name)
-    if name in _RESULTS:
-        from overlay.client import results
-
-        return getattr(results, name)
+        return getattr(errors, name)
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"overlay.client.{module}"), name)
     raise AttributeError(f"module 'overlay.client' has no attribute '{name}'")

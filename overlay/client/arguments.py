@@ -1,6 +1,6 @@
-"""What callers of the library give, checked here and nowhere else, and made usable.
+"""The arguments of the library's verbs, checked here and nowhere else, and made usable.
 
-What leaves has exact types (bytes, str, int, float, bool), whatever came: the caches, keys and
+What leaves has exact types (bytes, str, int, float, bool), whatever was given: the caches, keys and
 frames that the requests of a client share see nothing else. Raises TypeError and ValueError that
 name the argument.
 """
@@ -11,8 +11,8 @@ import functools
 import numbers
 import operator
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sized
+from typing import Any, NamedTuple
 
 from overlay.client.outbox import CallKind
 from overlay.model import json_values
@@ -20,12 +20,133 @@ from overlay.model.limits import Limits
 from overlay.model.segments import Mode, Route
 from overlay.queueing.admission import HIGHEST_PRIORITY
 
-Given = TypeVar("Given")
-
 DEFAULT_TIMEOUT_S = Limits().default_deadline_s
 LONGEST_TEXT = 1000  # what is longer is neither a name nor a key, and would fill a shared frame
 MOST = 2**31 - 1  # of what is counted
 HIGHEST_ID = 2**64 - 1
+
+
+class CallOptions(NamedTuple):
+    """A request and how it is asked, checked: what the verbs hand on."""
+
+    kind: CallKind
+    body: bytes
+    timeout_s: float
+    has_values: bool  # of a typed function, whose result is a JSON value
+
+
+class MapOptions(NamedTuple):
+    """A map's payloads and how they are asked, checked: what the verbs hand on.
+
+    bodies: what is sent, as an iterable of the kind that was given. total: how many they are; 0
+    where that is not known beforehand. chunk: payloads that travel together. window: payloads in
+    flight. patience_s: None for the client's.
+    """
+
+    kind: CallKind
+    bodies: Any
+    total: int
+    timeout_s: float
+    has_values: bool
+    ordered: bool
+    chunk: int
+    window: int
+    patience_s: float | None
+
+
+def call_options(
+    payload: object,
+    args: object,
+    mode: str,
+    team: str,
+    handler: str,
+    timeout: float | None,
+    want_parts: bool,
+    priority: int,
+) -> CallOptions:
+    if args is not None:  # each worker's own value is wanted, where all are asked
+        want_parts = as_flag("want_parts", want_parts) or _is_of_all(mode)
+    kind = kind_of(mode, team, handler, want_parts, priority)
+    return CallOptions(kind, _as_body(payload, args), as_timeout(timeout), args is not None)
+
+
+def submit_options(
+    handler: str | None,
+    payload: object,
+    args: object,
+    mode: str,
+    team: str,
+    timeout: float | None,
+    priority: int,
+) -> CallOptions:
+    _check_mode_of_args(args, mode)
+    kind = kind_of(mode, team, "" if handler is None else handler, False, priority)
+    return CallOptions(kind, _as_body(payload, args), as_timeout(timeout), args is not None)
+
+
+def parts_options(
+    payload: object, args: object, team: str, handler: str, timeout: float | None, priority: int
+) -> CallOptions:
+    kind = kind_of("all", team, handler, False, priority, as_they_come=True)
+    return CallOptions(kind, _as_body(payload, args), as_timeout(timeout), args is not None)
+
+
+def map_options(
+    handler: str | None,
+    payloads: Any,
+    args: Any,
+    mode: str,
+    team: str,
+    timeout: float | None,
+    window: int,
+    chunksize: int,
+    ordered: bool,
+    priority: int,
+    patience_s: float | None,
+) -> MapOptions:
+    kind = kind_of(mode, team, "" if handler is None else handler, False, priority)
+    timeout_s, given = as_timeout(timeout), payloads if args is None else args
+    window, chunksize = as_whole("window", window, least=1), as_whole("chunksize", chunksize)
+    return MapOptions(
+        kind,
+        _as_bodies(payloads, args, mode),
+        len(given) if isinstance(given, Sized) else 0,
+        timeout_s,
+        args is not None,
+        as_flag("ordered", ordered),
+        min(chunksize or max(1, min(512, window // 4)), window),
+        window,
+        None if patience_s is None else as_patience(patience_s),
+    )
+
+
+def kind_of(
+    mode: str,
+    team: str,
+    handler: str,
+    want_parts: bool,
+    priority: int,
+    as_they_come: bool = False,
+) -> CallKind:
+    is_exact = type(mode) is type(team) is type(handler) is str
+    if not (is_exact and type(want_parts) is bool and type(priority) is int):
+        mode = _as_text("mode", mode)
+        team, handler = _as_name("team", team), _as_name("handler", handler)
+        want_parts = as_flag("want_parts", want_parts)
+        priority = as_whole("priority", priority, most=HIGHEST_PRIORITY)
+    return _kept_kind(mode, team, handler, want_parts, priority, as_they_come)
+
+
+@functools.lru_cache(256)
+def _kept_kind(
+    mode: str, team: str, handler: str, want_parts: bool, priority: int, as_they_come: bool
+) -> CallKind:
+    # Of exact types only: 1, 1.0 and True are one key, and the first to come would be all three.
+    if mode not in ("all", "any"):
+        raise ValueError(f"mode {mode[:20]!r} is not 'all' or 'any'")
+    route = Route(Mode[mode.upper()], _as_name("team", team), _as_name("handler", handler))
+    priority = as_whole("priority", priority, most=HIGHEST_PRIORITY)
+    return CallKind(route, want_parts, priority, as_they_come)
 
 
 def as_bytes(payload: object) -> bytes:
@@ -44,20 +165,7 @@ def as_bytes(payload: object) -> bytes:
     raise TypeError(f"a payload is bytes or str, not {_kind(payload)}")
 
 
-def as_payloads(payloads: Iterable[Given]) -> Iterator[Given]:
-    try:
-        return iter(payloads)
-    except TypeError as e:
-        raise TypeError(f"payloads are many, bytes or str: {e}") from None
-
-
-def as_any_payloads(
-    payloads: Iterable[Given] | AsyncIterable[Given],
-) -> Iterator[Given] | AsyncIterable[Given]:
-    return payloads if _is_a(payloads, AsyncIterable) else as_payloads(payloads)  # type: ignore[arg-type, return-value]
-
-
-def as_body(payload: object, args: object) -> bytes:
+def _as_body(payload: object, args: object) -> bytes:
     """What is sent for one of the two: bytes, or a typed function's arguments."""
     if args is None:
         if payload is None:
@@ -65,10 +173,43 @@ def as_body(payload: object, args: object) -> bytes:
         return as_bytes(payload)
     if payload is not None:
         raise TypeError("a request has a payload or args, not both")
-    return as_json(args)
+    return _as_json(args)
 
 
-def as_json(args: Any) -> bytes:
+def _as_bodies(payloads: Any, args: Any, mode: str) -> Any:
+    """Of a map: its payloads, or its args as JSON, as an iterator or an async iterable."""
+    _check_mode_of_args(args, mode)
+    if (payloads is None) == (args is None):
+        raise TypeError("a map has payloads, or the args of a typed function")
+    if args is None:
+        return payloads if _is_a(payloads, AsyncIterable) else as_iterator(payloads)
+    if _is_a(args, Mapping):
+        raise TypeError("args of a map are many dicts, one for each call; submit takes one")
+    if _is_a(args, AsyncIterable):
+        return _later_as_json(args)
+    try:
+        return map(_as_json, args)
+    except TypeError as e:
+        raise TypeError(f"args of a map are many dicts, one for each call: {e}") from None
+
+
+def as_iterator(payloads: Any) -> Iterator[Any]:
+    try:
+        return iter(payloads)
+    except TypeError as e:
+        raise TypeError(f"payloads are many, bytes or str: {e}") from None
+
+
+def _check_mode_of_args(args: object, mode: str) -> None:
+    """A Future or a map has one value for each call, and could not tell which worker is missing."""
+    if args is not None and _is_of_all(mode):
+        raise ValueError(
+            "mode 'all' with args has a value of each worker: use call (its answer's values), "
+            "or parts"
+        )
+
+
+def _as_json(args: Any) -> bytes:
     if not _is_a(args, Mapping):
         raise TypeError(f"args are a function's arguments by name, a dict, not {_kind(args)}")
     try:
@@ -84,84 +225,17 @@ def as_json(args: Any) -> bytes:
     return written
 
 
-def as_bodies(payloads: Any, args: Any, mode: str) -> Any:
-    """Of a map: its payloads, or its args as JSON, as an iterable of the same kind."""
-    check_mode_of_args(args, mode)
-    if (payloads is None) == (args is None):
-        raise TypeError("a map has payloads, or the args of a typed function")
-    if args is None:
-        return payloads
-    if _is_a(args, Mapping):
-        raise TypeError("args of a map are many dicts, one for each call; submit takes one")
-    if _is_a(args, AsyncIterable):
-        return _later_as_json(args)
-    try:
-        return map(as_json, args)
-    except TypeError as e:
-        raise TypeError(f"args of a map are many dicts, one for each call: {e}") from None
-
-
-def check_mode_of_args(args: object, mode: str) -> None:
-    """A Future or a map has one value for each call, and could not tell who is missing."""
-    if args is not None and _is_of_all(mode):
-        raise ValueError(
-            "mode 'all' with args has a value of each worker: use call (its answer's values), "
-            "or parts"
-        )
-
-
-def parts_wanted(want_parts: bool, args: object, mode: str) -> bool:
-    """Of a typed function each worker's own value is, where all are asked."""
-    if args is None:
-        return want_parts
-    return as_flag("want_parts", want_parts) or _is_of_all(mode)
-
-
 def _is_of_all(mode: object) -> bool:
     return _is_a(mode, str) and str.__eq__(mode, "all") is True  # type: ignore[operator]
 
 
 async def _later_as_json(args: AsyncIterable[Any]) -> AsyncIterator[bytes]:
     async for one in args:
-        yield as_json(one)
-
-
-def kind_of(
-    mode: str,
-    team: str,
-    handler: str,
-    want_parts: bool,
-    priority: int = 0,
-    as_they_come: bool = False,
-) -> CallKind:
-    is_exact = type(mode) is type(team) is type(handler) is str
-    if not (is_exact and type(want_parts) is bool and type(priority) is int):
-        mode = _as_text("mode", mode)
-        team, handler = _as_name("team", team), _as_name("handler", handler)
-        want_parts = as_flag("want_parts", want_parts)
-        priority = as_whole("priority", priority, most=HIGHEST_PRIORITY)
-    return _kind_of(mode, team, handler, want_parts, priority, as_they_come)
-
-
-@functools.lru_cache(256)
-def _kind_of(
-    mode: str, team: str, handler: str, want_parts: bool, priority: int, as_they_come: bool
-) -> CallKind:
-    # Of exact types only: 1, 1.0 and True are one key, and the first to come would be all three.
-    if mode not in ("all", "any"):
-        raise ValueError(f"mode {mode[:20]!r} is not 'all' or 'any'")
-    route = Route(Mode[mode.upper()], _as_name("team", team), _as_name("handler", handler))
-    priority = as_whole("priority", priority, most=HIGHEST_PRIORITY)
-    return CallKind(route, want_parts, priority, as_they_come)
-
-
-def handler_of(handler: str | None) -> str:
-    """Where None stands for each worker's default."""
-    return "" if handler is None else handler
+        yield _as_json(one)
 
 
 def as_address(address: str) -> str:
-    """Whether it is host:port is for overlay.client.connection to say."""
+    """A str; whether it is host:port is for transport.channels.split to say."""
     return _as_text("address", address)
 
 
@@ -192,43 +266,6 @@ def as_whole(what: str, given: int, least: int = 0, most: int = MOST) -> int:
 def as_first(first: int | None) -> int | None:
     """How many parts are enough; None for all."""
     return None if first is None else as_whole("first", first, least=1)
-
-
-def chunk_of(window: int, chunksize: int) -> tuple[int, int]:
-    """The window, and how many of a map's payloads travel together."""
-    window, chunksize = as_whole("window", window, least=1), as_whole("chunksize", chunksize)
-    return window, min(chunksize or max(1, min(512, window // 4)), window)
-
-
-class MapAsked(NamedTuple):
-    """What a map goes by, as its runs take it. given: its payloads, or args, as they came."""
-
-    kind: CallKind
-    timeout_s: float
-    chunk: int
-    window: int
-    patience_s: float | None
-    given: Any
-
-
-def map_of(
-    handler: str | None,
-    payloads: Any,
-    args: Any,
-    mode: str,
-    team: str,
-    timeout: float | None,
-    window: int,
-    chunksize: int,
-    priority: int,
-    patience_s: float | None,
-) -> tuple[MapAsked, Any]:
-    """And what is to be sent, as an iterable of the same kind as was given."""
-    kind = kind_of(mode, team, handler_of(handler), False, priority)
-    timeout_s, (window, chunk) = as_timeout(timeout), chunk_of(window, chunksize)
-    patience_s = None if patience_s is None else as_patience(patience_s)
-    bodies, given = as_bodies(payloads, args, mode), payloads if args is None else args
-    return MapAsked(kind, timeout_s, chunk, window, patience_s, given), bodies
 
 
 def as_patience(patience_s: float) -> float:

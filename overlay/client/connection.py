@@ -5,11 +5,9 @@ from __future__ import annotations
 import _thread
 import concurrent.futures
 import contextlib
-import logging
-import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -20,35 +18,28 @@ from overlay.client import environment
 from overlay.client.callbacks import Callbacks
 from overlay.client.multiplexer import RETRY_PAUSE_S, Multiplexer
 from overlay.client.outbox import Submission
-from overlay.client.results import (
-    Answer,
+from overlay.client.results import Answer, error_of, failure_of, result_of, sentence_of
+from overlay.model import clocks as time
+from overlay.model.errors import (
     CallCancelled,
     CallFailed,
+    Misspoken,
     NoSuchHost,
     NotReached,
     Unavailable,
-    error_of,
-    failure_of,
-    no_overlay,
-    result_of,
 )
-from overlay.model import clocks as time
-from overlay.model.errors import Misspoken
 from overlay.model.limits import Limits
 from overlay.model.segments import Code, Executed, Failure
 from overlay.observability.log_buffer import LINES
 from overlay.transport import codec, validation
 from overlay.transport.channels import SILENT, Channel, split
+from overlay.transport.endpoints import channel_options
 from overlay.transport.resolver import Named, connect, look_up
-
-log = logging.getLogger("overlay.client")
 
 # A process that is being restarted is back within this. Windows takes 2 s to report a refused port.
 PATIENCE_S = 2.5
 # A map has more to lose than a call: one under way waits longer for a process that was lost.
 MAP_PATIENCE_S = 30.0
-TOLD_S = 1.0  # after so much of it, whoever waits is told why nothing comes
-LAST_LOOK_S = 0.5  # at the end of it: why nothing is there
 PROMPT_S = 0.25  # a connection that takes longer is looked into meanwhile
 FRESH_S = 1.0  # so long after an answer the connection counts as up; later a call greets first
 CALLBACKS_S = 2.0  # for which `close` waits until they have run
@@ -58,7 +49,7 @@ _OPTIONS = [
     # The process asked knows the configured size and refuses what is beyond it.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    *codec.CHANNEL_OPTIONS,
+    *channel_options(),
 ]
 
 
@@ -99,16 +90,20 @@ class Connection:
         """The address, with what its name stands for here."""
         return self._made.channel.shown if self._made else self._address
 
-    def send(self, order: Submission, timeout_s: float) -> None:
-        """Raises NotReached when nobody serves at the address."""
+    def send(self, submission: Submission, timeout_s: float) -> None:
+        """Raises NotReached when nothing serves at the address."""
+        self.wait_ready(timeout_s).send(submission)
+
+    def wait_ready(self, timeout_s: float) -> Multiplexer:
+        """Waits for the connection, no longer than the client's patience. Raises NotReached."""
         calls = self.begin() if self._calls is None or self._closed else self._calls
         if not calls.connected.is_set():
             self.wait_connected(calls, min(self._patience_s, timeout_s))
-        calls.send(order)
+        return calls
 
-    def cancel(self, order: Submission, rows: Sequence[int] = ()) -> None:
+    def cancel(self, submission: Submission, rows: Sequence[int] = ()) -> None:
         if self._calls is not None:
-            self._calls.cancel(order, rows or order.rows)
+            self._calls.cancel(submission, rows or submission.rows)
 
     def read(self, came: Any, at: int, request_id: int, timeout_s: float) -> Answer:
         """What was delivered, as an Answer. Raises CallFailed."""
@@ -129,11 +124,9 @@ class Connection:
             reason = f"no answer from {self.shown} within {timeout_s:g} s"
         return error_of(failure, reason, request_id)
 
-    def presence(self, patience_s: float | None) -> Presence:
-        """For one map. patience_s: for a process that is lost, None for as long as ever."""
-        if patience_s is None:
-            patience_s = max(MAP_PATIENCE_S, self._patience_s)
-        return Presence(self, patience_s)
+    def map_patience(self, patience_s: float | None) -> float:
+        """How long a map waits for a process that is lost, where it was given `patience_s`."""
+        return max(MAP_PATIENCE_S, self._patience_s) if patience_s is None else patience_s
 
     def seek(self, is_wrong: bool = False) -> None:
         """The process is away, or another answers there: the name of its machine may lead
@@ -202,7 +195,7 @@ class Connection:
                 return
             refused = calls.refused
             if refused is not None and _is_wrong(calls):
-                raise error_of(refused, no_overlay(refused, self.shown))
+                raise error_of(refused, sentence_of(refused.code, refused.reason, self.shown))
         if self._closed:
             raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client was closed")
         refused = calls.refused
@@ -335,7 +328,7 @@ class Connection:
             if not self._closed:
                 raise
             # gRPC's word for a channel that was closed meanwhile
-            raise CallCancelled("this client was closed", code=Code.CANCELLED) from None
+            raise CallCancelled("this client was closed") from None
         finally:
             with self._lock:
                 self._asking -= 1
@@ -382,83 +375,6 @@ class _Line:
         return True
 
 
-class Presence:
-    """Whether the process is there for a map, which outlives its absence. For one thread at a time.
-
-    Payloads not sent yet, and what provably did not run, wait until it is back: while it is being
-    stopped in order, and for `patience_s` from when it is gone.
-    """
-
-    def __init__(self, connection: Connection, patience_s: float) -> None:
-        self.patience_s = patience_s
-        self._connection = connection
-        self._since = math.inf  # when it was found away; monotonic seconds
-        self._until = math.inf  # when the patience is over
-        self._is_told = False
-        self.was_up = False  # the map is under way; until then a call's patience holds
-
-    def is_under_way(self) -> bool:
-        """Whether the process has been there since the map began."""
-        self.look_away()
-        return self.was_up
-
-    def look_away(self) -> bool:
-        """Whether a map that is under way has to wait for the process; to be asked now and then."""
-        if self._connection.is_closed:
-            return False  # who sends is told so, and what is open is ended
-        calls = self._connection.begin()
-        if calls.connected.is_set() or calls.rests:
-            self.was_up = self.was_up or calls.connected.is_set()
-            self._since = self._until = math.inf
-            self._is_told = False
-            return False
-        if not self.was_up:
-            return False
-        self._connection.seek()
-        now = time.monotonic()
-        self._since = min(self._since, now)
-        if self._until == math.inf or calls.is_served:
-            self._until = now + self.patience_s
-        if not self._is_told and now - self._since > TOLD_S:
-            self._is_told = True
-            log.warning(
-                "%s is gone; the map goes on when it is back, and waits up to %g s for that",
-                self._connection.shown,
-                self.patience_s,
-            )
-        return True
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() > self._until
-
-    def last_look(self) -> CallFailed | None:
-        """Why the process is not there; None when it is back just now. May take a moment."""
-        try:
-            self._connection.wait_connected(self._connection.begin(), LAST_LOOK_S)
-        except CallFailed as e:
-            return e
-        return None
-
-    def send(self, order: Submission) -> None:
-        """As Connection.send, but does not wait: what cannot be sent now leaves when it can."""
-        order.is_patient = True
-        self._connection.begin().send(order)
-
-    def take_back(self, orders: Iterable[Submission], why: CallFailed) -> int:
-        """Ends what of them was not sent, and never will be; how many rows."""
-        calls = self._connection.begin()
-        failure = Failure(why.code, f"not sent: {why}", Executed.NO, why.retry_after_s)
-        return sum(calls.take_back(order, failure) for order in orders)
-
-
-def ended_early(why: CallFailed, answered: int, failed: int, unsent: int) -> CallFailed:
-    """As `why`, with what has become of the map's payloads."""
-    counts = f"{answered:,} payloads were answered, {failed:,} failed, {unsent:,} were not sent"
-    about = {"code": why.code, "executed": why.executed, "retry_after_s": why.retry_after_s}
-    return type(why)(f"{why}; {counts}, nor were any after them", **about)  # type: ignore[arg-type]
-
-
 def _is_wrong(calls: Multiplexer) -> bool:
     """Whether something answers at the address that will not take our stream later either."""
     refused = calls.refused
@@ -471,7 +387,7 @@ _MAY_PASS = (Code.UNAVAILABLE, Code.CANCELLED)  # why a stream may be refused, a
 def _closed(is_left: bool) -> CallFailed:
     if is_left:
         return CallFailed(environment.FORKED, code=Code.FAILED_PRECONDITION, executed=Executed.NO)
-    return CallCancelled("this client is closed", code=Code.CANCELLED, executed=Executed.NO)
+    return CallCancelled("this client is closed", executed=Executed.NO)
 
 
 def _free(held: list[Multiplexer | Channel]) -> None:
@@ -507,7 +423,7 @@ class _Doubt:
     def error(self) -> NotReached:
         self._thread.join(max(0.0, self._until - time.monotonic()))
         kind, reason = self._said
-        return kind(reason, code=Code.UNAVAILABLE, executed=Executed.NO)
+        return kind(reason)
 
     def _of_name(self, found: Named) -> tuple[type[NotReached], str]:
         """What is to be said as long as no connection was tried."""

@@ -1,224 +1,209 @@
-"""One map of a client: payloads go out as results come back, never all at once.
+"""What a map decides, without I/O, threads or a clock of its own; one for both clients.
 
-It outlives the process asked: what was not sent, or provably did not run, goes on when that is
-back; what was under way is a failure in its own place. What is refused with proof, as by a process
-that has too much to do or reaches no worker, is tried again while others are answered, and for as
-long after the last answer as the map is patient; within its own time.
+    gather(payloads) --> sent(rows) --> came(rows, results) --> take()
+
+`MapWindow` says how much may be sent, and which results are given next. `Patience` says whether a
+map waits for a process that is away, and when it stops waiting. Times are monotonic seconds.
 """
 
 from __future__ import annotations
 
 import itertools
-import queue
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from functools import partial
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from overlay.client.arguments import as_bytes
-from overlay.client.connection import Connection, ended_early
-from overlay.client.outbox import CallKind, Submission
-from overlay.client.progress import Telling
-from overlay.client.results import CallFailed, results_of, value_of
-from overlay.model import clocks as time
+from overlay.model.errors import CallFailed
 from overlay.model.limits import Limits
-from overlay.model.segments import Failure
 
-PAUSE_S = 0.02  # how long a map waits for results before it asks again for payloads
-LOOK_S = 0.5  # and before it looks whether the process is there; Ctrl-C works on Windows too
 NOTHING_YET: Any = object()
 """What a map's payloads may give when there is none at this moment: results are given meanwhile."""
 
+PAUSE_S = 0.02  # how long a driver waits for results before it asks again for payloads
+TELL_AFTER_S = 1.0  # of an absence: then the caller is told why no results come
 
-class MapRun:
-    """One map: keeps its window full while its results are taken. For one thread."""
+Result = bytes | CallFailed
+Run = tuple[int, Iterable[Any]]
+"""The index of a result, and this one and those that follow it: bytes, or a CallFailed."""
+
+
+class MapWindow:
+    """Which payloads of one map are sent next, and which results are given. Not thread-safe.
+
+    A payload is open from when it is sent until its result is given. At most `rows` are open, and
+    no more are sent while the payloads without an answer, their expected results and the results in
+    hand fill `max_bytes`. However large, one chunk is sent when nothing is open.
+
+    rows: payloads. chunk: payloads that travel together, at most `rows`. ordered: results are given
+    in the order of the payloads, else as they come.
+    """
 
     def __init__(
-        self,
-        connection: Connection,
-        kind: CallKind,
-        timeout_s: float,
-        chunk: int,
-        window: int,
-        patience_s: float | None = None,
-        payloads: object = (),
+        self, rows: int, chunk: int, ordered: bool, max_bytes: int = Limits.window_bytes
     ) -> None:
-        """payloads: as the map was given them, for how many they are."""
-        self._connection = connection
-        self._telling = Telling(connection, kind.route.handler, payloads)
-        connection.maps.add(self)
-        self._presence = connection.presence(patience_s)
-        self._kind = kind
-        self._timeout_s = timeout_s
-        self._chunk = chunk
-        self._window = window
-        self._came: queue.SimpleQueue[tuple[int, Sequence[int], Any, int, int]] = (
-            queue.SimpleQueue()
-        )
-        self._orders: dict[int, list[Any]] = {}  # first index -> the order, rows still open
-        self._sent = 0
-        self._open = 0
-        self._early: dict[int, bytes | CallFailed] = {}
-        self._bytes = 0  # of payloads that are open and results that are early
+        self.chunk = chunk
+        self.is_fed = False  # the payloads have come to their end
+        self.pauses = False  # the payloads had nothing at that moment
+        self.sent = self.given = 0  # payloads and results
+        self.answered = self.failed = 0
+        self._rows = rows
+        self._ordered = ordered
+        self._max_bytes = max_bytes
+        self._chunks: dict[int, list[int]] = {}  # first index -> rows without an answer, bytes
+        self._bytes = 0  # of payloads without an answer and of results in hand
         self._mean_result = 0.0
-        self._answered = 0
-        self._failed = 0
-        self._unsent = 0
-        self._over: CallFailed | None = None  # why nothing more is sent
-        self._answered_at = time.monotonic()  # when a payload last was
+        self._ready: deque[tuple[int, Sequence[Result], int]] = deque()  # with their bytes
+        self._early: dict[int, tuple[int, Sequence[Result], int]] = {}  # the same, by first index
+        self._next = 0  # the index that follows those in `_ready`, when ordered
 
-    def run(
-        self, payloads: Iterator[bytes | str], ordered: bool
-    ) -> Iterator[tuple[int, bytes | CallFailed]]:
-        given, more = 0, True
-        try:
-            while (more and self._over is None) or self._open:
-                is_away, pauses = self._is_away(), False
-                self._telling.tell(self._answered, self._failed)
-                while more and not is_away and not pauses and self._has_room():
-                    more, pauses = self._send(payloads)
-                within_s = PAUSE_S if is_away or pauses else LOOK_S
-                for first, rows, results in self._some(within_s if self._open or is_away else 0):
-                    for index, result in zip(rows, results, strict=True):
-                        index += first
-                        if not ordered:
-                            yield index, result
-                        elif index != given:
-                            self._early[index] = result
-                            self._bytes += _size_of(result)
-                        else:
-                            yield index, result
-                            given += 1
-                            while self._early and given in self._early:
-                                result = self._early.pop(given)
-                                self._bytes -= _size_of(result)
-                                yield given, result
-                                given += 1
-            if self._over is not None:
-                failed = self._failed - self._unsent
-                raise ended_early(self._over, self._answered, failed, self._unsent)
-        finally:
-            for order, _ in self._orders.values():
-                self._connection.cancel(order)
-            self._telling.end()
-            self._orders.clear()  # they hold this, and so the connection
-            self._connection.maps.discard(self)
+    @property
+    def open(self) -> int:
+        return self.sent - self.given
 
-    def _is_away(self) -> bool:
-        """Whether nothing can be sent now. When it never can, what was not sent is ended."""
-        self._connection.check_here()
-        if not self._presence.look_away():
-            return self._over is not None
-        if self._over is None and self._presence.is_over:
-            self._over = self._presence.last_look()
-        if self._over is not None:
-            orders = [order for order, _ in self._orders.values()]
-            self._unsent += self._presence.take_back(orders, self._over)
-        return True
+    @property
+    def unanswered(self) -> int:
+        return self.sent - self.answered - self.failed
 
-    def _has_room(self) -> bool:
-        if not self._open:
+    def has_room(self, rows: int) -> bool:
+        """Whether so many more may be sent now."""
+        if not self.open:
             return True
-        rows = self._open + len(self._early) + self._chunk
-        bytes_ = self._bytes + self._open * self._mean_result
-        return rows <= self._window and bytes_ < Limits.window_bytes
+        bytes_ = self._bytes + self.unanswered * self._mean_result
+        return self.open + rows <= self._rows and bytes_ < self._max_bytes
 
-    def _send(self, payloads: Iterator[bytes | str]) -> tuple[bool, bool]:
-        """Sends the next chunk. Whether there may be more, and whether not at once."""
+    def gather(self, payloads: Iterator[bytes | str]) -> tuple[list[bytes], int]:
+        """The next chunk and its bytes. Sets `is_fed` and `pauses`.
+
+        Raises TypeError or ValueError for what is no payload.
+        """
         rows: list[bytes] = []
-        size, pauses = 0, False
-        for payload in itertools.islice(payloads, self._chunk):
+        size, self.pauses = 0, False
+        for payload in itertools.islice(payloads, self.chunk):
             if payload is NOTHING_YET:
-                pauses = True
+                self.pauses = True
                 break
             rows.append(payload if type(payload) is bytes else as_bytes(payload))
             size += len(rows[-1])
             if size >= Limits.frame_bytes:
                 break
         else:
-            if len(rows) < self._chunk:
-                self._send_rows(rows)
-                return False, False
-        self._send_rows(rows)
-        return True, pauses
+            self.is_fed = len(rows) < self.chunk
+        return rows, size
 
-    def _send_rows(self, rows: list[bytes]) -> None:
-        if not rows:
-            return
-        deadline = time.monotonic() + self._timeout_s
-        first = self._sent
-        order = Submission(self._kind, rows, deadline, partial(self._deliver, first))
-        order.keeps_trying = self._is_patient
-        if self._presence.was_up:
-            self._presence.send(order)
+    def is_full(self, rows: int, size: int) -> bool:
+        """Whether a chunk that is gathered elsewhere is to be sent as it is."""
+        return rows >= self.chunk or size >= Limits.frame_bytes
+
+    def sending(self, rows: int, size: int) -> int:
+        """A chunk of so many payloads and bytes is being sent: the index of its first."""
+        first = self.sent
+        self._chunks[first] = [rows, size]
+        self.sent += rows
+        self._bytes += size
+        return first
+
+    def came(
+        self, first: int, rows: Sequence[int], results: Sequence[Result], failed: bool
+    ) -> bool:
+        """Takes results of the chunk that begins at `first`; whether they are its last.
+
+        rows: ascending, counted from `first`. failed: every result is a CallFailed, else none is.
+        """
+        count, size = len(rows), 0
+        if failed:
+            self.failed += count
         else:
-            self._connection.send(order, self._timeout_s)
-            self._presence.was_up = order.is_patient = True
-        self._orders[first] = [order, len(rows)]
-        self._sent += len(rows)
-        self._open += len(rows)
-        self._bytes += order.size
+            self.answered += count
+            size = sum(map(len, results))  # type: ignore[arg-type]
+            share = min(1.0, count / 16)
+            self._mean_result += (size / count - self._mean_result) * share
+            self._bytes += size
+        if rows[-1] - rows[0] + 1 == count:
+            self._put(first + rows[0], results, size)
+        else:
+            for row, result in zip(rows, results, strict=True):
+                self._put(first + row, (result,), 0 if failed else len(result))  # type: ignore[arg-type]
+        chunk = self._chunks[first]
+        chunk[0] -= count
+        if chunk[0]:
+            return False
+        self._bytes -= chunk[1]
+        del self._chunks[first]
+        return True
 
-    def _deliver(
-        self, first: int, rows: Sequence[int], came: Any, at: int, request_id: int
-    ) -> None:
-        if not isinstance(came, Failure):
-            self._answered_at = time.monotonic()
-        self._came.put((first, rows, came, at, request_id))
+    def take(self) -> Run | None:
+        """The results to be given now, which count as given; None when more have to come first."""
+        if not self._ready:
+            return None
+        first, results, size = self._ready.popleft()
+        self.given += len(results)
+        self._bytes -= size
+        return first, results
 
-    def _is_patient(self) -> bool:
-        return time.monotonic() - self._answered_at < self._presence.patience_s
-
-    def _some(
-        self, within_s: float
-    ) -> Iterator[tuple[int, Sequence[int], Sequence[bytes | CallFailed]]]:
-        """What has come, waited for no longer than that."""
-        with suppress(queue.Empty):
-            yield self._read(*self._came.get(timeout=within_s))
-        for _ in range(self._came.qsize()):
-            yield self._read(*self._came.get())
-
-    def _read(
-        self, first: int, rows: Sequence[int], came: Any, at: int, request_id: int
-    ) -> tuple[int, Sequence[int], Sequence[bytes | CallFailed]]:
-        entry, count = self._orders[first], len(rows)
-        entry[1] -= count
-        self._open -= count
-        if not entry[1]:
-            self._bytes -= entry[0].size
-            del self._orders[first]
-        if isinstance(came, Failure):
-            self._failed += count
-            failed, timeout_s = self._connection.failed, self._timeout_s
-            ids = range(request_id, request_id + count) if request_id else (0,) * count
-            return first, rows, [failed(came, timeout_s, id_) for id_ in ids]
-        self._answered += count
-        results = results_of(came, at, count)
-        mean = sum(map(len, results)) / count
-        self._mean_result += (mean - self._mean_result) * min(1.0, count / 16)
-        return first, rows, results
+    def _put(self, first: int, results: Sequence[Result], size: int) -> None:
+        if self._ordered and first != self._next:
+            self._early[first] = first, results, size
+            return
+        self._ready.append((first, results, size))
+        if not self._ordered:
+            return
+        self._next += len(results)
+        while self._early and (early := self._early.pop(self._next, None)) is not None:
+            self._ready.append(early)
+            self._next += len(early[1])
 
 
-def _size_of(result: bytes | CallFailed) -> int:
-    return len(result) if isinstance(result, bytes) else 0
+class Patience:
+    """How long a map waits: for a process that is away, and with requests that were refused.
 
+    A map outlives the process: what was not sent, or provably did not run, waits until the process
+    is back, for `seconds` from when it is gone. While it is being stopped in order it still
+    answers, and the patience has not begun.
+    """
 
-def with_values(
-    pairs: Iterator[tuple[int, bytes | CallFailed]],
-) -> Iterator[tuple[int, Any]]:
-    """The results as the JSON values that they are."""
-    try:
-        for index, result in pairs:
-            yield index, value_of(result)
-    finally:
-        pairs.close()  # type: ignore[attr-defined]
+    def __init__(self, seconds: float, now: float) -> None:
+        self.seconds = seconds
+        self.was_up = False  # the map is under way; until then a call's patience holds
+        self._away_since = self._away_until = math.inf
+        self._is_told = False
+        self._answered_at = now
 
+    def is_away(self, now: float, is_up: bool, rests: bool, is_served: bool) -> bool:
+        """Whether the map has to wait for the process; to be asked now and then.
 
-def raising(pairs: Iterator[tuple[int, bytes | CallFailed]]) -> Iterator[bytes]:
-    try:
-        for _, result in pairs:
-            if isinstance(result, CallFailed):
-                raise result
-            yield result
-    finally:
-        pairs.close()  # type: ignore[attr-defined]
+        is_up: the process takes requests. rests: the stream was let go because nothing was open,
+        and comes back when it is used. is_served: the process still answers.
+        """
+        if is_up or rests:
+            self.was_up = self.was_up or is_up
+            self._away_since = self._away_until = math.inf
+            self._is_told = False
+            return False
+        if not self.was_up:
+            return False
+        self._away_since = min(self._away_since, now)
+        if self._away_until == math.inf or is_served:
+            self._away_until = now + self.seconds
+        return True
+
+    def is_over(self, now: float) -> bool:
+        """Whether the process was waited for in vain."""
+        return now > self._away_until
+
+    def is_to_be_told(self, now: float) -> bool:
+        """Whether the caller is to be told that the process is away: once for each absence."""
+        if self._is_told or now - self._away_since <= TELL_AFTER_S:
+            return False
+        self._is_told = True
+        return True
+
+    def answered(self, now: float) -> None:
+        """A payload was answered. Safe from any thread, as `keeps_trying` is."""
+        self._answered_at = now
+
+    def keeps_trying(self, now: float) -> bool:
+        """Whether what was refused, and provably did not run, is tried again: for as long after
+        the last answer as the map is patient."""
+        return now - self._answered_at < self.seconds

@@ -1,17 +1,16 @@
-"""What a map tells the process asked of how it goes, for who watches: once a second.
+"""Reports the progress of a map to the process asked once a second, for those who watch it.
 
-One that takes less tells nothing, and so costs nothing.
+A map that takes less than a second reports nothing, and so costs nothing.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sized
 from contextlib import suppress
 
 from overlay.client.connection import Connection
-from overlay.client.results import CallFailed
 from overlay.model import clocks as time
+from overlay.model.errors import CallFailed
 from overlay.model.segments import Progress
 
 TELL_S = 1.0
@@ -20,12 +19,12 @@ _numbers = itertools.count(1)
 
 
 class Telling:
-    """Of one map. payloads: what it was given, which may know how many they are."""
+    """The progress of one map. total: of its payloads, 0 where that is not known."""
 
-    def __init__(self, connection: Connection, handler: str, payloads: object) -> None:
+    def __init__(self, connection: Connection, handler: str, total: int) -> None:
         self._connection = connection
         self._handler = handler
-        self._total = len(payloads) if isinstance(payloads, Sized) else 0
+        self._total = total
         self._number = next(_numbers) % 2**32
         self._began = self._told_at = time.monotonic()
         self._has_told = False

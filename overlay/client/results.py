@@ -1,14 +1,13 @@
-"""What a call comes to: an Answer, or a CallFailed that says what happened and whether it ran."""
+"""Makes what the library gives for a request: an Answer, its result, or a CallFailed."""
 
 from __future__ import annotations
 
-import concurrent.futures
 from dataclasses import dataclass
 from typing import Any
 
 from overlay.client.multiplexer import Delivery
 from overlay.model import json_values
-from overlay.model.errors import OverlayError
+from overlay.model.errors import CallFailed, InvalidCall, of_status
 from overlay.model.segments import Code, Executed, Failure, Hop, Part
 from overlay.transport import codec
 
@@ -72,65 +71,6 @@ class Incomplete(bytes):
     missing: tuple[Part, ...] = ()
 
 
-class CallFailed(OverlayError):
-    """A call without an answer; itself for every code without a class of its own below.
-
-    executed: NO is proof that no handler saw the request. request_id: under which the processes
-    that it passed have lines in their logs; 0 when it never left, or nobody said.
-    """
-
-    executed = Executed.UNKNOWN
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        code: Code = Code.UNKNOWN,
-        executed: Executed = Executed.UNKNOWN,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
-        self.code = code
-        self.executed = executed
-
-
-class InvalidCall(CallFailed, ValueError):
-    """The request itself is not right."""
-
-
-class NameNotFound(CallFailed):
-    """No such team, handler or worker."""
-
-
-class Refused(CallFailed):
-    """The queue is full or its time too short; no handler saw it, and later is worth a try."""
-
-
-class Unavailable(CallFailed):
-    """The process asked is stopping, or the connection or all workers were lost."""
-
-
-class NotReached(Unavailable):
-    """Nothing serves at the address: the request never left this machine."""
-
-
-class NoSuchHost(NotReached):
-    """The name of the machine stands for no address on this one."""
-
-
-class HandlerFailed(CallFailed):
-    """The handler raised; the message has the id under which the process's log says more."""
-
-
-class DeadlinePassed(CallFailed, concurrent.futures.TimeoutError):
-    """No answer in time; work may have begun. To callers of an Executor a TimeoutError."""
-
-
-class CallCancelled(CallFailed, RuntimeError):
-    """The client was closed before the answer came, or before the call: an Executor's RuntimeError
-    after its shutdown."""
-
-
 NOT_PICKLED = "a Future belongs to the process that waits for it; pickle its result()"
 
 
@@ -173,10 +113,7 @@ def failure_of(error: Any, address: str, timeout_s: float) -> CallFailed:
 
 
 def error_of(failure: Failure, sentence: str, request_id: int = 0) -> CallFailed:
-    kind = _KINDS.get(failure.code, CallFailed)
-    if kind is Refused and failure.executed is not Executed.NO:
-        kind = CallFailed  # such as an answer too large for a process on its way
-    error = kind(
+    error = of_status(failure.code, failure.executed)(
         sentence,
         code=failure.code,
         executed=failure.executed,
@@ -186,31 +123,19 @@ def error_of(failure: Failure, sentence: str, request_id: int = 0) -> CallFailed
     return error
 
 
-_KINDS: dict[Code, type[CallFailed]] = {
-    Code.INVALID_ARGUMENT: InvalidCall,
-    Code.NOT_FOUND: NameNotFound,
-    Code.RESOURCE_EXHAUSTED: Refused,
-    Code.UNAVAILABLE: Unavailable,
-    Code.INTERNAL: HandlerFailed,
-    Code.DEADLINE_EXCEEDED: DeadlinePassed,
-    Code.CANCELLED: CallCancelled,
-}
-
-
-def no_overlay(failure: Failure, address: str) -> str:
-    if failure.code is Code.UNIMPLEMENTED:
+def sentence_of(code: Code, reason: str, address: str) -> str:
+    """The process's own words, unless what answers there is no process of an overlay."""
+    if code is Code.UNIMPLEMENTED:
         return f"what serves at {address} is not a process of an overlay, or an older one"
-    return failure.reason
+    return reason
 
 
 def _sentence(error: Any, said: Part, address: str, timeout_s: float) -> str:
     """The process's own words where it had some; else ours in place of gRPC's."""
-    if said.code is Code.UNIMPLEMENTED:
-        return f"what serves at {address} is not a process of an overlay, or an older one"
     if said.code is Code.CANCELLED:
         return "this client was closed before the answer came"
     if said.code is Code.DEADLINE_EXCEEDED and said.reason == "Deadline Exceeded":
         return f"no answer from {address} within {timeout_s:g} s"
     if said.code is Code.UNAVAILABLE and not error.trailing_metadata():
         return f"no answer from {address}: {said.reason}"
-    return said.reason
+    return sentence_of(said.code, said.reason, address)

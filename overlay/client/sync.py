@@ -19,57 +19,34 @@ import concurrent.futures
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
-from overlay.client.arguments import (
-    DEFAULT_TIMEOUT_S,
-    HIGHEST_ID,
-    MapAsked,
-    as_address,
-    as_body,
-    as_first,
-    as_flag,
-    as_grace,
-    as_id,
-    as_key,
-    as_patience,
-    as_payloads,
-    as_timeout,
-    as_whole,
-    check_mode_of_args,
-    handler_of,
-    kind_of,
-    map_of,
-    parts_wanted,
-)
-from overlay.client.callbacks import Callbacks
+from overlay.client import arguments
+from overlay.client.arguments import DEFAULT_TIMEOUT_S, CallOptions, MapOptions
 from overlay.client.connection import PATIENCE_S, Connection
-from overlay.client.map_window import NOTHING_YET, MapRun, raising, with_values
-from overlay.client.outbox import CallKind, Submission
+from overlay.client.futures import CallFuture, ValueFuture
+from overlay.client.map_run import MapRun
+from overlay.client.map_window import NOTHING_YET, PAUSE_S, Run
+from overlay.client.outbox import Submission
 from overlay.client.partials import Parts
-from overlay.client.results import (
-    NOT_PICKLED,
-    Answer,
+from overlay.client.results import Answer, Incomplete
+from overlay.model import clocks as time
+from overlay.model.errors import (
     CallCancelled,
     CallFailed,
     DeadlinePassed,
     HandlerFailed,
-    Incomplete,
     InvalidCall,
     NameNotFound,
     NoSuchHost,
     NotReached,
     Refused,
     Unavailable,
-    result_of,
-    value_of,
 )
-from overlay.model import clocks as time
 from overlay.model.segments import Failure, Hop, Part
 from overlay.transport import codec
 from overlay.transport.channels import split
@@ -93,6 +70,7 @@ __all__ = [
     "connect",
 ]
 
+LOOK_S = 0.5  # how often a map looks whether the process is there; Ctrl-C works on Windows too
 Args = Mapping[str, Any]
 """The arguments of a typed function, by name; whatever pydantic can write as JSON."""
 
@@ -104,7 +82,7 @@ def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
     Raises ValueError for an address that is not host:port, RuntimeError where gevent or eventlet
     has replaced the threads that gRPC needs.
     """
-    address, patience_s = as_address(address), as_patience(patience_s)
+    address, patience_s = arguments.as_address(address), arguments.as_patience(patience_s)
     split(address)
     return Client(address, patience_s)
 
@@ -161,31 +139,23 @@ class Client(concurrent.futures.Executor):
         requests; each step is worth two seconds of waiting. Raises CallFailed, whose subclasses
         mirror the statuses.
         """
-        if as_key(idempotency_key):
-            return self.forward(
-                payload,
-                args=args,
-                mode=mode,
-                team=team,
-                handler=handler,
-                timeout=timeout,
-                want_parts=want_parts,
-                idempotency_key=idempotency_key,
-                priority=priority,
-            )
-        body, timeout_s = as_body(payload, args), as_timeout(timeout)
-        deadline = time.monotonic() + timeout_s
-        waiter = _Waiter()
-        want_parts = parts_wanted(want_parts, args, mode)
-        kind = kind_of(mode, team, handler, want_parts, priority)
-        order = Submission(kind, (body,), deadline, waiter.deliver, wakes_a_thread=True)
-        self._connection.send(order, timeout_s)
+        options = arguments.call_options(
+            payload, args, mode, team, handler, timeout, want_parts, priority
+        )
+        if key := arguments.as_key(idempotency_key):
+            return self._forward(options, key)
+        deadline = time.monotonic() + options.timeout_s
+        wait = _ThreadWait()
+        submission = Submission(
+            options.kind, (options.body,), deadline, wait.deliver, wakes_a_thread=True
+        )
+        self._connection.send(submission, options.timeout_s)
         try:
-            came = waiter.wait()
-        except BaseException:  # Ctrl-C: nobody waits any more
-            self._connection.cancel(order)
+            came = wait.wait()
+        except BaseException:  # Ctrl-C: the answer is not waited for any more
+            self._connection.cancel(submission)
             raise
-        return self._connection.read(*came, timeout_s)
+        return self._connection.read(*came, options.timeout_s)
 
     def forward(
         self,
@@ -210,21 +180,33 @@ class Client(concurrent.futures.Executor):
         leave a line in each process's log. request_id: to know it before there is an answer; it
         must be nobody else's.
         """
-        want_parts = parts_wanted(want_parts, args, mode)
-        kind = kind_of(mode, team, handler, want_parts, priority)
+        options = arguments.call_options(
+            payload, args, mode, team, handler, timeout, want_parts, priority
+        )
+        key, want_trace = (
+            arguments.as_key(idempotency_key),
+            arguments.as_flag("want_trace", want_trace),
+        )
+        request_id = arguments.as_whole("request_id", request_id, most=arguments.HIGHEST_ID)
+        return self._forward(options, key, want_trace, request_id)
+
+    def _forward(
+        self, options: CallOptions, key: str, want_trace: bool = False, request_id: int = 0
+    ) -> Answer:
+        kind = options.kind
         request = codec.pb2.Request(
-            payload=as_body(payload, args),
+            payload=options.body,
             mode=kind.route.mode.name,
             team=kind.route.team,
             handler=kind.route.handler,
             want_parts=kind.want_parts,
-            idempotency_key=as_key(idempotency_key),
+            idempotency_key=key,
             priority=kind.priority,
-            want_trace=as_flag("want_trace", want_trace),
-            request_id=as_whole("request_id", request_id, most=HIGHEST_ID),
+            want_trace=want_trace,
+            request_id=request_id,
         )
         try:
-            response = self._connection.forward(request, as_timeout(timeout))
+            response = self._connection.forward(request, options.timeout_s)
         except CallFailed as e:
             if not isinstance(e, NotReached):
                 e.request_id = e.request_id or request_id
@@ -250,20 +232,10 @@ class Client(concurrent.futures.Executor):
         exception is a CallFailed; its cancel() ends the work. Raises NotReached when nobody serves
         at the address.
         """
-        body, timeout_s = as_body(payload, args), as_timeout(timeout)
-        kind = kind_of(mode, team, handler_of(handler), False, priority)
-        check_mode_of_args(args, mode)
-        reply = (_Reply if args is None else _ValueReply)(self._connection, timeout_s)
-        deadline = time.monotonic() + timeout_s
-        reply.order = Submission(kind, (body,), deadline, reply.deliver)
-        replies = self._connection.replies
-        replies.add(reply)
-        try:
-            self._connection.send(reply.order, timeout_s)
-        except BaseException:  # nobody has it
-            replies.discard(reply)
-            raise
-        return reply
+        options = arguments.submit_options(handler, payload, args, mode, team, timeout, priority)
+        future = (ValueFuture if options.has_values else CallFuture)(self._connection, options)
+        future.send()
+        return future
 
     def map(  # type: ignore[override]
         self,
@@ -292,9 +264,8 @@ class Client(concurrent.futures.Executor):
         if that is longer) when it is not given; then raises NotReached, which tells how many were
         answered, after what was sent has been given.
         """
-        options = (mode, team, timeout, window, chunksize, priority, patience_s)
-        asked = map_of(handler, payloads, args, *options)
-        return raising(self._map(*asked, has_values=args is not None, ordered=True))
+        how = mode, team, timeout, window, chunksize, True, priority, patience_s
+        return _raising(self._map(arguments.map_options(handler, payloads, args, *how)))
 
     def map_as_completed(
         self,
@@ -316,9 +287,8 @@ class Client(concurrent.futures.Executor):
         Only that nobody serves at the address, or not again within the patience, is raised: each
         payload that was taken has its result then.
         """
-        options = (mode, team, timeout, window, chunksize, priority, patience_s)
-        asked = map_of(handler, payloads, args, *options)
-        return self._map(*asked, has_values=args is not None, ordered=ordered)
+        how = mode, team, timeout, window, chunksize, ordered, priority, patience_s
+        return _numbered(self._map(arguments.map_options(handler, payloads, args, *how)))
 
     def parts(
         self,
@@ -339,9 +309,9 @@ class Client(concurrent.futures.Executor):
         each part's `value` is what the function returned there, and each item that it yields is a
         part of its own, given when it is there.
         """
-        kind = kind_of("all", team, handler, False, priority, True)
-        parts, body = Parts(as_first(first), in_items=args is not None), as_body(payload, args)
-        return _parts(self._connection, kind, body, as_timeout(timeout), parts)
+        options = arguments.parts_options(payload, args, team, handler, timeout, priority)
+        parts = Parts(arguments.as_first(first), in_items=options.has_values)
+        return _parts(self._connection, options, parts)
 
     def metrics(
         self,
@@ -357,11 +327,11 @@ class Client(concurrent.futures.Executor):
         handlers' functions are like is.
         """
         request = codec.pb2.MetricsRequest(
-            events=as_whole("events", events),
-            requests=as_whole("requests", requests),
-            functions=as_flag("functions", functions),
+            events=arguments.as_whole("events", events),
+            requests=arguments.as_whole("requests", requests),
+            functions=arguments.as_flag("functions", functions),
         )
-        return self._connection.metrics(request, as_timeout(timeout))
+        return self._connection.metrics(request, arguments.as_timeout(timeout))
 
     def logs(
         self,
@@ -378,16 +348,16 @@ class Client(concurrent.futures.Executor):
         those that name this error.
         """
         wanted = codec.pb2.LogsRequest(
-            process_id=as_id(process_id),
-            lines=as_whole("lines", lines),
-            request_id=as_whole("request_id", request_id, most=HIGHEST_ID),
-            error_id=as_id(error_id),
+            process_id=arguments.as_id(process_id),
+            lines=arguments.as_whole("lines", lines),
+            request_id=arguments.as_whole("request_id", request_id, most=arguments.HIGHEST_ID),
+            error_id=arguments.as_id(error_id),
         )
-        return self._connection.logs(wanted, as_timeout(timeout))
+        return self._connection.logs(wanted, arguments.as_timeout(timeout))
 
     def is_serving(self, *, timeout: float | None = None) -> bool:
         """What the standard health service says: False while the process stops."""
-        return self._connection.is_serving(as_timeout(timeout))
+        return self._connection.is_serving(arguments.as_timeout(timeout))
 
     def drain(
         self, *, grace_s: float | None = None, wait: bool = True, timeout: float | None = None
@@ -397,9 +367,9 @@ class Client(concurrent.futures.Executor):
         grace_s: what runs may take so long, None for the configured time. Without wait it returns
         when the stopping has begun. The process itself ends a moment after the answer.
         """
-        no_wait = not as_flag("wait", wait)
-        request = codec.pb2.DrainRequest(grace_s=as_grace(grace_s), no_wait=no_wait)
-        return self._connection.drain(request, as_timeout(timeout))
+        no_wait = not arguments.as_flag("wait", wait)
+        request = codec.pb2.DrainRequest(grace_s=arguments.as_grace(grace_s), no_wait=no_wait)
+        return self._connection.drain(request, arguments.as_timeout(timeout))
 
     def close(self) -> None:
         """Ends the connection at once; what has no answer yet fails with CallCancelled."""
@@ -444,27 +414,74 @@ class Client(concurrent.futures.Executor):
         if error is not None:
             self.close()
 
-    def _map(
-        self, asked: MapAsked, bodies: Any, *, has_values: bool, ordered: bool
-    ) -> Iterator[tuple[int, Any]]:
-        bodies, ordered = as_payloads(bodies), as_flag("ordered", ordered)
+    def _map(self, options: MapOptions) -> Iterator[Run]:
+        payloads = arguments.as_iterator(options.bodies)
         self._connection.check_open()
-        pairs = MapRun(self._connection, *asked).run(bodies, ordered)
-        return with_values(pairs) if has_values else pairs
+        box: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        run = MapRun(self._connection, options, lambda *came: box.put(came))
+        return _results(self._connection, run, box, payloads)
 
 
-def _parts(
-    connection: Connection, kind: CallKind, body: bytes, timeout_s: float, parts: Parts
-) -> Iterator[Part]:
+def _results(
+    connection: Connection, run: MapRun, box: queue.SimpleQueue[Any], payloads: Iterator[Any]
+) -> Iterator[Run]:
+    """Keeps a map's window full while its results are taken."""
+    window = run.window
+    try:
+        while not run.is_done:
+            run.look()
+            if run.needs_last_look:
+                run.last_look()
+            pauses = False
+            while not pauses and run.may_send(window.chunk):
+                rows, size = window.gather(payloads)
+                if rows and not run.has_begun:
+                    connection.wait_ready(run.timeout_s)
+                    run.begin()
+                run.send(rows, size)
+                pauses = window.pauses
+            within_s = PAUSE_S if run.is_away or pauses else LOOK_S
+            with suppress(queue.Empty):
+                run.read(*box.get(timeout=within_s if window.unanswered or run.is_away else 0))
+            for _ in range(box.qsize()):
+                run.read(*box.get())
+            while (ready := run.take()) is not None:
+                yield ready
+        run.check()
+    finally:
+        run.close()
+
+
+def _numbered(runs: Iterator[Run]) -> Iterator[tuple[int, Any]]:
+    try:
+        for first, results in runs:
+            yield from enumerate(results, first)
+    finally:
+        runs.close()  # type: ignore[attr-defined]  # a generator
+
+
+def _raising(runs: Iterator[Run]) -> Iterator[Any]:
+    try:
+        for _, results in runs:
+            for result in results:
+                if isinstance(result, CallFailed):
+                    raise result
+                yield result
+    finally:
+        runs.close()  # type: ignore[attr-defined]  # a generator
+
+
+def _parts(connection: Connection, options: CallOptions, parts: Parts) -> Iterator[Part]:
     box: queue.SimpleQueue[tuple[bool, Any, int, int]] = queue.SimpleQueue()
-    order = Submission(
-        kind,
-        (body,),
+    timeout_s = options.timeout_s
+    submission = Submission(
+        options.kind,
+        (options.body,),
         time.monotonic() + timeout_s,
         lambda rows, came, at, request_id: box.put((True, came, at, request_id)),
         early=lambda rows, came, at, request_id: box.put((False, came, at, request_id)),
     )
-    connection.send(order, timeout_s)
+    connection.send(submission, timeout_s)
     is_last = False
     try:
         while not (is_last or parts.is_over):
@@ -476,10 +493,10 @@ def _parts(
             raise connection.failed(came, timeout_s, request_id)
     finally:
         if not is_last:
-            connection.cancel(order)
+            connection.cancel(submission)
 
 
-class _Waiter:
+class _ThreadWait:
     """Where a calling thread waits; a bare lock is the cheapest thing that can wake it."""
 
     __slots__ = ("_came", "_ready")
@@ -494,78 +511,7 @@ class _Waiter:
         self._ready.release()
 
     def wait(self) -> tuple[Any, int, int]:
-        # In slices, so that Ctrl-C works on Windows too. Every order is delivered in the end.
+        # In slices, so that Ctrl-C works on Windows too. Every submission is delivered in the end.
         while not self._ready.acquire(timeout=0.5):
             pass
         return self._came
-
-
-class _Reply(Future):  # type: ignore[type-arg]
-    """The Future of one request. What is called when it is done runs where it can hold up nothing:
-    not on the thread that all answers come on."""
-
-    def __init__(self, connection: Connection, timeout_s: float) -> None:
-        super().__init__()
-        self.order: Submission | None = None
-        self.later: Callbacks | None = None  # where callbacks run while it is being delivered
-        self._connection: Connection | None = connection  # until it is done, and no longer
-        self._timeout_s = timeout_s
-
-    def result(self, timeout: float | None = None) -> Any:
-        self._check_here()
-        return super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._check_here()
-        return super().exception(timeout)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(NOT_PICKLED)
-
-    def deliver(self, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
-        connection = self._connection
-        assert connection is not None
-        self.later = connection.callbacks
-        try:
-            if isinstance(came, Failure):
-                self.set_exception(connection.failed(came, self._timeout_s, request_id))
-            else:
-                self.set_result(result_of(came, at))
-        except InvalidStateError:
-            self.set_running_or_notify_cancel()  # tells those who wait that it was cancelled
-        self.order = self.later = self._connection = None  # an order holds this method
-        connection.replies.discard(self)
-
-    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
-        super().add_done_callback(partial(_call, fn))
-
-    def cancel(self) -> bool:
-        order, connection = self.order, self._connection
-        cancelled = super().cancel()
-        if cancelled and order is not None and connection is not None:
-            connection.cancel(order)
-        return cancelled
-
-    def _check_here(self) -> None:
-        if (connection := self._connection) is not None:  # it is not done
-            connection.check_here()
-
-
-class _ValueReply(_Reply):
-    """As _Reply, of a JSON value. It is read by who asks for it: a large one takes a while."""
-
-    _value: Any = None
-    _is_read = False
-
-    def result(self, timeout: float | None = None) -> Any:
-        if not self._is_read:
-            value = value_of(super().result(timeout))
-            if isinstance(value, CallFailed):
-                raise value
-            self._value, self._is_read = value, True
-        return self._value
-
-
-def _call(fn: Callable[[Future[Any]], object], reply: Future[Any]) -> None:
-    later = reply.later if isinstance(reply, _Reply) else None
-    fn(reply) if later is None else later.put(fn, reply)

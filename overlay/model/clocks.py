@@ -1,6 +1,6 @@
-"""The machine's own clocks, taken once: a test that freezes time stops none of our waits.
+"""The machine's own clocks, taken once, so that a test which freezes time does not stop our waits.
 
-Stands in for the module `time`, under its name: `from overlay.model import clocks as time`.
+Used in place of the module `time`: `from overlay.model import clocks as time`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable
 from types import BuiltinFunctionType, ModuleType
 
 sleep = shared.sleep
-localtime, strftime = shared.localtime, shared.strftime  # of times that are given
+localtime, strftime = shared.localtime, shared.strftime  # for times that are passed in
 
 
 def _copy() -> ModuleType:
-    # freezegun replaces a clock by identity, wherever a loaded module has it by name. It knows
-    # neither this copy nor its functions, which are also there when it came before us.
+    # freezegun replaces a clock by identity wherever a loaded module holds it. It does not know
+    # this copy's functions, which are the real ones even if it was loaded before us.
     spec = shared.__spec__
     assert spec is not None
     assert spec.loader is not None
@@ -26,15 +26,15 @@ def _copy() -> ModuleType:
 
 
 _own = _copy()
-# On Windows node.py puts a finer clock in its place; a replacement of a test's is no builtin.
+# On Windows node.py installs a finer clock; a test's replacement is not a builtin.
 _name = shared.monotonic.__name__ if isinstance(shared.monotonic, BuiltinFunctionType) else ""
 monotonic: Callable[[], float] = getattr(_own, _name or "monotonic")
 time: Callable[[], float] = _own.time
 
 
 class Timeout(float):
-    """Seconds for a call of gRPC's, which adds them to the clock that it finds: that has stopped,
-    where a test has frozen time, or stands in another year."""
+    """Seconds for a gRPC call. gRPC adds them to time.time(), which in a test with frozen time has
+    stopped, or is in another year."""
 
     def __radd__(self, now: float) -> float:
         return time() + float(self)

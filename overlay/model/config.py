@@ -1,7 +1,11 @@
-"""Reads the configuration file and names every problem in it at once.
+"""Reads the configuration file, and reports every problem in it at once.
 
-`load(path)` gives a Topology or raises ConfigError, whose `problems` are sentences that each name
-the process, the field and the value. Every key beyond the six of a process is optional.
+`load(path)` returns a Topology or raises ConfigError, whose `problems` are sentences that each name
+the process, the field and the value. All keys but the six first ones of a process are optional.
+
+The models here exist for reading only. What the program works with are the frozen dataclasses of
+`topology`: a handler's process gets its HandlerSpec without importing pydantic, which would take
+17 MiB and up to a second in each.
 """
 
 from __future__ import annotations
@@ -25,7 +29,14 @@ Seconds = Annotated[float, Field(gt=0, le=86_400, strict=True)]
 Host = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\s/\x00]+$")]
 Folder = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=10_000, strict=True)]
+Places = Annotated[int, Field(ge=1, le=1000, strict=True)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
+
+Mib = Annotated[int, Field(ge=1, le=65_536, strict=True)]
+MessageMib = Annotated[
+    int,
+    Field(ge=Limits.least_message_bytes // MIB, le=Limits.most_message_bytes // MIB, strict=True),
+]
 
 ONLY_IN_PROCESSES = {
     "limit_s": "a thread cannot be ended",
@@ -50,19 +61,19 @@ class ProcessEntry(_Entry):
     bind: Host | None = None
     handler: Name = "echo"
     slots: Count | None = None
-    in_service: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
+    in_service: Places | None = None
     log_dir: Folder | None = None
     metrics_port: Port | None = None
     options: dict[str, Any] = {}
 
 
 class HandlerEntry(_Entry):
-    """A handler in full; "module:function" alone is enough."""
+    """A handler in full; in its place the text "module:function" is enough."""
 
     call: Function
     merge: Function | None = None
     run: Literal["thread", "process"] = "thread"
-    slots: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
+    slots: Places | None = None
     limit_s: Seconds | None = None
     memory_mib: Annotated[int, Field(ge=1, le=1_048_576, strict=True)] | None = None
     max_requests: Count | None = None
@@ -80,22 +91,22 @@ class ConfigurationFile(_Entry):
     schema_: str | None = Field(None, alias="$schema")
     processes: Annotated[dict[str, ProcessEntry], Field(min_length=1)]
     handlers: dict[Name, HandlerEntry] = {}
-    queue_slots: Count = 200
-    in_service: Annotated[int, Field(ge=1, le=1000, strict=True)] = 100
-    default_deadline_s: Seconds = 30
-    max_deadline_s: Seconds = 3600
-    drain_grace_s: Seconds = 30
-    max_message_mib: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
-    max_waiting_mib: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 256
-    key_window_s: Seconds = 600
-    max_kept_mib: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 128
+    queue_slots: Count = Limits.queue_slots
+    in_service: Places = Limits.in_service
+    default_deadline_s: Seconds = Limits.default_deadline_s
+    max_deadline_s: Seconds = Limits.max_deadline_s
+    drain_grace_s: Seconds = Limits.drain_grace_s
+    max_message_mib: MessageMib = Limits.max_message_bytes // MIB
+    max_waiting_mib: Mib = Limits.max_waiting_bytes // MIB
+    key_window_s: Seconds = Limits.key_window_s
+    max_kept_mib: Mib = Limits.kept_bytes // MIB
     log_dir: Folder = "logs"
     metrics_port_offset: Annotated[int, Field(ge=-65_534, le=65_534, strict=True)] | None = None
     metrics_bind: Host = "127.0.0.1"
 
 
 def load(path: str | Path) -> Topology:
-    """The overlay that the file describes. Raises ConfigError with all problems found."""
+    """The overlay that the file describes. Raises ConfigError with every problem in the file."""
     path = Path(path)
     text = _read(path)
     raw = _parse(text, path.name)
@@ -111,7 +122,7 @@ def load(path: str | Path) -> Topology:
 
 
 def warnings(topology: Topology) -> list[str]:
-    """What is allowed and yet probably not meant."""
+    """What is allowed, but probably a mistake."""
     return [
         f"process {process.id}: neighbor '{n}' does not name {process.id} back"
         for process in topology.processes.values()
@@ -238,7 +249,7 @@ def _short(value: object) -> str:
 
 
 def _good_entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, ProcessEntry]]:
-    # So that one bad field does not hide what is wrong between the other processes.
+    # So that one bad field does not hide problems between the other processes.
     processes = raw.get("processes")
     for key, value in processes.items() if isinstance(processes, dict) else ():
         try:
@@ -365,7 +376,7 @@ def _limit_problems(configured: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _topology(file: ConfigurationFile, path: Path, raw: Mapping[str, Any]) -> Topology:
-    handlers = {name: _handler(name, entry) for name, entry in file.handlers.items()}
+    handlers = {name: HandlerSpec(name, **dict(entry)) for name, entry in file.handlers.items()}
     return Topology(
         processes={key: _process(entry, file) for key, entry in file.processes.items()},
         handlers={**BUILT_IN, **handlers},
@@ -388,38 +399,19 @@ def _topology(file: ConfigurationFile, path: Path, raw: Mapping[str, Any]) -> To
 
 def _process(entry: ProcessEntry, file: ConfigurationFile) -> Process:
     return Process(
-        id=entry.id,
-        role=entry.role,
-        team=entry.team,
-        host=entry.host,
-        port=entry.port,
-        neighbors=tuple(entry.neighbors),
-        bind=entry.bind or "",
-        handler=entry.handler,
-        slots=entry.slots,
-        in_service=entry.in_service or file.in_service,
-        log_dir=entry.log_dir or file.log_dir,
-        options=entry.options,
-        metrics_port=_metrics_port(entry, file.metrics_port_offset),
-        metrics_bind=file.metrics_bind,
-    )
-
-
-def _handler(name: str, entry: HandlerEntry) -> HandlerSpec:
-    return HandlerSpec(
-        name=name,
-        call=entry.call,
-        merge=entry.merge,
-        run=entry.run,
-        slots=entry.slots,
-        limit_s=entry.limit_s,
-        memory_mib=entry.memory_mib,
-        max_requests=entry.max_requests,
-        options=entry.options,
+        **{
+            **dict(entry),
+            "neighbors": tuple(entry.neighbors),
+            "bind": entry.bind or "",
+            "in_service": entry.in_service or file.in_service,
+            "log_dir": entry.log_dir or file.log_dir,
+            "metrics_port": _metrics_port(entry, file.metrics_port_offset),
+            "metrics_bind": file.metrics_bind,
+        }
     )
 
 
 def _digest(raw: Mapping[str, Any]) -> str:
-    """The same for the same content, whatever its layout."""
+    """Equal for equal content, whatever the layout of the file."""
     text = json.dumps(raw, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

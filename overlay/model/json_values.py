@@ -1,7 +1,7 @@
-"""JSON between those who call a typed function and the function: a value as text, and back.
+"""JSON between a typed function and its callers: values to text, and back.
 
-What pydantic writes as JSON can be a value: dataclasses, its models, dates, paths, enums, sets.
-Beyond that bytes, as base64; and numpy's scalars and arrays, without numpy being needed here.
+Everything that pydantic can write as JSON is allowed (dataclasses, its models, dates, paths, enums,
+sets), and also bytes, as base64, and numpy scalars and arrays, without numpy being needed here.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import base64
 import dataclasses
 from typing import Any
 
-# pydantic is imported where it is used: a process that runs a function of bytes needs none of it.
+# pydantic is imported where it is used: a process that runs functions of bytes does not need it.
 
 
 class NotJson(TypeError):
-    """Its text names the type that cannot be written, and where it was."""
+    """Its text names the type that cannot be written, and where it was found."""
 
 
 def write(value: object) -> bytes:
-    """On one line. What is not a number becomes null, as JavaScript has it. Raises NotJson."""
+    """JSON on one line. NaN and infinities become null, as in JavaScript. Raises NotJson."""
     from pydantic_core import PydanticSerializationError, to_json
 
     unknown: list[str] = []
 
     def of_unknown(found: Any) -> Any:
-        """Of a scalar or an array of numpy's kind what Python has for it."""
+        """For a scalar or an array like numpy's, Python's own number or list."""
         as_list = None if isinstance(found, type) else getattr(found, "tolist", None)
         if as_list is None:
             unknown.append(name_of(found))
@@ -39,7 +39,7 @@ def write(value: object) -> bytes:
     except PydanticSerializationError as e:
         why = f": {' '.join(str(e).split())}"
         if "utf-8" in why:
-            why += "; bytes of a model of pydantic's are base64 if its ser_json_bytes says so"
+            why += "; bytes in a pydantic model become base64 if its ser_json_bytes says so"
     if unknown:
         inside, why = "" if unknown == [whole] else f" with {unknown[0]} in it", ""
     raise NotJson(f"{whole}{inside}, which is not JSON{why}")
@@ -53,7 +53,7 @@ def read(text: bytes) -> Any:
 
 
 def name_of(value: object) -> str:
-    """The name of its type; with the module, but for Python's own."""
+    """The name of its type, with its module unless it is built in."""
     kind = type(value)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"
@@ -63,9 +63,9 @@ _SIMPLE = frozenset({str, int, float, bool, type(None)})
 
 
 def _with_text(value: Any) -> Any:
-    """The value with its bytes as base64.
+    """The value with its bytes as base64, in the standard alphabet.
 
-    In the standard alphabet, which every language's decoder reads; pydantic's is that of URLs.
+    Every language's decoder reads that one; pydantic would use the alphabet for URLs.
     """
     if type(value) in _SIMPLE:
         return value
@@ -80,7 +80,7 @@ def _with_text(value: Any) -> Any:
             return value
         return [_with_text(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        if hasattr(value, "__pydantic_serializer__"):  # pydantic's own: it says how it is written
+        if hasattr(value, "__pydantic_serializer__"):  # pydantic's own: it says how to write it
             return value
         fields = dataclasses.fields(value)
         return {field.name: _with_text(getattr(value, field.name)) for field in fields}

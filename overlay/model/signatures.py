@@ -1,6 +1,6 @@
-"""What the functions behind the handlers are like: signature, docstring, JSON Schema. Pure.
+"""Descriptions of the functions behind the handlers: signature, docstring, JSON Schema.
 
-Workers tell of theirs; the processes above put together what those below them told.
+Workers report their own; each process above combines the reports of those below it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ MAX_CHARACTERS = Limits.functions_characters
 
 
 class Function(NamedTuple):
-    """One handler's, at those workers.
+    """One handler's function, as those workers run it.
 
-    arguments: the JSON Schema of a typed one's, as JSON; "{}" where there is none or it is too long
-    to be told; empty of a function of bytes. result: the same, empty where there is none.
+    arguments: of a typed function the JSON Schema, as JSON; "{}" if there is none or it is too long
+    to report. Empty for a function of bytes. result: the same, empty if there is none.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Function(NamedTuple):
 
 
 def bounded(function: Function) -> Function:
-    """The same, as long as it may be told."""
+    """The same, cut to the lengths that may be reported."""
     return function._replace(
         signature=_cut(function.signature, LONGEST_SIGNATURE),
         doc=_cut(function.doc, LONGEST_DOC),
@@ -48,13 +48,13 @@ def bounded(function: Function) -> Function:
     )
 
 
-def gathered(told: Iterable[Function]) -> tuple[Function, ...]:
-    """Those that are alike as one with all their workers, by name; of those too many, only names.
+def gathered(reported: Iterable[Function]) -> tuple[Function, ...]:
+    """Equal ones merged, with all their workers, sorted by name; beyond the bound only their names.
 
-    Two of one name are left where workers run different code.
+    Two with one name remain where workers run different code.
     """
     workers: dict[Function, list[str]] = {}
-    for function in told:
+    for function in reported:
         workers.setdefault(function._replace(workers=()), []).extend(function.workers)
     found, left = [], MAX_CHARACTERS
     for function, names in sorted(workers.items()):
@@ -65,7 +65,7 @@ def gathered(told: Iterable[Function]) -> tuple[Function, ...]:
 
 
 def digest(functions: Iterable[Function]) -> int:
-    """Of 64 bits, the same for the same; 0 for none."""
+    """A 64-bit number, equal for equal functions; 0 for none."""
     functions = tuple(functions)
     if not functions:
         return 0
@@ -74,7 +74,7 @@ def digest(functions: Iterable[Function]) -> int:
 
 
 def _cut(text: str, most: int) -> str:
-    # Half a character cannot be told, and what a terminal would obey is not.
+    # A lone surrogate cannot be sent, and control characters must not reach a terminal.
     text = text[:most].encode("utf-8", "backslashreplace").decode()
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
     return text if len(text) < most else text[: most - 3] + "..."

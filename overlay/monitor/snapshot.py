@@ -1,7 +1,8 @@
-"""One picture of a whole overlay, for a page, a terminal or a script: pure decisions.
+"""One snapshot of a whole overlay, for a page, a terminal or a script.
 
-Made of what each process last said of itself and of its neighbours. A picture is plain data, as
-JSON has it, and complete in itself: who misses one has lost nothing once the next is there.
+Sans-IO: made from what each process last said about itself and its neighbours. A snapshot is plain
+data for JSON and complete in itself: a viewer that misses one has lost nothing once it gets the
+next.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ from overlay.model.limits import MIB
 from overlay.model.topology import ROLES
 from overlay.monitor.timeseries import COUNTERS, FIGURES, Timeseries, in_service, waiting
 from overlay.observability.events import COME_AGAIN, latest
+from overlay.transport.codec import pb2
 
 FORMAT = 1  # rises when a field changes its meaning or goes
-EVENTS = 200  # shown
-FUNCTIONS = 50  # told, with so many characters of the docstring: each picture has them
-LONGEST_DOC = 1000
+MAX_EVENTS = 200
+MAX_FUNCTIONS = 50  # every snapshot has them
+MAX_DOC = 1000  # characters of a docstring
 MODES = ("all", "any")  # as the wire numbers them
 SAME_CLOCK_S = 0.5
-SHORT = 60  # points of a process's own courses
+SHORT = 60  # points of the series of each process
 
 
 @dataclass(frozen=True)
-class Look:
-    """What is known of one process; times are monotonic seconds.
+class PollResult:
+    """What is known about one process; times are monotonic seconds.
 
-    metrics: its last answer. reason: why there was none the last time, empty when there was.
+    metrics: its last answer. reason: why the last poll got none; empty when it got one.
     """
 
     since: float  # when it was first asked, or last answered
-    metrics: Any = None
+    metrics: pb2.MetricsResponse | None = None
     reason: str = ""
 
     @property
@@ -41,10 +43,10 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Health:
+class ProcessHealth:
     """well, impaired, stopping, gone, unseen (others see it, this machine does not) or asking.
 
-    why: in words, empty when well. for_s: how long it has given no answer.
+    why: in words, empty when well. for_s: how long it has not answered.
     """
 
     name: str
@@ -53,32 +55,32 @@ class Health:
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a picture is made of.
+class Polled:
+    """What a snapshot is made from.
 
-    asked: the process at the address that the viewer named; empty, and without processes, before
-    its first answer.
+    asked: the process at the address that the viewer named. Before its first answer it is empty,
+    and there are no processes.
     """
 
     address: str
     asked: str
-    processes: Sequence[Any]  # of the topology, in its order
-    looks: Mapping[str, Look]
-    histories: Mapping[str, Timeseries]
-    seen: Sequence[Mapping[str, Any]]  # events that the watch itself has seen
-    functions: Sequence[Any] = ()  # as the process asked told of them
+    processes: Sequence[pb2.Process]  # of the topology, in its order
+    results: Mapping[str, PollResult]
+    timeseries: Mapping[str, Timeseries]
+    observed: Sequence[Mapping[str, Any]]  # events that the poller itself has observed
+    functions: Sequence[pb2.Function] = ()  # as the process asked describes them
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which requests are to be shown. caller and request_id: a part of it will do."""
+class RequestFilter:
+    """Which requests are shown. caller and request_id: a part of them is enough."""
 
     failed: bool = False
     handler: str = ""
     caller: str = ""
     request_id: str = ""
 
-    def has(self, request: Mapping[str, Any]) -> bool:
+    def matches(self, request: Mapping[str, Any]) -> bool:
         return (
             (bool(request["code"]) or not self.failed)
             and self.handler in ("", request["handler"])
@@ -87,85 +89,97 @@ class Wanted:
         )
 
 
-ALL = Wanted()
+ALL = RequestFilter()
 
 
-def picture(known: Known, now: float, wall: float, wanted: Wanted = ALL) -> dict[str, Any]:
-    """The picture at `now`, which is `wall` in seconds since 1970.
+def snapshot(
+    polled: Polled, now: float, wall: float, wanted: RequestFilter = ALL
+) -> dict[str, Any]:
+    """The snapshot at `now`, which is `wall` in seconds since 1970.
 
-    Rates are a second; times have their unit in their name, or are of the machine that watches.
+    Rates are per second. Times have their unit in their name; others are by this machine's clock.
     """
-    healths = {p.id: health(p.id, known.looks, known.asked, now) for p in known.processes}
-    workers = [p.id for p in known.processes if ROLES[p.role].works]
-    history = known.histories[known.asked]
+    healths = {p.id: health(p.id, polled.results, polled.asked, now) for p in polled.processes}
+    workers = [p.id for p in polled.processes if ROLES[p.role].works]
+    series = polled.timeseries[polled.asked].series
     return {
         "format": FORMAT,
         "at": round(wall, 3),
         "asked": {
-            "id": known.asked,
-            "address": known.address,
-            **_as_plain(health(known.asked, known.looks, known.asked, now)),
+            "id": polled.asked,
+            "address": polled.address,
+            **_as_plain(health(polled.asked, polled.results, polled.asked, now)),
         },
         "workers": len(workers),
         "workers_ready": sum(healths[w].name in ("well", "impaired") for w in workers),
-        "processes": [_process(p, healths[p.id], known) for p in known.processes],
+        "processes": [_process(p, healths[p.id], polled) for p in polled.processes],
         "links": [
-            link for p in known.processes for link in _links(p.id, healths[p.id], known, now)
+            link for p in polled.processes for link in _links(p.id, healths[p.id], polled, now)
         ],
-        "course": {name: history.course(name) for name in FIGURES},
-        "requests": list(filter(wanted.has, _requests(known.looks[known.asked], now, wall))),
-        "maps": _maps(known.looks[known.asked], now),
-        "events": _events(known, now, wall),
-        "functions": [_function(function) for function in known.functions[:FUNCTIONS]],
+        "course": {name: series(name) for name in FIGURES},
+        "requests": list(
+            filter(wanted.matches, _requests(polled.results[polled.asked], now, wall))
+        ),
+        "maps": _maps(polled.results[polled.asked], now),
+        "events": _events(polled, now, wall),
+        "functions": [_function(function) for function in polled.functions[:MAX_FUNCTIONS]],
     }
 
 
-def health(process_id: str, looks: Mapping[str, Look], asked: str, now: float) -> Health:
-    """How a process is, by its own word and by that of those who ask it."""
-    look = looks[process_id]
-    reports = _reports(process_id, looks)
-    if look.reason:
-        silent_s = now - look.since
-        if look.metrics is None:  # this watch never had an answer; others may know for how long
+def health(
+    process_id: str, results: Mapping[str, PollResult], asked: str, now: float
+) -> ProcessHealth:
+    """How a process is, by its own account and by that of the processes that ask it."""
+    result = results[process_id]
+    reports = _reports(process_id, results)
+    if result.reason:
+        silent_s = now - result.since
+        if result.metrics is None:  # it has never answered here; others may know for how long
             down = [r.since_s for r in reports.values() if r.state == "down"]
             silent_s = max([silent_s, *down])
-        by = [who for who, report in reports.items() if report.state == "up"]
+        by = [asker for asker, report in reports.items() if report.state == "up"]
         if by:
-            why = f"{look.reason}; but {' and '.join(by)} can reach it"
-            return Health("unseen", why, silent_s)
-        return Health("gone", look.reason, silent_s)
-    if look.metrics is None:
-        return Health("asking")
-    if look.metrics.process_id != process_id:
-        why = f"process {look.metrics.process_id} answers at its address"
-        return Health("gone", why, now - look.since)
-    if not look.metrics.is_healthy:
-        return Health("stopping", "it finishes what runs and takes no new requests")
-    return _impaired(look, looks[asked], reports)
+            why = f"{result.reason}; but {' and '.join(by)} can reach it"
+            return ProcessHealth("unseen", why, silent_s)
+        return ProcessHealth("gone", result.reason, silent_s)
+    if result.metrics is None:
+        return ProcessHealth("asking")
+    if result.metrics.process_id != process_id:
+        why = f"process {result.metrics.process_id} answers at its address"
+        return ProcessHealth("gone", why, now - result.since)
+    if not result.metrics.is_healthy:
+        return ProcessHealth("stopping", "it finishes running requests and takes no new ones")
+    return _impaired(result.metrics, results[asked].metrics, reports)
 
 
-def _impaired(look: Look, asked: Look, reports: Mapping[str, Any]) -> Health:
-    if asked.metrics and asked.metrics.config_digest != look.metrics.config_digest:
-        return Health("impaired", f"reads another configuration than {asked.metrics.process_id}")
-    for who, report in reports.items():
+def _impaired(
+    metrics: pb2.MetricsResponse,
+    asked: pb2.MetricsResponse | None,
+    reports: Mapping[str, pb2.Neighbour],
+) -> ProcessHealth:
+    if asked and asked.config_digest != metrics.config_digest:
+        why = f"reads another configuration than {asked.process_id}"
+        return ProcessHealth("impaired", why)
+    for asker, report in reports.items():
         if report.health in ("slow", "ejected", "half-open"):
-            return Health("impaired", f"{who} finds it {report.health}: {report.health_reason}")
-    return Health("well")
+            why = f"{asker} finds it {report.health}: {report.health_reason}"
+            return ProcessHealth("impaired", why)
+    return ProcessHealth("well")
 
 
-def _reports(process_id: str, looks: Mapping[str, Look]) -> dict[str, Any]:
-    """What the processes that answer now say of this one."""
+def _reports(process_id: str, results: Mapping[str, PollResult]) -> dict[str, pb2.Neighbour]:
+    """What the processes that answer now say about this one, by their ids."""
     return {
-        who: neighbour
-        for who, look in looks.items()
-        if look.answers
-        for neighbour in look.metrics.neighbours
+        id_: neighbour
+        for id_, result in results.items()
+        if result.metrics is not None and not result.reason
+        for neighbour in result.metrics.neighbours
         if neighbour.process_id == process_id
     }
 
 
-def _process(process: Any, health: Health, known: Known) -> dict[str, Any]:
-    history = known.histories[process.id]
+def _process(process: pb2.Process, health: ProcessHealth, polled: Polled) -> dict[str, Any]:
+    timeseries = polled.timeseries[process.id]
     return {
         "id": process.id,
         "role": process.role,
@@ -175,14 +189,14 @@ def _process(process: Any, health: Health, known: Known) -> dict[str, Any]:
         "host": process.address.rpartition(":")[0].strip("[]"),
         "handler": process.handler,
         **_as_plain(health),
-        "rates": {name: round(rate, 2) for name, rate in history.rates.items()},
-        "course": {name: history.course(name, SHORT) for name in ("completed", "in_service")},
-        **_said(known.looks[process.id].metrics, history),
+        "rates": {name: round(rate, 2) for name, rate in timeseries.rates.items()},
+        "course": {name: timeseries.series(name, SHORT) for name in ("completed", "in_service")},
+        **_figures(polled.results[process.id].metrics, timeseries),
     }
 
 
-def _said(metrics: Any, history: Timeseries) -> dict[str, Any]:
-    """The last that it said of itself; empty when it never did."""
+def _figures(metrics: pb2.MetricsResponse | None, timeseries: Timeseries) -> dict[str, Any]:
+    """Its own last figures; empty when it has never answered."""
     if metrics is None:
         return {}
     return {
@@ -198,7 +212,7 @@ def _said(metrics: Any, history: Timeseries) -> dict[str, Any]:
         "service_ms": _spread(metrics.service_ms),
         "waiting_ms": _spread(metrics.waiting_ms),
         "uptime_s": round(metrics.uptime_s, 1),
-        "cores": None if history.cores is None else round(history.cores, 2),
+        "cores": None if timeseries.cores is None else round(timeseries.cores, 2),
         "memory_mib": round(metrics.memory_bytes / MIB, 1),
         "pid": metrics.pid,
         "version": metrics.version,
@@ -213,7 +227,7 @@ def _said(metrics: Any, history: Timeseries) -> dict[str, Any]:
                 "active": h.active,
                 "completed": h.completed,
                 "failed": h.failed,
-                "rate": round(history.worked.get(h.name, 0.0), 2),
+                "rate": round(timeseries.worked.get(h.name, 0.0), 2),
                 "worked_ms": _spread(h.worked_ms),
             }
             for h in metrics.handlers
@@ -221,46 +235,48 @@ def _said(metrics: Any, history: Timeseries) -> dict[str, Any]:
     }
 
 
-def _links(who: str, health: Health, known: Known, now: float) -> list[dict[str, Any]]:
-    """From this process to those that it asks; `unknown` when it does not tell any more."""
-    look, history = known.looks[who], known.histories[who]
-    if look.metrics is None:
+def _links(
+    process_id: str, health: ProcessHealth, polled: Polled, now: float
+) -> list[dict[str, Any]]:
+    """From this process to those that it asks; `unknown` when it no longer answers."""
+    result, timeseries = polled.results[process_id], polled.timeseries[process_id]
+    if result.metrics is None:
         return []
     return [
         {
-            "from": who,
+            "from": process_id,
             "to": n.process_id,
-            "state": n.state if look.answers else "unknown",
+            "state": n.state if result.answers else "unknown",
             "for_s": round(n.since_s, 1),
-            "why": (n.reason or n.health_reason) if look.answers else health.why,
+            "why": (n.reason or n.health_reason) if result.answers else health.why,
             "health": n.health,
-            "rate": round(history.asked.get(n.process_id, 0.0), 2),
-            "outstanding": n.outstanding if look.answers else 0,
+            "rate": round(timeseries.asked.get(n.process_id, 0.0), 2),
+            "outstanding": n.outstanding if result.answers else 0,
             "rtt_ms": round(n.rtt_ms, 3),
             "asked": n.asked,
             "failed": n.failed,
         }
-        for n in look.metrics.neighbours
+        for n in result.metrics.neighbours
     ]
 
 
-def _requests(look: Look, now: float, wall: float) -> list[dict[str, Any]]:
-    """The last that ended at the process asked, the oldest first."""
-    if look.metrics is None:
+def _requests(result: PollResult, now: float, wall: float) -> list[dict[str, Any]]:
+    """The last requests that ended at the process asked, the oldest first."""
+    if result.metrics is None:
         return []
-    ahead_s = _ahead_s(look, now, wall)
+    ahead_s = _ahead_s(result, now, wall)
     return [
         {
-            "request_id": f"{story.request_id:016x}",
-            "mode": MODES[story.mode],
-            "team": story.team,
-            "handler": story.handler,
-            "caller": story.caller,
-            "ended_at": round(story.ended_s - ahead_s, 3),
-            "code": story.code,
-            "reason": story.reason,
-            "count": story.count,
-            "total_ms": story.total_us / 1e3,
+            "request_id": f"{request.request_id:016x}",
+            "mode": MODES[request.mode],
+            "team": request.team,
+            "handler": request.handler,
+            "caller": request.caller,
+            "ended_at": round(request.ended_s - ahead_s, 3),
+            "code": request.code,
+            "reason": request.reason,
+            "count": request.count,
+            "total_ms": request.total_us / 1e3,
             "hops": [
                 {
                     "id": hop.process_id,
@@ -270,80 +286,81 @@ def _requests(look: Look, now: float, wall: float) -> list[dict[str, Any]]:
                     "away_ms": hop.away_us / 1e3,
                     "code": hop.code,
                 }
-                for hop in story.hops
+                for hop in request.hops
             ],
         }
-        for story in look.metrics.requests
+        for request in result.metrics.requests
     ]
 
 
-def _maps(look: Look, now: float) -> list[dict[str, Any]]:
-    """Those that run at the process asked, by their clients' own count."""
-    if look.metrics is None:
+def _maps(result: PollResult, now: float) -> list[dict[str, Any]]:
+    """The maps that run at the process asked, by their clients' own counts."""
+    if result.metrics is None:
         return []
     made = []
-    for one in look.metrics.maps:
-        said = one.progress
-        ended, took_s = said.answered + said.failed, said.took_s
+    for one in result.metrics.maps:
+        progress = one.progress
+        ended, took_s = progress.answered + progress.failed, progress.took_s
         rate = ended / took_s if took_s else 0.0
-        left_s = (said.total - ended) / rate if rate and said.total else None
+        left_s = (progress.total - ended) / rate if rate and progress.total else None
         made.append(
             {
-                "handler": said.handler,
+                "handler": progress.handler,
                 "caller": one.caller,
-                "number": said.number,
-                "answered": said.answered,
-                "failed": said.failed,
-                "total": said.total or None,
+                "number": progress.number,
+                "answered": progress.answered,
+                "failed": progress.failed,
+                "total": progress.total or None,
                 "took_s": round(took_s, 1),
                 "rate": round(rate, 2),
                 "left_s": None if left_s is None else round(left_s, 1),
-                "silent_s": round(one.told_s + now - look.since, 1),
+                "silent_s": round(one.told_s + now - result.since, 1),
             }
         )
     return made
 
 
-def _events(known: Known, now: float, wall: float) -> list[Mapping[str, Any]]:
-    """What the processes tell and what the watch has seen, by time, the latest of them."""
-    told = [
+def _events(polled: Polled, now: float, wall: float) -> list[Mapping[str, Any]]:
+    """The latest events of the processes and of the poller, by time."""
+    reported = [
         {
-            "at": round(event.at_s - _ahead_s(look, now, wall), 3),
-            "process": who,
+            "at": round(event.at_s - _ahead_s(result, now, wall), 3),
+            "process": id_,
             "kind": event.kind,
             "text": event.text,
             "level": event.level.lower(),
             "number": event.number,
             "count": event.count,
-            "first_at": round((event.first_at_s or event.at_s) - _ahead_s(look, now, wall), 3),
+            "first_at": round((event.first_at_s or event.at_s) - _ahead_s(result, now, wall), 3),
             "is_change": event.kind not in COME_AGAIN,
         }
-        for who, look in known.looks.items()
-        if look.metrics is not None
-        for event in look.metrics.events
+        for id_, result in polled.results.items()
+        if result.metrics is not None
+        for event in result.metrics.events
     ]
-    in_time = sorted([*told, *known.seen], key=lambda event: event["at"])
-    return latest(in_time, EVENTS, lambda event: event["is_change"])
+    in_time = sorted([*reported, *polled.observed], key=lambda event: event["at"])
+    return latest(in_time, MAX_EVENTS, lambda event: event["is_change"])
 
 
-def _function(function: Any) -> dict[str, Any]:
+def _function(function: pb2.Function) -> dict[str, Any]:
     return {
         "name": function.name,
         "signature": function.signature,
-        "doc": function.doc[:LONGEST_DOC],
+        "doc": function.doc[:MAX_DOC],
         "workers": list(function.workers),
     }
 
 
-def _ahead_s(look: Look, now: float, wall: float) -> float:
-    """How far the process's clock is ahead of this machine's; small differences are travel."""
-    ahead_s = float(look.metrics.wall_time_s) - (wall - (now - look.since))
+def _ahead_s(result: PollResult, now: float, wall: float) -> float:
+    """How far the process's clock is ahead of ours; a small difference is travel time."""
+    assert result.metrics is not None
+    ahead_s = float(result.metrics.wall_time_s) - (wall - (now - result.since))
     return ahead_s if abs(ahead_s) > SAME_CLOCK_S else 0.0
 
 
-def _spread(spread: Any) -> dict[str, float]:
+def _spread(spread: pb2.Spread) -> dict[str, float]:
     return {"p50": round(spread.p50, 3), "p99": round(spread.p99, 3), "mean": round(spread.mean, 3)}
 
 
-def _as_plain(health: Health) -> dict[str, Any]:
+def _as_plain(health: ProcessHealth) -> dict[str, Any]:
     return {"health": health.name, "why": health.why, "for_s": round(health.for_s, 1)}

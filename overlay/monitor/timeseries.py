@@ -1,114 +1,115 @@
-"""How the figures of one process go: rates between two looks, and their recent course. Pure.
+"""The figures of one process over time: rates between two answers, and their recent series.
 
-A look is a MetricsResponse; when it was, in seconds, is said by the caller.
+Sans-IO: an answer is a MetricsResponse, and the caller says when it came, in seconds.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-KEPT = 300  # points of a course: five minutes at one a second
+from overlay.transport.codec import pb2
+
+MAX_POINTS = 300  # of a series: five minutes at one a second
 COUNTERS = ("received", "completed", "failed", "refused", "cancelled")
 FIGURES = (*COUNTERS, "waiting", "in_service", "p50_ms", "p99_ms")
 
 
 class Timeseries:
-    """Of one process. Not safe from several threads."""
+    """Of one process. Not thread-safe."""
 
     def __init__(self) -> None:
-        self.rates: dict[str, float] = {}  # a second, by counter; empty when not known
-        self.cores: float | None = None  # busy with it; None when not known
+        self.rates: dict[str, float] = {}  # a second, by counter; empty when unknown
+        self.cores: float | None = None  # kept busy; None when unknown
         self.asked: dict[str, float] = {}  # a second, by neighbour
         self.worked: dict[str, float] = {}  # a second, by handler
-        self._took: dict[str, float] = {}  # by those that ended since the look before
-        self._metrics: Any = None
+        self._service_ms: dict[str, float] = {}  # of the requests since the answer before
+        self._metrics: pb2.MetricsResponse | None = None
         self._at = 0.0
-        self._courses: dict[str, deque[float | None]] = {
-            name: deque(maxlen=KEPT) for name in FIGURES
+        self._series: dict[str, deque[float | None]] = {
+            name: deque(maxlen=MAX_POINTS) for name in FIGURES
         }
 
-    def saw(self, metrics: Any, at: float) -> None:
-        """A new look. A process that was restarted counts anew, and has no rates yet."""
+    def answered(self, metrics: pb2.MetricsResponse, at: float) -> None:
+        """Takes a new answer. A restarted process counts from 0 again, and has no rates yet."""
         before, past_s = self._metrics, at - self._at
         self._metrics, self._at = metrics, at
-        self._took = {}
+        self._service_ms = {}
         if before is None or before.pid != metrics.pid or metrics.received < before.received:
             self._forget_rates()
         elif past_s > 0:
             counters = {name: getattr(metrics, name) for name in COUNTERS}
             old = {name: getattr(before, name) for name in COUNTERS}
             self.rates = _rates(old, counters, past_s)
-            if metrics.memory_bytes:  # an older release tells neither
+            if metrics.memory_bytes:  # an older release has neither
                 self.cores = max(0.0, metrics.cpu_s - before.cpu_s) / past_s
             self.asked = _rates(_asked(before), _asked(metrics), past_s)
             self.worked = _rates(_worked(before), _worked(metrics), past_s)
-            self._took = _took(before.service, metrics.service)
+            self._service_ms = _service_ms(before.service, metrics.service)
 
-    def missed(self) -> None:
-        """It gave no answer: nothing is known of what it does."""
+    def failed(self) -> None:
+        """It gave no answer: what it does is unknown."""
         self._metrics = None
         self._forget_rates()
 
-    def point(self) -> None:
-        """Adds a point to every course, from the last look; None for what is not known."""
+    def add_point(self) -> None:
+        """Adds a point to every series, from the last answer; None for what is unknown."""
         now = self._figures()
-        for name, course in self._courses.items():
-            course.append(now.get(name))
+        for name, series in self._series.items():
+            series.append(now.get(name))
 
-    def course(self, name: str, last: int = KEPT) -> list[float | None]:
-        """Oldest first, one a round, the latest `last`."""
-        return [None if p is None else round(p, 2) for p in list(self._courses[name])[-last:]]
+    def series(self, name: str, last: int = MAX_POINTS) -> list[float | None]:
+        """The latest `last` points, oldest first, one a round."""
+        return [None if p is None else round(p, 2) for p in list(self._series[name])[-last:]]
 
     def _figures(self) -> dict[str, float]:
         metrics = self._metrics
         if metrics is None:
             return {}
         now = {"waiting": waiting(metrics), "in_service": in_service(metrics)}
-        return now | self.rates | self._took
+        return now | self.rates | self._service_ms
 
     def _forget_rates(self) -> None:
-        self.rates, self.asked, self.worked, self._took = {}, {}, {}, {}
+        self.rates, self.asked, self.worked, self._service_ms = {}, {}, {}, {}
         self.cores = None
 
 
-def waiting(metrics: Any) -> int:
-    """Single requests in the queue, and those of streams."""
+def waiting(metrics: pb2.MetricsResponse) -> int:
+    """Single requests in the queue, and requests of streams."""
     return int(metrics.queue_size + metrics.streamed_waiting)
 
 
-def in_service(metrics: Any) -> int:
-    """On a worker handlers running, on the others requests handed down."""
+def in_service(metrics: pb2.MetricsResponse) -> int:
+    """On a worker the running handlers, elsewhere the requests handed down."""
     streamed = 0 if metrics.role == "worker" else metrics.streamed_active
     return int(metrics.active_requests + streamed)
 
 
-def _asked(metrics: Any) -> dict[str, int]:
+def _asked(metrics: pb2.MetricsResponse) -> dict[str, int]:
     return {n.process_id: n.asked for n in metrics.neighbours}
 
 
-def _worked(metrics: Any) -> dict[str, int]:
+def _worked(metrics: pb2.MetricsResponse) -> dict[str, int]:
     return {h.name: h.completed + h.failed for h in metrics.handlers}
 
 
-def _took(old: Any, new: Any) -> dict[str, float]:
-    """The middle and the slow end of the times that came to a histogram; empty when none came."""
+def _service_ms(old: pb2.Histogram, new: pb2.Histogram) -> dict[str, float]:
+    """p50 and p99 of the times that were added to a histogram; empty when none were."""
     if list(old.bounds_s) != list(new.bounds_s):
         return {}
-    came = [n - o for o, n in zip(old.counts, new.counts, strict=True)]
-    if sum(came) <= 0:
+    added = [n - o for o, n in zip(old.counts, new.counts, strict=True)]
+    if sum(added) <= 0:
         return {}
     return {
-        "p50_ms": quantile(new.bounds_s, came, 0.5) * 1e3,
-        "p99_ms": quantile(new.bounds_s, came, 0.99) * 1e3,
+        "p50_ms": quantile(new.bounds_s, added, 0.5) * 1e3,
+        "p99_ms": quantile(new.bounds_s, added, 0.99) * 1e3,
     }
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], part: float) -> float:
-    """The value that `part` of those counted do not pass, by a straight line inside its bucket.
+    """The value that `part` of the counted do not exceed, interpolated linearly in its bucket.
 
-    counts: one more than bounds, the last of those above all bounds, which count as the last bound.
+    counts: one more than bounds; the last is of values above all bounds, taken as the last bound.
     """
     wanted, below = part * sum(counts), 0
     for i, (upper, count) in enumerate(zip(bounds, counts, strict=False)):

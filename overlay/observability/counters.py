@@ -1,4 +1,4 @@
-"""What GetMetrics tells: exact counts, and how times spread: of late, and since the start.
+"""What GetMetrics reports: exact counts, and how times are spread, recently and since the start.
 
 Times are those of requests: many that ended together count as many. Safe from any thread.
 """
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 RECENT = 1024
 BOUNDS_S = tuple(step * 10.0**power for power in range(-4, 2) for step in (1, 2, 5))
-"""0.1 ms to 50 s: a quantile read off them is wrong by a factor of 2.5 at most, mostly by less."""
+"""0.1 ms to 50 s: a quantile read off them is wrong by a factor of at most 2.5."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of the last requests, 1,024 at most, in seconds."""
+    """Of the last requests, at most 1,024, in seconds."""
 
     p50: float = 0.0
     p99: float = 0.0
@@ -27,14 +27,14 @@ class Spread:
 
 
 class Times:
-    """Keeps the durations of the last 1,024 requests. Adding is one atomic append; the sum is made
-    when asked."""
+    """The durations of the last 1,024 requests. Adding is one atomic append; all else is computed
+    when it is asked for."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
 
     def add(self, seconds: float, rows: int = 1) -> None:
-        """rows: that took so long, each, as far as is known."""
+        """rows: how many requests took so long, each."""
         self._recent.append((seconds, rows))
 
     @property
@@ -60,7 +60,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Of all times. counts: one for each bound and one for what is above them all."""
+    """Of all times. counts: one for each of BOUNDS_S, and one for what is above them all."""
 
     counts: tuple[int, ...] = (0,) * (len(BOUNDS_S) + 1)
     sum_s: float = 0.0
@@ -72,7 +72,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Counts:
-    """received = completed + failed + refused + cancelled + what is waiting or in service."""
+    """received = completed + failed + refused + cancelled + those waiting or in service."""
 
     received: int = 0
     completed: int = 0
@@ -98,15 +98,15 @@ class Meter:
             self._received += count
 
     def took(self, rows: int, waited_s: float, served_s: float | None) -> None:
-        """What each of so many rows took.
+        """The times of `rows` requests, each.
 
-        served_s: while its handler ran, to all the last one; None when none began. waited_s: all
-        else.
+        served_s: while the handler ran, in mode ALL the last one; None when none began. waited_s:
+        all the rest of its time here.
         """
         self.waiting.add(waited_s, rows)
         if served_s is not None:
             self.service.add(served_s, rows)
-        with self._lock:  # once, and not for each figure: this is on every request's way
+        with self._lock:  # once for both figures: every request passes here
             self._waited.add_locked(waited_s, rows)
             if served_s is not None:
                 self._served.add_locked(served_s, rows)
@@ -128,7 +128,7 @@ class Meter:
             self._causes[cause] += 1
 
     def crowded_out(self, what: str, count: int) -> None:
-        """So many calls, streams or connections were ended, or not let in, for others."""
+        """So many calls, streams or connections were ended or not let in, for others."""
         with self._lock:
             self._crowded_out[what] += count
 
@@ -138,7 +138,7 @@ class Meter:
             return Counts(self._received, self._completed, self._failed, refused, self._cancelled)
 
     def histograms(self) -> tuple[Histogram, Histogram]:
-        """Of all waiting, and of all service, since the start."""
+        """Of all waiting times, and of all service times, since the start."""
         with self._lock:
             return self._waited.histogram, self._served.histogram
 
@@ -152,7 +152,7 @@ class Meter:
 
 
 class _Tally:
-    """Counts durations up to each bound; many at once cost what one does."""
+    """Counts durations up to each bound; adding many at once costs as much as adding one."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BOUNDS_S) + 1)

@@ -1,7 +1,7 @@
-"""Which events are shown where there is room for some: pure.
+"""Which events are shown where there is not room for all.
 
-A change of state (a process went, a link came back) happens once and is what somebody looks for;
-a failure comes again and again. So the latter never take more than half of the room from changes.
+A change of state (a process stopped, a link came back) happens once, and is what people look for; a
+failure comes again and again. So failures never take more than half of the room from changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def latest(events: Sequence[T], most: int, is_change: Callable[[T], bool]) -> list[T]:
-    """At most so many of the last ones, in their order."""
+    """At most `most` of the last ones, in their order."""
     changes = [i for i, event in enumerate(events) if is_change(event)]
     others = [i for i, event in enumerate(events) if not is_change(event)]
     others = _last(others, max(most - len(changes), most // 2))

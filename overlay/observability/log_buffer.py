@@ -1,15 +1,15 @@
-"""The last lines of this process's log, kept in memory for those who ask from elsewhere.
+"""The last lines of this process's log, kept in memory for the Logs call.
 
     log.warning("link to B is down", extra={"kind": "link"})            an event too
     log.error("handler %s failed", name, extra={"private": traceback})  stays on this machine
 
-What a record may say of itself: `kind` makes it an event, `count` says of how many; `request_id` is
-the request that it is about, told in the one form in which clients print it; `private` is the rest
-of the line, which may hold what was in a payload. What handlers print or log is private as a whole.
-A warning that names no kind is an event of kind "log", unless its kind is "".
+Attributes that a record may have: `kind` makes it an event, `count` says how many it stands for;
+`request_id` is the request that it is about, written as clients print it; `private` is the rest of
+the line, which may quote a payload. Whatever handlers print or log is private as a whole. A warning
+without a kind is an event of kind "log", unless its kind is "".
 
-Events that say the `same` are one, with the words of the last and how many they were; one with
-`more` only counts. So what fails a thousand times takes one line, and hides no link that went down.
+Events with equal `same` become one, with the text of the last and their number; one with `more`
+only adds to the number. So a thousand equal failures take one line, and hide no lost link.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from dataclasses import dataclass, replace
 from overlay.observability.events import COME_AGAIN, latest
 
 LINES = 1000
-EVENTS = 256  # that happened once, and as many kinds of those that come again
+EVENTS = 256  # that happened once, and as many kinds of repeated ones
 LONGEST = 4096  # characters of a line; 1,000 such lines are 4 MiB
 BREAK = " | "  # a line end, in a text on one line
-MAX_BREAKS = 200  # that are told of a line; a traceback that is kept has fewer
+MAX_BREAKS = 200  # reported for a line; a traceback that is kept has fewer
 WITHHELD = "(a handler's own text; it is in this process's log)"
 OF_HANDLERS = "overlay.handler"
 
 
 @dataclass(frozen=True)
 class Line:
-    """number: rises by one. public: the text for those who cannot read the file, when it differs.
+    """number: rises by one. public: the text for readers without access to the file, if it differs.
 
-    kind: of an event, else empty. count: how many the same it tells of, since first_s. breaks:
-    where the text had line ends, as a traceback does, which are BREAK in it.
+    kind: of an event, else empty. count: how many equal events it stands for, since first_s.
+    breaks: positions of BREAK that stand for line ends, as in a traceback.
     """
 
     number: int
@@ -53,9 +53,9 @@ class Line:
 
 
 class LogBuffer(logging.Handler):
-    """Keeps the last lines and, apart from them, the last events. Safe from any thread.
+    """Keeps the last lines and, separately, the last events. Safe from any thread.
 
-    Apart, so that what handlers print pushes out no event.
+    Separately, so that the output of handlers does not push events out.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class LogBuffer(logging.Handler):
         """Under the handler's lock, as logging calls it."""
         try:
             line = _line(self._line_number + 1, record)
-        except Exception:  # noqa: BLE001 - what is logged may fail in any way when it is written
+        except Exception:  # noqa: BLE001 - formatting may run code of whatever is logged
             return
         self._line_number += 1
         self._lines.append(line)
@@ -93,7 +93,7 @@ class LogBuffer(logging.Handler):
             self._again.popitem(last=False)
 
     def lines(self, most: int = LINES, request_id: int = 0, error_id: str = "") -> list[Line]:
-        """The last ones, the oldest first; of one request or error only, if an id is given."""
+        """The last ones, oldest first; only those about one request or error, if an id is given."""
         found: Iterable[Line] = self._lines.copy()
         if request_id:
             found = [line for line in found if line.request_id == request_id]
@@ -102,7 +102,7 @@ class LogBuffer(logging.Handler):
         return list(found)[-most:] if most else []
 
     def events(self, most: int = EVENTS) -> list[Line]:
-        """The last ones, the oldest first; their text is public."""
+        """The last ones, oldest first; their text is public."""
         self.acquire()
         try:
             once, again = list(self._once), list(self._again.values())
@@ -113,7 +113,7 @@ class LogBuffer(logging.Handler):
 
 
 def texts_of(record: logging.LogRecord) -> tuple[str, str, str]:
-    """A line: which request it is about, what everybody may read of it, and the rest of it.
+    """The parts of a line: which request it is about, what anyone may read, and the rest.
 
     Raises what formatting raises.
     """
@@ -129,7 +129,7 @@ def texts_of(record: logging.LogRecord) -> tuple[str, str, str]:
 
 
 def _kind_of(record: logging.LogRecord) -> str:
-    """The event's kind; empty for a line that is none."""
+    """The event's kind; empty for a line that is not an event."""
     kind: str | None = getattr(record, "kind", None)
     if kind is not None or record.levelno < logging.WARNING or record.name.startswith(OF_HANDLERS):
         return kind or ""
@@ -137,7 +137,7 @@ def _kind_of(record: logging.LogRecord) -> str:
 
 
 def _same(record: logging.LogRecord, kind: str) -> Hashable:
-    """What it has in common with those that say the same; None for what happens once."""
+    """Equal for events that become one; None for what happens once."""
     if kind == "log":
         return record.name, str(record.msg)
     same: str | None = getattr(record, "same", None)
@@ -145,7 +145,7 @@ def _same(record: logging.LogRecord, kind: str) -> Hashable:
 
 
 def escaped(text: str, most: int = LONGEST) -> str:
-    """The text on one line and without control characters, cut at 4,096 characters."""
+    """The text on one line, without control characters, cut after `most` of its characters."""
     if len(text) > most:
         text = f"{text[:most]}... ({len(text):,} characters)"
     text = text.replace("\n", BREAK)
@@ -155,7 +155,7 @@ def escaped(text: str, most: int = LONGEST) -> str:
 
 
 def unfolded(text: str, breaks: Iterable[int]) -> str:
-    """The text with its line ends again; a place where none can have been is left alone."""
+    """The text with its line ends restored; positions where none can have been are ignored."""
     begin, lines = 0, []
     for at in breaks:
         if at >= begin and text.startswith(BREAK, at):
@@ -169,7 +169,7 @@ def names_error(text: str, error_id: str) -> bool:
 
 
 def _breaks(text: str) -> tuple[int, ...]:
-    """Where `escaped` of this text has its line ends, the first ones."""
+    """The positions of the first line ends in what `escaped` makes of this text."""
     *lines, _ = text[:LONGEST].split("\n")[: MAX_BREAKS + 1]
     ends = itertools.accumulate(len(escaped(line)) + len(BREAK) for line in lines)
     return tuple(end - len(BREAK) for end in ends)

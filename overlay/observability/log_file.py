@@ -1,15 +1,15 @@
-"""The log of one process: a line per event, in a file that cannot grow for ever.
+"""The log of one process: a line per event, in a file of bounded size.
 
-Logging never stops the process. Lines pass through a bounded queue to one thread that writes them;
-what does not fit, or cannot be written, is dropped and counted. What handlers print or log is cut
-to a modest pace, so that it neither fills the log nor pushes everything else out of it.
+Logging never blocks or ends the process. Lines pass through a bounded queue to one thread that
+writes them; what does not fit, or cannot be written, is dropped and counted. Output of handlers is
+limited to a modest rate, so that it neither fills the log nor pushes everything else out.
 
 What a handler's module does to `logging`, as dictConfig does when it disables all loggers that it
-does not know, is for the handler's own loggers: ours write into this log whatever is configured.
+does not know, affects the handler's loggers only: ours write to this log whatever is configured.
 
-A log has one writer: process_a.lock beside it is locked, by the system, for as long as its process
-lives. A second one does not start: it is a mistake in nearly every case, and two that write into
-one file, each turning it over when it is full, leave a log in which nobody finds anything.
+A log has one writer: the system holds a lock on process_a.lock, beside it, for as long as the
+process lives. A second process with the same log refuses to start: that is nearly always a mistake,
+and two processes that rotate one file leave a log that is of no use.
 
 Owns that thread, "log", from `start` to `stop`.
 """
@@ -34,17 +34,17 @@ from typing import Any
 from overlay.model import clocks as time
 from overlay.model.errors import ConfigError
 from overlay.observability.log_buffer import LONGEST, OF_HANDLERS, LogBuffer, escaped, texts_of
-from overlay.observability.token_bucket import TokenBucket
+from overlay.observability.throttle import TokenBucket
 
 WAITING_LINES = 10_000
 FILE_BYTES = 5 * 1024 * 1024
 OLD_FILES = 3
 LONGEST_LINE = LONGEST  # characters; a handler's traceback is cut here
-HANDLER_LINES = 1000  # of all handlers at once; then so many a second:
+HANDLER_LINES = 1000  # of all handlers together, at once; after that so many a second:
 HANDLER_LINES_S = 100
-AGAIN_S = 1.0  # after a write that failed, until the file is tried again
-LOCK_PATIENCE_S = 3.0  # for a log whose process is just ending
-LOCKED_BYTE = 1 << 20  # on Windows, what is locked cannot be read: the pid can
+AGAIN_S = 1.0  # from a failed write to the next attempt
+LOCK_PATIENCE_S = 3.0  # for a log whose process is about to end
+LOCKED_BYTE = 1 << 20  # beyond the pid, as Windows lets no one read a locked byte
 TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 STOP_S = 2.0  # for the last lines; a disk that hangs does not hold the process longer
 
@@ -52,7 +52,7 @@ STOP_S = 2.0  # for the last lines; a disk that hangs does not hold the process 
 class ProcessLog:
     """Where this process's log lines go. `dropped` counts those that were lost.
 
-    recent: the last of them, for others to ask for.
+    recent: the last of them, for the Logs call.
     """
 
     def __init__(self, path: Path, process_id: str) -> None:
@@ -85,12 +85,12 @@ class ProcessLog:
         self._thread.start()
 
     def take_prints(self) -> None:
-        """From now on what the process prints goes to the log, unless to a terminal.
+        """From now on what the process prints goes to the log, unless it goes to a terminal.
 
-        A pipe that nobody reads would fill up and stop whoever prints.
+        A pipe that is not read would fill up and block every thread that prints.
         """
         log = logging.getLogger("overlay.handler")
-        lead_to(self._into)  # loggers that were made since the start too
+        lead_to(self._into)  # the loggers made since the start, too
 
         def say(text: str) -> None:
             log.info("%s", text, extra={"request_id": _thread.request_id})
@@ -118,9 +118,9 @@ class ProcessLog:
 
 
 def lead_to(into: logging.Handler | None) -> None:
-    """All that our loggers say goes there from now on, and nothing in `logging` can change that.
+    """Everything that our loggers log goes there from now on, however `logging` is configured.
 
-    None: they are loggers like any other again. Of those that there are by now.
+    None: they become ordinary loggers again. Affects the loggers that exist by now.
     """
     for name, logger in list(logging.root.manager.loggerDict.items()):
         if isinstance(logger, logging.Logger) and f"{name}.".startswith("overlay."):
@@ -132,10 +132,10 @@ class _Ours(logging.Logger):
     into: logging.Handler
 
     def isEnabledFor(self, level: int) -> bool:
-        """INFO is, and what a logger of ours was told to say beyond it."""
+        """INFO and above, and what a logger's own level adds to it."""
         return level >= min(self.level or logging.INFO, logging.INFO)
 
-    def makeRecord(  # as in logging; a factory that a handler's module has set may fail
+    def makeRecord(  # as logging does; a record factory set by a handler's module may fail
         self,
         name: str,
         level: int,
@@ -157,13 +157,13 @@ class _Ours(logging.Logger):
 
 
 def _locked(path: Path) -> io.FileIO | None:
-    """Keeps the log for this process alone; closing it, or dying, lets go.
+    """Locks the log for this process, until the file is closed or the process ends.
 
-    None where there can be no lock: a folder that cannot be written stops nobody. Raises
-    ConfigError when another process has it, and does not end soon.
+    None where a lock is impossible: a read-only folder is no reason not to start. Raises
+    ConfigError when another process holds the lock and does not end soon.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device has no other files beside it
+        if path.exists() and not path.is_file():  # a pipe or a device gets no lock file
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
         file = io.FileIO(path.with_suffix(".lock"), "a+")
@@ -201,16 +201,16 @@ else:
     import fcntl
 
     def _takes(file: io.FileIO) -> bool:
-        # Not flock: a handler's child process would inherit that, and hold it when we are gone.
+        # Not flock: a handler's child process would inherit that and hold it after we have ended.
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            return e.errno not in TAKEN  # a file system without locks has none to respect
+            return e.errno not in TAKEN  # on a file system without locks there is none to respect
         return True
 
 
 class _Thread(threading.local):
-    """The request that a thread works on, and the lines that it has begun to print."""
+    """The request that a thread is working on, and the lines that it has begun to print."""
 
     def __init__(self) -> None:
         self.request_id = 0
@@ -221,7 +221,7 @@ _thread = _Thread()
 
 
 def work_on(request_id: int) -> None:
-    """What the thread that calls this prints from now on is about this request."""
+    """From now on, what the calling thread prints is about this request."""
     if _thread.begun:
         for lines in list(_thread.begun):
             lines.end_line()
@@ -229,10 +229,10 @@ def work_on(request_id: int) -> None:
 
 
 class Printed(io.TextIOWrapper):
-    """A standard output that gives whole lines to `say`. It holds at most a line of each thread;
-    stays open.
+    """A standard output that passes whole lines to `say`. It holds at most one line of each thread,
+    and cannot be closed.
 
-    fd: what programs that are started with this output write to.
+    fd: where programs that inherit this output write.
     """
 
     def __init__(self, say: Callable[[str], None], fd: int) -> None:
@@ -246,11 +246,11 @@ class Printed(io.TextIOWrapper):
         )
 
     def end_line(self) -> None:
-        """Of the thread that calls it."""
+        """Ends the line that the calling thread has begun."""
         self._into.end_line()
 
     def close(self) -> None:
-        """It is everybody's: one handler must not close it for the others."""
+        """Does nothing: a handler must not close it for the others."""
 
 
 class _Lines(io.RawIOBase):
@@ -304,13 +304,13 @@ class _Bounded(QueueHandler):
         if not self._told:
             self._told = True
             text = "handlers write more lines than the log takes; the rest is dropped and counted"
-            facts = {"name": "overlay.log", "msg": text, "levelno": 30, "levelname": "WARNING"}
+            facts = {"name": __name__, "msg": text, "levelno": 30, "levelname": "WARNING"}
             self._keep(logging.makeLogRecord(facts))
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         prepared = copy.copy(record)
         text = "".join(texts_of(record))
-        prepared.msg = prepared.message = cut(text)  # ten thousand long ones are too much
+        prepared.msg = prepared.message = cut(text)  # the queue may hold ten thousand long ones
         prepared.args = prepared.exc_info = prepared.exc_text = prepared.stack_info = None
         return prepared
 
@@ -334,7 +334,7 @@ class _Bounded(QueueHandler):
 
 
 class _File(RotatingFileHandler):
-    """Opens when it is needed, and again after whatever went wrong with it."""
+    """Opens when it is needed, and again after any error."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(
@@ -367,13 +367,13 @@ class _File(RotatingFileHandler):
         self._let_go()
 
     def _follow(self) -> None:
-        """Opens the file at the path, also when the one that is open has been taken away."""
+        """Opens the file at the path, also when the open one was moved or deleted."""
         if self.stream is not None and not self._is_open_file():
             self._let_go()
         if self.stream is None:
             Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
             self.stream = self._open()
-            if _ends_within_a_line(self.baseFilename):  # of a write that failed half-way
+            if _ends_within_a_line(self.baseFilename):  # a write failed half-way
                 self.stream.write("\n")
 
     def _is_open_file(self) -> bool:
@@ -386,12 +386,12 @@ class _File(RotatingFileHandler):
     def _let_go(self) -> None:
         stream, self.stream = self.stream, None
         if stream is not None:
-            with contextlib.suppress(OSError, ValueError):  # what it still holds is lost
+            with contextlib.suppress(OSError, ValueError):  # what it has not written is lost
                 stream.close()
 
 
 class _Line(logging.Formatter):
-    """Time, process, logger, level, message: on one line, whatever is in the message."""
+    """Time, process, logger, level and message, on one line whatever the message contains."""
 
     def __init__(self, process_id: str) -> None:
         super().__init__(f"%(asctime)s {process_id} %(name)s %(levelname)s %(message)s")
@@ -401,13 +401,13 @@ class _Line(logging.Formatter):
 
 
 def cut(text: str) -> str:
-    """The text, short enough for a line with its time and names."""
+    """The text, cut so that a line with its time and names is not too long."""
     most = LONGEST_LINE - 200
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def _consoles(process_id: str) -> list[logging.Handler]:
-    # Only a terminal: an unread pipe would fill up and stop the thread that writes.
+    # Only to a terminal: a pipe that is not read would fill up and block the writing thread.
     if sys.stderr is None or not sys.stderr.isatty():
         return []
     console = logging.StreamHandler()

@@ -1,7 +1,7 @@
-"""The maps that clients say they are running, for who watches: their own words, each for a while.
+"""The maps that clients report to be running, for people who watch the overlay.
 
-A map is many requests of one client; only that client knows how many there will be, and what came
-of those before it reached this process. So it says it once a second, with its frames.
+A map is many requests of one client. Only that client knows how many there will be, and what became
+of those before it reached this process. So it reports that once a second, with its frames.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from overlay.model import clocks as time
 from overlay.model.segments import Caller, Progress
 
-OF_A_STREAM = 16  # of more, those that were told of longest ago are forgotten
+OF_A_STREAM = 16  # beyond this, the map whose last report is the oldest is forgotten
 MOST = 256
 
 
 @dataclass(frozen=True)
 class RunningMap:
-    """told_s: when the client last told of it; monotonic seconds."""
+    """told_s: when the client last reported it; monotonic seconds."""
 
     caller: Caller
     progress: Progress
@@ -46,13 +46,13 @@ class Maps:
                 del self._of[stream]
 
     def left(self, stream: Hashable) -> None:
-        """The stream has ended, and what it told with it."""
+        """The stream has ended, and with it the maps that it reported."""
         if self._of:
             with self._lock:
                 self._of.pop(stream, None)
 
     def all(self) -> list[RunningMap]:
-        """At most 256, those that were told of last at the end."""
+        """At most 256, those that were reported last at the end."""
         with self._lock:
             found = [one for known in self._of.values() for one in known.values()]
         return sorted(found, key=lambda one: one.told_s)[-MOST:]

@@ -1,4 +1,4 @@
-"""What this process and those that run its handlers use of the machine."""
+"""How much of the machine this process and its handlers' processes use."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Resources(NamedTuple):
 
 
 def resources_of(pids: Iterable[int] = ()) -> Resources:
-    """Of this process, of those it has waited for (not on Windows), and of its `pids`."""
+    """Of this process, its children that have ended (not on Windows), and the processes `pids`."""
     cpu_s, memory_bytes = 0.0, 0
     for pid in (os.getpid(), *pids):
-        with contextlib.suppress(psutil.Error):  # one that has just ended
+        with contextlib.suppress(psutil.Error):  # it has just ended
             process = psutil.Process(pid)
             with process.oneshot():
                 times = process.cpu_times()

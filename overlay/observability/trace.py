@@ -1,53 +1,31 @@
-"""What a request's way took, hop by hop: pure functions over traces.
+"""How long a request took at each process on its way: functions over traces.
 
-A trace is a tree in a tuple, each process before those below it. What a process knows of its way:
+A trace is a tree in a tuple, each process before those below it. A process makes it from
 
-    its own hop        from its ticket: waited, and in service since
-    the hops below     as the answers tell them, each seen from above by `below`
-    the other ones     from the answers' parts: workers with their times, those between without
+    its own hop        the time in its queue, and in service since
+    the hops below     as the answers report them, each seen from above by `below`
+    the other ones     taken from the answers' parts: workers with their times, others without
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
-from overlay.model.segments import Answer, Answers, Code, Executed, Hop, Mode, Part, PartColumn
+from overlay.model.segments import Answer, Answers, Code, Executed, Hop, Part, PartColumn
 
 HANDLERS_OWN = "refused by its handler, in words for its caller"
 
 
-@dataclass(frozen=True)
-class RequestSummary:
-    """How `count` requests ended together, and where their time went.
-
-    request_id: the first one's. ended_s: seconds since 1970. hops: a trace of the whole way, means
-    over all that were answered together. caller: its machine or name, or the process that asked.
-    """
-
-    request_id: int
-    mode: Mode
-    team: str
-    handler: str
-    ended_s: float
-    code: Code
-    reason: str
-    count: int
-    hops: tuple[Hop, ...]
-    total_us: int
-    caller: str
-
-
 def below(answers: Answers, away_s: float) -> Answers:
-    """A neighbour's answers as the process above sees them: one deeper, and how long it took."""
+    """A neighbour's answers as the process above sees them: a level deeper, timed from there."""
     first, *rest = answers.trace
     seen = [first._replace(depth=first.depth + 1, away_us=int(away_s * 1e6))]
     seen += [hop._replace(depth=hop.depth + 1) for hop in rest]
-    return replace(answers, trace=tuple(seen))
+    return answers.with_(trace=tuple(seen))
 
 
 def trace_of_worker(me: str, answers: Answers) -> tuple[Hop, ...]:
-    """A worker's own hop: its handler's time and not the whole stay."""
+    """A worker's own hop: the time in its handler, not all the time at the worker."""
     for column in answers.parts:
         return (Hop(me, column.waited_us, column.worked_us, 0, code_of(answers)),)
     return (Hop(me, code=code_of(answers)),)
@@ -72,7 +50,7 @@ def trace_of(me: str, waited_us: int, worked_us: int, answers: Answers) -> tuple
 
 
 def code_of(answers: Answers) -> Code:
-    """OK when any worker answered all of the rows; else why the first did not."""
+    """OK when any worker answered all of the rows; else the first worker's code."""
     if answers.refused is not None:
         return answers.refused.code
     first = Code.OK if answers.parts else Code.UNAVAILABLE
@@ -85,12 +63,12 @@ def code_of(answers: Answers) -> Code:
 
 
 def reason_of(answer: Answer) -> str:
-    """Why an answer is short, for everybody: the workers that it lacks, each with its reason."""
+    """Why an answer is incomplete, for anyone to read: each missing worker with the reason."""
     return "; ".join(f"{p.process_id}: {_public(p)}" for p in answer.parts if not p.ok)
 
 
 def is_for_the_caller(answer: Answer) -> bool:
-    """Whether a handler's own sentence is in it: that may quote the payload."""
+    """Whether it contains a handler's own sentence, which may quote the payload."""
     return any(_is_a_handlers(part) for part in answer.parts)
 
 
@@ -99,14 +77,15 @@ def _public(part: Part) -> str:
 
 
 def _is_a_handlers(part: Part) -> bool:
-    # Of BadRequest alone do the words travel; the overlay's own is told before anything runs.
+    # Only the words of a BadRequest travel; the overlay's own ones are raised before anything runs.
     return part.code is Code.INVALID_ARGUMENT and part.executed is not Executed.NO
 
 
 def lines(trace: Sequence[Hop]) -> Iterator[tuple[str, Hop, int | None]]:
     """A trace as a tree for people: (name with its branch, hop, microseconds on the way or None).
 
-    On the way: there and back, of what the process above waited for it; None when not known.
+    On the way: the part of the wait of the process above that went into getting there and back;
+    None when not known.
     """
     for at, hop in enumerate(trace):
         bars = "".join(
@@ -127,7 +106,7 @@ def _goes_on(trace: Sequence[Hop], at: int, depth: int) -> bool:
 
 
 def _from_parts(me: str, parts: Sequence[PartColumn]) -> Iterator[tuple[str, Hop]]:
-    """The hops to each worker, with the first of them: only the worker's own has times."""
+    """The hops to each worker, with the neighbour they begin at. Only the worker's has times."""
     for column in parts:
         way = column.hops[column.hops.index(me) + 1 :] if me in column.hops else ()
         way = way or (column.process_id,)

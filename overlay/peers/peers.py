@@ -27,7 +27,7 @@ from overlay.model.limits import Limits
 from overlay.model.segments import Answers, Code, End, Executed, Mode, Part, Route, Segment, Sink
 from overlay.model.signatures import Function
 from overlay.model.topology import Process
-from overlay.observability.token_bucket import TokenBucket
+from overlay.observability.throttle import TokenBucket
 from overlay.peers.outgoing import SegmentSender
 from overlay.routing.outlier import (
     Change,
@@ -42,6 +42,7 @@ from overlay.routing.planner import QUICK_S
 from overlay.transport import codec
 from overlay.transport.channels import Channel
 from overlay.transport.codec import pb2, pb2_grpc
+from overlay.transport.endpoints import channel_options
 
 log = logging.getLogger("overlay.links")
 
@@ -295,7 +296,7 @@ class _Peer:
         self.cases = minder.cases(neighbour.id)  # what is the matter with it, by handler
         self._minder = minder
         self.id = neighbour.id
-        self.channel = Channel(neighbour.address, codec.channel_options(limits))
+        self.channel = Channel(neighbour.address, channel_options(limits))
         self.state = "down"
         self.since = time.monotonic()
         self.patience_s = limits.patience_s

@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -294,7 +293,7 @@ class _StreamingGather:
             self._sink(0, answers)
             return _nothing
         for branch in self._plan.branches:
-            segment = replace(self._segment, early=partial(self._pass_on_rows, branch))
+            segment = self._segment.with_(early=partial(self._pass_on_rows, branch))
             sink = partial(self._branch_answered, branch)
             self._ends.append(self._relay._send(branch, segment, sink))
         return self.end

@@ -25,7 +25,7 @@ from overlay.model import clocks as time
 from overlay.model.errors import (
     AnswerNotKept,
     BadRequest,
-    Cancelled,
+    CallCancelled,
     DeadlinePassed,
     KeyBusy,
     KeysFull,
@@ -274,7 +274,7 @@ class Waiter:
     def end(self, code: Code) -> None:
         """Its time is over, or its caller left: it waits no more. Nothing happens after its end."""
         if code is Code.CANCELLED:
-            error: OverlayError = Cancelled("the caller left")
+            error: OverlayError = CallCancelled("the caller left")
         else:
             error = DeadlinePassed("the first request of this key has no answer yet")
         self._keys._leave(self, self._named, error)

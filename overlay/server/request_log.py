@@ -21,9 +21,8 @@ from overlay.model.errors import HandlerFailed, OverlayError
 from overlay.model.segments import Answers, Caller, Code, Executed, Hop, Mode, Segment
 from overlay.observability import trace as story
 from overlay.observability.counters import Meter
-from overlay.observability.log_throttle import LogThrottle
-from overlay.observability.request_summaries import RequestSummaries
-from overlay.observability.trace import RequestSummary
+from overlay.observability.request_summaries import RequestSummaries, RequestSummary
+from overlay.observability.throttle import LogThrottle
 from overlay.queueing.request_queue import QueuedSegment
 
 log = logging.getLogger("overlay.requests")

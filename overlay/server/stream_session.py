@@ -19,14 +19,21 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import grpc
 
 from overlay.model import clocks as time
-from overlay.model.errors import BadRequest, Cancelled, Draining, MadeRoom, OverlayError, QueueFull
+from overlay.model.errors import (
+    BadRequest,
+    CallCancelled,
+    Draining,
+    MadeRoom,
+    OverlayError,
+    QueueFull,
+)
 from overlay.model.limits import Limits
 from overlay.model.pending import PendingRows
 from overlay.model.segments import (
@@ -488,7 +495,7 @@ class _Session:
             self._unread.add(-self._unread.size)
         for accepted in rest:
             rows = accepted.segment.count - accepted.counted
-            gone: OverlayError = Cancelled("the caller left")
+            gone: OverlayError = CallCancelled("the caller left")
             left = Part(self._desk.me, gone.code, str(gone))
             failures = [(row, gone) for row in range(rows)]
             answers = Answers(rows, (), refused=left)
@@ -546,7 +553,7 @@ class _Session:
         accepted = _Accepted(made, segment)
         if made.as_they_come and segment.route.mode is Mode.ALL:
             chunks = min(1, segment.chunks)  # more of them as there is room
-            segment = replace(segment, early=partial(self._pass_on, accepted), chunks=chunks)
+            segment = segment.with_(early=partial(self._pass_on, accepted), chunks=chunks)
             accepted.segment, accepted.unanswered = segment, PendingRows(segment.count)
         with self._lock:
             if self._abandoned or self._parting is not None:

@@ -20,16 +20,19 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from overlay.model import clocks as time
 from overlay.model.topology import join_address
+from overlay.transport.endpoints import channel_options, open_channel
 from overlay.transport.resolver import Named, is_number, resolve, silent
 
-log = logging.getLogger("overlay.names")
+if TYPE_CHECKING:
+    from overlay.transport.endpoints import Options
+
+log = logging.getLogger(__name__)
 
 AGAIN_S = 1.0  # from one look to the next
 DOUBT_S = 30.0  # it is looked at for so long after the last trouble: a call's default deadline
@@ -37,7 +40,6 @@ WRONG_S = 3.0  # what was found to answer there wrongly is taken for wrong for s
 FIRST_S = 0.25  # who has no time to wait for the first look does so for so long after its begin
 READY_S = 0.3  # gRPC takes some thread switches to say that a channel is connected
 SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-NOWHERE = "ipv4:127.0.0.1:0"  # a port that nobody has, for a name without an address
 MOVED = "the name of its machine stands for another address now"
 
 
@@ -47,9 +49,9 @@ class Channel:
     address: host:port; what is not leads nowhere. Does not wait: a call does, within its time.
     """
 
-    def __init__(self, address: str, options: Sequence[tuple[str, Any]]) -> None:
+    def __init__(self, address: str, options: Options | None = None) -> None:
         self.address = address
-        self._options = list(options)
+        self._options = list(channel_options() if options is None else options)
         try:
             self._host, self._port = split(address)
             self._is_fixed = is_number(self._host)
@@ -147,7 +149,7 @@ class Channel:
         options = self._options
         if not self._is_fixed:
             options = [("grpc.default_authority", _authority(self._host, self._port)), *options]
-        return grpc.insecure_channel(target(self._leads_to, self._port), options)
+        return open_channel(self._leads_to, self._port, options)
 
     def take(self, found: Named) -> bool:
         """Goes where the name leads by now; whether to look again. On the looking thread."""
@@ -176,15 +178,6 @@ class Channel:
         if before.addresses:
             log.info("%s is now %s", before.shown(), ", ".join(found.addresses))
         old.close()
-
-
-def target(addresses: Sequence[str], port: int) -> str:
-    """As gRPC takes several addresses in numbers, to be tried in their order."""
-    if not addresses:
-        return NOWHERE
-    if not any(":" in address for address in addresses):
-        return "ipv4:" + ",".join(f"{address}:{port}" for address in addresses)
-    return "ipv6:" + ",".join(f"[{_as_ipv6(address)}]:{port}" for address in addresses)
 
 
 def split(address: str) -> tuple[str, int]:
@@ -299,9 +292,3 @@ def _authority(host: str, port: int) -> str:
     with contextlib.suppress(UnicodeError):
         host = host.encode("idna").decode()
     return join_address(host, port)
-
-
-def _as_ipv6(address: str) -> str:
-    if ":" not in address:
-        return f"::ffff:{address}"
-    return address.replace("%", "%25")

@@ -19,7 +19,7 @@ from overlay.model import clocks as time
 from overlay.model.errors import BadRequest, Misspoken
 from overlay.model.limits import Limits
 from overlay.model.segments import Chunk
-from overlay.observability.token_bucket import TokenBucket
+from overlay.observability.throttle import TokenBucket
 
 CHUNK_BYTES = Limits.chunk_bytes
 MAX_TIMES = 8  # that a part may come before its answer

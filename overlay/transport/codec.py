@@ -16,7 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
 from overlay.model.errors import BadRequest, ConfigError, MadeRoom, OverlayError
-from overlay.model.limits import MIB, Limits
+from overlay.model.limits import Limits
 from overlay.model.segments import (
     Answer,
     Answers,
@@ -37,7 +37,7 @@ from overlay.model.signatures import Function
 from overlay.observability.counters import BOUNDS_S, Histogram, Spread
 from overlay.observability.log_buffer import LINES, Line
 from overlay.observability.map_progress import RunningMap
-from overlay.observability.trace import RequestSummary
+from overlay.observability.request_summaries import RequestSummary
 from overlay.transport import message_size, validation
 from overlay.transport.validation import Asked
 
@@ -74,64 +74,6 @@ _STATUS_KEY = "grpc-status-details-bin"
 LONGEST_ERROR_ID = 32  # characters; ours have 8
 MIN_LINES = 100  # of a log, when the question does not say how many
 LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
-
-# A frozen or vanished peer is noticed within about 2.5 s on every system; see the keepalive test.
-_KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 1500),
-    ("grpc.http2.ping_timeout_ms", 1500),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-]
-
-
-def channel_options(limits: Limits | None = None) -> list[tuple[str, Any]]:
-    """Options of a channel to a process: quick to notice a dead peer, quick to come back."""
-    return [
-        *_size_options(limits or Limits()),
-        *_KEEPALIVE,
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 2000),  # also the time that one attempt may take
-        ("grpc.max_reconnect_backoff_ms", 300),  # who is back shall not be waited for any more
-        ("grpc.enable_http_proxy", 0),  # an office's web proxy is not on the way
-        ("grpc.enable_retries", 0),  # gRPC's own retries run a request twice
-        ("grpc.use_local_subchannel_pool", 1),  # a client of its own, not one shared in the process
-        # Nothing of ours is compressed: a small message that swells to gigabytes is not taken.
-        ("grpc.compression_enabled_algorithms_bitset", 1),
-    ]
-
-
-def server_options(limits: Limits, connections: int | None = None) -> list[tuple[str, Any]]:
-    """Options of a process's server: nobody shares its port, and no ping is too many.
-
-    connections: that may be open at a time.
-    """
-    most = [] if connections is None else [("grpc.max_allowed_incoming_connections", connections)]
-    return [
-        *most,
-        *_size_options(limits),
-        *_KEEPALIVE,
-        ("grpc.so_reuseport", 0),
-        # A packed message is refused: of a few KiB, which many can send at once, it makes many MiB.
-        ("grpc.compression_enabled_algorithms_bitset", 1),
-        ("grpc.max_concurrent_streams", limits.calls_of_a_connection),
-        ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
-        ("grpc.http2.min_ping_interval_without_data_ms", 500),
-        ("grpc.http2.max_ping_strikes", 0),
-    ]
-
-
-def _size_options(limits: Limits) -> list[tuple[str, Any]]:
-    return [
-        # A frame's other requests and fields come on top of a body of the largest size.
-        ("grpc.max_receive_message_length", limits.max_message_bytes + 2 * MIB),
-        ("grpc.max_send_message_length", limits.max_message_bytes + 2 * MIB),
-        # Or gRPC reads ahead of us, and a stream that is not read would fill the memory.
-        ("grpc.http2.bdp_probe", 0),
-    ]
-
-
-CHANNEL_OPTIONS = channel_options()
 
 
 def read_message(

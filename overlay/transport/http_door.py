@@ -18,9 +18,12 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from overlay.model.limits import DOOR_CONNECTIONS, DOOR_IDLE_S
 from overlay.transport.resolver import look_up, socket_address
 
+# Of the page and of what Prometheus reads together. A browser has six connections, and 32 pages one
+# more.
+DOOR_CONNECTIONS = 64  # at once; one more ends an idle one
+DOOR_IDLE_S = 5.0  # until a connection on which nothing is asked is closed
 CLOSING_S = 1  # for the answers under way when the server stops
 
 

@@ -17,10 +17,11 @@ from typing import Any
 
 from overlay.model import clocks as time
 from overlay.model.topology import join_address
+from overlay.transport.endpoints import open_port
 from overlay.transport.machine import can_bind
 from overlay.transport.resolver import Named, resolve
 
-log = logging.getLogger("overlay.node")
+log = logging.getLogger(__name__)
 
 LOOK_S = 1.0  # from one look at the own addresses to the next
 CLOSE_S = 2.0  # gRPC's server takes less
@@ -68,10 +69,7 @@ class Listening:
         for add, given in self._methods:
             getattr(server, add)(*given)
         for number in numbers:
-            address = join_address(number, self._port)
-            # As in an URI: or gRPC takes the number of a zone for an encoded character.
-            if server.add_insecure_port(address.replace("%", "%25")) != self._port:
-                raise RuntimeError(f"{address} cannot be listened on")
+            open_port(server, number, self._port)
         with self._lock:
             if not self._stopped.is_set():
                 server.start()

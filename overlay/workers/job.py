@@ -45,7 +45,7 @@ from overlay.transport.chunks import (
 from overlay.workers.api import Context, NobodyWaits
 from overlay.workers.request_ids import Begun
 
-log = logging.getLogger("overlay.executor")
+log = logging.getLogger(__name__)
 
 LONGEST_TEXT = 4000  # characters of an error that are kept; a log line takes a few more
 AHEAD_S = 0.002  # work taken beyond the slots, so that a thread never waits for the next row

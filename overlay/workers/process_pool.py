@@ -35,7 +35,7 @@ from overlay.workers.job import HandlerJob, read_outcome
 from overlay.workers.process_main import Request, serve
 from overlay.workers.user_modules import Sources
 
-log = logging.getLogger("overlay.executor")
+log = logging.getLogger(__name__)
 handler_log = logging.getLogger("overlay.handler")
 
 IMPORT_S = 60.0  # for the modules that a handler imports

@@ -23,7 +23,7 @@ from overlay.workers import typed
 from overlay.workers.api import RECURSION, Context, Handler
 from overlay.workers.job import HandlerJob, outcome_of, outcome_of_error, read_outcome
 
-log = logging.getLogger("overlay.executor")
+log = logging.getLogger(__name__)
 
 QUICK_S = 0.0001  # a handler below this is not worth a second thread
 STUCK_S = 0.001  # a quick handler that has not ended for so long gets company

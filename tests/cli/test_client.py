@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import grpc
 import pytest
 
-import client as script
 import overlay
+from overlay.cli import main as script
+from overlay.cli.terminal import Exit
 from overlay.client import sync as library
 from overlay.model.segments import Code, Executed
 from overlay.transport.codec import pb2
@@ -525,7 +527,7 @@ def test_an_error_id_that_nobody_knows_is_said_so(mine: Overlay) -> None:
     done = run(*at(mine, "A"), "logs", "--error", "0123abcd")
 
     assert done.returncode == 1
-    assert "no line with error id 0123abcd is among the last ones of A, B, C, " in done.stderr
+    assert "none of the last lines of A, B, C, D, E, F has the error id 0123abcd" in done.stderr
     assert run(*at(mine, "A"), "logs", "--error", "xyz").returncode == 2
 
 
@@ -756,9 +758,9 @@ def test_nobody_to_ask_is_exit_code_4(wounded: Overlay) -> None:
             for verb in ("map", "check", "logs", "top", "web", "drain")
         ),
         (["127.0.0.1", "9" * 5000], "is not a port"),
-        (["127.0.0.1", "1", "chek"], "no verb 'chek'; 'check' is one"),
+        (["127.0.0.1", "1", "chek"], "no verb 'chek'; the nearest is 'check'"),
         (["127.0.0.1", "1", "fly"], "no verb 'fly'; there are ask, map, check"),
-        (["chek", "overlay.json"], "no verb 'chek'; 'check' is one"),
+        (["chek", "overlay.json"], "no verb 'chek'; the nearest is 'check'"),
         (["127.0.0.1", "1", "--payload", "@no-such-file"], "cannot read 'no-such-file'"),
         (["127.0.0.1", "1", "--deadline", "0"], "'0' is not a number of seconds above 0"),
         (["127.0.0.1", "1", "--deadline", "nan"], "'nan' is not a number of seconds"),
@@ -780,7 +782,7 @@ def test_wrong_arguments_get_one_sentence(
     monkeypatch.setattr(sys, "argv", ["client.py", *words])
 
     with pytest.raises(SystemExit) as end:
-        script.guarded(script.main, "client.py")
+        sys.exit(script.main())
 
     said = capsys.readouterr()
     assert end.value.code == 2
@@ -791,19 +793,20 @@ def test_wrong_arguments_get_one_sentence(
 
 @pytest.mark.parametrize(
     "verb",
-    [["127.0.0.1", "1", name] for name in script.VERBS] + [[name] for name in script.OVERALL],
+    [["127.0.0.1", "1", name] for name in script.OF_A_PROCESS]
+    + [[name] for name in script.OF_A_CONFIGURATION],
 )
 def test_a_wrong_option_names_the_help_of_its_verb_and_that_command_shows_it(
     verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["client.py", *verb, "--no-such"])
     with pytest.raises(SystemExit):
-        script.guarded(script.main, "client.py")
+        sys.exit(script.main())
     hint = capsys.readouterr().err.rpartition("; ")[2]
     assert hint.endswith(" --help tells more\n")
     monkeypatch.setattr(sys, "argv", hint.removesuffix(" tells more\n").split())
     with pytest.raises(SystemExit) as end:
-        script.guarded(script.main, "client.py")
+        sys.exit(script.main())
 
     shown = capsys.readouterr().out
     words = ["client.py", "HOST", "PORT", verb[2]] if len(verb) > 1 else ["client.py", *verb]
@@ -815,11 +818,11 @@ def test_a_wrong_option_names_the_help_of_its_verb_and_that_command_shows_it(
 def test_the_help_names_every_verb_and_every_exit_code() -> None:
     done = run("--help")
 
-    for name in script.VERBS.keys() - {"ask"}:
+    for name in script.OF_A_PROCESS.keys() - {"ask"}:
         assert f"client.py HOST PORT {name}" in done.stdout
-    for name in script.OVERALL:
+    for name in script.OF_A_CONFIGURATION:
         assert f"client.py {name} CONFIG" in done.stdout
-    for code in script.Exit:
+    for code in Exit:
         assert f"\n  {int(code):<4} " in done.stdout
 
 
@@ -944,14 +947,17 @@ def test_check_of_a_configuration_shows_every_process(mine: Overlay) -> None:
     assert [p["metrics"]["process_id"] for p in said["processes"]] == list("ABCDEF")
 
 
-def test_check_of_a_configuration_says_how_to_start_who_is_dead(wounded: Overlay) -> None:
-    done = run("check", wounded.path, "--deadline", 1)
+def test_check_of_a_configuration_finds_what_the_doctor_finds(wounded: Overlay) -> None:
+    done = run("check", wounded.path, "--deadline", 2)
+    said = json.loads(run("check", wounded.path, "--deadline", 2, "--json").stdout)
 
-    assert done.returncode == 1
-    assert "5 of 6 processes well" in done.stdout
-    assert f"F: nothing serves at {wounded.address('F')}" in done.stdout
-    assert f"python node.py {wounded.path} F" in done.stdout
-    assert str(wounded.folder / "logs" / "process_f.log") in done.stdout
+    assert done.returncode == said["exit_code"] == 1
+    assert "5 of 6 processes well, 5 of 6 links up" in done.stdout
+    assert "F: nothing listens there: it was not started, or has ended. Start it" in done.stdout
+    assert f"scripts/run.py start {wounded.path}; its log in logs says more" in done.stdout
+    assert "E to F: down for " in done.stdout
+    assert [p["state"] for p in said["processes"]] == ["serves"] * 5 + ["not running"]
+    assert [link["state"] for link in said["links"]].count("down") == 1
 
 
 def test_check_notices_another_configuration_and_another_process(
@@ -966,7 +972,7 @@ def test_check_notices_another_configuration_and_another_process(
     done = run("check", tmp_path / "swapped.json")
 
     assert done.returncode == 1
-    assert "A: it was started with another configuration file" in done.stdout
+    assert "A, B, E, F: it was started with another configuration file" in done.stdout
     assert f"C: process D answers at {mine.address('D')}" in done.stdout
 
 
@@ -993,18 +999,46 @@ def test_check_names_every_problem_of_a_configuration(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 2
 
 
-def test_every_verb_is_one_row() -> None:
+def test_every_verb_is_one_row_and_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    row = script.Verb("Says hello", lambda parser: None, lambda args: seen.append(args.host) or 0)
-    script.VERBS["hello"] = row
-    try:
-        parser, verb, words = script.choose(["somewhere", "5", "hello"])
+    hello: Any = ModuleType("overlay.cli.hello")
+    hello.arguments = lambda parser: None
+    hello.run = lambda args: seen.append(args.host) or 0
+    monkeypatch.setitem(sys.modules, "overlay.cli.hello", hello)
+    monkeypatch.setitem(script.OF_A_PROCESS, "hello", "Says hello")
+    monkeypatch.setattr(sys, "argv", ["client.py", "somewhere", "5", "hello"])
 
-        assert verb.run(parser.parse_args(words)) == 0
-        assert "client.py HOST PORT hello" in script.overview()
-    finally:
-        del script.VERBS["hello"]
+    assert script.main() == 0
+    assert "client.py HOST PORT hello" in script.overview()
     assert seen == ["somewhere"]
+
+
+def test_an_installed_program_speaks_of_itself_as_it_was_called(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/overlay", "127.0.0.1", str(free_port()), "check"])
+    assert script.main() == 4
+    assert capsys.readouterr().err.startswith("overlay: nothing serves at 127.0.0.1:")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/overlay", "--help"])
+    assert script.main() == 0
+    shown = capsys.readouterr().out
+    assert "usage: overlay " in shown
+    assert "overlay HOST PORT check " in shown
+    assert "client.py" not in shown
+
+
+def test_a_missing_package_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('no', name='rich')\n")
+    for program in ("client.py", "test_system.py"):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / program), "127.0.0.1", "1"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )
+
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"{program}: the package 'rich' is not installed for this")
 
 
 def test_no_thread_outlives_a_client(mine: Overlay) -> None:

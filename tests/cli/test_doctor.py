@@ -8,45 +8,55 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from overlay.cli import init as addressing
-from overlay.cli.diagnosis import Diagnosis, Finding, Grade, Link, Reach, Said, Seen
-from overlay.cli.doctor import told
+from overlay.cli.diagnosis import Diagnosis, Finding, Grade, Observation, Reach
+from overlay.cli.doctor import advice
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
+from overlay.transport.codec import pb2
 from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes
 
 SHIPPED = load(ROOT / "two_hosts_config.json")
-UP = {
-    process.id: tuple(Link(n.id, "up", 5.0, "", 0.5) for n in SHIPPED.below(process.id))
-    for process in SHIPPED.processes.values()
-}
 PC, MAC = "Windows-AMD64", "Darwin-arm64"
 
 
-def answering(process_id: str, **changes: Any) -> Seen:
+def sees(
+    process_id: str, state: str = "up", since_s: float = 5.0, reason: str = ""
+) -> pb2.Neighbour:
+    return pb2.Neighbour(process_id=process_id, state=state, since_s=since_s, reason=reason)
+
+
+UP = {
+    process.id: [sees(n.id) for n in SHIPPED.below(process.id)]
+    for process in SHIPPED.processes.values()
+}
+
+
+def answering(process_id: str, clock_s: float = 0.0, **changes: Any) -> Observation:
     system = PC if SHIPPED.processes[process_id].host == "192.168.1.1" else MAC
-    said = Said(process_id, "1.0", system, SHIPPED.digest, links=UP[process_id])
-    return Seen(Reach.OPEN, replace(said, **changes), is_here=system == PC)
+    fields = {"version": "1.0", "platform": system, "config_digest": SHIPPED.digest}
+    fields |= {"is_healthy": True, "neighbours": UP[process_id], **changes}
+    metrics = pb2.MetricsResponse(process_id=process_id, **fields)
+    return Observation(Reach.OPEN, metrics, clock_s=clock_s, is_here=system == PC)
 
 
-def diagnosis(**seen: Seen) -> Diagnosis:
-    """As the PC finds the six, all well but for those given."""
-    all_seen = {i: answering(i) for i in SHIPPED.processes}
-    return Diagnosis(SHIPPED, {**all_seen, **seen}, "1.0", 1, "Windows", "mine.json")
+def diagnosis(**observed: Observation) -> Diagnosis:
+    """As the PC finds the six, all well except those given."""
+    all_observed = {i: answering(i) for i in SHIPPED.processes} | observed
+    return Diagnosis(SHIPPED, all_observed, "1.0", 1, "Windows", "mine.json")
 
 
-def of(process_id: str, **seen: Seen) -> Finding:
-    return diagnosis(**seen).of_process(SHIPPED.processes[process_id])
+def of(process_id: str, **observed: Observation) -> Finding:
+    return diagnosis(**observed).of_process(SHIPPED.processes[process_id])
 
 
-def link(asker: str, asked: str, **seen: Seen) -> Finding:
-    return diagnosis(**seen).of_link(SHIPPED.processes[asker], SHIPPED.processes[asked])
+def link(asker: str, asked: str, **observed: Observation) -> Finding:
+    return diagnosis(**observed).of_link(SHIPPED.processes[asker], SHIPPED.processes[asked])
 
 
 def test_nothing_is_said_of_what_is_well():
@@ -59,25 +69,26 @@ def test_nothing_is_said_of_what_is_well():
 @pytest.mark.parametrize(
     ("who", "seen", "state", "why", "do"),
     [
-        ("D", Seen(Reach.REFUSED, None, True), "not running", "nothing listens",
+        ("D", Observation(Reach.REFUSED, is_here=True), "not running", "nothing listens",
          r"here: py scripts\run.py start mine.json"),
-        ("F", Seen(Reach.REFUSED), "not running", "nothing listens",
+        ("F", Observation(Reach.REFUSED), "not running", "nothing listens",
          "on 192.168.1.2: python3 scripts/run.py start mine.json"),
-        ("F", Seen(Reach.SILENT), "silent", "C and E at 192.168.1.2 can be reached",
+        ("F", Observation(Reach.SILENT), "silent", "C and E at 192.168.1.2 can be reached",
          "System Settings, Network, Firewall"),
-        ("D", Seen(Reach.SILENT, None, True), "silent", "a firewall closes the port",
+        ("D", Observation(Reach.SILENT, is_here=True), "silent", "a firewall closes the port",
          "netsh advfirewall firewall add rule name=\"overlay\" dir=in action=allow protocol=TCP "
          "localport=50051-50054"),
-        ("F", Seen(Reach.NO_WAY), "no way", "another network", "ipconfig getifaddr en0"),
-        ("F", Seen(Reach.NO_NAME), "no address", "'192.168.1.2' is no name", "correct its host"),
-        ("F", Seen(Reach.OPEN), "no answer", "another program",
+        ("F", Observation(Reach.NO_ROUTE), "no route", "another network", "ipconfig getifaddr en0"),
+        ("F", Observation(Reach.NO_NAME), "no address", "the name '192.168.1.2'",
+         "correct its host"),
+        ("F", Observation(Reach.OPEN), "no answer", "another program",
          "on 192.168.1.2: lsof -nP -iTCP:50056 -sTCP:LISTEN"),
-        ("D", Seen(Reach.OPEN, None, True), "no answer", "frozen",
+        ("D", Observation(Reach.OPEN, is_here=True), "no answer", "frozen",
          "here: netstat -ano | findstr :50054"),
-        ("F", answering("C"), "is C", "process C of another start answers at 192.168.1.2:50056",
+        ("F", answering("C"), "is C", "process C answers at 192.168.1.2:50056",
          "change the port"),
-        ("F", answering("F", is_healthy=False), "stops", "being stopped", "start mine.json"),
-        ("F", answering("F", digest="other"), "other file", "another configuration",
+        ("F", answering("F", is_healthy=False), "stopping", "being stopped", "start mine.json"),
+        ("F", answering("F", config_digest="other"), "other config", "another configuration",
          "copy two_hosts_config.json to every machine"),
         ("F", answering("F", version="2.0", wire_format=2), "other release",
          "it runs version 2.0, which does not understand 1.0", "put the same folder"),
@@ -86,7 +97,7 @@ def test_nothing_is_said_of_what_is_well():
     ],
 )  # fmt: skip
 def test_each_trouble_has_its_cause_and_its_remedy(
-    who: str, seen: Seen, state: str, why: str, do: str
+    who: str, seen: Observation, state: str, why: str, do: str
 ) -> None:
     found = of(who, **{who: seen})
 
@@ -99,7 +110,7 @@ def test_each_trouble_has_its_cause_and_its_remedy(
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"version": "0.9"}, "it runs version 0.9, here is 1.0"),
+        ({"version": "0.9"}, "it runs version 0.9; this machine has 1.0"),
         ({"clock_s": -83.2}, "its clock is 83 s behind this one's"),
         ({"clock_s": 5.1}, "its clock is 5 s ahead of this one's"),
     ],
@@ -111,30 +122,44 @@ def test_what_does_no_harm_is_only_noted(changes: dict[str, Any], why: str) -> N
     assert found.why == why
 
 
+def test_where_the_package_is_installed_no_script_is_named() -> None:
+    observed = {i: Observation(Reach.REFUSED, is_here=True) for i in SHIPPED.processes}
+    asked = Diagnosis(SHIPPED, observed, "1.0", 1, "Linux", "mine.json", is_installed=True)
+
+    found = asked.of_process(SHIPPED.processes["F"])
+
+    assert found.do == "start it here: overlay-node mine.json F; its log in logs says more"
+
+
 def test_where_nothing_is_known_of_the_other_machine_both_systems_are_told():
-    silent = {i: Seen(Reach.SILENT) for i in "CEF"}
+    silent = {i: Observation(Reach.SILENT) for i in "CEF"}
 
     found = [of(i, **silent) for i in "CEF"]
 
     assert "off, another address, or a firewall" in found[0].why
     assert "the firewall on 192.168.1.2: Windows, as administrator: netsh" in found[0].do
     assert "Mac: System Settings" in found[0].do
-    assert len(told([(i, finding) for i, finding in zip("CEF", found, strict=True)])) == 1
+    assert len(advice([(i, finding) for i, finding in zip("CEF", found, strict=True)])) == 1
 
 
 def test_a_link_that_is_down_between_two_that_answer_here_is_the_firewalls():
-    down = (Link("F", "down", 12.4, "no answer in time"), Link("D", "up"))
+    down = [sees("F", "down", 12.4, "no answer in time"), sees("D")]
 
-    found = link("E", "F", E=answering("E", links=down))
+    found = link("E", "F", E=answering("E", neighbours=down))
 
     assert found.grade is Grade.BAD
-    assert found.why == "for 12 s: no answer in time"
-    assert "F answers here, not there: a firewall on 192.168.1.2: System Settings" in found.do
+    assert found.why == "down for 12 s: no answer in time"
+    assert (
+        "F answers here but not there: open the firewall on 192.168.1.2: System Settings"
+        in found.do
+    )
 
 
 def test_a_link_between_two_that_answer_here_comes_back_or_its_asker_knows_why():
     found = [
-        link("A", "B", A=answering("A", links=(Link("B", "down", since_s, "it does not know"),)))
+        link(
+            "A", "B", A=answering("A", neighbours=[sees("B", "down", since_s, "it does not know")])
+        )
         for since_s in (2.0, 60.0)
     ]
 
@@ -143,17 +168,17 @@ def test_a_link_between_two_that_answer_here_comes_back_or_its_asker_knows_why()
 
 
 def test_a_link_to_a_process_that_is_gone_points_at_the_process():
-    down = (Link("F", "down", 2.0), Link("D", "up"))
+    down = [sees("F", "down", 2.0), sees("D")]
 
-    found = link("E", "F", E=answering("E", links=down), F=Seen(Reach.REFUSED))
+    found = link("E", "F", E=answering("E", neighbours=down), F=Observation(Reach.REFUSED))
 
     assert (found.grade, found.do) == (Grade.BAD, "see F above")
 
 
 def test_of_the_links_of_one_who_is_silent_nothing_is_said():
-    found = link("E", "F", E=Seen(Reach.SILENT))
+    found = link("E", "F", E=Observation(Reach.SILENT))
 
-    assert (found.state, found.why) == ("not known", "")
+    assert (found.state, found.why) == ("unknown", "")
 
 
 # On real processes
@@ -212,7 +237,7 @@ def test_a_frozen_one_and_another_program_on_the_port_are_told_from_one_that_is_
         "D": "no answer",
         "F": "not running",
     }
-    assert {states[i] for i in "ABE"} == {"other file"}
+    assert {states[i] for i in "ABE"} == {"other config"}
 
 
 def test_when_nothing_answers_the_exit_code_says_so(tmp_path: Path) -> None:
@@ -222,7 +247,10 @@ def test_when_nothing_answers_the_exit_code_says_so(tmp_path: Path) -> None:
     done = doctor(path)
 
     assert done.returncode == 4
-    assert "A, B, C, D, E, F: nothing listens there: not started, or ended. Here:" in done.stdout
+    assert (
+        "A, B, C, D, E, F: nothing listens there: it was not started, or has ended. Start it here:"
+        in done.stdout
+    )
 
 
 def test_a_machine_that_has_no_address_of_the_file_is_told_its_own(tmp_path: Path) -> None:
@@ -233,7 +261,7 @@ def test_a_machine_that_has_no_address_of_the_file_is_told_its_own(tmp_path: Pat
     done = doctor(path)
 
     assert "none of them is on this machine, which has" in done.stdout
-    assert done.stdout.count("is no name that this machine knows") == 2
+    assert done.stdout.count("this machine does not know the name") == 2
     assert not done.stderr
 
 
@@ -289,14 +317,14 @@ def test_one_machine_will_do_and_the_summary_has_all_its_processes(file: Path, a
     done = init(file, said=f"{answer}\n" * 2)
 
     assert done.returncode == 0, done.stderr
-    assert "One machine will do too" in done.stdout
+    assert "One machine is enough" in done.stdout
     assert addressing.OF_ONE_HOST in done.stdout
     (host,) = set(hosts_in(file).split())
     written = done.stdout.partition(f"{host}: ")[2]
     assert [word for word in written.split() if word in tuple("ABCDEF")] == list("ABDCEF")
     assert "(this machine)" in written
     assert "It is for one machine; start it there" in written
-    assert "Beware" not in written
+    assert "Careful" not in written
     assert "every machine" not in written
 
 

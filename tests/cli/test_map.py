@@ -167,7 +167,7 @@ def test_failures_do_not_stop_the_others_and_keep_the_lines_aligned(six: Overlay
     complaints = done.stderr.decode().splitlines()
     assert len(complaints) == 12
     assert re.match(r"client.py: line 2: [CDF]: handler 'picky' failed; error id ", complaints[0])
-    assert complaints[10] == "client.py: there are more; they are counted at the end"
+    assert complaints[10] == "client.py: further ones are only counted, at the end"
     assert complaints[11].startswith("client.py: 20 of 40 answered in ")
     assert complaints[11].endswith("; 20 failed: 20 INTERNAL")
 
@@ -243,7 +243,7 @@ def test_a_result_without_a_worker_is_told_and_makes_exit_code_6(
         (["{file}", "--out-folder", "x"], "--out-folder needs a folder as input"),
         (["{folder}", "--out-folder", "{folder}"], "its files would be overwritten"),
         (["{file}", "--out", "{file}"], "is an input: it would be overwritten"),
-        (["{folder}", "--out", "x", "--out-folder", "y"], "cannot be together"),
+        (["{folder}", "--out", "x", "--out-folder", "y"], "exclude each other"),
         (["{file}", "--failed", "{file}"], "is an input: it would be overwritten"),
         (["{file}", "--failed", "-"], "--failed needs a file of its own"),
         (["@{file}", "{file}"], "is a list of files, which has to be the only input"),

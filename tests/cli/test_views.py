@@ -118,7 +118,7 @@ def test_the_charts_are_as_long_as_what_is_known(page):
         drawCharts({ completed: [null, ...Array(points).fill(7)] }, 1, 300);
         const chart = document.querySelector("#charts svg");
         const line = chart.querySelector(".line").getAttribute("d");
-        return [line.match(/^M([0-9.]+) /)[1], chart.textContent, document.querySelector("#courses-when").textContent];
+        return [line.match(/^M([0-9.]+) /)[1], chart.textContent, document.querySelector("#series-when").textContent];
     }"""  # noqa: E501
     for points, axis in ((72, "1 min 12 s"), (299, "4 min 59 s"), (300, "5 min")):
         begin, texts, title = page.evaluate(drawn, points)
@@ -267,13 +267,13 @@ def got(url: str, **headers: str) -> Any:
 
 
 def test_a_name_that_somebody_elses_page_led_here_gets_nothing(address):
-    assert got(address + "picture", Host="evil.example").status == 403
-    assert got(address + "picture", Host="127.0.0.1.evil.example").status == 403
-    assert got(address + "picture", Host="localhost:1").status == 200
+    assert got(address + "snapshot", Host="evil.example").status == 403
+    assert got(address + "snapshot", Host="127.0.0.1.evil.example").status == 403
+    assert got(address + "snapshot", Host="localhost:1").status == 200
 
 
 def test_every_answer_forbids_scripts_and_addresses_from_elsewhere(address):
-    for path in ("", "page.js", "picture", "missing"):
+    for path in ("", "page.js", "snapshot", "missing"):
         policy = got(address + path).headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
@@ -286,7 +286,7 @@ def test_no_file_of_the_page_names_an_address():
 
 
 def test_the_server_only_reads(address):
-    request = urllib.request.Request(address + "picture", data=b"{}", method="POST")
+    request = urllib.request.Request(address + "snapshot", data=b"{}", method="POST")
 
     with pytest.raises(urllib.error.HTTPError, match="405"):
         urllib.request.urlopen(request, timeout=10)
@@ -316,7 +316,7 @@ def test_one_page_too_many_takes_the_place_of_the_longest_open(address):
 
 
 def is_ended(page: Any) -> bool:
-    """Whether no more pictures come, once what came before has been read."""
+    """Whether no more snapshots come, once what came before has been read."""
     until_ = time.monotonic() + 10
     try:
         while time.monotonic() < until_:
@@ -327,11 +327,11 @@ def is_ended(page: Any) -> bool:
     return False
 
 
-def test_a_slow_viewer_gets_the_newest_picture_and_none_in_between():
+def test_a_slow_viewer_gets_the_newest_snapshot_and_none_in_between():
     async def view() -> list[bytes]:
         page = web.Page(Poller("127.0.0.1:1"), loopback_only=True)
         page._begin()
-        viewer = page._pictures(web._Viewer("127.0.0.1", lambda: None))
+        viewer = page._snapshots(web._Viewer("127.0.0.1", lambda: None))
         await anext(viewer)  # the first words; then it is slow
         waiting = asyncio.ensure_future(anext(viewer))
         await asyncio.sleep(0)

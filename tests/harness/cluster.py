@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from overlay.transport import codec
+from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.forks import LINUX, Fork, Nursery
 from tests.harness.machine import ROOT, NotReached, free_port, free_ports, program, until
@@ -104,7 +104,7 @@ class Overlay:
     def channel(self, process_id: str) -> grpc.Channel:
         if process_id not in self._channels:
             address = self.address(process_id)
-            self._channels[process_id] = grpc.insecure_channel(address, codec.channel_options())
+            self._channels[process_id] = grpc.insecure_channel(address, endpoints.channel_options())
         return self._channels[process_id]
 
     def metrics(self, process_id: str) -> pb2.MetricsResponse:

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 SLOWLY = {
     b"": "nothing",
     b"GET /metrics HT": "the beginning",
-    b"GET /picture HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n": "a request, and then nothing",
-    b"POST /picture HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\nx": "half a body",
+    b"GET /snapshot HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n": "a request, and then nothing",
+    b"POST /snapshot HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\nx": "half a body",
 }
 FRAMES = b"GET /frames HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 

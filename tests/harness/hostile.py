@@ -19,7 +19,7 @@ import grpc
 import psutil
 
 from overlay.model.limits import Limits
-from overlay.transport import codec
+from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 
 Says = Callable[[pb2.Segment], Iterable[pb2.Slice]]
@@ -60,7 +60,7 @@ class Hostile(pb2_grpc.OverlayNodeServicer):
         self._pids = itertools.count(1)
         self._pid = next(self._pids)
         self._pool = ThreadPoolExecutor(16)
-        options = [*codec.server_options(Limits()), ("grpc.max_send_message_length", -1)]
+        options = [*endpoints.server_options(Limits()), ("grpc.max_send_message_length", -1)]
         self._server = grpc.server(self._pool, options=options)
         pb2_grpc.add_OverlayNodeServicer_to_server(self, self._server)
         pb2_grpc.add_OverlayAdminServicer_to_server(_Admin(), self._server)

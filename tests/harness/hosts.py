@@ -31,7 +31,7 @@ from typing import Any
 import grpc
 
 from overlay.model.segments import Executed
-from overlay.transport import codec
+from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2
 from tests.harness.cluster import NODE, ROOT, Overlay, environment
 from tests.harness.forks import Fork, Nursery
@@ -362,7 +362,7 @@ def call_as_told() -> None:
     for line in sys.stdin:
         number, address, method, text, timeout, wait = json.loads(line)
         if address not in channels:
-            channels[address] = grpc.insecure_channel(address, codec.channel_options())
+            channels[address] = grpc.insecure_channel(address, endpoints.channel_options())
         ask = channels[address].unary_unary(method)  # bytes in, bytes out
         began = time.monotonic()
         call = ask.future(base64.b64decode(text), timeout=timeout, wait_for_ready=wait)

@@ -21,7 +21,7 @@ import grpc
 import psutil
 
 from overlay.model.segments import Mode
-from overlay.transport import codec
+from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.cluster import IDS, Overlay, until
 
@@ -131,7 +131,7 @@ class Bystander:
         self.answers = 0
         self.slowest_s = 0.0
         self.wrong: list[str] = []
-        self._channel = grpc.insecure_channel(address, codec.channel_options())
+        self._channel = grpc.insecure_channel(address, endpoints.channel_options())
         self._stub = pb2_grpc.OverlayNodeStub(self._channel)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._ask_on, name="bystander", daemon=True)

@@ -1,11 +1,11 @@
-"""Rates, courses, health and what a screen has room for: from answers made up here."""
+"""Rates, series, health and what a screen has room for: from answers made up here."""
 
 from __future__ import annotations
 
 import pytest
 
 from overlay.cli.top_view import LETTERS, SHAPES, lines
-from overlay.monitor.snapshot import ALL, Known, Look, Wanted, health, picture
+from overlay.monitor.snapshot import ALL, Polled, PollResult, RequestFilter, health, snapshot
 from overlay.monitor.timeseries import Timeseries, quantile
 from overlay.transport.codec import pb2
 
@@ -21,12 +21,12 @@ def sees(process_id: str, state: str = "up", **fields) -> pb2.Neighbour:
     return pb2.Neighbour(process_id=process_id, state=state, **{"health": "healthy", **fields})
 
 
-def looks_of(*answers: pb2.MetricsResponse, **silent: Look) -> dict[str, Look]:
-    return {m.process_id: Look(10.0, m) for m in answers} | silent
+def results_of(*answers: pb2.MetricsResponse, **silent: PollResult) -> dict[str, PollResult]:
+    return {m.process_id: PollResult(10.0, m) for m in answers} | silent
 
 
-def many(workers: int, wanted: Wanted = ALL, **leader) -> dict:
-    """The picture of a leader, a team leader and so many workers, all well."""
+def many(workers: int, wanted: RequestFilter = ALL, **leader) -> dict:
+    """The snapshot of a leader, a team leader and so many workers, all well."""
     ids = ["A", "B", *(f"W{n}" for n in range(workers))]
     roles = {i: ROLES.get(i, "worker") for i in ids}
     topology = [
@@ -34,66 +34,67 @@ def many(workers: int, wanted: Wanted = ALL, **leader) -> dict:
         for n, i in enumerate(ids)
     ]
     links = {"A": [sees("B")], "B": [sees(i) for i in ids[2:]]}
-    looks = {
-        i: Look(0.0, said(i, role=roles[i], neighbours=links.get(i, ()), **leader)) for i in ids
+    results = {
+        i: PollResult(0.0, said(i, role=roles[i], neighbours=links.get(i, ()), **leader))
+        for i in ids
     }
-    histories = {i: Timeseries() for i in ids}
-    for history in histories.values():
-        history.point()
-    known = Known("10.0.0.0:50051", "A", topology, looks, histories, [])
-    return picture(known, 1.0, 1e9, wanted) | {"round": 1, "interval_s": 1.0}
+    timeseries = {i: Timeseries() for i in ids}
+    for series in timeseries.values():
+        series.add_point()
+    polled = Polled("10.0.0.0:50051", "A", topology, results, timeseries, [])
+    return snapshot(polled, 1.0, 1e9, wanted) | {"round": 1, "interval_s": 1.0}
 
 
 # Rates
 
 
-def test_rates_are_what_was_counted_between_two_looks():
-    history = Timeseries()
+def test_rates_are_what_was_counted_between_two_answers():
+    timeseries = Timeseries()
 
-    history.saw(said("A", received=10, completed=4, neighbours=[sees("B", asked=7)]), 1.0)
-    history.saw(said("A", received=30, completed=14, neighbours=[sees("B", asked=17)]), 3.0)
+    timeseries.answered(said("A", received=10, completed=4, neighbours=[sees("B", asked=7)]), 1.0)
+    timeseries.answered(said("A", received=30, completed=14, neighbours=[sees("B", asked=17)]), 3.0)
 
-    assert (history.rates["received"], history.rates["completed"]) == (10, 5)
-    assert history.asked == {"B": 5}
-
-
-def test_a_process_that_was_restarted_has_no_rates_until_its_second_look():
-    history = Timeseries()
-    history.saw(said("A", completed=400), 1.0)
-
-    history.saw(said("A", completed=2, pid=2), 2.0)
-    assert history.rates == {}
-
-    history.saw(said("A", completed=4, pid=2), 3.0)
-    assert history.rates["completed"] == 2
+    assert (timeseries.rates["received"], timeseries.rates["completed"]) == (10, 5)
+    assert timeseries.asked == {"B": 5}
 
 
-def test_what_a_process_uses_is_known_from_its_second_look():
-    history = Timeseries()
-    history.saw(said("A", cpu_s=3.0, memory_bytes=1), 1.0)
-    assert history.cores is None
+def test_a_process_that_was_restarted_has_no_rates_until_its_second_answer():
+    timeseries = Timeseries()
+    timeseries.answered(said("A", completed=400), 1.0)
 
-    history.saw(said("A", cpu_s=4.0, memory_bytes=1), 3.0)
-    assert history.cores == 0.5
+    timeseries.answered(said("A", completed=2, pid=2), 2.0)
+    assert timeseries.rates == {}
 
-    history.missed()
-    history.saw(said("A"), 4.0)
-    history.saw(said("A"), 5.0)
-    assert history.cores is None, "an older release tells neither"
+    timeseries.answered(said("A", completed=4, pid=2), 3.0)
+    assert timeseries.rates["completed"] == 2
 
 
-def test_a_course_has_a_hole_where_the_process_gave_no_answer():
-    history = Timeseries()
+def test_what_a_process_uses_is_known_from_its_second_answer():
+    timeseries = Timeseries()
+    timeseries.answered(said("A", cpu_s=3.0, memory_bytes=1), 1.0)
+    assert timeseries.cores is None
+
+    timeseries.answered(said("A", cpu_s=4.0, memory_bytes=1), 3.0)
+    assert timeseries.cores == 0.5
+
+    timeseries.failed()
+    timeseries.answered(said("A"), 4.0)
+    timeseries.answered(said("A"), 5.0)
+    assert timeseries.cores is None, "an older release tells neither"
+
+
+def test_a_series_has_a_hole_where_the_process_gave_no_answer():
+    timeseries = Timeseries()
 
     for count in (0, 3, None, 9, 12):
         if count is None:
-            history.missed()
+            timeseries.failed()
         else:
-            history.saw(said("A", completed=count), float(count))
-        history.point()
+            timeseries.answered(said("A", completed=count), float(count))
+        timeseries.add_point()
 
-    assert history.course("completed") == [None, 1.0, None, None, 1.0]
-    assert history.course("completed", 2) == [None, 1.0]
+    assert timeseries.series("completed") == [None, 1.0, None, None, 1.0]
+    assert timeseries.series("completed", 2) == [None, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -114,29 +115,35 @@ def test_a_quantile_lies_on_a_straight_line_in_its_bucket(counts, part, value):
 
 
 @pytest.mark.parametrize(
-    ("looks", "name", "why"),
+    ("results", "name", "why"),
     [
-        (looks_of(said("A"), C=Look(4.0)), "asking", ""),
-        (looks_of(said("A"), said("C")), "well", ""),
-        (looks_of(said("A"), C=Look(4.0, said("C"), "refused")), "gone", "refused"),
+        (results_of(said("A"), C=PollResult(4.0)), "asking", ""),
+        (results_of(said("A"), said("C")), "well", ""),
+        (results_of(said("A"), C=PollResult(4.0, said("C"), "refused")), "gone", "refused"),
         (
-            looks_of(said("A", neighbours=[sees("C")]), C=Look(4.0, None, "no answer")),
+            results_of(said("A", neighbours=[sees("C")]), C=PollResult(4.0, None, "no answer")),
             "unseen",
             "no answer; but A can reach it",
         ),
         (
-            looks_of(said("A", neighbours=[sees("C", "down")]), C=Look(4.0, None, "no answer")),
+            results_of(
+                said("A", neighbours=[sees("C", "down")]), C=PollResult(4.0, None, "no answer")
+            ),
             "gone",
             "no answer",
         ),
-        (looks_of(said("A"), C=Look(10.0, said("X"))), "gone", "process X answers at its address"),
         (
-            looks_of(said("A"), said("C", config_digest="other")),
+            results_of(said("A"), C=PollResult(10.0, said("X"))),
+            "gone",
+            "process X answers at its address",
+        ),
+        (
+            results_of(said("A"), said("C", config_digest="other")),
             "impaired",
             "reads another configuration than A",
         ),
         (
-            looks_of(
+            results_of(
                 said("A", neighbours=[sees("C", health="slow", health_reason="3x")]), said("C")
             ),
             "impaired",
@@ -144,36 +151,36 @@ def test_a_quantile_lies_on_a_straight_line_in_its_bucket(counts, part, value):
         ),
     ],
 )
-def test_a_process_is_what_it_says_and_what_those_say_who_ask_it(looks, name, why):
-    found = health("C", looks, "A", now=12.0)
+def test_a_process_is_what_it_says_and_what_those_say_who_ask_it(results, name, why):
+    found = health("C", results, "A", now=12.0)
 
     assert (found.name, found.why) == (name, why)
 
 
 def test_a_process_that_stops_is_told_from_one_that_is_gone():
-    looks = looks_of(said("A"), said("C", is_healthy=False))
+    results = results_of(said("A"), said("C", is_healthy=False))
 
-    assert health("C", looks, "A", now=12.0).name == "stopping"
+    assert health("C", results, "A", now=12.0).name == "stopping"
 
 
 def test_a_process_counts_as_gone_since_its_last_answer():
-    looks = looks_of(said("A"), C=Look(4.0, said("C"), "refused"))
+    results = results_of(said("A"), C=PollResult(4.0, said("C"), "refused"))
 
-    assert health("C", looks, "A", now=12.0).for_s == 8.0
+    assert health("C", results, "A", now=12.0).for_s == 8.0
 
 
 def test_one_that_never_answered_here_is_gone_for_as_long_as_others_miss_it():
     down = sees("C", "down", since_s=300.0)
-    looks = looks_of(said("A", neighbours=[down]), C=Look(11.0, None, "refused"))
+    results = results_of(said("A", neighbours=[down]), C=PollResult(11.0, None, "refused"))
 
-    assert health("C", looks, "A", now=12.0).for_s == 300.0
+    assert health("C", results, "A", now=12.0).for_s == 300.0
 
 
 def test_the_words_of_a_process_that_is_gone_about_its_links_do_not_count():
-    old = Look(4.0, said("B", neighbours=[sees("C")]), "refused")
-    looks = looks_of(said("A"), B=old, C=Look(4.0, None, "no answer"))
+    old = PollResult(4.0, said("B", neighbours=[sees("C")]), "refused")
+    results = results_of(said("A"), B=old, C=PollResult(4.0, None, "no answer"))
 
-    assert health("C", looks, "A", now=12.0).name == "gone"
+    assert health("C", results, "A", now=12.0).name == "gone"
 
 
 def test_a_clock_that_is_wrong_shifts_no_event():
@@ -186,13 +193,13 @@ def test_a_clock_that_is_wrong_shifts_no_event():
 @pytest.mark.parametrize(
     ("wanted", "ids"),
     [
-        (Wanted(), [1, 2, 3]),
-        (Wanted(failed=True), [2]),
-        (Wanted(handler="thumb"), [2, 3]),
-        (Wanted(handler="thumb", failed=True), [2]),
-        (Wanted(caller="10.0.0.9"), [1, 2]),
-        (Wanted(request_id="3"), [3]),
-        (Wanted(request_id="A0"), []),
+        (RequestFilter(), [1, 2, 3]),
+        (RequestFilter(failed=True), [2]),
+        (RequestFilter(handler="thumb"), [2, 3]),
+        (RequestFilter(handler="thumb", failed=True), [2]),
+        (RequestFilter(caller="10.0.0.9"), [1, 2]),
+        (RequestFilter(request_id="3"), [3]),
+        (RequestFilter(request_id="A0"), []),
     ],
 )
 def test_of_the_requests_only_those_that_are_wanted_are_shown(wanted, ids):
@@ -212,7 +219,7 @@ def test_of_the_requests_only_those_that_are_wanted_are_shown(wanted, ids):
 
 @pytest.mark.parametrize("workers", [1, 4, 60, 300])
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 10), (200, 60)])
-def test_any_picture_fits_the_screen(workers, width, height):
+def test_any_snapshot_fits_the_screen(workers, width, height):
     drawn = lines(many(workers), width, height, SHAPES)
 
     assert len(drawn) <= height

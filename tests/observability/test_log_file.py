@@ -300,7 +300,7 @@ ACTS = [
     logging.root.manager.loggerDict.clear,
 ]
 
-ours = logging.getLogger("overlay.executor")
+ours = logging.getLogger("overlay.workers.job")
 log = ProcessLog(Path(sys.argv[1]), "C")
 log.start()
 for n, act in enumerate(ACTS):
@@ -321,7 +321,7 @@ def test_nothing_that_is_done_to_logging_silences_the_log(tmp_path):
 
 
 def test_a_log_that_was_stopped_leaves_its_loggers_as_they_were(tmp_path):
-    ours = logging.getLogger("overlay.executor")
+    ours = logging.getLogger("overlay.workers.job")
     with logging_to(tmp_path / "c.log"):
         assert type(ours) is not logging.Logger
         ours.setLevel(logging.DEBUG)

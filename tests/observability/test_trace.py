@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from overlay.model.segments import Answers, Code, Column, Executed, Failure, Hop, Part, PartColumn
-from overlay.observability import trace as story
+from overlay.observability import trace
 
 DOWN = Failure(Code.UNAVAILABLE, "the link is down", Executed.NO)
 
@@ -20,7 +20,7 @@ def ids(trace: tuple[Hop, ...]) -> str:
 def test_the_process_above_sees_a_trace_one_deeper_and_how_long_it_took():
     answers = Answers(1, (), trace=(Hop("B", 1, 2), Hop("C", 3, 4, 1)))
 
-    seen = story.below(answers, 0.001).trace
+    seen = trace.below(answers, 0.001).trace
 
     assert seen == (Hop("B", 1, 2, 1, away_us=1000), Hop("C", 3, 4, 2))
 
@@ -28,7 +28,7 @@ def test_the_process_above_sees_a_trace_one_deeper_and_how_long_it_took():
 def test_a_worker_tells_its_handlers_time_and_not_its_whole_stay():
     answers = Answers(1, (column("C", "A", "B", "C"),), ("C",))
 
-    assert story.trace_of_worker("C", answers) == (Hop("C", 5, 7),)
+    assert trace.trace_of_worker("C", answers) == (Hop("C", 5, 7),)
 
 
 def test_a_trace_is_the_own_hop_and_then_what_the_answers_tell():
@@ -36,17 +36,17 @@ def test_a_trace_is_the_own_hop_and_then_what_the_answers_tell():
     parts = column("C", "A", "B", "C"), column("F", "A", "E", "F")
     answers = Answers(1, parts, ("A", "B", "C", "E", "F"), None, told)
 
-    assert story.trace_of("A", 10, 20, answers) == (Hop("A", 10, 20), *told)
+    assert trace.trace_of("A", 10, 20, answers) == (Hop("A", 10, 20), *told)
 
 
 def test_where_nothing_was_told_the_parts_know_the_way_and_the_workers_times():
     parts = column("C", "A", "B", "C"), column("D", "A", "E", "D"), column("F", "A", "E", "F")
     answers = Answers(1, parts, ("A", "B", "C", "E", "D", "F"))
 
-    trace = story.trace_of("A", 10, 20, answers)
+    made = trace.trace_of("A", 10, 20, answers)
 
-    assert ids(trace) == "A0 B1 C2 E1 D2 F2"
-    assert (trace[1].worked_us, trace[2].worked_us) == (0, 7)
+    assert ids(made) == "A0 B1 C2 E1 D2 F2"
+    assert (made[1].worked_us, made[2].worked_us) == (0, 7)
 
 
 def test_a_branch_that_told_and_one_that_did_not_keep_their_order():
@@ -55,15 +55,15 @@ def test_a_branch_that_told_and_one_that_did_not_keep_their_order():
     parts = column("C", "A", "B", "C"), missing, column("F", "A", "E", "F")
     answers = Answers(1, parts, ("A", "B", "C", "E", "F"), None, told)
 
-    assert ids(story.trace_of("A", 0, 0, answers)) == "A0 B1 C2 E1 D2 F2"
+    assert ids(trace.trace_of("A", 0, 0, answers)) == "A0 B1 C2 E1 D2 F2"
 
 
 def test_a_worker_that_was_never_reached_is_in_the_trace_with_its_code():
     parts = column("C", "A", "B", "C"), column("F", failed=DOWN)
-    trace = story.trace_of("A", 0, 0, Answers(1, parts, ("A", "B", "C")))
+    made = trace.trace_of("A", 0, 0, Answers(1, parts, ("A", "B", "C")))
 
-    assert ids(trace) == "A0 B1 C2 F1"
-    assert trace[-1].code is Code.UNAVAILABLE
+    assert ids(made) == "A0 B1 C2 F1"
+    assert made[-1].code is Code.UNAVAILABLE
 
 
 def test_a_hop_is_ok_when_one_worker_answered_and_else_says_why_the_first_did_not():
@@ -71,20 +71,20 @@ def test_a_hop_is_ok_when_one_worker_answered_and_else_says_why_the_first_did_no
     refused = Part("A", Code.RESOURCE_EXHAUSTED, "full")
     by_row = PartColumn("F", Column([b""]), (), {0: Failure(Code.INTERNAL, "why")})
 
-    assert story.code_of(Answers(1, (bad, good))) is Code.OK
-    assert story.code_of(Answers(1, (bad, by_row))) is Code.UNAVAILABLE
-    assert story.code_of(Answers(1, (by_row, bad))) is Code.INTERNAL
-    assert story.code_of(Answers(1, (), refused=refused)) is Code.RESOURCE_EXHAUSTED
+    assert trace.code_of(Answers(1, (bad, good))) is Code.OK
+    assert trace.code_of(Answers(1, (bad, by_row))) is Code.UNAVAILABLE
+    assert trace.code_of(Answers(1, (by_row, bad))) is Code.INTERNAL
+    assert trace.code_of(Answers(1, (), refused=refused)) is Code.RESOURCE_EXHAUSTED
 
 
 def test_what_is_not_waiting_or_working_was_on_the_way():
-    trace = (Hop("A", 0, 900), Hop("B", 100, 500, 1, away_us=800), Hop("C", 50, 60, 2))
+    made = (Hop("A", 0, 900), Hop("B", 100, 500, 1, away_us=800), Hop("C", 50, 60, 2))
 
-    assert [way for _, _, way in story.lines(trace)] == [None, 200, None]
+    assert [way for _, _, way in trace.lines(made)] == [None, 200, None]
 
 
 def test_a_trace_is_drawn_as_a_tree():
-    trace = (
+    made = (
         Hop("A"),
         Hop("B", depth=1),
         Hop("C", depth=2),
@@ -93,6 +93,6 @@ def test_a_trace_is_drawn_as_a_tree():
         Hop("F", depth=2),
     )
 
-    names = [name for name, _, _ in story.lines(trace)]
+    names = [name for name, _, _ in trace.lines(made)]
 
     assert names == ["A", "├─ B", "│  └─ C", "└─ E", "   ├─ D", "   └─ F"]

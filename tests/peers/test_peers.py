@@ -39,7 +39,7 @@ from overlay.routing import outlier
 from overlay.routing.outlier import FAILURES, State
 from overlay.server.reception import Reception
 from overlay.server.service import Service
-from overlay.transport import codec
+from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from overlay.transport.stream import ReconnectingStream
 from overlay.workers.api import Context
@@ -804,7 +804,7 @@ class Worker:
             def ForwardStream(self, call, context):
                 return service.forward_stream(call, context)
 
-        self._server = grpc.server(self._pool, options=codec.server_options(topology.limits))
+        self._server = grpc.server(self._pool, options=endpoints.server_options(topology.limits))
         reception = Reception(self._server, self._pool, topology.limits, service.record)
         pb2_grpc.add_OverlayNodeServicer_to_server(Servicer(), reception)
         assert self._server.add_insecure_port(f"127.0.0.1:{port}") == port
@@ -994,7 +994,7 @@ class Lines:
 
     def __init__(self, pair: Pair, patience_s: float) -> None:
         address = pair.topology.processes["C"].address
-        self.channel = grpc.insecure_channel(address, codec.channel_options())
+        self.channel = grpc.insecure_channel(address, endpoints.channel_options())
         self.waiting: list[int] = []
         self.left: list[list[int]] = []
         self.patience_s = patience_s
@@ -1072,7 +1072,9 @@ def test_a_sender_whose_call_is_lost_takes_nothing_of_the_next_call(pair):
         frame.cancels.add(number=1)
         return True
 
-    channel = grpc.insecure_channel(pair.topology.processes["C"].address, codec.channel_options())
+    channel = grpc.insecure_channel(
+        pair.topology.processes["C"].address, endpoints.channel_options()
+    )
     served = threading.Event()
     pipe = ReconnectingStream(
         channel,

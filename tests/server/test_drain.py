@@ -144,7 +144,7 @@ def test_drain_without_waiting_returns_while_the_process_still_works(noted: Note
     done = client_py(noted.six, "C", "drain", "--no-wait", "--grace", "27")
 
     assert done.returncode == 0, done.stderr
-    assert "stopping; what runs has up to 27 s" in done.stdout
+    assert "stopping; running requests have up to 27 s" in done.stdout
     assert not call.done()
     noted.open_gate()
     assert call.result().result == b"x"

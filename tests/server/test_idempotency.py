@@ -22,7 +22,7 @@ import overlay as library
 from overlay.model.errors import (
     AnswerNotKept,
     BadRequest,
-    Cancelled,
+    CallCancelled,
     DeadlinePassed,
     HandlerFailed,
     KeyBusy,
@@ -326,7 +326,7 @@ def test_who_waits_hears_that_nothing_ran_and_the_next_one_asks():
 
 
 @pytest.mark.parametrize(
-    ("code", "error"), [(Code.CANCELLED, Cancelled), (Code.DEADLINE_EXCEEDED, DeadlinePassed)]
+    ("code", "error"), [(Code.CANCELLED, CallCancelled), (Code.DEADLINE_EXCEEDED, DeadlinePassed)]
 )
 @pytest.mark.parametrize("is_late", [False, True])
 def test_who_waits_no_more_is_free_at_once_and_leaves_nothing_behind(code, error, is_late):
@@ -480,7 +480,7 @@ class KeysMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(n for n, some in self.waiting.items() if some)))
         waiter, told = self.waiting[name].pop()
         waiter.end(code)
-        assert isinstance(told.outcome, Cancelled | DeadlinePassed)
+        assert isinstance(told.outcome, CallCancelled | DeadlinePassed)
         self.over.append(told)
 
     @rule(seconds=st.sampled_from([1, 100, 300, 599, 601]))

@@ -9,7 +9,7 @@ import pytest
 
 from overlay.model.errors import (
     BadRequest,
-    Cancelled,
+    CallCancelled,
     HandlerFailed,
     OverlayError,
     PartsFailed,
@@ -29,10 +29,8 @@ from overlay.model.segments import (
     Segment,
 )
 from overlay.observability.counters import BOUNDS_S, RECENT, Meter, Spread, Times
-from overlay.observability.log_throttle import LogThrottle
-from overlay.observability.request_summaries import KEPT, RequestSummaries
-from overlay.observability.token_bucket import TokenBucket
-from overlay.observability.trace import RequestSummary
+from overlay.observability.request_summaries import KEPT, RequestSummaries, RequestSummary
+from overlay.observability.throttle import LogThrottle, TokenBucket
 from overlay.server.request_log import Ended, RequestLog, served
 from tests.harness.cluster import until
 
@@ -177,7 +175,7 @@ def test_a_failure_is_an_event_at_the_one_process_that_knows(
 
 def test_what_its_caller_did_wrong_or_gave_up_worries_nobody(record, caplog):
     record.ended(ended(segment(), (0, BadRequest("no picture"))))
-    record.ended(ended(segment(), (0, Cancelled("the caller left"))))
+    record.ended(ended(segment(), (0, CallCancelled("the caller left"))))
 
     (line,) = caplog.records
     assert (line.levelname, line.kind) == ("INFO", "refusal")

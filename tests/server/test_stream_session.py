@@ -42,7 +42,7 @@ from overlay.server import stream_session
 from overlay.server.background import BackgroundThreads
 from overlay.server.reception import Reception
 from overlay.server.request_log import Ended, RequestLog
-from overlay.transport import codec
+from overlay.transport import codec, endpoints
 from overlay.transport.chunks import Budget
 from overlay.transport.codec import pb2, pb2_grpc
 from overlay.transport.timers import Deadlines
@@ -159,12 +159,12 @@ class Served:
             ahead=Budget(limits.ahead_bytes),
         )
         self._pool = ThreadPoolExecutor(8)
-        self._server = grpc.server(self._pool, options=codec.server_options(limits))
+        self._server = grpc.server(self._pool, options=endpoints.server_options(limits))
         reception = Reception(self._server, self._pool, limits, RequestLog("W", works=True))
         pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), reception)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self.channel = grpc.insecure_channel(
-            f"127.0.0.1:{self.port}", codec.channel_options(limits)
+            f"127.0.0.1:{self.port}", endpoints.channel_options(limits)
         )
         self.stub = pb2_grpc.OverlayNodeStub(self.channel)
 

@@ -29,7 +29,7 @@ from overlay.model.errors import BadRequest, Misspoken
 from overlay.model.limits import Limits
 from overlay.model.segments import Code, Executed
 from overlay.monitor.poller import Poller
-from overlay.monitor.snapshot import Known, Look, picture
+from overlay.monitor.snapshot import Polled, PollResult, snapshot
 from overlay.monitor.timeseries import Timeseries
 from overlay.transport import codec, validation
 from overlay.transport.codec import Asked, pb2, pb2_grpc
@@ -537,11 +537,12 @@ def read_metrics(made: pb2.MetricsResponse) -> None:
     json.dumps(check.as_plain(made), allow_nan=False)
     check.show_metrics(Screen(Paper()), made, "h:1")
     if made.process_id in {process.id for process in made.topology}:
-        known = Known(
-            "h:1", made.process_id, made.topology, {p.id: Look(0.0, made) for p in made.topology},
+        known = Polled(
+            "h:1", made.process_id, made.topology,
+            {p.id: PollResult(0.0, made) for p in made.topology},
             {p.id: Timeseries() for p in made.topology}, [],
         )  # fmt: skip
-        json.dumps(picture(known, 1.0, 2.0), allow_nan=False)
+        json.dumps(snapshot(known, 1.0, 2.0), allow_nan=False)
 
 
 class Paper:

@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from overlay.transport import codec
+from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.cluster import ROOT, Overlay, running, six_processes, until
 
@@ -55,7 +55,7 @@ class Load:
         return self.answers[begin : begin + count]
 
     def _call(self) -> None:
-        with grpc.insecure_channel(self._address, codec.channel_options()) as channel:
+        with grpc.insecure_channel(self._address, endpoints.channel_options()) as channel:
             stub = pb2_grpc.OverlayNodeStub(channel)
             while not self._over.is_set():
                 request = pb2.Request(handler="work", mode=pb2.ANY)

@@ -21,7 +21,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import overlay as library
-from overlay.transport import codec
+from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.cluster import Overlay, running, six_processes, until
 from tests.harness.ways import Outcome, Streamed, Unary, Way
@@ -533,7 +533,7 @@ def test_neighbours_route_around_a_stopping_team_leader(fresh: Overlay) -> None:
     outcomes = []
 
     def load() -> None:
-        with grpc.insecure_channel(fresh.address("A"), codec.channel_options()) as channel:
+        with grpc.insecure_channel(fresh.address("A"), endpoints.channel_options()) as channel:
             stub = pb2_grpc.OverlayNodeStub(channel)
             while not stop.is_set():
                 request = pb2.Request(payload=b"10", handler="work", mode=pb2.ANY)

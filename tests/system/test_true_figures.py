@@ -206,7 +206,7 @@ def test_a_trace_tells_the_same_of_each_row(four: Overlay, leader: overlay.Clien
 
 def test_every_view_shows_these_figures(four: Overlay, leader: overlay.Client) -> None:
     watch, pictures = Poller(four.address("A"), 0.3), []
-    watch.on_picture = pictures.append
+    watch.on_snapshot = pictures.append
     watch.start()
     try:
         watch.newer(0)

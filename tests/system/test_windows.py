@@ -371,7 +371,7 @@ def test_the_doctor_on_either_system_finds_all_well(both: PcAndMac, on_windows: 
         ([*LEADER, "top", "--once", "--json"], '"ok": true'),
         ([*LEADER, "logs", "F"], "F overlay.node INFO serves on 192.168.1.2:50056"),
         ([*LEADER, "--as-completed"], "3 of 3 workers answered"),
-        ([*LEADER, "--first", "1"], "the others' work was ended"),
+        ([*LEADER, "--first", "1"], "the others were cancelled"),
         ([*LEADER, "--trace"], "on the way ms"),
     ],
     ids=lambda words: " ".join(words[-2:]) if isinstance(words, list) else "",

@@ -26,9 +26,10 @@ import pytest
 from overlay.model.limits import Limits
 from overlay.model.topology import Process
 from overlay.peers.peers import Peers
-from overlay.transport import channels, codec, resolver
-from overlay.transport.channels import Channel, target
+from overlay.transport import channels, endpoints, resolver
+from overlay.transport.channels import Channel
 from overlay.transport.codec import pb2
+from overlay.transport.endpoints import target
 from overlay.transport.resolver import Named, look_up, resolve
 from tests.harness.cluster import ROOT, Overlay, free_port, until
 from tests.harness.hosts import ADDRESSES, Caller, CannotBuild, Hosts, ip
@@ -100,7 +101,7 @@ def test_nobody_waits_longer_than_told_and_all_who_wait_share_one_look_up(
 @pytest.mark.parametrize(
     ("addresses", "expected"),
     [
-        ([], channels.NOWHERE),
+        ([], endpoints.NOWHERE),
         (["10.0.0.7"], "ipv4:10.0.0.7:5"),
         (["10.0.0.7", "10.0.0.8"], "ipv4:10.0.0.7:5,10.0.0.8:5"),
         (["::1"], "ipv6:[::1]:5"),
@@ -170,7 +171,7 @@ def test_several_addresses_are_tried_in_their_order(office: Office) -> None:
     office.names["mac"] = ("::1", "127.0.0.3", "127.0.0.2")
     with (
         saying_where("127.0.0.2", port=port),
-        Channel(f"mac:{port}", codec.CHANNEL_OPTIONS) as channel,
+        Channel(f"mac:{port}") as channel,
     ):
         assert where(channel) == "127.0.0.2"
         assert channel.shown == f"mac:{port} (::1, 127.0.0.3, 127.0.0.2)"
@@ -180,7 +181,7 @@ def test_a_name_that_gets_an_address_later_is_found_then(office: Office) -> None
     port = free_port()
     with (
         saying_where("127.0.0.2", port=port),
-        Channel(f"mac:{port}", codec.CHANNEL_OPTIONS) as channel,
+        Channel(f"mac:{port}") as channel,
         ThreadPoolExecutor(1) as pool,
     ):
         with pytest.raises(grpc.RpcError) as refused:
@@ -206,7 +207,7 @@ def test_a_channel_stays_where_it_is_well_and_leaves_when_it_is_not(office: Offi
     office.names["mac"] = ("127.0.0.2",)
     with (
         saying_where("127.0.0.3", port=port),
-        Channel(f"mac:{port}", codec.CHANNEL_OPTIONS) as channel,
+        Channel(f"mac:{port}") as channel,
     ):
         with saying_where("127.0.0.2", port=port):
             stream = channel.stream_stream("/Test/Stay")(iter(()), wait_for_ready=True)
@@ -228,7 +229,7 @@ def test_a_channel_leaves_what_answers_wrongly_there(office: Office) -> None:
     with (
         saying_where("127.0.0.2", port=port),
         saying_where("127.0.0.3", port=port),
-        Channel(f"mac:{port}", codec.CHANNEL_OPTIONS) as channel,
+        Channel(f"mac:{port}") as channel,
     ):
         assert where(channel) == "127.0.0.2"
         office.names["mac"] = ("127.0.0.3",)
@@ -239,7 +240,7 @@ def test_a_channel_leaves_what_answers_wrongly_there(office: Office) -> None:
 
 
 def test_a_look_ends_with_its_channel(office: Office) -> None:
-    channel = Channel("nobody.office:5", codec.CHANNEL_OPTIONS)
+    channel = Channel("nobody.office:5")
     channel.doubt()
     until(lambda: "name-nobody.office" in [t.name for t in threading.enumerate()])
     del channel
@@ -270,7 +271,7 @@ def test_the_other_side_is_told_the_name(office: Office) -> None:
         listening.listen()
         port = listening.getsockname()[1]
         told = pool.submit(first_headers, listening)
-        with Channel(f"my-mac.local:{port}", codec.CHANNEL_OPTIONS) as channel:
+        with Channel(f"my-mac.local:{port}") as channel:
             channel.unary_unary("/Test/Where").future(b"", timeout=10, wait_for_ready=True)
 
             assert told.result(10)[b":authority"] == f"my-mac.local:{port}".encode()
@@ -599,7 +600,7 @@ def test_every_address_comes_by_the_systems_resolver() -> None:
     ways = r"insecure_channel\(|secure_channel\(|getaddrinfo\(|create_connection\(|gethostby"
     past = {path.name for path in own if re.search(ways, path.read_text("utf-8"))}
 
-    assert past == {"resolver.py", "channels.py"}
+    assert past == {"resolver.py", "endpoints.py"}
 
 
 def test_where_a_channel_leads_is_shown_whole_as_soon_as_it_does() -> None:
@@ -611,7 +612,7 @@ def test_where_a_channel_leads_is_shown_whole_as_soon_as_it_does() -> None:
         def emit(self, record: logging.LogRecord) -> None:
             shown.append(channel.shown)
 
-    log, look = logging.getLogger("overlay.names"), Look()
+    log, look = logging.getLogger("overlay.transport.channels"), Look()
     before = log.level
     log.addHandler(look)
     log.setLevel(logging.INFO)

@@ -206,7 +206,7 @@ def test_whatever_is_bytes_is_an_answer(bench, what, result):
 
 @pytest.mark.parametrize("what", ["raise", "exit", "interrupt", "generator"])
 def test_whatever_a_handler_raises_is_one_answer_and_its_text_stays_in_the_log(bench, what, caplog):
-    caplog.set_level(logging.ERROR, "overlay.executor")
+    caplog.set_level(logging.ERROR, "overlay.workers.job")
 
     part = bench.run(what, request_id=own_id(bench))
 

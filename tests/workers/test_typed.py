@@ -321,7 +321,7 @@ def test_what_tells_no_signature_is_given_bytes():
         ("e1", "more", "it takes any number of values; arguments come from JSON by their names"),
         ("e2", "path", "it is positional-only; arguments come"),
         ("e3", "options", "it takes any names; arguments come"),
-        ("e4", "thing", "its annotation is nothing that JSON can be converted to"),
+        ("e4", "thing", "JSON cannot be converted to its annotation"),
         ("e5", "things", "its annotation 'list[Nowhere]' cannot be resolved"),
         ("e6", "inner", "'Nowhere' is not defined"),
     ],
@@ -873,7 +873,7 @@ def test_client_py_sends_args(four, tmp_path):
 )
 def test_client_py_refuses_wrong_args(words, sentence, capsys):
     from overlay.cli import ask as asking
-    from overlay.cli.terminal import Parser
+    from overlay.cli.usage import Parser
 
     parser = Parser("client.py", "", "")
     asking.arguments(parser)

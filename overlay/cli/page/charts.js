@@ -1,5 +1,5 @@
-// The courses of what is known of the last five minutes, as small line charts that share one
-// crosshair and one axis of time.
+// The series of the last five minutes as small line charts that share one crosshair and one time
+// axis.
 
 import { byId, count, el, keep, ms, rate, say, set, span } from "./dom.js";
 
@@ -9,17 +9,17 @@ const CHARTS = [
   { title: "service time, ms", lines: [["p50_ms", "p50"], ["p99_ms", "p99"]], format: ms },
   { title: "not answered, a second", lines: [["refused", "refused"], ["cancelled", "cancelled"], ["failed", "failed"]], format: rate },
 ];
-const LEAST = 30; // points on the axis; with fewer known, the left of it is empty
+const LEAST = 30; // points on the axis; with fewer, its left is empty
 const HEIGHT = 108, LEFT = 38, TOP = 8, BOTTOM = 18;
 
-let hovered = null; // which point the pointer is on, counted from the newest
+let hovered = null; // the point under the pointer, counted from the newest
 let drawn = null;
 
-export function drawCharts(course, interval, kept) {
-  drawn = { course, interval, kept, shown: Math.min(kept, Math.max(LEAST, known(course))) };
+export function drawCharts(series, interval, kept) {
+  drawn = { series, interval, kept, shown: Math.min(kept, Math.max(LEAST, known(series))) };
   hovered = hovered === null ? null : Math.min(hovered, drawn.shown - 1);
   keep(byId("charts"), CHARTS, (chart) => chart.title, make, update);
-  say(byId("courses-when"), hovered === null ? `last ${axis()}` : `${span(hovered * interval)} ago`);
+  say(byId("series-when"), hovered === null ? `last ${axis()}` : `${span(hovered * interval)} ago`);
 }
 
 function make(chart) {
@@ -35,20 +35,20 @@ function make(chart) {
   return el("figure", { class: "chart" }, el("figcaption", {}, el("b", {}, chart.title), keys), svg);
 }
 
-// How many points back from now there are figures.
-function known(course) {
+// How many points back from now have figures.
+function known(series) {
   const since = (points) => points.length - points.findIndex((v) => v !== null);
-  const lines = CHARTS.flatMap((chart) => chart.lines).map(([name]) => course[name] ?? []);
+  const lines = CHARTS.flatMap((chart) => chart.lines).map(([name]) => series[name] ?? []);
   return Math.max(0, ...lines.filter((points) => points.some((v) => v !== null)).map(since));
 }
 
 const axis = () => span(drawn.shown * drawn.interval).replace(" min 0 s", " min");
-const again = () => drawn && drawCharts(drawn.course, drawn.interval, drawn.kept);
+const again = () => drawn && drawCharts(drawn.series, drawn.interval, drawn.kept);
 
 function update(figure, chart) {
   const svg = figure.querySelector("svg");
   const width = svg.clientWidth || 300;
-  const lines = chart.lines.map(([name]) => drawn.course[name] ?? []);
+  const lines = chart.lines.map(([name]) => drawn.series[name] ?? []);
   const most = ceiling(Math.max(0, ...lines.flat().filter((v) => v !== null)));
   const x = (fromEnd) => LEFT + (width - LEFT) * (1 - fromEnd / (drawn.shown - 1));
   const y = (value) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / most);
@@ -74,7 +74,7 @@ function update(figure, chart) {
   });
 }
 
-// A path that breaks where nothing is known; with a floor it is closed down to it.
+// A path with gaps where nothing is known; with a floor, each piece is closed down to it.
 export function outline(points, x, y, floor = null) {
   let path = "", open = false, last = 0;
   const close = () => (open && floor !== null ? `L${x(last).toFixed(1)} ${floor.toFixed(1)}Z` : "");

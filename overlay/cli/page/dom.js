@@ -1,4 +1,4 @@
-// Elements and words. What came over the wire becomes text, never markup.
+// Elements and texts. What comes over the wire becomes text, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 const IN_SVG = new Set(["svg", "g", "path", "rect", "circle", "text", "line", "title", "polygon"]);
@@ -25,8 +25,8 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// Makes `parent` hold one child for each item, in order. A child stays the same element as long as
-// its key does, so that focus, hover and scrolling outlive a new picture.
+// Makes `parent` hold one child for each item, in order. A child stays the same element while its
+// key stays, so that focus, hover and scrolling survive a new snapshot.
 export function keep(parent, items, key, make, update) {
   const old = (parent.kept ??= new Map());
   const now = new Map();
@@ -57,7 +57,7 @@ export function rate(n) {
   return n > 0 && n < 9.95 ? n.toFixed(1) : whole.format(n);
 }
 
-// Milliseconds with three figures or so.
+// Milliseconds with about three digits.
 export function ms(n) {
   if (n === undefined || n === null) return "–";
   if (n >= 99.5) return whole.format(n);
@@ -88,7 +88,7 @@ export function stateOf(process) {
   return words[process.health] ?? process.health;
 }
 
-// Teams keep a colour by their place; those named for one have it.
+// A team has a colour by its place, or the colour that it is named for.
 const NAMED = { green: 0, pink: 1, blue: 2, yellow: 3, orange: 3, purple: 4, violet: 4, teal: 5, brown: 6, gray: 7, grey: 7 };
 
 export function teamColours(processes) {

@@ -1,4 +1,4 @@
-// The figures on top, the tables, and the details of the process that is selected.
+// The figures on top, the tables, and the details of the selected process.
 
 import { byId, clock, count, el, fullness, keep, ms, rate, say, set, several, span, stateOf } from "./dom.js";
 import { sparkline } from "./charts.js";
@@ -13,7 +13,7 @@ const HOPS_SHOWN = 9;
 const body = (id) => byId(id).querySelector("tbody");
 const marked = (health) => el("span", { class: `mark ${health}`, "aria-hidden": "true" });
 
-// Fills the cells of a row that has so many; each value is a text or [text, class].
+// Fills the cells of a row; a value is a text or [text, class], or null to leave the cell alone.
 function fill(row, values) {
   values.forEach((value, i) => {
     if (value === null) return;
@@ -24,16 +24,16 @@ function fill(row, values) {
   });
 }
 
-// A row whose cells have the classes of the table's head.
+// A row whose cells have the classes of the table's header.
 function rowOf(id) {
   const heads = byId(id).querySelectorAll("th");
   return el("tr", {}, [...heads].map((head) => el("td", { class: head.className || null })));
 }
 
-export function showFigures(process, picture) {
+export function showFigures(process, snapshot) {
   const last = (name) => {
-    const course = picture.course[name] ?? [];
-    return course[course.length - 1];
+    const series = snapshot.course[name] ?? [];
+    return series[series.length - 1];
   };
   const refused = process ? (process.rates.refused ?? 0) : undefined;
   const of = (n) => ({ text: ` of ${count(n)}` });
@@ -45,14 +45,14 @@ export function showFigures(process, picture) {
     ["in service", count(process?.in_service), null],
     ["p50, p99", last("p50_ms") === undefined || last("p50_ms") === null ? "–" : `${ms(last("p50_ms"))} · ${ms(last("p99_ms"))}`, { text: " ms" }],
     ["refused", rate(refused), { text: " /s" }],
-    ["workers", count(picture.workers_ready), of(picture.workers)],
+    ["workers", count(snapshot.workers_ready), of(snapshot.workers)],
   ];
   keep(byId("figures"), figures, ([name]) => name,
     ([name]) => el("div", {}, el("dt", {}, name), el("dd", {}, el("span"), el("span", { class: "unit" }))),
     (box, [name, text, unit, bar]) => {
       say(box.querySelector("dd span"), text);
       say(box.querySelector(".unit"), unit?.text ?? "");
-      box.classList.toggle("is-bad", (name === "refused" && refused > 0) || (name === "workers" && picture.workers_ready < picture.workers));
+      box.classList.toggle("is-bad", (name === "refused" && refused > 0) || (name === "workers" && snapshot.workers_ready < snapshot.workers));
       if (bar) {
         const [used, slots] = [bar[0] ?? 0, bar[1] ?? 0];
         const shown = box.querySelector(".bar") ?? box.appendChild(el("span", { class: "bar" }, el("i")));
@@ -62,8 +62,8 @@ export function showFigures(process, picture) {
     });
 }
 
-export function showProcesses(picture, colours, picked, pick) {
-  keep(body("processes"), picture.processes, (p) => p.id, (p) => {
+export function showProcesses(snapshot, colours, picked, pick) {
+  keep(body("processes"), snapshot.processes, (p) => p.id, (p) => {
     const row = rowOf("processes");
     const button = el("button", { type: "button" });
     button.addEventListener("click", () => pick(p.id));
@@ -96,9 +96,9 @@ export function showProcesses(picture, colours, picked, pick) {
   });
 }
 
-export function showHandlers(picture) {
+export function showHandlers(snapshot) {
   const found = new Map();
-  for (const process of picture.processes) {
+  for (const process of snapshot.processes) {
     if (!["well", "impaired", "stopping"].includes(process.health)) continue;
     for (const handler of process.handlers ?? []) {
       const sum = found.get(handler.name) ?? { ...handler, workers: 0, running: 0, room: 0, rate: 0, completed: 0, failed: 0, p50: [], p99: [] };
@@ -118,7 +118,7 @@ export function showHandlers(picture) {
     const [least, most] = [ms(Math.min(...values)), ms(Math.max(...values))];
     return least === most ? least : `${least}–${most}`;
   };
-  const told = (h) => picture.functions.filter((f) => f.name === h.name).map((f) => ({ h, f }));
+  const told = (h) => snapshot.functions.filter((f) => f.name === h.name).map((f) => ({ h, f }));
   const rows = [...found.values()].flatMap((h) => [{ h }, ...told(h)]);
   keep(body("handlers"), rows, ({ h, f }) => (f ? `${h.name} ${f.signature} ${f.doc}` : h.name), ({ f }) => {
     if (!f) return rowOf("handlers");
@@ -134,8 +134,8 @@ export function showHandlers(picture) {
   });
 }
 
-export function showMaps(picture) {
-  keep(body("maps"), picture.maps, (m) => `${m.caller} ${m.number} ${m.handler}`, () => {
+export function showMaps(snapshot) {
+  keep(body("maps"), snapshot.maps, (m) => `${m.caller} ${m.number} ${m.handler}`, () => {
     const row = rowOf("maps");
     row.children[2].append(el("progress", { max: 1 }));
     return row;
@@ -144,20 +144,20 @@ export function showMaps(picture) {
     if (m.total) set(bar, { value: (m.answered + m.failed) / m.total });
     else set(bar, { value: null });
     fill(row, [
-      m.handler || "default", m.silent_s > 5 ? `${m.caller}, not heard of for ${span(m.silent_s)}` : m.caller, null,
+      m.handler || "default", m.silent_s > 5 ? `${m.caller}, silent for ${span(m.silent_s)}` : m.caller, null,
       count(m.answered), [count(m.failed), m.failed > 0 && "bad"], count(m.total), rate(m.rate), m.left_s === null ? "–" : span(m.left_s),
     ]);
   });
-  byId("maps").classList.toggle("is-empty", !picture.maps.length);
+  byId("maps").classList.toggle("is-empty", !snapshot.maps.length);
 }
 
 const opened = new Map();
 let held = [];
 
-// The list stands still while somebody looks at it closely, and keeps what was opened.
-export function showRequests(picture, address, again) {
+// The list stands still while it is being read, and what was opened stays in it.
+export function showRequests(snapshot, address, again) {
   const isHeld = byId("requests").matches(":hover, :has(:focus-visible)");
-  if (!isHeld) held = [...picture.requests].reverse();
+  if (!isHeld) held = [...snapshot.requests].reverse();
   say(byId("held"), isHeld && held.length ? "held while you point at it" : "");
   const wanted = held.filter(isWanted);
   const shown = new Set(wanted.map(keyOf));
@@ -194,7 +194,7 @@ export function showRequests(picture, address, again) {
   say(byId("send-one"), `python client.py ${hostAndPort(address)}`);
 }
 
-// What the form above the list asks for.
+// Whether the form above the list asks for this request.
 function isWanted(r) {
   const { text, failed } = byId("wanted").elements;
   const part = text.value.trim().toLowerCase();
@@ -237,8 +237,8 @@ function wayOf(r, address) {
   return [el("div", {}, r.reason), way, el("div", { class: "quiet" }, "its log lines: ", logs)];
 }
 
-export function showEvents(picture) {
-  const events = [...picture.events].reverse();
+export function showEvents(snapshot) {
+  const events = [...snapshot.events].reverse();
   const level = { info: "well", warning: "impaired", error: "gone" };
   const keyOf = (e) => (e.is_change ? `${e.process} ${e.at} ${e.number ?? e.kind}` : `${e.process} ${e.kind} ${e.first_at}`);
   keep(body("events"), events, keyOf, (e) => el("tr", { class: e.is_change ? "is-change" : null },
@@ -250,7 +250,7 @@ export function showEvents(picture) {
   byId("events").classList.toggle("is-empty", !events.length);
 }
 
-export function showDetails(picture, process) {
+export function showDetails(snapshot, process) {
   if (!process) return;
   keep(byId("details-title"), ["mark", "text"], (name) => name, () => el("span"), (part, name) => {
     if (name === "mark") set(part, { class: `mark ${process.health}`, "aria-hidden": "true" });
@@ -275,7 +275,7 @@ export function showDetails(picture, process) {
   ].filter(([, value]) => value);
   const parts = [{ key: "facts" }, { key: "links" }];
   keep(byId("details-body"), parts, ({ key }) => key, ({ key }) => (key === "facts" ? el("dl") : linkTable()), (part, { key }) => {
-    if (key === "links") return showLinks(part, picture, process.id);
+    if (key === "links") return showLinks(part, snapshot, process.id);
     return keep(part, facts.flatMap(([name, value]) => [[name, "dt", name], [name, "dd", value]]),
       ([name, tag]) => name + tag, ([, tag]) => el(tag), (shown, [name, tag, text]) => {
         say(shown, text);
@@ -290,8 +290,8 @@ function linkTable() {
     el("thead", {}, el("tr", {}, heads.map(([name, kind]) => el("th", { scope: "col", class: kind || null }, name)))), el("tbody")));
 }
 
-function showLinks(part, picture, id) {
-  const links = picture.links.filter((l) => l.from === id || l.to === id);
+function showLinks(part, snapshot, id) {
+  const links = snapshot.links.filter((l) => l.from === id || l.to === id);
   part.hidden = !links.length;
   keep(part.querySelector("tbody"), links, (l) => `${l.from}>${l.to}`, () => el("tr", {},
     el("td"), el("td", { class: "text" }), el("td", { class: "n" }), el("td", { class: "n" }), el("td", { class: "n" }), el("td", { class: "n wide" })), (row, l) => {

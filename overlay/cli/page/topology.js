@@ -1,5 +1,5 @@
-// The drawing: hosts as boxes, in them the processes in columns by rank, links between them.
-// With more than a dozen workers, who asks stands on the left and the hosts have tiles for workers.
+// The drawing: hosts as boxes, in them the processes in columns by rank, and links between them.
+// With more than a dozen workers, leaders stand on the left and the hosts show workers as tiles.
 
 import { byId, count, el, fullness, keep, ms, rate, say, set, span, stateOf } from "./dom.js";
 
@@ -15,16 +15,16 @@ SIGNS.unseen = SIGNS.asking = SIGNS.well;
 
 let nodes = [];
 
-export function drawTopology(picture, colours, picked, pick) {
+export function drawTopology(snapshot, colours, picked, pick) {
   const svg = byId("drawing");
   const width = svg.clientWidth || 600;
-  const plan = layOut(picture, width);
+  const plan = layOut(snapshot, width);
   nodes = plan.nodes;
   set(svg, { height: plan.height, viewBox: `0 0 ${width} ${plan.height}` });
   const layer = (name) => svg.querySelector(`.${name}`) ?? svg.appendChild(el("g", { class: name }));
 
   keep(layer("hosts"), plan.hosts, (h) => h.name, () => el("g", { class: "host" }, el("rect", { rx: 5 }), el("text")), drawHost);
-  const links = linksOf(picture, plan, picked);
+  const links = linksOf(snapshot, plan, picked);
   keep(layer("links"), links, (l) => l.key,
     () => el("g", { class: "link" }, el("path"), el("text")),
     drawLink);
@@ -35,7 +35,7 @@ export function drawTopology(picture, colours, picked, pick) {
   });
 }
 
-// Where everything is; pure.
+// Where everything is; draws nothing.
 function layOut({ processes }, width) {
   const workers = processes.filter((p) => p.rank === 0).length;
   return workers > MOST_CARDS ? layOutMany(processes, width) : layOutFew(processes, width);
@@ -66,7 +66,7 @@ function layOutFew(processes, width) {
   return plan;
 }
 
-// Who asks in columns on the left; on the right the hosts with their workers as tiles, by team.
+// Leaders in columns on the left; on the right the hosts with their workers as tiles, by team.
 function layOutMany(processes, width) {
   const isNarrow = width < NARROW;
   const card = isNarrow ? 66 : 128, gap = isNarrow ? 14 : 104, lastGap = isNarrow ? 14 : 60;
@@ -115,11 +115,11 @@ function stack(processes, x, width, gap, isSlim = false) {
 }
 
 // One link for each pair, and one for all of a host's tiles. Where these would be too many, only
-// those with a trouble and those of the process that is picked.
-function linksOf(picture, plan, picked) {
+// those with a problem and those of the selected process.
+function linksOf(snapshot, plan, picked) {
   const byNode = new Map(plan.nodes.map((n) => [n.id, n]));
   const hosts = new Map(plan.hosts.map((h) => [h.name, h]));
-  const known = picture.links.filter((l) => byNode.has(l.from) && byNode.has(l.to));
+  const known = snapshot.links.filter((l) => byNode.has(l.from) && byNode.has(l.to));
   const links = known.filter((l) => !byNode.get(l.to).isTile).map((l) => link(l.from, [l], byNode.get(l.to)));
   const bundles = [...groupBy(known.filter((l) => byNode.get(l.to).isTile), (l) => `${l.from}>${byNode.get(l.to).host}`).values()];
   const isMany = bundles.length > MOST_BUNDLES;
@@ -138,7 +138,7 @@ function linksOf(picture, plan, picked) {
   }
 }
 
-// Gives each end of a link a height of its own on its box, so that they neither meet nor cross.
+// Gives each end of a link its own height on its box, so that links neither meet nor cross.
 function spreadPorts(links, end, other) {
   const middle = (box) => box.y + box.height / 2;
   for (const [box, mine] of groupBy(links, (l) => l[end])) {
@@ -165,7 +165,7 @@ function drawLink(g, { all, from, to, fromY, toY }) {
   say(g.lastChild, hasWords ? words : "");
 }
 
-// How a link or a bundle of them is: a class for its looks, and words.
+// The state of a link or of a bundle of them: a class for its style, and words.
 function standing(all, flow) {
   const of = (state) => all.filter((link) => link.state === state);
   const part = (some) => (all.length > 1 ? `${some.length} of ${all.length} ` : "");
@@ -239,7 +239,7 @@ function drawNode(g, node, colour, isPicked) {
   set(part("used"), { ...bar, width: isShown ? long * Math.min(1, used / of) : 0, class: `used ${fullness(used, of)}` });
 }
 
-// Moves the focus to the nearest process in an arrow's direction. Whether the key was an arrow.
+// Moves the focus to the nearest process in the direction of an arrow key; false for other keys.
 function move(id, key) {
   const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
   if (!way) return false;

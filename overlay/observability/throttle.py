@@ -1,6 +1,9 @@
-"""What may happen thousands of times a second, told in a few lines: some at once, then how many.
+"""How often something may happen, and how that which is beyond it is reported.
 
-Owns a thread for a second at a time, "repeats", while there is something left to tell.
+    TokenBucket   so many at once, then so many a second
+    LogThrottle   some lines at once, then one line that says how many more
+
+A LogThrottle owns a thread, "repeats", for a second at a time, while something is left to report.
 """
 
 from __future__ import annotations
@@ -10,16 +13,39 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 
 from overlay.model import clocks as time
-from overlay.observability.token_bucket import TokenBucket
 
-AT_ONCE = 5  # of a kind; then
+AT_ONCE = 5  # lines of a kind; then
 PER_S = 0.5
 PAUSE_S = 1.0  # between two lines that say how many more
-MAX_KINDS = 100  # reasons are few; one that names what a caller sent could be different each time
+MAX_KINDS = 100  # there are few reasons; one that quotes what a caller sent may always differ
+
+
+class TokenBucket:
+    """`at_once` may be taken together; they come back at `per_s` a second.
+
+    Costs next to nothing and takes no lock: two threads that take the last one may both get it.
+    """
+
+    def __init__(self, at_once: float, per_s: float) -> None:
+        self._interval_s = 1 / per_s
+        self._most_s = (at_once - 1) * self._interval_s
+        self._full_at = 0.0  # when all of them will be back; monotonic seconds
+
+    def take(self, now: float) -> bool:
+        full_at = self._full_at
+        if full_at < now:
+            full_at = now
+        if full_at - now > self._most_s:
+            return False
+        self._full_at = full_at + self._interval_s
+        return True
+
+    def is_half_back(self, now: float) -> bool:
+        return self._full_at - now <= self._most_s / 2
 
 
 class LogThrottle:
-    """tell_more: says that so many more of a kind came. Safe from any thread."""
+    """tell_more: logs that so many more of a kind came. Safe from any thread."""
 
     def __init__(
         self,
@@ -35,27 +61,27 @@ class LogThrottle:
         self._timer: threading.Timer | None = None
 
     def may_tell(self, kind: Hashable) -> bool:
-        """Whether to say this one now. If not it is counted, and told within a second or so."""
+        """Whether to log this one now. If not, it is counted and reported about a second later."""
         now = time.monotonic()
         with self._lock:
-            allowance = self._kinds.get(kind)
-            if allowance is None:
+            bucket = self._kinds.get(kind)
+            if bucket is None:
                 if len(self._kinds) >= MAX_KINDS:
                     self._kinds.clear()
-                allowance = self._kinds[kind] = TokenBucket(*self._most)
-            if allowance.take(now):
+                bucket = self._kinds[kind] = TokenBucket(*self._most)
+            if bucket.take(now):
                 return True
             self._add_locked(kind, 1)
             return False
 
     def add(self, kind: Hashable, count: int) -> None:
-        """So many more, not to be said one by one."""
+        """So many more that are not logged one by one."""
         if count:
             with self._lock:
                 self._add_locked(kind, count)
 
     def flush(self) -> None:
-        """Tells what is left to tell."""
+        """Reports what is left, now."""
         with self._lock:
             more, self._more = self._more, Counter()
             timer, self._timer = self._timer, None

@@ -1,0 +1,105 @@
+"""The Futures of Client.submit: one request each.
+
+Callbacks run on the connection's own thread for them, never on the one that all answers come on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from functools import partial
+from typing import Any, NoReturn
+
+from overlay.client.arguments import CallOptions
+from overlay.client.callbacks import Callbacks
+from overlay.client.connection import Connection
+from overlay.client.outbox import Submission
+from overlay.client.results import NOT_PICKLED, result_of, value_of
+from overlay.model import clocks as time
+from overlay.model.errors import CallFailed
+from overlay.model.segments import Failure
+
+
+class CallFuture(Future):  # type: ignore[type-arg]
+    """Its result is bytes, its exception a CallFailed; cancel() ends the work."""
+
+    def __init__(self, connection: Connection, options: CallOptions) -> None:
+        super().__init__()
+        self.later: Callbacks | None = None  # where callbacks run while it is being delivered
+        self._connection: Connection | None = connection  # until it is done, and no longer
+        self._timeout_s = options.timeout_s
+        deadline = time.monotonic() + options.timeout_s
+        self._submission: Submission | None = Submission(
+            options.kind, (options.body,), deadline, self._deliver
+        )
+
+    def send(self) -> None:
+        """Raises NotReached when nothing serves at the address."""
+        connection, submission = self._connection, self._submission
+        assert connection is not None
+        assert submission is not None
+        connection.replies.add(self)
+        try:
+            connection.send(submission, self._timeout_s)
+        except BaseException:  # it was not sent
+            connection.replies.discard(self)
+            raise
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._check_here()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check_here()
+        return super().exception(timeout)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED)
+
+    def _deliver(self, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
+        connection = self._connection
+        assert connection is not None
+        self.later = connection.callbacks
+        try:
+            if isinstance(came, Failure):
+                self.set_exception(connection.failed(came, self._timeout_s, request_id))
+            else:
+                self.set_result(result_of(came, at))
+        except InvalidStateError:
+            self.set_running_or_notify_cancel()  # tells those who wait that it was cancelled
+        self._submission = self.later = self._connection = None  # a submission holds this method
+        connection.replies.discard(self)
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        super().add_done_callback(partial(_call, fn))
+
+    def cancel(self) -> bool:
+        submission, connection = self._submission, self._connection
+        cancelled = super().cancel()
+        if cancelled and submission is not None and connection is not None:
+            connection.cancel(submission)
+        return cancelled
+
+    def _check_here(self) -> None:
+        if (connection := self._connection) is not None:  # it is not done
+            connection.check_here()
+
+
+class ValueFuture(CallFuture):
+    """Its result is a JSON value. Whoever asks for it reads it: a large one takes a while."""
+
+    _value: Any = None
+    _is_read = False
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self._is_read:
+            value = value_of(super().result(timeout))
+            if isinstance(value, CallFailed):
+                raise value
+            self._value, self._is_read = value, True
+        return self._value
+
+
+def _call(fn: Callable[[Future[Any]], object], future: Future[Any]) -> None:
+    later = future.later if isinstance(future, CallFuture) else None
+    fn(future) if later is None else later.put(fn, future)

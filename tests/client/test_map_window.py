@@ -1,0 +1,192 @@
+"""What a map decides: how much is sent, what is given next, and how long it waits. Without I/O."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overlay.client.map_window import NOTHING_YET, MapWindow, Patience
+from overlay.model.errors import CallFailed
+from overlay.model.limits import Limits
+
+
+def given_by(window: MapWindow) -> list[tuple[int, Any]]:
+    """All that may be given now."""
+    found: list[tuple[int, Any]] = []
+    while (run := window.take()) is not None:
+        found += enumerate(run[1], run[0])
+    return found
+
+
+# Rows of each chunk of three, in the order in which their results come -> what is given each time.
+ARRIVALS = [
+    (True, [(0, [0, 1, 2]), (3, [0, 1, 2])], [[0, 1, 2], [3, 4, 5]]),
+    (True, [(3, [0, 1, 2]), (0, [0, 1, 2])], [[], [0, 1, 2, 3, 4, 5]]),
+    (True, [(0, [1]), (0, [0]), (3, [0]), (0, [2])], [[], [0, 1], [], [2, 3]]),
+    (True, [(0, [0, 2]), (0, [1])], [[0], [1, 2]]),
+    (False, [(3, [0, 1, 2]), (0, [0, 1, 2])], [[3, 4, 5], [0, 1, 2]]),
+    (False, [(0, [0, 2]), (0, [1])], [[0, 2], [1]]),
+]
+
+
+@pytest.mark.parametrize(("ordered", "arrivals", "expected"), ARRIVALS)
+def test_results_are_given_in_their_order_or_as_they_come(ordered, arrivals, expected) -> None:
+    window = MapWindow(6, 3, ordered)
+    window.sending(3, 3)
+    window.sending(3, 3)
+    for (first, rows), indexes in zip(arrivals, expected, strict=True):
+        window.came(first, rows, [b"%d" % (first + row) for row in rows], False)
+
+        assert given_by(window) == [(index, b"%d" % index) for index in indexes]
+
+
+def test_a_chunk_waits_until_all_of_it_has_room() -> None:
+    window = MapWindow(4, 2, True)
+    window.sending(2, 2)
+    window.sending(1, 1)
+
+    assert not window.has_room(2)
+    assert window.has_room(1)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_result_in_hand_takes_room_until_it_is_given(ordered: bool) -> None:
+    window = MapWindow(2, 1, ordered)
+    window.sending(1, 1)
+    window.sending(1, 1)
+    window.came(1, [0], [b"b"], False)
+    if not ordered:
+        assert not window.has_room(1)
+        assert given_by(window) == [(1, b"b")]
+        assert window.has_room(1)
+    else:
+        assert given_by(window) == []
+        assert not window.has_room(1)
+
+
+def test_large_results_to_come_count_before_they_have_come() -> None:
+    window = MapWindow(1000, 16, True, max_bytes=1000)
+    window.sending(16, 16)
+    window.came(0, range(16), [b"x" * 100] * 16, False)
+    given_by(window)
+    window.sending(9, 9)
+    assert window.has_room(16)
+
+    window.sending(1, 1)
+
+    assert not window.has_room(1)
+
+
+def test_a_payload_larger_than_all_room_is_sent_when_nothing_is_open() -> None:
+    window = MapWindow(10, 1, True, max_bytes=10)
+    assert window.has_room(1)
+    window.sending(1, 100)
+    assert not window.has_room(1)
+
+    window.came(0, [0], [b""], False)
+    given_by(window)
+
+    assert window.has_room(1)
+
+
+def test_a_chunk_ends_where_the_payloads_pause_are_large_or_are_over() -> None:
+    large = b"x" * Limits.frame_bytes
+    payloads = iter([b"a", NOTHING_YET, large, b"b", "ü", b"d", b"e"])
+    window = MapWindow(9, 3, True)
+
+    def next_chunk() -> tuple[list[bytes], bool, bool]:
+        return window.gather(payloads)[0], window.pauses, window.is_fed
+
+    assert next_chunk() == ([b"a"], True, False)
+    assert next_chunk() == ([large], False, False)
+    assert next_chunk() == ([b"b", "ü".encode(), b"d"], False, False)
+    assert next_chunk() == ([b"e"], False, True)
+
+
+@given(st.data())
+def test_each_result_is_given_once_and_the_window_holds(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 12), "window")
+    chunk = data.draw(st.integers(1, size), "chunk")
+    ordered = data.draw(st.booleans(), "ordered")
+    count = data.draw(st.integers(0, 40), "payloads")
+    window = MapWindow(size, chunk, ordered, max_bytes=data.draw(st.integers(1, 60), "bytes"))
+    payloads = iter([b"x" * (n % 5) for n in range(count)])
+    waiting: dict[int, list[int]] = {}  # rows of each chunk that have no result yet
+    found: list[tuple[int, Any]] = []
+
+    while not window.is_fed or window.unanswered:
+        if not window.is_fed and window.has_room(chunk):
+            rows, bytes_ = window.gather(payloads)
+            if rows:
+                waiting[window.sending(len(rows), bytes_)] = list(range(len(rows)))
+        assert window.open <= size
+        if waiting and data.draw(st.booleans()):
+            first = data.draw(st.sampled_from(sorted(waiting)))
+            rows = sorted(data.draw(st.sets(st.sampled_from(waiting[first]), min_size=1)))
+            waiting[first] = [row for row in waiting[first] if row not in rows]
+            failed = data.draw(st.booleans())
+            made = [CallFailed(str(first + r)) if failed else b"%d" % (first + r) for r in rows]
+            assert window.came(first, rows, made, failed) == (not waiting[first])
+            if not waiting[first]:
+                del waiting[first]
+        elif not (window.has_room(chunk) or waiting):
+            assert window._ready, "neither sends, nor waits, nor gives"
+        if data.draw(st.booleans()):
+            found += given_by(window)
+    found += given_by(window)
+
+    indexes = [index for index, _ in found]
+    assert indexes == list(range(count)) if ordered else sorted(indexes) == list(range(count))
+    said = [r.decode() if isinstance(r, bytes) else str(r) for _, r in found]
+    assert said == [str(index) for index in indexes]
+    assert (window.open, window._bytes, window._chunks, window._early) == (0, 0, {}, {})
+
+
+UP, RESTS, AWAY, STOPPING = (
+    (True, False, True),
+    (False, True, False),
+    (False, False, False),
+    (False, False, True),
+)
+# What is seen, a second after the other -> whether the map waits, and whether in vain; it has 2 s.
+ABSENCES = [
+    ([AWAY, AWAY, AWAY, AWAY], "...."),  # it was never there: a call's patience holds
+    ([UP, AWAY, AWAY, AWAY, AWAY], ".wwwW"),
+    ([UP, AWAY, AWAY, UP, AWAY, AWAY, AWAY, AWAY], ".ww.wwwW"),
+    ([UP, STOPPING, STOPPING, STOPPING, STOPPING, AWAY, AWAY, AWAY], ".wwwwwwW"),
+    ([UP, RESTS, RESTS, RESTS, RESTS], "....."),
+]
+
+
+@pytest.mark.parametrize(("seen", "expected"), ABSENCES)
+def test_a_map_under_way_waits_for_its_process(seen, expected) -> None:
+    patience = Patience(2.0, 0.0)
+    found = ""
+    for now, (is_up, rests, is_served) in enumerate(seen):
+        is_away = patience.is_away(now, is_up, rests, is_served)
+        found += ("W" if patience.is_over(now) else "w") if is_away else "."
+
+    assert found == expected
+
+
+def test_the_caller_is_told_once_for_each_absence() -> None:
+    patience = Patience(60.0, 0.0)
+    told = []
+    for now, seen in enumerate([UP, AWAY, AWAY, AWAY, AWAY, UP, AWAY, AWAY, AWAY]):
+        if patience.is_away(now, *seen) and patience.is_to_be_told(now):
+            told.append(now)
+
+    assert told == [3, 8]
+
+
+def test_what_was_refused_is_tried_again_for_a_while_after_the_last_answer() -> None:
+    patience = Patience(5.0, 100.0)
+    assert patience.keeps_trying(104.9)
+    assert not patience.keeps_trying(105.1)
+
+    patience.answered(105.1)
+
+    assert patience.keeps_trying(110.0)

@@ -1,0 +1,68 @@
+"""One tree of errors: what the library raises for a status is what the process's own error is."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import pickle
+
+import pytest
+
+from overlay import client
+from overlay.model import errors
+from overlay.model.segments import Code, Executed
+
+
+def all_below(kind: type) -> set[type]:
+    return {kind}.union(*map(all_below, kind.__subclasses__()))
+
+
+@pytest.mark.parametrize("kind", sorted(all_below(errors.CallFailed), key=lambda k: k.__name__))
+def test_the_library_raises_the_kind_that_the_processes_error_is(kind) -> None:
+    assert issubclass(kind, errors.of_status(kind.code, kind.executed))
+
+
+RAISED = [
+    (Code.INVALID_ARGUMENT, Executed.NO, client.InvalidCall),
+    (Code.NOT_FOUND, Executed.NO, client.NameNotFound),
+    (Code.RESOURCE_EXHAUSTED, Executed.NO, client.Refused),
+    (Code.RESOURCE_EXHAUSTED, Executed.YES, client.CallFailed),
+    (Code.RESOURCE_EXHAUSTED, Executed.UNKNOWN, client.CallFailed),
+    (Code.UNAVAILABLE, Executed.UNKNOWN, client.Unavailable),
+    (Code.INTERNAL, Executed.YES, client.HandlerFailed),
+    (Code.DEADLINE_EXCEEDED, Executed.UNKNOWN, client.DeadlinePassed),
+    (Code.CANCELLED, Executed.UNKNOWN, client.CallCancelled),
+    (Code.FAILED_PRECONDITION, Executed.NO, client.CallFailed),
+    (Code.DATA_LOSS, Executed.UNKNOWN, client.CallFailed),
+]
+
+
+@pytest.mark.parametrize(("code", "executed", "kind"), RAISED)
+def test_a_status_is_raised_as_one_kind(code, executed, kind) -> None:
+    assert errors.of_status(code, executed) is kind
+
+
+def test_programs_may_catch_what_python_itself_would_raise() -> None:
+    assert issubclass(client.InvalidCall, ValueError)
+    assert issubclass(client.DeadlinePassed, concurrent.futures.TimeoutError)
+    assert issubclass(client.CallCancelled, RuntimeError)
+    assert issubclass(client.NoSuchHost, client.NotReached)
+    assert issubclass(client.NotReached, client.Unavailable)
+
+
+def test_a_bad_request_of_a_handler_is_none_of_its_own_value_errors() -> None:
+    assert not issubclass(errors.BadRequest, ValueError)
+
+
+def test_an_error_travels_whole_in_a_pickle() -> None:
+    error = client.Refused("all slots are taken", executed=Executed.NO, retry_after_s=1.5)
+    error.request_id = 7
+
+    found = pickle.loads(pickle.dumps(error))
+
+    assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))
+
+
+def test_an_error_has_the_status_of_its_class_or_its_own() -> None:
+    assert errors.QueueFull("full").executed is Executed.NO
+    assert errors.DeadlinePassed("late").code is Code.DEADLINE_EXCEEDED
+    assert errors.CallFailed("odd", code=Code.ABORTED).code is Code.ABORTED
