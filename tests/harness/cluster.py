@@ -52,7 +52,7 @@ def tool(name: str, remedy: str) -> str:
 class Overlay:
     """The processes of one configuration, started in a folder of their own."""
 
-    metrics_s = 5.0  # within which each answers GetMetrics, on a busy machine too
+    metrics_s = 20.0  # within which each answers GetMetrics, just started and on a busy machine
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
