@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
-import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.harness.machine import ROOT, NotReached, until
+
 READY_S = 60.0  # a cluster of several interpreters on two busy cores takes its time
 GRACE_S = 8.0
 READY = "BENCH_READY"  # names the file that a child makes when it serves
@@ -29,22 +27,6 @@ READY = "BENCH_READY"  # names the file that a child makes when it serves
 
 class NotStarted(Exception):
     """A process of a peer ended or did not serve; the message says which and what it said last."""
-
-
-def free_port() -> int:
-    """A port nobody listens on, below the range that outgoing connections use."""
-    for _ in range(1000):
-        port = random.randint(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise NotStarted("no free port found on 127.0.0.1")
-
-
-def program(name: str) -> str | None:
-    """The path of a program, looked for beside this Python first."""
-    beside = str(Path(sys.executable).parent)
-    return shutil.which(name, path=beside) or shutil.which(name)
 
 
 class Group:
@@ -95,14 +77,18 @@ class Group:
 
     def wait_until(self, name: str, serves: Callable[[], bool]) -> None:
         """Raises NotStarted when the child ends or does not serve in time."""
-        until = time.monotonic() + READY_S
-        while not serves():
-            code = self._children[name].poll()
-            if code is not None:
-                raise NotStarted(f"{name} ended with exit code {code}: {self.last_words(name)}")
-            if time.monotonic() > until:
-                raise NotStarted(f"{name} did not serve in {READY_S:g} s: {self.last_words(name)}")
-            time.sleep(0.02)
+
+        def has_ended_or_serves() -> bool:
+            return serves() or self._children[name].poll() is not None
+
+        try:
+            until(has_ended_or_serves, READY_S)
+        except NotReached:
+            said = f"{name} did not serve in {READY_S:g} s: {self.last_words(name)}"
+            raise NotStarted(said) from None
+        code = self._children[name].poll()
+        if code is not None:
+            raise NotStarted(f"{name} ended with exit code {code}: {self.last_words(name)}")
 
     def said(self, name: str) -> str:
         return self._out(name).read_text(encoding="utf-8", errors="replace")

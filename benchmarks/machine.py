@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from benchmarks import peers
-from benchmarks.children import ROOT
+from tests.harness.machine import ROOT
 
 
 def facts() -> dict[str, Any]:

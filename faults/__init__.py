@@ -1,8 +1,7 @@
 """The fault bench: loads a real overlay, breaks it on purpose, and checks the history.
 
 scenarios   the table: a load, a fault, what answers may say
-bench       one scenario from start to end   -> overlays, load, breaking, hosts
-hosts       two network namespaces with a wire between them
+bench       one scenario from start to end   -> overlays, load, breaking, tests.harness.hosts
 strangers   what anybody who reaches a port can do to it; the tests use it too
 neighbour   a program that answers wrongly in a process's place
 history     what happened, as values; JSON lines

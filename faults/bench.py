@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from faults import checker, history
 from faults.breaking import Stage
 from faults.checker import Violation
 from faults.history import About, History, Recovery, Rest, Trouble
-from faults.hosts import ADDRESSES, Hosts, Wire
 from faults.load import Load, Notes, Planned
-from faults.overlays import ROOT, NotReached, Overlay, six_processes, until
+from faults.overlays import Overlay
 from faults.scenarios import BY_NAME, HORRORS, Scenario
+from tests.harness.cluster import six_processes
+from tests.harness.hosts import ADDRESSES, Hosts, Wire
+from tests.harness.machine import ROOT, NotReached, until
 
 LATENESS_S = 0.02  # of the 99th percentile; beyond, the load was not what the run says
 REST_S = 15.0  # for hung handlers to end, and for what they held
@@ -72,7 +75,12 @@ def run(
 
     Raises CannotBuild when the scenario needs hosts that cannot be made here.
     """
-    how = {"seconds": seconds, "seed": seed, "command": list(command), "freeze_s": freeze_s}
+    how: dict[str, Any] = {
+        "seconds": seconds,
+        "seed": seed,
+        "command": list(command),
+        "freeze_s": freeze_s,
+    }
     if scenario.away:
         found = _played_on_hosts(scenario, folder.absolute(), how)
     else:
@@ -164,7 +172,6 @@ def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed
     if scenario.prepare:
         scenario.prepare(overlay)
     overlay.start()
-    overlay.settle()
     load = Load(overlay.address("A"), notes, 1, _scope(found.about))
     try:
         load.start()
@@ -214,7 +221,7 @@ def _recovery(overlay: Overlay, notes: Notes, scope: Mapping[str, Sequence[str]]
         while time.monotonic() < began + RECOVERY_S:
             mode = "any" if good % 2 else "all"
             call = probing.send(Planned(0, mode, "unary", "", "work", 1, 5))
-            answer = until(lambda c=call: _answer_to(notes, c.id), 10, f"an answer to {call.id}")
+            answer = until(partial(_answer_to, notes, call.id), 10, f"an answer to {call.id}")
             complete = answer.code == "OK" and all(code == "OK" for _, code, _ in answer.parts)
             good = good + 1 if complete else 0
             said = f"{answer.code} {answer.coverage} {answer.reason}"

@@ -28,11 +28,12 @@ from faults import crowd
 from faults import strangers as strange
 from faults.checker import REFUSED
 from faults.history import Call, Fault
-from faults.hosts import Wire
 from faults.load import Notes
-from faults.overlays import ROOT, Overlay, until
+from faults.overlays import Overlay
 from overlay.transport import codec as wire
 from overlay.transport.codec import pb2
+from tests.harness.hosts import Wire
+from tests.harness.machine import ROOT, until
 
 LONG_S = 5.0  # at least: longer than a dead peer is not noticed
 CLOCK_STEPS_S = (3600, -3600, 0)  # from the right time
@@ -85,7 +86,7 @@ def kill(process: str, times: int = 2) -> Breaking:
             with stage.doing("kill", process):
                 stage.overlay.kill(process)
                 time.sleep(0.3)
-                stage.overlay.start(process)
+                stage.overlay.serve(process)
             stage.overlay.settle()
             time.sleep(stage.dice.uniform(0.2, 0.6))
 
@@ -148,7 +149,7 @@ def half_open(process: str) -> Breaking:
                 time.sleep(stage.long_s)
             finally:
                 stage.wire.heal()
-            stage.overlay.start(process)
+            stage.overlay.serve(process)
 
     return play
 
@@ -175,13 +176,13 @@ def corrupt_configuration(process: str) -> Breaking:
             try:
                 _put(overlay.path, whole[: len(whole) // 2])
                 time.sleep(1)
-                overlay.stop(process)
+                overlay.stop_one(process)
                 overlay.spawn(process)
                 overlay.wait(process, [REFUSED])
                 time.sleep(stage.long_s / 2)
             finally:
                 _put(overlay.path, whole)
-            overlay.start(process)
+            overlay.serve(process)
 
     return play
 
@@ -190,8 +191,8 @@ def restart_all(stage: Stage) -> None:
     """SIGTERM and a new start, one process after the other, workers first."""
     for process in reversed(stage.overlay.ids):
         with stage.doing("restart", process):
-            stage.overlay.stop(process)
-            stage.overlay.start(process)
+            stage.overlay.stop_one(process)
+            stage.overlay.serve(process)
         stage.overlay.settle()
 
 
@@ -206,7 +207,7 @@ def taken_port(process: str) -> Breaking:
                 overlay.spawn(process)
                 overlay.wait(process, [REFUSED])
                 time.sleep(1)  # so that neighbours reach the stranger
-            overlay.start(process)
+            overlay.serve(process)
 
     return play
 
@@ -217,8 +218,8 @@ def vanish(stage: Stage, count: int = 1000) -> None:
     with stage.doing("crowd", "A"):
         command = [sys.executable, "-m", "faults.crowd", address, str(count), str(CROWD_KEY)]
         crowd_process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        assert crowd_process.stdout is not None
         try:
-            assert crowd_process.stdout is not None
             crowd_process.stdout.readline()
             until(lambda: _in_flight(stage.overlay, "A") > 0.9 * count, 15, "all calls under way")
         finally:
@@ -328,15 +329,15 @@ def hostile(process: str) -> Breaking:
         with stage.doing("hostile", process):
             overlay.kill(process)
             stranger = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+            assert stranger.stdout is not None
             try:
-                assert stranger.stdout is not None
                 stranger.stdout.readline()  # it serves
                 time.sleep(stage.long_s)
             finally:
                 stranger.kill()
                 stranger.wait(10)
                 stranger.stdout.close()
-            overlay.start(process)
+            overlay.serve(process)
 
     return play
 

@@ -4,6 +4,9 @@ A payload is "KEY MILLISECONDS"; the answer is "WORKER KEY". The file is opened 
 imported, so that a process without a free file descriptor or disk can still write.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Annotations would make typed handlers of them.
+
 from __future__ import annotations
 
 import itertools
@@ -15,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 FOLDER = "FAULTS_FOLDER"  # the environment's name for where notes and moods lie
 
@@ -79,17 +83,18 @@ def _note(**fields) -> None:
     os.write(_notes, (json.dumps(fields) + "\n").encode())  # one write: a kill cuts at a line
 
 
-def _mood(worker: str) -> dict:
+def _mood(worker: str) -> dict[str, Any]:
     path = _folder / f"mood-{worker}.json"
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        mood: dict[str, Any] = json.loads(path.read_text())
+        return mood
     except (OSError, ValueError):  # it is being taken away
         return {}
 
 
-def _nap(nap_s: float, mood: dict, context) -> None:
+def _nap(nap_s: float, mood: dict[str, Any], context) -> None:
     until = time.monotonic() + nap_s * mood.get("slower", 1)
     if random.random() < mood.get("hangs", 0):
         until = time.monotonic() + mood["hang_s"]

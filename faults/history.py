@@ -168,7 +168,13 @@ class History:
         return history
 
     def records(self) -> list[Any]:
-        lists = [self.faults, self.stalls, self.calls, self.executions, self.answers]
+        lists: list[list[Any]] = [
+            self.faults,
+            self.stalls,
+            self.calls,
+            self.executions,
+            self.answers,
+        ]
         lists += [self.rests, self.endings, self.recoveries, self.troubles]
         return [self.about, *(record for each in lists for record in each)]
 

@@ -26,11 +26,11 @@ import grpc
 
 from faults.checker import SILENT_S
 from faults.history import Answer, Call, Stall
-from faults.overlays import until
 from overlay.client.sync import CallFailed, Incomplete, connect
 from overlay.model.segments import Code
 from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
+from tests.harness.machine import until
 
 STALL_S = 0.1  # the pulse is this late: the machine did not let us run
 LIBRARY_THREADS = 1000  # a second has up to 200 such calls, and one waits 3 s at most
@@ -431,7 +431,7 @@ class _Stream:
     def _came(self, made: pb2.Slice, at: float) -> None:
         with self._lock:
             call = self._open.pop(made.number, None)
-            if call is None and self._given_up.pop(made.number, None):
+            if call is None and self._given_up.pop(made.number, None) is not None:
                 return  # told its caller already, and not a second answer of the overlay's
         # Without a call it is a second answer, and the checker shall see it.
         self._notes.answered(_of_slice(made, at))

@@ -123,5 +123,5 @@ def _x(second: float) -> float:
 
 def _ceiling(value: float) -> int:
     """The next 1, 2 or 5 times a power of ten, from 10 on."""
-    power = 10 ** max(1, int(log10(max(value, 1))))
+    power: int = 10 ** max(1, int(log10(max(value, 1))))
     return next(n * power for n in (1, 2, 5, 10) if n * power >= value)

@@ -32,7 +32,7 @@ import platform
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def in_environment(arguments: Sequence[str]) -> int:
         print(problem, file=sys.stderr)
         return 2
     os.environ[IN_ENVIRONMENT] = python
-    return project.hand_over(python, Path(__file__).resolve(), list(arguments))
+    return int(project.hand_over(python, Path(__file__).resolve(), list(arguments)))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -122,8 +122,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="says what there is")
     options = parser.parse_args(arguments)
     if options.list:
-        for each in (*scenarios.SCENARIOS, *seeded.BUGS):
-            print(f"{each.name:<20} {each.about}")
+        for name, about in [(each.name, each.about) for each in scenarios.SCENARIOS] + [
+            (bug.name, bug.about) for bug in seeded.BUGS
+        ]:
+            print(f"{name:<20} {about}")
         print(f"{'--figures':<20} {', '.join(trials.NAMES)}")
         parser.exit()
     if options.seconds is None:
@@ -149,7 +151,7 @@ def names(text: str) -> list[str]:
 
 def bench(options: argparse.Namespace) -> int:
     from faults import bench, plot, report
-    from faults.hosts import CannotBuild
+    from tests.harness.hosts import CannotBuild
 
     folder = options.out or new_folder()
     outcomes, not_run = [], {}
@@ -195,7 +197,9 @@ def seeded(options: argparse.Namespace) -> int:
 
 def figures(options: argparse.Namespace) -> int:
     """What is written down grows with each trial, so that Ctrl-C loses only the last one."""
-    from faults import figures, hosts, overlays, trials
+    from faults import figures, trials
+    from tests.harness.hosts import CannotBuild
+    from tests.harness.machine import NotReached
 
     sys.setswitchinterval(0.0005)  # or answers that come keep the next calls from leaving in time
     folder = options.out or new_folder()
@@ -211,7 +215,7 @@ def figures(options: argparse.Namespace) -> int:
                 for sample in trials.measure(name, run, fresh(folder, f"{name}-{run}"), asked):
                     samples.append(sample)
                     print(figures.line(sample), flush=True)
-            except (overlays.NotReached, hosts.CannotBuild) as error:
+            except (NotReached, CannotBuild) as error:
                 missing.append(f"{name}, run {run}, got stuck: {error}")
                 print(missing[-1], flush=True)
             write_figures(folder, samples, missing, asked)
@@ -251,7 +255,7 @@ def check(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def stopped_by_ctrl_c():
+def stopped_by_ctrl_c() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from faults import breaking, hosts, strangers
+from faults import breaking, strangers
 from faults.breaking import Breaking
 from faults.load import Mixture
 from faults.overlays import Overlay
+from tests.harness import hosts
 
 USUAL = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
 # gRPC's own word for a single call that comes in the moment in which its server closes.

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import psutil
 
-from faults import bench, breaking, figures, hosts, scenarios
+from faults import bench, breaking, figures, scenarios
 from faults.figures import ROLES, Sample, p99
 from faults.ground import ATTEMPTS, USUAL, Ground, Phase, phase_of
 from faults.history import Execution
 from faults.load import Notes, evenly
-from faults.overlays import NotReached
+from tests.harness import hosts
+from tests.harness.machine import NotReached
 
 SECONDS = 10.0  # of a load, when nothing else is said
 PEAK = 60.0  # a second: 3 workers, 2 slots each, 0.1 s
@@ -163,7 +164,7 @@ def kill(ground: Ground, asked: Asked) -> Iterator[Sample]:
 
     def mend(process: str) -> None:
         if process != "A":
-            overlay.start(process)
+            overlay.serve(process)
 
     return _each("kill", ground, strike, mend)
 

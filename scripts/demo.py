@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ import launcher
 import psutil
 from launcher import ROOT, Child, Record, shown
 
-import overlay
 from overlay.cli.usage import Parser
+from overlay.client.sync import connect
 from overlay.model.config import load
 from overlay.model.errors import ConfigError, OverlayError
 
@@ -208,11 +209,14 @@ def _open_page(address: str) -> subprocess.Popen[bytes]:
 def _requests(address: str, examples: Sequence[str], given_up: threading.Event) -> bool:
     """Sends and shows each, also after another has failed. False when one was not right."""
     steps: list[Callable[[Any], None]] = [_echo_all, _echo_any]
-    steps += [_search] if "search" in examples else []
-    steps += [_pictures] if "pictures" in examples else []
+    if "search" in examples:
+        steps.append(_search)
+    if "pictures" in examples:
+        steps.append(_pictures)
+    steps.append(_status)
     fine = True
-    with overlay.connect(address) as client:
-        for step in [*steps, _status]:
+    with connect(address) as client:
+        for step in steps:
             if given_up.is_set():
                 return False
             try:
@@ -261,8 +265,8 @@ def _pictures(client: Any) -> None:
     print("mode ANY, handler pictures: each picture goes to one worker, all at once")
     THUMBNAILS.mkdir(parents=True, exist_ok=True)
     photos = sorted(PHOTOS.glob("*.jpg"))
-    rows = [("picture", "KiB", "thumbnail", "KiB", "made by", "ms")]
-    with launcher.ThreadPoolExecutor(len(photos), "demo") as pool:
+    rows: list[tuple[str, ...]] = [("picture", "KiB", "thumbnail", "KiB", "made by", "ms")]
+    with ThreadPoolExecutor(len(photos), "demo") as pool:
         jobs = [pool.submit(_thumbnail, client, photo) for photo in photos]
         rows += [job.result() for job in jobs]
     launcher.print_table([("  " + row[0], *row[1:]) for row in rows])

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -796,6 +797,7 @@ def end_on_signal() -> threading.Event:
 def say_safely() -> None:
     """Output must not die on a console's code page."""
     for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)  # as stdio has completed them
         stream.reconfigure(errors="replace")
 
 

@@ -138,7 +138,7 @@ def _kill(six: Overlay, stop: threading.Event, seed: int, every_s: float) -> Non
         victim = dice.choice("BECDF")
         six.kill(victim)
         stop.wait(0.3)
-        six.processes[victim] = six._spawn(victim)
+        six.spawn(victim)
         six._wait_ready(victim)
 
 

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks.children import free_port
 from benchmarks.handlers import answer
+from tests.harness.machine import free_port
 
 POOL = 96  # threads of a server: at least as many as callers, or calls that wait on each other stop
 SERVICE = "benchmark.Work"

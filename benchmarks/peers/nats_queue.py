@@ -7,11 +7,12 @@ import itertools
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks.children import Group, free_port, program
+from benchmarks.children import Group
 from benchmarks.handlers import answer
 from benchmarks.loads import TIMEOUT_S, LoopCaller
 from benchmarks.peers import lacking
 from benchmarks.rows import Setup
+from tests.harness.machine import free_port, program
 
 TITLE = "NATS"
 PACKAGES = ("nats-py",)

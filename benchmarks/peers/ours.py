@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from pathlib import Path
 
-from benchmarks.children import ROOT, Group, free_port
+from benchmarks.children import Group
 from benchmarks.loads import TIMEOUT_S, FuturesCaller
 from benchmarks.rows import Setup
+from tests.harness.machine import ROOT, NotReached, until
 
 TITLE = "ours"
 PACKAGES = ("grpcio", "protobuf")
@@ -42,7 +41,9 @@ def start(group: Group, setup: Setup) -> dict:
 
 def configuration(setup: Setup) -> dict:
     """The shipped file on loopback, without the workers that the set-up leaves out."""
-    config = json.loads(Path(ROOT / "two_hosts_config.json").read_text(encoding="utf-8"))
+    from tests.harness.cluster import six_processes  # here: it brings gRPC
+
+    config = six_processes()
     processes = config["processes"]
     kept = {i for i, p in processes.items() if p["role"] != "worker" or p["id"] in setup.workers}
     # A team leader without a worker of its own team has nothing to lead.
@@ -52,7 +53,6 @@ def configuration(setup: Setup) -> dict:
     }
     config["processes"] = {i: p for i, p in processes.items() if i in kept}
     for process in config["processes"].values():
-        process.update(host="127.0.0.1", port=free_port())
         process["neighbors"] = [n for n in process["neighbors"] if n in kept]
     if setup.nap_s:
         config["handlers"] = {"nap": {"call": "benchmarks.handlers:nap", "slots": setup.slots}}
@@ -98,11 +98,11 @@ class Caller(FuturesCaller):
 
     def _wait_for(self, workers: int) -> None:
         """Until every worker answers: links need a moment to come up."""
-        until = time.monotonic() + TIMEOUT_S
-        while True:
-            coverage = self._client.call(b"0", timeout=TIMEOUT_S).coverage
-            if coverage == (workers, workers):
-                return
-            if time.monotonic() > until:
-                raise TimeoutError(f"only {coverage[0]} of {workers} workers answered")
-            time.sleep(0.1)
+
+        def all_answer() -> bool:
+            return self._client.call(b"0", timeout=TIMEOUT_S).coverage == (workers, workers)
+
+        try:
+            until(all_answer, TIMEOUT_S)
+        except NotReached:
+            raise TimeoutError(f"not all {workers} workers answered") from None

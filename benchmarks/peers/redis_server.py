@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 
-from benchmarks.children import Group, free_port, program
+from benchmarks.children import Group
+from tests.harness.machine import free_port, program
 
 
 def path() -> str | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import threading
 
-from benchmarks.children import Group, free_port
+from benchmarks.children import Group
 from benchmarks.handlers import answer
 from benchmarks.loads import TIMEOUT_S, FuturesCaller
 from benchmarks.peers import lacking
 from benchmarks.rows import Setup
+from tests.harness.machine import free_port
 
 TITLE = "ZeroMQ broker"
 PACKAGES = ("pyzmq",)

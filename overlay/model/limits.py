@@ -19,7 +19,7 @@ class Limits:
     # At once in one process, divided among callers by admission.Shares; also the size of the queue
     # of every process but the leader.
     in_service: int = 100
-    default_deadline_s: float = 30  # when a client gives none, so that every wait ends
+    default_deadline_s: float = 30.0  # when a client gives none, so that every wait ends
     max_deadline_s: float = 3600  # a longer deadline is cut to this
     drain_grace_s: float = 30  # what running requests get to finish when a process stops
     max_message_bytes: int = 16 * MIB  # of a body; it is parsed on gRPC's only serving thread

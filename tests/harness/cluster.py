@@ -1,76 +1,58 @@
-"""Real overlays for the tests: processes of their own on free loopback ports."""
+"""Real overlays for the tests, the fault bench and the benchmarks: processes on free ports."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-import random
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
-import pytest
 
 from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
+from tests.harness.forks import LINUX, Fork, Nursery
+from tests.harness.machine import ROOT, NotReached, free_port, free_ports, program, until
 
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["ROOT", "NotReached", "free_port", "free_ports", "until"]  # of machine, for the tests
+
+NODE = ROOT / "node.py"
 IDS = "ABCDEF"
-
-
-def free_port() -> int:
-    """A port nobody listens on, below the range that outgoing connections use."""
-    for _ in range(1000):
-        port = random.randint(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port found")
+START_S = 30.0  # within which processes serve and find each other, on a busy machine too
 
 
 def six_processes(**top: Any) -> dict[str, Any]:
     """The shipped six on loopback, each with a free port; `top` adds top-level keys."""
     config = json.loads((ROOT / "two_hosts_config.json").read_text())
-    ports: set[int] = set()
-    while len(ports) < len(config["processes"]):
-        ports.add(free_port())
-    for entry, port in zip(config["processes"].values(), sorted(ports), strict=True):
+    entries = list(config["processes"].values())
+    for entry, port in zip(entries, free_ports(len(entries)), strict=True):
         entry.update(host="127.0.0.1", port=port)
     return {**config, **top}
 
 
-def until(condition: Callable[[], Any], within_s: float = 10.0, what: str = "") -> Any:
-    """Waits for a true value and gives it back; fails with the last value seen."""
-    end = time.monotonic() + within_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > end:
-            raise AssertionError(f"not within {within_s} s: {what or condition} (last: {value!r})")
-        time.sleep(0.02)
-
-
 def tool(name: str, remedy: str) -> str:
     """The program beside this Python, or on the path. Without it: skipped, but CI must have it."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    found = shutil.which(name, path=path)
+    import pytest  # here: the fault bench has none
+
+    found = program(name)
     if found is None:
         reason = f"the program '{name}' is missing; run: {remedy}"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
     return found
 
 
 class Overlay:
     """The processes of one configuration, started in a folder of their own."""
+
+    metrics_s = 20.0  # within which each answers GetMetrics, just started and on a busy machine
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
@@ -78,24 +60,36 @@ class Overlay:
         self.path = folder / "overlay.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(config))
-        self.processes: dict[str, subprocess.Popen[str]] = {}
-        self.environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        self.processes: dict[str, subprocess.Popen[Any] | Fork] = {}
+        self.environment = environment()
         self._channels: dict[str, grpc.Channel] = {}
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self.config["processes"])
 
     def start(self, *ids: str) -> Overlay:
         """Starts the named processes (all, when none is named) and waits until all links are up."""
-        for process_id in ids or self.config["processes"]:
-            self.processes[process_id] = self._spawn(process_id)
-        for process_id in ids or self.config["processes"]:
-            self._wait_ready(process_id)
+        self.serve(*ids)
         self.settle()
         return self
 
-    def settle(self, within_s: float = 15.0) -> None:
+    def serve(self, *ids: str) -> None:
+        """Starts them and waits until they serve."""
+        for process_id in ids or self.ids:
+            self.spawn(process_id)
+        for process_id in ids or self.ids:
+            self._wait_ready(process_id)
+
+    def spawn(self, process_id: str) -> None:
+        self.processes[process_id] = self._spawn(process_id)
+
+    def settle(self, within_s: float = START_S) -> None:
         """Waits until each running process sees its running neighbours, and their slots."""
         alive = {i for i, process in self.processes.items() if process.poll() is None}
         for process_id in sorted(alive, reverse=True):
-            until(lambda p=process_id: self._sees(p, alive), within_s, f"links of {process_id}")
+            sees = functools.partial(self._sees, process_id, alive)
+            until(sees, within_s, f"links of {process_id}")
 
     def address(self, process_id: str) -> str:
         entry = self.config["processes"][process_id]
@@ -114,14 +108,21 @@ class Overlay:
         return self._channels[process_id]
 
     def metrics(self, process_id: str) -> pb2.MetricsResponse:
-        return self.stub(process_id).GetMetrics(
-            pb2.MetricsRequest(), timeout=5, wait_for_ready=True
+        """Raises grpc.RpcError."""
+        ask = self.stub(process_id).GetMetrics
+        found: pb2.MetricsResponse = ask(
+            pb2.MetricsRequest(), timeout=self.metrics_s, wait_for_ready=True
         )
+        return found
 
-    def ask(self, process_id: str, payload: bytes = b"hi", *, timeout: float = 10, **fields: Any):
+    def ask(
+        self, process_id: str, payload: bytes = b"hi", *, timeout: float = 10, **fields: Any
+    ) -> pb2.Response:
         """Forward; a mode may be given by its name."""
         request = pb2.Request(payload=payload, **fields)
-        return self.stub(process_id).Forward(request, timeout=timeout, wait_for_ready=True)
+        ask = self.stub(process_id).Forward
+        response: pb2.Response = ask(request, timeout=timeout, wait_for_ready=True)
+        return response
 
     def kill(self, process_id: str) -> None:
         process = self.processes[process_id]
@@ -160,11 +161,16 @@ class Overlay:
 
     def _node(self, process_id: str) -> list[str]:
         """The command that serves the process."""
-        return [sys.executable, str(ROOT / "node.py"), self.path.name, process_id]
+        return [sys.executable, str(NODE), self.path.name, process_id]
 
-    def _spawn(self, process_id: str) -> subprocess.Popen[str]:
+    def _spawn(self, process_id: str) -> subprocess.Popen[Any] | Fork:
+        command = self._node(process_id)
+        if LINUX and command[:2] == [sys.executable, str(NODE)]:
+            nursery = _nursery()
+            if nursery.environment == self.environment:
+                return nursery.start(command[2:], self.folder)
         return subprocess.Popen(
-            self._node(process_id),
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -182,10 +188,25 @@ class Overlay:
             raise AssertionError(f"{process_id} did not start: {line}{rest}")
 
     def _sees(self, process_id: str, alive: set[str]) -> bool:
-        metrics = self.metrics(process_id)
+        try:
+            metrics = self.metrics(process_id)
+        except grpc.RpcError:
+            return False
         return all(
             n.state == "up" and n.slots > 0 for n in metrics.neighbours if n.process_id in alive
         )
+
+
+def environment() -> dict[str, str]:
+    """Of the processes. What pytest says in it of each test would make each another one."""
+    ours = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    ours.pop("PYTEST_CURRENT_TEST", None)
+    return ours
+
+
+@functools.cache
+def _nursery() -> Nursery:
+    return Nursery(NODE, environment())
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
-"""The shipped six on two hosts of this one machine, for the tests; faults.hosts makes those.
+"""Two hosts on this one machine, network namespaces with a wire between them, and six on those.
 
     host 1, 192.168.1.1: A B D    wire ======== wire    host 2, 192.168.1.2: C E F
 
-`SixOnTwoHosts` runs the shipped configuration there, unchanged, and `Caller` is a gRPC client
-inside a host. Run as a program (`python -m tests.harness.hosts`), this file is that client.
+Linux only, as root. `Hosts` makes and removes them; `Wire` is what can be done to them, also by a
+program inside one. `SixOnTwoHosts` runs the shipped configuration there, unchanged, and `Caller` is
+a gRPC client inside a host: this file, run as a program (`python -m tests.harness.hosts`).
 
 A Caller owns one thread, which ends with its client process.
 """
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -28,13 +30,145 @@ from typing import Any
 
 import grpc
 
-from faults.hosts import ADDRESSES, CannotBuild, Hosts
 from overlay.model.segments import Executed
 from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2
-from tests.harness.cluster import ROOT, Overlay
+from tests.harness.cluster import NODE, ROOT, Overlay, environment
+from tests.harness.forks import Fork, Nursery
 
 SHIPPED = ROOT / "two_hosts_config.json"
+ADDRESSES = {1: "192.168.1.1", 2: "192.168.1.2"}
+
+# Waits until the process that made the hosts is gone or lets go, then removes them with all that
+# runs in them. Deleting a namespace alone would leave its processes behind.
+JANITOR = """
+cat >/dev/null
+for host do
+    for pid in $(ip netns pids "$host" 2>/dev/null); do kill -KILL "$pid"; done
+    ip netns del "$host" 2>/dev/null
+done
+"""
+
+_numbers = itertools.count(1)
+
+
+class CannotBuild(Exception):
+    """Two hosts cannot be made here; says why."""
+
+
+def why_not() -> str:
+    """Why there can be no hosts here; empty when nothing is known that speaks against it."""
+    if not sys.platform.startswith("linux"):
+        return "network namespaces are a thing of Linux"
+    if os.geteuid() != 0:
+        return "two hosts need root, for network namespaces"
+    return "" if shutil.which("ip") else "two hosts need the program 'ip'"
+
+
+class Wire:
+    """Two hosts that are there, and the wire between them. names: those of the namespaces."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self.names = dict(names)
+
+    def popen(self, host: int, *command: str, **options: Any) -> subprocess.Popen[str]:
+        """Starts a program in the host. The pid is the program's own: `ip` becomes it."""
+        options = {"text": True, "encoding": "utf-8", **options}
+        return subprocess.Popen(self.inside(host, *command), **options)
+
+    def inside(self, host: int, *command: str) -> list[str]:
+        """The command that runs this one in the host."""
+        return ["ip", "netns", "exec", self.names[host], *command]
+
+    def run(
+        self, host: int, *command: str, within_s: float = 30
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a program in the host to its end; gives its exit code and all it printed."""
+        pipes = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+        }
+        with self.popen(host, *command, cwd=ROOT, **pipes) as program:
+            try:
+                printed, _ = program.communicate(timeout=within_s)
+            finally:
+                program.kill()
+        return subprocess.CompletedProcess(command, program.returncode, printed)
+
+    def cut(self) -> None:
+        """Pulls the wire out of host 2."""
+        ip("-n", self.names[2], "link", "set", "wire", "down")
+
+    def heal(self) -> None:
+        ip("-n", self.names[2], "link", "set", "wire", "up")
+
+    def deafen(self, host: int) -> None:
+        """The host hears nothing from the other any more, and is still heard by it."""
+        self._deafness(host, "-A", "add")
+
+    def undeafen(self, host: int) -> None:
+        self._deafness(host, "-D", "del")
+
+    def _deafness(self, host: int, rule: str, route: str) -> None:
+        if shutil.which("iptables"):
+            done = self.run(host, "iptables", rule, "INPUT", "-i", "wire", "-j", "DROP")
+            if done.returncode:
+                raise CannotBuild(f"iptables in a namespace: {done.stdout.strip()}")
+        else:  # nearly the same: the other host notices at once that it cannot send
+            ip("-n", self.names[3 - host], "route", route, "blackhole", f"{ADDRESSES[host]}/32")
+
+
+class Hosts(Wire):
+    """Makes both. They go on `close`, or when this process ends. Raises CannotBuild."""
+
+    def __init__(self) -> None:
+        if why := why_not():
+            raise CannotBuild(why)
+        number = next(_numbers)
+        super().__init__({host: f"overlay-{os.getpid()}-{number}-{host}" for host in ADDRESSES})
+        self._nurseries: dict[int, Nursery] = {}
+        self._janitor = subprocess.Popen(
+            ["sh", "-c", JANITOR, "janitor", *self.names.values()],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # what ends this process must not end it too
+        )
+        try:
+            for name in self.names.values():
+                ip("netns", "add", name)
+                ip("-n", name, "link", "set", "lo", "up")
+            self._join()
+        except BaseException:
+            self.close()
+            raise
+
+    def nursery(self, host: int) -> Nursery:
+        """What forks processes of node.py in the host."""
+        if host not in self._nurseries:
+            self._nurseries[host] = Nursery(NODE, environment(), self.inside(host))
+        return self._nurseries[host]
+
+    def close(self) -> None:
+        for nursery in self._nurseries.values():
+            nursery.close()
+        if self._janitor.stdin and not self._janitor.stdin.closed:
+            self._janitor.stdin.close()
+        self._janitor.wait(10)
+
+    def _join(self) -> None:
+        end1, end2 = self.names.values()
+        ip(*f"link add wire netns {end1} type veth peer name wire netns {end2}".split())
+        for host, name in self.names.items():
+            ip("-n", name, "addr", "add", f"{ADDRESSES[host]}/24", "dev", "wire")
+            ip("-n", name, "link", "set", "wire", "up")
+
+
+def ip(*words: str) -> str:
+    """Runs `ip`, gives what it prints. Raises CannotBuild with its complaint."""
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotBuild(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 class SlowHosts(Hosts):
@@ -74,7 +208,7 @@ class SixOnTwoHosts(Overlay):
     def start_in_turn(self, *ids: str) -> None:
         """Starts each when the one before serves; waits for the links at the end."""
         for process_id in ids:
-            self.processes[process_id] = self._spawn(process_id)
+            self.spawn(process_id)
             self._wait_ready(process_id)
         self.settle()
 
@@ -107,15 +241,18 @@ class SixOnTwoHosts(Overlay):
             caller.close()
         super().stop()
 
-    def _spawn(self, process_id: str) -> subprocess.Popen[str]:
+    def _spawn(self, process_id: str) -> subprocess.Popen[Any] | Fork:
+        host, command = self.host(process_id), self._node(process_id)
+        if command[:2] == [sys.executable, str(NODE)]:
+            return self.hosts.nursery(host).start(command[2:], self.folder)
         return self.hosts.popen(
-            self.host(process_id),
-            *self._node(process_id),
+            host,
+            *command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=self.folder,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            env=self.environment,
             start_new_session=True,
         )
 

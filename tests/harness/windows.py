@@ -2,7 +2,7 @@
 
 `Windows` installs it once, into `.wine/` of the project (about 0.8 GB): wine's own files, a Windows
 CPython, and the packages that the lock files pin for Windows. All that runs in it runs on host 1
-of faults.hosts, at 192.168.1.1; `PcAndMac` is the shipped six with that host's processes there.
+of `Hosts`, at 192.168.1.1; `PcAndMac` is the shipped six with that host's processes there.
 
 Wine is not Windows: its firewall, its consoles and its virus scanner are not here.
 """
@@ -23,9 +23,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from faults.hosts import CannotBuild, Hosts
 from tests.harness.cluster import ROOT
-from tests.harness.hosts import SixOnTwoHosts
+from tests.harness.hosts import CannotBuild, Hosts, SixOnTwoHosts
 
 HOME = ROOT / ".wine"
 # CPython 3.11.9 as python.org builds it, in a package of a third party: only ever this very file.

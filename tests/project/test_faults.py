@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faults import bench, breaking, history, hosts, plot, report, run, scenarios, seeded
+from faults import bench, breaking, history, plot, report, run, scenarios, seeded
 from faults.checker import LATE_S, RULES, SILENT_S, TIMED, check, coverage_of
 from faults.history import (
     About,
@@ -33,7 +33,9 @@ from faults.history import (
     Stall,
 )
 from faults.load import Mixture
-from faults.overlays import Overlay, six_processes
+from faults.overlays import Overlay
+from tests.harness import hosts
+from tests.harness.cluster import six_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = {"C": "green", "D": "pink", "F": "pink"}

@@ -15,7 +15,7 @@ from faults.figures import BY_KEY, FIGURES, Sample
 from faults.ground import USUAL, WORKERS
 from faults.history import Answer, Call, Execution
 from faults.load import TRY_AGAIN_S, Load, Notes
-from faults.overlays import free_ports, until
+from tests.harness.machine import free_port, until
 
 
 def call(id_: int, due: float, mode: str = "any") -> Call:
@@ -173,7 +173,7 @@ def test_wrong_arguments_are_refused(arguments, said, capsys) -> None:
 
 def test_a_client_that_tries_again_sends_a_failed_call_anew() -> None:
     notes = Notes()
-    load = Load(f"127.0.0.1:{free_ports(1)[0]}", notes, 1, WORKERS)  # where nobody serves
+    load = Load(f"127.0.0.1:{free_port()}", notes, 1, WORKERS)  # where nobody serves
     try:
         load.run([replace(USUAL, tries=2), replace(USUAL, after_s=1.0)])
         until(lambda: not notes.open, 10, "an answer to every call")

@@ -323,7 +323,7 @@ def test_what_was_asked_of_a_stopping_leader_is_answered_by_the_next(noted: Note
 
 
 def start_again(six: Overlay, process_id: str) -> None:
-    six.processes[process_id] = six._spawn(process_id)
+    six.spawn(process_id)
     six._wait_ready(process_id)
     six.settle(30)
 

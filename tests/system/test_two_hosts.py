@@ -18,10 +18,19 @@ from pathlib import Path
 
 import pytest
 
-from faults.hosts import ADDRESSES, CannotBuild, Hosts, ip
 from overlay.transport.codec import pb2
 from tests.harness.cluster import IDS, ROOT, until
-from tests.harness.hosts import SHIPPED, Caller, Reply, SixOnTwoHosts, SlowHosts
+from tests.harness.hosts import (
+    ADDRESSES,
+    SHIPPED,
+    Caller,
+    CannotBuild,
+    Hosts,
+    Reply,
+    SixOnTwoHosts,
+    SlowHosts,
+    ip,
+)
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="network namespaces are a thing of Linux"

@@ -20,9 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from faults.hosts import ADDRESSES, CannotBuild, Hosts, ip
 from tests.harness.cluster import IDS, ROOT, until
-from tests.harness.hosts import SHIPPED
+from tests.harness.hosts import ADDRESSES, SHIPPED, CannotBuild, Hosts, ip
 from tests.harness.windows import PcAndMac, Windows
 from tests.project.test_launcher import STUBS, copy_project, pids_in, port_of, write_three
 
@@ -142,12 +141,12 @@ def test_the_commands_run_on_a_windows_python(windows: Windows) -> None:
 
 
 def test_a_part_of_the_tests_passes_on_a_windows_python(windows: Windows) -> None:
-    # None of pure decisions, whose answers cannot depend on the system.
+    # What meets Windows itself: processes, threads, paths, files, a gRPC server. Decisions cannot
+    # depend on the system, and links between processes are those of the tests with two systems.
     # The executor first: under wine each process that starts costs a tidy parent a third.
-    modules = ["workers/test_executor", "workers/test_thread_pool", "workers/test_api"]
-    modules += ["model/test_config", "transport/test_codec", "observability/test_log_buffer"]
-    modules += ["server/test_request_log", "queueing/test_request_queue", "server/test_log_reader"]
-    modules += ["server/test_reception", "peers/test_peers", "server/test_background"]
+    modules = ["workers/test_executor", "workers/test_thread_pool", "model/test_config"]
+    modules += ["server/test_reception", "server/test_request_log", "server/test_log_reader"]
+    modules += ["observability/test_log_buffer"]
     done = windows.run(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", UNITS, "-k", SOON, "--timeout=60"),
         *(f"tests/{name}.py" for name in modules),
@@ -155,7 +154,7 @@ def test_a_part_of_the_tests_passes_on_a_windows_python(windows: Windows) -> Non
     )
 
     assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 280
 
 
 def test_the_clock_of_a_process_is_fine_enough_to_tell_who_is_quick(windows: Windows) -> None:
@@ -181,15 +180,19 @@ def test_init_writes_the_addresses_that_are_typed(windows: Windows, tmp_path: Pa
 def test_ctrl_c_stops_a_process_in_good_order(windows: Windows, project: Path) -> None:
     write_three(project / "alone.json", log_dir="alone")
     process = windows.popen("node.py", "alone.json", "C", cwd=project)
+    log_file = project / "alone" / "process_c.log"
     with process:
-        assert "serves on" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)  # wine makes of it what a console does of Ctrl-C
         try:
+            assert "serves on" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)  # wine makes of it what a console does of Ctrl-C
+            until(
+                lambda: "stopping: " in log_file.read_text(encoding="utf-8"), 30, "Ctrl-C is heard"
+            )
             assert process.wait(60) == 0
         finally:
             process.kill()
 
-    log = (project / "alone" / "process_c.log").read_text(encoding="utf-8")
+    log = log_file.read_text(encoding="utf-8")
     assert "0 requests refused, 0 left behind" in log
 
 

@@ -23,7 +23,6 @@ import h2.connection
 import h2.events
 import pytest
 
-from faults.hosts import ADDRESSES, CannotBuild, Hosts, ip
 from overlay.model.limits import Limits
 from overlay.model.topology import Process
 from overlay.peers.peers import Peers
@@ -33,7 +32,7 @@ from overlay.transport.codec import pb2
 from overlay.transport.endpoints import target
 from overlay.transport.resolver import Named, look_up, resolve
 from tests.harness.cluster import ROOT, Overlay, free_port, until
-from tests.harness.hosts import Caller
+from tests.harness.hosts import ADDRESSES, Caller, CannotBuild, Hosts, ip
 from tests.harness.names import Names
 
 ELSEWHERE = "2001:db8::9"  # of no machine

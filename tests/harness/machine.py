@@ -1,0 +1,56 @@
+"""What the tests, the fault bench and the benchmarks want of this machine: free ports, programs,
+and to wait until something is true. Standard library only: a benchmark's every process imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class NotReached(AssertionError):
+    """A condition did not come true in time; says which, and the last value seen."""
+
+
+def until(condition: Callable[[], Any], within_s: float = 10.0, what: str = "") -> Any:
+    """Waits for a true value and gives it back. Raises NotReached."""
+    end = time.monotonic() + within_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise NotReached(f"not within {within_s:g} s: {what or condition} (last: {value!r})")
+        time.sleep(0.02)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on, below the range that outgoing connections use."""
+    found: set[int] = set()
+    for port in random.sample(range(10_000, 32_000), 1000):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            found.add(port)
+        if len(found) == count:
+            return sorted(found)
+    raise AssertionError(f"not {count} free ports on 127.0.0.1")
+
+
+def free_port() -> int:
+    return free_ports(1)[0]
+
+
+def program(name: str) -> str | None:
+    """The path of a program, looked for beside this Python first."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return shutil.which(name, path=path)
