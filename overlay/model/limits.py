@@ -16,8 +16,8 @@ class Limits:
     """Counts are requests, times seconds, sizes bytes. The configuration sets the first group."""
 
     queue_slots: int = 200  # the leader's queue; more hides overload, less refuses bursts
-    # At once per process, shared out as admission.Shares has it; also the size of the other
-    # processes' queues.
+    # At once per process, shared out as queueing.shares.PlaceShares has it; also the size of the
+    # other processes' queues.
     in_service: int = 100
     default_deadline_s: float = 30.0  # when a client gives none, so that every wait has an end
     max_deadline_s: float = 3600.0  # a longer wish is cut to this

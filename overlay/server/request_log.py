@@ -24,7 +24,7 @@ from overlay.observability.counters import Meter
 from overlay.observability.log_throttle import LogThrottle
 from overlay.observability.request_summaries import RequestSummaries
 from overlay.observability.trace import RequestSummary
-from overlay.queueing.request_queue import QueuedSegment
+from overlay.queueing.queued_segment import QueuedSegment
 
 log = logging.getLogger("overlay.requests")
 
@@ -109,7 +109,7 @@ class RequestLog:
         started: float | None,
         ended: float,
     ) -> None:
-        """Notes the times of rows that have ended: as in overlay.queueing.request_queue.Took.
+        """Notes the times of rows that have ended: as in overlay.queueing.request_queue.OnEnded.
 
         Service is what their worker says that its handler took, and waiting all else until the
         answer was here: in queues, here and below, and on the way. Where parts went before the

@@ -40,7 +40,8 @@ from overlay.observability.map_progress import Maps
 from overlay.observability.resources import resources_of
 from overlay.peers.peers import Peers, PeerState
 from overlay.queueing import admission
-from overlay.queueing.request_queue import QueuedSegment, RequestQueue
+from overlay.queueing.queued_segment import QueuedSegment
+from overlay.queueing.request_queue import RequestQueue
 from overlay.routing import aggregate, planner
 from overlay.routing.aggregate import Merge
 from overlay.routing.dispatcher import Dispatcher
@@ -114,13 +115,13 @@ class Service:
             slots=topology.queue_slots(me),
             in_service=self.me.in_service,
             of_a_team=_half_if_several(topology, self.me.in_service),
-            way_home_s=topology.hops_below(me) * self.limits.return_margin_s,
+            return_margin_s=topology.hops_below(me) * self.limits.return_margin_s,
             default_handler=_default_of_all(topology, self.me),
-            most_bytes=self.limits.max_waiting_bytes,
+            max_bytes=self.limits.max_waiting_bytes,
             claim=relay.claim,
             start=relay.start,
             on_started=self.links.flush,
-            took=self.record.took,
+            on_ended=self.record.took,
         )
         self._keys = IdempotencyKeys(self.limits)
         self._chosen_ids = ChosenIds(self.limits)

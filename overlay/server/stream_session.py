@@ -43,7 +43,8 @@ from overlay.model.segments import (
 )
 from overlay.model.topology import Topology
 from overlay.observability.map_progress import Maps
-from overlay.queueing.request_queue import QueuedSegment, RequestQueue, refusal
+from overlay.queueing.queued_segment import QueuedSegment, refusal
+from overlay.queueing.request_queue import RequestQueue
 from overlay.routing import aggregate, planner
 from overlay.server.background import BackgroundThreads
 from overlay.server.eviction import EvictionQueue
@@ -280,7 +281,7 @@ class _Session:
         self._most_bytes = min(
             desk.limits.max_message_bytes, theirs or desk.limits.max_message_bytes
         )
-        self._lane = desk.intake.open_lane(caller)
+        self._lane = desk.intake.open_flow(caller)
         self._lock = threading.Lock()
         self._out: deque[_Out] = deque()
         self._leaving: list[_Gone] = []  # in the frame that is being written
@@ -337,7 +338,7 @@ class _Session:
             self._abandoned = True
         self._desk.streams.leave(self)
         self._desk.maps.left(self)
-        self._desk.intake.close_lane(self._lane)
+        self._desk.intake.close_flow(self._lane)
         self._desk.threads.run(self._end_rest)
 
     def _end_rest(self) -> None:

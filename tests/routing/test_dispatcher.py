@@ -561,7 +561,7 @@ def test_half_of_a_short_deadline_is_enough_to_learn_who_is_missing():
     links = Peers(topology.below("A"), Limits(), "")
     relay = Dispatcher(topology, "A", links)
     intake = RequestQueue(
-        "A", slots=9, in_service=9, most_bytes=999, claim=relay.claim, start=relay.start
+        "A", slots=9, in_service=9, max_bytes=999, claim=relay.claim, start=relay.start
     )
     links.on_change = intake.kick
     answers: list[Answer] = []

@@ -136,7 +136,7 @@ class Served:
             "W",
             slots=9,
             in_service=9,
-            most_bytes=10**9,
+            max_bytes=10**9,
             claim=desk.claim,
             start=desk.start,
         )
@@ -806,10 +806,10 @@ def test_how_long_a_client_reads_is_no_pace_by_which_others_are_judged():
         (asked, sink), (_, whole) = until(lambda: len(served.desk.held) == 2 and served.desk.held)
         asked.early(0, chunk(0, True, []))
         sink(0, Answers(1, (), ("W",)))
-        (kind,) = served.intake._kinds.values()
-        assert kind.pace.mean_s(time.monotonic()) == 0.0
+        (service_class,) = served.intake._classes.values()
+        assert service_class.estimator.mean_s(time.monotonic()) == 0.0
         whole(0, Answers(1, (), ("W",)))
-        assert kind.pace.mean_s(time.monotonic()) > 0.0
+        assert service_class.estimator.mean_s(time.monotonic()) > 0.0
         served.desk.held = []
         sender.close()
         assert sum(len(answered.slices) for answered in call) == 3
