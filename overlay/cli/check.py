@@ -63,6 +63,7 @@ def show_metrics(report: Screen, m: Any, address: str) -> None:
         ("process", f"{m.process_id}, {m.role} of team {m.team}, at {address}"),
         ("state", f"{'serves' if m.is_healthy else 'stops'}, up for {_span(m.uptime_s)}"),
         ("queue", f"{m.queue_size} of {m.queue_slots} waiting"),
+        ("streams", _streams(m) if m.streams else ""),
         ("service", f"{m.active_requests} of {m.max_capacity} in service"),
         ("slots", f"{counted(m.slots, 'handler')} can run at once here or below"),
         ("workers", f"{len(workers) - len(unreached)} of {len(workers)} known to be ready"),
@@ -96,6 +97,11 @@ HANDLER_COLUMNS = (
     "name", "run", "active", "slots", "completed", "failed", "p50 ms", "p99 ms",
 )  # fmt: skip
 PROCESS_COLUMNS = ("id", "role", "team", "address", "handler", "slots", "neighbors")
+
+
+def _streams(m: Any) -> str:
+    of = f" of {m.streamed_slots:,}" if m.streamed_slots else ""  # an older process does not say
+    return f"{m.streams} open: {m.streamed_waiting:,}{of} waiting, {m.streamed_active:,} in service"
 
 
 def _keys(m: Any) -> str:

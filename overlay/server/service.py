@@ -299,6 +299,7 @@ class Service:
             streams=streams,
             streamed_waiting=streamed_waiting,
             streamed_active=streamed_active,
+            streamed_slots=streams * self.limits.window_rows,
             events=map(codec.write_event, self._recent.events(events)),
             requests=map(codec.write_story, self.record.stories.last(requests)),
             service=codec.write_histogram(all_service),

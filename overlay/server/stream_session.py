@@ -298,6 +298,9 @@ class _Session:
         self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
         self._no_more = False
         self._reads_later = False  # when its window has room again
+        self._frame: pb2.Frame | None = None  # that is being taken, when it came,
+        self._frame_at = 0.0
+        self._segments: deque[pb2.Segment] = deque()  # and those of it that are still to be taken
         self._writes = False  # a job does, or a frame is leaving
         self._abandoned = False
         self._rest_is_ended = False  # after that
@@ -371,9 +374,21 @@ class _Session:
             self._no_more = True
         self._write_on()
 
-    def _read(self, message: bytes) -> None:
+    def _read(self, message: bytes | None = None) -> None:
+        """Takes a frame that has come, or the rest of the last one, as far as there is room."""
         try:
-            self._take(codec.read_frame(message))
+            if message is not None:
+                self._frame, self._frame_at = codec.read_frame(message), time.monotonic()
+                self._segments.extend(self._frame.segments)
+            while self._segments:
+                rows = self._segments[0].count  # of more than a segment may have it ends the call
+                if rows <= self._limits.segment_rows and not self._has_room(rows):
+                    self._desk.intake.kick()
+                    return  # from here on another job may go on with it
+                self._accept(self._segments.popleft(), self._frame_at)
+            if self._frame is not None:
+                self._take_rest(self._frame)
+                self._frame = None
         except OverlayError as e:
             self._break(e)
         except Exception as e:  # noqa: BLE001 - a fault of ours costs one stream
@@ -387,19 +402,19 @@ class _Session:
             self._no_more = True
         self._write_on()
 
-    def _has_room(self) -> bool:
-        """Whether the next frame may come now; if not it does when half of the window is free."""
+    def _has_room(self, rows: int = 1) -> bool:
+        """Whether so many may come now; if not they do when half of the window is free."""
         with self._lock:
             if self._abandoned or self._broken is not None:
                 return False
-            self._reads_later = self._is_full_locked(1)
+            self._reads_later = self._is_full_locked(1, rows)
             return not self._reads_later
 
-    def _is_full_locked(self, parts: int) -> bool:
-        """Whether more than one of so many parts of the window is taken."""
+    def _is_full_locked(self, parts: int, rows: int = 1) -> bool:
+        """Whether so many more are too many for one of so many parts of the window."""
         if not self._rows:
             return False
-        if self._rows >= self._limits.window_rows // parts:
+        if self._rows + rows > self._limits.window_rows // parts:
             return True
         return not self._held.is_within(self._limits.window_bytes // parts)
 
@@ -464,7 +479,7 @@ class _Session:
         if goes_on:
             self._desk.threads.run(self._desk.intake.kick)
         if reads:
-            self._call.receive(self._came)
+            self._desk.threads.run(self._read)
 
     def _finish(self) -> None:
         with self._lock:
@@ -501,10 +516,7 @@ class _Session:
         self._unread.add(size)
         self._lane.paused = not self._unread.is_within(self._limits.window_bytes // 2)
 
-    def _take(self, frame: pb2.Frame) -> None:
-        now = time.monotonic()
-        for made in frame.segments:
-            self._accept(made, now)
+    def _take_rest(self, frame: pb2.Frame) -> None:
         self._desk.intake.kick()
         for cancel in frame.cancels:
             accepted = self._accepted.get(cancel.number)
