@@ -201,7 +201,6 @@ class _Gather:
         self._plan = plan
         self._sink = sink
         self._lock = threading.Lock()
-        self._open = PendingRows(segment.count)
         self._came = {branch.neighbour: Slices() for branch in plan.branches}
         self._ends: list[End] = []
 
@@ -217,9 +216,9 @@ class _Gather:
         """Answers open rows with the parts that came, and ends the branches' work on them."""
         for row in range(start, start + count):
             with self._lock:
-                if not self._open.take(row, 1):
-                    continue
                 found = {n: chunk for n, came in self._came.items() if (chunk := came.at(row))}
+            if len(found) == len(self._came):
+                continue  # answered
             late = {
                 branch.neighbour: _late(branch, code)
                 for branch in self._plan.branches
@@ -245,15 +244,14 @@ class _Gather:
         return sink
 
     def _ready(self, start: int, stop: int) -> list[tuple[int, int, dict[str, Answers]]]:
-        """The open runs in start..stop that every branch has answered; they are open no more."""
+        """What of the rows start..stop every branch has answered, the last one just now."""
         ranges = [(start, stop)]
         for came in self._came.values():
             ranges = [both for one in ranges for both in came.overlapping(*one)]
         ready = []
         for first, last in ranges:
-            for begin, count in self._open.take(first, last - first):
-                found = {n: came.at(begin, count) for n, came in self._came.items()}
-                ready.append((begin, count, {n: p for n, p in found.items() if p is not None}))
+            found = {n: came.at(first, last - first) for n, came in self._came.items()}
+            ready.append((first, last - first, {n: p for n, p in found.items() if p is not None}))
         return ready
 
     def _answer(self, start: int, count: int, found: dict[str, Answers]) -> None:
@@ -279,7 +277,6 @@ class _StreamingGather:
         self._early = early
         self._sink = sink
         self._lock = threading.Lock()
-        self._open = PendingRows(segment.count)
         self._rows = [_Row(plan) for _ in range(segment.count)]
         self._ends: list[End] = []
 
@@ -303,15 +300,13 @@ class _StreamingGather:
         """Answers open rows with what did not come, and ends the branches' work on them."""
         for row in range(start, start + count):
             with self._lock:
-                is_open = bool(self._open.take(row, 1))
                 late = [
                     column
                     for branch in self._plan.branches
                     for column in _late(branch, code).parts
                     if column.process_id in self._rows[row].owed
                 ]
-            if is_open:
-                self._answer(row, late)
+            self._answer(row, late)
         for end in list(self._ends):
             end(code, start, count)
 
@@ -331,7 +326,7 @@ class _StreamingGather:
         state = self._rows[row]
         with self._lock:
             columns = tuple(c for c in answers.parts if c.process_id in state.owed)
-            if not columns or not self._open.runs(row, 1):
+            if not columns:
                 return
             state.holds += 1
         self._early(row, Answers(1, columns, (self._relay._me.id, *answers.hops)))
@@ -342,7 +337,7 @@ class _StreamingGather:
     def _let_go(self, row: int) -> None:
         with self._lock:
             self._rows[row].holds -= 1
-            is_last = not self._rows[row].holds and bool(self._open.take(row, 1))
+            is_last = not self._rows[row].holds
         if is_last:
             self._answer(row, [])
 
