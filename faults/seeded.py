@@ -312,7 +312,7 @@ def team_is_ignored() -> None:
     planner.scope = lambda topology, me, route: (
         topology.in_order(set(route.targets))
         if route.targets is not None
-        else tuple(worker.id for worker in planner._reach(topology, topology.processes[me]))
+        else tuple(worker.id for worker in topology.workers_of(me))
     )
 
 

@@ -25,7 +25,7 @@ from overlay.cli.terminal import (
 from overlay.client import sync as library
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
-from overlay.model.topology import ROLES, Process, Topology, join_address
+from overlay.model.topology import Process, Topology, join_address
 
 DEADLINE_S = 3.0
 
@@ -129,17 +129,9 @@ def _process(p: Any) -> tuple[str, ...]:
 
 
 def expected_workers(m: Any) -> tuple[str, ...]:
-    """Whom a request to all means: the leader every worker, a team leader those among its
-    neighbours, a worker itself; in the order of the configuration."""
-    role = {p.id: ROLES[p.role] for p in m.topology}
-    workers = tuple(p.id for p in m.topology if role[p.id].works)
-    if m.process_id in workers:
-        return (m.process_id,)
-    neighbors = {n for p in m.topology if p.id == m.process_id for n in p.neighbors}
-    below = {n for n in neighbors if role[n].rank < role[m.process_id].rank}
-    if any(not role[n].works for n in below):
-        return workers
-    return tuple(worker for worker in workers if worker in below)
+    """The workers that a request to all means there, in the order of the configuration."""
+    topology = Topology.of({p.id: p for p in m.topology})
+    return tuple(worker.id for worker in topology.workers_of(m.process_id))
 
 
 def unreached_workers(m: Any) -> tuple[str, ...]:

@@ -182,8 +182,7 @@ class Dispatcher:
         awaited = self._network.awaited()
         below = self._topology.below(self._me.id) if awaited else ()
         return any(
-            n.id in awaited and (worker == n.id or worker in n.neighbors)
-            for worker in plan.missing
+            n.id in awaited and not self._topology.reach(n.id).isdisjoint(plan.missing)
             for n in below
         )
 

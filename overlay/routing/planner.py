@@ -118,8 +118,7 @@ def scope(topology: Topology, me: str, route: Route) -> tuple[str, ...]:
     if route.targets is not None:
         known = {worker.id for worker in topology.workers}
         return topology.in_order(known.intersection(route.targets))
-    asked = _reach(topology, topology.processes[me])
-    return tuple(w.id for w in asked if route.team in ("", w.team))
+    return tuple(w.id for w in topology.workers_of(me) if route.team in ("", w.team))
 
 
 def plan(topology: Topology, me: str, links_up: Iterable[str], route: Route) -> Plan:
@@ -170,9 +169,8 @@ def way_to(
         raise UnknownName(f"no process '{target}' here; there are {', '.join(topology.processes)}")
     if me in hops:
         raise LoopDetected(f"{me} is already in the hop list {' '.join(hops)}")
-    below = topology.below(me)
-    ways = [n.id for n in below if n.id == target]
-    ways += [n.id for n in below if target in {far.id for far in topology.below(n.id)}]
+    ways = [n.id for n in topology.below(me) if target in topology.reach(n.id)]
+    ways.sort(key=lambda way: way != target)  # itself first
     if not ways:
         host, port = topology.processes[target].host, topology.processes[target].port
         raise UnknownName(
@@ -229,20 +227,10 @@ def _other(me: str) -> str:
     return f"{me} reads another configuration"
 
 
-def _reach(topology: Topology, me: Process) -> tuple[Process, ...]:
-    if me.works:
-        return (me,)
-    below = topology.below(me.id)
-    if any(not n.works for n in below):
-        return topology.workers
-    near = {n.id for n in below}
-    return tuple(worker for worker in topology.workers if worker.id in near)
-
-
 def _ways(topology: Topology, below: tuple[Process, ...], worker: str) -> list[str]:
     """The neighbours through which `worker` can be reached, best first."""
     team = topology.processes[worker].team
-    through = [n for n in below if not n.works and worker in {w.id for w in topology.below(n.id)}]
+    through = [n for n in below if n.id != worker and worker in topology.reach(n.id)]
     own = [n.id for n in through if n.team == team]
     others = [n.id for n in through if n.team != team]
     return own + others + [n.id for n in below if n.id == worker]
