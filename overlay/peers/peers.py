@@ -36,7 +36,7 @@ from overlay.routing.outlier import (
     PeerHealth,
     State,
     Verdict,
-    heard,
+    classify,
 )
 from overlay.routing.planner import QUICK_S
 from overlay.transport import codec
@@ -234,7 +234,7 @@ class _Minder:
         self._lock = threading.Lock()
 
     def cases(self, neighbour: str) -> Mapping[str, PeerHealth]:
-        return self._ward.cases[neighbour]
+        return self._ward.unhealthy[neighbour]
 
     def begin(self, neighbour: str, handler: str) -> None:
         with self._lock:
@@ -242,7 +242,7 @@ class _Minder:
 
     def hear(self, neighbour: str, handler: str, heard: Outcome) -> None:
         with self._lock:
-            change = self._ward.hear(neighbour, handler, heard, self._up(), time.monotonic())
+            change = self._ward.record(neighbour, handler, heard, self._up(), time.monotonic())
         self._tell(change)
 
     def look(self, paces: Mapping[str, Mapping[str, float]]) -> bool:
@@ -254,7 +254,7 @@ class _Minder:
 
     def came(self, neighbour: str) -> None:
         with self._lock:
-            self._ward.came(neighbour, time.monotonic())
+            self._ward.capacity_added(neighbour, time.monotonic())
 
     def forget(self, neighbour: str) -> None:
         with self._lock:
@@ -379,7 +379,7 @@ class _Peer:
         if flawless and not self.cases:
             return
         service_s, to_all = self.service_s.get(handler, 0.0), route.mode is Mode.ALL
-        said = heard(answers, service_s, to_all)
+        said = classify(answers, service_s, to_all)
         if is_read and not flawless:
             said = Outcome(Verdict.NEITHER, count, "")
         self._minder.hear(self.id, handler, said)
