@@ -11,7 +11,7 @@ Merge = Callable[[Sequence[Part]], bytes]
 
 
 def from_branch(answers: Answers, targets: Sequence[str]) -> Answers:
-    """A branch's answers with exactly one column per target: what it left out is said so.
+    """A branch's answers with exactly one column per target: one that it left out says so.
 
     A refusal of the whole branch is every target's own.
     """
@@ -51,7 +51,7 @@ def in_order(columns: Mapping[str, PartColumn], order: Sequence[str]) -> tuple[P
 
 
 def coverage(answer: Answer) -> str:
-    """The trailer that tells k of n and who is missing: "2/3; missing=F"."""
+    """The trailer that says k of n, and which are missing: "2/3; missing=F"."""
     good = sum(part.ok for part in answer.parts)
     missing = ",".join(part.process_id for part in answer.parts if not part.ok)
     return f"{good}/{len(answer.parts)}" + (f"; missing={missing}" if missing else "")
@@ -86,13 +86,13 @@ def may_try_elsewhere(answer: Answer) -> bool:
 
 
 def was_lost(answer: Answer) -> bool:
-    """ANY: whether it is open what became of it: its worker, or the way there, broke down."""
+    """ANY: whether it is unknown if it ran: its worker, or the way there, broke down."""
     part = answer.refused or (answer.parts[0] if answer.parts else None)
     return part is not None and part.executed is Executed.UNKNOWN and part.code is Code.UNAVAILABLE
 
 
 def plain_results(answers: Answers) -> list[bytes]:
-    """`result` without a merge for every row, of answers that are flawless."""
+    """`result` without a merge for every row, of answers without a failure."""
     columns = [column.results.items for column in answers.parts]
     if len(columns) == 1:
         return list(columns[0])
@@ -121,9 +121,9 @@ def _executed(parts: Sequence[Part]) -> Executed:
 
 
 def _reasons(parts: Iterable[Part]) -> str:
-    """Each reason once, with those who gave it."""
+    """Each reason once, with the processes that gave it."""
     givers: dict[str, list[str]] = {}
     for part in parts:
         givers.setdefault(part.reason, []).append(part.process_id)
-    told = ((", ".join(filter(None, ids)), why) for why, ids in givers.items())
-    return "; ".join(f"{ids}: {why}" if ids else why for ids, why in told)
+    by_reason = ((", ".join(filter(None, ids)), why) for why, ids in givers.items())
+    return "; ".join(f"{ids}: {why}" if ids else why for ids, why in by_reason)

@@ -559,7 +559,7 @@ class Links:
 
     def load(self, neighbour: str, handler: str) -> tuple[int, float, State, bool]:
         edge = self._to(neighbour)
-        return edge.outstanding[handler], edge.service_s, edge.state, edge.is_of_late
+        return edge.outstanding[handler], edge.service_s, edge.state, edge.is_recent
 
     def reserve(self, neighbour: str, handler: str, count: int) -> None:
         self._to(neighbour).outstanding[handler] += count
@@ -593,7 +593,7 @@ class Edge:
     is_live: bool = True  # its stream; of one who drains it is still there
     awaited: bool = False
     service_s: float = 0.0
-    is_of_late: bool = True  # its pace
+    is_recent: bool = True  # its pace
     state: State = State.HEALTHY
     outstanding: Counter[str] = field(default_factory=Counter)
     fates: deque[str] = field(default_factory=deque)

@@ -835,7 +835,7 @@ def test_long_rows_of_any_after_quick_ones_leave_no_slot_free():
     network = MemoryNetwork(SIX, slots=2)
     for worker in "CDF":
         network.nodes[worker].works.hold()
-    network.edges["B", "C"].service_s, network.edges["B", "C"].is_of_late = 0.00001, False
+    network.edges["B", "C"].service_s, network.edges["B", "C"].is_recent = 0.00001, False
     network.edges["B", "D"].state = State.SLOW
     network.stream("B", 20, mode=ANY)
 
