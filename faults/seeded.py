@@ -81,20 +81,21 @@ def try_out(bug: Bug, folder: Path, seconds: float, seed: int) -> Trial:
 def expired_is_started() -> None:
     from overlay.model import segments
     from overlay.peers import peers
-    from overlay.queueing import request_queue
+    from overlay.queueing import queued_segment, request_queue
 
     def end(ticket: Any, code: Any, start: int = 0, count: int | None = None) -> None:
         if code is segments.Code.DEADLINE_EXCEEDED:  # answered, and it stays in the queue
             count = ticket.segment.count - start if count is None else count
-            ticket._settle(start, request_queue._unstarted(ticket._intake.me, code, count))
+            refused = queued_segment.unstarted(ticket._owner.me, code)
+            ticket._settle(start, segments.Answers(count, (), refused=refused))
         else:
             right(ticket, code, start, count)
 
     def unchecked(self: Any, ticket: Any, now: float) -> Any:
         return claim(self, ticket, min(now, ticket.segment.deadline - 1))
 
-    right = request_queue.QueuedSegment.end
-    request_queue.QueuedSegment.end = end
+    right = queued_segment.QueuedSegment.end
+    queued_segment.QueuedSegment.end = end
     claim = request_queue.RequestQueue._claim_locked
     request_queue.RequestQueue._claim_locked = unchecked
     peers._Peer.time_left_s = lambda self, deadline: max(1.0, deadline - time.monotonic())
@@ -155,9 +156,8 @@ def cancelled_stays_active() -> None:
 
     right = request_queue.RequestQueue._release
 
-    def release(self: Any, ticket: Any, count: int) -> None:
-        if not ticket._ended:
-            right(self, ticket, count)
+    def release(self: Any, ticket: Any, *rest: Any) -> float:
+        return right(self, ticket, *rest) if not ticket._ended else time.monotonic()
 
     request_queue.RequestQueue._release = release
 
@@ -203,10 +203,10 @@ def merge_drops_a_part() -> None:
 
 def drain_refuses_running() -> None:
     from overlay.model import errors, segments
-    from overlay.queueing import request_queue
+    from overlay.queueing import queued_segment, request_queue
 
     running: list[Any] = []
-    right_run, right_close = request_queue.QueuedSegment._run, request_queue.RequestQueue.close
+    right_run, right_close = queued_segment.QueuedSegment.run, request_queue.RequestQueue.close
 
     def run(ticket: Any, *rest: Any) -> None:
         running.append(ticket)
@@ -221,7 +221,7 @@ def drain_refuses_running() -> None:
                 ticket._settle(0, segments.Answers(rows, (), refused=part))
         return int(right_close(self))
 
-    request_queue.QueuedSegment._run = run
+    queued_segment.QueuedSegment.run = run
     request_queue.RequestQueue.close = close
 
 
@@ -315,7 +315,7 @@ def team_is_ignored() -> None:
     planner.scope = lambda topology, me, route: (
         topology.in_order(set(route.targets))
         if route.targets is not None
-        else tuple(worker.id for worker in planner._reach(topology, topology.processes[me]))
+        else tuple(worker.id for worker in topology.workers_of(me))
     )
 
 

@@ -521,7 +521,7 @@ def _wait_until_seen(
 
     away: whom it need not see. A neighbour that does not answer is not waited for.
     """
-    above = [n for n in topology.processes.values() if process in topology.below(n.id)]
+    above = topology.above(process.id)
     until = time.monotonic() + wait_s
     while True:
         amiss = [

@@ -15,7 +15,7 @@ from overlay.cli.usage import Parser, shared_options
 from overlay.client import sync as library
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
-from overlay.model.topology import ROLES, Process, Topology, join_address
+from overlay.model.topology import Process, Topology, join_address
 from overlay.transport.codec import pb2
 
 
@@ -59,6 +59,7 @@ def show_metrics(report: Screen, m: pb2.MetricsResponse, address: str) -> None:
         ("process", f"{m.process_id}, {m.role} of team {m.team}, at {address}"),
         ("state", f"{'serves' if m.is_healthy else 'stops'}, up for {span(m.uptime_s, 1)}"),
         ("queue", f"{m.queue_size} of {m.queue_slots} waiting"),
+        ("streams", _streams(m) if m.streams else ""),
         ("service", f"{m.active_requests} of {m.max_capacity} in service"),
         ("slots", f"{counted(m.slots, 'handler')} can run at once here or below"),
         ("workers", f"{len(workers) - len(unreached)} of {len(workers)} known to be ready"),
@@ -94,6 +95,11 @@ HANDLER_COLUMNS = (
 PROCESS_COLUMNS = ("id", "role", "team", "address", "handler", "slots", "neighbors")
 
 
+def _streams(m: pb2.MetricsResponse) -> str:
+    of = f" of {m.streamed_slots:,}" if m.streamed_slots else ""  # an older process does not say
+    return f"{m.streams} open: {m.streamed_waiting:,}{of} waiting, {m.streamed_active:,} in service"
+
+
 def _keys(m: pb2.MetricsResponse) -> str:
     return (
         f"{m.keys:,} remembered, {m.key_bytes:,} bytes of answers, {m.key_waiters} waiting for one"
@@ -121,19 +127,9 @@ def _process(p: pb2.Process) -> tuple[str, ...]:
 
 
 def expected_workers(m: pb2.MetricsResponse) -> tuple[str, ...]:
-    """The workers that a request to all of this process goes to, in configuration order.
-
-    A leader's are all workers, a team leader's those among its neighbours, a worker's itself.
-    """
-    role = {p.id: ROLES[p.role] for p in m.topology}
-    workers = tuple(p.id for p in m.topology if role[p.id].works)
-    if m.process_id in workers:
-        return (m.process_id,)
-    neighbors = {n for p in m.topology if p.id == m.process_id for n in p.neighbors}
-    below = {n for n in neighbors if role[n].rank < role[m.process_id].rank}
-    if any(not role[n].works for n in below):
-        return workers
-    return tuple(worker for worker in workers if worker in below)
+    """The workers that a request to all of this process goes to, in configuration order."""
+    topology = Topology.of({p.id: p for p in m.topology})
+    return tuple(worker.id for worker in topology.workers_of(m.process_id))
 
 
 def unreached_workers(m: pb2.MetricsResponse) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from overlay.cli.usage import (
 )
 from overlay.client import sync as library
 from overlay.model import clocks as time
-from overlay.model.topology import ROLES, join_address
+from overlay.model.topology import Topology, join_address
 from overlay.observability.log_buffer import names_error, unfolded
 from overlay.transport.codec import pb2
 
@@ -114,16 +114,8 @@ def _text_of(line: pb2.LogLine) -> str:
 def _reachable_ids(client: library.Client, deadline_s: float) -> list[str]:
     """The process at the address, and all below it."""
     metrics = client.metrics(timeout=deadline_s)
-    processes = {process.id: process for process in metrics.topology}
-    found, todo = {metrics.process_id}, [metrics.process_id]
-    while todo:
-        above = processes[todo.pop()]
-        for n in above.neighbors:
-            lower = ROLES[processes[n].role].rank < ROLES[above.role].rank
-            if lower and n not in found:
-                found.add(n)
-                todo.append(n)
-    return [process_id for process_id in processes if process_id in found]
+    topology = Topology.of({process.id: process for process in metrics.topology})
+    return list(topology.in_order(topology.reach(metrics.process_id)))
 
 
 def _ask(client: library.Client, process_id: str, args: argparse.Namespace) -> ProcessLines:

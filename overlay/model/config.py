@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 
 from overlay.model.errors import ConfigError
 from overlay.model.limits import MIB, Limits
-from overlay.model.topology import BUILT_IN, ROLES, HandlerSpec, Process, Topology
+from overlay.model.topology import BUILT_IN, HandlerSpec, Process, Topology
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Function = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
@@ -374,25 +374,13 @@ def _shape_problems(processes: Mapping[str, ProcessEntry]) -> Iterator[str]:
     for team in sorted(working - led):
         yield f"team '{team}' has workers but no team_leader"
     if len(leaders) == 1:
-        reached = _reached_from(leaders[0], processes)
+        reached = Topology.of(processes).reach(leaders[0])
         for key, entry in processes.items():
             if entry.role == "worker" and key not in reached:
                 yield (
                     f"process {key}: leader {leaders[0]} has no path down to it; "
                     f"a team_leader among the neighbors of {leaders[0]} must have {key} as neighbor"
                 )
-
-
-def _reached_from(start: str, processes: Mapping[str, ProcessEntry]) -> set[str]:
-    reached, todo = {start}, [start]
-    while todo:
-        entry = processes[todo.pop()]
-        for n in entry.neighbors:
-            lower = n in processes and ROLES[processes[n].role].rank < ROLES[entry.role].rank
-            if lower and n not in reached:
-                reached.add(n)
-                todo.append(n)
-    return reached
 
 
 def _handler_problems(raw: Mapping[str, Any], good: Mapping[str, ProcessEntry]) -> Iterator[str]:

@@ -16,8 +16,8 @@ class Limits:
     group; its defaults are these."""
 
     queue_slots: int = 200  # the leader's queue; more hides overload, fewer refuse bursts
-    # At once in one process, divided among callers by admission.Shares; also the size of the queue
-    # of every process but the leader.
+    # At once in one process, divided among callers by queueing.shares.PlaceShares; also the size of
+    # the queue of every process but the leader.
     in_service: int = 100
     default_deadline_s: float = 30.0  # when a client gives none, so that every wait ends
     max_deadline_s: float = 3600  # a longer deadline is cut to this

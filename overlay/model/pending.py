@@ -1,7 +1,7 @@
-"""Which rows of a segment are still open: so that each is answered once, by whoever is first.
+"""Which rows of a segment are still pending, so that each is answered once: by the first answer.
 
-And what has come of them, and how their work is ended, where both come piece by piece: what one
-piece costs does not grow with how many there were before.
+And their answers, and how their work is ended, where both come piece by piece: what one piece costs
+does not grow with how many there were before. Sans-IO; none has a lock, their owners hold one.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class PendingRows:
 
 
 class Slices:
-    """The answers of a segment's rows by one who answers each of them once, in any pieces."""
+    """The answers to a segment's rows by one branch, which answers each once, in any pieces."""
 
     __slots__ = ("_answers", "_starts")
 
@@ -102,7 +102,7 @@ class Slices:
         self._answers.insert(index, answers)
 
     def overlapping(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """What of the rows from `start` to before `stop` is there, as such pairs."""
+        """The runs that are there of the rows from `start` to before `stop`, as such pairs."""
         index = max(0, bisect_right(self._starts, start) - 1)
         while index < len(self._starts) and (begin := self._starts[index]) < stop:
             end = begin + self._answers[index].count
@@ -111,7 +111,7 @@ class Slices:
             index += 1
 
     def at(self, row: int, count: int = 1) -> Answers | None:
-        """Of these rows, which came in one piece; None when the first did not come."""
+        """The answers to these rows, which came in one piece; None when the first did not come."""
         index = bisect_right(self._starts, row) - 1
         if index < 0 or row >= self._starts[index] + self._answers[index].count:
             return None
@@ -126,7 +126,7 @@ class Ends:
     """How the work behind a segment's rows is ended, which begins and is ended piece by piece.
 
     What begins when its rows were ended already is ended at once. A row that begins anew elsewhere
-    has ended where it was. No lock of its own, and calls nothing: its owner does, holding none.
+    has ended where it was. It calls nothing: its owner does, holding no lock.
     """
 
     __slots__ = ("_codes", "_count", "_pieces")
@@ -140,7 +140,7 @@ class Ends:
     def begin(self, first: int, count: int, end: End, turn: int = 0) -> list[Ending]:
         """These rows have begun. What is to be called, as they were ended before.
 
-        turn: of tries, which may be told of in another order; the last one counts.
+        turn: the number of the try; tries may be noted in another order, and the last one counts.
         """
         pieces = self._pieces = self._pieces or [None] * self._count
         if any(pieces[first : first + count]):
@@ -163,7 +163,7 @@ class Ends:
         return self._endings(start, stop - start) if self._pieces else []
 
     def forget(self) -> None:
-        """All is over: the ends lead back to who owns this, and would keep it."""
+        """All is over: the ends lead back to the owner of this, and would keep it."""
         self._pieces = []
 
     def _endings(self, start: int, count: int) -> list[Ending]:

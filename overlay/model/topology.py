@@ -1,11 +1,13 @@
-"""Who there is, who may ask whom, which handlers there are: the configuration as frozen values."""
+"""The processes, which may ask which, and the handlers: the configuration as frozen values."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from overlay.model.errors import ConfigError
 from overlay.model.limits import Limits
@@ -81,6 +83,17 @@ class HandlerSpec:
 BUILT_IN = {"echo": HandlerSpec("echo", "overlay.workers.api:echo")}
 
 
+class Entry(Protocol):
+    """One process, as others describe it."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def team(self) -> str: ...
+    @property
+    def neighbors(self) -> Iterable[str]: ...
+
+
 @dataclass(frozen=True)
 class Topology:
     """The whole overlay, in the order of the configuration file."""
@@ -105,8 +118,20 @@ class Topology:
         me = self.processes[process_id]
         return tuple(self.processes[n] for n in me.neighbors if self.processes[n].rank < me.rank)
 
+    def reach(self, process_id: str) -> frozenset[str]:
+        """Itself and all that is below it, however far: what a question to it can get to."""
+        found = self._reached.get(process_id)
+        if found is None:
+            below = (self.reach(n.id) for n in self.below(process_id))
+            found = self._reached[process_id] = frozenset((process_id,)).union(*below)
+        return found
+
+    @cached_property
+    def _reached(self) -> dict[str, frozenset[str]]:
+        return {}
+
     def above(self, process_id: str) -> tuple[Process, ...]:
-        """Those who may ask `process_id`: of a strictly higher rank, with it as their neighbour."""
+        """Those that may ask it: of a strictly higher rank, with it as their neighbour."""
         me = self.processes[process_id]
         others = self.processes.values()
         return tuple(p for p in others if process_id in p.neighbors and p.rank > me.rank)
@@ -115,8 +140,26 @@ class Topology:
         """How many links the longest way from it to a worker has."""
         return max((1 + self.hops_below(n.id) for n in self.below(process_id)), default=0)
 
+    @staticmethod
+    def of(entries: Mapping[str, Entry]) -> Topology:
+        """What metrics or a file say of processes, by id; of neighbours those that are there."""
+
+        def process(id_: str, entry: Entry) -> Process:
+            neighbors = tuple(n for n in entry.neighbors if n in entries)
+            return Process(id_, entry.role, entry.team, "", 0, neighbors)
+
+        return Topology({id_: process(id_, entry) for id_, entry in entries.items()})
+
     def in_order(self, ids: frozenset[str] | set[str]) -> tuple[str, ...]:
         return tuple(process_id for process_id in self.processes if process_id in ids)
+
+    def workers_of(self, process_id: str) -> tuple[Process, ...]:
+        """Those within its reach, in the configuration's order: what a request to all means.
+
+        Of the leader every one, of a team leader those among its neighbours, of a worker itself.
+        """
+        reached = self.reach(process_id)
+        return tuple(worker for worker in self.workers if worker.id in reached)
 
     @property
     def workers(self) -> tuple[Process, ...]:

@@ -235,7 +235,7 @@ class _Health:
 
     def of(self, neighbour: str) -> Mapping[str, PeerHealth]:
         """By handler, where it is not healthy; may be read at any time."""
-        return self._detector.cases[neighbour]
+        return self._detector.unhealthy[neighbour]
 
     def begin(self, neighbour: str, handler: str) -> None:
         with self._lock:

@@ -20,7 +20,7 @@ Merge = Callable[[Sequence[Part]], bytes]
 
 
 def from_branch(answers: Answers, targets: Sequence[str]) -> Answers:
-    """A branch's answers with exactly one column per target: what it left out is said so.
+    """A branch's answers with exactly one column per target: one that it left out says so.
 
     A refusal of the whole branch is every target's own.
     """
@@ -101,7 +101,7 @@ def was_lost(answer: AnswerRow) -> bool:
 
 
 def plain_results(answers: Answers) -> list[bytes]:
-    """`result` without a merge for every row, of answers that are flawless."""
+    """`result` without a merge for every row, of answers without a failure."""
     columns = [column.results.items for column in answers.parts]
     if len(columns) == 1:
         return list(columns[0])
@@ -130,9 +130,9 @@ def _executed(parts: Sequence[Part]) -> Executed:
 
 
 def _reasons(parts: Iterable[Part]) -> str:
-    """Each reason once, with those who gave it."""
+    """Each reason once, with the processes that gave it."""
     givers: dict[str, list[str]] = {}
     for part in parts:
         givers.setdefault(part.reason, []).append(part.process_id)
-    told = ((", ".join(filter(None, ids)), why) for why, ids in givers.items())
-    return "; ".join(f"{ids}: {why}" if ids else why for ids, why in told)
+    by_reason = ((", ".join(filter(None, ids)), why) for why, ids in givers.items())
+    return "; ".join(f"{ids}: {why}" if ids else why for ids, why in by_reason)

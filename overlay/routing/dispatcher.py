@@ -4,8 +4,8 @@
     start   acts: everything is sent at once, no thread waits
     sinks   collect what comes back, on whatever thread it comes
 
-Knows no grpc: the links and the executor are handed in, so that tests can put a network in memory
-in their place.
+Knows no gRPC: the links and the executor are passed in, so that tests can use a network in memory
+instead.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from overlay.routing import aggregate, planner
 from overlay.routing.outlier import State
 from overlay.routing.planner import Branch, Load, Plan
 
-MAX_PICKED = 100  # counted of a neighbour: one who comes back is not given all that it missed
+MAX_PICKED = 100  # counted of a neighbour: one that comes back is not given all that it missed
 
 
-class Network(Protocol):
-    """What the relay needs of the links; see overlay.peers.peers.Links for the promises."""
+class PeerLinks(Protocol):
+    """What the dispatcher needs of its neighbours; overlay.peers.peers.Peers has the promises."""
 
     def up(self) -> frozenset[str]: ...
     def awaited(self) -> set[str]: ...
@@ -54,8 +54,8 @@ class Network(Protocol):
     def send(self, neighbour: str, segment: Segment, sink: Sink) -> End: ...
 
 
-class Works(Protocol):
-    """What the relay needs of the executor; see workers.executor.Executor for the promises."""
+class LocalExecutor(Protocol):
+    """What the dispatcher needs of a worker; overlay.workers.executor.Executor has the promises."""
 
     def claim(self, handler: str, count: int) -> int: ...
     def run(self, segment: Segment, waited_s: float, sink: Sink) -> End: ...
@@ -74,24 +74,24 @@ class Claimed:
 
 
 class Dispatcher:
-    """The decisions and deeds of one process. Safe from any thread."""
+    """Claims places for requests and starts them, at one process. Safe from any thread."""
 
     def __init__(
         self,
         topology: Topology,
         me: str,
-        network: Network,
-        works: Works | None = None,
+        peers: PeerLinks,
+        executor: LocalExecutor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._topology = topology
         self._order = tuple(topology.processes)
         self._me = topology.processes[me]
-        self._network = network
-        self._works = works
+        self._peers = peers
+        self._executor = executor
         self._clock = clock
         self._plans: dict[object, Plan] = {}
-        self._picked: defaultdict[str, float] = defaultdict(float)  # rows to any one, of late
+        self._picked: defaultdict[str, float] = defaultdict(float)  # recent rows to any one
 
     def claim(
         self, route: Route, count: int, patient_until: float, streamed: bool
@@ -102,10 +102,10 @@ class Dispatcher:
         went down this moment (AWAITED). Streamed rows to all go down against credit too; single
         ones at once.
         """
-        if self._works is not None and (route.targets is None or self._me.id in route.targets):
-            count = self._works.claim(route.handler, count)
+        if self._executor is not None and (route.targets is None or self._me.id in route.targets):
+            count = self._executor.claim(route.handler, count)
             return Claimed(count, _HERE) if count else None
-        plan = self._plan(route, self._network.up())
+        plan = self._plan(route, self._peers.up())
         short = not plan.branches if route.mode is Mode.ANY else bool(plan.missing)
         if short and self._clock() < patient_until and self._may_come_back(plan):
             return AWAITED
@@ -116,22 +116,25 @@ class Dispatcher:
         return self._claim_all(plan, route.handler, count, streamed)
 
     def start(self, segment: Segment, claimed: Claimed, waited_s: float, sink: Sink) -> End:
-        """Sends or works. The sink gets each row once; the End answers what is open."""
-        if claimed.plan.local and self._works is not None:
-            return self._works.run(segment, waited_s, sink)
+        """Sends or runs them. The sink gets each row; the End answers what is open.
+
+        A row that was ended may be answered again: its queued segment passes on the first answer.
+        """
+        if claimed.plan.local and self._executor is not None:
+            return self._executor.run(segment, waited_s, sink)
         if segment.route.mode is Mode.ANY:
-            return _DispatchAny(self, segment, claimed, sink).begin()
+            return DispatchAny(self, segment, claimed, sink).begin()
         if segment.early is not None:
-            return _StreamingGather(self, segment, claimed.plan, segment.early, sink).begin()
-        return _Gather(self, segment, claimed.plan, sink).begin()
+            return StreamingGather(self, segment, claimed.plan, segment.early, sink).begin()
+        return Gather(self, segment, claimed.plan, sink).begin()
 
     def load(self, branch: Branch, handler: str) -> Load:
-        """How full a branch is for a handler, by what this process sent and its neighbour said."""
-        outstanding, service_s, state, of_late = self._network.load(branch.neighbour, handler)
+        """How full a branch is for a handler, by what was sent there and what it reported."""
+        outstanding, service_s, state, is_recent = self._peers.load(branch.neighbour, handler)
         slots = 0
         for worker in branch.targets:
             slots += self._slots(branch.neighbour, worker, handler)
-        return Load(outstanding, slots, self._picked[branch.neighbour], service_s, state, of_late)
+        return Load(outstanding, slots, self._picked[branch.neighbour], service_s, state, is_recent)
 
     def _plan(self, route: Route, up: frozenset[str]) -> Plan:
         # The same few routes come again and again; what decides is in the key.
@@ -150,7 +153,7 @@ class Dispatcher:
         branch, most = picked
         count = min(count, most)
         self._note_picked(branch.neighbour, count)
-        self._network.reserve(branch.neighbour, handler, count)
+        self._peers.reserve(branch.neighbour, handler, count)
         return Claimed(count, plan, branch)
 
     def _note_picked(self, neighbour: str, count: int) -> None:
@@ -167,40 +170,38 @@ class Dispatcher:
             if not count:
                 return None
         for branch in plan.branches:
-            self._network.reserve(branch.neighbour, handler, count)
+            self._peers.reserve(branch.neighbour, handler, count)
         return Claimed(count, plan)
 
     def _slots(self, neighbour: str, worker: str, handler: str) -> int:
         process = self._topology.processes[worker]
         name = handler or process.handler
-        said = self._network.slots(neighbour, worker, name)
-        # Not told yet: what the configuration lets expect, or it would look full.
-        return said or self._topology.handler_slots(process, self._topology.handlers[name])
+        reported = self._peers.slots(neighbour, worker, name)
+        # Not known yet: what the configuration lets expect, or it would look full.
+        return reported or self._topology.handler_slots(process, self._topology.handlers[name])
 
     def _may_come_back(self, plan: Plan) -> bool:
-        awaited = self._network.awaited()
+        awaited = self._peers.awaited()
         below = self._topology.below(self._me.id) if awaited else ()
         return any(
-            n.id in awaited and (worker == n.id or worker in n.neighbors)
-            for worker in plan.missing
+            n.id in awaited and not self._topology.reach(n.id).isdisjoint(plan.missing)
             for n in below
         )
 
     def _send(self, branch: Branch, segment: Segment, sink: Sink) -> End:
         onward = segment.onward(self._me.id, branch.targets)
-        return self._network.send(branch.neighbour, onward, sink)
+        return self._peers.send(branch.neighbour, onward, sink)
 
 
-class _Gather:
+class Gather:
     """ALL: every branch is asked at once; a row is answered when its last branch has answered."""
 
-    def __init__(self, relay: Dispatcher, segment: Segment, plan: Plan, sink: Sink) -> None:
-        self._relay = relay
+    def __init__(self, dispatcher: Dispatcher, segment: Segment, plan: Plan, sink: Sink) -> None:
+        self._dispatcher = dispatcher
         self._segment = segment
         self._plan = plan
         self._sink = sink
         self._lock = threading.Lock()
-        self._open = PendingRows(segment.count)
         self._came = {branch.neighbour: Slices() for branch in plan.branches}
         self._ends: list[End] = []
 
@@ -209,16 +210,16 @@ class _Gather:
             self._answer(0, self._segment.count, {})
             return _nothing
         for branch in self._plan.branches:
-            self._ends.append(self._relay._send(branch, self._segment, self._sink_of(branch)))
+            self._ends.append(self._dispatcher._send(branch, self._segment, self._sink_of(branch)))
         return self.end
 
     def end(self, code: Code, start: int, count: int) -> None:
         """Answers open rows with the parts that came, and ends the branches' work on them."""
         for row in range(start, start + count):
             with self._lock:
-                if not self._open.take(row, 1):
-                    continue
                 found = {n: chunk for n, came in self._came.items() if (chunk := came.at(row))}
+            if len(found) == len(self._came):
+                continue  # answered
             late = {
                 branch.neighbour: _late(branch, code)
                 for branch in self._plan.branches
@@ -229,7 +230,7 @@ class _Gather:
             end(code, start, count)
 
     def _sink_of(self, branch: Branch) -> Sink:
-        began, clock = self._relay._clock(), self._relay._clock
+        began, clock = self._dispatcher._clock(), self._dispatcher._clock
 
         def sink(start: int, answers: Answers) -> None:
             if answers.trace:
@@ -244,49 +245,46 @@ class _Gather:
         return sink
 
     def _ready(self, start: int, stop: int) -> list[tuple[int, int, dict[str, Answers]]]:
-        """The open runs in start..stop that every branch has answered; they are open no more."""
+        """What of the rows start..stop every branch has answered, the last one just now."""
         ranges = [(start, stop)]
         for came in self._came.values():
             ranges = [both for one in ranges for both in came.overlapping(*one)]
         ready = []
         for first, last in ranges:
-            for begin, count in self._open.take(first, last - first):
-                found = {n: came.at(begin, count) for n, came in self._came.items()}
-                ready.append((begin, count, {n: p for n, p in found.items() if p is not None}))
+            found = {n: came.at(first, last - first) for n, came in self._came.items()}
+            ready.append((first, last - first, {n: p for n, p in found.items() if p is not None}))
         return ready
 
     def _answer(self, start: int, count: int, found: dict[str, Answers]) -> None:
-        relay = self._relay
+        dispatcher = self._dispatcher
         missing = _missing_columns(self._plan, count)
-        self._sink(start, aggregate.gathered(relay._me.id, relay._order, found, missing))
+        self._sink(start, aggregate.gathered(dispatcher._me.id, dispatcher._order, found, missing))
 
 
-class _StreamingGather:
+class StreamingGather:
     """ALL, as they come: each part goes on at once and is not kept.
 
     A row is answered when its last branch has answered and no part of it is just being passed on.
-    The answer has the workers that never came; where none came well, all of them with their
-    reasons.
+    The answer has the workers that never came; where none came OK, all of them with their reasons.
     """
 
     def __init__(
-        self, relay: Dispatcher, segment: Segment, plan: Plan, early: Early, sink: Sink
+        self, dispatcher: Dispatcher, segment: Segment, plan: Plan, on_partial: Early, sink: Sink
     ) -> None:
-        self._relay = relay
+        self._dispatcher = dispatcher
         self._segment = segment
         self._plan = plan
-        self._early = early
+        self._on_partial = on_partial
         self._sink = sink
         self._lock = threading.Lock()
-        self._open = PendingRows(segment.count)
         self._rows = [_Row(plan) for _ in range(segment.count)]
         self._ends: list[End] = []
 
     def begin(self) -> End:
         if not self._plan.branches:
             answers = aggregate.gathered(
-                self._relay._me.id,
-                self._relay._order,
+                self._dispatcher._me.id,
+                self._dispatcher._order,
                 {},
                 _missing_columns(self._plan, self._segment.count),
             )
@@ -295,22 +293,20 @@ class _StreamingGather:
         for branch in self._plan.branches:
             segment = self._segment.with_(early=partial(self._pass_on_rows, branch))
             sink = partial(self._branch_answered, branch)
-            self._ends.append(self._relay._send(branch, segment, sink))
+            self._ends.append(self._dispatcher._send(branch, segment, sink))
         return self.end
 
     def end(self, code: Code, start: int, count: int) -> None:
         """Answers open rows with what did not come, and ends the branches' work on them."""
         for row in range(start, start + count):
             with self._lock:
-                is_open = bool(self._open.take(row, 1))
                 late = [
                     column
                     for branch in self._plan.branches
                     for column in _late(branch, code).parts
                     if column.process_id in self._rows[row].owed
                 ]
-            if is_open:
-                self._answer(row, late)
+            self._answer(row, late)
         for end in list(self._ends):
             end(code, start, count)
 
@@ -330,10 +326,10 @@ class _StreamingGather:
         state = self._rows[row]
         with self._lock:
             columns = tuple(c for c in answers.parts if c.process_id in state.owed)
-            if not columns or not self._open.runs(row, 1):
+            if not columns:
                 return
             state.holds += 1
-        self._early(row, Answers(1, columns, (self._relay._me.id, *answers.hops)))
+        self._on_partial(row, Answers(1, columns, (self._dispatcher._me.id, *answers.hops)))
         with self._lock:
             state.came(columns)
         self._let_go(row)
@@ -341,7 +337,7 @@ class _StreamingGather:
     def _let_go(self, row: int) -> None:
         with self._lock:
             self._rows[row].holds -= 1
-            is_last = not self._rows[row].holds and bool(self._open.take(row, 1))
+            is_last = not self._rows[row].holds
         if is_last:
             self._answer(row, [])
 
@@ -350,20 +346,20 @@ class _StreamingGather:
         columns = {c.process_id: c for c in (*_missing_columns(self._plan, 1), *late)}
         if not state.is_good:
             columns = {**{c.process_id: c for c in state.bad}, **columns}
-        found = aggregate.in_order(columns, self._relay._order)
-        hops, early_us = (self._relay._me.id,), state.slowest_us
+        found = aggregate.in_order(columns, self._dispatcher._order)
+        hops, early_us = (self._dispatcher._me.id,), state.slowest_us
         self._sink(row, Answers(1, found, hops, early_us=early_us))
 
 
 class _Row:
-    """What is still to come of one row, and what is the matter with what came."""
+    """What is still to come of one row, and what failed of what came."""
 
     __slots__ = ("bad", "holds", "is_good", "owed", "slowest_us")
 
     def __init__(self, plan: Plan) -> None:
         self.owed = {worker for branch in plan.branches for worker in branch.targets}
         self.holds = len(plan.branches)  # that have not answered, and parts being passed on
-        self.is_good = False  # a worker has answered well
+        self.is_good = False  # a worker has answered OK
         self.bad: list[PartColumn] = []
         self.slowest_us: tuple[int, int] | None = None  # waited and worked, of those that came
 
@@ -380,11 +376,13 @@ class _Row:
                 self.bad.append(column)
 
 
-class _DispatchAny:
+class DispatchAny:
     """ANY: one branch is asked; another only on proof that nothing ran in the first."""
 
-    def __init__(self, relay: Dispatcher, segment: Segment, claimed: Claimed, sink: Sink) -> None:
-        self._relay = relay
+    def __init__(
+        self, dispatcher: Dispatcher, segment: Segment, claimed: Claimed, sink: Sink
+    ) -> None:
+        self._dispatcher = dispatcher
         self._segment = segment
         self._claimed = claimed
         self._sink = sink
@@ -392,6 +390,7 @@ class _DispatchAny:
         self._spared: frozenset[str] = frozenset()  # the workers on which it may have,
         self._before = 0  # and how many neighbours had been tried by then
         self._lock = threading.Lock()
+        # A row that has ended is not sent elsewhere; and when none is open, all is forgotten.
         self._open = PendingRows(segment.count)
         self._ends = Ends(segment.count)
 
@@ -407,7 +406,7 @@ class _DispatchAny:
     def end(self, code: Code, start: int, count: int) -> None:
         with self._lock:
             endings = self._ends.end(code, start, count)
-        # First the answer, so that this code wins and nothing is sent on to others for nobody.
+        # First the answer, so that this code wins and nothing is sent on to others in vain.
         neighbour = self._claimed.branch.neighbour if self._claimed.branch else ""
         late = Part(neighbour, code, _late_reason(neighbour, code))
         self._answer(start, Answers(count, (), refused=late))
@@ -416,7 +415,7 @@ class _DispatchAny:
 
     def _send(self, branch: Branch, at: int, segment: Segment, tried: tuple[str, ...]) -> None:
         tried = (*tried, branch.neighbour)
-        began, clock = self._relay._clock(), self._relay._clock
+        began, clock = self._dispatcher._clock(), self._dispatcher._clock
 
         def sink(start: int, answers: Answers) -> None:
             if answers.trace:
@@ -425,12 +424,12 @@ class _DispatchAny:
                 silent = Part(branch.neighbour, Code.INTERNAL, "answered without parts")
                 answers = Answers(answers.count, (), answers.hops, silent, answers.trace)
             if branch.neighbour in branch.targets and aggregate.was_lost(answers.at(0)):
-                # Said as the worker's own, so that those above know on which one it may have run.
+                # As the worker's own, so that processes above know on which one it may have run.
                 answers = aggregate.from_branch(answers, branch.targets)
             if answers.flawless or not self._try_others(at + start, answers, branch, tried):
                 self._answer(at + start, answers)
 
-        end, rows = self._relay._send(branch, segment, sink), segment.count
+        end, rows = self._dispatcher._send(branch, segment, sink), segment.count
         with self._lock:
             endings = self._ends.begin(at, rows, end, len(tried))
             if not self._open.left:
@@ -455,7 +454,7 @@ class _DispatchAny:
         answer = answers.at(row)
         if aggregate.may_try_elsewhere(answer):
             return True
-        # Lost, with an idempotency key: once more, so that a body that kills workers kills two.
+        # Lost, with an idempotency key: once more only, so a body that kills workers kills two.
         if self._segment.keyed and self._lost is None and aggregate.was_lost(answer):
             self._lost = answers.slice(row, 1)
             worker = answer.parts[0].process_id if answer.parts else ""
@@ -465,31 +464,31 @@ class _DispatchAny:
         return False
 
     def _try_another(self, row: int, tried: tuple[str, ...]) -> bool:
-        relay, segment = self._relay, self._segment.slice(row, 1)
+        dispatcher, segment = self._dispatcher, self._segment.slice(row, 1)
         with self._lock:
-            if not self._open.runs(row, 1) or segment.deadline <= relay._clock():
+            if not self._open.runs(row, 1) or segment.deadline <= dispatcher._clock():
                 return False
         plan = self._plan_of_others(segment.route, tried)
         if not plan.branches:
             return False
         handler = segment.route.handler
-        claimed = relay._claim_one(plan, handler, 1)
+        claimed = dispatcher._claim_one(plan, handler, 1)
         branch = claimed.branch if claimed else None
         if branch is None:
             # None has credit: better to wait in a queue there than to fail here.
             branch = plan.branches[0]
-            relay._network.reserve(branch.neighbour, handler, 1)
+            dispatcher._peers.reserve(branch.neighbour, handler, 1)
         self._send(branch, row, segment.again(), tried)
         return True
 
     def _plan_of_others(self, route: Route, tried: tuple[str, ...]) -> Plan:
         """After a loss: how to get to the other workers, also through the same neighbour."""
-        relay = self._relay
+        dispatcher = self._dispatcher
         if self._spared:
-            scope = planner.scope(relay._topology, relay._me.id, route)
+            scope = planner.scope(dispatcher._topology, dispatcher._me.id, route)
             targets = tuple(worker for worker in scope if worker not in self._spared)
             route = route._replace(targets=targets)
-        return relay._plan(route, relay._network.up().difference(tried[self._before :]))
+        return dispatcher._plan(route, dispatcher._peers.up().difference(tried[self._before :]))
 
     def _answer(self, start: int, answers: Answers) -> None:
         with self._lock:
@@ -498,7 +497,7 @@ class _DispatchAny:
                 self._ends.forget()  # they lead back here
         if self._lost is not None and aggregate.may_try_elsewhere(answers.at(0)):
             answers = self._lost  # that the second one did not run is no proof for the first
-        hops = (self._relay._me.id, *answers.hops)
+        hops = (self._dispatcher._me.id, *answers.hops)
         for begin, count in runs:
             rows = answers.slice(begin - start, count)
             self._sink(begin, Answers(rows.count, rows.parts, hops, rows.refused, rows.trace))

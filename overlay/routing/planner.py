@@ -1,4 +1,4 @@
-"""Who is asked next: pure decisions over the topology and the state of the links.
+"""Which neighbours are asked next: pure decisions over the topology and the state of the links.
 
 Requests only go to neighbours of a strictly lower rank (`Topology.below`), so that two requests
 can never wait for each other, and never to an id that is already in the hop list.
@@ -38,10 +38,10 @@ class Plan:
 
 
 # Backlog of a branch below which spreading would cost more than it gains; the second figure is for
-# items so tiny that their way costs more than they do, and that gain by going together.
+# items so tiny that their way costs more than their work, and that gain by going together.
 QUICK_S, TINY_QUICK_S, TINY_S = 0.0005, 0.002, 0.0001
 AHEAD_S = 0.010  # work that a branch may have beyond its slots, so that it never runs dry
-MAX_OUTSTANDING = 4096  # of a branch and handler, whatever its pace
+MAX_OUTSTANDING = 4096  # of a branch and handler, however quick it is
 _HALF_OPEN, _EJECTED = State.HALF_OPEN, State.EJECTED  # looked up once: `pick` is on every way
 
 
@@ -49,9 +49,9 @@ _HALF_OPEN, _EJECTED = State.HALF_OPEN, State.EJECTED  # looked up once: `pick` 
 class Load:
     """What is known of a branch for a handler.
 
-    outstanding: items asked and not answered. slots: handlers it runs at once. asked: picks of
-    late. service_s: the recent time of one item, 0 when not known. is_of_late: it was seen a moment
-    ago, and not of other items long before.
+    outstanding: items asked and not answered. slots: handlers it runs at once. asked: recent
+    picks. service_s: the recent time of one item, 0 when not known. is_recent: it was measured a
+    moment ago, and not of other items long before.
     """
 
     outstanding: int = 0
@@ -59,28 +59,28 @@ class Load:
     asked: float = 0
     service_s: float = 0.0
     state: State = State.HEALTHY
-    is_of_late: bool = True
+    is_recent: bool = True
 
     @property
     def credit(self) -> int:
         """How many more items may go down: free slots, and what it finishes in 10 ms.
 
-        What went down does not come back: by the pace of quick items long ago one neighbour would
+        What went down does not come back: by the time of quick items long ago one neighbour would
         get thousands of long ones, while others have nothing to do.
         """
         slots = max(1, self.slots)
-        is_known = self.service_s and self.is_of_late
+        is_known = self.service_s and self.is_recent
         ahead = int(slots * AHEAD_S / self.service_s) if is_known else 0
         return max(0, min(slots + ahead, MAX_OUTSTANDING) - self.outstanding)
 
     @property
     def is_quick(self) -> bool:
-        """Whether it is at work and will be done with it in no time."""
+        """Whether it is at work and will be done with it at once."""
         return 0 < self.outstanding * self.service_s < _quick_s(self.service_s)
 
     @property
     def portion(self) -> int:
-        """How many items to hand over at a time, within the credit, so that others get theirs."""
+        """How many items to hand over at a time, within the credit, so that others get some."""
         return max(1, int(_quick_s(self.service_s) / self.service_s)) if self.service_s else 1
 
 
@@ -105,7 +105,7 @@ def check(topology: Topology, me: str, route: Route) -> None:
     if not scope(topology, me, route):
         if route.targets is not None:
             raise OtherConfiguration(_unknown(me, route.targets))
-        raise UnknownName(_nobody(topology, me, route.team))
+        raise UnknownName(_no_worker(topology, me, route.team))
 
 
 def scope(topology: Topology, me: str, route: Route) -> tuple[str, ...]:
@@ -118,8 +118,7 @@ def scope(topology: Topology, me: str, route: Route) -> tuple[str, ...]:
     if route.targets is not None:
         known = {worker.id for worker in topology.workers}
         return topology.in_order(known.intersection(route.targets))
-    asked = _reach(topology, topology.processes[me])
-    return tuple(w.id for w in asked if route.team in ("", w.team))
+    return tuple(w.id for w in topology.workers_of(me) if route.team in ("", w.team))
 
 
 def plan(topology: Topology, me: str, links_up: Iterable[str], route: Route) -> Plan:
@@ -170,9 +169,8 @@ def way_to(
         raise UnknownName(f"no process '{target}' here; there are {', '.join(topology.processes)}")
     if me in hops:
         raise LoopDetected(f"{me} is already in the hop list {' '.join(hops)}")
-    below = topology.below(me)
-    ways = [n.id for n in below if n.id == target]
-    ways += [n.id for n in below if target in {far.id for far in topology.below(n.id)}]
+    ways = [n.id for n in topology.below(me) if target in topology.reach(n.id)]
+    ways.sort(key=lambda way: way != target)  # itself first
     if not ways:
         host, port = topology.processes[target].host, topology.processes[target].port
         raise UnknownName(
@@ -229,20 +227,10 @@ def _other(me: str) -> str:
     return f"{me} reads another configuration"
 
 
-def _reach(topology: Topology, me: Process) -> tuple[Process, ...]:
-    if me.works:
-        return (me,)
-    below = topology.below(me.id)
-    if any(not n.works for n in below):
-        return topology.workers
-    near = {n.id for n in below}
-    return tuple(worker for worker in topology.workers if worker.id in near)
-
-
 def _ways(topology: Topology, below: tuple[Process, ...], worker: str) -> list[str]:
     """The neighbours through which `worker` can be reached, best first."""
     team = topology.processes[worker].team
-    through = [n for n in below if not n.works and worker in {w.id for w in topology.below(n.id)}]
+    through = [n for n in below if n.id != worker and worker in topology.reach(n.id)]
     own = [n.id for n in through if n.team == team]
     others = [n.id for n in through if n.team != team]
     return own + others + [n.id for n in below if n.id == worker]
@@ -256,7 +244,7 @@ def _no_way(me: str, worker: str, ways: list[str]) -> str:
     return f"cannot be reached: {me} has no live link to {' or '.join(ways)}"
 
 
-def _nobody(topology: Topology, me: str, team: str) -> str:
+def _no_worker(topology: Topology, me: str, team: str) -> str:
     if team not in {worker.team for worker in topology.workers}:
         teams = ", ".join(dict.fromkeys(worker.team for worker in topology.workers))
         return f"no team '{team}'; there are {teams}"

@@ -153,6 +153,8 @@ FAMILIES: tuple[tuple[Any, ...], ...] = (  # name, type, samples, help, labels
     ("streams", GAUGE, _one("streams"), "Streams open."),
     ("streamed_requests_waiting", GAUGE, _one("streamed_waiting"),
      "Requests of streams that wait."),
+    ("streamed_requests_slots", GAUGE, _one("streamed_slots"),
+     "How many requests of the streams open now may wait."),
     ("streamed_requests_in_service", GAUGE, _one("streamed_active"),
      "Requests of streams in service."),
     ("link_up", GAUGE, _links_up, "1 while the neighbour can be asked.", "neighbour"),

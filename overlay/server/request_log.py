@@ -23,7 +23,7 @@ from overlay.observability import trace as story
 from overlay.observability.counters import Meter
 from overlay.observability.request_summaries import RequestSummaries, RequestSummary
 from overlay.observability.throttle import LogThrottle
-from overlay.queueing.request_queue import QueuedSegment
+from overlay.queueing.queued_segment import QueuedSegment
 from overlay.server import metrics_codec
 from overlay.transport.codec import pb2
 
@@ -123,7 +123,7 @@ class RequestLog:
         started: float | None,
         ended: float,
     ) -> None:
-        """Notes the times of rows that have ended: as in overlay.queueing.request_queue.Took.
+        """Notes the times of rows that have ended: as in overlay.queueing.request_queue.OnEnded.
 
         Service is the time that the worker reports for its handler; waiting is all other time until
         the answer was here: in queues, here and below, and on the way. Where parts went ahead of

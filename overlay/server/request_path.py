@@ -28,8 +28,9 @@ from overlay.model.segments import (
 )
 from overlay.model.topology import Topology
 from overlay.queueing import admission
-from overlay.queueing.fair_queue import Flow
-from overlay.queueing.request_queue import QueuedSegment, RequestQueue, refusal
+from overlay.queueing.flow import Flow
+from overlay.queueing.queued_segment import QueuedSegment, refusal
+from overlay.queueing.request_queue import RequestQueue
 from overlay.routing import aggregate, planner
 from overlay.routing.aggregate import Merge
 from overlay.server.request_log import Ended, RequestLog, log_failure
@@ -99,6 +100,7 @@ class RequestPath:
         made.queue_size, made.queue_slots = self.queue.waiting, self.queue.slots
         made.active_requests = self.queue.active
         made.streams, made.streamed_waiting, made.streamed_active = self.queue.streamed
+        made.streamed_slots = made.streams * self.limits.window_rows
 
     def check(self, route: Route) -> None:
         """Raises what is wrong with asking this process for it: UnknownName, LoopDetected ..."""

@@ -22,7 +22,8 @@ from overlay.model.segments import Caller, Code
 from overlay.model.topology import Process, Topology
 from overlay.observability.log_buffer import LogBuffer
 from overlay.peers.peers import Peers
-from overlay.queueing.request_queue import QueuedSegment, RequestQueue
+from overlay.queueing.queued_segment import QueuedSegment
+from overlay.queueing.request_queue import RequestQueue
 from overlay.routing import planner
 from overlay.routing.aggregate import Merge
 from overlay.routing.dispatcher import Dispatcher
@@ -92,13 +93,13 @@ class Service:
             slots=topology.queue_slots(me),
             in_service=self.me.in_service,
             of_a_team=_half_if_several(topology, self.me.in_service),
-            way_home_s=topology.hops_below(me) * self.limits.return_margin_s,
+            return_margin_s=topology.hops_below(me) * self.limits.return_margin_s,
             default_handler=_default_of_all(topology, self.me),
-            most_bytes=self.limits.max_waiting_bytes,
+            max_bytes=self.limits.max_waiting_bytes,
             claim=relay.claim,
             start=relay.start,
             on_started=self.links.flush,
-            took=self.record.took,
+            on_ended=self.record.took,
         )
         self._keys = IdempotencyKeys(self.limits)
         self._deadlines = Deadlines(_expire)

@@ -240,7 +240,7 @@ class _Session:
         self._limits = limits = sessions.path.limits
         self._theirs = theirs
         self._most_bytes = min(limits.max_message_bytes, theirs or limits.max_message_bytes)
-        self._lane = self._path.queue.open_lane(caller)
+        self._lane = self._path.queue.open_flow(caller)
         self._lock = threading.Lock()
         self._out: deque[_Out] = deque()
         self._leaving: list[_Gone] = []  # in the frame that is being written
@@ -257,6 +257,9 @@ class _Session:
         self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
         self._no_more = False
         self._reads_later = False  # when its window has room again
+        self._frame: pb2.Frame | None = None  # that is being taken, when it came,
+        self._frame_at = 0.0
+        self._segments: deque[pb2.Segment] = deque()  # and those of it that are still to be taken
         self._writes = False  # a job does, or a frame is leaving
         self._abandoned = False
         self._rest_is_ended = False  # after that
@@ -297,7 +300,7 @@ class _Session:
             self._abandoned = True
         self._sessions.open.leave(self)
         self._sessions.maps.left(self)
-        self._path.queue.close_lane(self._lane)
+        self._path.queue.close_flow(self._lane)
         self._sessions.threads.run(self._end_rest)
 
     def _end_rest(self) -> None:
@@ -330,9 +333,21 @@ class _Session:
             self._no_more = True
         self._write_on()
 
-    def _read(self, message: bytes) -> None:
+    def _read(self, message: bytes | None = None) -> None:
+        """Takes a frame that has come, or the rest of the last one, as far as there is room."""
         try:
-            self._take(codec.read_frame(message))
+            if message is not None:
+                self._frame, self._frame_at = codec.read_frame(message), time.monotonic()
+                self._segments.extend(self._frame.segments)
+            while self._segments:
+                rows = self._segments[0].count  # more than a segment may have ends the call
+                if rows <= self._limits.segment_rows and not self._has_room(rows):
+                    self._path.queue.kick()
+                    return  # from here on another job may go on with it
+                self._accept(self._segments.popleft(), self._frame_at)
+            if self._frame is not None:
+                self._take_rest(self._frame)
+                self._frame = None
         except OverlayError as e:
             self._break(e)
         except Exception as e:  # noqa: BLE001 - a fault of ours costs one stream
@@ -346,19 +361,19 @@ class _Session:
             self._no_more = True
         self._write_on()
 
-    def _has_room(self) -> bool:
-        """Whether the next frame may come now; if not it does when half of the window is free."""
+    def _has_room(self, rows: int = 1) -> bool:
+        """Whether so many may come now; if not they do when half of the window is free."""
         with self._lock:
             if self._abandoned or self._broken is not None:
                 return False
-            self._reads_later = self._is_full_locked(1)
+            self._reads_later = self._is_full_locked(1, rows)
             return not self._reads_later
 
-    def _is_full_locked(self, parts: int) -> bool:
-        """Whether more than one of so many parts of the window is taken."""
+    def _is_full_locked(self, parts: int, rows: int = 1) -> bool:
+        """Whether so many more are too many for one of so many parts of the window."""
         if not self._rows:
             return False
-        if self._rows >= self._limits.window_rows // parts:
+        if self._rows + rows > self._limits.window_rows // parts:
             return True
         return not self._held.is_within(self._limits.window_bytes // parts)
 
@@ -423,7 +438,7 @@ class _Session:
         if goes_on:
             self._sessions.threads.run(self._path.queue.kick)
         if reads:
-            self._call.receive(self._came)
+            self._sessions.threads.run(self._read)
 
     def _finish(self) -> None:
         with self._lock:
@@ -461,10 +476,7 @@ class _Session:
         self._unread.add(size)
         self._lane.paused = not self._unread.is_within(self._limits.window_bytes // 2)
 
-    def _take(self, frame: pb2.Frame) -> None:
-        now = time.monotonic()
-        for made in frame.segments:
-            self._accept(made, now)
+    def _take_rest(self, frame: pb2.Frame) -> None:
         self._path.queue.kick()
         for cancel in frame.cancels:
             accepted = self._accepted.get(cancel.number)

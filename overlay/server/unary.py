@@ -18,7 +18,7 @@ import grpc
 from overlay.model import clocks as time
 from overlay.model.errors import OverlayError
 from overlay.model.segments import AnswerRow, Answers, Caller, Code, Column, Route, Segment
-from overlay.queueing.request_queue import QueuedSegment
+from overlay.queueing.queued_segment import QueuedSegment
 from overlay.routing import aggregate
 from overlay.server.idempotency import First, IdempotencyKeys, Outcome, Waiter
 from overlay.server.request_log import unexpected

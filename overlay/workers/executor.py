@@ -15,7 +15,7 @@ from typing import Protocol
 from overlay.model.segments import End, Segment, Sink
 from overlay.model.signatures import Function
 from overlay.model.topology import Process, Topology
-from overlay.queueing import admission
+from overlay.queueing import shares
 from overlay.workers import api
 from overlay.workers.job import HandlerCounts, HandlerJob, HandlerSlots
 from overlay.workers.process_pool import ProcessRunner
@@ -132,7 +132,7 @@ class Executor:
 
     def _most(self, elsewhere: int) -> int:
         """How many slots one handler may take while others hold `elsewhere`."""
-        return admission.most_of_slots(self._cap, elsewhere) if self._is_shared else self._cap
+        return shares.most_of_slots(self._cap, elsewhere) if self._is_shared else self._cap
 
     def _give_back(self, slots: HandlerSlots, count: int) -> None:
         with self._lock:

@@ -46,8 +46,9 @@ from overlay.model.segments import (
 )
 from overlay.model.topology import Process, Topology
 from overlay.observability.counters import Meter
-from overlay.queueing.fair_queue import Flow
-from overlay.queueing.request_queue import QueuedSegment, RequestQueue
+from overlay.queueing.flow import Flow
+from overlay.queueing.queued_segment import QueuedSegment
+from overlay.queueing.request_queue import RequestQueue
 from overlay.routing import aggregate, planner
 from overlay.routing.dispatcher import Claimed, Dispatcher
 from overlay.routing.outlier import State
@@ -359,14 +360,14 @@ class Node:
             me,
             slots=network.topology.queue_slots(me),
             in_service=process.in_service,
-            most_bytes=network.topology.limits.max_waiting_bytes,
+            max_bytes=network.topology.limits.max_waiting_bytes,
             claim=self.relay.claim,
             start=self._start,
             on_started=self.links.flush,
             clock=network.clock,
         )
         self.works.on_free = self.intake.kick
-        self.lane = self.intake.open_lane()
+        self.lane = self.intake.open_flow()
 
     def serve(
         self, segment: Segment, reply: Sink, lane: Flow | None = None
@@ -558,7 +559,7 @@ class Links:
 
     def load(self, neighbour: str, handler: str) -> tuple[int, float, State, bool]:
         edge = self._to(neighbour)
-        return edge.outstanding[handler], edge.service_s, edge.state, edge.is_of_late
+        return edge.outstanding[handler], edge.service_s, edge.state, edge.is_recent
 
     def reserve(self, neighbour: str, handler: str, count: int) -> None:
         self._to(neighbour).outstanding[handler] += count
@@ -592,7 +593,7 @@ class Edge:
     is_live: bool = True  # its stream; of one who drains it is still there
     awaited: bool = False
     service_s: float = 0.0
-    is_of_late: bool = True  # its pace
+    is_recent: bool = True  # its pace
     state: State = State.HEALTHY
     outstanding: Counter[str] = field(default_factory=Counter)
     fates: deque[str] = field(default_factory=deque)
@@ -601,7 +602,7 @@ class Edge:
     open: list[_Letter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.lane = self.network.nodes[self.far].intake.open_lane()
+        self.lane = self.network.nodes[self.far].intake.open_flow()
 
     def go_down(self, just_now: bool = False) -> None:
         self.is_up, self.is_live, self.awaited = False, False, just_now

@@ -20,30 +20,25 @@ from overlay.model.segments import (
     Route,
 )
 from overlay.queueing import admission
-from overlay.queueing.admission import (
-    MAX_NAMES,
-    OTHERS,
-    Callers,
-    Lately,
-    ServiceTimeEstimator,
-    Shares,
+from overlay.queueing.callers import MAX_ADDRESSES, MAX_NAMES, OTHERS, Callers, RecentlySeen
+from overlay.queueing.service_time import ServiceTimeEstimator
+from overlay.queueing.shares import (
+    PlaceShares,
+    check_bytes,
+    check_share,
+    check_share_of_handler,
+    most_of_slots,
 )
 
 
-def test_the_last_free_slot_is_given_and_no_more():
-    admission.check_room(199, 200, 0, 1, 1000)
-    with pytest.raises(QueueFull, match=r"^all 200 queue slots are taken$"):
-        admission.check_room(200, 200, 0, 1, 1000)
-
-
 def test_waiting_bytes_are_bounded():
-    admission.check_room(3, 200, 900, 100, 1000)
+    check_bytes(3, 900, 100, 1000)
     with pytest.raises(QueueFull, match=r"3 waiting requests hold 900 of 1,000 bytes; 101 more"):
-        admission.check_room(3, 200, 900, 101, 1000)
+        check_bytes(3, 900, 101, 1000)
 
 
 def test_a_request_larger_than_the_bound_enters_an_empty_queue():
-    admission.check_room(0, 200, 0, 5000, 1000)
+    check_bytes(0, 0, 5000, 1000)
 
 
 OVERTAKING = [
@@ -104,7 +99,7 @@ TIMES = [
 
 @pytest.mark.parametrize(("left_s", "ahead", "at_work", "mean_s", "refused"), TIMES)
 def test_who_cannot_be_answered_in_time_is_refused(left_s, ahead, at_work, mean_s, refused):
-    needs_s = admission.takes_s(ahead, at_work, mean_s, mean_s)
+    needs_s = admission.answer_s(ahead, at_work, mean_s, mean_s)
     if not refused:
         admission.check_time(left_s, ahead, needs_s)
         return
@@ -117,7 +112,7 @@ def test_who_cannot_be_answered_in_time_is_refused(left_s, ahead, at_work, mean_
 
 def test_a_refusal_says_how_long_it_would_take():
     with pytest.raises(NoTimeLeft, match=r"^99 requests are ahead and an answer takes about 1.1 s"):
-        admission.check_time(0.5, 99, admission.takes_s(99, 10, 0.1, 0.1))
+        admission.check_time(0.5, 99, admission.answer_s(99, 10, 0.1, 0.1))
 
 
 def test_while_others_are_refused_who_is_let_in_has_time_to_spare():
@@ -134,18 +129,18 @@ def test_while_others_are_refused_who_is_let_in_has_time_to_spare():
 def test_its_own_time_is_ample_where_times_are_alike_and_that_of_the_quick_in_a_mix():
     even, uneven = ServiceTimeEstimator(), ServiceTimeEstimator()
     for n in range(32):
-        even.ended(n / 100, 0.1)
-        uneven.ended(n / 100, 0.05 if n % 2 else 0.15)
-    assert even.own_s(0.4) == pytest.approx(0.1)
+        even.completed(n / 100, 0.1)
+        uneven.completed(n / 100, 0.05 if n % 2 else 0.15)
+    assert even.likely_s(0.4) == pytest.approx(0.1)
     assert uneven.mean_s(0.4) == pytest.approx(0.1, rel=0.05)
-    assert 0.15 <= uneven.own_s(0.4) <= 0.4
+    assert 0.15 <= uneven.likely_s(0.4) <= 0.4
     mix = ServiceTimeEstimator()
     for n in range(32):
-        mix.ended(n / 100, 600.0 if n % 2 else 0.05)
-    assert mix.own_s(0.4) == pytest.approx(8 * 0.05)
+        mix.completed(n / 100, 600.0 if n % 2 else 0.05)
+    assert mix.likely_s(0.4) == pytest.approx(8 * 0.05)
     for n in range(32):
-        even.ended(n / 100, 0.09 if n % 2 else 0.11)
-    assert 0.11 <= even.own_s(0.4) <= 0.15
+        even.completed(n / 100, 0.09 if n % 2 else 0.11)
+    assert 0.11 <= even.likely_s(0.4) <= 0.15
 
 
 @given(st.integers(1, 300), st.lists(st.integers(0, 9), min_size=1, max_size=600))
@@ -154,36 +149,36 @@ def test_a_caller_never_has_more_slots_than_half_and_a_newcomer_finds_one(slots,
     for caller in who:
         waiting = sum(has.values())
         try:
-            admission.check_share(has.get(caller, 0), waiting, slots)
+            check_share(has.get(caller, 0), waiting, slots)
         except QueueFull:
             continue
         has[caller] = has.get(caller, 0) + 1
         assert has[caller] <= (slots + 1) // 2
     if len(has) < slots.bit_length():  # with few callers there is always room for one more
-        admission.check_share(0, sum(has.values()), slots)
+        check_share(0, sum(has.values()), slots)
 
 
 def test_what_came_is_remembered_for_a_while():
-    lately: Lately[str] = Lately(3)
-    assert not lately.seen("mac", 0)
-    assert not lately.seen("mac", 5)
-    assert lately.seen("pc", 9)
-    assert lately.seen("mac", 18)
-    assert not lately.seen("mac", 19.5)
+    recent: RecentlySeen[str] = RecentlySeen(3)
+    assert not recent.seen("mac", 0)
+    assert not recent.seen("mac", 5)
+    assert recent.seen("pc", 9)
+    assert recent.seen("mac", 18)
+    assert not recent.seen("mac", 19.5)
     for n in range(100):
-        lately.seen(str(n), 20)
-    assert len(lately) == 3
+        recent.seen(str(n), 20)
+    assert len(recent) == 3
 
 
 def test_names_have_turns_of_their_own_until_there_are_too_many():
     callers = Callers()
-    flows = [callers.seen(Caller("pc", f"n{n}"), n / 100).flow.name for n in range(100)]
+    flows = [callers.seen(Caller("pc", f"n{n}"), n / 100).caller.name for n in range(100)]
     assert flows[:16] == [f"n{n}" for n in range(16)]
     assert set(flows[16:]) == {OTHERS}
-    again = [callers.seen(Caller("pc", f"n{n}"), 1 + n / 100).flow.name for n in range(100)]
+    again = [callers.seen(Caller("pc", f"n{n}"), 1 + n / 100).caller.name for n in range(100)]
     assert len({*again} - {OTHERS}) in (MAX_NAMES, MAX_NAMES - 1)
     assert again[:16] == flows[:16]
-    assert callers.seen(Caller("mac", "n99"), 2).flow == Caller("mac", "n99")
+    assert callers.seen(Caller("mac", "n99"), 2).caller == Caller("mac", "n99")
 
 
 @pytest.mark.parametrize("each_s", [0.1, 1.0, 4.0])
@@ -192,7 +187,7 @@ def test_a_name_that_comes_again_has_a_turn_of_its_own_however_many_others_come(
     callers, flows, number = Callers(), [], 0
     for n in range(10):
         now = n * each_s
-        flows.append(callers.seen(Caller("pc", "steady"), now + 0.001).flow.name)
+        flows.append(callers.seen(Caller("pc", "steady"), now + 0.001).caller.name)
         for i in range(int(500 * each_s)):
             number += 1
             callers.seen(Caller("pc", f"new {number}"), now + 0.002 + i / 500)
@@ -202,9 +197,9 @@ def test_a_name_that_comes_again_has_a_turn_of_its_own_however_many_others_come(
 def test_a_steady_name_that_comes_into_a_flood_gets_a_turn_of_its_own():
     callers = Callers()
     for n in range(5000):
-        flow = callers.seen(Caller("pc", f"new {n}"), n / 500).flow
+        flow = callers.seen(Caller("pc", f"new {n}"), n / 500).caller
         if n % 50 == 49:  # ten times a second
-            flow = callers.seen(Caller("pc", "steady"), n / 500).flow
+            flow = callers.seen(Caller("pc", "steady"), n / 500).caller
     assert flow.name == "steady"
 
 
@@ -213,10 +208,10 @@ def test_callers_that_are_never_seen_again_do_not_pile_up(of):
     callers = Callers()
     for n in range(50_000):
         callers.seen(Caller("pc", f"{n}") if of == "names" else Caller(f"{n}", "x"), n / 1e5)
-    assert len(callers) <= 2 * admission.MAX_ADDRESSES
+    assert len(callers) <= 2 * MAX_ADDRESSES
 
 
-def filled(shares: Shares, *who: tuple[str, str, str], most: int = 200) -> list[int]:
+def filled(shares: PlaceShares, *who: tuple[str, str, str], most: int = 200) -> list[int]:
     """What each gets when each takes what it may, one after another."""
     got = [0] * len(who)
     for _ in range(most):
@@ -228,7 +223,7 @@ def filled(shares: Shares, *who: tuple[str, str, str], most: int = 200) -> list[
 
 
 def test_one_handler_of_one_machine_leaves_places_to_the_next():
-    shares = Shares(100, 100)
+    shares = PlaceShares(100, 100)
     assert filled(shares, ("pc", "slow", "")) == [80]
     assert filled(shares, ("mac", "slow", "")) == [10]  # 90 of this handler
     assert filled(shares, ("mac", "echo", "")) == [8]
@@ -240,13 +235,13 @@ def test_one_handler_of_one_machine_leaves_places_to_the_next():
 
 @pytest.mark.parametrize("places", [1, 2, 4, 10, 19])
 def test_a_few_places_are_anyones(places):
-    shares = Shares(places, places)
+    shares = PlaceShares(places, places)
     assert filled(shares, ("pc", "slow", "")) == [places]
     assert shares.is_full
 
 
 def test_a_team_has_no_more_than_its_part():
-    shares = Shares(100, 50)
+    shares = PlaceShares(100, 50)
     assert filled(shares, ("pc", "slow", "pink")) == [50]
     assert filled(shares, ("pc", "slow", "")) == [30]
 
@@ -256,7 +251,7 @@ HOLDERS = st.tuples(st.sampled_from("abc"), st.sampled_from("xyz"), st.sampled_f
 
 @given(st.integers(20, 300), st.lists(HOLDERS, max_size=600), st.randoms())
 def test_there_is_always_a_place_for_a_newcomer_and_nothing_is_kept(places, who, chance):
-    shares, held = Shares(places, places), []
+    shares, held = PlaceShares(places, places), []
     for one in who:
         if shares.allow(*one):
             shares.take(*one)
@@ -288,13 +283,13 @@ SLOTS = [
 
 @pytest.mark.parametrize(("cap", "elsewhere", "most"), SLOTS)
 def test_one_handler_leaves_slots_of_its_worker_to_the_others(cap, elsewhere, most):
-    assert admission.most_of_slots(cap, elsewhere) == most
+    assert most_of_slots(cap, elsewhere) == most
 
 
 def test_one_handlers_crowd_leaves_slots_of_the_queue_to_the_others():
-    admission.check_share_of_handler(159, 159, 200)
+    check_share_of_handler(159, 159, 200)
     with pytest.raises(QueueFull, match="this handler has 160 of 200"):
-        admission.check_share_of_handler(160, 160, 200)
+        check_share_of_handler(160, 160, 200)
 
 
 @pytest.mark.parametrize(
@@ -304,16 +299,16 @@ def test_payloads_of_very_different_sizes_are_not_one_class(size, other, alike):
     assert (admission.size_class(size) == admission.size_class(other)) is alike
 
 
-def test_a_pace_is_what_was_seen_lately():
+def test_a_pace_is_what_was_seen_recent():
     pace = ServiceTimeEstimator()
     assert (pace.mean_s(0), pace.least_s(0)) == (0, 0)
     for now in range(8):
-        pace.ended(now, 1.0 + now)
+        pace.completed(now, 1.0 + now)
     assert pace.mean_s(8) == pytest.approx(4.5)
     assert pace.least_s(8) == 1
     assert pace.mean_s(17) > 0
     assert (pace.mean_s(24), pace.least_s(24)) == (0, 0)
-    pace.ended(30, 100)
+    pace.completed(30, 100)
     assert pace.mean_s(300) == 100  # what takes long is remembered for longer
     assert pace.mean_s(331) == 0
 
@@ -322,7 +317,7 @@ def test_a_pace_is_what_was_seen_lately():
 def test_the_quickest_of_late_is_known_without_looking_at_all(took):
     pace = ServiceTimeEstimator()
     for n, took_s in enumerate(took):
-        pace.ended(n / 100, took_s)
+        pace.completed(n / 100, took_s)
         if n >= 7:
             assert pace.least_s(n / 100) == min(took[max(0, n - 31) : n + 1])
 
@@ -331,11 +326,11 @@ def test_a_pace_is_proven_by_more_than_an_odd_end_or_two():
     pace = ServiceTimeEstimator()
     for n in range(8):
         assert not pace.is_proven(n)
-        pace.ended(n, 0.1, at_work=6)
+        pace.completed(n, 0.1, concurrency=6)
     assert pace.is_proven(8)
-    assert pace.at_work == 6
+    assert pace.concurrency == 6
     assert not pace.is_proven(20)
-    assert pace.at_work == 0
+    assert pace.concurrency == 0
 
 
 def test_where_nothing_came_in_time_twice_as_much_is_wanted_until_one_does():
@@ -344,14 +339,14 @@ def test_where_nothing_came_in_time_twice_as_much_is_wanted_until_one_does():
         assert pace.least_s(n / 10) == 0
         pace.lost(n / 10, 0.1 + n / 100)
     assert pace.least_s(1) == pytest.approx(0.2)
-    pace.ended(1, 0.15)
+    pace.completed(1, 0.15)
     assert pace.least_s(1) == 0
 
 
 def test_an_odd_one_of_those_that_seem_hopeless_is_tried():
     pace = ServiceTimeEstimator()
     for n in range(8):
-        pace.ended(n, 600.0)
+        pace.completed(n, 600.0)
     assert [pace.is_too_little(9, 2.0) for _ in range(32)].count(False) == 2
     assert not pace.is_too_little(9, 600.0)
 

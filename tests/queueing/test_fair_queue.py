@@ -12,27 +12,29 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from overlay.model.segments import Caller, Route
 from overlay.queueing import admission
-from overlay.queueing.fair_queue import AWAITED, FairQueue, Flow, ServiceClass
+from overlay.queueing.fair_queue import AWAITED, FairQueue
+from overlay.queueing.flow import Flow
+from overlay.queueing.service_time import ServiceClass
 
 ONE = ServiceClass()
 
 
 @dataclass(eq=False)
 class Item:
-    """Rows of a lane, to be started in portions of `most`."""
+    """Rows of a flow, to be started in portions of `most`."""
 
     name: str
-    lane: Flow[Item]
+    flow: Flow[Item]
     number: int
     rows: int = 1
     priority: int = 0
     urgency: float = 0.0
-    kind: ServiceClass = field(default_factory=lambda: ONE)
+    service_class: ServiceClass = field(default_factory=lambda: ONE)
     wants: Route = Route()  # noqa: RUF009 - a value
     found_none: bool = False
 
 
-def lane_of(name: str, is_stream: bool = False) -> Flow[Item]:
+def flow_of(name: str, is_stream: bool = False) -> Flow[Item]:
     """Of the only caller at an address of that name."""
     return Flow(Caller(name), is_stream)
 
@@ -46,24 +48,24 @@ class Queue:
     """FairQueue, and what has started of them by name."""
 
     def __init__(self) -> None:
-        self.turns: FairQueue[Item] = FairQueue()
+        self.order: FairQueue[Item] = FairQueue()
         self.number = 0
         self.started: list[str] = []
 
-    def put(self, lane: Flow[Item], name: str, rows: int = 1, now: float = 0.0, **more) -> Item:
+    def put(self, flow: Flow[Item], name: str, rows: int = 1, now: float = 0.0, **more) -> Item:
         self.number += 1
         priority = more.get("priority", 0)
         urgency = admission.urgency(now, priority)
-        item = Item(name, lane, self.number, rows, urgency=urgency, **more)
-        self.turns.put(lane, item, rows)
+        item = Item(name, flow, self.number, rows, urgency=urgency, **more)
+        self.order.put(item, rows)
         return item
 
     def serve(self, most: int = 1, claim=None) -> bool:
-        found = self.turns.next(claim or (lambda item: Place(min(item.rows, most))))
+        found = self.order.next(claim or (lambda item: Place(min(item.rows, most))))
         if found is None:
             return False
         item, place = found
-        self.turns.took(item.lane, item, place.count)
+        self.order.start(item, place.count)
         item.rows -= place.count
         self.started += [item.name] * place.count
         return True
@@ -80,19 +82,19 @@ def queue() -> Queue:
 
 
 def test_callers_take_turns(queue):
-    lanes = {name: lane_of(name) for name in "abc"}
+    flows = {name: flow_of(name) for name in "abc"}
     for n, caller in enumerate("aaaaabc"):
-        queue.put(lanes[caller], f"{caller}{n}")
+        queue.put(flows[caller], f"{caller}{n}")
 
     assert queue.serve_all() == "a0b5c6a1a2a3a4"
 
 
 def test_a_caller_with_many_streams_has_no_more_turns_than_one_with_one(queue):
-    many = [lane_of("many", is_stream=True) for _ in range(9)]
-    for lane in many:
-        queue.put(lane, "m", rows=50)
-    queue.put(lane_of("many"), "m")  # a single call of its own
-    queue.put(lane_of("one", is_stream=True), "o", rows=50)
+    many = [flow_of("many", is_stream=True) for _ in range(9)]
+    for flow in many:
+        queue.put(flow, "m", rows=50)
+    queue.put(flow_of("many"), "m")  # a single call of its own
+    queue.put(flow_of("one", is_stream=True), "o", rows=50)
 
     for _ in range(40):
         queue.serve()
@@ -101,8 +103,8 @@ def test_a_caller_with_many_streams_has_no_more_turns_than_one_with_one(queue):
 
 
 def test_streams_and_single_calls_of_a_caller_take_turns_among_themselves(queue):
-    queue.put(lane_of("a", is_stream=True), "b", rows=99)
-    queue.put(lane_of("a"), "s")
+    queue.put(flow_of("a", is_stream=True), "b", rows=99)
+    queue.put(flow_of("a"), "s")
 
     for _ in range(3):
         queue.serve()
@@ -111,8 +113,8 @@ def test_streams_and_single_calls_of_a_caller_take_turns_among_themselves(queue)
 
 
 def test_a_turn_is_a_row_also_where_many_start_at_once(queue):
-    queue.put(lane_of("a", is_stream=True), "a", rows=400)
-    small = lane_of("b")
+    queue.put(flow_of("a", is_stream=True), "a", rows=400)
+    small = flow_of("b")
     for _ in range(100):
         queue.put(small, "b")
 
@@ -123,7 +125,7 @@ def test_a_turn_is_a_row_also_where_many_start_at_once(queue):
 
 
 def test_who_was_away_has_saved_up_no_turns(queue):
-    a, b = lane_of("a"), lane_of("b")
+    a, b = flow_of("a"), flow_of("b")
     for n in range(4):
         queue.put(a, f"a{n}")
     queue.serve()
@@ -135,12 +137,12 @@ def test_who_was_away_has_saved_up_no_turns(queue):
 
 
 def test_who_found_no_place_has_saved_up_no_turns(queue):
-    a, b, shut = lane_of("a"), lane_of("b"), ServiceClass()
+    a, b, shut = flow_of("a"), flow_of("b"), ServiceClass()
     for _ in range(50):
-        queue.put(a, "a", kind=shut, wants=Route(team="pink"))
+        queue.put(a, "a", service_class=shut, wants=Route(team="pink"))
         queue.put(b, "b")
     for _ in range(20):
-        queue.serve(claim=lambda item: None if item.kind is shut else Place(1))
+        queue.serve(claim=lambda item: None if item.service_class is shut else Place(1))
     queue.started.clear()
 
     for _ in range(20):
@@ -150,16 +152,16 @@ def test_who_found_no_place_has_saved_up_no_turns(queue):
 
 
 def test_priority_goes_first_until_the_others_have_waited(queue):
-    lane = lane_of("a", is_stream=True)
-    queue.put(lane, "old", now=0)
-    queue.put(lane, "urgent", now=5, priority=3)
-    queue.put(lane, "late", now=7, priority=3)
+    flow = flow_of("a", is_stream=True)
+    queue.put(flow, "old", now=0)
+    queue.put(flow, "urgent", now=5, priority=3)
+    queue.put(flow, "late", now=7, priority=3)
 
     assert queue.serve_all() == "urgentoldlate"
 
 
-def test_a_paused_lane_keeps_what_it_has_and_holds_up_nobody(queue):
-    paused, other = lane_of("a", is_stream=True), lane_of("a", is_stream=True)
+def test_a_paused_flow_keeps_what_it_has_and_holds_up_nobody(queue):
+    paused, other = flow_of("a", is_stream=True), flow_of("a", is_stream=True)
     queue.put(paused, "p")
     queue.put(other, "o")
     paused.paused = True
@@ -171,19 +173,19 @@ def test_a_paused_lane_keeps_what_it_has_and_holds_up_nobody(queue):
 
 def test_who_wants_what_another_did_not_get_is_not_even_tried(queue):
     for name in "abcdefgh":
-        queue.put(lane_of(name), name)
+        queue.put(flow_of(name), name)
     tried = []
 
-    assert queue.turns.next(lambda item: tried.append(item.name)) is None
+    assert queue.order.next(lambda item: tried.append(item.name)) is None
 
     assert tried == ["a"]
-    assert all(queue.turns.found_none(item.lane, item) for item in queue.turns)
+    assert all(queue.order.found_none(item) for item in queue.order)
 
 
 def test_who_waits_for_a_neighbour_holds_up_nobody(queue):
-    lane = lane_of("a")
-    queue.put(lane, "w", kind=ServiceClass())
-    queue.put(lane, "n", kind=ServiceClass())
+    flow = flow_of("a")
+    queue.put(flow, "w", service_class=ServiceClass())
+    queue.put(flow, "n", service_class=ServiceClass())
 
     queue.serve_all(claim=lambda item: AWAITED if item.name == "w" else Place(1))
 
@@ -203,20 +205,20 @@ AHEAD = [
 
 @pytest.mark.parametrize(("waiting", "caller", "ahead"), AHEAD)
 def test_who_is_ahead_is_counted_in_the_rows_of_turns(queue, waiting, caller, ahead):
-    lanes = [(lane_of(name, is_stream=True), rows) for name, rows in waiting]
-    for lane, rows in lanes:
-        queue.put(lane, "x", rows=rows)
-    own = next((lane for lane, _ in lanes if lane.caller.address == caller), lane_of(caller))
+    flows = [(flow_of(name, is_stream=True), rows) for name, rows in waiting]
+    for flow, rows in flows:
+        queue.put(flow, "x", rows=rows)
+    own = next((flow for flow, _ in flows if flow.caller.address == caller), flow_of(caller))
 
-    assert queue.turns.ahead_of(own, ONE, 0) == ahead
+    assert queue.order.ahead_of(own, ONE, 0) == ahead
 
 
 def test_the_less_urgent_are_not_ahead(queue):
-    lane = lane_of("a", is_stream=True)
-    queue.put(lane, "low", rows=30)
-    queue.put(lane, "high", rows=4, priority=5)
+    flow = flow_of("a", is_stream=True)
+    queue.put(flow, "low", rows=30)
+    queue.put(flow, "high", rows=4, priority=5)
 
-    assert [queue.turns.ahead_of(lane, ONE, p) for p in (0, 3, 5, 9)] == [34, 4, 4, 0]
+    assert [queue.order.ahead_of(flow, ONE, p) for p in (0, 3, 5, 9)] == [34, 4, 4, 0]
 
 
 class Crowd(RuleBasedStateMachine):
@@ -225,21 +227,21 @@ class Crowd(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.queue = Queue()
-        self.lanes = [lane_of(caller, is_stream=True) for caller in "aabc"]
+        self.flows = [flow_of(caller, is_stream=True) for caller in "aabc"]
         self.waiting: dict[Item, int] = {}
         self.since: dict[str, int] = {}  # turns of others since a waiting caller's last
         self.now = 0.0
 
     @rule(
-        lane=st.integers(0, 3),
+        flow=st.integers(0, 3),
         rows=st.integers(1, 3),
         priority=st.sampled_from([0, 0, 1, 9]),
         later_s=st.sampled_from([0.0, 1.5]),
     )
-    def put(self, lane, rows, priority, later_s):
+    def put(self, flow, rows, priority, later_s):
         self.now += later_s
-        found = self.lanes[lane]
-        ahead = self.queue.turns.ahead_of(found, ONE, priority)
+        found = self.flows[flow]
+        ahead = self.queue.order.ahead_of(found, ONE, priority)
         assert 0 <= ahead <= sum(self.waiting.values())
         item = self.queue.put(found, "x", rows, self.now, priority=priority)
         self.waiting[item] = rows
@@ -248,13 +250,13 @@ class Crowd(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule()
     def take(self):
-        item, _ = self.queue.turns.next(lambda item: Place(1))
-        own = [(i.urgency, i.number) for i in self.waiting if i.lane is item.lane]
+        item, _ = self.queue.order.next(lambda item: Place(1))
+        own = [(i.urgency, i.number) for i in self.waiting if i.flow is item.flow]
         assert (item.urgency, item.number) == min(own)
-        self.queue.turns.took(item.lane, item)
+        self.queue.order.start(item)
         self.less(item, 1)
         for other in self.since:
-            self.since[other] = 0 if other == item.lane.caller else self.since[other] + 1
+            self.since[other] = 0 if other == item.flow.caller else self.since[other] + 1
             assert self.since[other] <= 4, "two turns of each of the others at most"
 
     @precondition(lambda self: self.waiting)
@@ -262,23 +264,23 @@ class Crowd(RuleBasedStateMachine):
     def withdraw(self, data):
         item = data.draw(st.sampled_from(list(self.waiting)))
         rows = data.draw(st.integers(1, self.waiting[item]))
-        self.queue.turns.less(item.lane, item, rows)
+        self.queue.order.remove(item, rows)
         self.less(item, rows)
 
     def less(self, item, rows):
         self.waiting[item] -= rows
         if not self.waiting[item]:
             del self.waiting[item]
-        if item.lane.caller not in {i.lane.caller for i in self.waiting}:
-            self.since.pop(item.lane.caller, None)
+        if item.flow.caller not in {i.flow.caller for i in self.waiting}:
+            self.since.pop(item.flow.caller, None)
 
     @invariant()
     def nothing_is_lost(self):
-        turns = self.queue.turns
+        turns = self.queue.order
         assert set(turns) == set(self.waiting)
-        assert len(turns) == len({item.lane for item in self.waiting})
-        for lane in self.lanes:
-            assert lane.rows == sum(n for i, n in self.waiting.items() if i.lane is lane)
+        assert len(turns) == len({item.flow for item in self.waiting})
+        for flow in self.flows:
+            assert flow.rows == sum(n for i, n in self.waiting.items() if i.flow is flow)
 
 
 TestCrowd = Crowd.TestCase

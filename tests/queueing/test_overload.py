@@ -24,8 +24,9 @@ from overlay.model.segments import (
     Segment,
     Sink,
 )
-from overlay.queueing.fair_queue import Flow
-from overlay.queueing.request_queue import QueuedSegment, RequestQueue
+from overlay.queueing.flow import Flow
+from overlay.queueing.queued_segment import QueuedSegment
+from overlay.queueing.request_queue import RequestQueue
 from tests.harness.network import Clock
 
 PLACES = 10
@@ -66,7 +67,7 @@ class Simulated:
             slots=200,
             in_service=100,
             of_a_team=50,
-            most_bytes=10**9,
+            max_bytes=10**9,
             claim=self._claim,
             start=self._start,
             clock=self.clock,
@@ -130,13 +131,13 @@ class Simulated:
             self.ends[f"{caller} {end}"] += answers.count
 
         try:
-            ticket = self._admit(segment, sink, caller)
+            queued = self._admit(segment, sink, caller)
         except OverlayError as refusal:
             self.ends[f"{caller} refused"] += rows
             self._check_taken()
             return refusal
-        if ticket.is_open:
-            self.clock.at(deadline, lambda: ticket.end(Code.DEADLINE_EXCEEDED))
+        if queued.is_open:
+            self.clock.at(deadline, lambda: queued.end(Code.DEADLINE_EXCEEDED))
         self.most_waiting = max(self.most_waiting, self.intake.waiting)
         return refusals[0] if refusals else None
 
@@ -144,10 +145,10 @@ class Simulated:
         if self.way == "unary":
             return self.intake.admit(segment, sink, Caller(caller))
         if caller not in self.lanes:
-            self.lanes[caller] = self.intake.open_lane(Caller(caller))
-        ticket = self.intake.admit_to(self.lanes[caller], segment, sink)
+            self.lanes[caller] = self.intake.open_flow(Caller(caller))
+        queued = self.intake.admit_to(self.lanes[caller], segment, sink)
         self.intake.kick()
-        return ticket
+        return queued
 
     @property
     def goodput(self) -> float:
@@ -217,9 +218,9 @@ def test_below_capacity_nobody_is_refused(load, way):
 @ways
 def test_without_admission_by_time_the_same_queue_works_for_nobody(monkeypatch, way):
     """So that the tests above would fail without it."""
-    monkeypatch.setattr("overlay.queueing.admission.takes_s", lambda *what: 0.0)
+    monkeypatch.setattr("overlay.queueing.admission.answer_s", lambda *what: 0.0)
     monkeypatch.setattr(
-        "overlay.queueing.admission.ServiceTimeEstimator.least_s", lambda self, now: 0.0
+        "overlay.queueing.service_time.ServiceTimeEstimator.least_s", lambda self, now: 0.0
     )
 
     simulated = Simulated(2, way=way).run(20).until_the_end()
@@ -261,7 +262,7 @@ def test_a_team_that_is_stuck_leaves_places_to_the_others():
     simulated.run(10, "green", load=0.5, team="green")
     simulated.clock.advance(9)
 
-    assert simulated.intake._shares.of_team("pink") <= simulated.intake.in_service // 2
+    assert simulated.intake._place_shares.of_team("pink") <= simulated.intake.in_service // 2
     assert simulated.ends["green ok"] > 0.9 * 0.5 * CAPACITY * 8, simulated.ends
 
 

@@ -31,9 +31,10 @@ from overlay.model.segments import (
     Route,
     Segment,
 )
-from overlay.queueing import admission
-from overlay.queueing.fair_queue import Flow
-from overlay.queueing.request_queue import QueuedSegment, RequestQueue
+from overlay.queueing import fair_queue
+from overlay.queueing.flow import Flow
+from overlay.queueing.queued_segment import QueuedSegment
+from overlay.queueing.request_queue import RequestQueue
 from tests.harness.cluster import until
 from tests.harness.network import Clock
 
@@ -72,8 +73,8 @@ class Desk:
         self,
         slots: int = 200,
         in_service: int = 100,
-        most_bytes: int = 10**9,
-        way_home_s: float = 0.0,
+        max_bytes: int = 10**9,
+        return_margin_s: float = 0.0,
     ) -> None:
         self.clock = Clock()
         self.busy: set[str] = set()
@@ -89,10 +90,10 @@ class Desk:
             "A",
             slots=slots,
             in_service=in_service,
-            most_bytes=most_bytes,
+            max_bytes=max_bytes,
             claim=self._claim,
             start=self._start,
-            way_home_s=way_home_s,
+            return_margin_s=return_margin_s,
             clock=self.clock,
         )
 
@@ -110,12 +111,12 @@ class Desk:
         return self.intake.admit(segment, self._sink((body,)), Caller(caller), priority)
 
     def stream(
-        self, lane: Flow, names: str, *, left_s: float = 10.0, priority: int = 0, **route: object
+        self, flow: Flow, names: str, *, left_s: float = 10.0, priority: int = 0, **route: object
     ) -> QueuedSegment:
         """A segment with a row for each letter, or each word, of `names`."""
         rows = tuple(name.encode() for name in (names.split() if " " in names else names))
         segment = Segment(Route(**route), Column(rows), self.clock.now + left_s, 1)
-        return self.intake.admit_to(lane, segment, self._sink(rows), priority)
+        return self.intake.admit_to(flow, segment, self._sink(rows), priority)
 
     def answer(self, *names: str) -> None:
         for name in names:
@@ -213,7 +214,7 @@ def test_a_full_queue_refuses_at_once():
 
 
 def test_a_queue_full_of_bytes_refuses_at_once():
-    desk = Desk(in_service=1, most_bytes=10)
+    desk = Desk(in_service=1, max_bytes=10)
     desk.admit("a" * 50)
     desk.admit("b" * 6)
 
@@ -261,7 +262,7 @@ def test_nobody_overtakes_who_may_want_the_same_slots():
     assert desk.order == "3124"
 
 
-def test_a_later_lane_is_not_starved_by_an_earlier_one():
+def test_a_later_flow_is_not_starved_by_an_earlier_one():
     desk = Desk(in_service=1)
     for name, mode in zip("abcdef", [Mode.ALL, Mode.ANY] * 3, strict=True):
         desk.admit(name, mode=mode)
@@ -299,10 +300,10 @@ def test_a_request_that_comes_too_late_is_refused_at_once():
 def test_an_abandoned_request_is_never_served(code, seen):
     desk = Desk(in_service=1)
     desk.admit("a")
-    ticket = desk.admit("b")
+    queued = desk.admit("b")
 
-    ticket.end(code)
-    ticket.end(code)
+    queued.end(code)
+    queued.end(code)
 
     assert (desk.got("b").refused.code, desk.got("b").refused.executed) == (seen, Executed.NO)
     assert desk.intake.waiting == 0
@@ -312,10 +313,10 @@ def test_an_abandoned_request_is_never_served(code, seen):
 
 def test_a_started_request_is_cut_short_by_its_end():
     desk = Desk()
-    ticket = desk.admit("a")
+    queued = desk.admit("a")
 
-    ticket.end(Code.CANCELLED)
-    ticket.end(Code.CANCELLED)
+    queued.end(Code.CANCELLED)
+    queued.end(Code.CANCELLED)
 
     assert desk.ended[0] == (b"a", Code.CANCELLED)
     assert desk.got("a").parts[0].code is Code.CANCELLED
@@ -324,10 +325,10 @@ def test_a_started_request_is_cut_short_by_its_end():
 
 def test_ending_an_answered_request_does_nothing():
     desk = Desk()
-    ticket = desk.admit("a")
+    queued = desk.admit("a")
     desk.answer("a")
 
-    ticket.end(Code.CANCELLED)
+    queued.end(Code.CANCELLED)
 
     assert desk.got("a").parts[0].ok
     assert desk.ended == []
@@ -335,15 +336,15 @@ def test_ending_an_answered_request_does_nothing():
 
 def test_a_request_ended_between_its_claim_and_its_start_is_ended_once_started():
     desk = Desk()
-    tickets: list[QueuedSegment] = []
+    all_queued: list[QueuedSegment] = []
     ended: list[tuple[Code, int, int]] = []
 
     def start(segment, place, waited_s, sink):
-        tickets[0].end(Code.CANCELLED)
+        all_queued[0].end(Code.CANCELLED)
         return lambda *what: ended.append(what)
 
     desk.busy = {""}
-    tickets.append(desk.admit("a"))
+    all_queued.append(desk.admit("a"))
     desk.intake._start = start
     desk.open("")
 
@@ -398,8 +399,8 @@ def test_an_answer_that_brings_the_next_request_does_not_recurse():
 
 def test_a_claim_is_told_what_it_is_for():
     desk = Desk()
-    lane = desk.intake.open_lane()
-    desk.stream(lane, "abc", left_s=10, team="pink")
+    flow = desk.intake.open_flow()
+    desk.stream(flow, "abc", left_s=10, team="pink")
     desk.admit("x", left_s=4, mode=Mode.ANY)
 
     assert desk.claims == [
@@ -483,7 +484,7 @@ def test_never_more_than_the_bounds_with_many_threads():
         return lambda code, start, count: None
 
     intake = RequestQueue(
-        "A", slots=8, in_service=3, most_bytes=10**9, claim=lambda *what: Place(1), start=start
+        "A", slots=8, in_service=3, max_bytes=10**9, claim=lambda *what: Place(1), start=start
     )
 
     def ask(thread: int) -> int:
@@ -491,12 +492,12 @@ def test_never_more_than_the_bounds_with_many_threads():
         for n in range(300):
             number = thread * 1000 + n
             try:
-                ticket = intake.admit(
+                queued = intake.admit(
                     one(b"x", deadline=1e12),
                     lambda start, found, number=number: answered.update([number]),
                 )
                 if n % 7 == 0:
-                    ticket.end(Code.CANCELLED)
+                    queued.end(Code.CANCELLED)
             except QueueFull:
                 refused += 1
             with lock:
@@ -517,7 +518,7 @@ def test_never_more_than_the_bounds_with_many_threads():
     assert len(answered) + refused == 8 * 300
 
 
-# Lanes of streams, beside the waiting room.
+# Flows of streams, beside the waiting room.
 
 
 @pytest.fixture
@@ -526,12 +527,12 @@ def desk() -> Desk:
 
 
 @pytest.fixture
-def lane(desk: Desk) -> Flow:
-    return desk.intake.open_lane()
+def flow(desk: Desk) -> Flow:
+    return desk.intake.open_flow()
 
 
-def test_a_streamed_segment_starts_with_the_next_kick_as_one(desk, lane):
-    desk.stream(lane, "abc")
+def test_a_streamed_segment_starts_with_the_next_kick_as_one(desk, flow):
+    desk.stream(flow, "abc")
     assert (desk.order, desk.counts) == ("", (3, 0))
 
     desk.intake.kick()
@@ -542,9 +543,9 @@ def test_a_streamed_segment_starts_with_the_next_kick_as_one(desk, lane):
     assert all(desk.got(name).parts[0].ok for name in "abc")
 
 
-def test_the_rows_of_a_segment_start_in_portions_and_in_their_order(desk, lane):
+def test_the_rows_of_a_segment_start_in_portions_and_in_their_order(desk, flow):
     desk.portion = 2
-    desk.stream(lane, "abcde")
+    desk.stream(flow, "abcde")
     desk.intake.kick()
     assert [count for _, count, _, _ in desk.claims] == [5, 3, 1]
 
@@ -554,9 +555,9 @@ def test_the_rows_of_a_segment_start_in_portions_and_in_their_order(desk, lane):
     assert desk.counts == (0, 0)
 
 
-def test_rows_wait_in_their_lane_until_places_are_free(desk, lane):
+def test_rows_wait_in_their_flow_until_places_are_free(desk, flow):
     desk.places = 2
-    desk.stream(lane, "abcde")
+    desk.stream(flow, "abcde")
     desk.intake.kick()
     assert (desk.order, desk.counts) == ("ab", (3, 2))
 
@@ -567,23 +568,23 @@ def test_rows_wait_in_their_lane_until_places_are_free(desk, lane):
     assert desk.waited == [0, 1]
 
 
-def test_streamed_rows_are_not_counted_as_single_requests(lane, desk):
+def test_streamed_rows_are_not_counted_as_single_requests(flow, desk):
     desk.places = 1
-    desk.stream(lane, "abc")
+    desk.stream(flow, "abc")
     desk.intake.kick()
     assert (desk.intake.waiting, desk.intake.active) == (0, 0)
     assert desk.intake.streamed == (1, 2, 1)
 
 
 def test_a_full_queue_never_refuses_on_a_stream():
-    desk = Desk(slots=1, in_service=1, most_bytes=1)
-    lane = desk.intake.open_lane()
+    desk = Desk(slots=1, in_service=1, max_bytes=1)
+    flow = desk.intake.open_flow()
     desk.busy = {""}
     desk.admit("x")
     with pytest.raises(QueueFull):
         desk.admit("y")
 
-    desk.stream(lane, "abcdefgh")
+    desk.stream(flow, "abcdefgh")
     desk.open("")
 
     assert desk.order in ("xabcdefgh", "abcdefghx")
@@ -591,12 +592,12 @@ def test_a_full_queue_never_refuses_on_a_stream():
 
 def test_the_room_and_the_lanes_take_turns():
     desk = Desk()
-    lanes = [desk.intake.open_lane(Caller(caller)) for caller in ("mac", "pc")]
+    flows = [desk.intake.open_flow(Caller(caller)) for caller in ("mac", "pc")]
     desk.busy, desk.portion, desk.places = {""}, 1, 1
     for name in "123":
         desk.admit(name)
-    desk.stream(lanes[0], "abcdef")
-    desk.stream(lanes[1], "xyz")
+    desk.stream(flows[0], "abcdef")
+    desk.stream(flows[1], "xyz")
     desk.open("")
 
     desk.answer_all()
@@ -607,18 +608,18 @@ def test_the_room_and_the_lanes_take_turns():
     assert desk.order[9:] == "def"
 
 
-@pytest.mark.parametrize("crowd", ["room", "lane"])
+@pytest.mark.parametrize("crowd", ["room", "flow"])
 def test_neither_a_bulk_nor_a_crowd_starves_the_other(crowd):
     desk = Desk(in_service=1000)
-    lane = desk.intake.open_lane()  # of the same caller
+    flow = desk.intake.open_flow()  # of the same caller
     desk.busy, desk.portion, desk.places = {""}, 10, 10
     many = [f"m{n}" for n in range(150)]
     if crowd == "room":
         for name in many:
             desk.admit(name)
-        desk.stream(lane, "late one")
+        desk.stream(flow, "late one")
     else:
-        desk.stream(lane, " ".join(many))
+        desk.stream(flow, " ".join(many))
         desk.admit("late")
     desk.open("")
 
@@ -627,13 +628,13 @@ def test_neither_a_bulk_nor_a_crowd_starves_the_other(crowd):
     assert desk.started.index(b"late") <= 11
 
 
-def test_of_a_stream_the_urgent_start_first_until_the_others_have_waited(desk, lane):
+def test_of_a_stream_the_urgent_start_first_until_the_others_have_waited(desk, flow):
     desk.busy = {""}
-    desk.stream(lane, "abc")
+    desk.stream(flow, "abc")
     desk.clock.advance(3)
-    desk.stream(lane, "de", priority=1)
-    desk.stream(lane, "xy", priority=2)
-    desk.stream(lane, "z", priority=99)  # as 9
+    desk.stream(flow, "de", priority=1)
+    desk.stream(flow, "xy", priority=2)
+    desk.stream(flow, "z", priority=99)  # as 9
 
     desk.open("")
 
@@ -644,9 +645,9 @@ def test_streams_of_one_caller_share_its_turn():
     desk = Desk()
     desk.busy, desk.portion, desk.places = {""}, 1, 1
     for rows in ("abcdef", "ghijkl", "mnopqr"):
-        desk.stream(desk.intake.open_lane(Caller("many")), rows)
+        desk.stream(desk.intake.open_flow(Caller("many")), rows)
     desk.admit("s", caller="many")
-    desk.stream(desk.intake.open_lane(Caller("one")), "UVWXYZ")
+    desk.stream(desk.intake.open_flow(Caller("one")), "UVWXYZ")
     desk.open("")
 
     while len(desk.started) < 12:
@@ -655,11 +656,11 @@ def test_streams_of_one_caller_share_its_turn():
     assert sum(name.isupper() for name in desk.order) == 6
 
 
-def paced(desk: Desk, lane: Flow, places: int = 4, took_s: float = 1.0, **route: object) -> None:
+def paced(desk: Desk, flow: Flow, places: int = 4, took_s: float = 1.0, **route: object) -> None:
     """Rows of the stream have ended lately, a second each; all places are taken and some wait."""
     desk.places = places
     names = " ".join(f"p{n}" for n in range(13 * places))
-    desk.stream(lane, names, left_s=1000, **route)
+    desk.stream(flow, names, left_s=1000, **route)
     desk.intake.kick()
     for _ in range(10 * places):
         desk.clock.advance(took_s / places)
@@ -667,10 +668,10 @@ def paced(desk: Desk, lane: Flow, places: int = 4, took_s: float = 1.0, **route:
     desk.started.clear()
 
 
-def test_the_rows_of_a_segment_that_come_too_late_are_refused_and_the_others_are_not(desk, lane):
-    paced(desk, lane)  # 4 a second, 8 of them wait
+def test_the_rows_of_a_segment_that_come_too_late_are_refused_and_the_others_are_not(desk, flow):
+    paced(desk, flow)  # 4 a second, 8 of them wait
 
-    desk.stream(lane, "abcdefghij", left_s=4.5)
+    desk.stream(flow, "abcdefghij", left_s=4.5)
     desk.intake.kick()
 
     codes = desk.codes("abcdefghij")
@@ -680,15 +681,15 @@ def test_the_rows_of_a_segment_that_come_too_late_are_refused_and_the_others_are
     refused = desk.got("j").refused
     assert refused.executed is Executed.NO
     assert 0.5 <= refused.retry_after_s <= 2.5
-    desk.stream(lane, "xyz", left_s=0.5)
+    desk.stream(flow, "xyz", left_s=0.5)
     desk.intake.kick()
     assert desk.codes("xyz") == [Code.RESOURCE_EXHAUSTED] * 3
     assert "requests are ahead and an answer takes about" in desk.got("x").refused.reason
 
 
-def test_what_a_refused_row_is_told_to_wait_is_enough(desk, lane):
-    paced(desk, lane)
-    desk.stream(lane, "abc", left_s=2)
+def test_what_a_refused_row_is_told_to_wait_is_enough(desk, flow):
+    paced(desk, flow)
+    desk.stream(flow, "abc", left_s=2)
     desk.intake.kick()
     assert desk.codes("abc") == [Code.RESOURCE_EXHAUSTED] * 3
 
@@ -696,31 +697,31 @@ def test_what_a_refused_row_is_told_to_wait_is_enough(desk, lane):
     while desk.clock.now < until_s:
         desk.clock.advance(0.25)
         next(iter(desk.running.values()))()
-    desk.stream(lane, "xyz", left_s=2)
+    desk.stream(flow, "xyz", left_s=2)
     desk.intake.kick()
 
     assert desk.codes("xyz") == [None] * 3
 
 
 @pytest.mark.parametrize("why", ["no proof", "urgent", "another caller", "places", "a while ago"])
-def test_without_proof_no_row_of_a_stream_is_refused(desk, lane, why):
+def test_without_proof_no_row_of_a_stream_is_refused(desk, flow, why):
     if why == "no proof":
         desk.places = 4
-        desk.stream(lane, " ".join(f"p{n}" for n in range(20)), left_s=1000)
+        desk.stream(flow, " ".join(f"p{n}" for n in range(20)), left_s=1000)
         desk.intake.kick()
         desk.clock.advance(1)
         desk.answer("p0")
     else:
-        paced(desk, lane)
+        paced(desk, flow)
     if why == "places":
         desk.places = 100
         desk.intake.kick()
     if why == "a while ago":
         desk.answer_all()
         desk.clock.advance(2)
-        desk.stream(lane, "pqrst", left_s=1000)
+        desk.stream(flow, "pqrst", left_s=1000)
     urgent = why == "urgent"
-    to = desk.intake.open_lane(Caller("another")) if why == "another caller" else lane
+    to = desk.intake.open_flow(Caller("another")) if why == "another caller" else flow
 
     desk.stream(to, "ab", left_s=2.5, priority=9 if urgent else 0)
     desk.intake.kick()
@@ -728,24 +729,24 @@ def test_without_proof_no_row_of_a_stream_is_refused(desk, lane, why):
     assert desk.codes("ab") == [None, None]
 
 
-def test_what_another_process_hands_down_is_judged_as_what_a_client_asks(desk, lane):
+def test_what_another_process_hands_down_is_judged_as_what_a_client_asks(desk, flow):
     """Or anyone would say so to be let in."""
     down = {"targets": ("C",), "hops": ("A",)}
-    paced(desk, lane, **down)
+    paced(desk, flow, **down)
 
-    desk.stream(lane, "ab", left_s=1, **down)
+    desk.stream(flow, "ab", left_s=1, **down)
     desk.intake.kick()
 
     assert desk.codes("ab") == [Code.RESOURCE_EXHAUSTED] * 2
 
 
-def hopeless(desk: Desk, lane: Flow, names: str, after_s: float, behind: str = "") -> None:
+def hopeless(desk: Desk, flow: Flow, names: str, after_s: float, behind: str = "") -> None:
     """These wait so long of their 4 s for a place, with `behind` behind them; then all are free."""
-    paced(desk, lane)
+    paced(desk, flow)
     desk.places = 0
-    desk.stream(lane, names, left_s=4, priority=9)
+    desk.stream(flow, names, left_s=4, priority=9)
     if behind:
-        desk.stream(lane, behind, left_s=1000)
+        desk.stream(flow, behind, left_s=1000)
     desk.intake.kick()
     desk.clock.advance(after_s)
     desk.places = 100
@@ -754,18 +755,18 @@ def hopeless(desk: Desk, lane: Flow, names: str, after_s: float, behind: str = "
 
 @pytest.mark.parametrize(("after_s", "code"), [(2.4, None), (2.6, Code.RESOURCE_EXHAUSTED)])
 def test_the_time_that_the_way_home_takes_is_not_for_work(after_s, code):
-    desk = Desk(way_home_s=0.5)  # work takes a second, of 1.4 and of 1.2 s it has 0.9 and 0.7
-    hopeless(desk, desk.intake.open_lane(), "ab", after_s)
+    desk = Desk(return_margin_s=0.5)  # work takes a second, of 1.4 and of 1.2 s it has 0.9 and 0.7
+    hopeless(desk, desk.intake.open_flow(), "ab", after_s)
 
     assert desk.codes("ab") == [code] * 2
 
 
-def test_a_row_with_less_time_than_the_quickest_took_never_starts(desk, lane):
-    hopeless(desk, lane, "ab", 3.8)
+def test_a_row_with_less_time_than_the_quickest_took_never_starts(desk, flow):
+    hopeless(desk, flow, "ab", 3.8)
 
     assert desk.codes("ab") == [Code.RESOURCE_EXHAUSTED] * 2
     assert desk.got("a").refused.executed is Executed.NO
-    assert "even the quickest of late took longer" in desk.got("a").refused.reason
+    assert "even the quickest recent one took longer" in desk.got("a").refused.reason
     assert "a" not in desk.order
 
 
@@ -786,22 +787,22 @@ def test_a_row_whose_place_nobody_else_wants_is_started_however_little_time_it_h
 
 def test_a_stream_whose_slots_are_busy_holds_up_nobody_else():
     desk = Desk()
-    lanes = [desk.intake.open_lane() for _ in range(2)]
+    flows = [desk.intake.open_flow() for _ in range(2)]
     desk.busy = {"pink"}
-    desk.stream(lanes[0], "abc", team="pink")
-    desk.stream(lanes[1], "xyz", team="green")
+    desk.stream(flows[0], "abc", team="pink")
+    desk.stream(flows[1], "xyz", team="green")
     desk.admit("1", team="green")
     desk.intake.kick()
 
     assert set(desk.order) == set("xyz1")
 
 
-def test_in_a_lane_only_who_cannot_want_the_same_slots_overtakes(desk, lane):
+def test_in_a_flow_only_who_cannot_want_the_same_slots_overtakes(desk, flow):
     desk.busy = {"pink"}
-    desk.stream(lane, "ab", team="pink")
-    desk.stream(lane, "gh", team="green")
-    desk.stream(lane, "xy")  # may go to pink too
-    desk.stream(lane, "kl", team="green")
+    desk.stream(flow, "ab", team="pink")
+    desk.stream(flow, "gh", team="green")
+    desk.stream(flow, "xy")  # may go to pink too
+    desk.stream(flow, "kl", team="green")
     desk.intake.kick()
     assert desk.order == "ghkl"
 
@@ -809,12 +810,12 @@ def test_in_a_lane_only_who_cannot_want_the_same_slots_overtakes(desk, lane):
     assert desk.order == "ghklabxy"
 
 
-def test_inner_rows_ended_before_their_start_never_start(desk, lane):
+def test_inner_rows_ended_before_their_start_never_start(desk, flow):
     desk.busy = {""}
-    ticket = desk.stream(lane, "abcdef")
+    queued = desk.stream(flow, "abcdef")
 
-    ticket.end(Code.CANCELLED, 2, 2)
-    ticket.end(Code.DEADLINE_EXCEEDED, 3, 2)
+    queued.end(Code.CANCELLED, 2, 2)
+    queued.end(Code.DEADLINE_EXCEEDED, 3, 2)
 
     codes = [None, None, Code.CANCELLED, Code.CANCELLED, Code.RESOURCE_EXHAUSTED, None]
     assert desk.codes("abcdef") == codes
@@ -824,13 +825,13 @@ def test_inner_rows_ended_before_their_start_never_start(desk, lane):
     assert (desk.order, desk.counts) == ("abf", (0, 3))
 
 
-def test_inner_rows_ended_after_their_start_are_cut_short_and_the_others_run_on(desk, lane):
+def test_inner_rows_ended_after_their_start_are_cut_short_and_the_others_run_on(desk, flow):
     desk.portion = 3
-    ticket = desk.stream(lane, "abcdef")
+    queued = desk.stream(flow, "abcdef")
     desk.intake.kick()
 
-    ticket.end(Code.CANCELLED, 2, 2)
-    ticket.end(Code.CANCELLED, 2, 2)
+    queued.end(Code.CANCELLED, 2, 2)
+    queued.end(Code.CANCELLED, 2, 2)
 
     assert desk.codes("abcdef") == [None, None, Code.CANCELLED, Code.CANCELLED, None, None]
     assert {body for body, _ in desk.ended} == {b"c", b"d"}
@@ -840,29 +841,29 @@ def test_inner_rows_ended_after_their_start_are_cut_short_and_the_others_run_on(
     assert desk.counts == (0, 0)
 
 
-def test_an_end_over_started_and_waiting_rows_ends_both(desk, lane):
+def test_an_end_over_started_and_waiting_rows_ends_both(desk, flow):
     desk.places = 2
-    ticket = desk.stream(lane, "abcd")
+    queued = desk.stream(flow, "abcd")
     desk.intake.kick()
 
-    ticket.end(Code.CANCELLED, 1, 2)
+    queued.end(Code.CANCELLED, 1, 2)
 
     assert desk.codes("abcd") == [None, Code.CANCELLED, Code.CANCELLED, None]
     assert desk.got("c").refused.executed is Executed.NO
     assert desk.order == "abd"
 
 
-def test_rows_ended_between_their_claim_and_their_start_are_ended_once_started(desk, lane):
-    tickets: list[QueuedSegment] = []
+def test_rows_ended_between_their_claim_and_their_start_are_ended_once_started(desk, flow):
+    all_queued: list[QueuedSegment] = []
     ended: list[tuple[Code, int, int]] = []
 
     def start(segment, place, waited_s, sink):
-        tickets[0].end(Code.CANCELLED, 1, 4)
+        all_queued[0].end(Code.CANCELLED, 1, 4)
         return lambda *what: ended.append((segment.payloads.items[0], *what))
 
     desk.portion = 3
     desk.intake._start = start
-    tickets.append(desk.stream(lane, "abcdef"))
+    all_queued.append(desk.stream(flow, "abcdef"))
     desk.intake.kick()
 
     # d and e were still waiting; b and c are ended in their own segment's rows.
@@ -870,10 +871,10 @@ def test_rows_ended_between_their_claim_and_their_start_are_ended_once_started(d
     assert desk.codes("de") == [Code.CANCELLED] * 2
 
 
-def test_an_expired_segment_is_dropped_at_its_turn_and_never_started(desk, lane):
+def test_an_expired_segment_is_dropped_at_its_turn_and_never_started(desk, flow):
     desk.busy = {""}
-    desk.stream(lane, "abc", left_s=1)
-    desk.stream(lane, "xyz")
+    desk.stream(flow, "abc", left_s=1)
+    desk.stream(flow, "xyz")
     desk.clock.advance(1)
 
     desk.open("")
@@ -884,18 +885,18 @@ def test_an_expired_segment_is_dropped_at_its_turn_and_never_started(desk, lane)
     assert desk.counts == (0, 3)
 
 
-def test_a_segment_that_comes_too_late_or_while_stopping_is_refused_at_once(desk, lane):
+def test_a_segment_that_comes_too_late_or_while_stopping_is_refused_at_once(desk, flow):
     with pytest.raises(NoTimeLeft):
-        desk.stream(lane, "abc", left_s=0)
+        desk.stream(flow, "abc", left_s=0)
     desk.intake.close()
     with pytest.raises(Draining):
-        desk.stream(lane, "abc")
+        desk.stream(flow, "abc")
     assert desk.counts == (0, 0)
 
 
-def test_stopping_refuses_the_rows_that_have_not_started(desk, lane):
+def test_stopping_refuses_the_rows_that_have_not_started(desk, flow):
     desk.places = 2
-    desk.stream(lane, "abcd")
+    desk.stream(flow, "abcd")
     desk.intake.kick()
 
     assert desk.intake.close() == 2
@@ -906,7 +907,7 @@ def test_stopping_refuses_the_rows_that_have_not_started(desk, lane):
     assert (desk.order, desk.counts) == ("ab", (0, 0))
 
 
-def test_a_start_that_fails_costs_its_own_rows_and_no_place(desk, lane):
+def test_a_start_that_fails_costs_its_own_rows_and_no_place(desk, flow):
     usual = desk.intake._start
 
     def start(segment, place, waited_s, sink):
@@ -915,14 +916,14 @@ def test_a_start_that_fails_costs_its_own_rows_and_no_place(desk, lane):
         return usual(segment, place, waited_s, sink)
 
     desk.intake._start, desk.portion = start, 2
-    desk.stream(lane, "abcd")
+    desk.stream(flow, "abcd")
     desk.intake.kick()
 
     assert desk.codes("abcd") == [Code.INTERNAL, Code.INTERNAL, None, None]
     assert (desk.order, desk.counts) == ("cd", (0, 2))
 
 
-def test_rows_may_be_answered_in_slices_of_any_size_and_order(desk, lane):
+def test_rows_may_be_answered_in_slices_of_any_size_and_order(desk, flow):
     sinks = []
 
     def start(segment, place, waited_s, sink):
@@ -930,7 +931,7 @@ def test_rows_may_be_answered_in_slices_of_any_size_and_order(desk, lane):
         return lambda code, start, count: None
 
     desk.intake._start = start
-    desk.stream(lane, "abcdef")
+    desk.stream(flow, "abcdef")
     desk.intake.kick()
 
     sinks[0](4, done(2))
@@ -941,7 +942,7 @@ def test_rows_may_be_answered_in_slices_of_any_size_and_order(desk, lane):
     assert desk.counts == (0, 0)
 
 
-def test_an_answer_that_brings_the_answer_of_another_row_counts_each_once(desk, lane):
+def test_an_answer_that_brings_the_answer_of_another_row_counts_each_once(desk, flow):
     """What two threads that answer rows of one segment do when they meet."""
     sinks = []
 
@@ -954,7 +955,7 @@ def test_an_answer_that_brings_the_answer_of_another_row_counts_each_once(desk, 
             sinks[0](1, done(1))
 
     desk.intake._start = start
-    desk.intake.admit_to(lane, Segment(Route(), Column((b"", b"")), 2000.0, 1), reply)
+    desk.intake.admit_to(flow, Segment(Route(), Column((b"", b"")), 2000.0, 1), reply)
     desk.intake.kick()
     sinks[0](0, done(1))
 
@@ -963,52 +964,52 @@ def test_an_answer_that_brings_the_answer_of_another_row_counts_each_once(desk, 
 
 
 @pytest.mark.parametrize("how", ["answered", "ended waiting", "ended running", "refused"])
-def test_nothing_is_kept_of_a_segment_that_is_answered(desk, lane, how):
+def test_nothing_is_kept_of_a_segment_that_is_answered(desk, flow, how):
     desk.busy = {""} if how in ("ended waiting", "refused") else set()
-    ticket = desk.stream(lane, "abc")
+    queued = desk.stream(flow, "abc")
     desk.intake.kick()
     if how == "answered":
         desk.answer_all()
     elif how == "refused":
-        ticket.refuse(Draining("stopping"))
+        queued.refuse(Draining("stopping"))
     else:
-        ticket.end(Code.CANCELLED)
-    assert not ticket.is_open
-    forgotten = weakref.ref(ticket)
+        queued.end(Code.CANCELLED)
+    assert not queued.is_open
+    forgotten = weakref.ref(queued)
 
     desk.claims.clear()
     desk.intake._start = desk.intake._claim = None
-    del ticket
+    del queued
     gc.collect()
 
     assert forgotten() is None
 
 
-def test_a_closed_lane_is_not_counted_and_its_end_can_still_come(desk, lane):
+def test_a_closed_flow_is_not_counted_and_its_end_can_still_come(desk, flow):
     desk.places = 1
-    ticket = desk.stream(lane, "abc")
+    queued = desk.stream(flow, "abc")
     desk.intake.kick()
 
-    ticket.end(Code.CANCELLED)
-    desk.intake.close_lane(lane)
+    queued.end(Code.CANCELLED)
+    desk.intake.close_flow(flow)
 
     assert desk.intake.streamed == (0, 0, 0)
     assert (desk.intake.waiting, desk.intake.active) == (0, 0)
 
 
-def test_many_small_segments_that_wait_do_not_slow_down_a_kick(desk, lane):
+def test_many_small_segments_that_wait_do_not_slow_down_a_kick(desk, flow):
     desk.busy = {"pink"}
     for n in range(4000):
-        desk.intake.admit_to(lane, Segment(Route(team="pink"), Column((b"",)), 2e3, n), nothing)
+        desk.intake.admit_to(flow, Segment(Route(team="pink"), Column((b"",)), 2e3, n), nothing)
     desk.intake.kick()
     looks = []
     route = desk.intake._claim
     desk.intake._claim = lambda *what: looks.append(what) or route(*what)
 
-    with mock.patch.object(admission, "may_overtake", wraps=admission.may_overtake) as compared:
+    with mock.patch.object(fair_queue, "may_overtake", wraps=fair_queue.may_overtake) as compared:
         desk.intake.kick()
 
-    # One lane's requests want the same places: who is behind the first of them cannot start either.
+    # One flow's requests want the same places: who is behind the first of them cannot start either.
     assert len(looks) == 1
     assert compared.call_count < 100
 
@@ -1037,10 +1038,10 @@ def test_streams_and_single_requests_with_many_threads():
             workers.submit(work, row)
         return lambda code, start, count: None
 
-    intake = RequestQueue("A", slots=50, in_service=3, most_bytes=10**9, claim=claim, start=start)
+    intake = RequestQueue("A", slots=50, in_service=3, max_bytes=10**9, claim=claim, start=start)
 
     def ask(thread: int) -> int:
-        lane, refused = intake.open_lane(), 0
+        flow, refused = intake.open_flow(), 0
         for n in range(60):
             number = thread * 1000 + n
 
@@ -1050,12 +1051,12 @@ def test_streams_and_single_requests_with_many_threads():
             try:
                 if n % 3:
                     segment = Segment(Route(team="stream"), Column((b"",) * (n % 7 + 1)), 1e12, 1)
-                    ticket = intake.admit_to(lane, segment, sink)
+                    queued = intake.admit_to(flow, segment, sink)
                     intake.kick()
                 else:
-                    ticket = intake.admit(one(deadline=1e12), sink)
+                    queued = intake.admit(one(deadline=1e12), sink)
                 if n % 5 == 0:
-                    ticket.end(Code.CANCELLED, n % 2, 2)
+                    queued.end(Code.CANCELLED, n % 2, 2)
             except QueueFull:
                 refused += 1
             with lock:
@@ -1080,14 +1081,14 @@ class Conservation(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.desk = Desk(slots=5, in_service=3, most_bytes=60)
-        self.streams = [self.desk.intake.open_lane(Caller(caller)) for caller in ("mac", "lab")]
-        self.tickets: list[tuple[QueuedSegment, list[str]]] = []
+        self.desk = Desk(slots=5, in_service=3, max_bytes=60)
+        self.streams = [self.desk.intake.open_flow(Caller(caller)) for caller in ("mac", "lab")]
+        self.all_queued: list[tuple[QueuedSegment, list[str]]] = []
         self.single: list[str] = []
         self.callers: dict[str, str] = {}
         self.came = dict.fromkeys(("mac", "lab"), self.desk.clock.now)  # with a stream each
         self.streamed: list[str] = []
-        self.lanes: dict[object, list[str]] = {}
+        self.flows: dict[object, list[str]] = {}
         self.number = 0
         self.closed = False
 
@@ -1105,7 +1106,7 @@ class Conservation(RuleBasedStateMachine):
         who = {"caller": caller, "priority": priority}
         full = self.is_full(size, caller, rivals)
         try:
-            ticket = self.desk.admit(name, left_s=left_s, **who, team=team, mode=mode)
+            queued = self.desk.admit(name, left_s=left_s, **who, team=team, mode=mode)
         except Draining:
             assert self.closed
         except NoTimeLeft:
@@ -1117,7 +1118,7 @@ class Conservation(RuleBasedStateMachine):
             # Who finds a place needs no room, and makes none for itself.
             assert not (self.waits(name) and self.is_full(size, caller, rivals))
             self.callers[name] = caller
-            self.keep(ticket, [name], self.single, ("room", team, mode, caller, priority))
+            self.keep(queued, [name], self.single, ("room", team, mode, caller, priority))
 
     def is_full(self, size, caller, rivals):
         """Whether there is no room for one more to wait."""
@@ -1139,18 +1140,18 @@ class Conservation(RuleBasedStateMachine):
         kick=st.booleans(),
     )
     def stream(self, stream, team, mode, left_s, rows, priority, kick):
-        names, lane = self.names(rows, 3), self.streams[stream]
+        names, flow = self.names(rows, 3), self.streams[stream]
         waiting = any(map(self.waits, self.single + self.streamed))
         how = {"left_s": left_s, "team": team, "mode": mode, "priority": priority}
         try:
-            ticket = self.desk.stream(lane, " ".join(names) + " ", **how)
+            queued = self.desk.stream(flow, " ".join(names) + " ", **how)
         except Draining:
             assert self.closed
         except NoTimeLeft:
             assert waiting, "who need not wait is never refused for its time"
         else:
             assert not self.closed
-            self.keep(ticket, names, self.streamed, (stream, team, mode, priority))
+            self.keep(queued, names, self.streamed, (stream, team, mode, priority))
         if kick:
             self.desk.intake.kick()
 
@@ -1160,13 +1161,13 @@ class Conservation(RuleBasedStateMachine):
         body = data.draw(st.sampled_from(sorted(self.desk.running)))
         self.desk.running[body]()
 
-    @precondition(lambda self: self.tickets)
+    @precondition(lambda self: self.all_queued)
     @rule(data=st.data(), code=st.sampled_from([Code.CANCELLED, Code.DEADLINE_EXCEEDED]))
     def end(self, data, code):
-        ticket, names = data.draw(st.sampled_from(self.tickets))
+        queued, names = data.draw(st.sampled_from(self.all_queued))
         start = data.draw(st.integers(0, len(names) - 1))
         count = data.draw(st.integers(0, len(names) - start))
-        ticket.end(code, start, count)
+        queued.end(code, start, count)
         assert all(self.desk.answers[name.encode()] for name in names[start : start + count])
 
     @rule(teams=st.sets(st.sampled_from(["", "green", "pink"])))
@@ -1203,10 +1204,10 @@ class Conservation(RuleBasedStateMachine):
         self.number += count
         return [f"{self.number - n:03}".ljust(size, "-") for n in reversed(range(count))]
 
-    def keep(self, ticket, names, kind, lane):
-        self.tickets.append((ticket, names))
+    def keep(self, queued, names, kind, flow):
+        self.all_queued.append((queued, names))
         kind += names
-        self.lanes.setdefault(lane, []).extend(names)
+        self.flows.setdefault(flow, []).extend(names)
 
     def waits(self, name):
         body = name.encode()
@@ -1234,9 +1235,9 @@ class Conservation(RuleBasedStateMachine):
         assert len(set(self.desk.started)) == len(self.desk.started)
 
     @invariant()
-    def a_lane_starts_in_its_order(self):
+    def a_flow_starts_in_its_order(self):
         started = [body.decode() for body in self.desk.started]
-        for names in self.lanes.values():
+        for names in self.flows.values():
             ours = [name for name in started if name in names]
             assert ours == sorted(ours, key=names.index)
 
@@ -1248,8 +1249,8 @@ class Conservation(RuleBasedStateMachine):
         assert self.desk.counts == (0, 0)
         names = self.single + self.streamed
         assert all(len(self.desk.answers[name.encode()]) == 1 for name in names)
-        assert self.desk.intake._room._bytes == 0
-        assert not any(list(lane) for lane in self.streams)
+        assert self.desk.intake._slot_shares._bytes == 0
+        assert not any(list(flow) for flow in self.streams)
 
 
 TestConservation = Conservation.TestCase
@@ -1259,12 +1260,12 @@ TestConservation.settings = settings(max_examples=100, stateful_step_count=40, d
 @pytest.mark.parametrize("how", ["queue", "stream"])
 def test_a_request_leaves_nothing_for_the_garbage_collector(how):
     desk = Desk()
-    lane = desk.intake.open_lane()
+    flow = desk.intake.open_flow()
     gc.collect()
     gc.disable()
     try:
         for n in range(100):
-            desk.admit(f"{n:03}") if how == "queue" else desk.stream(lane, f"{n:03}x {n:03}y ")
+            desk.admit(f"{n:03}") if how == "queue" else desk.stream(flow, f"{n:03}x {n:03}y ")
             desk.answer_all()
         assert gc.collect() < 100
     finally:
@@ -1290,12 +1291,11 @@ def test_what_is_kept_does_not_grow_with_all_that_ever_came(of, busy):
 
     intake = desk.intake
     assert intake.active == 0
-    assert intake._turns.kept <= 100
+    assert intake._room.order.kept <= 100
     assert len(intake._callers) <= 2100
-    assert len(intake._kinds) <= 1001
-    assert intake.waiting == len(intake._room._lanes) == busy
-    assert len(intake._room._handlers) + len(intake._room._addresses) == 2 * busy
-    assert len(intake._room._handlers_lately) <= 1
+    assert len(intake._classes) <= 1001
+    assert intake.waiting == len(intake._flows) == busy
+    assert intake._slot_shares.kept <= 3 * busy + 1
 
 
 def test_a_newcomer_costs_as_much_beside_many_waiting_as_their_number_and_no_more():
@@ -1319,14 +1319,14 @@ def test_a_newcomer_costs_as_much_beside_many_waiting_as_their_number_and_no_mor
 def test_a_kind_that_waits_or_runs_is_not_forgotten_for_those_that_come_and_go():
     desk = Desk()
     desk.admit("runs", team="green")
-    kept = desk.intake._kind_of(Route(team="green"))
+    kept = desk.intake._class_of(Route(team="green"))
     desk.intake._start = answer_at_once
     for n in range(5000):
         segment = Segment(Route(targets=(f"{n}",)), Column((b"",)), 2000.0, n)
         desk.intake.admit(segment, nothing)
 
-    assert desk.intake._kind_of(Route(team="green")) is kept
-    assert len(desk.intake._kinds) <= 1001
+    assert desk.intake._class_of(Route(team="green")) is kept
+    assert len(desk.intake._classes) <= 1001
 
 
 def test_who_finds_a_place_needs_no_slot_of_the_queue():

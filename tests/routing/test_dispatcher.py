@@ -273,15 +273,10 @@ def test_a_caller_who_leaves_ends_the_work_below(network, mode):
 def test_what_comes_after_the_end_is_not_answered_again(network, mode):
     network.hold("A", "B")
     network.cut("A", "E")
-    relay, asked = network.nodes["A"].relay, Asked(one(Route(mode=mode, team="green")))
-    plan = planner.plan(SIX, "A", "B", asked.segment.route)
-    network.nodes["A"].links.reserve("B", "", 1)
-    branch = plan.branches[0] if mode is Mode.ANY else None
-    end = relay.start(asked.segment, Claimed(1, plan, branch), 0.0, asked.take)
-    network.nodes["A"].links.flush()
+    asked = network.ask("A", mode=mode, team="green")
 
-    end(Code.CANCELLED, 0, 1)
-    end(Code.CANCELLED, 0, 1)
+    asked.leave()
+    asked.leave()
     network.let_go("A", "B")
 
     assert asked.error.code is Code.CANCELLED
@@ -561,7 +556,7 @@ def test_half_of_a_short_deadline_is_enough_to_learn_who_is_missing():
     links = Peers(topology.below("A"), Limits(), "")
     relay = Dispatcher(topology, "A", links)
     intake = RequestQueue(
-        "A", slots=9, in_service=9, most_bytes=999, claim=relay.claim, start=relay.start
+        "A", slots=9, in_service=9, max_bytes=999, claim=relay.claim, start=relay.start
     )
     links.on_change = intake.kick
     answers: list[AnswerRow] = []
@@ -723,13 +718,23 @@ def row_by_row(count: int, mode: Mode, way: str, ends: bool) -> float:
     """CPU seconds of a relay for a segment whose rows are answered, or ended, one by one."""
     branches, chance, answered = Branches(), random.Random(count), Counter[int]()
     relay = Dispatcher(SIX, "A", branches)
+    intake = RequestQueue(
+        "A",
+        slots=1,
+        in_service=1,
+        max_bytes=1,
+        claim=lambda *what: Claimed(count, claimed.plan, claimed.branch),
+        start=relay.start,
+    )
     segment = Segment(Route(mode), Column((b"",) * count), 1e9, 1)
     if way == "as they come":
         segment = replace(segment, early=lambda row, answers: None)
     claimed = relay.claim(segment.route, count, 0.0, True)
     assert isinstance(claimed, Claimed)
     began = time.process_time()
-    end = relay.start(segment, claimed, 0.0, lambda row, answers: answered.update([row]))
+    flow = intake.open_flow()
+    queued = intake.admit_to(flow, segment, lambda row, answers: answered.update([row]))
+    intake.kick()
     if way == "tried elsewhere":
         refused = Part("B", Code.UNAVAILABLE, "no", executed=Executed.NO)
         (first,) = branches.sinks.values()
@@ -740,7 +745,7 @@ def row_by_row(count: int, mode: Mode, way: str, ends: bool) -> float:
         columns = tuple(PartColumn(w, Column((b"x",))) for w in workers)
         for row in chance.sample(range(count), count):
             if ends:
-                end(Code.CANCELLED, row, 1)
+                queued.end(Code.CANCELLED, row, 1)
             else:
                 sink(row, Answers(1, columns, (neighbour,)))
     took_s = time.process_time() - began
@@ -830,7 +835,7 @@ def test_long_rows_of_any_after_quick_ones_leave_no_slot_free():
     network = MemoryNetwork(SIX, slots=2)
     for worker in "CDF":
         network.nodes[worker].works.hold()
-    network.edges["B", "C"].service_s, network.edges["B", "C"].is_of_late = 0.00001, False
+    network.edges["B", "C"].service_s, network.edges["B", "C"].is_recent = 0.00001, False
     network.edges["B", "D"].state = State.SLOW
     network.stream("B", 20, mode=ANY)
 

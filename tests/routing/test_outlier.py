@@ -1,4 +1,4 @@
-"""Who is well, slow or ejected: tables of what is heard, and what holds whatever is heard."""
+"""Who is well, slow or ejected: tables of outcomes, and what holds whatever comes."""
 
 from __future__ import annotations
 
@@ -87,51 +87,51 @@ def test_an_answer_without_parts_says_nothing():
 
 
 class Room:
-    """A ward whose time the test moves; every neighbour stands for one worker, but for T."""
+    """A detector whose time the test moves; every neighbour stands for one worker, but for T."""
 
     def __init__(self, neighbours: str) -> None:
-        self.ward = OutlierDetector(neighbours, set(neighbours) - {"T"})
+        self.detector = OutlierDetector(neighbours, set(neighbours) - {"T"})
         self.up = neighbours
         self.now = 100.0
         self.decided: list[str] = []
 
     def hear(self, neighbour: str, verdict: Verdict, rows: int = 1, **times: float) -> None:
         said = Outcome(verdict, rows, "why", **times)
-        change = self.ward.record(neighbour, "h", said, self.up, self.now)
+        change = self.detector.record(neighbour, "h", said, self.up, self.now)
         if change:
             self.decided.append(f"{change.neighbour} {change.reason}")
 
     def fail(self, neighbour: str, rows: int = FAILURES) -> None:
         self.hear(neighbour, Verdict.BAD, rows)
 
-    def good(self, neighbour: str, took_s: float = 0.0, pace_s: float = 0.0) -> None:
-        self.hear(neighbour, Verdict.GOOD, took_s=took_s, pace_s=pace_s)
+    def good(self, neighbour: str, took_s: float = 0.0, service_s: float = 0.0) -> None:
+        self.hear(neighbour, Verdict.GOOD, took_s=took_s, service_s=service_s)
 
     def look(self, **paces: float) -> None:
         known = {n: {"h": paces[n]} if n in paces else {} for n in self.up}
-        for change in self.ward.look(known, self.now):
+        for change in self.detector.look(known, self.now):
             self.decided.append(f"{change.neighbour} {change.reason}")
         self.now += LOOK_S
 
     def begin(self, neighbour: str) -> None:
-        self.ward.begin(neighbour, "h", self.now)
+        self.detector.begin(neighbour, "h", self.now)
 
     def state(self, neighbour: str) -> State:
-        case = self.ward.cases[neighbour].get("h")
+        case = self.detector.unhealthy[neighbour].get("h")
         return case.standing(self.now) if case else HEALTHY
 
     def shown(self, neighbour: str) -> tuple[str, str]:
-        return self.ward.shown(neighbour, self.now)
+        return self.detector.shown(neighbour, self.now)
 
     @property
     def ejected(self) -> list[str]:
-        cases = {n: self.ward.cases[n].get("h") for n in self.ward.cases}
+        cases = {n: self.detector.unhealthy[n].get("h") for n in self.detector.unhealthy}
         return [n for n, case in cases.items() if case and case.state is EJECTED]
 
-    def make_slow(self, neighbour: str, pace_s: float = 0.05) -> None:
+    def make_slow(self, neighbour: str, service_s: float = 0.05) -> None:
         others = {n: 0.005 for n in self.up if n != neighbour}
-        self.look(**others, **{neighbour: pace_s})
-        self.look(**others, **{neighbour: pace_s + 0.001})
+        self.look(**others, **{neighbour: service_s})
+        self.look(**others, **{neighbour: service_s + 0.001})
 
 
 # Ejected.
@@ -149,7 +149,7 @@ def test_some_failures_in_a_row_eject_and_fewer_do_not():
         "ejected",
         "handler h: ejected for 1 s: 5 requests in a row without an answer; the last: why",
     )
-    assert room.ward.ejections == {"C": 1, "D": 0}
+    assert room.detector.ejections == {"C": 1, "D": 0}
 
 
 def test_an_answer_between_failures_begins_the_count_again():
@@ -158,7 +158,7 @@ def test_an_answer_between_failures_begins_the_count_again():
         room.fail("C", FAILURES - 1)
         room.good("C")
     assert room.state("C") is HEALTHY
-    assert not room.ward.cases["C"], "nothing is kept of one who is well"
+    assert not room.detector.unhealthy["C"], "nothing is kept of one who is well"
 
 
 def test_what_says_nothing_neither_counts_nor_begins_the_count_again():
@@ -212,7 +212,7 @@ def test_each_failed_trial_ejects_for_twice_as_long_up_to_a_bound():
         room.begin("C")
         room.fail("C", 1)
     assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
-    assert room.ward.ejections["C"] == 9
+    assert room.detector.ejections["C"] == 9
     assert room.decided[1].startswith("C is ejected for 2 s: 6 requests in a row")
 
 
@@ -247,14 +247,14 @@ def test_an_answer_to_a_request_sent_before_brings_it_back():
 def test_workers_that_have_come_make_the_trial_due():
     room = Room("CT")
     room.fail("T")
-    room.ward.capacity_added("T", room.now)
+    room.detector.capacity_added("T", room.now)
     assert room.state("T") is HALF_OPEN
 
 
 def test_a_link_that_changes_says_more_than_what_was_before():
     room = Room("CD")
     room.fail("C")
-    room.ward.forget("C")
+    room.detector.forget("C")
     assert room.state("C") is HEALTHY
 
 
@@ -305,7 +305,7 @@ def test_those_ejected_come_back_when_too_few_others_are_left():
 def test_one_handler_that_fails_costs_the_others_nothing():
     room = Room("CD")
     room.fail("C")
-    assert room.ward.cases["C"].keys() == {"h"}
+    assert room.detector.unhealthy["C"].keys() == {"h"}
 
 
 # Slow.
@@ -373,7 +373,7 @@ def test_an_ejected_peer_is_no_measure():
 def test_a_slow_one_is_tried_less_and_less_often_while_it_is_slow():
     room, pauses = Room("CD"), []
     room.make_slow("C")
-    room.good("C", took_s=0.05, pace_s=0.05)
+    room.good("C", took_s=0.05, service_s=0.05)
     for _ in range(6):
         began = room.now
         while room.state("C") is SLOW:
@@ -381,18 +381,18 @@ def test_a_slow_one_is_tried_less_and_less_often_while_it_is_slow():
         pauses.append(room.now - began)
         room.begin("C")
         assert room.state("C") is SLOW, "one at a time"
-        room.good("C", took_s=0.05, pace_s=0.05)
+        room.good("C", took_s=0.05, service_s=0.05)
     assert pauses == [1, 2, 4, 5, 5, 5]
 
 
 def test_a_slow_one_that_is_quick_is_tried_again_at_once_until_its_pace_is_near_its_peers():
-    room, pace_s, trials = Room("CD"), 0.05, 0
-    room.make_slow("C", pace_s)
+    room, service_s, trials = Room("CD"), 0.05, 0
+    room.make_slow("C", service_s)
     room.now += 1
     while room.state("C") is HALF_OPEN:
         room.begin("C")
-        trials, pace_s = trials + 1, 0.8 * pace_s + 0.2 * 0.005
-        room.good("C", took_s=0.005, pace_s=pace_s)
+        trials, service_s = trials + 1, 0.8 * service_s + 0.2 * 0.005
+        room.good("C", took_s=0.005, service_s=service_s)
     assert room.state("C") is HEALTHY
     assert 5 < trials < 20
     assert room.decided[-1].startswith("C is quick again: ")
@@ -435,7 +435,7 @@ def happen(room: Room, event: str, neighbour: str, number: int) -> None:
     if event in verdicts:
         room.hear(neighbour, verdicts[event], number)
     elif event == "good":
-        room.good(neighbour, took_s=number / 100, pace_s=number / 100)
+        room.good(neighbour, took_s=number / 100, service_s=number / 100)
     elif event == "begin":
         room.begin(neighbour)
     elif event == "wait":
@@ -458,7 +458,7 @@ def test_whatever_happens_half_stay_and_each_ejected_one_is_tried_within_the_bou
 
     room.now += max(pause.most_s for pause in PAUSES.values())
     for neighbour in NEIGHBOURS:
-        case = room.ward.cases[neighbour].get("h")
+        case = room.detector.unhealthy[neighbour].get("h")
         assert case is None or case.on_trial or case.standing(room.now) <= HEALTHY
 
 
@@ -470,6 +470,6 @@ def test_whatever_has_happened_good_answers_bring_everybody_back(events):
         happen(room, *event)
 
     for neighbour in NEIGHBOURS:
-        room.good(neighbour, took_s=0.0001, pace_s=0.0001)
+        room.good(neighbour, took_s=0.0001, service_s=0.0001)
 
-    assert not any(room.ward.cases.values())
+    assert not any(room.detector.unhealthy.values())

@@ -347,8 +347,8 @@ CREDITS = [
     (Load(0, 2, service_s=0.001), 2 + 20),  # two slots, and what they finish in 10 ms
     (Load(22, 2, service_s=0.001), 0),
     (Load(0, 2, service_s=1.0), 2),
-    (Load(0, 2, service_s=0.001, is_of_late=False), 2),  # they may have been other items
-    (Load(2, 2, service_s=0.001, is_of_late=False), 0),
+    (Load(0, 2, service_s=0.001, is_recent=False), 2),  # they may have been other items
+    (Load(2, 2, service_s=0.001, is_recent=False), 0),
     (Load(0, 100, service_s=0.000001), 4096),  # never more, however quick
     (Load(4095, 100, service_s=0.000001), 1),
 ]

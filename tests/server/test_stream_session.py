@@ -131,7 +131,7 @@ class Served:
             "W",
             slots=9,
             in_service=9,
-            most_bytes=10**9,
+            max_bytes=10**9,
             claim=desk.claim,
             start=desk.start,
         )
@@ -546,12 +546,35 @@ def test_a_client_that_sends_without_reading_is_bounded_by_rows(held):
         received = settled(lambda: served.received)
         (stream,) = served.streams
 
-        assert stream._rows <= LIMITS.window_rows + 8
+        assert stream._rows <= LIMITS.window_rows
         # What is on the wire, and in gRPC's buffers, comes on top: some hundred KiB each way.
-        assert received <= LIMITS.window_rows + 8 + (0 if held else 1000)
+        assert received <= LIMITS.window_rows + (0 if held else 1000)
         assert sent[0] < 3000
         call.cancel()
         until(lambda: is_quiet(served), 5)
+
+
+def test_one_frame_that_is_larger_than_the_window_is_taken_as_far_as_there_is_room():
+    desk = Desk(held=[], places=0)
+    sender = Sender(
+        frame(
+            *(segment(n, *[b"x"] * 30) for n in range(5)),
+            cancels=[pb2.Cancel(number=4, start=29, count=1)],
+        )
+    )
+    with serving(desk, replace(LIMITS, window_rows=64)) as served:
+        call = served.call(sender)
+        until(lambda: served.intake.streamed[1] == 60, 5)
+        assert settled(lambda: desk.received) == 60
+
+        desk.places = 1000
+        desk.held = None
+        served.intake.kick()
+        sender.close()
+        found = codes(rows_of(call))
+
+    assert (len(found), desk.received) == (150, 150)
+    assert set(found.values()) <= {Code.OK, Code.CANCELLED}
 
 
 @pytest.mark.parametrize("held", [True, False], ids=["unanswered", "unread"])
@@ -794,10 +817,10 @@ def test_how_long_a_client_reads_is_no_pace_by_which_others_are_judged():
         (asked, sink), (_, whole) = until(lambda: len(served.desk.held) == 2 and served.desk.held)
         asked.early(0, chunk(0, True, []))
         sink(0, Answers(1, (), ("W",)))
-        (kind,) = served.intake._kinds.values()
-        assert kind.pace.mean_s(time.monotonic()) == 0.0
+        (service_class,) = served.intake._classes.values()
+        assert service_class.estimator.mean_s(time.monotonic()) == 0.0
         whole(0, Answers(1, (), ("W",)))
-        assert kind.pace.mean_s(time.monotonic()) > 0.0
+        assert service_class.estimator.mean_s(time.monotonic()) > 0.0
         served.desk.held = []
         sender.close()
         assert sum(len(answered.slices) for answered in call) == 3

@@ -497,6 +497,26 @@ def test_the_counters_say_what_the_clients_saw(lend: Lend) -> None:
         assert by_name["work"].completed == ran[process_id]
 
 
+def test_what_waits_is_counted_against_a_bound_that_is_shown(lend: Lend, way: Way) -> None:
+    overlay = lend(slots=1, learned="it is slow")
+    calls = way.at_once(overlay, 3, payload=b"1000", handler="work", mode=pb2.ANY)
+    until(lambda: len(notes(overlay)) == 3)
+    calls += way.at_once(overlay, 5, payload=b"0", handler="work", mode=pb2.ANY)
+    until(lambda: waiting_at(overlay, "A") == 5)
+
+    found = overlay.metrics("A")
+    ended = found.completed + found.failed + found.refused + found.cancelled
+    if isinstance(way, Unary):
+        waiting, bound, active = found.queue_size, found.queue_slots, found.active_requests
+        assert bound == 200
+    else:
+        waiting, bound, active = found.streamed_waiting, found.streamed_slots, found.streamed_active
+        assert bound == found.streams * 4096 > 0
+    assert waiting == 5 <= bound
+    assert waiting + active == found.received - ended
+    assert all(Outcome(call).ok for call in calls)
+
+
 def test_metrics_know_the_whole_overlay(six: Overlay) -> None:
     metrics = six.metrics("A")
     assert (metrics.role, metrics.team, metrics.max_capacity) == ("leader", "green", 100)
