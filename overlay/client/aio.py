@@ -235,6 +235,7 @@ class _Map:
         self._run = MapRun(bridge.connection, options, bridge.hand_over(self._read))
         self._rows: list[bytes] = []  # to be sent at the end of this turn of the loop
         self._size = 0
+        self._holds_rows = False
         self._changed = asyncio.Event()  # there may be results, or an end
         self._has_room = asyncio.Event()  # more may be sent, or nothing any more
 
@@ -263,7 +264,7 @@ class _Map:
                             raise result
                         else:
                             yield result
-                if run.is_done and not self._rows:
+                if run.is_done and not (self._rows or self._holds_rows):
                     break
                 await self._changed.wait()
             run.check()
@@ -282,8 +283,12 @@ class _Map:
             window.is_fed = True
         while await self._room_for(window.chunk):
             rows, size = window.gather(self._payloads)
-            if rows and not await self._begins():
-                return
+            if rows:
+                self._holds_rows = True  # a map whose last rows wait for the connection is not done
+                begins = await self._begins()
+                self._holds_rows = False
+                if not begins:
+                    return
             self._run.send(rows, size)
             # Results are given between two chunks.
             await (self._bridge.pause(PAUSE_S) if window.pauses else asyncio.sleep(0))
