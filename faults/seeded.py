@@ -87,7 +87,7 @@ def expired_is_started() -> None:
         if code is segments.Code.DEADLINE_EXCEEDED:  # answered, and it stays in the queue
             count = ticket.segment.count - start if count is None else count
             refused = queued_segment.unstarted(ticket._owner.me, code)
-            ticket._settle(start, segments.Answers(count, (), refused=refused))
+            ticket._settle(start, segments.Slice(count, (), refused=refused))
         else:
             right(ticket, code, start, count)
 
@@ -218,7 +218,7 @@ def drain_refuses_running() -> None:
             if ticket.is_open:
                 part = segments.Part(self.me, error.code, str(error), executed=error.executed)
                 rows = ticket.segment.count
-                ticket._settle(0, segments.Answers(rows, (), refused=part))
+                ticket._settle(0, segments.Slice(rows, (), refused=part))
         return int(right_close(self))
 
     queued_segment.QueuedSegment.run = run

@@ -26,7 +26,7 @@ from overlay.client.map_window import PAUSE_S
 from overlay.client.partials import Parts
 from overlay.client.results import Answer, value_of
 from overlay.model.errors import CallFailed
-from overlay.model.segments import Failure, Part
+from overlay.model.segments import Detail, Part
 from overlay.transport.channels import split
 from overlay.transport.codec import pb2
 
@@ -206,7 +206,7 @@ class AsyncClient:
                 is_last, came, at, request_id = await box.get()
                 for part in parts.last(came, at) if is_last else parts.early(came, at):
                     yield part
-            if is_last and isinstance(came, Failure):
+            if is_last and isinstance(came, Detail):
                 raise self._connection.failed(came, options.timeout_s, request_id)
             if isinstance(came, Exception):
                 raise came

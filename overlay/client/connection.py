@@ -29,7 +29,7 @@ from overlay.model.errors import (
     Unavailable,
 )
 from overlay.model.limits import Limits
-from overlay.model.segments import Code, Executed, Failure
+from overlay.model.segments import Code, Detail, Executed
 from overlay.observability.log_buffer import LINES
 from overlay.transport import codec, validation
 from overlay.transport.channels import SILENT, Channel
@@ -106,18 +106,18 @@ class Connection:
 
     def read(self, came: Any, at: int, request_id: int, timeout_s: float) -> Answer:
         """What was delivered, as an Answer. Raises CallFailed."""
-        if isinstance(came, Failure):
+        if isinstance(came, Detail):
             raise self.failed(came, timeout_s, request_id)
         answer = came.answers.at(at)
         return Answer(came.results[at], answer.parts, answer.hops, request_id)
 
     def read_result(self, came: Any, at: int, request_id: int, timeout_s: float) -> bytes:
         """As `read`, but the result only; an Incomplete where a worker is missing."""
-        if isinstance(came, Failure):
+        if isinstance(came, Detail):
             raise self.failed(came, timeout_s, request_id)
         return result_of(came, at)
 
-    def failed(self, failure: Failure, timeout_s: float, request_id: int = 0) -> CallFailed:
+    def failed(self, failure: Detail, timeout_s: float, request_id: int = 0) -> CallFailed:
         reason = failure.reason
         if failure.code is Code.DEADLINE_EXCEEDED and not reason:
             reason = f"no answer from {self.shown} within {timeout_s:g} s"
@@ -196,7 +196,7 @@ class Connection:
             if refused is not None and _is_wrong(calls):
                 raise error_of(refused, sentence_of(refused.code, refused.reason, self.shown))
         if self._closed:
-            raise error_of(Failure(Code.CANCELLED, "", Executed.NO), "this client was closed")
+            raise error_of(Detail(Code.CANCELLED, "", Executed.NO), "this client was closed")
         refused = calls.refused
         if refused is not None and calls.is_full:
             raise error_of(refused, refused.reason)
@@ -300,7 +300,7 @@ class Connection:
             self.wait_connected(calls, patience_s)
         if size > calls.most_bytes:
             reason = codec.too_large(size, calls.most_bytes)
-            raise error_of(Failure(Code.INVALID_ARGUMENT, reason, Executed.NO), reason)
+            raise error_of(Detail(Code.INVALID_ARGUMENT, reason, Executed.NO), reason)
 
     def _ask(
         self,
@@ -322,7 +322,7 @@ class Connection:
             check(answer)
         except Misspoken as e:
             reason = f"what serves at {self.shown} speaks wrongly: {e}"
-            raise error_of(Failure(e.code, reason), reason) from None
+            raise error_of(Detail(e.code, reason), reason) from None
         except grpc.RpcError as error:
             if error.code() in SILENT:
                 stubs.answered = -FRESH_S

@@ -17,7 +17,7 @@ from overlay.client.outbox import Submission
 from overlay.client.results import NOT_PICKLED, result_of, value_of
 from overlay.model import clocks as time
 from overlay.model.errors import CallFailed
-from overlay.model.segments import Failure
+from overlay.model.segments import Detail
 
 
 class CallFuture(Future):  # type: ignore[type-arg]
@@ -61,7 +61,7 @@ class CallFuture(Future):  # type: ignore[type-arg]
         assert connection is not None
         self.later = connection.callbacks
         try:
-            if isinstance(came, Failure):
+            if isinstance(came, Detail):
                 self.set_exception(connection.failed(came, self._timeout_s, request_id))
             else:
                 self.set_result(result_of(came, at))

@@ -24,7 +24,7 @@ from overlay.client.progress import Telling
 from overlay.client.results import results_of, value_of
 from overlay.model import clocks as time
 from overlay.model.errors import CallFailed
-from overlay.model.segments import Executed, Failure
+from overlay.model.segments import Detail, Executed
 
 log = logging.getLogger("overlay.client")
 
@@ -108,7 +108,7 @@ class MapRun:
 
     def read(self, first: int, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
         """Gives the window what was handed over."""
-        failed, count = isinstance(came, Failure), len(rows)
+        failed, count = isinstance(came, Detail), len(rows)
         if failed:
             made, timeout_s = self._connection.failed, self.timeout_s
             ids = range(request_id, request_id + count) if request_id else (0,) * count
@@ -128,7 +128,7 @@ class MapRun:
         self.is_away = self._look_away()
         if self._lost is not None:
             why = self._lost
-            failure = Failure(why.code, f"not sent: {why}", Executed.NO, why.retry_after_s)
+            failure = Detail(why.code, f"not sent: {why}", Executed.NO, why.retry_after_s)
             calls = self._connection.begin()
             taken = [calls.take_back(one, failure) for one in list(self._submissions.values())]
             self._unsent += sum(taken)
@@ -181,7 +181,7 @@ class MapRun:
     def _deliver(
         self, first: int, rows: Sequence[int], came: Any, at: int, request_id: int
     ) -> None:
-        if not isinstance(came, Failure):
+        if not isinstance(came, Detail):
             self._patience.answered(time.monotonic())
         self._hand_over(first, rows, came, at, request_id)
 

@@ -18,7 +18,7 @@ from overlay.queueing import admission
 
 Deliver = Callable[[Sequence[int], Any, int, int], None]
 """Takes (rows, what came, at, request_id): rows of the submission; the Delivery that has them, from
-its row `at` on, or the Failure that says why there is none; the first row's request id, which those
+its row `at` on, or the Detail that says why there is none; the first row's request id, which those
 of the other rows follow, or 0 for rows that were not sent. Each row comes once, on the stream's or
 the deadline thread; must be quick and must not raise."""
 

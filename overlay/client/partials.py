@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from overlay.client.submitter import Delivery
-from overlay.model.segments import Code, Failure, Part, PartColumn
+from overlay.model.segments import Code, Detail, Part, PartSlice
 from overlay.transport.chunks import ITEM_END
 
 
@@ -49,12 +49,12 @@ class Parts:
             yield from self.early(came, at)
         for worker, chunks in self._unfinished.items():
             self._bad[worker] = _broken(worker, chunks.size)
-        nothing_came = isinstance(came, Failure) and not self._good  # which says it all
+        nothing_came = isinstance(came, Detail) and not self._good  # which says it all
         if not (self.is_over or nothing_came):
             yield from (part for worker, part in self._bad.items() if worker not in self._good)
         self.is_over = True
 
-    def _whole(self, column: PartColumn, at: int) -> Part | None:
+    def _whole(self, column: PartSlice, at: int) -> Part | None:
         """The worker's part, with the chunks that came before; None while more are to come."""
         part, chunk, worker = column.at(at), column.chunk, column.process_id
         chunks = self._unfinished.pop(worker, None) or _Chunks()

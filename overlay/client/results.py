@@ -8,7 +8,7 @@ from typing import Any
 from overlay.client.submitter import Delivery
 from overlay.model import json_values
 from overlay.model.errors import CallFailed, InvalidCall, of_status
-from overlay.model.segments import Code, Executed, Failure, Hop, Part
+from overlay.model.segments import Code, Detail, Executed, Hop, Part
 from overlay.transport import codec
 
 
@@ -107,12 +107,12 @@ def failure_of(error: Any, address: str, timeout_s: float) -> CallFailed:
     """gRPC's error as ours. Only the trailer proves that no handler ran; no code does."""
     said = codec.read_error(error)
     after_s = codec.retry_after_s(error.trailing_metadata())
-    failure = Failure(said.code, said.reason, said.executed, after_s)
+    failure = Detail(said.code, said.reason, said.executed, after_s)
     request_id = codec.read_request_id(error.trailing_metadata())
     return error_of(failure, _sentence(error, said, address, timeout_s), request_id)
 
 
-def error_of(failure: Failure, sentence: str, request_id: int = 0) -> CallFailed:
+def error_of(failure: Detail, sentence: str, request_id: int = 0) -> CallFailed:
     error = of_status(failure.code, failure.executed)(
         sentence,
         code=failure.code,

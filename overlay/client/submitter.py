@@ -30,7 +30,7 @@ from overlay.client.outbox import Outbox, Submission
 from overlay.model import clocks as time
 from overlay.model.limits import Limits
 from overlay.model.pending import Run, consecutive
-from overlay.model.segments import Answers, Code, Column, Executed, Failure, Part, Progress, Segment
+from overlay.model.segments import Code, Column, Detail, Executed, Part, Progress, Segment, Slice
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from overlay.transport.multiplexer import SAME_DEADLINE_S, Multiplexer, OpenSegment
@@ -52,8 +52,8 @@ RETRY_PAUSE_S = 0.1  # when the process does not say how long
 MAX_PAUSE_S = 2.0  # between tries that go on, unless the process asks for a longer pause
 SETTLE_S = 5.0  # a restarted process has found its neighbours by then
 SETTLE_PAUSE_S = 0.25  # between two tries in the meantime
-NEVER_SENT = Failure(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
-CLOSED = Failure(Code.CANCELLED, "this client was closed", Executed.NO)
+NEVER_SENT = Detail(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
+CLOSED = Detail(Code.CANCELLED, "this client was closed", Executed.NO)
 WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
 
@@ -73,10 +73,10 @@ class Delivery:
         self.results = list(made.results.items)
         self.is_whole = not any(part.failures for part in made.parts)
         self._made = made
-        self._answers: Answers | None = None
+        self._answers: Slice | None = None
 
     @property
-    def answers(self) -> Answers:
+    def answers(self) -> Slice:
         """Parts and hops."""
         if self._answers is None:
             self._answers = codec.read_client_slice(self._made)
@@ -109,7 +109,7 @@ class Submitter:
         shown: Callable[[], str] | None = None,
     ) -> None:
         self.connected = threading.Event()
-        self.refused: Failure | None = None
+        self.refused: Detail | None = None
         self.after_frame: Callable[[], None] | None = None
         self.is_delivering = False
         self.most_bytes = LIMITS.max_message_bytes
@@ -168,7 +168,7 @@ class Submitter:
             self._closed = True
         self._stream.end()
         self._deadlines.stop()
-        self._end_sent(Failure(Code.CANCELLED, "this client was closed before the answer came"))
+        self._end_sent(Detail(Code.CANCELLED, "this client was closed before the answer came"))
         with self._lock:
             waiting, self._retrying = self._retrying, set()
         for retry in waiting:
@@ -226,7 +226,7 @@ class Submitter:
         large = {row for row in submission.rows if len(submission.payloads[row]) > most}
         for row in large:
             reason = codec.too_large(len(submission.payloads[row]), most)
-            submission.deliver((row,), Failure(Code.INVALID_ARGUMENT, reason, Executed.NO), 0, 0)
+            submission.deliver((row,), Detail(Code.INVALID_ARGUMENT, reason, Executed.NO), 0, 0)
         if large:
             submission.rows = [row for row in submission.rows if row not in large]
             submission.size = sum(len(submission.payloads[row]) for row in submission.rows)
@@ -238,7 +238,7 @@ class Submitter:
         self._unwanted.append(submission.cancelled)
         self._stream.kick()
 
-    def take_back(self, submission: Submission, failure: Failure) -> int:
+    def take_back(self, submission: Submission, failure: Detail) -> int:
         """Delivers the failure for those of its rows that wait to be sent; how many they are."""
         with self._lock:
             mine = [r for r in self._retrying if r.submission.cancelled is submission.cancelled]
@@ -370,7 +370,7 @@ class Submitter:
         deadline = min(submission.deadline for submission in submissions)
         left_s = deadline - time.monotonic()
         if left_s <= 0:
-            late = Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO)
+            late = Detail(Code.DEADLINE_EXCEEDED, "", Executed.NO)
             for submission in submissions:
                 self._deliver_all(submission, late)
             return True
@@ -407,7 +407,7 @@ class Submitter:
                     self._write(frame, [alone], alone.size)
             return
         reason = f"the request cannot be sent: {error}"
-        self._deliver_all(sent.members[0], Failure(Code.INVALID_ARGUMENT, reason, Executed.NO))
+        self._deliver_all(sent.members[0], Detail(Code.INVALID_ARGUMENT, reason, Executed.NO))
 
     def _put_back(self, submissions: list[Submission]) -> None:
         for submission in reversed(submissions):
@@ -434,7 +434,7 @@ class Submitter:
         self._full_since = None
         if frame.stopping and self.connected.is_set():
             reason = f"the process at {self._shown()} is stopping and takes no new requests"
-            self.refused = Failure(Code.UNAVAILABLE, reason, Executed.NO)
+            self.refused = Detail(Code.UNAVAILABLE, reason, Executed.NO)
             self.connected.clear()
             self._multiplexer.is_live = False
         self.is_delivering = self.after_frame is not None
@@ -497,13 +497,13 @@ class Submitter:
             self.refused = None
         elif why.code is Code.DATA_LOSS:  # also the reason for what is not sent now
             reason = f"the process at {self._shown()} cannot be asked: {why.reason}"
-            self.refused = Failure(why.code, reason, Executed.NO)
+            self.refused = Detail(why.code, reason, Executed.NO)
         elif why.executed is Executed.NO or not (was_served or why.code is Code.CANCELLED):
-            self.refused = Failure(why.code, why.reason, why.executed, why.retry_after_s)
+            self.refused = Detail(why.code, why.reason, why.executed, why.retry_after_s)
         if was_served:
             self._was_lost = not self._stream.rests
             reason = f"no answer from {self._shown()}: {why.reason}"
-            self._end_sent(Failure(Code.UNAVAILABLE, reason, why.executed))
+            self._end_sent(Detail(Code.UNAVAILABLE, reason, why.executed))
             if why.code is Code.DATA_LOSS and self.refused is not None:
                 self._end_unsent(self.refused)  # the next stream may take a while
         if self.is_full:
@@ -520,25 +520,25 @@ class Submitter:
             self._deadlines.forget(sent, sent.deadline)
         return runs
 
-    def _end_sent(self, failure: Failure) -> None:
+    def _end_sent(self, failure: Detail) -> None:
         for sent in self._multiplexer.lose():
             self._end_rows(sent, failure)
 
-    def _end_rows(self, sent: _Sent, failure: Failure) -> None:
+    def _end_rows(self, sent: _Sent, failure: Detail) -> None:
         for first, count in self._close_rows(sent, 0, sent.count):
             for submission, own, size, at in sent.members_of(first, count):
                 rows = submission.rows[own : own + size]
                 if not self._keep(submission, rows, failure):
                     submission.deliver(rows, failure, 0, sent.first_id + at)
 
-    def _end_unsent(self, why: Failure = CLOSED) -> None:
+    def _end_unsent(self, why: Detail = CLOSED) -> None:
         while True:
             try:
                 self._deliver_all(self._outbox.take(), why)
             except IndexError:
                 return
 
-    def _deliver_all(self, submission: Submission, failure: Failure) -> None:
+    def _deliver_all(self, submission: Submission, failure: Detail) -> None:
         submission.deliver(submission.rows, failure, 0, 0)
 
     def _expire(self, due: _Sent | Submitter | _Retry | Callable[[], None]) -> None:
@@ -552,7 +552,7 @@ class Submitter:
             self._expire_unsent()
         elif isinstance(due, _Sent):
             self._multiplexer.cancel(due, 0, due.count)
-            self._end_rows(due, Failure(Code.DEADLINE_EXCEEDED, ""))
+            self._end_rows(due, Detail(Code.DEADLINE_EXCEEDED, ""))
             self._stream.kick()
         else:
             due()
@@ -561,7 +561,7 @@ class Submitter:
         with self._lock:
             self._look_at = math.inf
         now = time.monotonic()
-        late, refused = Failure(Code.DEADLINE_EXCEEDED, "", Executed.NO), self.refused
+        late, refused = Detail(Code.DEADLINE_EXCEEDED, "", Executed.NO), self.refused
         for submission in self._outbox.all():
             due_at = self._due_at(submission)
             if due_at > now:
@@ -574,7 +574,7 @@ class Submitter:
             why = late if refused is None or submission.deadline <= now else refused
             self._deliver_all(submission, why)
 
-    def _keep(self, submission: Submission, rows: Sequence[int], failure: Failure) -> bool:
+    def _keep(self, submission: Submission, rows: Sequence[int], failure: Detail) -> bool:
         """Puts rows that a stopping process provably did not run back into the outbox; whether it
         did."""
         gave_back = failure.executed is Executed.NO and failure.code is Code.UNAVAILABLE
@@ -587,7 +587,7 @@ class Submitter:
             self._end_unsent()
         return True
 
-    def _failed(self, submission: Submission, row: int, failure: Failure, request_id: int) -> None:
+    def _failed(self, submission: Submission, row: int, failure: Detail, request_id: int) -> None:
         if self._keep(submission, (row,), failure):
             return
         now = time.monotonic()
@@ -636,8 +636,8 @@ class _Retry:
     submission: Submission
 
 
-def _failures_of(made: pb2.Slice) -> dict[int, Failure]:
-    found: dict[int, Failure] = {}
+def _failures_of(made: pb2.Slice) -> dict[int, Detail]:
+    found: dict[int, Detail] = {}
     for detail in made.failures:
         rows = range(detail.start, detail.start + (detail.count or made.count))
         found.update(dict.fromkeys(rows, codec.read_failure(detail)))

@@ -47,7 +47,7 @@ from overlay.model.errors import (
     Refused,
     Unavailable,
 )
-from overlay.model.segments import Failure, Hop, Part
+from overlay.model.segments import Detail, Hop, Part
 from overlay.transport import codec
 from overlay.transport.channels import split
 
@@ -495,7 +495,7 @@ def _parts(connection: Connection, options: CallOptions, parts: Parts) -> Iterat
             with suppress(queue.Empty):  # in slices, so that Ctrl-C works on Windows too
                 is_last, came, at, request_id = box.get(timeout=0.5)
                 yield from parts.last(came, at) if is_last else parts.early(came, at)
-        if is_last and isinstance(came, Failure):
+        if is_last and isinstance(came, Detail):
             raise connection.failed(came, timeout_s, request_id)
     finally:
         if not is_last:

@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from overlay.model.segments import Answers, Code, End
+from overlay.model.segments import Cancel, Code, Slice
 
 Run = tuple[int, int]
 """Consecutive rows: (first, how many)."""
@@ -94,9 +94,9 @@ class Slices:
 
     def __init__(self) -> None:
         self._starts: list[int] = []  # ascending
-        self._answers: list[Answers] = []
+        self._answers: list[Slice] = []
 
-    def add(self, start: int, answers: Answers) -> None:
+    def add(self, start: int, answers: Slice) -> None:
         index = bisect_left(self._starts, start)
         self._starts.insert(index, start)
         self._answers.insert(index, answers)
@@ -110,7 +110,7 @@ class Slices:
                 yield max(begin, start), min(end, stop)
             index += 1
 
-    def at(self, row: int, count: int = 1) -> Answers | None:
+    def at(self, row: int, count: int = 1) -> Slice | None:
         """The answers to these rows, which came in one piece; None when the first did not come."""
         index = bisect_right(self._starts, row) - 1
         if index < 0 or row >= self._starts[index] + self._answers[index].count:
@@ -134,10 +134,10 @@ class Ends:
     def __init__(self, count: int) -> None:
         self._count = count
         # By row: the piece in which it began, as (try, first row, end); or none.
-        self._pieces: list[tuple[int, int, End] | None] = []
+        self._pieces: list[tuple[int, int, Cancel] | None] = []
         self._codes: list[Code | None] = []  # by row: with which it was ended; or none
 
-    def begin(self, first: int, count: int, end: End, turn: int = 0) -> list[Ending]:
+    def begin(self, first: int, count: int, end: Cancel, turn: int = 0) -> list[Ending]:
         """These rows have begun. What is to be called, as they were ended before.
 
         turn: the number of the try; tries may be noted in another order, and the last one counts.
@@ -168,7 +168,7 @@ class Ends:
 
     def _endings(self, start: int, count: int) -> list[Ending]:
         """Of rows that have begun and are ended: once for those of one piece and code."""
-        runs: list[tuple[tuple[int, int, End], Code, int]] = []
+        runs: list[tuple[tuple[int, int, Cancel], Code, int]] = []
         counts: list[int] = []
         for row in range(start, start + count):
             piece, code = self._pieces[row], self._codes[row]

@@ -195,10 +195,10 @@ class Segment(Copied):
 
     The request in row i has the id first_id + i, or ids[i] when the ids are not consecutive. A
     unary Forward is a segment of one.
-    keyed: it has an idempotency key, so a request that was lost may run again elsewhere.
+    idempotent: it has an idempotency key, so a request that was lost may run again elsewhere.
     traced: each process reports the time that it took there.
     told: each process also logs what became of it.
-    early: takes each part of an ALL request as it comes; the answer has only the others.
+    on_partial: takes each part of an ALL request as it comes; the answer has only the others.
     chunks: how many chunks of a part may come before more are granted; 0: parts come whole.
     own_ids: the ids were made at random, by the sender's library or the first process asked, and
     are never used again; else the caller chose them.
@@ -210,10 +210,10 @@ class Segment(Copied):
     first_id: int
     attempt: int = 0
     ids: tuple[int, ...] | None = None
-    keyed: bool = False
+    idempotent: bool = False
     traced: bool = False
-    told: bool = False
-    early: Early | None = None
+    log_lines: bool = False
+    on_partial: OnPartial | None = None
     chunks: int = 0
     own_ids: bool = False
 
@@ -236,7 +236,7 @@ class Segment(Copied):
             payloads=self.payloads.slice(start, count),
             first_id=ids[0] if ids else self.first_id + start,
             ids=ids,
-            early=self.early and shifted(self.early, start),
+            on_partial=self.on_partial and shifted(self.on_partial, start),
         )
 
     def again(self) -> Segment:
@@ -247,13 +247,13 @@ class Segment(Copied):
         """The same requests as `me` sends them down, to cover `targets`."""
         route = self.route
         down = Route(route.mode, route.team, route.handler, (*route.hops, me), targets)
-        return self.with_(route=down, keyed=False)
+        return self.with_(route=down, idempotent=False)
 
     @staticmethod
     def joined(segments: Sequence[Segment]) -> Segment:
         """Segments with one route, attempt and kind of ids, as one with the earliest deadline.
 
-        None of them has `early` set.
+        None of them has `on_partial` set.
         """
         first = segments[0]
         if len(segments) == 1:
@@ -266,10 +266,10 @@ class Segment(Copied):
             deadline=min(segment.deadline for segment in segments),
             first_id=ids[0],
             ids=ids,
-            keyed=False,
+            idempotent=False,
             traced=any(segment.traced for segment in segments),
-            told=any(segment.told for segment in segments),
-            early=None,
+            log_lines=any(segment.log_lines for segment in segments),
+            on_partial=None,
             chunks=0,
         )
 
@@ -328,7 +328,7 @@ class AnswerRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class Detail:
     """Why a row has no result."""
 
     code: Code
@@ -346,7 +346,7 @@ _HANDLERS_OWN = Code.INTERNAL, Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED
 
 
 @value
-class PartColumn(Copied):
+class PartSlice(Copied):
     """One worker's parts of consecutive requests.
 
     failures: by row, for the rows that failed. failed: set when every row failed with it. The times
@@ -356,8 +356,8 @@ class PartColumn(Copied):
     process_id: str
     results: Column
     hops: tuple[str, ...] = ()
-    failures: Mapping[int, Failure] = field(default_factory=dict)
-    failed: Failure | None = None
+    failures: Mapping[int, Detail] = field(default_factory=dict)
+    failed: Detail | None = None
     waited_us: int = 0
     worked_us: int = 0
     chunk: Chunk | None = None
@@ -371,7 +371,7 @@ class PartColumn(Copied):
         code, reason = failure.code, failure.reason
         return Part(self.process_id, code, reason, b"", self.hops, *times, failure.executed)
 
-    def slice(self, start: int, count: int) -> PartColumn:
+    def slice(self, start: int, count: int) -> PartSlice:
         if start == 0 and count == self.results.count:
             return self
         if count < len(self.failures):  # or slicing row by row would take quadratic time
@@ -386,7 +386,7 @@ class PartColumn(Copied):
         """Whether nothing more of it follows."""
         return self.chunk is None or not self.chunk.more
 
-    def granted_by(self, grant: Callable[[str, int], None]) -> PartColumn:
+    def granted_by(self, grant: Callable[[str, int], None]) -> PartSlice:
         """The same, with a chunk whose grants go to `grant` as (worker, how many more)."""
         if self.chunk is None or not self.chunk.more:
             return self
@@ -394,12 +394,12 @@ class PartColumn(Copied):
         return self.with_(chunk=Chunk(self.chunk.at, True, tell))
 
     @staticmethod
-    def missing(process_id: str, count: int, failure: Failure) -> PartColumn:
-        return PartColumn(process_id, Column((b"",) * count), failed=failure)
+    def missing(process_id: str, count: int, failure: Detail) -> PartSlice:
+        return PartSlice(process_id, Column((b"",) * count), failed=failure)
 
 
 @value
-class Answers(Copied):
+class Slice(Copied):
     """The answers of consecutive requests: a column of parts per worker asked.
 
     hops, refused: as in AnswerRow, the same for all rows. trace: the times at the processes below
@@ -408,7 +408,7 @@ class Answers(Copied):
     """
 
     count: int
-    parts: tuple[PartColumn, ...]
+    parts: tuple[PartSlice, ...]
     hops: tuple[str, ...] = ()
     refused: Part | None = None
     trace: tuple[Hop, ...] = ()
@@ -459,11 +459,11 @@ class Answers(Copied):
     def at(self, row: int) -> AnswerRow:
         return AnswerRow(tuple(column.at(row) for column in self.parts), self.hops, self.refused)
 
-    def granted_by(self, grant: Callable[[str, int], None]) -> Answers:
+    def granted_by(self, grant: Callable[[str, int], None]) -> Slice:
         """The same, with chunks whose grants go to `grant` as (worker, how many more)."""
         return self.with_(parts=tuple(column.granted_by(grant) for column in self.parts))
 
-    def slice(self, start: int, count: int) -> Answers:
+    def slice(self, start: int, count: int) -> Slice:
         if start == 0 and count == self.count:
             return self
         return self.with_(
@@ -471,28 +471,28 @@ class Answers(Copied):
         )
 
 
-Sink = Callable[[int, Answers], None]
+OnResult = Callable[[int, Slice], None]
 """Takes answers in slices: (first row, answers). Each row comes exactly once, on any thread; a
 sink never blocks and never raises."""
 
 
-Early = Callable[[int, Answers], None]
+OnPartial = Callable[[int, Slice], None]
 """Takes parts that come before the answers of their rows: (first row, answers with some parts). On
 any thread; as quick as a sink. What comes twice, or after its row's answer, is dropped."""
 
 
-def shifted(early: Early, start: int) -> Early:
+def shifted(on_partial: OnPartial, start: int) -> OnPartial:
     """For the rows from `start` on, numbered from 0."""
-    return lambda row, answers: early(start + row, answers)
+    return lambda row, answers: on_partial(start + row, answers)
 
 
-def end_overlap(end: End, first: int, rows: int, code: Code, start: int, count: int) -> None:
+def end_overlap(end: Cancel, first: int, rows: int, code: Code, start: int, count: int) -> None:
     """Ends those of the `count` rows from `start` that are among the `rows` rows of `end`."""
     begin, stop = max(first, start), min(first + rows, start + count)
     if begin < stop:
         end(code, begin - first, stop - begin)
 
 
-End = Callable[[Code, int, int], None]
+Cancel = Callable[[Code, int, int], None]
 """Ends the work for some rows: (code, first row, rows). Those without an answer are answered with
 this code, at once. May be called twice, and after the end."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from overlay.model.segments import AnswerRow, Answers, Code, Executed, Hop, Part, PartColumn
+from overlay.model.segments import AnswerRow, Code, Executed, Hop, Part, PartSlice, Slice
 
 HANDLERS_OWN = "refused by its handler, in words for its caller"
 
 
-def below(answers: Answers, away_s: float) -> Answers:
+def below(answers: Slice, away_s: float) -> Slice:
     """A neighbour's answers as the process above sees them: a level deeper, timed from there."""
     first, *rest = answers.trace
     seen = [first._replace(depth=first.depth + 1, away_us=int(away_s * 1e6))]
@@ -24,14 +24,14 @@ def below(answers: Answers, away_s: float) -> Answers:
     return answers.with_(trace=tuple(seen))
 
 
-def trace_of_worker(me: str, answers: Answers) -> tuple[Hop, ...]:
+def trace_of_worker(me: str, answers: Slice) -> tuple[Hop, ...]:
     """A worker's own hop: the time in its handler, not all the time at the worker."""
     for column in answers.parts:
         return (Hop(me, column.waited_us, column.worked_us, 0, code_of(answers)),)
     return (Hop(me, code=code_of(answers)),)
 
 
-def trace_of(me: str, waited_us: int, worked_us: int, answers: Answers) -> tuple[Hop, ...]:
+def trace_of(me: str, waited_us: int, worked_us: int, answers: Slice) -> tuple[Hop, ...]:
     """The whole way as `me` knows it: its own hop, and one for each process below it."""
     branches: dict[str, list[Hop]] = {}  # by the neighbour that was asked
     neighbour = ""
@@ -49,7 +49,7 @@ def trace_of(me: str, waited_us: int, worked_us: int, answers: Answers) -> tuple
     return (Hop(me, waited_us, worked_us, 0, code_of(answers)), *under)
 
 
-def code_of(answers: Answers) -> Code:
+def code_of(answers: Slice) -> Code:
     """OK when any worker answered all of the rows; else the first worker's code."""
     if answers.refused is not None:
         return answers.refused.code
@@ -105,7 +105,7 @@ def _goes_on(trace: Sequence[Hop], at: int, depth: int) -> bool:
     return False
 
 
-def _from_parts(me: str, parts: Sequence[PartColumn]) -> Iterator[tuple[str, Hop]]:
+def _from_parts(me: str, parts: Sequence[PartSlice]) -> Iterator[tuple[str, Hop]]:
     """The hops to each worker, with the neighbour they begin at. Only the worker's has times."""
     for column in parts:
         way = column.hops[column.hops.index(me) + 1 :] if me in column.hops else ()
@@ -116,7 +116,7 @@ def _from_parts(me: str, parts: Sequence[PartColumn]) -> Iterator[tuple[str, Hop
         yield way[0], Hop(column.process_id, *times, len(way), _code_of(column))
 
 
-def _code_of(column: PartColumn) -> Code:
+def _code_of(column: PartSlice) -> Code:
     failure = column.failed
     if failure is None and len(column.failures) == column.results.count:
         failure = next(iter(column.failures.values()), None)

@@ -18,14 +18,14 @@ import grpc
 
 from overlay.model.limits import Limits
 from overlay.model.segments import (
-    Answers,
+    Cancel,
     Code,
-    End,
     Executed,
+    OnResult,
     Part,
     Route,
     Segment,
-    Sink,
+    Slice,
     end_overlap,
     shifted,
 )
@@ -50,8 +50,8 @@ class Owner(Protocol):
     def flush(self) -> None: ...
     def is_quick(self, handler: str) -> bool: ...
     def time_left_s(self, deadline: float) -> float: ...
-    def answered(self, route: Route, answers: Answers, is_read: bool = ...) -> None: ...
-    def note_times(self, handler: str, answers: Answers) -> None: ...
+    def answered(self, route: Route, answers: Slice, is_read: bool = ...) -> None: ...
+    def note_times(self, handler: str, answers: Slice) -> None: ...
     def overdue(self, handler: str, rows: int) -> None: ...
     def look_again(self) -> None: ...
     def stops(self, for_good: bool = ...) -> None: ...
@@ -63,7 +63,7 @@ class _Member:
 
     __slots__ = ("is_over", "is_read", "row", "segment", "sent_in", "sink")
 
-    def __init__(self, segment: Segment, sink: Sink) -> None:
+    def __init__(self, segment: Segment, sink: OnResult) -> None:
         self.segment = segment
         self.sink = sink
         self.sent_in: OpenSegment[_Member] | None = None  # once handed to gRPC: it may run
@@ -103,15 +103,15 @@ class SegmentSender:
     def is_live(self) -> bool:
         return self._multiplexer.is_live
 
-    def send(self, segment: Segment, sink: Sink) -> End:
+    def send(self, segment: Segment, sink: OnResult) -> Cancel:
         if segment.payloads.size > self._most_bytes and self.is_live:
             return self._send_parts(segment, sink)
         return self._send(segment, sink)
 
-    def _send_parts(self, segment: Segment, sink: Sink) -> End:
+    def _send_parts(self, segment: Segment, sink: OnResult) -> Cancel:
         """Sends a segment that is too large for the neighbour in pieces; refuses rows that are too
         large alone."""
-        ends: list[tuple[int, int, End]] = []
+        ends: list[tuple[int, int, Cancel]] = []
         for first, count in _runs_within(segment.payloads.items, self._most_bytes):
             part, part_sink = segment.slice(first, count), shifted(sink, first)
             size = len(part.payloads.items[0]) if count == 1 else 0
@@ -126,13 +126,13 @@ class SegmentSender:
 
         return end
 
-    def _refuse_too_large(self, segment: Segment, size: int, sink: Sink) -> None:
+    def _refuse_too_large(self, segment: Segment, size: int, sink: OnResult) -> None:
         mine, theirs = self._limits.max_message_bytes, self._most_bytes
         why = f"{size:,} bytes are more than {self._peer.id} takes, whose max_message_mib allows "
         why += f"{theirs:,}, and this process's {mine:,}"
         self._refuse(_Member(segment, sink), Code.FAILED_PRECONDITION, why)
 
-    def _send(self, segment: Segment, sink: Sink) -> End:
+    def _send(self, segment: Segment, sink: OnResult) -> Cancel:
         member = _Member(segment, sink)
         with self._multiplexer.lock:
             is_live = self._multiplexer.is_live
@@ -184,7 +184,7 @@ class SegmentSender:
         """Whether its time is spent on the way rather than on its work, bytes or number."""
         limits, count = self._limits, segment.count
         is_small = segment.payloads.size <= limits.small_bytes * count
-        is_alike = is_small and count <= limits.gather_rows and segment.early is None
+        is_alike = is_small and count <= limits.gather_rows and segment.on_partial is None
         return is_alike and self._peer.is_quick(segment.route.handler)
 
     @property
@@ -219,7 +219,7 @@ class SegmentSender:
             for member in members:
                 self._refuse(member, Code.DEADLINE_EXCEEDED, "no time left")
             return 0
-        is_partial, targets = segment.early is not None, self._targets_of(segment.route)
+        is_partial, targets = segment.on_partial is not None, self._targets_of(segment.route)
         size = segment.payloads.size
         sent = OpenSegment(members, counts, size, targets, is_partial, segment.chunks)
         if not self._multiplexer.open(sent):  # lost since: this frame goes nowhere
@@ -248,7 +248,9 @@ class SegmentSender:
         first = members[0].segment
         rows, size = first.count, first.payloads.size
         few = self._limits.few_rows  # larger ones are copied undecoded, which is cheaper
-        if first.early is not None:  # its parts come before the answers, and must be told apart
+        if (
+            first.on_partial is not None
+        ):  # its parts come before the answers, and must be told apart
             return members
         while self._outbox and rows < self._limits.join_rows and first.count <= few:
             other = self._outbox[0].segment
@@ -256,11 +258,11 @@ class SegmentSender:
             if (
                 other.route != first.route
                 or other.attempt != first.attempt
-                or other.told != first.told
+                or other.log_lines != first.log_lines
                 or other.own_ids != first.own_ids
                 or abs(other.deadline - first.deadline) > SAME_DEADLINE_S
                 or other.count > few
-                or other.early is not None
+                or other.on_partial is not None
                 or size > self._limits.frame_bytes
             ):
                 break
@@ -282,10 +284,10 @@ class SegmentSender:
             self.stream.hurry()
         self._peer.flush()  # what the answers led to may be sent elsewhere
 
-    def _pass_on(self, sent: OpenSegment[_Member], start: int, answers: Answers) -> None:
+    def _pass_on(self, sent: OpenSegment[_Member], start: int, answers: Slice) -> None:
         """Gives parts of rows that are not answered yet to `early` of their segment."""
         (member,) = sent.members  # such segments are not joined
-        early = member.segment.early
+        early = member.segment.on_partial
         assert early is not None, "checked against what was asked"
         self._multiplexer.arrive(sent, start, answers)
         self._peer.note_times(member.segment.route.handler, answers)
@@ -297,7 +299,7 @@ class SegmentSender:
 
         early(start, answers.granted_by(partial(grant, start)))
 
-    def _answer(self, sent: OpenSegment[_Member], start: int, answers: Answers) -> None:
+    def _answer(self, sent: OpenSegment[_Member], start: int, answers: Slice) -> None:
         """Gives a slice to the segments that its rows belong to."""
         runs = self._multiplexer.take(sent, start, answers.count)
         if not sent.pending.left:  # or the two would keep each other until a garbage collection
@@ -340,9 +342,9 @@ class SegmentSender:
         self._peer.answered(member.segment.route, answers)
         member.sink(0, answers)
 
-    def _refusal(self, count: int, code: Code, reason: str, executed: Executed) -> Answers:
+    def _refusal(self, count: int, code: Code, reason: str, executed: Executed) -> Slice:
         reason = f"no answer from {self._peer.id}: {reason}"
-        return Answers(count, (), refused=Part(self._peer.id, code, reason, executed=executed))
+        return Slice(count, (), refused=Part(self._peer.id, code, reason, executed=executed))
 
 
 def _runs_within(payloads: Sequence[bytes], most: int) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,17 @@ import overlay
 from overlay.model import clocks as time
 from overlay.model.errors import Misspoken, NotTold
 from overlay.model.limits import Limits
-from overlay.model.segments import Answers, Code, End, Executed, Mode, Part, Route, Segment, Sink
+from overlay.model.segments import (
+    Cancel,
+    Code,
+    Executed,
+    Mode,
+    OnResult,
+    Part,
+    Route,
+    Segment,
+    Slice,
+)
 from overlay.model.signatures import Function
 from overlay.model.topology import Process
 from overlay.observability.throttle import TokenBucket
@@ -183,7 +193,7 @@ class Peers:
             except KeyError:  # another thread was faster
                 return
 
-    def send(self, neighbour: str, segment: Segment, sink: Sink) -> End:
+    def send(self, neighbour: str, segment: Segment, sink: OnResult) -> Cancel:
         """Asks the neighbour; its rows must be reserved. Never blocks, never raises.
 
         The segment leaves with the next `flush`, so that segments which start together leave
@@ -363,12 +373,12 @@ class _Peer:
             sender.stream.end()
         self.channel.close()
 
-    def send(self, segment: Segment, sink: Sink) -> End:
+    def send(self, segment: Segment, sink: OnResult) -> Cancel:
         large = segment.payloads.size > self._limits.small_bytes * segment.count
         large = large or segment.chunks > 0  # whose answers may be
         return self._senders[large].send(segment, sink)
 
-    def answered(self, route: Route, answers: Answers, is_read: bool = False) -> None:
+    def answered(self, route: Route, answers: Slice, is_read: bool = False) -> None:
         """Rows have ended. is_read: they were read in chunks, so that their failure says nothing
         of the neighbour's health."""
         handler = route.handler
@@ -394,7 +404,7 @@ class _Peer:
         service_s = self.service_s.get(handler)
         return service_s is not None and service_s < QUICK_S
 
-    def note_times(self, handler: str, answers: Answers) -> None:
+    def note_times(self, handler: str, answers: Slice) -> None:
         with self._lock:
             self._note_service_time(handler, answers)
 
@@ -437,7 +447,7 @@ class _Peer:
         margin = self._limits.return_margin_s + 2 * min(self._rtts, default=0.0)
         return left - min(margin, left / 4)
 
-    def _note_service_time(self, handler: str, answers: Answers) -> None:
+    def _note_service_time(self, handler: str, answers: Slice) -> None:
         for column in answers.parts:
             if column.worked_us and column.failed is None:
                 # The time on the network counts too for large answers, or thousands of them would

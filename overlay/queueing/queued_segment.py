@@ -10,14 +10,14 @@ from typing import Any, Protocol
 from overlay.model.errors import NoTimeLeft, OverlayError
 from overlay.model.pending import PendingRows, Run
 from overlay.model.segments import (
-    Answers,
+    Cancel,
     Code,
-    End,
     Executed,
+    OnResult,
     Part,
     Route,
     Segment,
-    Sink,
+    Slice,
     end_overlap,
 )
 from overlay.queueing import admission
@@ -27,7 +27,7 @@ from overlay.queueing.service_time import ServiceClass
 
 log = logging.getLogger(__name__)
 
-Start = Callable[[Segment, Any, float, Sink], End]
+Start = Callable[[Segment, Any, float, OnResult], Cancel]
 """(rows, their places, seconds waited, sink) -> how to end them."""
 
 
@@ -38,7 +38,7 @@ class Owner(Protocol):
 
     def withdraw(self, queued: QueuedSegment, start: int, count: int) -> list[Run]: ...
     def answered(
-        self, queued: QueuedSegment, rows: int, answers: Answers, started: float | None
+        self, queued: QueuedSegment, rows: int, answers: Slice, started: float | None
     ) -> None: ...
     def kick(self) -> None: ...
 
@@ -54,7 +54,7 @@ class QueuedSegment:
         self,
         owner: Owner,
         segment: Segment,
-        sink: Sink,
+        sink: OnResult,
         flow: Flow[QueuedSegment],
         service_class: ServiceClass,
         wants: Route,
@@ -84,7 +84,7 @@ class QueuedSegment:
         self._sink = sink
         self._lock = threading.Lock()
         self._open = PendingRows(segment.count)
-        self._ends: list[tuple[int, int, End]] = []
+        self._ends: list[tuple[int, int, Cancel]] = []
         self._ended: list[tuple[Code, int, int]] = []
         self._starts: list[tuple[int, int, float]] = []  # (first row, rows, when they started)
 
@@ -115,7 +115,7 @@ class QueuedSegment:
     def refuse_runs(self, runs: list[Run], refused: Part) -> None:
         """Answers rows that have been withdrawn."""
         for first, rows in runs:
-            self._settle(first, Answers(rows, (), refused=refused))
+            self._settle(first, Slice(rows, (), refused=refused))
 
     def started(self, row: int) -> float | None:
         """When the row started; None when it never did."""
@@ -128,7 +128,7 @@ class QueuedSegment:
         """Starts the rows that have these places. Outside the queue's lock."""
         count = place.count
 
-        def sink(row: int, answers: Answers) -> None:
+        def sink(row: int, answers: Slice) -> None:
             self._settle(first + row, answers, now)
             self._owner.kick()
 
@@ -140,7 +140,7 @@ class QueuedSegment:
             # A fault of ours costs these rows and no place; whether some ran is not known.
             log.exception("requests could not be started")
             reason = f"could not be started: {type(e).__name__}"
-            sink(0, Answers(count, (), refused=Part(self._owner.me, Code.INTERNAL, reason)))
+            sink(0, Slice(count, (), refused=Part(self._owner.me, Code.INTERNAL, reason)))
             return
         with self._lock:
             if self._open.left:
@@ -149,7 +149,7 @@ class QueuedSegment:
         for code, begin, size in ended:  # ended between its claim and now
             end_overlap(end, first, count, code, begin, size)
 
-    def _settle(self, start: int, answers: Answers, started: float | None = None) -> None:
+    def _settle(self, start: int, answers: Slice, started: float | None = None) -> None:
         """Passes on the rows that are still open. The one place where each is answered once."""
         with self._lock:
             runs = self._open.take(start, answers.count)

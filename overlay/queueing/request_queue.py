@@ -25,7 +25,7 @@ from typing import NamedTuple
 from overlay.model import clocks as time
 from overlay.model.errors import Draining, NoTimeLeft, OverlayError, QueueFull
 from overlay.model.pending import Run
-from overlay.model.segments import NOBODY, Answers, Caller, Code, Part, Route, Segment, Sink
+from overlay.model.segments import NOBODY, Caller, Code, OnResult, Part, Route, Segment, Slice
 from overlay.queueing import admission
 from overlay.queueing.admission import HIGHEST_PRIORITY
 from overlay.queueing.callers import Callers, Seen
@@ -45,7 +45,7 @@ Claim = Callable[[Route, int, float, bool], "Place | None"]
 """(route, rows, patient until, streamed) -> places for some of the rows; None when there is none,
 or AWAITED."""
 
-OnEnded = Callable[[QueuedSegment, int, Answers, "float | None", float], None]
+OnEnded = Callable[[QueuedSegment, int, Slice, "float | None", float], None]
 """(segment, so many of its rows, their answers, when they started, when they ended). None: they
 never started."""
 
@@ -120,7 +120,7 @@ class RequestQueue:
             return len(self._streams), waiting, sum(flow.active for flow in self._streams)
 
     def admit(
-        self, segment: Segment, sink: Sink, caller: Caller = NOBODY, priority: int = 0
+        self, segment: Segment, sink: OnResult, caller: Caller = NOBODY, priority: int = 0
     ) -> QueuedSegment:
         """Takes one request in or refuses it now; never blocks.
 
@@ -161,7 +161,7 @@ class RequestQueue:
             self._streams.remove(flow)
 
     def admit_to(
-        self, flow: Flow[QueuedSegment], segment: Segment, sink: Sink, priority: int = 0
+        self, flow: Flow[QueuedSegment], segment: Segment, sink: OnResult, priority: int = 0
     ) -> QueuedSegment:
         """Takes a streamed segment in; its stream bounds how many. Raises NoTimeLeft, Draining.
 
@@ -205,7 +205,7 @@ class RequestQueue:
             return self._withdraw_locked(queued, start, count)
 
     def answered(
-        self, queued: QueuedSegment, rows: int, answers: Answers, started: float | None
+        self, queued: QueuedSegment, rows: int, answers: Slice, started: float | None
     ) -> None:
         """So many of its rows have ended. started: when they did; None when they never did."""
         ended = self._clock() if started is None else self._release(queued, rows, started, answers)
@@ -216,7 +216,7 @@ class RequestQueue:
     def _queued_locked(
         self,
         segment: Segment,
-        sink: Sink,
+        sink: OnResult,
         now: float,
         flow: Flow[QueuedSegment],
         priority: int,
@@ -392,9 +392,7 @@ class RequestQueue:
             if not queued.flow.rows:
                 del self._flows[caller]
 
-    def _release(
-        self, queued: QueuedSegment, count: int, started: float, answers: Answers
-    ) -> float:
+    def _release(self, queued: QueuedSegment, count: int, started: float, answers: Slice) -> float:
         """Gives the places of so many rows back. When that was."""
         is_measure = not queued.is_read and answers.is_worked_for
         is_lost = not is_measure and answers.is_too_late

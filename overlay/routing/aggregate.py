@@ -7,36 +7,36 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from overlay.model.errors import OverlayError, PartsFailed
 from overlay.model.segments import (
     AnswerRow,
-    Answers,
     Code,
+    Detail,
     Executed,
-    Failure,
     Mode,
     Part,
-    PartColumn,
+    PartSlice,
+    Slice,
 )
 
 Merge = Callable[[Sequence[Part]], bytes]
 
 
-def from_branch(answers: Answers, targets: Sequence[str]) -> Answers:
+def from_branch(answers: Slice, targets: Sequence[str]) -> Slice:
     """A branch's answers with exactly one column per target: one that it left out says so.
 
     A refusal of the whole branch is every target's own.
     """
     count = answers.count
     if answers.refused is not None:
-        why = Failure(answers.refused.code, answers.refused.reason, answers.refused.executed)
-        columns = tuple(PartColumn.missing(t, count, why) for t in targets)
-        return Answers(count, columns, trace=answers.trace)
+        why = Detail(answers.refused.code, answers.refused.reason, answers.refused.executed)
+        columns = tuple(PartSlice.missing(t, count, why) for t in targets)
+        return Slice(count, columns, trace=answers.trace)
     by_id = {column.process_id: column for column in answers.parts}
-    columns = tuple(by_id.get(t) or PartColumn.missing(t, count, _LEFT_OUT) for t in targets)
-    return Answers(count, columns, answers.hops, None, answers.trace)
+    columns = tuple(by_id.get(t) or PartSlice.missing(t, count, _LEFT_OUT) for t in targets)
+    return Slice(count, columns, answers.hops, None, answers.trace)
 
 
 def gathered(
-    me: str, order: Sequence[str], branches: Mapping[str, Answers], missing: Iterable[PartColumn]
-) -> Answers:
+    me: str, order: Sequence[str], branches: Mapping[str, Slice], missing: Iterable[PartSlice]
+) -> Slice:
     """ALL: the branches' answers as one, parts and hops in the order of the configuration.
 
     branches: by neighbour, each as `from_branch` gives it. missing: of workers in no branch. All
@@ -47,10 +47,10 @@ def gathered(
     hops = [hop for n in order if n in branches for hop in branches[n].hops]
     trace = [hop for n in order if n in branches for hop in branches[n].trace]
     columns = in_order(found, order)
-    return Answers(columns[0].results.count, columns, (me, *hops), None, tuple(trace))
+    return Slice(columns[0].results.count, columns, (me, *hops), None, tuple(trace))
 
 
-def in_order(columns: Mapping[str, PartColumn], order: Sequence[str]) -> tuple[PartColumn, ...]:
+def in_order(columns: Mapping[str, PartSlice], order: Sequence[str]) -> tuple[PartSlice, ...]:
     """In the order of the configuration; at the end those that it does not have."""
     found = tuple(columns[w] for w in order if w in columns)
     if len(found) < len(columns):
@@ -100,7 +100,7 @@ def was_lost(answer: AnswerRow) -> bool:
     return part is not None and part.executed is Executed.UNKNOWN and part.code is Code.UNAVAILABLE
 
 
-def plain_results(answers: Answers) -> list[bytes]:
+def plain_results(answers: Slice) -> list[bytes]:
     """`result` without a merge for every row, of answers without a failure."""
     columns = [column.results.items for column in answers.parts]
     if len(columns) == 1:
@@ -116,7 +116,7 @@ def result(mode: Mode, answer: AnswerRow, merge: Merge | None) -> bytes:
     return merge(good) if merge else b"\n".join(part.result for part in good)
 
 
-_LEFT_OUT = Failure(Code.INTERNAL, "left out of its team leader's answer")
+_LEFT_OUT = Detail(Code.INTERNAL, "left out of its team leader's answer")
 _WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 # It reads another configuration, or takes no body of this size; another one may not.
 _WORTH_ANOTHER = (*_WORTH_A_RETRY, Code.FAILED_PRECONDITION)

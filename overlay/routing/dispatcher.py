@@ -19,18 +19,18 @@ from typing import Protocol
 from overlay.model import clocks as time
 from overlay.model.pending import Ends, PendingRows, Slices
 from overlay.model.segments import (
-    Answers,
+    Cancel,
     Code,
-    Early,
-    End,
+    Detail,
     Executed,
-    Failure,
     Mode,
+    OnPartial,
+    OnResult,
     Part,
-    PartColumn,
+    PartSlice,
     Route,
     Segment,
-    Sink,
+    Slice,
     value,
 )
 from overlay.model.topology import Topology
@@ -51,14 +51,14 @@ class PeerLinks(Protocol):
     def load(self, neighbour: str, handler: str) -> tuple[int, float, State, bool]: ...
     def slots(self, neighbour: str, worker: str, handler: str) -> int: ...
     def reserve(self, neighbour: str, handler: str, count: int) -> None: ...
-    def send(self, neighbour: str, segment: Segment, sink: Sink) -> End: ...
+    def send(self, neighbour: str, segment: Segment, sink: OnResult) -> Cancel: ...
 
 
 class LocalExecutor(Protocol):
     """What the dispatcher needs of a worker; overlay.workers.executor.Executor has the promises."""
 
     def claim(self, handler: str, count: int) -> int: ...
-    def run(self, segment: Segment, waited_s: float, sink: Sink) -> End: ...
+    def run(self, segment: Segment, waited_s: float, sink: OnResult) -> Cancel: ...
 
 
 @value
@@ -115,7 +115,7 @@ class Dispatcher:
             return self._claim_one(plan, route.handler, count)
         return self._claim_all(plan, route.handler, count, streamed)
 
-    def start(self, segment: Segment, claimed: Claimed, waited_s: float, sink: Sink) -> End:
+    def start(self, segment: Segment, claimed: Claimed, waited_s: float, sink: OnResult) -> Cancel:
         """Sends or runs them. The sink gets each row; the End answers what is open.
 
         A row that was ended may be answered again: its queued segment passes on the first answer.
@@ -124,8 +124,8 @@ class Dispatcher:
             return self._executor.run(segment, waited_s, sink)
         if segment.route.mode is Mode.ANY:
             return DispatchAny(self, segment, claimed, sink).begin()
-        if segment.early is not None:
-            return StreamingGather(self, segment, claimed.plan, segment.early, sink).begin()
+        if segment.on_partial is not None:
+            return StreamingGather(self, segment, claimed.plan, segment.on_partial, sink).begin()
         return Gather(self, segment, claimed.plan, sink).begin()
 
     def load(self, branch: Branch, handler: str) -> Load:
@@ -188,7 +188,7 @@ class Dispatcher:
             for n in below
         )
 
-    def _send(self, branch: Branch, segment: Segment, sink: Sink) -> End:
+    def _send(self, branch: Branch, segment: Segment, sink: OnResult) -> Cancel:
         onward = segment.onward(self._me.id, branch.targets)
         return self._peers.send(branch.neighbour, onward, sink)
 
@@ -196,16 +196,18 @@ class Dispatcher:
 class Gather:
     """ALL: every branch is asked at once; a row is answered when its last branch has answered."""
 
-    def __init__(self, dispatcher: Dispatcher, segment: Segment, plan: Plan, sink: Sink) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, segment: Segment, plan: Plan, sink: OnResult
+    ) -> None:
         self._dispatcher = dispatcher
         self._segment = segment
         self._plan = plan
         self._sink = sink
         self._lock = threading.Lock()
         self._came = {branch.neighbour: Slices() for branch in plan.branches}
-        self._ends: list[End] = []
+        self._ends: list[Cancel] = []
 
-    def begin(self) -> End:
+    def begin(self) -> Cancel:
         if not self._plan.branches:
             self._answer(0, self._segment.count, {})
             return _nothing
@@ -229,10 +231,10 @@ class Gather:
         for end in list(self._ends):
             end(code, start, count)
 
-    def _sink_of(self, branch: Branch) -> Sink:
+    def _sink_of(self, branch: Branch) -> OnResult:
         began, clock = self._dispatcher._clock(), self._dispatcher._clock
 
-        def sink(start: int, answers: Answers) -> None:
+        def sink(start: int, answers: Slice) -> None:
             if answers.trace:
                 answers = trace.below(answers, clock() - began)
             whole = aggregate.from_branch(answers, branch.targets)
@@ -244,7 +246,7 @@ class Gather:
 
         return sink
 
-    def _ready(self, start: int, stop: int) -> list[tuple[int, int, dict[str, Answers]]]:
+    def _ready(self, start: int, stop: int) -> list[tuple[int, int, dict[str, Slice]]]:
         """What of the rows start..stop every branch has answered, the last one just now."""
         ranges = [(start, stop)]
         for came in self._came.values():
@@ -255,7 +257,7 @@ class Gather:
             ready.append((first, last - first, {n: p for n, p in found.items() if p is not None}))
         return ready
 
-    def _answer(self, start: int, count: int, found: dict[str, Answers]) -> None:
+    def _answer(self, start: int, count: int, found: dict[str, Slice]) -> None:
         dispatcher = self._dispatcher
         missing = _missing_columns(self._plan, count)
         self._sink(start, aggregate.gathered(dispatcher._me.id, dispatcher._order, found, missing))
@@ -269,7 +271,12 @@ class StreamingGather:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, segment: Segment, plan: Plan, on_partial: Early, sink: Sink
+        self,
+        dispatcher: Dispatcher,
+        segment: Segment,
+        plan: Plan,
+        on_partial: OnPartial,
+        sink: OnResult,
     ) -> None:
         self._dispatcher = dispatcher
         self._segment = segment
@@ -278,9 +285,9 @@ class StreamingGather:
         self._sink = sink
         self._lock = threading.Lock()
         self._rows = [_Row(plan) for _ in range(segment.count)]
-        self._ends: list[End] = []
+        self._ends: list[Cancel] = []
 
-    def begin(self) -> End:
+    def begin(self) -> Cancel:
         if not self._plan.branches:
             answers = aggregate.gathered(
                 self._dispatcher._me.id,
@@ -291,7 +298,7 @@ class StreamingGather:
             self._sink(0, answers)
             return _nothing
         for branch in self._plan.branches:
-            segment = self._segment.with_(early=partial(self._pass_on_rows, branch))
+            segment = self._segment.with_(on_partial=partial(self._pass_on_rows, branch))
             sink = partial(self._branch_answered, branch)
             self._ends.append(self._dispatcher._send(branch, segment, sink))
         return self.end
@@ -310,11 +317,11 @@ class StreamingGather:
         for end in list(self._ends):
             end(code, start, count)
 
-    def _pass_on_rows(self, branch: Branch, start: int, answers: Answers) -> None:
+    def _pass_on_rows(self, branch: Branch, start: int, answers: Slice) -> None:
         for i in range(answers.count):
             self._pass_on(start + i, answers.slice(i, 1))
 
-    def _branch_answered(self, branch: Branch, start: int, answers: Answers) -> None:
+    def _branch_answered(self, branch: Branch, start: int, answers: Slice) -> None:
         for i in range(answers.count):
             row = start + i
             with self._lock:
@@ -322,14 +329,14 @@ class StreamingGather:
             self._pass_on(row, aggregate.from_branch(answers.slice(i, 1), owed))
             self._let_go(row)
 
-    def _pass_on(self, row: int, answers: Answers) -> None:
+    def _pass_on(self, row: int, answers: Slice) -> None:
         state = self._rows[row]
         with self._lock:
             columns = tuple(c for c in answers.parts if c.process_id in state.owed)
             if not columns:
                 return
             state.holds += 1
-        self._on_partial(row, Answers(1, columns, (self._dispatcher._me.id, *answers.hops)))
+        self._on_partial(row, Slice(1, columns, (self._dispatcher._me.id, *answers.hops)))
         with self._lock:
             state.came(columns)
         self._let_go(row)
@@ -341,14 +348,14 @@ class StreamingGather:
         if is_last:
             self._answer(row, [])
 
-    def _answer(self, row: int, late: list[PartColumn]) -> None:
+    def _answer(self, row: int, late: list[PartSlice]) -> None:
         state = self._rows[row]
         columns = {c.process_id: c for c in (*_missing_columns(self._plan, 1), *late)}
         if not state.is_good:
             columns = {**{c.process_id: c for c in state.bad}, **columns}
         found = aggregate.in_order(columns, self._dispatcher._order)
         hops, early_us = (self._dispatcher._me.id,), state.slowest_us
-        self._sink(row, Answers(1, found, hops, early_us=early_us))
+        self._sink(row, Slice(1, found, hops, early_us=early_us))
 
 
 class _Row:
@@ -360,10 +367,10 @@ class _Row:
         self.owed = {worker for branch in plan.branches for worker in branch.targets}
         self.holds = len(plan.branches)  # that have not answered, and parts being passed on
         self.is_good = False  # a worker has answered OK
-        self.bad: list[PartColumn] = []
+        self.bad: list[PartSlice] = []
         self.slowest_us: tuple[int, int] | None = None  # waited and worked, of those that came
 
-    def came(self, columns: Iterable[PartColumn]) -> None:
+    def came(self, columns: Iterable[PartSlice]) -> None:
         for column in columns:
             if not column.is_over:  # a chunk; it is still owed
                 continue
@@ -380,13 +387,13 @@ class DispatchAny:
     """ANY: one branch is asked; another only on proof that nothing ran in the first."""
 
     def __init__(
-        self, dispatcher: Dispatcher, segment: Segment, claimed: Claimed, sink: Sink
+        self, dispatcher: Dispatcher, segment: Segment, claimed: Claimed, sink: OnResult
     ) -> None:
         self._dispatcher = dispatcher
         self._segment = segment
         self._claimed = claimed
         self._sink = sink
-        self._lost: Answers | None = None  # what came of a first try that may have run
+        self._lost: Slice | None = None  # what came of a first try that may have run
         self._spared: frozenset[str] = frozenset()  # the workers on which it may have,
         self._before = 0  # and how many neighbours had been tried by then
         self._lock = threading.Lock()
@@ -394,11 +401,11 @@ class DispatchAny:
         self._open = PendingRows(segment.count)
         self._ends = Ends(segment.count)
 
-    def begin(self) -> End:
+    def begin(self) -> Cancel:
         branch = self._claimed.branch
         if branch is None:
             count = self._segment.count
-            self._answer(0, Answers(count, tuple(_missing_columns(self._claimed.plan, count))))
+            self._answer(0, Slice(count, tuple(_missing_columns(self._claimed.plan, count))))
             return _nothing
         self._send(branch, 0, self._segment, ())
         return self.end
@@ -409,7 +416,7 @@ class DispatchAny:
         # First the answer, so that this code wins and nothing is sent on to others in vain.
         neighbour = self._claimed.branch.neighbour if self._claimed.branch else ""
         late = Part(neighbour, code, _late_reason(neighbour, code))
-        self._answer(start, Answers(count, (), refused=late))
+        self._answer(start, Slice(count, (), refused=late))
         for ending in endings:
             ending()
 
@@ -417,12 +424,12 @@ class DispatchAny:
         tried = (*tried, branch.neighbour)
         began, clock = self._dispatcher._clock(), self._dispatcher._clock
 
-        def sink(start: int, answers: Answers) -> None:
+        def sink(start: int, answers: Slice) -> None:
             if answers.trace:
                 answers = trace.below(answers, clock() - began)
             if answers.refused is None and not answers.parts:
                 silent = Part(branch.neighbour, Code.INTERNAL, "answered without parts")
-                answers = Answers(answers.count, (), answers.hops, silent, answers.trace)
+                answers = Slice(answers.count, (), answers.hops, silent, answers.trace)
             if branch.neighbour in branch.targets and aggregate.was_lost(answers.at(0)):
                 # As the worker's own, so that processes above know on which one it may have run.
                 answers = aggregate.from_branch(answers, branch.targets)
@@ -438,7 +445,7 @@ class DispatchAny:
             ending()
 
     def _try_others(
-        self, start: int, answers: Answers, branch: Branch, tried: tuple[str, ...]
+        self, start: int, answers: Slice, branch: Branch, tried: tuple[str, ...]
     ) -> bool:
         """Sends on the rows that provably did not run; answers the others, row by row."""
         rows = range(answers.count)
@@ -450,12 +457,12 @@ class DispatchAny:
                 self._answer(start + row, answers.slice(row, 1))
         return True
 
-    def _may_try_elsewhere(self, answers: Answers, row: int, branch: Branch, tried: int) -> bool:
+    def _may_try_elsewhere(self, answers: Slice, row: int, branch: Branch, tried: int) -> bool:
         answer = answers.at(row)
         if aggregate.may_try_elsewhere(answer):
             return True
         # Lost, with an idempotency key: once more only, so a body that kills workers kills two.
-        if self._segment.keyed and self._lost is None and aggregate.was_lost(answer):
+        if self._segment.idempotent and self._lost is None and aggregate.was_lost(answer):
             self._lost = answers.slice(row, 1)
             worker = answer.parts[0].process_id if answer.parts else ""
             self._spared = frozenset([worker] if worker in branch.targets else branch.targets)
@@ -490,7 +497,7 @@ class DispatchAny:
             route = route._replace(targets=targets)
         return dispatcher._plan(route, dispatcher._peers.up().difference(tried[self._before :]))
 
-    def _answer(self, start: int, answers: Answers) -> None:
+    def _answer(self, start: int, answers: Slice) -> None:
         with self._lock:
             runs = self._open.take(start, answers.count)
             if not self._open.left:
@@ -500,25 +507,25 @@ class DispatchAny:
         hops = (self._dispatcher._me.id, *answers.hops)
         for begin, count in runs:
             rows = answers.slice(begin - start, count)
-            self._sink(begin, Answers(rows.count, rows.parts, hops, rows.refused, rows.trace))
+            self._sink(begin, Slice(rows.count, rows.parts, hops, rows.refused, rows.trace))
 
 
 _HERE = Plan(local=True)
 
 
-def _missing_columns(plan: Plan, count: int) -> list[PartColumn]:
+def _missing_columns(plan: Plan, count: int) -> list[PartSlice]:
     return [
-        PartColumn.missing(worker, count, Failure(Code.UNAVAILABLE, reason, Executed.NO))
+        PartSlice.missing(worker, count, Detail(Code.UNAVAILABLE, reason, Executed.NO))
         for worker, reason in plan.missing.items()
     ] + [
-        PartColumn.missing(worker, count, Failure(Code.FAILED_PRECONDITION, reason, Executed.NO))
+        PartSlice.missing(worker, count, Detail(Code.FAILED_PRECONDITION, reason, Executed.NO))
         for worker, reason in plan.unknown.items()
     ]
 
 
-def _late(branch: Branch, code: Code) -> Answers:
-    failure = Failure(code, _late_reason(branch.neighbour, code))
-    return Answers(1, tuple(PartColumn.missing(t, 1, failure) for t in branch.targets))
+def _late(branch: Branch, code: Code) -> Slice:
+    failure = Detail(code, _late_reason(branch.neighbour, code))
+    return Slice(1, tuple(PartSlice.missing(t, 1, failure) for t in branch.targets))
 
 
 def _late_reason(neighbour: str, code: Code) -> str:

@@ -19,7 +19,7 @@ from enum import IntEnum
 from statistics import median_low
 from typing import NamedTuple
 
-from overlay.model.segments import Answers, Code, Executed
+from overlay.model.segments import Code, Executed, Slice
 
 FAILURES = 5  # in a row; fewer come by chance, when a few were under way on one connection
 SLOW_TIMES = 3.0  # as slow as its peers: more than one machine's usual noise
@@ -79,7 +79,7 @@ class Change(NamedTuple):
     reason: str
 
 
-def classify(answers: Answers, service_s: float, to_all: bool = False) -> Outcome:
+def classify(answers: Slice, service_s: float, to_all: bool = False) -> Outcome:
     """What a slice of answers says of the neighbour. to_all: of requests to all.
 
     Bad: it could not be reached, or no answer came in time. What a handler made of its request is

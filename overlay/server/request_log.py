@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from overlay.model import clocks as time
 from overlay.model.errors import HandlerFailed, OverlayError
-from overlay.model.segments import Answers, Caller, Code, Executed, Hop, Mode, Segment
+from overlay.model.segments import Caller, Code, Executed, Hop, Mode, Segment, Slice
 from overlay.observability import trace as story
 from overlay.observability.counters import Meter
 from overlay.observability.request_summaries import RequestSummaries, RequestSummary
@@ -44,7 +44,7 @@ class Ended:
     segment: Segment
     caller: Caller
     start: int = 0
-    answers: Answers | None = None
+    answers: Slice | None = None
     failures: Sequence[tuple[int, OverlayError]] = ()
     ticket: QueuedSegment | None = None
     trace: tuple[Hop, ...] = ()
@@ -110,7 +110,7 @@ class RequestLog:
             waited_s, away_s = _times_here(ended)
             ended.trace = self._trace(ended, waited_s, away_s)
             self._add_stories(ended, waited_s + away_s)
-        if ended.segment.told:
+        if ended.segment.log_lines:
             self._tell_each(ended)
         else:
             self._tell_failures(ended)
@@ -119,7 +119,7 @@ class RequestLog:
         self,
         ticket: QueuedSegment,
         rows: int,
-        answers: Answers,
+        answers: Slice,
         started: float | None,
         ended: float,
     ) -> None:
@@ -135,11 +135,11 @@ class RequestLog:
             return
         served_s = served(answers, ended - started, self._works)
         waited_s = stay_s - (served_s or 0.0)
-        if ticket.segment.early is not None:
+        if ticket.segment.on_partial is not None:
             waited_s = min(waited_s, started - ticket.admitted + self._waited_below_s(answers))
         self.meter.took(rows, waited_s, served_s)
 
-    def _waited_below_s(self, answers: Answers) -> float:
+    def _waited_below_s(self, answers: Slice) -> float:
         return 0.0 if self._works or answers.early_us is None else answers.early_us[0] / 1e6
 
     def crowded_out(self, what: str, count: int, address: str) -> None:
@@ -228,7 +228,7 @@ class RequestLog:
         return answer is None or all(part.ok for part in answer.parts)
 
 
-def served(answers: Answers, away_s: float, works: bool = False) -> float | None:
+def served(answers: Slice, away_s: float, works: bool = False) -> float | None:
     """How long the handler of these rows ran, of the time that they were away; None if none began.
 
     Of several workers it is the one that took longest in all. A row that is late or lost counts as

@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 from overlay.model.errors import BadRequest, HandlerFailed, OverlayError, PartsFailed
 from overlay.model.segments import (
-    Answers,
     Caller,
     Code,
     Executed,
     Hop,
     Mode,
+    OnResult,
     Part,
     Route,
     Segment,
-    Sink,
+    Slice,
 )
 from overlay.model.topology import Topology
 from overlay.queueing import admission
@@ -67,7 +67,7 @@ class Finished(NamedTuple):
     """What goes back to the caller: a result per row, or none where a process asks, and failures by
     row, counted from the first of these answers."""
 
-    answers: Answers
+    answers: Slice
     results: Sequence[bytes]
     failures: list[tuple[int, OverlayError]]
     trace: tuple[Hop, ...]
@@ -109,7 +109,7 @@ class RequestPath:
     def admit(
         self,
         accepted: Accepted,
-        sink: Sink,
+        sink: OnResult,
         priority: int,
         flow: Flow[QueuedSegment] | None = None,
         wrong: OverlayError | None = None,
@@ -129,13 +129,13 @@ class RequestPath:
             else:
                 accepted.ticket = self.queue.admit_to(flow, segment, sink, priority)
         except OverlayError as e:
-            sink(0, Answers(segment.count, (), refused=_refusal(self.me, e)))
+            sink(0, Slice(segment.count, (), refused=_refusal(self.me, e)))
 
     def finish(
         self,
         accepted: Accepted,
         start: int,
-        answers: Answers,
+        answers: Slice,
         size: int,
         theirs: int | None = None,
         good: Container[int] = (),
@@ -145,7 +145,7 @@ class RequestPath:
         size: as `size_of` has it. theirs: the largest answer that the caller takes, where it says
         so. good: rows of which a good part has gone before.
         """
-        segment, early = accepted.segment, accepted.segment.early is not None
+        segment, early = accepted.segment, accepted.segment.on_partial is not None
         most = min(self.limits.max_message_bytes, theirs or self.limits.max_message_bytes)
         if size * (2 if accepted.want_parts and not early else 1) > most:
             answers = self.too_large(answers, size, theirs)
@@ -162,7 +162,7 @@ class RequestPath:
         self,
         accepted: Accepted,
         start: int,
-        answers: Answers,
+        answers: Slice,
         failures: list[tuple[int, OverlayError]],
     ) -> tuple[Hop, ...]:
         """Counts and logs how these rows ended. Their trace, where one was wanted."""
@@ -171,14 +171,14 @@ class RequestPath:
         self.record.ended(ended)
         return ended.trace
 
-    def too_large(self, answers: Answers, size: int, theirs: int | None = None) -> Answers:
+    def too_large(self, answers: Slice, size: int, theirs: int | None = None) -> Slice:
         """Instead of answers that the other side would not receive."""
         most = self.limits.max_message_bytes
         reason = f"the answer has {size:,} bytes, more than max_message_mib allows ({most:,})"
         if theirs is not None and theirs < most:
             reason += f" at the process that asked ({theirs:,})"
         part = Part(self.me, Code.RESOURCE_EXHAUSTED, reason, executed=Executed.YES)
-        return Answers(answers.count, (), answers.hops, part)
+        return Slice(answers.count, (), answers.hops, part)
 
     def with_retry(self, error: OverlayError) -> OverlayError:
         """The same; a refusal that may be tried again says after how long."""
@@ -188,7 +188,7 @@ class RequestPath:
         return error
 
     def _combined(
-        self, segment: Segment, answers: Answers, start: int
+        self, segment: Segment, answers: Slice, start: int
     ) -> tuple[list[bytes], list[tuple[int, OverlayError]]]:
         """A result per row, empty where it failed, and why it failed, by row.
 
@@ -196,7 +196,7 @@ class RequestPath:
         nothing to join.
         """
         route = segment.route
-        joins = route.targets is None and segment.early is None
+        joins = route.targets is None and segment.on_partial is None
         merge = self._merge_of(route, answers) if joins and route.mode is Mode.ALL else None
         if answers.flawless and merge is None:
             if joins:
@@ -220,12 +220,12 @@ class RequestPath:
             results.append(result)
         return results, failures
 
-    def _merge_of(self, route: Route, answers: Answers) -> Merge | None:
+    def _merge_of(self, route: Route, answers: Slice) -> Merge | None:
         if not self._merges:
             return None
         return self._merges.get(route.handler or self._common_default(answers))
 
-    def _common_default(self, answers: Answers) -> str:
+    def _common_default(self, answers: Slice) -> str:
         processes = self._topology.processes
         workers = (processes.get(column.process_id) for column in answers.parts)
         defaults = {worker.handler for worker in workers if worker is not None}
@@ -238,7 +238,7 @@ class RequestPath:
         return admission.retry_after_s(queue.waiting, self._in_service, queue.held_s)
 
 
-def size_of(answers: Answers) -> int:
+def size_of(answers: Slice) -> int:
     """About how many bytes a slice takes; a reason is given with its part and with its row."""
     size, rows = 50 * len(answers.parts), answers.count
     if answers.refused is not None:

@@ -33,7 +33,7 @@ from overlay.model.errors import (
     QueueFull,
 )
 from overlay.model.pending import PendingRows
-from overlay.model.segments import NOBODY, Answers, Caller, Code, Mode, Part, Route, Segment
+from overlay.model.segments import NOBODY, Caller, Code, Mode, Part, Route, Segment, Slice
 from overlay.observability.map_progress import Maps
 from overlay.routing import aggregate
 from overlay.server import metrics_codec
@@ -223,7 +223,7 @@ class _Accepted(Accepted):
 _Gone = tuple[_Accepted, int, int, bool]
 """Answers that have been written: of which segment, how many rows, their bytes, and as below."""
 
-_Out = tuple[_Accepted, int, Answers, int, bool]
+_Out = tuple[_Accepted, int, Slice, int, bool]
 """Answers to be written: of which segment, its first row, they, their bytes, and whether they are
 parts before the answer."""
 
@@ -467,7 +467,7 @@ class _Session:
             left = Part(self._path.me, gone.code, str(gone))
             failures = [(row, gone) for row in range(rows)]
             accepted.ticket = None
-            answers = Answers(rows, (), refused=left)
+            answers = Slice(rows, (), refused=left)
             self._path.note(accepted, accepted.counted, answers, failures)
 
     def _keep_answers_locked(self, size: int) -> None:
@@ -510,7 +510,7 @@ class _Session:
         accepted = _Accepted(made, segment, self._caller)
         if made.as_they_come and segment.route.mode is Mode.ALL:
             chunks = min(1, segment.chunks)  # more of them as there is room
-            segment = segment.with_(early=partial(self._pass_on, accepted), chunks=chunks)
+            segment = segment.with_(on_partial=partial(self._pass_on, accepted), chunks=chunks)
             accepted.segment, accepted.unanswered = segment, PendingRows(segment.count)
         with self._lock:
             if self._abandoned or self._parting is not None:
@@ -554,7 +554,7 @@ class _Session:
                 self._routes[key] = route
         return route, None
 
-    def _answer(self, accepted: _Accepted, start: int, answers: Answers) -> None:
+    def _answer(self, accepted: _Accepted, start: int, answers: Slice) -> None:
         size = size_of(answers)
         with self._lock:
             if accepted.unanswered is not None:
@@ -564,7 +564,7 @@ class _Session:
         if is_first:
             self._write_on()
 
-    def _pass_on(self, accepted: _Accepted, start: int, answers: Answers) -> None:
+    def _pass_on(self, accepted: _Accepted, start: int, answers: Slice) -> None:
         """Parts before the answer; none after it, when the segment's number may be another's."""
         told = []
         is_first = False
@@ -582,7 +582,7 @@ class _Session:
         if is_first:
             self._write_on()
 
-    def _chunks_locked(self, accepted: _Accepted, row: int, answers: Answers) -> list[Told]:
+    def _chunks_locked(self, accepted: _Accepted, row: int, answers: Slice) -> list[Told]:
         """The workers whose chunks pass here and that may send more."""
         told = []
         for column in answers.parts:
@@ -619,7 +619,7 @@ class _Session:
         return taken
 
     def _write_slice(
-        self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
+        self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Slice, size: int
     ) -> None:
         made = self._path.finish(accepted, start, answers, size, self._theirs, accepted.good)
         if accepted.from_process:
@@ -637,12 +637,12 @@ class _Session:
             )
 
     def _write_parts(
-        self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Answers, size: int
+        self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Slice, size: int
     ) -> None:
         if size > self._most_bytes:
             refused = self._path.too_large(answers, size, self._theirs).refused
             ids = tuple(column.process_id for column in answers.parts)
-            answers = aggregate.from_branch(Answers(answers.count, (), refused=refused), ids)
+            answers = aggregate.from_branch(Slice(answers.count, (), refused=refused), ids)
         codec.write_slice(frame, accepted.number, start, answers, more=True)
 
     def _leave_window(self, taken: list[_Gone]) -> tuple[bool, list[_Accepted]]:
@@ -666,7 +666,7 @@ class _Session:
             return was_paused and not self._lane.paused, ended
 
 
-def _split(answers: Answers, room: int) -> tuple[Answers, Answers]:
+def _split(answers: Slice, room: int) -> tuple[Slice, Slice]:
     """The first rows that fit into `room` bytes, at least one, and the rest."""
     rows = max(1, answers.count * room // size_of(answers))
     while rows > 1 and size_of(answers.slice(0, rows)) > room:
@@ -674,5 +674,5 @@ def _split(answers: Answers, room: int) -> tuple[Answers, Answers]:
     return answers.slice(0, rows), answers.slice(rows, answers.count - rows)
 
 
-def _has_good(answers: Answers, row: int) -> bool:
+def _has_good(answers: Slice, row: int) -> bool:
     return any(c.failed is None and row not in c.failures and c.is_over for c in answers.parts)

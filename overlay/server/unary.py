@@ -17,7 +17,7 @@ import grpc
 
 from overlay.model import clocks as time
 from overlay.model.errors import OverlayError
-from overlay.model.segments import AnswerRow, Answers, Caller, Code, Column, Route, Segment
+from overlay.model.segments import AnswerRow, Caller, Code, Column, Route, Segment, Slice
 from overlay.queueing.queued_segment import QueuedSegment
 from overlay.routing import aggregate
 from overlay.server.idempotency import First, IdempotencyKeys, Outcome, Waiter
@@ -49,7 +49,7 @@ class UnaryRequests:
         self.last_came = time.monotonic()
         single = self._read(request, context, caller)
         try:
-            if single.segment.keyed and single.wrong is None:
+            if single.segment.idempotent and single.wrong is None:
                 return self._ask_with_key(single)
             return self._ask(single)
         except OverlayError as e:
@@ -80,7 +80,7 @@ class UnaryRequests:
             response = codec.write_response(
                 answer, segment.first_id, result, with_results=with_parts
             )
-            if segment.told:
+            if segment.log_lines:
                 codec.write_trace(response, made.trace)
             _tell_coverage(single.context, answer)
         except OverlayError:
@@ -92,14 +92,14 @@ class UnaryRequests:
             raise failed from None
         return response
 
-    def _wait(self, single: _Single) -> Answers:
+    def _wait(self, single: _Single) -> Slice:
         segment, only = single.segment, _OneAnswer()
         self._path.admit(single, only.sink, single.request.priority, wrong=single.wrong)
         ticket = single.ticket
         if ticket is None:
             return only.answers
         # With a key the work goes on when its caller has left, who may come again for the answer.
-        if not segment.keyed and not single.context.add_callback(
+        if not segment.idempotent and not single.context.add_callback(
             partial(_cancel, weakref.ref(ticket))
         ):
             ticket.end(Code.CANCELLED)  # the call was over before it began
@@ -193,11 +193,11 @@ class _OneAnswer:
     """Where a single request's thread waits; a bare lock wakes it cheapest."""
 
     def __init__(self) -> None:
-        self.answers: Answers  # not there before `wait` has said so
+        self.answers: Slice  # not there before `wait` has said so
         self._came = threading.Lock()
         self._came.acquire()
 
-    def sink(self, start: int, answers: Answers) -> None:
+    def sink(self, start: int, answers: Slice) -> None:
         self.answers = answers
         self._came.release()
 

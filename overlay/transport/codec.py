@@ -19,19 +19,19 @@ from overlay.model.errors import BadRequest, ConfigError, MadeRoom, OverlayError
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     AnswerRow,
-    Answers,
     Chunk,
     Code,
     Column,
+    Detail,
     Executed,
-    Failure,
     Hop,
     Mode,
     Part,
-    PartColumn,
+    PartSlice,
     Progress,
     Route,
     Segment,
+    Slice,
 )
 from overlay.model.signatures import Function
 from overlay.observability.log_buffer import LINES, Line
@@ -115,9 +115,9 @@ def read_request(
         deadline,
         first_id,
         request.attempt,
-        keyed=bool(key),
+        idempotent=bool(key),
         traced=traced or request.want_trace,
-        told=request.want_trace,
+        log_lines=request.want_trace,
         own_ids=not request.request_id,
     )
 
@@ -189,7 +189,7 @@ def read_segment(
         segment.attempt,
         ids,
         traced=traced or segment.want_trace,
-        told=segment.want_line or (segment.want_trace and not segment.hops),
+        log_lines=segment.want_line or (segment.want_trace and not segment.hops),
         chunks=min(segment.chunks, limits.chunks_ahead),
         own_ids=segment.own_ids or not (segment.first_id or ids),
     )
@@ -240,7 +240,7 @@ def write_segment(
         made.own_ids = True
     if segment.traced:
         made.want_trace = True
-        made.want_line = segment.told
+        made.want_line = segment.log_lines
     _write_column(made.payloads, segment.payloads)
 
 
@@ -251,15 +251,15 @@ def size_beside(segment: Segment) -> int:
     return size + sum(map(len, route.targets)) + 3 * len(route.targets) if route.targets else size
 
 
-def read_slice(made: pb2.Slice, asked: Asked) -> Answers:
+def read_slice(made: pb2.Slice, asked: Asked) -> Slice:
     """A slice between processes. Raises Misspoken when it does not answer what was asked."""
     parts, hops = validation.check_slice(made, asked)
     count, trace = made.count, read_trace(made.trace)
     if made.failures:
         why = read_failure(made.failures[0])
         part = Part("", why.code, why.reason, executed=why.executed)
-        return Answers(count, (), hops, part, trace)
-    return Answers(count, tuple([_read_part(part, count) for part in parts]), hops, None, trace)
+        return Slice(count, (), hops, part, trace)
+    return Slice(count, tuple([_read_part(part, count) for part in parts]), hops, None, trace)
 
 
 def check_client_slice(made: pb2.Slice, asked: Asked) -> None:
@@ -267,19 +267,19 @@ def check_client_slice(made: pb2.Slice, asked: Asked) -> None:
     validation.check_slice(made, asked, results=False)
 
 
-def read_client_slice(made: pb2.Slice) -> Answers:
+def read_client_slice(made: pb2.Slice) -> Slice:
     """The parts as a client gets them: without results, unless it asked for them. Takes a slice
     that was checked."""
     count = made.count
     parts = tuple(_read_part(validation.said(part), count) for part in made.parts)
-    return Answers(count, parts, tuple(made.hops))
+    return Slice(count, parts, tuple(made.hops))
 
 
 def write_slice(
     frame: pb2.Frame,
     number: int,
     start: int,
-    answers: Answers,
+    answers: Slice,
     trace: Sequence[Hop] = (),
     more: bool = False,
 ) -> None:
@@ -294,7 +294,7 @@ def write_slice(
         write_trace(made, trace)
     if answers.refused is not None:
         refused = answers.refused
-        _write_detail(made.failures, 0, 0, Failure(refused.code, refused.reason, refused.executed))
+        _write_detail(made.failures, 0, 0, Detail(refused.code, refused.reason, refused.executed))
     for column in answers.parts:
         _write_part_slice(made, column, with_results=True)
 
@@ -303,7 +303,7 @@ def write_client_slice(
     frame: pb2.Frame,
     number: int,
     start: int,
-    answers: Answers,
+    answers: Slice,
     results: Sequence[bytes],
     failures: Iterable[tuple[int, OverlayError]],
     want_parts: bool,
@@ -316,7 +316,7 @@ def write_client_slice(
     made.results.items.extend(results)
     for row, error in failures:
         detail = _write_detail(
-            made.failures, row, 1, Failure(error.code, str(error), error.executed)
+            made.failures, row, 1, Detail(error.code, str(error), error.executed)
         )
         detail.retry_after_ms = int((error.retry_after_s or 0) * 1000)
     for column in answers.parts:
@@ -446,23 +446,23 @@ def _read_unary_part(part: pb2.Part) -> Part:
     )
 
 
-def _read_part(said: validation.Said, count: int) -> PartColumn:
+def _read_part(said: validation.Said, count: int) -> PartSlice:
     """Takes a part of a slice that was checked, so that its row numbers are valid."""
     part, worker, found, details, hops = said
-    failures: dict[int, Failure] = {}
+    failures: dict[int, Detail] = {}
     for detail in details:
         failure = read_failure(detail)
         if detail.count == 0:
-            return PartColumn.missing(worker, count, failure)
+            return PartSlice.missing(worker, count, failure)
         rows = range(detail.start, detail.start + detail.count)
         failures.update(dict.fromkeys(rows, failure))
     results = _read_column(part.results, count) if found else Column((b"",) * count)
     chunk = Chunk(part.at, part.more) if part.more or part.at else None
     times = part.waited_us, part.worked_us
-    return PartColumn(worker, results, hops, failures, None, *times, chunk)
+    return PartSlice(worker, results, hops, failures, None, *times, chunk)
 
 
-def _write_part_slice(made: pb2.Slice, column: PartColumn, with_results: bool) -> None:
+def _write_part_slice(made: pb2.Slice, column: PartSlice, with_results: bool) -> None:
     part = made.parts.add(
         process_id=column.process_id,
         hops=column.hops,
@@ -480,7 +480,7 @@ def _write_part_slice(made: pb2.Slice, column: PartColumn, with_results: bool) -
         _write_detail(part.failures, row, 1, failure)
 
 
-def _write_detail(details: Any, start: int, count: int, failure: Failure) -> Any:
+def _write_detail(details: Any, start: int, count: int, failure: Detail) -> Any:
     return details.add(
         start=start,
         count=count,
@@ -490,10 +490,10 @@ def _write_detail(details: Any, start: int, count: int, failure: Failure) -> Any
     )
 
 
-def read_failure(detail: pb2.Detail) -> Failure:
+def read_failure(detail: pb2.Detail) -> Detail:
     again_s = validation.retry_after_s(detail.retry_after_ms / 1000)
     code, executed = read_code(detail.code), read_executed(detail)
-    return Failure(code, detail.reason[:LONGEST_REASON], executed, again_s)
+    return Detail(code, detail.reason[:LONGEST_REASON], executed, again_s)
 
 
 def read_executed(detail: pb2.Detail | pb2.Part) -> Executed:

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 from overlay.model.errors import Misspoken
 from overlay.model.limits import Limits
 from overlay.model.pending import PendingRows, Run
-from overlay.model.segments import Answers
+from overlay.model.segments import Slice
 from overlay.transport.chunks import Arriving
 from overlay.transport.codec import Asked, pb2
 
@@ -145,7 +145,7 @@ class Multiplexer:
                 self.bytes -= segment.size
         return runs
 
-    def arrive(self, segment: OpenSegment[Any], start: int, answers: Answers) -> list[Run]:
+    def arrive(self, segment: OpenSegment[Any], start: int, answers: Slice) -> list[Run]:
         """Parts have come before their rows' answers; those of the rows that are open.
 
         Raises Misspoken for more than was granted, which would fill the memory of its reader.

@@ -28,7 +28,7 @@ import grpc
 from overlay.model import clocks as time
 from overlay.model.errors import Misspoken
 from overlay.model.limits import Limits
-from overlay.model.segments import Code, Executed, Failure, Part
+from overlay.model.segments import Code, Detail, Executed, Part
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 
@@ -205,7 +205,7 @@ class ReconnectingStream:
             return frame if self._attempt == attempt and self._fill(frame) else None
 
 
-def is_full(why: Part | Failure) -> bool:
+def is_full(why: Part | Detail) -> bool:
     """Whether a stream was refused because the process has no place for one more."""
     return why.code is Code.RESOURCE_EXHAUSTED and why.executed is Executed.NO
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from overlay.model.segments import End, Segment, Sink
+from overlay.model.segments import Cancel, OnResult, Segment
 from overlay.model.signatures import Function
 from overlay.model.topology import Process, Topology
 from overlay.queueing import shares
@@ -111,7 +111,7 @@ class Executor:
             slots.taken += count
         return count
 
-    def run(self, segment: Segment, waited_s: float, sink: Sink) -> End:
+    def run(self, segment: Segment, waited_s: float, sink: OnResult) -> Cancel:
         """Runs the rows in claimed slots; the sink gets each row's answer once."""
         slots, runner = self._handlers[segment.route.handler or self._process.handler]
         give_back = partial(self._give_back, slots)

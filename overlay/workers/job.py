@@ -20,15 +20,15 @@ from overlay.model.errors import AlreadyExecuted, BadRequest, HandlerFailed, Ove
 from overlay.model.json_values import NotJson
 from overlay.model.pending import PendingRows, consecutive
 from overlay.model.segments import (
-    Answers,
     Chunk,
     Code,
     Column,
+    Detail,
     Executed,
-    Failure,
-    PartColumn,
+    OnResult,
+    PartSlice,
     Segment,
-    Sink,
+    Slice,
 )
 from overlay.model.topology import HandlerSpec, Process
 from overlay.observability.counters import Spread, Times
@@ -106,7 +106,7 @@ class HandlerJob:
         process: Process,
         segment: Segment,
         waited_s: float,
-        sink: Sink,
+        sink: OnResult,
         give_back: Callable[[int], None],
         stop: Callable[[HandlerJob, int, int], None],
         forget: Callable[[Iterable[int]], None] = lambda rows: None,
@@ -168,14 +168,16 @@ class HandlerJob:
     @property
     def in_chunks(self) -> bool:
         """Whether a large result may be sent in chunks."""
-        return self.segment.chunks > 0 and self.segment.early is not None
+        return self.segment.chunks > 0 and self.segment.on_partial is not None
 
     def writer_of(self, row: int) -> ChunkWriter:
         """Takes the row's result where it may be sent in chunks."""
 
         def pass_on(result: bytes, chunk: Chunk) -> None:
-            assert self.segment.early is not None
-            self._tell(self.segment.early, row, self._part([result], 0, self._waited_us, chunk))
+            assert self.segment.on_partial is not None
+            self._tell(
+                self.segment.on_partial, row, self._part([result], 0, self._waited_us, chunk)
+            )
 
         writer = ChunkWriter(self.segment.chunks, self.segment.deadline, pass_on)
         with self._lock:
@@ -184,13 +186,13 @@ class HandlerJob:
                 writer.close()
         return writer
 
-    def too_late(self) -> Failure:
+    def too_late(self) -> Detail:
         """Replaces a result that came after the deadline: the handler may have given up on it."""
         reason = f"the deadline passed while the handler '{self.slots.spec.name}' ran"
-        return Failure(Code.DEADLINE_EXCEEDED, reason, Executed.YES)
+        return Detail(Code.DEADLINE_EXCEEDED, reason, Executed.YES)
 
     def done(
-        self, outcomes: list[tuple[int, bytes | Failure]], worked_s: float, began: float
+        self, outcomes: list[tuple[int, bytes | Detail]], worked_s: float, began: float
     ) -> None:
         """Takes the outcomes of begun rows, in the order of their rows.
 
@@ -236,8 +238,8 @@ class HandlerJob:
         if never:
             self._forget(never)
             self._give_back(len(never))
-        unbegun = Failure(code, f"{what} before the handler '{name}' began", Executed.NO)
-        begun = Failure(code, f"{what} while the handler '{name}' ran", Executed.YES)
+        unbegun = Detail(code, f"{what} before the handler '{name}' began", Executed.NO)
+        begun = Detail(code, f"{what} while the handler '{name}' ran", Executed.YES)
         for row in rows:
             self._answer(row, [unbegun if row in never else begun], 0)
         # Only now: a handler that is ended reports at once, and the answer should be the above.
@@ -259,7 +261,7 @@ class HandlerJob:
     def _answer(
         self,
         start: int,
-        outcomes: list[bytes | Failure],
+        outcomes: list[bytes | Detail],
         worked_us: int,
         waited_us: int | None = None,
     ) -> None:
@@ -274,8 +276,8 @@ class HandlerJob:
             for row, outcome in enumerate(found, first):
                 self._tell(self._sink, row, self._part([outcome], *times, self._rest(row)))
 
-    def _tell(self, sink: Sink, row: int, part: PartColumn) -> None:
-        sink(row, Answers(part.results.count, (part,), (self._process.id,)))
+    def _tell(self, sink: OnResult, row: int, part: PartSlice) -> None:
+        sink(row, Slice(part.results.count, (part,), (self._process.id,)))
 
     def _rest(self, row: int) -> Chunk | None:
         """The place of the last chunk in the row's result, where others were sent before."""
@@ -284,14 +286,14 @@ class HandlerJob:
 
     def _part(
         self,
-        outcomes: list[bytes | Failure],
+        outcomes: list[bytes | Detail],
         worked_us: int,
         waited_us: int,
         chunk: Chunk | None = None,
-    ) -> PartColumn:
-        failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Failure)}
+    ) -> PartSlice:
+        failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Detail)}
         results = [o if isinstance(o, bytes) else b"" for o in outcomes] if failures else outcomes
-        return PartColumn(
+        return PartSlice(
             self._process.id,
             Column(results),  # type: ignore[arg-type]
             self._hops,
@@ -303,12 +305,12 @@ class HandlerJob:
         )
 
 
-def _failure(error: OverlayError) -> Failure:
-    return Failure(error.code, str(error), error.executed, error.retry_after_s)
+def _failure(error: OverlayError) -> Detail:
+    return Detail(error.code, str(error), error.executed, error.retry_after_s)
 
 
-def _proves_not_run(outcome: bytes | Failure) -> bool:
-    return isinstance(outcome, Failure) and outcome.executed is Executed.NO
+def _proves_not_run(outcome: bytes | Detail) -> bool:
+    return isinstance(outcome, Detail) and outcome.executed is Executed.NO
 
 
 def outcome_of(result: object, most_bytes: int, send: Send | None = None) -> tuple[str, Any]:
@@ -381,15 +383,15 @@ def outcome_of_error(error: BaseException) -> tuple[str, Any]:
     return "failed", text
 
 
-def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes | Failure:
+def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes | Detail:
     """The row's result, or the failure that its caller sees."""
     if kind == "ok":
         return value  # type: ignore[no-any-return]
     if kind == "bad request":  # the handler's own sentence, for the caller
-        return Failure(BadRequest.code, value, Executed.YES)
+        return Detail(BadRequest.code, value, Executed.YES)
     if kind == "type":
         reason = f"handler '{name}' returned {value}"
-        return Failure(HandlerFailed.code, reason, Executed.YES)
+        return Detail(HandlerFailed.code, reason, Executed.YES)
     if kind == "large":
         size, most = value
         returned = f"{size:,} bytes, more" if size else "more"
@@ -398,17 +400,17 @@ def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes
             "a part that is taken as it comes (--as-completed) may be larger, unless an older "
             "process is on its way"
         )
-        return Failure(Code.RESOURCE_EXHAUSTED, reason, Executed.YES)
+        return Detail(Code.RESOURCE_EXHAUSTED, reason, Executed.YES)
     if kind == "left":  # its row has an answer, or is about to get one
         reason = f"the caller left before all that handler '{name}' returned had been read"
-        return Failure(Code.CANCELLED, reason, Executed.YES)
+        return Detail(Code.CANCELLED, reason, Executed.YES)
     return read_failure(name, value, request_id)
 
 
-def read_failure(name: str, text: str, request_id: int) -> Failure:
+def read_failure(name: str, text: str, request_id: int) -> Detail:
     # The text may hold secrets: it goes to the log, and the caller gets an id to look for.
     error_id = uuid.uuid4().hex[:8]
     about = {"request_id": request_id, "private": text, "kind": ""}
     log.error("error id %s: handler %s failed", error_id, name, extra=about)
     reason = f"handler '{name}' failed; error id {error_id} in this worker's log"
-    return Failure(HandlerFailed.code, reason, Executed.YES)
+    return Detail(HandlerFailed.code, reason, Executed.YES)

@@ -26,7 +26,7 @@ import psutil
 from overlay.model import clocks as time
 from overlay.model.errors import ConfigError, HandlerFailed
 from overlay.model.limits import MIB, Limits
-from overlay.model.segments import Code, Executed, Failure
+from overlay.model.segments import Code, Detail, Executed
 from overlay.model.signatures import Function
 from overlay.model.topology import HandlerSpec
 from overlay.transport.chunks import ChunkWriter
@@ -141,7 +141,7 @@ class ProcessRunner:
 
     def _run(
         self, job: HandlerJob, row: int, child: _Child | None, writer: ChunkWriter | None
-    ) -> tuple[bytes | Failure, _Child | None]:
+    ) -> tuple[bytes | Detail, _Child | None]:
         context = job.context(row)
         facts = (context.process_id, context.team, context.request_id, context.attempt)
         payload = job.segment.payloads.items[row]
@@ -164,14 +164,14 @@ class ProcessRunner:
                 return self._fatal(*came, exitcode, context.request_id), None
             child = self._maybe_child()
         reason = f"no process for handler '{self._spec.name}' can be started; see this worker's log"
-        return Failure(Code.UNAVAILABLE, reason, Executed.NO), None
+        return Detail(Code.UNAVAILABLE, reason, Executed.NO), None
 
-    def _ended(self) -> Failure:
+    def _ended(self) -> Detail:
         return _failure(f"the process of handler '{self._spec.name}' was ended")
 
     def _fatal(
         self, kind: str, value: Any, exitcode: int | None, request_id: int
-    ) -> bytes | Failure:
+    ) -> bytes | Detail:
         spec = self._spec
         if kind == "late":
             return _failure(f"handler '{spec.name}' ran longer than its limit_s {spec.limit_s:g}")
@@ -381,8 +381,8 @@ _FATAL = ("lost", "late", "memory")
 _starting = threading.Lock()  # multiprocessing's list of children is not thread-safe
 
 
-def _failure(reason: str) -> Failure:
-    return Failure(HandlerFailed.code, reason, Executed.YES)
+def _failure(reason: str) -> Detail:
+    return Detail(HandlerFailed.code, reason, Executed.YES)
 
 
 def _exit(code: int | None) -> str:

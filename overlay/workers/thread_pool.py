@@ -16,7 +16,7 @@ from sys import getrecursionlimit as recursion_limit
 
 from overlay.model import clocks as time
 from overlay.model.limits import Limits
-from overlay.model.segments import Failure
+from overlay.model.segments import Detail
 from overlay.model.topology import HandlerSpec
 from overlay.observability.log_file import work_on
 from overlay.transport.chunks import CHUNK_BYTES, ChunkWriter
@@ -165,11 +165,11 @@ class _Results:
         self.ready_since = 0.0  # when the oldest result came; 0 when there is none
         self._job = job
         self._lock = threading.Lock()
-        self._outcomes: list[tuple[int, bytes | Failure]] = []
+        self._outcomes: list[tuple[int, bytes | Detail]] = []
         self._began = self._ended = time.monotonic()
         self._read_s = 0.0  # of that time, spent waiting for readers of chunks: not the handler's
 
-    def take(self, row: int, outcome: bytes | Failure, ended: float, read_s: float = 0.0) -> bool:
+    def take(self, row: int, outcome: bytes | Detail, ended: float, read_s: float = 0.0) -> bool:
         """True when it is the first one waiting. Passes all on when the oldest is too old."""
         if self.ready_since and ended - self._ended > FLUSH_S:
             self.pass_on(is_at_work=True)  # those were quick, and this one is not
@@ -205,7 +205,7 @@ def _called(
     context: Context,
     most_bytes: int,
     writer: ChunkWriter | None,
-) -> bytes | Failure:
+) -> bytes | Detail:
     most = most_bytes if writer is None else CHUNK_BYTES
     work_on(context.request_id)
     try:

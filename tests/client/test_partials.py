@@ -21,7 +21,7 @@ from overlay.client.partials import Parts
 from overlay.client.submitter import Delivery
 from overlay.client.sync import CallFailed, HandlerFailed, NameNotFound
 from overlay.model.limits import MIB
-from overlay.model.segments import Code, Executed, Failure, Part
+from overlay.model.segments import Code, Detail, Executed, Part
 from overlay.transport.codec import pb2
 from tests.harness.cluster import ROOT, Overlay, running, six_processes, until
 from tests.harness.network import (
@@ -172,7 +172,7 @@ def test_good_parts_are_given_at_once_and_the_others_at_the_end():
 def test_a_part_that_comes_twice_is_given_once_and_a_second_try_counts():
     parts = Parts(None)
     given = [*parts.early(came(BAD["C"], GOOD["D"]), 0), *parts.early(came(GOOD["D"]), 0)]
-    given += [*parts.early(came(GOOD["C"]), 0), *parts.last(Failure(Code.INTERNAL, ""), 0)]
+    given += [*parts.early(came(GOOD["C"]), 0), *parts.last(Detail(Code.INTERNAL, ""), 0)]
     assert workers(given) == ["D", "C"]
 
 

@@ -30,19 +30,19 @@ from overlay.model.errors import AlreadyExecuted, OverlayError
 from overlay.model.pending import PendingRows, consecutive
 from overlay.model.segments import (
     AnswerRow,
-    Answers,
+    Cancel,
     Chunk,
     Code,
     Column,
-    End,
+    Detail,
     Executed,
-    Failure,
     Mode,
+    OnResult,
     Part,
-    PartColumn,
+    PartSlice,
     Route,
     Segment,
-    Sink,
+    Slice,
 )
 from overlay.model.topology import Process, Topology
 from overlay.observability.counters import Meter
@@ -131,9 +131,9 @@ class MemoryNetwork:
         many at once, of which it grants more as the test has it `read` them."""
         route = Route(mode=mode, team=team, handler=handler)
         segment = self._segment(route, (payload,), deadline_s, request_id)
-        asked = Asked(replace(segment, keyed=keyed))
+        asked = Asked(replace(segment, idempotent=keyed))
         if early or chunks:
-            asked.segment.early = asked.take_early
+            asked.segment.on_partial = asked.take_early
             asked.segment.chunks = chunks
         asked.ticket = self.nodes[process_id].serve(asked.segment, asked.take)
         return asked
@@ -254,7 +254,7 @@ class Asked:
         self.chunks: dict[str, list[tuple[bytes, Chunk]]] = {}  # by worker, of the one row
         self.unread: deque[Chunk] = deque()
 
-    def take_early(self, start: int, answers: Answers) -> None:
+    def take_early(self, start: int, answers: Slice) -> None:
         for row in range(len(answers)):
             assert not self.answers[start + row], "a part came after its row's answer"
             self.early[start + row] += [
@@ -262,7 +262,7 @@ class Asked:
             ]
         self._note_chunks(answers)
 
-    def _note_chunks(self, answers: Answers) -> None:
+    def _note_chunks(self, answers: Slice) -> None:
         for column in answers.parts:
             if column.chunk is not None:
                 came = column.results.items[0], column.chunk
@@ -284,7 +284,7 @@ class Asked:
         assert [chunk.more for _, chunk in came] == [True] * (len(came) - 1) + [False]
         return b"".join(result for result, _ in came)
 
-    def take(self, start: int, answers: Answers) -> None:
+    def take(self, start: int, answers: Slice) -> None:
         for row in range(len(answers)):
             self.answers[start + row].append(answers.at(row))
             self.order.append(start + row)
@@ -370,7 +370,7 @@ class Node:
         self.lane = self.intake.open_flow()
 
     def serve(
-        self, segment: Segment, reply: Sink, lane: Flow | None = None
+        self, segment: Segment, reply: OnResult, lane: Flow | None = None
     ) -> QueuedSegment | None:
         """With a lane as a stream does, else as a single request."""
         clock, intake = self._network.clock, self.intake
@@ -384,18 +384,18 @@ class Node:
                 ticket = intake.admit_to(lane, segment, reply)
         except OverlayError as e:
             refused = Part(self._me, e.code, str(e), executed=e.executed)
-            reply(0, Answers(len(segment), (), refused=refused))
+            reply(0, Slice(len(segment), (), refused=refused))
             return None
         if lane is not None:
             intake.kick()
         clock.at(segment.deadline, lambda: ticket.end(Code.DEADLINE_EXCEEDED))
         return ticket
 
-    def _start(self, segment: Segment, place: Claimed, waited_s: float, sink: Sink) -> End:
+    def _start(self, segment: Segment, place: Claimed, waited_s: float, sink: OnResult) -> Cancel:
         self._network.started.append((self._me, self._network.clock.now, segment))
         return self.relay.start(segment, place, waited_s, sink)
 
-    def _count(self, reply: Sink, start: int, answers: Answers) -> None:
+    def _count(self, reply: OnResult, start: int, answers: Slice) -> None:
         """As service does, before the answer leaves."""
         for row in range(len(answers)):
             error = aggregate.failure(answers.at(row), 1.0)
@@ -444,7 +444,7 @@ class Workshop:
         self.most = max(self.most, self.active)
         return count
 
-    def run(self, segment: Segment, waited_s: float, sink: Sink) -> End:
+    def run(self, segment: Segment, waited_s: float, sink: OnResult) -> Cancel:
         job = _Job(self, segment, sink)
         again = set(self.seen.begin(segment).again)
         for row in again:
@@ -466,7 +466,7 @@ class Workshop:
 class _Job:
     """Rows of one segment at work."""
 
-    def __init__(self, works: Workshop, segment: Segment, sink: Sink) -> None:
+    def __init__(self, works: Workshop, segment: Segment, sink: OnResult) -> None:
         self._works = works
         self._segment = segment
         self._sink = sink
@@ -478,14 +478,18 @@ class _Job:
         me, segment = self._works.me.id, self._segment
         items = segment.payloads.items
         results = {row: me.encode() + b": " + items[row] for row in rows}
-        if segment.chunks and segment.early and len(results[rows[0]]) > self._works.chunk_bytes:
+        if (
+            segment.chunks
+            and segment.on_partial
+            and len(results[rows[0]]) > self._works.chunk_bytes
+        ):
             (row,) = rows
             self._send(row, cut([results[row]], self._works.chunk_bytes))
             return
         self._works.free(len(rows))
         for first, count in consecutive(rows):
             column = Column([results[row] for row in range(first, first + count)])
-            self._answer(first, PartColumn(me, column, self._hops))
+            self._answer(first, PartSlice(me, column, self._hops))
 
     def _send(self, row: int, chunks: Iterator[tuple[bytes, bool]]) -> None:
         """The row's result in chunks, as far as they are granted; its place is free after that."""
@@ -501,7 +505,7 @@ class _Job:
             while room and self._open.runs(row, 1):
                 result, follows = next(chunks)
                 chunk = Chunk(at, follows, grant if follows else None)
-                column = PartColumn(
+                column = PartSlice(
                     self._works.me.id,
                     Column([result]),
                     self._hops,
@@ -514,8 +518,8 @@ class _Job:
                     break
                 room -= 1
                 self._works.sent += 1
-                assert self._segment.early is not None
-                self._segment.early(row, Answers(1, (column,), (self._works.me.id,)))
+                assert self._segment.on_partial is not None
+                self._segment.on_partial(row, Slice(1, (column,), (self._works.me.id,)))
             is_sending = False
 
         self._sending[row] = grant
@@ -523,19 +527,19 @@ class _Job:
 
     def refuse(self, row: int) -> None:
         self._works.free(1)
-        self._fail(row, 1, Failure(AlreadyExecuted.code, "again", AlreadyExecuted.executed))
+        self._fail(row, 1, Detail(AlreadyExecuted.code, "again", AlreadyExecuted.executed))
 
     def end(self, code: Code, start: int, count: int) -> None:
         gone = [row for row in self._sending if self._open.runs(row, 1) and row - start < count]
-        self._fail(start, count, Failure(code, "ended", Executed.YES))
+        self._fail(start, count, Detail(code, "ended", Executed.YES))
         self._works.free(len(gone))
 
-    def _fail(self, start: int, count: int, failure: Failure) -> None:
-        self._answer(start, PartColumn.missing(self._works.me.id, count, failure))
+    def _fail(self, start: int, count: int, failure: Detail) -> None:
+        self._answer(start, PartSlice.missing(self._works.me.id, count, failure))
 
-    def _answer(self, start: int, column: PartColumn) -> None:
+    def _answer(self, start: int, column: PartSlice) -> None:
         count = len(column.results)
-        answers = Answers(count, (column,), (self._works.me.id,))
+        answers = Slice(count, (column,), (self._works.me.id,))
         for first, rows in self._open.take(start, count):
             self._sink(first, answers.slice(first - start, rows))
 
@@ -564,7 +568,7 @@ class Links:
     def reserve(self, neighbour: str, handler: str, count: int) -> None:
         self._to(neighbour).outstanding[handler] += count
 
-    def send(self, neighbour: str, segment: Segment, sink: Sink) -> End:
+    def send(self, neighbour: str, segment: Segment, sink: OnResult) -> Cancel:
         letter = _Letter(self._to(neighbour), segment, sink)
         self._written.append(letter)
         return letter.end
@@ -598,7 +602,7 @@ class Edge:
     outstanding: Counter[str] = field(default_factory=Counter)
     fates: deque[str] = field(default_factory=deque)
     held: deque[_Letter] | None = None
-    kept: list[tuple[_Letter, int, Answers]] | None = None
+    kept: list[tuple[_Letter, int, Slice]] | None = None
     open: list[_Letter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -614,7 +618,7 @@ class Edge:
 class _Letter:
     """A segment on its way over an edge, until its last answer is back."""
 
-    def __init__(self, edge: Edge, segment: Segment, sink: Sink) -> None:
+    def __init__(self, edge: Edge, segment: Segment, sink: OnResult) -> None:
         self._edge = edge
         self._segment = segment
         self._sink = sink
@@ -650,12 +654,12 @@ class _Letter:
         else:
             frame = pb2.Frame()
             left_s -= min(MARGIN_S, left_s / 4)
-            early = self._segment.early is not None
+            early = self._segment.on_partial is not None
             codec.write_segment(frame, 1, self._segment, left_s, as_they_come=early)
             (made,) = pb2.Frame.FromString(frame.SerializeToString()).segments
             segment = codec.read_segment(made, network.clock.now, network.topology.limits)
             if made.as_they_come:
-                segment = replace(segment, early=self._part_came)
+                segment = replace(segment, on_partial=self._part_came)
             self._serve(segment)
 
     def refuse(self) -> None:
@@ -676,9 +680,11 @@ class _Letter:
     @property
     def _asked(self) -> codec.Asked:
         segment, targets = self._segment, frozenset(self._segment.route.targets)
-        return codec.Asked(segment.count, targets, segment.early is not None, segment.chunks > 0)
+        return codec.Asked(
+            segment.count, targets, segment.on_partial is not None, segment.chunks > 0
+        )
 
-    def take(self, start: int, answers: Answers) -> None:
+    def take(self, start: int, answers: Slice) -> None:
         """An answer arrives, through the real messages."""
         frame = pb2.Frame()
         codec.write_slice(frame, 1, start, answers)
@@ -693,7 +699,7 @@ class _Letter:
         if self._fate is ANSWER_LOST:
             self.lose("the connection broke")
 
-    def _answered(self, start: int, answers: Answers) -> None:
+    def _answered(self, start: int, answers: Slice) -> None:
         if self._fate is ANSWER_LOST:
             return
         if self._edge.kept is None:
@@ -701,7 +707,7 @@ class _Letter:
         else:
             self._edge.kept.append((self, start, answers))
 
-    def _part_came(self, start: int, answers: Answers) -> None:
+    def _part_came(self, start: int, answers: Slice) -> None:
         """A part before the answer; after it none passes."""
         if self._fate is ANSWER_LOST or not self._open.runs(start, len(answers)):
             return
@@ -713,7 +719,7 @@ class _Letter:
             if column.chunk is not None:
                 self._passage.passes((1, start, column.process_id), column.chunk, 0)
         came = codec.read_slice(made, self._asked).granted_by(partial(self._granted, start))
-        self._segment.early(made.start, came)
+        self._segment.on_partial(made.start, came)
 
     def _granted(self, start: int, worker: str, chunks: int) -> None:
         """A grant goes down; nobody hears it when the way is gone."""
@@ -728,9 +734,9 @@ class _Letter:
 
     def _refuse_all(self, code: Code, reason: str, executed: Executed) -> None:
         part = Part(self._edge.far, code, reason, executed=executed)
-        self._settle(0, Answers(len(self._segment), (), refused=part))
+        self._settle(0, Slice(len(self._segment), (), refused=part))
 
-    def _settle(self, start: int, answers: Answers) -> None:
+    def _settle(self, start: int, answers: Slice) -> None:
         edge, runs = self._edge, self._open.take(start, len(answers))
         if runs and not self._open.left:
             edge.open.remove(self)
@@ -741,8 +747,8 @@ class _Letter:
 
 
 def _shuffled(
-    slices: list[tuple[_Letter, int, Answers]], chance: random.Random
-) -> list[tuple[_Letter, int, Answers]]:
+    slices: list[tuple[_Letter, int, Slice]], chance: random.Random
+) -> list[tuple[_Letter, int, Slice]]:
     chunks = []
     for letter, start, answers in slices:
         cuts = sorted(chance.sample(range(1, len(answers)), chance.randint(0, len(answers) - 1)))

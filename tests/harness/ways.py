@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from overlay.model.segments import Code, Failure
+from overlay.model.segments import Code, Detail
 from overlay.routing import aggregate
 from overlay.transport import codec
 from overlay.transport.codec import pb2
@@ -136,7 +136,7 @@ class _Stream:
         )
         self._frames.put(pb2.Frame(segments=[segment]))
         if self.ended:
-            self._fail(Failure(Code.UNAVAILABLE, "the stream has ended"))
+            self._fail(Detail(Code.UNAVAILABLE, "the stream has ended"))
         return row
 
     def cancel(self, number: int) -> None:
@@ -148,7 +148,7 @@ class _Stream:
         self._thread.join(5)
 
     def _read(self) -> None:
-        why = Failure(Code.UNAVAILABLE, "the stream has ended")
+        why = Detail(Code.UNAVAILABLE, "the stream has ended")
         try:
             for frame in self._call:
                 for made in frame.slices:
@@ -156,12 +156,12 @@ class _Stream:
                         row = self._open.pop(made.number)  # an answer that comes twice fails here
                     row.take(made)
         except grpc.RpcError as e:
-            why = Failure(Code(e.code().value[0]), e.details() or "")
+            why = Detail(Code(e.code().value[0]), e.details() or "")
         finally:
             self.ended = True
             self._fail(why)
 
-    def _fail(self, why: Failure) -> None:
+    def _fail(self, why: Detail) -> None:
         with self._lock:
             rest, self._open = self._open, {}
         for row in rest.values():
@@ -169,7 +169,7 @@ class _Stream:
 
 
 class StreamError(grpc.RpcError):
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: Detail) -> None:
         super().__init__(failure.reason)
         self._failure = failure
 
@@ -210,7 +210,7 @@ class _Row:
         response = codec.write_response(answer, 0, made.results.items[0], with_results=False)
         self._future.set_result(response)
 
-    def fail(self, failure: Failure) -> None:
+    def fail(self, failure: Detail) -> None:
         self._trailers[codec.EXECUTED_KEY] = failure.executed.name.lower()
         self.retry_after_s = failure.retry_after_s
         self._future.set_exception(StreamError(failure))

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from overlay.model.pending import Ends, PendingRows, Slices, consecutive
 from overlay.model.segments import (
-    Answers,
     Code,
     Column,
-    Failure,
-    PartColumn,
+    Detail,
+    PartSlice,
     Route,
     Segment,
+    Slice,
     end_overlap,
 )
 
@@ -112,10 +112,10 @@ def test_a_slice_of_a_segment_keeps_the_ids_of_its_rows(items, data):
 
 @given(ITEMS, st.sets(st.integers(0, 11)), st.booleans(), st.data())
 def test_a_slice_of_answers_says_of_each_row_what_the_whole_says(items, failing, failed, data):
-    failures = {row: Failure(Code.INTERNAL, str(row)) for row in failing if row < len(items)}
-    whole = Failure(Code.UNAVAILABLE, "all") if failed else None
-    column = PartColumn("C", Column(items), ("A", "C"), failures, whole, 3, 4)
-    answers = Answers(len(items), (column, PartColumn("D", Column(items))), ("A", "C", "D"))
+    failures = {row: Detail(Code.INTERNAL, str(row)) for row in failing if row < len(items)}
+    whole = Detail(Code.UNAVAILABLE, "all") if failed else None
+    column = PartSlice("C", Column(items), ("A", "C"), failures, whole, 3, 4)
+    answers = Slice(len(items), (column, PartSlice("D", Column(items))), ("A", "C", "D"))
     start = data.draw(st.integers(0, len(items) - 1))
     count = data.draw(st.integers(1, len(items) - start))
 
@@ -127,10 +127,10 @@ def test_a_slice_of_answers_says_of_each_row_what_the_whole_says(items, failing,
     assert answers.flawless == (not failed and not failures)
 
 
-@pytest.mark.parametrize("failed", [None, Failure(Code.INTERNAL, "all of them")])
+@pytest.mark.parametrize("failed", [None, Detail(Code.INTERNAL, "all of them")])
 def test_a_missing_workers_rows_all_say_why(failed):
-    why = failed or Failure(Code.UNAVAILABLE, "down")
-    column = PartColumn.missing("C", 3, why)
+    why = failed or Detail(Code.UNAVAILABLE, "down")
+    column = PartSlice.missing("C", 3, why)
     assert {column.at(row).reason for row in range(3)} == {why.reason}
     assert len(column.slice(1, 2).results) == 2
 
@@ -159,7 +159,7 @@ def test_slices_find_what_came_in_any_chunks_and_order(count, chance):
     slices = Slices()
     for start, stop in chance.sample(kept, len(kept)):
         items = [b"%d" % row for row in range(start, stop)]
-        slices.add(start, Answers(stop - start, (PartColumn("F", Column(items)),)))
+        slices.add(start, Slice(stop - start, (PartSlice("F", Column(items)),)))
     there = {row for start, stop in kept for row in range(start, stop)}
 
     for row in range(count):

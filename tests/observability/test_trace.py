@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from overlay.model.segments import Answers, Code, Column, Executed, Failure, Hop, Part, PartColumn
+from overlay.model.segments import Code, Column, Detail, Executed, Hop, Part, PartSlice, Slice
 from overlay.observability import trace
 
-DOWN = Failure(Code.UNAVAILABLE, "the link is down", Executed.NO)
+DOWN = Detail(Code.UNAVAILABLE, "the link is down", Executed.NO)
 
 
-def column(worker: str, *way: str, failed: Failure | None = None, rows: int = 1) -> PartColumn:
-    return PartColumn(worker, Column([b""] * rows), way, {}, failed, 5, 7)
+def column(worker: str, *way: str, failed: Detail | None = None, rows: int = 1) -> PartSlice:
+    return PartSlice(worker, Column([b""] * rows), way, {}, failed, 5, 7)
 
 
 def ids(trace: tuple[Hop, ...]) -> str:
@@ -18,7 +18,7 @@ def ids(trace: tuple[Hop, ...]) -> str:
 
 
 def test_the_process_above_sees_a_trace_one_deeper_and_how_long_it_took():
-    answers = Answers(1, (), trace=(Hop("B", 1, 2), Hop("C", 3, 4, 1)))
+    answers = Slice(1, (), trace=(Hop("B", 1, 2), Hop("C", 3, 4, 1)))
 
     seen = trace.below(answers, 0.001).trace
 
@@ -26,7 +26,7 @@ def test_the_process_above_sees_a_trace_one_deeper_and_how_long_it_took():
 
 
 def test_a_worker_tells_its_handlers_time_and_not_its_whole_stay():
-    answers = Answers(1, (column("C", "A", "B", "C"),), ("C",))
+    answers = Slice(1, (column("C", "A", "B", "C"),), ("C",))
 
     assert trace.trace_of_worker("C", answers) == (Hop("C", 5, 7),)
 
@@ -34,14 +34,14 @@ def test_a_worker_tells_its_handlers_time_and_not_its_whole_stay():
 def test_a_trace_is_the_own_hop_and_then_what_the_answers_tell():
     told = (Hop("B", 1, 2, 1), Hop("C", 3, 4, 2), Hop("E", 5, 6, 1), Hop("F", 7, 8, 2))
     parts = column("C", "A", "B", "C"), column("F", "A", "E", "F")
-    answers = Answers(1, parts, ("A", "B", "C", "E", "F"), None, told)
+    answers = Slice(1, parts, ("A", "B", "C", "E", "F"), None, told)
 
     assert trace.trace_of("A", 10, 20, answers) == (Hop("A", 10, 20), *told)
 
 
 def test_where_nothing_was_told_the_parts_know_the_way_and_the_workers_times():
     parts = column("C", "A", "B", "C"), column("D", "A", "E", "D"), column("F", "A", "E", "F")
-    answers = Answers(1, parts, ("A", "B", "C", "E", "D", "F"))
+    answers = Slice(1, parts, ("A", "B", "C", "E", "D", "F"))
 
     made = trace.trace_of("A", 10, 20, answers)
 
@@ -53,14 +53,14 @@ def test_a_branch_that_told_and_one_that_did_not_keep_their_order():
     told = (Hop("E", 5, 6, 1), Hop("D", 0, 0, 2, Code.UNAVAILABLE), Hop("F", 7, 8, 2))
     missing = column("D", failed=DOWN)
     parts = column("C", "A", "B", "C"), missing, column("F", "A", "E", "F")
-    answers = Answers(1, parts, ("A", "B", "C", "E", "F"), None, told)
+    answers = Slice(1, parts, ("A", "B", "C", "E", "F"), None, told)
 
     assert ids(trace.trace_of("A", 0, 0, answers)) == "A0 B1 C2 E1 D2 F2"
 
 
 def test_a_worker_that_was_never_reached_is_in_the_trace_with_its_code():
     parts = column("C", "A", "B", "C"), column("F", failed=DOWN)
-    made = trace.trace_of("A", 0, 0, Answers(1, parts, ("A", "B", "C")))
+    made = trace.trace_of("A", 0, 0, Slice(1, parts, ("A", "B", "C")))
 
     assert ids(made) == "A0 B1 C2 F1"
     assert made[-1].code is Code.UNAVAILABLE
@@ -69,12 +69,12 @@ def test_a_worker_that_was_never_reached_is_in_the_trace_with_its_code():
 def test_a_hop_is_ok_when_one_worker_answered_and_else_says_why_the_first_did_not():
     good, bad = column("C"), column("F", failed=DOWN)
     refused = Part("A", Code.RESOURCE_EXHAUSTED, "full")
-    by_row = PartColumn("F", Column([b""]), (), {0: Failure(Code.INTERNAL, "why")})
+    by_row = PartSlice("F", Column([b""]), (), {0: Detail(Code.INTERNAL, "why")})
 
-    assert trace.code_of(Answers(1, (bad, good))) is Code.OK
-    assert trace.code_of(Answers(1, (bad, by_row))) is Code.UNAVAILABLE
-    assert trace.code_of(Answers(1, (by_row, bad))) is Code.INTERNAL
-    assert trace.code_of(Answers(1, (), refused=refused)) is Code.RESOURCE_EXHAUSTED
+    assert trace.code_of(Slice(1, (bad, good))) is Code.OK
+    assert trace.code_of(Slice(1, (bad, by_row))) is Code.UNAVAILABLE
+    assert trace.code_of(Slice(1, (by_row, bad))) is Code.INTERNAL
+    assert trace.code_of(Slice(1, (), refused=refused)) is Code.RESOURCE_EXHAUSTED
 
 
 def test_what_is_not_waiting_or_working_was_on_the_way():

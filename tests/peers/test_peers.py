@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from overlay.model.errors import Misspoken
 from overlay.model.limits import Limits
 from overlay.model.segments import (
-    Answers,
+    Cancel,
     Chunk,
     Code,
     Column,
-    End,
+    Detail,
     Executed,
-    Failure,
     Mode,
     Part,
-    PartColumn,
+    PartSlice,
     Route,
     Segment,
+    Slice,
 )
 from overlay.model.topology import HandlerSpec, Process, Topology
 from overlay.peers import outgoing
@@ -96,9 +96,9 @@ class MemoryPipe:
         return frames
 
     def answer(self, number: int, start: int, *results: bytes, worked_us: int = 0) -> None:
-        column = PartColumn("C", Column(results), worked_us=worked_us)
+        column = PartSlice("C", Column(results), worked_us=worked_us)
         frame = pb2.Frame()
-        codec.write_slice(frame, number, start, Answers(len(results), (column,), ("C",)))
+        codec.write_slice(frame, number, start, Slice(len(results), (column,), ("C",)))
         self.hear(pb2.Frame.FromString(frame.SerializeToString()))
 
     def lose(self, why: Part = GONE) -> None:
@@ -116,7 +116,7 @@ class Sent:
     """A segment that the test sent, and what came of its rows."""
 
     rows: list[list[Part]]
-    end: End
+    end: Cancel
 
     @property
     def parts(self) -> list[Part]:
@@ -146,7 +146,7 @@ class Bench:
         segment = Segment(route, Column(payloads), deadline, 1, own_ids=own_ids)
         rows: list[list[Part]] = [[] for _ in payloads]
 
-        def sink(start: int, answers: Answers) -> None:
+        def sink(start: int, answers: Slice) -> None:
             for row in range(len(answers)):
                 answer = answers.at(row)
                 rows[start + row].append(answer.refused or answer.parts[0])
@@ -593,7 +593,7 @@ class Two:
             link._set_state("up", "")
         self.pipe = self.links._links["C"]._senders[0].stream
 
-    def send(self, left_s: float = 30.0) -> tuple[int, End]:
+    def send(self, left_s: float = 30.0) -> tuple[int, Cancel]:
         """One row to C, as far as gRPC; its segment's number, and how to end it."""
         self.links.reserve("C", "", 1)
         route = Route(Mode.ANY, hops=("B",), targets=("C",))
@@ -606,7 +606,7 @@ class Two:
         number, _ = self.send()
         frame = pb2.Frame()
         refused = Part("C", code, "why", executed=executed)
-        codec.write_slice(frame, number, 0, Answers(1, (), refused=refused))
+        codec.write_slice(frame, number, 0, Slice(1, (), refused=refused))
         self.pipe._receive(frame)
 
     @property
@@ -683,26 +683,26 @@ def test_rows_that_are_not_even_answered_as_late_count(two):
 def test_results_that_are_not_read_to_their_end_in_time_do_not_count(two):
     """It answers: they come in chunks, and who reads them is slow."""
     pipe = two.links._links["C"]._senders[1].stream
-    came: list[Answers] = []
+    came: list[Slice] = []
     for _ in range(2 * FAILURES):
         two.links.reserve("C", "", 1)
         route, deadline = Route(hops=("B",), targets=("C",)), time.monotonic() + 30
         segment = Segment(route, Column([b"a"]), deadline, 1, chunks=1)
-        segment.early = lambda start, answers: came.append(answers)
+        segment.on_partial = lambda start, answers: came.append(answers)
         end = two.links.send("C", segment, lambda start, answers: None)
         (frame,) = pipe.take()
         number = frame.segments[0].number
         frame = pb2.Frame()
-        part = PartColumn("C", Column([b"some"]), chunk=Chunk(0, True))
-        codec.write_slice(frame, number, 0, Answers(1, (part,)), more=True)
+        part = PartSlice("C", Column([b"some"]), chunk=Chunk(0, True))
+        codec.write_slice(frame, number, 0, Slice(1, (part,)), more=True)
         pipe._receive(frame)
         came.pop().parts[0].chunk.grant(1)
         end(Code.DEADLINE_EXCEEDED, 0, 1)
         (frame,) = pipe.take()
         assert [(made.number, made.process_id) for made in frame.grants] == [(number, "C")]
-        late = PartColumn.missing("C", 1, Failure(Code.DEADLINE_EXCEEDED, "", Executed.YES))
+        late = PartSlice.missing("C", 1, Detail(Code.DEADLINE_EXCEEDED, "", Executed.YES))
         frame = pb2.Frame()
-        codec.write_slice(frame, number, 0, Answers(1, (late,)))
+        codec.write_slice(frame, number, 0, Slice(1, (late,)))
         pipe._receive(frame)
     assert two.state is State.HEALTHY
 
@@ -853,7 +853,7 @@ class Pair:
         deadline = time.monotonic() + left_s
         segment = Segment(route, Column(payloads), deadline, first_id)
 
-        def sink(start: int, answers: Answers) -> None:
+        def sink(start: int, answers: Slice) -> None:
             for row in range(len(answers)):
                 answer = answers.at(row)
                 rows[start + row].append(answer.refused or answer.parts[0])

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 
 from overlay.model.errors import NoTimeLeft, QueueFull
 from overlay.model.segments import (
-    Answers,
     Caller,
     Code,
     Column,
+    Detail,
     Executed,
-    Failure,
     Mode,
     Part,
-    PartColumn,
+    PartSlice,
     Route,
+    Slice,
 )
 from overlay.queueing import admission
 from overlay.queueing.callers import MAX_ADDRESSES, MAX_NAMES, OTHERS, Callers, RecentlySeen
@@ -352,14 +352,14 @@ def test_an_odd_one_of_those_that_seem_hopeless_is_tried():
 
 
 def test_what_ends_early_or_badly_is_no_pace():
-    def answers(*codes: Code, executed: Executed = Executed.YES) -> Answers:
+    def answers(*codes: Code, executed: Executed = Executed.YES) -> Slice:
         parts = tuple(
-            PartColumn(f"W{n}", Column((b"",)))
+            PartSlice(f"W{n}", Column((b"",)))
             if code is Code.OK
-            else PartColumn.missing(f"W{n}", 1, Failure(code, "", executed))
+            else PartSlice.missing(f"W{n}", 1, Detail(code, "", executed))
             for n, code in enumerate(codes)
         )
-        return Answers(1, parts)
+        return Slice(1, parts)
 
     assert answers(Code.OK, Code.OK).is_worked_for
     assert answers(Code.OK, Code.INTERNAL).is_worked_for
@@ -368,8 +368,8 @@ def test_what_ends_early_or_badly_is_no_pace():
         assert not answers(Code.OK, code).is_worked_for
     assert not answers(Code.INTERNAL, executed=Executed.UNKNOWN).is_worked_for
     assert not answers(Code.RESOURCE_EXHAUSTED, executed=Executed.NO).is_worked_for
-    assert not Answers(1, (), refused=Part("A", Code.OK)).is_worked_for
+    assert not Slice(1, (), refused=Part("A", Code.OK)).is_worked_for
     assert answers(Code.DEADLINE_EXCEEDED, Code.DEADLINE_EXCEEDED).is_too_late
     assert not answers(Code.DEADLINE_EXCEEDED, Code.OK).is_too_late
-    some = PartColumn("W", Column((b"",) * 2), failures={0: Failure(Code.CANCELLED, "")})
-    assert Answers(2, (some,)).is_worked_for
+    some = PartSlice("W", Column((b"",) * 2), failures={0: Detail(Code.CANCELLED, "")})
+    assert Slice(2, (some,)).is_worked_for

@@ -14,15 +14,15 @@ import pytest
 
 from overlay.model.errors import NoTimeLeft, OverlayError
 from overlay.model.segments import (
-    Answers,
     Caller,
     Code,
     Column,
-    Failure,
-    PartColumn,
+    Detail,
+    OnResult,
+    PartSlice,
     Route,
     Segment,
-    Sink,
+    Slice,
 )
 from overlay.queueing.flow import Flow
 from overlay.queueing.queued_segment import QueuedSegment
@@ -116,7 +116,7 @@ class Simulated:
 
         refusals: list[OverlayError] = []
 
-        def sink(start: int, answers: Answers) -> None:
+        def sink(start: int, answers: Slice) -> None:
             in_time, refused = self.clock.now <= deadline, answers.refused
             if refused is not None:
                 refusals.append(NoTimeLeft(refused.reason, retry_after_s=refused.retry_after_s))
@@ -141,7 +141,7 @@ class Simulated:
         self.most_waiting = max(self.most_waiting, self.intake.waiting)
         return refusals[0] if refusals else None
 
-    def _admit(self, segment: Segment, sink: Sink, caller: str) -> QueuedSegment:
+    def _admit(self, segment: Segment, sink: OnResult, caller: str) -> QueuedSegment:
         if self.way == "unary":
             return self.intake.admit(segment, sink, Caller(caller))
         if caller not in self.lanes:
@@ -170,15 +170,15 @@ class Simulated:
     def _start(self, segment, place, waited_s, sink):
         answered = [False] * place.count
 
-        def answer(row: int, column: PartColumn) -> None:
+        def answer(row: int, column: PartSlice) -> None:
             if not answered[row]:
                 answered[row] = True
-                sink(row, Answers(1, (column,)))
+                sink(row, Slice(1, (column,)))
 
         def finish(row: int) -> None:
             self.busy -= 1  # only now: work that nobody waits for takes its place all the same
             self.worked_for_nobody += self.clock.now > segment.deadline
-            answer(row, PartColumn("W", Column((b"",))))
+            answer(row, PartSlice("W", Column((b"",))))
             self.intake.kick()
 
         if segment.route.team != self.stuck_team or not self.stuck_team:
@@ -190,7 +190,7 @@ class Simulated:
 
         def end(code: Code, start: int, count: int) -> None:
             for row in range(start, start + count):
-                answer(row, PartColumn.missing("W", 1, Failure(code, "ended")))
+                answer(row, PartSlice.missing("W", 1, Detail(code, "ended")))
 
         return end
 

@@ -20,16 +20,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from overlay.model.errors import Draining, NoTimeLeft, QueueFull
 from overlay.model.segments import (
     AnswerRow,
-    Answers,
     Caller,
     Code,
     Column,
+    Detail,
     Executed,
-    Failure,
     Mode,
-    PartColumn,
+    PartSlice,
     Route,
     Segment,
+    Slice,
 )
 from overlay.queueing import fair_queue
 from overlay.queueing.flow import Flow
@@ -38,7 +38,7 @@ from overlay.queueing.request_queue import RequestQueue
 from tests.harness.cluster import until
 from tests.harness.network import Clock
 
-OK = Answers(1, (PartColumn("W", Column((b"done",))),))
+OK = Slice(1, (PartSlice("W", Column((b"done",))),))
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def one(payload: bytes = b"", number: int = 1, deadline: float = 2000.0) -> Segm
     return Segment(Route(), Column((payload,)), deadline, number)
 
 
-def done(count: int) -> Answers:
-    return Answers(count, (PartColumn("W", Column((b"done",) * count)),))
+def done(count: int) -> Slice:
+    return Slice(count, (PartSlice("W", Column((b"done",) * count)),))
 
 
 def answer_at_once(segment, place, waited_s, sink):
@@ -59,7 +59,7 @@ def answer_at_once(segment, place, waited_s, sink):
     return lambda code, start, count: None
 
 
-def nothing(start: int, answers: Answers) -> None:
+def nothing(start: int, answers: Slice) -> None:
     pass
 
 
@@ -155,7 +155,7 @@ class Desk:
     def _sink(self, rows: tuple[bytes, ...]):
         found = [self.answers.setdefault(body, []) for body in rows]
 
-        def sink(start: int, answers: Answers) -> None:
+        def sink(start: int, answers: Slice) -> None:
             for row in range(len(answers)):
                 found[start + row].append(answers.at(row))
 
@@ -176,15 +176,15 @@ class Desk:
             self.running[body] = partial(self._finish, body, row, sink)
 
         def end(code: Code, start: int, count: int) -> None:
-            column = PartColumn.missing("W", 1, Failure(code, "ended"))
+            column = PartSlice.missing("W", 1, Detail(code, "ended"))
             for row in range(start, start + count):
                 body = segment.payloads.items[row]
                 self.ended.append((body, code))
-                self._finish(body, row, sink, Answers(1, (column,)))
+                self._finish(body, row, sink, Slice(1, (column,)))
 
         return end
 
-    def _finish(self, body: bytes, row: int, sink, answers: Answers = OK) -> None:
+    def _finish(self, body: bytes, row: int, sink, answers: Slice = OK) -> None:
         if self.running.pop(body, None):
             sink(row, answers)
 
@@ -950,7 +950,7 @@ def test_an_answer_that_brings_the_answer_of_another_row_counts_each_once(desk, 
         sinks.append(sink)
         return lambda code, start, count: None
 
-    def reply(first: int, answers: Answers) -> None:
+    def reply(first: int, answers: Slice) -> None:
         if first == 0:
             sinks[0](1, done(1))
 
@@ -1045,7 +1045,7 @@ def test_streams_and_single_requests_with_many_threads():
         for n in range(60):
             number = thread * 1000 + n
 
-            def sink(start: int, answers: Answers, number=number) -> None:
+            def sink(start: int, answers: Slice, number=number) -> None:
                 rows.update((number, start + i) for i in range(len(answers)))
 
             try:

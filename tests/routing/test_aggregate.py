@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from overlay.model.segments import (
     AnswerRow,
-    Answers,
     Code,
     Column,
+    Detail,
     Executed,
-    Failure,
     Mode,
     Part,
-    PartColumn,
+    PartSlice,
+    Slice,
 )
 from overlay.routing import aggregate
 
@@ -33,14 +33,14 @@ def failed(worker: str, code: Code = Code.UNAVAILABLE, executed: Executed = NO) 
     return Part(worker, code, f"{worker} did not", executed=executed)
 
 
-def column(part: Part, count: int = 1) -> PartColumn:
+def column(part: Part, count: int = 1) -> PartSlice:
     """Rows that all fared like this part."""
-    failed = None if part.ok else Failure(part.code, part.reason, part.executed)
-    return PartColumn(part.process_id, Column((part.result,) * count), part.hops, {}, failed)
+    failed = None if part.ok else Detail(part.code, part.reason, part.executed)
+    return PartSlice(part.process_id, Column((part.result,) * count), part.hops, {}, failed)
 
 
-def answers(*parts: Part, hops: tuple[str, ...] = (), count: int = 1) -> Answers:
-    return Answers(count, tuple(column(part, count) for part in parts), hops)
+def answers(*parts: Part, hops: tuple[str, ...] = (), count: int = 1) -> Slice:
+    return Slice(count, tuple(column(part, count) for part in parts), hops)
 
 
 def test_hops_are_the_process_asked_and_then_depth_first_in_configuration_order():
@@ -64,9 +64,9 @@ def test_parts_of_workers_in_no_branch_stand_in_their_place():
 
 
 def test_rows_are_gathered_each_with_its_own():
-    at_b = Answers(3, (PartColumn("C", Column((b"c0", b"c1", b"c2"))),), ("B", "C"))
-    failures = {1: Failure(Code.INTERNAL, "row 1", YES)}
-    at_e = Answers(3, (PartColumn("D", Column((b"d0", b"", b"d2")), (), failures),), ("E", "D"))
+    at_b = Slice(3, (PartSlice("C", Column((b"c0", b"c1", b"c2"))),), ("B", "C"))
+    failures = {1: Detail(Code.INTERNAL, "row 1", YES)}
+    at_e = Slice(3, (PartSlice("D", Column((b"d0", b"", b"d2")), (), failures),), ("E", "D"))
 
     found = aggregate.gathered("A", ORDER, {"E": at_e, "B": at_b}, ())
 
@@ -76,8 +76,8 @@ def test_rows_are_gathered_each_with_its_own():
 
 
 def test_plain_results_are_what_each_row_gets_alone():
-    two = Answers(2, tuple(PartColumn(w, Column((b"0" + w.encode(), b"1"))) for w in "CD"))
-    one = Answers(2, two.parts[:1])
+    two = Slice(2, tuple(PartSlice(w, Column((b"0" + w.encode(), b"1"))) for w in "CD"))
+    one = Slice(2, two.parts[:1])
     for mode, found in ((Mode.ALL, two), (Mode.ALL, one), (Mode.ANY, one)):
         alone = [aggregate.result(mode, found.at(row), None) for row in range(2)]
         assert aggregate.plain_results(found) == alone
@@ -110,7 +110,7 @@ def test_a_branch_answers_for_each_of_its_targets_and_for_nobody_else():
 
 
 def test_what_a_branch_left_out_in_silence_is_no_proof_that_nothing_ran():
-    (part,) = aggregate.from_branch(Answers(1, ()), ("F",)).at(0).parts
+    (part,) = aggregate.from_branch(Slice(1, ()), ("F",)).at(0).parts
     assert part.executed is UNKNOWN
 
 
@@ -118,7 +118,7 @@ def test_what_a_branch_left_out_in_silence_is_no_proof_that_nothing_ran():
 def test_a_branchs_refusal_is_each_targets_own(executed):
     refused = Part("E", Code.RESOURCE_EXHAUSTED, "full", executed=executed)
 
-    found = aggregate.from_branch(Answers(2, (), refused=refused), ("D", "F"))
+    found = aggregate.from_branch(Slice(2, (), refused=refused), ("D", "F"))
 
     for row in range(2):
         assert found.at(row).parts == (

@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     AnswerRow,
-    Answers,
+    Cancel,
     Code,
     Column,
-    End,
+    Detail,
     Executed,
-    Failure,
     Mode,
+    OnResult,
     Part,
-    PartColumn,
+    PartSlice,
     Route,
     Segment,
-    Sink,
+    Slice,
 )
 from overlay.model.topology import Topology
 from overlay.peers.peers import Peers
@@ -447,7 +447,7 @@ def test_two_ways_to_a_worker_are_still_one_run(network):
 
 def test_a_neighbour_that_answers_without_parts_has_proved_nothing(network):
     network.cut("A", "E")
-    network.nodes["B"].serve = lambda segment, reply, lane: reply(0, Answers(1, (), ("B",)))
+    network.nodes["B"].serve = lambda segment, reply, lane: reply(0, Slice(1, (), ("B",)))
 
     asked = network.ask("A", mode=ANY)
 
@@ -688,7 +688,7 @@ class Branches:
     """A network whose neighbours answer when the test does."""
 
     def __init__(self) -> None:
-        self.sinks: dict[str, Sink] = {}
+        self.sinks: dict[str, OnResult] = {}
         self.ended = 0
 
     def up(self) -> frozenset[str]:
@@ -706,7 +706,7 @@ class Branches:
     def reserve(self, neighbour: str, handler: str, count: int) -> None:
         pass
 
-    def send(self, neighbour: str, segment: Segment, sink: Sink) -> End:
+    def send(self, neighbour: str, segment: Segment, sink: OnResult) -> Cancel:
         self.sinks[neighbour] = sink
         return self._end
 
@@ -728,7 +728,7 @@ def row_by_row(count: int, mode: Mode, way: str, ends: bool) -> float:
     )
     segment = Segment(Route(mode), Column((b"",) * count), 1e9, 1)
     if way == "as they come":
-        segment = replace(segment, early=lambda row, answers: None)
+        segment = replace(segment, on_partial=lambda row, answers: None)
     claimed = relay.claim(segment.route, count, 0.0, True)
     assert isinstance(claimed, Claimed)
     began = time.process_time()
@@ -739,15 +739,15 @@ def row_by_row(count: int, mode: Mode, way: str, ends: bool) -> float:
         refused = Part("B", Code.UNAVAILABLE, "no", executed=Executed.NO)
         (first,) = branches.sinks.values()
         for row in range(count):
-            first(row, Answers(1, (), refused=refused))
+            first(row, Slice(1, (), refused=refused))
     for neighbour, sink in branches.sinks.items():
         workers = "C" if neighbour == "B" else "DF"
-        columns = tuple(PartColumn(w, Column((b"x",))) for w in workers)
+        columns = tuple(PartSlice(w, Column((b"x",))) for w in workers)
         for row in chance.sample(range(count), count):
             if ends:
                 queued.end(Code.CANCELLED, row, 1)
             else:
-                sink(row, Answers(1, columns, (neighbour,)))
+                sink(row, Slice(1, columns, (neighbour,)))
     took_s = time.process_time() - began
     assert answered == dict.fromkeys(range(count), 1)
     return took_s
@@ -773,8 +773,8 @@ def test_a_row_costs_the_same_however_many_others_come_one_by_one(mode, way, end
 
 def test_rows_that_all_failed_are_sliced_in_no_more_time_than_there_are_of_them():
     def cpu_s(count: int) -> float:
-        failures = {row: Failure(Code.INTERNAL, "no") for row in range(count)}
-        column = PartColumn("F", Column((b"",) * count), (), failures)
+        failures = {row: Detail(Code.INTERNAL, "no") for row in range(count)}
+        column = PartSlice("F", Column((b"",) * count), (), failures)
         began = time.process_time()
         for row in range(count):
             assert column.slice(row, 1).failures == {0: failures[row]}

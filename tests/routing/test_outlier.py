@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlay.model.segments import Answers, Code, Column, Executed, Failure, Part, PartColumn
+from overlay.model.segments import Code, Column, Detail, Executed, Part, PartSlice, Slice
 from overlay.routing.outlier import (
     FAILURES,
     LOOK_S,
@@ -38,10 +38,10 @@ SAID = [
 
 @pytest.mark.parametrize(("code", "executed", "verdict"), SAID)
 def test_a_refusal_and_a_part_that_failed_say_the_same_of_a_neighbour(code, executed, verdict):
-    refused = Answers(2, (), refused=Part("C", code, "why", executed=executed))
-    failure = Failure(code, "why", executed)
-    all_rows = Answers(2, (PartColumn.missing("C", 2, failure),))
-    by_row = Answers(2, (PartColumn("C", Column([b"", b""]), failures={0: failure, 1: failure}),))
+    refused = Slice(2, (), refused=Part("C", code, "why", executed=executed))
+    failure = Detail(code, "why", executed)
+    all_rows = Slice(2, (PartSlice.missing("C", 2, failure),))
+    by_row = Slice(2, (PartSlice("C", Column([b"", b""]), failures={0: failure, 1: failure}),))
 
     for answers in (refused, all_rows, by_row):
         found = classify(answers, 0.0)
@@ -51,39 +51,39 @@ def test_a_refusal_and_a_part_that_failed_say_the_same_of_a_neighbour(code, exec
 
 def test_a_team_leader_that_reaches_no_worker_is_not_taken_for_one_that_stops():
     stops = Part("E", Code.UNAVAILABLE, "E is stopping", executed=NO)
-    assert classify(Answers(1, (), refused=stops), 0.0).verdict is Verdict.NEITHER
+    assert classify(Slice(1, (), refused=stops), 0.0).verdict is Verdict.NEITHER
 
-    missing = PartColumn.missing("F", 1, Failure(Code.UNAVAILABLE, "F cannot be reached", NO))
-    assert classify(Answers(1, (missing,)), 0.0).verdict is Verdict.BAD
+    missing = PartSlice.missing("F", 1, Detail(Code.UNAVAILABLE, "F cannot be reached", NO))
+    assert classify(Slice(1, (missing,)), 0.0).verdict is Verdict.BAD
 
 
 def test_a_worker_that_cannot_be_reached_for_all_says_nothing_of_its_team_leader():
-    missing = PartColumn.missing("C", 1, Failure(Code.UNAVAILABLE, "C cannot be reached", NO))
-    assert classify(Answers(1, (missing,)), 0.0, to_all=True).verdict is Verdict.NEITHER
+    missing = PartSlice.missing("C", 1, Detail(Code.UNAVAILABLE, "C cannot be reached", NO))
+    assert classify(Slice(1, (missing,)), 0.0, to_all=True).verdict is Verdict.NEITHER
 
-    lost = PartColumn.missing("C", 1, Failure(Code.UNAVAILABLE, "no answer from B"))
-    assert classify(Answers(1, (lost,)), 0.0, to_all=True).verdict is Verdict.BAD
+    lost = PartSlice.missing("C", 1, Detail(Code.UNAVAILABLE, "no answer from B"))
+    assert classify(Slice(1, (lost,)), 0.0, to_all=True).verdict is Verdict.BAD
 
 
-GONE = Failure(Code.UNAVAILABLE, "gone")
+GONE = Detail(Code.UNAVAILABLE, "gone")
 
 
 def test_one_result_among_failures_is_an_answer():
-    some = PartColumn("C", Column([b"", b"x"]), failures={0: GONE}, worked_us=5000)
-    assert classify(Answers(2, (some,)), 0.004) == Outcome(Verdict.GOOD, 2, "", 0.005, 0.004)
+    some = PartSlice("C", Column([b"", b"x"]), failures={0: GONE}, worked_us=5000)
+    assert classify(Slice(2, (some,)), 0.004) == Outcome(Verdict.GOOD, 2, "", 0.005, 0.004)
 
-    other = PartColumn.missing("F", 2, GONE)
-    assert classify(Answers(2, (other, some)), 0.004).verdict is Verdict.GOOD
+    other = PartSlice.missing("F", 2, GONE)
+    assert classify(Slice(2, (other, some)), 0.004).verdict is Verdict.GOOD
 
 
 def test_the_worst_of_several_failures_counts():
-    late = Failure(Code.DEADLINE_EXCEEDED, "late", YES)
-    columns = PartColumn.missing("D", 1, late), PartColumn.missing("F", 1, GONE)
-    assert classify(Answers(1, columns), 0.0)[:3] == (Verdict.BAD, 1, "gone")
+    late = Detail(Code.DEADLINE_EXCEEDED, "late", YES)
+    columns = PartSlice.missing("D", 1, late), PartSlice.missing("F", 1, GONE)
+    assert classify(Slice(1, columns), 0.0)[:3] == (Verdict.BAD, 1, "gone")
 
 
 def test_an_answer_without_parts_says_nothing():
-    assert classify(Answers(3, ()), 0.0).verdict is Verdict.NEITHER
+    assert classify(Slice(3, ()), 0.0).verdict is Verdict.NEITHER
 
 
 class Room:

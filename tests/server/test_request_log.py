@@ -16,17 +16,17 @@ from overlay.model.errors import (
     QueueFull,
 )
 from overlay.model.segments import (
-    Answers,
     Code,
     Column,
+    Detail,
     Executed,
-    Failure,
     Hop,
     Mode,
     Part,
-    PartColumn,
+    PartSlice,
     Route,
     Segment,
+    Slice,
 )
 from overlay.observability.counters import BOUNDS_S, RECENT, Meter, Spread, Times
 from overlay.observability.request_summaries import KEPT, RequestSummaries, RequestSummary
@@ -49,12 +49,12 @@ def _lines_of_all_levels(caplog):
 
 def segment(rows: int = 1, *, traced: bool = False, told: bool = False, hops=()) -> Segment:
     route = Route(Mode.ANY, "pink", "h", hops)
-    return Segment(route, Column([b"x"] * rows), 1e9, 0xAB, traced=traced, told=told)
+    return Segment(route, Column([b"x"] * rows), 1e9, 0xAB, traced=traced, log_lines=told)
 
 
 def ended(asked: Segment, *failures: tuple[int, OverlayError], start: int = 0) -> Ended:
     rows = len(asked) - start
-    answers = Answers(rows, (PartColumn("W", Column([b""] * rows), worked_us=7),), ("W",))
+    answers = Slice(rows, (PartSlice("W", Column([b""] * rows), worked_us=7),), ("W",))
     return Ended(asked, "10.0.0.9", start, answers, failures)
 
 
@@ -142,7 +142,7 @@ def test_a_line_names_its_request_and_its_kind(record, caplog):
 BROKEN = HandlerFailed("C: it broke")
 LOST = PartsFailed("C was lost", Code.UNAVAILABLE, Executed.UNKNOWN, "lost", None)
 TOO_LARGE = PartsFailed("it is large", Code.RESOURCE_EXHAUSTED, Executed.YES, "too large", None)
-WELL, NOT = None, Failure(Code.INTERNAL, "it broke", Executed.YES)
+WELL, NOT = None, Detail(Code.INTERNAL, "it broke", Executed.YES)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,11 @@ WELL, NOT = None, Failure(Code.INTERNAL, "it broke", Executed.YES)
 def test_a_failure_is_an_event_at_the_one_process_that_knows(
     caplog, works, asked_by, error, part, event
 ):
-    column = PartColumn("C", Column([b""]), failed=part)
+    column = PartSlice("C", Column([b""]), failed=part)
     made = RequestLog("X", works)
 
     made.ended(
-        Ended(segment(hops=asked_by), "10.0.0.9", 0, Answers(1, (column,), ("C",)), [(0, error)])
+        Ended(segment(hops=asked_by), "10.0.0.9", 0, Slice(1, (column,), ("C",)), [(0, error)])
     )
 
     (line,) = caplog.records
@@ -192,12 +192,12 @@ def test_a_request_that_wants_to_be_told_has_a_line_whatever_came_of_it(record, 
 
 def test_what_a_handler_tells_its_caller_is_told_to_nobody_else(record, caplog):
     """BadRequest's sentence may quote the payload."""
-    said = Failure(Code.INVALID_ARGUMENT, "no such word: my password", Executed.YES)
-    column = PartColumn("C", Column([b""]), failed=said)
+    said = Detail(Code.INVALID_ARGUMENT, "no such word: my password", Executed.YES)
+    column = PartSlice("C", Column([b""]), failed=said)
     error = PartsFailed(f"C: {said.reason}", said.code, said.executed, "invalid argument", None)
     for told in (False, True):
         asked = segment(traced=told, told=told)
-        answers = Answers(1, (column,), ("C",))
+        answers = Slice(1, (column,), ("C",))
         record.ended(Ended(asked, "10.0.0.9", 0, answers, [(0, error)]))
 
     for story in record.stories.last(9):
@@ -261,16 +261,16 @@ def test_the_oldest_of_more_than_can_be_kept_are_forgotten_row_by_row():
     assert times.spread == Spread(1.0, 1.0, pytest.approx(1 + 1 / RECENT), RECENT)
 
 
-def part(waited_s=0.0, worked_s=0.0, why: Failure | None = None) -> PartColumn:
+def part(waited_s=0.0, worked_s=0.0, why: Detail | None = None) -> PartSlice:
     failures = {} if why is None else {0: why}
     times = int(waited_s * 1e6), int(worked_s * 1e6)
-    return PartColumn("C", Column([b""]), (), failures, None, *times)
+    return PartSlice("C", Column([b""]), (), failures, None, *times)
 
 
-NEVER = Failure(Code.UNAVAILABLE, "", Executed.NO)
-LATE = Failure(Code.DEADLINE_EXCEEDED, "", Executed.YES)
-LOST = Failure(Code.UNAVAILABLE, "")
-RAISED = Failure(Code.INTERNAL, "", Executed.YES)
+NEVER = Detail(Code.UNAVAILABLE, "", Executed.NO)
+LATE = Detail(Code.DEADLINE_EXCEEDED, "", Executed.YES)
+LOST = Detail(Code.UNAVAILABLE, "")
+RAISED = Detail(Code.INTERNAL, "", Executed.YES)
 
 
 # Of rows that were away for 2 s.
@@ -290,21 +290,21 @@ RAISED = Failure(Code.INTERNAL, "", Executed.YES)
     ],
 )
 def test_service_is_what_the_worker_says_and_never_more_than_can_be(parts, expected):
-    assert served(Answers(1, tuple(parts)), 2.0) == expected
+    assert served(Slice(1, tuple(parts)), 2.0) == expected
 
 
 def test_what_was_refused_has_not_begun_unless_nobody_knows():
     for executed, expected in ((Executed.NO, None), (Executed.UNKNOWN, 2.0)):
         refused = Part("B", Code.UNAVAILABLE, executed=executed)
-        assert served(Answers(1, (), refused=refused), 2.0) == expected
+        assert served(Slice(1, (), refused=refused), 2.0) == expected
 
 
 def test_of_a_worker_itself_what_it_waited_was_before_that():
-    assert served(Answers(1, (part(1.5, why=LATE),)), 2.0, works=True) == 2.0
+    assert served(Slice(1, (part(1.5, why=LATE),)), 2.0, works=True) == 2.0
 
 
 def test_parts_that_went_before_the_answer_count():
-    assert served(Answers(1, (), early_us=(500_000, 250_000)), 2.0) == 0.25
+    assert served(Slice(1, (), early_us=(500_000, 250_000)), 2.0) == 0.25
 
 
 def test_an_allowance_is_so_many_at_once_and_so_many_a_second():

@@ -20,18 +20,18 @@ import pytest
 from overlay.model.errors import NoTimeLeft, OverlayError, QueueFull
 from overlay.model.limits import Limits
 from overlay.model.segments import (
-    Answers,
     Caller,
+    Cancel,
     Chunk,
     Code,
     Column,
-    End,
+    Detail,
     Executed,
-    Failure,
-    PartColumn,
+    OnResult,
+    PartSlice,
     Progress,
     Segment,
-    Sink,
+    Slice,
 )
 from overlay.model.topology import HandlerSpec, Process, Topology
 from overlay.observability.map_progress import Maps
@@ -61,9 +61,9 @@ class Desk:
 
     answer: Callable[[bytes], bytes] = lambda payload: b"W: " + payload
     places: int = 10**9
-    held: list[tuple[Segment, Sink]] | None = None
+    held: list[tuple[Segment, OnResult]] | None = None
     ended: list[tuple[Code, int, int]] = field(default_factory=list)
-    started: list[tuple[Segment, Sink]] = field(default_factory=list)
+    started: list[tuple[Segment, OnResult]] = field(default_factory=list)
     running: int = 0
     answered: int = 0
     failures: list[OverlayError] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Desk:
         count = min(count, self.places - self.running)
         return Place(count) if count > 0 else None
 
-    def start(self, segment: Segment, place: Place, waited_s: float, sink: Sink) -> End:
+    def start(self, segment: Segment, place: Place, waited_s: float, sink: OnResult) -> Cancel:
         self.running += len(segment)
         self.started.append((segment, sink))
         if self.held is None:
@@ -84,15 +84,15 @@ class Desk:
 
         def end(code: Code, start: int, count: int) -> None:
             self.ended.append((code, start, count))
-            column = PartColumn.missing("W", count, Failure(code, "ended", Executed.YES))
-            sink(start, Answers(count, (column,), ("W",)))
+            column = PartSlice.missing("W", count, Detail(code, "ended", Executed.YES))
+            sink(start, Slice(count, (column,), ("W",)))
 
         return end
 
-    def finish(self, segment: Segment, sink: Sink, start: int = 0, count: int = 10**9) -> None:
+    def finish(self, segment: Segment, sink: OnResult, start: int = 0, count: int = 10**9) -> None:
         rows = [self.answer(payload) for payload in segment.payloads.items[start : start + count]]
         self.running -= len(rows)
-        sink(start, Answers(len(rows), (PartColumn("W", self._column(rows)),), ("W",)))
+        sink(start, Slice(len(rows), (PartSlice("W", self._column(rows)),), ("W",)))
 
     def let_go(self) -> None:
         held, self.held = self.held or [], None
@@ -599,7 +599,7 @@ def large_results(count: int) -> Iterator[tuple[Served, grpc.Call, list[int]]]:
     desk, started = Desk(answer=lambda payload: b"y" * 64 * KIB, places=4), []
     finish = desk.finish
 
-    def later(segment: Segment, sink: Sink) -> None:
+    def later(segment: Segment, sink: OnResult) -> None:
         started.append(len(segment))
         threads.submit(finish, segment, sink)
 
@@ -681,8 +681,8 @@ def test_many_long_reasons_do_not_end_the_stream():
     with serving(desk, limits) as served:
         call = served.call([frame(segment(1, *[b""] * 4000))])
         ((_, sink),) = until(lambda: desk.held, 5)
-        failures = {row: Failure(Code.INTERNAL, "x" * 900, Executed.YES) for row in range(4000)}
-        sink(0, Answers(4000, (PartColumn("W", Column([b""] * 4000), (), failures),), ("W",)))
+        failures = {row: Detail(Code.INTERNAL, "x" * 900, Executed.YES) for row in range(4000)}
+        sink(0, Slice(4000, (PartSlice("W", Column([b""] * 4000), (), failures),), ("W",)))
         desk.held = []
 
         found = rows_of(call)
@@ -732,8 +732,8 @@ def test_a_process_follows_only_what_clients_ask_it():
     assert traces(Desk(follows=True), of_a_process) == []
 
 
-def part(result: bytes, rows: int = 1) -> Answers:
-    return Answers(rows, (PartColumn("V", Column((result,) * rows)),), ("W", "V"))
+def part(result: bytes, rows: int = 1) -> Slice:
+    return Slice(rows, (PartSlice("V", Column((result,) * rows)),), ("W", "V"))
 
 
 def slices_of(frames: Iterable[pb2.Frame]) -> list[tuple[int, int, int, bool, list[bytes]]]:
@@ -745,11 +745,11 @@ def test_a_part_leaves_before_its_row_s_answer_and_none_after_it():
     with serving(Desk(held=[])) as served:
         call = served.call([frame(segment(5, b"a", b"b", as_they_come=True))])
         ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
-        asked.early(0, part(b"both", 2))
+        asked.on_partial(0, part(b"both", 2))
         sink(0, part(b"first's last"))
-        asked.early(0, part(b"late for the first", 2))
+        asked.on_partial(0, part(b"late for the first", 2))
         sink(1, part(b"second's last"))
-        asked.early(1, part(b"too late"))
+        asked.on_partial(1, part(b"too late"))
         served.desk.held = []
         found = slices_of(call)
 
@@ -769,7 +769,7 @@ def test_parts_that_nobody_reads_are_counted_in_the_window_until_they_are_writte
         ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
         (stream,) = served.streams
         for _ in range(40):
-            asked.early(0, part(bytes(100 * KIB)))
+            asked.on_partial(0, part(bytes(100 * KIB)))
         until(lambda: stream._lane.paused, what="nothing more starts meanwhile")
         sink(0, part(b"last"))
         served.desk.held = []
@@ -781,10 +781,10 @@ def test_parts_that_nobody_reads_are_counted_in_the_window_until_they_are_writte
         assert not stream._lane.paused
 
 
-def chunk(at: int, more: bool, granted: list[int]) -> Answers:
+def chunk(at: int, more: bool, granted: list[int]) -> Slice:
     """Four bytes of a result, after `at` others."""
     how = Chunk(at, more, granted.append if more else None)
-    return Answers(1, (PartColumn("V", Column((b"four",)), chunk=how),), ("W", "V"))
+    return Slice(1, (PartSlice("V", Column((b"four",)), chunk=how),), ("W", "V"))
 
 
 def test_chunks_pass_with_their_places_and_grants_go_back_to_who_sent_them():
@@ -794,14 +794,14 @@ def test_chunks_pass_with_their_places_and_grants_go_back_to_who_sent_them():
         call = served.call(sender)
         ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
         assert asked.chunks == 1
-        asked.early(0, chunk(0, True, granted))
+        asked.on_partial(0, chunk(0, True, granted))
         assert granted == [2]  # as many more as the client takes
         made = next(iter(call)).slices[0]
         sender.send(pb2.Frame(grants=[pb2.Grant(number=5, row=0, process_id="V", count=1)]))
         until(lambda: granted == [2, 1], what="a grant has come")
-        asked.early(0, chunk(4, False, granted))
+        asked.on_partial(0, chunk(4, False, granted))
         served.desk.held = []
-        sink(0, Answers(1, (), ("W",)))
+        sink(0, Slice(1, (), ("W",)))
         sender.send(pb2.Frame(grants=[pb2.Grant(number=5, row=0, process_id="V", count=9)]))
         sender.close()  # what is granted late is passed over
         rest = [m for f in call for m in f.slices]
@@ -815,11 +815,11 @@ def test_how_long_a_client_reads_is_no_pace_by_which_others_are_judged():
         rows = [segment(n, b"a", as_they_come=True, chunks=1) for n in range(2)]
         call = served.call(sender := Sender(frame(*rows)))
         (asked, sink), (_, whole) = until(lambda: len(served.desk.held) == 2 and served.desk.held)
-        asked.early(0, chunk(0, True, []))
-        sink(0, Answers(1, (), ("W",)))
+        asked.on_partial(0, chunk(0, True, []))
+        sink(0, Slice(1, (), ("W",)))
         (service_class,) = served.intake._classes.values()
         assert service_class.estimator.mean_s(time.monotonic()) == 0.0
-        whole(0, Answers(1, (), ("W",)))
+        whole(0, Slice(1, (), ("W",)))
         assert service_class.estimator.mean_s(time.monotonic()) > 0.0
         served.desk.held = []
         sender.close()
@@ -830,9 +830,9 @@ def test_a_part_that_fails_after_chunks_is_no_answer():
     with serving(Desk(held=[])) as served:
         call = served.call(sender := Sender(frame(segment(5, b"a", as_they_come=True, chunks=1))))
         ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
-        asked.early(0, chunk(0, True, []))
-        failed = PartColumn.missing("V", 1, Failure(Code.INTERNAL, "broke", Executed.YES))
-        sink(0, Answers(1, (failed,), ("W", "V")))
+        asked.on_partial(0, chunk(0, True, []))
+        failed = PartSlice.missing("V", 1, Detail(Code.INTERNAL, "broke", Executed.YES))
+        sink(0, Slice(1, (failed,), ("W", "V")))
         served.desk.held = []
         sender.close()
         first, last = (made for answered in call for made in answered.slices)
@@ -845,7 +845,7 @@ def test_who_grants_more_than_has_come_is_told_so():
         sender = Sender(frame(segment(5, b"a", as_they_come=True, chunks=3)))
         call = served.call(sender)
         ((asked, _),) = until(lambda: served.desk.held, what="it has started")
-        asked.early(0, chunk(0, True, []))
+        asked.on_partial(0, chunk(0, True, []))
         sender.send(pb2.Frame(grants=[pb2.Grant(number=5, row=0, process_id="V", count=2)]))
         with pytest.raises(grpc.RpcError, match="grants: V has sent 1 chunks, not 2"):
             list(call)
@@ -861,11 +861,11 @@ def test_many_parts_of_a_stream_share_the_room_that_there_is_ahead_of_who_reads(
         call = served.call(sender)
         until(lambda: len(served.desk.held) == 4, what="all have started")
         for asked, _ in served.desk.held:
-            asked.early(0, chunk(0, True, granted))
+            asked.on_partial(0, chunk(0, True, granted))
         assert granted == [4, 4]
         (_, sink), *_ = served.desk.held
-        sink(0, Answers(1, (), ("W",)))  # it has ended, and what it had is free
-        served.desk.held[3][0].early(0, chunk(4, True, granted))
+        sink(0, Slice(1, (), ("W",)))  # it has ended, and what it had is free
+        served.desk.held[3][0].on_partial(0, chunk(4, True, granted))
         assert granted == [4, 4, 4]
         served.desk.held = []
         call.cancel()
@@ -875,7 +875,7 @@ def test_who_does_not_ask_for_parts_gets_none_before_the_answer():
     with serving(Desk(held=[])) as served:
         call = served.call([frame(segment(5, b"a"), segment(6, b"a", mode=1, as_they_come=True))])
         until(lambda: len(served.desk.held) == 2, what="both have started")
-        assert [asked.early for asked, _ in served.desk.held] == [None, None]
+        assert [asked.on_partial for asked, _ in served.desk.held] == [None, None]
         served.desk.let_go()
         assert [more for *_, more, _ in slices_of(call)] == [False, False]
 

@@ -15,15 +15,15 @@ from overlay.client.partials import Parts
 from overlay.client.submitter import Delivery
 from overlay.model.errors import BadRequest
 from overlay.model.segments import (
-    Answers,
     Chunk,
     Code,
     Column,
+    Detail,
     Executed,
-    Failure,
     Part,
     Route,
     Segment,
+    Slice,
 )
 from overlay.model.topology import HandlerSpec, Process
 from overlay.transport.chunks import CHUNK_BYTES, ChunkWindow, ChunkWriter, NotBytes, cut
@@ -285,7 +285,7 @@ class Bench:
         self._ids += 1
         until_s = time.monotonic() + left_s
         segment = Segment(Route(), Column((what.encode(),)), until_s, self._ids, chunks=chunks)
-        segment.early = self._take
+        segment.on_partial = self._take
         me = Process("W", "worker", "green", "h", 1)
         rest = self._give_back, self.runner.end
         self.batch = HandlerJob(self._desk, me, segment, 0.0, self._take, *rest)
@@ -308,7 +308,7 @@ class Bench:
     def result(self) -> bytes:
         return b"".join(chunk for chunk, _ in self.came)
 
-    def _take(self, start: int, answers: Answers) -> None:
+    def _take(self, start: int, answers: Slice) -> None:
         (column,) = answers.parts
         part = column.at(0)
         if column.chunk is not None and part.ok:
@@ -463,6 +463,6 @@ def test_more_is_granted_as_chunks_are_taken_and_nothing_after_the_last():
 def test_a_part_that_broke_off_is_told_of_at_the_end():
     parts = Parts(None)
     list(parts.early(came(lambda worker: None, C=(0, b"ab", True), D=(0, b"x", False)), 0))
-    (part,) = parts.last(Failure(Code.UNAVAILABLE, "gone"), 0)
+    (part,) = parts.last(Detail(Code.UNAVAILABLE, "gone"), 0)
     assert (part.process_id, part.code, part.executed) == ("C", Code.DATA_LOSS, Executed.UNKNOWN)
     assert "broke off after 2 bytes" in part.reason

@@ -15,17 +15,17 @@ from overlay.model.errors import BadRequest, Misspoken, OverlayError, PartsFaile
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     AnswerRow,
-    Answers,
     Code,
     Column,
+    Detail,
     Executed,
-    Failure,
     Hop,
     Mode,
     Part,
-    PartColumn,
+    PartSlice,
     Route,
     Segment,
+    Slice,
 )
 from overlay.transport import codec
 from overlay.transport.codec import pb2
@@ -60,7 +60,7 @@ ANSWERS = st.builds(
 )
 
 
-def asked_for(answers: Answers, start: int = 0) -> codec.Asked:
+def asked_for(answers: Slice, start: int = 0) -> codec.Asked:
     """A question that these answer."""
     return codec.Asked(start + answers.count, frozenset(c.process_id for c in answers.parts))
 
@@ -86,27 +86,27 @@ def test_a_segment_between_processes_arrives_as_it_was_sent(
     assert found.deadline == pytest.approx(5.0)
 
 
-def random_answers(seed: int) -> Answers:
+def random_answers(seed: int) -> Slice:
     """A slice of any kind: refused, with failing workers, with failing rows, or flawless."""
     chance = random.Random(seed)
     count, hops = chance.randint(1, 6), tuple(chance.choices("ABCDEF", k=chance.randint(0, 4)))
 
-    def failure() -> Failure:
+    def failure() -> Detail:
         words = chance.choice(["", "why", "\u00fc\n\U0001f600"])
-        return Failure(chance.choice(list(Code)[1:]), words, chance.choice(list(Executed)))
+        return Detail(chance.choice(list(Code)[1:]), words, chance.choice(list(Executed)))
 
-    def column(process_id: str) -> PartColumn:
+    def column(process_id: str) -> PartSlice:
         if chance.random() < 0.2:
-            return PartColumn.missing(process_id, count, failure())
+            return PartSlice.missing(process_id, count, failure())
         failures = {row: failure() for row in range(count) if chance.random() < 0.2}
         items = [b"" if row in failures else chance.randbytes(row) for row in range(count)]
         times = chance.choice([0, 7, 2**32 - 1]), chance.choice([0, 9, 2**32 - 1])
-        return PartColumn(process_id, Column(items), hops, failures, None, *times)
+        return PartSlice(process_id, Column(items), hops, failures, None, *times)
 
     if chance.random() < 0.2:
         why = failure()
-        return Answers(count, (), hops, Part("", why.code, why.reason, executed=why.executed))
-    return Answers(count, tuple(map(column, chance.sample("CDEF", chance.randint(0, 4)))), hops)
+        return Slice(count, (), hops, Part("", why.code, why.reason, executed=why.executed))
+    return Slice(count, tuple(map(column, chance.sample("CDEF", chance.randint(0, 4)))), hops)
 
 
 SLICES = st.integers(0, 2**32).map(random_answers)
@@ -185,14 +185,14 @@ def test_a_trace_travels_with_its_slice_and_with_its_chunks(answers, trace):
 
 @pytest.mark.parametrize(("traced", "told"), [(False, False), (True, False), (True, True)])
 def test_a_segment_says_on_its_way_whether_it_is_followed_and_told(traced, told):
-    segment = Segment(Route(), Column([b"a", b"b"]), 5.0, 1, traced=traced, told=told)
+    segment = Segment(Route(), Column([b"a", b"b"]), 5.0, 1, traced=traced, log_lines=told)
     onward = Segment.joined([segment.slice(0, 1), segment.again().slice(1, 1)]).onward("A", ("C",))
     frame = pb2.Frame()
     codec.write_segment(frame, 1, onward, 1.0)
 
     found = codec.read_segment(sent(frame).segments[0], 0.0, LIMITS)
 
-    assert (found.traced, found.told) == (traced, told)
+    assert (found.traced, found.log_lines) == (traced, told)
 
 
 @given(st.booleans(), st.booleans())
@@ -224,7 +224,7 @@ def test_a_clients_wish_for_a_trace_is_one_for_a_line_too():
         codec.read_request(pb2.Request(want_trace=True), 1.0, LIMITS),
         codec.read_segment(segment, 0.0, LIMITS),
     ):
-        assert (found.traced, found.told) == (True, True)
+        assert (found.traced, found.log_lines) == (True, True)
 
 
 def test_a_column_is_copied_on_unread():
@@ -426,8 +426,8 @@ def test_an_unusual_executed_is_unknown():
 
 def test_times_beyond_the_messages_range_are_cut():
     frame, large = pb2.Frame(), 2**40
-    column = PartColumn("C", Column([b""]), (), {}, None, large, large)
-    codec.write_slice(frame, 1, 0, Answers(1, (column,)))
+    column = PartSlice("C", Column([b""]), (), {}, None, large, large)
+    codec.write_slice(frame, 1, 0, Slice(1, (column,)))
     (part,) = frame.slices[0].parts
     assert (part.waited_us, part.worked_us) == (2**32 - 1, 2**32 - 1)
 

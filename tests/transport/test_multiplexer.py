@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from overlay.model.errors import Misspoken
-from overlay.model.segments import Answers, Chunk, Column, PartColumn
+from overlay.model.segments import Chunk, Column, PartSlice, Slice
 from overlay.transport import multiplexer
 from overlay.transport.codec import pb2
 from overlay.transport.multiplexer import Multiplexer, OpenSegment
@@ -29,8 +29,8 @@ def written(live: Multiplexer, most: int = 100) -> pb2.Frame:
     return frame
 
 
-def chunk(at: int, data: bytes, more: bool = True, worker: str = "C") -> Answers:
-    return Answers(1, (PartColumn(worker, Column((data,)), chunk=Chunk(at, more)),))
+def chunk(at: int, data: bytes, more: bool = True, worker: str = "C") -> Slice:
+    return Slice(1, (PartSlice(worker, Column((data,)), chunk=Chunk(at, more)),))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 
 from overlay.model.errors import ConfigError
 from overlay.model.limits import Limits
-from overlay.model.segments import Answers, Code, Column, Executed, Part, Route, Segment
+from overlay.model.segments import Code, Column, Executed, Part, Route, Segment, Slice
 from overlay.model.topology import HandlerSpec, Process, Topology
 from overlay.workers.executor import Executor
 from overlay.workers.request_ids import SeenIds
@@ -107,7 +107,7 @@ class Bench:
             Route(handler="h", hops=("A", "B")), payloads, deadline, first_id, attempt=2
         )
 
-        def sink(start: int, answers: Answers) -> None:
+        def sink(start: int, answers: Slice) -> None:
             self.slices.append((start, len(answers)))
             for row in range(len(answers)):
                 self.parts[first_id + start + row].extend(answers.at(row).parts)

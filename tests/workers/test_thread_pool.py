@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from overlay.model.segments import Answers, Code, Column, Executed, Failure, Part, Route, Segment
+from overlay.model.segments import Code, Column, Detail, Executed, Part, Route, Segment, Slice
 from overlay.model.topology import HandlerSpec, Process
 from overlay.transport.timers import Deadlines
 from overlay.workers.api import Context
@@ -46,7 +46,7 @@ class Bench:
         segment = Segment(Route(), payloads, time.monotonic() + left_s, first_id)
         self.parts.update({first_id + row: [] for row in range(rows)})
 
-        def sink(start: int, answers: Answers) -> None:
+        def sink(start: int, answers: Slice) -> None:
             with self._lock:
                 self.slices.append((first_id + start, len(answers)))
                 for row in range(len(answers)):
@@ -314,7 +314,7 @@ def test_a_failing_row_costs_its_own_row(benches):
 def test_a_sink_that_fails_does_not_end_the_threads(benches):
     bench = benches(slots=1)
 
-    def broken(start: int, answers: Answers) -> None:
+    def broken(start: int, answers: Slice) -> None:
         raise RuntimeError("a fault of ours")
 
     segment = Segment(Route(), Column([b"x"]), time.monotonic() + 9, 999)
@@ -340,12 +340,12 @@ def test_outcomes_with_gaps_are_answered_as_runs():
     slots = HandlerSlots(HandlerSpec("h", "x:y"), 9, {})
     slices: list[tuple[int, list[bytes]]] = []
 
-    def sink(start: int, answers: Answers) -> None:
+    def sink(start: int, answers: Slice) -> None:
         slices.append((start, [answers.at(row).parts[0].result for row in range(len(answers))]))
 
     segment = Segment(Route(), Column([b""] * 9), 1e12, 1)
     job = HandlerJob(slots, WORKER, segment, 0.0, sink, lambda count: None, lambda *what: None)
-    outcomes = [(0, b"a"), (1, b"b"), (4, Failure(Code.INTERNAL, "")), (5, b"f"), (8, b"i")]
+    outcomes = [(0, b"a"), (1, b"b"), (4, Detail(Code.INTERNAL, "")), (5, b"f"), (8, b"i")]
     job.done(outcomes, 0.1, time.monotonic())
 
     assert slices == [(0, [b"a", b"b"]), (4, [b"", b"f"]), (8, [b"i"])]

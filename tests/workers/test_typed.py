@@ -23,7 +23,7 @@ from overlay.client import sync as library
 from overlay.client.partials import Parts
 from overlay.model import json_values, signatures
 from overlay.model.errors import ConfigError, Misspoken
-from overlay.model.segments import Code, Executed, Failure
+from overlay.model.segments import Code, Detail, Executed
 from overlay.model.signatures import Function
 from overlay.transport.chunks import Leaving
 from overlay.transport.codec import pb2, pb2_grpc, read_metrics
@@ -281,7 +281,7 @@ def call(mine: Any) -> Iterator[Callable[..., Any]]:
         except BaseException as e:  # noqa: BLE001 - as the runners have it
             kind, value = outcome_of_error(e)
         came = read_outcome(name, kind, value)
-        return came if isinstance(came, Failure) else json.loads(came)
+        return came if isinstance(came, Detail) else json.loads(came)
 
     yield called
     for loaded in kept.values():
@@ -398,7 +398,7 @@ EVERYTHING = {"path": "a", "size": {"width": 1}, "at": "2026-01-02T03:04:05Z"}
 def test_a_wrong_argument_is_named(call, name, args, sentence):
     came = call(name, args)
 
-    assert isinstance(came, Failure)
+    assert isinstance(came, Detail)
     assert (came.code, came.executed) == (Code.INVALID_ARGUMENT, Executed.YES)
     assert came.reason.startswith(f"handler '{name}': ")
     assert sentence in came.reason
