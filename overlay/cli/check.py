@@ -129,6 +129,8 @@ def _process(p: pb2.Process) -> tuple[str, ...]:
 def expected_workers(m: pb2.MetricsResponse) -> tuple[str, ...]:
     """The workers that a request to all of this process goes to, in configuration order."""
     topology = Topology.of({p.id: p for p in m.topology})
+    if m.process_id not in topology.processes:  # it says nothing of the overlay
+        return ()
     return tuple(worker.id for worker in topology.workers_of(m.process_id))
 
 

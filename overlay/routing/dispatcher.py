@@ -313,6 +313,7 @@ class StreamingGather:
                     for column in _late(branch, code).parts
                     if column.process_id in self._rows[row].owed
                 ]
+                self._rows[row].owed.clear()  # no part of it is passed on after its answer
             self._answer(row, late)
         for end in list(self._ends):
             end(code, start, count)

@@ -143,7 +143,7 @@ def test_a_handler_is_shown_with_its_signature_and_docstring(page):
     shown = page.locator("#handlers details").first
 
     shown.get_by_text("echo(payload: bytes, context: Context) -> bytes").click()
-    shown.get_by_text("The default handler: gives the payload back").wait_for()
+    shown.get_by_text("The default handler: returns the payload").wait_for()
     assert "on C, D, F" in shown.inner_text()
 
 

@@ -30,7 +30,8 @@ def test_every_key_of_the_configuration_is_explained() -> None:
 
 def test_every_verb_has_its_help_on_the_page() -> None:
     page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
-    modules = {path.stem for path in (ROOT / "overlay" / "cli").glob("*.py")}
+    folder = ROOT / "overlay" / "cli"  # a verb is a file, or a package of its name
+    modules = {path.stem for path in folder.iterdir() if path.name != "page"}
     verbs = {line.split()[1] for line in page.splitlines() if line.startswith("## ")}
 
     assert verbs & modules == {

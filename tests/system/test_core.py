@@ -149,7 +149,7 @@ class Core(RuleBasedStateMachine):
 
     def _ran_as_told(self, asked: Asked, row: int, id_: int) -> None:
         runs, error = self.network.runs(id_), asked.error_at(row)
-        tries = 2 if asked.segment.keyed else 1
+        tries = 2 if asked.segment.idempotent else 1
         assert max(runs.values(), default=0) <= 1
         assert asked.mode is Mode.ALL or len(runs) <= tries
         assert error is None or error.executed is not Executed.NO or not runs
