@@ -17,7 +17,7 @@ stop. docs/architecture.md has the picture, a request's way, the threads, and wh
 
 The way of a request, in every process that it passes:
 
-    node.Forward -> server.service -> transport.codec -> queueing.request_queue
+    node.Forward -> server.unary -> server.request_path -> queueing.request_queue
         => routing.dispatcher -> routing.planner
         => routing.dispatcher -> peers              to the processes below
                               -> workers.executor   in a worker
