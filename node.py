@@ -51,15 +51,15 @@ try:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    from overlay.calls.connection_limits import Connections, most_connections, raise_file_limit
+    from overlay.calls.reception import Call, Health, Reception, on_threads_of
     from overlay.model import config
     from overlay.model.errors import ConfigError, OverlayError
     from overlay.model.topology import Process, Topology, join_address
     from overlay.observability.log_file import ProcessLog
     from overlay.server import reflection
     from overlay.server.admin import Admin
-    from overlay.server.connection_limits import Connections, most_connections, raise_file_limit
     from overlay.server.heap import HeapTrimmer, keep_little
-    from overlay.server.reception import Call, Health, Reception, on_threads_of
     from overlay.server.service import Drained, Service
     from overlay.server.shutdown import StopFile, when_console_ends
     from overlay.transport.channels import Channel

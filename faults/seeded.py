@@ -239,7 +239,7 @@ def runs_some_twice() -> None:
 
 
 def answers_get_lost() -> None:
-    from overlay.server import stream_session
+    from overlay.calls import stream_session
 
     right, numbers = stream_session._Session._answer, itertools.count(1)
 
@@ -332,7 +332,7 @@ def counts_go_astray() -> None:
 
 
 def keys_are_forgotten() -> None:
-    from overlay.server import idempotency
+    from overlay.calls import idempotency
 
     right = idempotency.IdempotencyKeys._end
 
@@ -344,7 +344,7 @@ def keys_are_forgotten() -> None:
 
 
 def key_for_any_payload() -> None:
-    from overlay.server import idempotency
+    from overlay.calls import idempotency
 
     right = idempotency.IdempotencyKeys.enter
     idempotency.IdempotencyKeys.enter = lambda self, caller, key, question: right(

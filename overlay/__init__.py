@@ -1,8 +1,9 @@
 """A request queue for the computers you already own.
 
-Eleven packages; imports go down only, and `lint-imports` checks it (pyproject.toml).
+Twelve packages; imports go down only, and `lint-imports` checks it (pyproject.toml).
 
-    server                     one running process: its gRPC methods, its start and stop
+    server                     one running process: its start and stop, its figures
+    calls                      requests as they come, one or a stream of them
     cli                        one file per verb of client.py, named as the verb
     peers                      the kept links to the processes below
     monitor                    a view of a whole overlay
@@ -17,7 +18,7 @@ stop. docs/architecture.md has the picture, a request's way, the threads, and wh
 
 The way of a request, in every process that it passes:
 
-    node.Forward -> server.unary -> server.request_path -> queueing.request_queue
+    node.Forward -> calls.unary -> calls.request_path -> queueing.request_queue
         => routing.dispatcher -> routing.planner
         => routing.dispatcher -> peers              to the processes below
                               -> workers.executor   in a worker

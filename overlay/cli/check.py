@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from overlay.cli.diagnosis import Finding, Observation
 from overlay.cli.doctor import DEADLINE_S, Examination, examine, links_as_json
 from overlay.cli.terminal import Exit, Screen, connected, failed, misconfigured
 from overlay.cli.text import counted, span
@@ -16,6 +15,7 @@ from overlay.client import sync as library
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.topology import Process, Topology, join_address
+from overlay.monitor.diagnosis import Finding, Observation
 from overlay.transport.codec import pb2
 
 

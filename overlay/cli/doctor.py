@@ -1,8 +1,9 @@
 """`client.py doctor CONFIG`: every process and link of an overlay as this machine sees them.
 
 Opens a connection to every address at the same time, asks what answers, and prints a line for each
-process and each link, with the likely cause and the remedy of what is wrong (overlay.cli.diagnosis
-finds both). `examine` is the same without the report. Owns a thread per process while it asks.
+process and each link, with the likely cause and the remedy of what is wrong (from
+monitor.diagnosis). `examine` is the same without the report. Owns a thread per process while it
+asks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import overlay
-from overlay.cli.diagnosis import Diagnosis, Finding, Grade, Observation, Reach
 from overlay.cli.terminal import Exit, Screen, join_all, misconfigured
 from overlay.cli.text import counted
 from overlay.cli.usage import Parser, is_installed, shared_options
@@ -26,6 +26,7 @@ from overlay.model import clocks as time
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.topology import Process, Topology
+from overlay.monitor.diagnosis import Diagnosis, Finding, Grade, Observation, Reach
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from overlay.transport.machine import asking_address, is_here, own_addresses

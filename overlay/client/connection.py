@@ -14,7 +14,6 @@ from typing import Any, cast
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from overlay.client import environment
 from overlay.client.callbacks import Callbacks
 from overlay.client.doubt import Doubt
 from overlay.client.outbox import Submission
@@ -31,7 +30,7 @@ from overlay.model.errors import (
 from overlay.model.limits import Limits
 from overlay.model.segments import Code, Detail, Executed
 from overlay.observability.log_buffer import LINES
-from overlay.transport import codec, validation
+from overlay.transport import codec, environment, validation
 from overlay.transport.channels import SILENT, Channel
 from overlay.transport.endpoints import channel_options
 

@@ -23,9 +23,9 @@ from overlay.model.errors import BadRequest, NotAllowed, OverlayError
 from overlay.model.topology import Process
 from overlay.server.log_reader import LogReader
 from overlay.server.service import Drained
-from overlay.server.upstream import plain_address
 from overlay.transport import codec
 from overlay.transport.codec import pb2
+from overlay.transport.upstream import plain_address
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from overlay.calls import metrics_codec
 from overlay.model.errors import BadRequest
 from overlay.model.topology import Topology
 from overlay.observability.log_buffer import LINES, LogBuffer
 from overlay.peers.peers import Peers
 from overlay.routing import planner
-from overlay.server import metrics_codec
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 

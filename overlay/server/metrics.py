@@ -7,12 +7,12 @@ import platform
 from collections.abc import Sequence
 
 import overlay
+from overlay.calls import metrics_codec
 from overlay.model import clocks as time
 from overlay.model.signatures import Function, digest, gathered
 from overlay.model.topology import Process, Topology
 from overlay.observability.resources import resources_of
 from overlay.peers.peers import Peers, PeerState
-from overlay.server import metrics_codec
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from overlay.workers.executor import Executor

@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pool, text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from overlay.server.reception import Reception, on_threads_of
+from overlay.calls.reception import Reception, on_threads_of
 
 V1ALPHA = reflection.SERVICE_NAME
 V1 = V1ALPHA.replace("v1alpha", "v1")

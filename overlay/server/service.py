@@ -16,6 +16,12 @@ from dataclasses import dataclass
 
 import grpc
 
+from overlay.calls.idempotency import IdempotencyKeys, Waiter
+from overlay.calls.reception import Call
+from overlay.calls.request_log import RequestLog
+from overlay.calls.request_path import STOPPING_RETRY_S, RequestPath
+from overlay.calls.stream_session import StreamSessions
+from overlay.calls.unary import UnaryRequests
 from overlay.model import clocks as time
 from overlay.model.errors import OverlayError
 from overlay.model.segments import Caller, Code
@@ -27,18 +33,12 @@ from overlay.queueing.request_queue import RequestQueue
 from overlay.routing import planner
 from overlay.routing.aggregate import Merge
 from overlay.routing.dispatcher import Dispatcher
-from overlay.server.idempotency import IdempotencyKeys, Waiter
 from overlay.server.log_reader import LogReader
 from overlay.server.metrics import ProcessMetrics
-from overlay.server.reception import Call
-from overlay.server.request_log import RequestLog
-from overlay.server.request_path import STOPPING_RETRY_S, RequestPath
-from overlay.server.stream_session import StreamSessions
-from overlay.server.unary import UnaryRequests
-from overlay.server.upstream import UpstreamHosts
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from overlay.transport.timers import Deadlines
+from overlay.transport.upstream import UpstreamHosts
 from overlay.workers import api
 from overlay.workers.executor import Executor
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from overlay.cli import init as addressing
-from overlay.cli.diagnosis import Diagnosis, Finding, Grade, Observation, Reach
 from overlay.cli.doctor import advice
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
+from overlay.monitor.diagnosis import Diagnosis, Finding, Grade, Observation, Reach
 from overlay.transport.codec import pb2
 from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from overlay.calls.reception import Reception
 from overlay.model.errors import Misspoken
 from overlay.model.limits import Limits
 from overlay.model.segments import (
@@ -38,7 +39,6 @@ from overlay.peers import peers as links
 from overlay.peers.peers import Peers
 from overlay.routing import outlier
 from overlay.routing.outlier import FAILURES, State
-from overlay.server.reception import Reception
 from overlay.server.service import Service
 from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc

@@ -254,7 +254,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     folder = tmp_path_factory.mktemp("pages")
     module = "\n".join(fence.text for fence in FENCES if fence.is_module)
     (folder / "mine.py").write_text(module, encoding="utf-8")
-    (folder / "calls.jsonl").write_text('{"path": "a.jpg"}\n{"path": "b.jpg", "width": 10}\n')
+    (folder / "photos.jsonl").write_text('{"path": "a.jpg"}\n{"path": "b.jpg", "width": 10}\n')
     for name in ("README.md", "overlay.proto"):
         shutil.copy(ROOT / name, folder)
     functions = [node.name for node in ast.parse(module).body if isinstance(node, ast.FunctionDef)]

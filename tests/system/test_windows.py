@@ -145,7 +145,7 @@ def test_a_part_of_the_tests_passes_on_a_windows_python(windows: Windows) -> Non
     # depend on the system, and links between processes are those of the tests with two systems.
     # The executor first: under wine each process that starts costs a tidy parent a third.
     modules = ["workers/test_executor", "workers/test_thread_pool", "model/test_config"]
-    modules += ["server/test_reception", "server/test_request_log", "server/test_log_reader"]
+    modules += ["calls/test_reception", "calls/test_request_log", "server/test_log_reader"]
     modules += ["observability/test_log_buffer"]
     done = windows.run(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", UNITS, "-k", SOON, "--timeout=60"),

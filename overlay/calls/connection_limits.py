@@ -20,11 +20,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 
+from overlay.calls.eviction import EvictionQueue
+from overlay.calls.request_log import RequestLog
 from overlay.model import clocks as time
-from overlay.server.eviction import EvictionQueue
-from overlay.server.request_log import RequestLog
-from overlay.server.upstream import plain_address
 from overlay.transport import codec
+from overlay.transport.upstream import plain_address
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ from functools import partial
 
 import grpc
 
+from overlay.calls.idempotency import First, IdempotencyKeys, Outcome, Waiter
+from overlay.calls.request_log import unexpected
+from overlay.calls.request_path import Accepted, RequestPath, size_of
 from overlay.model import clocks as time
 from overlay.model.errors import OverlayError
 from overlay.model.segments import AnswerRow, Caller, Code, Column, Route, Segment, Slice
 from overlay.queueing.queued_segment import QueuedSegment
 from overlay.routing import aggregate
-from overlay.server.idempotency import First, IdempotencyKeys, Outcome, Waiter
-from overlay.server.request_log import unexpected
-from overlay.server.request_path import Accepted, RequestPath, size_of
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from overlay.transport.timers import Deadlines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay.server.eviction import EvictionQueue
+from overlay.calls.eviction import EvictionQueue
 
 
 def test_the_oldest_of_the_address_that_has_most_goes():

@@ -7,7 +7,7 @@ gRPC for Python (1.80 to 1.85) gives a call its thread when its headers have com
 waits for the message: eight calls without one held all threads that tell a process's state. It also
 keeps about 15 KB for ever of each unary message that is no protobuf, and its health service keeps
 each name that it was ever asked for. So what lies between the server and the methods is here, on
-grpcio's own building blocks (`_server`); tests/server/test_reception.py says what is expected of
+grpcio's own building blocks (`_server`); tests/calls/test_reception.py says what is expected of
 them.
 
 A caller that opens more than there is room for loses its own first (server.eviction): calls whose
@@ -31,11 +31,11 @@ from grpc import _server
 from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from overlay.calls.eviction import EvictionQueue
+from overlay.calls.request_log import RequestLog, unexpected
 from overlay.model import clocks as time
 from overlay.model.errors import BadRequest, CrowdedOut, OverlayError
 from overlay.model.limits import Limits
-from overlay.server.eviction import EvictionQueue
-from overlay.server.request_log import RequestLog, unexpected
 from overlay.transport import codec
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,10 @@ from unittest import mock
 import grpc
 import pytest
 
+from overlay.calls import stream_session
+from overlay.calls.reception import Reception
+from overlay.calls.request_log import Ended, RequestLog
+from overlay.calls.request_path import RequestPath
 from overlay.model.errors import NoTimeLeft, OverlayError, QueueFull
 from overlay.model.limits import Limits
 from overlay.model.segments import (
@@ -36,10 +40,6 @@ from overlay.model.segments import (
 from overlay.model.topology import HandlerSpec, Process, Topology
 from overlay.observability.map_progress import Maps
 from overlay.queueing.request_queue import RequestQueue
-from overlay.server import stream_session
-from overlay.server.reception import Reception
-from overlay.server.request_log import Ended, RequestLog
-from overlay.server.request_path import RequestPath
 from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from overlay.transport.timers import Deadlines

@@ -13,6 +13,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from overlay.calls.request_log import Ended, RequestLog, log_failure
 from overlay.model.errors import BadRequest, HandlerFailed, OverlayError, PartsFailed
 from overlay.model.segments import (
     Caller,
@@ -33,7 +34,6 @@ from overlay.queueing.queued_segment import QueuedSegment, refusal
 from overlay.queueing.request_queue import RequestQueue
 from overlay.routing import aggregate, planner
 from overlay.routing.aggregate import Merge
-from overlay.server.request_log import Ended, RequestLog, log_failure
 from overlay.transport.codec import pb2
 from overlay.workers.request_ids import ChosenIds
 

@@ -16,6 +16,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from overlay.calls import metrics_codec
 from overlay.model import clocks as time
 from overlay.model.errors import HandlerFailed, OverlayError
 from overlay.model.segments import Caller, Code, Executed, Hop, Mode, Segment, Slice
@@ -24,7 +25,6 @@ from overlay.observability.counters import Meter
 from overlay.observability.request_summaries import RequestSummaries, RequestSummary
 from overlay.observability.throttle import LogThrottle
 from overlay.queueing.queued_segment import QueuedSegment
-from overlay.server import metrics_codec
 from overlay.transport.codec import pb2
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from overlay.calls.reception import Health, Reception, on_threads_of
+from overlay.calls.request_log import RequestLog
 from overlay.model.errors import BadRequest
 from overlay.model.limits import Limits
-from overlay.server.reception import Health, Reception, on_threads_of
-from overlay.server.request_log import RequestLog
 from tests.harness.cluster import until
 
 METHOD = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import overlay as library
+from overlay.calls.idempotency import First, IdempotencyKeys, Waiter
 from overlay.model.errors import (
     AnswerNotKept,
     BadRequest,
@@ -33,7 +34,6 @@ from overlay.model.errors import (
 )
 from overlay.model.limits import MIB, Limits
 from overlay.model.segments import Caller, Code, Executed
-from overlay.server.idempotency import First, IdempotencyKeys, Waiter
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from tests.harness.cluster import Overlay, until

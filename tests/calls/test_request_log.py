@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from overlay.calls.request_log import Ended, RequestLog, served
 from overlay.model.errors import (
     BadRequest,
     CallCancelled,
@@ -31,7 +32,6 @@ from overlay.model.segments import (
 from overlay.observability.counters import BOUNDS_S, RECENT, Meter, Spread, Times
 from overlay.observability.request_summaries import KEPT, RequestSummaries, RequestSummary
 from overlay.observability.throttle import LogThrottle, TokenBucket
-from overlay.server.request_log import Ended, RequestLog, served
 from tests.harness.cluster import until
 
 
@@ -44,7 +44,7 @@ def record() -> Iterator[RequestLog]:
 
 @pytest.fixture(autouse=True)
 def _lines_of_all_levels(caplog):
-    caplog.set_level(logging.INFO, "overlay.server.request_log")
+    caplog.set_level(logging.INFO, "overlay.calls.request_log")
 
 
 def segment(rows: int = 1, *, traced: bool = False, told: bool = False, hops=()) -> Segment:

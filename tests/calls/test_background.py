@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from overlay.server.background import BackgroundThreads
+from overlay.calls.background import BackgroundThreads
 from tests.harness.cluster import until
 
 

@@ -23,6 +23,12 @@ from functools import partial
 
 import grpc
 
+from overlay.calls import metrics_codec
+from overlay.calls.background import BackgroundThreads
+from overlay.calls.eviction import EvictionQueue
+from overlay.calls.reception import Call
+from overlay.calls.request_log import unexpected
+from overlay.calls.request_path import Accepted, RequestPath, size_of
 from overlay.model import clocks as time
 from overlay.model.errors import (
     BadRequest,
@@ -36,12 +42,6 @@ from overlay.model.pending import PendingRows
 from overlay.model.segments import NOBODY, Caller, Code, Mode, Part, Route, Segment, Slice
 from overlay.observability.map_progress import Maps
 from overlay.routing import aggregate
-from overlay.server import metrics_codec
-from overlay.server.background import BackgroundThreads
-from overlay.server.eviction import EvictionQueue
-from overlay.server.reception import Call
-from overlay.server.request_log import unexpected
-from overlay.server.request_path import Accepted, RequestPath, size_of
 from overlay.transport import codec
 from overlay.transport.chunks import Budget, ChunkWindow, Share, Told
 from overlay.transport.codec import pb2

@@ -1,7 +1,7 @@
 """Every rule holds for a single request as for a segment of a stream: one table, asked both ways.
 
 What bounds how much waits is not in it: a single request has a slot of the queue, which may be full
-(tests/system/test_rules.py); a stream has its window (tests/server/test_stream_session.py).
+(tests/system/test_rules.py); a stream has its window (tests/calls/test_stream_session.py).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import grpc
 import pytest
 from grpc import StatusCode
 
+from overlay.calls.reception import Reception
 from overlay.model.errors import BadRequest
 from overlay.model.limits import Limits
 from overlay.model.topology import HandlerSpec, Process, Topology
-from overlay.server.reception import Reception
 from overlay.server.service import Service
 from overlay.transport import endpoints
 from overlay.transport.codec import pb2_grpc
@@ -73,7 +73,7 @@ def failing(parts: object) -> bytes:
 
 
 def spec(name: str, call: str, merge: str | None = None, slots: int = 8) -> HandlerSpec:
-    here = "tests.server.test_both_ways"
+    here = "tests.calls.test_both_ways"
     return HandlerSpec(name, f"{here}:{call}", merge and f"{here}:{merge}", slots=slots)
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from overlay.server import connection_limits
-from overlay.server.connection_limits import Connections, most_connections, raise_file_limit
-from overlay.server.request_log import RequestLog
+from overlay.calls import connection_limits
+from overlay.calls.connection_limits import Connections, most_connections, raise_file_limit
+from overlay.calls.request_log import RequestLog
 from tests.harness.cluster import until
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="it counts no descriptors")
