@@ -10,7 +10,7 @@ each name that it was ever asked for. So what lies between the server and the me
 grpcio's own building blocks (`_server`); tests/calls/test_reception.py says what is expected of
 them.
 
-A caller that opens more than there is room for loses its own first (server.eviction): calls whose
+A caller that opens more than there is room for loses its own first (calls.eviction): calls whose
 message has not come, answers that are not read.
 
 Owns no thread. Callbacks on gRPC's serving thread are marked as such; they must be quick.

@@ -4,7 +4,7 @@
     finish  combine -> fit -> note       what the caller gets, and how each row ended
 
 A single request is a segment of one. How a segment is read, what waits for its answers and how they
-are written is up to the edge that it came by: server.unary or server.stream_session.
+are written is up to the edge that it came by: unary or stream_session.
 """
 
 from __future__ import annotations
@@ -98,7 +98,6 @@ class RequestPath:
     def fill(self, made: pb2.MetricsResponse) -> None:
         made.is_healthy = not self.draining
         made.queue_size, made.queue_slots = self.queue.waiting, self.queue.slots
-        made.active_requests = self.queue.active
         made.streams, made.streamed_waiting, made.streamed_active = self.queue.streamed
         made.streamed_slots = made.streams * self.limits.window_rows
 

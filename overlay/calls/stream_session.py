@@ -1,13 +1,13 @@
 """ForwardStream, served: many requests over one call, bounded by a window.
 
-    a frame has come   --> segments -> check -> the stream's lane in the intake     read
+    a frame has come   --> segments -> check -> the stream's flow in the queue      read
     answers are there  --> combine -> slices -> a frame, what has gathered meanwhile in one   write
     a frame has left   --> its rows leave the window; the next one is written       on gRPC's thread
 
 The stream is not read while its window is full, and so its client stops too, whose frames gRPC then
 holds back. A request leaves the window when its answer has been handed to gRPC, so that a client
 that does not read is bounded too; and all that do not together. A large part passes in chunks, no
-further ahead of its reader than overlay.transport.chunks.Passage lets it.
+further ahead of its reader than overlay.transport.chunks.ChunkWindow lets it.
 
 Reading and writing are jobs for the process's stream threads, of each at most one a stream; between
 them a stream holds no thread. An idle one makes room where more come than there are places.
@@ -91,9 +91,8 @@ class OpenStreams:
                 self._open[stream] = address
                 self._counts[address] = self._counts.get(address, 0) + 1
                 self._list_locked(stream, address)
-            stream.is_listed = (
-                True  # a neighbour's is not ended for others, and need not list itself
-            )
+            # A neighbour's is not ended for others, and need not list itself.
+            stream.is_listed = True
         return gone
 
     def rests(self, stream: _Session) -> None:
@@ -248,9 +247,8 @@ class _Session:
         self._rows = 0  # accepted and not yet written
         self._held = Share(sessions.held)  # bytes in its window
         self._unread = Share(sessions.unread)  # bytes of answers that wait for the client to read
-        self.is_listed = (
-            False  # as one that may be idle; guarded by the list's lock, as is the next
-        )
+        # As one that may be idle; guarded by the list's lock, as is the next.
+        self.is_listed = False
         self.has_worked = False
         self._passage = ChunkWindow(limits.window_bytes // 2 // limits.chunk_bytes, sessions.ahead)
         self._frame_bytes = min(limits.frame_bytes, self._most_bytes // 2)
@@ -437,8 +435,10 @@ class _Session:
             self._sessions.threads.run(self._write)
         if goes_on:
             self._sessions.threads.run(self._path.queue.kick)
-        if reads:
+        if reads and self._frame is not None:
             self._sessions.threads.run(self._read)
+        elif reads:
+            self._call.receive(self._came)
 
     def _finish(self) -> None:
         with self._lock:

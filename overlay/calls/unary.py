@@ -1,6 +1,6 @@
 """Forward, served: a single request, whose thread waits for its answer.
 
-    read -> its idempotency key -> server.request_path.admit -> wait -> finish -> write
+    read -> its idempotency key -> request_path.admit -> wait -> finish -> write
 
 A request whose key was used before gets the outcome of the first one with that key. Where there is
 none yet it waits for it without a thread.

@@ -24,7 +24,7 @@ from overlay.client.event_loop import LoopBridge, on_a_thread
 from overlay.client.map_run import MapRun
 from overlay.client.map_window import PAUSE_S
 from overlay.client.partials import Parts
-from overlay.client.results import Answer, value_of
+from overlay.client.results import Answer, read_value
 from overlay.model.errors import CallFailed
 from overlay.model.segments import Detail, Part
 from overlay.transport.channels import split
@@ -157,11 +157,7 @@ class AsyncClient:
         functions: bool = False,
     ) -> pb2.MetricsResponse:
         """As Client.metrics."""
-        request = pb2.MetricsRequest(
-            events=arguments.as_whole("events", events),
-            requests=arguments.as_whole("requests", requests),
-            functions=arguments.as_flag("functions", functions),
-        )
+        request = arguments.metrics_request(events, requests, functions)
         return await on_a_thread(self._connection.metrics, request, arguments.as_timeout(timeout))
 
     async def is_serving(self, *, timeout: float | None = None) -> bool:
@@ -219,10 +215,7 @@ class AsyncClient:
         return _Map(self._bridge, options).results(numbered)
 
     def _read_value(self, came: Any, at: int, request_id: int, timeout_s: float) -> Any:
-        value = value_of(self._connection.read_result(came, at, request_id, timeout_s))
-        if isinstance(value, CallFailed):
-            raise value
-        return value
+        return read_value(self._connection.read_result(came, at, request_id, timeout_s))
 
 
 class _Map:

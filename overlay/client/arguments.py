@@ -19,6 +19,7 @@ from overlay.model import json_values
 from overlay.model.limits import Limits
 from overlay.model.segments import Mode, Route
 from overlay.queueing.admission import HIGHEST_PRIORITY
+from overlay.transport.codec import pb2
 
 DEFAULT_TIMEOUT_S = Limits().default_deadline_s
 LONGEST_TEXT = 1000  # what is longer is neither a name nor a key, and would fill a shared frame
@@ -117,6 +118,14 @@ def map_options(
         min(chunksize or max(1, min(512, window // 4)), window),
         window,
         None if patience_s is None else as_patience(patience_s),
+    )
+
+
+def metrics_request(events: int, requests: int, functions: bool) -> pb2.MetricsRequest:
+    return pb2.MetricsRequest(
+        events=as_whole("events", events),
+        requests=as_whole("requests", requests),
+        functions=as_flag("functions", functions),
     )
 
 

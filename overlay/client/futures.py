@@ -14,9 +14,8 @@ from overlay.client.arguments import CallOptions
 from overlay.client.callbacks import Callbacks
 from overlay.client.connection import Connection
 from overlay.client.outbox import Submission
-from overlay.client.results import NOT_PICKLED, result_of, value_of
+from overlay.client.results import NOT_PICKLED, read_value, result_of
 from overlay.model import clocks as time
-from overlay.model.errors import CallFailed
 from overlay.model.segments import Detail
 
 
@@ -93,10 +92,7 @@ class ValueFuture(CallFuture):
 
     def result(self, timeout: float | None = None) -> Any:
         if not self._is_read:
-            value = value_of(super().result(timeout))
-            if isinstance(value, CallFailed):
-                raise value
-            self._value, self._is_read = value, True
+            self._value, self._is_read = read_value(super().result(timeout)), True
         return self._value
 
 

@@ -92,15 +92,23 @@ def result_of(came: Delivery, at: int) -> bytes:
     return incomplete
 
 
-def value_of(result: bytes | CallFailed) -> Any:
-    """The JSON value of a result; a failure as it is, or one that says that it is no JSON."""
-    if isinstance(result, CallFailed):
-        return result
+def read_value(result: bytes) -> Any:
+    """The JSON value of a result. Raises InvalidCall, which says that it is no JSON."""
     try:
         return json_values.read(result)
     except ValueError as e:
         reason = f"the result is not JSON ({e}): args are for typed functions, others get a payload"
-        return InvalidCall(reason, code=Code.INVALID_ARGUMENT, executed=Executed.YES)
+        raise InvalidCall(reason, executed=Executed.YES) from None
+
+
+def value_of(result: bytes | CallFailed) -> Any:
+    """As `read_value`; a failure as it is, and that of a result that is no JSON too."""
+    if isinstance(result, CallFailed):
+        return result
+    try:
+        return read_value(result)
+    except InvalidCall as e:
+        return e.with_traceback(None)  # which would hold the result
 
 
 def failure_of(error: Any, address: str, timeout_s: float) -> CallFailed:

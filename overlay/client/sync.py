@@ -186,10 +186,8 @@ class Client(concurrent.futures.Executor):
         options = arguments.call_options(
             payload, args, mode, team, handler, timeout, want_parts, priority
         )
-        key, want_trace = (
-            arguments.as_key(idempotency_key),
-            arguments.as_flag("want_trace", want_trace),
-        )
+        key = arguments.as_key(idempotency_key)
+        want_trace = arguments.as_flag("want_trace", want_trace)
         request_id = arguments.as_whole("request_id", request_id, most=arguments.HIGHEST_ID)
         return self._forward(options, key, want_trace, request_id)
 
@@ -330,11 +328,7 @@ class Client(concurrent.futures.Executor):
         events, requests: how many of the last ones to include. functions: whether to include the
         signatures of the handlers' functions. Raises CallFailed.
         """
-        request = codec.pb2.MetricsRequest(
-            events=arguments.as_whole("events", events),
-            requests=arguments.as_whole("requests", requests),
-            functions=arguments.as_flag("functions", functions),
-        )
+        request = arguments.metrics_request(events, requests, functions)
         return self._connection.metrics(request, arguments.as_timeout(timeout))
 
     def logs(

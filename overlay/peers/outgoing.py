@@ -248,10 +248,8 @@ class SegmentSender:
         first = members[0].segment
         rows, size = first.count, first.payloads.size
         few = self._limits.few_rows  # larger ones are copied undecoded, which is cheaper
-        if (
-            first.on_partial is not None
-        ):  # its parts come before the answers, and must be told apart
-            return members
+        if first.on_partial is not None:
+            return members  # its parts come before the answers, and must be told apart
         while self._outbox and rows < self._limits.join_rows and first.count <= few:
             other = self._outbox[0].segment
             rows, size = rows + other.count, size + other.payloads.size
@@ -285,10 +283,10 @@ class SegmentSender:
         self._peer.flush()  # what the answers led to may be sent elsewhere
 
     def _pass_on(self, sent: OpenSegment[_Member], start: int, answers: Slice) -> None:
-        """Gives parts of rows that are not answered yet to `early` of their segment."""
+        """Gives parts of rows that are not answered yet to `on_partial` of their segment."""
         (member,) = sent.members  # such segments are not joined
-        early = member.segment.on_partial
-        assert early is not None, "checked against what was asked"
+        on_partial = member.segment.on_partial
+        assert on_partial is not None, "checked against what was asked"
         self._multiplexer.arrive(sent, start, answers)
         self._peer.note_times(member.segment.route.handler, answers)
         member.is_read = member.is_read or not all(column.is_over for column in answers.parts)
@@ -297,7 +295,7 @@ class SegmentSender:
             self._multiplexer.grant(sent, row, worker, chunks)
             self.stream.kick()
 
-        early(start, answers.granted_by(partial(grant, start)))
+        on_partial(start, answers.granted_by(partial(grant, start)))
 
     def _answer(self, sent: OpenSegment[_Member], start: int, answers: Slice) -> None:
         """Gives a slice to the segments that its rows belong to."""

@@ -84,7 +84,7 @@ class RequestQueue:
         self.slots = slots
         self.in_service = in_service
         self._default_handler = default_handler
-        self._room: WaitingRoom[QueuedSegment] = WaitingRoom(slots, self._claim_now)
+        self._room: WaitingRoom[QueuedSegment] = WaitingRoom(slots, self._claim_locked)
         self._lock = self._room.mutex
         self._check = DeadlineCheck(self._room.order, return_margin_s)
         self._now = 0.0  # when the room's claim decides
@@ -346,10 +346,8 @@ class RequestQueue:
             refused.append(_Refused(queued, runs, refusal(self.me, why)))
         return refused
 
-    def _claim_now(self, queued: QueuedSegment) -> Place | None:
-        return self._claim_locked(queued, self._now)
-
-    def _claim_locked(self, queued: QueuedSegment, now: float) -> Place | None:
+    def _claim_locked(self, queued: QueuedSegment) -> Place | None:
+        now = self._now
         if queued.segment.deadline <= now:
             return _EXPIRED  # dropped at dequeue: its caller has given up
         if not queued.flow.is_stream and not self._place_shares.allow(*_holder(queued)):

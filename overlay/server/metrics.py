@@ -38,8 +38,6 @@ class ProcessMetrics:
         functions = self._known_functions(states, slots)
         used = resources_of(self._executor.pids if self._executor else ())
         handlers = self._executor.counts() if self._executor else ()
-        if self._executor:  # a handler may run on after its caller has left; it takes its slot
-            made.active_requests = self._executor.active
         metrics_codec.fill(
             made,
             used,

@@ -1,7 +1,7 @@
 """One process of the overlay, behind gRPC's three methods.
 
-    forward         a single request, in server.unary
-    forward_stream  segments of requests, in server.stream_session
+    forward         a single request, in calls.unary
+    forward_stream  segments of requests, in calls.stream_session
     metrics         answers from values only, never waits
 
 Puts the parts together and owns the order in which they start and stop.
@@ -188,7 +188,9 @@ class Service:
 
         functions: with what the handlers' functions are like, here and below.
         """
-        made = pb2.MetricsResponse(calls_without_message=self.calls_without_message())
+        made = pb2.MetricsResponse(
+            calls_without_message=self.calls_without_message(), active_requests=self._active
+        )
         self.record.fill(made, requests)
         self._path.fill(made)
         self._sessions.fill(made)

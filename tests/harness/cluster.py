@@ -229,3 +229,17 @@ def running_one(folder: Path, module: str, names: Iterable[str]) -> Iterator[Ove
         yield overlay.start("C")
     finally:
         overlay.stop()
+
+
+def run_without(module: str, config: Path) -> subprocess.CompletedProcess[str]:
+    """What process C of the configuration says where a module is not installed."""
+    before = config.parent / "before"
+    before.mkdir()
+    (before / f"{module}.py").write_text("raise ImportError('as if it were not installed')")
+    return subprocess.run(
+        [sys.executable, str(NODE), str(config), "C"],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(before)},
+        timeout=30,
+    )

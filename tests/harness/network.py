@@ -21,7 +21,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 from hypothesis import strategies as st
 
@@ -56,8 +55,8 @@ from overlay.transport import codec
 from overlay.transport.chunks import ChunkWindow, cut
 from overlay.transport.codec import pb2
 from overlay.workers.request_ids import SeenIds
+from tests.harness.machine import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 MARGIN_S = 0.05  # what a sender keeps of its time for the way back
 
 DELIVERED = "delivered"

@@ -15,8 +15,8 @@ from overlay.model import config
 from overlay.model.errors import ConfigError
 from overlay.model.limits import MIB
 from overlay.model.topology import Topology, join_address
+from tests.harness.machine import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GOOD = json.loads((ROOT / "two_hosts_config.json").read_text("utf-8"))
 OF_ONE_HOST = json.loads((ROOT / "one_host_config.json").read_text("utf-8"))
 SCHEMA = ROOT / "overlay" / "configuration.schema.json"

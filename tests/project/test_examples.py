@@ -29,9 +29,8 @@ from overlay.client.sync import CallFailed
 from overlay.model import config as configuration
 from overlay.model.segments import Code, Part
 from overlay.workers.api import Context
-from tests.harness.cluster import Overlay, free_port, running
+from tests.harness.cluster import ROOT, Overlay, free_port, run_without, running
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -609,17 +608,8 @@ def test_the_script_says_what_is_wrong_without_a_traceback(arguments, words):
 
 def test_a_worker_without_pillow_says_so_when_it_starts(tmp_path):
     (folder_of("pictures", tmp_path) / "overlay.json").write_text(json.dumps(shipped("pictures")))
-    (tmp_path / "before").mkdir()
-    missing = tmp_path / "before" / "PIL.py"
-    missing.write_text("raise ImportError('as if it were not installed')")
 
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "node.py"), str(tmp_path / "overlay.json"), "C"],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(missing.parent)},
-        timeout=30,
-    )
+    done = run_without("PIL", tmp_path / "overlay.json")
 
     assert done.returncode == 2
     assert "the pictures example needs Pillow" in done.stderr

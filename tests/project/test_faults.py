@@ -35,9 +35,8 @@ from faults.history import (
 from faults.load import Mixture
 from faults.overlays import Overlay
 from tests.harness import hosts
-from tests.harness.cluster import six_processes
+from tests.harness.cluster import ROOT, six_processes
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKERS = {"C": "green", "D": "pink", "F": "pink"}
 ABOUT = About("some", 1, WORKERS, list(scenarios.USUAL), ["raises"], slots=2)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -26,9 +25,8 @@ import overlay
 from overlay import BadRequest
 from overlay.client.sync import CallFailed
 from overlay.model.segments import Part
-from tests.harness.cluster import free_port, running
+from tests.harness.cluster import ROOT, free_port, run_without, running
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "flights"
 sys.path.insert(0, str(FOLDER))
 
@@ -809,17 +807,8 @@ def test_with_a_worker_gone_the_answer_names_its_months(six):
 
 def test_a_worker_without_duckdb_says_so_when_it_starts(year, tmp_path):
     (with_example(tmp_path) / "overlay.json").write_text(json.dumps(on_free_ports(year)))
-    (tmp_path / "before").mkdir()
-    missing = tmp_path / "before" / "duckdb.py"
-    missing.write_text("raise ImportError('as if it were not installed')")
 
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "node.py"), str(tmp_path / "overlay.json"), "C"],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(missing.parent)},
-        timeout=30,
-    )
+    done = run_without("duckdb", tmp_path / "overlay.json")
 
     assert done.returncode == 2
     assert "the flights example needs DuckDB 2" in done.stderr

@@ -15,16 +15,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import psutil
 import pytest
 from packaging.requirements import Requirement
 
 import overlay
-from tests.harness.cluster import free_port
+from tests.harness.cluster import ROOT, free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 COPIED = (
     "node.py",
     "client.py",

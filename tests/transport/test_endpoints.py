@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from concurrent import futures
-from pathlib import Path
 
 import grpc
 import pytest
 
 from overlay.transport.endpoints import open_port
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.harness.machine import ROOT
 
 
 def test_every_channel_is_made_and_every_port_opened_in_one_place() -> None:
