@@ -317,8 +317,12 @@ def _spawn(topology: Topology, config: Path, process: Process) -> Child:
         files.log.parent.mkdir(parents=True, exist_ok=True)
         files.stop.unlink(missing_ok=True)
         files.pid.unlink(missing_ok=True)
-        with files.out.open("wb") as out:
-            began = time.monotonic()
+        out = files.out.open("wb")
+    except OSError as e:
+        raise Refused(f"{shown(files.log.parent)} cannot be used: {e.strerror or e}") from None
+    began = time.monotonic()
+    try:
+        with out:
             popen = subprocess.Popen(
                 [*call, "--stop-file", str(files.stop)],
                 stdin=subprocess.DEVNULL,
@@ -328,7 +332,10 @@ def _spawn(topology: Topology, config: Path, process: Process) -> Child:
                 **apart(),
             )
     except OSError as e:
-        raise Refused(f"{shown(files.log.parent)} cannot be used: {e.strerror or e}") from None
+        raise Refused(
+            f"process {process.id} cannot be started: {shown(Path(sys.executable))}: "
+            f"{e.strerror or e}"
+        ) from None
     record = Record(
         id=process.id,
         rank=process.rank,
@@ -499,12 +506,15 @@ def _restart_one(
     before = ask(asking_address(process)) if record else None
     away = _not_linked(before) if before else {n.id for n in topology.below(process.id)}
     ended = end([record], grace_s, False)[process.id] if record else "was not running"
-    child = _spawn(topology, config, process)
+    try:
+        child = _spawn(topology, config, process)
+    except Refused as refused:
+        print(refused, file=sys.stderr)
+        return _stays_down(process)
     wait_until_ready([child], wait_s, given_up)
     if child.ready_ms is None:
         report_failure([child])
-        print(f"process {process.id} is down; the others were not touched", file=sys.stderr)
-        return False
+        return _stays_down(process)
     unseen = _wait_until_seen(topology, process, away)
     print(
         f"{process.id}  {ended}, serves again after {child.ready_ms:.0f} ms, pid {child.popen.pid}"
@@ -512,6 +522,11 @@ def _restart_one(
     for sentence in unseen:
         print(f"process {process.id}: {sentence}; the others were not touched", file=sys.stderr)
     return not unseen
+
+
+def _stays_down(process: Process) -> bool:
+    print(f"process {process.id} is down; the others were not touched", file=sys.stderr)
+    return False
 
 
 def _wait_until_seen(

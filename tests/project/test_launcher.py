@@ -15,7 +15,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from packaging.requirements import Requirement
@@ -240,6 +242,34 @@ def test_a_process_that_cannot_start_is_explained_and_the_others_are_taken_back(
     assert "A, B did start and were stopped again" in failed.stderr
     assert processes_of(project, three.name) == []
     assert list(logs_of(three).glob("*.pid")) == []
+
+
+@posix_only
+def test_a_python_that_was_removed_meanwhile_is_named_and_nothing_is_left(project, three):
+    python = "/no/such/python"
+    packages = Path(grpc.__file__).parent.parent
+
+    def without_python(*arguments):
+        return subprocess.run(
+            [python, str(project / "scripts" / "launcher.py"), *map(str, arguments)],
+            executable=sys.executable,
+            cwd=project,
+            capture_output=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": str(packages)},
+            timeout=90,
+        )
+
+    failed = without_python("start", three)
+    launcher(project, "start", three)
+    half = without_python("restart", three)
+    seen = launcher(project, "status", three)
+
+    why = f"cannot be started: {python}: No such file or directory\n"
+    assert (failed.returncode, failed.stderr) == (2, f"process A {why}")
+    down = "process C is down; the others were not touched\n"
+    assert (half.returncode, half.stderr) == (1, f"process C {why}{down}")
+    assert pids_in(seen.stdout).keys() == {"A", "B"}
 
 
 def test_named_ids_alone_are_started_and_stopped(project, three):
