@@ -51,7 +51,7 @@ try:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    from overlay.calls.connection_limits import Connections, most_connections, raise_file_limit
+    from overlay.calls.connection_limits import Connections, max_connections, raise_file_limit
     from overlay.calls.reception import Call, Health, Reception, on_threads_of
     from overlay.model import config
     from overlay.model.errors import ConfigError, OverlayError
@@ -145,7 +145,7 @@ class Node:
         self.admin = Admin(me, service.journal, limits.drain_grace_s, stop_process)
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
-        most = most_connections(raise_file_limit())
+        most = max_connections(raise_file_limit())
         options = server_options(limits, most)
         self.server = Listening(place, me.port, lambda: grpc.server(self.pool, options=options))
         self.reception = Reception(self.server, self.pool, limits, service.record)

@@ -1,4 +1,4 @@
-"""Threads that run jobs without results."""
+"""A pool of threads for jobs without a result."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ log = logging.getLogger(__name__)
 
 
 class BackgroundThreads:
-    """Starts a thread when a job comes and none is idle, at most `most`; safe from any thread.
+    """Starts a thread when a job arrives and none is idle, up to `max_threads`. Thread-safe.
 
-    concurrent.futures makes a Future of each job and takes seven locks for it, which shows where
-    each request has two jobs at each process.
+    concurrent.futures makes a Future and takes seven locks per job. That is measurable here, where
+    each request takes two jobs in each process.
     """
 
-    def __init__(self, most: int, name: str) -> None:
-        self._most = most
+    def __init__(self, max_threads: int, name: str) -> None:
+        self._max_threads = max_threads
         self._name = name
         self._lock = threading.Lock()
         self._started = 0
@@ -27,22 +27,22 @@ class BackgroundThreads:
         self._idle: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each idle thread
 
     def run(self, job: Callable[[], None]) -> None:
-        """Nothing happens after `close`. What the job raises goes to the log."""
+        """Does nothing after `close`. An exception that the job raises is logged."""
         self._jobs.put(job)
         try:
             self._idle.get_nowait()
         except queue.Empty:
-            if self._started < self._most:
+            if self._started < self._max_threads:
                 self._start_one()
 
     def close(self) -> None:
-        """Drops the jobs that have not begun; the threads end after those that have."""
+        """Drops jobs that have not started; each thread ends after its current job."""
         self._closed = True
         self._jobs.put(None)
 
     def _start_one(self) -> None:
         with self._lock:
-            if self._started == self._most or self._closed:
+            if self._started == self._max_threads or self._closed:
                 return
             self._started += 1
             name = f"{self._name}_{self._started}"
@@ -54,7 +54,7 @@ class BackgroundThreads:
                 job()
             except Exception:
                 log.exception("a job failed")
-            del job  # it would be kept until the next one comes
-            if self._idle.qsize() < self._most:  # more than are idle, when jobs wait
+            del job  # or it would be kept alive until the next one arrives
+            if self._idle.qsize() < self._max_threads:  # may overcount while jobs wait
                 self._idle.put(None)
         self._jobs.put(None)  # for the next thread

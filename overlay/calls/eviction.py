@@ -1,6 +1,6 @@
-"""Where there are too many, the oldest one of the address that has the most is evicted.
+"""When a limit is reached, the oldest item of the address that holds the most is evicted.
 
-So an address, however much it holds, evicts only its own, and a new caller is always let in.
+So a greedy address evicts only its own items, and a new caller always gets in.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ T = TypeVar("T", bound=Hashable)
 
 
 class EvictionQueue(Generic[T]):
-    """At most `most` together, each of some size. No lock of its own: its owner holds one."""
+    """Items whose sizes add up to at most `limit`. Has no lock: its owner must hold one."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, limit: int) -> None:
         self.size = 0
-        self._most = most
-        self._entries: OrderedDict[T, tuple[str, int, float]] = OrderedDict()  # the oldest first
+        self._limit = limit
+        self._entries: OrderedDict[T, tuple[str, int, float]] = OrderedDict()  # oldest first
         self._addresses: dict[str, _Address[T]] = {}
 
     def __len__(self) -> int:
@@ -28,45 +28,45 @@ class EvictionQueue(Generic[T]):
         return item in self._entries
 
     def size_of(self, address: str) -> int:
-        held = self._addresses.get(address)
-        return held.size if held else 0
+        share = self._addresses.get(address)
+        return share.size if share else 0
 
     def add(self, item: T, address: str, size: int = 1, now: float = 0.0) -> list[T]:
-        """Adds the item; those evicted for it, never itself. now: seconds of any clock."""
-        gone: list[T] = []
-        while self._entries and self.size + size > self._most:
-            gone.append(self.pop_oldest(self._fullest(address, size)))
+        """Adds the item. Returns those evicted for it, never itself. now: seconds of any clock."""
+        evicted: list[T] = []
+        while self._entries and self.size + size > self._limit:
+            evicted.append(self.pop_oldest(self._largest(address, size)))
         self._entries[item] = address, size, now
-        held = self._addresses.get(address)
-        if held is None:
-            held = self._addresses[address] = _Address()
-        held.items[item] = None
-        held.size += size
+        share = self._addresses.get(address)
+        if share is None:
+            share = self._addresses[address] = _Address()
+        share.items[item] = None
+        share.size += size
         self.size += size
-        return gone
+        return evicted
 
     def discard(self, item: T) -> bool:
-        """Whether it was in."""
+        """Whether the item was there."""
         entry = self._entries.pop(item, None)
         if entry is None:
             return False
         address, size, _ = entry
-        held = self._addresses[address]
-        del held.items[item]
-        held.size -= size
+        share = self._addresses[address]
+        del share.items[item]
+        share.size -= size
         self.size -= size
-        if not held.items:
+        if not share.items:
             del self._addresses[address]
         return True
 
     def pop_oldest(self, address: str) -> T:
-        """Of one address, which must have some."""
+        """Removes the oldest item of the address, which must have one."""
         item = next(iter(self._addresses[address].items))
         self.discard(item)
         return item
 
     def pop_older(self, than: float) -> list[T]:
-        """Takes out all that were added before then."""
+        """Removes all items added before `than`."""
         old = []
         for item, (_, _, since) in self._entries.items():
             if since >= than:
@@ -76,15 +76,15 @@ class EvictionQueue(Generic[T]):
             self.discard(item)
         return old
 
-    def _fullest(self, coming: str, size: int) -> str:
-        def held(address: str) -> int:
-            return self._addresses[address].size + (size if address == coming else 0)
+    def _largest(self, incoming: str, size: int) -> str:
+        def share(address: str) -> int:
+            return self._addresses[address].size + (size if address == incoming else 0)
 
-        return max(self._addresses, key=held)
+        return max(self._addresses, key=share)
 
 
 class _Address(Generic[T]):
-    """What one address holds, the oldest first."""
+    """The items of one address, oldest first."""
 
     __slots__ = ("items", "size")
 

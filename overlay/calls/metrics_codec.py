@@ -1,7 +1,7 @@
-"""Our figures as the messages of GetMetrics.
+"""Converts this process's metrics into the messages of GetMetrics.
 
-Fields of one name are copied, so that a new figure takes a field in the value that holds it and one
-in overlay.proto.
+Fields with the same name are copied, so a new metric takes one field in the value that holds it and
+one in overlay.proto.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ M = TypeVar("M")
 
 
 def copied(kind: type[M], value: object, **others: Any) -> M:
-    """A message of this kind with the fields of `value` that it has too, and the others."""
+    """A message of this kind with the fields it shares with `value`, and `others`."""
     fields: Any = kind.DESCRIPTOR.fields_by_name  # type: ignore[attr-defined]
     same = {name: getattr(value, name) for name in fields if hasattr(value, name)}
     return kind(**{**same, **others})
 
 
-def fill(made: pb2.MetricsResponse, value: object, **others: Any) -> None:
-    """Adds to the response the fields of `value` that it has too, and the others."""
-    made.MergeFrom(copied(pb2.MetricsResponse, value, **others))
+def fill(response: pb2.MetricsResponse, value: object, **others: Any) -> None:
+    """Sets the fields that the response shares with `value`, and `others`."""
+    response.MergeFrom(copied(pb2.MetricsResponse, value, **others))
 
 
 def write_neighbour(state: PeerState, now: float) -> pb2.Neighbour:
@@ -58,15 +58,15 @@ def write_map(running: RunningMap, now: float) -> pb2.RunningMap:
     )
 
 
-def write_story(story: RequestSummary) -> pb2.RequestSummary:
+def write_summary(summary: RequestSummary) -> pb2.RequestSummary:
     trace = pb2.Slice()
-    codec.write_trace(trace, story.hops)
+    codec.write_trace(trace, summary.hops)
     return copied(
         pb2.RequestSummary,
-        story,
-        reason=story.reason[: codec.LONGEST_REASON],
+        summary,
+        reason=summary.reason[: codec.LONGEST_REASON],
         hops=trace.trace,
-        total_us=max(0, min(story.total_us, 0xFFFFFFFF)),
+        total_us=max(0, min(summary.total_us, 0xFFFFFFFF)),
     )
 
 

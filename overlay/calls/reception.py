@@ -1,17 +1,16 @@
-"""Calls of gRPC's server that hold no thread while nothing has come, and no memory without end.
+"""The calls of the gRPC server: idle ones hold no thread, and all together a bounded memory.
 
-    headers --> begin, on gRPC's serving thread --> [ waits for its message, no thread ]
+    headers --> begin, on gRPC's serving thread --> [ waits for its message, without a thread ]
     message --> the method, on a thread of its pool --> its answer, now or later
 
-gRPC for Python (1.80 to 1.85) gives a call its thread when its headers have come, and that thread
-waits for the message: eight calls without one held all threads that tell a process's state. It also
-keeps about 15 KB for ever of each unary message that is no protobuf, and its health service keeps
-each name that it was ever asked for. So what lies between the server and the methods is here, on
-grpcio's own building blocks (`_server`); tests/calls/test_reception.py says what is expected of
-them.
+gRPC for Python (1.80 to 1.85) gives a call a thread as soon as its headers arrive, and that thread
+waits for the message: eight calls without one took every thread that serves GetMetrics. gRPC also
+leaks about 15 KB for each unary message that is not protobuf, and its health service remembers
+every name it was ever asked for. So the layer between server and methods is here, built on
+grpcio's internals (`_server`); tests/calls/test_reception.py states what is expected of them.
 
-A caller that opens more than there is room for loses its own first (calls.eviction): calls whose
-message has not come, answers that are not read.
+A caller that opens too many calls loses its own first (calls.eviction): those whose message has
+not arrived, or whose answers are not read.
 
 Owns no thread. Callbacks on gRPC's serving thread are marked as such; they must be quick.
 """
@@ -42,13 +41,13 @@ log = logging.getLogger(__name__)
 
 Method = Callable[..., Any]
 
-COMING, RESTING, LEAVING = "calls without a message", "watchers", "answers that are not read"
+UNARRIVED, WATCHERS, UNREAD = "calls without a message", "watchers", "answers that are not read"
 
 
 class Call:
-    """One call, in bytes. Its verbs never wait; safe from any thread.
+    """One call, in bytes. Its methods never block. Thread-safe.
 
-    address: of its caller. context: what gRPC gives a method; is_over: it has ended.
+    address: the caller's. context: what gRPC passes to a method. is_over: the call has ended.
     """
 
     __slots__ = ("_rpc", "_state", "address", "context", "is_over", "peer")
@@ -61,26 +60,28 @@ class Call:
         self._state: Any = context._state
         self._rpc: Any = context._rpc_event
 
-    def receive(self, then: Callable[[bytes | None], None]) -> None:
-        """Calls `then` with the next message, on gRPC's serving thread; None when none comes.
+    def receive(self, callback: Callable[[bytes | None], None]) -> None:
+        """Calls `callback` with the next message, or None at the end, on gRPC's serving thread.
 
-        Not before the last one has come.
+        Must not be called again before that.
         """
         state = self._state
         with state.condition:
             is_open = _server._is_rpc_state_active(state)
             if is_open:
-                came = _server._receive_message(state, self._rpc.call, None)
+                finish = _server._receive_message(state, self._rpc.call, None)
                 operations = (cygrpc.ReceiveMessageOperation(_NO_FLAGS),)
-                self._rpc.call.start_server_batch(operations, partial(_came, state, came, then))
+                self._rpc.call.start_server_batch(
+                    operations, partial(_on_received, state, finish, callback)
+                )
                 state.due.add(_server._RECEIVE_MESSAGE_TOKEN)
         if not is_open:
-            then(None)
+            callback(None)
 
-    def send(self, message: bytes, then: Callable[[bool], None]) -> None:
-        """Calls `then` when it has left, on gRPC's serving thread; with False when it never does.
+    def send(self, message: bytes, callback: Callable[[bool], None]) -> None:
+        """Calls `callback` on gRPC's serving thread: True once it is sent, False if it never is.
 
-        Not before the last one has.
+        Must not be called again before that.
         """
         state = self._state
         with state.condition:
@@ -92,20 +93,22 @@ class Call:
                     operations.insert(0, _server._get_initial_metadata_operation(state, None))
                     state.initial_metadata_allowed = False
                     token = _server._SEND_INITIAL_METADATA_AND_SEND_MESSAGE_TOKEN
-                sent = _server._send_message(state, token)
-                self._rpc.call.start_server_batch(operations, partial(_sent, state, sent, then))
+                finish = _server._send_message(state, token)
+                self._rpc.call.start_server_batch(
+                    operations, partial(_on_sent, state, finish, callback)
+                )
                 state.due.add(token)
         if not is_open:
-            then(False)
+            callback(False)
 
     def finish(self, message: bytes | None = None) -> None:
-        """Ends it with the context's code, or OK; with a last message, if there is one."""
+        """Ends the call with the context's code, or OK, after a last message if there is one."""
         with self._state.condition:
             if not self._state.statused:
                 _server._status(self._rpc, self._state, message)
 
     def fail(self, error: OverlayError) -> None:
-        """Ends it with the error's status."""
+        """Ends the call with the error's status."""
         self.context.set_code(codec.grpc_code(error.code))
         self.context.set_details(str(error)[: codec.LONGEST_REASON])
         self.context.set_trailing_metadata(codec.trailers(error))
@@ -113,71 +116,71 @@ class Call:
 
 
 class Reception:
-    """Takes the place of a server where generated code adds the methods of a service to it.
+    """Stands in for a server where generated code adds a service's methods to it.
 
-    What a method gets, and on which thread:
+    What a method is called with, and on which thread:
 
-        unary            (request, context)  its pool's; it gives its answer, or a Future of it
-        streams answers  (request, call)     its pool's; it sends by the Call, now or later
-        streams          (call, context)     gRPC's serving thread; it must not wait there
-        the same with a pool of its own: (requests, context), which it answers each by itself
+        unary             (request, context)   its pool; returns its answer, or a Future of it
+        response stream   (request, call)      its pool; sends with the Call, now or later
+        both streams      (call, context)      gRPC's serving thread; must not block
+        the same with a pool of its own: (requests, context), called once for each request
 
-    A pool of its own is its `experimental_thread_pool`; the others' is `pool`.
+    A method's own pool is its `experimental_thread_pool`; all others share `pool`.
     """
 
     def __init__(
         self, server: grpc.Server, pool: ThreadPoolExecutor, limits: Limits, record: RequestLog
     ) -> None:
-        """record: counts what is ended because there is too much of it."""
+        """record: counts the calls that are ended because there are too many."""
         self._server = server
         self._pool = pool
         self._limits = limits
         self._record = record
         self._lock = threading.Lock()
-        self._coming: EvictionQueue[Call] = EvictionQueue(limits.unarrived_calls)
-        self._resting: EvictionQueue[Call] = EvictionQueue(limits.resting_calls)
-        self._leaving: EvictionQueue[Call] = EvictionQueue(limits.unread_bytes)
+        self._unarrived: EvictionQueue[Call] = EvictionQueue(limits.unarrived_calls)
+        self._watchers: EvictionQueue[Call] = EvictionQueue(limits.resting_calls)
+        self._unread: EvictionQueue[Call] = EvictionQueue(limits.unread_bytes)
         self._peers: Counter[str] = Counter()
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
-        """Does nothing: the same methods come by name too, and are then added both ways."""
+        """Does nothing: `add_registered_method_handlers` adds the same methods both ways."""
 
     def add_registered_method_handlers(
         self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]
     ) -> None:
-        received = {name: self._received(handler) for name, handler in handlers.items()}
-        generic = grpc.method_handlers_generic_handler(service, received)
+        wrapped = {name: self._wrapped(handler) for name, handler in handlers.items()}
+        generic = grpc.method_handlers_generic_handler(service, wrapped)
         self._server.add_generic_rpc_handlers((generic,))
-        self._server.add_registered_method_handlers(service, received)
+        self._server.add_registered_method_handlers(service, wrapped)
 
     @property
     def unarrived(self) -> int:
-        """Calls whose message has not come."""
-        return len(self._coming)
+        """Calls whose message has not arrived."""
+        return len(self._unarrived)
 
     def open_peers(self) -> set[str]:
-        """The callers with an open call, by gRPC's names for them."""
+        """gRPC's names of the callers with an open call."""
         with self._lock:
             return set(self._peers)
 
     def end_late(self) -> None:
-        """Ends the calls whose message should have come by now."""
+        """Ends the calls whose message is overdue."""
         patience_s = self._limits.default_deadline_s
         with self._lock:
-            late = self._coming.pop_older(time.monotonic() - patience_s)
+            late = self._unarrived.pop_older(time.monotonic() - patience_s)
         for call in late:
-            call.fail(CrowdedOut(f"no message came within {patience_s:g} s"))
-            self._record.crowded_out(COMING, 1, call.address)
+            call.fail(CrowdedOut(f"no message arrived within {patience_s:g} s"))
+            self._record.crowded_out(UNARRIVED, 1, call.address)
 
-    def _received(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    def _wrapped(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         parse, serialize = handler.request_deserializer, handler.response_serializer
         method = handler.unary_unary or handler.unary_stream or handler.stream_stream
         pool = getattr(method, "experimental_thread_pool", None)
         if handler.stream_stream is None:
-            serve = self._answer if handler.unary_unary else self._hand_over
+            serve = self._answer if handler.unary_unary else self._answer_by_stream
             begin = self._unary(partial(serve, method, parse, serialize), pool or self._pool)
         elif pool is not None:
-            begin = self._each_alone(method, parse, serialize, pool)
+            begin = self._message_by_message(method, parse, serialize, pool)
         else:
             begin = method
 
@@ -185,7 +188,7 @@ class Reception:
             begin(self._enter(context), context)
 
         served.experimental_non_blocking = True  # type: ignore[attr-defined]
-        served.experimental_thread_pool = _AT_ONCE  # type: ignore[attr-defined]
+        served.experimental_thread_pool = _INLINE  # type: ignore[attr-defined]
         return grpc.stream_stream_rpc_method_handler(served, None, None)
 
     # on gRPC's serving thread
@@ -200,15 +203,15 @@ class Reception:
     def _leave(self, call: Call) -> None:
         with self._lock:
             call.is_over = True
-            for held in (self._coming, self._resting, self._leaving):
-                held.discard(call)
+            for queue in (self._unarrived, self._watchers, self._unread):
+                queue.discard(call)
             self._peers[call.peer] -= 1
             if not self._peers[call.peer]:
                 del self._peers[call.peer]
 
     def _unary(self, serve: Callable[[Call, bytes], None], pool: ThreadPoolExecutor) -> Method:
         def begin(call: Call, context: grpc.ServicerContext) -> None:
-            self._put(self._coming, COMING, call)
+            self._put(self._unarrived, UNARRIVED, call)
             call.receive(partial(self._arrived, serve, pool, call))
 
         return begin
@@ -221,23 +224,23 @@ class Reception:
         message: bytes | None,
     ) -> None:
         with self._lock:
-            is_waited_for = self._coming.discard(call)
+            was_awaited = self._unarrived.discard(call)
         if message is None:
-            if is_waited_for:
+            if was_awaited:
                 call.fail(BadRequest("the call has no message"))
         else:
             _submit(pool, call, serve, call, message)
 
-    def _each_alone(
+    def _message_by_message(
         self, method: Method, parse: Method, serialize: Method, pool: ThreadPoolExecutor
     ) -> Method:
-        """A method that waits for the next message, as one that nothing waits in."""
+        """Makes a method that waits for each message into one that holds no thread."""
 
         def begin(call: Call, context: grpc.ServicerContext) -> None:
-            self._put(self._resting, RESTING, call)
-            call.receive(partial(came, call))
+            self._put(self._watchers, WATCHERS, call)
+            call.receive(partial(on_message, call))
 
-        def came(call: Call, message: bytes | None) -> None:
+        def on_message(call: Call, message: bytes | None) -> None:
             if message is None:
                 call.finish()
             else:
@@ -256,7 +259,7 @@ class Reception:
             if answers:
                 call.send(answers[0], partial(send, call, answers[1:]))
             else:
-                call.receive(partial(came, call))
+                call.receive(partial(on_message, call))
 
         return begin
 
@@ -271,7 +274,7 @@ class Reception:
                 answer.add_done_callback(partial(self._answer_later, serialize, call))
             else:
                 self._finish(call, serialize(answer))
-        except BaseException as e:  # noqa: BLE001 - whatever it was, its caller is answered
+        except BaseException as e:  # noqa: BLE001 - whatever it is, the caller gets an answer
             _end(call, e)
 
     def _answer_later(self, serialize: Method, call: Call, answer: Future[Any]) -> None:
@@ -280,39 +283,39 @@ class Reception:
         except BaseException as e:  # noqa: BLE001 - as in `_answer`
             _end(call, e)
 
-    def _hand_over(
+    def _answer_by_stream(
         self, method: Method, parse: Method, serialize: object, call: Call, message: bytes
     ) -> None:
-        self._put(self._resting, RESTING, call)
+        self._put(self._watchers, WATCHERS, call)
         try:
             method(codec.read_message(message, parse), call)
         except BaseException as e:  # noqa: BLE001 - as in `_answer`
             _end(call, e)
 
     def _finish(self, call: Call, message: bytes) -> None:
-        # Until it is read it takes memory, and no window of a stream bounds that.
-        self._put(self._leaving, LEAVING, call, len(message))
+        # It takes memory until it is read, and no stream's window bounds that.
+        self._put(self._unread, UNREAD, call, len(message))
         call.finish(message)
 
-    def _put(self, queue: EvictionQueue[Call], what: str, call: Call, size: int = 1) -> None:
-        """Adds the call to its kind, and ends the calls that are evicted for it."""
+    def _put(self, queue: EvictionQueue[Call], kind: str, call: Call, size: int = 1) -> None:
+        """Adds the call, and ends the calls that are evicted for it."""
         with self._lock:
             if call.is_over:
                 return
-            gone = queue.add(call, call.address, size, time.monotonic())
-        for other in gone:
-            if queue is self._leaving:
-                other.context.cancel()  # it has its status, behind what is not read
+            evicted = queue.add(call, call.address, size, time.monotonic())
+        for evictee in evicted:
+            if queue is self._unread:
+                evictee.context.cancel()  # its status is already queued, behind the unread answer
             else:
-                other.fail(CrowdedOut(f"too many {what} are open"))
-            self._record.crowded_out(what, 1, other.address)
+                evictee.fail(CrowdedOut(f"too many {kind} are open"))
+            self._record.crowded_out(kind, 1, evictee.address)
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """The standard health service, of the names that were ever set; Watch waits on no thread.
+    """The standard health service, for the names that were set; Watch holds no thread.
 
-    gRPC's own remembers for ever each name that it was asked for, and sends while it holds a lock
-    that gRPC's serving thread may need, which then stands still.
+    gRPC's own remembers every name it was ever asked for, and sends while it holds a lock, which
+    can block gRPC's serving thread.
     """
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
@@ -323,12 +326,12 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             setattr(self, name, on_threads_of(pool, getattr(self, name)))
 
     def set(self, name: str, status: int) -> None:
-        """Sends it to the watchers of the name."""
+        """Also sends the status to the watchers of the name."""
         with self._lock:
             self._statuses[name] = status
-            told = [watcher for watcher in self._watchers.values() if watcher.name == name]
-        for watcher in told:
-            watcher.tell(status)
+            watchers = [watcher for watcher in self._watchers.values() if watcher.name == name]
+        for watcher in watchers:
+            watcher.send(status)
 
     def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
@@ -343,11 +346,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             status = self._statuses.get(request.service)
             if status is not None:
                 watcher = self._watchers[call] = _Watcher(call, request.service)
-            else:  # no name of this process: answered, and not remembered
+            else:  # not a name of this process: answered, not remembered
                 watcher, status = _Watcher(call, ""), health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         if not call.context.add_callback(partial(self._forget, call)):
             self._forget(call)
-        watcher.tell(status)
+        watcher.send(status)
 
     def _forget(self, call: Call) -> None:
         with self._lock:
@@ -364,7 +367,7 @@ class _Watcher:
         self._newest: int | None = None
         self._sending = False
 
-    def tell(self, status: int) -> None:
+    def send(self, status: int) -> None:
         with self._lock:
             self._newest = status
             if self._sending:
@@ -375,14 +378,14 @@ class _Watcher:
     def _next(self, is_open: bool) -> None:
         with self._lock:
             status, self._newest = self._newest, None
-            sends = self._sending = is_open and status is not None
-        if sends:
+            has_status = self._sending = is_open and status is not None
+        if has_status:
             made = health_pb2.HealthCheckResponse(status=status)
             self._call.send(made.SerializeToString(), self._next)
 
 
 def on_threads_of(pool: ThreadPoolExecutor, method: Method) -> Method:
-    """The method, served by `pool`: waiting requests must not keep it waiting."""
+    """The method, served by `pool`, so that waiting requests do not hold it up."""
 
     def served(request: object, about: object) -> object:
         return method(request, about)
@@ -391,8 +394,8 @@ def on_threads_of(pool: ThreadPoolExecutor, method: Method) -> Method:
     return served
 
 
-class _AtOnce(ThreadPoolExecutor):
-    """Runs each job at once, on the caller's thread: what gRPC begins never waits."""
+class _InlineExecutor(ThreadPoolExecutor):
+    """Runs each job at once, on the caller's thread: `begin` never blocks."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
         done: Future[Any] = Future()
@@ -403,40 +406,42 @@ class _AtOnce(ThreadPoolExecutor):
         return done
 
 
-_AT_ONCE = _AtOnce(1)
+_INLINE = _InlineExecutor(1)
 _NO_FLAGS = 0
 
 
-def _came(state: Any, came: Method, then: Callable[[bytes | None], None], event: object) -> Any:
-    done = came(event)
+def _on_received(
+    state: Any, finish: Method, callback: Callable[[bytes | None], None], event: object
+) -> Any:
+    done = finish(event)
     with state.condition:
         message, state.request = state.request, None
-    _guarded(then, message)
+    _call_safely(callback, message)
     return done
 
 
-def _sent(state: Any, sent: Method, then: Callable[[bool], None], event: object) -> Any:
-    done = sent(event)
-    _guarded(then, _server._is_rpc_state_active(state))
+def _on_sent(state: Any, finish: Method, callback: Callable[[bool], None], event: object) -> Any:
+    done = finish(event)
+    _call_safely(callback, _server._is_rpc_state_active(state))
     return done
 
 
-def _guarded(then: Callable[[Any], None], what: object) -> None:
+def _call_safely(callback: Callable[[Any], None], value: object) -> None:
     try:
-        then(what)
+        callback(value)
     except Exception:  # or gRPC's serving thread would end, and the whole server with it
-        log.exception("a call was left")
+        log.exception("a callback failed; its call is left as it is")
 
 
 def _submit(pool: ThreadPoolExecutor, call: Call, serve: Method, *args: object) -> None:
     try:
         pool.submit(serve, *args)
-    except RuntimeError:  # its threads have ended: the process stops
+    except RuntimeError:  # the pool is shut down: the process is stopping
         call.context.cancel()
 
 
 def _end(call: Call, error: BaseException) -> None:
-    """Ends the call for what its method raised; `context.abort` has set its status before that."""
+    """Ends the call with what its method raised, or the status that `context.abort` has set."""
     if isinstance(error, OverlayError):
         call.fail(error)
     elif call.context.code() is not None:

@@ -81,7 +81,7 @@ class RequestLog:
             waiting_ms=metrics_codec.write_spread(waiting),
             service=metrics_codec.write_histogram(all_service),
             waiting=metrics_codec.write_histogram(all_waiting),
-            requests=map(metrics_codec.write_story, self.stories.last(requests)),
+            requests=map(metrics_codec.write_summary, self.stories.last(requests)),
         )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Threads for jobs that nobody waits for."""
+"""A pool of threads for jobs without a result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def threads_of(name: str) -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith(f"{name}_")]
 
 
-def test_jobs_that_wait_for_each_other_run_at_once_up_to_the_most(pool):
+def test_jobs_run_concurrently_up_to_the_thread_limit(pool):
     meeting = threading.Barrier(3)
     met = [threading.Event() for _ in range(3)]
     for event in met:
@@ -34,21 +34,21 @@ def test_jobs_that_wait_for_each_other_run_at_once_up_to_the_most(pool):
     assert len(threads_of("job")) == 3
 
 
-def test_more_jobs_than_threads_wait_and_are_all_run_in_order(pool):
-    let_go, done = threading.Event(), []
+def test_jobs_beyond_the_thread_limit_run_later_in_order(pool):
+    release, done = threading.Event(), []
     for _ in range(3):
-        pool.run(lambda: let_go.wait(5))
+        pool.run(lambda: release.wait(5))
     for number in range(10_000):
         pool.run(lambda number=number: done.append(number))
     time.sleep(0.05)
     assert done == []
-    let_go.set()
+    release.set()
     until(lambda: len(done) == 10_000, 5, "all have run")
     assert len(threads_of("job")) == 3
     assert pool._idle.qsize() <= 3, "what is kept grows with the jobs that waited"
 
 
-def test_one_thread_is_enough_for_jobs_that_come_one_by_one(pool):
+def test_one_thread_serves_jobs_that_arrive_one_by_one(pool):
     for _ in range(200):
         done = threading.Event()
         pool.run(done.set)
@@ -57,7 +57,7 @@ def test_one_thread_is_enough_for_jobs_that_come_one_by_one(pool):
     assert len(threads_of("job")) == 1
 
 
-def test_what_a_job_raises_is_logged_and_the_next_one_runs(pool, caplog):
+def test_an_exception_in_a_job_is_logged_and_the_next_job_runs(pool, caplog):
     done = threading.Event()
     with caplog.at_level(logging.ERROR):
         pool.run(lambda: 1 // 0)
@@ -66,7 +66,7 @@ def test_what_a_job_raises_is_logged_and_the_next_one_runs(pool, caplog):
         until(lambda: "ZeroDivisionError" in caplog.text, 5)
 
 
-def test_a_job_is_not_kept_after_it_has_run(pool):
+def test_a_finished_job_is_not_kept_alive(pool):
     class Held:
         def run(self) -> None:
             pass
@@ -78,7 +78,7 @@ def test_a_job_is_not_kept_after_it_has_run(pool):
     until(lambda: seen() is None, 5, "nothing leads to it")
 
 
-def test_nothing_is_run_after_its_end():
+def test_no_job_runs_after_close():
     pool, ran = BackgroundThreads(2, "ended"), []
     pool.run(lambda: ran.append(1))
     until(lambda: ran, 5)

@@ -1,4 +1,4 @@
-"""Connections are many at most; when there are too many, the idle ones of who has most are cut."""
+"""Beyond the limit, idle connections of the address that has the most are closed."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from collections.abc import Iterator
 import pytest
 
 from overlay.calls import connection_limits
-from overlay.calls.connection_limits import Connections, most_connections, raise_file_limit
+from overlay.calls.connection_limits import Connections, max_connections, raise_file_limit
 from overlay.calls.request_log import RequestLog
 from tests.harness.cluster import until
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="it counts no descriptors")
 
 
-class House:
+class Port:
     """A port, with connections from some addresses of this machine."""
 
     def __init__(self) -> None:
         self.listening = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.port = self.listening.getsockname()[1]
-        self.inside: list[socket.socket] = []
-        self.outside: list[socket.socket] = []
+        self.accepted: list[socket.socket] = []
+        self.clients: list[socket.socket] = []
 
-    def let_in(self, address: str, count: int) -> list[socket.socket]:
-        came = []
+    def connect(self, address: str, count: int) -> list[socket.socket]:
+        connected = []
         for _ in range(count):
             out = socket.create_connection(("127.0.0.1", self.port), 5, (address, 0))
             out.setblocking(False)
-            came.append(out)
-            self.inside.append(self.listening.accept()[0])
-        self.outside += came
-        return came
+            connected.append(out)
+            self.accepted.append(self.listening.accept()[0])
+        self.clients += connected
+        return connected
 
 
 @pytest.fixture
-def house() -> Iterator[House]:
-    made = House()
+def server() -> Iterator[Port]:
+    made = Port()
     yield made
-    for one in (made.listening, *made.inside, *made.outside):
+    for one in (made.listening, *made.accepted, *made.clients):
         one.close()
 
 
-def is_cut(one: socket.socket) -> bool:
+def is_closed(one: socket.socket) -> bool:
     with contextlib.suppress(BlockingIOError):
         return one.recv(1) == b""
     return False
@@ -59,50 +59,51 @@ def peer(one: socket.socket) -> str:
 
 @posix
 @pytest.mark.skipif(sys.platform == "darwin", reason="it has one loopback address")
-def test_the_oldest_idle_connections_of_who_has_most_are_cut(house):
+def test_the_oldest_idle_connections_of_the_busiest_address_are_closed(server):
     record = RequestLog("A", works=False)
-    first = house.let_in("127.0.0.3", 3)
-    many = house.let_in("127.0.0.2", 60)
+    first = server.connect("127.0.0.3", 3)
+    many = server.connect("127.0.0.2", 60)
     busy = {peer(one) for one in many[:5]}
-    door = Connections(house.port, 40, record, lambda: busy)  # 30 are too many, 15 may stay
-    door.start()
+    # Above 30, all but 15 are closed.
+    connections = Connections(server.port, 40, record, lambda: busy)
+    connections.start()
     try:
         until(lambda: record.meter.crowds().get("connections") == 48)
         time.sleep(0.3)
         assert record.meter.crowds() == {"connections": 48}, "those not closed yet count once"
     finally:
-        door.stop()
+        connections.stop()
 
-    assert not any(map(is_cut, first + many[:5])), "others, and who has a call open"
-    assert sum(map(is_cut, many[5:])) == 48
+    assert not any(map(is_closed, first + many[:5])), "other addresses, and open calls"
+    assert sum(map(is_closed, many[5:])) == 48
 
 
 @posix
-def test_few_connections_are_left_alone_and_something_else_is_done_each_look(house):
-    record, looks = RequestLog("A", works=False), []
-    few = house.let_in("127.0.0.1", 10)
-    door = Connections(house.port, 400, record, set, lambda: looks.append(1))
-    door.start()
-    until(lambda: len(looks) > 2)
-    door.stop()
+def test_few_connections_stay_open_and_on_check_is_called_each_time(server):
+    record, checks = RequestLog("A", works=False), []
+    few = server.connect("127.0.0.1", 10)
+    connections = Connections(server.port, 400, record, set, lambda: checks.append(1))
+    connections.start()
+    until(lambda: len(checks) > 2)
+    connections.stop()
 
-    assert not any(map(is_cut, few))
+    assert not any(map(is_closed, few))
     assert record.meter.crowds() == {}
 
 
 @posix
-def test_looking_takes_no_descriptors(house):
-    house.let_in("127.0.0.1", 20)
+def test_a_check_takes_no_descriptors(server):
+    server.connect("127.0.0.1", 20)
     before = len(connection_limits._descriptors())
     for _ in range(5):
-        found = connection_limits._connections(connection_limits._descriptors(), house.port)
+        found = connection_limits._connections(connection_limits._descriptors(), server.port)
     assert len(found) == 20
     assert len(connection_limits._descriptors()) == before
 
 
 @posix
 @pytest.mark.skipif(not socket.has_ipv6, reason="this Python has no IPv6")
-def test_the_other_sides_are_known_where_a_port_takes_both_families():
+def test_a_dual_stack_port_finds_ipv4_and_ipv6_peers():
     with contextlib.ExitStack() as stack:
         port = stack.enter_context(socket.socket(socket.AF_INET6))
         port.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -112,8 +113,8 @@ def test_the_other_sides_are_known_where_a_port_takes_both_families():
         wanted = {}
         for address in ("127.0.0.1", "::1"):
             out = stack.enter_context(socket.create_connection((address, number), 5))
-            inside = stack.enter_context(port.accept()[0])
-            wanted[out.getsockname()[:2]] = inside.fileno()
+            accepted = stack.enter_context(port.accept()[0])
+            wanted[out.getsockname()[:2]] = accepted.fileno()
         others = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         pair = socket.socketpair()
         for one in pair:
@@ -124,8 +125,8 @@ def test_the_other_sides_are_known_where_a_port_takes_both_families():
         assert all(one.fileno() >= 0 and one.getsockname() is not None for one in pair)
 
 
-def test_some_descriptors_are_kept_for_the_process_itself():
-    assert most_connections(1024) == 824
-    assert most_connections(100) == 16
-    assert most_connections(10**6) == 8192
+def test_some_descriptors_are_reserved_for_the_process_itself():
+    assert max_connections(1024) == 824
+    assert max_connections(100) == 16
+    assert max_connections(10**6) == 8192
     assert raise_file_limit() >= 256

@@ -1,4 +1,4 @@
-"""Idempotency keys: one answer for one key, and never forgotten before its time."""
+"""Idempotency keys: one answer per key, kept for all of its time."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LIMITS = replace(Limits(), keys=100, kept_bytes=10_000, key_waiters=20, waiters_
 
 
 class Bench:
-    """Keys with a clock of their own."""
+    """Keys with a clock that the test sets."""
 
     def __init__(self, **limits: int) -> None:
         self.clock = Clock()
@@ -56,7 +56,7 @@ class Bench:
         return self.keys.enter(caller, key, (question,))
 
     def ask(self, key: str = "k", answer: bytes = b"the answer", caller: Caller = MAC):
-        """As the first of the key: what it was told, or what was kept."""
+        """Asks with the key: "ran" for the first, else the kept outcome."""
         found = self.enter(key, caller=caller)
         if isinstance(found, First):
             found.answered(answer)
@@ -64,12 +64,12 @@ class Bench:
         return found
 
 
-def test_the_same_key_has_the_same_answer_and_is_asked_once():
+def test_requests_with_one_key_run_once_and_get_one_answer():
     bench = Bench()
     assert [bench.ask(), bench.ask(), bench.ask()] == ["ran", b"the answer", b"the answer"]
 
 
-def test_another_question_under_the_same_key_is_refused_and_told_nothing_of_the_first():
+def test_a_key_reused_for_another_request_is_refused_without_a_word_about_the_first():
     bench = Bench()
     bench.ask(answer=b"a secret")
     with pytest.raises(BadRequest) as raised:
@@ -88,7 +88,7 @@ def test_another_question_under_the_same_key_is_refused_and_told_nothing_of_the_
     ],
 )
 @pytest.mark.parametrize("is_answered", [False, True])
-def test_nobody_else_can_take_or_probe_or_spoil_a_key(other, is_answered):
+def test_another_caller_cannot_use_probe_or_spoil_a_key(other, is_answered):
     bench = Bench()
     first = bench.enter("k")
     if is_answered:
@@ -102,7 +102,7 @@ def test_nobody_else_can_take_or_probe_or_spoil_a_key(other, is_answered):
     assert bench.enter("k") == b"a secret"
 
 
-def test_what_may_have_run_is_not_asked_again_and_each_gets_an_error_of_its_own():
+def test_a_failed_request_that_may_have_run_is_not_repeated_and_each_caller_gets_its_own_error():
     bench = Bench()
     bench.enter().failed(HandlerFailed("it broke"))
     errors = [bench.enter(), bench.enter()]
@@ -110,7 +110,7 @@ def test_what_may_have_run_is_not_asked_again_and_each_gets_an_error_of_its_own(
     assert errors[0] is not errors[1]
 
 
-def test_a_failure_that_is_kept_holds_nothing_of_those_who_asked():
+def test_a_kept_failure_keeps_no_request_alive():
     bench = Bench()
 
     class Payload:
@@ -145,17 +145,17 @@ def test_a_failure_that_is_kept_holds_nothing_of_those_who_asked():
     )
 
 
-def test_what_provably_did_not_run_may_be_asked_again():
+def test_a_request_that_provably_did_not_run_may_run_again():
     bench = Bench()
     bench.enter().failed(QueueFull("full"))
     assert bench.keys.kept == 0
     assert bench.ask() == "ran"
 
 
-def test_an_answer_is_forgotten_after_its_time_and_not_before():
+def test_an_answer_expires_after_its_time_and_not_before():
     bench = Bench()
     first = bench.enter()
-    bench.clock.advance(2000)  # it may take long: its time begins with its answer
+    bench.clock.advance(2000)  # a slow answer: its time starts with the answer
     first.answered(b"late")
     bench.clock.advance(599)
     assert bench.enter() == b"late"
@@ -164,10 +164,10 @@ def test_an_answer_is_forgotten_after_its_time_and_not_before():
     assert bench.ask() == "ran"
 
 
-# Bounds: the new is refused, and the old keeps its word.
+# Bounds: a new key is refused, and old ones are kept.
 
 
-def test_when_there_is_no_room_the_new_key_is_refused_with_proof_and_none_is_forgotten():
+def test_without_room_a_new_key_is_refused_with_proof_and_no_key_is_dropped():
     bench = Bench(keys=10)
     assert [bench.ask(str(n)) for n in range(5)] == ["ran"] * 5
     bench.clock.advance(400)
@@ -180,8 +180,8 @@ def test_when_there_is_no_room_the_new_key_is_refused_with_proof_and_none_is_for
     assert refused.retry_after_s == 200
     assert str(refused) == (
         "10.0.0.1 has 5 of 10 idempotency keys, and the 5 that are left are kept for others; each "
-        "is kept for 600 s: come again in 200.0 s, ask without a key, or configure a shorter "
-        "key_window_s"
+        "is kept for 600 s: try again in 200.0 s, send the request without a key, or configure a "
+        "shorter key_window_s"
     )
     assert bench.enter("0") == b"the answer"
     assert bench.ask("new", caller=PC) == "ran"
@@ -189,7 +189,7 @@ def test_when_there_is_no_room_the_new_key_is_refused_with_proof_and_none_is_for
     assert bench.ask("new") == "ran"
 
 
-def test_what_has_no_answer_yet_counts_and_is_not_forgotten():
+def test_a_key_without_an_answer_takes_room_and_does_not_expire():
     bench = Bench(keys=4)
     first = bench.enter("0")
     bench.enter("1")
@@ -202,7 +202,7 @@ def test_what_has_no_answer_yet_counts_and_is_not_forgotten():
     assert bench.ask("new") == "ran"
 
 
-def test_no_key_is_taken_while_the_answers_kept_are_too_many_bytes():
+def test_a_new_key_is_refused_while_kept_answers_take_too_many_bytes():
     bench = Bench()
     assert [bench.ask(str(n), bytes(3000)) for n in range(2)] == ["ran"] * 2
     bench.clock.advance(1)
@@ -218,21 +218,21 @@ def test_no_key_is_taken_while_the_answers_kept_are_too_many_bytes():
     assert bench.ask("2", caller=PC) == "ran"
 
 
-def test_an_answer_that_cannot_be_kept_is_told_to_who_waits_and_runs_no_second_time():
+def test_an_answer_too_large_to_keep_reaches_its_waiters_and_the_request_does_not_run_again():
     bench = Bench()
     firsts = [bench.enter(str(n)) for n in range(3)]
-    waiter, told = bench.enter("2"), []
-    waiter.on_done(told.append)
+    waiter, received = bench.enter("2"), []
+    waiter.on_done(received.append)
     for first in firsts:
         first.answered(bytes(4000))
 
-    assert told == [bytes(4000)]
-    lost = bench.enter("2")
-    assert type(lost) is AnswerNotKept
-    assert (lost.code, lost.executed) == (Code.ALREADY_EXISTS, Executed.YES)
-    assert str(lost) == (
-        "the request of this idempotency key ran; its answer of 4,000 bytes could not be kept: all "
-        "that are kept together may have 10,000 (max_kept_mib)"
+    assert received == [bytes(4000)]
+    missing = bench.enter("2")
+    assert type(missing) is AnswerNotKept
+    assert (missing.code, missing.executed) == (Code.ALREADY_EXISTS, Executed.YES)
+    assert str(missing) == (
+        "the request with this idempotency key ran; its answer of 4,000 bytes could not be kept: "
+        "all kept answers together may take 10,000 (max_kept_mib)"
     )
     assert bench.enter("0") == bytes(4000)
     bench.clock.advance(601)
@@ -240,15 +240,15 @@ def test_an_answer_that_cannot_be_kept_is_told_to_who_waits_and_runs_no_second_t
     assert bench.keys.kept_bytes == len(b"the answer")
 
 
-def test_an_error_that_cannot_be_kept_says_no_more_than_is_known():
+def test_an_error_too_large_to_keep_says_no_more_than_is_known():
     bench = Bench(kept_bytes=100)
     bench.enter().failed(DeadlinePassed("late"))
-    lost = bench.enter()
-    assert (lost.code, lost.executed) == (Code.ALREADY_EXISTS, Executed.UNKNOWN)
+    missing = bench.enter()
+    assert (missing.code, missing.executed) == (Code.ALREADY_EXISTS, Executed.UNKNOWN)
 
 
 @pytest.mark.parametrize("addresses", [1, 2, 5])
-def test_who_asks_without_end_leaves_room_for_others(addresses):
+def test_a_caller_with_endless_keys_leaves_room_for_others(addresses):
     bench = Bench()
     full = [Caller(f"10.0.1.{n}") for n in range(addresses)]
     for number in range(LIMITS.keys):
@@ -261,8 +261,8 @@ def test_who_asks_without_end_leaves_room_for_others(addresses):
     assert bench.ask("new", caller=PC) == "ran"
 
 
-def test_a_key_takes_the_same_time_and_memory_however_many_have_been():
-    """Processor seconds of 20,000, the first against the later ones."""
+def test_a_key_costs_the_same_time_and_memory_however_many_came_before():
+    """CPU seconds of 20,000 keys, the first ones against the later ones."""
     clock = Clock()
     keys = IdempotencyKeys(replace(Limits(), keys=20_000), clock)
     took: list[float] = []
@@ -279,12 +279,12 @@ def test_a_key_takes_the_same_time_and_memory_however_many_have_been():
     assert min(took[1:]) < 2 * took[0]
 
 
-# Who waits for the first.
+# Waiters for the first request.
 
 
 @dataclass
-class Told:
-    """What a waiter heard; it must hear once."""
+class Received:
+    """What a waiter got; it must get one outcome."""
 
     outcomes: list[object] = field(default_factory=list)
 
@@ -297,31 +297,31 @@ class Told:
         return outcome
 
 
-def test_those_who_come_meanwhile_wait_for_the_first_and_hear_it_once():
+def test_requests_with_a_running_key_wait_for_it_and_get_its_outcome_once():
     bench = Bench()
-    first, waiters, told = bench.enter(), [], [Told() for _ in range(3)]
-    for one in told[:2]:
+    first, waiters, received = bench.enter(), [], [Received() for _ in range(3)]
+    for one in received[:2]:
         waiters.append(bench.enter())
         waiters[-1].on_done(one)
     waiters.append(bench.enter())
     assert (bench.keys.waiting, bench.keys.kept) == (3, 1)
 
     first.answered(b"the answer")
-    waiters[2].on_done(told[2])
+    waiters[2].on_done(received[2])
     for waiter in waiters:
         waiter.cancel()
     first.failed(QueueFull("told twice"))
 
-    assert [one.outcome for one in told] == [b"the answer"] * 3
+    assert [one.outcome for one in received] == [b"the answer"] * 3
     assert (bench.keys.waiting, bench.enter()) == (0, b"the answer")
 
 
-def test_who_waits_hears_that_nothing_ran_and_the_next_one_asks():
-    bench, told = Bench(), Told()
+def test_waiters_learn_that_nothing_ran_and_the_next_request_runs():
+    bench, received = Bench(), Received()
     first = bench.enter()
-    bench.enter().on_done(told)
+    bench.enter().on_done(received)
     first.failed(QueueFull("full"))
-    assert (type(told.outcome), bench.keys.waiting) == (QueueFull, 0)
+    assert (type(received.outcome), bench.keys.waiting) == (QueueFull, 0)
     assert isinstance(bench.enter(), First)
 
 
@@ -329,26 +329,26 @@ def test_who_waits_hears_that_nothing_ran_and_the_next_one_asks():
     ("code", "error"), [(Code.CANCELLED, CallCancelled), (Code.DEADLINE_EXCEEDED, DeadlinePassed)]
 )
 @pytest.mark.parametrize("is_late", [False, True])
-def test_who_waits_no_more_is_free_at_once_and_leaves_nothing_behind(code, error, is_late):
-    bench, told = Bench(), Told()
+def test_a_waiter_that_gives_up_ends_at_once_and_leaves_nothing_behind(code, error, is_late):
+    bench, received = Bench(), Received()
     first, waiter = bench.enter(), bench.enter()
     if is_late:
         waiter.end(code)
-    waiter.on_done(told)
+    waiter.on_done(received)
     waiter.end(code)
 
-    assert type(told.outcome) is error
-    assert told.outcome.executed is Executed.UNKNOWN
+    assert type(received.outcome) is error
+    assert received.outcome.executed is Executed.UNKNOWN
     assert bench.keys.waiting == 0
-    gone = weakref.ref(told)
-    del told
+    gone = weakref.ref(received)
+    del received
     gc.collect()
     assert gone() is None
     first.answered(b"x")
     waiter.cancel()
 
 
-def test_too_many_that_wait_are_refused_and_not_told_that_nothing_ran():
+def test_too_many_waiters_are_refused_without_the_proof_that_nothing_ran():
     bench = Bench()
     firsts = {key: bench.enter(key) for key in "abc"}
     for key in "aaaaabbbbb":
@@ -365,8 +365,8 @@ def test_too_many_that_wait_are_refused_and_not_told_that_nothing_ran():
     assert isinstance(bench.enter("c"), Waiter)
 
 
-def test_of_many_threads_with_one_key_exactly_one_asks():
-    keys, told, ran = IdempotencyKeys(Limits()), [], []
+def test_of_many_threads_with_one_key_exactly_one_is_first():
+    keys, received, ran = IdempotencyKeys(Limits()), [], []
 
     def ask(number: int) -> None:
         found = keys.enter(MAC, str(number // 8), (b"q",))
@@ -375,16 +375,16 @@ def test_of_many_threads_with_one_key_exactly_one_asks():
             found.answered(b"%d" % (number // 8))
         elif isinstance(found, Waiter):
             came = threading.Event()
-            found.on_done(lambda outcome: (told.append((number // 8, outcome)), came.set()))
+            found.on_done(lambda outcome: (received.append((number // 8, outcome)), came.set()))
             assert came.wait(10)
         else:
-            told.append((number // 8, found))
+            received.append((number // 8, found))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(ask, range(4000)))
 
     assert sorted(ran) == list(range(500))
-    assert Counter(told) == {(n, b"%d" % n): 7 for n in range(500)}
+    assert Counter(received) == {(n, b"%d" % n): 7 for n in range(500)}
     assert (keys.waiting, keys.kept) == (0, 500)
 
 
@@ -392,15 +392,15 @@ KEYS, CALLERS = st.sampled_from("abcdefgh"), st.sampled_from([MAC, PC, Caller("1
 
 
 class KeysMachine(RuleBasedStateMachine):
-    """Keys against a list of all that happened, with little room and a clock of its own."""
+    """Keys with little room, checked against a list of everything that happened."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bench = Bench(keys=8, kept_bytes=100, key_waiters=6, waiters_of_key=2)
         self.open: dict[tuple[Caller, str], tuple[bytes, First]] = {}
         self.kept: dict[tuple[Caller, str], tuple[bytes, float, bytes | None]] = {}
-        self.waiting: dict[tuple[Caller, str], list[tuple[Waiter, Told]]] = {}
-        self.over: list[Told] = []
+        self.waiting: dict[tuple[Caller, str], list[tuple[Waiter, Received]]] = {}
+        self.over: list[Received] = []
 
     @rule(caller=CALLERS, key=KEYS, question=st.sampled_from([b"p", b"q"]))
     def enter(self, caller: Caller, key: str, question: bytes) -> None:
@@ -431,9 +431,9 @@ class KeysMachine(RuleBasedStateMachine):
             self.open[name] = question, found
         elif isinstance(found, Waiter):
             assert name in self.open
-            told = Told()
-            found.on_done(told)
-            self.waiting.setdefault(name, []).append((found, told))
+            received = Received()
+            found.on_done(received)
+            self.waiting.setdefault(name, []).append((found, received))
         else:
             answer = self.kept[name][2]
             assert type(found) is AnswerNotKept if answer is None else found == answer
@@ -460,9 +460,9 @@ class KeysMachine(RuleBasedStateMachine):
                 *self.kept[name][:2],
                 None if isinstance(found, OverlayError) else b"",
             )
-        for _, told in self.waiting.pop(name, ()):
-            assert told.outcome == answer
-            self.over.append(told)
+        for _, received in self.waiting.pop(name, ()):
+            assert received.outcome == answer
+            self.over.append(received)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -470,33 +470,33 @@ class KeysMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.open)))
         _, first = self.open.pop(name)
         first.failed(QueueFull("full"))
-        for _, told in self.waiting.pop(name, ()):
-            assert type(told.outcome) is QueueFull
-            self.over.append(told)
+        for _, received in self.waiting.pop(name, ()):
+            assert type(received.outcome) is QueueFull
+            self.over.append(received)
 
     @precondition(lambda self: any(self.waiting.values()))
     @rule(data=st.data(), code=st.sampled_from([Code.CANCELLED, Code.DEADLINE_EXCEEDED]))
     def leave(self, data: st.DataObject, code: Code) -> None:
         name = data.draw(st.sampled_from(sorted(n for n, some in self.waiting.items() if some)))
-        waiter, told = self.waiting[name].pop()
+        waiter, received = self.waiting[name].pop()
         waiter.end(code)
-        assert isinstance(told.outcome, CallCancelled | DeadlinePassed)
-        self.over.append(told)
+        assert isinstance(received.outcome, CallCancelled | DeadlinePassed)
+        self.over.append(received)
 
     @rule(seconds=st.sampled_from([1, 100, 300, 599, 601]))
     def wait(self, seconds: float) -> None:
         self.bench.clock.advance(seconds)
 
     @invariant()
-    def bounds_hold_and_nobody_hears_twice(self) -> None:
+    def bounds_hold_and_each_waiter_gets_one_outcome(self) -> None:
         keys = self.bench.keys
         now = self.bench.clock.now
         kept = [kept for kept in self.kept.values() if kept[1] > now]
         assert keys.kept == len(self.open) + len(kept) <= 8
         assert keys.kept_bytes == sum(len(answer or b"") for _, _, answer in kept) <= 100
         assert keys.waiting == sum(map(len, self.waiting.values())) <= 6
-        assert all(len(told.outcomes) == 1 for told in self.over)
-        assert not any(told.outcomes for some in self.waiting.values() for _, told in some)
+        assert all(len(received.outcomes) == 1 for received in self.over)
+        assert not any(received.outcomes for some in self.waiting.values() for _, received in some)
 
 
 TestKeysMachine = KeysMachine.TestCase
@@ -514,7 +514,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
 
 @pytest.fixture
 def noted(shared: Overlay) -> Overlay:
-    """Shared, with no notes. Each test has keys of its own."""
+    """The shared overlay, without notes. Each test has its own keys."""
     forget_notes(shared)
     return shared
 
@@ -524,7 +524,7 @@ def keyed(key: str, payload: bytes = b"x", **fields) -> pb2.Request:
 
 
 def at_most(in_flight: int, calls):
-    """Their outcomes, so many at once."""
+    """The outcomes of the calls, `in_flight` of them at once."""
     waiting = []
     for call in calls:
         waiting.append(call)
@@ -533,7 +533,7 @@ def at_most(in_flight: int, calls):
     yield from map(Outcome, waiting)
 
 
-def test_a_key_keeps_its_word_after_ten_thousand_others(noted: Overlay) -> None:
+def test_a_key_is_kept_after_ten_thousand_others(noted: Overlay) -> None:
     stub = noted.stub("C")
     first = stub.Forward(keyed("first of many", b"0", handler="work"), timeout=10)
 
@@ -545,8 +545,8 @@ def test_a_key_keeps_its_word_after_ten_thousand_others(noted: Overlay) -> None:
     assert len(notes(noted)) == 1
 
 
-def test_a_key_keeps_its_word_after_five_large_answers(noted: Overlay) -> None:
-    # Of D: what the test before left at C takes room there.
+def test_a_key_is_kept_after_five_large_answers(noted: Overlay) -> None:
+    # D's handler: what the previous test left at C takes room there.
     stub, large = noted.stub("D"), bytes(16 * MIB - 1000)
     first = stub.Forward(keyed("first of large", b"0", handler="work"), timeout=10)
     for n in range(5):
@@ -557,7 +557,7 @@ def test_a_key_keeps_its_word_after_five_large_answers(noted: Overlay) -> None:
     assert len(notes(noted)) == 1
 
 
-def test_a_new_key_is_refused_with_proof_while_the_answers_kept_are_too_many(
+def test_a_new_key_is_refused_with_proof_while_too_many_answers_are_kept(
     tmp_path: Path,
 ) -> None:
     with own(tmp_path, max_kept_mib=1, key_window_s=5) as overlay:
@@ -582,8 +582,8 @@ def new_keys_are_refused_while_too_much_is_kept(overlay: Overlay) -> None:
     until(lambda: Outcome(stub.Forward.future(again, timeout=10)).ok, 15)
 
 
-def test_repeats_whose_callers_left_hold_nothing(noted: Overlay) -> None:
-    """More than there are threads: today's repeats still hold one each while they wait."""
+def test_repeats_whose_callers_left_hold_no_resources(noted: Overlay) -> None:
+    """More repeats than there are threads."""
     stub = noted.stub("A")
     asked = [keyed(f"gate {n}", handler="gate") for n in range(4)]
     firsts = [stub.Forward.future(request, timeout=60) for request in asked]
@@ -598,7 +598,7 @@ def test_repeats_whose_callers_left_hold_nothing(noted: Overlay) -> None:
     assert len(notes(noted)) == 4
 
 
-def test_a_caller_that_left_gets_its_answer_when_it_comes_again(noted: Overlay) -> None:
+def test_a_caller_that_left_gets_its_answer_when_it_asks_again(noted: Overlay) -> None:
     asked = {"mode": "any", "handler": "work", "idempotency_key": "k"}
     with library.connect(noted.address("A")) as client:
         stub = noted.stub("A")
@@ -615,12 +615,14 @@ def test_a_caller_that_left_gets_its_answer_when_it_comes_again(noted: Overlay) 
 
 
 @pytest.mark.parametrize("key", ["", "k"])
-def test_a_worker_that_dies_costs_a_keyed_request_a_second_try(tmp_path: Path, key: str) -> None:
+def test_a_request_with_a_key_is_retried_once_when_its_worker_dies(
+    tmp_path: Path, key: str
+) -> None:
     with own(tmp_path) as overlay:
-        costs_a_second_try(overlay, key)
+        is_retried_once(overlay, key)
 
 
-def costs_a_second_try(overlay: Overlay, key: str) -> None:
+def is_retried_once(overlay: Overlay, key: str) -> None:
     request = pb2.Request(payload=b"x", mode=pb2.ANY, handler="gate", idempotency_key=key)
     call = overlay.stub("A").Forward.future(request, timeout=20)
     until(lambda: notes(overlay))

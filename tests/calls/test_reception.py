@@ -1,4 +1,4 @@
-"""Calls get a thread when their message is there; what is wrong with one costs its own call."""
+"""A call gets a thread when its message arrives; a bad message ends only its own call."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.harness.cluster import until
 METHOD = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 GOOD = reflection_pb2.ServerReflectionRequest(list_services="*").SerializeToString()
 SERVING = health_pb2.HealthCheckResponse.SERVING
-BAD = b"\x3a\xff"  # a text that is longer than the message
+BAD = b"\x3a\xff"  # a string that is longer than the message
 
 
 class Served:
-    """A server of reflection, the simplest stream there is, and of health; as bytes go."""
+    """A server of reflection, the simplest stream there is, and of health, spoken in bytes."""
 
     def __init__(self, **limits: object) -> None:
         pool = ThreadPoolExecutor(4, "few")
@@ -47,7 +47,7 @@ class Served:
         self.ask = self.channel.stream_stream(METHOD)
         self.check = self.channel.unary_unary("/grpc.health.v1.Health/Check")
         self.watch = self.channel.unary_stream("/grpc.health.v1.Health/Watch")
-        # As a client may use a method that takes one message: with none yet.
+        # A client may open a call without sending its message yet.
         self.check_later = self.channel.stream_unary("/grpc.health.v1.Health/Check")
 
     def stop(self) -> None:
@@ -62,7 +62,7 @@ def served() -> Iterator[Served]:
     made.stop()
 
 
-def test_what_comes_before_it_is_answered_and_it_ends_the_call(served):
+def test_requests_before_a_bad_message_are_answered_and_it_ends_the_call(served):
     call = served.ask(iter([GOOD, BAD, GOOD]), timeout=5)
 
     assert reflection_pb2.ServerReflectionResponse.FromString(next(call)).list_services_response
@@ -72,7 +72,7 @@ def test_what_comes_before_it_is_answered_and_it_ends_the_call(served):
     assert raised.value.details().startswith("a message of 2 bytes is not protobuf")
 
 
-def test_it_leaves_no_call_behind_that_the_server_would_wait_for(served):
+def test_a_bad_message_leaves_no_call_that_the_server_waits_for(served):
     for _ in range(100):
         with pytest.raises(grpc.RpcError):
             next(served.ask(iter([BAD]), timeout=5))
@@ -81,7 +81,7 @@ def test_it_leaves_no_call_behind_that_the_server_would_wait_for(served):
     assert served.server.stop(0.5).wait(5)
 
 
-def test_a_unary_call_has_its_answer_or_is_refused_for_its_bytes(served):
+def test_a_unary_call_is_answered_or_refused_for_its_bytes(served):
     assert served.check(b"", timeout=5) == b"\x08\x01"  # SERVING
     assert next(served.watch(b"", timeout=5)) == b"\x08\x01"
     for bad in (lambda: served.check(b"\x0a\xff", timeout=5), watched_badly(served)):
@@ -107,7 +107,7 @@ def test_refused_bytes_leave_no_memory_behind(served):
 
     refused(1000)
 
-    assert process.memory_info().rss - before < 5 * 2**20  # gRPC's own way keeps 15 MB
+    assert process.memory_info().rss - before < 5 * 2**20  # gRPC's own server leaks 15 MB
 
 
 def test_unknown_methods_stay_unknown(served):
@@ -138,7 +138,7 @@ def test_calls_without_a_message_hold_no_thread_and_are_counted(served):
         box.put(None)
 
 
-def test_a_call_that_ends_before_its_message_is_told_what_it_lacks(served):
+def test_a_call_that_ends_without_a_message_is_refused_with_the_reason(served):
     with pytest.raises(grpc.RpcError) as raised:
         served.check_later(iter(()), timeout=5)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -167,7 +167,7 @@ def test_the_oldest_call_without_a_message_makes_room_for_a_new_one():
     served.stop()
 
 
-def test_a_message_that_does_not_come_ends_its_call_after_the_default_deadline():
+def test_a_call_whose_message_is_overdue_ends_after_the_default_deadline():
     served = Served(default_deadline_s=0.2)
     box: SimpleQueue[bytes | None] = SimpleQueue()
     call = served.check_later.future(iter(box.get, None), timeout=20)
@@ -178,12 +178,12 @@ def test_a_message_that_does_not_come_ends_its_call_after_the_default_deadline()
 
     with pytest.raises(grpc.RpcError) as raised:
         call.result(5)
-    assert raised.value.details() == "no message came within 0.2 s"
+    assert raised.value.details() == "no message arrived within 0.2 s"
     box.put(None)
     served.stop()
 
 
-def test_a_watcher_hears_of_each_name_what_it_is_now(served):
+def test_a_watcher_gets_the_current_status_of_its_name(served):
     served.health.set("one", SERVING)
     calls = [served.watch(name_of(name), timeout=20) for name in ("", "one", "never set")]
     unknown = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -204,7 +204,7 @@ def name_of(name: str) -> bytes:
     return bytes(health_pb2.HealthCheckRequest(service=name).SerializeToString())
 
 
-def test_a_name_that_was_never_set_is_told_and_not_kept(served):
+def test_an_unknown_name_is_answered_as_unknown_and_not_kept(served):
     for n in range(300):
         call = served.watch(name_of("x" * 10_000 + str(n)), timeout=20)
         watched(call)
@@ -215,7 +215,7 @@ def test_a_name_that_was_never_set_is_told_and_not_kept(served):
     assert not served.health._watchers
 
 
-def test_watchers_are_many_at_most_the_oldest_ends_and_none_holds_a_thread():
+def test_watchers_are_bounded_the_oldest_ends_first_and_none_holds_a_thread():
     served = Served(resting_calls=20)
     first = served.watch(b"", timeout=20)
     assert watched(first) == SERVING
@@ -231,7 +231,7 @@ def test_watchers_are_many_at_most_the_oldest_ends_and_none_holds_a_thread():
     served.stop()
 
 
-def test_who_looks_at_the_services_holds_no_thread(served):
+def test_a_reflection_client_holds_no_thread(served):
     boxes = [SimpleQueue() for _ in range(20)]
     calls = [served.ask(iter(box.get, None), timeout=20) for box in boxes]
     for _ in range(2):
@@ -245,7 +245,7 @@ def test_who_looks_at_the_services_holds_no_thread(served):
         assert list(call) == []
 
 
-def test_a_method_may_answer_later_and_hold_no_thread_until_then():
+def test_a_method_may_answer_later_without_holding_a_thread():
     asked: SimpleQueue[tuple[bytes, Future[bytes]]] = SimpleQueue()
 
     def later(request: bytes, context: object) -> Future[bytes]:
