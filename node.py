@@ -148,10 +148,10 @@ class Node:
         most = max_connections(raise_file_limit())
         options = server_options(limits, most)
         self.server = Listening(place, me.port, lambda: grpc.server(self.pool, options=options))
-        self.reception = Reception(self.server, self.pool, limits, service.record)
+        self.reception = Reception(self.server, self.pool, limits, service.request_log)
         service.calls_without_message = lambda: self.reception.unarrived
         peers = self.reception.open_peers
-        self.connections = Connections(me.port, most, service.record, peers, self._look_after)
+        self.connections = Connections(me.port, most, service.request_log, peers, self._look_after)
         self.memory = HeapTrimmer(lambda: service.is_busy)
         self.health = Health(self.metrics_pool)
         node = OverlayNode(service, self.metrics_pool)

@@ -64,14 +64,14 @@ class Connections:
         self,
         port: int,
         most: int,
-        record: RequestLog,
+        request_log: RequestLog,
         open_peers: Callable[[], Collection[str]],
         on_check: Callable[[], None] = lambda: None,
     ) -> None:
         """most: connections that gRPC accepts. record: counts those that are closed here."""
         self._port = port
         self._most = most * 3 // 4
-        self._record = record
+        self._request_log = request_log
         self._open_peers = open_peers
         self._on_check = on_check
         self._since: dict[Endpoint, float] = {}  # when a connection was first seen
@@ -118,7 +118,7 @@ class Connections:
         closed = {peer for peer in evicted if _shut_down(found[peer], peer)} - self._closing
         self._closing |= closed
         for address, count in Counter(peer[0] for peer in closed).items():
-            self._record.crowded_out("connections", count, address)
+            self._request_log.crowded_out("connections", count, address)
         return bool(closed)
 
 

@@ -129,13 +129,13 @@ class Reception:
     """
 
     def __init__(
-        self, server: grpc.Server, pool: ThreadPoolExecutor, limits: Limits, record: RequestLog
+        self, server: grpc.Server, pool: ThreadPoolExecutor, limits: Limits, request_log: RequestLog
     ) -> None:
         """record: counts the calls that are ended because there are too many."""
         self._server = server
         self._pool = pool
         self._limits = limits
-        self._record = record
+        self._request_log = request_log
         self._lock = threading.Lock()
         self._unarrived: EvictionQueue[Call] = EvictionQueue(limits.unarrived_calls)
         self._watchers: EvictionQueue[Call] = EvictionQueue(limits.resting_calls)
@@ -170,7 +170,7 @@ class Reception:
             late = self._unarrived.pop_older(time.monotonic() - patience_s)
         for call in late:
             call.fail(CrowdedOut(f"no message arrived within {patience_s:g} s"))
-            self._record.crowded_out(UNARRIVED, 1, call.address)
+            self._request_log.crowded_out(UNARRIVED, 1, call.address)
 
     def _wrapped(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         parse, serialize = handler.request_deserializer, handler.response_serializer
@@ -308,7 +308,7 @@ class Reception:
                 evictee.context.cancel()  # its status is already queued, behind the unread answer
             else:
                 evictee.fail(CrowdedOut(f"too many {kind} are open"))
-            self._record.crowded_out(kind, 1, evictee.address)
+            self._request_log.crowded_out(kind, 1, evictee.address)
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]

@@ -1,16 +1,15 @@
-"""The one way of requests through this process, whether they come singly or on a stream.
+"""The path of every request through this process, single or streamed.
 
-    admit   check -> ids -> queue        a refusal is an answer too, and goes to the same sink
-    finish  combine -> fit -> note       what the caller gets, and how each row ended
+    admit   check -> ids -> queue           a refusal is an answer too, and goes to the same sink
+    finish  combine -> size check -> note   what the caller gets, and how each row ended
 
-A single request is a segment of one. How a segment is read, what waits for its answers and how they
-are written is up to the edge that it came by: unary or stream_session.
+A single request is a segment of one. The edge that received it, unary or stream_session, reads the
+segment, waits for its answers and writes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from overlay.calls.request_log import Ended, RequestLog, log_failure
@@ -38,34 +37,37 @@ from overlay.transport.codec import pb2
 from overlay.workers.request_ids import ChosenIds
 
 NO_MERGES: Mapping[str, Merge] = {}
-STOPPING_RETRY_S = 1.0  # a process that stops has closed its port by then
+STOPPING_RETRY_S = 1.0  # by then a stopping process has closed its port
 
 
 class Accepted:
-    """A segment of this process from its arrival to its last answer.
+    """A segment at this process, from its arrival to its last answer.
 
-    want_parts: its caller wants each worker's own bytes. ticket: its place in the queue, None while
-    it has none. counted: rows whose end has been noted.
+    want_parts: its caller wants each worker's own bytes. queued: None until it is admitted.
+    counted: rows whose end has been noted.
     """
 
-    __slots__ = ("caller", "counted", "segment", "ticket", "want_parts")
+    __slots__ = ("caller", "counted", "queued", "segment", "want_parts")
 
     def __init__(self, segment: Segment, caller: Caller, want_parts: bool) -> None:
         self.segment = segment
         self.caller = caller
         self.want_parts = want_parts
-        self.ticket: QueuedSegment | None = None
+        self.queued: QueuedSegment | None = None
         self.counted = 0
 
     @property
     def from_process(self) -> bool:
-        """Whether another process asks, which combines the parts itself."""
+        """Whether the caller is another process, which combines the parts itself."""
         return self.segment.route.targets is not None
 
 
 class Finished(NamedTuple):
-    """What goes back to the caller: a result per row, or none where a process asks, and failures by
-    row, counted from the first of these answers."""
+    """What goes back to the caller.
+
+    results: one per row; none for a caller that is a process. failures: (row, error), rows counted
+    from the first of `answers`.
+    """
 
     answers: Slice
     results: Sequence[bytes]
@@ -74,20 +76,20 @@ class Finished(NamedTuple):
 
 
 class RequestPath:
-    """Safe from any thread; never waits. draining: the process stops and says when to come back."""
+    """Thread-safe; never blocks. draining: the process is stopping; refusals say when to retry."""
 
     def __init__(
         self,
         topology: Topology,
         me: str,
         queue: RequestQueue,
-        record: RequestLog,
+        request_log: RequestLog,
         merges: Mapping[str, Merge] = NO_MERGES,
     ) -> None:
-        """merges: the merge function of each handler that has one."""
+        """merges: by handler, for those with a merge function."""
         self.me = me
         self.queue = queue
-        self.record = record
+        self.request_log = request_log
         self.limits = topology.limits
         self.draining = False
         self._topology = topology
@@ -95,14 +97,14 @@ class RequestPath:
         self._ids = ChosenIds(topology.limits)
         self._merges = merges
 
-    def fill(self, made: pb2.MetricsResponse) -> None:
-        made.is_healthy = not self.draining
-        made.queue_size, made.queue_slots = self.queue.waiting, self.queue.slots
-        made.streams, made.streamed_waiting, made.streamed_active = self.queue.streamed
-        made.streamed_slots = made.streams * self.limits.window_rows
+    def fill(self, response: pb2.MetricsResponse) -> None:
+        response.is_healthy = not self.draining
+        response.queue_size, response.queue_slots = self.queue.waiting, self.queue.slots
+        response.streams, response.streamed_waiting, response.streamed_active = self.queue.streamed
+        response.streamed_slots = response.streams * self.limits.window_rows
 
     def check(self, route: Route) -> None:
-        """Raises what is wrong with asking this process for it: UnknownName, LoopDetected ..."""
+        """Raises UnknownName, LoopDetected and the like if this process cannot serve the route."""
         planner.check(self._topology, self.me, route)
 
     def admit(
@@ -111,24 +113,24 @@ class RequestPath:
         sink: OnResult,
         priority: int,
         flow: Flow[QueuedSegment] | None = None,
-        wrong: OverlayError | None = None,
+        error: OverlayError | None = None,
     ) -> None:
-        """Puts the segment into the queue, or answers all of its rows with why not.
+        """Puts the segment into the queue, or answers all of its rows with the refusal.
 
-        flow: of its stream; None for a single request. wrong: why it cannot be served at all.
+        flow: of its stream; None for a single request. error: why it cannot be served at all.
         """
         segment = accepted.segment
-        self.record.meter.received(segment.count)
+        self.request_log.meter.received(segment.count)
         try:
-            if wrong is not None:
-                raise wrong
+            if error is not None:
+                raise error
             self._ids.take(accepted.caller, segment)
             if flow is None:
-                accepted.ticket = self.queue.admit(segment, sink, accepted.caller, priority)
+                accepted.queued = self.queue.admit(segment, sink, accepted.caller, priority)
             else:
-                accepted.ticket = self.queue.admit_to(flow, segment, sink, priority)
+                accepted.queued = self.queue.admit_to(flow, segment, sink, priority)
         except OverlayError as e:
-            sink(0, Slice(segment.count, (), refused=_refusal(self.me, e)))
+            sink(0, Slice(segment.count, (), refused=refusal(self.me, e)))
 
     def finish(
         self,
@@ -136,25 +138,25 @@ class RequestPath:
         start: int,
         answers: Slice,
         size: int,
-        theirs: int | None = None,
-        good: Container[int] = (),
+        client_limit: int | None = None,
+        answered: Container[int] = (),
     ) -> Finished:
-        """Makes of answers, from row `start` on, what their caller gets, and notes their end.
+        """Turns answers, from row `start` on, into what their caller gets, and notes their end.
 
-        size: as `size_of` has it. theirs: the largest answer that the caller takes, where it says
-        so. good: rows of which a good part has gone before.
+        size: as from `size_of`. client_limit: the largest answer that the caller takes, if it says
+        so. answered: rows for which a successful part was sent before.
         """
-        segment, early = accepted.segment, accepted.segment.on_partial is not None
-        most = min(self.limits.max_message_bytes, theirs or self.limits.max_message_bytes)
-        if size * (2 if accepted.want_parts and not early else 1) > most:
-            answers = self.too_large(answers, size, theirs)
+        segment, is_partial = accepted.segment, accepted.segment.on_partial is not None
+        limit = min(self.limits.max_message_bytes, client_limit or self.limits.max_message_bytes)
+        if size * (2 if accepted.want_parts and not is_partial else 1) > limit:
+            answers = self.too_large(answers, size, client_limit)
         results, failures = self._combined(segment, answers, start)
-        merged = sum(map(len, results))  # by the user's own function: of any size
-        if merged > most - (size if accepted.want_parts else 0):
-            answers = self.too_large(answers, merged, theirs)
+        merged = sum(map(len, results))  # the user's own function may return any size
+        if merged > limit - (size if accepted.want_parts else 0):
+            answers = self.too_large(answers, merged, client_limit)
             results, failures = self._combined(segment, answers, start)
-        if early:  # what came before may have been better
-            failures = [(row, why) for row, why in failures if start + row not in good]
+        if is_partial:  # a part sent before may have succeeded
+            failures = [(row, why) for row, why in failures if start + row not in answered]
         return Finished(answers, results, failures, self.note(accepted, start, answers, failures))
 
     def note(
@@ -164,23 +166,23 @@ class RequestPath:
         answers: Slice,
         failures: list[tuple[int, OverlayError]],
     ) -> tuple[Hop, ...]:
-        """Counts and logs how these rows ended. Their trace, where one was wanted."""
+        """Counts and logs how these rows ended. Returns their trace, if one was wanted."""
         accepted.counted += answers.count
-        ended = Ended(accepted.segment, accepted.caller, start, answers, failures, accepted.ticket)
-        self.record.ended(ended)
+        ended = Ended(accepted.segment, accepted.caller, start, answers, failures, accepted.queued)
+        self.request_log.record_end(ended)
         return ended.trace
 
-    def too_large(self, answers: Slice, size: int, theirs: int | None = None) -> Slice:
-        """Instead of answers that the other side would not receive."""
-        most = self.limits.max_message_bytes
-        reason = f"the answer has {size:,} bytes, more than max_message_mib allows ({most:,})"
-        if theirs is not None and theirs < most:
-            reason += f" at the process that asked ({theirs:,})"
+    def too_large(self, answers: Slice, size: int, client_limit: int | None = None) -> Slice:
+        """Replaces answers that the caller would not accept."""
+        limit = self.limits.max_message_bytes
+        reason = f"the answer has {size:,} bytes, more than max_message_mib allows ({limit:,})"
+        if client_limit is not None and client_limit < limit:
+            reason += f" at the process that asked ({client_limit:,})"
         part = Part(self.me, Code.RESOURCE_EXHAUSTED, reason, executed=Executed.YES)
         return Slice(answers.count, (), answers.hops, part)
 
     def with_retry(self, error: OverlayError) -> OverlayError:
-        """The same; a refusal that may be tried again says after how long."""
+        """The same error; a refusal that may be retried says after how long."""
         refused = error.executed is Executed.NO
         if refused and error.retry_after_s is None and error.code in _RETRYABLE:
             error.retry_after_s = self._retry_after_s()
@@ -189,10 +191,9 @@ class RequestPath:
     def _combined(
         self, segment: Segment, answers: Slice, start: int
     ) -> tuple[list[bytes], list[tuple[int, OverlayError]]]:
-        """A result per row, empty where it failed, and why it failed, by row.
+        """A result per row, empty where it failed, and the failures.
 
-        Only the process that a client asked joins or merges. Of parts that went before there is
-        nothing to join.
+        Only the process that a client asked joins or merges, and not if parts were sent before.
         """
         route = segment.route
         joins = route.targets is None and segment.on_partial is None
@@ -202,16 +203,16 @@ class RequestPath:
                 return aggregate.plain_results(answers), []
             return [] if route.targets is not None else [b""] * answers.count, []
         results, failures = [], []
-        again_s = self._retry_after_s()
+        retry_after_s = self._retry_after_s()
         for row in range(answers.count):
             answer, result = answers.at(row), b""
-            failed = aggregate.failure(answer, again_s)
+            failed = aggregate.failure(answer, retry_after_s)
             if failed is None and joins:
                 try:
                     result = aggregate.result(route.mode, answer, merge)
                 except BadRequest as e:
                     failed = PartsFailed(str(e), e.code, Executed.YES, e.cause, None)
-                except BaseException as e:  # noqa: BLE001 - user code, which may raise anything
+                except BaseException as e:  # noqa: BLE001 - user code may raise anything
                     id_ = segment.all_ids[start + row]
                     failed = HandlerFailed(log_failure("the handler's merge failed", e, id_))
             if failed is not None:
@@ -238,7 +239,7 @@ class RequestPath:
 
 
 def size_of(answers: Slice) -> int:
-    """About how many bytes a slice takes; a reason is given with its part and with its row."""
+    """About how many bytes a slice takes; a reason is sent with its part and with its row."""
     size, rows = 50 * len(answers.parts), answers.count
     if answers.refused is not None:
         size += rows * (50 + 2 * len(answers.refused.reason))
@@ -249,10 +250,6 @@ def size_of(answers: Slice) -> int:
         for failure in column.failures.values():
             size += 50 + 2 * len(failure.reason)
     return size
-
-
-def _refusal(me: str, error: OverlayError) -> Part:
-    return replace(refusal(me, error), cause=error.cause)
 
 
 _RETRYABLE = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)

@@ -1,16 +1,16 @@
-"""ForwardStream, served: many requests over one call, bounded by a window.
+"""Serves ForwardStream: many requests over one call, bounded by a window.
 
-    a frame has come   --> segments -> check -> the stream's flow in the queue      read
-    answers are there  --> combine -> slices -> a frame, what has gathered meanwhile in one   write
-    a frame has left   --> its rows leave the window; the next one is written       on gRPC's thread
+    a frame arrives   --> segments -> check -> the stream's flow in the queue     read
+    answers arrive    --> combine -> slices -> one frame for all that are ready   write
+    a frame is sent   --> its rows leave the window; the next frame is written    gRPC's thread
 
-The stream is not read while its window is full, and so its client stops too, whose frames gRPC then
-holds back. A request leaves the window when its answer has been handed to gRPC, so that a client
-that does not read is bounded too; and all that do not together. A large part passes in chunks, no
-further ahead of its reader than overlay.transport.chunks.ChunkWindow lets it.
+While its window is full a stream is not read, and gRPC's flow control stops the client. A request
+leaves the window when its answer has been handed to gRPC, so a client that does not read is bounded
+too, and so are all such clients together. A large part passes through in chunks, as far ahead of
+its reader as overlay.transport.chunks.ChunkWindow allows.
 
-Reading and writing are jobs for the process's stream threads, of each at most one a stream; between
-them a stream holds no thread. An idle one makes room where more come than there are places.
+Reading and writing are jobs of the process's stream threads, at most one of each per stream; in
+between a stream holds no thread. When there are too many streams, an idle one is ended.
 """
 
 from __future__ import annotations
@@ -43,32 +43,32 @@ from overlay.model.segments import NOBODY, Caller, Code, Mode, Part, Route, Segm
 from overlay.observability.map_progress import Maps
 from overlay.routing import aggregate
 from overlay.transport import codec
-from overlay.transport.chunks import Budget, ChunkWindow, Share, Told
+from overlay.transport.chunks import Budget, ChunkWindow, GrantCall, Share
 from overlay.transport.codec import pb2
 from overlay.transport.timers import Deadlines
 
 log = logging.getLogger(__name__)
 
-OF_ONE_ADDRESS = 3  # times the places that are left: of 1,024 it has 768 at most
-OF_A_NEIGHBOUR = 4  # streams: a link has two, and those before its restart
+SHARE_OF_ADDRESS = 3  # times the places that are free: at most 768 of 1,024
+STREAMS_PER_NEIGHBOUR = 4  # a link has two, and perhaps two from before a restart
 
 
 class OpenStreams:
-    """The streams that are open. Safe from any thread.
+    """The open streams, at most `limit`. Thread-safe.
 
-    At most `most`, and of one address three times as many as are left. An idle one is ended for a
-    new one of its address. Neighbours' streams are counted apart.
+    One address may have three times as many as are free. Beyond that, a new stream ends an idle one
+    of its address. Neighbours' streams are counted separately.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._lock = threading.Lock()
-        self._open: dict[_Session, str] = {}  # the oldest first, each with its address
+        self._open: dict[_Session, str] = {}  # oldest first, each with its address
         self._of_neighbours: dict[str, dict[_Session, None]] = {}
         self._counts: dict[str, int] = {}
-        # Streams that were idle when they were listed. One that has worked since is found out when
-        # its turn comes, so that a stream need not report that it works.
-        self._resting: EvictionQueue[_Session] = EvictionQueue(most)
+        # Streams that were idle when they were listed. Whether one has been active since is checked
+        # when its turn comes, so that streams need not report each request.
+        self._idle: EvictionQueue[_Session] = EvictionQueue(limit)
 
     def __iter__(self) -> Iterator[_Session]:
         with self._lock:
@@ -80,23 +80,23 @@ class OpenStreams:
         return len(self._open) + sum(map(len, self._of_neighbours.values()))
 
     def enter(self, stream: _Session, address: str, neighbour: str = "") -> list[_Session]:
-        """The streams that end for it. Raises QueueFull. neighbour: the process of its link."""
+        """Returns the streams to end for it. Raises QueueFull. neighbour: the process it links."""
         with self._lock:
             if neighbour:
                 held = self._of_neighbours.setdefault(neighbour, {})
-                gone = list(held)[: max(0, len(held) + 1 - OF_A_NEIGHBOUR)]
+                evicted = list(held)[: max(0, len(held) + 1 - STREAMS_PER_NEIGHBOUR)]
                 held[stream] = None
             else:
-                gone = self._make_room_locked(address)
+                evicted = self._make_room_locked(address)
                 self._open[stream] = address
                 self._counts[address] = self._counts.get(address, 0) + 1
                 self._list_locked(stream, address)
-            # A neighbour's is not ended for others, and need not list itself.
+            # A neighbour's stream is never ended for others, and need not list itself.
             stream.is_listed = True
-        return gone
+        return evicted
 
-    def rests(self, stream: _Session) -> None:
-        """It is idle, and not yet listed as one that may be."""
+    def became_idle(self, stream: _Session) -> None:
+        """Lists the stream, which is idle now, among those that may be ended."""
         with self._lock:
             address = self._open.get(stream)
             if address is not None:
@@ -104,7 +104,7 @@ class OpenStreams:
 
     def leave(self, stream: _Session) -> None:
         with self._lock:
-            self._resting.discard(stream)
+            self._idle.discard(stream)
             for held in self._of_neighbours.values():
                 held.pop(stream, None)
             address = self._open.pop(stream, None)
@@ -115,32 +115,32 @@ class OpenStreams:
                 del self._counts[address]
 
     def _list_locked(self, stream: _Session, address: str) -> None:
-        self._resting.add(stream, address)
+        self._idle.add(stream, address)
         stream.is_listed = True
 
     def _make_room_locked(self, address: str) -> list[_Session]:
-        count, left = self._counts.get(address, 0), self._most - len(self._open)
-        if left > 0 and count < OF_ONE_ADDRESS * left:
+        count, free = self._counts.get(address, 0), self._limit - len(self._open)
+        if free > 0 and count < SHARE_OF_ADDRESS * free:
             return []
-        while self._resting.size_of(address):
-            stream = self._resting.pop_oldest(address)
-            stream.is_listed = False  # before it is looked at: from now on it lists itself
-            has_worked, stream.has_worked = stream.has_worked, False
-            if stream.is_at_work:
+        while self._idle.size_of(address):
+            stream = self._idle.pop_oldest(address)
+            stream.is_listed = False  # first of all: from now on it lists itself
+            was_active, stream.was_active = stream.was_active, False
+            if stream.is_active:
                 continue
-            if not has_worked:
+            if not was_active:
                 return [stream]
-            self._list_locked(stream, address)  # others have been idle for longer
+            self._list_locked(stream, address)  # others have been idle longer
         raise QueueFull(
-            f"all {self._most} streams are open"
-            if left <= 0
-            else f"{count} of {self._most} streams are open from {address} alone, all of them at "
-            f"work; let programs there share one client, or close those that are done"
+            f"all {self._limit} streams are open"
+            if free <= 0
+            else f"{count} of {self._limit} streams are open from {address} alone, all of them "
+            f"active; let programs there share one client, or close clients that are done"
         )
 
 
 class StreamSessions:
-    """Serves the ForwardStream calls of one process; what its sessions have in common."""
+    """Serves the ForwardStream calls of one process, and holds what its sessions share."""
 
     def __init__(self, path: RequestPath, deadlines: Deadlines) -> None:
         limits = path.limits
@@ -150,8 +150,8 @@ class StreamSessions:
         self.open = OpenStreams(limits.streams)
         self.threads = BackgroundThreads(limits.stream_threads, "stream")
         self.held = Budget(limits.max_waiting_bytes)  # payloads and answers in the windows
-        self.unread = Budget(limits.unread_bytes)  # answers that wait for their clients to read
-        self.ahead = Budget(limits.ahead_bytes)  # chunks before their clients have asked for more
+        self.unread = Budget(limits.unread_bytes)  # answers that their clients have not read
+        self.ahead = Budget(limits.ahead_bytes)  # chunks that their clients have not granted yet
 
     def serve(
         self,
@@ -160,27 +160,27 @@ class StreamSessions:
         caller: Caller = NOBODY,
         neighbour: str = "",
     ) -> None:
-        """Answers one call until the client's half-close. Never waits. Raises QueueFull, Draining.
+        """Serves one call until the client's half-close. Never blocks. Raises QueueFull, Draining.
 
-        neighbour: the process above this one whose link it is, if it is one.
+        neighbour: the process above this one, if the call is its link.
         """
-        path, record = self.path, self.path.record
+        path, request_log = self.path, self.path.request_log
         if path.draining:
             raise Draining(f"{path.me} is stopping and takes no new requests")
-        theirs = codec.read_most_bytes(context.invocation_metadata())
-        session = _Session(self, call, caller, theirs)
+        client_limit = codec.read_most_bytes(context.invocation_metadata())
+        session = _Session(self, call, caller, client_limit)
         try:
             for other in self.open.enter(session, caller.address, neighbour):
                 other.make_room()
-                record.crowded_out("idle streams", 1, caller.address)
+                request_log.crowded_out("idle streams", 1, caller.address)
         except QueueFull:
-            record.crowded_out("streams", 1, caller.address)
+            request_log.crowded_out("streams", 1, caller.address)
             session.abandon()
             raise
         if not context.add_callback(session.abandon):
             session.abandon()
             return
-        # Tells the client that its stream is served, and how large a body may be.
+        # So that the client knows that its stream is served, and how large a body may be.
         context.send_initial_metadata(codec.most_bytes_metadata(path.limits))
         session.begin()
 
@@ -189,23 +189,23 @@ class StreamSessions:
         made.maps.extend(metrics_codec.write_map(running, now) for running in self.maps.all())
 
     def announce_stop(self, for_good: bool) -> None:
-        """Tells every client that the process stops, so that it sends no more."""
+        """Tells every client that the process is stopping, so that it sends no more."""
         for session in self.open:
             session.announce_stop(for_good)
 
     def end(self) -> None:
-        """Each stream ends once all it has accepted is answered; it accepts no more.
+        """Each stream accepts no more, and ends once all that it has accepted is answered.
 
-        Its end proves to the client that nothing else it sent was read.
+        Its end proves to the client that nothing else was read.
         """
         for session in self.open:
             session.end()
 
 
 class _Accepted(Accepted):
-    """A segment of the stream, until its last answer is written."""
+    """A segment of a stream, until its last answer is written."""
 
-    __slots__ = ("ahead", "good", "left", "number", "size", "unanswered", "want_trace")
+    __slots__ = ("ahead", "left", "number", "size", "succeeded", "unanswered", "want_trace")
 
     def __init__(self, made: pb2.Segment, segment: Segment, caller: Caller) -> None:
         super().__init__(segment, caller, made.want_parts)
@@ -213,65 +213,67 @@ class _Accepted(Accepted):
         self.want_trace = made.want_trace
         self.left = segment.count
         self.size = segment.payloads.size
-        # As they come: the rows that may still have parts, and those that had a good one.
+        # With `as_they_come`: rows that may still get parts, and those that got a successful one.
         self.unanswered: PendingRows | None = None
-        self.good: set[int] = set()
-        self.ahead = max(0, segment.chunks - 1)  # chunks of a part, beyond the first
+        self.succeeded: set[int] = set()
+        self.ahead = max(0, segment.chunks - 1)  # chunks of a part after the first
 
 
-_Gone = tuple[_Accepted, int, int, bool]
-"""Answers that have been written: of which segment, how many rows, their bytes, and as below."""
+_Written = tuple[_Accepted, int, int, bool]
+"""Written answers: their segment, number of rows, bytes, and whether they are parts as below."""
 
-_Out = tuple[_Accepted, int, Slice, int, bool]
-"""Answers to be written: of which segment, its first row, they, their bytes, and whether they are
-parts before the answer."""
+_Outgoing = tuple[_Accepted, int, Slice, int, bool]
+"""Answers to write: their segment, first row, the answers, their bytes, and whether they are parts
+ahead of the answer."""
 
 
 class _Session:
     def __init__(
-        self, sessions: StreamSessions, call: Call, caller: Caller, theirs: int | None = None
+        self, sessions: StreamSessions, call: Call, caller: Caller, client_limit: int | None = None
     ) -> None:
-        """theirs: the largest answer that the client takes, where it says so."""
+        """client_limit: the largest answer that the client takes, if it says so."""
         self._sessions = sessions
         self._path = sessions.path
         self._call = call
         self._caller = caller
         self._limits = limits = sessions.path.limits
-        self._theirs = theirs
-        self._most_bytes = min(limits.max_message_bytes, theirs or limits.max_message_bytes)
-        self._lane = self._path.queue.open_flow(caller)
+        self._client_limit = client_limit
+        self._max_bytes = min(limits.max_message_bytes, client_limit or limits.max_message_bytes)
+        self._flow = self._path.queue.open_flow(caller)
         self._lock = threading.Lock()
-        self._out: deque[_Out] = deque()
-        self._leaving: list[_Gone] = []  # in the frame that is being written
+        self._out: deque[_Outgoing] = deque()
+        self._in_flight: list[_Written] = []  # in the frame that is being sent
         self._accepted: dict[int, _Accepted] = {}
         self._rows = 0  # accepted and not yet written
         self._held = Share(sessions.held)  # bytes in its window
-        self._unread = Share(sessions.unread)  # bytes of answers that wait for the client to read
-        # As one that may be idle; guarded by the list's lock, as is the next.
+        self._unread = Share(sessions.unread)  # bytes of answers that the client has not read
+        # In OpenStreams' list of idle streams; guarded by its lock, as is the next.
         self.is_listed = False
-        self.has_worked = False
-        self._passage = ChunkWindow(limits.window_bytes // 2 // limits.chunk_bytes, sessions.ahead)
-        self._frame_bytes = min(limits.frame_bytes, self._most_bytes // 2)
-        self._routes: dict[object, Route] = {}  # read and checked; a stream's are few
+        self.was_active = False
+        self._chunk_window = ChunkWindow(
+            limits.window_bytes // 2 // limits.chunk_bytes, sessions.ahead
+        )
+        self._frame_bytes = min(limits.frame_bytes, self._max_bytes // 2)
+        self._routes: dict[object, Route] = {}  # read and checked; a stream has few
         self._no_more = False
-        self._reads_later = False  # when its window has room again
-        self._frame: pb2.Frame | None = None  # that is being taken, when it came,
+        self._read_later = False  # once its window has room again
+        self._frame: pb2.Frame | None = None  # the one being read, and when it arrived
         self._frame_at = 0.0
-        self._segments: deque[pb2.Segment] = deque()  # and those of it that are still to be taken
-        self._writes = False  # a job does, or a frame is leaving
+        self._segments: deque[pb2.Segment] = deque()  # of that frame, still to be read
+        self._writes = False  # a job is writing, or a frame is being sent
         self._abandoned = False
-        self._rest_is_ended = False  # after that
+        self._rest_is_cancelled = False  # what was open when it was abandoned
         self._stopping = self._for_good = False
-        self._has_news = False  # to be sent even without an answer
+        self._has_news = False  # `stopping`, to be sent even without an answer
         self._broken: OverlayError | None = None
-        self._parting: OverlayError | None = None
+        self._closing_error: OverlayError | None = None
 
     @property
-    def is_at_work(self) -> bool:
+    def is_active(self) -> bool:
         return self._rows > 0
 
     def begin(self) -> None:
-        self._call.receive(self._came)
+        self._call.receive(self._on_message)
 
     def announce_stop(self, for_good: bool) -> None:
         with self._lock:
@@ -280,49 +282,49 @@ class _Session:
         self._write_on()
 
     def end(self) -> None:
-        """Ends the call once all it has accepted is answered."""
+        """Ends the call once all that it has accepted is answered."""
         me = self._path.me
-        self._part_with(Draining(f"{me} is stopping and takes no new requests"))
+        self._close_with(Draining(f"{me} is stopping and takes no new requests"))
 
     def make_room(self) -> None:
-        """It is idle and ends for others; its client comes back when it has something to ask."""
-        self._part_with(
+        """Ends an idle stream for others; its client opens a new one when it has requests."""
+        self._close_with(
             MadeRoom(f"{self._path.me} has more clients than places; this one was idle")
         )
 
     def abandon(self) -> None:
-        """The call is over: ends what it still wanted. May be called twice."""
+        """The call is over: cancels what is open. May be called twice."""
         with self._lock:
             if self._abandoned:
                 return
             self._abandoned = True
         self._sessions.open.leave(self)
         self._sessions.maps.left(self)
-        self._path.queue.close_flow(self._lane)
-        self._sessions.threads.run(self._end_rest)
+        self._path.queue.close_flow(self._flow)
+        self._sessions.threads.run(self._cancel_rest)
 
-    def _end_rest(self) -> None:
+    def _cancel_rest(self) -> None:
         with self._lock:
             open_ones = list(self._accepted.values())
         for accepted in open_ones:
-            if accepted.ticket is not None:
-                accepted.ticket.end(Code.CANCELLED)
-                self._sessions.deadlines.forget(accepted.ticket, accepted.segment.deadline)
+            if accepted.queued is not None:
+                accepted.queued.end(Code.CANCELLED)
+                self._sessions.deadlines.forget(accepted.queued, accepted.segment.deadline)
         with self._lock:
-            self._rest_is_ended, counts = True, not self._writes
+            self._rest_is_cancelled, counts = True, not self._writes
         if counts:
             self._count_rest()
 
-    def _part_with(self, error: OverlayError) -> None:
+    def _close_with(self, error: OverlayError) -> None:
         with self._lock:
             if not self._no_more:
-                self._parting = error
+                self._closing_error = error
                 self._no_more = True
         self._write_on()
 
     # reading
 
-    def _came(self, message: bytes | None) -> None:
+    def _on_message(self, message: bytes | None) -> None:
         """On gRPC's serving thread."""
         if message is not None:
             self._sessions.threads.run(partial(self._read, message))
@@ -332,26 +334,26 @@ class _Session:
         self._write_on()
 
     def _read(self, message: bytes | None = None) -> None:
-        """Takes a frame that has come, or the rest of the last one, as far as there is room."""
+        """Reads a frame, or the rest of the last one, as far as there is room."""
         try:
             if message is not None:
                 self._frame, self._frame_at = codec.read_frame(message), time.monotonic()
                 self._segments.extend(self._frame.segments)
             while self._segments:
-                rows = self._segments[0].count  # more than a segment may have ends the call
+                rows = self._segments[0].count  # an oversized segment ends the call instead
                 if rows <= self._limits.segment_rows and not self._has_room(rows):
                     self._path.queue.kick()
-                    return  # from here on another job may go on with it
+                    return  # from here on another job may continue
                 self._accept(self._segments.popleft(), self._frame_at)
             if self._frame is not None:
                 self._take_rest(self._frame)
                 self._frame = None
         except OverlayError as e:
             self._break(e)
-        except Exception as e:  # noqa: BLE001 - a fault of ours costs one stream
+        except Exception as e:  # noqa: BLE001 - a bug of ours costs one stream
             self._break(unexpected(e))
         if self._has_room():
-            self._call.receive(self._came)
+            self._call.receive(self._on_message)
 
     def _break(self, error: OverlayError) -> None:
         with self._lock:
@@ -360,15 +362,15 @@ class _Session:
         self._write_on()
 
     def _has_room(self, rows: int = 1) -> bool:
-        """Whether so many may come now; if not they do when half of the window is free."""
+        """Whether `rows` fit now; if not, reading resumes when half of the window is free."""
         with self._lock:
             if self._abandoned or self._broken is not None:
                 return False
-            self._reads_later = self._is_full_locked(1, rows)
-            return not self._reads_later
+            self._read_later = self._is_full_locked(1, rows)
+            return not self._read_later
 
     def _is_full_locked(self, parts: int, rows: int = 1) -> bool:
-        """Whether so many more are too many for one of so many parts of the window."""
+        """Whether `rows` more would exceed the window divided by `parts`."""
         if not self._rows:
             return False
         if self._rows + rows > self._limits.window_rows // parts:
@@ -378,7 +380,7 @@ class _Session:
     # writing
 
     def _write_on(self) -> None:
-        """Starts a job that writes what there is to write, unless one is under way."""
+        """Starts a job that writes what is ready, unless one is running."""
         with self._lock:
             if self._writes or not self._has_work_locked():
                 return
@@ -394,12 +396,12 @@ class _Session:
         return self._no_more and not self._rows
 
     def _write(self) -> None:
-        """One frame of answers, or the end of the call when all that was accepted is answered."""
+        """Sends a frame of answers, or ends the call once all that was accepted is answered."""
         with self._lock:
             is_over = self._abandoned or (self._is_over_locked() and not self._out)
-            taken = [] if is_over else self._some_locked()
-            # Not the answers themselves: they would be there twice until the client reads them.
-            self._leaving = [(out[0], out[2].count, out[3], out[4]) for out in taken]
+            taken = [] if is_over else self._next_answers_locked()
+            # Not the answers themselves, or they would take memory twice until the client reads.
+            self._in_flight = [(out[0], out[2].count, out[3], out[4]) for out in taken]
             self._has_news = False
             frame = pb2.Frame(stopping=self._stopping, for_good=self._for_good)
         if is_over:
@@ -412,41 +414,41 @@ class _Session:
                 else:
                     self._write_slice(frame, accepted, start, answers, size)
             message = frame.SerializeToString()
-        except Exception as e:  # noqa: BLE001 - a fault of ours costs one stream
+        except Exception as e:  # noqa: BLE001 - a bug of ours costs one stream
             self._break(unexpected(e))
-            self._left(False)
+            self._on_sent(False)
             return
         del taken, frame
-        self._call.send(message, self._left)
+        self._call.send(message, self._on_sent)
 
-    def _left(self, is_open: bool) -> None:
-        """A frame has been handed to gRPC: only now it leaves the window. On its serving thread."""
-        taken, self._leaving = self._leaving, []
-        goes_on, ended = self._leave_window(taken)
+    def _on_sent(self, is_open: bool) -> None:
+        """A frame was handed to gRPC, so its rows leave the window. On gRPC's serving thread."""
+        taken, self._in_flight = self._in_flight, []
+        resumes, ended = self._leave_window(taken)
         for accepted in ended:
-            if accepted.ticket is not None:
-                self._sessions.deadlines.forget(accepted.ticket, accepted.segment.deadline)
-                accepted.ticket = None  # it leads back here
+            if accepted.queued is not None:
+                self._sessions.deadlines.forget(accepted.queued, accepted.segment.deadline)
+                accepted.queued = None  # it refers back to this stream
         with self._lock:
             self._writes = writes = self._has_work_locked()
-            reads = self._reads_later and not self._is_full_locked(2)
-            self._reads_later = self._reads_later and not reads
+            reads = self._read_later and not self._is_full_locked(2)
+            self._read_later = self._read_later and not reads
         if writes:
             self._sessions.threads.run(self._write)
-        if goes_on:
+        if resumes:
             self._sessions.threads.run(self._path.queue.kick)
         if reads and self._frame is not None:
             self._sessions.threads.run(self._read)
         elif reads:
-            self._call.receive(self._came)
+            self._call.receive(self._on_message)
 
     def _finish(self) -> None:
         with self._lock:
             self._writes = False
-            is_abandoned, counts = self._abandoned, self._rest_is_ended
-            error = self._broken or self._parting
+            is_abandoned, counts = self._abandoned, self._rest_is_cancelled
+            error = self._broken or self._closing_error
         if is_abandoned:
-            if counts:  # or it is counted when it has been ended
+            if counts:  # or `_cancel_rest` counts it
                 self._count_rest()
         elif error is not None:
             self._call.fail(error)
@@ -454,42 +456,42 @@ class _Session:
             self._call.finish()
 
     def _count_rest(self) -> None:
-        """Counts what was received and will not be answered any more, as cancelled."""
+        """Counts what will not be answered any more as cancelled."""
         with self._lock:
             rest, self._accepted = list(self._accepted.values()), {}
             self._out.clear()
-            self._passage.close()
+            self._chunk_window.close()
             self._held.add(-self._held.size)
             self._unread.add(-self._unread.size)
         for accepted in rest:
             rows = accepted.segment.count - accepted.counted
-            gone: OverlayError = CallCancelled("the caller left")
-            left = Part(self._path.me, gone.code, str(gone))
-            failures = [(row, gone) for row in range(rows)]
-            accepted.ticket = None
-            answers = Slice(rows, (), refused=left)
+            error: OverlayError = CallCancelled("the caller left")
+            refused = Part(self._path.me, error.code, str(error))
+            failures = [(row, error) for row in range(rows)]
+            accepted.queued = None
+            answers = Slice(rows, (), refused=refused)
             self._path.note(accepted, accepted.counted, answers, failures)
 
     def _keep_answers_locked(self, size: int) -> None:
-        """Adds to the bytes that its client has not read; with too many its lane pauses."""
+        """Adds to the bytes that the client has not read; with too many, its flow pauses."""
         self._held.add(size)
         self._unread.add(size)
-        self._lane.paused = not self._unread.is_within(self._limits.window_bytes // 2)
+        self._flow.paused = not self._unread.is_within(self._limits.window_bytes // 2)
 
     def _take_rest(self, frame: pb2.Frame) -> None:
         self._path.queue.kick()
         for cancel in frame.cancels:
             accepted = self._accepted.get(cancel.number)
-            if accepted is not None and accepted.ticket is not None:
+            if accepted is not None and accepted.queued is not None:
                 rows = accepted.segment.count
                 start = min(cancel.start, rows)
-                accepted.ticket.end(Code.CANCELLED, start, min(cancel.count, rows - start))
+                accepted.queued.end(Code.CANCELLED, start, min(cancel.count, rows - start))
         for grant in frame.grants:
             self._grant(grant)
-        for told in frame.progress:
-            progress = codec.read_progress(told, self._limits)
+        for reported in frame.progress:
+            progress = codec.read_progress(reported, self._limits)
             self._sessions.maps.told(self, self._caller, progress)
-        if self._abandoned:  # perhaps only now: `abandon` has forgotten what was there before
+        if self._abandoned:  # perhaps just now, after `abandon` removed its maps
             self._sessions.maps.left(self)
 
     def _grant(self, made: pb2.Grant) -> None:
@@ -498,47 +500,47 @@ class _Session:
             if accepted is None:
                 return
             key = made.number, made.row, made.process_id
-            told = self._passage.granted(key, made.count, not accepted.from_process)
-        if told is not None:
-            tell, chunks = told
-            tell(chunks)
+            call = self._chunk_window.granted(key, made.count, not accepted.from_process)
+        if call is not None:
+            grant, chunks = call
+            grant(chunks)
 
     def _accept(self, made: pb2.Segment, now: float) -> None:
-        segment, wrong = self._read_segment(made, now)
+        segment, error = self._read_segment(made, now)
         if made.number in self._accepted:
             raise BadRequest(f"number: {made.number} is taken by a segment not answered yet")
         accepted = _Accepted(made, segment, self._caller)
         if made.as_they_come and segment.route.mode is Mode.ALL:
-            chunks = min(1, segment.chunks)  # more of them as there is room
+            chunks = min(1, segment.chunks)  # more as there is room
             segment = segment.with_(on_partial=partial(self._pass_on, accepted), chunks=chunks)
             accepted.segment, accepted.unanswered = segment, PendingRows(segment.count)
         with self._lock:
-            if self._abandoned or self._parting is not None:
+            if self._abandoned or self._closing_error is not None:
                 return
-            self.has_worked = True
+            self.was_active = True
             self._accepted[made.number] = accepted
             self._rows += accepted.left
             self._held.add(accepted.size)
         sink = partial(self._answer, accepted)
-        self._path.admit(accepted, sink, made.priority, self._lane, wrong)
-        ticket = accepted.ticket
-        if ticket is None:
+        self._path.admit(accepted, sink, made.priority, self._flow, error)
+        queued = accepted.queued
+        if queued is None:
             return
-        if ticket.is_open:
-            self._sessions.deadlines.watch(ticket, segment.deadline)
+        if queued.is_open:
+            self._sessions.deadlines.watch(queued, segment.deadline)
         if self._abandoned:
-            ticket.end(Code.CANCELLED)
+            queued.end(Code.CANCELLED)
 
     def _read_segment(self, made: pb2.Segment, now: float) -> tuple[Segment, OverlayError | None]:
-        """The segment, and what is wrong with it; blank rows where it cannot be read."""
-        traced = not made.hops and self._path.record.wants_trace()
+        """The segment, and why it is invalid; with blank rows if it cannot be read."""
+        traced = not made.hops and self._path.request_log.wants_trace()
         try:
-            route, wrong = self._route(made)
-            return codec.read_segment(made, now, self._limits, route, traced), wrong
+            route, error = self._route(made)
+            return codec.read_segment(made, now, self._limits, route, traced), error
         except OverlayError as e:
             unread = codec.unread_segment(made, now, self._limits)
             if unread is None:
-                raise  # no rows to answer for: that ends the stream
+                raise  # no rows to answer: that ends the stream
             return unread, e
 
     def _route(self, made: pb2.Segment) -> tuple[Route, OverlayError | None]:
@@ -559,53 +561,53 @@ class _Session:
         with self._lock:
             if accepted.unanswered is not None:
                 accepted.unanswered.take(start, answers.count)
-                self._passage.end_rows(accepted.number, start, answers.count)
+                self._chunk_window.end_rows(accepted.number, start, answers.count)
             is_first = self._put_locked((accepted, start, answers, size, False))
         if is_first:
             self._write_on()
 
     def _pass_on(self, accepted: _Accepted, start: int, answers: Slice) -> None:
-        """Parts before the answer; none after it, when the segment's number may be another's."""
-        told = []
+        """Sends parts ahead of the answer; none after it, as the number may then be reused."""
+        grants = []
         is_first = False
         with self._lock:
             assert accepted.unanswered is not None
-            if self._abandoned:  # its room has been given back
+            if self._abandoned:  # its room has been released
                 return
             for first, count in accepted.unanswered.runs(start, answers.count):
                 rows = answers.slice(first - start, count)
-                accepted.good.update(first + i for i in range(count) if _has_good(rows, i))
-                told += self._chunks_locked(accepted, first, rows)
+                accepted.succeeded.update(first + i for i in range(count) if _has_success(rows, i))
+                grants += self._chunks_locked(accepted, first, rows)
                 is_first |= self._put_locked((accepted, first, rows, size_of(rows), True))
-        for tell, chunks in told:
-            tell(chunks)
+        for grant, chunks in grants:
+            grant(chunks)
         if is_first:
             self._write_on()
 
-    def _chunks_locked(self, accepted: _Accepted, row: int, answers: Slice) -> list[Told]:
-        """The workers whose chunks pass here and that may send more."""
-        told = []
+    def _chunks_locked(self, accepted: _Accepted, row: int, answers: Slice) -> list[GrantCall]:
+        """The grants for the workers whose chunks these are."""
+        grants = []
         for column in answers.parts:
             key = accepted.number, row, column.process_id
-            if column.chunk is None:  # a failure, it may be after chunks
-                self._passage.end(key)
+            if column.chunk is None:  # a failure, perhaps after chunks
+                self._chunk_window.end(key)
                 continue
-            if accepted.ticket is not None:
-                accepted.ticket.is_read = True
-            if more := self._passage.passes(key, column.chunk, accepted.ahead):
-                told.append(more)
-        return told
+            if accepted.queued is not None:
+                accepted.queued.is_read = True
+            if more := self._chunk_window.passes(key, column.chunk, accepted.ahead):
+                grants.append(more)
+        return grants
 
-    def _put_locked(self, out: _Out) -> bool:
-        """Whether nothing else waits to be written."""
+    def _put_locked(self, out: _Outgoing) -> bool:
+        """Whether nothing else was waiting to be written."""
         if self._abandoned:
             return False
         self._out.append(out)
         self._keep_answers_locked(out[3])
         return len(self._out) == 1
 
-    def _some_locked(self) -> list[_Out]:
-        taken: list[_Out] = []
+    def _next_answers_locked(self) -> list[_Outgoing]:
+        taken: list[_Outgoing] = []
         room = self._frame_bytes
         while self._out and room > 0:
             accepted, start, answers, size, more = self._out.popleft()
@@ -621,7 +623,9 @@ class _Session:
     def _write_slice(
         self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Slice, size: int
     ) -> None:
-        made = self._path.finish(accepted, start, answers, size, self._theirs, accepted.good)
+        made = self._path.finish(
+            accepted, start, answers, size, self._client_limit, accepted.succeeded
+        )
         if accepted.from_process:
             codec.write_slice(frame, accepted.number, start, made.answers, made.trace)
         else:
@@ -639,17 +643,17 @@ class _Session:
     def _write_parts(
         self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Slice, size: int
     ) -> None:
-        if size > self._most_bytes:
-            refused = self._path.too_large(answers, size, self._theirs).refused
+        if size > self._max_bytes:
+            refused = self._path.too_large(answers, size, self._client_limit).refused
             ids = tuple(column.process_id for column in answers.parts)
             answers = aggregate.from_branch(Slice(answers.count, (), refused=refused), ids)
         codec.write_slice(frame, accepted.number, start, answers, more=True)
 
-    def _leave_window(self, taken: list[_Gone]) -> tuple[bool, list[_Accepted]]:
-        """Whether its lane goes on, and the segments that are answered in full."""
+    def _leave_window(self, taken: list[_Written]) -> tuple[bool, list[_Accepted]]:
+        """Whether the flow resumes, and the segments that are now fully answered."""
         ended = []
         with self._lock:
-            was_paused, size = self._lane.paused, 0
+            was_paused, size = self._flow.paused, 0
             for accepted, rows, bytes_, more in taken:
                 size += bytes_
                 if more:
@@ -662,17 +666,17 @@ class _Session:
                     ended.append(accepted)
             self._keep_answers_locked(-size)
             if not self._rows and not self.is_listed:
-                self._sessions.open.rests(self)
-            return was_paused and not self._lane.paused, ended
+                self._sessions.open.became_idle(self)
+            return was_paused and not self._flow.paused, ended
 
 
 def _split(answers: Slice, room: int) -> tuple[Slice, Slice]:
-    """The first rows that fit into `room` bytes, at least one, and the rest."""
+    """The first rows that fit into `room` bytes, but at least one, and the rest."""
     rows = max(1, answers.count * room // size_of(answers))
     while rows > 1 and size_of(answers.slice(0, rows)) > room:
-        rows //= 2  # a large one among small ones goes alone
+        rows //= 2  # a large row among small ones goes alone
     return answers.slice(0, rows), answers.slice(rows, answers.count - rows)
 
 
-def _has_good(answers: Slice, row: int) -> bool:
+def _has_success(answers: Slice, row: int) -> bool:
     return any(c.failed is None and row not in c.failures and c.is_over for c in answers.parts)

@@ -1,9 +1,9 @@
-"""Forward, served: a single request, whose thread waits for its answer.
+"""Serves Forward: a single request, whose thread waits for its answer.
 
-    read -> its idempotency key -> request_path.admit -> wait -> finish -> write
+    read -> check its idempotency key -> request_path.admit -> wait -> finish -> write
 
-A request whose key was used before gets the outcome of the first one with that key. Where there is
-none yet it waits for it without a thread.
+A request whose key was used before gets the outcome of the first request with that key. While
+there is none yet, it waits without a thread.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from overlay.transport.timers import Deadlines
 
 
 class UnaryRequests:
-    """Safe from any thread. last_came: when the latest request did, in monotonic seconds."""
+    """Thread-safe. last_arrival: when the latest request arrived, in monotonic seconds."""
 
     def __init__(self, path: RequestPath, keys: IdempotencyKeys, deadlines: Deadlines) -> None:
-        self.last_came = 0.0
+        self.last_arrival = 0.0
         self._path = path
-        self._record = path.record
+        self._request_log = path.request_log
         self._limits = path.limits
         self._keys = keys
         self._deadlines = deadlines
@@ -42,14 +42,14 @@ class UnaryRequests:
     def forward(
         self, request: pb2.Request, context: grpc.ServicerContext, caller: Caller
     ) -> pb2.Response | Future[pb2.Response]:
-        """The answer, or a Future of it where the first request of its key has none yet.
+        """The answer, or a Future of it while the first request with its key is running.
 
-        Raises OverlayError: why there is none, counted and logged.
+        Raises OverlayError, already counted and logged.
         """
-        self.last_came = time.monotonic()
+        self.last_arrival = time.monotonic()
         single = self._read(request, context, caller)
         try:
-            if single.segment.idempotent and single.wrong is None:
+            if single.segment.idempotent and single.error is None:
                 return self._ask_with_key(single)
             return self._ask(single)
         except OverlayError as e:
@@ -57,68 +57,68 @@ class UnaryRequests:
             raise self._path.with_retry(e) from None
 
     def _read(self, request: pb2.Request, context: grpc.ServicerContext, caller: Caller) -> _Single:
-        """What is wrong with it is said there; its route is blank where that cannot be read."""
-        deadline, wrong = self._deadline(context), None
+        """An invalid request has an `error`, and a blank route if that cannot be read."""
+        deadline, error = self._deadline(context), None
         segment = Segment(Route(), Column((b"",)), deadline, request.request_id)
-        traced = not request.hops and self._record.wants_trace()
+        traced = not request.hops and self._request_log.wants_trace()
         try:
             segment = codec.read_request(request, deadline, self._limits, traced)
             self._path.check(segment.route)
         except OverlayError as e:
-            wrong = e
-        return _Single(request, context, caller, segment, wrong)
+            error = e
+        return _Single(request, context, caller, segment, error)
 
     def _ask(self, single: _Single) -> pb2.Response:
         segment = single.segment
         try:
             answers = self._wait(single)
-            made = self._path.finish(single, 0, answers, size_of(answers))
-            if made.failures:
-                raise made.failures[0][1]
-            answer, result = made.answers.at(0), b"".join(made.results)
+            finished = self._path.finish(single, 0, answers, size_of(answers))
+            if finished.failures:
+                raise finished.failures[0][1]
+            answer, result = finished.answers.at(0), b"".join(finished.results)
             with_parts = single.want_parts or single.from_process
             response = codec.write_response(
                 answer, segment.first_id, result, with_results=with_parts
             )
             if segment.log_lines:
-                codec.write_trace(response, made.trace)
-            _tell_coverage(single.context, answer)
+                codec.write_trace(response, finished.trace)
+            _send_coverage(single.context, answer)
         except OverlayError:
             raise
-        except Exception as e:  # noqa: BLE001 - a fault of ours costs one request
+        except Exception as e:  # noqa: BLE001 - a bug of ours costs one request
             failed = unexpected(e, segment.first_id)
             if not single.counted:
-                self._record.count(failed)
+                self._request_log.count(failed)
             raise failed from None
         return response
 
     def _wait(self, single: _Single) -> Slice:
-        segment, only = single.segment, _OneAnswer()
-        self._path.admit(single, only.sink, single.request.priority, wrong=single.wrong)
-        ticket = single.ticket
-        if ticket is None:
-            return only.answers
-        # With a key the work goes on when its caller has left, who may come again for the answer.
+        segment, reply = single.segment, _OneAnswer()
+        self._path.admit(single, reply.sink, single.request.priority, error=single.error)
+        queued = single.queued
+        if queued is None:
+            return reply.answers
+        # With a key the work goes on when the caller leaves, as it may ask again for the answer.
         if not segment.idempotent and not single.context.add_callback(
-            partial(_cancel, weakref.ref(ticket))
+            partial(_cancel, weakref.ref(queued))
         ):
-            ticket.end(Code.CANCELLED)  # the call was over before it began
-        if not only.wait(_until(segment.deadline)):
-            ticket.end(Code.DEADLINE_EXCEEDED)
-            only.wait(1)  # it is made on this thread, or just now by another
-        return only.answers
+            queued.end(Code.CANCELLED)  # the call had already ended
+        if not reply.wait(_until(segment.deadline)):
+            queued.end(Code.DEADLINE_EXCEEDED)
+            reply.wait(1)  # made by `end` on this thread, or at this moment on another
+        return reply.answers
 
     def _ask_with_key(self, single: _Single) -> pb2.Response | Future[pb2.Response]:
         request, route = single.request, single.segment.route
-        asked = f"{route.mode}\n{route.team}\n{route.handler}\n{request.want_parts}\n".encode()
+        options = f"{route.mode}\n{route.team}\n{route.handler}\n{request.want_parts}\n".encode()
         try:
-            question = (asked, request.payload)
+            question = (options, request.payload)
             found = self._keys.enter(single.caller, request.idempotency_key, question)
         except OverlayError as e:
             found = e
         if isinstance(found, First):
             return self._ask_first(found, single)
-        self._record.meter.received(1)
+        self._request_log.meter.received(1)
         if isinstance(found, Waiter):
             return self._answer_later(found, single)
         return self._repeat(found, single.context)
@@ -127,16 +127,16 @@ class UnaryRequests:
         try:
             response = self._ask(single)
             answer = response.SerializeToString()
-        except BaseException as e:  # whatever it is, it is what came of the key
+        except BaseException as e:  # whatever it is, it is the key's outcome
             first.failed(e if isinstance(e, OverlayError) else unexpected(e))
             raise
         first.answered(answer)
         return response
 
     def _answer_later(self, waiter: Waiter, single: _Single) -> Future[pb2.Response]:
-        """Ends with the first of its key, at its own deadline, or when its caller leaves."""
+        """Ends with the key's first request, at its own deadline, or when its caller leaves."""
         later: Future[pb2.Response] = Future()
-        context = single.context  # alone: `done` must not keep the request while it waits
+        context = single.context  # `done` must not keep the request alive while it waits
         due = time.monotonic() + _until(single.segment.deadline)
 
         def done(outcome: Outcome) -> None:
@@ -153,17 +153,17 @@ class UnaryRequests:
         return later
 
     def _repeat(self, outcome: Outcome, context: grpc.ServicerContext) -> pb2.Response:
-        """What the first of a key was answered. Raises what it was refused with."""
+        """The first request's answer again. Raises its error if it failed."""
         if isinstance(outcome, OverlayError):
-            self._record.count(outcome)
+            self._request_log.count(outcome)
             raise outcome
-        self._record.meter.completed(1)
+        self._request_log.meter.completed(1)
         response = pb2.Response.FromString(outcome)
-        _tell_coverage(context, codec.read_response(response))
+        _send_coverage(context, codec.read_response(response))
         return response
 
     def _deadline(self, context: grpc.ServicerContext) -> float:
-        # Without a client's deadline gRPC says 292 years. Read once: it follows the wall clock.
+        # gRPC says 292 years if the client set none. Read only once: it follows the wall clock.
         remaining: float | None = context.time_remaining()
         if remaining is None or remaining > 1e9:
             remaining = self._limits.default_deadline_s
@@ -171,9 +171,9 @@ class UnaryRequests:
 
 
 class _Single(Accepted):
-    """A single request, until it is answered. wrong: why it cannot be served."""
+    """A single request, until it is answered. error: why it cannot be served."""
 
-    __slots__ = ("context", "request", "wrong")
+    __slots__ = ("context", "error", "request")
 
     def __init__(
         self,
@@ -181,45 +181,45 @@ class _Single(Accepted):
         context: grpc.ServicerContext,
         caller: Caller,
         segment: Segment,
-        wrong: OverlayError | None,
+        error: OverlayError | None,
     ) -> None:
         super().__init__(segment, caller, request.want_parts)
         self.request = request
         self.context = context
-        self.wrong = wrong
+        self.error = error
 
 
 class _OneAnswer:
-    """Where a single request's thread waits; a bare lock wakes it cheapest."""
+    """What a single request's thread waits for. A bare lock is the cheapest way to wake it."""
 
     def __init__(self) -> None:
-        self.answers: Slice  # not there before `wait` has said so
-        self._came = threading.Lock()
-        self._came.acquire()
+        self.answers: Slice  # unset until `wait` returns True
+        self._answered = threading.Lock()
+        self._answered.acquire()
 
     def sink(self, start: int, answers: Slice) -> None:
         self.answers = answers
-        self._came.release()
+        self._answered.release()
 
     def wait(self, timeout_s: float) -> bool:
-        return self._came.acquire(timeout=timeout_s)
+        return self._answered.acquire(timeout=timeout_s)
 
 
-def _tell_coverage(context: grpc.ServicerContext, answer: AnswerRow) -> None:
-    """For a client that is older than the parts of a response."""
+def _send_coverage(context: grpc.ServicerContext, answer: AnswerRow) -> None:
+    """For clients older than Response.parts."""
     context.set_trailing_metadata(((codec.COVERAGE_KEY, aggregate.coverage(answer)),))
 
 
-def _cancel(ticket: weakref.ref[QueuedSegment]) -> None:
-    """The caller has left. gRPC keeps this for as long as the answer is not read, and so it must
-    not keep the ticket, which leads to the request and to its answer."""
-    found = ticket()
+def _cancel(queued: weakref.ref[QueuedSegment]) -> None:
+    """Called when the caller leaves. gRPC keeps it until the answer is read, so it must not keep
+    the queued segment alive, which refers to the request and its answer."""
+    found = queued()
     if found is not None:
         found.end(Code.CANCELLED)
 
 
 def _until(deadline: float) -> float:
-    # A moment before the client's own clock, so that it hears what came rather than nothing, on a
-    # busy machine too. Nothing is lost by it: the links keep back more for the way home.
+    # A moment before the client gives up, so that it gets this answer even on a busy machine. This
+    # costs nothing: the links reserve more than that for the way back.
     left = deadline - time.monotonic()
     return max(0.0, left - min(0.02, left * 0.05))

@@ -169,6 +169,7 @@ def refusal(me: str, error: OverlayError) -> Part:
         str(error),
         executed=error.executed,
         retry_after_s=error.retry_after_s,
+        cause=error.cause,
     )
 
 
@@ -176,5 +177,5 @@ def unstarted(me: str, code: Code) -> Part:
     """What the callers of rows get that were ended before they started."""
     if code is Code.DEADLINE_EXCEEDED:
         reason = "no time left: the deadline passed in the queue, before any handler started"
-        return Part(me, NoTimeLeft.code, reason, executed=Executed.NO)
+        return refusal(me, NoTimeLeft(reason))
     return Part(me, code, "the caller left while the request waited", executed=Executed.NO)

@@ -78,8 +78,8 @@ class Service:
         self.topology = topology
         self.me = topology.process(me)
         self.limits = topology.limits
-        self.record = RequestLog(me, self.me.works)
-        self.meter = self.record.meter
+        self.request_log = RequestLog(me, self.me.works)
+        self.meter = self.request_log.meter
         sources = api.add_folder(topology.folder)
         # Process pools start before any channel is there.
         self.executor = Executor(topology, self.me) if self.me.works else None
@@ -88,7 +88,7 @@ class Service:
         lone = planner.lone(topology, me)
         self.links = Peers(topology.below(me), self.limits, topology.digest, lone, me)
         relay = Dispatcher(topology, me, self.links, self.executor)
-        self.intake = RequestQueue(
+        self.queue = RequestQueue(
             me,
             slots=topology.queue_slots(me),
             in_service=self.me.in_service,
@@ -99,23 +99,23 @@ class Service:
             claim=relay.claim,
             start=relay.start,
             on_started=self.links.flush,
-            on_ended=self.record.took,
+            on_ended=self.request_log.record_times,
         )
         self._keys = IdempotencyKeys(self.limits)
         self._deadlines = Deadlines(_expire)
-        self._path = RequestPath(topology, me, self.intake, self.record, merges)
+        self._path = RequestPath(topology, me, self.queue, self.request_log, merges)
         self._unary = UnaryRequests(self._path, self._keys, self._deadlines)
         self._sessions = StreamSessions(self._path, self._deadlines)
         self._hosts = UpstreamHosts(topology.above(me))
         self.journal = LogReader(topology, me, recent or LogBuffer(), self.links, log_lines_dropped)
         self._about = ProcessMetrics(topology, self.me, self.links, self.executor)
-        self.links.on_change = self.intake.kick
+        self.links.on_change = self.queue.kick
         if self.executor:
-            self.executor.on_free = self.intake.kick
+            self.executor.on_free = self.queue.kick
 
     @property
     def pool_threads(self) -> int:
-        return self.limits.pool_threads(self.intake.slots)
+        return self.limits.pool_threads(self.queue.slots)
 
     @property
     def is_busy(self) -> bool:
@@ -157,7 +157,7 @@ class Service:
         self._sessions.announce_stop(for_good)
         if self._sessions.open:
             time.sleep(min(grace_s, NOTICE_S))
-        waiting = self.intake.close()
+        waiting = self.queue.close()
         if waiting:
             log.info("%d waiting requests refused", waiting)
         until = began + grace_s
@@ -165,7 +165,7 @@ class Service:
         left = self._unfinished
         if grace_s:
             quiet_by = min(until, time.monotonic() + MAX_QUIET_S)
-            _wait_while(lambda: time.monotonic() - self._unary.last_came < QUIET_S, quiet_by)
+            _wait_while(lambda: time.monotonic() - self._unary.last_arrival < QUIET_S, quiet_by)
         self._sessions.end()
         until = max(until, time.monotonic() + LAST_WORDS_S)
         _wait_while(lambda: bool(self._sessions.open), until)
@@ -179,7 +179,7 @@ class Service:
         self.links.close()
         if self.executor:
             self.executor.close()
-        self.record.close()
+        self.request_log.close()
 
     def metrics(
         self, events: int = 0, requests: int = 0, functions: bool = False
@@ -191,7 +191,7 @@ class Service:
         made = pb2.MetricsResponse(
             calls_without_message=self.calls_without_message(), active_requests=self._active
         )
-        self.record.fill(made, requests)
+        self.request_log.fill(made, requests)
         self._path.fill(made)
         self._sessions.fill(made)
         self._keys.fill(made)
@@ -202,11 +202,11 @@ class Service:
     @property
     def _active(self) -> int:
         # A worker's handler may run on after its caller has gone; it still takes its slot.
-        return self.executor.active if self.executor else self.intake.active
+        return self.executor.active if self.executor else self.queue.active
 
     @property
     def _unfinished(self) -> int:
-        in_service = self.intake.active + self.intake.streamed[2]
+        in_service = self.queue.active + self.queue.streamed[2]
         return max(self._active, in_service)
 
     def _neighbour_of(self, context: grpc.ServicerContext, caller: Caller) -> str:

@@ -239,7 +239,7 @@ class Share:
 Key = tuple[int, int, str]
 """A part of a stream: segment, row, worker."""
 
-Told = tuple[Callable[[int], None], int]
+GrantCall = tuple[Callable[[int], None], int]
 """The worker's grant, and how many chunks to grant."""
 
 
@@ -262,7 +262,7 @@ class ChunkWindow:
     def __len__(self) -> int:
         return len(self._parts)
 
-    def passes(self, key: Key, chunk: Chunk, ahead: int) -> Told | None:
+    def passes(self, key: Key, chunk: Chunk, ahead: int) -> GrantCall | None:
         """A chunk passes to a client that takes `ahead` more of each part."""
         if chunk.grant is None:
             self.end(key)
@@ -271,9 +271,9 @@ class ChunkWindow:
         if part is None:
             part = self._parts[key] = _Part(chunk.grant, ahead)
         part.unread += 1
-        return self._told(part, 0)
+        return self._grant_for(part, 0)
 
-    def granted(self, key: Key, chunks: int, by_a_client: bool) -> Told | None:
+    def granted(self, key: Key, chunks: int, by_a_client: bool) -> GrantCall | None:
         """Raises BadRequest when a client grants more than it was sent, or a process more than that
         and what a client takes in advance."""
         part = self._parts.get(key)
@@ -284,7 +284,7 @@ class ChunkWindow:
         if chunks > most:
             raise BadRequest(f"grants: {key[2]} has sent {part.unread} chunks, not {chunks}")
         part.unread -= chunks
-        return self._told(part, chunks)
+        return self._grant_for(part, chunks)
 
     def end(self, key: Key) -> None:
         part = self._parts.pop(key, None)
@@ -302,7 +302,7 @@ class ChunkWindow:
         for key in [key for key in self._parts if key[0] == number and key[1] in rows]:
             self.end(key)
 
-    def _told(self, part: _Part, chunks: int) -> Told | None:
+    def _grant_for(self, part: _Part, chunks: int) -> GrantCall | None:
         size = part.ahead * CHUNK_BYTES
         if not part.is_wide and self._room >= part.ahead and self._shared.left >= size:
             part.is_wide = True

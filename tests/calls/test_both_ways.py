@@ -1,7 +1,7 @@
-"""Every rule holds for a single request as for a segment of a stream: one table, asked both ways.
+"""Every rule holds for a single request and for a segment of a stream: one table, asked both ways.
 
-What bounds how much waits is not in it: a single request has a slot of the queue, which may be full
-(tests/system/test_rules.py); a stream has its window (tests/calls/test_stream_session.py).
+The limits on waiting differ and are not in it: a single request takes a queue slot
+(tests/system/test_rules.py), a stream has its window (tests/calls/test_stream_session.py).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from overlay.workers.api import Context
 from tests.harness.cluster import free_port, until
 from tests.harness.ways import Outcome, Streamed, Unary, Way
 
-MOST = 64 * 1024
-LIMITS = replace(Limits(), max_message_bytes=MOST, chosen_ids=3, default_deadline_s=5.0)
+MAX_BYTES = 64 * 1024
+LIMITS = replace(Limits(), max_message_bytes=MAX_BYTES, chosen_ids=3, default_deadline_s=5.0)
 GATE = threading.Event()
 STARTED: list[Context] = []
-PAYLOADS: list[bytes] = []  # of those
+PAYLOADS: list[bytes] = []  # of the requests in STARTED
 
 
 def echo(payload: bytes, context: Context) -> bytes:
@@ -61,7 +61,7 @@ def broken(payload: bytes, context: Context) -> bytes:
 
 
 def swollen(parts: object) -> bytes:
-    return bytes(MOST + 1)
+    return bytes(MAX_BYTES + 1)
 
 
 def stubborn(parts: object) -> bytes:
@@ -85,7 +85,7 @@ HANDLERS = [
 
 
 class Worker:
-    """Process C in this process, on a port of its own."""
+    """Process C, served in this process on its own port."""
 
     def __init__(self) -> None:
         port = free_port()
@@ -102,7 +102,7 @@ class Worker:
                 return service.forward_stream(call, context)
 
         self._server = grpc.server(self._pool, options=endpoints.server_options(LIMITS))
-        reception = Reception(self._server, self._pool, LIMITS, service.record)
+        reception = Reception(self._server, self._pool, LIMITS, service.request_log)
         pb2_grpc.add_OverlayNodeServicer_to_server(Servicer(), reception)
         assert self._server.add_insecure_port(f"127.0.0.1:{port}") == port
         self._server.start()
@@ -166,7 +166,7 @@ def _lines_of_all_levels(caplog):
 
 @dataclass(frozen=True)
 class Rule:
-    """What a request that asks `asked` is answered. why: how a refusal is counted."""
+    """How a request with the fields `asked` ends. why: the reason a refusal is counted under."""
 
     asked: dict[str, Any]
     code: StatusCode
@@ -195,20 +195,20 @@ RULES = {
     "a loop": refused(
         StatusCode.FAILED_PRECONDITION, "C is already in the hop list", "loop", hops=["X", "C"]
     ),
-    "a mode that is none": refused(INVALID, "mode 7 is not", mode=7),
+    "an invalid mode": refused(INVALID, "mode 7 is not", mode=7),
     "too many hops": refused(INVALID, "hops: 100 entries", hops=["x"] * 100),
-    "a name that is none": refused(INVALID, "team: 'xxxx", team="x" * 65),
-    "a payload that is too large": refused(
+    "an invalid name": refused(INVALID, "team: 'xxxx", team="x" * 65),
+    "too large a payload": refused(
         INVALID, r"payload: 65,537 bytes are more than max_message_mib allows \(65,536\)",
-        payload=bytes(MOST + 1),
+        payload=bytes(MAX_BYTES + 1),
     ),
-    "a result that is too large": failed(
+    "too large a result": failed(
         LARGE, "handler 'sized' returned 70,000 bytes", handler="sized", payload=b"70000"
     ),
-    "a result that is too large when it is sent twice": failed(
+    "too large a result when it is sent twice": failed(
         LARGE, TOO_LARGE, handler="sized", payload=b"40000", want_parts=True
     ),
-    "a merged result that is too large": failed(LARGE, TOO_LARGE, handler="swollen"),
+    "too large a merged result": failed(LARGE, TOO_LARGE, handler="swollen"),
     "a merge that refuses": failed(INVALID, "these do not fit together", handler="stubborn"),
     "a merge that raises": failed(
         StatusCode.INTERNAL, "the handler's merge failed; error id", handler="failing"
@@ -219,7 +219,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("what", RULES)
-def test_a_rule_is_kept_and_counted_and_logged_once(worker, way, what, caplog):
+def test_a_rule_is_kept_and_its_outcome_counted_and_logged_once(worker, way, what, caplog):
     rule, before = RULES[what], worker.counts()
 
     (call,) = way.at_once(worker, 1, "C", **rule.asked)
@@ -234,24 +234,24 @@ def test_a_rule_is_kept_and_counted_and_logged_once(worker, way, what, caplog):
     lines = [line for line in caplog.records if "asked by" in line.getMessage()]
     assert len(lines) == (not outcome.ok)
     assert all("127.0.0.1" in line.getMessage() for line in lines)
-    (story,) = worker.service.metrics(requests=9).requests
-    assert (story.code, story.count) == (outcome.code.value[0], 1)
+    (summary,) = worker.service.metrics(requests=9).requests
+    assert (summary.code, summary.count) == (outcome.code.value[0], 1)
 
 
-def test_both_ways_say_the_same(worker):
+def test_both_ways_answer_the_same(worker):
     ways = [Unary(), Streamed()]
     try:
         for what, rule in RULES.items():
-            said = [Outcome(way.at_once(worker, 1, "C", **rule.asked)[0]) for way in ways]
-            failures = {re.sub("error id [0-9a-f]+", "", o.details) for o in said if not o.ok}
-            results = {o.response.result for o in said if o.ok}
+            outcomes = [Outcome(way.at_once(worker, 1, "C", **rule.asked)[0]) for way in ways]
+            failures = {re.sub("error id [0-9a-f]+", "", o.details) for o in outcomes if not o.ok}
+            results = {o.response.result for o in outcomes if o.ok}
             assert len(failures | results) == 1, (what, failures, results)
     finally:
         for way in ways:
             way.close()
 
 
-def test_a_chosen_id_is_asked_once_and_counted_twice(worker, way):
+def test_a_chosen_id_runs_once_and_counts_twice(worker, way):
     asked = {"payload": b"x", "request_id": 4711}
     assert Outcome(way.at_once(worker, 1, "C", **asked)[0]).ok
     before = worker.counts()
@@ -262,7 +262,7 @@ def test_a_chosen_id_is_asked_once_and_counted_twice(worker, way):
     assert worker.counts().since(before) == (1, FAILED, {})
 
 
-def test_where_no_more_chosen_ids_can_be_kept_it_is_refused_and_told_when_to_come(worker, way):
+def test_beyond_the_limit_a_chosen_id_is_refused_with_a_time_to_retry(worker, way):
     outcomes = [
         Outcome(way.at_once(worker, 1, "C", request_id=n, timeout=3)[0]) for n in (1, 9, 17, 25)
     ]
@@ -273,10 +273,10 @@ def test_where_no_more_chosen_ids_can_be_kept_it_is_refused_and_told_when_to_com
     assert worker.counts().refused["ids full"] >= 1
 
 
-def test_a_process_that_stops_refuses_and_says_when_to_come_again(worker, way):
+def test_a_stopping_process_refuses_and_says_when_to_retry(worker, way):
     assert Outcome(way.at_once(worker, 1, "C")[0]).ok
     before = worker.counts()
-    worker.service.intake.close()
+    worker.service.queue.close()
 
     outcome = Outcome(way.at_once(worker, 1, "C")[0])
 
@@ -286,12 +286,12 @@ def test_a_process_that_stops_refuses_and_says_when_to_come_again(worker, way):
     assert worker.counts().since(before) == (1, REFUSED, {"draining": 1})
 
 
-def test_what_waits_when_a_process_stops_is_refused(worker, way):
+def test_waiting_requests_are_refused_as_draining_when_the_process_stops(worker, way):
     (running,) = way.at_once(worker, 1, "C", handler="held", timeout=30)
     until(lambda: STARTED)
     (waiting,) = way.at_once(worker, 1, "C", handler="held", timeout=30)
     queued(worker, 1)
-    worker.service.intake.close()
+    worker.service.queue.close()
 
     outcome = Outcome(waiting)
     GATE.set()
@@ -299,10 +299,11 @@ def test_what_waits_when_a_process_stops_is_refused(worker, way):
     assert (outcome.code, outcome.executed) == (StatusCode.UNAVAILABLE, "no")
     assert Outcome(running).ok
     assert worker.counts().ended == (1, 0, 1, 0)
+    assert worker.counts().refused == {"draining": 1}
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["it runs", "it waits"])
-def test_a_caller_that_leaves_ends_its_request_and_is_counted_once(worker, way, waits):
+def test_a_caller_that_leaves_ends_its_request_which_counts_once(worker, way, waits):
     first = way.at_once(worker, 1, "C", handler="held", timeout=30)
     until(lambda: STARTED)
     calls = way.at_once(worker, 1, "C", handler="held", timeout=30) if waits else first
@@ -324,10 +325,11 @@ def test_a_deadline_ends_what_runs_and_refuses_what_waits(worker, way, waits):
 
     until(lambda: sum(worker.counts().ended) == 1)
     assert worker.counts().ended == (REFUSED if waits else FAILED)
+    assert worker.counts().refused == ({"no time left": 1} if waits else {})
     assert (len(STARTED), STARTED[0].cancelled) == (1, not waits)
 
 
-def test_a_request_without_a_deadline_gets_the_processes_own(worker, way):
+def test_a_request_without_a_deadline_gets_the_default(worker, way):
     (call,) = way.at_once(worker, 1, "C", handler="held", timeout=None)
     until(lambda: STARTED)
 
@@ -335,13 +337,13 @@ def test_a_request_without_a_deadline_gets_the_processes_own(worker, way):
     call.cancel()
 
 
-def test_who_wants_to_hear_of_a_request_has_a_line_of_it(worker, way, caplog):
+def test_a_request_that_asks_for_a_log_line_gets_one(worker, way, caplog):
     assert Outcome(way.at_once(worker, 1, "C", want_trace=True)[0]).ok
 
     until(lambda: [line for line in caplog.records if "answered; waited" in line.getMessage()])
 
 
-def test_the_more_urgent_one_goes_first(worker, way):
+def test_the_request_with_the_higher_priority_goes_first(worker, way):
     calls = way.at_once(worker, 1, "C", handler="held", payload=b"first", timeout=30)
     until(lambda: STARTED)
     for payload, priority in ((b"late", 0), (b"urgent", 9)):

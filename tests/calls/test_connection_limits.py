@@ -60,17 +60,17 @@ def peer(one: socket.socket) -> str:
 @posix
 @pytest.mark.skipif(sys.platform == "darwin", reason="it has one loopback address")
 def test_the_oldest_idle_connections_of_the_busiest_address_are_closed(server):
-    record = RequestLog("A", works=False)
+    request_log = RequestLog("A", works=False)
     first = server.connect("127.0.0.3", 3)
     many = server.connect("127.0.0.2", 60)
     busy = {peer(one) for one in many[:5]}
     # Above 30, all but 15 are closed.
-    connections = Connections(server.port, 40, record, lambda: busy)
+    connections = Connections(server.port, 40, request_log, lambda: busy)
     connections.start()
     try:
-        until(lambda: record.meter.crowds().get("connections") == 48)
+        until(lambda: request_log.meter.crowds().get("connections") == 48)
         time.sleep(0.3)
-        assert record.meter.crowds() == {"connections": 48}, "those not closed yet count once"
+        assert request_log.meter.crowds() == {"connections": 48}, "those not closed yet count once"
     finally:
         connections.stop()
 
@@ -80,15 +80,15 @@ def test_the_oldest_idle_connections_of_the_busiest_address_are_closed(server):
 
 @posix
 def test_few_connections_stay_open_and_on_check_is_called_each_time(server):
-    record, checks = RequestLog("A", works=False), []
+    request_log, checks = RequestLog("A", works=False), []
     few = server.connect("127.0.0.1", 10)
-    connections = Connections(server.port, 400, record, set, lambda: checks.append(1))
+    connections = Connections(server.port, 400, request_log, set, lambda: checks.append(1))
     connections.start()
     until(lambda: len(checks) > 2)
     connections.stop()
 
     assert not any(map(is_closed, few))
-    assert record.meter.crowds() == {}
+    assert request_log.meter.crowds() == {}
 
 
 @posix

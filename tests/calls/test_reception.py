@@ -33,8 +33,8 @@ class Served:
     def __init__(self, **limits: object) -> None:
         pool = ThreadPoolExecutor(4, "few")
         self.server = grpc.server(pool)
-        self.record = RequestLog("A", works=False)
-        self.reception = Reception(self.server, pool, replace(Limits(), **limits), self.record)
+        self.request_log = RequestLog("A", works=False)
+        self.reception = Reception(self.server, pool, replace(Limits(), **limits), self.request_log)
         look = reflection.ReflectionServicer((reflection.SERVICE_NAME,))
         look.ServerReflectionInfo = on_threads_of(pool, look.ServerReflectionInfo)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(look, self.reception)
@@ -158,7 +158,7 @@ def test_the_oldest_call_without_a_message_makes_room_for_a_new_one():
 
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert ("overlay-executed", "no") in raised.value.trailing_metadata()
-    until(lambda: served.record.meter.crowds() == {"calls without a message": 1})
+    until(lambda: served.request_log.meter.crowds() == {"calls without a message": 1})
     boxes[3].put(b"")
     boxes[3].put(None)
     assert calls[3].result(5) == b"\x08\x01"
@@ -222,7 +222,7 @@ def test_watchers_are_bounded_the_oldest_ends_first_and_none_holds_a_thread():
     calls = [served.watch(b"", timeout=20) for _ in range(29)]
 
     assert served.check(b"", timeout=5) == b"\x08\x01"
-    until(lambda: served.record.meter.crowds() == {"watchers": 10})
+    until(lambda: served.request_log.meter.crowds() == {"watchers": 10})
     with pytest.raises(grpc.RpcError) as raised:
         next(first)
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -256,8 +256,8 @@ def test_a_method_may_answer_later_without_holding_a_thread():
     pool = ThreadPoolExecutor(1, "one")
     server = grpc.server(pool)
     handler = grpc.unary_unary_rpc_method_handler(later, bytes, bytes)
-    record = RequestLog("A", works=False)
-    Reception(server, pool, Limits(), record).add_registered_method_handlers(
+    request_log = RequestLog("A", works=False)
+    Reception(server, pool, Limits(), request_log).add_registered_method_handlers(
         "s", {"Later": handler}
     )
     port = server.add_insecure_port("127.0.0.1:0")

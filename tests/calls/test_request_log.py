@@ -1,4 +1,4 @@
-"""What a process notes of its requests: exact counts, some stories, few lines."""
+"""What a process records about its requests: exact counts, some summaries, few log lines."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from tests.harness.cluster import until
 
 
 @pytest.fixture
-def record() -> Iterator[RequestLog]:
-    made = RequestLog("W", works=True)
-    yield made
-    made.close()
+def request_log() -> Iterator[RequestLog]:
+    log = RequestLog("W", works=True)
+    yield log
+    log.close()
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +47,9 @@ def _lines_of_all_levels(caplog):
     caplog.set_level(logging.INFO, "overlay.calls.request_log")
 
 
-def segment(rows: int = 1, *, traced: bool = False, told: bool = False, hops=()) -> Segment:
+def segment(rows: int = 1, *, traced: bool = False, log_lines: bool = False, hops=()) -> Segment:
     route = Route(Mode.ANY, "pink", "h", hops)
-    return Segment(route, Column([b"x"] * rows), 1e9, 0xAB, traced=traced, log_lines=told)
+    return Segment(route, Column([b"x"] * rows), 1e9, 0xAB, traced=traced, log_lines=log_lines)
 
 
 def ended(asked: Segment, *failures: tuple[int, OverlayError], start: int = 0) -> Ended:
@@ -59,81 +59,83 @@ def ended(asked: Segment, *failures: tuple[int, OverlayError], start: int = 0) -
 
 
 def lines(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records]
+    return [line.getMessage() for line in caplog.records]
 
 
-def test_every_row_is_counted_and_only_some_are_told(record):
-    record.ended(ended(segment(1000)))
-    record.ended(ended(segment(10, traced=True), (3, QueueFull("full"))))
+def test_every_row_is_counted_and_some_get_a_summary(request_log):
+    request_log.record_end(ended(segment(1000)))
+    request_log.record_end(ended(segment(10, traced=True), (3, QueueFull("full"))))
 
-    counts = record.meter.counts()
+    counts = request_log.meter.counts()
     assert (counts.completed, counts.refused) == (1009, 1)
-    assert [(s.count, s.code) for s in record.stories.last(9)] == [
+    assert [(s.count, s.code) for s in request_log.summaries.last(9)] == [
         (9, Code.OK),
         (1, Code.RESOURCE_EXHAUSTED),
     ]
 
 
-def test_who_leaves_when_all_is_counted_is_not_counted_again(record):
+def test_a_caller_that_leaves_after_its_rows_are_counted_is_not_counted_again(request_log):
     none_left = ended(segment(500), start=500)
 
-    record.ended(none_left)
+    request_log.record_end(none_left)
 
-    assert (none_left.count, record.meter.counts().completed) == (0, 0)
-
-
-def test_a_story_tells_who_asked_what_and_how_it_ended(record):
-    record.ended(ended(segment(5, traced=True), start=2))
-
-    (story,) = record.stories.last(9)
-    assert (story.request_id, story.count, story.caller) == (0xAD, 3, "10.0.0.9")
-    assert (story.mode, story.team, story.handler) == (Mode.ANY, "pink", "h")
-    assert story.hops == (Hop("W", 0, 7),)
+    assert (none_left.count, request_log.meter.counts().completed) == (0, 0)
 
 
-def test_of_another_process_the_story_names_the_last_hop_as_caller(record):
-    record.ended(ended(segment(traced=True, hops=("A", "B"))))
+def test_a_summary_has_the_caller_the_request_and_how_it_ended(request_log):
+    request_log.record_end(ended(segment(5, traced=True), start=2))
 
-    assert record.stories.last(1)[0].caller == "B at 10.0.0.9"
+    (summary,) = request_log.summaries.last(9)
+    assert (summary.request_id, summary.count, summary.caller) == (0xAD, 3, "10.0.0.9")
+    assert (summary.mode, summary.team, summary.handler) == (Mode.ANY, "pink", "h")
+    assert summary.hops == (Hop("W", 0, 7),)
 
 
-def test_rows_that_failed_for_one_reason_are_one_story(record):
+def test_the_caller_of_a_request_from_another_process_is_its_last_hop(request_log):
+    request_log.record_end(ended(segment(traced=True, hops=("A", "B"))))
+
+    assert request_log.summaries.last(1)[0].caller == "B at 10.0.0.9"
+
+
+def test_rows_that_failed_for_one_reason_share_a_summary(request_log):
     full = [(row, QueueFull("full")) for row in range(4)]
-    record.ended(ended(segment(6), *full, (4, BadRequest("no picture"))))
+    request_log.record_end(ended(segment(6), *full, (4, BadRequest("no picture"))))
 
-    told = [(s.count, s.reason) for s in record.stories.last(9)]
-    assert sorted(told) == [(1, ""), (1, "no picture"), (4, "full")]
-
-
-def test_a_thousand_different_reasons_are_few_stories(record):
-    record.ended(ended(segment(1000), *[(n, BadRequest(f"row {n}")) for n in range(1000)]))
-
-    told = record.stories.last(9)
-    assert len(told) == 3
-    assert sum(story.count for story in told) == 1000
+    found = [(s.count, s.reason) for s in request_log.summaries.last(9)]
+    assert sorted(found) == [(1, ""), (1, "no picture"), (4, "full")]
 
 
-def test_the_first_failures_have_a_line_and_of_the_rest_one_says_how_many(record, caplog):
+def test_a_thousand_different_reasons_make_few_summaries(request_log):
+    request_log.record_end(
+        ended(segment(1000), *[(n, BadRequest(f"row {n}")) for n in range(1000)])
+    )
+
+    summaries = request_log.summaries.last(9)
+    assert len(summaries) == 3
+    assert sum(summary.count for summary in summaries) == 1000
+
+
+def test_the_first_failures_are_logged_and_one_line_counts_the_rest(request_log, caplog):
     for _ in range(50):
-        record.ended(ended(segment(20), *[(n, QueueFull("full")) for n in range(20)]))
-    record.close()
+        request_log.record_end(ended(segment(20), *[(n, QueueFull("full")) for n in range(20)]))
+    request_log.close()
 
     *first, last = lines(caplog)
     assert first == ["refused, queue full: full; asked by 10.0.0.9"] * 5
     assert last == "995 more refused, queue full"
-    assert len({(record.kind, record.same) for record in caplog.records}) == 1, "one event"
+    assert len({(line.kind, line.same) for line in caplog.records}) == 1, "one event"
     assert caplog.records[-1].count == 995
 
 
-def test_what_was_not_told_is_told_within_a_second_or_so(record, caplog):
+def test_failures_without_a_line_are_counted_in_the_log_within_a_second_or_so(request_log, caplog):
     for _ in range(7):
-        record.ended(ended(segment(), (0, QueueFull("full"))))
+        request_log.record_end(ended(segment(), (0, QueueFull("full"))))
 
     until(lambda: lines(caplog)[-1] == "2 more refused, queue full")
 
 
-def test_a_line_names_its_request_and_its_kind(record, caplog):
-    record.ended(ended(segment(3), (1, QueueFull("full"))))
+def test_a_line_names_its_request_and_its_kind(request_log, caplog):
+    request_log.record_end(ended(segment(3), (1, QueueFull("full"))))
 
     (line,) = caplog.records
     assert (line.request_id, line.kind, line.levelname) == (0xAC, "refusal", "WARNING")
@@ -159,13 +161,11 @@ WELL, NOT = None, Detail(Code.INTERNAL, "it broke", Executed.YES)
         (True, (), QueueFull("full"), WELL, "refusal"),
     ],
 )
-def test_a_failure_is_an_event_at_the_one_process_that_knows(
-    caplog, works, asked_by, error, part, event
-):
+def test_a_failure_is_an_event_at_exactly_one_process(caplog, works, asked_by, error, part, event):
     column = PartSlice("C", Column([b""]), failed=part)
-    made = RequestLog("X", works)
+    log = RequestLog("X", works)
 
-    made.ended(
+    log.record_end(
         Ended(segment(hops=asked_by), "10.0.0.9", 0, Slice(1, (column,), ("C",)), [(0, error)])
     )
 
@@ -173,54 +173,56 @@ def test_a_failure_is_an_event_at_the_one_process_that_knows(
     assert line.kind == event
 
 
-def test_what_its_caller_did_wrong_or_gave_up_worries_nobody(record, caplog):
-    record.ended(ended(segment(), (0, BadRequest("no picture"))))
-    record.ended(ended(segment(), (0, CallCancelled("the caller left"))))
+def test_bad_requests_are_logged_as_info_and_cancelled_ones_not_at_all(request_log, caplog):
+    request_log.record_end(ended(segment(), (0, BadRequest("no picture"))))
+    request_log.record_end(ended(segment(), (0, CallCancelled("the caller left"))))
 
     (line,) = caplog.records
     assert (line.levelname, line.kind) == ("INFO", "refusal")
 
 
-def test_a_request_that_wants_to_be_told_has_a_line_whatever_came_of_it(record, caplog):
-    record.ended(ended(segment(traced=True, told=True)))
-    record.ended(ended(segment(traced=True, told=True), (0, QueueFull("full"))))
+def test_a_request_that_asks_for_a_log_line_gets_one_however_it_ends(request_log, caplog):
+    request_log.record_end(ended(segment(traced=True, log_lines=True)))
+    request_log.record_end(ended(segment(traced=True, log_lines=True), (0, QueueFull("full"))))
 
     good, bad = lines(caplog)
     assert good.startswith("answered; waited 0.0 ms, in service 0.0 ms, asked by 10.0.0.9")
     assert bad.startswith("refused, queue full: full; waited")
 
 
-def test_what_a_handler_tells_its_caller_is_told_to_nobody_else(record, caplog):
+def test_a_handlers_words_for_its_caller_reach_no_one_else(request_log, caplog):
     """BadRequest's sentence may quote the payload."""
-    said = Detail(Code.INVALID_ARGUMENT, "no such word: my password", Executed.YES)
-    column = PartSlice("C", Column([b""]), failed=said)
-    error = PartsFailed(f"C: {said.reason}", said.code, said.executed, "invalid argument", None)
-    for told in (False, True):
-        asked = segment(traced=told, told=told)
+    detail = Detail(Code.INVALID_ARGUMENT, "no such word: my password", Executed.YES)
+    column = PartSlice("C", Column([b""]), failed=detail)
+    error = PartsFailed(
+        f"C: {detail.reason}", detail.code, detail.executed, "invalid argument", None
+    )
+    for log_lines in (False, True):
+        asked = segment(traced=log_lines, log_lines=log_lines)
         answers = Slice(1, (column,), ("C",))
-        record.ended(Ended(asked, "10.0.0.9", 0, answers, [(0, error)]))
+        request_log.record_end(Ended(asked, "10.0.0.9", 0, answers, [(0, error)]))
 
-    for story in record.stories.last(9):
-        assert story.reason == "C: refused by its handler, in words for its caller"
+    for summary in request_log.summaries.last(9):
+        assert summary.reason == "C: refused by its handler, in words for its caller"
     for line in caplog.records:
         assert "password" not in line.getMessage()
         assert "password" in line.private
 
 
-def test_good_stories_never_push_out_failures():
-    stories = RequestSummaries()
+def test_summaries_of_successes_never_displace_failures():
+    summaries = RequestSummaries()
 
-    def story(code: Code) -> RequestSummary:
+    def summary(code: Code) -> RequestSummary:
         return RequestSummary(1, Mode.ALL, "", "", 1.0, code, "", 1, (), 1, "")
 
-    stories.add(story(Code.INTERNAL))
+    summaries.add(summary(Code.INTERNAL))
     for _ in range(3 * KEPT):
-        stories.add(story(Code.OK))
+        summaries.add(summary(Code.OK))
 
-    assert [s.code for s in stories.last(1000)].count(Code.INTERNAL) == 1
-    assert len(stories.last(1000)) == KEPT + 1
-    assert len(stories.last(7)) == 7
-    assert stories.last(0) == []
+    assert [s.code for s in summaries.last(1000)].count(Code.INTERNAL) == 1
+    assert len(summaries.last(1000)) == KEPT + 1
+    assert len(summaries.last(7)) == 7
+    assert summaries.last(0) == []
 
 
 def test_a_histogram_counts_each_time_below_its_bound():
@@ -238,7 +240,7 @@ def test_a_histogram_counts_each_time_below_its_bound():
     assert waited.sum_s == pytest.approx(4e9, rel=1e-6)
 
 
-def test_many_that_ended_together_weigh_as_many():
+def test_rows_that_ended_together_weigh_as_much_as_single_ones():
     times = Times()
     times.add(1.0)
     assert times.spread == Spread(1.0, 1.0, 1.0, 1)
@@ -251,7 +253,7 @@ def test_many_that_ended_together_weigh_as_many():
     assert spread.mean == pytest.approx((1.0 + 90 + 19.8) / 1000)
 
 
-def test_the_oldest_of_more_than_can_be_kept_are_forgotten_row_by_row():
+def test_the_oldest_times_are_dropped_row_by_row():
     times = Times()
     assert times.spread == Spread()
     times.add(9.0, 5000)
@@ -273,7 +275,7 @@ LOST = Detail(Code.UNAVAILABLE, "")
 RAISED = Detail(Code.INTERNAL, "", Executed.YES)
 
 
-# Of rows that were away for 2 s.
+# Rows that were away for 2 s.
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [
@@ -289,34 +291,34 @@ RAISED = Detail(Code.INTERNAL, "", Executed.YES)
         ([part(0.5, 1.0), part(1.0, 0.25)], 1.0),
     ],
 )
-def test_service_is_what_the_worker_says_and_never_more_than_can_be(parts, expected):
+def test_service_time_is_the_workers_and_never_more_than_the_time_away(parts, expected):
     assert served(Slice(1, tuple(parts)), 2.0) == expected
 
 
-def test_what_was_refused_has_not_begun_unless_nobody_knows():
+def test_a_refused_row_has_no_service_time_unless_it_may_have_run():
     for executed, expected in ((Executed.NO, None), (Executed.UNKNOWN, 2.0)):
         refused = Part("B", Code.UNAVAILABLE, executed=executed)
         assert served(Slice(1, (), refused=refused), 2.0) == expected
 
 
-def test_of_a_worker_itself_what_it_waited_was_before_that():
+def test_a_workers_own_waiting_is_not_part_of_the_time_away():
     assert served(Slice(1, (part(1.5, why=LATE),)), 2.0, works=True) == 2.0
 
 
-def test_parts_that_went_before_the_answer_count():
+def test_parts_sent_ahead_of_the_answer_count():
     assert served(Slice(1, (), early_us=(500_000, 250_000)), 2.0) == 0.25
 
 
-def test_an_allowance_is_so_many_at_once_and_so_many_a_second():
-    allowance = TokenBucket(2, 10)
-    assert [allowance.take(0.0) for _ in range(3)] == [True, True, False]
-    assert [allowance.take(0.11) for _ in range(2)] == [True, False]
-    assert [allowance.take(99.0) for _ in range(3)] == [True, True, False]
+def test_a_token_bucket_allows_a_burst_and_then_a_rate():
+    bucket = TokenBucket(2, 10)
+    assert [bucket.take(0.0) for _ in range(3)] == [True, True, False]
+    assert [bucket.take(0.11) for _ in range(2)] == [True, False]
+    assert [bucket.take(99.0) for _ in range(3)] == [True, True, False]
 
 
-def test_kinds_without_end_take_no_memory_without_end():
-    repeats = LogThrottle(lambda kind, count: None)
+def test_endless_kinds_take_bounded_memory():
+    throttle = LogThrottle(lambda kind, count: None)
     for n in range(1000):
-        repeats.may_tell(n)
+        throttle.may_tell(n)
 
-    assert len(repeats._kinds) <= 100
+    assert len(throttle._kinds) <= 100

@@ -1,4 +1,4 @@
-"""ForwardStream served over a real connection, on a process whose handlers the test holds."""
+"""ForwardStream served over a real connection, by a process whose handlers the test controls."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Place:
 
 @dataclass
 class Desk:
-    """A worker that answers `answer(payload)` at once, or holds what has started."""
+    """A worker that answers `answer(payload)` at once, or holds what was started in `held`."""
 
     answer: Callable[[bytes], bytes] = lambda payload: b"W: " + payload
-    places: int = 10**9
+    streams: int = 10**9
     held: list[tuple[Segment, OnResult]] | None = None
     ended: list[tuple[Code, int, int]] = field(default_factory=list)
     started: list[tuple[Segment, OnResult]] = field(default_factory=list)
@@ -68,10 +68,10 @@ class Desk:
     answered: int = 0
     failures: list[OverlayError] = field(default_factory=list)
     wired: bool = False
-    follows: bool = False
+    traces_all: bool = False
 
     def claim(self, route, count, patient_until, streamed) -> Place | None:
-        count = min(count, self.places - self.running)
+        count = min(count, self.streams - self.running)
         return Place(count) if count > 0 else None
 
     def start(self, segment: Segment, place: Place, waited_s: float, sink: OnResult) -> Cancel:
@@ -94,7 +94,7 @@ class Desk:
         self.running -= len(rows)
         sink(start, Slice(len(rows), (PartSlice("W", self._column(rows)),), ("W",)))
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         held, self.held = self.held or [], None
         for segment, sink in held:
             self.finish(segment, sink)
@@ -102,32 +102,32 @@ class Desk:
     def _column(self, rows: list[bytes]) -> Column:
         if not self.wired:
             return Column(rows)
-        made = pb2.Column(items=rows)  # as it comes from a process below
+        made = pb2.Column(items=rows)  # as from a process below
         return codec._read_column(made, len(rows))
 
 
-class Record(RequestLog):
-    """Counts for its desk, and follows requests only if that wants it."""
+class FakeRequestLog(RequestLog):
+    """Reports to its desk, and traces requests only if the desk says so."""
 
     def __init__(self, desk: Desk) -> None:
-        super().__init__("W", works=True)
+        super().__init__("W", active=True)
         self._desk = desk
-        self.wants_trace = lambda: desk.follows
+        self.wants_trace = lambda: desk.traces_all
 
-    def ended(self, ended: Ended) -> None:
+    def record_end(self, ended: Ended) -> None:
         self._desk.answered += ended.count
         self._desk.failures += [error for _, error in ended.failures]
-        super().ended(ended)
+        super().record_end(ended)
 
 
 class Served:
-    """A server for one desk, and calls to it."""
+    """A server for one desk, and a client."""
 
     def __init__(self, desk: Desk, limits: Limits = LIMITS) -> None:
         self.desk = desk
         worker = Process("W", "worker", "green", "h", 1, handler="h")
         specs = {"h": HandlerSpec("h", "none:none")}
-        self.intake = RequestQueue(
+        self.queue = RequestQueue(
             "W",
             slots=9,
             in_service=9,
@@ -135,15 +135,15 @@ class Served:
             claim=desk.claim,
             start=desk.start,
         )
-        self.deadlines = Deadlines(lambda ticket: ticket.end(Code.DEADLINE_EXCEEDED))
+        self.deadlines = Deadlines(lambda queued: queued.end(Code.DEADLINE_EXCEEDED))
         self.streams: list[stream_session._Session] = []
         topology = Topology({"W": worker}, specs, limits=limits)
-        self.record = Record(desk)
-        self.path = RequestPath(topology, "W", self.intake, self.record)
+        self.request_log = FakeRequestLog(desk)
+        self.path = RequestPath(topology, "W", self.queue, self.request_log)
         self.sessions = stream_session.StreamSessions(self.path, self.deadlines)
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(self._pool, options=endpoints.server_options(limits))
-        reception = Reception(self._server, self._pool, limits, self.record)
+        reception = Reception(self._server, self._pool, limits, self.request_log)
         pb2_grpc.add_OverlayNodeServicer_to_server(self._servicer(), reception)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self.channel = grpc.insecure_channel(
@@ -161,12 +161,12 @@ class Served:
         self.deadlines.stop()
         self._pool.shutdown(wait=True)
         self.sessions.threads.close()
-        self.record.close()
+        self.request_log.close()
         until(lambda: not stream_threads(), 5)
 
     @property
     def received(self) -> int:
-        return self.record.meter.counts().received
+        return self.request_log.meter.counts().received
 
     def call(self, frames: Iterable[pb2.Frame]) -> grpc.Call:
         return self.stub.ForwardStream(iter(frames), timeout=20, wait_for_ready=True)
@@ -184,10 +184,10 @@ class Served:
 @contextmanager
 def serving(desk: Desk, limits: Limits = LIMITS) -> Iterator[Served]:
     served = Served(desk, limits)
-    kept = stream_session._Session
+    real = stream_session._Session
 
     def keep(*made: object) -> stream_session._Session:
-        served.streams.append(kept(*made))
+        served.streams.append(real(*made))
         return served.streams[-1]
 
     with mock.patch.object(stream_session, "_Session", keep):
@@ -195,12 +195,12 @@ def serving(desk: Desk, limits: Limits = LIMITS) -> Iterator[Served]:
         try:
             yield served
         finally:
-            desk.let_go()
+            desk.release()
             served.stop()
 
 
 class Sender:
-    """Frames that the test puts in one by one; `close` is the half-close."""
+    """Frames that the test sends one by one; `close` is the half-close."""
 
     def __init__(self, *frames: pb2.Frame) -> None:
         self._frames: SimpleQueue[pb2.Frame | None] = SimpleQueue()
@@ -227,7 +227,7 @@ def frame(*segments: pb2.Segment, cancels: Iterable[pb2.Cancel] = ()) -> pb2.Fra
 
 
 def rows_of(frames: Iterable[pb2.Frame]) -> dict[tuple[int, int], pb2.Detail | bytes]:
-    """(number, row) -> its result or why it has none; each must come once."""
+    """(number, row) -> its result or failure; each must be there once."""
     found: dict[tuple[int, int], pb2.Detail | bytes] = {}
     for made in itertools.chain.from_iterable(frame.slices for frame in frames):
         failures = {
@@ -247,8 +247,8 @@ def codes(found: dict[tuple[int, int], pb2.Detail | bytes]) -> dict[tuple[int, i
     return {key: 0 if isinstance(it, bytes) else it.code for key, it in found.items()}
 
 
-def is_quiet(served: Served) -> bool:
-    return served.intake.streamed == (0, 0, 0) and not served.deadlines._ticks
+def is_idle(served: Served) -> bool:
+    return served.queue.streamed == (0, 0, 0) and not served.deadlines._ticks
 
 
 def test_each_row_of_each_segment_is_answered_once_with_its_own_result():
@@ -259,7 +259,7 @@ def test_each_row_of_each_segment_is_answered_once_with_its_own_result():
             for n, size in enumerate(sizes)
         ]
         found = rows_of(served.call(sent))
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
 
     assert found == {
         (n, row): b"W: %d/%d" % (n, row) for n, size in enumerate(sizes) for row in range(size)
@@ -268,12 +268,12 @@ def test_each_row_of_each_segment_is_answered_once_with_its_own_result():
     assert (served.streams[0]._rows, served.streams[0]._held.size) == (0, 0)
 
 
-def test_a_half_close_answers_everything_that_was_accepted():
+def test_after_a_half_close_everything_accepted_is_answered():
     desk = Desk(held=[])
     with serving(desk) as served:
         call = served.call([frame(segment(n, b"x", b"y")) for n in range(10)])
         until(lambda: len(desk.held) == 10, 5)
-        threading.Timer(0.3, desk.let_go).start()
+        threading.Timer(0.3, desk.release).start()
 
         found = rows_of(call)
 
@@ -293,24 +293,24 @@ def test_slices_may_be_answered_in_any_order_by_many_threads():
             threads.submit(desk.finish, work, sink, row, 1)
         found = rows_of(call)
         desk.held = []
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
 
     assert found == {(7, row): b"W: %d" % row for row in range(60)}
 
 
-def test_the_client_hears_that_its_stream_is_served_before_it_sends_anything():
+def test_the_client_learns_that_its_stream_is_served_before_it_sends_anything():
     sender = Sender()
     with serving(Desk()) as served:
         call = served.call(sender)
         call.initial_metadata()
-        until(lambda: served.intake.streamed[0] == 1, 5)
+        until(lambda: served.queue.streamed[0] == 1, 5)
 
         sender.close()
         assert list(call) == []
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
 
 
-def test_a_number_may_be_used_again_once_all_of_its_segment_is_answered():
+def test_a_number_may_be_reused_once_its_segment_is_answered():
     sender = Sender(frame(segment(1, b"a")))
     with serving(Desk()) as served:
         call = served.call(sender)
@@ -331,14 +331,14 @@ INVALID = {
 
 
 @pytest.mark.parametrize("what", INVALID)
-def test_a_frame_that_is_not_valid_ends_the_call_and_what_it_wanted(what):
+def test_an_invalid_frame_ends_the_call_and_its_open_requests(what):
     segments, sentence = INVALID[what]
     desk = Desk(held=[])
     with serving(desk) as served:
         call = served.call(Sender(frame(segment(9, b"before")), frame(*segments)))
         with pytest.raises(grpc.RpcError) as raised:
             list(call)
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
 
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert raised.value.details().startswith(sentence)
@@ -354,7 +354,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_segment_that_cannot_be_read_is_refused_row_by_row_and_costs_nobody_else(what):
+def test_an_unreadable_segment_is_refused_row_by_row_and_affects_no_other(what):
     bad, sentence = BAD[what]
     with serving(Desk()) as served:
         found = rows_of(served.call([frame(bad, segment(2, b"good"))]))
@@ -366,23 +366,23 @@ def test_a_segment_that_cannot_be_read_is_refused_row_by_row_and_costs_nobody_el
     assert found[2, 0] == b"W: good"
 
 
-def test_other_streams_do_not_notice_an_invalid_one():
+def test_an_invalid_stream_does_not_affect_others():
     sender, desk = Sender(frame(segment(1, b"a"))), Desk(held=[])
     with serving(desk) as served:
         good = served.call(sender)
         until(lambda: desk.held, 5)
         with pytest.raises(grpc.RpcError):
             list(served.call([frame(segment(1))]))
-        desk.let_go()
+        desk.release()
         sender.close()
 
         assert rows_of(good) == {(1, 0): b"W: a"}
 
 
-def test_what_cannot_be_asked_is_refused_for_each_row_with_proof():
+def test_a_segment_with_an_invalid_route_is_refused_for_each_row_with_proof():
     with serving(Desk()) as served:
         found = rows_of(served.call([frame(segment(1, b"a", b"b", team="pink"))]))
-        served.intake.close()
+        served.queue.close()
         found |= rows_of(served.call([frame(segment(2, b"a"))]))
 
     unknown, stopping = Code.NOT_FOUND, Code.UNAVAILABLE
@@ -392,7 +392,7 @@ def test_what_cannot_be_asked_is_refused_for_each_row_with_proof():
 
 
 def test_cancelled_rows_are_answered_as_cancelled_and_the_others_as_usual():
-    desk = Desk(held=[], places=3)
+    desk = Desk(held=[], streams=3)
     sender = Sender(frame(segment(1, *[b"%d" % row for row in range(6)])))
     with serving(desk) as served:
         call = served.call(sender)
@@ -403,8 +403,8 @@ def test_cancelled_rows_are_answered_as_cancelled_and_the_others_as_usual():
         sender.close()
         until(lambda: desk.ended, 5)
         desk.running = 0
-        desk.let_go()
-        served.intake.kick()
+        desk.release()
+        served.queue.kick()
 
         found = rows_of(call)
 
@@ -414,7 +414,7 @@ def test_cancelled_rows_are_answered_as_cancelled_and_the_others_as_usual():
     assert (found[1, 2].executed, found[1, 3].executed) == (pb2.YES, pb2.NO)
 
 
-def test_a_cancel_in_the_frame_of_its_segment_is_heard():
+def test_a_cancel_in_the_same_frame_as_its_segment_works():
     desk = Desk(held=[])
     with serving(desk) as served:
         cancel = pb2.Cancel(number=1, start=0, count=2)
@@ -422,8 +422,8 @@ def test_a_cancel_in_the_frame_of_its_segment_is_heard():
     assert set(codes(found).values()) == {Code.CANCELLED}
 
 
-def test_rows_that_expire_are_answered_in_time_before_and_after_their_start():
-    desk = Desk(held=[], places=2)
+def test_expired_rows_are_answered_in_time_whether_started_or_not():
+    desk = Desk(held=[], streams=2)
     with serving(desk) as served:
         began = time.monotonic()
         found = rows_of(served.call([frame(segment(1, *[b""] * 4, remaining_us=300_000))]))
@@ -435,18 +435,18 @@ def test_rows_that_expire_are_answered_in_time_before_and_after_their_start():
     assert 0.29 < took < 10
 
 
-def test_the_urgent_of_a_stream_start_before_what_came_earlier():
-    desk = Desk(held=[], places=0)
+def test_urgent_requests_of_a_stream_start_before_earlier_ones():
+    desk = Desk(held=[], streams=0)
     sender = Sender(
         frame(segment(1, b"a", b"b"), segment(2, b"c", priority=3)),
         frame(segment(3, b"d"), segment(4, b"e", priority=9)),
     )
     with serving(desk) as served:
         answers = served.call(sender)
-        until(lambda: served.intake.streamed == (1, 5, 0), 5)
-        desk.places = 9
-        served.intake.kick()
-        desk.let_go()
+        until(lambda: served.queue.streamed == (1, 5, 0), 5)
+        desk.streams = 9
+        served.queue.kick()
+        desk.release()
         sender.close()
         started = [row for segment, _ in desk.started for row in segment.payloads.items]
         assert set(codes(rows_of(answers)).values()) == {Code.OK}
@@ -454,37 +454,37 @@ def test_the_urgent_of_a_stream_start_before_what_came_earlier():
     assert started == [b"e", b"c", b"a", b"b", b"d"]
 
 
-def test_a_row_without_time_is_told_when_to_come_again():
+def test_a_row_without_time_is_refused_with_a_time_to_retry():
     desk = Desk()
     refusal = NoTimeLeft("too late", retry_after_s=1.25)
-    with serving(desk) as served, mock.patch.object(served.intake, "admit_to", side_effect=refusal):
+    with serving(desk) as served, mock.patch.object(served.queue, "admit_to", side_effect=refusal):
         found = rows_of(served.call([frame(segment(1, b"a", b"b"))]))
 
     assert [detail.retry_after_ms for detail in found.values()] == [1250, 1250]
     assert {detail.executed for detail in found.values()} == {Executed.NO}
 
 
-def test_a_client_that_vanishes_ends_its_rows_and_leaves_nothing():
-    desk = Desk(held=[], places=3)
+def test_when_a_client_vanishes_its_rows_end_and_leave_nothing_behind():
+    desk = Desk(held=[], streams=3)
     with serving(desk) as served:
         call = served.call(Sender(frame(segment(1, *[b""] * 5)), frame(segment(2, b""))))
         until(lambda: desk.held and served.received == 6, 5)
 
         call.cancel()
 
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
         assert desk.ended
         assert {code for code, _, _ in desk.ended} == {Code.CANCELLED}
-        assert (served.intake.waiting, served.intake.active) == (0, 0)
+        assert (served.queue.waiting, served.queue.active) == (0, 0)
 
 
 def test_every_row_of_a_client_that_vanished_is_counted_once():
-    desk = Desk(held=[], places=3)
+    desk = Desk(held=[], streams=3)
     with serving(desk) as served:
         call = served.call(Sender(frame(segment(1, *[b""] * 5)), frame(segment(2, b""))))
         until(lambda: desk.held and served.received == 6, 5)
         call.cancel()
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
 
         # received = completed + failed + refused + cancelled + what is waiting or in service
         until(lambda: desk.answered == served.received, 2, "rows are in no count")
@@ -492,7 +492,7 @@ def test_every_row_of_a_client_that_vanished_is_counted_once():
 
 
 class OverCall:
-    """A call that is over before it is served, or while it is let in."""
+    """A call that ends before it is served, or while it is being accepted."""
 
     def __init__(self, has_begun: bool) -> None:
         self._has_begun = has_begun
@@ -510,12 +510,12 @@ class OverCall:
 
 
 @pytest.mark.parametrize("has_begun", [False, True])
-def test_a_client_that_leaves_before_it_is_let_in_leaves_no_stream(has_begun):
+def test_a_client_that_leaves_before_it_is_accepted_leaves_no_stream(has_begun):
     with serving(Desk()) as served:
         call = OverCall(has_begun)
         with suppress(grpc.RpcError):
             served.sessions.serve(call, call)
-        assert served.intake.streamed == (0, 0, 0)
+        assert served.queue.streamed == (0, 0, 0)
         assert not served.sessions.open, "a drain waits for it until its grace is over"
 
 
@@ -528,7 +528,7 @@ def flood(payload: bytes, rows: int, count: list[int]) -> Iterator[pb2.Frame]:
 
 
 def settled(value: Callable[[], int]) -> int:
-    """The value once it has not moved for half a second."""
+    """The value, once it has been stable for half a second."""
     end = time.monotonic() + 15
     while time.monotonic() < end:
         before = value()
@@ -547,15 +547,15 @@ def test_a_client_that_sends_without_reading_is_bounded_by_rows(held):
         (stream,) = served.streams
 
         assert stream._rows <= LIMITS.window_rows
-        # What is on the wire, and in gRPC's buffers, comes on top: some hundred KiB each way.
+        # Plus what is on the wire and in gRPC's buffers: a few hundred KiB each way.
         assert received <= LIMITS.window_rows + (0 if held else 1000)
         assert sent[0] < 3000
         call.cancel()
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
 
 
-def test_one_frame_that_is_larger_than_the_window_is_taken_as_far_as_there_is_room():
-    desk = Desk(held=[], places=0)
+def test_a_frame_larger_than_the_window_is_read_as_far_as_there_is_room():
+    desk = Desk(held=[], streams=0)
     sender = Sender(
         frame(
             *(segment(n, *[b"x"] * 30) for n in range(5)),
@@ -564,12 +564,12 @@ def test_one_frame_that_is_larger_than_the_window_is_taken_as_far_as_there_is_ro
     )
     with serving(desk, replace(LIMITS, window_rows=64)) as served:
         call = served.call(sender)
-        until(lambda: served.intake.streamed[1] == 60, 5)
+        until(lambda: served.queue.streamed[1] == 60, 5)
         assert settled(lambda: served.received) == 60
 
-        desk.places = 1000
+        desk.streams = 1000
         desk.held = None
-        served.intake.kick()
+        served.queue.kick()
         sender.close()
         found = codes(rows_of(call))
 
@@ -589,14 +589,14 @@ def test_a_client_that_sends_without_reading_is_bounded_by_bytes(held):
         assert stream._held.size <= 256 * KIB + 4 * 17 * KIB
         assert received * 16 * KIB <= 256 * KIB + 4 * 17 * KIB + (0 if held else 4096 * KIB)
         call.cancel()
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
 
 
 @contextmanager
 def large_results(count: int) -> Iterator[tuple[Served, grpc.Call, list[int]]]:
-    """A client asks for so many results of 64 KiB, four at a time, and does not read yet."""
+    """A client asks for `count` results of 64 KiB, four at a time, and does not read yet."""
     limits = replace(LIMITS, window_rows=4096, window_bytes=256 * KIB)
-    desk, started = Desk(answer=lambda payload: b"y" * 64 * KIB, places=4), []
+    desk, started = Desk(answer=lambda payload: b"y" * 64 * KIB, streams=4), []
     finish = desk.finish
 
     def later(segment: Segment, sink: OnResult) -> None:
@@ -612,26 +612,26 @@ def large_results(count: int) -> Iterator[tuple[Served, grpc.Call, list[int]]]:
         yield served, call, started
 
 
-def test_large_results_that_nobody_reads_are_bounded_by_bytes_too():
-    """Small requests, large answers: what the client does not read must not fill the memory."""
+def test_large_unread_results_are_bounded_by_bytes_too():
+    """Small requests, large answers: unread answers must not fill the memory."""
     with large_results(600) as (served, call, _):
         most = served.streams[0]._held.size
         call.cancel()
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
 
-    # A window and what had started; 600 of them are 38 MiB.
+    # A window and what had started; 600 answers are 38 MiB.
     assert most < 4096 * KIB, f"{most:,} bytes of answers wait for a client that does not read"
 
 
-def test_what_was_held_back_from_a_slow_reader_goes_on_when_it_reads():
+def test_requests_held_back_for_a_slow_reader_resume_when_it_reads():
     with large_results(200) as (served, call, started):
         assert len(started) < 200
         found = rows_of(call)
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
     assert len(found) == 200
 
 
-def test_a_client_that_reads_again_gets_everything():
+def test_a_client_that_resumes_reading_gets_everything():
     desk, sent = Desk(), [0]
     limits = replace(LIMITS, window_bytes=128 * KIB)
     with serving(desk, limits) as served:
@@ -647,13 +647,13 @@ def test_a_client_that_reads_again_gets_everything():
 
 
 @pytest.mark.parametrize("wired", [False, True], ids=["own", "from below"])
-def test_the_window_is_whole_again_however_the_answers_were_cut_into_frames(wired):
+def test_the_window_is_whole_again_however_answers_were_split_into_frames(wired):
     limits = replace(LIMITS, frame_bytes=4 * KIB)
     desk = Desk(held=[], wired=wired)
     with serving(desk, limits) as served:
         call = served.call([frame(segment(n, *[b"x" * 900] * 16)) for n in range(4)])
         until(lambda: len(desk.held) == 4, 5)
-        desk.let_go()
+        desk.release()
         frames = list(call)
 
     assert len(rows_of(frames)) == 64
@@ -662,7 +662,7 @@ def test_the_window_is_whole_again_however_the_answers_were_cut_into_frames(wire
     assert (served.streams[0]._rows, served.streams[0]._held.size) == (0, 0)
 
 
-def test_an_answer_that_is_too_large_costs_its_own_row_and_not_its_neighbours():
+def test_too_large_an_answer_fails_its_own_row_only():
     limits = replace(LIMITS, max_message_bytes=100 * KIB, frame_bytes=20 * KIB)
     answers = {b"big": b"y" * 101 * KIB, b"small": b"z"}
     rows = [b"big", *[b"small"] * 49]
@@ -675,7 +675,7 @@ def test_an_answer_that_is_too_large_costs_its_own_row_and_not_its_neighbours():
 
 
 def test_many_long_reasons_do_not_end_the_stream():
-    """A failure's words count as bytes: what does not fit one message goes in the next."""
+    """Reasons count as bytes: what does not fit into one message goes into the next."""
     limits = replace(Limits(), max_message_bytes=256 * KIB, frame_bytes=64 * KIB)
     desk = Desk(held=[])
     with serving(desk, limits) as served:
@@ -700,7 +700,7 @@ def test_a_client_gets_each_workers_own_bytes_only_when_it_wants_them(want_parts
     assert list(part.results.items) == ([b"W: a", b"W: b"] if want_parts else [])
 
 
-def test_a_process_gets_the_parts_alone():
+def test_a_process_gets_only_the_parts():
     with serving(Desk()) as served:
         asked = segment(1, b"a", b"b", hops=["A"], targets=["W"])
         (answer,) = served.call([frame(asked)])
@@ -716,20 +716,20 @@ def traces(desk: Desk, asked: pb2.Segment) -> list[str]:
     return [hop.process_id for hop in answer.slices[0].trace]
 
 
-def test_a_slice_tells_its_trace_to_those_who_want_it():
+def test_a_slice_has_its_trace_only_if_the_client_wants_it():
     assert traces(Desk(), segment(1, b"a", want_trace=True)) == ["W"]
     assert traces(Desk(), segment(1, b"a")) == []
 
 
-def test_what_the_process_itself_follows_is_traced_below_and_not_told_to_the_client():
-    assert traces(Desk(follows=True), segment(1, b"a")) == []
+def test_a_trace_that_only_the_process_wants_is_not_sent_to_the_client():
+    assert traces(Desk(traces_all=True), segment(1, b"a")) == []
     of_a_process = segment(1, b"a", want_trace=True, hops=["A"], targets=["W"])
     assert traces(Desk(), of_a_process) == ["W"]
 
 
-def test_a_process_follows_only_what_clients_ask_it():
+def test_a_process_traces_only_requests_of_clients():
     of_a_process = segment(1, b"a", hops=["A"], targets=["W"])
-    assert traces(Desk(follows=True), of_a_process) == []
+    assert traces(Desk(traces_all=True), of_a_process) == []
 
 
 def part(result: bytes, rows: int = 1) -> Slice:
@@ -741,7 +741,7 @@ def slices_of(frames: Iterable[pb2.Frame]) -> list[tuple[int, int, int, bool, li
     return [(m.number, m.start, m.count, m.more, list(m.parts[0].results.items)) for m in made]
 
 
-def test_a_part_leaves_before_its_row_s_answer_and_none_after_it():
+def test_a_part_is_sent_before_its_rows_answer_and_never_after_it():
     with serving(Desk(held=[])) as served:
         call = served.call([frame(segment(5, b"a", b"b", as_they_come=True))])
         ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
@@ -761,7 +761,7 @@ def test_a_part_leaves_before_its_row_s_answer_and_none_after_it():
     ]
 
 
-def test_parts_that_nobody_reads_are_counted_in_the_window_until_they_are_written():
+def test_unread_parts_count_in_the_window_until_they_are_written():
     limits = replace(LIMITS, window_bytes=256 * KIB)
     with serving(Desk(held=[]), limits) as served:
         sender = Sender(frame(segment(1, b"a", as_they_come=True)))
@@ -787,7 +787,7 @@ def chunk(at: int, more: bool, granted: list[int]) -> Slice:
     return Slice(1, (PartSlice("V", Column((b"four",)), chunk=how),), ("W", "V"))
 
 
-def test_chunks_pass_with_their_places_and_grants_go_back_to_who_sent_them():
+def test_chunks_pass_with_their_positions_and_grants_return_to_their_sender():
     granted: list[int] = []
     with serving(Desk(held=[])) as served:
         sender = Sender(frame(segment(5, b"a", as_they_come=True, chunks=3)))
@@ -803,21 +803,24 @@ def test_chunks_pass_with_their_places_and_grants_go_back_to_who_sent_them():
         served.desk.held = []
         sink(0, Slice(1, (), ("W",)))
         sender.send(pb2.Frame(grants=[pb2.Grant(number=5, row=0, process_id="V", count=9)]))
-        sender.close()  # what is granted late is passed over
+        sender.close()  # late grants are ignored
         rest = [m for f in call for m in f.slices]
 
-    assert [(m.parts[0].at, m.parts[0].more) for m in (made, rest[0])] == [(0, True), (4, False)]
+    assert [(m.parts[0].at, m.parts[0].more) for m in (made, rest[0])] == [
+        (0, True),
+        (4, False),
+    ]
     assert [m.more for m in rest] == [True, False]
 
 
-def test_how_long_a_client_reads_is_no_pace_by_which_others_are_judged():
+def test_a_slow_reader_does_not_distort_the_service_time():
     with serving(Desk(held=[])) as served:
         rows = [segment(n, b"a", as_they_come=True, chunks=1) for n in range(2)]
         call = served.call(sender := Sender(frame(*rows)))
         (asked, sink), (_, whole) = until(lambda: len(served.desk.held) == 2 and served.desk.held)
         asked.on_partial(0, chunk(0, True, []))
         sink(0, Slice(1, (), ("W",)))
-        (service_class,) = served.intake._classes.values()
+        (service_class,) = served.queue._classes.values()
         assert service_class.estimator.mean_s(time.monotonic()) == 0.0
         whole(0, Slice(1, (), ("W",)))
         assert service_class.estimator.mean_s(time.monotonic()) > 0.0
@@ -826,7 +829,7 @@ def test_how_long_a_client_reads_is_no_pace_by_which_others_are_judged():
         assert sum(len(answered.slices) for answered in call) == 3
 
 
-def test_a_part_that_fails_after_chunks_is_no_answer():
+def test_a_part_that_fails_after_chunks_is_a_failure():
     with serving(Desk(held=[])) as served:
         call = served.call(sender := Sender(frame(segment(5, b"a", as_they_come=True, chunks=1))))
         ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
@@ -840,7 +843,7 @@ def test_a_part_that_fails_after_chunks_is_no_answer():
     assert (first.more, last.more, [why.code for why in last.failures]) == (True, False, [13])
 
 
-def test_who_grants_more_than_has_come_is_told_so():
+def test_granting_more_than_was_sent_is_an_error():
     with serving(Desk(held=[])) as served:
         sender = Sender(frame(segment(5, b"a", as_they_come=True, chunks=3)))
         call = served.call(sender)
@@ -852,7 +855,7 @@ def test_who_grants_more_than_has_come_is_told_so():
         served.desk.held = []
 
 
-def test_many_parts_of_a_stream_share_the_room_that_there_is_ahead_of_who_reads():
+def test_the_parts_of_a_stream_share_the_room_ahead_of_their_reader():
     limits = replace(LIMITS, window_bytes=2 * 10 * Limits.chunk_bytes)
     granted: list[int] = []
     with serving(Desk(held=[]), limits) as served:
@@ -864,23 +867,23 @@ def test_many_parts_of_a_stream_share_the_room_that_there_is_ahead_of_who_reads(
             asked.on_partial(0, chunk(0, True, granted))
         assert granted == [4, 4]
         (_, sink), *_ = served.desk.held
-        sink(0, Slice(1, (), ("W",)))  # it has ended, and what it had is free
+        sink(0, Slice(1, (), ("W",)))  # it has ended, and its room is free
         served.desk.held[3][0].on_partial(0, chunk(4, True, granted))
         assert granted == [4, 4, 4]
         served.desk.held = []
         call.cancel()
 
 
-def test_who_does_not_ask_for_parts_gets_none_before_the_answer():
+def test_a_client_that_does_not_ask_for_parts_gets_none_before_the_answer():
     with serving(Desk(held=[])) as served:
         call = served.call([frame(segment(5, b"a"), segment(6, b"a", mode=1, as_they_come=True))])
         until(lambda: len(served.desk.held) == 2, what="both have started")
         assert [asked.on_partial for asked, _ in served.desk.held] == [None, None]
-        served.desk.let_go()
+        served.desk.release()
         assert [more for *_, more, _ in slices_of(call)] == [False, False]
 
 
-def test_many_streams_at_once_each_get_their_own():
+def test_concurrent_streams_each_get_their_own_answers():
     with serving(Desk()) as served, ThreadPoolExecutor(5) as threads:
 
         def ask(client: int) -> dict:
@@ -888,7 +891,7 @@ def test_many_streams_at_once_each_get_their_own():
             return rows_of(served.call([frame(segment(n, *rows)) for n in range(30)]))
 
         found = list(threads.map(ask, range(5)))
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
 
     for client, rows in enumerate(found):
         assert Counter(rows.values()) == {b"W: %d" % client: 600}
@@ -901,96 +904,96 @@ def test_a_stream_that_waits_for_its_client_or_for_answers_holds_no_thread():
         until(lambda: served.received == 40, 5)
         assert stream_threads() <= 8
 
-        served.desk.let_go()
+        served.desk.release()
         assert [rows_of([next(call)]) for call in calls] == [{(1, 0): b"W: "}] * 40
         assert stream_threads() <= 8
         for call in calls:
             call.cancel()
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
 
 
 def stream_threads() -> int:
     return sum(thread.name.startswith("stream") for thread in threading.enumerate())
 
 
-class Placed:
-    """What places look at of a stream."""
+class FakeStream:
+    """What OpenStreams sees of a stream."""
 
-    def __init__(self, works: bool = False) -> None:
+    def __init__(self, active: bool = False) -> None:
         self.is_listed = False
-        self.is_at_work = self.has_worked = works
+        self.is_active = self.was_active = active
 
-    def rest(self, places: stream_session.OpenStreams) -> None:
-        self.is_at_work = False
+    def become_idle(self, streams: stream_session.OpenStreams) -> None:
+        self.is_active = False
         if not self.is_listed:
-            places.rests(self)
+            streams.became_idle(self)
 
 
-def entered(
-    places: stream_session.OpenStreams, address: str, count: int, works: bool = False
-) -> list[Placed]:
-    made = [Placed(works) for _ in range(count)]
+def opened(
+    streams: stream_session.OpenStreams, address: str, count: int, active: bool = False
+) -> list[FakeStream]:
+    made = [FakeStream(active) for _ in range(count)]
     for stream in made:
-        places.enter(stream, address)
+        streams.enter(stream, address)
     return made
 
 
-def test_one_address_has_three_times_the_places_that_are_left():
-    places = stream_session.OpenStreams(16)
-    busy = entered(places, "pc", 12, works=True)
+def test_one_address_may_have_three_times_the_free_streams():
+    streams = stream_session.OpenStreams(16)
+    busy = opened(streams, "pc", 12, active=True)
 
     with pytest.raises(QueueFull, match=r"12 of 16 streams are open from pc alone"):
-        places.enter(Placed(), "pc")
-    assert places.enter(Placed(), "mac") == []
-    places.leave(busy[0])
-    assert len(places) == 12
+        streams.enter(FakeStream(), "pc")
+    assert streams.enter(FakeStream(), "mac") == []
+    streams.leave(busy[0])
+    assert len(streams) == 12
 
 
-def test_an_idle_stream_makes_room_for_a_new_one_of_its_address_the_oldest_first():
-    places = stream_session.OpenStreams(16)
-    first, second, third, *_ = entered(places, "pc", 12)
-    other = entered(places, "mac", 1)[0]
-    first.is_at_work = first.has_worked = True
+def test_the_oldest_idle_stream_of_an_address_makes_room_for_a_new_one():
+    streams = stream_session.OpenStreams(16)
+    first, second, third, *_ = opened(streams, "pc", 12)
+    other = opened(streams, "mac", 1)[0]
+    first.is_active = first.was_active = True
 
-    assert places.enter(Placed(), "pc") == [second]
-    first.rest(places)
-    third.has_worked = True
-    third.rest(places)
-    gone = places.enter(Placed(), "pc")
-    assert len(gone) == 1
-    assert gone[0] not in (first, third), "they have worked since, others have not"
-    assert other in list(places)
+    assert streams.enter(FakeStream(), "pc") == [second]
+    first.become_idle(streams)
+    third.was_active = True
+    third.become_idle(streams)
+    ended = streams.enter(FakeStream(), "pc")
+    assert len(ended) == 1
+    assert ended[0] not in (first, third), "they have been active since, others have not"
+    assert other in list(streams)
 
 
-def test_each_idle_stream_goes_before_one_at_work_has_to_and_each_can_go():
-    places = stream_session.OpenStreams(16)
-    all_ = entered(places, "pc", 12, works=True)
+def test_every_idle_stream_is_ended_before_an_active_one_is_refused():
+    streams = stream_session.OpenStreams(16)
+    all_ = opened(streams, "pc", 12, active=True)
     with pytest.raises(QueueFull):
-        places.enter(Placed(), "pc")
+        streams.enter(FakeStream(), "pc")
     for stream in all_[::2]:
-        stream.rest(places)
-    gone = []
+        stream.become_idle(streams)
+    ended = []
     for _ in range(6):
-        gone += places.enter(Placed(works=True), "pc")
-        places.leave(gone[-1])
-    assert set(gone) == set(all_[::2])
+        ended += streams.enter(FakeStream(active=True), "pc")
+        streams.leave(ended[-1])
+    assert set(ended) == set(all_[::2])
     with pytest.raises(QueueFull):
-        places.enter(Placed(), "pc")
+        streams.enter(FakeStream(), "pc")
 
 
-def test_a_neighbour_has_places_of_its_own_and_its_newest_streams():
-    places = stream_session.OpenStreams(4)
-    entered(places, "pc", 3, works=True)
+def test_a_neighbours_streams_are_counted_separately_and_its_newest_stay():
+    streams = stream_session.OpenStreams(4)
+    opened(streams, "pc", 3, active=True)
     with pytest.raises(QueueFull):
-        places.enter(Placed(), "pc")
+        streams.enter(FakeStream(), "pc")
 
-    links = [Placed() for _ in range(5)]
-    gone = [places.enter(link, "pc", "A") for link in links]
+    links = [FakeStream() for _ in range(5)]
+    ended = [streams.enter(link, "pc", "A") for link in links]
 
-    assert gone == [[], [], [], [], [links[0]]]
+    assert ended == [[], [], [], [], [links[0]]]
 
 
-def test_an_idle_stream_that_made_room_says_that_it_need_not_come_back():
+def test_an_ended_idle_stream_tells_its_client_not_to_reconnect_yet():
     limits = replace(LIMITS, streams=4)
     with serving(Desk(), limits) as served:
         senders = [Sender(frame(segment(1, b"x"))) for _ in range(3)]
@@ -1005,8 +1008,8 @@ def test_an_idle_stream_that_made_room_says_that_it_need_not_come_back():
         with pytest.raises(grpc.RpcError) as raised:
             next(calls[0])
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-        said = dict(raised.value.trailing_metadata())
-        assert (said["overlay-idle"], said["overlay-executed"]) == ("1", "no")
+        trailers = dict(raised.value.trailing_metadata())
+        assert (trailers["overlay-idle"], trailers["overlay-executed"]) == ("1", "no")
         for sender in senders:
             sender.close()
 
@@ -1028,14 +1031,14 @@ def test_clients_that_do_not_read_are_bounded_together():
         for sender, call in zip(senders, calls, strict=True):
             sender.close()
             assert len(rows_of(call)) == 16
-        until(lambda: is_quiet(served), 5)
+        until(lambda: is_idle(served), 5)
         assert served.sessions.unread.left == 512 * KIB
         assert served.sessions.held.left == limits.max_waiting_bytes
 
 
-def test_what_a_map_tells_while_its_stream_ends_is_not_kept():
+def test_progress_reported_while_the_stream_ends_is_not_kept():
     class Late(Maps):
-        """The stream ends just before it is noted what it tells."""
+        """Ends the stream just before its map is noted."""
 
         def told(self, stream: stream_session._Session, caller: Caller, progress: Progress) -> None:
             stream.abandon()

@@ -826,7 +826,7 @@ class Worker:
                 return service.forward_stream(call, context)
 
         self._server = grpc.server(self._pool, options=endpoints.server_options(topology.limits))
-        reception = Reception(self._server, self._pool, topology.limits, service.record)
+        reception = Reception(self._server, self._pool, topology.limits, service.request_log)
         pb2_grpc.add_OverlayNodeServicer_to_server(Servicer(), reception)
         assert self._server.add_insecure_port(f"127.0.0.1:{port}") == port
         self._server.start()
