@@ -60,7 +60,7 @@ class Desk:
     """A worker that answers `answer(payload)` at once, or holds what was started in `held`."""
 
     answer: Callable[[bytes], bytes] = lambda payload: b"W: " + payload
-    streams: int = 10**9
+    places: int = 10**9
     held: list[tuple[Segment, OnResult]] | None = None
     ended: list[tuple[Code, int, int]] = field(default_factory=list)
     started: list[tuple[Segment, OnResult]] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Desk:
     traces_all: bool = False
 
     def claim(self, route, count, patient_until, streamed) -> Place | None:
-        count = min(count, self.streams - self.running)
+        count = min(count, self.places - self.running)
         return Place(count) if count > 0 else None
 
     def start(self, segment: Segment, place: Place, waited_s: float, sink: OnResult) -> Cancel:
@@ -110,7 +110,7 @@ class FakeRequestLog(RequestLog):
     """Reports to its desk, and traces requests only if the desk says so."""
 
     def __init__(self, desk: Desk) -> None:
-        super().__init__("W", active=True)
+        super().__init__("W", works=True)
         self._desk = desk
         self.wants_trace = lambda: desk.traces_all
 
@@ -392,7 +392,7 @@ def test_a_segment_with_an_invalid_route_is_refused_for_each_row_with_proof():
 
 
 def test_cancelled_rows_are_answered_as_cancelled_and_the_others_as_usual():
-    desk = Desk(held=[], streams=3)
+    desk = Desk(held=[], places=3)
     sender = Sender(frame(segment(1, *[b"%d" % row for row in range(6)])))
     with serving(desk) as served:
         call = served.call(sender)
@@ -423,7 +423,7 @@ def test_a_cancel_in_the_same_frame_as_its_segment_works():
 
 
 def test_expired_rows_are_answered_in_time_whether_started_or_not():
-    desk = Desk(held=[], streams=2)
+    desk = Desk(held=[], places=2)
     with serving(desk) as served:
         began = time.monotonic()
         found = rows_of(served.call([frame(segment(1, *[b""] * 4, remaining_us=300_000))]))
@@ -436,7 +436,7 @@ def test_expired_rows_are_answered_in_time_whether_started_or_not():
 
 
 def test_urgent_requests_of_a_stream_start_before_earlier_ones():
-    desk = Desk(held=[], streams=0)
+    desk = Desk(held=[], places=0)
     sender = Sender(
         frame(segment(1, b"a", b"b"), segment(2, b"c", priority=3)),
         frame(segment(3, b"d"), segment(4, b"e", priority=9)),
@@ -444,7 +444,7 @@ def test_urgent_requests_of_a_stream_start_before_earlier_ones():
     with serving(desk) as served:
         answers = served.call(sender)
         until(lambda: served.queue.streamed == (1, 5, 0), 5)
-        desk.streams = 9
+        desk.places = 9
         served.queue.kick()
         desk.release()
         sender.close()
@@ -465,7 +465,7 @@ def test_a_row_without_time_is_refused_with_a_time_to_retry():
 
 
 def test_when_a_client_vanishes_its_rows_end_and_leave_nothing_behind():
-    desk = Desk(held=[], streams=3)
+    desk = Desk(held=[], places=3)
     with serving(desk) as served:
         call = served.call(Sender(frame(segment(1, *[b""] * 5)), frame(segment(2, b""))))
         until(lambda: desk.held and served.received == 6, 5)
@@ -479,7 +479,7 @@ def test_when_a_client_vanishes_its_rows_end_and_leave_nothing_behind():
 
 
 def test_every_row_of_a_client_that_vanished_is_counted_once():
-    desk = Desk(held=[], streams=3)
+    desk = Desk(held=[], places=3)
     with serving(desk) as served:
         call = served.call(Sender(frame(segment(1, *[b""] * 5)), frame(segment(2, b""))))
         until(lambda: desk.held and served.received == 6, 5)
@@ -555,7 +555,7 @@ def test_a_client_that_sends_without_reading_is_bounded_by_rows(held):
 
 
 def test_a_frame_larger_than_the_window_is_read_as_far_as_there_is_room():
-    desk = Desk(held=[], streams=0)
+    desk = Desk(held=[], places=0)
     sender = Sender(
         frame(
             *(segment(n, *[b"x"] * 30) for n in range(5)),
@@ -567,7 +567,7 @@ def test_a_frame_larger_than_the_window_is_read_as_far_as_there_is_room():
         until(lambda: served.queue.streamed[1] == 60, 5)
         assert settled(lambda: served.received) == 60
 
-        desk.streams = 1000
+        desk.places = 1000
         desk.held = None
         served.queue.kick()
         sender.close()
@@ -596,7 +596,7 @@ def test_a_client_that_sends_without_reading_is_bounded_by_bytes(held):
 def large_results(count: int) -> Iterator[tuple[Served, grpc.Call, list[int]]]:
     """A client asks for `count` results of 64 KiB, four at a time, and does not read yet."""
     limits = replace(LIMITS, window_rows=4096, window_bytes=256 * KIB)
-    desk, started = Desk(answer=lambda payload: b"y" * 64 * KIB, streams=4), []
+    desk, started = Desk(answer=lambda payload: b"y" * 64 * KIB, places=4), []
     finish = desk.finish
 
     def later(segment: Segment, sink: OnResult) -> None:
