@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-import overlay  # noqa: F401 - of this folder, whatever else is installed
+import overlay  # noqa: F401 - this folder's, whatever else is installed
 
 if __name__ == "__main__":  # so that a random.py beside this file does not hide Python's own
     sys.path.append(sys.path.pop(0))
@@ -33,18 +33,18 @@ from overlay.cli import stdio
 
 stdio.complete()
 
-from overlay.workers import descendants  # noqa: E402 - it, like the rest, may open files
+from overlay.workers import descendants  # noqa: E402 - it and the rest may open files
 
-if __name__ == "__main__":  # registered before multiprocessing's own, and so it runs after that
+if __name__ == "__main__":  # registered before multiprocessing's own, so it runs after it
     atexit.register(descendants.end)
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our log says the same as its lines on stderr
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's lines on stderr repeat our log
 if sys.platform == "linux":
-    # gRPC's older poller: half the thread switches of its event engine, a fifth more requests.
+    # gRPC's older poller has half the thread switches of its event engine: 20 % more requests.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 if sys.platform == "win32" and sys.version_info < (3, 13):
-    # There it ticks every 15.6 ms, too coarse to tell quick workers from slow ones: a map made
-    # 2,300 requests a second with such ticks and 123,000 without. Newer Pythons do the same.
+    # It ticks every 15.6 ms there, too coarse to tell quick workers from slow ones: a map ran 2,300
+    # requests a second with such ticks, 123,000 without. Newer Pythons do the same.
     time.monotonic = time.perf_counter
 
 try:
@@ -53,13 +53,14 @@ try:
 
     from overlay.calls.connection_limits import Connections, max_connections, raise_file_limit
     from overlay.calls.reception import Call, Health, Reception, on_threads_of
+    from overlay.cli import usage
     from overlay.model import config
     from overlay.model.errors import ConfigError, OverlayError
     from overlay.model.topology import Process, Topology, join_address
     from overlay.observability.log_file import ProcessLog
     from overlay.server import reflection
     from overlay.server.admin import Admin
-    from overlay.server.heap import HeapTrimmer, keep_little
+    from overlay.server.heap import HeapTrimmer, limit_kept_memory
     from overlay.server.service import Drained, Service
     from overlay.server.shutdown import StopFile, when_console_ends
     from overlay.transport.channels import Channel
@@ -82,13 +83,13 @@ OVERLAY_ADMIN = pb2.DESCRIPTOR.services_by_name["OverlayAdmin"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 logger = logging.getLogger("overlay.node")
 
-LEAVE_S = 2.0  # at the end, for what handler modules have registered to run then
-PORT_PATIENCE_S = 1.0  # for a port that an old connection still holds for a moment
-ELSEWHERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # the address is not one of this machine's
+EXIT_S = 2.0  # for atexit functions of handler modules
+PORT_PATIENCE_S = 1.0  # for a port that an old connection holds for a moment
+NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # the address is not this machine's
 
 
 class OverlayNode(pb2_grpc.OverlayNodeServicer):  # type: ignore[misc]
-    """The methods that others call; the work is in overlay.server.service."""
+    """The RPCs of the overlay; the work is in overlay.server.service."""
 
     def __init__(self, service: Service, metrics_pool: ThreadPoolExecutor) -> None:
         self._service = service
@@ -109,7 +110,7 @@ class OverlayNode(pb2_grpc.OverlayNodeServicer):  # type: ignore[misc]
 
 
 class OverlayAdmin(pb2_grpc.OverlayAdminServicer):  # type: ignore[misc]
-    """The methods for those who run the process; the work is in overlay.server.admin."""
+    """The RPCs for operators; the work is in overlay.server.admin."""
 
     def __init__(self, admin: Admin) -> None:
         self._admin = admin
@@ -126,8 +127,8 @@ class OverlayAdmin(pb2_grpc.OverlayAdminServicer):  # type: ignore[misc]
 class Node:
     """The gRPC server of one process, from `start` to `stop`.
 
-    place: the addresses to listen on. stop_process: asks for a stop with a grace in seconds and
-    returns at once; whoever runs this process then calls `stop`.
+    place: the addresses to listen on. stop_process: requests a stop with a grace in seconds and
+    returns at once; the main thread then calls `stop`.
     """
 
     def __init__(
@@ -142,16 +143,16 @@ class Node:
         self.place = place
         self.service = service
         limits = topology.limits
-        self.admin = Admin(me, service.journal, limits.drain_grace_s, stop_process)
+        self.admin = Admin(me, service.log_reader, limits.drain_grace_s, stop_process)
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
-        most = max_connections(raise_file_limit())
-        options = server_options(limits, most)
+        limit = max_connections(raise_file_limit())
+        options = server_options(limits, limit)
         self.server = Listening(place, me.port, lambda: grpc.server(self.pool, options=options))
         self.reception = Reception(self.server, self.pool, limits, service.request_log)
         service.calls_without_message = lambda: self.reception.unarrived
         peers = self.reception.open_peers
-        self.connections = Connections(me.port, most, service.request_log, peers, self._look_after)
+        self.connections = Connections(me.port, limit, service.request_log, peers, self._on_check)
         self.memory = HeapTrimmer(lambda: service.is_busy)
         self.health = Health(self.metrics_pool)
         node = OverlayNode(service, self.metrics_pool)
@@ -162,7 +163,7 @@ class Node:
         reflection.serve(self.reception, self.metrics_pool, services)
 
     def start(self) -> None:
-        """Returns when it serves. Raises ConfigError where it cannot listen on its port."""
+        """Returns when it serves. Raises ConfigError if it cannot listen on its port."""
         try:
             self.server.start()
         except RuntimeError as e:
@@ -173,14 +174,14 @@ class Node:
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self, grace_s: float, for_good: bool = False) -> Drained:
-        """Refuses new requests, lets the running ones end, then closes.
+        """Refuses new requests, lets running ones end, then closes.
 
-        for_good: it will not be back soon, so its neighbours need not wait for it.
+        for_good: it will not be back soon, so neighbours need not wait for it.
         """
         # In this order: neighbours route around us before the first request is refused.
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         drained = self.service.drain(grace_s, for_good)
-        self.admin.tell(grace_s, drained)
+        self.admin.finish_drain(grace_s, drained)
         self.server.stop(0.5)
         self.service.close()
         self.admin.close()
@@ -189,16 +190,16 @@ class Node:
             pool.shutdown(wait=False, cancel_futures=True)
         return drained
 
-    def _look_after(self) -> None:
+    def _on_check(self) -> None:
         self.reception.end_late()
-        self.memory.look()
+        self.memory.trim()
 
     def _set_health(self, status: int) -> None:
         for name in ("", OVERLAY_NODE):
             self.health.set(name, status)
 
     def _probe(self) -> None:
-        # The answer must come from this process, not from another one that shares the port.
+        # This process must answer, not another one that shares the port.
         number = self.place.addresses[0]
         number = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(number, number)
         address = join_address(number, self.me.port)
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         topology = config.load(arguments.config)
         me = topology.process(arguments.id)
         if arguments.check:
-            return _say_checked(topology)
+            return _report_check(topology)
         return _serve(topology, me, _wait_for_port(me), arguments.stop_file)
     except OverlayError as e:
         for problem in getattr(e, "problems", (str(e),)):
@@ -233,22 +234,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="node.py", description="Serves one process of an overlay."
-    )
+    parser = usage.Parser("node.py", "Serves one process of an overlay.")
     parser.add_argument("config", metavar="CONFIG", help="for example two_hosts_config.json")
     parser.add_argument("id", metavar="ID", help="the process of that file to serve, for example A")
     parser.add_argument("--check", action="store_true", help="only check the configuration")
     parser.add_argument(
         "--stop-file",
-        type=lambda path: StopFile(Path(path).absolute()),  # a handler may change the folder
+        type=lambda path: StopFile(Path(path).absolute()),  # before a handler can chdir
         metavar="PATH",
         help="stop when this file appears",
     )
     return parser.parse_args(argv)
 
 
-def _say_checked(topology: Topology) -> int:
+def _report_check(topology: Topology) -> int:
     for warning in config.warnings(topology):
         print(f"warning: {warning}")
     print(f"{topology.name} is right: {len(topology.processes)} processes")
@@ -256,7 +255,7 @@ def _say_checked(topology: Topology) -> int:
 
 
 def _serve(topology: Topology, me: Process, place: Named, stop_file: StopFile | None) -> int:
-    keep_little()
+    limit_kept_memory()
     spawn_main.be_main()
     descendants.hold_together()
     stopping = _Stopping(topology.limits.drain_grace_s, stop_file)
@@ -273,10 +272,10 @@ def _serve(topology: Topology, me: Process, place: Named, stop_file: StopFile | 
         _announce(topology, me, place)
         with _exporter(me, service):
             log.take_prints()
-            _calm_garbage_collector()
+            _freeze_garbage_collector()
             stopping.wait()
             left = _stop(node, stopping)
-        if stop_file is not None:  # for `run.py`: it did not die, and how it ended
+        if stop_file is not None:  # tells run.py that it stopped in order, and how
             stop_file.leave(left)
         return 1 if left else 0
     finally:
@@ -285,11 +284,11 @@ def _serve(topology: Topology, me: Process, place: Named, stop_file: StopFile | 
 
 @contextlib.contextmanager
 def _exporter(me: Process, service: Service) -> Iterator[None]:
-    """Serves the figures to Prometheus, where that is configured, until the process has stopped."""
+    """Serves metrics to Prometheus, if configured, until the process has stopped."""
     if me.metrics_port is None:
         yield
         return
-    from overlay.server.prometheus import Exporter  # few want it, and its library loads slowly
+    from overlay.server.prometheus import Exporter  # rarely used, and its library loads slowly
 
     exporter = Exporter(service.metrics, me.metrics_bind, me.metrics_port)
     exporter.start()
@@ -299,9 +298,9 @@ def _exporter(me: Process, service: Service) -> Iterator[None]:
         exporter.stop()
 
 
-def _calm_garbage_collector() -> None:
-    # Requests leave no cycles behind, and what exists now stays until the end: a look through it
-    # after every few hundred new objects costs a twentieth of all CPU time.
+def _freeze_garbage_collector() -> None:
+    # Requests leave no cycles, and what exists now lives until the end: scanning it after every few
+    # hundred new objects costs 5 % of all CPU time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
@@ -315,16 +314,16 @@ def _announce(topology: Topology, me: Process, place: Named) -> None:
     if not place.is_loopback:
         logger.warning("no TLS: whoever reaches %s can send requests", at)
     elif place.shown() != place.host and len({p.host for p in topology.processes.values()}) > 1:
-        # As in Debian's hosts file, where a machine's own name stands for 127.0.1.1.
-        logger.warning("%s leads no other machine to %s: give it a bind", place.shown(), me.id)
+        # As with Debian's hosts file, where a machine's own name is 127.0.1.1.
+        logger.warning("other machines cannot reach %s as %s: give it a bind", me.id, place.shown())
     about = {"kind": "started"}
     logger.info("serves on %s, pid %d", at, os.getpid(), extra=about)
 
 
 def _stop(node: Node, stopping: _Stopping) -> int:
-    """The number of requests that did not end within the grace."""
+    """Stops the node. Returns the number of requests that did not end within the grace."""
     began, grace_s = time.monotonic(), stopping.grace_s
-    logger.info("stopping: up to %g s for what runs", grace_s, extra={"kind": "stopping"})
+    logger.info("stopping: up to %g s for running requests", grace_s, extra={"kind": "stopping"})
     _watchdog(grace_s + 5)
     drained = node.stop(grace_s, stopping.is_for_good)
     logger.info(
@@ -343,7 +342,7 @@ def _watchdog(after_s: float, code: int = 1) -> None:
 
 
 def _end_now(code: int) -> None:
-    """Ends the process without a word, and with it all that its handlers have started."""
+    """Kills this process and all that its handlers have started, without a word."""
     descendants.end()
     os._exit(code)
 
@@ -351,10 +350,8 @@ def _end_now(code: int) -> None:
 class _Stopping:
     """Waits for a signal, the stop file or `ask`.
 
-    The second signal ends the process at once, except SIGHUP: a terminal that closes may send it
-    more than once.
-
-    grace_s: the time that running requests have from then on.
+    A second signal ends the process at once, except SIGHUP, which a closing terminal may send more
+    than once. grace_s: the time that running requests then have.
     """
 
     def __init__(self, grace_s: float, stop_file: StopFile | None) -> None:
@@ -363,15 +360,15 @@ class _Stopping:
         self._wanted = threading.Event()
         self._was_signalled = False
         before = {}
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # Ctrl-Break is what Windows has
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # SIGBREAK is Ctrl-Break on Windows
             if hasattr(signal, name):
                 number = getattr(signal, name)
                 before[number] = signal.signal(number, self._signalled)
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            # Not where it is ignored, as under nohup.
+            # Not if it is ignored, as under nohup.
             hang_up = signal.signal(signal.SIGHUP, lambda number, frame: self._wanted.set())
             before[signal.SIGHUP] = hang_up
-        if hasattr(os, "register_at_fork"):  # a handler's own pool ends its children with SIGTERM
+        if hasattr(os, "register_at_fork"):  # a handler's own pool stops its children with SIGTERM
             os.register_at_fork(after_in_child=lambda: _set_signals(before))
         when_console_ends(self.ask)
 
@@ -381,7 +378,7 @@ class _Stopping:
         return self._stop_file is not None and self._stop_file.is_for_good
 
     def wait(self) -> None:
-        # In slices: before Python 3.14, nothing interrupts an endless wait on Windows.
+        # In slices: before Python 3.14, nothing interrupts a wait without a timeout on Windows.
         while not self._wanted.wait(0.2):
             stdio.leave_terminal()
             if self._stop_file is not None and self._stop_file.is_there:
@@ -389,10 +386,7 @@ class _Stopping:
         stdio.leave_terminal()
 
     def ask(self, grace_s: float) -> None:
-        """Stops the process as the first signal does; only the first grace counts.
-
-        Safe from any thread.
-        """
+        """Stops the process as a first signal does; only the first grace counts. Thread-safe."""
         if not self._wanted.is_set():
             self.grace_s = grace_s
         self._wanted.set()
@@ -411,27 +405,27 @@ def _set_signals(actions: dict[int, Any]) -> None:
 
 
 def _wait_for_port(me: Process) -> Named:
-    """The addresses of its host that this machine has and can listen on. Raises ConfigError."""
+    """Its host's addresses that this machine has and can listen on. Raises ConfigError."""
     until = time.monotonic() + PORT_PATIENCE_S
     while True:
         place = look_up(me.bind or me.host)
-        refused = {n: e for n in place.addresses if (e := _refusal(n, me.port)) is not None}
-        unusable = [e for e in refused.values() if e.errno not in ELSEWHERE]
-        if len(refused) < len(place.addresses) and not unusable:
-            own = tuple(number for number in place.addresses if number not in refused)
+        errors = {n: e for n in place.addresses if (e := _bind_error(n, me.port)) is not None}
+        unusable = [e for e in errors.values() if e.errno not in NOT_OURS]
+        if len(errors) < len(place.addresses) and not unusable:
+            own = tuple(number for number in place.addresses if number not in errors)
             return replace(place, addresses=own)
         if not unusable or unusable[0].errno != errno.EADDRINUSE or time.monotonic() > until:
-            e = next(iter([*unusable, *refused.values()]), None)
-            raise ConfigError(f"process {me.id}: {_bind_sentence(me, place, e)}")
+            e = next(iter([*unusable, *errors.values()]), None)
+            raise ConfigError(f"process {me.id}: {_explain(me, place, e)}")
         time.sleep(0.1)
 
 
-def _refusal(number: str, port: int) -> OSError | None:
-    """Why this machine cannot listen on the address, by a plain socket: gRPC does not say."""
+def _bind_error(number: str, port: int) -> OSError | None:
+    """Why this machine cannot listen on the address, from a plain socket, as gRPC does not say."""
     try:
         family, place = socket_address(number, port)
         with socket.socket(family) as probe:
-            if os.name == "posix":  # as gRPC does; on Windows it would share the port
+            if os.name == "posix":  # as gRPC does; on Windows this would share the port
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
             probe.listen(1)
@@ -440,27 +434,27 @@ def _refusal(number: str, port: int) -> OSError | None:
     return None
 
 
-def _bind_sentence(me: Process, place: Named, e: OSError | None) -> str:
+def _explain(me: Process, place: Named, e: OSError | None) -> str:
     host = place.shown()
     if e is None:
         return place.why
     if e.errno == errno.EADDRINUSE:
         return (
             f"port {me.port} on {host} is taken by another program (or by {me.id} itself, "
-            f"still running); stop that one or give {me.id} another port"
+            f"still running); stop it or give {me.id} another port"
         )
-    if e.errno in ELSEWHERE:
+    if e.errno in NOT_OURS:
         return (
             f"{host} is not an address of this machine, which has {', '.join(own_addresses())}; "
             f"start {me.id} on the machine that has it, or correct its host (behind NAT: set its "
             "bind)"
         )
     if e.errno == errno.EACCES:
-        return f"port {me.port} on {host} needs rights that you do not have; use one above 1023"
+        return f"port {me.port} on {host} needs privileges that you do not have; use one above 1023"
     return f"cannot listen on port {me.port} of {host}: {e}"
 
 
 if __name__ == "__main__":
     code = main()
-    _watchdog(LEAVE_S, code)  # whatever handlers have left behind, the process ends
+    _watchdog(EXIT_S, code)  # the process ends even if a handler left a thread running
     sys.exit(code)

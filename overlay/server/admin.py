@@ -1,8 +1,8 @@
-"""The service OverlayAdmin: verbs that act on the process itself.
+"""The service OverlayAdmin: RPCs that act on the process itself.
 
-Answered only to callers on the same machine, until TLS identifies callers; `logs` to others too
-but without what is private. Owns two threads, "admin", from `Admin` to `close`: a drain holds one
-for as long as it takes; and two, "logs", that may wait for another process.
+Until TLS identifies callers, only callers on the same machine may use it; `logs` also answers
+others, without private lines. From `Admin` to `close` it owns two threads, "admin", as a drain
+holds one until it ends, and two, "logs", which may wait for another process.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from overlay.transport.upstream import plain_address
 log = logging.getLogger(__name__)
 
 LONGEST_GRACE_S = 86_400.0
-LOGS_S = 5.0  # another process is waited for so long
+LOGS_S = 5.0  # how long to wait for another process
 
 
 class Admin:
-    """stop: lets the process begin to stop, with this grace, as a signal does; returns at once."""
+    """stop: starts stopping the process, with this grace, as a signal does; does not block."""
 
     def __init__(
-        self, me: Process, journal: LogReader, grace_s: float, stop: Callable[[float], None]
+        self, me: Process, log_reader: LogReader, grace_s: float, stop: Callable[[float], None]
     ) -> None:
         self.pool = ThreadPoolExecutor(2, "admin")
         self.logs_pool = ThreadPoolExecutor(2, "logs")
         self._me = me
-        self._journal = journal
+        self._log_reader = log_reader
         self._grace_s = grace_s
         self._stop = stop
         self._drained: Future[tuple[float, Drained]] = Future()
         self._started_at = psutil.Process().create_time()
 
     def drain(self, request: pb2.DrainRequest, context: grpc.ServicerContext) -> pb2.DrainResponse:
-        """Stops the process; answers when all that ran has ended, or at once with no_wait.
+        """Stops the process. Answers when running requests have ended, or at once with no_wait.
 
-        A second caller waits for the end of the same drain.
+        A second caller waits for the same drain.
         """
         try:
             self._check_caller("drain", context.peer())
@@ -59,7 +59,7 @@ class Admin:
         except OverlayError as e:
             _abort(context, e)
         by = codec.address_in(context.peer())
-        log.info("drain: asked for by %s", by, extra={"kind": "stopping"})
+        log.info("drain: requested by %s", by, extra={"kind": "stopping"})
         self._stop(grace_s)
         if request.no_wait:
             return self._response(grace_s, Drained())
@@ -70,12 +70,12 @@ class Admin:
         remaining: float | None = context.time_remaining()
         within_s = LOGS_S if remaining is None else min(remaining * 0.9, LOGS_S)
         try:
-            return self._journal.read(request, is_on_this_machine(context.peer()), within_s)
+            return self._log_reader.read(request, is_on_this_machine(context.peer()), within_s)
         except OverlayError as e:
             _abort(context, e)
 
-    def tell(self, grace_s: float, drained: Drained) -> None:
-        """Passes on the result of the drain to the callers that wait for it."""
+    def finish_drain(self, grace_s: float, drained: Drained) -> None:
+        """Passes the result of the drain to the callers that wait for it."""
         self._drained.set_result((grace_s, drained))
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ def _abort(context: grpc.ServicerContext, error: OverlayError) -> NoReturn:
 def is_on_this_machine(peer: str) -> bool:
     """Whether gRPC's name for a caller is an address of this machine: loopback or another.
 
-    A process that listens on 192.168.1.1 sees a caller beside it as 192.168.1.1, not as loopback.
+    A process that listens on 192.168.1.1 sees a local caller as 192.168.1.1, not as loopback.
     """
     text = codec.address_in(peer)
     try:
@@ -133,7 +133,7 @@ def is_on_this_machine(peer: str) -> bool:
         return True
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     try:
-        # Sends nothing. Towards an address of its own, and only then, a machine comes from there.
+        # Sends nothing. Only towards one of its own addresses does a machine use that very address.
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((str(address), 9))
             return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]) == address

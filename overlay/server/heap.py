@@ -1,6 +1,6 @@
-"""Gives back what a burst has left: glibc keeps freed memory for the next, hundreds of MiB of it.
+"""Returns memory to the system after a burst; glibc would keep hundreds of MiB for the next one.
 
-Elsewhere than on Linux with glibc, it does nothing.
+Does nothing except on Linux with glibc.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from overlay.model import clocks as time
 from overlay.model.limits import MIB
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
-WORTH = 64 * MIB  # more than the least that was seen since the start
-PAUSE_S = 2.0  # between two tries; each takes some ms
+MIN_EXCESS = 64 * MIB  # above the lowest value seen since the start
+PAUSE_S = 2.0  # between two trims; each takes a few ms
 
 
-def keep_little() -> None:
-    """Lets glibc keep less of what is freed. To be called before there are threads.
+def limit_kept_memory() -> None:
+    """Makes glibc keep less freed memory. Call it before any thread starts.
 
-    Each of its arenas keeps what it was once given, and there is one for every few threads; what is
-    larger than a few MiB goes back to the system at once when it is mapped by itself. Measured with
-    200 answers of 4 MiB of which 16 were kept: 340 MiB in place of 730.
+    Each arena keeps what it once allocated, and there is one for every few threads; blocks above a
+    few MiB return to the system at once if they are mapped separately. Measured with 200 answers of
+    4 MiB, 16 of them kept: 340 MiB instead of 730.
     """
-    mallopt = _of_glibc("mallopt")
+    mallopt = _glibc_function("mallopt")
     if mallopt is not None:
         for name, value in (
             (M_ARENA_MAX, 2),
@@ -36,34 +36,34 @@ def keep_little() -> None:
 
 
 class HeapTrimmer:
-    """is_busy: then it waits, since what is freed would be wanted again at once."""
+    """is_busy: while True, nothing is trimmed, as it would be needed again at once."""
 
     def __init__(self, is_busy: Callable[[], bool]) -> None:
         self._is_busy = is_busy
-        self._trim = _of_glibc("malloc_trim")
-        self._least = sys.maxsize
-        self._next = 0.0
+        self._malloc_trim = _glibc_function("malloc_trim")
+        self._baseline = sys.maxsize
+        self._not_before = 0.0
 
-    def look(self) -> None:
-        """Called now and then; takes no time when there is nothing to do."""
+    def trim(self) -> None:
+        """Trims the heap if that is worth it. Cheap, so it may be called often."""
         now = time.monotonic()
-        if self._trim is None or now < self._next or self._is_busy():
+        if self._malloc_trim is None or now < self._not_before or self._is_busy():
             return
-        held = resident()
-        if held > self._least + WORTH:
-            self._trim(0)
-            held = resident()
-            self._next = now + PAUSE_S
-        self._least = min(self._least, held)
+        used = resident()
+        if used > self._baseline + MIN_EXCESS:
+            self._malloc_trim(0)
+            used = resident()
+            self._not_before = now + PAUSE_S
+        self._baseline = min(self._baseline, used)
 
 
 def resident() -> int:
-    """Bytes of this process in memory, on Linux."""
+    """Resident bytes of this process, on Linux."""
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _of_glibc(name: str) -> Callable[..., int] | None:
+def _glibc_function(name: str) -> Callable[..., int] | None:
     if not sys.platform.startswith("linux"):
         return None
     try:

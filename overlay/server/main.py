@@ -1,4 +1,4 @@
-"""The command `overlay-node CONFIG ID` of an installed package: node.py, as `python node.py`."""
+"""The command `overlay-node CONFIG ID` of an installed package: runs node.py."""
 
 import runpy
 import sys
@@ -9,8 +9,8 @@ IN_A_CLONE = Path(__file__).resolve().parents[2] / "node.py"
 
 
 def main() -> None:
-    """Ends with SystemExit, as the program does."""
+    """Ends with SystemExit, as node.py does."""
     path = BESIDE if BESIDE.exists() else IN_A_CLONE
-    # As the main program: what it does last of all, it does only there.
+    # As __main__, or it would not run its last lines.
     runpy.run_path(str(path), run_name="__main__")
     sys.exit(0)

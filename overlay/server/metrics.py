@@ -1,4 +1,4 @@
-"""What GetMetrics says of the process itself; other owners of figures fill their own parts."""
+"""The metrics of the process itself; each other owner of metrics fills in its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from overlay.workers.executor import Executor
 
 
 class ProcessMetrics:
-    """The process `me`: who it is, what it uses, its handlers, and what is below it."""
+    """The process `me`: its identity, its resources, its handlers, and what is below it."""
 
     def __init__(
         self, topology: Topology, me: Process, links: Peers, executor: Executor | None
@@ -30,8 +30,8 @@ class ProcessMetrics:
         self._executor = executor
         self._started = time.monotonic()
 
-    def fill(self, made: pb2.MetricsResponse, with_functions: bool) -> None:
-        """with_functions: with what the handlers' functions are like, here and below."""
+    def fill(self, response: pb2.MetricsResponse, with_functions: bool) -> None:
+        """with_functions: describe the handlers' functions, here and below."""
         me, now = self._me, time.monotonic()
         states = self._links.states()
         slots = self._known_slots(states)
@@ -39,7 +39,7 @@ class ProcessMetrics:
         used = resources_of(self._executor.pids if self._executor else ())
         handlers = self._executor.counts() if self._executor else ()
         metrics_codec.fill(
-            made,
+            response,
             used,
             process_id=me.id,
             role=me.role,
@@ -72,12 +72,12 @@ class ProcessMetrics:
     def _known_functions(
         self, states: Sequence[PeerState], slots: dict[str, dict[str, int]]
     ) -> tuple[Function, ...]:
-        """Of the handlers of the configuration, at the workers that are there now."""
+        """The functions of configured handlers, at the workers that are up now."""
         if self._executor:
             mine = (self._me.id,)
             return gathered(f._replace(workers=mine) for f in self._executor.functions())
-        told = (f for state in states for f in state.functions)
-        here = (f._replace(workers=tuple(w for w in f.workers if w in slots)) for f in told)
+        reported = (f for state in states for f in state.functions)
+        here = (f._replace(workers=tuple(w for w in f.workers if w in slots)) for f in reported)
         known = self._topology.handlers
         return gathered(f for f in here if f.workers and f.name in known)
 

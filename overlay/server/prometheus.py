@@ -1,13 +1,13 @@
-"""What Prometheus reads: the figures of GetMetrics, in its format, on a port of their own.
+"""Exports the metrics of GetMetrics to Prometheus, on a port of their own.
 
     http://127.0.0.1:51051/metrics     for a process whose metrics_port is 51051
 
-Served by transport.http_door and not by prometheus_client's own server, which gives each visitor a
-thread and never hangs up: 200 that say nothing hold 200 threads for good (0.26, 2026-11).
+Served by transport.http_door rather than prometheus_client's own server, which never closes a
+connection and gives each a thread: 200 silent clients hold 200 threads for good (0.26, 2026-11).
 
-Off unless configured. It shares nothing with requests but the process: it owns a thread,
-"prometheus", which serves all its callers; it answers from values only, and makes its text at most
-once a second, however often it is asked. A port that it cannot have costs a line in the log.
+Off unless configured. It never delays requests: one thread, "prometheus", serves all its clients,
+never blocks on anything, and makes the text at most once a second. If the port cannot be opened, a
+line in the log says so.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from overlay.transport.http_door import Server, listen
 
 log = logging.getLogger(__name__)
 
-STOP_S = 3.0  # its thread is waited for so long, which is more than it takes to stop
-FRESH_S = 1.0  # a text is given again for so long
+STOP_S = 3.0  # how long to wait for its thread, which takes less
+MAX_AGE_S = 1.0  # of a text that is served again
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -42,13 +42,13 @@ class Exporter:
     """Serves `metrics()` at host:port from `start` to `stop`, both of which may be called twice."""
 
     def __init__(self, metrics: Callable[[], Any], host: str, port: int) -> None:
-        self._text = _Text(metrics)
+        self._text = _CachedText(metrics)
         self._address = host.strip("[]"), port
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> bool:
-        """Whether it serves; if not, the log says why."""
+        """Whether it could start; if not, the log says why."""
         try:
             listening = listen(*self._address)
         except OSError as e:
@@ -72,16 +72,16 @@ class Exporter:
 
 
 class Families(Collector):
-    """The figures as Prometheus names them: seconds, totals, one name with labels for one thing."""
+    """The metrics by Prometheus's conventions: seconds, totals, labels instead of more names."""
 
     def __init__(self, metrics: Callable[[], Any]) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
         m = self._metrics()
-        who = {"process": m.process_id, "role": m.role, "team": m.team}
-        what = {"version": m.version, "python": m.python, "config": m.config_digest}
-        yield InfoMetricFamily("overlay", "Which process this is.", {**who, **what})
+        identity = {"process": m.process_id, "role": m.role, "team": m.team}
+        build = {"version": m.version, "python": m.python, "config": m.config_digest}
+        yield InfoMetricFamily("overlay", "Which process this is.", {**identity, **build})
         for name, kind, samples, documentation, *labels in FAMILIES:
             family = kind(f"overlay_{name}", documentation, labels=labels)
             for *values, value in samples(m):
@@ -92,7 +92,7 @@ class Families(Collector):
 
 
 Samples = Callable[[Any], Iterable[tuple[Any, ...]]]
-"""Of the metrics: the value of each label, and at the end that of the figure."""
+"""Samples of a metric: the value of each label, then the sample's own."""
 
 
 def _one(name: str) -> Samples:
@@ -128,52 +128,52 @@ def _handled(m: Any) -> Iterable[tuple[str, str, int]]:
 
 
 GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
-WAITS = "Until a handler began: in queues and on the way."
-CROWDED = "Calls, streams and connections ended, or not let in, because there were too many."
+WAITING = "Time until a handler started: in queues and on the network."
+CROWDED = "Calls, streams and connections ended or refused because there were too many."
 FAMILIES: tuple[tuple[Any, ...], ...] = (  # name, type, samples, help, labels
     ("serving", GAUGE, _one("is_healthy"), "1 while it takes requests, 0 while it stops."),
     ("start_time_seconds", GAUGE, _started, "When it started, since 1970."),
-    ("log_lines_dropped", COUNTER, _one("log_lines_dropped"), "Lines that no log got."),
-    ("requests_received", COUNTER, _one("received"), "Requests that came."),
+    ("log_lines_dropped", COUNTER, _one("log_lines_dropped"), "Log lines not written."),
+    ("requests_received", COUNTER, _one("received"), "Requests received."),
     ("requests_ended", COUNTER, _ended,
-     "Requests that ended: each in one of the four ways.", "outcome"),
+     "Requests that ended, each with one of four outcomes.", "outcome"),
     ("requests_refused", COUNTER, _map("refused_by_reason"),
      "Requests refused before any handler ran.", "reason"),
     ("requests_waiting", GAUGE, _one("queue_size"), "Single requests in the queue."),
-    ("queue_slots", GAUGE, _one("queue_slots"), "How many can wait in the queue."),
+    ("queue_slots", GAUGE, _one("queue_slots"), "How many requests the queue can hold."),
     ("requests_in_service", GAUGE, _one("active_requests"), "Single requests in service."),
     ("service_slots", GAUGE, _one("max_capacity"), "How many can be in service."),
     ("crowded_out", COUNTER, _map("crowded_out"), CROWDED, "what"),
     ("calls_without_message", GAUGE, _one("calls_without_message"),
-     "Calls whose message has not come."),
-    ("idempotency_keys", GAUGE, _one("keys"), "Idempotency keys that are remembered."),
+     "Calls whose message has not arrived."),
+    ("idempotency_keys", GAUGE, _one("keys"), "Idempotency keys kept."),
     ("idempotency_bytes", GAUGE, _one("key_bytes"), "Bytes of the answers kept for them."),
     ("idempotency_waiters", GAUGE, _one("key_waiters"),
-     "Calls that wait for the first of their key."),
-    ("streams", GAUGE, _one("streams"), "Streams open."),
+     "Calls waiting for the first with their key."),
+    ("streams", GAUGE, _one("streams"), "Open streams."),
     ("streamed_requests_waiting", GAUGE, _one("streamed_waiting"),
-     "Requests of streams that wait."),
+     "Waiting requests of streams."),
     ("streamed_requests_slots", GAUGE, _one("streamed_slots"),
-     "How many requests of the streams open now may wait."),
+     "How many requests of the open streams may wait."),
     ("streamed_requests_in_service", GAUGE, _one("streamed_active"),
      "Requests of streams in service."),
-    ("link_up", GAUGE, _links_up, "1 while the neighbour can be asked.", "neighbour"),
+    ("link_up", GAUGE, _links_up, "1 while requests can be sent.", "neighbour"),
     ("link_same_config", GAUGE, _links("same_config"),
-     "1 while it reads the same file.", "neighbour"),
+     "1 if its configuration is the same.", "neighbour"),
     ("link_outstanding_requests", GAUGE, _links("outstanding"),
-     "Asked and not answered.", "neighbour"),
-    ("link_requests", COUNTER, _links("asked"), "Requests handed to the neighbour.", "neighbour"),
-    ("link_failures", COUNTER, _links("failed"), "Of those, the ones that failed.", "neighbour"),
+     "Requests sent and not yet answered.", "neighbour"),
+    ("link_requests", COUNTER, _links("asked"), "Requests sent to the neighbour.", "neighbour"),
+    ("link_failures", COUNTER, _links("failed"), "Of those, how many failed.", "neighbour"),
     ("link_ejections", COUNTER, _links("ejections"),
-     "How often requests went round it.", "neighbour"),
+     "How often it was ejected.", "neighbour"),
     ("handler_running", GAUGE, _handlers("active"),
-     "Requests that the handler works on.", "handler"),
-    ("handler_slots", GAUGE, _handlers("slots"), "How many it can work on at once.", "handler"),
-    ("handler_requests", COUNTER, _handled, "Requests it has worked on.", "handler", "outcome"),
+     "Requests that the handler is running.", "handler"),
+    ("handler_slots", GAUGE, _handlers("slots"), "How many it can run at once.", "handler"),
+    ("handler_requests", COUNTER, _handled, "Requests it has run.", "handler", "outcome"),
 )  # fmt: skip
 HISTOGRAMS = (
-    ("request_waiting", attrgetter("waiting"), WAITS),
-    ("request_service", attrgetter("service"), "While the handler ran, as its worker says."),
+    ("request_waiting", attrgetter("waiting"), WAITING),
+    ("request_service", attrgetter("service"), "Time in the handler, measured by its worker."),
 )
 
 
@@ -185,27 +185,27 @@ def _histogram(name: str, documentation: str, found: Any) -> Metric:
     return HistogramMetricFamily(name, documentation, buckets=buckets, sum_value=found.sum_s)
 
 
-class _Text:
-    """The text of this moment, or of the last second."""
+class _CachedText:
+    """The metrics as text, at most a second old."""
 
     def __init__(self, metrics: Callable[[], Any]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(Families(metrics))
         ProcessCollector(registry=self._registry)  # memory, CPU, files; on Linux only
         self._lock = threading.Lock()
-        self._made_at = -FRESH_S
+        self._made_at = -MAX_AGE_S
         self._text = b""
 
     def fresh(self) -> bytes:
         with self._lock:
-            if time.monotonic() - self._made_at >= FRESH_S:
+            if time.monotonic() - self._made_at >= MAX_AGE_S:
                 self._text = generate_latest(self._registry)
                 self._made_at = time.monotonic()
             return self._text
 
 
-def _serving(text: _Text) -> Any:
-    """The application. It runs on the server's event loop."""
+def _serving(text: _CachedText) -> Any:
+    """The ASGI application."""
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -214,7 +214,7 @@ def _serving(text: _Text) -> Any:
         if scope["path"] != "/metrics":
             status, kind, body = 404, "text/plain; charset=utf-8", b"only /metrics is here\n"
         elif scope["method"] not in ("GET", "HEAD"):
-            status, kind, body = 405, "text/plain; charset=utf-8", b"it is only read\n"
+            status, kind, body = 405, "text/plain; charset=utf-8", b"use GET\n"
         else:
             body = text.fresh()
         headers = [("content-type", kind), ("content-length", str(len(body)))]

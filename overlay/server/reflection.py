@@ -1,6 +1,7 @@
-"""gRPC's reflection: tools learn from it what a process serves, without the proto file.
+"""gRPC server reflection: tools learn what a process serves, without the proto file.
 
-Under both of its names. The two say the same; grpcio has only v1alpha, and tools drop that one.
+Served as v1 and v1alpha, which have the same contents: grpcio has only v1alpha, and tools are
+dropping it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ V1 = V1ALPHA.replace("v1alpha", "v1")
 
 
 def serve(reception: Reception, threads: ThreadPoolExecutor, services: Sequence[str]) -> None:
-    """Tells of the services, by their full names, and of itself."""
+    """Adds reflection of itself and of `services`, given by their full names."""
     names = (*services, V1ALPHA, V1)
-    servicer = reflection.ReflectionServicer(names, _described(services))
+    servicer = reflection.ReflectionServicer(names, _pool_of(services))
     method = grpc.stream_stream_rpc_method_handler(
         on_threads_of(threads, servicer.ServerReflectionInfo),
         reflection_pb2.ServerReflectionRequest.FromString,
@@ -33,14 +34,14 @@ def serve(reception: Reception, threads: ThreadPoolExecutor, services: Sequence[
         reception.add_registered_method_handlers(name, {"ServerReflectionInfo": method})
 
 
-def _described(services: Sequence[str]) -> descriptor_pool.DescriptorPool:
-    """In a pool of its own: the process's may get a v1 from another library one day."""
+def _pool_of(services: Sequence[str]) -> descriptor_pool.DescriptorPool:
+    """A pool of its own, as another library may add v1 to the default pool one day."""
     pool = descriptor_pool.DescriptorPool()
     for name in (*services, V1ALPHA):
         _add(pool, descriptor_pool.Default().FindFileContainingSymbol(name))
     v1alpha = FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
-    told = text_format.MessageToString(v1alpha).replace("v1alpha", "v1")
-    v1 = text_format.Parse(told, FileDescriptorProto())
+    text = text_format.MessageToString(v1alpha).replace("v1alpha", "v1")
+    v1 = text_format.Parse(text, FileDescriptorProto())
     pool.AddSerializedFile(v1.SerializeToString())
     return pool
 

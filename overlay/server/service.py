@@ -1,10 +1,10 @@
-"""One process of the overlay, behind gRPC's three methods.
+"""One process of the overlay, behind the three RPCs of OverlayNode.
 
     forward         a single request, in calls.unary
     forward_stream  segments of requests, in calls.stream_session
-    metrics         answers from values only, never waits
+    metrics         never blocks
 
-Puts the parts together and owns the order in which they start and stop.
+Assembles the parts, and owns the order in which they start and stop.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from overlay.workers.executor import Executor
 
 log = logging.getLogger(__name__)
 
-NOTICE_S = 0.1  # for neighbours to route around this process; requests on their way are still taken
-QUIET_S = 0.2  # without a unary call before the server closes, which drops the calls that come then
-MAX_QUIET_S = STOPPING_RETRY_S  # how long to wait for that; what is refused comes back later
+NOTICE_S = 0.1  # for neighbours to route around this process; requests in transit are accepted
+QUIET_S = 0.2  # without a unary call before the server closes, as it drops calls that arrive then
+MAX_QUIET_S = STOPPING_RETRY_S  # how long to wait for that; refused clients come back later
 LONGEST_NAME = 64  # characters that are kept of a caller's own name
-LAST_WORDS_S = 0.5  # for answers on their way out, when the grace is over
+FLUSH_S = 0.5  # for answers still being written when the grace is over
 
 
 @dataclass(frozen=True)
 class Drained:
-    """The result of a drain: requests refused meanwhile, and those left unfinished."""
+    """The result of a drain. left: requests that did not end."""
 
     refused: int = 0
     left: int = 0
@@ -61,18 +61,19 @@ class Drained:
 
 
 class Service:
-    """The process `me` of the topology: made, then `start`, at the end `drain` and `close`."""
+    """The process `me`. Call `start` once, and `drain` and `close` at the end."""
 
     def __init__(
         self,
         topology: Topology,
         me: str,
-        recent: LogBuffer | None = None,
-        log_lines_dropped: Callable[[], int] = lambda: 0,
+        log_buffer: LogBuffer | None = None,
+        dropped: Callable[[], int] = lambda: 0,
     ) -> None:
         """Imports the handlers and makes the links. Raises ConfigError.
 
-        recent: the last lines that this process logged, and its events.
+        log_buffer: the last lines of this process's log, and its events. dropped: counts log lines
+        not written.
         """
         self.calls_without_message: Callable[[], int] = lambda: 0
         self.topology = topology
@@ -81,23 +82,23 @@ class Service:
         self.request_log = RequestLog(me, self.me.works)
         self.meter = self.request_log.meter
         sources = api.add_folder(topology.folder)
-        # Process pools start before any channel is there.
+        # Process pools start before any gRPC channel exists.
         self.executor = Executor(topology, self.me) if self.me.works else None
         merges = _load_merges(topology)
         sources.keep_imported()
         lone = planner.lone(topology, me)
         self.links = Peers(topology.below(me), self.limits, topology.digest, lone, me)
-        relay = Dispatcher(topology, me, self.links, self.executor)
+        dispatcher = Dispatcher(topology, me, self.links, self.executor)
         self.queue = RequestQueue(
             me,
             slots=topology.queue_slots(me),
             in_service=self.me.in_service,
             of_a_team=_half_if_several(topology, self.me.in_service),
             return_margin_s=topology.hops_below(me) * self.limits.return_margin_s,
-            default_handler=_default_of_all(topology, self.me),
+            default_handler=_common_default(topology, self.me),
             max_bytes=self.limits.max_waiting_bytes,
-            claim=relay.claim,
-            start=relay.start,
+            claim=dispatcher.claim,
+            start=dispatcher.start,
             on_started=self.links.flush,
             on_ended=self.request_log.record_times,
         )
@@ -107,8 +108,8 @@ class Service:
         self._unary = UnaryRequests(self._path, self._keys, self._deadlines)
         self._sessions = StreamSessions(self._path, self._deadlines)
         self._hosts = UpstreamHosts(topology.above(me))
-        self.journal = LogReader(topology, me, recent or LogBuffer(), self.links, log_lines_dropped)
-        self._about = ProcessMetrics(topology, self.me, self.links, self.executor)
+        self.log_reader = LogReader(topology, me, log_buffer or LogBuffer(), self.links, dropped)
+        self._process_metrics = ProcessMetrics(topology, self.me, self.links, self.executor)
         self.links.on_change = self.queue.kick
         if self.executor:
             self.executor.on_free = self.queue.kick
@@ -130,14 +131,14 @@ class Service:
     def forward(
         self, request: pb2.Request, context: grpc.ServicerContext
     ) -> pb2.Response | Future[pb2.Response]:
-        """Answers one request; later, where another with its key is under way.
+        """Answers one request, or later if another one with its key is running.
 
-        Raises OverlayError, which is its status.
+        Raises OverlayError, which becomes the call's status.
         """
         return self._unary.forward(request, context, _caller(context))
 
     def forward_stream(self, call: Call, context: grpc.ServicerContext) -> None:
-        """Answers the requests of one stream until the client's half-close. Never waits."""
+        """Serves one stream until the client's half-close. Never blocks."""
         caller = _caller(context)
         try:
             self._sessions.serve(call, context, caller, self._neighbour_of(context, caller))
@@ -145,12 +146,12 @@ class Service:
             call.fail(self._path.with_retry(e))
 
     def drain(self, grace_s: float, for_good: bool = False) -> Drained:
-        """Refuses what waits and what comes, and lets the running end within `grace_s`.
+        """Refuses waiting and new requests, and lets running ones end within `grace_s`.
 
-        Clients with streams are told first, a moment before anything is refused. At the end the
-        streams end, which tells each client which of its requests were not read.
+        Clients with streams learn of it first, a moment before anything is refused. The streams end
+        last, which proves to each client which of its requests were not read.
 
-        for_good: they are told that too, and do not wait for the process to be back.
+        for_good: their clients need not wait for the process to be back.
         """
         began, refused_before = time.monotonic(), self.meter.counts().refused
         self._path.draining = True
@@ -167,7 +168,7 @@ class Service:
             quiet_by = min(until, time.monotonic() + MAX_QUIET_S)
             _wait_while(lambda: time.monotonic() - self._unary.last_arrival < QUIET_S, quiet_by)
         self._sessions.end()
-        until = max(until, time.monotonic() + LAST_WORDS_S)
+        until = max(until, time.monotonic() + FLUSH_S)
         _wait_while(lambda: bool(self._sessions.open), until)
         refused = self.meter.counts().refused - refused_before
         return Drained(refused, left, time.monotonic() - began)
@@ -184,24 +185,24 @@ class Service:
     def metrics(
         self, events: int = 0, requests: int = 0, functions: bool = False
     ) -> pb2.MetricsResponse:
-        """The truth about this process now, with its last events and requests; never waits.
+        """This process's metrics, with its last events and requests. Never blocks.
 
-        functions: with what the handlers' functions are like, here and below.
+        functions: describe the handlers' functions, here and below.
         """
-        made = pb2.MetricsResponse(
+        response = pb2.MetricsResponse(
             calls_without_message=self.calls_without_message(), active_requests=self._active
         )
-        self.request_log.fill(made, requests)
-        self._path.fill(made)
-        self._sessions.fill(made)
-        self._keys.fill(made)
-        self.journal.fill(made, events)
-        self._about.fill(made, functions)
-        return made
+        self.request_log.fill(response, requests)
+        self._path.fill(response)
+        self._sessions.fill(response)
+        self._keys.fill(response)
+        self.log_reader.fill(response, events)
+        self._process_metrics.fill(response, functions)
+        return response
 
     @property
     def _active(self) -> int:
-        # A worker's handler may run on after its caller has gone; it still takes its slot.
+        # A handler may keep running, and keep its slot, after its caller has left.
         return self.executor.active if self.executor else self.queue.active
 
     @property
@@ -210,7 +211,7 @@ class Service:
         return max(self._active, in_service)
 
     def _neighbour_of(self, context: grpc.ServicerContext, caller: Caller) -> str:
-        """The process above this one whose link it is: it says so, and comes from its host."""
+        """The process above this one whose link it is: it says so, and calls from its host."""
         for key, value in context.invocation_metadata():
             if key == codec.PROCESS_KEY and self._hosts.has(value, caller.address):
                 return str(value)
@@ -222,19 +223,19 @@ def _expire(due: QueuedSegment | Waiter) -> None:
 
 
 def _half_if_several(topology: Topology, in_service: int) -> int:
-    """A team that is stuck must not hold all places where there are other teams."""
+    """How many places one team may take: a stuck team must not take those of the others."""
     teams = {worker.team for worker in topology.workers}
     return in_service if len(teams) < 2 else max(1, in_service // 2)
 
 
-def _default_of_all(topology: Topology, me: Process) -> str:
-    """The handler of a request that names none, where all workers agree on it; else ""."""
+def _common_default(topology: Topology, me: Process) -> str:
+    """The handler of a request that names none, if all workers have the same; else ""."""
     names = {worker.handler for worker in ((me,) if me.works else topology.workers)}
     return names.pop() if len(names) == 1 else ""
 
 
 def _caller(context: grpc.ServicerContext) -> Caller:
-    """The caller, for fairness and not for security."""
+    """Who is calling, for fairness rather than security."""
     names = (str(value) for key, value in context.invocation_metadata() if key == codec.CALLER_KEY)
     return Caller(codec.address_in(context.peer()), next(names, "")[:LONGEST_NAME])
 

@@ -1,4 +1,4 @@
-"""What ends a process in order, beside a signal: its stop file, the end of a Windows console."""
+"""Ways to stop a process in order, besides signals: its stop file, the end of its console."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from overlay.model import clocks as time
 
-CONSOLE_GRACE_S = 3.0  # Windows gives 5 s; to refuse what waits and to close takes its part
-CONSOLE_END_S = 10.0  # Windows is faster
+CONSOLE_GRACE_S = 3.0  # Windows gives 5 s, and refusing requests and closing take some of it
+CONSOLE_END_S = 10.0  # Windows ends the process before that
 CTRL_CLOSE, CTRL_LOGOFF, CTRL_SHUTDOWN = 2, 5, 6
 FOR_GOOD = "for good"
 
 
 @dataclass(frozen=True)
 class StopFile:
-    """Where it appears, the process ends; and leaves there how many requests it left behind."""
+    """When it appears, the process stops, and writes into it how many requests it left behind."""
 
     path: Path
 
@@ -29,7 +29,7 @@ class StopFile:
         try:
             beside.write_text(FOR_GOOD if for_good else "", encoding="ascii")
             os.replace(beside, self.path)
-        except OSError:  # a full disk, which may have room for a name
+        except OSError:  # a full disk may still have room for a name
             self.path.touch()
 
     @property
@@ -46,7 +46,7 @@ class StopFile:
 
     @property
     def left(self) -> int:
-        """0 also when the process did not say: it was ended from outside, or in a hurry."""
+        """Also 0 if the process could not say: it was killed, or ended in a hurry."""
         text = self._text().strip()
         return int(text) if text.isdigit() else 0
 
@@ -68,11 +68,11 @@ if sys.platform == "win32":
 
     def when_console_ends(stop: Callable[[float], None]) -> None:
         """Calls `stop` with a grace in seconds when the console's window is closed, its user logs
-        off or the machine shuts down; the process is to end by itself then.
+        off or the machine shuts down; the process must then end by itself.
 
-        Of the last two Windows tells no program that has loaded a window library. It ends the
-        process when the call returns, so this waits. To be called after Python's own handlers are
-        set: the last one is asked first.
+        Windows reports the last two only to programs that have not loaded a window library. It
+        ends the process when the handler returns, so the handler waits. Call this after Python's
+        own handlers are set: the newest handler is called first.
         """
 
         def handle(event: int) -> int:
@@ -89,4 +89,4 @@ if sys.platform == "win32":
 else:
 
     def when_console_ends(stop: Callable[[float], None]) -> None:
-        """Nothing: elsewhere that is a signal, SIGHUP."""
+        """Does nothing: elsewhere that is a signal, SIGHUP."""

@@ -1,4 +1,4 @@
-"""Stopping without loss: the verb drain, what clients and neighbours hear, and rolling restarts."""
+"""Stopping without loss: the verb drain, what clients and neighbours see, rolling restarts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ import os, threading, time
 local = threading.local()
 
 def work(payload, context):
-    """Writes that it ran and gives the payload back."""
+    """Writes that it ran, and returns the payload."""
     if not hasattr(local, "file"):
         folder = context.options["folder"]
         name = f"{context.process_id}-{os.getpid()}-{threading.get_ident()}"
@@ -54,7 +54,7 @@ def gate(payload, context):
 
 
 class Noted:
-    """Six processes whose handler `work` writes down every execution."""
+    """Six processes whose handler `work` records every execution."""
 
     def __init__(self, six: Overlay, notes: Path) -> None:
         self.six = six
@@ -93,7 +93,7 @@ def client_py(six: Overlay, process_id: str, *words: object) -> subprocess.Compl
 
 
 def begin(six: Overlay, process_id: str, count: int, **fields: Any) -> list[Any]:
-    """Single requests on their way."""
+    """Sends single requests."""
     stub = six.stub(process_id)
     request = pb2.Request(mode=pb2.ANY, **fields)
     return [stub.Forward.future(request, timeout=30) for _ in range(count)]
@@ -106,7 +106,7 @@ def proof_of(call: Any) -> str | None:
 # The verb
 
 
-def test_drain_lets_what_runs_end_refuses_the_rest_and_says_so(noted: Noted) -> None:
+def test_drain_finishes_running_requests_and_refuses_the_rest(noted: Noted) -> None:
     calls = begin(noted.six, "C", 3, handler="gate")
     until(lambda: noted.six.metrics("C").queue_size == 2, what="one runs and two wait at C")
     with ThreadPoolExecutor(1) as pool:
@@ -116,18 +116,23 @@ def test_drain_lets_what_runs_end_refuses_the_rest_and_says_so(noted: Noted) -> 
         done = drain.result()
     codes = Counter(call.code() for call in calls)
 
-    said = json.loads(done.stdout)
+    found = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
-    assert (said["process_id"], said["refused"], said["left"], said["gone"]) == ("C", 2, 0, True)
+    assert (found["process_id"], found["refused"], found["left"], found["gone"]) == (
+        "C",
+        2,
+        0,
+        True,
+    )
     assert codes == {grpc.StatusCode.OK: 1, grpc.StatusCode.UNAVAILABLE: 2}
     assert [proof_of(c) for c in calls if c.code() is not grpc.StatusCode.OK] == ["no", "no"]
     assert noted.six.processes["C"].wait(20) == 0
     assert "2 requests refused, 0 left behind" in noted.six.log("C")
 
 
-def test_drain_says_what_it_had_to_leave_behind(noted: Noted) -> None:
+def test_drain_reports_what_it_left_behind(noted: Noted) -> None:
     (call,) = begin(noted.six, "C", 1, handler="gate")
-    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is at work")
+    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is busy")
     done = client_py(noted.six, "C", "drain", "--grace", "0.5")
 
     assert done.returncode == 1
@@ -138,9 +143,9 @@ def test_drain_says_what_it_had_to_leave_behind(noted: Noted) -> None:
     assert noted.six.processes["C"].wait(20) == 1
 
 
-def test_drain_without_waiting_returns_while_the_process_still_works(noted: Noted) -> None:
+def test_drain_without_waiting_returns_while_requests_are_running(noted: Noted) -> None:
     (call,) = begin(noted.six, "C", 1, payload=b"x", handler="gate")
-    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is at work")
+    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is busy")
     done = client_py(noted.six, "C", "drain", "--no-wait", "--grace", "27")
 
     assert done.returncode == 0, done.stderr
@@ -151,10 +156,10 @@ def test_drain_without_waiting_returns_while_the_process_still_works(noted: Note
     assert noted.six.processes["C"].wait(10) == 0
 
 
-def test_a_second_drain_waits_for_the_end_of_the_first(noted: Noted) -> None:
+def test_a_second_drain_waits_for_the_first(noted: Noted) -> None:
     (call,) = begin(noted.six, "C", 1, payload=b"x", handler="gate")
     admin = pb2_grpc.OverlayAdminStub(noted.six.channel("C"))
-    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is at work")
+    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is busy")
     first = admin.Drain.future(pb2.DrainRequest(grace_s=25), timeout=30)
     until(lambda: not noted.six.metrics("C").is_healthy, what="C stops")
     second = admin.Drain.future(pb2.DrainRequest(grace_s=0), timeout=30)
@@ -169,7 +174,7 @@ def test_a_second_drain_waits_for_the_end_of_the_first(noted: Noted) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="there, terminate() is a kill")
 def test_the_first_signal_after_a_drain_does_not_cut_it_short(noted: Noted) -> None:
     (call,) = begin(noted.six, "C", 1, payload=b"x", handler="gate")
-    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is at work")
+    until(lambda: noted.six.metrics("C").active_requests == 1, what="C is busy")
     client_py(noted.six, "C", "drain", "--no-wait")
     noted.six.processes["C"].terminate()
     with pytest.raises(subprocess.TimeoutExpired):
@@ -189,7 +194,7 @@ def test_drain_where_nothing_serves_says_so() -> None:
 
 
 @pytest.mark.parametrize("grace_s", [-1.0, float("nan"), float("inf"), 1e9])
-def test_a_grace_that_cannot_be_is_refused_and_the_process_serves_on(
+def test_an_impossible_grace_is_refused_and_the_process_keeps_serving(
     six: Overlay, grace_s: float
 ) -> None:
     admin = pb2_grpc.OverlayAdminStub(six.channel("C"))
@@ -202,8 +207,8 @@ def test_a_grace_that_cannot_be_is_refused_and_the_process_serves_on(
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
-def test_reflection_tells_of_each_service_and_of_itself(six: Overlay, version: str) -> None:
-    """In v1's own messages, were they there: the two differ in their names only."""
+def test_reflection_describes_each_service_and_itself(six: Overlay, version: str) -> None:
+    """With v1alpha's messages for both, as they differ only in their names."""
     itself = f"grpc.reflection.{version}.ServerReflection"
     ask = six.channel("A").stream_stream(
         f"/{itself}/ServerReflectionInfo",
@@ -231,7 +236,7 @@ def test_reflection_tells_of_each_service_and_of_itself(six: Overlay, version: s
         ("ipv6:[::1]:4711", True),
         ("ipv6:[::ffff:127.0.0.1]:4711", True),
         ("unix:/tmp/socket", True),
-        ("ipv4:203.0.113.7:4711", False),  # of a class kept for examples
+        ("ipv4:203.0.113.7:4711", False),  # reserved for documentation
         ("ipv6:[2001:db8::7]:4711", False),
         ("ipv6:[::ffff:203.0.113.7]:4711", False),
         ("ipv4:0.0.0.0:4711", False),
@@ -240,7 +245,7 @@ def test_reflection_tells_of_each_service_and_of_itself(six: Overlay, version: s
         ("unknown", False),
     ],
 )
-def test_who_calls_from_this_machine_is_known_by_the_address(peer: str, here: bool) -> None:
+def test_a_caller_on_this_machine_is_recognised_by_its_address(peer: str, here: bool) -> None:
     assert is_on_this_machine(peer) is here
 
 
@@ -255,11 +260,11 @@ def test_every_address_of_this_machine_is_its_own() -> None:
     assert [address for address in found if not is_on_this_machine(f"ipv4:{address}:1")] == []
 
 
-# What clients and neighbours hear
+# What clients and neighbours see
 
 
-def test_a_stream_hears_of_the_stop_and_its_end_proves_what_was_not_read(noted: Noted) -> None:
-    """In the form of overlay.proto, as any language would speak it."""
+def test_a_stream_announces_the_stop_and_its_end_proves_what_was_not_read(noted: Noted) -> None:
+    """With overlay.proto alone, as a client in any language would."""
     stub = noted.six.stub("C")
     more = threading.Event()
 
@@ -270,22 +275,22 @@ def test_a_stream_hears_of_the_stop_and_its_end_proves_what_was_not_read(noted: 
         more.wait(30)
 
     call = stub.ForwardStream(frames(), timeout=30)
-    until(lambda: noted.six.metrics("C").streamed_active == 1, what="C is at work")
+    until(lambda: noted.six.metrics("C").streamed_active == 1, what="C is busy")
     noted.six.processes["C"].terminate()
-    came = [next(call)]
+    frames_read = [next(call)]
     noted.open_gate()
     with pytest.raises(grpc.RpcError) as caught:
-        came.extend(call)
+        frames_read.extend(call)
     more.set()
 
-    assert [(frame.stopping, frame.for_good) for frame in came] == [(True, False)] * 2
-    assert [list(s.results.items) for frame in came for s in frame.slices] == [[b"x"]]
+    assert [(frame.stopping, frame.for_good) for frame in frames_read] == [(True, False)] * 2
+    assert [list(s.results.items) for frame in frames_read for s in frame.slices] == [[b"x"]]
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert dict(caught.value.trailing_metadata())[codec.EXECUTED_KEY] == "no"
 
 
-def test_a_worker_that_is_drained_again_and_again_costs_its_clients_nothing(noted: Noted) -> None:
-    """Its neighbour may hand it a request in the very moment in which its stream ends."""
+def test_draining_a_worker_repeatedly_costs_its_clients_nothing(noted: Noted) -> None:
+    """Its neighbour may send it a request at the very moment its stream ends."""
     ended: list[BaseException | None] = []
     with overlay.connect(noted.six.address("A"), patience_s=20) as client:
         for turn in range(2):
@@ -302,7 +307,7 @@ def test_a_worker_that_is_drained_again_and_again_costs_its_clients_nothing(note
     assert run_twice(noted) == []
 
 
-def test_what_was_asked_of_a_stopping_leader_is_answered_by_the_next(noted: Noted) -> None:
+def test_requests_to_a_stopping_leader_are_answered_by_its_successor(noted: Noted) -> None:
     """A window full of requests: far more than a client's budget for retries."""
     payloads = [f"{number}" for number in range(6000)]
     results: list[bytes] = []
@@ -341,25 +346,25 @@ def run_twice(noted: Noted) -> list[str]:
 
 
 class Load:
-    """Threads that ask all the time, by one client of the library, until the end."""
+    """Threads that send requests all the time through one client, until the end."""
 
     def __init__(self, address: str) -> None:
-        # The default, 2.5 s, is for a machine that is not so busy that a start takes longer.
+        # A start on a busy machine may take longer than the default of 2.5 s.
         self.client = overlay.connect(address, patience_s=20)
         self.failures: list[str] = []
-        self.short: Counter[str] = Counter()
+        self.incomplete: Counter[str] = Counter()
         self.slowest_s: dict[str, float] = {}
         self.answered: dict[str, list[str]] = {}
         self._ended = threading.Event()
-        self.ways: dict[str, Callable[[str], Any]] = {
+        self.kinds: dict[str, Callable[[str], Any]] = {
             "unary all": lambda p: self.client.forward(p, handler="work"),
             "unary any": lambda p: self.client.forward(p, handler="work", mode="any"),
             "stream all": lambda p: self.client.call(p, handler="work"),
             "stream any": lambda p: self.client.call(p, handler="work", mode="any"),
         }
         self._threads = [
-            threading.Thread(target=self._ask, args=(way, n), daemon=True)
-            for way in self.ways
+            threading.Thread(target=self._ask, args=(kind, n), daemon=True)
+            for kind in self.kinds
             for n in range(2)
         ]
 
@@ -374,24 +379,24 @@ class Load:
             thread.join(40)
         self.client.close()
 
-    def _ask(self, way: str, thread: int) -> None:
-        answered = self.answered.setdefault(way, [])
+    def _ask(self, kind: str, thread: int) -> None:
+        answered = self.answered.setdefault(kind, [])
         for number in itertools.count():
             if self._ended.is_set():
                 return
-            payload = f"{way}/{thread}/{number}".replace(" ", "-")
+            payload = f"{kind}/{thread}/{number}".replace(" ", "-")
             began = time.monotonic()
             try:
-                answer = self.ways[way](payload)
+                answer = self.kinds[kind](payload)
             except CallFailed as e:
                 proof = "" if e.executed is Executed.NO else f" ({e.executed.name})"
                 self.failures.append(f"{payload}: {e.code.name}{proof}: {e}")
                 continue
             took_s = time.monotonic() - began
-            self.slowest_s[way] = max(took_s, self.slowest_s.get(way, 0.0))
+            self.slowest_s[kind] = max(took_s, self.slowest_s.get(kind, 0.0))
             answered.append(payload)
             if answer.missing:
-                self.short[",".join(part.process_id for part in answer.missing)] += 1
+                self.incomplete[",".join(part.process_id for part in answer.missing)] += 1
             time.sleep(0.005)
 
 
@@ -400,7 +405,7 @@ class Load:
 def test_a_rolling_restart_fails_no_request_and_runs_none_twice(noted: Noted) -> None:
     six = noted.six
     with Load(six.address("A")) as load:
-        # Workers, team leaders and the leader: of each kind some by the verb, some by the signal.
+        # Workers, team leaders and the leader: some of each by the verb, others by a signal.
         for turn, process_id in enumerate("CDFBEAA"):
             if turn % 2:
                 done = client_py(six, process_id, "drain")
@@ -410,11 +415,11 @@ def test_a_rolling_restart_fails_no_request_and_runs_none_twice(noted: Noted) ->
             restarted(six, process_id)
     runs = noted.executions()
 
-    print({way: len(answered) for way, answered in load.answered.items()})
-    print("short", dict(load.short), "slowest", load.slowest_s)
+    print({kind: len(answered) for kind, answered in load.answered.items()})
+    print("incomplete", dict(load.incomplete), "slowest", load.slowest_s)
     assert load.failures == []
     assert all(len(answered) > 40 for answered in load.answered.values())
     assert [where for where, times in runs.items() if times > 1] == []
     by_payload: Counter[str] = Counter(where.split(" ")[1] for where in runs)
-    for way in ("unary any", "stream any"):
-        assert {by_payload[payload] for payload in load.answered[way]} == {1}
+    for kind in ("unary any", "stream any"):
+        assert {by_payload[payload] for payload in load.answered[kind]} == {1}

@@ -1,4 +1,4 @@
-"""What a burst has left is given back when it is over."""
+"""Memory that a burst has used is returned when it is over."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ BURST = """
 from overlay.server import heap as memory
 
 busy = True
-kept = memory.HeapTrimmer(lambda: busy)
+trimmer = memory.HeapTrimmer(lambda: busy)
 busy = False
-kept.look()
+trimmer.trim()
 blocks = [bytes(60_000) for _ in range(4000)]  # below what malloc would map by itself
-last = blocks[1::100]  # so that what is freed lies between what is not
+last = blocks[1::100]  # so that freed blocks lie between used ones
 del blocks
-held = memory.resident()
+used = memory.resident()
 busy = True
-kept.look()
-assert memory.resident() > held - 32 * memory.MIB, "nothing is given back while it is busy"
+trimmer.trim()
+assert memory.resident() > used - 32 * memory.MIB, "nothing is returned while it is busy"
 busy = False
-kept.look()
-print((held - memory.resident()) // memory.MIB)
+trimmer.trim()
+print((used - memory.resident()) // memory.MIB)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc keeps it so")
-def test_memory_that_a_burst_has_left_goes_back_to_the_system():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc keeps freed memory")
+def test_memory_used_by_a_burst_returns_to_the_system():
     done = subprocess.run(
         [sys.executable, "-c", BURST], capture_output=True, text=True, timeout=60, check=True
     )

@@ -1,4 +1,4 @@
-"""Whose lines are told to whom: a pure question of the way that it came."""
+"""Which log lines a caller gets, and which way a query goes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.harness.network import the_six
 
 
 class Links:
-    """Notes what is passed on, and to whom."""
+    """Records what is passed on, and to which neighbour."""
 
     def __init__(self, *up: str) -> None:
         self.passed: list[tuple[str, pb2.LogsRequest]] = []
@@ -23,17 +23,17 @@ class Links:
     def up(self) -> frozenset[str]:
         return self._up
 
-    def logs(self, neighbour: str, asked: pb2.LogsRequest, timeout_s: float) -> pb2.LogsResponse:
-        self.passed.append((neighbour, asked))
-        return pb2.LogsResponse(process_id=asked.process_id)
+    def logs(self, neighbour: str, request: pb2.LogsRequest, timeout_s: float) -> pb2.LogsResponse:
+        self.passed.append((neighbour, request))
+        return pb2.LogsResponse(process_id=request.process_id)
 
 
-def journal(me: str, links: Links, *texts: str) -> LogReader:
-    recent = LogBuffer()
+def log_reader(me: str, links: Links, *texts: str) -> LogReader:
+    buffer = LogBuffer()
     for text in texts:
         name = "overlay.handler" if text.startswith("secret") else "overlay.links"
-        recent.handle(logging.makeLogRecord({"name": name, "msg": text, "levelno": 20}))
-    return LogReader(the_six(), me, recent, links)  # type: ignore[arg-type]
+        buffer.handle(logging.makeLogRecord({"name": name, "msg": text, "levelno": 20}))
+    return LogReader(the_six(), me, buffer, links)  # type: ignore[arg-type]
 
 
 def texts(read: pb2.LogsResponse) -> list[str]:
@@ -41,21 +41,21 @@ def texts(read: pb2.LogsResponse) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("me", "target", "up", "way"),
+    ("me", "target", "up", "neighbour"),
     [("A", "E", "BE", "E"), ("A", "F", "BE", "E"), ("B", "D", "CD", "D"), ("A", "D", "B", "B")],
 )
-def test_a_question_goes_down_to_whom_it_is_for(me, target, up, way):
+def test_a_query_goes_down_towards_its_process(me, target, up, neighbour):
     links = Links(*up)
 
-    journal(me, links).read(pb2.LogsRequest(process_id=target, lines=7), True, 1)
+    log_reader(me, links).read(pb2.LogsRequest(process_id=target, lines=7), True, 1)
 
-    ((neighbour, asked),) = links.passed
-    assert neighbour == way
-    assert (asked.process_id, asked.lines, list(asked.hops)) == (target, 7, [me])
+    ((found, request),) = links.passed
+    assert found == neighbour
+    assert (request.process_id, request.lines, list(request.hops)) == (target, 7, [me])
 
 
 @pytest.mark.parametrize(
-    ("me", "asked", "error"),
+    ("me", "query", "error"),
     [
         ("A", pb2.LogsRequest(process_id="Z"), UnknownName),
         ("E", pb2.LogsRequest(process_id="A"), UnknownName),
@@ -65,33 +65,33 @@ def test_a_question_goes_down_to_whom_it_is_for(me, target, up, way):
         ("A", pb2.LogsRequest(process_id="C", hops=["x" * 100]), OverlayError),
     ],
 )
-def test_a_question_that_leads_nowhere_is_answered_so(me, asked, error):
+def test_a_query_that_leads_nowhere_is_an_error(me, query, error):
     with pytest.raises(error):
-        journal(me, Links("B")).read(asked, True, 1)
+        log_reader(me, Links("B")).read(query, True, 1)
 
 
-def test_what_a_handler_wrote_is_told_on_its_machine_alone():
-    own = journal("C", Links(), "a link", "secret")
+def test_what_a_handler_wrote_is_shown_on_its_own_machine_only():
+    own = log_reader("C", Links(), "a link", "secret")
 
     assert texts(own.read(pb2.LogsRequest(), True, 1)) == ["a link", "secret"]
     assert texts(own.read(pb2.LogsRequest(), False, 1)) == ["a link", WITHHELD]
     assert texts(own.read(pb2.LogsRequest(public_only=True), True, 1)) == ["a link", WITHHELD]
 
 
-@pytest.mark.parametrize(("is_near", "public_only"), [(True, False), (False, True)])
-def test_a_distant_caller_gets_no_more_through_a_process_in_between(is_near, public_only):
+@pytest.mark.parametrize(("is_local", "public_only"), [(True, False), (False, True)])
+def test_a_remote_caller_gets_no_more_through_a_process_in_between(is_local, public_only):
     links = Links("C")
 
-    journal("B", links).read(pb2.LogsRequest(process_id="C"), is_near, 1)
+    log_reader("B", links).read(pb2.LogsRequest(process_id="C"), is_local, 1)
 
     assert links.passed[0][1].public_only is public_only
 
 
-def test_the_last_lines_are_told_as_many_as_were_asked_for_and_as_fit():
-    own = journal("C", Links(), *[f"line {n}" for n in range(300)])
+def test_the_last_lines_are_returned_as_many_as_asked_for_and_as_fit():
+    own = log_reader("C", Links(), *[f"line {n}" for n in range(300)])
     assert texts(own.read(pb2.LogsRequest(lines=2), True, 1)) == ["line 298", "line 299"]
     assert len(own.read(pb2.LogsRequest(), True, 1).lines) == 100
 
-    own = journal("C", Links(), *["x" * 4000 for _ in range(1000)])
+    own = log_reader("C", Links(), *["x" * 4000 for _ in range(1000)])
     found = own.read(pb2.LogsRequest(lines=1000), True, 1)
     assert MAX_BYTES <= found.ByteSize() < MAX_BYTES + 5000

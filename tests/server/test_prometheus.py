@@ -1,4 +1,4 @@
-"""What Prometheus reads: right by its conventions, and no burden to the process."""
+"""The metrics for Prometheus: correct by its conventions, and no burden on the process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from overlay.transport.codec import pb2
 from tests.harness.cluster import Overlay, free_port, six_processes, until
 from tests.harness.doors import SLOWLY, held_open, timed
 
-FOUND = pb2.MetricsResponse(
+METRICS = pb2.MetricsResponse(
     process_id="A",
     role="leader",
     is_healthy=True,
@@ -44,14 +44,14 @@ FOUND = pb2.MetricsResponse(
 
 @pytest.fixture
 def serving() -> Iterator[Callable[..., int]]:
-    """Starts an exporter of FOUND and gives its port."""
+    """Starts an exporter of METRICS and returns its port."""
     with ExitStack() as stack:
 
-        def start(metrics: Callable[[], Any] = lambda: FOUND) -> int:
+        def start(metrics: Callable[[], Any] = lambda: METRICS) -> int:
             port = free_port()
-            made = Exporter(metrics, "127.0.0.1", port)
-            stack.callback(made.stop)
-            assert made.start()
+            exporter = Exporter(metrics, "127.0.0.1", port)
+            stack.callback(exporter.stop)
+            assert exporter.start()
             return port
 
         yield start
@@ -64,7 +64,7 @@ def read(port: int, path: str = "/metrics") -> str:
 
 
 def values(text: str) -> dict[str, float]:
-    """By name and labels, as they stand in the text."""
+    """By name and labels, as in the text."""
     lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, _, value in lines}
 
@@ -77,7 +77,7 @@ def received(port: int) -> float | None:
         return None
 
 
-def test_the_figures_are_those_of_the_process(serving):
+def test_the_metrics_are_those_of_the_process(serving):
     found = values(read(serving()))
 
     assert found["overlay_requests_received_total"] == 7
@@ -87,7 +87,7 @@ def test_the_figures_are_those_of_the_process(serving):
     assert found["overlay_start_time_seconds"] == 1_700_000_000
 
 
-def test_what_differs_between_two_processes_is_there_to_be_compared(serving):
+def test_version_and_configuration_can_be_compared_between_processes(serving):
     found = values(read(serving()))
 
     (info,) = (name for name in found if name.startswith("overlay_info"))
@@ -95,7 +95,7 @@ def test_what_differs_between_two_processes_is_there_to_be_compared(serving):
     assert found['overlay_link_same_config{neighbour="B"}'] == 0
 
 
-def test_a_histogram_adds_up_from_bound_to_bound(serving):
+def test_histogram_buckets_are_cumulative(serving):
     found = values(read(serving()))
 
     name = "overlay_request_waiting_seconds"
@@ -104,7 +104,7 @@ def test_a_histogram_adds_up_from_bound_to_bound(serving):
     assert (found[f"{name}_count"], found[f"{name}_sum"]) == (4, 9.5)
 
 
-def test_names_types_and_units_are_by_the_conventions(serving):
+def test_names_types_and_units_follow_the_conventions(serving):
     families = list(parsed(read(serving())))
 
     assert len(families) > 20
@@ -118,47 +118,47 @@ def test_names_types_and_units_are_by_the_conventions(serving):
             assert not family.name.endswith(("_total", "_count", "_sum", "_bucket"))
 
 
-def test_whatever_a_reason_says_the_text_can_be_read(serving):
+def test_the_text_can_be_parsed_whatever_a_reason_contains(serving):
     families = {family.name: family for family in parsed(read(serving()))}
 
     reasons = {sample.labels["reason"] for sample in families["overlay_requests_refused"].samples}
     assert reasons == {"queue full", 'odd "reason"\n'}
 
 
-def test_however_often_it_is_asked_it_looks_once_a_second(serving, monkeypatch):
-    monkeypatch.setattr(prometheus, "FRESH_S", 60)
-    looks: list[int] = []
-    port = serving(lambda: looks.append(1) or FOUND)
-    looks.clear()  # the library looks once when the figures are registered
+def test_metrics_are_read_at_most_once_a_second(serving, monkeypatch):
+    monkeypatch.setattr(prometheus, "MAX_AGE_S", 60)
+    reads: list[int] = []
+    port = serving(lambda: reads.append(1) or METRICS)
+    reads.clear()  # the library reads once when the metrics are registered
 
     assert len({read(port) for _ in range(5)}) == 1
-    assert len(looks) <= 1
+    assert len(reads) <= 1
 
 
-def test_anything_but_metrics_is_not_there(serving):
+def test_other_paths_do_not_exist(serving):
     port = serving()
     for path in ("/", "/metric", "/../etc/passwd"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             read(port, path)
 
 
-@pytest.mark.parametrize("says", SLOWLY, ids=SLOWLY.get)
-def test_a_caller_is_answered_at_once_although_others_hold_the_door_open(serving, says):
+@pytest.mark.parametrize("sent", SLOWLY, ids=SLOWLY.get)
+def test_a_client_is_answered_at_once_while_others_hold_connections_open(serving, sent):
     port = serving()
-    with held_open(port, says):
+    with held_open(port, sent):
         took_s = min(timed(lambda: read(port)) for _ in range(3))
 
     assert took_s < 1
 
 
-def test_a_caller_that_says_nothing_is_hung_up_on(serving):
+def test_a_silent_client_is_disconnected(serving):
     port = serving()
     with held_open(port, b"GET /metrics HTTP/1.1\r\n", count=1) as (slow,):
         began = time.monotonic()
         slow.settimeout(0.2)
         while time.monotonic() < began + 20:
             with suppress(TimeoutError):
-                slow.sendall(b"x: y\r\n")  # it says a little all the time
+                slow.sendall(b"x: y\r\n")  # a little, all the time
                 if not slow.recv(1000):
                     break
     took_s = time.monotonic() - began
@@ -166,19 +166,19 @@ def test_a_caller_that_says_nothing_is_hung_up_on(serving):
     assert 0.5 < took_s < 15
 
 
-def test_a_port_that_is_taken_costs_a_line_in_the_log_and_no_more(caplog):
+def test_a_taken_port_costs_a_line_in_the_log_and_no_more(caplog):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
-        made = Exporter(lambda: FOUND, "127.0.0.1", taken.getsockname()[1])
+        exporter = Exporter(lambda: METRICS, "127.0.0.1", taken.getsockname()[1])
 
-        assert not made.start()
-        made.stop()
+        assert not exporter.start()
+        exporter.stop()
 
     assert "no metrics for Prometheus at 127.0.0.1 port" in caplog.text
 
 
-def test_a_process_tells_prometheus_where_the_configuration_says(tmp_path: Path):
+def test_a_process_serves_metrics_at_the_configured_port(tmp_path: Path):
     config = six_processes()
     config["processes"]["C"]["metrics_port"] = port = free_port()
     worker = Overlay(tmp_path, config)

@@ -211,7 +211,7 @@ def test_a_closed_window_stops_a_process_in_good_order(windows: Windows, project
             process.kill()
 
     said = log.read_text(encoding="utf-8")
-    assert "stopping: up to 3 s for what runs" in said
+    assert "stopping: up to 3 s for running requests" in said
     assert "0 requests refused, 0 left behind" in said
 
 
