@@ -66,9 +66,9 @@ try:
     from overlay.transport.channels import Channel
     from overlay.transport.codec import pb2, pb2_grpc
     from overlay.transport.endpoints import server_options
-    from overlay.transport.listener import Listening
+    from overlay.transport.listener import Listener
     from overlay.transport.machine import own_addresses
-    from overlay.transport.resolver import Named, look_up, socket_address
+    from overlay.transport.resolver import Host, look_up, socket_address
     from overlay.workers import spawn_main
 except ImportError as e:
     sys.exit(
@@ -135,7 +135,7 @@ class Node:
         self,
         topology: Topology,
         me: Process,
-        place: Named,
+        place: Host,
         service: Service,
         stop_process: Callable[[float], None],
     ) -> None:
@@ -148,7 +148,7 @@ class Node:
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
         limit = max_connections(raise_file_limit())
         options = server_options(limits, limit)
-        self.server = Listening(place, me.port, lambda: grpc.server(self.pool, options=options))
+        self.server = Listener(place, me.port, lambda: grpc.server(self.pool, options=options))
         self.reception = Reception(self.server, self.pool, limits, service.request_log)
         service.calls_without_message = lambda: self.reception.unarrived
         peers = self.reception.open_peers
@@ -254,7 +254,7 @@ def _report_check(topology: Topology) -> int:
     return 0
 
 
-def _serve(topology: Topology, me: Process, place: Named, stop_file: StopFile | None) -> int:
+def _serve(topology: Topology, me: Process, place: Host, stop_file: StopFile | None) -> int:
     limit_kept_memory()
     spawn_main.be_main()
     descendants.hold_together()
@@ -306,7 +306,7 @@ def _freeze_garbage_collector() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
-def _announce(topology: Topology, me: Process, place: Named) -> None:
+def _announce(topology: Topology, me: Process, place: Host) -> None:
     at = place.shown(me.listen_address)
     print(f"{me.id} {me.role} {me.team} serves on {at}", flush=True)
     for warning in config.warnings(topology):
@@ -404,7 +404,7 @@ def _set_signals(actions: dict[int, Any]) -> None:
             signal.signal(number, action)
 
 
-def _wait_for_port(me: Process) -> Named:
+def _wait_for_port(me: Process) -> Host:
     """Its host's addresses that this machine has and can listen on. Raises ConfigError."""
     until = time.monotonic() + PORT_PATIENCE_S
     while True:
@@ -434,7 +434,7 @@ def _bind_error(number: str, port: int) -> OSError | None:
     return None
 
 
-def _explain(me: Process, place: Named, e: OSError | None) -> str:
+def _explain(me: Process, place: Host, e: OSError | None) -> str:
     host = place.shown()
     if e is None:
         return place.why

@@ -1,4 +1,4 @@
-"""A neighbour that speaks wrongly: python -m faults.neighbour CONFIG ID
+"""A neighbour that violates the protocol: python -m faults.neighbour CONFIG ID
 
 Has the port of a process, says that it is that one and well, and answers whatever it is asked with
 a frame that no right process sends; each frame of requests with the next kind of wrong one. Says

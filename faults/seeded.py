@@ -565,7 +565,7 @@ BUGS = (
     ),
     Bug(
         "broken-link-is-silent",
-        "what a neighbour that speaks wrongly owed is never answered",
+        "what a neighbour that violates the protocol owed is never answered",
         "hostile-worker",
         ("leak", "silent"),
         dead_link_is_silent,

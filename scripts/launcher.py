@@ -207,7 +207,7 @@ def choose(topology: Topology, config: Path, ids: Sequence[str]) -> list[Process
     """The named processes, or those of this machine. Raises Refused when there are none."""
     if ids:
         return [topology.process(process_id) for process_id in dict.fromkeys(ids)]
-    names.begin(n for p in topology.processes.values() for n in (p.bind, p.host) if n)
+    names.prefetch(n for p in topology.processes.values() for n in (p.bind, p.host) if n)
     here = [process for process in topology.processes.values() if is_here(process)]
     if not here:
         raise Refused(

@@ -167,7 +167,7 @@ class StreamSessions:
         path, request_log = self.path, self.path.request_log
         if path.draining:
             raise Draining(f"{path.me} is stopping and takes no new requests")
-        client_limit = codec.read_most_bytes(context.invocation_metadata())
+        client_limit = codec.read_max_bytes(context.invocation_metadata())
         session = _Session(self, call, caller, client_limit)
         try:
             for other in self.open.enter(session, caller.address, neighbour):
@@ -181,7 +181,7 @@ class StreamSessions:
             session.abandon()
             return
         # So that the client knows that its stream is served, and how large a body may be.
-        context.send_initial_metadata(codec.most_bytes_metadata(path.limits))
+        context.send_initial_metadata(codec.max_bytes_metadata(path.limits))
         session.begin()
 
     def fill(self, made: pb2.MetricsResponse) -> None:

@@ -30,7 +30,7 @@ from overlay.monitor.diagnosis import Diagnosis, Finding, Grade, Observation, Re
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from overlay.transport.machine import asking_address, is_here, own_addresses
-from overlay.transport.resolver import Named, connect, look_up
+from overlay.transport.resolver import Host, connect, look_up
 
 DEADLINE_S = 3.0
 ROUNDS = 3  # the quickest of them is the round trip
@@ -126,7 +126,7 @@ def _observe(process: Process, deadline_s: float) -> Observation:
     return Observation(reach, metrics, rtt_ms, clock_s, here, *at, is_loopback)
 
 
-def _reach(named: Named, port: int, deadline_s: float) -> Reach:
+def _reach(named: Host, port: int, deadline_s: float) -> Reach:
     """Opens a plain connection and closes it again: gRPC does not say why it has none."""
     if not named.addresses:
         return Reach.NO_NAME

@@ -22,7 +22,7 @@ from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.topology import Topology
 from overlay.transport.machine import own_addresses
-from overlay.transport.resolver import begin, look_up
+from overlay.transport.resolver import look_up, prefetch
 
 OF_ONE_HOST = "one_host_config.json"
 HERE = "here"  # an answer that stands for this machine's address
@@ -147,7 +147,7 @@ def _with_hosts(raw: dict[str, Any], changes: Mapping[str, str]) -> dict[str, An
 
 def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]]) -> None:
     own = own_addresses()
-    begin(hosts)
+    prefetch(hosts)
     named = {address: look_up(address) for address in hosts}
     mine = {address for address, found in named.items() if set(found.addresses) & set(own)}
     for address, ids in hosts.items():

@@ -40,7 +40,7 @@ from overlay.cli.usage import Parser, complain, host, port_or_any
 from overlay.model.topology import join_address
 from overlay.monitor.poller import Poller
 from overlay.monitor.snapshot import Snapshot
-from overlay.transport.http_door import Server, listen
+from overlay.transport.http_server import Server, listen
 
 PAGE = Path(__file__).parent / "page"
 PORT = 8050

@@ -320,7 +320,7 @@ class Connection:
             answer = method(request, timeout=time.Timeout(left_s), wait_for_ready=True)
             check(answer)
         except Misspoken as e:
-            reason = f"what serves at {self.shown} speaks wrongly: {e}"
+            reason = f"what serves at {self.shown} violates the protocol: {e}"
             raise error_of(Detail(e.code, reason), reason) from None
         except grpc.RpcError as error:
             if error.code() in SILENT:

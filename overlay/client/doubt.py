@@ -10,7 +10,7 @@ import threading
 from overlay.model import clocks as time
 from overlay.model.errors import NoSuchHost, NotReached
 from overlay.transport.channels import split
-from overlay.transport.resolver import Named, connect, look_up
+from overlay.transport.resolver import Host, connect, look_up
 
 
 class Doubt:
@@ -34,7 +34,7 @@ class Doubt:
         kind, reason = self._said
         return kind(reason)
 
-    def _of_name(self, found: Named) -> tuple[type[NotReached], str]:
+    def _of_name(self, found: Host) -> tuple[type[NotReached], str]:
         """What there is to say as long as no connection was tried."""
         if not found.addresses:
             return NoSuchHost, found.why

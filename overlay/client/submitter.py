@@ -424,7 +424,7 @@ class Submitter:
         self._multiplexer.is_live = not self._closed
         if self._was_lost:
             self._was_lost, self._settles_by = False, time.monotonic() + SETTLE_S
-        said = codec.read_most_bytes(metadata.items())
+        said = codec.read_max_bytes(metadata.items())
         self.most_bytes = LIMITS.max_message_bytes if said is None else said
         self.connected.set()
         self._stream.kick()

@@ -225,7 +225,7 @@ class _Target:
                 self.result = PollResult(time.monotonic(), metrics)
                 self._learn_functions(metrics)
             except Misspoken as e:
-                reason = f"it speaks wrongly: {e}"
+                reason = f"it violates the protocol: {e}"
                 self.result = PollResult(self.result.since, self.result.metrics, reason)
         self.is_asking = False
         self._notify()

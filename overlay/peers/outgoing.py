@@ -1,10 +1,10 @@
-"""What goes to a neighbour over one stream: the segments to send, and what answers them.
+"""Sends segments to a neighbour over one stream, and hands their answers back.
 
     send --> outbox --> fill: small segments of one kind are joined --> the neighbour
     sink <-- receive: a slice is given to the segments that its rows belong to <--
 
-Which segment an answer belongs to is overlay.transport.multiplexer's. Single requests for a
-neighbour that is at quick work gather for a moment, and leave together.
+overlay.transport.multiplexer knows which segment an answer belongs to. Single requests for a
+neighbour that is busy with quick work are held for a moment and sent together.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from overlay.transport.stream import ReconnectingStream
 
 
 class Owner(Protocol):
-    """What a SegmentSender needs of its owner. Safe from any thread.
+    """What a SegmentSender needs of its owner. Thread-safe.
 
-    metadata: sent with each call. to_flush: the senders that have something to send, until `flush`
-    kicks their streams.
+    metadata: sent with each call. to_flush: senders with something to send, until `flush` kicks
+    their streams.
     """
 
     id: str
@@ -53,27 +53,27 @@ class Owner(Protocol):
     def answered(self, route: Route, answers: Slice, is_read: bool = ...) -> None: ...
     def note_times(self, handler: str, answers: Slice) -> None: ...
     def overdue(self, handler: str, rows: int) -> None: ...
-    def look_again(self) -> None: ...
-    def stops(self, for_good: bool = ...) -> None: ...
+    def probe_now(self) -> None: ...
+    def on_stopping(self, for_good: bool = ...) -> None: ...
     def lost(self, why: Part) -> None: ...
 
 
 class _Member:
-    """A segment that was given to be sent: it waits, or was sent alone or joined with others."""
+    """A segment given to `send`. It waits, or was sent alone or joined with others."""
 
     __slots__ = ("is_over", "is_read", "row", "segment", "sent_in", "sink")
 
     def __init__(self, segment: Segment, sink: OnResult) -> None:
         self.segment = segment
         self.sink = sink
-        self.sent_in: OpenSegment[_Member] | None = None  # once handed to gRPC: it may run
-        self.row = 0  # in which it begins there
-        self.is_read = False  # in chunks: how fast it ends is then up to its reader
-        self.is_over = False  # each of its rows has its answer
+        self.sent_in: OpenSegment[_Member] | None = None  # once it is handed to gRPC: it may run
+        self.row = 0  # its first row there
+        self.is_read = False  # in chunks: its reader then decides how fast it ends
+        self.is_over = False  # every row has its answer
 
 
 class SegmentSender:
-    """Sends segments over one stream and gives each of their rows one answer.
+    """Sends segments over one stream, and gives each of their rows exactly one answer.
 
     stream: its owner starts and ends it. is_live: the neighbour has accepted the stream.
     """
@@ -85,17 +85,17 @@ class SegmentSender:
             self._fill,
             self._receive,
             self._lost,
-            self._live,
+            self._accepted,
             self._patience_s,
             peer.metadata,
         )
         self._peer = peer
         self._limits = limits
-        self._most_bytes = limits.max_message_bytes  # that both sides accept
+        self._max_bytes = limits.max_message_bytes  # the limit of both sides
         self._targets: tuple[tuple[str, ...] | None, frozenset[str] | None] = None, None
         self._multiplexer = Multiplexer()
         self._outbox: deque[_Member] = deque()
-        # Rows that were cancelled before they were sent.
+        # Rows cancelled before they were sent.
         self._cancelled: deque[tuple[_Member, int, int]] = deque()
         self._last_quick: OpenSegment[_Member] | None = None
 
@@ -104,18 +104,18 @@ class SegmentSender:
         return self._multiplexer.is_live
 
     def send(self, segment: Segment, sink: OnResult) -> Cancel:
-        if segment.payloads.size > self._most_bytes and self.is_live:
+        if segment.payloads.size > self._max_bytes and self.is_live:
             return self._send_parts(segment, sink)
         return self._send(segment, sink)
 
     def _send_parts(self, segment: Segment, sink: OnResult) -> Cancel:
-        """Sends a segment that is too large for the neighbour in pieces; refuses rows that are too
-        large alone."""
+        """Splits a segment that is too large for the neighbour. Refuses rows that are too large
+        by themselves."""
         ends: list[tuple[int, int, Cancel]] = []
-        for first, count in _runs_within(segment.payloads.items, self._most_bytes):
+        for first, count in _runs_within(segment.payloads.items, self._max_bytes):
             part, part_sink = segment.slice(first, count), shifted(sink, first)
             size = len(part.payloads.items[0]) if count == 1 else 0
-            if size > self._most_bytes:
+            if size > self._max_bytes:
                 self._refuse_too_large(part, size, part_sink)
             else:
                 ends.append((first, count, self._send(part, part_sink)))
@@ -127,9 +127,9 @@ class SegmentSender:
         return end
 
     def _refuse_too_large(self, segment: Segment, size: int, sink: OnResult) -> None:
-        mine, theirs = self._limits.max_message_bytes, self._most_bytes
-        why = f"{size:,} bytes are more than {self._peer.id} takes, whose max_message_mib allows "
-        why += f"{theirs:,}, and this process's {mine:,}"
+        own_limit, peer_limit = self._limits.max_message_bytes, self._max_bytes
+        why = f"{size:,} bytes are more than {self._peer.id} accepts, whose max_message_mib allows "
+        why += f"{peer_limit:,}, and this process's {own_limit:,}"
         self._refuse(_Member(segment, sink), Code.FAILED_PRECONDITION, why)
 
     def _send(self, segment: Segment, sink: OnResult) -> Cancel:
@@ -162,13 +162,13 @@ class SegmentSender:
     # on gRPC's sending thread
 
     def _patience_s(self) -> float:
-        """How long a few requests wait for company while the neighbour is at quick work.
+        """How long a few requests wait for more while the neighbour is busy with quick work.
 
-        Sent one by one, requests cost more on the way than at work; those that gather share a
-        trip. They leave when the quick work is answered. Source of the rule: Nagle's algorithm
-        (RFC 896), here with a limit, so that a request that hangs does not hold up the others.
+        Sent one by one, requests cost more in transit than in the handler; together they share a
+        frame. They leave when the quick work is answered. This is Nagle's algorithm (RFC 896) with
+        a time limit, so that a request that hangs does not hold up the others.
         """
-        if not self._outbox or not self._is_at_quick_work:
+        if not self._outbox or not self._is_busy_with_quick_work:
             return 0.0
         if self._cancelled or self._multiplexer.has_control:
             return 0.0
@@ -181,14 +181,14 @@ class SegmentSender:
         return limits.gather_s if is_few and self._is_quick(first) else 0.0
 
     def _is_quick(self, segment: Segment) -> bool:
-        """Whether its time is spent on the way rather than on its work, bytes or number."""
+        """Whether transit outweighs its work, its bytes and its number of rows."""
         limits, count = self._limits, segment.count
         is_small = segment.payloads.size <= limits.small_bytes * count
         is_alike = is_small and count <= limits.gather_rows and segment.on_partial is None
         return is_alike and self._peer.is_quick(segment.route.handler)
 
     @property
-    def _is_at_quick_work(self) -> bool:
+    def _is_busy_with_quick_work(self) -> bool:
         last = self._last_quick
         return last is not None and last.pending.left > 0
 
@@ -196,7 +196,7 @@ class SegmentSender:
         size = 0
         while self._outbox and size < self._limits.frame_bytes:
             size += self._write(frame, self._joinable())
-        # After the segments: rows that were cancelled before they were sent are cancelled there.
+        # After their segments: rows cancelled before they were sent are cancelled over there.
         for _ in range(len(self._cancelled)):
             member, start, count = self._cancelled.popleft()
             sent = member.sent_in
@@ -208,7 +208,7 @@ class SegmentSender:
         return size > 0
 
     def _write(self, frame: pb2.Frame, members: list[_Member]) -> int:
-        """Writes them as one segment; about how many bytes, or 0 when they were refused instead."""
+        """Writes them as one segment. Returns about how many bytes; 0 if they were refused."""
         segment = members[0].segment
         counts = [segment.count]
         if len(members) > 1:
@@ -222,7 +222,7 @@ class SegmentSender:
         is_partial, targets = segment.on_partial is not None, self._targets_of(segment.route)
         size = segment.payloads.size
         sent = OpenSegment(members, counts, size, targets, is_partial, segment.chunks)
-        if not self._multiplexer.open(sent):  # lost since: this frame goes nowhere
+        if not self._multiplexer.open(sent):  # lost since: this frame is not sent
             for member in members:
                 self._refuse(member, Code.UNAVAILABLE, "the link is down")
             self._peer.flush()
@@ -235,7 +235,7 @@ class SegmentSender:
         return size + codec.size_beside(segment)
 
     def _targets_of(self, route: Route) -> frozenset[str] | None:
-        """As a set; the last one is kept, since a few routes come again and again."""
+        """As a set. The last one is cached, as the same few routes recur."""
         last, found = self._targets
         if last is not route.targets:
             found = None if route.targets is None else frozenset(route.targets)
@@ -243,13 +243,13 @@ class SegmentSender:
         return found
 
     def _joinable(self) -> list[_Member]:
-        """The head of the outbox, with those behind it that may share its segment."""
+        """Takes the head of the outbox, with those behind it that may share its segment."""
         members = [self._outbox.popleft()]
         first = members[0].segment
         rows, size = first.count, first.payloads.size
-        few = self._limits.few_rows  # larger ones are copied undecoded, which is cheaper
+        few = self._limits.few_rows  # larger ones are copied without decoding, which is cheaper
         if first.on_partial is not None:
-            return members  # its parts come before the answers, and must be told apart
+            return members  # parts sent ahead of its answer need a segment of its own
         while self._outbox and rows < self._limits.join_rows and first.count <= few:
             other = self._outbox[0].segment
             rows, size = rows + other.count, size + other.payloads.size
@@ -271,22 +271,22 @@ class SegmentSender:
 
     def _receive(self, frame: pb2.Frame) -> None:
         if frame.stopping:
-            self._peer.stops(frame.for_good)
+            self._peer.on_stopping(frame.for_good)
         for sent, made in self._multiplexer.answers_in(frame):
             answers = codec.read_slice(made, sent.asked)
             if made.more:
-                self._pass_on(sent, made.start, answers)
+                self._send_partial(sent, made.start, answers)
             else:
                 self._answer(sent, made.start, answers)
-        if self._outbox and not self._is_at_quick_work:
-            self.stream.hurry()
-        self._peer.flush()  # what the answers led to may be sent elsewhere
+        if self._outbox and not self._is_busy_with_quick_work:
+            self.stream.send_now()
+        self._peer.flush()  # the answers may have led to requests elsewhere
 
-    def _pass_on(self, sent: OpenSegment[_Member], start: int, answers: Slice) -> None:
-        """Gives parts of rows that are not answered yet to `on_partial` of their segment."""
-        (member,) = sent.members  # such segments are not joined
+    def _send_partial(self, sent: OpenSegment[_Member], start: int, answers: Slice) -> None:
+        """Passes parts of unanswered rows to their segment's `on_partial`."""
+        (member,) = sent.members  # such segments are never joined
         on_partial = member.segment.on_partial
-        assert on_partial is not None, "checked against what was asked"
+        assert on_partial is not None, "checked against the request"
         self._multiplexer.arrive(sent, start, answers)
         self._peer.note_times(member.segment.route.handler, answers)
         member.is_read = member.is_read or not all(column.is_over for column in answers.parts)
@@ -298,9 +298,9 @@ class SegmentSender:
         on_partial(start, answers.granted_by(partial(grant, start)))
 
     def _answer(self, sent: OpenSegment[_Member], start: int, answers: Slice) -> None:
-        """Gives a slice to the segments that its rows belong to."""
+        """Hands a slice to the segments that its rows belong to."""
         runs = self._multiplexer.take(sent, start, answers.count)
-        if not sent.pending.left:  # or the two would keep each other until a garbage collection
+        if not sent.pending.left:  # or both would live until a garbage collection
             for member in sent.members:
                 member.is_over, member.sent_in = True, None
         for first, count in runs:
@@ -309,22 +309,22 @@ class SegmentSender:
                 self._peer.answered(member.segment.route, slice_, member.is_read)
                 member.sink(row, slice_)
 
-    def _live(self, metadata: Mapping[str, str]) -> None:
-        theirs = codec.read_most_bytes(metadata.items())
-        mine = self._limits.max_message_bytes
-        self._most_bytes = mine if theirs is None else min(mine, theirs)
+    def _accepted(self, metadata: Mapping[str, str]) -> None:
+        peer_limit = codec.read_max_bytes(metadata.items())
+        own_limit = self._limits.max_message_bytes
+        self._max_bytes = own_limit if peer_limit is None else min(own_limit, peer_limit)
         self._multiplexer.is_live = True
-        self._peer.look_again()
+        self._peer.probe_now()
 
     def _lost(self, why: Part) -> None:
-        handed = self._multiplexer.lose()  # nothing comes into the outbox from now on
+        open_segments = self._multiplexer.lose()  # from now on nothing enters the outbox
         unsent = list(self._outbox)
         self._outbox.clear()
         self._cancelled.clear()
         self._peer.lost(why)
-        # A neighbour that stops in good order proves that it has read none of this.
+        # A neighbour that stops in order proves that it has read none of these.
         ran = Executed.NO if why.executed is Executed.NO else Executed.UNKNOWN
-        for sent in handed:
+        for sent in open_segments:
             refused = self._refusal(sent.count, Code.UNAVAILABLE, why.reason, ran)
             self._answer(sent, 0, refused)
         for member in unsent:
@@ -334,7 +334,7 @@ class SegmentSender:
     # on any thread
 
     def _refuse(self, member: _Member, code: Code, reason: str) -> None:
-        """Answers a segment that was not sent."""
+        """Refuses a segment that was not sent."""
         member.is_over = True
         answers = self._refusal(member.segment.count, code, reason, Executed.NO)
         self._peer.answered(member.segment.route, answers)
@@ -345,11 +345,11 @@ class SegmentSender:
         return Slice(count, (), refused=Part(self._peer.id, code, reason, executed=executed))
 
 
-def _runs_within(payloads: Sequence[bytes], most: int) -> Iterator[tuple[int, int]]:
-    """Consecutive rows in runs of at most so many bytes; a larger row is a run by itself."""
+def _runs_within(payloads: Sequence[bytes], limit: int) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive rows, each within `limit` bytes; a larger row is its own run."""
     first = size = 0
     for row, payload in enumerate(payloads):
-        if size + len(payload) > most and row > first:
+        if size + len(payload) > limit and row > first:
             yield first, row - first
             first, size = row, 0
         size += len(payload)

@@ -1,10 +1,10 @@
-"""The kept links to the processes below, which this one asks.
+"""The links to the neighbours below, to which this process sends requests.
 
-A link is one kept channel with two streams, for small bodies and for large ones, so that the large
-ones do not delay the small. Each link's GetMetrics is called every second: it tells whether the
-neighbour answers, is stopping, reads the same configuration, and how many slots are behind it. A
-stream that ends tells at once that the neighbour is gone, and what it had not answered is refused.
-The outcomes of requests tell whether a neighbour that answers is healthy (overlay.routing.outlier).
+A link is a persistent channel with two streams, for small and for large bodies, so that large ones
+do not delay small ones. A GetMetrics probe every second shows whether the neighbour answers, is
+stopping, has the same configuration, and how many slots it has. A stream that ends shows at once
+that the neighbour is gone, and its unanswered requests are refused. The outcomes of requests show
+whether a neighbour that answers is healthy (overlay.routing.outlier).
 
 Owns one thread, "links", from `start` to `close`, and the threads of its streams.
 """
@@ -56,19 +56,19 @@ from overlay.transport.endpoints import channel_options
 
 log = logging.getLogger(__name__)
 
-BYTES_S = 100e6  # of answers, that a network is assumed to carry
-RECENT_S = 0.1  # a service time that is older may be that of other requests
-WRONGLY = "it speaks wrongly"
-WRONG_LINE_S = 600.0  # between two warnings that a neighbour speaks wrongly
-_HEALTHY = State.HEALTHY  # looked up once: every request calls `load`
+BYTES_S = 100e6  # the assumed network throughput for answers
+RECENT_S = 0.1  # an older service time may be from different requests
+VIOLATION = "it violates the protocol"
+QUIET_S = 600.0  # between two warnings that a neighbour violates the protocol
+_HEALTHY = State.HEALTHY  # looked up once, as every request calls `load`
 
 
 @dataclass(frozen=True)
 class PeerState:
-    """What is known of a neighbour. since: monotonic seconds. slots: worker -> handler -> count.
+    """What is known about a neighbour. since: monotonic seconds. slots: worker -> handler -> count.
 
-    address: with the address that its name resolves to. state: of the link. health, health_reason:
-    by the outcomes of its requests. ejections: how many so far.
+    address: with what its name resolves to. state: of the link. health, health_reason: judged by
+    the outcomes of its requests. ejections: how many so far.
     """
 
     process_id: str
@@ -85,8 +85,8 @@ class PeerState:
     health: str = "healthy"
     health_reason: str = ""
     ejections: int = 0
-    rtt_s: float = 0.0  # there and back; 0 when not known
-    functions: Sequence[Function] = ()  # of the workers that it leads to
+    rtt_s: float = 0.0  # round trip; 0 if unknown
+    functions: Sequence[Function] = ()  # of the workers behind it
 
     @property
     def total_slots(self) -> int:
@@ -94,10 +94,10 @@ class PeerState:
 
 
 class Peers:
-    """All links of one process. Safe from any thread.
+    """All links of one process. Thread-safe.
 
-    on_change is called, on any thread, when a link has come up or gone down, or has been down for
-    so long that no request waits for it any more.
+    on_change is called, on any thread, when a link has come up or gone down, or has been down so
+    long that no request waits for it any more.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class Peers:
         lone: Collection[str] | None = None,
         me: str = "",
     ) -> None:
-        """lone: the neighbours that stand for one worker each; by default those that are workers.
+        """lone: the neighbours that lead to a single worker; by default those that are workers.
 
-        me: this process's id, sent to its neighbours, which do not count its links as clients.
+        me: this process's id, sent to its neighbours so that its links do not count as clients.
         """
         self.on_change: Callable[[], None] = lambda: None
         self._limits = limits
@@ -127,7 +127,7 @@ class Peers:
         self._up: frozenset[str] = frozenset()
         self._wake = threading.Event()
         self._closed = False
-        self._thread = threading.Thread(target=self._watch, name="links", daemon=True)
+        self._thread = threading.Thread(target=self._probe_all, name="links", daemon=True)
 
     def start(self) -> None:
         for link in self._links.values():
@@ -136,7 +136,7 @@ class Peers:
             self._thread.start()
 
     def close(self) -> None:
-        """Ends the probes and the channels; calls in flight are answered as cancelled."""
+        """Ends the probes and closes the channels; calls in flight are answered as cancelled."""
         self._closed = True
         self._wake.set()
         if self._thread.is_alive():
@@ -148,10 +148,10 @@ class Peers:
         return self._up
 
     def awaited(self) -> set[str]:
-        """The links that have been down for so short a time that a request may wait for them.
+        """The links that went down so recently that a request may wait for them.
 
-        This includes a neighbour that is stopping, which may be back soon, unless it said that it
-        stops for good.
+        This includes a neighbour that is stopping and may be back soon, unless it said that it is
+        stopping for good.
         """
         now = time.monotonic()
         return {
@@ -161,12 +161,12 @@ class Peers:
         }
 
     def slots(self, neighbour: str, worker: str, handler: str) -> int:
-        """As the neighbour last reported; 0 when it did not."""
+        """As the neighbour last reported; 0 if it did not."""
         return self._links[neighbour].slots.get(worker, {}).get(handler, 0)
 
     def load(self, neighbour: str, handler: str) -> tuple[int, float, State, bool]:
-        """Rows outstanding there for the handler, the seconds that one takes (0: not known), the
-        neighbour's health, and whether its service time is recent."""
+        """(rows outstanding there for the handler, seconds that one takes or 0 if unknown, the
+        neighbour's health, whether that service time is recent)."""
         link = self._links[neighbour]
         health = link.health.get(handler) if link.health else None
         now = time.monotonic()
@@ -179,14 +179,14 @@ class Peers:
         return [link.snapshot() for link in self._links.values()]
 
     def reserve(self, neighbour: str, handler: str, count: int) -> None:
-        """Counts the rows as outstanding. A `send` of as many must follow."""
+        """Counts the rows as outstanding. A `send` of the same number must follow."""
         link = self._links[neighbour]
         link.reserve(handler, count)
         if link.health:
             self._health.begin(neighbour, handler)
 
     def flush(self) -> None:
-        """Lets everything leave that was sent since the last flush."""
+        """Starts sending everything given to `send` since the last flush."""
         while self._to_flush:
             try:
                 self._to_flush.pop().stream.kick()
@@ -194,11 +194,11 @@ class Peers:
                 return
 
     def send(self, neighbour: str, segment: Segment, sink: OnResult) -> Cancel:
-        """Asks the neighbour; its rows must be reserved. Never blocks, never raises.
+        """Sends a segment whose rows are reserved. Never blocks, never raises.
 
-        The segment leaves with the next `flush`, so that segments which start together leave
-        together. The sink gets each row once, on any thread; rows that are lost are refused, with
-        `executed` NO where it is proven that they did not run.
+        It leaves with the next `flush`, so that segments which start together leave together. The
+        sink gets each row once, on any thread; lost rows are refused, with `executed` NO if they
+        provably did not run.
         """
         return self._links[neighbour].send(segment, sink)
 
@@ -211,7 +211,7 @@ class Peers:
             said = codec.read_error(e)
             raise NotTold(f"{neighbour}: {said.reason}", said.code) from None
         except Misspoken as e:
-            raise NotTold(f"{neighbour} speaks wrongly: {e}", e.code) from None
+            raise NotTold(f"{neighbour} violates the protocol: {e}", e.code) from None
 
     def _changed(self) -> None:
         self._up = frozenset(link.id for link in self._links.values() if link.state == "up")
@@ -222,21 +222,21 @@ class Peers:
         if self._health.compare({n: dict(self._links[n].service_s) for n in self._up}):
             self.on_change()
 
-    def _watch(self) -> None:
+    def _probe_all(self) -> None:
         while not self._closed:
             self._wake.clear()
             for link in self._links.values():
                 link.probe()
             self._compare_service_times()
             waiting_for = self.awaited()
-            # A short wait while a request may be waiting for a link, so that it goes on in time.
+            # Wait briefly while a request may be waiting for a link, so that it proceeds in time.
             self._wake.wait(0.1 if waiting_for else self._limits.probe_interval_s)
-            if waiting_for:  # a request waits for at most half of its time
+            if waiting_for:  # a request waits for at most half of its remaining time
                 self.on_change()
 
 
 class _Health:
-    """The outlier detector, under a lock, with each of its decisions in the log."""
+    """The outlier detector under a lock; logs each of its decisions."""
 
     def __init__(self, detector: OutlierDetector, up: Callable[[], Collection[str]]) -> None:
         self._detector = detector
@@ -244,7 +244,7 @@ class _Health:
         self._lock = threading.Lock()
 
     def of(self, neighbour: str) -> Mapping[str, PeerHealth]:
-        """By handler, where it is not healthy; may be read at any time."""
+        """Its unhealthy handlers; may be read at any time."""
         return self._detector.unhealthy[neighbour]
 
     def begin(self, neighbour: str, handler: str) -> None:
@@ -259,7 +259,7 @@ class _Health:
             self._log(change)
 
     def compare(self, service_s: Mapping[str, Mapping[str, float]]) -> bool:
-        """Compares the neighbours that are up; whether that changed anything."""
+        """Compares the neighbours that are up. Returns whether that changed anything."""
         with self._lock:
             changes = self._detector.look(service_s, time.monotonic())
         for change in changes:
@@ -275,7 +275,7 @@ class _Health:
             self._detector.forget(neighbour)
 
     def shown(self, neighbour: str) -> tuple[str, str, int]:
-        """State and reason in words, and the number of its ejections."""
+        """(state, reason, number of ejections)."""
         with self._lock:
             state, reason = self._detector.shown(neighbour, time.monotonic())
             return state, reason, self._detector.ejections[neighbour]
@@ -288,7 +288,7 @@ class _Health:
 
 
 class _Peer:
-    """One neighbour: its channel, its state, what it owes us."""
+    """One neighbour: its channel, its state, and what is outstanding there."""
 
     def __init__(
         self,
@@ -301,10 +301,10 @@ class _Peer:
         health: _Health,
         me: str,
     ) -> None:
-        self.metadata = (*codec.most_bytes_metadata(limits), (codec.PROCESS_KEY, me))
+        self.metadata = (*codec.max_bytes_metadata(limits), (codec.PROCESS_KEY, me))
         self.to_flush = to_flush
         self.flush = flush
-        self.health = health.of(neighbour.id)  # by handler; of those that are not healthy
+        self.health = health.of(neighbour.id)  # its unhealthy handlers
         self._health = health
         self.id = neighbour.id
         self.channel = Channel(neighbour.address, channel_options(limits))
@@ -318,7 +318,7 @@ class _Peer:
         self.failed = 0
         self.slots: dict[str, dict[str, int]] = {}
         self.service_s: dict[str, float] = {}
-        self.service_seen: dict[str, float] = {}  # when, of those in `service_s`
+        self.service_seen: dict[str, float] = {}  # when each entry of `service_s` was updated
         self._senders = (
             SegmentSender(self, f"{self.id}-small", limits),
             SegmentSender(self, f"{self.id}-large", limits),
@@ -334,23 +334,23 @@ class _Peer:
         self._version = ""
         self._same_config = True
         self._closed = False
-        # It may report the slots of these. This process's file decides, as it does for every plan.
+        # The workers whose slots it may report, by this process's configuration as in every plan.
         self._workers = frozenset((neighbour.id, *neighbour.neighbors))
         self.functions: tuple[Function, ...] = ()
         self._functions_digest = 0  # of `functions`
         self._wants_functions = False
         self._pid = 0
-        self._problem = ""  # with resolving its name
-        self._wrong_probes = 0  # in a row
-        self._wrong_lines = TokenBucket(1, 1 / WRONG_LINE_S)
-        self._wrong = 0.0, ""  # when it last spoke wrongly, and how
+        self._problem = ""  # in resolving its name
+        self._bad_probes = 0  # in a row
+        self._violation_lines = TokenBucket(1, 1 / QUIET_S)
+        self._violation = 0.0, ""  # when it last violated the protocol, and how
 
     def probe(self) -> None:
-        """Probes the neighbour when it is time and no probe is under way."""
+        """Probes the neighbour if that is due and no probe is in flight."""
         now = time.monotonic()
         if self._probe is not None or now < self._next_probe:
             return
-        # While down, the call waits for the connection, so that it succeeds the moment it is there.
+        # While down, the call waits for the connection, so that it succeeds as soon as it exists.
         self._probe = self._stub.GetMetrics.future(
             pb2.MetricsRequest(functions=self._wants_functions),
             timeout=self._limits.probe_timeout_s,
@@ -375,12 +375,12 @@ class _Peer:
 
     def send(self, segment: Segment, sink: OnResult) -> Cancel:
         large = segment.payloads.size > self._limits.small_bytes * segment.count
-        large = large or segment.chunks > 0  # whose answers may be
+        large = large or segment.chunks > 0  # its answers may be large
         return self._senders[large].send(segment, sink)
 
     def answered(self, route: Route, answers: Slice, is_read: bool = False) -> None:
-        """Rows have ended. is_read: they were read in chunks, so that their failure says nothing
-        of the neighbour's health."""
+        """Rows have ended. is_read: they were read in chunks, so their failure says nothing about
+        the neighbour's health."""
         handler = route.handler
         count, flawless = answers.count, answers.flawless
         with self._lock:
@@ -397,10 +397,10 @@ class _Peer:
         self._health.record(self.id, handler, outcome)
         refused = answers.refused
         if refused and refused.code is Code.UNAVAILABLE and refused.executed is Executed.NO:
-            self.look_again()  # it answers and refuses: it is stopping, as a probe will tell
+            self.probe_now()  # it answers but refuses: a probe will show that it is stopping
 
     def is_quick(self, handler: str) -> bool:
-        """Whether a request to it is known to take no longer than a few thread switches."""
+        """Whether its requests are known to take no longer than a few thread switches."""
         service_s = self.service_s.get(handler)
         return service_s is not None and service_s < QUICK_S
 
@@ -409,40 +409,40 @@ class _Peer:
             self._note_service_time(handler, answers)
 
     def overdue(self, handler: str, rows: int) -> None:
-        """Rows were not even answered as late."""
+        """Rows got no answer at all, not even that they are late."""
         silent = Outcome(Verdict.BAD, rows, f"no answer from {self.id} within the deadline")
         self._health.record(self.id, handler, silent)
 
     def lost(self, why: Part) -> None:
         if why.executed is Executed.NO and why.code is Code.UNAVAILABLE:
-            self.stops()
+            self.on_stopping()
             if self.state == "draining" and not any(sender.is_live for sender in self._senders):
                 self._set_state("down", f"it has stopped{self._for_good}", self._limits.restart_s)
-        elif self.state != "draining" or why.code is Code.DATA_LOSS:  # it said that it stops
+        elif self.state != "draining" or why.code is Code.DATA_LOSS:  # it has announced its stop
             is_wrong = why.code in (Code.UNIMPLEMENTED, Code.DATA_LOSS)
             self._set_state("down", self.channel.problem or why.reason, is_wrong=is_wrong)
 
-    def stops(self, for_good: bool = False) -> None:
-        """The neighbour said that it is stopping."""
+    def on_stopping(self, for_good: bool = False) -> None:
+        """The neighbour has announced that it is stopping."""
         is_news = for_good and not self.for_good
         self.for_good = self.for_good or for_good
         if self.state == "up":
             self._set_state("draining", f"it is stopping{self._for_good}")
         elif is_news:
-            self._changed()  # no request needs to wait for it any more
+            self._changed()  # no request should wait for it any more
 
     @property
     def _for_good(self) -> str:
         return " for good" if self.for_good else ""
 
-    def look_again(self) -> None:
+    def probe_now(self) -> None:
         """Probes at once: something may have changed."""
         self._next_probe = 0.0
         self._changed()
 
     def time_left_s(self, deadline: float) -> float:
-        """How much of the time to the deadline the neighbour gets; in seconds."""
-        # The rest is for the way back: a late worker then costs its own part, and not the others'.
+        """How many seconds of the time to the deadline the neighbour gets."""
+        # The rest is for the way back: a late worker then costs only its own part.
         left = deadline - time.monotonic()
         margin = self._limits.return_margin_s + 2 * min(self._rtts, default=0.0)
         return left - min(margin, left / 4)
@@ -450,11 +450,11 @@ class _Peer:
     def _note_service_time(self, handler: str, answers: Slice) -> None:
         for column in answers.parts:
             if column.worked_us and column.failed is None:
-                # The time on the network counts too for large answers, or thousands of them would
-                # be asked for on credit, more than there is room for.
+                # Time on the network counts too for large answers, or thousands of them would be
+                # requested in advance, more than there is room for.
                 found = max(column.worked_us / 1e6, column.results.size / answers.count / BYTES_S)
                 known = self.service_s.get(handler)
-                # One odd slice must not distort the estimate: it counts at most four times it.
+                # One outlier must not distort the estimate: it counts as at most four times it.
                 self.service_s[handler] = (
                     0.8 * known + 0.2 * min(found, 4 * known) if known else found
                 )
@@ -468,7 +468,7 @@ class _Peer:
                 address=self.channel.shown,
                 state=self.state,
                 since=self.since,
-                reason=self.reason or self._spoke_wrongly(),
+                reason=self.reason or self._recent_violation(),
                 outstanding=sum(self.outstanding.values()),
                 asked=self.asked,
                 failed=self.failed,
@@ -482,17 +482,17 @@ class _Peer:
                 functions=self.functions,
             )
 
-    def _spoke_wrongly(self) -> str:
-        """That it did so recently, although it is up again, as it is after each restart."""
-        when, how = self._wrong
+    def _recent_violation(self) -> str:
+        """Its last violation, if recent, although the link may be up again."""
+        when, how = self._violation
         ago_s = time.monotonic() - when
-        return f"spoke wrongly {ago_s:.0f} s ago{how}" if how and ago_s < WRONG_LINE_S else ""
+        return f"violated the protocol {ago_s:.0f} s ago{how}" if how and ago_s < QUIET_S else ""
 
     def _probed(self, began: float, probe: grpc.Future) -> None:
         now = time.monotonic()
         self._next_probe = now + self._limits.probe_interval_s
         self._probe = None
-        if probe.cancelled():  # the channel is closed, or leads to another address now
+        if probe.cancelled():  # the channel is closed, or has moved to another address
             self._next_probe = now + 0.1
             return
         error = probe.exception()
@@ -504,25 +504,25 @@ class _Peer:
         try:
             metrics = codec.read_metrics(probe.result())
         except Misspoken as e:
-            self._set_state("down", f"{WRONGLY}: {e}", is_wrong=True)
-            pause_s = min(self._limits.wrong_s * 2.0**self._wrong_probes, self._limits.most_wrong_s)
-            self._wrong_probes = min(self._wrong_probes + 1, 10)
+            self._set_state("down", f"{VIOLATION}: {e}", is_wrong=True)
+            pause_s = min(self._limits.wrong_s * 2.0**self._bad_probes, self._limits.most_wrong_s)
+            self._bad_probes = min(self._bad_probes + 1, 10)
             self._next_probe = now + pause_s
         else:
-            self._wrong_probes = 0
+            self._bad_probes = 0
             self._learn(metrics, now - began)
 
     def _warn_of_name(self, problem: str) -> None:
-        # A machine that is down comes back by itself; a misspelt name does not, and is logged.
+        # A machine that is down comes back by itself; a misspelt name does not.
         before, self._problem = self._problem, problem
         if problem and problem != before:
             log.warning("link to %s: %s", self.id, problem, extra={"kind": "link"})
 
     def _learn(self, metrics: pb2.MetricsResponse, rtt_s: float) -> None:
-        if metrics.pid != self._pid:  # another process, which may speak correctly
+        if metrics.pid != self._pid:  # another process, which may follow the protocol
             self._pid = metrics.pid
             for sender in self._senders:
-                sender.stream.again()
+                sender.stream.end_pause()
         problem = self._problem_of(metrics)
         if problem:
             self._set_state("down", problem, is_wrong=True)
@@ -546,14 +546,14 @@ class _Peer:
         if more:
             self._health.capacity_added(self.id)
         if not metrics.is_healthy:
-            # Down stays down: it ended the streams, or never accepted them.
+            # Down stays down: it has ended its streams, or never accepted them.
             state = "down" if self.state == "down" else "draining"
             self._set_state(state, f"it is stopping{self._for_good}")
         elif all(sender.is_live for sender in self._senders):
             self._set_state("up", "")
 
     def _learn_functions_locked(self, metrics: pb2.MetricsResponse) -> None:
-        """They may be long and seldom change: they are asked for when their digest has changed."""
+        """They may be long and rarely change, so they are requested when their digest changes."""
         if metrics.functions_digest != self._functions_digest and self._wants_functions:
             self._functions_digest = metrics.functions_digest
             reported = (codec.read_function(made) for made in metrics.functions)
@@ -567,7 +567,7 @@ class _Peer:
         self._wants_functions = wanted
 
     def _problem_of(self, metrics: pb2.MetricsResponse) -> str:
-        """Why the process that answers cannot be asked; empty when it can."""
+        """Why the process that answers cannot be used; empty if it can."""
         if metrics.process_id != self.id:
             return f"process {metrics.process_id} answers at {self.channel.shown}"
         found = codec.read_format(metrics)
@@ -581,7 +581,7 @@ class _Peer:
     ) -> None:
         """patience_s: how long requests may wait for it in this state; by default the limits'.
 
-        is_wrong: another program answers, or one that cannot be asked: requests need not wait.
+        is_wrong: another program answers, or one that cannot be used.
         """
         if is_wrong:
             self.channel.doubt(is_wrong=True)
@@ -589,22 +589,22 @@ class _Peer:
             before, changed = self.state, state != self.state
             is_news = changed or (is_wrong and reason != self.reason)
             self.reason = reason
-            if reason.startswith(WRONGLY):
-                self._wrong = time.monotonic(), reason.removeprefix(WRONGLY)
+            if reason.startswith(VIOLATION):
+                self._violation = time.monotonic(), reason.removeprefix(VIOLATION)
             if changed:
                 self.state, self.since = state, time.monotonic()
                 self.patience_s = patience_s or self._limits.patience_s
-                self._next_probe = 0.0  # at once: it may be back already
+                self._next_probe = 0.0  # at once, as it may be back already
             if state != "up":
                 self.slots = {}
             elif before == "down":
                 self.for_good = False
         if changed:
             self._health.forget(self.id)
-        if is_news and not self._closed:  # else it is this process that stops
+        if is_news and not self._closed:  # else this process is stopping
             is_bad = is_wrong or (state == "down" and before != "draining")
-            if reason.startswith(WRONGLY) and not self._wrong_lines.take(time.monotonic()):
-                is_bad = False  # it comes back and speaks wrongly again, as the log says already
+            if reason.startswith(VIOLATION) and not self._violation_lines.take(time.monotonic()):
+                is_bad = False  # it keeps coming back with violations, which the log has reported
             level = logging.WARNING if is_bad else logging.INFO
             log.log(
                 level,

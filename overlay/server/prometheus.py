@@ -2,7 +2,7 @@
 
     http://127.0.0.1:51051/metrics     for a process whose metrics_port is 51051
 
-Served by transport.http_door rather than prometheus_client's own server, which never closes a
+Served by transport.http_server rather than prometheus_client's own server, which never closes a
 connection and gives each a thread: 200 silent clients hold 200 threads for good (0.26, 2026-11).
 
 Off unless configured. It never delays requests: one thread, "prometheus", serves all its clients,
@@ -29,7 +29,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from overlay.model import clocks as time
-from overlay.transport.http_door import Server, listen
+from overlay.transport.http_server import Server, listen
 
 log = logging.getLogger(__name__)
 

@@ -1,17 +1,16 @@
-"""Kept channels to processes, which follow the name of a machine to its current addresses.
+"""Persistent channels to processes, which follow a machine's name to its current addresses.
 
     host:port --> the name's addresses (resolver) --> a gRPC channel to those addresses
 
-gRPC tries several addresses in their order. A name is looked up with the first call. After
-something went wrong (a call got no answer, a stream ended, the owner has doubts) it is looked up
-again, once a second for a while. If it then has other addresses, and nothing of ours answers at the
-old ones, the channel moves to the new ones, and calls in progress on the old ones end with
-UNAVAILABLE.
+gRPC tries several addresses in order. A name is looked up with the first call. After a problem (a
+call got no answer, a stream ended, the owner called `doubt`) it is looked up again, once a second
+for a while. If its addresses have changed, and the process no longer answers at the old ones, the
+channel moves to the new ones; calls in progress on the old ones end with UNAVAILABLE.
 
-A numeric address stands for itself, and calls to it are plain gRPC calls. The other side, and its
-certificate, see the name (`:authority`).
+A numeric address needs no lookup, and calls to it are plain gRPC calls. The server, and its
+certificate check, see the name (`:authority`).
 
-Owns a thread, "name-HOST", while it is looking.
+Owns a thread, "name-HOST", during lookups.
 """
 
 from __future__ import annotations
@@ -28,27 +27,27 @@ import grpc
 from overlay.model import clocks as time
 from overlay.model.topology import join_address
 from overlay.transport.endpoints import channel_options, open_channel
-from overlay.transport.resolver import Named, is_number, resolve, silent
+from overlay.transport.resolver import Host, is_number, pending, resolve
 
 if TYPE_CHECKING:
     from overlay.transport.endpoints import Options
 
 log = logging.getLogger(__name__)
 
-AGAIN_S = 1.0  # from one look-up to the next
-DOUBT_S = 30.0  # how long look-ups go on after the last trouble: a call's default deadline
-WRONG_S = 3.0  # how long an address counts as wrong after something else answered there
-FIRST_S = 0.25  # how long even a call without a timeout waits for the first look-up
-READY_S = 0.3  # gRPC needs some thread switches to report that a channel is connected
+LOOKUP_INTERVAL_S = 1.0  # between two lookups
+DOUBT_S = 30.0  # how long lookups continue after the last problem: a call's default deadline
+WRONG_S = 3.0  # how long an address counts as wrong after another program answered there
+FIRST_LOOKUP_S = 0.25  # how long even a call without a timeout waits for the first lookup
+CONNECTED_S = 0.3  # gRPC needs a few thread switches to report a connected channel
 SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-MOVED = "the name of its machine stands for another address now"
+MOVED = "the name of its machine has another address now"
 
 
 class Channel:
-    """To generated stubs, a grpc.Channel. Safe from any thread; close() may be called twice.
+    """Acts as a grpc.Channel for generated stubs. Thread-safe; close() may be called twice.
 
-    address: host:port; with anything else every call is UNAVAILABLE. Making one does not wait; a
-    call does, within its timeout.
+    address: host:port; with anything else every call is UNAVAILABLE. The constructor does not
+    block; a call waits for the name within its timeout.
     """
 
     def __init__(self, address: str, options: Options | None = None) -> None:
@@ -57,42 +56,42 @@ class Channel:
         try:
             self._host, self._port = split(address)
             self._is_fixed = is_number(self._host)
-            found = Named(self._host, (self._host,)) if self._is_fixed else silent(self._host)
+            found = Host(self._host, (self._host,)) if self._is_fixed else pending(self._host)
         except ValueError as e:
             self._host, self._port, self._is_fixed = address, 0, True
-            found = Named(address, (), str(e))
+            found = Host(address, (), str(e))
         self._lock = threading.Lock()
-        self._looked = threading.Event()  # at least once
+        self._looked = threading.Event()  # set after the first lookup
         if self._is_fixed:
             self._looked.set()
         self._wake = threading.Event()
         self._is_looking = False
-        self._begun = math.inf  # when the first look-up began; monotonic seconds
+        self._first_lookup_at = math.inf  # when the first lookup started; monotonic seconds
         self._doubted_until = 0.0
         self._wrong_until = 0.0
         self._closed = False
         self._found = found
-        self._leads_to = found.addresses
-        self._channel = self._made()
+        self._addresses = found.addresses
+        self._channel = self._open()
 
     @property
     def shown(self) -> str:
-        """The address, with the numbers that it stands for here."""
-        still = tuple(number for number in self._leads_to if number in self._found.addresses)
-        return Named(self._host, still or self._leads_to).shown(self.address)
+        """The address, with the numeric addresses of its name."""
+        still = tuple(number for number in self._addresses if number in self._found.addresses)
+        return Host(self._host, still or self._addresses).shown(self.address)
 
     @property
     def problem(self) -> str:
-        """Why the name has no address, as far as is known; empty when it has one."""
-        return "" if self._leads_to else self._found.why
+        """Why the name has no address, as far as is known; empty if it has one."""
+        return "" if self._addresses else self._found.why
 
     def doubt(self, is_wrong: bool = False) -> None:
-        """The process is not where it should be; is_wrong: something else answers. Never waits."""
+        """The process does not answer; is_wrong: another program does. Never blocks."""
         if self._is_fixed:
             return
         with self._lock:
             now = time.monotonic()
-            self._begun = min(self._begun, now)
+            self._first_lookup_at = min(self._first_lookup_at, now)
             self._doubted_until = now + DOUBT_S
             if is_wrong:
                 self._wrong_until = now + WRONG_S
@@ -101,19 +100,19 @@ class Channel:
             self._is_looking = True
         look = weakref.ref(self), self._host, self._wake
         name = f"name-{self._host}"
-        threading.Thread(target=_look, args=look, name=name, daemon=True).start()
+        threading.Thread(target=_keep_looking_up, args=look, name=name, daemon=True).start()
 
-    def unary_unary(self, *given: Any, **named: Any) -> Any:
-        return self._method(_Unary, "unary_unary", given, named)
+    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(_Unary, "unary_unary", args, kwargs)
 
-    def stream_unary(self, *given: Any, **named: Any) -> Any:
-        return self._method(_Unary, "stream_unary", given, named)
+    def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(_Unary, "stream_unary", args, kwargs)
 
-    def unary_stream(self, *given: Any, **named: Any) -> Any:
-        return self._method(_Stream, "unary_stream", given, named)
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(_Stream, "unary_stream", args, kwargs)
 
-    def stream_stream(self, *given: Any, **named: Any) -> Any:
-        return self._method(_Stream, "stream_stream", given, named)
+    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(_Stream, "stream_stream", args, kwargs)
 
     def close(self) -> None:
         with self._lock:
@@ -129,34 +128,34 @@ class Channel:
         self.close()
 
     def has_looked(self, within_s: float = 0.0) -> bool:
-        """Whether the name was looked up at least once. Waits up to `within_s` for that, and in any
-        case for as long as a look-up usually takes."""
+        """Whether the name was looked up at least once. Waits for that up to `within_s`, but at
+        least as long as a lookup usually takes."""
         if not self._looked.is_set():
             self.doubt()
-            moment_s = self._begun + FIRST_S - time.monotonic()
-            self._looked.wait(max(within_s, moment_s, 0.0))
+            first_s = self._first_lookup_at + FIRST_LOOKUP_S - time.monotonic()
+            self._looked.wait(max(within_s, first_s, 0.0))
         return self._looked.is_set()
 
     def now(self, within_s: float = 0.0) -> grpc.Channel:
-        """The channel to the name's addresses, when they are known or the time is over."""
+        """The channel to the name's addresses, once they are known or the time is up."""
         self.has_looked(within_s)
         return self._channel
 
-    def _method(self, kind: type[_Method], verb: str, given: Any, named: Any) -> Any:
+    def _method(self, kind: type[_Method], verb: str, args: Any, kwargs: Any) -> Any:
         if self._is_fixed:
-            return getattr(self._channel, verb)(*given, **named)
-        return kind(self, verb, given, named)
+            return getattr(self._channel, verb)(*args, **kwargs)
+        return kind(self, verb, args, kwargs)
 
-    def _made(self) -> grpc.Channel:
+    def _open(self) -> grpc.Channel:
         options = self._options
         if not self._is_fixed:
             options = [("grpc.default_authority", _authority(self._host, self._port)), *options]
-        return open_channel(self._leads_to, self._port, options)
+        return open_channel(self._addresses, self._port, options)
 
-    def take(self, found: Named) -> bool:
-        """Moves to the addresses found; whether to look again. On the looking thread."""
-        if not set(found.addresses) <= set(self._leads_to) and not self._is_well:
-            self._lead_to(found)
+    def on_resolved(self, found: Host) -> bool:
+        """Moves to the addresses found. Returns whether to look again. On the lookup thread."""
+        if not set(found.addresses) <= set(self._addresses) and not self._is_working:
+            self._move_to(found)
         with self._lock:
             self._found = found
             self._looked.set()
@@ -165,18 +164,18 @@ class Channel:
         return goes_on
 
     @property
-    def _is_well(self) -> bool:
-        """Whether to stay at the current addresses, whatever the name stands for now."""
-        is_right = bool(self._leads_to) and time.monotonic() >= self._wrong_until
+    def _is_working(self) -> bool:
+        """Whether to keep the current addresses, whatever the name's are now."""
+        is_right = bool(self._addresses) and time.monotonic() >= self._wrong_until
         return is_right and _is_connected(self._channel)
 
-    def _lead_to(self, found: Named) -> None:
+    def _move_to(self, found: Host) -> None:
         with self._lock:
             if self._closed:
                 return
-            before, old = Named(self._host, self._leads_to), self._channel
-            self._found, self._leads_to, self._wrong_until = found, found.addresses, 0.0
-            self._channel = self._made()
+            before, old = Host(self._host, self._addresses), self._channel
+            self._found, self._addresses, self._wrong_until = found, found.addresses, 0.0
+            self._channel = self._open()
         if before.addresses:
             log.info("%s is now %s", before.shown(), ", ".join(found.addresses))
         old.close()
@@ -209,47 +208,47 @@ class Moved(grpc.RpcError):  # type: ignore[misc]
 
 
 class _Method:
-    """One method of the other side, called over the channel's current addresses."""
+    """One RPC method, called over the channel's current addresses."""
 
-    def __init__(self, channel: Channel, verb: str, given: Any, named: Any) -> None:
+    def __init__(self, channel: Channel, verb: str, args: Any, kwargs: Any) -> None:
         self._channel = channel
-        self._made_by = verb, given, named
+        self._factory_call = verb, args, kwargs
         self._last: tuple[Any, Any] = None, None
 
     def _now(self, within_s: float = 0.0) -> tuple[grpc.Channel, Any]:
         channel, last = self._channel.now(within_s), self._last
         if last[0] is not channel:
-            verb, given, named = self._made_by
-            self._last = last = channel, getattr(channel, verb)(*given, **named)
+            verb, args, kwargs = self._factory_call
+            self._last = last = channel, getattr(channel, verb)(*args, **kwargs)
         return last
 
 
 class _Unary(_Method):
-    def __call__(self, request: Any, timeout: float | None = None, **named: Any) -> Any:
+    def __call__(self, request: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         began = time.monotonic()
         channel, call = self._now(timeout or 0.0)
         if timeout is not None:
             timeout = time.Timeout(max(0.001, timeout - (time.monotonic() - began)))
         try:
-            return call(request, timeout=timeout, **named)
+            return call(request, timeout=timeout, **kwargs)
         except grpc.RpcError as e:
             if e.code() in SILENT:
                 self._channel.doubt()
             if e.code() is grpc.StatusCode.CANCELLED and channel is not self._channel.now():
                 raise Moved from None
             raise
-        except ValueError:  # the channel was closed meanwhile
+        except ValueError:  # the channel was closed in the meantime
             if channel is not self._channel.now():
                 raise Moved from None
             raise
 
-    def future(self, request: Any, **named: Any) -> Any:
-        """Ends as cancelled when the channel moves before there is an answer."""
+    def future(self, request: Any, **kwargs: Any) -> Any:
+        """Ends as cancelled if the channel moves before there is an answer."""
         while True:
             channel, call = self._now()
             try:
-                future = call.future(request, **named)
-            except ValueError:  # it was closed between these two lines
+                future = call.future(request, **kwargs)
+            except ValueError:  # closed between these two lines
                 if channel is self._channel.now():
                     raise
             else:
@@ -262,29 +261,29 @@ class _Unary(_Method):
 
 
 class _Stream(_Method):
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        call = self._now()[1](*given, **named)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._now()[1](*args, **kwargs)
         if not call.add_callback(self._channel.doubt):
             self._channel.doubt()
         return call
 
 
-def _look(found: weakref.ref[Channel], host: str, wake: threading.Event) -> None:
-    """Looks until there is no more doubt, or the channel is closed or garbage."""
+def _keep_looking_up(found: weakref.ref[Channel], host: str, wake: threading.Event) -> None:
+    """Looks up the host until there is no doubt, or the channel is closed or garbage."""
     while True:
-        named = resolve(host)
+        kwargs = resolve(host)
         channel = found()
-        if channel is None or not channel.take(named):
+        if channel is None or not channel.on_resolved(kwargs):
             return
         del channel
-        wake.wait(AGAIN_S)
+        wake.wait(LOOKUP_INTERVAL_S)
 
 
 def _is_connected(channel: grpc.Channel) -> bool:
     ready, is_ready = grpc.channel_ready_future(channel), threading.Event()
     ready.add_done_callback(lambda _: is_ready.set())
     try:
-        return is_ready.wait(READY_S)  # the future's own wait uses a clock that tests may freeze
+        return is_ready.wait(CONNECTED_S)  # the future's own wait uses a clock that may be frozen
     finally:
         with contextlib.suppress(ValueError):
             ready.cancel()

@@ -1,11 +1,11 @@
-"""Results that are too large for one message: they are sent in chunks, as fast as they are read.
+"""Sends results that are too large for one message in chunks, as fast as they are read.
 
-    handler -> cut -> ChunkWriter.send(chunk) --> each process passes it on --> the client
-                          ^--- grant(n) <--- and the grants back <--- has read n of them
+    handler -> cut -> ChunkWriter.send(chunk) --> each process forwards it --> the client
+                          ^--- grant(n) <--- grants are passed back <--- has read n of them
 
-At all hops together, only as many chunks of a part are in transit as the client can take and the
-process asked has room for (ChunkWindow). Beyond that the handler waits, in `send`. No process on
-the way keeps a chunk or waits for anything.
+Over all hops together, only as many chunks of a part are in transit as the client accepts and the
+process asked has room for (ChunkWindow). Beyond that the handler blocks in `send`. No process in
+between stores a chunk or waits.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from overlay.model.segments import Chunk
 from overlay.observability.throttle import TokenBucket
 
 CHUNK_BYTES = Limits.chunk_bytes
-MAX_TIMES = 8  # that one part may come before the answer
-ITEM_END = b"\t"  # has no meaning between JSON tokens, and never occurs within one we write
-ITEMS_AT_ONCE, ITEMS_PER_S = 64, 500  # sent singly; a chunk costs every hop some 50 us
-ITEM_S = 0.02  # the delay of the others
+MAX_REPEATS = 8  # how often one part may arrive before the answer
+ITEM_END = b"\t"  # whitespace between JSON values, and never within those that we write
+ITEMS_AT_ONCE, ITEMS_PER_S = 64, 500  # sent one by one; a chunk costs every hop about 50 us
+ITEM_S = 0.02  # how long the others are delayed
 
 Send = Callable[[bytes], bool]
-"""Takes the next chunk; False when the rest is no longer wanted."""
+"""Takes the next chunk. Returns False if the rest is no longer wanted."""
 
 
 def cut(items: Iterable[Any], size: int) -> Iterator[tuple[bytes, bool]]:
-    """The same bytes in chunks of `size`, each with whether more follow; the last has what is left.
+    """The same bytes as (chunk, more) with chunks of `size`; the last one has what is left.
 
     items: bytes, bytearrays or memoryviews of any size. Raises NotBytes for other types.
     """
@@ -41,7 +41,7 @@ def cut(items: Iterable[Any], size: int) -> Iterator[tuple[bytes, bool]]:
         if not isinstance(item, (bytes, bytearray, memoryview)):
             raise NotBytes(type(item).__name__)
         whole, start = memoryview(item).cast("B"), 0
-        while len(held) + len(whole) - start > size:  # so that something is left for the last one
+        while len(held) + len(whole) - start > size:  # so that the last one is not empty
             end = start + size - len(held)
             chunk = held + whole[start:end]
             held.clear()
@@ -54,7 +54,7 @@ def cut(items: Iterable[Any], size: int) -> Iterator[tuple[bytes, bool]]:
 class Items:
     """An iterator of byte strings, each of which ends an item, with ITEM_END, except the last.
 
-    Where chunks are taken, each is sent as it comes; else it is like any other iterator of bytes.
+    If the client takes chunks, each is sent at once; otherwise it is like any iterator of bytes.
     """
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
@@ -71,10 +71,10 @@ class Items:
             self._chunks.close()
 
 
-class Leaving:
-    """Sends items: each at once, or together with others a moment later when there are many.
+class ItemSender:
+    """Sends each item at once, or a moment later together with others when there are many.
 
-    `add` and `rest` are for one thread. Items that wait are sent on a timer's thread, "items".
+    `add` and `rest` are for one thread. Delayed items are sent on a timer's thread, "items".
     """
 
     def __init__(self, send: Send) -> None:
@@ -86,7 +86,7 @@ class Leaving:
         self._lock = threading.Lock()
 
     def add(self, item: bytes) -> bool:
-        """False when the rest is no longer wanted."""
+        """Returns False if the rest is no longer wanted."""
         with self._lock:
             self._held += item
             if self._at_once.take(time.monotonic()) or len(self._held) >= CHUNK_BYTES:
@@ -98,7 +98,7 @@ class Leaving:
             return self._is_wanted
 
     def rest(self) -> bytes:
-        """What was not sent; from now on nothing is sent. May be called twice."""
+        """Stops sending. Returns what was not sent. May be called twice."""
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
@@ -117,7 +117,7 @@ class Leaving:
 
 
 class NotBytes(TypeError):
-    """Its text is the name of the type that was found instead."""
+    """Its message is the name of the type found instead."""
 
 
 class ChunkWriter:
@@ -128,7 +128,7 @@ class ChunkWriter:
     ) -> None:
         """ahead: how many chunks may be sent before the first grant."""
         self.at = 0  # bytes sent
-        self.waited_s = 0.0  # for grants; it does not count as the handler's time
+        self.waited_s = 0.0  # for grants; not part of the handler's time
         self._room = ahead
         self._deadline = deadline
         self._pass_on = pass_on
@@ -136,7 +136,7 @@ class ChunkWriter:
         self._changed = threading.Condition()
 
     def send(self, chunk: bytes) -> bool:
-        """Sends the chunk when there is room; False when it is no longer wanted."""
+        """Sends the chunk once there is room. Returns False if it is no longer wanted."""
         began = time.monotonic()
         with self._changed:
             self._changed.wait_for(lambda: self._room or self._closed, self._deadline - began)
@@ -160,28 +160,28 @@ class ChunkWriter:
             self._changed.notify_all()
 
 
-class Arriving:
-    """What may still come of a worker's part of a row, before its answer. No lock of its own.
+class PartProgress:
+    """What may still arrive of a worker's part of a row, before the answer. Has no lock.
 
     A process that sends more than was granted would fill the memory of those above it. A part may
-    come again, but not without end.
+    be repeated, but not endlessly.
     """
 
     __slots__ = ("at", "left", "times")
 
     def __init__(self, chunks: int) -> None:
-        self.at = 0  # bytes that came in chunks
-        self.left = chunks  # that may come before more are granted
-        self.times = 0  # how often the whole part has come
+        self.at = 0  # bytes received in chunks
+        self.left = chunks  # chunks that may arrive before more are granted
+        self.times = 0  # how often the whole part has arrived
 
     def whole(self) -> None:
-        """The part has come whole. Raises Misspoken."""
+        """The whole part has arrived. Raises Misspoken."""
         self.times += 1
-        if self.times > MAX_TIMES:
-            raise Misspoken(f"a part {MAX_TIMES} times and again")
+        if self.times > MAX_REPEATS:
+            raise Misspoken(f"a part more than {MAX_REPEATS} times")
 
     def chunk(self, at: int, size: int, more: bool) -> None:
-        """A chunk of it has come. Raises Misspoken."""
+        """A chunk of it has arrived. Raises Misspoken."""
         if at != self.at:
             raise Misspoken(f"a chunk at byte {at:,}, after {self.at:,}")
         self.at += size
@@ -191,10 +191,10 @@ class Arriving:
 
 
 class Budget:
-    """Bytes that all streams share. Safe from any thread."""
+    """A number of bytes that all streams share. Thread-safe."""
 
-    def __init__(self, most: int) -> None:
-        self._left = most
+    def __init__(self, limit: int) -> None:
+        self._left = limit
         self._lock = threading.Lock()
 
     @property
@@ -202,7 +202,7 @@ class Budget:
         return self._left
 
     def take(self, size: int) -> None:
-        """Even more than is left, as the bytes are there already. A negative size gives back."""
+        """Takes more than is left too, as the bytes exist already. A negative size returns them."""
         with self._lock:
             self._left -= size
 
@@ -211,9 +211,9 @@ FREE_BYTES = Limits.uncounted_bytes
 
 
 class Share:
-    """What one stream has taken of a Budget. No lock of its own.
+    """What one stream has taken of a Budget. Has no lock.
 
-    Its first FREE_BYTES are not counted, so that streams of small requests touch nothing shared.
+    Its first FREE_BYTES are not counted, so streams of small requests touch nothing shared.
     """
 
     __slots__ = ("_budget", "size")
@@ -223,34 +223,33 @@ class Share:
         self._budget = budget
 
     def add(self, size: int) -> None:
-        """A negative size gives back."""
+        """A negative size returns bytes."""
         before = self.size
         self.size = after = before + size
         if before > FREE_BYTES or after > FREE_BYTES:
             self._budget.take(max(after, FREE_BYTES) - max(before, FREE_BYTES))
 
-    def is_within(self, most: int) -> bool:
-        """Whether it has less than `most`, and leaves enough for others."""
+    def is_within(self, limit: int) -> bool:
+        """Whether it has less than `limit`, and leaves enough for others."""
         if self.size <= FREE_BYTES:
             return True
-        return self.size < most and self.size < self._budget.left
+        return self.size < limit and self.size < self._budget.left
 
 
 Key = tuple[int, int, str]
 """A part of a stream: segment, row, worker."""
 
 GrantCall = tuple[Callable[[int], None], int]
-"""The worker's grant, and how many chunks to grant."""
+"""A worker's `grant`, and how many chunks to grant."""
 
 
 class ChunkWindow:
     """The parts that pass through a stream in chunks, and how far ahead of the client each may be.
 
-    A part's worker sends one chunk unasked, and then as many as it is granted. While there is room,
-    that is as many as the client can take before it grants any; a part that finds no room comes
+    A part's worker sends one chunk unasked, and then as many as are granted. While there is room,
+    these are as many as the client takes before it grants any; a part that finds no room advances
     chunk by chunk until there is. So a client that reads nothing holds up one chunk of each part
-    and `room` others; all clients of a process together hold up what `shared` allows. No lock of
-    its own.
+    plus `room` others, and all clients of a process together what `shared` allows. Has no lock.
     """
 
     def __init__(self, room: int, shared: Budget | None = None) -> None:
@@ -263,7 +262,7 @@ class ChunkWindow:
         return len(self._parts)
 
     def passes(self, key: Key, chunk: Chunk, ahead: int) -> GrantCall | None:
-        """A chunk passes to a client that takes `ahead` more of each part."""
+        """Notes a chunk for a client that takes `ahead` more of a part. Returns the grant due."""
         if chunk.grant is None:
             self.end(key)
             return None
@@ -274,26 +273,26 @@ class ChunkWindow:
         return self._grant_for(part, 0)
 
     def granted(self, key: Key, chunks: int, by_a_client: bool) -> GrantCall | None:
-        """Raises BadRequest when a client grants more than it was sent, or a process more than that
-        and what a client takes in advance."""
+        """Notes a grant. Returns the grant to pass on. Raises BadRequest if a client grants more
+        than it was sent, or a process more than that plus what a client takes in advance."""
         part = self._parts.get(key)
-        if part is None:  # it has ended meanwhile
+        if part is None:  # it has ended in the meantime
             return None
-        # A process passes grants on, including those that its own client gives in advance.
-        most = part.unread + (0 if by_a_client else Limits.chunks_ahead)
-        if chunks > most:
+        # A process passes on grants, including those that its own client gives in advance.
+        limit = part.unread + (0 if by_a_client else Limits.chunks_ahead)
+        if chunks > limit:
             raise BadRequest(f"grants: {key[2]} has sent {part.unread} chunks, not {chunks}")
         part.unread -= chunks
         return self._grant_for(part, chunks)
 
     def end(self, key: Key) -> None:
         part = self._parts.pop(key, None)
-        if part is not None and part.is_wide:
+        if part is not None and part.has_room:
             self._room += part.ahead
             self._shared.take(-part.ahead * CHUNK_BYTES)
 
     def close(self) -> None:
-        """All parts have ended."""
+        """Ends all parts."""
         for key in list(self._parts):
             self.end(key)
 
@@ -304,8 +303,8 @@ class ChunkWindow:
 
     def _grant_for(self, part: _Part, chunks: int) -> GrantCall | None:
         size = part.ahead * CHUNK_BYTES
-        if not part.is_wide and self._room >= part.ahead and self._shared.left >= size:
-            part.is_wide = True
+        if not part.has_room and self._room >= part.ahead and self._shared.left >= size:
+            part.has_room = True
             self._room -= part.ahead
             self._shared.take(size)
             chunks += part.ahead
@@ -317,4 +316,4 @@ class _Part:
     grant: Callable[[int], None]
     ahead: int
     unread: int = 0  # chunks passed on and not yet granted
-    is_wide: bool = False
+    has_room: bool = False

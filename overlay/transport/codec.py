@@ -1,6 +1,6 @@
-"""Converts between the messages of overlay.proto and our values.
+"""Converts between the messages of overlay.proto and the values of overlay.model.
 
-Reading checks what came in; writing never fails.
+Reading validates its input; writing never fails.
 """
 
 from __future__ import annotations
@@ -63,27 +63,27 @@ FORMAT = 1  # MetricsResponse.wire_format
 EXECUTED_KEY = "overlay-executed"
 COVERAGE_KEY = "overlay-coverage"
 CALLER_KEY = "overlay-caller"
-IDLE_KEY = "overlay-idle"  # a stream was idle: it need not be opened again before it is needed
+IDLE_KEY = "overlay-idle"  # the stream was idle, and need not be reopened before it is needed
 REQUEST_KEY = "overlay-request"  # the id of a request that failed, in its printed form
-PROCESS_KEY = "overlay-process"  # the process that opened a link, by its own account
+PROCESS_KEY = "overlay-process"  # the process that opened a link, as it claims
 MAX_BYTES_KEY = "overlay-max-message-bytes"
 _STATUS_KEY = "grpc-status-details-bin"
 LONGEST_ERROR_ID = 32  # characters; ours have 8
-MIN_LINES = 100  # of a log, when LogsRequest.lines is 0
+MIN_LINES = 100  # of a log, if LogsRequest.lines is 0
 LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
 
 
 def read_message(
     message: bytes, parse: Callable[[bytes], Any], shape: message_size.Shape = message_size.FLAT
 ) -> Any:
-    """Raises BadRequest for what is not protobuf, or would take far more memory than its bytes.
+    """Raises BadRequest if it is not protobuf, or would take far more memory than its bytes.
 
     shape: the message fields of the message, for the memory check.
     """
     message_size.check(message, shape)
     try:
         return parse(message)
-    except Exception as e:  # noqa: BLE001 - each implementation of protobuf raises its own errors
+    except Exception as e:  # noqa: BLE001 - each implementation of protobuf has its own errors
         raise BadRequest(f"a message of {len(message):,} bytes is not protobuf: {e}") from None
 
 
@@ -96,10 +96,10 @@ def read_frame(message: bytes) -> pb2.Frame:
 def read_request(
     request: pb2.Request, deadline: float, limits: Limits, traced: bool = False
 ) -> Segment:
-    """A segment of one. Raises BadRequest naming the field that is not usable.
+    """A segment of one. Raises BadRequest naming the invalid field.
 
-    deadline: monotonic seconds. traced: even if the client did not ask for it. A request without an
-    id gets one here.
+    deadline: monotonic seconds. traced: trace it even if the client did not ask for it. A request
+    without an id gets one here.
     """
     size = len(request.payload)
     if size > limits.max_message_bytes:
@@ -125,7 +125,7 @@ def read_request(
 def write_response(
     answer: AnswerRow, request_id: int, result: bytes, *, with_results: bool
 ) -> pb2.Response:
-    """with_results: for a client that asked for each part's own bytes."""
+    """with_results: include each part's own bytes."""
     return pb2.Response(
         result=result,
         hops=answer.hops,
@@ -134,20 +134,20 @@ def write_response(
     )
 
 
-def too_large(size: int, most: int) -> str:
-    """Why the process asked refuses a payload."""
-    return f"payload: {size:,} bytes are more than max_message_mib allows ({most:,})"
+def too_large(size: int, limit: int) -> str:
+    """Why the process asked refuses the payload."""
+    return f"payload: {size:,} bytes are more than max_message_mib allows ({limit:,})"
 
 
 def read_response(response: pb2.Response) -> AnswerRow:
-    """The answer that a client got. Raises Misspoken."""
+    """The answer, at a client. Raises Misspoken."""
     validation.check_response(response)
     return AnswerRow(tuple(map(_read_unary_part, response.parts)), tuple(response.hops))
 
 
 def route_key(segment: pb2.Segment, limits: Limits) -> object:
-    """Equal for segments with one route, so that each route is read only once. Raises BadRequest
-    for lists longer than any route has."""
+    """Equal for segments with the same route, so that each route is read only once. Raises
+    BadRequest for lists longer than any route's."""
     _check_count("hops", segment.hops, limits.max_hops)
     _check_count("targets", segment.targets, limits.max_targets)
     hops, targets = tuple(segment.hops), tuple(segment.targets)
@@ -161,9 +161,9 @@ def read_segment(
     route: Route | None = None,
     traced: bool = False,
 ) -> Segment:
-    """Raises BadRequest naming the field that is not usable.
+    """Raises BadRequest naming the invalid field.
 
-    now: monotonic seconds. route: its route, if that was read before. traced: as in `read_request`.
+    now: monotonic seconds. route: its route, if already read. traced: as in `read_request`.
     """
     count, found = segment.count, len(segment.payloads.items)
     if count != found or not 0 < count <= limits.segment_rows:
@@ -171,10 +171,10 @@ def read_segment(
             f"count: {count} is not the number of payloads ({found}), or not 1 to "
             f"{limits.segment_rows}"
         )
-    payloads, most = _read_column(segment.payloads, count), limits.max_message_bytes
-    # On the wire each has some bytes more, for which the largest body must not be refused.
-    if payloads.size > most and (size := sum(map(len, segment.payloads.items))) > most:
-        raise BadRequest(too_large(size, most))
+    payloads, limit = _read_column(segment.payloads, count), limits.max_message_bytes
+    # On the wire each has a few more bytes, for which the largest body must not be refused.
+    if payloads.size > limit and (size := sum(map(len, segment.payloads.items))) > limit:
+        raise BadRequest(too_large(size, limit))
     if not segment.ids and segment.first_id + count > 2**64:
         raise BadRequest(f"first_id: {segment.first_id} leaves no ids for {count} requests")
     if len(segment.ids) not in (0, count):
@@ -196,8 +196,8 @@ def read_segment(
 
 
 def unread_segment(segment: pb2.Segment, now: float, limits: Limits) -> Segment | None:
-    """Stands for a segment that could not be read, so that its rows can be refused; None if it has
-    none, or too many."""
+    """Stands in for an invalid segment, so that its rows can be refused; None if it has none, or
+    too many."""
     if not 0 < segment.count <= limits.segment_rows:
         return None
     return Segment(Route(), Column((b"",) * segment.count), now, 0)
@@ -214,65 +214,65 @@ def write_segment(
 ) -> None:
     """Adds the segment to the frame. left_s: seconds until its deadline, more than 0."""
     route = segment.route
-    made = frame.segments.add()
-    made.number = number
-    made.count = segment.payloads.count
-    made.remaining_us = max(1, int(left_s * 1e6))
-    made.first_id = segment.first_id
-    made.mode = _MODES[route.mode]
-    made.team = route.team
-    made.handler = route.handler
-    made.hops.extend(route.hops)
+    message = frame.segments.add()
+    message.number = number
+    message.count = segment.payloads.count
+    message.remaining_us = max(1, int(left_s * 1e6))
+    message.first_id = segment.first_id
+    message.mode = _MODES[route.mode]
+    message.team = route.team
+    message.handler = route.handler
+    message.hops.extend(route.hops)
     if route.targets:
-        made.targets.extend(route.targets)
+        message.targets.extend(route.targets)
     if want_parts:
-        made.want_parts = True
+        message.want_parts = True
     if priority:
-        made.priority = priority
+        message.priority = priority
     if as_they_come:
-        made.as_they_come = True
-        made.chunks = segment.chunks
+        message.as_they_come = True
+        message.chunks = segment.chunks
     if segment.attempt:
-        made.attempt = min(segment.attempt, 0xFFFFFFFF)
+        message.attempt = min(segment.attempt, 0xFFFFFFFF)
     if segment.ids:
-        made.ids.extend(segment.ids)
+        message.ids.extend(segment.ids)
     if segment.own_ids:
-        made.own_ids = True
+        message.own_ids = True
     if segment.traced:
-        made.want_trace = True
-        made.want_line = segment.log_lines
-    _write_column(made.payloads, segment.payloads)
+        message.want_trace = True
+        message.want_line = segment.log_lines
+    _write_column(message.payloads, segment.payloads)
 
 
 def size_beside(segment: Segment) -> int:
-    """The most bytes that a segment takes besides its payloads, if its names are ASCII."""
+    """An upper bound on a segment's bytes besides its payloads, if its names are ASCII."""
     route, count = segment.route, segment.payloads.count
     size = 200 + 5 * count + 70 * len(route.hops) + (8 * count if segment.ids else 0)
     return size + sum(map(len, route.targets)) + 3 * len(route.targets) if route.targets else size
 
 
-def read_slice(made: pb2.Slice, asked: Asked) -> Slice:
-    """A slice between processes. Raises Misspoken when it does not answer what was asked."""
-    parts, hops = validation.check_slice(made, asked)
-    count, trace = made.count, read_trace(made.trace)
-    if made.failures:
-        why = read_failure(made.failures[0])
+def read_slice(message: pb2.Slice, asked: Asked) -> Slice:
+    """A slice between processes. Raises Misspoken if it does not fit the request."""
+    parts, hops = validation.check_slice(message, asked)
+    count, trace = message.count, read_trace(message.trace)
+    if message.failures:
+        why = read_failure(message.failures[0])
         part = Part("", why.code, why.reason, executed=why.executed)
         return Slice(count, (), hops, part, trace)
     return Slice(count, tuple([_read_part(part, count) for part in parts]), hops, None, trace)
 
 
-def check_client_slice(made: pb2.Slice, asked: Asked) -> None:
-    """Checks a slice for a client. Raises Misspoken when it does not answer what was asked."""
-    validation.check_slice(made, asked, results=False)
+def check_client_slice(message: pb2.Slice, asked: Asked) -> None:
+    """Checks a slice for a client. Raises Misspoken if it does not fit the request."""
+    validation.check_slice(message, asked, results=False)
 
 
-def read_client_slice(made: pb2.Slice) -> Slice:
-    """The parts as a client gets them: without results, unless it asked for them. Takes a slice
-    that was checked."""
-    count = made.count
-    parts = tuple(_read_part(validation.said(part), count) for part in made.parts)
-    return Slice(count, parts, tuple(made.hops))
+def read_client_slice(message: pb2.Slice) -> Slice:
+    """The parts for a client, with results only if it asked for them. The slice must have been
+    checked."""
+    count = message.count
+    parts = tuple(_read_part(validation.read_part(part), count) for part in message.parts)
+    return Slice(count, parts, tuple(message.hops))
 
 
 def write_slice(
@@ -283,20 +283,21 @@ def write_slice(
     trace: Sequence[Hop] = (),
     more: bool = False,
 ) -> None:
-    """Adds a slice as processes send it: everything is in the parts, or in one refusal.
+    """Adds a slice for a process: everything is in the parts, or in a single refusal.
 
-    more: the answer is still to come.
+    more: the answer follows later.
     """
-    made = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
+    message = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
     if more:
-        made.more = True
+        message.more = True
     if trace:
-        write_trace(made, trace)
+        write_trace(message, trace)
     if answers.refused is not None:
         refused = answers.refused
-        _write_detail(made.failures, 0, 0, Detail(refused.code, refused.reason, refused.executed))
+        detail = Detail(refused.code, refused.reason, refused.executed)
+        _write_detail(message.failures, 0, 0, detail)
     for column in answers.parts:
-        _write_part_slice(made, column, with_results=True)
+        _write_part_slice(message, column, with_results=True)
 
 
 def write_client_slice(
@@ -309,18 +310,18 @@ def write_client_slice(
     want_parts: bool,
     trace: Sequence[Hop] = (),
 ) -> None:
-    """Adds a slice for a client: a result per row, or why the row has none."""
-    made = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
+    """Adds a slice for a client: a result or a failure per row."""
+    message = frame.slices.add(number=number, start=start, count=answers.count, hops=answers.hops)
     if trace:
-        write_trace(made, trace)
-    made.results.items.extend(results)
+        write_trace(message, trace)
+    message.results.items.extend(results)
     for row, error in failures:
         detail = _write_detail(
-            made.failures, row, 1, Detail(error.code, str(error), error.executed)
+            message.failures, row, 1, Detail(error.code, str(error), error.executed)
         )
         detail.retry_after_ms = int((error.retry_after_s or 0) * 1000)
     for column in answers.parts:
-        _write_part_slice(made, column, with_results=want_parts)
+        _write_part_slice(message, column, with_results=want_parts)
 
 
 def read_trace(hops: Sequence[pb2.Hop]) -> tuple[Hop, ...]:
@@ -329,31 +330,31 @@ def read_trace(hops: Sequence[pb2.Hop]) -> tuple[Hop, ...]:
     return tuple([_read_hop(hop) for hop in hops])
 
 
-def read_metrics(made: pb2.MetricsResponse) -> pb2.MetricsResponse:
-    """The same, judged: its lists and numbers are within reason, its texts cut and escaped. Raises
+def read_metrics(message: pb2.MetricsResponse) -> pb2.MetricsResponse:
+    """Validates the message: bounds its lists and numbers, and cuts and escapes its texts. Raises
     Misspoken."""
-    validation.check_metrics(made)
-    return made
+    validation.check_metrics(message)
+    return message
 
 
-def read_function(made: pb2.Function) -> Function:
-    """Of metrics that were judged."""
-    texts = made.name, made.signature, made.doc, made.arguments, made.result
-    return Function(*texts, tuple(made.workers))
+def read_function(message: pb2.Function) -> Function:
+    """Of metrics from `read_metrics`."""
+    texts = message.name, message.signature, message.doc, message.arguments, message.result
+    return Function(*texts, tuple(message.workers))
 
 
-def read_logs(made: pb2.LogsResponse, asked: pb2.LogsRequest) -> pb2.LogsResponse:
-    """The same, judged as metrics are. Raises Misspoken."""
-    validation.check_logs(made, asked.process_id, min(asked.lines or MIN_LINES, LINES))
-    return made
+def read_logs(message: pb2.LogsResponse, asked: pb2.LogsRequest) -> pb2.LogsResponse:
+    """Validates the message as `read_metrics` does. Raises Misspoken."""
+    validation.check_logs(message, asked.process_id, min(asked.lines or MIN_LINES, LINES))
+    return message
 
 
-def read_most_bytes(metadata: Iterable[tuple[str, Any]] | None) -> int | None:
-    """The largest body that the other side of a stream says it takes; None if it does not say."""
-    return validation.most_bytes(dict(metadata or ()).get(MAX_BYTES_KEY))
+def read_max_bytes(metadata: Iterable[tuple[str, Any]] | None) -> int | None:
+    """The largest body that the other side of a stream accepts; None if it does not say."""
+    return validation.max_bytes(dict(metadata or ()).get(MAX_BYTES_KEY))
 
 
-def most_bytes_metadata(limits: Limits) -> tuple[tuple[str, str], ...]:
+def max_bytes_metadata(limits: Limits) -> tuple[tuple[str, str], ...]:
     return ((MAX_BYTES_KEY, str(limits.max_message_bytes)),)
 
 
@@ -374,15 +375,15 @@ def write_line(line: Line, public_only: bool) -> pb2.LogLine:
     )
 
 
-def read_progress(made: pb2.Progress, limits: Limits) -> Progress:
-    """Raises BadRequest naming the field that is not usable."""
-    if len(made.handler) > limits.max_name or not made.handler.isprintable():
+def read_progress(message: pb2.Progress, limits: Limits) -> Progress:
+    """Raises BadRequest naming the invalid field."""
+    if len(message.handler) > limits.max_name or not message.handler.isprintable():
         raise BadRequest(f"progress: handler is not a name of at most {limits.max_name} characters")
-    if not (math.isfinite(made.took_s) and made.took_s >= 0):
-        raise BadRequest(f"progress: took_s: {made.took_s} is not a number of seconds")
-    total = made.total if made.answered + made.failed <= made.total else 0
-    counts = made.answered, made.failed, total
-    return Progress(made.number, made.handler, *counts, made.took_s, made.is_over)
+    if not (math.isfinite(message.took_s) and message.took_s >= 0):
+        raise BadRequest(f"progress: took_s: {message.took_s} is not a number of seconds")
+    total = message.total if message.answered + message.failed <= message.total else 0
+    counts = message.answered, message.failed, total
+    return Progress(message.number, message.handler, *counts, message.took_s, message.is_over)
 
 
 def write_progress(progress: Progress) -> pb2.Progress:
@@ -399,14 +400,14 @@ def address_in(peer: str) -> str:
 
 
 def new_ids() -> int:
-    """The first of a run of random request ids, which no other request has."""
+    """The first of a run of random request ids, unique to these requests."""
     return secrets.randbits(62) + 1
 
 
 def read_route(request: pb2.Request | pb2.Segment, limits: Limits) -> Route:
-    """Raises BadRequest naming the field that is not usable."""
-    _check_names("hops", request.hops, limits, most=limits.max_hops)
-    _check_names("targets", request.targets, limits, most=limits.max_targets)
+    """Raises BadRequest naming the invalid field."""
+    _check_names("hops", request.hops, limits, limit=limits.max_hops)
+    _check_names("targets", request.targets, limits, limit=limits.max_targets)
     _check_names("team", [request.team], limits)
     _check_names("handler", [request.handler], limits)
     mode = int(request.mode)
@@ -418,14 +419,14 @@ def read_route(request: pb2.Request | pb2.Segment, limits: Limits) -> Route:
         team=request.team,
         handler=request.handler,
         hops=tuple(request.hops),
-        # Only between processes; the process that a client asks determines the targets itself.
+        # Only from processes; the process that a client asks chooses the targets itself.
         targets=(targets or None) if request.hops else None,
     )
 
 
 def read_hops(hops: Sequence[str], limits: Limits) -> tuple[str, ...]:
     """Raises BadRequest."""
-    _check_names("hops", hops, limits, most=limits.max_hops)
+    _check_names("hops", hops, limits, limit=limits.max_hops)
     return tuple(hops)
 
 
@@ -446,9 +447,9 @@ def _read_unary_part(part: pb2.Part) -> Part:
     )
 
 
-def _read_part(said: validation.Said, count: int) -> PartSlice:
-    """Takes a part of a slice that was checked, so that its row numbers are valid."""
-    part, worker, found, details, hops = said
+def _read_part(read: validation.ReadPart, count: int) -> PartSlice:
+    """The slice must have been checked, so that its row numbers are valid."""
+    part, worker, found, details, hops = read
     failures: dict[int, Detail] = {}
     for detail in details:
         failure = read_failure(detail)
@@ -462,8 +463,8 @@ def _read_part(said: validation.Said, count: int) -> PartSlice:
     return PartSlice(worker, results, hops, failures, None, *times, chunk)
 
 
-def _write_part_slice(made: pb2.Slice, column: PartSlice, with_results: bool) -> None:
-    part = made.parts.add(
+def _write_part_slice(message: pb2.Slice, column: PartSlice, with_results: bool) -> None:
+    part = message.parts.add(
         process_id=column.process_id,
         hops=column.hops,
         waited_us=_as_uint32(column.waited_us),
@@ -491,9 +492,9 @@ def _write_detail(details: Any, start: int, count: int, failure: Detail) -> Any:
 
 
 def read_failure(detail: pb2.Detail) -> Detail:
-    again_s = validation.retry_after_s(detail.retry_after_ms / 1000)
+    retry_after = validation.retry_after_s(detail.retry_after_ms / 1000)
     code, executed = read_code(detail.code), read_executed(detail)
-    return Detail(code, detail.reason[:LONGEST_REASON], executed, again_s)
+    return Detail(code, detail.reason[:LONGEST_REASON], executed, retry_after)
 
 
 def read_executed(detail: pb2.Detail | pb2.Part) -> Executed:
@@ -557,34 +558,34 @@ def grpc_code(code: Code) -> grpc.StatusCode:
 
 
 def trailers(error: OverlayError) -> list[tuple[str, str | bytes]]:
-    """The trailing metadata of a failed request: its id, whether anything ran, when to retry."""
-    made: list[tuple[str, str | bytes]] = [(EXECUTED_KEY, error.executed.name.lower())]
+    """A failed request's trailing metadata: its id, whether anything ran, when to retry."""
+    metadata: list[tuple[str, str | bytes]] = [(EXECUTED_KEY, error.executed.name.lower())]
     if error.request_id:
-        made.append((REQUEST_KEY, f"{error.request_id:016x}"))
+        metadata.append((REQUEST_KEY, f"{error.request_id:016x}"))
     if isinstance(error, MadeRoom):
-        made.append((IDLE_KEY, "1"))
+        metadata.append((IDLE_KEY, "1"))
     if error.retry_after_s is not None:
-        made.append((_STATUS_KEY, _retry_status(error)))
-    return made
+        metadata.append((_STATUS_KEY, _retry_status(error)))
+    return metadata
 
 
 def read_error(error: grpc.RpcError) -> Part:
-    """A failed call as a refusal. Only the trailing metadata proves that nothing ran."""
+    """A failed call as a Part. Only its trailing metadata proves that nothing ran."""
     metadata = dict(error.trailing_metadata() or ())
-    said = {"no": Executed.NO, "yes": Executed.YES}
-    executed = said.get(metadata.get(EXECUTED_KEY, ""), Executed.UNKNOWN)
-    code, after_s = Code(error.code().value[0]), retry_after_s(error.trailing_metadata())
-    return Part("", code, plain_reason(error), executed=executed, retry_after_s=after_s)
+    proofs = {"no": Executed.NO, "yes": Executed.YES}
+    executed = proofs.get(metadata.get(EXECUTED_KEY, ""), Executed.UNKNOWN)
+    code, retry_s = Code(error.code().value[0]), retry_after_s(error.trailing_metadata())
+    return Part("", code, plain_reason(error), executed=executed, retry_after_s=retry_s)
 
 
 def was_idle(error: grpc.RpcError) -> bool:
-    """Whether a stream was ended in order because nothing was open on it."""
+    """Whether a stream was ended in order because it was idle."""
     metadata = dict(error.trailing_metadata() or ())
     return (metadata.get(IDLE_KEY), metadata.get(EXECUTED_KEY)) == ("1", "no")
 
 
 def plain_reason(error: grpc.RpcError) -> str:
-    """Why a call failed, in a few words; gRPC's own are long and describe its internals."""
+    """Why a call failed, in a few words; gRPC's own reasons describe its internals."""
     details = error.details() or ""
     for sign, words in _PLAIN_REASONS:
         if sign in details:
@@ -604,7 +605,7 @@ def retry_after_s(trailing_metadata: Iterable[tuple[str, Any]] | None) -> float 
             info = error_details_pb2.RetryInfo()
             if detail.Unpack(info):
                 return validation.retry_after_s(info.retry_delay.ToTimedelta().total_seconds())
-    except Exception:  # noqa: BLE001 - another program's metadata may hold anything
+    except Exception:  # noqa: BLE001 - another program's metadata may contain anything
         return None
     return None
 
@@ -617,7 +618,7 @@ def read_request_id(trailing_metadata: Iterable[tuple[str, Any]] | None) -> int:
 def _retry_status(error: OverlayError) -> bytes:
     delay = Duration()
     delay.FromMilliseconds(max(1, round((error.retry_after_s or 0) * 1000)))
-    # The message must equal the call's, or clients that compare the two see a broken status.
+    # Must equal the call's message, or clients that compare the two see a broken status.
     status = status_pb2.Status(code=int(error.code), message=str(error)[:LONGEST_REASON])
     status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return bytes(status.SerializeToString())
@@ -631,8 +632,8 @@ def _shape_of(message: Any) -> message_size.Shape:
     return {field.number: below(field) for field in message.fields if field.message_type}
 
 
-def _check_names(field: str, names: Sequence[str], limits: Limits, most: int = 1) -> None:
-    _check_count(field, names, most)
+def _check_names(field: str, names: Sequence[str], limits: Limits, limit: int = 1) -> None:
+    _check_count(field, names, limit)
     for name in names:
         if len(name) > limits.max_name or not name.isprintable():
             shown = ascii(name[:20])[1:-1]
@@ -641,9 +642,9 @@ def _check_names(field: str, names: Sequence[str], limits: Limits, most: int = 1
             )
 
 
-def _check_count(field: str, names: Sequence[str], most: int) -> None:
-    if len(names) > most:
-        raise BadRequest(f"{field}: {len(names)} entries are more than {most}")
+def _check_count(field: str, names: Sequence[str], limit: int) -> None:
+    if len(names) > limit:
+        raise BadRequest(f"{field}: {len(names)} entries are more than {limit}")
 
 
 _PLAIN_REASONS = (

@@ -1,9 +1,9 @@
-"""The one place that makes gRPC channels and opens gRPC ports: TLS belongs here.
+"""The only place that makes gRPC channels and opens gRPC ports; TLS belongs here.
 
-    channels.Channel -> open_channel          listener.Listening -> open_port
+    channels.Channel -> open_channel          listener.Listener -> open_port
 
-Nothing else in the product calls grpc.insecure_channel or add_insecure_port; a test holds it to
-that. Addresses arrive as numbers, from the resolver.
+A test checks that nothing else in the product calls grpc.insecure_channel or add_insecure_port.
+Addresses are numeric, from the resolver.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from overlay.model.topology import join_address
 
 if TYPE_CHECKING:
     Options = Sequence[tuple[str, int | str]]
-    """gRPC's channel and server arguments. Of two with one name, gRPC heeds the first."""
+    """gRPC's channel and server arguments. Of two with the same name, gRPC uses the first."""
 
-NOWHERE = "ipv4:127.0.0.1:0"  # a port that no process has, for a name without an address
+NOWHERE = "ipv4:127.0.0.1:0"  # a port that nothing listens on, for a name without an address
 
-# A frozen or vanished peer is noticed within about 2.5 s on every system; see the keepalive test.
+# Detects a frozen or vanished peer within about 2.5 s on every system; see the keepalive test.
 _KEEPALIVE: Options = [
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 1500),
@@ -33,36 +33,36 @@ _KEEPALIVE: Options = [
 
 
 def open_channel(addresses: Sequence[str], port: int, options: Options) -> grpc.Channel:
-    """A channel to the first of these addresses that answers. Connects with the first call."""
+    """A channel to the first address that answers. It connects with the first call."""
     return grpc.insecure_channel(target(addresses, port), options)
 
 
 def open_port(server: grpc.Server, address: str, port: int) -> None:
-    """Makes the server listen there, before it is started. Raises RuntimeError."""
+    """Makes a server listen there before it is started. Raises RuntimeError."""
     place = join_address(address, port)
-    # Encoded as in a URI, or gRPC takes the number of an IPv6 zone for an encoded character.
+    # Encoded as in a URI, or gRPC reads an IPv6 zone as an encoded character.
     if server.add_insecure_port(place.replace("%", "%25")) != port:
-        raise RuntimeError(f"{place} cannot be listened on")
+        raise RuntimeError(f"cannot listen on {place}")
 
 
 def channel_options(limits: Limits | None = None) -> Options:
-    """Options of a channel to a process: quick to notice a dead peer, quick to come back."""
+    """Options of a channel to a process: detects a dead peer and reconnects quickly."""
     return [
         *_size_options(limits or Limits()),
         *_KEEPALIVE,
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 2000),  # also the time that one attempt may take
-        ("grpc.max_reconnect_backoff_ms", 300),  # a process that is back is not waited for longer
-        ("grpc.enable_http_proxy", 0),  # an office's web proxy is not on the way
-        ("grpc.enable_retries", 0),  # gRPC's own retries run a request twice
-        ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, not one shared in-process
-        # Nothing of ours is compressed: a small message that swells to gigabytes is refused.
+        ("grpc.min_reconnect_backoff_ms", 2000),  # also the timeout of one attempt
+        ("grpc.max_reconnect_backoff_ms", 300),  # so that a process that is back is found soon
+        ("grpc.enable_http_proxy", 0),  # processes are not behind an office's web proxy
+        ("grpc.enable_retries", 0),  # gRPC's own retries may run a request twice
+        ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, not shared in-process
+        # We compress nothing, so a small message that inflates to gigabytes is refused.
         ("grpc.compression_enabled_algorithms_bitset", 1),
     ]
 
 
 def server_options(limits: Limits, connections: int | None = None) -> Options:
-    """Options of a process's server: its port is not shared, and no ping is one too many.
+    """Options of a process's server: its port is not shared, and frequent pings are allowed.
 
     connections: how many may be open at a time; None for any number.
     """
@@ -72,7 +72,7 @@ def server_options(limits: Limits, connections: int | None = None) -> Options:
         *_size_options(limits),
         *_KEEPALIVE,
         ("grpc.so_reuseport", 0),
-        # A compressed message is refused: a few KiB, which many can send at once, become many MiB.
+        # Compressed messages are refused: a few KiB, sent by many at once, would inflate to MiBs.
         ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.max_concurrent_streams", limits.calls_of_a_connection),
         ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
@@ -82,7 +82,7 @@ def server_options(limits: Limits, connections: int | None = None) -> Options:
 
 
 def target(addresses: Sequence[str], port: int) -> str:
-    """Several numeric addresses in gRPC's notation, to be tried in their order."""
+    """Numeric addresses in gRPC's notation, to be tried in order."""
     if not addresses:
         return NOWHERE
     if not any(":" in address for address in addresses):
@@ -98,9 +98,9 @@ def _as_ipv6(address: str) -> str:
 
 def _size_options(limits: Limits) -> Options:
     return [
-        # A frame's other requests and fields come on top of a body of the largest size.
+        # A frame may hold a body of the largest size, and other requests and fields.
         ("grpc.max_receive_message_length", limits.max_message_bytes + 2 * MIB),
         ("grpc.max_send_message_length", limits.max_message_bytes + 2 * MIB),
-        # Or gRPC reads ahead of us, and a stream that is not read would fill the memory.
+        # Or gRPC reads ahead, and a stream that we do not read fills the memory.
         ("grpc.http2.bdp_probe", 0),
     ]

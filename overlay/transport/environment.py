@@ -1,8 +1,8 @@
-"""What the program around a client does to processes and threads, where that matters to gRPC.
+"""What a program that uses the client does to processes and threads, where it matters to gRPC.
 
-When a process forks, gRPC's threads stay with the parent, and both have its connections: what the
-child did on them would be said in the parent's name. So the child touches none of gRPC, and begins
-nothing of its own beside it.
+After a fork, gRPC's threads exist only in the parent, but both processes hold its connections: what
+the child did on them would look like the parent's. So the child does not touch gRPC at all, and
+starts no use of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from overlay.model import clocks as time
 
-# After the last close gRPC tidies up on a thread of its own; a child forked meanwhile hangs.
+# After the last close gRPC cleans up on a thread of its own; a child forked meanwhile hangs.
 SETTLED_S = 0.2
 FORKED = (
     "this process was forked from one in which a client was in use, and gRPC does not survive "
@@ -22,37 +22,37 @@ FORKED = (
     "multiprocessing's 'spawn' or 'forkserver'"
 )
 is_orphan = False
-"""Whether gRPC was in use in the process from which this one was forked."""
+"""Whether gRPC was in use in the process that this one was forked from."""
 
 
 class Forkable(Protocol):
-    """Has something that a child inherits from its parent."""
+    """Holds something that a forked child inherits."""
 
     def leave_behind(self) -> None:
-        """In the child: lets go of it as it is, and waits for nothing."""
+        """Called in the child: abandons it as it is, without blocking."""
 
 
-def remember(one: Forkable) -> None:
-    """Has its `leave_behind` called in a child, for as long as it lives."""
-    _remembered.add(one)
+def remember(inherited: Forkable) -> None:
+    """Registers it, as long as it lives, for a call of `leave_behind` in a forked child."""
+    _remembered.add(inherited)
 
 
 def begin_use(of: Any) -> None:
-    """To be called before `of` uses gRPC, until `end_use`; a child keeps it as it is."""
+    """Call it before `of` uses gRPC. Until `end_use`, a forked child keeps `of` alive."""
     _in_use[id(of)] = of
 
 
 def end_use(of: Any) -> None:
-    """To be called after `of` was closed. May be called twice."""
+    """Call it after `of` was closed. May be called twice."""
     global _ended_at
     if _in_use.pop(id(of), None) is not None:
         _ended_at = time.monotonic()
 
 
 def check_threads() -> None:
-    """Raises RuntimeError where gRPC would wait for ever, since there are no true threads."""
+    """Raises RuntimeError if gRPC would wait for ever, as there are no real threads."""
     gevent, grpc = sys.modules.get("gevent.monkey"), sys.modules.get("grpc._cython.cygrpc")
-    # As grpc.experimental.gevent sets it, and gRPC itself looks at it.
+    # Set by grpc.experimental.gevent, and read by gRPC itself.
     is_ready = getattr(grpc, "g_gevent_activated", False)
     if gevent is not None and gevent.is_module_patched("threading") and not is_ready:
         raise RuntimeError(_PATCHED.format("gevent", _GEVENT))
@@ -77,8 +77,8 @@ def _before_fork() -> None:
 def _in_child() -> None:
     global is_orphan
     is_orphan = is_orphan or bool(_in_use)
-    for one in list(_remembered):
-        one.leave_behind()
+    for inherited in list(_remembered):
+        inherited.leave_behind()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

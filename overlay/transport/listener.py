@@ -1,10 +1,10 @@
-"""Where a process listens: a gRPC server, and a new one when its machine gets other addresses.
+"""Listens with a gRPC server, and with a new one when the machine's addresses change.
 
-A gRPC server keeps the addresses that it was started with. When the host is a name, and this
-machine loses those addresses (another network, another lease), the name is looked up again until it
-stands for an address of this machine, and the process listens there too.
+A gRPC server keeps the addresses that it was started with. If the host is a name, and this machine
+loses those addresses (another network, another lease), the name is looked up again until it has an
+address of this machine, and the process listens there too.
 
-Owns a thread, "listening", from `start` to `stop`, where the host is such a name.
+Owns a thread, "listening", from `start` to `stop`, if the host is such a name.
 """
 
 from __future__ import annotations
@@ -19,58 +19,58 @@ from overlay.model import clocks as time
 from overlay.model.topology import join_address
 from overlay.transport.endpoints import open_port
 from overlay.transport.machine import can_bind
-from overlay.transport.resolver import Named, resolve
+from overlay.transport.resolver import Host, resolve
 
 if TYPE_CHECKING:
     import grpc
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0  # from one check of the own addresses to the next
-CLOSE_S = 2.0  # gRPC's server takes less
+CHECK_S = 1.0  # between two checks of this machine's addresses
+MAX_CLOSE_S = 2.0  # a gRPC server takes less
 
 
-class Listening:
+class Listener:
     """The servers of one process. Methods are added to it as to a single grpc.Server.
 
-    place: the addresses to begin with. make: makes a server without methods or ports.
+    host: with the addresses to start with. make: makes a server without methods or ports.
     """
 
-    def __init__(self, place: Named, port: int, make: Callable[[], grpc.Server]) -> None:
-        self._place = place
+    def __init__(self, host: Host, port: int, make: Callable[[], grpc.Server]) -> None:
+        self._host = host
         self._port = port
         self._make = make
         self._methods: list[tuple[str, tuple[Any, ...]]] = []
-        self._open: list[tuple[tuple[str, ...], grpc.Server]] = []  # addresses, their server
+        self._open: list[tuple[tuple[str, ...], grpc.Server]] = []  # addresses, and their server
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._is_told = False  # whether the log says that there is no address
+        self._has_warned = False  # about having no address
         self._thread = threading.Thread(target=self._follow, name="listening", daemon=True)
 
-    def add_generic_rpc_handlers(self, *given: Any) -> None:
-        self._methods.append(("add_generic_rpc_handlers", given))
+    def add_generic_rpc_handlers(self, *args: Any) -> None:
+        self._methods.append(("add_generic_rpc_handlers", args))
 
-    def add_registered_method_handlers(self, *given: Any) -> None:
-        self._methods.append(("add_registered_method_handlers", given))
+    def add_registered_method_handlers(self, *args: Any) -> None:
+        self._methods.append(("add_registered_method_handlers", args))
 
     def start(self) -> None:
         """Raises RuntimeError when an address cannot be listened on."""
-        self._listen(self._place.addresses)
-        if not (self._place.is_lone_number or self._place.is_loopback):
+        self._listen(self._host.addresses)
+        if not (self._host.is_lone_number or self._host.is_loopback):
             self._thread.start()
 
     def stop(self, grace_s: float) -> None:
         self._stopped.set()
         with self._lock:
             servers = [server for _, server in self._open]
-        until = time.monotonic() + CLOSE_S
+        until = time.monotonic() + MAX_CLOSE_S
         for ended in [server.stop(grace_s) for server in servers]:
             ended.wait(max(0.0, until - time.monotonic()))
 
     def _listen(self, numbers: Sequence[str]) -> None:
         server = self._make()
-        for add, given in self._methods:
-            getattr(server, add)(*given)
+        for add, args in self._methods:
+            getattr(server, add)(*args)
         for number in numbers:
             open_port(server, number, self._port)
         with self._lock:
@@ -79,26 +79,26 @@ class Listening:
                 self._open.append((tuple(numbers), server))
 
     def _follow(self) -> None:
-        while not self._stopped.wait(LOOK_S):
+        while not self._stopped.wait(CHECK_S):
             gone = [one for one in self._open if not any(map(can_bind, one[0]))]
             if len(gone) == len(self._open):
-                self._seek(gone)
+                self._move(gone)
             else:
-                self._is_told = False
+                self._has_warned = False
 
-    def _seek(self, gone: list[tuple[tuple[str, ...], grpc.Server]]) -> None:
-        found = resolve(self._place.host)
-        # Without a network some systems give a machine's own name a loopback address.
-        own = tuple(n for n in found.addresses if can_bind(n) and not Named(n, (n,)).is_loopback)
-        if not own:
-            if not self._is_told:
-                lost = Named(found.host, gone[-1][0]).shown()
+    def _move(self, gone: list[tuple[tuple[str, ...], grpc.Server]]) -> None:
+        found = resolve(self._host.host)
+        # Without a network, some systems resolve a machine's own name to a loopback address.
+        usable = tuple(n for n in found.addresses if can_bind(n) and not Host(n, (n,)).is_loopback)
+        if not usable:
+            if not self._has_warned:
+                lost = Host(found.host, gone[-1][0]).shown()
                 log.warning("this machine is no longer %s: this process cannot be reached", lost)
-            self._is_told = True
+            self._has_warned = True
             return
         with contextlib.suppress(RuntimeError):  # taken by another program; it may become free
-            self._listen(own)
-            at = Named(found.host, own).shown(join_address(found.host, self._port))
+            self._listen(usable)
+            at = Host(found.host, usable).shown(join_address(found.host, self._port))
             log.info("serves on %s now", at, extra={"kind": "started"})
             for one in gone:
                 one[1].stop(0)

@@ -1,4 +1,4 @@
-"""Which addresses are this machine's, and which processes of a configuration belong to it."""
+"""Which addresses this machine has, and which processes of a configuration run on it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from overlay.model.topology import Process, join_address
 from overlay.transport import resolver
 
 
-def is_here(process: Process, within_s: float = resolver.LOOK_S) -> bool:
-    """Whether the process listens on this machine. If it binds to every address, its host decides.
+def is_here(process: Process, within_s: float = resolver.LOOKUP_S) -> bool:
+    """Whether the process belongs to this machine. If it binds to every address, its host decides.
 
     within_s: how long to wait for a name's address.
     """
@@ -23,7 +23,7 @@ def is_here(process: Process, within_s: float = resolver.LOOK_S) -> bool:
 
 
 def asking_address(process: Process) -> str:
-    """Where to reach this process from its own machine; `host` may be an address outside a NAT."""
+    """Where to reach this process from its own machine; its `host` may be outside a NAT."""
     host = process.bind.strip("[]")
     if not host:
         return process.address
@@ -51,7 +51,7 @@ def can_bind(address: str) -> bool:
 
 
 def own_addresses() -> list[str]:
-    """The addresses at which other machines may know this one."""
+    """The addresses by which other machines may know this one."""
     found = {
         address.address
         for addresses in psutil.net_if_addrs().values()

@@ -1,8 +1,8 @@
-"""Estimates, from a message's bytes, how much memory it will take when it is parsed.
+"""Estimates, from a message's bytes, how much memory it will take when parsed.
 
-protobuf makes an object of each message within a message: the two bytes of an empty one become some
-hundred in memory, so that 18 MiB of them become 1.3 GiB. Genuine messages have contents, and take
-hardly more memory than they have bytes.
+protobuf makes an object for each nested message: an empty one grows from two bytes to about a
+hundred, and 18 MiB of them to 1.3 GiB. Genuine messages have contents, and take hardly more memory
+than they have bytes.
 
 The bytes are walked field by field, into messages but not into columns, whose items are bytes. So a
 segment of thousands of requests is only a few fields.
@@ -14,9 +14,9 @@ from collections.abc import Mapping
 
 from overlay.model.errors import BadRequest
 
-MIN_BYTES = 16 * 1024  # smaller messages are not checked: they become a MiB at most
-OBJECT_BYTES = 100  # of a message within a message, at least
-ITEM_BYTES = 24  # of a string or bytes field, besides its contents
+MIN_BYTES = 16 * 1024  # smaller messages are not checked: they grow to a MiB at most
+OBJECT_BYTES = 100  # a nested message, at least
+ITEM_BYTES = 24  # a string or bytes field, besides its contents
 ROOM_BYTES, ROOM_PER_BYTE = 16 * 1024 * 1024, 2  # memory that a message may take
 
 Shape = Mapping[int, "Shape | None"]
@@ -45,7 +45,7 @@ def check(message: bytes, shape: Shape) -> None:
 
 
 def _walk(data: bytes, at: int, stop: int, shape: Shape, room: int) -> int:
-    """What is left of the room; negative as soon as it is known not to be enough."""
+    """The room left; negative as soon as it is known to be exceeded."""
     while at < stop and room >= 0:
         tag, at = _varint(data, at)
         kind = tag & 7
@@ -67,7 +67,7 @@ def _walk(data: bytes, at: int, stop: int, shape: Shape, room: int) -> int:
                 if below is not None and end > at:
                     room = _walk(data, at, end, below, room)
             at = end
-        else:  # groups, which no message here has: the parser refuses them
+        else:  # groups, which no message of ours has: the parser refuses them
             return room
     return room
 

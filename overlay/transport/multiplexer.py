@@ -1,14 +1,14 @@
-"""Many segments over one stream: which of them an answer, a cancel or a grant belongs to.
+"""Many segments over one stream: tracks which of them an answer, a cancel or a grant belongs to.
 
-    open(segment) --> its number; its owner writes it into a frame
-    write_control(frame) --> the cancels and grants that wait
-    answers_in(frame) --> slices, each with the segment that it answers
-    take(segment, rows) --> those of the rows that nobody has answered yet, which are answered now
-    lose() --> the segments that were open when the stream ended
+    open(segment)         --> gives it a number; its owner writes it into a frame
+    write_control(frame)  --> adds pending cancels and grants
+    answers_in(frame)     --> slices, each with the segment that it answers
+    take(segment, rows)   --> the rows that were still unanswered, and now are answered
+    lose()                --> the segments that were open when the stream ended
 
-Both ends that ask use it: the client's library and the links to the processes below. What they do
-not share is theirs: what waits to be sent, what may travel together, and what becomes of an answer.
-Sans-IO: it has no stream, no thread and no clock.
+Used by both kinds of senders: the client library and the links to the processes below. Those decide
+what waits to be sent, what may be joined, and what becomes of an answer. Sans-IO: it has no stream,
+no thread and no clock.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from overlay.model.errors import Misspoken
 from overlay.model.limits import Limits
 from overlay.model.pending import PendingRows, Run
 from overlay.model.segments import Slice
-from overlay.transport.chunks import Arriving
+from overlay.transport.chunks import PartProgress
 from overlay.transport.codec import Asked, pb2
 
 SAME_DEADLINE_S = 0.01  # requests whose deadlines are no further apart may share a segment
-CONTROL_BYTES = 20  # about, of a cancel or a grant in a frame
+CONTROL_BYTES = 20  # of a cancel or a grant in a frame, roughly
 MAX_TARGETS = Limits.max_targets
 
-_FIRST = (0,)  # the start of one that is alone
+_FIRST = (0,)  # the start of a lone member
 
 Member = TypeVar("Member")
 
 
 class OpenSegment(Generic[Member]):
-    """A segment on the stream, and which of its rows are not answered yet.
+    """A segment on the stream, and which of its rows are still unanswered.
 
-    members: what was given to be sent, of which it is made: one, or several that were joined.
-    counts, starts: how many rows each of them has, and in which row here it begins.
+    members: what it was made from: one, or several that were joined. counts, starts: how many rows
+    each member has, and its first row here.
     """
 
     __slots__ = (
@@ -57,9 +57,9 @@ class OpenSegment(Generic[Member]):
         partial: bool = False,
         chunks: int = 0,
     ) -> None:
-        """size: bytes. targets: the workers that may answer; None
-        where the other side chooses them. partial: parts may come before their row's answer.
-        chunks: and in chunks, so many of each before more are granted."""
+        """size: bytes. targets: the workers that may answer, None if the other side chooses them.
+        partial: parts may arrive before their row's answer. chunks: if not 0, in chunks, as many of
+        each part before more are granted."""
         self.number = 0
         self.members = members
         self.counts = counts
@@ -69,11 +69,11 @@ class OpenSegment(Generic[Member]):
         self.pending = PendingRows(rows)
         self.chunks = chunks
         self.asked = Asked(rows, targets, partial, chunks > 0)
-        # Of parts that have come before their row's answer: (row, worker) -> how far it is.
-        self.arriving: dict[tuple[int, str], Arriving] = {}
+        # Parts that arrived before their row's answer, by (row, worker).
+        self.arriving: dict[tuple[int, str], PartProgress] = {}
 
     def members_of(self, first: int, rows: int) -> Iterable[tuple[Member, int, int, int]]:
-        """Whose these rows are: (member, its own first row, how many, the first one's row here)."""
+        """The owners of these rows: (member, its own first row, number of rows, first row here)."""
         if rows == self.count:  # the ordinary case
             return zip(self.members, repeat(0), self.counts, self.starts)
         found, stop = [], first + rows
@@ -87,10 +87,11 @@ class OpenSegment(Generic[Member]):
 
 
 class Multiplexer:
-    """The segments that are open on one stream. Safe from any thread.
+    """The open segments of one stream. Thread-safe.
 
-    is_live: segments may be opened; its owner sets it, `lose` clears it. rows, bytes: of what is
-    open. lock: held for every change; its owner may hold it for what must change with `is_live`.
+    is_live: segments may be opened; its owner sets it, `lose` clears it. rows, bytes: of the open
+    segments. lock: held for every change; its owner may hold it to change state along with
+    `is_live`.
     """
 
     def __init__(self) -> None:
@@ -105,16 +106,16 @@ class Multiplexer:
 
     @property
     def has_control(self) -> bool:
-        """Whether a cancel or a grant waits to be written."""
+        """Whether a cancel or a grant is waiting to be written."""
         return bool(self._cancels or self._grants)
 
     def segments(self) -> list[Any]:
-        """Those that are open."""
+        """The open segments."""
         with self.lock:
             return list(self._open.values())
 
     def open(self, segment: OpenSegment[Any]) -> bool:
-        """Gives the segment its number. False where the stream is over: it would get lost."""
+        """Gives the segment its number. Returns False if the stream is over."""
         with self.lock:
             if self.is_live:
                 segment.number = number = next(self._numbers) & 0xFFFFFFFF
@@ -124,17 +125,17 @@ class Multiplexer:
             return self.is_live
 
     def answers_in(self, frame: pb2.Frame) -> Iterator[tuple[Any, pb2.Slice]]:
-        """The slices of the frame, each with its segment; without those of segments that are over.
+        """The slices of the frame, each with its segment, except for segments that are over.
 
-        They are as they came, to be checked against `asked` of that segment.
+        They are unchecked; check them against the segment's `asked`.
         """
-        for made in frame.slices:
-            segment = self._open.get(made.number)
+        for slice_ in frame.slices:
+            segment = self._open.get(slice_.number)
             if segment is not None:
-                yield segment, made
+                yield segment, slice_
 
     def take(self, segment: OpenSegment[Any], start: int, rows: int) -> list[Run]:
-        """The rows among these that are open, which are answered by this: each is given once."""
+        """The open ones of these rows, which are now answered: each row is returned once."""
         pending = segment.pending
         with self.lock:
             before = pending.left
@@ -146,9 +147,9 @@ class Multiplexer:
         return runs
 
     def arrive(self, segment: OpenSegment[Any], start: int, answers: Slice) -> list[Run]:
-        """Parts have come before their rows' answers; those of the rows that are open.
+        """Notes parts that arrived before their rows' answers. Returns the rows that are open.
 
-        Raises Misspoken for more than was granted, which would fill the memory of its reader.
+        Raises Misspoken for more than was granted, as that would fill the reader's memory.
         """
         arriving = segment.arriving
         with self.lock:
@@ -159,7 +160,7 @@ class Multiplexer:
                     if part is None:
                         if len(arriving) >= MAX_TARGETS * segment.count:
                             raise Misspoken(f"parts of more than {MAX_TARGETS:,} workers")
-                        part = arriving[key] = Arriving(segment.chunks)
+                        part = arriving[key] = PartProgress(segment.chunks)
                     chunk = column.chunk
                     if chunk is None or column.failed is not None:
                         part.whole()
@@ -168,7 +169,7 @@ class Multiplexer:
             return segment.pending.runs(start, answers.count)
 
     def grant(self, segment: OpenSegment[Any], row: int, worker: str, chunks: int) -> None:
-        """The reader of a part has room for so many chunks more, unless the row is answered."""
+        """Lets a part's worker send `chunks` more, unless the row is answered."""
         with self.lock:
             if not segment.pending.runs(row, 1):
                 return
@@ -177,30 +178,30 @@ class Multiplexer:
             self._grants.append((segment.number, row, worker, chunks))
 
     def cancel(self, segment: OpenSegment[Any], start: int, rows: int) -> int:
-        """Nobody waits for these rows any more; how many of them are open. They stay open: the
-        other side answers them, or their owner does."""
+        """Cancels these rows. Returns how many of them are open; they stay open until the other
+        side answers them, or their owner does."""
         with self.lock:
             still_open = sum(rows for _, rows in segment.pending.runs(start, rows))
             if still_open:
                 self._cancels.append((segment.number, start, rows))
         return still_open
 
-    def write_control(self, frame: pb2.Frame, most: int) -> int:
-        """Adds what waits, at most so many cancels and as many grants; about how many bytes."""
+    def write_control(self, frame: pb2.Frame, limit: int) -> int:
+        """Adds at most `limit` cancels and as many grants. Returns about how many bytes."""
         if not self._cancels and not self._grants:
             return 0
-        count = min(len(self._cancels), most)
+        count = min(len(self._cancels), limit)
         for _ in range(count):
             number, start, rows = self._cancels.popleft()
             frame.cancels.add(number=number, start=start, count=rows)
-        for _ in range(min(len(self._grants), most)):
+        for _ in range(min(len(self._grants), limit)):
             number, row, worker, chunks = self._grants.popleft()
             frame.grants.add(number=number, row=row, process_id=worker, count=chunks)
             count += 1
         return CONTROL_BYTES * count
 
     def lose(self) -> list[Any]:
-        """The stream is over; the segments that are open, whose rows their owner is to take."""
+        """The stream is over. Returns the open segments, whose rows the owner must take."""
         with self.lock:
             self.is_live = False
             self._cancels.clear()

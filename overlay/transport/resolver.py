@@ -1,12 +1,11 @@
-"""The addresses of a machine's name, from this system's own resolver.
+"""The addresses of a machine's name, from the system's own resolver.
 
-gRPC's resolver knows the hosts file and DNS servers, but neither mDNS (my-mac.local) nor NetBIOS
-nor the other sources of a system. So gRPC gets only numbers: every address on its way to gRPC or a
-socket passes through here.
+gRPC's resolver knows the hosts file and DNS, but not mDNS (my-mac.local), NetBIOS or the system's
+other sources. So gRPC gets only numeric addresses: every address passed to gRPC or a socket comes
+from here.
 
-The system may take many seconds and cannot be interrupted. So each look-up that is waited for runs
-on a thread of its own, "name", one at a time for each name, and is left to itself when the wait is
-over.
+A lookup may take many seconds and cannot be interrupted. So each one that is waited for runs on a
+thread of its own, "name", one at a time per name, and is abandoned when the wait is over.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from dataclasses import dataclass
 
 from overlay.model import clocks as time
 
-LOOK_S = 5.0  # for callers that can wait; mDNS gives up after this
+LOOKUP_S = 5.0  # for callers that can wait; mDNS gives up after that
 SLICE_S = 0.5  # of a wait: before Python 3.14, Windows cannot interrupt a longer one
-FRESH_S = 0.5  # how long a result is reused, as several may ask about one machine
-MAX_KEPT = 256  # names whose last look-up is remembered
-MAX_SHOWN = 4  # addresses in a message
+REUSE_S = 0.5  # how long a result is reused, as several callers may ask about one machine
+MAX_LOOKUPS = 256  # names whose last lookup is kept
+MAX_SHOWN = 4  # addresses listed in a message
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
-INSTEAD = "correct it, see that its machine is on, or write its address in numbers"
+ADVICE = "correct it, see that its machine is on, or write its address in numbers"
 
 
 @dataclass(frozen=True)
-class Named:
+class Host:
     """A host and its addresses.
 
-    addresses: numeric, each once, in the order in which the system wants them tried; an IPv6 one
-    may have a zone (fe80::1%2). If there are none, `why` says the reason.
+    addresses: numeric, without duplicates, in the system's order of preference; an IPv6 one may
+    have a zone (fe80::1%2). why: if there are none, the reason.
     """
 
     host: str
@@ -53,7 +52,7 @@ class Named:
         )
 
     def shown(self, text: str = "") -> str:
-        """The host, or the given text in its place, with its addresses in brackets."""
+        """The host, or `text` instead, with its addresses in parentheses."""
         text = text or self.host
         if not self.addresses or self.is_lone_number or self.host == "localhost":
             return text
@@ -67,44 +66,44 @@ def is_number(host: str) -> bool:
     return False
 
 
-def resolve(host: str) -> Named:
+def resolve(host: str) -> Host:
     """Asks the system, however long that takes."""
     host = host.strip("[]")
     if is_number(host):
-        return Named(host, (host,))
+        return Host(host, (host,))
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as e:  # ValueError: the name is too long or malformed
         again = getattr(e, "errno", None) == socket.EAI_AGAIN
-        return Named(host, (), _unknown(host, " (the name servers do not answer)" if again else ""))
+        return Host(host, (), _unknown(host, " (the name servers do not answer)" if again else ""))
     addresses = tuple(
-        dict.fromkeys(_number(place) for family, *_, place in found if family in FAMILIES)
+        dict.fromkeys(_numeric(place) for family, *_, place in found if family in FAMILIES)
     )
-    return Named(host, addresses, "" if addresses else _unknown(host))
+    return Host(host, addresses, "" if addresses else _unknown(host))
 
 
-def look_up(host: str, within_s: float = LOOK_S) -> Named:
+def look_up(host: str, within_s: float = LOOKUP_S) -> Host:
     """As `resolve`, but waits at most `within_s`."""
     host = host.strip("[]")
     if is_number(host):
-        return Named(host, (host,))
-    look, until = _begun(host), time.monotonic() + within_s
-    while not look.done.wait(max(0.0, min(SLICE_S, until - time.monotonic()))):
+        return Host(host, (host,))
+    lookup, until = _lookup_of(host), time.monotonic() + within_s
+    while not lookup.done.wait(max(0.0, min(SLICE_S, until - time.monotonic()))):
         if time.monotonic() >= until:
-            return silent(host)
-    return look.found or silent(host)
+            return pending(host)
+    return lookup.found or pending(host)
 
 
-def begin(hosts: Iterable[str]) -> None:
-    """Starts looking these up, so that all together take no longer than the slowest."""
+def prefetch(hosts: Iterable[str]) -> None:
+    """Starts looking up the hosts, so that all take no longer than the slowest."""
     for host in hosts:
         if not is_number(plain := host.strip("[]")):
-            _begun(plain)
+            _lookup_of(plain)
 
 
-def silent(host: str) -> Named:
+def pending(host: str) -> Host:
     """The result for a name that is still being looked up."""
-    return Named(host, (), _unknown(host, " yet (the system is still looking it up)"))
+    return Host(host, (), _unknown(host, " yet (the system is still looking it up)"))
 
 
 def socket_address(address: str, port: int) -> tuple[socket.AddressFamily, tuple[object, ...]]:
@@ -115,8 +114,8 @@ def socket_address(address: str, port: int) -> tuple[socket.AddressFamily, tuple
 
 
 def connect(addresses: tuple[str, ...], port: int, within_s: float) -> socket.socket:
-    """A connection to the first address that accepts one. Raises OSError: a refusal if there was
-    one, as it says the most."""
+    """A connection to the first address that accepts one. Raises OSError, preferably a refusal, as
+    that says the most."""
     until = time.monotonic() + within_s
     failed: OSError = TimeoutError()
     for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
@@ -130,26 +129,26 @@ def connect(addresses: tuple[str, ...], port: int, within_s: float) -> socket.so
 
 
 def _unknown(host: str, doubt: str = "") -> str:
-    return f"{host}: this machine knows no such name{doubt}; {INSTEAD}"
+    return f"{host}: this machine knows no such name{doubt}; {ADVICE}"
 
 
-def _number(place: tuple[object, ...]) -> str:
+def _numeric(place: tuple[object, ...]) -> str:
     zone = place[3] if len(place) == 4 else 0
     return f"{str(place[0]).partition('%')[0]}%{zone}" if zone else str(place[0])
 
 
-class _Look:
-    """One look-up, in progress or done."""
+class _Lookup:
+    """One lookup, in progress or done."""
 
     def __init__(self, host: str) -> None:
         self.done = threading.Event()
-        self.found: Named | None = None
+        self.found: Host | None = None
         self._host = host
         self._ended = 0.0  # monotonic seconds
 
     @property
     def is_stale(self) -> bool:
-        return self.done.is_set() and time.monotonic() - self._ended > FRESH_S
+        return self.done.is_set() and time.monotonic() - self._ended > REUSE_S
 
     def run(self) -> None:
         try:
@@ -159,17 +158,17 @@ class _Look:
             self.done.set()
 
 
-_looks: dict[str, _Look] = {}
+_lookups: dict[str, _Lookup] = {}
 _lock = threading.Lock()
 
 
-def _begun(host: str) -> _Look:
+def _lookup_of(host: str) -> _Lookup:
     with _lock:
-        look = _looks.get(host)
-        if look is None or look.is_stale:
-            if len(_looks) >= MAX_KEPT:
-                for old in [name for name, one in _looks.items() if one.is_stale]:
-                    del _looks[old]
-            look = _looks[host] = _Look(host)
-            threading.Thread(target=look.run, name="name", daemon=True).start()
-        return look
+        lookup = _lookups.get(host)
+        if lookup is None or lookup.is_stale:
+            if len(_lookups) >= MAX_LOOKUPS:
+                for old in [name for name, one in _lookups.items() if one.is_stale]:
+                    del _lookups[old]
+            lookup = _lookups[host] = _Lookup(host)
+            threading.Thread(target=lookup.run, name="name", daemon=True).start()
+        return lookup

@@ -1,7 +1,7 @@
-"""Calls a function for each thing whose deadline has passed: one thread for all of them.
+"""Calls a function for each thing whose deadline has passed, on one thread for all.
 
-Owns that thread, "deadlines", from `start` to `stop`. It sleeps until the first deadline, so that
-requests which are answered in time wake nothing.
+Owns that thread, "deadlines", from `start` to `stop`. It sleeps until the first deadline, so
+requests that are answered in time wake nothing.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from overlay.model import clocks as time
 
 log = logging.getLogger(__name__)
 
-# `expire` comes up to two of these late. A link reserves 50 ms of a deadline for the way back, so
-# 20 ms are enough for the process asked; a finer tick costs wake-ups.
+# `expire` is called up to two ticks late. A link reserves 50 ms of a deadline for the way back, so
+# 20 ms are acceptable; a finer tick costs wake-ups.
 TICK_S = 0.01
-LONGEST_S = 600.0  # of one sleep, at most
+MAX_SLEEP_S = 600.0  # of one sleep
 
 
 class Deadlines:
-    """Calls `expire` with each watched thing whose deadline has passed. Safe from any thread."""
+    """Calls `expire` with each watched thing whose deadline has passed. Thread-safe."""
 
     def __init__(self, expire: Callable[[Any], None]) -> None:
         self._expire = expire
         self._ticks: dict[int, set[Hashable]] = defaultdict(set)
-        self._first: float = math.inf  # the tick until which the thread sleeps
+        self._first: float = math.inf  # the thread sleeps until this tick
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._stopped = False
@@ -67,7 +67,7 @@ class Deadlines:
                 while not due and not self._stopped:
                     left_s = (self._first + 1) * TICK_S - time.monotonic()
                     # Bounded, since Condition.wait raises OverflowError for a timeout of centuries.
-                    self._changed.wait(min(max(0.0, left_s), LONGEST_S))
+                    self._changed.wait(min(max(0.0, left_s), MAX_SLEEP_S))
                     due = self._due_locked()
                 if self._stopped:
                     return
@@ -77,7 +77,7 @@ class Deadlines:
             time.sleep(TICK_S)
 
     def _due_locked(self) -> list[set[Hashable]]:
-        """Takes out what is due, by tick; thousands of deadlines may share one."""
+        """Removes what is due, by tick; thousands of deadlines may share one."""
         now = int(time.monotonic() / TICK_S)
         if now <= self._first:
             return []
@@ -88,5 +88,5 @@ class Deadlines:
     def _expire_one(self, thing: Hashable) -> None:
         try:
             self._expire(thing)
-        except Exception:  # the others' deadlines must still come
-            log.exception("the handling of an expired deadline failed")
+        except Exception:  # the others must still expire
+            log.exception("handling an expired deadline failed")

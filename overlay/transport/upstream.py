@@ -1,6 +1,6 @@
-"""The addresses of the processes above this one, which tell their links from clients.
+"""The addresses of the processes above this one, by which their links are told from clients.
 
-Owns a thread, "hosts", from `start` to `stop`, where a host is a name that has to be looked up.
+Owns a thread, "hosts", from `start` to `stop`, if a host is a name that has to be looked up.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from overlay.model.topology import Process
 from overlay.transport.resolver import resolve
 
-AGAIN_S = 2.0  # a name may get another address
+LOOKUP_INTERVAL_S = 2.0  # as a name may get another address
 
 
 class UpstreamHosts:
-    """Safe from any thread; never waits."""
+    """Thread-safe; never blocks."""
 
     def __init__(self, processes: Iterable[Process]) -> None:
         self._addresses: dict[str, frozenset[str]] = {}
@@ -38,7 +38,7 @@ class UpstreamHosts:
         self._stopped.set()
 
     def has(self, process_id: str, address: str) -> bool:
-        """Whether the process is one of them, and calls from there."""
+        """Whether the process is one of them, and this is its address."""
         with contextlib.suppress(ValueError):
             return plain_address(address) in self._addresses.get(process_id, ())
         return False
@@ -47,16 +47,16 @@ class UpstreamHosts:
         while True:
             for process in self._named:
                 found = resolve(process.host).addresses
-                if found:  # else it keeps the last ones
+                if found:  # else keep the last ones
                     self._addresses[process.id] = frozenset(map(plain_address, found))
-            if self._stopped.wait(AGAIN_S):
+            if self._stopped.wait(LOOKUP_INTERVAL_S):
                 return
 
 
 def plain_address(text: str) -> str:
-    """One way to write an IP address, IPv4 also where it came over an IPv6 socket.
+    """The canonical form of an IP address; IPv4 if it was mapped into IPv6.
 
-    Raises ValueError for what is none.
+    Raises ValueError for anything else.
     """
     address = ipaddress.ip_address(text.partition("%")[0])
     return str(getattr(address, "ipv4_mapped", None) or address)

@@ -1,10 +1,10 @@
-"""Checks what another process says, before anything acts on its numbers.
+"""Validates messages from other processes before anything acts on them.
 
-The sender may be broken, hostile, or of an unknown release: a slice of 60 bytes can claim 2^32
-rows. Everything that a process or a client reads from another process passes through here first,
-and raises Misspoken when it does not fit what was asked, or exceeds any reasonable bound.
+The sender may be broken, hostile or of an unknown release: a slice of 60 bytes can claim 2^32 rows.
+Everything that a process or client reads from another process passes through here first, and raises
+Misspoken if it does not fit the request or exceeds any reasonable limit.
 
-An answer is checked in each of its parts, hops and failures, but not row by row.
+All parts, hops and failures of an answer are checked, but not each row.
 """
 
 from __future__ import annotations
@@ -19,118 +19,116 @@ from overlay.model.topology import ROLES
 from overlay.observability.log_buffer import escaped
 
 _LIMITS = Limits()
-LONGEST_NAME = _LIMITS.max_name
-LONGEST_TEXT = _LIMITS.max_text
+MAX_NAME = _LIMITS.max_name
+MAX_TEXT = _LIMITS.max_text
 MAX_PARTS = _LIMITS.max_targets
-MAX_HOPS = _LIMITS.max_targets + _LIMITS.max_hops  # of an answer: all workers, and those between
-MAX_ENTRIES = _LIMITS.max_targets  # of any list that a process tells of itself
+MAX_HOPS = _LIMITS.max_targets + _LIMITS.max_hops  # of an answer: all workers, and those in between
+MAX_ENTRIES = _LIMITS.max_targets  # of any list in a process's metrics
 MAX_SLOTS = _LIMITS.max_told_slots
 MAX_CHARACTERS = _LIMITS.functions_characters
-MAX_RETRY_S = _LIMITS.max_deadline_s  # no request waits for longer
+MAX_RETRY_S = _LIMITS.max_deadline_s  # no request waits longer
 MESSAGE_BYTES = range(_LIMITS.least_message_bytes, _LIMITS.most_message_bytes + 1)
 
 
-_checked: set[tuple[str, ...]] = {()}  # hops that passed recently
+_checked: set[tuple[str, ...]] = {()}  # hops that were valid recently
 
 
 class Asked(NamedTuple):
-    """What a slice may be an answer to. Which rows are still open does not matter here.
+    """What a slice may answer, whichever rows are still open.
 
-    targets: the workers that may have a part in it; None where the process asked chose them. early:
-    parts may come before the answer; chunks: and in chunks.
+    targets: the workers that may have a part in it; None if the process asked chooses them.
+    partial: parts may arrive before the answer. chunks: they may arrive in chunks.
     """
 
     rows: int
     targets: frozenset[str] | None = None
-    early: bool = False
+    partial: bool = False
     chunks: bool = False
 
 
-Said = tuple[Any, str, int, Any, tuple[str, ...]]
-"""A part that was read, so that it is read only once: the message, its worker, its number of
-results, its failures, its hops."""
+ReadPart = tuple[Any, str, int, Any, tuple[str, ...]]
+"""A part's fields, read once: the message, its worker, number of results, failures and hops."""
 
 
 def check_slice(
-    made: Any, asked: Asked, results: bool = True
-) -> tuple[list[Said], tuple[str, ...]]:
+    message: Any, asked: Asked, results: bool = True
+) -> tuple[list[ReadPart], tuple[str, ...]]:
     """Checks a slice between processes or, with `results` false, one for a client.
 
     Returns its parts and hops. Raises Misspoken.
     """
-    count = made.count
-    if not 0 < count <= asked.rows - made.start:
-        raise Misspoken(f"rows {made.start} to +{count} of a segment of {asked.rows}")
-    more = made.more
-    if more and not asked.early:
-        raise Misspoken("parts before the answer, where none were asked for")
-    parts = [said(part) for part in made.parts]
+    count = message.count
+    if not 0 < count <= asked.rows - message.start:
+        raise Misspoken(f"rows {message.start} to +{count} of a segment of {asked.rows}")
+    more = message.more
+    if more and not asked.partial:
+        raise Misspoken("parts before the answer, where none were requested")
+    parts = [read_part(part) for part in message.parts]
     if parts:
         _check_workers([part[1] for part in parts], asked.targets)
         for part in parts:
             _check_part(part, count, asked, more, results)
-    if made.failures:
-        _check_failures(made.failures, count)
-    if made.trace:
-        _check_trace(made.trace)
+    if message.failures:
+        _check_failures(message.failures, count)
+    if message.trace:
+        _check_trace(message.trace)
     if not results:
-        _check_results(made, count)
-    return parts, _hops(made.hops)
+        _check_results(message, count)
+    return parts, _hops(message.hops)
 
 
-def said(part: Any) -> Said:
+def read_part(part: Any) -> ReadPart:
     """Reads a part. Raises Misspoken for its hops."""
     return part, part.process_id, len(part.results.items), part.failures, _hops(part.hops)
 
 
-def check_response(made: Any) -> None:
+def check_response(message: Any) -> None:
     """Checks the answer to a unary request. Raises Misspoken."""
-    workers = {part.process_id for part in made.parts}
-    if len(workers) < len(made.parts):
+    workers = {part.process_id for part in message.parts}
+    if len(workers) < len(message.parts):
         raise Misspoken("two parts of one worker in one answer")
     _check_names("parts", workers, MAX_PARTS)
-    _check_names("hops", made.hops, MAX_HOPS)
-    for part in made.parts:
+    _check_names("hops", message.hops, MAX_HOPS)
+    for part in message.parts:
         _check_names("hops", part.hops, MAX_HOPS)
-    _check_trace(made.trace)
+    _check_trace(message.trace)
 
 
-def check_metrics(made: Any) -> None:
-    """Checks metrics. Their texts are cut and escaped in place. Raises Misspoken."""
-    tidy(made)
-    ids = {process.id for process in made.topology}
-    if len(ids) < len(made.topology):
+def check_metrics(message: Any) -> None:
+    """Checks metrics, and cuts and escapes their texts in place. Raises Misspoken."""
+    tidy(message)
+    ids = {process.id for process in message.topology}
+    if len(ids) < len(message.topology):
         raise Misspoken("topology: one process twice")
-    if ids and made.process_id not in ids:
-        raise Misspoken(f"topology: it does not have '{_shown(made.process_id)}' itself")
+    if ids and message.process_id not in ids:
+        raise Misspoken(f"topology: it does not have '{_shown(message.process_id)}' itself")
     _check_names("topology", ids, MAX_ENTRIES)
-    _check_names("process_id", (made.process_id,))
-    for process in made.topology:
+    _check_names("process_id", (message.process_id,))
+    for process in message.topology:
         _check_process(process, ids)
-    _check_functions(made.functions)
-    for histogram in (made.service, made.waiting):
+    _check_functions(message.functions)
+    for histogram in (message.service, message.waiting):
         if histogram.bounds_s and len(histogram.counts) != len(histogram.bounds_s) + 1:
             raise Misspoken("a histogram with a count too many or too few")
 
 
-def check_logs(made: Any, process_id: str, lines: int) -> None:
-    """Checks a log's lines, at most so many. Tidied in place. Raises Misspoken."""
-    tidy(made)
-    if made.process_id != process_id:
-        raise Misspoken(f"the log of '{_shown(made.process_id)}', not of '{_shown(process_id)}'")
-    if len(made.lines) > lines:
-        raise Misspoken(f"{len(made.lines)} lines, and {lines} were asked for")
+def check_logs(message: Any, process_id: str, lines: int) -> None:
+    """Checks at most `lines` lines of a log, and tidies them in place. Raises Misspoken."""
+    tidy(message)
+    if message.process_id != process_id:
+        raise Misspoken(f"the log of '{_shown(message.process_id)}', not of '{_shown(process_id)}'")
+    if len(message.lines) > lines:
+        raise Misspoken(f"{len(message.lines)} lines, and {lines} were asked for")
 
 
 def tidy(message: Any) -> None:
-    """Checks any message for people; cuts and escapes its texts in place, docstrings line by line.
+    """Checks a message that people will read, and cuts and escapes its texts in place.
 
-    Raises Misspoken for negative numbers and NaN, unknown values of an enum, and lists or names
-    that are too long.
+    Raises Misspoken for negative numbers, NaN, unknown enum values, and too long lists or names.
     """
     for field, value in message.ListFields():
         if isinstance(value, str):
-            if len(value) > LONGEST_TEXT or not value.isprintable():
+            if len(value) > MAX_TEXT or not value.isprintable():
                 setattr(message, field.name, _escaped(field.name, value))
         elif isinstance(value, (bool, bytes)):
             continue
@@ -143,21 +141,21 @@ def tidy(message: Any) -> None:
 
 
 def retry_after_s(seconds: float) -> float | None:
-    """The time after which to try again, as another process says, bounded; None if not positive."""
+    """Another process's time to retry after, bounded; None if it is not positive."""
     return min(seconds, MAX_RETRY_S) if seconds > 0 else None
 
 
-def most_bytes(said: object) -> int | None:
-    """The largest message that another process says it takes; None for no or no sensible number."""
-    if not (isinstance(said, str) and said.isascii() and said.isdigit() and len(said) < 12):
+def max_bytes(value: object) -> int | None:
+    """The largest message that another process accepts; None if it gives no valid number."""
+    if not (isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 12):
         return None
-    return int(said) if int(said) in MESSAGE_BYTES else None
+    return int(value) if int(value) in MESSAGE_BYTES else None
 
 
 def _escaped(field: str, text: str) -> str:
     if field != "doc":
-        return escaped(text, LONGEST_TEXT)
-    return "\n".join(escaped(line) for line in text[:LONGEST_TEXT].split("\n"))[:LONGEST_TEXT]
+        return escaped(text, MAX_TEXT)
+    return "\n".join(escaped(line) for line in text[:MAX_TEXT].split("\n"))[:MAX_TEXT]
 
 
 def _check_functions(functions: Sequence[Any]) -> None:
@@ -167,11 +165,11 @@ def _check_functions(functions: Sequence[Any]) -> None:
     _check_names("functions", [function.name for function in functions])
 
 
-def request_id(said: object) -> int:
-    """An id from its printed form; 0 if it is not one."""
-    if not (isinstance(said, str) and len(said) == 16 and set(said) <= _HEXADECIMAL):
+def request_id(text: object) -> int:
+    """A request id from its printed form; 0 if invalid."""
+    if not (isinstance(text, str) and len(text) == 16 and set(text) <= _HEXADECIMAL):
         return 0
-    return int(said, 16)
+    return int(text, 16)
 
 
 _HEXADECIMAL = set("0123456789abcdef")
@@ -183,12 +181,12 @@ def _check_workers(workers: list[str], targets: frozenset[str] | None) -> None:
     if targets is None:
         _check_names("parts", workers, MAX_PARTS)
     elif not targets.issuperset(workers):
-        stranger = min(set(workers) - targets)
-        raise Misspoken(f"a part of '{_shown(stranger)}', which was not asked")
+        unknown = min(set(workers) - targets)
+        raise Misspoken(f"a part of '{_shown(unknown)}', which was not asked")
 
 
-def _check_part(said: Said, count: int, asked: Asked, more: bool, results: bool) -> None:
-    part, worker, found, failures, _ = said
+def _check_part(read: ReadPart, count: int, asked: Asked, more: bool, results: bool) -> None:
+    part, worker, found, failures, _ = read
     if failures:
         _check_failures(failures, count)
     if found != count and (found or (results and not _all_failed(failures))):
@@ -205,23 +203,23 @@ def _all_failed(failures: Any) -> bool:
 
 
 def _check_failures(details: Any, count: int) -> None:
-    """Each must lie within the slice, and there must not be more of them than rows."""
-    told = 0
+    """Each must lie within the slice, and there must be no more failures than rows."""
+    failed = 0
     for detail in details:
         rows = detail.count or count
-        told += rows
-        if told > count or (detail.count and detail.start + rows > count):
+        failed += rows
+        if failed > count or (detail.count and detail.start + rows > count):
             raise Misspoken(f"failures of rows {detail.start} to +{rows} in a slice of {count}")
         if detail.code == 0:
             raise Misspoken("a failure with the code OK")
 
 
-def _check_results(made: Any, count: int) -> None:
-    """For a client: one result for each row, or none and a failure for each."""
-    found = len(made.results.items)
-    if found == count or (found == 0 and made.more):
+def _check_results(message: Any, count: int) -> None:
+    """For a client: either one result per row, or none and a failure for every row."""
+    found = len(message.results.items)
+    if found == count or (found == 0 and message.more):
         return
-    failed = sum(detail.count or count for detail in made.failures)
+    failed = sum(detail.count or count for detail in message.failures)
     if found or failed < count:
         raise Misspoken(f"{found} results and {failed} failures for {count} rows")
 
@@ -234,8 +232,8 @@ def _check_process(process: Any, ids: set[str]) -> None:
     if process.role not in ROLES:
         raise Misspoken(f"topology: '{_shown(process.role)}' is not a role")
     _check_names("topology", (process.team, process.handler))
-    if strangers := set(process.neighbors) - ids:
-        raise Misspoken(f"topology: neighbor '{_shown(min(strangers))}' is not in it")
+    if unknown := set(process.neighbors) - ids:
+        raise Misspoken(f"topology: neighbor '{_shown(min(unknown))}' is not in it")
     host, _, port = process.address.rpartition(":")
     if not (host and port.isascii() and port.isdigit() and len(host) < 300 and len(port) < 6):
         raise Misspoken(f"topology: '{_shown(process.address)}' is not host:port")
@@ -274,7 +272,7 @@ def _check_number(field: Any, value: float) -> None:
 def _hops(hops: Sequence[str]) -> tuple[str, ...]:
     """Raises Misspoken."""
     names = tuple(hops)
-    if names not in _checked:  # the same few routes come again and again
+    if names not in _checked:  # the same few routes recur
         _check_names("hops", names, MAX_HOPS)
         if len(_checked) > 1000:
             _checked.clear()
@@ -283,13 +281,13 @@ def _hops(hops: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_names(field: str, names: Iterable[str], most: int = MAX_ENTRIES) -> None:
+def _check_names(field: str, names: Iterable[str], limit: int = MAX_ENTRIES) -> None:
     names = names if isinstance(names, tuple) else tuple(names)
-    if len(names) > most:
+    if len(names) > limit:
         raise Misspoken(f"{field}: {len(names):,} entries")
-    if max(map(len, names), default=0) > LONGEST_NAME or not "".join(names).isprintable():
-        bad = next(n for n in names if len(n) > LONGEST_NAME or not n.isprintable())
-        raise Misspoken(f"{field}: '{_shown(bad)}' is not a name")
+    if max(map(len, names), default=0) > MAX_NAME or not "".join(names).isprintable():
+        invalid = next(n for n in names if len(n) > MAX_NAME or not n.isprintable())
+        raise Misspoken(f"{field}: '{_shown(invalid)}' is not a name")
 
 
 def _shown(text: str) -> str:

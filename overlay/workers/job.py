@@ -37,7 +37,7 @@ from overlay.transport.chunks import (
     ITEM_END,
     ChunkWriter,
     Items,
-    Leaving,
+    ItemSender,
     NotBytes,
     Send,
     cut,
@@ -347,7 +347,7 @@ def _sent(items: Iterable[Any], send: Send) -> tuple[str, Any]:
 
 
 def _sent_singly(items: Items, send: Send) -> tuple[str, Any]:
-    leaving = Leaving(send)
+    leaving = ItemSender(send)
     try:
         for item in items:
             if not item.endswith(ITEM_END):

@@ -1,4 +1,4 @@
-"""A link's bookkeeping with a pipe in memory, and links to a real server in this process."""
+"""A link's bookkeeping over a stream in memory, and links to a real server in this process."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ from overlay.workers.api import Context
 from tests.harness.cluster import free_port, until
 
 KIB = 1024
-GONE = Part("", Code.UNAVAILABLE, "the connection was closed")
+CLOSED = Part("", Code.UNAVAILABLE, "the connection was closed")
 STOPPED = Part("", Code.UNAVAILABLE, "C is stopping", executed=Executed.NO)
 
 
-class MemoryPipe:
-    """What a pipe does, when the test says so."""
+class MemoryStream:
+    """Stands in for a ReconnectingStream: does what it does when the test says so."""
 
-    made: list[MemoryPipe]
+    made: list[MemoryStream]
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class MemoryPipe:
         metadata=(),
     ) -> None:
         self.name = name
-        self.kicks = self.hurries = 0
+        self.kicks = self.sent_now = 0
         self.patience_s = patience_s
         self._fill, self._receive, self._lost, self._live = fill, receive, lost, live
 
@@ -79,17 +79,17 @@ class MemoryPipe:
     def kick(self) -> None:
         self.kicks += 1
 
-    def hurry(self) -> None:
-        self.hurries += 1
+    def send_now(self) -> None:
+        self.sent_now += 1
 
     def start(self) -> None: ...
 
     def end(self) -> None: ...
 
-    def again(self) -> None: ...
+    def end_pause(self) -> None: ...
 
     def take(self) -> list[pb2.Frame]:
-        """The frames that leave now."""
+        """The frames that are sent now."""
         frames = []
         while self._fill(frame := pb2.Frame()):
             frames.append(pb2.Frame.FromString(frame.SerializeToString()))
@@ -99,21 +99,21 @@ class MemoryPipe:
         column = PartSlice("C", Column(results), worked_us=worked_us)
         frame = pb2.Frame()
         codec.write_slice(frame, number, start, Slice(len(results), (column,), ("C",)))
-        self.hear(pb2.Frame.FromString(frame.SerializeToString()))
+        self.receive(pb2.Frame.FromString(frame.SerializeToString()))
 
-    def lose(self, why: Part = GONE) -> None:
+    def lose(self, why: Part = CLOSED) -> None:
         self._lost(why)
 
-    def hear(self, frame: pb2.Frame) -> None:
+    def receive(self, frame: pb2.Frame) -> None:
         try:
             self._receive(frame)
         except Misspoken as e:
-            self._lost(Part("", e.code, f"it speaks wrongly: {e}"))
+            self._lost(Part("", e.code, f"it violates the protocol: {e}"))
 
 
 @dataclass
 class Sent:
-    """A segment that the test sent, and what came of its rows."""
+    """A segment that the test sent, and the answers to its rows."""
 
     rows: list[list[Part]]
     end: Cancel
@@ -129,16 +129,16 @@ class Sent:
 
 
 class Bench:
-    """The links of a process with one neighbour, over pipes in memory."""
+    """The links of a process with one neighbour, over streams in memory."""
 
     def __init__(self, limits: Limits) -> None:
-        with mock.patch.object(outgoing, "ReconnectingStream", MemoryPipe):
+        with mock.patch.object(outgoing, "ReconnectingStream", MemoryStream):
             neighbour = Process("C", "worker", "green", "127.0.0.1", 1)
             self.links = Peers([neighbour], limits, "digest")
         self.link = self.links._links["C"]
         self.small, self.large = (sender.stream for sender in self.link._senders)
-        for pipe in (self.small, self.large):
-            pipe.accept()
+        for stream in (self.small, self.large):
+            stream.accept()
 
     def send(self, *payloads: bytes, left_s: float = 30.0, own_ids: bool = False) -> Sent:
         self.links.reserve("C", "", len(payloads))
@@ -165,7 +165,7 @@ def bench() -> Iterator[Bench]:
     made.link.channel.close()
 
 
-def test_what_is_sent_leaves_together_with_the_next_flush(bench):
+def test_sent_segments_leave_together_at_the_next_flush(bench):
     kicks = bench.small.kicks
     bench.send(b"a", b"b")
     bench.send(b"c", left_s=20)
@@ -180,7 +180,7 @@ def test_what_is_sent_leaves_together_with_the_next_flush(bench):
     assert len({made.number for made in frame.segments}) == 2
 
 
-def test_answers_come_in_any_order_and_each_row_once(bench):
+def test_answers_may_arrive_in_any_order_and_each_row_is_answered_once(bench):
     sent = bench.send(b"a", b"b", b"c", b"d")
     ((number,),) = [[made.number for made in frame.segments] for frame in bench.small.take()]
 
@@ -194,7 +194,7 @@ def test_answers_come_in_any_order_and_each_row_once(bench):
     assert bench.outstanding == 0
 
 
-def test_what_was_never_handed_to_grpc_provably_did_not_run(bench):
+def test_a_request_never_handed_to_grpc_provably_did_not_run(bench):
     sent = bench.send(b"a", b"b")
 
     bench.small.lose()
@@ -205,7 +205,7 @@ def test_what_was_never_handed_to_grpc_provably_did_not_run(bench):
     assert bench.small.take() == []  # and it never will
 
 
-def test_what_was_handed_to_grpc_may_have_run(bench):
+def test_a_request_handed_to_grpc_may_have_run(bench):
     sent = bench.send(b"a", b"b")
     bench.small.take()
 
@@ -216,7 +216,7 @@ def test_what_was_handed_to_grpc_may_have_run(bench):
     assert bench.outstanding == 0
 
 
-def test_a_loss_answers_only_the_rows_that_are_open(bench):
+def test_a_loss_answers_only_open_rows(bench):
     sent = bench.send(b"a", b"b", b"c")
     (frame,) = bench.small.take()
     bench.small.answer(frame.segments[0].number, 1, b"B")
@@ -227,7 +227,7 @@ def test_a_loss_answers_only_the_rows_that_are_open(bench):
     assert bench.outstanding == 0
 
 
-def test_the_end_of_a_neighbour_that_stops_in_order_proves_that_the_rest_did_not_run(bench):
+def test_a_neighbour_that_stops_in_order_proves_that_open_rows_did_not_run(bench):
     sent = bench.send(b"a", b"b", b"c")
     (frame,) = bench.small.take()
     bench.small.answer(frame.segments[0].number, 1, b"B")
@@ -238,11 +238,11 @@ def test_the_end_of_a_neighbour_that_stops_in_order_proves_that_the_rest_did_not
     assert bench.outstanding == 0
 
 
-def test_a_neighbour_that_stops_is_asked_nothing_more_and_soon_waited_for(bench):
+def test_a_stopping_neighbour_gets_no_more_requests_but_is_awaited(bench):
     bench.link._set_state("up", "")
     assert bench.links.up() == {"C"}
 
-    bench.small.hear(pb2.Frame(stopping=True))
+    bench.small.receive(pb2.Frame(stopping=True))
     assert (bench.link.state, bench.links.up(), bench.links.awaited()) == ("draining", set(), {"C"})
     bench.small.lose(STOPPED)
     assert bench.link.state == "draining", "its other stream still answers"
@@ -255,42 +255,42 @@ def test_a_neighbour_that_stops_is_asked_nothing_more_and_soon_waited_for(bench)
     assert bench.links.awaited() == {"C"}
 
 
-def test_a_neighbour_that_stops_for_good_is_not_waited_for_until_it_is_back(bench):
+def test_a_neighbour_that_stops_for_good_is_not_awaited_until_it_is_back(bench):
     bench.link._set_state("up", "")
-    told: list[set[str]] = []
-    bench.links.on_change = lambda: told.append(bench.links.awaited())
+    awaited: list[set[str]] = []
+    bench.links.on_change = lambda: awaited.append(bench.links.awaited())
 
-    bench.small.hear(pb2.Frame(stopping=True, for_good=True))
+    bench.small.receive(pb2.Frame(stopping=True, for_good=True))
     assert (bench.link.state, bench.link.reason) == ("draining", "it is stopping for good")
-    # A look that was under way says that it is well, and the other stream hears of it later.
+    # A probe in flight says that it is healthy, and the other stream learns of it later.
     bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=True), 0.001)
-    bench.large.hear(pb2.Frame(stopping=True))
-    for pipe in (bench.small, bench.large):
-        pipe.lose(STOPPED)
+    bench.large.receive(pb2.Frame(stopping=True))
+    for stream in (bench.small, bench.large):
+        stream.lose(STOPPED)
 
     assert (bench.link.state, bench.link.reason) == ("down", "it has stopped for good")
-    assert set().union(*told) == set(), "whoever waits is told that it need not"
-    for pipe in (bench.small, bench.large):
-        pipe.accept()
+    assert set().union(*awaited) == set(), "nothing waits for it"
+    for stream in (bench.small, bench.large):
+        stream.accept()
     bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=True), 0.001)
     bench.small.lose()
     assert bench.links.awaited() == {"C"}
 
 
-def test_who_waits_for_a_neighbour_hears_that_it_stops_for_good(bench):
+def test_waiting_requests_are_notified_when_a_neighbour_stops_for_good(bench):
     bench.link._set_state("up", "")
     bench.link._learn(pb2.MetricsResponse(process_id="C", is_healthy=False), 0.001)
     assert bench.links.awaited() == {"C"}
-    told = mock.Mock()
-    bench.links.on_change = told
+    awaited = mock.Mock()
+    bench.links.on_change = awaited
 
-    bench.small.hear(pb2.Frame(stopping=True, for_good=True))
+    bench.small.receive(pb2.Frame(stopping=True, for_good=True))
 
     assert bench.links.awaited() == set()
-    assert told.called
+    assert awaited.called
 
 
-def test_a_lost_stream_takes_the_link_down_and_its_other_stream_goes_on(bench):
+def test_a_lost_stream_takes_the_link_down_while_the_other_stream_goes_on(bench):
     large = bench.send(b"x" * 100 * KIB)
     (frame,) = bench.large.take()
     bench.link.state = "up"
@@ -302,7 +302,7 @@ def test_a_lost_stream_takes_the_link_down_and_its_other_stream_goes_on(bench):
     assert large.parts[0].result == b"done"
 
 
-def test_on_a_link_without_a_stream_nothing_waits_and_nothing_ran(bench):
+def test_a_request_on_a_link_without_a_stream_is_refused_at_once(bench):
     bench.small.lose()
 
     sent = bench.send(b"a")
@@ -312,7 +312,7 @@ def test_on_a_link_without_a_stream_nothing_waits_and_nothing_ran(bench):
     assert bench.small.take() == []
 
 
-def test_what_is_lost_while_it_is_written_provably_did_not_run(bench):
+def test_a_request_lost_while_being_written_provably_did_not_run(bench):
     sender = bench.link._senders[0]
     sent, joinable = bench.send(b"a"), sender._joinable
 
@@ -329,7 +329,7 @@ def test_what_is_lost_while_it_is_written_provably_did_not_run(bench):
     assert bench.outstanding == 0
 
 
-def test_an_answer_from_before_the_loss_is_not_taken_for_one_after_it(bench):
+def test_an_answer_from_before_a_loss_does_not_answer_a_later_request(bench):
     bench.send(b"a")
     (frame,) = bench.small.take()
     bench.small.lose()
@@ -342,7 +342,7 @@ def test_an_answer_from_before_the_loss_is_not_taken_for_one_after_it(bench):
     assert not second.is_answered
 
 
-def test_large_bodies_take_the_other_stream(bench):
+def test_large_bodies_use_the_other_stream(bench):
     bench.send(b"x" * 100)
     bench.send(b"x" * 100 * KIB)
     bench.send(*[b"x" * 10] * 5000)
@@ -351,7 +351,7 @@ def test_large_bodies_take_the_other_stream(bench):
     assert [made.count for made in large.segments] == [1]
 
 
-def test_a_frame_is_about_as_large_as_it_may_be(bench):
+def test_frames_are_filled_up_to_their_limit(bench):
     for _ in range(100):
         bench.send(b"x" * 100 * KIB)
     frames = bench.large.take()
@@ -360,7 +360,7 @@ def test_a_frame_is_about_as_large_as_it_may_be(bench):
     assert len(frames) < 12
 
 
-def test_a_cancel_leaves_after_its_segment_and_the_neighbour_answers_it(bench):
+def test_a_cancel_is_sent_after_its_segment_and_the_neighbour_answers_it(bench):
     sent = bench.send(b"a", b"b", b"c")
     sent.end(Code.CANCELLED, 1, 1)
 
@@ -376,7 +376,7 @@ def test_a_cancel_leaves_after_its_segment_and_the_neighbour_answers_it(bench):
     assert bench.small.kicks == kicks
 
 
-def test_a_cancel_waits_for_its_segment_when_that_is_not_in_this_frame(bench):
+def test_a_cancel_waits_for_the_frame_of_its_segment(bench):
     for _ in range(15):
         bench.send(b"x" * 100 * KIB)
     last = bench.send(b"y" * 100 * KIB, left_s=20)
@@ -389,7 +389,7 @@ def test_a_cancel_waits_for_its_segment_when_that_is_not_in_this_frame(bench):
     assert [cancel.number for frame in frames for cancel in frame.cancels] == [made.number]
 
 
-def test_small_segments_of_one_kind_travel_as_one_and_are_answered_apart(bench):
+def test_small_segments_of_one_kind_are_joined_and_answered_separately(bench):
     sent = [bench.send(*[b"%d" % n] * (n % 3 + 1)) for n in range(10)]
     other = bench.send(b"later", left_s=20)
     (frame,) = bench.small.take()
@@ -412,8 +412,8 @@ def test_small_segments_of_one_kind_travel_as_one_and_are_answered_apart(bench):
     assert bench.outstanding == 1
 
 
-def test_what_is_answered_is_freed_without_the_garbage_collector(bench):
-    """Or each request would cost a pass of it a share, and its payload would stay until then."""
+def test_answered_requests_are_freed_without_the_garbage_collector(bench):
+    """Or requests would cost garbage collections, and keep their payloads until then."""
 
     def kept() -> int:
         return sum(isinstance(o, (outgoing._Member, OpenSegment)) for o in gc.get_objects())
@@ -431,7 +431,7 @@ def test_what_is_answered_is_freed_without_the_garbage_collector(bench):
         gc.enable()
 
 
-def test_ids_that_callers_chose_travel_apart_from_our_own(bench):
+def test_requests_with_chosen_ids_are_not_joined_with_others(bench):
     for own in (True, True, False, False, True):
         bench.send(b"x", own_ids=own)
     (frame,) = bench.small.take()
@@ -443,7 +443,7 @@ def test_ids_that_callers_chose_travel_apart_from_our_own(bench):
 
 
 @pytest.mark.parametrize("what", ["handed over", "in the outbox"])
-def test_a_loss_answers_every_part_of_what_travels_as_one(bench, what):
+def test_a_loss_answers_every_member_of_a_joined_segment(bench, what):
     sent = [bench.send(b"a", b"b"), bench.send(b"c")]
     if what == "handed over":
         assert len(bench.small.take()[0].segments) == 1
@@ -455,7 +455,7 @@ def test_a_loss_answers_every_part_of_what_travels_as_one(bench, what):
     assert bench.outstanding == 0
 
 
-def test_what_has_no_time_left_is_not_sent(bench):
+def test_a_request_without_time_left_is_not_sent(bench):
     late = bench.send(b"a", left_s=0.0)
     good = bench.send(b"b")
 
@@ -466,13 +466,13 @@ def test_what_has_no_time_left_is_not_sent(bench):
     assert not good.is_answered
 
 
-def test_the_neighbour_gets_less_time_so_that_its_answer_comes_in_time(bench):
+def test_the_neighbour_gets_less_time_so_that_its_answer_arrives_in_time(bench):
     bench.send(b"a", left_s=10.0)
     (frame,) = bench.small.take()
     assert 9 < frame.segments[0].remaining_us / 1e6 < 9.96
 
 
-def test_the_pace_of_a_neighbour_follows_its_answers_and_not_one_odd_slice(bench):
+def test_the_service_time_follows_the_answers_but_not_a_single_outlier(bench):
     def answered(worked_us: int) -> float:
         bench.send(b"a")
         (frame,) = bench.small.take()
@@ -486,7 +486,7 @@ def test_the_pace_of_a_neighbour_follows_its_answers_and_not_one_odd_slice(bench
     assert last == pytest.approx(0.005, rel=0.1)
 
 
-def test_the_pace_of_a_neighbour_is_of_late_only_for_a_moment_after_an_answer(bench):
+def test_a_service_time_is_recent_only_for_a_moment_after_an_answer(bench):
     assert not bench.links.load("C", "")[3]
     bench.send(b"a")
     (frame,) = bench.small.take()
@@ -498,11 +498,11 @@ def test_the_pace_of_a_neighbour_is_of_late_only_for_a_moment_after_an_answer(be
         assert bench.links.load("C", "")[1:] == (0.0001, State.HEALTHY, False)
 
 
-# Few requests that leave together.
+# Small requests that leave together.
 
 
-def at_work(bench: Bench, worked_us: int = 100) -> int:
-    """A neighbour whose pace is known and that has a request; the number of its segment."""
+def busy_neighbour(bench: Bench, worked_us: int = 100) -> int:
+    """Makes the neighbour busy with work of known duration. Returns its segment's number."""
     bench.send(b"known")
     (frame,) = bench.small.take()
     bench.small.answer(frame.segments[0].number, 0, b"KNOWN", worked_us=worked_us)
@@ -511,22 +511,22 @@ def at_work(bench: Bench, worked_us: int = 100) -> int:
     return frame.segments[0].number
 
 
-def test_a_lone_request_waits_for_no_company(bench):
-    number = at_work(bench)
+def test_a_lone_request_does_not_wait_for_others(bench):
+    number = busy_neighbour(bench)
     bench.small.answer(number, 0, b"FIRST")
     bench.send(b"second")
     assert bench.small.patience_s() == 0
 
 
-def test_what_comes_while_a_neighbour_is_at_quick_work_leaves_when_that_is_answered(bench):
-    number = at_work(bench)
+def test_requests_during_quick_work_are_sent_when_it_is_answered(bench):
+    number = busy_neighbour(bench)
     bench.send(b"second")
     assert bench.small.patience_s() == Limits().gather_s
-    assert not bench.small.hurries
+    assert not bench.small.sent_now
 
     bench.small.answer(number, 0, b"FIRST")
 
-    assert bench.small.hurries
+    assert bench.small.sent_now
     assert bench.small.patience_s() == 0
 
 
@@ -538,15 +538,15 @@ def test_what_comes_while_a_neighbour_is_at_quick_work_leaves_when_that_is_answe
         ("a crowd", 100, [(b"one",)] * Limits().gather_rows),
     ],
 )
-def test_these_wait_for_no_answer(bench, what, worked_us, sent):
-    at_work(bench, worked_us)
+def test_these_requests_are_sent_at_once(bench, what, worked_us, sent):
+    busy_neighbour(bench, worked_us)
     for payloads in sent:
         bench.send(*payloads)
     assert bench.small.patience_s() == 0
 
 
-def test_beside_a_bulk_nothing_waits_for_its_answer(bench):
-    number = at_work(bench)
+def test_requests_beside_a_bulk_do_not_wait_for_its_answer(bench):
+    number = busy_neighbour(bench)
     bench.small.answer(number, 0, b"FIRST")
     bench.send(*[b"row"] * (Limits().gather_rows + 1))
     bench.small.take()
@@ -554,52 +554,52 @@ def test_beside_a_bulk_nothing_waits_for_its_answer(bench):
     assert bench.small.patience_s() == 0
 
 
-def test_large_bodies_wait_for_no_answer(bench):
-    at_work(bench)
+def test_large_bodies_are_sent_at_once(bench):
+    busy_neighbour(bench)
     for payload in (b"1", b"2"):
         bench.send(payload * 20 * KIB)
         assert bench.large.patience_s() == 0
         bench.large.take()
 
 
-def test_a_cancel_waits_for_no_answer(bench):
-    at_work(bench)
+def test_a_cancel_is_sent_at_once(bench):
+    busy_neighbour(bench)
     second = bench.send(b"second")
     second.end(Code.CANCELLED, 0, 1)
     assert bench.small.patience_s() == 0
 
 
-def test_after_a_loss_nothing_waits_for_an_answer(bench):
-    at_work(bench)
+def test_after_a_loss_requests_are_sent_at_once(bench):
+    busy_neighbour(bench)
     bench.small.lose()
     bench.small.accept()
     bench.send(b"second")
     assert bench.small.patience_s() == 0
 
 
-# What the requests tell of a neighbour.
+# What the outcomes of requests say about a neighbour.
 
 
 class Two:
-    """Links to C and D over pipes in memory, both up; what is sent goes to C."""
+    """Links to C and D over streams in memory, both up; requests are sent to C."""
 
     def __init__(self) -> None:
-        with mock.patch.object(outgoing, "ReconnectingStream", MemoryPipe):
+        with mock.patch.object(outgoing, "ReconnectingStream", MemoryStream):
             neighbours = [Process(n, "worker", "green", "127.0.0.1", 1) for n in "CD"]
             self.links = Peers(neighbours, Limits(), "digest")
         for link in self.links._links.values():
             for sender in link._senders:
                 sender.stream.accept()
             link._set_state("up", "")
-        self.pipe = self.links._links["C"]._senders[0].stream
+        self.stream = self.links._links["C"]._senders[0].stream
 
     def send(self, left_s: float = 30.0) -> tuple[int, Cancel]:
-        """One row to C, as far as gRPC; its segment's number, and how to end it."""
+        """Hands one row for C to gRPC. Returns its segment's number, and how to end it."""
         self.links.reserve("C", "", 1)
         route = Route(Mode.ANY, hops=("B",), targets=("C",))
         segment = Segment(route, Column([b"a"]), time.monotonic() + left_s, 1)
         end = self.links.send("C", segment, lambda start, answers: None)
-        (frame,) = self.pipe.take()
+        (frame,) = self.stream.take()
         return frame.segments[0].number, end
 
     def refuse(self, code: Code, executed: Executed) -> None:
@@ -607,7 +607,7 @@ class Two:
         frame = pb2.Frame()
         refused = Part("C", code, "why", executed=executed)
         codec.write_slice(frame, number, 0, Slice(1, (), refused=refused))
-        self.pipe._receive(frame)
+        self.stream._receive(frame)
 
     @property
     def state(self) -> State:
@@ -633,11 +633,11 @@ def two() -> Iterator[Two]:
         (Code.UNAVAILABLE, Executed.UNKNOWN, State.EJECTED),
         (Code.DEADLINE_EXCEEDED, Executed.YES, State.EJECTED),
         (Code.INTERNAL, Executed.YES, State.HEALTHY),
-        (Code.UNAVAILABLE, Executed.NO, State.HEALTHY),  # it stops, as the next look will tell
+        (Code.UNAVAILABLE, Executed.NO, State.HEALTHY),  # it is stopping, as a probe will show
         (Code.RESOURCE_EXHAUSTED, Executed.NO, State.HEALTHY),
     ],
 )
-def test_a_neighbour_that_does_not_answer_is_ejected_though_its_link_is_up(
+def test_a_neighbour_that_does_not_answer_is_ejected_although_its_link_is_up(
     two, code, executed, state
 ):
     for _ in range(FAILURES):
@@ -646,7 +646,7 @@ def test_a_neighbour_that_does_not_answer_is_ejected_though_its_link_is_up(
     assert two.links.up() == {"C", "D"}
 
 
-def test_an_ejection_is_told_with_its_reason_and_once_in_the_log(two, caplog):
+def test_an_ejection_is_shown_with_its_reason_and_logged_once(two, caplog):
     with caplog.at_level("INFO", "overlay.peers.peers"):
         for _ in range(2 * FAILURES):
             two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
@@ -656,7 +656,7 @@ def test_an_ejection_is_told_with_its_reason_and_once_in_the_log(two, caplog):
     assert caplog.messages == [f"requests to any one: C is {reason}"]
 
 
-def test_one_trial_at_a_time_and_an_answer_brings_it_back(two, caplog):
+def test_trials_are_made_one_at_a_time_and_an_answer_heals(two, caplog):
     for _ in range(FAILURES):
         two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
     two.links._links["C"].health[""].retry_at = 0.0  # its time is over
@@ -666,13 +666,13 @@ def test_one_trial_at_a_time_and_an_answer_brings_it_back(two, caplog):
     assert two.state is State.EJECTED
 
     with caplog.at_level("INFO", "overlay.peers.peers"):
-        two.pipe.answer(number, 0, b"A")
+        two.stream.answer(number, 0, b"A")
     assert two.state is State.HEALTHY
     assert two.shown == ("healthy", "", 1)
     assert caplog.messages[-1] == "requests to any one: C answers again"
 
 
-def test_rows_that_are_not_even_answered_as_late_count(two):
+def test_rows_without_any_answer_count_as_failures(two):
     for _ in range(FAILURES):
         _, end = two.send()
         end(Code.DEADLINE_EXCEEDED, 0, 1)
@@ -680,52 +680,52 @@ def test_rows_that_are_not_even_answered_as_late_count(two):
     assert "no answer from C within the deadline" in two.shown[1]
 
 
-def test_results_that_are_not_read_to_their_end_in_time_do_not_count(two):
-    """It answers: they come in chunks, and who reads them is slow."""
-    pipe = two.links._links["C"]._senders[1].stream
-    came: list[Slice] = []
+def test_results_that_a_slow_reader_leaves_unread_do_not_count(two):
+    """The neighbour answers: its results come in chunks, and their reader is slow."""
+    stream = two.links._links["C"]._senders[1].stream
+    parts: list[Slice] = []
     for _ in range(2 * FAILURES):
         two.links.reserve("C", "", 1)
         route, deadline = Route(hops=("B",), targets=("C",)), time.monotonic() + 30
         segment = Segment(route, Column([b"a"]), deadline, 1, chunks=1)
-        segment.on_partial = lambda start, answers: came.append(answers)
+        segment.on_partial = lambda start, answers: parts.append(answers)
         end = two.links.send("C", segment, lambda start, answers: None)
-        (frame,) = pipe.take()
+        (frame,) = stream.take()
         number = frame.segments[0].number
         frame = pb2.Frame()
         part = PartSlice("C", Column([b"some"]), chunk=Chunk(0, True))
         codec.write_slice(frame, number, 0, Slice(1, (part,)), more=True)
-        pipe._receive(frame)
-        came.pop().parts[0].chunk.grant(1)
+        stream._receive(frame)
+        parts.pop().parts[0].chunk.grant(1)
         end(Code.DEADLINE_EXCEEDED, 0, 1)
-        (frame,) = pipe.take()
+        (frame,) = stream.take()
         assert [(made.number, made.process_id) for made in frame.grants] == [(number, "C")]
         late = PartSlice.missing("C", 1, Detail(Code.DEADLINE_EXCEEDED, "", Executed.YES))
         frame = pb2.Frame()
         codec.write_slice(frame, number, 0, Slice(1, (late,)))
-        pipe._receive(frame)
+        stream._receive(frame)
     assert two.state is State.HEALTHY
 
 
-def test_rows_that_their_callers_left_do_not_count(two):
+def test_rows_cancelled_by_their_callers_do_not_count(two):
     for _ in range(2 * FAILURES):
         _, end = two.send()
         end(Code.CANCELLED, 0, 1)
     assert two.state is State.HEALTHY
 
 
-def test_a_link_that_went_down_and_came_back_is_not_held_against_it(two):
+def test_a_link_that_comes_back_starts_with_a_clean_record(two):
     for _ in range(FAILURES):
         two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
     two.send()
-    two.pipe.lose()
+    two.stream.lose()
     assert two.shown[:2] == ("healthy", "")
 
     two.links._links["C"]._set_state("up", "")
     assert two.state is State.HEALTHY
 
 
-def test_workers_that_a_look_finds_new_behind_a_neighbour_make_its_trial_due(two):
+def test_new_workers_behind_a_neighbour_make_its_trial_due(two):
     for _ in range(FAILURES):
         two.refuse(Code.UNAVAILABLE, Executed.UNKNOWN)
     behind = [pb2.Process(id="C", slots={"echo": 4})]
@@ -735,23 +735,23 @@ def test_workers_that_a_look_finds_new_behind_a_neighbour_make_its_trial_due(two
 
     two.send()
     two.links._links["C"]._learn(found, 0.001)
-    assert two.state is State.EJECTED, "they are not new any more"
+    assert two.state is State.EJECTED, "they are no longer new"
 
 
-def test_a_slow_neighbour_is_seen_by_its_pace_and_its_peers(two):
+def test_a_neighbour_is_slow_compared_with_its_peers(two):
     paces = {n: two.links._links[n].service_s for n in "CD"}
     paces["D"][""] = 0.005
     with mock.patch.object(outlier, "LOOK_S", 0.0):
         for look in range(2):
             number, _ = two.send()
-            two.pipe.answer(number, 0, b"A", worked_us=50_000 + look)
+            two.stream.answer(number, 0, b"A", worked_us=50_000 + look)
             two.links._compare_service_times()
 
     assert two.state is State.SLOW
     assert two.shown[:2] == ("slow", "slow: 50 ms where its peers take 5 ms")
 
 
-ACTS = st.lists(
+ACTIONS = st.lists(
     st.tuples(
         st.sampled_from(["send", "take", "answer", "end", "lose", "accept"]),
         st.integers(0, 10),
@@ -761,26 +761,26 @@ ACTS = st.lists(
 )
 
 
-@given(ACTS)
+@given(ACTIONS)
 @settings(max_examples=150, deadline=None)
-def test_whatever_happens_each_row_is_answered_once_and_nothing_stays_outstanding(acts):
+def test_each_row_is_answered_once_and_nothing_stays_outstanding_whatever_happens(actions):
     bench = Bench(replace(Limits(), frame_bytes=300))
     sent: list[Sent] = []
     open_numbers: dict[int, int] = {}
     try:
-        for act, one, two in acts:
-            if act == "send":
+        for action, one, two in actions:
+            if action == "send":
                 sent.append(bench.send(*[b"x"] * (one + 1)))
-            elif act == "take":
+            elif action == "take":
                 for made in [made for frame in bench.small.take() for made in frame.segments]:
                     open_numbers[made.number] = made.count
-            elif act == "answer" and open_numbers:
+            elif action == "answer" and open_numbers:
                 number = list(open_numbers)[one % len(open_numbers)]
                 bench.small.answer(number, two, *[b"r"] * (one + 1))
-            elif act == "end" and sent:
+            elif action == "end" and sent:
                 chosen = sent[one % len(sent)]
                 chosen.end(Code.CANCELLED, 0, len(chosen.rows))
-            elif act == "lose":
+            elif action == "lose":
                 bench.small.lose()
                 open_numbers.clear()
             else:
@@ -812,7 +812,7 @@ def handler(payload: bytes, context: Context) -> bytes:
 
 
 class Worker:
-    """Process C, served on a port of its own."""
+    """Process C, served on its own port."""
 
     def __init__(self, topology: Topology, port: int) -> None:
         self.service = Service(topology, "C")
@@ -894,11 +894,11 @@ def pair() -> Iterator[Pair]:
         pair.worker.stop()
 
 
-def quiet(pair: Pair) -> Callable[[], bool]:
+def is_idle(pair: Pair) -> Callable[[], bool]:
     return lambda: pair.links.load("C", "h")[0] == 0
 
 
-def test_rows_go_down_and_come_back_over_a_real_stream(pair):
+def test_rows_are_answered_over_a_real_stream(pair):
     sent = [pair.send(*[b"%d" % row for row in range(n)]) for n in (1, 50, 300)]
     until(lambda: all(one.is_answered for one in sent), 10)
 
@@ -906,7 +906,7 @@ def test_rows_go_down_and_come_back_over_a_real_stream(pair):
         assert [part.result for part in one.parts] == [
             b"C: %d" % row for row in range(len(one.rows))
         ]
-    until(quiet(pair))
+    until(is_idle(pair))
 
 
 def test_large_and_small_bodies_share_a_link(pair):
@@ -927,7 +927,7 @@ def test_a_cancel_reaches_the_worker(pair):
     assert sent.parts[1].ok
 
 
-def test_a_server_that_goes_answers_what_it_had_at_once_as_unknown(pair):
+def test_when_a_server_dies_its_open_rows_are_answered_at_once_as_unknown(pair):
     sent = pair.send(b"wait 1", b"wait 2")
     until(lambda: len(RAN) == 2, 5)
 
@@ -936,10 +936,10 @@ def test_a_server_that_goes_answers_what_it_had_at_once_as_unknown(pair):
     until(lambda: sent.is_answered, 2, "the rows of a lost link")
     assert {part.executed for part in sent.parts} == {Executed.UNKNOWN}
     until(lambda: not pair.is_up)
-    until(quiet(pair))
+    until(is_idle(pair))
 
 
-def test_a_neighbour_that_went_while_idle_costs_no_request_its_deadline(pair):
+def test_a_neighbour_that_died_while_idle_costs_no_request_its_deadline(pair):
     pair.worker.stop()
 
     # At once, while the link may still look up.
@@ -967,7 +967,7 @@ def test_a_link_comes_back_and_works_again(pair):
 
 
 def test_a_link_is_up_only_with_its_streams(pair):
-    """Else what is sent the moment it is up would wait for a stream, or be refused."""
+    """Otherwise the first requests would wait for a stream, or be refused."""
     for _ in range(3):
         pair.worker.stop()
         until(lambda: not pair.is_up)
@@ -988,10 +988,10 @@ def test_many_threads_over_one_link(pair):
         until(lambda: all(one.is_answered for one in sent), 10)
 
     assert all(part.ok for one in sent for part in one.parts)
-    until(quiet(pair))
+    until(is_idle(pair))
 
 
-def test_closing_answers_what_is_under_way(pair):
+def test_closing_answers_open_requests(pair):
     sent = pair.send(b"wait")
     until(lambda: b"wait" in RAN, 5)
 
@@ -1001,26 +1001,26 @@ def test_closing_answers_what_is_under_way(pair):
     assert sent.parts[0].executed is Executed.UNKNOWN
 
 
-def test_closing_is_no_trouble_of_the_neighbour(pair, caplog):
+def test_closing_logs_nothing_about_the_neighbour(pair, caplog):
     pair.links.close()
 
     assert not caplog.records
 
 
-# Pipes.
+# Streams.
 
 
-class Lines:
-    """A real pipe whose frames are empty segments, and when each of them left."""
+class RecordingStream:
+    """A real stream, and what each of its frames contained."""
 
     def __init__(self, pair: Pair, patience_s: float) -> None:
         address = pair.topology.processes["C"].address
         self.channel = grpc.insecure_channel(address, endpoints.channel_options())
         self.waiting: list[int] = []
-        self.left: list[list[int]] = []
+        self.sent: list[list[int]] = []
         self.patience_s = patience_s
         served = threading.Event()
-        self.pipe = ReconnectingStream(
+        self.stream = ReconnectingStream(
             self.channel,
             "test",
             self.fill,
@@ -1029,58 +1029,58 @@ class Lines:
             lambda metadata: served.set(),
             lambda: self.patience_s if self.waiting else 0.0,
         )
-        self.pipe.start()
+        self.stream.start()
         assert served.wait(5)
 
     def fill(self, frame: pb2.Frame) -> bool:
         taken, self.waiting = self.waiting, []
         if taken:
             frame.cancels.add(number=1)
-            self.left.append(taken)
+            self.sent.append(taken)
         return bool(taken)
 
-    def put(self, number: int) -> None:
+    def add(self, number: int) -> None:
         self.waiting.append(number)
-        self.pipe.kick()
+        self.stream.kick()
 
     def close(self) -> None:
-        self.pipe.end()
+        self.stream.end()
         self.channel.close()
 
 
-def test_what_gathers_in_a_pipe_leaves_together_when_it_is_hurried(pair):
-    lines = Lines(pair, patience_s=30)
+def test_requests_that_wait_in_a_stream_leave_together_on_send_now(pair):
+    recorder = RecordingStream(pair, patience_s=30)
     try:
         for number in range(3):
-            lines.put(number)
+            recorder.add(number)
             time.sleep(0.02)
-        assert not lines.left
-        lines.pipe.hurry()
-        until(lambda: lines.left == [[0, 1, 2]])
+        assert not recorder.sent
+        recorder.stream.send_now()
+        until(lambda: recorder.sent == [[0, 1, 2]])
     finally:
-        lines.close()
+        recorder.close()
 
 
-def test_patience_ends_by_itself(pair):
-    lines = Lines(pair, patience_s=0.2)
+def test_waiting_for_more_requests_ends_by_itself(pair):
+    recorder = RecordingStream(pair, patience_s=0.2)
     try:
-        lines.put(0)
-        lines.put(1)
-        until(lambda: lines.left == [[0, 1]])
+        recorder.add(0)
+        recorder.add(1)
+        until(lambda: recorder.sent == [[0, 1]])
     finally:
-        lines.close()
+        recorder.close()
 
 
-def test_a_pipe_that_waits_for_more_ends_at_once(pair):
-    lines = Lines(pair, patience_s=30)
-    lines.put(0)
+def test_a_stream_that_waits_for_more_ends_at_once(pair):
+    recorder = RecordingStream(pair, patience_s=30)
+    recorder.add(0)
     began = time.monotonic()
-    lines.close()
+    recorder.close()
     assert time.monotonic() - began < 15
 
 
-def test_a_sender_whose_call_is_lost_takes_nothing_of_the_next_call(pair):
-    """It is still in `fill` when the call ends: what it takes then would never arrive."""
+def test_the_sender_of_a_lost_call_takes_nothing_from_the_next_one(pair):
+    """It may still be in `fill` when the call ends: what it takes then would never arrive."""
     outbox, lost, entered, go = [], threading.Event(), threading.Event(), threading.Event()
     taken_by: dict[bytes, int] = {}
 
@@ -1097,7 +1097,7 @@ def test_a_sender_whose_call_is_lost_takes_nothing_of_the_next_call(pair):
         pair.topology.processes["C"].address, endpoints.channel_options()
     )
     served = threading.Event()
-    pipe = ReconnectingStream(
+    stream = ReconnectingStream(
         channel,
         "test",
         fill,
@@ -1105,19 +1105,19 @@ def test_a_sender_whose_call_is_lost_takes_nothing_of_the_next_call(pair):
         lambda why: lost.set(),
         lambda metadata: served.set(),
     )
-    pipe.start()
+    stream.start()
     try:
         assert served.wait(5)
-        pipe.kick()
+        stream.kick()
         assert entered.wait(5)
         pair.worker.stop()
-        was_told = lost.wait(1)
+        was_lost = lost.wait(1)
         outbox.append(b"after the loss")
-        pipe.kick()
+        stream.kick()
         go.set()
         time.sleep(0.1)
-        assert not was_told or b"after the loss" not in taken_by
+        assert not was_lost or b"after the loss" not in taken_by
     finally:
         go.set()
-        pipe.end()
+        stream.end()
         channel.close()

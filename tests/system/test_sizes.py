@@ -269,4 +269,4 @@ def test_a_restart_with_another_limit_is_noticed(mixed: Overlay) -> None:
 )
 def test_a_limit_is_a_number_within_the_files_range_or_nobody_said_it(said, found) -> None:
     metadata = [] if said is None else [(codec.MAX_BYTES_KEY, said)]
-    assert codec.read_most_bytes(metadata) == found
+    assert codec.read_max_bytes(metadata) == found

@@ -1,5 +1,4 @@
-"""Results in chunks: how they are cut, how far they go ahead of who reads them, what becomes of
-them on the way and at the client."""
+"""Results in chunks: cut, sent ahead of the reader, passed on, and assembled at the client."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ from tests.harness.network import MemoryNetwork, the_six
 
 
 @given(items=st.lists(st.binary(max_size=40), max_size=12), size=st.integers(1, 20))
-def test_chunks_make_the_same_bytes_and_only_the_last_is_smaller(items, size):
+def test_chunks_add_up_to_the_same_bytes_and_only_the_last_is_smaller(items, size):
     chunks = list(cut(iter(items), size))
 
     assert b"".join(chunk for chunk, _ in chunks) == b"".join(items)
@@ -48,7 +47,7 @@ def test_chunks_make_the_same_bytes_and_only_the_last_is_smaller(items, size):
     assert 0 < len(chunks[-1][0]) <= size or items in ([], [b""] * len(items))
 
 
-def test_chunks_leave_before_the_last_item_is_there():
+def test_chunks_are_sent_before_the_last_item_is_there():
     def items() -> Iterator[bytes]:
         yield bytearray(5)
         yield memoryview(b"abcdef")
@@ -58,12 +57,12 @@ def test_chunks_leave_before_the_last_item_is_there():
     assert [next(chunks), next(chunks)] == [(bytes(5), True), (b"abcde", True)]
 
 
-def test_what_is_not_bytes_is_named_by_its_type():
+def test_the_error_for_other_items_names_their_type():
     with pytest.raises(NotBytes, match="str"):
         list(cut(iter([b"good", "text"]), 2))
 
 
-# How far a worker goes ahead.
+# How far ahead a worker sends.
 
 
 @pytest.fixture
@@ -71,34 +70,34 @@ def sent() -> list[tuple[bytes, Chunk]]:
     return []
 
 
-def outlet(sent: list, ahead: int = 1, left_s: float = 20.0) -> ChunkWriter:
+def writer_to(sent: list, ahead: int = 1, left_s: float = 20.0) -> ChunkWriter:
     return ChunkWriter(
         ahead, time.monotonic() + left_s, lambda chunk, how: sent.append((chunk, how))
     )
 
 
-def test_a_sender_waits_for_a_grant_and_the_wait_is_not_its_own_time(sent):
-    way = outlet(sent)
-    assert way.send(b"one")
+def test_a_sender_waits_for_a_grant_and_the_wait_is_measured(sent):
+    writer = writer_to(sent)
+    assert writer.send(b"one")
     threading.Timer(0.05, lambda: sent[0][1].grant(1)).start()
-    assert way.send(b"three")
+    assert writer.send(b"three")
     assert [(chunk, how.at, how.more) for chunk, how in sent] == [(b"one", 0, 1), (b"three", 3, 1)]
-    assert way.at == 8
-    assert way.waited_s > 0.03
+    assert writer.at == 8
+    assert writer.waited_s > 0.03
 
 
 @pytest.mark.parametrize("ended", ["closed", "deadline"])
-def test_nothing_is_sent_for_nobody(sent, ended):
-    way = outlet(sent, ahead=1, left_s=0.05 if ended == "deadline" else 20)
-    way.send(b"one")
+def test_nothing_is_sent_after_the_end(sent, ended):
+    writer = writer_to(sent, ahead=1, left_s=0.05 if ended == "deadline" else 20)
+    writer.send(b"one")
     if ended == "closed":
-        threading.Timer(0.05, way.close).start()
-    assert not way.send(b"two")
+        threading.Timer(0.05, writer.close).start()
+    assert not writer.send(b"two")
     assert len(sent) == 1
 
 
 class Worker:
-    """One part behind a passage: what it may still send, and what was read of it."""
+    """The worker of one part: what it may still send, and what is unread."""
 
     def __init__(self, row: int) -> None:
         self.key = (1, row, "W")
@@ -114,12 +113,12 @@ class Worker:
     ahead=st.integers(0, 4),
     steps=st.lists(st.tuples(st.integers(0, 4), st.sampled_from("srre")), max_size=80),
 )
-def test_under_way_are_one_chunk_of_each_part_and_as_many_more_as_there_is_room(room, ahead, steps):
-    passage, workers = ChunkWindow(room), {row: Worker(row) for row in range(5)}
+def test_in_transit_are_one_chunk_of_each_part_and_more_as_there_is_room(room, ahead, steps):
+    window, workers = ChunkWindow(room), {row: Worker(row) for row in range(5)}
 
-    def tell(told):
-        if told:
-            told[0](told[1])
+    def grant(call):
+        if call:
+            call[0](call[1])
 
     for row, step in steps:
         worker = workers[row]
@@ -127,32 +126,32 @@ def test_under_way_are_one_chunk_of_each_part_and_as_many_more_as_there_is_room(
             worker.room, worker.unread = worker.room - 1, worker.unread + 1
             chunk = Chunk(worker.sent, True, worker.grant)
             worker.sent += 1
-            tell(passage.passes(worker.key, chunk, ahead))
+            grant(window.passes(worker.key, chunk, ahead))
         elif step == "r" and worker.unread:
             worker.unread -= 1
-            tell(passage.granted(worker.key, 1, True))
+            grant(window.granted(worker.key, 1, True))
         elif step == "e":
-            passage.end(worker.key)
+            window.end(worker.key)
             workers[row] = Worker(row)
-        under_way = [w.room + w.unread for w in workers.values()]
-        assert sum(under_way) <= len(workers) + room
-        assert all(1 <= n <= 1 + ahead for n in under_way)
+        in_transit = [w.room + w.unread for w in workers.values()]
+        assert sum(in_transit) <= len(workers) + room
+        assert all(1 <= n <= 1 + ahead for n in in_transit)
 
-    passage.end_rows(1, 0, 5)
-    assert (len(passage), passage._room) == (0, room)
+    window.end_rows(1, 0, 5)
+    assert (len(window), window._room) == (0, room)
 
 
-def test_a_client_cannot_grant_more_than_it_was_sent_and_late_grants_are_passed_over():
-    passage, worker = ChunkWindow(0), Worker(0)
-    passage.passes(worker.key, Chunk(0, True, worker.grant), 0)
+def test_a_client_cannot_grant_more_than_it_was_sent_and_late_grants_are_ignored():
+    window, worker = ChunkWindow(0), Worker(0)
+    window.passes(worker.key, Chunk(0, True, worker.grant), 0)
     with pytest.raises(BadRequest, match="W has sent 1 chunks, not 2"):
-        passage.granted(worker.key, 2, True)
-    assert passage.granted(worker.key, 1, True) == (worker.grant, 1)
-    passage.passes(worker.key, Chunk(9, False), 0)
-    assert passage.granted(worker.key, 1, True) is None
+        window.granted(worker.key, 2, True)
+    assert window.granted(worker.key, 1, True) == (worker.grant, 1)
+    window.passes(worker.key, Chunk(9, False), 0)
+    assert window.granted(worker.key, 1, True) is None
 
 
-# What becomes of them on the way.
+# In transit.
 
 
 @pytest.fixture
@@ -183,7 +182,7 @@ def test_a_large_part_arrives_whole_over_all_hops(network, size, chunks):
     assert network.left_over == {}
 
 
-def test_of_what_nobody_reads_each_worker_has_sent_what_it_may_and_waits(network):
+def test_without_a_reader_each_worker_sends_what_it_may_and_waits(network):
     asked = network.ask("A", BODY, chunks=2)
     assert sent_by(network) == {"C": 2, "D": 2, "F": 2}
     asked.read(1)
@@ -191,13 +190,13 @@ def test_of_what_nobody_reads_each_worker_has_sent_what_it_may_and_waits(network
     assert not asked.is_answered
 
 
-def test_who_is_not_asked_for_chunks_sends_its_result_whole(network):
+def test_a_worker_not_asked_for_chunks_sends_its_result_whole(network):
     asked = network.ask("A", BODY, early=True)
     assert [part.result[3:] for part in asked.early[0]] == [BODY] * 3
     assert sent_by(network) == {"C": 0, "D": 0, "F": 0}
 
 
-def test_a_link_that_breaks_in_the_midst_of_a_part_costs_that_part_alone(network):
+def test_a_link_that_breaks_during_a_part_costs_only_that_part(network):
     asked = network.ask("A", BODY, chunks=1)
     asked.read(4)
 
@@ -212,7 +211,7 @@ def test_a_link_that_breaks_in_the_midst_of_a_part_costs_that_part_alone(network
 
 
 @pytest.mark.parametrize("edge", [("A", "B"), ("E", "F")])
-def test_whatever_breaks_no_worker_goes_on_sending(network, edge):
+def test_no_worker_goes_on_sending_whatever_link_breaks(network, edge):
     asked = network.ask("A", BODY, chunks=1)
     asked.read(2)
     network.cut(*edge)
@@ -224,7 +223,7 @@ def test_whatever_breaks_no_worker_goes_on_sending(network, edge):
     assert network.left_over == {}
 
 
-def test_a_caller_who_leaves_or_is_late_ends_every_part_in_its_midst(network):
+def test_a_caller_that_leaves_or_a_deadline_ends_every_part(network):
     leaves = network.ask("A", BODY, chunks=1)
     late = network.ask("A", BODY, chunks=1, deadline_s=1)
     leaves.read(3)
@@ -238,7 +237,7 @@ def test_a_caller_who_leaves_or_is_late_ends_every_part_in_its_midst(network):
     assert network.left_over == {}
 
 
-# What a handler gives, on threads and in processes.
+# What a handler returns, on threads and in processes.
 
 HANDLERS = """
 import time
@@ -270,7 +269,7 @@ MAX_BYTES = 7 * CHUNK_BYTES
 
 
 class Bench:
-    """A runner, and what became of the one row that it has at a time."""
+    """A runner, and the result of the one row that it has at a time."""
 
     def __init__(self, runner: ThreadRunner | ProcessRunner, spec: HandlerSpec, notes: str) -> None:
         self.runner = runner
@@ -279,7 +278,7 @@ class Bench:
         self._ids = 0
 
     def start(self, what: str, chunks: int = 0, left_s: float = 20.0) -> None:
-        self.came: list[tuple[bytes, Chunk]] = []
+        self.chunks: list[tuple[bytes, Chunk]] = []
         self.parts: list[Part] = []
         self.free = 0
         self._ids += 1
@@ -292,12 +291,12 @@ class Bench:
         self.runner.submit(self.batch)
 
     def run(self, what: str, chunks: int = 0, left_s: float = 20.0) -> Part:
-        """Reads all that comes; its last part, with all of its bytes."""
+        """Runs a request and reads all of its chunks. Returns its last part."""
         self.start(what, chunks, left_s)
         read = 0
         while not self.parts:
-            until(lambda: self.parts or len(self.came) > read, 10, "something comes")  # noqa: B023
-            for _, chunk in self.came[read:]:
+            until(lambda: self.parts or len(self.chunks) > read, 10, "something comes")  # noqa: B023
+            for _, chunk in self.chunks[read:]:
                 read += 1
                 if chunk.more:
                     chunk.grant(1)
@@ -306,13 +305,13 @@ class Bench:
 
     @property
     def result(self) -> bytes:
-        return b"".join(chunk for chunk, _ in self.came)
+        return b"".join(chunk for chunk, _ in self.chunks)
 
     def _take(self, start: int, answers: Slice) -> None:
         (column,) = answers.parts
         part = column.at(0)
         if column.chunk is not None and part.ok:
-            self.came.append((part.result, column.chunk))
+            self.chunks.append((part.result, column.chunk))
         if column.is_over:
             self.parts.append(part)
 
@@ -338,22 +337,22 @@ def bench(request, tmp_path_factory) -> Iterator[Bench]:
 
 @pytest.mark.parametrize("what", ["gives", "yields"])
 @pytest.mark.parametrize("chunks", [0, 1, 4])
-def test_all_that_a_handler_gives_arrives(bench, what, chunks):
+def test_everything_a_handler_returns_arrives(bench, what, chunks):
     part = bench.run(f"{what} {SIZE}", chunks)
     whole = bench.result if chunks else part.result
     assert whole == b"0123456789" * (SIZE // 10)
-    assert [chunk.at for _, chunk in bench.came] == [
+    assert [chunk.at for _, chunk in bench.chunks] == [
         n * CHUNK_BYTES for n in range(6 * (chunks > 0))
     ]
 
 
-def test_a_small_result_comes_whole(bench):
+def test_a_small_result_is_sent_whole(bench):
     assert bench.run("yields 50", chunks=1).result == b"0123456789" * 5
-    assert bench.came == []
+    assert bench.chunks == []
 
 
 @pytest.mark.parametrize("what", ["gives", "yields"])
-def test_too_large_a_result_that_must_come_whole_is_refused_with_what_would_do(bench, what):
+def test_too_large_a_whole_result_is_refused_with_a_remedy(bench, what):
     part = bench.run(f"{what} {2 * MAX_BYTES}")
     assert part.code is Code.RESOURCE_EXHAUSTED
     assert "more than max_message_mib allows" in part.reason
@@ -362,7 +361,7 @@ def test_too_large_a_result_that_must_come_whole_is_refused_with_what_would_do(b
 
 
 @pytest.mark.parametrize("chunks", [0, 1])
-def test_an_iterator_that_fails_or_gives_something_else_is_a_failure(bench, chunks):
+def test_an_iterator_that_raises_or_yields_other_types_is_a_failure(bench, chunks):
     part = bench.run(f"text {SIZE}", chunks)
     assert (part.code, part.executed) == (Code.INTERNAL, Executed.YES)
     assert "returned an iterator of str, not bytes" in part.reason
@@ -370,18 +369,18 @@ def test_an_iterator_that_fails_or_gives_something_else_is_a_failure(bench, chun
 
 
 @pytest.mark.parametrize("how", ["leaves", "deadline"])
-def test_who_reads_no_more_frees_the_place_and_closes_the_iterator(bench, how):
+def test_when_reading_ends_the_slot_is_free_and_the_iterator_closed(bench, how):
     is_a_thread = isinstance(bench.runner, ThreadRunner)
     before = closed(bench)
 
     bench.start(f"yields {SIZE}", chunks=2, left_s=0.5 if how == "deadline" else 20)
-    until(lambda: len(bench.came) == 2, 10, "two chunks come")
+    until(lambda: len(bench.chunks) == 2, 10, "two chunks come")
     if how == "leaves":
-        time.sleep(0.05)  # it waits for a grant
+        time.sleep(0.05)  # it is waiting for a grant
         bench.batch.end(Code.CANCELLED, 0, 1)
     until(lambda: bench.free, 10, "its place is free")
 
-    assert (len(bench.came), bench.parts[0].ok) == (2, False)
+    assert (len(bench.chunks), bench.parts[0].ok) == (2, False)
     if is_a_thread:  # a process is killed
         assert closed(bench) == before + 1
     assert bench.run("gives 50").ok
@@ -395,19 +394,19 @@ def closed(bench: Bench) -> int:
         return 0
 
 
-def test_a_slow_reader_is_not_the_handler_s_time(bench):
+def test_time_waiting_for_a_slow_reader_is_not_the_handlers(bench):
     bench.start(f"gives {SIZE}", chunks=3)
-    until(lambda: len(bench.came) == 3, 10, "three chunks come")
+    until(lambda: len(bench.chunks) == 3, 10, "three chunks come")
     time.sleep(0.3)
-    bench.came[0][1].grant(10)
+    bench.chunks[0][1].grant(10)
     until(lambda: bench.parts, 10, "it ends")
     assert bench.parts[0].worked_us < 200_000
 
 
-# What the client makes of them.
+# At the client.
 
 
-def came(granted: Callable[[str], None], **chunks: tuple[int, bytes, bool]) -> Delivery:
+def delivery(granted: Callable[[str], None], **chunks: tuple[int, bytes, bool]) -> Delivery:
     made = pb2.Slice(count=1, more=True)
     for worker, (at, result, more) in chunks.items():
         column = pb2.Column(items=[result])
@@ -419,50 +418,52 @@ def came(granted: Callable[[str], None], **chunks: tuple[int, bytes, bool]) -> D
     bodies=st.lists(st.binary(max_size=30), min_size=1, max_size=3),
     size=st.integers(1, 9),
     seed=st.randoms(use_true_random=False),
-    lost=st.none() | st.integers(0, 12),
-    twice=st.none() | st.integers(0, 12),
+    lost_at=st.none() | st.integers(0, 12),
+    repeated_at=st.none() | st.integers(0, 12),
 )
-def test_a_part_is_given_whole_or_not_at_all(bodies, size, seed, lost, twice):
-    letters = []
+def test_a_part_is_yielded_whole_or_not_at_all(bodies, size, seed, lost_at, repeated_at):
+    events = []
     for worker, body in zip("CDF", bodies, strict=False):
         at = 0
         for chunk, more in cut([body], size):
-            letters.append((seed.random(), worker, (at, chunk, more)))
+            events.append((seed.random(), worker, (at, chunk, more)))
             at += len(chunk)
-    order = sorted(worker for _, worker, _ in letters)
+    order = sorted(worker for _, worker, _ in events)
     seed.shuffle(order)
-    left = {worker: iter([p for _, w, p in letters if w == worker]) for worker in "CDF"}
-    coming = [(worker, next(left[worker])) for worker in order]
-    if twice is not None and twice < len(coming):
-        coming.insert(twice, coming[twice])
-    broken = coming.pop(lost)[0] if lost is not None and lost < len(coming) else ""
+    remaining = {worker: iter([p for _, w, p in events if w == worker]) for worker in "CDF"}
+    arriving = [(worker, next(remaining[worker])) for worker in order]
+    if repeated_at is not None and repeated_at < len(arriving):
+        arriving.insert(repeated_at, arriving[repeated_at])
+    broken = arriving.pop(lost_at)[0] if lost_at is not None and lost_at < len(arriving) else ""
 
     granted: list[str] = []
     parts, given_parts = Parts(None), []
-    for worker, chunk in coming:
-        given_parts += parts.early(came(granted.append, **{worker: chunk}), 0)
-    given_parts += parts.last(came(granted.append), 0)
+    for worker, chunk in arriving:
+        given_parts += parts.early(delivery(granted.append, **{worker: chunk}), 0)
+    given_parts += parts.last(delivery(granted.append), 0)
 
     whole = dict(zip("CDF", bodies, strict=False))
     for part in given_parts:
         assert part.result == (whole[part.process_id] if part.ok else b"")
-    good = [part.process_id for part in given_parts if part.ok]
-    assert len(set(good)) == len(good)
-    if twice is None:
-        assert set(whole) - set(good) <= {broken}
+    whole_parts = [part.process_id for part in given_parts if part.ok]
+    assert len(set(whole_parts)) == len(whole_parts)
+    if repeated_at is None:
+        assert set(whole) - set(whole_parts) <= {broken}
 
 
-def test_more_is_granted_as_chunks_are_taken_and_nothing_after_the_last():
+def test_each_chunk_taken_grants_another_except_the_last():
     granted: list[str] = []
     parts = Parts(None)
-    assert list(parts.early(came(granted.append, C=(0, b"ab", True), D=(0, b"x", True)), 0)) == []
-    (part,) = parts.early(came(granted.append, C=(2, b"c", False)), 0)
+    assert (
+        list(parts.early(delivery(granted.append, C=(0, b"ab", True), D=(0, b"x", True)), 0)) == []
+    )
+    (part,) = parts.early(delivery(granted.append, C=(2, b"c", False)), 0)
     assert (part.process_id, part.result, granted) == ("C", b"abc", ["C", "D"])
 
 
-def test_a_part_that_broke_off_is_told_of_at_the_end():
+def test_a_part_that_broke_off_is_reported_at_the_end():
     parts = Parts(None)
-    list(parts.early(came(lambda worker: None, C=(0, b"ab", True), D=(0, b"x", False)), 0))
+    list(parts.early(delivery(lambda worker: None, C=(0, b"ab", True), D=(0, b"x", False)), 0))
     (part,) = parts.last(Detail(Code.UNAVAILABLE, "gone"), 0)
     assert (part.process_id, part.code, part.executed) == ("C", Code.DATA_LOSS, Executed.UNKNOWN)
     assert "broke off after 2 bytes" in part.reason

@@ -1,4 +1,4 @@
-"""Between the messages of overlay.proto and the values."""
+"""Converting between the messages of overlay.proto and values."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ ANSWERS = st.builds(
 
 
 def asked_for(answers: Slice, start: int = 0) -> codec.Asked:
-    """A question that these answer."""
+    """A request that these slices answer."""
     return codec.Asked(start + answers.count, frozenset(c.process_id for c in answers.parts))
 
 
@@ -113,7 +113,7 @@ SLICES = st.integers(0, 2**32).map(random_answers)
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5), st.data())
-def test_ids_that_do_not_follow_each_other_travel_too(ids, data):
+def test_ids_that_are_not_consecutive_arrive_too(ids, data):
     segment = Segment(Route(), Column([b""] * len(ids)), 5.0, ids[0], 0, tuple(ids))
     start = data.draw(st.integers(0, len(ids) - 1))
     frame = pb2.Frame()
@@ -143,7 +143,7 @@ def test_a_slice_between_processes_arrives_as_it_was_sent(answers, number, start
 
 
 @given(SLICES, st.data())
-def test_a_slice_that_is_passed_on_unread_is_the_same_and_so_are_its_chunks(answers, data):
+def test_a_slice_passed_on_undecoded_is_the_same_and_so_are_its_pieces(answers, data):
     first = pb2.Frame()
     codec.write_slice(first, 1, 0, answers)
     asked = asked_for(answers)
@@ -174,7 +174,7 @@ HOPS = st.builds(
 
 
 @given(SLICES, st.lists(HOPS, max_size=6))
-def test_a_trace_travels_with_its_slice_and_with_its_chunks(answers, trace):
+def test_a_trace_travels_with_its_slice_and_with_its_pieces(answers, trace):
     frame = pb2.Frame()
     codec.write_slice(frame, 1, 0, answers, trace)
     found = codec.read_slice(sent(frame).slices[0], asked_for(answers))
@@ -183,20 +183,20 @@ def test_a_trace_travels_with_its_slice_and_with_its_chunks(answers, trace):
     assert found.slice(0, 1).trace == tuple(trace)
 
 
-@pytest.mark.parametrize(("traced", "told"), [(False, False), (True, False), (True, True)])
-def test_a_segment_says_on_its_way_whether_it_is_followed_and_told(traced, told):
-    segment = Segment(Route(), Column([b"a", b"b"]), 5.0, 1, traced=traced, log_lines=told)
+@pytest.mark.parametrize(("traced", "logged"), [(False, False), (True, False), (True, True)])
+def test_a_segment_carries_whether_it_is_traced_and_logged(traced, logged):
+    segment = Segment(Route(), Column([b"a", b"b"]), 5.0, 1, traced=traced, log_lines=logged)
     onward = Segment.joined([segment.slice(0, 1), segment.again().slice(1, 1)]).onward("A", ("C",))
     frame = pb2.Frame()
     codec.write_segment(frame, 1, onward, 1.0)
 
     found = codec.read_segment(sent(frame).segments[0], 0.0, LIMITS)
 
-    assert (found.traced, found.log_lines) == (traced, told)
+    assert (found.traced, found.log_lines) == (traced, logged)
 
 
 @given(st.booleans(), st.booleans())
-def test_a_segment_says_on_its_way_who_made_its_ids(own, listed):
+def test_a_segment_carries_whether_its_ids_are_random(own, listed):
     ids = (5, 9) if listed else None
     segment = Segment(Route(), Column([b"a", b"b"]), 5.0, 5, ids=ids, own_ids=own)
     rows = [segment.slice(0, 1), segment.slice(1, 1).again().onward("A", ("C",))]
@@ -206,7 +206,7 @@ def test_a_segment_says_on_its_way_who_made_its_ids(own, listed):
         assert codec.read_segment(sent(frame).segments[0], 0.0, LIMITS).own_ids == own
 
 
-def test_ids_that_the_process_asked_makes_are_its_own():
+def test_ids_made_by_the_process_asked_are_own_ids():
     def read(**fields) -> Segment:
         made = pb2.Segment(count=1, payloads=pb2.Column(items=[b""]), **fields)
         return codec.read_segment(made, 0.0, LIMITS)
@@ -218,7 +218,7 @@ def test_ids_that_the_process_asked_makes_are_its_own():
     assert not read(ids=[7]).own_ids
 
 
-def test_a_clients_wish_for_a_trace_is_one_for_a_line_too():
+def test_a_client_that_wants_a_trace_wants_a_log_line_too():
     segment = pb2.Segment(count=1, payloads=pb2.Column(items=[b""]), want_trace=True)
     for found in (
         codec.read_request(pb2.Request(want_trace=True), 1.0, LIMITS),
@@ -227,7 +227,7 @@ def test_a_clients_wish_for_a_trace_is_one_for_a_line_too():
         assert (found.traced, found.log_lines) == (True, True)
 
 
-def test_a_column_is_copied_on_unread():
+def test_a_column_is_passed_on_undecoded():
     made = pb2.Segment(count=2, payloads=pb2.Column(items=[b"a", b"b"]))
     segment = codec.read_segment(made, 0.0, LIMITS)
     frame = pb2.Frame()
@@ -239,14 +239,14 @@ def test_a_column_is_copied_on_unread():
     assert list(sent(frame).segments[0].payloads.items) == [b"a", b"b"]
 
 
-def test_a_slice_that_does_not_fit_together_is_an_error():
+def test_an_inconsistent_slice_is_an_error():
     part = pb2.PartSlice(process_id="C", results=pb2.Column(items=[b"a"]))
     with pytest.raises(Misspoken, match="C: 1 results for 2 rows"):
         codec.read_slice(pb2.Slice(count=2, parts=[part]), codec.Asked(2))
 
 
 @given(SLICES, st.booleans())
-def test_a_clients_slice_has_a_result_or_a_reason_for_every_row(answers, want_parts):
+def test_a_clients_slice_has_a_result_or_a_failure_for_every_row(answers, want_parts):
     failures = [(0, QueueFull("full", retry_after_s=1.5))]
     results = [b"r"] * len(answers)
     frame = pb2.Frame()
@@ -271,13 +271,13 @@ BAD_SEGMENTS = [
 
 
 @pytest.mark.parametrize(("message", "sentence"), BAD_SEGMENTS)
-def test_a_segment_that_cannot_be_read_is_told_why(message, sentence):
+def test_an_invalid_segment_is_refused_with_the_reason(message, sentence):
     with pytest.raises(BadRequest) as raised:
         codec.read_segment(message, 0.0, LIMITS)
     assert str(raised.value).startswith(sentence)
 
 
-def test_a_segment_that_no_frame_could_hand_on_is_refused():
+def test_a_segment_too_large_for_a_frame_is_refused():
     rows = [b"x" * 1024 * 1024] * 17
     made = pb2.Segment(count=17, payloads=pb2.Column(items=rows))
     with pytest.raises(BadRequest, match="payload: 17,825,792 bytes are more than max_message_mib"):
@@ -285,7 +285,7 @@ def test_a_segment_that_no_frame_could_hand_on_is_refused():
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 5))
-def test_whatever_ids_a_client_gives_each_row_can_be_handed_on_by_itself(first_id, count):
+def test_each_row_can_be_passed_on_alone_whatever_ids_a_client_gives(first_id, count):
     made = pb2.Segment(count=count, payloads=pb2.Column(items=[b""] * count), first_id=first_id)
     try:
         segment = codec.read_segment(made, 0.0, LIMITS)
@@ -297,12 +297,12 @@ def test_whatever_ids_a_client_gives_each_row_can_be_handed_on_by_itself(first_i
 
 
 @pytest.mark.parametrize(("remaining_us", "seconds"), [(0, 30.0), (1, 1e-6), (2**64 - 1, 3600.0)])
-def test_a_segments_time_is_the_clients_or_the_default_and_bounded(remaining_us, seconds):
+def test_a_segments_time_is_the_clients_or_the_default_within_bounds(remaining_us, seconds):
     made = pb2.Segment(count=1, payloads=pb2.Column(items=[b""]), remaining_us=remaining_us)
     assert codec.read_segment(made, 100.0, LIMITS).deadline == pytest.approx(100.0 + seconds)
 
 
-def test_a_segment_without_ids_gets_some_of_its_own():
+def test_a_segment_without_ids_gets_its_own():
     made = pb2.Segment(count=1, payloads=pb2.Column(items=[b""]))
     assert len({codec.read_segment(made, 0.0, LIMITS).first_id for _ in range(100)}) == 100
 
@@ -344,7 +344,7 @@ def read(message: pb2.Request) -> Segment | BadRequest:
 
 
 @given(MESSAGES)
-def test_whatever_comes_is_a_segment_of_one_or_a_bad_request(message):
+def test_any_request_is_a_segment_of_one_or_a_bad_request(message):
     found = read(message)
     if isinstance(found, BadRequest):
         assert str(found).isprintable()
@@ -355,7 +355,7 @@ def test_whatever_comes_is_a_segment_of_one_or_a_bad_request(message):
 
 
 @given(MESSAGES)
-def test_whatever_was_read_can_be_sent_on_and_tried_again(message):
+def test_any_request_that_was_read_can_be_passed_on_and_retried(message):
     segment = read(message)
     assume(isinstance(segment, Segment))
     frame = pb2.Frame()
@@ -363,14 +363,14 @@ def test_whatever_was_read_can_be_sent_on_and_tried_again(message):
     assert list(frame.segments[0].payloads.items) == [message.payload]
 
 
-def test_the_last_possible_attempt_can_be_sent_again():
+def test_the_last_possible_attempt_can_be_retried():
     segment = codec.read_request(pb2.Request(attempt=2**32 - 1), 5.0, LIMITS).again()
     frame = pb2.Frame()
     codec.write_segment(frame, 1, segment, 1.0)
     assert frame.segments[0].attempt > 0
 
 
-def test_a_request_that_carries_only_a_payload_means_all_of_everything():
+def test_a_request_with_only_a_payload_goes_to_all_workers():
     segment = codec.read_request(pb2.Request(payload=b"hi"), 5.0, LIMITS)
     assert segment.route == Route()
     assert segment.route.mode is Mode.ALL
@@ -382,7 +382,7 @@ def test_requests_without_an_id_get_different_ones():
     assert len(ids) == 100
 
 
-def test_a_clients_targets_are_not_taken():
+def test_a_clients_targets_are_ignored():
     segment = codec.read_request(pb2.Request(targets=["C"]), 5.0, LIMITS)
     assert segment.route.targets is None
 
@@ -424,7 +424,7 @@ def test_an_unusual_executed_is_unknown():
     assert codec.read_executed(pb2.Detail(executed=7)) is Executed.UNKNOWN
 
 
-def test_times_beyond_the_messages_range_are_cut():
+def test_times_beyond_the_range_of_the_field_are_clamped():
     frame, large = pb2.Frame(), 2**40
     column = PartSlice("C", Column([b""]), (), {}, None, large, large)
     codec.write_slice(frame, 1, 0, Slice(1, (column,)))
@@ -437,20 +437,20 @@ def test_every_code_is_a_grpc_status(code):
     assert codec.grpc_code(code).value[0] == code
 
 
-class Failed(grpc.RpcError):
+class FailedCall(grpc.RpcError):
     """A failed call, as gRPC raises it."""
 
     def __init__(self, code, details, trailers) -> None:
-        self._said = code, details, trailers
+        self._status = code, details, trailers
 
     def code(self):
-        return self._said[0]
+        return self._status[0]
 
     def details(self):
-        return self._said[1]
+        return self._status[1]
 
     def trailing_metadata(self):
-        return self._said[2]
+        return self._status[2]
 
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -468,19 +468,19 @@ PROOFS = [
 @pytest.mark.parametrize(("trailers", "executed"), PROOFS)
 @pytest.mark.parametrize("code", grpc.StatusCode)
 def test_only_the_trailer_proves_that_nothing_ran(code, trailers, executed):
-    part = codec.read_error(Failed(code, "why", trailers))
+    part = codec.read_error(FailedCall(code, "why", trailers))
     assert (part.code, part.reason, part.executed) == (code.value[0], "why", executed)
 
 
 @pytest.mark.parametrize("details", ["", None])
-def test_a_failure_without_words_gets_its_codes_name(details):
-    assert codec.read_error(Failed(UNAVAILABLE, details, ())).reason == "unavailable"
+def test_a_failure_without_details_gets_the_name_of_its_code(details):
+    assert codec.read_error(FailedCall(UNAVAILABLE, details, ())).reason == "unavailable"
 
 
-def test_a_cable_that_is_out_is_said_in_plain_words():
-    details = "Stream removed (recvmsg:Connection timed out)"  # as gRPC says it on Linux
-    said = codec.read_error(Failed(UNAVAILABLE, details, ()))
-    assert said.reason == "it does not answer any more"
+def test_a_broken_connection_is_reported_in_plain_words():
+    details = "Stream removed (recvmsg:Connection timed out)"  # gRPC's words on Linux
+    part = codec.read_error(FailedCall(UNAVAILABLE, details, ()))
+    assert part.reason == "it does not answer any more"
 
 
 def failure(executed: Executed = Executed.NO, after_s: float | None = None) -> OverlayError:
@@ -488,9 +488,9 @@ def failure(executed: Executed = Executed.NO, after_s: float | None = None) -> O
 
 
 @pytest.mark.parametrize("executed", Executed)
-def test_only_a_proof_is_sent_as_a_proof(executed):
-    told = dict(codec.trailers(failure(executed))).get(codec.EXECUTED_KEY)
-    assert (told == "no") is (executed is Executed.NO)
+def test_only_a_proof_is_sent_as_proof(executed):
+    value = dict(codec.trailers(failure(executed))).get(codec.EXECUTED_KEY)
+    assert (value == "no") is (executed is Executed.NO)
 
 
 @pytest.mark.parametrize("seconds", [0.05, 0.5, 1, 30, 3600])
@@ -499,7 +499,7 @@ def test_the_retry_after_arrives_as_it_was_sent(seconds):
     assert codec.retry_after_s(codec.trailers(error)) == pytest.approx(seconds)
 
 
-def test_a_retry_after_of_nothing_is_still_a_moment():
+def test_a_retry_after_of_zero_is_sent_as_a_moment():
     assert codec.retry_after_s(codec.trailers(failure(after_s=0.0))) == pytest.approx(0.001)
 
 
@@ -510,16 +510,16 @@ def test_without_a_retry_after_there_is_none():
 
 
 @given(st.binary(max_size=60))
-def test_another_programs_trailer_may_hold_anything(packed):
+def test_another_programs_trailer_may_contain_anything(packed):
     found = codec.retry_after_s([("grpc-status-details-bin", packed)])
     assert found is None or isinstance(found, float)
 
 
-def test_the_trailers_of_a_long_error_fit_into_what_grpc_carries():
+def test_the_trailers_of_a_long_error_fit_into_grpcs_limit():
     error = PartsFailed("x" * 20_000, Code.UNAVAILABLE, Executed.NO, "unreachable", 1.0)
     assert sum(len(key) + len(value) for key, value in codec.trailers(error)) < 8192
 
 
-def test_a_segment_tried_again_keeps_its_ids_and_counts():
+def test_a_retried_segment_keeps_its_ids_and_counts_its_attempts():
     segment = Segment(Route(), Column([b"x", b"y"]), 5.0, 7)
     assert segment.again() == replace(segment, attempt=1)

@@ -12,19 +12,19 @@ from overlay.transport.endpoints import open_port
 from tests.harness.machine import ROOT
 
 
-def test_every_channel_is_made_and_every_port_opened_in_one_place() -> None:
+def test_channels_are_made_and_ports_opened_in_one_module_only() -> None:
     own = [*ROOT.glob("*.py"), *(ROOT / "overlay").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
-    ways = r"\b(in)?secure_channel\(|\badd_(in)?secure_port\("
-    past = {
+    calls = r"\b(in)?secure_channel\(|\badd_(in)?secure_port\("
+    files = {
         path.name
         for path in own
-        if not path.name.startswith("overlay_pb2") and re.search(ways, path.read_text("utf-8"))
+        if not path.name.startswith("overlay_pb2") and re.search(calls, path.read_text("utf-8"))
     }
 
-    assert past == {"endpoints.py"}
+    assert files == {"endpoints.py"}
 
 
-def test_a_port_that_another_program_has_is_named() -> None:
+def test_the_error_for_a_taken_port_names_it() -> None:
     first, second = (
         grpc.server(futures.ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
         for _ in range(2)

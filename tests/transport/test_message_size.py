@@ -65,7 +65,7 @@ def test_a_request_of_many_empty_names_is_refused_too():
     ],
     ids=["rows", "single ones", "failures", "a large body", "cancels"],
 )
-def test_what_is_real_is_read(frame):
+def test_a_genuine_message_is_read(frame):
     assert codec.read_frame(frame.SerializeToString()) == frame
 
 

@@ -1,4 +1,4 @@
-"""The segments of one stream: each row is answered once, and by whom it belongs to."""
+"""The segments of one stream: each row is answered once, by its own answer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from overlay.transport.multiplexer import Multiplexer, OpenSegment
 
 @pytest.fixture
 def live() -> Multiplexer:
-    made = Multiplexer()
-    made.is_live = True
-    return made
+    multiplexer = Multiplexer()
+    multiplexer.is_live = True
+    return multiplexer
 
 
 def segment(*counts: int, size: int = 10, chunks: int = 0) -> OpenSegment[str]:
     return OpenSegment("abcdef"[: len(counts)], counts, size, partial=chunks > 0, chunks=chunks)
 
 
-def written(live: Multiplexer, most: int = 100) -> pb2.Frame:
+def written(live: Multiplexer, limit: int = 100) -> pb2.Frame:
     frame = pb2.Frame()
-    size = live.write_control(frame, most)
+    size = live.write_control(frame, limit)
     assert bool(size) == bool(frame.cancels or frame.grants)
     return frame
 
@@ -74,12 +74,12 @@ def test_answers_find_their_segment_by_its_number(live):
     for number in (over.number, one.number, 77):
         frame.slices.add(number=number, count=1)
 
-    found = [(sent, made.number) for sent, made in live.answers_in(frame)]
+    found = [(sent, slice_.number) for sent, slice_ in live.answers_in(frame)]
 
     assert found == [(one, one.number)]
 
 
-def test_cancels_name_open_rows_only_and_stay_within_what_a_frame_takes(live):
+def test_cancels_are_for_open_rows_only_and_bounded_per_frame(live):
     one = segment(5)
     live.open(one)
     live.take(one, 0, 2)
@@ -89,14 +89,14 @@ def test_cancels_name_open_rows_only_and_stay_within_what_a_frame_takes(live):
     assert live.cancel(one, 3, 2) == 2
     assert live.has_control
 
-    frames = [written(live, most=1), written(live, most=1)]
+    frames = [written(live, limit=1), written(live, limit=1)]
     found = [(c.number, c.start, c.count) for frame in frames for c in frame.cancels]
     assert found == [(one.number, 1, 2), (one.number, 3, 2)]
     assert not live.has_control
     assert live.rows == 3, "they stay open until they are answered"
 
 
-def test_chunks_come_as_far_as_they_are_granted(live):
+def test_chunks_may_arrive_as_far_as_they_are_granted(live):
     one = segment(2, chunks=2)
     live.open(one)
     assert live.arrive(one, 1, chunk(0, b"ab")) == [(1, 1)]
@@ -110,7 +110,7 @@ def test_chunks_come_as_far_as_they_are_granted(live):
     assert (grant.number, grant.row, grant.process_id, grant.count) == (one.number, 1, "C", 1)
 
 
-def test_what_is_answered_is_granted_nothing_more(live):
+def test_an_answered_row_gets_no_more_grants(live):
     one = segment(1, chunks=2)
     live.open(one)
     live.arrive(one, 0, chunk(0, b"ab"))
@@ -121,7 +121,7 @@ def test_what_is_answered_is_granted_nothing_more(live):
     assert not live.has_control
 
 
-def test_parts_come_of_no_more_workers_than_there_can_be(live, monkeypatch):
+def test_parts_from_more_workers_than_possible_are_an_error(live, monkeypatch):
     monkeypatch.setattr(multiplexer, "MAX_TARGETS", 3)
     one = segment(2, chunks=2)
     live.open(one)
@@ -131,7 +131,7 @@ def test_parts_come_of_no_more_workers_than_there_can_be(live, monkeypatch):
         live.arrive(one, 0, chunk(0, b"", worker="I"))
 
 
-def test_after_the_loss_of_its_stream_nothing_is_opened_and_nothing_is_told(live):
+def test_after_a_loss_nothing_is_opened_and_nothing_is_written(live):
     one, other = segment(2), segment(1)
     live.open(one)
     live.open(other)

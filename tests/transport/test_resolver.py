@@ -1,4 +1,4 @@
-"""Names of machines, as this system's own resolver knows them: looked up, followed, told."""
+"""Names of machines: looked up by the system's resolver, followed, and shown."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from overlay.transport import channels, endpoints, resolver
 from overlay.transport.channels import Channel
 from overlay.transport.codec import pb2
 from overlay.transport.endpoints import target
-from overlay.transport.resolver import Named, look_up, resolve
+from overlay.transport.resolver import Host, look_up, resolve
 from tests.harness.cluster import ROOT, Overlay, free_port, until
 from tests.harness.hosts import ADDRESSES, Caller, CannotBuild, Hosts, ip
 from tests.harness.names import Names
 
-ELSEWHERE = "2001:db8::9"  # of no machine
+NOWHERE = "2001:db8::9"  # an address that no machine has
 UNKNOWN = "this machine knows no such name"
 
 
@@ -51,31 +51,31 @@ UNKNOWN = "this machine knows no such name"
         ("fe80::1%2", ("fe80::1%2",)),
     ],
 )
-def test_a_number_stands_for_itself(host: str, addresses: tuple[str, ...]) -> None:
+def test_a_numeric_address_needs_no_lookup(host: str, addresses: tuple[str, ...]) -> None:
     assert look_up(host, 0).addresses == resolve(host).addresses == addresses
 
 
 @pytest.mark.parametrize(
     ("named", "text", "shown"),
     [
-        (Named("my-mac.local", ("192.168.1.7",)), "", "my-mac.local (192.168.1.7)"),
-        (Named("mac", ("10.0.0.7", "::7")), "mac:50051", "mac:50051 (10.0.0.7, ::7)"),
-        (Named("mac", tuple("abcdefg")), "mac", "mac (a, b, c, d, …)"),
-        (Named("mac", (), "why"), "mac:50051", "mac:50051"),
-        (Named("10.0.0.7", ("10.0.0.7",)), "10.0.0.7:50051", "10.0.0.7:50051"),
-        (Named("localhost", ("127.0.0.1",)), "localhost:50051", "localhost:50051"),
+        (Host("my-mac.local", ("192.168.1.7",)), "", "my-mac.local (192.168.1.7)"),
+        (Host("mac", ("10.0.0.7", "::7")), "mac:50051", "mac:50051 (10.0.0.7, ::7)"),
+        (Host("mac", tuple("abcdefg")), "mac", "mac (a, b, c, d, …)"),
+        (Host("mac", (), "why"), "mac:50051", "mac:50051"),
+        (Host("10.0.0.7", ("10.0.0.7",)), "10.0.0.7:50051", "10.0.0.7:50051"),
+        (Host("localhost", ("127.0.0.1",)), "localhost:50051", "localhost:50051"),
     ],
 )
-def test_a_message_says_what_a_name_stands_for(named: Named, text: str, shown: str) -> None:
+def test_messages_show_the_addresses_of_a_name(named: Host, text: str, shown: str) -> None:
     assert named.shown(text) == shown
 
 
 @pytest.mark.parametrize("host", ["x" * 300, "a..b", "\N{SNOWMAN}" * 70])
-def test_what_can_be_no_name_is_told_as_one_that_is_not_known(host: str) -> None:
-    assert resolve(host) == Named(host, (), f"{host}: {UNKNOWN}; {resolver.INSTEAD}")
+def test_an_impossible_name_is_reported_as_unknown(host: str) -> None:
+    assert resolve(host) == Host(host, (), f"{host}: {UNKNOWN}; {resolver.ADVICE}")
 
 
-def test_nobody_waits_longer_than_told_and_all_who_wait_share_one_look_up(
+def test_callers_wait_no_longer_than_asked_and_share_one_lookup(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, answer = [], threading.Event()
@@ -89,7 +89,7 @@ def test_nobody_waits_longer_than_told_and_all_who_wait_share_one_look_up(
     first, second = look_up("slow.office", 0.05), look_up("slow.office", 0.05)
     answer.set()
 
-    assert first == second == resolver.silent("slow.office")
+    assert first == second == resolver.pending("slow.office")
     assert f"{UNKNOWN} yet" in first.why
     assert look_up("slow.office", 10).addresses == ("10.0.0.7",)
     assert asked == ["slow.office"]
@@ -108,13 +108,13 @@ def test_nobody_waits_longer_than_told_and_all_who_wait_share_one_look_up(
         (["fe80::1%2", "10.0.0.7"], "ipv6:[fe80::1%252]:5,[::ffff:10.0.0.7]:5"),
     ],
 )
-def test_grpc_is_given_numbers_in_their_order(addresses: list[str], expected: str) -> None:
+def test_grpc_gets_numeric_addresses_in_order(addresses: list[str], expected: str) -> None:
     assert target(addresses, 5) == expected
 
 
 @contextmanager
-def saying_where(*addresses: str, port: int) -> Iterator[list[str]]:
-    """A gRPC server at these addresses, which answers a call with its first; what it was called."""
+def answering_at(*addresses: str, port: int) -> Iterator[list[str]]:
+    """A gRPC server at these addresses that answers with the first one."""
     called: list[str] = []
 
     def where(request: bytes, context: grpc.ServicerContext) -> bytes:
@@ -141,46 +141,46 @@ def saying_where(*addresses: str, port: int) -> Iterator[list[str]]:
 
 
 class Office:
-    """What names stand for, for the channels of this process."""
+    """Resolves names for the channels of this process."""
 
     def __init__(self) -> None:
         self.names: dict[str, tuple[str, ...]] = {}
-        self.looks = 0
+        self.lookups = 0
 
-    def resolve(self, host: str) -> Named:
-        self.looks += 1
+    def resolve(self, host: str) -> Host:
+        self.lookups += 1
         addresses = self.names.get(host, ())
-        return Named(host, addresses, "" if addresses else f"{host}: {UNKNOWN}")
+        return Host(host, addresses, "" if addresses else f"{host}: {UNKNOWN}")
 
 
 @pytest.fixture
 def office(monkeypatch: pytest.MonkeyPatch) -> Office:
     made = Office()
     monkeypatch.setattr(channels, "resolve", made.resolve)
-    monkeypatch.setattr(channels, "AGAIN_S", 0.1)
+    monkeypatch.setattr(channels, "LOOKUP_INTERVAL_S", 0.1)
     return made
 
 
 def where(channel: Channel, timeout: float = 10) -> str:
-    said: bytes = channel.unary_unary("/Test/Where")(b"", timeout=timeout, wait_for_ready=True)
-    return said.decode()
+    outputs: bytes = channel.unary_unary("/Test/Where")(b"", timeout=timeout, wait_for_ready=True)
+    return outputs.decode()
 
 
-def test_several_addresses_are_tried_in_their_order(office: Office) -> None:
+def test_several_addresses_are_tried_in_order(office: Office) -> None:
     port = free_port()
     office.names["mac"] = ("::1", "127.0.0.3", "127.0.0.2")
     with (
-        saying_where("127.0.0.2", port=port),
+        answering_at("127.0.0.2", port=port),
         Channel(f"mac:{port}") as channel,
     ):
         assert where(channel) == "127.0.0.2"
         assert channel.shown == f"mac:{port} (::1, 127.0.0.3, 127.0.0.2)"
 
 
-def test_a_name_that_gets_an_address_later_is_found_then(office: Office) -> None:
+def test_a_name_that_gets_an_address_later_is_found(office: Office) -> None:
     port = free_port()
     with (
-        saying_where("127.0.0.2", port=port),
+        answering_at("127.0.0.2", port=port),
         Channel(f"mac:{port}") as channel,
         ThreadPoolExecutor(1) as pool,
     ):
@@ -202,14 +202,14 @@ def _where_or_not(channel: Channel) -> str:
         return ""
 
 
-def test_a_channel_stays_where_it_is_well_and_leaves_when_it_is_not(office: Office) -> None:
+def test_a_channel_keeps_an_address_that_works_and_leaves_one_that_does_not(office: Office) -> None:
     port = free_port()
     office.names["mac"] = ("127.0.0.2",)
     with (
-        saying_where("127.0.0.3", port=port),
+        answering_at("127.0.0.3", port=port),
         Channel(f"mac:{port}") as channel,
     ):
-        with saying_where("127.0.0.2", port=port):
+        with answering_at("127.0.0.2", port=port):
             stream = channel.stream_stream("/Test/Stay")(iter(()), wait_for_ready=True)
             assert next(stream) == b"127.0.0.2"
             office.names["mac"] = ("127.0.0.3",)
@@ -223,12 +223,12 @@ def test_a_channel_stays_where_it_is_well_and_leaves_when_it_is_not(office: Offi
         assert until(lambda: _where_or_not(channel)) == "127.0.0.3"
 
 
-def test_a_channel_leaves_what_answers_wrongly_there(office: Office) -> None:
+def test_a_channel_leaves_an_address_where_another_program_answers(office: Office) -> None:
     port = free_port()
     office.names["mac"] = ("127.0.0.2",)
     with (
-        saying_where("127.0.0.2", port=port),
-        saying_where("127.0.0.3", port=port),
+        answering_at("127.0.0.2", port=port),
+        answering_at("127.0.0.3", port=port),
         Channel(f"mac:{port}") as channel,
     ):
         assert where(channel) == "127.0.0.2"
@@ -239,7 +239,7 @@ def test_a_channel_leaves_what_answers_wrongly_there(office: Office) -> None:
         assert channel.shown == f"mac:{port} (127.0.0.3)"
 
 
-def test_a_look_ends_with_its_channel(office: Office) -> None:
+def test_lookups_end_with_their_channel(office: Office) -> None:
     channel = Channel("nobody.office:5")
     channel.doubt()
     until(lambda: "name-nobody.office" in [t.name for t in threading.enumerate()])
@@ -248,7 +248,7 @@ def test_a_look_ends_with_its_channel(office: Office) -> None:
     until(lambda: "name-nobody.office" not in [t.name for t in threading.enumerate()])
 
 
-def test_a_link_whose_neighbour_has_no_known_name_says_so_once(
+def test_a_neighbour_with_an_unknown_name_is_logged_once(
     office: Office, caplog: pytest.LogCaptureFixture
 ) -> None:
     neighbour = Process("C", "worker", "green", "mac.office", 5)
@@ -256,29 +256,29 @@ def test_a_link_whose_neighbour_has_no_known_name_says_so_once(
     links.start()
     try:
         until(lambda: links.states()[0].reason == f"mac.office: {UNKNOWN}")
-        before = office.looks
-        until(lambda: office.looks > before + 5)
+        before = office.lookups
+        until(lambda: office.lookups > before + 5)
     finally:
         links.close()
 
     assert caplog.text.count(f"link to C: mac.office: {UNKNOWN}\n") == 1
 
 
-def test_the_other_side_is_told_the_name(office: Office) -> None:
+def test_the_server_sees_the_name(office: Office) -> None:
     office.names["my-mac.local"] = ("127.0.0.2",)
     with socket.socket() as listening, ThreadPoolExecutor(1) as pool:
         listening.bind(("127.0.0.2", 0))
         listening.listen()
         port = listening.getsockname()[1]
-        told = pool.submit(first_headers, listening)
+        headers = pool.submit(first_headers, listening)
         with Channel(f"my-mac.local:{port}") as channel:
             channel.unary_unary("/Test/Where").future(b"", timeout=10, wait_for_ready=True)
 
-            assert told.result(10)[b":authority"] == f"my-mac.local:{port}".encode()
+            assert headers.result(10)[b":authority"] == f"my-mac.local:{port}".encode()
 
 
 def first_headers(listening: socket.socket) -> dict[bytes, bytes]:
-    """Of the first call on the first connection, by a server that answers none."""
+    """The headers of the first call on the first connection."""
     connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
     connection.initiate_connection()
     with listening.accept()[0] as accepted:
@@ -289,7 +289,7 @@ def first_headers(listening: socket.socket) -> dict[bytes, bytes]:
                     return dict(event.headers)
 
 
-# A whole office: the names are known to the resolver of the system only (see resolver.c)
+# A whole office, whose names only the system's resolver knows (see resolver.c)
 
 
 class NamedOverlay(Overlay):
@@ -300,22 +300,22 @@ class NamedOverlay(Overlay):
         spread = {"A": ("leader", "pc", "B"), "B": ("team_leader", "pc", "AC")}
         spread["C"] = ("worker", "mac", "B")
         entries = {
-            who: {
-                "id": who,
+            process_id: {
+                "id": process_id,
                 "role": role,
                 "team": "green",
                 "host": f"{machine}.office",
                 "port": free_port(),
                 "neighbors": list(neighbors),
             }
-            for who, (role, machine, neighbors) in spread.items()
+            for process_id, (role, machine, neighbors) in spread.items()
         }
         super().__init__(folder, {"processes": entries})
-        self.names = Names(folder, pc_office=pc, mac_office=f"{mac} {ELSEWHERE}")
+        self.names = Names(folder, pc_office=pc, mac_office=f"{mac} {NOWHERE}")
         self.environment = self.names.environment
 
     def address(self, process_id: str) -> str:
-        """In numbers: the tests themselves know no names."""
+        """Numeric, as the tests themselves cannot resolve the names."""
         host = self.config["processes"][process_id]["host"]
         return f"{self.numbers[host]}:{self.port(process_id)}"
 
@@ -324,7 +324,7 @@ class NamedOverlay(Overlay):
 
     def move_mac(self, number: str) -> None:
         self.numbers["mac.office"] = number
-        self.names.stand_for(mac_office=f"{number} {ELSEWHERE}")
+        self.names.stand_for(mac_office=f"{number} {NOWHERE}")
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -347,7 +347,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NamedOverlay]:
         made.stop()
 
 
-# Each in the same interpreter, whose start takes longer than the command.
+# All in one interpreter, whose start takes longer than a command.
 COMMANDS = """
 import contextlib, io, json, sys
 import client, test_system
@@ -367,7 +367,7 @@ print(json.dumps(done))
 """
 
 
-def test_every_command_takes_names(named: NamedOverlay) -> None:
+def test_every_command_accepts_names(named: NamedOverlay) -> None:
     port = str(named.port("A"))
     served = ["--bind", "mac.office", "--web-port", "0", "--until-eof"]
     asked = [
@@ -381,10 +381,10 @@ def test_every_command_takes_names(named: NamedOverlay) -> None:
     ]
     ran = named.run("-c", COMMANDS, json.dumps(asked))
     assert (ran.returncode, ran.stderr) == (0, "")
-    codes, said = zip(*json.loads(ran.stdout), strict=True)
-    answer, check, _, web, doctor, tried, status = said
+    codes, outputs = zip(*json.loads(ran.stdout), strict=True)
+    answer, check, _, web, doctor, tried, status = outputs
 
-    assert codes == (0,) * len(asked), said
+    assert codes == (0,) * len(asked), outputs
     assert "C: hi" in answer
     assert f"at pc.office:{port} (127.0.0.1)" in check
     assert f"watching pc.office:{port}; the page: http://127.0.0.2:" in web
@@ -393,14 +393,14 @@ def test_every_command_takes_names(named: NamedOverlay) -> None:
     assert seen[0]["why"].startswith("pc.office (127.0.0.1) leads to this machine only")
     assert f"A (leader) at pc.office:{port} (127.0.0.1)" in tried
     assert status.count("serves") == 3
-    c = f"{named.named('C')} (127.0.0.2, {ELSEWHERE})"
+    c = f"{named.named('C')} (127.0.0.2, {NOWHERE})"
     assert c in check or c in named.metrics("B").neighbours[0].address
     assert f"serves on {named.named('C')} (127.0.0.2)" in named.log("C")
 
 
 @contextmanager
-def silent(address: str) -> Iterator[int]:
-    """The port of a program that takes connections and says nothing."""
+def silent_program(address: str) -> Iterator[int]:
+    """The port of a program that accepts connections and says nothing."""
     with socket.socket() as listening:
         listening.bind((address, 0))
         listening.listen()
@@ -424,23 +424,23 @@ with ThreadPoolExecutor(8) as pool:
 """
 
 
-def test_a_name_without_an_address_nobody_there_and_a_stranger_are_told_apart(
+def test_unknown_names_unused_ports_and_other_programs_are_told_apart(
     named: NamedOverlay,
 ) -> None:
-    nobody = free_port()
+    unused = free_port()
     named.names.stand_for(none_office="", slow_office="~30", away_office="~0")
-    with silent("127.0.0.2") as stranger, ThreadPoolExecutor(2) as pool:
+    with silent_program("127.0.0.2") as stranger, ThreadPoolExecutor(2) as pool:
         cases = {
             "none.office:5": ("NoSuchHost", f"none.office: {UNKNOWN}; correct it"),
             "slow.office:5": ("NoSuchHost", f"slow.office: {UNKNOWN} yet"),
             "away.office:5": ("NoSuchHost", f"away.office: {UNKNOWN} (the name servers"),
-            f"pc.office:{nobody}": (
+            f"pc.office:{unused}": (
                 "NotReached",
-                f"nothing serves at pc.office:{nobody} (127.0.0.1): the connection was refused",
+                f"nothing serves at pc.office:{unused} (127.0.0.1): the connection was refused",
             ),
             f"mac.office:{stranger}": (
                 "NotReached",
-                f"what listens at mac.office:{stranger} (127.0.0.2, {ELSEWHERE}) does not speak",
+                f"what listens at mac.office:{stranger} (127.0.0.2, {NOWHERE}) does not speak",
             ),
         }
         program = pool.submit(named.run, "-c", FAILING, *cases)
@@ -448,25 +448,25 @@ def test_a_name_without_an_address_nobody_there_and_a_stranger_are_told_apart(
         failed = json.loads(program.result().stdout)
 
     assert [kind for kind, _ in failed] == [kind for kind, _ in cases.values()]
-    for (_, says), (_, said) in zip(cases.values(), failed, strict=True):
-        assert said.startswith(says)
+    for (_, expected), (_, outputs) in zip(cases.values(), failed, strict=True):
+        assert outputs.startswith(expected)
     assert command.returncode == 4
     assert command.stderr.startswith(f"client.py: none.office: {UNKNOWN}; correct it")
 
 
-def test_a_process_whose_name_is_not_of_this_machine_says_so(
+def test_a_process_whose_name_is_another_machines_says_so(
     named: NamedOverlay, tmp_path: Path
 ) -> None:
     raw = json.loads(named.path.read_text())
     raw["processes"]["B"]["host"], raw["processes"]["C"]["host"] = "other.office", "none.office"
-    named.names.stand_for(other_office=ELSEWHERE, none_office="")
+    named.names.stand_for(other_office=NOWHERE, none_office="")
     (tmp_path / "other.json").write_text(json.dumps(raw))
     node = (ROOT / "node.py", tmp_path / "other.json")
     with ThreadPoolExecutor(2) as pool:
-        other, none = pool.map(lambda who: named.run(*node, who), "BC")
+        other, none = pool.map(lambda process_id: named.run(*node, process_id), "BC")
 
     assert (other.returncode, none.returncode) == (2, 2)
-    assert f"process B: other.office ({ELSEWHERE}) is not an address of this" in other.stderr
+    assert f"process B: other.office ({NOWHERE}) is not an address of this" in other.stderr
     assert "machine, which has " in other.stderr
     assert f"process C: none.office: {UNKNOWN}; correct it" in none.stderr
 
@@ -501,7 +501,7 @@ with overlay.connect(address) as client:
 """
 
 
-def test_links_and_clients_find_a_machine_that_got_another_address(named: NamedOverlay) -> None:
+def test_links_and_clients_find_a_machine_with_a_new_address(named: NamedOverlay) -> None:
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, named.named("C")],
         stdin=subprocess.PIPE,
@@ -516,23 +516,23 @@ def test_links_and_clients_find_a_machine_that_got_another_address(named: NamedO
         named.kill("C")
         named.move_mac("127.0.0.3")
         named._channels.pop("C").close()
-        named.start("C")  # until its links are up
+        named.start("C")  # waits until its links are up
         after, complaint = program.communicate("\n", timeout=30)
 
     kinds = ("async", "single", "call", "map")
     assert before == [f"C: {kind} before" for kind in kinds], complaint
     assert sorted(after.splitlines()) == sorted(f"C: {kind} after" for kind in kinds), complaint
-    there = f"127.0.0.3, {ELSEWHERE}"
+    there = f"127.0.0.3, {NOWHERE}"
     assert named.metrics("B").neighbours[0].address == f"{named.named('C')} ({there})"
-    assert f"mac.office (127.0.0.2, {ELSEWHERE}) is now {there}" in named.log("B")
+    assert f"mac.office (127.0.0.2, {NOWHERE}) is now {there}" in named.log("B")
     assert f"link to C ({named.named('C')} ({there})) is up" in named.log("B")
 
 
-# Two machines, of which one gets another address while all runs on
+# Two machines, one of which gets a new address while everything is running
 
 
 class TwoMachines(NamedOverlay):
-    """Each in a network namespace of its own; asked from the one with the leader."""
+    """Each in its own network namespace; requests come from the leader's."""
 
     def __init__(self, folder: Path, hosts: Hosts) -> None:
         super().__init__(folder, ADDRESSES[1], ADDRESSES[2])
@@ -554,7 +554,7 @@ class TwoMachines(NamedOverlay):
             self._wait_ready(process_id)
 
     def answered(self) -> str:
-        """By whom a request to all was, asked of the leader beside it."""
+        """The workers that answered a request to all."""
         request = pb2.Request(payload=b"hi").SerializeToString()
         return self.caller.begin(self.address("A"), "Forward", request, 2).result(10).answered
 
@@ -577,7 +577,7 @@ def two_machines(tmp_path: Path) -> Iterator[TwoMachines]:
         hosts.close()
 
 
-def test_a_machine_that_gets_another_address_is_in_the_overlay_again(
+def test_a_machine_with_a_new_address_rejoins_the_overlay(
     two_machines: TwoMachines,
 ) -> None:
     two_machines.serve()
@@ -595,33 +595,33 @@ def test_a_machine_that_gets_another_address_is_in_the_overlay_again(
 # Everywhere
 
 
-def test_every_address_comes_by_the_systems_resolver() -> None:
+def test_every_address_comes_from_the_systems_resolver() -> None:
     own = [*ROOT.glob("*.py"), *(ROOT / "overlay").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
-    ways = r"insecure_channel\(|secure_channel\(|getaddrinfo\(|create_connection\(|gethostby"
-    past = {path.name for path in own if re.search(ways, path.read_text("utf-8"))}
+    calls = r"insecure_channel\(|secure_channel\(|getaddrinfo\(|create_connection\(|gethostby"
+    files = {path.name for path in own if re.search(calls, path.read_text("utf-8"))}
 
-    assert past == {"resolver.py", "endpoints.py"}
+    assert files == {"resolver.py", "endpoints.py"}
 
 
-def test_where_a_channel_leads_is_shown_whole_as_soon_as_it_does() -> None:
+def test_a_channel_that_moves_shows_all_its_new_addresses_at_once() -> None:
     shown: list[str] = []
 
-    class Look(logging.Handler):
-        """At the moment at which it says that it leads elsewhere."""
+    class OnMove(logging.Handler):
+        """Notes the addresses at the moment the channel logs that it has moved."""
 
         def emit(self, record: logging.LogRecord) -> None:
             shown.append(channel.shown)
 
-    log, look = logging.getLogger("overlay.transport.channels"), Look()
+    log, handler = logging.getLogger("overlay.transport.channels"), OnMove()
     before = log.level
-    log.addHandler(look)
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
         with Channel("mac.office:1", []) as channel:
-            channel.take(Named("mac.office", ("127.0.0.2", "::1")))
-            channel.take(Named("mac.office", ("127.0.0.3", "::1")))
+            channel.on_resolved(Host("mac.office", ("127.0.0.2", "::1")))
+            channel.on_resolved(Host("mac.office", ("127.0.0.3", "::1")))
     finally:
-        log.removeHandler(look)
+        log.removeHandler(handler)
         log.setLevel(before)
 
     assert shown == ["mac.office:1 (127.0.0.3, ::1)"]

@@ -25,13 +25,13 @@ from overlay.model import json_values, signatures
 from overlay.model.errors import ConfigError, Misspoken
 from overlay.model.segments import Code, Detail, Executed
 from overlay.model.signatures import Function
-from overlay.transport.chunks import Leaving
+from overlay.transport.chunks import ItemSender
 from overlay.transport.codec import pb2, pb2_grpc, read_metrics
 from overlay.workers import typed
 from overlay.workers.api import Context
 from overlay.workers.job import outcome_of, outcome_of_error, read_outcome
 from tests.harness.cluster import ROOT, Overlay, free_port, running, until
-from tests.transport.test_chunks import came
+from tests.transport.test_chunks import delivery
 
 MINE = '''
 """Functions as people write them."""
@@ -280,8 +280,8 @@ def call(mine: Any) -> Iterator[Callable[..., Any]]:
             kind, value = outcome_of(kept[name].call(payload, context or at()), 10**6)
         except BaseException as e:  # noqa: BLE001 - as the runners have it
             kind, value = outcome_of_error(e)
-        came = read_outcome(name, kind, value)
-        return came if isinstance(came, Detail) else json.loads(came)
+        delivery = read_outcome(name, kind, value)
+        return delivery if isinstance(delivery, Detail) else json.loads(delivery)
 
     yield called
     for loaded in kept.values():
@@ -396,12 +396,12 @@ EVERYTHING = {"path": "a", "size": {"width": 1}, "at": "2026-01-02T03:04:05Z"}
     ],
 )  # fmt: skip
 def test_a_wrong_argument_is_named(call, name, args, sentence):
-    came = call(name, args)
+    delivery = call(name, args)
 
-    assert isinstance(came, Detail)
-    assert (came.code, came.executed) == (Code.INVALID_ARGUMENT, Executed.YES)
-    assert came.reason.startswith(f"handler '{name}': ")
-    assert sentence in came.reason
+    assert isinstance(delivery, Detail)
+    assert (delivery.code, delivery.executed) == (Code.INVALID_ARGUMENT, Executed.YES)
+    assert delivery.reason.startswith(f"handler '{name}': ")
+    assert sentence in delivery.reason
 
 
 def test_the_context_is_the_workers_where_it_is_not_annotated_as_something_else(call):
@@ -450,9 +450,9 @@ def test_numpys_own_are_json():
     ],
 )
 def test_a_result_that_is_not_json_is_named_by_its_type(call, name, args, what):
-    came = call(name, args)
+    delivery = call(name, args)
 
-    assert (came.code, came.reason) == (Code.INTERNAL, f"handler '{name}' {what}")
+    assert (delivery.code, delivery.reason) == (Code.INTERNAL, f"handler '{name}' {what}")
 
 
 def test_a_result_that_contains_itself_is_not_json():
@@ -499,17 +499,17 @@ def test_an_async_function_is_waited_for(call):
 
 def test_calls_of_an_async_function_share_an_event_loop(call):
     with concurrent.futures.ThreadPoolExecutor(2) as two:
-        came = list(two.map(lambda name: call("meet", {"name": name}), "ab"))
-    assert came == [["b", "a"], ["a", "b"]]
+        delivery = list(two.map(lambda name: call("meet", {"name": name}), "ab"))
+    assert delivery == [["b", "a"], ["a", "b"]]
 
 
 def test_an_async_function_is_cancelled_when_nobody_waits(mine, call):
     ended = bytearray(1)
     threading.Timer(0.05, ended.__setitem__, (0, 1)).start()
 
-    came = call("stays", {"seconds": 60}, at(ended=ended))
+    delivery = call("stays", {"seconds": 60}, at(ended=ended))
 
-    assert came.code is Code.CANCELLED
+    assert delivery.code is Code.CANCELLED
     until(lambda: mine.gate.get("left"), what="the function was cancelled")
 
 
@@ -705,9 +705,9 @@ def test_a_value_comes_back_from_submit_and_map(leader):
     widths = leader.map("resize", args=({"path": "a", "width": n} for n in range(50)))
     assert [value["width"] for value in widths] == list(range(50))
     mixed = [{"path": "a"}, {"path": 1}, {"path": "c"}]
-    came = dict(leader.map_as_completed("resize", args=mixed))
-    assert (came[0]["path"], came[2]["path"]) == ("a", "c")
-    assert isinstance(came[1], library.InvalidCall)
+    delivery = dict(leader.map_as_completed("resize", args=mixed))
+    assert (delivery[0]["path"], delivery[2]["path"]) == ("a", "c")
+    assert isinstance(delivery[1], library.InvalidCall)
     with pytest.raises(library.InvalidCall, match="argument 'path'"):
         list(leader.map("resize", args=mixed))
     with pytest.raises(library.InvalidCall, match="argument 'path' is missing"):
@@ -761,8 +761,8 @@ def test_the_same_with_asyncio(four):
             assert (await client.call(handler="resize", args=args, mode="any")).value == args
             assert (await client.call(handler="resize", args=args)).values["D"] == args
             assert await client.submit("resize", args=args) == args
-            came = [value async for value in client.map("resize", args=[args, args])]
-            assert came == [args, args]
+            delivery = [value async for value in client.map("resize", args=[args, args])]
+            assert delivery == [args, args]
 
             async def many():
                 for n in range(3):
@@ -797,21 +797,21 @@ def test_each_item_that_is_yielded_is_a_part(leader, name):
 
 @pytest.mark.parametrize("name", ["steps", "steps_apart"])
 def test_an_item_comes_while_the_function_still_works(leader, name):
-    came = leader.parts(handler=name, args={"to": 2, "seconds": 60})
-    assert {next(came).process_id, next(came).process_id} == {"C", "D"}
-    came.close()
+    delivery = leader.parts(handler=name, args={"to": 2, "seconds": 60})
+    assert {next(delivery).process_id, next(delivery).process_id} == {"C", "D"}
+    delivery.close()
     assert len(list(leader.parts(handler=name, args={"to": 9, "seconds": 0}, first=3))) == 3
 
 
 def test_workers_that_fail_after_some_items_say_so_at_the_end(leader):
-    came = leader.parts(handler="steps", args={"to": 2, "seconds": 0, "fail": True})
-    given = [next(came) for _ in range(4)]
+    delivery = leader.parts(handler="steps", args={"to": 2, "seconds": 0, "fail": True})
+    given = [next(delivery) for _ in range(4)]
 
     assert sorted((part.process_id, part.value["n"]) for part in given) == [
         ("C", 0), ("C", 1), ("D", 0), ("D", 1),
     ]  # fmt: skip
     with pytest.raises(library.HandlerFailed, match=r"C: handler 'steps' failed; error id .* D: "):
-        next(came)
+        next(delivery)
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10**6])
@@ -821,13 +821,13 @@ def test_items_are_found_wherever_their_array_is_cut(mine, size):
     parts, given = Parts(None, in_items=True), []
     for start in range(0, len(text), size):
         chunk = start, text[start : start + size], start + size < len(text)
-        given += parts.early(came(lambda worker: None, C=chunk), 0)
+        given += parts.early(delivery(lambda worker: None, C=chunk), 0)
     assert [part.value["n"] for part in given] == list(range(20))
 
 
 def test_many_quick_items_leave_together():
     sent: list[bytes] = []
-    leaving = Leaving(lambda chunk: sent.append(chunk) or True)
+    leaving = ItemSender(lambda chunk: sent.append(chunk) or True)
 
     for n in range(5_000):
         assert leaving.add(b"%d\t" % n)
