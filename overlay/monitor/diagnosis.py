@@ -1,7 +1,7 @@
-"""What is wrong with a process or a link, and what to do: from observations to a sentence.
+"""Diagnoses a process or a link from observations: what is wrong, and what to do about it.
 
 One machine observes little: whether a port opens, what answers there, and what the processes that
-do answer say about their links. This module tells the likely causes apart.
+answer report about their links. This module tells the likely causes apart.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from overlay.model.topology import Process, Topology
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 
-MAX_CLOCK_S = 2.0  # apart; less may be the travel time of the call
+MAX_CLOCK_S = 2.0  # difference between clocks; less may be transit time
 RECONNECTED_S = 10.0  # a link between two processes that answer is back by then
-WINDOWS, MAC, LINUX = "Windows", "Darwin", "Linux"  # as platform.system() has them
+WINDOWS, MAC, LINUX = "Windows", "Darwin", "Linux"  # from platform.system()
 
 
 class Reach(Enum):
-    """What became of opening a connection to the address."""
+    """The result of connecting to the address."""
 
     OPEN = "open"
     REFUSED = "refused"
@@ -37,10 +37,10 @@ class Grade(Enum):
 
 @dataclass(frozen=True)
 class Observation:
-    """What this machine sees of one process; metrics is None when no overlay process answers.
+    """What this machine observes of one process; metrics is None if no overlay process answers.
 
-    clock_s: its wall clock minus ours. host, address: where it was looked for, a name with the
-    address that it stands for here. is_loopback: no other machine reaches it by its name.
+    clock_s: its wall clock minus ours. host, address: where it was tried; a name with its address
+    here. is_loopback: no other machine can reach it by its name.
     """
 
     reach: Reach
@@ -55,7 +55,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Finding:
-    """state: in a word or two. why, do: sentences, empty when all is well."""
+    """state: one or two words. why, do: sentences, empty if all is well."""
 
     grade: Grade
     state: str
@@ -64,10 +64,10 @@ class Finding:
 
 
 class Diagnosis:
-    """The findings about a whole overlay that was observed once.
+    """The findings about a whole overlay, observed once.
 
-    version, wire_format, system: of the machine that observes. config: the file's name as its user
-    wrote it. is_installed: there is no project folder, so no scripts either.
+    version, wire_format, system: of the observing machine. config: the file's name as the user
+    wrote it. is_installed: there is no project folder, and so no scripts.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Diagnosis:
         return self._answered(process, observed, observed.metrics)
 
     def of_link(self, asker: Process, asked: Process) -> Finding:
-        """How the asker finds the neighbour below it."""
+        """The asker's link to the neighbour below it."""
         metrics = self._metrics(asker)
         if metrics is None:
             return Finding(Grade.NOTE, "unknown")  # the finding about the asker says why
@@ -108,7 +108,7 @@ class Diagnosis:
         return self._link_down(asker, asked, link)
 
     def _metrics(self, process: Process) -> pb2.MetricsResponse | None:
-        """The process's metrics, if it is the right one that answers."""
+        """The process's metrics, if that process is the one that answers."""
         metrics = self._observed[process.id].metrics
         return metrics if metrics is not None and metrics.process_id == process.id else None
 
@@ -132,7 +132,7 @@ class Diagnosis:
             do = f"copy {self._topology.name} to every machine, then {self._restart()}"
             return Finding(Grade.BAD, "other config", why, do)
         max_streams = self._topology.limits.streams
-        if metrics.streams >= max_streams * 3 // 4:  # as many as one address may have
+        if metrics.streams >= max_streams * 3 // 4:  # the most that one address may have
             why = (
                 f"{metrics.streams} of its {max_streams} places for streams are taken: it may "
                 "refuse a new map, or a new program that uses the library"
@@ -212,7 +212,7 @@ class Diagnosis:
         ]
 
     def _system_of(self, process: Process) -> str:
-        """The system of the process's machine, as far as a process that runs there says so."""
+        """The system of its machine, if a process that answers from there reports it."""
         if self._observed[process.id].is_here:
             return self._system
         for other_id in self._others_that_answer(process):
@@ -270,7 +270,7 @@ class Diagnosis:
         return f"{self._where(process)}: {way}"
 
     def _ports_beside(self, process: Process) -> str:
-        """The ports of the process's machine, as a range when they follow each other."""
+        """The ports of the process's machine, as a range if they are close together."""
         ports = sorted(
             {p.port for p in self._topology.processes.values() if p.host == process.host}
         )

@@ -1,10 +1,10 @@
-"""Polls a whole overlay: asks every process for its metrics, round after round.
+"""Polls the metrics of every process of an overlay, round after round.
 
-Knows neither pages nor terminals. The process at the given address has the topology, which names
-the others; each has a kept connection of its own. A round ends when all have answered or after
-0.7 s, and a process that has not answered yet is not asked again.
+Knows nothing of pages or terminals. The process at the given address has the topology, which names
+the others; each has its own persistent connection. A round ends when all have answered, or after
+0.7 s; a process that has not answered yet is not polled again until it has.
 
-One thread, `poller`, runs the rounds and makes the snapshots; a daemon that ends after close().
+One daemon thread, `poller`, runs the rounds and makes the snapshots until close().
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from overlay.transport import codec
 from overlay.transport.channels import Channel, split
 
 INTERVAL_S = 1.0
-ROUND_S = 0.7  # a silent process does not delay a snapshot longer
-EVENTS, REQUESTS = 40, 200  # the last ones, asked of a process
-ANSWER_S = 2.0  # as long as neighbours wait for each other; then it counts as gone
-MAX_EVENTS = 100  # that this poller itself has observed
+ROUND_S = 0.7  # a silent process does not delay a snapshot any longer
+EVENTS, REQUESTS = 40, 200  # how many of the last ones to request
+ANSWER_S = 2.0  # as for links; after that a process counts as gone
+MAX_EVENTS = 100  # observed by this poller itself
 
 
 class Poller:
-    """The rounds, and the newest snapshot. Safe from any thread; close() may be called twice."""
+    """Polls, and keeps the newest snapshot. Thread-safe; close() may be called twice."""
 
     def __init__(
         self, address: str, interval_s: float = INTERVAL_S, wanted: RequestFilter = ALL
@@ -43,11 +43,11 @@ class Poller:
         self._interval_s = interval_s
         self._wanted = wanted
         self._asked = _Target("", address, self._notify)
-        self._asked.tells_requests = True
+        self._asked.wants_requests = True
         self._targets: dict[str, _Target] = {"": self._asked}
         self._timeseries = {"": Timeseries()}
         self._processes: list[codec.pb2.Process] = []
-        self._healths: dict[str, tuple[str, float]] = {}  # and since when
+        self._healths: dict[str, tuple[str, float]] = {}  # health, and since when
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._round = 0
         self._answered = threading.Condition()
@@ -66,7 +66,7 @@ class Poller:
             target.close()
 
     def newer(self, than: int = 0, within_s: float = 10.0) -> Snapshot:
-        """The newest snapshot. Waits for one whose `round` is above `than`, or until `within_s`."""
+        """The newest snapshot. Waits up to `within_s` for one whose `round` is above `than`."""
         with self._answered:
             self._answered.wait_for(lambda: self._newest.get("round", 0) > than, within_s)
             return self._newest
@@ -85,7 +85,7 @@ class Poller:
             self._closed.wait(max(0.0, began + self._interval_s - time.monotonic()))
 
     def _poll(self, until: float) -> None:
-        """Asks all that are not being asked already, and waits for their answers until then."""
+        """Polls all targets not being polled already, and waits for their answers until `until`."""
         targets = list(self._targets.values())
         for target in targets:
             target.ask()
@@ -96,7 +96,7 @@ class Poller:
             )
 
     def _learn_topology(self) -> bool:
-        """Whether there are now processes that have not been asked yet."""
+        """Adds and removes targets. Returns whether any are new."""
         metrics = self._asked.result.metrics
         if metrics is None:
             return False
@@ -146,7 +146,7 @@ class Poller:
         self.on_snapshot(made)
 
     def _note_changes(self, made: Snapshot) -> None:
-        """Makes events of what this poller itself observes: processes that go and come back."""
+        """Makes events of what this poller observes: processes that go and come back."""
         now = time.time()
         for process in made["processes"]:
             process_id, health = process["id"], process["health"]
@@ -175,33 +175,33 @@ class Poller:
 
 
 class _Target:
-    """One process that is polled, over a kept connection."""
+    """One process that is polled, over a persistent connection."""
 
     def __init__(self, process_id: str, address: str, notify: Callable[[], None]) -> None:
         self.id = process_id
         self.address = address
         self.result = PollResult(time.monotonic())
-        self.tells_requests = False  # and its functions
+        self.wants_requests = False  # and its functions
         self.functions: Sequence[codec.pb2.Function] = ()
         self.is_asking = False
         self._notify = notify
         self._digest = 0
         self._channel = Channel(address)
-        self._channel.doubt()  # all names are looked up at once
+        self._channel.doubt()  # starts looking up its name
         self._node = codec.pb2_grpc.OverlayNodeStub(self._channel)
 
     @property
     def shown(self) -> str:
-        """The address, with what a name stands for here."""
+        """The address, with what its name resolves to here."""
         return self._channel.shown
 
     def ask(self) -> None:
-        """Does not wait for a connection: where nothing listens, the poll fails immediately."""
+        """Does not wait for a connection: if nothing listens, the poll fails at once."""
         if self.is_asking or not self._channel.has_looked():
             return
         self.is_asking = True
         wanted = codec.pb2.MetricsRequest(events=EVENTS)
-        if self.tells_requests:
+        if self.wants_requests:
             wanted.requests = REQUESTS
             metrics = self.result.metrics
             wanted.functions = metrics is not None and self._digest != metrics.functions_digest
@@ -212,7 +212,7 @@ class _Target:
         self._channel.close()
 
     def _polled(self, asked: grpc.Future) -> None:
-        if asked.cancelled():  # the channel has another address now, or is closed
+        if asked.cancelled():  # the channel has moved to another address, or is closed
             self.is_asking = False
             return
         error = asked.exception()
@@ -234,7 +234,7 @@ class _Target:
         return reason if self.shown == self.address else f"{reason}, at {self.shown}"
 
     def _learn_functions(self, metrics: codec.pb2.MetricsResponse) -> None:
-        """They come only when asked for, which they are after their digest has changed."""
+        """They are requested only after their digest has changed."""
         if metrics.functions or not metrics.functions_digest:
             self.functions, self._digest = metrics.functions, metrics.functions_digest
 

@@ -1,8 +1,7 @@
-"""One snapshot of a whole overlay, for a page, a terminal or a script.
+"""A snapshot of a whole overlay, for a page, a terminal or a script.
 
-Sans-IO: made from what each process last said about itself and its neighbours. A snapshot is plain
-data for JSON and complete in itself: a viewer that misses one has lost nothing once it gets the
-next.
+Sans-IO: made from what each process last reported about itself and its neighbours. A snapshot is
+plain data for JSON, and complete: a viewer that misses one loses nothing once it gets the next.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from overlay.monitor.timeseries import COUNTERS, FIGURES, Timeseries, in_service
 from overlay.observability.events import COME_AGAIN, latest
 from overlay.transport.codec import pb2
 
-FORMAT = 1  # rises when a field changes its meaning or goes
+FORMAT = 1  # rises when a field changes its meaning or is removed
 MAX_EVENTS = 200
-MAX_FUNCTIONS = 50  # every snapshot has them
+MAX_FUNCTIONS = 50  # they are in every snapshot
 MAX_DOC = 1000  # characters of a docstring
 MODES = ("all", "any")  # as the wire numbers them
 SAME_CLOCK_S = 0.5
-SHORT = 60  # points of the series of each process
+SHORT = 60  # points of each process's own series
 
 
 @dataclass(frozen=True)
 class PollResult:
     """What is known about one process; times are monotonic seconds.
 
-    metrics: its last answer. reason: why the last poll got none; empty when it got one.
+    metrics: its last answer. reason: why the last poll failed; empty if it did not.
     """
 
-    since: float  # when it was first asked, or last answered
+    since: float  # when it was first polled, or last answered
     metrics: pb2.MetricsResponse | None = None
     reason: str = ""
 
@@ -44,9 +43,9 @@ class PollResult:
 
 @dataclass(frozen=True)
 class ProcessHealth:
-    """well, impaired, stopping, gone, unseen (others see it, this machine does not) or asking.
+    """name: well, impaired, stopping, gone, unseen (reached by others, not from here) or asking.
 
-    why: in words, empty when well. for_s: how long it has not answered.
+    why: a sentence, empty if well. for_s: how long it has not answered.
     """
 
     name: str
@@ -58,22 +57,22 @@ class ProcessHealth:
 class Polled:
     """What a snapshot is made from.
 
-    asked: the process at the address that the viewer named. Before its first answer it is empty,
-    and there are no processes.
+    asked: the process at the viewer's address. Before its first answer it is empty, and there are
+    no processes.
     """
 
     address: str
     asked: str
-    processes: Sequence[pb2.Process]  # of the topology, in its order
+    processes: Sequence[pb2.Process]  # in the order of the topology
     results: Mapping[str, PollResult]
     timeseries: Mapping[str, Timeseries]
-    observed: Sequence[Mapping[str, Any]]  # events that the poller itself has observed
-    functions: Sequence[pb2.Function] = ()  # as the process asked describes them
+    observed: Sequence[Mapping[str, Any]]  # events observed by the poller itself
+    functions: Sequence[pb2.Function] = ()  # as described by the process asked
 
 
 @dataclass(frozen=True)
 class RequestFilter:
-    """Which requests are shown. caller and request_id: a part of them is enough."""
+    """Which requests are shown. caller, request_id: a part is enough."""
 
     failed: bool = False
     handler: str = ""
@@ -95,9 +94,10 @@ Snapshot = dict[str, Any]
 
 
 def snapshot(polled: Polled, now: float, wall: float, wanted: RequestFilter = ALL) -> Snapshot:
-    """The snapshot at `now`, which is `wall` in seconds since 1970.
+    """The snapshot at monotonic `now`, which is `wall` in seconds since 1970.
 
-    Rates are per second. Times have their unit in their name; others are by this machine's clock.
+    Rates are per second. Durations have their unit in their name; points in time are by this
+    machine's clock.
     """
     healths = {p.id: health(p.id, polled.results, polled.asked, now) for p in polled.processes}
     workers = [p.id for p in polled.processes if ROLES[p.role].works]
@@ -129,12 +129,12 @@ def snapshot(polled: Polled, now: float, wall: float, wanted: RequestFilter = AL
 def health(
     process_id: str, results: Mapping[str, PollResult], asked: str, now: float
 ) -> ProcessHealth:
-    """How a process is, by its own account and by that of the processes that ask it."""
+    """A process's health, as reported by itself and by the processes above it."""
     result = results[process_id]
     reports = _reports(process_id, results)
     if result.reason:
         silent_s = now - result.since
-        if result.metrics is None:  # it has never answered here; others may know for how long
+        if result.metrics is None:  # never answered here; others may know for how long
             down = [r.since_s for r in reports.values() if r.state == "down"]
             silent_s = max([silent_s, *down])
         by = [asker for asker, report in reports.items() if report.state == "up"]
@@ -168,7 +168,7 @@ def _impaired(
 
 
 def _reports(process_id: str, results: Mapping[str, PollResult]) -> dict[str, pb2.Neighbour]:
-    """What the processes that answer now say about this one, by their ids."""
+    """What the processes that answer now report about this one, by their ids."""
     return {
         id_: neighbour
         for id_, result in results.items()
@@ -196,7 +196,7 @@ def _process(process: pb2.Process, health: ProcessHealth, polled: Polled) -> dic
 
 
 def _figures(metrics: pb2.MetricsResponse | None, timeseries: Timeseries) -> dict[str, Any]:
-    """Its own last figures; empty when it has never answered."""
+    """Its last metrics; empty if it has never answered."""
     if metrics is None:
         return {}
     return {
@@ -238,7 +238,7 @@ def _figures(metrics: pb2.MetricsResponse | None, timeseries: Timeseries) -> dic
 def _links(
     process_id: str, health: ProcessHealth, polled: Polled, now: float
 ) -> list[dict[str, Any]]:
-    """From this process to those that it asks; `unknown` when it no longer answers."""
+    """The links from this process to those below; `unknown` if it no longer answers."""
     result, timeseries = polled.results[process_id], polled.timeseries[process_id]
     if result.metrics is None:
         return []
@@ -261,7 +261,7 @@ def _links(
 
 
 def _requests(result: PollResult, now: float, wall: float) -> list[dict[str, Any]]:
-    """The last requests that ended at the process asked, the oldest first."""
+    """The last requests that ended at the process asked, oldest first."""
     if result.metrics is None:
         return []
     ahead_s = _ahead_s(result, now, wall)
@@ -294,16 +294,16 @@ def _requests(result: PollResult, now: float, wall: float) -> list[dict[str, Any
 
 
 def _maps(result: PollResult, now: float) -> list[dict[str, Any]]:
-    """The maps that run at the process asked, by their clients' own counts."""
+    """The maps running at the process asked, by their clients' own counts."""
     if result.metrics is None:
         return []
-    made = []
+    found = []
     for one in result.metrics.maps:
         progress = one.progress
         ended, took_s = progress.answered + progress.failed, progress.took_s
         rate = ended / took_s if took_s else 0.0
         left_s = (progress.total - ended) / rate if rate and progress.total else None
-        made.append(
+        found.append(
             {
                 "handler": progress.handler,
                 "caller": one.caller,
@@ -317,11 +317,11 @@ def _maps(result: PollResult, now: float) -> list[dict[str, Any]]:
                 "silent_s": round(one.told_s + now - result.since, 1),
             }
         )
-    return made
+    return found
 
 
 def _events(polled: Polled, now: float, wall: float) -> list[Mapping[str, Any]]:
-    """The latest events of the processes and of the poller, by time."""
+    """The latest events of the processes and the poller, by time."""
     reported = [
         {
             "at": round(event.at_s - _ahead_s(result, now, wall), 3),
@@ -338,8 +338,8 @@ def _events(polled: Polled, now: float, wall: float) -> list[Mapping[str, Any]]:
         if result.metrics is not None
         for event in result.metrics.events
     ]
-    in_time = sorted([*reported, *polled.observed], key=lambda event: event["at"])
-    return latest(in_time, MAX_EVENTS, lambda event: event["is_change"])
+    by_time = sorted([*reported, *polled.observed], key=lambda event: event["at"])
+    return latest(by_time, MAX_EVENTS, lambda event: event["is_change"])
 
 
 def _function(function: pb2.Function) -> dict[str, Any]:
@@ -352,7 +352,7 @@ def _function(function: pb2.Function) -> dict[str, Any]:
 
 
 def _ahead_s(result: PollResult, now: float, wall: float) -> float:
-    """How far the process's clock is ahead of ours; a small difference is travel time."""
+    """How far its clock is ahead of ours; a small difference is transit time."""
     assert result.metrics is not None
     ahead_s = float(result.metrics.wall_time_s) - (wall - (now - result.since))
     return ahead_s if abs(ahead_s) > SAME_CLOCK_S else 0.0

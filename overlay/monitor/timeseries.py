@@ -1,6 +1,6 @@
-"""The figures of one process over time: rates between two answers, and their recent series.
+"""The metrics of one process over time: rates between two answers, and their recent series.
 
-Sans-IO: an answer is a MetricsResponse, and the caller says when it came, in seconds.
+Sans-IO: an answer is a MetricsResponse, and the caller says when it arrived, in seconds.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ FIGURES = (*COUNTERS, "waiting", "in_service", "p50_ms", "p99_ms")
 
 
 class Timeseries:
-    """Of one process. Not thread-safe."""
+    """The series of one process. Not thread-safe."""
 
     def __init__(self) -> None:
-        self.rates: dict[str, float] = {}  # a second, by counter; empty when unknown
-        self.cores: float | None = None  # kept busy; None when unknown
-        self.asked: dict[str, float] = {}  # a second, by neighbour
-        self.worked: dict[str, float] = {}  # a second, by handler
-        self._service_ms: dict[str, float] = {}  # of the requests since the answer before
+        self.rates: dict[str, float] = {}  # per second, by counter; empty if unknown
+        self.cores: float | None = None  # in use; None if unknown
+        self.asked: dict[str, float] = {}  # per second, by neighbour
+        self.worked: dict[str, float] = {}  # per second, by handler
+        self._service_ms: dict[str, float] = {}  # of the requests since the previous answer
         self._metrics: pb2.MetricsResponse | None = None
         self._at = 0.0
         self._series: dict[str, deque[float | None]] = {
@@ -31,7 +31,7 @@ class Timeseries:
         }
 
     def answered(self, metrics: pb2.MetricsResponse, at: float) -> None:
-        """Takes a new answer. A restarted process counts from 0 again, and has no rates yet."""
+        """Adds an answer. A restarted process counts from 0 again, and has no rates yet."""
         before, past_s = self._metrics, at - self._at
         self._metrics, self._at = metrics, at
         self._service_ms = {}
@@ -41,25 +41,25 @@ class Timeseries:
             counters = {name: getattr(metrics, name) for name in COUNTERS}
             old = {name: getattr(before, name) for name in COUNTERS}
             self.rates = _rates(old, counters, past_s)
-            if metrics.memory_bytes:  # an older release has neither
+            if metrics.memory_bytes:  # an older release reports neither
                 self.cores = max(0.0, metrics.cpu_s - before.cpu_s) / past_s
             self.asked = _rates(_asked(before), _asked(metrics), past_s)
             self.worked = _rates(_worked(before), _worked(metrics), past_s)
             self._service_ms = _service_ms(before.service, metrics.service)
 
     def failed(self) -> None:
-        """It gave no answer: what it does is unknown."""
+        """The process did not answer, so its rates are unknown."""
         self._metrics = None
         self._forget_rates()
 
     def add_point(self) -> None:
-        """Adds a point to every series, from the last answer; None for what is unknown."""
+        """Adds a point to every series, from the last answer; None where it is unknown."""
         now = self._figures()
         for name, series in self._series.items():
             series.append(now.get(name))
 
     def series(self, name: str, last: int = MAX_POINTS) -> list[float | None]:
-        """The latest `last` points, oldest first, one a round."""
+        """The last points, oldest first, one per round."""
         return [None if p is None else round(p, 2) for p in list(self._series[name])[-last:]]
 
     def _figures(self) -> dict[str, float]:
@@ -75,12 +75,12 @@ class Timeseries:
 
 
 def waiting(metrics: pb2.MetricsResponse) -> int:
-    """Single requests in the queue, and requests of streams."""
+    """Waiting requests: single ones in the queue, and those of streams."""
     return int(metrics.queue_size + metrics.streamed_waiting)
 
 
 def in_service(metrics: pb2.MetricsResponse) -> int:
-    """On a worker the running handlers, elsewhere the requests handed down."""
+    """Running handlers on a worker; elsewhere the requests handed down."""
     streamed = 0 if metrics.role == "worker" else metrics.streamed_active
     return int(metrics.active_requests + streamed)
 
@@ -94,7 +94,7 @@ def _worked(metrics: pb2.MetricsResponse) -> dict[str, int]:
 
 
 def _service_ms(old: pb2.Histogram, new: pb2.Histogram) -> dict[str, float]:
-    """p50 and p99 of the times that were added to a histogram; empty when none were."""
+    """p50 and p99 of the times added to the histogram; empty if there were none."""
     if list(old.bounds_s) != list(new.bounds_s):
         return {}
     added = [n - o for o, n in zip(old.counts, new.counts, strict=True)]
@@ -107,9 +107,9 @@ def _service_ms(old: pb2.Histogram, new: pb2.Histogram) -> dict[str, float]:
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], part: float) -> float:
-    """The value that `part` of the counted do not exceed, interpolated linearly in its bucket.
+    """The value below which `part` of the values lie, interpolated linearly within its bucket.
 
-    counts: one more than bounds; the last is of values above all bounds, taken as the last bound.
+    counts: one more than bounds; values above all bounds, in the last one, count as the last bound.
     """
     wanted, below = part * sum(counts), 0
     for i, (upper, count) in enumerate(zip(bounds, counts, strict=False)):

@@ -1,4 +1,4 @@
-"""Rates, series, health and what a screen has room for: from answers made up here."""
+"""Rates, series, health and what fits a screen, from made-up answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def results_of(*answers: pb2.MetricsResponse, **silent: PollResult) -> dict[str,
 
 
 def many(workers: int, wanted: RequestFilter = ALL, **leader) -> dict:
-    """The snapshot of a leader, a team leader and so many workers, all well."""
+    """The snapshot of a leader, a team leader and `workers` workers, all well."""
     ids = ["A", "B", *(f"W{n}" for n in range(workers))]
     roles = {i: ROLES.get(i, "worker") for i in ids}
     topology = [
@@ -48,7 +48,7 @@ def many(workers: int, wanted: RequestFilter = ALL, **leader) -> dict:
 # Rates
 
 
-def test_rates_are_what_was_counted_between_two_answers():
+def test_rates_are_the_differences_between_two_answers():
     timeseries = Timeseries()
 
     timeseries.answered(said("A", received=10, completed=4, neighbours=[sees("B", asked=7)]), 1.0)
@@ -58,7 +58,7 @@ def test_rates_are_what_was_counted_between_two_answers():
     assert timeseries.asked == {"B": 5}
 
 
-def test_a_process_that_was_restarted_has_no_rates_until_its_second_answer():
+def test_a_restarted_process_has_no_rates_until_its_second_answer():
     timeseries = Timeseries()
     timeseries.answered(said("A", completed=400), 1.0)
 
@@ -69,7 +69,7 @@ def test_a_process_that_was_restarted_has_no_rates_until_its_second_answer():
     assert timeseries.rates["completed"] == 2
 
 
-def test_what_a_process_uses_is_known_from_its_second_answer():
+def test_the_cpu_use_of_a_process_is_known_from_its_second_answer():
     timeseries = Timeseries()
     timeseries.answered(said("A", cpu_s=3.0, memory_bytes=1), 1.0)
     assert timeseries.cores is None
@@ -83,7 +83,7 @@ def test_what_a_process_uses_is_known_from_its_second_answer():
     assert timeseries.cores is None, "an older release tells neither"
 
 
-def test_a_series_has_a_hole_where_the_process_gave_no_answer():
+def test_a_series_has_a_gap_where_the_process_did_not_answer():
     timeseries = Timeseries()
 
     for count in (0, 3, None, 9, 12):
@@ -100,14 +100,14 @@ def test_a_series_has_a_hole_where_the_process_gave_no_answer():
 @pytest.mark.parametrize(
     ("counts", "part", "value"),
     [
-        ([10, 0, 0], 0.5, 0.5),  # half of the way through the bucket from 0 to 1
+        ([10, 0, 0], 0.5, 0.5),  # the middle of the bucket from 0 to 1
         ([0, 10, 0], 0.5, 1.5),
         ([5, 5, 0], 0.9, 1.8),
-        ([0, 0, 3], 0.5, 2.0),  # above all bounds: at least the last
+        ([0, 0, 3], 0.5, 2.0),  # above all bounds: the last one
         ([0, 0, 0], 0.5, 2.0),
     ],
 )
-def test_a_quantile_lies_on_a_straight_line_in_its_bucket(counts, part, value):
+def test_a_quantile_is_interpolated_linearly_within_its_bucket(counts, part, value):
     assert quantile([1.0, 2.0], counts, part) == pytest.approx(value)
 
 
@@ -151,13 +151,13 @@ def test_a_quantile_lies_on_a_straight_line_in_its_bucket(counts, part, value):
         ),
     ],
 )
-def test_a_process_is_what_it_says_and_what_those_say_who_ask_it(results, name, why):
+def test_the_health_of_a_process_is_what_it_and_the_processes_above_it_report(results, name, why):
     found = health("C", results, "A", now=12.0)
 
     assert (found.name, found.why) == (name, why)
 
 
-def test_a_process_that_stops_is_told_from_one_that_is_gone():
+def test_a_stopping_process_is_told_from_one_that_is_gone():
     results = results_of(said("A"), said("C", is_healthy=False))
 
     assert health("C", results, "A", now=12.0).name == "stopping"
@@ -169,21 +169,21 @@ def test_a_process_counts_as_gone_since_its_last_answer():
     assert health("C", results, "A", now=12.0).for_s == 8.0
 
 
-def test_one_that_never_answered_here_is_gone_for_as_long_as_others_miss_it():
+def test_a_process_that_never_answered_here_is_gone_for_as_long_as_others_miss_it():
     down = sees("C", "down", since_s=300.0)
     results = results_of(said("A", neighbours=[down]), C=PollResult(11.0, None, "refused"))
 
     assert health("C", results, "A", now=12.0).for_s == 300.0
 
 
-def test_the_words_of_a_process_that_is_gone_about_its_links_do_not_count():
+def test_what_a_process_that_is_gone_reported_about_its_links_does_not_count():
     old = PollResult(4.0, said("B", neighbours=[sees("C")]), "refused")
     results = results_of(said("A"), B=old, C=PollResult(4.0, None, "no answer"))
 
     assert health("C", results, "A", now=12.0).name == "gone"
 
 
-def test_a_clock_that_is_wrong_shifts_no_event():
+def test_a_wrong_clock_does_not_shift_events():
     event = pb2.Event(at_s=5_000.0, text="it happened")
     found = many(1, events=[event], wall_time_s=5_001.0)
 
@@ -202,14 +202,14 @@ def test_a_clock_that_is_wrong_shifts_no_event():
         (RequestFilter(request_id="A0"), []),
     ],
 )
-def test_of_the_requests_only_those_that_are_wanted_are_shown(wanted, ids):
-    stories = [
+def test_only_requests_that_match_the_filter_are_shown(wanted, ids):
+    requests = [
         pb2.RequestSummary(request_id=1, handler="echo", caller="10.0.0.9"),
         pb2.RequestSummary(request_id=2, handler="thumb", caller="ann at 10.0.0.9", code=13),
         pb2.RequestSummary(request_id=3, handler="thumb", caller="10.0.0.7"),
     ]
 
-    found = many(1, wanted, requests=stories)
+    found = many(1, wanted, requests=requests)
 
     assert [int(r["request_id"], 16) for r in found["requests"]] == ids
 
@@ -226,7 +226,7 @@ def test_any_snapshot_fits_the_screen(workers, width, height):
     assert all(line.cell_len <= width for line in drawn)
 
 
-def test_the_one_that_is_gone_is_on_the_screen_among_sixty():
+def test_a_process_that_is_gone_is_on_the_screen_among_sixty():
     found = many(60)
     found["processes"][40] |= {"health": "gone", "why": "refused", "for_s": 75.0}
 
@@ -251,14 +251,14 @@ def test_a_process_that_is_gone_stands_out_among_failures(height):
     assert any("reason 79 (99 times since" in line.plain for line in drawn)
 
 
-def test_letters_stand_for_shapes_where_the_code_page_has_none():
+def test_letters_replace_shapes_that_the_code_page_lacks():
     shown = "\n".join(line.plain for line in lines(many(60), 80, 24, LETTERS))
 
     shown.encode("cp437")
     assert shown.isascii()
 
 
-def test_what_a_terminal_would_obey_is_shown_as_text():
+def test_control_characters_are_shown_as_text():
     event = pb2.Event(at_s=1.0, text="a\x1b[2Jb\nc")
 
     shown = [line.plain for line in lines(many(1, events=[event]), 80, 24, SHAPES)]
