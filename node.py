@@ -312,7 +312,7 @@ def _announce(topology: Topology, me: Process, place: Host) -> None:
     for warning in config.warnings(topology):
         logger.warning("%s", warning)
     if not place.is_loopback:
-        logger.warning("no TLS: whoever reaches %s can send requests", at)
+        logger.warning("no TLS: anyone who can reach %s can send requests", at)
     elif place.shown() != place.host and len({p.host for p in topology.processes.values()}) > 1:
         # As with Debian's hosts file, where a machine's own name is 127.0.1.1.
         logger.warning("other machines cannot reach %s as %s: give it a bind", me.id, place.shown())

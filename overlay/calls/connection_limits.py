@@ -68,7 +68,7 @@ class Connections:
         open_peers: Callable[[], Collection[str]],
         on_check: Callable[[], None] = lambda: None,
     ) -> None:
-        """most: connections that gRPC accepts. record: counts those that are closed here."""
+        """most: connections that gRPC accepts. request_log: counts those that are closed here."""
         self._port = port
         self._most = most * 3 // 4
         self._request_log = request_log

@@ -59,8 +59,9 @@ class IdempotencyKeys:
         self._bytes = 0
         self._waiting = 0
 
-    def fill(self, made: pb2.MetricsResponse) -> None:
-        made.keys, made.key_bytes, made.key_waiters = self.kept, self.kept_bytes, self.waiting
+    def fill(self, response: pb2.MetricsResponse) -> None:
+        response.keys, response.key_bytes = self.kept, self.kept_bytes
+        response.key_waiters = self.waiting
 
     @property
     def kept(self) -> int:
@@ -108,10 +109,10 @@ class IdempotencyKeys:
         return _copy(self._not_kept(kept) if isinstance(kept, _NotKept) else kept)
 
     def _digest(self, parts: Sequence[bytes]) -> bytes:
-        made = hashlib.blake2b(key=self._secret, digest_size=16)
+        hashed = hashlib.blake2b(key=self._secret, digest_size=16)
         for part in parts:
-            made.update(part)
-        return made.digest()
+            hashed.update(part)
+        return hashed.digest()
 
     def _first_locked(self, name: bytes, digest: bytes, address: str, now: float) -> First:
         share = self._shares.get(address) or _Share(address)
@@ -334,6 +335,6 @@ def _copy(outcome: Outcome) -> Outcome:
     """A copy; an error loses its traceback, whose frames keep requests alive."""
     if isinstance(outcome, bytes):
         return outcome
-    made = type(outcome).__new__(type(outcome), *outcome.args)
-    made.__dict__.update(outcome.__dict__)
-    return made
+    copy = type(outcome).__new__(type(outcome), *outcome.args)
+    copy.__dict__.update(outcome.__dict__)
+    return copy

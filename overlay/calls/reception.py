@@ -7,7 +7,7 @@ gRPC for Python (1.80 to 1.85) gives a call a thread as soon as its headers arri
 waits for the message: eight calls without one took every thread that serves GetMetrics. gRPC also
 leaks about 15 KB for each unary message that is not protobuf, and its health service remembers
 every name it was ever asked for. So the layer between server and methods is here, built on
-grpcio's internals (`_server`); tests/calls/test_reception.py states what is expected of them.
+grpcio's internals (`_server`); tests/calls/test_reception.py states what is expected of it.
 
 A caller that opens too many calls loses its own first (calls.eviction): those whose message has
 not arrived, or whose answers are not read.
@@ -131,7 +131,7 @@ class Reception:
     def __init__(
         self, server: grpc.Server, pool: ThreadPoolExecutor, limits: Limits, request_log: RequestLog
     ) -> None:
-        """record: counts the calls that are ended because there are too many."""
+        """request_log: counts the calls that are ended because there are too many."""
         self._server = server
         self._pool = pool
         self._limits = limits
@@ -249,7 +249,7 @@ class Reception:
         def answer(call: Call, message: bytes) -> None:
             try:
                 answers = method(iter([codec.read_message(message, parse)]), call.context)
-                send(call, [serialize(made) for made in answers], True)
+                send(call, [serialize(response) for response in answers], True)
             except BaseException as e:  # noqa: BLE001 - as in `_answer`
                 _end(call, e)
 
@@ -380,8 +380,8 @@ class _Watcher:
             status, self._newest = self._newest, None
             has_status = self._sending = is_open and status is not None
         if has_status:
-            made = health_pb2.HealthCheckResponse(status=status)
-            self._call.send(made.SerializeToString(), self._next)
+            response = health_pb2.HealthCheckResponse(status=status)
+            self._call.send(response.SerializeToString(), self._next)
 
 
 def on_threads_of(pool: ThreadPoolExecutor, method: Method) -> Method:

@@ -210,9 +210,7 @@ class RequestLog:
         for row, error, count in _grouped(ended.failures):
             if error.code is Code.CANCELLED:  # its caller did this, and it concerns no one else
                 continue
-            kind = _kind(
-                error, ended.segment.route.handler, self._is_reported_here(ended, row, error)
-            )
+            kind = _kind(error, ended.segment.route.handler, self._reports(ended, row, error))
             if self._failures.may_tell(kind):
                 text, private = _texts(ended, row, error)
                 _write_failure(
@@ -220,7 +218,7 @@ class RequestLog:
                 )
             self._failures.add(kind, count - 1)
 
-    def _is_reported_here(self, ended: Ended, row: int, error: OverlayError) -> bool:
+    def _reports(self, ended: Ended, row: int, error: OverlayError) -> bool:
         """Whether this process makes an event of the failure, so that each failure makes one.
 
         The process that ran the request does; if none did, the one that the client asked.

@@ -184,9 +184,9 @@ class StreamSessions:
         context.send_initial_metadata(codec.max_bytes_metadata(path.limits))
         session.begin()
 
-    def fill(self, made: pb2.MetricsResponse) -> None:
+    def fill(self, response: pb2.MetricsResponse) -> None:
         now = time.monotonic()
-        made.maps.extend(metrics_codec.write_map(running, now) for running in self.maps.all())
+        response.maps.extend(metrics_codec.write_map(running, now) for running in self.maps.all())
 
     def announce_stop(self, for_good: bool) -> None:
         """Tells every client that the process is stopping, so that it sends no more."""
@@ -207,10 +207,10 @@ class _Accepted(Accepted):
 
     __slots__ = ("ahead", "left", "number", "size", "succeeded", "unanswered", "want_trace")
 
-    def __init__(self, made: pb2.Segment, segment: Segment, caller: Caller) -> None:
-        super().__init__(segment, caller, made.want_parts)
-        self.number = made.number
-        self.want_trace = made.want_trace
+    def __init__(self, message: pb2.Segment, segment: Segment, caller: Caller) -> None:
+        super().__init__(segment, caller, message.want_parts)
+        self.number = message.number
+        self.want_trace = message.want_trace
         self.left = segment.count
         self.size = segment.payloads.size
         # With `as_they_come`: rows that may still get parts, and those that got a successful one.
@@ -220,11 +220,10 @@ class _Accepted(Accepted):
 
 
 _Written = tuple[_Accepted, int, int, bool]
-"""Written answers: their segment, number of rows, bytes, and whether they are parts as below."""
+"""Written answers: their segment, number of rows, bytes, whether they are early parts."""
 
 _Outgoing = tuple[_Accepted, int, Slice, int, bool]
-"""Answers to write: their segment, first row, the answers, their bytes, and whether they are parts
-ahead of the answer."""
+"""Answers to write: their segment, first row, they, their bytes, whether they are early parts."""
 
 
 class _Session:
@@ -250,9 +249,7 @@ class _Session:
         # In OpenStreams' list of idle streams; guarded by its lock, as is the next.
         self.is_listed = False
         self.was_active = False
-        self._chunk_window = ChunkWindow(
-            limits.window_bytes // 2 // limits.chunk_bytes, sessions.ahead
-        )
+        self._chunks = ChunkWindow(limits.window_bytes // 2 // limits.chunk_bytes, sessions.ahead)
         self._frame_bytes = min(limits.frame_bytes, self._max_bytes // 2)
         self._routes: dict[object, Route] = {}  # read and checked; a stream has few
         self._no_more = False
@@ -283,14 +280,11 @@ class _Session:
 
     def end(self) -> None:
         """Ends the call once all that it has accepted is answered."""
-        me = self._path.me
-        self._close_with(Draining(f"{me} is stopping and takes no new requests"))
+        self._close_with(Draining(f"{self._path.me} is stopping and takes no new requests"))
 
     def make_room(self) -> None:
         """Ends an idle stream for others; its client opens a new one when it has requests."""
-        self._close_with(
-            MadeRoom(f"{self._path.me} has more clients than places; this one was idle")
-        )
+        self._close_with(MadeRoom(f"{self._path.me} has too many clients; this one was idle"))
 
     def abandon(self) -> None:
         """The call is over: cancels what is open. May be called twice."""
@@ -460,7 +454,7 @@ class _Session:
         with self._lock:
             rest, self._accepted = list(self._accepted.values()), {}
             self._out.clear()
-            self._chunk_window.close()
+            self._chunks.close()
             self._held.add(-self._held.size)
             self._unread.add(-self._unread.size)
         for accepted in rest:
@@ -494,23 +488,23 @@ class _Session:
         if self._abandoned:  # perhaps just now, after `abandon` removed its maps
             self._sessions.maps.left(self)
 
-    def _grant(self, made: pb2.Grant) -> None:
+    def _grant(self, message: pb2.Grant) -> None:
         with self._lock:
-            accepted = self._accepted.get(made.number)
+            accepted = self._accepted.get(message.number)
             if accepted is None:
                 return
-            key = made.number, made.row, made.process_id
-            call = self._chunk_window.granted(key, made.count, not accepted.from_process)
+            key = message.number, message.row, message.process_id
+            call = self._chunks.granted(key, message.count, not accepted.from_process)
         if call is not None:
             grant, chunks = call
             grant(chunks)
 
-    def _accept(self, made: pb2.Segment, now: float) -> None:
-        segment, error = self._read_segment(made, now)
-        if made.number in self._accepted:
-            raise BadRequest(f"number: {made.number} is taken by a segment not answered yet")
-        accepted = _Accepted(made, segment, self._caller)
-        if made.as_they_come and segment.route.mode is Mode.ALL:
+    def _accept(self, message: pb2.Segment, now: float) -> None:
+        segment, error = self._read_segment(message, now)
+        if message.number in self._accepted:
+            raise BadRequest(f"number: {message.number} is taken by a segment not answered yet")
+        accepted = _Accepted(message, segment, self._caller)
+        if message.as_they_come and segment.route.mode is Mode.ALL:
             chunks = min(1, segment.chunks)  # more as there is room
             segment = segment.with_(on_partial=partial(self._pass_on, accepted), chunks=chunks)
             accepted.segment, accepted.unanswered = segment, PendingRows(segment.count)
@@ -518,11 +512,11 @@ class _Session:
             if self._abandoned or self._closing_error is not None:
                 return
             self.was_active = True
-            self._accepted[made.number] = accepted
+            self._accepted[message.number] = accepted
             self._rows += accepted.left
             self._held.add(accepted.size)
         sink = partial(self._answer, accepted)
-        self._path.admit(accepted, sink, made.priority, self._flow, error)
+        self._path.admit(accepted, sink, message.priority, self._flow, error)
         queued = accepted.queued
         if queued is None:
             return
@@ -531,23 +525,25 @@ class _Session:
         if self._abandoned:
             queued.end(Code.CANCELLED)
 
-    def _read_segment(self, made: pb2.Segment, now: float) -> tuple[Segment, OverlayError | None]:
+    def _read_segment(
+        self, message: pb2.Segment, now: float
+    ) -> tuple[Segment, OverlayError | None]:
         """The segment, and why it is invalid; with blank rows if it cannot be read."""
-        traced = not made.hops and self._path.request_log.wants_trace()
+        traced = not message.hops and self._path.request_log.wants_trace()
         try:
-            route, error = self._route(made)
-            return codec.read_segment(made, now, self._limits, route, traced), error
+            route, error = self._route(message)
+            return codec.read_segment(message, now, self._limits, route, traced), error
         except OverlayError as e:
-            unread = codec.unread_segment(made, now, self._limits)
+            unread = codec.unread_segment(message, now, self._limits)
             if unread is None:
                 raise  # no rows to answer: that ends the stream
             return unread, e
 
-    def _route(self, made: pb2.Segment) -> tuple[Route, OverlayError | None]:
-        key = codec.route_key(made, self._limits)
+    def _route(self, message: pb2.Segment) -> tuple[Route, OverlayError | None]:
+        key = codec.route_key(message, self._limits)
         route = self._routes.get(key)
         if route is None:
-            route = codec.read_route(made, self._limits)
+            route = codec.read_route(message, self._limits)
             try:
                 self._path.check(route)
             except OverlayError as e:
@@ -561,7 +557,7 @@ class _Session:
         with self._lock:
             if accepted.unanswered is not None:
                 accepted.unanswered.take(start, answers.count)
-                self._chunk_window.end_rows(accepted.number, start, answers.count)
+                self._chunks.end_rows(accepted.number, start, answers.count)
             is_first = self._put_locked((accepted, start, answers, size, False))
         if is_first:
             self._write_on()
@@ -590,11 +586,11 @@ class _Session:
         for column in answers.parts:
             key = accepted.number, row, column.process_id
             if column.chunk is None:  # a failure, perhaps after chunks
-                self._chunk_window.end(key)
+                self._chunks.end(key)
                 continue
             if accepted.queued is not None:
                 accepted.queued.is_read = True
-            if more := self._chunk_window.passes(key, column.chunk, accepted.ahead):
+            if more := self._chunks.passes(key, column.chunk, accepted.ahead):
                 grants.append(more)
         return grants
 
@@ -623,21 +619,21 @@ class _Session:
     def _write_slice(
         self, frame: pb2.Frame, accepted: _Accepted, start: int, answers: Slice, size: int
     ) -> None:
-        made = self._path.finish(
+        finished = self._path.finish(
             accepted, start, answers, size, self._client_limit, accepted.succeeded
         )
         if accepted.from_process:
-            codec.write_slice(frame, accepted.number, start, made.answers, made.trace)
+            codec.write_slice(frame, accepted.number, start, finished.answers, finished.trace)
         else:
             codec.write_client_slice(
                 frame,
                 accepted.number,
                 start,
-                made.answers,
-                made.results,
-                made.failures,
+                finished.answers,
+                finished.results,
+                finished.failures,
                 accepted.want_parts or accepted.unanswered is not None,
-                made.trace if accepted.want_trace else (),
+                finished.trace if accepted.want_trace else (),
             )
 
     def _write_parts(

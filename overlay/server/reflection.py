@@ -1,7 +1,6 @@
 """gRPC server reflection: tools learn what a process serves, without the proto file.
 
-Served as v1 and v1alpha, which have the same contents: grpcio has only v1alpha, and tools are
-dropping it.
+Served as v1 and v1alpha, which are the same: grpcio has only v1alpha, and tools are dropping it.
 """
 
 from __future__ import annotations

@@ -72,8 +72,7 @@ class Service:
     ) -> None:
         """Imports the handlers and makes the links. Raises ConfigError.
 
-        log_buffer: the last lines of this process's log, and its events. dropped: counts log lines
-        not written.
+        log_buffer: the last lines of the log, and events. dropped: counts lines not written.
         """
         self.calls_without_message: Callable[[], int] = lambda: 0
         self.topology = topology

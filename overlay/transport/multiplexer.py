@@ -90,8 +90,7 @@ class Multiplexer:
     """The open segments of one stream. Thread-safe.
 
     is_live: segments may be opened; its owner sets it, `lose` clears it. rows, bytes: of the open
-    segments. lock: held for every change; its owner may hold it to change state along with
-    `is_live`.
+    segments. lock: held for every change; its owner may hold it to change more along with is_live.
     """
 
     def __init__(self) -> None:

@@ -298,8 +298,7 @@ def test_waiting_requests_are_refused_as_draining_when_the_process_stops(worker,
 
     assert (outcome.code, outcome.executed) == (StatusCode.UNAVAILABLE, "no")
     assert Outcome(running).ok
-    assert worker.counts().ended == (1, 0, 1, 0)
-    assert worker.counts().refused == {"draining": 1}
+    assert (worker.counts().ended, worker.counts().refused) == ((1, 0, 1, 0), {"draining": 1})
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["it runs", "it waits"])

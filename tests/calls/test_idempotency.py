@@ -557,9 +557,7 @@ def test_a_key_is_kept_after_five_large_answers(noted: Overlay) -> None:
     assert len(notes(noted)) == 1
 
 
-def test_a_new_key_is_refused_with_proof_while_too_many_answers_are_kept(
-    tmp_path: Path,
-) -> None:
+def test_a_new_key_is_refused_while_too_many_answers_are_kept(tmp_path: Path) -> None:
     with own(tmp_path, max_kept_mib=1, key_window_s=5) as overlay:
         new_keys_are_refused_while_too_much_is_kept(overlay)
 
@@ -615,9 +613,7 @@ def test_a_caller_that_left_gets_its_answer_when_it_asks_again(noted: Overlay) -
 
 
 @pytest.mark.parametrize("key", ["", "k"])
-def test_a_request_with_a_key_is_retried_once_when_its_worker_dies(
-    tmp_path: Path, key: str
-) -> None:
+def test_a_keyed_request_is_retried_once_when_its_worker_dies(tmp_path: Path, key: str) -> None:
     with own(tmp_path) as overlay:
         is_retried_once(overlay, key)
 

@@ -106,9 +106,8 @@ def test_rows_that_failed_for_one_reason_share_a_summary(request_log):
 
 
 def test_a_thousand_different_reasons_make_few_summaries(request_log):
-    request_log.record_end(
-        ended(segment(1000), *[(n, BadRequest(f"row {n}")) for n in range(1000)])
-    )
+    failures = [(n, BadRequest(f"row {n}")) for n in range(1000)]
+    request_log.record_end(ended(segment(1000), *failures))
 
     summaries = request_log.summaries.last(9)
     assert len(summaries) == 3
@@ -192,11 +191,9 @@ def test_a_request_that_asks_for_a_log_line_gets_one_however_it_ends(request_log
 
 def test_a_handlers_words_for_its_caller_reach_no_one_else(request_log, caplog):
     """BadRequest's sentence may quote the payload."""
-    detail = Detail(Code.INVALID_ARGUMENT, "no such word: my password", Executed.YES)
-    column = PartSlice("C", Column([b""]), failed=detail)
-    error = PartsFailed(
-        f"C: {detail.reason}", detail.code, detail.executed, "invalid argument", None
-    )
+    why = Detail(Code.INVALID_ARGUMENT, "no such word: my password", Executed.YES)
+    column = PartSlice("C", Column([b""]), failed=why)
+    error = PartsFailed(f"C: {why.reason}", why.code, why.executed, "invalid argument", None)
     for log_lines in (False, True):
         asked = segment(traced=log_lines, log_lines=log_lines)
         answers = Slice(1, (column,), ("C",))

@@ -806,10 +806,7 @@ def test_chunks_pass_with_their_positions_and_grants_return_to_their_sender():
         sender.close()  # late grants are ignored
         rest = [m for f in call for m in f.slices]
 
-    assert [(m.parts[0].at, m.parts[0].more) for m in (made, rest[0])] == [
-        (0, True),
-        (4, False),
-    ]
+    assert [(m.parts[0].at, m.parts[0].more) for m in (made, rest[0])] == [(0, True), (4, False)]
     assert [m.more for m in rest] == [True, False]
 
 

@@ -118,12 +118,7 @@ def test_drain_finishes_running_requests_and_refuses_the_rest(noted: Noted) -> N
 
     found = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
-    assert (found["process_id"], found["refused"], found["left"], found["gone"]) == (
-        "C",
-        2,
-        0,
-        True,
-    )
+    assert [found[name] for name in ("process_id", "refused", "left", "gone")] == ["C", 2, 0, True]
     assert codes == {grpc.StatusCode.OK: 1, grpc.StatusCode.UNAVAILABLE: 2}
     assert [proof_of(c) for c in calls if c.code() is not grpc.StatusCode.OK] == ["no", "no"]
     assert noted.six.processes["C"].wait(20) == 0
