@@ -316,7 +316,7 @@ def test_a_caller_that_leaves_ends_its_request_which_counts_once(worker, way, wa
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["it runs", "it waits"])
-def test_a_deadline_ends_what_runs_and_refuses_what_waits(worker, way, waits):
+def test_a_deadline_ends_running_and_refuses_waiting_requests(worker, way, waits):
     calls = way.at_once(worker, 1, "C", handler="held", timeout=30) if waits else []
     until(lambda: len(STARTED) == len(calls))
 

@@ -310,7 +310,7 @@ def test_requests_with_a_running_key_wait_for_it_and_get_its_outcome_once():
     waiters[2].on_done(received[2])
     for waiter in waiters:
         waiter.cancel()
-    first.failed(QueueFull("told twice"))
+    first.failed(QueueFull("reported twice"))
 
     assert [one.outcome for one in received] == [b"the answer"] * 3
     assert (bench.keys.waiting, bench.enter()) == (0, b"the answer")
@@ -374,9 +374,9 @@ def test_of_many_threads_with_one_key_exactly_one_is_first():
             ran.append(number // 8)
             found.answered(b"%d" % (number // 8))
         elif isinstance(found, Waiter):
-            came = threading.Event()
-            found.on_done(lambda outcome: (received.append((number // 8, outcome)), came.set()))
-            assert came.wait(10)
+            done = threading.Event()
+            found.on_done(lambda outcome: (received.append((number // 8, outcome)), done.set()))
+            assert done.wait(10)
         else:
             received.append((number // 8, found))
 
@@ -477,7 +477,7 @@ class KeysMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(self.waiting.values()))
     @rule(data=st.data(), code=st.sampled_from([Code.CANCELLED, Code.DEADLINE_EXCEEDED]))
     def leave(self, data: st.DataObject, code: Code) -> None:
-        name = data.draw(st.sampled_from(sorted(n for n, some in self.waiting.items() if some)))
+        name = data.draw(st.sampled_from(sorted(n for n, w in self.waiting.items() if w)))
         waiter, received = self.waiting[name].pop()
         waiter.end(code)
         assert isinstance(received.outcome, CallCancelled | DeadlinePassed)

@@ -798,7 +798,7 @@ def test_chunks_pass_with_their_positions_and_grants_return_to_their_sender():
         assert granted == [2]  # as many more as the client takes
         made = next(iter(call)).slices[0]
         sender.send(pb2.Frame(grants=[pb2.Grant(number=5, row=0, process_id="V", count=1)]))
-        until(lambda: granted == [2, 1], what="a grant has come")
+        until(lambda: granted == [2, 1], what="a grant arrives")
         asked.on_partial(0, chunk(4, False, granted))
         served.desk.held = []
         sink(0, Slice(1, (), ("W",)))
@@ -1040,12 +1040,12 @@ def test_progress_reported_while_the_stream_ends_is_not_kept():
         def told(self, stream: stream_session._Session, caller: Caller, progress: Progress) -> None:
             stream.abandon()
             super().told(stream, caller, progress)
-            told.set()
+            noted.set()
 
-    told, maps = threading.Event(), Late()
+    noted, maps = threading.Event(), Late()
     with serving(Desk()) as served:
         served.sessions.maps = maps
         call = served.call([pb2.Frame(progress=[pb2.Progress(number=1)])])
-        assert told.wait(10)
+        assert noted.wait(10)
         until(lambda: not maps.all())
         call.cancel()

@@ -240,12 +240,12 @@ def test_a_channel_leaves_an_address_where_another_program_answers(office: Offic
 
 
 def test_lookups_end_with_their_channel(office: Office) -> None:
-    channel = Channel("nobody.office:5")
+    channel = Channel("unknown.office:5")
     channel.doubt()
-    until(lambda: "name-nobody.office" in [t.name for t in threading.enumerate()])
+    until(lambda: "name-unknown.office" in [t.name for t in threading.enumerate()])
     del channel
 
-    until(lambda: "name-nobody.office" not in [t.name for t in threading.enumerate()])
+    until(lambda: "name-unknown.office" not in [t.name for t in threading.enumerate()])
 
 
 def test_a_neighbour_with_an_unknown_name_is_logged_once(
