@@ -128,7 +128,7 @@ class SegmentSender:
 
     def _refuse_too_large(self, segment: Segment, size: int, sink: OnResult) -> None:
         own_limit, peer_limit = self._limits.max_message_bytes, self._max_bytes
-        why = f"{size:,} bytes are more than {self._peer.id} accepts, whose max_message_mib allows "
+        why = f"{size:,} bytes are more than {self._peer.id} takes, whose max_message_mib allows "
         why += f"{peer_limit:,}, and this process's {own_limit:,}"
         self._refuse(_Member(segment, sink), Code.FAILED_PRECONDITION, why)
 

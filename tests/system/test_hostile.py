@@ -181,7 +181,7 @@ def test_it_is_in_the_log_once_in_check_and_on_the_page(house: Overlay, d: Hosti
     try:
         seen = until(lambda: watch.newer(0).get("links"), 10)
         (to_d,) = [one for one in seen if (one["from"], one["to"]) == ("E", "D")]
-        assert "wrongly" in to_d["why"]
+        assert "the protocol" in to_d["why"]
         assert "rows 0 to +4294967295" in to_d["why"]
     finally:
         watch.close()
