@@ -206,8 +206,8 @@ def test_a_newer_neighbours_fields_are_passed_over_in_its_answers(bench: Bench) 
     detail = pb2.Detail(code=8, reason="full", executed=pb2.NO)
     bad.slices.add(number=number, start=1, count=1, failures=[detail])
 
-    bench.small.hear(newer(good))
-    bench.small.hear(newer(bad))
+    bench.small.receive(newer(good))
+    bench.small.receive(newer(bad))
 
     assert sent.parts[0].result == b"done"
     assert (sent.parts[1].code, sent.parts[1].reason) == (Code.RESOURCE_EXHAUSTED, "full")
