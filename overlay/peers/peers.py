@@ -170,7 +170,7 @@ class Peers:
         link = self._links[neighbour]
         health = link.health.get(handler) if link.health else None
         now = time.monotonic()
-        state = health.standing(now) if health else _HEALTHY
+        state = health.state_at(now) if health else _HEALTHY
         is_recent = now - link.service_seen.get(handler, 0.0) < RECENT_S
         outstanding = link.outstanding.get(handler, 0)
         return outstanding, link.service_s.get(handler, 0.0), state, is_recent
@@ -277,7 +277,7 @@ class _Health:
     def shown(self, neighbour: str) -> tuple[str, str, int]:
         """State and reason in words, and the number of its ejections."""
         with self._lock:
-            state, reason = self._detector.shown(neighbour, time.monotonic())
+            state, reason = self._detector.describe(neighbour, time.monotonic())
             return state, reason, self._detector.ejections[neighbour]
 
     def _log(self, change: Change) -> None:

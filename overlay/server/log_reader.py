@@ -59,7 +59,7 @@ class LogReader:
         limits = self._topology.limits
         hops = codec.read_hops(asked.hops, limits)
         up, target = self._links.up(), asked.process_id
-        neighbour = planner.way_to(self._topology, self._me, up, target, hops)
+        neighbour = planner.next_hop(self._topology, self._me, up, target, hops)
         onward = pb2.LogsRequest(
             process_id=target,
             lines=asked.lines,

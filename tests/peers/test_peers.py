@@ -741,7 +741,7 @@ def test_workers_that_a_look_finds_new_behind_a_neighbour_make_its_trial_due(two
 def test_a_slow_neighbour_is_seen_by_its_pace_and_its_peers(two):
     paces = {n: two.links._links[n].service_s for n in "CD"}
     paces["D"][""] = 0.005
-    with mock.patch.object(outlier, "LOOK_S", 0.0):
+    with mock.patch.object(outlier, "COMPARE_S", 0.0):
         for look in range(2):
             number, _ = two.send()
             two.pipe.answer(number, 0, b"A", worked_us=50_000 + look)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlay.model.errors import LoopDetected, OtherConfiguration, UnknownName
+from overlay.model.errors import LoopDetected, ConfigurationMismatch, UnknownName
 from overlay.model.segments import Route
 from overlay.model.topology import Topology
 from overlay.routing import planner
@@ -84,8 +84,8 @@ REFUSALS = [
     ("E", Route(team="green"), UnknownName, "no worker of team 'green' can be asked from E"),
     ("D", Route(team="green"), UnknownName, "no worker of team 'green' can be asked from D"),
     ("A", Route(handler="nope"), UnknownName, "no handler 'nope' here; there are echo"),
-    ("B", Route(targets=("Z", "E")), OtherConfiguration, f"{B_DIFFERS} does not know worker Z, E"),
-    ("B", Route(handler="x", targets=("C",)), OtherConfiguration, f"{B_DIFFERS} has no handler"),
+    ("B", Route(targets=("Z", "E")), ConfigurationMismatch, f"{B_DIFFERS} does not know worker Z, E"),
+    ("B", Route(handler="x", targets=("C",)), ConfigurationMismatch, f"{B_DIFFERS} has no handler"),
 ]
 
 
