@@ -272,7 +272,7 @@ def _serve(topology: Topology, me: Process, place: Named, stop_file: StopFile | 
             raise
         _announce(topology, me, place)
         with _exporter(me, service):
-            log.take_prints()
+            log.capture_prints()
             _calm_garbage_collector()
             stopping.wait()
             left = _stop(node, stopping)

@@ -147,7 +147,7 @@ class RequestLog:
         if not count:
             return
         self.meter.crowded_out(what, count)
-        if self._crowds.may_tell(what):
+        if self._crowds.allow(what):
             about = {"kind": "refusal", "count": count, "same": what}
             log.warning("too many %s: %d of %s ended", what, count, address, extra=about)
         else:
@@ -191,7 +191,7 @@ class RequestLog:
         failed = dict(ended.failures)
         ids = ended.segment.all_ids
         for row in range(ended.count):
-            if not self._told.may_tell("told"):
+            if not self._told.allow("told"):
                 self._told.add("told", ended.count - row - 1)
                 return
             error = failed.get(row)
@@ -210,7 +210,7 @@ class RequestLog:
             if error.code is Code.CANCELLED:  # its caller knows, and it concerns no one else
                 continue
             kind = _kind(error, ended.segment.route.handler, self._knows(ended, row, error))
-            if self._failures.may_tell(kind):
+            if self._failures.allow(kind):
                 words, private = _words(ended, row, error)
                 _tell_failure(
                     kind, f"{words}; asked by {_asked_by(ended)}", ids[ended.start + row], private

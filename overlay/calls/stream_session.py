@@ -39,7 +39,7 @@ from overlay.model.errors import (
     QueueFull,
 )
 from overlay.model.pending import PendingRows
-from overlay.model.segments import NOBODY, Caller, Code, Mode, Part, Route, Segment, Slice
+from overlay.model.segments import ANONYMOUS, Caller, Code, Mode, Part, Route, Segment, Slice
 from overlay.observability.map_progress import Maps
 from overlay.routing import aggregate
 from overlay.transport import codec
@@ -157,7 +157,7 @@ class StreamSessions:
         self,
         call: Call,
         context: grpc.ServicerContext,
-        caller: Caller = NOBODY,
+        caller: Caller = ANONYMOUS,
         neighbour: str = "",
     ) -> None:
         """Answers one call until the client's half-close. Never waits. Raises QueueFull, Draining.
@@ -297,7 +297,7 @@ class _Session:
                 return
             self._abandoned = True
         self._sessions.open.leave(self)
-        self._sessions.maps.left(self)
+        self._sessions.maps.forget(self)
         self._path.queue.close_flow(self._lane)
         self._sessions.threads.run(self._end_rest)
 
@@ -488,9 +488,9 @@ class _Session:
             self._grant(grant)
         for told in frame.progress:
             progress = codec.read_progress(told, self._limits)
-            self._sessions.maps.told(self, self._caller, progress)
+            self._sessions.maps.add(self, self._caller, progress)
         if self._abandoned:  # perhaps only now: `abandon` has forgotten what was there before
-            self._sessions.maps.left(self)
+            self._sessions.maps.forget(self)
 
     def _grant(self, made: pb2.Grant) -> None:
         with self._lock:

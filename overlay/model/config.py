@@ -36,7 +36,7 @@ Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 Mib = Annotated[int, Field(ge=1, le=65_536, strict=True)]
 MessageMib = Annotated[
     int,
-    Field(ge=Limits.least_message_bytes // MIB, le=Limits.most_message_bytes // MIB, strict=True),
+    Field(ge=Limits.min_message_limit // MIB, le=Limits.max_message_limit // MIB, strict=True),
 ]
 
 ONLY_IN_PROCESSES = {

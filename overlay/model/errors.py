@@ -215,19 +215,19 @@ class NotAllowed(OverlayError):
     cause = "not allowed"
 
 
-class NotTold(OverlayError):
+class ProxyError(OverlayError):
     """A process that was asked on the caller's behalf did not answer; has that call's status."""
 
     def __init__(self, message: str, code: Code) -> None:
         super().__init__(message, code=code)
 
 
-class Misspoken(OverlayError):
+class BadResponse(OverlayError):
     """Another process's answer does not match its request, or exceeds a limit."""
 
     code = Code.DATA_LOSS
     executed = Executed.UNKNOWN
-    cause = "invalid response"
+    cause = "bad response"
 
 
 class ConfigurationMismatch(OverlayError):

@@ -71,10 +71,12 @@ class Limits:
     own_ids: int = 100_000  # random request ids that a worker remembers, the latest; 10 MiB
     id_window_s: float = 60.0  # how long a caller's own id is remembered, at least to its deadline
     chosen_ids: int = 300_000  # callers' own ids remembered, or runs of up to 256; 150 bytes each
-    least_message_bytes: int = MIB  # the range of max_message_mib, also in a neighbour's metadata
-    most_message_bytes: int = 1024 * MIB
+    min_message_limit: int = MIB  # the range of max_message_mib, also in a neighbour's metadata
+    max_message_limit: int = 1024 * MIB
     max_text: int = 16_384  # characters of a text from another process, such as an escaped log line
-    max_told_slots: int = 1_000_000  # of one handler on one worker, as another process reports it
+    max_reported_slots: int = (
+        1_000_000  # of one handler on one worker, as another process reports it
+    )
     function_schema: int = 16_000  # characters of a JSON Schema; a longer one is left out
     # Of all functions that a process reports: fits into the smallest message limit in any alphabet.
     # Beyond it only names are reported.

@@ -100,7 +100,7 @@ class Caller(NamedTuple):
         return f"{self.address} ('{self.name}')" if self.name else self.address
 
 
-NOBODY = Caller()
+ANONYMOUS = Caller()
 
 
 class Progress(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 
 from overlay.model import clocks as time
-from overlay.model.errors import Misspoken
+from overlay.model.errors import BadResponse
 from overlay.model.segments import Code
 from overlay.monitor.snapshot import ALL, Polled, PollResult, RequestFilter, Snapshot, snapshot
 from overlay.monitor.timeseries import Timeseries
@@ -224,7 +224,7 @@ class _Target:
                 metrics = codec.read_metrics(asked.result())
                 self.result = PollResult(time.monotonic(), metrics)
                 self._learn_functions(metrics)
-            except Misspoken as e:
+            except BadResponse as e:
                 reason = f"it speaks wrongly: {e}"
                 self.result = PollResult(self.result.since, self.result.metrics, reason)
         self.is_asking = False

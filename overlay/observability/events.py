@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-COME_AGAIN = ("refusal", "failure", "log")  # recurring kinds; all others are changes of state
+RECURRING = ("refusal", "failure", "log")  # recurring kinds; all others are changes of state
 
 T = TypeVar("T")
 

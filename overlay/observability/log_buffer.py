@@ -20,7 +20,7 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 
-from overlay.observability.events import COME_AGAIN, latest
+from overlay.observability.events import RECURRING, latest
 
 LINES = 1000
 EVENTS = 256  # that happened once, and as many kinds of repeated ones
@@ -109,7 +109,7 @@ class LogBuffer(logging.Handler):
         finally:
             self.release()
         events.sort(key=lambda event: event.number)
-        return latest(events, limit, lambda event: event.kind not in COME_AGAIN)
+        return latest(events, limit, lambda event: event.kind not in RECURRING)
 
 
 def texts_of(record: logging.LogRecord) -> tuple[str, str, str]:

@@ -76,18 +76,18 @@ class ProcessLog:
         root.setLevel(logging.INFO)
         root.propagate = False
         root.addHandler(self._handler)
-        lead_to(self._handler)
+        redirect_to(self._handler)
         if not self._file.try_open():
             root.warning("no log file: %s cannot be written", self.path)
         self._thread.start()
 
-    def take_prints(self) -> None:
+    def capture_prints(self) -> None:
         """Sends the process's standard output and errors to the log, unless they are a terminal.
 
         A pipe that is not read would fill up and block every thread that prints.
         """
         log = logging.getLogger(HANDLER_LOGGER)
-        lead_to(self._handler)  # includes loggers made since the start
+        redirect_to(self._handler)  # includes loggers made since the start
 
         def log_line(text: str) -> None:
             log.info("%s", text, extra={"request_id": _thread.request_id})
@@ -97,7 +97,7 @@ class ProcessLog:
                 setattr(sys, name, Printed(log_line, fd))
 
     def stop(self) -> None:
-        lead_to(None)
+        redirect_to(None)
         logging.getLogger("overlay").removeHandler(self._handler)
         sys.stdout, sys.stderr = self._streams
         if self._thread.is_alive():
@@ -114,7 +114,7 @@ class ProcessLog:
         self._file.close()
 
 
-def lead_to(handler: logging.Handler | None) -> None:
+def redirect_to(handler: logging.Handler | None) -> None:
     """Sends all records of the overlay's existing loggers there, however `logging` is configured.
 
     None: they become ordinary loggers again.
@@ -217,7 +217,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def work_on(request_id: int) -> None:
+def set_request(request_id: int) -> None:
     """Attributes what the calling thread prints from now on to this request."""
     if _thread.unfinished:
         for writer in list(_thread.unfinished):

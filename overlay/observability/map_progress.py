@@ -20,11 +20,11 @@ MAX_SHOWN = 256
 
 @dataclass(frozen=True)
 class RunningMap:
-    """told_s: when the client last reported it; monotonic seconds."""
+    """reported_s: when the client last reported it; monotonic seconds."""
 
     caller: Caller
     progress: Progress
-    told_s: float
+    reported_s: float
 
 
 class Maps:
@@ -35,7 +35,7 @@ class Maps:
         self._lock = threading.Lock()
         self._by_stream: dict[Hashable, dict[int, RunningMap]] = {}  # by the client's number
 
-    def told(self, stream: Hashable, caller: Caller, progress: Progress) -> None:
+    def add(self, stream: Hashable, caller: Caller, progress: Progress) -> None:
         with self._lock:
             known = self._by_stream.setdefault(stream, {})
             known.pop(progress.number, None)
@@ -46,7 +46,7 @@ class Maps:
             if not known:
                 del self._by_stream[stream]
 
-    def left(self, stream: Hashable) -> None:
+    def forget(self, stream: Hashable) -> None:
         """Forgets the maps of a stream that has ended."""
         if self._by_stream:
             with self._lock:
@@ -56,4 +56,4 @@ class Maps:
         """At most MAX_SHOWN, the last reported ones at the end."""
         with self._lock:
             found = [one for known in self._by_stream.values() for one in known.values()]
-        return sorted(found, key=lambda one: one.told_s)[-MAX_SHOWN:]
+        return sorted(found, key=lambda one: one.reported_s)[-MAX_SHOWN:]

@@ -60,7 +60,7 @@ class LogThrottle:
         self._more: Counter[Hashable] = Counter()
         self._timer: threading.Timer | None = None
 
-    def may_tell(self, kind: Hashable) -> bool:
+    def allow(self, kind: Hashable) -> bool:
         """Whether to log this one now. If not, it is counted, and reported within a second."""
         now = time.monotonic()
         with self._lock:

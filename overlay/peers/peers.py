@@ -22,7 +22,7 @@ import grpc
 
 import overlay
 from overlay.model import clocks as time
-from overlay.model.errors import Misspoken, NotTold
+from overlay.model.errors import BadResponse, ProxyError
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     Cancel,
@@ -203,15 +203,15 @@ class Peers:
         return self._links[neighbour].send(segment, sink)
 
     def logs(self, neighbour: str, asked: pb2.LogsRequest, timeout_s: float) -> pb2.LogsResponse:
-        """Asks the neighbour for log lines, and waits for them. Raises NotTold with its reason."""
+        """Asks the neighbour for log lines and waits. Raises ProxyError with its reason."""
         ask = pb2_grpc.OverlayAdminStub(self._links[neighbour].channel).Logs
         try:
             return codec.read_logs(ask(asked, timeout=timeout_s), asked)
         except grpc.RpcError as e:
             said = codec.read_error(e)
-            raise NotTold(f"{neighbour}: {said.reason}", said.code) from None
-        except Misspoken as e:
-            raise NotTold(f"{neighbour} speaks wrongly: {e}", e.code) from None
+            raise ProxyError(f"{neighbour}: {said.reason}", said.code) from None
+        except BadResponse as e:
+            raise ProxyError(f"{neighbour} speaks wrongly: {e}", e.code) from None
 
     def _changed(self) -> None:
         self._up = frozenset(link.id for link in self._links.values() if link.state == "up")
@@ -503,7 +503,7 @@ class _Peer:
             return
         try:
             metrics = codec.read_metrics(probe.result())
-        except Misspoken as e:
+        except BadResponse as e:
             self._set_state("down", f"{WRONGLY}: {e}", is_wrong=True)
             pause_s = min(self._limits.wrong_s * 2.0**self._wrong_probes, self._limits.most_wrong_s)
             self._wrong_probes = min(self._wrong_probes + 1, 10)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import Generic, Protocol, TypeVar
 
-from overlay.model.segments import NOBODY, Caller, Route
+from overlay.model.segments import ANONYMOUS, Caller, Route
 from overlay.queueing.service_time import ServiceClass
 
 
@@ -44,7 +44,7 @@ class Flow(Generic[W]):
     virtual time.
     """
 
-    def __init__(self, caller: Caller = NOBODY, is_stream: bool = False) -> None:
+    def __init__(self, caller: Caller = ANONYMOUS, is_stream: bool = False) -> None:
         self.caller = caller
         self.is_stream = is_stream
         self.paused = False

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from overlay.model import clocks as time
 from overlay.model.errors import Draining, NoTimeLeft, OverlayError, QueueFull
 from overlay.model.pending import Run
-from overlay.model.segments import NOBODY, Caller, Code, OnResult, Part, Route, Segment, Slice
+from overlay.model.segments import ANONYMOUS, Caller, Code, OnResult, Part, Route, Segment, Slice
 from overlay.queueing import admission
 from overlay.queueing.admission import HIGHEST_PRIORITY
 from overlay.queueing.callers import Callers, Seen
@@ -119,7 +119,7 @@ class RequestQueue:
             return len(self._streams), waiting, sum(flow.active for flow in self._streams)
 
     def admit(
-        self, segment: Segment, sink: OnResult, caller: Caller = NOBODY, priority: int = 0
+        self, segment: Segment, sink: OnResult, caller: Caller = ANONYMOUS, priority: int = 0
     ) -> QueuedSegment:
         """Admits one request or refuses it; never blocks.
 
@@ -147,7 +147,7 @@ class RequestQueue:
             raise refused
         return queued
 
-    def open_flow(self, caller: Caller = NOBODY) -> Flow[QueuedSegment]:
+    def open_flow(self, caller: Caller = ANONYMOUS) -> Flow[QueuedSegment]:
         """A flow for one stream of this caller, until `close_flow`."""
         with self._lock:
             seen = self._callers.seen(caller, self._clock())

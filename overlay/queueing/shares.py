@@ -152,7 +152,7 @@ class PlaceShares:
         _count(self._teams, team, count)
 
 
-def most_of_slots(cap: int, elsewhere: int) -> int:
+def max_handler_slots(cap: int, elsewhere: int) -> int:
     """How many of a worker's `cap` slots one handler may take while others hold `elsewhere`."""
     free = cap - elsewhere
     if cap < MIN_SHARED:

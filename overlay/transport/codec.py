@@ -140,7 +140,7 @@ def too_large(size: int, most: int) -> str:
 
 
 def read_response(response: pb2.Response) -> AnswerRow:
-    """The answer that a client got. Raises Misspoken."""
+    """The answer that a client got. Raises BadResponse."""
     validation.check_response(response)
     return AnswerRow(tuple(map(_read_unary_part, response.parts)), tuple(response.hops))
 
@@ -252,7 +252,7 @@ def size_beside(segment: Segment) -> int:
 
 
 def read_slice(made: pb2.Slice, asked: Asked) -> Slice:
-    """A slice between processes. Raises Misspoken when it does not answer what was asked."""
+    """A slice between processes. Raises BadResponse when it does not answer what was asked."""
     parts, hops = validation.check_slice(made, asked)
     count, trace = made.count, read_trace(made.trace)
     if made.failures:
@@ -263,7 +263,7 @@ def read_slice(made: pb2.Slice, asked: Asked) -> Slice:
 
 
 def check_client_slice(made: pb2.Slice, asked: Asked) -> None:
-    """Checks a slice for a client. Raises Misspoken when it does not answer what was asked."""
+    """Checks a slice for a client. Raises BadResponse when it does not answer what was asked."""
     validation.check_slice(made, asked, results=False)
 
 
@@ -331,7 +331,7 @@ def read_trace(hops: Sequence[pb2.Hop]) -> tuple[Hop, ...]:
 
 def read_metrics(made: pb2.MetricsResponse) -> pb2.MetricsResponse:
     """The same, judged: its lists and numbers are within reason, its texts cut and escaped. Raises
-    Misspoken."""
+    BadResponse."""
     validation.check_metrics(made)
     return made
 
@@ -343,7 +343,7 @@ def read_function(made: pb2.Function) -> Function:
 
 
 def read_logs(made: pb2.LogsResponse, asked: pb2.LogsRequest) -> pb2.LogsResponse:
-    """The same, judged as metrics are. Raises Misspoken."""
+    """The same, judged as metrics are. Raises BadResponse."""
     validation.check_logs(made, asked.process_id, min(asked.lines or MIN_LINES, LINES))
     return made
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, count, repeat
 from typing import Any, Generic, TypeVar
 
-from overlay.model.errors import Misspoken
+from overlay.model.errors import BadResponse
 from overlay.model.limits import Limits
 from overlay.model.pending import PendingRows, Run
 from overlay.model.segments import Slice
@@ -148,7 +148,7 @@ class Multiplexer:
     def arrive(self, segment: OpenSegment[Any], start: int, answers: Slice) -> list[Run]:
         """Parts have come before their rows' answers; those of the rows that are open.
 
-        Raises Misspoken for more than was granted, which would fill the memory of its reader.
+        Raises BadResponse for more than was granted, which would fill the memory of its reader.
         """
         arriving = segment.arriving
         with self.lock:
@@ -158,7 +158,7 @@ class Multiplexer:
                     part = arriving.get(key)
                     if part is None:
                         if len(arriving) >= MAX_TARGETS * segment.count:
-                            raise Misspoken(f"parts of more than {MAX_TARGETS:,} workers")
+                            raise BadResponse(f"parts of more than {MAX_TARGETS:,} workers")
                         part = arriving[key] = Arriving(segment.chunks)
                     chunk = column.chunk
                     if chunk is None or column.failed is not None:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import grpc
 
 from overlay.model import clocks as time
-from overlay.model.errors import Misspoken
+from overlay.model.errors import BadResponse
 from overlay.model.limits import Limits
 from overlay.model.segments import Code, Detail, Executed, Part
 from overlay.transport import codec
@@ -58,7 +58,7 @@ class ReconnectingStream:
     ) -> None:
         """fill: puts what is to be sent into the frame; False when there is nothing.
 
-        receive: raises Misspoken for a frame that makes no sense, which ends the call. live: the
+        receive: raises BadResponse for a frame that makes no sense, which ends the call. live: the
         other side has accepted the call, with this metadata. metadata: sent with the call.
         patience_s: how long what is to be sent may wait for more, at most; must be quick. may_rest:
         it is a client's, which also waits as long as a process asks that refuses the stream.
@@ -167,7 +167,7 @@ class ReconnectingStream:
         except grpc.RpcError as e:
             self.rests = self._may_rest and codec.was_idle(e)
             return _plain(codec.read_error(e))
-        except Misspoken as e:
+        except BadResponse as e:
             return Part("", e.code, f"it speaks wrongly: {e}")
         except ValueError as e:  # the channel is closed
             return Part("", Code.UNAVAILABLE, str(e), executed=Executed.UNKNOWN)
@@ -218,7 +218,7 @@ def _is_refused(call: grpc.Call) -> bool:
 
 
 def _plain(why: Part) -> Part:
-    """Says of a message that is not protobuf, or larger than agreed, what Misspoken says."""
+    """Says of a message that is not protobuf, or larger than agreed, what BadResponse says."""
     if why.code is Code.INTERNAL or "larger than max" in why.reason:
         return Part("", Code.DATA_LOSS, f"it speaks wrongly: {why.reason}")
     return why

@@ -2,7 +2,7 @@
 
 The sender may be broken, hostile, or of an unknown release: a slice of 60 bytes can claim 2^32
 rows. Everything that a process or a client reads from another process passes through here first,
-and raises Misspoken when it does not fit what was asked, or exceeds any reasonable bound.
+and raises BadResponse when it does not fit what was asked, or exceeds any reasonable bound.
 
 An answer is checked in each of its parts, hops and failures, but not row by row.
 """
@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from overlay.model.errors import Misspoken
+from overlay.model.errors import BadResponse
 from overlay.model.limits import Limits
 from overlay.model.topology import ROLES
 from overlay.observability.log_buffer import escaped
@@ -24,10 +24,10 @@ LONGEST_TEXT = _LIMITS.max_text
 MAX_PARTS = _LIMITS.max_targets
 MAX_HOPS = _LIMITS.max_targets + _LIMITS.max_hops  # of an answer: all workers, and those between
 MAX_ENTRIES = _LIMITS.max_targets  # of any list that a process tells of itself
-MAX_SLOTS = _LIMITS.max_told_slots
+MAX_SLOTS = _LIMITS.max_reported_slots
 MAX_CHARACTERS = _LIMITS.functions_characters
 MAX_RETRY_S = _LIMITS.max_deadline_s  # no request waits for longer
-MESSAGE_BYTES = range(_LIMITS.least_message_bytes, _LIMITS.most_message_bytes + 1)
+MESSAGE_BYTES = range(_LIMITS.min_message_limit, _LIMITS.max_message_limit + 1)
 
 
 _checked: set[tuple[str, ...]] = {()}  # hops that passed recently
@@ -56,14 +56,14 @@ def check_slice(
 ) -> tuple[list[Said], tuple[str, ...]]:
     """Checks a slice between processes or, with `results` false, one for a client.
 
-    Returns its parts and hops. Raises Misspoken.
+    Returns its parts and hops. Raises BadResponse.
     """
     count = made.count
     if not 0 < count <= asked.rows - made.start:
-        raise Misspoken(f"rows {made.start} to +{count} of a segment of {asked.rows}")
+        raise BadResponse(f"rows {made.start} to +{count} of a segment of {asked.rows}")
     more = made.more
     if more and not asked.early:
-        raise Misspoken("parts before the answer, where none were asked for")
+        raise BadResponse("parts before the answer, where none were asked for")
     parts = [said(part) for part in made.parts]
     if parts:
         _check_workers([part[1] for part in parts], asked.targets)
@@ -79,15 +79,15 @@ def check_slice(
 
 
 def said(part: Any) -> Said:
-    """Reads a part. Raises Misspoken for its hops."""
+    """Reads a part. Raises BadResponse for its hops."""
     return part, part.process_id, len(part.results.items), part.failures, _hops(part.hops)
 
 
 def check_response(made: Any) -> None:
-    """Checks the answer to a unary request. Raises Misspoken."""
+    """Checks the answer to a unary request. Raises BadResponse."""
     workers = {part.process_id for part in made.parts}
     if len(workers) < len(made.parts):
-        raise Misspoken("two parts of one worker in one answer")
+        raise BadResponse("two parts of one worker in one answer")
     _check_names("parts", workers, MAX_PARTS)
     _check_names("hops", made.hops, MAX_HOPS)
     for part in made.parts:
@@ -96,13 +96,13 @@ def check_response(made: Any) -> None:
 
 
 def check_metrics(made: Any) -> None:
-    """Checks metrics. Their texts are cut and escaped in place. Raises Misspoken."""
+    """Checks metrics. Their texts are cut and escaped in place. Raises BadResponse."""
     tidy(made)
     ids = {process.id for process in made.topology}
     if len(ids) < len(made.topology):
-        raise Misspoken("topology: one process twice")
+        raise BadResponse("topology: one process twice")
     if ids and made.process_id not in ids:
-        raise Misspoken(f"topology: it does not have '{_shown(made.process_id)}' itself")
+        raise BadResponse(f"topology: it does not have '{_shown(made.process_id)}' itself")
     _check_names("topology", ids, MAX_ENTRIES)
     _check_names("process_id", (made.process_id,))
     for process in made.topology:
@@ -110,22 +110,22 @@ def check_metrics(made: Any) -> None:
     _check_functions(made.functions)
     for histogram in (made.service, made.waiting):
         if histogram.bounds_s and len(histogram.counts) != len(histogram.bounds_s) + 1:
-            raise Misspoken("a histogram with a count too many or too few")
+            raise BadResponse("a histogram with a count too many or too few")
 
 
 def check_logs(made: Any, process_id: str, lines: int) -> None:
-    """Checks a log's lines, at most so many. Tidied in place. Raises Misspoken."""
+    """Checks a log's lines, at most so many. Tidied in place. Raises BadResponse."""
     tidy(made)
     if made.process_id != process_id:
-        raise Misspoken(f"the log of '{_shown(made.process_id)}', not of '{_shown(process_id)}'")
+        raise BadResponse(f"the log of '{_shown(made.process_id)}', not of '{_shown(process_id)}'")
     if len(made.lines) > lines:
-        raise Misspoken(f"{len(made.lines)} lines, and {lines} were asked for")
+        raise BadResponse(f"{len(made.lines)} lines, and {lines} were asked for")
 
 
 def tidy(message: Any) -> None:
     """Checks any message for people; cuts and escapes its texts in place, docstrings line by line.
 
-    Raises Misspoken for negative numbers and NaN, unknown values of an enum, and lists or names
+    Raises BadResponse for negative numbers and NaN, unknown values of an enum, and lists or names
     that are too long.
     """
     for field, value in message.ListFields():
@@ -163,7 +163,7 @@ def _escaped(field: str, text: str) -> str:
 def _check_functions(functions: Sequence[Any]) -> None:
     size = sum(len(f.signature) + len(f.doc) + len(f.arguments) + len(f.result) for f in functions)
     if size > MAX_CHARACTERS:
-        raise Misspoken(f"functions: {size:,} characters of them")
+        raise BadResponse(f"functions: {size:,} characters of them")
     _check_names("functions", [function.name for function in functions])
 
 
@@ -179,12 +179,12 @@ _HEXADECIMAL = set("0123456789abcdef")
 
 def _check_workers(workers: list[str], targets: frozenset[str] | None) -> None:
     if len(workers) > 1 and len(set(workers)) < len(workers):
-        raise Misspoken("two parts of one worker in one slice")
+        raise BadResponse("two parts of one worker in one slice")
     if targets is None:
         _check_names("parts", workers, MAX_PARTS)
     elif not targets.issuperset(workers):
         stranger = min(set(workers) - targets)
-        raise Misspoken(f"a part of '{_shown(stranger)}', which was not asked")
+        raise BadResponse(f"a part of '{_shown(stranger)}', which was not asked")
 
 
 def _check_part(said: Said, count: int, asked: Asked, more: bool, results: bool) -> None:
@@ -192,12 +192,12 @@ def _check_part(said: Said, count: int, asked: Asked, more: bool, results: bool)
     if failures:
         _check_failures(failures, count)
     if found != count and (found or (results and not _all_failed(failures))):
-        raise Misspoken(f"{worker}: {found} results for {count} rows")
+        raise BadResponse(f"{worker}: {found} results for {count} rows")
     if part.more or part.at:
         if count != 1:
-            raise Misspoken(f"{worker}: a chunk for {count} rows")
+            raise BadResponse(f"{worker}: a chunk for {count} rows")
         if not asked.chunks or not found or (part.more and not more):
-            raise Misspoken(f"{worker}: a chunk where none can come")
+            raise BadResponse(f"{worker}: a chunk where none can come")
 
 
 def _all_failed(failures: Any) -> bool:
@@ -211,9 +211,9 @@ def _check_failures(details: Any, count: int) -> None:
         rows = detail.count or count
         told += rows
         if told > count or (detail.count and detail.start + rows > count):
-            raise Misspoken(f"failures of rows {detail.start} to +{rows} in a slice of {count}")
+            raise BadResponse(f"failures of rows {detail.start} to +{rows} in a slice of {count}")
         if detail.code == 0:
-            raise Misspoken("a failure with the code OK")
+            raise BadResponse("a failure with the code OK")
 
 
 def _check_results(made: Any, count: int) -> None:
@@ -223,7 +223,7 @@ def _check_results(made: Any, count: int) -> None:
         return
     failed = sum(detail.count or count for detail in made.failures)
     if found or failed < count:
-        raise Misspoken(f"{found} results and {failed} failures for {count} rows")
+        raise BadResponse(f"{found} results and {failed} failures for {count} rows")
 
 
 def _check_trace(trace: Sequence[Any]) -> None:
@@ -232,24 +232,24 @@ def _check_trace(trace: Sequence[Any]) -> None:
 
 def _check_process(process: Any, ids: set[str]) -> None:
     if process.role not in ROLES:
-        raise Misspoken(f"topology: '{_shown(process.role)}' is not a role")
+        raise BadResponse(f"topology: '{_shown(process.role)}' is not a role")
     _check_names("topology", (process.team, process.handler))
     if strangers := set(process.neighbors) - ids:
-        raise Misspoken(f"topology: neighbor '{_shown(min(strangers))}' is not in it")
+        raise BadResponse(f"topology: neighbor '{_shown(min(strangers))}' is not in it")
     host, _, port = process.address.rpartition(":")
     if not (host and port.isascii() and port.isdigit() and len(host) < 300 and len(port) < 6):
-        raise Misspoken(f"topology: '{_shown(process.address)}' is not host:port")
+        raise BadResponse(f"topology: '{_shown(process.address)}' is not host:port")
     check_slots(process.slots)
 
 
 def check_slots(slots: Mapping[str, int]) -> None:
     if len(slots) > MAX_ENTRIES or any(not 0 <= n <= MAX_SLOTS for n in slots.values()):
-        raise Misspoken(f"slots: not 0 to {MAX_SLOTS:,} of each handler")
+        raise BadResponse(f"slots: not 0 to {MAX_SLOTS:,} of each handler")
 
 
 def _tidy_many(field: Any, values: Any) -> None:
     if len(values) > MAX_ENTRIES:
-        raise Misspoken(f"{field.name}: {len(values):,} entries")
+        raise BadResponse(f"{field.name}: {len(values):,} entries")
     if hasattr(values, "items"):
         _check_names(field.name, values)
         for value in values.values():
@@ -266,13 +266,13 @@ def _tidy_many(field: Any, values: Any) -> None:
 
 def _check_number(field: Any, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
-        raise Misspoken(f"{field.name}: {value} is not a number from 0 on")
+        raise BadResponse(f"{field.name}: {value} is not a number from 0 on")
     if field.enum_type is not None and value not in field.enum_type.values_by_number:
-        raise Misspoken(f"{field.name}: {value} is not one of its values")
+        raise BadResponse(f"{field.name}: {value} is not one of its values")
 
 
 def _hops(hops: Sequence[str]) -> tuple[str, ...]:
-    """Raises Misspoken."""
+    """Raises BadResponse."""
     names = tuple(hops)
     if names not in _checked:  # the same few routes come again and again
         _check_names("hops", names, MAX_HOPS)
@@ -286,10 +286,10 @@ def _hops(hops: Sequence[str]) -> tuple[str, ...]:
 def _check_names(field: str, names: Iterable[str], most: int = MAX_ENTRIES) -> None:
     names = names if isinstance(names, tuple) else tuple(names)
     if len(names) > most:
-        raise Misspoken(f"{field}: {len(names):,} entries")
+        raise BadResponse(f"{field}: {len(names):,} entries")
     if max(map(len, names), default=0) > LONGEST_NAME or not "".join(names).isprintable():
         bad = next(n for n in names if len(n) > LONGEST_NAME or not n.isprintable())
-        raise Misspoken(f"{field}: '{_shown(bad)}' is not a name")
+        raise BadResponse(f"{field}: '{_shown(bad)}' is not a name")
 
 
 def _shown(text: str) -> str:

@@ -317,6 +317,6 @@ def test_an_allowance_is_so_many_at_once_and_so_many_a_second():
 def test_kinds_without_end_take_no_memory_without_end():
     repeats = LogThrottle(lambda kind, count: None)
     for n in range(1000):
-        repeats.may_tell(n)
+        repeats.allow(n)
 
     assert len(repeats._kinds) <= 100

@@ -1037,9 +1037,9 @@ def test_what_a_map_tells_while_its_stream_ends_is_not_kept():
     class Late(Maps):
         """The stream ends just before it is noted what it tells."""
 
-        def told(self, stream: stream_session._Session, caller: Caller, progress: Progress) -> None:
+        def add(self, stream: stream_session._Session, caller: Caller, progress: Progress) -> None:
             stream.abandon()
-            super().told(stream, caller, progress)
+            super().add(stream, caller, progress)
             told.set()
 
     told, maps = threading.Event(), Late()

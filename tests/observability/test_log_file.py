@@ -377,7 +377,7 @@ def test_printed_text_goes_to_the_log_until_it_stops(tmp_path, capfd):
     path = tmp_path / "c.log"
     before = sys.stdout, sys.stderr
     with logging_to(path) as log:
-        log.take_prints()
+        log.capture_prints()
         print("to the log")
         print("this too", file=sys.stderr)
     assert (sys.stdout, sys.stderr) == before
@@ -392,16 +392,16 @@ def test_printed_text_has_the_id_of_the_request_that_its_thread_works_on(tmp_pat
 
     def work(first: int) -> None:
         for request_id in range(first, first + 3):
-            log_file.work_on(request_id)
+            log_file.set_request(request_id)
             print(f"{request_id} ", end="")
             both.wait(10)  # the other thread prints during this line
             print("begins")
             both.wait(10)
             print(f"{request_id} has no end", end="")
-        log_file.work_on(0)
+        log_file.set_request(0)
 
     with logging_to(path) as log:
-        log.take_prints()
+        log.capture_prints()
         threads = [threading.Thread(target=work, args=(first,)) for first in (0x10, 0x20)]
         for thread in threads:
             thread.start()

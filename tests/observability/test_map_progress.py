@@ -31,18 +31,18 @@ def progress(number: int = 1, **fields: Any) -> Progress:
 
 def test_a_map_is_known_by_its_last_report_until_it_or_its_stream_ends() -> None:
     maps, now = Maps(lambda: now), 1.0
-    maps.told("stream", ANN, progress(1))
+    maps.add("stream", ANN, progress(1))
     now = 2.0
-    maps.told("stream", ANN, progress(2))
+    maps.add("stream", ANN, progress(2))
     now = 3.0
-    maps.told("stream", ANN, progress(1, answered=7))
+    maps.add("stream", ANN, progress(1, answered=7))
 
-    found = [(one.progress.number, one.progress.answered, one.told_s) for one in maps.all()]
+    found = [(one.progress.number, one.progress.answered, one.reported_s) for one in maps.all()]
     assert found == [(2, 5, 2.0), (1, 7, 3.0)]
 
-    maps.told("stream", ANN, progress(1, is_over=True))
+    maps.add("stream", ANN, progress(1, is_over=True))
     assert [one.progress.number for one in maps.all()] == [2]
-    maps.left("stream")
+    maps.forget("stream")
     assert maps.all() == []
 
 
@@ -50,11 +50,11 @@ def test_the_number_of_maps_is_bounded_per_stream_and_in_all() -> None:
     maps = Maps()
     for stream in range(2 * MAX_SHOWN // MAX_OF_STREAM):
         for number in range(100):
-            maps.told(stream, ANN, progress(number))
+            maps.add(stream, ANN, progress(number))
 
     assert len(maps.all()) == MAX_SHOWN
-    maps.left(0)
-    maps.told(0, ANN, progress(1))
+    maps.forget(0)
+    maps.add(0, ANN, progress(1))
     assert maps.all()[-1].progress.number == 1
 
 

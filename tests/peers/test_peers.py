@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlay.calls.reception import Reception
-from overlay.model.errors import Misspoken
+from overlay.model.errors import BadResponse
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     Cancel,
@@ -107,7 +107,7 @@ class MemoryPipe:
     def hear(self, frame: pb2.Frame) -> None:
         try:
             self._receive(frame)
-        except Misspoken as e:
+        except BadResponse as e:
             self._lost(Part("", e.code, f"it speaks wrongly: {e}"))
 
 

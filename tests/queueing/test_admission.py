@@ -27,7 +27,7 @@ from overlay.queueing.shares import (
     check_bytes,
     check_handler_share,
     check_share,
-    most_of_slots,
+    max_handler_slots,
 )
 
 
@@ -283,7 +283,7 @@ SLOTS = [
 
 @pytest.mark.parametrize(("cap", "elsewhere", "most"), SLOTS)
 def test_one_handler_leaves_slots_of_its_worker_for_the_others(cap, elsewhere, most):
-    assert most_of_slots(cap, elsewhere) == most
+    assert max_handler_slots(cap, elsewhere) == most
 
 
 def test_one_handlers_requests_leave_queue_slots_for_the_others():
