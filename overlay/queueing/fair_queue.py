@@ -65,7 +65,7 @@ class FairQueue(Generic[W]):
         # By class and whether streamed: rows that wait, and what got no place in the last round.
         self._wanted: dict[tuple[ServiceClass, bool], int] = {}
         self._blocked: set[tuple[ServiceClass, bool]] = set()
-        self._kept = 0  # addresses and callers
+        self.kept = 0  # addresses and callers that are remembered
         self._virtual_time = 0
 
     def __len__(self) -> int:
@@ -73,11 +73,6 @@ class FairQueue(Generic[W]):
 
     def __iter__(self) -> Iterator[W]:
         return (item for flow in self._flows for item in flow)
-
-    @property
-    def kept(self) -> int:
-        """How many addresses and callers are remembered."""
-        return self._kept
 
     def put(self, item: W, rows: int = 1) -> None:
         flow: Flow[W] = item.flow
@@ -103,7 +98,7 @@ class FairQueue(Generic[W]):
             self._flows.pop(flow).flow_count -= 1
             assert flow.caller_node is not None
             del flow.caller_node.flows[flow]
-            if self._kept > MAX_KEPT + 4 * len(self._flows):
+            if self.kept > MAX_KEPT + 4 * len(self._flows):
                 self._forget()
 
     def start(self, item: W, rows: int = 1) -> None:
@@ -169,14 +164,14 @@ class FairQueue(Generic[W]):
         address = self._addresses.get(flow.caller.address)
         if address is None:
             address = self._addresses[flow.caller.address] = AddressNode(self._virtual_time)
-            self._kept += 1
+            self.kept += 1
         # A node that was idle has saved up no turns; one that was just served must wait its turn.
         elif not address.flow_count:
             address.served = max(address.served, self._virtual_time)
         caller = address.callers.get(flow.caller.name)
         if caller is None:
             caller = address.callers[flow.caller.name] = CallerNode(address.virtual_time)
-            self._kept += 1
+            self.kept += 1
         elif not caller.flows:
             caller.served = max(caller.served, address.virtual_time)
         if flow.caller_node is not caller:  # its old node was forgotten, and `served` with it
@@ -199,7 +194,7 @@ class FairQueue(Generic[W]):
         self._addresses = {name: a for name, a in self._addresses.items() if a.flow_count}
         for address in self._addresses.values():
             address.callers = {name: c for name, c in address.callers.items() if c.flows}
-        self._kept = sum(1 + len(address.callers) for address in self._addresses.values())
+        self.kept = sum(1 + len(address.callers) for address in self._addresses.values())
 
 
 T = TypeVar("T", bound="CallerNode[Any] | AddressNode[Any] | Flow[Any]")

@@ -37,7 +37,7 @@ from overlay.queueing.service_time import ServiceClass
 from overlay.queueing.shares import PlaceShares, SlotShares
 from overlay.queueing.waiting_room import WaitingRoom
 
-SAMPLE_S = 0.001  # between two recorded completions; more of them would tell no more
+SAMPLE_S = 0.001  # between two recorded completions; more samples would not improve the estimate
 MAX_CLASSES = 1000  # there are few routes, but a caller may name any targets
 HELD = 16  # completions over which the time that a place is held is averaged
 

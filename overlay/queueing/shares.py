@@ -122,9 +122,6 @@ class PlaceShares:
     def is_full(self) -> bool:
         return self.taken >= self.places
 
-    def of_team(self, team: str) -> int:
-        return self._teams.get(team, 0)
-
     def allow(self, address: str, handler: str, team: str) -> bool:
         """Whether a request of these may take a place."""
         free = self.places - self.taken

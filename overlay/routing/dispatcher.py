@@ -123,7 +123,7 @@ class Dispatcher:
             return self._executor.run(segment, waited_s, sink)
         if segment.route.mode is Mode.ANY:
             return DispatchAny(self, segment, claimed, sink).begin()
-        if segment.on_partial is not None:
+        if segment.on_partial is not None and claimed.plan.branches:
             return StreamingGather(self, segment, claimed.plan, segment.on_partial, sink).begin()
         return Gather(self, segment, claimed.plan, sink).begin()
 
@@ -219,9 +219,7 @@ class Gather:
         """Answers rows with the parts that have arrived, and cancels the branches' work on them."""
         for row in range(start, start + count):
             with self._lock:
-                found = {
-                    n: part for n, answers in self._answers.items() if (part := answers.at(row))
-                }
+                found = {n: part for n, index in self._answers.items() if (part := index.at(row))}
             if len(found) == len(self._answers):
                 continue  # answered already
             late = {
@@ -290,17 +288,8 @@ class StreamingGather:
         self._cancels: list[Cancel] = []
 
     def begin(self) -> Cancel:
-        if not self._plan.branches:
-            answers = aggregate.gathered(
-                self._dispatcher._me.id,
-                self._dispatcher._order,
-                {},
-                _missing_columns(self._plan, self._segment.count),
-            )
-            self._sink(0, answers)
-            return _no_op
+        segment = self._segment.with_(on_partial=self._pass_on_rows)
         for branch in self._plan.branches:
-            segment = self._segment.with_(on_partial=self._pass_on_rows)
             sink = partial(self._branch_answered, branch)
             self._cancels.append(self._dispatcher._send(branch, segment, sink))
         return self.cancel

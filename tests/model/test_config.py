@@ -279,7 +279,7 @@ def test_every_problem_in_a_config_is_named(file):
 
     problems = "\n".join(file.problems(changed(change)))
 
-    for said in (
+    for expected in (
         "queue_slots: ",
         "unknown key 'nonsense'",
         "default_deadline_s: ",
@@ -291,7 +291,7 @@ def test_every_problem_in_a_config_is_named(file):
         "process F: unknown key 'rolle'; did you mean 'role'?",
         "process F: slots",
     ):
-        assert said in problems
+        assert expected in problems
     assert len(problems.splitlines()) == 10
 
 

@@ -261,7 +261,7 @@ def test_a_stuck_team_leaves_places_for_the_others():
     simulated.run(10, "green", load=0.5, team="green")
     simulated.clock.advance(9)
 
-    assert simulated.queue._place_shares.of_team("pink") <= simulated.queue.in_service // 2
+    assert simulated.queue._place_shares._teams["pink"] <= simulated.queue.in_service // 2
     assert simulated.ends["green ok"] > 0.9 * 0.5 * CAPACITY * 8, simulated.ends
 
 
