@@ -54,7 +54,7 @@ def write_map(running: RunningMap, now: float) -> pb2.RunningMap:
     return pb2.RunningMap(
         progress=codec.write_progress(running.progress),
         caller=str(running.caller),
-        told_s=max(0.0, now - running.told_s),
+        told_s=max(0.0, now - running.reported_s),
     )
 
 

@@ -39,7 +39,7 @@ from overlay.model.errors import (
     QueueFull,
 )
 from overlay.model.pending import PendingRows
-from overlay.model.segments import NOBODY, Caller, Code, Mode, Part, Route, Segment, Slice
+from overlay.model.segments import ANONYMOUS, Caller, Code, Mode, Part, Route, Segment, Slice
 from overlay.observability.map_progress import Maps
 from overlay.routing import aggregate
 from overlay.transport import codec
@@ -157,7 +157,7 @@ class StreamSessions:
         self,
         call: Call,
         context: grpc.ServicerContext,
-        caller: Caller = NOBODY,
+        caller: Caller = ANONYMOUS,
         neighbour: str = "",
     ) -> None:
         """Serves one call until the client's half-close. Never blocks. Raises QueueFull, Draining.

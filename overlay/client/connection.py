@@ -21,9 +21,9 @@ from overlay.client.results import Answer, error_of, failure_of, result_of, sent
 from overlay.client.submitter import RETRY_PAUSE_S, Submitter
 from overlay.model import clocks as time
 from overlay.model.errors import (
+    BadResponse,
     CallCancelled,
     CallFailed,
-    Misspoken,
     NotReached,
     Unavailable,
 )
@@ -292,7 +292,7 @@ class Connection:
     def _check_size(self, size: int, patience_s: float) -> None:
         """Raises InvalidCall for a payload that the process would not even read: gRPC itself ends
         such a call, and does not say whether it ran. Only the stream tells the limit."""
-        if size <= Limits.least_message_bytes:
+        if size <= Limits.min_message_limit:
             return
         calls = self.begin()
         with contextlib.suppress(CallFailed):  # then the call itself will tell

@@ -1,6 +1,6 @@
-"""The machine's own clocks, taken once, so that a test which freezes time does not stop our waits.
+"""The machine's real clocks, in a private copy: a test that freezes time cannot stop our waits.
 
-Used in place of the module `time`: `from overlay.model import clocks as time`.
+Use it in place of the module `time`: `from overlay.model import clocks as time`.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ from collections.abc import Callable
 from types import BuiltinFunctionType, ModuleType
 
 sleep = shared.sleep
-localtime, strftime = shared.localtime, shared.strftime  # for times that are passed in
+localtime, strftime = shared.localtime, shared.strftime  # they format times passed to them
 
 
 def _copy() -> ModuleType:
-    # freezegun replaces a clock by identity wherever a loaded module holds it. It does not know
-    # this copy's functions, which are the real ones even if it was loaded before us.
+    # freezegun replaces clock functions by identity, wherever a loaded module holds one. It cannot
+    # know the functions of this copy, which are the real ones even if freezegun was loaded first.
     spec = shared.__spec__
     assert spec is not None
     assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
 
 
 _own = _copy()
-# On Windows node.py installs a finer clock; a test's replacement is not a builtin.
+# On Windows node.py installs a finer clock, which is a builtin; a test's replacement is not.
 _name = shared.monotonic.__name__ if isinstance(shared.monotonic, BuiltinFunctionType) else ""
 monotonic: Callable[[], float] = getattr(_own, _name or "monotonic")
 time: Callable[[], float] = _own.time
 
 
 class Timeout(float):
-    """Seconds for a gRPC call. gRPC adds them to time.time(), which in a test with frozen time has
-    stopped, or is in another year."""
+    """The timeout of a gRPC call, in seconds.
+
+    gRPC adds it to time.time(), which is wrong while a test freezes time."""
 
     def __radd__(self, now: float) -> float:
         return time() + float(self)

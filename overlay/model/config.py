@@ -1,11 +1,11 @@
-"""Reads the configuration file, and reports every problem in it at once.
+"""Reads the configuration file and reports all problems in it at once.
 
 `load(path)` returns a Topology or raises ConfigError, whose `problems` are sentences that each name
-the process, the field and the value. All keys but the six first ones of a process are optional.
+the process, the field and the value. Only the first six keys of a process are required.
 
-The models here exist for reading only. What the program works with are the frozen dataclasses of
-`topology`: a handler's process gets its HandlerSpec without importing pydantic, which would take
-17 MiB and up to a second in each.
+These models serve only to read the file. The program uses the frozen dataclasses of `topology`, so
+that a handler's process gets its HandlerSpec without importing pydantic, which would cost each one
+17 MiB and up to a second.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 Mib = Annotated[int, Field(ge=1, le=65_536, strict=True)]
 MessageMib = Annotated[
     int,
-    Field(ge=Limits.least_message_bytes // MIB, le=Limits.most_message_bytes // MIB, strict=True),
+    Field(ge=Limits.min_message_limit // MIB, le=Limits.max_message_limit // MIB, strict=True),
 ]
 
 ONLY_IN_PROCESSES = {
-    "limit_s": "a thread cannot be ended",
+    "limit_s": "a thread cannot be killed",
     "memory_mib": "threads share this process's memory",
     "max_requests": "a thread is not replaced",
 }
@@ -54,58 +54,58 @@ class ProcessEntry(_Entry):
     """One process. The first six keys are required."""
 
     id: Name
-    """Its name in the file; must be the entry's key. Names may have letters, digits, dots,
+    """Its name in the file; must equal the entry's key. Names consist of letters, digits, dots,
     underscores and hyphens."""
     role: Literal["leader", "team_leader", "worker"]
     """Requests only go down: from the leader to team leaders, and from those to workers."""
     team: Name
     """A request may be narrowed to one team. Each team with workers needs a team_leader."""
     host: Host
-    """The address at which the other processes reach it: a number or a name."""
+    """The address at which other processes reach it: an IP address or a host name."""
     port: Port
     """The port it serves on."""
     neighbors: list[str]
-    """The ids it has links to. Those of a lower role are the ones it asks."""
+    """The ids of the processes it has links to. It asks those with a lower role."""
     bind: Host | None = None
-    """The address to listen on when it is not `host`: behind NAT, or with several network
-    cards. Without it: `host`."""
+    """The address to listen on if it is not `host`: behind NAT, or with several network
+    cards. Default: `host`."""
     handler: Name = "echo"
-    """What a request without a handler's name runs here. `echo` is built in."""
+    """The handler for requests that name none. `echo` is built in."""
     slots: Count | None = None
     """How many requests may run at once on this worker, of all handlers together and of
     each."""
     in_service: Places | None = None
-    """As the top-level in_service, for this process alone."""
+    """Like the top-level in_service, for this process only."""
     log_dir: Folder | None = None
-    """As the top-level log_dir, for this process alone."""
+    """Like the top-level log_dir, for this process only."""
     metrics_port: Port | None = None
-    """Prometheus reads this process there. Without it: port + metrics_port_offset, if that is
-    set."""
+    """The port on which Prometheus reads this process. Default: port + metrics_port_offset, if
+    that is set."""
     options: dict[str, Any] = {}
-    """Laid over the handler's own options, for context.options."""
+    """Override the handler's own options in context.options."""
 
 
 class HandlerEntry(_Entry):
-    """A handler in full; in its place the text "module:function" is enough."""
+    """A handler in full; the text "module:function" alone is enough."""
 
     call: Function
-    """The function, as module:function. The module is looked for in the configuration's folder
-    too."""
+    """The function, as module:function. The module is also looked for in the configuration's
+    folder."""
     merge: Function | None = None
-    """A function that makes one answer of all workers' parts, in mode all. Without it they are
-    joined by newlines."""
+    """A function that merges all workers' parts into one answer, in mode all. Without it they
+    are joined by newlines."""
     run: Literal["thread", "process"] = "thread"
-    """Where it runs. A process can be ended while it works, a thread cannot."""
+    """Where it runs. A process can be killed while it works, a thread cannot."""
     slots: Places | None = None
-    """How many may run at once on one worker. Without it: on threads 100, or 90 where there are
-    other handlers; in processes one per CPU."""
+    """How many may run at once on one worker. Default: on threads 100, or 90 if there are other
+    handlers; in processes one per CPU."""
     limit_s: Seconds | None = None
-    """Seconds that one request may take before its process is ended. Only in processes."""
+    """Seconds that one request may take before its process is killed. Only in processes."""
     memory_mib: Annotated[int, Field(ge=1, le=1_048_576, strict=True)] | None = None
-    """MiB that one process may hold, looked at ten times a second; the programs it starts are
-    not counted. Only in processes."""
+    """MiB that one process may use, checked ten times a second; the programs it starts are not
+    counted. Only in processes."""
     max_requests: Count | None = None
-    """A process is replaced after so many requests. Only in processes."""
+    """A process is replaced after this many requests. Only in processes."""
     options: dict[str, Any] = {}
     """Whatever the function reads from context.options."""
 
@@ -130,9 +130,9 @@ class ConfigurationFile(_Entry):
     default_deadline_s: Seconds = Limits.default_deadline_s
     """Seconds for a request whose client gives no deadline."""
     max_deadline_s: Seconds = Limits.max_deadline_s
-    """A longer deadline is cut to so many seconds."""
+    """A longer deadline is cut to this many seconds."""
     drain_grace_s: Seconds = Limits.drain_grace_s
-    """Seconds that running requests may take when a process is told to stop."""
+    """Seconds that running requests have to finish when a process stops."""
     max_message_mib: MessageMib = Limits.max_message_bytes // MIB
     """MiB of the largest payload or answer. A larger payload is refused before it runs."""
     max_waiting_mib: Mib = Limits.max_waiting_bytes // MIB
@@ -142,7 +142,7 @@ class ConfigurationFile(_Entry):
     max_kept_mib: Mib = Limits.kept_bytes // MIB
     """MiB of all answers kept for idempotency keys, per process."""
     log_dir: Folder = "logs"
-    """The folder of the logs, process_a.log and so on, relative to the configuration file."""
+    """The folder of the logs (process_a.log and so on), relative to the configuration file."""
     metrics_port_offset: Annotated[int, Field(ge=-65_534, le=65_534, strict=True)] | None = None
     """Each process's metrics_port is its port plus this."""
     metrics_bind: Host = "127.0.0.1"
@@ -155,8 +155,7 @@ def load(path: str | Path) -> Topology:
     text = _read(path)
     raw = _parse(text, path.name)
     problems = list(_field_problems(raw))
-    entries = dict(_good_entries(raw))
-    problems += _cross_problems(raw, entries)
+    problems += _cross_problems(raw, dict(_valid_entries(raw)))
     if problems:
         raise ConfigError(*(_printable(f"{path.name}: {problem}") for problem in problems))
     try:
@@ -166,7 +165,7 @@ def load(path: str | Path) -> Topology:
 
 
 def warnings(topology: Topology) -> list[str]:
-    """What is allowed, but probably a mistake."""
+    """What is allowed but probably a mistake."""
     return [
         f"process {process.id}: neighbor '{n}' does not name {process.id} back"
         for process in topology.processes.values()
@@ -177,17 +176,17 @@ def warnings(topology: Topology) -> list[str]:
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of the file, for editors."""
-    made = ConfigurationFile.model_json_schema()
-    handlers = made["properties"]["handlers"]
+    document = ConfigurationFile.model_json_schema()
+    handlers = document["properties"]["handlers"]
     entry = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/HandlerEntry"}]}
     handlers.pop("patternProperties", None)
     handlers["additionalProperties"] = entry
-    return made
+    return document
 
 
 def _read(path: Path) -> str:
     try:
-        # Windows editors put a byte order mark in front.
+        # Windows editors add a byte order mark.
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"no configuration file at '{path}'") from None
@@ -201,15 +200,15 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str, name: str) -> dict[str, Any]:
-    twice: list[str] = []
+    duplicates: list[str] = []
 
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in found]
-        twice.extend(sorted({key for key in keys if keys.count(key) > 1}))
-        return dict(found)
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        duplicates.extend(sorted({key for key in keys if keys.count(key) > 1}))
+        return dict(pairs)
 
     try:
-        raw = json.loads(text, object_pairs_hook=pairs, parse_constant=_no_constant)
+        raw = json.loads(text, object_pairs_hook=to_dict, parse_constant=_reject_constant)
     except json.JSONDecodeError as e:
         raise ConfigError(
             f"{name} is not JSON: line {e.lineno}, column {e.colno}: {e.msg}"
@@ -218,12 +217,12 @@ def _parse(text: str, name: str) -> dict[str, Any]:
         raise ConfigError(f"{name} is not usable JSON: {_short(str(e))}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f'{name} must be an object like {{"processes": {{…}}}}')
-    if twice:
-        raise ConfigError(*(f"{name}: key '{_short(key)}' appears twice" for key in twice))
+    if duplicates:
+        raise ConfigError(*(f"{name}: key '{_short(key)}' appears twice" for key in duplicates))
     return raw
 
 
-def _no_constant(word: str) -> None:
+def _reject_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
 
@@ -292,8 +291,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _good_entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, ProcessEntry]]:
-    # So that one bad field does not hide problems between the other processes.
+def _valid_entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, ProcessEntry]]:
+    # So that one invalid field does not hide problems between the other processes.
     processes = raw.get("processes")
     for key, value in processes.items() if isinstance(processes, dict) else ():
         try:
@@ -302,25 +301,24 @@ def _good_entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, ProcessEntry]]:
             continue
 
 
-def _cross_problems(raw: Mapping[str, Any], good: Mapping[str, ProcessEntry]) -> Iterator[str]:
+def _cross_problems(raw: Mapping[str, Any], valid: Mapping[str, ProcessEntry]) -> Iterator[str]:
     known = raw.get("processes")
     if not isinstance(known, dict) or not known:
         return
-    whole = len(good) == len(known)
-    yield from _entry_problems(good, list(known))
-    yield from _address_problems(good)
-    yield from _metrics_problems(raw, good)
-    if whole:
-        yield from _shape_problems(good)
-    yield from _handler_problems(raw, good)
+    yield from _entry_problems(valid, list(known))
+    yield from _address_problems(valid)
+    yield from _metrics_problems(raw, valid)
+    if len(valid) == len(known):
+        yield from _shape_problems(valid)
+    yield from _handler_problems(raw, valid)
 
 
-def _entry_problems(good: Mapping[str, ProcessEntry], known: list[str]) -> Iterator[str]:
+def _entry_problems(valid: Mapping[str, ProcessEntry], known: list[str]) -> Iterator[str]:
     by_lower: dict[str, str] = {}
-    for key, entry in good.items():
+    for key, entry in valid.items():
         other = by_lower.setdefault(key.lower(), key)
         if other != key:
-            yield f"process {_short(key)}: only its case differs from {_short(other)}'s"
+            yield f"process {_short(key)}: its id differs from '{_short(other)}' only in case"
         if entry.id != key:
             yield f"process {_short(key)}: its id is '{entry.id}'; key and id must be equal"
         for n in entry.neighbors:
@@ -332,9 +330,9 @@ def _entry_problems(good: Mapping[str, ProcessEntry], known: list[str]) -> Itera
             yield f"process {_short(key)}: neighbor '{_short(n)}' appears twice"
 
 
-def _address_problems(good: Mapping[str, ProcessEntry]) -> Iterator[str]:
+def _address_problems(valid: Mapping[str, ProcessEntry]) -> Iterator[str]:
     taken: dict[tuple[str, int], str] = {}
-    for key, entry in good.items():
+    for key, entry in valid.items():
         other = taken.setdefault((entry.host.lower(), entry.port), key)
         if other != key:
             yield (
@@ -343,11 +341,11 @@ def _address_problems(good: Mapping[str, ProcessEntry]) -> Iterator[str]:
             )
 
 
-def _metrics_problems(raw: Mapping[str, Any], good: Mapping[str, ProcessEntry]) -> Iterator[str]:
+def _metrics_problems(raw: Mapping[str, Any], valid: Mapping[str, ProcessEntry]) -> Iterator[str]:
     offset = raw.get("metrics_port_offset")
     offset = offset if isinstance(offset, int) else None
-    taken = {(entry.host.lower(), entry.port): f"{key}'s port" for key, entry in good.items()}
-    for key, entry in good.items():
+    taken = {(entry.host.lower(), entry.port): f"{key}'s port" for key, entry in valid.items()}
+    for key, entry in valid.items():
         port = _metrics_port(entry, offset)
         if port is None:
             continue
@@ -358,7 +356,7 @@ def _metrics_problems(raw: Mapping[str, Any], good: Mapping[str, ProcessEntry]) 
         if not 1 <= port <= 65535:
             yield f"{where} is not 1..65535"
         elif other != f"{key}'s metrics_port":
-            yield f"{where} is process {_short(other)} on {entry.host} already"
+            yield f"{where} is already process {_short(other)} on {entry.host}"
 
 
 def _metrics_port(entry: ProcessEntry, offset: int | None) -> int | None:
@@ -383,12 +381,12 @@ def _shape_problems(processes: Mapping[str, ProcessEntry]) -> Iterator[str]:
                 )
 
 
-def _handler_problems(raw: Mapping[str, Any], good: Mapping[str, ProcessEntry]) -> Iterator[str]:
+def _handler_problems(raw: Mapping[str, Any], valid: Mapping[str, ProcessEntry]) -> Iterator[str]:
     configured = raw.get("handlers")
     configured = configured if isinstance(configured, dict) else {}
     yield from _limit_problems(configured)
     names = {*BUILT_IN, *configured}
-    for key, entry in good.items():
+    for key, entry in valid.items():
         if entry.handler not in names:
             close = difflib.get_close_matches(entry.handler, sorted(names), n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(sorted(names))}"

@@ -1,7 +1,7 @@
-"""What can go wrong: one tree for the processes and for the library, each class with its status.
+"""The errors of processes and library: one tree, in which each class has its gRPC status.
 
-Raised where it is known. A process turns it into a gRPC status in one place, and the library turns
-a status back into the kind of `CallFailed` that `of_status` names.
+An error is raised where it is known. A process turns it into a status in one place, and the library
+turns a status back into the kind of `CallFailed` that `of_status` returns.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from overlay.model.segments import Code, Executed
 
 
 class OverlayError(Exception):
-    """The root.
+    """The root of the tree.
 
-    code: the gRPC status. executed: whether a handler saw the request; NO is proof that none did,
-    and makes a retry safe. Both are the class's own where they are not given. retry_after_s: when
-    the process asks to be tried again; None where it does not say. request_id: under which the
-    processes that the request passed have lines in their logs; 0 where there is none.
+    code: the gRPC status. executed: whether a handler saw the request; NO proves that none did, so
+    a retry is safe. Both default to the class's own. retry_after_s: how long the process asks the
+    caller to wait before a retry; None if it does not say. request_id: the id under which processes
+    logged the request; 0 if there is none.
     """
 
     code = Code.UNKNOWN
     executed = Executed.NO
-    cause = ""  # the word that metrics count a refusal under
+    cause = ""  # under which metrics count a refusal
 
     def __init__(
         self,
@@ -41,17 +41,17 @@ class OverlayError(Exception):
         self.request_id = 0
 
 
-# A request without an answer: what the library raises, and the processes' own reasons for it.
+# A request without an answer: what the library raises, and the reasons that processes give.
 
 
 class CallFailed(OverlayError):
-    """A call without an answer; itself for every status without a class of its own below."""
+    """A call without an answer; raised itself for a status that has no class of its own below."""
 
     executed = Executed.UNKNOWN
 
 
 class InvalidCall(CallFailed, ValueError):
-    """The request itself is not right."""
+    """The request itself is invalid."""
 
     code = Code.INVALID_ARGUMENT
 
@@ -70,7 +70,7 @@ class UnknownName(NameNotFound):
 
 
 class Refused(CallFailed):
-    """The queue is full or its time too short; no handler saw it, and later is worth a try."""
+    """The queue is full or the time too short. No handler saw the request; a retry may succeed."""
 
     code = Code.RESOURCE_EXHAUSTED
     executed = Executed.NO
@@ -81,25 +81,25 @@ class QueueFull(Refused):
 
 
 class CrowdedOut(Refused):
-    """Ended, or not let in, for others: more of its kind are open than there is room for."""
+    """Closed or not admitted to leave room for others: too many of its kind are open."""
 
     cause = "crowded out"
 
 
 class NoTimeLeft(Refused):
-    """The deadline passed before a handler could start."""
+    """The deadline has passed, or the request cannot be answered before it. No handler started."""
 
     cause = "no time left"
 
 
 class IdsFull(Refused):
-    """There is no room to remember one more request id that its caller chose."""
+    """There is no room to remember another request id chosen by a caller."""
 
     cause = "ids full"
 
 
 class KeysFull(Refused):
-    """There is no room to remember one more idempotency key."""
+    """There is no room to remember another idempotency key."""
 
     cause = "keys full"
 
@@ -116,7 +116,7 @@ class Draining(Unavailable):
 
 
 class MadeRoom(Unavailable):
-    """A stream that had nothing to do, ended to make room for another client's."""
+    """An idle stream was closed to make room for another client's."""
 
     executed = Executed.NO
     cause = "crowded out"
@@ -136,11 +136,11 @@ class NotReached(Unavailable):
 
 
 class NoSuchHost(NotReached):
-    """The name of the machine stands for no address on this one."""
+    """The host name does not resolve on this machine."""
 
 
 class HandlerFailed(CallFailed):
-    """The handler raised; the message has the id under which the process's log says more."""
+    """The handler raised an exception; its process's log has details under the error id given."""
 
     code = Code.INTERNAL
     executed = Executed.YES
@@ -148,25 +148,25 @@ class HandlerFailed(CallFailed):
 
 
 class DeadlinePassed(CallFailed, concurrent.futures.TimeoutError):
-    """No answer in time; work may have begun. To callers of an Executor a TimeoutError."""
+    """No answer in time; work may have begun. A TimeoutError, as callers of an Executor expect."""
 
     code = Code.DEADLINE_EXCEEDED
     cause = "deadline passed"
 
 
 class CallCancelled(CallFailed, RuntimeError):
-    """The caller left, or closed its client before the answer came or before the call: an
-    Executor's RuntimeError after its shutdown."""
+    """The caller left, or closed its client before the call or before its answer arrived. A
+    RuntimeError, as an Executor raises after its shutdown."""
 
     code = Code.CANCELLED
     cause = "cancelled"
 
 
 def of_status(code: Code, executed: Executed) -> type[CallFailed]:
-    """The class of what the library raises for a status."""
+    """The class that the library raises for a status."""
     kind = _KINDS.get(code, CallFailed)
     if kind is Refused and executed is not Executed.NO:
-        return CallFailed  # such as an answer too large for a process on its way
+        return CallFailed  # for example an answer too large for a process on the return path
     return kind
 
 
@@ -183,11 +183,11 @@ _KINDS = {
     )
 }
 
-# What only the processes themselves tell apart.
+# Distinguished only inside the processes.
 
 
 class ConfigError(OverlayError):
-    """The configuration, or what a process needs to start, is wrong. `problems`: all of them."""
+    """The configuration, or another precondition of a start, is wrong. problems: all of them."""
 
     code = Code.FAILED_PRECONDITION
     cause = "configuration"
@@ -198,10 +198,10 @@ class ConfigError(OverlayError):
 
 
 class BadRequest(OverlayError):
-    """The request is not right; raised by handlers too.
+    """The request is invalid; handlers raise it too.
 
-    It is no ValueError as InvalidCall is: a handler's own `except ValueError`, and pydantic, would
-    take it for one of theirs.
+    Unlike InvalidCall it is not a ValueError: a handler's own `except ValueError`, or pydantic,
+    would catch it.
     """
 
     code = Code.INVALID_ARGUMENT
@@ -209,29 +209,29 @@ class BadRequest(OverlayError):
 
 
 class NotAllowed(OverlayError):
-    """This caller may not ask for it."""
+    """This caller may not make this request."""
 
     code = Code.PERMISSION_DENIED
     cause = "not allowed"
 
 
-class NotTold(OverlayError):
-    """Another process was asked on the caller's behalf and did not answer; with its status."""
+class ProxyError(OverlayError):
+    """A process that was asked on the caller's behalf did not answer; has that call's status."""
 
     def __init__(self, message: str, code: Code) -> None:
         super().__init__(message, code=code)
 
 
-class Misspoken(OverlayError):
-    """What another process answered does not fit what it was asked, or exceeds every bound."""
+class BadResponse(OverlayError):
+    """Another process's answer does not match its request, or exceeds a limit."""
 
     code = Code.DATA_LOSS
     executed = Executed.UNKNOWN
-    cause = "misspoken"
+    cause = "bad response"
 
 
-class OtherConfiguration(OverlayError):
-    """The process that asks names something that the configuration here does not have."""
+class ConfigurationMismatch(OverlayError):
+    """The calling process names something that this process's configuration does not have."""
 
     code = Code.FAILED_PRECONDITION
     cause = "another configuration"
@@ -243,7 +243,7 @@ class LoopDetected(OverlayError):
 
 
 class AlreadyExecuted(OverlayError):
-    """This request id was run here before; its outcome is not known to this call."""
+    """A request with this id has run here before; its outcome is not known to this call."""
 
     code = Code.ALREADY_EXISTS
     executed = Executed.UNKNOWN
@@ -251,7 +251,7 @@ class AlreadyExecuted(OverlayError):
 
 
 class KeyBusy(OverlayError):
-    """Too many requests wait for the answer to a key; the first one may have run."""
+    """Too many requests wait for this key's answer; the first one may have run."""
 
     code = Code.RESOURCE_EXHAUSTED
     executed = Executed.UNKNOWN
@@ -259,7 +259,7 @@ class KeyBusy(OverlayError):
 
 
 class AnswerNotKept(OverlayError):
-    """The request of this key ran; its answer was too large to be kept for others."""
+    """The request with this key ran, but its answer was too large to keep."""
 
     code = Code.ALREADY_EXISTS
     executed = Executed.YES
@@ -267,7 +267,7 @@ class AnswerNotKept(OverlayError):
 
 
 class PartsFailed(OverlayError):
-    """No worker answered OK; carries the status of the first part that says why."""
+    """No worker answered OK; has the status of the first part."""
 
     def __init__(
         self, message: str, code: Code, executed: Executed, cause: str, retry_after_s: float | None

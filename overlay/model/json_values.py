@@ -1,7 +1,7 @@
-"""JSON between a typed function and its callers: values to text, and back.
+"""JSON between a typed function and its callers.
 
-Everything that pydantic can write as JSON is allowed (dataclasses, its models, dates, paths, enums,
-sets), and also bytes, as base64, and numpy scalars and arrays, without numpy being needed here.
+Values may be anything that pydantic can serialize (dataclasses, its models, dates, paths, enums,
+sets), bytes, which become base64, and numpy scalars and arrays, for which numpy is not needed here.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import base64
 import dataclasses
 from typing import Any
 
-# pydantic is imported where it is used: a process that runs functions of bytes does not need it.
+# pydantic is imported where it is used: a process whose functions take bytes does not need it.
 
 
 class NotJson(TypeError):
-    """Its text names the type that cannot be written, and where it was found."""
+    """A value that cannot be serialized; the message names its type and where it was found."""
 
 
 def write(value: object) -> bytes:
@@ -23,17 +23,17 @@ def write(value: object) -> bytes:
 
     unknown: list[str] = []
 
-    def of_unknown(found: Any) -> Any:
-        """For a scalar or an array like numpy's, Python's own number or list."""
-        as_list = None if isinstance(found, type) else getattr(found, "tolist", None)
-        if as_list is None:
+    def fallback(found: Any) -> Any:
+        """A number or list for a scalar or array like numpy's."""
+        to_list = None if isinstance(found, type) else getattr(found, "tolist", None)
+        if to_list is None:
             unknown.append(name_of(found))
             raise TypeError
-        return as_list()
+        return to_list()
 
     whole, inside, why = name_of(value), "", ""
     try:
-        return to_json(_with_text(value), inf_nan_mode="null", fallback=of_unknown)
+        return to_json(_with_text(value), inf_nan_mode="null", fallback=fallback)
     except RecursionError:
         why = ": it contains itself, or is nested too deeply"
     except PydanticSerializationError as e:
@@ -53,7 +53,7 @@ def read(text: bytes) -> Any:
 
 
 def name_of(value: object) -> str:
-    """The name of its type, with its module unless it is built in."""
+    """The name of the value's type, with its module unless it is built in."""
     kind = type(value)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"
@@ -63,9 +63,9 @@ _SIMPLE = frozenset({str, int, float, bool, type(None)})
 
 
 def _with_text(value: Any) -> Any:
-    """The value with its bytes as base64, in the standard alphabet.
+    """The value with all bytes as base64 in the standard alphabet.
 
-    Every language's decoder reads that one; pydantic would use the alphabet for URLs.
+    Decoders of every language read that one; pydantic would use the URL-safe alphabet.
     """
     if type(value) in _SIMPLE:
         return value
@@ -80,7 +80,7 @@ def _with_text(value: Any) -> Any:
             return value
         return [_with_text(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        if hasattr(value, "__pydantic_serializer__"):  # pydantic's own: it says how to write it
+        if hasattr(value, "__pydantic_serializer__"):  # pydantic's own dataclasses know how
             return value
         fields = dataclasses.fields(value)
         return {field.name: _with_text(getattr(value, field.name)) for field in fields}

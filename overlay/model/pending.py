@@ -1,7 +1,7 @@
-"""Which rows of a segment are still pending, so that each is answered once: by the first answer.
+"""Which rows of a segment are still pending, so that each is answered once: by its first answer.
 
-And their answers, and how their work is ended, where both come piece by piece: what one piece costs
-does not grow with how many there were before. Sans-IO; none has a lock, their owners hold one.
+Also their answers, and how to cancel their work, where both come in pieces: the cost of a piece
+does not grow with the number of earlier ones. Sans-IO and without locks: the owners hold one.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ Run = tuple[int, int]
 
 def consecutive(rows: Sequence[int]) -> list[Run]:
     """Ascending rows as runs."""
-    found: list[Run] = []
+    runs: list[Run] = []
     begin = 0
     for i in range(1, len(rows) + 1):
         if i == len(rows) or rows[i] != rows[i - 1] + 1:
-            found.append((rows[begin], i - begin))
+            runs.append((rows[begin], i - begin))
             begin = i
-    return found
+    return runs
 
 
 class PendingRows:
-    """All rows open at first. No lock of its own: its owner holds one."""
+    """A set of rows that starts full."""
 
     __slots__ = ("_count", "_flags", "left")
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._flags: bytearray | None = None  # none while all rows are open, or all closed
+        self._flags: bytearray | None = None  # None as long as all or no rows are pending
         self.left = count
 
     def __len__(self) -> int:
         return self._count
 
     def take(self, start: int, count: int) -> list[Run]:
-        """The open runs among these rows, which are closed by this."""
+        """Removes these rows; returns those that were pending, as runs."""
         left = self.left
         if not left:
             return []
-        if start == 0 and count >= left == self._count:  # the ordinary case, in one go
+        if start == 0 and count >= left == self._count:  # the ordinary case: all at once
             self.left = 0
             return [(0, left)]
-        flags, stop = self._open_flags(), min(start + count, self._count)
+        flags, stop = self._pending_flags(), min(start + count, self._count)
         if flags.count(1, start, stop) == stop - start:
             runs = [(start, stop - start)] if stop > start else []
         else:
@@ -68,27 +68,27 @@ class PendingRows:
         return begin, (self._count if end < 0 else end) - begin
 
     def runs(self, start: int, count: int) -> list[Run]:
-        """The open runs among these rows."""
+        """The pending ones of these rows, as runs."""
         if not self.left:
             return []
-        flags, stop = self._open_flags(), min(start + count, self._count)
-        found: list[Run] = []
+        flags, stop = self._pending_flags(), min(start + count, self._count)
+        runs: list[Run] = []
         begin = flags.find(1, start, stop)
         while begin >= 0:
             end = flags.find(0, begin, stop)
             end = stop if end < 0 else end
-            found.append((begin, end - begin))
+            runs.append((begin, end - begin))
             begin = flags.find(1, end, stop)
-        return found
+        return runs
 
-    def _open_flags(self) -> bytearray:
+    def _pending_flags(self) -> bytearray:
         if self._flags is None:
             self._flags = bytearray(b"\1") * self._count
         return self._flags
 
 
-class Slices:
-    """The answers to a segment's rows by one branch, which answers each once, in any pieces."""
+class SliceIndex:
+    """One branch's answers to the rows of a segment: each row once, in slices of any size."""
 
     __slots__ = ("_answers", "_starts")
 
@@ -102,7 +102,7 @@ class Slices:
         self._answers.insert(index, answers)
 
     def overlapping(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The runs that are there of the rows from `start` to before `stop`, as such pairs."""
+        """The answered rows among start..stop, as (start, stop) pairs."""
         index = max(0, bisect_right(self._starts, start) - 1)
         while index < len(self._starts) and (begin := self._starts[index]) < stop:
             end = begin + self._answers[index].count
@@ -111,63 +111,59 @@ class Slices:
             index += 1
 
     def at(self, row: int, count: int = 1) -> Slice | None:
-        """The answers to these rows, which came in one piece; None when the first did not come."""
+        """The answers to these rows, which arrived in one slice; None if the first did not."""
         index = bisect_right(self._starts, row) - 1
         if index < 0 or row >= self._starts[index] + self._answers[index].count:
             return None
         return self._answers[index].slice(row - self._starts[index], count)
 
 
-Ending = Callable[[], None]
-"""Ends some rows' work."""
+class CancelIndex:
+    """How to cancel the work on a segment's rows, which is sent and cancelled in pieces.
 
-
-class Ends:
-    """How the work behind a segment's rows is ended, which begins and is ended piece by piece.
-
-    What begins when its rows were ended already is ended at once. A row that begins anew elsewhere
-    has ended where it was. It calls nothing: its owner does, holding no lock.
+    Rows that are sent after they were cancelled are cancelled at once. Of a row that is sent again,
+    only the last attempt is cancelled. `sent` and `cancel` return the calls that their caller must
+    make, without holding a lock.
     """
 
     __slots__ = ("_codes", "_count", "_pieces")
 
     def __init__(self, count: int) -> None:
         self._count = count
-        # By row: the piece in which it began, as (try, first row, end); or none.
+        # By row: the piece in which it was last sent, as (attempt, first row, cancel).
         self._pieces: list[tuple[int, int, Cancel] | None] = []
-        self._codes: list[Code | None] = []  # by row: with which it was ended; or none
+        self._codes: list[Code | None] = []  # by row: with which it was cancelled
 
-    def begin(self, first: int, count: int, end: Cancel, turn: int = 0) -> list[Ending]:
-        """These rows have begun. What is to be called, as they were ended before.
-
-        turn: the number of the try; tries may be noted in another order, and the last one counts.
-        """
+    def sent(
+        self, first: int, count: int, cancel: Cancel, attempt: int = 0
+    ) -> list[Callable[[], None]]:
+        """Attempts may be reported out of order; the highest one counts."""
         pieces = self._pieces = self._pieces or [None] * self._count
         if any(pieces[first : first + count]):
             for row in range(first, first + count):
                 before = pieces[row]
-                if before is None or before[0] <= turn:
-                    pieces[row] = turn, first, end
+                if before is None or before[0] <= attempt:
+                    pieces[row] = attempt, first, cancel
         else:
-            pieces[first : first + count] = [(turn, first, end)] * count
-        return self._endings(first, count) if self._codes else []
+            pieces[first : first + count] = [(attempt, first, cancel)] * count
+        return self._calls(first, count) if self._codes else []
 
-    def end(self, code: Code, start: int, count: int) -> list[Ending]:
-        """These rows are ended, those that have not begun too. What is to be called."""
+    def cancel(self, code: Code, start: int, count: int) -> list[Callable[[], None]]:
+        """Cancels these rows, including those that have not been sent yet."""
         if not self._codes:
             self._codes = [None] * self._count
         stop = min(start + count, self._count)
         for row in range(start, stop):
             if self._codes[row] is None:
                 self._codes[row] = code
-        return self._endings(start, stop - start) if self._pieces else []
+        return self._calls(start, stop - start) if self._pieces else []
 
-    def forget(self) -> None:
-        """All is over: the ends lead back to the owner of this, and would keep it."""
+    def clear(self) -> None:
+        """Breaks the reference cycle through the cancels, once no row is pending."""
         self._pieces = []
 
-    def _endings(self, start: int, count: int) -> list[Ending]:
-        """Of rows that have begun and are ended: once for those of one piece and code."""
+    def _calls(self, start: int, count: int) -> list[Callable[[], None]]:
+        """One call for each run of sent and cancelled rows of one piece and code."""
         runs: list[tuple[tuple[int, int, Cancel], Code, int]] = []
         counts: list[int] = []
         for row in range(start, start + count):
@@ -180,6 +176,6 @@ class Ends:
                 runs.append((piece, code, row))
                 counts.append(1)
         return [
-            partial(end, code, row - first, rows)
-            for ((_, first, end), code, row), rows in zip(runs, counts, strict=True)
+            partial(cancel, code, row - first, rows)
+            for ((_, first, cancel), code, row), rows in zip(runs, counts, strict=True)
         ]

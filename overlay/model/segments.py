@@ -1,7 +1,7 @@
-"""What travels: a segment of requests on the way down, slices of answers on the way back.
+"""What processes exchange: segments of requests on the way down, slices of answers on the way back.
 
-Both are stored in columns, so that a process in the middle handles a thousand requests as it does
-one. No value changes once it is made, so values cross threads without a lock. Times are seconds of
+Both are stored in columns, so that a process in the middle handles a thousand requests like one.
+Values never change once made, so threads share them without a lock. Times are seconds of
 time.monotonic().
 """
 
@@ -18,18 +18,18 @@ from overlay.model import json_values
 if TYPE_CHECKING:
     from typing_extensions import Self, dataclass_transform
 
-    Made = TypeVar("Made")
+    T = TypeVar("T")
 
     @dataclass_transform(frozen_default=True)
-    def value(cls: type[Made]) -> type[Made]: ...
+    def value(cls: type[T]) -> type[T]: ...
 else:
     # Frozen for the type checker only: at run time that would triple the cost of making one, and
-    # each request makes some at every hop.
+    # each request makes several at every hop.
     value = dataclass(slots=True)
 
 
 class Copied:
-    """A value of which changed copies are made."""
+    """A value that can be copied with changes."""
 
     __slots__: tuple[str, ...] = ()
 
@@ -39,16 +39,16 @@ class Copied:
         Takes 1.5 us for a Segment; naming each field again takes 0.8 us, dataclasses.replace 3 us
         (CPython 3.11, 2026-11).
         """
-        made = object.__new__(type(self))
+        copy = object.__new__(type(self))
         for name in self.__slots__:
-            setattr(made, name, getattr(self, name))
+            setattr(copy, name, getattr(self, name))
         for name, changed in changes.items():
-            setattr(made, name, changed)
-        return made
+            setattr(copy, name, changed)
+        return copy
 
 
 class Mode(IntEnum):
-    """ALL: every worker in scope answers. ANY: exactly one does."""
+    """ALL: every worker in scope answers. ANY: exactly one of them does."""
 
     ALL = 0
     ANY = 1
@@ -57,7 +57,7 @@ class Mode(IntEnum):
 
 
 class Executed(IntEnum):
-    """Whether a handler saw the request. Only NO is proof; UNKNOWN is never sent again."""
+    """Whether a handler saw the request. Only NO is proof that a retry is safe."""
 
     UNKNOWN = 0
     NO = 1
@@ -87,10 +87,10 @@ class Code(IntEnum):
 
 
 class Caller(NamedTuple):
-    """A client: the address of its machine, and the name it gives itself there, if any.
+    """A client: the address of its machine, and the name that it gives itself, if any.
 
-    The name is only a claim. Shares are therefore divided among addresses, and the share of one
-    address among the names that are used there.
+    The name is only a claim. Resources are therefore shared among addresses first, and the share of
+    an address among its names.
     """
 
     address: str = ""
@@ -100,11 +100,11 @@ class Caller(NamedTuple):
         return f"{self.address} ('{self.name}')" if self.name else self.address
 
 
-NOBODY = Caller()
+ANONYMOUS = Caller()
 
 
 class Progress(NamedTuple):
-    """The state of a map as its client reports it. total: 0 when not known. took_s: until now."""
+    """The state of a map as its client reports it. total: 0 if unknown. took_s: so far."""
 
     number: int
     handler: str
@@ -118,8 +118,8 @@ class Progress(NamedTuple):
 class Route(NamedTuple):
     """What the requests of one segment share.
 
-    hops: ids already passed, oldest first. targets: the workers to cover, in the order of the
-    configuration; None from a client, which leaves the choice to the process asked.
+    hops: the ids of the processes passed, oldest first. targets: the workers to cover, in the order
+    of the configuration; None from a client, which leaves the choice to the process asked.
     """
 
     mode: Mode = Mode.ALL
@@ -132,7 +132,7 @@ class Route(NamedTuple):
 class Column:
     """Byte strings, one per row, decoded only where they are needed.
 
-    A column that came over the wire keeps that form, so that a process in the middle passes it on
+    A column that was received keeps its wire format, so that a process in the middle passes it on
     undecoded: `wired` is that form, and `open_wired` decodes it.
     """
 
@@ -165,7 +165,7 @@ class Column:
 
     @property
     def size(self) -> int:
-        """Approximately, in bytes."""
+        """In bytes, approximately."""
         if self._size is None:
             self._size = sum(map(len, self.items))
         return self._size
@@ -178,10 +178,10 @@ class Column:
 
 @value
 class Chunk:
-    """A piece of a result that is sent in chunks: `at` bytes came before this one.
+    """A piece of a result that is sent in chunks, `at` bytes after its start.
 
-    more: another chunk follows. grant: lets the worker send that many more; None when nothing
-    follows, and until it is known which worker to tell.
+    more: another chunk follows. grant: lets the worker send that many more; None when none follows,
+    and until it is known which worker to grant them to.
     """
 
     at: int
@@ -191,17 +191,17 @@ class Chunk:
 
 @value
 class Segment(Copied):
-    """The unit that travels: requests with one route and one deadline, their payloads in a column.
+    """The unit that is sent: requests with one route and one deadline, their payloads in a column.
 
     The request in row i has the id first_id + i, or ids[i] when the ids are not consecutive. A
     unary Forward is a segment of one.
-    idempotent: it has an idempotency key, so a request that was lost may run again elsewhere.
-    traced: each process reports the time that it took there.
-    told: each process also logs what became of it.
-    on_partial: takes each part of an ALL request as it comes; the answer has only the others.
-    chunks: how many chunks of a part may come before more are granted; 0: parts come whole.
+    idempotent: has an idempotency key, so a request that was lost may run again elsewhere.
+    traced: each process reports how long the requests took there.
+    log_lines: each process also logs how they ended.
+    on_partial: receives each part of an ALL request as it arrives; the answer has only the others.
+    chunks: how many chunks of a part may be sent before more are granted; 0: parts are sent whole.
     own_ids: the ids were made at random, by the sender's library or the first process asked, and
-    are never used again; else the caller chose them.
+    are never reused; otherwise the caller chose them.
     """
 
     route: Route
@@ -240,20 +240,20 @@ class Segment(Copied):
         )
 
     def again(self) -> Segment:
-        """The same requests, as the next attempt."""
+        """The same requests as the next attempt."""
         return self.with_(attempt=self.attempt + 1)
 
     def onward(self, me: str, targets: tuple[str, ...]) -> Segment:
-        """The same requests as `me` sends them down, to cover `targets`."""
+        """The same requests as `me` sends them down to cover `targets`."""
         route = self.route
         down = Route(route.mode, route.team, route.handler, (*route.hops, me), targets)
         return self.with_(route=down, idempotent=False)
 
     @staticmethod
     def joined(segments: Sequence[Segment]) -> Segment:
-        """Segments with one route, attempt and kind of ids, as one with the earliest deadline.
+        """Segments with the same route, attempt and kind of ids as one, with the earliest deadline.
 
-        None of them has `on_partial` set.
+        None of them has `on_partial`.
         """
         first = segments[0]
         if len(segments) == 1:
@@ -275,10 +275,10 @@ class Segment(Copied):
 
 
 class Hop(NamedTuple):
-    """The time that requests took at one process, in microseconds.
+    """How long requests took at one process, in microseconds.
 
     waited: in its queue. worked: in service there. depth: 0 at the process that reports. away: from
-    being asked to its answer, by the clock of the process above; 0 when not known.
+    the request to its answer, by the clock of the process above; 0 if unknown.
     """
 
     process_id: str
@@ -291,7 +291,7 @@ class Hop(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What became of a request at one worker, or why it never got there."""
+    """How a request ended at one worker, or why it never got there."""
 
     process_id: str
     code: Code = Code.OK
@@ -302,7 +302,7 @@ class Part:
     worked_us: int = 0
     executed: Executed = Executed.UNKNOWN
     retry_after_s: float | None = None  # of a refusal by the process asked, if it gave one
-    cause: str = ""  # the word that metrics count a refusal by this process under
+    cause: str = ""  # under which metrics count a refusal by this process
 
     @property
     def ok(self) -> bool:
@@ -310,16 +310,16 @@ class Part:
 
     @property
     def value(self) -> Any:
-        """The result of a typed function, read from JSON. Raises ValueError for other bytes."""
+        """The result of a typed function, read from JSON. Raises ValueError for anything else."""
         return json_values.read(self.result)
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerRow:
-    """One request's answer: a part per worker asked, and the processes that took part.
+    """The answer to one request: a part per worker asked, and the processes that took part.
 
     hops: this process first, then depth first in the order of the configuration.
-    refused: set when the process asked refused the request as a whole; then there are no parts.
+    refused: why the process asked refused the request as a whole; then there are no parts.
     """
 
     parts: tuple[Part, ...]
@@ -338,19 +338,19 @@ class Detail:
 
     @property
     def is_handlers(self) -> bool:
-        """Whether the handler ended with this failure."""
-        return self.executed is Executed.YES and self.code in _HANDLERS_OWN
+        """Whether the failure came from the handler itself."""
+        return self.executed is Executed.YES and self.code in _HANDLER_CODES
 
 
-_HANDLERS_OWN = Code.INTERNAL, Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED
+_HANDLER_CODES = Code.INTERNAL, Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED
 
 
 @value
 class PartSlice(Copied):
     """One worker's parts of consecutive requests.
 
-    failures: by row, for the rows that failed. failed: set when every row failed with it. The times
-    are means over the rows, in microseconds. chunk: set when the result of the only row is a chunk.
+    failures: by row, for rows that failed. failed: set if all rows failed for this reason. Times
+    are means over the rows, in microseconds. chunk: set if the result of the only row is a chunk.
     """
 
     process_id: str
@@ -374,7 +374,7 @@ class PartSlice(Copied):
     def slice(self, start: int, count: int) -> PartSlice:
         if start == 0 and count == self.results.count:
             return self
-        if count < len(self.failures):  # or slicing row by row would take quadratic time
+        if count < len(self.failures):  # otherwise slicing row by row would take quadratic time
             rows = (row for row in range(start, start + count) if row in self.failures)
         else:
             rows = (row for row in self.failures if start <= row < start + count)
@@ -383,15 +383,14 @@ class PartSlice(Copied):
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more of it follows."""
+        """Whether no further chunk follows."""
         return self.chunk is None or not self.chunk.more
 
     def granted_by(self, grant: Callable[[str, int], None]) -> PartSlice:
         """The same, with a chunk whose grants go to `grant` as (worker, how many more)."""
         if self.chunk is None or not self.chunk.more:
             return self
-        tell = partial(grant, self.process_id)
-        return self.with_(chunk=Chunk(self.chunk.at, True, tell))
+        return self.with_(chunk=Chunk(self.chunk.at, True, partial(grant, self.process_id)))
 
     @staticmethod
     def missing(process_id: str, count: int, failure: Detail) -> PartSlice:
@@ -400,11 +399,11 @@ class PartSlice(Copied):
 
 @value
 class Slice(Copied):
-    """The answers of consecutive requests: a column of parts per worker asked.
+    """The answers to consecutive requests: a column of parts per worker asked.
 
-    hops, refused: as in AnswerRow, the same for all rows. trace: the times at the processes below
-    this one, where they were reported. early_us: how long the slowest of the parts that were sent
-    before the answer had waited and worked; None where none were.
+    hops, refused: as in AnswerRow, for all rows. trace: the times at the processes below this one,
+    where reported. early_us: how long the slowest part that was sent before the answer had waited
+    and worked; None if there was none.
     """
 
     count: int
@@ -428,27 +427,27 @@ class Slice(Copied):
 
     @property
     def failed_rows(self) -> int:
-        """How many rows lack at least one part."""
+        """How many rows have at least one failed part."""
         if self.refused is not None or any(column.failed for column in self.parts):
             return self.count
         return len({row for column in self.parts for row in column.failures})
 
     @property
-    def is_worked_for(self) -> bool:
-        """Whether all handlers of at least one row ended, with a result or an error of their own.
+    def has_service_time(self) -> bool:
+        """Whether all handlers finished with at least one row, with a result or their own error.
 
-        Where one was late, lost or refused, the time to the answer says nothing about the work.
+        If one was late, lost or refused, the time until the answer says nothing about the work.
         """
         if self.flawless:
             return True
         if self.refused is not None:
             return False
-        unworked: set[int] = set()
+        unfinished: set[int] = set()
         for column in self.parts:
             if column.failed is not None and not column.failed.is_handlers:
                 return False
-            unworked.update(row for row, why in column.failures.items() if not why.is_handlers)
-        return len(unworked) < self.count
+            unfinished.update(row for row, why in column.failures.items() if not why.is_handlers)
+        return len(unfinished) < self.count
 
     @property
     def is_too_late(self) -> bool:
@@ -472,27 +471,27 @@ class Slice(Copied):
 
 
 OnResult = Callable[[int, Slice], None]
-"""Takes answers in slices: (first row, answers). Each row comes exactly once, on any thread; a
-sink never blocks and never raises."""
+"""Receives answers in slices, as (first row, answers): each row exactly once, on any thread. It
+must not block or raise."""
 
 
 OnPartial = Callable[[int, Slice], None]
-"""Takes parts that come before the answers of their rows: (first row, answers with some parts). On
-any thread; as quick as a sink. What comes twice, or after its row's answer, is dropped."""
+"""Receives parts before the answers of their rows, as (first row, answers with these parts): on any
+thread. It must not block or raise. Duplicates, and parts after their row's answer, are dropped."""
 
 
 def shifted(on_partial: OnPartial, start: int) -> OnPartial:
-    """For the rows from `start` on, numbered from 0."""
+    """The same for a slice that begins at row `start`."""
     return lambda row, answers: on_partial(start + row, answers)
 
 
 def end_overlap(end: Cancel, first: int, rows: int, code: Code, start: int, count: int) -> None:
-    """Ends those of the `count` rows from `start` that are among the `rows` rows of `end`."""
+    """Cancels those of the `count` rows from `start` that are among the `rows` from `first`."""
     begin, stop = max(first, start), min(first + rows, start + count)
     if begin < stop:
         end(code, begin - first, stop - begin)
 
 
 Cancel = Callable[[Code, int, int], None]
-"""Ends the work for some rows: (code, first row, rows). Those without an answer are answered with
-this code, at once. May be called twice, and after the end."""
+"""Cancels the work on rows: (code, first row, rows). Those without an answer are answered with this
+code immediately. May be called twice, and after the last answer."""

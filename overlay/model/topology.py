@@ -1,4 +1,4 @@
-"""The processes, which may ask which, and the handlers: the configuration as frozen values."""
+"""The configuration as frozen values: the processes, which may ask which, and the handlers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from overlay.model.limits import Limits
 
 @dataclass(frozen=True)
 class Role:
-    """rank: requests only go to a lower one. works: runs handlers. queued: has the big queue."""
+    """rank: requests only go to a lower rank. works: runs handlers. queued: has the large queue."""
 
     rank: int
     works: bool = False
@@ -31,7 +31,7 @@ ROLES: Mapping[str, Role] = {
 
 @dataclass(frozen=True)
 class Process:
-    """One entry of the configuration. `neighbors` keep its order."""
+    """One entry of the configuration. `neighbors` keeps the order of the file."""
 
     id: str
     role: str
@@ -84,7 +84,7 @@ BUILT_IN = {"echo": HandlerSpec("echo", "overlay.workers.api:echo")}
 
 
 class Entry(Protocol):
-    """One process, as others describe it."""
+    """What `Topology.of` needs of a description of a process."""
 
     @property
     def role(self) -> str: ...
@@ -119,7 +119,7 @@ class Topology:
         return tuple(self.processes[n] for n in me.neighbors if self.processes[n].rank < me.rank)
 
     def reach(self, process_id: str) -> frozenset[str]:
-        """Itself and all that is below it, however far: what a question to it can get to."""
+        """The process itself and everything below it: what a request to it can get to."""
         found = self._reached.get(process_id)
         if found is None:
             below = (self.reach(n.id) for n in self.below(process_id))
@@ -131,18 +131,18 @@ class Topology:
         return {}
 
     def above(self, process_id: str) -> tuple[Process, ...]:
-        """Those that may ask it: of a strictly higher rank, with it as their neighbour."""
+        """The processes that may ask it: of a strictly higher rank, with it as their neighbour."""
         me = self.processes[process_id]
         others = self.processes.values()
         return tuple(p for p in others if process_id in p.neighbors and p.rank > me.rank)
 
     def hops_below(self, process_id: str) -> int:
-        """How many links the longest way from it to a worker has."""
+        """The number of links on the longest path down from it."""
         return max((1 + self.hops_below(n.id) for n in self.below(process_id)), default=0)
 
     @staticmethod
     def of(entries: Mapping[str, Entry]) -> Topology:
-        """What metrics or a file say of processes, by id; of neighbours those that are there."""
+        """The topology of these descriptions, without neighbours that are not among them."""
 
         def process(id_: str, entry: Entry) -> Process:
             neighbors = tuple(n for n in entry.neighbors if n in entries)
@@ -154,10 +154,8 @@ class Topology:
         return tuple(process_id for process_id in self.processes if process_id in ids)
 
     def workers_of(self, process_id: str) -> tuple[Process, ...]:
-        """Those within its reach, in the configuration's order: what a request to all means.
-
-        Of the leader every one, of a team leader those among its neighbours, of a worker itself.
-        """
+        """The workers within its reach, in the order of the configuration: those that a request to
+        all is for. The leader has every one, a team leader its neighbours, a worker only itself."""
         reached = self.reach(process_id)
         return tuple(worker for worker in self.workers if worker.id in reached)
 
@@ -166,12 +164,12 @@ class Topology:
         return tuple(process for process in self.processes.values() if process.works)
 
     def queue_slots(self, process_id: str) -> int:
-        """The leader's queue is the configured one; the others keep a short one."""
+        """`queue_slots` of the configuration for the leader; the others have a short queue."""
         me = self.processes[process_id]
         return self.limits.queue_slots if ROLES[me.role].queued else me.in_service
 
     def handler_slots(self, process: Process, spec: HandlerSpec) -> int:
-        """How many requests of this handler run at once on this worker."""
+        """How many requests for this handler run at once on this worker."""
         own = spec.slots or (100 if spec.run == "thread" else os.cpu_count() or 1)
         return min(own, process.slots or own, process.in_service)
 

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 
 from overlay.model import clocks as time
-from overlay.model.errors import Misspoken
+from overlay.model.errors import BadResponse
 from overlay.model.segments import Code
 from overlay.monitor.snapshot import ALL, Polled, PollResult, RequestFilter, Snapshot, snapshot
 from overlay.monitor.timeseries import Timeseries

@@ -13,7 +13,7 @@ from typing import Any
 from overlay.model.limits import MIB
 from overlay.model.topology import ROLES
 from overlay.monitor.timeseries import COUNTERS, FIGURES, Timeseries, in_service, waiting
-from overlay.observability.events import COME_AGAIN, latest
+from overlay.observability.events import RECURRING, latest
 from overlay.transport.codec import pb2
 
 FORMAT = 1  # rises when a field changes its meaning or is removed
@@ -332,7 +332,7 @@ def _events(polled: Polled, now: float, wall: float) -> list[Mapping[str, Any]]:
             "number": event.number,
             "count": event.count,
             "first_at": round((event.first_at_s or event.at_s) - _ahead_s(result, now, wall), 3),
-            "is_change": event.kind not in COME_AGAIN,
+            "is_change": event.kind not in RECURRING,
         }
         for id_, result in polled.results.items()
         if result.metrics is not None

@@ -1,6 +1,6 @@
-"""What GetMetrics reports: exact counts, and how times are spread, recently and since the start.
+"""Counts of requests and the distribution of their times, recently and since the start.
 
-Times are those of requests: many that ended together count as many. Safe from any thread.
+Each request counts, even if many ended together. Thread-safe.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 RECENT = 1024
 BOUNDS_S = tuple(step * 10.0**power for power in range(-4, 2) for step in (1, 2, 5))
-"""0.1 ms to 50 s: a quantile read off them is wrong by a factor of at most 2.5."""
+"""0.1 ms to 50 s: a quantile derived from them is off by a factor of at most 2.5."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of the last requests, at most 1,024, in seconds."""
+    """The distribution over the last requests, at most 1,024, in seconds."""
 
     p50: float = 0.0
     p99: float = 0.0
@@ -27,14 +27,14 @@ class Spread:
 
 
 class Times:
-    """The durations of the last 1,024 requests. Adding is one atomic append; all else is computed
-    when it is asked for."""
+    """The durations of the last 1,024 requests. Adding one is an atomic append; the distribution is
+    computed on demand."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
 
     def add(self, seconds: float, rows: int = 1) -> None:
-        """rows: how many requests took so long, each."""
+        """rows: how many requests took this long each."""
         self._recent.append((seconds, rows))
 
     @property
@@ -49,18 +49,18 @@ class Times:
         if not count:
             return Spread()
         found.sort()
-        upto = list(itertools.accumulate(rows for _, rows in found))
+        cumulative = list(itertools.accumulate(rows for _, rows in found))
         mean = sum(seconds * rows for seconds, rows in found) / count
 
-        def at(place: int) -> float:
-            return found[bisect_right(upto, place)][0]
+        def at(index: int) -> float:
+            return found[bisect_right(cumulative, index)][0]
 
         return Spread(at((count - 1) // 2), at(round((count - 1) * 0.99)), mean, count)
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Of all times. counts: one for each of BOUNDS_S, and one for what is above them all."""
+    """Of all times. counts: one for each of BOUNDS_S, and one for times above them all."""
 
     counts: tuple[int, ...] = (0,) * (len(BOUNDS_S) + 1)
     sum_s: float = 0.0
@@ -72,7 +72,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Counts:
-    """received = completed + failed + refused + cancelled + those waiting or in service."""
+    """received = completed + failed + refused + cancelled + waiting or in service."""
 
     received: int = 0
     completed: int = 0
@@ -98,15 +98,15 @@ class Meter:
             self._received += count
 
     def took(self, rows: int, waited_s: float, served_s: float | None) -> None:
-        """The times of `rows` requests, each.
+        """The times of each of `rows` requests.
 
-        served_s: while the handler ran, in mode ALL the last one; None when none began. waited_s:
-        all the rest of its time here.
+        served_s: how long the handler ran, in mode ALL the last one; None if none started.
+        waited_s: the rest of its time here.
         """
         self.waiting.add(waited_s, rows)
         if served_s is not None:
             self.service.add(served_s, rows)
-        with self._lock:  # once for both figures: every request passes here
+        with self._lock:  # only once, as every request passes here
             self._waited.add_locked(waited_s, rows)
             if served_s is not None:
                 self._served.add_locked(served_s, rows)
@@ -128,7 +128,7 @@ class Meter:
             self._causes[cause] += 1
 
     def crowded_out(self, what: str, count: int) -> None:
-        """So many calls, streams or connections were ended or not let in, for others."""
+        """These calls, streams or connections were closed or not admitted, to leave room."""
         with self._lock:
             self._crowded_out[what] += count
 
@@ -138,7 +138,7 @@ class Meter:
             return Counts(self._received, self._completed, self._failed, refused, self._cancelled)
 
     def histograms(self) -> tuple[Histogram, Histogram]:
-        """Of all waiting times, and of all service times, since the start."""
+        """Of all waiting times and of all service times since the start."""
         with self._lock:
             return self._waited.histogram, self._served.histogram
 
@@ -152,7 +152,7 @@ class Meter:
 
 
 class _Tally:
-    """Counts durations up to each bound; adding many at once costs as much as adding one."""
+    """Counts durations per bound; adding many equal ones costs as much as adding one."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BOUNDS_S) + 1)

@@ -1,15 +1,15 @@
 """The last lines of this process's log, kept in memory for the Logs call.
 
-    log.warning("link to B is down", extra={"kind": "link"})            an event too
+    log.warning("link to B is down", extra={"kind": "link"})            also an event
     log.error("handler %s failed", name, extra={"private": traceback})  stays on this machine
 
-Attributes that a record may have: `kind` makes it an event, `count` says how many it stands for;
-`request_id` is the request that it is about, written as clients print it; `private` is the rest of
-the line, which may quote a payload. Whatever handlers print or log is private as a whole. A warning
-without a kind is an event of kind "log", unless its kind is "".
+Attributes of a record: `kind` makes it an event, `count` says for how many it stands; `request_id`
+is the request that it is about, written as clients print it; `private` is the rest of the line,
+which may quote a payload. Everything that handlers print or log is private. A warning without a
+kind is an event of kind "log", unless its kind is "".
 
-Events with equal `same` become one, with the text of the last and their number; one with `more`
-only adds to the number. So a thousand equal failures take one line, and hide no lost link.
+Events with equal `same` become one, with the text of the last and the total count; one with `more`
+only adds to the count. So a thousand equal failures take one line and do not hide a lost link.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 
-from overlay.observability.events import COME_AGAIN, latest
+from overlay.observability.events import RECURRING, latest
 
 LINES = 1000
 EVENTS = 256  # that happened once, and as many kinds of repeated ones
-LONGEST = 4096  # characters of a line; 1,000 such lines are 4 MiB
-BREAK = " | "  # a line end, in a text on one line
-MAX_BREAKS = 200  # reported for a line; a traceback that is kept has fewer
+MAX_LINE = 4096  # characters; 1,000 lines of this length are 4 MiB
+BREAK = " | "  # stands for a line end
+MAX_BREAKS = 200  # reported for a line; tracebacks have fewer
 WITHHELD = "(a handler's own text; it is in this process's log)"
-OF_HANDLERS = "overlay.handler"
+HANDLER_LOGGER = "overlay.handler"
 
 
 @dataclass(frozen=True)
 class Line:
-    """number: rises by one. public: the text for readers without access to the file, if it differs.
+    """number: counts up. public: the text for readers without access to the file, if it differs.
 
-    kind: of an event, else empty. count: how many equal events it stands for, since first_s.
-    breaks: positions of BREAK that stand for line ends, as in a traceback.
+    kind: of an event, otherwise empty. count: how many equal events it stands for since first_s.
+    breaks: positions of the BREAKs that stand for line ends, as in a traceback.
     """
 
     number: int
@@ -53,23 +53,23 @@ class Line:
 
 
 class LogBuffer(logging.Handler):
-    """Keeps the last lines and, separately, the last events. Safe from any thread.
+    """Keeps the last lines and, so that handlers' output does not displace them, the last events.
 
-    Separately, so that the output of handlers does not push events out.
+    Thread-safe.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._lines: deque[Line] = deque(maxlen=LINES)
         self._once: deque[Line] = deque(maxlen=EVENTS)
-        self._again: OrderedDict[Hashable, Line] = OrderedDict()
+        self._repeated: OrderedDict[Hashable, Line] = OrderedDict()
         self._line_number = self._event_number = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Under the handler's lock, as logging calls it."""
+        """`logging` calls it under the handler's lock."""
         try:
             line = _line(self._line_number + 1, record)
-        except Exception:  # noqa: BLE001 - formatting may run code of whatever is logged
+        except Exception:  # noqa: BLE001 - formatting may call methods of the logged values
             return
         self._line_number += 1
         self._lines.append(line)
@@ -83,43 +83,43 @@ class LogBuffer(logging.Handler):
         if same is None:
             self._once.append(event)
             return
-        before = self._again.pop(same, None)
+        before = self._repeated.pop(same, None)
         if before is not None:
             text = before.text if only_counts else event.text
             count = before.count + event.count
             event = replace(event, text=text, count=count, first_s=before.first_s)
-        self._again[same] = event
-        if len(self._again) > EVENTS:
-            self._again.popitem(last=False)
+        self._repeated[same] = event
+        if len(self._repeated) > EVENTS:
+            self._repeated.popitem(last=False)
 
-    def lines(self, most: int = LINES, request_id: int = 0, error_id: str = "") -> list[Line]:
-        """The last ones, oldest first; only those about one request or error, if an id is given."""
+    def lines(self, limit: int = LINES, request_id: int = 0, error_id: str = "") -> list[Line]:
+        """The last ones, oldest first; only those about one request or error if an id is given."""
         found: Iterable[Line] = self._lines.copy()
         if request_id:
             found = [line for line in found if line.request_id == request_id]
         if error_id:
             found = [line for line in found if names_error(line.text, error_id)]
-        return list(found)[-most:] if most else []
+        return list(found)[-limit:] if limit else []
 
-    def events(self, most: int = EVENTS) -> list[Line]:
+    def events(self, limit: int = EVENTS) -> list[Line]:
         """The last ones, oldest first; their text is public."""
         self.acquire()
         try:
-            once, again = list(self._once), list(self._again.values())
+            events = [*self._once, *self._repeated.values()]
         finally:
             self.release()
-        in_order = sorted([*once, *again], key=lambda event: event.number)
-        return latest(in_order, most, lambda event: event.kind not in COME_AGAIN)
+        events.sort(key=lambda event: event.number)
+        return latest(events, limit, lambda event: event.kind not in RECURRING)
 
 
 def texts_of(record: logging.LogRecord) -> tuple[str, str, str]:
-    """The parts of a line: which request it is about, what anyone may read, and the rest.
+    """The parts of a line: the request that it is about, its public text, and its private text.
 
-    Raises what formatting raises.
+    Raises whatever formatting raises.
     """
     request_id = getattr(record, "request_id", 0)
     about = f"request {request_id:016x}: " if request_id else ""
-    if record.name.startswith(OF_HANDLERS):
+    if record.name.startswith(HANDLER_LOGGER):
         return about, "", record.getMessage()
     rest = getattr(record, "private", "")
     private = f": {rest}" if rest else ""
@@ -129,25 +129,29 @@ def texts_of(record: logging.LogRecord) -> tuple[str, str, str]:
 
 
 def _kind_of(record: logging.LogRecord) -> str:
-    """The event's kind; empty for a line that is not an event."""
+    """The kind of an event; empty for a line that is none."""
     kind: str | None = getattr(record, "kind", None)
-    if kind is not None or record.levelno < logging.WARNING or record.name.startswith(OF_HANDLERS):
+    if (
+        kind is not None
+        or record.levelno < logging.WARNING
+        or record.name.startswith(HANDLER_LOGGER)
+    ):
         return kind or ""
     return "log"
 
 
 def _same(record: logging.LogRecord, kind: str) -> Hashable:
-    """Equal for events that become one; None for what happens once."""
+    """Equal for events that become one; None for an event of its own."""
     if kind == "log":
         return record.name, str(record.msg)
     same: str | None = getattr(record, "same", None)
     return same and (kind, same)
 
 
-def escaped(text: str, most: int = LONGEST) -> str:
-    """The text on one line, without control characters, cut after `most` of its characters."""
-    if len(text) > most:
-        text = f"{text[:most]}... ({len(text):,} characters)"
+def escaped(text: str, limit: int = MAX_LINE) -> str:
+    """The text on one line, without control characters, cut after `limit` of its characters."""
+    if len(text) > limit:
+        text = f"{text[:limit]}... ({len(text):,} characters)"
     text = text.replace("\n", BREAK)
     if text.isprintable():
         return text
@@ -155,7 +159,7 @@ def escaped(text: str, most: int = LONGEST) -> str:
 
 
 def unfolded(text: str, breaks: Iterable[int]) -> str:
-    """The text with its line ends restored; positions where none can have been are ignored."""
+    """The text with its line ends restored; positions without a BREAK are ignored."""
     begin, lines = 0, []
     for at in breaks:
         if at >= begin and text.startswith(BREAK, at):
@@ -169,8 +173,8 @@ def names_error(text: str, error_id: str) -> bool:
 
 
 def _breaks(text: str) -> tuple[int, ...]:
-    """The positions of the first line ends in what `escaped` makes of this text."""
-    *lines, _ = text[:LONGEST].split("\n")[: MAX_BREAKS + 1]
+    """The positions of the line ends of this text after `escaped`, at most MAX_BREAKS."""
+    *lines, _ = text[:MAX_LINE].split("\n")[: MAX_BREAKS + 1]
     ends = itertools.accumulate(len(escaped(line)) + len(BREAK) for line in lines)
     return tuple(end - len(BREAK) for end in ends)
 

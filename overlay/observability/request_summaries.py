@@ -1,7 +1,7 @@
-"""The last requests of a process, as summaries: how each ended and where its time went.
+"""Summaries of the last requests of a process: how each ended and where its time went.
 
-At high rates some are left out, so that they cost next to nothing. Failures are kept apart, or
-the others would push them out.
+At high rates many are left out, so that they cost next to nothing. Failures are kept separately, so
+that successes do not displace them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ AT_ONCE, PER_S = 64, 50  # summaries made, of each
 
 @dataclass(frozen=True)
 class RequestSummary:
-    """How `count` requests ended together, and where their time went.
+    """How `count` requests that were answered together ended, and where their time went.
 
-    request_id: the first one's. ended_s: seconds since 1970. hops: a trace of the whole way, means
-    over all that were answered together. caller: its machine or name, or the process that asked.
+    request_id: the first one's. ended_s: seconds since 1970. hops: the whole trace, with means over
+    all of them. caller: its machine or name, or the process that asked.
     """
 
     request_id: int
@@ -39,26 +39,26 @@ class RequestSummary:
 
 
 class RequestSummaries:
-    """Safe from any thread."""
+    """Thread-safe."""
 
     def __init__(self) -> None:
-        self._good: deque[RequestSummary] = deque(maxlen=KEPT)
-        self._bad: deque[RequestSummary] = deque(maxlen=KEPT)
-        self._traces = TokenBucket(AT_ONCE, PER_S)
-        self._failures = TokenBucket(AT_ONCE, PER_S)
+        self._successes: deque[RequestSummary] = deque(maxlen=KEPT)
+        self._failures: deque[RequestSummary] = deque(maxlen=KEPT)
+        self._trace_rate = TokenBucket(AT_ONCE, PER_S)
+        self._failure_rate = TokenBucket(AT_ONCE, PER_S)
 
     def wants_trace(self) -> bool:
         """Whether the next request is to be traced."""
-        return self._traces.take(time.monotonic())
+        return self._trace_rate.take(time.monotonic())
 
     def wants_failure(self) -> bool:
-        return self._failures.take(time.monotonic())
+        return self._failure_rate.take(time.monotonic())
 
     def add(self, summary: RequestSummary) -> None:
-        is_good = summary.code is Code.OK and not summary.reason
-        (self._good if is_good else self._bad).append(summary)
+        is_success = summary.code is Code.OK and not summary.reason
+        (self._successes if is_success else self._failures).append(summary)
 
-    def last(self, most: int) -> list[RequestSummary]:
+    def last(self, limit: int) -> list[RequestSummary]:
         """Oldest first."""
-        found = sorted([*self._good.copy(), *self._bad.copy()], key=lambda one: one.ended_s)
-        return found[-most:] if most else []
+        found = [*self._successes.copy(), *self._failures.copy()]
+        return sorted(found, key=lambda one: one.ended_s)[-limit:] if limit else []

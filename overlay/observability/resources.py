@@ -1,4 +1,4 @@
-"""How much of the machine this process and its handlers' processes use."""
+"""The CPU time and memory of this process and of its handlers' processes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import psutil
 
 
 class Resources(NamedTuple):
-    """cpu_s: seconds of one core so far. memory_bytes: resident now."""
+    """cpu_s: seconds of one core so far. memory_bytes: resident at the moment."""
 
     cpu_s: float
     memory_bytes: int
 
 
 def resources_of(pids: Iterable[int] = ()) -> Resources:
-    """Of this process, its children that have ended (not on Windows), and the processes `pids`."""
+    """Those of this process, its terminated children (not on Windows) and the processes `pids`."""
     cpu_s, memory_bytes = 0.0, 0
     for pid in (os.getpid(), *pids):
-        with contextlib.suppress(psutil.Error):  # it has just ended
+        with contextlib.suppress(psutil.Error):  # the process has just ended
             process = psutil.Process(pid)
             with process.oneshot():
                 times = process.cpu_times()

@@ -1,10 +1,10 @@
-"""How long a request took at each process on its way: functions over traces.
+"""Traces: how long a request took at each process that it passed.
 
 A trace is a tree in a tuple, each process before those below it. A process makes it from
 
-    its own hop        the time in its queue, and in service since
-    the hops below     as the answers report them, each seen from above by `below`
-    the other ones     taken from the answers' parts: workers with their times, others without
+    its own hop        the time in its queue and in service
+    the hops below     as the answers report them, adjusted by `below`
+    the other hops     from the answers' parts: workers with their times, others without
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from collections.abc import Iterator, Sequence
 
 from overlay.model.segments import AnswerRow, Code, Executed, Hop, Part, PartSlice, Slice
 
-HANDLERS_OWN = "refused by its handler, in words for its caller"
+# In place of a handler's own message, which may quote the payload.
+HANDLER_REFUSED = "refused by its handler, in words for its caller"
 
 
 def below(answers: Slice, away_s: float) -> Slice:
-    """A neighbour's answers as the process above sees them: a level deeper, timed from there."""
+    """A neighbour's answers as the process above sees them: a level deeper and timed from there."""
     first, *rest = answers.trace
-    seen = [first._replace(depth=first.depth + 1, away_us=int(away_s * 1e6))]
-    seen += [hop._replace(depth=hop.depth + 1) for hop in rest]
-    return answers.with_(trace=tuple(seen))
+    hops = [first._replace(depth=first.depth + 1, away_us=int(away_s * 1e6))]
+    hops += [hop._replace(depth=hop.depth + 1) for hop in rest]
+    return answers.with_(trace=tuple(hops))
 
 
 def trace_of_worker(me: str, answers: Slice) -> tuple[Hop, ...]:
-    """A worker's own hop: the time in its handler, not all the time at the worker."""
+    """A worker's own hop, with the time in its handler rather than all its time at the worker."""
     for column in answers.parts:
         return (Hop(me, column.waited_us, column.worked_us, 0, code_of(answers)),)
     return (Hop(me, code=code_of(answers)),)
 
 
 def trace_of(me: str, waited_us: int, worked_us: int, answers: Slice) -> tuple[Hop, ...]:
-    """The whole way as `me` knows it: its own hop, and one for each process below it."""
+    """The whole trace as `me` knows it: its own hop, and one for each process below it."""
     branches: dict[str, list[Hop]] = {}  # by the neighbour that was asked
     neighbour = ""
     for hop in answers.trace:
@@ -43,14 +44,14 @@ def trace_of(me: str, waited_us: int, worked_us: int, answers: Slice) -> tuple[H
         if hop.process_id not in seen:
             seen.add(hop.process_id)
             branches.setdefault(neighbour, []).append(hop)
-    order = {process_id: place for place, process_id in enumerate(answers.hops)}
-    tops = sorted(branches, key=lambda top: order.get(top, len(order)))
-    under = [hop for top in tops for hop in branches[top]]
-    return (Hop(me, waited_us, worked_us, 0, code_of(answers)), *under)
+    order = {process_id: index for index, process_id in enumerate(answers.hops)}
+    neighbours = sorted(branches, key=lambda neighbour: order.get(neighbour, len(order)))
+    hops = [hop for neighbour in neighbours for hop in branches[neighbour]]
+    return (Hop(me, waited_us, worked_us, 0, code_of(answers)), *hops)
 
 
 def code_of(answers: Slice) -> Code:
-    """OK when any worker answered all of the rows; else the first worker's code."""
+    """OK if a worker answered any of the rows OK; otherwise the first worker's code."""
     if answers.refused is not None:
         return answers.refused.code
     first = Code.OK if answers.parts else Code.UNAVAILABLE
@@ -63,41 +64,41 @@ def code_of(answers: Slice) -> Code:
 
 
 def reason_of(answer: AnswerRow) -> str:
-    """Why an answer is incomplete, for anyone to read: each missing worker with the reason."""
+    """Why an answer is incomplete, as public text: each missing worker with the reason."""
     return "; ".join(f"{p.process_id}: {_public(p)}" for p in answer.parts if not p.ok)
 
 
 def is_for_the_caller(answer: AnswerRow) -> bool:
-    """Whether it contains a handler's own sentence, which may quote the payload."""
-    return any(_is_a_handlers(part) for part in answer.parts)
+    """Whether it contains a handler's own message, which may quote the payload."""
+    return any(_has_handlers_message(part) for part in answer.parts)
 
 
 def _public(part: Part) -> str:
-    return HANDLERS_OWN if _is_a_handlers(part) else part.reason or part.code.name
+    return HANDLER_REFUSED if _has_handlers_message(part) else part.reason or part.code.name
 
 
-def _is_a_handlers(part: Part) -> bool:
-    # Only the words of a BadRequest travel; the overlay's own ones are raised before anything runs.
+def _has_handlers_message(part: Part) -> bool:
+    # A handler's BadRequest: the overlay's own ones are raised before anything runs.
     return part.code is Code.INVALID_ARGUMENT and part.executed is not Executed.NO
 
 
 def lines(trace: Sequence[Hop]) -> Iterator[tuple[str, Hop, int | None]]:
-    """A trace as a tree for people: (name with its branch, hop, microseconds on the way or None).
+    """A trace as a tree for people: (name with its branch, hop, microseconds in transit).
 
-    On the way: the part of the wait of the process above that went into getting there and back;
-    None when not known.
+    In transit: the time between a process and the one above that neither waited nor worked; None
+    if unknown.
     """
     for at, hop in enumerate(trace):
         bars = "".join(
-            ("│  " if _goes_on(trace, at, depth) else "   ") for depth in range(1, hop.depth)
+            ("│  " if _continues(trace, at, depth) else "   ") for depth in range(1, hop.depth)
         )
-        branch = ("├─ " if _goes_on(trace, at, hop.depth) else "└─ ") if hop.depth else ""
+        branch = ("├─ " if _continues(trace, at, hop.depth) else "└─ ") if hop.depth else ""
         inside = hop.waited_us + hop.worked_us
-        on_the_way = max(0, hop.away_us - inside) if hop.away_us else None
-        yield bars + branch + hop.process_id, hop, on_the_way
+        in_transit = max(0, hop.away_us - inside) if hop.away_us else None
+        yield bars + branch + hop.process_id, hop, in_transit
 
 
-def _goes_on(trace: Sequence[Hop], at: int, depth: int) -> bool:
+def _continues(trace: Sequence[Hop], at: int, depth: int) -> bool:
     """Whether the branch at this depth has another hop after the one at `at`."""
     for hop in trace[at + 1 :]:
         if hop.depth <= depth:
@@ -106,14 +107,14 @@ def _goes_on(trace: Sequence[Hop], at: int, depth: int) -> bool:
 
 
 def _from_parts(me: str, parts: Sequence[PartSlice]) -> Iterator[tuple[str, Hop]]:
-    """The hops to each worker, with the neighbour they begin at. Only the worker's has times."""
+    """The hops to each worker, with the neighbour that they begin at. Only workers have times."""
     for column in parts:
-        way = column.hops[column.hops.index(me) + 1 :] if me in column.hops else ()
-        way = way or (column.process_id,)
-        for depth, process_id in enumerate(way[:-1], 1):
-            yield way[0], Hop(process_id, depth=depth)
+        path = column.hops[column.hops.index(me) + 1 :] if me in column.hops else ()
+        path = path or (column.process_id,)
+        for depth, process_id in enumerate(path[:-1], 1):
+            yield path[0], Hop(process_id, depth=depth)
         times = column.waited_us, column.worked_us
-        yield way[0], Hop(column.process_id, *times, len(way), _code_of(column))
+        yield path[0], Hop(column.process_id, *times, len(path), _code_of(column))
 
 
 def _code_of(column: PartSlice) -> Code:

@@ -22,7 +22,7 @@ import grpc
 
 import overlay
 from overlay.model import clocks as time
-from overlay.model.errors import Misspoken, NotTold
+from overlay.model.errors import BadResponse, ProxyError
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     Cancel,
@@ -170,7 +170,7 @@ class Peers:
         link = self._links[neighbour]
         health = link.health.get(handler) if link.health else None
         now = time.monotonic()
-        state = health.standing(now) if health else _HEALTHY
+        state = health.state_at(now) if health else _HEALTHY
         is_recent = now - link.service_seen.get(handler, 0.0) < RECENT_S
         outstanding = link.outstanding.get(handler, 0)
         return outstanding, link.service_s.get(handler, 0.0), state, is_recent
@@ -203,7 +203,7 @@ class Peers:
         return self._links[neighbour].send(segment, sink)
 
     def logs(self, neighbour: str, asked: pb2.LogsRequest, timeout_s: float) -> pb2.LogsResponse:
-        """Asks the neighbour for log lines, and waits for them. Raises NotTold with its reason."""
+        """Asks the neighbour for log lines and waits. Raises ProxyError with its reason."""
         ask = pb2_grpc.OverlayAdminStub(self._links[neighbour].channel).Logs
         try:
             return codec.read_logs(ask(asked, timeout=timeout_s), asked)
@@ -277,7 +277,7 @@ class _Health:
     def shown(self, neighbour: str) -> tuple[str, str, int]:
         """(state, reason, number of ejections)."""
         with self._lock:
-            state, reason = self._detector.shown(neighbour, time.monotonic())
+            state, reason = self._detector.describe(neighbour, time.monotonic())
             return state, reason, self._detector.ejections[neighbour]
 
     def _log(self, change: Change) -> None:

@@ -1,4 +1,4 @@
-"""What one caller has waiting on one way in, in the order in which it starts. Sans-IO."""
+"""What waits of one caller's stream, or of its single requests, in the order it starts. Sans-IO."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import Generic, Protocol, TypeVar
 
-from overlay.model.segments import NOBODY, Caller, Route
+from overlay.model.segments import ANONYMOUS, Caller, Route
 from overlay.queueing.service_time import ServiceClass
 
 
 class Waiting(Hashable, Protocol):
     """What a flow needs of its items.
 
-    urgency: a time, the least first. wants: the places that it is for. found_none: none was free
-    when it was its turn.
+    wants: the places that it needs. urgency: a time; the earliest starts first. blocked: it got no
+    place when its turn came.
     """
 
-    found_none: bool
+    blocked: bool
 
     @property
     def flow(self) -> Flow: ...  # type: ignore[type-arg]
@@ -39,85 +39,88 @@ W = TypeVar("W", bound=Waiting)
 class Flow(Generic[W]):
     """One stream of a caller, or its single requests. rows, active: waiting and in service.
 
-    is_stream: a stream's window bounds it, and several rows may start at once. paused: nothing of
-    it starts, since its answers are not read.
+    is_stream: bounded by the stream's window, and several of its rows may start at once. paused:
+    none of it starts, because its answers are not being read. served: turns so far, in its caller's
+    virtual time.
     """
 
-    def __init__(self, caller: Caller = NOBODY, is_stream: bool = False) -> None:
+    def __init__(self, caller: Caller = ANONYMOUS, is_stream: bool = False) -> None:
         self.caller = caller
         self.is_stream = is_stream
         self.paused = False
         self.rows = 0
         self.active = 0
-        self.had = 0  # turns, as far as they still matter among its caller's flows
-        self.caller_turns: CallerTurns[W] | None = None
-        # What wants the same places with the same priority starts in the order in which it came.
-        self._lines: dict[tuple[ServiceClass, int], _Line[W]] = {}
+        self.served = 0
+        self.caller_node: CallerNode[W] | None = None
+        # Items that want the same places with the same priority start in order of arrival.
+        self._fifos: dict[tuple[ServiceClass, int], _Fifo[W]] = {}
 
     def __iter__(self) -> Iterator[W]:
-        return (item for line in self._lines.values() for item in line.items)
+        return (item for fifo in self._fifos.values() for item in fifo.items)
 
     def heads(self) -> list[W]:
-        """The first of each line, the most urgent first."""
-        # Thousands may wait behind the first of a line: they want the same places and wait too.
-        heads = [next(iter(line.items)) for line in self._lines.values()]
+        """The first item of each FIFO, the most urgent first."""
+        # Thousands may wait behind a head: they want the same places, so they have to wait with it.
+        heads = [next(iter(fifo.items)) for fifo in self._fifos.values()]
         if len(heads) > 1:
             heads.sort(key=_urgency)
         return heads
 
     def rows_before(self, service_class: ServiceClass, priority: int) -> int:
-        """How many rows of the class start before one of this priority that comes now.
+        """How many rows of the class start before one of this priority that arrives now.
 
-        Those that are less urgent only because they came later are not foreseen.
+        Waiting rows of a lower priority that are more urgent by their age are not counted.
         """
-        lines = self._lines.items()
-        return sum(ln.rows for (k, p), ln in lines if k is service_class and p >= priority)
+        fifos = self._fifos.items()
+        return sum(fifo.rows for (k, p), fifo in fifos if k is service_class and p >= priority)
 
     def first_of(self, service_class: ServiceClass, priority: int) -> W:
         """The first to start of those that wait with this class and priority."""
-        return next(iter(self._lines[service_class, priority].items))
+        return next(iter(self._fifos[service_class, priority].items))
 
     def put(self, item: W, rows: int) -> None:
         key = item.service_class, item.priority
-        line = self._lines.get(key)
-        if line is None:
-            line = self._lines[key] = _Line()
-        line.items[item] = rows
-        line.rows += rows
+        fifo = self._fifos.get(key)
+        if fifo is None:
+            fifo = self._fifos[key] = _Fifo()
+        fifo.items[item] = rows
+        fifo.rows += rows
         self.rows += rows
 
     def remove(self, item: W, rows: int) -> None:
         key = item.service_class, item.priority
-        line = self._lines[key]
-        left = line.items[item] - rows
+        fifo = self._fifos[key]
+        left = fifo.items[item] - rows
         self.rows -= rows
-        line.rows -= rows
+        fifo.rows -= rows
         if left:
-            line.items[item] = left
+            fifo.items[item] = left
             return
-        del line.items[item]
-        if not line.items:
-            del self._lines[key]
+        del fifo.items[item]
+        if not fifo.items:
+            del self._fifos[key]
 
 
-class CallerTurns(Generic[W]):
-    """One caller's. had: the turns that it has had, as far as they still matter among its address's
-    callers; now: those of its flow that had the last one. flows: of it, that have something
-    waiting."""
+class CallerNode(Generic[W]):
+    """A caller in the fair queue's hierarchy.
 
-    __slots__ = ("flows", "had", "now")
+    served: its turns so far, in its address's virtual time. virtual_time: that of its flows, which
+    is the `served` of the one that had the last turn. flows: those with something waiting.
+    """
 
-    def __init__(self, had: int) -> None:
-        self.had = had
-        self.now = 0
+    __slots__ = ("flows", "served", "virtual_time")
+
+    def __init__(self, served: int) -> None:
+        self.served = served
+        self.virtual_time = 0
         self.flows: dict[Flow[W], None] = {}
 
 
-class _Line(Generic[W]):
+class _Fifo(Generic[W]):
     __slots__ = ("items", "rows")
 
     def __init__(self) -> None:
-        self.items: OrderedDict[W, int] = OrderedDict()  # with their rows that wait
+        self.items: OrderedDict[W, int] = OrderedDict()  # with the rows of each that wait
         self.rows = 0
 
 

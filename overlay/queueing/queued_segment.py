@@ -1,4 +1,4 @@
-"""One segment's stay in a process, from its admission to its last answer."""
+"""One segment in a process, from its admission to its last answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from overlay.queueing.service_time import ServiceClass
 log = logging.getLogger(__name__)
 
 Start = Callable[[Segment, Any, float, OnResult], Cancel]
-"""(rows, their places, seconds waited, sink) -> how to end them."""
+"""(rows, their places, seconds waited, sink) -> how to cancel them."""
 
 
 class Owner(Protocol):
@@ -44,10 +44,10 @@ class Owner(Protocol):
 
 
 class QueuedSegment:
-    """Safe from any thread, but for what the request queue's lock guards.
+    """Thread-safe, except for what the request queue's lock guards.
 
-    Of each row exactly one answer is passed on, whatever comes how often: of a handler, of a link
-    that broke, of a cancel. Times are monotonic seconds.
+    Exactly one answer to each row is passed on, even if a handler, a broken link and a cancel all
+    answer it. Times are monotonic seconds.
     """
 
     def __init__(
@@ -74,18 +74,18 @@ class QueuedSegment:
         self.admitted = now
         self.number = number
         self.patient_until = (now + segment.deadline) / 2
-        self.is_read = False  # in chunks: so its time is its reader's, and no measure of its work
+        self.is_read = False  # in chunks, at its reader's pace: its time does not measure the work
         # Guarded by the queue's lock:
         self.unstarted = PendingRows(segment.count)
-        self.found_none = False  # no place was free when it was its flow's turn
+        self.blocked = False  # no place was free when its flow's turn came
         self.has_slot = False
-        self.is_parked = False  # it had to wait for a place: so its time is the queue's to judge
+        self.is_parked = False  # it waits for a place, so it is refused when it becomes hopeless
         self._owner = owner
         self._sink = sink
         self._lock = threading.Lock()
         self._open = PendingRows(segment.count)
-        self._ends: list[tuple[int, int, Cancel]] = []
-        self._ended: list[tuple[Code, int, int]] = []
+        self._cancels: list[tuple[int, int, Cancel]] = []
+        self._cancelled: list[tuple[Code, int, int]] = []
         self._starts: list[tuple[int, int, float]] = []  # (first row, rows, when they started)
 
     @property
@@ -93,22 +93,22 @@ class QueuedSegment:
         return self._open.left > 0
 
     def end(self, code: Code, start: int = 0, count: int | None = None) -> None:
-        """Ends the rows: those that wait never start, those that run are cut short.
+        """Cancels the rows: those that wait never start, those that run are interrupted.
 
-        What is open of them is answered with `code` at once. Later answers are dropped.
+        Rows without an answer are answered with `code` immediately; later answers are dropped.
         """
         count = self.segment.count - start if count is None else count
         if not self._open.left:
             return
         self.refuse_runs(self._owner.withdraw(self, start, count), unstarted(self._owner.me, code))
         with self._lock:
-            self._ended.append((code, start, count))
-            ends = list(self._ends)
-        for first, rows, end in ends:
-            end_overlap(end, first, rows, code, start, count)
+            self._cancelled.append((code, start, count))
+            cancels = list(self._cancels)
+        for first, rows, cancel in cancels:
+            end_overlap(cancel, first, rows, code, start, count)
 
     def refuse(self, error: OverlayError, start: int = 0) -> None:
-        """Answers every row from `start` that has not started with this refusal."""
+        """Refuses the rows from `start` on that have not started."""
         runs = self._owner.withdraw(self, start, self.segment.count - start)
         self.refuse_runs(runs, refusal(self._owner.me, error))
 
@@ -118,14 +118,14 @@ class QueuedSegment:
             self._settle(first, Slice(rows, (), refused=refused))
 
     def started(self, row: int) -> float | None:
-        """When the row started; None when it never did."""
+        """When the row started; None if it has not."""
         for first, rows, started in list(self._starts):
             if first <= row < first + rows:
                 return started
         return None
 
     def run(self, start: Start, first: int, place: Place, now: float) -> None:
-        """Starts the rows that have these places. Outside the queue's lock."""
+        """Starts rows in these places. Outside the queue's lock."""
         count = place.count
 
         def sink(row: int, answers: Slice) -> None:
@@ -135,26 +135,26 @@ class QueuedSegment:
         rows = self.segment.slice(first, count)
         self._starts.append((first, count, now))
         try:
-            end = start(rows, place, now - self.admitted, sink)
+            cancel = start(rows, place, now - self.admitted, sink)
         except Exception as e:
-            # A fault of ours costs these rows and no place; whether some ran is not known.
+            # Our own bug costs these rows but no place; whether a handler saw them is unknown.
             log.exception("requests could not be started")
             reason = f"could not be started: {type(e).__name__}"
             sink(0, Slice(count, (), refused=Part(self._owner.me, Code.INTERNAL, reason)))
             return
         with self._lock:
             if self._open.left:
-                self._ends.append((first, count, end))
-            ended = list(self._ended)
-        for code, begin, size in ended:  # ended between its claim and now
-            end_overlap(end, first, count, code, begin, size)
+                self._cancels.append((first, count, cancel))
+            cancelled = list(self._cancelled)
+        for code, begin, size in cancelled:  # between the claim and now
+            end_overlap(cancel, first, count, code, begin, size)
 
     def _settle(self, start: int, answers: Slice, started: float | None = None) -> None:
-        """Passes on the rows that are still open. The one place where each is answered once."""
+        """Passes on answers to rows without one. This alone ensures one answer per row."""
         with self._lock:
             runs = self._open.take(start, answers.count)
             if not self._open.left:
-                self._ends.clear()  # they lead back here, and would wait for the garbage collector
+                self._cancels.clear()  # a reference cycle, for the garbage collector otherwise
         if runs:
             self._owner.answered(self, sum(rows for _, rows in runs), answers, started)
         for first, rows in runs:
@@ -162,7 +162,7 @@ class QueuedSegment:
 
 
 def refusal(me: str, error: OverlayError) -> Part:
-    """What the callers of rows get that `me` refused with this."""
+    """The answer to rows that `me` refused with this error."""
     return Part(
         me,
         error.code,
@@ -174,7 +174,7 @@ def refusal(me: str, error: OverlayError) -> Part:
 
 
 def unstarted(me: str, code: Code) -> Part:
-    """What the callers of rows get that were ended before they started."""
+    """The answer to rows that were cancelled before they started."""
     if code is Code.DEADLINE_EXCEEDED:
         reason = "no time left: the deadline passed in the queue, before any handler started"
         return refusal(me, NoTimeLeft(reason))

@@ -1,16 +1,16 @@
-"""Admits requests, keeps them waiting, starts them, and counts: a bounded queue before a service.
+"""Admits requests, queues them and starts them: a bounded queue in front of a bounded service.
 
     admit     --> [ waiting room, at most `slots`   ] --+--claim--> [ in service: `in_service` ]
-                   refused at once when full            |            until answer, deadline, cancel
+                   refused immediately when full        |            until answer, deadline, cancel
     admit_to  --> [ a flow per stream, its window   ] --+--claim--> [ in service, against credit ]
 
-A request that finds a place when it comes starts, whatever else waits. Only one that found none is
-judged: whether there is room to wait, and whether it can be answered in time. What waits is in
+A request that finds a place on arrival starts, whatever else waits. Only one that finds none is
+checked: whether there is room to wait, and whether it can be answered in time. What waits is in
 overlay.queueing.waiting_room; overlay.queueing.admission and .deadline_check decide.
 
-Owns no thread. Whatever changes something (a request comes, one ends, a link comes up: `kick`)
-starts the next ones on its own thread. `claim` decides under the lock and must be quick; `start`
-acts outside it.
+Owns no thread. The thread on which something changes (a request arrives, one ends, a link comes up:
+`kick`) starts the next requests. `claim` decides under the lock and must be quick; `start` acts
+outside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import NamedTuple
 from overlay.model import clocks as time
 from overlay.model.errors import Draining, NoTimeLeft, OverlayError, QueueFull
 from overlay.model.pending import Run
-from overlay.model.segments import NOBODY, Caller, Code, OnResult, Part, Route, Segment, Slice
+from overlay.model.segments import ANONYMOUS, Caller, Code, OnResult, Part, Route, Segment, Slice
 from overlay.queueing import admission
 from overlay.queueing.admission import HIGHEST_PRIORITY
 from overlay.queueing.callers import Callers, Seen
@@ -37,21 +37,21 @@ from overlay.queueing.service_time import ServiceClass
 from overlay.queueing.shares import PlaceShares, SlotShares
 from overlay.queueing.waiting_room import WaitingRoom
 
-SAMPLE_S = 0.001  # between two completions that are recorded: enough, where they are many
-MAX_CLASSES = 1000  # routes are few, but a caller may name any targets
-HELD = 16  # completions that make up the mean of how long a place is held
+SAMPLE_S = 0.001  # between two recorded completions; more samples would not improve the estimate
+MAX_CLASSES = 1000  # there are few routes, but a caller may name any targets
+HELD = 16  # completions over which the time that a place is held is averaged
 
 Claim = Callable[[Route, int, float, bool], "Place | None"]
-"""(route, rows, patient until, streamed) -> places for some of the rows; None when there is none,
-or AWAITED."""
+"""(route, rows, patient until, streamed) -> places for some of the rows; None if there are none, or
+AWAITED."""
 
 OnEnded = Callable[[QueuedSegment, int, Slice, "float | None", float], None]
-"""(segment, so many of its rows, their answers, when they started, when they ended). None: they
-never started."""
+"""(segment, how many of its rows, their answers, when they started, when they ended). The start is
+None for rows that never started."""
 
 
 class RequestQueue:
-    """The queue of one process. Safe from any thread."""
+    """The queue of one process. Thread-safe."""
 
     def __init__(
         self,
@@ -62,32 +62,31 @@ class RequestQueue:
         max_bytes: int,
         claim: Claim,
         start: Start,
-        of_a_team: int | None = None,
+        team_limit: int | None = None,
         return_margin_s: float = 0.0,
         default_handler: str = "",
         on_started: Callable[[], None] = lambda: None,
         on_ended: OnEnded = lambda queued, rows, answers, started, ended: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """of_a_team: how many of the places in service the requests that name one team may have.
+        """team_limit: how many places in service the requests that name one team may hold.
 
-        return_margin_s: what the processes below keep of a request's time for its way back.
-        default_handler: what a request without a handler's name runs, where that is the same on all
-        workers.
+        return_margin_s: how much of a request's time is reserved for its return path.
+        default_handler: the handler of requests that name none, if it is the same on all workers.
         on_started: called after starts, so that what they sent leaves together.
-        on_ended: called of every row once, when it has ended.
+        on_ended: called once for every row, when it has ended.
         """
         self.me = me
         self.on_started = on_started
         self.on_ended = on_ended
-        self.held_s = 0.0  # how long a place was held recently, about
+        self.held_s = 0.0  # how long places were held recently, on average
         self.slots = slots
         self.in_service = in_service
         self._default_handler = default_handler
         self._room: WaitingRoom[QueuedSegment] = WaitingRoom(slots, self._claim_locked)
         self._lock = self._room.mutex
         self._check = DeadlineCheck(self._room.order, return_margin_s)
-        self._now = 0.0  # when the room's claim decides
+        self._now = 0.0  # passed to _claim_locked
         self._streams: list[Flow[QueuedSegment]] = []
         self._flows: dict[Caller, Flow[QueuedSegment]] = {}  # of single requests in slots
         self._claim = claim
@@ -96,15 +95,15 @@ class RequestQueue:
         self._numbers = itertools.count()
         self._callers = Callers()
         self._slot_shares = SlotShares(slots, max_bytes)
-        self._place_shares = PlaceShares(in_service, of_a_team or in_service)  # of single requests
+        self._place_shares = PlaceShares(in_service, team_limit or in_service)  # of single requests
         self._classes: OrderedDict[Route, ServiceClass] = OrderedDict()
-        self._fresh: dict[QueuedSegment, None] = {}  # streamed ones that no kick has looked at
+        self._fresh: dict[QueuedSegment, None] = {}  # streamed, not seen by a kick yet
         self._draining = False
         self._here = threading.local()  # what this thread has to start
 
     @property
     def waiting(self) -> int:
-        """Single requests in the queue's slots; streamed ones are in `streamed`."""
+        """Single requests in queue slots; streamed ones are in `streamed`."""
         return self._room.qsize()
 
     @property
@@ -114,19 +113,19 @@ class RequestQueue:
 
     @property
     def streamed(self) -> tuple[int, int, int]:
-        """Streams open, their requests waiting, their requests in service."""
+        """Open streams, and their requests that wait and that are in service."""
         with self._lock:
             waiting = sum(flow.rows for flow in self._streams)
             return len(self._streams), waiting, sum(flow.active for flow in self._streams)
 
     def admit(
-        self, segment: Segment, sink: OnResult, caller: Caller = NOBODY, priority: int = 0
+        self, segment: Segment, sink: OnResult, caller: Caller = ANONYMOUS, priority: int = 0
     ) -> QueuedSegment:
-        """Takes one request in or refuses it now; never blocks.
+        """Admits one request or refuses it; never blocks.
 
-        The sink gets its answer, whatever becomes of it. It starts if it finds a place. Raises
-        QueueFull when there is none and no room to wait, NoTimeLeft when its deadline has passed or
-        it cannot be answered before it, Draining after `close`.
+        Once admitted, the sink gets its answer in any case. It starts if it finds a place. Raises
+        QueueFull when there is no place and no room to wait, NoTimeLeft when it cannot be answered
+        before its deadline, Draining after `close`.
         """
         now = self._clock()
         _check_left(segment, now)
@@ -148,8 +147,8 @@ class RequestQueue:
             raise refused
         return queued
 
-    def open_flow(self, caller: Caller = NOBODY) -> Flow[QueuedSegment]:
-        """For one stream of this caller's, until `close_flow`."""
+    def open_flow(self, caller: Caller = ANONYMOUS) -> Flow[QueuedSegment]:
+        """A flow for one stream of this caller, until `close_flow`."""
         with self._lock:
             seen = self._callers.seen(caller, self._clock())
             flow: Flow[QueuedSegment] = Flow(seen.caller, is_stream=True)
@@ -163,10 +162,10 @@ class RequestQueue:
     def admit_to(
         self, flow: Flow[QueuedSegment], segment: Segment, sink: OnResult, priority: int = 0
     ) -> QueuedSegment:
-        """Takes a streamed segment in; its stream bounds how many. Raises NoTimeLeft, Draining.
+        """Admits a streamed segment; the stream's window bounds them. Raises NoTimeLeft, Draining.
 
-        It starts with the next `kick`, so that the segments of a frame start together. Those of its
-        rows that find no place then, and cannot be answered in time, are refused, the last first.
+        It starts with the next `kick`, so that the segments of a frame start together. If rows find
+        no place then, those at its end that cannot be answered in time are refused.
         """
         now = self._clock()
         _check_left(segment, now)
@@ -181,14 +180,14 @@ class RequestQueue:
         """Starts whatever can start now. Called when a place may have become free."""
         if self._room.empty():
             return
-        # A start may answer at once and so kick again: that goes on in this loop, not deeper.
+        # A start may answer immediately and kick again: the outer loop goes on, without recursion.
         if getattr(self._here, "runs", False):
             self._here.again = True
             return
         self._run([])
 
     def close(self) -> int:
-        """Refuses what waits and all that comes; what has started goes on. The number refused."""
+        """Refuses what waits, and new requests from now on. Returns how many rows it refused."""
         with self._lock:
             self._draining = True
             waiting = list(self._room)
@@ -200,14 +199,14 @@ class RequestQueue:
     # for the queued segments
 
     def withdraw(self, queued: QueuedSegment, start: int, count: int) -> list[Run]:
-        """Takes out what has not started of these rows, so that it never will."""
+        """Removes those of these rows that have not started."""
         with self._lock:
             return self._withdraw_locked(queued, start, count)
 
     def answered(
         self, queued: QueuedSegment, rows: int, answers: Slice, started: float | None
     ) -> None:
-        """So many of its rows have ended. started: when they did; None when they never did."""
+        """`rows` of its rows have ended. started: when they started; None if they never did."""
         ended = self._clock() if started is None else self._release(queued, rows, started, answers)
         self.on_ended(queued, rows, answers, started, ended)
 
@@ -227,7 +226,7 @@ class RequestQueue:
         return QueuedSegment(self, segment, sink, flow, service_class, wants, number, now, priority)
 
     def _wait_locked(self, queued: QueuedSegment, seen: Seen) -> None:
-        """A slot for a single request that did not start at once. Raises QueueFull, NoTimeLeft."""
+        """Puts a single request that did not start into a slot. Raises QueueFull, NoTimeLeft."""
         wants, size = queued.wants, queued.segment.payloads.size
         self._slot_shares.check(seen, wants, size, queued.admitted)
         try:
@@ -245,8 +244,8 @@ class RequestQueue:
                 raise
 
     def _park_locked(self, queued: QueuedSegment) -> bool:
-        """Whether it waits for a place, and not for a neighbour to come back."""
-        if queued.flow.paused or not self._room.order.found_none(queued):
+        """Parks it if it waits for a place, not for a link to come back; returns whether it did."""
+        if queued.flow.paused or not self._room.order.is_blocked(queued):
             return False
         queued.is_parked = True
         queued.service_class.park(queued.admitted)
@@ -262,7 +261,7 @@ class RequestQueue:
         service_class = classes.get(wants)
         if service_class is None:
             service_class = classes[wants] = ServiceClass()
-            # The idle ones judge nothing; those in use are as many as what waits and runs.
+            # Idle ones can go; those in use are bounded by what waits and runs.
             for _ in range(min(2, len(classes) - MAX_CLASSES)):
                 oldest, found = next(iter(classes.items()))
                 if found.is_idle and found is not service_class:
@@ -300,7 +299,7 @@ class RequestQueue:
             self.on_started()
 
     def _take(self) -> list[_Started | _Refused]:
-        """The next rows to start, of whichever way in; at last the fresh ones that are too late."""
+        """The next rows to start; when there are none, the fresh rows that are too late."""
         if self._room.empty():
             return []
         with self._lock:
@@ -334,7 +333,7 @@ class RequestQueue:
         return _Refused(queued, self._withdraw_locked(queued, 0, queued.segment.count), part)
 
     def _refuse_late_locked(self) -> list[_Started | _Refused]:
-        """Takes out the streamed rows that found no place and cannot be answered in time."""
+        """Removes the streamed rows that found no place and cannot be answered in time."""
         refused: list[_Started | _Refused] = []
         if not self._fresh:
             return refused
@@ -349,7 +348,7 @@ class RequestQueue:
     def _claim_locked(self, queued: QueuedSegment) -> Place | None:
         now = self._now
         if queued.segment.deadline <= now:
-            return _EXPIRED  # dropped at dequeue: its caller has given up
+            return _EXPIRED  # dropped when its turn comes: its caller has given up
         if not queued.flow.is_stream and not self._place_shares.allow(*_holder(queued)):
             return None if self._place_shares.is_full else NO_SHARE
         if queued.is_parked and self._check.is_hopeless(queued, now):
@@ -391,9 +390,9 @@ class RequestQueue:
                 del self._flows[caller]
 
     def _release(self, queued: QueuedSegment, count: int, started: float, answers: Slice) -> float:
-        """Gives the places of so many rows back. When that was."""
-        is_measure = not queued.is_read and answers.is_worked_for
-        is_lost = not is_measure and answers.is_too_late
+        """Gives the places of these rows back; returns the time."""
+        is_measured = not queued.is_read and answers.has_service_time
+        is_expired = not is_measured and answers.is_too_late
         with self._lock:
             service_class, now = queued.service_class, self._clock()
             if queued.flow.is_stream:
@@ -401,18 +400,18 @@ class RequestQueue:
             else:
                 self._place_shares.give_back(*_holder(queued))
             held_s = now - started
-            if is_measure and now - service_class.estimator.last >= SAMPLE_S:
+            if is_measured and now - service_class.estimator.last >= SAMPLE_S:
                 service_class.estimator.completed(now, held_s, service_class.active)
                 queued.estimator.completed(now, held_s)
-            elif is_lost:
-                queued.estimator.lost(now, held_s)
+            elif is_expired:
+                queued.estimator.expired(now, held_s)
             service_class.active -= count
             self.held_s += (held_s - self.held_s) / HELD if self.held_s else held_s
         return now
 
 
 class _Started(NamedTuple):
-    """Rows whose turn it is, with their places."""
+    """Rows to start, with their places."""
 
     queued: QueuedSegment
     first: int
@@ -424,7 +423,7 @@ class _Started(NamedTuple):
 
 
 class _Refused(NamedTuple):
-    """Rows that were taken out and never start, and what their callers get."""
+    """Rows that were removed and never start, with their answer."""
 
     queued: QueuedSegment
     runs: list[Run]
@@ -435,15 +434,15 @@ class _Refused(NamedTuple):
 
 
 def _holder(queued: QueuedSegment) -> tuple[str, str, str]:
-    """Of its place: address, handler and team."""
+    """The holder of its place: address, handler and team."""
     return queued.flow.caller.address, queued.wants.handler, queued.wants.team
 
 
 def _check_left(segment: Segment, now: float) -> None:
     if segment.deadline <= now:
-        raise NoTimeLeft("the deadline had passed when the request came")
+        raise NoTimeLeft("the deadline had passed when the request arrived")
 
 
-_TOO_LATE = "no time left: even the quickest recent one took longer"
+_TOO_LATE = "no time left: even the quickest recent request took longer"
 _EXPIRED, _HOPELESS = NoPlace(), NoPlace()
-"""Instead of places: its deadline has passed; what is left of its time is not enough."""
+"""Its deadline has passed; too little of its time is left."""

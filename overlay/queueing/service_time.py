@@ -1,7 +1,7 @@
-"""How long requests of one kind take: recent service times, and what one more can expect.
+"""How long requests of one class take: recent service times, and estimates for the next request.
 
-Sans-IO: the caller passes the time in, as monotonic seconds. Not safe from several threads; the
-request queue's lock guards it.
+Sans-IO: the caller passes the time, as monotonic seconds. Not thread-safe; guarded by the request
+queue's lock.
 """
 
 from __future__ import annotations
@@ -9,105 +9,107 @@ from __future__ import annotations
 import math
 from collections import deque
 
-RECENT_S = 10.0  # an older figure (or one thrice its own time ago) no longer counts
-RECENT = 32  # completions that are remembered
-ERA_S = 1.0  # with nothing waiting, and what was learnt of a class is forgotten when it fills again
-PROOF = 8  # completions without which no single request is judged; the first may be slower
-# The upper bound of what most take is at most this many times what the quick ones took; otherwise
-# it is a mix of quick and long work, and which comes next is unknown. Exponential times stay about
-# there by chance alone: at ten times the load, with the least times instead, a quarter of the work
-# came too late.
-OF_QUICK = 8.0
-ODD = 16  # one in so many that seem to have too little time is tried all the same
+RECENT_S = 10.0  # after this long without a completion (or three mean times) all are forgotten
+MAX_SAMPLES = 32  # completions that are remembered
+IDLE_S = 1.0  # after this long with nothing waiting, a class that fills up again starts afresh
+MIN_SAMPLES = 8  # completions that all estimates but the mean need; the first may be slower
+# The estimate is at most this many times what the quick ones take. Beyond that it is a mix of quick
+# and long work, and which of them comes next is unknown. Exponential times stay within this factor
+# by chance alone: with the least times instead, a quarter of the work came too late at ten times
+# the load.
+MAX_TO_QUICK = 8.0
+PROBE_EVERY = 16  # one in this many that seem to have too little time is started all the same
 
 
 class ServiceTimeEstimator:
     """How long recent requests were in service, and how many at a time.
 
-    Only requests that a handler answered are recorded as completed.
+    Only requests that a handler answered count as completed.
     """
 
     def __init__(self) -> None:
         self.last = -math.inf  # when one completed
-        self._took: deque[float] = deque(maxlen=RECENT)
-        self._lost: deque[float] = deque(maxlen=PROOF)  # since the last that was answered
-        self._tried = 0
+        self._took: deque[float] = deque(maxlen=MAX_SAMPLES)
+        self._expired: deque[float] = deque(maxlen=MIN_SAMPLES)  # since the last completion
+        self._too_short = 0  # requests so far, modulo PROBE_EVERY
         self._least_s = math.inf
         self._mean_s = 0.0
         self._deviation_s = 0.0
         self._concurrency = 0.0
 
     def completed(self, now: float, took_s: float, concurrency: int = 1) -> None:
-        """concurrency: how many were in service, with this one."""
+        """concurrency: how many were in service, including this one."""
         self._forget_old(now)
         took = self._took
-        is_least_gone = len(took) == RECENT and took[0] <= self._least_s
+        is_least_gone = len(took) == MAX_SAMPLES and took[0] <= self._least_s
         took.append(took_s)
-        self._lost.clear()
+        self._expired.clear()
         self._least_s = min(took) if is_least_gone else min(self._least_s, took_s)
-        # A mean over 16 wavers so much that a queue as long as its least value allows is left with
-        # too little time: at ten times the load a fifth of the work came too late.
+        # A mean over 16 varies so much that its low values admit too many: at ten times the load a
+        # fifth of the work came too late.
         share = 1 / len(took)
         self._mean_s += (took_s - self._mean_s) * share
         self._deviation_s += (abs(took_s - self._mean_s) - self._deviation_s) * share
         self._concurrency += (concurrency - self._concurrency) * share
         self.last = now
 
-    def lost(self, now: float, took_s: float) -> None:
-        """One was in service for so long without an answer, until its deadline."""
+    def expired(self, now: float, took_s: float) -> None:
+        """A request was in service for this long, until its deadline, without an answer."""
         self._forget_old(now)
-        self._lost.append(took_s)
+        self._expired.append(took_s)
 
     def mean_s(self, now: float) -> float:
-        """0 when it is not known."""
+        """0 if unknown."""
         self._forget_old(now)
         return self._mean_s
 
     def likely_s(self, now: float) -> float:
-        """What one more takes if it is lucky; 0 when it is not known.
+        """How long the next request may take; 0 if unknown.
 
-        Where times are alike, what few exceed; of a mix, a few times what the quick ones take,
-        since it may be one of these.
+        Where times are similar, a time that few exceed; in a mix, a few times what the quick ones
+        take, as it may be one of these.
         """
-        # As TCP computes its retransmission timeout. With the mean alone, under overload 7 % of
-        # the work came too late where times differ by a tenth.
-        if not self.is_proven(now):
+        # Computed like TCP's retransmission timeout. With the mean alone, 7 % of the work came too
+        # late under overload where times differ by a tenth.
+        if not self.is_reliable(now):
             return 0.0
         quick_s = sorted(self._took)[len(self._took) // 10]
-        return min(self._mean_s + 4 * self._deviation_s, OF_QUICK * quick_s)
+        return min(self._mean_s + 4 * self._deviation_s, MAX_TO_QUICK * quick_s)
 
     def least_s(self, now: float) -> float:
-        """What even the quickest took; 0 when it is not known.
+        """How long even the quickest took; 0 if unknown.
 
-        Where none was answered recently, twice the time that was too little for each: otherwise a
-        queue whose first requests have always waited too long never learns how long they take.
+        If the last ones all expired, twice the shortest time that they had: otherwise a queue whose
+        first requests have always waited too long would never learn how long they take.
         """
-        least_s = self._least_s if self.is_proven(now) else 0.0
-        return max(least_s, 2 * min(self._lost)) if len(self._lost) == PROOF else least_s
+        least_s = self._least_s if self.is_reliable(now) else 0.0
+        if len(self._expired) < MIN_SAMPLES:
+            return least_s
+        return max(least_s, 2 * min(self._expired))
 
-    def is_too_little(self, now: float, left_s: float) -> bool:
-        """Whether this time is not enough; now and then one that seems so is tried all the same.
+    def is_too_short(self, now: float, left_s: float) -> bool:
+        """Whether this time is not enough. Says no to one in PROBE_EVERY all the same.
 
-        Otherwise it would never be seen that requests have become quicker.
+        Otherwise nothing would show that requests have become quicker.
         """
         if left_s >= self.least_s(now):
             return False
-        self._tried = (self._tried + 1) % ODD
-        return self._tried > 0
+        self._too_short = (self._too_short + 1) % PROBE_EVERY
+        return self._too_short > 0
 
-    def is_proven(self, now: float) -> bool:
-        """Whether more than one or two have completed recently."""
+    def is_reliable(self, now: float) -> bool:
+        """Whether enough requests have completed recently."""
         self._forget_old(now)
-        return len(self._took) >= PROOF
+        return len(self._took) >= MIN_SAMPLES
 
     @property
     def concurrency(self) -> int:
-        """How many were in service at a time, rounded up."""
+        """How many were in service at a time on average, rounded up."""
         return math.ceil(self._concurrency)
 
     def forget(self) -> None:
         self._took.clear()
-        self._lost.clear()
+        self._expired.clear()
         self._least_s = math.inf
         self._mean_s = self._deviation_s = self._concurrency = 0.0
 
@@ -120,9 +122,9 @@ class ServiceClass:
     """Requests that want the same places: how many wait and run, and how long they take.
 
     active: rows in service. waiting: rows that wait. parked: requests that wait because no place
-    was free. full_at: when one of these last left. refused_at: when one was last refused for its
-    time. estimator: of all. by_size: by the class of the payloads' sizes, which may tell how much
-    work they are.
+    was free. full_at: when the last of these stopped waiting. refused_at: when one was last refused
+    for lack of time. estimator: over all requests. by_size: by payload size class, as larger
+    payloads may take longer.
     """
 
     __slots__ = ("active", "by_size", "estimator", "full_at", "parked", "refused_at", "waiting")
@@ -144,15 +146,14 @@ class ServiceClass:
         return found
 
     def park(self, now: float) -> None:
-        """One found no place free."""
+        """A request begins to wait for a place."""
         # What completed while places were free may have been other work than what holds them now.
-        if not self.parked and now - self.full_at > ERA_S:
+        if not self.parked and now - self.full_at > IDLE_S:
             self.estimator.forget()
             for estimator in self.by_size.values():
                 estimator.forget()
         self.parked += 1
 
     def unpark(self, now: float) -> None:
-        """It no longer waits."""
         self.parked -= 1
         self.full_at = now

@@ -1,8 +1,7 @@
-"""How slots of the queue and places in service are shared out by address, handler and team.
+"""How queue slots and places in service are shared among addresses, handlers and teams.
 
-Whoever asks for many gets many, and some are always left for the next to come. Source of the rule:
-dynamic thresholds of shared-memory switches (Choudhury and Hahne, 1998). Sans-IO; the request
-queue's lock guards them.
+A single caller may take many, but some always stay free for the next one: the dynamic thresholds of
+shared-memory switches (Choudhury and Hahne, 1998). Sans-IO; guarded by the request queue's lock.
 """
 
 from __future__ import annotations
@@ -14,37 +13,37 @@ from overlay.model.errors import QueueFull
 from overlay.model.segments import Caller, Route
 from overlay.queueing.callers import RecentlySeen, Seen
 
-# Places in service: one that holds as many as this times the free ones gets no more, so that one
-# handler of one machine has 80 of 100 at most, one of many or many of one 90.
-OF_ONE, OF_MANY = 4, 9
-FEWEST_SHARED = 20  # fewer places are not shared out
-OF_A_HANDLER = 4  # the same for slots of the queue: 160 of 200
-MAX_HANDLERS = 1000  # that are remembered as asked for recently
+# Thresholds as multiples of what is free. Of 100 places in service one handler of one machine gets
+# at most 80, and one machine or one handler at most 90.
+PAIR_ALPHA, TOTAL_ALPHA = 4, 9
+MIN_SHARED = 20  # fewer places are not shared
+HANDLER_ALPHA = 4  # for queue slots: one handler gets at most 160 of 200
+MAX_HANDLERS = 1000  # remembered as recently requested
 
 K = TypeVar("K", bound=Hashable)
 
 
-def check_share(of_caller: int, waiting: int, slots: int, holder: str = "this caller") -> None:
-    """Raises QueueFull when a caller would have more slots than are left free for others.
+def check_share(held: int, waiting: int, slots: int, holder: str = "this caller") -> None:
+    """Raises QueueFull when a caller already holds as many slots as are free.
 
-    So none has more than half, two have a third each, and there is always room for one more.
+    So one caller gets at most half, two get a third each, and there is room for another one.
     """
-    if of_caller >= slots - waiting:
+    if held >= slots - waiting:
         raise QueueFull(
-            f"{holder} has {of_caller} of {slots} queue slots, and others came recently too"
+            f"{holder} has {held} of {slots} queue slots, and others have sent requests recently"
         )
 
 
-def check_share_of_handler(of_handler: int, waiting: int, slots: int) -> None:
-    """The same for what waits for one handler, where others are asked for too."""
-    if of_handler >= OF_A_HANDLER * (slots - waiting):
+def check_handler_share(held: int, waiting: int, slots: int) -> None:
+    """Raises QueueFull when one handler's requests hold more than their share of the slots."""
+    if held >= HANDLER_ALPHA * (slots - waiting):
         raise QueueFull(
-            f"this handler has {of_handler} of {slots} queue slots, and others are asked for too"
+            f"this handler has {held} of {slots} queue slots, and other handlers are in use"
         )
 
 
 class SlotShares:
-    """Who holds the slots of the queue, and how many bytes wait in them."""
+    """Counts the queue slots that callers and handlers hold, and the bytes that wait in them."""
 
     def __init__(self, slots: int, max_bytes: int) -> None:
         self._slots = slots
@@ -58,27 +57,27 @@ class SlotShares:
 
     @property
     def kept(self) -> int:
-        """Of how many callers, addresses and handlers something is remembered."""
+        """How many callers, addresses and handlers are remembered."""
         holders = len(self._callers) + len(self._addresses) + len(self._handlers)
         return holders + len(self._recent_handlers)
 
     def check(self, seen: Seen, wants: Route, size: int, now: float) -> None:
-        """Raises QueueFull when one more of `size` bytes does not fit or is more than its share.
+        """Raises QueueFull when one more of `size` bytes does not fit or exceeds a share.
 
-        That no slot is left is for the queue itself to say.
+        If no slot is free, it is the queue itself that raises.
         """
-        has_others = self._recent_handlers.seen(wants.handler, now)
+        has_other_handlers = self._recent_handlers.seen(wants.handler, now)
         waiting, slots = self._count, self._slots
         if waiting >= slots:
             return
         check_bytes(waiting, self._bytes, size, self._max_bytes)
-        if seen.has_neighbours:
-            of_address = self._addresses.get(seen.caller.address, 0)
-            check_share(of_address, waiting, slots, "this machine")
-        if seen.has_rivals:
+        if seen.has_other_addresses:
+            held = self._addresses.get(seen.caller.address, 0)
+            check_share(held, waiting, slots, "this machine")
+        if seen.has_other_callers:
             check_share(self._callers.get(seen.caller, 0), waiting, slots)
-        if has_others:
-            check_share_of_handler(self._handlers.get(wants.handler, 0), waiting, slots)
+        if has_other_handlers:
+            check_handler_share(self._handlers.get(wants.handler, 0), waiting, slots)
 
     def take(self, caller: Caller, wants: Route, size: int) -> None:
         self._add(1, caller, wants, size)
@@ -95,7 +94,7 @@ class SlotShares:
 
 
 def check_bytes(waiting: int, waiting_bytes: int, size: int, max_bytes: int) -> None:
-    """Raises QueueFull when `size` more bytes do not fit. One request always does."""
+    """Raises QueueFull when `size` more bytes do not fit. An empty queue takes any request."""
     if waiting and waiting_bytes + size > max_bytes:
         raise QueueFull(
             f"{waiting} waiting requests hold {waiting_bytes:,} of {max_bytes:,} bytes; "
@@ -104,18 +103,17 @@ def check_bytes(waiting: int, waiting_bytes: int, size: int, max_bytes: int) -> 
 
 
 class PlaceShares:
-    """Who holds the places in service, and who may have one more.
+    """Counts the places in service that addresses, handlers and teams hold, and limits them.
 
-    They are shared out by address and by handler, so that neither one machine nor one slow handler
-    has all of them.
+    Neither one machine nor one slow handler gets all of them.
     """
 
-    def __init__(self, places: int, of_a_team: int) -> None:
-        """of_a_team: how many the requests that name one team may have."""
+    def __init__(self, places: int, team_limit: int) -> None:
+        """team_limit: how many places the requests that name one team may hold."""
         self.places = places
         self.taken = 0
-        self._of_a_team = of_a_team
-        self._held: dict[tuple[str, str], int] = {}
+        self._team_limit = team_limit
+        self._pairs: dict[tuple[str, str], int] = {}
         self._addresses: dict[str, int] = {}
         self._handlers: dict[str, int] = {}
         self._teams: dict[str, int] = {}
@@ -124,20 +122,17 @@ class PlaceShares:
     def is_full(self) -> bool:
         return self.taken >= self.places
 
-    def of_team(self, team: str) -> int:
-        return self._teams.get(team, 0)
-
     def allow(self, address: str, handler: str, team: str) -> bool:
-        """Whether there is a place for one more of these."""
+        """Whether a request of these may take a place."""
         free = self.places - self.taken
-        if free <= 0 or (team and self._teams.get(team, 0) >= self._of_a_team):
+        if free <= 0 or (team and self._teams.get(team, 0) >= self._team_limit):
             return False
-        if self.taken < OF_ONE * free or self.places < FEWEST_SHARED:
-            return True  # none can have too many yet
+        if self.taken < PAIR_ALPHA * free or self.places < MIN_SHARED:
+            return True  # nothing can be over its threshold yet
         return (
-            self._held.get((address, handler), 0) < OF_ONE * free
-            and self._addresses.get(address, 0) < OF_MANY * free
-            and self._handlers.get(handler, 0) < OF_MANY * free
+            self._pairs.get((address, handler), 0) < PAIR_ALPHA * free
+            and self._addresses.get(address, 0) < TOTAL_ALPHA * free
+            and self._handlers.get(handler, 0) < TOTAL_ALPHA * free
         )
 
     def take(self, address: str, handler: str, team: str) -> None:
@@ -148,18 +143,18 @@ class PlaceShares:
 
     def _add(self, count: int, address: str, handler: str, team: str) -> None:
         self.taken += count
-        _count(self._held, (address, handler), count)
+        _count(self._pairs, (address, handler), count)
         _count(self._addresses, address, count)
         _count(self._handlers, handler, count)
         _count(self._teams, team, count)
 
 
-def most_of_slots(cap: int, elsewhere: int) -> int:
-    """How many of a worker's slots one handler may take, when others hold so many of its `cap`."""
+def max_handler_slots(cap: int, elsewhere: int) -> int:
+    """How many of a worker's `cap` slots one handler may take while others hold `elsewhere`."""
     free = cap - elsewhere
-    if cap < FEWEST_SHARED:
+    if cap < MIN_SHARED:
         return free
-    return free - free // (OF_MANY + 1)
+    return free - free // (TOTAL_ALPHA + 1)
 
 
 def _count(counts: dict[K, int], key: K, more: int) -> None:
@@ -167,4 +162,4 @@ def _count(counts: dict[K, int], key: K, more: int) -> None:
     if left:
         counts[key] = left
     else:
-        del counts[key]  # nothing is kept of those that hold none
+        del counts[key]  # so that the dict does not grow with everyone ever seen

@@ -1,18 +1,18 @@
-"""The queue in front of the service: what a process has taken and not yet handed down.
+"""The queue in front of the service: what a process has accepted and not yet started.
 
     put_nowait --> [ `maxsize` slots: single requests   ] --+
                      queue.Full when all are taken           +--> get_nowait, in fair order
     put_rows   --> [ a window for each stream: its rows ] --+     queue.Empty when none can start
 
-All that waits stands here, each request against one bound that GetMetrics shows:
+Everything that waits is here, each request within one of two limits that GetMetrics shows:
 
 - A single (unary) request takes a slot: `queue_size` of `queue_slots`, 200 on the leader. One that
-  finds a place as it arrives starts at once and takes none, so that a queue full of requests for
-  one busy team refuses none that an idle team could answer.
-- A streamed request takes no slot, and a full queue never refuses it. It counts in its stream's
+  finds a place on arrival starts at once and takes no slot, so a queue that is full of requests for
+  a busy team refuses none that an idle team could answer.
+- A streamed request takes no slot and is never refused by a full queue. It counts in its stream's
   window, and a stream whose window is full is not read: `streamed_waiting` of `streamed_slots`.
 
-One order for both (overlay.queueing.fair_queue), so neither way in can starve the other.
+Both share one order (overlay.queueing.fair_queue), so neither can starve the other.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from overlay.queueing.flow import W
 
 
 class WaitingRoom(queue.Queue[Any], Generic[W]):
-    """A bounded `queue.Queue` whose next item is the next that can start. Safe from any thread.
+    """A bounded `queue.Queue` whose next item is the next that can start. Thread-safe.
 
-    No call ever waits in it: `put` and `get` are `put_nowait` and `get_nowait`. Its `mutex` is
-    reentrant, and the request queue holds it over decisions that take several steps.
+    It never blocks: `put` and `get` are `put_nowait` and `get_nowait`. Its `mutex` is reentrant:
+    the request queue holds it over decisions of several steps.
     """
 
     def __init__(self, slots: int, claim: Callable[[W], Place | None]) -> None:
-        """claim: the places that an item gets now; None when it must wait. Called under `mutex`."""
+        """claim: the places that an item gets now; None if it must wait. Called under `mutex`."""
         super().__init__(slots)
         self.mutex = threading.RLock()  # type: ignore[assignment]  # the base class has a plain one
         self.order: FairQueue[W] = FairQueue()
@@ -42,7 +42,7 @@ class WaitingRoom(queue.Queue[Any], Generic[W]):
         self._taken = 0  # slots
 
     def __iter__(self) -> Iterator[W]:
-        """All that waits, whichever way it came. Under `mutex`."""
+        """Everything that waits, in slots or in windows. Under `mutex`."""
         return iter(self.order)
 
     def qsize(self) -> int:
@@ -57,7 +57,7 @@ class WaitingRoom(queue.Queue[Any], Generic[W]):
         return not self.order
 
     def put_nowait(self, item: W) -> None:
-        """Gives a single request a slot, to wait in. Raises queue.Full when all are taken."""
+        """Puts a single request into a slot. Raises queue.Full when all are taken."""
         with self.mutex:
             if self._taken >= self.maxsize:
                 raise queue.Full
@@ -65,16 +65,16 @@ class WaitingRoom(queue.Queue[Any], Generic[W]):
             self._taken += 1
 
     def put_rows(self, item: W, rows: int) -> None:
-        """Adds rows of a stream, which keeps them within its window."""
+        """Puts rows of a stream; the stream's window bounds them."""
         with self.mutex:
             self.order.put(item, rows)
 
     def get_nowait(self, arriving: W | None = None) -> tuple[W, Place]:
-        """Takes the next to start, in fair order, with its places: so many of its rows leave.
+        """The next to start, in fair order, with its places; that many of its rows leave the queue.
 
-        arriving: a single request that may start before it takes a slot; it competes as if it had
-        one, and is not in the queue afterwards. An item whose place has no rows can never start: it
-        stays in, to be discarded. Raises queue.Empty when nothing can start now.
+        arriving: a single request that may start without a slot. It competes as if it had one, and
+        is not in the queue afterwards. An item whose place has no rows can never start; it stays in
+        the queue, to be discarded. Raises queue.Empty when nothing can start now.
         """
         with self.mutex:
             if arriving is not None:
@@ -93,7 +93,7 @@ class WaitingRoom(queue.Queue[Any], Generic[W]):
             return item, place
 
     def discard(self, item: W, rows: int = 1) -> None:
-        """Removes so many rows of it that will never start: cancelled, refused or too late."""
+        """Removes rows that will never start: cancelled, refused or too late."""
         with self.mutex:
             self.order.remove(item, rows)
             self._taken -= not item.flow.is_stream

@@ -1,4 +1,4 @@
-"""How parts become one answer: pure functions, used on every process a request passes."""
+"""How parts become one answer: pure functions, used in every process that a request passes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Merge = Callable[[Sequence[Part]], bytes]
 
 
 def from_branch(answers: Slice, targets: Sequence[str]) -> Slice:
-    """A branch's answers with exactly one column per target: one that it left out says so.
+    """A branch's answers with exactly one column per target; a target that it left out has failed.
 
-    A refusal of the whole branch is every target's own.
+    A refusal of the whole branch is a refusal of every target.
     """
     count = answers.count
     if answers.refused is not None:
@@ -39,8 +39,8 @@ def gathered(
 ) -> Slice:
     """ALL: the branches' answers as one, parts and hops in the order of the configuration.
 
-    branches: by neighbour, each as `from_branch` gives it. missing: of workers in no branch. All
-    have the same rows.
+    branches: by neighbour, as returned by `from_branch`. missing: workers in no branch. All have
+    the same rows.
     """
     found = {column.process_id: column for answers in branches.values() for column in answers.parts}
     found.update({column.process_id: column for column in missing})
@@ -51,7 +51,7 @@ def gathered(
 
 
 def in_order(columns: Mapping[str, PartSlice], order: Sequence[str]) -> tuple[PartSlice, ...]:
-    """In the order of the configuration; at the end those that it does not have."""
+    """The columns in the order of the configuration, followed by workers that it does not have."""
     found = tuple(columns[w] for w in order if w in columns)
     if len(found) < len(columns):
         known = set(order)
@@ -60,17 +60,17 @@ def in_order(columns: Mapping[str, PartSlice], order: Sequence[str]) -> tuple[Pa
 
 
 def coverage(answer: AnswerRow) -> str:
-    """The trailer that tells k of n and who is missing: "2/3; missing=F"."""
+    """The trailer with the number of parts and the missing workers, as in "2/3; missing=F"."""
     good = sum(part.ok for part in answer.parts)
     missing = ",".join(part.process_id for part in answer.parts if not part.ok)
     return f"{good}/{len(answer.parts)}" + (f"; missing={missing}" if missing else "")
 
 
 def failure(answer: AnswerRow, retry_after_s: float) -> OverlayError | None:
-    """The error that the caller gets when no worker answered OK, else None.
+    """The error for the caller if no worker answered OK; None otherwise.
 
-    Its code is the first part's in the order of the configuration. It proves that nothing ran only
-    if every part does.
+    Its code is that of the first part in the order of the configuration. It proves that nothing ran
+    only if every part does.
     """
     parts = (answer.refused,) if answer.refused is not None else answer.parts
     if any(part.ok for part in parts):
@@ -81,27 +81,27 @@ def failure(answer: AnswerRow, retry_after_s: float) -> OverlayError | None:
         )
     first, executed = parts[0], _executed(parts)
     cause = first.cause or first.code.name.lower().replace("_", " ")
-    again: float | None = first.retry_after_s or retry_after_s
-    if executed is not Executed.NO or first.code not in _WORTH_A_RETRY:
-        again = None
+    retry: float | None = first.retry_after_s or retry_after_s
+    if executed is not Executed.NO or first.code not in _RETRYABLE:
+        retry = None
     reasons = first.reason if answer.refused is not None else _reasons(parts)
-    return PartsFailed(reasons, first.code, executed, cause, again)
+    return PartsFailed(reasons, first.code, executed, cause, retry)
 
 
 def may_try_elsewhere(answer: AnswerRow) -> bool:
-    """ANY: whether another worker may be asked, which takes proof that nothing has run."""
+    """ANY: whether another worker may be asked, which requires proof that nothing has run."""
     part = answer.refused or (answer.parts[0] if answer.parts else None)
-    return part is not None and part.executed is Executed.NO and part.code in _WORTH_ANOTHER
+    return part is not None and part.executed is Executed.NO and part.code in _RETRYABLE_ELSEWHERE
 
 
 def was_lost(answer: AnswerRow) -> bool:
-    """ANY: whether it is open what became of it: its worker, or the way there, broke down."""
+    """ANY: whether the outcome is unknown because the worker, or the path to it, broke down."""
     part = answer.refused or (answer.parts[0] if answer.parts else None)
     return part is not None and part.executed is Executed.UNKNOWN and part.code is Code.UNAVAILABLE
 
 
 def plain_results(answers: Slice) -> list[bytes]:
-    """`result` without a merge for every row, of answers without a failure."""
+    """`result` without a merge function for every row, of answers without failures."""
     columns = [column.results.items for column in answers.parts]
     if len(columns) == 1:
         return list(columns[0])
@@ -109,7 +109,7 @@ def plain_results(answers: Slice) -> list[bytes]:
 
 
 def result(mode: Mode, answer: AnswerRow, merge: Merge | None) -> bytes:
-    """What the client gets: ANY the worker's own bytes; ALL merged, or joined by newlines."""
+    """What the client gets. ANY: the worker's own bytes. ALL: merged, or joined by newlines."""
     good = [part for part in answer.parts if part.ok]
     if mode is Mode.ANY:
         return good[0].result
@@ -117,9 +117,9 @@ def result(mode: Mode, answer: AnswerRow, merge: Merge | None) -> bytes:
 
 
 _LEFT_OUT = Detail(Code.INTERNAL, "left out of its team leader's answer")
-_WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
-# It reads another configuration, or takes no body of this size; another one may not.
-_WORTH_ANOTHER = (*_WORTH_A_RETRY, Code.FAILED_PRECONDITION)
+_RETRYABLE = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
+# A process with another configuration or a smaller message limit refuses what others may accept.
+_RETRYABLE_ELSEWHERE = (*_RETRYABLE, Code.FAILED_PRECONDITION)
 
 
 def _executed(parts: Sequence[Part]) -> Executed:
@@ -131,8 +131,8 @@ def _executed(parts: Sequence[Part]) -> Executed:
 
 def _reasons(parts: Iterable[Part]) -> str:
     """Each reason once, with the processes that gave it."""
-    givers: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for part in parts:
-        givers.setdefault(part.reason, []).append(part.process_id)
-    by_reason = ((", ".join(filter(None, ids)), why) for why, ids in givers.items())
-    return "; ".join(f"{ids}: {why}" if ids else why for ids, why in by_reason)
+        by_reason.setdefault(part.reason, []).append(part.process_id)
+    joined = ((", ".join(filter(None, ids)), why) for why, ids in by_reason.items())
+    return "; ".join(f"{ids}: {why}" if ids else why for ids, why in joined)

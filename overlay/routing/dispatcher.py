@@ -1,11 +1,11 @@
-"""One segment of requests, from its claim to its answers: asks neighbours, works, gathers.
+"""Takes a segment of requests from its claim to its answers: asks neighbours, works, gathers.
 
-    claim   decides: who is asked, for how many rows, against which places   (quick, under a lock)
-    start   acts: everything is sent at once, no thread waits
-    sinks   collect what comes back, on whatever thread it comes
+    claim   decides: whom to ask, for how many rows, in which places   (quick, under a lock)
+    start   acts: sends everything immediately, no thread waits
+    sinks   collect the answers, on whichever thread they arrive
 
-Knows no gRPC: the links and the executor are passed in, so that tests can use a network in memory
-instead.
+Does not know gRPC: the links and the executor are passed in, so that tests can use a network in
+memory instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from typing import Protocol
 
 from overlay.model import clocks as time
-from overlay.model.pending import Ends, PendingRows, Slices
+from overlay.model.pending import CancelIndex, PendingRows, SliceIndex
 from overlay.model.segments import (
     Cancel,
     Code,
@@ -40,11 +40,11 @@ from overlay.routing import aggregate, planner
 from overlay.routing.outlier import State
 from overlay.routing.planner import Branch, Load, Plan
 
-MAX_PICKED = 100  # counted of a neighbour: one that comes back is not given all that it missed
+MAX_PICKED = 100  # then the counts are halved, so a returning neighbour need not catch up on all
 
 
 class PeerLinks(Protocol):
-    """What the dispatcher needs of its neighbours; overlay.peers.peers.Peers has the promises."""
+    """What the dispatcher needs of its neighbours; documented in overlay.peers.peers.Peers."""
 
     def up(self) -> frozenset[str]: ...
     def awaited(self) -> set[str]: ...
@@ -55,7 +55,7 @@ class PeerLinks(Protocol):
 
 
 class LocalExecutor(Protocol):
-    """What the dispatcher needs of a worker; overlay.workers.executor.Executor has the promises."""
+    """What the dispatcher needs of a worker; documented in overlay.workers.executor.Executor."""
 
     def claim(self, handler: str, count: int) -> int: ...
     def run(self, segment: Segment, waited_s: float, sink: OnResult) -> Cancel: ...
@@ -63,9 +63,9 @@ class LocalExecutor(Protocol):
 
 @value
 class Claimed:
-    """Places for `count` rows: a plan whose branches are reserved for them, or slots to work in.
+    """Places for `count` rows: a plan with its branches reserved for them, or local slots.
 
-    branch: the one of the plan that is asked, where any one is.
+    branch: the one that is asked, in mode ANY.
     """
 
     count: int
@@ -74,7 +74,7 @@ class Claimed:
 
 
 class Dispatcher:
-    """Claims places for requests and starts them, at one process. Safe from any thread."""
+    """Claims places for requests and starts them, in one process. Thread-safe."""
 
     def __init__(
         self,
@@ -91,23 +91,22 @@ class Dispatcher:
         self._executor = executor
         self._clock = clock
         self._plans: dict[object, Plan] = {}
-        self._picked: defaultdict[str, float] = defaultdict(float)  # recent rows to any one
+        self._picked: defaultdict[str, float] = defaultdict(float)  # recent rows in mode ANY
 
     def claim(
         self, route: Route, count: int, patient_until: float, streamed: bool
     ) -> Claimed | NoPlace | None:
-        """Places for some or all of `count` rows, or None when all must wait.
+        """Places for some or all of `count` rows; None if all must wait.
 
         They wait for a slot or for a branch with credit, and until `patient_until` for a link that
-        went down this moment (AWAITED). Streamed rows to all go down against credit too; single
-        ones at once.
+        has just gone down (AWAITED). In mode ALL only streamed rows need credit.
         """
         if self._executor is not None and (route.targets is None or self._me.id in route.targets):
             count = self._executor.claim(route.handler, count)
-            return Claimed(count, _HERE) if count else None
+            return Claimed(count, _LOCAL) if count else None
         plan = self._plan(route, self._peers.up())
-        short = not plan.branches if route.mode is Mode.ANY else bool(plan.missing)
-        if short and self._clock() < patient_until and self._may_come_back(plan):
+        is_incomplete = not plan.branches if route.mode is Mode.ANY else bool(plan.missing)
+        if is_incomplete and self._clock() < patient_until and self._may_come_back(plan):
             return AWAITED
         if not plan.branches:
             return Claimed(count, plan)
@@ -116,20 +115,20 @@ class Dispatcher:
         return self._claim_all(plan, route.handler, count, streamed)
 
     def start(self, segment: Segment, claimed: Claimed, waited_s: float, sink: OnResult) -> Cancel:
-        """Sends or runs them. The sink gets each row; the End answers what is open.
+        """Sends or runs the rows. The sink gets an answer to each; a cancel answers those without.
 
-        A row that was ended may be answered again: its queued segment passes on the first answer.
+        A cancelled row may be answered again: its queued segment passes on only the first answer.
         """
         if claimed.plan.local and self._executor is not None:
             return self._executor.run(segment, waited_s, sink)
         if segment.route.mode is Mode.ANY:
             return DispatchAny(self, segment, claimed, sink).begin()
-        if segment.on_partial is not None:
+        if segment.on_partial is not None and claimed.plan.branches:
             return StreamingGather(self, segment, claimed.plan, segment.on_partial, sink).begin()
         return Gather(self, segment, claimed.plan, sink).begin()
 
     def load(self, branch: Branch, handler: str) -> Load:
-        """How full a branch is for a handler, by what was sent there and what it reported."""
+        """The load of a branch for a handler, by what was sent there and what it reported."""
         outstanding, service_s, state, is_recent = self._peers.load(branch.neighbour, handler)
         slots = 0
         for worker in branch.targets:
@@ -137,7 +136,7 @@ class Dispatcher:
         return Load(outstanding, slots, self._picked[branch.neighbour], service_s, state, is_recent)
 
     def _plan(self, route: Route, up: frozenset[str]) -> Plan:
-        # The same few routes come again and again; what decides is in the key.
+        # The same few routes recur; the key has everything that the plan depends on.
         key = (up, route.team, route.targets, route.hops)
         plan = self._plans.get(key)
         if plan is None:
@@ -150,8 +149,8 @@ class Dispatcher:
         picked = planner.pick(plan.branches, lambda branch: self.load(branch, handler))
         if picked is None:
             return None
-        branch, most = picked
-        count = min(count, most)
+        branch, limit = picked
+        count = min(count, limit)
         self._note_picked(branch.neighbour, count)
         self._peers.reserve(branch.neighbour, handler, count)
         return Claimed(count, plan, branch)
@@ -164,8 +163,8 @@ class Dispatcher:
 
     def _claim_all(self, plan: Plan, handler: str, count: int, streamed: bool) -> Claimed | None:
         if streamed:
-            # The most of them: what is too much for a busy one waits there, and it may be missing
-            # in the end, but not the others.
+            # The credit of the freest branch: what is too much for a busy one waits there, and may
+            # cost its parts but not those of the others.
             count = min(count, max(self.load(branch, handler).credit for branch in plan.branches))
             if not count:
                 return None
@@ -177,7 +176,7 @@ class Dispatcher:
         process = self._topology.processes[worker]
         name = handler or process.handler
         reported = self._peers.slots(neighbour, worker, name)
-        # Not known yet: what the configuration lets expect, or it would look full.
+        # Until it has reported, what the configuration says; otherwise it would look full.
         return reported or self._topology.handler_slots(process, self._topology.handlers[name])
 
     def _may_come_back(self, plan: Plan) -> bool:
@@ -204,32 +203,33 @@ class Gather:
         self._plan = plan
         self._sink = sink
         self._lock = threading.Lock()
-        self._came = {branch.neighbour: Slices() for branch in plan.branches}
-        self._ends: list[Cancel] = []
+        self._answers = {branch.neighbour: SliceIndex() for branch in plan.branches}
+        self._cancels: list[Cancel] = []
 
     def begin(self) -> Cancel:
         if not self._plan.branches:
             self._answer(0, self._segment.count, {})
-            return _nothing
+            return _no_op
         for branch in self._plan.branches:
-            self._ends.append(self._dispatcher._send(branch, self._segment, self._sink_of(branch)))
-        return self.end
+            cancel = self._dispatcher._send(branch, self._segment, self._sink_of(branch))
+            self._cancels.append(cancel)
+        return self.cancel
 
-    def end(self, code: Code, start: int, count: int) -> None:
-        """Answers open rows with the parts that came, and ends the branches' work on them."""
+    def cancel(self, code: Code, start: int, count: int) -> None:
+        """Answers rows with the parts that have arrived, and cancels the branches' work on them."""
         for row in range(start, start + count):
             with self._lock:
-                found = {n: chunk for n, came in self._came.items() if (chunk := came.at(row))}
-            if len(found) == len(self._came):
-                continue  # answered
+                found = {n: part for n, index in self._answers.items() if (part := index.at(row))}
+            if len(found) == len(self._answers):
+                continue  # answered already
             late = {
                 branch.neighbour: _late(branch, code)
                 for branch in self._plan.branches
                 if branch.neighbour not in found
             }
             self._answer(row, 1, {**found, **late})
-        for end in list(self._ends):
-            end(code, start, count)
+        for cancel in list(self._cancels):
+            cancel(code, start, count)
 
     def _sink_of(self, branch: Branch) -> OnResult:
         began, clock = self._dispatcher._clock(), self._dispatcher._clock
@@ -239,7 +239,7 @@ class Gather:
                 answers = trace.below(answers, clock() - began)
             whole = aggregate.from_branch(answers, branch.targets)
             with self._lock:
-                self._came[branch.neighbour].add(start, whole)
+                self._answers[branch.neighbour].add(start, whole)
                 ready = self._ready(start, start + answers.count)
             for first, count, found in ready:
                 self._answer(first, count, found)
@@ -247,13 +247,13 @@ class Gather:
         return sink
 
     def _ready(self, start: int, stop: int) -> list[tuple[int, int, dict[str, Slice]]]:
-        """What of the rows start..stop every branch has answered, the last one just now."""
+        """Those of the rows start..stop that every branch has answered, with the answers."""
         ranges = [(start, stop)]
-        for came in self._came.values():
-            ranges = [both for one in ranges for both in came.overlapping(*one)]
+        for answers in self._answers.values():
+            ranges = [both for one in ranges for both in answers.overlapping(*one)]
         ready = []
         for first, last in ranges:
-            found = {n: came.at(first, last - first) for n, came in self._came.items()}
+            found = {n: answers.at(first, last - first) for n, answers in self._answers.items()}
             ready.append((first, last - first, {n: p for n, p in found.items() if p is not None}))
         return ready
 
@@ -264,10 +264,10 @@ class Gather:
 
 
 class StreamingGather:
-    """ALL, as they come: each part goes on at once and is not kept.
+    """ALL with partial results: each part is passed on as it arrives and is not kept.
 
-    A row is answered when its last branch has answered and no part of it is just being passed on.
-    The answer has the workers that never came; where none came OK, all of them with their reasons.
+    A row is answered when its last branch has answered and no part of it is being passed on. The
+    answer has the parts of the workers that did not answer; if none answered OK, it has all parts.
     """
 
     def __init__(
@@ -285,26 +285,17 @@ class StreamingGather:
         self._sink = sink
         self._lock = threading.Lock()
         self._rows = [_Row(plan) for _ in range(segment.count)]
-        self._ends: list[Cancel] = []
+        self._cancels: list[Cancel] = []
 
     def begin(self) -> Cancel:
-        if not self._plan.branches:
-            answers = aggregate.gathered(
-                self._dispatcher._me.id,
-                self._dispatcher._order,
-                {},
-                _missing_columns(self._plan, self._segment.count),
-            )
-            self._sink(0, answers)
-            return _nothing
+        segment = self._segment.with_(on_partial=self._pass_on_rows)
         for branch in self._plan.branches:
-            segment = self._segment.with_(on_partial=partial(self._pass_on_rows, branch))
             sink = partial(self._branch_answered, branch)
-            self._ends.append(self._dispatcher._send(branch, segment, sink))
-        return self.end
+            self._cancels.append(self._dispatcher._send(branch, segment, sink))
+        return self.cancel
 
-    def end(self, code: Code, start: int, count: int) -> None:
-        """Answers open rows with what did not come, and ends the branches' work on them."""
+    def cancel(self, code: Code, start: int, count: int) -> None:
+        """Answers rows with the missing parts, and cancels the branches' work on them."""
         for row in range(start, start + count):
             with self._lock:
                 late = [
@@ -315,10 +306,10 @@ class StreamingGather:
                 ]
                 self._rows[row].owed.clear()  # no part of it is passed on after its answer
             self._answer(row, late)
-        for end in list(self._ends):
-            end(code, start, count)
+        for cancel in list(self._cancels):
+            cancel(code, start, count)
 
-    def _pass_on_rows(self, branch: Branch, start: int, answers: Slice) -> None:
+    def _pass_on_rows(self, start: int, answers: Slice) -> None:
         for i in range(answers.count):
             self._pass_on(start + i, answers.slice(i, 1))
 
@@ -328,7 +319,7 @@ class StreamingGather:
             with self._lock:
                 owed = [target for target in branch.targets if target in self._rows[row].owed]
             self._pass_on(row, aggregate.from_branch(answers.slice(i, 1), owed))
-            self._let_go(row)
+            self._release(row)
 
     def _pass_on(self, row: int, answers: Slice) -> None:
         state = self._rows[row]
@@ -339,10 +330,10 @@ class StreamingGather:
             state.holds += 1
         self._on_partial(row, Slice(1, columns, (self._dispatcher._me.id, *answers.hops)))
         with self._lock:
-            state.came(columns)
-        self._let_go(row)
+            state.add(columns)
+        self._release(row)
 
-    def _let_go(self, row: int) -> None:
+    def _release(self, row: int) -> None:
         with self._lock:
             self._rows[row].holds -= 1
             is_last = not self._rows[row].holds
@@ -352,40 +343,43 @@ class StreamingGather:
     def _answer(self, row: int, late: list[PartSlice]) -> None:
         state = self._rows[row]
         columns = {c.process_id: c for c in (*_missing_columns(self._plan, 1), *late)}
-        if not state.is_good:
-            columns = {**{c.process_id: c for c in state.bad}, **columns}
+        if not state.is_ok:
+            columns = {**{c.process_id: c for c in state.failed}, **columns}
         found = aggregate.in_order(columns, self._dispatcher._order)
         hops, early_us = (self._dispatcher._me.id,), state.slowest_us
         self._sink(row, Slice(1, found, hops, early_us=early_us))
 
 
 class _Row:
-    """What is still to come of one row, and what failed of what came."""
+    """One row: the workers that still owe their parts, and the parts that failed."""
 
-    __slots__ = ("bad", "holds", "is_good", "owed", "slowest_us")
+    __slots__ = ("failed", "holds", "is_ok", "owed", "slowest_us")
 
     def __init__(self, plan: Plan) -> None:
         self.owed = {worker for branch in plan.branches for worker in branch.targets}
-        self.holds = len(plan.branches)  # that have not answered, and parts being passed on
-        self.is_good = False  # a worker has answered OK
-        self.bad: list[PartSlice] = []
-        self.slowest_us: tuple[int, int] | None = None  # waited and worked, of those that came
+        self.holds = len(plan.branches)  # branches without an answer, and parts being passed on
+        self.is_ok = False  # a worker has answered OK
+        self.failed: list[PartSlice] = []
+        self.slowest_us: tuple[int, int] | None = None  # waited and worked, of the OK parts
 
-    def came(self, columns: Iterable[PartSlice]) -> None:
+    def add(self, columns: Iterable[PartSlice]) -> None:
         for column in columns:
-            if not column.is_over:  # a chunk; it is still owed
+            if not column.is_over:  # more chunks of it follow
                 continue
             self.owed.discard(column.process_id)
             if column.at(0).ok:
-                self.is_good = True
+                self.is_ok = True
                 times = column.waited_us, column.worked_us
                 self.slowest_us = max(self.slowest_us or times, times, key=sum)
             else:
-                self.bad.append(column)
+                self.failed.append(column)
 
 
 class DispatchAny:
-    """ANY: one branch is asked; another only on proof that nothing ran in the first."""
+    """ANY: one branch is asked; another only with proof that nothing ran in the first.
+
+    A lost request with an idempotency key is sent once more without proof.
+    """
 
     def __init__(
         self, dispatcher: Dispatcher, segment: Segment, claimed: Claimed, sink: OnResult
@@ -394,32 +388,31 @@ class DispatchAny:
         self._segment = segment
         self._claimed = claimed
         self._sink = sink
-        self._lost: Slice | None = None  # what came of a first try that may have run
-        self._spared: frozenset[str] = frozenset()  # the workers on which it may have,
-        self._before = 0  # and how many neighbours had been tried by then
+        self._lost: Slice | None = None  # the outcome of a first attempt that may have run,
+        self._excluded: frozenset[str] = frozenset()  # the workers on which it may have,
+        self._tried_before = 0  # and how many neighbours had been tried by then
         self._lock = threading.Lock()
-        # A row that has ended is not sent elsewhere; and when none is open, all is forgotten.
-        self._open = PendingRows(segment.count)
-        self._ends = Ends(segment.count)
+        self._open = PendingRows(segment.count)  # an answered row is not sent elsewhere
+        self._cancels = CancelIndex(segment.count)
 
     def begin(self) -> Cancel:
         branch = self._claimed.branch
         if branch is None:
             count = self._segment.count
             self._answer(0, Slice(count, tuple(_missing_columns(self._claimed.plan, count))))
-            return _nothing
+            return _no_op
         self._send(branch, 0, self._segment, ())
-        return self.end
+        return self.cancel
 
-    def end(self, code: Code, start: int, count: int) -> None:
+    def cancel(self, code: Code, start: int, count: int) -> None:
         with self._lock:
-            endings = self._ends.end(code, start, count)
-        # First the answer, so that this code wins and nothing is sent on to others in vain.
+            calls = self._cancels.cancel(code, start, count)
+        # The answer first, so that this code wins and nothing is sent to other branches in vain.
         neighbour = self._claimed.branch.neighbour if self._claimed.branch else ""
         late = Part(neighbour, code, _late_reason(neighbour, code))
         self._answer(start, Slice(count, (), refused=late))
-        for ending in endings:
-            ending()
+        for call in calls:
+            call()
 
     def _send(self, branch: Branch, at: int, segment: Segment, tried: tuple[str, ...]) -> None:
         tried = (*tried, branch.neighbour)
@@ -432,28 +425,31 @@ class DispatchAny:
                 silent = Part(branch.neighbour, Code.INTERNAL, "answered without parts")
                 answers = Slice(answers.count, (), answers.hops, silent, answers.trace)
             if branch.neighbour in branch.targets and aggregate.was_lost(answers.at(0)):
-                # As the worker's own, so that processes above know on which one it may have run.
+                # As a failure of the worker, so that processes above know where it may have run.
                 answers = aggregate.from_branch(answers, branch.targets)
             if answers.flawless or not self._try_others(at + start, answers, branch, tried):
                 self._answer(at + start, answers)
 
-        end, rows = self._dispatcher._send(branch, segment, sink), segment.count
+        cancel = self._dispatcher._send(branch, segment, sink)
         with self._lock:
-            endings = self._ends.begin(at, rows, end, len(tried))
+            calls = self._cancels.sent(at, segment.count, cancel, len(tried))
             if not self._open.left:
-                self._ends.forget()
-        for ending in endings:  # while this was sent
-            ending()
+                self._cancels.clear()
+        for call in calls:  # rows that were cancelled while this was sent
+            call()
 
     def _try_others(
         self, start: int, answers: Slice, branch: Branch, tried: tuple[str, ...]
     ) -> bool:
-        """Sends on the rows that provably did not run; answers the others, row by row."""
+        """Sends the rows that may be tried elsewhere, and answers the others, row by row.
+
+        Returns False, having done nothing, if there are none.
+        """
         rows = range(answers.count)
-        again = [self._may_try_elsewhere(answers, row, branch, len(tried)) for row in rows]
-        if not any(again):
+        retryable = [self._may_try_elsewhere(answers, row, branch, len(tried)) for row in rows]
+        if not any(retryable):
             return False
-        for row, may in enumerate(again):
+        for row, may in enumerate(retryable):
             if not (may and self._try_another(start + row, tried)):
                 self._answer(start + row, answers.slice(row, 1))
         return True
@@ -462,12 +458,12 @@ class DispatchAny:
         answer = answers.at(row)
         if aggregate.may_try_elsewhere(answer):
             return True
-        # Lost, with an idempotency key: once more only, so a body that kills workers kills two.
+        # A lost request with a key is sent only once more: a payload that kills workers kills two.
         if self._segment.idempotent and self._lost is None and aggregate.was_lost(answer):
             self._lost = answers.slice(row, 1)
             worker = answer.parts[0].process_id if answer.parts else ""
-            self._spared = frozenset([worker] if worker in branch.targets else branch.targets)
-            self._before = tried
+            self._excluded = frozenset([worker] if worker in branch.targets else branch.targets)
+            self._tried_before = tried
             return True
         return False
 
@@ -483,35 +479,37 @@ class DispatchAny:
         claimed = dispatcher._claim_one(plan, handler, 1)
         branch = claimed.branch if claimed else None
         if branch is None:
-            # None has credit: better to wait in a queue there than to fail here.
+            # No branch has credit: better to wait in a queue there than to fail here.
             branch = plan.branches[0]
             dispatcher._peers.reserve(branch.neighbour, handler, 1)
         self._send(branch, row, segment.again(), tried)
         return True
 
     def _plan_of_others(self, route: Route, tried: tuple[str, ...]) -> Plan:
-        """After a loss: how to get to the other workers, also through the same neighbour."""
+        """A plan for other neighbours; after a loss for other workers, through any neighbour that
+        has not been tried since."""
         dispatcher = self._dispatcher
-        if self._spared:
+        if self._excluded:
             scope = planner.scope(dispatcher._topology, dispatcher._me.id, route)
-            targets = tuple(worker for worker in scope if worker not in self._spared)
+            targets = tuple(worker for worker in scope if worker not in self._excluded)
             route = route._replace(targets=targets)
-        return dispatcher._plan(route, dispatcher._peers.up().difference(tried[self._before :]))
+        up = dispatcher._peers.up()
+        return dispatcher._plan(route, up.difference(tried[self._tried_before :]))
 
     def _answer(self, start: int, answers: Slice) -> None:
         with self._lock:
             runs = self._open.take(start, answers.count)
             if not self._open.left:
-                self._ends.forget()  # they lead back here
+                self._cancels.clear()
         if self._lost is not None and aggregate.may_try_elsewhere(answers.at(0)):
-            answers = self._lost  # that the second one did not run is no proof for the first
+            answers = self._lost  # that the second attempt did not run proves nothing for the first
         hops = (self._dispatcher._me.id, *answers.hops)
         for begin, count in runs:
             rows = answers.slice(begin - start, count)
             self._sink(begin, Slice(rows.count, rows.parts, hops, rows.refused, rows.trace))
 
 
-_HERE = Plan(local=True)
+_LOCAL = Plan(local=True)
 
 
 def _missing_columns(plan: Plan, count: int) -> list[PartSlice]:
@@ -534,5 +532,5 @@ def _late_reason(neighbour: str, code: Code) -> str:
     return f"no answer from {neighbour} {what}"
 
 
-def _nothing(code: Code, start: int, count: int) -> None:
+def _no_op(code: Code, start: int, count: int) -> None:
     pass

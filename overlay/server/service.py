@@ -92,7 +92,7 @@ class Service:
             me,
             slots=topology.queue_slots(me),
             in_service=self.me.in_service,
-            of_a_team=_half_if_several(topology, self.me.in_service),
+            team_limit=_half_if_several(topology, self.me.in_service),
             return_margin_s=topology.hops_below(me) * self.limits.return_margin_s,
             default_handler=_common_default(topology, self.me),
             max_bytes=self.limits.max_waiting_bytes,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from overlay.model import clocks as time
-from overlay.model.errors import BadRequest, Misspoken
+from overlay.model.errors import BadRequest, BadResponse
 from overlay.model.limits import Limits
 from overlay.model.segments import Chunk
 from overlay.observability.throttle import TokenBucket
@@ -183,11 +183,11 @@ class PartProgress:
     def chunk(self, at: int, size: int, more: bool) -> None:
         """A chunk of it has arrived. Raises Misspoken."""
         if at != self.at:
-            raise Misspoken(f"a chunk at byte {at:,}, after {self.at:,}")
+            raise BadResponse(f"a chunk at byte {at:,}, after {self.at:,}")
         self.at += size
         self.left -= more
         if self.left < 0:
-            raise Misspoken("more chunks of a part than were granted")
+            raise BadResponse("more chunks of a part than were granted")
 
 
 class Budget:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, count, repeat
 from typing import Any, Generic, TypeVar
 
-from overlay.model.errors import Misspoken
+from overlay.model.errors import BadResponse
 from overlay.model.limits import Limits
 from overlay.model.pending import PendingRows, Run
 from overlay.model.segments import Slice

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import grpc
 
 from overlay.model import clocks as time
-from overlay.model.errors import Misspoken
+from overlay.model.errors import BadResponse
 from overlay.model.limits import Limits
 from overlay.model.segments import Code, Detail, Executed, Part
 from overlay.transport import codec

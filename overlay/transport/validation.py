@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from overlay.model.errors import Misspoken
+from overlay.model.errors import BadResponse
 from overlay.model.limits import Limits
 from overlay.model.topology import ROLES
 from overlay.observability.log_buffer import escaped
@@ -55,7 +55,7 @@ def check_slice(
 ) -> tuple[list[ReadPart], tuple[str, ...]]:
     """Checks a slice between processes or, with `results` false, one for a client.
 
-    Returns its parts and hops. Raises Misspoken.
+    Returns its parts and hops. Raises BadResponse.
     """
     count = message.count
     if not 0 < count <= asked.rows - message.start:
@@ -109,7 +109,7 @@ def check_metrics(message: Any) -> None:
     _check_functions(message.functions)
     for histogram in (message.service, message.waiting):
         if histogram.bounds_s and len(histogram.counts) != len(histogram.bounds_s) + 1:
-            raise Misspoken("a histogram with a count too many or too few")
+            raise BadResponse("a histogram with a count too many or too few")
 
 
 def check_logs(message: Any, process_id: str, lines: int) -> None:
@@ -161,7 +161,7 @@ def _escaped(field: str, text: str) -> str:
 def _check_functions(functions: Sequence[Any]) -> None:
     size = sum(len(f.signature) + len(f.doc) + len(f.arguments) + len(f.result) for f in functions)
     if size > MAX_CHARACTERS:
-        raise Misspoken(f"functions: {size:,} characters of them")
+        raise BadResponse(f"functions: {size:,} characters of them")
     _check_names("functions", [function.name for function in functions])
 
 
@@ -177,7 +177,7 @@ _HEXADECIMAL = set("0123456789abcdef")
 
 def _check_workers(workers: list[str], targets: frozenset[str] | None) -> None:
     if len(workers) > 1 and len(set(workers)) < len(workers):
-        raise Misspoken("two parts of one worker in one slice")
+        raise BadResponse("two parts of one worker in one slice")
     if targets is None:
         _check_names("parts", workers, MAX_PARTS)
     elif not targets.issuperset(workers):
@@ -190,12 +190,12 @@ def _check_part(read: ReadPart, count: int, asked: Asked, more: bool, results: b
     if failures:
         _check_failures(failures, count)
     if found != count and (found or (results and not _all_failed(failures))):
-        raise Misspoken(f"{worker}: {found} results for {count} rows")
+        raise BadResponse(f"{worker}: {found} results for {count} rows")
     if part.more or part.at:
         if count != 1:
-            raise Misspoken(f"{worker}: a chunk for {count} rows")
+            raise BadResponse(f"{worker}: a chunk for {count} rows")
         if not asked.chunks or not found or (part.more and not more):
-            raise Misspoken(f"{worker}: a chunk where none can come")
+            raise BadResponse(f"{worker}: a chunk where none can come")
 
 
 def _all_failed(failures: Any) -> bool:
@@ -211,7 +211,7 @@ def _check_failures(details: Any, count: int) -> None:
         if failed > count or (detail.count and detail.start + rows > count):
             raise Misspoken(f"failures of rows {detail.start} to +{rows} in a slice of {count}")
         if detail.code == 0:
-            raise Misspoken("a failure with the code OK")
+            raise BadResponse("a failure with the code OK")
 
 
 def _check_results(message: Any, count: int) -> None:
@@ -221,7 +221,7 @@ def _check_results(message: Any, count: int) -> None:
         return
     failed = sum(detail.count or count for detail in message.failures)
     if found or failed < count:
-        raise Misspoken(f"{found} results and {failed} failures for {count} rows")
+        raise BadResponse(f"{found} results and {failed} failures for {count} rows")
 
 
 def _check_trace(trace: Sequence[Any]) -> None:
@@ -230,24 +230,24 @@ def _check_trace(trace: Sequence[Any]) -> None:
 
 def _check_process(process: Any, ids: set[str]) -> None:
     if process.role not in ROLES:
-        raise Misspoken(f"topology: '{_shown(process.role)}' is not a role")
+        raise BadResponse(f"topology: '{_shown(process.role)}' is not a role")
     _check_names("topology", (process.team, process.handler))
     if unknown := set(process.neighbors) - ids:
         raise Misspoken(f"topology: neighbor '{_shown(min(unknown))}' is not in it")
     host, _, port = process.address.rpartition(":")
     if not (host and port.isascii() and port.isdigit() and len(host) < 300 and len(port) < 6):
-        raise Misspoken(f"topology: '{_shown(process.address)}' is not host:port")
+        raise BadResponse(f"topology: '{_shown(process.address)}' is not host:port")
     check_slots(process.slots)
 
 
 def check_slots(slots: Mapping[str, int]) -> None:
     if len(slots) > MAX_ENTRIES or any(not 0 <= n <= MAX_SLOTS for n in slots.values()):
-        raise Misspoken(f"slots: not 0 to {MAX_SLOTS:,} of each handler")
+        raise BadResponse(f"slots: not 0 to {MAX_SLOTS:,} of each handler")
 
 
 def _tidy_many(field: Any, values: Any) -> None:
     if len(values) > MAX_ENTRIES:
-        raise Misspoken(f"{field.name}: {len(values):,} entries")
+        raise BadResponse(f"{field.name}: {len(values):,} entries")
     if hasattr(values, "items"):
         _check_names(field.name, values)
         for value in values.values():
@@ -264,13 +264,13 @@ def _tidy_many(field: Any, values: Any) -> None:
 
 def _check_number(field: Any, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
-        raise Misspoken(f"{field.name}: {value} is not a number from 0 on")
+        raise BadResponse(f"{field.name}: {value} is not a number from 0 on")
     if field.enum_type is not None and value not in field.enum_type.values_by_number:
-        raise Misspoken(f"{field.name}: {value} is not one of its values")
+        raise BadResponse(f"{field.name}: {value} is not one of its values")
 
 
 def _hops(hops: Sequence[str]) -> tuple[str, ...]:
-    """Raises Misspoken."""
+    """Raises BadResponse."""
     names = tuple(hops)
     if names not in _checked:  # the same few routes recur
         _check_names("hops", names, MAX_HOPS)

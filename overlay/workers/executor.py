@@ -132,7 +132,7 @@ class Executor:
 
     def _most(self, elsewhere: int) -> int:
         """How many slots one handler may take while others hold `elsewhere`."""
-        return shares.most_of_slots(self._cap, elsewhere) if self._is_shared else self._cap
+        return shares.max_handler_slots(self._cap, elsewhere) if self._is_shared else self._cap
 
     def _give_back(self, slots: HandlerSlots, count: int) -> None:
         with self._lock:

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from overlay.model import clocks as time
 from overlay.model.errors import ConfigError
 from overlay.model.topology import HandlerSpec
-from overlay.observability.log_file import Printed, cut, lead_to
+from overlay.observability.log_file import Printed, cut, redirect_to
 from overlay.transport.chunks import Send
 from overlay.workers import api, descendants, typed
 from overlay.workers.api import RECURSION, Context
@@ -170,7 +170,7 @@ def _log_to(parent: _Parent) -> None:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.addHandler(handler)
-    lead_to(handler)
+    redirect_to(handler)
 
 
 def _next(pipe: Connection) -> Request | None:

@@ -18,7 +18,7 @@ from overlay.model import clocks as time
 from overlay.model.limits import Limits
 from overlay.model.segments import Detail
 from overlay.model.topology import HandlerSpec
-from overlay.observability.log_file import work_on
+from overlay.observability.log_file import set_request
 from overlay.transport.chunks import CHUNK_BYTES, ChunkWriter
 from overlay.workers import typed
 from overlay.workers.api import RECURSION, Context, Handler
@@ -207,7 +207,7 @@ def _called(
     writer: ChunkWriter | None,
 ) -> bytes | Detail:
     most = most_bytes if writer is None else CHUNK_BYTES
-    work_on(context.request_id)
+    set_request(context.request_id)
     try:
         result = call(payload, context)
         if type(result) is bytes and len(result) <= most and recursion_limit() == RECURSION:

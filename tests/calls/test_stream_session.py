@@ -1037,7 +1037,7 @@ def test_progress_reported_while_the_stream_ends_is_not_kept():
     class Late(Maps):
         """Ends the stream just before its map is noted."""
 
-        def told(self, stream: stream_session._Session, caller: Caller, progress: Progress) -> None:
+        def add(self, stream: stream_session._Session, caller: Caller, progress: Progress) -> None:
             stream.abandon()
             super().told(stream, caller, progress)
             noted.set()

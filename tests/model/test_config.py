@@ -1,4 +1,4 @@
-"""The configuration file: every problem named at once, and never anything but a ConfigError."""
+"""The configuration file: all problems are named at once, always in a ConfigError."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from overlay.model.topology import Topology, join_address
 from tests.harness.machine import ROOT
 
 GOOD = json.loads((ROOT / "two_hosts_config.json").read_text("utf-8"))
-OF_ONE_HOST = json.loads((ROOT / "one_host_config.json").read_text("utf-8"))
+ONE_HOST = json.loads((ROOT / "one_host_config.json").read_text("utf-8"))
 SCHEMA = ROOT / "overlay" / "configuration.schema.json"
 
 Change = Callable[[dict[str, Any], dict[str, Any]], object]
@@ -57,7 +57,7 @@ def changed(change: Change) -> dict[str, Any]:
     return raw
 
 
-def test_the_shipped_file_is_the_users(file):
+def test_the_shipped_file_describes_the_six_processes(file):
     six = config.load(ROOT / "two_hosts_config.json")
 
     rows = [
@@ -78,13 +78,13 @@ def test_the_shipped_file_is_the_users(file):
     assert [six.hops_below(p) for p in "ABC"] == [2, 1, 0]
 
 
-def test_the_file_for_one_host_is_the_users_but_for_the_hosts():
+def test_the_file_for_one_host_differs_only_in_the_hosts():
     moved = changed(lambda raw, six: [p.update(host="127.0.0.1") for p in six.values()])
 
-    assert moved == OF_ONE_HOST
+    assert moved == ONE_HOST
 
 
-def test_what_the_file_leaves_out_has_its_default(file):
+def test_omitted_settings_have_their_defaults(file):
     six = file.load(GOOD)
 
     limits, c = six.limits, six.processes["C"]
@@ -109,7 +109,7 @@ def test_what_the_file_leaves_out_has_its_default(file):
     assert (six.queue_slots("A"), six.queue_slots("B"), six.queue_slots("C")) == (200, 100, 100)
 
 
-def test_what_the_file_says_is_taken(file):
+def test_settings_of_the_file_are_used(file):
     def change(raw, processes):
         raw.update(
             queue_slots=7,
@@ -159,12 +159,12 @@ def test_what_the_file_says_is_taken(file):
     assert (six.queue_slots("A"), six.queue_slots("C")) == (7, 4)
 
 
-def test_a_default_deadline_beyond_the_longest_is_the_longest(file):
+def test_the_default_deadline_is_cut_to_the_maximum(file):
     six = file.load({**GOOD, "max_deadline_s": 5})
     assert six.limits.default_deadline_s == 5
 
 
-# What is changed, and all the problems that it makes.
+# A change of the file, and all problems that it causes.
 BROKEN: list[tuple[Change, list[str]]] = [
     (
         lambda raw, p: p["C"].update(neighbors=["Z"]),
@@ -219,7 +219,7 @@ BROKEN: list[tuple[Change, list[str]]] = [
             handlers={"h": {"call": "m:f", "limit_s": 1, "memory_mib": 9, "max_requests": 2}}
         ),
         [
-            'handler h: limit_s needs "run": "process"; a thread cannot be ended',
+            'handler h: limit_s needs "run": "process"; a thread cannot be killed',
             'handler h: memory_mib needs "run": "process"; threads share this process\'s memory',
             'handler h: max_requests needs "run": "process"; a thread is not replaced',
         ],
@@ -279,7 +279,7 @@ def test_every_problem_in_a_config_is_named(file):
 
     problems = "\n".join(file.problems(changed(change)))
 
-    for said in (
+    for expected in (
         "queue_slots: ",
         "unknown key 'nonsense'",
         "default_deadline_s: ",
@@ -291,7 +291,7 @@ def test_every_problem_in_a_config_is_named(file):
         "process F: unknown key 'rolle'; did you mean 'role'?",
         "process F: slots",
     ):
-        assert said in problems
+        assert expected in problems
     assert len(problems.splitlines()) == 10
 
 
@@ -320,7 +320,7 @@ WRONG_VALUES = [
 
 
 @pytest.mark.parametrize(("key", "value"), WRONG_VALUES)
-def test_a_wrong_value_at_the_top_is_named(file, key, value):
+def test_a_wrong_top_level_value_is_named(file, key, value):
     (problem,) = file.problems({**GOOD, key: value})
     assert problem.startswith(f"{key}")
 
@@ -354,7 +354,7 @@ def test_a_wrong_value_in_a_process_is_named(file, field, value):
     assert all(problem.isprintable() for problem in problems)
 
 
-def test_strange_names_stay_on_their_line(file):
+def test_problems_with_unprintable_names_are_printable(file):
     def change(raw, processes):
         raw["handlers"] = {"a\nb": "m:f"}
         processes["x\ny"] = {**processes["C"], "id": "x", "port": 9, "handler": "a\rb"}
@@ -387,7 +387,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("text", "sentence"), TEXTS)
-def test_what_is_not_a_configuration_at_all_is_one_sentence(file, text, sentence):
+def test_a_file_that_is_no_configuration_is_one_problem(file, text, sentence):
     with pytest.raises(ConfigError) as raised:
         file.load_text(text)
     (problem,) = raised.value.problems
@@ -396,7 +396,7 @@ def test_what_is_not_a_configuration_at_all_is_one_sentence(file, text, sentence
 
 
 @pytest.mark.parametrize("place", ["options", "port"])
-def test_no_depth_of_nesting_is_too_much(file, place):
+def test_any_depth_of_nesting_is_loaded_or_reported(file, place):
     good = json.dumps(GOOD)
     for depth in [*range(10, 900, 89), *range(900, 1010)]:
         nest = "[" * depth + "]" * depth
@@ -404,35 +404,35 @@ def test_no_depth_of_nesting_is_too_much(file, place):
         assert _outcome(file, good.replace("50051", value)) is not None
 
 
-def test_a_byte_order_mark_is_no_problem(file):
+def test_a_byte_order_mark_is_accepted(file):
     assert file.load_text(b"\xef\xbb\xbf" + json.dumps(GOOD).encode()).processes
 
 
-def test_windows_line_ends_are_no_problem(file):
+def test_windows_line_endings_are_accepted(file):
     assert file.load_text(json.dumps(GOOD, indent=1).replace("\n", "\r\n")).processes
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"^no configuration file at '.*nowhere\.json'$"):
         config.load(tmp_path / "nowhere.json")
 
 
-def test_a_folder_is_not_a_file(tmp_path):
+def test_a_folder_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         config.load(tmp_path)
 
 
-def test_a_name_that_no_system_takes_is_not_a_file():
+def test_a_name_with_a_null_byte_cannot_be_read():
     with pytest.raises(ConfigError, match="cannot be read"):
         config.load("a\0b")
 
 
-def test_a_neighbour_that_does_not_name_one_back_is_a_warning(file):
+def test_a_neighbour_that_does_not_name_the_process_back_is_a_warning(file):
     six = file.load(changed(lambda raw, p: p["C"].update(neighbors=[])))
     assert config.warnings(six) == ["process B: neighbor 'C' does not name B back"]
 
 
-def test_the_digest_is_of_the_content_and_not_of_its_layout(file):
+def test_the_digest_depends_on_the_content_and_not_on_its_layout(file):
     digest = file.load(GOOD).digest
     shuffled = {
         "processes": {key: dict(reversed(p.items())) for key, p in GOOD["processes"].items()}
@@ -441,13 +441,13 @@ def test_the_digest_is_of_the_content_and_not_of_its_layout(file):
     assert file.load({**GOOD, "queue_slots": 199}).digest != digest
 
 
-def test_a_process_that_is_not_in_the_file_is_named(file):
+def test_an_unknown_process_is_named(file):
     with pytest.raises(ConfigError) as raised:
         file.load(GOOD).process("G")
     assert str(raised.value) == "no process 'G' in mine.json; it has A, B, C, D, E, F"
 
 
-def test_prometheus_is_off_unless_the_file_says_where(file):
+def test_prometheus_is_off_unless_configured(file):
     plain = file.load(GOOD)
     assert {process.metrics_port for process in plain.processes.values()} == {None}
 
@@ -461,10 +461,10 @@ def test_a_process_may_have_a_metrics_port_of_its_own(file):
     assert [i for i, process in found.processes.items() if process.metrics_port] == ["C"]
 
 
-def test_metrics_ports_that_cannot_be_are_named(file):
+def test_impossible_metrics_ports_are_named(file):
     at_c = GOOD["processes"]["C"]["port"]
     (problem,) = file.problems(changed(lambda raw, p: p["C"].update(metrics_port=at_c)))
-    assert problem.startswith(f"process C: metrics_port {at_c} is process C's port on ")
+    assert problem.startswith(f"process C: metrics_port {at_c} is already process C's port on ")
 
     (problem,) = file.problems(changed(lambda raw, p: p["C"].update(metrics_port=99_999)))
     assert problem == "process C: metrics_port 99999 is not 1..65535"
@@ -511,5 +511,5 @@ def _outcome(file: File, text: str) -> Topology | tuple[str, ...] | None:
     try:
         return file.load_text(text)
     except ConfigError as e:
-        right = e.problems and all(problem.isprintable() and problem for problem in e.problems)
-        return e.problems if right else None
+        valid = e.problems and all(problem.isprintable() and problem for problem in e.problems)
+        return e.problems if valid else None

@@ -1,4 +1,4 @@
-"""One tree of errors: what the library raises for a status is what the process's own error is."""
+"""One tree of errors: the library raises the kind of error that the process raised."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def all_below(kind: type) -> set[type]:
 
 
 @pytest.mark.parametrize("kind", sorted(all_below(errors.CallFailed), key=lambda k: k.__name__))
-def test_the_library_raises_the_kind_that_the_processes_error_is(kind) -> None:
+def test_the_library_raises_the_kind_of_the_processes_error(kind) -> None:
     assert issubclass(kind, errors.of_status(kind.code, kind.executed))
 
 
@@ -37,11 +37,11 @@ RAISED = [
 
 
 @pytest.mark.parametrize(("code", "executed", "kind"), RAISED)
-def test_a_status_is_raised_as_one_kind(code, executed, kind) -> None:
+def test_each_status_is_raised_as_its_kind(code, executed, kind) -> None:
     assert errors.of_status(code, executed) is kind
 
 
-def test_programs_may_catch_what_python_itself_would_raise() -> None:
+def test_programs_can_catch_the_standard_exceptions() -> None:
     assert issubclass(client.InvalidCall, ValueError)
     assert issubclass(client.DeadlinePassed, concurrent.futures.TimeoutError)
     assert issubclass(client.CallCancelled, RuntimeError)
@@ -49,11 +49,11 @@ def test_programs_may_catch_what_python_itself_would_raise() -> None:
     assert issubclass(client.NotReached, client.Unavailable)
 
 
-def test_a_bad_request_of_a_handler_is_none_of_its_own_value_errors() -> None:
+def test_a_bad_request_is_not_a_value_error() -> None:
     assert not issubclass(errors.BadRequest, ValueError)
 
 
-def test_an_error_travels_whole_in_a_pickle() -> None:
+def test_an_error_survives_pickling() -> None:
     error = client.Refused("all slots are taken", executed=Executed.NO, retry_after_s=1.5)
     error.request_id = 7
 

@@ -1,4 +1,4 @@
-"""Which rows are open, against a set; and columns, which keep the form they came in."""
+"""Pending rows against a set; slices by row; and columns, which keep their wire format."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay.model.pending import Ends, PendingRows, Slices, consecutive
+from overlay.model.pending import CancelIndex, PendingRows, SliceIndex, consecutive
 from overlay.model.segments import (
     Code,
     Column,
@@ -32,7 +32,7 @@ def runs_of(rows: set[int]) -> list[tuple[int, int]]:
 
 
 @given(st.integers(0, 40), RANGES)
-def test_open_rows_are_a_set_of_rows(count, calls):
+def test_pending_rows_behave_like_a_set(count, calls):
     rows, model = PendingRows(count), set(range(count))
     for take, start, size in calls:
         among = runs_of(model & set(range(start, start + size)))
@@ -46,7 +46,7 @@ def test_open_rows_are_a_set_of_rows(count, calls):
 
 
 @given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=20))
-def test_each_row_is_taken_once_whoever_asks(count, calls):
+def test_each_row_is_taken_once(count, calls):
     rows = PendingRows(count)
     taken = [
         row
@@ -59,27 +59,27 @@ def test_each_row_is_taken_once_whoever_asks(count, calls):
 
 
 @given(*[st.integers(0, 20)] * 4)
-def test_an_end_reaches_exactly_the_rows_that_are_meant_and_there(first, rows, start, count):
-    ended: set[int] = set()
+def test_a_cancel_reaches_exactly_the_rows_in_both_ranges(first, rows, start, count):
+    cancelled: set[int] = set()
 
-    def end(code: Code, begin: int, size: int) -> None:
+    def cancel(code: Code, begin: int, size: int) -> None:
         assert begin >= 0
         assert size > 0
         assert begin + size <= rows
-        ended.update(range(first + begin, first + begin + size))
+        cancelled.update(range(first + begin, first + begin + size))
 
-    end_overlap(end, first, rows, Code.CANCELLED, start, count)
+    end_overlap(cancel, first, rows, Code.CANCELLED, start, count)
 
-    assert ended == set(range(first, first + rows)) & set(range(start, start + count))
+    assert cancelled == set(range(first, first + rows)) & set(range(start, start + count))
 
 
-def test_a_column_is_opened_only_by_who_looks():
+def test_a_column_is_decoded_only_when_its_items_are_read():
     def open_wired(wired, count):
         opened.append(count)
         return [b"a", b"b", b"c"]
 
     opened: list[int] = []
-    column = Column(wired="as it came", count=3, size=9, open_wired=open_wired)
+    column = Column(wired="as received", count=3, size=9, open_wired=open_wired)
     assert (len(column), column.size, column.slice(0, 3)) == (3, 9, column)
     assert opened == []
 
@@ -88,8 +88,8 @@ def test_a_column_is_opened_only_by_who_looks():
     assert opened == [3]
 
 
-def test_a_part_of_a_column_is_not_in_the_form_it_came_in():
-    column = Column(wired="as it came", count=2, open_wired=lambda wired, count: [b"a", b"bc"])
+def test_a_slice_of_a_column_has_no_wire_format():
+    column = Column(wired="as received", count=2, open_wired=lambda wired, count: [b"a", b"bc"])
     assert column.slice(1, 1).wired is None
     assert column.slice(1, 1).size == 2
 
@@ -111,7 +111,7 @@ def test_a_slice_of_a_segment_keeps_the_ids_of_its_rows(items, data):
 
 
 @given(ITEMS, st.sets(st.integers(0, 11)), st.booleans(), st.data())
-def test_a_slice_of_answers_says_of_each_row_what_the_whole_says(items, failing, failed, data):
+def test_a_slice_of_answers_has_the_same_rows_as_the_whole(items, failing, failed, data):
     failures = {row: Detail(Code.INTERNAL, str(row)) for row in failing if row < len(items)}
     whole = Detail(Code.UNAVAILABLE, "all") if failed else None
     column = PartSlice("C", Column(items), ("A", "C"), failures, whole, 3, 4)
@@ -127,11 +127,9 @@ def test_a_slice_of_answers_says_of_each_row_what_the_whole_says(items, failing,
     assert answers.flawless == (not failed and not failures)
 
 
-@pytest.mark.parametrize("failed", [None, Detail(Code.INTERNAL, "all of them")])
-def test_a_missing_workers_rows_all_say_why(failed):
-    why = failed or Detail(Code.UNAVAILABLE, "down")
-    column = PartSlice.missing("C", 3, why)
-    assert {column.at(row).reason for row in range(3)} == {why.reason}
+def test_all_rows_of_a_missing_worker_have_the_reason():
+    column = PartSlice.missing("C", 3, Detail(Code.UNAVAILABLE, "down"))
+    assert {column.at(row).reason for row in range(3)} == {"down"}
     assert len(column.slice(1, 2).results) == 2
 
 
@@ -144,70 +142,70 @@ def test_a_missing_workers_rows_all_say_why(failed):
         ([0, 1, 4, 5, 8], [(0, 2), (4, 2), (8, 1)]),
     ],
 )
-def test_ascending_rows_are_found_as_runs(rows, runs):
+def test_ascending_rows_become_runs(rows, runs):
     assert consecutive(rows) == runs
 
 
 @given(st.integers(1, 30), st.randoms())
-def test_slices_find_what_came_in_any_chunks_and_order(count, chance):
-    chunks, start = [], 0
+def test_slices_of_any_size_and_order_are_found_by_row(count, chance):
+    ranges, start = [], 0
     while start < count:
         stop = min(count, start + chance.randint(1, 6))
-        chunks.append((start, stop))
+        ranges.append((start, stop))
         start = stop
-    kept = [chunk for chunk in chunks if chance.random() < 0.7]
-    slices = Slices()
-    for start, stop in chance.sample(kept, len(kept)):
+    arrived = [each for each in ranges if chance.random() < 0.7]
+    slices = SliceIndex()
+    for start, stop in chance.sample(arrived, len(arrived)):
         items = [b"%d" % row for row in range(start, stop)]
         slices.add(start, Slice(stop - start, (PartSlice("F", Column(items)),)))
-    there = {row for start, stop in kept for row in range(start, stop)}
+    answered = {row for start, stop in arrived for row in range(start, stop)}
 
     for row in range(count):
         found = slices.at(row)
         assert (found.at(0).parts[0].result if found else None) == (
-            b"%d" % row if row in there else None
+            b"%d" % row if row in answered else None
         )
     begin = chance.randint(0, count)
     end = chance.randint(begin, count)
-    runs = list(slices.overlapping(begin, end))
-    assert [row for a, b in runs for row in range(a, b)] == sorted(there & set(range(begin, end)))
+    rows = [row for a, b in slices.overlapping(begin, end) for row in range(a, b)]
+    assert rows == sorted(answered & set(range(begin, end)))
 
 
 @given(st.integers(1, 20), st.randoms())
-def test_ends_reach_what_has_begun_wherever_it_did_last(count, chance):
-    """Chunks begin, are tried again elsewhere, and are ended, in any order."""
-    ends, begun, ended = Ends(count), {}, {}
+def test_a_cancel_reaches_the_last_attempt_at_each_row(count, chance):
+    """Pieces are sent, sent again elsewhere, and cancelled, in any order."""
+    cancels, sent, cancelled = CancelIndex(count), {}, {}
     reached = set()
-    for turn in range(12):
+    for attempt in range(12):
         start = chance.randint(0, count - 1)
         rows = chance.randint(1, count - start)
         if chance.random() < 0.5:
 
-            def end(code, first, size, turn=turn, start=start):
-                reached.update((turn, start + first + i, code) for i in range(size))
+            def cancel(code, first, size, attempt=attempt, start=start):
+                reached.update((attempt, start + first + i, code) for i in range(size))
 
-            todo = ends.begin(start, rows, end, turn)
-            begun.update(dict.fromkeys(range(start, start + rows), turn))
+            calls = cancels.sent(start, rows, cancel, attempt)
+            sent.update(dict.fromkeys(range(start, start + rows), attempt))
         else:
             code = chance.choice([Code.CANCELLED, Code.DEADLINE_EXCEEDED])
-            todo = ends.end(code, start, rows)
+            calls = cancels.cancel(code, start, rows)
             for row in range(start, start + rows):
-                ended.setdefault(row, code)
-        for ending in todo:
-            ending()
-        expected = {(begun[row], row, ended[row]) for row in begun if row in ended}
+                cancelled.setdefault(row, code)
+        for call in calls:
+            call()
+        expected = {(sent[row], row, cancelled[row]) for row in sent if row in cancelled}
         assert expected <= reached
-        assert all(ended.get(row) is code for _, row, code in reached)
+        assert all(cancelled.get(row) is code for _, row, code in reached)
 
 
-def test_an_earlier_try_that_is_told_of_later_does_not_count():
-    ends, reached = Ends(2), []
-    ends.begin(1, 1, lambda *what: reached.append(("second", *what)), 2)
-    ends.begin(0, 2, lambda *what: reached.append(("first", *what)), 1)
+def test_an_earlier_attempt_that_is_reported_later_does_not_count():
+    cancels, reached = CancelIndex(2), []
+    cancels.sent(1, 1, lambda *what: reached.append(("second", *what)), 2)
+    cancels.sent(0, 2, lambda *what: reached.append(("first", *what)), 1)
 
-    for ending in ends.end(Code.CANCELLED, 0, 2):
-        ending()
+    for call in cancels.cancel(Code.CANCELLED, 0, 2):
+        call()
 
     assert reached == [("first", Code.CANCELLED, 0, 1), ("second", Code.CANCELLED, 0, 1)]
-    ends.forget()
-    assert ends.end(Code.CANCELLED, 0, 2) == []
+    cancels.clear()
+    assert cancels.cancel(Code.CANCELLED, 0, 2) == []

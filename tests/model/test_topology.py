@@ -1,4 +1,4 @@
-"""Which processes are below which."""
+"""Which processes are above and below which."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SIX = the_six()
     ("asked", "reached", "workers"),
     [("A", "ABCDEF", "CDF"), ("B", "BCD", "CD"), ("E", "DEF", "DF"), ("C", "C", "C")],
 )
-def test_a_question_reaches_a_process_and_all_below_it(asked, reached, workers):
+def test_a_request_reaches_a_process_and_all_below_it(asked, reached, workers):
     assert SIX.reach(asked) == set(reached)
     assert [worker.id for worker in SIX.workers_of(asked)] == list(workers)
 
 
 @given(topologies())
-def test_what_is_reached_is_what_some_way_down_leads_to(topology):
+def test_reach_is_the_transitive_closure_of_below(topology):
     for asked in topology.processes:
         found, todo = {asked}, [asked]
         while todo:
@@ -34,7 +34,7 @@ def test_what_is_reached_is_what_some_way_down_leads_to(topology):
         )
 
 
-def test_a_neighbour_that_is_not_there_is_not_reached():
+def test_an_unknown_neighbour_is_not_reached():
     topology = Topology.of(
         {
             "A": Process("A", "leader", "green", "", 0, ("B", "X")),

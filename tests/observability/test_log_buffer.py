@@ -1,4 +1,4 @@
-"""The last lines of a log in memory: bounded, numbered, and what leaves the machine is public."""
+"""The last lines of a log in memory: bounded, numbered, and only public text leaves the machine."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from overlay.observability.log_buffer import (
 
 @pytest.fixture
 def recent() -> Iterator[LogBuffer]:
-    made, logger = LogBuffer(), logging.getLogger("overlay")
+    buffer, logger = LogBuffer(), logging.getLogger("overlay")
     before = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.addHandler(made)
-    yield made
-    logger.removeHandler(made)
+    logger.addHandler(buffer)
+    yield buffer
+    logger.removeHandler(buffer)
     logger.level, logger.propagate = before
 
 
@@ -33,7 +33,7 @@ def log(name: str = "overlay.links") -> logging.Logger:
     return logging.getLogger(name)
 
 
-def test_a_line_with_a_kind_is_an_event_and_a_line_without_is_none(recent):
+def test_a_line_with_a_kind_is_an_event_and_one_without_is_not(recent):
     log().info("link to %s is up", "B", extra={"kind": "link"})
     log().info("nothing much")
 
@@ -44,14 +44,14 @@ def test_a_line_with_a_kind_is_an_event_and_a_line_without_is_none(recent):
     assert [(e.number, e.kind, e.text) for e in recent.events()] == [(1, "link", "link to B is up")]
 
 
-def test_a_warning_is_an_event_unless_it_says_that_it_is_none(recent):
+def test_a_warning_is_an_event_unless_its_kind_is_empty(recent):
     log().warning("odd")
     log().error("one of many", extra={"kind": ""})
 
     assert [(event.kind, event.text) for event in recent.events()] == [("log", "odd")]
 
 
-def test_what_may_have_been_in_a_payload_is_apart_from_what_others_may_read(recent):
+def test_text_that_may_quote_a_payload_is_not_public(recent):
     log().error("handler h failed", extra={"private": "ValueError: secret", "kind": "failure"})
     try:
         raise ValueError("secret")
@@ -65,7 +65,7 @@ def test_what_may_have_been_in_a_payload_is_apart_from_what_others_may_read(rece
     assert not any("secret" in event.text for event in recent.events())
 
 
-def test_what_a_handler_says_is_private_as_a_whole_and_never_an_event(recent):
+def test_a_handlers_output_is_private_and_never_an_event(recent):
     log("overlay.handler").warning("my password", extra={"request_id": 0xAB})
 
     (line,) = recent.lines()
@@ -74,15 +74,15 @@ def test_what_a_handler_says_is_private_as_a_whole_and_never_an_event(recent):
     assert recent.events() == []
 
 
-def test_a_request_finds_its_lines(recent):
+def test_lines_are_found_by_their_request(recent):
     log().info("its", extra={"request_id": 7})
     log().info("another's", extra={"request_id": 8})
-    log().info("nobody's, with 0000000000000007 in it")
+    log().info("no request's, with 0000000000000007 in it")
 
     assert [line.text for line in recent.lines(request_id=7)] == ["request 0000000000000007: its"]
 
 
-def test_lines_push_out_lines_and_no_events(recent):
+def test_lines_displace_lines_and_not_events(recent):
     log().warning("kept")
     for n in range(3 * LINES):
         log("overlay.handler").info("line %d", n)
@@ -93,7 +93,7 @@ def test_lines_push_out_lines_and_no_events(recent):
     assert [event.text for event in recent.events()] == ["kept"]
 
 
-def test_events_are_bounded_and_their_numbers_go_on(recent):
+def test_events_are_bounded_and_their_numbers_continue(recent):
     for n in range(EVENTS + 10):
         log().info("link %d", n, extra={"kind": "link"})
         log().info("reason %d", n, extra={"kind": "failure", "same": f"reason {n}"})
@@ -102,7 +102,7 @@ def test_events_are_bounded_and_their_numbers_go_on(recent):
     assert recent.events(1)[0].number == 2 * (EVENTS + 10) - 1
 
 
-def test_what_comes_again_is_one_event_with_the_last_words_and_how_often(recent):
+def test_repeated_events_become_one_with_the_last_text_and_the_count(recent):
     about = {"kind": "failure", "same": "failed, internal"}
     for n in range(3):
         log().warning("failed, internal: %d", n, extra=about)
@@ -110,8 +110,8 @@ def test_what_comes_again_is_one_event_with_the_last_words_and_how_often(recent)
     log().warning("odd: %d", 1)
     log().warning("odd: %d", 2)
 
-    told = [(event.text, event.count, event.number) for event in recent.events()]
-    assert told == [("failed, internal: 2", 1000, 4), ("odd: 2", 2, 6)]
+    events = [(event.text, event.count, event.number) for event in recent.events()]
+    assert events == [("failed, internal: 2", 1000, 4), ("odd: 2", 2, 6)]
     first = recent.lines()[0]
     assert recent.events()[0].first_s == first.at_s
 
@@ -127,23 +127,23 @@ def test_a_flood_of_failures_hides_no_change_of_state(recent, most):
     assert texts[0] == "link to F is down"
 
 
-def test_a_line_is_one_line_and_has_an_end(recent):
+def test_a_line_is_one_line_of_bounded_length(recent):
     log().info("two\nlines\x1b[2J")
     log().info("%s", "x" * 100_000)
-    recent.emit(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))  # cannot be written
+    recent.emit(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))  # cannot be formatted
 
     two, long = recent.lines()
     assert two.text == r"two | lines\x1b[2J"
     assert len(long.text) < 4200
 
 
-def test_none_are_asked_for_and_none_are_given(recent):
+def test_a_limit_of_zero_returns_nothing(recent):
     log().warning("one")
 
     assert (recent.lines(0), recent.events(0)) == ([], [])
 
 
-def test_a_line_of_several_has_them_on_one_and_knows_where_they_end(recent):
+def test_a_line_knows_its_original_line_ends(recent):
     text = "failed:\nTraceback\n  a | b\x1b[0m\n\nValueError: ü"
     log().error("it", extra={"private": text})
 
@@ -153,7 +153,7 @@ def test_a_line_of_several_has_them_on_one_and_knows_where_they_end(recent):
     assert recent.events()[0].breaks == ()
 
 
-def test_a_text_without_end_has_so_many_line_ends_and_no_more(recent):
+def test_the_reported_line_ends_are_bounded(recent):
     log().error("it", extra={"private": "x\n" * 5000})
 
     (line,) = recent.lines()
@@ -162,11 +162,11 @@ def test_a_text_without_end_has_so_many_line_ends_and_no_more(recent):
 
 
 @pytest.mark.parametrize("breaks", [(), (3,), (1, 0), (99,), (1, 1), (2, 4)])
-def test_a_line_end_that_cannot_be_there_changes_nothing(breaks):
+def test_an_impossible_line_end_is_ignored(breaks):
     assert unfolded("a  | b", breaks).replace("\n", " | ") == "a  | b"
 
 
-def test_an_error_id_finds_its_lines(recent):
+def test_lines_are_found_by_their_error_id(recent):
     log().error("error id %s: it failed", "0123abcd")
     log().warning("B: it failed; error id 0123abcd in that log")
     log().error("error id %s: it failed", "77777777")

@@ -1,4 +1,4 @@
-"""The log never stops the process, and a line stays a line."""
+"""The log never stops the process, and every event stays on one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.harness.cluster import ROOT, Overlay, free_port, six_processes, until
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
+def _restore_logging() -> Iterator[None]:
     logger = logging.getLogger("overlay")
     before = (logger.level, logger.propagate, logging.raiseExceptions, list(logger.handlers))
     yield
@@ -42,16 +42,16 @@ def logging_to(path: Path, process_id: str = "C") -> Iterator[ProcessLog]:
         log.stop()
 
 
-def test_an_event_is_one_line_with_process_and_area(tmp_path):
+def test_an_event_is_one_line_with_process_and_logger(tmp_path):
     path = tmp_path / "logs" / "process_c.log"
     with logging_to(path):
-        logging.getLogger("overlay.relay").warning("no answer from %s", "F")
+        logging.getLogger("overlay.routing").warning("no answer from %s", "F")
 
     (line,) = path.read_text("utf-8").splitlines()
-    assert line.endswith(" C overlay.relay WARNING no answer from F")
+    assert line.endswith(" C overlay.routing WARNING no answer from F")
 
 
-def test_a_newline_or_an_escape_in_a_line_stays_in_it(tmp_path):
+def test_newlines_and_control_characters_are_escaped(tmp_path):
     path = tmp_path / "c.log"
     with logging_to(path):
         logging.getLogger("overlay").warning("hops %s", "A\nB\r\x1b[2J\x00\u2028\u202e\x85")
@@ -62,7 +62,7 @@ def test_a_newline_or_an_escape_in_a_line_stays_in_it(tmp_path):
     assert r"A | B\r\x1b[2J\x00\u2028\u202e\x85" in text
 
 
-def test_an_exception_is_on_one_line_too(tmp_path):
+def test_an_exception_is_on_one_line(tmp_path):
     path = tmp_path / "c.log"
     with logging_to(path):
         try:
@@ -76,7 +76,7 @@ def test_an_exception_is_on_one_line_too(tmp_path):
 
 
 @given(st.text())
-def test_whatever_is_logged_is_printable_and_on_one_line(text):
+def test_any_text_is_printable_and_on_one_line_after_escaping(text):
     shown = escaped(text)
     assert shown.isprintable()
     assert shown.encode("utf-8").decode("utf-8") == shown
@@ -92,48 +92,48 @@ def test_info_is_written_and_debug_is_not(tmp_path):
     path = tmp_path / "c.log"
     with logging_to(path):
         logging.getLogger("overlay.x").debug("step")
-        logging.getLogger("overlay.x").info("life")
-    assert "life" in path.read_text()
+        logging.getLogger("overlay.x").info("event")
+    assert "event" in path.read_text()
     assert "step" not in path.read_text()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_full_disk_is_counted_and_stops_nobody(capfd):
+def test_lines_lost_to_a_full_disk_are_counted(capfd):
     with logging_to(Path("/dev/full")) as log:
         for _ in range(3):
-            logging.getLogger("overlay").warning("nobody reads this")
+            logging.getLogger("overlay").warning("lost")
         until(lambda: log.dropped == 3)
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_folder_that_cannot_be_written_stops_nobody(tmp_path, capfd):
+def test_logging_works_if_the_folder_cannot_be_created(tmp_path, capfd):
     (tmp_path / "file").write_text("")
     with logging_to(tmp_path / "file" / "logs" / "c.log") as log:
-        logging.getLogger("overlay").warning("nobody reads this")
+        logging.getLogger("overlay").warning("lost")
         assert not (tmp_path / "file" / "logs").exists()
     assert log.path.name == "c.log"
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_path_that_no_system_takes_stops_nobody(tmp_path):
+def test_logging_works_if_the_path_is_impossible(tmp_path):
     with logging_to(tmp_path / "a\0b" / "c.log"):
-        logging.getLogger("overlay").warning("nobody reads this")
+        logging.getLogger("overlay").warning("lost")
 
 
-def test_lines_that_no_file_takes_are_counted(tmp_path):
+def test_lines_that_cannot_be_written_are_counted(tmp_path):
     (tmp_path / "file").write_text("")
     with logging_to(tmp_path / "file" / "c.log") as log:
         for _ in range(3):
-            logging.getLogger("overlay").warning("nobody reads this")
+            logging.getLogger("overlay").warning("lost")
     assert log.dropped >= 3
 
 
 def test_a_full_queue_drops_lines_and_counts_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(log_file, "WAITING_LINES", 5)
+    monkeypatch.setattr(log_file, "MAX_QUEUED", 5)
     log = ProcessLog(tmp_path / "c.log", "C")
     logger = logging.getLogger("overlay")
     logger.propagate = False
-    logger.addHandler(log._into)  # without its writer nothing leaves the queue
+    logger.addHandler(log._handler)  # without its thread nothing leaves the queue
 
     for n in range(8):
         logger.warning("line %d", n)
@@ -141,7 +141,7 @@ def test_a_full_queue_drops_lines_and_counts_them(tmp_path, monkeypatch):
     assert log.dropped == 3
 
 
-def test_a_line_that_cannot_be_made_is_counted_and_stops_nobody(tmp_path, capfd):
+def test_a_line_that_cannot_be_formatted_is_counted(tmp_path, capfd):
     class Bad:
         def __str__(self) -> str:
             raise ValueError("no text")
@@ -160,11 +160,11 @@ def test_a_line_that_cannot_be_made_is_counted_and_stops_nobody(tmp_path, capfd)
 def text_of(path: Path) -> str:
     try:
         return path.read_text()
-    except FileNotFoundError:  # it is being put aside just now
+    except FileNotFoundError:  # it is just being rotated
         return ""
 
 
-def test_the_file_does_not_grow_for_ever(tmp_path, monkeypatch):
+def test_the_files_are_rotated_and_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(log_file, "FILE_BYTES", 2000)
     path = tmp_path / "c.log"
     with logging_to(path) as log:
@@ -178,7 +178,7 @@ def test_the_file_does_not_grow_for_ever(tmp_path, monkeypatch):
     assert log.dropped == 0
 
 
-def test_without_a_terminal_nothing_goes_to_the_errors_stream(tmp_path, capfd, monkeypatch):
+def test_without_a_terminal_nothing_goes_to_stderr(tmp_path, capfd, monkeypatch):
     with logging_to(tmp_path / "c.log"):
         logging.getLogger("overlay").error("to the file only")
     assert capfd.readouterr() == ("", "")
@@ -189,9 +189,9 @@ def test_without_a_terminal_nothing_goes_to_the_errors_stream(tmp_path, capfd, m
     assert "to the file only" in (tmp_path / "d.log").read_text()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be taken away there")
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be deleted there")
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_a_file_that_is_taken_away_is_made_again(tmp_path, what):
+def test_a_deleted_log_is_created_again(tmp_path, what):
     path = tmp_path / "logs" / "c.log"
     with logging_to(path) as log:
         logging.getLogger("overlay").warning("before")
@@ -204,19 +204,19 @@ def test_a_file_that_is_taken_away_is_made_again(tmp_path, what):
     assert log.dropped == 0
 
 
-def test_a_folder_that_can_be_written_later_is_written_later(tmp_path, monkeypatch):
-    monkeypatch.setattr(log_file, "AGAIN_S", 0.05)
+def test_writing_resumes_when_the_folder_becomes_writable(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_file, "RETRY_S", 0.05)
     (tmp_path / "logs").write_text("a file in its place")
     path = tmp_path / "logs" / "c.log"
     with logging_to(path) as log:
         logging.getLogger("overlay").warning("lost")
-        until(lambda: log.dropped >= 2)  # this one, and the one that says so
+        until(lambda: log.dropped >= 2)  # this line, and the warning about the file
         (tmp_path / "logs").unlink()
         until(lambda: logging.getLogger("overlay").warning("kept") or path.exists())
         until(lambda: "kept" in path.read_text())
 
 
-def test_after_half_a_line_the_next_one_begins_anew(tmp_path):
+def test_after_an_incomplete_line_the_next_starts_on_a_new_line(tmp_path):
     path = tmp_path / "c.log"
     path.write_text("half of a li")
     with logging_to(path):
@@ -226,21 +226,21 @@ def test_after_half_a_line_the_next_one_begins_anew(tmp_path):
     assert whole.endswith("the next")
 
 
-def test_ten_thousand_long_lines_are_not_kept_whole(tmp_path):
+def test_long_lines_are_cut_before_they_are_queued(tmp_path):
     log = ProcessLog(tmp_path / "c.log", "C")
     record = logging.makeLogRecord({"name": "overlay.x", "msg": "x" * 1_000_000})
-    log._into.emit(record)
+    log._handler.emit(record)
     kept = log._lines.get().getMessage()
     assert len(kept) < 4096
     assert kept.endswith("... (1,000,000 characters)")
 
 
-def test_handlers_cannot_push_everything_else_out_of_the_log(tmp_path):
+def test_output_of_handlers_does_not_displace_everything_else(tmp_path):
     path = tmp_path / "c.log"
     with logging_to(path) as log:
         for n in range(5000):
             logging.getLogger("overlay.handler").info("line %d", n)
-        logging.getLogger("overlay.relay").warning("something else")
+        logging.getLogger("overlay.routing").warning("something else")
     lines = path.read_text().splitlines()
     assert 1000 < len(lines) < 3000
     assert log.dropped == 5000 - (len(lines) - 2)
@@ -249,12 +249,12 @@ def test_handlers_cannot_push_everything_else_out_of_the_log(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes in folders on this system")
-def test_a_disk_that_hangs_holds_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(log_file, "WAITING_LINES", 50)
+def test_a_hanging_disk_does_not_block_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_file, "MAX_QUEUED", 50)
     monkeypatch.setattr(log_file, "STOP_S", 0.2)
     path = tmp_path / "c.log"
     os.mkfifo(path)
-    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # and it never reads
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # never reads
     try:
         log = ProcessLog(path, "C")
         log.start()
@@ -310,7 +310,7 @@ log.stop()
 """
 
 
-def test_nothing_that_is_done_to_logging_silences_the_log(tmp_path):
+def test_no_change_to_logging_silences_the_log(tmp_path):
     path = tmp_path / "c.log"
     command = [sys.executable, "-c", SILENCERS, str(path)]
 
@@ -320,25 +320,25 @@ def test_nothing_that_is_done_to_logging_silences_the_log(tmp_path):
     assert lines == [f"request {7:016x}: line {n} of 12" for n in range(1, 13)]
 
 
-def test_a_log_that_was_stopped_leaves_its_loggers_as_they_were(tmp_path):
+def test_a_stopped_log_restores_the_loggers(tmp_path):
     ours = logging.getLogger("overlay.workers.job")
     with logging_to(tmp_path / "c.log"):
         assert type(ours) is not logging.Logger
         ours.setLevel(logging.DEBUG)
-        ours.debug("what one asked for")
+        ours.debug("on request")
         ours.setLevel(logging.NOTSET)
 
     assert type(ours) is logging.Logger
-    assert "DEBUG what one asked for" in (tmp_path / "c.log").read_text()
+    assert "DEBUG on request" in (tmp_path / "c.log").read_text()
 
 
 def printed_lines(*texts: str) -> list[str]:
-    said: list[str] = []
-    out = Printed(said.append, 1)
+    lines: list[str] = []
+    out = Printed(lines.append, 1)
     for text in texts:
         out.write(text)
     out.end_line()
-    return said
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -350,34 +350,34 @@ def printed_lines(*texts: str) -> list[str]:
         (["\u00e9\ud800\n"], ["\u00e9\\ud800"]),
     ],
 )
-def test_what_is_printed_becomes_lines(texts, lines):
+def test_printed_text_becomes_lines(texts, lines):
     assert printed_lines(*texts) == lines
 
 
-def test_what_is_printed_is_bounded_at_once_and_over_time():
+def test_printed_text_is_bounded_per_call_and_per_line():
     (line, left_out) = printed_lines("x" * 10_000_000 + "\n")[::-1]
     assert len(line) < 4096
     assert left_out == "9,934,465 more bytes printed at once are left out"
     assert len("".join(printed_lines(*["y" * 10_000] * 1000))) < 4096
 
 
-def test_a_printed_output_stays_open_and_is_what_others_expect():
-    said: list[str] = []
-    out = Printed(said.append, 1)
+def test_a_captured_output_stays_open_and_behaves_like_stdout():
+    lines: list[str] = []
+    out = Printed(lines.append, 1)
     out.close()
     out.buffer.close()
     print("still", file=out)
     out.buffer.write(b"bytes\n")
-    assert said == ["still", "bytes"]
+    assert lines == ["still", "bytes"]
     assert (out.fileno(), out.isatty(), out.encoding) == (1, False, "utf-8")
     assert isinstance(out, io.TextIOBase)
 
 
-def test_prints_go_to_the_log_until_it_stops(tmp_path, capfd):
+def test_printed_text_goes_to_the_log_until_it_stops(tmp_path, capfd):
     path = tmp_path / "c.log"
     before = sys.stdout, sys.stderr
     with logging_to(path) as log:
-        log.take_prints()
+        log.capture_prints()
         print("to the log")
         print("this too", file=sys.stderr)
     assert (sys.stdout, sys.stderr) == before
@@ -387,36 +387,36 @@ def test_prints_go_to_the_log_until_it_stops(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_a_thread_prints_has_the_id_of_the_request_on_which_it_works(tmp_path):
+def test_printed_text_has_the_id_of_the_request_that_its_thread_works_on(tmp_path):
     path, both = tmp_path / "c.log", threading.Barrier(2)
 
     def work(first: int) -> None:
         for request_id in range(first, first + 3):
-            log_file.work_on(request_id)
+            log_file.set_request(request_id)
             print(f"{request_id} ", end="")
-            both.wait(10)  # the other one prints too, in the midst of this line
+            both.wait(10)  # the other thread prints during this line
             print("begins")
             both.wait(10)
             print(f"{request_id} has no end", end="")
-        log_file.work_on(0)
+        log_file.set_request(0)
 
     with logging_to(path) as log:
-        log.take_prints()
+        log.capture_prints()
         threads = [threading.Thread(target=work, args=(first,)) for first in (0x10, 0x20)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        print("nobody's")
+        print("no request's")
 
     *lines, last = [line.split(" INFO ")[1] for line in path.read_text().splitlines()]
     ids = [0x10, 0x11, 0x12, 0x20, 0x21, 0x22]
     expected = [f"request {n:016x}: {n} {how}" for n in ids for how in ("begins", "has no end")]
     assert sorted(lines) == expected
-    assert last == "nobody's"
+    assert last == "no request's"
 
 
-def test_stopping_twice_is_stopping(tmp_path):
+def test_stopping_twice_is_allowed(tmp_path):
     log = ProcessLog(tmp_path / "c.log", "C")
     log.start()
     log.stop()
@@ -432,23 +432,23 @@ def test_stopping_before_the_start_is_allowed(tmp_path):
 
 @pytest.fixture
 def worker(tmp_path):
-    """C alone, of the shipped six."""
-    found = Overlay(tmp_path / "one", six_processes())
+    """Process C alone, of the six."""
+    overlay = Overlay(tmp_path / "one", six_processes())
     try:
-        yield found.start("C")
+        yield overlay.start("C")
     finally:
-        found.stop()
+        overlay.stop()
 
 
 def second(worker):
-    """The same folder and id, with another configuration: its command, and what it writes to."""
+    """The command for a process with the same folder and id but another configuration."""
     other = json.loads(worker.path.read_text())
     other["processes"]["C"]["port"] = free_port()
     (worker.folder / "other.json").write_text(json.dumps(other))
     return [sys.executable, str(ROOT / "node.py"), "other.json", "C"]
 
 
-def test_a_second_process_does_not_write_into_the_same_log(worker):
+def test_a_second_process_with_the_same_log_refuses_to_start(worker):
     before = worker.log("C")
 
     done = subprocess.run(
@@ -480,7 +480,7 @@ def test_a_process_that_died_leaves_its_log_to_the_next(worker):
         next_one.stdout.close()
 
 
-def test_a_log_that_was_stopped_is_free(tmp_path):
+def test_a_stopped_log_is_unlocked(tmp_path):
     path = tmp_path / "process_a.log"
     log = ProcessLog(path, "A")
     log.start()
@@ -489,10 +489,10 @@ def test_a_log_that_was_stopped_is_free(tmp_path):
         "log_file.LOCK_PATIENCE_S = 0\n"
         "log = log_file.ProcessLog(Path(sys.argv[1]), 'A'); log.start(); log.stop()"
     )
-    try_it = [sys.executable, "-c", script, str(path)]
-    taken = subprocess.run(try_it, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", script, str(path)]
+    taken = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     log.stop()
-    free = subprocess.run(try_it, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    free = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     assert taken.returncode == 1
     assert "ConfigError" in taken.stderr

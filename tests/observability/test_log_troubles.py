@@ -1,4 +1,4 @@
-"""A real worker whose log cannot be written: nothing changes but a counter."""
+"""A real worker whose log cannot be written: only a counter changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ patient = horror
 
 @pytest.fixture
 def workers(tmp_path: Path) -> Iterator[Callable[[Path], Overlay]]:
-    """Starts worker C alone, which logs to a folder of the test's; nobody reads its output."""
+    """Starts worker C alone, which logs to the test's folder; its output is not read."""
     with contextlib.ExitStack() as stack:
 
         def make(log_dir: Path) -> Overlay:
@@ -45,7 +45,7 @@ def workers(tmp_path: Path) -> Iterator[Callable[[Path], Overlay]]:
         yield make
 
 
-def fails_as_ever(worker: Overlay, times: int = 30) -> None:
+def still_works(worker: Overlay, times: int = 30) -> None:
     for n in range(times):
         run = "process" if n % 10 == 0 else "thread"
         with pytest.raises(grpc.RpcError) as caught:
@@ -59,72 +59,72 @@ def dropped(worker: Overlay) -> int:
     return worker.metrics("C").log_lines_dropped
 
 
-def test_a_full_disk(workers, tmp_path):
+def test_a_worker_works_with_a_full_disk(workers, tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "process_c.log").symlink_to("/dev/full")
     worker = workers(tmp_path / "logs")
 
-    fails_as_ever(worker)
+    still_works(worker)
 
     until(lambda: dropped(worker) >= 60)
     assert worker.processes["C"].poll() is None
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount")
-def test_a_disk_that_fills_up_and_has_room_again(workers, tmp_path):
+def test_the_log_goes_on_when_a_full_disk_has_room_again(workers, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no tmpfs may be mounted here")
+        pytest.skip("a tmpfs cannot be mounted here")
     try:
         worker = workers(disk)
-        fails_as_ever(worker)
+        still_works(worker)
         until(lambda: dropped(worker) > 0)
 
         subprocess.run([*mount[:4], "remount,size=10m", *mount[5:]], check=True)
         log = disk / "process_c.log"
-        until(lambda: fails_as_ever(worker, 1) or "serves on" in log.read_text())
+        until(lambda: still_works(worker, 1) or "serves on" in log.read_text())
         before = log.stat().st_size
-        until(lambda: fails_as_ever(worker, 1) or log.stat().st_size > before)
+        until(lambda: still_works(worker, 1) or log.stat().st_size > before)
         worker.stop()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_limit_on_the_size_of_files(workers, tmp_path):
+def test_a_worker_works_with_a_limit_on_the_size_of_files(workers, tmp_path):
     worker = workers(tmp_path / "logs")
     resource.prlimit(worker.processes["C"].pid, resource.RLIMIT_FSIZE, (8192, 8192))
 
-    fails_as_ever(worker)
+    still_works(worker)
 
     until(lambda: dropped(worker) > 0)
     assert (tmp_path / "logs" / "process_c.log").stat().st_size <= 8192
 
 
-def test_a_folder_that_cannot_be_made(workers):
+def test_a_worker_works_if_its_log_folder_cannot_be_created(workers):
     worker = workers(Path("/proc/logs"))
 
-    fails_as_ever(worker)
+    still_works(worker)
 
     until(lambda: dropped(worker) >= 60)
 
 
-def test_a_folder_that_vanishes(workers, tmp_path):
+def test_a_deleted_log_folder_is_created_again(workers, tmp_path):
     worker = workers(tmp_path / "logs")
     shutil.rmtree(tmp_path / "logs")
 
-    fails_as_ever(worker)
+    still_works(worker)
 
     until(lambda: "error id" in (tmp_path / "logs" / "process_c.log").read_text())
 
 
-def test_a_folder_in_whose_place_a_file_comes(workers, tmp_path):
+def test_a_worker_works_if_its_log_folder_is_replaced_by_a_file(workers, tmp_path):
     worker = workers(tmp_path / "logs")
     shutil.rmtree(tmp_path / "logs")
     (tmp_path / "logs").write_text("")
 
-    fails_as_ever(worker)
+    still_works(worker)
 
     until(lambda: dropped(worker) >= 60)
     assert (tmp_path / "logs").read_text() == ""

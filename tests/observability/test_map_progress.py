@@ -1,4 +1,4 @@
-"""How maps go, as their clients say it, and as who watches sees it."""
+"""The progress of maps, as their clients report it and as observers see it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import overlay
 from overlay.model.limits import Limits
 from overlay.model.segments import Caller, Progress
-from overlay.observability.map_progress import MOST, OF_A_STREAM, Maps
+from overlay.observability.map_progress import MAX_OF_STREAM, MAX_SHOWN, Maps
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from tests.harness.cluster import ROOT, Overlay, running, six_processes, until
@@ -25,41 +25,41 @@ ANN = Caller("10.0.0.9", "ann")
 
 
 def progress(number: int = 1, **fields: Any) -> Progress:
-    said: dict[str, Any] = {"handler": "h", "answered": 5, "failed": 1, "total": 9, "took_s": 2.0}
-    return Progress(number=number, **(said | fields))
+    usual: dict[str, Any] = {"handler": "h", "answered": 5, "failed": 1, "total": 9, "took_s": 2.0}
+    return Progress(number=number, **(usual | fields))
 
 
-def test_a_map_is_known_by_its_last_word_until_it_or_its_stream_ends() -> None:
+def test_a_map_is_known_by_its_last_report_until_it_or_its_stream_ends() -> None:
     maps, now = Maps(lambda: now), 1.0
-    maps.told("stream", ANN, progress(1))
+    maps.add("stream", ANN, progress(1))
     now = 2.0
-    maps.told("stream", ANN, progress(2))
+    maps.add("stream", ANN, progress(2))
     now = 3.0
-    maps.told("stream", ANN, progress(1, answered=7))
+    maps.add("stream", ANN, progress(1, answered=7))
 
-    found = [(one.progress.number, one.progress.answered, one.told_s) for one in maps.all()]
+    found = [(one.progress.number, one.progress.answered, one.reported_s) for one in maps.all()]
     assert found == [(2, 5, 2.0), (1, 7, 3.0)]
 
-    maps.told("stream", ANN, progress(1, is_over=True))
+    maps.add("stream", ANN, progress(1, is_over=True))
     assert [one.progress.number for one in maps.all()] == [2]
-    maps.left("stream")
+    maps.forget("stream")
     assert maps.all() == []
 
 
-def test_no_client_has_more_of_them_than_its_share() -> None:
+def test_the_number_of_maps_is_bounded_per_stream_and_in_all() -> None:
     maps = Maps()
-    for stream in range(2 * MOST // OF_A_STREAM):
+    for stream in range(2 * MAX_SHOWN // MAX_OF_STREAM):
         for number in range(100):
-            maps.told(stream, ANN, progress(number))
+            maps.add(stream, ANN, progress(number))
 
-    assert len(maps.all()) == MOST
-    maps.left(0)
-    maps.told(0, ANN, progress(1))
+    assert len(maps.all()) == MAX_SHOWN
+    maps.forget(0)
+    maps.add(0, ANN, progress(1))
     assert maps.all()[-1].progress.number == 1
 
 
 @pytest.mark.parametrize(
-    ("said", "wrong"),
+    ("sent", "wrong"),
     [
         (pb2.Progress(handler="x" * 65), "handler"),
         (pb2.Progress(handler="a\x1b[2J"), "handler"),
@@ -67,15 +67,15 @@ def test_no_client_has_more_of_them_than_its_share() -> None:
         (pb2.Progress(took_s=-1.0), "took_s"),
     ],
 )
-def test_what_is_no_progress_is_said(said: pb2.Progress, wrong: str) -> None:
+def test_an_invalid_progress_is_refused_with_the_field(sent: pb2.Progress, wrong: str) -> None:
     with pytest.raises(overlay.BadRequest, match=f"progress: {wrong}"):
-        codec.read_progress(said, Limits())
+        codec.read_progress(sent, Limits())
 
 
-def test_more_than_the_whole_is_a_whole_that_is_not_known() -> None:
-    said = pb2.Progress(number=3, answered=2**63, failed=2, total=9, took_s=1.0)
+def test_a_total_below_what_is_answered_counts_as_unknown() -> None:
+    sent = pb2.Progress(number=3, answered=2**63, failed=2, total=9, took_s=1.0)
 
-    assert codec.read_progress(said, Limits()).total == 0
+    assert codec.read_progress(sent, Limits()).total == 0
 
 
 HANDLER = """
@@ -115,11 +115,11 @@ def payloads(count: int) -> list[str]:
     return [str(n) for n in range(count)]
 
 
-def test_a_map_is_seen_while_it_runs_and_forgotten_when_it_is_done(six: Overlay) -> None:
+def test_a_map_is_shown_while_it_runs_and_forgotten_when_it_is_done(six: Overlay) -> None:
     with overlay.connect(six.address("A")) as client:
         results = client.map_as_completed("slow", payloads(400), window=40)
         taken = [next(results) for _ in range(250)]
-        until(lambda: known(six), what="what the map tells")
+        until(lambda: known(six), what="the map's report")
         (seen,) = report(six)
         taken.extend(results)
         until(lambda: not known(six), what="the end of the map")
@@ -132,7 +132,7 @@ def test_a_map_is_seen_while_it_runs_and_forgotten_when_it_is_done(six: Overlay)
     assert len(taken) == 400
 
 
-def test_of_a_map_without_a_length_it_is_not_known_how_much_is_left(six: Overlay) -> None:
+def test_a_map_without_a_length_has_no_total(six: Overlay) -> None:
     async def main() -> list[pb2.RunningMap]:
         async with overlay.connect_async(six.address("A")) as client:
             async for _ in client.map("slow", (b"x" for _ in range(10_000)), window=40):
@@ -143,10 +143,10 @@ def test_of_a_map_without_a_length_it_is_not_known_how_much_is_left(six: Overlay
     (seen,) = asyncio.run(main())
 
     assert (seen.progress.total, seen.progress.handler) == (0, "slow")
-    until(lambda: not known(six), what="the end of a map that was left")
+    until(lambda: not known(six), what="the end of an abandoned map")
 
 
-def test_a_client_that_says_nonsense_of_its_map_ends_its_own_stream_only(six: Overlay) -> None:
+def test_a_client_that_reports_nonsense_ends_only_its_own_stream(six: Overlay) -> None:
     frame = pb2.Frame(progress=[pb2.Progress(took_s=float("inf"))])
     with pytest.raises(grpc.RpcError) as caught:
         list(six.stub("A").ForwardStream(iter([frame]), timeout=20))
@@ -165,7 +165,7 @@ def test_a_map_whose_client_is_gone_is_forgotten(six: Overlay) -> None:
     command = [sys.executable, str(script), six.address("A")]
     with subprocess.Popen(command, env={"PYTHONPATH": str(ROOT)}) as client:
         try:
-            until(lambda: known(six), 20, "what the map tells")
+            until(lambda: known(six), 20, "the map's report")
         finally:
             client.kill()
 

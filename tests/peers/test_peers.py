@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlay.calls.reception import Reception
-from overlay.model.errors import Misspoken
+from overlay.model.errors import BadResponse
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     Cancel,
@@ -741,7 +741,7 @@ def test_new_workers_behind_a_neighbour_make_its_trial_due(two):
 def test_a_neighbour_is_slow_compared_with_its_peers(two):
     paces = {n: two.links._links[n].service_s for n in "CD"}
     paces["D"][""] = 0.005
-    with mock.patch.object(outlier, "LOOK_S", 0.0):
+    with mock.patch.object(outlier, "COMPARE_S", 0.0):
         for look in range(2):
             number, _ = two.send()
             two.stream.answer(number, 0, b"A", worked_us=50_000 + look)

@@ -1,4 +1,4 @@
-"""Whose turn it is among all that waits."""
+"""Which waiting request starts next."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Item:
     urgency: float = 0.0
     service_class: ServiceClass = field(default_factory=lambda: ONE)
     wants: Route = Route()  # noqa: RUF009 - a value
-    found_none: bool = False
+    blocked: bool = False
 
 
 def flow_of(name: str, is_stream: bool = False) -> Flow[Item]:
-    """Of the only caller at an address of that name."""
+    """A flow of the only caller at an address of that name."""
     return Flow(Caller(name), is_stream)
 
 
@@ -45,7 +45,7 @@ class Place:
 
 
 class Queue:
-    """FairQueue, and what has started of them by name."""
+    """A fair queue, and the names of the items that have started."""
 
     def __init__(self) -> None:
         self.order: FairQueue[Item] = FairQueue()
@@ -89,7 +89,7 @@ def test_callers_take_turns(queue):
     assert queue.serve_all() == "a0b5c6a1a2a3a4"
 
 
-def test_a_caller_with_many_streams_has_no_more_turns_than_one_with_one(queue):
+def test_a_caller_with_many_streams_gets_no_more_turns_than_one_with_a_single_stream(queue):
     many = [flow_of("many", is_stream=True) for _ in range(9)]
     for flow in many:
         queue.put(flow, "m", rows=50)
@@ -102,7 +102,7 @@ def test_a_caller_with_many_streams_has_no_more_turns_than_one_with_one(queue):
     assert Counter(queue.started) == {"m": 20, "o": 20}
 
 
-def test_streams_and_single_calls_of_a_caller_take_turns_among_themselves(queue):
+def test_streams_and_single_calls_of_a_caller_take_turns(queue):
     queue.put(flow_of("a", is_stream=True), "b", rows=99)
     queue.put(flow_of("a"), "s")
 
@@ -112,7 +112,7 @@ def test_streams_and_single_calls_of_a_caller_take_turns_among_themselves(queue)
     assert "s" in queue.started
 
 
-def test_a_turn_is_a_row_also_where_many_start_at_once(queue):
+def test_a_turn_is_a_row_even_if_many_start_at_once(queue):
     queue.put(flow_of("a", is_stream=True), "a", rows=400)
     small = flow_of("b")
     for _ in range(100):
@@ -124,7 +124,7 @@ def test_a_turn_is_a_row_also_where_many_start_at_once(queue):
     assert queue.started.count("a") <= 120
 
 
-def test_who_was_away_has_saved_up_no_turns(queue):
+def test_an_idle_caller_saves_up_no_turns(queue):
     a, b = flow_of("a"), flow_of("b")
     for n in range(4):
         queue.put(a, f"a{n}")
@@ -136,13 +136,13 @@ def test_who_was_away_has_saved_up_no_turns(queue):
     assert queue.serve_all()[4:] in ("a2b4a3b5b6b7", "b4a2b5a3b6b7")
 
 
-def test_who_found_no_place_has_saved_up_no_turns(queue):
-    a, b, shut = flow_of("a"), flow_of("b"), ServiceClass()
+def test_a_blocked_caller_saves_up_no_turns(queue):
+    a, b, busy = flow_of("a"), flow_of("b"), ServiceClass()
     for _ in range(50):
-        queue.put(a, "a", service_class=shut, wants=Route(team="pink"))
+        queue.put(a, "a", service_class=busy, wants=Route(team="pink"))
         queue.put(b, "b")
     for _ in range(20):
-        queue.serve(claim=lambda item: None if item.service_class is shut else Place(1))
+        queue.serve(claim=lambda item: None if item.service_class is busy else Place(1))
     queue.started.clear()
 
     for _ in range(20):
@@ -151,7 +151,7 @@ def test_who_found_no_place_has_saved_up_no_turns(queue):
     assert abs(queue.started.count("a") - 10) <= 1
 
 
-def test_priority_goes_first_until_the_others_have_waited(queue):
+def test_high_priority_starts_first_until_others_have_waited_long_enough(queue):
     flow = flow_of("a", is_stream=True)
     queue.put(flow, "old", now=0)
     queue.put(flow, "urgent", now=5, priority=3)
@@ -160,7 +160,7 @@ def test_priority_goes_first_until_the_others_have_waited(queue):
     assert queue.serve_all() == "urgentoldlate"
 
 
-def test_a_paused_flow_keeps_what_it_has_and_holds_up_nobody(queue):
+def test_a_paused_flow_keeps_its_items_and_does_not_hold_up_others(queue):
     paused, other = flow_of("a", is_stream=True), flow_of("a", is_stream=True)
     queue.put(paused, "p")
     queue.put(other, "o")
@@ -171,7 +171,7 @@ def test_a_paused_flow_keeps_what_it_has_and_holds_up_nobody(queue):
     assert queue.serve_all() == "op"
 
 
-def test_who_wants_what_another_did_not_get_is_not_even_tried(queue):
+def test_items_that_want_what_another_did_not_get_are_not_tried(queue):
     for name in "abcdefgh":
         queue.put(flow_of(name), name)
     tried = []
@@ -179,10 +179,10 @@ def test_who_wants_what_another_did_not_get_is_not_even_tried(queue):
     assert queue.order.next(lambda item: tried.append(item.name)) is None
 
     assert tried == ["a"]
-    assert all(queue.order.found_none(item) for item in queue.order)
+    assert all(queue.order.is_blocked(item) for item in queue.order)
 
 
-def test_who_waits_for_a_neighbour_holds_up_nobody(queue):
+def test_an_item_that_waits_for_a_link_does_not_hold_up_others(queue):
     flow = flow_of("a")
     queue.put(flow, "w", service_class=ServiceClass())
     queue.put(flow, "n", service_class=ServiceClass())
@@ -193,7 +193,7 @@ def test_who_waits_for_a_neighbour_holds_up_nobody(queue):
 
 
 AHEAD = [
-    # what waits before, as (caller, rows); of whom; how many start before one of theirs
+    # what waits, as (caller, rows); a caller; how many rows start before its next one
     ([], "a", 0),
     ([("a", 30)], "a", 30),
     ([("b", 30)], "a", 1),
@@ -204,7 +204,7 @@ AHEAD = [
 
 
 @pytest.mark.parametrize(("waiting", "caller", "ahead"), AHEAD)
-def test_who_is_ahead_is_counted_in_the_rows_of_turns(queue, waiting, caller, ahead):
+def test_rows_ahead_are_counted_by_turns(queue, waiting, caller, ahead):
     flows = [(flow_of(name, is_stream=True), rows) for name, rows in waiting]
     for flow, rows in flows:
         queue.put(flow, "x", rows=rows)
@@ -213,7 +213,7 @@ def test_who_is_ahead_is_counted_in_the_rows_of_turns(queue, waiting, caller, ah
     assert queue.order.ahead_of(own, ONE, 0) == ahead
 
 
-def test_the_less_urgent_are_not_ahead(queue):
+def test_rows_of_lower_priority_are_not_ahead(queue):
     flow = flow_of("a", is_stream=True)
     queue.put(flow, "low", rows=30)
     queue.put(flow, "high", rows=4, priority=5)
@@ -221,8 +221,8 @@ def test_the_less_urgent_are_not_ahead(queue):
     assert [queue.order.ahead_of(flow, ONE, p) for p in (0, 3, 5, 9)] == [34, 4, 4, 0]
 
 
-class Crowd(RuleBasedStateMachine):
-    """FairQueue against a model: nothing lost, own order kept, no caller passed over."""
+class AgainstAModel(RuleBasedStateMachine):
+    """Nothing is lost, each flow keeps its order, and no caller is passed over."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,10 +254,10 @@ class Crowd(RuleBasedStateMachine):
         own = [(i.urgency, i.number) for i in self.waiting if i.flow is item.flow]
         assert (item.urgency, item.number) == min(own)
         self.queue.order.start(item)
-        self.less(item, 1)
+        self.take_away(item, 1)
         for other in self.since:
             self.since[other] = 0 if other == item.flow.caller else self.since[other] + 1
-            assert self.since[other] <= 4, "two turns of each of the others at most"
+            assert self.since[other] <= 4, "at most two turns of each of the others"
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -265,9 +265,9 @@ class Crowd(RuleBasedStateMachine):
         item = data.draw(st.sampled_from(list(self.waiting)))
         rows = data.draw(st.integers(1, self.waiting[item]))
         self.queue.order.remove(item, rows)
-        self.less(item, rows)
+        self.take_away(item, rows)
 
-    def less(self, item, rows):
+    def take_away(self, item, rows):
         self.waiting[item] -= rows
         if not self.waiting[item]:
             del self.waiting[item]
@@ -276,12 +276,12 @@ class Crowd(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost(self):
-        turns = self.queue.order
-        assert set(turns) == set(self.waiting)
-        assert len(turns) == len({item.flow for item in self.waiting})
+        order = self.queue.order
+        assert set(order) == set(self.waiting)
+        assert len(order) == len({item.flow for item in self.waiting})
         for flow in self.flows:
             assert flow.rows == sum(n for i, n in self.waiting.items() if i.flow is flow)
 
 
-TestCrowd = Crowd.TestCase
-TestCrowd.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestAgainstAModel = AgainstAModel.TestCase
+TestAgainstAModel.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -1,6 +1,6 @@
-"""Overload costs only the excess: the real intake on a simulated clock, at 0.5 to 10 times load.
+"""Overload costs only the excess: the real queue on a simulated clock, at load 0.5 to 10.
 
-By single calls and by rows of a stream, which is a segment for each call here.
+With single calls and with rows of a stream, here one segment per call.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ class Place:
 
 @dataclass
 class Simulated:
-    """Workers with PLACES places behind an intake; requests come by chance, with a deadline."""
+    """Workers with PLACES places behind a queue; requests with a deadline arrive at random."""
 
     load: float
     deadline_s: float = 1.0
     service_s: float = SERVICE_S
-    service: Callable[[random.Random, bytes], float] | None = None  # of a payload, instead
-    stuck_team: str = ""  # whose requests are never answered
+    service: Callable[[random.Random, bytes], float] | None = None  # service time of a payload
+    stuck_team: str = ""  # its requests are never answered
     way: str = "unary"
     clock: Clock = field(default_factory=Clock)
     busy: int = 0
     ends: Counter[str] = field(default_factory=Counter)
-    worked_for_nobody: int = 0
-    refused_though_free: int = 0
+    worked_too_late: int = 0
+    refused_while_free: int = 0
     most_waiting: int = 0
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.chance = random.Random(7)
-        self.lanes: dict[str, Flow] = {}
-        self.took: list[float] = []  # the answers in time
+        self.flows: dict[str, Flow] = {}
+        self.took: list[float] = []  # of answers in time
         self.asked = 0
-        self.intake = RequestQueue(
+        self.queue = RequestQueue(
             "A",
             slots=200,
             in_service=100,
-            of_a_team=50,
+            team_limit=50,
             max_bytes=10**9,
             claim=self._claim,
             start=self._start,
@@ -82,7 +82,7 @@ class Simulated:
         payload: bytes = b"",
         mean_s: float = SERVICE_S,
     ):
-        """Requests of one caller for so long; the load is of those that take `mean_s`."""
+        """Requests of one caller for this long; the load is that of requests that take `mean_s`."""
         self.seconds = max(self.seconds, seconds)
         at, end = self.clock.now, self.clock.now + seconds
         while at < end:
@@ -92,8 +92,8 @@ class Simulated:
 
     def until_the_end(self) -> Simulated:
         self.clock.advance(self.seconds + 60)
-        assert (self.intake.waiting, self.busy) == (0, 0)
-        assert self.refused_though_free == 0
+        assert (self.queue.waiting, self.busy) == (0, 0)
+        assert self.refused_while_free == 0
         return self
 
     def ask(
@@ -109,8 +109,8 @@ class Simulated:
         payload: bytes = b"",
         left_s: float | None = None,
     ) -> OverlayError | None:
-        """So many at once, with one deadline. What refuses all of them is returned."""
-        came, deadline = self.clock.now, self.clock.now + (left_s or self.deadline_s)
+        """Sends rows at once, with one deadline; returns the error if the first was refused."""
+        sent, deadline = self.clock.now, self.clock.now + (left_s or self.deadline_s)
         segment = Segment(Route(team=team), Column((payload,) * rows), deadline, 1)
         self.asked += rows
 
@@ -122,12 +122,12 @@ class Simulated:
                 refusals.append(NoTimeLeft(refused.reason, retry_after_s=refused.retry_after_s))
                 early = deadline - self.clock.now > 1e-6
                 end = "refused" if early else "late"
-                if early:  # by the end of this moment its place is another's
+                if early:  # checked once everything of this instant has started
                     self.clock.at(self.clock.now, self._check_taken)
             else:
                 end = "ok" if in_time and answers.parts[0].failed is None else "late"
                 if end == "ok":
-                    self.took.append(self.clock.now - came)
+                    self.took.append(self.clock.now - sent)
             self.ends[f"{caller} {end}"] += answers.count
 
         try:
@@ -138,26 +138,26 @@ class Simulated:
             return refusal
         if queued.is_open:
             self.clock.at(deadline, lambda: queued.end(Code.DEADLINE_EXCEEDED))
-        self.most_waiting = max(self.most_waiting, self.intake.waiting)
+        self.most_waiting = max(self.most_waiting, self.queue.waiting)
         return refusals[0] if refusals else None
 
     def _admit(self, segment: Segment, sink: OnResult, caller: str) -> QueuedSegment:
         if self.way == "unary":
-            return self.intake.admit(segment, sink, Caller(caller))
-        if caller not in self.lanes:
-            self.lanes[caller] = self.intake.open_flow(Caller(caller))
-        queued = self.intake.admit_to(self.lanes[caller], segment, sink)
-        self.intake.kick()
+            return self.queue.admit(segment, sink, Caller(caller))
+        if caller not in self.flows:
+            self.flows[caller] = self.queue.open_flow(Caller(caller))
+        queued = self.queue.admit_to(self.flows[caller], segment, sink)
+        self.queue.kick()
         return queued
 
     @property
     def goodput(self) -> float:
-        """Answers in time, as a share of what the places could give."""
+        """Answers in time, as a share of the capacity."""
         answered = sum(count for end, count in self.ends.items() if end.endswith(" ok"))
         return answered / (CAPACITY * self.seconds)
 
     def _check_taken(self) -> None:
-        self.refused_though_free += self.busy < PLACES
+        self.refused_while_free += self.busy < PLACES
 
     def _claim(self, route, count, patient_until, streamed):
         if route.team != self.stuck_team or not self.stuck_team:
@@ -176,10 +176,10 @@ class Simulated:
                 sink(row, Slice(1, (column,)))
 
         def finish(row: int) -> None:
-            self.busy -= 1  # only now: work that nobody waits for takes its place all the same
-            self.worked_for_nobody += self.clock.now > segment.deadline
+            self.busy -= 1  # only now: work continues after its deadline
+            self.worked_too_late += self.clock.now > segment.deadline
             answer(row, PartSlice("W", Column((b"",))))
-            self.intake.kick()
+            self.queue.kick()
 
         if segment.route.team != self.stuck_team or not self.stuck_team:
             for row in range(place.count):
@@ -200,24 +200,24 @@ ways = pytest.mark.parametrize("way", ["unary", "stream"])
 
 @ways
 @pytest.mark.parametrize("load", [1.5, 2, 5, 10])
-def test_under_overload_nearly_all_capacity_serves_those_who_still_wait(load, way):
+def test_under_overload_nearly_all_capacity_serves_requests_in_time(load, way):
     simulated = Simulated(load, way=way).run(20).until_the_end()
 
     assert simulated.goodput > 0.95
-    assert simulated.worked_for_nobody <= 0.01 * CAPACITY * 20
+    assert simulated.worked_too_late <= 0.01 * CAPACITY * 20
 
 
 @ways
 @pytest.mark.parametrize("load", [0.5, 0.8])
-def test_below_capacity_nobody_is_refused(load, way):
+def test_below_capacity_no_request_is_refused(load, way):
     simulated = Simulated(load, way=way).run(20).until_the_end()
 
     assert set(simulated.ends) == {" ok"}
 
 
 @ways
-def test_without_admission_by_time_the_same_queue_works_for_nobody(monkeypatch, way):
-    """So that the tests above would fail without it."""
+def test_without_admission_by_time_most_work_is_too_late(monkeypatch, way):
+    """Shows that the tests above depend on it."""
     monkeypatch.setattr("overlay.queueing.admission.answer_s", lambda *what: 0.0)
     monkeypatch.setattr(
         "overlay.queueing.service_time.ServiceTimeEstimator.least_s", lambda self, now: 0.0
@@ -229,23 +229,22 @@ def test_without_admission_by_time_the_same_queue_works_for_nobody(monkeypatch, 
 
 
 @ways
-def test_a_refused_caller_that_comes_back_when_told_is_let_in(way):
+def test_a_retry_after_the_suggested_time_is_admitted(way):
     simulated = Simulated(2, way=way)
     simulated.run(5)
     simulated.clock.advance(5)
-    told = [error for _ in range(300) if (error := simulated.ask("late")) is not None]
-    hopeless = [error for error in told if isinstance(error, NoTimeLeft)]
-    assert hopeless
-    again: list[OverlayError | None] = []
-    for error in hopeless[:1]:
-        back_at = simulated.clock.now + error.retry_after_s
-        simulated.clock.at(back_at, lambda: again.append(simulated.ask("late")))
+    errors = [simulated.ask("late") for _ in range(300)]
+    refusals = [error for error in errors if isinstance(error, NoTimeLeft)]
+    assert refusals
+    retries: list[OverlayError | None] = []
+    retry_at = simulated.clock.now + refusals[0].retry_after_s
+    simulated.clock.at(retry_at, lambda: retries.append(simulated.ask("late")))
     simulated.until_the_end()
-    assert again == [None]
+    assert retries == [None]
 
 
 @ways
-def test_a_greedy_caller_does_not_keep_others_out(way):
+def test_a_greedy_caller_does_not_lock_out_others(way):
     simulated = Simulated(1, deadline_s=5, way=way)
     simulated.run(30, "greedy", load=10)
     simulated.run(30, "modest", load=0.3)
@@ -256,18 +255,18 @@ def test_a_greedy_caller_does_not_keep_others_out(way):
     assert simulated.goodput > 0.95
 
 
-def test_a_team_that_is_stuck_leaves_places_to_the_others():
+def test_a_stuck_team_leaves_places_for_the_others():
     simulated = Simulated(1, deadline_s=20, stuck_team="pink")
     simulated.run(10, "pink", load=5, team="pink")
     simulated.run(10, "green", load=0.5, team="green")
     simulated.clock.advance(9)
 
-    assert simulated.intake._place_shares.of_team("pink") <= simulated.intake.in_service // 2
+    assert simulated.queue._place_shares._teams["pink"] <= simulated.queue.in_service // 2
     assert simulated.ends["green ok"] > 0.9 * 0.5 * CAPACITY * 8, simulated.ends
 
 
 @ways
-def test_a_pace_that_was_seen_long_ago_refuses_nobody(way):
+def test_service_times_of_long_ago_refuse_no_request(way):
     simulated = Simulated(2, service_s=0.9, way=way)
     simulated.run(5)
     simulated.clock.advance(40)
@@ -281,7 +280,7 @@ def short_and_long(chance: random.Random, payload: bytes) -> float:
 
 
 @ways
-def test_who_finds_a_place_is_never_refused_for_what_took_long_before(way):
+def test_a_request_that_finds_a_place_is_never_refused_for_earlier_long_work(way):
     simulated = Simulated(1, deadline_s=2, service=short_and_long, way=way)
     for _ in range(PLACES - 1):
         simulated.ask("long", payload=b"3", left_s=60)
@@ -295,8 +294,8 @@ def test_who_finds_a_place_is_never_refused_for_what_took_long_before(way):
 
 @ways
 @pytest.mark.parametrize("later_s", [0.001, 0.5, 2.0])
-def test_those_that_come_at_once_are_not_judged_by_the_work_of_before(later_s, way):
-    """Some of them find no place; but what holds the places now is not what held them before."""
+def test_a_burst_is_not_judged_by_the_work_before_it(later_s, way):
+    """Part of it finds no place, but what holds the places now is not what held them before."""
     simulated = Simulated(1, deadline_s=2, service=short_and_long, way=way)
     for _ in range(4 * PLACES):
         simulated.ask("long", payload=b"600", left_s=3600)
@@ -309,8 +308,8 @@ def test_those_that_come_at_once_are_not_judged_by_the_work_of_before(later_s, w
 
 
 @ways
-def test_short_work_goes_on_beside_long_work_of_the_same_kind(way):
-    """Eight of the places are held for 20 s each; payloads of the same size."""
+def test_short_work_is_served_beside_long_work_of_the_same_class(way):
+    """Long work holds eight of the places, for 20 s each; all payloads have the same size."""
     simulated = Simulated(
         1, deadline_s=2, service=lambda chance, p: 20 if p == b"L" else 0.05, way=way
     )
@@ -328,8 +327,8 @@ def test_short_work_goes_on_beside_long_work_of_the_same_kind(way):
 
 
 @ways
-def test_of_two_sizes_the_small_ones_are_not_judged_by_the_large_ones(way):
-    """Large ones take a thousand times longer, and hold half of the places."""
+def test_small_payloads_are_not_judged_by_large_ones(way):
+    """Large ones take a thousand times as long, and hold half of the places."""
     simulated = Simulated(1, deadline_s=1, service=lambda chance, p: len(p) / 1e4, way=way)
     for n in range(50):
         at = simulated.clock.now + 2 * n
@@ -350,7 +349,7 @@ def test_of_two_sizes_the_small_ones_are_not_judged_by_the_large_ones(way):
     ],
     ids=["exponential", "heavy tails"],
 )
-def test_uneven_work_is_served_under_overload_too(load, service, goodput, way):
+def test_uneven_work_keeps_its_goodput_under_overload(load, service, goodput, way):
     simulated = Simulated(load, service=service, way=way).run(10).until_the_end()
 
     assert simulated.goodput > goodput
@@ -359,7 +358,7 @@ def test_uneven_work_is_served_under_overload_too(load, service, goodput, way):
 @ways
 @pytest.mark.parametrize("load", [2, 10])
 @pytest.mark.parametrize(("deadline_s", "goodput"), [(0.15, 0.95), (0.12, 0.85)])
-def test_a_deadline_barely_above_the_work_is_enough(load, deadline_s, goodput, way):
+def test_a_deadline_barely_above_the_service_time_is_enough(load, deadline_s, goodput, way):
     simulated = Simulated(load, deadline_s=deadline_s, way=way).run(10).until_the_end()
 
     assert simulated.goodput > goodput
@@ -367,8 +366,8 @@ def test_a_deadline_barely_above_the_work_is_enough(load, deadline_s, goodput, w
 
 @ways
 @pytest.mark.parametrize("load", [2, 10])
-def test_it_serves_again_after_a_time_in_which_nothing_came_in_time(load, way):
-    """Nobody saw how long the work takes now, and those who wait longest have too little time."""
+def test_it_recovers_after_a_period_in_which_everything_was_too_late(load, way):
+    """No current service time is known, and the requests at the head have too little time left."""
     simulated = Simulated(load, way=way)
     slow_from, slow_to = simulated.clock.now + 5, simulated.clock.now + 20
     simulated.service = lambda chance, payload: (
@@ -383,7 +382,7 @@ def test_it_serves_again_after_a_time_in_which_nothing_came_in_time(load, way):
 
 
 @ways
-def test_who_is_let_in_under_overload_is_answered_in_good_time(way):
+def test_requests_admitted_under_overload_are_answered_well_before_their_deadline(way):
     simulated = Simulated(10, way=way).run(1)
     simulated.clock.advance(1)
     simulated.run(9)
@@ -393,11 +392,11 @@ def test_who_is_let_in_under_overload_is_answered_in_good_time(way):
     assert sorted(simulated.took)[int(0.99 * len(simulated.took))] <= 0.75
 
 
-def test_a_bulk_on_a_stream_and_single_calls_share_the_places():
+def test_a_bulk_stream_and_single_calls_share_the_places():
     bulk = Simulated(1, deadline_s=60)
     bulk.way = "stream"
     bulk.ask_rows(4000, "bulk")
-    bulk.intake.kick()
+    bulk.queue.kick()
     bulk.way = "unary"
     bulk.run(30, "single", load=0.4)
     bulk.until_the_end()

@@ -63,10 +63,11 @@ def nothing(start: int, answers: Slice) -> None:
     pass
 
 
-class Desk:
-    """An intake whose requests run until the test answers them, at the places that are open.
+class Service:
+    """A request queue whose requests run until the test answers them.
 
-    portion: the most rows that one claim gets. places: how many rows may run, None for any number.
+    busy: teams without a place. portion: how many rows one claim may get. places: how many rows may
+    run; None for any number.
     """
 
     def __init__(
@@ -84,9 +85,9 @@ class Desk:
         self.started: list[bytes] = []
         self.waited: list[float] = []
         self.running: dict[bytes, Callable[..., None]] = {}
-        self.ended: list[tuple[bytes, Code]] = []
+        self.cancelled: list[tuple[bytes, Code]] = []
         self.answers: dict[bytes, list[AnswerRow]] = {}
-        self.intake = RequestQueue(
+        self.queue = RequestQueue(
             "A",
             slots=slots,
             in_service=in_service,
@@ -108,7 +109,7 @@ class Desk:
     ) -> QueuedSegment:
         body = name.encode()
         segment = Segment(Route(**route), Column((body,)), self.clock.now + left_s, 1)
-        return self.intake.admit(segment, self._sink((body,)), Caller(caller), priority)
+        return self.queue.admit(segment, self._sink((body,)), Caller(caller), priority)
 
     def stream(
         self, flow: Flow, names: str, *, left_s: float = 10.0, priority: int = 0, **route: object
@@ -116,7 +117,7 @@ class Desk:
         """A segment with a row for each letter, or each word, of `names`."""
         rows = tuple(name.encode() for name in (names.split() if " " in names else names))
         segment = Segment(Route(**route), Column(rows), self.clock.now + left_s, 1)
-        return self.intake.admit_to(flow, segment, self._sink(rows), priority)
+        return self.queue.admit_to(flow, segment, self._sink(rows), priority)
 
     def answer(self, *names: str) -> None:
         for name in names:
@@ -128,19 +129,17 @@ class Desk:
 
     def open(self, *teams: str) -> None:
         self.busy -= set(teams)
-        self.intake.kick()
+        self.queue.kick()
 
     def got(self, name: str) -> AnswerRow:
         (answer,) = self.answers[name.encode()]
         return answer
 
     def codes(self, names: str) -> list[Code | None]:
-        """What each of these rows was refused or ended with; None while it is open."""
-        found = [self.answers[name.encode()] for name in names]
-        assert all(len(answers) <= 1 for answers in found)
-        parts = [
-            (answers[0].refused or answers[0].parts[0]) if answers else None for answers in found
-        ]
+        """The code of the answer to each of these rows; None while there is none."""
+        answers = [self.answers[name.encode()] for name in names]
+        assert all(len(found) <= 1 for found in answers)
+        parts = [(found[0].refused or found[0].parts[0]) if found else None for found in answers]
         return [part and part.code for part in parts]
 
     @property
@@ -150,14 +149,14 @@ class Desk:
     @property
     def counts(self) -> tuple[int, int]:
         """Streamed rows waiting and in service."""
-        return self.intake.streamed[1:]
+        return self.queue.streamed[1:]
 
     def _sink(self, rows: tuple[bytes, ...]):
-        found = [self.answers.setdefault(body, []) for body in rows]
+        received = [self.answers.setdefault(body, []) for body in rows]
 
         def sink(start: int, answers: Slice) -> None:
             for row in range(len(answers)):
-                found[start + row].append(answers.at(row))
+                received[start + row].append(answers.at(row))
 
         return sink
 
@@ -169,218 +168,218 @@ class Desk:
 
     def _start(self, segment, place, waited_s, sink):
         assert len(segment) == place.count
-        assert segment.deadline > self.clock.now, "nobody waits for this any more"
+        assert segment.deadline > self.clock.now, "an expired request was started"
         self.waited.append(waited_s)
         for row, body in enumerate(segment.payloads.items):
             self.started.append(body)
             self.running[body] = partial(self._finish, body, row, sink)
 
-        def end(code: Code, start: int, count: int) -> None:
-            column = PartSlice.missing("W", 1, Detail(code, "ended"))
+        def cancel(code: Code, start: int, count: int) -> None:
+            column = PartSlice.missing("W", 1, Detail(code, "cancelled"))
             for row in range(start, start + count):
                 body = segment.payloads.items[row]
-                self.ended.append((body, code))
+                self.cancelled.append((body, code))
                 self._finish(body, row, sink, Slice(1, (column,)))
 
-        return end
+        return cancel
 
     def _finish(self, body: bytes, row: int, sink, answers: Slice = OK) -> None:
         if self.running.pop(body, None):
             sink(row, answers)
 
 
-def test_a_request_starts_at_once_when_there_is_room():
-    desk = Desk()
-    desk.admit("a")
-    assert (desk.order, desk.intake.waiting, desk.intake.active) == ("a", 0, 1)
+def test_a_request_starts_immediately_if_there_is_a_place():
+    service = Service()
+    service.admit("a")
+    assert (service.order, service.queue.waiting, service.queue.active) == ("a", 0, 1)
 
-    desk.answer("a")
+    service.answer("a")
 
-    assert desk.got("a").parts[0].ok
-    assert (desk.intake.waiting, desk.intake.active) == (0, 0)
+    assert service.got("a").parts[0].ok
+    assert (service.queue.waiting, service.queue.active) == (0, 0)
 
 
-def test_a_full_queue_refuses_at_once():
-    desk = Desk(slots=2, in_service=1)
+def test_a_full_queue_refuses_immediately():
+    service = Service(slots=2, in_service=1)
     for name in "abc":
-        desk.admit(name)
-    assert (desk.intake.waiting, desk.intake.active) == (2, 1)
+        service.admit(name)
+    assert (service.queue.waiting, service.queue.active) == (2, 1)
 
     with pytest.raises(QueueFull, match="all 2 queue slots are taken"):
-        desk.admit("d")
+        service.admit("d")
 
-    assert desk.answers[b"d"] == []
-    assert (desk.intake.waiting, desk.intake.active) == (2, 1)
+    assert service.answers[b"d"] == []
+    assert (service.queue.waiting, service.queue.active) == (2, 1)
 
 
-def test_a_queue_full_of_bytes_refuses_at_once():
-    desk = Desk(in_service=1, max_bytes=10)
-    desk.admit("a" * 50)
-    desk.admit("b" * 6)
+def test_a_queue_full_of_bytes_refuses_immediately():
+    service = Service(in_service=1, max_bytes=10)
+    service.admit("a" * 50)
+    service.admit("b" * 6)
 
     with pytest.raises(QueueFull, match="6 of 10 bytes"):
-        desk.admit("c" * 5)
+        service.admit("c" * 5)
 
-    desk.admit("d" * 4)
-    desk.answer_all()
-    desk.admit("e" * 9)
-    assert desk.intake.waiting == 0
+    service.admit("d" * 4)
+    service.answer_all()
+    service.admit("e" * 9)
+    assert service.queue.waiting == 0
 
 
-def test_requests_start_in_the_order_they_came():
-    desk = Desk(in_service=1)
+def test_requests_start_in_order_of_arrival():
+    service = Service(in_service=1)
     for name in "abcdef":
-        desk.admit(name)
+        service.admit(name)
 
-    desk.answer_all()
+    service.answer_all()
 
-    assert desk.order == "abcdef"
+    assert service.order == "abcdef"
 
 
 def test_a_request_for_a_free_team_overtakes_one_for_a_busy_team():
-    desk = Desk()
-    desk.busy = {"pink"}
-    desk.admit("p", team="pink")
-    desk.admit("g", team="green")
+    service = Service()
+    service.busy = {"pink"}
+    service.admit("p", team="pink")
+    service.admit("g", team="green")
 
-    assert desk.order == "g"
-    desk.open("pink")
-    assert desk.order == "gp"
-
-
-def test_nobody_overtakes_who_may_want_the_same_slots():
-    desk = Desk()
-    desk.busy = {"pink"}
-    desk.admit("1", team="pink")
-    desk.admit("2")  # may go to pink too
-    desk.admit("3", team="green")
-    desk.admit("4", team="pink", mode=Mode.ANY)
-
-    # 3 overtakes 1, and 2 has not been let through.
-    assert desk.order == "3"
-    desk.open("pink")
-    assert desk.order == "3124"
+    assert service.order == "g"
+    service.open("pink")
+    assert service.order == "gp"
 
 
-def test_a_later_flow_is_not_starved_by_an_earlier_one():
-    desk = Desk(in_service=1)
+def test_a_request_does_not_overtake_one_that_may_want_the_same_slots():
+    service = Service()
+    service.busy = {"pink"}
+    service.admit("1", team="pink")
+    service.admit("2")  # may go to pink too
+    service.admit("3", team="green")
+    service.admit("4", team="pink", mode=Mode.ANY)
+
+    # 3 overtakes 1; 2 has not started, as it may want pink's slots.
+    assert service.order == "3"
+    service.open("pink")
+    assert service.order == "3124"
+
+
+def test_requests_of_both_modes_start_in_order_of_arrival():
+    service = Service(in_service=1)
     for name, mode in zip("abcdef", [Mode.ALL, Mode.ANY] * 3, strict=True):
-        desk.admit(name, mode=mode)
+        service.admit(name, mode=mode)
 
-    desk.answer_all()
+    service.answer_all()
 
-    assert desk.order == "abcdef"
+    assert service.order == "abcdef"
 
 
-def test_an_expired_request_is_dropped_at_dequeue_and_never_started():
-    desk = Desk(in_service=1)
-    desk.admit("a")
-    desk.admit("b", left_s=1)
-    desk.admit("c")
-    desk.clock.advance(1)
+def test_an_expired_request_is_dropped_when_its_turn_comes():
+    service = Service(in_service=1)
+    service.admit("a")
+    service.admit("b", left_s=1)
+    service.admit("c")
+    service.clock.advance(1)
 
-    desk.answer("a")
+    service.answer("a")
 
-    assert desk.order == "ac"
-    refused = desk.got("b").refused
+    assert service.order == "ac"
+    refused = service.got("b").refused
     assert (refused.code, refused.executed) == (Code.RESOURCE_EXHAUSTED, Executed.NO)
-    assert desk.intake.active == 1
+    assert service.queue.active == 1
 
 
-def test_a_request_that_comes_too_late_is_refused_at_once():
-    desk = Desk()
+def test_a_request_without_time_left_is_refused_immediately():
+    service = Service()
     with pytest.raises(NoTimeLeft):
-        desk.admit("a", left_s=0)
+        service.admit("a", left_s=0)
 
 
 @pytest.mark.parametrize(
     ("code", "seen"),
     [(Code.CANCELLED, Code.CANCELLED), (Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED)],
 )
-def test_an_abandoned_request_is_never_served(code, seen):
-    desk = Desk(in_service=1)
-    desk.admit("a")
-    queued = desk.admit("b")
+def test_a_request_cancelled_while_it_waits_never_starts(code, seen):
+    service = Service(in_service=1)
+    service.admit("a")
+    queued = service.admit("b")
 
     queued.end(code)
     queued.end(code)
 
-    assert (desk.got("b").refused.code, desk.got("b").refused.executed) == (seen, Executed.NO)
-    assert desk.intake.waiting == 0
-    desk.answer("a")
-    assert desk.order == "a"
+    assert (service.got("b").refused.code, service.got("b").refused.executed) == (seen, Executed.NO)
+    assert service.queue.waiting == 0
+    service.answer("a")
+    assert service.order == "a"
 
 
-def test_a_started_request_is_cut_short_by_its_end():
-    desk = Desk()
-    queued = desk.admit("a")
-
-    queued.end(Code.CANCELLED)
-    queued.end(Code.CANCELLED)
-
-    assert desk.ended[0] == (b"a", Code.CANCELLED)
-    assert desk.got("a").parts[0].code is Code.CANCELLED
-    assert desk.intake.active == 0
-
-
-def test_ending_an_answered_request_does_nothing():
-    desk = Desk()
-    queued = desk.admit("a")
-    desk.answer("a")
+def test_a_running_request_is_interrupted_by_a_cancel():
+    service = Service()
+    queued = service.admit("a")
 
     queued.end(Code.CANCELLED)
+    queued.end(Code.CANCELLED)
 
-    assert desk.got("a").parts[0].ok
-    assert desk.ended == []
+    assert service.cancelled[0] == (b"a", Code.CANCELLED)
+    assert service.got("a").parts[0].code is Code.CANCELLED
+    assert service.queue.active == 0
 
 
-def test_a_request_ended_between_its_claim_and_its_start_is_ended_once_started():
-    desk = Desk()
-    all_queued: list[QueuedSegment] = []
-    ended: list[tuple[Code, int, int]] = []
+def test_cancelling_an_answered_request_does_nothing():
+    service = Service()
+    queued = service.admit("a")
+    service.answer("a")
+
+    queued.end(Code.CANCELLED)
+
+    assert service.got("a").parts[0].ok
+    assert service.cancelled == []
+
+
+def test_a_request_cancelled_between_its_claim_and_its_start_is_cancelled_once_started():
+    service = Service()
+    admitted: list[QueuedSegment] = []
+    cancelled: list[tuple[Code, int, int]] = []
 
     def start(segment, place, waited_s, sink):
-        all_queued[0].end(Code.CANCELLED)
-        return lambda *what: ended.append(what)
+        admitted[0].end(Code.CANCELLED)
+        return lambda *what: cancelled.append(what)
 
-    desk.busy = {""}
-    all_queued.append(desk.admit("a"))
-    desk.intake._start = start
-    desk.open("")
+    service.busy = {""}
+    admitted.append(service.admit("a"))
+    service.queue._start = start
+    service.open("")
 
-    assert ended == [(Code.CANCELLED, 0, 1)]
+    assert cancelled == [(Code.CANCELLED, 0, 1)]
 
 
-def test_an_answer_that_comes_twice_is_taken_once():
-    desk = Desk()
+def test_a_second_answer_to_a_row_is_dropped():
+    service = Service()
 
     def start(segment, place, waited_s, sink):
         sink(0, OK)
         sink(0, OK)
         return lambda code, start, count: None
 
-    desk.intake._start = start
-    desk.admit("a")
+    service.queue._start = start
+    service.admit("a")
 
-    assert desk.got("a").parts[0].ok
-    assert desk.intake.active == 0
+    assert service.got("a").parts[0].ok
+    assert service.queue.active == 0
 
 
 def test_a_thousand_answers_at_once_do_not_recurse():
-    desk = Desk(slots=1000, in_service=1)
+    service = Service(slots=1000, in_service=1)
     served: list[int] = []
-    desk.intake._start = answer_at_once
-    desk.busy = {""}
+    service.queue._start = answer_at_once
+    service.busy = {""}
     for n in range(1000):
-        desk.intake.admit(one(), lambda start, found, n=n: served.append(n))
-    desk.open("")
+        service.queue.admit(one(), lambda start, found, n=n: served.append(n))
+    service.open("")
 
     assert served == list(range(1000))
-    assert (desk.intake.waiting, desk.intake.active) == (0, 0)
+    assert (service.queue.waiting, service.queue.active) == (0, 0)
 
 
 def test_an_answer_that_brings_the_next_request_does_not_recurse():
-    desk = Desk(in_service=1)
+    service = Service(in_service=1)
     served: list[int] = []
 
     def ask(n: int) -> None:
@@ -389,83 +388,83 @@ def test_an_answer_that_brings_the_next_request_does_not_recurse():
             if n < 1000:
                 ask(n + 1)
 
-        desk.intake.admit(one(), sink)
+        service.queue.admit(one(), sink)
 
-    desk.intake._start = answer_at_once
+    service.queue._start = answer_at_once
     ask(0)
 
     assert len(served) == 1001
 
 
-def test_a_claim_is_told_what_it_is_for():
-    desk = Desk()
-    flow = desk.intake.open_flow()
-    desk.stream(flow, "abc", left_s=10, team="pink")
-    desk.admit("x", left_s=4, mode=Mode.ANY)
+def test_a_claim_gets_the_route_rows_patience_and_kind():
+    service = Service()
+    flow = service.queue.open_flow()
+    service.stream(flow, "abc", left_s=10, team="pink")
+    service.admit("x", left_s=4, mode=Mode.ANY)
 
-    assert desk.claims == [
-        (Route(team="pink"), 3, desk.clock.now + 5, True),
-        (Route(mode=Mode.ANY), 1, desk.clock.now + 2, False),
+    assert service.claims == [
+        (Route(team="pink"), 3, service.clock.now + 5, True),
+        (Route(mode=Mode.ANY), 1, service.clock.now + 2, False),
     ]
 
 
-def test_stopping_refuses_what_waits_and_lets_go_on_what_runs():
-    desk = Desk(in_service=1)
+def test_closing_refuses_waiting_requests_and_lets_running_ones_finish():
+    service = Service(in_service=1)
     for name in "abc":
-        desk.admit(name)
+        service.admit(name)
 
-    assert desk.intake.close() == 2
-    assert desk.intake.close() == 0
+    assert service.queue.close() == 2
+    assert service.queue.close() == 0
 
     for name in "bc":
-        refused = desk.got(name).refused
+        refused = service.got(name).refused
         assert (refused.code, refused.executed) == (Code.UNAVAILABLE, Executed.NO)
     with pytest.raises(Draining):
-        desk.admit("d")
-    desk.answer("a")
-    assert desk.got("a").parts[0].ok
-    assert (desk.order, desk.intake.waiting, desk.intake.active) == ("a", 0, 0)
+        service.admit("d")
+    service.answer("a")
+    assert service.got("a").parts[0].ok
+    assert (service.order, service.queue.waiting, service.queue.active) == ("a", 0, 0)
 
 
-def test_what_was_started_is_told_after_the_last_of_a_kick_and_not_for_nothing():
-    desk = Desk()
-    told: list[str] = []
-    desk.intake.on_started = lambda: told.append(desk.order)
-    desk.busy = {""}
+def test_on_started_is_called_once_after_all_starts_of_a_kick():
+    service = Service()
+    calls: list[str] = []
+    service.queue.on_started = lambda: calls.append(service.order)
+    service.busy = {""}
     for name in "abc":
-        desk.admit(name)
-    told.clear()
+        service.admit(name)
+    calls.clear()
 
-    desk.open("")
-    desk.intake.kick()
+    service.open("")
+    service.queue.kick()
 
-    assert told == ["abc"]
+    assert calls == ["abc"]
 
 
-def test_a_start_that_fails_costs_its_own_request_and_no_place():
-    desk = Desk(in_service=1)
-    usual = desk.intake._start
+def test_a_failed_start_costs_only_its_own_request_and_no_place():
+    service = Service(in_service=1)
+    usual = service.queue._start
 
     def start(segment, place, waited_s, sink):
         if segment.payloads.items[0] == b"bad":
             raise RuntimeError("the pool is gone")
         return usual(segment, place, waited_s, sink)
 
-    desk.intake._start = start
-    desk.busy = {""}
-    desk.admit("bad")
-    desk.admit("good")
+    service.queue._start = start
+    service.busy = {""}
+    service.admit("bad")
+    service.admit("good")
     try:
-        desk.open("")
+        service.open("")
     except RuntimeError:
-        pytest.fail("it came out on the thread of somebody else's request")
+        pytest.fail("the error was raised on another request's thread")
 
-    refused = desk.got("bad").refused
+    refused = service.got("bad").refused
     assert (refused.code, refused.executed) == (Code.INTERNAL, Executed.UNKNOWN)
-    assert desk.order == "good"
+    assert service.order == "good"
 
 
-def test_never_more_than_the_bounds_with_many_threads():
+def test_the_bounds_hold_with_many_threads():
     most, seen, lock = Counter(), Counter(), threading.Lock()
     workers = ThreadPoolExecutor(4)
     answered: Counter[int] = Counter()
@@ -483,7 +482,7 @@ def test_never_more_than_the_bounds_with_many_threads():
         workers.submit(work)
         return lambda code, start, count: None
 
-    intake = RequestQueue(
+    queue = RequestQueue(
         "A", slots=8, in_service=3, max_bytes=10**9, claim=lambda *what: Place(1), start=start
     )
 
@@ -492,7 +491,7 @@ def test_never_more_than_the_bounds_with_many_threads():
         for n in range(300):
             number = thread * 1000 + n
             try:
-                queued = intake.admit(
+                queued = queue.admit(
                     one(b"x", deadline=1e12),
                     lambda start, found, number=number: answered.update([number]),
                 )
@@ -501,8 +500,8 @@ def test_never_more_than_the_bounds_with_many_threads():
             except QueueFull:
                 refused += 1
             with lock:
-                most["waiting"] = max(most["waiting"], intake.waiting)
-                most["in service"] = max(most["in service"], intake.active)
+                most["waiting"] = max(most["waiting"], queue.waiting)
+                most["in service"] = max(most["in service"], queue.active)
         return refused
 
     with ThreadPoolExecutor(8) as callers:
@@ -513,437 +512,442 @@ def test_never_more_than_the_bounds_with_many_threads():
     assert most["active"] <= 3
     assert most["in service"] <= 3
     assert most["waiting"] <= 8
-    assert (intake.waiting, intake.active) == (0, 0)
+    assert (queue.waiting, queue.active) == (0, 0)
     assert set(answered.values()) == {1}
     assert len(answered) + refused == 8 * 300
 
 
-# Flows of streams, beside the waiting room.
+# Flows of streams, beside the single requests.
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk()
+def service() -> Service:
+    return Service()
 
 
 @pytest.fixture
-def flow(desk: Desk) -> Flow:
-    return desk.intake.open_flow()
+def flow(service: Service) -> Flow:
+    return service.queue.open_flow()
 
 
-def test_a_streamed_segment_starts_with_the_next_kick_as_one(desk, flow):
-    desk.stream(flow, "abc")
-    assert (desk.order, desk.counts) == ("", (3, 0))
+def test_a_streamed_segment_starts_as_a_whole_with_the_next_kick(service, flow):
+    service.stream(flow, "abc")
+    assert (service.order, service.counts) == ("", (3, 0))
 
-    desk.intake.kick()
+    service.queue.kick()
 
-    assert (desk.order, desk.counts, len(desk.claims)) == ("abc", (0, 3), 1)
-    desk.answer("b", "a", "c")
-    assert desk.counts == (0, 0)
-    assert all(desk.got(name).parts[0].ok for name in "abc")
-
-
-def test_the_rows_of_a_segment_start_in_portions_and_in_their_order(desk, flow):
-    desk.portion = 2
-    desk.stream(flow, "abcde")
-    desk.intake.kick()
-    assert [count for _, count, _, _ in desk.claims] == [5, 3, 1]
-
-    desk.answer_all()
-
-    assert desk.order == "abcde"
-    assert desk.counts == (0, 0)
+    assert (service.order, service.counts, len(service.claims)) == ("abc", (0, 3), 1)
+    service.answer("b", "a", "c")
+    assert service.counts == (0, 0)
+    assert all(service.got(name).parts[0].ok for name in "abc")
 
 
-def test_rows_wait_in_their_flow_until_places_are_free(desk, flow):
-    desk.places = 2
-    desk.stream(flow, "abcde")
-    desk.intake.kick()
-    assert (desk.order, desk.counts) == ("ab", (3, 2))
+def test_the_rows_of_a_segment_start_in_portions_and_in_order(service, flow):
+    service.portion = 2
+    service.stream(flow, "abcde")
+    service.queue.kick()
+    assert [count for _, count, _, _ in service.claims] == [5, 3, 1]
 
-    desk.clock.advance(1)
-    desk.answer("b")
+    service.answer_all()
 
-    assert (desk.order, desk.counts) == ("abc", (2, 2))
-    assert desk.waited == [0, 1]
-
-
-def test_streamed_rows_are_not_counted_as_single_requests(flow, desk):
-    desk.places = 1
-    desk.stream(flow, "abc")
-    desk.intake.kick()
-    assert (desk.intake.waiting, desk.intake.active) == (0, 0)
-    assert desk.intake.streamed == (1, 2, 1)
+    assert service.order == "abcde"
+    assert service.counts == (0, 0)
 
 
-def test_a_full_queue_never_refuses_on_a_stream():
-    desk = Desk(slots=1, in_service=1, max_bytes=1)
-    flow = desk.intake.open_flow()
-    desk.busy = {""}
-    desk.admit("x")
+def test_rows_wait_in_their_flow_until_places_are_free(service, flow):
+    service.places = 2
+    service.stream(flow, "abcde")
+    service.queue.kick()
+    assert (service.order, service.counts) == ("ab", (3, 2))
+
+    service.clock.advance(1)
+    service.answer("b")
+
+    assert (service.order, service.counts) == ("abc", (2, 2))
+    assert service.waited == [0, 1]
+
+
+def test_streamed_rows_are_not_counted_as_single_requests(flow, service):
+    service.places = 1
+    service.stream(flow, "abc")
+    service.queue.kick()
+    assert (service.queue.waiting, service.queue.active) == (0, 0)
+    assert service.queue.streamed == (1, 2, 1)
+
+
+def test_a_full_queue_never_refuses_a_streamed_segment():
+    service = Service(slots=1, in_service=1, max_bytes=1)
+    flow = service.queue.open_flow()
+    service.busy = {""}
+    service.admit("x")
     with pytest.raises(QueueFull):
-        desk.admit("y")
+        service.admit("y")
 
-    desk.stream(flow, "abcdefgh")
-    desk.open("")
+    service.stream(flow, "abcdefgh")
+    service.open("")
 
-    assert desk.order in ("xabcdefgh", "abcdefghx")
+    assert service.order in ("xabcdefgh", "abcdefghx")
 
 
-def test_the_room_and_the_lanes_take_turns():
-    desk = Desk()
-    flows = [desk.intake.open_flow(Caller(caller)) for caller in ("mac", "pc")]
-    desk.busy, desk.portion, desk.places = {""}, 1, 1
+def test_single_requests_and_streams_take_turns():
+    service = Service()
+    flows = [service.queue.open_flow(Caller(caller)) for caller in ("mac", "pc")]
+    service.busy, service.portion, service.places = {""}, 1, 1
     for name in "123":
-        desk.admit(name)
-    desk.stream(flows[0], "abcdef")
-    desk.stream(flows[1], "xyz")
-    desk.open("")
+        service.admit(name)
+    service.stream(flows[0], "abcdef")
+    service.stream(flows[1], "xyz")
+    service.open("")
 
-    desk.answer_all()
+    service.answer_all()
 
-    # Each source once in a round, as long as it has something.
-    rounds = [set(desk.order[i : i + 3]) for i in (0, 3, 6)]
+    # Each source has one turn in each round while it has something waiting.
+    rounds = [set(service.order[i : i + 3]) for i in (0, 3, 6)]
     assert rounds == [set("1ax"), set("2by"), set("3cz")]
-    assert desk.order[9:] == "def"
+    assert service.order[9:] == "def"
 
 
-@pytest.mark.parametrize("crowd", ["room", "flow"])
-def test_neither_a_bulk_nor_a_crowd_starves_the_other(crowd):
-    desk = Desk(in_service=1000)
-    flow = desk.intake.open_flow()  # of the same caller
-    desk.busy, desk.portion, desk.places = {""}, 10, 10
+@pytest.mark.parametrize("crowd", ["single", "stream"])
+def test_neither_a_bulk_stream_nor_many_single_requests_starve_the_other(crowd):
+    service = Service(in_service=1000)
+    flow = service.queue.open_flow()  # of the same caller
+    service.busy, service.portion, service.places = {""}, 10, 10
     many = [f"m{n}" for n in range(150)]
-    if crowd == "room":
+    if crowd == "single":
         for name in many:
-            desk.admit(name)
-        desk.stream(flow, "late one")
+            service.admit(name)
+        service.stream(flow, "late one")
     else:
-        desk.stream(flow, " ".join(many))
-        desk.admit("late")
-    desk.open("")
+        service.stream(flow, " ".join(many))
+        service.admit("late")
+    service.open("")
 
-    desk.answer_all()
+    service.answer_all()
 
-    assert desk.started.index(b"late") <= 11
-
-
-def test_of_a_stream_the_urgent_start_first_until_the_others_have_waited(desk, flow):
-    desk.busy = {""}
-    desk.stream(flow, "abc")
-    desk.clock.advance(3)
-    desk.stream(flow, "de", priority=1)
-    desk.stream(flow, "xy", priority=2)
-    desk.stream(flow, "z", priority=99)  # as 9
-
-    desk.open("")
-
-    assert desk.order == "zxyabcde"
+    assert service.started.index(b"late") <= 11
 
 
-def test_streams_of_one_caller_share_its_turn():
-    desk = Desk()
-    desk.busy, desk.portion, desk.places = {""}, 1, 1
+def test_urgent_rows_of_a_stream_start_first_until_others_have_waited_long_enough(service, flow):
+    service.busy = {""}
+    service.stream(flow, "abc")
+    service.clock.advance(3)
+    service.stream(flow, "de", priority=1)
+    service.stream(flow, "xy", priority=2)
+    service.stream(flow, "z", priority=99)  # counts as 9
+
+    service.open("")
+
+    assert service.order == "zxyabcde"
+
+
+def test_streams_of_one_caller_share_its_turns():
+    service = Service()
+    service.busy, service.portion, service.places = {""}, 1, 1
     for rows in ("abcdef", "ghijkl", "mnopqr"):
-        desk.stream(desk.intake.open_flow(Caller("many")), rows)
-    desk.admit("s", caller="many")
-    desk.stream(desk.intake.open_flow(Caller("one")), "UVWXYZ")
-    desk.open("")
+        service.stream(service.queue.open_flow(Caller("many")), rows)
+    service.admit("s", caller="many")
+    service.stream(service.queue.open_flow(Caller("one")), "UVWXYZ")
+    service.open("")
 
-    while len(desk.started) < 12:
-        next(iter(desk.running.values()))()
+    while len(service.started) < 12:
+        next(iter(service.running.values()))()
 
-    assert sum(name.isupper() for name in desk.order) == 6
+    assert sum(name.isupper() for name in service.order) == 6
 
 
-def paced(desk: Desk, flow: Flow, places: int = 4, took_s: float = 1.0, **route: object) -> None:
-    """Rows of the stream have ended lately, a second each; all places are taken and some wait."""
-    desk.places = places
+def with_service_times(
+    service: Service, flow: Flow, places: int = 4, took_s: float = 1.0, **route: object
+) -> None:
+    """Completes rows of the stream, a second each; leaves all places taken and more waiting."""
+    service.places = places
     names = " ".join(f"p{n}" for n in range(13 * places))
-    desk.stream(flow, names, left_s=1000, **route)
-    desk.intake.kick()
+    service.stream(flow, names, left_s=1000, **route)
+    service.queue.kick()
     for _ in range(10 * places):
-        desk.clock.advance(took_s / places)
-        next(iter(desk.running.values()))()
-    desk.started.clear()
+        service.clock.advance(took_s / places)
+        next(iter(service.running.values()))()
+    service.started.clear()
 
 
-def test_the_rows_of_a_segment_that_come_too_late_are_refused_and_the_others_are_not(desk, flow):
-    paced(desk, flow)  # 4 a second, 8 of them wait
+def test_only_the_rows_of_a_segment_that_are_too_late_are_refused(service, flow):
+    with_service_times(service, flow)  # 4 a second, 8 of them wait
 
-    desk.stream(flow, "abcdefghij", left_s=4.5)
-    desk.intake.kick()
+    service.stream(flow, "abcdefghij", left_s=4.5)
+    service.queue.kick()
 
-    codes = desk.codes("abcdefghij")
+    codes = service.codes("abcdefghij")
     in_time = codes.index(Code.RESOURCE_EXHAUSTED)
     assert 3 <= in_time <= 7
     assert codes == [None] * in_time + [Code.RESOURCE_EXHAUSTED] * (10 - in_time)
-    refused = desk.got("j").refused
+    refused = service.got("j").refused
     assert refused.executed is Executed.NO
     assert 0.5 <= refused.retry_after_s <= 2.5
-    desk.stream(flow, "xyz", left_s=0.5)
-    desk.intake.kick()
-    assert desk.codes("xyz") == [Code.RESOURCE_EXHAUSTED] * 3
-    assert "requests are ahead and an answer takes about" in desk.got("x").refused.reason
+    service.stream(flow, "xyz", left_s=0.5)
+    service.queue.kick()
+    assert service.codes("xyz") == [Code.RESOURCE_EXHAUSTED] * 3
+    assert "requests are ahead and an answer takes about" in service.got("x").refused.reason
 
 
-def test_what_a_refused_row_is_told_to_wait_is_enough(desk, flow):
-    paced(desk, flow)
-    desk.stream(flow, "abc", left_s=2)
-    desk.intake.kick()
-    assert desk.codes("abc") == [Code.RESOURCE_EXHAUSTED] * 3
+def test_a_row_retried_after_the_suggested_time_is_admitted(service, flow):
+    with_service_times(service, flow)
+    service.stream(flow, "abc", left_s=2)
+    service.queue.kick()
+    assert service.codes("abc") == [Code.RESOURCE_EXHAUSTED] * 3
 
-    until_s = desk.clock.now + desk.got("a").refused.retry_after_s
-    while desk.clock.now < until_s:
-        desk.clock.advance(0.25)
-        next(iter(desk.running.values()))()
-    desk.stream(flow, "xyz", left_s=2)
-    desk.intake.kick()
+    until_s = service.clock.now + service.got("a").refused.retry_after_s
+    while service.clock.now < until_s:
+        service.clock.advance(0.25)
+        next(iter(service.running.values()))()
+    service.stream(flow, "xyz", left_s=2)
+    service.queue.kick()
 
-    assert desk.codes("xyz") == [None] * 3
+    assert service.codes("xyz") == [None] * 3
 
 
-@pytest.mark.parametrize("why", ["no proof", "urgent", "another caller", "places", "a while ago"])
-def test_without_proof_no_row_of_a_stream_is_refused(desk, flow, why):
-    if why == "no proof":
-        desk.places = 4
-        desk.stream(flow, " ".join(f"p{n}" for n in range(20)), left_s=1000)
-        desk.intake.kick()
-        desk.clock.advance(1)
-        desk.answer("p0")
+@pytest.mark.parametrize("why", ["unreliable", "urgent", "another caller", "places", "long ago"])
+def test_a_row_of_a_stream_is_not_refused_without_reliable_estimates(service, flow, why):
+    if why == "unreliable":
+        service.places = 4
+        service.stream(flow, " ".join(f"p{n}" for n in range(20)), left_s=1000)
+        service.queue.kick()
+        service.clock.advance(1)
+        service.answer("p0")
     else:
-        paced(desk, flow)
+        with_service_times(service, flow)
     if why == "places":
-        desk.places = 100
-        desk.intake.kick()
-    if why == "a while ago":
-        desk.answer_all()
-        desk.clock.advance(2)
-        desk.stream(flow, "pqrst", left_s=1000)
+        service.places = 100
+        service.queue.kick()
+    if why == "long ago":
+        service.answer_all()
+        service.clock.advance(2)
+        service.stream(flow, "pqrst", left_s=1000)
     urgent = why == "urgent"
-    to = desk.intake.open_flow(Caller("another")) if why == "another caller" else flow
+    to = service.queue.open_flow(Caller("another")) if why == "another caller" else flow
 
-    desk.stream(to, "ab", left_s=2.5, priority=9 if urgent else 0)
-    desk.intake.kick()
+    service.stream(to, "ab", left_s=2.5, priority=9 if urgent else 0)
+    service.queue.kick()
 
-    assert desk.codes("ab") == [None, None]
+    assert service.codes("ab") == [None, None]
 
 
-def test_what_another_process_hands_down_is_judged_as_what_a_client_asks(desk, flow):
-    """Or anyone would say so to be let in."""
+def test_requests_of_another_process_are_judged_like_those_of_a_client(service, flow):
+    """Otherwise any client could claim to be a process."""
     down = {"targets": ("C",), "hops": ("A",)}
-    paced(desk, flow, **down)
+    with_service_times(service, flow, **down)
 
-    desk.stream(flow, "ab", left_s=1, **down)
-    desk.intake.kick()
+    service.stream(flow, "ab", left_s=1, **down)
+    service.queue.kick()
 
-    assert desk.codes("ab") == [Code.RESOURCE_EXHAUSTED] * 2
+    assert service.codes("ab") == [Code.RESOURCE_EXHAUSTED] * 2
 
 
-def hopeless(desk: Desk, flow: Flow, names: str, after_s: float, behind: str = "") -> None:
-    """These wait so long of their 4 s for a place, with `behind` behind them; then all are free."""
-    paced(desk, flow)
-    desk.places = 0
-    desk.stream(flow, names, left_s=4, priority=9)
+def hopeless(service: Service, flow: Flow, names: str, after_s: float, behind: str = "") -> None:
+    """These rows wait `after_s` of their 4 s, with `behind` behind them; then places are free."""
+    with_service_times(service, flow)
+    service.places = 0
+    service.stream(flow, names, left_s=4, priority=9)
     if behind:
-        desk.stream(flow, behind, left_s=1000)
-    desk.intake.kick()
-    desk.clock.advance(after_s)
-    desk.places = 100
-    desk.intake.kick()
+        service.stream(flow, behind, left_s=1000)
+    service.queue.kick()
+    service.clock.advance(after_s)
+    service.places = 100
+    service.queue.kick()
 
 
 @pytest.mark.parametrize(("after_s", "code"), [(2.4, None), (2.6, Code.RESOURCE_EXHAUSTED)])
-def test_the_time_that_the_way_home_takes_is_not_for_work(after_s, code):
-    desk = Desk(return_margin_s=0.5)  # work takes a second, of 1.4 and of 1.2 s it has 0.9 and 0.7
-    hopeless(desk, desk.intake.open_flow(), "ab", after_s)
+def test_the_return_margin_is_not_available_for_work(after_s, code):
+    # Work takes a second; of 1.6 and 1.4 s left it has 1.1 and 0.9.
+    service = Service(return_margin_s=0.5)
+    hopeless(service, service.queue.open_flow(), "ab", after_s)
 
-    assert desk.codes("ab") == [code] * 2
-
-
-def test_a_row_with_less_time_than_the_quickest_took_never_starts(desk, flow):
-    hopeless(desk, flow, "ab", 3.8)
-
-    assert desk.codes("ab") == [Code.RESOURCE_EXHAUSTED] * 2
-    assert desk.got("a").refused.executed is Executed.NO
-    assert "even the quickest recent one took longer" in desk.got("a").refused.reason
-    assert "a" not in desk.order
+    assert service.codes("ab") == [code] * 2
 
 
-def test_a_row_whose_place_nobody_else_wants_is_started_however_little_time_it_has():
-    desk = Desk(in_service=1)
+def test_a_row_with_less_time_than_the_quickest_took_never_starts(service, flow):
+    hopeless(service, flow, "ab", 3.8)
+
+    assert service.codes("ab") == [Code.RESOURCE_EXHAUSTED] * 2
+    assert service.got("a").refused.executed is Executed.NO
+    assert "even the quickest recent request took longer" in service.got("a").refused.reason
+    assert "a" not in service.order
+
+
+def test_a_row_whose_place_no_other_wants_is_started_however_little_time_it_has():
+    service = Service(in_service=1)
     for n in range(10):
-        desk.admit(f"p{n}", left_s=1000)
+        service.admit(f"p{n}", left_s=1000)
     for n in range(10):
-        desk.clock.advance(1)
-        desk.answer(f"p{n}")
-    desk.admit("long", left_s=1000)
-    desk.admit("late", left_s=1.2)
-    desk.clock.advance(1)
-    desk.answer("long")
+        service.clock.advance(1)
+        service.answer(f"p{n}")
+    service.admit("long", left_s=1000)
+    service.admit("late", left_s=1.2)
+    service.clock.advance(1)
+    service.answer("long")
 
-    assert desk.order.endswith("longlate")
-
-
-def test_a_stream_whose_slots_are_busy_holds_up_nobody_else():
-    desk = Desk()
-    flows = [desk.intake.open_flow() for _ in range(2)]
-    desk.busy = {"pink"}
-    desk.stream(flows[0], "abc", team="pink")
-    desk.stream(flows[1], "xyz", team="green")
-    desk.admit("1", team="green")
-    desk.intake.kick()
-
-    assert set(desk.order) == set("xyz1")
+    assert service.order.endswith("longlate")
 
 
-def test_in_a_flow_only_who_cannot_want_the_same_slots_overtakes(desk, flow):
-    desk.busy = {"pink"}
-    desk.stream(flow, "ab", team="pink")
-    desk.stream(flow, "gh", team="green")
-    desk.stream(flow, "xy")  # may go to pink too
-    desk.stream(flow, "kl", team="green")
-    desk.intake.kick()
-    assert desk.order == "ghkl"
+def test_a_stream_whose_slots_are_busy_does_not_hold_up_others():
+    service = Service()
+    flows = [service.queue.open_flow() for _ in range(2)]
+    service.busy = {"pink"}
+    service.stream(flows[0], "abc", team="pink")
+    service.stream(flows[1], "xyz", team="green")
+    service.admit("1", team="green")
+    service.queue.kick()
 
-    desk.open("pink")
-    assert desk.order == "ghklabxy"
+    assert set(service.order) == set("xyz1")
 
 
-def test_inner_rows_ended_before_their_start_never_start(desk, flow):
-    desk.busy = {""}
-    queued = desk.stream(flow, "abcdef")
+def test_in_a_flow_only_rows_that_cannot_want_the_same_slots_overtake(service, flow):
+    service.busy = {"pink"}
+    service.stream(flow, "ab", team="pink")
+    service.stream(flow, "gh", team="green")
+    service.stream(flow, "xy")  # may go to pink too
+    service.stream(flow, "kl", team="green")
+    service.queue.kick()
+    assert service.order == "ghkl"
+
+    service.open("pink")
+    assert service.order == "ghklabxy"
+
+
+def test_inner_rows_cancelled_while_they_wait_never_start(service, flow):
+    service.busy = {""}
+    queued = service.stream(flow, "abcdef")
 
     queued.end(Code.CANCELLED, 2, 2)
     queued.end(Code.DEADLINE_EXCEEDED, 3, 2)
 
     codes = [None, None, Code.CANCELLED, Code.CANCELLED, Code.RESOURCE_EXHAUSTED, None]
-    assert desk.codes("abcdef") == codes
-    assert {desk.got(name).refused.executed for name in "cde"} == {Executed.NO}
-    assert desk.counts == (3, 0)
-    desk.open("")
-    assert (desk.order, desk.counts) == ("abf", (0, 3))
+    assert service.codes("abcdef") == codes
+    assert {service.got(name).refused.executed for name in "cde"} == {Executed.NO}
+    assert service.counts == (3, 0)
+    service.open("")
+    assert (service.order, service.counts) == ("abf", (0, 3))
 
 
-def test_inner_rows_ended_after_their_start_are_cut_short_and_the_others_run_on(desk, flow):
-    desk.portion = 3
-    queued = desk.stream(flow, "abcdef")
-    desk.intake.kick()
+def test_inner_rows_cancelled_while_they_run_are_interrupted_and_the_others_go_on(service, flow):
+    service.portion = 3
+    queued = service.stream(flow, "abcdef")
+    service.queue.kick()
 
     queued.end(Code.CANCELLED, 2, 2)
     queued.end(Code.CANCELLED, 2, 2)
 
-    assert desk.codes("abcdef") == [None, None, Code.CANCELLED, Code.CANCELLED, None, None]
-    assert {body for body, _ in desk.ended} == {b"c", b"d"}
-    assert desk.counts == (0, 4)
-    desk.answer_all()
-    assert desk.codes("abef") == [Code.OK] * 4
-    assert desk.counts == (0, 0)
+    assert service.codes("abcdef") == [None, None, Code.CANCELLED, Code.CANCELLED, None, None]
+    assert {body for body, _ in service.cancelled} == {b"c", b"d"}
+    assert service.counts == (0, 4)
+    service.answer_all()
+    assert service.codes("abef") == [Code.OK] * 4
+    assert service.counts == (0, 0)
 
 
-def test_an_end_over_started_and_waiting_rows_ends_both(desk, flow):
-    desk.places = 2
-    queued = desk.stream(flow, "abcd")
-    desk.intake.kick()
+def test_a_cancel_of_running_and_waiting_rows_cancels_both(service, flow):
+    service.places = 2
+    queued = service.stream(flow, "abcd")
+    service.queue.kick()
 
     queued.end(Code.CANCELLED, 1, 2)
 
-    assert desk.codes("abcd") == [None, Code.CANCELLED, Code.CANCELLED, None]
-    assert desk.got("c").refused.executed is Executed.NO
-    assert desk.order == "abd"
+    assert service.codes("abcd") == [None, Code.CANCELLED, Code.CANCELLED, None]
+    assert service.got("c").refused.executed is Executed.NO
+    assert service.order == "abd"
 
 
-def test_rows_ended_between_their_claim_and_their_start_are_ended_once_started(desk, flow):
-    all_queued: list[QueuedSegment] = []
-    ended: list[tuple[Code, int, int]] = []
+def test_rows_cancelled_between_their_claim_and_their_start_are_cancelled_once_started(
+    service, flow
+):
+    admitted: list[QueuedSegment] = []
+    cancelled: list[tuple[Code, int, int]] = []
 
     def start(segment, place, waited_s, sink):
-        all_queued[0].end(Code.CANCELLED, 1, 4)
-        return lambda *what: ended.append((segment.payloads.items[0], *what))
+        admitted[0].end(Code.CANCELLED, 1, 4)
+        return lambda *what: cancelled.append((segment.payloads.items[0], *what))
 
-    desk.portion = 3
-    desk.intake._start = start
-    all_queued.append(desk.stream(flow, "abcdef"))
-    desk.intake.kick()
+    service.portion = 3
+    service.queue._start = start
+    admitted.append(service.stream(flow, "abcdef"))
+    service.queue.kick()
 
-    # d and e were still waiting; b and c are ended in their own segment's rows.
-    assert ended[0] == (b"a", Code.CANCELLED, 1, 2)
-    assert desk.codes("de") == [Code.CANCELLED] * 2
-
-
-def test_an_expired_segment_is_dropped_at_its_turn_and_never_started(desk, flow):
-    desk.busy = {""}
-    desk.stream(flow, "abc", left_s=1)
-    desk.stream(flow, "xyz")
-    desk.clock.advance(1)
-
-    desk.open("")
-
-    assert desk.order == "xyz"
-    assert desk.codes("abc") == [Code.RESOURCE_EXHAUSTED] * 3
-    assert {desk.got(name).refused.executed for name in "abc"} == {Executed.NO}
-    assert desk.counts == (0, 3)
+    # d and e were still waiting; b and c are rows 1 and 2 of the segment that started.
+    assert cancelled[0] == (b"a", Code.CANCELLED, 1, 2)
+    assert service.codes("de") == [Code.CANCELLED] * 2
 
 
-def test_a_segment_that_comes_too_late_or_while_stopping_is_refused_at_once(desk, flow):
+def test_an_expired_segment_is_dropped_when_its_turn_comes(service, flow):
+    service.busy = {""}
+    service.stream(flow, "abc", left_s=1)
+    service.stream(flow, "xyz")
+    service.clock.advance(1)
+
+    service.open("")
+
+    assert service.order == "xyz"
+    assert service.codes("abc") == [Code.RESOURCE_EXHAUSTED] * 3
+    assert {service.got(name).refused.executed for name in "abc"} == {Executed.NO}
+    assert service.counts == (0, 3)
+
+
+def test_a_segment_without_time_left_or_after_closing_is_refused_immediately(service, flow):
     with pytest.raises(NoTimeLeft):
-        desk.stream(flow, "abc", left_s=0)
-    desk.intake.close()
+        service.stream(flow, "abc", left_s=0)
+    service.queue.close()
     with pytest.raises(Draining):
-        desk.stream(flow, "abc")
-    assert desk.counts == (0, 0)
+        service.stream(flow, "abc")
+    assert service.counts == (0, 0)
 
 
-def test_stopping_refuses_the_rows_that_have_not_started(desk, flow):
-    desk.places = 2
-    desk.stream(flow, "abcd")
-    desk.intake.kick()
+def test_closing_refuses_the_rows_that_have_not_started(service, flow):
+    service.places = 2
+    service.stream(flow, "abcd")
+    service.queue.kick()
 
-    assert desk.intake.close() == 2
+    assert service.queue.close() == 2
 
-    assert desk.codes("abcd") == [None, None, Code.UNAVAILABLE, Code.UNAVAILABLE]
-    assert desk.got("d").refused.executed is Executed.NO
-    desk.answer("a", "b")
-    assert (desk.order, desk.counts) == ("ab", (0, 0))
+    assert service.codes("abcd") == [None, None, Code.UNAVAILABLE, Code.UNAVAILABLE]
+    assert service.got("d").refused.executed is Executed.NO
+    service.answer("a", "b")
+    assert (service.order, service.counts) == ("ab", (0, 0))
 
 
-def test_a_start_that_fails_costs_its_own_rows_and_no_place(desk, flow):
-    usual = desk.intake._start
+def test_a_failed_start_costs_only_its_own_rows_and_no_place(service, flow):
+    usual = service.queue._start
 
     def start(segment, place, waited_s, sink):
         if segment.payloads.items[0] == b"a":
             raise RuntimeError("the pool is gone")
         return usual(segment, place, waited_s, sink)
 
-    desk.intake._start, desk.portion = start, 2
-    desk.stream(flow, "abcd")
-    desk.intake.kick()
+    service.queue._start, service.portion = start, 2
+    service.stream(flow, "abcd")
+    service.queue.kick()
 
-    assert desk.codes("abcd") == [Code.INTERNAL, Code.INTERNAL, None, None]
-    assert (desk.order, desk.counts) == ("cd", (0, 2))
+    assert service.codes("abcd") == [Code.INTERNAL, Code.INTERNAL, None, None]
+    assert (service.order, service.counts) == ("cd", (0, 2))
 
 
-def test_rows_may_be_answered_in_slices_of_any_size_and_order(desk, flow):
+def test_rows_may_be_answered_in_slices_of_any_size_and_order(service, flow):
     sinks = []
 
     def start(segment, place, waited_s, sink):
         sinks.append(sink)
         return lambda code, start, count: None
 
-    desk.intake._start = start
-    desk.stream(flow, "abcdef")
-    desk.intake.kick()
+    service.queue._start = start
+    service.stream(flow, "abcdef")
+    service.queue.kick()
 
     sinks[0](4, done(2))
     sinks[0](0, done(3))
-    sinks[0](2, done(3))  # only d is still open of these
+    sinks[0](2, done(3))  # only d of these is still unanswered
 
-    assert desk.codes("abcdef") == [Code.OK] * 6
-    assert desk.counts == (0, 0)
+    assert service.codes("abcdef") == [Code.OK] * 6
+    assert service.counts == (0, 0)
 
 
-def test_an_answer_that_brings_the_answer_of_another_row_counts_each_once(desk, flow):
-    """What two threads that answer rows of one segment do when they meet."""
+def test_an_answer_from_within_another_rows_sink_counts_once(service, flow):
+    """Like two threads that answer rows of one segment at the same time."""
     sinks = []
 
     def start(segment, place, waited_s, sink):
@@ -954,63 +958,63 @@ def test_an_answer_that_brings_the_answer_of_another_row_counts_each_once(desk, 
         if first == 0:
             sinks[0](1, done(1))
 
-    desk.intake._start = start
-    desk.intake.admit_to(flow, Segment(Route(), Column((b"", b"")), 2000.0, 1), reply)
-    desk.intake.kick()
+    service.queue._start = start
+    service.queue.admit_to(flow, Segment(Route(), Column((b"", b"")), 2000.0, 1), reply)
+    service.queue.kick()
     sinks[0](0, done(1))
 
-    assert desk.counts == (0, 0)
-    assert desk.intake.active == 0
+    assert service.counts == (0, 0)
+    assert service.queue.active == 0
 
 
-@pytest.mark.parametrize("how", ["answered", "ended waiting", "ended running", "refused"])
-def test_nothing_is_kept_of_a_segment_that_is_answered(desk, flow, how):
-    desk.busy = {""} if how in ("ended waiting", "refused") else set()
-    queued = desk.stream(flow, "abc")
-    desk.intake.kick()
+@pytest.mark.parametrize("how", ["answered", "cancelled waiting", "cancelled running", "refused"])
+def test_an_answered_segment_is_not_kept(service, flow, how):
+    service.busy = {""} if how in ("cancelled waiting", "refused") else set()
+    queued = service.stream(flow, "abc")
+    service.queue.kick()
     if how == "answered":
-        desk.answer_all()
+        service.answer_all()
     elif how == "refused":
         queued.refuse(Draining("stopping"))
     else:
         queued.end(Code.CANCELLED)
     assert not queued.is_open
-    forgotten = weakref.ref(queued)
+    reference = weakref.ref(queued)
 
-    desk.claims.clear()
-    desk.intake._start = desk.intake._claim = None
+    service.claims.clear()
+    service.queue._start = service.queue._claim = None
     del queued
     gc.collect()
 
-    assert forgotten() is None
+    assert reference() is None
 
 
-def test_a_closed_flow_is_not_counted_and_its_end_can_still_come(desk, flow):
-    desk.places = 1
-    queued = desk.stream(flow, "abc")
-    desk.intake.kick()
+def test_a_cancelled_and_closed_flow_is_not_counted(service, flow):
+    service.places = 1
+    queued = service.stream(flow, "abc")
+    service.queue.kick()
 
     queued.end(Code.CANCELLED)
-    desk.intake.close_flow(flow)
+    service.queue.close_flow(flow)
 
-    assert desk.intake.streamed == (0, 0, 0)
-    assert (desk.intake.waiting, desk.intake.active) == (0, 0)
+    assert service.queue.streamed == (0, 0, 0)
+    assert (service.queue.waiting, service.queue.active) == (0, 0)
 
 
-def test_many_small_segments_that_wait_do_not_slow_down_a_kick(desk, flow):
-    desk.busy = {"pink"}
+def test_many_waiting_segments_do_not_slow_down_a_kick(service, flow):
+    service.busy = {"pink"}
     for n in range(4000):
-        desk.intake.admit_to(flow, Segment(Route(team="pink"), Column((b"",)), 2e3, n), nothing)
-    desk.intake.kick()
-    looks = []
-    route = desk.intake._claim
-    desk.intake._claim = lambda *what: looks.append(what) or route(*what)
+        service.queue.admit_to(flow, Segment(Route(team="pink"), Column((b"",)), 2e3, n), nothing)
+    service.queue.kick()
+    claims = []
+    usual = service.queue._claim
+    service.queue._claim = lambda *what: claims.append(what) or usual(*what)
 
     with mock.patch.object(fair_queue, "may_overtake", wraps=fair_queue.may_overtake) as compared:
-        desk.intake.kick()
+        service.queue.kick()
 
-    # One flow's requests want the same places: who is behind the first of them cannot start either.
-    assert len(looks) == 1
+    # These requests all want the same places, so those behind the first cannot start either.
+    assert len(claims) == 1
     assert compared.call_count < 100
 
 
@@ -1038,10 +1042,10 @@ def test_streams_and_single_requests_with_many_threads():
             workers.submit(work, row)
         return lambda code, start, count: None
 
-    intake = RequestQueue("A", slots=50, in_service=3, max_bytes=10**9, claim=claim, start=start)
+    queue = RequestQueue("A", slots=50, in_service=3, max_bytes=10**9, claim=claim, start=start)
 
     def ask(thread: int) -> int:
-        flow, refused = intake.open_flow(), 0
+        flow, refused = queue.open_flow(), 0
         for n in range(60):
             number = thread * 1000 + n
 
@@ -1051,16 +1055,16 @@ def test_streams_and_single_requests_with_many_threads():
             try:
                 if n % 3:
                     segment = Segment(Route(team="stream"), Column((b"",) * (n % 7 + 1)), 1e12, 1)
-                    queued = intake.admit_to(flow, segment, sink)
-                    intake.kick()
+                    queued = queue.admit_to(flow, segment, sink)
+                    queue.kick()
                 else:
-                    queued = intake.admit(one(deadline=1e12), sink)
+                    queued = queue.admit(one(deadline=1e12), sink)
                 if n % 5 == 0:
                     queued.end(Code.CANCELLED, n % 2, 2)
             except QueueFull:
                 refused += 1
             with lock:
-                most["in service"] = max(most["in service"], intake.active)
+                most["in service"] = max(most["in service"], queue.active)
         return refused
 
     with ThreadPoolExecutor(6) as callers:
@@ -1072,21 +1076,21 @@ def test_streams_and_single_requests_with_many_threads():
     assert set(rows.values()) == {1}
     assert most["streamed"] <= 5
     assert most["in service"] <= 3
-    assert (intake.waiting, intake.active) == (0, 0)
-    assert intake.streamed[1:] == (0, 0)
+    assert (queue.waiting, queue.active) == (0, 0)
+    assert queue.streamed[1:] == (0, 0)
 
 
 class Conservation(RuleBasedStateMachine):
-    """Every admitted row is answered exactly once, whatever happens and in which order."""
+    """Every admitted row is answered exactly once, whatever happens in whatever order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.desk = Desk(slots=5, in_service=3, max_bytes=60)
-        self.streams = [self.desk.intake.open_flow(Caller(caller)) for caller in ("mac", "lab")]
-        self.all_queued: list[tuple[QueuedSegment, list[str]]] = []
+        self.service = Service(slots=5, in_service=3, max_bytes=60)
+        self.streams = [self.service.queue.open_flow(Caller(caller)) for caller in ("mac", "lab")]
+        self.admitted: list[tuple[QueuedSegment, list[str]]] = []
         self.single: list[str] = []
         self.callers: dict[str, str] = {}
-        self.came = dict.fromkeys(("mac", "lab"), self.desk.clock.now)  # with a stream each
+        self.seen = dict.fromkeys(("mac", "lab"), self.service.clock.now)  # each has a stream
         self.streamed: list[str] = []
         self.flows: dict[object, list[str]] = {}
         self.number = 0
@@ -1102,26 +1106,26 @@ class Conservation(RuleBasedStateMachine):
     )
     def admit(self, team, mode, left_s, size, caller, priority):
         (name,) = self.names(1, size)
-        rivals = not self.closed and self.rivals(caller)
-        who = {"caller": caller, "priority": priority}
+        rivals = not self.closed and self.has_rivals(caller)
+        how = {"caller": caller, "priority": priority, "team": team, "mode": mode}
         full = self.is_full(size, caller, rivals)
         try:
-            queued = self.desk.admit(name, left_s=left_s, **who, team=team, mode=mode)
+            queued = self.service.admit(name, left_s=left_s, **how)
         except Draining:
             assert self.closed
         except NoTimeLeft:
-            assert any(map(self.waits, self.single + self.streamed)), "nobody need wait"
+            assert any(map(self.waits, self.single + self.streamed)), "refused with none ahead"
         except QueueFull:
             assert full
         else:
             assert not self.closed
-            # Who finds a place needs no room, and makes none for itself.
+            # A request that finds a place needs no slot.
             assert not (self.waits(name) and self.is_full(size, caller, rivals))
             self.callers[name] = caller
-            self.keep(queued, [name], self.single, ("room", team, mode, caller, priority))
+            self.keep(queued, [name], self.single, ("single", team, mode, caller, priority))
 
     def is_full(self, size, caller, rivals):
-        """Whether there is no room for one more to wait."""
+        """Whether there is no room for another request to wait."""
         waiting = [n for n in self.single if self.waits(n)]
         own = [n for n in waiting if self.callers[n] == caller]
         return (
@@ -1144,112 +1148,114 @@ class Conservation(RuleBasedStateMachine):
         waiting = any(map(self.waits, self.single + self.streamed))
         how = {"left_s": left_s, "team": team, "mode": mode, "priority": priority}
         try:
-            queued = self.desk.stream(flow, " ".join(names) + " ", **how)
+            queued = self.service.stream(flow, " ".join(names) + " ", **how)
         except Draining:
             assert self.closed
         except NoTimeLeft:
-            assert waiting, "who need not wait is never refused for its time"
+            assert waiting, "refused with none ahead"
         else:
             assert not self.closed
             self.keep(queued, names, self.streamed, (stream, team, mode, priority))
         if kick:
-            self.desk.intake.kick()
+            self.service.queue.kick()
 
-    @precondition(lambda self: self.desk.running)
+    @precondition(lambda self: self.service.running)
     @rule(data=st.data())
     def answer(self, data):
-        body = data.draw(st.sampled_from(sorted(self.desk.running)))
-        self.desk.running[body]()
+        body = data.draw(st.sampled_from(sorted(self.service.running)))
+        self.service.running[body]()
 
-    @precondition(lambda self: self.all_queued)
+    @precondition(lambda self: self.admitted)
     @rule(data=st.data(), code=st.sampled_from([Code.CANCELLED, Code.DEADLINE_EXCEEDED]))
     def end(self, data, code):
-        queued, names = data.draw(st.sampled_from(self.all_queued))
+        queued, names = data.draw(st.sampled_from(self.admitted))
         start = data.draw(st.integers(0, len(names) - 1))
         count = data.draw(st.integers(0, len(names) - start))
         queued.end(code, start, count)
-        assert all(self.desk.answers[name.encode()] for name in names[start : start + count])
+        assert all(self.service.answers[name.encode()] for name in names[start : start + count])
 
     @rule(teams=st.sets(st.sampled_from(["", "green", "pink"])))
     def fill(self, teams):
-        self.desk.busy |= teams
+        self.service.busy |= teams
 
     @rule(teams=st.sets(st.sampled_from(["", "green", "pink"])))
     def open(self, teams):
-        self.desk.open(*teams)
+        self.service.open(*teams)
 
     @rule(places=st.sampled_from([None, 1, 4]), portion=st.sampled_from([1, 2, 100]))
     def credit(self, places, portion):
-        self.desk.places, self.desk.portion = places, portion
+        self.service.places, self.service.portion = places, portion
 
     @rule(seconds=st.sampled_from([0.1, 1, 10]))
     def time_passes(self, seconds):
-        self.desk.clock.advance(seconds)
+        self.service.clock.advance(seconds)
 
     @precondition(lambda self: self.number > 9)
     @rule()
     def close(self):
-        self.desk.intake.close()
+        self.service.queue.close()
         self.closed = True
-        assert self.desk.intake.waiting == 0
-        assert self.desk.counts[0] == 0
+        assert self.service.queue.waiting == 0
+        assert self.service.counts[0] == 0
 
-    def rivals(self, caller):
-        """Notes that it came; whether another one did within ten seconds."""
-        now = self.desk.clock.now
-        self.came[caller] = now
-        return any(now - at <= 10 for other, at in self.came.items() if other != caller)
+    def has_rivals(self, caller):
+        """Records the caller; returns whether another was seen within ten seconds."""
+        now = self.service.clock.now
+        self.seen[caller] = now
+        return any(now - at <= 10 for other, at in self.seen.items() if other != caller)
 
     def names(self, count, size):
         self.number += count
         return [f"{self.number - n:03}".ljust(size, "-") for n in reversed(range(count))]
 
     def keep(self, queued, names, kind, flow):
-        self.all_queued.append((queued, names))
+        self.admitted.append((queued, names))
         kind += names
         self.flows.setdefault(flow, []).extend(names)
 
     def waits(self, name):
         body = name.encode()
-        return body not in self.desk.started and not self.desk.answers[body]
+        return body not in self.service.started and not self.service.answers[body]
 
     def runs(self, name):
-        return name.encode() in self.desk.running
+        return name.encode() in self.service.running
 
     @invariant()
-    def the_counts_are_true_and_the_bounds_hold(self):
-        intake = self.desk.intake
-        assert intake.waiting == sum(map(self.waits, self.single)) <= 5
-        assert intake.active == sum(map(self.runs, self.single)) <= 3
+    def the_counts_are_right_and_the_bounds_hold(self):
+        queue = self.service.queue
+        assert queue.waiting == sum(map(self.waits, self.single)) <= 5
+        assert queue.active == sum(map(self.runs, self.single)) <= 3
         waiting = sum(map(self.waits, self.streamed))
-        assert intake.streamed == (2, waiting, sum(map(self.runs, self.streamed)))
+        assert queue.streamed == (2, waiting, sum(map(self.runs, self.streamed)))
 
     @invariant()
-    def what_is_not_answered_waits_or_runs(self):
+    def every_unanswered_row_waits_or_runs(self):
         for name in self.single + self.streamed:
-            assert bool(self.desk.answers[name.encode()]) != (self.waits(name) or self.runs(name))
+            assert bool(self.service.answers[name.encode()]) != (
+                self.waits(name) or self.runs(name)
+            )
 
     @invariant()
-    def nobody_is_answered_twice_or_started_twice(self):
-        assert all(len(found) <= 1 for found in self.desk.answers.values())
-        assert len(set(self.desk.started)) == len(self.desk.started)
+    def no_row_is_answered_or_started_twice(self):
+        assert all(len(answers) <= 1 for answers in self.service.answers.values())
+        assert len(set(self.service.started)) == len(self.service.started)
 
     @invariant()
-    def a_flow_starts_in_its_order(self):
-        started = [body.decode() for body in self.desk.started]
+    def each_flow_starts_in_order(self):
+        started = [body.decode() for body in self.service.started]
         for names in self.flows.values():
             ours = [name for name in started if name in names]
             assert ours == sorted(ours, key=names.index)
 
     def teardown(self):
-        self.desk.places = None
-        self.desk.open("", "green", "pink")
-        self.desk.answer_all()
-        assert (self.desk.intake.waiting, self.desk.intake.active) == (0, 0)
-        assert self.desk.counts == (0, 0)
+        self.service.places = None
+        self.service.open("", "green", "pink")
+        self.service.answer_all()
+        assert (self.service.queue.waiting, self.service.queue.active) == (0, 0)
+        assert self.service.counts == (0, 0)
         names = self.single + self.streamed
-        assert all(len(self.desk.answers[name.encode()]) == 1 for name in names)
-        assert self.desk.intake._slot_shares._bytes == 0
+        assert all(len(self.service.answers[name.encode()]) == 1 for name in names)
+        assert self.service.queue._slot_shares._bytes == 0
         assert not any(list(flow) for flow in self.streams)
 
 
@@ -1258,15 +1264,17 @@ TestConservation.settings = settings(max_examples=100, stateful_step_count=40, d
 
 
 @pytest.mark.parametrize("how", ["queue", "stream"])
-def test_a_request_leaves_nothing_for_the_garbage_collector(how):
-    desk = Desk()
-    flow = desk.intake.open_flow()
+def test_a_request_leaves_no_reference_cycles(how):
+    service = Service()
+    flow = service.queue.open_flow()
     gc.collect()
     gc.disable()
     try:
         for n in range(100):
-            desk.admit(f"{n:03}") if how == "queue" else desk.stream(flow, f"{n:03}x {n:03}y ")
-            desk.answer_all()
+            service.admit(f"{n:03}") if how == "queue" else service.stream(
+                flow, f"{n:03}x {n:03}y "
+            )
+            service.answer_all()
         assert gc.collect() < 100
     finally:
         gc.enable()
@@ -1274,99 +1282,99 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(how):
 
 @pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize("of", ["names", "addresses", "teams", "targets"])
-def test_what_is_kept_does_not_grow_with_all_that_ever_came(of, busy):
-    """busy: something waits all the while."""
-    desk = Desk()
-    desk.intake._start = answer_at_once
+def test_nothing_accumulates_with_the_requests_ever_admitted(of, busy):
+    """busy: a request waits throughout."""
+    service = Service()
+    service.queue._start = answer_at_once
     if busy:
-        desk.busy = {"pink"}
-        desk.admit("w", left_s=1000, team="pink")
+        service.busy = {"pink"}
+        service.admit("w", left_s=1000, team="pink")
     for n in range(10_000):
         caller = Caller("pc", f"{n}") if of == "names" else Caller(f"{n}" if of != "teams" else "")
         route = Route(team=f"t{n}" if of == "teams" else "")
         if of == "targets":
             route = Route(targets=(f"{n}",))
         segment = Segment(route, Column((b"",)), 3000.0, n)
-        desk.intake.admit(segment, nothing, caller)
+        service.queue.admit(segment, nothing, caller)
 
-    intake = desk.intake
-    assert intake.active == 0
-    assert intake._room.order.kept <= 100
-    assert len(intake._callers) <= 2100
-    assert len(intake._classes) <= 1001
-    assert intake.waiting == len(intake._flows) == busy
-    assert intake._slot_shares.kept <= 3 * busy + 1
+    queue = service.queue
+    assert queue.active == 0
+    assert queue._room.order.kept <= 100
+    assert len(queue._callers) <= 2100
+    assert len(queue._classes) <= 1001
+    assert queue.waiting == len(queue._flows) == busy
+    assert queue._slot_shares.kept <= 3 * busy + 1
 
 
-def test_a_newcomer_costs_as_much_beside_many_waiting_as_their_number_and_no_more():
-    desk = Desk(slots=400)
-    desk.busy = {"pink"}
+def test_the_cost_of_admission_is_at_most_linear_in_the_number_of_waiting_callers():
+    service = Service(slots=400)
+    service.busy = {"pink"}
 
     def count(admitted: int) -> int:
         for n in range(admitted):
             segment = Segment(Route(team="pink"), Column((b"",)), 2000.0, n)
-            desk.intake.admit(segment, nothing, Caller(f"{n}"))
+            service.queue.admit(segment, nothing, Caller(f"{n}"))
         before = Flow.rows_before
         with mock.patch.object(Flow, "rows_before", autospec=True, side_effect=before) as counted:
-            desk.admit("x", team="pink")
-        desk.intake.close()
-        desk.intake._draining = False
+            service.admit("x", team="pink")
+        service.queue.close()
+        service.queue._draining = False
         return counted.call_count
 
     assert count(300) <= 3 * count(100) + 10
 
 
-def test_a_kind_that_waits_or_runs_is_not_forgotten_for_those_that_come_and_go():
-    desk = Desk()
-    desk.admit("runs", team="green")
-    kept = desk.intake._class_of(Route(team="green"))
-    desk.intake._start = answer_at_once
+def test_a_service_class_in_use_is_not_forgotten_for_new_ones():
+    service = Service()
+    service.admit("runs", team="green")
+    kept = service.queue._class_of(Route(team="green"))
+    service.queue._start = answer_at_once
     for n in range(5000):
         segment = Segment(Route(targets=(f"{n}",)), Column((b"",)), 2000.0, n)
-        desk.intake.admit(segment, nothing)
+        service.queue.admit(segment, nothing)
 
-    assert desk.intake._class_of(Route(team="green")) is kept
-    assert len(desk.intake._classes) <= 1001
+    assert service.queue._class_of(Route(team="green")) is kept
+    assert len(service.queue._classes) <= 1001
 
 
-def test_who_finds_a_place_needs_no_slot_of_the_queue():
-    desk = Desk(slots=2)
-    desk.busy = {"pink"}
+def test_a_request_that_finds_a_place_needs_no_queue_slot():
+    service = Service(slots=2)
+    service.busy = {"pink"}
     for name in "ab":
-        desk.admit(name, team="pink")
+        service.admit(name, team="pink")
     with pytest.raises(QueueFull):
-        desk.admit("c", team="pink")
+        service.admit("c", team="pink")
 
-    desk.admit("d", team="green")
+    service.admit("d", team="green")
 
-    assert (desk.order, desk.intake.waiting) == ("d", 2)
+    assert (service.order, service.queue.waiting) == ("d", 2)
 
 
-def test_one_handlers_calls_leave_places_to_others_and_hold_up_nobody():
-    desk = Desk()
+def test_one_handlers_requests_leave_places_for_others_and_do_not_hold_them_up():
+    service = Service()
     for n in range(100):
-        desk.admit(f"s{n}", handler="slow")
-    assert (desk.intake.active, desk.intake.waiting) == (80, 20)
+        service.admit(f"s{n}", handler="slow")
+    assert (service.queue.active, service.queue.waiting) == (80, 20)
 
-    desk.admit("e", handler="echo")
-    desk.admit("m", handler="slow", caller="mac")
+    service.admit("e", handler="echo")
+    service.admit("m", handler="slow", caller="mac")
 
-    assert {"e", "m"} <= {name.decode() for name in desk.started}
-    desk.answer(*(f"s{n}" for n in range(20)))
-    assert desk.intake.waiting < 10
-    desk.answer_all()
-    assert (desk.intake.active, desk.intake.waiting) == (0, 0)
+    assert {"e", "m"} <= {name.decode() for name in service.started}
+    service.answer(*(f"s{n}" for n in range(20)))
+    assert service.queue.waiting < 10
+    service.answer_all()
+    assert (service.queue.active, service.queue.waiting) == (0, 0)
 
 
-def test_a_request_without_a_handlers_name_passes_those_that_want_another():
-    desk = Desk()
-    desk.intake._default_handler = "echo"
-    desk.places = 1
-    desk.admit("a", handler="slow")
-    usual = desk.intake._claim
-    desk.intake._claim = lambda route, *rest: None if route.handler else Place(1)
-    desk.admit("b", handler="slow")
-    desk.admit("c")
-    desk.intake._claim = usual
+def test_a_request_for_the_default_handler_overtakes_those_for_another_handler():
+    service = Service()
+    service.queue._default_handler = "echo"
+    service.places = 1
+    service.admit("a", handler="slow")
+    usual = service.queue._claim
+    service.queue._claim = lambda route, *rest: None if route.handler else Place(1)
+    service.admit("b", handler="slow")
+    service.admit("c")
+    service.queue._claim = usual
 
-    assert desk.order == "ac"
+    assert service.order == "ac"

@@ -34,7 +34,7 @@ def failed(worker: str, code: Code = Code.UNAVAILABLE, executed: Executed = NO) 
 
 
 def column(part: Part, count: int = 1) -> PartSlice:
-    """Rows that all fared like this part."""
+    """Rows that all have this part."""
     failed = None if part.ok else Detail(part.code, part.reason, part.executed)
     return PartSlice(part.process_id, Column((part.result,) * count), part.hops, {}, failed)
 
@@ -43,7 +43,7 @@ def answers(*parts: Part, hops: tuple[str, ...] = (), count: int = 1) -> Slice:
     return Slice(count, tuple(column(part, count) for part in parts), hops)
 
 
-def test_hops_are_the_process_asked_and_then_depth_first_in_configuration_order():
+def test_hops_start_with_the_process_asked_and_go_depth_first_in_configuration_order():
     at_b = answers(ok("C"), hops=("B", "C"))
     at_e = answers(ok("D"), ok("F"), hops=("E", "D", "F"))
 
@@ -53,7 +53,7 @@ def test_hops_are_the_process_asked_and_then_depth_first_in_configuration_order(
     assert [part.process_id for part in found.at(0).parts] == list("CDF")
 
 
-def test_parts_of_workers_in_no_branch_stand_in_their_place():
+def test_parts_of_workers_in_no_branch_are_in_configuration_order_too():
     at_e = answers(ok("D"), hops=("E", "D"))
 
     missing = [column(failed("F")), column(failed("C"))]
@@ -63,7 +63,7 @@ def test_parts_of_workers_in_no_branch_stand_in_their_place():
     assert found.hops == tuple("AED")
 
 
-def test_rows_are_gathered_each_with_its_own():
+def test_each_row_is_gathered_by_itself():
     at_b = Slice(3, (PartSlice("C", Column((b"c0", b"c1", b"c2"))),), ("B", "C"))
     failures = {1: Detail(Code.INTERNAL, "row 1", YES)}
     at_e = Slice(3, (PartSlice("D", Column((b"d0", b"", b"d2")), (), failures),), ("E", "D"))
@@ -75,7 +75,7 @@ def test_rows_are_gathered_each_with_its_own():
     assert [aggregate.coverage(row) for row in rows] == ["2/2", "1/2; missing=D", "2/2"]
 
 
-def test_plain_results_are_what_each_row_gets_alone():
+def test_plain_results_equal_the_results_of_the_single_rows():
     two = Slice(2, tuple(PartSlice(w, Column((b"0" + w.encode(), b"1"))) for w in "CD"))
     one = Slice(2, two.parts[:1])
     for mode, found in ((Mode.ALL, two), (Mode.ALL, one), (Mode.ANY, one)):
@@ -93,14 +93,14 @@ COVERAGES = [
 
 
 @pytest.mark.parametrize(("parts", "text"), COVERAGES)
-def test_coverage_says_k_of_n_and_who_is_missing(parts, text):
+def test_coverage_has_the_number_of_parts_and_the_missing_workers(parts, text):
     assert aggregate.coverage(AnswerRow(parts)) == text
 
 
-def test_a_branch_answers_for_each_of_its_targets_and_for_nobody_else():
-    said = answers(ok("D", b"d"), ok("Z"), ok("C"), hops=("E", "D"), count=2)
+def test_a_branch_answers_for_each_of_its_targets_and_no_others():
+    given = answers(ok("D", b"d"), ok("Z"), ok("C"), hops=("E", "D"), count=2)
 
-    found = aggregate.from_branch(said, ("D", "F"))
+    found = aggregate.from_branch(given, ("D", "F"))
 
     for row in range(2):
         first, second = found.at(row).parts
@@ -109,13 +109,13 @@ def test_a_branch_answers_for_each_of_its_targets_and_for_nobody_else():
     assert found.hops == ("E", "D")
 
 
-def test_what_a_branch_left_out_in_silence_is_no_proof_that_nothing_ran():
+def test_a_part_that_a_branch_left_out_does_not_prove_that_nothing_ran():
     (part,) = aggregate.from_branch(Slice(1, ()), ("F",)).at(0).parts
     assert part.executed is UNKNOWN
 
 
 @pytest.mark.parametrize("executed", Executed)
-def test_a_branchs_refusal_is_each_targets_own(executed):
+def test_a_refusal_of_a_branch_is_a_refusal_of_each_target(executed):
     refused = Part("E", Code.RESOURCE_EXHAUSTED, "full", executed=executed)
 
     found = aggregate.from_branch(Slice(2, (), refused=refused), ("D", "F"))
@@ -128,7 +128,7 @@ def test_a_branchs_refusal_is_each_targets_own(executed):
     assert found.hops == ()
 
 
-def test_one_good_part_is_enough():
+def test_one_ok_part_is_enough():
     answer = AnswerRow((failed("C"), ok("D"), failed("F", Code.INTERNAL, YES)))
     assert aggregate.failure(answer, 1.0) is None
 
@@ -146,7 +146,7 @@ def test_the_code_of_a_failure_is_the_first_parts_in_configuration_order(codes):
     assert str(error) == "C: C did not; D: D did not; F: F did not"
 
 
-def test_a_reason_that_several_give_is_told_once():
+def test_a_reason_that_several_workers_give_appears_once():
     parts = [Part(worker, Code.INTERNAL, why) for worker, why in zip("CDF", "xyx", strict=True)]
     assert str(aggregate.failure(AnswerRow(tuple(parts)), 1.0)) == "C, F: x; D: y"
 
@@ -172,7 +172,7 @@ RETRIES = [
 
 
 @pytest.mark.parametrize(("code", "executed", "after_s"), RETRIES)
-def test_only_a_proven_refusal_for_want_of_room_says_when_to_come_back(code, executed, after_s):
+def test_only_a_refusal_that_proves_that_nothing_ran_says_when_to_retry(code, executed, after_s):
     error = aggregate.failure(AnswerRow((failed("C", code, executed),)), 1.5)
     assert error.retry_after_s == after_s
 
@@ -185,7 +185,7 @@ def test_a_refusal_of_the_process_asked_is_the_failure():
     assert (error.code, str(error), error.executed) == (Code.CANCELLED, "left", UNKNOWN)
 
 
-def test_the_same_reason_of_many_workers_is_told_once():
+def test_a_reason_without_workers_appears_once_and_alone():
     parts = tuple(Part("", Code.UNAVAILABLE, "E is down") for _ in range(3))
     assert str(aggregate.failure(AnswerRow(parts), 1.0)) == "E is down"
 
@@ -204,11 +204,11 @@ ELSEWHERE = [
 
 
 @pytest.mark.parametrize(("answer", "may"), ELSEWHERE)
-def test_another_worker_is_asked_only_on_proof_that_nothing_ran(answer, may):
+def test_another_worker_is_asked_only_with_proof_that_nothing_ran(answer, may):
     assert aggregate.may_try_elsewhere(answer) is may
 
 
-def test_the_answers_of_all_are_joined_by_newlines_in_configuration_order():
+def test_in_mode_all_results_are_joined_by_newlines_in_configuration_order():
     answer = AnswerRow((ok("C", b"c"), failed("D"), ok("F", b"f")))
     assert aggregate.result(Mode.ALL, answer, None) == b"c\nf"
 
@@ -222,7 +222,7 @@ def test_an_empty_answer_is_an_answer():
     assert aggregate.result(Mode.ANY, AnswerRow((ok("C", b""),)), None) == b""
 
 
-def test_a_merge_gets_the_good_parts_in_configuration_order():
+def test_a_merge_function_gets_the_ok_parts_in_configuration_order():
     answer = AnswerRow((ok("C", b"1"), failed("D"), ok("F", b"2")))
 
     def merge(parts):
@@ -231,12 +231,12 @@ def test_a_merge_gets_the_good_parts_in_configuration_order():
     assert aggregate.result(Mode.ALL, answer, merge) == b"C1,F2"
 
 
-def test_one_answer_is_the_workers_own_bytes_whatever_the_merge():
+def test_in_mode_any_the_result_is_the_workers_own_whatever_the_merge_function():
     answer = AnswerRow((ok("D", b"d"),))
     assert aggregate.result(Mode.ANY, answer, lambda parts: b"merged") == b"d"
 
 
-def test_nobody_asked_is_a_failure():
+def test_an_answer_without_parts_is_a_failure():
     assert aggregate.failure(AnswerRow(()), 1.0).code is Code.UNAVAILABLE
 
 
@@ -250,12 +250,12 @@ PARTS = st.builds(
 
 
 @given(st.lists(PARTS, max_size=4), st.lists(st.sampled_from("CDF"), unique=True, min_size=1))
-def test_whatever_a_branch_says_there_is_one_part_for_each_target(parts, targets):
+def test_any_answer_of_a_branch_has_one_part_for_each_target(parts, targets):
     found = aggregate.from_branch(answers(*parts, hops=("E",)), targets)
     assert [part.process_id for part in found.at(0).parts] == targets
 
 
 @given(st.lists(PARTS, min_size=1, max_size=4))
-def test_a_failure_is_told_exactly_when_no_part_is_good(parts):
+def test_there_is_an_error_exactly_if_no_part_is_ok(parts):
     error = aggregate.failure(AnswerRow(tuple(parts)), 1.0)
     assert (error is None) == any(part.ok for part in parts)

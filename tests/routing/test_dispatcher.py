@@ -1,4 +1,4 @@
-"""The rules that keep the overlay alive, on real relays and intakes in a network in memory."""
+"""The rules that keep the overlay alive: real dispatchers and queues, a network in memory."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_every_process_can_be_asked(network, me, result, hops):
     assert (asked.result, asked.answer.hops) == (result, tuple(hops))
 
 
-def test_each_part_tells_the_way_to_its_worker(network):
+def test_each_part_has_the_hops_to_its_worker(network):
     parts = network.ask("A").answer.parts
     assert {part.process_id: "".join(part.hops) for part in parts} == {
         "C": "ABC",
@@ -126,7 +126,7 @@ def test_two_requests_never_wait_for_each_other():
             network.let_go(near, far)
             network.hold(near, far)
 
-    # No time has passed; short queues may have refused some, but nobody is stuck.
+    # No time has passed: short queues may have refused requests, but none is stuck.
     assert [len(one.answers[0]) for one in asked] == [1] * len(asked)
     errors = [one.error for one in asked if one.error]
     assert {error.code for error in errors} <= {Code.RESOURCE_EXHAUSTED}
@@ -142,7 +142,7 @@ def test_a_process_in_the_hop_list_is_skipped(network):
 
     network.nodes["A"].serve(asked.segment, asked.take)
 
-    # D is asked for through B, and skipped there; F has no way but E.
+    # D is asked for through B and skipped there; F can be reached only through E.
     assert network.sent_from("A") == ["B"]
     assert network.runs(1) == {"C": 1}
     assert {part.process_id: part.executed for part in asked.answer.parts if not part.ok} == {
@@ -162,7 +162,7 @@ def test_a_process_that_finds_itself_in_the_hop_list_refuses(network, me):
     assert network.executed == []
 
 
-def test_a_worker_never_runs_what_is_meant_for_another(network):
+def test_a_worker_never_runs_a_request_for_another(network):
     asked = Asked(one(Route(hops=("A", "B"), targets=("D",))))
 
     network.nodes["C"].serve(asked.segment, asked.take)
@@ -171,7 +171,7 @@ def test_a_worker_never_runs_what_is_meant_for_another(network):
     assert network.executed == []
 
 
-def test_a_worker_asked_for_others_too_works_only_in_places_of_its_own():
+def test_a_worker_that_is_asked_for_others_too_claims_one_slot_for_its_own_part():
     network = MemoryNetwork(SIX, slots=1)
     works = network.nodes["C"].works
     works.hold()
@@ -183,7 +183,6 @@ def test_a_worker_asked_for_others_too_works_only_in_places_of_its_own():
     for each in asked:
         network.nodes["C"].serve(each.segment, each.take)
 
-    # It claims a place for its own part, as for any other request.
     assert [request_id for _, request_id in network.executed] == [1]
     assert works.active == 1
     works.finish()
@@ -216,7 +215,7 @@ def test_a_late_worker_costs_only_its_own_part(network):
     assert asked.coverage == "2/3; missing=F"
 
 
-def test_the_answer_of_a_late_overlay_comes_before_the_callers_own_deadline(network):
+def test_a_late_answer_arrives_before_the_callers_own_deadline(network):
     network.nodes["F"].works.hold()
     asked = network.ask("A", deadline_s=10)
 
@@ -226,7 +225,7 @@ def test_the_answer_of_a_late_overlay_comes_before_the_callers_own_deadline(netw
 
 
 @pytest.mark.parametrize("mode", Mode)
-def test_nothing_is_left_behind_when_every_worker_is_late(network, mode):
+def test_nothing_is_left_over_when_every_worker_is_late(network, mode):
     for worker in "CDF":
         network.nodes[worker].works.hold()
     asked = network.ask("A", mode=mode, deadline_s=1)
@@ -243,7 +242,7 @@ def test_nothing_is_left_behind_when_every_worker_is_late(network, mode):
 
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("code", [Code.CANCELLED, Code.DEADLINE_EXCEEDED])
-def test_an_ended_request_is_answered_with_the_code_it_was_ended_with(network, mode, code):
+def test_a_cancelled_request_is_answered_with_the_code_of_the_cancel(network, mode, code):
     network.hold("A", "B")
     network.hold("A", "E")
     asked = network.ask("A", mode=mode)
@@ -254,14 +253,14 @@ def test_an_ended_request_is_answered_with_the_code_it_was_ended_with(network, m
 
 
 @pytest.mark.parametrize("mode", Mode)
-def test_a_caller_who_leaves_ends_the_work_below(network, mode):
+def test_the_work_below_is_cancelled_when_the_caller_leaves(network, mode):
     for worker in "CDF":
         network.nodes[worker].works.hold()
     asked = network.ask("A", mode=mode)
 
     asked.leave()
 
-    # Only the handlers themselves are still at it; nobody waits for them.
+    # Only the handlers themselves still run; nothing waits for them.
     assert asked.answer
     assert {what.split()[1] for what in network.left_over} == {"working"}
     for worker in "CDF":
@@ -270,7 +269,7 @@ def test_a_caller_who_leaves_ends_the_work_below(network, mode):
 
 
 @pytest.mark.parametrize("mode", Mode)
-def test_what_comes_after_the_end_is_not_answered_again(network, mode):
+def test_a_cancelled_request_is_not_answered_again(network, mode):
     network.hold("A", "B")
     network.cut("A", "E")
     asked = network.ask("A", mode=mode, team="green")
@@ -289,16 +288,16 @@ def test_a_request_whose_caller_left_is_not_tried_elsewhere(network):
     network.heal("A", "E")
     assert network.sent_from("A") == ["B"]
 
-    # The refusal of the first branch and the caller's leaving meet.
+    # The first branch refuses while the caller leaves.
     (letter,) = network.edges["A", "B"].open
     letter.end = lambda code, start, count: letter.refuse()
-    asked.ticket._ends = [(0, 1, asked.ticket._ends[0][2])]
+    asked.ticket._cancels = [(0, 1, asked.ticket._cancels[0][2])]
     asked.leave()
 
     assert network.sent_from("A") == ["B"]
 
 
-def test_a_request_tried_elsewhere_is_ended_there_too(network):
+def test_a_request_tried_elsewhere_is_cancelled_there_too(network):
     for worker in "DF":
         network.nodes[worker].works.hold()
     network.next("A", "B", REFUSED)
@@ -311,7 +310,7 @@ def test_a_request_tried_elsewhere_is_ended_there_too(network):
     assert {what.split()[1] for what in network.left_over} == {"working"}
 
 
-def test_a_request_whose_caller_leaves_while_it_is_tried_elsewhere_is_ended_there_too(network):
+def test_a_request_cancelled_while_it_is_sent_elsewhere_is_cancelled_there_too(network):
     for worker in "DF":
         network.nodes[worker].works.hold()
     network.hold("A", "B")
@@ -348,13 +347,13 @@ def test_a_request_whose_answer_was_lost_is_never_sent_again(network, mode, fate
     assert asked.error.retry_after_s is None
 
 
-def test_a_lost_request_with_a_key_runs_once_more_and_on_another_worker(network):
+def test_a_lost_request_with_a_key_runs_once_more_on_another_worker(network):
     for node in network.nodes.values():
         node.works.hold()
     asked = network.ask("A", mode=ANY, team="pink", keyed=True)
     assert network.runs(asked.request_id) == {"D": 1}
 
-    network.cut("E", "D")  # who can still be reached through B
+    network.cut("E", "D")  # D can still be reached through B
 
     assert network.runs(asked.request_id) == {"D": 1, "F": 1}
     for node in network.nodes.values():
@@ -363,7 +362,7 @@ def test_a_lost_request_with_a_key_runs_once_more_and_on_another_worker(network)
     assert network.left_over == {}
 
 
-def test_a_request_with_a_key_is_lost_for_good_with_the_second_worker(network):
+def test_a_request_with_a_key_is_not_retried_after_a_second_loss(network):
     for node in network.nodes.values():
         node.works.hold()
     asked = network.ask("A", mode=ANY, keyed=True)
@@ -376,7 +375,7 @@ def test_a_request_with_a_key_is_lost_for_good_with_the_second_worker(network):
     assert asked.error.executed is Executed.UNKNOWN
 
 
-def test_with_a_dead_team_leader_a_lost_request_with_a_key_spares_all_its_workers(network):
+def test_a_request_lost_with_a_team_leader_is_retried_on_none_of_its_workers(network):
     for node in network.nodes.values():
         node.works.hold()
     network.cut("A", "B")
@@ -433,7 +432,7 @@ def test_a_second_request_with_the_same_id_is_not_run(network):
     assert network.runs(77) == {"C": 1, "D": 1, "F": 1}
 
 
-def test_two_ways_to_a_worker_are_still_one_run(network):
+def test_a_worker_reached_through_another_team_leader_runs_the_request_once(network):
     network.cut("A", "E")
     asked = network.ask("A")
 
@@ -445,7 +444,7 @@ def test_two_ways_to_a_worker_are_still_one_run(network):
     }
 
 
-def test_a_neighbour_that_answers_without_parts_has_proved_nothing(network):
+def test_an_answer_without_parts_proves_nothing(network):
     network.cut("A", "E")
     network.nodes["B"].serve = lambda segment, reply, lane: reply(0, Slice(1, (), ("B",)))
 
@@ -454,7 +453,7 @@ def test_a_neighbour_that_answers_without_parts_has_proved_nothing(network):
     assert asked.error.executed is not Executed.NO
 
 
-# Rule 7: nothing short in silence.
+# Rule 7: missing parts are reported.
 
 
 def test_a_dead_worker_costs_only_its_own_part(network):
@@ -469,7 +468,7 @@ def test_a_dead_worker_costs_only_its_own_part(network):
     assert part.reason == "D cannot be reached from E"
 
 
-def test_a_dead_team_leader_costs_only_whom_nobody_else_leads(network):
+def test_a_dead_team_leader_costs_only_workers_that_no_other_leads(network):
     network.kill("E")
 
     asked = network.ask("A")
@@ -478,7 +477,7 @@ def test_a_dead_team_leader_costs_only_whom_nobody_else_leads(network):
     assert asked.answer.parts[2].reason == "cannot be reached: A has no live link to E"
 
 
-def test_with_nobody_to_ask_the_request_fails_and_proves_that_nothing_ran(network):
+def test_without_reachable_workers_the_request_fails_with_proof_that_nothing_ran(network):
     network.kill("B")
     network.kill("E")
 
@@ -488,7 +487,7 @@ def test_with_nobody_to_ask_the_request_fails_and_proves_that_nothing_ran(networ
         assert error.retry_after_s is not None
 
 
-def test_a_worker_that_dies_with_the_request_is_told_as_unknown(network):
+def test_the_part_of_a_worker_that_dies_with_the_request_is_unknown(network):
     network.nodes["F"].works.hold()
     asked = network.ask("A")
     network.kill("F")
@@ -497,7 +496,7 @@ def test_a_worker_that_dies_with_the_request_is_told_as_unknown(network):
     assert asked.answer.parts[2].executed is Executed.UNKNOWN
 
 
-def test_a_refused_branch_of_all_is_told_for_each_of_its_workers(network):
+def test_in_mode_all_a_refusal_of_a_branch_is_reported_for_each_of_its_workers(network):
     network.next("A", "E", REFUSED)
 
     asked = network.ask("A")
@@ -509,7 +508,7 @@ def test_a_refused_branch_of_all_is_told_for_each_of_its_workers(network):
 # Links that are down for a moment.
 
 
-def test_a_link_that_went_down_this_moment_is_waited_for(network):
+def test_a_request_waits_for_a_link_that_has_just_gone_down(network):
     network.cut("A", "E", just_now=True)
     asked = network.ask("A")
     assert not asked.is_answered
@@ -519,7 +518,7 @@ def test_a_link_that_went_down_this_moment_is_waited_for(network):
     assert asked.coverage == "3/3"
 
 
-def test_a_link_that_stays_down_is_missing(network):
+def test_workers_behind_a_link_that_stays_down_are_missing(network):
     network.cut("A", "E", just_now=True)
     asked = network.ask("A")
 
@@ -528,7 +527,7 @@ def test_a_link_that_stays_down_is_missing(network):
     assert asked.coverage == "2/3; missing=F"
 
 
-def test_a_link_is_waited_for_at_most_half_of_the_remaining_time(network):
+def test_a_request_waits_for_a_link_at_most_half_of_its_time(network):
     network.cut("A", "E", just_now=True)
     asked = network.ask("A", deadline_s=1)
 
@@ -538,65 +537,65 @@ def test_a_link_is_waited_for_at_most_half_of_the_remaining_time(network):
     assert asked.coverage == "2/3; missing=F"
 
 
-def test_a_link_that_nobody_needs_is_not_waited_for(network):
+def test_a_request_does_not_wait_for_a_link_that_it_does_not_need(network):
     network.cut("A", "E", just_now=True)
     assert network.ask("A", team="green").coverage == "1/1"
 
 
-def test_any_does_not_wait_for_a_link_while_another_branch_is_open(network):
+def test_any_does_not_wait_for_a_link_while_another_branch_is_up(network):
     network.cut("A", "E", just_now=True)
     assert network.ask("A", mode=ANY).is_answered
 
 
-def test_half_of_a_short_deadline_is_enough_to_learn_who_is_missing():
+def test_a_short_deadline_leaves_time_to_report_the_missing_workers():
     processes = {
         p.id: replace(p, host="127.0.0.1", port=free_port()) for p in SIX.processes.values()
     }
     topology = replace(SIX, processes=processes)
-    links = Peers(topology.below("A"), Limits(), "")
-    relay = Dispatcher(topology, "A", links)
-    intake = RequestQueue(
-        "A", slots=9, in_service=9, max_bytes=999, claim=relay.claim, start=relay.start
+    peers = Peers(topology.below("A"), Limits(), "")
+    dispatcher = Dispatcher(topology, "A", peers)
+    queue = RequestQueue(
+        "A", slots=9, in_service=9, max_bytes=999, claim=dispatcher.claim, start=dispatcher.start
     )
-    links.on_change = intake.kick
+    peers.on_change = queue.kick
     answers: list[AnswerRow] = []
-    links.start()
+    peers.start()
     try:
-        # The links are new and down, so they are waited for; nobody listens.
-        segment = one(Route(), relay._clock() + 0.9)
-        intake.admit(segment, lambda start, found: answers.append(found.at(0)))
+        # The links are new and down, so the request waits for them; nothing listens there.
+        segment = one(Route(), dispatcher._clock() + 0.9)
+        queue.admit(segment, lambda start, found: answers.append(found.at(0)))
         until(lambda: answers, 0.8, "the request waits beyond half of its 0.9 s")
     finally:
-        links.close()
+        peers.close()
     assert [part.executed for part in answers[0].parts] == [Executed.NO] * 3
 
 
 # Any: by load, and only against credit.
 
 
-def test_any_requests_one_after_the_other_spread_over_all_workers(network):
+def test_sequential_any_requests_spread_over_all_workers(network):
     asked = [network.ask("A", mode=ANY) for _ in range(30)]
 
     runs = sum((network.runs(one.request_id) for one in asked), Counter())
     assert runs == {"C": 10, "D": 10, "F": 10}
 
 
-def test_any_goes_round_an_ejected_team_leader_and_all_does_not(network):
+def test_any_avoids_an_ejected_team_leader_and_all_does_not(network):
     network.edges["A", "E"].state = State.EJECTED
 
-    asked = [network.ask("A", mode=ANY) for _ in range(10)]
-    everybody = network.ask("A")
+    any_worker = [network.ask("A", mode=ANY) for _ in range(10)]
+    all_workers = network.ask("A")
 
-    assert {one.result for one in asked} == {b"C: hi"}
-    assert everybody.coverage == "3/3"
+    assert {one.result for one in any_worker} == {b"C: hi"}
+    assert all_workers.coverage == "3/3"
 
 
-def test_an_ejected_worker_is_asked_all_the_same_when_it_is_the_only_one(network):
+def test_an_ejected_worker_is_asked_if_it_is_the_only_one(network):
     network.edges["B", "C"].state = State.EJECTED
     assert network.ask("A", mode=ANY, team="green").result == b"C: hi"
 
 
-def test_one_who_comes_back_is_not_given_all_that_it_missed(network):
+def test_a_returning_neighbour_is_not_given_all_that_it_missed(network):
     network.edges["A", "E"].state = State.EJECTED
     for _ in range(1000):
         network.ask("A", mode=ANY)
@@ -609,7 +608,7 @@ def test_one_who_comes_back_is_not_given_all_that_it_missed(network):
     assert Counter(worker for worker, _ in network.executed[before:])["C"] >= 30
 
 
-def test_any_goes_down_only_against_credit():
+def test_any_is_sent_only_against_credit():
     network = MemoryNetwork(SIX, slots=1)
     for worker in "CDF":
         network.nodes[worker].works.hold()
@@ -624,7 +623,7 @@ def test_any_goes_down_only_against_credit():
     assert {one.result for one in asked if one.is_answered} == {b"D: hi"}
 
 
-def test_alls_excess_waits_for_a_busy_worker_and_is_not_missing():
+def test_in_mode_all_excess_requests_wait_for_a_busy_worker():
     network = MemoryNetwork(SIX, slots=1)
     network.nodes["C"].works.hold()
     asked = [network.ask("A") for _ in range(3)]
@@ -667,7 +666,7 @@ def test_each_row_of_a_segment_is_answered_once_with_its_own_result(network, mod
 
 @given(st.integers(0, 2**32), st.sampled_from(Mode))
 @settings(max_examples=100, deadline=None)
-def test_answers_may_come_in_chunks_of_any_size_and_in_any_order(seed, mode):
+def test_answers_may_arrive_in_slices_of_any_size_and_order(seed, mode):
     chance, network = random.Random(seed), MemoryNetwork(SIX)
     for edge in network.edges:
         network.keep(*edge)
@@ -685,11 +684,11 @@ def test_answers_may_come_in_chunks_of_any_size_and_in_any_order(seed, mode):
 
 
 class Branches:
-    """A network whose neighbours answer when the test does."""
+    """Neighbours whose answers the test sends."""
 
     def __init__(self) -> None:
         self.sinks: dict[str, OnResult] = {}
-        self.ended = 0
+        self.cancelled = 0
 
     def up(self) -> frozenset[str]:
         return frozenset("BE")
@@ -708,33 +707,33 @@ class Branches:
 
     def send(self, neighbour: str, segment: Segment, sink: OnResult) -> Cancel:
         self.sinks[neighbour] = sink
-        return self._end
+        return self._cancel
 
-    def _end(self, code: Code, start: int, count: int) -> None:
-        self.ended += count
+    def _cancel(self, code: Code, start: int, count: int) -> None:
+        self.cancelled += count
 
 
-def row_by_row(count: int, mode: Mode, way: str, ends: bool) -> float:
-    """CPU seconds of a relay for a segment whose rows are answered, or ended, one by one."""
+def row_by_row(count: int, mode: Mode, way: str, cancels: bool) -> float:
+    """CPU seconds of a dispatcher for a segment whose rows are answered or cancelled singly."""
     branches, chance, answered = Branches(), random.Random(count), Counter[int]()
-    relay = Dispatcher(SIX, "A", branches)
-    intake = RequestQueue(
+    dispatcher = Dispatcher(SIX, "A", branches)
+    queue = RequestQueue(
         "A",
         slots=1,
         in_service=1,
         max_bytes=1,
         claim=lambda *what: Claimed(count, claimed.plan, claimed.branch),
-        start=relay.start,
+        start=dispatcher.start,
     )
     segment = Segment(Route(mode), Column((b"",) * count), 1e9, 1)
-    if way == "as they come":
+    if way == "partial results":
         segment = replace(segment, on_partial=lambda row, answers: None)
-    claimed = relay.claim(segment.route, count, 0.0, True)
+    claimed = dispatcher.claim(segment.route, count, 0.0, True)
     assert isinstance(claimed, Claimed)
     began = time.process_time()
-    flow = intake.open_flow()
-    queued = intake.admit_to(flow, segment, lambda row, answers: answered.update([row]))
-    intake.kick()
+    flow = queue.open_flow()
+    queued = queue.admit_to(flow, segment, lambda row, answers: answered.update([row]))
+    queue.kick()
     if way == "tried elsewhere":
         refused = Part("B", Code.UNAVAILABLE, "no", executed=Executed.NO)
         (first,) = branches.sinks.values()
@@ -744,7 +743,7 @@ def row_by_row(count: int, mode: Mode, way: str, ends: bool) -> float:
         workers = "C" if neighbour == "B" else "DF"
         columns = tuple(PartSlice(w, Column((b"x",))) for w in workers)
         for row in chance.sample(range(count), count):
-            if ends:
+            if cancels:
                 queued.end(Code.CANCELLED, row, 1)
             else:
                 sink(row, Slice(1, columns, (neighbour,)))
@@ -754,24 +753,26 @@ def row_by_row(count: int, mode: Mode, way: str, ends: bool) -> float:
 
 
 @pytest.mark.parametrize(
-    ("mode", "way", "ends"),
+    ("mode", "way", "cancels"),
     [
         (ALL, "", False),
         (ALL, "", True),
-        (ALL, "as they come", False),
-        (ALL, "as they come", True),
+        (ALL, "partial results", False),
+        (ALL, "partial results", True),
         (ANY, "", False),
         (ANY, "", True),
         (ANY, "tried elsewhere", True),
     ],
 )
-def test_a_row_costs_the_same_however_many_others_come_one_by_one(mode, way, ends):
-    few, many = (min(row_by_row(count, mode, way, ends) for _ in range(3)) for count in (512, 4096))
+def test_the_cost_of_a_row_does_not_grow_with_the_segment(mode, way, cancels):
+    few, many = (
+        min(row_by_row(count, mode, way, cancels) for _ in range(3)) for count in (512, 4096)
+    )
 
-    assert many < 3 * 8 * few, "eight times as many rows, not sixty-four times the work"
+    assert many < 3 * 8 * few, "eight times as many rows must not take 64 times the work"
 
 
-def test_rows_that_all_failed_are_sliced_in_no_more_time_than_there_are_of_them():
+def test_slicing_failed_rows_one_by_one_takes_linear_time():
     def cpu_s(count: int) -> float:
         failures = {row: Detail(Code.INTERNAL, "no") for row in range(count)}
         column = PartSlice("F", Column((b"",) * count), (), failures)
@@ -797,7 +798,7 @@ def test_a_row_of_all_is_answered_when_its_last_branch_has_answered_it(network):
     assert asked.rows_answered == [0, 1, 2]
 
 
-def test_rows_of_any_spread_over_the_branches_row_by_row_while_their_pace_is_not_known(network):
+def test_rows_of_any_spread_singly_while_their_service_time_is_unknown(network):
     asked = network.stream("A", 30, mode=ANY)
 
     runs = Counter(worker for worker, _ in network.executed)
@@ -805,18 +806,18 @@ def test_rows_of_any_spread_over_the_branches_row_by_row_while_their_pace_is_not
     assert asked.is_answered
 
 
-def test_quick_rows_of_any_go_down_in_portions(network):
+def test_quick_rows_of_any_are_sent_in_portions(network):
     for edge in network.edges.values():
         edge.service_s = planner.QUICK_S / 5
     asked = network.stream("A", 20, mode=ANY)
 
-    # Five rows are a moment's work; two portions for the branch of two workers.
+    # Five rows take QUICK_S; the branch of two workers gets two portions.
     portions = [(far, len(list(rows))) for far, rows in itertools.groupby(network.sent_from("A"))]
     assert portions == [("B", 5), ("E", 10), ("B", 5)]
     assert asked.is_answered
 
 
-def test_streamed_rows_of_any_go_down_only_against_credit():
+def test_streamed_rows_of_any_are_sent_only_against_credit():
     network = MemoryNetwork(SIX, slots=2)
     for worker in "CDF":
         network.nodes[worker].works.hold()
@@ -830,8 +831,8 @@ def test_streamed_rows_of_any_go_down_only_against_credit():
     assert network.nodes["A"].intake.streamed[1:] == (13, 6)
 
 
-def test_long_rows_of_any_after_quick_ones_leave_no_slot_free():
-    """By their pace of long ago C would be given all of them, since D is the slow one."""
+def test_an_old_service_time_does_not_send_all_rows_to_one_worker():
+    """With it C would get all of them, since D is slow."""
     network = MemoryNetwork(SIX, slots=2)
     for worker in "CDF":
         network.nodes[worker].works.hold()
@@ -842,7 +843,7 @@ def test_long_rows_of_any_after_quick_ones_leave_no_slot_free():
     assert Counter(network.sent_from("B")) == {"C": 2, "D": 2}
 
 
-def test_streamed_rows_of_all_go_down_only_against_credit():
+def test_streamed_rows_of_all_are_sent_only_against_credit():
     network = MemoryNetwork(SIX, slots=2)
     for worker in "CDF":
         network.nodes[worker].works.hold()
@@ -860,7 +861,7 @@ def test_streamed_rows_of_all_go_down_only_against_credit():
     assert network.left_over == {}
 
 
-def test_no_worker_ever_runs_more_than_its_slots_however_the_rows_come():
+def test_no_worker_ever_runs_more_than_its_slots():
     network = MemoryNetwork(SIX, slots=3)
     for worker in "CDF":
         network.nodes[worker].works.hold()
@@ -876,14 +877,14 @@ def test_no_worker_ever_runs_more_than_its_slots_however_the_rows_come():
     assert network.left_over == {}
 
 
-def test_a_segment_of_all_with_a_dead_worker_tells_it_for_every_row(network):
+def test_in_mode_all_a_dead_worker_is_missing_in_every_row(network):
     network.kill("D")
     asked = network.stream("A", 4)
     for row in range(4):
         assert aggregate.coverage(asked.at(row)) == "2/3; missing=D"
 
 
-def test_a_segment_with_nobody_to_ask_is_answered_row_by_row_and_proves_that_nothing_ran(network):
+def test_without_reachable_workers_each_row_fails_with_proof_that_nothing_ran(network):
     network.kill("B")
     network.kill("E")
     for mode in Mode:
@@ -893,11 +894,11 @@ def test_a_segment_with_nobody_to_ask_is_answered_row_by_row_and_proves_that_not
             assert (error.code, error.executed) == (Code.UNAVAILABLE, Executed.NO)
 
 
-def test_rows_that_provably_did_not_run_go_to_another_branch_and_the_others_do_not():
+def test_only_rows_that_provably_did_not_run_go_to_another_branch():
     network = MemoryNetwork(SIX, slots=2)
     for worker in "CDF":
         network.nodes[worker].works.hold()
-    network.edges["A", "B"].service_s = 0.0001  # so that more goes down than can start there
+    network.edges["A", "B"].service_s = 0.0001  # so that more is sent there than can start
     network.cut("A", "E")
     asked = network.stream("A", 6, mode=ANY)
     started = {request_id for _, request_id in network.executed}
@@ -906,7 +907,7 @@ def test_rows_that_provably_did_not_run_go_to_another_branch_and_the_others_do_n
 
     network.drain("B")
 
-    # What had not started at B is refused there with proof, and tried once more through E.
+    # B refuses what has not started, with proof; that is tried again through E.
     again = {request_id for near, far, request_id in network.sent if (near, far) == ("A", "E")}
     assert not again & started
     for worker in "CDF":
@@ -933,7 +934,7 @@ def test_a_lost_segment_is_never_sent_again(network):
 
 
 @pytest.mark.parametrize("mode", Mode)
-def test_cancelled_inner_rows_are_answered_at_once_and_the_others_go_on(network, mode):
+def test_cancelled_inner_rows_are_answered_immediately_and_the_others_go_on(network, mode):
     for worker in "CDF":
         network.nodes[worker].works.hold()
     asked = network.stream("A", 6, mode=mode)
@@ -950,7 +951,7 @@ def test_cancelled_inner_rows_are_answered_at_once_and_the_others_go_on(network,
 
 
 @pytest.mark.parametrize("mode", Mode)
-def test_inner_rows_cancelled_before_their_start_never_run(mode):
+def test_inner_rows_cancelled_while_they_wait_never_run(mode):
     network = MemoryNetwork(SIX, slots=1)
     for worker in "CDF":
         network.nodes[worker].works.hold()
@@ -968,7 +969,7 @@ def test_inner_rows_cancelled_before_their_start_never_run(mode):
     assert network.left_over == {}
 
 
-def test_a_segment_that_expires_is_answered_with_the_parts_that_came(network):
+def test_an_expired_segment_is_answered_with_the_parts_that_have_arrived(network):
     network.nodes["F"].works.hold()
     asked = network.stream("A", 3, deadline_s=5)
 
@@ -982,7 +983,7 @@ def test_a_segment_that_expires_is_answered_with_the_parts_that_came(network):
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None)
-def test_whatever_breaks_each_request_is_answered_once_and_run_at_most_once(seed):
+def test_whatever_breaks_each_request_is_answered_once_and_runs_at_most_once(seed):
     chance = random.Random(seed)
     network, asked = _chaos(chance)
 
@@ -1058,12 +1059,12 @@ def _chaos(chance: random.Random) -> tuple[MemoryNetwork, list[Asked]]:
     return network, asked
 
 
-def test_who_waits_for_a_link_holds_up_nobody_behind_it(network):
+def test_a_request_that_waits_for_a_link_does_not_hold_up_others(network):
     network.cut("A", "E", just_now=True)
-    everybody = network.ask("A")
-    assert not everybody.is_answered  # E may be back in a moment
+    all_workers = network.ask("A")
+    assert not all_workers.is_answered  # E may be back in a moment
 
     green = network.ask("A", mode=ANY, team="green")
 
     assert green.is_answered
-    assert not everybody.is_answered
+    assert not all_workers.is_answered

@@ -1,4 +1,4 @@
-"""Who is asked next: the table of the six processes, and what holds in every overlay."""
+"""Which neighbours are asked next: tables for the six processes, properties of every overlay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlay.model.errors import LoopDetected, OtherConfiguration, UnknownName
+from overlay.model.errors import ConfigurationMismatch, LoopDetected, UnknownName
 from overlay.model.segments import Route
 from overlay.model.topology import Topology
 from overlay.routing import planner
@@ -50,7 +50,7 @@ PLANS = [
 @pytest.mark.parametrize(
     ("me", "up", "hops", "team", "targets", "branches", "local", "missing"), PLANS
 )
-def test_the_plan_of_the_six_is_as_the_table_says(
+def test_the_six_processes_plan_as_the_table_says(
     me, up, hops, team, targets, branches, local, missing
 ):
     route = Route(team=team, hops=tuple(hops), targets=tuple(targets) if targets else None)
@@ -61,7 +61,7 @@ def test_the_plan_of_the_six_is_as_the_table_says(
     assert (plan.local, "".join(sorted(plan.missing))) == (local, missing)
 
 
-# me, the workers it means, for each team
+# me, the workers in scope for each team
 SCOPES = [
     ("A", {"": "CDF", "green": "C", "pink": "DF", "blue": ""}),
     ("B", {"": "CD", "green": "C", "pink": "D"}),
@@ -71,12 +71,12 @@ SCOPES = [
 
 
 @pytest.mark.parametrize(("me", "scopes"), SCOPES)
-def test_the_process_asked_means_the_workers_it_leads(me, scopes):
+def test_the_scope_is_the_workers_that_the_process_asked_leads(me, scopes):
     found = {team: "".join(planner.scope(SIX, me, Route(team=team))) for team in scopes}
     assert found == scopes
 
 
-B_DIFFERS = "B reads another configuration: it"
+B_READS = "B reads another configuration: it"
 REFUSALS = [
     ("A", Route(hops=("A",)), LoopDetected, "A is already in the hop list A"),
     ("B", Route(hops=("A", "B", "C")), LoopDetected, "B is already in the hop list A B C"),
@@ -84,24 +84,24 @@ REFUSALS = [
     ("E", Route(team="green"), UnknownName, "no worker of team 'green' can be asked from E"),
     ("D", Route(team="green"), UnknownName, "no worker of team 'green' can be asked from D"),
     ("A", Route(handler="nope"), UnknownName, "no handler 'nope' here; there are echo"),
-    ("B", Route(targets=("Z", "E")), OtherConfiguration, f"{B_DIFFERS} does not know worker Z, E"),
-    ("B", Route(handler="x", targets=("C",)), OtherConfiguration, f"{B_DIFFERS} has no handler"),
+    ("B", Route(targets=("Z", "E")), ConfigurationMismatch, f"{B_READS} does not know worker Z, E"),
+    ("B", Route(handler="x", targets=("C",)), ConfigurationMismatch, f"{B_READS} has no handler"),
 ]
 
 
 @pytest.mark.parametrize(("me", "route", "error", "sentence"), REFUSALS)
-def test_what_cannot_be_asked_is_said_before_any_place_is_taken(me, route, error, sentence):
+def test_a_request_that_cannot_be_asked_is_refused_with_its_reason(me, route, error, sentence):
     with pytest.raises(error) as raised:
         planner.check(SIX, me, route)
     assert str(raised.value).startswith(sentence)
 
 
 @pytest.mark.parametrize("me", SIX.processes)
-def test_a_plain_request_can_be_asked_of_every_process(me):
+def test_every_process_accepts_a_plain_request(me):
     planner.check(SIX, me, Route())
 
 
-def test_targets_that_are_not_known_here_cost_the_others_nothing():
+def test_unknown_targets_do_not_affect_the_others():
     plan = planner.plan(SIX, "B", "CD", Route(targets=("Z", "C", "E")))
     assert [(b.neighbour, b.targets) for b in plan.branches] == [("C", ("C",))]
     assert plan.missing == {}
@@ -126,7 +126,7 @@ def test_a_missing_worker_has_its_reason():
 
 
 def situation(seed: int) -> tuple[Topology, str, set[str], Route]:
-    """A process of some overlay, the links it has, and a request that `check` lets pass."""
+    """A process of a random overlay, its links that are up, and a request to it."""
     chance = random.Random(seed)
     topology = random_topology(seed)
     ids = list(topology.processes)
@@ -187,34 +187,32 @@ def test_branches_and_targets_keep_the_order_of_the_configuration(situation):
 
 @given(situations)
 @settings(max_examples=300, deadline=None)
-def test_a_worker_is_asked_through_its_own_teams_leader_when_that_is_up(situation):
+def test_a_worker_is_asked_through_its_own_teams_leader_if_that_is_up(situation):
     topology, me, up, route = situation
 
     for branch in planner.plan(topology, me, up, route).branches:
         for target in branch.targets:
-            ways = [n for n in topology.below(me) if target in {b.id for b in topology.below(n.id)}]
-            own = {n.id for n in ways if n.team == topology.processes[target].team}
+            near = [n for n in topology.below(me) if target in {b.id for b in topology.below(n.id)}]
+            own = {n.id for n in near if n.team == topology.processes[target].team}
             live = own & (up - set(route.hops)) - {target}
             assert not live or branch.neighbour in live
 
 
 @given(topologies(), st.data())
 @settings(max_examples=300, deadline=None)
-def test_a_whole_request_runs_at_most_once_per_worker_and_once_where_every_step_has_a_way(
-    topology, data
-):
+def test_a_request_runs_once_on_each_worker_in_scope_or_reports_it_missing(topology, data):
     me = data.draw(st.sampled_from(list(topology.processes)))
-    ways = [(near, far.id) for near in topology.processes for far in topology.below(near)]
-    down = set(data.draw(st.lists(st.sampled_from(ways), unique=True))) if ways else set()
+    links = [(near, far.id) for near in topology.processes for far in topology.below(near)]
+    down = set(data.draw(st.lists(st.sampled_from(links), unique=True))) if links else set()
     runs: Counter[str] = Counter()
-    lost: set[str] = set()
+    missing: set[str] = set()
 
     def ask(at: str, route: Route) -> None:
         assert at not in route.hops
-        up = {far for near, far in ways if near == at and (near, far) not in down}
+        up = {far for near, far in links if near == at and (near, far) not in down}
         plan = planner.plan(topology, at, up, route)
         runs.update([at] if plan.local else [])
-        lost.update(plan.missing)
+        missing.update(plan.missing)
         for branch in plan.branches:
             ask(branch.neighbour, Route(hops=(*route.hops, at), targets=branch.targets))
 
@@ -222,8 +220,8 @@ def test_a_whole_request_runs_at_most_once_per_worker_and_once_where_every_step_
 
     scope = planner.scope(topology, me, Route())
     assert max(runs.values(), default=0) <= 1
-    assert set(runs) | lost == set(scope)
-    assert not set(runs) & lost
+    assert set(runs) | missing == set(scope)
+    assert not set(runs) & missing
 
 
 BRANCHES = [Branch("B", ("C",)), Branch("E", ("D", "F"))]
@@ -249,16 +247,16 @@ def test_any_goes_to_the_least_outstanding_work_per_slot(loads, picked):
 
 SLOW, EJECTED, HALF_OPEN = State.SLOW, State.EJECTED, State.HALF_OPEN
 
-# A free branch of one worker and one of two, by how well they are.
+# A branch of one worker and one of two, by their state.
 STATES = [
     ({"B": Load(0, 1, state=SLOW), "E": Load(1, 2)}, "E"),
     ({"B": Load(0, 1, state=SLOW), "E": Load(2, 2)}, "B"),  # too much for the healthy one
     ({"B": Load(0, 1, state=SLOW), "E": Load(0, 2, state=SLOW, asked=1)}, "B"),
     ({"B": Load(0, 1, state=EJECTED), "E": Load(1, 2)}, "E"),
-    ({"B": Load(0, 1, state=EJECTED), "E": Load(2, 2)}, None),  # which waits for the healthy one
+    ({"B": Load(0, 1, state=EJECTED), "E": Load(2, 2)}, None),  # waits for the healthy one
     ({"B": Load(0, 1, state=EJECTED), "E": Load(2, 2, state=SLOW)}, None),
     ({"B": Load(0, 1, state=EJECTED), "E": Load(1, 2, state=SLOW)}, "E"),
-    ({"B": Load(0, 1, state=EJECTED), "E": Load(1, 2, state=EJECTED)}, "B"),  # nobody else is left
+    ({"B": Load(0, 1, state=EJECTED), "E": Load(1, 2, state=EJECTED)}, "B"),  # no other is left
     ({"B": Load(1, 1, state=EJECTED), "E": Load(1, 2, state=EJECTED)}, "E"),
     ({"B": Load(0, 1), "E": Load(1, 2, state=HALF_OPEN)}, "E"),
     ({"B": Load(0, 1), "E": Load(2, 2, state=HALF_OPEN)}, "B"),
@@ -266,9 +264,7 @@ STATES = [
 
 
 @pytest.mark.parametrize(("loads", "picked"), STATES)
-def test_any_goes_to_the_healthy_then_to_the_slow_and_to_the_ejected_for_want_of_others(
-    loads, picked
-):
+def test_any_goes_to_healthy_then_to_slow_and_only_in_the_end_to_ejected_branches(loads, picked):
     found = planner.pick(BRANCHES, lambda branch: loads[branch.neighbour])
     assert (found and found[0].neighbour) == picked
 
@@ -279,16 +275,16 @@ def test_a_trial_is_one_item():
     assert picked == (BRANCHES[0], 1)
 
 
-# me -> who stands for one worker
+# me -> its neighbours that lead to one worker
 LONE = {"A": "B", "B": "CD", "C": "", "E": "DF"}
 
 
 @pytest.mark.parametrize(("me", "lone"), LONE.items())
-def test_a_worker_stands_for_itself_and_a_team_leader_for_its_only_one(me, lone):
+def test_workers_and_team_leaders_of_one_worker_are_lone(me, lone):
     assert "".join(sorted(planner.lone(SIX, me))) == lone
 
 
-def test_there_is_nothing_to_pick_of_nothing():
+def test_no_branch_is_picked_if_there_is_none():
     assert planner.pick([], lambda branch: Load()) is None
 
 
@@ -296,7 +292,7 @@ def test_there_is_nothing_to_pick_of_nothing():
     st.dictionaries(st.sampled_from("BCDEF"), st.tuples(*[st.integers(0, 9)] * 3)),
     st.lists(st.sampled_from(State), min_size=5, max_size=5),
 )
-def test_nobody_without_credit_is_picked_while_somebody_with_credit_is(found, states):
+def test_a_branch_with_credit_is_picked_if_there_is_one(found, states):
     loads = {
         n: Load(*numbers, state=s) for (n, numbers), s in zip(found.items(), states, strict=False)
     }
@@ -309,7 +305,7 @@ def test_nobody_without_credit_is_picked_while_somebody_with_credit_is(found, st
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5))
-def test_requests_one_after_the_other_spread_by_slots(slots):
+def test_sequential_requests_spread_by_slots(slots):
     branches = [Branch(str(n), (str(n),)) for n in range(len(slots))]
     asked: Counter[str] = Counter()
 
@@ -332,7 +328,7 @@ LOADS = st.builds(
 
 
 @given(st.dictionaries(st.sampled_from("BCDEF"), LOADS, min_size=1))
-def test_a_portion_is_never_more_than_the_credit_and_never_nothing(loads):
+def test_a_portion_is_at_least_one_and_at_most_the_credit(loads):
     picked = planner.pick([Branch(n, (n,)) for n in loads], lambda branch: loads[branch.neighbour])
     if picked is not None:
         branch, portion = picked
@@ -343,24 +339,24 @@ CREDITS = [
     (Load(0, 4), 4),
     (Load(3, 4), 1),
     (Load(9, 4), 0),
-    (Load(0, 0), 1),  # a branch that said nothing may be asked one at a time
+    (Load(0, 0), 1),  # a branch that has reported nothing gets one at a time
     (Load(0, 2, service_s=0.001), 2 + 20),  # two slots, and what they finish in 10 ms
     (Load(22, 2, service_s=0.001), 0),
     (Load(0, 2, service_s=1.0), 2),
-    (Load(0, 2, service_s=0.001, is_recent=False), 2),  # they may have been other items
+    (Load(0, 2, service_s=0.001, is_recent=False), 2),  # other items may have been quicker
     (Load(2, 2, service_s=0.001, is_recent=False), 0),
-    (Load(0, 100, service_s=0.000001), 4096),  # never more, however quick
+    (Load(0, 100, service_s=0.000001), 4096),  # the maximum
     (Load(4095, 100, service_s=0.000001), 1),
 ]
 
 
 @pytest.mark.parametrize(("load", "credit"), CREDITS)
-def test_credit_is_free_slots_and_what_is_finished_in_a_moment(load, credit):
+def test_credit_is_the_free_slots_and_the_items_of_the_next_10_ms(load, credit):
     assert load.credit == credit
 
 
 PORTIONS = [
-    (Load(0, 50), 1),  # while its pace is not known, row by row
+    (Load(0, 50), 1),  # while the service time is unknown
     (Load(0, 50, service_s=0.0001), 5),
     (Load(0, 50, service_s=0.00001), 200),
     (Load(0, 50, service_s=0.002), 1),
@@ -369,17 +365,17 @@ PORTIONS = [
 
 
 @pytest.mark.parametrize(("load", "portion"), PORTIONS)
-def test_a_portion_is_a_moment_of_work(load, portion):
+def test_a_portion_is_at_most_half_a_ms_of_work_or_2_ms_of_tiny_items(load, portion):
     assert load.portion == portion
 
 
-def test_it_stays_with_a_branch_that_is_quick_and_at_work():
+def test_a_branch_that_is_busy_but_quick_keeps_getting_items():
     loads = {"B": Load(3, 1, service_s=0.0001), "E": Load(0, 2, service_s=0.0001)}
     branch, _ = planner.pick(BRANCHES, lambda branch: loads[branch.neighbour])
     assert branch.neighbour == "B"
 
 
-def test_it_spreads_when_the_backlog_is_no_longer_quick():
+def test_items_spread_when_the_backlog_is_no_longer_quick():
     loads = {"B": Load(50, 1, service_s=0.0001), "E": Load(0, 2, service_s=0.0001)}
     branch, _ = planner.pick(BRANCHES, lambda branch: loads[branch.neighbour])
     assert branch.neighbour == "E"

@@ -25,7 +25,7 @@ from overlay.cli import check
 from overlay.cli.terminal import Screen
 from overlay.client.submitter import Delivery
 from overlay.client.sync import CallFailed
-from overlay.model.errors import BadRequest, Misspoken
+from overlay.model.errors import BadRequest, BadResponse
 from overlay.model.limits import Limits
 from overlay.model.segments import Code, Executed
 from overlay.monitor.poller import Poller
@@ -137,7 +137,7 @@ def pids(made: Overlay) -> list[int]:
 
 @pytest.mark.parametrize(("says", "reason"), WRONG.values(), ids=WRONG)
 def test_a_wrong_slice_is_misspoken_and_says_how(says: Any, reason: str) -> None:
-    with pytest.raises(Misspoken, match=re.escape(reason)):
+    with pytest.raises(BadResponse, match=re.escape(reason)):
         codec.read_slice(says(pb2.Segment(number=1, count=1))[0], Asked(1, frozenset("D")))
 
 
@@ -268,7 +268,7 @@ def test_metrics_out_of_all_bounds_are_misspoken(
     made = d_alone.good_metrics()
     codec.read_metrics(made)
     spoil(made)
-    with pytest.raises(Misspoken):
+    with pytest.raises(BadResponse):
         codec.read_metrics(made)
 
 
@@ -367,7 +367,7 @@ CLIENT_WRONG: dict[str, Callable[[pb2.Segment], list[pb2.Slice]]] = {
 
 @pytest.mark.parametrize("says", CLIENT_WRONG.values(), ids=CLIENT_WRONG)
 def test_a_clients_wrong_slice_is_misspoken(says: Any) -> None:
-    with pytest.raises(Misspoken):
+    with pytest.raises(BadResponse):
         codec.check_client_slice(says(pb2.Segment(number=1, count=1))[0], Asked(1))
 
 
@@ -509,7 +509,7 @@ def read_slices(made: pb2.Slice) -> None:
     for asked in QUESTIONS:
         try:
             answers = codec.read_slice(made, asked)
-        except Misspoken:
+        except BadResponse:
             continue
         assert 0 < answers.count <= asked.rows
         assert all(column.results.count == answers.count for column in answers.parts)
@@ -522,7 +522,7 @@ def read_client_slices(made: pb2.Slice) -> None:
     for asked in QUESTIONS:
         try:
             codec.check_client_slice(made, asked)
-        except Misspoken:
+        except BadResponse:
             continue
         came = Delivery(made)
         assert len(came.results) in (0, made.count)
@@ -587,7 +587,7 @@ def test_any_message_is_read_in_bounds_or_is_misspoken(name: str, seed: int, fil
     tracemalloc.start()
     try:
         read(made)
-    except (Misspoken, BadRequest) as e:
+    except (BadResponse, BadRequest) as e:
         error = str(e)
     finally:
         peak = tracemalloc.get_traced_memory()[1]

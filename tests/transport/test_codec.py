@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from overlay.model.errors import BadRequest, Misspoken, OverlayError, PartsFailed, QueueFull
+from overlay.model.errors import BadRequest, BadResponse, OverlayError, PartsFailed, QueueFull
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     AnswerRow,
@@ -241,7 +241,7 @@ def test_a_column_is_passed_on_undecoded():
 
 def test_an_inconsistent_slice_is_an_error():
     part = pb2.PartSlice(process_id="C", results=pb2.Column(items=[b"a"]))
-    with pytest.raises(Misspoken, match="C: 1 results for 2 rows"):
+    with pytest.raises(BadResponse, match="C: 1 results for 2 rows"):
         codec.read_slice(pb2.Slice(count=2, parts=[part]), codec.Asked(2))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from overlay.model.errors import Misspoken
+from overlay.model.errors import BadResponse
 from overlay.model.segments import Chunk, Column, PartSlice, Slice
 from overlay.transport import multiplexer
 from overlay.transport.codec import pb2
@@ -103,7 +103,7 @@ def test_chunks_may_arrive_as_far_as_they_are_granted(live):
     live.arrive(one, 1, chunk(2, b"c"))
     live.grant(one, 1, "C", 1)
     live.arrive(one, 1, chunk(3, b"d"))
-    with pytest.raises(Misspoken, match="more chunks of a part than were granted"):
+    with pytest.raises(BadResponse, match="more chunks of a part than were granted"):
         live.arrive(one, 1, chunk(4, b"e"))
 
     (grant,) = written(live).grants
@@ -127,7 +127,7 @@ def test_parts_from_more_workers_than_possible_are_an_error(live, monkeypatch):
     live.open(one)
     for worker in "CDEFGH":
         live.arrive(one, 0, chunk(0, b"", worker=worker))
-    with pytest.raises(Misspoken, match="parts of more than 3 workers"):
+    with pytest.raises(BadResponse, match="parts of more than 3 workers"):
         live.arrive(one, 0, chunk(0, b"", worker="I"))
 
 

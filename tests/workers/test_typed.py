@@ -22,7 +22,7 @@ import overlay
 from overlay.client import sync as library
 from overlay.client.partials import Parts
 from overlay.model import json_values, signatures
-from overlay.model.errors import ConfigError, Misspoken
+from overlay.model.errors import BadResponse, ConfigError
 from overlay.model.segments import Code, Detail, Executed
 from overlay.model.signatures import Function
 from overlay.transport.chunks import ItemSender
@@ -610,7 +610,7 @@ def test_what_another_process_tells_of_functions_is_judged():
         [pb2.Function(name="f", workers=["\x1b"])],
     )
     for made in wrong:
-        with pytest.raises(Misspoken):
+        with pytest.raises(BadResponse):
             read_metrics(told(*made))
 
 
