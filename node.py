@@ -271,7 +271,7 @@ def _serve(topology: Topology, me: Process, place: Host, stop_file: StopFile | N
             raise
         _announce(topology, me, place)
         with _exporter(me, service):
-            log.take_prints()
+            log.capture_prints()
             _freeze_garbage_collector()
             stopping.wait()
             left = _stop(node, stopping)

@@ -148,7 +148,7 @@ class RequestLog:
         if not count:
             return
         self.meter.crowded_out(what, count)
-        if self._evictions.may_tell(what):
+        if self._evictions.allow(what):
             about = {"kind": "refusal", "count": count, "same": what}
             log.warning("too many %s: %d of %s ended", what, count, address, extra=about)
         else:
@@ -192,7 +192,7 @@ class RequestLog:
         failed = dict(ended.failures)
         ids = ended.segment.all_ids
         for row in range(ended.count):
-            if not self._lines.may_tell("answered"):
+            if not self._lines.allow("answered"):
                 self._lines.add("answered", ended.count - row - 1)
                 return
             error = failed.get(row)
@@ -211,7 +211,7 @@ class RequestLog:
             if error.code is Code.CANCELLED:  # its caller did this, and it concerns no one else
                 continue
             kind = _kind(error, ended.segment.route.handler, self._reports(ended, row, error))
-            if self._failures.may_tell(kind):
+            if self._failures.allow(kind):
                 text, private = _texts(ended, row, error)
                 _write_failure(
                     kind, f"{text}; asked by {_caller_of(ended)}", ids[ended.start + row], private

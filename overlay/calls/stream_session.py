@@ -293,7 +293,7 @@ class _Session:
                 return
             self._abandoned = True
         self._sessions.open.leave(self)
-        self._sessions.maps.left(self)
+        self._sessions.maps.forget(self)
         self._path.queue.close_flow(self._flow)
         self._sessions.threads.run(self._cancel_rest)
 
@@ -484,9 +484,9 @@ class _Session:
             self._grant(grant)
         for reported in frame.progress:
             progress = codec.read_progress(reported, self._limits)
-            self._sessions.maps.told(self, self._caller, progress)
+            self._sessions.maps.add(self, self._caller, progress)
         if self._abandoned:  # perhaps just now, after `abandon` removed its maps
-            self._sessions.maps.left(self)
+            self._sessions.maps.forget(self)
 
     def _grant(self, message: pb2.Grant) -> None:
         with self._lock:

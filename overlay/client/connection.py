@@ -319,7 +319,7 @@ class Connection:
             left_s = max(0.001, until - time.monotonic())
             answer = method(request, timeout=time.Timeout(left_s), wait_for_ready=True)
             check(answer)
-        except Misspoken as e:
+        except BadResponse as e:
             reason = f"what serves at {self.shown} violates the protocol: {e}"
             raise error_of(Detail(e.code, reason), reason) from None
         except grpc.RpcError as error:

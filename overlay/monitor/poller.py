@@ -224,7 +224,7 @@ class _Target:
                 metrics = codec.read_metrics(asked.result())
                 self.result = PollResult(time.monotonic(), metrics)
                 self._learn_functions(metrics)
-            except Misspoken as e:
+            except BadResponse as e:
                 reason = f"it violates the protocol: {e}"
                 self.result = PollResult(self.result.since, self.result.metrics, reason)
         self.is_asking = False

@@ -209,9 +209,9 @@ class Peers:
             return codec.read_logs(ask(asked, timeout=timeout_s), asked)
         except grpc.RpcError as e:
             said = codec.read_error(e)
-            raise NotTold(f"{neighbour}: {said.reason}", said.code) from None
-        except Misspoken as e:
-            raise NotTold(f"{neighbour} violates the protocol: {e}", e.code) from None
+            raise ProxyError(f"{neighbour}: {said.reason}", said.code) from None
+        except BadResponse as e:
+            raise ProxyError(f"{neighbour} violates the protocol: {e}", e.code) from None
 
     def _changed(self) -> None:
         self._up = frozenset(link.id for link in self._links.values() if link.state == "up")
@@ -503,7 +503,7 @@ class _Peer:
             return
         try:
             metrics = codec.read_metrics(probe.result())
-        except Misspoken as e:
+        except BadResponse as e:
             self._set_state("down", f"{VIOLATION}: {e}", is_wrong=True)
             pause_s = min(self._limits.wrong_s * 2.0**self._bad_probes, self._limits.most_wrong_s)
             self._bad_probes = min(self._bad_probes + 1, 10)

@@ -58,7 +58,7 @@ class LogReader:
         limits = self._topology.limits
         hops = codec.read_hops(request.hops, limits)
         up, target = self._links.up(), request.process_id
-        neighbour = planner.way_to(self._topology, self._me, up, target, hops)
+        neighbour = planner.next_hop(self._topology, self._me, up, target, hops)
         onward = pb2.LogsRequest(
             process_id=target,
             lines=request.lines,

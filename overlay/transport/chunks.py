@@ -175,13 +175,13 @@ class PartProgress:
         self.times = 0  # how often the whole part has arrived
 
     def whole(self) -> None:
-        """The whole part has arrived. Raises Misspoken."""
+        """The whole part has arrived. Raises BadResponse."""
         self.times += 1
         if self.times > MAX_REPEATS:
-            raise Misspoken(f"a part more than {MAX_REPEATS} times")
+            raise BadResponse(f"a part more than {MAX_REPEATS} times")
 
     def chunk(self, at: int, size: int, more: bool) -> None:
-        """A chunk of it has arrived. Raises Misspoken."""
+        """A chunk of it has arrived. Raises BadResponse."""
         if at != self.at:
             raise BadResponse(f"a chunk at byte {at:,}, after {self.at:,}")
         self.at += size

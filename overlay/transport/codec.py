@@ -140,7 +140,7 @@ def too_large(size: int, limit: int) -> str:
 
 
 def read_response(response: pb2.Response) -> AnswerRow:
-    """The answer, at a client. Raises Misspoken."""
+    """The answer, at a client. Raises BadResponse."""
     validation.check_response(response)
     return AnswerRow(tuple(map(_read_unary_part, response.parts)), tuple(response.hops))
 
@@ -252,7 +252,7 @@ def size_beside(segment: Segment) -> int:
 
 
 def read_slice(message: pb2.Slice, asked: Asked) -> Slice:
-    """A slice between processes. Raises Misspoken if it does not fit the request."""
+    """A slice between processes. Raises BadResponse if it does not fit the request."""
     parts, hops = validation.check_slice(message, asked)
     count, trace = message.count, read_trace(message.trace)
     if message.failures:
@@ -263,7 +263,7 @@ def read_slice(message: pb2.Slice, asked: Asked) -> Slice:
 
 
 def check_client_slice(message: pb2.Slice, asked: Asked) -> None:
-    """Checks a slice for a client. Raises Misspoken if it does not fit the request."""
+    """Checks a slice for a client. Raises BadResponse if it does not fit the request."""
     validation.check_slice(message, asked, results=False)
 
 
@@ -332,7 +332,7 @@ def read_trace(hops: Sequence[pb2.Hop]) -> tuple[Hop, ...]:
 
 def read_metrics(message: pb2.MetricsResponse) -> pb2.MetricsResponse:
     """Validates the message: bounds its lists and numbers, and cuts and escapes its texts. Raises
-    Misspoken."""
+    BadResponse."""
     validation.check_metrics(message)
     return message
 
@@ -344,7 +344,7 @@ def read_function(message: pb2.Function) -> Function:
 
 
 def read_logs(message: pb2.LogsResponse, asked: pb2.LogsRequest) -> pb2.LogsResponse:
-    """Validates the message as `read_metrics` does. Raises Misspoken."""
+    """Validates the message as `read_metrics` does. Raises BadResponse."""
     validation.check_logs(message, asked.process_id, min(asked.lines or MIN_LINES, LINES))
     return message
 

@@ -148,7 +148,7 @@ class Multiplexer:
     def arrive(self, segment: OpenSegment[Any], start: int, answers: Slice) -> list[Run]:
         """Notes parts that arrived before their rows' answers. Returns the rows that are open.
 
-        Raises Misspoken for more than was granted, as that would fill the reader's memory.
+        Raises BadResponse for more than was granted, as that would fill the reader's memory.
         """
         arriving = segment.arriving
         with self.lock:
@@ -158,7 +158,7 @@ class Multiplexer:
                     part = arriving.get(key)
                     if part is None:
                         if len(arriving) >= MAX_TARGETS * segment.count:
-                            raise Misspoken(f"parts of more than {MAX_TARGETS:,} workers")
+                            raise BadResponse(f"parts of more than {MAX_TARGETS:,} workers")
                         part = arriving[key] = PartProgress(segment.chunks)
                     chunk = column.chunk
                     if chunk is None or column.failed is not None:

@@ -57,7 +57,7 @@ class ReconnectingStream:
     ) -> None:
         """fill: writes what is to be sent into the frame; returns False if there is nothing.
 
-        receive: raises Misspoken for an invalid frame, which ends the call. live: called with the
+        receive: raises BadResponse for an invalid frame, which ends the call. live: called with the
         metadata when the other side has accepted the call. metadata: sent with the call.
         patience_s: how long what is to be sent may wait for more; must be quick. may_rest: it is a
         client's stream; if the process refuses it, it waits as long as the process asks.
@@ -166,7 +166,7 @@ class ReconnectingStream:
         except grpc.RpcError as e:
             self.rests = self._may_rest and codec.was_idle(e)
             return _as_violation(codec.read_error(e))
-        except Misspoken as e:
+        except BadResponse as e:
             return Part("", e.code, f"it violates the protocol: {e}")
         except ValueError as e:  # the channel is closed
             return Part("", Code.UNAVAILABLE, str(e), executed=Executed.UNKNOWN)

@@ -2,7 +2,7 @@
 
 The sender may be broken, hostile or of an unknown release: a slice of 60 bytes can claim 2^32 rows.
 Everything that a process or client reads from another process passes through here first, and raises
-Misspoken if it does not fit the request or exceeds any reasonable limit.
+BadResponse if it does not fit the request or exceeds any reasonable limit.
 
 All parts, hops and failures of an answer are checked, but not each row.
 """
@@ -24,10 +24,10 @@ MAX_TEXT = _LIMITS.max_text
 MAX_PARTS = _LIMITS.max_targets
 MAX_HOPS = _LIMITS.max_targets + _LIMITS.max_hops  # of an answer: all workers, and those in between
 MAX_ENTRIES = _LIMITS.max_targets  # of any list in a process's metrics
-MAX_SLOTS = _LIMITS.max_told_slots
+MAX_SLOTS = _LIMITS.max_reported_slots
 MAX_CHARACTERS = _LIMITS.functions_characters
 MAX_RETRY_S = _LIMITS.max_deadline_s  # no request waits longer
-MESSAGE_BYTES = range(_LIMITS.least_message_bytes, _LIMITS.most_message_bytes + 1)
+MESSAGE_BYTES = range(_LIMITS.min_message_limit, _LIMITS.max_message_limit + 1)
 
 
 _checked: set[tuple[str, ...]] = {()}  # hops that were valid recently
@@ -59,10 +59,10 @@ def check_slice(
     """
     count = message.count
     if not 0 < count <= asked.rows - message.start:
-        raise Misspoken(f"rows {message.start} to +{count} of a segment of {asked.rows}")
+        raise BadResponse(f"rows {message.start} to +{count} of a segment of {asked.rows}")
     more = message.more
     if more and not asked.partial:
-        raise Misspoken("parts before the answer, where none were requested")
+        raise BadResponse("parts before the answer, where none were requested")
     parts = [read_part(part) for part in message.parts]
     if parts:
         _check_workers([part[1] for part in parts], asked.targets)
@@ -78,15 +78,15 @@ def check_slice(
 
 
 def read_part(part: Any) -> ReadPart:
-    """Reads a part. Raises Misspoken for its hops."""
+    """Reads a part. Raises BadResponse for its hops."""
     return part, part.process_id, len(part.results.items), part.failures, _hops(part.hops)
 
 
 def check_response(message: Any) -> None:
-    """Checks the answer to a unary request. Raises Misspoken."""
+    """Checks the answer to a unary request. Raises BadResponse."""
     workers = {part.process_id for part in message.parts}
     if len(workers) < len(message.parts):
-        raise Misspoken("two parts of one worker in one answer")
+        raise BadResponse("two parts of one worker in one answer")
     _check_names("parts", workers, MAX_PARTS)
     _check_names("hops", message.hops, MAX_HOPS)
     for part in message.parts:
@@ -95,13 +95,13 @@ def check_response(message: Any) -> None:
 
 
 def check_metrics(message: Any) -> None:
-    """Checks metrics, and cuts and escapes their texts in place. Raises Misspoken."""
+    """Checks metrics, and cuts and escapes their texts in place. Raises BadResponse."""
     tidy(message)
     ids = {process.id for process in message.topology}
     if len(ids) < len(message.topology):
-        raise Misspoken("topology: one process twice")
+        raise BadResponse("topology: one process twice")
     if ids and message.process_id not in ids:
-        raise Misspoken(f"topology: it does not have '{_shown(message.process_id)}' itself")
+        raise BadResponse(f"topology: it does not have '{_shown(message.process_id)}' itself")
     _check_names("topology", ids, MAX_ENTRIES)
     _check_names("process_id", (message.process_id,))
     for process in message.topology:
@@ -113,18 +113,20 @@ def check_metrics(message: Any) -> None:
 
 
 def check_logs(message: Any, process_id: str, lines: int) -> None:
-    """Checks at most `lines` lines of a log, and tidies them in place. Raises Misspoken."""
+    """Checks at most `lines` lines of a log, and tidies them in place. Raises BadResponse."""
     tidy(message)
     if message.process_id != process_id:
-        raise Misspoken(f"the log of '{_shown(message.process_id)}', not of '{_shown(process_id)}'")
+        raise BadResponse(
+            f"the log of '{_shown(message.process_id)}', not of '{_shown(process_id)}'"
+        )
     if len(message.lines) > lines:
-        raise Misspoken(f"{len(message.lines)} lines, and {lines} were asked for")
+        raise BadResponse(f"{len(message.lines)} lines, and {lines} were asked for")
 
 
 def tidy(message: Any) -> None:
     """Checks a message that people will read, and cuts and escapes its texts in place.
 
-    Raises Misspoken for negative numbers, NaN, unknown enum values, and too long lists or names.
+    Raises BadResponse for negative numbers, NaN, unknown enum values, and too long lists or names.
     """
     for field, value in message.ListFields():
         if isinstance(value, str):
@@ -182,7 +184,7 @@ def _check_workers(workers: list[str], targets: frozenset[str] | None) -> None:
         _check_names("parts", workers, MAX_PARTS)
     elif not targets.issuperset(workers):
         unknown = min(set(workers) - targets)
-        raise Misspoken(f"a part of '{_shown(unknown)}', which was not asked")
+        raise BadResponse(f"a part of '{_shown(unknown)}', which was not asked")
 
 
 def _check_part(read: ReadPart, count: int, asked: Asked, more: bool, results: bool) -> None:
@@ -209,7 +211,7 @@ def _check_failures(details: Any, count: int) -> None:
         rows = detail.count or count
         failed += rows
         if failed > count or (detail.count and detail.start + rows > count):
-            raise Misspoken(f"failures of rows {detail.start} to +{rows} in a slice of {count}")
+            raise BadResponse(f"failures of rows {detail.start} to +{rows} in a slice of {count}")
         if detail.code == 0:
             raise BadResponse("a failure with the code OK")
 
@@ -233,7 +235,7 @@ def _check_process(process: Any, ids: set[str]) -> None:
         raise BadResponse(f"topology: '{_shown(process.role)}' is not a role")
     _check_names("topology", (process.team, process.handler))
     if unknown := set(process.neighbors) - ids:
-        raise Misspoken(f"topology: neighbor '{_shown(min(unknown))}' is not in it")
+        raise BadResponse(f"topology: neighbor '{_shown(min(unknown))}' is not in it")
     host, _, port = process.address.rpartition(":")
     if not (host and port.isascii() and port.isdigit() and len(host) < 300 and len(port) < 6):
         raise BadResponse(f"topology: '{_shown(process.address)}' is not host:port")
@@ -284,10 +286,10 @@ def _hops(hops: Sequence[str]) -> tuple[str, ...]:
 def _check_names(field: str, names: Iterable[str], limit: int = MAX_ENTRIES) -> None:
     names = names if isinstance(names, tuple) else tuple(names)
     if len(names) > limit:
-        raise Misspoken(f"{field}: {len(names):,} entries")
+        raise BadResponse(f"{field}: {len(names):,} entries")
     if max(map(len, names), default=0) > MAX_NAME or not "".join(names).isprintable():
         invalid = next(n for n in names if len(n) > MAX_NAME or not n.isprintable())
-        raise Misspoken(f"{field}: '{_shown(invalid)}' is not a name")
+        raise BadResponse(f"{field}: '{_shown(invalid)}' is not a name")
 
 
 def _shown(text: str) -> str:

@@ -316,6 +316,6 @@ def test_a_token_bucket_allows_a_burst_and_then_a_rate():
 def test_endless_kinds_take_bounded_memory():
     throttle = LogThrottle(lambda kind, count: None)
     for n in range(1000):
-        throttle.may_tell(n)
+        throttle.allow(n)
 
     assert len(throttle._kinds) <= 100

@@ -1039,7 +1039,7 @@ def test_progress_reported_while_the_stream_ends_is_not_kept():
 
         def add(self, stream: stream_session._Session, caller: Caller, progress: Progress) -> None:
             stream.abandon()
-            super().told(stream, caller, progress)
+            super().add(stream, caller, progress)
             noted.set()
 
     noted, maps = threading.Event(), Late()

@@ -107,7 +107,7 @@ class MemoryStream:
     def receive(self, frame: pb2.Frame) -> None:
         try:
             self._receive(frame)
-        except Misspoken as e:
+        except BadResponse as e:
             self._lost(Part("", e.code, f"it violates the protocol: {e}"))
 
 
