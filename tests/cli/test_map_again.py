@@ -77,7 +77,7 @@ def mapped(address: str, is_async: bool, **options: Any) -> list[bytes | overlay
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_what_did_not_run_is_tried_again_until_it_does(
+def test_payloads_that_did_not_run_are_retried_until_they_do(
     played: tuple[Reluctant, str], is_async: bool
 ) -> None:
     servicer, address = played
@@ -88,7 +88,9 @@ def test_what_did_not_run_is_tried_again_until_it_does(
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_what_may_have_run_is_not(played: tuple[Reluctant, str], is_async: bool) -> None:
+def test_payloads_that_may_have_run_are_not_retried(
+    played: tuple[Reluctant, str], is_async: bool
+) -> None:
     servicer, address = played
     servicer.times, servicer.executed = 1, pb2.UNKNOWN
 
@@ -99,7 +101,7 @@ def test_what_may_have_run_is_not(played: tuple[Reluctant, str], is_async: bool)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_nothing_is_tried_for_ever(played: tuple[Reluctant, str], is_async: bool) -> None:
+def test_retries_end_at_last(played: tuple[Reluctant, str], is_async: bool) -> None:
     """Beyond its patience without an answer, and not beyond the time of each."""
     servicer, address = played
     servicer.times = 1_000_000

@@ -106,7 +106,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lone]:
 
 
 @pytest.mark.parametrize("handler", ["look", "apart"])
-def test_a_node_gives_none_of_the_three_numbers_to_anything_else(bare: Lone, handler: str) -> None:
+def test_a_node_reserves_descriptors_0_to_2_if_they_are_closed(bare: Lone, handler: str) -> None:
     answer = bare.ask("C", b"this", handler=handler)
 
     assert answer.result == b"[True, True, True] True True"
@@ -114,7 +114,7 @@ def test_a_node_gives_none_of_the_three_numbers_to_anything_else(bare: Lone, han
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ALL_CLOSED])
-def test_client_py_asks_without(bare: Lone, closed: str) -> None:
+def test_client_py_works_with_closed_standard_streams(bare: Lone, closed: str) -> None:
     asked = shell(closed, "client.py", "127.0.0.1", bare.port("C"))
     wrong = shell(closed, "client.py", "127.0.0.1", bare.port("C"), "--no-such")
 
@@ -135,7 +135,9 @@ def test_client_py_asks_without(bare: Lone, closed: str) -> None:
     ],
     ids=lambda words: " ".join(words[:1]) if isinstance(words, list) else "",
 )
-def test_the_other_programs_run_without_all_three(bare: Lone, words: list[str], code: int) -> None:
+def test_the_other_programs_work_with_closed_standard_streams(
+    bare: Lone, words: list[str], code: int
+) -> None:
     before = bare.path.read_text()
     at_port = [str(bare.port("C")) if word == "PORT" else word for word in words]
 
@@ -145,7 +147,7 @@ def test_the_other_programs_run_without_all_three(bare: Lone, words: list[str], 
     assert bare.path.read_text() == before
 
 
-def test_what_is_printed_nowhere_is_no_terminal(bare: Lone) -> None:
+def test_closed_output_is_not_a_terminal(bare: Lone) -> None:
     told = "import sys; from overlay.cli import stdio; stdio.complete(); stdio.complete(); "
     told += "open('said.txt', 'w').write(str([s.isatty() for s in "
     told += "(sys.stdin, sys.stdout, sys.__stderr__)] + [sys.stdin.read()])); print('ä\\udcff')"
@@ -176,7 +178,7 @@ def shell(
 # Closed terminals
 
 
-def test_hanging_up_is_a_gentle_stop_however_often_it_is_said(lone: Lone) -> None:
+def test_sighup_is_a_graceful_stop_however_often_it_is_sent(lone: Lone) -> None:
     process = lone.start_by(stdout=subprocess.DEVNULL)
     call = lone.begin_gated()
     for _ in range(3):
@@ -190,7 +192,7 @@ def test_hanging_up_is_a_gentle_stop_however_often_it_is_said(lone: Lone) -> Non
     assert "0 requests refused, 0 left behind" in lone.log("C")
 
 
-def test_a_process_under_nohup_serves_on(lone: Lone) -> None:
+def test_a_process_under_nohup_keeps_serving(lone: Lone) -> None:
     process = lone.start_by(
         stdout=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
     )
@@ -203,7 +205,9 @@ def test_a_process_under_nohup_serves_on(lone: Lone) -> None:
 
 
 @pytest.mark.parametrize("is_left_running", [False, True])
-def test_a_closed_terminal_fails_no_handler_that_prints(lone: Lone, is_left_running: bool) -> None:
+def test_a_handler_can_print_after_its_terminal_is_closed(
+    lone: Lone, is_left_running: bool
+) -> None:
     """is_left_running: as in the background of a shell that tells it nothing at its end."""
     ours, theirs = os.openpty()
     how = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}

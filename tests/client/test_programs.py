@@ -59,14 +59,14 @@ def program(name: str, *words: str) -> list[str]:
 
 
 @FORKS
-def test_a_client_that_was_made_before_the_fork_serves_in_each_child(worker: str) -> None:
+def test_a_client_created_before_a_fork_works_in_each_child(worker: str) -> None:
     answers = [line.split(maxsplit=1) for line in program("prefork.py", worker)]
 
     assert [answer for _, answer in answers] == [f"C: n{n}" for n in range(6)]
 
 
 @FORKS
-def test_after_the_fork_of_a_client_in_use_all_verbs_raise_and_the_parent_goes_on(
+def test_after_a_fork_a_used_client_raises_in_the_child_and_works_in_the_parent(
     worker: str,
 ) -> None:
     assert program("forked_late.py", worker) == [
@@ -82,7 +82,7 @@ def test_after_the_fork_of_a_client_in_use_all_verbs_raise_and_the_parent_goes_o
 
 
 @FORKS
-def test_each_process_of_a_pool_has_a_client_of_its_own(worker: str) -> None:
+def test_each_process_of_a_pool_can_have_its_own_client(worker: str) -> None:
     answers, error = program("pool.py", worker)
 
     assert answers == "C: a C: b C: c"
@@ -90,7 +90,7 @@ def test_each_process_of_a_pool_has_a_client_of_its_own(worker: str) -> None:
     assert "nowhere" in error
 
 
-def test_frozen_time_stops_no_verb(worker: str) -> None:
+def test_every_method_works_while_time_is_frozen(worker: str) -> None:
     words = ["-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "--timeout=40"]
     path = str(PROGRAMS / "frozen.py")
     said = run([sys.executable, *words, path], OVERLAY_ADDRESS=worker)
@@ -98,7 +98,7 @@ def test_frozen_time_stops_no_verb(worker: str) -> None:
     assert "10 passed" in said[-1]
 
 
-def test_cells_of_a_notebook_ask_in_a_loop_that_is_running(worker: str) -> None:
+def test_a_client_works_in_notebook_cells_with_a_running_loop(worker: str) -> None:
     assert program("notebook.py", worker) == [
         "b'C: blocking'",
         "[b'C: m', b'C: n']",
@@ -113,7 +113,7 @@ def test_cells_of_a_notebook_ask_in_a_loop_that_is_running(worker: str) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there a shell closes no descriptors")
-def test_a_job_without_input_and_output_asks_as_any_other(worker: str, tmp_path: Path) -> None:
+def test_a_client_works_without_standard_input_and_output(worker: str, tmp_path: Path) -> None:
     path = tmp_path / "results"
     words = [sys.executable, str(PROGRAMS / "cron.py"), worker, str(path)]
     assert run(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *words]) == []
@@ -122,7 +122,7 @@ def test_a_job_without_input_and_output_asks_as_any_other(worker: str, tmp_path:
     assert "nowhere" in (tmp_path / "results.log").read_text()
 
 
-def test_a_client_travels_in_a_pickle_and_a_future_does_not(worker: str) -> None:
+def test_a_client_can_be_pickled_and_a_future_cannot(worker: str) -> None:
     said = program("pickled.py", worker)
 
     assert said == [
@@ -139,14 +139,14 @@ def test_a_client_travels_in_a_pickle_and_a_future_does_not(worker: str) -> None
     ("kind", "remedy"),
     [("gevent", "grpc.experimental.gevent.init_gevent()"), ("eventlet", "thread=False")],
 )
-def test_replaced_threads_are_told_at_connect(worker: str, kind: str, remedy: str) -> None:
+def test_connect_rejects_replaced_threads(worker: str, kind: str, remedy: str) -> None:
     said = program("gevented.py", worker, kind)
 
     assert len(said) == 2
     assert all(kind in line and remedy in line for line in said)
 
 
-def test_geventlets_with_grpcs_own_patch_ask_side_by_side(worker: str) -> None:
+def test_greenlets_work_concurrently_with_grpcs_gevent_support(worker: str) -> None:
     assert program("gevented.py", worker, "gevent-grpc") == [
         "b'C: x'",
         "b'C: 0' b'C: 1' b'C: 2'",

@@ -137,12 +137,12 @@ def lives(process: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_pool_ends_with_its_block(worker, run):
+def test_a_pool_ends_with_its_with_block(worker, run):
     assert started(worker, "within", f"start-{run}") == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
-def test_a_fork_that_talks_when_its_request_is_over_spoils_no_other(worker):
+def test_output_of_a_fork_after_its_request_does_not_affect_other_requests(worker):
     notes = worker.folder / "talks"
     before = started(worker, str(notes), "start-process")
     until(notes.exists)
@@ -150,12 +150,12 @@ def test_a_fork_that_talks_when_its_request_is_over_spoils_no_other(worker):
     assert started(worker, "me", "start-process") == before
 
 
-def test_what_a_worn_process_leaves_behind_ends_with_it(worker):
+def test_descendants_of_a_retired_process_end_with_it(worker):
     gone([*started(worker, "program", "worn-process"), *started(worker, "session", "worn-process")])
 
 
 @pytest.mark.parametrize("how", ["waits", "exits"])
-def test_what_a_request_started_ends_when_its_process_does(worker, how):
+def test_descendants_of_a_request_end_with_its_process(worker, how):
     notes = worker.folder / how
 
     with pytest.raises(grpc.RpcError):
@@ -167,7 +167,7 @@ def test_what_a_request_started_ends_when_its_process_does(worker, how):
     gone(found({in_session, in_group}))
 
 
-def test_a_worker_stops_at_once_whatever_its_handlers_have_left_behind(tmp_path):
+def test_a_worker_stops_at_once_whatever_its_handlers_have_left_running(tmp_path):
     worker = Worker(tmp_path)
     left: list[psutil.Process] = []
     try:
@@ -187,7 +187,7 @@ def test_a_worker_stops_at_once_whatever_its_handlers_have_left_behind(tmp_path)
         gone(left)
 
 
-def test_what_a_handlers_process_has_started_ends_with_a_worker_that_is_killed(tmp_path):
+def test_descendants_of_handlers_end_when_the_worker_is_killed(tmp_path):
     worker = Worker(tmp_path)
     left: list[psutil.Process] = []
     try:

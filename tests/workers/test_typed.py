@@ -292,7 +292,7 @@ def call(mine: Any) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_a_function_of_payload_and_context_stays_one(mine, name):
+def test_a_function_of_payload_and_context_is_a_function_of_bytes(mine, name):
     found = typed.prepared("h", getattr(mine, name))
 
     assert found.function.arguments == ""
@@ -309,7 +309,7 @@ def test_any_other_function_is_a_typed_one(mine, name):
     found.close()
 
 
-def test_what_tells_no_signature_is_given_bytes():
+def test_a_callable_without_a_signature_gets_bytes():
     assert typed.prepared("h", dict.fromkeys).call is not None
     assert typed.prepared("h", max).function.arguments == ""
 
@@ -326,7 +326,7 @@ def test_what_tells_no_signature_is_given_bytes():
         ("e6", "inner", "'Nowhere' is not defined"),
     ],
 )
-def test_an_argument_that_json_cannot_give_is_told_at_start(mine, name, argument, why):
+def test_an_argument_that_json_cannot_supply_is_reported_at_startup(mine, name, argument, why):
     with pytest.raises(ConfigError) as raised:
         typed.prepared("h", getattr(mine, name))
 
@@ -339,7 +339,7 @@ def test_an_argument_that_json_cannot_give_is_told_at_start(mine, name, argument
 # Arguments
 
 
-def test_arguments_are_converted_from_their_annotations(call):
+def test_arguments_are_converted_by_their_annotations(call):
     args = {
         "path": "a/b", "size": {"width": 3}, "at": "2026-01-02T03:04:05Z", "day": "2026-01-02",
         "image": "AP8=", "fit": "pad", "model": {"name": "m", "sizes": [{"width": 1}]},
@@ -354,14 +354,14 @@ def test_arguments_are_converted_from_their_annotations(call):
     ]  # fmt: skip
 
 
-def test_what_is_not_given_has_the_functions_own_default(call):
+def test_a_missing_argument_gets_the_functions_default(call):
     assert call("resize", {"path": "a"}) == {"path": "a", "width": 200}
     assert call("resizer", {"path": "a"}) == "a"
     assert call("wrapped", {"path": "a", "width": 1}) == {"path": "a", "width": 1}
     assert call("twice", {"path": "a", "width": 3}) == 6
 
 
-def test_bytes_come_from_both_alphabets_of_base64(call):
+def test_bytes_may_be_in_either_base64_alphabet(call):
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
         assert call("picture", {"data": encode(b"\xff\xfe\xfd").decode()})["width"] == 3
 
@@ -395,7 +395,7 @@ EVERYTHING = {"path": "a", "size": {"width": 1}, "at": "2026-01-02T03:04:05Z"}
         ("known", {"values": ["x"] * 9}, "; and 4 more"),
     ],
 )  # fmt: skip
-def test_a_wrong_argument_is_named(call, name, args, sentence):
+def test_an_invalid_argument_is_named(call, name, args, sentence):
     came = call(name, args)
 
     assert isinstance(came, Detail)
@@ -404,7 +404,7 @@ def test_a_wrong_argument_is_named(call, name, args, sentence):
     assert sentence in came.reason
 
 
-def test_the_context_is_the_workers_where_it_is_not_annotated_as_something_else(call):
+def test_a_context_parameter_gets_the_context_unless_annotated_otherwise(call):
     assert call("who") == "C"
     assert call("asked", {"context": "of a question"}) == "of a question"
 
@@ -412,14 +412,14 @@ def test_the_context_is_the_workers_where_it_is_not_annotated_as_something_else(
 # Results
 
 
-def test_what_a_function_returns_is_json(call):
+def test_return_values_are_written_as_json(call):
     assert call("known", {"values": [1, 0.5]}) == {"sum": 1.5, "at": "2026-01-02T03:04:00Z"}
     assert call("model", {"name": "m"})["sizes"] == [{"width": 1, "height": 100, "pixels": ""}]
     made = call("picture", {"data": ""})
     assert base64.b64decode(made["pixels"], validate=True) == bytes(range(256))
 
 
-def test_scalars_and_arrays_of_numpys_kind_are_json():
+def test_scalars_and_arrays_like_numpys_are_written_as_json():
     class Scalar:
         """As numpy's, which is not needed here."""
 
@@ -429,7 +429,7 @@ def test_scalars_and_arrays_of_numpys_kind_are_json():
     assert json_values.write({"n": Scalar(), "of": [Scalar()]}) == b'{"n":3,"of":[3]}'
 
 
-def test_numpys_own_are_json():
+def test_numpy_values_are_written_as_json():
     numpy = pytest.importorskip("numpy")
     value = {
         "i": numpy.int64(3), "f": numpy.float32(0.5), "b": numpy.bool_(True),
@@ -449,7 +449,7 @@ def test_numpys_own_are_json():
         ("count", {"to": 3, "fail_at": 1}, "returned typed_mine.Thing, which is not JSON"),
     ],
 )
-def test_a_result_that_is_not_json_is_named_by_its_type(call, name, args, what):
+def test_a_result_that_is_not_json_fails_with_its_type(call, name, args, what):
     came = call(name, args)
 
     assert (came.code, came.reason) == (Code.INTERNAL, f"handler '{name}' {what}")
@@ -462,18 +462,18 @@ def test_a_result_that_contains_itself_is_not_json():
         json_values.write(loop)
 
 
-def test_what_a_typed_function_raises_is_its_failure(call):
+def test_an_exception_of_a_typed_function_is_its_failure(call):
     assert call("refused", {"path": "a"}).reason == "no such path: a"
     assert call("broken", {"path": "a"}).reason.startswith("handler 'broken' failed; error id ")
 
 
-def test_what_is_yielded_is_an_array(call):
+def test_yielded_items_are_a_json_array(call):
     assert call("count", {"to": 3}) == [{"n": 0}, {"n": 1}, {"n": 2}]
     assert call("count", {"to": 0}) == []
     assert call("known_items") == [0, 1]
 
 
-def test_an_array_leaves_in_chunks_while_it_is_made(mine):
+def test_an_array_is_sent_in_chunks_while_it_is_generated(mine):
     loaded = typed.prepared("count", mine.count)
     chunks: list[bytes] = []
 
@@ -491,7 +491,7 @@ def test_an_array_leaves_in_chunks_while_it_is_made(mine):
 # Async ones
 
 
-def test_an_async_function_is_waited_for(call):
+def test_an_async_function_is_awaited(call):
     assert call("later", {"path": "a"}) == {"path": "a", "on": "C"}
     assert call("later_count", {"to": 3}) == [0, 1, 2]
     assert call("later_bytes", b'"as it is"') == "AS IT IS"
@@ -503,7 +503,7 @@ def test_calls_of_an_async_function_share_an_event_loop(call):
     assert came == [["b", "a"], ["a", "b"]]
 
 
-def test_an_async_function_is_cancelled_when_nobody_waits(mine, call):
+def test_an_async_function_is_cancelled_when_its_caller_leaves(mine, call):
     ended = bytearray(1)
     threading.Timer(0.05, ended.__setitem__, (0, 1)).start()
 
@@ -513,7 +513,7 @@ def test_an_async_function_is_cancelled_when_nobody_waits(mine, call):
     until(lambda: mine.gate.get("left"), what="the function was cancelled")
 
 
-def test_an_async_function_that_exits_is_one_failure(call):
+def test_an_async_function_that_raises_system_exit_fails_one_request(call):
     assert call("exits", {"path": "a"}).code is Code.INTERNAL
     assert call("exits", {"path": "a"}).code is Code.INTERNAL
 
@@ -532,7 +532,7 @@ def test_the_event_loop_ends_with_its_handler(mine):
 # What is told of them
 
 
-def test_a_function_is_told_with_its_signature_docstring_and_schema(mine):
+def test_a_function_is_described_by_signature_docstring_and_schema(mine):
     told = typed.prepared("resize", mine.resize).function
     schema = json.loads(told.arguments)
 
@@ -558,7 +558,7 @@ def test_a_function_is_told_with_its_signature_docstring_and_schema(mine):
         ),
     ],
 )
-def test_a_signature_is_told_as_it_is_written(mine, name, signature, result):
+def test_a_signature_is_shown_as_written(mine, name, signature, result):
     loaded = typed.prepared("h", getattr(mine, name))
     loaded.close()
 
@@ -566,7 +566,7 @@ def test_a_signature_is_told_as_it_is_written(mine, name, signature, result):
     assert (json.loads(loaded.function.result)["type"] if result else "") == result
 
 
-def test_functions_that_are_alike_are_told_once_with_their_workers():
+def test_equal_functions_are_listed_once_with_their_workers():
     one = Function("f", "f(a: int)", workers=("C",))
     other = one._replace(signature="f(a: str)", workers=("F",))
 
@@ -577,7 +577,7 @@ def test_functions_that_are_alike_are_told_once_with_their_workers():
     assert signatures.digest(()) == 0
 
 
-def test_what_is_too_long_to_tell_is_left_out():
+def test_a_description_that_is_too_long_is_left_out():
     long = signatures.bounded(
         Function("f", "s" * 1000, "d\ud800" * 5000, "x" * 20_000, "y" * 20_000)
     )
@@ -594,7 +594,7 @@ def test_what_is_too_long_to_tell_is_left_out():
     assert signatures.bounded(Function("f", doc="a\x1b[2J\nb")).doc == "a [2J\nb"
 
 
-def test_what_another_process_tells_of_functions_is_judged():
+def test_descriptions_from_another_process_are_validated():
     def told(*made: pb2.Function) -> pb2.MetricsResponse:
         me = pb2.Process(id="C", role="worker", team="t", address="h:1")
         return pb2.MetricsResponse(process_id="C", topology=[me], functions=made)
@@ -686,11 +686,11 @@ def test_a_typed_function_is_called_on_threads_and_in_processes(leader, name):
         leader.call(handler=name, args={}, mode="any")
 
 
-def test_all_workers_give_a_value_each(leader):
+def test_each_worker_gives_its_own_value(leader):
     answer = leader.call(handler="resize", args={"path": "a.jpg"})
 
     assert answer.values == {who: {"path": "a.jpg", "width": 200} for who in "CD"}
-    with pytest.raises(ValueError, match=r"2 workers gave a value each, which `values` has"):
+    with pytest.raises(ValueError, match=r"2 workers returned a value each: use `values`"):
         answer.value  # noqa: B018
     merged = leader.call(handler="total", args={})
     assert (merged.value, merged.values) == ("C+D", {"C": "C", "D": "D"})
@@ -698,7 +698,7 @@ def test_all_workers_give_a_value_each(leader):
     assert {part.process_id: part.value for part in parts} == {"C": "C", "D": "D"}
 
 
-def test_a_value_comes_back_from_submit_and_map(leader):
+def test_submit_and_map_return_values(leader):
     future = leader.submit("resize", args={"path": "a.jpg", "width": 3})
     assert future.result(10) == {"path": "a.jpg", "width": 3}
     assert future.result() is future.result()
@@ -719,7 +719,7 @@ def test_bytes_dates_and_dataclasses_can_be_arguments(leader):
     assert base64.b64decode(sent.result(10)["pixels"]) == bytes(range(256))
 
 
-def test_args_of_a_function_of_bytes_are_told_apart(leader):
+def test_args_for_a_function_of_bytes_are_rejected_with_the_reason(leader):
     with pytest.raises(library.InvalidCall, match="the result is not JSON"):
         leader.submit("echo", args={"a": 1}).result(10)
     with pytest.raises(ValueError, match="the result is not JSON"):
@@ -729,14 +729,14 @@ def test_args_of_a_function_of_bytes_are_told_apart(leader):
 @pytest.mark.parametrize(
     ("given", "error", "sentence"),
     [
-        ({"args": [1]}, TypeError, "args are a function's arguments by name, a dict, not list"),
+        ({"args": [1]}, TypeError, "args must be a dict of arguments by name, not list"),
         ({"args": {1: 2}}, TypeError, "args: 1 is not the name of an argument"),
         ({"args": {"a": object()}}, TypeError, "args: dict with object in it, which is not JSON"),
         ({"payload": b"x", "args": {}}, TypeError, "a payload or args, not both"),
-        ({}, TypeError, "a request has a payload, or the args of a typed function"),
+        ({}, TypeError, "a request needs a payload, or the args of a typed function"),
     ],
 )
-def test_wrong_args_are_told_before_anything_is_sent(leader, given, error, sentence):
+def test_invalid_args_are_rejected_before_anything_is_sent(leader, given, error, sentence):
     for verb in (leader.call, leader.forward, functools.partial(leader.submit, "resize")):
         with pytest.raises(error, match=sentence):
             verb(**given)
@@ -744,17 +744,17 @@ def test_wrong_args_are_told_before_anything_is_sent(leader, given, error, sente
         list(leader.parts(**given))
 
 
-def test_a_future_or_a_map_of_args_asks_any_one_worker(leader):
+def test_submit_and_map_with_args_ask_one_worker(leader):
     for verb in (leader.submit, leader.map):
-        with pytest.raises(ValueError, match="mode 'all' with args has a value of each worker"):
+        with pytest.raises(ValueError, match="mode 'all' with args returns one value per worker"):
             verb("resize", args={}, mode="all")
-    with pytest.raises(TypeError, match="args of a map are many dicts"):
+    with pytest.raises(TypeError, match="args of a map must be an iterable of dicts"):
         leader.map("resize", args={"path": "a"})
-    with pytest.raises(TypeError, match="a map has payloads, or the args"):
+    with pytest.raises(TypeError, match="a map needs either payloads, or the args"):
         leader.map("resize")
 
 
-def test_the_same_with_asyncio(four):
+def test_typed_functions_work_with_asyncio(four):
     async def ask() -> None:
         async with overlay.connect_async(four.address("A")) as client:
             args = {"path": "a", "width": 3}
@@ -779,13 +779,13 @@ def test_the_same_with_asyncio(four):
     asyncio.run(ask())
 
 
-def test_other_languages_send_json_as_the_payload(four):
+def test_other_languages_can_send_json_as_the_payload(four):
     response = four.ask("A", b'{"path": "a.jpg"}', handler="resize", mode="ANY")
     assert response.result == b'{"path":"a.jpg","width":200}'
 
 
 @pytest.mark.parametrize("name", ["count", "count_apart"])
-def test_each_item_that_is_yielded_is_a_part(leader, name):
+def test_each_yielded_item_is_a_part(leader, name):
     parts = list(leader.parts(handler=name, args={"to": 5_000}))
 
     for who in "CD":
@@ -796,14 +796,14 @@ def test_each_item_that_is_yielded_is_a_part(leader, name):
 
 
 @pytest.mark.parametrize("name", ["steps", "steps_apart"])
-def test_an_item_comes_while_the_function_still_works(leader, name):
+def test_an_item_arrives_while_the_function_is_running(leader, name):
     came = leader.parts(handler=name, args={"to": 2, "seconds": 60})
     assert {next(came).process_id, next(came).process_id} == {"C", "D"}
     came.close()
     assert len(list(leader.parts(handler=name, args={"to": 9, "seconds": 0}, first=3))) == 3
 
 
-def test_workers_that_fail_after_some_items_say_so_at_the_end(leader):
+def test_a_failure_after_yielded_items_is_reported_at_the_end(leader):
     came = leader.parts(handler="steps", args={"to": 2, "seconds": 0, "fail": True})
     given = [next(came) for _ in range(4)]
 
@@ -815,7 +815,7 @@ def test_workers_that_fail_after_some_items_say_so_at_the_end(leader):
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10**6])
-def test_items_are_found_wherever_their_array_is_cut(mine, size):
+def test_items_are_found_wherever_the_array_is_split(mine, size):
     text = b"".join(typed.prepared("count", mine.count).call(b'{"to": 20}', at()))
     assert text.count(b"\n") == 0  # so that a result stays a line
     parts, given = Parts(None, in_items=True), []
@@ -825,7 +825,7 @@ def test_items_are_found_wherever_their_array_is_cut(mine, size):
     assert [part.value["n"] for part in given] == list(range(20))
 
 
-def test_many_quick_items_leave_together():
+def test_many_quick_items_are_sent_together():
     sent: list[bytes] = []
     leaving = Leaving(lambda chunk: sent.append(chunk) or True)
 
@@ -839,7 +839,7 @@ def test_many_quick_items_leave_together():
     assert b"".join(sent) + leaving.rest() == b"".join(b"%d\t" % n for n in range(5_000))
 
 
-def test_an_idempotency_key_goes_with_args(leader):
+def test_an_idempotency_key_works_with_args(leader):
     asked = {"handler": "resize", "args": {"path": "a"}, "mode": "any", "idempotency_key": "one"}
     assert leader.call(**asked).request_id == leader.call(**asked).request_id
 
@@ -871,7 +871,7 @@ def test_client_py_sends_args(four, tmp_path):
         (["--args", "{}", "--payload", "x"], "not allowed with argument --args"),
     ],
 )
-def test_client_py_refuses_wrong_args(words, sentence, capsys):
+def test_client_py_rejects_invalid_args(words, sentence, capsys):
     from overlay.cli import ask as asking
     from overlay.cli.usage import Parser
 
@@ -882,7 +882,7 @@ def test_client_py_refuses_wrong_args(words, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
-def test_client_py_shows_what_the_handlers_take(four):
+def test_client_py_shows_the_arguments_of_handlers(four):
     def told(process_id: str) -> set[str]:
         found = four.channel(process_id)
         ask = pb2_grpc.OverlayNodeStub(found).GetMetrics
@@ -908,12 +908,12 @@ def test_client_py_shows_what_the_handlers_take(four):
     assert found["picture"]["result"]["$defs"]["Size"]["properties"]["pixels"]["type"] == "string"
 
 
-def test_the_functions_are_told_only_to_those_who_ask(four):
+def test_functions_are_described_only_on_request(four):
     assert not four.metrics("A").functions
     assert four.metrics("A").functions_digest
 
 
-def test_a_watch_has_the_functions_too(four):
+def test_the_poller_collects_functions(four):
     from overlay.monitor.poller import Poller
 
     watch = Poller(four.address("A"), 0.1).start()
@@ -926,7 +926,7 @@ def test_a_watch_has_the_functions_too(four):
     assert found["resize"]["workers"] == ["C", "D"]
 
 
-def test_a_function_that_cannot_be_called_with_json_ends_the_start(tmp_path):
+def test_a_function_that_cannot_be_called_with_json_aborts_the_startup(tmp_path):
     (tmp_path / "typed_wrong.py").write_text("def f(path: 'Nowhere') -> str: ...\n")
     config = configuration()
     for how in ("thread", "process"):
@@ -968,7 +968,7 @@ def test_the_example_makes_an_offer(leader):
 # The last one: a worker of the overlay is another one from here on
 
 
-def test_a_worker_that_runs_other_code_is_told_apart(four):
+def test_a_worker_with_different_code_is_listed_separately(four):
     def told() -> dict[str, list[str]]:
         asked = pb2.MetricsRequest(functions=True)
         found = four.stub("A").GetMetrics(asked, timeout=5).functions
