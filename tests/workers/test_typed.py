@@ -959,7 +959,7 @@ def test_the_example_makes_an_offer(leader):
         leader.submit(
             "offer", args={"loan": {**loan, "months": 601}, "first": "2026-01-31"}
         ).result(10)
-    with pytest.raises(library.InvalidCall, match=r"a loan of 0 at 4\.5 % is none"):
+    with pytest.raises(library.InvalidCall, match=r"a loan of 0 at 4\.5 % is not possible"):
         leader.submit(
             "payments", args={"loan": {**loan, "amount": "0"}, "first": "2026-01-31"}
         ).result(10)
