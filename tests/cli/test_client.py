@@ -58,7 +58,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
 
 @pytest.fixture(scope="module")
 def wounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A to F, of which F is dead."""
+    """A to F, with F killed."""
     with running(tmp_path_factory.mktemp("wounded"), six_processes()) as found:
         found.kill("F")
         until(lambda: _state(found, "E", "F") == "down", what="E sees F down")
@@ -67,7 +67,7 @@ def wounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
 
 @pytest.fixture(scope="module")
 def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A to F and a worker G. Each of its workers belongs to one test, which ends it."""
+    """A to F and a worker G. Each worker is for one test, which ends it."""
     folder = tmp_path_factory.mktemp("fragile")
     (folder / "mine.py").write_text(HANDLERS)
     config = six_processes(handlers=NAMES)
@@ -91,7 +91,7 @@ def to_a(mine: Overlay) -> Iterator[overlay.Client]:
 
 @pytest.fixture
 def silent_port() -> Iterator[int]:
-    """A port where something takes connections and never says a word."""
+    """A port that accepts connections and sends nothing."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(50)
@@ -99,7 +99,7 @@ def silent_port() -> Iterator[int]:
 
 
 def run(*words: object, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
-    """client.py as a user starts it; its output as text."""
+    """Runs client.py; its output as text."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "client.py"), *map(str, words)],
         input=stdin,
@@ -254,7 +254,7 @@ def test_a_call_waits_for_a_process_that_is_being_restarted(fragile: Overlay) ->
     with overlay.connect(fragile.address("C"), patience_s=20) as client:
         client.call("before")
         fragile.kill("C")
-        # What leaves before the client has noticed may have run, and is not sent again.
+        # A request sent before the client notices may have run, and is not sent again.
         with pytest.raises(library.CallFailed):
             client.call("at once", timeout=0.5)
         with ThreadPoolExecutor(1) as pool:
@@ -297,8 +297,8 @@ def test_a_stopping_process_rejects_requests_with_its_own_reason(fragile: Overla
         until(lambda: fragile.metrics("G").active_requests, what="G is at work")
         fragile.processes["G"].terminate()
         until(lambda: not client.is_serving(), what="G stops")
-        # A call that is given back waits for G to return; a new one is told at once.
-        until(lambda: not client._connection._calls.connected.is_set(), what="the stream says so")
+        # A returned call would wait for G to be back; a new one is rejected at once.
+        until(lambda: not client._connection._submitter.connected.is_set())
 
         with pytest.raises(library.Unavailable) as caught:
             client.call("x")
@@ -361,7 +361,7 @@ def test_an_http_proxy_is_not_used(mine: Overlay) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# A request's own story
+# Traces and logs of a request
 
 
 def trace_of(found: Overlay, *words: str) -> list[dict[str, Any]]:
@@ -448,7 +448,7 @@ def test_a_failure_is_in_the_log_of_each_process_on_its_path(mine: Overlay) -> N
     lines = logs(mine, "A", "--request", request_id)
 
     assert [line["process_id"] for line in lines] == ["C", "C", "B", "A"]
-    assert "the secret reason" in lines[0]["text"]  # all on this machine, as its file is
+    assert "the secret reason" in lines[0]["text"]  # read on the worker's own machine
     assert not any("the secret reason" in line["text"] for line in lines[1:])
 
 
@@ -575,7 +575,7 @@ def test_an_invalid_request_id_is_rejected(text: str) -> None:
     assert "--request" in done.stderr
 
 
-# One request from the command line
+# A request from the command line
 
 
 def test_an_answer_is_readable(mine: Overlay) -> None:
@@ -688,7 +688,7 @@ def test_a_full_queue_rejects_a_request_as_not_run_with_exit_code_3(
             capture_output=True,
             text=True,
         )
-        client.close()  # ends the slow ones
+        client.close()  # cancels the slow requests
 
     assert caught.value.executed is Executed.NO
     assert caught.value.retry_after_s is not None
@@ -891,12 +891,12 @@ def test_a_narrow_terminal_shows_all_facts(mine: Overlay, term: str) -> None:
 
 
 def _read_all(terminal: int) -> str:
-    """What is written to a pseudo-terminal until its last writer has gone."""
+    """Reads a pseudo-terminal until its last writer closes it."""
     text = b""
     while True:
         try:
             chunk = os.read(terminal, 65536)
-        except OSError:  # Linux's word for the end
+        except OSError:  # how Linux reports the end
             chunk = b""
         if not chunk:
             os.close(terminal)

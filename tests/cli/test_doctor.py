@@ -46,7 +46,7 @@ def answering(process_id: str, clock_s: float = 0.0, **changes: Any) -> Observat
 
 
 def diagnosis(**observed: Observation) -> Diagnosis:
-    """As the PC finds the six, all well except those given."""
+    """What the PC observes of six healthy processes, except for those given."""
     all_observed = {i: answering(i) for i in SHIPPED.processes} | observed
     return Diagnosis(SHIPPED, all_observed, "1.0", 1, "Windows", "mine.json")
 
@@ -217,7 +217,7 @@ def test_the_json_report_has_each_process_and_link(six: Overlay) -> None:
 def test_frozen_replaced_and_missing_processes_have_different_findings(
     six: Overlay, tmp_path: Path
 ) -> None:
-    # C is frozen, D's port has another program, F's nobody: as a file says that A was not told of.
+    # C is frozen, D's port has another program, F's has none; A does not know this configuration.
     config = json.loads(six.path.read_text())
     config["processes"]["F"]["port"] = free_port()
     path = tmp_path / "other.json"
@@ -255,7 +255,7 @@ def test_if_no_process_answers_the_exit_code_is_4(tmp_path: Path) -> None:
 
 def test_a_machine_without_a_configured_address_is_shown_its_own(tmp_path: Path) -> None:
     path = tmp_path / "elsewhere.json"
-    no_name = "x" * 70  # longer than a name can be, so that nobody is asked for it
+    no_name = "x" * 70  # too long for a name, so no DNS query is sent
     path.write_text((ROOT / "two_hosts_config.json").read_text().replace("192.168.1.", no_name))
 
     done = doctor(path)

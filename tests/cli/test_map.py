@@ -1,4 +1,4 @@
-"""`client.py HOST PORT map` as a user starts it, against real processes."""
+"""`client.py HOST PORT map`, against real processes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def at_work(found: Overlay) -> int:
     return sum(handler.active for w in "CDF" for handler in found.metrics(w).handlers)
 
 
-# What goes in and comes out
+# Input and output
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_invalid_arguments_get_a_one_line_message_before_anything_is_sent(
     assert (tmp_path / "file").read_text() == "precious\n"
 
 
-# What failed, kept for another map
+# Failed input, saved for another map
 
 
 def test_failed_lines_are_saved_in_a_file_that_map_can_read(six: Overlay, tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_failure_names_its_request_and_how_to_see_its_log_lines(six: Overlay) 
     assert f"; request {error['request_id']}, its log lines: {command}" in done.stderr.decode()
 
 
-# While it runs
+# Streaming, interruption, restarts
 
 
 def test_slow_input_is_answered_line_by_line(six: Overlay) -> None:
@@ -447,7 +447,7 @@ def test_a_lost_leader_fails_only_requests_in_flight(overlays: Any, tmp_path: Pa
     asking.stdin.close()
     first = [asking.stdout.readline() for _ in range(500)]
     found.kill("A")
-    time.sleep(3)  # longer than a call waits for it
+    time.sleep(3)  # longer than a call waits
     found.start("A")
     said = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
     complaints = asking.stderr.read().decode()
@@ -517,7 +517,7 @@ def _read_all(terminal: int) -> str:
     while time.monotonic() < end:
         try:
             chunk = os.read(terminal, 65536)
-        except OSError:  # Linux's word for the end
+        except OSError:  # how Linux reports the end
             chunk = b""
         if not chunk:
             break

@@ -1,4 +1,4 @@
-"""What a map does with payloads that provably did not run, where a process refuses them."""
+"""Retries of a map's payloads that a process rejects, and that provably did not run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from overlay.transport import codec
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.cluster import free_port
 
-ROWS = 60  # more than the budget that calls have for trying again
+ROWS = 60  # more than the retry budget of calls
 
 
 class Reluctant(pb2_grpc.OverlayNodeServicer):
-    """Refuses each payload so many times, and takes all others at once."""
+    """Rejects each payload a number of times before it answers."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -102,7 +102,7 @@ def test_payloads_that_may_have_run_are_not_retried(
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_retries_end_at_last(played: tuple[Reluctant, str], is_async: bool) -> None:
-    """Beyond its patience without an answer, and not beyond the time of each."""
+    """They end after the map's patience without an answer, or at the payloads' deadline."""
     servicer, address = played
     servicer.times = 1_000_000
 

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(180)
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A to F. A test that ends one of them starts it again."""
+    """A to F. A test that ends a process restarts it."""
     folder = tmp_path_factory.mktemp("views")
     (folder / "mine.py").write_text("def broken(payload, context):\n    raise ValueError\n")
     broken = {"broken": {"call": "mine:broken"}}
@@ -46,7 +46,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
 
 @contextmanager
 def page_of(overlay: Overlay, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The page's server, and its address."""
+    """The server of the page, and its address."""
     command = [*CLIENT, "127.0.0.1", str(overlay.port("A")), "web", "--web-port", "0", *options]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -79,7 +79,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def opened(browser: Any, address: str) -> Any:
-    """The page, drawn, and what was said on its console."""
+    """The rendered page, and its console messages."""
     complaints: list[str] = []
     found = browser.new_page()
     found.set_default_timeout(20_000)
@@ -92,7 +92,7 @@ def opened(browser: Any, address: str) -> Any:
 
 @pytest.fixture
 def page(opened: Any) -> Iterator[Any]:
-    """The page, on a desk. Fails when anything was said on its console."""
+    """The page at desktop size. Fails if there are console messages."""
     found, complaints = opened
     found.set_viewport_size({"width": 1280, "height": 800})
     found.mouse.move(0, 0)
@@ -316,7 +316,7 @@ def test_one_page_too_many_replaces_the_one_open_longest(address):
 
 
 def is_ended(page: Any) -> bool:
-    """Whether no more snapshots come, once what came before has been read."""
+    """Whether the stream has ended, once all snapshots are read."""
     until_ = time.monotonic() + 10
     try:
         while time.monotonic() < until_:
@@ -332,7 +332,7 @@ def test_a_slow_viewer_skips_to_the_newest_snapshot():
         page = web.Page(Poller("127.0.0.1:1"), loopback_only=True)
         page._begin()
         viewer = page._snapshots(web._Viewer("127.0.0.1", lambda: None))
-        await anext(viewer)  # the first words; then it is slow
+        await anext(viewer)  # the first message; then the viewer is slow
         waiting = asyncio.ensure_future(anext(viewer))
         await asyncio.sleep(0)
         for number in range(5):
@@ -393,7 +393,7 @@ def test_repeated_failures_of_a_handler_are_one_event_per_worker(mine):
         assert len({event["process"] for event in told}) == len(told), "one of each"
         return {event["process"]: event["count"] for event in told}
 
-    # The last are told a second later; other tests may have had some fail too.
+    # The last are reported a second later; other tests may have caused failures too.
     until(lambda: all(failures().get(worker, 0) >= 20 for worker in "CDF"), 20)
     assert set(failures()) == set("CDF"), "the leaders pass on what the workers know"
 
@@ -462,7 +462,7 @@ def test_top_fits_a_terminal_and_restores_it(mine, tmp_path):
 
 
 def test_the_page_works_if_the_system_maps_javascript_to_plain_text() -> None:
-    mimetypes.add_type("text/plain", ".js")  # as the registry of a Windows PC may have it
+    mimetypes.add_type("text/plain", ".js")  # as the registry of a Windows PC may do
 
     web.know_types()
 

@@ -1,4 +1,4 @@
-"""The client library's asyncio form, against real processes."""
+"""The asyncio client, against real processes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.harness.cluster import free_port, until
 
 
 async def until_true(condition: Any, within_s: float = 10) -> None:
-    """`until`, which must not block the loop."""
+    """`until` without blocking the loop."""
     await asyncio.to_thread(until, condition, within_s)
 
 
 class Heart:
-    """Beats on the loop every 5 ms; the longest pause shows whether something blocked it."""
+    """Runs on the loop every 5 ms; the longest pause shows whether the loop was blocked."""
 
     async def __aenter__(self) -> Heart:
         self.longest_s = 0.0
@@ -149,7 +149,7 @@ def test_a_missing_server_is_reported_without_blocking_the_loop() -> None:
             assert {type(end) for end in ends} == {library.NotReached}
             assert all(end.executed is Executed.NO for end in ends)
             took_s = time.monotonic() - began
-        assert took_s < 20, "not one after the other"
+        assert took_s < 20, "the calls fail together"
         assert heart.longest_s < 0.5
 
     asyncio.run(main())
@@ -243,7 +243,7 @@ def test_leaving_a_map_cancels_the_remaining_requests(six: Noted, how: str) -> N
                 task.cancel()
             await asyncio.wait([task])
             await until_true(lambda: six.lines()["cancelled"] == 39, 3)
-            assert len(asyncio.all_tasks()) == 1, "no feeder is left"
+            assert len(asyncio.all_tasks()) == 1, "no feeder task remains"
 
     asyncio.run(main())
 
@@ -362,7 +362,7 @@ def test_a_large_map_does_not_block_the_loop(six: Noted) -> None:
     asyncio.run(main())
 
 
-# The end
+# Closing and restarts
 
 
 def test_closing_fails_open_requests_and_leaves_no_thread(six: Noted) -> None:

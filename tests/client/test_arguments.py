@@ -1,4 +1,4 @@
-"""Whatever a caller gives for whatever argument: it is refused by name, and hurts nobody else."""
+"""Any value for any argument works or is rejected by name, and affects no other request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.harness.cluster import Overlay, running_one, until
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A worker, which is asked itself."""
+    """A worker, asked directly."""
     with running_one(tmp_path_factory.mktemp("arguments"), HANDLERS, ["upper"]) as found:
         yield found
 
@@ -45,12 +45,12 @@ def client(one: Overlay) -> Iterator[overlay.Client]:
 
 @pytest.fixture(scope="module")
 def other(one: Overlay) -> Iterator[overlay.Client]:
-    """Another one of this Python process."""
+    """Another client in this Python process."""
     with overlay.connect(one.address("C")) as found:
         yield found
 
 
-# Which values
+# The values
 
 
 class OddityError(Exception):
@@ -58,7 +58,7 @@ class OddityError(Exception):
 
 
 class Oddity:
-    """Fails at whatever is done with it."""
+    """Every operation on it raises."""
 
     def fail(self, *_: object) -> Any:
         raise OddityError
@@ -68,7 +68,7 @@ class Oddity:
 
 
 class Text(str):
-    """Says something else than it is."""
+    """A str whose own methods raise."""
 
     __slots__ = ()
 
@@ -123,7 +123,7 @@ ANYTHING = st.one_of(
 )
 
 PLAIN = {"handler": "upper", "timeout": 5}
-# Each verb, what it is given besides the argument in question, and what it may be given.
+# For each method: the other arguments, and the names of the arguments to vary.
 VERBS: dict[str, tuple[dict[str, Any], str]] = {
     "call": (
         {"payload": b"x", **PLAIN, "mode": "any"},
@@ -152,13 +152,13 @@ CASES = st.sampled_from(
     [(verb, name) for verb, (_, names) in VERBS.items() for name in names.split()]
 )
 ASYNC_VERBS = {"call", "submit", "map", "map_as_completed", "parts", "metrics", "is_serving"}
-# By which word of the sentence one knows what was wrong.
+# The word that identifies an argument in a message, if it is not its name.
 WORDS = {"payloads": "payload", "patience_s": "patience"}
 
 
 def check_refusal(name: str, error: Exception) -> None:
     if isinstance(error, OddityError):
-        assert name == "payloads", "what its iterator raises is the caller's own"
+        assert name == "payloads", "an error of the caller's iterator is raised as it is"
     elif isinstance(error, (TypeError, ValueError)):
         assert WORDS.get(name, name) in str(error), f"{name} is not named: {error}"
     else:
@@ -284,7 +284,7 @@ def test_a_released_memoryview_is_rejected(client: overlay.Client) -> None:
 
 
 def test_a_request_that_cannot_be_encoded_fails_alone(client: overlay.Client) -> None:
-    """Past all checks, as a fault of ours would be: in one segment with others, and in its own."""
+    """Bypasses the checks, as a bug would: in a segment with valid requests, and in its own."""
     delivered: dict[str, Any] = {}
     good, bad = (
         CallKind(Route(Mode.ANY, "", "upper")),
@@ -302,7 +302,7 @@ def test_a_request_that_cannot_be_encoded_fails_alone(client: overlay.Client) ->
 
         return Submission(kind, payloads, deadline, keep)
 
-    # All in one frame, hence while its sender waits.
+    # Holding the sender's lock puts them all into one frame.
     deadline = time.monotonic() + 10
     with submitter._stream._filling:
         begun.set()

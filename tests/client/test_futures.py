@@ -47,7 +47,7 @@ def picky(payload, context):
     return payload
 
 def patient(payload, context):
-    """Works so long, or until it is cancelled, and notes how it went."""
+    """Runs for that many seconds or until cancelled, and records which."""
     _note("began")
     until = time.monotonic() + float(payload)
     while time.monotonic() < until and not context.cancelled:
@@ -62,7 +62,7 @@ def _note(what):
 
 
 class One:
-    """Worker C, which is asked itself, and what its handlers noted."""
+    """Worker C, asked directly, and what its handlers recorded."""
 
     def __init__(self, found: Overlay) -> None:
         self.overlay = found
@@ -89,7 +89,7 @@ def one(shared: One) -> Iterator[One]:
     shared.notes.unlink(missing_ok=True)
     yield shared
     until(lambda: not shared.overlay.metrics("C").active_requests, 10, "nothing is at work")
-    until(lambda: not shared.streams, 10, "each test's clients have gone")
+    until(lambda: not shared.streams, 10, "the clients of each test are closed")
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_shutdown_without_waiting_lets_running_requests_finish(one: One) -> No
 
     assert not any(future.done() for future in futures)
     assert [future.result(10) for future in futures] == [b"0.5"] * 5
-    until(lambda: not one.streams, 5, "its place is free, though the futures are held")
+    until(lambda: not one.streams, 5, "the stream is closed although the futures exist")
 
 
 def test_a_second_shutdown_can_wait_for_requests_left_by_the_first(one: One) -> None:
@@ -233,11 +233,11 @@ def test_a_map_created_in_the_with_block_continues_after_it(one: One, taken: int
 
     assert one.streams == (1 if taken else 0)
     assert found + list(results) == [b"N%d" % n for n in range(50)]
-    until(lambda: not one.streams, 5, "its place is free when the map has ended")
+    until(lambda: not one.streams, 5, "the stream is closed when the map has ended")
 
 
 def test_an_abandoned_map_does_not_keep_the_stream_open(one: One) -> None:
-    gc.disable()  # what is freed is freed at once
+    gc.disable()  # only reference counting may free the maps
     try:
         with overlay.connect(one.address) as executor:
             for _ in executor.map("upper", numbers(5000), window=100):
@@ -386,7 +386,7 @@ def test_an_unreferenced_future_is_freed(executor: overlay.Client) -> None:
         gc.enable()
 
 
-# What is called when a Future is done
+# Callbacks
 
 
 def test_callbacks_run_once_each_in_order(executor: overlay.Client) -> None:
@@ -398,7 +398,7 @@ def test_callbacks_run_once_each_in_order(executor: overlay.Client) -> None:
     until(lambda: len(seen) == 5)
     assert seen == [(n, b"0.1") for n in range(5)]
     future.add_done_callback(lambda future: seen.append((9, threading.current_thread())))
-    assert seen[5:] == [(9, threading.current_thread())], "of one that is done: here and at once"
+    assert seen[5:] == [(9, threading.current_thread())], "run at once, on this thread"
 
 
 def test_a_callback_of_a_cancelled_future_has_run_when_cancel_returns(
@@ -517,7 +517,7 @@ def test_closing_a_client_runs_its_callbacks(one: One) -> None:
     assert len(seen) == 100
 
 
-# The same with asyncio
+# With asyncio
 
 
 def test_a_callback_on_the_loop_may_block_or_gets_an_error(one: One) -> None:
@@ -571,7 +571,7 @@ def _run_and_close(client: Any) -> None:
 
 
 def test_a_client_connects_while_all_threads_of_the_loop_are_waiting(one: One) -> None:
-    """Each of the loop's own threads asks, and waits: none is left to wait for the connection."""
+    """The loop's only thread waits for an answer: another one must wait for the connection."""
 
     async def main() -> bytes:
         loop = asyncio.get_running_loop()
@@ -588,7 +588,7 @@ def test_a_client_connects_while_all_threads_of_the_loop_are_waiting(one: One) -
     assert asyncio.run(main()) == b"X"
 
 
-# As a user would write it
+# A user's program
 
 
 PROGRAM = """

@@ -1,4 +1,4 @@
-"""What a map decides: how much is sent, what is given next, and how long it waits. Without I/O."""
+"""The decisions of a map: how much is sent, what is given next, how long it waits. Sans-IO."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from overlay.model.limits import Limits
 
 
 def take_all(window: MapWindow) -> list[tuple[int, Any]]:
-    """All that may be given now."""
+    """All results that can be given now."""
     found: list[tuple[int, Any]] = []
     while (run := window.take()) is not None:
         found += enumerate(run[1], run[0])
@@ -22,7 +22,7 @@ def take_all(window: MapWindow) -> list[tuple[int, Any]]:
     return found
 
 
-# Rows of each chunk of three, in the order in which their results come -> what is given each time.
+# Rows of each chunk of three, in the order of their results -> the indexes given after each.
 ARRIVALS = [
     (True, [(0, [0, 1, 2]), (3, [0, 1, 2])], [[0, 1, 2], [3, 4, 5]]),
     (True, [(3, [0, 1, 2]), (0, [0, 1, 2])], [[], [0, 1, 2, 3, 4, 5]]),
@@ -115,7 +115,7 @@ def test_each_result_is_given_once_and_the_window_is_never_exceeded(data: st.Dat
     count = data.draw(st.integers(0, 40), "payloads")
     window = MapWindow(size, chunk, ordered, max_bytes=data.draw(st.integers(1, 60), "bytes"))
     payloads = iter([b"x" * (n % 5) for n in range(count)])
-    waiting: dict[int, list[int]] = {}  # rows of each chunk that have no result yet
+    waiting: dict[int, list[int]] = {}  # rows of each chunk without a result
     found: list[tuple[int, Any]] = []
 
     while not window.is_fed or window.unanswered:
@@ -134,7 +134,7 @@ def test_each_result_is_given_once_and_the_window_is_never_exceeded(data: st.Dat
             if not waiting[first]:
                 del waiting[first]
         elif not (window.has_room(chunk) or waiting):
-            assert window._ready, "neither sends, nor waits, nor gives"
+            assert window._ready, "it makes no progress"
         if data.draw(st.booleans()):
             found += take_all(window)
     found += take_all(window)
@@ -152,9 +152,9 @@ UP, RESTS, AWAY, STOPPING = (
     (False, False, False),
     (False, False, True),
 )
-# What is seen, a second after the other -> whether the map waits, and whether in vain; it has 2 s.
+# What is observed each second -> w: the map waits, W: it gives up; its patience is 2 s.
 ABSENCES = [
-    ([AWAY, AWAY, AWAY, AWAY], "...."),  # it was never there: a call's patience holds
+    ([AWAY, AWAY, AWAY, AWAY], "...."),  # it was never up: the patience of a call applies
     ([UP, AWAY, AWAY, AWAY, AWAY], ".wwwW"),
     ([UP, AWAY, AWAY, UP, AWAY, AWAY, AWAY, AWAY], ".ww.wwwW"),
     ([UP, STOPPING, STOPPING, STOPPING, STOPPING, AWAY, AWAY, AWAY], ".wwwwwwW"),

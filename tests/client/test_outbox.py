@@ -1,4 +1,4 @@
-"""What a client has still to send: the urgent before the patient."""
+"""The outbox of a client: urgent submissions leave first."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_urgent_submissions_leave_first_unless_others_have_waited_longer(clock):
     outbox = Outbox()
     outbox.put(submission("a"))
     clock.advance(3)
-    outbox.put(submission("b", 1))  # as urgent as what came a second after a
+    outbox.put(submission("b", 1))  # as urgent as one submitted a second after a
     outbox.put(submission("c", 2))
     outbox.put(submission("d", 9))
     assert taken(outbox) == "dcab"

@@ -1,4 +1,4 @@
-"""Parts as they come: on the relay in memory, then over a stream, then as a user asks for them."""
+"""Parts of a request as they arrive: in the dispatcher, in the client, and on real processes."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def workers(parts: list[Part]) -> list[str]:
 
 
 def outcomes(asked: Asked) -> dict[str, tuple[Code, bytes]]:
-    """What became of each worker, by the parts that came early and those of the one answer."""
+    """The outcome of each worker, from its early part or else from the answer."""
     found: dict[str, tuple[Code, bytes]] = {}
     for part in (*asked.early[0], *asked.answer.parts):
         found.setdefault(part.process_id, (part.code, part.result))
     return found
 
 
-# The relay, in memory.
+# The dispatcher, on an in-memory network.
 
 
 def test_a_slow_worker_does_not_delay_the_part_of_a_quick_one(network):
@@ -97,7 +97,7 @@ def test_early_parts_are_those_of_the_complete_answer_whatever_links_are_cut(cut
         found.append((outcomes(asked), asked.error is None or bool(asked.early[0])))
         assert network.left_over == {}
         if early and not any(part.ok for part in asked.early[0]):
-            assert [p.process_id for p in asked.answer.parts] == list("CDF")  # all, and why
+            assert [p.process_id for p in asked.answer.parts] == list("CDF")  # with reasons
     assert found[0][0] == found[1][0]
 
 
@@ -130,7 +130,7 @@ def test_workers_that_miss_the_deadline_are_reported_as_late(network):
     network.advance(2)
 
     assert workers(asked.early[0])[:2] == ["C", "D"]
-    network.nodes["F"].works.finish()  # nobody waits for it any more
+    network.nodes["F"].works.finish()  # too late
     assert outcomes(asked)["F"][0] is Code.DEADLINE_EXCEEDED
     assert network.left_over == {}
 
@@ -146,7 +146,7 @@ def test_if_no_worker_answers_the_answer_has_the_reason_of_each(network):
     assert asked.error.executed is Executed.NO
 
 
-# What is given, and in which order.
+# The order in which parts are given.
 
 
 def delivery(*parts: Part) -> Delivery:
@@ -189,7 +189,7 @@ HANDLERS = '''
 import time
 
 def timed(payload, context):
-    """Works as long as the payload says for this worker, and notes how it ended."""
+    """Runs as long as the payload says for this worker, and records how it ended."""
     seconds = dict(zip("CDF", map(float, payload.split())))[context.process_id]
     until = time.monotonic() + seconds
     while time.monotonic() < until and not context.cancelled:
@@ -202,7 +202,7 @@ def large(payload, context):
     return context.process_id.encode() * int(payload)
 
 def yields(payload, context):
-    """As large, but nowhere whole; small from C, when the payload says so."""
+    """As large, but generated; small on workers that the payload does not name."""
     size, _, who = payload.partition(b" ")
     if who and context.process_id not in who.decode():
         size = b"0"

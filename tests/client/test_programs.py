@@ -1,6 +1,6 @@
-"""Programs as users write them, around a client: what docs/client.md says of each is what it does.
+"""Programs that use a client: each behaves as docs/client.md says.
 
-They are in tests/programs, and each runs as a process of its own.
+They are in tests/programs; each runs in its own process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on 
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One process is enough: C, whose default handler answers "C: " and the payload."""
+    """A single process, C, whose default handler returns "C: " and the payload."""
     folder = tmp_path_factory.mktemp("programs")
     (folder / "mine.py").write_text(HANDLERS)
     found = Overlay(folder, six_processes(handlers={"slow": {"call": "mine:slow"}}))
@@ -41,7 +41,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def run(words: list[str], **env: str) -> list[str]:
-    """The lines that a program prints; it ends by itself, and well."""
+    """The lines that a program prints; it must exit with code 0."""
     done = subprocess.run(
         words,
         stdin=subprocess.DEVNULL,

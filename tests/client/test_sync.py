@@ -34,7 +34,7 @@ def client(six: Noted) -> Iterator[overlay.Client]:
 
 
 def _until_full(six: Noted) -> None:
-    """Each worker does as much of one handler as it may: 90 of its 100 slots."""
+    """Waits until each worker runs as many of one handler as it may: 90 in 100 slots."""
     try:
         until(lambda: six.lines()["began"] == 270)
     except AssertionError:
@@ -88,7 +88,7 @@ def test_thousands_of_futures_are_cancelled_quickly(six: Noted, client: overlay.
 def test_a_request_cancelled_before_it_is_sent_never_runs(
     six: Noted, client: overlay.Client
 ) -> None:
-    first = [client.submit("patient", "20") for _ in range(4096)]  # the window is full of these
+    first = [client.submit("patient", "20") for _ in range(4096)]  # these fill the window
     _until_full(six)
     late = [client.submit("upper", payload) for payload in numbers(100)]
 
@@ -169,7 +169,7 @@ def test_map_as_completed_gives_each_index_once(client: overlay.Client) -> None:
     found = [index for index, _ in client.map_as_completed("patient", payloads, chunksize=1)]
 
     assert sorted(found) == list(range(40))
-    assert {0, 10, 20, 30} == set(found[-4:]), "the slow ones came last"
+    assert {0, 10, 20, 30} == set(found[-4:]), "the slow ones are last"
 
 
 def test_map_raises_a_failure_in_its_place(client: overlay.Client) -> None:
@@ -238,7 +238,7 @@ def test_the_window_also_limits_bytes(client: overlay.Client) -> None:
     results = client.map("upper", payloads())
     next(results)
 
-    assert taken < 100, "64 MiB are in flight, not 4,096 payloads"
+    assert taken < 100, "at most 64 MiB are in flight, not 4,096 payloads"
     assert sum(len(result) for result in results) == 199 * 1_000_000
 
 
@@ -311,7 +311,7 @@ def test_fifty_threads_share_one_client(six: Noted, client: overlay.Client) -> N
     assert found == [[b"T%d-%d" % (t, n) for n in range(20)] for t in range(50)]
     assert set(six.lines().values()) == {1}
     assert sum(six.lines().values()) == 1000
-    assert threads - before < 50 + 10, "the client has a few threads, not one a call"
+    assert threads - before < 50 + 10, "the client has a few threads, not one per call"
     assert six.overlay.metrics("A").streams == 1
 
 
@@ -376,7 +376,7 @@ def test_a_client_survives_a_restart_of_the_leader_and_nothing_runs_twice(own: N
     assert {type(error) for error in lost} == {library.Unavailable}
     assert {error.executed for error in lost} == {Executed.UNKNOWN}
     lines = own.lines()
-    assert lines["began"] == 20, "what may have run was not sent again"
+    assert lines["began"] == 20, "requests that may have run are not sent again"
     assert all(lines[p.decode()] == 1 for p in [*numbers(100), *after, b"during"])
 
 
@@ -405,11 +405,11 @@ def test_a_map_reports_the_true_outcome_of_each_payload_if_the_leader_is_killed(
             assert isinstance(result, library.Unavailable)
             if result.executed is Executed.NO:
                 assert lines[payloads[index].decode()] == 0
-    assert failed <= 500, "no more than the window was in doubt"
+    assert failed <= 500, "at most the window has an unknown outcome"
 
 
 def test_a_map_continues_when_a_lost_leader_is_back(own: Noted) -> None:
-    """Longer away than a call waits for it: only what was under way is lost."""
+    """The leader is away for longer than a call waits; only payloads in flight are lost."""
     payloads = numbers(20_000)
     found: dict[int, bytes | library.CallFailed] = {}
     with overlay.connect(own.address("A"), patience_s=1) as client, ThreadPoolExecutor(1) as pool:
@@ -436,7 +436,7 @@ def check_map_over_a_loss(
     assert sorted(found) == list(range(len(payloads)))
     assert max(lines.values()) == 1, "nothing runs twice"
     lost = {index: result for index, result in found.items() if not isinstance(result, bytes)}
-    assert 0 < len(lost) <= 500, "no more than the window was under way"
+    assert 0 < len(lost) <= 500, "at most the window was in flight"
     assert {result.executed for result in lost.values()} == {Executed.UNKNOWN}  # type: ignore[union-attr]
     assert all(found[i] == payloads[i].upper() for i in found if i not in lost)
 
@@ -459,7 +459,7 @@ def test_a_map_ends_after_the_sent_payloads_if_the_leader_stays_away(own: Noted)
 
 
 def test_payloads_that_a_lost_leader_never_got_are_reported_as_not_run(own: Noted) -> None:
-    """More than its window at the process, so that some still wait on this side."""
+    """The map's window is larger than the stream's, so that some payloads are still unsent."""
     with overlay.connect(own.address("A")) as client:
         payloads = ["3"] * 6000
         results = client.map_as_completed("patient", payloads, window=6000, patience_s=1)
@@ -471,7 +471,7 @@ def test_payloads_that_a_lost_leader_never_got_are_reported_as_not_run(own: Note
     failed = [result for _, result in found if isinstance(result, library.CallFailed)]
     unsent = sum(result.executed is Executed.NO for result in failed)
     assert sorted(index for index, _ in found) == list(range(len(found)))
-    assert unsent >= len(found) - submitter.WINDOW_ROWS - 300  # those that had begun and ended
+    assert unsent >= len(found) - submitter.WINDOW_ROWS - 300  # those that had already ended
     assert f", {len(failed) - unsent:,} failed, {unsent:,} were not sent" in str(caught.value)
 
 
@@ -489,11 +489,11 @@ def test_requests_to_a_stopping_worker_go_to_others(own: Noted) -> None:
     assert set(own.lines().values()) == {1}
 
 
-# Retries, on a stream whose other side is played here, frame by frame
+# Retries, on a stream whose server is simulated here, frame by frame
 
 
 class Played:
-    """Calls over a pipe without a wire: what is sent is answered as `answer` says."""
+    """A Submitter whose stream is replaced: `answer` answers each segment."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
         self.asked: list[tuple[int, int]] = []  # rows of a segment, its attempt
@@ -665,7 +665,7 @@ def test_requests_returned_by_a_stopping_process_wait_for_the_next_stream(played
         stream.pipe.live({})
         delivered = asked.result()
 
-    assert stream.asked[1:] == [(2000, 0)], "neither an attempt nor the budget is spent"
+    assert stream.asked[1:] == [(2000, 0)], "this uses neither an attempt nor the budget"
     assert [one.results[row] for row, one in enumerate(delivered)] == numbers(2000)
 
 
@@ -694,6 +694,6 @@ def test_retries_have_a_budget(played: Any) -> None:
     stream.ask(2000)
 
     retried = sum(rows for rows, attempt in stream.asked if attempt)
-    # A share of the requests, without those retries, and the few that a client begins with.
+    # RETRY_SHARE of the requests, retries not counted, and the initial budget.
     assert 180 <= retried <= 2000 * submitter.RETRY_SHARE + submitter.MIN_RETRIES
     assert retried <= 200

@@ -1,4 +1,4 @@
-"""Handlers: found by their configured name, called with a context."""
+"""Handlers: imported by their configured name, called with a context."""
 
 from __future__ import annotations
 

@@ -22,11 +22,11 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(120)"]
 kept = []
 
 def pid(_=None):
-    time.sleep(0.2)  # or one process of a pool does the others' work
+    time.sleep(0.2)  # otherwise one process of a pool would do all the work
     return os.getpid()
 
 def talk(notes):
-    time.sleep(0.2)  # its request is over
+    time.sleep(0.2)  # until its request is over
     print("is there anybody?")
     with open(notes, "w") as file: file.write("said")
     time.sleep(120)
@@ -35,7 +35,7 @@ def nothing():
     time.sleep(120)
 
 def start(payload, context):
-    """Starts what the payload says, and leaves it; their numbers."""
+    """Starts what the payload says, and leaves it running; returns the pids."""
     what = payload.decode()
     if what == "pool":
         kept.append(multiprocessing.Pool(2))
@@ -85,7 +85,7 @@ WAYS = {
 
 
 class Worker(Overlay):
-    """C alone, which stops when there is a file, as a signal cannot tell it to on Windows."""
+    """C alone, with a stop file, as no signal stops a process on Windows."""
 
     def __init__(self, folder: Path) -> None:
         config = one_worker({"start": "starts:start", "worn": "starts:start"})
@@ -113,7 +113,7 @@ def started(worker: Overlay, what: str, handler: str) -> list[psutil.Process]:
 
 
 def found(pids: set[int]) -> list[psutil.Process]:
-    """Those that have not ended yet."""
+    """Those that still exist."""
     processes = []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -162,7 +162,7 @@ def test_descendants_of_a_request_end_with_its_process(worker, how):
         worker.ask("C", str(notes).encode(), handler="start-process", timeout=1.5)
 
     in_session, in_group = eval(notes.read_text())
-    if how == "exits" and os.name == "posix":  # nobody can tell any more who has started it
+    if how == "exits" and os.name == "posix":  # its parent is no longer known
         found({in_session})[0].kill()
     gone(found({in_session, in_group}))
 
@@ -181,7 +181,7 @@ def test_a_worker_stops_at_once_whatever_its_handlers_have_left_running(tmp_path
         worker.stop_file.touch()
         node.wait(60)
 
-        assert node.returncode == 0  # and not ended by the watchdog, 5 s after its grace
+        assert node.returncode == 0  # not killed by the watchdog, 5 s after its grace period
     finally:
         worker.stop()
         gone(left)

@@ -1,4 +1,4 @@
-"""Running the user's handlers, on threads and in processes that can be ended."""
+"""The executor: running the user's handlers on threads and in processes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def act(payload, context):
     return str(os.getpid()).encode()
 
 def wait(payload, context):
-    """Stays until the gate opens; counts how many are here."""
+    """Blocks until the gate opens; counts the running calls."""
     global running, most
     with lock:
         running += 1
@@ -77,7 +77,7 @@ WORKER = Process("W", "worker", "green", "h", 1)
 
 
 class Bench:
-    """An executor for one handler, and what became of each request."""
+    """An executor for one handler, and the outcome of each request."""
 
     def __init__(self, folder: Path, process: Process = WORKER, **spec: object) -> None:
         handler = HandlerSpec("h", **{"call": "acts:act", **spec})
@@ -90,11 +90,11 @@ class Bench:
         self._ids = 0
 
     def start(self, what: str, *, request_id: int = 0, left_s: float = 30.0) -> int | None:
-        """The request's id once it has a slot and runs; None when there is none."""
+        """Starts a request; returns its id, or None if there is no free slot."""
         return self.start_rows([what], first_id=request_id, left_s=left_s)
 
     def start_rows(self, rows: list[str], *, first_id: int = 0, left_s: float = 30.0) -> int | None:
-        """The first request's id once all of the segment's rows have places; else None."""
+        """Starts a segment; returns its first id, or None if there are not enough free slots."""
         if self.executor.claim("h", len(rows)) < len(rows):
             return None
         first_id = first_id or self._ids + 1
@@ -129,7 +129,7 @@ class Bench:
 
     @property
     def free(self) -> int:
-        """Places that can be claimed now."""
+        """The number of slots that can be claimed."""
         count = self.executor.claim("h", 10_000)
         self.executor._give_back(self.executor._handlers["h"][0], count)
         return count
@@ -140,7 +140,7 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the handlers' module lies; forgotten at the end."""
+    """The folder of the handlers' module, which is unloaded at the end."""
     made = tmp_path_factory.mktemp("handlers")
     (made / "acts.py").write_text(ACTS)
     path = list(sys.path)
@@ -155,7 +155,7 @@ def acts(folder: Path) -> Iterator[ModuleType]:
     module = importlib.reload(importlib.import_module("acts"))
     yield module
     module.gate.set()
-    until(lambda: module.running == 0)  # or it would count in the next test's module
+    until(lambda: module.running == 0)  # otherwise it would be counted in the next test
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def benches(folder: Path, acts: ModuleType) -> Iterator[Callable[..., Bench]]:
 
 @pytest.fixture(scope="module")
 def pool(folder: Path) -> Iterator[Bench]:
-    """A handler in two processes, shared by the tests that leave it whole."""
+    """A handler in two processes, shared by tests that do not kill them."""
     bench = Bench(folder, run="process", slots=2)
     yield bench
     bench.executor.close()
@@ -337,7 +337,7 @@ TWO = Process("W", "worker", "green", "slow", 1, slots=1)
 
 
 def test_a_worker_never_runs_more_than_its_slots_whatever_the_handlers(folder, acts):
-    """Not even when one of them is so quick that it may have work beyond its slots."""
+    """Even if a handler is so quick that it may claim more than its slots."""
     specs = {"slow": HandlerSpec("slow", "acts:wait"), "quick": HandlerSpec("quick", "acts:act")}
     executor = Executor(Topology({"W": TWO}, specs, folder=folder), TWO)
     done: list[int] = []
@@ -374,7 +374,7 @@ def test_a_thread_keeps_its_slot_until_its_handler_returns(benches, acts):
     until(lambda: bench.freed == 1)
     until(lambda: bench.executor.active == 0)
     assert len(bench.parts[request_id]) == 1
-    assert acts.seen == [True]  # and it could have seen that nobody waits
+    assert acts.seen == [True]  # the handler could see the cancellation
 
 
 def test_on_free_is_called_once_for_each_slot(bench):
@@ -421,7 +421,7 @@ def test_a_request_for_a_killed_idle_process_runs_in_another(benches, wait):
     bench = benches(run="process", slots=1)
     for _ in range(5):
         child = psutil.Process(int(bench.run("pid").result))
-        child.kill()  # at once: it may just be on its way from its answer to its next wait
+        child.kill()  # it may be between its answer and its next wait
         if wait:
             psutil.wait_procs([child], 5)
 
@@ -637,7 +637,7 @@ def test_a_handler_that_cannot_be_imported_leaves_no_process(folder, acts):
     assert [p for p in left if "spawn_main" in " ".join(p.cmdline())] == []
 
 
-# Many rows at once, on threads and in processes.
+# Segments with many rows, on threads and in processes.
 
 
 def test_each_row_of_a_segment_is_run_and_answered_once(bench):
@@ -670,7 +670,7 @@ def test_rows_that_ended_before_they_started_may_be_sent_again(benches):
     bench = benches(slots=1)
     bench.run("pid")
     ((slots, _),) = bench.executor._handlers.values()
-    slots.service_s = 0.0001  # it was quick, so that the worker takes rows beyond its slots
+    slots.service_s = 0.0001  # so quick that the worker claims more rows than slots
     until(lambda: bench.free >= 4)
     first_id = bench.start_rows(["sleep 1", "pid", "pid", "pid"], first_id=20_000)
     until(lambda: bench.executor.active == 1)

@@ -1,4 +1,4 @@
-"""Request ids: none runs twice, none is forgotten early, and none takes all the room."""
+"""Request ids: none runs twice or is forgotten early, and no address takes all the room."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAC, PC = Caller("10.0.0.1", "mac"), Caller("10.0.0.2", "mac")
 
 
 class Bench:
-    """Ids that were seen, with a clock of their own."""
+    """SeenIds and ChosenIds with a manual clock."""
 
     def __init__(self, **limits: int) -> None:
         self.clock = Clock()
@@ -39,7 +39,7 @@ class Bench:
         return Segment(Route(**route), payloads, deadline, ids[0], 0, listed, own_ids=own)
 
     def begin(self, *ids: int, **more) -> list[int]:
-        """The rows that may not begin, when there is room."""
+        """The rows that must not start; expects that there is room."""
         begun = self.seen.begin(self.segment(ids, **more))
         assert begun.full is None
         return list(begun.again)
@@ -100,7 +100,7 @@ def test_random_ids_never_displace_a_chosen_id():
 def test_without_room_new_chosen_ids_are_rejected_and_repeated_ones_still_recognised():
     bench = Bench(chosen_ids=3)
     bench.begin(0, RUN, 2 * RUN)
-    bench.begin(1)  # beside another
+    bench.begin(1)  # in the block of 0
 
     begun = bench.seen.begin(bench.segment((3 * RUN, RUN, 4 * RUN)))
 
@@ -123,7 +123,7 @@ def test_consecutive_ids_take_little_room(first):
     assert bench.begin(first, first + 4095) == [0, 1]
 
 
-# At the process asked: who has how many.
+# In the process asked: the count of each address.
 
 
 def test_one_address_leaves_room_for_others_whatever_client_names_it_uses():
@@ -162,12 +162,12 @@ IDS = st.one_of(
 
 
 class IdsMachine(RuleBasedStateMachine):
-    """SeenIds against all that ever began, with little room."""
+    """SeenIds with little room, compared with a complete record."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bench = Bench(chosen_ids=4, own_ids=20)
-        self.chosen: dict[int, tuple[float, float]] = {}  # id -> surely until, surely not after
+        self.chosen: dict[int, tuple[float, float]] = {}  # by id: at least, at most until
         self.own: list[int | None] = []  # None: forgotten
 
     @rule(ids=IDS, own=st.booleans(), left_s=st.sampled_from([1, 30, 100, 1000]))
@@ -246,7 +246,7 @@ def test_the_count_of_each_address_is_what_it_has(calls):
         assert sum(n for _, _, n in live) <= len(bench.chosen) <= 12
         for address in {address for _, address, _ in live}:
             mine = sum(n for _, a, n in live if a == address)
-            assert mine <= bench.chosen._by_address[address] <= 6 + 6 / 2  # of six at once
+            assert mine <= bench.chosen._by_address[address] <= 6 + 6 / 2  # six at once
     bench.clock.advance(10_000)
     bench.chosen.take(PC, bench.segment((1,)))
     assert (len(bench.chosen), len(bench.chosen._by_address), len(bench.chosen._slices.all())) == (
@@ -263,7 +263,7 @@ def test_time_and_memory_of_an_id_do_not_grow_with_the_number_seen(own):
         began = time.process_time()
         for n in range(10_000):
             bench.clock.now += 60 / 2500
-            id_ = (tenth * 10_000 + n) * 7919 * RUN  # far from each other
+            id_ = (tenth * 10_000 + n) * 7919 * RUN  # each in its own block
             bench.seen.begin(bench.segment((id_,), own=own))
         took.append(time.process_time() - began)
         assert len(bench.seen) <= 5000
@@ -276,7 +276,7 @@ def test_on_the_wire_an_address_without_room_is_rejected_as_not_run(six: Overlay
     answers = stub.ForwardStream(iter(frames.get, None))
 
     def ask(number: int) -> tuple[int, list[pb2.Detail]]:
-        """So many requests with ids far from each other; how many were answered, and failures."""
+        """Sends 4,000 ids, each in its own block; returns the number answered, and the failures."""
         ids = [(number * 4000 + n) << BLOCK_BITS for n in range(4000)]
         items = pb2.Column(items=[b""] * len(ids))
         made = pb2.Segment(number=number, count=len(ids), ids=ids, payloads=items)

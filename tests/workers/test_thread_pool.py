@@ -1,4 +1,4 @@
-"""Rows of segments on handler threads, and the one clock that ends what nobody waits for."""
+"""Handlers on threads, and the deadline thread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORKER = Process("W", "worker", "green", "h", 1)
 
 
 class Bench:
-    """A thread runner for a handler of the test, and what came of each row."""
+    """A thread runner for the test's handler, and the outcome of each row."""
 
     def __init__(self, handler: Callable[[bytes, Context], bytes], slots: int) -> None:
         spec = HandlerSpec("h", "overlay.workers.api:echo", slots=slots)
@@ -39,7 +39,7 @@ class Bench:
         self._ids = 0
 
     def submit(self, rows: int, left_s: float = 30.0) -> tuple[int, HandlerJob]:
-        """A segment whose payloads are the rows' numbers; the id of its first row."""
+        """Submits rows whose payloads are their numbers; returns the first id, and the job."""
         first_id = self._ids
         self._ids += rows
         payloads = Column([b"%d" % row for row in range(rows)])
@@ -61,7 +61,7 @@ class Bench:
         return [request_id for request_id, parts in self.parts.items() if parts]
 
     def wait(self, within_s: float = 10.0) -> None:
-        """Until every row is answered, each exactly once."""
+        """Waits until every row has exactly one answer."""
         until(lambda: all(self.parts.values()), within_s, "rows have no answer")
         until(lambda: self.runner.active == 0, within_s)
         assert {len(parts) for parts in self.parts.values()} == {1}
@@ -96,7 +96,7 @@ def benches() -> Iterator[Callable[..., Bench]]:
 
 
 class Gate:
-    """A handler that is quick, except for the rows that shall wait."""
+    """A handler that is quick, except for the rows that wait for `open`."""
 
     def __init__(self, *stuck: bytes) -> None:
         self.stuck = set(stuck)
@@ -190,7 +190,7 @@ def test_a_result_does_not_wait_for_a_stuck_row_behind_it(benches, slots, servic
 
 def test_a_result_leaves_even_if_every_thread_is_running_a_row(benches):
     gate = Gate(*[b"%d" % row for row in range(1, 14)])
-    made = [benches(gate, 100) for _ in range(10)]  # which thread finds which row differs
+    made = [benches(gate, 100) for _ in range(10)]  # the assignment of rows to threads differs
     firsts = [(bench, bench.submit(14)[0]) for bench in made]
     try:
         until(lambda: all(bench.parts[first] for bench, first in firsts))
@@ -254,7 +254,7 @@ def test_a_cancelled_running_row_is_answered_at_once_and_sees_the_cancellation(b
 
     assert bench.answered == [first_id + 1]
     assert bench.parts[first_id + 1][0].executed is Executed.YES
-    assert bench.given_back == 0  # its thread is still at it
+    assert bench.given_back == 0  # its thread is still running
     go.set()
     bench.wait()
     assert sorted(seen) == [(first_id, False), (first_id + 1, True)]
@@ -423,7 +423,7 @@ def test_deadlines_forgotten_in_time_do_not_wake_the_thread(deadlines, expired, 
         deadlines.forget(n, due)
 
     assert not expired
-    assert len(looks) <= 2  # for the first of them
+    assert len(looks) <= 2  # for the first one
 
 
 def test_an_item_whose_expiry_fails_does_not_stop_the_thread():

@@ -1,4 +1,4 @@
-"""Typed functions: told apart, checked, called; on real processes too, by all kinds of clients."""
+"""Typed functions: recognised, validated, called; also on real processes, by all clients."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ async def later_count(to: int) -> typing.AsyncIterator[int]:
 gate = {}
 
 async def meet(name: str) -> list:
-    """Two calls that wait for each other: on one event loop, at the same time."""
+    """Waits for another call on the same event loop."""
     make, names = asyncio.get_running_loop().create_future, (name, "ab"[name == "a"])
     mine, other = (gate.setdefault(n, make()) for n in names)
     mine.set_result(name)
@@ -205,7 +205,7 @@ wrapped_shout = passing_on(shout)
 converted = from_json(resize)
 
 class Resizer:
-    """An object that is called."""
+    """A callable object."""
     def __call__(self, path: str) -> str:
         return path
 
@@ -253,7 +253,7 @@ TYPED = [f"t{n}" for n in range(8)] + ["resize", "wrapped", "resizer", "twice", 
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The module of functions, as a worker imports it."""
+    """The module of functions."""
     folder = tmp_path_factory.mktemp("typed")
     (folder / "typed_mine.py").write_text(MINE)
     sys.path.insert(0, str(folder))
@@ -267,7 +267,7 @@ def at(left_s: float = 10.0, ended: bytearray | None = None) -> Context:
 
 @pytest.fixture(scope="module")
 def call(mine: Any) -> Iterator[Callable[..., Any]]:
-    """Calls one of them as a worker does: the JSON value, or the failure that its caller sees."""
+    """Calls a function as a worker does; returns the JSON value, or the failure for the caller."""
     kept: dict[str, typed.Loaded] = {}
     lock = threading.Lock()
 
@@ -421,7 +421,7 @@ def test_return_values_are_written_as_json(call):
 
 def test_scalars_and_arrays_like_numpys_are_written_as_json():
     class Scalar:
-        """As numpy's, which is not needed here."""
+        """Like numpy's, without needing numpy."""
 
         def tolist(self):
             return 3
@@ -529,7 +529,7 @@ def test_the_event_loop_ends_with_its_handler(mine):
     until(lambda: "handler-ending-loop" not in names(), what="the loop's thread has ended")
 
 
-# What is told of them
+# Descriptions
 
 
 def test_a_function_is_described_by_signature_docstring_and_schema(mine):
@@ -660,7 +660,7 @@ def total(parts):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A, B and the workers C and D, whose functions run on threads, and some in processes."""
+    """A, B and the workers C and D, with functions on threads and in processes."""
     folder = tmp_path_factory.mktemp("four")
     (folder / "typed_mine.py").write_text(MINE)
     (folder / "typed_mine_merge.py").write_text(MERGE)
@@ -890,7 +890,7 @@ def test_client_py_shows_the_arguments_of_handlers(four):
         return {function.name for function in made if len(function.workers) == 2}
 
     names = set(four.config["handlers"]) | {"echo"}
-    until(lambda: told("A") == names, what="the leader knows of all functions")
+    until(lambda: told("A") == names, what="the leader knows all functions")
 
     shown = run("127.0.0.1", four.port("A"), "handlers")
     said = json.loads(run("127.0.0.1", four.port("A"), "handlers", "--json").stdout)
@@ -974,7 +974,7 @@ def test_a_worker_with_different_code_is_listed_separately(four):
         found = four.stub("A").GetMetrics(asked, timeout=5).functions
         return {f.doc.partition("\n")[0]: list(f.workers) for f in found if f.name == "resize"}
 
-    until(lambda: told() == {"Makes a picture smaller.": ["C", "D"]}, what="both are alike")
+    until(lambda: told() == {"Makes a picture smaller.": ["C", "D"]}, what="both are equal")
     text = MINE.replace("Makes a picture smaller.", "Makes it smaller.")
     (four.folder / "typed_mine.py").write_text(text)
 
@@ -983,4 +983,4 @@ def test_a_worker_with_different_code_is_listed_separately(four):
     four.start("D")
 
     both = {"Makes a picture smaller.": ["C"], "Makes it smaller.": ["D"]}
-    until(lambda: told() == both, what="D is told apart")
+    until(lambda: told() == both, what="D is listed separately")

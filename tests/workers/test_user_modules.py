@@ -1,4 +1,4 @@
-"""The user's folder: whatever lies beside the configuration, and what becomes of it meanwhile."""
+"""The user's modules beside the configuration file: their names, and edits while a worker runs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def fails(payload, context):
 
 
 def one_worker(calls: dict[str, str]) -> dict[str, object]:
-    """Worker C, to be started alone, with each of these functions on threads and in processes."""
+    """Worker C alone, with each of these functions on threads and in processes."""
     roles = {"A": ("leader", "B"), "B": ("team_leader", "AC"), "C": ("worker", "B")}
     processes = {
         name: {"id": name, "role": role, "team": "t", "neighbors": list(neighbors)}
@@ -106,7 +106,7 @@ def fill(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """Started in the folder in which all of this lies."""
+    """A worker whose folder has all of these files."""
     calls = {"mine": "mine:version", "who": "client:who", "pool": "client:pool"}
     config = one_worker({**calls, "loud": "loud:fails"})
     overlay = Overlay(tmp_path_factory.mktemp("folder"), config)
@@ -148,7 +148,7 @@ def test_whatever_a_module_does_to_logging_the_error_id_is_in_the_log(worker, ru
 def test_edited_modules_take_effect_at_the_next_start(worker):
     for name in ("helper", "later", "package/__init__", "package/deep"):
         (worker.folder / f"{name}.py").write_text("VERSION = 2")
-    (worker.folder / "mine.py").write_text("def version(payload, cont")  # half of it is written
+    (worker.folder / "mine.py").write_text("def version(payload, cont")  # half-written
     with pytest.raises(grpc.RpcError):
         worker.ask("C", b"exit", handler="mine-process")
 
@@ -157,7 +157,7 @@ def test_edited_modules_take_effect_at_the_next_start(worker):
 
 
 class Copied(Overlay):
-    """Our whole program in the same folder as the configuration, as a newcomer has it."""
+    """The whole program in the same folder as the configuration, as beginners have it."""
 
     def _node(self, process_id: str) -> list[str]:
         return [sys.executable, str(self.folder / "node.py"), self.path.name, process_id]
@@ -193,7 +193,7 @@ def test_modules_beside_the_program_do_not_replace_standard_or_installed_ones(tm
         copied.stop()
 
 
-# A name that leads to another module is an error that says so, on threads and in processes alike.
+# A shadowed module is an error that names both files, on threads and in processes.
 
 
 @pytest.fixture
