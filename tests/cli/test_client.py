@@ -193,7 +193,7 @@ def test_the_exception_of_a_handler_is_not_sent_to_the_caller(to_a: overlay.Clie
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "says"),
+    ("arguments", "error", "message"),
     [
         ({"payload": {"a": 1}}, TypeError, "a payload must be bytes or str, not dict"),
         ({"payload": "x", "handler": print}, TypeError, "code cannot be sent"),
@@ -204,11 +204,11 @@ def test_the_exception_of_a_handler_is_not_sent_to_the_caller(to_a: overlay.Clie
     ],
 )
 def test_an_invalid_call_is_rejected_before_anything_is_sent(
-    arguments: dict[str, Any], error: type[Exception], says: str
+    arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     payload = arguments.pop("payload")
-    with overlay.connect("127.0.0.1:1") as nobody, pytest.raises(error, match=says):
-        nobody.call(payload, **arguments)
+    with overlay.connect("127.0.0.1:1") as client, pytest.raises(error, match=message):
+        client.call(payload, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ def test_a_missing_server_is_reported_soon_and_as_not_run() -> None:
     address = f"localhost:{free_port()}"
     began = time.monotonic()
 
-    with overlay.connect(address) as nobody, pytest.raises(library.NotReached) as caught:
-        nobody.call("x", timeout=60)
+    with overlay.connect(address) as client, pytest.raises(library.NotReached) as caught:
+        client.call("x", timeout=60)
 
     assert time.monotonic() - began < 30
     assert str(caught.value) == f"nothing serves at {address}: the connection was refused"
@@ -507,8 +507,8 @@ def test_the_trailing_metadata_of_a_failure_has_the_request_id(mine: Overlay) ->
 
 
 def test_an_error_id_finds_its_log_lines_with_a_readable_traceback(mine: Overlay) -> None:
-    said = run(*at(mine, "A"), "--handler", "boom", "--mode", "any").stderr
-    (error_id,) = re.findall("error id ([0-9a-f]{8})", said)
+    report = run(*at(mine, "A"), "--handler", "boom", "--mode", "any").stderr
+    (error_id,) = re.findall("error id ([0-9a-f]{8})", report)
 
     shown = run(*at(mine, "A"), "logs", "--error", error_id)
     lines = logs(mine, "A", "--error", error_id)
@@ -533,12 +533,12 @@ def test_an_unknown_error_id_is_reported(mine: Overlay) -> None:
 
 def test_events_never_contain_the_text_of_a_handlers_exception(mine: Overlay) -> None:
     run(*at(mine, "A"), "--handler", "boom")
-    told = {i: mine.stub(i).GetMetrics(pb2.MetricsRequest(events=200)) for i in "AC"}
+    metrics = {i: mine.stub(i).GetMetrics(pb2.MetricsRequest(events=200)) for i in "AC"}
 
-    of_a, of_c = ({event.kind for event in told[i].events} for i in "AC")
+    of_a, of_c = ({event.kind for event in metrics[i].events} for i in "AC")
     assert of_a >= {"started", "link"}
-    assert "failure" in of_c - of_a, "it is told where it is known"
-    assert not any("secret" in str(found) for found in told.values())
+    assert "failure" in of_c - of_a, "only the worker reports it"
+    assert not any("secret" in str(found) for found in metrics.values())
 
 
 def test_metrics_contain_as_many_requests_and_events_as_were_asked_for(mine: Overlay) -> None:
@@ -591,17 +591,17 @@ def test_an_answer_is_readable(mine: Overlay) -> None:
 def test_json_output_contains_everything(mine: Overlay) -> None:
     done = run(*at(mine, "A"), "--json", "--parts", "--payload", "Grüße", "--team", "green")
 
-    said = json.loads(done.stdout)
-    assert set(said) == {
+    report = json.loads(done.stdout)
+    assert set(report) == {
         "ok", "exit_code", "address", "result", "coverage", "missing", "parts", "hops",
         "request_id", "took_ms",
     }  # fmt: skip
-    assert said["result"] == "C: Grüße"
-    assert said["coverage"] == {"answered": 1, "asked": 1}
-    assert set(said["parts"][0]) == {
+    assert report["result"] == "C: Grüße"
+    assert report["coverage"] == {"answered": 1, "asked": 1}
+    assert set(report["parts"][0]) == {
         "process_id", "code", "reason", "executed", "hops", "waited_ms", "worked_ms", "result",
     }  # fmt: skip
-    assert said["parts"][0]["result"] == "C: Grüße"
+    assert report["parts"][0]["result"] == "C: Grüße"
     assert done.stdout.isascii()
 
 
@@ -651,7 +651,7 @@ def test_control_characters_of_a_result_do_not_reach_the_terminal(mine: Overlay)
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("words", "code", "message"),
     [
         (["--handler", "boom"], 1, "error id"),
         (["--handler", "nope"], 1, "no handler 'nope' here; there are"),
@@ -660,12 +660,12 @@ def test_control_characters_of_a_result_do_not_reach_the_terminal(mine: Overlay)
     ],
 )
 def test_a_failed_request_has_an_exit_code_and_a_message(
-    mine: Overlay, words: list[str], code: int, says: str
+    mine: Overlay, words: list[str], code: int, message: str
 ) -> None:
     done = run(*at(mine, "A"), *words, "--json")
 
     assert done.returncode == code
-    assert says in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert json.loads(done.stdout)["exit_code"] == code
     assert json.loads(done.stdout)["ok"] is False
@@ -729,7 +729,7 @@ def test_a_missing_server_is_exit_code_4(wounded: Overlay) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ([], "required: HOST, PORT"),
         (["127.0.0.1"], "PORT is missing after '127.0.0.1'"),
@@ -777,7 +777,7 @@ def test_a_missing_server_is_exit_code_4(wounded: Overlay) -> None:
 )
 def test_invalid_arguments_get_a_one_line_message(
     words: list[str],
-    says: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -786,11 +786,11 @@ def test_invalid_arguments_get_a_one_line_message(
     with pytest.raises(SystemExit) as end:
         sys.exit(script.main())
 
-    said = capsys.readouterr()
+    report = capsys.readouterr()
     assert end.value.code == 2
-    assert says in said.err
-    assert len(said.err.splitlines()) == 1
-    assert said.out == ""
+    assert message in report.err
+    assert len(report.err.splitlines()) == 1
+    assert report.out == ""
 
 
 @pytest.mark.parametrize(
@@ -915,15 +915,15 @@ def test_check_works_for_every_role(
     mine: Overlay, process_id: str, role: str, neighbours: str, workers: int
 ) -> None:
     done = run(*at(mine, process_id), "check")
-    said = json.loads(run(*at(mine, process_id), "check", "--json").stdout)
+    report = json.loads(run(*at(mine, process_id), "check", "--json").stdout)
 
     assert done.returncode == 0
     assert f"{process_id}, {role} of team green, at {mine.address(process_id)}" in done.stdout
     assert f"{workers} of {workers} known to be ready" in done.stdout
     assert " of 100 in service" in done.stdout
-    assert [n["process_id"] for n in said["neighbours"]] == list(neighbours)
-    assert [p["id"] for p in said["topology"]] == list("ABCDEF")
-    assert isinstance(said["received"], int)
+    assert [n["process_id"] for n in report["neighbours"]] == list(neighbours)
+    assert [p["id"] for p in report["topology"]] == list("ABCDEF")
+    assert isinstance(report["received"], int)
 
 
 def test_check_names_the_neighbour_that_is_down_and_the_missing_worker(wounded: Overlay) -> None:
@@ -937,7 +937,7 @@ def test_check_names_the_neighbour_that_is_down_and_the_missing_worker(wounded: 
 
 def test_check_of_a_configuration_shows_every_process(mine: Overlay) -> None:
     done = run("check", mine.path)
-    said = json.loads(run("check", mine.path, "--json").stdout)
+    report = json.loads(run("check", mine.path, "--json").stdout)
 
     rows = [line.split() for line in done.stdout.splitlines() if "127.0.0.1:" in line]
     assert [(row[0], row[3], row[4]) for row in rows] == [
@@ -946,20 +946,20 @@ def test_check_of_a_configuration_shows_every_process(mine: Overlay) -> None:
     assert {row[-1] for row in rows} == {"yes"}
     assert rows[0][5] == "0/200"
     assert done.returncode == 0
-    assert [p["metrics"]["process_id"] for p in said["processes"]] == list("ABCDEF")
+    assert [p["metrics"]["process_id"] for p in report["processes"]] == list("ABCDEF")
 
 
 def test_check_of_a_configuration_reports_what_doctor_reports(wounded: Overlay) -> None:
     done = run("check", wounded.path, "--deadline", 2)
-    said = json.loads(run("check", wounded.path, "--deadline", 2, "--json").stdout)
+    report = json.loads(run("check", wounded.path, "--deadline", 2, "--json").stdout)
 
-    assert done.returncode == said["exit_code"] == 1
+    assert done.returncode == report["exit_code"] == 1
     assert "5 of 6 processes well, 5 of 6 links up" in done.stdout
     assert "F: nothing listens there: it was not started, or has ended. Start it" in done.stdout
     assert f"scripts/run.py start {wounded.path}; its log in logs says more" in done.stdout
     assert "E to F: down for " in done.stdout
-    assert [p["state"] for p in said["processes"]] == ["serves"] * 5 + ["not running"]
-    assert [link["state"] for link in said["links"]].count("down") == 1
+    assert [p["state"] for p in report["processes"]] == ["serves"] * 5 + ["not running"]
+    assert [link["state"] for link in report["links"]].count("down") == 1
 
 
 def test_check_detects_another_configuration_and_another_process(

@@ -67,7 +67,7 @@ def test_a_healthy_overlay_has_no_findings():
 
 
 @pytest.mark.parametrize(
-    ("who", "seen", "state", "why", "do"),
+    ("process_id", "seen", "state", "why", "do"),
     [
         ("D", Observation(Reach.REFUSED, is_here=True), "not running", "nothing listens",
          r"here: py scripts\run.py start mine.json"),
@@ -97,9 +97,9 @@ def test_a_healthy_overlay_has_no_findings():
     ],
 )  # fmt: skip
 def test_each_problem_has_a_cause_and_a_remedy(
-    who: str, seen: Observation, state: str, why: str, do: str
+    process_id: str, seen: Observation, state: str, why: str, do: str
 ) -> None:
-    found = of(who, **{who: seen})
+    found = of(process_id, **{process_id: seen})
 
     assert found.grade is Grade.BAD
     assert found.state == state
@@ -282,9 +282,9 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def init(path: Path, *more: str, said: str = "") -> subprocess.CompletedProcess[str]:
+def init(path: Path, *more: str, typed: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "client.py"), "init", str(path), *more]
-    return subprocess.run(command, input=said, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60)
 
 
 def hosts_in(path: Path) -> str:
@@ -294,7 +294,7 @@ def hosts_in(path: Path) -> str:
 def test_init_writes_the_answers_and_keeps_the_format_of_the_file(file: Path) -> None:
     before = file.read_text()
 
-    done = init(file, said="10.0.0.5\nmac.local\n")
+    done = init(file, typed="10.0.0.5\nmac.local\n")
 
     assert done.returncode == 0, done.stderr
     assert file.read_text() == before.replace("192.168.1.1", "10.0.0.5").replace(
@@ -304,7 +304,7 @@ def test_init_writes_the_answers_and_keeps_the_format_of_the_file(file: Path) ->
 
 
 def test_enter_keeps_an_address_and_an_invalid_answer_is_asked_for_again(file: Path) -> None:
-    done = init(file, said="\nhttp://mac/\n10.0.0.600\n10.0.0.6\n")
+    done = init(file, typed="\nhttp://mac/\n10.0.0.600\n10.0.0.6\n")
 
     assert done.returncode == 0, done.stderr
     assert "'http://mac/' is not a name or an address of a machine" in done.stdout
@@ -316,7 +316,7 @@ def test_enter_keeps_an_address_and_an_invalid_answer_is_asked_for_again(file: P
 def test_one_machine_is_enough_and_the_summary_has_all_its_processes(
     file: Path, answer: str
 ) -> None:
-    done = init(file, said=f"{answer}\n" * 2)
+    done = init(file, typed=f"{answer}\n" * 2)
 
     assert done.returncode == 0, done.stderr
     assert "One machine is enough" in done.stdout
@@ -340,7 +340,7 @@ def test_two_addresses_can_be_swapped(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "complaint"),
+    ("arguments", "typed", "complaint"),
     [
         ([], "10.0.0.5\n", "an answer is missing"),
         (["--host", "1.2.3.4=10.0.0.5"], "", "no process has the host '1.2.3.4'; there are"),
@@ -349,11 +349,11 @@ def test_two_addresses_can_be_swapped(file: Path) -> None:
     ],
 )
 def test_a_file_that_cannot_be_written_is_unchanged(
-    file: Path, arguments: list[str], said: str, complaint: str
+    file: Path, arguments: list[str], typed: str, complaint: str
 ) -> None:
     before = file.read_bytes()
 
-    done = init(file, *arguments, said=said)
+    done = init(file, *arguments, typed=typed)
 
     assert done.returncode == 2
     assert complaint in done.stderr

@@ -115,9 +115,9 @@ def test_many_lines_keep_their_order_with_a_small_window(six: Overlay) -> None:
 def test_as_completed_prints_quick_results_first(six: Overlay) -> None:
     done = run(six, "--handler", "slow", "--as-completed", "--json", stdin=b"1\n0\n0\n0\n")
 
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert sorted(line["index"] for line in said) == [0, 1, 2, 3]
-    assert said[-1] == {"index": 0, "ok": True, "result": "1"}
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted(line["index"] for line in lines) == [0, 1, 2, 3]
+    assert lines[-1] == {"index": 0, "ok": True, "result": "1"}
 
 
 def test_team_and_mode_limit_the_workers_asked(six: Overlay) -> None:
@@ -153,9 +153,9 @@ def test_json_output_names_the_files_and_preserves_bytes(six: Overlay, tmp_path:
 
     done = run(six, tmp_path, "--handler", "binary", "--json")
 
-    said = json.loads(done.stdout)
-    assert (said["index"], said["name"], said["ok"]) == (0, "one", True)
-    assert said["result_base64"].startswith("AAECAwQF")
+    report = json.loads(done.stdout)
+    assert (report["index"], report["name"], report["ok"]) == (0, "one", True)
+    assert report["result_base64"].startswith("AAECAwQF")
 
 
 # Failures
@@ -179,10 +179,10 @@ def test_failures_do_not_stop_the_others_and_leave_empty_lines(six: Overlay) -> 
 def test_json_output_has_each_failure_in_its_place(six: Overlay) -> None:
     done = run(six, "--handler", "picky", "--json", stdin=b"a\nbad\nb\n")
 
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(line["index"], line["ok"]) for line in said] == [(0, True), (1, False), (2, True)]
-    assert said[1]["error"]["code"] == "INTERNAL"
-    assert said[1]["error"]["executed"] == "YES"
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["index"], line["ok"]) for line in lines] == [(0, True), (1, False), (2, True)]
+    assert lines[1]["error"]["code"] == "INTERNAL"
+    assert lines[1]["error"]["executed"] == "YES"
 
 
 def test_a_failed_file_is_named_and_has_no_output_file(six: Overlay, tmp_path: Path) -> None:
@@ -198,19 +198,19 @@ def test_a_failed_file_is_named_and_has_no_output_file(six: Overlay, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("words", "code", "message"),
     [
         (["--handler", "slow", "--deadline", "0.3"], 5, "2 failed: 2 DEADLINE_EXCEEDED"),
         (["--handler", "nope"], 1, "2 failed: 2 NOT_FOUND"),
     ],
 )
 def test_if_all_fail_for_one_reason_the_exit_code_is_that_of_the_reason(
-    six: Overlay, words: list[str], code: int, says: str
+    six: Overlay, words: list[str], code: int, message: str
 ) -> None:
     done = run(six, *words, stdin=b"9\n9\n")
 
     assert done.returncode == code
-    assert says in done.stderr.decode()
+    assert message in done.stderr.decode()
 
 
 def test_a_missing_server_is_exit_code_4() -> None:
@@ -238,7 +238,7 @@ def test_an_incomplete_result_is_reported_with_exit_code_6(overlays: Any, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["no-such-file"], "cannot use 'no-such-file': "),
         (["{folder}", "{file}"], "is a folder, which has to be the only input"),
@@ -255,7 +255,7 @@ def test_an_incomplete_result_is_reported_with_exit_code_6(overlays: Any, tmp_pa
     ],
 )
 def test_invalid_arguments_get_a_one_line_message_before_anything_is_sent(
-    six: Overlay, tmp_path: Path, words: list[str], says: str
+    six: Overlay, tmp_path: Path, words: list[str], message: str
 ) -> None:
     (tmp_path / "file").write_text("precious\n")
     words = [word.format(folder=tmp_path, file=tmp_path / "file") for word in words]
@@ -263,7 +263,7 @@ def test_invalid_arguments_get_a_one_line_message_before_anything_is_sent(
     done = run(six, *words)
 
     assert done.returncode == 2
-    assert says in done.stderr.decode()
+    assert message in done.stderr.decode()
     assert len(done.stderr.splitlines()) == 1
     assert (tmp_path / "file").read_text() == "precious\n"
 
@@ -449,14 +449,14 @@ def test_a_lost_leader_fails_only_requests_in_flight(overlays: Any, tmp_path: Pa
     found.kill("A")
     time.sleep(3)  # longer than a call waits
     found.start("A")
-    said = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
+    lines = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
     complaints = asking.stderr.read().decode()
     asking.stdout.close()
     asking.stderr.close()
 
-    failed = [line for line in said if not line["ok"]]
+    failed = [line for line in lines if not line["ok"]]
     assert asking.wait(10) == 1
-    assert [line["index"] for line in said] == list(range(3000))
+    assert [line["index"] for line in lines] == list(range(3000))
     assert 0 < len(failed) <= 100, "no more than the window was under way"
     assert {line["error"]["executed"] for line in failed} == {"UNKNOWN"}
     assert f"client.py: {found.address('A')} is gone; the map goes on when it is back" in complaints
@@ -477,16 +477,16 @@ def test_a_leader_that_stays_away_ends_map_with_the_counts(overlays: Any) -> Non
     asking.stdin.close()
     first = [asking.stdout.readline() for _ in range(500)]
     found.kill("A")
-    said = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
+    lines = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
     complaints = asking.stderr.read().decode()
     asking.stdout.close()
     asking.stderr.close()
 
-    good = sum(line["ok"] for line in said)
+    good = sum(line["ok"] for line in lines)
     assert asking.wait(20) == 1
-    assert [line["index"] for line in said] == list(range(len(said)))
+    assert [line["index"] for line in lines] == list(range(len(lines)))
     assert f"; {good:,} payloads were answered, " in complaints
-    assert f"{good:,} of {len(said):,} answered in " in complaints
+    assert f"{good:,} of {len(lines):,} answered in " in complaints
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")

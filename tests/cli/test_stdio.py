@@ -148,11 +148,11 @@ def test_the_other_programs_work_with_closed_standard_streams(
 
 
 def test_closed_output_is_not_a_terminal(bare: Lone) -> None:
-    told = "import sys; from overlay.cli import stdio; stdio.complete(); stdio.complete(); "
-    told += "open('said.txt', 'w').write(str([s.isatty() for s in "
-    told += "(sys.stdin, sys.stdout, sys.__stderr__)] + [sys.stdin.read()])); print('ä\\udcff')"
+    code = "import sys; from overlay.cli import stdio; stdio.complete(); stdio.complete(); "
+    code += "open('said.txt', 'w').write(str([s.isatty() for s in "
+    code += "(sys.stdin, sys.stdout, sys.__stderr__)] + [sys.stdin.read()])); print('ä\\udcff')"
 
-    done = shell(ALL_CLOSED, "-c", told, cwd=bare.folder, PYTHONPATH=str(ROOT))
+    done = shell(ALL_CLOSED, "-c", code, cwd=bare.folder, PYTHONPATH=str(ROOT))
 
     assert done.returncode == 0
     assert (bare.folder / "said.txt").read_text() == "[False, False, False, '']"

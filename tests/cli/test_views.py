@@ -52,9 +52,9 @@ def page_of(overlay: Overlay, *options: str) -> Iterator[tuple[subprocess.Popen[
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as server:
         try:
-            said = server.stdout.readline()
-            assert "the page: http://127.0.0.1:" in said
-            yield server, said.rpartition(" ")[2].strip()
+            line = server.stdout.readline()
+            assert "the page: http://127.0.0.1:" in line
+            yield server, line.rpartition(" ")[2].strip()
         finally:
             server.kill()
 
@@ -292,15 +292,15 @@ def test_the_server_only_accepts_reads(address):
         urllib.request.urlopen(request, timeout=10)
 
 
-@pytest.mark.parametrize("says", [*SLOWLY, FRAMES], ids=[*SLOWLY.values(), "pages open"])
-def test_a_new_viewer_is_answered_at_once_while_others_hold_idle_connections(address, says):
+@pytest.mark.parametrize("sent", [*SLOWLY, FRAMES], ids=[*SLOWLY.values(), "pages open"])
+def test_a_new_viewer_is_answered_at_once_while_others_hold_idle_connections(address, sent):
     def see() -> None:
         assert got(address).status == got(address + "page.js").status == 200
         with got(address + "frames") as frames:
             assert frames.status == 200
             assert frames.readline() == b"retry: 1000\n"
 
-    with held_open(urlsplit(address).port, says):
+    with held_open(urlsplit(address).port, sent):
         took_s = min(timed(see) for _ in range(3))
 
     assert took_s < 1
@@ -389,9 +389,9 @@ def test_repeated_failures_of_a_handler_are_one_event_per_worker(mine):
 
     def failures() -> dict[str, int]:
         found = json.loads(top(mine.port("A"), "--once", "--json").stdout)["events"]
-        told = [event for event in found if event["kind"] == "failure"]
-        assert len({event["process"] for event in told}) == len(told), "one of each"
-        return {event["process"]: event["count"] for event in told}
+        failures = [event for event in found if event["kind"] == "failure"]
+        assert len({event["process"] for event in failures}) == len(failures), "one of each"
+        return {event["process"]: event["count"] for event in failures}
 
     # The last are reported a second later; other tests may have caused failures too.
     until(lambda: all(failures().get(worker, 0) >= 20 for worker in "CDF"), 20)
@@ -442,23 +442,23 @@ def test_without_a_terminal_top_names_the_alternative(mine):
 def test_top_fits_a_terminal_and_restores_it(mine, tmp_path):
     tmux = [tool("tmux", "apt-get install tmux"), "-S", str(tmp_path / "tmux")]
 
-    def tell(*words: str) -> str:
+    def run_tmux(*words: str) -> str:
         return subprocess.run([*tmux, *words], capture_output=True, text=True, timeout=10).stdout
 
     command = shlex.join([*CLIENT, "127.0.0.1", str(mine.port("A")), "top"])
-    tell("new-session", "-d", "-x", "80", "-y", "24", f"{command}; echo ended $?; sleep 60")
+    run_tmux("new-session", "-d", "-x", "80", "-y", "24", f"{command}; echo ended $?; sleep 60")
     try:
-        until(lambda: "● F" in tell("capture-pane", "-p"), 20, "six processes on the screen")
-        shown = tell("capture-pane", "-p")
+        until(lambda: "● F" in run_tmux("capture-pane", "-p"), 20, "six processes on the screen")
+        shown = run_tmux("capture-pane", "-p")
         assert shown.startswith("overlay  A leader at")
         assert "E → F" in shown
 
-        tell("send-keys", "q")
+        run_tmux("send-keys", "q")
 
-        until(lambda: "ended 0" in tell("capture-pane", "-p"), 10, "the end")
-        assert "serves" not in tell("capture-pane", "-p")
+        until(lambda: "ended 0" in run_tmux("capture-pane", "-p"), 10, "the end")
+        assert "serves" not in run_tmux("capture-pane", "-p")
     finally:
-        tell("kill-server")
+        run_tmux("kill-server")
 
 
 def test_the_page_works_if_the_system_maps_javascript_to_plain_text() -> None:

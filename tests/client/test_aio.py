@@ -139,12 +139,12 @@ def test_a_request_cancelled_before_the_loop_sends_it_never_runs(six: Noted) -> 
 def test_a_missing_server_is_reported_without_blocking_the_loop() -> None:
     async def main() -> None:
         async with (
-            overlay.connect_async(f"127.0.0.1:{free_port()}", patience_s=0.6) as nobody,
+            overlay.connect_async(f"127.0.0.1:{free_port()}", patience_s=0.6) as client,
             Heart() as heart,
         ):
             began = time.monotonic()
             ends = await asyncio.gather(
-                *(nobody.call("x") for _ in range(200)), return_exceptions=True
+                *(client.call("x") for _ in range(200)), return_exceptions=True
             )
             assert {type(end) for end in ends} == {library.NotReached}
             assert all(end.executed is Executed.NO for end in ends)
@@ -327,9 +327,9 @@ def test_an_error_in_the_payload_iterator_is_raised_and_cancels_the_rest(six: No
 def test_a_map_without_a_server_raises_not_reached() -> None:
     async def main() -> None:
         address = f"127.0.0.1:{free_port()}"
-        async with overlay.connect_async(address, patience_s=0.3) as nobody:
+        async with overlay.connect_async(address, patience_s=0.3) as client:
             with pytest.raises(library.NotReached):
-                await _into([], nobody.map(None, itertools.repeat("x")))
+                await _into([], client.map(None, itertools.repeat("x")))
 
     asyncio.run(main())
 

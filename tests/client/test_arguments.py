@@ -238,10 +238,10 @@ def test_an_invalid_address_or_patience_is_named(connect: Any, value: Any) -> No
 @settings(max_examples=50)
 @given(ANYTHING, ANYTHING)
 def test_an_invalid_grace_period_does_not_start_a_drain(grace_s: Any, wait: Any) -> None:
-    with overlay.connect("127.0.0.1:1", patience_s=0) as nobody:
+    with overlay.connect("127.0.0.1:1", patience_s=0) as client:
         for given_, name in (({"grace_s": grace_s}, "grace_s"), ({"wait": wait}, "wait")):
             try:
-                nobody.drain(**given_)
+                client.drain(**given_)
             except Exception as e:  # noqa: BLE001 - any may come
                 check_refusal(name, e)
 

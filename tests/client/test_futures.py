@@ -275,8 +275,8 @@ def test_a_with_block_can_end_while_other_threads_wait_for_answers(one: One) -> 
 
 
 def test_a_shutdown_without_a_server_returns_at_once() -> None:
-    with overlay.connect("127.0.0.1:1", patience_s=0) as nobody, pytest.raises(library.NotReached):
-        nobody.submit("upper", "x")
+    with overlay.connect("127.0.0.1:1", patience_s=0) as client, pytest.raises(library.NotReached):
+        client.submit("upper", "x")
 
 
 # map
@@ -338,15 +338,15 @@ def test_as_completed_gives_each_future_once_and_honours_its_timeout(
     executor: overlay.Client,
 ) -> None:
     slow, quick = executor.submit("patient", "5"), executor.submit("upper", "x")
-    bad, gone = executor.submit("picky", "bad"), executor.submit("patient", "5")
-    gone.cancel()
-    concurrent.futures.wait([quick, bad, gone], 10)
+    bad, cancelled = executor.submit("picky", "bad"), executor.submit("patient", "5")
+    cancelled.cancel()
+    concurrent.futures.wait([quick, bad, cancelled], 10)
     given = []
 
-    results = concurrent.futures.as_completed([slow, quick, quick, bad, gone], timeout=0)
+    results = concurrent.futures.as_completed([slow, quick, quick, bad, cancelled], timeout=0)
     with pytest.raises(concurrent.futures.TimeoutError):
         given.extend(results)
-    assert sorted(map(id, given)) == sorted(map(id, [quick, bad, gone]))
+    assert sorted(map(id, given)) == sorted(map(id, [quick, bad, cancelled]))
 
     few = [executor.submit("patient", s) for s in ("0.4", "0.2", "0")]
     assert list(concurrent.futures.as_completed(few, timeout=10)) == few[::-1]

@@ -141,8 +141,8 @@ def test_each_result_is_given_once_and_the_window_is_never_exceeded(data: st.Dat
 
     indexes = [index for index, _ in found]
     assert indexes == list(range(count)) if ordered else sorted(indexes) == list(range(count))
-    said = [r.decode() if isinstance(r, bytes) else str(r) for _, r in found]
-    assert said == [str(index) for index in indexes]
+    indexes_found = [r.decode() if isinstance(r, bytes) else str(r) for _, r in found]
+    assert indexes_found == [str(index) for index in indexes]
     assert (window.open, window._bytes, window._chunks, window._out_of_order) == (0, 0, {}, {})
 
 

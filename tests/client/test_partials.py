@@ -116,10 +116,10 @@ def test_each_worker_has_one_part_and_the_answer_arrives_last(seed, leaves):
     for worker in held:
         network.nodes[worker].works.finish()
 
-    told = Counter(workers(asked.early[0]))
+    counts = Counter(workers(asked.early[0]))
     in_scope = {p.process_id for p in MemoryNetwork(network.topology).ask(leader).answer.parts}
-    assert set(told.values()) <= {1}
-    assert {*told, *workers(list(asked.answer.parts))} == in_scope
+    assert set(counts.values()) <= {1}
+    assert {*counts, *workers(list(asked.answer.parts))} == in_scope
     assert network.left_over == {}
 
 

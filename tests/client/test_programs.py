@@ -93,9 +93,9 @@ def test_each_process_of_a_pool_can_have_its_own_client(worker: str) -> None:
 def test_every_method_works_while_time_is_frozen(worker: str) -> None:
     words = ["-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "--timeout=40"]
     path = str(PROGRAMS / "frozen.py")
-    said = run([sys.executable, *words, path], OVERLAY_ADDRESS=worker)
+    lines = run([sys.executable, *words, path], OVERLAY_ADDRESS=worker)
 
-    assert "10 passed" in said[-1]
+    assert "10 passed" in lines[-1]
 
 
 def test_a_client_works_in_notebook_cells_with_a_running_loop(worker: str) -> None:
@@ -123,9 +123,9 @@ def test_a_client_works_without_standard_input_and_output(worker: str, tmp_path:
 
 
 def test_a_client_can_be_pickled_and_a_future_cannot(worker: str) -> None:
-    said = program("pickled.py", worker)
+    lines = program("pickled.py", worker)
 
-    assert said == [
+    assert lines == [
         "b'C: from there' (1, 1) ('C',)",
         "NameNotFound NOT_FOUND NO None",
         "TypeError: a Future belongs to the process that waits for it; pickle its result()",
@@ -140,10 +140,10 @@ def test_a_client_can_be_pickled_and_a_future_cannot(worker: str) -> None:
     [("gevent", "grpc.experimental.gevent.init_gevent()"), ("eventlet", "thread=False")],
 )
 def test_connect_rejects_replaced_threads(worker: str, kind: str, remedy: str) -> None:
-    said = program("gevented.py", worker, kind)
+    lines = program("gevented.py", worker, kind)
 
-    assert len(said) == 2
-    assert all(kind in line and remedy in line for line in said)
+    assert len(lines) == 2
+    assert all(kind in line and remedy in line for line in lines)
 
 
 def test_greenlets_work_concurrently_with_grpcs_gevent_support(worker: str) -> None:

@@ -121,15 +121,15 @@ def found(pids: set[int]) -> list[psutil.Process]:
     return processes
 
 
-def gone(processes: list[psutil.Process], within_s: float = 10) -> None:
+def check_ended(processes: list[psutil.Process], within_s: float = 10) -> None:
     try:
-        until(lambda: not any(map(lives, processes)), within_s, "their end")
+        until(lambda: not any(map(is_alive, processes)), within_s, "their end")
     finally:
-        for process in filter(lives, processes):
+        for process in filter(is_alive, processes):
             process.kill()
 
 
-def lives(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -151,7 +151,9 @@ def test_output_of_a_fork_after_its_request_does_not_affect_other_requests(worke
 
 
 def test_descendants_of_a_retired_process_end_with_it(worker):
-    gone([*started(worker, "program", "worn-process"), *started(worker, "session", "worn-process")])
+    check_ended(
+        [*started(worker, "program", "worn-process"), *started(worker, "session", "worn-process")]
+    )
 
 
 @pytest.mark.parametrize("how", ["waits", "exits"])
@@ -164,7 +166,7 @@ def test_descendants_of_a_request_end_with_its_process(worker, how):
     in_session, in_group = eval(notes.read_text())
     if how == "exits" and os.name == "posix":  # its parent is no longer known
         found({in_session})[0].kill()
-    gone(found({in_session, in_group}))
+    check_ended(found({in_session, in_group}))
 
 
 def test_a_worker_stops_at_once_whatever_its_handlers_have_left_running(tmp_path):
@@ -175,7 +177,7 @@ def test_a_worker_stops_at_once_whatever_its_handlers_have_left_running(tmp_path
         for run, ways in WAYS.items():
             for what in ways:
                 left += started(worker, what, f"start-{run}")
-        assert all(map(lives, left))
+        assert all(map(is_alive, left))
 
         node = worker.processes["C"]
         worker.stop_file.touch()
@@ -184,7 +186,7 @@ def test_a_worker_stops_at_once_whatever_its_handlers_have_left_running(tmp_path
         assert node.returncode == 0  # not killed by the watchdog, 5 s after its grace period
     finally:
         worker.stop()
-        gone(left)
+        check_ended(left)
 
 
 def test_descendants_of_handlers_end_when_the_worker_is_killed(tmp_path):
@@ -197,4 +199,4 @@ def test_descendants_of_handlers_end_when_the_worker_is_killed(tmp_path):
         worker.kill("C")
     finally:
         worker.stop()
-        gone(left)
+        check_ended(left)

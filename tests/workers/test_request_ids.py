@@ -238,8 +238,8 @@ def test_the_count_of_each_address_is_what_it_has(calls):
         try:
             bench.chosen.take(caller, segment)
         except IdsFull:
-            surely = [entry for entry in held if entry[0] + 15 + left_s > now]
-            assert sum(n for _, _, n in surely) + count > 4
+            live_before = [entry for entry in held if entry[0] + 15 + left_s > now]
+            assert sum(n for _, _, n in live_before) + count > 4
         else:
             held.append((now + max(60, left_s), caller.address, count))
         live = [entry for entry in held if entry[0] > now]

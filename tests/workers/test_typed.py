@@ -280,8 +280,8 @@ def call(mine: Any) -> Iterator[Callable[..., Any]]:
             kind, value = outcome_of(kept[name].call(payload, context or at()), 10**6)
         except BaseException as e:  # noqa: BLE001 - as the runners have it
             kind, value = outcome_of_error(e)
-        came = read_outcome(name, kind, value)
-        return came if isinstance(came, Detail) else json.loads(came)
+        outcome = read_outcome(name, kind, value)
+        return outcome if isinstance(outcome, Detail) else json.loads(outcome)
 
     yield called
     for loaded in kept.values():
@@ -330,10 +330,10 @@ def test_an_argument_that_json_cannot_supply_is_reported_at_startup(mine, name, 
     with pytest.raises(ConfigError) as raised:
         typed.prepared("h", getattr(mine, name))
 
-    said = str(raised.value)
+    message = str(raised.value)
     place = f"handler 'h': {Path(mine.__file__)}, function {name}: argument '{argument}': "
-    assert said.startswith(place)
-    assert why in said
+    assert message.startswith(place)
+    assert why in message
 
 
 # Arguments
@@ -396,12 +396,12 @@ EVERYTHING = {"path": "a", "size": {"width": 1}, "at": "2026-01-02T03:04:05Z"}
     ],
 )  # fmt: skip
 def test_an_invalid_argument_is_named(call, name, args, sentence):
-    came = call(name, args)
+    outcome = call(name, args)
 
-    assert isinstance(came, Detail)
-    assert (came.code, came.executed) == (Code.INVALID_ARGUMENT, Executed.YES)
-    assert came.reason.startswith(f"handler '{name}': ")
-    assert sentence in came.reason
+    assert isinstance(outcome, Detail)
+    assert (outcome.code, outcome.executed) == (Code.INVALID_ARGUMENT, Executed.YES)
+    assert outcome.reason.startswith(f"handler '{name}': ")
+    assert sentence in outcome.reason
 
 
 def test_a_context_parameter_gets_the_context_unless_annotated_otherwise(call):
@@ -450,9 +450,9 @@ def test_numpy_values_are_written_as_json():
     ],
 )
 def test_a_result_that_is_not_json_fails_with_its_type(call, name, args, what):
-    came = call(name, args)
+    outcome = call(name, args)
 
-    assert (came.code, came.reason) == (Code.INTERNAL, f"handler '{name}' {what}")
+    assert (outcome.code, outcome.reason) == (Code.INTERNAL, f"handler '{name}' {what}")
 
 
 def test_a_result_that_contains_itself_is_not_json():
@@ -499,17 +499,17 @@ def test_an_async_function_is_awaited(call):
 
 def test_calls_of_an_async_function_share_an_event_loop(call):
     with concurrent.futures.ThreadPoolExecutor(2) as two:
-        came = list(two.map(lambda name: call("meet", {"name": name}), "ab"))
-    assert came == [["b", "a"], ["a", "b"]]
+        outcome = list(two.map(lambda name: call("meet", {"name": name}), "ab"))
+    assert outcome == [["b", "a"], ["a", "b"]]
 
 
 def test_an_async_function_is_cancelled_when_its_caller_leaves(mine, call):
     ended = bytearray(1)
     threading.Timer(0.05, ended.__setitem__, (0, 1)).start()
 
-    came = call("stays", {"seconds": 60}, at(ended=ended))
+    outcome = call("stays", {"seconds": 60}, at(ended=ended))
 
-    assert came.code is Code.CANCELLED
+    assert outcome.code is Code.CANCELLED
     until(lambda: mine.gate.get("left"), what="the function was cancelled")
 
 
@@ -533,14 +533,14 @@ def test_the_event_loop_ends_with_its_handler(mine):
 
 
 def test_a_function_is_described_by_signature_docstring_and_schema(mine):
-    told = typed.prepared("resize", mine.resize).function
-    schema = json.loads(told.arguments)
+    described = typed.prepared("resize", mine.resize).function
+    schema = json.loads(described.arguments)
 
-    assert told.signature == "resize(path: str, width: int = 200) -> dict"
-    assert told.doc == "Makes a picture smaller.\n\nThe path is the worker's."
+    assert described.signature == "resize(path: str, width: int = 200) -> dict"
+    assert described.doc == "Makes a picture smaller.\n\nThe path is the worker's."
     assert schema["properties"]["width"] == {"default": 200, "title": "Width", "type": "integer"}
     assert (schema["required"], schema["additionalProperties"]) == (["path"], False)
-    assert json.loads(told.result)["type"] == "object"
+    assert json.loads(described.result)["type"] == "object"
 
 
 @pytest.mark.parametrize(
@@ -570,10 +570,14 @@ def test_equal_functions_are_listed_once_with_their_workers():
     one = Function("f", "f(a: int)", workers=("C",))
     other = one._replace(signature="f(a: str)", workers=("F",))
 
-    told = signatures.gathered([one, other, one._replace(workers=("D",))])
+    described = signatures.gathered([one, other, one._replace(workers=("D",))])
 
-    assert told == (one._replace(workers=("C", "D")), other)
-    assert signatures.digest(told) == signatures.digest(list(told)) != signatures.digest([one])
+    assert described == (one._replace(workers=("C", "D")), other)
+    assert (
+        signatures.digest(described)
+        == signatures.digest(list(described))
+        != signatures.digest([one])
+    )
     assert signatures.digest(()) == 0
 
 
@@ -595,11 +599,13 @@ def test_a_description_that_is_too_long_is_left_out():
 
 
 def test_descriptions_from_another_process_are_validated():
-    def told(*made: pb2.Function) -> pb2.MetricsResponse:
+    def described(*made: pb2.Function) -> pb2.MetricsResponse:
         me = pb2.Process(id="C", role="worker", team="t", address="h:1")
         return pb2.MetricsResponse(process_id="C", topology=[me], functions=made)
 
-    fine = told(pb2.Function(name="f", doc="one\ntwo \x1b[2J", signature="f\n()", workers=["C"]))
+    fine = described(
+        pb2.Function(name="f", doc="one\ntwo \x1b[2J", signature="f\n()", workers=["C"])
+    )
     read_metrics(fine)
 
     assert fine.functions[0].doc == "one\ntwo \\x1b[2J"
@@ -611,7 +617,7 @@ def test_descriptions_from_another_process_are_validated():
     )
     for made in wrong:
         with pytest.raises(Misspoken):
-            read_metrics(told(*made))
+            read_metrics(described(*made))
 
 
 # On real processes
@@ -643,9 +649,9 @@ def configuration() -> dict[str, Any]:
         "handlers": {**spec, **apart, "offer": "loans:offer", "payments": "loans:payments",
                      "total": {"call": "typed_mine:who", "merge": "typed_mine_merge:total"}},
         "processes": {
-            who: {"id": who, "role": roles[who], "team": "green", "host": "127.0.0.1",
-                  "port": next(ports), "neighbors": neighbours[who]}
-            for who in roles
+            id_: {"id": id_, "role": roles[id_], "team": "green", "host": "127.0.0.1",
+                  "port": next(ports), "neighbors": neighbours[id_]}
+            for id_ in roles
         },
     }  # fmt: skip
 
@@ -689,7 +695,7 @@ def test_a_typed_function_is_called_on_threads_and_in_processes(leader, name):
 def test_each_worker_gives_its_own_value(leader):
     answer = leader.call(handler="resize", args={"path": "a.jpg"})
 
-    assert answer.values == {who: {"path": "a.jpg", "width": 200} for who in "CD"}
+    assert answer.values == {worker: {"path": "a.jpg", "width": 200} for worker in "CD"}
     with pytest.raises(ValueError, match=r"2 workers returned a value each: use `values`"):
         answer.value  # noqa: B018
     merged = leader.call(handler="total", args={})
@@ -705,9 +711,9 @@ def test_submit_and_map_return_values(leader):
     widths = leader.map("resize", args=({"path": "a", "width": n} for n in range(50)))
     assert [value["width"] for value in widths] == list(range(50))
     mixed = [{"path": "a"}, {"path": 1}, {"path": "c"}]
-    came = dict(leader.map_as_completed("resize", args=mixed))
-    assert (came[0]["path"], came[2]["path"]) == ("a", "c")
-    assert isinstance(came[1], library.InvalidCall)
+    outcome = dict(leader.map_as_completed("resize", args=mixed))
+    assert (outcome[0]["path"], outcome[2]["path"]) == ("a", "c")
+    assert isinstance(outcome[1], library.InvalidCall)
     with pytest.raises(library.InvalidCall, match="argument 'path'"):
         list(leader.map("resize", args=mixed))
     with pytest.raises(library.InvalidCall, match="argument 'path' is missing"):
@@ -761,8 +767,8 @@ def test_typed_functions_work_with_asyncio(four):
             assert (await client.call(handler="resize", args=args, mode="any")).value == args
             assert (await client.call(handler="resize", args=args)).values["D"] == args
             assert await client.submit("resize", args=args) == args
-            came = [value async for value in client.map("resize", args=[args, args])]
-            assert came == [args, args]
+            outcome = [value async for value in client.map("resize", args=[args, args])]
+            assert outcome == [args, args]
 
             async def many():
                 for n in range(3):
@@ -788,8 +794,8 @@ def test_other_languages_can_send_json_as_the_payload(four):
 def test_each_yielded_item_is_a_part(leader, name):
     parts = list(leader.parts(handler=name, args={"to": 5_000}))
 
-    for who in "CD":
-        found = [part.value["n"] for part in parts if part.process_id == who]
+    for worker in "CD":
+        found = [part.value["n"] for part in parts if part.process_id == worker]
         assert found == list(range(5_000))
     assert list(leader.parts(handler=name, args={"to": 0})) == []
     assert leader.call(handler=name, args={"to": 2}, mode="any").value == [{"n": 0}, {"n": 1}]
@@ -797,21 +803,21 @@ def test_each_yielded_item_is_a_part(leader, name):
 
 @pytest.mark.parametrize("name", ["steps", "steps_apart"])
 def test_an_item_arrives_while_the_function_is_running(leader, name):
-    came = leader.parts(handler=name, args={"to": 2, "seconds": 60})
-    assert {next(came).process_id, next(came).process_id} == {"C", "D"}
-    came.close()
+    outcome = leader.parts(handler=name, args={"to": 2, "seconds": 60})
+    assert {next(outcome).process_id, next(outcome).process_id} == {"C", "D"}
+    outcome.close()
     assert len(list(leader.parts(handler=name, args={"to": 9, "seconds": 0}, first=3))) == 3
 
 
 def test_a_failure_after_yielded_items_is_reported_at_the_end(leader):
-    came = leader.parts(handler="steps", args={"to": 2, "seconds": 0, "fail": True})
-    given = [next(came) for _ in range(4)]
+    outcome = leader.parts(handler="steps", args={"to": 2, "seconds": 0, "fail": True})
+    given = [next(outcome) for _ in range(4)]
 
     assert sorted((part.process_id, part.value["n"]) for part in given) == [
         ("C", 0), ("C", 1), ("D", 0), ("D", 1),
     ]  # fmt: skip
     with pytest.raises(library.HandlerFailed, match=r"C: handler 'steps' failed; error id .* D: "):
-        next(came)
+        next(outcome)
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10**6])
@@ -883,17 +889,17 @@ def test_client_py_rejects_invalid_args(words, sentence, capsys):
 
 
 def test_client_py_shows_the_arguments_of_handlers(four):
-    def told(process_id: str) -> set[str]:
+    def described(process_id: str) -> set[str]:
         found = four.channel(process_id)
         ask = pb2_grpc.OverlayNodeStub(found).GetMetrics
         made = ask(pb2.MetricsRequest(functions=True), timeout=5).functions
         return {function.name for function in made if len(function.workers) == 2}
 
     names = set(four.config["handlers"]) | {"echo"}
-    until(lambda: told("A") == names, what="the leader knows all functions")
+    until(lambda: described("A") == names, what="the leader knows all functions")
 
     shown = run("127.0.0.1", four.port("A"), "handlers")
-    said = json.loads(run("127.0.0.1", four.port("A"), "handlers", "--json").stdout)
+    message = json.loads(run("127.0.0.1", four.port("A"), "handlers", "--json").stdout)
 
     assert (shown.returncode, shown.stderr) == (0, "")
     assert (
@@ -902,7 +908,7 @@ def test_client_py_shows_the_arguments_of_handlers(four):
     )
     assert "    (typed, called with --args; on C, D)" in shown.stdout
     assert "shout(payload: bytes, context) -> bytes\n    Says it louder.\n" in shown.stdout
-    found = {handler["name"]: handler for handler in said["handlers"]}
+    found = {handler["name"]: handler for handler in message["handlers"]}
     assert found["resize_apart"]["arguments"]["properties"]["path"]["type"] == "string"
     assert found["shout"]["arguments"] is None
     assert found["picture"]["result"]["$defs"]["Size"]["properties"]["pixels"]["type"] == "string"
@@ -918,10 +924,10 @@ def test_the_poller_collects_functions(four):
 
     watch = Poller(four.address("A"), 0.1).start()
     try:
-        told = until(lambda: watch.newer(within_s=1).get("functions"), what="functions")
+        described = until(lambda: watch.newer(within_s=1).get("functions"), what="functions")
     finally:
         watch.close()
-    found = {function["name"]: function for function in told}
+    found = {function["name"]: function for function in described}
     assert found["resize"]["signature"] == "resize(path: str, width: int = 200) -> dict"
     assert found["resize"]["workers"] == ["C", "D"]
 
@@ -969,18 +975,18 @@ def test_the_example_makes_an_offer(leader):
 
 
 def test_a_worker_with_different_code_is_listed_separately(four):
-    def told() -> dict[str, list[str]]:
+    def described() -> dict[str, list[str]]:
         asked = pb2.MetricsRequest(functions=True)
         found = four.stub("A").GetMetrics(asked, timeout=5).functions
         return {f.doc.partition("\n")[0]: list(f.workers) for f in found if f.name == "resize"}
 
-    until(lambda: told() == {"Makes a picture smaller.": ["C", "D"]}, what="both are equal")
+    until(lambda: described() == {"Makes a picture smaller.": ["C", "D"]}, what="both are equal")
     text = MINE.replace("Makes a picture smaller.", "Makes it smaller.")
     (four.folder / "typed_mine.py").write_text(text)
 
     four.kill("D")
-    until(lambda: told() == {"Makes a picture smaller.": ["C"]}, what="D is gone")
+    until(lambda: described() == {"Makes a picture smaller.": ["C"]}, what="D is gone")
     four.start("D")
 
     both = {"Makes a picture smaller.": ["C"], "Makes it smaller.": ["D"]}
-    until(lambda: told() == both, what="D is listed separately")
+    until(lambda: described() == both, what="D is listed separately")
