@@ -140,7 +140,6 @@ class Connection:
         return self._belongs_to_parent
 
     def check_open(self) -> None:
-        """Raises CallFailed if the connection is closed."""
         if self.is_closed:
             raise _closed(self._belongs_to_parent or environment.is_orphan)
 

@@ -130,7 +130,6 @@ class LoopBridge:
         return submission
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """See Connection.wait_ready."""
         submitter = self._begin()
         if not submitter.connected.is_set():
             await self._wait_connected(submitter, timeout_s)

@@ -71,7 +71,6 @@ class MapWindow:
         return self.sent - self.answered - self.failed
 
     def has_room(self, rows: int) -> bool:
-        """Whether that many more may be sent now."""
         if not self.open:
             return True
         bytes_ = self._bytes + self.unanswered * self._mean_result

@@ -358,11 +358,11 @@ class Submitter:
 
     def _still_wanted(self, submission: Submission) -> Submission | None:
         """The submission without its cancelled rows, which are delivered as cancelled."""
-        gone = [row for row in submission.rows if row in submission.cancelled]
+        cancelled = [row for row in submission.rows if row in submission.cancelled]
         left = [row for row in submission.rows if row not in submission.cancelled]
-        if not gone:
+        if not cancelled:
             return submission
-        self._deliver_all(submission.part(gone, submission.attempt), NEVER_SENT)
+        self._deliver_all(submission.part(cancelled, submission.attempt), NEVER_SENT)
         return submission.part(left, submission.attempt) if left else None
 
     def _write(self, frame: pb2.Frame, submissions: list[Submission], size: int) -> bool:
@@ -465,8 +465,8 @@ class Submitter:
         for first, count in self._multiplexer.arrive(sent, start, delivery.answers):
             for submission, row, rows, at in sent.members_of(first, count):
                 if submission.on_partial is not None:
-                    whose = submission.rows[row : row + rows]
-                    submission.on_partial(whose, delivery, at - start, sent.first_id + at)
+                    their_rows = submission.rows[row : row + rows]
+                    submission.on_partial(their_rows, delivery, at - start, sent.first_id + at)
 
     def _deliver_slice(self, sent: _SentSegment, slice_: pb2.Slice) -> int:
         """Delivers answers; returns how many threads that wakes."""

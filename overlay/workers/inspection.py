@@ -122,7 +122,6 @@ def resolved(annotation: Any, function: AnyFunction) -> Any:
 
 
 def _names_of(function: AnyFunction) -> dict[str, Any]:
-    """The global names of its module."""
     while isinstance(function, functools.partial):
         function = function.func
     module = sys.modules.get(getattr(function, "__module__", None) or "", builtins)

@@ -272,6 +272,11 @@ def test_a_priority_must_be_an_int_and_not_an_equal_bool_or_float(client: overla
     assert (type(kind.priority), kind.priority) == (int, 1)
 
 
+def test_a_range_that_is_too_long_for_len_is_rejected_by_its_items(client: overlay.Client) -> None:
+    with pytest.raises(TypeError, match="a payload must be bytes or str, not int"):
+        list(client.map("upper", range(10**30)))  # type: ignore[arg-type]
+
+
 def test_a_released_memoryview_is_rejected(client: overlay.Client) -> None:
     view = memoryview(b"x")
     view.release()
