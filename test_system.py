@@ -1,18 +1,18 @@
 """Tests a running overlay: `python test_system.py HOST PORT`.
 
-Three tests (a single request, the queue's status, 10 concurrent requests) and two beyond them:
-requests to any one worker, and the links to the neighbours. The process asked tells its whole
-configuration, so what to expect is known. Each test is timed, and what fails comes with advice.
-Other work may go on beside it, and it may be repeated at will.
+Three tests (a single request, the queue's status, 10 concurrent requests) and two more: requests to
+any one worker, and the links to the neighbours. The expected answers follow from the configuration,
+which the process asked reports. Each test is timed, and a failure comes with advice. The tests can
+run beside other work, and any number of times.
 """
 
 from __future__ import annotations
 
 import sys
 
-import overlay  # noqa: F401 - this folder's, whatever else is installed
+import overlay  # noqa: F401 - from this folder, even if another one is installed
 
-if __name__ == "__main__":  # a random.py of yours in this folder is not Python's
+if __name__ == "__main__":  # so that a random.py in this folder does not replace Python's
     sys.path.append(sys.path.pop(0))
 
 import argparse
@@ -54,7 +54,7 @@ IN_A_ROW = 20
 
 
 class Problem(NamedTuple):
-    """What is wrong, and what to do about it; a sentence each."""
+    """What is wrong, and what to do about it, in a sentence each."""
 
     what: str
     advice: str
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a test found: facts for a person, and problems if it failed."""
+    """The outcome of a test: facts to print, and problems if it failed."""
 
     facts: str = ""
     problems: Sequence[Problem] = ()
@@ -74,7 +74,7 @@ def main() -> int:
         asked = learn(args)
     except library.CallFailed as e:
         say(f"test_system.py: {e}", sys.stderr)
-        say(f"  - {_where_to_look(e, args)}", sys.stderr)
+        say(f"  - {_advice_for_no_answer(e, args)}", sys.stderr)
         return exit_of(e)
     say(asked.introduction)
     outcomes = [run_test(name, test, asked) for name, test in TESTS.items()]
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def run_test(name: str, test: Callable[[Asked], Outcome], asked: Asked) -> Outcome:
-    """Runs one test and prints its outcome. A call that fails is the test's only problem."""
+    """Runs one test and prints its outcome. If a call raises, that is the test's only problem."""
     try:
         outcome = test(asked)
     except library.CallFailed as e:
@@ -123,14 +123,14 @@ def _parser() -> Parser:
     return parser
 
 
-# What is asked, and what to expect of it
+# The process under test
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The process under test. workers: those that a request to all goes to here, in order.
+    """The process under test. workers: those that a request to all should reach, in order.
 
-    metrics: its own before the first test. handler: empty for the default of each worker.
+    metrics: its metrics before the first test. handler: empty for the default of each worker.
     """
 
     client: library.Client
@@ -167,13 +167,13 @@ class Asked:
 
 
 def learn(args: argparse.Namespace) -> Asked:
-    """Asks the process for its id and for the workers that should answer. Raises CallFailed."""
+    """Asks the process for its id and the workers that should answer. Raises CallFailed."""
     try:
         client = library.connect(join_address(args.host, args.port))
     except ValueError as e:
         raise library.InvalidCall(str(e), code=Code.INVALID_ARGUMENT) from None
     metrics = client.metrics(timeout=args.deadline)
-    # A test must not run the user's own work without being told to.
+    # A test must not run the user's own handlers unless asked to.
     handler = args.handler or ("" if _all_echo(metrics) else "echo")
     workers = expected_workers(metrics)
     payload = args.payload.encode("utf-8", "replace").decode()
@@ -199,8 +199,8 @@ def single_request(asked: Asked) -> Outcome:
 def queue_status(asked: Asked) -> Outcome:
     m = _metrics_after_a_request(asked)
     wrong = {
-        f"process {m.process_id} answers where {asked.id} did": m.process_id != asked.id,
-        f"{m.process_id} says that it is not healthy": not m.is_healthy,
+        f"process {m.process_id} answers instead of {asked.id}": m.process_id != asked.id,
+        f"{m.process_id} reports that it is not healthy": not m.is_healthy,
         f"{m.queue_size} waiting of {m.queue_slots}": not 0 <= m.queue_size <= m.queue_slots,
         f"{m.active_requests} in service of {m.max_capacity}": not (
             0 <= m.active_requests <= m.max_capacity
@@ -215,7 +215,7 @@ def queue_status(asked: Asked) -> Outcome:
 
 
 def _metrics_after_a_request(asked: Asked) -> pb2.MetricsResponse:
-    """The metrics once they count the request: a counter may lag behind the answer."""
+    """The metrics once they include the request: a counter may lag behind the answer."""
     until = time.monotonic() + 2
     while True:
         m = asked.client.metrics(timeout=asked.deadline_s)
@@ -225,7 +225,7 @@ def _metrics_after_a_request(asked: Asked) -> pb2.MetricsResponse:
 
 
 def concurrent_requests(asked: Asked) -> Outcome:
-    """Each with a payload of its own, so that swapped answers are noticed."""
+    """Each request has its own payload, so that swapped answers are detected."""
     payloads = [asked.payload] * CONCURRENT
     if asked.is_echo:
         payloads = [f"{asked.payload} {n}" for n in range(CONCURRENT)]
@@ -240,7 +240,7 @@ def concurrent_requests(asked: Asked) -> Outcome:
 
 
 def any_worker(asked: Asked) -> Outcome:
-    """One after the other, so that the latency is that of the path alone."""
+    """One after the other, so that the latency does not include queueing."""
     runs = [_timed(lambda: asked.call(asked.payload, "any")) for _ in range(IN_A_ROW)]
     problems = [found for run in runs for found in _problems_of_any(run.answer, asked)]
     served = Counter(part.process_id for run in runs for part in run.answer.parts if part.ok)
@@ -254,7 +254,7 @@ def neighbours(asked: Asked) -> Outcome:
     down = [n for n in m.neighbours if n.state != "up"]
     others = [n for n in m.neighbours if n.state == "up" and not n.same_config]
     problems = [
-        Problem(f"{n.process_id} is {n.state}: {n.reason}", _go_and_see(n.process_id, asked))
+        Problem(f"{n.process_id} is {n.state}: {n.reason}", _check_process(n.process_id, asked))
         for n in down
     ] + [
         Problem(
@@ -277,11 +277,11 @@ TESTS: dict[str, Callable[[Asked], Outcome]] = {
 }
 
 
-# What may be wrong with an answer
+# Checks of an answer
 
 
 def problems_of(answer: library.Answer, asked: Asked, sent: str) -> list[Problem]:
-    """Everything that is wrong with an answer of all workers, missing workers first."""
+    """Everything that is wrong with an answer from all workers, missing workers first."""
     problems = [_missing(part, asked) for part in answer.missing]
     seen = Counter(part.process_id for part in answer.parts)
     odd = [f"{id_} is in the answer {times} times" for id_, times in seen.items() if times > 1]
@@ -335,7 +335,7 @@ def _echo(part: Part, sent: str) -> bytes:
     return f"{part.process_id}: {sent}".encode()
 
 
-# What to do about it
+# Advice
 
 
 def _missing(part: Part, asked: Asked) -> Problem:
@@ -345,10 +345,12 @@ def _missing(part: Part, asked: Asked) -> Problem:
             f"worker {part.process_id} failed: {why}",
             f"see the log of {part.process_id}: logs/process_{part.process_id.lower()}.log",
         )
-    return Problem(f"missing worker {part.process_id}: {why}", _go_and_see(part.process_id, asked))
+    return Problem(
+        f"missing worker {part.process_id}: {why}", _check_process(part.process_id, asked)
+    )
 
 
-def _go_and_see(process_id: str, asked: Asked) -> str:
+def _check_process(process_id: str, asked: Asked) -> str:
     at = {p.id: p.address for p in asked.metrics.topology}.get(process_id, "its address")
     return (
         f"see whether {process_id} runs at {at} (python node.py CONFIG {process_id}) and what its "
@@ -359,15 +361,15 @@ def _go_and_see(process_id: str, asked: Asked) -> str:
 
 def _report(asked: Asked) -> str:
     return (
-        "no healthy overlay answers like this: see that every machine has the same version and "
-        f"configuration file ({asked.check})"
+        "a healthy overlay does not answer like this: check that every machine has the same "
+        f"version and configuration file ({asked.check})"
     )
 
 
 def _of_error(error: library.CallFailed, asked: Asked) -> Problem:
     what = str(error)
     if isinstance(error, library.Refused):
-        advice = f"{asked.id} has too much to do: wait and try again, or look at {asked.check}"
+        advice = f"{asked.id} is overloaded: wait and try again, or look at {asked.check}"
     elif isinstance(error, library.DeadlinePassed):
         advice = f"give a longer --deadline, or see what keeps {asked.id} busy: {asked.check}"
     elif isinstance(error, library.HandlerFailed):
@@ -379,18 +381,16 @@ def _of_error(error: library.CallFailed, asked: Asked) -> Problem:
     return Problem(what, advice)
 
 
-def _where_to_look(error: library.CallFailed, args: argparse.Namespace) -> str:
+def _advice_for_no_answer(error: library.CallFailed, args: argparse.Namespace) -> str:
     if isinstance(error, library.NoSuchHost):
         return f"write its address in numbers in place of {args.host}"
     if isinstance(error, library.NotReached):
         return (
-            f"start the process there (python node.py CONFIG ID), see that its configuration says "
+            "start the process there (python node.py CONFIG ID), check that its configuration says "
             f"host {args.host} and port {args.port}, and that the firewall of that machine lets "
-            f"Python take connections on TCP port {args.port}"
+            f"Python accept connections on TCP port {args.port}"
         )
-    return (
-        f"see which program serves at port {args.port} of {args.host}: it is not an overlay process"
-    )
+    return f"check which program uses port {args.port} of {args.host}: it is not an overlay process"
 
 
 # Running and measuring
@@ -398,7 +398,7 @@ def _where_to_look(error: library.CallFailed, args: argparse.Namespace) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One request: when it began and ended (monotonic seconds), and its outcome."""
+    """One request: its start and end (monotonic seconds), and its outcome."""
 
     started: float
     ended: float
@@ -426,7 +426,7 @@ def _timed(ask: Callable[[], library.Answer]) -> Run:
 
 
 def _at_once(asks: Sequence[Callable[[], library.Answer]], within_s: float) -> list[Run]:
-    """Runs all from threads that start together; a call that does not end counts as failed."""
+    """Runs all at the same time, in threads; a call that does not end counts as failed."""
     runs: dict[int, Run] = {}
     gate = threading.Barrier(len(asks))
 

@@ -1,8 +1,7 @@
 """Loans: typed functions, called with JSON and answering in JSON (mode any).
 
-Each argument is checked and converted from its annotation: an amount is a Decimal and never a
-rounded float, a date is a date. What they return is written as JSON: a dataclass, or one item after
-the other of what is yielded.
+Arguments are validated and converted by their annotations: an amount is a Decimal, never a rounded
+float, and a date is a date. Results are written as JSON: a dataclass, or a generator's items.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ CENT = Decimal("0.01")
 
 @dataclass
 class Loan:
-    """percent: of interest, a year."""
+    """percent: interest per year."""
 
     amount: Decimal
     percent: Decimal
@@ -47,33 +46,33 @@ class Offer:
 
 
 def offer(loan: Loan, first: date, context) -> Offer:
-    """What a loan costs: its monthly rate, all its interest, its last day.
+    """The cost of a loan: its monthly payment, total interest and last due date.
 
-    first: when the first rate is due; the others follow on the same day of each month.
+    first: when the first payment is due; the others follow on the same day of each month.
     """
     made = list(payments(loan, first))
     interest = sum((payment.interest for payment in made), Decimal())
-    return Offer(_rate(loan), interest, made[-1].due, context.process_id)
+    return Offer(_monthly_payment(loan), interest, made[-1].due, context.process_id)
 
 
 def payments(loan: Loan, first: date) -> Iterator[Payment]:
-    """Each payment of a loan, until nothing is left of it."""
+    """Each payment of a loan, until it is repaid."""
     if loan.amount <= 0 or loan.percent < 0:
-        raise BadRequest(f"a loan of {loan.amount} at {loan.percent} % is none")
-    rate, left = _rate(loan), loan.amount
+        raise BadRequest(f"a loan of {loan.amount} at {loan.percent} % is not possible")
+    monthly, left = _monthly_payment(loan), loan.amount
     for month in range(loan.months):
         interest = _rounded(left * loan.percent / 1200)
         is_last = month == loan.months - 1
-        paid = left + interest if is_last else min(rate, left + interest)
+        paid = left + interest if is_last else min(monthly, left + interest)
         left -= paid - interest
         yield Payment(_months_after(first, month), paid, interest, left)
 
 
-def _rate(loan: Loan) -> Decimal:
-    monthly = loan.percent / 1200
-    if not monthly:
+def _monthly_payment(loan: Loan) -> Decimal:
+    rate = loan.percent / 1200
+    if not rate:
         return _rounded(loan.amount / loan.months)
-    return _rounded(loan.amount * monthly / (1 - (1 + monthly) ** -loan.months))
+    return _rounded(loan.amount * rate / (1 - (1 + rate) ** -loan.months))
 
 
 def _rounded(amount: Decimal) -> Decimal:
@@ -81,7 +80,7 @@ def _rounded(amount: Decimal) -> Decimal:
 
 
 def _months_after(first: date, months: int) -> date:
-    """The same day of that month, or the last one that it has."""
+    """The same day of that month, or its last day if it is shorter."""
     year, month = divmod(first.month - 1 + months, 12)
     for day in range(first.day, 0, -1):
         try:

@@ -1,10 +1,10 @@
-"""Thumbnails: each picture goes to the one worker that has the least to do (mode any).
+"""Thumbnails: each picture goes to the least loaded worker (mode any).
 
-The payload is a picture file's bytes, the result a JPEG file's. Needs Pillow. Runs in processes of
-its own (`"run": "process"`), so that a picture that takes too long or crashes the decoder costs
-that one request only.
+The payload is the bytes of a picture file, the result those of a JPEG file. Needs Pillow. Runs in
+its own processes (`"run": "process"`), so that a picture that takes too long or crashes the decoder
+fails only its own request.
 
-Option, of the handler or of one process:
+Option of the handler, or of one process:
 
     size  "WIDTHxHEIGHT", default "160x160": the picture fits into it, undistorted, never enlarged
 """
@@ -25,18 +25,17 @@ except ImportError as e:
 
 from overlay import BadRequest
 
-# Named, because Pillow knows formats that start other programs (EPS) and some that nobody sends.
+# An explicit list, because Pillow supports formats that start other programs (EPS).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
-MAX_PIXELS = 64_000_000  # 192 MB when unpacked; a small file can claim to be far more
+MAX_PIXELS = 64_000_000  # 192 MB when decoded; a small file can claim to have far more
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 def thumbnail(payload: bytes, context: Any) -> bytes:
-    """A JPEG of the picture, upright as its camera meant it; what is transparent becomes white.
+    """A JPEG of the picture, rotated as its camera recorded; transparent areas become white.
 
-    Of an animation the first picture. Nothing else of the file is kept, such as where it was taken.
-    Raises BadRequest for what is no picture, a damaged or an enormous one; ValueError for an option
-    that cannot be right.
+    An animation gives its first frame. No metadata is kept, such as the location. Raises BadRequest
+    for a file that is not a picture, damaged or too large; ValueError for an invalid option.
     """
     box = _box(str(context.options.get("size", "160x160")))
     try:
@@ -45,7 +44,7 @@ def thumbnail(payload: bytes, context: Any) -> bytes:
         raise BadRequest(f"{len(payload)} bytes that are no {' or '.join(FORMATS)} file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise BadRequest(f"the picture is too large: {e}") from None
-    except (OSError, SyntaxError, EOFError) as e:  # Pillow's words for a file that ends too early
+    except (OSError, SyntaxError, EOFError) as e:  # Pillow's errors for a truncated file
         raise BadRequest(f"the picture is damaged: {e}") from None
     file = io.BytesIO()
     small.save(file, "JPEG", quality=85)
@@ -61,20 +60,20 @@ def _box(size: str) -> tuple[int, int]:
 
 def _opened(payload: bytes) -> Image.Image:
     with warnings.catch_warnings():
-        # Pillow warns up to twice MAX_IMAGE_PIXELS and refuses above; here both refuse.
+        # Pillow only warns up to twice MAX_IMAGE_PIXELS; here that is an error too.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(payload), formats=FORMATS)
 
 
 def _fitted(image: Image.Image, box: tuple[int, int]) -> Image.Image:
-    # A JPEG can be unpacked at half, a quarter or an eighth: less work, as good at this size.
+    # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: less work, and enough for a thumbnail.
     image.draft(None, (2 * max(box), 2 * max(box)))
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # Pillow would cut off what is brighter than 255 of 65,535
+    if upright.mode.startswith("I;16"):  # Pillow would clip 16-bit values at 255
         upright = upright.point(lambda value: value * (1 / 256)).convert("L")
     flat = _on_white(upright) if upright.has_transparency_data else upright.convert("RGB")
     flat.thumbnail(box)
-    flat.info.clear()  # or the JPEG would carry the file's comment on
+    flat.info.clear()  # otherwise the JPEG would have the file's comment
     return flat
 
 

@@ -1,18 +1,18 @@
-"""A search that several machines share: each worker looks through its part of a folder.
+"""A search that several machines share: each worker searches its part of a folder.
 
-The payload is what to look for: plain text, or a Python regular expression after "re:". Each line
-that has it comes back as `C: json/decoder.py:12: class JSONDecoder:`, C being the worker's id. What
-a reader must know besides, such as files left out, comes as lines that begin with "# ".
+The payload is the pattern: plain text, or a Python regular expression after "re:". Each matching
+line is returned as `C: json/decoder.py:12: class JSONDecoder:`, where C is the worker's id. Notes,
+such as the names of skipped files, are lines that begin with "# ".
 
-Options, of the handler or of one process:
+Options of the handler, or of one process:
 
-    folder       what to search, a relative one from this file's folder; default: Python's library
+    folder       what to search; relative to this file's folder; default: Python's library
     share        "2/3": the second of three parts, so that three workers with the same folder search
                  each file once; default "1/1", the whole, for a folder that only this machine has
-    suffixes     the files that count as text; default: SUFFIXES
-    skip         names of folders not to look into; default: SKIP
+    suffixes     the suffixes of text files; default: SUFFIXES
+    skip         names of folders to skip; default: SKIP
     most         lines per worker in an answer; default 1000
-    largest_mib  a larger file is left out; default 8
+    largest_mib  larger files are skipped; default 8
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from overlay import BadRequest
 
 SUFFIXES = (".py", ".txt", ".md", ".rst", ".csv", ".log", ".json", ".toml", ".ini", ".cfg", ".html")
 SKIP = ("__pycache__", ".git", ".venv", "node_modules", "site-packages")
-RESERVE_S = 0.3  # kept to send what was found: a part of the answer in time beats none
-SHOWN = 200  # characters of a line; the rest of a longer one is "..."
+RESERVE_S = 0.3  # time kept for the answer: partial results beat none
+SHOWN = 200  # characters of a line; a longer one ends with "..."
 NOTE = "# "
 
-# A file is not the reader's terminal: its escape sequences and the like are shown as "?".
+# Control characters in a file must not reach the reader's terminal: they are shown as "?".
 CONTROL = {n: "?" for n in (*range(32), *range(127, 160), 0x2028, 0x2029) if n != ord("\t")}
 
 Matches = Callable[[str], object]
 
 
 def search(payload: bytes, context: Any) -> bytes:
-    """The lines of this worker's share that have the pattern, in the order of paths and lines.
+    """The matching lines of this worker's share, ordered by path and line number.
 
-    Raises BadRequest for a pattern that cannot be searched for; ValueError or FileNotFoundError for
-    options that cannot be right: then this worker's part has failed.
+    Raises BadRequest for an invalid pattern; ValueError or FileNotFoundError for invalid options,
+    which fail this worker's part.
     """
     me, scope = context.process_id, Scope.of(context.options)
     text, matches = _pattern(payload)
-    found, notes = _look(scope, text, matches, context)
+    found, notes = _find(scope, text, matches, context)
     lines = [f"{me}: {line}" for line in found] + [f"{NOTE}{me}: {note}" for note in notes]
     return "\n".join(lines).encode("utf-8", "replace")
 
 
 def merge(parts: Sequence[Any]) -> bytes:
-    """The workers' lines in the order that one search over the whole would give, then the notes."""
+    """The workers' lines in the order of a single search over everything, then the notes."""
     lines = [line for part in parts for line in part.result.decode().split("\n") if line]
     found = [line for line in lines if not line.startswith(NOTE)]
     notes = [line for line in lines if line.startswith(NOTE)]
@@ -66,7 +66,7 @@ def merge(parts: Sequence[Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Scope:
-    """What one worker searches. share: (2, 3) is the second of three. Sizes are bytes."""
+    """What one worker searches. share: (2, 3) is the second of three. largest: bytes."""
 
     folder: Path
     share: tuple[int, int] = (1, 1)
@@ -91,9 +91,9 @@ class Scope:
         )
 
     def has(self, name: str) -> bool:
-        """Whether this share has the file. Of `2/3` and its like, exactly one says yes."""
+        """Whether this share includes the file; exactly one of the shares does."""
         share, shares = self.share
-        # By the name alone, so that every machine and system comes to the same answer.
+        # By the name alone, so that all machines and systems agree.
         return zlib.crc32(name.encode("utf-8", "surrogatepass")) % shares == share - 1
 
 
@@ -106,10 +106,7 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _pattern(payload: bytes) -> tuple[str, Matches]:
-    """The text that a file must have to be worth a look, and what decides on a line.
-
-    Raises BadRequest, with a sentence for whoever asked.
-    """
+    """A text that every matching file contains, and the test for a line. Raises BadRequest."""
     try:
         pattern = payload.decode().rstrip("\r\n")
     except UnicodeDecodeError:
@@ -126,8 +123,8 @@ def _pattern(payload: bytes) -> tuple[str, Matches]:
         raise BadRequest(f"'{_shown(pattern)}' is not a regular expression: {e}") from None
 
 
-def _look(scope: Scope, text: str, matches: Matches, context: Any) -> tuple[list[str], list[str]]:
-    """The matching lines, at most scope.most of them, and notes on whatever makes them too few."""
+def _find(scope: Scope, text: str, matches: Matches, context: Any) -> tuple[list[str], list[str]]:
+    """The matching lines, at most scope.most of them, and notes on what is not included."""
     lines: list[str] = []
     notes: list[str] = []
     closed: list[str] = []
@@ -161,7 +158,7 @@ def _look(scope: Scope, text: str, matches: Matches, context: Any) -> tuple[list
 
 
 def _files(scope: Scope, closed: list[str]) -> Iterator[tuple[str, Path]]:
-    """Name and path of each file in the share. Folders that cannot be listed go to `closed`."""
+    """Name and path of each file in the share. Adds folders that cannot be listed to `closed`."""
 
     def cannot_list(error: OSError) -> None:
         closed.append(_name(scope.folder, error.filename))
@@ -176,23 +173,23 @@ def _files(scope: Scope, closed: list[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _name(folder: Path, path: str) -> str:
-    """The path as every system writes it: forward slashes, and accents composed (macOS may not)."""
+    """The path in the same form on every system: forward slashes, composed accents (NFC)."""
     relative = Path(os.path.relpath(path, folder)).as_posix()
     return unicodedata.normalize("NFC", relative).translate(CONTROL)
 
 
 def _content(path: Path, largest: int) -> str | None:
-    """The file as text, None when it is too large. Raises OSError when it cannot be read."""
+    """The file as text, None if it is too large. Raises OSError if it cannot be read."""
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
-        raise OSError(f"{path} is not a file")  # such as a pipe, which would never end
+        raise OSError(f"{path} is not a file")  # for example a pipe, which might never end
     if about.st_size > largest:
         return None
     return path.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def _matching(name: str, content: str, matches: Matches) -> Iterator[str]:
-    # Not splitlines(): it also splits at form feeds, and the numbers would not be an editor's.
+    # Not splitlines(): it also splits at form feeds, so line numbers would differ from an editor's.
     for number, line in enumerate(io.StringIO(content), 1):
         line = line.rstrip("\n")
         if matches(line):

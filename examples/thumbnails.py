@@ -1,4 +1,4 @@
-"""Makes a thumbnail of each picture of a folder, on whichever workers are free.
+"""Makes a thumbnail of each picture in a folder, on the least loaded workers.
 
 python examples/thumbnails.py HOST PORT FOLDER OUT
 """

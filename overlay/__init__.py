@@ -1,22 +1,22 @@
 """A request queue for the computers you already own.
 
-Twelve packages; imports go down only, and `lint-imports` checks it (pyproject.toml).
+Twelve packages. Imports only go down in this list; `lint-imports` checks it (pyproject.toml).
 
-    server                     one running process: its start and stop, its figures
-    calls                      requests as they come, one or a stream of them
-    cli                        one file per verb of client.py, named as the verb
-    peers                      the kept links to the processes below
+    server                     one running process: startup, shutdown, metrics
+    calls                      incoming requests, unary or streamed
+    cli                        one file per verb of client.py
+    peers                      connections to the processes below
     monitor                    a view of a whole overlay
-    routing  workers  client   which processes are asked | the user's function runs | the library
-    queueing  transport        what waits, whose turn it is | gRPC and protobuf
+    routing  workers  client   choosing processes | running the user's functions | the library
+    queueing  transport        waiting requests and their order | gRPC and protobuf
     observability              counters, traces, logs
     model                      values and configuration
 
-Which package a line belongs to: name the noun that it is about; if it needs two, it goes to the
-higher one. On top are the entries: node.py serves one process, client.py asks, scripts/ start and
-stop. docs/architecture.md has the picture, a request's way, the threads, and which file to touch.
+A line belongs in the package of the noun that it is about; if it needs two nouns, in the higher
+one. The entry points are on top: node.py serves one process, client.py asks, scripts/ start and
+stop. docs/architecture.md has a diagram, a request's path, the threads, and which file to change.
 
-The way of a request, in every process that it passes:
+The path of a request, in every process that it passes:
 
     node.Forward -> calls.unary -> calls.request_path -> queueing.request_queue
         => routing.dispatcher -> routing.planner
@@ -27,9 +27,9 @@ The way of a request, in every process that it passes:
 
 import os
 
-# As gRPC documents it, and looked at when it is imported. By default its threads begin anew in the
-# child of a fork, where it is not ready for them: with clients in use 94 of 600 children were
-# aborted, and none without (gRPC 1.85, Linux, 2026-11).
+# gRPC documents this setting and reads it when it is imported. By default gRPC restarts its threads
+# in a forked child, where it is not ready for them: with clients in use, 94 of 600 children
+# aborted, and none with this setting (gRPC 1.85, Linux, 2026-11).
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 __version__ = "0.1.0"
@@ -41,7 +41,7 @@ def __getattr__(name: str) -> object:
         from overlay import client
 
         return getattr(client, name)
-    if name == "client":  # as overlay.client.NotReached, without an import of its own
+    if name == "client":  # so that overlay.client.NotReached needs no other import
         import importlib
 
         return importlib.import_module("overlay.client")

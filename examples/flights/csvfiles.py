@@ -1,7 +1,7 @@
-"""CSV files as one table: how each is written is found out once, and anew when it has changed.
+"""CSV files as one table: the format of each file is detected once, and again if it has changed.
 
-Left to itself DuckDB opens every file of a folder whenever it looks at a query, which is several
-times a query. Told the columns, their types and the delimiters it opens them once, to read them.
+By default DuckDB opens every file of a folder whenever it analyses a query, which is several times
+per query. Given the columns, their types and the delimiters, it opens them once, to read them.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 import duckdb
 from sqltree import literal, quoted
 
-# What the look at a file finds out, or what only steers it.
+# Options that the detection of a file's format finds out, or that control it.
 FOUND = {"columns", "names", "types", "dtypes", "column_types", "all_varchar", "normalize_names"}
 FOUND |= {"delim", "sep", "quote", "escape", "new_line", "skip", "comment", "header"}
 FOUND |= {"dateformat", "timestampformat", "auto_type_candidates", "sample_size", "auto_detect"}
 FOUND |= {"files_to_sniff", "union_by_name"}
-# What sets how files go together and says nothing of the one that is looked at.
+# Options about the combination of files, which do not apply to a single one.
 TOGETHER = {"union_by_name", "filename", "hive_partitioning", "hive_types", "hive_types_autocast"}
 TOGETHER |= {"files_to_sniff", "auto_detect", "parallel", "buffer_size", "store_rejects"}
 TOGETHER |= {"rejects_table", "rejects_scan", "rejects_limit"}
 
 MAX_BYTES = 65_536  # of a file's first line
 MAX_MODELS = 1000
-WIDER = (("BIGINT", "DOUBLE"), ("DATE", "TIMESTAMP"))  # what holds every value of those before it
+WIDER = (("BIGINT", "DOUBLE"), ("DATE", "TIMESTAMP"))  # the last type can hold all values
 
 
 @dataclass(frozen=True)
 class File:
-    """As it was when it was looked at. size: bytes."""
+    """A file as it was when its format was detected. size: bytes."""
 
     path: str
     size: int
@@ -46,7 +46,7 @@ class File:
 
 @dataclass(frozen=True)
 class Form:
-    """How a file is written. settings: read_csv's. columns: types by name, in the file's order."""
+    """A file's format. settings: read_csv's. columns: types by name, in the file's order."""
 
     settings: tuple[tuple[str, Any], ...]
     columns: tuple[tuple[str, str], ...]
@@ -57,19 +57,19 @@ class Form:
 
 
 class Forms:
-    """Of one share's files, as far as they are known. Not safe from several threads."""
+    """The known formats of one share's files. Not thread-safe."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        """options: how to read CSV files, of the configuration."""
+        """options: read_csv's parameters from the configuration."""
         self._options = options
         self._known: dict[File, Form] = {}
-        self._models: dict[bytes, Form] = {}  # by the first line of the file that it is of
+        self._models: dict[bytes, Form] = {}  # by the first line of the file
 
     def look(
         self, db: duckdb.DuckDBPyConnection, files: Sequence[File], going_on: Callable[[int], None]
     ) -> None:
-        """Looks at those not looked at yet. going_on: is told before each how many are known, and
-        ends the look by raising; what is known by then stays so.
+        """Detects the unknown formats. going_on: called before each with the number known so far;
+        it may raise to stop, and the known formats are kept.
         """
         self._known = {file: self._known[file] for file in files if file in self._known}
         if not self._known:
@@ -80,12 +80,12 @@ class Forms:
                 self._known[file] = self._looked_at(db, file)
 
     def _looked_at(self, db: duckdb.DuckDBPyConnection, file: File) -> Form:
-        """A quarter of the work for a file that begins as another does, and is written like it."""
+        """Takes a quarter of the time for a file with the header and format of another one."""
         line = _first_line(file.path)
         model = self._models.get(line)
         if (
             model
-            and _form(db, file.path, {**self._options, **_told(model)}).columns == model.columns
+            and _form(db, file.path, {**self._options, **_settings(model)}).columns == model.columns
         ):
             return model
         form = _form(db, file.path, self._options)
@@ -94,7 +94,7 @@ class Forms:
         return form
 
     def reading(self, db: duckdb.DuckDBPyConnection) -> str:
-        """All files as one table: a SELECT. Raises ValueError where some have a header only."""
+        """A SELECT of all files as one table. Raises ValueError if only some have a header."""
         self._give_headers(db)
         types = self._types(db)
         groups: dict[Form, list[str]] = {}
@@ -108,7 +108,7 @@ class Forms:
         )
 
     def _give_headers(self, db: duckdb.DuckDBPyConnection) -> None:
-        """To the files of texts alone, whose first line looks like any other, as others have it."""
+        """Assumes a header in files of text columns, where none is detected, if others have one."""
         headed = {
             name for form in self._known.values() if form.has_header for name, _ in form.columns
         }
@@ -125,7 +125,7 @@ class Forms:
                 self._known[file] = again
 
     def _types(self, db: duckdb.DuckDBPyConnection) -> dict[str, str]:
-        """Of the columns about which files do not agree, the type that holds all their values."""
+        """A type that can hold all values, for each column whose type differs between files."""
         found: dict[str, dict[str, list[File]]] = {}
         for file, form in self._known.items():
             for name, type_ in form.columns:
@@ -134,7 +134,7 @@ class Forms:
         for name, by_type in found.items():
             if len(by_type) == 1:
                 continue
-            # Also a column without a value, of a file without a row, is taken for text.
+            # A column without values, for example in a file without rows, is detected as text.
             texts = by_type.get("VARCHAR", [])
             if not any(self._has_text(db, file, name) for file in texts):
                 by_type.pop("VARCHAR", None)
@@ -152,8 +152,8 @@ class Forms:
         return f"read_csv({literal(paths)}{_arguments(how)})"
 
 
-def _told(form: Form) -> dict[str, Any]:
-    """What need not be found out of a file that is probably written like that one."""
+def _settings(form: Form) -> dict[str, Any]:
+    """The settings to assume for a file that probably has the same format."""
     usual = {"dateformat": "%Y-%m-%d", "timestampformat": "%Y-%m-%d %H:%M:%S"}
     return {**usual, **dict(form.settings)}
 
@@ -180,16 +180,16 @@ def _form(db: duckdb.DuckDBPyConnection, path: str, options: Mapping[str, Any]) 
         "dateformat": row["DateFormat"],
         "timestampformat": row["TimestampFormat"],
     }
-    said = {key: options[key] for key in settings if key in options}
-    # Where no quotes were seen there may be some further on.
+    given = {key: options[key] for key in settings if key in options}
+    # If no quotes were detected, there may be some later in the file.
     usual = {"quote": '"', "escape": '"'} if row["Quote"] in ("(empty)", '"') else {}
-    told = tuple(
+    chosen = tuple(
         (key, "" if value == "(empty)" else value)
-        for key, value in {**settings, **usual, **said}.items()
+        for key, value in {**settings, **usual, **given}.items()
         if value is not None
     )
     columns = tuple((column["name"], column["type"]) for column in row["Columns"])
-    return Form(told, columns)
+    return Form(chosen, columns)
 
 
 def _widest(types: Iterable[str]) -> str:

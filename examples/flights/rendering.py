@@ -1,4 +1,4 @@
-"""An answer as a table to read, or as JSON for programs; both say which shares it has."""
+"""Formats an answer as a text table, or as JSON for programs; both name its shares."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ INTEGERS |= {"UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "UHUGEINT"}
 FLOATS = {"FLOAT", "DOUBLE"}
 INEXACT = "sums and means of DOUBLE differ in their last digits with the order of addition"
 
-# A value is not the reader's terminal: its escape sequences and the like are shown as "?".
+# Control characters in a value must not reach the reader's terminal: they are shown as "?".
 CONTROL = dict.fromkeys((*range(32), *range(127, 160), 0x2028, 0x2029), "?")
 
 
 @dataclass(frozen=True)
 class Answered:
-    """columns: (name, type). rows: of texts, None for NULL. shares, missing: words by worker.
+    """columns: (name, type). rows: text, None for NULL. shares, missing: labels by worker.
 
-    notes: sentences that a reader must know besides.
+    notes: further sentences for the reader.
     """
 
     columns: Sequence[tuple[str, str]]
@@ -51,14 +51,14 @@ def as_table(answered: Answered) -> str:
 
 def as_json(answered: Answered) -> str:
     types = [type_ for _, type_ in answered.columns]
-    told = {
+    content = {
         "columns": [{"name": name, "type": type_} for name, type_ in answered.columns],
         "rows": [list(map(_value, row, types)) for row in answered.rows],
         "shares": answered.shares,
         "missing": answered.missing,
         "notes": list(answered.notes),
     }
-    return json.dumps(told, ensure_ascii=False)
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _footer(answered: Answered) -> list[str]:
@@ -70,8 +70,7 @@ def _footer(answered: Answered) -> list[str]:
 
 
 def _workers(labels: Mapping[str, str]) -> str:
-    told = (f"{label} ({worker})" if label else worker for worker, label in labels.items())
-    return ", ".join(told)
+    return ", ".join(f"{label} ({w})" if label else w for w, label in labels.items())
 
 
 def _shown(value: str) -> str:

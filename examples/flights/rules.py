@@ -1,9 +1,8 @@
-"""What of SQL can be asked of shares: everything else is refused, with the words it is about.
+"""The SQL that shares can answer; everything else is rejected, quoting the part concerned.
 
-Known to be mergeable are the functions that look at one row and nothing else, by DuckDB's own
-catalogue, and the aggregates named here. Where all rows are in one place, because what is there is
-merged already, some more are known to be right. An expression of any other kind is refused, also
-one that a later DuckDB invents.
+Allowed are functions that depend on one row only, according to DuckDB's catalogue, and the
+aggregates listed here. Over merged answers, where all rows are in one place, some more are allowed.
+An expression of any other kind is rejected, even if a later version of DuckDB adds it.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from typing import Any
 
 from sqltree import Tree, arguments, kinds, number, own, read, walk
 
-# The sum of sums is the sum, the least of the least the least.
+# Merged by themselves: the sum of sums is the sum, the minimum of minima is the minimum.
 SAME = {"sum", "min", "max", "bool_and", "bool_or", "bit_and", "bit_or", "bit_xor"}
 COUNTS = {"count", "count_star", "count_if", "countif"}
 MEANS = {"avg", "mean"}
-# Each by what its sum of squares is divided by, beyond the number of values, and if it is a root.
+# What is subtracted from the count in the divisor of the sum of squares; whether it is a root.
 SPREADS = {"var_pop": (0, False), "var_samp": (1, False), "variance": (1, False)}
 SPREADS |= {"stddev_pop": (0, True), "stddev_samp": (1, True), "stddev": (1, True)}
 AGGREGATES = {*SAME, *COUNTS, *MEANS, *SPREADS}
@@ -26,7 +25,7 @@ IN_ONE_PLACE = {"median", "quantile_cont", "quantile_disc", "mad"}
 WINDOWS = {"row_number", "rank", "dense_rank", "percent_rank", "cume_dist", "ntile", "lag", "lead"}
 WINDOWS |= {"first_value", "last_value", "nth_value", *AGGREGATES}
 
-MACROS = {"nullif", "if", "split_part", "days_in_month", "fdiv"}  # made of one row's values alone
+MACROS = {"nullif", "if", "split_part", "days_in_month", "fdiv"}  # depend on one row only
 LOOKS_AT_THE_CLOCK = {"age"}  # with one argument
 
 PLAIN = {"COLUMN_REF", "CONSTANT", "FUNCTION", "COMPARISON", "CONJUNCTION", "OPERATOR", "CAST"}
@@ -40,17 +39,17 @@ REASONS = {
     "PARAMETER": "there are no parameters; write the value",
     "POSITIONAL_REFERENCE": "name the column instead",
 }
-NEAR = {"SUBQUERY", "WINDOW"}  # can be worked out over merged answers only
+NEAR = {"SUBQUERY", "WINDOW"}  # can be computed only over merged answers
 STANDARD = "STANDARD_HANDLING"  # as opposed to GROUP BY ALL
 MODIFIERS = {"DISTINCT_MODIFIER", "ORDER_MODIFIER", "LIMIT_MODIFIER"}
 
 
 class CannotMerge(ValueError):
-    """The query is wrong, or the shares' answers would not make the whole's; says which words."""
+    """The query is wrong, or the shares' answers cannot be merged. Quotes the part concerned."""
 
 
 def aggregate(tree: Tree) -> str:
-    """The aggregate's name, "" for what is none. Of an expression that has passed the rules."""
+    """The name of an aggregate, else "". For an expression that has passed the rules."""
     name = tree["function_name"].lower() if tree["class"] == "FUNCTION" else ""
     return name if name in AGGREGATES else ""
 
@@ -61,7 +60,7 @@ def puts_rows_together(node: Tree) -> bool:
 
 
 def the_query(table: str, sql: str) -> Tree:
-    """The tree of the one query that this must be. Raises CannotMerge."""
+    """The tree of the query. Raises CannotMerge unless it is a single SELECT."""
     found = read(sql)
     if "error_message" in found:
         only = f"only a SELECT over the table {table} is answered"
@@ -74,7 +73,7 @@ def the_query(table: str, sql: str) -> Tree:
 
 
 def check_clauses(node: Tree) -> None:
-    """Of a SELECT over rows that lie in shares. Raises CannotMerge."""
+    """Checks the clauses of a SELECT over the shares' rows. Raises CannotMerge."""
     for refused, why in _clauses(node):
         if refused:
             raise CannotMerge(why)
@@ -104,15 +103,15 @@ def _clauses(node: Tree) -> Iterable[tuple[object, str]]:
 
 
 class Rules:
-    """Looks at each expression of a query."""
+    """Checks each expression of a query."""
 
     def __init__(self, sql: str) -> None:
         self._sql = sql.encode()
 
     def check(self, node: Tree, *, merged: bool = False) -> None:
-        """Raises CannotMerge unless all of it is known to be right, queries within it apart.
+        """Raises CannotMerge unless every expression outside subqueries is allowed.
 
-        merged: it runs over merged answers, where all rows are in one place.
+        merged: the query runs over merged answers, where all rows are in one place.
         """
         orders = [o for modifier in node["modifiers"] for o in modifier.get("orders", [])]
         places = [*node.get("select_list", []), *(order["expression"] for order in orders)]
@@ -122,7 +121,7 @@ class Rules:
             self._check(tree, stars, merged, together)
 
     def check_far(self, tree: Any) -> None:
-        """Of what the shares are to work out. Raises CannotMerge."""
+        """Checks what the shares have to compute. Raises CannotMerge."""
         for each in own(tree):
             if each["class"] in NEAR:
                 raise self.refusal(each, REASONS[each["class"]])
@@ -155,7 +154,7 @@ class Rules:
         elif name in LOOKS_AT_THE_CLOCK or not (
             name in MACROS or ("scalar", "CONSISTENT") in found
         ):
-            # Some of the steady ones have a second form that looks at the time zone; that is set.
+            # Some consistent functions have a form that depends on the time zone, which is fixed.
             raise self.refusal(tree, f"{name} does not depend on the row alone")
 
     def _check_aggregate(self, tree: Tree, name: str, merged: bool) -> None:
@@ -169,7 +168,7 @@ class Rules:
             raise self.refusal(tree, f"{name} takes one value and no ORDER BY here")
 
     def _words(self, tree: Tree) -> str:
-        """Those of the query that it stands for, from the first to the last of its parts."""
+        """The text of the expression in the query."""
         places = [(t["query_location"], t["query_location_length"]) for t in walk(tree)]
         places = [(start, start + length) for start, length in places if length]
         if not places:

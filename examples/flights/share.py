@@ -1,7 +1,7 @@
-"""What one worker has: its files as one table, in a database that reads nothing else.
+"""One worker's share: its files as one table, in a database that can read nothing else.
 
-A query is looked at in a second database, whose table has the same columns and no rows, so that
-files are opened once a query, for their rows.
+Queries are analysed in a second database, whose table has the same columns and no rows, so that a
+query opens the files only once, for their rows.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from csvfiles import File, Forms
 from sqltree import described, literal, quoted, said
 
 READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".gz": "read_csv", ".tsv": "read_csv"}
-MAX_OPEN = 2  # databases: that of the files as they are now, and of those before a change
+MAX_OPEN = 2  # databases: for the current files, and for those before a change
 
 _open: dict[Share, Opened] = {}
-_opening = threading.Lock()  # guards _open, and the forms, which are looked for once
+_opening = threading.Lock()  # guards _open, and the detection of formats, which is done once
 
 
 class TimeIsUp(Exception):
-    """The files could not all be looked at. Says how many were, which the next query need not."""
+    """Not all formats were detected in time. Says how many; the next query goes on from there."""
 
 
 class CannotRead(Exception):
-    """What is wrong with the files, or with how they are to be read."""
+    """The files, or the options for reading them, are wrong."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker answers from, and by which means. csv: how to read CSV files, as JSON."""
+    """A worker's files and settings. csv: parameters of read_csv, as JSON."""
 
     files: tuple[File, ...]
     table: str = "flights"
@@ -49,7 +49,7 @@ class Share:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Share:
-        """Raises ValueError or FileNotFoundError for options that cannot be right."""
+        """Raises ValueError or FileNotFoundError for invalid options."""
         paths = _paths(options.get("files", []))
         suffixes = {Path(path).suffix.lower() for path in paths}
         readers = {READERS.get(suffix, "") for suffix in suffixes}
@@ -70,13 +70,13 @@ class Share:
 
     @property
     def csv_bytes(self) -> int:
-        """That are read for each query."""
+        """The bytes of CSV that each query reads."""
         return sum(file.size for file in self.files) if self.reader == "read_csv" else 0
 
 
 @dataclass(frozen=True)
 class Opened:
-    """rows: the share, where queries run. looks: the same table without rows, to look at them."""
+    """rows: the share, where queries run. looks: the same table without rows, to analyse them."""
 
     rows: duckdb.DuckDBPyConnection
     looks: duckdb.DuckDBPyConnection
@@ -84,10 +84,10 @@ class Opened:
 
 
 def opened(share: Share, left_s: Callable[[], float]) -> Opened:
-    """Databases with nothing but the share, which can read nothing else and change nothing.
+    """The databases of the share, which can read nothing else and change nothing.
 
-    Safe from any thread. Raises TimeIsUp when nothing is left of the time before all is looked at,
-    and CannotRead.
+    Safe from any thread. Raises TimeIsUp if the time is up before all formats are detected, and
+    CannotRead.
     """
     if not _opening.acquire(timeout=max(0.0, left_s())):
         raise TimeIsUp("the files are being looked at for another query")
@@ -118,7 +118,7 @@ def _opened(share: Share, left_s: Callable[[], float]) -> Opened:
 
 
 def with_table(share: Share, left_s: Callable[[], float]) -> duckdb.DuckDBPyConnection:
-    """A database with the share as its table, which is not locked yet. Raises TimeIsUp."""
+    """A database with the share as its table, not locked yet. Raises TimeIsUp."""
 
     def going_on(known: int) -> None:
         if left_s() <= 0:
@@ -155,7 +155,7 @@ def _paths(patterns: Sequence[str]) -> list[str]:
 
 
 def database(threads: int, memory_mib: int) -> duckdb.DuckDBPyConnection:
-    """An empty one in memory, which loads and fetches nothing because a query names it."""
+    """An empty database in memory; queries cannot make it load or download extensions."""
     db = duckdb.connect(
         config={
             "threads": str(threads),
@@ -164,7 +164,7 @@ def database(threads: int, memory_mib: int) -> duckdb.DuckDBPyConnection:
             "autoload_known_extensions": "false",
         }
     )
-    db.execute("SET TimeZone = 'UTC'")  # or each machine would read and write times in its own
+    db.execute("SET TimeZone = 'UTC'")  # otherwise each machine would use its own
     return db
 
 
@@ -175,14 +175,14 @@ def lock(db: duckdb.DuckDBPyConnection) -> None:
 
 @contextmanager
 def interrupted(db: duckdb.DuckDBPyConnection, after_s: float) -> Iterator[None]:
-    """What still runs in the database then raises duckdb.InterruptException."""
+    """After that time, running queries raise duckdb.InterruptException."""
     ended = threading.Event()
 
     def alarm() -> None:
         wait_s = max(0.0, after_s)
         while not ended.wait(wait_s):
             db.interrupt()
-            wait_s = 0.05  # again, for what begins only now
+            wait_s = 0.05  # again, for queries that start later
 
     thread = threading.Thread(target=alarm, name="alarm", daemon=True)
     thread.start()
@@ -190,4 +190,4 @@ def interrupted(db: duckdb.DuckDBPyConnection, after_s: float) -> Iterator[None]
         yield
     finally:
         ended.set()
-        thread.join()  # or it could touch what is closed
+        thread.join()  # otherwise it could use a closed database

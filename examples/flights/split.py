@@ -1,22 +1,22 @@
-"""A query over a table that lies in shares, as several: for each share, and over their answers.
+"""Splits a query over a table in shares: partial queries for the shares, a final one over theirs.
 
     whole    SELECT carrier, avg(arr_delay) FROM flights GROUP BY carrier ORDER BY 2
     partial  SELECT carrier, sum(arr_delay), count(arr_delay) FROM flights GROUP BY 1
     final    SELECT "@k0" AS carrier, sum("@a0") / sum("@a1") … FROM partial0 GROUP BY 1 ORDER BY 2
 
-What is counted DISTINCT becomes one more group of the partial query: the shares send the values
-themselves, and any number of such counts stays exact beside any other aggregate.
+The argument of a DISTINCT aggregate becomes an additional group of the partial query: the shares
+send the values themselves, so any number of such aggregates stays exact beside any others.
 
-Of a query with queries in it each one over the table's rows is split so, and the final query is the
-whole with those in the place of what they stand for:
+If a query has subqueries, each one over the table's rows is split in this way, and the final query
+is the whole query with each of them replaced by its final query:
 
     whole    WITH m AS (SELECT month, count(*) AS n FROM flights GROUP BY 1) SELECT max(n) FROM m
     partial  SELECT month, count(*) FROM flights GROUP BY 1
     final    SELECT max(n) FROM (SELECT "@k0" AS month, sum("@a0") AS n FROM partial0 …) AS m
 
-Columns of the partial answer: @k groups, @d values of DISTINCT aggregates, @a parts of the other
-aggregates; of a query without aggregates @c its columns, @o what else it is ordered by. Added where
-they are merged: @m the mean of all rows of a group.
+Columns of the partial answer: @k groups, @d values of DISTINCT aggregates, @a parts of other
+aggregates; for a query without aggregates @c its columns, @o further columns that it is ordered by.
+Added when they are merged: @m the mean of all rows of a group.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ from sqltree import (
     write,
 )
 
-# Those whose text says all of them, and becomes the same value again.
+# Types whose values survive a conversion to text and back.
 TRAVEL = {"BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE"}
 TRAVEL |= {"UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "UHUGEINT", "DECIMAL", "VARCHAR"}
 TRAVEL |= {"BLOB", "UUID", "DATE", "TIME", "INTERVAL", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"}
 TRAVEL |= {"TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS"}
 FLOATS = {"FLOAT", "DOUBLE"}
-ORDERLESS = {"count", "min", "max"}  # of DOUBLEs too the same in any order
+ORDERLESS = {"count", "min", "max"}  # exact in any order, even for DOUBLE
 
 
 @dataclass(frozen=True)
 class Partial:
-    """What a share is asked: SQL, and the columns of its answer, (name, type)."""
+    """The query for each share. columns: (name, type) of its answer."""
 
     sql: str
     columns: Sequence[tuple[str, str]]
@@ -78,8 +78,8 @@ class Partial:
 class Split:
     """final: SQL over the tables partial0, partial1, …, one for each of `partials`.
 
-    output: the names of the answer's columns. inexact: DOUBLEs are added up, and the last digits of
-    their sum depend on their order.
+    output: the names of the answer's columns. inexact: DOUBLEs are added, and the last digits of
+    the sum depend on the order.
     """
 
     partials: Sequence[Partial]
@@ -89,10 +89,7 @@ class Split:
 
 
 def split(db: duckdb.DuckDBPyConnection, table: str, sql: str) -> Split:
-    """The query in parts. db has the table; none of its rows is read.
-
-    Raises CannotMerge.
-    """
+    """Splits the query. db has the table, whose rows are not read. Raises CannotMerge."""
     node = with_in_place(the_query(table, sql))
     parts = _Parts(db, table, sql)
     try:
@@ -106,7 +103,7 @@ def split(db: duckdb.DuckDBPyConnection, table: str, sql: str) -> Split:
 
 
 class _Parts:
-    """Goes through a query, and gathers what the shares are to be asked."""
+    """Walks through a query and collects the partial queries."""
 
     def __init__(self, db: duckdb.DuckDBPyConnection, table: str, sql: str) -> None:
         self.partials: list[Partial] = []
@@ -115,10 +112,10 @@ class _Parts:
         self._table = table
         self._sql = sql
         self._rules = Rules(sql)
-        self._finals: dict[str, Tree] = {}  # by likeness of what they answer
+        self._finals: dict[str, Tree] = {}  # by likeness of the query
 
     def answered(self, node: Tree) -> Tree:
-        """The query over the shares' answers."""
+        """The final query, over the shares' answers."""
         if node["type"] == "SET_OPERATION_NODE":
             self._rules.check({"modifiers": node["modifiers"]}, merged=True)
             return {**node, "children": list(map(self.answered, node["children"]))}
@@ -134,7 +131,7 @@ class _Parts:
         return {**self._with_answers({**node, "from_table": None}), "from_table": source}
 
     def answer(self, tree: Tree) -> Tree:
-        """The same expression, which is a query, over the shares' answers."""
+        """A subquery expression, over the shares' answers."""
         query = tree["subquery"]
         return {**tree, "subquery": {**query, "node": self.answered(query["node"])}}
 
@@ -152,9 +149,7 @@ class _Parts:
         if source["type"] == "SUBQUERY":
             query = source["subquery"]
             return {**source, "subquery": {**query, "node": self.answered(query["node"])}}
-        if (
-            source["type"] == "EMPTY"
-        ):  # as in SELECT (SELECT max(n) FROM t) - (SELECT min(n) FROM t)
+        if source["type"] == "EMPTY":  # SELECT (SELECT max(n) FROM t) - (SELECT min(n) FROM t)
             return source
         if source["type"] == "JOIN":
             for side in ("left", "right"):
@@ -169,7 +164,7 @@ class _Parts:
         raise CannotMerge(f"the one table to select from is {self._table}")
 
     def _asked(self, node: Tree) -> Tree:
-        """Has the shares asked for a query over rows; gives what to make of their answers."""
+        """Adds the partial query of a query over rows; returns its final query."""
         for each in (node, *rows_within(node["from_table"])):
             check_clauses(each)
             self._rules.check(each)
@@ -192,7 +187,7 @@ class _Parts:
         try:
             return [name for name, _ in described(self._db, write(node))]
         except duckdb.Error:
-            described(self._db, self._sql)  # or the whole is wrong, for what is said then
+            described(self._db, self._sql)  # raises if the whole query is wrong
             raise CannotMerge(
                 "a query within the query may not use what is outside of it, which the shares "
                 "would have to know"
@@ -216,9 +211,9 @@ class _Parts:
 
 
 class _Halves(NamedTuple):
-    """Both queries as trees. columns: of the partial answer. sums: those that are added up.
+    """Both queries as trees. columns: of the partial answer. sums: those of them that are added.
 
-    spread: there is a variance. added: to the partial answers, SQL by name.
+    spread: there is a variance. added: columns to add to the partial answers, as SQL by name.
     """
 
     columns: Sequence[str]
@@ -232,7 +227,7 @@ class _Halves(NamedTuple):
 class _Query:
     """A SELECT that has passed the rules. output: the names of its answer's columns.
 
-    answer: gives the same expression with the queries in it over the shares' answers.
+    answer: converts a subquery expression to one over the shares' answers.
     """
 
     def __init__(
@@ -250,10 +245,10 @@ class _Query:
         self.answer = answer
 
     def place(self, tree: Tree) -> int | None:
-        """Which column of the answer, from 0, ORDER BY means by this: by its number or its name.
+        """The column of the answer, from 0, that ORDER BY refers to by number or name.
 
-        None for what is not selected. Raises CannotMerge for that in a SELECT DISTINCT, where it
-        would be the value of any of the rows that are put together.
+        None if it is not selected. In that case, raises CannotMerge for a SELECT DISTINCT, where it
+        would be the value of any one of the merged rows.
         """
         if (n := number(tree)) is not None:
             return n - 1
@@ -261,7 +256,7 @@ class _Query:
         if name is None and column and not self.names.hides_a_column(column):
             name = column  # as in ORDER BY flights.month
         if name is not None:
-            places = [i for i, said in enumerate(self.output) if said.lower() == name.lower()]
+            places = [i for i, label in enumerate(self.output) if label.lower() == name.lower()]
             if len(places) > 1:
                 raise self.rules.refusal(tree, "more than one column of the answer is called so")
             if places:
@@ -272,7 +267,7 @@ class _Query:
 
 
 class _Grouped(_Query):
-    """A query with aggregates, or with groups."""
+    """A query with aggregates or groups."""
 
     def halves(self) -> _Halves:
         node = self.node
@@ -334,9 +329,9 @@ class _Grouped(_Query):
 
 
 class _Merging:
-    """Replaces what the shares work out by what to make of their answers.
+    """Replaces what the shares compute by expressions over their answers.
 
-    partial: the columns that the shares are to send. finer: how many of them are their groups.
+    partial: the columns that the shares send. finer: how many of them are groups.
     """
 
     def __init__(self, query: _Query, keys: Sequence[Tree]) -> None:
@@ -374,7 +369,7 @@ class _Merging:
 
     def _of_values(self, name: str, tree: Tree) -> Tree:
         (value,) = arguments(tree)
-        if tree["filter"]:  # what does not pass is NULL, which no such aggregate counts
+        if tree["filter"]:  # other values become NULL, which these aggregates ignore
             value = _filled(expression("CASE WHEN w THEN v END"), w=tree["filter"], v=value)
         sent = self._sent("@d", self._groups, value)
         if name not in ORDERLESS:
@@ -400,7 +395,7 @@ class _Merging:
         return expression(f'{name}("{part}")')
 
     def _spread(self, name: str, tree: Tree) -> Tree:
-        """Of the shares' numbers of values, means and variances, as Chan, Golub and LeVeque do."""
+        """Merges the shares' counts, means and variances, by Chan, Golub and LeVeque."""
         count, mean, spread = (self._part(f, tree) for f in ("count", "favg", "var_pop"))
         whole = mean.replace("@a", "@m")
         keys = ", ".join(quoted(f"@k{i}") for i in range(len(self._keys)))
@@ -426,7 +421,7 @@ class _Merging:
         return name
 
     def _sent(self, prefix: str, columns: dict[str, Tree], tree: Tree) -> str:
-        """The partial answer's column for the expression; the same one for the same."""
+        """The partial answer's column for the expression; equal expressions share one."""
         like = likeness(tree)
         for name, column in columns.items():
             if name.startswith(prefix) and likeness(column) == like:
@@ -437,7 +432,7 @@ class _Merging:
 
 
 class _Listed(_Query):
-    """A query that gives rows as they are, or the different ones of them."""
+    """A query that returns rows as they are, or the distinct ones."""
 
     def halves(self) -> _Halves:
         node = self.node
@@ -468,7 +463,7 @@ class _Listed(_Query):
         return _Halves(columns, partial, final)
 
     def _orders(self) -> tuple[list[Tree], list[tuple[Tree, int]]]:
-        """What else the shares are to send, and by which of the columns to order, from 0."""
+        """The further columns that the shares send, and the columns, from 0, to order by."""
         more: list[Tree] = []
         orders: list[tuple[Tree, int]] = []
         for order in (o for modifier in self.node["modifiers"] for o in modifier.get("orders", [])):
@@ -488,7 +483,7 @@ class _Listed(_Query):
         return _position(n) if n < several else _column(f"@o{n - several}")
 
     def _reaching(self, modifier: Tree) -> Tree:
-        """The limit by which a share alone could fill the answer, what is skipped included."""
+        """The limit for a share, which might fill the answer alone: LIMIT plus OFFSET."""
         if modifier["limit"] is None:
             return {**modifier, "offset": None}
         reach = (number(modifier["limit"]) or 0) + (number(modifier["offset"]) or 0)
@@ -500,14 +495,14 @@ def _over_partial(node: Tree) -> Tree:
 
 
 def _partial(number: int, added: Mapping[str, str]) -> Tree:
-    """The partial answers, as they stand after FROM."""
+    """The partial answers, as a FROM clause."""
     more = "".join(f", {sql} AS {quoted(name)}" for name, sql in added.items())
     source = f"(SELECT *{more} FROM partial{number})" if more else f"partial{number}"
     return read(f"FROM {source}")["statements"][0]["node"]["from_table"]  # type: ignore[no-any-return]
 
 
 def _all_of(source: Tree) -> Tree:
-    """A query for all that stands after FROM."""
+    """A query for all rows of the FROM clause."""
     return {**read("FROM partial")["statements"][0]["node"], "from_table": source}
 
 
@@ -520,7 +515,7 @@ def _column(name: str, alias: str = "") -> Tree:
 
 
 def _position(n: int) -> Tree:
-    """The nth column of an answer, from 0, as ORDER BY and GROUP BY name it."""
+    """The nth column of an answer, from 0, as ORDER BY and GROUP BY refer to it."""
     return expression(str(n + 1))
 
 

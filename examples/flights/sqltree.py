@@ -1,8 +1,8 @@
-"""A query as DuckDB's own tree: read, walked, changed, and written again as SQL.
+"""A query as DuckDB's syntax tree: parsed, walked, transformed, and written as SQL again.
 
-DuckDB parses (json_serialize_sql) and writes (json_deserialize_sql), so that nothing is read
-differently from how it runs. A tree is made of dicts and lists; a dict with a "class" is an
-expression. Nothing here changes a tree; `changed` gives a new one.
+DuckDB itself parses (json_serialize_sql) and writes (json_deserialize_sql), so that a query is
+never understood differently from how it runs. A tree consists of dicts and lists; a dict with a
+"class" is an expression. Trees are never modified; `changed` returns a new one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import duckdb
 
 Tree = dict[str, Any]
-WITHIN = ("from_table", "cte_map", "subquery")  # where a query has others
+WITHIN = ("from_table", "cte_map", "subquery")  # the keys of subqueries
 
 
 def walk(tree: Any) -> Iterator[Tree]:
-    """Every expression in the tree, the outer ones first."""
+    """Every expression in the tree, from the outside in."""
     if isinstance(tree, dict):
         if "class" in tree:
             yield tree
@@ -30,7 +30,7 @@ def walk(tree: Any) -> Iterator[Tree]:
 
 
 def own(tree: Any) -> Iterator[Tree]:
-    """Every expression of a query but those of the queries within it, the outer ones first."""
+    """Every expression of a query outside its subqueries, from the outside in."""
     if isinstance(tree, dict):
         if "class" in tree:
             yield tree
@@ -41,7 +41,7 @@ def own(tree: Any) -> Iterator[Tree]:
 
 
 def changed(tree: Any, change: Callable[[Tree], Tree | None]) -> Any:
-    """The tree with each expression replaced for which `change` gives another, the outer first."""
+    """The tree with expressions replaced by what `change` returns, if not None; outermost first."""
     if isinstance(tree, list):
         return [changed(branch, change) for branch in tree]
     if not isinstance(tree, dict):
@@ -52,7 +52,7 @@ def changed(tree: Any, change: Callable[[Tree], Tree | None]) -> Any:
 
 
 def likeness(tree: Tree) -> str:
-    """Equal for expressions that mean the same, wherever they stand and by any alias."""
+    """A key that is equal for equal expressions, whatever their place and alias."""
     return json.dumps(_bare({**tree, "alias": ""}), sort_keys=True)
 
 
@@ -61,7 +61,7 @@ def arguments(function: Tree) -> list[Tree]:
 
 
 def number(tree: Tree | None) -> int | None:
-    """The whole number that stands there, if one does."""
+    """The value of an integer literal, else None."""
     if tree is None or tree["class"] != "CONSTANT":
         return None
     literal = tree.get("literal") or {}
@@ -69,7 +69,7 @@ def number(tree: Tree | None) -> int | None:
 
 
 def column_name(tree: Tree) -> str | None:
-    """Of a name that stands alone, without table or field."""
+    """The name, if the expression is a bare column name, without table or field."""
     is_one = tree["class"] == "COLUMN_REF" and len(tree["column_names"]) == 1
     return tree["column_names"][0] if is_one else None
 
@@ -111,12 +111,12 @@ def kinds(function: str) -> set[tuple[str, str]]:
 
 
 def described(db: duckdb.DuckDBPyConnection, sql: str) -> list[tuple[str, str]]:
-    """(name, type) of each column of the answer. Raises duckdb.Error if it cannot be asked."""
+    """(name, type) of each column of the answer. Raises duckdb.Error for an invalid query."""
     return [(name, type_) for name, type_, *_ in db.execute(f"DESCRIBE {sql}").fetchall()]
 
 
 def said(error: Exception) -> str:
-    """What DuckDB found wrong, in a line, without its picture of the place and its proposals."""
+    """DuckDB's error message in one line, without the marked query and the suggestions."""
     return " ".join(str(error).split("\n\n")[0].split("Candidate functions:")[0].split())
 
 

@@ -1,9 +1,9 @@
-"""Makes one Parquet file of the CSV files that a worker has, for queries in a fraction of the time.
+"""Converts a worker's CSV files to one Parquet file, which makes queries much faster.
 
 python examples/flights/to_parquet.py CONFIG WORKER [FILE]      default: data/WORKER.parquet
 
-On the worker's machine. Rows, names and types are those that queries see now. Prints what to put
-into the configuration then. Exit codes: 0 made, 2 it could not be.
+Run it on the worker's machine. Rows, names and types stay the same for queries. Prints the change
+to make in the configuration. Exit codes: 0 done, 2 failed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def main(arguments: list[str]) -> int:
     if share.reader != "read_csv":
         raise ValueError(f"what {worker} has is Parquet already")
     rows = made(share, file)
-    told = json.dumps({"files": [file.as_posix()]}, ensure_ascii=False)
+    files = json.dumps({"files": [file.as_posix()]}, ensure_ascii=False)
     print(f"{rows:,} rows of {len(share.files):,} CSV files are in {file}")
-    print(f"now put {told} into the options of {worker}, in place of its files, and restart it")
+    print(f"now put {files} into the options of {worker}, in place of its files, and restart it")
     return 0
 
 
 def made(share: Share, file: Path) -> int:
-    """Writes the file, whole or not at all; gives the number of its rows."""
+    """Writes the file atomically; returns the number of its rows."""
     file.parent.mkdir(parents=True, exist_ok=True)
     making = file.with_name(f".making-{file.name}")
     try:
@@ -56,7 +56,7 @@ def made(share: Share, file: Path) -> int:
 
 
 def _options(config: str, worker: str) -> dict[str, Any]:
-    """As its handler is given them. Raises ConfigError."""
+    """The options that the worker's handler gets. Raises ConfigError."""
     topology = configuration.load(config)
     process = topology.processes.get(worker)
     if process is None:

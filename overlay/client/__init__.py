@@ -1,4 +1,4 @@
-"""The client library. What programs use of it is here, imported when it is first asked for."""
+"""The client library. Its public names are here, each imported on first use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ERRORS = (
 
 
 def __getattr__(name: str) -> object:
-    # Lazily, as in the package above: an import of one file loads no gRPC beside it.
+    # Lazily, so that importing one module of this package does not load gRPC.
     if name in _ERRORS:
         from overlay.model import errors
 

@@ -5,8 +5,8 @@
         async for thumbnail in client.map("pictures", photos):
             ...
 
-The same verbs, errors and promises as overlay.client. A client belongs to the event loop that uses
-it first; nothing here blocks that loop.
+It has the same methods, errors and guarantees as Client. A client belongs to the first event loop
+that uses it, and never blocks that loop.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from overlay.model.segments import Detail, Part
 from overlay.transport.channels import split
 from overlay.transport.codec import pb2
 
-LOOK_S = 0.25  # how often a map looks whether the process is there
+CHECK_S = 0.25  # how often a map checks that the process is there
 Payloads = Iterable[bytes | str] | AsyncIterable[bytes | str]
 Args = Mapping[str, Any]
 ManyArgs = Iterable[Args] | AsyncIterable[Args]
 
 
 def connect_async(address: str, *, patience_s: float = PATIENCE_S) -> AsyncClient:
-    """A client for the process at `host:port`, as `connect` makes one."""
+    """A client for the process at `host:port`; the arguments are those of `connect`."""
     address, patience_s = arguments.as_address(address), arguments.as_patience(patience_s)
     split(address)
     return AsyncClient(address, patience_s)
 
 
 class AsyncClient:
-    """The verbs of one kept connection, for the tasks of one event loop."""
+    """One persistent connection, for the tasks of one event loop."""
 
     def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
         self.address = address
@@ -54,7 +54,7 @@ class AsyncClient:
 
     @property
     def shown(self) -> str:
-        """As Client.shown."""
+        """See Client.shown."""
         return self._connection.shown
 
     async def call(
@@ -69,7 +69,7 @@ class AsyncClient:
         want_parts: bool = False,
         priority: int = 0,
     ) -> Answer:
-        """As Client.call. Cancelling the task that waits ends the work."""
+        """See Client.call. Cancelling the waiting task cancels the request."""
         options = arguments.call_options(
             payload, args, mode, team, handler, timeout, want_parts, priority
         )
@@ -87,10 +87,7 @@ class AsyncClient:
         timeout: float | None = None,
         priority: int = 0,
     ) -> asyncio.Future[Any]:
-        """A Future of the result, as Client.submit gives one, whose cancel() ends the work.
-
-        From a task or a callback.
-        """
+        """See Client.submit. Call it from a task or a callback of the loop."""
         options = arguments.submit_options(handler, payload, args, mode, team, timeout, priority)
         read = self._read_value if options.has_values else self._connection.read_result
         return self._bridge.ask(options, read)
@@ -109,7 +106,7 @@ class AsyncClient:
         priority: int = 0,
         patience_s: float | None = None,
     ) -> AsyncIterator[Any]:
-        """As Client.map; the payloads, or args, may come from an async iterable too."""
+        """See Client.map; the payloads, or args, may be an async iterable too."""
         how = mode, team, timeout, window, chunksize, True, priority, patience_s
         return self._map(arguments.map_options(handler, payloads, args, *how), numbered=False)
 
@@ -128,7 +125,7 @@ class AsyncClient:
         priority: int = 0,
         patience_s: float | None = None,
     ) -> AsyncIterator[tuple[int, Any]]:
-        """As Client.map_as_completed."""
+        """See Client.map_as_completed."""
         how = mode, team, timeout, window, chunksize, ordered, priority, patience_s
         return self._map(arguments.map_options(handler, payloads, args, *how), numbered=True)
 
@@ -143,7 +140,7 @@ class AsyncClient:
         first: int | None = None,
         priority: int = 0,
     ) -> AsyncIterator[Part]:
-        """As Client.parts."""
+        """See Client.parts."""
         options = arguments.parts_options(payload, args, team, handler, timeout, priority)
         parts = Parts(arguments.as_first(first), in_items=options.has_values)
         return self._parts(options, parts)
@@ -156,20 +153,20 @@ class AsyncClient:
         requests: int = 0,
         functions: bool = False,
     ) -> pb2.MetricsResponse:
-        """As Client.metrics."""
+        """See Client.metrics."""
         request = arguments.metrics_request(events, requests, functions)
         return await on_a_thread(self._connection.metrics, request, arguments.as_timeout(timeout))
 
     async def is_serving(self, *, timeout: float | None = None) -> bool:
-        """As Client.is_serving."""
+        """See Client.is_serving."""
         return await on_a_thread(self._connection.is_serving, arguments.as_timeout(timeout))
 
     async def close(self) -> None:
-        """Ends the connection; what has no answer yet fails with CallCancelled."""
+        """Closes the connection; open requests fail with CallCancelled."""
         await self._bridge.close()
 
     def __reduce__(self) -> tuple[type[AsyncClient], tuple[str, float]]:
-        return type(self), (self.address, self._patience_s)  # which connects where it arrives
+        return type(self), (self.address, self._patience_s)  # connects anew where it is unpickled
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -183,29 +180,31 @@ class AsyncClient:
         await self.close()
 
     async def _parts(self, options: CallOptions, parts: Parts) -> AsyncIterator[Part]:
-        box: asyncio.Queue[tuple[bool, Any, int, int]] = asyncio.Queue()
+        inbox: asyncio.Queue[tuple[bool, Any, int, int]] = asyncio.Queue()
 
-        def put(is_last: bool, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
-            box.put_nowait((is_last, came, at, request_id))
+        def put(
+            is_last: bool, rows: Sequence[int], delivered: Any, at: int, request_id: int
+        ) -> None:
+            inbox.put_nowait((is_last, delivered, at, request_id))
 
         submission = self._bridge.send(
             options.kind,
             [options.body],
             options.timeout_s,
             partial(put, True),
-            lambda error: box.put_nowait((True, error, 0, 0)),
+            lambda error: inbox.put_nowait((True, error, 0, 0)),
             partial(put, False),
         )
         is_last = False
         try:
             while not (is_last or parts.is_over):
-                is_last, came, at, request_id = await box.get()
-                for part in parts.last(came, at) if is_last else parts.early(came, at):
+                is_last, delivered, at, request_id = await inbox.get()
+                for part in parts.last(delivered, at) if is_last else parts.early(delivered, at):
                     yield part
-            if is_last and isinstance(came, Detail):
-                raise self._connection.failed(came, options.timeout_s, request_id)
-            if isinstance(came, Exception):
-                raise came
+            if is_last and isinstance(delivered, Detail):
+                raise self._connection.error_for(delivered, options.timeout_s, request_id)
+            if isinstance(delivered, Exception):
+                raise delivered
         finally:
             if not is_last:
                 self._connection.cancel(submission)
@@ -214,42 +213,40 @@ class AsyncClient:
         self._connection.check_open()
         return _Map(self._bridge, options).results(numbered)
 
-    def _read_value(self, came: Any, at: int, request_id: int, timeout_s: float) -> Any:
-        return read_value(self._connection.read_result(came, at, request_id, timeout_s))
+    def _read_value(self, delivered: Any, at: int, request_id: int, timeout_s: float) -> Any:
+        return read_value(self._connection.read_result(delivered, at, request_id, timeout_s))
 
 
 class _Map:
-    """Drives one map: a task feeds it while its results are taken, another one looks whether the
-    process is there."""
+    """Drives one map: one task feeds it while results are taken, another checks the connection."""
 
     def __init__(self, bridge: LoopBridge, options: MapOptions) -> None:
         self._bridge = bridge
         self._payloads = options.bodies
         self._run = MapRun(bridge.connection, options, bridge.hand_over(self._read))
-        self._rows: list[bytes] = []  # to be sent at the end of this turn of the loop
-        self._size = 0
-        self._holds_rows = False
-        self._changed = asyncio.Event()  # there may be results, or an end
-        self._has_room = asyncio.Event()  # more may be sent, or nothing any more
+        self._unsent: list[bytes] = []  # the next chunk; the map is not done while it has rows
+        self._size = 0  # of `_unsent`, in bytes
+        self._changed = asyncio.Event()  # there may be results, or the map is over
+        self._has_room = asyncio.Event()  # more may be sent, or the map is over
 
     async def results(self, numbered: bool) -> AsyncIterator[Any]:
-        """numbered: pairs of index and result, else the results, where a failure is raised."""
+        """numbered: gives (index, result) pairs, failures included; else failures are raised."""
         run = self._run
         window = run.window
         feeder = self._bridge.loop.create_task(self._feed())
         feeder.add_done_callback(lambda _: self._changed.set())
-        looks = self._bridge.loop.create_task(self._look())
+        checker = self._bridge.loop.create_task(self._check_connection())
         try:
             while True:
                 self._changed.clear()
                 if feeder.done():
-                    feeder.result()  # raises what the payloads raised
+                    feeder.result()  # raises an error of the payloads
                 while (ready := run.take()) is not None:
                     first, results = ready
                     last = first + window.taking - 1
                     for index, result in enumerate(results, first):
-                        if index == last:  # before it is given: more is sent while it is used
-                            window.gave()
+                        if index == last:  # before the yield, so that more is sent meanwhile
+                            window.release()
                             self._has_room.set()
                         if numbered:
                             yield index, result
@@ -257,15 +254,15 @@ class _Map:
                             raise result
                         else:
                             yield result
-                if run.is_done and not (self._rows or self._holds_rows):
+                if run.is_done and not self._unsent:
                     break
                 await self._changed.wait()
-            run.check()
+            run.raise_if_ended_early()
         finally:
-            looks.cancel()
+            checker.cancel()
             feeder.cancel()
             run.close()
-            await asyncio.wait([feeder, looks])
+            await asyncio.wait([feeder, checker])
 
     async def _feed(self) -> None:
         window = self._run.window
@@ -275,32 +272,29 @@ class _Map:
                     return
             window.is_fed = True
         while await self._room_for(window.chunk):
-            rows, size = window.gather(self._payloads)
-            if rows:
-                self._holds_rows = True  # a map whose last rows wait for the connection is not done
-                begins = await self._begins()
-                self._holds_rows = False
-                if not begins:
-                    return
-            self._run.send(rows, size)
-            # Results are given between two chunks.
+            self._unsent, self._size = window.gather(self._payloads)
+            if self._unsent and not await self._begins():
+                self._unsent = []
+                return
+            self._flush()
+            # Lets results be taken between two chunks.
             await (self._bridge.pause(PAUSE_S) if window.pauses else asyncio.sleep(0))
 
     async def _add(self, payload: bytes) -> bool:
-        """Whether more may come."""
-        if not (await self._room_for(len(self._rows) + 1) and await self._begins()):
+        """Returns False when no more payloads are wanted."""
+        if not (await self._room_for(len(self._unsent) + 1) and await self._begins()):
             return False
-        if not self._rows:
+        if not self._unsent:
             self._bridge.loop.call_soon(self._flush)
-        self._rows.append(payload)
+        self._unsent.append(payload)
         self._size += len(payload)
-        if self._run.window.is_full(len(self._rows), self._size):
+        if self._run.window.is_full(len(self._unsent), self._size):
             self._flush()
             await asyncio.sleep(0)
         return True
 
     async def _room_for(self, rows: int) -> bool:
-        """Waits until so many may be sent; False when nothing more is."""
+        """Waits until that many more may be sent; False when the map is over."""
         while not self._run.may_send(rows):
             if self._run.is_over:
                 return False
@@ -310,37 +304,35 @@ class _Map:
         return True
 
     async def _begins(self) -> bool:
-        """Waits for the connection before the first chunk; False when it cannot be had."""
+        """Waits for the connection before the first chunk; False when it fails."""
         if not self._run.has_begun:
             try:
                 await self._bridge.wait_ready(self._run.timeout_s)
-            except (CallFailed, RuntimeError) as e:  # the latter when no thread can be had
+            except (CallFailed, RuntimeError) as e:  # RuntimeError: no thread can be started
                 self._run.fail(e)
                 return False
             self._run.begin()
         return True
 
     def _flush(self) -> None:
-        rows, size = self._rows, self._size
-        self._rows, self._size = [], 0
+        rows, size = self._unsent, self._size
+        self._unsent, self._size = [], 0
         self._run.send(rows, size)
         if self._run.is_over:
             self._wake()
 
-    def _read(self, *came: Any) -> None:
-        self._run.read(*came)
+    def _read(self, *delivered: Any) -> None:
+        self._run.read(*delivered)
         self._changed.set()
 
-    async def _look(self) -> None:
+    async def _check_connection(self) -> None:
         run = self._run
         try:
             while True:
-                await self._bridge.pause(PAUSE_S if run.is_away else LOOK_S)
-                if run.is_over:
-                    self._flush()
-                run.look()
-                if run.needs_last_look:
-                    await on_a_thread(run.last_look)
+                await self._bridge.pause(PAUSE_S if run.is_away else CHECK_S)
+                run.check_connection()
+                if run.needs_last_check:
+                    await on_a_thread(run.last_check)
                 self._wake()
         except CallFailed as e:  # the client was closed
             run.fail(e)

@@ -1,8 +1,8 @@
-"""The arguments of the library's verbs, checked here and nowhere else, and made usable.
+"""Checks and converts the arguments of the client's methods; no other module does.
 
-What leaves has exact types (bytes, str, int, float, bool), whatever was given: the caches, keys and
-frames that the requests of a client share see nothing else. Raises TypeError and ValueError that
-name the argument.
+The results have exact types (bytes, str, int, float, bool), never subclasses, because all requests
+of a client share its caches, keys and frames. Raises TypeError and ValueError that name the
+argument.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from overlay.queueing.admission import HIGHEST_PRIORITY
 from overlay.transport.codec import pb2
 
 DEFAULT_TIMEOUT_S = Limits().default_deadline_s
-LONGEST_TEXT = 1000  # what is longer is neither a name nor a key, and would fill a shared frame
-MOST = 2**31 - 1  # of what is counted
+MAX_TEXT = 1000  # no name or key is longer, and longer text would fill a shared frame
+MAX_COUNT = 2**31 - 1
 HIGHEST_ID = 2**64 - 1
 
 
 class CallOptions(NamedTuple):
-    """A request and how it is asked, checked: what the verbs hand on."""
+    """The checked arguments of one request."""
 
     kind: CallKind
     body: bytes
     timeout_s: float
-    has_values: bool  # of a typed function, whose result is a JSON value
+    has_values: bool  # for a typed function: the result is a JSON value
 
 
 class MapOptions(NamedTuple):
-    """A map's payloads and how they are asked, checked: what the verbs hand on.
+    """The checked arguments of one map.
 
-    bodies: what is sent, as an iterable of the kind that was given. total: how many they are; 0
-    where that is not known beforehand. chunk: payloads that travel together. window: payloads in
-    flight. patience_s: None for the client's.
+    bodies: what is sent, as an iterator or an async iterable. total: the number of bodies, 0 if
+    unknown. chunk: payloads per message. window: payloads in flight. patience_s: None for the
+    client's.
     """
 
     kind: CallKind
@@ -65,9 +65,9 @@ def call_options(
     want_parts: bool,
     priority: int,
 ) -> CallOptions:
-    if args is not None:  # each worker's own value is wanted, where all are asked
-        want_parts = as_flag("want_parts", want_parts) or _is_of_all(mode)
-    kind = kind_of(mode, team, handler, want_parts, priority)
+    if args is not None:  # mode "all": the caller wants each worker's own value
+        want_parts = as_flag("want_parts", want_parts) or _asks_all_workers(mode)
+    kind = call_kind(mode, team, handler, want_parts, priority)
     return CallOptions(kind, _as_body(payload, args), as_timeout(timeout), args is not None)
 
 
@@ -81,14 +81,14 @@ def submit_options(
     priority: int,
 ) -> CallOptions:
     _check_mode_of_args(args, mode)
-    kind = kind_of(mode, team, "" if handler is None else handler, False, priority)
+    kind = call_kind(mode, team, "" if handler is None else handler, False, priority)
     return CallOptions(kind, _as_body(payload, args), as_timeout(timeout), args is not None)
 
 
 def parts_options(
     payload: object, args: object, team: str, handler: str, timeout: float | None, priority: int
 ) -> CallOptions:
-    kind = kind_of("all", team, handler, False, priority, as_they_come=True)
+    kind = call_kind("all", team, handler, False, priority, as_they_come=True)
     return CallOptions(kind, _as_body(payload, args), as_timeout(timeout), args is not None)
 
 
@@ -105,13 +105,13 @@ def map_options(
     priority: int,
     patience_s: float | None,
 ) -> MapOptions:
-    kind = kind_of(mode, team, "" if handler is None else handler, False, priority)
-    timeout_s, given = as_timeout(timeout), payloads if args is None else args
-    window, chunksize = as_whole("window", window, least=1), as_whole("chunksize", chunksize)
+    kind = call_kind(mode, team, "" if handler is None else handler, False, priority)
+    timeout_s = as_timeout(timeout)
+    window, chunksize = as_int("window", window, minimum=1), as_int("chunksize", chunksize)
     return MapOptions(
         kind,
         _as_bodies(payloads, args, mode),
-        len(given) if isinstance(given, Sized) else 0,
+        _length(payloads if args is None else args),
         timeout_s,
         args is not None,
         as_flag("ordered", ordered),
@@ -123,13 +123,13 @@ def map_options(
 
 def metrics_request(events: int, requests: int, functions: bool) -> pb2.MetricsRequest:
     return pb2.MetricsRequest(
-        events=as_whole("events", events),
-        requests=as_whole("requests", requests),
+        events=as_int("events", events),
+        requests=as_int("requests", requests),
         functions=as_flag("functions", functions),
     )
 
 
-def kind_of(
+def call_kind(
     mode: str,
     team: str,
     handler: str,
@@ -142,109 +142,115 @@ def kind_of(
         mode = _as_text("mode", mode)
         team, handler = _as_name("team", team), _as_name("handler", handler)
         want_parts = as_flag("want_parts", want_parts)
-        priority = as_whole("priority", priority, most=HIGHEST_PRIORITY)
-    return _kept_kind(mode, team, handler, want_parts, priority, as_they_come)
+        priority = as_int("priority", priority, maximum=HIGHEST_PRIORITY)
+    return _cached_kind(mode, team, handler, want_parts, priority, as_they_come)
 
 
 @functools.lru_cache(256)
-def _kept_kind(
+def _cached_kind(
     mode: str, team: str, handler: str, want_parts: bool, priority: int, as_they_come: bool
 ) -> CallKind:
-    # Of exact types only: 1, 1.0 and True are one key, and the first to come would be all three.
+    # Exact types only: 1, 1.0 and True are the same cache key, so one could replace another.
     if mode not in ("all", "any"):
         raise ValueError(f"mode {mode[:20]!r} is not 'all' or 'any'")
     route = Route(Mode[mode.upper()], _as_name("team", team), _as_name("handler", handler))
-    priority = as_whole("priority", priority, most=HIGHEST_PRIORITY)
+    priority = as_int("priority", priority, maximum=HIGHEST_PRIORITY)
     return CallKind(route, want_parts, priority, as_they_come)
 
 
 def as_bytes(payload: object) -> bytes:
     if type(payload) is bytes:
         return payload
-    if _is_a(payload, str):
+    if _is_instance(payload, str):
         try:
             return str.encode(payload)  # type: ignore[arg-type]
         except UnicodeEncodeError as e:
-            raise ValueError(f"a payload that is text has to be Unicode: {e}") from None
-    if _is_a(payload, (bytes, bytearray, memoryview)):
+            raise ValueError(f"a payload that is a str must be valid Unicode: {e}") from None
+    if _is_instance(payload, (bytes, bytearray, memoryview)):
         try:
             return memoryview(payload).tobytes()  # type: ignore[arg-type]
         except ValueError as e:
-            raise ValueError(f"a payload cannot be read: {e}") from None
-    raise TypeError(f"a payload is bytes or str, not {_kind(payload)}")
+            raise ValueError(f"the payload cannot be read: {e}") from None
+    raise TypeError(f"a payload must be bytes or str, not {_type_name(payload)}")
 
 
 def _as_body(payload: object, args: object) -> bytes:
-    """What is sent for one of the two: bytes, or a typed function's arguments."""
     if args is None:
         if payload is None:
-            raise TypeError("a request has a payload, or the args of a typed function")
+            raise TypeError("a request needs a payload, or the args of a typed function")
         return as_bytes(payload)
     if payload is not None:
-        raise TypeError("a request has a payload or args, not both")
+        raise TypeError("a request takes a payload or args, not both")
     return _as_json(args)
 
 
 def _as_bodies(payloads: Any, args: Any, mode: str) -> Any:
-    """Of a map: its payloads, or its args as JSON, as an iterator or an async iterable."""
+    """The bodies of a map's requests, as an iterator or an async iterable."""
     _check_mode_of_args(args, mode)
     if (payloads is None) == (args is None):
-        raise TypeError("a map has payloads, or the args of a typed function")
+        raise TypeError("a map needs either payloads, or the args of a typed function")
     if args is None:
-        return payloads if _is_a(payloads, AsyncIterable) else as_iterator(payloads)
-    if _is_a(args, Mapping):
-        raise TypeError("args of a map are many dicts, one for each call; submit takes one")
-    if _is_a(args, AsyncIterable):
-        return _later_as_json(args)
+        return payloads if _is_instance(payloads, AsyncIterable) else as_iterator(payloads)
+    if _is_instance(args, Mapping):
+        raise TypeError("args of a map must be an iterable of dicts, one per call, not one dict")
+    if _is_instance(args, AsyncIterable):
+        return _each_as_json(args)
     try:
         return map(_as_json, args)
     except TypeError as e:
-        raise TypeError(f"args of a map are many dicts, one for each call: {e}") from None
+        raise TypeError(f"args of a map must be an iterable of dicts, one per call: {e}") from None
 
 
 def as_iterator(payloads: Any) -> Iterator[Any]:
     try:
         return iter(payloads)
     except TypeError as e:
-        raise TypeError(f"payloads are many, bytes or str: {e}") from None
+        raise TypeError(f"payloads must be an iterable of bytes or str: {e}") from None
+
+
+def _length(bodies: Any) -> int:
+    try:
+        return len(bodies) if isinstance(bodies, Sized) else 0
+    except OverflowError:  # of a range, for example: len() cannot return it
+        return 0
 
 
 def _check_mode_of_args(args: object, mode: str) -> None:
-    """A Future or a map has one value for each call, and could not tell which worker is missing."""
-    if args is not None and _is_of_all(mode):
+    """A Future or a map gives one value per call, so it could not report a missing worker."""
+    if args is not None and _asks_all_workers(mode):
         raise ValueError(
-            "mode 'all' with args has a value of each worker: use call (its answer's values), "
-            "or parts"
+            "mode 'all' with args returns one value per worker: use call (and its answer's "
+            "values), or parts"
         )
 
 
 def _as_json(args: Any) -> bytes:
-    if not _is_a(args, Mapping):
-        raise TypeError(f"args are a function's arguments by name, a dict, not {_kind(args)}")
+    if not _is_instance(args, Mapping):
+        raise TypeError(f"args must be a dict of arguments by name, not {_type_name(args)}")
     try:
         found = dict(args)
         wrong = [name for name in found if type(name) is not str]
         shown, written = (repr(wrong[0])[:50], b"") if wrong else ("", json_values.write(found))
     except json_values.NotJson as e:
         raise TypeError(f"args: {e}") from None
-    except Exception as e:  # noqa: BLE001 - what only looks like a dict may raise anything
-        raise TypeError(f"args: they cannot be read: {type(e).__name__}: {e}") from None
+    except Exception as e:  # noqa: BLE001 - an object that imitates a dict may raise anything
+        raise TypeError(f"args cannot be read: {type(e).__name__}: {e}") from None
     if wrong:
         raise TypeError(f"args: {shown} is not the name of an argument")
     return written
 
 
-def _is_of_all(mode: object) -> bool:
-    return _is_a(mode, str) and str.__eq__(mode, "all") is True  # type: ignore[operator]
+def _asks_all_workers(mode: object) -> bool:
+    return _is_instance(mode, str) and str.__eq__(mode, "all") is True  # type: ignore[operator]
 
 
-async def _later_as_json(args: AsyncIterable[Any]) -> AsyncIterator[bytes]:
+async def _each_as_json(args: AsyncIterable[Any]) -> AsyncIterator[bytes]:
     async for one in args:
         yield _as_json(one)
 
 
 def as_address(address: str) -> str:
-    """A str; whether it is host:port is for transport.channels.split to say."""
+    """Checks the type only; transport.channels.split checks that it is host:port."""
     return _as_text("address", address)
 
 
@@ -256,36 +262,34 @@ def as_id(process_id: str) -> str:
     return _as_text("process_id", process_id)
 
 
-def as_flag(what: str, given: bool) -> bool:
-    if type(given) is not bool:
-        raise TypeError(f"{what} is True or False, not of type {_kind(given)}")
-    return given
+def as_flag(name: str, value: bool) -> bool:
+    if type(value) is not bool:
+        raise TypeError(f"{name} must be True or False, not {_type_name(value)}")
+    return value
 
 
-def as_whole(what: str, given: int, least: int = 0, most: int = MOST) -> int:
-    number = given if type(given) is int else _as_index(what, given)
-    if number < least:
-        bound = f"not above {least - 1}" if least else "below 0"
-        raise ValueError(f"{what} {_shown(number)} is {bound}")
-    if number > most:
-        raise ValueError(f"{what} {_shown(number)} is above {most}")
+def as_int(name: str, value: int, minimum: int = 0, maximum: int = MAX_COUNT) -> int:
+    number = value if type(value) is int else _as_index(name, value)
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, not {_shown(number)}")
+    if number > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, not {_shown(number)}")
     return number
 
 
 def as_first(first: int | None) -> int | None:
-    """How many parts are enough; None for all."""
-    return None if first is None else as_whole("first", first, least=1)
+    return None if first is None else as_int("first", first, minimum=1)
 
 
 def as_patience(patience_s: float) -> float:
     number = _as_number("patience_s", patience_s)
     if not 0 <= number <= threading.TIMEOUT_MAX:
-        raise ValueError(f"a patience of {number:g} s is below 0, or without an end (patience_s)")
+        raise ValueError(f"patience_s must be 0 to {threading.TIMEOUT_MAX:.0f}, not {number:g}")
     return number
 
 
 def as_grace(grace_s: float | None) -> float | None:
-    """Its bounds are the process's own."""
+    """Checks the type only; the process asked knows the bounds."""
     return None if grace_s is None else _as_number("grace_s", grace_s)
 
 
@@ -293,65 +297,61 @@ def as_timeout(timeout: float | None) -> float:
     if timeout is None:
         return DEFAULT_TIMEOUT_S
     number = _as_number("timeout", timeout)
-    if number > threading.TIMEOUT_MAX:
-        raise ValueError(f"a timeout of {number:g} s has no end")
-    if not number > 0:
-        raise ValueError(f"a timeout of {number:g} s is not above 0")
+    if not 0 < number <= threading.TIMEOUT_MAX:
+        bounds = f"above 0 and at most {threading.TIMEOUT_MAX:.0f}"
+        raise ValueError(f"timeout must be {bounds} seconds, not {number:g}")
     return number
 
 
-def _as_name(what: str, name: object) -> str:
+def _as_name(kind: str, name: object) -> str:
     if callable(name):
-        raise TypeError(f"code does not travel: name a {what} of the configuration")
-    if not _is_a(name, str):
-        raise TypeError(f"a {what} is named by a str, not {_kind(name)}")
-    return _as_text(what, name)
+        raise TypeError(f"code cannot be sent: give the name of a configured {kind}")
+    return _as_text(kind, name)
 
 
-def _as_text(what: str, given: object) -> str:
-    if not _is_a(given, str):
-        raise TypeError(f"{what} is a str, not {_kind(given)}")
-    text = str.__str__(given)
-    if len(text) > LONGEST_TEXT:
-        raise ValueError(f"{what}: {len(text):,} letters are more than {LONGEST_TEXT:,}")
+def _as_text(name: str, value: object) -> str:
+    if not _is_instance(value, str):
+        raise TypeError(f"{name} must be a str, not {_type_name(value)}")
+    text = str.__str__(value)
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"{name} must have at most {MAX_TEXT:,} characters, not {len(text):,}")
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"{what}: it is not Unicode: {e}") from None
+        raise ValueError(f"{name} must be valid Unicode: {e}") from None
     return text
 
 
-def _as_index(what: str, given: Any) -> int:
+def _as_index(name: str, value: Any) -> int:
     try:
-        if _is_a(given, bool):
+        if _is_instance(value, bool):
             raise TypeError
-        # From an int's subclass, too, the bare number.
-        return int(operator.index(given))
-    except Exception:  # noqa: BLE001 - what is not a number of ours may raise anything
-        raise TypeError(f"{what} is a whole number, not of type {_kind(given)}") from None
+        return int(operator.index(value))  # a plain int, also from a subclass
+    except Exception:  # noqa: BLE001 - a foreign type may raise anything
+        raise TypeError(f"{name} must be an integer, not {_type_name(value)}") from None
 
 
-def _as_number(what: str, given: Any) -> float:
-    if type(given) is float:
-        return given
+def _as_number(name: str, value: Any) -> float:
+    if type(value) is float:
+        return value
     try:
-        if _is_a(given, bool) or not _is_a(given, numbers.Real):
+        if _is_instance(value, bool) or not _is_instance(value, numbers.Real):
             raise TypeError
-        return float(given)
+        return float(value)
     except OverflowError:
-        raise ValueError(f"{what}: no number of seconds is as large") from None
+        raise ValueError(f"{name} is too large for a number of seconds") from None
     except Exception:  # noqa: BLE001 - as above
-        raise TypeError(f"{what} is a number of seconds, not of type {_kind(given)}") from None
+        raise TypeError(f"{name} must be a number of seconds, not {_type_name(value)}") from None
 
 
-def _is_a(given: object, kind: Any) -> bool:
-    # By its real type: isinstance believes what an object says of itself, as a mock does.
-    return issubclass(type(given), kind)
+def _is_instance(value: object, kind: Any) -> bool:
+    # isinstance() believes an object's __class__, which a mock can set to anything.
+    return issubclass(type(value), kind)
 
 
-def _kind(given: object) -> str:
-    return type(given).__name__
+def _type_name(value: object) -> str:
+    return type(value).__name__
 
 
 def _shown(number: int) -> str:
-    return str(number) if abs(number) < 10**20 else f"of {number.bit_length()} bits"
+    return str(number) if abs(number) < 10**20 else f"a number of {number.bit_length()} bits"

@@ -1,7 +1,7 @@
-"""Runs the callbacks of Futures on a thread of their own, where they can hold up nothing else.
+"""Runs the callbacks of Futures on a thread of their own, where they cannot block anything else.
 
-One after the other, in the order in which they were put. The thread, "overlay-callbacks", starts
-with the first of them and ends when there was none for a second.
+They run one after the other, in the order of `put`. The thread, "overlay-callbacks", starts with
+the first callback and ends after a second without one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SLICE_S = 0.5  # of a wait, so that Ctrl-C works on Windows too
 
 
 class Callbacks:
-    """Calls what is put. Safe from any thread; a callback may do anything, and may take long."""
+    """The queue of callbacks. Safe from any thread; a callback may do anything, and may block."""
 
     def __init__(self) -> None:
         self._due: deque[tuple[Callable[[Any], object], Any]] = deque()
@@ -30,10 +30,10 @@ class Callbacks:
         self._thread: threading.Thread | None = None
         self._is_calling = False
 
-    def put(self, call: Callable[[Any], object], what: Any) -> None:
-        """Calls `call(what)` soon. Raises RuntimeError when no thread can be had."""
+    def put(self, call: Callable[[Any], object], value: Any) -> None:
+        """Calls `call(value)` soon. Raises RuntimeError if no thread can be started."""
         with self._changed:
-            self._due.append((call, what))
+            self._due.append((call, value))
             self._changed.notify_all()
             if self._thread is not None:
                 return
@@ -46,8 +46,7 @@ class Callbacks:
             raise
 
     def wait(self, within_s: float = math.inf) -> None:
-        """Waits until all have been called; returns at once on their own thread, which would wait
-        for itself."""
+        """Waits until all have run. Returns at once on the callback thread, to avoid a deadlock."""
         until = time.monotonic() + within_s
         with self._changed:
             if self._thread is threading.current_thread():
@@ -60,15 +59,15 @@ class Callbacks:
 
     def _run(self) -> None:
         while (due := self._next()) is not None:
-            call, what = due
+            call, value = due
             try:
-                call(what)
-            except BaseException:  # one that wants to end the program ends no other's either
+                call(value)
+            except BaseException:  # SystemExit must not end the thread either
                 log.exception("the callback of a Future failed")
-            del due, call, what  # nothing is kept alive while this waits
+            del due, call, value  # not kept alive while this waits
 
     def _next(self) -> tuple[Callable[[Any], object], Any] | None:
-        """The next one; None when there was none for a while."""
+        """The next callback; None after IDLE_S without one."""
         with self._changed:
             self._is_calling = False
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""A client's kept connection to one process: a stream for requests, and single calls beside it."""
+"""A client's persistent connection to one process: a stream of requests, and unary calls."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay.client.callbacks import Callbacks
-from overlay.client.doubt import Doubt
 from overlay.client.outbox import Submission
-from overlay.client.results import Answer, error_of, failure_of, result_of, sentence_of
+from overlay.client.probe import ConnectionProbe
+from overlay.client.results import Answer, error_from_rpc, error_of, message_of, result_of
 from overlay.client.submitter import RETRY_PAUSE_S, Submitter
 from overlay.model import clocks as time
 from overlay.model.errors import (
@@ -34,17 +34,17 @@ from overlay.transport import codec, environment, validation
 from overlay.transport.channels import SILENT, Channel
 from overlay.transport.endpoints import channel_options
 
-# A process that is being restarted is back within this. Windows takes 2 s to report a refused port.
+# Long enough for a process to restart. Windows takes 2 s to report a refused port.
 PATIENCE_S = 2.5
-# A map has more to lose than a call: one under way waits longer for a process that was lost.
+# A map has more to lose than a call, so a running map waits longer for a lost process.
 MAP_PATIENCE_S = 30.0
-PROMPT_S = 0.25  # a connection that takes longer is looked into meanwhile
-FRESH_S = 1.0  # so long after an answer the connection counts as up; later a call greets first
-CALLBACKS_S = 2.0  # for which `close` waits until they have run
-# gRPC heeds the first of two options of one name.
+PROMPT_S = 0.25  # a connection that takes longer is probed to find out why
+FRESH_S = 1.0  # after an answer the connection counts as up this long; later a health check is sent
+CALLBACKS_WAIT_S = 2.0  # how long `close` waits for callbacks to run
+# Of two options with the same name gRPC uses the first.
 _OPTIONS = [
-    ("grpc.enable_http_proxy", 0),  # an office's web proxy does not lead to its own machines
-    # The process asked knows the configured size and refuses what is beyond it.
+    ("grpc.enable_http_proxy", 0),  # a corporate web proxy does not reach machines on its own LAN
+    # The process asked knows the configured size and rejects larger messages.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     *channel_options(),
@@ -52,157 +52,153 @@ _OPTIONS = [
 
 
 class Connection:
-    """Made when it is first needed, and looked into when it does not come up. Safe from any thread.
+    """Connects on first use; if that fails, finds out why. Safe from any thread.
 
-    gRPC is used from the first request on, not before: until then the process may be forked, and
-    each child has a connection of its own. In the child of a process that was using it every verb
-    raises, and `close` leaves it to the parent.
+    gRPC is not used before the first request. Until then the process may be forked, and each child
+    gets a connection of its own. After a fork of a connection in use, every method raises in the
+    child, and `close` leaves the connection to the parent.
 
-    A connection that is dropped without `close` is closed all the same: its stream has a place at
-    the process asked, of which there are few.
+    A connection that is garbage-collected without `close` is closed too: the process asked accepts
+    few streams.
     """
 
     def __init__(self, address: str, patience_s: float) -> None:
-        """Raises RuntimeError where gevent or eventlet left no threads to gRPC."""
+        """Raises RuntimeError if gevent or eventlet has replaced the threads that gRPC needs."""
         environment.check_threads()
-        self.address = self._address = address
+        self._address = address
         self.callbacks = Callbacks()
-        self.replies: set[concurrent.futures.Future[bytes]] = set()  # those that are not done
+        self.open_futures: set[concurrent.futures.Future[bytes]] = set()
         self.maps: weakref.WeakSet[Any] = weakref.WeakSet()  # those that may have more to send
-        self._asking = 0  # single calls that are under way
+        self._open_calls = 0  # unary calls
         self._patience_s = patience_s
         self._closed = False
-        self._is_left = False  # to the parent, of which this process is a child
+        self._belongs_to_parent = False
         self._lock = threading.Lock()
-        self._made: _Stubs | None = None
+        self._main_stubs: _Stubs | None = None
         self._single_stubs: _Stubs | None = None
-        self._calls: Submitter | None = None
-        # What holds a stream and threads, without this connection: so that it can be let go.
+        self._submitter: Submitter | None = None
+        # Separate from this object, so that the finalizer does not keep it alive.
         self._held: list[Submitter | Channel] = []
-        self._freeing = weakref.finalize(self, _free_soon, self._held)
-        self._freeing.atexit = False
+        self._finalizer = weakref.finalize(self, _close_all_soon, self._held)
+        self._finalizer.atexit = False
         environment.remember(self)
 
     @property
     def shown(self) -> str:
-        """The address, with what its name stands for here."""
-        return self._made.channel.shown if self._made else self._address
+        """The address, with what its host name resolves to here."""
+        return self._main_stubs.channel.shown if self._main_stubs else self._address
 
     def send(self, submission: Submission, timeout_s: float) -> None:
-        """Raises NotReached when nothing serves at the address."""
+        """Raises NotReached if no server is listening at the address."""
         self.wait_ready(timeout_s).send(submission)
 
     def wait_ready(self, timeout_s: float) -> Submitter:
-        """Waits for the connection, no longer than the client's patience. Raises NotReached."""
-        calls = self.begin() if self._calls is None or self._closed else self._calls
-        if not calls.connected.is_set():
-            self.wait_connected(calls, min(self._patience_s, timeout_s))
-        return calls
+        """Waits for the connection, at most for the client's patience. Raises NotReached."""
+        submitter = self.begin() if self._submitter is None or self._closed else self._submitter
+        if not submitter.connected.is_set():
+            self.wait_connected(submitter, min(self._patience_s, timeout_s))
+        return submitter
 
     def cancel(self, submission: Submission, rows: Sequence[int] = ()) -> None:
-        if self._calls is not None:
-            self._calls.cancel(submission, rows or submission.rows)
+        if self._submitter is not None:
+            self._submitter.cancel(submission, rows or submission.rows)
 
-    def read(self, came: Any, at: int, request_id: int, timeout_s: float) -> Answer:
-        """What was delivered, as an Answer. Raises CallFailed."""
-        if isinstance(came, Detail):
-            raise self.failed(came, timeout_s, request_id)
-        answer = came.answers.at(at)
-        return Answer(came.results[at], answer.parts, answer.hops, request_id)
+    def read(self, delivered: Any, at: int, request_id: int, timeout_s: float) -> Answer:
+        """Raises CallFailed for a Detail."""
+        if isinstance(delivered, Detail):
+            raise self.error_for(delivered, timeout_s, request_id)
+        answer = delivered.answers.at(at)
+        return Answer(delivered.results[at], answer.parts, answer.hops, request_id)
 
-    def read_result(self, came: Any, at: int, request_id: int, timeout_s: float) -> bytes:
-        """As `read`, but the result only; an Incomplete where a worker is missing."""
-        if isinstance(came, Detail):
-            raise self.failed(came, timeout_s, request_id)
-        return result_of(came, at)
+    def read_result(self, delivered: Any, at: int, request_id: int, timeout_s: float) -> bytes:
+        """Like `read`, but only the result; an Incomplete if a worker is missing."""
+        if isinstance(delivered, Detail):
+            raise self.error_for(delivered, timeout_s, request_id)
+        return result_of(delivered, at)
 
-    def failed(self, failure: Detail, timeout_s: float, request_id: int = 0) -> CallFailed:
+    def error_for(self, failure: Detail, timeout_s: float, request_id: int = 0) -> CallFailed:
         reason = failure.reason
         if failure.code is Code.DEADLINE_EXCEEDED and not reason:
             reason = f"no answer from {self.shown} within {timeout_s:g} s"
         return error_of(failure, reason, request_id)
 
     def map_patience(self, patience_s: float | None) -> float:
-        """How long a map waits for a process that is lost, where it was given `patience_s`."""
         return max(MAP_PATIENCE_S, self._patience_s) if patience_s is None else patience_s
 
-    def seek(self, is_wrong: bool = False) -> None:
-        """The process is away, or another one answers: the name of its machine may lead elsewhere
-        by now."""
-        if self._made is not None:
-            self._made.channel.doubt(is_wrong)
+    def resolve_again(self, is_wrong: bool = False) -> None:
+        """The process is not answering, or a wrong one is: its host name may have a new address."""
+        if self._main_stubs is not None:
+            self._main_stubs.channel.doubt(is_wrong)
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing can be asked here any more."""
         return self._closed or environment.is_orphan
 
     @property
-    def is_left(self) -> bool:
-        """Whether the connection belongs to the process of which this one is a child."""
-        return self._is_left
+    def belongs_to_parent(self) -> bool:
+        """Whether this process was forked while its parent was using the connection."""
+        return self._belongs_to_parent
 
     def check_open(self) -> None:
-        """Raises CallFailed when nothing can be asked here any more."""
         if self.is_closed:
-            raise _closed(self._is_left or environment.is_orphan)
+            raise _closed(self._belongs_to_parent or environment.is_orphan)
 
     def wait_until_idle(self) -> None:
-        """Until what was asked is answered, and the callbacks have run."""
+        """Waits until every request is answered and the callbacks have run."""
         while not self._closed and (
-            self.replies or self._asking or (self._calls and self._calls.open_rows)
+            self.open_futures or self._open_calls or (self._submitter and self._submitter.open_rows)
         ):
             time.sleep(0.01)
         self.callbacks.wait()
 
-    def check_here(self) -> None:
-        """Raises CallFailed in a child of the process that used this: no answer comes there."""
-        if self._is_left:
-            raise _closed(is_left=True)
+    def check_same_process(self) -> None:
+        """Raises CallFailed in a forked child, which would never receive an answer."""
+        if self._belongs_to_parent:
+            raise _closed(belongs_to_parent=True)
 
     def leave_behind(self) -> None:
-        """As environment.Forkable has it."""
-        self._lock = threading.Lock()  # the parent may just have held it
+        """See environment.Forkable."""
+        self._lock = threading.Lock()  # the parent may have held it during the fork
         self.callbacks = Callbacks()
-        if self._made is not None:
-            self._freeing.detach()
-            self._is_left, self._closed = not self._closed, True
-            self._calls = None
+        if self._main_stubs is not None:
+            self._finalizer.detach()
+            self._belongs_to_parent, self._closed = not self._closed, True
+            self._submitter = None
 
     def begin(self) -> Submitter:
         with self._lock:
             channel = self._stubs_locked().channel
-            if self._calls is None:
+            if self._submitter is None:
                 shown = partial(getattr, channel, "shown")
-                calls = Submitter(channel, self._address, self._patience_s, shown)
-                calls.start()
-                self._calls = calls
-                self._held.insert(0, calls)
-            return self._calls
+                submitter = Submitter(channel, self._address, self._patience_s, shown)
+                submitter.start()
+                self._submitter = submitter
+                self._held.insert(0, submitter)
+            return self._submitter
 
-    def wait_connected(self, calls: Submitter, patience_s: float) -> None:
-        """Raises NotReached with the reason, when the connection does not come up in time."""
+    def wait_connected(self, submitter: Submitter, patience_s: float) -> None:
+        """Raises NotReached, with the reason, if the connection is not up in time."""
         until = time.monotonic() + patience_s
-        calls.wake()
-        if calls.connected.wait(min(PROMPT_S, patience_s)):
+        submitter.wake()
+        if submitter.connected.wait(min(PROMPT_S, patience_s)):
             return
-        doubt = None if calls.is_full else Doubt(self._address, until)
+        probe = None if submitter.is_full else ConnectionProbe(self._address, until)
         while (left_s := until - time.monotonic()) > 0 and not self._closed:
-            self.seek(_is_wrong(calls))
-            if calls.connected.wait(min(0.25, left_s)):
+            self.resolve_again(_is_wrong_server(submitter))
+            if submitter.connected.wait(min(0.25, left_s)):
                 return
-            refused = calls.refused
-            if refused is not None and _is_wrong(calls):
-                raise error_of(refused, sentence_of(refused.code, refused.reason, self.shown))
+            refused = submitter.refused
+            if refused is not None and _is_wrong_server(submitter):
+                raise error_of(refused, message_of(refused.code, refused.reason, self.shown))
         if self._closed:
             raise error_of(Detail(Code.CANCELLED, "", Executed.NO), "this client was closed")
-        refused = calls.refused
-        if refused is not None and calls.is_full:
+        refused = submitter.refused
+        if refused is not None and submitter.is_full:
             raise error_of(refused, refused.reason)
-        doubt = doubt or Doubt(self._address, until)
-        error = doubt.error()
-        if refused is not None and refused.executed is Executed.NO and not doubt.is_settled:
-            raise error_of(refused, refused.reason)  # the process's own words: it is stopping
+        probe = probe or ConnectionProbe(self._address, until)
+        error = probe.error()
+        if refused is not None and refused.executed is Executed.NO and not probe.is_refused:
+            raise error_of(refused, refused.reason)  # for example, the process says it is stopping
         raise error
 
     def forward(self, request: codec.pb2.Request, timeout_s: float) -> codec.pb2.Response:
@@ -215,7 +211,7 @@ class Connection:
                 left_s = max(0.001, until - time.monotonic())
                 return cast(
                     codec.pb2.Response,
-                    self._ask(
+                    self._call(
                         stubs, stubs.node.Forward, request, left_s, validation.check_response
                     ),
                 )
@@ -229,41 +225,41 @@ class Connection:
 
     def drain(self, request: codec.pb2.DrainRequest, timeout_s: float) -> codec.pb2.DrainResponse:
         stubs = self._stubs
-        found = self._ask(stubs, stubs.admin.Drain, request, timeout_s, validation.tidy)
-        return cast(codec.pb2.DrainResponse, found)
+        response = self._call(stubs, stubs.admin.Drain, request, timeout_s, validation.tidy)
+        return cast(codec.pb2.DrainResponse, response)
 
     def logs(self, request: codec.pb2.LogsRequest, timeout_s: float) -> codec.pb2.LogsResponse:
         most = min(request.lines or codec.MIN_LINES, LINES)
 
-        def check(said: codec.pb2.LogsResponse) -> None:
-            validation.check_logs(said, request.process_id or said.process_id, most)
+        def check(response: codec.pb2.LogsResponse) -> None:
+            validation.check_logs(response, request.process_id or response.process_id, most)
 
         stubs = self._stubs
-        found = self._ask(stubs, stubs.admin.Logs, request, timeout_s, check)
-        return cast(codec.pb2.LogsResponse, found)
+        response = self._call(stubs, stubs.admin.Logs, request, timeout_s, check)
+        return cast(codec.pb2.LogsResponse, response)
 
     def metrics(
         self, request: codec.pb2.MetricsRequest, timeout_s: float
     ) -> codec.pb2.MetricsResponse:
         stubs = self._stubs
-        found = self._ask(
+        response = self._call(
             stubs, stubs.node.GetMetrics, request, timeout_s, validation.check_metrics
         )
-        return cast(codec.pb2.MetricsResponse, found)
+        return cast(codec.pb2.MetricsResponse, response)
 
     def is_serving(self, timeout_s: float) -> bool:
         request = health_pb2.HealthCheckRequest()
         stubs = self._stubs
-        found = self._ask(stubs, stubs.health.Check, request, timeout_s)
-        return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
+        response = self._call(stubs, stubs.health.Check, request, timeout_s)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        _free(self._held)
-        self.callbacks.wait(CALLBACKS_S)
+        _close_all(self._held)
+        self.callbacks.wait(CALLBACKS_WAIT_S)
 
     @property
     def _stubs(self) -> _Stubs:
@@ -272,16 +268,16 @@ class Connection:
 
     def _stubs_locked(self) -> _Stubs:
         self.check_open()
-        if self._made is None:
+        if self._main_stubs is None:
             environment.begin_use(self._held)
-            self._made = _Stubs(self._address, _OPTIONS)
-            self._held.append(self._made.channel)
-        return self._made
+            self._main_stubs = _Stubs(self._address, _OPTIONS)
+            self._held.append(self._main_stubs.channel)
+        return self._main_stubs
 
     @property
     def _single(self) -> _Stubs:
-        """For single requests: a channel on which gRPC itself sends a request again that a closing
-        connection has not taken. There is no other way to know that it did not run."""
+        """For unary requests: a channel on which gRPC itself retries a request that a closing
+        connection never accepted. Only gRPC can know that it did not run."""
         with self._lock:
             self._stubs_locked()
             if self._single_stubs is None:
@@ -290,18 +286,20 @@ class Connection:
             return self._single_stubs
 
     def _check_size(self, size: int, patience_s: float) -> None:
-        """Raises InvalidCall for a payload that the process would not even read: gRPC itself ends
-        such a call, and does not say whether it ran. Only the stream tells the limit."""
+        """Raises InvalidCall for a payload that is too large for the process to read.
+
+        gRPC would end such a call without saying whether it ran. Only the stream reports the limit.
+        """
         if size <= Limits.min_message_limit:
             return
-        calls = self.begin()
-        with contextlib.suppress(CallFailed):  # then the call itself will tell
-            self.wait_connected(calls, patience_s)
-        if size > calls.most_bytes:
-            reason = codec.too_large(size, calls.most_bytes)
+        submitter = self.begin()
+        with contextlib.suppress(CallFailed):  # then the call itself will report it
+            self.wait_connected(submitter, patience_s)
+        if size > submitter.max_bytes:
+            reason = codec.too_large(size, submitter.max_bytes)
             raise error_of(Detail(Code.INVALID_ARGUMENT, reason, Executed.NO), reason)
 
-    def _ask(
+    def _call(
         self,
         stubs: _Stubs,
         method: Any,
@@ -309,56 +307,55 @@ class Connection:
         timeout_s: float,
         check: Callable[[Any], None] = lambda answer: None,
     ) -> Any:
-        """The answer, judged by `check`. Raises CallFailed."""
+        """The answer, validated by `check`. Raises CallFailed."""
         until = time.monotonic() + timeout_s
         with self._lock:
-            self._asking += 1
+            self._open_calls += 1
         try:
-            self._make_sure(stubs, min(self._patience_s, timeout_s))
-            # wait_for_ready: a connection lost just now is waited for, and the call sent once.
+            self._check_reachable(stubs, min(self._patience_s, timeout_s))
+            # wait_for_ready: if the connection was just lost, wait for it and send the call once.
             left_s = max(0.001, until - time.monotonic())
             answer = method(request, timeout=time.Timeout(left_s), wait_for_ready=True)
             check(answer)
         except BadResponse as e:
-            reason = f"what serves at {self.shown} violates the protocol: {e}"
+            reason = f"the server at {self.shown} violates the protocol: {e}"
             raise error_of(Detail(e.code, reason), reason) from None
         except grpc.RpcError as error:
             if error.code() in SILENT:
                 stubs.answered = -FRESH_S
-            raise failure_of(error, self.shown, timeout_s) from None
+            raise error_from_rpc(error, self.shown, timeout_s) from None
         except ValueError:
             if not self._closed:
                 raise
-            # what gRPC raises for a channel that was closed meanwhile
+            # gRPC raises it for a channel that has been closed.
             raise CallCancelled("this client was closed") from None
         finally:
             with self._lock:
-                self._asking -= 1
+                self._open_calls -= 1
         stubs.answered = time.monotonic()
         return answer
 
-    def _make_sure(self, stubs: _Stubs, patience_s: float) -> None:
-        """Raises NotReached unless the process answered a moment ago or does so now.
+    def _check_reachable(self, stubs: _Stubs, patience_s: float) -> None:
+        """Raises NotReached unless the process answered recently or answers now.
 
-        A call itself waits for its whole deadline where nothing serves, and then cannot tell
-        whether it was ever sent.
+        Without a server a call would wait for its whole deadline, and then not know whether it was
+        ever sent.
         """
         if time.monotonic() - stubs.answered < FRESH_S:
             return
         until = time.monotonic() + patience_s
-        if stubs.is_greeted(min(PROMPT_S, patience_s)):
+        if stubs.responds(min(PROMPT_S, patience_s)):
             return
-        doubt = Doubt(self._address, until)
+        probe = ConnectionProbe(self._address, until)
         while (left_s := until - time.monotonic()) > 0:
-            if stubs.is_greeted(left_s):
+            if stubs.responds(left_s):
                 return
             time.sleep(min(0.05, left_s))
-        raise doubt.error()
+        raise probe.error()
 
 
 class _Stubs:
-    """The stubs of a kept channel for single calls. answered: when a call last was; monotonic
-    seconds."""
+    """The stubs of one channel for unary calls. answered: time of the last answer (monotonic)."""
 
     def __init__(self, address: str, options: Sequence[tuple[str, Any]]) -> None:
         self.channel = Channel(address, options)
@@ -367,8 +364,8 @@ class _Stubs:
         self.health = health_pb2_grpc.HealthStub(self.channel)
         self.answered = -FRESH_S
 
-    def is_greeted(self, within_s: float) -> bool:
-        """Whether a gRPC server answers, whatever it answers."""
+    def responds(self, within_s: float) -> bool:
+        """Whether a gRPC server answers a health check, even with an error."""
         try:
             self.health.Check(
                 health_pb2.HealthCheckRequest(), timeout=time.Timeout(within_s), wait_for_ready=True
@@ -378,30 +375,29 @@ class _Stubs:
         return True
 
 
-def _is_wrong(calls: Submitter) -> bool:
-    """Whether something answers at the address that will not take our stream later either."""
-    refused = calls.refused
-    return refused is not None and refused.code not in _MAY_PASS and not calls.is_full
+def _is_wrong_server(submitter: Submitter) -> bool:
+    """Whether the server at the address will never accept the stream."""
+    refused = submitter.refused
+    return refused is not None and refused.code not in _TRANSIENT and not submitter.is_full
 
 
-_MAY_PASS = (Code.UNAVAILABLE, Code.CANCELLED)  # why a stream may be refused, and taken soon
+_TRANSIENT = (Code.UNAVAILABLE, Code.CANCELLED)  # a rejected stream may be accepted soon
 
 
-def _closed(is_left: bool) -> CallFailed:
-    if is_left:
+def _closed(belongs_to_parent: bool) -> CallFailed:
+    if belongs_to_parent:
         return CallFailed(environment.FORKED, code=Code.FAILED_PRECONDITION, executed=Executed.NO)
     return CallCancelled("this client is closed", executed=Executed.NO)
 
 
-def _free(held: list[Submitter | Channel]) -> None:
-    """Closes them in their order. May be called twice."""
+def _close_all(held: list[Submitter | Channel]) -> None:
+    """Closes them in order. May be called twice."""
     for one in list(held):
         one.close()
     environment.end_use(held)
 
 
-def _free_soon(held: list[Submitter | Channel]) -> None:
-    # On a thread of its own: closing waits, and a finalizer runs wherever the last reference goes,
-    # on the pipe's thread too. By the bare function, which takes no lock of `threading`: that very
-    # thread may just hold it.
-    _thread.start_new_thread(_free, (held,))
+def _close_all_soon(held: list[Submitter | Channel]) -> None:
+    # On a thread of its own, because closing blocks, and a finalizer runs on whichever thread drops
+    # the last reference, even the stream's. Not with `threading`, whose lock that thread may hold.
+    _thread.start_new_thread(_close_all, (held,))

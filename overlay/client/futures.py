@@ -1,6 +1,6 @@
 """The Futures of Client.submit: one request each.
 
-Callbacks run on the connection's own thread for them, never on the one that all answers come on.
+Callbacks run on the connection's callback thread, never on the one that receives answers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from overlay.model.segments import Detail
 
 
 class CallFuture(Future):  # type: ignore[type-arg]
-    """Its result is bytes, its exception a CallFailed; cancel() ends the work."""
+    """Its result is bytes, its exception a CallFailed; cancel() cancels the request."""
 
     def __init__(self, connection: Connection, options: CallOptions) -> None:
         super().__init__()
-        self.later: Callbacks | None = None  # where callbacks run while it is being delivered
-        self._connection: Connection | None = connection  # until it is done, and no longer
+        self.callbacks: Callbacks | None = None  # where callbacks run during a delivery
+        self._connection: Connection | None = connection  # None once it is done
         self._timeout_s = options.timeout_s
         deadline = time.monotonic() + options.timeout_s
         self._submission: Submission | None = Submission(
@@ -33,41 +33,43 @@ class CallFuture(Future):  # type: ignore[type-arg]
         )
 
     def send(self) -> None:
-        """Raises NotReached when nothing serves at the address."""
+        """Raises NotReached if no server is listening at the address."""
         connection, submission = self._connection, self._submission
         assert connection is not None
         assert submission is not None
-        connection.replies.add(self)
+        connection.open_futures.add(self)
         try:
             connection.send(submission, self._timeout_s)
         except BaseException:  # it was not sent
-            connection.replies.discard(self)
+            connection.open_futures.discard(self)
             raise
 
     def result(self, timeout: float | None = None) -> Any:
-        self._check_here()
+        self._check_same_process()
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._check_here()
+        self._check_same_process()
         return super().exception(timeout)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(NOT_PICKLED)
 
-    def _deliver(self, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
+    def _deliver(self, rows: Sequence[int], delivered: Any, at: int, request_id: int) -> None:
         connection = self._connection
         assert connection is not None
-        self.later = connection.callbacks
+        self.callbacks = connection.callbacks
         try:
-            if isinstance(came, Detail):
-                self.set_exception(connection.failed(came, self._timeout_s, request_id))
+            if isinstance(delivered, Detail):
+                self.set_exception(connection.error_for(delivered, self._timeout_s, request_id))
             else:
-                self.set_result(result_of(came, at))
+                self.set_result(result_of(delivered, at))
         except InvalidStateError:
-            self.set_running_or_notify_cancel()  # wakes what waits: it was cancelled
-        self._submission = self.later = self._connection = None  # a submission holds this method
-        connection.replies.discard(self)
+            self.set_running_or_notify_cancel()  # it was cancelled: wakes the waiting threads
+        self._submission = self.callbacks = self._connection = (
+            None  # the submission refers to this method
+        )
+        connection.open_futures.discard(self)
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         super().add_done_callback(partial(_call, fn))
@@ -79,13 +81,13 @@ class CallFuture(Future):  # type: ignore[type-arg]
             connection.cancel(submission)
         return cancelled
 
-    def _check_here(self) -> None:
-        if (connection := self._connection) is not None:  # it is not done
-            connection.check_here()
+    def _check_same_process(self) -> None:
+        if (connection := self._connection) is not None:
+            connection.check_same_process()
 
 
 class ValueFuture(CallFuture):
-    """Its result is a JSON value. Whoever asks for it reads it: a large one takes a while."""
+    """Its result is a JSON value, parsed by the caller's thread: a large one takes a while."""
 
     _value: Any = None
     _is_read = False
@@ -97,5 +99,5 @@ class ValueFuture(CallFuture):
 
 
 def _call(fn: Callable[[Future[Any]], object], future: Future[Any]) -> None:
-    later = future.later if isinstance(future, CallFuture) else None
-    fn(future) if later is None else later.put(fn, future)
+    callbacks = future.callbacks if isinstance(future, CallFuture) else None
+    fn(future) if callbacks is None else callbacks.put(fn, future)

@@ -1,9 +1,9 @@
-"""What a map decides, without I/O, threads or a clock of its own; one for both clients.
+"""The decisions of a map, for both clients; sans-IO, without threads or a clock of its own.
 
-    gather(payloads) --> sending(rows) --> came(rows, results) --> take() --> gave()
+    gather(payloads) --> open_chunk(rows) --> add_results(rows, results) --> take() --> release()
 
-`MapWindow` says how much may be sent, and which results are given next. `Patience` says whether a
-map waits for a process that is away, and when it stops waiting. Times are monotonic seconds.
+`MapWindow` decides how much may be sent, and which results are given next. `Patience` decides
+whether a map waits for a process that is away, and for how long. Times are monotonic seconds.
 """
 
 from __future__ import annotations
@@ -19,45 +19,47 @@ from overlay.model.errors import CallFailed
 from overlay.model.limits import Limits
 
 NOTHING_YET: Any = object()
-"""What a map's payloads may give when there is none at this moment: results are given meanwhile."""
+"""An iterator of payloads may yield it when it has none yet; results are given meanwhile."""
 
 PAUSE_S = 0.02  # how long a driver waits for results before it asks again for payloads
-TELL_AFTER_S = 1.0  # of an absence: then the caller is told why no results come
+WARN_AFTER_S = 1.0  # an absence this long is logged, to explain why no results arrive
 
 Result = bytes | CallFailed
 Run = tuple[int, Iterable[Any]]
-"""The index of a result, and this one and those that follow it: bytes, or a CallFailed."""
+"""The index of a result, and consecutive results from there on: bytes, or a CallFailed."""
 
 
 class MapWindow:
     """Which payloads of one map are sent next, and which results are given. Not thread-safe.
 
-    A payload is open from when it is sent until its result is given. At most `rows` are open, and
-    no more are sent while the payloads without an answer, their expected results and the results in
-    hand fill `max_bytes`. However large, one chunk is sent when nothing is open.
+    A payload is open from when it is sent until its result is given. At most `rows` payloads are
+    open, and no more are sent while the unanswered payloads, their expected results and the
+    buffered results fill `max_bytes`. When nothing is open, one chunk of any size is sent.
 
-    rows: payloads. chunk: payloads that travel together, at most `rows`. ordered: results are given
-    in the order of the payloads, else as they come.
+    chunk: payloads per message, at most `rows`. ordered: results are given in the order of the
+    payloads, else as they arrive.
     """
 
     def __init__(
         self, rows: int, chunk: int, ordered: bool, max_bytes: int = Limits.window_bytes
     ) -> None:
         self.chunk = chunk
-        self.is_fed = False  # the payloads have come to their end
-        self.pauses = False  # the payloads had nothing at that moment
-        self.sent = self.given = 0  # payloads and results
+        self.is_fed = False  # the payloads are exhausted
+        self.pauses = False  # the payloads gave NOTHING_YET
+        self.sent = self.given = 0  # payloads, results
         self.answered = self.failed = 0
-        self.taking = 0  # results
+        self.taking = 0  # results taken last
         self._taking_bytes = 0
         self._rows = rows
         self._ordered = ordered
         self._max_bytes = max_bytes
-        self._chunks: dict[int, list[int]] = {}  # first index -> rows without an answer, bytes
-        self._bytes = 0  # of payloads without an answer and of results in hand
+        self._chunks: dict[int, list[int]] = {}  # first index -> unanswered rows, bytes
+        self._bytes = 0  # of unanswered payloads and of buffered results
         self._mean_result = 0.0
         self._ready: deque[tuple[int, Sequence[Result], int]] = deque()  # with their bytes
-        self._early: dict[int, tuple[int, Sequence[Result], int]] = {}  # the same, by first index
+        self._out_of_order: dict[
+            int, tuple[int, Sequence[Result], int]
+        ] = {}  # the same, by first index
         self._next = 0  # the index that follows those in `_ready`, when ordered
 
     @property
@@ -69,16 +71,15 @@ class MapWindow:
         return self.sent - self.answered - self.failed
 
     def has_room(self, rows: int) -> bool:
-        """Whether so many more may be sent now."""
         if not self.open:
             return True
         bytes_ = self._bytes + self.unanswered * self._mean_result
         return self.open + rows <= self._rows and bytes_ < self._max_bytes
 
     def gather(self, payloads: Iterator[bytes | str]) -> tuple[list[bytes], int]:
-        """The next chunk and its bytes. Sets `is_fed` and `pauses`.
+        """The next chunk and its size in bytes. Sets `is_fed` and `pauses`.
 
-        Raises TypeError or ValueError for what is no payload.
+        Raises TypeError or ValueError for an item that is not a payload.
         """
         rows: list[bytes] = []
         size, self.pauses = 0, False
@@ -95,21 +96,21 @@ class MapWindow:
         return rows, size
 
     def is_full(self, rows: int, size: int) -> bool:
-        """Whether a chunk that is gathered elsewhere is to be sent as it is."""
+        """Whether a chunk that is gathered elsewhere cannot take another row."""
         return rows >= self.chunk or size >= Limits.frame_bytes
 
-    def sending(self, rows: int, size: int) -> int:
-        """A chunk of so many payloads and bytes is being sent: the index of its first."""
+    def open_chunk(self, rows: int, size: int) -> int:
+        """Registers a chunk that is about to be sent; returns the index of its first payload."""
         first = self.sent
         self._chunks[first] = [rows, size]
         self.sent += rows
         self._bytes += size
         return first
 
-    def came(
+    def add_results(
         self, first: int, rows: Sequence[int], results: Sequence[Result], failed: bool
     ) -> bool:
-        """Takes results of the chunk that begins at `first`; whether they are its last.
+        """Adds results of the chunk that begins at `first`; returns whether it is complete.
 
         rows: ascending, counted from `first`. failed: every result is a CallFailed, else none is.
         """
@@ -136,9 +137,9 @@ class MapWindow:
         return True
 
     def take(self) -> Run | None:
-        """The results to be given now, `taking` of them; None when more have to come first.
+        """The results to give next, `taking` of them; None if there are none yet.
 
-        They keep their room until `gave` is called, before the next take.
+        They keep their room until `release` is called, before the next take.
         """
         if not self._ready:
             return None
@@ -146,49 +147,52 @@ class MapWindow:
         self.taking = len(results)
         return first, results
 
-    def gave(self) -> None:
-        """The results taken last are given, or the last of them is about to be."""
+    def release(self) -> None:
+        """Frees the room of the results taken last."""
         self.given += self.taking
         self._bytes -= self._taking_bytes
 
     def _put(self, first: int, results: Sequence[Result], size: int) -> None:
         if self._ordered and first != self._next:
-            self._early[first] = first, results, size
+            self._out_of_order[first] = first, results, size
             return
         self._ready.append((first, results, size))
         if not self._ordered:
             return
         self._next += len(results)
-        while self._early and (early := self._early.pop(self._next, None)) is not None:
-            self._ready.append(early)
-            self._next += len(early[1])
+        while (
+            self._out_of_order
+            and (following := self._out_of_order.pop(self._next, None)) is not None
+        ):
+            self._ready.append(following)
+            self._next += len(following[1])
 
 
 class Patience:
-    """How long a map waits: for a process that is away, and with requests that were refused.
+    """How long a map waits for a process that is away, and retries rejected requests.
 
-    A map outlives the process: what was not sent, or provably did not run, waits until the process
-    is back, for `seconds` from when it is gone. While it is being stopped in order it still
-    answers, and the patience has not begun.
+    Payloads that were not sent, or provably did not run, wait until the process is back, for at
+    most `seconds`. The time starts when the process is gone, not while it shuts down gracefully and
+    still answers.
     """
 
     def __init__(self, seconds: float, now: float) -> None:
         self.seconds = seconds
-        self.was_up = False  # the map is under way; until then a call's patience holds
+        self.was_up = False  # the map has begun; until then the patience is that of a call
         self._away_since = self._away_until = math.inf
-        self._is_told = False
+        self._has_warned = False
         self._answered_at = now
 
     def is_away(self, now: float, is_up: bool, rests: bool, is_served: bool) -> bool:
-        """Whether the map has to wait for the process; to be asked now and then.
+        """Whether the map has to wait for the process. Call it periodically.
 
-        is_up: the process takes requests. rests: the stream was let go because nothing was open,
-        and comes back when it is used. is_served: the process still answers.
+        is_up: the process takes requests. rests: the idle stream was closed, and reopens when it is
+        used. is_served: the process still answers.
         """
         if is_up or rests:
             self.was_up = self.was_up or is_up
             self._away_since = self._away_until = math.inf
-            self._is_told = False
+            self._has_warned = False
             return False
         if not self.was_up:
             return False
@@ -198,14 +202,14 @@ class Patience:
         return True
 
     def is_over(self, now: float) -> bool:
-        """Whether the process was waited for in vain."""
+        """Whether the process was away for longer than the map waits."""
         return now > self._away_until
 
-    def is_to_be_told(self, now: float) -> bool:
-        """Whether the caller is to be told that the process is away: once for each absence."""
-        if self._is_told or now - self._away_since <= TELL_AFTER_S:
+    def should_warn(self, now: float) -> bool:
+        """Whether to warn that the process is away: once for each absence."""
+        if self._has_warned or now - self._away_since <= WARN_AFTER_S:
             return False
-        self._is_told = True
+        self._has_warned = True
         return True
 
     def answered(self, now: float) -> None:
@@ -213,6 +217,5 @@ class Patience:
         self._answered_at = now
 
     def keeps_trying(self, now: float) -> bool:
-        """Whether what was refused, and provably did not run, is tried again: for as long after
-        the last answer as the map is patient."""
+        """Whether rejected requests are retried: until `seconds` after the last answer."""
         return now - self._answered_at < self.seconds

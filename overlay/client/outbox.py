@@ -1,8 +1,8 @@
-"""What a client has been asked to send, and the outbox where it waits for room.
+"""A client's submissions, and the outbox where they wait to be sent.
 
-    put(submission) --> a line for each priority --> take()     the most urgent first
+    put(submission) --> a queue for each priority --> take()     the most urgent first
 
-Owns no thread and needs no lock of its own: a line is a deque, whose ends are safe from any thread.
+Owns no thread and needs no lock: a queue is a deque, whose ends are safe from any thread.
 """
 
 from __future__ import annotations
@@ -17,31 +17,30 @@ from overlay.model.segments import Route
 from overlay.queueing import admission
 
 Deliver = Callable[[Sequence[int], Any, int, int], None]
-"""Takes (rows, what came, at, request_id): rows of the submission; the Delivery that has them, from
-its row `at` on, or the Detail that says why there is none; the first row's request id, which those
-of the other rows follow, or 0 for rows that were not sent. Each row comes once, on the stream's or
-the deadline thread; must be quick and must not raise."""
+"""Called with (rows, delivered, at, request_id): the rows of the submission; a Delivery that has
+their results from its row `at` on, or a Detail that says why there are none; the request id of the
+first row, 0 if it was not sent (the ids of the other rows follow). Called once for each row, on
+the stream's or the deadline thread; must be quick and must not raise."""
 
 
 @dataclass(frozen=True)
 class CallKind:
-    """What requests of one segment share, apart from the deadline."""
+    """The properties, apart from the deadline, that all requests of a segment share."""
 
     route: Route
     want_parts: bool = False
     priority: int = 0
-    as_they_come: bool = False  # parts come before the answer
+    as_they_come: bool = False  # parts are delivered before the answer
 
 
 class Submission:
-    """Requests that were given together. deadline, given: monotonic seconds."""
+    """Requests that were submitted together. deadline, submitted_at: monotonic seconds."""
 
     __slots__ = (
         "attempt",
         "cancelled",
         "deadline",
         "deliver",
-        "given",
         "is_patient",
         "keeps_trying",
         "kind",
@@ -49,6 +48,7 @@ class Submission:
         "payloads",
         "rows",
         "size",
+        "submitted_at",
         "wakes_a_thread",
     )
 
@@ -61,8 +61,7 @@ class Submission:
         wakes_a_thread: bool = False,
         on_partial: Deliver | None = None,
     ) -> None:
-        """on_partial: as `deliver`, for parts that come before their row's answer; any number of
-        times for a row."""
+        """on_partial: like `deliver`, for parts before their row's answer; any number of times."""
         self.kind = kind
         self.on_partial = on_partial
         self.payloads = payloads
@@ -73,17 +72,17 @@ class Submission:
         self.size = sum(map(len, payloads))
         self.attempt = 0
         self.cancelled: set[int] = set()
-        self.given = time.monotonic()
-        self.is_patient = False  # waits for a place there until its owner takes it back
-        # Whether rows that provably did not run are tried again beyond the budget of retries.
+        self.submitted_at = time.monotonic()
+        self.is_patient = False  # waits for a place at the process until its owner takes it back
+        # Whether rows that provably did not run are retried beyond the retry budget.
         self.keeps_trying: Callable[[], bool] = _never
 
     def part(self, rows: Sequence[int], attempt: int) -> Submission:
         """A submission of some of its rows."""
-        whose = self.deliver, self.wakes_a_thread, self.on_partial
-        made = Submission(self.kind, self.payloads, self.deadline, *whose)
+        callbacks = self.deliver, self.wakes_a_thread, self.on_partial
+        made = Submission(self.kind, self.payloads, self.deadline, *callbacks)
         made.rows, made.attempt, made.cancelled = rows, attempt, self.cancelled
-        made.given, made.is_patient = self.given, self.is_patient
+        made.submitted_at, made.is_patient = self.submitted_at, self.is_patient
         made.keeps_trying = self.keeps_trying
         made.size = sum(len(self.payloads[row]) for row in rows)
         return made
@@ -97,50 +96,52 @@ def _never() -> bool:
 
 
 class Outbox:
-    """What is still to be sent: the most urgent first, as overlay.queueing.admission ranks it."""
+    """Unsent submissions, the most urgent first, as overlay.queueing.admission ranks them."""
 
     def __init__(self) -> None:
-        self._lines: dict[int, deque[Submission]] = {0: deque()}  # by priority
+        self._queues: dict[int, deque[Submission]] = {0: deque()}  # by priority
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return sum(map(len, self._queues.values()))
 
     def __bool__(self) -> bool:
-        return any(self._lines.values())
+        return any(self._queues.values())
 
     def put(self, submission: Submission) -> None:
-        self._line_of(submission).append(submission)
+        self._queue_of(submission).append(submission)
 
     def put_back(self, submission: Submission) -> None:
-        """Puts back what was taken last, or the rest of it."""
-        self._line_of(submission).appendleft(submission)
+        """Puts back the submission taken last, or the rest of it."""
+        self._queue_of(submission).appendleft(submission)
 
     def first(self) -> Submission:
-        """The one that `take` would return now. Raises IndexError when there is none."""
-        return self._first_line()[0]
+        """The submission that `take` would return. Raises IndexError if there is none."""
+        return self._first_queue()[0]
 
     def take(self) -> Submission:
-        """Raises IndexError when there is none."""
-        return self._first_line().popleft()
+        """Raises IndexError if there is none."""
+        return self._first_queue().popleft()
 
     def remove(self, submission: Submission) -> None:
-        """Raises ValueError when it has left."""
-        self._line_of(submission).remove(submission)
+        """Raises ValueError if it is no longer here."""
+        self._queue_of(submission).remove(submission)
 
     def all(self) -> list[Submission]:
-        return [submission for line in list(self._lines.values()) for submission in line.copy()]
+        return [submission for queue in list(self._queues.values()) for submission in queue.copy()]
 
-    def _line_of(self, submission: Submission) -> deque[Submission]:
-        line = self._lines.get(submission.kind.priority)
-        return self._lines.setdefault(submission.kind.priority, deque()) if line is None else line
+    def _queue_of(self, submission: Submission) -> deque[Submission]:
+        queue = self._queues.get(submission.kind.priority)
+        return (
+            self._queues.setdefault(submission.kind.priority, deque()) if queue is None else queue
+        )
 
-    def _first_line(self) -> deque[Submission]:
-        if len(self._lines) == 1:
-            return self._lines[0]
+    def _first_queue(self) -> deque[Submission]:
+        if len(self._queues) == 1:
+            return self._queues[0]
         heads = []
-        for priority, line in list(self._lines.items()):
+        for priority, queue in list(self._queues.items()):
             try:
-                heads.append((admission.urgency(line[0].given, priority), -priority, line))
+                heads.append((admission.urgency(queue[0].submitted_at, priority), -priority, queue))
             except IndexError:  # it is empty
                 continue
-        return min(heads)[2] if heads else self._lines[0]
+        return min(heads)[2] if heads else self._queues[0]

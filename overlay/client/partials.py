@@ -1,4 +1,4 @@
-"""A request to all whose parts are given as they come: the same for threads and for asyncio."""
+"""Parts of a request to all workers, given as they arrive; for threads and for asyncio. Sans-IO."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from overlay.transport.chunks import ITEM_END
 
 
 class Parts:
-    """Which parts to give next, of what has been delivered. For one thread.
+    """Which parts of a delivery to give next. For one thread.
 
-    A good part is given once, as soon as it has come; a part in chunks is given when it is whole,
-    and more chunks are granted as these are taken here. Parts without a result are given at the
-    end, the last one of each worker: what was refused may have been tried again. With `first`,
-    nothing more is given after so many good parts.
+    A good part is given once, as soon as it arrives; a chunked part is given when it is complete,
+    and further chunks are granted as chunks are taken here. Parts without a result are given at the
+    end, the last one of each worker, because a rejected request may have been retried.
 
-    in_items: each item that a function yields is a part, given as soon as it has come.
+    first: the number of good parts after which nothing more is given. in_items: each item that a
+    function yields is a part of its own.
     """
 
     def __init__(self, first: int | None, in_items: bool = False) -> None:
@@ -30,42 +30,42 @@ class Parts:
         self._good: set[str] = set()
         self._bad: dict[str, Part] = {}
         self._unfinished: dict[str, _Chunks] = {}
-        self._yielding: set[str] = set()  # workers of whom items were given
+        self._yielding: set[str] = set()  # workers that have had items given
 
-    def early(self, came: Delivery, at: int) -> Iterator[Part]:
-        """What came before the answer."""
-        for column in came.answers.parts:
+    def early(self, delivered: Delivery, at: int) -> Iterator[Part]:
+        """Parts that arrive before the answer."""
+        for column in delivered.answers.parts:
             part = self._whole(column, at)
             if part is None:
                 if self._in_items:
                     yield from self._items_so_far(column.at(at))
-                came.grant(at, column.process_id)
+                delivered.grant(at, column.process_id)
             else:
                 yield from self._take(part)
 
-    def last(self, came: Any, at: int) -> Iterator[Part]:
-        """What came with the answer or with a failure, and then the parts without a result."""
-        if isinstance(came, Delivery):
-            yield from self.early(came, at)
+    def last(self, delivered: Any, at: int) -> Iterator[Part]:
+        """Parts that arrive with the answer or with a failure, then those without a result."""
+        if isinstance(delivered, Delivery):
+            yield from self.early(delivered, at)
         for worker, chunks in self._unfinished.items():
             self._bad[worker] = _broken(worker, chunks.size)
-        nothing_came = isinstance(came, Detail) and not self._good  # which says it all
-        if not (self.is_over or nothing_came):
+        is_failure = isinstance(delivered, Detail) and not self._good  # raised instead of the parts
+        if not (self.is_over or is_failure):
             yield from (part for worker, part in self._bad.items() if worker not in self._good)
         self.is_over = True
 
     def _whole(self, column: PartSlice, at: int) -> Part | None:
-        """The worker's part, with the chunks that came before; None while more are to come."""
+        """The worker's part, with its earlier chunks; None while more are to come."""
         part, chunk, worker = column.at(at), column.chunk, column.process_id
         chunks = self._unfinished.pop(worker, None) or _Chunks()
         if not part.ok or self.is_over or worker in self._good:
             return part
-        is_anew = chunk is None or chunk.at == 0
-        if is_anew and worker in self._yielding:
+        is_restart = chunk is None or chunk.at == 0
+        if is_restart and worker in self._yielding:
             return _broken(worker, chunks.size)
         if chunk is None:
             return part
-        if is_anew:
+        if is_restart:
             chunks = _Chunks()
         if chunk.at != chunks.size:
             return _broken(worker, chunks.size)
@@ -90,7 +90,7 @@ class Parts:
             yield from self._give(part, [part.result])
 
     def _items_so_far(self, part: Part) -> Iterator[Part]:
-        """The items that have come of an array that is under way; part: its last chunk."""
+        """The complete items so far of an unfinished array; part: its latest chunk."""
         worker = part.process_id
         chunks = self._unfinished[worker]
         if ITEM_END not in part.result:
@@ -113,7 +113,7 @@ class Parts:
 
 @dataclass
 class _Chunks:
-    """The beginning of a result; items: what is not given of it yet. size: of all of it."""
+    """The beginning of a result. items: chunks not given yet. size: bytes received in total."""
 
     items: list[bytes] = field(default_factory=list)
     size: int = 0
@@ -124,12 +124,12 @@ class _Chunks:
 
 
 def _is_yielded(array: bytes) -> bool:
-    """Whether it is what a typed function yielded, or begins so."""
+    """Whether it is an array, or the start of one, that a typed function yielded."""
     return array.startswith(b"[") and ITEM_END in array
 
 
 def _split(array: bytes) -> tuple[list[bytes], bytes]:
-    """The items of an array, or of what follows some of them, and what is left of it."""
+    """The complete items of an array, or of a later piece of it, and the rest."""
     *ended, rest = array.split(ITEM_END)
     return [item[1:] for item in ended if len(item) > 1], rest
 

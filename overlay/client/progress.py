@@ -1,6 +1,6 @@
-"""Reports the progress of a map to the process asked once a second, for those who watch it.
+"""Reports the progress of a map to the process asked, for `top` and `web`.
 
-A map that takes less than a second reports nothing, and so costs nothing.
+Once a second, so a map that takes less than a second reports nothing.
 """
 
 from __future__ import annotations
@@ -13,36 +13,35 @@ from overlay.model import clocks as time
 from overlay.model.errors import CallFailed
 from overlay.model.segments import Progress
 
-TELL_S = 1.0
+INTERVAL_S = 1.0
 
 _numbers = itertools.count(1)
 
 
-class Telling:
-    """The progress of one map. total: of its payloads, 0 where that is not known."""
+class ProgressReporter:
+    """Reports on one map. total: the number of its payloads, 0 if unknown."""
 
     def __init__(self, connection: Connection, handler: str, total: int) -> None:
         self._connection = connection
         self._handler = handler
         self._total = total
         self._number = next(_numbers) % 2**32
-        self._began = self._told_at = time.monotonic()
-        self._has_told = False
+        self._began = self._reported_at = time.monotonic()
+        self._has_reported = False
 
-    def tell(self, answered: int, failed: int) -> None:
-        """Unless it is too early."""
+    def report(self, answered: int, failed: int) -> None:
         now = time.monotonic()
-        if now - self._told_at >= TELL_S:
-            self._told_at, self._has_told = now, True
+        if now - self._reported_at >= INTERVAL_S:
+            self._reported_at, self._has_reported = now, True
             self._send(answered, failed, False)
 
     def end(self) -> None:
-        if self._has_told:
+        if self._has_reported:
             self._send(0, 0, True)
 
     def _send(self, answered: int, failed: int, is_over: bool) -> None:
         took_s = time.monotonic() - self._began
         counts = answered, failed, self._total
         with suppress(CallFailed):  # the client was closed
-            calls = self._connection.begin()
-            calls.tell(Progress(self._number, self._handler, *counts, took_s, is_over))
+            submitter = self._connection.begin()
+            submitter.send_progress(Progress(self._number, self._handler, *counts, took_s, is_over))

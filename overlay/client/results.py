@@ -1,4 +1,4 @@
-"""Makes what the library gives for a request: an Answer, its result, or a CallFailed."""
+"""Makes the outcome of a request: an Answer, its result, or a CallFailed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from overlay.transport import codec
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. parts: every worker asked, in the order of the configuration.
+    """The answer to a request. parts: one for every worker asked, in configuration order.
 
-    result: ALL: merged, or joined by newlines; ANY: the worker's own bytes. A part's own `result`
-    is filled only with want_parts. hops: the processes that took part, the one asked first. trace:
-    with want_trace, what the way took at each of them.
+    result: mode "all": the merged results, or all of them joined by newlines; "any": the worker's
+    result. A part has its own `result` only with want_parts. hops: the processes that took part,
+    the one asked first. trace: with want_trace, the times at each of them.
     """
 
     result: bytes
@@ -29,7 +29,7 @@ class Answer:
 
     @property
     def coverage(self) -> tuple[int, int]:
-        """(answered, asked), counted in workers."""
+        """The numbers of workers that answered, and that were asked."""
         return sum(part.ok for part in self.parts), len(self.parts)
 
     @property
@@ -39,34 +39,34 @@ class Answer:
 
     @property
     def value(self) -> Any:
-        """Of a typed function: the JSON value that any one worker gave, or that a merge made.
+        """The JSON value that a typed function returned on one worker, or that a merge made.
 
-        Raises ValueError where several workers gave one each, which `values` has.
+        Raises ValueError if several workers returned a value each; `values` has those.
         """
         try:
             return json_values.read(self.result)
         except ValueError as e:
             if self.coverage[0] > 1:
                 raise ValueError(
-                    f"{self.coverage[0]} workers gave a value each, which `values` has; "
-                    'mode="any" asks one of them'
+                    f"{self.coverage[0]} workers returned a value each: use `values`, or "
+                    'mode="any" to ask one of them'
                 ) from None
             raise ValueError(f"the result is not JSON ({e}); `result` has its bytes") from None
 
     @property
     def values(self) -> dict[str, Any]:
-        """Of a typed function: each worker's own JSON value, by its id; without the missing ones.
+        """The JSON value that a typed function returned on each worker that answered, by its id.
 
-        Of all with `args` or want_parts. Raises ValueError.
+        Needs `args` or want_parts if several workers answered. Raises ValueError.
         """
         good = [part for part in self.parts if part.ok]
-        if len(good) == 1 and not good[0].result:  # any one's own is the result
+        if len(good) == 1 and not good[0].result:  # the only value is the result itself
             return {good[0].process_id: self.value}
         return {part.process_id: part.value for part in good}
 
 
 class Incomplete(bytes):
-    """The result, in a map or a Future, of a request to all that some workers did not answer."""
+    """The result of a map or a Future in mode "all" that some workers did not answer."""
 
     missing: tuple[Part, ...] = ()
 
@@ -74,17 +74,17 @@ class Incomplete(bytes):
 NOT_PICKLED = "a Future belongs to the process that waits for it; pickle its result()"
 
 
-def results_of(came: Delivery, at: int, count: int) -> list[bytes]:
-    if came.is_whole:
-        return came.results[at : at + count]
-    return [result_of(came, row) for row in range(at, at + count)]
+def results_of(delivered: Delivery, at: int, count: int) -> list[bytes]:
+    if delivered.is_whole:
+        return delivered.results[at : at + count]
+    return [result_of(delivered, row) for row in range(at, at + count)]
 
 
-def result_of(came: Delivery, at: int) -> bytes:
-    result = came.results[at]
-    if came.is_whole:
+def result_of(delivered: Delivery, at: int) -> bytes:
+    result = delivered.results[at]
+    if delivered.is_whole:
         return result
-    missing = tuple(part for part in came.answers.at(at).parts if not part.ok)
+    missing = tuple(part for part in delivered.answers.at(at).parts if not part.ok)
     if not missing:
         return result
     incomplete = Incomplete(result)
@@ -93,36 +93,36 @@ def result_of(came: Delivery, at: int) -> bytes:
 
 
 def read_value(result: bytes) -> Any:
-    """The JSON value of a result. Raises InvalidCall, which says that it is no JSON."""
+    """The JSON value of a result. Raises InvalidCall if it is not JSON."""
     try:
         return json_values.read(result)
     except ValueError as e:
-        reason = f"the result is not JSON ({e}): args are for typed functions, others get a payload"
+        reason = f"the result is not JSON ({e}): only typed functions take args, others a payload"
         raise InvalidCall(reason, executed=Executed.YES) from None
 
 
 def value_of(result: bytes | CallFailed) -> Any:
-    """As `read_value`; a failure as it is, and that of a result that is no JSON too."""
+    """Like `read_value`, but returns failures instead of raising them."""
     if isinstance(result, CallFailed):
         return result
     try:
         return read_value(result)
     except InvalidCall as e:
-        return e.with_traceback(None)  # which would hold the result
+        return e.with_traceback(None)  # the traceback would keep the result alive
 
 
-def failure_of(error: Any, address: str, timeout_s: float) -> CallFailed:
-    """gRPC's error as ours. Only the trailer proves that no handler ran; no code does."""
-    said = codec.read_error(error)
+def error_from_rpc(error: Any, address: str, timeout_s: float) -> CallFailed:
+    """Converts a gRPC error. Only the trailer proves that no handler ran; no status code does."""
+    status = codec.read_error(error)
     after_s = codec.retry_after_s(error.trailing_metadata())
-    failure = Detail(said.code, said.reason, said.executed, after_s)
+    failure = Detail(status.code, status.reason, status.executed, after_s)
     request_id = codec.read_request_id(error.trailing_metadata())
-    return error_of(failure, _sentence(error, said, address, timeout_s), request_id)
+    return error_of(failure, _message_from_rpc(error, status, address, timeout_s), request_id)
 
 
-def error_of(failure: Detail, sentence: str, request_id: int = 0) -> CallFailed:
+def error_of(failure: Detail, message: str, request_id: int = 0) -> CallFailed:
     error = of_status(failure.code, failure.executed)(
-        sentence,
+        message,
         code=failure.code,
         executed=failure.executed,
         retry_after_s=failure.retry_after_s,
@@ -131,19 +131,19 @@ def error_of(failure: Detail, sentence: str, request_id: int = 0) -> CallFailed:
     return error
 
 
-def sentence_of(code: Code, reason: str, address: str) -> str:
-    """The process's own words, unless what answers there is no process of an overlay."""
+def message_of(code: Code, reason: str, address: str) -> str:
+    """The process's own reason, unless the server is not an overlay process."""
     if code is Code.UNIMPLEMENTED:
-        return f"what serves at {address} is not a process of an overlay, or an older one"
+        return f"the server at {address} is not a process of an overlay, or is an older one"
     return reason
 
 
-def _sentence(error: Any, said: Part, address: str, timeout_s: float) -> str:
-    """The process's own words where it had some; else ours in place of gRPC's."""
-    if said.code is Code.CANCELLED:
+def _message_from_rpc(error: Any, status: Part, address: str, timeout_s: float) -> str:
+    """The process's own reason if it gave one, else a clearer message than gRPC's."""
+    if status.code is Code.CANCELLED:
         return "this client was closed before the answer came"
-    if said.code is Code.DEADLINE_EXCEEDED and said.reason == "Deadline Exceeded":
+    if status.code is Code.DEADLINE_EXCEEDED and status.reason == "Deadline Exceeded":
         return f"no answer from {address} within {timeout_s:g} s"
-    if said.code is Code.UNAVAILABLE and not error.trailing_metadata():
-        return f"no answer from {address}: {said.reason}"
-    return sentence_of(said.code, said.reason, address)
+    if status.code is Code.UNAVAILABLE and not error.trailing_metadata():
+        return f"no answer from {address}: {status.reason}"
+    return message_of(status.code, status.reason, address)

@@ -1,18 +1,19 @@
-"""Many requests over one stream: the engine of the client library.
+"""Sends many requests over one stream: the core of the client library.
 
     send(submission) --> outbox --> segments --> frames --> the process asked
     submission.deliver(...) <------- slices <-- frames <--
 
-A submission is one request, or many that were given together; those of one kind and about the same
-deadline share a segment. Requests that were never handed to gRPC are sent when the connection is
-back. Those that were handed over and have no answer end as unknown and are not sent again. Those
-that provably did not run are tried again, within a budget, after the pause that the process asked
-for; a map's also beyond the budget, for as long as the map is patient. Those that a stopping
-process gives back wait until it is back. Where a process has no place for another stream, unsent
-requests wait for one, within the client's patience.
+A submission is one request, or many that were submitted together; submissions of one kind and
+nearly the same deadline share a segment. If the connection is lost, requests that were never handed
+to gRPC are sent when it is back; the others fail with an unknown outcome and are not sent again.
 
-Which segment an answer belongs to is overlay.transport.multiplexer's. Owns a stream, whose thread
-delivers, and a deadline thread, from `start` to `close`.
+Requests that provably did not run are retried, within a budget, after the pause that the process
+asked for; those of a map also beyond the budget, for the map's patience. Requests that a stopping
+process returns wait until it is back. If the process has no place for another stream, unsent
+requests wait for one, for the client's patience.
+
+overlay.transport.multiplexer matches answers to segments. Owns a stream, whose thread delivers, and
+a deadline thread, from `start` to `close`.
 """
 
 from __future__ import annotations
@@ -38,53 +39,53 @@ from overlay.transport.stream import ReconnectingStream, is_full
 from overlay.transport.timers import Deadlines
 
 LIMITS = Limits()
-# One less than the process asked takes: once its window is full it reads nothing, not even cancels.
+# One less than the window of the process: when that is full it reads nothing, not even cancels.
 WINDOW_ROWS = LIMITS.window_rows - 1
 WINDOW_BYTES = LIMITS.window_bytes - 1
-LATE_S = 0.1  # after the deadline; an answer that the process asked gives in time is here by then
+LATE_S = 0.1  # after the deadline: time for an answer that the process sent before it
 CHUNKS_AHEAD = 4  # of each part: 512 KiB in flight, 50 MB/s at a round trip of 10 ms
 GATHER_S = 0.00003  # a wait for the next calls of the threads that a frame's answers woke
-GATHERINGS = 5  # of these waits at most, while calls still come
-RETRIES = 3  # of one request
-RETRY_SHARE = 0.09  # retries per request: with MIN_RETRIES, a tenth more load in an overload
-MIN_RETRIES, MAX_RETRIES = 10.0, 1000.0  # saved up: at the start, and at most
-RETRY_PAUSE_S = 0.1  # when the process does not say how long
-MAX_PAUSE_S = 2.0  # between tries that go on, unless the process asks for a longer pause
-SETTLE_S = 5.0  # a restarted process has found its neighbours by then
-SETTLE_PAUSE_S = 0.25  # between two tries in the meantime
+GATHERINGS = 5  # at most this many waits, while calls keep arriving
+RETRIES = 3  # per request
+RETRY_SHARE = 0.09  # retries earned per request: about a tenth more load under overload
+MIN_RETRIES, MAX_RETRIES = 10.0, 1000.0  # the retry budget: at the start, and at most
+RETRY_PAUSE_S = 0.1  # if the process does not ask for another pause
+MAX_PAUSE_S = 2.0  # between retries beyond RETRIES, unless the process asks for a longer pause
+SETTLING_S = 5.0  # a restarted process has connected to its neighbours by then
+SETTLING_PAUSE_S = 0.25  # between two attempts during that time
 NEVER_SENT = Detail(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
 CLOSED = Detail(Code.CANCELLED, "this client was closed", Executed.NO)
-WORTH_A_RETRY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
+RETRYABLE = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
 
 class Delivery:
-    """A slice of answers, decoded once for all submissions with rows in it.
+    """A validated slice of answers, decoded once for all submissions with rows in it.
 
-    results: a row each; empty bytes where it failed. is_whole: no worker is missing. grant: called
-    with (row here, worker) when a chunk was read. The slice was checked against what was asked.
+    results: one per row; empty bytes for a failure. is_whole: no worker is missing. grant: called
+    with (row here, worker) when a chunk was read.
     """
 
-    __slots__ = ("_answers", "_made", "grant", "is_whole", "results")
+    __slots__ = ("_answers", "_slice", "grant", "is_whole", "results")
 
     def __init__(
-        self, made: pb2.Slice, grant: Callable[[int, str], None] = lambda row, worker: None
+        self, slice_: pb2.Slice, grant: Callable[[int, str], None] = lambda row, worker: None
     ) -> None:
         self.grant = grant
-        self.results = list(made.results.items)
-        self.is_whole = not any(part.failures for part in made.parts)
-        self._made = made
+        self.results = list(slice_.results.items)
+        self.is_whole = not any(part.failures for part in slice_.parts)
+        self._slice = slice_
         self._answers: Slice | None = None
 
     @property
     def answers(self) -> Slice:
         """Parts and hops."""
         if self._answers is None:
-            self._answers = codec.read_client_slice(self._made)
+            self._answers = codec.read_client_slice(self._slice)
         return self._answers
 
 
-class _Sent(OpenSegment[Submission]):
-    """A segment of one or more submissions. deadline: when it is given up; monotonic seconds."""
+class _SentSegment(OpenSegment[Submission]):
+    """A segment of one or more submissions. deadline: when it expires; monotonic seconds."""
 
     __slots__ = ("deadline", "first_id")
 
@@ -95,10 +96,10 @@ class _Sent(OpenSegment[Submission]):
 class Submitter:
     """Sends submissions and delivers their answers. Safe from any thread.
 
-    connected: set while the process asked takes requests on the stream. refused: why it does not.
-    patience_s: how long a submission waits for a place there before it is delivered as refused.
-    shown: how messages call the process; by default its name. after_frame: called when everything
-    in a frame is delivered; is_delivering: such a call will follow.
+    connected: set while the process takes requests on the stream. refused: the reason if it does
+    not. patience_s: how long a submission waits for a place at the process before it fails. shown:
+    the process's name in messages. after_frame: called when everything in a frame is delivered;
+    is_delivering: such a call will follow.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Submitter:
         self.refused: Detail | None = None
         self.after_frame: Callable[[], None] | None = None
         self.is_delivering = False
-        self.most_bytes = LIMITS.max_message_bytes
+        self.max_bytes = LIMITS.max_message_bytes
         self._shown = shown or (lambda: name)
         self._patience_s = patience_s
         self._stream = ReconnectingStream(
@@ -122,16 +123,16 @@ class Submitter:
         self._lock = threading.Lock()
         self._outbox = Outbox()
         self._multiplexer = Multiplexer()
-        self._progress: dict[int, Progress] = {}  # of maps, by number: to be sent
-        self._unwanted: deque[set[int]] = deque()  # `cancelled` of submissions
-        self._woken = 0  # threads that the last frame woke, which may call again at once
-        self._look_at = math.inf  # when the outbox is next searched for expired submissions
+        self._progress: dict[int, Progress] = {}  # of maps, by number; unsent
+        self._cancelled: deque[set[int]] = deque()  # `cancelled` of submissions
+        self._woken = 0  # threads that the last frame woke; they may call again at once
+        self._next_check = math.inf  # when the outbox is next searched for expired submissions
         self._retries = MIN_RETRIES
         self._retrying: set[_Retry] = set()
-        self._served = False  # the stream is; the process may be stopping
-        self._was_lost = False  # a stream that was served
-        self._settles_by = -math.inf  # until then the process has just come back; monotonic s
-        self._full_since: float | None = None  # all its places are taken since; monotonic s
+        self._served = False  # the process serves the stream, but may be stopping
+        self._was_lost = False  # a served stream was lost
+        self._settling_until = -math.inf  # the end of the time after a restart; monotonic s
+        self._full_since: float | None = None  # when its places were all taken; monotonic s
         self._closed = False
 
     @property
@@ -142,18 +143,18 @@ class Submitter:
 
     @property
     def is_full(self) -> bool:
-        """Whether the process refuses the stream because all its places are taken."""
+        """Whether the process rejects the stream because all its places are taken."""
         refused = self.refused
         return refused is not None and is_full(refused)
 
     @property
     def rests(self) -> bool:
-        """Whether the idle stream gave up its place; the next submission brings it back."""
+        """Whether the idle stream was closed; the next submission reopens it."""
         return self._stream.rests
 
     @property
     def is_served(self) -> bool:
-        """Whether the stream is served, also by a stopping process that takes nothing new."""
+        """Whether the process serves the stream, even if it is stopping and takes no requests."""
         return self._served
 
     def start(self) -> None:
@@ -161,7 +162,7 @@ class Submitter:
         self._stream.start()
 
     def close(self) -> None:
-        """Ends the stream; what is open is delivered as cancelled. May be called twice."""
+        """Ends the stream; open requests are delivered as cancelled. May be called twice."""
         with self._lock:
             if self._closed:
                 return
@@ -176,13 +177,13 @@ class Submitter:
         self._end_unsent()
 
     def send(self, submission: Submission) -> None:
-        if submission.size > self.most_bytes and self._refuse_too_large(submission):
+        if submission.size > self.max_bytes and self._refuse_too_large(submission):
             return
-        if not submission.attempt:  # or retries would earn retries
+        if not submission.attempt:  # retries must not earn retries
             self._retries = min(self._retries + len(submission.rows) * RETRY_SHARE, MAX_RETRIES)
         self._outbox.put(submission)
         due_at = self._due_at(submission)
-        if due_at < self._look_at:
+        if due_at < self._next_check:
             self._watch_outbox(due_at)
         if self._closed:
             self._end_unsent()
@@ -190,39 +191,39 @@ class Submitter:
             self._stream.kick()
 
     def remind(self, of: Callable[[], None], at: float) -> None:
-        """Calls `of` then, in monotonic seconds, on the deadline thread; not after `close`."""
+        """Calls `of` at that time (monotonic) on the deadline thread; not after `close`."""
         self._deadlines.watch(of, at)
 
-    def tell(self, progress: Progress) -> None:
-        """Sends how a map goes, for those who watch, in one of the next frames."""
+    def send_progress(self, progress: Progress) -> None:
+        """Sends the progress of a map in one of the next frames."""
         self._progress[progress.number] = progress
         self._stream.kick()
 
     def wake(self) -> None:
-        """Brings back a stream that gave up its place, for a caller waiting for `connected`."""
+        """Reopens an idle stream, for a caller that waits for `connected`."""
         self._stream.kick()
 
     def _due_at(self, submission: Submission) -> float:
-        """When a submission that still waits in the outbox is given up."""
+        """When a submission in the outbox expires."""
         since = self._full_since
         if since is None or submission.is_patient or not self.is_full:
             return submission.deadline
-        return min(submission.deadline, max(since, submission.given) + self._patience_s)
+        return min(submission.deadline, max(since, submission.submitted_at) + self._patience_s)
 
     def _watch_outbox(self, deadline: float) -> None:
-        """Has the outbox searched for expired submissions then."""
+        """Schedules a search of the outbox for expired submissions."""
         with self._lock:
-            if deadline >= self._look_at:
+            if deadline >= self._next_check:
                 return
-            self._look_at = deadline
+            self._next_check = deadline
         self._deadlines.watch(self, deadline)
 
     def _refuse_too_large(self, submission: Submission) -> bool:
-        """Delivers the failure of rows that are too large; whether no other rows are left.
+        """Fails the rows that are too large; returns whether no others are left.
 
-        Such a payload would end the stream, and with it everything that is open.
+        Such a payload would end the stream, and with it all open requests.
         """
-        most = self.most_bytes
+        most = self.max_bytes
         large = {row for row in submission.rows if len(submission.payloads[row]) > most}
         for row in large:
             reason = codec.too_large(len(submission.payloads[row]), most)
@@ -233,20 +234,20 @@ class Submitter:
         return not submission.rows
 
     def cancel(self, submission: Submission, rows: Sequence[int]) -> None:
-        """Stops the work on rows that are not wanted any more; they are delivered all the same."""
+        """Stops the work on rows that are no longer wanted. They are delivered nevertheless."""
         submission.cancelled.update(rows)
-        self._unwanted.append(submission.cancelled)
+        self._cancelled.append(submission.cancelled)
         self._stream.kick()
 
     def take_back(self, submission: Submission, failure: Detail) -> int:
-        """Delivers the failure for those of its rows that wait to be sent; how many they are."""
+        """Fails its unsent rows; returns how many they are."""
         with self._lock:
             mine = [r for r in self._retrying if r.submission.cancelled is submission.cancelled]
             self._retrying.difference_update(mine)
         taken = [retry.submission for retry in mine]
         for one in self._outbox.all():
             if one.cancelled is submission.cancelled:
-                with suppress(ValueError):  # it has left
+                with suppress(ValueError):  # it is being sent
                     self._outbox.remove(one)
                     taken.append(one)
         for one in taken:
@@ -257,11 +258,11 @@ class Submitter:
 
     def _fill(self, frame: pb2.Frame) -> bool:
         if not self._served:
-            return False  # the call may never be accepted, and the frame would be lost
+            return False  # the call may be rejected, and the frame would be lost
         self._gather()
         size = 0
-        if self._unwanted:
-            self._find_unwanted()
+        if self._cancelled:
+            self._cancel_rows()
         size += self._multiplexer.write_control(frame, LIMITS.frame_cancels)
         while self._progress:
             _, progress = self._progress.popitem()
@@ -276,14 +277,14 @@ class Submitter:
             size += bytes_ + 100
         return size > 0
 
-    def _find_unwanted(self) -> None:
-        # All in one pass: thousands may be cancelled together, and each may be in any segment.
-        unwanted = {id(self._unwanted.popleft()) for _ in range(len(self._unwanted))}
+    def _cancel_rows(self) -> None:
+        # All in one pass: thousands may be cancelled together, each in any segment.
+        cancelled = {id(self._cancelled.popleft()) for _ in range(len(self._cancelled))}
         for sent in self._multiplexer.segments():
             rows = [
                 start + index
                 for start, submission in zip(sent.starts, sent.members, strict=False)
-                if id(submission.cancelled) in unwanted
+                if id(submission.cancelled) in cancelled
                 for index, row in enumerate(submission.rows)
                 if row in submission.cancelled
             ]
@@ -291,7 +292,7 @@ class Submitter:
                 self._multiplexer.cancel(sent, first, count)
 
     def _gather(self) -> None:
-        # Threads that wake together call again together: a short wait puts them into one frame.
+        # Threads that wake together often call again together: a short wait puts them in one frame.
         woken, self._woken = self._woken, 0
         before = len(self._outbox)
         for _ in range(GATHERINGS if woken > 1 else 0):
@@ -313,7 +314,7 @@ class Submitter:
             return False
         return open_.bytes + next_size <= WINDOW_BYTES or not open_.rows
 
-    def _next_submissions(self, most_bytes: int) -> tuple[list[Submission], int]:
+    def _next_submissions(self, max_bytes: int) -> tuple[list[Submission], int]:
         """Submissions from the head of the outbox that may share a segment, and their bytes."""
         submissions: list[Submission] = []
         rows, size = WINDOW_ROWS - self._multiplexer.rows, 0
@@ -328,12 +329,12 @@ class Submitter:
                 (submission.kind is submissions[0].kind or submission.kind == submissions[0].kind)
                 and submission.attempt == submissions[0].attempt
                 and abs(submission.deadline - submissions[0].deadline) <= SAME_DEADLINE_S
-                and size + submission.size <= most_bytes
+                and size + submission.size <= max_bytes
             ):
                 self._put_back([submission])
                 break
-            if submission.size > self.most_bytes and self._refuse_too_large(submission):
-                continue  # it was given when the process took more
+            if submission.size > self.max_bytes and self._refuse_too_large(submission):
+                continue  # it was submitted when the process accepted larger messages
             fits = min(rows, self._rows_that_fit(submission))
             if len(submission.rows) > fits:
                 self._put_back([submission.part(submission.rows[fits:], submission.attempt)])
@@ -344,29 +345,28 @@ class Submitter:
         return submissions, size
 
     def _rows_that_fit(self, submission: Submission) -> int:
-        """How many of its first rows fit into the largest message that the process takes; none of
-        them is too large alone."""
-        if submission.size <= self.most_bytes:
+        """How many of its first rows fit into one message; no single row is too large."""
+        if submission.size <= self.max_bytes:
             return len(submission.rows)
         size = fits = 0
         for row in submission.rows:
             size += len(submission.payloads[row])
-            if size > self.most_bytes:
+            if size > self.max_bytes:
                 break
             fits += 1
         return fits
 
     def _still_wanted(self, submission: Submission) -> Submission | None:
-        """The submission without its cancelled rows, which are delivered as such."""
-        gone = [row for row in submission.rows if row in submission.cancelled]
+        """The submission without its cancelled rows, which are delivered as cancelled."""
+        cancelled = [row for row in submission.rows if row in submission.cancelled]
         left = [row for row in submission.rows if row not in submission.cancelled]
-        if not gone:
+        if not cancelled:
             return submission
-        self._deliver_all(submission.part(gone, submission.attempt), NEVER_SENT)
+        self._deliver_all(submission.part(cancelled, submission.attempt), NEVER_SENT)
         return submission.part(left, submission.attempt) if left else None
 
     def _write(self, frame: pb2.Frame, submissions: list[Submission], size: int) -> bool:
-        """False when the stream is over."""
+        """Returns False if the stream has ended."""
         deadline = min(submission.deadline for submission in submissions)
         left_s = deadline - time.monotonic()
         if left_s <= 0:
@@ -380,7 +380,7 @@ class Submitter:
         chunks = CHUNKS_AHEAD if kind.as_they_come else 0
         first_id = codec.new_ids()
         counts = [len(submission.rows) for submission in submissions]
-        sent = _Sent(submissions, counts, size, partial=chunks > 0, chunks=chunks)
+        sent = _SentSegment(submissions, counts, size, partial=chunks > 0, chunks=chunks)
         sent.deadline, sent.first_id = deadline + LATE_S, first_id
         if not self._multiplexer.open(sent):
             self._put_back(submissions)
@@ -392,13 +392,13 @@ class Submitter:
         before, more = len(frame.segments), (kind.want_parts, kind.priority, kind.as_they_come)
         try:
             codec.write_segment(frame, sent.number, segment, left_s, *more)
-        except Exception as e:  # noqa: BLE001 - whatever it is, only this segment is to fail
+        except Exception as e:  # noqa: BLE001 - an error fails only this segment
             del frame.segments[before:]
             self._write_apart(frame, sent, e)
         return True
 
-    def _write_apart(self, frame: pb2.Frame, sent: _Sent, error: Exception) -> None:
-        """Writes each row by itself, so that only those that cannot be written fail."""
+    def _write_apart(self, frame: pb2.Frame, sent: _SentSegment, error: Exception) -> None:
+        """Writes each row by itself, so that only the rows that cannot be written fail."""
         self._close_rows(sent, 0, sent.count)
         if sent.count > 1:
             for submission in sent.members:
@@ -423,9 +423,9 @@ class Submitter:
         self._served = True
         self._multiplexer.is_live = not self._closed
         if self._was_lost:
-            self._was_lost, self._settles_by = False, time.monotonic() + SETTLE_S
-        said = codec.read_max_bytes(metadata.items())
-        self.most_bytes = LIMITS.max_message_bytes if said is None else said
+            self._was_lost, self._settling_until = False, time.monotonic() + SETTLING_S
+        max_bytes = codec.read_max_bytes(metadata.items())
+        self.max_bytes = LIMITS.max_message_bytes if max_bytes is None else max_bytes
         self.connected.set()
         self._stream.kick()
 
@@ -439,12 +439,12 @@ class Submitter:
             self._multiplexer.is_live = False
         self.is_delivering = self.after_frame is not None
         try:
-            for sent, made in self._multiplexer.answers_in(frame):
-                codec.check_client_slice(made, sent.asked)
-                if made.more:
-                    self._pass_on(sent, made)
+            for sent, slice_ in self._multiplexer.answers_in(frame):
+                codec.check_client_slice(slice_, sent.asked)
+                if slice_.more:
+                    self._deliver_partial(sent, slice_)
                 else:
-                    woken += self._take(sent, made)
+                    woken += self._deliver_slice(sent, slice_)
         finally:
             self._woken = woken
             self.is_delivering = False
@@ -453,26 +453,26 @@ class Submitter:
         if self._outbox:
             self._stream.kick()
 
-    def _pass_on(self, sent: _Sent, made: pb2.Slice) -> None:
-        """Delivers parts of rows that are not answered yet."""
-        start = made.start
+    def _deliver_partial(self, sent: _SentSegment, slice_: pb2.Slice) -> None:
+        """Delivers parts of rows that have no answer yet."""
+        start = slice_.start
 
         def grant(row: int, worker: str) -> None:
             self._multiplexer.grant(sent, start + row, worker, 1)
             self._stream.kick()
 
-        delivery = Delivery(made, grant)
+        delivery = Delivery(slice_, grant)
         for first, count in self._multiplexer.arrive(sent, start, delivery.answers):
             for submission, row, rows, at in sent.members_of(first, count):
                 if submission.on_partial is not None:
-                    whose = submission.rows[row : row + rows]
-                    submission.on_partial(whose, delivery, at - start, sent.first_id + at)
+                    their_rows = submission.rows[row : row + rows]
+                    submission.on_partial(their_rows, delivery, at - start, sent.first_id + at)
 
-    def _take(self, sent: _Sent, made: pb2.Slice) -> int:
-        """Delivers a slice; returns how many threads that wakes."""
-        delivery, start, woken = Delivery(made), made.start, 0
-        failures = _failures_of(made) if made.failures else None
-        for first, count in self._close_rows(sent, start, made.count):
+    def _deliver_slice(self, sent: _SentSegment, slice_: pb2.Slice) -> int:
+        """Delivers answers; returns how many threads that wakes."""
+        delivery, start, woken = Delivery(slice_), slice_.start, 0
+        failures = _failures_of(slice_) if slice_.failures else None
+        for first, count in self._close_rows(sent, start, slice_.count):
             for submission, own, size, at in sent.members_of(first, count):
                 woken += submission.wakes_a_thread
                 rows = submission.rows[own : own + size]
@@ -495,7 +495,7 @@ class Submitter:
         self.connected.clear()
         if self._stream.rests:
             self.refused = None
-        elif why.code is Code.DATA_LOSS:  # also the reason for what is not sent now
+        elif why.code is Code.DATA_LOSS:  # unsent requests fail for this reason too
             reason = f"the process at {self._shown()} cannot be asked: {why.reason}"
             self.refused = Detail(why.code, reason, Executed.NO)
         elif why.executed is Executed.NO or not (was_served or why.code is Code.CANCELLED):
@@ -514,7 +514,7 @@ class Submitter:
 
     # on any thread
 
-    def _close_rows(self, sent: _Sent, start: int, count: int) -> list[Run]:
+    def _close_rows(self, sent: _SentSegment, start: int, count: int) -> list[Run]:
         runs = self._multiplexer.take(sent, start, count)
         if runs and not sent.pending.left:
             self._deadlines.forget(sent, sent.deadline)
@@ -524,7 +524,7 @@ class Submitter:
         for sent in self._multiplexer.lose():
             self._end_rows(sent, failure)
 
-    def _end_rows(self, sent: _Sent, failure: Detail) -> None:
+    def _end_rows(self, sent: _SentSegment, failure: Detail) -> None:
         for first, count in self._close_rows(sent, 0, sent.count):
             for submission, own, size, at in sent.members_of(first, count):
                 rows = submission.rows[own : own + size]
@@ -541,16 +541,16 @@ class Submitter:
     def _deliver_all(self, submission: Submission, failure: Detail) -> None:
         submission.deliver(submission.rows, failure, 0, 0)
 
-    def _expire(self, due: _Sent | Submitter | _Retry | Callable[[], None]) -> None:
+    def _expire(self, due: _SentSegment | Submitter | _Retry | Callable[[], None]) -> None:
         if isinstance(due, _Retry):
             with self._lock:
-                due_still = due in self._retrying
+                is_due = due in self._retrying
                 self._retrying.discard(due)
-            if due_still:
+            if is_due:
                 self.send(due.submission)
         elif isinstance(due, Submitter):
             self._expire_unsent()
-        elif isinstance(due, _Sent):
+        elif isinstance(due, _SentSegment):
             self._multiplexer.cancel(due, 0, due.count)
             self._end_rows(due, Detail(Code.DEADLINE_EXCEEDED, ""))
             self._stream.kick()
@@ -559,7 +559,7 @@ class Submitter:
 
     def _expire_unsent(self) -> None:
         with self._lock:
-            self._look_at = math.inf
+            self._next_check = math.inf
         now = time.monotonic()
         late, refused = Detail(Code.DEADLINE_EXCEEDED, "", Executed.NO), self.refused
         for submission in self._outbox.all():
@@ -569,14 +569,13 @@ class Submitter:
                 continue
             try:
                 self._outbox.remove(submission)
-            except ValueError:  # it has left
+            except ValueError:  # it is being sent
                 continue
             why = late if refused is None or submission.deadline <= now else refused
             self._deliver_all(submission, why)
 
     def _keep(self, submission: Submission, rows: Sequence[int], failure: Detail) -> bool:
-        """Puts rows that a stopping process provably did not run back into the outbox; whether it
-        did."""
+        """Puts rows back into the outbox if a stopping process returned them; returns whether."""
         gave_back = failure.executed is Executed.NO and failure.code is Code.UNAVAILABLE
         if not gave_back or self.connected.is_set() or self._closed:
             return False
@@ -591,11 +590,11 @@ class Submitter:
         if self._keep(submission, (row,), failure):
             return
         now = time.monotonic()
-        # A process that has just come back has not found its neighbours yet: no reason to give up.
-        settles = failure.code is Code.UNAVAILABLE and now < self._settles_by
+        # A restarted process has not connected to its neighbours yet: not a reason to give up.
+        is_settling = failure.code is Code.UNAVAILABLE and now < self._settling_until
         pause_s = failure.retry_after_s or RETRY_PAUSE_S
-        if settles:
-            pause_s = max(pause_s, SETTLE_PAUSE_S)
+        if is_settling:
+            pause_s = max(pause_s, SETTLING_PAUSE_S)
         elif submission.attempt >= RETRIES:
             pause_s = max(
                 pause_s, min(RETRY_PAUSE_S * 2 ** min(submission.attempt, 9), MAX_PAUSE_S)
@@ -603,20 +602,20 @@ class Submitter:
         again_at = now + pause_s
         if (
             failure.executed is Executed.NO
-            and failure.code in WORTH_A_RETRY
+            and failure.code in RETRYABLE
             and again_at < submission.deadline
             and row not in submission.cancelled
             and not self._closed
-            and (settles or self._may_try_again(submission))
+            and (is_settling or self._may_retry(submission))
         ):
-            retry = _Retry(submission.part((row,), submission.attempt + (not settles)))
+            retry = _Retry(submission.part((row,), submission.attempt + (not is_settling)))
             with self._lock:
                 self._retrying.add(retry)
             self._deadlines.watch(retry, again_at)
         else:
             submission.deliver((row,), failure, 0, request_id)
 
-    def _may_try_again(self, submission: Submission) -> bool:
+    def _may_retry(self, submission: Submission) -> bool:
         if submission.attempt < RETRIES and self._spend_retry():
             return True
         return submission.keeps_trying()
@@ -631,14 +630,14 @@ class Submitter:
 
 @dataclass(eq=False)
 class _Retry:
-    """A submission that waits for its next attempt."""
+    """A submission waiting for its next attempt."""
 
     submission: Submission
 
 
-def _failures_of(made: pb2.Slice) -> dict[int, Detail]:
+def _failures_of(slice_: pb2.Slice) -> dict[int, Detail]:
     found: dict[int, Detail] = {}
-    for detail in made.failures:
-        rows = range(detail.start, detail.start + (detail.count or made.count))
+    for detail in slice_.failures:
+        rows = range(detail.start, detail.start + (detail.count or slice_.count))
         found.update(dict.fromkeys(rows, codec.read_failure(detail)))
     return found

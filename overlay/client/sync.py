@@ -6,11 +6,12 @@
         for thumbnail in client.map("pictures", photos):
             ...
 
-A call returns an answer or raises a CallFailed that says what happened and whether a handler saw
-the request; every call has a deadline. A request is sent again only on proof that it did not run.
+A call returns an answer, or raises a CallFailed that says what happened and whether a handler
+started on the request; every call has a deadline. A request is retried only if it provably did not
+run.
 
-All requests of a client share one stream, whose threads client.submitter owns; metrics, health
-and what an administrator asks are calls of their own.
+All requests of a client share one stream, whose threads client.submitter owns; metrics, health and
+administration are unary calls.
 """
 
 from __future__ import annotations
@@ -70,17 +71,17 @@ __all__ = [
     "connect",
 ]
 
-LOOK_S = 0.5  # how often a map looks whether the process is there; Ctrl-C works on Windows too
+CHECK_S = 0.5  # how often a map checks that the process is there; also lets Ctrl-C in on Windows
 Args = Mapping[str, Any]
-"""The arguments of a typed function, by name; whatever pydantic can write as JSON."""
+"""The arguments of a typed function by name, of any type that pydantic can write as JSON."""
 
 
 def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
-    """A client for the process at `host:port`. Does not wait: the first call does.
+    """A client for the process at `host:port`. Does not wait for the connection; calls do.
 
     patience_s: how long a call waits for a connection that is not up before it raises NotReached.
-    Raises ValueError for an address that is not host:port, RuntimeError where gevent or eventlet
-    has replaced the threads that gRPC needs.
+    Raises ValueError for an address that is not host:port, RuntimeError if gevent or eventlet has
+    replaced the threads that gRPC needs.
     """
     address, patience_s = arguments.as_address(address), arguments.as_patience(patience_s)
     split(address)
@@ -88,31 +89,31 @@ def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
 
 
 def new_request_id() -> int:
-    """An id that no other request has, for `forward`."""
+    """A unique id, for `forward`."""
     return codec.new_ids()
 
 
 def read_trace(hops: Sequence[codec.pb2.Hop]) -> tuple[Hop, ...]:
-    """The hops of a request, from what GetMetrics says of it."""
+    """The hops of a request, as GetMetrics reports them."""
     return codec.read_trace(hops)
 
 
 class Client(concurrent.futures.Executor):
-    """The verbs of one kept connection. Safe from any thread; close() may be called twice.
+    """One persistent connection. Safe from any thread; close() may be called twice.
 
-    As an Executor it takes the name of a handler in place of a function (None: each worker's
-    default), and payloads in place of arguments.
+    An Executor that takes the name of a handler instead of a function (None: each worker's
+    default), and payloads instead of arguments.
     """
 
     def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
         self.address = address
         self._patience_s = patience_s
         self._connection = Connection(address, patience_s)
-        self._asked = weakref.ref(self._connection)  # also after a shutdown
+        self._asked = weakref.ref(self._connection)  # even after a shutdown
 
     @property
     def shown(self) -> str:
-        """The address, with what its host name resolves to here, as far as that is known."""
+        """The address, with what its host name resolves to here, if that is known."""
         return self._connection.shown
 
     def call(
@@ -130,17 +131,17 @@ class Client(concurrent.futures.Executor):
     ) -> Answer:
         """Asks every worker in scope (mode "all"), or the least loaded one ("any").
 
-        payload: bytes, or text, which is sent as UTF-8. args: instead of a payload, the arguments
+        payload: bytes, or a str, which is sent as UTF-8. args: instead of a payload, the arguments
         of a typed function by name; the answer's `value` or `values` are what it returned.
-        team, handler: names of the configuration; empty for every team and each worker's default.
-        timeout: seconds, including the wait for the connection; None for 30. want_parts: the answer
-        has each worker's own result. idempotency_key: a request that is sent again with the same
-        key within ten minutes, also after a failure, does not run again and has the same answer.
-        priority: 0 to 9, among this client's own requests; each step is worth two seconds of
-        waiting.
+        team, handler: names from the configuration; empty for every team, and for each worker's
+        default handler. timeout: seconds, including the wait for the connection; None for 30.
+        want_parts: the answer has each worker's own result. idempotency_key: a request that is sent
+        again with the same key within ten minutes, even after a failure, does not run again and
+        gets the same answer. priority: 0 to 9, among this client's own requests; each step is worth
+        two seconds of waiting.
 
         Raises CallFailed, whose subclasses mirror the statuses, and TypeError or ValueError for an
-        argument that is not right.
+        invalid argument.
         """
         options = arguments.call_options(
             payload, args, mode, team, handler, timeout, want_parts, priority
@@ -154,11 +155,11 @@ class Client(concurrent.futures.Executor):
         )
         self._connection.send(submission, options.timeout_s)
         try:
-            came = wait.wait()
-        except BaseException:  # Ctrl-C: the answer is not waited for any more
+            delivered = wait.wait()
+        except BaseException:  # Ctrl-C
             self._connection.cancel(submission)
             raise
-        return self._connection.read(*came, options.timeout_s)
+        return self._connection.read(*delivered, options.timeout_s)
 
     def forward(
         self,
@@ -175,20 +176,20 @@ class Client(concurrent.futures.Executor):
         want_trace: bool = False,
         request_id: int = 0,
     ) -> Answer:
-        """As `call`, by a unary Forward of its own, as any gRPC client asks.
+        """Like `call`, but as a unary Forward, the RPC that any gRPC client uses.
 
-        So the request waits in the leader's queue, and is Refused when all its slots are taken; a
-        call waits in the stream's window. A request that is Unavailable, with proof that nothing
-        ran, is sent again for as long as a client waits for a connection. want_trace: fills the
-        answer's trace, and leaves a line in each process's log. request_id: to know the id before
-        there is an answer; no other request may have it (`new_request_id`).
+        The request waits in the leader's queue, and is Refused if all slots are taken; a `call`
+        waits in the stream's window. A request that is Unavailable and provably did not run is
+        retried for the client's patience. want_trace: fills the answer's trace, and writes a line
+        to each process's log. request_id: a unique id (`new_request_id`), for a caller that needs
+        it before the answer.
         """
         options = arguments.call_options(
             payload, args, mode, team, handler, timeout, want_parts, priority
         )
         key = arguments.as_key(idempotency_key)
         want_trace = arguments.as_flag("want_trace", want_trace)
-        request_id = arguments.as_whole("request_id", request_id, most=arguments.HIGHEST_ID)
+        request_id = arguments.as_int("request_id", request_id, maximum=arguments.HIGHEST_ID)
         return self._forward(options, key, want_trace, request_id)
 
     def _forward(
@@ -230,8 +231,8 @@ class Client(concurrent.futures.Executor):
         """A Future of the result of one worker (mode "any") or of all.
 
         The result is bytes; with `args`, the JSON value that a typed function returned. Its
-        exception is a CallFailed; its cancel() ends the work. Raises NotReached when nothing serves
-        at the address. The other arguments are those of `call`.
+        exception is a CallFailed; its cancel() cancels the request. Raises NotReached if no server
+        is listening at the address. The other arguments are those of `call`.
         """
         options = arguments.submit_options(handler, payload, args, mode, team, timeout, priority)
         future = (ValueFuture if options.has_values else CallFuture)(self._connection, options)
@@ -252,18 +253,18 @@ class Client(concurrent.futures.Executor):
         priority: int = 0,
         patience_s: float | None = None,
     ) -> Iterator[Any]:
-        """The results of many payloads, in their order; at most `window` are in flight at once.
+        """The results of many payloads, in order; at most `window` are in flight at once.
 
         args: instead of payloads, the arguments of a typed function for each call; the results are
-        the JSON values that it returned, else bytes. timeout: seconds for each payload. The
-        payloads are taken as the results are, never all at once. The first failure is raised in its
-        place and cancels the rest, as leaving the loop does. chunksize: payloads per message; 0
+        the JSON values that it returned, else bytes. timeout: seconds for each payload. Payloads
+        are taken as results are consumed, never all at once. The first failure is raised in its
+        place and cancels the rest, as does leaving the loop. chunksize: payloads per message; 0
         lets the library choose.
 
-        When the process asked is lost, what was under way fails, and the rest goes on when the
-        process is back. patience_s: how many seconds the map waits for that; None for 30, or the
-        client's own patience where that is longer. After that, when all that was sent has been
-        given, raises NotReached, which says how many payloads were answered.
+        If the process asked is lost, payloads in flight fail, and the rest goes on when the process
+        is back. patience_s: how many seconds the map waits for that; None for 30, or the client's
+        own patience if that is longer. If the process is not back by then, the map gives the
+        results of all payloads sent and raises NotReached, which says how many were answered.
         """
         how = mode, team, timeout, window, chunksize, True, priority, patience_s
         return _raising(self._map(arguments.map_options(handler, payloads, args, *how)))
@@ -283,11 +284,11 @@ class Client(concurrent.futures.Executor):
         priority: int = 0,
         patience_s: float | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        """As `map`, but gives (index, result) as they come, and a failure in place of its result.
+        """Like `map`, but gives (index, result) pairs as they arrive; a failure is a result too.
 
-        Raises NotReached only when nothing serves at the address, or not again within the patience;
-        each payload that was sent has been given its result by then. ordered: in the order of the
-        payloads.
+        Raises NotReached only if no server is listening at the address, or it is not back within
+        the patience; by then every payload sent has its result. ordered: gives the pairs in the
+        order of the payloads.
         """
         how = mode, team, timeout, window, chunksize, ordered, priority, patience_s
         return _numbered(self._map(arguments.map_options(handler, payloads, args, *how)))
@@ -303,13 +304,13 @@ class Client(concurrent.futures.Executor):
         first: int | None = None,
         priority: int = 0,
     ) -> Iterator[Part]:
-        """Asks every worker in scope, and gives each worker's part as soon as it has come.
+        """Asks every worker in scope, and gives each worker's part as soon as it arrives.
 
         Nothing is merged, and all parts together may be larger than a message. Parts without a
-        result (`not part.ok`) come last. Raises CallFailed when no worker has answered. After
-        `first` good parts, or when the loop is left, the work of the other workers is ended.
-        args: as in `call`; each part's `value` is what the function returned there, and each item
-        that it yields is a part of its own, given as soon as it has come.
+        result (`not part.ok`) come last. Raises CallFailed if no worker answers. After `first` good
+        parts, or when the loop is left, the other workers are cancelled. args: as in `call`; each
+        part's `value` is what the function returned there, and each item that the function yields
+        is a part of its own.
         """
         options = arguments.parts_options(payload, args, team, handler, timeout, priority)
         parts = Parts(arguments.as_first(first), in_items=options.has_values)
@@ -323,9 +324,9 @@ class Client(concurrent.futures.Executor):
         requests: int = 0,
         functions: bool = False,
     ) -> codec.pb2.MetricsResponse:
-        """The process's own figures, as overlay.proto describes them.
+        """The metrics of the process, as overlay.proto describes them.
 
-        events, requests: how many of the last ones to include. functions: whether to include the
+        events, requests: how many of the latest to include. functions: whether to include the
         signatures of the handlers' functions. Raises CallFailed.
         """
         request = arguments.metrics_request(events, requests, functions)
@@ -340,65 +341,68 @@ class Client(concurrent.futures.Executor):
         error_id: str = "",
         timeout: float | None = None,
     ) -> codec.pb2.LogsResponse:
-        """The last lines of the log of the process asked, or of one below it (`process_id`).
+        """The last log lines of the process asked, or of one below it (`process_id`).
 
         lines: how many, 0 for a hundred. request_id: only lines about this request. error_id: only
-        lines that name this error. Raises CallFailed.
+        lines that mention this error. Raises CallFailed.
         """
         wanted = codec.pb2.LogsRequest(
             process_id=arguments.as_id(process_id),
-            lines=arguments.as_whole("lines", lines),
-            request_id=arguments.as_whole("request_id", request_id, most=arguments.HIGHEST_ID),
+            lines=arguments.as_int("lines", lines),
+            request_id=arguments.as_int("request_id", request_id, maximum=arguments.HIGHEST_ID),
             error_id=arguments.as_id(error_id),
         )
         return self._connection.logs(wanted, arguments.as_timeout(timeout))
 
     def is_serving(self, *, timeout: float | None = None) -> bool:
-        """The standard health service: False while the process stops. Raises CallFailed."""
+        """Asks the standard health service; False while the process stops. Raises CallFailed."""
         return self._connection.is_serving(arguments.as_timeout(timeout))
 
     def drain(
         self, *, grace_s: float | None = None, wait: bool = True, timeout: float | None = None
     ) -> codec.pb2.DrainResponse:
-        """Stops the process as SIGTERM does; only from its own machine.
+        """Stops the process as SIGTERM does; only possible from its own machine.
 
-        grace_s: seconds that running requests may take, None for the configured time. wait: until
-        the process has stopped serving, and the answer says what became of its requests; else until
-        the stop has begun. The process itself ends a moment after the answer. Raises CallFailed.
+        grace_s: seconds that running requests may take, None for the configured time. wait: waits
+        until the process has stopped serving, and the response has the outcomes of its requests;
+        else only until the stop has begun. The process exits a moment later. Raises CallFailed.
         """
         no_wait = not arguments.as_flag("wait", wait)
         request = codec.pb2.DrainRequest(grace_s=arguments.as_grace(grace_s), no_wait=no_wait)
         return self._connection.drain(request, arguments.as_timeout(timeout))
 
     def close(self) -> None:
-        """Ends the connection at once; what has no answer yet fails with CallCancelled."""
+        """Closes the connection at once; open requests fail with CallCancelled."""
         connection = self._asked()
         if connection is not None:
             connection.close()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As an Executor's: takes nothing new, and ends the connection when all that was asked has
-        an answer.
+        """Shuts down like any Executor: takes no new requests, and closes once all are answered.
 
-        A map that was made before still sends what it has to, for as long as the map is held. wait:
-        until what is under way is answered, and the callbacks have run. cancel_futures: cancels
-        each Future that is not done, also one whose handler runs.
+        A map that was started before goes on as long as it is referenced. wait: waits until all
+        requests are answered and the callbacks have run. cancel_futures: cancels every Future that
+        is not done, even if its handler is running.
         """
         connection, closed = self._asked(), Connection(self.address, 0.0)
         closed.close()
-        # What still has an answer to come holds the old one, which goes with the last of them.
+        # Open requests refer to the old connection, which is closed with the last of them.
         self._connection = closed
         if connection is None:
             return
-        for reply in list(connection.replies) if cancel_futures and not connection.is_left else ():
-            reply.cancel()
+        for future in (
+            list(connection.open_futures)
+            if cancel_futures and not connection.belongs_to_parent
+            else ()
+        ):
+            future.cancel()
         if wait:
             connection.wait_until_idle()
             if not connection.maps:
                 connection.close()
 
     def __reduce__(self) -> tuple[type[Client], tuple[str, float]]:
-        return type(self), (self.address, self._patience_s)  # which connects where it arrives
+        return type(self), (self.address, self._patience_s)  # connects anew where it is unpickled
 
     def __enter__(self) -> Client:
         return self
@@ -416,21 +420,21 @@ class Client(concurrent.futures.Executor):
     def _map(self, options: MapOptions) -> Iterator[Run]:
         payloads = arguments.as_iterator(options.bodies)
         self._connection.check_open()
-        box: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        run = MapRun(self._connection, options, lambda *came: box.put(came))
-        return _results(self._connection, run, box, payloads)
+        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        run = MapRun(self._connection, options, lambda *delivered: inbox.put(delivered))
+        return _results(self._connection, run, inbox, payloads)
 
 
 def _results(
-    connection: Connection, run: MapRun, box: queue.SimpleQueue[Any], payloads: Iterator[Any]
+    connection: Connection, run: MapRun, inbox: queue.SimpleQueue[Any], payloads: Iterator[Any]
 ) -> Iterator[Run]:
     """Keeps a map's window full while its results are taken."""
     window = run.window
     try:
         while not run.is_done:
-            run.look()
-            if run.needs_last_look:
-                run.last_look()
+            run.check_connection()
+            if run.needs_last_check:
+                run.last_check()
             pauses = False
             while not pauses and run.may_send(window.chunk):
                 rows, size = window.gather(payloads)
@@ -439,15 +443,15 @@ def _results(
                     run.begin()
                 run.send(rows, size)
                 pauses = window.pauses
-            within_s = PAUSE_S if run.is_away or pauses else LOOK_S
+            within_s = PAUSE_S if run.is_away or pauses else CHECK_S
             with suppress(queue.Empty):
-                run.read(*box.get(timeout=within_s if window.unanswered or run.is_away else 0))
-            for _ in range(box.qsize()):
-                run.read(*box.get())
+                run.read(*inbox.get(timeout=within_s if window.unanswered or run.is_away else 0))
+            for _ in range(inbox.qsize()):
+                run.read(*inbox.get())
             while (ready := run.take()) is not None:
                 yield ready
-                window.gave()
-        run.check()
+                window.release()
+        run.raise_if_ended_early()
     finally:
         run.close()
 
@@ -472,46 +476,48 @@ def _raising(runs: Iterator[Run]) -> Iterator[Any]:
 
 
 def _parts(connection: Connection, options: CallOptions, parts: Parts) -> Iterator[Part]:
-    box: queue.SimpleQueue[tuple[bool, Any, int, int]] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[tuple[bool, Any, int, int]] = queue.SimpleQueue()
     timeout_s = options.timeout_s
     submission = Submission(
         options.kind,
         (options.body,),
         time.monotonic() + timeout_s,
-        lambda rows, came, at, request_id: box.put((True, came, at, request_id)),
-        on_partial=lambda rows, came, at, request_id: box.put((False, came, at, request_id)),
+        lambda rows, delivered, at, request_id: inbox.put((True, delivered, at, request_id)),
+        on_partial=lambda rows, delivered, at, request_id: inbox.put(
+            (False, delivered, at, request_id)
+        ),
     )
     connection.send(submission, timeout_s)
     is_last = False
     try:
         while not (is_last or parts.is_over):
-            connection.check_here()
-            with suppress(queue.Empty):  # in slices, so that Ctrl-C works on Windows too
-                is_last, came, at, request_id = box.get(timeout=0.5)
-                yield from parts.last(came, at) if is_last else parts.early(came, at)
-        if is_last and isinstance(came, Detail):
-            raise connection.failed(came, timeout_s, request_id)
+            connection.check_same_process()
+            with suppress(queue.Empty):  # short waits, so that Ctrl-C works on Windows too
+                is_last, delivered, at, request_id = inbox.get(timeout=0.5)
+                yield from parts.last(delivered, at) if is_last else parts.early(delivered, at)
+        if is_last and isinstance(delivered, Detail):
+            raise connection.error_for(delivered, timeout_s, request_id)
     finally:
         if not is_last:
             connection.cancel(submission)
 
 
 class _ThreadWait:
-    """Where a calling thread waits; a bare lock is the cheapest thing that can wake it."""
+    """Where a calling thread waits; a lock is the cheapest way to wake it."""
 
-    __slots__ = ("_came", "_ready")
+    __slots__ = ("_delivered", "_ready")
 
     def __init__(self) -> None:
         self._ready = threading.Lock()
         self._ready.acquire()
-        self._came: tuple[Any, int, int] = (None, 0, 0)
+        self._delivered: tuple[Any, int, int] = (None, 0, 0)
 
-    def deliver(self, rows: Sequence[int], came: Any, at: int, request_id: int) -> None:
-        self._came = came, at, request_id
+    def deliver(self, rows: Sequence[int], delivered: Any, at: int, request_id: int) -> None:
+        self._delivered = delivered, at, request_id
         self._ready.release()
 
     def wait(self) -> tuple[Any, int, int]:
-        # In slices, so that Ctrl-C works on Windows too. Every submission is delivered in the end.
+        # Short waits, so that Ctrl-C works on Windows too. Every submission is delivered at last.
         while not self._ready.acquire(timeout=0.5):
             pass
-        return self._came
+        return self._delivered

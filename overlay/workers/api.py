@@ -2,9 +2,9 @@
 
     def handler(payload: bytes, context: Context) -> bytes
 
-A function that returns an iterator of bytes, as one that yields does, has all of them together as
-its result, and need not hold them at once where parts are taken as they come (transport.chunks).
-From every other kind of function overlay.workers.typed makes one of these.
+The result of a function that returns an iterator of bytes, such as a generator, is their
+concatenation; if the client takes parts as they arrive, it is sent in chunks (transport.chunks).
+overlay.workers.typed wraps functions of any other kind as one of these.
 
 No name from the wire is ever imported: a request names a handler of the configuration.
 """
@@ -29,15 +29,15 @@ from overlay.workers import user_modules
 from overlay.workers.user_modules import Source, Sources
 
 ROOT = Path(__file__).resolve().parents[2]
-RECURSION = sys.getrecursionlimit()  # restored after a handler that changed it
+RECURSION_LIMIT = sys.getrecursionlimit()  # restored after a handler that changed it
 
 
 @dataclass
 class Context:
-    """What a handler is told about its call.
+    """The facts of one call, for its handler.
 
-    deadline: monotonic seconds of this process. options: the handler's, then the
-    process's, which win.
+    deadline: monotonic seconds of this process. options: the handler's, overridden by the
+    process's.
     """
 
     process_id: str
@@ -57,18 +57,18 @@ class Context:
     def cancelled(self) -> bool:
         """Whether the answer is no longer wanted: the caller left or the deadline passed.
 
-        A handler on a thread should check this now and then; one in a process is killed.
+        A handler on a thread should check this periodically; one in a process is killed.
         """
         return bool(self._ended[self._row]) or time.monotonic() >= self.deadline
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
-        """Writes to the worker's log, in lines that carry the request's id."""
+        """A logger that writes to the worker's log and adds the request's id."""
         return logging.LoggerAdapter(_log, {"request_id": self.request_id})
 
 
 class NotWanted(Exception):
-    """A function was cancelled, or is left to itself, because its answer is no longer wanted."""
+    """A function was cancelled or abandoned, because its answer is no longer wanted."""
 
 
 _log = logging.getLogger("overlay.handler")
@@ -77,67 +77,69 @@ Handler = Callable[[bytes, Context], "bytes | Iterator[bytes]"]
 
 
 def echo(payload: bytes, context: Context) -> bytes:
-    """The default handler: returns the payload, after the id of the process that did so."""
+    """The default handler: returns the payload, prefixed with the worker's id."""
     return context.process_id.encode() + b": " + payload
 
 
 def add_folder(folder: Path, kept: Mapping[str, Source] = MappingProxyType({})) -> Sources:
-    """Puts the configuration's folder on the module path, so that handlers can lie beside it.
+    """Adds the configuration file's folder to the module path, for the handlers' modules.
 
-    It comes after the standard library and everything installed, which a random.py or a logging.py
-    of the user's would break, and before our own folder, whose client.py is not the user's. kept:
-    modules of the folder as another process has found them.
+    The folder comes after the standard library and installed packages, so that a user's random.py
+    cannot replace Python's, and before our own folder, so that a user's client.py is found. kept:
+    the sources of modules that another process has read.
     """
     last = [str(folder)]
-    if (ROOT / "node.py").exists():  # a clone, and not where pip installs everything
+    if (ROOT / "node.py").exists():  # a clone, not site-packages
         last.append(str(ROOT))
     moved = {os.path.realpath(path) for path in last}
     others = [path for path in sys.path if os.path.realpath(path) not in moved]
     sys.path[:] = [*others, *dict.fromkeys(last)]
-    return user_modules.keep(folder, kept)
+    return user_modules.install(folder, kept)
 
 
 def find(spec: HandlerSpec, function: str) -> Callable[..., Any]:
-    """The function named "module:function". Raises ConfigError when it cannot be imported."""
+    """Imports the function "module:function". Raises ConfigError if that fails."""
     module_name, _, name = function.partition(":")
     try:
         module = importlib.import_module(module_name)
     except BaseException as e:
         if isinstance(e, KeyboardInterrupt):
             raise
-        _check_whose(spec, module_name)
+        _check_not_shadowed(spec, module_name)
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         raise ConfigError(
             f"handler '{spec.name}': module '{module_name}' cannot be imported ({reason}); "
-            f"it is looked for in the configuration file's folder and in the Python path"
-            f"{_hidden_in(reason)}"
+            f"Python looks for it in the configuration file's folder and on its module path"
+            f"{_shadowed_in(reason)}"
         ) from e
-    _check_whose(spec, module_name)
+    _check_not_shadowed(spec, module_name)
     found = getattr(module, name, None)
     if not callable(found):
-        what = "has no function" if found is None else "is not a function:"
+        what = f"no function '{name}'" if found is None else f"'{name}', which is not a function"
         raise ConfigError(
-            f"handler '{spec.name}': module '{module_name}' {what} '{name}' ({_place(module)})"
+            f"handler '{spec.name}': module '{module_name}' has {what} ({_location(module)})"
         )
     return found  # type: ignore[no-any-return]
 
 
-def _check_whose(spec: HandlerSpec, module_name: str) -> None:
-    """Raises ConfigError when another module of that name hides the one in the folder."""
-    top, here = module_name.partition(".")[0], user_modules.kept_here()
-    if here is not None and (own := here.passed_over(top)):
+def _check_not_shadowed(spec: HandlerSpec, module_name: str) -> None:
+    """Raises ConfigError if another module shadows the folder's module of that name."""
+    top, sources = module_name.partition(".")[0], user_modules.installed()
+    if sources is not None and (own := sources.shadowed(top)):
         raise ConfigError(
-            f"handler '{spec.name}': module '{top}' is {_place(sys.modules[top])}, which comes "
+            f"handler '{spec.name}': module '{top}' is {_location(sys.modules[top])}, which comes "
             f"before {own}: give that another name"
         )
 
 
-def _hidden_in(reason: str) -> str:
-    """Which names in an error are modules of the folder that another module hides."""
-    here, names = user_modules.kept_here(), re.findall(r"'(\w+)'", reason)
-    hidden = [own for name in dict.fromkeys(names) if here and (own := here.passed_over(name))]
-    return "".join(f"; {own} has the name of another module: give it another one" for own in hidden)
+def _shadowed_in(reason: str) -> str:
+    """Names the shadowed modules of the folder that an import error mentions."""
+    sources, names = user_modules.installed(), re.findall(r"'(\w+)'", reason)
+    shadowed = [own for name in dict.fromkeys(names) if sources and (own := sources.shadowed(name))]
+    return "".join(
+        f"; {own} has the name of another module: give it another one" for own in shadowed
+    )
 
 
-def _place(module: ModuleType) -> str:
+def _location(module: ModuleType) -> str:
     return getattr(module, "__file__", None) or "built into Python"

@@ -1,4 +1,4 @@
-"""The event loop of one handler's async functions, which are called on other threads.
+"""The event loop of one async handler, which is called on other threads.
 
 Owns a thread, "handler-NAME-loop", until `close`.
 """
@@ -18,7 +18,7 @@ from overlay.workers.api import Context, Handler, NotWanted
 
 log = logging.getLogger("overlay.handler")  # a task's traceback may quote the payload
 
-LOOK_S = 0.1  # how often it checks whether the caller is still waiting
+CHECK_S = 0.1  # how often it checks that the caller is still waiting
 
 
 class EventLoop:
@@ -29,12 +29,12 @@ class EventLoop:
         threading.Thread(target=self._serve, name=f"handler-{name}-loop", daemon=True).start()
 
     def close(self) -> None:
-        """Cancels what is running on it. May be called twice."""
+        """Cancels all tasks. May be called twice."""
         with contextlib.suppress(RuntimeError):  # it is closed
             self._loop.call_soon_threadsafe(self._end)
 
     def blocking(self, function: Callable[..., Any]) -> Handler:
-        """An async function of bytes, as one that blocks its thread until it has a result."""
+        """Wraps an async function of bytes as one that blocks its thread until it has a result."""
 
         def call(payload: bytes, context: Context) -> Any:
             return self.result_of(function(payload, context), context)
@@ -42,10 +42,9 @@ class EventLoop:
         return call
 
     def result_of(self, found: Any, context: Context) -> Any:
-        """The result behind an async function's call; for an async generator, an iterator of items.
+        """Waits for the result of an async function; of an async generator, iterates over items.
 
-        Raises what the function raises, and NotWanted when it was cancelled because its caller
-        has gone.
+        Raises what the function raises, and NotWanted if it is cancelled because its caller left.
         """
         if isinstance(found, AsyncIterator):
             return self._items(found, context)
@@ -55,7 +54,7 @@ class EventLoop:
         work = asyncio.run_coroutine_threadsafe(_outcome_of(awaitable), self._loop)
         while True:
             try:
-                result, error = work.result(LOOK_S)
+                result, error = work.result(CHECK_S)
                 break
             except concurrent.futures.TimeoutError:
                 if context.cancelled:
@@ -86,7 +85,7 @@ class EventLoop:
             try:
                 self._loop.run_forever()
             except BaseException:
-                # A task that the function has left behind may raise SystemExit.
+                # For example SystemExit from a task that the function left running.
                 log.exception("handler %s: a task ended its event loop", self._name)
         self._loop.close()
 
@@ -98,7 +97,7 @@ class EventLoop:
 
 
 async def _outcome_of(awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    """The result, or what was raised: SystemExit from a task would end the loop."""
+    """The result, or the exception raised: a SystemExit of the task would end the loop."""
     try:
         return await awaitable, None
     except BaseException as e:  # noqa: BLE001 - raised again on the thread that waits

@@ -1,8 +1,8 @@
-"""Runs the user's handlers: on threads, or in processes that can be ended.
+"""Runs the user's handlers: on threads, or in processes that can be killed.
 
 A handler runs only in a slot, so a worker never runs more handlers than it has slots. A slot is
-free again when the handler has really ended, not when its caller has gone. A request id runs at
-most once (overlay.workers.request_ids).
+free again when the handler has ended, not when its caller has left. A request id runs at most once
+(overlay.workers.request_ids).
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Runner(Protocol):
 class Executor:
     """The handlers of one worker. Safe from any thread.
 
-    on_free: called on any thread when slots have become free without an answer.
+    on_free: called on any thread when slots have become free.
     """
 
     def __init__(self, topology: Topology, process: Process) -> None:
-        """Imports every handler. Raises ConfigError when one cannot be imported."""
+        """Imports every handler. Raises ConfigError if one cannot be imported."""
         self.on_free: Callable[[], None] = lambda: None
         self._process = process
         self._cap = min(process.slots or process.in_service, process.in_service)
@@ -62,7 +62,7 @@ class Executor:
         try:
             for spec in topology.handlers.values():
                 options = {**spec.options, **process.options}
-                count = min(topology.handler_slots(process, spec), self._most(0))
+                count = min(topology.handler_slots(process, spec), self._max_slots(0))
                 slots = HandlerSlots(spec, count, options)
                 self._handlers[spec.name] = slots, _runner(slots, topology, sources)
             sources.keep_imported()
@@ -72,12 +72,11 @@ class Executor:
 
     @property
     def active(self) -> int:
-        """Handlers running now, including those whose caller has left."""
+        """The number of running handlers, including those whose caller has left."""
         return sum(runner.active for _, runner in self._handlers.values())
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that run handlers."""
         return [pid for _, runner in self._handlers.values() for pid in runner.pids]
 
     @property
@@ -93,7 +92,7 @@ class Executor:
     def claim(self, handler: str, count: int) -> int:
         """Claims slots for at most `count` rows of the handler ("" is the process's default).
 
-        Returns how many: those that are free, and those that quick rows will free within 2 ms. A
+        Returns how many: the free slots, and those that quick rows will free within 2 ms. Each
         handler leaves some of the worker's slots to the others.
         """
         slots, _ = self._handlers[handler or self._process.handler]
@@ -103,21 +102,21 @@ class Executor:
                 for other, _ in self._handlers.values()
                 if other is not slots
             )
-            # Beyond the slots only while no other handler is at work: each has threads of its own.
+            # More than its slots only while no other handler runs: each has threads of its own.
             ahead = 0 if elsewhere else slots.ahead
             free = slots.total + ahead - slots.taken
-            capped = self._most(elsewhere) + ahead - slots.taken
+            capped = self._max_slots(elsewhere) + ahead - slots.taken
             count = max(0, min(count, free, capped))
             slots.taken += count
         return count
 
-    def run(self, segment: Segment, waited_s: float, sink: OnResult) -> Cancel:
-        """Runs the rows in claimed slots; the sink gets each row's answer once."""
+    def run(self, segment: Segment, waited_s: float, on_result: OnResult) -> Cancel:
+        """Runs the rows in claimed slots; on_result gets the answer of each row once."""
         slots, runner = self._handlers[segment.route.handler or self._process.handler]
         give_back = partial(self._give_back, slots)
         forget = partial(self._seen.forget, segment)
         job = HandlerJob(
-            slots, self._process, segment, waited_s, sink, give_back, runner.end, forget
+            slots, self._process, segment, waited_s, on_result, give_back, runner.end, forget
         )
         begun = self._seen.begin(segment)
         if begun.again or begun.full:
@@ -126,11 +125,11 @@ class Executor:
         return job.end
 
     def close(self) -> None:
-        """Ends the pools: kills processes, leaves threads to end by themselves."""
+        """Closes the pools: kills processes; threads end by themselves."""
         for _, runner in self._handlers.values():
             runner.close()
 
-    def _most(self, elsewhere: int) -> int:
+    def _max_slots(self, elsewhere: int) -> int:
         """How many slots one handler may take while others hold `elsewhere`."""
         return shares.max_handler_slots(self._cap, elsewhere) if self._is_shared else self._cap
 
@@ -141,7 +140,7 @@ class Executor:
 
 
 def _runner(slots: HandlerSlots, topology: Topology, sources: Sources) -> Runner:
-    most_bytes = topology.limits.max_message_bytes
+    max_bytes = topology.limits.max_message_bytes
     if slots.spec.run == "process":
-        return ProcessRunner(slots.spec, slots.total, sources, most_bytes)
-    return ThreadRunner(slots.spec, slots.total, most_bytes)
+        return ProcessRunner(slots.spec, slots.total, sources, max_bytes)
+    return ThreadRunner(slots.spec, slots.total, max_bytes)

@@ -1,7 +1,7 @@
-"""What a user's function says of itself: signature, annotations, docstring, async or not.
+"""Inspects a user's function: signature, annotations, docstring, async or not.
 
-Never raises for what it finds: a function may be written in C, wrapped, an object with `__call__`,
-or annotated with names that only a type checker can resolve.
+Accepts any callable without raising: it may be written in C, wrapped, an object with `__call__`, or
+annotated with names that only a type checker can resolve.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ AnyFunction: TypeAlias = Callable[..., Any]
 def signature_of(found: AnyFunction) -> tuple[inspect.Signature | None, AnyFunction]:
     """The signature, and the function that it belongs to.
 
-    That is the function itself, or the one inside a wrapper that passes everything on. The
-    signature is None where Python knows none, as of a function written in C.
+    That is the function itself, or the one inside a wrapper that takes *args and **kwargs. The
+    signature is None if Python knows none, as for a function written in C.
     """
     function = found
     while True:
@@ -46,7 +46,7 @@ def signature_of(found: AnyFunction) -> tuple[inspect.Signature | None, AnyFunct
 
 def _own_signature(function: AnyFunction) -> inspect.Signature:
     as_written: dict[str, Any] = {}
-    if sys.version_info >= (3, 14):  # there annotations are evaluated only when asked for
+    if sys.version_info >= (3, 14):  # where annotations are evaluated on demand
         import annotationlib
 
         as_written["annotation_format"] = annotationlib.Format.FORWARDREF
@@ -54,7 +54,7 @@ def _own_signature(function: AnyFunction) -> inspect.Signature:
 
 
 def is_given_bytes(signature: inspect.Signature, function: AnyFunction) -> bool:
-    """Whether it can be called with (payload, context), and its annotations allow that."""
+    """Whether its parameters and annotations allow a call with (payload, context)."""
     try:
         signature.bind(b"", None)
     except TypeError:
@@ -74,7 +74,7 @@ def _first_two(signature: inspect.Signature) -> list[Parameter]:
 
 
 def _is_for_context(parameter: Parameter, function: AnyFunction) -> bool:
-    """Whether the second parameter of a function of bytes takes the context, whatever its name."""
+    """Whether the second parameter of a function of bytes can take the context."""
     if parameter.name == "context" or is_context(parameter, function):
         return True
     is_open = parameter.default in (Parameter.empty, None)
@@ -82,15 +82,13 @@ def _is_for_context(parameter: Parameter, function: AnyFunction) -> bool:
 
 
 def is_context(parameter: Parameter, function: AnyFunction) -> bool:
-    """Whether the worker passes its context here: by the annotation, or else by the name."""
+    """Whether the worker passes its context here: by annotation, or else by name."""
     if parameter.name == "context" and _fits(parameter, function, _ANYTHING):
         return True
     annotation = resolved(parameter.annotation, function)
     if isinstance(annotation, str):  # imported for the type checker only
         return annotation.rpartition(".")[2] == "Context"
-    if getattr(
-        annotation, "_is_protocol", False
-    ):  # JSON has none, so only the context can be meant
+    if getattr(annotation, "_is_protocol", False):  # no JSON value fits a Protocol, but a context
         return True
     return annotation is not Parameter.empty and _is_among(annotation, (Context,))
 
@@ -111,8 +109,8 @@ def _is_among(annotation: Any, known: tuple[Any, ...]) -> bool:
 
 
 def resolved(annotation: Any, function: AnyFunction) -> Any:
-    """What a text stands for in the function's module; the text itself if that is not known."""
-    for _ in range(3):  # quoted, and once more by `from __future__ import annotations`
+    """Evaluates a string annotation in the function's module; returns the string if that fails."""
+    for _ in range(3):  # quoted, and again by `from __future__ import annotations`
         annotation = getattr(annotation, "__forward_arg__", annotation)
         if not isinstance(annotation, str):
             break
@@ -124,7 +122,6 @@ def resolved(annotation: Any, function: AnyFunction) -> Any:
 
 
 def _names_of(function: AnyFunction) -> dict[str, Any]:
-    """The global names of its module."""
     while isinstance(function, functools.partial):
         function = function.func
     module = sys.modules.get(getattr(function, "__module__", None) or "", builtins)
@@ -141,11 +138,11 @@ def is_async(found: AnyFunction | None) -> bool:
 
 
 def doc_of(found: AnyFunction) -> str:
-    if isinstance(found, functools.partial):  # its own docstring is about partials
+    if isinstance(found, functools.partial):  # whose own docstring describes partials
         return doc_of(found.func)
     try:
         return inspect.getdoc(found) or ""
-    except Exception:  # noqa: BLE001 - the user's object may do anything when asked
+    except Exception:  # noqa: BLE001 - a user's object may raise anything
         return ""
 
 
@@ -155,12 +152,12 @@ def shown(signature: inspect.Signature, parameters: Iterable[Parameter]) -> str:
     returned = _written(signature.return_annotation)
     try:
         return str(inspect.Signature(written, return_annotation=returned))
-    except Exception:  # noqa: BLE001 - a default value may fail when it is shown
+    except Exception:  # noqa: BLE001 - the repr of a default value may raise anything
         return "(...)"
 
 
 class _Written:
-    """A text without the quotes that inspect puts round an annotation that is one."""
+    """A string annotation, shown without the quotes that inspect adds."""
 
     def __init__(self, text: str) -> None:
         self._text = text

@@ -1,6 +1,6 @@
-"""Rows of one segment that one handler works on, and the slots that the handler has.
+"""The rows of one segment that a handler runs, and the handler's slots.
 
-A row is begun at most once and answered once, by its handler or in its place.
+A row is started at most once, and answered once: by its handler, or on its behalf.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from overlay.workers.request_ids import Begun
 
 log = logging.getLogger(__name__)
 
-LONGEST_TEXT = 4000  # characters kept of an error; a log line holds a few more
-AHEAD_S = 0.002  # of work is taken beyond the slots, so that no thread waits for its next row
+MAX_TEXT = 4000  # characters kept of a traceback; a log line holds a few more
+AHEAD_S = 0.002  # this much work is taken beyond the slots, so that no thread waits for a row
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class HandlerSlots:
         self.options = options
         self.taken = 0
         self.worked = Times()
-        self.service_s = 0.0  # smoothed, of one row
+        self.service_s = 0.0  # per row, smoothed
         self._completed = 0
         self._failed = 0
         self._lock = threading.Lock()
@@ -83,7 +83,7 @@ class HandlerSlots:
         return min(4096, int(AHEAD_S / self.service_s))
 
     def ended(self, rows: int, worked_s: float, failed: int) -> None:
-        """Counts rows that ran, in `worked_s` all together."""
+        """Counts rows that ran, in `worked_s` in total."""
         each = worked_s / rows
         self.worked.add(each, rows)
         with self._lock:
@@ -98,7 +98,7 @@ class HandlerSlots:
 
 
 class HandlerJob:
-    """Claimed rows of one segment at work: each begun at most once and answered once."""
+    """The claimed rows of one segment. Safe from any thread."""
 
     def __init__(
         self,
@@ -106,14 +106,14 @@ class HandlerJob:
         process: Process,
         segment: Segment,
         waited_s: float,
-        sink: OnResult,
+        on_result: OnResult,
         give_back: Callable[[int], None],
         stop: Callable[[HandlerJob, int, int], None],
         forget: Callable[[Iterable[int]], None] = lambda rows: None,
     ) -> None:
-        """give_back: takes the number of slots that are free again. stop: ends running rows.
+        """give_back: called with the number of slots that are free again. stop: ends running rows.
 
-        forget: takes the rows that provably did not run, before they are answered so.
+        forget: called with rows that provably did not run, before they are answered.
         """
         self.segment = segment
         self.slots = slots
@@ -121,35 +121,32 @@ class HandlerJob:
         self._stop = stop
         self._forget = forget
         self._process = process
-        self._sink = sink
+        self._on_result = on_result
         self._waited_us = int(waited_s * 1e6)
         self._made = time.monotonic()
-        self._is_ahead = slots.taken > slots.total  # some of it has to wait here
+        self._is_ahead = slots.taken > slots.total  # some rows have to wait here
         self._hops = (*segment.route.hops, process.id)
         self._lock = threading.Lock()
-        # Ascending; rows that are gone are skipped.
-        self._waiting = deque(range(segment.count))
-        self._gone = bytearray()  # by row: it must not begin any more
-        self._left = segment.count  # how many wait and are not gone
+        self._waiting = deque(range(segment.count))  # ascending; dropped rows are skipped
+        self._dropped = bytearray()  # by row: it must not start any more
+        self._left = segment.count  # rows that wait and are not dropped
         self._unanswered = PendingRows(segment.count)
         self._ended = bytearray(segment.count)
-        self._writers: dict[
-            int, ChunkWriter
-        ] = {}  # of rows that have begun, where chunks are wanted
+        self._writers: dict[int, ChunkWriter] = {}  # of started rows, if chunks are wanted
 
     def begin_next(self) -> int | None:
-        """The next row, for this caller alone to run; None when there is none."""
+        """The next row, which only this caller may run; None if there is none."""
         with self._lock:
             while self._left:
                 row = self._waiting.popleft()
-                if not (self._gone and self._gone[row]):
+                if not (self._dropped and self._dropped[row]):
                     self._left -= 1
                     return row
             return None
 
     @property
     def waiting(self) -> int:
-        """Rows that have not begun."""
+        """The number of rows that have not started."""
         return self._left
 
     def context(self, row: int) -> Context:
@@ -171,11 +168,11 @@ class HandlerJob:
         return self.segment.chunks > 0 and self.segment.on_partial is not None
 
     def writer_of(self, row: int) -> ChunkWriter:
-        """Takes the row's result where it may be sent in chunks."""
+        """The writer that takes the row's result, if it may be sent in chunks."""
 
         def pass_on(result: bytes, chunk: Chunk) -> None:
             assert self.segment.on_partial is not None
-            self._tell(
+            self._send(
                 self.segment.on_partial, row, self._part([result], 0, self._waited_us, chunk)
             )
 
@@ -187,16 +184,16 @@ class HandlerJob:
         return writer
 
     def too_late(self) -> Detail:
-        """Replaces a result that came after the deadline: the handler may have given up on it."""
+        """Replaces a result after the deadline, when the handler may have stopped early."""
         reason = f"the deadline passed while the handler '{self.slots.spec.name}' ran"
         return Detail(Code.DEADLINE_EXCEEDED, reason, Executed.YES)
 
     def done(
         self, outcomes: list[tuple[int, bytes | Detail]], worked_s: float, began: float
     ) -> None:
-        """Takes the outcomes of begun rows, in the order of their rows.
+        """Takes the outcomes of started rows, in ascending order of the rows.
 
-        worked_s: of all together. began: when the first one did, in monotonic seconds.
+        worked_s: in total. began: when the first row started, in monotonic seconds.
         """
         failed = sum(not isinstance(outcome, bytes) for _, outcome in outcomes)
         if failed:
@@ -211,13 +208,13 @@ class HandlerJob:
             self._answer(first, list(itertools.islice(left, rows)), each_us, waited_us)
 
     def refuse(self, begun: Begun) -> None:
-        """Answers the rows that must not begin. To be called before the job is submitted."""
+        """Answers the rows that must not start. Called before the job is submitted."""
         failures, ids = {}, self.segment.all_ids
         if begun.full is not None:
             failures = dict.fromkeys(range(self.segment.count), _failure(begun.full))
         for row in begun.again:
             failures[row] = _failure(
-                AlreadyExecuted(f"request {ids[row]:016x} was run here before")
+                AlreadyExecuted(f"request {ids[row]:016x} has already run here")
             )
         with self._lock:
             for row in failures:
@@ -227,7 +224,7 @@ class HandlerJob:
             self._answer(first, [failures[row] for row in range(first, first + rows)], 0)
 
     def end(self, code: Code, start: int, count: int) -> None:
-        """Answers rows in place of their handlers, and tells these that they are cancelled."""
+        """Answers rows on behalf of their handlers, and cancels the handlers."""
         what = "the deadline passed" if code is Code.DEADLINE_EXCEEDED else "the caller left"
         name = self.slots.spec.name
         rows = range(start, start + count)
@@ -242,21 +239,21 @@ class HandlerJob:
         begun = Detail(code, f"{what} while the handler '{name}' ran", Executed.YES)
         for row in rows:
             self._answer(row, [unbegun if row in never else begun], 0)
-        # Only now: a handler that is ended reports at once, and the answer should be the above.
+        # After the answers: an ended handler reports at once, and its report must not come first.
         for writer in writers:
             writer.close()
         self._stop(self, start, count)
 
     def _drop_locked(self, start: int, stop: int) -> set[int]:
-        """Keeps those of these rows that wait from ever beginning, and returns them."""
+        """Drops those of these rows that have not started, and returns them."""
         if not self._left:
             return set()
-        gone = self._gone = self._gone or bytearray(self.segment.count)
-        dropped = {row for row in range(max(start, self._waiting[0]), stop) if not gone[row]}
-        for row in dropped:
-            gone[row] = 1
-        self._left -= len(dropped)
-        return dropped
+        dropped = self._dropped = self._dropped or bytearray(self.segment.count)
+        rows = {row for row in range(max(start, self._waiting[0]), stop) if not dropped[row]}
+        for row in rows:
+            dropped[row] = 1
+        self._left -= len(rows)
+        return rows
 
     def _answer(
         self,
@@ -271,16 +268,16 @@ class HandlerJob:
         for first, rows in runs:
             found = outcomes[first - start : first - start + rows]
             if not self._writers:
-                self._tell(self._sink, first, self._part(found, *times))
+                self._send(self._on_result, first, self._part(found, *times))
                 continue
             for row, outcome in enumerate(found, first):
-                self._tell(self._sink, row, self._part([outcome], *times, self._rest(row)))
+                self._send(self._on_result, row, self._part([outcome], *times, self._rest(row)))
 
-    def _tell(self, sink: OnResult, row: int, part: PartSlice) -> None:
-        sink(row, Slice(part.results.count, (part,), (self._process.id,)))
+    def _send(self, on_result: OnResult, row: int, part: PartSlice) -> None:
+        on_result(row, Slice(part.results.count, (part,), (self._process.id,)))
 
     def _rest(self, row: int) -> Chunk | None:
-        """The place of the last chunk in the row's result, where others were sent before."""
+        """The last chunk's offset in the row's result, if chunks were sent before."""
         writer = self._writers.get(row)
         return Chunk(writer.at, False) if writer is not None and writer.at else None
 
@@ -313,27 +310,27 @@ def _proves_not_run(outcome: bytes | Detail) -> bool:
     return isinstance(outcome, Detail) and outcome.executed is Executed.NO
 
 
-def outcome_of(result: object, most_bytes: int, send: Send | None = None) -> tuple[str, Any]:
-    """What a handler returned, as a (kind, value) that can be sent between processes.
+def outcome_of(result: object, max_bytes: int, send: Send | None = None) -> tuple[str, Any]:
+    """A handler's return value, as a (kind, value) that can be sent between processes.
 
-    send: takes a result that is too large in chunks; the outcome is then the last one. May raise
-    what the result's own code raises.
+    send: takes all chunks of a large result but the last, which is the outcome. A generator's own
+    exceptions are raised.
     """
     if isinstance(result, (bytes, bytearray, memoryview)):
         size = memoryview(result).nbytes
         if send is None or size <= CHUNK_BYTES:
-            return ("large", (size, most_bytes)) if size > most_bytes else ("ok", bytes(result))
+            return ("large", (size, max_bytes)) if size > max_bytes else ("ok", bytes(result))
         return _sent((result,), send)
     if not isinstance(result, Iterator):
         return "type", f"{type(result).__name__}, not bytes"
     try:
         if send is None:
-            return _gathered(result, most_bytes)
+            return _gathered(result, max_bytes)
         return _sent_singly(result, send) if isinstance(result, Items) else _sent(result, send)
     except NotBytes as e:
         return "type", f"an iterator of {e}, not bytes"
     finally:
-        if hasattr(result, "close"):  # a generator may have files open
+        if hasattr(result, "close"):  # a generator may hold open files
             result.close()
 
 
@@ -359,27 +356,27 @@ def _sent_singly(items: Items, send: Send) -> tuple[str, Any]:
         leaving.rest()
 
 
-def _gathered(items: Iterable[Any], most_bytes: int) -> tuple[str, Any]:
-    for whole, more in cut(items, most_bytes):
+def _gathered(items: Iterable[Any], max_bytes: int) -> tuple[str, Any]:
+    for whole, more in cut(items, max_bytes):
         if not more:
             return "ok", whole
         break
-    return "large", (0, most_bytes)
+    return "large", (0, max_bytes)
 
 
 def outcome_of_error(error: BaseException) -> tuple[str, Any]:
     try:
         if isinstance(error, BadRequest):
-            return "bad request", str(error)[:LONGEST_TEXT]
+            return "bad request", str(error)[:MAX_TEXT]
         if isinstance(error, NotJson):
-            return "type", str(error)[:LONGEST_TEXT]
+            return "type", str(error)[:MAX_TEXT]
         if isinstance(error, NotWanted):
             return "left", None
         text = "".join(traceback.format_exception(error))
-    except Exception:  # noqa: BLE001 - an error whose text cannot be made
+    except Exception:  # noqa: BLE001 - the exception's __str__ may raise anything
         text = f"{type(error).__name__}, which cannot be written as text"
-    if len(text) > LONGEST_TEXT:  # keeps where it came from, and what it was
-        text = f"{text[: LONGEST_TEXT // 2]} ... {text[-LONGEST_TEXT // 2 :]}"
+    if len(text) > MAX_TEXT:  # keeps the origin and the error itself
+        text = f"{text[: MAX_TEXT // 2]} ... {text[-MAX_TEXT // 2 :]}"
     return "failed", text
 
 
@@ -387,7 +384,7 @@ def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes
     """The row's result, or the failure that its caller sees."""
     if kind == "ok":
         return value  # type: ignore[no-any-return]
-    if kind == "bad request":  # the handler's own sentence, for the caller
+    if kind == "bad request":  # the handler's own message, for the caller
         return Detail(BadRequest.code, value, Executed.YES)
     if kind == "type":
         reason = f"handler '{name}' returned {value}"
@@ -401,14 +398,14 @@ def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes
             "process is on its way"
         )
         return Detail(Code.RESOURCE_EXHAUSTED, reason, Executed.YES)
-    if kind == "left":  # its row has an answer, or is about to get one
+    if kind == "left":  # its row has been answered, or is about to be
         reason = f"the caller left before all that handler '{name}' returned had been read"
         return Detail(Code.CANCELLED, reason, Executed.YES)
     return read_failure(name, value, request_id)
 
 
 def read_failure(name: str, text: str, request_id: int) -> Detail:
-    # The text may hold secrets: it goes to the log, and the caller gets an id to look for.
+    # The text may contain secrets: it goes to the log, and the caller gets an id to search for.
     error_id = uuid.uuid4().hex[:8]
     about = {"request_id": request_id, "private": text, "kind": ""}
     log.error("error id %s: handler %s failed", error_id, name, extra=about)

@@ -1,15 +1,15 @@
-"""What runs in a handler's process: one request after the other, over a pipe to the parent.
+"""The main loop of a handler's process: one request after the other, over a pipe to the parent.
 
-    parent -> (payload, facts, seconds left, options, whether a large result may come in chunks);
-              None when there is no more to do
-    child  -> ("ready", (modules that it has kept, what its function is like)) or ("cannot",
-              problem) once; then for each request ("begun", None), some ("line", (level, text)) and
-              ("chunk", bytes), and one outcome as workers.job makes it. The pipe holds little, so
-              that the handler waits until its chunks are taken
+    parent -> (payload, facts, seconds left, options, whether a large result may be sent in chunks);
+              None to stop
+    child  -> once ("ready", (sources of the modules it has read, description of its function)) or
+              ("cannot", problem); then for each request ("begun", None), any number of ("line",
+              (level, text)) and ("chunk", bytes), and one outcome as made by workers.job. The pipe
+              buffers little, so that the handler waits until its chunks are taken
 
-Whatever a handler does to its process, the next request gets the process as it was, or another one.
-What it prints or logs goes to the parent's log: the first lines of each request. The rest is left
-out, so that it cannot fill a disk, the memory or a pipe that is not read.
+The process is restored after each request, or replaced, whatever a handler does to it. Its output
+and log lines go to the parent's log, limited to the first lines of each request, so that they
+cannot fill the disk, the memory or a pipe that is not read.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from overlay.model.topology import HandlerSpec
 from overlay.observability.log_file import Printed, cut, redirect_to
 from overlay.transport.chunks import Send
 from overlay.workers import api, descendants, typed
-from overlay.workers.api import RECURSION, Context
+from overlay.workers.api import RECURSION_LIMIT, Context
 from overlay.workers.job import outcome_of, outcome_of_error
 from overlay.workers.user_modules import Source
 
-LINES = 200  # of one request that are logged
+LINES = 200  # logged per request
 
 Request = tuple[bytes, tuple[str, str, int, int], float, dict[str, Any], bool]
 
 
 def serve(
-    pipe: Connection, spec: HandlerSpec, folder: str, kept: Mapping[str, Source], most_bytes: int
+    pipe: Connection, spec: HandlerSpec, folder: str, kept: Mapping[str, Source], max_bytes: int
 ) -> None:
-    """Works until there is no more to do. Of results beyond `most_bytes` only the size is sent.
+    """Serves requests until it is stopped. Of results above `max_bytes` only the size is sent.
 
-    kept: the folder's modules as they are to be loaded.
+    kept: the sources to load the folder's modules from.
     """
-    _become_a_child()
+    _set_up_process()
     parent = _Parent(pipe)
     _log_to(parent)
     sources = api.add_folder(Path(folder), kept)
@@ -62,36 +62,36 @@ def serve(
     found = {name: sources.kept[name] for name in sources.kept.keys() - kept}
     parent.end_with(("ready", (found, tuple(loaded.function))))
     while (request := _next(pipe)) is not None:
-        _as_it_was(parent, home)
+        _restore(parent, home)
         parent.begin()
-        outcome = _work(loaded.call, request, most_bytes, parent.chunk)
+        outcome = _work(loaded.call, request, max_bytes, parent.chunk)
         if os.getpid() != me:
-            os._exit(0)  # a fork that the handler made and did not end; it must not answer
+            os._exit(0)  # a fork that the handler made and did not end must not answer
         parent.end_with(outcome)
 
 
 class _Parent:
-    """The sending end of the pipe, for the handler and for threads that it leaves behind."""
+    """The sending end of the pipe, for the handler and for threads that it leaves running."""
 
     def __init__(self, pipe: Connection) -> None:
         self.out, self.err = Printed(self._printed, 1), Printed(self._printed, 2)
         self._pipe = pipe
         self._lock = threading.Lock()
-        self._room = LINES
+        self._lines_left = LINES
         self._left_out = 0
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._be_silent)
+            os.register_at_fork(after_in_child=self._silence)
 
     def begin(self) -> None:
         with self._lock:
-            self._room, self._left_out = LINES, 0
+            self._lines_left, self._left_out = LINES, 0
             self._pipe.send(("begun", None))
 
     def line(self, level: int, text: str) -> None:
-        """Sends a line, while a request is running and has lines left."""
+        """Sends a line if a request is running and has lines left."""
         with self._lock:
-            if self._room:
-                self._room -= 1
+            if self._lines_left:
+                self._lines_left -= 1
                 with contextlib.suppress(OSError):
                     self._pipe.send(("line", (level, cut(text))))
             else:
@@ -100,14 +100,14 @@ class _Parent:
     def chunk(self, chunk: bytes) -> bool:
         with self._lock:
             self._pipe.send(("chunk", chunk))
-        return True  # when the rest is no longer wanted, the parent kills this process
+        return True  # if the rest is no longer wanted, the parent kills this process
 
     def end_with(self, message: tuple[str, Any]) -> None:
-        """The last message of a request: no line comes after it."""
+        """Sends the last message of a request; no line follows it."""
         for stream in (self.out, self.err):
             stream.end_line()
         with self._lock:
-            self._room = 0
+            self._lines_left = 0
             if self._left_out:
                 text = f"{self._left_out:,} more lines of this request are left out"
                 self._pipe.send(("line", (logging.WARNING, text)))
@@ -116,10 +116,10 @@ class _Parent:
     def _printed(self, text: str) -> None:
         self.line(logging.INFO, text)
 
-    def _be_silent(self) -> None:
-        # A fork's lines would mix with the bytes of an answer, or come without a request.
+    def _silence(self) -> None:
+        # A fork's lines could corrupt the bytes of an answer, or belong to no request.
         self._lock = threading.Lock()
-        self._room = 0
+        self._lines_left = 0
         self._pipe.close()
 
 
@@ -131,17 +131,17 @@ class _ToParent(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._parent.line(record.levelno, self.format(record))
-        except Exception:  # noqa: BLE001 - a line that cannot be made is no failure of the handler
+        except Exception:  # noqa: BLE001 - a line that cannot be formatted does not fail the handler
             self.handleError(record)
 
 
-def _become_a_child() -> None:
+def _set_up_process() -> None:
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent
     if os.name == "posix":
-        os.setpgid(0, 0)  # so that programs started by the handler can be ended with it
+        os.setpgid(0, 0)  # so that programs started by the handler can be killed with it
     descendants.hold_together()
-    # Programs that the handler starts inherit these: they must not hold the parent's output.
+    # Programs that the handler starts inherit these, and must not keep the parent's output open.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         with contextlib.suppress(OSError):
@@ -176,25 +176,25 @@ def _log_to(parent: _Parent) -> None:
 def _next(pipe: Connection) -> Request | None:
     try:
         return pipe.recv()  # type: ignore[no-any-return]
-    except (EOFError, OSError):  # the parent is gone
+    except (EOFError, OSError):  # the parent has ended
         _end_with_all()
 
 
-def _as_it_was(parent: _Parent, home: str) -> None:
+def _restore(parent: _Parent, home: str) -> None:
     sys.stdout, sys.stderr = parent.out, parent.err
-    if sys.getrecursionlimit() != RECURSION:
-        sys.setrecursionlimit(RECURSION)
+    if sys.getrecursionlimit() != RECURSION_LIMIT:
+        sys.setrecursionlimit(RECURSION_LIMIT)
     with contextlib.suppress(OSError):
         os.chdir(home)
 
 
 def _work(
-    call: Callable[..., Any], request: Request, most_bytes: int, send: Send
+    call: Callable[..., Any], request: Request, max_bytes: int, send: Send
 ) -> tuple[str, Any]:
     payload, facts, remaining_s, options, in_chunks = request
     try:
         context = Context(*facts, time.monotonic() + remaining_s, options)
-        return outcome_of(call(payload, context), most_bytes, send if in_chunks else None)
-    except BaseException as e:  # noqa: BLE001 - SystemExit too is one request's failure
-        sys.setrecursionlimit(RECURSION)  # a low one would break the report of the failure
+        return outcome_of(call(payload, context), max_bytes, send if in_chunks else None)
+    except BaseException as e:  # noqa: BLE001 - even SystemExit fails only one request
+        sys.setrecursionlimit(RECURSION_LIMIT)  # a low one would break the error report
         return outcome_of_error(e)

@@ -1,10 +1,10 @@
-"""Runs handlers in processes: those that compute, each call in a process that can be killed.
+"""Runs handlers in processes, for functions that compute: a process can be killed.
 
-    a thread per slot  == a pipe of its own ==>  its process, started by spawn on every system
+    one thread per slot  == its own pipe ==>  its own process, started by spawn on every system
 
-Nothing is shared between the processes, so each may be killed at any moment, by us or anyone else:
-that costs the request it works on, and no other. A request that a process provably did not begin is
-given to another one.
+The processes share nothing, so each may be killed at any moment, by this pool or by anyone else:
+only the request that it is running fails. A request that a process provably did not start is given
+to another one.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 handler_log = logging.getLogger("overlay.handler")
 
 IMPORT_S = 60.0  # for importing a handler's modules
-LOOK_S = 0.1  # between two checks of a busy process: is it alive, how much memory it has
-TRIES = 3  # processes that a request is given to, when each is gone before it begins
+CHECK_S = 0.1  # between two checks of a busy process: is it alive, how much memory does it use
+TRIES = 3  # processes that a request is given to, if each ends before it starts the request
 
 
 class ProcessRunner:
@@ -51,22 +51,21 @@ class ProcessRunner:
         spec: HandlerSpec,
         slots: int,
         sources: Sources,
-        most_bytes: int = Limits.max_message_bytes,
+        max_bytes: int = Limits.max_message_bytes,
     ) -> None:
-        """Raises ConfigError when the handler cannot be imported in a child."""
+        """Raises ConfigError if the handler cannot be imported in a child."""
         self.function = Function(spec.name)
         self._spec = spec
         self._slots = slots
         self._sources = sources
-        self._most_bytes = most_bytes
-        self._todo: queue.SimpleQueue[HandlerJob | None] = (
-            queue.SimpleQueue()
-        )  # each job once for each of its rows
+        self._max_bytes = max_bytes
+        # Each job is in it once for each of its rows.
+        self._todo: queue.SimpleQueue[HandlerJob | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: dict[tuple[HandlerJob, int], _Child] = {}
         self._children: set[_Child] = set()
         self._closed = False
-        atexit.register(self.close)  # or multiprocessing would wait for them when Python exits
+        atexit.register(self.close)  # otherwise multiprocessing would wait for them at exit
         try:
             first = self._new_child()
         except BaseException:
@@ -93,7 +92,7 @@ class ProcessRunner:
     def end(self, job: HandlerJob, start: int, count: int) -> None:
         """Kills the processes that work on these rows."""
         rows = range(start, start + count)
-        with self._lock:  # or a process might have gone on to another row meanwhile
+        with self._lock:  # without it, a process might go on to another row meanwhile
             for (other, row), child in self._running.items():
                 if other is job and row in rows:
                     child.kill()
@@ -119,9 +118,9 @@ class ProcessRunner:
             child = self._work_on(job, child)
 
     def _work_on(self, job: HandlerJob, child: _Child | None) -> _Child | None:
-        """Runs one row; returns the process if it can take the next one."""
-        if child is not None and not child.waits:
-            log.warning("handler %s: an idle process was gone", self._spec.name)
+        """Runs one row; returns the process if it can run another."""
+        if child is not None and not child.is_idle:
+            log.warning("handler %s: an idle process had ended", self._spec.name)
             self._drop(child)
             child = None
         child = child or self._maybe_child()
@@ -137,7 +136,7 @@ class ProcessRunner:
             outcome = job.too_late()
         read_s = writer.waited_s if writer else 0.0
         job.done([(row, outcome)], now - began - read_s, began)
-        return self._maybe_kept(child)
+        return self._reusable(child)
 
     def _run(
         self, job: HandlerJob, row: int, child: _Child | None, writer: ChunkWriter | None
@@ -150,18 +149,18 @@ class ProcessRunner:
                 break
             with self._lock:
                 self._running[job, row] = child
-            if context.cancelled:  # what ended it before now did not find the process
+            if context.cancelled:  # `end` was called before the process was registered
                 return self._ended(), child
             options, in_chunks = dict(context.options), writer is not None
             request = (payload, facts, context.remaining_s(), options, in_chunks)
-            came = child.ask(request, self._spec.limit_s or math.inf, writer)
-            if came is not None and came[0] not in _FATAL:
-                return read_outcome(self._spec.name, *came, context.request_id), child
+            message = child.ask(request, self._spec.limit_s or math.inf, writer)
+            if message is not None and message[0] not in _FATAL:
+                return read_outcome(self._spec.name, *message, context.request_id), child
             exitcode = self._drop(child)
             if context.cancelled or self._closed:
                 return self._ended(), None
-            if came is not None:
-                return self._fatal(*came, exitcode, context.request_id), None
+            if message is not None:
+                return self._fatal(*message, exitcode, context.request_id), None
             child = self._maybe_child()
         reason = f"no process for handler '{self._spec.name}' can be started; see this worker's log"
         return Detail(Code.UNAVAILABLE, reason, Executed.NO), None
@@ -183,12 +182,12 @@ class ProcessRunner:
         how = f"its process ended with {_exit(exitcode)}"
         return read_outcome(spec.name, "failed", how, request_id)
 
-    def _maybe_kept(self, child: _Child | None) -> _Child | None:
-        """The process, unless it has had its max_requests or holds too much memory."""
+    def _reusable(self, child: _Child | None) -> _Child | None:
+        """The process, unless it has reached max_requests or uses too much memory."""
         if child is None:
             return None
-        worn = child.requests >= (self._spec.max_requests or math.inf)
-        if worn or child.memory_too_large():
+        is_worn_out = child.requests >= (self._spec.max_requests or math.inf)
+        if is_worn_out or child.memory_too_large():
             child.retire()
             self._drop(child)
             return None
@@ -203,10 +202,10 @@ class ProcessRunner:
             return None
 
     def _new_child(self) -> _Child:
-        """A started process that has imported the handler. Raises ConfigError."""
+        """Starts a process and waits until it has imported the handler. Raises ConfigError."""
         spec = self._spec
         try:
-            child = _Child(spec, self._sources, self._most_bytes)
+            child = _Child(spec, self._sources, self._max_bytes)
         except OSError as e:
             raise ConfigError(f"handler '{spec.name}': a process cannot be started: {e}") from None
         with self._lock:
@@ -214,13 +213,13 @@ class ProcessRunner:
             closed = self._closed
         if closed:
             child.kill()
-        kind, said = child.receive(time.monotonic() + IMPORT_S)
+        kind, value = child.receive(time.monotonic() + IMPORT_S)
         if kind == "ready":
-            found, function = said
+            found, function = value
             self._sources.add(found)
             self.function = Function(*function)
             return child
-        problem = said
+        problem = value
         if kind != "cannot":
             problem = f"handler '{spec.name}': the process that imports '{spec.call}' "
             problem += "ended" if kind == "lost" else f"did not end within {IMPORT_S:g} s"
@@ -231,7 +230,7 @@ class ProcessRunner:
         """Ends the process; returns its exit code."""
         child.kill()
         child.wait(5)
-        child.hang_up()
+        child.close_pipe()
         with self._lock:
             self._children.discard(child)
         return child.exitcode
@@ -240,25 +239,25 @@ class ProcessRunner:
 class _Child:
     """One process and the pipe to it. For one thread; `kill` is safe from any."""
 
-    def __init__(self, spec: HandlerSpec, sources: Sources, most_bytes: int) -> None:
+    def __init__(self, spec: HandlerSpec, sources: Sources, max_bytes: int) -> None:
         """Starts it. Raises OSError."""
         self.requests = 0
-        self._most_memory = (spec.memory_mib or 0) * MIB
-        self._next_look = 0.0
+        self._max_memory = (spec.memory_mib or 0) * MIB
+        self._next_check = 0.0
         self._kill_lock = threading.Lock()
         self._gone = False
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
-        args = (theirs, spec, sources.folder, dict(sources.kept), most_bytes)
+        args = (theirs, spec, sources.folder, dict(sources.kept), max_bytes)
         self._process = spawn.Process(target=serve, args=args, name=spec.name)
         with theirs, _starting:
-            _be_somewhere(sources.folder)
+            _ensure_folder(sources.folder)
             self._process.start()
 
     @property
-    def waits(self) -> bool:
-        """Whether it is alive and idle; then it sends nothing."""
-        return self._process.is_alive() and not self._has_said()
+    def is_idle(self) -> bool:
+        """Whether it is alive and has sent nothing."""
+        return self._process.is_alive() and not self._has_data()
 
     @property
     def pid(self) -> int:
@@ -271,16 +270,16 @@ class _Child:
     def ask(
         self, request: Request, limit_s: float, writer: ChunkWriter | None = None
     ) -> tuple[str, Any] | None:
-        """The outcome, or what ended it; None when the process provably did not begin.
+        """The outcome, or how the process ended; None if it provably did not start the request.
 
-        writer: takes the chunks of a large result, as fast as they are read.
+        writer: takes the chunks of a large result, as fast as the caller reads them.
         """
         self.requests += 1
         until, begun = time.monotonic() + limit_s, False
         about = {"request_id": request[1][2]}
         try:
             self._pipe.send(request)
-        except (OSError, ValueError):  # not all of it was written, so it cannot have begun
+        except (OSError, ValueError):  # the request was not written completely: it cannot start
             return None
         while True:
             kind, value = self.receive(until)
@@ -300,80 +299,79 @@ class _Child:
                 return kind, value
 
     def receive(self, until: float) -> tuple[str, Any]:
-        """What it sends next; or "late" at `until`, "lost" when it is gone, "memory" with bytes."""
+        """The next message; "late" at `until`, "lost" if the process ended, "memory" and bytes."""
         while True:
-            left = max(0.0, min(LOOK_S, until - time.monotonic()))
-            ready = connection.wait([self._pipe, self._process.sentinel], left)
+            wait_s = max(0.0, min(CHECK_S, until - time.monotonic()))
+            ready = connection.wait([self._pipe, self._process.sentinel], wait_s)
             if self._pipe in ready:
                 return self._read()
             if ready:
-                return self._read() if self._has_said() else ("lost", None)
+                return self._read() if self._has_data() else ("lost", None)
             now = time.monotonic()
             if now >= until:
                 return "late", None
-            if now >= self._next_look:
-                self._next_look = now + LOOK_S
+            if now >= self._next_check:
+                self._next_check = now + CHECK_S
                 if used := self.memory_too_large():
                     return "memory", used
-                # A fork of it may hold its pipes open, which then never end.
-                if self._has_ended() and not self._has_said():
+                # A fork of it may hold the pipe open, which then never reports the end.
+                if self._has_ended() and not self._has_data():
                     return "lost", None
 
     def memory_too_large(self) -> int:
-        """How much memory it has, if that is more than it may; else 0."""
-        if not self._most_memory:
+        """Its memory in bytes if that exceeds the limit, else 0."""
+        if not self._max_memory:
             return 0
         with contextlib.suppress(psutil.Error):
             used: int = psutil.Process(self._process.pid).memory_info().rss
-            return used if used > self._most_memory else 0
+            return used if used > self._max_memory else 0
         return 0
 
     def retire(self) -> None:
-        """Lets it end by itself for a second, then kills what it leaves behind."""
-        left = descendants.by(self._process.pid)
+        """Gives it a second to exit by itself, then kills its descendants."""
+        started = descendants.started_by(self._process.pid)
         with contextlib.suppress(OSError):
             self._pipe.send(None)
         self.wait(1)
-        descendants.kill(left)
+        descendants.kill(started)
 
-    def hang_up(self) -> None:
+    def close_pipe(self) -> None:
         self._pipe.close()
 
     def kill(self) -> None:
-        """Kills it and the programs that it has started."""
+        """Kills it and its descendants."""
         with self._kill_lock:
             if not self._gone:
-                left = descendants.by(self._process.pid)
+                started = descendants.started_by(self._process.pid)
                 self._process.kill()
                 _kill_group(self._process.pid or 0)
-                descendants.kill(left)
+                descendants.kill(started)
 
     def wait(self, within_s: float) -> None:
-        """Returns when it has ended, or after this time."""
+        """Waits until it has ended, at most for this time."""
         until = time.monotonic() + within_s
         while not self._has_ended() and time.monotonic() < until:
             connection.wait([self._process.sentinel], 0.02)
-            time.sleep(0.001)  # its files may be closed while it is still there
+            time.sleep(0.001)  # the sentinel may be ready shortly before the process has ended
         with self._kill_lock:
             if not self._gone and self._has_ended():
-                _kill_group(self._process.pid or 0)  # a group keeps its number while it has members
-                self._gone = True  # from now on its pid may be another's
+                _kill_group(self._process.pid or 0)  # a group keeps its id while it has members
+                self._gone = True  # from now on its pid may be reused
 
     def _has_ended(self) -> bool:
-        # Other code may have waited for it, as os.wait() in a handler does: then there is never an
-        # exit code.
+        # There is no exit code if other code has waited for it, such as os.wait() in a handler.
         return self._process.exitcode is not None or not psutil.pid_exists(self._process.pid or 0)
 
-    def _has_said(self) -> bool:
-        """Whether there is something to read, which may be the end of the pipe."""
-        with contextlib.suppress(OSError):  # how Windows reports a pipe without its other end
+    def _has_data(self) -> bool:
+        """Whether there is something to read, possibly the end of the pipe."""
+        with contextlib.suppress(OSError):  # Windows raises it if the other end is closed
             return self._pipe.poll(0)
         return True
 
     def _read(self) -> tuple[str, Any]:
         try:
             return self._pipe.recv()  # type: ignore[no-any-return]
-        except Exception:  # noqa: BLE001 - half a message of a killed process, or not ours
+        except Exception:  # noqa: BLE001 - a truncated message, or one that is not ours
             return "lost", None
 
 
@@ -392,8 +390,8 @@ def _exit(code: int | None) -> str:
     return f"exit code {code}"
 
 
-def _be_somewhere(folder: str) -> None:
-    # A handler on a thread may have changed into a folder that is gone; spawn calls getcwd.
+def _ensure_folder(folder: str) -> None:
+    # Spawn calls getcwd, but a handler on a thread may have changed into a folder now removed.
     try:
         os.getcwd()
     except OSError:
@@ -402,5 +400,5 @@ def _be_somewhere(folder: str) -> None:
 
 def _kill_group(pid: int) -> None:
     if os.name == "posix":
-        with contextlib.suppress(OSError):  # it has no group yet, or no longer has one
+        with contextlib.suppress(OSError):  # the group does not exist yet, or no longer
             os.killpg(pid, signal.SIGKILL)

@@ -1,9 +1,8 @@
-"""Which request ids have run, so that none runs twice on a worker.
+"""Remembers which request ids have run, so that none runs twice on a worker.
 
 An id that a caller chose is remembered for a minute, or until its request's deadline if that is
-later, and never for less; when there is no room, new ones are refused. Ids that a library or the
-first process asked made at random can only come twice by a fault of ours: the latest of those are
-remembered, as a guard that costs next to nothing.
+later; if there is no room, new ids are rejected. Random ids, made by a library or by the first
+process asked, repeat only because of a bug: the latest of them are remembered, as a cheap guard.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from overlay.model.errors import IdsFull
 from overlay.model.limits import Limits
 from overlay.model.segments import Caller, Segment
 
-BLOCK_BITS = 8  # ids that differ only in these share an entry: a run of 256 takes one
-SLICE_S = 15.0  # what expires within so long expires together: a quarter of the window
+BLOCK_BITS = 8  # ids that differ only in these bits share an entry: 256 consecutive ids take one
+SLICE_S = 15.0  # ids expire in groups, this far apart: a quarter of the window
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Begun:
-    """again: rows whose ids were seen before. full: why none of the other rows may begin."""
+    """again: rows whose ids were seen before. full: set if none of the other rows may start."""
 
     again: Sequence[int] = ()
     full: IdsFull | None = None
 
 
 class SeenIds:
-    """The request ids that have begun on this worker. Safe from any thread."""
+    """The request ids that have started on this worker. Safe from any thread."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._own = _Latest(limits.own_ids)
@@ -43,17 +42,17 @@ class SeenIds:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """How much is remembered: random ids, and entries of chosen ones."""
+        """The number of random ids and of entries for chosen ids."""
         return len(self._own) + len(self._chosen)
 
     def begin(self, segment: Segment) -> Begun:
-        """The rows that must not begin. All others count as begun, until they are forgotten."""
+        """Returns the rows that must not start. All others are remembered until `forget`."""
         ids: Sequence[int] = segment.all_ids
         with self._lock:
             self._chosen.expire()
             again: list[int] = []
-            if self._may_be_again(ids):
-                again = self._again(ids)
+            if self._may_repeat(ids):
+                again = self._repeated(ids)
                 skipped = set(again)
                 ids = [id_ for row, id_ in enumerate(ids) if row not in skipped]
             if segment.own_ids:
@@ -62,74 +61,74 @@ class SeenIds:
             return Begun(again, self._chosen.add(ids, segment.deadline))
 
     def forget(self, segment: Segment, rows: Iterable[int]) -> None:
-        """These rows provably did not run: their ids may come again."""
+        """Forgets rows that provably did not run: their ids may be used again."""
         ids = segment.all_ids
         with self._lock:
             for row in rows:
                 self._own.discard(ids[row])
                 self._chosen.discard(ids[row])
 
-    def _may_be_again(self, ids: Sequence[int]) -> bool:
+    def _may_repeat(self, ids: Sequence[int]) -> bool:
         is_twice = len(ids) > 1 and not isinstance(ids, range) and len(set(ids)) < len(ids)
         return is_twice or self._own.has_any(ids) or self._chosen.has_any(ids)
 
-    def _again(self, ids: Sequence[int]) -> list[int]:
-        rows, here = [], set()
+    def _repeated(self, ids: Sequence[int]) -> list[int]:
+        rows, earlier = [], set()
         for row, id_ in enumerate(ids):
-            if id_ in here or self._own.has_any((id_,)) or self._chosen.has_any((id_,)):
+            if id_ in earlier or self._own.has_any((id_,)) or self._chosen.has_any((id_,)):
                 rows.append(row)
-            here.add(id_)
+            earlier.add(id_)
         return rows
 
 
 class ChosenIds:
-    """How many ids that callers of this process chose the workers remember. Safe from any thread.
+    """Counts the ids chosen by callers of this process. Safe from any thread.
 
-    It keeps one address from taking all the room that the workers have: an address gets no more
-    than is left free for others.
+    It keeps one address from filling the memory of the workers: an address may take at most half of
+    what the others leave.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most = limits.chosen_ids
+        self._max_entries = limits.chosen_ids
         self._clock = clock
         self._lock = threading.Lock()
         self._slices: _Slices[Counter[str]] = _Slices(Counter, limits.id_window_s)
-        self._of: Counter[str] = Counter()
+        self._by_address: Counter[str] = Counter()
         self._taken = 0
 
     def __len__(self) -> int:
         return self._taken
 
     def take(self, caller: Caller, segment: Segment) -> None:
-        """Counts a client's segment. Raises IdsFull, which proves that none of it ran."""
+        """Counts a client's segment. Raises IdsFull, which proves that none of its rows ran."""
         if segment.own_ids or segment.route.targets is not None:
             return
         address, count = caller.address, _entries(segment)
         with self._lock:
             now = self._clock()
             self._expire_locked(now)
-            free = self._most - self._taken
-            if self._of[address] + count > free:
+            free = self._max_entries - self._taken
+            if self._by_address[address] + count > free:
                 raise _full(
-                    f"{address} has {self._of[address]:,} of {self._most:,} and asks for {count:,} "
-                    f"more; the {free:,} that are left are kept for others",
+                    f"{address} has {self._by_address[address]:,} of {self._max_entries:,} "
+                    f"and asks for {count:,} more; the {free:,} that are left are kept for others",
                     self._slices.first_end - now,
                 )
             self._slices.at(self._slices.end_of(now, segment.deadline))[address] += count
-            self._of[address] += count
+            self._by_address[address] += count
             self._taken += count
 
     def _expire_locked(self, now: float) -> None:
         for ended in self._slices.ended(now):
             for address, count in ended.items():
                 self._taken -= count
-                self._of[address] -= count
-                if not self._of[address]:
-                    del self._of[address]
+                self._by_address[address] -= count
+                if not self._by_address[address]:
+                    del self._by_address[address]
 
 
 class _Latest:
-    """The latest ids, at most `most` and at least half as many."""
+    """The latest ids: at most `most`, and at least half as many."""
 
     def __init__(self, most: int) -> None:
         self._half = max(1, most // 2)
@@ -153,10 +152,10 @@ class _Latest:
 
 
 class _Chosen:
-    """Ids until they expire, as bits: by slice of time, then by their upper bits."""
+    """Ids until they expire: a bit set per block of ids, in slices of time."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
-        self._most = limits.chosen_ids
+        self._max_entries = limits.chosen_ids
         self._clock = clock
         self._slices: _Slices[dict[int, int]] = _Slices(dict, limits.id_window_s)
         self._entries = 0
@@ -178,13 +177,13 @@ class _Chosen:
         )
 
     def add(self, ids: Sequence[int], deadline: float) -> IdsFull | None:
-        """Adds all of them, or none and returns the reason. None of them is there yet."""
+        """Adds all of them, or none and returns the reason. Expects new ids only."""
         blocks, now = _blocks(ids), self._clock()
         end = self._slices.end_of(now, deadline)
         there = self._slices.get(end) or {}
         more = sum(block not in there for block in blocks)
-        if self._entries + more > self._most:
-            text = f"this worker remembers {self._entries:,} of {self._most:,}"
+        if self._entries + more > self._max_entries:
+            text = f"this worker remembers {self._entries:,} of {self._max_entries:,}"
             return _full(text, self._slices.first_end - now)
         seen = self._slices.at(end)
         for block, bits in blocks.items():
@@ -204,11 +203,11 @@ class _Chosen:
 
 
 class _Slices(Generic[T]):
-    """What expires at about the same time is kept together and removed together."""
+    """Groups items that expire at about the same time, and removes them together."""
 
-    def __init__(self, make: Callable[[], T], least_s: float) -> None:
+    def __init__(self, make: Callable[[], T], min_s: float) -> None:
         self._make = make
-        self._least_s = least_s
+        self._min_s = min_s
         self._by_end: dict[float, T] = {}
         self.first_end = math.inf
 
@@ -216,11 +215,9 @@ class _Slices(Generic[T]):
         return list(self._by_end.values())
 
     def end_of(self, now: float, deadline: float) -> float:
-        """When an id that comes now expires: not before its deadline, and not much later."""
-        stay_s, width_s = max(self._least_s, deadline - now), SLICE_S
-        while (
-            stay_s > 4 * width_s
-        ):  # or deadlines of a day would make thousands of slices to search
+        """When an id that arrives now expires: at its deadline or a little later."""
+        stay_s, width_s = max(self._min_s, deadline - now), SLICE_S
+        while stay_s > 4 * width_s:  # a deadline of a day would make thousands of slices to search
             width_s *= 2
         return math.ceil((now + stay_s) / width_s) * width_s
 
@@ -244,7 +241,7 @@ class _Slices(Generic[T]):
 
 
 def _entries(segment: Segment) -> int:
-    """How many entries a worker needs for it, at most."""
+    """The number of entries that a worker needs for it, at most."""
     if segment.ids:
         return len(segment.ids)
     last = segment.first_id + segment.count - 1
@@ -252,7 +249,7 @@ def _entries(segment: Segment) -> int:
 
 
 def _blocks(ids: Sequence[int]) -> dict[int, int]:
-    """By their upper bits, one bit for each id."""
+    """A bit set for each block: bits of ids by their upper bits."""
     size = 1 << BLOCK_BITS
     made: dict[int, int] = {}
     if isinstance(ids, range):

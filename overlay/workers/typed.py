@@ -1,19 +1,19 @@
-"""The user's function as a worker calls it: made once, from what the configuration names.
+"""Wraps a user's function as the handler that a worker calls.
 
-    def shout(payload: bytes, context) -> bytes              gets the payload as it is
-    def resize(path: str, width: int = 200) -> dict          gets its arguments
+    def shout(payload: bytes, context) -> bytes              a function of bytes
+    def resize(path: str, width: int = 200) -> dict          a typed function
 
-A function gets the payload's bytes if it can be called with (payload, context), where the first is
-annotated `bytes` or not at all, and the second is the context or not annotated. Any other function
-is a typed one.
+A function of bytes can be called with (payload, context): its first parameter is annotated `bytes`
+or not at all, its second is the context or not annotated. Any other function is a typed function.
 
-A typed function's payload is a JSON object of its arguments, which pydantic checks and converts as
-the annotations say; its result leaves as JSON. The check is strict: "200" is not a number, nor is
-true, while what JSON lacks (dates, bytes, paths, sets) is read from text. An argument that is the
-context, by its annotation or its name, is supplied by the worker.
+The payload of a typed function is a JSON object of its arguments, which pydantic validates and
+converts by the annotations; its result is sent as JSON. Validation is strict: "200" and true are
+not numbers, but types that JSON lacks (dates, bytes, paths, sets) are read from strings. The worker
+supplies an argument that is the context, by its annotation or its name.
 
-Either kind may be `async def`: those of one handler share an event loop (event_loop), from `load`
-to `close`. Either kind may yield: bytes that together are the result, or items of a JSON array.
+Either kind may be `async def`: the calls of one handler share an event loop (event_loop), from
+`load` to `close`. Either kind may be a generator: of bytes, whose concatenation is the result, or
+of the items of a JSON array.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
     from pydantic_core import ErrorDetails
 
-MAX_PROBLEMS = 5  # named in one complaint about a call's arguments
-LONGEST_NAME = 60  # characters shown of a name that is not an argument's
+MAX_PROBLEMS = 5  # named in one error message about a call's arguments
+MAX_NAME = 60  # characters shown of an unknown argument's name
 
 _UNNAMED = {
     Parameter.POSITIONAL_ONLY: "it is positional-only",
@@ -73,7 +73,7 @@ _UNNAMED = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A handler, ready to be called. function: its description. close: ends its event loop."""
+    """A handler that is ready to be called. function: its description. close: ends its loop."""
 
     call: Handler
     function: Function
@@ -81,7 +81,7 @@ class Loaded:
 
 
 def load(spec: HandlerSpec) -> Loaded:
-    """Imports the handler's function. Raises ConfigError when that fails or it cannot be called."""
+    """Imports the handler's function. Raises ConfigError if that fails or it cannot be called."""
     return prepared(spec.name, api.find(spec, spec.call))
 
 
@@ -105,7 +105,7 @@ def prepared(name: str, found: AnyFunction) -> Loaded:
 
 
 class _Typed:
-    """A typed function as a handler of bytes. Its validator is made once, here."""
+    """A typed function as a handler of bytes. Its validator is built once, here."""
 
     def __init__(
         self,
@@ -125,19 +125,19 @@ class _Typed:
 
         parameters = signature.parameters.values()
         for parameter in parameters:
-            self._check_named(parameter)
+            self._check_kind(parameter)
         self._contexts = [p.name for p in parameters if is_context(p, function)]
-        self._given = [p for p in parameters if p.name not in self._contexts]
+        self._arguments = [p for p in parameters if p.name not in self._contexts]
         self._adapter = self._adapted()
         self._read = self._adapter.validator.validate_json
-        self._wrong = ValidationError
+        self._validation_error = ValidationError
 
     def __call__(self, payload: bytes, context: Context) -> bytes | Iterator[bytes]:
-        """Raises BadRequest for wrong arguments, NotJson for a result that JSON cannot express."""
+        """Raises BadRequest for invalid arguments, NotJson for a result that is not JSON."""
         try:
             arguments = self._read(payload or b"{}")
-        except self._wrong as e:
-            raise BadRequest(self._complaint(e)) from None
+        except self._validation_error as e:
+            raise BadRequest(self._error_message(e)) from None
         for name in self._contexts:
             arguments[name] = context
         result = self._found(**arguments)
@@ -146,15 +146,15 @@ class _Typed:
         return Items(_array(result)) if isinstance(result, Iterator) else json_values.write(result)
 
     def described(self, doc: str) -> Function:
-        text = f"{self._name}{shown(self._signature, self._given)}"
+        text = f"{self._name}{shown(self._signature, self._arguments)}"
         return Function(self._name, text, doc, self._arguments_schema(), self._result_schema())
 
     def _adapted(self) -> TypeAdapter[Any]:
-        names = {p.name: self._annotation_of(p) for p in self._given}
-        required = {p.name for p in self._given if p.default is Parameter.empty}
+        names = {p.name: self._annotation_of(p) for p in self._arguments}
+        required = {p.name for p in self._arguments if p.default is Parameter.empty}
         try:
             return _adapter(self._name, names, required, self._function)
-        except Exception as e:  # noqa: BLE001 - pydantic raises many kinds, the user's types any
+        except Exception as e:  # noqa: BLE001 - pydantic and the user's types may raise anything
             for parameter_name, annotation in names.items():
                 try:
                     _adapter(self._name, {parameter_name: annotation}, set(), self._function)
@@ -162,7 +162,7 @@ class _Typed:
                     raise self._problem(parameter_name, _reason(why)) from None
             raise self._problem("", _reason(e)) from None
 
-    def _check_named(self, parameter: Parameter) -> None:
+    def _check_kind(self, parameter: Parameter) -> None:
         if parameter.kind in _UNNAMED:
             why = f"{_UNNAMED[parameter.kind]}; arguments come from JSON by their names"
             raise self._problem(parameter.name, why)
@@ -188,19 +188,19 @@ class _Typed:
             "(a function of bytes is declared as (payload: bytes, context))"
         )
 
-    def _complaint(self, error: ValidationError) -> str:
-        """What is wrong with the arguments, naming each."""
+    def _error_message(self, error: ValidationError) -> str:
+        """Names each invalid argument and what is wrong with it."""
         found = error.errors(include_url=False, include_context=False)
-        problems = [self._sentence(e) for e in found]
+        problems = [self._describe_problem(e) for e in found]
         if len(problems) > MAX_PROBLEMS:
             problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
         return f"handler '{self._name}': {'; '.join(problems)}"
 
-    def _sentence(self, error: ErrorDetails) -> str:
-        kind, loc, said = error["type"], error["loc"], error["msg"]
+    def _describe_problem(self, error: ErrorDetails) -> str:
+        kind, loc, message = error["type"], error["loc"], error["msg"]
         if kind == "json_invalid":
-            return f"the payload is not JSON: {said.partition(': ')[2]}"
-        names = [parameter.name for parameter in self._given]
+            return f"the payload is not JSON: {message.partition(': ')[2]}"
+        names = [parameter.name for parameter in self._arguments]
         if not loc:
             known = ", ".join(names) or "none"
             return f"the payload is not a JSON object of the arguments by name ({known})"
@@ -210,18 +210,18 @@ class _Typed:
         if kind == "extra_forbidden":
             near = difflib.get_close_matches(place, names, n=1) if len(loc) == 1 else []
             known = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names) or 'none'}"
-            return f"there is no argument '{place[:LONGEST_NAME]}'; {known}"
+            return f"there is no argument '{place[:MAX_NAME]}'; {known}"
         value = reprlib.repr(error.get("input"))
-        return f"argument '{place}': {said[:1].lower()}{said[1:]}, not {value}"
+        return f"argument '{place}': {message[:1].lower()}{message[1:]}, not {value}"
 
     def _arguments_schema(self) -> str:
         try:
             schema = self._adapter.json_schema()
-        except Exception:  # noqa: BLE001 - not every type that pydantic reads has one
+        except Exception:  # noqa: BLE001 - not every type that pydantic validates has a schema
             return "{}"
-        for parameter in self._given:
+        for parameter in self._arguments:
             if parameter.default is not Parameter.empty:
-                with contextlib.suppress(Exception):  # JSON may not be able to express it
+                with contextlib.suppress(Exception):  # the default may not be JSON
                     default = json_values.read(json_values.write(parameter.default))
                     schema["properties"][parameter.name]["default"] = default
         return json.dumps(schema)
@@ -238,7 +238,7 @@ class _Typed:
             schema = made.json_schema(mode="serialization")
             more = {"$defs": schema["$defs"]} if "$defs" in schema else {}
             return json.dumps({**schema["properties"]["result"], **more})
-        except Exception:  # noqa: BLE001 - pydantic need not know a result's type
+        except Exception:  # noqa: BLE001 - pydantic may not know the result's type
             return ""
 
 
@@ -248,7 +248,7 @@ _ITEMS = (Iterator, Generator, AsyncIterator, AsyncGenerator)
 def _adapter(
     name: str, annotations: Mapping[str, Any], required: set[str], function: AnyFunction
 ) -> TypeAdapter[Any]:
-    """Reads a JSON object into a dict of exactly these keys. May raise any exception."""
+    """Validates a JSON object with exactly these keys. May raise any exception."""
     from pydantic import ConfigDict, TypeAdapter
     from typing_extensions import NotRequired, Required, TypedDict
 
@@ -256,7 +256,7 @@ def _adapter(
         key: Required[hint] if key in required else NotRequired[hint]
         for key, hint in annotations.items()
     }
-    # Defaults are the function's own business: an argument that is not given is left out.
+    # Arguments that are not given are left out, so that the function's own defaults apply.
     make: Any = TypedDict
     made = make(name, fields)
     made.__module__ = getattr(inspect.unwrap(function), "__module__", __name__)
@@ -268,12 +268,12 @@ def _adapter(
         ser_json_bytes="base64",
     )
     adapter = TypeAdapter(made)
-    adapter.rebuild(raise_errors=True)  # at a name inside an annotation that is not known yet
+    adapter.rebuild(raise_errors=True)  # for an undefined name inside an annotation
     return adapter
 
 
 def _array(items: Iterator[Any]) -> Iterator[bytes]:
-    """A JSON array, item by item. Each ends with ITEM_END, for clients that take single items."""
+    """A JSON array, item by item. ITEM_END after each lets clients read single items."""
     before = b"["
     try:
         for item in items:
@@ -281,7 +281,7 @@ def _array(items: Iterator[Any]) -> Iterator[bytes]:
             before = b","
         yield b"]" if before == b"," else b"[" + ITEM_END + b"]"
     finally:
-        if hasattr(items, "close"):  # a generator may have files open
+        if hasattr(items, "close"):  # a generator may hold open files
             items.close()
 
 

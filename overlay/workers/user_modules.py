@@ -1,10 +1,10 @@
-"""The user's modules, each as it was when this process first needed it.
+"""Keeps the sources of the user's modules, so that edits take effect only when the worker restarts.
 
-A handler's process may start at any time, and a function may import when it is called. Edited files
-would then be mixed with unedited ones, or be read half written. So the modules in the
-configuration's folder are kept as they are when the worker starts, for the worker and its handlers'
-processes, until the worker starts again. A module that no import statement names is kept when it is
-first imported.
+A handler's process may start at any time, and a function may import modules when it is called. It
+would then mix edited files with unedited ones, or read a half-written file. So a worker reads the
+handlers' modules, and all that they import from the configuration file's folder, when it starts,
+for itself and for its handlers' processes. A module that no import statement names is kept when it
+is first imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-OURS = {"overlay", "overlay_pb2", "overlay_pb2_grpc"}  # where ours and the user's lie in one folder
+OWN_MODULES = {
+    "overlay",
+    "overlay_pb2",
+    "overlay_pb2_grpc",
+}  # even if they are in the user's folder
 
 
 class Source(NamedTuple):
@@ -31,59 +35,62 @@ class Source(NamedTuple):
 
 
 class Sources(MetaPathFinder):
-    """Finds the folder's modules as Python does, and loads the source that was first found there.
+    """Finds the folder's modules as Python does, and loads the source that was first read.
 
-    kept: by the module's full name.
+    kept: the sources, by the module's full name.
     """
 
     def __init__(self, folder: Path, kept: Mapping[str, Source]) -> None:
         self.folder = str(folder)
-        self._spellings = (self.folder, os.path.abspath(folder))  # Windows' Python uses the second
+        self._spellings = (
+            self.folder,
+            os.path.abspath(folder),
+        )  # Windows: Python uses the second
         self.kept = dict(kept)
-        self._followed = set(kept)  # modules whose imports are kept too
+        self._followed = set(kept)  # modules whose imports are kept
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         source = self.kept.get(fullname)
-        if source is None and self._is_the_users(fullname):
+        if source is None and self._is_user_module(fullname):
             source = self._keep(fullname, path)
         if source is None:
             return None
-        within = [os.path.dirname(source.path)] if source.is_package else None
+        locations = [os.path.dirname(source.path)] if source.is_package else None
         return spec_from_file_location(
             fullname,
             source.path,
-            loader=_AsItWas(fullname, source),
-            submodule_search_locations=within,
+            loader=_KeptLoader(fullname, source),
+            submodule_search_locations=locations,
         )
 
     def keep_imported(self) -> None:
-        """Keeps the modules that those kept so far import, within functions too."""
+        """Keeps all modules that kept modules import, even inside functions."""
         while todo := self.kept.keys() - self._followed:
             self._followed |= todo
             names = {name for one in todo for name in _imported(one, self.kept[one])}
             for name in sorted(names - self.kept.keys()):
-                if self._is_the_users(name):
+                if self._is_user_module(name):
                     with contextlib.suppress(ImportError):
                         self._keep(name, _search_path(name))
 
     def add(self, kept: Mapping[str, Source]) -> None:
-        """Adds what another process has kept, imports included."""
+        """Adds the sources that another process has kept, with their imports."""
         self._followed |= kept.keys()
         self.kept = {**kept, **self.kept}
 
-    def passed_over(self, name: str) -> str | None:
-        """The path of the folder's own module of that name, if the imported one is another."""
-        own = None if name in OURS else PathFinder.find_spec(name, [self.folder])
+    def shadowed(self, name: str) -> str | None:
+        """The path of the folder's module of that name, if another one was imported instead."""
+        own = None if name in OWN_MODULES else PathFinder.find_spec(name, [self.folder])
         if own is None or own.origin is None or name not in sys.modules:
             return None
         found = getattr(sys.modules[name], "__file__", None) or ""
         return None if os.path.realpath(found) == os.path.realpath(own.origin) else own.origin
 
-    def _is_the_users(self, fullname: str) -> bool:
+    def _is_user_module(self, fullname: str) -> bool:
         top = fullname.partition(".")[0]
-        spec = None if top in OURS else PathFinder.find_spec(top)
+        spec = None if top in OWN_MODULES else PathFinder.find_spec(top)
         places = (spec.submodule_search_locations or [spec.origin or ""]) if spec else []
         return any(os.path.dirname(place) in self._spellings for place in places)
 
@@ -91,15 +98,15 @@ class Sources(MetaPathFinder):
         spec = PathFinder.find_spec(fullname, path)
         if spec is None or spec.origin is None or type(spec.loader) is not SourceFileLoader:
             return None
-        with contextlib.suppress(OSError, SyntaxError, ValueError):  # then Python says so
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # Python will report it
             text, is_package = Path(spec.origin).read_bytes(), spec.submodule_search_locations
-            ast.parse(text)  # a file that is just being written may be whole the next time
+            ast.parse(text)  # a file that is being written may be complete next time
             source = Source(spec.origin, text, is_package is not None)
             return self.kept.setdefault(fullname, source)
         return None
 
 
-class _AsItWas(SourceFileLoader):
+class _KeptLoader(SourceFileLoader):
     def __init__(self, fullname: str, source: Source) -> None:
         super().__init__(fullname, source.path)
         self._source = source
@@ -108,26 +115,26 @@ class _AsItWas(SourceFileLoader):
         return self._source.text if path == self._source.path else super().get_data(path)
 
     def path_stats(self, path: str) -> Mapping[str, float]:
-        raise OSError  # bytecode on disk belongs to the file as it is now
+        raise OSError  # cached bytecode belongs to the current file
 
 
-def keep(folder: Path, kept: Mapping[str, Source]) -> Sources:
-    """Makes this process import the folder's modules through these sources from now on."""
-    found = kept_here()
+def install(folder: Path, kept: Mapping[str, Source]) -> Sources:
+    """Makes this process import the folder's modules from kept sources from now on."""
+    found = installed()
     if found is None or found.folder != str(folder):
         sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not found]
         found = Sources(folder, kept)
-        # Python's own modules, built in or frozen, go first.
+        # After the finders of Python's built-in and frozen modules.
         sys.meta_path.insert(sys.meta_path.index(PathFinder), found)
     return found
 
 
-def kept_here() -> Sources | None:
+def installed() -> Sources | None:
     return next((finder for finder in sys.meta_path if isinstance(finder, Sources)), None)
 
 
 def _search_path(fullname: str) -> Sequence[str] | None:
-    """Where Python looks for a module: in its package. Imports nothing."""
+    """Where Python searches for the module: the path of its package. Imports nothing."""
     package = fullname.rpartition(".")[0]
     if not package:
         return None
@@ -138,16 +145,14 @@ def _search_path(fullname: str) -> Sequence[str] | None:
 
 
 def _imported(importer: str, source: Source) -> Iterator[str]:
-    """The full names in its import statements that may be modules."""
+    """The full names in its import statements that can be modules."""
     package = importer if source.is_package else importer.rpartition(".")[0]
     for node in ast.walk(ast.parse(source.text)):
         if isinstance(node, ast.Import):
             for name in node.names:
                 yield from _with_packages(name.name)
         elif isinstance(node, ast.ImportFrom):
-            with contextlib.suppress(
-                ImportError
-            ):  # beyond the top package: Python will report that
+            with contextlib.suppress(ImportError):  # beyond the top package: Python will report it
                 module = resolve_name("." * node.level + (node.module or ""), package or None)
                 yield from _with_packages(module)
                 yield from (f"{module}.{name.name}" for name in node.names)

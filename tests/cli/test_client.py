@@ -58,7 +58,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
 
 @pytest.fixture(scope="module")
 def wounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A to F, of which F is dead."""
+    """A to F, with F killed."""
     with running(tmp_path_factory.mktemp("wounded"), six_processes()) as found:
         found.kill("F")
         until(lambda: _state(found, "E", "F") == "down", what="E sees F down")
@@ -67,7 +67,7 @@ def wounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
 
 @pytest.fixture(scope="module")
 def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A to F and a worker G. Each of its workers belongs to one test, which ends it."""
+    """A to F and a worker G. Each worker is for one test, which ends it."""
     folder = tmp_path_factory.mktemp("fragile")
     (folder / "mine.py").write_text(HANDLERS)
     config = six_processes(handlers=NAMES)
@@ -91,7 +91,7 @@ def to_a(mine: Overlay) -> Iterator[overlay.Client]:
 
 @pytest.fixture
 def silent_port() -> Iterator[int]:
-    """A port where something takes connections and never says a word."""
+    """A port that accepts connections and sends nothing."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(50)
@@ -99,7 +99,7 @@ def silent_port() -> Iterator[int]:
 
 
 def run(*words: object, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
-    """client.py as a user starts it; its output as text."""
+    """Runs client.py; its output as text."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "client.py"), *map(str, words)],
         input=stdin,
@@ -138,7 +138,7 @@ def test_a_request_to_any_is_answered_by_one_worker(to_a: overlay.Client) -> Non
     assert answer.result in (b"D: hi", b"F: hi")
 
 
-def test_each_workers_own_result_comes_on_request_only(to_a: overlay.Client) -> None:
+def test_each_workers_own_result_is_sent_only_on_request(to_a: overlay.Client) -> None:
     with_parts = to_a.call("hi", want_parts=True)
     without = to_a.call("hi")
 
@@ -170,7 +170,7 @@ def test_any_payload_arrives_unchanged(to_a: overlay.Client, payload: bytes | st
         ),
     ],
 )
-def test_an_error_has_the_type_of_its_status(
+def test_each_status_has_its_own_error_type(
     to_a: overlay.Client,
     arguments: dict[str, Any],
     kind: type[library.CallFailed],
@@ -184,7 +184,7 @@ def test_an_error_has_the_type_of_its_status(
     assert (caught.value.code, caught.value.executed) == (code, executed)
 
 
-def test_what_a_handler_raised_stays_on_its_machine(to_a: overlay.Client) -> None:
+def test_the_exception_of_a_handler_is_not_sent_to_the_caller(to_a: overlay.Client) -> None:
     with pytest.raises(library.HandlerFailed) as caught:
         to_a.call("x", handler="boom")
 
@@ -193,22 +193,22 @@ def test_what_a_handler_raised_stays_on_its_machine(to_a: overlay.Client) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "says"),
+    ("arguments", "error", "message"),
     [
-        ({"payload": {"a": 1}}, TypeError, "a payload is bytes or str, not dict"),
-        ({"payload": "x", "handler": print}, TypeError, "code does not travel"),
-        ({"payload": "x", "team": None}, TypeError, "a team is named by a str"),
+        ({"payload": {"a": 1}}, TypeError, "a payload must be bytes or str, not dict"),
+        ({"payload": "x", "handler": print}, TypeError, "code cannot be sent"),
+        ({"payload": "x", "team": None}, TypeError, "team must be a str, not NoneType"),
         ({"payload": "x", "mode": "some"}, ValueError, "mode 'some' is not 'all' or 'any'"),
-        ({"payload": "x", "timeout": 0}, ValueError, "a timeout of 0 s is not above 0"),
-        ({"payload": "x", "timeout": float("nan")}, ValueError, "a timeout of nan s"),
+        ({"payload": "x", "timeout": 0}, ValueError, "timeout must be above 0"),
+        ({"payload": "x", "timeout": float("nan")}, ValueError, "timeout must be .* not nan"),
     ],
 )
-def test_a_wrong_call_is_told_before_anything_is_sent(
-    arguments: dict[str, Any], error: type[Exception], says: str
+def test_an_invalid_call_is_rejected_before_anything_is_sent(
+    arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     payload = arguments.pop("payload")
-    with overlay.connect("127.0.0.1:1") as nobody, pytest.raises(error, match=says):
-        nobody.call(payload, **arguments)
+    with overlay.connect("127.0.0.1:1") as client, pytest.raises(error, match=message):
+        client.call(payload, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -219,19 +219,19 @@ def test_an_address_is_host_and_port(address: str) -> None:
         overlay.connect(address)
 
 
-def test_where_nothing_serves_is_said_soon_and_proves_that_nothing_ran() -> None:
+def test_a_missing_server_is_reported_soon_and_as_not_run() -> None:
     address = f"localhost:{free_port()}"
     began = time.monotonic()
 
-    with overlay.connect(address) as nobody, pytest.raises(library.NotReached) as caught:
-        nobody.call("x", timeout=60)
+    with overlay.connect(address) as client, pytest.raises(library.NotReached) as caught:
+        client.call("x", timeout=60)
 
     assert time.monotonic() - began < 30
     assert str(caught.value) == f"nothing serves at {address}: the connection was refused"
     assert caught.value.executed is Executed.NO
 
 
-def test_what_does_not_speak_grpc_is_told_apart(silent_port: int) -> None:
+def test_a_server_that_does_not_speak_grpc_has_its_own_message(silent_port: int) -> None:
     with (
         overlay.connect(f"127.0.0.1:{silent_port}", patience_s=1) as stranger,
         pytest.raises(library.NotReached, match="does not speak gRPC, or is stuck"),
@@ -239,7 +239,7 @@ def test_what_does_not_speak_grpc_is_told_apart(silent_port: int) -> None:
         stranger.call("x")
 
 
-def test_a_short_deadline_is_kept_while_there_is_no_connection(silent_port: int) -> None:
+def test_a_short_deadline_is_kept_without_a_connection(silent_port: int) -> None:
     began = time.monotonic()
 
     with overlay.connect(f"127.0.0.1:{silent_port}", patience_s=60) as stranger:
@@ -254,7 +254,7 @@ def test_a_call_waits_for_a_process_that_is_being_restarted(fragile: Overlay) ->
     with overlay.connect(fragile.address("C"), patience_s=20) as client:
         client.call("before")
         fragile.kill("C")
-        # What leaves before the client has noticed may have run, and is not sent again.
+        # A request sent before the client notices may have run, and is not sent again.
         with pytest.raises(library.CallFailed):
             client.call("at once", timeout=0.5)
         with ThreadPoolExecutor(1) as pool:
@@ -278,7 +278,7 @@ def test_a_lost_process_is_noticed_by_the_next_call(fragile: Overlay) -> None:
         assert time.monotonic() - began < 20
 
 
-def test_a_connection_lost_in_a_call_proves_nothing(fragile: Overlay) -> None:
+def test_a_connection_lost_during_a_call_leaves_the_outcome_unknown(fragile: Overlay) -> None:
     with overlay.connect(fragile.address("F")) as client, ThreadPoolExecutor(1) as pool:
         running_call = pool.submit(client.call, "20", handler="slow")
         until(lambda: fragile.metrics("F").active_requests, what="F is at work")
@@ -291,14 +291,14 @@ def test_a_connection_lost_in_a_call_proves_nothing(fragile: Overlay) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there, terminate() is a kill")
-def test_a_stopping_process_refuses_in_its_own_words(fragile: Overlay) -> None:
+def test_a_stopping_process_rejects_requests_with_its_own_reason(fragile: Overlay) -> None:
     with overlay.connect(fragile.address("G")) as client, ThreadPoolExecutor(1) as pool:
         last = pool.submit(client.call, "2", handler="slow")
         until(lambda: fragile.metrics("G").active_requests, what="G is at work")
         fragile.processes["G"].terminate()
         until(lambda: not client.is_serving(), what="G stops")
-        # A call that is given back waits for G to return; a new one is told at once.
-        until(lambda: not client._connection._calls.connected.is_set(), what="the stream says so")
+        # A returned call would wait for G to be back; a new one is rejected at once.
+        until(lambda: not client._connection._submitter.connected.is_set())
 
         with pytest.raises(library.Unavailable) as caught:
             client.call("x")
@@ -309,7 +309,7 @@ def test_a_stopping_process_refuses_in_its_own_words(fragile: Overlay) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no signal to freeze a process")
-def test_a_frozen_process_is_said_to_be_stuck(fragile: Overlay) -> None:
+def test_a_frozen_process_is_reported_as_stuck(fragile: Overlay) -> None:
     fragile.freeze("B")
     try:
         with (
@@ -321,7 +321,7 @@ def test_a_frozen_process_is_said_to_be_stuck(fragile: Overlay) -> None:
         fragile.thaw("B")
 
 
-def test_what_is_too_large_is_refused_by_the_process_asked(to_a: overlay.Client) -> None:
+def test_a_payload_that_is_too_large_is_rejected_by_the_process_asked(to_a: overlay.Client) -> None:
     with pytest.raises(library.CallFailed, match=r"max_message_mib allows \(16,777,216") as caught:
         to_a.call(b"x" * (17 * 1024 * 1024))
 
@@ -336,7 +336,7 @@ def test_many_threads_share_one_client(to_a: overlay.Client) -> None:
     assert [answer.result for answer in answers] == wanted
 
 
-def test_a_closed_client_ends_its_calls_and_takes_no_more(mine: Overlay) -> None:
+def test_closing_a_client_ends_its_calls_and_rejects_new_ones(mine: Overlay) -> None:
     client = overlay.connect(mine.address("C"))
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.call, "20", handler="slow")
@@ -350,18 +350,18 @@ def test_a_closed_client_ends_its_calls_and_takes_no_more(mine: Overlay) -> None
         client.call("x")
 
 
-def test_metrics_and_health_tell_of_the_process(to_a: overlay.Client) -> None:
+def test_metrics_and_health_are_those_of_the_process_asked(to_a: overlay.Client) -> None:
     assert to_a.metrics().process_id == "A"
     assert to_a.is_serving()
 
 
-def test_an_offices_web_proxy_is_not_used(mine: Overlay) -> None:
+def test_an_http_proxy_is_not_used(mine: Overlay) -> None:
     done = run(*at(mine, "A"), http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
 
     assert done.returncode == 0, done.stderr
 
 
-# A request's own story
+# Traces and logs of a request
 
 
 def trace_of(found: Overlay, *words: str) -> list[dict[str, Any]]:
@@ -369,7 +369,7 @@ def trace_of(found: Overlay, *words: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("encoding", "bars"), [("utf-8", "├└│"), ("cp1252", "+`|")])
-def test_a_trace_shows_the_way_as_a_tree_on_every_code_page(
+def test_a_trace_shows_the_path_as_a_tree_on_every_code_page(
     mine: Overlay, encoding: str, bars: str
 ) -> None:
     shown = run(*at(mine, "A"), "--trace", PYTHONIOENCODING=encoding).stdout
@@ -381,7 +381,7 @@ def test_a_trace_shows_the_way_as_a_tree_on_every_code_page(
     assert names == [line.replace("-", "─" if encoding == "utf-8" else "-") for line in tree]
 
 
-def test_a_trace_adds_up(mine: Overlay) -> None:
+def test_the_times_of_a_trace_add_up(mine: Overlay) -> None:
     trace = trace_of(mine, "--handler", "slow", "--payload", "0.3", "--mode", "any")
 
     asked, team_leader, worker = trace
@@ -392,7 +392,7 @@ def test_a_trace_adds_up(mine: Overlay) -> None:
         assert inside + hop["on_the_way_ms"] <= above["worked_ms"] + 1
 
 
-def test_a_request_that_failed_has_a_trace_too(mine: Overlay) -> None:
+def test_a_failed_request_has_a_trace(mine: Overlay) -> None:
     done = run(*at(mine, "A"), "--trace", "--handler", "boom", "--mode", "any", "--team", "green")
 
     assert done.returncode == 1
@@ -401,7 +401,7 @@ def test_a_request_that_failed_has_a_trace_too(mine: Overlay) -> None:
     assert done.stdout.count("INTERNAL") == 3
 
 
-def test_a_worker_that_is_gone_is_in_the_trace(wounded: Overlay) -> None:
+def test_a_missing_worker_is_in_the_trace(wounded: Overlay) -> None:
     trace = trace_of(wounded)
 
     assert [(hop["process_id"], hop["code"]) for hop in trace[3:]] == [
@@ -417,14 +417,14 @@ def logs(found: Overlay, asked: str, *words: object, code: int = 0) -> list[dict
     return json.loads(done.stdout)["lines"]
 
 
-def test_the_lines_of_any_process_are_read_at_the_leader(mine: Overlay) -> None:
+def test_the_log_of_any_process_can_be_read_at_the_leader(mine: Overlay) -> None:
     for process_id in "ABCDEF":
         lines = logs(mine, "A", process_id)
         assert {line["process_id"] for line in lines} == {process_id}
         assert any("serves on" in line["text"] for line in lines)
 
 
-def test_lines_are_shown_as_the_process_wrote_them_to_its_file(mine: Overlay) -> None:
+def test_log_lines_are_shown_as_in_the_log_file(mine: Overlay) -> None:
     (line,) = [
         line for line in run(*at(mine, "A"), "logs", "F").stdout.splitlines() if "pid" in line
     ]
@@ -432,7 +432,7 @@ def test_lines_are_shown_as_the_process_wrote_them_to_its_file(mine: Overlay) ->
     assert line in mine.log("F").splitlines()
 
 
-def test_a_request_finds_its_lines_in_every_process(mine: Overlay) -> None:
+def test_log_lines_of_a_request_are_found_in_every_process(mine: Overlay) -> None:
     answer = json.loads(run(*at(mine, "A"), "--trace", "--json").stdout)
 
     lines = logs(mine, "A", "--request", answer["request_id"])
@@ -441,19 +441,19 @@ def test_a_request_finds_its_lines_in_every_process(mine: Overlay) -> None:
     assert all(answer["request_id"] in line["text"] for line in lines)
 
 
-def test_a_failure_is_in_the_lines_of_each_process_it_passed(mine: Overlay) -> None:
+def test_a_failure_is_in_the_log_of_each_process_on_its_path(mine: Overlay) -> None:
     failed = run(*at(mine, "A"), "--trace", "--handler", "boom", "--mode", "any", "--team", "green")
     request_id = failed.stdout.split("request")[1].split()[0]
 
     lines = logs(mine, "A", "--request", request_id)
 
     assert [line["process_id"] for line in lines] == ["C", "C", "B", "A"]
-    assert "the secret reason" in lines[0]["text"]  # all on this machine, as its file is
+    assert "the secret reason" in lines[0]["text"]  # read on the worker's own machine
     assert not any("the secret reason" in line["text"] for line in lines[1:])
 
 
 @pytest.mark.parametrize("words", [["--mode", "any"], ["--as-completed"], []])
-def test_a_failure_names_its_request_and_the_command_that_shows_its_lines(
+def test_a_failure_names_its_request_and_the_command_for_its_log_lines(
     mine: Overlay, words: list[str]
 ) -> None:
     done = run(*at(mine, "A"), "--handler", "boom", *words, "--json")
@@ -470,7 +470,7 @@ def test_a_failure_names_its_request_and_the_command_that_shows_its_lines(
     assert re.search(f"{error['request_id']}: error id {error_id}: .*Traceback", shown.stdout)
 
 
-def test_in_a_program_a_failure_has_the_id_of_its_request(mine: Overlay) -> None:
+def test_an_exception_has_the_id_of_its_request(mine: Overlay) -> None:
     async def ask() -> None:
         async with overlay.connect_async(mine.address("A")) as leader:
             await leader.call("x", handler="boom")
@@ -498,7 +498,7 @@ def test_in_a_program_a_failure_has_the_id_of_its_request(mine: Overlay) -> None
             assert any("handler boom failed" in line.text for line in lines)
 
 
-def test_the_trailing_metadata_of_a_failure_has_the_id_for_any_client(mine: Overlay) -> None:
+def test_the_trailing_metadata_of_a_failure_has_the_request_id(mine: Overlay) -> None:
     with pytest.raises(grpc.RpcError) as failed:
         mine.ask("A", handler="boom")
 
@@ -506,9 +506,9 @@ def test_the_trailing_metadata_of_a_failure_has_the_id_for_any_client(mine: Over
     assert logs(mine, "A", "--request", request_id)
 
 
-def test_an_error_id_finds_its_lines_and_a_traceback_is_readable(mine: Overlay) -> None:
-    said = run(*at(mine, "A"), "--handler", "boom", "--mode", "any").stderr
-    (error_id,) = re.findall("error id ([0-9a-f]{8})", said)
+def test_an_error_id_finds_its_log_lines_with_a_readable_traceback(mine: Overlay) -> None:
+    report = run(*at(mine, "A"), "--handler", "boom", "--mode", "any").stderr
+    (error_id,) = re.findall("error id ([0-9a-f]{8})", report)
 
     shown = run(*at(mine, "A"), "logs", "--error", error_id)
     lines = logs(mine, "A", "--error", error_id)
@@ -523,7 +523,7 @@ def test_an_error_id_finds_its_lines_and_a_traceback_is_readable(mine: Overlay) 
     assert traceback.endswith("\nValueError: the secret reason")
 
 
-def test_an_error_id_that_nobody_knows_is_said_so(mine: Overlay) -> None:
+def test_an_unknown_error_id_is_reported(mine: Overlay) -> None:
     done = run(*at(mine, "A"), "logs", "--error", "0123abcd")
 
     assert done.returncode == 1
@@ -531,17 +531,17 @@ def test_an_error_id_that_nobody_knows_is_said_so(mine: Overlay) -> None:
     assert run(*at(mine, "A"), "logs", "--error", "xyz").returncode == 2
 
 
-def test_events_tell_what_happened_and_never_what_a_handler_said(mine: Overlay) -> None:
+def test_events_never_contain_the_text_of_a_handlers_exception(mine: Overlay) -> None:
     run(*at(mine, "A"), "--handler", "boom")
-    told = {i: mine.stub(i).GetMetrics(pb2.MetricsRequest(events=200)) for i in "AC"}
+    metrics = {i: mine.stub(i).GetMetrics(pb2.MetricsRequest(events=200)) for i in "AC"}
 
-    of_a, of_c = ({event.kind for event in told[i].events} for i in "AC")
+    of_a, of_c = ({event.kind for event in metrics[i].events} for i in "AC")
     assert of_a >= {"started", "link"}
-    assert "failure" in of_c - of_a, "it is told where it is known"
-    assert not any("secret" in str(found) for found in told.values())
+    assert "failure" in of_c - of_a, "only the worker reports it"
+    assert not any("secret" in str(found) for found in metrics.values())
 
 
-def test_metrics_tell_as_many_stories_and_events_as_were_asked_for(mine: Overlay) -> None:
+def test_metrics_contain_as_many_requests_and_events_as_were_asked_for(mine: Overlay) -> None:
     run(*at(mine, "A"))
     ask = mine.stub("A").GetMetrics
 
@@ -553,14 +553,14 @@ def test_metrics_tell_as_many_stories_and_events_as_were_asked_for(mine: Overlay
     assert some.service.count == sum(some.service.counts) > 0
 
 
-def test_the_lines_of_a_process_above_are_to_be_asked_for_there(mine: Overlay) -> None:
+def test_the_log_of_a_process_above_must_be_read_there(mine: Overlay) -> None:
     done = run(*at(mine, "E"), "logs", "A")
 
     assert done.returncode == 1
     assert f"ask A itself, at 127.0.0.1 {mine.port('A')}" in done.stderr
 
 
-def test_a_process_that_is_not_there_has_no_lines(wounded: Overlay) -> None:
+def test_the_log_of_a_missing_process_cannot_be_read(wounded: Overlay) -> None:
     done = run(*at(wounded, "A"), "logs", "F")
 
     assert (done.returncode, done.stdout) == (4, "")
@@ -568,17 +568,17 @@ def test_a_process_that_is_not_there_has_no_lines(wounded: Overlay) -> None:
 
 
 @pytest.mark.parametrize("text", ["zz", "0", "1" * 17, "-1", ""])
-def test_what_is_no_request_id_is_said_so(text: str) -> None:
+def test_an_invalid_request_id_is_rejected(text: str) -> None:
     done = run("127.0.0.1", "50051", "logs", "--request", text)
 
     assert done.returncode == 2
     assert "--request" in done.stderr
 
 
-# One request from the command line
+# A request from the command line
 
 
-def test_one_request_is_answered_readably(mine: Overlay) -> None:
+def test_an_answer_is_readable(mine: Overlay) -> None:
     done = run(*at(mine, "A"))
 
     lines = done.stdout.splitlines()
@@ -588,31 +588,31 @@ def test_one_request_is_answered_readably(mine: Overlay) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_json_holds_everything(mine: Overlay) -> None:
+def test_json_output_contains_everything(mine: Overlay) -> None:
     done = run(*at(mine, "A"), "--json", "--parts", "--payload", "Grüße", "--team", "green")
 
-    said = json.loads(done.stdout)
-    assert set(said) == {
+    report = json.loads(done.stdout)
+    assert set(report) == {
         "ok", "exit_code", "address", "result", "coverage", "missing", "parts", "hops",
         "request_id", "took_ms",
     }  # fmt: skip
-    assert said["result"] == "C: Grüße"
-    assert said["coverage"] == {"answered": 1, "asked": 1}
-    assert set(said["parts"][0]) == {
+    assert report["result"] == "C: Grüße"
+    assert report["coverage"] == {"answered": 1, "asked": 1}
+    assert set(report["parts"][0]) == {
         "process_id", "code", "reason", "executed", "hops", "waited_ms", "worked_ms", "result",
     }  # fmt: skip
-    assert said["parts"][0]["result"] == "C: Grüße"
+    assert report["parts"][0]["result"] == "C: Grüße"
     assert done.stdout.isascii()
 
 
-def test_parts_show_each_workers_own_result(mine: Overlay) -> None:
+def test_parts_shows_each_workers_own_result(mine: Overlay) -> None:
     done = run(*at(mine, "A"), "--parts")
 
     rows = [line.split() for line in done.stdout.splitlines() if " OK " in line]
     assert [(row[0], row[-2:]) for row in rows] == [(w, [f"{w}:", "hello"]) for w in "CDF"]
 
 
-def test_a_payload_comes_from_a_file_or_from_standard_input(mine: Overlay, tmp_path: Path) -> None:
+def test_a_payload_can_be_read_from_a_file_or_standard_input(mine: Overlay, tmp_path: Path) -> None:
     (tmp_path / "payload").write_bytes(b"from a file")
 
     from_file = run(*at(mine, "C"), "--payload", f"@{tmp_path / 'payload'}")
@@ -622,7 +622,9 @@ def test_a_payload_comes_from_a_file_or_from_standard_input(mine: Overlay, tmp_p
     assert "C: from a pipe" in from_stdin.stdout
 
 
-def test_a_binary_result_is_told_by_its_size_and_kept_by_out(mine: Overlay, tmp_path: Path) -> None:
+def test_a_binary_result_is_shown_as_its_size_and_saved_by_out(
+    mine: Overlay, tmp_path: Path
+) -> None:
     kept = tmp_path / "kept"
     words = (*at(mine, "C"), "--handler", "binary")
 
@@ -635,21 +637,21 @@ def test_a_binary_result_is_told_by_its_size_and_kept_by_out(mine: Overlay, tmp_
     assert kept.read_bytes() == bytes(range(256))
 
 
-def test_out_to_standard_output_gives_nothing_but_the_result(mine: Overlay) -> None:
+def test_out_to_standard_output_writes_only_the_result(mine: Overlay) -> None:
     done = run(*at(mine, "A"), "--out", "-")
 
     assert done.stdout == "C: hello\nD: hello\nF: hello"
     assert "3 of 3 workers answered" in done.stderr
 
 
-def test_a_terminal_is_not_steered_by_a_result(mine: Overlay) -> None:
+def test_control_characters_of_a_result_do_not_reach_the_terminal(mine: Overlay) -> None:
     done = run(*at(mine, "C"), "--payload", "a\x1b[2Jb")
 
     assert "C: a\\x1b[2Jb" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("words", "code", "message"),
     [
         (["--handler", "boom"], 1, "error id"),
         (["--handler", "nope"], 1, "no handler 'nope' here; there are"),
@@ -657,19 +659,19 @@ def test_a_terminal_is_not_steered_by_a_result(mine: Overlay) -> None:
         (["--handler", "slow", "--payload", "9", "--deadline", "0.3"], 5, "a handler may have"),
     ],
 )
-def test_a_failed_request_has_an_exit_code_and_a_sentence(
-    mine: Overlay, words: list[str], code: int, says: str
+def test_a_failed_request_has_an_exit_code_and_a_message(
+    mine: Overlay, words: list[str], code: int, message: str
 ) -> None:
     done = run(*at(mine, "A"), *words, "--json")
 
     assert done.returncode == code
-    assert says in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert json.loads(done.stdout)["exit_code"] == code
     assert json.loads(done.stdout)["ok"] is False
 
 
-def test_a_full_queue_is_refused_with_proof_and_exit_code_3(
+def test_a_full_queue_rejects_a_request_as_not_run_with_exit_code_3(
     overlays: Callable[..., Overlay],
 ) -> None:
     found = overlays(HANDLERS, handlers=NAMES, queue_slots=1, in_service=1)
@@ -686,7 +688,7 @@ def test_a_full_queue_is_refused_with_proof_and_exit_code_3(
             capture_output=True,
             text=True,
         )
-        client.close()  # ends the slow ones
+        client.close()  # cancels the slow requests
 
     assert caught.value.executed is Executed.NO
     assert caught.value.retry_after_s is not None
@@ -701,7 +703,7 @@ def _load(client: overlay.Client) -> tuple[int, int]:
     return found.active_requests, found.queue_size
 
 
-def test_a_missing_worker_is_named_and_makes_exit_code_6(wounded: Overlay) -> None:
+def test_a_missing_worker_is_named_with_exit_code_6(wounded: Overlay) -> None:
     done = run(*at(wounded, "A"))
     as_json = run(*at(wounded, "A"), "--json")
 
@@ -711,7 +713,7 @@ def test_a_missing_worker_is_named_and_makes_exit_code_6(wounded: Overlay) -> No
     assert json.loads(as_json.stdout)["missing"] == ["F"]
 
 
-def test_nobody_to_ask_is_exit_code_4(wounded: Overlay) -> None:
+def test_a_missing_server_is_exit_code_4(wounded: Overlay) -> None:
     asked = (
         ("127.0.0.1", free_port()),
         (*at(wounded, "F"), "check"),
@@ -727,7 +729,7 @@ def test_nobody_to_ask_is_exit_code_4(wounded: Overlay) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ([], "required: HOST, PORT"),
         (["127.0.0.1"], "PORT is missing after '127.0.0.1'"),
@@ -773,9 +775,9 @@ def test_nobody_to_ask_is_exit_code_4(wounded: Overlay) -> None:
         (["check", "no-such.json"], "no-such.json"),
     ],
 )
-def test_wrong_arguments_get_one_sentence(
+def test_invalid_arguments_get_a_one_line_message(
     words: list[str],
-    says: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -784,11 +786,11 @@ def test_wrong_arguments_get_one_sentence(
     with pytest.raises(SystemExit) as end:
         sys.exit(script.main())
 
-    said = capsys.readouterr()
+    report = capsys.readouterr()
     assert end.value.code == 2
-    assert says in said.err
-    assert len(said.err.splitlines()) == 1
-    assert said.out == ""
+    assert message in report.err
+    assert len(report.err.splitlines()) == 1
+    assert report.out == ""
 
 
 @pytest.mark.parametrize(
@@ -796,7 +798,7 @@ def test_wrong_arguments_get_one_sentence(
     [["127.0.0.1", "1", name] for name in script.OF_A_PROCESS]
     + [[name] for name in script.OF_A_CONFIGURATION],
 )
-def test_a_wrong_option_names_the_help_of_its_verb_and_that_command_shows_it(
+def test_an_invalid_option_names_a_help_command_that_works(
     verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["client.py", *verb, "--no-such"])
@@ -827,7 +829,7 @@ def test_the_help_names_every_verb_and_every_exit_code() -> None:
 
 
 @pytest.mark.parametrize("verb", [[], ["--json"], ["--out", "-"], ["check"]])
-def test_a_reader_that_leaves_does_not_change_the_exit_code(
+def test_a_closed_output_pipe_does_not_change_the_exit_code(
     mine: Overlay, wounded: Overlay, verb: list[str]
 ) -> None:
     for found, code in ((mine, 0), (wounded, 1 if verb == ["check"] else 6)):
@@ -843,7 +845,7 @@ def test_a_reader_that_leaves_does_not_change_the_exit_code(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there, Ctrl-C reaches the whole console")
-def test_ctrl_c_ends_with_a_word_and_130(mine: Overlay) -> None:
+def test_ctrl_c_exits_with_a_message_and_code_130(mine: Overlay) -> None:
     words = [*map(str, at(mine, "C")), "--handler", "slow", "--payload", "20"]
     asking = subprocess.Popen(
         [sys.executable, str(ROOT / "client.py"), *words], stderr=subprocess.PIPE, text=True
@@ -856,7 +858,7 @@ def test_ctrl_c_ends_with_a_word_and_130(mine: Overlay) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_output_survives_every_code_page(mine: Overlay, encoding: str) -> None:
+def test_output_works_on_every_code_page(mine: Overlay, encoding: str) -> None:
     asked = run(*at(mine, "C"), "--payload", "Grüße 中文", PYTHONIOENCODING=encoding)
     checked = run("check", mine.path, PYTHONIOENCODING=encoding)
 
@@ -867,7 +869,7 @@ def test_output_survives_every_code_page(mine: Overlay, encoding: str) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
-def test_a_narrow_terminal_hides_no_fact(mine: Overlay, term: str) -> None:
+def test_a_narrow_terminal_shows_all_facts(mine: Overlay, term: str) -> None:
     import fcntl
     import pty
     import struct
@@ -889,12 +891,12 @@ def test_a_narrow_terminal_hides_no_fact(mine: Overlay, term: str) -> None:
 
 
 def _read_all(terminal: int) -> str:
-    """What is written to a pseudo-terminal until its last writer has gone."""
+    """Reads a pseudo-terminal until its last writer closes it."""
     text = b""
     while True:
         try:
             chunk = os.read(terminal, 65536)
-        except OSError:  # Linux's word for the end
+        except OSError:  # how Linux reports the end
             chunk = b""
         if not chunk:
             os.close(terminal)
@@ -909,22 +911,22 @@ def _read_all(terminal: int) -> str:
     ("process_id", "role", "neighbours", "workers"),
     [("A", "leader", "BE", 3), ("B", "team_leader", "CD", 2), ("C", "worker", "", 1)],
 )
-def test_check_tells_of_every_role(
+def test_check_works_for_every_role(
     mine: Overlay, process_id: str, role: str, neighbours: str, workers: int
 ) -> None:
     done = run(*at(mine, process_id), "check")
-    said = json.loads(run(*at(mine, process_id), "check", "--json").stdout)
+    report = json.loads(run(*at(mine, process_id), "check", "--json").stdout)
 
     assert done.returncode == 0
     assert f"{process_id}, {role} of team green, at {mine.address(process_id)}" in done.stdout
     assert f"{workers} of {workers} known to be ready" in done.stdout
     assert " of 100 in service" in done.stdout
-    assert [n["process_id"] for n in said["neighbours"]] == list(neighbours)
-    assert [p["id"] for p in said["topology"]] == list("ABCDEF")
-    assert isinstance(said["received"], int)
+    assert [n["process_id"] for n in report["neighbours"]] == list(neighbours)
+    assert [p["id"] for p in report["topology"]] == list("ABCDEF")
+    assert isinstance(report["received"], int)
 
 
-def test_check_says_which_neighbour_is_down_and_which_worker_is_missing(wounded: Overlay) -> None:
+def test_check_names_the_neighbour_that_is_down_and_the_missing_worker(wounded: Overlay) -> None:
     of_e, of_a = run(*at(wounded, "E"), "check"), run(*at(wounded, "A"), "check")
 
     assert (of_e.returncode, of_a.returncode) == (1, 1)
@@ -935,7 +937,7 @@ def test_check_says_which_neighbour_is_down_and_which_worker_is_missing(wounded:
 
 def test_check_of_a_configuration_shows_every_process(mine: Overlay) -> None:
     done = run("check", mine.path)
-    said = json.loads(run("check", mine.path, "--json").stdout)
+    report = json.loads(run("check", mine.path, "--json").stdout)
 
     rows = [line.split() for line in done.stdout.splitlines() if "127.0.0.1:" in line]
     assert [(row[0], row[3], row[4]) for row in rows] == [
@@ -944,23 +946,23 @@ def test_check_of_a_configuration_shows_every_process(mine: Overlay) -> None:
     assert {row[-1] for row in rows} == {"yes"}
     assert rows[0][5] == "0/200"
     assert done.returncode == 0
-    assert [p["metrics"]["process_id"] for p in said["processes"]] == list("ABCDEF")
+    assert [p["metrics"]["process_id"] for p in report["processes"]] == list("ABCDEF")
 
 
-def test_check_of_a_configuration_finds_what_the_doctor_finds(wounded: Overlay) -> None:
+def test_check_of_a_configuration_reports_what_doctor_reports(wounded: Overlay) -> None:
     done = run("check", wounded.path, "--deadline", 2)
-    said = json.loads(run("check", wounded.path, "--deadline", 2, "--json").stdout)
+    report = json.loads(run("check", wounded.path, "--deadline", 2, "--json").stdout)
 
-    assert done.returncode == said["exit_code"] == 1
+    assert done.returncode == report["exit_code"] == 1
     assert "5 of 6 processes well, 5 of 6 links up" in done.stdout
     assert "F: nothing listens there: it was not started, or has ended. Start it" in done.stdout
     assert f"scripts/run.py start {wounded.path}; its log in logs says more" in done.stdout
     assert "E to F: down for " in done.stdout
-    assert [p["state"] for p in said["processes"]] == ["serves"] * 5 + ["not running"]
-    assert [link["state"] for link in said["links"]].count("down") == 1
+    assert [p["state"] for p in report["processes"]] == ["serves"] * 5 + ["not running"]
+    assert [link["state"] for link in report["links"]].count("down") == 1
 
 
-def test_check_notices_another_configuration_and_another_process(
+def test_check_detects_another_configuration_and_another_process(
     mine: Overlay, tmp_path: Path
 ) -> None:
     config = json.loads(mine.path.read_text())
@@ -999,7 +1001,7 @@ def test_check_names_every_problem_of_a_configuration(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 2
 
 
-def test_every_verb_is_one_row_and_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_verb_has_one_table_row_and_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     hello: Any = ModuleType("overlay.cli.hello")
     hello.arguments = lambda parser: None
@@ -1013,7 +1015,7 @@ def test_every_verb_is_one_row_and_one_file(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == ["somewhere"]
 
 
-def test_an_installed_program_speaks_of_itself_as_it_was_called(
+def test_an_installed_program_uses_the_name_it_was_called_by(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/overlay", "127.0.0.1", str(free_port()), "check"])
@@ -1027,7 +1029,7 @@ def test_an_installed_program_speaks_of_itself_as_it_was_called(
     assert "client.py" not in shown
 
 
-def test_a_missing_package_is_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_package_gets_a_message_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('no', name='rich')\n")
     for program in ("client.py", "test_system.py"):
         done = subprocess.run(

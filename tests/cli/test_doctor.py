@@ -46,7 +46,7 @@ def answering(process_id: str, clock_s: float = 0.0, **changes: Any) -> Observat
 
 
 def diagnosis(**observed: Observation) -> Diagnosis:
-    """As the PC finds the six, all well except those given."""
+    """What the PC observes of six healthy processes, except for those given."""
     all_observed = {i: answering(i) for i in SHIPPED.processes} | observed
     return Diagnosis(SHIPPED, all_observed, "1.0", 1, "Windows", "mine.json")
 
@@ -59,7 +59,7 @@ def link(asker: str, asked: str, **observed: Observation) -> Finding:
     return diagnosis(**observed).of_link(SHIPPED.processes[asker], SHIPPED.processes[asked])
 
 
-def test_nothing_is_said_of_what_is_well():
+def test_a_healthy_overlay_has_no_findings():
     found = [of(i) for i in SHIPPED.processes] + [link("A", "E"), link("E", "D")]
 
     assert {finding.grade for finding in found} == {Grade.OK}
@@ -67,7 +67,7 @@ def test_nothing_is_said_of_what_is_well():
 
 
 @pytest.mark.parametrize(
-    ("who", "seen", "state", "why", "do"),
+    ("process_id", "seen", "state", "why", "do"),
     [
         ("D", Observation(Reach.REFUSED, is_here=True), "not running", "nothing listens",
          r"here: py scripts\run.py start mine.json"),
@@ -96,10 +96,10 @@ def test_nothing_is_said_of_what_is_well():
          f"of its {SHIPPED.limits.streams} places for streams are taken", "close()"),
     ],
 )  # fmt: skip
-def test_each_trouble_has_its_cause_and_its_remedy(
-    who: str, seen: Observation, state: str, why: str, do: str
+def test_each_problem_has_a_cause_and_a_remedy(
+    process_id: str, seen: Observation, state: str, why: str, do: str
 ) -> None:
-    found = of(who, **{who: seen})
+    found = of(process_id, **{process_id: seen})
 
     assert found.grade is Grade.BAD
     assert found.state == state
@@ -115,7 +115,7 @@ def test_each_trouble_has_its_cause_and_its_remedy(
         ({"clock_s": 5.1}, "its clock is 5 s ahead of this one's"),
     ],
 )
-def test_what_does_no_harm_is_only_noted(changes: dict[str, Any], why: str) -> None:
+def test_a_harmless_finding_is_only_a_note(changes: dict[str, Any], why: str) -> None:
     found = of("F", F=answering("F", **changes))
 
     assert found.grade is Grade.NOTE
@@ -131,7 +131,7 @@ def test_where_the_package_is_installed_no_script_is_named() -> None:
     assert found.do == "start it here: overlay-node mine.json F; its log in logs says more"
 
 
-def test_where_nothing_is_known_of_the_other_machine_both_systems_are_told():
+def test_the_remedy_covers_both_systems_if_the_other_machines_is_unknown():
     silent = {i: Observation(Reach.SILENT) for i in "CEF"}
 
     found = [of(i, **silent) for i in "CEF"]
@@ -142,7 +142,7 @@ def test_where_nothing_is_known_of_the_other_machine_both_systems_are_told():
     assert len(advice([(i, finding) for i, finding in zip("CEF", found, strict=True)])) == 1
 
 
-def test_a_link_that_is_down_between_two_that_answer_here_is_the_firewalls():
+def test_a_link_down_between_two_reachable_processes_is_blamed_on_a_firewall():
     down = [sees("F", "down", 12.4, "no answer in time"), sees("D")]
 
     found = link("E", "F", E=answering("E", neighbours=down))
@@ -155,7 +155,7 @@ def test_a_link_that_is_down_between_two_that_answer_here_is_the_firewalls():
     )
 
 
-def test_a_link_between_two_that_answer_here_comes_back_or_its_asker_knows_why():
+def test_a_link_that_stays_down_between_reachable_processes_points_at_the_log():
     found = [
         link(
             "A", "B", A=answering("A", neighbours=[sees("B", "down", since_s, "it does not know")])
@@ -175,7 +175,7 @@ def test_a_link_to_a_process_that_is_gone_points_at_the_process():
     assert (found.grade, found.do) == (Grade.BAD, "see F above")
 
 
-def test_of_the_links_of_one_who_is_silent_nothing_is_said():
+def test_links_of_an_unreachable_process_have_no_findings():
     found = link("E", "F", E=Observation(Reach.SILENT))
 
     assert (found.state, found.why) == ("unknown", "")
@@ -195,7 +195,7 @@ def doctor(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def test_an_overlay_that_is_well_is_said_to_be_well(six: Overlay) -> None:
+def test_doctor_reports_a_healthy_overlay_as_healthy(six: Overlay) -> None:
     done = doctor(six.path)
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -203,7 +203,7 @@ def test_an_overlay_that_is_well_is_said_to_be_well(six: Overlay) -> None:
     assert "+0.0" in done.stdout or "-0.0" in done.stdout  # one clock
 
 
-def test_the_report_for_scripts_tells_of_each_process_and_link(six: Overlay) -> None:
+def test_the_json_report_has_each_process_and_link(six: Overlay) -> None:
     report = json.loads(doctor(six.path, "--json").stdout)
 
     assert (report["ok"], report["exit_code"]) == (True, 0)
@@ -214,10 +214,10 @@ def test_the_report_for_scripts_tells_of_each_process_and_link(six: Overlay) -> 
     }  # fmt: skip
 
 
-def test_a_frozen_one_and_another_program_on_the_port_are_told_from_one_that_is_gone(
+def test_frozen_replaced_and_missing_processes_have_different_findings(
     six: Overlay, tmp_path: Path
 ) -> None:
-    # C is frozen, D's port has another program, F's nobody: as a file says that A was not told of.
+    # C is frozen, D's port has another program, F's has none; A does not know this configuration.
     config = json.loads(six.path.read_text())
     config["processes"]["F"]["port"] = free_port()
     path = tmp_path / "other.json"
@@ -240,7 +240,7 @@ def test_a_frozen_one_and_another_program_on_the_port_are_told_from_one_that_is_
     assert {states[i] for i in "ABE"} == {"other config"}
 
 
-def test_when_nothing_answers_the_exit_code_says_so(tmp_path: Path) -> None:
+def test_if_no_process_answers_the_exit_code_is_4(tmp_path: Path) -> None:
     path = tmp_path / "nobody.json"
     path.write_text(json.dumps(six_processes()))
 
@@ -253,9 +253,9 @@ def test_when_nothing_answers_the_exit_code_says_so(tmp_path: Path) -> None:
     )
 
 
-def test_a_machine_that_has_no_address_of_the_file_is_told_its_own(tmp_path: Path) -> None:
+def test_a_machine_without_a_configured_address_is_shown_its_own(tmp_path: Path) -> None:
     path = tmp_path / "elsewhere.json"
-    no_name = "x" * 70  # longer than a name can be, so that nobody is asked for it
+    no_name = "x" * 70  # too long for a name, so no DNS query is sent
     path.write_text((ROOT / "two_hosts_config.json").read_text().replace("192.168.1.", no_name))
 
     done = doctor(path)
@@ -265,7 +265,7 @@ def test_a_machine_that_has_no_address_of_the_file_is_told_its_own(tmp_path: Pat
     assert not done.stderr
 
 
-def test_a_file_that_is_wrong_is_said_to_be_wrong(tmp_path: Path) -> None:
+def test_an_invalid_configuration_is_reported(tmp_path: Path) -> None:
     done = doctor(tmp_path / "none.json")
 
     assert done.returncode == 2
@@ -282,19 +282,19 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def init(path: Path, *more: str, said: str = "") -> subprocess.CompletedProcess[str]:
+def init(path: Path, *more: str, typed: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "client.py"), "init", str(path), *more]
-    return subprocess.run(command, input=said, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60)
 
 
 def hosts_in(path: Path) -> str:
     return " ".join(p.host for p in load(path).processes.values())
 
 
-def test_the_answers_are_written_and_the_file_keeps_its_form(file: Path) -> None:
+def test_init_writes_the_answers_and_keeps_the_format_of_the_file(file: Path) -> None:
     before = file.read_text()
 
-    done = init(file, said="10.0.0.5\nmac.local\n")
+    done = init(file, typed="10.0.0.5\nmac.local\n")
 
     assert done.returncode == 0, done.stderr
     assert file.read_text() == before.replace("192.168.1.1", "10.0.0.5").replace(
@@ -303,8 +303,8 @@ def test_the_answers_are_written_and_the_file_keeps_its_form(file: Path) -> None
     assert f"client.py doctor {file}" in done.stdout
 
 
-def test_enter_keeps_an_address_and_a_wrong_answer_is_asked_again(file: Path) -> None:
-    done = init(file, said="\nhttp://mac/\n10.0.0.600\n10.0.0.6\n")
+def test_enter_keeps_an_address_and_an_invalid_answer_is_asked_for_again(file: Path) -> None:
+    done = init(file, typed="\nhttp://mac/\n10.0.0.600\n10.0.0.6\n")
 
     assert done.returncode == 0, done.stderr
     assert "'http://mac/' is not a name or an address of a machine" in done.stdout
@@ -313,8 +313,10 @@ def test_enter_keeps_an_address_and_a_wrong_answer_is_asked_again(file: Path) ->
 
 
 @pytest.mark.parametrize("answer", ["127.0.0.1", "here"])
-def test_one_machine_will_do_and_the_summary_has_all_its_processes(file: Path, answer: str) -> None:
-    done = init(file, said=f"{answer}\n" * 2)
+def test_one_machine_is_enough_and_the_summary_has_all_its_processes(
+    file: Path, answer: str
+) -> None:
+    done = init(file, typed=f"{answer}\n" * 2)
 
     assert done.returncode == 0, done.stderr
     assert "One machine is enough" in done.stdout
@@ -328,7 +330,7 @@ def test_one_machine_will_do_and_the_summary_has_all_its_processes(file: Path, a
     assert "every machine" not in written
 
 
-def test_two_addresses_can_be_exchanged(file: Path) -> None:
+def test_two_addresses_can_be_swapped(file: Path) -> None:
     done = init(file, "--host", "192.168.1.1=192.168.1.2", "--host", "192.168.1.2=192.168.1.1")
 
     assert done.returncode == 0, done.stderr
@@ -338,7 +340,7 @@ def test_two_addresses_can_be_exchanged(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "complaint"),
+    ("arguments", "typed", "complaint"),
     [
         ([], "10.0.0.5\n", "an answer is missing"),
         (["--host", "1.2.3.4=10.0.0.5"], "", "no process has the host '1.2.3.4'; there are"),
@@ -346,12 +348,12 @@ def test_two_addresses_can_be_exchanged(file: Path) -> None:
         (["--host", "192.168.1.1=a b"], "", "'a b' is not a name or an address"),
     ],
 )
-def test_what_cannot_be_written_leaves_the_file_as_it_was(
-    file: Path, arguments: list[str], said: str, complaint: str
+def test_a_file_that_cannot_be_written_is_unchanged(
+    file: Path, arguments: list[str], typed: str, complaint: str
 ) -> None:
     before = file.read_bytes()
 
-    done = init(file, *arguments, said=said)
+    done = init(file, *arguments, typed=typed)
 
     assert done.returncode == 2
     assert complaint in done.stderr
@@ -360,7 +362,7 @@ def test_what_cannot_be_written_leaves_the_file_as_it_was(
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_a_host_that_would_make_two_processes_one_address_is_refused(file: Path) -> None:
+def test_a_host_that_would_give_two_processes_one_address_is_rejected(file: Path) -> None:
     raw = json.loads(file.read_text())
     raw["processes"]["F"]["port"] = raw["processes"]["A"]["port"]
     file.write_text(json.dumps(raw))

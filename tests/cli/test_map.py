@@ -1,4 +1,4 @@
-"""`client.py HOST PORT map` as a user starts it, against real processes."""
+"""`client.py HOST PORT map`, against real processes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def at_work(found: Overlay) -> int:
     return sum(handler.active for w in "CDF" for handler in found.metrics(w).handlers)
 
 
-# What goes in and comes out
+# Input and output
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def at_work(found: Overlay) -> int:
         (b"\xff\x00x\n", b"\xff\x00X\n"),
     ],
 )
-def test_lines_go_in_and_come_out_in_order(
+def test_results_are_in_the_order_of_the_input_lines(
     six: Overlay, tmp_path: Path, text: bytes, results: bytes
 ) -> None:
     (tmp_path / "lines").write_bytes(text)
@@ -91,7 +91,9 @@ def test_lines_go_in_and_come_out_in_order(
     assert piped.returncode == named.returncode == filed.returncode == 0
 
 
-def test_several_files_are_one_input_and_out_is_a_file(six: Overlay, tmp_path: Path) -> None:
+def test_several_files_are_read_as_one_input_and_out_names_a_file(
+    six: Overlay, tmp_path: Path
+) -> None:
     (tmp_path / "1").write_text("a\nb\n")
     (tmp_path / "2").write_text("c\n")
 
@@ -110,15 +112,15 @@ def test_many_lines_keep_their_order_with_a_small_window(six: Overlay) -> None:
     assert done.stdout == text
 
 
-def test_as_completed_gives_the_quick_ones_first(six: Overlay) -> None:
+def test_as_completed_prints_quick_results_first(six: Overlay) -> None:
     done = run(six, "--handler", "slow", "--as-completed", "--json", stdin=b"1\n0\n0\n0\n")
 
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert sorted(line["index"] for line in said) == [0, 1, 2, 3]
-    assert said[-1] == {"index": 0, "ok": True, "result": "1"}
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted(line["index"] for line in lines) == [0, 1, 2, 3]
+    assert lines[-1] == {"index": 0, "ok": True, "result": "1"}
 
 
-def test_a_team_and_a_mode_narrow_who_is_asked(six: Overlay) -> None:
+def test_team_and_mode_limit_the_workers_asked(six: Overlay) -> None:
     green = run(six, "--team", "green", stdin=b"x\n" * 9)
     all_ = run(six, "--mode", "all", "--json", stdin=b"x\n")
 
@@ -126,7 +128,9 @@ def test_a_team_and_a_mode_narrow_who_is_asked(six: Overlay) -> None:
     assert json.loads(all_.stdout)["result"] == "C: x\nD: x\nF: x"
 
 
-def test_the_files_of_a_folder_go_to_files_of_the_same_names(six: Overlay, tmp_path: Path) -> None:
+def test_results_for_the_files_of_a_folder_go_to_files_of_the_same_names(
+    six: Overlay, tmp_path: Path
+) -> None:
     folder = tmp_path / "in"
     (folder / "deeper").mkdir(parents=True)
     for number in range(30):
@@ -144,20 +148,20 @@ def test_the_files_of_a_folder_go_to_files_of_the_same_names(six: Overlay, tmp_p
     assert len(shown.stdout.splitlines()) == 30
 
 
-def test_json_names_the_files_and_keeps_bytes(six: Overlay, tmp_path: Path) -> None:
+def test_json_output_names_the_files_and_preserves_bytes(six: Overlay, tmp_path: Path) -> None:
     (tmp_path / "one").write_text("x")
 
     done = run(six, tmp_path, "--handler", "binary", "--json")
 
-    said = json.loads(done.stdout)
-    assert (said["index"], said["name"], said["ok"]) == (0, "one", True)
-    assert said["result_base64"].startswith("AAECAwQF")
+    report = json.loads(done.stdout)
+    assert (report["index"], report["name"], report["ok"]) == (0, "one", True)
+    assert report["result_base64"].startswith("AAECAwQF")
 
 
 # Failures
 
 
-def test_failures_do_not_stop_the_others_and_keep_the_lines_aligned(six: Overlay) -> None:
+def test_failures_do_not_stop_the_others_and_leave_empty_lines(six: Overlay) -> None:
     text = b"".join(b"bad\n" if n % 2 else b"%d\n" % n for n in range(40))
 
     done = run(six, "--handler", "picky", stdin=text)
@@ -172,16 +176,16 @@ def test_failures_do_not_stop_the_others_and_keep_the_lines_aligned(six: Overlay
     assert complaints[11].endswith("; 20 failed: 20 INTERNAL")
 
 
-def test_json_tells_each_failure_in_its_place(six: Overlay) -> None:
+def test_json_output_has_each_failure_in_its_place(six: Overlay) -> None:
     done = run(six, "--handler", "picky", "--json", stdin=b"a\nbad\nb\n")
 
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(line["index"], line["ok"]) for line in said] == [(0, True), (1, False), (2, True)]
-    assert said[1]["error"]["code"] == "INTERNAL"
-    assert said[1]["error"]["executed"] == "YES"
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["index"], line["ok"]) for line in lines] == [(0, True), (1, False), (2, True)]
+    assert lines[1]["error"]["code"] == "INTERNAL"
+    assert lines[1]["error"]["executed"] == "YES"
 
 
-def test_a_failed_file_is_named_and_leaves_no_file(six: Overlay, tmp_path: Path) -> None:
+def test_a_failed_file_is_named_and_has_no_output_file(six: Overlay, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good").write_text("x")
     (tmp_path / "in" / "poor").write_text("bad")
@@ -194,22 +198,22 @@ def test_a_failed_file_is_named_and_leaves_no_file(six: Overlay, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("words", "code", "message"),
     [
         (["--handler", "slow", "--deadline", "0.3"], 5, "2 failed: 2 DEADLINE_EXCEEDED"),
         (["--handler", "nope"], 1, "2 failed: 2 NOT_FOUND"),
     ],
 )
-def test_when_all_failed_for_one_reason_the_exit_code_is_that_reasons(
-    six: Overlay, words: list[str], code: int, says: str
+def test_if_all_fail_for_one_reason_the_exit_code_is_that_of_the_reason(
+    six: Overlay, words: list[str], code: int, message: str
 ) -> None:
     done = run(six, *words, stdin=b"9\n9\n")
 
     assert done.returncode == code
-    assert says in done.stderr.decode()
+    assert message in done.stderr.decode()
 
 
-def test_nobody_to_ask_is_exit_code_4() -> None:
+def test_a_missing_server_is_exit_code_4() -> None:
     words = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(free_port()), "map"]
 
     done = subprocess.run(words, input=b"a\nb\n", capture_output=True, timeout=20)
@@ -219,9 +223,7 @@ def test_nobody_to_ask_is_exit_code_4() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_result_without_a_worker_is_told_and_makes_exit_code_6(
-    overlays: Any, tmp_path: Path
-) -> None:
+def test_an_incomplete_result_is_reported_with_exit_code_6(overlays: Any, tmp_path: Path) -> None:
     found = overlays(HANDLERS, handlers=NAMES)
     found.kill("F")
 
@@ -236,7 +238,7 @@ def test_a_result_without_a_worker_is_told_and_makes_exit_code_6(
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["no-such-file"], "cannot use 'no-such-file': "),
         (["{folder}", "{file}"], "is a folder, which has to be the only input"),
@@ -252,8 +254,8 @@ def test_a_result_without_a_worker_is_told_and_makes_exit_code_6(
         (["--priority", "10"], "'10' is not 0 to 9"),
     ],
 )
-def test_wrong_arguments_get_one_sentence_before_anything_is_sent(
-    six: Overlay, tmp_path: Path, words: list[str], says: str
+def test_invalid_arguments_get_a_one_line_message_before_anything_is_sent(
+    six: Overlay, tmp_path: Path, words: list[str], message: str
 ) -> None:
     (tmp_path / "file").write_text("precious\n")
     words = [word.format(folder=tmp_path, file=tmp_path / "file") for word in words]
@@ -261,15 +263,15 @@ def test_wrong_arguments_get_one_sentence_before_anything_is_sent(
     done = run(six, *words)
 
     assert done.returncode == 2
-    assert says in done.stderr.decode()
+    assert message in done.stderr.decode()
     assert len(done.stderr.splitlines()) == 1
     assert (tmp_path / "file").read_text() == "precious\n"
 
 
-# What failed, kept for another map
+# Failed input, saved for another map
 
 
-def test_what_failed_is_kept_as_lines_that_map_takes_again(six: Overlay, tmp_path: Path) -> None:
+def test_failed_lines_are_saved_in_a_file_that_map_can_read(six: Overlay, tmp_path: Path) -> None:
     text, kept = b"a\nbad 1\r\nb\nbad 2", tmp_path / "failed"
 
     done = run(six, "--handler", "picky", "--failed", kept, stdin=text)
@@ -282,7 +284,7 @@ def test_what_failed_is_kept_as_lines_that_map_takes_again(six: Overlay, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
-def test_of_a_folder_the_paths_of_what_failed_are_kept(six: Overlay, tmp_path: Path) -> None:
+def test_the_paths_of_failed_files_are_saved(six: Overlay, tmp_path: Path) -> None:
     kept, folder = tmp_path / "failed", tmp_path / "in folder"
     folder.mkdir()
     for name, text in (("good", "x"), ("poor ü", "bad"), ("poor 2", "bad")):
@@ -298,7 +300,7 @@ def test_of_a_folder_the_paths_of_what_failed_are_kept(six: Overlay, tmp_path: P
     assert again.returncode == 0
 
 
-def test_when_nobody_serves_all_of_the_input_is_kept(tmp_path: Path) -> None:
+def test_without_a_server_all_of_the_input_is_saved(tmp_path: Path) -> None:
     kept = tmp_path / "failed"
     words = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(free_port()), "map"]
     text = b"".join(b"%d\n" % n for n in range(5000))
@@ -321,10 +323,10 @@ def test_a_failure_names_its_request_and_how_to_see_its_log_lines(six: Overlay) 
     assert f"; request {error['request_id']}, its log lines: {command}" in done.stderr.decode()
 
 
-# While it runs
+# Streaming, interruption, restarts
 
 
-def test_a_trickle_is_answered_line_by_line(six: Overlay) -> None:
+def test_slow_input_is_answered_line_by_line(six: Overlay) -> None:
     asking = subprocess.Popen(
         command(six, "--handler", "upper"),
         stdin=subprocess.PIPE,
@@ -342,7 +344,7 @@ def test_a_trickle_is_answered_line_by_line(six: Overlay) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there, Ctrl-C reaches the whole console")
-def test_ctrl_c_cancels_the_remote_work_and_exits_with_130(six: Overlay) -> None:
+def test_ctrl_c_cancels_the_remaining_requests_and_exits_with_130(six: Overlay) -> None:
     asking = subprocess.Popen(
         command(six, "--handler", "slow", "--window", 20),
         stdin=subprocess.PIPE,
@@ -363,7 +365,7 @@ def test_ctrl_c_cancels_the_remote_work_and_exits_with_130(six: Overlay) -> None
     until(lambda: at_work(six) == 0, 5)
 
 
-def test_a_reader_that_leaves_ends_it_quietly_and_cancels_the_rest(six: Overlay) -> None:
+def test_a_closed_output_pipe_ends_map_quietly_and_cancels_the_rest(six: Overlay) -> None:
     asking = subprocess.Popen(
         command(six, "--handler", "slow", "--as-completed"),
         stdin=subprocess.PIPE,
@@ -384,7 +386,7 @@ def test_a_reader_that_leaves_ends_it_quietly_and_cancels_the_rest(six: Overlay)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a size from /proc")
-def test_an_endless_input_streams_through_bounded_memory(six: Overlay) -> None:
+def test_endless_input_needs_bounded_memory(six: Overlay) -> None:
     asking = subprocess.Popen(
         command(six, "--handler", "upper", "--window", 1000),
         stdin=subprocess.PIPE,
@@ -410,7 +412,7 @@ def _resident_mib(pid: int) -> float:
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if "VmRSS" in line)
 
 
-def test_a_restart_in_the_middle_costs_only_what_was_in_doubt(overlays: Any) -> None:
+def test_a_restart_of_the_leader_fails_only_requests_with_unknown_outcome(overlays: Any) -> None:
     found = overlays(HANDLERS, handlers=NAMES)
     asking = subprocess.Popen(
         command(found, "--handler", "upper", "--json", "--window", 100),
@@ -433,7 +435,7 @@ def test_a_restart_in_the_middle_costs_only_what_was_in_doubt(overlays: Any) -> 
     assert results == {"X": 100, "Y": 100}
 
 
-def test_a_lost_leader_costs_only_what_was_under_way(overlays: Any, tmp_path: Path) -> None:
+def test_a_lost_leader_fails_only_requests_in_flight(overlays: Any, tmp_path: Path) -> None:
     found = overlays(HANDLERS, handlers=NAMES)
     asking = subprocess.Popen(
         command(found, "--handler", "slow", "--json", "--window", 100),
@@ -445,16 +447,16 @@ def test_a_lost_leader_costs_only_what_was_under_way(overlays: Any, tmp_path: Pa
     asking.stdin.close()
     first = [asking.stdout.readline() for _ in range(500)]
     found.kill("A")
-    time.sleep(3)  # longer than a call waits for it
+    time.sleep(3)  # longer than a call waits
     found.start("A")
-    said = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
+    lines = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
     complaints = asking.stderr.read().decode()
     asking.stdout.close()
     asking.stderr.close()
 
-    failed = [line for line in said if not line["ok"]]
+    failed = [line for line in lines if not line["ok"]]
     assert asking.wait(10) == 1
-    assert [line["index"] for line in said] == list(range(3000))
+    assert [line["index"] for line in lines] == list(range(3000))
     assert 0 < len(failed) <= 100, "no more than the window was under way"
     assert {line["error"]["executed"] for line in failed} == {"UNKNOWN"}
     assert f"client.py: {found.address('A')} is gone; the map goes on when it is back" in complaints
@@ -463,7 +465,7 @@ def test_a_lost_leader_costs_only_what_was_under_way(overlays: Any, tmp_path: Pa
     assert f"; {len(failed)} failed: {len(failed)} UNAVAILABLE" in complaints
 
 
-def test_a_leader_that_does_not_come_back_ends_it_with_the_counts(overlays: Any) -> None:
+def test_a_leader_that_stays_away_ends_map_with_the_counts(overlays: Any) -> None:
     found = overlays(HANDLERS, handlers=NAMES)
     asking = subprocess.Popen(
         command(found, "--handler", "slow", "--json", "--window", 100, "--patience", 1),
@@ -475,20 +477,20 @@ def test_a_leader_that_does_not_come_back_ends_it_with_the_counts(overlays: Any)
     asking.stdin.close()
     first = [asking.stdout.readline() for _ in range(500)]
     found.kill("A")
-    said = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
+    lines = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
     complaints = asking.stderr.read().decode()
     asking.stdout.close()
     asking.stderr.close()
 
-    good = sum(line["ok"] for line in said)
+    good = sum(line["ok"] for line in lines)
     assert asking.wait(20) == 1
-    assert [line["index"] for line in said] == list(range(len(said)))
+    assert [line["index"] for line in lines] == list(range(len(lines)))
     assert f"; {good:,} payloads were answered, " in complaints
-    assert f"{good:,} of {len(said):,} answered in " in complaints
+    assert f"{good:,} of {len(lines):,} answered in " in complaints
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-def test_a_terminal_sees_how_far_it_is(six: Overlay, tmp_path: Path) -> None:
+def test_progress_is_shown_on_a_terminal(six: Overlay, tmp_path: Path) -> None:
     import pty
 
     (tmp_path / "lines").write_text("0.5\n" * 3 + "bad\n" + "0.5\n" * 6)
@@ -515,7 +517,7 @@ def _read_all(terminal: int) -> str:
     while time.monotonic() < end:
         try:
             chunk = os.read(terminal, 65536)
-        except OSError:  # Linux's word for the end
+        except OSError:  # how Linux reports the end
             chunk = b""
         if not chunk:
             break

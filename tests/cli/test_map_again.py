@@ -1,4 +1,4 @@
-"""What a map does with payloads that provably did not run, where a process refuses them."""
+"""Retries of a map's payloads that a process rejects, and that provably did not run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from overlay.transport import codec
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.cluster import free_port
 
-ROWS = 60  # more than the budget that calls have for trying again
+ROWS = 60  # more than the retry budget of calls
 
 
 class Reluctant(pb2_grpc.OverlayNodeServicer):
-    """Refuses each payload so many times, and takes all others at once."""
+    """Rejects each payload a number of times before it answers."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -77,7 +77,7 @@ def mapped(address: str, is_async: bool, **options: Any) -> list[bytes | overlay
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_what_did_not_run_is_tried_again_until_it_does(
+def test_payloads_that_did_not_run_are_retried_until_they_do(
     played: tuple[Reluctant, str], is_async: bool
 ) -> None:
     servicer, address = played
@@ -88,7 +88,9 @@ def test_what_did_not_run_is_tried_again_until_it_does(
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_what_may_have_run_is_not(played: tuple[Reluctant, str], is_async: bool) -> None:
+def test_payloads_that_may_have_run_are_not_retried(
+    played: tuple[Reluctant, str], is_async: bool
+) -> None:
     servicer, address = played
     servicer.times, servicer.executed = 1, pb2.UNKNOWN
 
@@ -99,8 +101,8 @@ def test_what_may_have_run_is_not(played: tuple[Reluctant, str], is_async: bool)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_nothing_is_tried_for_ever(played: tuple[Reluctant, str], is_async: bool) -> None:
-    """Beyond its patience without an answer, and not beyond the time of each."""
+def test_retries_end_at_last(played: tuple[Reluctant, str], is_async: bool) -> None:
+    """They end after the map's patience without an answer, or at the payloads' deadline."""
     servicer, address = played
     servicer.times = 1_000_000
 

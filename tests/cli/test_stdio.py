@@ -1,4 +1,4 @@
-"""Programs without standard input, output or error, as from cron and `>&-`; closed terminals."""
+"""Programs with closed standard streams, as with cron and `>&-`, and closed terminals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ print(*(os.path.samestat(os.fstat(fd), null) for fd in (0, 2)))
 """
 
 def look(payload, context):
-    """Whether each number is nowhere, here and in a program that is started."""
+    """Whether each descriptor is /dev/null, here and in a child process."""
     print("printed", payload.decode())
     null = os.stat(os.devnull)
     here = [os.path.samestat(os.fstat(fd), null) for fd in range(3)]
@@ -38,7 +38,7 @@ def look(payload, context):
     return f"{here} {child.stdout.strip()}".encode()
 
 def gate(payload, context):
-    """Prints when the test has opened the gate."""
+    """Prints once the test has opened the gate."""
     while not os.path.exists("open"):
         time.sleep(0.01)
     print("through the gate", flush=True)
@@ -52,7 +52,7 @@ HANDLERS = {
 
 
 class Lone(Overlay):
-    """A worker alone, started in one of several ways."""
+    """A single worker, started in a given way."""
 
     def __init__(self, folder: Path) -> None:
         processes = six_processes()["processes"]
@@ -63,7 +63,7 @@ class Lone(Overlay):
         self.stop_file = StopFile(folder / "c.stop")
 
     def start_by(self, **how: Any) -> subprocess.Popen[str]:
-        """how: as for Popen, beside the command; `sh`: what a shell is to add to it."""
+        """how: arguments of Popen; `sh`: what a shell adds to the command."""
         command = [*self._node("C"), "--stop-file", str(self.stop_file.path)]
         if words := how.pop("sh", ""):
             command = ["sh", "-c", f'exec "$@" {words}', "sh", *command]
@@ -93,7 +93,7 @@ def lone(tmp_path: Path) -> Iterator[Lone]:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lone]:
-    """Started without any of the three."""
+    """A worker started without standard streams."""
     made = Lone(tmp_path_factory.mktemp("bare"))
     try:
         made.start_by(sh=ALL_CLOSED)
@@ -106,7 +106,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lone]:
 
 
 @pytest.mark.parametrize("handler", ["look", "apart"])
-def test_a_node_gives_none_of_the_three_numbers_to_anything_else(bare: Lone, handler: str) -> None:
+def test_a_node_reserves_descriptors_0_to_2_if_they_are_closed(bare: Lone, handler: str) -> None:
     answer = bare.ask("C", b"this", handler=handler)
 
     assert answer.result == b"[True, True, True] True True"
@@ -114,7 +114,7 @@ def test_a_node_gives_none_of_the_three_numbers_to_anything_else(bare: Lone, han
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ALL_CLOSED])
-def test_client_py_asks_without(bare: Lone, closed: str) -> None:
+def test_client_py_works_with_closed_standard_streams(bare: Lone, closed: str) -> None:
     asked = shell(closed, "client.py", "127.0.0.1", bare.port("C"))
     wrong = shell(closed, "client.py", "127.0.0.1", bare.port("C"), "--no-such")
 
@@ -131,11 +131,13 @@ def test_client_py_asks_without(bare: Lone, closed: str) -> None:
         (["test_system.py", "127.0.0.1", "PORT"], 0),
         (["node.py", "overlay.json", "C", "--check"], 0),
         (["node.py", "overlay.json", "Z"], 2),
-        (["scripts/run.py", "status", "overlay.json"], 1),  # the others do not run
+        (["scripts/run.py", "status", "overlay.json"], 1),  # the other processes are not running
     ],
     ids=lambda words: " ".join(words[:1]) if isinstance(words, list) else "",
 )
-def test_the_other_programs_run_without_all_three(bare: Lone, words: list[str], code: int) -> None:
+def test_the_other_programs_work_with_closed_standard_streams(
+    bare: Lone, words: list[str], code: int
+) -> None:
     before = bare.path.read_text()
     at_port = [str(bare.port("C")) if word == "PORT" else word for word in words]
 
@@ -145,12 +147,12 @@ def test_the_other_programs_run_without_all_three(bare: Lone, words: list[str], 
     assert bare.path.read_text() == before
 
 
-def test_what_is_printed_nowhere_is_no_terminal(bare: Lone) -> None:
-    told = "import sys; from overlay.cli import stdio; stdio.complete(); stdio.complete(); "
-    told += "open('said.txt', 'w').write(str([s.isatty() for s in "
-    told += "(sys.stdin, sys.stdout, sys.__stderr__)] + [sys.stdin.read()])); print('ä\\udcff')"
+def test_closed_output_is_not_a_terminal(bare: Lone) -> None:
+    code = "import sys; from overlay.cli import stdio; stdio.complete(); stdio.complete(); "
+    code += "open('said.txt', 'w').write(str([s.isatty() for s in "
+    code += "(sys.stdin, sys.stdout, sys.__stderr__)] + [sys.stdin.read()])); print('ä\\udcff')"
 
-    done = shell(ALL_CLOSED, "-c", told, cwd=bare.folder, PYTHONPATH=str(ROOT))
+    done = shell(ALL_CLOSED, "-c", code, cwd=bare.folder, PYTHONPATH=str(ROOT))
 
     assert done.returncode == 0
     assert (bare.folder / "said.txt").read_text() == "[False, False, False, '']"
@@ -159,7 +161,7 @@ def test_what_is_printed_nowhere_is_no_terminal(bare: Lone) -> None:
 def shell(
     redirected: str, script: str, *words: object, cwd: Path = ROOT, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """A program of ours, as a user's shell script has it."""
+    """Runs a program of ours in a shell."""
     script = script if script.startswith("-") else str(ROOT / script)
     command = [sys.executable, script, *map(str, words)]
     return subprocess.run(
@@ -176,7 +178,7 @@ def shell(
 # Closed terminals
 
 
-def test_hanging_up_is_a_gentle_stop_however_often_it_is_said(lone: Lone) -> None:
+def test_sighup_is_a_graceful_stop_however_often_it_is_sent(lone: Lone) -> None:
     process = lone.start_by(stdout=subprocess.DEVNULL)
     call = lone.begin_gated()
     for _ in range(3):
@@ -190,7 +192,7 @@ def test_hanging_up_is_a_gentle_stop_however_often_it_is_said(lone: Lone) -> Non
     assert "0 requests refused, 0 left behind" in lone.log("C")
 
 
-def test_a_process_under_nohup_serves_on(lone: Lone) -> None:
+def test_a_process_under_nohup_keeps_serving(lone: Lone) -> None:
     process = lone.start_by(
         stdout=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
     )
@@ -203,8 +205,10 @@ def test_a_process_under_nohup_serves_on(lone: Lone) -> None:
 
 
 @pytest.mark.parametrize("is_left_running", [False, True])
-def test_a_closed_terminal_fails_no_handler_that_prints(lone: Lone, is_left_running: bool) -> None:
-    """is_left_running: as in the background of a shell that tells it nothing at its end."""
+def test_a_handler_can_print_after_its_terminal_is_closed(
+    lone: Lone, is_left_running: bool
+) -> None:
+    """is_left_running: in the background of a shell that sends it no signal when it exits."""
     ours, theirs = os.openpty()
     how = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
     how = how if is_left_running else {"preexec_fn": _takes_terminal(theirs)}
@@ -212,7 +216,7 @@ def test_a_closed_terminal_fails_no_handler_that_prints(lone: Lone, is_left_runn
     process = lone.start_by(start_new_session=True, **streams, **how)
     os.close(theirs)
     call = lone.begin_gated()
-    os.close(ours)  # the window
+    os.close(ours)  # closes the terminal
     if is_left_running:
         time.sleep(0.5)
     else:

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(180)
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A to F. A test that ends one of them starts it again."""
+    """A to F. A test that ends a process restarts it."""
     folder = tmp_path_factory.mktemp("views")
     (folder / "mine.py").write_text("def broken(payload, context):\n    raise ValueError\n")
     broken = {"broken": {"call": "mine:broken"}}
@@ -46,15 +46,15 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
 
 @contextmanager
 def page_of(overlay: Overlay, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The page's server, and its address."""
+    """The server of the page, and its address."""
     command = [*CLIENT, "127.0.0.1", str(overlay.port("A")), "web", "--web-port", "0", *options]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as server:
         try:
-            said = server.stdout.readline()
-            assert "the page: http://127.0.0.1:" in said
-            yield server, said.rpartition(" ")[2].strip()
+            line = server.stdout.readline()
+            assert "the page: http://127.0.0.1:" in line
+            yield server, line.rpartition(" ")[2].strip()
         finally:
             server.kill()
 
@@ -79,7 +79,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def opened(browser: Any, address: str) -> Any:
-    """The page, drawn, and what was said on its console."""
+    """The rendered page, and its console messages."""
     complaints: list[str] = []
     found = browser.new_page()
     found.set_default_timeout(20_000)
@@ -92,7 +92,7 @@ def opened(browser: Any, address: str) -> Any:
 
 @pytest.fixture
 def page(opened: Any) -> Iterator[Any]:
-    """The page, on a desk. Fails when anything was said on its console."""
+    """The page at desktop size. Fails if there are console messages."""
     found, complaints = opened
     found.set_viewport_size({"width": 1280, "height": 800})
     found.mouse.move(0, 0)
@@ -112,7 +112,7 @@ def test_the_page_shows_six_processes_and_every_link(page):
     assert page.inner_text("#figures").count("3 of 3") == 1
 
 
-def test_the_charts_are_as_long_as_what_is_known(page):
+def test_the_charts_cover_the_known_history(page):
     drawn = """async (points) => {
         const { drawCharts } = await import("./charts.js");
         drawCharts({ completed: [null, ...Array(points).fill(7)] }, 1, 300);
@@ -127,7 +127,7 @@ def test_the_charts_are_as_long_as_what_is_known(page):
         assert title == f"last {axis}"
 
 
-def test_a_request_is_shown_with_its_way(page, mine):
+def test_a_request_is_shown_with_its_path(page, mine):
     mine.ask("A", b"hello")
     row = page.locator("#requests tbody tr").first
 
@@ -147,7 +147,7 @@ def test_a_handler_is_shown_with_its_signature_and_docstring(page):
     assert "on C, D, F" in shown.inner_text()
 
 
-def test_what_came_over_the_wire_is_text_on_the_page(page, mine):
+def test_data_from_the_wire_is_shown_as_text_and_not_as_html(page, mine):
     with suppress(Exception):
         mine.ask("A", b"", handler="<img src=x onerror=document.body.remove()>")
 
@@ -155,7 +155,7 @@ def test_what_came_over_the_wire_is_text_on_the_page(page, mine):
     assert page.locator("img").count() == 0
 
 
-def test_a_killed_worker_turns_red_and_comes_back(page, mine):
+def test_a_killed_worker_turns_red_until_it_is_back(page, mine):
     mine.kill("C")
     try:
         page.wait_for_selector(".node.gone[data-id=C]", timeout=15_000)
@@ -167,7 +167,7 @@ def test_a_killed_worker_turns_red_and_comes_back(page, mine):
     page.wait_for_selector(".node.well[data-id=C]")
 
 
-def test_the_requests_of_one_handler_or_id_are_shown_alone(page, mine):
+def test_requests_can_be_filtered_by_handler_or_id(page, mine):
     mine.ask("A", b"hello")
     with suppress(grpc.RpcError):
         mine.ask("A", b"x", handler="broken")
@@ -192,7 +192,7 @@ def test_the_requests_of_one_handler_or_id_are_shown_alone(page, mine):
     until(lambda: "all default" in asks.all_inner_texts())
 
 
-def test_a_process_is_selected_by_the_keyboard(page):
+def test_a_process_can_be_selected_by_keyboard(page):
     page.focus("[data-id=A]")
 
     page.keyboard.press("ArrowRight")
@@ -205,14 +205,14 @@ def test_a_process_is_selected_by_the_keyboard(page):
     assert page.get_attribute(f"[data-id={chosen}]", "aria-pressed") == "true"
 
 
-def test_a_process_is_selected_by_a_click_in_the_table(page):
+def test_a_process_can_be_selected_by_a_click_in_the_table(page):
     page.click("#processes tbody tr:nth-child(5) button")
 
     page.wait_for_selector(".node.is-picked[data-id=E]")
     assert "E → F" in page.inner_text("#details")
 
 
-def test_the_page_is_dark_where_the_system_is(page):
+def test_the_page_follows_the_systems_dark_mode(page):
     def brightness() -> int:
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         return sum(int(part) for part in colour[4:-1].split(","))
@@ -223,7 +223,7 @@ def test_the_page_is_dark_where_the_system_is(page):
     assert brightness() < 150
 
 
-def test_a_phone_scrolls_only_downwards(page):
+def test_the_page_fits_the_width_of_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 844})
 
     until(lambda: page.locator(".node").last.bounding_box()["x"] < 390, 10, "drawn anew")
@@ -231,7 +231,7 @@ def test_a_phone_scrolls_only_downwards(page):
     assert page.locator(".node").first.bounding_box()["width"] >= 60
 
 
-def test_a_leader_that_is_gone_is_said_and_the_others_are_still_shown(page, mine):
+def test_a_missing_leader_is_reported_and_the_others_are_still_shown(page, mine):
     mine.freeze("A")
     try:
         page.wait_for_selector("#alarm:not([hidden])")
@@ -242,7 +242,7 @@ def test_a_leader_that_is_gone_is_said_and_the_others_are_still_shown(page, mine
     page.wait_for_selector("#alarm", state="hidden")
 
 
-def test_the_page_says_when_its_own_server_is_gone(browser, mine):
+def test_the_page_reports_when_its_own_server_is_gone(browser, mine):
     with page_of(mine, "--until-eof") as (server, address):
         page = browser.new_page()
         page.goto(address)
@@ -266,47 +266,47 @@ def got(url: str, **headers: str) -> Any:
         return error
 
 
-def test_a_name_that_somebody_elses_page_led_here_gets_nothing(address):
+def test_a_request_with_a_foreign_host_name_is_rejected(address):
     assert got(address + "snapshot", Host="evil.example").status == 403
     assert got(address + "snapshot", Host="127.0.0.1.evil.example").status == 403
     assert got(address + "snapshot", Host="localhost:1").status == 200
 
 
-def test_every_answer_forbids_scripts_and_addresses_from_elsewhere(address):
+def test_every_response_forbids_foreign_scripts_and_addresses(address):
     for path in ("", "page.js", "snapshot", "missing"):
         policy = got(address + path).headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
 
 
-def test_no_file_of_the_page_names_an_address():
+def test_no_file_of_the_page_contains_an_address():
     for path in web.PAGE.iterdir():
         text = path.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
         assert "://" not in text, path.name
 
 
-def test_the_server_only_reads(address):
+def test_the_server_only_accepts_reads(address):
     request = urllib.request.Request(address + "snapshot", data=b"{}", method="POST")
 
     with pytest.raises(urllib.error.HTTPError, match="405"):
         urllib.request.urlopen(request, timeout=10)
 
 
-@pytest.mark.parametrize("says", [*SLOWLY, FRAMES], ids=[*SLOWLY.values(), "pages open"])
-def test_a_new_viewer_is_answered_at_once_although_others_hold_the_door_open(address, says):
+@pytest.mark.parametrize("sent", [*SLOWLY, FRAMES], ids=[*SLOWLY.values(), "pages open"])
+def test_a_new_viewer_is_answered_at_once_while_others_hold_idle_connections(address, sent):
     def see() -> None:
         assert got(address).status == got(address + "page.js").status == 200
         with got(address + "frames") as frames:
             assert frames.status == 200
             assert frames.readline() == b"retry: 1000\n"
 
-    with held_open(urlsplit(address).port, says):
+    with held_open(urlsplit(address).port, sent):
         took_s = min(timed(see) for _ in range(3))
 
     assert took_s < 1
 
 
-def test_one_page_too_many_takes_the_place_of_the_longest_open(address):
+def test_one_page_too_many_replaces_the_one_open_longest(address):
     with ExitStack() as stack:
         pages = [stack.enter_context(got(address + "frames")) for _ in range(web.MAX_VIEWERS + 1)]
 
@@ -316,7 +316,7 @@ def test_one_page_too_many_takes_the_place_of_the_longest_open(address):
 
 
 def is_ended(page: Any) -> bool:
-    """Whether no more snapshots come, once what came before has been read."""
+    """Whether the stream has ended, once all snapshots are read."""
     until_ = time.monotonic() + 10
     try:
         while time.monotonic() < until_:
@@ -327,12 +327,12 @@ def is_ended(page: Any) -> bool:
     return False
 
 
-def test_a_slow_viewer_gets_the_newest_snapshot_and_none_in_between():
+def test_a_slow_viewer_skips_to_the_newest_snapshot():
     async def view() -> list[bytes]:
         page = web.Page(Poller("127.0.0.1:1"), loopback_only=True)
         page._begin()
         viewer = page._snapshots(web._Viewer("127.0.0.1", lambda: None))
-        await anext(viewer)  # the first words; then it is slow
+        await anext(viewer)  # the first message; then the viewer is slow
         waiting = asyncio.ensure_future(anext(viewer))
         await asyncio.sleep(0)
         for number in range(5):
@@ -348,7 +348,7 @@ def test_a_slow_viewer_gets_the_newest_snapshot_and_none_in_between():
     assert seen == [b'data: {"round":4}\n\n']
 
 
-def test_a_port_that_is_taken_is_a_sentence(mine):
+def test_a_port_in_use_gets_a_message_without_a_traceback(mine):
     done = subprocess.run(
         [*CLIENT, "127.0.0.1", "1", "web", "--web-port", str(mine.port("A"))],
         capture_output=True,
@@ -369,7 +369,7 @@ def top(port: int, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_a_script_reads_one_report(mine):
+def test_a_script_can_read_one_report(mine):
     done = top(mine.port("A"), "--once", "--json")
 
     found = json.loads(done.stdout)
@@ -382,23 +382,23 @@ def test_a_script_reads_one_report(mine):
     assert found["processes"][0]["rates"]["received"] >= 0
 
 
-def test_a_handler_that_fails_again_and_again_is_one_event_of_each_worker(mine):
+def test_repeated_failures_of_a_handler_are_one_event_per_worker(mine):
     for _ in range(20):
         with suppress(grpc.RpcError):
             mine.ask("A", b"x", handler="broken")
 
     def failures() -> dict[str, int]:
         found = json.loads(top(mine.port("A"), "--once", "--json").stdout)["events"]
-        told = [event for event in found if event["kind"] == "failure"]
-        assert len({event["process"] for event in told}) == len(told), "one of each"
-        return {event["process"]: event["count"] for event in told}
+        failures = [event for event in found if event["kind"] == "failure"]
+        assert len({event["process"] for event in failures}) == len(failures), "one of each"
+        return {event["process"]: event["count"] for event in failures}
 
-    # The last are told a second later; other tests may have had some fail too.
+    # The last are reported a second later; other tests may have caused failures too.
     until(lambda: all(failures().get(worker, 0) >= 20 for worker in "CDF"), 20)
     assert set(failures()) == set("CDF"), "the leaders pass on what the workers know"
 
 
-def test_a_report_shows_only_the_requests_that_were_asked_for(mine):
+def test_a_report_shows_only_the_requests_that_match(mine):
     with suppress(grpc.RpcError):
         mine.ask("A", b"x", handler="broken")
     mine.ask("A", b"hello")
@@ -410,14 +410,14 @@ def test_a_report_shows_only_the_requests_that_were_asked_for(mine):
     assert {(r["handler"], r["code"]) for r in found} == {("broken", 13)}
 
 
-def test_a_report_tells_what_each_process_uses(mine):
+def test_a_report_has_the_resource_usage_of_each_process(mine):
     found = json.loads(top(mine.port("A"), "--once", "--json").stdout)["processes"]
 
     assert all(10 < process["memory_mib"] < 1000 for process in found)
     assert all(process["cores"] >= 0 for process in found)
 
 
-def test_one_report_goes_into_a_pipe(mine):
+def test_one_report_is_written_to_a_pipe(mine):
     done = top(mine.port("A"), "--once")
 
     assert done.returncode == 0
@@ -425,44 +425,44 @@ def test_one_report_goes_into_a_pipe(mine):
     assert len(re.findall("(?m)^ *● [A-F] +serves", done.stdout)) == 6
 
 
-def test_a_report_of_nobody_is_a_sentence_and_its_own_code():
+def test_a_report_without_a_server_has_a_message_and_its_own_exit_code():
     done = top(free_port(), "--once")
 
     assert done.returncode == 4
     assert "the connection was refused" in done.stderr
 
 
-def test_without_a_terminal_top_says_what_to_do(mine):
+def test_without_a_terminal_top_names_the_alternative(mine):
     done = top(mine.port("A"))
 
     assert done.returncode == 2
     assert "--once prints one report" in done.stderr
 
 
-def test_top_fits_a_terminal_and_leaves_it_clean(mine, tmp_path):
+def test_top_fits_a_terminal_and_restores_it(mine, tmp_path):
     tmux = [tool("tmux", "apt-get install tmux"), "-S", str(tmp_path / "tmux")]
 
-    def tell(*words: str) -> str:
+    def run_tmux(*words: str) -> str:
         return subprocess.run([*tmux, *words], capture_output=True, text=True, timeout=10).stdout
 
     command = shlex.join([*CLIENT, "127.0.0.1", str(mine.port("A")), "top"])
-    tell("new-session", "-d", "-x", "80", "-y", "24", f"{command}; echo ended $?; sleep 60")
+    run_tmux("new-session", "-d", "-x", "80", "-y", "24", f"{command}; echo ended $?; sleep 60")
     try:
-        until(lambda: "● F" in tell("capture-pane", "-p"), 20, "six processes on the screen")
-        shown = tell("capture-pane", "-p")
+        until(lambda: "● F" in run_tmux("capture-pane", "-p"), 20, "six processes on the screen")
+        shown = run_tmux("capture-pane", "-p")
         assert shown.startswith("overlay  A leader at")
         assert "E → F" in shown
 
-        tell("send-keys", "q")
+        run_tmux("send-keys", "q")
 
-        until(lambda: "ended 0" in tell("capture-pane", "-p"), 10, "the end")
-        assert "serves" not in tell("capture-pane", "-p")
+        until(lambda: "ended 0" in run_tmux("capture-pane", "-p"), 10, "the end")
+        assert "serves" not in run_tmux("capture-pane", "-p")
     finally:
-        tell("kill-server")
+        run_tmux("kill-server")
 
 
-def test_a_system_that_takes_javascript_for_text_does_not_spoil_the_page() -> None:
-    mimetypes.add_type("text/plain", ".js")  # as the registry of a Windows PC may have it
+def test_the_page_works_if_the_system_maps_javascript_to_plain_text() -> None:
+    mimetypes.add_type("text/plain", ".js")  # as the registry of a Windows PC may do
 
     web.know_types()
 

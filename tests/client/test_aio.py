@@ -1,4 +1,4 @@
-"""The client library's asyncio form, against real processes."""
+"""The asyncio client, against real processes."""
 
 from __future__ import annotations
 
@@ -14,41 +14,18 @@ import pytest
 import overlay
 from overlay.client import sync as library
 from overlay.model.segments import Code, Executed
-from tests.client.test_sync import (
-    HANDLERS,
-    Noted,
-    check_map_over_a_loss,
-    handlers,
-    killed_and_started,
-    numbers,
-    uppers,
-)
-from tests.harness.cluster import free_port, running, six_processes, until
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Noted]:
-    folder = tmp_path_factory.mktemp("aio")
-    notes = tmp_path_factory.mktemp("notes") / "notes"
-    (folder / "mine.py").write_text(HANDLERS)
-    with running(folder, six_processes(handlers=handlers(notes))) as found:
-        yield Noted(found, notes)
-
-
-@pytest.fixture
-def six(shared: Noted) -> Iterator[Noted]:
-    shared.forget()
-    yield shared
-    until(lambda: not shared.at_work(), 10, "nothing is left at work")
+from tests.client.conftest import Noted, numbers, uppers
+from tests.client.test_sync import check_map_over_a_loss, killed_and_started
+from tests.harness.cluster import free_port, until
 
 
 async def until_true(condition: Any, within_s: float = 10) -> None:
-    """`until`, which must not block the loop."""
+    """`until` without blocking the loop."""
     await asyncio.to_thread(until, condition, within_s)
 
 
 class Heart:
-    """Beats on the loop every 5 ms; the longest pause shows whether something blocked it."""
+    """Runs on the loop every 5 ms; the longest pause shows whether the loop was blocked."""
 
     async def __aenter__(self) -> Heart:
         self.longest_s = 0.0
@@ -68,7 +45,7 @@ class Heart:
 # call and submit
 
 
-def test_call_and_submit_answer_as_the_blocking_client_does(six: Noted) -> None:
+def test_call_and_submit_give_the_same_answers_as_the_blocking_client(six: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client:
             answer = await client.call("hi", want_parts=True)
@@ -84,7 +61,7 @@ def test_call_and_submit_answer_as_the_blocking_client_does(six: Noted) -> None:
     asyncio.run(main())
 
 
-def test_errors_have_the_types_of_their_statuses(six: Noted) -> None:
+def test_each_status_has_its_own_error_type(six: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client:
             with pytest.raises(library.HandlerFailed):
@@ -93,15 +70,15 @@ def test_errors_have_the_types_of_their_statuses(six: Noted) -> None:
                 await client.call("x", handler="nope")
             with pytest.raises(library.DeadlinePassed):
                 await client.call("5", handler="patient", timeout=0.3)
-            with pytest.raises(TypeError, match="code does not travel"):
+            with pytest.raises(TypeError, match="code cannot be sent"):
                 client.submit(print, "x")  # type: ignore[arg-type]
-            with pytest.raises(ValueError, match="window 0 is not above 0"):
+            with pytest.raises(ValueError, match="window must be at least 1, not 0"):
                 client.map_as_completed("upper", [], window=0)
 
     asyncio.run(main())
 
 
-def test_thousands_of_calls_leave_together_and_each_gets_its_own_answer(six: Noted) -> None:
+def test_each_of_thousands_of_concurrent_calls_gets_its_own_answer(six: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client:
             await client.call("x")
@@ -114,7 +91,7 @@ def test_thousands_of_calls_leave_together_and_each_gets_its_own_answer(six: Not
     assert set(six.lines().values()) == {1}
 
 
-def test_large_payloads_of_one_turn_do_not_share_a_frame(six: Noted) -> None:
+def test_large_payloads_submitted_together_are_sent_in_separate_frames(six: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client:
             found = await asyncio.gather(
@@ -146,7 +123,7 @@ def test_cancelling_a_task_cancels_the_remote_work(six: Noted, verb: str) -> Non
     asyncio.run(main())
 
 
-def test_what_is_cancelled_in_its_own_turn_is_never_sent(six: Noted) -> None:
+def test_a_request_cancelled_before_the_loop_sends_it_never_runs(six: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client:
             await client.call("x")
@@ -159,20 +136,20 @@ def test_what_is_cancelled_in_its_own_turn_is_never_sent(six: Noted) -> None:
     assert sum(six.lines().values()) == 50
 
 
-def test_nobody_there_is_said_without_blocking_the_loop() -> None:
+def test_a_missing_server_is_reported_without_blocking_the_loop() -> None:
     async def main() -> None:
         async with (
-            overlay.connect_async(f"127.0.0.1:{free_port()}", patience_s=0.6) as nobody,
+            overlay.connect_async(f"127.0.0.1:{free_port()}", patience_s=0.6) as client,
             Heart() as heart,
         ):
             began = time.monotonic()
             ends = await asyncio.gather(
-                *(nobody.call("x") for _ in range(200)), return_exceptions=True
+                *(client.call("x") for _ in range(200)), return_exceptions=True
             )
             assert {type(end) for end in ends} == {library.NotReached}
             assert all(end.executed is Executed.NO for end in ends)
             took_s = time.monotonic() - began
-        assert took_s < 20, "not one after the other"
+        assert took_s < 20, "the calls fail together"
         assert heart.longest_s < 0.5
 
     asyncio.run(main())
@@ -194,7 +171,7 @@ async def _call(client: Any) -> None:
 # map
 
 
-def test_map_keeps_the_order_over_any_kind_of_iterable(six: Noted) -> None:
+def test_map_keeps_the_order_of_any_kind_of_iterable(six: Noted) -> None:
     async def later() -> AsyncIterator[bytes]:
         for payload in numbers(3000):
             yield payload
@@ -212,7 +189,7 @@ def test_map_keeps_the_order_over_any_kind_of_iterable(six: Noted) -> None:
     asyncio.run(main())
 
 
-def test_map_as_completed_gives_each_index_once_and_failures_too(six: Noted) -> None:
+def test_map_as_completed_gives_each_index_once_and_failures_as_results(six: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client:
             slow = ["0.3" if n % 10 == 0 else "0" for n in range(40)]
@@ -231,7 +208,7 @@ def test_map_as_completed_gives_each_index_once_and_failures_too(six: Noted) -> 
     asyncio.run(main())
 
 
-def test_a_failing_item_ends_map_in_its_place_and_cancels_the_rest(six: Noted) -> None:
+def test_map_raises_a_failure_in_its_place_and_cancels_the_rest(six: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client:
             results = client.map("picky", [*numbers(5), b"bad", *numbers(5000)])
@@ -249,7 +226,7 @@ async def _into(given: list[bytes], results: AsyncIterator[bytes]) -> None:
 
 
 @pytest.mark.parametrize("how", ["break", "cancel"])
-def test_leaving_a_map_cancels_the_remote_work(six: Noted, how: str) -> None:
+def test_leaving_a_map_cancels_the_remaining_requests(six: Noted, how: str) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client:
 
@@ -266,12 +243,12 @@ def test_leaving_a_map_cancels_the_remote_work(six: Noted, how: str) -> None:
                 task.cancel()
             await asyncio.wait([task])
             await until_true(lambda: six.lines()["cancelled"] == 39, 3)
-            assert len(asyncio.all_tasks()) == 1, "no feeder is left"
+            assert len(asyncio.all_tasks()) == 1, "no feeder task remains"
 
     asyncio.run(main())
 
 
-def test_payloads_are_taken_as_the_results_are(six: Noted) -> None:
+def test_payloads_are_taken_only_as_results_are_consumed(six: Noted) -> None:
     taken = 0
 
     async def payloads() -> AsyncIterator[bytes]:
@@ -292,7 +269,7 @@ def test_payloads_are_taken_as_the_results_are(six: Noted) -> None:
     asyncio.run(main())
 
 
-def test_a_source_that_has_nothing_yet_is_asked_again(six: Noted) -> None:
+def test_a_source_without_a_payload_yet_is_polled_again(six: Noted) -> None:
     found: list[bytes] = []
 
     def payloads() -> Iterator[Any]:
@@ -311,7 +288,7 @@ def test_a_source_that_has_nothing_yet_is_asked_again(six: Noted) -> None:
     assert found == [b"A", b"B"]
 
 
-def test_a_slow_source_does_not_hold_up_results(six: Noted) -> None:
+def test_a_slow_source_does_not_delay_results(six: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client:
             given = asyncio.Event()
@@ -331,7 +308,7 @@ def test_a_slow_source_does_not_hold_up_results(six: Noted) -> None:
     asyncio.run(main())
 
 
-def test_an_error_of_the_payloads_is_raised_and_cancels_the_rest(six: Noted) -> None:
+def test_an_error_in_the_payload_iterator_is_raised_and_cancels_the_rest(six: Noted) -> None:
     async def payloads() -> AsyncIterator[str]:
         for _ in range(10):
             yield "20"
@@ -347,19 +324,17 @@ def test_an_error_of_the_payloads_is_raised_and_cancels_the_rest(six: Noted) -> 
     asyncio.run(main())
 
 
-def test_nobody_there_ends_a_map() -> None:
+def test_a_map_without_a_server_raises_not_reached() -> None:
     async def main() -> None:
         address = f"127.0.0.1:{free_port()}"
-        async with overlay.connect_async(address, patience_s=0.3) as nobody:
+        async with overlay.connect_async(address, patience_s=0.3) as client:
             with pytest.raises(library.NotReached):
-                await _into([], nobody.map(None, itertools.repeat("x")))
+                await _into([], client.map(None, itertools.repeat("x")))
 
     asyncio.run(main())
 
 
-def test_a_stopping_process_ends_a_map_that_has_not_begun(overlays: Any, tmp_path: Any) -> None:
-    own = Noted(overlays(HANDLERS, handlers=handlers(tmp_path / "notes")), tmp_path / "notes")
-
+def test_a_map_that_has_not_started_fails_if_the_process_is_stopping(own: Noted) -> None:
     async def main() -> None:
         async with (
             overlay.connect_async(own.address("A")) as held,
@@ -375,7 +350,7 @@ def test_a_stopping_process_ends_a_map_that_has_not_begun(overlays: Any, tmp_pat
     asyncio.run(main())
 
 
-def test_a_large_map_lets_the_loop_live(six: Noted) -> None:
+def test_a_large_map_does_not_block_the_loop(six: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(six.address("A")) as client, Heart() as heart:
             count, began = 0, time.monotonic()
@@ -387,10 +362,10 @@ def test_a_large_map_lets_the_loop_live(six: Noted) -> None:
     asyncio.run(main())
 
 
-# The end
+# Closing and restarts
 
 
-def test_closing_ends_what_is_open_and_leaves_no_thread(six: Noted) -> None:
+def test_closing_fails_open_requests_and_leaves_no_thread(six: Noted) -> None:
     before = set(threading.enumerate())
 
     async def main() -> None:
@@ -414,9 +389,7 @@ def test_closing_ends_what_is_open_and_leaves_no_thread(six: Noted) -> None:
     until(lambda: not set(threading.enumerate()) - before, 5, "its threads end")
 
 
-def test_it_survives_a_restart_of_the_leader(overlays: Any, tmp_path: Any) -> None:
-    own = Noted(overlays(HANDLERS, handlers=handlers(tmp_path / "notes")), tmp_path / "notes")
-
+def test_a_client_survives_a_restart_of_the_leader(own: Noted) -> None:
     async def main() -> None:
         async with overlay.connect_async(own.address("A"), patience_s=20) as client:
             held = [client.submit("patient", "20") for _ in range(20)]
@@ -436,8 +409,7 @@ def test_it_survives_a_restart_of_the_leader(overlays: Any, tmp_path: Any) -> No
     assert all(lines[payload.decode()] == 1 for payload in [*numbers(500), b"during"])
 
 
-def test_a_map_goes_on_when_its_lost_leader_is_back(overlays: Any, tmp_path: Any) -> None:
-    own = Noted(overlays(HANDLERS, handlers=handlers(tmp_path / "notes")), tmp_path / "notes")
+def test_a_map_continues_when_a_lost_leader_is_back(own: Noted) -> None:
     payloads = numbers(20_000)
     found: dict[int, bytes | library.CallFailed] = {}
 
@@ -454,7 +426,7 @@ def test_a_map_goes_on_when_its_lost_leader_is_back(overlays: Any, tmp_path: Any
     check_map_over_a_loss(own, payloads, found)
 
 
-def test_a_leader_that_does_not_come_back_ends_a_map(overlays: Any) -> None:
+def test_a_map_ends_if_the_leader_does_not_come_back(overlays: Any) -> None:
     own = overlays()
     found: list[Any] = []
 

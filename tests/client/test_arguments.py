@@ -1,4 +1,4 @@
-"""Whatever a caller gives for whatever argument: it is refused by name, and hurts nobody else."""
+"""Any value for any argument works or is rejected by name, and affects no other request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.harness.cluster import Overlay, running_one, until
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A worker, which is asked itself."""
+    """A worker, asked directly."""
     with running_one(tmp_path_factory.mktemp("arguments"), HANDLERS, ["upper"]) as found:
         yield found
 
@@ -45,12 +45,12 @@ def client(one: Overlay) -> Iterator[overlay.Client]:
 
 @pytest.fixture(scope="module")
 def other(one: Overlay) -> Iterator[overlay.Client]:
-    """Another one of this Python process."""
+    """Another client in this Python process."""
     with overlay.connect(one.address("C")) as found:
         yield found
 
 
-# Which values
+# The values
 
 
 class OddityError(Exception):
@@ -58,7 +58,7 @@ class OddityError(Exception):
 
 
 class Oddity:
-    """Fails at whatever is done with it."""
+    """Every operation on it raises."""
 
     def fail(self, *_: object) -> Any:
         raise OddityError
@@ -68,7 +68,7 @@ class Oddity:
 
 
 class Text(str):
-    """Says something else than it is."""
+    """A str whose own methods raise."""
 
     __slots__ = ()
 
@@ -123,7 +123,7 @@ ANYTHING = st.one_of(
 )
 
 PLAIN = {"handler": "upper", "timeout": 5}
-# Each verb, what it is given besides the argument in question, and what it may be given.
+# For each method: the other arguments, and the names of the arguments to vary.
 VERBS: dict[str, tuple[dict[str, Any], str]] = {
     "call": (
         {"payload": b"x", **PLAIN, "mode": "any"},
@@ -152,13 +152,13 @@ CASES = st.sampled_from(
     [(verb, name) for verb, (_, names) in VERBS.items() for name in names.split()]
 )
 ASYNC_VERBS = {"call", "submit", "map", "map_as_completed", "parts", "metrics", "is_serving"}
-# By which word of the sentence one knows what was wrong.
+# The word that identifies an argument in a message, if it is not its name.
 WORDS = {"payloads": "payload", "patience_s": "patience"}
 
 
 def check_refusal(name: str, error: Exception) -> None:
     if isinstance(error, OddityError):
-        assert name == "payloads", "what its iterator raises is the caller's own"
+        assert name == "payloads", "an error of the caller's iterator is raised as it is"
     elif isinstance(error, (TypeError, ValueError)):
         assert WORDS.get(name, name) in str(error), f"{name} is not named: {error}"
     else:
@@ -166,11 +166,11 @@ def check_refusal(name: str, error: Exception) -> None:
 
 
 def ask(client: overlay.Client, verb: str, given: dict[str, Any]) -> None:
-    came = getattr(client, verb)(**given)
+    delivered = getattr(client, verb)(**given)
     if verb == "submit":
-        came.result(10)
-    elif hasattr(type(came), "__next__"):
-        for _ in came:
+        delivered.result(10)
+    elif hasattr(type(delivered), "__next__"):
+        for _ in delivered:
             pass
 
 
@@ -183,7 +183,7 @@ def ask(client: overlay.Client, verb: str, given: dict[str, Any]) -> None:
 @example(("call", "idempotency_key"), [])
 @example(("map", "chunksize"), 2.0)
 @example(("forward", "request_id"), -1)
-def test_any_value_for_any_argument_is_answered_or_refused_by_name(
+def test_an_invalid_argument_raises_an_error_that_names_it(
     client: overlay.Client, other: overlay.Client, case: tuple[str, str], value: Any
 ) -> None:
     verb, name = case
@@ -199,14 +199,14 @@ def test_any_value_for_any_argument_is_answered_or_refused_by_name(
     assert found == [b"BEFORE", b"BEFORE", b"AFTER", b"AFTER"]
 
 
-def test_so_it_is_with_asyncio(one: Overlay) -> None:
+def test_an_invalid_argument_raises_an_error_that_names_it_with_asyncio(one: Overlay) -> None:
     async def ask(client: overlay.AsyncClient, verb: str, given: dict[str, Any]) -> None:
-        came = getattr(client, verb)(**given)
-        if hasattr(type(came), "__anext__"):
-            async for _ in came:
+        delivered = getattr(client, verb)(**given)
+        if hasattr(type(delivered), "__anext__"):
+            async for _ in delivered:
                 pass
         else:
-            await came
+            await delivered
 
     async def main() -> None:
         cases = [(v, name) for v in sorted(ASYNC_VERBS) for name in VERBS[v][1].split()]
@@ -227,7 +227,7 @@ def test_so_it_is_with_asyncio(one: Overlay) -> None:
 
 @pytest.mark.parametrize("connect", [overlay.connect, overlay.connect_async])
 @given(value=ANYTHING)
-def test_what_makes_no_client_is_said_so(connect: Any, value: Any) -> None:
+def test_an_invalid_address_or_patience_is_named(connect: Any, value: Any) -> None:
     for name, given_ in (("address", {}), ("patience_s", {"address": "127.0.0.1:5"})):
         try:
             connect(**given_, **{name: value})
@@ -237,90 +237,95 @@ def test_what_makes_no_client_is_said_so(connect: Any, value: Any) -> None:
 
 @settings(max_examples=50)
 @given(ANYTHING, ANYTHING)
-def test_a_drain_is_not_begun_with_what_is_no_grace(grace_s: Any, wait: Any) -> None:
-    with overlay.connect("127.0.0.1:1", patience_s=0) as nobody:
+def test_an_invalid_grace_period_does_not_start_a_drain(grace_s: Any, wait: Any) -> None:
+    with overlay.connect("127.0.0.1:1", patience_s=0) as client:
         for given_, name in (({"grace_s": grace_s}, "grace_s"), ({"wait": wait}, "wait")):
             try:
-                nobody.drain(**given_)
+                client.drain(**given_)
             except Exception as e:  # noqa: BLE001 - any may come
                 check_refusal(name, e)
 
 
 @given(SOMETHING_ODD | ANYTHING)
-def test_what_is_taken_has_the_exact_type(value: Any) -> None:
+def test_accepted_arguments_have_the_exact_type(value: Any) -> None:
     for take, kind in (
         (arguments.as_bytes, bytes),
         (arguments.as_key, str),
         (arguments.as_timeout, float),
         (arguments.as_patience, float),
-        (lambda given: arguments.as_whole("n", given), int),
-        (lambda given: arguments.kind_of("any", "", "", False, given).priority, int),
-        (lambda given: arguments.kind_of("any", given, "", False).route.team, str),
-        (lambda given: arguments.kind_of("any", "", "", given).want_parts, bool),
+        (lambda given: arguments.as_int("n", given), int),
+        (lambda given: arguments.call_kind("any", "", "", False, given).priority, int),
+        (lambda given: arguments.call_kind("any", given, "", False).route.team, str),
+        (lambda given: arguments.call_kind("any", "", "", given).want_parts, bool),
     ):
         with contextlib.suppress(TypeError, ValueError):
             assert type(take(value)) is kind
 
 
-def test_one_number_is_not_taken_for_another(client: overlay.Client) -> None:
+def test_a_priority_must_be_an_int_and_not_an_equal_bool_or_float(client: overlay.Client) -> None:
     for priority in (True, 1.0, "1"):
-        with pytest.raises(TypeError, match="priority is a whole number, not of type"):
+        with pytest.raises(TypeError, match="priority must be an integer, not"):
             client.call(b"x", priority=priority)  # type: ignore[arg-type]
 
-    kind = arguments.kind_of("any", "", "", False, 1)
+    kind = arguments.call_kind("any", "", "", False, 1)
 
     assert (type(kind.priority), kind.priority) == (int, 1)
 
 
-def test_a_payload_that_can_no_longer_be_read_is_said_so(client: overlay.Client) -> None:
+def test_a_range_that_is_too_long_for_len_is_rejected_by_its_items(client: overlay.Client) -> None:
+    with pytest.raises(TypeError, match="a payload must be bytes or str, not int"):
+        list(client.map("upper", range(10**30)))  # type: ignore[arg-type]
+
+
+def test_a_released_memoryview_is_rejected(client: overlay.Client) -> None:
     view = memoryview(b"x")
     view.release()
 
-    with pytest.raises(ValueError, match="a payload cannot be read"):
+    with pytest.raises(ValueError, match="the payload cannot be read"):
         client.call(view)  # type: ignore[arg-type]
 
 
 # A frame that cannot be built
 
 
-def test_a_request_that_cannot_be_written_fails_alone(client: overlay.Client) -> None:
-    """Past all checks, as a fault of ours would be: in one segment with others, and in its own."""
-    came: dict[str, Any] = {}
+def test_a_request_that_cannot_be_encoded_fails_alone(client: overlay.Client) -> None:
+    """Bypasses the checks, as a bug would: in a segment with valid requests, and in its own."""
+    delivered: dict[str, Any] = {}
     good, bad = (
         CallKind(Route(Mode.ANY, "", "upper")),
         CallKind(Route(Mode.ANY, "", "upper"), priority=-1),
     )
     client.call(b"x")
-    calls = client._connection.begin()
+    submitter = client._connection.begin()
     begun = threading.Event()
 
-    def order(name: str, kind: CallKind, *payloads: Any) -> Submission:
+    def submission(name: str, kind: CallKind, *payloads: Any) -> Submission:
         def keep(rows: Any, what: Any, at: int, request_id: int) -> None:
             for n, row in enumerate(rows):
                 is_failure = not hasattr(what, "results")
-                came[f"{name}{row}"] = what if is_failure else what.results[at + n]
+                delivered[f"{name}{row}"] = what if is_failure else what.results[at + n]
 
         return Submission(kind, payloads, deadline, keep)
 
-    # All in one frame, hence while its sender waits.
+    # Holding the sender's lock puts them all into one frame.
     deadline = time.monotonic() + 10
-    with calls._stream._filling:
+    with submitter._stream._filling:
         begun.set()
         for made in (
-            order("a", good, b"a"),
-            order("b", good, b"b", "text", b"c"),
-            order("c", bad, b"d", b"e"),
-            order("d", good, b"f"),
+            submission("a", good, b"a"),
+            submission("b", good, b"b", "text", b"c"),
+            submission("c", bad, b"d", b"e"),
+            submission("d", good, b"f"),
         ):
-            calls.send(made)
-    until(lambda: len(came) == 7)
+            submitter.send(made)
+    until(lambda: len(delivered) == 7)
 
-    assert {name: what for name, what in came.items() if isinstance(what, bytes)} == {
+    assert {name: what for name, what in delivered.items() if isinstance(what, bytes)} == {
         "a0": b"A", "b0": b"B", "b2": b"C", "d0": b"F",
     }  # fmt: skip
     for name in ("b1", "c0", "c1"):
-        failure = came[name]
+        failure = delivered[name]
         assert (failure.code, failure.executed) == (Code.INVALID_ARGUMENT, Executed.NO)
         assert "the request cannot be sent: " in failure.reason
-    assert calls.open_rows == 0
+    assert submitter.open_rows == 0
     assert client.call(b"x", handler="upper").result == b"X"

@@ -30,6 +30,7 @@ import pytest
 import overlay
 from overlay.client import connection
 from overlay.client import sync as library
+from tests.client.conftest import numbers
 from tests.harness.cluster import ROOT, Overlay, running_one, until
 
 HANDLERS = '''
@@ -46,7 +47,7 @@ def picky(payload, context):
     return payload
 
 def patient(payload, context):
-    """Works so long, or until it is cancelled, and notes how it went."""
+    """Runs for that many seconds or until cancelled, and records which."""
     _note("began")
     until = time.monotonic() + float(payload)
     while time.monotonic() < until and not context.cancelled:
@@ -61,7 +62,7 @@ def _note(what):
 
 
 class One:
-    """Worker C, which is asked itself, and what its handlers noted."""
+    """Worker C, asked directly, and what its handlers recorded."""
 
     def __init__(self, found: Overlay) -> None:
         self.overlay = found
@@ -88,7 +89,7 @@ def one(shared: One) -> Iterator[One]:
     shared.notes.unlink(missing_ok=True)
     yield shared
     until(lambda: not shared.overlay.metrics("C").active_requests, 10, "nothing is at work")
-    until(lambda: not shared.streams, 10, "each test's clients have gone")
+    until(lambda: not shared.streams, 10, "the clients of each test are closed")
 
 
 @pytest.fixture
@@ -97,14 +98,10 @@ def executor(one: One) -> Iterator[overlay.Client]:
         yield found
 
 
-def numbers(count: int) -> list[bytes]:
-    return [b"n%d" % n for n in range(count)]
-
-
 # with, and shutdown
 
 
-def test_leaving_the_block_waits_for_what_was_submitted(one: One) -> None:
+def test_leaving_the_with_block_waits_for_submitted_requests(one: One) -> None:
     seen: list[bytes] = []
     with overlay.connect(one.address) as executor:
         futures = [executor.submit("patient", "0.3") for _ in range(20)]
@@ -116,7 +113,9 @@ def test_leaving_the_block_waits_for_what_was_submitted(one: One) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit])
-def test_leaving_the_block_with_an_error_cancels(one: One, error: type[BaseException]) -> None:
+def test_leaving_the_with_block_with_an_error_cancels_requests(
+    one: One, error: type[BaseException]
+) -> None:
     def work() -> None:
         with overlay.connect(one.address) as executor:
             futures.append(executor.submit("upper", "x"))
@@ -136,7 +135,7 @@ def test_leaving_the_block_with_an_error_cancels(one: One, error: type[BaseExcep
     until(lambda: one.count("cancelled") == 10)
 
 
-def test_after_a_shutdown_nothing_new_is_taken(one: One) -> None:
+def test_no_request_is_accepted_after_a_shutdown(one: One) -> None:
     for end in (lambda e: e.shutdown(), lambda e: e.shutdown(wait=False), lambda e: e.close()):
         executor = overlay.connect(one.address)
         executor.submit("upper", "x").result(10)
@@ -155,7 +154,7 @@ def test_after_a_shutdown_nothing_new_is_taken(one: One) -> None:
             assert type(caught.value) is library.CallCancelled
 
 
-def test_a_shutdown_that_does_not_wait_leaves_what_is_under_way(one: One) -> None:
+def test_a_shutdown_without_waiting_lets_running_requests_finish(one: One) -> None:
     executor = overlay.connect(one.address)
     futures = [executor.submit("patient", "0.5") for _ in range(5)]
 
@@ -163,10 +162,10 @@ def test_a_shutdown_that_does_not_wait_leaves_what_is_under_way(one: One) -> Non
 
     assert not any(future.done() for future in futures)
     assert [future.result(10) for future in futures] == [b"0.5"] * 5
-    until(lambda: not one.streams, 5, "its place is free, though the futures are held")
+    until(lambda: not one.streams, 5, "the stream is closed although the futures exist")
 
 
-def test_a_second_shutdown_may_wait_for_what_the_first_has_left(one: One) -> None:
+def test_a_second_shutdown_can_wait_for_requests_left_by_the_first(one: One) -> None:
     executor = overlay.connect(one.address)
     future = executor.submit("patient", "0.3")
 
@@ -178,7 +177,7 @@ def test_a_second_shutdown_may_wait_for_what_the_first_has_left(one: One) -> Non
     executor.close()
 
 
-def test_close_ends_what_a_shutdown_has_left(one: One) -> None:
+def test_close_cancels_requests_left_by_a_shutdown(one: One) -> None:
     executor = overlay.connect(one.address)
     future = executor.submit("patient", "20")
     executor.shutdown(wait=False)
@@ -190,7 +189,7 @@ def test_close_ends_what_a_shutdown_has_left(one: One) -> None:
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_a_shutdown_may_cancel_the_futures(one: One, wait: bool) -> None:
+def test_a_shutdown_can_cancel_the_futures(one: One, wait: bool) -> None:
     executor = overlay.connect(one.address)
     done = executor.submit("upper", "x")
     assert done.result(10) == b"X"
@@ -206,7 +205,7 @@ def test_a_shutdown_may_cancel_the_futures(one: One, wait: bool) -> None:
     until(lambda: one.count("began") == one.count("cancelled"))
 
 
-def test_fifty_that_were_submitted_are_done_after_a_shutdown(one: One) -> None:
+def test_all_submitted_requests_are_done_after_a_shutdown(one: One) -> None:
     executor = overlay.connect(one.address)
     futures = [executor.submit("patient", "0.05") for _ in range(50)]
 
@@ -215,7 +214,7 @@ def test_fifty_that_were_submitted_are_done_after_a_shutdown(one: One) -> None:
     assert [future.result(0) for future in futures] == [b"0.05"] * 50
 
 
-def test_a_dropped_executor_finishes_what_was_submitted(one: One) -> None:
+def test_a_dropped_executor_finishes_its_requests(one: One) -> None:
     executor = overlay.connect(one.address)
     futures = [executor.submit("patient", "0.2") for _ in range(5)]
     results = executor.map("upper", numbers(5))
@@ -227,18 +226,18 @@ def test_a_dropped_executor_finishes_what_was_submitted(one: One) -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 7])
-def test_a_map_that_was_made_in_the_block_goes_on_after_it(one: One, taken: int) -> None:
+def test_a_map_created_in_the_with_block_continues_after_it(one: One, taken: int) -> None:
     with overlay.connect(one.address) as executor:
         results = executor.map("upper", numbers(50), window=10)
         found = [next(results) for _ in range(taken)]
 
     assert one.streams == (1 if taken else 0)
     assert found + list(results) == [b"N%d" % n for n in range(50)]
-    until(lambda: not one.streams, 5, "its place is free when the map has ended")
+    until(lambda: not one.streams, 5, "the stream is closed when the map has ended")
 
 
-def test_a_map_that_is_left_holds_nothing_up(one: One) -> None:
-    gc.disable()  # what is freed is freed at once
+def test_an_abandoned_map_does_not_keep_the_stream_open(one: One) -> None:
+    gc.disable()  # only reference counting may free the maps
     try:
         with overlay.connect(one.address) as executor:
             for _ in executor.map("upper", numbers(5000), window=100):
@@ -249,7 +248,7 @@ def test_a_map_that_is_left_holds_nothing_up(one: One) -> None:
         gc.enable()
 
 
-def test_an_error_that_is_kept_keeps_no_place(one: One) -> None:
+def test_a_stored_exception_does_not_keep_the_stream_open(one: One) -> None:
     with overlay.connect(one.address) as executor:
         with pytest.raises(library.HandlerFailed) as called:
             executor.call("bad", handler="picky")
@@ -261,7 +260,7 @@ def test_an_error_that_is_kept_keeps_no_place(one: One) -> None:
     assert mapped.tb is not None
 
 
-def test_a_block_ends_while_others_still_ask(one: One) -> None:
+def test_a_with_block_can_end_while_other_threads_wait_for_answers(one: One) -> None:
     with overlay.connect(one.address) as executor, ThreadPoolExecutor(3) as pool:
         called = pool.submit(executor.call, "0.5", handler="patient", mode="any")
         keyed = pool.submit(
@@ -275,15 +274,15 @@ def test_a_block_ends_while_others_still_ask(one: One) -> None:
     assert mapped.result(10) == [b"0.2"] * 5
 
 
-def test_a_shutdown_where_nobody_serves_ends_at_once() -> None:
-    with overlay.connect("127.0.0.1:1", patience_s=0) as nobody, pytest.raises(library.NotReached):
-        nobody.submit("upper", "x")
+def test_a_shutdown_without_a_server_returns_at_once() -> None:
+    with overlay.connect("127.0.0.1:1", patience_s=0) as client, pytest.raises(library.NotReached):
+        client.submit("upper", "x")
 
 
 # map
 
 
-def test_map_has_the_order_of_its_payloads(executor: overlay.Client) -> None:
+def test_map_keeps_the_order_of_its_payloads(executor: overlay.Client) -> None:
     payloads = ["0.2", "0", "0.1", "0"]
 
     assert list(executor.map("patient", payloads)) == [b"0.2", b"0", b"0.1", b"0"]
@@ -291,7 +290,7 @@ def test_map_has_the_order_of_its_payloads(executor: overlay.Client) -> None:
     assert list(executor.map("upper", [])) == []
 
 
-def test_map_raises_where_the_failure_is(executor: overlay.Client) -> None:
+def test_map_raises_a_failure_in_its_place(executor: overlay.Client) -> None:
     results = executor.map("picky", ["0", "1", "bad", "3"])
 
     assert [next(results), next(results)] == [b"0", b"1"]
@@ -300,7 +299,7 @@ def test_map_raises_where_the_failure_is(executor: overlay.Client) -> None:
     assert list(results) == []
 
 
-def test_what_takes_too_long_is_a_timeout_error(executor: overlay.Client) -> None:
+def test_a_passed_deadline_is_a_timeout_error(executor: overlay.Client) -> None:
     found: list[bytes] = []
     with pytest.raises(concurrent.futures.TimeoutError) as caught:
         found.extend(executor.map("patient", ["0", "0", "20"], timeout=0.5, chunksize=1))
@@ -316,7 +315,7 @@ def test_what_takes_too_long_is_a_timeout_error(executor: overlay.Client) -> Non
 # wait and as_completed
 
 
-def test_wait_returns_when_it_is_told_to(executor: overlay.Client) -> None:
+def test_concurrent_futures_wait_works(executor: overlay.Client) -> None:
     slow, quick = executor.submit("patient", "5"), executor.submit("upper", "x")
     found = concurrent.futures.wait([slow, quick], return_when=FIRST_COMPLETED)
     assert found == ({quick}, {slow})
@@ -335,24 +334,26 @@ def test_wait_returns_when_it_is_told_to(executor: overlay.Client) -> None:
     assert found == ({slow, quick, bad}, set())
 
 
-def test_as_completed_gives_each_once_and_keeps_its_timeout(executor: overlay.Client) -> None:
+def test_as_completed_gives_each_future_once_and_honours_its_timeout(
+    executor: overlay.Client,
+) -> None:
     slow, quick = executor.submit("patient", "5"), executor.submit("upper", "x")
-    bad, gone = executor.submit("picky", "bad"), executor.submit("patient", "5")
-    gone.cancel()
-    concurrent.futures.wait([quick, bad, gone], 10)
+    bad, cancelled = executor.submit("picky", "bad"), executor.submit("patient", "5")
+    cancelled.cancel()
+    concurrent.futures.wait([quick, bad, cancelled], 10)
     given = []
 
-    results = concurrent.futures.as_completed([slow, quick, quick, bad, gone], timeout=0)
+    results = concurrent.futures.as_completed([slow, quick, quick, bad, cancelled], timeout=0)
     with pytest.raises(concurrent.futures.TimeoutError):
         given.extend(results)
-    assert sorted(map(id, given)) == sorted(map(id, [quick, bad, gone]))
+    assert sorted(map(id, given)) == sorted(map(id, [quick, bad, cancelled]))
 
     few = [executor.submit("patient", s) for s in ("0.4", "0.2", "0")]
     assert list(concurrent.futures.as_completed(few, timeout=10)) == few[::-1]
     slow.cancel()
 
 
-def test_a_future_ends_as_those_of_the_standard_library_do(executor: overlay.Client) -> None:
+def test_a_future_behaves_like_one_of_the_standard_library(executor: overlay.Client) -> None:
     slow, bad = executor.submit("patient", "5"), executor.submit("picky", "bad")
     with pytest.raises(concurrent.futures.TimeoutError):
         slow.result(timeout=0.05)
@@ -372,7 +373,7 @@ def test_a_future_ends_as_those_of_the_standard_library_do(executor: overlay.Cli
     assert (bad.cancelled(), bad.done()) == (False, True)
 
 
-def test_a_future_that_nobody_holds_is_freed(executor: overlay.Client) -> None:
+def test_an_unreferenced_future_is_freed(executor: overlay.Client) -> None:
     gc.disable()
     try:
         future = executor.submit("upper", "x")
@@ -385,10 +386,10 @@ def test_a_future_that_nobody_holds_is_freed(executor: overlay.Client) -> None:
         gc.enable()
 
 
-# What is called when a Future is done
+# Callbacks
 
 
-def test_callbacks_run_once_each_in_their_order(executor: overlay.Client) -> None:
+def test_callbacks_run_once_each_in_order(executor: overlay.Client) -> None:
     seen: list[tuple[int, Any]] = []
     future = executor.submit("patient", "0.1")
     for n in range(5):
@@ -397,7 +398,7 @@ def test_callbacks_run_once_each_in_their_order(executor: overlay.Client) -> Non
     until(lambda: len(seen) == 5)
     assert seen == [(n, b"0.1") for n in range(5)]
     future.add_done_callback(lambda future: seen.append((9, threading.current_thread())))
-    assert seen[5:] == [(9, threading.current_thread())], "of one that is done: here and at once"
+    assert seen[5:] == [(9, threading.current_thread())], "run at once, on this thread"
 
 
 def test_a_callback_of_a_cancelled_future_has_run_when_cancel_returns(
@@ -413,7 +414,7 @@ def test_a_callback_of_a_cancelled_future_has_run_when_cancel_returns(
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
-def test_a_callback_that_fails_ends_nothing_else(
+def test_a_failing_callback_affects_nothing_else(
     executor: overlay.Client, error: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
     seen: list[bytes] = []
@@ -431,7 +432,7 @@ def test_a_callback_that_fails_ends_nothing_else(
     assert "the callback of a Future failed" in caplog.text
 
 
-def test_a_slow_callback_holds_up_other_callbacks_only(executor: overlay.Client) -> None:
+def test_a_slow_callback_delays_only_other_callbacks(executor: overlay.Client) -> None:
     begun, go_on = threading.Event(), threading.Event()
     seen: list[str] = []
 
@@ -455,10 +456,10 @@ def test_a_slow_callback_holds_up_other_callbacks_only(executor: overlay.Client)
     until(lambda: seen == ["slow True", "next"])
 
 
-def test_closing_waits_for_no_callback_that_does_not_end(
+def test_close_does_not_wait_for_a_callback_that_never_returns(
     one: One, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "CALLBACKS_S", 0.1)
+    monkeypatch.setattr(connection, "CALLBACKS_WAIT_S", 0.1)
     begun, go_on = threading.Event(), threading.Event()
     seen: list[bool] = []
     executor = overlay.connect(one.address)
@@ -485,25 +486,25 @@ VERBS = {
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_blocking_verb_works_in_a_callback(executor: overlay.Client, verb: str) -> None:
-    came: Future[Any] = Future()
+    result: Future[Any] = Future()
     future = executor.submit("patient", "0.1")
-    future.add_done_callback(lambda _: came.set_result(VERBS[verb](executor)))
+    future.add_done_callback(lambda _: result.set_result(VERBS[verb](executor)))
 
-    assert came.result(10) == (b"C" if verb == "metrics" else b"X")
+    assert result.result(10) == (b"C" if verb == "metrics" else b"X")
 
 
 @pytest.mark.parametrize("verb", ["close", "shutdown"])
-def test_a_callback_may_end_the_client(one: One, verb: str) -> None:
+def test_a_callback_can_close_the_client(one: One, verb: str) -> None:
     executor = overlay.connect(one.address)
-    came: Future[Any] = Future()
+    result: Future[Any] = Future()
     future, other = executor.submit("patient", "0.1"), executor.submit("patient", "0.5")
-    future.add_done_callback(lambda _: came.set_result(getattr(executor, verb)()))
+    future.add_done_callback(lambda _: result.set_result(getattr(executor, verb)()))
 
-    assert came.result(10) is None
+    assert result.result(10) is None
     assert other.done()
 
 
-def test_a_closed_clients_callbacks_are_called(one: One) -> None:
+def test_closing_a_client_runs_its_callbacks(one: One) -> None:
     seen: list[Any] = []
     executor = overlay.connect(one.address)
     futures = [executor.submit("patient", "20") for _ in range(100)]
@@ -516,10 +517,10 @@ def test_a_closed_clients_callbacks_are_called(one: One) -> None:
     assert len(seen) == 100
 
 
-# The same with asyncio
+# With asyncio
 
 
-def test_a_callback_on_the_loop_may_block_or_is_told_that_it_cannot(one: One) -> None:
+def test_a_callback_on_the_loop_may_block_or_gets_an_error(one: One) -> None:
     async def main() -> dict[str, Any]:
         found: dict[str, Any] = {}
         loop = asyncio.get_running_loop()
@@ -569,8 +570,8 @@ def _run_and_close(client: Any) -> None:
         coroutine.close()
 
 
-def test_threads_of_the_loop_that_wait_for_an_answer_get_one(one: One) -> None:
-    """Each of the loop's own threads asks, and waits: none is left to wait for the connection."""
+def test_a_client_connects_while_all_threads_of_the_loop_are_waiting(one: One) -> None:
+    """The loop's only thread waits for an answer: another one must wait for the connection."""
 
     async def main() -> bytes:
         loop = asyncio.get_running_loop()
@@ -587,7 +588,7 @@ def test_threads_of_the_loop_that_wait_for_an_answer_get_one(one: One) -> None:
     assert asyncio.run(main()) == b"X"
 
 
-# As a user would write it
+# A user's program
 
 
 PROGRAM = """
@@ -604,7 +605,7 @@ print(len(done), {answer.result[:4] for answer in done})
 """
 
 
-def test_a_program_that_ends_with_its_block_has_all(one: One, tmp_path: Path) -> None:
+def test_a_program_that_ends_with_its_with_block_has_all_results(one: One, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, one.address],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""What a map decides: how much is sent, what is given next, and how long it waits. Without I/O."""
+"""The decisions of a map: how much is sent, what is given next, how long it waits. Sans-IO."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from overlay.model.errors import CallFailed
 from overlay.model.limits import Limits
 
 
-def given_by(window: MapWindow) -> list[tuple[int, Any]]:
-    """All that may be given now."""
+def take_all(window: MapWindow) -> list[tuple[int, Any]]:
+    """All results that can be given now."""
     found: list[tuple[int, Any]] = []
     while (run := window.take()) is not None:
         found += enumerate(run[1], run[0])
-        window.gave()
+        window.release()
     return found
 
 
-# Rows of each chunk of three, in the order in which their results come -> what is given each time.
+# Rows of each chunk of three, in the order of their results -> the indexes given after each.
 ARRIVALS = [
     (True, [(0, [0, 1, 2]), (3, [0, 1, 2])], [[0, 1, 2], [3, 4, 5]]),
     (True, [(3, [0, 1, 2]), (0, [0, 1, 2])], [[], [0, 1, 2, 3, 4, 5]]),
@@ -34,66 +34,66 @@ ARRIVALS = [
 
 
 @pytest.mark.parametrize(("ordered", "arrivals", "expected"), ARRIVALS)
-def test_results_are_given_in_their_order_or_as_they_come(ordered, arrivals, expected) -> None:
+def test_results_are_given_in_order_or_as_they_arrive(ordered, arrivals, expected) -> None:
     window = MapWindow(6, 3, ordered)
-    window.sending(3, 3)
-    window.sending(3, 3)
+    window.open_chunk(3, 3)
+    window.open_chunk(3, 3)
     for (first, rows), indexes in zip(arrivals, expected, strict=True):
-        window.came(first, rows, [b"%d" % (first + row) for row in rows], False)
+        window.add_results(first, rows, [b"%d" % (first + row) for row in rows], False)
 
-        assert given_by(window) == [(index, b"%d" % index) for index in indexes]
+        assert take_all(window) == [(index, b"%d" % index) for index in indexes]
 
 
-def test_a_chunk_waits_until_all_of_it_has_room() -> None:
+def test_a_chunk_waits_until_there_is_room_for_all_of_it() -> None:
     window = MapWindow(4, 2, True)
-    window.sending(2, 2)
-    window.sending(1, 1)
+    window.open_chunk(2, 2)
+    window.open_chunk(1, 1)
 
     assert not window.has_room(2)
     assert window.has_room(1)
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_a_result_in_hand_takes_room_until_it_is_given(ordered: bool) -> None:
+def test_a_buffered_result_takes_room_until_it_is_given(ordered: bool) -> None:
     window = MapWindow(2, 1, ordered)
-    window.sending(1, 1)
-    window.sending(1, 1)
-    window.came(1, [0], [b"b"], False)
+    window.open_chunk(1, 1)
+    window.open_chunk(1, 1)
+    window.add_results(1, [0], [b"b"], False)
     if not ordered:
         assert not window.has_room(1)
-        assert given_by(window) == [(1, b"b")]
+        assert take_all(window) == [(1, b"b")]
         assert window.has_room(1)
     else:
-        assert given_by(window) == []
+        assert take_all(window) == []
         assert not window.has_room(1)
 
 
-def test_large_results_to_come_count_before_they_have_come() -> None:
+def test_expected_results_take_room_before_they_arrive() -> None:
     window = MapWindow(1000, 16, True, max_bytes=1000)
-    window.sending(16, 16)
-    window.came(0, range(16), [b"x" * 100] * 16, False)
-    given_by(window)
-    window.sending(9, 9)
+    window.open_chunk(16, 16)
+    window.add_results(0, range(16), [b"x" * 100] * 16, False)
+    take_all(window)
+    window.open_chunk(9, 9)
     assert window.has_room(16)
 
-    window.sending(1, 1)
+    window.open_chunk(1, 1)
 
     assert not window.has_room(1)
 
 
-def test_a_payload_larger_than_all_room_is_sent_when_nothing_is_open() -> None:
+def test_a_payload_larger_than_the_window_is_sent_when_nothing_is_open() -> None:
     window = MapWindow(10, 1, True, max_bytes=10)
     assert window.has_room(1)
-    window.sending(1, 100)
+    window.open_chunk(1, 100)
     assert not window.has_room(1)
 
-    window.came(0, [0], [b""], False)
-    given_by(window)
+    window.add_results(0, [0], [b""], False)
+    take_all(window)
 
     assert window.has_room(1)
 
 
-def test_a_chunk_ends_where_the_payloads_pause_are_large_or_are_over() -> None:
+def test_a_chunk_ends_at_a_pause_a_large_payload_or_the_last_payload() -> None:
     large = b"x" * Limits.frame_bytes
     payloads = iter([b"a", NOTHING_YET, large, b"b", "ü", b"d", b"e"])
     window = MapWindow(9, 3, True)
@@ -108,21 +108,21 @@ def test_a_chunk_ends_where_the_payloads_pause_are_large_or_are_over() -> None:
 
 
 @given(st.data())
-def test_each_result_is_given_once_and_the_window_holds(data: st.DataObject) -> None:
+def test_each_result_is_given_once_and_the_window_is_never_exceeded(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 12), "window")
     chunk = data.draw(st.integers(1, size), "chunk")
     ordered = data.draw(st.booleans(), "ordered")
     count = data.draw(st.integers(0, 40), "payloads")
     window = MapWindow(size, chunk, ordered, max_bytes=data.draw(st.integers(1, 60), "bytes"))
     payloads = iter([b"x" * (n % 5) for n in range(count)])
-    waiting: dict[int, list[int]] = {}  # rows of each chunk that have no result yet
+    waiting: dict[int, list[int]] = {}  # rows of each chunk without a result
     found: list[tuple[int, Any]] = []
 
     while not window.is_fed or window.unanswered:
         if not window.is_fed and window.has_room(chunk):
             rows, bytes_ = window.gather(payloads)
             if rows:
-                waiting[window.sending(len(rows), bytes_)] = list(range(len(rows)))
+                waiting[window.open_chunk(len(rows), bytes_)] = list(range(len(rows)))
         assert window.open <= size
         if waiting and data.draw(st.booleans()):
             first = data.draw(st.sampled_from(sorted(waiting)))
@@ -130,20 +130,20 @@ def test_each_result_is_given_once_and_the_window_holds(data: st.DataObject) -> 
             waiting[first] = [row for row in waiting[first] if row not in rows]
             failed = data.draw(st.booleans())
             made = [CallFailed(str(first + r)) if failed else b"%d" % (first + r) for r in rows]
-            assert window.came(first, rows, made, failed) == (not waiting[first])
+            assert window.add_results(first, rows, made, failed) == (not waiting[first])
             if not waiting[first]:
                 del waiting[first]
         elif not (window.has_room(chunk) or waiting):
-            assert window._ready, "neither sends, nor waits, nor gives"
+            assert window._ready, "it makes no progress"
         if data.draw(st.booleans()):
-            found += given_by(window)
-    found += given_by(window)
+            found += take_all(window)
+    found += take_all(window)
 
     indexes = [index for index, _ in found]
     assert indexes == list(range(count)) if ordered else sorted(indexes) == list(range(count))
-    said = [r.decode() if isinstance(r, bytes) else str(r) for _, r in found]
-    assert said == [str(index) for index in indexes]
-    assert (window.open, window._bytes, window._chunks, window._early) == (0, 0, {}, {})
+    indexes_found = [r.decode() if isinstance(r, bytes) else str(r) for _, r in found]
+    assert indexes_found == [str(index) for index in indexes]
+    assert (window.open, window._bytes, window._chunks, window._out_of_order) == (0, 0, {}, {})
 
 
 UP, RESTS, AWAY, STOPPING = (
@@ -152,9 +152,9 @@ UP, RESTS, AWAY, STOPPING = (
     (False, False, False),
     (False, False, True),
 )
-# What is seen, a second after the other -> whether the map waits, and whether in vain; it has 2 s.
+# What is observed each second -> w: the map waits, W: it gives up; its patience is 2 s.
 ABSENCES = [
-    ([AWAY, AWAY, AWAY, AWAY], "...."),  # it was never there: a call's patience holds
+    ([AWAY, AWAY, AWAY, AWAY], "...."),  # it was never up: the patience of a call applies
     ([UP, AWAY, AWAY, AWAY, AWAY], ".wwwW"),
     ([UP, AWAY, AWAY, UP, AWAY, AWAY, AWAY, AWAY], ".ww.wwwW"),
     ([UP, STOPPING, STOPPING, STOPPING, STOPPING, AWAY, AWAY, AWAY], ".wwwwwwW"),
@@ -163,7 +163,7 @@ ABSENCES = [
 
 
 @pytest.mark.parametrize(("seen", "expected"), ABSENCES)
-def test_a_map_under_way_waits_for_its_process(seen, expected) -> None:
+def test_a_running_map_waits_for_its_process(seen, expected) -> None:
     patience = Patience(2.0, 0.0)
     found = ""
     for now, (is_up, rests, is_served) in enumerate(seen):
@@ -173,17 +173,17 @@ def test_a_map_under_way_waits_for_its_process(seen, expected) -> None:
     assert found == expected
 
 
-def test_the_caller_is_told_once_for_each_absence() -> None:
+def test_each_absence_is_warned_about_once() -> None:
     patience = Patience(60.0, 0.0)
-    told = []
+    warned = []
     for now, seen in enumerate([UP, AWAY, AWAY, AWAY, AWAY, UP, AWAY, AWAY, AWAY]):
-        if patience.is_away(now, *seen) and patience.is_to_be_told(now):
-            told.append(now)
+        if patience.is_away(now, *seen) and patience.should_warn(now):
+            warned.append(now)
 
-    assert told == [3, 8]
+    assert warned == [3, 8]
 
 
-def test_what_was_refused_is_tried_again_for_a_while_after_the_last_answer() -> None:
+def test_rejected_requests_are_retried_for_a_while_after_the_last_answer() -> None:
     patience = Patience(5.0, 100.0)
     assert patience.keeps_trying(104.9)
     assert not patience.keeps_trying(105.1)

@@ -1,4 +1,4 @@
-"""What a client has still to send: the urgent before the patient."""
+"""The outbox of a client: urgent submissions leave first."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def taken(outbox: Outbox) -> str:
     return b"".join(one.payloads[0] for one in found).decode()
 
 
-def test_submissions_leave_in_the_order_they_came(clock):
+def test_submissions_leave_in_the_order_of_arrival(clock):
     outbox = Outbox()
     for name in "abc":
         outbox.put(submission(name))
@@ -40,17 +40,17 @@ def test_submissions_leave_in_the_order_they_came(clock):
     assert taken(outbox) == "abc"
 
 
-def test_the_urgent_leave_first_until_the_others_have_waited(clock):
+def test_urgent_submissions_leave_first_unless_others_have_waited_longer(clock):
     outbox = Outbox()
     outbox.put(submission("a"))
     clock.advance(3)
-    outbox.put(submission("b", 1))  # as urgent as what came a second after a
+    outbox.put(submission("b", 1))  # as urgent as one submitted a second after a
     outbox.put(submission("c", 2))
     outbox.put(submission("d", 9))
     assert taken(outbox) == "dcab"
 
 
-def test_what_is_put_back_is_the_next_one(clock):
+def test_a_submission_put_back_is_the_next_to_leave(clock):
     outbox = Outbox()
     for name in "ab":
         outbox.put(submission(name, 4))

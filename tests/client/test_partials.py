@@ -1,4 +1,4 @@
-"""Parts as they come: on the relay in memory, then over a stream, then as a user asks for them."""
+"""Parts of a request as they arrive: in the dispatcher, in the client, and on real processes."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def workers(parts: list[Part]) -> list[str]:
 
 
 def outcomes(asked: Asked) -> dict[str, tuple[Code, bytes]]:
-    """What became of each worker, by the parts that came early and those of the one answer."""
+    """The outcome of each worker, from its early part or else from the answer."""
     found: dict[str, tuple[Code, bytes]] = {}
     for part in (*asked.early[0], *asked.answer.parts):
         found.setdefault(part.process_id, (part.code, part.result))
     return found
 
 
-# The relay, in memory.
+# The dispatcher, on an in-memory network.
 
 
-def test_a_slow_worker_of_a_team_does_not_hold_back_the_quick_one_s_part(network):
+def test_a_slow_worker_does_not_delay_the_part_of_a_quick_one(network):
     network.nodes["F"].works.hold()
 
     asked = network.ask("A", early=True)
@@ -69,7 +69,7 @@ def test_a_slow_worker_of_a_team_does_not_hold_back_the_quick_one_s_part(network
     assert network.left_over == {}
 
 
-def test_each_part_says_its_way(network):
+def test_each_part_has_the_path_it_took(network):
     asked = network.ask("A", early=True)
     assert {p.process_id: "".join(p.hops) for p in asked.early[0]} == {
         "C": "ABC",
@@ -84,7 +84,7 @@ CUTS = [cut for n in range(7) for cut in itertools.combinations(EDGES, n)]
 
 @pytest.mark.parametrize("fate", [None, REFUSED, ANSWER_LOST])
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
-def test_parts_as_they_come_are_those_of_the_whole_answer_whatever_is_cut(cuts, fate):
+def test_early_parts_are_those_of_the_complete_answer_whatever_links_are_cut(cuts, fate):
     found = []
     for early in (False, True):
         network = MemoryNetwork(SIX)
@@ -97,12 +97,12 @@ def test_parts_as_they_come_are_those_of_the_whole_answer_whatever_is_cut(cuts, 
         found.append((outcomes(asked), asked.error is None or bool(asked.early[0])))
         assert network.left_over == {}
         if early and not any(part.ok for part in asked.early[0]):
-            assert [p.process_id for p in asked.answer.parts] == list("CDF")  # all, and why
+            assert [p.process_id for p in asked.answer.parts] == list("CDF")  # with reasons
     assert found[0][0] == found[1][0]
 
 
 @given(seed=st.integers(0, 2**32), leaves=st.booleans())
-def test_each_worker_is_told_of_once_and_the_answer_comes_last(seed, leaves):
+def test_each_worker_has_one_part_and_the_answer_arrives_last(seed, leaves):
     network = MemoryNetwork(random_topology(seed))
     (leader,) = [p.id for p in network.topology.processes.values() if p.role == "leader"]
     held = [p.id for p in network.topology.processes.values() if p.works][::2]
@@ -116,26 +116,26 @@ def test_each_worker_is_told_of_once_and_the_answer_comes_last(seed, leaves):
     for worker in held:
         network.nodes[worker].works.finish()
 
-    told = Counter(workers(asked.early[0]))
+    counts = Counter(workers(asked.early[0]))
     in_scope = {p.process_id for p in MemoryNetwork(network.topology).ask(leader).answer.parts}
-    assert set(told.values()) <= {1}
-    assert {*told, *workers(list(asked.answer.parts))} == in_scope
+    assert set(counts.values()) <= {1}
+    assert {*counts, *workers(list(asked.answer.parts))} == in_scope
     assert network.left_over == {}
 
 
-def test_a_deadline_ends_the_wait_for_the_rest_and_says_so(network):
+def test_workers_that_miss_the_deadline_are_reported_as_late(network):
     network.nodes["F"].works.hold()
     asked = network.ask("A", early=True, deadline_s=1)
 
     network.advance(2)
 
     assert workers(asked.early[0])[:2] == ["C", "D"]
-    network.nodes["F"].works.finish()  # nobody waits for it any more
+    network.nodes["F"].works.finish()  # too late
     assert outcomes(asked)["F"][0] is Code.DEADLINE_EXCEEDED
     assert network.left_over == {}
 
 
-def test_when_no_worker_answers_the_answer_has_all_of_them_with_their_reasons(network):
+def test_if_no_worker_answers_the_answer_has_the_reason_of_each(network):
     for edge in EDGES[2:]:
         network.next(*edge, REFUSED)
     asked = network.ask("A", early=True)
@@ -146,10 +146,10 @@ def test_when_no_worker_answers_the_answer_has_all_of_them_with_their_reasons(ne
     assert asked.error.executed is Executed.NO
 
 
-# What is given, and in which order.
+# The order in which parts are given.
 
 
-def came(*parts: Part) -> Delivery:
+def delivery(*parts: Part) -> Delivery:
     made = pb2.Slice(count=1, more=True)
     for part in parts:
         slice_ = made.parts.add(process_id=part.process_id, results=pb2.Column(items=[part.result]))
@@ -162,23 +162,23 @@ GOOD = {worker: Part(worker, result=worker.encode()) for worker in "CDF"}
 BAD = {worker: Part(worker, Code.UNAVAILABLE, "no") for worker in "CDF"}
 
 
-def test_good_parts_are_given_at_once_and_the_others_at_the_end():
+def test_good_parts_are_given_at_once_and_failures_at_the_end():
     parts = Parts(None)
-    assert workers(list(parts.early(came(BAD["C"]), 0))) == []
-    assert workers(list(parts.early(came(GOOD["D"]), 0))) == ["D"]
-    assert workers(list(parts.last(came(BAD["F"]), 0))) == ["C", "F"]
+    assert workers(list(parts.early(delivery(BAD["C"]), 0))) == []
+    assert workers(list(parts.early(delivery(GOOD["D"]), 0))) == ["D"]
+    assert workers(list(parts.last(delivery(BAD["F"]), 0))) == ["C", "F"]
 
 
-def test_a_part_that_comes_twice_is_given_once_and_a_second_try_counts():
+def test_a_duplicate_part_is_ignored_and_a_successful_retry_replaces_a_failure():
     parts = Parts(None)
-    given = [*parts.early(came(BAD["C"], GOOD["D"]), 0), *parts.early(came(GOOD["D"]), 0)]
-    given += [*parts.early(came(GOOD["C"]), 0), *parts.last(Detail(Code.INTERNAL, ""), 0)]
+    given = [*parts.early(delivery(BAD["C"], GOOD["D"]), 0), *parts.early(delivery(GOOD["D"]), 0)]
+    given += [*parts.early(delivery(GOOD["C"]), 0), *parts.last(Detail(Code.INTERNAL, ""), 0)]
     assert workers(given) == ["D", "C"]
 
 
-def test_after_the_first_few_good_ones_nothing_more_is_given():
+def test_nothing_is_given_after_the_requested_number_of_good_parts():
     parts = Parts(2)
-    given = list(parts.early(came(BAD["C"], GOOD["D"], GOOD["F"], GOOD["C"]), 0))
+    given = list(parts.early(delivery(BAD["C"], GOOD["D"], GOOD["F"], GOOD["C"]), 0))
     assert workers(given) == ["D", "F"]
     assert parts.is_over
 
@@ -189,7 +189,7 @@ HANDLERS = '''
 import time
 
 def timed(payload, context):
-    """Works as long as the payload says for this worker, and notes how it ended."""
+    """Runs as long as the payload says for this worker, and records how it ended."""
     seconds = dict(zip("CDF", map(float, payload.split())))[context.process_id]
     until = time.monotonic() + seconds
     while time.monotonic() < until and not context.cancelled:
@@ -202,7 +202,7 @@ def large(payload, context):
     return context.process_id.encode() * int(payload)
 
 def yields(payload, context):
-    """As large, but nowhere whole; small from C, when the payload says so."""
+    """As large, but generated; small on workers that the payload does not name."""
     size, _, who = payload.partition(b" ")
     if who and context.process_id not in who.decode():
         size = b"0"
@@ -244,7 +244,7 @@ def at_work(six: Overlay) -> int:
     return sum(h.active for w in "CDF" for h in six.metrics(w).handlers)
 
 
-def test_parts_come_in_the_order_in_which_workers_answer(leader):
+def test_parts_arrive_in_the_order_in_which_workers_answer(leader):
     parts = list(leader.parts(b"0.5 0 1", handler="timed"))
     assert [(p.process_id, p.result, p.hops) for p in parts] == [
         ("D", b"D", ("A", "E", "D")),
@@ -253,7 +253,7 @@ def test_parts_come_in_the_order_in_which_workers_answer(leader):
     ]
 
 
-def test_the_first_ends_the_work_of_the_others(six, leader):
+def test_enough_parts_cancel_the_other_workers(six, leader):
     began = time.monotonic()
     before = len(notes(six, "C")), len(notes(six, "F"))
 
@@ -265,13 +265,13 @@ def test_the_first_ends_the_work_of_the_others(six, leader):
     assert "done" not in notes(six, "C")[before[0] :] + notes(six, "F")[before[1] :]
 
 
-def test_leaving_the_loop_ends_the_work(six, leader):
+def test_leaving_the_loop_cancels_the_workers(six, leader):
     for _ in leader.parts(b"25 0 25", handler="timed"):
         break
     until(lambda: not at_work(six), what="the others have ended")
 
 
-def test_a_late_worker_is_told_of_at_the_end(leader):
+def test_a_late_worker_is_reported_at_the_end(leader):
     parts = list(leader.parts(b"0 0 25", handler="timed", timeout=1))
     assert [p.ok for p in parts] == [True, True, False]
     assert (parts[2].process_id, parts[2].code) == ("F", Code.DEADLINE_EXCEEDED)
@@ -298,7 +298,7 @@ def test_a_part_may_be_larger_than_a_message(leader, handler):
     ]
 
 
-def test_a_whole_answer_is_refused_when_it_is_too_large_and_says_what_would_do(leader):
+def test_a_complete_answer_that_is_too_large_fails_with_a_remedy(leader):
     with pytest.raises(CallFailed, match=r"'large' returned 1,100,000 bytes.*--as-completed"):
         leader.call(b"1100000", handler="large")
 
@@ -307,7 +307,7 @@ def rss(six: Overlay, process_id: str) -> int:
     return psutil.Process(six.metrics(process_id).pid).memory_info().rss
 
 
-def test_no_process_on_the_way_holds_more_than_some_chunks_of_large_parts(six, leader):
+def test_no_process_on_the_path_buffers_more_than_a_few_chunks(six, leader):
     before = {process_id: rss(six, process_id) for process_id in "ABEF"}
     most = dict(before)
     taken = 0
@@ -319,15 +319,13 @@ def test_no_process_on_the_way_holds_more_than_some_chunks_of_large_parts(six, l
     assert {p: most[p] - before[p] < 40 * MIB for p in before} == dict.fromkeys("ABEF", True), most
 
 
-def test_the_first_whole_part_ends_the_others_in_their_midst(six, leader):
+def test_the_first_complete_part_cancels_unfinished_ones(six, leader):
     parts = list(leader.parts(b"900000000 CF", handler="yields", first=1))
     assert [(p.process_id, p.result) for p in parts] == [("D", b"D")]
     until(lambda: not at_work(six), what="the others have ended")
 
 
-def test_a_part_that_is_not_read_to_its_end_by_the_deadline_is_late_and_frees_its_place(
-    six, leader
-):
+def test_a_part_that_is_not_read_by_the_deadline_is_late_and_frees_its_slot(six, leader):
     began = time.monotonic()
     parts = list(leader.parts(b"900000000 F", handler="yields", timeout=1))
     assert [(p.process_id, p.code) for p in parts[2:]] == [("F", Code.DEADLINE_EXCEEDED)]
@@ -335,7 +333,7 @@ def test_a_part_that_is_not_read_to_its_end_by_the_deadline_is_late_and_frees_it
     assert time.monotonic() - began < 10
 
 
-def test_who_does_not_take_chunks_is_refused_as_before(six):
+def test_a_client_that_does_not_grant_chunks_gets_a_size_error(six):
     segment = pb2.Segment(
         number=7, count=1, payloads=pb2.Column(items=[b"1100000"]), handler="large"
     )
@@ -345,7 +343,7 @@ def test_who_does_not_take_chunks_is_refused_as_before(six):
     assert [part.failures[0].code for m in slices for part in m.parts] == [8] * 6
 
 
-def test_who_fails_is_told_of_and_when_all_do_it_raises(leader):
+def test_a_failed_worker_is_a_part_and_an_error_is_raised_if_all_fail(leader):
     parts = list(leader.parts(b"C", handler="picky"))
     assert sorted(workers(parts[:2])) == ["D", "F"]
     assert (parts[2].process_id, parts[2].code) == ("C", Code.INTERNAL)
@@ -358,13 +356,13 @@ def test_who_fails_is_told_of_and_when_all_do_it_raises(leader):
     assert given == []
 
 
-def test_a_worker_asked_itself_gives_its_part(six):
+def test_a_worker_that_is_asked_directly_gives_its_part(six):
     with overlay.connect(six.address("D")) as worker:
         (part,) = worker.parts(b"900000", handler="large")
     assert (part.process_id, len(part.result), part.hops) == ("D", 900_000, ("D",))
 
 
-def test_many_may_ask_for_parts_at_once(leader):
+def test_many_requests_for_parts_can_run_at_once(leader):
     asked = [leader.parts(f"{n % 3 / 20} 0 0", handler="timed") for n in range(30)]
     firsts = [next(parts) for parts in asked]
     rest = [list(parts) for parts in asked]
@@ -372,7 +370,7 @@ def test_many_may_ask_for_parts_at_once(leader):
         assert sorted(workers([first, *more])) == list("CDF")
 
 
-def test_parts_come_on_an_event_loop_too(six):
+def test_parts_work_with_asyncio(six):
     async def ask() -> tuple[list[str], list[str], list[int], str]:
         async with overlay.connect_async(six.address("A")) as client:
             found = [part.process_id async for part in client.parts(b"0.4 0 0.8", handler="timed")]
@@ -393,12 +391,12 @@ def test_parts_come_on_an_event_loop_too(six):
 
 
 @pytest.mark.parametrize("first", [0, -1])
-def test_a_number_that_is_none_is_named_at_once(leader, first):
-    with pytest.raises(ValueError, match="is not above 0"):
+def test_an_invalid_number_of_parts_is_rejected_at_once(leader, first):
+    with pytest.raises(ValueError, match="first must be at least 1"):
         leader.parts(b"", first=first)
 
 
-def test_another_language_reads_parts_in_slices_with_more_and_then_the_answer(six):
+def test_on_the_wire_parts_are_slices_with_more_set_followed_by_the_answer(six):
     segment = pb2.Segment(
         number=7,
         count=1,
@@ -429,7 +427,7 @@ def run(six: Overlay, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
 
 
-def test_client_py_shows_each_answer_as_it_comes(six):
+def test_client_py_shows_each_answer_as_it_arrives(six):
     done = run(six, "--handler", "timed", "--payload", "0.4 0 0.8", "--as-completed")
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.split() for line in done.stdout.splitlines()]
@@ -437,7 +435,7 @@ def test_client_py_shows_each_answer_as_it_comes(six):
     assert " ".join(lines[3]) == "answers 3 of 3 workers answered"
 
 
-def test_client_py_stops_at_the_first(six):
+def test_client_py_stops_after_the_first_answer(six):
     done = run(six, "--handler", "timed", "--payload", "25 0 25", "--first", "1", "--json")
     assert done.returncode == 0
     (line,) = done.stdout.splitlines()
@@ -445,7 +443,7 @@ def test_client_py_stops_at_the_first(six):
     until(lambda: not at_work(six), what="the others have ended")
 
 
-def test_client_py_keeps_what_comes_in_a_file(six, tmp_path):
+def test_client_py_writes_parts_to_a_file(six, tmp_path):
     out = tmp_path / "parts"
     words = "--handler", "yields", "--payload", "3000000 CF", "--as-completed", "--out", str(out)
     done = run(six, *words)
@@ -456,7 +454,7 @@ def test_client_py_keeps_what_comes_in_a_file(six, tmp_path):
     assert sorted(others) == [b"C" * 3_000_001, b"F" * 3_000_001]
 
 
-def test_client_py_tells_who_is_missing_by_its_exit_code(six):
+def test_client_py_has_an_exit_code_for_missing_workers(six):
     done = run(six, "--handler", "picky", "--payload", "F", "--as-completed")
     assert done.returncode == 6
     assert "2 of 3 workers answered" in done.stdout
@@ -465,7 +463,7 @@ def test_client_py_tells_who_is_missing_by_its_exit_code(six):
     assert run(six, "--handler", "nope", "--as-completed").returncode == 1
 
 
-def test_a_worker_that_goes_in_the_midst_of_its_part_is_an_unknown_failure(six, leader):
+def test_a_worker_lost_during_its_part_is_a_failure_with_unknown_outcome(six, leader):
     coming = leader.parts(b"900000000 F", handler="yields")
     found = [next(coming), next(coming)]
     six.kill("F")
@@ -476,7 +474,7 @@ def test_a_worker_that_goes_in_the_midst_of_its_part_is_an_unknown_failure(six, 
     ]
 
 
-def test_with_a_worker_gone_its_absence_comes_last(six, leader):
+def test_a_missing_worker_is_reported_last(six, leader):
     until(lambda: any(n.state == "down" for n in six.metrics("E").neighbours), what="E sees it")
     parts = list(leader.parts(b"0 0 0", handler="timed"))
     assert sorted(workers(parts[:2])) == ["C", "D"]

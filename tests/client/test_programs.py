@@ -1,6 +1,6 @@
-"""Programs as users write them, around a client: what docs/client.md says of each is what it does.
+"""Programs that use a client: each behaves as docs/client.md says.
 
-They are in tests/programs, and each runs as a process of its own.
+They are in tests/programs; each runs in its own process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on 
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One process is enough: C, whose default handler answers "C: " and the payload."""
+    """A single process, C, whose default handler returns "C: " and the payload."""
     folder = tmp_path_factory.mktemp("programs")
     (folder / "mine.py").write_text(HANDLERS)
     found = Overlay(folder, six_processes(handlers={"slow": {"call": "mine:slow"}}))
@@ -41,7 +41,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def run(words: list[str], **env: str) -> list[str]:
-    """The lines that a program prints; it ends by itself, and well."""
+    """The lines that a program prints; it must exit with code 0."""
     done = subprocess.run(
         words,
         stdin=subprocess.DEVNULL,
@@ -59,14 +59,14 @@ def program(name: str, *words: str) -> list[str]:
 
 
 @FORKS
-def test_a_client_that_was_made_before_the_fork_serves_in_each_child(worker: str) -> None:
+def test_a_client_created_before_a_fork_works_in_each_child(worker: str) -> None:
     answers = [line.split(maxsplit=1) for line in program("prefork.py", worker)]
 
     assert [answer for _, answer in answers] == [f"C: n{n}" for n in range(6)]
 
 
 @FORKS
-def test_after_the_fork_of_a_client_in_use_all_verbs_raise_and_the_parent_goes_on(
+def test_after_a_fork_a_used_client_raises_in_the_child_and_works_in_the_parent(
     worker: str,
 ) -> None:
     assert program("forked_late.py", worker) == [
@@ -82,7 +82,7 @@ def test_after_the_fork_of_a_client_in_use_all_verbs_raise_and_the_parent_goes_o
 
 
 @FORKS
-def test_each_process_of_a_pool_has_a_client_of_its_own(worker: str) -> None:
+def test_each_process_of_a_pool_can_have_its_own_client(worker: str) -> None:
     answers, error = program("pool.py", worker)
 
     assert answers == "C: a C: b C: c"
@@ -90,15 +90,15 @@ def test_each_process_of_a_pool_has_a_client_of_its_own(worker: str) -> None:
     assert "nowhere" in error
 
 
-def test_frozen_time_stops_no_verb(worker: str) -> None:
+def test_every_method_works_while_time_is_frozen(worker: str) -> None:
     words = ["-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "--timeout=40"]
     path = str(PROGRAMS / "frozen.py")
-    said = run([sys.executable, *words, path], OVERLAY_ADDRESS=worker)
+    lines = run([sys.executable, *words, path], OVERLAY_ADDRESS=worker)
 
-    assert "10 passed" in said[-1]
+    assert "10 passed" in lines[-1]
 
 
-def test_cells_of_a_notebook_ask_in_a_loop_that_is_running(worker: str) -> None:
+def test_a_client_works_in_notebook_cells_with_a_running_loop(worker: str) -> None:
     assert program("notebook.py", worker) == [
         "b'C: blocking'",
         "[b'C: m', b'C: n']",
@@ -113,7 +113,7 @@ def test_cells_of_a_notebook_ask_in_a_loop_that_is_running(worker: str) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there a shell closes no descriptors")
-def test_a_job_without_input_and_output_asks_as_any_other(worker: str, tmp_path: Path) -> None:
+def test_a_client_works_without_standard_input_and_output(worker: str, tmp_path: Path) -> None:
     path = tmp_path / "results"
     words = [sys.executable, str(PROGRAMS / "cron.py"), worker, str(path)]
     assert run(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *words]) == []
@@ -122,10 +122,10 @@ def test_a_job_without_input_and_output_asks_as_any_other(worker: str, tmp_path:
     assert "nowhere" in (tmp_path / "results.log").read_text()
 
 
-def test_a_client_travels_in_a_pickle_and_a_future_does_not(worker: str) -> None:
-    said = program("pickled.py", worker)
+def test_a_client_can_be_pickled_and_a_future_cannot(worker: str) -> None:
+    lines = program("pickled.py", worker)
 
-    assert said == [
+    assert lines == [
         "b'C: from there' (1, 1) ('C',)",
         "NameNotFound NOT_FOUND NO None",
         "TypeError: a Future belongs to the process that waits for it; pickle its result()",
@@ -139,14 +139,14 @@ def test_a_client_travels_in_a_pickle_and_a_future_does_not(worker: str) -> None
     ("kind", "remedy"),
     [("gevent", "grpc.experimental.gevent.init_gevent()"), ("eventlet", "thread=False")],
 )
-def test_replaced_threads_are_told_at_connect(worker: str, kind: str, remedy: str) -> None:
-    said = program("gevented.py", worker, kind)
+def test_connect_rejects_replaced_threads(worker: str, kind: str, remedy: str) -> None:
+    lines = program("gevented.py", worker, kind)
 
-    assert len(said) == 2
-    assert all(kind in line and remedy in line for line in said)
+    assert len(lines) == 2
+    assert all(kind in line and remedy in line for line in lines)
 
 
-def test_geventlets_with_grpcs_own_patch_ask_side_by_side(worker: str) -> None:
+def test_greenlets_work_concurrently_with_grpcs_gevent_support(worker: str) -> None:
     assert program("gevented.py", worker, "gevent-grpc") == [
         "b'C: x'",
         "b'C: 0' b'C: 1' b'C: 2'",

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,91 +23,8 @@ from overlay.client.outbox import CallKind, Submission
 from overlay.client.submitter import Submitter
 from overlay.model.segments import Code, Executed, Mode, Part, Route
 from overlay.transport.codec import pb2
-from tests.harness.cluster import Overlay, running, six_processes, until
-
-# Each handler notes its executions in a file of its own process, so that a test counts what ran.
-HANDLERS = '''
-import os, time
-
-def _note(context, payload):
-    with open(f"{context.options['notes']}.{context.process_id}", "ab") as file:
-        file.write(payload + b"\\n")
-
-def upper(payload, context):
-    _note(context, payload)
-    return payload.upper()
-
-def picky(payload, context):
-    if payload.startswith(b"bad"):
-        raise ValueError(payload)
-    return payload
-
-def patient(payload, context):
-    """Works until it is cancelled, or as long as the payload says, and notes how it ended."""
-    _note(context, b"began")
-    until = time.monotonic() + float(payload)
-    while time.monotonic() < until and not context.cancelled:
-        time.sleep(0.005)
-    _note(context, b"cancelled" if context.cancelled else b"done")
-    return b"done"
-
-def timed(payload, context):
-    """Works so long, and notes from when to when: all processes of a machine have one clock."""
-    began = time.monotonic_ns()
-    time.sleep(float(payload))
-    _note(context, b"%d %d" % (began, time.monotonic_ns()))
-    return payload
-'''
-
-
-def handlers(notes: Path, **more: Any) -> dict[str, Any]:
-    names = ("upper", "picky", "patient", "timed")
-    return {n: {"call": f"mine:{n}", "options": {"notes": str(notes)}, **more} for n in names}
-
-
-class Noted:
-    """The overlay, and what its handlers noted."""
-
-    def __init__(self, found: Overlay, notes: Path) -> None:
-        self.overlay = found
-        self._notes = notes
-
-    def address(self, process_id: str) -> str:
-        return self.overlay.address(process_id)
-
-    def lines(self) -> Counter[str]:
-        paths = self._notes.parent.glob(f"{self._notes.name}.*")
-        return Counter(line for path in paths for line in path.read_text().splitlines())
-
-    def forget(self) -> None:
-        for path in self._notes.parent.glob(f"{self._notes.name}.*"):
-            path.unlink()
-
-    def at_work(self) -> int:
-        return sum(h.active for w in "CDF" for h in self.overlay.metrics(w).handlers)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Noted]:
-    folder = tmp_path_factory.mktemp("library")
-    notes = tmp_path_factory.mktemp("notes") / "notes"
-    (folder / "mine.py").write_text(HANDLERS)
-    with running(folder, six_processes(handlers=handlers(notes))) as found:
-        yield Noted(found, notes)
-
-
-@pytest.fixture
-def six(shared: Noted) -> Iterator[Noted]:
-    shared.forget()
-    yield shared
-    until(lambda: not shared.at_work(), 10, "nothing is left at work")
-
-
-@pytest.fixture
-def own(overlays: Any, tmp_path: Path) -> Noted:
-    """Six processes that the test may kill."""
-    notes = tmp_path / "notes"
-    return Noted(overlays(HANDLERS, handlers=handlers(notes)), notes)
+from tests.client.conftest import Noted, numbers, uppers
+from tests.harness.cluster import Overlay, until
 
 
 @pytest.fixture
@@ -118,7 +34,7 @@ def client(six: Noted) -> Iterator[overlay.Client]:
 
 
 def _until_full(six: Noted) -> None:
-    """Each worker does as much of one handler as it may: 90 of its 100 slots."""
+    """Waits until each worker runs as many of one handler as it may: 90 in 100 slots."""
     try:
         until(lambda: six.lines()["began"] == 270)
     except AssertionError:
@@ -133,30 +49,22 @@ def _until_full(six: Noted) -> None:
         raise AssertionError(f"not 270: {dict(six.lines())}, {found}, {links}") from None
 
 
-def numbers(count: int) -> list[bytes]:
-    return [b"n%d" % n for n in range(count)]
-
-
-def uppers(count: int) -> list[bytes]:
-    return [b"N%d" % n for n in range(count)]
-
-
 # submit
 
 
-def test_submit_gives_a_future_of_the_result(client: overlay.Client) -> None:
+def test_submit_returns_a_future_of_the_result(client: overlay.Client) -> None:
     assert client.submit("upper", "hello").result(10) == b"HELLO"
     assert client.submit(None, b"x", mode="all").result(10) == b"C: x\nD: x\nF: x"
 
 
-def test_a_failed_future_has_the_error_of_its_status(client: overlay.Client) -> None:
+def test_a_failed_future_has_the_error_type_of_its_status(client: overlay.Client) -> None:
     error = client.submit("picky", "bad").exception(10)
 
     assert type(error) is library.HandlerFailed
     assert error.executed is Executed.YES
 
 
-def test_cancelling_a_future_ends_its_handler(six: Noted, client: overlay.Client) -> None:
+def test_cancelling_a_future_cancels_its_handler(six: Noted, client: overlay.Client) -> None:
     future = client.submit("patient", "20")
     until(lambda: six.lines()["began"] == 1)
 
@@ -165,7 +73,7 @@ def test_cancelling_a_future_ends_its_handler(six: Noted, client: overlay.Client
     assert future.cancelled()
 
 
-def test_thousands_of_futures_are_cancelled_in_a_moment(six: Noted, client: overlay.Client) -> None:
+def test_thousands_of_futures_are_cancelled_quickly(six: Noted, client: overlay.Client) -> None:
     futures = [client.submit("patient", "20") for _ in range(6000)]
     _until_full(six)
     began = time.monotonic()
@@ -173,19 +81,19 @@ def test_thousands_of_futures_are_cancelled_in_a_moment(six: Noted, client: over
     assert all(future.cancel() for future in futures)
     assert time.monotonic() - began < 15
     until(lambda: six.at_work() == 0, 10)
-    until(lambda: client._connection._calls.open_rows == 0, 10)
+    until(lambda: client._connection._submitter.open_rows == 0, 10)
     assert six.lines()["done"] == 0
 
 
-def test_what_is_cancelled_before_it_was_sent_never_runs(
+def test_a_request_cancelled_before_it_is_sent_never_runs(
     six: Noted, client: overlay.Client
 ) -> None:
-    first = [client.submit("patient", "20") for _ in range(4096)]  # the window is full of these
+    first = [client.submit("patient", "20") for _ in range(4096)]  # these fill the window
     _until_full(six)
     late = [client.submit("upper", payload) for payload in numbers(100)]
 
     assert all(future.cancel() for future in [*late, *first])
-    until(lambda: client._connection._calls.open_rows == 0, 10)
+    until(lambda: client._connection._submitter.open_rows == 0, 10)
     assert not any(line.startswith("n") for line in six.lines())
 
 
@@ -203,7 +111,7 @@ def test_a_deadline_is_kept_behind_a_full_window(six: Noted, client: overlay.Cli
         future.cancel()
 
 
-def test_the_executor_helpers_of_the_standard_library_work(client: overlay.Client) -> None:
+def test_the_helpers_of_concurrent_futures_work(client: overlay.Client) -> None:
     futures = {client.submit("upper", payload): payload for payload in numbers(50)}
 
     for future in concurrent.futures.as_completed(futures, timeout=10):
@@ -212,7 +120,7 @@ def test_the_executor_helpers_of_the_standard_library_work(client: overlay.Clien
     assert (len(done), len(open_)) == (50, 0)
 
 
-def test_an_event_loop_takes_it_for_an_executor(client: overlay.Client) -> None:
+def test_a_client_works_as_the_executor_of_an_event_loop(client: overlay.Client) -> None:
     async def ask() -> bytes:
         return await asyncio.get_running_loop().run_in_executor(client, "upper", b"hello")
 
@@ -233,7 +141,7 @@ def test_the_helpers_of_tqdm_work(client: overlay.Client) -> None:
     ]
 
 
-def test_shutdown_waits_for_what_was_submitted(six: Noted) -> None:
+def test_shutdown_waits_for_submitted_requests(six: Noted) -> None:
     client = overlay.connect(six.address("A"))
     future = client.submit("patient", "0.5")
 
@@ -246,7 +154,7 @@ def test_shutdown_waits_for_what_was_submitted(six: Noted) -> None:
 
 
 @pytest.mark.parametrize(("window", "chunksize"), [(4096, 0), (1, 0), (7, 3), (100, 1000)])
-def test_map_keeps_the_order_and_asks_each_once(
+def test_map_keeps_the_order_and_sends_each_payload_once(
     six: Noted, client: overlay.Client, window: int, chunksize: int
 ) -> None:
     found = client.map("upper", numbers(300), window=window, chunksize=chunksize)
@@ -261,10 +169,10 @@ def test_map_as_completed_gives_each_index_once(client: overlay.Client) -> None:
     found = [index for index, _ in client.map_as_completed("patient", payloads, chunksize=1)]
 
     assert sorted(found) == list(range(40))
-    assert {0, 10, 20, 30} == set(found[-4:]), "the slow ones came last"
+    assert {0, 10, 20, 30} == set(found[-4:]), "the slow ones are last"
 
 
-def test_a_failing_item_ends_map_in_its_place(client: overlay.Client) -> None:
+def test_map_raises_a_failure_in_its_place(client: overlay.Client) -> None:
     payloads = itertools.chain(numbers(5), ["bad"], numbers(10_000_000))
     results = client.map("picky", payloads)
 
@@ -273,7 +181,7 @@ def test_a_failing_item_ends_map_in_its_place(client: overlay.Client) -> None:
         next(results)
 
 
-def test_map_as_completed_gives_failures_and_goes_on(client: overlay.Client) -> None:
+def test_map_as_completed_gives_failures_and_continues(client: overlay.Client) -> None:
     payloads = [b"bad" if n % 3 == 0 else b"%d" % n for n in range(30)]
 
     found = dict(client.map_as_completed("picky", payloads))
@@ -284,7 +192,7 @@ def test_map_as_completed_gives_failures_and_goes_on(client: overlay.Client) -> 
         assert isinstance(result, wanted)
 
 
-def test_payloads_are_taken_as_the_results_are(client: overlay.Client) -> None:
+def test_payloads_are_taken_only_as_results_are_consumed(client: overlay.Client) -> None:
     taken = 0
 
     def payloads() -> Iterator[bytes]:
@@ -302,7 +210,7 @@ def test_payloads_are_taken_as_the_results_are(client: overlay.Client) -> None:
     results.close()
 
 
-def test_payloads_that_pause_do_not_hold_up_results(client: overlay.Client) -> None:
+def test_a_pausing_source_does_not_delay_results(client: overlay.Client) -> None:
     given: list[bytes] = []
 
     def payloads() -> Iterator[Any]:
@@ -318,7 +226,7 @@ def test_payloads_that_pause_do_not_hold_up_results(client: overlay.Client) -> N
     assert given == uppers(3)
 
 
-def test_large_payloads_bound_what_is_held(client: overlay.Client) -> None:
+def test_the_window_also_limits_bytes(client: overlay.Client) -> None:
     taken = 0
 
     def payloads() -> Iterator[bytes]:
@@ -330,11 +238,11 @@ def test_large_payloads_bound_what_is_held(client: overlay.Client) -> None:
     results = client.map("upper", payloads())
     next(results)
 
-    assert taken < 100, "64 MiB are in flight, not 4,096 payloads"
+    assert taken < 100, "at most 64 MiB are in flight, not 4,096 payloads"
     assert sum(len(result) for result in results) == 199 * 1_000_000
 
 
-def test_the_window_bounds_what_is_at_work(six: Noted, client: overlay.Client) -> None:
+def test_the_window_limits_running_requests(six: Noted, client: overlay.Client) -> None:
     for _ in client.map("timed", ["0.1"] * 60, window=12):
         pass
 
@@ -353,7 +261,7 @@ def test_leaving_a_map_early_cancels_the_rest(six: Noted, client: overlay.Client
     assert six.at_work() == 0
 
 
-def test_an_error_of_the_payloads_is_raised_and_cancels_the_rest(
+def test_an_error_in_the_payload_iterator_is_raised_and_cancels_the_rest(
     six: Noted, client: overlay.Client
 ) -> None:
     def payloads() -> Iterator[str]:
@@ -367,7 +275,7 @@ def test_an_error_of_the_payloads_is_raised_and_cancels_the_rest(
     until(lambda: six.lines()["cancelled"] == 10)
 
 
-def test_a_result_of_all_says_who_is_missing(own: Noted) -> None:
+def test_an_incomplete_result_names_the_missing_workers(own: Noted) -> None:
     own.overlay.kill("F")
     with overlay.connect(own.address("A")) as client:
         until(lambda: _is_down(own.overlay, "E", "F"), 10)
@@ -403,11 +311,11 @@ def test_fifty_threads_share_one_client(six: Noted, client: overlay.Client) -> N
     assert found == [[b"T%d-%d" % (t, n) for n in range(20)] for t in range(50)]
     assert set(six.lines().values()) == {1}
     assert sum(six.lines().values()) == 1000
-    assert threads - before < 50 + 10, "the client has a few threads, not one a call"
+    assert threads - before < 50 + 10, "the client has a few threads, not one per call"
     assert six.overlay.metrics("A").streams == 1
 
 
-def test_closing_ends_open_calls_once_each(six: Noted) -> None:
+def test_closing_ends_each_open_call_once(six: Noted) -> None:
     ended = Counter[concurrent.futures.Future[bytes]]()
     with overlay.connect(six.address("A")) as client:
         futures = [client.submit("patient", "20") for _ in range(5000)]
@@ -423,7 +331,7 @@ def test_closing_ends_open_calls_once_each(six: Noted) -> None:
     until(lambda: six.at_work() == 0, 5)
 
 
-def test_closing_from_many_threads_beside_calls_ends_every_call(six: Noted) -> None:
+def test_closing_from_many_threads_ends_every_call(six: Noted) -> None:
     client = overlay.connect(six.address("A"))
     ends = Counter[str]()
 
@@ -468,11 +376,11 @@ def test_a_client_survives_a_restart_of_the_leader_and_nothing_runs_twice(own: N
     assert {type(error) for error in lost} == {library.Unavailable}
     assert {error.executed for error in lost} == {Executed.UNKNOWN}
     lines = own.lines()
-    assert lines["began"] == 20, "what may have run was not sent again"
+    assert lines["began"] == 20, "requests that may have run are not sent again"
     assert all(lines[p.decode()] == 1 for p in [*numbers(100), *after, b"during"])
 
 
-def test_a_map_over_a_kill_of_the_leader_tells_the_truth_of_every_item(own: Noted) -> None:
+def test_a_map_reports_the_true_outcome_of_each_payload_if_the_leader_is_killed(own: Noted) -> None:
     payloads = numbers(20_000)
     found: dict[int, bytes | library.CallFailed] = {}
     with overlay.connect(own.address("A"), patience_s=20) as client:
@@ -497,11 +405,11 @@ def test_a_map_over_a_kill_of_the_leader_tells_the_truth_of_every_item(own: Note
             assert isinstance(result, library.Unavailable)
             if result.executed is Executed.NO:
                 assert lines[payloads[index].decode()] == 0
-    assert failed <= 500, "no more than the window was in doubt"
+    assert failed <= 500, "at most the window has an unknown outcome"
 
 
-def test_a_map_goes_on_when_its_lost_leader_is_back(own: Noted) -> None:
-    """Longer away than a call waits for it: only what was under way is lost."""
+def test_a_map_continues_when_a_lost_leader_is_back(own: Noted) -> None:
+    """The leader is away for longer than a call waits; only payloads in flight are lost."""
     payloads = numbers(20_000)
     found: dict[int, bytes | library.CallFailed] = {}
     with overlay.connect(own.address("A"), patience_s=1) as client, ThreadPoolExecutor(1) as pool:
@@ -528,12 +436,12 @@ def check_map_over_a_loss(
     assert sorted(found) == list(range(len(payloads)))
     assert max(lines.values()) == 1, "nothing runs twice"
     lost = {index: result for index, result in found.items() if not isinstance(result, bytes)}
-    assert 0 < len(lost) <= 500, "no more than the window was under way"
+    assert 0 < len(lost) <= 500, "at most the window was in flight"
     assert {result.executed for result in lost.values()} == {Executed.UNKNOWN}  # type: ignore[union-attr]
     assert all(found[i] == payloads[i].upper() for i in found if i not in lost)
 
 
-def test_nobody_there_any_more_ends_a_map_after_what_was_sent(own: Noted) -> None:
+def test_a_map_ends_after_the_sent_payloads_if_the_leader_stays_away(own: Noted) -> None:
     with overlay.connect(own.address("A")) as client:
         payloads = itertools.repeat("x")
         results = client.map_as_completed("upper", payloads, window=100, patience_s=1, timeout=3600)
@@ -550,8 +458,8 @@ def test_nobody_there_any_more_ends_a_map_after_what_was_sent(own: Noted) -> Non
     assert 1 <= took_s < 15
 
 
-def test_what_a_lost_leader_was_never_sent_is_given_back_with_proof(own: Noted) -> None:
-    """More than its window at the process, so that some still wait on this side."""
+def test_payloads_that_a_lost_leader_never_got_are_reported_as_not_run(own: Noted) -> None:
+    """The map's window is larger than the stream's, so that some payloads are still unsent."""
     with overlay.connect(own.address("A")) as client:
         payloads = ["3"] * 6000
         results = client.map_as_completed("patient", payloads, window=6000, patience_s=1)
@@ -563,7 +471,7 @@ def test_what_a_lost_leader_was_never_sent_is_given_back_with_proof(own: Noted) 
     failed = [result for _, result in found if isinstance(result, library.CallFailed)]
     unsent = sum(result.executed is Executed.NO for result in failed)
     assert sorted(index for index, _ in found) == list(range(len(found)))
-    assert unsent >= len(found) - submitter.WINDOW_ROWS - 300  # those that had begun and ended
+    assert unsent >= len(found) - submitter.WINDOW_ROWS - 300  # those that had already ended
     assert f", {len(failed) - unsent:,} failed, {unsent:,} were not sent" in str(caught.value)
 
 
@@ -581,11 +489,11 @@ def test_requests_to_a_stopping_worker_go_to_others(own: Noted) -> None:
     assert set(own.lines().values()) == {1}
 
 
-# Retries, on a stream whose other side is played here, frame by frame
+# Retries, on a stream whose server is simulated here, frame by frame
 
 
 class Played:
-    """Calls over a pipe without a wire: what is sent is answered as `answer` says."""
+    """A Submitter whose stream is replaced: `answer` answers each segment."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
         self.asked: list[tuple[int, int]] = []  # rows of a segment, its attempt
@@ -628,8 +536,8 @@ class Played:
                         frame = pb2.Frame()
 
         monkeypatch.setattr(submitter, "ReconnectingStream", PlayedPipe)
-        self.calls = Submitter(None, "played")  # type: ignore[arg-type]
-        self.calls.start()
+        self.submitter = Submitter(None, "played")  # type: ignore[arg-type]
+        self.submitter.start()
 
     def answers_to(self, frame: pb2.Frame) -> pb2.Frame:
         answer = pb2.Frame()
@@ -639,16 +547,16 @@ class Played:
         return answer
 
     def ask(self, count: int = 1, within_s: float = 5.0) -> list[Any]:
-        came: list[Any] = [None] * count
-        order = Submission(
+        delivered: list[Any] = [None] * count
+        submission = Submission(
             CallKind(Route(Mode.ANY)),
             numbers(count),
             time.monotonic() + within_s,
-            lambda rows, what, at, id_: [came.__setitem__(row, what) for row in rows],
+            lambda rows, what, at, id_: [delivered.__setitem__(row, what) for row in rows],
         )
-        self.calls.send(order)
-        until(lambda: None not in came, within_s + 1)
-        return came
+        self.submitter.send(submission)
+        until(lambda: None not in delivered, within_s + 1)
+        return delivered
 
 
 def refusing(executed: Executed, code: Code = Code.UNAVAILABLE, retry_after_ms: int = 10) -> Any:
@@ -671,10 +579,10 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield make
     for one in made:
-        one.calls.close()
+        one.submitter.close()
 
 
-def test_what_provably_did_not_run_is_tried_again_a_few_times(played: Any) -> None:
+def test_a_request_that_provably_did_not_run_is_retried_a_few_times(played: Any) -> None:
     stream = played(refusing(Executed.NO))
 
     (failure,) = stream.ask()
@@ -684,7 +592,7 @@ def test_what_provably_did_not_run_is_tried_again_a_few_times(played: Any) -> No
 
 
 @pytest.mark.parametrize("executed", [Executed.UNKNOWN, Executed.YES])
-def test_without_proof_nothing_is_sent_again(played: Any, executed: Executed) -> None:
+def test_a_request_that_may_have_run_is_not_retried(played: Any, executed: Executed) -> None:
     stream = played(refusing(executed))
 
     stream.ask()
@@ -692,7 +600,7 @@ def test_without_proof_nothing_is_sent_again(played: Any, executed: Executed) ->
     assert stream.asked == [(1, 0)]
 
 
-def test_a_wrong_request_is_not_tried_again(played: Any) -> None:
+def test_an_invalid_request_is_not_retried(played: Any) -> None:
     stream = played(refusing(Executed.NO, Code.NOT_FOUND))
 
     stream.ask()
@@ -700,7 +608,7 @@ def test_a_wrong_request_is_not_tried_again(played: Any) -> None:
     assert stream.asked == [(1, 0)]
 
 
-def test_a_retry_waits_as_long_as_it_was_told_to(played: Any) -> None:
+def test_a_retry_waits_for_the_requested_time(played: Any) -> None:
     stream = played(refusing(Executed.NO, retry_after_ms=800))
     began = time.monotonic()
 
@@ -710,15 +618,15 @@ def test_a_retry_waits_as_long_as_it_was_told_to(played: Any) -> None:
     assert time.monotonic() - began >= 0.8
 
 
-def test_an_urgent_request_passes_what_waits_for_room_in_the_window(played: Any) -> None:
+def test_an_urgent_request_overtakes_those_waiting_for_the_window(played: Any) -> None:
     held: list[pb2.Segment] = []
     stream = played(lambda segment, frame: held.append(segment))
-    came: list[Any] = []
+    delivered: list[Any] = []
 
     def send(payload: bytes, count: int, priority: int) -> None:
         kind = CallKind(Route(Mode.ANY), priority=priority)
-        deadline, keep = time.monotonic() + 30, lambda *what: came.append(what)
-        stream.calls.send(Submission(kind, (payload,) * count, deadline, keep))
+        deadline, keep = time.monotonic() + 30, lambda *what: delivered.append(what)
+        stream.submitter.send(Submission(kind, (payload,) * count, deadline, keep))
 
     send(b"a", 4000, 0)
     send(b"b", 4000, 0)
@@ -729,14 +637,14 @@ def test_an_urgent_request_passes_what_waits_for_room_in_the_window(played: Any)
     answer = pb2.Frame()
     slice_ = answer.slices.add(number=full[0].number, start=0, count=full[0].count)
     slice_.results.items.extend([b""] * full[0].count)
-    stream.calls._receive(answer)
+    stream.submitter._receive(answer)
     until(lambda: len(held) > len(full) + 2)
 
     later = [(s.priority, s.payloads.items[0]) for s in held[len(full) :]]
     assert later[:3] == [(9, b"d"), (2, b"c"), (0, b"b")]
 
 
-def test_what_a_stopping_process_gives_back_waits_for_the_next_call(played: Any) -> None:
+def test_requests_returned_by_a_stopping_process_wait_for_the_next_stream(played: Any) -> None:
     def answer(segment: pb2.Segment, frame: pb2.Frame) -> None:
         if len(stream.asked) == 1:
             frame.stopping = True
@@ -749,17 +657,19 @@ def test_what_a_stopping_process_gives_back_waits_for_the_next_call(played: Any)
     stream = played(answer)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(stream.ask, 2000)
-        until(lambda: stream.calls.open_rows == 2000 and not stream.calls.connected.is_set())
+        until(
+            lambda: stream.submitter.open_rows == 2000 and not stream.submitter.connected.is_set()
+        )
         stream.pipe.lost(Part("", Code.UNAVAILABLE, "A is stopping", executed=Executed.NO))
         assert stream.asked == [(2000, 0)]
         stream.pipe.live({})
-        came = asked.result()
+        delivered = asked.result()
 
-    assert stream.asked[1:] == [(2000, 0)], "neither an attempt nor the budget is spent"
-    assert [one.results[row] for row, one in enumerate(came)] == numbers(2000)
+    assert stream.asked[1:] == [(2000, 0)], "this uses neither an attempt nor the budget"
+    assert [one.results[row] for row, one in enumerate(delivered)] == numbers(2000)
 
 
-def test_what_a_stopping_process_did_not_read_waits_for_the_next_call(played: Any) -> None:
+def test_requests_not_read_by_a_stopping_process_wait_for_the_next_stream(played: Any) -> None:
     def answer(segment: pb2.Segment, frame: pb2.Frame) -> None:
         if len(stream.asked) > 1:
             frame.slices.add(number=segment.number, count=segment.count).results.items.extend(
@@ -772,10 +682,10 @@ def test_what_a_stopping_process_did_not_read_waits_for_the_next_call(played: An
         until(lambda: stream.asked == [(3, 0)])
         stream.pipe.lost(Part("", Code.UNAVAILABLE, "A is stopping", executed=Executed.NO))
         stream.pipe.live({})
-        came = asked.result()
+        delivered = asked.result()
 
     assert stream.asked[1:] == [(3, 0)]
-    assert [one.results[row] for row, one in enumerate(came)] == numbers(3)
+    assert [one.results[row] for row, one in enumerate(delivered)] == numbers(3)
 
 
 def test_retries_have_a_budget(played: Any) -> None:
@@ -784,6 +694,6 @@ def test_retries_have_a_budget(played: Any) -> None:
     stream.ask(2000)
 
     retried = sum(rows for rows, attempt in stream.asked if attempt)
-    # A share of the requests, without those retries, and the few that a client begins with.
+    # RETRY_SHARE of the requests, retries not counted, and the initial budget.
     assert 180 <= retried <= 2000 * submitter.RETRY_SHARE + submitter.MIN_RETRIES
     assert retried <= 200

@@ -22,11 +22,11 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(120)"]
 kept = []
 
 def pid(_=None):
-    time.sleep(0.2)  # or one process of a pool does the others' work
+    time.sleep(0.2)  # otherwise one process of a pool would do all the work
     return os.getpid()
 
 def talk(notes):
-    time.sleep(0.2)  # its request is over
+    time.sleep(0.2)  # until its request is over
     print("is there anybody?")
     with open(notes, "w") as file: file.write("said")
     time.sleep(120)
@@ -35,7 +35,7 @@ def nothing():
     time.sleep(120)
 
 def start(payload, context):
-    """Starts what the payload says, and leaves it; their numbers."""
+    """Starts what the payload says, and leaves it running; returns the pids."""
     what = payload.decode()
     if what == "pool":
         kept.append(multiprocessing.Pool(2))
@@ -85,7 +85,7 @@ WAYS = {
 
 
 class Worker(Overlay):
-    """C alone, which stops when there is a file, as a signal cannot tell it to on Windows."""
+    """C alone, with a stop file, as no signal stops a process on Windows."""
 
     def __init__(self, folder: Path) -> None:
         config = one_worker({"start": "starts:start", "worn": "starts:start"})
@@ -113,7 +113,7 @@ def started(worker: Overlay, what: str, handler: str) -> list[psutil.Process]:
 
 
 def found(pids: set[int]) -> list[psutil.Process]:
-    """Those that have not ended yet."""
+    """Those that still exist."""
     processes = []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -121,15 +121,15 @@ def found(pids: set[int]) -> list[psutil.Process]:
     return processes
 
 
-def gone(processes: list[psutil.Process], within_s: float = 10) -> None:
+def check_ended(processes: list[psutil.Process], within_s: float = 10) -> None:
     try:
-        until(lambda: not any(map(lives, processes)), within_s, "their end")
+        until(lambda: not any(map(is_alive, processes)), within_s, "their end")
     finally:
-        for process in filter(lives, processes):
+        for process in filter(is_alive, processes):
             process.kill()
 
 
-def lives(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -137,12 +137,12 @@ def lives(process: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_pool_ends_with_its_block(worker, run):
+def test_a_pool_ends_with_its_with_block(worker, run):
     assert started(worker, "within", f"start-{run}") == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
-def test_a_fork_that_talks_when_its_request_is_over_spoils_no_other(worker):
+def test_output_of_a_fork_after_its_request_does_not_affect_other_requests(worker):
     notes = worker.folder / "talks"
     before = started(worker, str(notes), "start-process")
     until(notes.exists)
@@ -150,24 +150,26 @@ def test_a_fork_that_talks_when_its_request_is_over_spoils_no_other(worker):
     assert started(worker, "me", "start-process") == before
 
 
-def test_what_a_worn_process_leaves_behind_ends_with_it(worker):
-    gone([*started(worker, "program", "worn-process"), *started(worker, "session", "worn-process")])
+def test_descendants_of_a_retired_process_end_with_it(worker):
+    check_ended(
+        [*started(worker, "program", "worn-process"), *started(worker, "session", "worn-process")]
+    )
 
 
 @pytest.mark.parametrize("how", ["waits", "exits"])
-def test_what_a_request_started_ends_when_its_process_does(worker, how):
+def test_descendants_of_a_request_end_with_its_process(worker, how):
     notes = worker.folder / how
 
     with pytest.raises(grpc.RpcError):
         worker.ask("C", str(notes).encode(), handler="start-process", timeout=1.5)
 
     in_session, in_group = eval(notes.read_text())
-    if how == "exits" and os.name == "posix":  # nobody can tell any more who has started it
+    if how == "exits" and os.name == "posix":  # its parent is no longer known
         found({in_session})[0].kill()
-    gone(found({in_session, in_group}))
+    check_ended(found({in_session, in_group}))
 
 
-def test_a_worker_stops_at_once_whatever_its_handlers_have_left_behind(tmp_path):
+def test_a_worker_stops_at_once_whatever_its_handlers_have_left_running(tmp_path):
     worker = Worker(tmp_path)
     left: list[psutil.Process] = []
     try:
@@ -175,19 +177,19 @@ def test_a_worker_stops_at_once_whatever_its_handlers_have_left_behind(tmp_path)
         for run, ways in WAYS.items():
             for what in ways:
                 left += started(worker, what, f"start-{run}")
-        assert all(map(lives, left))
+        assert all(map(is_alive, left))
 
         node = worker.processes["C"]
         worker.stop_file.touch()
         node.wait(60)
 
-        assert node.returncode == 0  # and not ended by the watchdog, 5 s after its grace
+        assert node.returncode == 0  # not killed by the watchdog, 5 s after its grace period
     finally:
         worker.stop()
-        gone(left)
+        check_ended(left)
 
 
-def test_what_a_handlers_process_has_started_ends_with_a_worker_that_is_killed(tmp_path):
+def test_descendants_of_handlers_end_when_the_worker_is_killed(tmp_path):
     worker = Worker(tmp_path)
     left: list[psutil.Process] = []
     try:
@@ -197,4 +199,4 @@ def test_what_a_handlers_process_has_started_ends_with_a_worker_that_is_killed(t
         worker.kill("C")
     finally:
         worker.stop()
-        gone(left)
+        check_ended(left)

@@ -1,4 +1,4 @@
-"""Running the user's handlers, on threads and in processes that can be ended."""
+"""The executor: running the user's handlers on threads and in processes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def act(payload, context):
     return str(os.getpid()).encode()
 
 def wait(payload, context):
-    """Stays until the gate opens; counts how many are here."""
+    """Blocks until the gate opens; counts the running calls."""
     global running, most
     with lock:
         running += 1
@@ -77,7 +77,7 @@ WORKER = Process("W", "worker", "green", "h", 1)
 
 
 class Bench:
-    """An executor for one handler, and what became of each request."""
+    """An executor for one handler, and the outcome of each request."""
 
     def __init__(self, folder: Path, process: Process = WORKER, **spec: object) -> None:
         handler = HandlerSpec("h", **{"call": "acts:act", **spec})
@@ -90,11 +90,11 @@ class Bench:
         self._ids = 0
 
     def start(self, what: str, *, request_id: int = 0, left_s: float = 30.0) -> int | None:
-        """The request's id once it has a slot and runs; None when there is none."""
+        """Starts a request; returns its id, or None if there is no free slot."""
         return self.start_rows([what], first_id=request_id, left_s=left_s)
 
     def start_rows(self, rows: list[str], *, first_id: int = 0, left_s: float = 30.0) -> int | None:
-        """The first request's id once all of the segment's rows have places; else None."""
+        """Starts a segment; returns its first id, or None if there are not enough free slots."""
         if self.executor.claim("h", len(rows)) < len(rows):
             return None
         first_id = first_id or self._ids + 1
@@ -129,7 +129,7 @@ class Bench:
 
     @property
     def free(self) -> int:
-        """Places that can be claimed now."""
+        """The number of slots that can be claimed."""
         count = self.executor.claim("h", 10_000)
         self.executor._give_back(self.executor._handlers["h"][0], count)
         return count
@@ -140,7 +140,7 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the handlers' module lies; forgotten at the end."""
+    """The folder of the handlers' module, which is unloaded at the end."""
     made = tmp_path_factory.mktemp("handlers")
     (made / "acts.py").write_text(ACTS)
     path = list(sys.path)
@@ -155,7 +155,7 @@ def acts(folder: Path) -> Iterator[ModuleType]:
     module = importlib.reload(importlib.import_module("acts"))
     yield module
     module.gate.set()
-    until(lambda: module.running == 0)  # or it would count in the next test's module
+    until(lambda: module.running == 0)  # otherwise it would be counted in the next test
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def benches(folder: Path, acts: ModuleType) -> Iterator[Callable[..., Bench]]:
 
 @pytest.fixture(scope="module")
 def pool(folder: Path) -> Iterator[Bench]:
-    """A handler in two processes, shared by the tests that leave it whole."""
+    """A handler in two processes, shared by tests that do not kill them."""
     bench = Bench(folder, run="process", slots=2)
     yield bench
     bench.executor.close()
@@ -189,7 +189,7 @@ def own_id(bench: Bench) -> int:
     return 10_000 + len(bench.parts)
 
 
-def test_a_handlers_answer_comes_with_its_way_and_times(bench):
+def test_a_handlers_answer_has_its_path_and_times(bench):
     part = bench.run("context", request_id=own_id(bench))
 
     assert (part.process_id, part.code, part.executed) == ("W", Code.OK, Executed.YES)
@@ -200,12 +200,12 @@ def test_a_handlers_answer_comes_with_its_way_and_times(bench):
 
 
 @pytest.mark.parametrize(("what", "result"), [("array", b"array"), ("view", b"a view")])
-def test_whatever_is_bytes_is_an_answer(bench, what, result):
+def test_any_bytes_like_object_is_a_valid_answer(bench, what, result):
     assert bench.run(what, request_id=own_id(bench)).result == result
 
 
 @pytest.mark.parametrize("what", ["raise", "exit", "interrupt", "generator"])
-def test_whatever_a_handler_raises_is_one_answer_and_its_text_stays_in_the_log(bench, what, caplog):
+def test_any_exception_fails_one_request_and_its_text_stays_in_the_log(bench, what, caplog):
     caplog.set_level(logging.ERROR, "overlay.workers.job")
 
     part = bench.run(what, request_id=own_id(bench))
@@ -223,12 +223,12 @@ def test_whatever_a_handler_raises_is_one_answer_and_its_text_stays_in_the_log(b
 @pytest.mark.parametrize(
     ("what", "kind"), [("text", "str"), ("none", "NoneType"), ("list", "list")]
 )
-def test_an_answer_that_is_not_bytes_is_a_failure_that_says_so(bench, what, kind):
+def test_an_answer_that_is_not_bytes_is_a_failure_that_names_the_type(bench, what, kind):
     part = bench.run(what, request_id=own_id(bench))
     assert (part.code, part.reason) == (Code.INTERNAL, f"handler 'h' returned {kind}, not bytes")
 
 
-def test_a_second_run_of_a_request_is_refused_and_proves_nothing(bench):
+def test_a_request_id_that_has_run_is_rejected_with_unknown_outcome(bench):
     request_id = own_id(bench)
     assert bench.run("pid", request_id=request_id).ok
 
@@ -241,7 +241,7 @@ def test_a_second_run_of_a_request_is_refused_and_proves_nothing(bench):
     assert bench.free >= 2
 
 
-def test_ending_a_refused_second_run_does_nothing(bench):
+def test_cancelling_a_rejected_second_run_does_nothing(bench):
     request_id = own_id(bench)
     bench.run("pid", request_id=request_id)
     bench.start("pid", request_id=request_id)
@@ -252,7 +252,7 @@ def test_ending_a_refused_second_run_does_nothing(bench):
     assert len(bench.parts[request_id]) == 2
 
 
-def test_the_end_of_an_answered_request_does_nothing(bench):
+def test_cancelling_an_answered_request_does_nothing(bench):
     request_id = own_id(bench)
     bench.run("pid", request_id=request_id)
 
@@ -284,19 +284,19 @@ def test_slots_are_never_exceeded(benches, acts):
         (Process("W", "worker", "t", "h", 1), None, 100),
     ],
 )
-def test_the_narrowest_bound_is_the_number_of_slots(benches, process, slots, expected):
+def test_the_smallest_limit_is_the_number_of_slots(benches, process, slots, expected):
     bench = benches(process, slots=slots)
     claimed = [bench.executor.claim("h", 2) for _ in range(expected + 3)]
     assert sum(claimed) == expected
     assert bench.executor.slots == {"h": expected}
 
 
-def test_a_claim_gets_as_many_places_as_there_are(benches):
+def test_a_claim_gets_at_most_the_free_slots(benches):
     bench = benches(slots=5)
     assert [bench.executor.claim("h", count) for count in (3, 3, 3)] == [3, 2, 0]
 
 
-def test_slots_hold_with_many_threads(benches, acts):
+def test_slots_are_never_exceeded_by_many_threads(benches, acts):
     bench = benches(slots=3)
     slots, _ = bench.executor._handlers["h"]
     most: list[int] = []
@@ -337,7 +337,7 @@ TWO = Process("W", "worker", "green", "slow", 1, slots=1)
 
 
 def test_a_worker_never_runs_more_than_its_slots_whatever_the_handlers(folder, acts):
-    """Not even when one of them is so quick that it may have work beyond its slots."""
+    """Even if a handler is so quick that it may claim more than its slots."""
     specs = {"slow": HandlerSpec("slow", "acts:wait"), "quick": HandlerSpec("quick", "acts:act")}
     executor = Executor(Topology({"W": TWO}, specs, folder=folder), TWO)
     done: list[int] = []
@@ -361,7 +361,7 @@ def test_a_worker_never_runs_more_than_its_slots_whatever_the_handlers(folder, a
         executor.close()
 
 
-def test_a_thread_keeps_its_slot_until_it_has_really_ended(benches, acts):
+def test_a_thread_keeps_its_slot_until_its_handler_returns(benches, acts):
     bench = benches(call="acts:wait", slots=1)
     request_id = bench.start("x")
     until(lambda: acts.running == 1)
@@ -374,7 +374,7 @@ def test_a_thread_keeps_its_slot_until_it_has_really_ended(benches, acts):
     until(lambda: bench.freed == 1)
     until(lambda: bench.executor.active == 0)
     assert len(bench.parts[request_id]) == 1
-    assert acts.seen == [True]  # and it could have seen that nobody waits
+    assert acts.seen == [True]  # the handler could see the cancellation
 
 
 def test_on_free_is_called_once_for_each_slot(bench):
@@ -385,7 +385,7 @@ def test_on_free_is_called_once_for_each_slot(bench):
     until(lambda: bench.executor.active == 0)
 
 
-def test_the_handlers_options_are_overlaid_by_the_processs(benches):
+def test_options_of_the_process_override_those_of_the_handler(benches):
     process = Process("W", "worker", "t", "h", 1, options={"b": 3})
     bench = benches(process, options={"a": 1, "b": 2})
     assert bench.run("options").result == b"[('a', 1), ('b', 3)]"
@@ -396,7 +396,7 @@ def test_a_handler_knows_how_long_its_caller_waits(bench):
     assert 3 < left <= 5
 
 
-def test_counts_tell_what_ended_and_how(benches):
+def test_completed_and_failed_requests_are_counted(benches):
     bench = benches()
     for what in ("pid", "pid", "raise"):
         bench.run(what)
@@ -406,7 +406,7 @@ def test_counts_tell_what_ended_and_how(benches):
     assert counts.worked.count == 3
 
 
-def test_a_process_that_dies_is_one_failure_and_the_next_request_runs(benches):
+def test_a_process_that_dies_fails_one_request_and_the_next_one_runs(benches):
     bench = benches(run="process", slots=1)
 
     part = bench.run("gone")
@@ -417,11 +417,11 @@ def test_a_process_that_dies_is_one_failure_and_the_next_request_runs(benches):
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_a_request_that_meets_a_killed_idle_process_runs_in_another(benches, wait):
+def test_a_request_for_a_killed_idle_process_runs_in_another(benches, wait):
     bench = benches(run="process", slots=1)
     for _ in range(5):
         child = psutil.Process(int(bench.run("pid").result))
-        child.kill()  # at once: it may just be on its way from its answer to its next wait
+        child.kill()  # it may be between its answer and its next wait
         if wait:
             psutil.wait_procs([child], 5)
 
@@ -431,7 +431,7 @@ def test_a_request_that_meets_a_killed_idle_process_runs_in_another(benches, wai
         assert int(part.result) != child.pid
 
 
-def test_without_a_process_to_be_had_a_request_is_refused_with_proof(benches, folder):
+def test_if_no_process_can_be_started_a_request_fails_as_not_run(benches, folder):
     wrong = folder / "wrong"
     (folder / "later.py").write_text(
         f"import os\nassert not os.path.exists({str(wrong)!r})\n"
@@ -452,7 +452,7 @@ def test_without_a_process_to_be_had_a_request_is_refused_with_proof(benches, fo
     assert bench.parts[4711][-1].ok
 
 
-def test_a_request_that_was_begun_is_not_given_to_another_process(benches, tmp_path):
+def test_a_started_request_is_not_given_to_another_process(benches, tmp_path):
     bench = benches(run="process", slots=2)
     notes = tmp_path / "notes"
 
@@ -463,7 +463,7 @@ def test_a_request_that_was_begun_is_not_given_to_another_process(benches, tmp_p
 
 
 @pytest.mark.parametrize("code", [Code.CANCELLED, Code.DEADLINE_EXCEEDED])
-def test_a_request_that_is_ended_in_its_process_says_why(benches, code):
+def test_a_request_ended_in_its_process_has_the_reason(benches, code):
     bench = benches(run="process", slots=1)
     bench.run("pid")
     request_id = bench.start("spin 20")
@@ -475,7 +475,7 @@ def test_a_request_that_is_ended_in_its_process_says_why(benches, code):
     assert (part.code, part.executed) == (code, Executed.YES)
 
 
-def test_ending_a_request_ends_its_process_within_a_second(benches, caplog):
+def test_cancelling_a_request_kills_its_process_within_a_second(benches, caplog):
     caplog.set_level(logging.INFO, "overlay.handler")
     bench = benches(run="process", slots=1)
     child = psutil.Process(int(bench.run("pid").result))
@@ -490,7 +490,7 @@ def test_ending_a_request_ends_its_process_within_a_second(benches, caplog):
     assert len(bench.parts[request_id]) == 1
 
 
-def test_the_next_request_in_a_process_begins_when_the_ended_one_is_gone(benches, caplog):
+def test_the_next_request_starts_after_the_killed_process_has_ended(benches, caplog):
     caplog.set_level(logging.INFO, "overlay.handler")
     bench = benches(run="process", slots=1)
     child = psutil.Process(int(bench.run("pid").result))
@@ -505,7 +505,7 @@ def test_the_next_request_in_a_process_begins_when_the_ended_one_is_gone(benches
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_handler_that_runs_longer_than_its_limit_is_ended(benches):
+def test_a_handler_that_exceeds_its_time_limit_is_killed(benches):
     bench = benches(run="process", slots=1, limit_s=0.3)
 
     part = bench.run("spin 20")
@@ -516,7 +516,7 @@ def test_a_handler_that_runs_longer_than_its_limit_is_ended(benches):
     assert bench.run("pid").ok
 
 
-def test_a_process_is_replaced_after_its_requests(benches):
+def test_a_process_is_replaced_after_max_requests(benches):
     bench = benches(run="process", slots=1, max_requests=2)
     pids = [bench.run("pid").result for _ in range(5)]
     assert [pids.index(pid) for pid in pids] == [0, 0, 2, 2, 4]
@@ -592,14 +592,14 @@ IMPORTS = {
     "raises": ("1/0", "module 'raises' cannot be imported (ZeroDivisionError"),
     "exits": ("import sys; sys.exit(1)", "module 'exits' cannot be imported (SystemExit"),
     "empty": ("", "module 'empty' has no function 'h'"),
-    "number": ("h = 5", "module 'number' is not a function: 'h'"),
+    "number": ("h = 5", "module 'number' has 'h', which is not a function"),
     "talks": ("raise ValueError('two\\nlines')", "module 'talks' cannot be imported (ValueError"),
 }
 
 
 @pytest.mark.parametrize("run", ["thread", "process"])
 @pytest.mark.parametrize("module", IMPORTS)
-def test_a_handler_that_cannot_be_had_is_named_with_its_module(benches, folder, module, run):
+def test_a_handler_that_cannot_be_imported_is_named_with_its_module(benches, folder, module, run):
     text, sentence = IMPORTS[module]
     if text is not None:
         (folder / f"{module}.py").write_text(text)
@@ -613,7 +613,7 @@ def test_a_handler_that_cannot_be_had_is_named_with_its_module(benches, folder, 
     assert "\n" not in problem
 
 
-def test_a_module_that_ends_its_process_is_named_too(benches, folder):
+def test_a_module_that_ends_its_process_is_named(benches, folder):
     (folder / "ends.py").write_text("import os; os._exit(3)")
 
     with pytest.raises(ConfigError) as raised:
@@ -623,7 +623,7 @@ def test_a_module_that_ends_its_process_is_named_too(benches, folder):
     assert "'ends" in str(raised.value)
 
 
-def test_a_handler_that_cannot_be_had_leaves_no_process(folder, acts):
+def test_a_handler_that_cannot_be_imported_leaves_no_process(folder, acts):
     before = set(psutil.Process().children())
     specs = {
         "good": HandlerSpec("good", "acts:act", run="process", slots=1),
@@ -637,7 +637,7 @@ def test_a_handler_that_cannot_be_had_leaves_no_process(folder, acts):
     assert [p for p in left if "spawn_main" in " ".join(p.cmdline())] == []
 
 
-# Many rows at once, on threads and in processes.
+# Segments with many rows, on threads and in processes.
 
 
 def test_each_row_of_a_segment_is_run_and_answered_once(bench):
@@ -653,7 +653,7 @@ def test_each_row_of_a_segment_is_run_and_answered_once(bench):
     until(lambda: bench.free >= 2)
 
 
-def test_rows_that_ran_before_are_refused_and_the_others_run(bench):
+def test_rows_that_have_run_before_are_rejected_and_the_others_run(bench):
     first_id = own_id(bench)
     assert bench.run("pid", request_id=first_id + 1).ok
     until(lambda: bench.free >= 2)
@@ -666,11 +666,11 @@ def test_rows_that_ran_before_are_refused_and_the_others_run(bench):
     until(lambda: bench.free >= 2)
 
 
-def test_rows_that_ended_before_they_began_may_be_asked_again(benches):
+def test_rows_that_ended_before_they_started_may_be_sent_again(benches):
     bench = benches(slots=1)
     bench.run("pid")
     ((slots, _),) = bench.executor._handlers.values()
-    slots.service_s = 0.0001  # it was quick, so that the worker takes rows beyond its slots
+    slots.service_s = 0.0001  # so quick that the worker claims more rows than slots
     until(lambda: bench.free >= 4)
     first_id = bench.start_rows(["sleep 1", "pid", "pid", "pid"], first_id=20_000)
     until(lambda: bench.executor.active == 1)
@@ -688,7 +688,7 @@ def test_rows_that_ended_before_they_began_may_be_asked_again(benches):
     assert again == [Code.ALREADY_EXISTS, Code.OK, Code.OK, Code.OK]
 
 
-def test_where_no_more_ids_can_be_remembered_a_row_is_refused_with_proof(benches):
+def test_if_no_more_ids_can_be_remembered_a_row_is_rejected_as_not_run(benches):
     bench = benches(slots=2)
     bench.executor._seen = SeenIds(replace(Limits(), chosen_ids=1))
     assert bench.run("pid", request_id=1000).ok
@@ -703,7 +703,7 @@ def test_where_no_more_ids_can_be_remembered_a_row_is_refused_with_proof(benches
     until(lambda: bench.free >= 2)
 
 
-def test_ending_some_rows_leaves_the_others_in_their_processes(benches):
+def test_cancelling_rows_does_not_affect_the_processes_of_other_rows(benches):
     bench = benches(run="process", slots=2)
     bench.run("pid")
     until(lambda: bench.free == 2)
@@ -716,6 +716,6 @@ def test_ending_some_rows_leaves_the_others_in_their_processes(benches):
     until(lambda: bench.free == 2)
 
 
-def test_a_result_that_comes_after_the_deadline_is_told_as_late(bench):
+def test_a_result_after_the_deadline_is_reported_as_late(bench):
     part = bench.run("sleep 0.4", request_id=own_id(bench), left_s=0.15)
     assert (part.code, part.executed) == (Code.DEADLINE_EXCEEDED, Executed.YES)

@@ -1,4 +1,4 @@
-"""Request ids: none runs twice, none is forgotten early, and none takes all the room."""
+"""Request ids: none runs twice or is forgotten early, and no address takes all the room."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAC, PC = Caller("10.0.0.1", "mac"), Caller("10.0.0.2", "mac")
 
 
 class Bench:
-    """Ids that were seen, with a clock of their own."""
+    """SeenIds and ChosenIds with a manual clock."""
 
     def __init__(self, **limits: int) -> None:
         self.clock = Clock()
@@ -39,7 +39,7 @@ class Bench:
         return Segment(Route(**route), payloads, deadline, ids[0], 0, listed, own_ids=own)
 
     def begin(self, *ids: int, **more) -> list[int]:
-        """The rows that may not begin, when there is room."""
+        """The rows that must not start; expects that there is room."""
         begun = self.seen.begin(self.segment(ids, **more))
         assert begun.full is None
         return list(begun.again)
@@ -49,7 +49,7 @@ class Bench:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_an_id_is_seen_once_it_has_begun(own):
+def test_an_id_counts_as_seen_once_it_has_started(own):
     bench = Bench()
     assert bench.begin(1, own=own) == []
     assert bench.begin(1, own=own) == [0]
@@ -60,7 +60,7 @@ def test_an_id_is_seen_once_it_has_begun(own):
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_what_did_not_run_may_come_again_and_no_other(own):
+def test_only_ids_that_did_not_run_may_be_used_again(own):
     bench = Bench()
     bench.begin(1, 2, 3, own=own)
     bench.forget(1, 3)
@@ -68,7 +68,7 @@ def test_what_did_not_run_may_come_again_and_no_other(own):
     assert bench.begin(1, 3, own=own) == [0, 1]
 
 
-def test_what_was_forgotten_and_came_again_is_remembered_for_all_of_its_time():
+def test_a_forgotten_id_that_is_used_again_is_remembered_for_the_full_time():
     bench = Bench()
     bench.begin(1)
     bench.clock.advance(40)
@@ -88,7 +88,7 @@ def test_a_chosen_id_is_remembered_for_a_minute_or_until_its_deadline(left_s, st
     assert bench.begin(1) == []
 
 
-def test_no_number_of_own_ids_makes_a_chosen_one_forgotten():
+def test_random_ids_never_displace_a_chosen_id():
     bench = Bench(own_ids=1000)
     bench.begin(1)
     for n in range(100):
@@ -97,10 +97,10 @@ def test_no_number_of_own_ids_makes_a_chosen_one_forgotten():
     assert len(bench.seen) <= 2001
 
 
-def test_where_there_is_no_room_a_chosen_id_may_not_begin_and_what_ran_is_still_told_so():
+def test_without_room_new_chosen_ids_are_rejected_and_repeated_ones_still_recognised():
     bench = Bench(chosen_ids=3)
     bench.begin(0, RUN, 2 * RUN)
-    bench.begin(1)  # beside another
+    bench.begin(1)  # in the block of 0
 
     begun = bench.seen.begin(bench.segment((3 * RUN, RUN, 4 * RUN)))
 
@@ -116,17 +116,17 @@ def test_where_there_is_no_room_a_chosen_id_may_not_begin_and_what_ran_is_still_
 
 
 @pytest.mark.parametrize("first", [0, 5, RUN - 1, 2**64 - 4096])
-def test_a_run_of_ids_takes_little_room(first):
+def test_consecutive_ids_take_little_room(first):
     bench = Bench()
     bench.seen.begin(bench.segment(range(first, first + 4096)))
     assert len(bench.seen) <= 4096 / RUN + 1
     assert bench.begin(first, first + 4095) == [0, 1]
 
 
-# At the process asked: who has how many.
+# In the process asked: the count of each address.
 
 
-def test_one_address_leaves_room_for_others_whatever_it_calls_itself():
+def test_one_address_leaves_room_for_others_whatever_client_names_it_uses():
     bench = Bench(chosen_ids=10)
     for n in range(5):
         bench.chosen.take(Caller("10.0.0.1", str(n)), bench.segment((n,)))
@@ -142,7 +142,7 @@ def test_one_address_leaves_room_for_others_whatever_it_calls_itself():
     assert len(bench.chosen) == 1
 
 
-def test_only_what_a_client_chose_is_counted():
+def test_only_ids_chosen_by_a_client_are_counted():
     bench = Bench(chosen_ids=4)
     for n in range(10):
         bench.chosen.take(MAC, bench.segment((n, n + 1), own=True))
@@ -162,12 +162,12 @@ IDS = st.one_of(
 
 
 class IdsMachine(RuleBasedStateMachine):
-    """SeenIds against all that ever began, with little room."""
+    """SeenIds with little room, compared with a complete record."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bench = Bench(chosen_ids=4, own_ids=20)
-        self.chosen: dict[int, tuple[float, float]] = {}  # id -> surely until, surely not after
+        self.chosen: dict[int, tuple[float, float]] = {}  # by id: at least, at most until
         self.own: list[int | None] = []  # None: forgotten
 
     @rule(ids=IDS, own=st.booleans(), left_s=st.sampled_from([1, 30, 100, 1000]))
@@ -227,7 +227,7 @@ TestIdsMachine.settings = settings(max_examples=60, stateful_step_count=40, dead
         max_size=60,
     )
 )
-def test_what_is_counted_of_each_address_is_what_it_has(calls):
+def test_the_count_of_each_address_is_what_it_has(calls):
     bench = Bench(chosen_ids=12)
     held: list[tuple[float, str, int]] = []
     for caller, ids, pause_s, left_s in calls:
@@ -238,41 +238,45 @@ def test_what_is_counted_of_each_address_is_what_it_has(calls):
         try:
             bench.chosen.take(caller, segment)
         except IdsFull:
-            surely = [entry for entry in held if entry[0] + 15 + left_s > now]
-            assert sum(n for _, _, n in surely) + count > 4
+            live_before = [entry for entry in held if entry[0] + 15 + left_s > now]
+            assert sum(n for _, _, n in live_before) + count > 4
         else:
             held.append((now + max(60, left_s), caller.address, count))
         live = [entry for entry in held if entry[0] > now]
         assert sum(n for _, _, n in live) <= len(bench.chosen) <= 12
         for address in {address for _, address, _ in live}:
             mine = sum(n for _, a, n in live if a == address)
-            assert mine <= bench.chosen._of[address] <= 6 + 6 / 2  # of six at once
+            assert mine <= bench.chosen._by_address[address] <= 6 + 6 / 2  # six at once
     bench.clock.advance(10_000)
     bench.chosen.take(PC, bench.segment((1,)))
-    assert (len(bench.chosen), len(bench.chosen._of), len(bench.chosen._slices.all())) == (1, 1, 1)
+    assert (len(bench.chosen), len(bench.chosen._by_address), len(bench.chosen._slices.all())) == (
+        1,
+        1,
+        1,
+    )
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_an_id_takes_the_same_time_and_memory_however_many_have_been(own):
+def test_time_and_memory_of_an_id_do_not_grow_with_the_number_seen(own):
     bench, took = Bench(own_ids=5000), []
     for tenth in range(5):
         began = time.process_time()
         for n in range(10_000):
             bench.clock.now += 60 / 2500
-            id_ = (tenth * 10_000 + n) * 7919 * RUN  # far from each other
+            id_ = (tenth * 10_000 + n) * 7919 * RUN  # each in its own block
             bench.seen.begin(bench.segment((id_,), own=own))
         took.append(time.process_time() - began)
         assert len(bench.seen) <= 5000
     assert min(took[1:]) < 2 * took[0]
 
 
-def test_over_the_wire_one_address_is_refused_with_proof_where_its_room_ends(six: Overlay) -> None:
+def test_on_the_wire_an_address_without_room_is_rejected_as_not_run(six: Overlay) -> None:
     stub, most = six.stub("C"), Limits().chosen_ids // 2
     frames: SimpleQueue[pb2.Frame | None] = SimpleQueue()
     answers = stub.ForwardStream(iter(frames.get, None))
 
     def ask(number: int) -> tuple[int, list[pb2.Detail]]:
-        """So many requests with ids far from each other; how many were answered, and failures."""
+        """Sends 4,000 ids, each in its own block; returns the number answered, and the failures."""
         ids = [(number * 4000 + n) << BLOCK_BITS for n in range(4000)]
         items = pb2.Column(items=[b""] * len(ids))
         made = pb2.Segment(number=number, count=len(ids), ids=ids, payloads=items)

@@ -1,4 +1,4 @@
-"""Rows of segments on handler threads, and the one clock that ends what nobody waits for."""
+"""Handlers on threads, and the deadline thread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORKER = Process("W", "worker", "green", "h", 1)
 
 
 class Bench:
-    """A thread runner for a handler of the test, and what came of each row."""
+    """A thread runner for the test's handler, and the outcome of each row."""
 
     def __init__(self, handler: Callable[[bytes, Context], bytes], slots: int) -> None:
         spec = HandlerSpec("h", "overlay.workers.api:echo", slots=slots)
@@ -39,7 +39,7 @@ class Bench:
         self._ids = 0
 
     def submit(self, rows: int, left_s: float = 30.0) -> tuple[int, HandlerJob]:
-        """A segment whose payloads are the rows' numbers; the id of its first row."""
+        """Submits rows whose payloads are their numbers; returns the first id, and the job."""
         first_id = self._ids
         self._ids += rows
         payloads = Column([b"%d" % row for row in range(rows)])
@@ -61,7 +61,7 @@ class Bench:
         return [request_id for request_id, parts in self.parts.items() if parts]
 
     def wait(self, within_s: float = 10.0) -> None:
-        """Until every row is answered, each exactly once."""
+        """Waits until every row has exactly one answer."""
         until(lambda: all(self.parts.values()), within_s, "rows have no answer")
         until(lambda: self.runner.active == 0, within_s)
         assert {len(parts) for parts in self.parts.values()} == {1}
@@ -96,7 +96,7 @@ def benches() -> Iterator[Callable[..., Bench]]:
 
 
 class Gate:
-    """A handler that is quick, except for the rows that shall wait."""
+    """A handler that is quick, except for the rows that wait for `open`."""
 
     def __init__(self, *stuck: bytes) -> None:
         self.stuck = set(stuck)
@@ -108,7 +108,7 @@ class Gate:
         return payload
 
 
-def test_each_row_is_begun_once_and_answered_once_with_its_own_result(benches):
+def test_each_row_runs_once_and_is_answered_once_with_its_own_result(benches):
     bench = benches()
     for _ in range(20):
         bench.submit(50)
@@ -155,7 +155,7 @@ def test_a_slice_holds_only_consecutive_rows(benches):
     assert covered == list(range(100))
 
 
-def test_a_stuck_quick_handler_gets_company(benches):
+def test_a_second_thread_joins_if_a_quick_handler_is_stuck(benches):
     gate = Gate(b"3")
     bench = benches(gate, slots=2)
     bench.submit(1)
@@ -173,7 +173,7 @@ def test_a_stuck_quick_handler_gets_company(benches):
 
 @pytest.mark.parametrize("service_s", [0.0, 0.00001], ids=["unknown pace", "quick so far"])
 @pytest.mark.parametrize("slots", [1, 2])
-def test_a_result_does_not_wait_for_a_row_that_is_stuck_behind_it(benches, slots, service_s):
+def test_a_result_does_not_wait_for_a_stuck_row_behind_it(benches, slots, service_s):
     gate = Gate(b"1", b"2", b"3")
     bench = benches(gate, slots)
     bench.slots.service_s = service_s
@@ -188,9 +188,9 @@ def test_a_result_does_not_wait_for_a_row_that_is_stuck_behind_it(benches, slots
     assert bench.most <= slots
 
 
-def test_a_result_leaves_although_each_thread_has_found_a_row(benches):
+def test_a_result_leaves_even_if_every_thread_is_running_a_row(benches):
     gate = Gate(*[b"%d" % row for row in range(1, 14)])
-    made = [benches(gate, 100) for _ in range(10)]  # which thread finds which row differs
+    made = [benches(gate, 100) for _ in range(10)]  # the assignment of rows to threads differs
     firsts = [(bench, bench.submit(14)[0]) for bench in made]
     try:
         until(lambda: all(bench.parts[first] for bench, first in firsts))
@@ -217,7 +217,7 @@ def test_with_one_slot_the_rows_behind_a_stuck_one_wait(benches):
     bench.wait()
 
 
-def test_cancelled_rows_that_wait_never_begin_and_give_their_places_back(benches):
+def test_cancelled_waiting_rows_never_start_and_free_their_slots(benches):
     gate = Gate(b"0")
     bench = benches(gate, slots=1)
     first_id, job = bench.submit(6)
@@ -237,7 +237,7 @@ def test_cancelled_rows_that_wait_never_begin_and_give_their_places_back(benches
     assert bench.given_back == 6
 
 
-def test_a_cancelled_row_that_runs_is_answered_at_once_and_can_see_it(benches):
+def test_a_cancelled_running_row_is_answered_at_once_and_sees_the_cancellation(benches):
     seen: list[tuple[int, bool]] = []
     go = threading.Event()
 
@@ -254,7 +254,7 @@ def test_a_cancelled_row_that_runs_is_answered_at_once_and_can_see_it(benches):
 
     assert bench.answered == [first_id + 1]
     assert bench.parts[first_id + 1][0].executed is Executed.YES
-    assert bench.given_back == 0  # its thread is still at it
+    assert bench.given_back == 0  # its thread is still running
     go.set()
     bench.wait()
     assert sorted(seen) == [(first_id, False), (first_id + 1, True)]
@@ -262,7 +262,7 @@ def test_a_cancelled_row_that_runs_is_answered_at_once_and_can_see_it(benches):
 
 
 @pytest.mark.parametrize("code", [Code.CANCELLED, Code.DEADLINE_EXCEEDED])
-def test_an_end_of_every_row_answers_every_row_with_its_code(benches, code):
+def test_ending_a_job_answers_every_row_with_the_given_code(benches, code):
     gate = Gate(b"0")
     bench = benches(gate, slots=1)
     first_id, job = bench.submit(5)
@@ -275,7 +275,7 @@ def test_an_end_of_every_row_answers_every_row_with_its_code(benches, code):
     until(lambda: bench.given_back == 5)
 
 
-def test_rows_and_ends_from_many_threads_still_answer_each_row_once(benches):
+def test_each_row_is_answered_once_when_threads_run_and_cancel_rows(benches):
     chance = random.Random(7)
     bench = benches(lambda payload, context: time.sleep(0.0005) or payload, 4)
     batches = [bench.submit(20)[1] for _ in range(20)]
@@ -297,7 +297,7 @@ def test_rows_and_ends_from_many_threads_still_answer_each_row_once(benches):
     assert Executed.NO not in {part.executed for part in ran}
 
 
-def test_a_failing_row_costs_its_own_row(benches):
+def test_a_failing_row_does_not_affect_other_rows(benches):
     def handler(payload: bytes, context: Context) -> bytes:
         if payload == b"2":
             raise SystemExit(3)
@@ -311,7 +311,7 @@ def test_a_failing_row_costs_its_own_row(benches):
     assert (bench.slots.counts(0).completed, bench.slots.counts(0).failed) == (4, 1)
 
 
-def test_a_sink_that_fails_does_not_end_the_threads(benches):
+def test_a_failing_result_callback_does_not_end_the_threads(benches):
     bench = benches(slots=1)
 
     def broken(start: int, answers: Slice) -> None:
@@ -325,7 +325,7 @@ def test_a_sink_that_fails_does_not_end_the_threads(benches):
     bench.wait()
 
 
-def test_a_closed_runners_threads_end(benches):
+def test_the_threads_of_a_closed_runner_end(benches):
     bench = benches()
     bench.submit(10)
     bench.wait()
@@ -367,7 +367,7 @@ def deadlines(expired) -> Iterator[Deadlines]:
     made.stop()
 
 
-def test_what_is_watched_expires_soon_after_its_deadline_and_never_before(deadlines, expired):
+def test_a_watched_item_expires_soon_after_its_deadline_and_never_before(deadlines, expired):
     now, chance = time.monotonic(), random.Random(1)
     due = {f"thing {n}": now + chance.random() * 0.4 for n in range(200)}
     for thing, deadline in due.items():
@@ -378,7 +378,7 @@ def test_what_is_watched_expires_soon_after_its_deadline_and_never_before(deadli
     assert all(0 <= when - due[thing] < 0.2 for thing, when in expired)
 
 
-def test_what_is_forgotten_never_expires(deadlines, expired):
+def test_a_forgotten_item_never_expires(deadlines, expired):
     soon = time.monotonic() + 0.05
     for thing in ("a", "b", "c"):
         deadlines.watch(thing, soon)
@@ -392,27 +392,27 @@ def test_what_is_forgotten_never_expires(deadlines, expired):
     assert not deadlines._ticks
 
 
-def test_a_new_deadline_is_seen_while_nothing_was_watched(deadlines, expired):
+def test_a_deadline_is_noticed_when_nothing_else_is_watched(deadlines, expired):
     time.sleep(0.1)
     deadlines.watch("late", time.monotonic() + 0.02)
     until(lambda: expired)
 
 
-def test_an_earlier_deadline_wakes_a_clock_that_sleeps_for_a_later_one(deadlines, expired):
+def test_an_earlier_deadline_wakes_the_thread_that_sleeps_until_a_later_one(deadlines, expired):
     deadlines.watch("late", time.monotonic() + 60)
     time.sleep(0.05)
     deadlines.watch("early", time.monotonic() + 0.02)
     until(lambda: [thing for thing, _ in expired] == ["early"])
 
 
-def test_a_deadline_in_ten_thousand_years_is_one_too(deadlines, expired):
+def test_a_deadline_in_ten_thousand_years_is_valid(deadlines, expired):
     deadlines.watch("then", time.monotonic() + 3e11)
     time.sleep(0.05)
     deadlines.watch("now", time.monotonic())
     until(lambda: [thing for thing, _ in expired] == ["now"])
 
 
-def test_what_is_answered_in_time_wakes_nobody(deadlines, expired, monkeypatch):
+def test_deadlines_forgotten_in_time_do_not_wake_the_thread(deadlines, expired, monkeypatch):
     looks = []
     look = Deadlines._due_locked
     monkeypatch.setattr(Deadlines, "_due_locked", lambda self: looks.append(1) or look(self))
@@ -423,10 +423,10 @@ def test_what_is_answered_in_time_wakes_nobody(deadlines, expired, monkeypatch):
         deadlines.forget(n, due)
 
     assert not expired
-    assert len(looks) <= 2  # for the first of them
+    assert len(looks) <= 2  # for the first one
 
 
-def test_a_thing_that_cannot_be_ended_does_not_stop_the_clock():
+def test_an_item_whose_expiry_fails_does_not_stop_the_thread():
     ended: list[str] = []
 
     def expire(thing: str) -> None:
@@ -453,7 +453,7 @@ def _quietly(run: Callable[[], None]) -> None:
         return
 
 
-def test_the_thread_of_the_deadlines_ends():
+def test_the_deadline_thread_ends():
     made = Deadlines(lambda thing: None)
     made.start()
     made.watch("x", time.monotonic() + 99)

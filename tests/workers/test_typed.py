@@ -1,4 +1,4 @@
-"""Typed functions: told apart, checked, called; on real processes too, by all kinds of clients."""
+"""Typed functions: recognised, validated, called; also on real processes, by all clients."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ async def later_count(to: int) -> typing.AsyncIterator[int]:
 gate = {}
 
 async def meet(name: str) -> list:
-    """Two calls that wait for each other: on one event loop, at the same time."""
+    """Waits for another call on the same event loop."""
     make, names = asyncio.get_running_loop().create_future, (name, "ab"[name == "a"])
     mine, other = (gate.setdefault(n, make()) for n in names)
     mine.set_result(name)
@@ -205,7 +205,7 @@ wrapped_shout = passing_on(shout)
 converted = from_json(resize)
 
 class Resizer:
-    """An object that is called."""
+    """A callable object."""
     def __call__(self, path: str) -> str:
         return path
 
@@ -253,7 +253,7 @@ TYPED = [f"t{n}" for n in range(8)] + ["resize", "wrapped", "resizer", "twice", 
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The module of functions, as a worker imports it."""
+    """The module of functions."""
     folder = tmp_path_factory.mktemp("typed")
     (folder / "typed_mine.py").write_text(MINE)
     sys.path.insert(0, str(folder))
@@ -267,7 +267,7 @@ def at(left_s: float = 10.0, ended: bytearray | None = None) -> Context:
 
 @pytest.fixture(scope="module")
 def call(mine: Any) -> Iterator[Callable[..., Any]]:
-    """Calls one of them as a worker does: the JSON value, or the failure that its caller sees."""
+    """Calls a function as a worker does; returns the JSON value, or the failure for the caller."""
     kept: dict[str, typed.Loaded] = {}
     lock = threading.Lock()
 
@@ -280,8 +280,8 @@ def call(mine: Any) -> Iterator[Callable[..., Any]]:
             kind, value = outcome_of(kept[name].call(payload, context or at()), 10**6)
         except BaseException as e:  # noqa: BLE001 - as the runners have it
             kind, value = outcome_of_error(e)
-        delivery = read_outcome(name, kind, value)
-        return delivery if isinstance(delivery, Detail) else json.loads(delivery)
+        outcome = read_outcome(name, kind, value)
+        return outcome if isinstance(outcome, Detail) else json.loads(outcome)
 
     yield called
     for loaded in kept.values():
@@ -292,7 +292,7 @@ def call(mine: Any) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_a_function_of_payload_and_context_stays_one(mine, name):
+def test_a_function_of_payload_and_context_is_a_function_of_bytes(mine, name):
     found = typed.prepared("h", getattr(mine, name))
 
     assert found.function.arguments == ""
@@ -309,7 +309,7 @@ def test_any_other_function_is_a_typed_one(mine, name):
     found.close()
 
 
-def test_what_tells_no_signature_is_given_bytes():
+def test_a_callable_without_a_signature_gets_bytes():
     assert typed.prepared("h", dict.fromkeys).call is not None
     assert typed.prepared("h", max).function.arguments == ""
 
@@ -326,20 +326,20 @@ def test_what_tells_no_signature_is_given_bytes():
         ("e6", "inner", "'Nowhere' is not defined"),
     ],
 )
-def test_an_argument_that_json_cannot_give_is_told_at_start(mine, name, argument, why):
+def test_an_argument_that_json_cannot_supply_is_reported_at_startup(mine, name, argument, why):
     with pytest.raises(ConfigError) as raised:
         typed.prepared("h", getattr(mine, name))
 
-    said = str(raised.value)
+    message = str(raised.value)
     place = f"handler 'h': {Path(mine.__file__)}, function {name}: argument '{argument}': "
-    assert said.startswith(place)
-    assert why in said
+    assert message.startswith(place)
+    assert why in message
 
 
 # Arguments
 
 
-def test_arguments_are_converted_from_their_annotations(call):
+def test_arguments_are_converted_by_their_annotations(call):
     args = {
         "path": "a/b", "size": {"width": 3}, "at": "2026-01-02T03:04:05Z", "day": "2026-01-02",
         "image": "AP8=", "fit": "pad", "model": {"name": "m", "sizes": [{"width": 1}]},
@@ -354,14 +354,14 @@ def test_arguments_are_converted_from_their_annotations(call):
     ]  # fmt: skip
 
 
-def test_what_is_not_given_has_the_functions_own_default(call):
+def test_a_missing_argument_gets_the_functions_default(call):
     assert call("resize", {"path": "a"}) == {"path": "a", "width": 200}
     assert call("resizer", {"path": "a"}) == "a"
     assert call("wrapped", {"path": "a", "width": 1}) == {"path": "a", "width": 1}
     assert call("twice", {"path": "a", "width": 3}) == 6
 
 
-def test_bytes_come_from_both_alphabets_of_base64(call):
+def test_bytes_may_be_in_either_base64_alphabet(call):
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
         assert call("picture", {"data": encode(b"\xff\xfe\xfd").decode()})["width"] == 3
 
@@ -395,16 +395,16 @@ EVERYTHING = {"path": "a", "size": {"width": 1}, "at": "2026-01-02T03:04:05Z"}
         ("known", {"values": ["x"] * 9}, "; and 4 more"),
     ],
 )  # fmt: skip
-def test_a_wrong_argument_is_named(call, name, args, sentence):
-    delivery = call(name, args)
+def test_an_invalid_argument_is_named(call, name, args, sentence):
+    outcome = call(name, args)
 
-    assert isinstance(delivery, Detail)
-    assert (delivery.code, delivery.executed) == (Code.INVALID_ARGUMENT, Executed.YES)
-    assert delivery.reason.startswith(f"handler '{name}': ")
-    assert sentence in delivery.reason
+    assert isinstance(outcome, Detail)
+    assert (outcome.code, outcome.executed) == (Code.INVALID_ARGUMENT, Executed.YES)
+    assert outcome.reason.startswith(f"handler '{name}': ")
+    assert sentence in outcome.reason
 
 
-def test_the_context_is_the_workers_where_it_is_not_annotated_as_something_else(call):
+def test_a_context_parameter_gets_the_context_unless_annotated_otherwise(call):
     assert call("who") == "C"
     assert call("asked", {"context": "of a question"}) == "of a question"
 
@@ -412,16 +412,16 @@ def test_the_context_is_the_workers_where_it_is_not_annotated_as_something_else(
 # Results
 
 
-def test_what_a_function_returns_is_json(call):
+def test_return_values_are_written_as_json(call):
     assert call("known", {"values": [1, 0.5]}) == {"sum": 1.5, "at": "2026-01-02T03:04:00Z"}
     assert call("model", {"name": "m"})["sizes"] == [{"width": 1, "height": 100, "pixels": ""}]
     made = call("picture", {"data": ""})
     assert base64.b64decode(made["pixels"], validate=True) == bytes(range(256))
 
 
-def test_scalars_and_arrays_of_numpys_kind_are_json():
+def test_scalars_and_arrays_like_numpys_are_written_as_json():
     class Scalar:
-        """As numpy's, which is not needed here."""
+        """Like numpy's, without needing numpy."""
 
         def tolist(self):
             return 3
@@ -429,7 +429,7 @@ def test_scalars_and_arrays_of_numpys_kind_are_json():
     assert json_values.write({"n": Scalar(), "of": [Scalar()]}) == b'{"n":3,"of":[3]}'
 
 
-def test_numpys_own_are_json():
+def test_numpy_values_are_written_as_json():
     numpy = pytest.importorskip("numpy")
     value = {
         "i": numpy.int64(3), "f": numpy.float32(0.5), "b": numpy.bool_(True),
@@ -449,10 +449,10 @@ def test_numpys_own_are_json():
         ("count", {"to": 3, "fail_at": 1}, "returned typed_mine.Thing, which is not JSON"),
     ],
 )
-def test_a_result_that_is_not_json_is_named_by_its_type(call, name, args, what):
-    delivery = call(name, args)
+def test_a_result_that_is_not_json_fails_with_its_type(call, name, args, what):
+    outcome = call(name, args)
 
-    assert (delivery.code, delivery.reason) == (Code.INTERNAL, f"handler '{name}' {what}")
+    assert (outcome.code, outcome.reason) == (Code.INTERNAL, f"handler '{name}' {what}")
 
 
 def test_a_result_that_contains_itself_is_not_json():
@@ -462,18 +462,18 @@ def test_a_result_that_contains_itself_is_not_json():
         json_values.write(loop)
 
 
-def test_what_a_typed_function_raises_is_its_failure(call):
+def test_an_exception_of_a_typed_function_is_its_failure(call):
     assert call("refused", {"path": "a"}).reason == "no such path: a"
     assert call("broken", {"path": "a"}).reason.startswith("handler 'broken' failed; error id ")
 
 
-def test_what_is_yielded_is_an_array(call):
+def test_yielded_items_are_a_json_array(call):
     assert call("count", {"to": 3}) == [{"n": 0}, {"n": 1}, {"n": 2}]
     assert call("count", {"to": 0}) == []
     assert call("known_items") == [0, 1]
 
 
-def test_an_array_leaves_in_chunks_while_it_is_made(mine):
+def test_an_array_is_sent_in_chunks_while_it_is_generated(mine):
     loaded = typed.prepared("count", mine.count)
     chunks: list[bytes] = []
 
@@ -491,7 +491,7 @@ def test_an_array_leaves_in_chunks_while_it_is_made(mine):
 # Async ones
 
 
-def test_an_async_function_is_waited_for(call):
+def test_an_async_function_is_awaited(call):
     assert call("later", {"path": "a"}) == {"path": "a", "on": "C"}
     assert call("later_count", {"to": 3}) == [0, 1, 2]
     assert call("later_bytes", b'"as it is"') == "AS IT IS"
@@ -499,21 +499,21 @@ def test_an_async_function_is_waited_for(call):
 
 def test_calls_of_an_async_function_share_an_event_loop(call):
     with concurrent.futures.ThreadPoolExecutor(2) as two:
-        delivery = list(two.map(lambda name: call("meet", {"name": name}), "ab"))
-    assert delivery == [["b", "a"], ["a", "b"]]
+        outcome = list(two.map(lambda name: call("meet", {"name": name}), "ab"))
+    assert outcome == [["b", "a"], ["a", "b"]]
 
 
-def test_an_async_function_is_cancelled_when_nobody_waits(mine, call):
+def test_an_async_function_is_cancelled_when_its_caller_leaves(mine, call):
     ended = bytearray(1)
     threading.Timer(0.05, ended.__setitem__, (0, 1)).start()
 
-    delivery = call("stays", {"seconds": 60}, at(ended=ended))
+    outcome = call("stays", {"seconds": 60}, at(ended=ended))
 
-    assert delivery.code is Code.CANCELLED
+    assert outcome.code is Code.CANCELLED
     until(lambda: mine.gate.get("left"), what="the function was cancelled")
 
 
-def test_an_async_function_that_exits_is_one_failure(call):
+def test_an_async_function_that_raises_system_exit_fails_one_request(call):
     assert call("exits", {"path": "a"}).code is Code.INTERNAL
     assert call("exits", {"path": "a"}).code is Code.INTERNAL
 
@@ -529,18 +529,18 @@ def test_the_event_loop_ends_with_its_handler(mine):
     until(lambda: "handler-ending-loop" not in names(), what="the loop's thread has ended")
 
 
-# What is told of them
+# Descriptions
 
 
-def test_a_function_is_told_with_its_signature_docstring_and_schema(mine):
-    told = typed.prepared("resize", mine.resize).function
-    schema = json.loads(told.arguments)
+def test_a_function_is_described_by_signature_docstring_and_schema(mine):
+    described = typed.prepared("resize", mine.resize).function
+    schema = json.loads(described.arguments)
 
-    assert told.signature == "resize(path: str, width: int = 200) -> dict"
-    assert told.doc == "Makes a picture smaller.\n\nThe path is the worker's."
+    assert described.signature == "resize(path: str, width: int = 200) -> dict"
+    assert described.doc == "Makes a picture smaller.\n\nThe path is the worker's."
     assert schema["properties"]["width"] == {"default": 200, "title": "Width", "type": "integer"}
     assert (schema["required"], schema["additionalProperties"]) == (["path"], False)
-    assert json.loads(told.result)["type"] == "object"
+    assert json.loads(described.result)["type"] == "object"
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def test_a_function_is_told_with_its_signature_docstring_and_schema(mine):
         ),
     ],
 )
-def test_a_signature_is_told_as_it_is_written(mine, name, signature, result):
+def test_a_signature_is_shown_as_written(mine, name, signature, result):
     loaded = typed.prepared("h", getattr(mine, name))
     loaded.close()
 
@@ -566,18 +566,22 @@ def test_a_signature_is_told_as_it_is_written(mine, name, signature, result):
     assert (json.loads(loaded.function.result)["type"] if result else "") == result
 
 
-def test_functions_that_are_alike_are_told_once_with_their_workers():
+def test_equal_functions_are_listed_once_with_their_workers():
     one = Function("f", "f(a: int)", workers=("C",))
     other = one._replace(signature="f(a: str)", workers=("F",))
 
-    told = signatures.gathered([one, other, one._replace(workers=("D",))])
+    described = signatures.gathered([one, other, one._replace(workers=("D",))])
 
-    assert told == (one._replace(workers=("C", "D")), other)
-    assert signatures.digest(told) == signatures.digest(list(told)) != signatures.digest([one])
+    assert described == (one._replace(workers=("C", "D")), other)
+    assert (
+        signatures.digest(described)
+        == signatures.digest(list(described))
+        != signatures.digest([one])
+    )
     assert signatures.digest(()) == 0
 
 
-def test_what_is_too_long_to_tell_is_left_out():
+def test_a_description_that_is_too_long_is_left_out():
     long = signatures.bounded(
         Function("f", "s" * 1000, "d\ud800" * 5000, "x" * 20_000, "y" * 20_000)
     )
@@ -594,12 +598,14 @@ def test_what_is_too_long_to_tell_is_left_out():
     assert signatures.bounded(Function("f", doc="a\x1b[2J\nb")).doc == "a [2J\nb"
 
 
-def test_what_another_process_tells_of_functions_is_judged():
-    def told(*made: pb2.Function) -> pb2.MetricsResponse:
+def test_descriptions_from_another_process_are_validated():
+    def described(*made: pb2.Function) -> pb2.MetricsResponse:
         me = pb2.Process(id="C", role="worker", team="t", address="h:1")
         return pb2.MetricsResponse(process_id="C", topology=[me], functions=made)
 
-    fine = told(pb2.Function(name="f", doc="one\ntwo \x1b[2J", signature="f\n()", workers=["C"]))
+    fine = described(
+        pb2.Function(name="f", doc="one\ntwo \x1b[2J", signature="f\n()", workers=["C"])
+    )
     read_metrics(fine)
 
     assert fine.functions[0].doc == "one\ntwo \\x1b[2J"
@@ -611,7 +617,7 @@ def test_what_another_process_tells_of_functions_is_judged():
     )
     for made in wrong:
         with pytest.raises(BadResponse):
-            read_metrics(told(*made))
+            read_metrics(described(*made))
 
 
 # On real processes
@@ -643,9 +649,9 @@ def configuration() -> dict[str, Any]:
         "handlers": {**spec, **apart, "offer": "loans:offer", "payments": "loans:payments",
                      "total": {"call": "typed_mine:who", "merge": "typed_mine_merge:total"}},
         "processes": {
-            who: {"id": who, "role": roles[who], "team": "green", "host": "127.0.0.1",
-                  "port": next(ports), "neighbors": neighbours[who]}
-            for who in roles
+            id_: {"id": id_, "role": roles[id_], "team": "green", "host": "127.0.0.1",
+                  "port": next(ports), "neighbors": neighbours[id_]}
+            for id_ in roles
         },
     }  # fmt: skip
 
@@ -660,7 +666,7 @@ def total(parts):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A, B and the workers C and D, whose functions run on threads, and some in processes."""
+    """A, B and the workers C and D, with functions on threads and in processes."""
     folder = tmp_path_factory.mktemp("four")
     (folder / "typed_mine.py").write_text(MINE)
     (folder / "typed_mine_merge.py").write_text(MERGE)
@@ -686,11 +692,11 @@ def test_a_typed_function_is_called_on_threads_and_in_processes(leader, name):
         leader.call(handler=name, args={}, mode="any")
 
 
-def test_all_workers_give_a_value_each(leader):
+def test_each_worker_gives_its_own_value(leader):
     answer = leader.call(handler="resize", args={"path": "a.jpg"})
 
-    assert answer.values == {who: {"path": "a.jpg", "width": 200} for who in "CD"}
-    with pytest.raises(ValueError, match=r"2 workers gave a value each, which `values` has"):
+    assert answer.values == {worker: {"path": "a.jpg", "width": 200} for worker in "CD"}
+    with pytest.raises(ValueError, match=r"2 workers returned a value each: use `values`"):
         answer.value  # noqa: B018
     merged = leader.call(handler="total", args={})
     assert (merged.value, merged.values) == ("C+D", {"C": "C", "D": "D"})
@@ -698,16 +704,16 @@ def test_all_workers_give_a_value_each(leader):
     assert {part.process_id: part.value for part in parts} == {"C": "C", "D": "D"}
 
 
-def test_a_value_comes_back_from_submit_and_map(leader):
+def test_submit_and_map_return_values(leader):
     future = leader.submit("resize", args={"path": "a.jpg", "width": 3})
     assert future.result(10) == {"path": "a.jpg", "width": 3}
     assert future.result() is future.result()
     widths = leader.map("resize", args=({"path": "a", "width": n} for n in range(50)))
     assert [value["width"] for value in widths] == list(range(50))
     mixed = [{"path": "a"}, {"path": 1}, {"path": "c"}]
-    delivery = dict(leader.map_as_completed("resize", args=mixed))
-    assert (delivery[0]["path"], delivery[2]["path"]) == ("a", "c")
-    assert isinstance(delivery[1], library.InvalidCall)
+    outcome = dict(leader.map_as_completed("resize", args=mixed))
+    assert (outcome[0]["path"], outcome[2]["path"]) == ("a", "c")
+    assert isinstance(outcome[1], library.InvalidCall)
     with pytest.raises(library.InvalidCall, match="argument 'path'"):
         list(leader.map("resize", args=mixed))
     with pytest.raises(library.InvalidCall, match="argument 'path' is missing"):
@@ -719,7 +725,7 @@ def test_bytes_dates_and_dataclasses_can_be_arguments(leader):
     assert base64.b64decode(sent.result(10)["pixels"]) == bytes(range(256))
 
 
-def test_args_of_a_function_of_bytes_are_told_apart(leader):
+def test_args_for_a_function_of_bytes_are_rejected_with_the_reason(leader):
     with pytest.raises(library.InvalidCall, match="the result is not JSON"):
         leader.submit("echo", args={"a": 1}).result(10)
     with pytest.raises(ValueError, match="the result is not JSON"):
@@ -729,14 +735,14 @@ def test_args_of_a_function_of_bytes_are_told_apart(leader):
 @pytest.mark.parametrize(
     ("given", "error", "sentence"),
     [
-        ({"args": [1]}, TypeError, "args are a function's arguments by name, a dict, not list"),
+        ({"args": [1]}, TypeError, "args must be a dict of arguments by name, not list"),
         ({"args": {1: 2}}, TypeError, "args: 1 is not the name of an argument"),
         ({"args": {"a": object()}}, TypeError, "args: dict with object in it, which is not JSON"),
         ({"payload": b"x", "args": {}}, TypeError, "a payload or args, not both"),
-        ({}, TypeError, "a request has a payload, or the args of a typed function"),
+        ({}, TypeError, "a request needs a payload, or the args of a typed function"),
     ],
 )
-def test_wrong_args_are_told_before_anything_is_sent(leader, given, error, sentence):
+def test_invalid_args_are_rejected_before_anything_is_sent(leader, given, error, sentence):
     for verb in (leader.call, leader.forward, functools.partial(leader.submit, "resize")):
         with pytest.raises(error, match=sentence):
             verb(**given)
@@ -744,25 +750,25 @@ def test_wrong_args_are_told_before_anything_is_sent(leader, given, error, sente
         list(leader.parts(**given))
 
 
-def test_a_future_or_a_map_of_args_asks_any_one_worker(leader):
+def test_submit_and_map_with_args_ask_one_worker(leader):
     for verb in (leader.submit, leader.map):
-        with pytest.raises(ValueError, match="mode 'all' with args has a value of each worker"):
+        with pytest.raises(ValueError, match="mode 'all' with args returns one value per worker"):
             verb("resize", args={}, mode="all")
-    with pytest.raises(TypeError, match="args of a map are many dicts"):
+    with pytest.raises(TypeError, match="args of a map must be an iterable of dicts"):
         leader.map("resize", args={"path": "a"})
-    with pytest.raises(TypeError, match="a map has payloads, or the args"):
+    with pytest.raises(TypeError, match="a map needs either payloads, or the args"):
         leader.map("resize")
 
 
-def test_the_same_with_asyncio(four):
+def test_typed_functions_work_with_asyncio(four):
     async def ask() -> None:
         async with overlay.connect_async(four.address("A")) as client:
             args = {"path": "a", "width": 3}
             assert (await client.call(handler="resize", args=args, mode="any")).value == args
             assert (await client.call(handler="resize", args=args)).values["D"] == args
             assert await client.submit("resize", args=args) == args
-            delivery = [value async for value in client.map("resize", args=[args, args])]
-            assert delivery == [args, args]
+            outcome = [value async for value in client.map("resize", args=[args, args])]
+            assert outcome == [args, args]
 
             async def many():
                 for n in range(3):
@@ -779,43 +785,43 @@ def test_the_same_with_asyncio(four):
     asyncio.run(ask())
 
 
-def test_other_languages_send_json_as_the_payload(four):
+def test_other_languages_can_send_json_as_the_payload(four):
     response = four.ask("A", b'{"path": "a.jpg"}', handler="resize", mode="ANY")
     assert response.result == b'{"path":"a.jpg","width":200}'
 
 
 @pytest.mark.parametrize("name", ["count", "count_apart"])
-def test_each_item_that_is_yielded_is_a_part(leader, name):
+def test_each_yielded_item_is_a_part(leader, name):
     parts = list(leader.parts(handler=name, args={"to": 5_000}))
 
-    for who in "CD":
-        found = [part.value["n"] for part in parts if part.process_id == who]
+    for worker in "CD":
+        found = [part.value["n"] for part in parts if part.process_id == worker]
         assert found == list(range(5_000))
     assert list(leader.parts(handler=name, args={"to": 0})) == []
     assert leader.call(handler=name, args={"to": 2}, mode="any").value == [{"n": 0}, {"n": 1}]
 
 
 @pytest.mark.parametrize("name", ["steps", "steps_apart"])
-def test_an_item_comes_while_the_function_still_works(leader, name):
-    delivery = leader.parts(handler=name, args={"to": 2, "seconds": 60})
-    assert {next(delivery).process_id, next(delivery).process_id} == {"C", "D"}
-    delivery.close()
+def test_an_item_arrives_while_the_function_is_running(leader, name):
+    outcome = leader.parts(handler=name, args={"to": 2, "seconds": 60})
+    assert {next(outcome).process_id, next(outcome).process_id} == {"C", "D"}
+    outcome.close()
     assert len(list(leader.parts(handler=name, args={"to": 9, "seconds": 0}, first=3))) == 3
 
 
-def test_workers_that_fail_after_some_items_say_so_at_the_end(leader):
-    delivery = leader.parts(handler="steps", args={"to": 2, "seconds": 0, "fail": True})
-    given = [next(delivery) for _ in range(4)]
+def test_a_failure_after_yielded_items_is_reported_at_the_end(leader):
+    outcome = leader.parts(handler="steps", args={"to": 2, "seconds": 0, "fail": True})
+    given = [next(outcome) for _ in range(4)]
 
     assert sorted((part.process_id, part.value["n"]) for part in given) == [
         ("C", 0), ("C", 1), ("D", 0), ("D", 1),
     ]  # fmt: skip
     with pytest.raises(library.HandlerFailed, match=r"C: handler 'steps' failed; error id .* D: "):
-        next(delivery)
+        next(outcome)
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10**6])
-def test_items_are_found_wherever_their_array_is_cut(mine, size):
+def test_items_are_found_wherever_the_array_is_split(mine, size):
     text = b"".join(typed.prepared("count", mine.count).call(b'{"to": 20}', at()))
     assert text.count(b"\n") == 0  # so that a result stays a line
     parts, given = Parts(None, in_items=True), []
@@ -825,7 +831,7 @@ def test_items_are_found_wherever_their_array_is_cut(mine, size):
     assert [part.value["n"] for part in given] == list(range(20))
 
 
-def test_many_quick_items_leave_together():
+def test_many_quick_items_are_sent_together():
     sent: list[bytes] = []
     leaving = ItemSender(lambda chunk: sent.append(chunk) or True)
 
@@ -839,7 +845,7 @@ def test_many_quick_items_leave_together():
     assert b"".join(sent) + leaving.rest() == b"".join(b"%d\t" % n for n in range(5_000))
 
 
-def test_an_idempotency_key_goes_with_args(leader):
+def test_an_idempotency_key_works_with_args(leader):
     asked = {"handler": "resize", "args": {"path": "a"}, "mode": "any", "idempotency_key": "one"}
     assert leader.call(**asked).request_id == leader.call(**asked).request_id
 
@@ -871,7 +877,7 @@ def test_client_py_sends_args(four, tmp_path):
         (["--args", "{}", "--payload", "x"], "not allowed with argument --args"),
     ],
 )
-def test_client_py_refuses_wrong_args(words, sentence, capsys):
+def test_client_py_rejects_invalid_args(words, sentence, capsys):
     from overlay.cli import ask as asking
     from overlay.cli.usage import Parser
 
@@ -882,18 +888,18 @@ def test_client_py_refuses_wrong_args(words, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
-def test_client_py_shows_what_the_handlers_take(four):
-    def told(process_id: str) -> set[str]:
+def test_client_py_shows_the_arguments_of_handlers(four):
+    def described(process_id: str) -> set[str]:
         found = four.channel(process_id)
         ask = pb2_grpc.OverlayNodeStub(found).GetMetrics
         made = ask(pb2.MetricsRequest(functions=True), timeout=5).functions
         return {function.name for function in made if len(function.workers) == 2}
 
     names = set(four.config["handlers"]) | {"echo"}
-    until(lambda: told("A") == names, what="the leader knows of all functions")
+    until(lambda: described("A") == names, what="the leader knows all functions")
 
     shown = run("127.0.0.1", four.port("A"), "handlers")
-    said = json.loads(run("127.0.0.1", four.port("A"), "handlers", "--json").stdout)
+    message = json.loads(run("127.0.0.1", four.port("A"), "handlers", "--json").stdout)
 
     assert (shown.returncode, shown.stderr) == (0, "")
     assert (
@@ -902,31 +908,31 @@ def test_client_py_shows_what_the_handlers_take(four):
     )
     assert "    (typed, called with --args; on C, D)" in shown.stdout
     assert "shout(payload: bytes, context) -> bytes\n    Says it louder.\n" in shown.stdout
-    found = {handler["name"]: handler for handler in said["handlers"]}
+    found = {handler["name"]: handler for handler in message["handlers"]}
     assert found["resize_apart"]["arguments"]["properties"]["path"]["type"] == "string"
     assert found["shout"]["arguments"] is None
     assert found["picture"]["result"]["$defs"]["Size"]["properties"]["pixels"]["type"] == "string"
 
 
-def test_the_functions_are_told_only_to_those_who_ask(four):
+def test_functions_are_described_only_on_request(four):
     assert not four.metrics("A").functions
     assert four.metrics("A").functions_digest
 
 
-def test_a_watch_has_the_functions_too(four):
+def test_the_poller_collects_functions(four):
     from overlay.monitor.poller import Poller
 
     watch = Poller(four.address("A"), 0.1).start()
     try:
-        told = until(lambda: watch.newer(within_s=1).get("functions"), what="functions")
+        described = until(lambda: watch.newer(within_s=1).get("functions"), what="functions")
     finally:
         watch.close()
-    found = {function["name"]: function for function in told}
+    found = {function["name"]: function for function in described}
     assert found["resize"]["signature"] == "resize(path: str, width: int = 200) -> dict"
     assert found["resize"]["workers"] == ["C", "D"]
 
 
-def test_a_function_that_cannot_be_called_with_json_ends_the_start(tmp_path):
+def test_a_function_that_cannot_be_called_with_json_aborts_the_startup(tmp_path):
     (tmp_path / "typed_wrong.py").write_text("def f(path: 'Nowhere') -> str: ...\n")
     config = configuration()
     for how in ("thread", "process"):
@@ -959,7 +965,7 @@ def test_the_example_makes_an_offer(leader):
         leader.submit(
             "offer", args={"loan": {**loan, "months": 601}, "first": "2026-01-31"}
         ).result(10)
-    with pytest.raises(library.InvalidCall, match=r"a loan of 0 at 4\.5 % is none"):
+    with pytest.raises(library.InvalidCall, match=r"a loan of 0 at 4\.5 % is not possible"):
         leader.submit(
             "payments", args={"loan": {**loan, "amount": "0"}, "first": "2026-01-31"}
         ).result(10)
@@ -968,19 +974,19 @@ def test_the_example_makes_an_offer(leader):
 # The last one: a worker of the overlay is another one from here on
 
 
-def test_a_worker_that_runs_other_code_is_told_apart(four):
-    def told() -> dict[str, list[str]]:
+def test_a_worker_with_different_code_is_listed_separately(four):
+    def described() -> dict[str, list[str]]:
         asked = pb2.MetricsRequest(functions=True)
         found = four.stub("A").GetMetrics(asked, timeout=5).functions
         return {f.doc.partition("\n")[0]: list(f.workers) for f in found if f.name == "resize"}
 
-    until(lambda: told() == {"Makes a picture smaller.": ["C", "D"]}, what="both are alike")
+    until(lambda: described() == {"Makes a picture smaller.": ["C", "D"]}, what="both are equal")
     text = MINE.replace("Makes a picture smaller.", "Makes it smaller.")
     (four.folder / "typed_mine.py").write_text(text)
 
     four.kill("D")
-    until(lambda: told() == {"Makes a picture smaller.": ["C"]}, what="D is gone")
+    until(lambda: described() == {"Makes a picture smaller.": ["C"]}, what="D is gone")
     four.start("D")
 
     both = {"Makes a picture smaller.": ["C"], "Makes it smaller.": ["D"]}
-    until(lambda: told() == both, what="D is told apart")
+    until(lambda: described() == both, what="D is listed separately")

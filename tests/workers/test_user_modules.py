@@ -1,4 +1,4 @@
-"""The user's folder: whatever lies beside the configuration, and what becomes of it meanwhile."""
+"""The user's modules beside the configuration file: their names, and edits while a worker runs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def fails(payload, context):
 
 
 def one_worker(calls: dict[str, str]) -> dict[str, object]:
-    """Worker C, to be started alone, with each of these functions on threads and in processes."""
+    """Worker C alone, with each of these functions on threads and in processes."""
     roles = {"A": ("leader", "B"), "B": ("team_leader", "AC"), "C": ("worker", "B")}
     processes = {
         name: {"id": name, "role": role, "team": "t", "neighbors": list(neighbors)}
@@ -106,7 +106,7 @@ def fill(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """Started in the folder in which all of this lies."""
+    """A worker whose folder has all of these files."""
     calls = {"mine": "mine:version", "who": "client:who", "pool": "client:pool"}
     config = one_worker({**calls, "loud": "loud:fails"})
     overlay = Overlay(tmp_path_factory.mktemp("folder"), config)
@@ -118,19 +118,19 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_what_lies_beside_the_configuration_takes_nobodys_place(worker, run):
+def test_modules_in_the_folder_do_not_replace_standard_or_installed_ones(worker, run):
     assert json.loads(worker.ask("C", handler=f"mine-{run}").result) == [1] * 5
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_module_of_the_folder_may_have_a_name_that_lies_beside_our_program(worker, run):
+def test_a_module_of_the_folder_may_have_the_name_of_a_program_file(worker, run):
     found = worker.ask("C", handler=f"who-{run}").result.decode()
 
     assert os.path.realpath(found) == os.path.realpath(worker.folder / "client.py")
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_processes_that_a_handler_spawns_find_its_module_too(worker, run):
+def test_processes_spawned_by_a_handler_find_its_module(worker, run):
     assert worker.ask("C", handler=f"pool-{run}", timeout=30).result == b"[1.0, 2.0]"
 
 
@@ -145,10 +145,10 @@ def test_whatever_a_module_does_to_logging_the_error_id_is_in_the_log(worker, ru
     assert re.search(f"INFO request [0-9a-f]+: .*said {run}$", worker.log("C"), re.MULTILINE)
 
 
-def test_what_is_edited_meanwhile_waits_for_the_next_start(worker):
+def test_edited_modules_take_effect_at_the_next_start(worker):
     for name in ("helper", "later", "package/__init__", "package/deep"):
         (worker.folder / f"{name}.py").write_text("VERSION = 2")
-    (worker.folder / "mine.py").write_text("def version(payload, cont")  # half of it is written
+    (worker.folder / "mine.py").write_text("def version(payload, cont")  # half-written
     with pytest.raises(grpc.RpcError):
         worker.ask("C", b"exit", handler="mine-process")
 
@@ -157,13 +157,13 @@ def test_what_is_edited_meanwhile_waits_for_the_next_start(worker):
 
 
 class Copied(Overlay):
-    """Our whole program in the same folder as the configuration, as a newcomer has it."""
+    """The whole program in the same folder as the configuration, as beginners have it."""
 
     def _node(self, process_id: str) -> list[str]:
         return [sys.executable, str(self.folder / "node.py"), self.path.name, process_id]
 
 
-def test_what_lies_beside_our_program_takes_nobodys_place(tmp_path):
+def test_modules_beside_the_program_do_not_replace_standard_or_installed_ones(tmp_path):
     copied = Copied(tmp_path / "all of it", one_worker({"mine": "mine:version"}))
     fill(copied.folder)
     ours = ("node.py", "client.py", "test_system.py", "overlay_pb2.py", "overlay_pb2_grpc.py")
@@ -193,7 +193,7 @@ def test_what_lies_beside_our_program_takes_nobodys_place(tmp_path):
         copied.stop()
 
 
-# A name that leads to another module is an error that says so, on threads and in processes alike.
+# A shadowed module is an error that names both files, on threads and in processes.
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ NAMED = {
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("call", NAMED)
-def test_a_handlers_module_that_is_another_one_is_named_with_both_files(tmp_path, path, call, run):
+def test_a_shadowed_handler_module_is_reported_with_both_files(tmp_path, path, call, run):
     name, _, function = call.partition(":")
     own = tmp_path / f"{name}.py"
     own.write_text(f"def {function}(payload, context): return payload")
@@ -226,7 +226,7 @@ def test_a_handlers_module_that_is_another_one_is_named_with_both_files(tmp_path
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_file_that_cannot_be_imported_for_its_name_is_named(tmp_path, path, run):
+def test_a_file_shadowed_by_a_standard_module_is_named(tmp_path, path, run):
     (tmp_path / "queue.py").write_text("def shout(): pass")
     (tmp_path / "wants.py").write_text("import queue\nqueue.shout()")
 
@@ -242,7 +242,9 @@ def executor_of(folder: Path, call: str, run: str) -> Executor:
     return Executor(Topology({"W": worker}, specs, folder=folder), worker)
 
 
-def test_the_folder_comes_once_and_last_but_for_our_own(tmp_path, path, monkeypatch):
+def test_the_folder_is_on_the_path_once_and_before_only_the_program_folder(
+    tmp_path, path, monkeypatch
+):
     monkeypatch.setattr(sys, "path", [str(ROOT), "library", str(tmp_path), "installed"])
 
     api.add_folder(tmp_path)
@@ -265,7 +267,7 @@ def test_the_folder_comes_once_and_last_but_for_our_own(tmp_path, path, monkeypa
         ("one", "import two, three", {"two", "three", "four"}),
     ],
 )
-def test_what_a_module_may_import_when_it_is_called_is_kept(tmp_path, importer, text, kept):
+def test_modules_imported_inside_functions_are_kept(tmp_path, importer, text, kept):
     for name in ("far", "plain"):
         (tmp_path / name).mkdir()
     for name in ("two", "four", "far/__init__", "far/away", "far/near", "plain/inner", "random"):
