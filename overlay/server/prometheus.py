@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -29,6 +29,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from overlay.model import clocks as time
+from overlay.observability import metric_families
 from overlay.transport.http_door import Server, listen
 
 log = logging.getLogger(__name__)
@@ -82,95 +83,21 @@ class Families(Collector):
         who = {"process": m.process_id, "role": m.role, "team": m.team}
         what = {"version": m.version, "python": m.python, "config": m.config_digest}
         yield InfoMetricFamily("overlay", "Which process this is.", {**who, **what})
-        for name, kind, samples, documentation, *labels in FAMILIES:
-            family = kind(f"overlay_{name}", documentation, labels=labels)
-            for *values, value in samples(m):
-                family.add_metric(values, float(value))
-            yield family
+        for family in metric_families.FAMILIES:
+            name = f"overlay_{family.name}"
+            metric = _KINDS[family.kind](name, family.help, labels=family.labels)
+            for *values, value in family.samples(m):
+                metric.add_metric(values, float(value))
+            yield metric
         for name, get, documentation in HISTOGRAMS:
             yield _histogram(f"overlay_{name}_seconds", documentation, get(m))
 
 
-Samples = Callable[[Any], Iterable[tuple[Any, ...]]]
-"""Of the metrics: the value of each label, and at the end that of the figure."""
-
-
-def _one(name: str) -> Samples:
-    return lambda m: [(getattr(m, name),)]
-
-
-def _map(name: str) -> Samples:
-    return lambda m: sorted(getattr(m, name).items())
-
-
-def _links(name: str) -> Samples:
-    return lambda m: [(link.process_id, getattr(link, name)) for link in m.neighbours]
-
-
-def _handlers(name: str) -> Samples:
-    return lambda m: [(handler.name, getattr(handler, name)) for handler in m.handlers]
-
-
-def _started(m: Any) -> Iterable[tuple[float]]:
-    return [(m.wall_time_s - m.uptime_s,)]
-
-
-def _ended(m: Any) -> Iterable[tuple[str, int]]:
-    return [(how, getattr(m, how)) for how in ("completed", "failed", "refused", "cancelled")]
-
-
-def _links_up(m: Any) -> Iterable[tuple[str, bool]]:
-    return [(link.process_id, link.state == "up") for link in m.neighbours]
-
-
-def _handled(m: Any) -> Iterable[tuple[str, str, int]]:
-    return [(h.name, how, getattr(h, how)) for h in m.handlers for how in ("completed", "failed")]
-
-
-GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
+_KINDS: dict[str, Any] = {
+    metric_families.GAUGE: GaugeMetricFamily,
+    metric_families.COUNTER: CounterMetricFamily,
+}
 WAITS = "Until a handler began: in queues and on the way."
-CROWDED = "Calls, streams and connections ended, or not let in, because there were too many."
-FAMILIES: tuple[tuple[Any, ...], ...] = (  # name, type, samples, help, labels
-    ("serving", GAUGE, _one("is_healthy"), "1 while it takes requests, 0 while it stops."),
-    ("start_time_seconds", GAUGE, _started, "When it started, since 1970."),
-    ("log_lines_dropped", COUNTER, _one("log_lines_dropped"), "Lines that no log got."),
-    ("requests_received", COUNTER, _one("received"), "Requests that came."),
-    ("requests_ended", COUNTER, _ended,
-     "Requests that ended: each in one of the four ways.", "outcome"),
-    ("requests_refused", COUNTER, _map("refused_by_reason"),
-     "Requests refused before any handler ran.", "reason"),
-    ("requests_waiting", GAUGE, _one("queue_size"), "Single requests in the queue."),
-    ("queue_slots", GAUGE, _one("queue_slots"), "How many can wait in the queue."),
-    ("requests_in_service", GAUGE, _one("active_requests"), "Single requests in service."),
-    ("service_slots", GAUGE, _one("max_capacity"), "How many can be in service."),
-    ("crowded_out", COUNTER, _map("crowded_out"), CROWDED, "what"),
-    ("calls_without_message", GAUGE, _one("calls_without_message"),
-     "Calls whose message has not come."),
-    ("idempotency_keys", GAUGE, _one("keys"), "Idempotency keys that are remembered."),
-    ("idempotency_bytes", GAUGE, _one("key_bytes"), "Bytes of the answers kept for them."),
-    ("idempotency_waiters", GAUGE, _one("key_waiters"),
-     "Calls that wait for the first of their key."),
-    ("streams", GAUGE, _one("streams"), "Streams open."),
-    ("streamed_requests_waiting", GAUGE, _one("streamed_waiting"),
-     "Requests of streams that wait."),
-    ("streamed_requests_slots", GAUGE, _one("streamed_slots"),
-     "How many requests of the streams open now may wait."),
-    ("streamed_requests_in_service", GAUGE, _one("streamed_active"),
-     "Requests of streams in service."),
-    ("link_up", GAUGE, _links_up, "1 while the neighbour can be asked.", "neighbour"),
-    ("link_same_config", GAUGE, _links("same_config"),
-     "1 while it reads the same file.", "neighbour"),
-    ("link_outstanding_requests", GAUGE, _links("outstanding"),
-     "Asked and not answered.", "neighbour"),
-    ("link_requests", COUNTER, _links("asked"), "Requests handed to the neighbour.", "neighbour"),
-    ("link_failures", COUNTER, _links("failed"), "Of those, the ones that failed.", "neighbour"),
-    ("link_ejections", COUNTER, _links("ejections"),
-     "How often requests went round it.", "neighbour"),
-    ("handler_running", GAUGE, _handlers("active"),
-     "Requests that the handler works on.", "handler"),
-    ("handler_slots", GAUGE, _handlers("slots"), "How many it can work on at once.", "handler"),
-    ("handler_requests", COUNTER, _handled, "Requests it has worked on.", "handler", "outcome"),
-)  # fmt: skip
 HISTOGRAMS = (
     ("request_waiting", attrgetter("waiting"), WAITS),
     ("request_service", attrgetter("service"), "While the handler ran, as its worker says."),
