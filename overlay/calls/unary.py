@@ -109,10 +109,9 @@ class UnaryRequests:
         return reply.answers
 
     def _ask_with_key(self, single: _Single) -> pb2.Response | Future[pb2.Response]:
-        request, route = single.request, single.segment.route
-        options = f"{route.mode}\n{route.team}\n{route.handler}\n{request.want_parts}\n".encode()
+        request = single.request
         try:
-            question = (options, request.payload)
+            question = _question(single.segment.route, request)
             found = self._keys.enter(single.caller, request.idempotency_key, question)
         except OverlayError as e:
             found = e
@@ -216,6 +215,11 @@ def _cancel(queued: weakref.ref[QueuedSegment]) -> None:
     found = queued()
     if found is not None:
         found.end(Code.CANCELLED)
+
+
+def _question(route: Route, request: pb2.Request) -> tuple[bytes, bytes]:
+    """What has to be the same when a key comes again."""
+    return repr((route, request.want_parts)).encode(), request.payload
 
 
 def _until(deadline: float) -> float:

@@ -16,7 +16,14 @@ from typing import Any, cast
 
 from overlay.cli.terminal import Exit, Screen, StandardOutput, connected, failed, result_as_json
 from overlay.cli.text import counted, shown, sized
-from overlay.cli.usage import Parser, complain, out_file, shared_options, whole_number
+from overlay.cli.usage import (
+    Parser,
+    complain,
+    out_file,
+    request_options,
+    shared_options,
+    whole_number,
+)
 from overlay.client import sync as library
 from overlay.model import clocks as time
 from overlay.model import json_values
@@ -114,13 +121,11 @@ def run(args: argparse.Namespace) -> int:
             *_payload_of(args),
             args=args.args,
             mode=args.mode,
-            team=args.team,
             handler=args.handler,
-            timeout=args.deadline,
             want_parts=args.parts,
-            priority=args.priority,
             want_trace=args.trace,
             request_id=request_id,
+            **request_options(args),
         )
     except library.CallFailed as e:
         code = failed(e, address, args.json)
@@ -156,10 +161,9 @@ def ask_for_parts(args: argparse.Namespace) -> int:
         for part in connected(args).parts(
             *_payload_of(args),
             args=args.args,
-            team=args.team,
             handler=args.handler,
-            timeout=args.deadline,
             first=args.first,
+            **request_options(args),
         ):
             if args.out and part.ok:
                 written = (b"\n", part.result) if found else (part.result,)

@@ -16,6 +16,7 @@ from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.topology import Process, Topology, join_address
 from overlay.monitor.diagnosis import Finding, Observation
+from overlay.observability import metric_families
 from overlay.transport.codec import pb2
 
 
@@ -53,7 +54,6 @@ def of_process(args: argparse.Namespace) -> int:
 
 
 def show_metrics(report: Screen, m: pb2.MetricsResponse, address: str) -> None:
-    refusals = ", ".join(f"{n} {reason}" for reason, n in sorted(m.refused_by_reason.items()))
     workers, unreached = expected_workers(m), unreached_workers(m)
     report.facts(
         ("process", f"{m.process_id}, {m.role} of team {m.team}, at {address}"),
@@ -69,14 +69,12 @@ def show_metrics(report: Screen, m: pb2.MetricsResponse, address: str) -> None:
             f"{m.received} received: {m.completed} completed, {m.failed} failed, "
             f"{m.refused} refused, {m.cancelled} cancelled",
         ),
-        ("refused", refusals),
+        *metric_families.facts(m),
         ("waiting", _spread(m.waiting_ms)),
         ("serving", _spread(m.service_ms)),
         ("program", f"overlay {m.version}, Python {m.python}, {m.platform}, pid {m.pid}"),
         ("config", m.config_digest),
         ("keys", _keys(m) if m.keys else ""),
-        ("ended", ", ".join(f"{n} {what}" for what, n in sorted(m.crowded_out.items()))),
-        ("log", f"{m.log_lines_dropped} lines dropped" if m.log_lines_dropped else ""),
     )
     report.table(
         "neighbours asked by this process", NEIGHBOUR_COLUMNS, map(_neighbour, m.neighbours)

@@ -134,6 +134,11 @@ def shared_options(
         add("--json", action="store_true", help=json)
 
 
+def request_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the shared options those that every kind of request takes, by the library's names."""
+    return {"team": args.team, "timeout": args.deadline, "priority": args.priority}
+
+
 # Types of arguments
 
 

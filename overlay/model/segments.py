@@ -244,9 +244,8 @@ class Segment(Copied):
         return self.with_(attempt=self.attempt + 1)
 
     def onward(self, me: str, targets: tuple[str, ...]) -> Segment:
-        """The same requests as `me` sends them down to cover `targets`."""
-        route = self.route
-        down = Route(route.mode, route.team, route.handler, (*route.hops, me), targets)
+        """The same requests as `me` sends them down, to cover `targets`."""
+        down = self.route._replace(hops=(*self.route.hops, me), targets=targets)
         return self.with_(route=down, idempotent=False)
 
     @staticmethod

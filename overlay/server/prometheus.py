@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -29,6 +29,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from overlay.model import clocks as time
+from overlay.observability import metric_families
 from overlay.transport.http_server import Server, listen
 
 log = logging.getLogger(__name__)
@@ -82,95 +83,21 @@ class Families(Collector):
         identity = {"process": m.process_id, "role": m.role, "team": m.team}
         build = {"version": m.version, "python": m.python, "config": m.config_digest}
         yield InfoMetricFamily("overlay", "Which process this is.", {**identity, **build})
-        for name, kind, samples, documentation, *labels in FAMILIES:
-            family = kind(f"overlay_{name}", documentation, labels=labels)
-            for *values, value in samples(m):
-                family.add_metric(values, float(value))
-            yield family
+        for family in metric_families.FAMILIES:
+            name = f"overlay_{family.name}"
+            metric = _KINDS[family.kind](name, family.help, labels=family.labels)
+            for *values, value in family.samples(m):
+                metric.add_metric(values, float(value))
+            yield metric
         for name, get, documentation in HISTOGRAMS:
             yield _histogram(f"overlay_{name}_seconds", documentation, get(m))
 
 
-Samples = Callable[[Any], Iterable[tuple[Any, ...]]]
-"""Samples of a metric: the value of each label, then the sample's own."""
-
-
-def _one(name: str) -> Samples:
-    return lambda m: [(getattr(m, name),)]
-
-
-def _map(name: str) -> Samples:
-    return lambda m: sorted(getattr(m, name).items())
-
-
-def _links(name: str) -> Samples:
-    return lambda m: [(link.process_id, getattr(link, name)) for link in m.neighbours]
-
-
-def _handlers(name: str) -> Samples:
-    return lambda m: [(handler.name, getattr(handler, name)) for handler in m.handlers]
-
-
-def _started(m: Any) -> Iterable[tuple[float]]:
-    return [(m.wall_time_s - m.uptime_s,)]
-
-
-def _ended(m: Any) -> Iterable[tuple[str, int]]:
-    return [(how, getattr(m, how)) for how in ("completed", "failed", "refused", "cancelled")]
-
-
-def _links_up(m: Any) -> Iterable[tuple[str, bool]]:
-    return [(link.process_id, link.state == "up") for link in m.neighbours]
-
-
-def _handled(m: Any) -> Iterable[tuple[str, str, int]]:
-    return [(h.name, how, getattr(h, how)) for h in m.handlers for how in ("completed", "failed")]
-
-
-GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
+_KINDS: dict[str, Any] = {
+    metric_families.GAUGE: GaugeMetricFamily,
+    metric_families.COUNTER: CounterMetricFamily,
+}
 WAITING = "Time until a handler started: in queues and on the network."
-CROWDED = "Calls, streams and connections ended or refused because there were too many."
-FAMILIES: tuple[tuple[Any, ...], ...] = (  # name, type, samples, help, labels
-    ("serving", GAUGE, _one("is_healthy"), "1 while it takes requests, 0 while it stops."),
-    ("start_time_seconds", GAUGE, _started, "When it started, since 1970."),
-    ("log_lines_dropped", COUNTER, _one("log_lines_dropped"), "Log lines not written."),
-    ("requests_received", COUNTER, _one("received"), "Requests received."),
-    ("requests_ended", COUNTER, _ended,
-     "Requests that ended, each with one of four outcomes.", "outcome"),
-    ("requests_refused", COUNTER, _map("refused_by_reason"),
-     "Requests refused before any handler ran.", "reason"),
-    ("requests_waiting", GAUGE, _one("queue_size"), "Single requests in the queue."),
-    ("queue_slots", GAUGE, _one("queue_slots"), "How many requests the queue can hold."),
-    ("requests_in_service", GAUGE, _one("active_requests"), "Single requests in service."),
-    ("service_slots", GAUGE, _one("max_capacity"), "How many can be in service."),
-    ("crowded_out", COUNTER, _map("crowded_out"), CROWDED, "what"),
-    ("calls_without_message", GAUGE, _one("calls_without_message"),
-     "Calls whose message has not arrived."),
-    ("idempotency_keys", GAUGE, _one("keys"), "Idempotency keys kept."),
-    ("idempotency_bytes", GAUGE, _one("key_bytes"), "Bytes of the answers kept for them."),
-    ("idempotency_waiters", GAUGE, _one("key_waiters"),
-     "Calls waiting for the first with their key."),
-    ("streams", GAUGE, _one("streams"), "Open streams."),
-    ("streamed_requests_waiting", GAUGE, _one("streamed_waiting"),
-     "Waiting requests of streams."),
-    ("streamed_requests_slots", GAUGE, _one("streamed_slots"),
-     "How many requests of the open streams may wait."),
-    ("streamed_requests_in_service", GAUGE, _one("streamed_active"),
-     "Requests of streams in service."),
-    ("link_up", GAUGE, _links_up, "1 while requests can be sent.", "neighbour"),
-    ("link_same_config", GAUGE, _links("same_config"),
-     "1 if its configuration is the same.", "neighbour"),
-    ("link_outstanding_requests", GAUGE, _links("outstanding"),
-     "Requests sent and not yet answered.", "neighbour"),
-    ("link_requests", COUNTER, _links("asked"), "Requests sent to the neighbour.", "neighbour"),
-    ("link_failures", COUNTER, _links("failed"), "Of those, how many failed.", "neighbour"),
-    ("link_ejections", COUNTER, _links("ejections"),
-     "How often it was ejected.", "neighbour"),
-    ("handler_running", GAUGE, _handlers("active"),
-     "Requests that the handler is running.", "handler"),
-    ("handler_slots", GAUGE, _handlers("slots"), "How many it can run at once.", "handler"),
-    ("handler_requests", COUNTER, _handled, "Requests it has run.", "handler", "outcome"),
-)  # fmt: skip
 HISTOGRAMS = (
     ("request_waiting", attrgetter("waiting"), WAITING),
     ("request_service", attrgetter("service"), "Time in the handler, measured by its worker."),

@@ -24,7 +24,8 @@ from typing import Any
 
 from overlay.model import clocks as time
 from overlay.model.errors import ConfigError
-from overlay.model.topology import HandlerSpec
+from overlay.model.segments import Segment
+from overlay.model.topology import HandlerSpec, Process
 from overlay.workers import user_modules
 from overlay.workers.user_modules import Source, Sources
 
@@ -65,6 +66,22 @@ class Context:
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
         """A logger that writes to the worker's log and adds the request's id."""
         return logging.LoggerAdapter(_log, {"request_id": self.request_id})
+
+
+def context_of(
+    process: Process, segment: Segment, row: int, options: Mapping[str, Any], ended: Sequence[int]
+) -> Context:
+    """What the handler of this row is told. ended: by row, whether its answer is not wanted."""
+    return Context(
+        process.id,
+        process.team,
+        segment.all_ids[row],
+        segment.attempt,
+        segment.deadline,
+        options,
+        ended,
+        row,
+    )
 
 
 class NotWanted(Exception):

@@ -42,7 +42,7 @@ from overlay.transport.chunks import (
     Send,
     cut,
 )
-from overlay.workers.api import Context, NotWanted
+from overlay.workers.api import Context, NotWanted, context_of
 from overlay.workers.request_ids import Begun
 
 log = logging.getLogger(__name__)
@@ -150,17 +150,7 @@ class HandlerJob:
         return self._left
 
     def context(self, row: int) -> Context:
-        process, segment = self._process, self.segment
-        return Context(
-            process.id,
-            process.team,
-            segment.all_ids[row],
-            segment.attempt,
-            segment.deadline,
-            self.slots.options,
-            self._ended,
-            row,
-        )
+        return context_of(self._process, self.segment, row, self.slots.options, self._ended)
 
     @property
     def in_chunks(self) -> bool:

@@ -1,7 +1,7 @@
 """The main loop of a handler's process: one request after the other, over a pipe to the parent.
 
-    parent -> (payload, facts, seconds left, options, whether a large result may be sent in chunks);
-              None to stop
+    parent -> (payload, facts of the context, seconds left, whether a large result may be sent in
+              chunks); None to stop
     child  -> once ("ready", (sources of the modules it has read, description of its function)) or
               ("cannot", problem); then for each request ("begun", None), any number of ("line",
               (level, text)) and ("chunk", bytes), and one outcome as made by workers.job. The pipe
@@ -22,7 +22,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from multiprocessing.connection import Connection
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +40,12 @@ from overlay.workers.user_modules import Source
 
 LINES = 200  # logged per request
 
-Request = tuple[bytes, tuple[str, str, int, int], float, dict[str, Any], bool]
+Request = tuple[bytes, tuple[Any, ...], float, bool]
+_facts_of = attrgetter(*(f.name for f in fields(Context) if not f.name.startswith("_")))
+
+
+def request_of(payload: bytes, context: Context, in_chunks: bool) -> Request:
+    return payload, _facts_of(context), context.remaining_s(), in_chunks
 
 
 def serve(
@@ -188,13 +195,19 @@ def _restore(parent: _Parent, home: str) -> None:
         os.chdir(home)
 
 
+def _context_of(facts: tuple[Any, ...], left_s: float) -> Context:
+    context = Context(*facts)
+    context.deadline = time.monotonic() + left_s  # the parent's may be another clock
+    return context
+
+
 def _work(
     call: Callable[..., Any], request: Request, max_bytes: int, send: Send
 ) -> tuple[str, Any]:
-    payload, facts, remaining_s, options, in_chunks = request
+    payload, facts, left_s, in_chunks = request
     try:
-        context = Context(*facts, time.monotonic() + remaining_s, options)
-        return outcome_of(call(payload, context), max_bytes, send if in_chunks else None)
+        result = call(payload, _context_of(facts, left_s))
+        return outcome_of(result, max_bytes, send if in_chunks else None)
     except BaseException as e:  # noqa: BLE001 - even SystemExit fails only one request
         sys.setrecursionlimit(RECURSION_LIMIT)  # a low one would break the error report
         return outcome_of_error(e)

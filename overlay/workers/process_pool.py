@@ -31,8 +31,9 @@ from overlay.model.signatures import Function
 from overlay.model.topology import HandlerSpec
 from overlay.transport.chunks import ChunkWriter
 from overlay.workers import descendants
+from overlay.workers.api import Context
 from overlay.workers.job import HandlerJob, read_outcome
-from overlay.workers.process_main import Request, serve
+from overlay.workers.process_main import request_of, serve
 from overlay.workers.user_modules import Sources
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,6 @@ class ProcessRunner:
         self, job: HandlerJob, row: int, child: _Child | None, writer: ChunkWriter | None
     ) -> tuple[bytes | Detail, _Child | None]:
         context = job.context(row)
-        facts = (context.process_id, context.team, context.request_id, context.attempt)
         payload = job.segment.payloads.items[row]
         for _ in range(TRIES):
             if child is None:
@@ -151,9 +151,7 @@ class ProcessRunner:
                 self._running[job, row] = child
             if context.cancelled:  # `end` was called before the process was registered
                 return self._ended(), child
-            options, in_chunks = dict(context.options), writer is not None
-            request = (payload, facts, context.remaining_s(), options, in_chunks)
-            message = child.ask(request, self._spec.limit_s or math.inf, writer)
+            message = child.ask(payload, context, self._spec.limit_s or math.inf, writer)
             if message is not None and message[0] not in _FATAL:
                 return read_outcome(self._spec.name, *message, context.request_id), child
             exitcode = self._drop(child)
@@ -268,7 +266,7 @@ class _Child:
         return self._process.exitcode
 
     def ask(
-        self, request: Request, limit_s: float, writer: ChunkWriter | None = None
+        self, payload: bytes, context: Context, limit_s: float, writer: ChunkWriter | None
     ) -> tuple[str, Any] | None:
         """The outcome, or how the process ended; None if it provably did not start the request.
 
@@ -276,9 +274,9 @@ class _Child:
         """
         self.requests += 1
         until, begun = time.monotonic() + limit_s, False
-        about = {"request_id": request[1][2]}
+        about = {"request_id": context.request_id}
         try:
-            self._pipe.send(request)
+            self._pipe.send(request_of(payload, context, writer is not None))
         except (OSError, ValueError):  # the request was not written completely: it cannot start
             return None
         while True:

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import overlay as library
 from overlay.calls.idempotency import First, IdempotencyKeys, Waiter
+from overlay.calls.unary import _question
 from overlay.model.errors import (
     AnswerNotKept,
     BadRequest,
@@ -33,7 +34,7 @@ from overlay.model.errors import (
     QueueFull,
 )
 from overlay.model.limits import MIB, Limits
-from overlay.model.segments import Caller, Code, Executed
+from overlay.model.segments import Caller, Code, Executed, Mode, Route
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from tests.harness.cluster import Overlay, until
@@ -642,3 +643,20 @@ def is_retried_once(overlay: Overlay, key: str) -> None:
             client.call(b"x", mode="any", handler="gate", idempotency_key="k")
         assert caught.value.executed is Executed.UNKNOWN
     assert len(notes(overlay)) == 2
+
+
+@pytest.mark.parametrize(
+    ("route", "request_"),
+    [
+        (Route(Mode.ANY), pb2.Request(payload=b"x")),
+        (Route(team="green"), pb2.Request(payload=b"x")),
+        (Route(handler="h"), pb2.Request(payload=b"x")),
+        (Route(), pb2.Request(payload=b"y")),
+        (Route(), pb2.Request(payload=b"x", want_parts=True)),
+    ],
+)
+def test_a_request_that_differs_in_anything_is_another_question(route, request_):
+    plain = _question(Route(), pb2.Request(payload=b"x"))
+
+    assert _question(Route(), pb2.Request(payload=b"x", priority=9)) == plain
+    assert _question(route, request_) != plain

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
 import time
 
 import pytest
 
 from overlay.model.errors import ConfigError
-from overlay.model.topology import BUILT_IN, HandlerSpec
-from overlay.workers import api
+from overlay.model.segments import Column, Route, Segment
+from overlay.model.topology import BUILT_IN, HandlerSpec, Process
+from overlay.workers import api, process_main
 from overlay.workers.api import Context
 
 
@@ -63,3 +66,29 @@ def test_a_function_that_cannot_be_imported_is_named(function, sentence):
     with pytest.raises(ConfigError) as raised:
         api.find(HandlerSpec("mine", function), function)
     assert str(raised.value).startswith(f"handler 'mine': {sentence}")
+
+
+def test_another_process_is_told_all_that_a_handler_here_is_told():
+    here = Context("C", "green", 7, 2, time.monotonic() + 5, {"a": 1}, bytearray([0, 1]), 1)
+
+    sent = pickle.dumps(process_main.request_of(b"hi", here, False))
+    _, facts, left_s, _ = pickle.loads(sent)
+    there = process_main._context_of(facts, left_s)
+
+    told = [field.name for field in dataclasses.fields(Context) if field.name[0] != "_"]
+    for name in set(told) - {"deadline"}:
+        assert getattr(there, name) == getattr(here, name)
+    assert there.remaining_s() == pytest.approx(here.remaining_s(), abs=0.5)
+    assert not there.cancelled, "the process of a cancelled request is killed instead"
+
+
+def test_a_handler_is_told_of_its_own_row():
+    ended = bytearray([0, 1])
+    segment = Segment(Route(), Column([b"", b""]), time.monotonic() + 5, 40, attempt=3)
+    worker = Process("C", "worker", "green", "h", 1)
+
+    first, second = (api.context_of(worker, segment, row, {"a": 1}, ended) for row in (0, 1))
+
+    assert (second.process_id, second.team, second.options) == ("C", "green", {"a": 1})
+    assert (first.request_id, second.request_id, second.attempt) == (40, 41, 3)
+    assert (first.cancelled, second.cancelled) == (False, True)

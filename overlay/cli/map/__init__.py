@@ -25,6 +25,7 @@ from overlay.cli.usage import (
     complain,
     out_file,
     program,
+    request_options,
     seconds,
     shared_options,
     whole_number,
@@ -167,12 +168,10 @@ class _Run:
             args.handler or None,
             self._unanswered.noted(self._source.payloads()),
             mode=args.mode,
-            team=args.team,
-            timeout=args.deadline,
             window=args.window,
             ordered=not args.as_completed,
-            priority=args.priority,
             patience_s=args.patience,
+            **request_options(args),
         )
         with contextlib.closing(results):  # type: ignore[type-var]  # a generator
             for index, result in results:

@@ -1,0 +1,56 @@
+"""The table of metric families: what check and Prometheus get from some metrics."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from overlay.cli.check import show_metrics
+from overlay.cli.terminal import Screen
+from overlay.observability import metric_families
+from overlay.observability.metric_families import FAMILIES, Family
+from overlay.transport.codec import pb2
+
+BUSY = pb2.MetricsResponse(
+    process_id="A",
+    refused_by_reason={"queue full": 2, "draining": 1},
+    crowded_out={"streams": 3},
+    log_lines_dropped=12,
+    neighbours=[pb2.Neighbour(process_id="B", state="up")],
+    handlers=[pb2.HandlerMetrics(name="echo", completed=4)],
+)
+
+
+def test_check_has_a_line_for_what_is_not_0():
+    assert dict(metric_families.facts(BUSY)) == {
+        "refused": "1 draining, 2 queue full",
+        "ended": "3 streams",
+        "log": "12 lines dropped",
+    }
+
+
+def test_what_is_0_has_no_text():
+    assert not any(text for _, text in metric_families.facts(pb2.MetricsResponse()))
+
+
+def test_check_prints_these_lines():
+    page = io.StringIO()
+
+    show_metrics(Screen(page), BUSY, "127.0.0.1:50051")
+
+    lines = [line.split(maxsplit=1) for line in page.getvalue().splitlines() if line]
+    assert ["log", "12 lines dropped"] in lines
+    assert ["refused", "1 draining, 2 queue full"] in lines
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_family_has_a_value_for_each_of_its_labels(family: Family):
+    for *values, value in family.samples(BUSY):
+        assert len(values) == len(family.labels)
+        assert float(value) >= 0
+
+
+def test_no_two_families_have_one_name():
+    names = [family.name for family in FAMILIES]
+    assert len(set(names)) == len(names)
