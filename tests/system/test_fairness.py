@@ -42,11 +42,7 @@ def hangs_at_f(payload, context):
 
 
 NAMES = "work", "slow", "hangs_at_f"
-TURNS = 9  # tests that share an overlay
-
-
-def make(overlays, slots: int = 100) -> Overlay:
-    return overlays(MINE, handlers={n: {"call": f"mine:{n}", "slots": slots} for n in NAMES})
+TURNS = 14  # tests that share an overlay
 
 
 @dataclass(frozen=True)
@@ -132,11 +128,11 @@ def test_after_one_long_call_an_idle_overlay_refuses_no_short_one(
     turn: Turn, mode, way: Way
 ) -> None:
     six = turn.six
-    way.ask(six, "A", b"3000", handler=turn.handler("work"), mode=mode)
+    way.ask(six, "A", b"2000", handler=turn.handler("work"), mode=mode)
 
     for _ in range(5):
         calls = way.at_once(
-            six, 10, payload=b"10", handler=turn.handler("work"), mode=mode, timeout=2
+            six, 10, payload=b"10", handler=turn.handler("work"), mode=mode, timeout=1.5
         )
         outcomes = [Outcome(call) for call in calls]
         assert [o.details for o in outcomes if not o.ok] == []
@@ -146,9 +142,9 @@ def test_after_one_long_call_an_idle_overlay_refuses_no_short_one(
 def test_after_one_long_call_the_library_is_refused_no_short_one(turn: Turn, mode) -> None:
     six = turn.six
     with overlay.connect(six.address("A")) as leader:
-        leader.call(b"3000", handler=turn.handler("work"), mode=mode, timeout=10)
+        leader.call(b"2000", handler=turn.handler("work"), mode=mode, timeout=10)
         for _ in range(20):
-            assert leader.call(b"10", handler=turn.handler("work"), mode=mode, timeout=2).result
+            assert leader.call(b"10", handler=turn.handler("work"), mode=mode, timeout=1.5).result
         found = leader.map(turn.handler("work"), [b"10"] * 100, mode=mode, timeout=5)
         assert len(list(found)) == 100
 
@@ -167,7 +163,7 @@ def test_a_worker_that_never_answers_costs_its_own_part_and_nobody_is_refused(
 def test_a_call_at_a_time_is_answered_beside_a_worker_that_never_does(turn: Turn) -> None:
     six = turn.six
     with overlay.connect(six.address("A")) as leader:
-        for timeout in (2.0, 0.8, 0.8, 0.8, 0.8):
+        for timeout in (1.2, 0.6, 0.6, 0.6):
             assert (
                 leader.call(b"", handler=turn.handler("hangs_at_f"), timeout=timeout).result
                 == b"C\nD"
@@ -179,30 +175,30 @@ def test_a_call_at_a_time_is_answered_beside_a_worker_that_never_does(turn: Turn
 
 @pytest.mark.parametrize("mode", [pb2.ALL, pb2.ANY])
 def test_a_callers_many_slow_calls_leave_places_to_its_other_handlers(
-    overlays, mode, way: Way
+    turn: Turn, mode, way: Way
 ) -> None:
-    six = make(overlays)
-    slow = way.at_once(six, 400, payload=b"8000", handler="slow", mode=mode, timeout=15)
+    six, slow_handler = turn.six, turn.handler("slow")
+    slow = way.at_once(six, 400, payload=b"8000", handler=slow_handler, mode=mode, timeout=15)
     # Of 300 slots; a stream fills what one handler may have, single calls 80 of A's places.
     busy = 75 if isinstance(way, Unary) else 200
     until(lambda: sum(six.metrics(w).active_requests for w in "CDF") >= busy)
 
-    for handler in ("work", "") * 5:
+    for handler in (turn.handler("work"), "") * 5:
         assert way.ask(six, "A", b"1", handler=handler, mode=mode, timeout=5).result
     for call in slow:
         call.cancel()
 
 
-def test_another_callers_calls_are_served_beside_slow_ones(overlays) -> None:
-    six = make(overlays)
+def test_another_callers_calls_are_served_beside_slow_ones(turn: Turn) -> None:
+    six, handler = turn.six, turn.handler("work")
     with from_address("127.0.0.2", six.port("A")) as address:
-        slow = Unary().at_once(six, 290, payload=b"8000", handler="work", timeout=15)
+        slow = Unary().at_once(six, 290, payload=b"8000", handler=handler, timeout=15)
         until(lambda: six.metrics("A").active_requests >= 80)
         assert six.metrics("A").active_requests == 80
         with grpc.insecure_channel(address) as channel:
             stub = pb2_grpc.OverlayNodeStub(channel)
             for _ in range(10):  # the same handler
-                answer = stub.Forward(pb2.Request(payload=b"1", handler="work"), timeout=5)
+                answer = stub.Forward(pb2.Request(payload=b"1", handler=handler), timeout=5)
                 assert answer.result == b"C\nD\nF"
         for call in slow:
             call.cancel()
@@ -213,7 +209,7 @@ def test_another_callers_calls_are_served_beside_slow_ones(overlays) -> None:
 
 @pytest.mark.parametrize("attacker", ["127.0.0.2", "127.0.0.1"])
 def test_a_new_name_for_each_call_takes_no_turn_from_a_steady_one(overlays, attacker) -> None:
-    six = make(overlays, slots=2)
+    six = overlays(MINE, handlers={"work": {"call": "mine:work", "slots": 2}})
     stop, numbers, ends = threading.Event(), itertools.count(), Counter[str]()
 
     def attack(address: str) -> None:

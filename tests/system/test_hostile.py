@@ -195,12 +195,12 @@ def test_who_keeps_speaking_wrongly_is_not_hammered_and_comes_back(
     d.says = WRONG["no rows"][0]
     before = d.calls
     with overlay.connect(house.address("A")) as client:
-        until_s = time.monotonic() + 6
+        until_s = time.monotonic() + 3
         while time.monotonic() < until_s:
             assert client.call(b"hi", timeout=10).coverage[0] == 2
             time.sleep(0.05)
-        # Two pipes of E; each begins anew after 1, 2, 4 s. Without a pause there were 100.
-        assert d.calls - before <= 10
+        # E has two streams, and each reconnects after 1 s, then 2 s. Without a pause: 50 and more.
+        assert d.calls - before <= 8
         d.turn_good()
         until(lambda: client.call(b"hi", timeout=10).coverage[0] == 3, 20)
 
@@ -209,7 +209,7 @@ def test_what_is_answered_twice_counts_once(house: Overlay, d: Hostile) -> None:
     good = well("D")
     d.says = lambda segment: [*good(segment)] * 50
     with overlay.connect(house.address("A")) as client:
-        for n in range(50):
+        for n in range(20):
             assert client.call(b"%d" % n).result.count(b"%d" % n) == 3
     assert link(house, "E", "D").outstanding == 0
 
@@ -302,8 +302,7 @@ def test_what_it_says_of_others_does_not_count_and_its_words_are_escaped(
         return made
 
     d.metrics = metrics
-    time.sleep(2.5)
-    found = link(house, "E", "D")
+    found = until(lambda: found if (found := link(house, "E", "D")).version else None)
     assert (found.state, found.slots) == ("up", 100)
     assert found.version.isprintable()
     assert len(found.version) < 200_000
@@ -581,7 +580,7 @@ READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
 
 @pytest.mark.parametrize("name", READERS)
 @given(seed=SEEDS, fill=st.sampled_from((0.15, 0.4, 0.8)))
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_any_message_is_read_in_bounds_or_is_misspoken(name: str, seed: int, fill: float) -> None:
     kind, read = READERS[name]
     made = any_message(random.Random(seed), kind, fill)
@@ -599,9 +598,8 @@ def test_any_message_is_read_in_bounds_or_is_misspoken(name: str, seed: int, fil
     assert peak < 20 * size + 4 * MIB
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_hundreds_of_wrong_frames_harm_no_process(house: Overlay, d: Hostile, seed: int) -> None:
-    chance = random.Random(seed)
+def test_hundreds_of_wrong_frames_harm_no_process(house: Overlay, d: Hostile) -> None:
+    chance = random.Random(0)
 
     def says(segment: pb2.Segment) -> list[pb2.Slice]:
         made = any_message(chance, pb2.Slice, chance.choice((0.2, 0.5)))
@@ -610,10 +608,10 @@ def test_hundreds_of_wrong_frames_harm_no_process(house: Overlay, d: Hostile, se
 
     d.says = says
     with Rss(*pids(house)) as rss, overlay.connect(house.address("A")) as client:
-        for _ in range(30):
+        for _ in range(40):
             d.turn_good()
             d.says = says  # a new process each time, that is asked at once
-            answers = [client.submit(None, b"x", mode="all", timeout=1) for _ in range(3)]
+            answers = [client.submit(None, b"x", mode="all", timeout=0.4) for _ in range(3)]
             for answer in answers:
                 answer.result()
     assert rss.grown < MAX_MIB
@@ -632,8 +630,8 @@ def test_any_slice_leaves_the_library_a_client_that_works() -> None:
 
             leader.says = says
             with overlay.connect(leader.address) as client:
-                attempt(lambda client=client: client.call(b"hi", timeout=0.2))
-                attempt(lambda client=client: list(client.map(None, [b"a", b"b"], timeout=0.2)))
+                attempt(lambda client=client: client.call(b"hi", timeout=0.1))
+                attempt(lambda client=client: list(client.map(None, [b"a", b"b"], timeout=0.1)))
         leader.turn_good()
         with overlay.connect(leader.address) as client:
             assert client.call(b"hi").result == b"A: hi"

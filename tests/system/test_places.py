@@ -96,7 +96,7 @@ VERBS: dict[str, Any] = {
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_who_finds_no_place_is_told_so_within_its_patience(narrow: Noted, verb: str) -> None:
-    with all_places_taken(narrow), overlay.connect(narrow.address("A"), patience_s=1) as client:
+    with all_places_taken(narrow), overlay.connect(narrow.address("A"), patience_s=0.5) as client:
         began = time.monotonic()
         with pytest.raises(library.Refused) as caught:
             VERBS[verb](client)
@@ -122,7 +122,7 @@ async def _all(results: Any) -> list[Any]:
 @pytest.mark.parametrize("verb", ASYNC_VERBS)
 def test_a_task_that_finds_no_place_is_told_so(narrow: Noted, verb: str) -> None:
     async def main() -> None:
-        async with overlay.connect_async(narrow.address("A"), patience_s=1) as client:
+        async with overlay.connect_async(narrow.address("A"), patience_s=0.5) as client:
             with pytest.raises(library.Refused) as caught:
                 await asyncio.wait_for(ASYNC_VERBS[verb](client), 10)
             assert caught.value.executed is Executed.NO
@@ -149,7 +149,7 @@ def test_a_place_that_becomes_free_is_taken(narrow: Noted) -> None:
         futures.ThreadPoolExecutor(1) as pool,
     ):
         waiting = pool.submit(client.call, "x", mode="any", timeout=30)
-        time.sleep(1)
+        time.sleep(0.5)
         assert not waiting.done()
         holders[0].close()
         answer = waiting.result(20)
@@ -330,14 +330,14 @@ def test_a_stream_that_was_let_go_comes_again_with_the_next_request(
 ) -> None:
     played, address = sparing
     with overlay.connect(address) as client:
-        for turn in range(3):
+        for turn in range(2):
             assert client.call(f"{turn}", mode="any").result == b"%d" % turn
             played.let_go.set()
             until(lambda: not played.let_go.is_set())
             time.sleep(0.5)  # five times what a lost stream waits before it comes again
             assert played.begun == turn + 1
 
-    assert played.payloads == [b"0", b"1", b"2"]
+    assert played.payloads == [b"0", b"1"]
 
 
 def test_what_a_stream_that_was_let_go_did_not_read_is_sent_again(

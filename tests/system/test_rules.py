@@ -135,6 +135,15 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     made.close()
 
 
+@pytest.fixture
+def ways() -> Iterator[list[Way]]:
+    """Both, where a test has to break something first."""
+    made = [Unary(), Streamed()]
+    yield made
+    for way in made:
+        way.close()
+
+
 def waiting_at(overlay: Overlay, process_id: str) -> int:
     """Requests that have not started there: in the queue, or in the windows of streams."""
     metrics = overlay.metrics(process_id)
@@ -239,21 +248,23 @@ def test_a_request_without_deadline_gets_the_default(lend: Lend, way: Way) -> No
     assert outcome.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-def test_a_frozen_worker_costs_only_its_own_part(lend: Lend, way: Way) -> None:
-    overlay = lend()
+def test_a_frozen_worker_costs_only_its_own_part(lend: Lend, ways: list[Way]) -> None:
+    overlay, request = lend(), {"payload": b"0", "handler": "work", "timeout": 1.5}
     overlay.freeze("F")
     try:
-        # Where the machine is busy D's part, too, may miss a deadline that E waits for in vain.
-        answers = [way.ask(overlay, "A", b"0", handler="work", timeout=1.5) for _ in range(3)]
+        calls = [way.at_once(overlay, 3, **request) for way in ways]
+        answers = [[call.result() for call in asked] for asked in calls]
         until(lambda: _state(overlay, "E", "F") == "down")
     finally:
         overlay.thaw("F")
-    assert b"C\nD" in {answer.result for answer in answers}
-    codes = {part.code for answer in answers for part in answer.parts if part.process_id == "F"}
     late, gone = grpc.StatusCode.DEADLINE_EXCEEDED.value[0], grpc.StatusCode.UNAVAILABLE.value[0]
-    assert late in codes
-    assert codes <= {late, gone}, "as soon as it is known to be gone"
-    until(lambda: way.ask(overlay, "A", b"0", handler="work").result == b"C\nD\nF")
+    for way, found in zip(ways, answers, strict=True):
+        # On a busy machine D's part may miss the deadline too, because E waits for F until then.
+        assert b"C\nD" in {answer.result for answer in found}
+        codes = {part.code for answer in found for part in answer.parts if part.process_id == "F"}
+        assert late in codes
+        assert codes <= {late, gone}
+        until(lambda w=way: w.ask(overlay, "A", b"0", handler="work").result == b"C\nD\nF")
 
 
 def _state(overlay: Overlay, process_id: str, neighbour: str) -> str:
@@ -286,7 +297,7 @@ def test_the_201st_waiting_request_is_refused_at_once(lend: Lend) -> None:
     assert sum(line[2] == "x" for line in notes(overlay)) == 840
 
 
-@pytest.mark.parametrize("count", [10, 20, 100, 300])
+@pytest.mark.parametrize("count", [10, 300])
 def test_concurrent_requests_all_end(six: Overlay, count: int, way: Way) -> None:
     outcomes = [Outcome(call) for call in way.at_once(six, count, payload=b"x")]
     for outcome in outcomes:
@@ -424,36 +435,41 @@ def test_no_request_runs_twice_when_a_team_leader_is_killed(fresh: Overlay, way:
 # 7: nothing short in silence
 
 
-def test_with_e_dead_d_is_reached_through_b_and_f_is_missing(fresh: Overlay, way: Way) -> None:
+def test_with_e_dead_d_is_reached_through_b_and_f_is_missing(
+    fresh: Overlay, ways: list[Way]
+) -> None:
     fresh.kill("E")
     until(lambda: _state(fresh, "A", "E") == "down")
-    (call,) = way.at_once(fresh, 1, payload=b"0", handler="work")
-    answer = call.result()
-    assert answer.result == b"C\nD"
-    assert list(answer.hops) == list("ABCD")
-    assert dict(call.trailing_metadata())[codec.COVERAGE_KEY] == "2/3; missing=F"
-    missing = answer.parts[2]
-    assert (missing.process_id, missing.code, missing.executed) == ("F", 14, pb2.NO)
-    assert "E" in missing.reason
+    for way in ways:
+        (call,) = way.at_once(fresh, 1, payload=b"0", handler="work")
+        answer = call.result()
+        assert answer.result == b"C\nD"
+        assert list(answer.hops) == list("ABCD")
+        assert dict(call.trailing_metadata())[codec.COVERAGE_KEY] == "2/3; missing=F"
+        missing = answer.parts[2]
+        assert (missing.process_id, missing.code, missing.executed) == ("F", 14, pb2.NO)
+        assert "E" in missing.reason
     fresh.start("E")
-    until(lambda: way.ask(fresh, "A", b"0", handler="work").result == b"C\nD\nF")
+    for way in ways:
+        until(lambda w=way: w.ask(fresh, "A", b"0", handler="work").result == b"C\nD\nF")
 
 
-def test_with_every_worker_dead_the_answer_is_unavailable(fresh: Overlay, way: Way) -> None:
+def test_with_every_worker_dead_the_answer_is_unavailable(fresh: Overlay, ways: list[Way]) -> None:
     for process_id in "CDF":
         fresh.kill(process_id)
     until(lambda: _state(fresh, "E", "F") == "down" and _state(fresh, "B", "C") == "down")
     until(lambda: _state(fresh, "E", "D") == "down" and _state(fresh, "B", "D") == "down")
-    for mode in (pb2.ALL, pb2.ANY):
+    for way, mode in itertools.product(ways, (pb2.ALL, pb2.ANY)):
         outcome = Outcome(way.at_once(fresh, 1, payload=b"0", handler="work", mode=mode)[0])
         assert (outcome.code, outcome.refused) == (grpc.StatusCode.UNAVAILABLE, True)
 
 
-def test_any_goes_on_with_the_workers_that_live(fresh: Overlay, way: Way) -> None:
+def test_any_goes_on_with_the_workers_that_live(fresh: Overlay, ways: list[Way]) -> None:
     fresh.kill("F")
     until(lambda: _state(fresh, "E", "F") == "down")
-    answers = [way.ask(fresh, "A", b"0", handler="work", mode=pb2.ANY) for _ in range(20)]
-    assert {answer.parts[0].process_id for answer in answers} == {"C", "D"}
+    for way in ways:
+        answers = [way.ask(fresh, "A", b"0", handler="work", mode=pb2.ANY) for _ in range(20)]
+        assert {answer.parts[0].process_id for answer in answers} == {"C", "D"}
 
 
 # 8: a handler's failure is one answer

@@ -52,7 +52,7 @@ class Mixed(Overlay):
         return [sys.executable, str(ROOT / "node.py"), f"{process_id}.json", process_id]
 
 
-@pytest.fixture(scope="module", params=[1, 32])  # less and more than the default
+@pytest.fixture(scope="module", params=[1, 20])  # less and more than the default
 def equal(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[tuple[Overlay, int]]:
     limits = dict.fromkeys("ABCDEF", request.param)
     yield from served(Mixed(tmp_path_factory.mktemp("equal"), six(), limits), request.param)
