@@ -19,7 +19,7 @@ from overlay.server import prometheus
 from overlay.server.prometheus import Exporter
 from overlay.transport.codec import pb2
 from tests.harness.cluster import Overlay, free_port, six_processes, until
-from tests.harness.doors import SLOWLY, held_open, timed
+from tests.harness.stalled_clients import STALLED_REQUESTS, held_open, timed
 
 FOUND = pb2.MetricsResponse(
     process_id="A",
@@ -142,7 +142,7 @@ def test_anything_but_metrics_is_not_there(serving):
             read(port, path)
 
 
-@pytest.mark.parametrize("says", SLOWLY, ids=SLOWLY.get)
+@pytest.mark.parametrize("says", STALLED_REQUESTS, ids=STALLED_REQUESTS.get)
 def test_a_caller_is_answered_at_once_although_others_hold_the_door_open(serving, says):
     port = serving()
     with held_open(port, says):
