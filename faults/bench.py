@@ -189,12 +189,12 @@ def _load_and_break(
 ) -> None:
     breaker = threading.Thread(target=_break, args=(scenario, stage, found), name="breaker")
     load.send(Planned(0, "all", "unary", "", "work", 1, 10))
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     breaker.start()
     try:
-        load.run(scenario.mixture.plan(seconds, dice))
+        load.run(scenario.mixture.plan(seconds, rng))
         while breaker.is_alive():  # it takes what it takes, and so does the load
-            load.run(scenario.mixture.plan(0.5, dice))
+            load.run(scenario.mixture.plan(0.5, rng))
     finally:
         breaker.join()
     # Each call ends by its deadline and is given up soon after; what is open then has no answer.

@@ -51,7 +51,7 @@ class Stage:
 
     overlay: Overlay
     notes: Notes
-    dice: random.Random
+    rng: random.Random
     seconds: float
     freeze_s: float | None = None
     wire: Wire | None = None
@@ -88,7 +88,7 @@ def kill(process: str, times: int = 2) -> Breaking:
                 time.sleep(0.3)
                 stage.overlay.serve(process)
             stage.overlay.settle()
-            time.sleep(stage.dice.uniform(0.2, 0.6))
+            time.sleep(stage.rng.uniform(0.2, 0.6))
 
     return play
 

@@ -96,7 +96,7 @@ class Mixture:
         """That a call of it may take."""
         return max([*self.timeouts_s, LONG.timeout_s if self.long_first else 0.0])
 
-    def plan(self, seconds: float, dice: random.Random) -> list[Planned]:
+    def plan(self, seconds: float, rng: random.Random) -> list[Planned]:
         """The same seed gives the same calls."""
         planned: list[Planned] = []
         if self.long_first:
@@ -105,33 +105,33 @@ class Mixture:
         for number in range(int(self.rate * seconds)):
             call = Planned(
                 after_s=begin + number / self.rate,
-                mode="all" if dice.random() < self.all_share else "any",
-                way=dice.choice(WAYS),
-                team=dice.choice(("", "", "green", "pink")),
-                handler=dice.choice(self.handlers),
-                nap_ms=dice.randint(*self.nap_ms),
-                timeout_s=dice.choice(self.timeouts_s),
+                mode="all" if rng.random() < self.all_share else "any",
+                way=rng.choice(WAYS),
+                team=rng.choice(("", "", "green", "pink")),
+                handler=rng.choice(self.handlers),
+                nap_ms=rng.randint(*self.nap_ms),
+                timeout_s=rng.choice(self.timeouts_s),
             )
-            if dice.random() < self.repeats:
-                planned += _sent_twice(call, dice)
-            elif dice.random() < self.keyed:
-                planned += _with_a_key(call, dice)
+            if rng.random() < self.repeats:
+                planned += _sent_twice(call, rng)
+            elif rng.random() < self.keyed:
+                planned += _with_a_key(call, rng)
             else:
                 planned.append(call)
         return planned
 
 
-def _sent_twice(call: Planned, dice: random.Random) -> list[Planned]:
+def _sent_twice(call: Planned, rng: random.Random) -> list[Planned]:
     # In a team of one worker: another one could not know the first.
-    way = dice.choice(WAYS[:2])  # the library gives no id twice
+    way = rng.choice(WAYS[:2])  # the library gives no id twice
     call = replace(call, mode="any", way=way, team="green", timeout_s=5, named=True)
     return [call, _soon_after(call, again=True)]
 
 
-def _with_a_key(call: Planned, dice: random.Random) -> list[Planned]:
+def _with_a_key(call: Planned, rng: random.Random) -> list[Planned]:
     """Alone, asked again after its answer, twice at once, or with another payload after it."""
-    call = replace(call, way="unary", keyed="anew", insists=dice.random() < 0.2)
-    kind = dice.random()
+    call = replace(call, way="unary", keyed="anew", insists=rng.random() < 0.2)
+    kind = rng.random()
     if kind < 0.2:
         return [call, _soon_after(call, again=True, keyed="as before")]
     if kind < 0.3:

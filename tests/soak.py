@@ -112,12 +112,12 @@ def soak(folder: Path, count: int, seed: int, kill_every_s: float) -> tuple[Hist
     return history, history.check(count, _runs(notes))
 
 
-def _send(client: Client, history: History, count: int, dice: random.Random) -> None:
+def _send(client: Client, history: History, count: int, rng: random.Random) -> None:
     room = threading.Semaphore(IN_FLIGHT)
     open_ones: list[Future[bytes]] = []
     for number in range(count):
         room.acquire()
-        timeout = dice.choice((0.01, 0.05, 0.5, 10, 10, 10, 10, 10))
+        timeout = rng.choice((0.01, 0.05, 0.5, 10, 10, 10, 10, 10))
         future = client.submit("work", str(number), timeout=timeout)
         open_ones.append(future)
 
@@ -126,16 +126,16 @@ def _send(client: Client, history: History, count: int, dice: random.Random) -> 
             room.release()
 
         future.add_done_callback(ended)
-        if dice.random() < 0.05:
-            dice.choice(open_ones[-50:]).cancel()
+        if rng.random() < 0.05:
+            rng.choice(open_ones[-50:]).cancel()
     _wait_for(lambda: all(future.done() for future in open_ones))
 
 
 def _kill(six: Overlay, stop: threading.Event, seed: int, every_s: float) -> None:
     """Kills a team leader or a worker now and then, and starts it again."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     while not stop.wait(every_s):
-        victim = dice.choice("BECDF")
+        victim = rng.choice("BECDF")
         six.kill(victim)
         stop.wait(0.3)
         six.spawn(victim)

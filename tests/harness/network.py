@@ -194,11 +194,11 @@ class MemoryNetwork:
         edge = self.edges[near, far]
         edge.kept = edge.kept or []
 
-    def answer_all(self, near: str, far: str, chance: random.Random | None = None) -> None:
-        """The answers arrive; with `chance`, in chunks of any size and in any order."""
+    def answer_all(self, near: str, far: str, rng: random.Random | None = None) -> None:
+        """The answers arrive; with `rng`, in chunks of any size and in any order."""
         edge = self.edges[near, far]
         slices, edge.kept = edge.kept or [], None
-        for letter, start, answers in _shuffled(slices, chance) if chance else slices:
+        for letter, start, answers in _shuffled(slices, rng) if rng else slices:
             letter.take(start, answers)
 
     def next(self, near: str, far: str, *fates: str) -> None:
@@ -746,35 +746,33 @@ class _Letter:
 
 
 def _shuffled(
-    slices: list[tuple[_Letter, int, Slice]], chance: random.Random
+    slices: list[tuple[_Letter, int, Slice]], rng: random.Random
 ) -> list[tuple[_Letter, int, Slice]]:
     chunks = []
     for letter, start, answers in slices:
-        cuts = sorted(chance.sample(range(1, len(answers)), chance.randint(0, len(answers) - 1)))
+        cuts = sorted(rng.sample(range(1, len(answers)), rng.randint(0, len(answers) - 1)))
         for begin, stop in itertools.pairwise([0, *cuts, len(answers)]):
             chunks.append((letter, start + begin, answers.slice(begin, stop - begin)))
-    chance.shuffle(chunks)
+    rng.shuffle(chunks)
     return chunks
 
 
 def random_topology(seed: int) -> Topology:
     """A small overlay of any shape, in any order, with neighbours up, down and sideways."""
-    chance = random.Random(seed)
-    roles = ["leader", *["team_leader"] * chance.randint(0, 3), *["worker"] * chance.randint(1, 5)]
-    chance.shuffle(roles)
+    rng = random.Random(seed)
+    roles = ["leader", *["team_leader"] * rng.randint(0, 3), *["worker"] * rng.randint(1, 5)]
+    rng.shuffle(roles)
     ids = [chr(ord("a") + n) for n in range(len(roles))]
-    density = chance.choice([0.3, 0.6, 1.0])
+    density = rng.choice([0.3, 0.6, 1.0])
     processes = {
         process_id: Process(
             process_id,
             role,
-            chance.choice(["green", "pink"]),
+            rng.choice(["green", "pink"]),
             "h",
             1,
             tuple(
-                n
-                for n in chance.sample(ids, len(ids))
-                if n != process_id and chance.random() < density
+                n for n in rng.sample(ids, len(ids)) if n != process_id and rng.random() < density
             ),
         )
         for process_id, role in zip(ids, roles, strict=True)

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from tests.harness.cluster import Overlay, until
-from tests.system.test_horrors import three_processes
+from tests.system.test_misbehaving_handlers import three_processes
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses Linux's disks and limits")
