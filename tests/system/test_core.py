@@ -50,7 +50,7 @@ class Core(RuleBasedStateMachine):
         self.asked: list[Asked] = []
         self.gone: dict[int, int] = {}
         for node in self.network.nodes.values():
-            node.works.hold()
+            node.executor.hold()
 
     @rule(
         me=ASKED,
@@ -58,10 +58,10 @@ class Core(RuleBasedStateMachine):
         mode=MODES,
         team=TEAMS,
         s=DEADLINES_S,
-        keyed=st.booleans(),
+        idempotent=st.booleans(),
     )
-    def ask(self, me: str, count: int, mode: Mode, team: str, s: float, keyed: bool) -> None:
-        how = {"mode": mode, "team": team, "deadline_s": s, "keyed": keyed}
+    def ask(self, me: str, count: int, mode: Mode, team: str, s: float, idempotent: bool) -> None:
+        how = {"mode": mode, "team": team, "deadline_s": s, "idempotent": idempotent}
         self.asked += [self.network.ask(me, **how) for _ in range(count)]
 
     @rule(me=ASKED, rows=st.integers(1, 6), mode=MODES, team=TEAMS, s=DEADLINES_S)
@@ -70,7 +70,7 @@ class Core(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from("CDF"), count=st.integers(1, 4))
     def finish(self, worker: str, count: int) -> None:
-        self.network.nodes[worker].works.finish(count)
+        self.network.nodes[worker].executor.finish(count)
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
@@ -94,8 +94,8 @@ class Core(RuleBasedStateMachine):
             "cut": self.network.cut,
             "cut just now": partial(self.network.cut, just_now=True),
             "heal": self.network.heal,
-            "keep": self.network.keep,
-            "answer": self.network.answer_all,
+            "keep": self.network.hold_answers,
+            "answer": self.network.release_answers,
         }
         if what in acts:
             acts[what](*edge)
@@ -105,16 +105,16 @@ class Core(RuleBasedStateMachine):
     @invariant()
     def bounded(self) -> None:
         for node in self.network.nodes.values():
-            assert node.intake.waiting <= node.intake.slots
-            assert node.intake.active <= node.intake.in_service
-            assert node.works.active <= node.works.slots
+            assert node.queue.waiting <= node.queue.slots
+            assert node.queue.active <= node.queue.in_service
+            assert node.executor.active <= node.executor.slots
 
     @invariant()
     def conserved(self) -> None:
         for me, node in self.network.nodes.items():
-            counts, (_, waiting, active) = node.meter.counts(), node.intake.streamed
+            counts, (_, waiting, active) = node.meter.counts(), node.queue.streamed
             ended = counts.completed + counts.failed + counts.refused + counts.cancelled
-            inside = node.intake.waiting + node.intake.active + waiting + active
+            inside = node.queue.waiting + node.queue.active + waiting + active
             assert counts.received == ended + inside, me
         assert all(len(found) <= 1 for asked in self.asked for found in asked.answers)
 
@@ -136,9 +136,9 @@ class Core(RuleBasedStateMachine):
         if not hasattr(self, "network"):
             return
         for edge in EDGES:
-            self.network.answer_all(*edge)
+            self.network.release_answers(*edge)
         for node in self.network.nodes.values():
-            node.works.finish()
+            node.executor.finish()
         self.network.advance(20)
         self.conserved()
         assert self.network.left_over == {}
