@@ -181,9 +181,11 @@ SCENARIOS = (
         for role, process in ROLES.items()
         if process != "A"  # whom no process asks
     ),
-    Scenario("slow-worker", "D is ten times slower", breaking.mood("D", slower=10)),
+    Scenario("slow-worker", "D is ten times slower", breaking.degrade("D", slower=10)),
     Scenario(
-        "grey-worker", "D answers, and now and then hangs", breaking.mood("D", hangs=0.3, hang_s=4)
+        "grey-worker",
+        "D answers, and now and then hangs",
+        breaking.degrade("D", hangs=0.3, hang_s=4),
     ),
     Scenario(
         "horrors",
