@@ -64,6 +64,12 @@ class Overlay:
         self.environment = environment()
         self._channels: dict[str, grpc.Channel] = {}
 
+    def __enter__(self) -> Overlay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     @property
     def ids(self) -> list[str]:
         return list(self.config["processes"])
@@ -211,11 +217,8 @@ def _fork_server() -> ForkServer:
 
 @contextlib.contextmanager
 def running(folder: Path, config: dict[str, Any]) -> Iterator[Overlay]:
-    overlay = Overlay(folder, config)
-    try:
+    with Overlay(folder, config) as overlay:
         yield overlay.start()
-    finally:
-        overlay.stop()
 
 
 @contextlib.contextmanager
@@ -224,11 +227,8 @@ def running_one(folder: Path, module: str, names: Iterable[str]) -> Iterator[Ove
     folder.mkdir(exist_ok=True)
     (folder / "mine.py").write_text(module)
     config = six_processes(handlers={name: f"mine:{name}" for name in names})
-    overlay = Overlay(folder, config)
-    try:
+    with Overlay(folder, config) as overlay:
         yield overlay.start("C")
-    finally:
-        overlay.stop()
 
 
 def run_without(module: str, config: Path) -> subprocess.CompletedProcess[str]:

@@ -47,11 +47,8 @@ class Drifted(Overlay):
 
 @pytest.fixture(scope="module")
 def drifted(tmp_path_factory: Any) -> Iterator[Overlay]:
-    made = Drifted(tmp_path_factory.mktemp("drifted"))
-    try:
+    with Drifted(tmp_path_factory.mktemp("drifted")) as made:
         yield made.start()
-    finally:
-        made.stop()
 
 
 @pytest.fixture

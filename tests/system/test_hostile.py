@@ -98,12 +98,8 @@ def five_and_d(tmp_path_factory: Any) -> Iterator[tuple[Overlay, Hostile]]:
     """Five of the six, and a hostile D."""
     config = six_processes()
     made = Overlay(tmp_path_factory.mktemp("hostile"), config)
-    with Hostile("D", config["processes"]["D"]["port"]) as d:
-        try:
-            made.start("A", "B", "C", "E", "F")
-            yield made, d
-        finally:
-            made.stop()
+    with Hostile("D", config["processes"]["D"]["port"]) as d, made:
+        yield made.start("A", "B", "C", "E", "F"), d
 
 
 @pytest.fixture
@@ -322,22 +318,21 @@ def test_a_log_that_is_too_long_is_not_passed_on(five: Overlay, d: Hostile) -> N
 
 def test_a_hostile_team_leader_breaks_only_its_own_link(tmp_path: Any) -> None:
     config = six_processes()
-    made = Overlay(tmp_path / "led", config)
-    with Hostile("E", config["processes"]["E"]["port"]) as e:
-        try:
-            made.start("A", "B", "C", "D", "F")
-            until(lambda: link(made, "A", "E").state == "up", 20)
-            e.says = lambda s: [a_slice(s, parts=[d_says(process_id="C")])]
-            with overlay.connect(made.address("A")) as client:
-                calls = [client.submit(None, b"%d" % n, team="green") for n in range(50)]
-                answer = client.call(b"hi")
-                good = {part.process_id for part in answer.parts if part.ok}
-                assert "C" in good
-                assert "a part of 'C', which was not asked" in str(answer.missing)
-                assert [call.result() for call in calls] == [b"C: %d" % n for n in range(50)]
-            assert link(made, "A", "B").state == "up"
-        finally:
-            made.stop()
+    with (
+        Hostile("E", config["processes"]["E"]["port"]) as e,
+        Overlay(tmp_path / "led", config) as made,
+    ):
+        made.start("A", "B", "C", "D", "F")
+        until(lambda: link(made, "A", "E").state == "up", 20)
+        e.says = lambda s: [a_slice(s, parts=[d_says(process_id="C")])]
+        with overlay.connect(made.address("A")) as client:
+            calls = [client.submit(None, b"%d" % n, team="green") for n in range(50)]
+            answer = client.call(b"hi")
+            good = {part.process_id for part in answer.parts if part.ok}
+            assert "C" in good
+            assert "a part of 'C', which was not asked" in str(answer.missing)
+            assert [call.result() for call in calls] == [b"C: %d" % n for n in range(50)]
+        assert link(made, "A", "B").state == "up"
 
 
 # A hostile leader, and the library

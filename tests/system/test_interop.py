@@ -33,11 +33,8 @@ MIB = 1024 * 1024
 @pytest.fixture(scope="module")
 def leader_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
     """A without neighbours, which refuses every request."""
-    overlay = Overlay(tmp_path_factory.mktemp("alone"), six_processes())
-    try:
+    with Overlay(tmp_path_factory.mktemp("alone"), six_processes()) as overlay:
         yield overlay.start("A")
-    finally:
-        overlay.stop()
 
 
 # An older client: string payloads, no parts

@@ -41,11 +41,11 @@ HANDLERS = {
 class Mixed(Overlay):
     """Six processes whose files differ in max_message_mib."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], limits: dict[str, int]) -> None:
-        super().__init__(folder, config)
+    def __init__(self, folder: Path, limits: dict[str, int]) -> None:
+        super().__init__(folder, six_processes(handlers=HANDLERS))
         (folder / "mine.py").write_text(MODULE)
-        for process_id in config["processes"]:
-            mine = {**config, "max_message_mib": limits.get(process_id, 16)}
+        for process_id, limit in limits.items():
+            mine = {**self.config, "max_message_mib": limit}
             (folder / f"{process_id}.json").write_text(json.dumps(mine))
 
     def _node(self, process_id: str) -> list[str]:
@@ -55,27 +55,16 @@ class Mixed(Overlay):
 @pytest.fixture(scope="module", params=[1, 20])  # less and more than the default
 def equal(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[tuple[Overlay, int]]:
     limits = dict.fromkeys("ABCDEF", request.param)
-    yield from served(Mixed(tmp_path_factory.mktemp("equal"), six(), limits), request.param)
+    with Mixed(tmp_path_factory.mktemp("equal"), limits) as made:
+        yield made.start(), request.param
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: Any) -> Iterator[Overlay]:
     """A takes 64 MiB, the team leaders 16, D 1 and the other workers 64."""
     limits = {"A": 64, "B": 16, "E": 16, "D": 1, "C": 64, "F": 64}
-    for made, _ in served(Mixed(tmp_path_factory.mktemp("mixed"), six(), limits), 0):
-        yield made
-
-
-def six() -> dict[str, Any]:
-    return six_processes(handlers=HANDLERS)
-
-
-def served(made: Overlay, limit: int) -> Iterator[tuple[Overlay, int]]:
-    try:
-        made.start()
-        yield made, limit
-    finally:
-        made.stop()
+    with Mixed(tmp_path_factory.mktemp("mixed"), limits) as made:
+        yield made.start()
 
 
 def first_call(client: Client, payload: bytes) -> bytes:

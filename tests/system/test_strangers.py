@@ -116,11 +116,8 @@ def six_in(folder: Path) -> Iterator[Target]:
         "endless": handler("endless", 8),
         "raises": handler("raises", 4),
     }
-    six = FewDescriptors(folder, six_processes(handlers=handlers))
-    try:
+    with FewDescriptors(folder, six_processes(handlers=handlers)) as six:
         yield Target(six.start())
-    finally:
-        six.stop()
 
 
 def ports(target: Target, ids: str) -> list[int]:

@@ -57,11 +57,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Noted]:
     (folder / "few_streams.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + FEW_STREAMS
     )
-    found = Narrow(folder, six_processes(handlers=handlers(notes)))
-    try:
+    with Narrow(folder, six_processes(handlers=handlers(notes))) as found:
         yield Noted(found.start(), notes)
-    finally:
-        found.stop()
 
 
 @pytest.fixture

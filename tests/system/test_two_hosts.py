@@ -82,11 +82,8 @@ def give_up(why: CannotBuild) -> None:
 
 
 def started(folder: Path, hosts: Hosts, ids: str) -> Iterator[SixOnTwoHosts]:
-    overlay = SixOnTwoHosts(folder, hosts)
-    try:
+    with SixOnTwoHosts(folder, hosts) as overlay:
         yield overlay.start(*ids) if ids else overlay
-    finally:
-        overlay.stop()
 
 
 # Normal operation

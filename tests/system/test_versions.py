@@ -74,11 +74,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, interpreters: list[Path]) ->
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "mine.py").write_text(MODULE)
     config = six_processes(handlers=HANDLERS)
-    made = Mixed(folder, config, dict(zip(IDS, itertools.cycle(interpreters), strict=False)))
-    try:
+    python_of = dict(zip(IDS, itertools.cycle(interpreters), strict=False))
+    with Mixed(folder, config, python_of) as made:
         yield made.start()
-    finally:
-        made.stop()
 
 
 @pytest.fixture(scope="module", params=[Unary, Streamed], ids=["unary", "streamed"])

@@ -93,11 +93,8 @@ def windows() -> Iterator[Windows]:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Iterator[PcAndMac]:
     """All six of the shipped configuration, started. A test that breaks something restores it."""
-    overlay = PcAndMac(tmp_path_factory.mktemp("both"), windows)
-    try:
+    with PcAndMac(tmp_path_factory.mktemp("both"), windows) as overlay:
         yield overlay.start()
-    finally:
-        overlay.stop()
 
 
 @pytest.fixture(scope="module")
