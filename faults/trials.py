@@ -1,6 +1,6 @@
 """The trials that measure the figures, each on its own overlay.
 
-Owns the thread "memory", "striker" or "restarts" during a trial.
+Owns the thread "striker" or "restarts" during a trial.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ import itertools
 import math
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-import psutil
 
 from faults import bench, breaking, figures, scenarios
 from faults.figures import ROLES, Sample, p99
@@ -26,12 +23,12 @@ from faults.history import Execution
 from faults.load import Notes, evenly
 from tests.harness import hosts
 from tests.harness.machine import NotReached
+from tests.harness.memory import Rss
 
 SECONDS = 10.0  # of a load, by default
 PEAK = 60.0  # a second: 3 workers, 2 slots each, 0.1 s
 WARM_UP_S = 1.0  # left out of the peak, until connected and all slots are in use
 ONSET_S = 1.0  # of an overload, while the queue fills
-MEMORY_S = 0.02
 HEALTHY = 30.0  # a second: two workers can do it, one cannot
 AFTER_S = 8.0  # of load after a fault
 FROZEN_LEADER_S = 3.0
@@ -112,24 +109,10 @@ def recovery_with_tries(ground: Ground, asked: Asked) -> Iterator[Sample]:
 
 def memory(ground: Ground, asked: Asked) -> Iterator[Sample]:
     ground.peak("unary", asked.seconds)
-    leader = psutil.Process(ground.overlay.processes["A"].pid)
-    before = most = leader.memory_info().rss
-    ended = threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not ended.wait(MEMORY_S):
-            most = max(most, leader.memory_info().rss)
-
-    thread = threading.Thread(target=watch, name="memory")
-    thread.start()
-    try:
-        large = replace(USUAL, size=64 * 1024)
+    large = replace(USUAL, size=64 * 1024)
+    with Rss({"A": ground.overlay.processes["A"].pid}) as leader:
         phase = ground.offered(evenly(10 * PEAK, asked.seconds, large))
-    finally:
-        ended.set()
-        thread.join()
-    yield Sample("memory", (most - before) / 2**20, phase.invalid)
+    yield Sample("memory", leader.grown, phase.invalid)
 
 
 def greedy(ground: Ground, asked: Asked) -> Iterator[Sample]:

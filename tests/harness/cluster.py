@@ -60,6 +60,7 @@ class Overlay:
         self.path = folder / "overlay.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(config))
+        self.files: dict[str, str] = {}  # other configurations, by process
         self.processes: dict[str, subprocess.Popen[Any] | Fork] = {}
         self.environment = environment()
         self._channels: dict[str, grpc.Channel] = {}
@@ -167,7 +168,7 @@ class Overlay:
 
     def _node(self, process_id: str) -> list[str]:
         """The command that runs the process."""
-        return [sys.executable, str(NODE), self.path.name, process_id]
+        return [sys.executable, str(NODE), self.files.get(process_id, self.path.name), process_id]
 
     def _spawn(self, process_id: str) -> subprocess.Popen[Any] | Fork:
         command = self._node(process_id)

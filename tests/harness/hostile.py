@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import itertools
 import random
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-import psutil
 
 from overlay.model.limits import Limits
 from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 
 Says = Callable[[pb2.Segment], Iterable[pb2.Slice]]
-MIB = 1024 * 1024
 
 # Boundary values of counts, sizes and times
 NUMBERS = (0, 1, 2, 3, 5, 64, 4096, 4097, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
@@ -119,33 +116,6 @@ class _Admin(pb2_grpc.OverlayAdminServicer):
     def Logs(self, request: Any, context: grpc.ServicerContext) -> pb2.LogsResponse:
         lines = [pb2.LogLine(text="\x1b[31m" * 100, at_s=float("nan"))] * 5000
         return pb2.LogsResponse(process_id="Z", lines=lines)
-
-
-class Rss:
-    """Samples the memory of processes. `grown`: the most that one has grown, in MiB."""
-
-    def __init__(self, *pids: int) -> None:
-        self._processes = [psutil.Process(pid) for pid in pids]
-        self._before = self._peaks = [p.memory_info().rss for p in self._processes]
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Rss:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *why: object) -> None:
-        self._stop.set()
-        self._thread.join(5)
-
-    @property
-    def grown(self) -> float:
-        return max(p - b for p, b in zip(self._peaks, self._before, strict=True)) / MIB
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            now = [p.memory_info().rss for p in self._processes]
-            self._peaks = [max(pair) for pair in zip(self._peaks, now, strict=True)]
 
 
 def any_message(rng: random.Random, kind: Any, fill: float = 0.6, depth: int = 0) -> Any:

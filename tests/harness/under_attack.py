@@ -13,14 +13,12 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -28,6 +26,7 @@ import overlay
 from faults.strangers import Strangers
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.cluster import IDS, Overlay, until
+from tests.harness.memory import Rss
 
 PROMISE_S = 1.0
 TRIES = 4  # the best one counts, because the attack keeps this machine busy too
@@ -78,11 +77,13 @@ class Target:
         after bursts, because the allocator keeps freed memory.
         """
         self._begin()
-        with _Memory(self._pids) as memory, Strangers() as strangers:
+        with Rss(self._pids) as memory, Strangers() as strangers:
             yield strangers
         self._wait_until_idle()
-        self.peaks = memory.peaks()
-        memory.check(memory_mib, beyond)
+        self.peaks, usual = memory.peaks, beyond or memory.before
+        growth = {i: peak - usual[i] for i, peak in self.peaks.items()}
+        print("memory: " + ", ".join(f"{i} {mib:+.0f} MiB" for i, mib in growth.items()))
+        assert {i: f"{mib:.0f} MiB" for i, mib in growth.items() if mib > memory_mib} == {}
         for process_id, pid in self._pids.items():
             assert self.six.metrics(process_id).pid == pid, f"{process_id} was restarted"
 
@@ -144,40 +145,6 @@ class Target:
             m.received - m.completed - m.failed - m.refused - m.cancelled,
         ]
         return not any(counts) and all(n.state == "up" for n in m.neighbours)
-
-
-class _Memory:
-    """Samples the processes' memory."""
-
-    def __init__(self, pids: dict[str, int]) -> None:
-        self._processes = {i: psutil.Process(pid) for i, pid in pids.items()}
-        self._before = {i: process.memory_info().rss for i, process in self._processes.items()}
-        self._peaks = dict(self._before)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
-
-    def __enter__(self) -> _Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(5)
-
-    def peaks(self) -> dict[str, float]:
-        return {i: peak / 2**20 for i, peak in self._peaks.items()}
-
-    def check(self, max_mib: float, beyond: Mapping[str, float] | None) -> None:
-        usual = beyond or {i: before / 2**20 for i, before in self._before.items()}
-        growth = {i: peak - usual[i] for i, peak in self.peaks().items()}
-        print("memory: " + ", ".join(f"{i} {mib:+.0f} MiB" for i, mib in growth.items()))
-        assert {i: f"{mib:.0f} MiB" for i, mib in growth.items() if mib > max_mib} == {}
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.03):
-            for i, process in self._processes.items():
-                with contextlib.suppress(psutil.Error):  # the test has restarted it
-                    self._peaks[i] = max(self._peaks[i], process.memory_info().rss)
 
 
 # The calls of an honest client, each on a new connection. Each raises if it is not answered.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import overlay
 from overlay.client.sync import CallFailed, Client
 from overlay.model.segments import Code, Executed
-from tests.harness.cluster import ROOT, Overlay, free_port, six_processes
+from tests.harness.cluster import Overlay, free_port, six_processes
 
 MODULE = """
 def shout(payload, context):
@@ -39,10 +38,7 @@ class Drifted(Overlay):
         super().__init__(folder, new)
         (folder / "old.json").write_text(json.dumps(old))
         (folder / "mine.py").write_text(MODULE)
-
-    def _node(self, process_id: str) -> list[str]:
-        name = "old.json" if process_id in "EDF" else self.path.name
-        return [sys.executable, str(ROOT / "node.py"), name, process_id]
+        self.files = dict.fromkeys("EDF", "old.json")
 
 
 @pytest.fixture(scope="module")

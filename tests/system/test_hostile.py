@@ -34,7 +34,8 @@ from overlay.monitor.timeseries import Timeseries
 from overlay.transport import codec, validation
 from overlay.transport.codec import Asked, pb2, pb2_grpc
 from tests.harness.cluster import ROOT, Overlay, six_processes, until
-from tests.harness.hostile import Hostile, Rss, any_message, well
+from tests.harness.hostile import Hostile, any_message, well
+from tests.harness.memory import Rss
 
 MAX_MIB = 150  # growth of a process; believing a count of 2^32 would take 30,000
 HUGE = 2**32 - 1
@@ -128,8 +129,8 @@ def link(made: Overlay, near: str, far: str) -> pb2.Neighbour:
     return found
 
 
-def pids(made: Overlay) -> list[int]:
-    return [process.pid for process in made.processes.values()]
+def memory_of(made: Overlay) -> Rss:
+    return Rss({process_id: process.pid for process_id, process in made.processes.items()})
 
 
 @pytest.mark.parametrize(("says", "reason"), WRONG.values(), ids=WRONG)
@@ -143,7 +144,7 @@ def test_an_invalid_slice_raises_misspoken_with_the_reason(says: Any, reason: st
 )
 def test_an_invalid_answer_costs_only_its_senders_part(five: Overlay, d: Hostile, how: str) -> None:
     says, reason = WRONG[how]
-    with Rss(*pids(five)) as rss, overlay.connect(five.address("A")) as client:
+    with memory_of(five) as rss, overlay.connect(five.address("A")) as client:
         client.call(b"hi")
         d.says = says
         began = time.monotonic()
@@ -223,7 +224,7 @@ def test_more_chunks_than_were_granted_end_the_link(five: Overlay, d: Hostile) -
         ]  # fmt: skip
 
     d.says = says
-    with Rss(*pids(five)) as rss, overlay.connect(five.address("A")) as client:
+    with memory_of(five) as rss, overlay.connect(five.address("A")) as client:
         parts = {part.process_id: part for part in client.parts(b"hi", timeout=10)}
     assert parts["C"].ok
     assert parts["F"].ok
@@ -371,7 +372,11 @@ def test_an_invalid_slice_to_a_client_raises_misspoken(says: Any) -> None:
 @pytest.mark.parametrize("how", ["more rows than were asked", "no results"])
 def test_the_librarys_calls_fail_immediately_with_the_reason(how: str) -> None:
     says = CLIENT_WRONG[how]
-    with Hostile("A") as leader, overlay.connect(leader.address) as client, Rss(os.getpid()) as rss:
+    with (
+        Hostile("A") as leader,
+        overlay.connect(leader.address) as client,
+        Rss({"test": os.getpid()}) as rss,
+    ):
         leader.says = says
         began = time.monotonic()
         with pytest.raises(CallFailed, match="it speaks wrongly") as raised:
@@ -457,7 +462,7 @@ def test_an_invalid_frame_from_above_harms_no_other_request(
     channel = grpc.insecure_channel(
         five.address("B"), options=[("grpc.max_send_message_length", -1)]
     )
-    with Rss(*pids(five)) as rss, channel:
+    with memory_of(five) as rss, channel:
         call = pb2_grpc.OverlayNodeStub(channel).ForwardStream(iter([frame] * 3), timeout=10)
         slices: list[pb2.Slice] = []
         with contextlib.suppress(grpc.RpcError):
@@ -476,7 +481,7 @@ def test_a_compressed_message_is_refused_before_it_inflates(five: Overlay, kind:
     )
     body = bytes(96 * MIB)  # 94 KB when compressed
     options = {"compression": grpc.Compression.Gzip, "timeout": 60}
-    with Rss(five.processes["A"].pid) as rss, channel:
+    with Rss({"A": five.processes["A"].pid}) as rss, channel:
         stub = pb2_grpc.OverlayNodeStub(channel)
         segment = pb2.Segment(number=1, count=1, payloads=column(body))
         ask = {
@@ -605,7 +610,7 @@ def test_many_random_answers_harm_no_process(five: Overlay, d: Hostile) -> None:
         return [made]
 
     d.says = says
-    with Rss(*pids(five)) as rss, overlay.connect(five.address("A")) as client:
+    with memory_of(five) as rss, overlay.connect(five.address("A")) as client:
         for _ in range(40):
             d.turn_good()
             d.says = says  # a new pid each time, so that it is asked without backoff
@@ -617,7 +622,7 @@ def test_many_random_answers_harm_no_process(five: Overlay, d: Hostile) -> None:
 
 
 def test_after_random_answers_the_library_still_works() -> None:
-    with Hostile("A") as leader, Rss(os.getpid()) as rss:
+    with Hostile("A") as leader, Rss({"test": os.getpid()}) as rss:
         for seed in range(40):
             rng = random.Random(seed)
 

@@ -46,10 +46,8 @@ class Mixed(Overlay):
         (folder / "mine.py").write_text(MODULE)
         for process_id, limit in limits.items():
             mine = {**self.config, "max_message_mib": limit}
-            (folder / f"{process_id}.json").write_text(json.dumps(mine))
-
-    def _node(self, process_id: str) -> list[str]:
-        return [sys.executable, str(ROOT / "node.py"), f"{process_id}.json", process_id]
+            self.files[process_id] = f"{process_id}.json"
+            (folder / self.files[process_id]).write_text(json.dumps(mine))
 
 
 @pytest.fixture(scope="module", params=[1, 20])  # less and more than the default
