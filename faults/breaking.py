@@ -441,7 +441,3 @@ def _silent_listener(port: int) -> Iterator[None]:
         until(bound, 5, f"port {port} is free")
         listener.listen(16)
         yield
-
-
-def has_full_device() -> bool:
-    return Path("/dev/full").exists()
