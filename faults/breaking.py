@@ -254,14 +254,14 @@ def garbage(process: str) -> Breaking:
     """Connections that send nothing, half a preface or garbage, and stay open."""
 
     def play(stage: Stage) -> None:
-        says = (b"", b"PRI * HTTP/2.0\r\n", b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096))
+        payloads = (b"", b"PRI * HTTP/2.0\r\n", b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096))
         with stage.fault("garbage", process), contextlib.ExitStack() as open_ones:
             until_ = time.monotonic() + stage.seconds / 2
             for i in range(80):
                 address = ("127.0.0.1", stage.overlay.port(process))
                 each = open_ones.enter_context(socket.create_connection(address, timeout=5))
                 with contextlib.suppress(OSError):  # the server may have closed it
-                    each.sendall(says[i % len(says)])
+                    each.sendall(payloads[i % len(payloads)])
             time.sleep(max(0.0, until_ - time.monotonic()))
 
     return play

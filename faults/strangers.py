@@ -356,11 +356,11 @@ class Strangers:
         method: str,
         count: int,
         source: str = FAR,
-        says: Sequence[bytes] = (b"",),
+        sends: Sequence[bytes] = (b"",),
         beside: int = BESIDE,
     ) -> None:
         """Keeps `count` calls open that never send a complete message, `beside` on a connection;
-        replaces those that end. says: what they send, in turn."""
+        replaces those that end. sends: what they send, in turn."""
         calls: list[tuple[Stranger, int]] = []
 
         def fill() -> None:
@@ -373,7 +373,7 @@ class Strangers:
                     one = self.connect(port, source)
                     if one.is_gone:
                         return  # refused; tried again after the pause
-                calls.append((one, one.open(method, says[number % len(says)])))
+                calls.append((one, one.open(method, sends[number % len(sends)])))
 
         self.again(fill, 0.05)
 

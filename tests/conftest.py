@@ -56,7 +56,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 # Files that take long start first, the longest before the others, so that no core idles at the end.
-LONG_FILES = ("windows", "flights", "strangers", "hostile", "two_hosts", "launcher", "overload")
+LONG_FILES = ("windows", "flights", "two_hosts", "strangers", "launcher", "hostile", "overload")
 LONG_FILES += ("rules", "faults", "client", "sync", "routing_around", "drain", "fairness", "sizes")
 LONG_FILES += (
     "map",

@@ -1,7 +1,7 @@
 """A process that answers whatever a test wants, and random messages.
 
 with Hostile("D", port) as d:            takes D's place in a real overlay
-    d.says = lambda segment: [Slice(...)]     its answer to each segment
+    d.reply = lambda segment: [Slice(...)]     its answer to each segment
     d.metrics = lambda: MetricsResponse(...)  its answer to GetMetrics
     d.turn_good()                             as if restarted, with correct answers
 """
@@ -20,7 +20,7 @@ from overlay.model.limits import Limits
 from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 
-Says = Callable[[pb2.Segment], Iterable[pb2.Slice]]
+Reply = Callable[[pb2.Segment], Iterable[pb2.Slice]]
 
 # Boundary values of counts, sizes and times
 NUMBERS = (0, 1, 2, 3, 5, 64, 4096, 4097, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
@@ -29,10 +29,10 @@ TEXTS = ("", "A", "C", "D", "worker", "x" * 65, "x" * 70_000, "\n\x1b[31m", "\u2
 BYTES = (b"", b"a", bytes(1000))
 
 
-def well(process_id: str) -> Says:
+def echo_of(process_id: str) -> Reply:
     """What a worker with the echo handler answers to a process or to a client."""
 
-    def says(segment: pb2.Segment) -> Iterable[pb2.Slice]:
+    def reply(segment: pb2.Segment) -> Iterable[pb2.Slice]:
         rows = [process_id.encode() + b": " + body for body in segment.payloads.items]
         part = pb2.PartSlice(process_id=process_id, hops=[process_id])
         made = pb2.Slice(number=segment.number, count=segment.count, hops=[process_id])
@@ -40,7 +40,7 @@ def well(process_id: str) -> Says:
         made.parts.append(part)
         return [made]
 
-    return says
+    return reply
 
 
 class Hostile(pb2_grpc.OverlayNodeServicer):
@@ -48,7 +48,7 @@ class Hostile(pb2_grpc.OverlayNodeServicer):
 
     def __init__(self, process_id: str, port: int = 0) -> None:
         self.process_id = process_id
-        self.says: Says = well(process_id)
+        self.reply: Reply = echo_of(process_id)
         self.metrics: Callable[[], pb2.MetricsResponse] = self.good_metrics
         self.trailers: list[tuple[str, str | bytes]] = []
         self.initial: tuple[tuple[str, str], ...] = ()
@@ -80,7 +80,7 @@ class Hostile(pb2_grpc.OverlayNodeServicer):
         """As after a restart: neighbours see a new pid and send to it immediately."""
         self._pid = next(self._pids)
         self.seen_by.clear()
-        self.says, self.metrics = well(self.process_id), self.good_metrics
+        self.reply, self.metrics = echo_of(self.process_id), self.good_metrics
 
     def good_metrics(self) -> pb2.MetricsResponse:
         me = pb2.Process(id=self.process_id, role="worker", team="pink", address=self.address)
@@ -107,7 +107,7 @@ class Hostile(pb2_grpc.OverlayNodeServicer):
         for frame in frames:
             for segment in frame.segments:
                 self.asked += 1
-                yield pb2.Frame(slices=self.says(segment))
+                yield pb2.Frame(slices=self.reply(segment))
 
 
 class _Admin(pb2_grpc.OverlayAdminServicer):

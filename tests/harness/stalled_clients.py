@@ -19,9 +19,9 @@ FRAMES = b"GET /frames HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 @contextmanager
 def held_open(
-    port: int, says: bytes, count: int = 200, source: str = "127.0.0.1"
+    port: int, sends: bytes, count: int = 200, source: str = "127.0.0.1"
 ) -> Iterator[list[socket.socket]]:
-    """Opens connections that send `says` and never read. The server may close some."""
+    """Opens connections that send `sends` and never read. The server may close some."""
     with ExitStack() as stack:
         made = []
         for _ in range(count):
@@ -29,7 +29,7 @@ def held_open(
                 socket.create_connection(("127.0.0.1", port), 5, (source, 0))
             )
             with suppress(OSError):  # the server may have closed it
-                each.sendall(says)
+                each.sendall(sends)
             made.append(each)
         yield made
 

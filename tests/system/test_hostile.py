@@ -34,7 +34,7 @@ from overlay.monitor.timeseries import Timeseries
 from overlay.transport import codec, validation
 from overlay.transport.codec import Asked, pb2, pb2_grpc
 from tests.harness.cluster import ROOT, Overlay, six_processes, until
-from tests.harness.hostile import Hostile, any_message, well
+from tests.harness.hostile import Hostile, any_message, echo_of
 from tests.harness.memory import Rss
 
 MAX_MIB = 150  # growth of a process; believing a count of 2^32 would take 30,000
@@ -47,7 +47,7 @@ def a_slice(segment: pb2.Segment, **fields: Any) -> pb2.Slice:
     return pb2.Slice(**{"number": segment.number, "count": segment.count, **fields})
 
 
-def d_says(results: int = 1, **fields: Any) -> pb2.PartSlice:
+def d_part(results: int = 1, **fields: Any) -> pb2.PartSlice:
     items = [b"d"] * results
     return pb2.PartSlice(
         **{"process_id": "D", "results": pb2.Column(items=items) if items else None, **fields}
@@ -60,36 +60,36 @@ def failing(**fields: Any) -> pb2.Detail:
 
 WRONG: dict[str, tuple[Callable[[pb2.Segment], list[pb2.Slice]], str]] = {
     "more rows than were asked": (
-        lambda s: [a_slice(s, count=HUGE, parts=[d_says(0)])], "rows 0 to +4294967295"),
-    "rows out of range": (lambda s: [a_slice(s, start=7, parts=[d_says()])], "rows 7 to +1"),
-    "a huge start": (lambda s: [a_slice(s, start=HUGE, parts=[d_says()])], "rows 4294967295"),
+        lambda s: [a_slice(s, count=HUGE, parts=[d_part(0)])], "rows 0 to +4294967295"),
+    "rows out of range": (lambda s: [a_slice(s, start=7, parts=[d_part()])], "rows 7 to +1"),
+    "a huge start": (lambda s: [a_slice(s, start=HUGE, parts=[d_part()])], "rows 4294967295"),
     "no rows": (lambda s: [a_slice(s, count=0)], "rows 0 to +0"),
-    "missing results": (lambda s: [a_slice(s, parts=[d_says(0)])], "D: 0 results for 1 rows"),
-    "too many results": (lambda s: [a_slice(s, parts=[d_says(9)])], "D: 9 results for 1 rows"),
+    "missing results": (lambda s: [a_slice(s, parts=[d_part(0)])], "D: 0 results for 1 rows"),
+    "too many results": (lambda s: [a_slice(s, parts=[d_part(9)])], "D: 9 results for 1 rows"),
     "a worker not asked": (
-        lambda s: [a_slice(s, parts=[d_says(process_id="C")])], "a part of 'C', which was not"),
+        lambda s: [a_slice(s, parts=[d_part(process_id="C")])], "a part of 'C', which was not"),
     "a huge name": (
-        lambda s: [a_slice(s, parts=[d_says(process_id="x" * 10**6)])], "a part of 'xxxx"),
-    "a part twice": (lambda s: [a_slice(s, parts=[d_says(), d_says()])], "two parts of one"),
+        lambda s: [a_slice(s, parts=[d_part(process_id="x" * 10**6)])], "a part of 'xxxx"),
+    "a part twice": (lambda s: [a_slice(s, parts=[d_part(), d_part()])], "two parts of one"),
     "partial results that were not requested": (
-        lambda s: [a_slice(s, parts=[d_says()], more=True)], "parts before the answer"),
+        lambda s: [a_slice(s, parts=[d_part()], more=True)], "parts before the answer"),
     "a chunk that was not requested": (
-        lambda s: [a_slice(s, parts=[d_says(at=9)])], "D: a chunk where"),
+        lambda s: [a_slice(s, parts=[d_part(at=9)])], "D: a chunk where"),
     "a failure of rows out of range": (
-        lambda s: [a_slice(s, parts=[d_says(failures=[failing(start=0, count=HUGE)])])],
+        lambda s: [a_slice(s, parts=[d_part(failures=[failing(start=0, count=HUGE)])])],
         "failures of rows 0 to +4294967295"),
     "overlapping failures": (
-        lambda s: [a_slice(s, parts=[d_says(failures=[failing(count=1)] * 2)])], "failures of"),
+        lambda s: [a_slice(s, parts=[d_part(failures=[failing(count=1)] * 2)])], "failures of"),
     "a failure with status OK": (
-        lambda s: [a_slice(s, parts=[d_says(0, failures=[failing(code=0)])])], "a failure with"),
+        lambda s: [a_slice(s, parts=[d_part(0, failures=[failing(code=0)])])], "a failure with"),
     "a refusal with status OK": (
         lambda s: [a_slice(s, failures=[failing(code=0)])], "a failure with"),
     "too many hops": (
-        lambda s: [a_slice(s, parts=[d_says()], hops=["D"] * 20_000)], "hops: 20,000 entries"),
+        lambda s: [a_slice(s, parts=[d_part()], hops=["D"] * 20_000)], "hops: 20,000 entries"),
     "a hop that is not a name": (
-        lambda s: [a_slice(s, parts=[d_says(hops=["\x1b[31m" * 99])])], "hops: '\\x1b[31m"),
+        lambda s: [a_slice(s, parts=[d_part(hops=["\x1b[31m" * 99])])], "hops: '\\x1b[31m"),
     "a trace that is too long": (
-        lambda s: [a_slice(s, parts=[d_says()], trace=[pb2.Hop(process_id="D")] * 20_000)],
+        lambda s: [a_slice(s, parts=[d_part()], trace=[pb2.Hop(process_id="D")] * 20_000)],
         "trace: 20,000 entries"),
 }  # fmt: skip
 
@@ -133,20 +133,20 @@ def memory_of(made: Overlay) -> Rss:
     return Rss({process_id: process.pid for process_id, process in made.processes.items()})
 
 
-@pytest.mark.parametrize(("says", "reason"), WRONG.values(), ids=WRONG)
-def test_an_invalid_slice_raises_misspoken_with_the_reason(says: Any, reason: str) -> None:
+@pytest.mark.parametrize(("reply", "reason"), WRONG.values(), ids=WRONG)
+def test_an_invalid_slice_raises_misspoken_with_the_reason(reply: Any, reason: str) -> None:
     with pytest.raises(Misspoken, match=re.escape(reason)):
-        codec.read_slice(says(pb2.Segment(number=1, count=1))[0], Asked(1, frozenset("D")))
+        codec.read_slice(reply(pb2.Segment(number=1, count=1))[0], Asked(1, frozenset("D")))
 
 
 @pytest.mark.parametrize(
     "how", ["more rows than were asked", "a worker not asked", "a refusal with status OK"]
 )
 def test_an_invalid_answer_costs_only_its_senders_part(five: Overlay, d: Hostile, how: str) -> None:
-    says, reason = WRONG[how]
+    reply, reason = WRONG[how]
     with memory_of(five) as rss, overlay.connect(five.address("A")) as client:
         client.call(b"hi")
-        d.says = says
+        d.reply = reply
         began = time.monotonic()
         answer = client.call(b"hi", timeout=20)
         took_s = time.monotonic() - began
@@ -166,7 +166,7 @@ def test_an_invalid_answer_costs_only_its_senders_part(five: Overlay, d: Hostile
 def test_an_invalid_answer_is_logged_once_and_shown_by_check_and_the_web_page(
     five: Overlay, d: Hostile
 ) -> None:
-    d.says = WRONG["more rows than were asked"][0]
+    d.reply = WRONG["more rows than were asked"][0]
     with overlay.connect(five.address("A")) as client:
         client.call(b"hi")
     until(lambda: link(five, "E", "D").state == "down")
@@ -192,7 +192,7 @@ def test_an_invalid_answer_is_logged_once_and_shown_by_check_and_the_web_page(
 def test_a_process_that_keeps_violating_the_protocol_is_retried_with_backoff_and_can_recover(
     five: Overlay, d: Hostile
 ) -> None:
-    d.says = WRONG["no rows"][0]
+    d.reply = WRONG["no rows"][0]
     before = d.calls
     with overlay.connect(five.address("A")) as client:
         until_s = time.monotonic() + 3
@@ -206,8 +206,8 @@ def test_a_process_that_keeps_violating_the_protocol_is_retried_with_backoff_and
 
 
 def test_a_repeated_answer_counts_once(five: Overlay, d: Hostile) -> None:
-    good = well("D")
-    d.says = lambda segment: [*good(segment)] * 50
+    good = echo_of("D")
+    d.reply = lambda segment: [*good(segment)] * 50
     with overlay.connect(five.address("A")) as client:
         for n in range(20):
             assert client.call(b"%d" % n).result.count(b"%d" % n) == 3
@@ -215,7 +215,7 @@ def test_a_repeated_answer_counts_once(five: Overlay, d: Hostile) -> None:
 
 
 def test_more_chunks_than_were_granted_end_the_link(five: Overlay, d: Hostile) -> None:
-    def says(segment: pb2.Segment) -> list[pb2.Slice]:
+    def reply(segment: pb2.Segment) -> list[pb2.Slice]:
         body = bytes(100_000)
         return [
             a_slice(segment, more=True, parts=[pb2.PartSlice(
@@ -223,7 +223,7 @@ def test_more_chunks_than_were_granted_end_the_link(five: Overlay, d: Hostile) -
             for n in range(150)
         ]  # fmt: skip
 
-    d.says = says
+    d.reply = reply
     with memory_of(five) as rss, overlay.connect(five.address("A")) as client:
         parts = {part.process_id: part for part in client.parts(b"hi", timeout=10)}
     assert parts["C"].ok
@@ -325,7 +325,7 @@ def test_a_hostile_team_leader_breaks_only_its_own_link(tmp_path: Any) -> None:
     ):
         made.start("A", "B", "C", "D", "F")
         until(lambda: link(made, "A", "E").state == "up", 20)
-        e.says = lambda s: [a_slice(s, parts=[d_says(process_id="C")])]
+        e.reply = lambda s: [a_slice(s, parts=[d_part(process_id="C")])]
         with overlay.connect(made.address("A")) as client:
             calls = [client.submit(None, b"%d" % n, team="green") for n in range(50)]
             answer = client.call(b"hi")
@@ -352,32 +352,32 @@ CLIENT_WRONG: dict[str, Callable[[pb2.Segment], list[pb2.Slice]]] = {
         a_slice(
             s,
             results=pb2.Column(items=[b"x"]),
-            parts=[d_says(0, failures=[failing(count=HUGE)])],
+            parts=[d_part(0, failures=[failing(count=HUGE)])],
         )
     ],
-    "partial results that were not requested": lambda s: [a_slice(s, parts=[d_says()], more=True)],
+    "partial results that were not requested": lambda s: [a_slice(s, parts=[d_part()], more=True)],
     "a part twice": lambda s: [
-        a_slice(s, results=pb2.Column(items=[b"x"]), parts=[d_says(0), d_says(0)])
+        a_slice(s, results=pb2.Column(items=[b"x"]), parts=[d_part(0), d_part(0)])
     ],
     "too many hops": lambda s: [a_slice(s, results=pb2.Column(items=[b"x"]), hops=["D"] * 20_000)],
 }
 
 
-@pytest.mark.parametrize("says", CLIENT_WRONG.values(), ids=CLIENT_WRONG)
-def test_an_invalid_slice_to_a_client_raises_misspoken(says: Any) -> None:
+@pytest.mark.parametrize("reply", CLIENT_WRONG.values(), ids=CLIENT_WRONG)
+def test_an_invalid_slice_to_a_client_raises_misspoken(reply: Any) -> None:
     with pytest.raises(Misspoken):
-        codec.check_client_slice(says(pb2.Segment(number=1, count=1))[0], Asked(1))
+        codec.check_client_slice(reply(pb2.Segment(number=1, count=1))[0], Asked(1))
 
 
 @pytest.mark.parametrize("how", ["more rows than were asked", "no results"])
 def test_the_librarys_calls_fail_immediately_with_the_reason(how: str) -> None:
-    says = CLIENT_WRONG[how]
+    reply = CLIENT_WRONG[how]
     with (
         Hostile("A") as leader,
         overlay.connect(leader.address) as client,
         Rss({"test": os.getpid()}) as rss,
     ):
-        leader.says = says
+        leader.reply = reply
         began = time.monotonic()
         with pytest.raises(CallFailed, match="it speaks wrongly") as raised:
             client.call(b"hi", timeout=30)
@@ -406,11 +406,11 @@ def attempt(ask: Callable[[], Any]) -> Any:
 
 
 def test_a_flood_of_partial_results_ends_the_librarys_call() -> None:
-    def says(segment: pb2.Segment) -> list[pb2.Slice]:
-        return [a_slice(segment, more=True, parts=[d_says()])] * 200
+    def reply(segment: pb2.Segment) -> list[pb2.Slice]:
+        return [a_slice(segment, more=True, parts=[d_part()])] * 200
 
     with Hostile("A") as leader, overlay.connect(leader.address) as client:
-        leader.says = says
+        leader.reply = reply
         with pytest.raises(CallFailed, match="speaks wrongly"):
             list(client.parts(b"hi", timeout=20))
 
@@ -604,16 +604,16 @@ def test_any_message_is_read_within_bounds_or_rejected(name: str, seed: int, fil
 def test_many_random_answers_harm_no_process(five: Overlay, d: Hostile) -> None:
     rng = random.Random(0)
 
-    def says(segment: pb2.Segment) -> list[pb2.Slice]:
+    def reply(segment: pb2.Segment) -> list[pb2.Slice]:
         made = any_message(rng, pb2.Slice, rng.choice((0.2, 0.5)))
         made.number = segment.number
         return [made]
 
-    d.says = says
+    d.reply = reply
     with memory_of(five) as rss, overlay.connect(five.address("A")) as client:
         for _ in range(40):
             d.turn_good()
-            d.says = says  # a new pid each time, so that it is asked without backoff
+            d.reply = reply  # a new pid each time, so that it is asked without backoff
             answers = [client.submit(None, b"x", mode="all", timeout=0.4) for _ in range(3)]
             for answer in answers:
                 answer.result()
@@ -626,12 +626,12 @@ def test_after_random_answers_the_library_still_works() -> None:
         for seed in range(40):
             rng = random.Random(seed)
 
-            def says(segment: pb2.Segment, rng: random.Random = rng) -> list[pb2.Slice]:
+            def reply(segment: pb2.Segment, rng: random.Random = rng) -> list[pb2.Slice]:
                 made = any_message(rng, pb2.Slice, 0.3)
                 made.number = segment.number
                 return [made]
 
-            leader.says = says
+            leader.reply = reply
             with overlay.connect(leader.address) as client:
                 attempt(lambda client=client: client.call(b"hi", timeout=0.1))
                 attempt(lambda client=client: list(client.map(None, [b"a", b"b"], timeout=0.1)))

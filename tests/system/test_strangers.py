@@ -148,7 +148,7 @@ def test_calls_that_never_send_a_message_block_nothing_that_others_need(
 ) -> None:
     with target.attacked() as strangers:
         for port in ports(target, "ABE"):
-            strangers.unfinished(port, method, count, source, says=(b"", half()))
+            strangers.unfinished(port, method, count, source, sends=(b"", half()))
         time.sleep(0.3)  # for the calls to arrive
         target.check_served(asked)
 
@@ -263,8 +263,8 @@ def test_a_restarted_neighbour_can_connect_despite_idle_streams(target):
 def test_more_connections_than_file_descriptors_do_not_lock_out_others(target, process_id):
     with target.attacked() as strangers:
         port = target.six.port(process_id)
-        for says in (b"", PREFACE[:9], PREFACE):
-            strangers.crowd(20, port, source=FAR, first=says)
+        for sends in (b"", PREFACE[:9], PREFACE):
+            strangers.crowd(20, port, source=FAR, first=sends)
         strangers.silent(MIN_FILES + 176, port, FAR)
         time.sleep(0.5)
         target.check_served()

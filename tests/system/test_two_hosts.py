@@ -129,7 +129,7 @@ def test_mode_any_reaches_each_worker_after_many_requests_to_all(two_hosts: SixO
 
 @pytest.mark.parametrize("host", ADDRESSES)
 @pytest.mark.parametrize(
-    ("command", "says"),
+    ("command", "expected"),
     [
         (COMMAND, ["3 of 3 workers answered", EVERYONE]),
         ([*COMMAND, "--mode", "any"], ["1 of 1 worker answered"]),
@@ -142,12 +142,12 @@ def test_mode_any_reaches_each_worker_after_many_requests_to_all(two_hosts: SixO
     ids=["request", "any", "check", "logs", "check all", "doctor", "test_system"],
 )
 def test_every_command_works_from_either_host(
-    two_hosts: SixOnTwoHosts, host: int, command: list[str], says: list[str]
+    two_hosts: SixOnTwoHosts, host: int, command: list[str], expected: list[str]
 ) -> None:
     done = two_hosts.hosts.run(host, *command)
 
     assert done.returncode == 0, done.stdout
-    for words in says:
+    for words in expected:
         assert words in done.stdout
 
 
@@ -496,8 +496,8 @@ def assert_truthful(reply: Reply) -> None:
     parts = reply.response.parts
     names = [part.process_id for part in parts]
     missing = ",".join(part.process_id for part in parts if part.code)
-    says = f"{len(reply.answered)}/3" + (f"; missing={missing}" if missing else "")
-    assert (names, reply.coverage) == (["C", "D", "F"], says)
+    expected = f"{len(reply.answered)}/3" + (f"; missing={missing}" if missing else "")
+    assert (names, reply.coverage) == (["C", "D", "F"], expected)
     assert all(bool(part.reason) == bool(part.code) for part in parts), reply.missing
 
 
