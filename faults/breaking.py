@@ -287,7 +287,7 @@ def strangers(stage: Stage) -> None:
                 named = strange.message(strange.field(1, len(name)) + name)
                 one.leave(one.open("/grpc.health.v1.Health/Watch", named))
 
-            them.again(restlessly, 0.05)
+            them.repeat(restlessly, 0.05)
         them.silent(200, overlay.port("A"), source)
         them.unfinished(overlay.port("A"), "/OverlayNode/ForwardStream", 80, source)
         for one in them.crowd(4, overlay.port("A"), source=source, window=0):
@@ -316,7 +316,7 @@ def new_names(stage: Stage) -> None:
             for one in (*crowd, *crowd):
                 ask(one)
 
-        them.again(more, 0.1)  # 200 a second
+        them.repeat(more, 0.1)  # 200 a second
         time.sleep(stage.long_s)
 
 

@@ -44,7 +44,7 @@ class Planned:
     """A scheduled call.
 
     after_s: from the start. named: it has a request id. again: it has the id and payload of the
-    call before it. keyed: it has an idempotency key; "as before": that of the call before it.
+    call before it. keyed: it has an idempotency key; "same": that of the call before it.
     insists: it is repeated even after an answer. Of unary calls only: caller, the caller's name,
     and tries, the retries after a failure without a key.
     """
@@ -58,7 +58,7 @@ class Planned:
     timeout_s: float
     named: bool = False
     again: bool = False
-    keyed: Literal["", "anew", "as before"] = ""
+    keyed: Literal["", "new", "same"] = ""
     insists: bool = False
     size: int = 0  # bytes of payload, at least
     caller: str = ""
@@ -127,12 +127,12 @@ def _sent_twice(call: Planned, rng: random.Random) -> list[Planned]:
 
 def _with_a_key(call: Planned, rng: random.Random) -> list[Planned]:
     """Once, repeated after its answer, twice at the same time, or with a different payload."""
-    call = replace(call, way="unary", keyed="anew", insists=rng.random() < 0.2)
+    call = replace(call, way="unary", keyed="new", insists=rng.random() < 0.2)
     kind = rng.random()
     if kind < 0.2:
-        return [call, _soon_after(call, again=True, keyed="as before")]
+        return [call, _soon_after(call, again=True, keyed="same")]
     if kind < 0.3:
-        return [call, _soon_after(call, keyed="as before")]
+        return [call, _soon_after(call, keyed="same")]
     return [call]
 
 
@@ -229,7 +229,7 @@ class Load:
     def send(self, planned: Planned, due: float | None = None) -> Call:
         id_ = next(self._ids)
         self._key = self._key if planned.again else id_
-        if planned.keyed == "anew":
+        if planned.keyed == "new":
             self._idempotency = f"{self._base}-{id_}"
         at = time.monotonic()
         call = Call(

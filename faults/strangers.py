@@ -333,21 +333,21 @@ class Strangers:
                 if open_ones[-1].is_gone:
                     return
 
-        self.again(fill, 0.1)
+        self.repeat(fill, 0.1)
 
     def crowd(self, count: int, port: int, **how: Any) -> list[Stranger]:
         return [self.connect(port, **how) for _ in range(count)]
 
-    def again(self, act: Callable[[], object], pause_s: float = 0.02) -> None:
+    def repeat(self, act: Callable[[], object], pause_s: float = 0.02) -> None:
         """Does it now, and repeatedly until `close`, with a pause in between."""
 
-        def repeat() -> None:
+        def run() -> None:
             while not self._closed.wait(pause_s):
                 act()
 
         act()
         name = f"stranger-{len(self._threads)}"
-        self._threads.append(threading.Thread(target=repeat, name=name, daemon=True))
+        self._threads.append(threading.Thread(target=run, name=name, daemon=True))
         self._threads[-1].start()
 
     def unfinished(
@@ -375,7 +375,7 @@ class Strangers:
                         return  # refused; tried again after the pause
                 calls.append((one, one.open(method, sends[number % len(sends)])))
 
-        self.again(fill, 0.05)
+        self.repeat(fill, 0.05)
 
     def _read(self) -> None:
         with selectors.DefaultSelector() as selector:

@@ -301,7 +301,7 @@ def test_a_new_name_for_each_call_takes_no_share_from_another_address(target):
                     name = [("overlay-caller", f"n{next(numbers)}"), ("grpc-timeout", "3S")]
                     one.open(FORWARD, message(made), end=True, headers=name)
 
-        strangers.again(more, 0.1)  # 400 a second; the workers' capacity is 60
+        strangers.repeat(more, 0.1)  # 400 a second; the workers' capacity is 60
         time.sleep(1)
         answered = honest_naps(target.six, 20)
         target.check_served()
@@ -387,7 +387,7 @@ def test_fields_that_only_processes_send_give_a_stranger_no_larger_share(target)
                 body = message(request.SerializeToString())
                 one.open(FORWARD, body, end=True, headers=headers)
 
-        strangers.again(more, 0.1)
+        strangers.repeat(more, 0.1)
         time.sleep(1)
         answered = honest_naps(target.six, 20)
         target.check_served()
@@ -514,7 +514,7 @@ def test_calls_that_are_reset_immediately_harm_only_their_connection(target, sou
                     for method in (FORWARD, STREAM, METRICS, WATCH) * 3:
                         one.leave(one.open(method, body, end=True))
 
-            strangers.again(more, 0.03)
+            strangers.repeat(more, 0.03)
         time.sleep(1)
         target.check_served(["stream", "check"])
 
@@ -565,7 +565,7 @@ def test_a_flood_of_frames_on_one_connection_does_not_affect_others(target, floo
                         crowd[number] = one = strangers.connect(port, NEAR)
                     flood(one)
 
-            strangers.again(more, 0.03)
+            strangers.repeat(more, 0.03)
         time.sleep(0.7)
         target.check_served()
 
