@@ -29,7 +29,7 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
-from tests.harness.mutants import spoiled
+from tests.harness.mutants import mutated
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 Headers = list[tuple[str, str]]
@@ -55,7 +55,7 @@ PATHS = [
 def conversation(rng: Random, frames: int) -> bytes:
     """The bytes of a connection: its preface and this many frames of random types."""
     made = _valid_conversation(frames) if rng.random() < 0.3 else _frames(rng, frames)
-    return spoiled(made, rng) if rng.random() < 0.3 else made
+    return mutated(made, rng) if rng.random() < 0.3 else made
 
 
 def junk(rng: Random) -> bytes:
@@ -64,7 +64,7 @@ def junk(rng: Random) -> bytes:
     if how < 0.2:
         return client_hello(rng.choice(["localhost", "overlay.example"]))
     if how < 0.3:
-        return spoiled(client_hello("localhost"), rng)
+        return mutated(client_hello("localhost"), rng)
     if how < 0.5:
         return rng.randbytes(rng.choice([1, 9, 24, 1000, 70_000]))
     if how < 0.6:
@@ -124,7 +124,7 @@ def _chunks(sent: bytes, rng: Random) -> Iterator[bytes]:
 
 
 def _valid_conversation(requests: int) -> bytes:
-    """What a correct client sends; `spoiled` breaks it."""
+    """What a correct client sends; `mutated` breaks it."""
     client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
     client.initiate_connection()
     for _ in range(requests):
@@ -342,7 +342,7 @@ def _odd_hpack(encoder: Encoder, stream: int, rng: Random) -> bytes:
             b"\x80",
             b"\x40\x7f\xff\xff\xff\xff\x0f",  # a name of 4 GiB
             rng.randbytes(40),
-            spoiled(encoder.encode(GOOD), rng),
+            mutated(encoder.encode(GOOD), rng),
         ]
     )
     return HeadersFrame(stream, block, flags=["END_HEADERS"]).serialize()

@@ -45,7 +45,7 @@ def configuration(good: Any, rng: Random) -> bytes:
             text = _with_scrap(text, rng)
     code = rng.choice(CODES) if rng.random() < 0.15 else "utf-8"
     made = text.encode(code, "surrogatepass" if code.startswith("utf") else "replace")
-    return spoiled(made, rng) if rng.random() < 0.2 else made
+    return mutated(made, rng) if rng.random() < 0.2 else made
 
 
 def with_changed_values(value: Any, rng: Random) -> Any:
@@ -95,7 +95,7 @@ def _with_scrap(text: str, rng: Random) -> str:
 # Bytes
 
 
-def spoiled(good: bytes, rng: Random) -> bytes:
+def mutated(good: bytes, rng: Random) -> bytes:
     """The bytes with a few flipped, deleted, doubled or replaced."""
     made = bytearray(good)
     for _ in range(rng.choice([1, 1, 2, 8])):
@@ -130,7 +130,7 @@ def message(kind: type[Message], good: Sequence[Message], rng: Random) -> bytes:
     if how < 0.4 or how > 0.85:
         return wired
     if rng.random() < 0.3:
-        return spoiled(wired, rng)
+        return mutated(wired, rng)
     return _with_changed_records(wired, rng)
 
 
@@ -255,13 +255,13 @@ def _lie_about_size(records: list[Record], at: int, rng: Random) -> None:
         records[at] = number, kind, _varint(size) + value[1:]
 
 
-def _spoil_value(records: list[Record], at: int, rng: Random) -> None:
+def _mutate_value(records: list[Record], at: int, rng: Random) -> None:
     for number, kind, value in records[at : at + 1]:
         if kind != 2 or not value or value[0] > 127:  # no length prefix of one byte
-            records[at] = number, kind, spoiled(value, rng)
+            records[at] = number, kind, mutated(value, rng)
             continue
         inner = value[1:]
-        change = _with_changed_records if _is_message(inner) else spoiled
+        change = _with_changed_records if _is_message(inner) else mutated
         inner = change(inner, rng)
         records[at] = number, kind, _varint(len(inner)) + inner
 
@@ -289,7 +289,7 @@ def _stray(records: list[Record], at: int, rng: Random) -> None:
 
 
 _CHANGES: list[Callable[[list[Record], int, Random], None]] = [
-    *(_drop, _double, _renumber, _retype, _lie_about_size, _spoil_value, _spoil_value, _stray)
+    *(_drop, _double, _renumber, _retype, _lie_about_size, _mutate_value, _mutate_value, _stray)
 ]
 
 
