@@ -475,26 +475,18 @@ def test_an_invalid_frame_from_above_harms_no_other_request(
 
 
 @pytest.mark.parametrize("kind", ["unary", "stream"])
-def test_a_compressed_message_is_refused_before_it_inflates(five: Overlay, kind: str) -> None:
-    channel = grpc.insecure_channel(
-        five.address("A"), options=[("grpc.max_send_message_length", -1)]
-    )
-    body = bytes(96 * MIB)  # 94 KB when compressed
-    options = {"compression": grpc.Compression.Gzip, "timeout": 60}
-    with Rss({"A": five.processes["A"].pid}) as rss, channel:
-        stub = pb2_grpc.OverlayNodeStub(channel)
-        segment = pb2.Segment(number=1, count=1, payloads=column(body))
-        ask = {
-            "unary": lambda: stub.Forward(pb2.Request(payload=body), **options),
-            "stream": lambda: [
-                *stub.ForwardStream(iter([pb2.Frame(segments=[segment])]), **options)
-            ],
-        }
-        with pytest.raises(grpc.RpcError) as raised:
-            ask[kind]()
-    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED  # compression is not supported
-    assert rss.grown < 60
-    assert five.ask("A").parts[0].code == 0
+def test_a_compressed_message_is_rejected_with_unimplemented(five: Overlay, kind: str) -> None:
+    """test_strangers.py has those that inflate to more than fits in memory."""
+    body, options = bytes(10_000), {"compression": grpc.Compression.Gzip, "timeout": 10}
+    segment = pb2.Segment(number=1, count=1, payloads=column(body))
+    stub = five.stub("A")
+    ask = {
+        "unary": lambda: stub.Forward(pb2.Request(payload=body), **options),
+        "stream": lambda: [*stub.ForwardStream(iter([pb2.Frame(segments=[segment])]), **options)],
+    }
+    with pytest.raises(grpc.RpcError) as raised:
+        ask[kind]()
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 # Random messages
