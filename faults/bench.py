@@ -26,7 +26,7 @@ from faults.checker import Violation
 from faults.history import About, History, Recovery, Rest, Trouble
 from faults.load import Load, Notes, Planned
 from faults.overlays import Overlay
-from faults.scenarios import BY_NAME, HORRORS, Scenario
+from faults.scenarios import BY_NAME, FAILING, Scenario
 from tests.harness.cluster import six_processes
 from tests.harness.hosts import ADDRESSES, Hosts, Wire
 from tests.harness.machine import ROOT, NotReached, until
@@ -128,7 +128,7 @@ def _run(
         seed,
         {i: p["team"] for i, p in overlay.config["processes"].items() if p["role"] == "worker"},
         list(scenario.expects),
-        list(HORRORS),
+        list(FAILING),
         scenario.slots,
     )
     found = History(about)
@@ -151,7 +151,7 @@ def _run(
 
 
 def configuration(scenario: Scenario) -> dict[str, Any]:
-    names = ("work", *HORRORS, "prints")
+    names = ("work", *FAILING, "prints")
     handlers = {n: {"call": f"faults.handlers:{n}", "slots": scenario.slots} for n in names}
     config = six_processes(**{"handlers": handlers, "drain_grace_s": 10, **scenario.top})
     for id_, process in config["processes"].items():

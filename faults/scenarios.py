@@ -16,7 +16,7 @@ from tests.harness import hosts
 
 USUAL = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
 STOPPED = (*USUAL, "CANCELLED")  # gRPC's status of a call that arrives while its server closes
-HORRORS = ("raises", "exits", "wrong_type")
+FAILING = ("raises", "exits", "wrong_type")
 BUSY = Mixture(rate=80, nap_ms=(20, 200))  # so that requests are in flight during a kill
 CALM = Mixture(timeouts_s=(10,))
 APART = (
@@ -186,28 +186,28 @@ SCENARIOS = (
         breaking.degrade("D", hangs=0.3, hang_s=4),
     ),
     Scenario(
-        "horrors",
+        "bad-handlers",
         "handlers that raise, exit, return a float, print 200 kB",
-        mixture=Mixture(handlers=(*["work"] * 4, *HORRORS, "prints"), timeouts_s=(10,)),
+        mixture=Mixture(handlers=(*["work"] * 4, *FAILING, "prints"), timeouts_s=(10,)),
         expects=("OK",),
     ),
     Scenario(
         "full-disk",
         "log files on a full device, and handlers that raise",
-        mixture=Mixture(handlers=("work", *HORRORS)),
+        mixture=Mixture(handlers=("work", *FAILING)),
         needs="linux",
         prepare=breaking.full_disk,
     ),
     Scenario(
         "no-log",
         "log files that cannot be opened, and handlers that raise",
-        mixture=Mixture(handlers=("work", *HORRORS)),
+        mixture=Mixture(handlers=("work", *FAILING)),
         prepare=breaking.no_log,
     ),
     Scenario(
         "unread-output",
         "stdout and stderr are not read, and handlers raise",
-        mixture=Mixture(handlers=("work", *HORRORS)),
+        mixture=Mixture(handlers=("work", *FAILING)),
         prepare=breaking.unread,
     ),
 )

@@ -131,7 +131,7 @@ def deadline_not_passed_on() -> None:
     peers._Peer.time_left_s = lambda self, deadline: 30.0
 
 
-def refusal_says_always_no() -> None:
+def refusal_always_says_no() -> None:
     from overlay.model import errors, segments
     from overlay.transport import codec
 
@@ -238,7 +238,7 @@ def runs_some_twice() -> None:
     thread_pool._called = called
 
 
-def answers_get_lost() -> None:
+def answers_are_lost() -> None:
     from overlay.calls import stream_session
 
     right, numbers = stream_session._Session._answer, itertools.count(1)
@@ -256,7 +256,7 @@ def deadlines_never_end() -> None:
     timers.Deadlines.watch = lambda self, thing, deadline: None
 
 
-def crashes_inside() -> None:
+def internal_errors() -> None:
     from overlay.transport import codec
 
     right, numbers = codec.write_response, itertools.count(1)
@@ -282,7 +282,7 @@ def link_stays_down() -> None:
     peers._Peer._set_state = set_state
 
 
-def exit_takes_the_process() -> None:
+def exit_ends_the_worker() -> None:
     from overlay.workers import thread_pool
 
     right = thread_pool.outcome_of_error
@@ -319,7 +319,7 @@ def team_is_ignored() -> None:
     )
 
 
-def counts_go_astray() -> None:
+def completed_is_miscounted() -> None:
     from overlay.observability import counters
 
     right, numbers = counters.Meter.completed, itertools.count(1)
@@ -352,13 +352,13 @@ def key_for_any_payload() -> None:
     )
 
 
-def failed_is_lost() -> None:
+def failure_counts_as_lost() -> None:
     from overlay.routing import aggregate
 
     aggregate.was_lost = lambda answer: not answer.parts or not answer.parts[0].ok
 
 
-def refuses_now_and_then() -> None:
+def needless_refusals() -> None:
     """As if recent requests had been too slow, although slots are free."""
     from overlay.model import errors
     from overlay.queueing import request_queue
@@ -415,11 +415,11 @@ BUGS = (
         deadline_not_passed_on,
     ),
     Bug(
-        "refusal-says-always-no",
+        "refusal-always-says-no",
         "every failure says executed: no",
-        "horrors",
+        "bad-handlers",
         ("false_refusal",),
-        refusal_says_always_no,
+        refusal_always_says_no,
     ),
     Bug("seen-ids-off", "a worker forgets request ids", "repeats", ("ran_twice",), seen_ids_off),
     Bug(
@@ -466,11 +466,11 @@ BUGS = (
     ),
     Bug("runs-some-twice", "one in ten runs twice", "calm", ("ran_twice",), runs_some_twice),
     Bug(
-        "answers-get-lost",
+        "answers-are-lost",
         "one slice in fifteen is not written",
         "calm",
         ("silent", "unexpected_status"),
-        answers_get_lost,
+        answers_are_lost,
     ),
     Bug(
         "deadlines-never-end",
@@ -480,11 +480,11 @@ BUGS = (
         deadlines_never_end,
     ),
     Bug(
-        "crashes-inside",
+        "internal-errors",
         "one unary answer in twenty fails",
         "calm",
         ("unexpected_status",),
-        crashes_inside,
+        internal_errors,
     ),
     Bug(
         "link-stays-down",
@@ -494,11 +494,11 @@ BUGS = (
         link_stays_down,
     ),
     Bug(
-        "exit-takes-the-process",
+        "exit-ends-the-worker",
         "a handler's SystemExit ends the worker",
-        "horrors",
+        "bad-handlers",
         ("bad_exit",),
-        exit_takes_the_process,
+        exit_ends_the_worker,
     ),
     Bug(
         "answers-mixed-up",
@@ -515,11 +515,11 @@ BUGS = (
         team_is_ignored,
     ),
     Bug(
-        "counts-go-astray",
+        "completed-is-miscounted",
         "one completed request in ten is not counted",
         "calm",
         ("leak",),
-        counts_go_astray,
+        completed_is_miscounted,
     ),
     Bug(
         "keys-are-forgotten",
@@ -536,18 +536,18 @@ BUGS = (
         key_for_any_payload,
     ),
     Bug(
-        "failed-is-lost",
+        "failure-counts-as-lost",
         "with a key, every failure is retried on a second worker",
         "keys",
         ("ran_twice",),
-        failed_is_lost,
+        failure_counts_as_lost,
     ),
     Bug(
-        "refuses-now-and-then",
+        "needless-refusals",
         "one request in fifteen is refused for lack of time although slots are free",
         "calm",
         ("refused_with_free_slots",),
-        refuses_now_and_then,
+        needless_refusals,
     ),
     Bug(
         "address-is-ignored",

@@ -505,7 +505,7 @@ def test_a_worker_that_is_cut_off_breaks_no_promise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["refusal-says-always-no", "seen-ids-off", "merge-drops-a-part", "refuses-now-and-then"]
+    "name", ["refusal-always-says-no", "seen-ids-off", "merge-drops-a-part", "needless-refusals"]
 )
 def test_a_bug_made_on_purpose_is_found(tmp_path: Path, name: str) -> None:
     trial = seeded.try_out(seeded.BY_NAME[name], tmp_path / "run", 1, seed=1)
