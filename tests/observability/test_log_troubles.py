@@ -21,11 +21,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses Linux's di
 
 MINE = """
 import sys
-def horror(payload, context):
+def misbehave(payload, context):
     print("x" * 1000, file=sys.stderr)
     context.log.warning("%s", "y" * 1000)
     raise ValueError("z" * 1000)
-patient = horror
+patient = misbehave
 """
 
 
