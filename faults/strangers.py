@@ -392,8 +392,8 @@ class Strangers:
 
 
 def _register(selector: selectors.BaseSelector, connection: socket.socket, one: Stranger) -> None:
-    fd = connection.fileno()
-    if fd in selector.get_map():  # of a closed connection
-        selector.unregister(fd)
     with contextlib.suppress(OSError, ValueError):  # it is already closed
+        fd = connection.fileno()
+        if fd in selector.get_map():  # of an earlier, closed connection
+            selector.unregister(fd)
         selector.register(connection, selectors.EVENT_READ, one)
