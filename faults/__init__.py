@@ -1,13 +1,13 @@
-"""The fault bench: loads a real overlay, breaks it on purpose, and checks the history.
+"""The fault bench: loads a real overlay, injects faults, and checks the recorded history.
 
-scenarios   the table: a load, a fault, what answers may say
-bench       one scenario from start to end   -> overlays, load, breaking, tests.harness.hosts
-strangers   what anybody who reaches a port can do to it; the tests use it too
+scenarios   the table: a load, a fault, the allowed statuses
+bench       runs one scenario                -> overlays, load, breaking, tests.harness.hosts
+strangers   attacks by clients that can reach a port; the tests use them too
 neighbour   a program that answers wrongly in a process's place
-history     what happened, as values; JSON lines
-checker     a history -> the promises that were broken (pure)
-seeded      product bugs made on purpose, so that the checker can be tested
-figures     what is to be reached under overload and after a fault, and its arithmetic (pure)
-trials      measures the figures                -> ground, which has an overlay and loads it
-report      the table and the plot
+history     what happened, as values and JSON lines
+checker     history -> violations; a pure function
+seeded      bugs injected into the product, to test the checker
+figures     the targets under overload and after a fault, and their arithmetic; pure
+trials      measures the figures             -> ground, which runs and loads an overlay
+report      the table; plot draws it
 """

@@ -1,7 +1,7 @@
-"""One scenario from start to end: start, load and break, heal, look, stop, check.
+"""Runs one scenario: start, load and break, recover, read the metrics, stop, check.
 
-Where a process is to be on a host of its own, all this happens in a program inside two hosts made
-for it, this file (python -m faults.bench), and the history is what comes back.
+If a process needs its own host, this file runs as a program inside one of two virtual hosts, and
+returns the history.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from faults.checker import Violation
 from faults.history import About, History, Recovery, Rest, Trouble
 from faults.load import Load, Notes, Planned
 from faults.overlays import Overlay
-from faults.scenarios import BY_NAME, HORRORS, Scenario
+from faults.scenarios import BY_NAME, FAILING, Scenario
 from tests.harness.cluster import six_processes
 from tests.harness.hosts import ADDRESSES, Hosts, Wire
 from tests.harness.machine import ROOT, NotReached, until
 
-LATENESS_S = 0.02  # of the 99th percentile; beyond, the load was not what the run says
-REST_S = 15.0  # for hung handlers to end, and for what they held
+LATENESS_S = 0.02  # p99; above it the load was not as planned, and the run is invalid
+REST_S = 15.0  # for hung handlers to end
 RECOVERY_S = 20.0
 PROBES = 5
 PROBE_ID = 20_000_000
@@ -41,7 +41,7 @@ BREAK_AT = 0.15  # of the load's time
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one scenario."""
+    """The result of one scenario."""
 
     scenario: Scenario
     history: History
@@ -49,13 +49,13 @@ class Outcome:
 
     @property
     def lateness_s(self) -> float:
-        """The 99th percentile of how late calls left."""
+        """How late calls were sent, p99."""
         late = sorted(c.at - c.due for c in self.history.calls if not c.vanishes)
         return late[int(len(late) * 0.99)] if late else 0.0
 
     @property
     def invalid(self) -> str:
-        """Why the run proves nothing; empty when it does."""
+        """Why the run proves nothing; empty if it is valid."""
         if self.history.troubles:
             return self.history.troubles[0].what
         if self.lateness_s > LATENESS_S:
@@ -71,9 +71,9 @@ def run(
     command: Sequence[str] = (),
     freeze_s: float | None = None,
 ) -> Outcome:
-    """Runs it in `folder`, where it leaves history.jsonl. command: instead of node.py.
+    """Runs it in `folder` and writes history.jsonl there. command: instead of node.py.
 
-    Raises CannotBuild when the scenario needs hosts that cannot be made here.
+    Raises CannotBuild if the scenario needs hosts that this machine cannot have.
     """
     how: dict[str, Any] = {
         "seconds": seconds,
@@ -82,16 +82,16 @@ def run(
         "freeze_s": freeze_s,
     }
     if scenario.away:
-        found = _played_on_hosts(scenario, folder.absolute(), how)
+        found = _run_on_hosts(scenario, folder.absolute(), how)
     else:
-        found = _played(scenario, folder, **how)
+        found = _run(scenario, folder, **how)
     return Outcome(scenario, found, checker.check(found))
 
 
-def _played_on_hosts(scenario: Scenario, folder: Path, how: dict[str, Any]) -> History:
+def _run_on_hosts(scenario: Scenario, folder: Path, how: dict[str, Any]) -> History:
     with contextlib.closing(Hosts()) as hosts:
-        terms = json.dumps([scenario.name, str(folder), how, hosts.names])
-        program = hosts.popen(1, sys.executable, "-m", "faults.bench", terms, cwd=ROOT)
+        arguments = json.dumps([scenario.name, str(folder), how, hosts.names])
+        program = hosts.popen(1, sys.executable, "-m", "faults.bench", arguments, cwd=ROOT)
         try:
             code = program.wait()
         finally:
@@ -103,14 +103,13 @@ def _played_on_hosts(scenario: Scenario, folder: Path, how: dict[str, Any]) -> H
     return History(about, troubles=[Trouble(f"the program in host 1 ended with {code}")])
 
 
-def _play_inside(terms: str) -> None:
-    """What the program inside does."""
-    name, folder, how, names = json.loads(terms)
+def _run_inside(arguments: str) -> None:
+    name, folder, how, names = json.loads(arguments)
     wire = Wire({int(host): name for host, name in names.items()})
-    _played(BY_NAME[name], Path(folder), wire=wire, **how)
+    _run(BY_NAME[name], Path(folder), wire=wire, **how)
 
 
-def _played(
+def _run(
     scenario: Scenario,
     folder: Path,
     seconds: float,
@@ -129,7 +128,7 @@ def _played(
         seed,
         {i: p["team"] for i, p in overlay.config["processes"].items() if p["role"] == "worker"},
         list(scenario.expects),
-        list(HORRORS),
+        list(FAILING),
         scenario.slots,
     )
     found = History(about)
@@ -152,7 +151,7 @@ def _played(
 
 
 def configuration(scenario: Scenario) -> dict[str, Any]:
-    names = ("work", *HORRORS, "prints")
+    names = ("work", *FAILING, "prints")
     handlers = {n: {"call": f"faults.handlers:{n}", "slots": scenario.slots} for n in names}
     config = six_processes(**{"handlers": handlers, "drain_grace_s": 10, **scenario.top})
     for id_, process in config["processes"].items():
@@ -187,36 +186,36 @@ def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed
 def _load_and_break(
     scenario: Scenario, stage: Stage, load: Load, found: History, seconds: float, seed: int
 ) -> None:
-    breaker = threading.Thread(target=_break, args=(scenario, stage, found), name="breaker")
+    breaker = threading.Thread(target=_inject, args=(scenario, stage, found), name="breaker")
     load.send(Planned(0, "all", "unary", "", "work", 1, 10))
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     breaker.start()
     try:
-        load.run(scenario.mixture.plan(seconds, dice))
-        while breaker.is_alive():  # it takes what it takes, and so does the load
-            load.run(scenario.mixture.plan(0.5, dice))
+        load.run(scenario.mixture.plan(seconds, rng))
+        while breaker.is_alive():  # the load lasts as long as the fault
+            load.run(scenario.mixture.plan(0.5, rng))
     finally:
         breaker.join()
-    # Each call ends by its deadline and is given up soon after; what is open then has no answer.
+    # The client gives up soon after a deadline; calls that are still open then have no answer.
     longest_s = scenario.mixture.longest_s + 2 * checker.SILENT_S + 1
     end = time.monotonic() + longest_s
     while stage.notes.open and time.monotonic() < end:
         time.sleep(0.02)
 
 
-def _break(scenario: Scenario, stage: Stage, found: History) -> None:
+def _inject(scenario: Scenario, stage: Stage, found: History) -> None:
     time.sleep(BREAK_AT * stage.seconds)
     try:
         scenario.breaking(stage)
-    except Exception as e:  # noqa: BLE001 - said in the report, and the run is invalid
+    except Exception as e:  # noqa: BLE001 - reported, and the run is invalid
         found.troubles.append(Trouble(f"{type(e).__name__}: {e}"))
 
 
 def _recovery(overlay: Overlay, notes: Notes, scope: Mapping[str, Sequence[str]]) -> Recovery:
-    """Asks until complete answers come one after another. Nobody helps the overlay meanwhile."""
+    """Sends calls until several in a row have complete answers."""
     began = time.monotonic()
     probing = Load(overlay.address("A"), notes, PROBE_ID, scope)
-    said, good = "", 0
+    last, good = "", 0
     try:
         while time.monotonic() < began + RECOVERY_S:
             mode = "any" if good % 2 else "all"
@@ -224,19 +223,19 @@ def _recovery(overlay: Overlay, notes: Notes, scope: Mapping[str, Sequence[str]]
             answer = until(partial(_answer_to, notes, call.id), 10, f"an answer to {call.id}")
             complete = answer.code == "OK" and all(code == "OK" for _, code, _ in answer.parts)
             good = good + 1 if complete else 0
-            said = f"{answer.code} {answer.coverage} {answer.reason}"
+            last = f"{answer.code} {answer.coverage} {answer.reason}"
             if good == PROBES:
-                return Recovery(True, time.monotonic() - began, said)
+                return Recovery(True, time.monotonic() - began, last)
             time.sleep(0.05)
     except NotReached as e:
-        said = str(e)
+        last = str(e)
     finally:
         probing.close()
-    return Recovery(False, time.monotonic() - began, said)
+    return Recovery(False, time.monotonic() - began, last)
 
 
 def _scope(about: About) -> dict[str, list[str]]:
-    """The workers of each team; "" is all of them."""
+    """The workers of each team; "" means all."""
     scope = {"": list(about.workers)}
     for worker, team in about.workers.items():
         scope.setdefault(team, []).append(worker)
@@ -248,7 +247,7 @@ def _answer_to(notes: Notes, id_: int) -> Any:
 
 
 def _rest(overlay: Overlay, process: str, end: float) -> Rest:
-    """The counts when all are 0, else as they are in the end."""
+    """Waits until all counts are 0, and returns the last ones."""
     while True:
         try:
             counts = _counts(overlay, process)
@@ -275,5 +274,5 @@ def _counts(overlay: Overlay, process: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):  # whoever started us hears of it too
-        _play_inside(sys.argv[1])
+    with contextlib.suppress(KeyboardInterrupt):  # the parent gets it too
+        _run_inside(sys.argv[1])

@@ -1,7 +1,7 @@
-"""The faults: each a function of the stage it plays on. Each undoes what it did before it returns.
+"""The faults: each is a function of a Stage, and undoes what it did before it returns.
 
-A fault is given the seconds it may take. What it does to a process is noted with its times, so that
-the checker knows who could not answer.
+What it does to a process is recorded with its times, so that the checker knows which processes
+could not answer.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from overlay.transport.codec import pb2
 from tests.harness.hosts import Wire
 from tests.harness.machine import ROOT, until
 
-LONG_S = 5.0  # at least: longer than a dead peer is not noticed
-CLOCK_STEPS_S = (3600, -3600, 0)  # from the right time
+LONG_S = 5.0  # longer than it takes to notice a dead peer
+CLOCK_STEPS_S = (3600, -3600, 0)  # offsets from the true time
 CROWD_KEY = 10_000_000
 NAMES_KEY, NAMES_S = 30_000_000, 3
 
 
 @dataclass
 class Stage:
-    """What a fault may touch. wire: when a process is on a host of its own.
+    """What a fault may touch. wire: if a process has its own host.
 
-    seconds: the load lasts as long, or until the fault is undone. freeze_s: None is as long as
-    other faults.
+    seconds: how long the load lasts, at least until the fault is undone. freeze_s: None means as
+    long as other faults.
     """
 
     overlay: Overlay
     notes: Notes
-    dice: random.Random
+    rng: random.Random
     seconds: float
     freeze_s: float | None = None
     wire: Wire | None = None
@@ -59,11 +59,11 @@ class Stage:
 
     @property
     def long_s(self) -> float:
-        """How long a fault lasts that everybody shall notice."""
+        """The duration of a fault that neighbours must notice."""
         return max(LONG_S, self.seconds / 2)
 
     @contextlib.contextmanager
-    def doing(self, what: str, process: str) -> Iterator[None]:
+    def fault(self, what: str, process: str) -> Iterator[None]:
         begin = time.monotonic()
         try:
             yield
@@ -79,25 +79,25 @@ def nothing(stage: Stage) -> None:
 
 
 def kill(process: str, times: int = 2) -> Breaking:
-    """kill -9 and a new start, some times."""
+    """kill -9 and restart, `times` times."""
 
     def play(stage: Stage) -> None:
         for _ in range(times):
-            with stage.doing("kill", process):
+            with stage.fault("kill", process):
                 stage.overlay.kill(process)
                 time.sleep(0.3)
                 stage.overlay.serve(process)
             stage.overlay.settle()
-            time.sleep(stage.dice.uniform(0.2, 0.6))
+            time.sleep(stage.rng.uniform(0.2, 0.6))
 
     return play
 
 
 def freeze(process: str) -> Breaking:
-    """SIGSTOP, some seconds, SIGCONT."""
+    """SIGSTOP, a few seconds, SIGCONT."""
 
     def play(stage: Stage) -> None:
-        with stage.doing("freeze", process):
+        with stage.fault("freeze", process):
             stage.overlay.signal(process, signal.SIGSTOP)
             try:
                 time.sleep(stage.freeze_s or stage.long_s)
@@ -108,17 +108,17 @@ def freeze(process: str) -> Breaking:
 
 
 def cut(process: str) -> Breaking:
-    """Nothing gets to its host, and nothing from it."""
+    """No packet reaches or leaves its host."""
     return _apart("cut", process, Wire.cut, Wire.heal)
 
 
 def deaf(process: str) -> Breaking:
-    """Nothing gets to its host; the others hear it."""
+    """No packet reaches its host; those that it sends arrive."""
     return _apart("deaf", process, lambda wire: wire.deafen(2), lambda wire: wire.undeafen(2))
 
 
 def mute(process: str) -> Breaking:
-    """Nothing gets from its host to the others; it hears them."""
+    """No packet from its host arrives; it receives those of the others."""
     return _apart("mute", process, lambda wire: wire.deafen(1), lambda wire: wire.undeafen(1))
 
 
@@ -127,7 +127,7 @@ def _apart(
 ) -> Breaking:
     def play(stage: Stage) -> None:
         assert stage.wire is not None
-        with stage.doing(what, process):
+        with stage.fault(what, process):
             part(stage.wire)
             try:
                 time.sleep(stage.long_s)
@@ -138,11 +138,11 @@ def _apart(
 
 
 def half_open(process: str) -> Breaking:
-    """It is gone without a word: killed behind a cut wire, its connections are never ended."""
+    """It is killed behind a cut link, so that its connections are never closed."""
 
     def play(stage: Stage) -> None:
         assert stage.wire is not None
-        with stage.doing("half open", process):
+        with stage.fault("half open", process):
             stage.wire.cut()
             try:
                 stage.overlay.kill(process)
@@ -155,10 +155,10 @@ def half_open(process: str) -> Breaking:
 
 
 def clock_steps(process: str) -> Breaking:
-    """The wall clock that `own_clock` gave it jumps an hour forward, two back, and is right."""
+    """Its wall clock, from `own_clock`, jumps an hour forward, two hours back, and is reset."""
 
     def play(stage: Stage) -> None:
-        with stage.doing("clock", process):
+        with stage.fault("clock", process):
             for off_s in CLOCK_STEPS_S:
                 set_clock(clock_file(stage.overlay, process), off_s)
                 time.sleep(stage.long_s / len(CLOCK_STEPS_S))
@@ -167,12 +167,12 @@ def clock_steps(process: str) -> Breaking:
 
 
 def corrupt_configuration(process: str) -> Breaking:
-    """Half of the file is gone: who runs goes on, who starts refuses, until it is whole again."""
+    """Half of the file is lost: running processes continue, but a restart fails."""
 
     def play(stage: Stage) -> None:
         overlay = stage.overlay
         whole = overlay.path.read_text(encoding="utf-8")
-        with stage.doing("configuration", process):
+        with stage.fault("configuration", process):
             try:
                 _put(overlay.path, whole[: len(whole) // 2])
                 time.sleep(1)
@@ -188,40 +188,40 @@ def corrupt_configuration(process: str) -> Breaking:
 
 
 def restart_all(stage: Stage) -> None:
-    """SIGTERM and a new start, one process after the other, workers first."""
+    """SIGTERM and restart, one process after another, workers first."""
     for process in reversed(stage.overlay.ids):
-        with stage.doing("restart", process):
+        with stage.fault("restart", process):
             stage.overlay.stop_one(process)
             stage.overlay.serve(process)
         stage.overlay.settle()
 
 
 def taken_port(process: str) -> Breaking:
-    """Killed; a silent stranger has its port; the new start must say so and end; then it goes."""
+    """Its port is taken while it is down: the restart must fail with a reason."""
 
     def play(stage: Stage) -> None:
         overlay = stage.overlay
-        with stage.doing("taken port", process):
+        with stage.fault("taken port", process):
             overlay.kill(process)
-            with _stranger(overlay.port(process)):
+            with _silent_listener(overlay.port(process)):
                 overlay.spawn(process)
                 overlay.wait(process, [REFUSED])
-                time.sleep(1)  # so that neighbours reach the stranger
+                time.sleep(1)  # so that neighbours connect to the listener
             overlay.serve(process)
 
     return play
 
 
 def vanish(stage: Stage, count: int = 1000) -> None:
-    """Clients whose process is killed while the leader has their calls."""
+    """Clients in a process that is killed while their calls are in flight."""
     address, began = stage.overlay.address("A"), time.monotonic()
-    with stage.doing("crowd", "A"):
+    with stage.fault("crowd", "A"):
         command = [sys.executable, "-m", "faults.crowd", address, str(count), str(CROWD_KEY)]
         crowd_process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
         assert crowd_process.stdout is not None
         try:
             crowd_process.stdout.readline()
-            until(lambda: _in_flight(stage.overlay, "A") > 0.9 * count, 15, "all calls under way")
+            until(lambda: _in_flight(stage.overlay, "A") > 0.9 * count, 15, "all calls in flight")
         finally:
             crowd_process.kill()
             crowd_process.wait(10)
@@ -237,12 +237,12 @@ def _in_flight(overlay: Overlay, process: str) -> int:
     return metrics.queue_size + metrics.active_requests
 
 
-def mood(process: str, **how: float) -> Breaking:
-    """A worker that still answers, but is slow (slower=10) or sometimes hangs (hangs, hang_s)."""
+def degrade(process: str, **how: float) -> Breaking:
+    """A worker that is slow (slower=10) or sometimes hangs (hangs=0.3, hang_s=4)."""
 
     def play(stage: Stage) -> None:
-        path = stage.overlay.folder / f"mood-{process}.json"
-        with stage.doing("mood", process):
+        path = stage.overlay.folder / f"degraded-{process}.json"
+        with stage.fault("degraded", process):
             _put(path, json.dumps(how))
             time.sleep(stage.seconds / 2)
             path.unlink()
@@ -251,29 +251,29 @@ def mood(process: str, **how: float) -> Breaking:
 
 
 def garbage(process: str) -> Breaking:
-    """Connections that say nothing, or half a greeting, or nonsense, and stay."""
+    """Connections that send nothing, half a preface or garbage, and stay open."""
 
     def play(stage: Stage) -> None:
-        says = (b"", b"PRI * HTTP/2.0\r\n", b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096))
-        with stage.doing("garbage", process), contextlib.ExitStack() as open_ones:
+        payloads = (b"", b"PRI * HTTP/2.0\r\n", b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096))
+        with stage.fault("garbage", process), contextlib.ExitStack() as open_ones:
             until_ = time.monotonic() + stage.seconds / 2
             for i in range(80):
                 address = ("127.0.0.1", stage.overlay.port(process))
                 each = open_ones.enter_context(socket.create_connection(address, timeout=5))
-                with contextlib.suppress(OSError):  # it may have been shown the door
-                    each.sendall(says[i % len(says)])
+                with contextlib.suppress(OSError):  # the server may have closed it
+                    each.sendall(payloads[i % len(payloads)])
             time.sleep(max(0.0, until_ - time.monotonic()))
 
     return play
 
 
 def strangers(stage: Stage) -> None:
-    """All that needs no more than a port, at once: on the leader and the team leaders."""
+    """Every attack that only needs a port, at once, on the leader and the team leaders."""
     overlay, source = stage.overlay, strange.source()
     echo = pb2.Request(payload=b"x", mode=pb2.ANY, handler="echo")
     keyed = pb2.Request(payload=b"x", mode=pb2.ANY, handler="echo", idempotency_key="again")
     numbers = itertools.count()
-    with stage.doing("strangers", "A"), strange.Strangers() as them:
+    with stage.fault("strangers", "A"), strange.Strangers() as them:
         for process in "ABE":
             port = overlay.port(process)
             for method, count in (*strange.PROBED, ("/OverlayNode/Forward", 60)):
@@ -287,20 +287,20 @@ def strangers(stage: Stage) -> None:
                 named = strange.message(strange.field(1, len(name)) + name)
                 one.leave(one.open("/grpc.health.v1.Health/Watch", named))
 
-            them.again(restlessly, 0.05)
+            them.repeat(restlessly, 0.05)
         them.silent(200, overlay.port("A"), source)
         them.unfinished(overlay.port("A"), "/OverlayNode/ForwardStream", 80, source)
         for one in them.crowd(4, overlay.port("A"), source=source, window=0):
             large = pb2.Request(payload=bytes(1 << 16), mode=pb2.ANY, handler="echo")
             for _ in range(8):
-                one.call(large.SerializeToString())  # and never reads
+                one.call(large.SerializeToString())  # without reading the answers
         time.sleep(stage.seconds / 2)
 
 
 def new_names(stage: Stage) -> None:
-    """One that asks for three times what there is, each time under a new name."""
+    """An overload of three times the capacity, under a new caller name for each call."""
     keys = itertools.count(NAMES_KEY)
-    with stage.doing("strangers", "A"), strange.Strangers() as them:
+    with stage.fault("strangers", "A"), strange.Strangers() as them:
         crowd = them.crowd(10, stage.overlay.port("A"), source=strange.source())
 
         def ask(one: strange.Stranger) -> None:
@@ -316,49 +316,49 @@ def new_names(stage: Stage) -> None:
             for one in (*crowd, *crowd):
                 ask(one)
 
-        them.again(more, 0.1)  # 200 a second
+        them.repeat(more, 0.1)  # 200 a second
         time.sleep(stage.long_s)
 
 
 def hostile(process: str) -> Breaking:
-    """Another program has its port: it says that it is this process, and answers wrongly."""
+    """Another program takes its port, claims to be this process, and answers wrongly."""
 
     def play(stage: Stage) -> None:
         overlay = stage.overlay
         command = [sys.executable, "-m", "faults.neighbour", str(overlay.path.absolute()), process]
-        with stage.doing("hostile", process):
+        with stage.fault("hostile", process):
             overlay.kill(process)
-            stranger = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-            assert stranger.stdout is not None
+            program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+            assert program.stdout is not None
             try:
-                stranger.stdout.readline()  # it serves
+                program.stdout.readline()  # it serves
                 time.sleep(stage.long_s)
             finally:
-                stranger.kill()
-                stranger.wait(10)
-                stranger.stdout.close()
+                program.kill()
+                program.wait(10)
+                program.stdout.close()
             overlay.serve(process)
 
     return play
 
 
 def few_files(process: str) -> Breaking:
-    """A process without a free file descriptor, and strangers who want one each."""
+    """A process without a free file descriptor, and new connections to it."""
 
     def play(stage: Stage) -> None:
         overlay = stage.overlay
         victim = psutil.Process(overlay.processes[process].pid)
         soft, hard = victim.rlimit(psutil.RLIMIT_NOFILE)
-        most = victim.num_fds() + 2
-        with stage.doing("few files", process), contextlib.ExitStack() as open_ones:
-            victim.rlimit(psutil.RLIMIT_NOFILE, (most, hard))
+        limit = victim.num_fds() + 2
+        with stage.fault("few files", process), contextlib.ExitStack() as open_ones:
+            victim.rlimit(psutil.RLIMIT_NOFILE, (limit, hard))
             try:
                 for _ in range(20):
                     each = open_ones.enter_context(socket.socket())
                     each.settimeout(1)
                     with contextlib.suppress(OSError):
                         each.connect(("127.0.0.1", overlay.port(process)))
-                until(lambda: victim.num_fds() >= most, 5, f"{process} has no free descriptor")
+                until(lambda: victim.num_fds() >= limit, 5, f"{process} has no free descriptor")
                 time.sleep(stage.seconds / 2)
             finally:
                 victim.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
@@ -366,11 +366,11 @@ def few_files(process: str) -> Breaking:
     return play
 
 
-# Before the start.
+# Preparations before the start
 
 
 def own_clock(process: str) -> Callable[[Overlay], None]:
-    """It has a wall clock of its own; its monotonic clock is everybody's."""
+    """Gives the process its own wall clock; its monotonic clock stays the system's."""
 
     def prepare(overlay: Overlay) -> None:
         library, clock = overlay.folder.absolute() / "wall_clock.so", clock_file(overlay, process)
@@ -384,7 +384,7 @@ def own_clock(process: str) -> Callable[[Overlay], None]:
 
 
 def compiler() -> str:
-    """The C compiler; empty when there is none."""
+    """The C compiler; empty if there is none."""
     return shutil.which("cc") or ""
 
 
@@ -393,17 +393,17 @@ def clock_file(overlay: Overlay, process: str) -> Path:
 
 
 def set_clock(path: Path, off_s: int) -> None:
-    # Where it is: the process has this file in its memory, and would not see another one.
+    # In place: the process has mapped this file, and would not see a new one.
     path.touch()
     with path.open("r+b") as file:
         file.write(struct.pack("l", off_s))
 
 
 def _put(path: Path, text: str) -> None:
-    """Whoever reads it meanwhile sees the old text or the new one."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+    """Atomic: a reader sees the old text or the new one."""
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
 
 
 def full_disk(overlay: Overlay) -> None:
@@ -415,19 +415,19 @@ def full_disk(overlay: Overlay) -> None:
 
 
 def no_log(overlay: Overlay) -> None:
-    """Log files that cannot be opened: for root too, for there is a folder of that name."""
+    """Log files that not even root can open, because their names are folders."""
     for process in overlay.ids:
         (overlay.folder / "logs" / f"process_{process.lower()}.log").mkdir(parents=True)
 
 
 def unread(overlay: Overlay) -> None:
-    """stdout and stderr are pipes that nobody reads."""
+    """stdout and stderr are pipes that are not read."""
     overlay.unread.update(overlay.ids)
 
 
 @contextlib.contextmanager
-def _stranger(port: int) -> Iterator[None]:
-    """Another program that listens there and says nothing."""
+def _silent_listener(port: int) -> Iterator[None]:
+    """Another program that listens on the port and sends nothing."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
@@ -438,10 +438,6 @@ def _stranger(port: int) -> Iterator[None]:
                 return False
             return True
 
-        until(bound, 5, f"port {port} is free for a stranger")
+        until(bound, 5, f"port {port} is free")
         listener.listen(16)
         yield
-
-
-def has_full_device() -> bool:
-    return Path("/dev/full").exists()

@@ -1,6 +1,6 @@
-"""The promises of the overlay, held against the history of one run. Pure: history in, list out.
+"""Checks the overlay's promises against the history of one run. Pure: history in, violations out.
 
-Each rule is a function that yields the violations of one promise; RULES is all of them.
+Each rule is a function that yields the violations of one promise; RULES has all of them.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Any
 
 from faults.history import Answer, Call, Execution, History
 
-LATE_S = 0.25  # an answer may come so long after its deadline
-SILENT_S = 1.0  # so long after it the bench's stream client gives up by itself
-REFUSED = 2  # the exit code of a process that cannot begin
+LATE_S = 0.25  # how late an answer may be
+SILENT_S = 1.0  # how long after a deadline the bench's stream client gives up
+REFUSED = 2  # the exit code of a process that cannot start
 FLOWS_S = {"cut": 3.0, "deaf": 3.0, "mute": 3.0, "half open": 3.0, "freeze": 5.0}
-UNHURRIED_S = 2.0  # a call with less time may end before whoever is broken is known to be
-MISLED_S = 1.0  # what requests may lose on their way: hops have no common clock to notice it
-SETTLES_S = 0.1  # after its end until a request has given its place back everywhere
-HURRIED_S = 0.5  # a call with less time may lose it on its way, and be refused for that
-SPREADS_S = 3.0  # after a fault until nothing is lost by it any more: dead connections are noticed
-# Faults under which a process cannot keep time, that lose what was on its way, and after which it
-# has forgotten the idempotency keys.
+UNHURRIED_S = 2.0  # a call with less time may end before the fault is noticed
+MISLED_S = 1.0  # transit time, which hops cannot measure without a common clock
+SETTLES_S = 0.1  # until a request that has ended has freed its slots everywhere
+HURRIED_S = 0.5  # a call with less time may be refused because its transit took too long
+SPREADS_S = 3.0  # after a fault, until dead connections are noticed and nothing more is lost
+# Faults that keep a process from keeping time, that lose what is in flight, and that make it
+# forget idempotency keys.
 HOLDING_UP = frozenset({"freeze", "few files", "cut", "deaf", "mute", "half open"})
 LOSING = frozenset({*HOLDING_UP, "kill", "taken port", "hostile"})
-FULL = "RESOURCE_EXHAUSTED", "no"  # a refusal for want of a place or of time
+FULL = "RESOURCE_EXHAUSTED", "no"  # refused: no free slot or too little time
 FORGETTING = frozenset({"kill", "taken port", "restart", "half open", "configuration"})
 
 
 @dataclass(frozen=True)
 class Violation:
-    """rule: the function that found it. call: its id, 0 when it is not about one."""
+    """rule: the function that found it. call: its id, or 0 if it is not about a call."""
 
     rule: str
     sentence: str
@@ -39,7 +39,7 @@ class Violation:
 
 
 class _Lists(dict[int, Any]):
-    """Empty for what is not there, without putting it there."""
+    """Gives an empty list for a missing key, without adding it."""
 
     def __missing__(self, key: int) -> list[Any]:
         return []
@@ -71,25 +71,25 @@ class Facts:
                 yield call, answer
 
     def scope(self, call: Call) -> list[str]:
-        """The workers that the call means."""
+        """The workers of the call's team."""
         workers = self.history.about.workers
         return [worker for worker, team in workers.items() if call.team in ("", team)]
 
     def place(self, call: Call) -> tuple[float, float]:
-        """From when to when the call may have held places: nothing else tells that it has none."""
+        """From when to when the call may have used slots."""
         ends = [answer.at for answer in self.answers[call.id][:1]] or [math.inf]
         runs = self.executions[call.key]
         ends += [math.inf if run.end is None else run.end for run in runs]
         return call.at, max(ends) + SETTLES_S
 
     def stalled_s(self, begin: float, end: float) -> float:
-        """Seconds of begin..end in which the bench itself stood still."""
+        """Seconds between begin and end in which the bench itself did not run."""
         return sum(
             max(0.0, min(end, stall.end) - max(begin, stall.begin)) for stall in self.history.stalls
         )
 
     def held_up(self, begin: float, end: float, process: str = "") -> bool:
-        """Whether the process (any, when none is named) was kept from keeping time then."""
+        """Whether a fault kept the process (default: any) from keeping time then."""
         return any(
             fault.what in HOLDING_UP
             and process in ("", fault.process)
@@ -99,13 +99,13 @@ class Facts:
         )
 
     def disturbed(self, begin: float, end: float) -> bool:
-        """Whether anything at all was done to a process then, or shortly before."""
+        """Whether any fault was active then or shortly before."""
         return any(
             fault.begin < end and begin < fault.end + SPREADS_S for fault in self.history.faults
         )
 
     def forgotten(self, calls: list[Call]) -> bool:
-        """Whether the process asked has lost its memory while these calls of one key were made."""
+        """Whether the process asked was restarted during these calls of one key."""
         begin, end = min(call.at for call in calls), max(call.deadline for call in calls)
         return any(
             fault.what in FORGETTING
@@ -116,7 +116,7 @@ class Facts:
         )
 
     def may_be_lost(self, first: Execution, by: float) -> bool:
-        """Whether a fault may have kept what came of the run from whoever waited for it."""
+        """Whether a fault may have lost the result of the run."""
         others = self.history.about.workers.keys() - {first.worker}
         return any(
             fault.what in LOSING
@@ -128,7 +128,7 @@ class Facts:
 
 
 def check(history: History) -> list[Violation]:
-    """Every promise that was broken."""
+    """All violations."""
     facts = Facts(history)
     return [
         Violation(rule.__name__, sentence, call) for rule in RULES for call, sentence in rule(facts)
@@ -146,17 +146,17 @@ def unanswered(facts: Facts) -> Found:
 
 
 def answered_twice(facts: Facts) -> Found:
-    """None has two."""
+    """No call has two answers."""
     for id_, answers in facts.answers.items():
         if len(answers) > 1:
             codes = ", ".join(answer.code for answer in answers)
             yield id_, f"call {id_} was answered {len(answers)} times: {codes}"
         if id_ not in facts.by_id:
-            yield id_, f"an answer to {id_}, which nobody asked"
+            yield id_, f"an answer to {id_}, which is no call"
 
 
 def late(facts: Facts) -> Found:
-    """None comes more than 250 ms after its deadline."""
+    """No answer comes more than 250 ms after its deadline."""
     for call, answer in facts.answered():
         late_s = answer.at - call.deadline - facts.stalled_s(call.at, answer.at)
         own = call.way == "stream" and answer.by == "client"
@@ -165,18 +165,18 @@ def late(facts: Facts) -> Found:
 
 
 def silent(facts: Facts) -> Found:
-    """The overlay ends a request at its deadline; the client need not do it."""
+    """The overlay ends a request at its deadline; the client need not give up."""
     for call, answer in facts.answered():
         gave_up = answer.by == "client" and answer.code == "DEADLINE_EXCEEDED"
         if call.way != "stream" or not gave_up:
             continue
         stalled = facts.stalled_s(call.at, answer.at) > SILENT_S - LATE_S
         if not stalled and not facts.held_up(call.at, answer.at, call.asked):
-            yield call.id, f"call {call.id}: {call.asked} said nothing {SILENT_S:g} s long"
+            yield call.id, f"call {call.id}: {call.asked} was silent for {SILENT_S:g} s"
 
 
-def lying_refusal(facts: Facts) -> Found:
-    """What is said not to have run never runs, neither as a whole nor at a worker."""
+def false_refusal(facts: Facts) -> Found:
+    """What an answer says did not run never runs, neither the whole request nor a part."""
     for key, executions in facts.executions.items():
         answers = [a for call in facts.calls[key] for a in facts.answers[call.id]]
         if answers and all(answer.executed == "no" for answer in answers):
@@ -189,14 +189,15 @@ def lying_refusal(facts: Facts) -> Found:
             for worker, code, executed in answer.parts:
                 alone = len(facts.calls[key]) == 1
                 if executed == "no" and worker in ran and alone:
-                    said = f"{worker} did not run it ({code}), and it did"
-                    yield answer.id, f"call {answer.id}: the answer says {said}"
+                    claim = f"{worker} did not run it ({code}), and it did"
+                    yield answer.id, f"call {answer.id}: the answer says {claim}"
 
 
 def ran_twice(facts: Facts) -> Found:
     """A request runs at most once on a worker, and with mode any on one worker only.
 
-    With an idempotency key too, however often it is asked; on a second worker if the first is lost.
+    This also holds for repeated calls with an idempotency key, which may run on a second worker if
+    the first is lost.
     """
     for key, executions in facts.executions.items():
         calls, executions = facts.calls[key], sorted(executions, key=lambda run: run.begin)
@@ -237,11 +238,11 @@ def key_misused(facts: Facts) -> Found:
                 yield call.id, f"request {taken[0]}, with a key, was answered OK and {answer.code}"
 
 
-def ran_unasked(facts: Facts) -> Found:
-    """Only what was asked runs, and only where it was meant to."""
+def ran_unrequested(facts: Facts) -> Found:
+    """Only what was sent runs, and only on the workers in scope."""
     for key, executions in facts.executions.items():
         if key not in facts.calls:
-            yield key, f"request {key} ran, and nobody asked it"
+            yield key, f"request {key} ran and was never sent"
             continue
         scope = facts.scope(facts.calls[key][0])
         for execution in executions:
@@ -249,8 +250,8 @@ def ran_unasked(facts: Facts) -> Found:
                 yield key, f"request {key} ran on {execution.worker}, outside of its team"
 
 
-def worked_for_nobody(facts: Facts) -> Found:
-    """No handler begins, or is told that it has time, once the caller has stopped waiting."""
+def ran_after_deadline(facts: Facts) -> Found:
+    """No handler starts, or is given time, after the caller has stopped waiting."""
     for key, executions in facts.executions.items():
         calls = facts.calls[key]
         if not calls:
@@ -262,14 +263,14 @@ def worked_for_nobody(facts: Facts) -> Found:
                 continue
             if execution.begin > deadline + patience_s:
                 after_s = execution.begin - deadline
-                yield key, f"request {key} began on {execution.worker} {after_s:.2f} s too late"
-            elif execution.told > deadline + patience_s:
-                more_s = execution.told - deadline
-                yield key, f"request {key}: {execution.worker} was told {more_s:.2f} s too much"
+                yield key, f"request {key} started on {execution.worker} {after_s:.2f} s too late"
+            elif execution.deadline > deadline + patience_s:
+                more_s = execution.deadline - deadline
+                yield key, f"request {key}: {execution.worker} was given {more_s:.2f} s too much"
 
 
-def short_in_silence(facts: Facts) -> Found:
-    """An answer of all names every worker in scope, and those it counts have worked."""
+def silently_incomplete(facts: Facts) -> Found:
+    """An answer of mode all names every worker in scope, and those that it counts have run it."""
     for call, answer in facts.answered():
         if answer.code != "OK":
             continue
@@ -277,7 +278,7 @@ def short_in_silence(facts: Facts) -> Found:
         asked = [worker for worker, _, _ in answer.parts]
         if call.mode == "all" and asked != facts.scope(call):
             scope = " ".join(facts.scope(call))
-            yield call.id, f"call {call.id} tells of {' '.join(asked)}, and {scope} were meant"
+            yield call.id, f"call {call.id} names {' '.join(asked)} instead of {scope}"
         if call.way == "unary" and answer.coverage != coverage_of(answer):
             yield call.id, f"call {call.id} says {answer.coverage!r}, not {coverage_of(answer)!r}"
         ended = {e.worker for e in facts.executions[call.key] if e.end is not None}
@@ -287,7 +288,7 @@ def short_in_silence(facts: Facts) -> Found:
 
 
 def wrong_result(facts: Facts) -> Found:
-    """The result is made of exactly the parts that it counts."""
+    """The result consists of exactly the parts that it counts."""
     for call, answer in facts.answered():
         if answer.code == "OK":
             good = [worker for worker, code, _ in answer.parts if code == "OK"]
@@ -297,21 +298,21 @@ def wrong_result(facts: Facts) -> Found:
 
 
 def unexpected_status(facts: Facts) -> Found:
-    """An answer has one of the statuses that the scenario names."""
+    """An answer has one of the statuses that the scenario allows."""
     about = facts.history.about
     for call, answer in facts.answered():
         allowed = {*about.expects, *(["INTERNAL"] if call.handler in about.may_raise else [])}
         if len({other.key for other in facts.keyed.get(call.idempotency, ())}) > 1:
             allowed.add("INVALID_ARGUMENT")  # one key for two payloads
-        said = {code for _, code, _ in answer.parts} & {"INTERNAL"} | {answer.code}
-        wrong = sorted(said - allowed)
+        codes = {code for _, code, _ in answer.parts} & {"INTERNAL"} | {answer.code}
+        wrong = sorted(codes - allowed)
         if wrong:
             why = f": {answer.reason[:160]}" if answer.reason else ""
             yield call.id, f"call {call.id} ({call.handler}, {call.way}) got {wrong[-1]}{why}"
 
 
-def held_back(facts: Facts) -> Found:
-    """Soon after one process has broken, what need not pass it is answered."""
+def blocked_by_fault(facts: Facts) -> Found:
+    """Soon after one process has failed, calls that need not pass it are answered."""
     lost = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
     for call, answer in facts.answered():
         if call.mode != "any" or call.team or call.deadline - call.at < UNHURRIED_S:
@@ -327,11 +328,11 @@ def held_back(facts: Facts) -> Found:
                 )
 
 
-def refused_although_free(facts: Facts) -> Found:
-    """Nothing is refused for want of a place or of time where places are free.
+def refused_with_free_slots(facts: Facts) -> Found:
+    """Nothing is refused for lack of slots or time while slots are free.
 
-    Surely free is a place at each worker while fewer requests are open, wherever they may be, than
-    one worker takes at once: the leader has more places than that for each team.
+    Slots are certainly free if fewer requests are open in the whole overlay than one worker has
+    slots: the leader has more slots than that for each team.
     """
     slots = facts.history.about.slots
     for call, answer in facts.answered():
@@ -347,42 +348,42 @@ def refused_although_free(facts: Facts) -> Found:
             begin, end = facts.place(other)
             others += other.id != call.id and begin < answer.at and call.at < end
         if others < slots:
-            beside = f"{others} other requests were open, and a worker has {slots} places"
+            beside = f"{others} other requests were open, and a worker has {slots} slots"
             yield call.id, f"call {call.id} was refused by {' '.join(by)} while {beside}"
 
 
 def leak(facts: Facts) -> Found:
-    """Every process is at rest after the load."""
+    """Every process is idle after the load."""
     for rest in facts.history.rests:
         left = {name: count for name, count in rest.counts.items() if count}
         if left:
             counts = ", ".join(f"{name} {count}" for name, count in left.items())
-            yield 0, f"{rest.process} is not at rest: {counts}"
+            yield 0, f"{rest.process} is not idle: {counts}"
 
 
 def no_recovery(facts: Facts) -> Found:
-    """The overlay answers completely again, without a human."""
+    """The overlay recovers by itself: it answers completely again."""
     if not facts.history.recoveries:
-        yield 0, "nobody has looked whether the overlay answers again"
+        yield 0, "the recovery was not measured"
     for recovery in facts.history.recoveries:
         if not recovery.ok:
-            yield 0, f"no complete answer within {recovery.took_s:.0f} s: {recovery.said}"
+            yield 0, f"no complete answer within {recovery.took_s:.0f} s: {recovery.last}"
 
 
-def bad_ending(facts: Facts) -> Found:
-    """A process ends when it is asked to, and says in one sentence when it cannot begin."""
+def bad_exit(facts: Facts) -> Found:
+    """A process stops when asked to, and one that cannot start says why."""
     for ending in facts.history.endings:
         if ending.code not in ending.wanted:
-            said = f": {ending.said[-300:]}" if ending.said else ""
-            yield 0, f"{ending.process} ended with {ending.code}, not {ending.wanted}{said}"
-        elif "Traceback" in ending.said:
-            yield 0, f"{ending.process} ended with a traceback: {ending.said[-300:]}"
-        elif ending.code == REFUSED and not ending.said:
+            output = f": {ending.output[-300:]}" if ending.output else ""
+            yield 0, f"{ending.process} ended with {ending.code}, not {ending.wanted}{output}"
+        elif "Traceback" in ending.output:
+            yield 0, f"{ending.process} ended with a traceback: {ending.output[-300:]}"
+        elif ending.code == REFUSED and not ending.output:
             yield 0, f"{ending.process} refused to start and did not say why"
 
 
 def coverage_of(answer: Answer) -> str:
-    """What the coverage trailer must be, after the answer's own parts."""
+    """The coverage trailer that follows from the answer's parts."""
     missing = ",".join(worker for worker, code, _ in answer.parts if code != "OK")
     good = sum(code == "OK" for _, code, _ in answer.parts)
     return f"{good}/{len(answer.parts)}" + (f"; missing={missing}" if missing else "")
@@ -393,21 +394,22 @@ RULES: tuple[Callable[[Facts], Found], ...] = (
     answered_twice,
     late,
     silent,
-    lying_refusal,
+    false_refusal,
     ran_twice,
     key_misused,
-    ran_unasked,
-    worked_for_nobody,
-    short_in_silence,
+    ran_unrequested,
+    ran_after_deadline,
+    silently_incomplete,
     wrong_result,
     unexpected_status,
-    held_back,
-    refused_although_free,
+    blocked_by_fault,
+    refused_with_free_slots,
     leak,
     no_recovery,
-    bad_ending,
+    bad_exit,
 )
-# On a machine that is too busy these find what nobody did.
+# On a machine that is too busy these rules give false violations.
 TIMED = frozenset(
-    rule.__name__ for rule in (late, silent, worked_for_nobody, held_back, refused_although_free)
+    rule.__name__
+    for rule in (late, silent, ran_after_deadline, blocked_by_fault, refused_with_free_slots)
 )

@@ -1,7 +1,7 @@
 """Many clients in one process, to be killed in mid-call: python -m faults.crowd ADDRESS COUNT KEY
 
-Each has a connection of its own and one call under way. Says "ready" when all have been sent, and
-then waits to be killed; request i works on the payload of key KEY + i.
+Each has its own connection and one call in flight. Prints "ready" when all are sent, and waits to
+be killed. Request i has the key KEY + i.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 
 NAP_MS = 1000
-TIMEOUT_S = 120  # or the last of them would be refused for want of time
+TIMEOUT_S = 120  # with less, the last of them would be refused for lack of time
 
 
 def main(address: str, count: int, key: int) -> None:

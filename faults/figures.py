@@ -1,7 +1,7 @@
-"""The figures of overload and of recovery: what is to be reached, and their arithmetic. Pure.
+"""The figures of overload and recovery: targets and arithmetic. Pure.
 
-The load to use: a handler that sleeps 100 ms, 2 slots at each of three workers, mode any, deadline
-1 s. So 60 a second can be answered, and ten times as much is 600.
+The load: a handler that sleeps 100 ms, 2 slots on each of three workers, mode any, deadline 1 s. So
+the peak is 60 a second, and 10x is 600.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 from faults.history import Answer, Call, Execution
 
-WHOLE_S = 1.0  # a second of good calls: the traffic flows again
-PROMPT_S = 0.25  # after its deadline a call must have had an answer
+WHOLE_S = 1.0  # recovered: one second in which every call is good
+PROMPT_S = 0.25  # how long after its deadline a call must have an answer
 
 
 @dataclass(frozen=True)
 class Figure:
-    """to_reach: at least (`more`) or at most this."""
+    """to_reach: the target, a maximum or (`more`) a minimum."""
 
     key: str
     name: str
@@ -33,7 +33,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sample:
-    """One measured value. invalid: why it says nothing; note: what went wrong."""
+    """One measured value. invalid: why it proves nothing; note: what went wrong."""
 
     figure: str
     value: float
@@ -45,14 +45,14 @@ class Sample:
 OK_IN_TIME = "OK answers before their deadline, a second"
 PEAK = f"{OK_IN_TIME}, against a closed loop of 12 calls in the same run"
 ACCEPTED = "of every call that was not refused"
-ONSET = "the queue takes what it can answer in time until it has to refuse the first"
-DEAD = "of the runs in the handlers' own notes"
+ONSET = "the queue fills with what it can answer in time before it refuses the first"
+DEAD = "of the executions that the handlers recorded"
 WHOLE = "until the first second in which every call is answered OK"
 SLOW = "and within 0.1 s of what 99 % took before"
 ROLES = {"leader": "A", "team leader": "BE", "worker": "CDF"}
-RESTARTED = "at 30 a second; the leader is started again at once, the others are not; "
-CUT = "across a wire, by the scenarios cut-*; for the leader from the moment it is mended; "
-THAWED = "at 30 a second; for the leader from the moment it runs again, after 3 s; "
+RESTARTED = "at 30 a second; the leader is restarted immediately, the others are not; "
+CUT = "by the scenarios cut-*; for the leader from when the link is restored; "
+THAWED = "at 30 a second; for the leader from when it runs again, after 3 s; "
 
 
 def _of_way(way: str, said: str) -> tuple[Figure, ...]:
@@ -69,7 +69,7 @@ def _of_way(way: str, said: str) -> tuple[Figure, ...]:
         ),
         Figure(
             f"dead-begun-{way}",
-            f"executed although already dead at 10x, {said}: begun after the deadline",
+            f"executed in vain at 10x, {said}: started after the deadline",
             1, "%", DEAD,
         ),
         Figure(f"dead-ended-{way}", f"the same: ended after the deadline, {said}", 1, "%", DEAD),
@@ -79,14 +79,14 @@ def _of_way(way: str, said: str) -> tuple[Figure, ...]:
 FIGURES = (
     *_of_way("unary", "single calls"),
     *_of_way("library", "the library's stream"),
-    Figure("refusal-p99", "refusal p99 at 10x", 20, "ms", "single calls, those dropped late too"),
-    Figure("metrics-p99", "GetMetrics p99 at 10x", 50, "ms", "the leader, asked 50 times a second"),
+    Figure("refusal-p99", "refusal p99 at 10x", 20, "ms", "single calls, also those evicted late"),
+    Figure("metrics-p99", "GetMetrics p99 at 10x", 50, "ms", "the leader, 50 calls a second"),
     Figure("answered", "answered at 10x", 100, "%", "calls by their deadline, GetMetrics", True),
     Figure("recovery", "recovery after 10x", 2, "s", f"at half load, {WHOLE} {SLOW}"),
     Figure(
         "recovery-tries",
-        "the same, with clients that try three times more",
-        2, "s", "each 0.1 s after a failure, whatever the retry-after said",
+        "the same, with clients that retry three times",
+        2, "s", "each 0.1 s after a failure, ignoring retry-after",
     ),
     Figure(
         "amplification",
@@ -96,7 +96,7 @@ FIGURES = (
     Figure(
         "memory",
         "memory at 10x with payloads of 64 KiB",
-        128, "MiB", "the leader's resident memory at most, less before",
+        128, "MiB", "the leader's peak resident memory, minus that before",
     ),
     *(
         Figure(f"kill-{role}", f"kill -9 of a {role}", 3, "s", RESTARTED + WHOLE)
@@ -112,22 +112,22 @@ FIGURES = (
     ),
     Figure(
         "restart-asked",
-        "rolling restarts of six, three rounds and more: requests meanwhile",
-        10_000, "", "submitted to the library with its defaults, by a schedule", True,
+        "rolling restarts of six, at least three rounds: requests meanwhile",
+        10_000, "", "submitted by the library with its defaults, by a schedule", True,
     ),
     Figure("restart-failed", "the same: failed", 0, "", "not OK, or not from every worker asked"),
-    Figure("restart-twice", "the same: executed twice", 0, "", "by the handlers' own notes"),
+    Figure("restart-twice", "the same: executed twice", 0, "", "as the handlers recorded"),
     Figure(
         "greedy",
         "one greedy caller at 10x: the nine others answered OK",
-        99.9, "%", "each of the nine at half of a tenth of the peak, by overlay-caller", True,
+        99.9, "%", "each of the nine sends 5 % of the peak, by overlay-caller", True,
     ),
 )  # fmt: skip
 BY_KEY = {figure.key: figure for figure in FIGURES}
 
 
 def goodput(calls: Iterable[Call], answers: Iterable[Answer], begin: float, end: float) -> float:
-    """OK answers within their deadlines, a second, that came between the two times."""
+    """OK answers within their deadlines, per second, between the two times."""
     deadlines = {call.id: call.deadline for call in calls}
     good = sum(a.code == "OK" and begin <= a.at <= min(end, deadlines[a.id]) for a in answers)
     return good / (end - begin)
@@ -142,18 +142,18 @@ def is_complete(answer: Answer) -> bool:
 
 
 def why_not(answers: Iterable[Answer]) -> str:
-    """The commonest reasons of those that are not complete, with their counts."""
+    """The most common reasons of incomplete answers, with counts."""
     found: Counter[str] = Counter()
     for answer in answers:
         if not is_complete(answer):
             missing = [f"{worker} {code}" for worker, code, _ in answer.parts if code != "OK"]
             words = [answer.code, f"executed: {answer.executed}", *missing, answer.reason]
-            found[re.sub(r"[0-9.]+ s\b", "so many s", ", ".join(filter(None, words)))] += 1
-    return "; ".join(f"{count} {said}" for said, count in found.most_common(3))
+            found[re.sub(r"[0-9.]+ s\b", "N s", ", ".join(filter(None, words)))] += 1
+    return "; ".join(f"{count} {reason}" for reason, count in found.most_common(3))
 
 
 def times(calls: Iterable[Call], answers: Iterable[Answer], refused: bool) -> list[float]:
-    """How long those that were refused took, or all the others."""
+    """The durations of the refused calls, or of all others."""
     began = {call.id: call.at for call in calls}
     found = (a for a in answers if a.id in began and is_refused(a) == refused)
     return [a.at - began[a.id] for a in found]
@@ -164,22 +164,22 @@ def due_since(calls: Iterable[Call], begin: float) -> list[Call]:
 
 
 def p99(values: Sequence[float]) -> float:
-    """The value that 1 % are above; not a number without values."""
+    """The value that 1 % exceed; nan without values."""
     ordered = sorted(values)
     return ordered[math.ceil(len(ordered) * 0.99) - 1] if ordered else math.nan
 
 
 def answered_share(calls: Sequence[Call], answers: Iterable[Answer]) -> float:
-    """The share of calls that the overlay itself has answered in time."""
+    """The share of calls that the overlay itself answered in time."""
     by = {call.id: call.deadline + PROMPT_S for call in calls}
-    told = sum(a.by == "overlay" and a.at <= by[a.id] for a in answers)
-    return told / len(calls) if calls else math.nan
+    answered = sum(a.by == "overlay" and a.at <= by[a.id] for a in answers)
+    return answered / len(calls) if calls else math.nan
 
 
 def dead(calls: Iterable[Call], executions: Iterable[Execution]) -> tuple[float, float]:
-    """The shares of these calls' executions that began, and that ended, after the deadline.
+    """The shares of these calls' executions that started, and that ended, after the deadline.
 
-    One that was cut off has no end, and counts as ended late only if it began late.
+    One that was killed has no end, and counts as ended late only if it started late.
     """
     deadlines = {call.key: call.deadline for call in calls}
     mine = [run for run in executions if run.key in deadlines]
@@ -191,7 +191,7 @@ def dead(calls: Iterable[Call], executions: Iterable[Execution]) -> tuple[float,
 
 
 def executed_twice(calls: Iterable[Call], executions: Iterable[Execution]) -> int:
-    """How many ran more than once: of mode all at one worker, of mode any at any."""
+    """How many ran more than once: of mode all on one worker, of mode any on all together."""
     modes = {call.key: call.mode for call in calls}
     runs = Counter(
         (run.key, run.worker if modes[run.key] == "all" else "")
@@ -204,9 +204,9 @@ def executed_twice(calls: Iterable[Call], executions: Iterable[Execution]) -> in
 def whole_again_s(
     calls: Sequence[Call], answers: Iterable[Answer], since: float, within_s: float = math.inf
 ) -> float:
-    """Seconds after `since` at which the first second begins in which every call is good.
+    """Seconds from `since` until the first second in which every call is good.
 
-    Good: answered OK within `within_s` and its deadline. Infinite when no such second came.
+    Good: answered OK within `within_s` and its deadline. Infinity if there is no such second.
     """
     at = {a.id: a.at for a in answers if a.code == "OK"}
 
@@ -229,33 +229,33 @@ def whole_again_s(
 
 
 def page(samples: Sequence[Sample], missing: Sequence[str], where: str) -> str:
-    """The figures as a Markdown page. missing: why trials gave none. where: day and machine."""
+    """The figures as a Markdown page. missing: why trials gave none. where: date and machine."""
     head = ["figure", "to reach", "measured", "", "how"]
     rows = [_row(figure, samples) for figure in FIGURES]
     lines = [head, ["---", "---:", "---:", "---", "---"], *rows]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     about = (
-        "A handler that sleeps 100 ms, 2 slots at each of three workers, mode any, deadline 1 s: "
-        "the peak is 60 a second. Medians, with the least and the most of the runs. Calls leave by "
-        "a schedule; a run in which they left more than 20 ms late (p99) is repeated up to three "
-        "times and then invalid."
+        "A handler that sleeps 100 ms, 2 slots on each of three workers, mode any, deadline 1 s: "
+        "the peak is 60 a second. Medians, with the minimum and maximum of the runs. Calls are "
+        "sent by a schedule; a run in which they were more than 20 ms late (p99) is repeated up to "
+        "three times and then invalid."
     )
-    notes = [f"- {said}" for said in missing]
+    notes = [f"- {reason}" for reason in missing]
     notes += [f"- {BY_KEY[s.figure].name}, run {s.run}: {s.note}" for s in samples if s.note]
     parts = ["# Overload and recovery in figures", about, where, table, "\n".join(notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def line(sample: Sample) -> str:
-    """One sample in one line, for those who watch."""
+    """One line of progress output."""
     figure = BY_KEY[sample.figure]
-    said = [f"{_short(sample.value)} {figure.unit}".rstrip(), sample.note]
-    said.append(f"invalid: {sample.invalid}" if sample.invalid else "")
-    return f"{figure.name}: {'; '.join(filter(None, said))}"
+    facts = [f"{_short(sample.value)} {figure.unit}".rstrip(), sample.note]
+    facts.append(f"invalid: {sample.invalid}" if sample.invalid else "")
+    return f"{figure.name}: {'; '.join(filter(None, facts))}"
 
 
 def all_reached(samples: Sequence[Sample]) -> bool:
-    """Of those that were measured; false when there is none."""
+    """Whether all measured figures reached their targets; false without any."""
     found = {sample.figure for sample in samples}
     return bool(found) and all(verdict(BY_KEY[key], samples) == "reached" for key in found)
 

@@ -1,6 +1,6 @@
-"""One overlay, and the loads that the figures are measured by, one after the other.
+"""An overlay and the loads with which the figures are measured.
 
-Owns the thread "metrics" while a phase lasts.
+Owns the thread "metrics" during a phase.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from faults.scenarios import Scenario
 from tests.harness.machine import NotReached, until
 
 PEAK_S = 5.0  # of the closed loop
-CLOSED = 12  # calls under way in it: each slot has one at work and one to come
-ATTEMPTS = 3  # for a load that leaves in time
-CALM_S = 1.5  # before a load: nothing has been refused lately, so that it meets a calm overlay
+CLOSED = 12  # its calls in flight: each slot has one running and one waiting
+ATTEMPTS = 3  # to send a load on time
+CALM_S = 1.5  # before a load, so that it meets an overlay without recent refusals
 METRICS_S = 0.02  # between two GetMetrics
 USUAL = Planned(0, "any", "unary", "", "work", 100, 1.0)
 WORKERS = {"": ["C", "D", "F"], "green": ["C"], "pink": ["D", "F"]}
@@ -40,7 +40,7 @@ class Phase:
     answers: list[Answer]
     begin: float
     end: float
-    metrics_s: list[float] = field(default_factory=list)  # infinite: not answered
+    metrics_s: list[float] = field(default_factory=list)  # infinity: no answer
     received: int = 0  # by the leader
     invalid: str = ""
 
@@ -49,8 +49,6 @@ class Phase:
 
 
 class Ground:
-    """One overlay and the loads that it gets, one after the other."""
-
     def __init__(self, folder: Path) -> None:
         self.overlay = Overlay(
             folder, bench.configuration(Scenario("figures", "", slots=2)), bench.node_command()
@@ -70,7 +68,7 @@ class Ground:
 
     @contextlib.contextmanager
     def loading(self, way: str = "unary") -> Iterator[tuple[Load, Notes]]:
-        """A client whose connection is up."""
+        """A client that is connected."""
         notes = Notes()
         load = Load(self.overlay.address("A"), notes, self._first_id, WORKERS)
         self._first_id += 1_000_000
@@ -85,9 +83,9 @@ class Ground:
             load.close()
 
     def offered(self, planned: Sequence[Planned], watched: bool = False) -> Phase:
-        """The phase of these calls; repeated when they did not leave in time.
+        """Runs a phase of these calls, again if they were not sent on time.
 
-        watched: GetMetrics is asked meanwhile.
+        watched: GetMetrics is called meanwhile.
         """
         for _ in range(ATTEMPTS):
             time.sleep(CALM_S)
@@ -103,7 +101,7 @@ class Ground:
         return phase
 
     def peak(self, way: str, seconds: float = PEAK_S) -> Phase:
-        """A closed loop. It also tells the overlay how long the work takes."""
+        """A closed loop, from which the overlay also learns how long the work takes."""
         with self.loading(way) as (load, notes):
             begin = time.monotonic()
             load.keep(CLOSED, replace(USUAL, way=way), seconds)
@@ -112,7 +110,7 @@ class Ground:
             return phase
 
     def executions(self) -> list[Execution]:
-        time.sleep(0.3)  # for handlers that still run
+        time.sleep(0.3)  # for running handlers
         return history.executions_of(
             line
             for path in sorted((self.overlay.folder / "executions").iterdir())
@@ -120,7 +118,7 @@ class Ground:
         )
 
     @contextlib.contextmanager
-    def _asking(self, really: bool) -> Iterator[list[float]]:
+    def _asking(self, enabled: bool) -> Iterator[list[float]]:
         took: list[float] = []
         ended = threading.Event()
 
@@ -134,13 +132,13 @@ class Ground:
                     took.append(math.inf)
 
         thread = threading.Thread(target=ask, name="metrics")
-        if really:
+        if enabled:
             thread.start()
         try:
             yield took
         finally:
             ended.set()
-            if really:
+            if enabled:
                 thread.join()
 
 

@@ -1,11 +1,11 @@
-"""The handlers of the bench: each writes down when it begins and when it ends.
+"""The bench's handlers: each records its start and its end.
 
-A payload is "KEY MILLISECONDS"; the answer is "WORKER KEY". The file is opened when the module is
-imported, so that a process without a free file descriptor or disk can still write.
+A payload is "KEY MILLISECONDS"; the answer is "WORKER KEY". The file is opened at import, so that a
+process without a free file descriptor or disk space can still write.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Annotations would make typed handlers of them.
+# With annotations they would be typed handlers.
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-FOLDER = "FAULTS_FOLDER"  # the environment's name for where notes and moods lie
+FOLDER = "FAULTS_FOLDER"  # environment variable: the folder of executions and degradations
 
 _numbers = itertools.count()
 _folder = Path(os.environ.get(FOLDER, "."))
@@ -31,38 +31,37 @@ if FOLDER in os.environ:
 
 
 def work(payload, context):
-    """Takes its time and answers."""
-    with noted(payload, context) as (key, nap_s):
-        _nap(nap_s, _mood(context.process_id), context)
+    with recorded(payload, context) as (key, nap_s):
+        _nap(nap_s, _degradation(context.process_id))
         return f"{context.process_id} {key}".encode()
 
 
 def raises(payload, context):
-    with noted(payload, context):
+    with recorded(payload, context):
         raise RuntimeError("on purpose")
 
 
 def exits(payload, context):
-    with noted(payload, context):
+    with recorded(payload, context):
         sys.exit(3)
 
 
 def wrong_type(payload, context):
-    with noted(payload, context):
+    with recorded(payload, context):
         return 3.5
 
 
 def prints(payload, context):
-    """Says 200 kB on stdout and on stderr, then answers."""
-    with noted(payload, context) as (key, _):
+    """Prints 200 kB to stdout and to stderr."""
+    with recorded(payload, context) as (key, _):
         for stream in (sys.stdout, sys.stderr):
             print("x" * 200_000, file=stream, flush=True)
         return f"{context.process_id} {key}".encode()
 
 
 @contextmanager
-def noted(payload, context) -> Iterator[tuple[int, float]]:
-    """Writes that it ran, before anything else, and that it has ended, whatever happens."""
+def recorded(payload, context) -> Iterator[tuple[int, float]]:
+    """Records the start before anything else, and the end whatever happens."""
     key, nap_ms = payload.split()
     run = f"{os.getpid()}-{next(_numbers)}"
     _note(
@@ -71,7 +70,7 @@ def noted(payload, context) -> Iterator[tuple[int, float]]:
         worker=context.process_id,
         begin=time.monotonic(),
         attempt=context.attempt,
-        told=context.deadline,
+        deadline=context.deadline,
     )
     try:
         yield int(key), int(nap_ms) / 1000
@@ -80,23 +79,20 @@ def noted(payload, context) -> Iterator[tuple[int, float]]:
 
 
 def _note(**fields) -> None:
-    os.write(_notes, (json.dumps(fields) + "\n").encode())  # one write: a kill cuts at a line
+    os.write(_notes, (json.dumps(fields) + "\n").encode())  # one write, so that lines stay whole
 
 
-def _mood(worker: str) -> dict[str, Any]:
-    path = _folder / f"mood-{worker}.json"
-    if not path.exists():
-        return {}
+def _degradation(worker: str) -> dict[str, Any]:
     try:
-        mood: dict[str, Any] = json.loads(path.read_text())
-        return mood
-    except (OSError, ValueError):  # it is being taken away
+        how: dict[str, Any] = json.loads((_folder / f"degraded-{worker}.json").read_text())
+    except (OSError, ValueError):  # none, or it is just being removed
         return {}
+    return how
 
 
-def _nap(nap_s: float, mood: dict[str, Any], context) -> None:
-    until = time.monotonic() + nap_s * mood.get("slower", 1)
-    if random.random() < mood.get("hangs", 0):
-        until = time.monotonic() + mood["hang_s"]
-    while (left := until - time.monotonic()) > 0 and not (context.cancelled and mood.get("heeds")):
+def _nap(nap_s: float, how: dict[str, Any]) -> None:
+    until = time.monotonic() + nap_s * how.get("slower", 1)
+    if random.random() < how.get("hangs", 0):
+        until = time.monotonic() + how["hang_s"]
+    while (left := until - time.monotonic()) > 0:  # cancelled or not
         time.sleep(min(left, 0.05))

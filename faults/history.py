@@ -1,6 +1,6 @@
-"""What happened in one run: calls, executions, answers, faults. Values, and their JSON lines.
+"""The history of one run: calls, executions, answers, faults; values, and their JSON lines.
 
-Times are seconds of the machine's monotonic clock, which all processes of a machine share.
+Times are seconds of the machine's monotonic clock, which its processes share.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class About:
-    """What was run. workers: id -> team, in the order of the configuration.
+    """The scenario that was run. workers: id -> team, in the order of the configuration.
 
-    expects: the statuses an answer may have. may_raise: the handlers that may end as INTERNAL.
-    slots: how many requests a worker's handler takes at once; 0 when nobody wrote it down.
+    expects: the allowed statuses. may_raise: the handlers that may also give INTERNAL. slots: of
+    each worker's handlers; 0 if not recorded.
     """
 
     scenario: str
@@ -30,10 +30,10 @@ class About:
 
 @dataclass(frozen=True)
 class Call:
-    """One request as it left. key: what the handler writes down; a repeated request shares it.
+    """One request as sent. key: identifies it in the handler's record; a repetition has the same.
 
-    due: when the schedule wanted it to leave. vanishes: its client is killed before the answer.
-    idempotency: the key of that name it carries.
+    due: when it should have been sent. vanishes: its client is killed before the answer.
+    idempotency: its idempotency key.
     """
 
     id: int
@@ -52,22 +52,22 @@ class Call:
 
 @dataclass(frozen=True)
 class Execution:
-    """One run of a handler. end: None when it was cut off. told: the deadline it was given."""
+    """One run of a handler. end: None if it was killed. deadline: the one that it was given."""
 
     key: int
     worker: str
     begin: float
     end: float | None
     attempt: int
-    told: float
+    deadline: float
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. by: "overlay", or "client" when its own side gave up or lost the connection.
+    """by: "overlay", or "client" if the client gave up or lost the connection.
 
-    executed: yes, no or unknown, as the answer says. parts: (worker, status, executed) of those
-    asked. coverage: the trailer, only of a unary answer. result: lines "WORKER KEY".
+    executed: yes, no or unknown, as in the answer. parts: (worker, status, executed). coverage: the
+    trailer of a unary answer. result: lines "WORKER KEY".
     """
 
     id: int
@@ -93,7 +93,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Stall:
-    """The bench itself did not get the processor: nobody can be blamed for this time."""
+    """The bench itself did not get the CPU, so this time counts against no process."""
 
     begin: float
     end: float
@@ -101,7 +101,7 @@ class Stall:
 
 @dataclass(frozen=True)
 class Rest:
-    """The metrics of a process after the load: each count should be 0."""
+    """A process's counts after the load; each should be 0."""
 
     process: str
     counts: dict[str, int]
@@ -109,26 +109,26 @@ class Rest:
 
 @dataclass(frozen=True)
 class Ending:
-    """A process that ended. wanted: the exit codes that were asked for; said: its last words."""
+    """A process that ended. wanted: the expected exit codes. output: its last lines."""
 
     process: str
     code: int
     wanted: list[int]
-    said: str = ""
+    output: str = ""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Whether the overlay answered completely again by itself, and after how many seconds."""
+    """Whether and when the overlay gave complete answers again. last: the last answer."""
 
     ok: bool
     took_s: float
-    said: str = ""
+    last: str = ""
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """The bench could not do what the scenario says; the run proves nothing."""
+    """The bench could not carry out the scenario, so the run proves nothing."""
 
     what: str
 
@@ -155,7 +155,7 @@ class History:
 
     @staticmethod
     def of(records: Iterable[Any]) -> History:
-        """Raises ValueError when no record says what was run."""
+        """Raises ValueError if there is no About."""
         records = list(records)
         about = next((r for r in records if isinstance(r, About)), None)
         if about is None:
@@ -190,7 +190,7 @@ def write(history: History, path: Path) -> None:
 
 
 def read(path: Path) -> History:
-    """Raises ValueError naming the line that is not usable."""
+    """Raises ValueError, which names the invalid line."""
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -208,7 +208,7 @@ def _record(fields: dict[str, Any]) -> Any:
 
 
 def executions_of(lines: Iterable[str]) -> list[Execution]:
-    """The handlers' notes as executions; a last line that a kill has cut is left out."""
+    """The handlers' records as executions, without a last line that a kill has cut."""
     begun: dict[str, dict[str, Any]] = {}
     for line in lines:
         try:

@@ -1,9 +1,8 @@
-"""Calls that leave by a schedule, whether or not answers come; every answer is noted.
+"""An open-loop load: calls are sent by a schedule, and every answer is recorded.
 
-Three ways: "unary", a Forward each; "stream", all on one ForwardStream that is made again when it
-ends; "library", the client library's futures. The first two speak plain gRPC, so that nothing
-between the overlay and the notes can hide an answer. Calls with an idempotency key are unary, and
-are asked again with it when they are lost.
+Three ways: "unary", a Forward each; "stream", all on one ForwardStream, which is reopened when it
+ends; "library", the client library's Futures. The first two use plain gRPC, so that nothing hides
+an answer. Calls with an idempotency key are unary, and are repeated with it when they are lost.
 
 Owns the threads "pulse", "stream", "stream-clock" and "library", from `start` to `close`.
 """
@@ -32,23 +31,22 @@ from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.machine import until
 
-STALL_S = 0.1  # the pulse is this late: the machine did not let us run
-LIBRARY_THREADS = 1000  # a second has up to 200 such calls, and one waits 3 s at most
-TRY_AGAIN_S = 0.1  # the pause of a client that tries again and does not heed the retry-after
+STALL_S = 0.1  # if the pulse is this late, the bench did not get the CPU
+LIBRARY_THREADS = 1000  # up to 200 such calls a second, which wait at most 3 s
+TRY_AGAIN_S = 0.1  # the pause of a client that retries and ignores retry-after
 WAYS = ("unary", "stream", "library")
 EXECUTED = {0: "unknown", 1: "no", 2: "yes"}
-ASKED_AGAIN = 2  # times, at most, under one idempotency key
+REPEATS = 2  # of a call with an idempotency key, at most
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A call to be: seconds after the start, and what is asked.
+    """A scheduled call.
 
-    named: it brings a request id. again: the same id and payload as the call before it.
-    keyed: it has an idempotency key, that of the call before it when it is "as before". insists: it
-    is asked again after an answer too.
-    Of unary calls only: caller is what it calls itself, tries how often it is sent again after a
-    failure, without any key.
+    after_s: from the start. named: it has a request id. again: it has the id and payload of the
+    call before it. keyed: it has an idempotency key; "same": that of the call before it.
+    insists: it is repeated even after an answer. Of unary calls only: caller, the caller's name,
+    and tries, the retries after a failure without a key.
     """
 
     after_s: float
@@ -60,7 +58,7 @@ class Planned:
     timeout_s: float
     named: bool = False
     again: bool = False
-    keyed: Literal["", "anew", "as before"] = ""
+    keyed: Literal["", "new", "same"] = ""
     insists: bool = False
     size: int = 0  # bytes of payload, at least
     caller: str = ""
@@ -68,19 +66,18 @@ class Planned:
 
 
 LONG = Planned(0, "any", "unary", "", "work", nap_ms=3000, timeout_s=10)
-LONG_S = 3.5  # until it has ended, and all have noticed
+LONG_S = 3.5  # until it has ended everywhere
 
 
 def evenly(rate: float, seconds: float, like: Planned) -> list[Planned]:
-    """`rate` calls a second, all alike."""
+    """`rate` equal calls a second."""
     return [replace(like, after_s=number / rate) for number in range(int(rate * seconds))]
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What the calls are like. rate: a second. repeats: the share that is sent twice. keyed: the
-    share of the others that has an idempotency key. long_first: before all of them each team works
-    on one that takes 3 s, and has the time for it."""
+    """A mix of calls. rate: per second. repeats: the share that is sent twice. keyed: the share of
+    the others with an idempotency key. long_first: each team first gets a call that takes 3 s."""
 
     rate: float = 60
     nap_ms: tuple[int, int] = (2, 40)
@@ -93,10 +90,10 @@ class Mixture:
 
     @property
     def longest_s(self) -> float:
-        """That a call of it may take."""
+        """The longest timeout of its calls."""
         return max([*self.timeouts_s, LONG.timeout_s if self.long_first else 0.0])
 
-    def plan(self, seconds: float, dice: random.Random) -> list[Planned]:
+    def plan(self, seconds: float, rng: random.Random) -> list[Planned]:
         """The same seed gives the same calls."""
         planned: list[Planned] = []
         if self.long_first:
@@ -105,37 +102,37 @@ class Mixture:
         for number in range(int(self.rate * seconds)):
             call = Planned(
                 after_s=begin + number / self.rate,
-                mode="all" if dice.random() < self.all_share else "any",
-                way=dice.choice(WAYS),
-                team=dice.choice(("", "", "green", "pink")),
-                handler=dice.choice(self.handlers),
-                nap_ms=dice.randint(*self.nap_ms),
-                timeout_s=dice.choice(self.timeouts_s),
+                mode="all" if rng.random() < self.all_share else "any",
+                way=rng.choice(WAYS),
+                team=rng.choice(("", "", "green", "pink")),
+                handler=rng.choice(self.handlers),
+                nap_ms=rng.randint(*self.nap_ms),
+                timeout_s=rng.choice(self.timeouts_s),
             )
-            if dice.random() < self.repeats:
-                planned += _sent_twice(call, dice)
-            elif dice.random() < self.keyed:
-                planned += _with_a_key(call, dice)
+            if rng.random() < self.repeats:
+                planned += _sent_twice(call, rng)
+            elif rng.random() < self.keyed:
+                planned += _with_a_key(call, rng)
             else:
                 planned.append(call)
         return planned
 
 
-def _sent_twice(call: Planned, dice: random.Random) -> list[Planned]:
-    # In a team of one worker: another one could not know the first.
-    way = dice.choice(WAYS[:2])  # the library gives no id twice
+def _sent_twice(call: Planned, rng: random.Random) -> list[Planned]:
+    # In a team of one worker, because another worker could not know the id.
+    way = rng.choice(WAYS[:2])  # the library never reuses an id
     call = replace(call, mode="any", way=way, team="green", timeout_s=5, named=True)
     return [call, _soon_after(call, again=True)]
 
 
-def _with_a_key(call: Planned, dice: random.Random) -> list[Planned]:
-    """Alone, asked again after its answer, twice at once, or with another payload after it."""
-    call = replace(call, way="unary", keyed="anew", insists=dice.random() < 0.2)
-    kind = dice.random()
+def _with_a_key(call: Planned, rng: random.Random) -> list[Planned]:
+    """Once, repeated after its answer, twice at the same time, or with a different payload."""
+    call = replace(call, way="unary", keyed="new", insists=rng.random() < 0.2)
+    kind = rng.random()
     if kind < 0.2:
-        return [call, _soon_after(call, again=True, keyed="as before")]
+        return [call, _soon_after(call, again=True, keyed="same")]
     if kind < 0.3:
-        return [call, _soon_after(call, keyed="as before")]
+        return [call, _soon_after(call, keyed="same")]
     return [call]
 
 
@@ -169,7 +166,7 @@ class Notes:
 
 
 class Load:
-    """One client of the overlay, at the process `asked`. scope: team -> its workers; "" is all."""
+    """A client of process `asked`. scope: team -> its workers; "" means all."""
 
     def __init__(
         self,
@@ -186,17 +183,17 @@ class Load:
         self._key = 0
         self._idempotency = ""
         self._again: deque[tuple[float, Planned]] = deque()  # when due, in this order
-        self._base = random.getrandbits(40) << 20  # of the ids that we give
+        self._base = random.getrandbits(40) << 20  # of our request ids
         self._closed = threading.Event()
         self._channel = grpc.insecure_channel(address, endpoints.channel_options())
         self._stub = pb2_grpc.OverlayNodeStub(self._channel)
         self._stream = _Stream(self._stub, notes, self._closed)
         self._library = connect(address)
-        # Its submit waits for the connection, and the schedule must not wait with it.
+        # The library's submit waits for a connection, which must not delay the schedule.
         self._submitting = ThreadPoolExecutor(LIBRARY_THREADS, "library")
 
     def start(self) -> None:
-        """Returns when its stream is served. Raises NotReached."""
+        """Waits until its stream is open. Raises NotReached."""
         self._stream.start()
         until(lambda: self._stream.is_up, 10, "the stream is served")
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
@@ -210,7 +207,7 @@ class Load:
             self.send(call, due)
 
     def keep(self, open_: int, like: Planned, seconds: float) -> None:
-        """A closed loop: so many calls are under way all the time."""
+        """A closed loop: keeps `open_` calls in flight."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for _ in range(open_ - self._notes.open):
@@ -218,7 +215,7 @@ class Load:
             time.sleep(0.001)
 
     def _wait(self, due: float) -> None:
-        """Until then, sending what is tried again meanwhile."""
+        """Waits, and sends the retries that are due meanwhile."""
         while True:
             now = time.monotonic()
             if self._again and self._again[0][0] <= now:
@@ -232,7 +229,7 @@ class Load:
     def send(self, planned: Planned, due: float | None = None) -> Call:
         id_ = next(self._ids)
         self._key = self._key if planned.again else id_
-        if planned.keyed == "anew":
+        if planned.keyed == "new":
             self._idempotency = f"{self._base}-{id_}"
         at = time.monotonic()
         call = Call(
@@ -275,7 +272,7 @@ class Load:
             request_id=request_id,
             idempotency_key=call.idempotency,
         )
-        more = ASKED_AGAIN if call.idempotency else 0
+        more = REPEATS if call.idempotency else 0
         self._ask(call, planned, request, more, planned.insists)
 
     def _ask(
@@ -287,7 +284,7 @@ class Load:
         insists: bool,
         patient: bool = False,
     ) -> None:
-        """more: how often it may be asked again. patient: it waits for the connection."""
+        """more: how often it may be repeated. patient: it waits for the connection."""
         future = self._stub.Forward.future(
             request,
             timeout=call.deadline - call.at,
@@ -324,9 +321,9 @@ class Load:
         except CallFailed as e:
             self._notes.answered(_of_failure(call, e))
         else:
-            future.add_done_callback(partial(self._came, call))
+            future.add_done_callback(partial(self._library_ended, call))
 
-    def _came(self, call: Call, future: Future[bytes]) -> None:
+    def _library_ended(self, call: Call, future: Future[bytes]) -> None:
         try:
             result = future.result(0)
         except CallFailed as e:
@@ -344,7 +341,7 @@ class Load:
 
 
 class _Stream:
-    """ForwardStream calls, one after the other; each row of a slice is noted as it comes."""
+    """One ForwardStream after another; records each answer as it arrives."""
 
     def __init__(self, stub: Any, notes: Notes, closed: threading.Event) -> None:
         self._stub = stub
@@ -380,7 +377,7 @@ class _Stream:
             if frames is not None:
                 self._open[call.id] = call
                 frames.put(frame)
-        if frames is None:  # it never left
+        if frames is None:  # it was never sent
             self._give_up(call, "UNAVAILABLE", "no", "the stream is not up")
 
     def close(self) -> None:
@@ -394,12 +391,12 @@ class _Stream:
             reason = "the stream was ended"
             try:
                 answers = self._stub.ForwardStream(iter(frames.get, None), wait_for_ready=True)
-                answers.initial_metadata()  # waits until the other side serves it
+                answers.initial_metadata()  # waits until the server has accepted it
                 with self._lock:
                     self._frames = frames
                 for frame in answers:
                     for made in frame.slices:
-                        self._came(made, time.monotonic())
+                        self._take(made, time.monotonic())
             except (grpc.RpcError, ValueError) as e:  # ValueError: our channel is closed
                 reason = getattr(e, "details", str)() or str(e)
             frames.put(None)
@@ -414,7 +411,7 @@ class _Stream:
             self._give_up(call, "UNAVAILABLE", "unknown", reason)
 
     def _watch(self) -> None:
-        """Gives up what the other side says nothing about, well after its deadline."""
+        """Gives up calls without an answer well after their deadlines."""
         while not self._closed.wait(0.05):
             now = time.monotonic()
             with self._lock:
@@ -428,12 +425,12 @@ class _Stream:
         at = time.monotonic()
         self._notes.answered(Answer(call.id, at, code, "client", executed, reason=reason))
 
-    def _came(self, made: pb2.Slice, at: float) -> None:
+    def _take(self, made: pb2.Slice, at: float) -> None:
         with self._lock:
             call = self._open.pop(made.number, None)
             if call is None and self._given_up.pop(made.number, None) is not None:
-                return  # told its caller already, and not a second answer of the overlay's
-        # Without a call it is a second answer, and the checker shall see it.
+                return  # already recorded by _give_up, so this is not a second answer
+        # Without a call it is a second answer, which the checker must see.
         self._notes.answered(_of_slice(made, at))
 
 
@@ -467,14 +464,14 @@ def _of_failure(call: Call, error: CallFailed) -> Answer:
 
 
 def _of_bytes(call: Call, at: float, result: bytes, scope: Sequence[str]) -> Answer:
-    """The library's futures tell who is missing; who is there, the result itself must tell."""
+    """A library's Future has the missing workers; the result has those that answered."""
     text = result.decode(errors="replace")
-    there = {line.partition(" ")[0] for line in text.splitlines()}
-    parts = {worker: (worker, "OK", "yes") for worker in there}
+    answered = {line.partition(" ")[0] for line in text.splitlines()}
+    parts = {worker: (worker, "OK", "yes") for worker in answered}
     for part in result.missing if isinstance(result, Incomplete) else ():
         parts[part.process_id] = part.process_id, part.code.name, part.executed.name.lower()
-    told = tuple(parts[worker] for worker in scope if worker in parts)
-    return Answer(call.id, at, "OK", executed="yes", parts=told, result=text)
+    ordered = tuple(parts[worker] for worker in scope if worker in parts)
+    return Answer(call.id, at, "OK", executed="yes", parts=ordered, result=text)
 
 
 def _of_slice(made: pb2.Slice, at: float) -> Answer:

@@ -1,8 +1,7 @@
 """A neighbour that violates the protocol: python -m faults.neighbour CONFIG ID
 
-Has the port of a process, says that it is that one and well, and answers whatever it is asked with
-a frame that no right process sends; each frame of requests with the next kind of wrong one. Says
-"ready" when it serves, and is ended by whoever started it.
+It takes the port of a process, claims to be that process and healthy, and answers each segment with
+the next kind of invalid frame. Prints "ready" when it serves, and runs until it is killed.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2
 
 THREADS = 16
-# As many as the field can say; who believes it takes gigabytes.
-MANY = 2**32 - 1
+MANY = 2**32 - 1  # the field's maximum; a reader that believes it allocates gigabytes
 NAMES = ("work", "echo")
 
 
@@ -49,7 +47,7 @@ def main(path: str, process_id: str) -> None:
 
 
 def _well(topology: Any, process_id: str) -> pb2.MetricsResponse:
-    """As a process says it of itself that has room for everything."""
+    """The metrics of a healthy process with free slots."""
     me = topology.process(process_id)
     found = pb2.MetricsResponse(
         process_id=me.id,

@@ -1,6 +1,6 @@
-"""The processes of an overlay under test: started, broken, brought back, looked at.
+"""The processes of an overlay under test: starts, kills and restarts them.
 
-Each process's output goes to a file of its own, so that nothing waits for the bench to read.
+Each process writes its output to a file, so that it never waits for the bench to read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.harness import cluster
 from tests.harness.forks import Fork
 from tests.harness.machine import NotReached, until
 
-STOP_S = 20.0  # the drain's grace and the watchdog behind it
+STOP_S = 20.0  # the grace of a drain, and the watchdog after it
 if sys.platform == "win32":
     ASK_TO_STOP, FLAGS = signal.CTRL_BREAK_EVENT, subprocess.CREATE_NEW_PROCESS_GROUP
 else:
@@ -31,19 +31,19 @@ SHOWN_BYTES = 64 * 1024  # of a process's output
 
 
 class Overlay(cluster.Overlay):
-    """The processes of one configuration, each end of which is noted. Not for several threads at
-    once, but for `metrics` and `address`."""
+    """The processes of one configuration; records how each ends. Only `metrics` and `address` are
+    thread-safe."""
 
     metrics_s = 2.0
 
     def __init__(self, folder: Path, config: dict[str, Any], command: Sequence[str]) -> None:
-        """command: what serves a process, the configuration and the id come after it."""
+        """command: starts a process; the configuration and the id are appended."""
         super().__init__(folder, config)
         self.endings: list[Ending] = []
-        self.unread: set[str] = set()  # those whose output goes to pipes that nobody reads
-        self.inside: dict[str, list[str]] = {}  # commands that run another: where a process is
+        self.unread: set[str] = set()  # processes whose output goes to pipes that are not read
+        self.inside: dict[str, list[str]] = {}  # command prefixes, by process
         self._command = command
-        self._said_before: dict[str, int] = {}  # bytes of output that are an earlier start's
+        self._old_output: dict[str, int] = {}  # bytes of output of earlier starts
         (folder / "executions").mkdir()
 
     def _node(self, process_id: str) -> list[str]:
@@ -52,7 +52,7 @@ class Overlay(cluster.Overlay):
 
     def _spawn(self, process_id: str) -> subprocess.Popen[Any]:
         with (self.folder / f"{process_id}.out").open("ab") as out:
-            self._said_before[process_id] = out.tell()
+            self._old_output[process_id] = out.tell()
             quiet = process_id not in self.unread
             return subprocess.Popen(
                 self._node(process_id),
@@ -66,14 +66,14 @@ class Overlay(cluster.Overlay):
             )
 
     def _wait_ready(self, process_id: str) -> None:
-        """Raises NotReached, also for one that has ended instead."""
+        """Raises NotReached, also if it has ended."""
         until(lambda: self._serves(process_id), cluster.START_S, f"{process_id} serves")
 
     def _serves(self, process_id: str) -> bool:
         process = self.processes[process_id]
         if process.poll() is not None:
-            said = self.output(process_id)[-300:]
-            raise NotReached(f"{process_id} ended with {process.returncode}: {said}")
+            output = self.output(process_id)[-300:]
+            raise NotReached(f"{process_id} ended with {process.returncode}: {output}")
         try:
             return bool(self.metrics(process_id).pid == process.pid)
         except grpc.RpcError:
@@ -85,15 +85,15 @@ class Overlay(cluster.Overlay):
     def kill(self, process_id: str) -> None:
         process = self.processes[process_id]
         process.kill()
-        self._ended(process_id, [process.wait(10)])  # whatever the system calls it
+        self._ended(process_id, [process.wait(10)])  # any exit code
 
     def stop_one(self, process_id: str) -> None:
-        """Asks it to stop, and waits for it."""
+        """Stops it gracefully."""
         self.signal(process_id, ASK_TO_STOP)
         self.wait(process_id, STOPPED)
 
     def stop_all(self) -> None:
-        """The same for those that still run, at once."""
+        """Stops all that still run gracefully, at the same time."""
         self.note_dead()
         for process_id in self.processes:
             self.signal(process_id, ASK_TO_STOP)
@@ -101,19 +101,19 @@ class Overlay(cluster.Overlay):
             self.wait(process_id, STOPPED)
 
     def wait(self, process_id: str, wanted: list[int]) -> None:
-        """Waits for its end, which is noted. Raises NotReached."""
+        """Waits for its end and records it. Raises NotReached."""
         process = self.processes[process_id]
         until(lambda: process.poll() is not None, STOP_S, f"{process_id} ends")
         self._ended(process_id, wanted)
 
     def note_dead(self) -> None:
-        """Notes those that have ended and were not asked to."""
+        """Records processes that have ended unexpectedly."""
         for process_id, process in list(self.processes.items()):
             if process.poll() is not None:
                 self._ended(process_id, [])
 
     def close(self) -> None:
-        """Ends what still runs, whatever its state."""
+        """Kills what still runs."""
         for process in self.processes.values():
             process.kill()
             process.wait(10)
@@ -122,17 +122,17 @@ class Overlay(cluster.Overlay):
         self._cut_output()
 
     def output(self, process_id: str) -> str:
-        """The last of what it said on stdout and stderr since it was started."""
+        """The end of its output since it was started."""
         path = self.folder / f"{process_id}.out"
         if not path.exists():
             return ""
         with path.open("rb") as file:
-            before = self._said_before.get(process_id, 0)
+            before = self._old_output.get(process_id, 0)
             file.seek(max(before, path.stat().st_size - SHOWN_BYTES))
             return file.read().decode(errors="replace")
 
     def _cut_output(self) -> None:
-        """Keeps the end of what was very long, so that results do not fill the disk."""
+        """Truncates very long outputs, so that results do not fill the disk."""
         for process_id in self.ids:
             path = self.folder / f"{process_id}.out"
             if path.exists() and path.stat().st_size > SHOWN_BYTES:
@@ -141,8 +141,8 @@ class Overlay(cluster.Overlay):
     def _ended(self, process_id: str, wanted: list[int]) -> None:
         process = self.processes.pop(process_id)
         assert process.returncode is not None
-        said = "\n".join(self.output(process_id).splitlines()[-8:])[-2000:]
-        self.endings.append(Ending(process_id, process.returncode, wanted, said))
+        output = "\n".join(self.output(process_id).splitlines()[-8:])[-2000:]
+        self.endings.append(Ending(process_id, process.returncode, wanted, output))
         self._close_pipes(process)
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""Answers over time as a picture: a strip for each scenario, its faults shaded. Plain SVG.
+"""Answers over time as an SVG: a strip for each scenario, with its faults shaded.
 
-Each strip has a scale of its own, in answers a second, which begins at 0 and ends at the top.
+Each strip has its own scale of answers a second, from 0 to its maximum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LINE, FAULT, QUIET = "#e4e4e4", "#cfcfcf", "#555555"
 
 
 def drawn(outcomes: Sequence[Outcome]) -> str:
-    """The picture's text. Time 0 is the first call."""
+    """The SVG. Time 0 is the first call."""
     seconds = ceil(max((_length(outcome) for outcome in outcomes), default=1.0))
     width, height = LEFT + seconds * SCALE + RIGHT, TOP + len(outcomes) * (STRIP + GAP)
     parts = [
@@ -85,7 +85,7 @@ def _bins(outcome: Outcome, begin: float) -> dict[int, Counter[str]]:
 
 
 def _axes(seconds: int, most: int, top: int) -> Iterator[str]:
-    """Lines at the top, the middle and the floor, and one a second, with what they stand for."""
+    """Horizontal lines at maximum, half and 0, and a vertical one each second, with labels."""
     floor, end = top + STRIP, LEFT + seconds * SCALE
     for part, y in ((1.0, top), (0.5, top + STRIP // 2), (0.0, floor)):
         colour = "#888888" if not part else LINE
@@ -106,7 +106,7 @@ def _label(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def _bar(number: int, counts: Counter[str], of_one: float, floor: int) -> Iterator[str]:
-    """Of one bin, the kinds on each other. of_one: the height of one answer."""
+    """The stacked bar of one bin. of_one: the height of one answer."""
     x, y, wide = _x(number * BIN_S), float(floor), BIN_S * SCALE - 1
     for name, colour in KINDS.items():
         if tall := counts[name] * of_one:

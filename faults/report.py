@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from faults.bench import Outcome
 
-SHOWN = 12  # violations of a scenario that are written out
+SHOWN = 12  # violations of a scenario; the rest is counted
 
 
 def line(outcome: Outcome) -> str:
-    """One scenario in one line, for those who watch."""
+    """One line of progress output, and the first violations."""
     ok, refused, other = answers(outcome)
     counts = f"{ok} OK, {refused} refused, {sum(other.values())} other"
     text = f"{outcome.scenario.name:<20} {counts}: {verdict(outcome)}"
@@ -25,7 +25,7 @@ def page(
     seed: int,
     where: str = "",
 ) -> str:
-    """where: the day and the machine, in a line."""
+    """where: the date and the machine, in a line."""
     head = ["scenario", "calls", "OK", "refused", "other", "back after", "late p99", "violations"]
     rows = [_row(outcome) for outcome in outcomes]
     rule = ["---"] + ["---:"] * (len(head) - 1)
@@ -33,9 +33,9 @@ def page(
     parts = [
         "# What breaks it",
         f"{seconds:g} s of load each, seed {seed}. Refused: with `executed: no`, and it did not "
-        "run; so are, in each scenario, a few that use a key for a second payload. Back after: "
-        "from the end of the load until five complete answers in a row. Late p99: how late calls "
-        "left; above 20 ms a run is invalid.",
+        "run; in each scenario this includes a few that reuse a key for a different payload. Back "
+        "after: from the end of the load until five complete answers in a row. Late p99: how late "
+        "calls were sent; above 20 ms a run is invalid.",
         where,
         table,
         "![Answers over time, by scenario](plot.svg)",
@@ -46,7 +46,7 @@ def page(
 
 
 def answers(outcome: Outcome) -> tuple[int, int, Counter[str]]:
-    """How many were OK, how many were refused with proof, and the others by status."""
+    """The numbers of OK answers, of refusals with proof, and of others by status."""
     found = outcome.history.answers
     refused = sum(a.code != "OK" and a.executed == "no" for a in found)
     other = Counter(a.code for a in found if a.code != "OK" and a.executed != "no")

@@ -1,20 +1,19 @@
-"""Breaks a real overlay on purpose, under load, and checks what it promised meanwhile.
+"""Injects faults into a real overlay under load, and checks its promises.
 
-    python3 faults/run.py --freeze-s 30                      every scenario, some 15 minutes
+    python3 faults/run.py --freeze-s 30                      every scenario, about 15 minutes
     python3 faults/run.py --only kill-worker,vanish --seconds 10 --seed 7
-    python3 faults/run.py --seeded                           finds bugs made on purpose
-    python3 faults/run.py --figures                          overload and recovery, some 25 minutes
+    python3 faults/run.py --seeded                           tests the checker with injected bugs
+    python3 faults/run.py --figures                          overload and recovery, 25 minutes
     python3 faults/run.py --figures --only overload --runs 1 --seconds 5
     python3 faults/run.py --check FOLDER/kill-worker/history.jsonl
 
-Needs only the project's own environment, which it makes if it is not there. All processes run on
-free loopback ports, or in network namespaces made for them, and are ended, also after Ctrl-C; what
-needs more than there is here is not run, and the report says why. Results go to
+Needs only the project's own environment, and creates it if missing. All processes run on free
+loopback ports or in their own network namespaces, and are stopped, also after Ctrl-C. A scenario
+that cannot run on this machine is skipped, and the report says why. Results go to
 faults/results/<date>/: for each scenario a folder with history.jsonl and the logs; table.md and
 plot.svg; or figures.md and figures.json.
 
-Exit codes: 0 nothing broken, 1 a promise was broken, a figure missed or a run proves nothing, 2 it
-could not begin.
+Exit codes: 0 no violation, 1 a violation, a missed target or an invalid run, 2 it could not start.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def today_and_here() -> str:
 def main(arguments: Sequence[str]) -> int:
     if not has_environment() and IN_ENVIRONMENT not in os.environ:
         return in_environment(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are stopped
     allow_many_files()
     options = parse(arguments)
     if options.check:
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def allow_many_files() -> None:
-    """A thousand clients need more than the usual limit; what we start has the same."""
+    """A thousand clients need more than the usual limit; child processes inherit it."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, macOS
         import resource
 
@@ -84,7 +83,7 @@ def has_environment() -> bool:
 
 
 def in_environment(arguments: Sequence[str]) -> int:
-    """The same with the project's Python, which scripts/run.py makes."""
+    """Runs this program with the project's Python, which scripts/run.py sets up."""
     spec = importlib.util.spec_from_file_location("project", ROOT / "scripts" / "run.py")
     assert spec is not None
     assert spec.loader is not None
@@ -107,19 +106,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", type=names, default=[], metavar="NAME,...", help="these alone")
-    parser.add_argument("--seconds", type=float, help="of load: 6; of a figure's: 10")
-    parser.add_argument("--freeze-s", type=float, help="of a frozen process: 5 or half the load's")
-    parser.add_argument("--seed", type=int, default=1, help="of the calls and the faults: 1")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="instead of a new one")
-    parser.add_argument("--seeded", action="store_true", help="the bugs made on purpose")
-    parser.add_argument("--figures", action="store_true", help="of overload and recovery")
-    parser.add_argument("--runs", type=int, default=3, help="of each figure: 3")
+    parser.add_argument("--only", type=names, default=[], metavar="NAME,...", help="run only these")
+    parser.add_argument("--seconds", type=float, help="of load (6; with --figures 10)")
+    parser.add_argument("--freeze-s", type=float, help="of a freeze (5, or half of the load)")
+    parser.add_argument("--seed", type=int, default=1, help="of the calls and the faults (1)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results")
+    parser.add_argument("--seeded", action="store_true", help="run with injected bugs")
+    parser.add_argument("--figures", action="store_true", help="measure overload and recovery")
+    parser.add_argument("--runs", type=int, default=3, help="of each figure (3)")
     parser.add_argument(
-        "--overload-seconds", type=float, default=60.0, help="before the recovery is measured: 60"
+        "--overload-seconds", type=float, default=60.0, help="of overload before a recovery (60)"
     )
-    parser.add_argument("--check", type=Path, metavar="HISTORY", help="only checks a history")
-    parser.add_argument("--list", action="store_true", help="says what there is")
+    parser.add_argument("--check", type=Path, metavar="HISTORY", help="only check a history")
+    parser.add_argument("--list", action="store_true", help="list scenarios, bugs and figures")
     options = parser.parse_args(arguments)
     if options.list:
         for name, about in [(each.name, each.about) for each in scenarios.SCENARIOS] + [
@@ -132,8 +131,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.seconds = trials.SECONDS if options.figures else SECONDS
     for name in ("seconds", "runs", "overload_seconds"):
         if not 0 < getattr(options, name) < math.inf:
-            said = f"--{name.replace('_', '-')} {getattr(options, name):g}"
-            parser.error(f"{said} is not a number above 0")
+            option = f"--{name.replace('_', '-')} {getattr(options, name):g}"
+            parser.error(f"{option} is not a number above 0")
     if options.freeze_s is not None and not options.freeze_s > 0:
         parser.error(f"--freeze-s {options.freeze_s:g} is not above 0")
     try:
@@ -180,7 +179,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def seeded(options: argparse.Namespace) -> int:
-    """Whether the checker finds each bug, by a rule that it is there for."""
+    """Whether the checker finds each injected bug with one of the expected rules."""
     from faults import seeded
 
     folder = options.out or new_folder()
@@ -196,12 +195,12 @@ def seeded(options: argparse.Namespace) -> int:
 
 
 def figures(options: argparse.Namespace) -> int:
-    """What is written down grows with each trial, so that Ctrl-C loses only the last one."""
+    """Writes the results after each trial, so that Ctrl-C loses only the last one."""
     from faults import figures, trials
     from tests.harness.hosts import CannotBuild
     from tests.harness.machine import NotReached
 
-    sys.setswitchinterval(0.0005)  # or answers that come keep the next calls from leaving in time
+    sys.setswitchinterval(0.0005)  # otherwise arriving answers delay the calls
     folder = options.out or new_folder()
     asked = trials.Asked(options.seconds, options.overload_seconds)
     samples: list[figures.Sample] = []
@@ -224,7 +223,7 @@ def figures(options: argparse.Namespace) -> int:
 
 
 def write_figures(folder: Path, samples: list[Any], missing: list[str], asked: Any) -> str:
-    """figures.md and figures.json; gives the page."""
+    """Writes figures.md and figures.json; returns the page."""
     from faults import figures
 
     how = f"{asked.seconds:g} s of each load, {asked.overload_s:g} s before a recovery."
@@ -259,22 +258,22 @@ def stopped_by_ctrl_c() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; what there is follows", file=sys.stderr)
+        print("stopped by Ctrl-C; the results so far follow", file=sys.stderr)
 
 
 def new_folder() -> Path:
-    """results/<date>, with a number behind it from the second run of a day on."""
+    """results/<date>, with a number from the second run of a day on."""
     date = datetime.date.today().isoformat()
     for number in range(1, 1000):
         folder = HERE / "results" / (date if number == 1 else f"{date}-{number}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-    raise OSError(f"a thousand results of {date} in {HERE / 'results'}")
+    raise OSError(f"{HERE / 'results'} already has 999 results of {date}")
 
 
 def fresh(folder: Path, name: str) -> Path:
-    """A folder for one run; an earlier run's is taken away."""
+    """A folder for one run; removes that of an earlier run."""
     inside = folder / name
     if (inside / "overlay.json").exists():
         shutil.rmtree(inside)

@@ -1,4 +1,4 @@
-"""The table: what is loaded, what is broken, what answers may say."""
+"""The scenarios: a load, a fault, the allowed statuses."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ from faults.overlays import Overlay
 from tests.harness import hosts
 
 USUAL = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
-# gRPC's own word for a single call that comes in the moment in which its server closes.
-STOPPED = (*USUAL, "CANCELLED")
-HORRORS = ("raises", "exits", "wrong_type")
-BUSY = Mixture(rate=80, nap_ms=(20, 200))  # so that a kill finds something in flight
+STOPPED = (*USUAL, "CANCELLED")  # gRPC's status of a call that arrives while its server closes
+FAILING = ("raises", "exits", "wrong_type")
+BUSY = Mixture(rate=80, nap_ms=(20, 200))  # so that requests are in flight during a kill
 CALM = Mixture(timeouts_s=(10,))
 APART = (
-    ("cut", "is cut off, both ways", breaking.cut),
-    ("deaf", "hears nothing any more, and is heard", breaking.deaf),
-    ("mute", "is not heard any more, and hears", breaking.mute),
-    ("half-open", "is gone without a word, behind a cut wire", breaking.half_open),
+    ("cut", "is cut off in both directions", breaking.cut),
+    ("deaf", "receives no packets, but can send", breaking.deaf),
+    ("mute", "can receive packets, but not send", breaking.mute),
+    ("half-open", "is killed behind a cut link", breaking.half_open),
 )
 ROLES = {"leader": "A", "team-leader": "E", "worker": "D"}
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """expects: the statuses that are no violation. slots: of each worker's handlers.
+    """expects: the allowed statuses. slots: of each worker's handlers.
 
-    needs: a name of NEEDS, or "". prepare: before the processes start. away: this process is on a
-    host of its own, across a wire.
+    needs: a key of NEEDS. prepare: before the processes start. away: a process with its own host.
     """
 
     name: str
@@ -50,7 +48,7 @@ class Scenario:
 
     @property
     def why_not(self) -> str:
-        """Why it cannot run here; empty when it can."""
+        """Why it cannot run here; empty if it can."""
         return hosts.why_not() if self.away else NEEDS[self.needs]()
 
 
@@ -69,21 +67,21 @@ def _for_each_role() -> list[Scenario]:
         found += [
             Scenario(
                 f"kill-{role}",
-                f"kill -9 {process} and a new start",
+                f"kill -9 and restart of {process}",
                 breaking.kill(process),
                 mixture=BUSY,
             ),
             Scenario(
-                f"freeze-{role}", f"{process} stands still", breaking.freeze(process), needs="posix"
+                f"freeze-{role}", f"{process} is frozen", breaking.freeze(process), needs="posix"
             ),
             Scenario(
                 f"port-{role}",
-                f"{process}'s port is taken when it comes back",
+                f"{process}'s port is taken when it restarts",
                 breaking.taken_port(process),
             ),
             Scenario(
                 f"garbage-{role}",
-                f"80 half-open or nonsensical connections to {process}",
+                f"80 connections to {process} that send nothing or garbage",
                 breaking.garbage(process),
             ),
             Scenario(
@@ -103,7 +101,7 @@ def _for_each_role() -> list[Scenario]:
             ),
             Scenario(
                 f"config-{role}",
-                f"the configuration is cut in half, and {process} is to start with it",
+                f"{process} restarts while half of the configuration is lost",
                 breaking.corrupt_configuration(process),
                 expects=STOPPED,
             ),
@@ -119,7 +117,7 @@ SCENARIOS = (
     Scenario("calm", "no fault; every answer is OK", mixture=CALM, expects=("OK",)),
     Scenario(
         "overload",
-        "more than the workers can do, with short deadlines",
+        "more than the workers' capacity, with short deadlines",
         mixture=Mixture(rate=120, nap_ms=(60, 120), timeouts_s=(0.2, 0.5, 1)),
         slots=2,
     ),
@@ -131,14 +129,14 @@ SCENARIOS = (
     ),
     Scenario(
         "keys",
-        "nearly all have an idempotency key: asked twice, again, or for another payload",
+        "most requests have an idempotency key: repeated, at the same time, or reused",
         mixture=Mixture(timeouts_s=(10,), keyed=0.9, handlers=(*["work"] * 4, "raises")),
         expects=("OK",),
     ),
     *_for_each_role(),
     Scenario(
         "rolling-restart",
-        "SIGTERM and a new start, one after another",
+        "SIGTERM and restart, one process after another",
         breaking.restart_all,
         mixture=BUSY,
         expects=STOPPED,
@@ -147,7 +145,7 @@ SCENARIOS = (
         "vanish",
         "1,000 clients are killed in mid-call",
         breaking.vanish,
-        top={"queue_slots": 2000},  # or most of them would have been refused by then
+        top={"queue_slots": 2000},  # otherwise most of them would be refused first
     ),
     Scenario(
         "long-then-short",
@@ -157,7 +155,7 @@ SCENARIOS = (
     ),
     Scenario(
         "strangers",
-        "calls without a message, idle connections and streams, names, resets, unread answers",
+        "calls without a message, idle connections and streams, resets, unread answers",
         breaking.strangers,
         mixture=Mixture(rate=30, timeouts_s=(2,)),
         expects=("OK",),
@@ -165,7 +163,7 @@ SCENARIOS = (
     ),
     Scenario(
         "new-names",
-        "another machine asks for three times what there is, each time under a new name",
+        "another machine sends three times the capacity, with a new caller name for each call",
         breaking.new_names,
         mixture=Mixture(rate=10, timeouts_s=(2,)),
         expects=("OK",),
@@ -175,39 +173,41 @@ SCENARIOS = (
     *(
         Scenario(
             f"hostile-{role}",
-            f"another program answers in {process}'s place, and wrongly",
+            f"another program takes {process}'s place and violates the protocol",
             breaking.hostile(process),
         )
         for role, process in ROLES.items()
-        if process != "A"  # whom no process asks
+        if process != "A"  # no process sends requests to A
     ),
-    Scenario("slow-worker", "D is ten times slower", breaking.mood("D", slower=10)),
+    Scenario("slow-worker", "D is ten times slower", breaking.degrade("D", slower=10)),
     Scenario(
-        "grey-worker", "D answers, and now and then hangs", breaking.mood("D", hangs=0.3, hang_s=4)
+        "grey-worker",
+        "D sometimes hangs",
+        breaking.degrade("D", hangs=0.3, hang_s=4),
     ),
     Scenario(
-        "horrors",
+        "bad-handlers",
         "handlers that raise, exit, return a float, print 200 kB",
-        mixture=Mixture(handlers=(*["work"] * 4, *HORRORS, "prints"), timeouts_s=(10,)),
+        mixture=Mixture(handlers=(*["work"] * 4, *FAILING, "prints"), timeouts_s=(10,)),
         expects=("OK",),
     ),
     Scenario(
         "full-disk",
         "log files on a full device, and handlers that raise",
-        mixture=Mixture(handlers=("work", *HORRORS)),
+        mixture=Mixture(handlers=("work", *FAILING)),
         needs="linux",
         prepare=breaking.full_disk,
     ),
     Scenario(
         "no-log",
         "log files that cannot be opened, and handlers that raise",
-        mixture=Mixture(handlers=("work", *HORRORS)),
+        mixture=Mixture(handlers=("work", *FAILING)),
         prepare=breaking.no_log,
     ),
     Scenario(
         "unread-output",
-        "nobody reads stdout and stderr, and handlers raise",
-        mixture=Mixture(handlers=("work", *HORRORS)),
+        "stdout and stderr are not read, and handlers raise",
+        mixture=Mixture(handlers=("work", *FAILING)),
         prepare=breaking.unread,
     ),
 )
@@ -215,7 +215,7 @@ BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 
 
 def chosen(names: Sequence[str]) -> list[Scenario]:
-    """The named ones, or all. Raises ValueError for a name that is not there."""
+    """The named scenarios, or all. Raises ValueError for an unknown name."""
     unknown = [name for name in names if name not in BY_NAME]
     if unknown:
         raise ValueError(f"no scenario '{unknown[0]}'; there are {', '.join(BY_NAME)}")

@@ -1,11 +1,11 @@
-"""Bugs made on purpose: python faults/seeded.py BUG CONFIG ID serves a process that has one.
+"""Injected bugs: python faults/seeded.py BUG CONFIG ID runs a process with one of them.
 
-Each replaces a chunk of the product by one that breaks a promise. The bench must see it, by one of
-the rules that the table names, in the scenario that provokes it.
+Each replaces a piece of the product by one that breaks a promise. The checker must find it with one
+of the table's rules, in the scenario that triggers it.
 """
 
 # mypy: disable-error-code="assignment, method-assign, call-arg, attr-defined"
-# It replaces what the product does not mean to be replaced, and by what is wrong.
+# It replaces functions that are not meant to be replaced, by wrong ones.
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve()
 ROOT = HERE.parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    import node  # first: it chooses how gRPC polls, before gRPC is there
+    import node  # first, because it sets gRPC's polling strategy before gRPC is imported
 
 from faults import bench, scenarios  # noqa: E402
 from faults.bench import Outcome  # noqa: E402
@@ -30,7 +30,7 @@ from faults.bench import Outcome  # noqa: E402
 
 @dataclass(frozen=True)
 class Bug:
-    """rules: those of the checker that may find it. scenario: the one that provokes it."""
+    """rules: the checker's rules that may find it. scenario: the one that triggers it."""
 
     name: str
     about: str
@@ -61,7 +61,7 @@ class Trial:
 
 
 def chosen(names: Sequence[str]) -> list[Bug]:
-    """The named ones, or all. Raises ValueError for a name that is not there."""
+    """The named bugs, or all. Raises ValueError for an unknown name."""
     unknown = [name for name in names if name not in BY_NAME]
     if unknown:
         raise ValueError(f"no bug '{unknown[0]}'; there are {', '.join(BY_NAME)}")
@@ -69,13 +69,13 @@ def chosen(names: Sequence[str]) -> list[Bug]:
 
 
 def try_out(bug: Bug, folder: Path, seconds: float, seed: int) -> Trial:
-    """Runs the bug's scenario on processes that all have it."""
+    """Runs the bug's scenario on processes that have it."""
     command = [sys.executable, str(HERE), bug.name]
     scenario = scenarios.BY_NAME[bug.scenario]
     return Trial(bug, bench.run(scenario, folder, seconds, seed, command))
 
 
-# The bugs. Each is applied in the process that shall have it, before it serves.
+# The bugs, each applied in a process before it serves
 
 
 def expired_is_started() -> None:
@@ -83,16 +83,16 @@ def expired_is_started() -> None:
     from overlay.peers import peers
     from overlay.queueing import queued_segment, request_queue
 
-    def end(ticket: Any, code: Any, start: int = 0, count: int | None = None) -> None:
-        if code is segments.Code.DEADLINE_EXCEEDED:  # answered, and it stays in the queue
-            count = ticket.segment.count - start if count is None else count
-            refused = queued_segment.unstarted(ticket._owner.me, code)
-            ticket._settle(start, segments.Slice(count, (), refused=refused))
+    def end(queued: Any, code: Any, start: int = 0, count: int | None = None) -> None:
+        if code is segments.Code.DEADLINE_EXCEEDED:  # answered, but it stays in the queue
+            count = queued.segment.count - start if count is None else count
+            refused = queued_segment.unstarted(queued._owner.me, code)
+            queued._settle(start, segments.Slice(count, (), refused=refused))
         else:
-            right(ticket, code, start, count)
+            right(queued, code, start, count)
 
-    def unchecked(self: Any, ticket: Any, now: float) -> Any:
-        return claim(self, ticket, min(now, ticket.segment.deadline - 1))
+    def unchecked(self: Any, queued: Any, now: float) -> Any:
+        return claim(self, queued, min(now, queued.segment.deadline - 1))
 
     right = queued_segment.QueuedSegment.end
     queued_segment.QueuedSegment.end = end
@@ -131,7 +131,7 @@ def deadline_not_passed_on() -> None:
     peers._Peer.time_left_s = lambda self, deadline: 30.0
 
 
-def refusal_says_always_no() -> None:
+def refusal_always_says_no() -> None:
     from overlay.model import errors, segments
     from overlay.transport import codec
 
@@ -156,8 +156,8 @@ def cancelled_stays_active() -> None:
 
     right = request_queue.RequestQueue._release
 
-    def release(self: Any, ticket: Any, *rest: Any) -> float:
-        return right(self, ticket, *rest) if not ticket._ended else time.monotonic()
+    def release(self: Any, queued: Any, *rest: Any) -> float:
+        return right(self, queued, *rest) if not queued._ended else time.monotonic()
 
     request_queue.RequestQueue._release = release
 
@@ -208,17 +208,17 @@ def drain_refuses_running() -> None:
     running: list[Any] = []
     right_run, right_close = queued_segment.QueuedSegment.run, request_queue.RequestQueue.close
 
-    def run(ticket: Any, *rest: Any) -> None:
-        running.append(ticket)
-        right_run(ticket, *rest)
+    def run(queued: Any, *rest: Any) -> None:
+        running.append(queued)
+        right_run(queued, *rest)
 
     def close(self: Any) -> int:
         error = errors.Draining(f"{self.me} is stopping")
-        for ticket in running:
-            if ticket.is_open:
+        for queued in running:
+            if queued.is_open:
                 part = segments.Part(self.me, error.code, str(error), executed=error.executed)
-                rows = ticket.segment.count
-                ticket._settle(0, segments.Slice(rows, (), refused=part))
+                rows = queued.segment.count
+                queued._settle(0, segments.Slice(rows, (), refused=part))
         return int(right_close(self))
 
     queued_segment.QueuedSegment.run = run
@@ -238,7 +238,7 @@ def runs_some_twice() -> None:
     thread_pool._called = called
 
 
-def answers_get_lost() -> None:
+def answers_are_lost() -> None:
     from overlay.calls import stream_session
 
     right, numbers = stream_session._Session._answer, itertools.count(1)
@@ -256,7 +256,7 @@ def deadlines_never_end() -> None:
     timers.Deadlines.watch = lambda self, thing, deadline: None
 
 
-def crashes_inside() -> None:
+def internal_errors() -> None:
     from overlay.transport import codec
 
     right, numbers = codec.write_response, itertools.count(1)
@@ -282,7 +282,7 @@ def link_stays_down() -> None:
     peers._Peer._set_state = set_state
 
 
-def exit_takes_the_process() -> None:
+def exit_ends_the_worker() -> None:
     from overlay.workers import thread_pool
 
     right = thread_pool.outcome_of_error
@@ -319,7 +319,7 @@ def team_is_ignored() -> None:
     )
 
 
-def counts_go_astray() -> None:
+def completed_is_miscounted() -> None:
     from overlay.observability import counters
 
     right, numbers = counters.Meter.completed, itertools.count(1)
@@ -352,32 +352,32 @@ def key_for_any_payload() -> None:
     )
 
 
-def failed_is_lost() -> None:
+def failure_counts_as_lost() -> None:
     from overlay.routing import aggregate
 
     aggregate.was_lost = lambda answer: not answer.parts or not answer.parts[0].ok
 
 
-def refuses_now_and_then() -> None:
-    """As if the last requests had been too slow, whatever room there is."""
+def needless_refusals() -> None:
+    """As if recent requests had been too slow, although slots are free."""
     from overlay.model import errors
     from overlay.queueing import request_queue
 
     numbers = itertools.count(1)
 
-    def grudging(right: Any) -> Any:
+    def refusing(right: Any) -> Any:
         def admit(*arguments: Any, **options: Any) -> Any:
             if next(numbers) % 15 == 0:
-                raise errors.NoTimeLeft("even the quickest of late took longer")
+                raise errors.NoTimeLeft("recent requests took longer")
             return right(*arguments, **options)
 
         return admit
 
-    request_queue.RequestQueue.admit = grudging(request_queue.RequestQueue.admit)
-    request_queue.RequestQueue.admit_to = grudging(request_queue.RequestQueue.admit_to)
+    request_queue.RequestQueue.admit = refusing(request_queue.RequestQueue.admit)
+    request_queue.RequestQueue.admit_to = refusing(request_queue.RequestQueue.admit_to)
 
 
-def names_alone_share() -> None:
+def address_is_ignored() -> None:
     from overlay.model import segments
     from overlay.server import service
 
@@ -388,14 +388,14 @@ def names_alone_share() -> None:
 BUGS = (
     Bug(
         "expired-is-started",
-        "no check at dequeue: what was refused as too late is worked on",
+        "no check at dequeue: a request that has expired still runs",
         "overload",
-        ("lying_refusal", "worked_for_nobody"),
+        ("false_refusal", "ran_after_deadline"),
         expired_is_started,
     ),
     Bug(
         "retry-without-proof",
-        "mode any tries another worker after every loss",
+        "mode any tries another worker after every lost connection",
         "kill-team-leader",
         ("ran_twice", "unexpected_status"),
         retry_without_proof,
@@ -409,29 +409,29 @@ BUGS = (
     ),
     Bug(
         "deadline-not-passed-on",
-        "each hop gives 30 s",
+        "each hop allows 30 s",
         "calm",
-        ("worked_for_nobody",),
+        ("ran_after_deadline",),
         deadline_not_passed_on,
     ),
     Bug(
-        "refusal-says-always-no",
+        "refusal-always-says-no",
         "every failure says executed: no",
-        "horrors",
-        ("lying_refusal",),
-        refusal_says_always_no,
+        "bad-handlers",
+        ("false_refusal",),
+        refusal_always_says_no,
     ),
-    Bug("seen-ids-off", "a worker forgets what it ran", "repeats", ("ran_twice",), seen_ids_off),
+    Bug("seen-ids-off", "a worker forgets request ids", "repeats", ("ran_twice",), seen_ids_off),
     Bug(
         "cancelled-stays-active",
-        "a request that was ended keeps its place in service",
+        "a cancelled request keeps its slot",
         "overload",
         ("leak",),
         cancelled_stays_active,
     ),
     Bug(
         "dead-link-is-silent",
-        "what a lost link owed is never answered",
+        "requests on a lost link are never answered",
         "kill-worker",
         ("leak",),
         dead_link_is_silent,
@@ -440,14 +440,14 @@ BUGS = (
         "coverage-complete",
         "the trailer always says n of n",
         "kill-worker",
-        ("short_in_silence",),
+        ("silently_incomplete",),
         coverage_always_complete,
     ),
     Bug(
         "missing-is-left-out",
-        "an answer of all tells only of those that worked",
+        "an answer of mode all omits missing workers",
         "kill-worker",
-        ("short_in_silence",),
+        ("silently_incomplete",),
         missing_is_left_out,
     ),
     Bug(
@@ -459,32 +459,32 @@ BUGS = (
     ),
     Bug(
         "drain-refuses-running",
-        "stopping answers what runs with a refusal",
+        "a stopping process refuses running requests",
         "rolling-restart",
-        ("lying_refusal", "ran_twice"),
+        ("false_refusal", "ran_twice"),
         drain_refuses_running,
     ),
     Bug("runs-some-twice", "one in ten runs twice", "calm", ("ran_twice",), runs_some_twice),
     Bug(
-        "answers-get-lost",
+        "answers-are-lost",
         "one slice in fifteen is not written",
         "calm",
         ("silent", "unexpected_status"),
-        answers_get_lost,
+        answers_are_lost,
     ),
     Bug(
         "deadlines-never-end",
-        "streamed requests are not ended at their deadline",
+        "streamed requests do not end at their deadline",
         "grey-worker",
         ("late", "silent"),
         deadlines_never_end,
     ),
     Bug(
-        "crashes-inside",
-        "one unary answer in twenty is not made",
+        "internal-errors",
+        "one unary answer in twenty fails",
         "calm",
         ("unexpected_status",),
-        crashes_inside,
+        internal_errors,
     ),
     Bug(
         "link-stays-down",
@@ -494,11 +494,11 @@ BUGS = (
         link_stays_down,
     ),
     Bug(
-        "exit-takes-the-process",
+        "exit-ends-the-worker",
         "a handler's SystemExit ends the worker",
-        "horrors",
-        ("bad_ending",),
-        exit_takes_the_process,
+        "bad-handlers",
+        ("bad_exit",),
+        exit_ends_the_worker,
     ),
     Bug(
         "answers-mixed-up",
@@ -511,61 +511,61 @@ BUGS = (
         "team-is-ignored",
         "every worker is asked, whatever the team",
         "calm",
-        ("ran_unasked", "short_in_silence"),
+        ("ran_unrequested", "silently_incomplete"),
         team_is_ignored,
     ),
     Bug(
-        "counts-go-astray",
-        "one completed in ten is not counted",
+        "completed-is-miscounted",
+        "one completed request in ten is not counted",
         "calm",
         ("leak",),
-        counts_go_astray,
+        completed_is_miscounted,
     ),
     Bug(
         "keys-are-forgotten",
-        "who asks again after the answer is asked anew",
+        "a key is forgotten after its answer",
         "keys",
         ("ran_twice",),
         keys_are_forgotten,
     ),
     Bug(
         "key-for-any-payload",
-        "another payload under the same key gets the first one's answer",
+        "a different payload with the same key gets the first answer",
         "keys",
         ("key_misused",),
         key_for_any_payload,
     ),
     Bug(
-        "failed-is-lost",
-        "with a key, whatever failed is tried on a second worker",
+        "failure-counts-as-lost",
+        "with a key, every failure is retried on a second worker",
         "keys",
         ("ran_twice",),
-        failed_is_lost,
+        failure_counts_as_lost,
     ),
     Bug(
-        "refuses-now-and-then",
-        "one request in fifteen is refused for want of time, whatever room there is",
+        "needless-refusals",
+        "one request in fifteen is refused for lack of time although slots are free",
         "calm",
-        ("refused_although_free",),
-        refuses_now_and_then,
+        ("refused_with_free_slots",),
+        needless_refusals,
     ),
     Bug(
-        "names-alone-share",
-        "callers take turns by the names that they give, wherever they are",
+        "address-is-ignored",
+        "fairness is by caller name only, not by address",
         "new-names",
         ("unexpected_status", "late"),
-        names_alone_share,
+        address_is_ignored,
     ),
     Bug(
-        "reset-keeps-its-place",
-        "what a stranger takes back stays in service",
+        "reset-keeps-its-slot",
+        "a call that a stranger resets keeps its slot",
         "strangers",
         ("leak",),
         cancelled_stays_active,
     ),
     Bug(
         "broken-link-is-silent",
-        "what a neighbour that violates the protocol owed is never answered",
+        "requests to a neighbour that violates the protocol are never answered",
         "hostile-worker",
         ("leak", "silent"),
         dead_link_is_silent,

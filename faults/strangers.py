@@ -1,15 +1,15 @@
-"""Strangers: what anybody who reaches a port can do to it, with sockets and nothing else.
+"""Strangers: attacks by clients that can reach a port, with plain sockets.
 
     with Strangers() as strangers:
         strangers.unfinished(port, "/OverlayNode/GetMetrics", 8)    # until the end of the block
         ...
 
-They speak HTTP/2 by hand, answer pings so that they are not taken for dead, and stay as long as
-they are let. Who is shown the door stays outside, but for what is told to come back. Everything
-has an end: a send waits 2 s at most, and `close` ends what was opened.
+They write HTTP/2 frames themselves, and answer pings so that they are not disconnected as dead. A
+connection that the server closes is not reopened, except where a method says so. A send waits 2 s
+at most, and `close` closes everything.
 
-Owns the thread "strangers", which reads for all of them, and one "stranger-N" for each thing that
-is done again and again, from their start to `close`.
+Owns the thread "strangers", which reads for all of them, and a "stranger-N" for each repeated
+action, until `close`.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION =
 )
 ACK = END_STREAM = 1
 END_HEADERS = 4
-INITIAL_WINDOW = 4  # a setting: bytes that each stream may be sent before its reader says more
+INITIAL_WINDOW = 4  # a setting: the initial flow-control window of each stream
 USUAL_WINDOW = 65_535
 FRAME_BYTES = 16_384
 SEND_S = 2.0
 NEAR = "127.0.0.1"
-FAR = "127.0.0.2"  # another address of this machine, where there is one: see `has_far`
-BESIDE = 8  # calls on one connection, where many are opened
-# What neighbours and watchers look with; eight of each were enough to end an overlay.
+FAR = "127.0.0.2"  # another address of this machine, if it has one: see `has_far`
+BESIDE = 8  # calls on one connection, if many are opened
+# The calls of neighbours and monitors; eight of each were once enough to stop an overlay.
 PROBED = (("/OverlayNode/GetMetrics", 8), ("/grpc.health.v1.Health/Watch", 8))
 Headers = Sequence[tuple[str, str]]
 
 
 def has_far() -> bool:
-    """Whether this machine calls from a second address; macOS and the BSDs must be told to."""
+    """Whether this machine has a second loopback address; macOS and the BSDs do not by default."""
     with socket.socket() as probe:
         try:
             probe.bind((FAR, 0))
@@ -56,7 +56,7 @@ def has_far() -> bool:
 
 
 def source() -> str:
-    """The address from which they come, another than that of everybody else where there is one."""
+    """The strangers' address: different from honest clients' if possible."""
     return FAR if has_far() else NEAR
 
 
@@ -65,17 +65,17 @@ def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
 
 
 def message(body: bytes, packed: bool = False) -> bytes:
-    """As gRPC frames it."""
+    """With gRPC's header."""
     return struct.pack(">BI", packed, len(body)) + body
 
 
 def half(size: int = 4 << 20) -> bytes:
-    """The beginning of a message that says how long it is, and no more."""
+    """The header of a message that never follows."""
     return struct.pack(">BI", 0, size)
 
 
 def inflating(mib: int, before: bytes = b"") -> bytes:
-    """A gzip stream of `before` and so many MiB of zeros, a thousandth of their size."""
+    """A gzip stream of `before` and MiB of zeros, compressed to a thousandth."""
     pack = zlib.compressobj(9, zlib.DEFLATED, -15)
     made = pack.compress(before) + pack.flush(zlib.Z_FULL_FLUSH)
     zeros, check = bytes(1 << 20), zlib.crc32(before)
@@ -88,7 +88,7 @@ def inflating(mib: int, before: bytes = b"") -> bytes:
 
 
 def field(number: int, size: int) -> bytes:
-    """The beginning of a protobuf field of so many bytes."""
+    """The key and length of a protobuf field of `size` bytes."""
     return _varint(number << 3 | 2) + _varint(size)
 
 
@@ -100,7 +100,7 @@ def _varint(value: int) -> bytes:
 
 
 def block(headers: Headers) -> bytes:
-    """HPACK without its tables: each name and value as they are."""
+    """HPACK with literal names and values only."""
     return b"".join(b"\0" + _text(name) + _text(value) for name, value in headers)
 
 
@@ -124,20 +124,20 @@ def call_headers(method: str, more: Headers = ()) -> Headers:
 
 
 class Stranger:
-    """One connection. What it sends to one that has closed it is lost, and nobody is told."""
+    """One connection. After the server has closed it, sends are silently dropped."""
 
     def __init__(self, connection: socket.socket | None, window: int, answers: bool) -> None:
         self.is_gone = connection is None
-        self.ended: set[int] = set()  # streams that the other side has ended
-        self.came: dict[int, bytearray] = {}  # and what it has sent on them
+        self.ended: set[int] = set()  # streams that the server has ended
+        self.received: dict[int, bytearray] = {}  # by stream
         self._socket = connection
         self._window = window
         self._answers = answers
         self._next = 1
         self._buffer = bytearray()
         self._changed = threading.Condition(threading.RLock())
-        self._first_room = USUAL_WINDOW
-        self._room = {0: USUAL_WINDOW}  # bytes that we may send, by stream; 0 is all of them
+        self._initial_room = USUAL_WINDOW
+        self._room = {0: USUAL_WINDOW}  # bytes that we may send, by stream; 0: the connection
 
     def greet(self) -> None:
         first = struct.pack(">HI", INITIAL_WINDOW, self._window)
@@ -149,14 +149,14 @@ class Stranger:
                 return
             try:
                 self._socket.sendall(sent)
-            except OSError:  # the door was shut, or nobody takes it
+            except OSError:  # the server has closed it, or does not read
                 self.close()
 
     def open(self, method: str, *bodies: bytes, end: bool = False, headers: Headers = ()) -> int:
-        """A call, with these bytes of messages; the number of its stream. end: no more comes."""
+        """Starts a call with these bytes of messages; returns its stream. end: sends no more."""
         with self._changed:
             stream = self.begin()
-            self._room[stream] = self._first_room
+            self._room[stream] = self._initial_room
             last = END_STREAM if end and not bodies else 0
             made = block(call_headers(method, headers))
             self.send(frame(HEADERS, END_HEADERS | last, stream, made))
@@ -166,17 +166,17 @@ class Stranger:
         return stream
 
     def begin(self) -> int:
-        """The number of a call whose frames come by `send`."""
+        """A stream for frames that are sent by `send`."""
         with self._changed:
             self._next += 2
             return self._next - 2
 
     def call(self, request: bytes, headers: Headers = ()) -> int:
-        """A whole Forward; what comes of it is not waited for."""
+        """Sends a complete Forward, without waiting for the answer."""
         return self.open("/OverlayNode/Forward", message(request), end=True, headers=headers)
 
     def say(self, stream: int, body: bytes, end: bool = False) -> None:
-        """More of a call, as its windows allow; what they do not allow in time is not sent."""
+        """Sends more of a call, as far as flow control allows it in time."""
         while body:
             size = self._take_room(stream, min(len(body), FRAME_BYTES))
             if not size:
@@ -185,11 +185,11 @@ class Stranger:
             last = END_STREAM if end and not body else 0
             self.send(frame(DATA, last, stream, chunk))
 
-    def _take_room(self, stream: int, most: int) -> int:
+    def _take_room(self, stream: int, limit: int) -> int:
         until = time.monotonic() + SEND_S
         with self._changed:
             while True:
-                size = min(most, self._room[0], self._room.get(stream, 0))
+                size = min(limit, self._room[0], self._room.get(stream, 0))
                 if size > 0:
                     self._room[0] -= size
                     self._room[stream] -= size
@@ -200,17 +200,17 @@ class Stranger:
                 self._changed.wait(left)
 
     def leave(self, stream: int) -> None:
-        """Takes the call back."""
+        """Resets the call."""
         self.send(frame(RST_STREAM, 0, stream, struct.pack(">I", 8)))
 
     def ask(self, method: str, body: bytes, headers: Headers = (), within_s: float = 5.0) -> bytes:
-        """The whole of a unary call: its answer, or nothing when it was refused."""
+        """A complete unary call: the answer, or nothing if it was refused."""
         stream = self.open(method, message(body), end=True, headers=headers)
         until = time.monotonic() + within_s
         with self._changed:
             while stream not in self.ended and not self.is_gone and time.monotonic() < until:
                 self._changed.wait(0.1)
-            return bytes(self.came.get(stream, b"")[5:])
+            return bytes(self.received.get(stream, b"")[5:])
 
     def close(self) -> None:
         with self._changed:
@@ -220,7 +220,7 @@ class Stranger:
             self._changed.notify_all()
 
     def read(self) -> None:
-        """Takes what has come; on the reader's thread."""
+        """Reads what has arrived; on the reader's thread."""
         try:
             chunk = self._socket.recv(65_536) if self._socket else b""
         except OSError:
@@ -247,12 +247,12 @@ class Stranger:
             del self._buffer[: 9 + size]
 
     def _take(self, kind: int, flags: int, stream: int, body: bytes) -> bytes:
-        """What is to be said to it."""
+        """Handles one frame; returns the reply."""
         if kind == RST_STREAM or (kind in (DATA, HEADERS) and flags & END_STREAM):
             self.ended.add(stream)
             self._room.pop(stream, None)
         if kind == DATA:
-            self.came.setdefault(stream, bytearray()).extend(body)
+            self.received.setdefault(stream, bytearray()).extend(body)
             if self._window and body:
                 more = struct.pack(">I", len(body))
                 return frame(WINDOW_UPDATE, 0, 0, more) + frame(WINDOW_UPDATE, 0, stream, more)
@@ -262,7 +262,7 @@ class Stranger:
             for at in range(0, len(body), 6):
                 name, value = struct.unpack(">HI", body[at : at + 6])
                 if name == INITIAL_WINDOW:
-                    self._first_room = value
+                    self._initial_room = value
             return frame(SETTINGS, ACK, 0)
         if kind == PING and not flags & ACK:
             return frame(PING, ACK, 0, body)
@@ -270,12 +270,12 @@ class Stranger:
 
 
 class Strangers:
-    """All of them, until `close`, which may be called twice."""
+    """Many of them, until `close`, which may be called twice."""
 
     def __init__(self) -> None:
-        self._all: list[Stranger] = []  # that have been let in
+        self._all: list[Stranger] = []
         self._lock = threading.Lock()
-        self._came: queue.SimpleQueue[tuple[socket.socket, Stranger]] = queue.SimpleQueue()
+        self._new: queue.SimpleQueue[tuple[socket.socket, Stranger]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=self._read, name="strangers", daemon=True)]
         self._threads[0].start()
@@ -293,11 +293,6 @@ class Strangers:
         for one in self._all:
             one.close()
 
-    @property
-    def inside(self) -> int:
-        """How many still have their connection."""
-        return sum(not one.is_gone for one in self._all)
-
     def connect(
         self,
         port: int,
@@ -306,11 +301,10 @@ class Strangers:
         window: int = USUAL_WINDOW,
         reads: bool = True,
     ) -> Stranger:
-        """One more; outside from the beginning when it was not let in.
+        """A new connection; `is_gone` if it was refused.
 
-        first: all that it says, instead of HTTP/2's greeting and what comes after. window: bytes
-        that each of its streams may be sent. reads: also answers pings; who does not is taken for
-        dead after some seconds.
+        first: all that it sends, instead of HTTP/2. window: of each of its streams. reads: if not,
+        it does not answer pings either, and the server drops it after a few seconds.
         """
         connection: socket.socket | None = None
         with contextlib.suppress(OSError):
@@ -321,7 +315,7 @@ class Strangers:
             self._all = [one for one in self._all if not one.is_gone]
             self._all.append(made)
         if connection is not None and reads:
-            self._came.put((connection, made))
+            self._new.put((connection, made))
         if first is None:
             made.greet()
         else:
@@ -329,31 +323,31 @@ class Strangers:
         return made
 
     def silent(self, count: int, port: int, source: str = FAR) -> None:
-        """So many connections on which nothing is asked; for each that is closed comes another."""
-        places: list[Stranger] = []
+        """Keeps `count` connections open that make no calls; replaces those that are closed."""
+        open_ones: list[Stranger] = []
 
         def fill() -> None:
-            places[:] = [one for one in places if not one.is_gone]
-            while len(places) < count and not self._closed.is_set():
-                places.append(self.connect(port, source))
-                if places[-1].is_gone:
+            open_ones[:] = [one for one in open_ones if not one.is_gone]
+            while len(open_ones) < count and not self._closed.is_set():
+                open_ones.append(self.connect(port, source))
+                if open_ones[-1].is_gone:
                     return
 
-        self.again(fill, 0.1)
+        self.repeat(fill, 0.1)
 
     def crowd(self, count: int, port: int, **how: Any) -> list[Stranger]:
         return [self.connect(port, **how) for _ in range(count)]
 
-    def again(self, act: Callable[[], object], pause_s: float = 0.02) -> None:
-        """Does it now, and again and again until `close`, with a pause after each time."""
+    def repeat(self, act: Callable[[], object], pause_s: float = 0.02) -> None:
+        """Does it now, and repeatedly until `close`, with a pause in between."""
 
-        def go_on() -> None:
+        def run() -> None:
             while not self._closed.wait(pause_s):
                 act()
 
         act()
         name = f"stranger-{len(self._threads)}"
-        self._threads.append(threading.Thread(target=go_on, name=name, daemon=True))
+        self._threads.append(threading.Thread(target=run, name=name, daemon=True))
         self._threads[-1].start()
 
     def unfinished(
@@ -362,33 +356,32 @@ class Strangers:
         method: str,
         count: int,
         source: str = FAR,
-        says: Sequence[bytes] = (b"",),
+        sends: Sequence[bytes] = (b"",),
         beside: int = BESIDE,
     ) -> None:
-        """So many calls of which no message ever comes, `beside` on a connection; for each that is
-        ended another is opened. says: what each of them says, in turns."""
-        places: list[tuple[Stranger, int]] = []
+        """Keeps `count` calls open that never send a complete message, `beside` on a connection;
+        replaces those that end. sends: what they send, in turn."""
+        calls: list[tuple[Stranger, int]] = []
 
         def fill() -> None:
-            places[:] = [(one, s) for one, s in places if not one.is_gone and s not in one.ended]
-            lack, one = count - len(places), None
+            calls[:] = [(one, s) for one, s in calls if not one.is_gone and s not in one.ended]
+            lack, one = count - len(calls), None
             for number in range(lack):
                 if self._closed.is_set():
                     return
                 if number % beside == 0 or one is None:
                     one = self.connect(port, source)
                     if one.is_gone:
-                        return  # there is no way in; it is tried again after the pause
-                said = says[number % len(says)]
-                places.append((one, one.open(method, said) if said else one.open(method)))
+                        return  # refused; tried again after the pause
+                calls.append((one, one.open(method, sends[number % len(sends)])))
 
-        self.again(fill, 0.05)
+        self.repeat(fill, 0.05)
 
     def _read(self) -> None:
         with selectors.DefaultSelector() as selector:
             while not self._closed.is_set():
-                while not self._came.empty():
-                    _let_in(selector, *self._came.get())
+                while not self._new.empty():
+                    _register(selector, *self._new.get())
                 if not selector.get_map():
                     time.sleep(0.01)
                     continue
@@ -398,9 +391,9 @@ class Strangers:
                         selector.unregister(key.fileobj)
 
 
-def _let_in(selector: selectors.BaseSelector, connection: socket.socket, one: Stranger) -> None:
-    number = connection.fileno()
-    if number in selector.get_map():  # of one that has gone, whose number it has now
-        selector.unregister(number)
-    with contextlib.suppress(OSError, ValueError):  # it is gone already
+def _register(selector: selectors.BaseSelector, connection: socket.socket, one: Stranger) -> None:
+    with contextlib.suppress(OSError, ValueError):  # it is already closed
+        fd = connection.fileno()
+        if fd in selector.get_map():  # of an earlier, closed connection
+            selector.unregister(fd)
         selector.register(connection, selectors.EVENT_READ, one)

@@ -1,6 +1,6 @@
-"""The trials that give the figures, each on an overlay of its own; faults.figures reckons them.
+"""The trials that measure the figures, each on its own overlay.
 
-Owns the thread "memory", "striker" or "restarts" while a trial lasts.
+Owns the thread "striker" or "restarts" during a trial.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ import itertools
 import math
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-import psutil
 
 from faults import bench, breaking, figures, scenarios
 from faults.figures import ROLES, Sample, p99
@@ -26,16 +23,16 @@ from faults.history import Execution
 from faults.load import Notes, evenly
 from tests.harness import hosts
 from tests.harness.machine import NotReached
+from tests.harness.memory import Rss
 
-SECONDS = 10.0  # of a load, when nothing else is said
+SECONDS = 10.0  # of a load, by default
 PEAK = 60.0  # a second: 3 workers, 2 slots each, 0.1 s
-UNHURRIED_S = 1.0  # left out of the peak: until the slots are full and the connection is up
-ONSET_S = 1.0  # of an overload: the queue fills
-MEMORY_S = 0.02
-HEALTHY = 30.0  # a second: two of the workers can do it, and one cannot
-AFTER_S = 8.0  # of watching what a fault did
+WARM_UP_S = 1.0  # left out of the peak, until connected and all slots are in use
+ONSET_S = 1.0  # of an overload, while the queue fills
+HEALTHY = 30.0  # a second: two workers can do it, one cannot
+AFTER_S = 8.0  # of load after a fault
 FROZEN_LEADER_S = 3.0
-CUT_LOAD_S = 12.0  # the wire is cut in the middle of it
+CUT_LOAD_S = 12.0  # the link is cut in the middle of it
 RESTART_RATE = 200.0
 RESTARTED = 10_000  # requests, meanwhile
 ROUNDS = 3  # at least
@@ -43,7 +40,7 @@ ROUNDS = 3  # at least
 
 @dataclass(frozen=True)
 class Asked:
-    """How long a load lasts. overload_s: 10x, in the trials of recovery."""
+    """How long a load lasts. overload_s: at 10x, in the trials of recovery."""
 
     seconds: float
     overload_s: float
@@ -53,10 +50,10 @@ Trial = Callable[[Ground, Asked], Iterator[Sample]]
 
 
 def overload(ground: Ground, asked: Asked) -> Iterator[Sample]:
-    """Peak, 2x and 10x, by single calls and by the library's stream."""
+    """Peak, 2x and 10x, with single calls and with the library's stream."""
     for way in ("unary", "library"):
         like = replace(USUAL, way=way)
-        peak = ground.peak(way).rate(UNHURRIED_S)
+        peak = ground.peak(way).rate(WARM_UP_S)
         twice = ground.offered(evenly(2 * PEAK, asked.seconds, like))
         yield Sample(f"goodput-2x-{way}", 100 * twice.rate() / peak, twice.invalid)
         tenfold = ground.offered(evenly(10 * PEAK, asked.seconds, like), watched=way == "unary")
@@ -112,28 +109,14 @@ def recovery_with_tries(ground: Ground, asked: Asked) -> Iterator[Sample]:
 
 def memory(ground: Ground, asked: Asked) -> Iterator[Sample]:
     ground.peak("unary", asked.seconds)
-    leader = psutil.Process(ground.overlay.processes["A"].pid)
-    before = most = leader.memory_info().rss
-    ended = threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not ended.wait(MEMORY_S):
-            most = max(most, leader.memory_info().rss)
-
-    thread = threading.Thread(target=watch, name="memory")
-    thread.start()
-    try:
-        large = replace(USUAL, size=64 * 1024)
+    large = replace(USUAL, size=64 * 1024)
+    with Rss({"A": ground.overlay.processes["A"].pid}) as leader:
         phase = ground.offered(evenly(10 * PEAK, asked.seconds, large))
-    finally:
-        ended.set()
-        thread.join()
-    yield Sample("memory", (most - before) / 2**20, phase.invalid)
+    yield Sample("memory", leader.grown, phase.invalid)
 
 
 def greedy(ground: Ground, asked: Asked) -> Iterator[Sample]:
-    """One asks for ten times the peak, nine for half of a tenth each."""
+    """One caller sends ten times the peak, and nine send 5 % of it each."""
     ground.peak("unary", asked.seconds)
     planned = evenly(10 * PEAK, asked.seconds, replace(USUAL, caller="greedy"))
     for number in range(9):
@@ -144,7 +127,7 @@ def greedy(ground: Ground, asked: Asked) -> Iterator[Sample]:
         ]
     planned.sort(key=lambda call: call.after_s)
     phase = ground.offered(planned)
-    # Calls are noted in the order in which they were planned.
+    # Calls are recorded in the order in which they were planned.
     callers = zip(phase.calls, planned, strict=True)
     nine = {call.id for call, like in callers if like.caller != "greedy"}
     answers = [answer for answer in phase.answers if answer.id in nine]
@@ -185,7 +168,7 @@ def freeze(ground: Ground, asked: Asked) -> Iterator[Sample]:
 
 
 def cut(folder: Path) -> Iterator[Sample]:
-    """By scenarios of the bench, on two hosts. Of their calls, those to any of all workers."""
+    """Runs the bench's scenarios on two hosts; counts their calls of mode any without a team."""
     for role in ROLES:
         scenario = scenarios.BY_NAME[f"cut-{role.replace(' ', '-')}"]
         for attempt in range(ATTEMPTS):
@@ -204,7 +187,7 @@ def cut(folder: Path) -> Iterator[Sample]:
 def _each(
     what: str, ground: Ground, strike: Callable[[str], float], mend: Callable[[str], None]
 ) -> Iterator[Sample]:
-    """Strikes each process in turn under a healthy load."""
+    """Strikes one process after another under a healthy load."""
     for role, processes in ROLES.items():
         for process in processes:
             for _ in range(ATTEMPTS):
@@ -218,7 +201,7 @@ def _each(
 
 
 def _struck(ground: Ground, strike: Callable[[], float]) -> tuple[Phase, float]:
-    """The phase in which it was struck, and when."""
+    """The phase, and the time of the strike."""
     with ground.loading() as (load, notes), ThreadPoolExecutor(1, "striker") as pool:
         begin = time.monotonic()
         load.run(evenly(HEALTHY, 1, USUAL))
@@ -228,7 +211,7 @@ def _struck(ground: Ground, strike: Callable[[], float]) -> tuple[Phase, float]:
 
 
 def restart(ground: Ground, asked: Asked) -> Iterator[Sample]:
-    """Each of the six is asked to stop and started again, while the library asks; some rounds."""
+    """Rolling restarts of the six while the library sends requests."""
     stage = breaking.Stage(ground.overlay, Notes(), random.Random(1), 0)
 
     def rounds(notes: Notes) -> None:
@@ -249,7 +232,7 @@ def restart(ground: Ground, asked: Asked) -> Iterator[Sample]:
             load.run(second)
         phase = phase_of(notes, begin, like.timeout_s)
     restarting.result()
-    # A failure is one whether the load left in time or not.
+    # Failures count even if the load was sent late.
     good = sum(map(figures.is_complete, phase.answers))
     twice = figures.executed_twice(phase.calls, ground.executions())
     yield Sample("restart-asked", len(phase.calls))
@@ -258,7 +241,7 @@ def restart(ground: Ground, asked: Asked) -> Iterator[Sample]:
 
 
 def _mixed() -> Iterator[str]:
-    """One of ten goes to all."""
+    """One in ten has mode all."""
     while True:
         yield from ("all", *["any"] * 9)
 
@@ -281,7 +264,7 @@ NAMES = (*TRIALS, "cut")
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The named trials, or all that run here. Raises ValueError for one that is not there."""
+    """The named trials, or all. Raises ValueError for an unknown name."""
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         raise ValueError(f"no trial '{unknown[0]}'; there are {', '.join(NAMES)}")
@@ -289,14 +272,14 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def why_not(name: str) -> str:
-    """Why this trial cannot run here; empty when it can."""
+    """Why this trial cannot run here; empty if it can."""
     if name == "cut":
         return hosts.why_not()
     return "" if name != "freeze" or hasattr(signal, "SIGSTOP") else "needs a POSIX system"
 
 
 def measure(name: str, run: int, folder: Path, asked: Asked) -> Iterator[Sample]:
-    """One trial on an overlay of its own, in `folder`. Raises NotReached when it got stuck."""
+    """One trial on its own overlay, in `folder`. Raises NotReached if it gets stuck."""
     if name == "cut":
         yield from (replace(sample, run=run) for sample in cut(folder))
         return

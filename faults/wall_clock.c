@@ -1,7 +1,7 @@
-/* A wall clock that another program sets: CLOCK is a file with the seconds (a long) that it is off.
+/* A wall clock that another program sets: the file CLOCK has its offset in seconds (a long).
 
-   To be preloaded. Only those who read the time of day see it; waits and the monotonic clock are
-   the system's. libfaketime can do the same, but slows a leader down by seconds. */
+   For LD_PRELOAD. Only the time of day changes; waits and the monotonic clock are the system's.
+   libfaketime can do the same, but slows a leader down by seconds. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

@@ -1,6 +1,6 @@
 """Fixtures: `six` is the shipped overlay, shared by a module; `overlays` makes others.
 
-`lane` says how much a fuzz test sends, and makes its chances from the seed.
+`fuzz` says how much a fuzz test sends, and makes its random numbers from the seed.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.harness.cluster import ROOT, Overlay, running, six_processes
 
-# A busy machine is no fault of the code: no example is judged by the time that it takes.
+# The machine may be busy, so no example fails because it takes long.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 
-LONG_S = 3600  # a test of the long lane is ended after this
+LONG_S = 3600  # the timeout of a fuzz test with --long
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="the fuzz tests send 10 to 100 times more")
-    help_ = "of the fuzz tests: by default 1, and with --long a new one; a failure names it"
+    parser.addoption("--long", action="store_true", help="fuzz tests send 10 to 100 times as much")
+    help_ = "for fuzz tests: 1 by default, random with --long; a failure shows it"
     parser.addoption("--seed", type=int, help=help_)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "six: starts the six processes")
     if config.option.seed is None:
-        # A commit's tests shall not fail by chance; the long lane looks for the unknown.
+        # A commit must not fail by chance; --long is there to find new failures.
         config.option.seed = random.randrange(10**6) if config.option.long else 1
-    if not hasattr(config, "workerinput"):  # one of several at once has a parent that did this
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist: its parent has done this
         compile_once()
 
 
 def compile_once() -> None:
-    """The processes of the tests write no bytecode: each of the thousands would compile it all."""
+    """Compiles the sources, because the thousands of processes in the tests write no bytecode."""
     for folder in ("overlay", "scripts"):
         compileall.compile_dir(ROOT / folder, quiet=2)
     compileall.compile_dir(ROOT, maxlevels=0, quiet=2)
@@ -55,11 +55,17 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"fuzz: --seed {config.option.seed}"
 
 
-# Files that take half a minute or more, the longest first, begin before the others: at the end no
-# core waits for another.
-LONG_FILES = ("windows", "flights", "strangers", "hostile", "two_hosts", "launcher", "overload")
+# Files that take long start first, the longest before the others, so that no core idles at the end.
+LONG_FILES = ("windows", "flights", "two_hosts", "strangers", "launcher", "hostile", "overload")
 LONG_FILES += ("rules", "faults", "client", "sync", "routing_around", "drain", "fairness", "sizes")
-LONG_FILES += ("map", "horrors", "system_script", "places", "bad_input", "versions")
+LONG_FILES += (
+    "map",
+    "misbehaving_handlers",
+    "system_script",
+    "stream_limit",
+    "bad_input",
+    "versions",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -69,13 +75,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if {"six", "overlays"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("six")
     for item in items if config.option.long else ():
-        if "lane" in getattr(item, "fixturenames", ()):
+        if "fuzz" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(LONG_S))
 
 
 @dataclass(frozen=True)
-class Lane:
-    """How much a fuzz test does, and what it does: the same for the same seed."""
+class Fuzz:
+    """How much a fuzz test does. The same seed gives the same test."""
 
     is_long: bool
     seed: int
@@ -83,28 +89,28 @@ class Lane:
     def count(self, short: int, long: int) -> int:
         return long if self.is_long else short
 
-    def chance(self, what: str, number: int) -> random.Random:
-        """What is random about one of them."""
+    def rng(self, what: str, number: int) -> random.Random:
+        """The random numbers of one test case."""
         return random.Random(f"{self.seed} {what} {number}")
 
 
 @pytest.fixture
-def lane(request: pytest.FixtureRequest) -> Lane:
-    lane = Lane(request.config.option.long, request.config.option.seed)
-    print(f"again with --seed {lane.seed}")  # shown with a failure
-    return lane
+def fuzz(request: pytest.FixtureRequest) -> Fuzz:
+    fuzz = Fuzz(request.config.option.long, request.config.option.seed)
+    print(f"repeat with --seed {fuzz.seed}")  # pytest shows it with a failure
+    return fuzz
 
 
 @pytest.fixture(scope="module")
 def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A to F with echo handlers. Tests that kill or fill processes make their own overlay."""
+    """A to F with echo handlers. Tests that kill or overload processes make their own overlay."""
     with running(tmp_path_factory.mktemp("six"), six_processes()) as overlay:
         yield overlay
 
 
 @pytest.fixture
 def overlays(tmp_path: Path) -> Iterator[Callable[..., Overlay]]:
-    """Makes six processes of one's own: overlays(module="def f(...)...", **top_level_keys).
+    """Starts six processes for one test: overlays(module="def f(...)...", **top_level_keys).
 
     The module's text is saved as `mine.py` beside the configuration.
     """

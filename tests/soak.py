@@ -1,20 +1,19 @@
-"""Many streamed requests with random cancels, deadlines and killed processes, and what must hold.
+"""Soak tests: many requests with random cancels, deadlines and killed processes.
 
-    python -m tests.soak 200000          prints what happened and every rule that was broken
+    python -m tests.soak 200000
     python -m tests.soak distinct 1000000
 
-The second asks in as many callers' names, under as many idempotency keys and ids, by single calls,
-and then by a map; it tells the rate of each tenth, and each process's memory after the first
-and the last.
+The first gives each request a number, and each execution writes it to a file. Then it checks that
+every request ended once, no number ran twice, what was refused with proof never ran, and every
+answer is right.
 
-In the first, each request carries a number of its own; each execution of the handler writes the
-number to a file of its worker before it does anything else. Afterwards the two histories are
-compared: every request ended once, no number ran twice, what was refused with proof never ran,
-every answer is right.
+The second makes single calls from as many callers, some with idempotency keys, then a map; it
+prints the rate of each tenth, and each process's memory after the first and the last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import tempfile
@@ -34,14 +33,14 @@ from overlay.client.sync import CallFailed, Client
 from overlay.model.segments import Executed
 from overlay.transport import codec
 from overlay.transport.codec import pb2
-from tests.harness.cluster import Overlay, running, six_processes
+from tests.harness.cluster import NotReached, Overlay, running, six_processes, until
 
 HANDLER = '''
 import random, threading, time
 local = threading.local()
 
 def work(payload, context):
-    """Writes that it ran; takes no time, mostly, and gives the payload back."""
+    """Writes that it ran, and returns the payload, usually at once."""
     if not hasattr(local, "file"):
         name = f"{context.options['folder']}/{context.process_id}-{threading.get_ident()}"
         local.file = open(name, "ab", buffering=0)
@@ -55,7 +54,7 @@ IN_FLIGHT = 2000
 
 @dataclass
 class History:
-    """What became of each request: outcomes[number] is set exactly once, or a rule is broken."""
+    """How each request ended; ends[number] must become 1."""
 
     outcomes: dict[int, str] = field(default_factory=dict)
     ends: Counter[int] = field(default_factory=Counter)
@@ -68,15 +67,15 @@ class History:
         except CancelledError:
             self.outcomes[number] = "cancelled"
         except CallFailed as e:
-            proof = "refused" if e.executed is Executed.NO else "failed"
-            self.outcomes[number] = f"{proof} {e.code.name}"
+            kind = "refused" if e.executed is Executed.NO else "failed"
+            self.outcomes[number] = f"{kind} {e.code.name}"
         else:
             self.outcomes[number] = "ok"
             if result != str(number).encode():
                 self.wrong.append(f"request {number} was answered {result!r}")
 
     def check(self, count: int, runs: Counter[int]) -> list[str]:
-        """Every rule that was broken, as sentences."""
+        """A sentence for each violation."""
         broken = list(self.wrong)
         for number in range(count):
             ends, ran, outcome = self.ends[number], runs[number], self.outcomes.get(number)
@@ -92,7 +91,7 @@ class History:
 
 
 def soak(folder: Path, count: int, seed: int, kill_every_s: float) -> tuple[History, list[str]]:
-    """Runs it on six real processes in `folder`; the history, and every rule that was broken."""
+    """Runs it on six real processes in `folder`; returns the history and the violations."""
     notes = folder / "notes"
     notes.mkdir()
     handlers = {"work": {"call": "mine:work", "slots": 8, "options": {"folder": str(notes)}}}
@@ -108,38 +107,39 @@ def soak(folder: Path, count: int, seed: int, kill_every_s: float) -> tuple[Hist
         finally:
             stop.set()
             killer.join()
-        _wait_for(lambda: sum(history.ends.values()) >= count)
+        with contextlib.suppress(NotReached):  # the check reports it
+            until(lambda: sum(history.ends.values()) >= count, 60)
     return history, history.check(count, _runs(notes))
 
 
-def _send(client: Client, history: History, count: int, dice: random.Random) -> None:
-    room = threading.Semaphore(IN_FLIGHT)
-    open_ones: list[Future[bytes]] = []
+def _send(client: Client, history: History, count: int, rng: random.Random) -> None:
+    slots = threading.Semaphore(IN_FLIGHT)
+    futures: list[Future[bytes]] = []
     for number in range(count):
-        room.acquire()
-        timeout = dice.choice((0.01, 0.05, 0.5, 10, 10, 10, 10, 10))
+        slots.acquire()
+        timeout = rng.choice((0.01, 0.05, 0.5, 10, 10, 10, 10, 10))
         future = client.submit("work", str(number), timeout=timeout)
-        open_ones.append(future)
+        futures.append(future)
 
         def ended(future: Future[bytes], number: int = number) -> None:
             history.ended(number, future)
-            room.release()
+            slots.release()
 
         future.add_done_callback(ended)
-        if dice.random() < 0.05:
-            dice.choice(open_ones[-50:]).cancel()
-    _wait_for(lambda: all(future.done() for future in open_ones))
+        if rng.random() < 0.05:
+            rng.choice(futures[-50:]).cancel()
+    with contextlib.suppress(NotReached):
+        until(lambda: all(future.done() for future in futures), 60)
 
 
 def _kill(six: Overlay, stop: threading.Event, seed: int, every_s: float) -> None:
-    """Kills a team leader or a worker now and then, and starts it again."""
-    dice = random.Random(seed)
+    """Kills a random team leader or worker every so often, and restarts it."""
+    rng = random.Random(seed)
     while not stop.wait(every_s):
-        victim = dice.choice("BECDF")
+        victim = rng.choice("BECDF")
         six.kill(victim)
         stop.wait(0.3)
-        six.spawn(victim)
-        six._wait_ready(victim)
+        six.serve(victim)
 
 
 def _runs(notes: Path) -> Counter[int]:
@@ -149,23 +149,17 @@ def _runs(notes: Path) -> Counter[int]:
     return runs
 
 
-def _wait_for(condition, within_s: float = 60) -> None:
-    until = time.monotonic() + within_s
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.05)
+# Many distinct callers, ids and keys, without faults
 
-
-# Many that have nothing in common, and nobody to break anything.
-
-FLAT = 0.1  # of the first tenth, that the last may be worse
-BREATH_MIB = 8  # a process's memory breathes by as much, without growing
-KEYED = 4  # one of so many requests has a key
-SINGLE = 64  # single calls under way at once
+TOLERANCE = 0.1  # how much worse the last tenth may be than the first
+VARIATION_MIB = 8  # a process's memory varies this much without growing
+KEYED = 4  # one request in four has a key
+CONCURRENT = 64  # single calls
 
 
 @dataclass
 class Tenths:
-    """What the tenths of a run took, and the processes' memory at the end of each."""
+    """How long each tenth of a run took, and the processes' memory at the end of each."""
 
     way: str
     count: int
@@ -180,7 +174,7 @@ class Tenths:
 
     @property
     def slower(self) -> float:
-        """By which share of the first tenth's rate the last one's is lower."""
+        """How much lower the last rate is than the first, as a share of the first."""
         return 1 - self.rates[-1] / self.rates[0]
 
     def grown(self, process_id: str) -> float:
@@ -189,15 +183,13 @@ class Tenths:
 
     def broken(self) -> list[str]:
         found = []
-        if self.slower > FLAT:
+        if self.slower > TOLERANCE:
             first, last = self.rates[0], self.rates[-1]
-            found.append(f"{self.way}: {first:.0f} a second at first, {last:.0f} at last")
+            found.append(f"{self.way}: {first:.0f} a second at first, {last:.0f} at the end")
         for process_id, first in self.mib[0].items():
-            if self.grown(process_id) > max(FLAT * first, BREATH_MIB):
+            if self.grown(process_id) > max(TOLERANCE * first, VARIATION_MIB):
                 last = self.mib[-1][process_id]
-                found.append(
-                    f"{self.way}: {process_id} had {first:.0f} MiB, and {last:.0f} at last"
-                )
+                found.append(f"{self.way}: {process_id} grew from {first:.0f} to {last:.0f} MiB")
         return found
 
     def __str__(self) -> str:
@@ -210,9 +202,8 @@ class Tenths:
 
 
 def distinct(folder: Path, singles: int, mapped: int) -> list[Tenths]:
-    """So many single calls, each with a caller and an id of its own and some with a key, and so
-    many items of a map."""
-    # So that keys come and go from the first tenth on, as in weeks with the ten minutes as shipped.
+    """Single calls, each with its own caller and id and some with a key, then items of a map."""
+    # With a short window, keys expire from the first tenth on, as in a long run with the default.
     with running(folder, six_processes(key_window_s=20)) as six:
         by_calls = _tenths("single calls", singles, six, _single_calls(six))
         with overlay.connect(six.address("A")) as client:
@@ -221,9 +212,9 @@ def distinct(folder: Path, singles: int, mapped: int) -> list[Tenths]:
 
 
 def _tenths(way: str, count: int, six: Overlay, ask: Callable[[int, int], Counter[str]]) -> Tenths:
-    """ask: so many, with numbers from the first on."""
+    """ask(first, count) makes requests with these numbers."""
     found = Tenths(way, count)
-    ask(0, count // 50)  # until connections and threads are there
+    ask(0, count // 50)  # warm-up of connections and threads
     for tenth in range(10):
         began = time.monotonic()
         found.outcomes += ask(count * (tenth + 1), count // 10)
@@ -238,23 +229,23 @@ def _single_calls(six: Overlay) -> Callable[[int, int], Counter[str]]:
 
     def ask(first: int, count: int) -> Counter[str]:
         outcomes: Counter[str] = Counter()
-        room, lock = threading.Semaphore(SINGLE), threading.Lock()
+        slots, lock = threading.Semaphore(CONCURRENT), threading.Lock()
 
         def ended(call: grpc.Future) -> None:
             with lock:
                 outcomes[call.code().name] += 1
-            room.release()
+            slots.release()
 
         for number in range(first, first + count):
             key = f"order {number}" if number % KEYED == 0 else ""
             request = pb2.Request(
                 payload=b"hi", mode=pb2.ANY, request_id=base + number, idempotency_key=key
             )
-            room.acquire()
-            named = ((codec.CALLER_KEY, f"caller {number}"),)
-            forward.future(request, timeout=30, metadata=named).add_done_callback(ended)
-        for _ in range(SINGLE):
-            room.acquire()
+            slots.acquire()
+            caller = ((codec.CALLER_KEY, f"caller {number}"),)
+            forward.future(request, timeout=30, metadata=caller).add_done_callback(ended)
+        for _ in range(CONCURRENT):
+            slots.acquire()
         return outcomes
 
     return ask

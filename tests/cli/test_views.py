@@ -25,7 +25,7 @@ import pytest
 from overlay.cli import web
 from overlay.monitor.poller import Poller
 from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes, tool, until
-from tests.harness.doors import FRAMES, SLOWLY, held_open, timed
+from tests.harness.stalled_clients import FRAMES, STALLED_REQUESTS, held_open, timed
 
 CLIENT = [sys.executable, str(ROOT / "client.py")]
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -292,7 +292,9 @@ def test_the_server_only_accepts_reads(address):
         urllib.request.urlopen(request, timeout=10)
 
 
-@pytest.mark.parametrize("sent", [*SLOWLY, FRAMES], ids=[*SLOWLY.values(), "pages open"])
+@pytest.mark.parametrize(
+    "sent", [*STALLED_REQUESTS, FRAMES], ids=[*STALLED_REQUESTS.values(), "pages open"]
+)
 def test_a_new_viewer_is_answered_at_once_while_others_hold_idle_connections(address, sent):
     def see() -> None:
         assert got(address).status == got(address + "page.js").status == 200

@@ -48,7 +48,7 @@ def workers(parts: list[Part]) -> list[str]:
 def outcomes(asked: Asked) -> dict[str, tuple[Code, bytes]]:
     """The outcome of each worker, from its early part or else from the answer."""
     found: dict[str, tuple[Code, bytes]] = {}
-    for part in (*asked.early[0], *asked.answer.parts):
+    for part in (*asked.partials[0], *asked.answer.parts):
         found.setdefault(part.process_id, (part.code, part.result))
     return found
 
@@ -57,21 +57,21 @@ def outcomes(asked: Asked) -> dict[str, tuple[Code, bytes]]:
 
 
 def test_a_slow_worker_does_not_delay_the_part_of_a_quick_one(network):
-    network.nodes["F"].works.hold()
+    network.nodes["F"].executor.hold()
 
-    asked = network.ask("A", early=True)
+    asked = network.ask("A", partials=True)
 
-    assert workers(asked.early[0]) == ["C", "D"]
+    assert workers(asked.partials[0]) == ["C", "D"]
     assert not asked.is_answered
-    network.nodes["F"].works.finish()
-    assert workers(asked.early[0]) == ["C", "D", "F"]
+    network.nodes["F"].executor.finish()
+    assert workers(asked.partials[0]) == ["C", "D", "F"]
     assert asked.answer.parts == ()
     assert network.left_over == {}
 
 
 def test_each_part_has_the_path_it_took(network):
-    asked = network.ask("A", early=True)
-    assert {p.process_id: "".join(p.hops) for p in asked.early[0]} == {
+    asked = network.ask("A", partials=True)
+    assert {p.process_id: "".join(p.hops) for p in asked.partials[0]} == {
         "C": "ABC",
         "D": "AED",
         "F": "AEF",
@@ -93,10 +93,10 @@ def test_early_parts_are_those_of_the_complete_answer_whatever_links_are_cut(cut
         if fate:
             network.next("B", "C", fate)
             network.next("A", "E", fate)
-        asked = network.ask("A", early=early)
-        found.append((outcomes(asked), asked.error is None or bool(asked.early[0])))
+        asked = network.ask("A", partials=early)
+        found.append((outcomes(asked), asked.error is None or bool(asked.partials[0])))
         assert network.left_over == {}
-        if early and not any(part.ok for part in asked.early[0]):
+        if early and not any(part.ok for part in asked.partials[0]):
             assert [p.process_id for p in asked.answer.parts] == list("CDF")  # with reasons
     assert found[0][0] == found[1][0]
 
@@ -107,16 +107,16 @@ def test_each_worker_has_one_part_and_the_answer_arrives_last(seed, leaves):
     (leader,) = [p.id for p in network.topology.processes.values() if p.role == "leader"]
     held = [p.id for p in network.topology.processes.values() if p.works][::2]
     for worker in held:
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
 
-    asked = network.ask(leader, early=True)
+    asked = network.ask(leader, partials=True)
     if leaves:
         asked.leave()
         assert asked.is_answered
     for worker in held:
-        network.nodes[worker].works.finish()
+        network.nodes[worker].executor.finish()
 
-    counts = Counter(workers(asked.early[0]))
+    counts = Counter(workers(asked.partials[0]))
     in_scope = {p.process_id for p in MemoryNetwork(network.topology).ask(leader).answer.parts}
     assert set(counts.values()) <= {1}
     assert {*counts, *workers(list(asked.answer.parts))} == in_scope
@@ -124,13 +124,13 @@ def test_each_worker_has_one_part_and_the_answer_arrives_last(seed, leaves):
 
 
 def test_workers_that_miss_the_deadline_are_reported_as_late(network):
-    network.nodes["F"].works.hold()
-    asked = network.ask("A", early=True, deadline_s=1)
+    network.nodes["F"].executor.hold()
+    asked = network.ask("A", partials=True, deadline_s=1)
 
     network.advance(2)
 
-    assert workers(asked.early[0])[:2] == ["C", "D"]
-    network.nodes["F"].works.finish()  # too late
+    assert workers(asked.partials[0])[:2] == ["C", "D"]
+    network.nodes["F"].executor.finish()  # too late
     assert outcomes(asked)["F"][0] is Code.DEADLINE_EXCEEDED
     assert network.left_over == {}
 
@@ -138,7 +138,7 @@ def test_workers_that_miss_the_deadline_are_reported_as_late(network):
 def test_if_no_worker_answers_the_answer_has_the_reason_of_each(network):
     for edge in EDGES[2:]:
         network.next(*edge, REFUSED)
-    asked = network.ask("A", early=True)
+    asked = network.ask("A", partials=True)
 
     assert [(p.process_id, p.code) for p in asked.answer.parts] == [
         (worker, Code.UNAVAILABLE) for worker in "CDF"

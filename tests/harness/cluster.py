@@ -17,14 +17,14 @@ import grpc
 
 from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
-from tests.harness.forks import LINUX, Fork, Nursery
+from tests.harness.forks import LINUX, Fork, ForkServer
 from tests.harness.machine import ROOT, NotReached, free_port, free_ports, program, until
 
-__all__ = ["ROOT", "NotReached", "free_port", "free_ports", "until"]  # of machine, for the tests
+__all__ = ["ROOT", "NotReached", "free_port", "free_ports", "until"]  # re-exported from machine
 
 NODE = ROOT / "node.py"
 IDS = "ABCDEF"
-START_S = 30.0  # within which processes serve and find each other, on a busy machine too
+START_S = 30.0  # for processes to serve and link up, even on a busy machine
 
 
 def six_processes(**top: Any) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def six_processes(**top: Any) -> dict[str, Any]:
 
 
 def tool(name: str, remedy: str) -> str:
-    """The program beside this Python, or on the path. Without it: skipped, but CI must have it."""
-    import pytest  # here: the fault bench has none
+    """The program beside this Python, or on the path. If missing: skips the test, fails in CI."""
+    import pytest  # not at the top: the fault bench runs without it
 
     found = program(name)
     if found is None:
@@ -52,7 +52,7 @@ def tool(name: str, remedy: str) -> str:
 class Overlay:
     """The processes of one configuration, started in a folder of their own."""
 
-    metrics_s = 20.0  # within which each answers GetMetrics, just started and on a busy machine
+    metrics_s = 20.0  # timeout of GetMetrics: a process may have just started on a busy machine
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
@@ -60,22 +60,29 @@ class Overlay:
         self.path = folder / "overlay.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(config))
+        self.files: dict[str, str] = {}  # other configurations, by process
         self.processes: dict[str, subprocess.Popen[Any] | Fork] = {}
         self.environment = environment()
         self._channels: dict[str, grpc.Channel] = {}
+
+    def __enter__(self) -> Overlay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     @property
     def ids(self) -> list[str]:
         return list(self.config["processes"])
 
     def start(self, *ids: str) -> Overlay:
-        """Starts the named processes (all, when none is named) and waits until all links are up."""
+        """Starts these processes (default: all) and waits until all links are up."""
         self.serve(*ids)
         self.settle()
         return self
 
     def serve(self, *ids: str) -> None:
-        """Starts them and waits until they serve."""
+        """Starts these processes (default: all) and waits until they serve."""
         for process_id in ids or self.ids:
             self.spawn(process_id)
         for process_id in ids or self.ids:
@@ -85,7 +92,7 @@ class Overlay:
         self.processes[process_id] = self._spawn(process_id)
 
     def settle(self, within_s: float = START_S) -> None:
-        """Waits until each running process sees its running neighbours, and their slots."""
+        """Waits until each running process has links to its running neighbours and their slots."""
         alive = {i for i, process in self.processes.items() if process.poll() is None}
         for process_id in sorted(alive, reverse=True):
             sees = functools.partial(self._sees, process_id, alive)
@@ -118,7 +125,7 @@ class Overlay:
     def ask(
         self, process_id: str, payload: bytes = b"hi", *, timeout: float = 10, **fields: Any
     ) -> pb2.Response:
-        """Forward; a mode may be given by its name."""
+        """Calls Forward. Raises grpc.RpcError."""
         request = pb2.Request(payload=payload, **fields)
         ask = self.stub(process_id).Forward
         response: pb2.Response = ask(request, timeout=timeout, wait_for_ready=True)
@@ -145,7 +152,7 @@ class Overlay:
         self._channels.clear()
         for process in self.processes.values():
             if process.poll() is None:
-                if os.name != "nt":  # there nothing is frozen, and there is no such signal
+                if os.name != "nt":  # Windows has no SIGCONT, and tests freeze nothing there
                     with contextlib.suppress(OSError):
                         process.send_signal(signal.SIGCONT)
                 process.terminate()
@@ -160,15 +167,15 @@ class Overlay:
                 process.stdout.close()
 
     def _node(self, process_id: str) -> list[str]:
-        """The command that serves the process."""
-        return [sys.executable, str(NODE), self.path.name, process_id]
+        """The command that runs the process."""
+        return [sys.executable, str(NODE), self.files.get(process_id, self.path.name), process_id]
 
     def _spawn(self, process_id: str) -> subprocess.Popen[Any] | Fork:
         command = self._node(process_id)
         if LINUX and command[:2] == [sys.executable, str(NODE)]:
-            nursery = _nursery()
-            if nursery.environment == self.environment:
-                return nursery.start(command[2:], self.folder)
+            server = _fork_server()
+            if server.environment == self.environment:
+                return server.start(command[2:], self.folder)
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -198,48 +205,42 @@ class Overlay:
 
 
 def environment() -> dict[str, str]:
-    """Of the processes. What pytest says in it of each test would make each another one."""
+    """The processes' environment, without the variable that pytest changes for each test."""
     ours = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     ours.pop("PYTEST_CURRENT_TEST", None)
     return ours
 
 
 @functools.cache
-def _nursery() -> Nursery:
-    return Nursery(NODE, environment())
+def _fork_server() -> ForkServer:
+    return ForkServer(NODE, environment())
 
 
 @contextlib.contextmanager
 def running(folder: Path, config: dict[str, Any]) -> Iterator[Overlay]:
-    overlay = Overlay(folder, config)
-    try:
+    with Overlay(folder, config) as overlay:
         yield overlay.start()
-    finally:
-        overlay.stop()
 
 
 @contextlib.contextmanager
 def running_one(folder: Path, module: str, names: Iterable[str]) -> Iterator[Overlay]:
-    """Worker C alone, which is asked itself. names: its handlers, functions of the module."""
+    """Worker C alone, for tests that call it directly. names: its handlers, functions in module."""
     folder.mkdir(exist_ok=True)
     (folder / "mine.py").write_text(module)
     config = six_processes(handlers={name: f"mine:{name}" for name in names})
-    overlay = Overlay(folder, config)
-    try:
+    with Overlay(folder, config) as overlay:
         yield overlay.start("C")
-    finally:
-        overlay.stop()
 
 
 def run_without(module: str, config: Path) -> subprocess.CompletedProcess[str]:
-    """What process C of the configuration says where a module is not installed."""
-    before = config.parent / "before"
-    before.mkdir()
-    (before / f"{module}.py").write_text("raise ImportError('as if it were not installed')")
+    """Runs process C as if the module were not installed."""
+    shadow = config.parent / "shadow"
+    shadow.mkdir()
+    (shadow / f"{module}.py").write_text("raise ImportError('as if it were not installed')")
     return subprocess.run(
         [sys.executable, str(NODE), str(config), "C"],
         capture_output=True,
         encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(before)},
+        env={**os.environ, "PYTHONPATH": str(shadow)},
         timeout=30,
     )

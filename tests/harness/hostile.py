@@ -1,41 +1,38 @@
-"""A process that says whatever a test wants: a stub server, and messages with any field at all.
+"""A process that answers whatever a test wants, and random messages.
 
-with Hostile("D", port) as d:            a real overlay finds it where D should be
-    d.says = lambda segment: [Slice(...)]     answers each segment so
-    d.metrics = lambda: MetricsResponse(...)  and tells this of itself
-    d.turn_good()                             a new process, that answers well
+with Hostile("D", port) as d:            takes D's place in a real overlay
+    d.reply = lambda segment: [Slice(...)]     its answer to each segment
+    d.metrics = lambda: MetricsResponse(...)  its answer to GetMetrics
+    d.turn_good()                             as if restarted, with correct answers
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-import psutil
 
 from overlay.model.limits import Limits
 from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 
-Says = Callable[[pb2.Segment], Iterable[pb2.Slice]]
-MIB = 1024 * 1024
+Reply = Callable[[pb2.Segment], Iterable[pb2.Slice]]
 
-# At which counts, sizes and times go wrong.
+# Boundary values of counts, sizes and times
 NUMBERS = (0, 1, 2, 3, 5, 64, 4096, 4097, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 FLOATS = (0.0, 1.0, -1.0, 1e308, -1e308, float("nan"), float("inf"), float("-inf"))
 TEXTS = ("", "A", "C", "D", "worker", "x" * 65, "x" * 70_000, "\n\x1b[31m", "\u202e", "127.0.0.1:1")
 BYTES = (b"", b"a", bytes(1000))
 
 
-def well(process_id: str) -> Says:
-    """What a worker's echo answers, as a process and as a client see it."""
+def echo_of(process_id: str) -> Reply:
+    """What a worker with the echo handler answers to a process or to a client."""
 
-    def says(segment: pb2.Segment) -> Iterable[pb2.Slice]:
+    def reply(segment: pb2.Segment) -> Iterable[pb2.Slice]:
         rows = [process_id.encode() + b": " + body for body in segment.payloads.items]
         part = pb2.PartSlice(process_id=process_id, hops=[process_id])
         made = pb2.Slice(number=segment.number, count=segment.count, hops=[process_id])
@@ -43,20 +40,20 @@ def well(process_id: str) -> Says:
         made.parts.append(part)
         return [made]
 
-    return says
+    return reply
 
 
 class Hostile(pb2_grpc.OverlayNodeServicer):
-    """Serves on the port, from `with` on. asked: segments that came; calls: streams."""
+    """Serves on the port while `with` lasts. asked: segments received; calls: streams opened."""
 
     def __init__(self, process_id: str, port: int = 0) -> None:
         self.process_id = process_id
-        self.says: Says = well(process_id)
+        self.reply: Reply = echo_of(process_id)
         self.metrics: Callable[[], pb2.MetricsResponse] = self.good_metrics
         self.trailers: list[tuple[str, str | bytes]] = []
         self.initial: tuple[tuple[str, str], ...] = ()
         self.asked = self.calls = 0
-        self.lookers: set[str] = set()  # who have seen this process
+        self.seen_by: set[str] = set()  # peers that have read this pid
         self._pids = itertools.count(1)
         self._pid = next(self._pids)
         self._pool = ThreadPoolExecutor(16)
@@ -80,10 +77,10 @@ class Hostile(pb2_grpc.OverlayNodeServicer):
         self._pool.shutdown(wait=False)
 
     def turn_good(self) -> None:
-        """As after a restart. Who looks at it sees another process, and asks it at once."""
+        """As after a restart: neighbours see a new pid and send to it immediately."""
         self._pid = next(self._pids)
-        self.lookers.clear()
-        self.says, self.metrics = well(self.process_id), self.good_metrics
+        self.seen_by.clear()
+        self.reply, self.metrics = echo_of(self.process_id), self.good_metrics
 
     def good_metrics(self) -> pb2.MetricsResponse:
         me = pb2.Process(id=self.process_id, role="worker", team="pink", address=self.address)
@@ -96,7 +93,7 @@ class Hostile(pb2_grpc.OverlayNodeServicer):
     def GetMetrics(self, request: Any, context: grpc.ServicerContext) -> pb2.MetricsResponse:
         made = self.metrics()
         if made.pid == self._pid:
-            self.lookers.add(context.peer())
+            self.seen_by.add(context.peer())
         return made
 
     def Forward(self, request: Any, context: grpc.ServicerContext) -> pb2.Response:
@@ -110,85 +107,57 @@ class Hostile(pb2_grpc.OverlayNodeServicer):
         for frame in frames:
             for segment in frame.segments:
                 self.asked += 1
-                yield pb2.Frame(slices=self.says(segment))
+                yield pb2.Frame(slices=self.reply(segment))
 
 
 class _Admin(pb2_grpc.OverlayAdminServicer):
-    """Tells lines without end, of another process."""
+    """Answers Logs with thousands of lines, of another process."""
 
     def Logs(self, request: Any, context: grpc.ServicerContext) -> pb2.LogsResponse:
         lines = [pb2.LogLine(text="\x1b[31m" * 100, at_s=float("nan"))] * 5000
         return pb2.LogsResponse(process_id="Z", lines=lines)
 
 
-class Rss:
-    """The memory of processes, sampled while the test runs: `grown` since it began, in MiB."""
-
-    def __init__(self, *pids: int) -> None:
-        self._processes = [psutil.Process(pid) for pid in pids]
-        self._before = self._peaks = [p.memory_info().rss for p in self._processes]
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Rss:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *why: object) -> None:
-        self._over.set()
-        self._thread.join(5)
-
-    @property
-    def grown(self) -> float:
-        return max(p - b for p, b in zip(self._peaks, self._before, strict=True)) / MIB
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.005):
-            now = [p.memory_info().rss for p in self._processes]
-            self._peaks = [max(pair) for pair in zip(self._peaks, now, strict=True)]
-
-
-def any_message(chance: random.Random, kind: Any, fill: float = 0.6, depth: int = 0) -> Any:
-    """A message of the class with any values, most of them at a boundary; lists of up to a few
-    entries, and now and then of thousands."""
+def any_message(rng: random.Random, kind: Any, fill: float = 0.6, depth: int = 0) -> Any:
+    """A random message of the class, mostly of boundary values; a list may have 300 entries."""
     made = kind()
     for field in kind.DESCRIPTOR.fields:
-        if chance.random() > fill:
+        if rng.random() > fill:
             continue
         found = getattr(made, field.name)
         if field.message_type is None:
             if hasattr(found, "extend"):
-                found.extend(_value(chance, field) for _ in range(_length(chance, depth)))
+                found.extend(_value(rng, field) for _ in range(_length(rng, depth)))
             else:
-                setattr(made, field.name, _value(chance, field))
+                setattr(made, field.name, _value(rng, field))
         elif hasattr(found, "items") and not hasattr(found, "DESCRIPTOR"):  # a map
             key, value = (field.message_type.fields_by_name[n] for n in ("key", "value"))
-            for _ in range(_length(chance, depth)):
-                found[_value(chance, key)] = _value(chance, value)
+            for _ in range(_length(rng, depth)):
+                found[_value(rng, key)] = _value(rng, value)
         elif hasattr(found, "add"):
             inner = field.message_type._concrete_class
-            for _ in range(_length(chance, depth)):
-                found.append(any_message(chance, inner, fill, depth + 1))
+            for _ in range(_length(rng, depth)):
+                found.append(any_message(rng, inner, fill, depth + 1))
         elif depth < 4:
-            found.CopyFrom(any_message(chance, type(found), fill, depth + 1))
+            found.CopyFrom(any_message(rng, type(found), fill, depth + 1))
     return made
 
 
-def _length(chance: random.Random, depth: int) -> int:
-    return chance.choice((0, 1, 1, 2, 3, 5) if depth else (0, 1, 1, 2, 3, 5, 300))
+def _length(rng: random.Random, depth: int) -> int:
+    return rng.choice((0, 1, 1, 2, 3, 5) if depth else (0, 1, 1, 2, 3, 5, 300))
 
 
-def _value(chance: random.Random, field: Any) -> Any:
+def _value(rng: random.Random, field: Any) -> Any:
     kind = field.cpp_type
     if kind in (field.CPPTYPE_DOUBLE, field.CPPTYPE_FLOAT):
-        return chance.choice(FLOATS if kind == field.CPPTYPE_DOUBLE else FLOATS[:3] + FLOATS[5:])
+        return rng.choice(FLOATS if kind == field.CPPTYPE_DOUBLE else FLOATS[:3] + FLOATS[5:])
     if kind == field.CPPTYPE_BOOL:
-        return chance.random() < 0.5
+        return rng.random() < 0.5
     if kind == field.CPPTYPE_ENUM:
-        return chance.choice((0, 1, 2, 3, 99, -1, 2**31 - 1, -(2**31)))
+        return rng.choice((0, 1, 2, 3, 99, -1, 2**31 - 1, -(2**31)))
     if kind == field.CPPTYPE_STRING:
-        return chance.choice(BYTES if field.type == field.TYPE_BYTES else TEXTS)
+        return rng.choice(BYTES if field.type == field.TYPE_BYTES else TEXTS)
     bits = {field.CPPTYPE_INT32: 31, field.CPPTYPE_INT64: 63, field.CPPTYPE_UINT32: 32}
-    number = chance.choice(NUMBERS) % 2 ** bits.get(kind, 64)
+    number = rng.choice(NUMBERS) % 2 ** bits.get(kind, 64)
     is_signed = kind in (field.CPPTYPE_INT32, field.CPPTYPE_INT64)
-    return -number if is_signed and chance.random() < 0.3 else number
+    return -number if is_signed and rng.random() < 0.3 else number

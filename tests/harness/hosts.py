@@ -1,10 +1,10 @@
-"""Two hosts on this one machine, network namespaces with a wire between them, and six on those.
+"""Two hosts on one machine: network namespaces joined by a virtual link, with the six processes.
 
     host 1, 192.168.1.1: A B D    wire ======== wire    host 2, 192.168.1.2: C E F
 
-Linux only, as root. `Hosts` makes and removes them; `Wire` is what can be done to them, also by a
-program inside one. `SixOnTwoHosts` runs the shipped configuration there, unchanged, and `Caller` is
-a gRPC client inside a host: this file, run as a program (`python -m tests.harness.hosts`).
+Linux only, as root. `Hosts` creates and removes them; `Wire` runs programs in them and cuts the
+link, also from a program inside one. `SixOnTwoHosts` runs the shipped configuration there,
+unchanged, and `Caller` is a gRPC client in a host: this file as a program.
 
 A Caller owns one thread, which ends with its client process.
 """
@@ -34,13 +34,13 @@ from overlay.model.segments import Executed
 from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2
 from tests.harness.cluster import NODE, ROOT, Overlay, environment
-from tests.harness.forks import Fork, Nursery
+from tests.harness.forks import Fork, ForkServer
 
 SHIPPED = ROOT / "two_hosts_config.json"
 ADDRESSES = {1: "192.168.1.1", 2: "192.168.1.2"}
 
-# Waits until the process that made the hosts is gone or lets go, then removes them with all that
-# runs in them. Deleting a namespace alone would leave its processes behind.
+# Waits until its parent closes stdin or exits, then kills what runs in the hosts and deletes them.
+# Deleting a namespace alone would leave its processes behind.
 JANITOR = """
 cat >/dev/null
 for host do
@@ -53,37 +53,37 @@ _numbers = itertools.count(1)
 
 
 class CannotBuild(Exception):
-    """Two hosts cannot be made here; says why."""
+    """This machine cannot have two hosts; the message says why."""
 
 
 def why_not() -> str:
-    """Why there can be no hosts here; empty when nothing is known that speaks against it."""
+    """Why this machine cannot have two hosts; empty if nothing is known to prevent it."""
     if not sys.platform.startswith("linux"):
-        return "network namespaces are a thing of Linux"
+        return "network namespaces need Linux"
     if os.geteuid() != 0:
         return "two hosts need root, for network namespaces"
     return "" if shutil.which("ip") else "two hosts need the program 'ip'"
 
 
 class Wire:
-    """Two hosts that are there, and the wire between them. names: those of the namespaces."""
+    """Two existing hosts and the link between them. names: their namespaces."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         self.names = dict(names)
 
     def popen(self, host: int, *command: str, **options: Any) -> subprocess.Popen[str]:
-        """Starts a program in the host. The pid is the program's own: `ip` becomes it."""
+        """Starts a program in the host. `ip` execs it, so the pid is the program's own."""
         options = {"text": True, "encoding": "utf-8", **options}
         return subprocess.Popen(self.inside(host, *command), **options)
 
     def inside(self, host: int, *command: str) -> list[str]:
-        """The command that runs this one in the host."""
+        """The command prefixed to run in the host."""
         return ["ip", "netns", "exec", self.names[host], *command]
 
     def run(
         self, host: int, *command: str, within_s: float = 30
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a program in the host to its end; gives its exit code and all it printed."""
+        """Runs a program in the host; returns its exit code and all that it printed."""
         pipes = {
             "stdin": subprocess.DEVNULL,
             "stdout": subprocess.PIPE,
@@ -97,14 +97,14 @@ class Wire:
         return subprocess.CompletedProcess(command, program.returncode, printed)
 
     def cut(self) -> None:
-        """Pulls the wire out of host 2."""
+        """Takes down host 2's end of the link."""
         ip("-n", self.names[2], "link", "set", "wire", "down")
 
     def heal(self) -> None:
         ip("-n", self.names[2], "link", "set", "wire", "up")
 
     def deafen(self, host: int) -> None:
-        """The host hears nothing from the other any more, and is still heard by it."""
+        """Drops the packets that the host receives; what it sends still arrives."""
         self._deafness(host, "-A", "add")
 
     def undeafen(self, host: int) -> None:
@@ -115,23 +115,23 @@ class Wire:
             done = self.run(host, "iptables", rule, "INPUT", "-i", "wire", "-j", "DROP")
             if done.returncode:
                 raise CannotBuild(f"iptables in a namespace: {done.stdout.strip()}")
-        else:  # nearly the same: the other host notices at once that it cannot send
+        else:  # nearly the same, but the other host's sends fail immediately
             ip("-n", self.names[3 - host], "route", route, "blackhole", f"{ADDRESSES[host]}/32")
 
 
 class Hosts(Wire):
-    """Makes both. They go on `close`, or when this process ends. Raises CannotBuild."""
+    """Creates both. `close`, or the end of this process, removes them. Raises CannotBuild."""
 
     def __init__(self) -> None:
         if why := why_not():
             raise CannotBuild(why)
         number = next(_numbers)
         super().__init__({host: f"overlay-{os.getpid()}-{number}-{host}" for host in ADDRESSES})
-        self._nurseries: dict[int, Nursery] = {}
+        self._fork_servers: dict[int, ForkServer] = {}
         self._janitor = subprocess.Popen(
             ["sh", "-c", JANITOR, "janitor", *self.names.values()],
             stdin=subprocess.PIPE,
-            start_new_session=True,  # what ends this process must not end it too
+            start_new_session=True,  # so that a signal to this process's group spares it
         )
         try:
             for name in self.names.values():
@@ -142,15 +142,15 @@ class Hosts(Wire):
             self.close()
             raise
 
-    def nursery(self, host: int) -> Nursery:
-        """What forks processes of node.py in the host."""
-        if host not in self._nurseries:
-            self._nurseries[host] = Nursery(NODE, environment(), self.inside(host))
-        return self._nurseries[host]
+    def fork_server(self, host: int) -> ForkServer:
+        """Forks processes of node.py in the host."""
+        if host not in self._fork_servers:
+            self._fork_servers[host] = ForkServer(NODE, environment(), self.inside(host))
+        return self._fork_servers[host]
 
     def close(self) -> None:
-        for nursery in self._nurseries.values():
-            nursery.close()
+        for fork_server in self._fork_servers.values():
+            fork_server.close()
         if self._janitor.stdin and not self._janitor.stdin.closed:
             self._janitor.stdin.close()
         self._janitor.wait(10)
@@ -164,7 +164,7 @@ class Hosts(Wire):
 
 
 def ip(*words: str) -> str:
-    """Runs `ip`, gives what it prints. Raises CannotBuild with its complaint."""
+    """Runs `ip` and returns its output. Raises CannotBuild with its error message."""
     done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise CannotBuild(f"ip {' '.join(words)}: {done.stderr.strip()}")
@@ -172,7 +172,7 @@ def ip(*words: str) -> str:
 
 
 class SlowHosts(Hosts):
-    """Two hosts whose wire takes its time: each packet `delay_ms` to the other side."""
+    """Two hosts whose link delays each packet by `delay_ms`."""
 
     def __init__(self, delay_ms: float) -> None:
         self._delay_ms = delay_ms
@@ -182,7 +182,7 @@ class SlowHosts(Hosts):
         sides = [word for host in ADDRESSES for word in (self.names[host], f"{ADDRESSES[host]}/24")]
         script = str(ROOT / "tests" / "harness" / "slow_link.py")
         program = [sys.executable, script, *sides, str(self._delay_ms)]
-        # In host 2 from the start, where it ends up anyway, so that the janitor finds it.
+        # Started in host 2, where it ends up anyway, so that the janitor finds it.
         self._relay = self.popen(
             2, *program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -206,7 +206,7 @@ class SixOnTwoHosts(Overlay):
         return next(host for host, own in ADDRESSES.items() if own == address)
 
     def start_in_turn(self, *ids: str) -> None:
-        """Starts each when the one before serves; waits for the links at the end."""
+        """Starts one after another, each when the one before serves; then waits for the links."""
         for process_id in ids:
             self.spawn(process_id)
             self._wait_ready(process_id)
@@ -221,7 +221,7 @@ class SixOnTwoHosts(Overlay):
         wait: bool = False,
         **fields: Any,
     ) -> Future[Reply]:
-        """Forward from a client on the host; the fields are those of Request."""
+        """Calls Forward from a client on the host. fields: of Request."""
         request = pb2.Request(**{"payload": b"hi", **fields}).SerializeToString()
         caller = self.callers[host]
         return caller.begin(self.address(process_id), "Forward", request, timeout, wait)
@@ -230,7 +230,7 @@ class SixOnTwoHosts(Overlay):
         return self.begin(process_id, **named).result(named.get("timeout", 10) + 5)
 
     def metrics(self, process_id: str) -> pb2.MetricsResponse:
-        """Asked on the process's own host, so that a cut wire does not hide it."""
+        """Asks from the process's own host, so that a cut link does not matter."""
         caller = self.callers[self.host(process_id)]
         reply = caller.begin(self.address(process_id), "GetMetrics", b"", 5, True).result(10)
         assert reply.code == "OK", f"{process_id}: {reply.code} {reply.details}"
@@ -244,7 +244,7 @@ class SixOnTwoHosts(Overlay):
     def _spawn(self, process_id: str) -> subprocess.Popen[Any] | Fork:
         host, command = self.host(process_id), self._node(process_id)
         if command[:2] == [sys.executable, str(NODE)]:
-            return self.hosts.nursery(host).start(command[2:], self.folder)
+            return self.hosts.fork_server(host).start(command[2:], self.folder)
         return self.hosts.popen(
             host,
             *command,
@@ -259,7 +259,7 @@ class SixOnTwoHosts(Overlay):
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client saw of one call, and how long it took there."""
+    """The result of one call and its duration, both measured by the client."""
 
     code: str
     details: str
@@ -278,14 +278,14 @@ class Reply:
 
     @property
     def answered(self) -> str:
-        """The ids of the workers that answered, in one word: "CDF". Empty for a failed call."""
+        """The ids of the workers that answered, for example "CDF". Empty for a failed call."""
         if self.code != "OK":
             return ""
         return "".join(part.process_id for part in self.response.parts if part.code == 0)
 
     @property
     def missing(self) -> dict[str, str]:
-        """Worker -> reason, for those that did not answer."""
+        """Worker -> reason, for each worker that did not answer."""
         return {p.process_id: p.reason for p in self.response.parts if p.code != 0}
 
     def proves_that_nothing_ran_at(self, worker: str) -> bool:
@@ -298,7 +298,7 @@ class Reply:
 
 
 class Caller:
-    """A gRPC client process inside a host. Calls may be begun while others are under way."""
+    """A gRPC client process in a host, for concurrent calls."""
 
     def __init__(self, hosts: Hosts, host: int) -> None:
         self._program = hosts.popen(
@@ -345,8 +345,8 @@ class Caller:
             future.set_exception(AssertionError("the client process has ended"))
 
 
-def call_as_told() -> None:
-    """Makes the calls that stdin names, line by line, and prints what came of each."""
+def run_caller() -> None:
+    """Makes a call for each line of stdin, and prints the result of each."""
     channels: dict[str, grpc.Channel] = {}
     printing = threading.Lock()
 
@@ -370,5 +370,5 @@ def call_as_told() -> None:
 
 
 if __name__ == "__main__":
-    call_as_told()
-    os._exit(0)  # without the 0.2 s that gRPC takes to close its channels
+    run_caller()
+    os._exit(0)  # saves the 0.2 s that gRPC takes to close its channels

@@ -1,5 +1,6 @@
-"""What the tests, the fault bench and the benchmarks want of this machine: free ports, programs,
-and to wait until something is true. Standard library only: a benchmark's every process imports it.
+"""Free ports, programs, and waiting for a condition: for the tests, fault bench and benchmarks.
+
+Standard library only, because every process of a benchmark imports it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class NotReached(AssertionError):
-    """A condition did not come true in time; says which, and the last value seen."""
+    """A condition did not become true in time. The message has it and its last value."""
 
 
 def until(condition: Callable[[], Any], within_s: float = 10.0, what: str = "") -> Any:
-    """Waits for a true value and gives it back. Raises NotReached."""
+    """Waits for a true value and returns it. Raises NotReached."""
     end = time.monotonic() + within_s
     while True:
         value = condition()
@@ -35,7 +36,7 @@ def until(condition: Callable[[], Any], within_s: float = 10.0, what: str = "") 
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, below the range that outgoing connections use."""
+    """Ports without a listener, below the range of ephemeral ports."""
     found: set[int] = set()
     for port in random.sample(range(10_000, 32_000), 1000):
         with contextlib.suppress(OSError), socket.socket() as probe:
@@ -51,6 +52,6 @@ def free_port() -> int:
 
 
 def program(name: str) -> str | None:
-    """The path of a program, looked for beside this Python first."""
+    """The path of a program; one beside this Python comes first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return shutil.which(name, path=path)

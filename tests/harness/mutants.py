@@ -1,7 +1,4 @@
-"""What a broken or hostile program may send: spoiled configurations and protobuf messages.
-
-Pure: the same `chance` makes the same bytes again.
-"""
+"""Mutated configurations and protobuf messages. The same `rng` makes the same bytes again."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-# Configurations: the file after a few changes of its values, its text or its bytes.
+# Configurations: a few changes to the values, the text or the bytes of the file
 
 STRANGE: list[Any] = [
     *(None, True, False, 0, -1, 1, 2**70, 1.5, 1e300, "", "x", "A", "B", "C", "worker", "leader"),
@@ -37,51 +34,51 @@ SCRAPS = [
 CODES = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-7", "cp037")
 
 
-def configuration(good: Any, chance: Random) -> bytes:
-    """A file that is nearly the good one."""
+def configuration(good: Any, rng: Random) -> bytes:
+    """A mutated copy of the good file."""
     raw = copy.deepcopy(good)
-    if chance.random() < 0.7:
-        raw = with_changed_values(raw, chance)
-    text = json.dumps(raw, ensure_ascii=chance.random() < 0.7, indent=chance.choice([None, 1]))
-    if chance.random() < 0.4:
-        for _ in range(chance.randint(1, 3)):
-            text = _with_scrap(text, chance)
-    code = chance.choice(CODES) if chance.random() < 0.15 else "utf-8"
+    if rng.random() < 0.7:
+        raw = with_changed_values(raw, rng)
+    text = json.dumps(raw, ensure_ascii=rng.random() < 0.7, indent=rng.choice([None, 1]))
+    if rng.random() < 0.4:
+        for _ in range(rng.randint(1, 3)):
+            text = _with_scrap(text, rng)
+    code = rng.choice(CODES) if rng.random() < 0.15 else "utf-8"
     made = text.encode(code, "surrogatepass" if code.startswith("utf") else "replace")
-    return spoiled(made, chance) if chance.random() < 0.2 else made
+    return mutated(made, rng) if rng.random() < 0.2 else made
 
 
-def with_changed_values(value: Any, chance: Random) -> Any:
-    """The value after one to three changes anywhere in it."""
-    for _ in range(chance.randint(1, 3)):
+def with_changed_values(value: Any, rng: Random) -> Any:
+    """Changes the value in one to three places."""
+    for _ in range(rng.randint(1, 3)):
         at = value
         while True:
             places = list(at) if isinstance(at, dict) else list(range(len(at)))
             inner = [place for place in places if isinstance(at[place], (dict, list)) and at[place]]
-            if not inner or chance.random() < 0.3:
+            if not inner or rng.random() < 0.3:
                 break
-            at = at[chance.choice(inner)]
-        _change(at, places, chance)
+            at = at[rng.choice(inner)]
+        _change(at, places, rng)
     return value
 
 
-def _change(at: Any, places: list[Any], chance: Random) -> None:
-    strange = copy.deepcopy(chance.choice(STRANGE))
-    place = chance.choice(places) if places else None
-    act = chance.choice(["replace", "remove", "add", "move", "nest"])
+def _change(at: Any, places: list[Any], rng: Random) -> None:
+    strange = copy.deepcopy(rng.choice(STRANGE))
+    place = rng.choice(places) if places else None
+    act = rng.choice(["replace", "remove", "add", "move", "nest"])
     if act == "nest" and place is not None:
-        for _ in range(chance.choice([1, 2, 50, 500])):
-            strange = [strange] if chance.random() < 0.5 else {"x": strange}
+        for _ in range(rng.choice([1, 2, 50, 500])):
+            strange = [strange] if rng.random() < 0.5 else {"x": strange}
         at[place] = strange
     elif isinstance(at, dict):
         if act == "add" or place is None:
-            at[chance.choice(KEYS)] = strange
+            at[rng.choice(KEYS)] = strange
         elif act == "replace":
             at[place] = strange
         elif act == "remove":
             del at[place]
         else:
-            at[chance.choice(KEYS)] = at.pop(place)
+            at[rng.choice(KEYS)] = at.pop(place)
     elif act == "remove" and places:
         del at[place]
     elif act == "replace" and places:
@@ -90,28 +87,28 @@ def _change(at: Any, places: list[Any], chance: Random) -> None:
         at.append(strange)
 
 
-def _with_scrap(text: str, chance: Random) -> str:
-    at = chance.randrange(len(text) + 1)
-    return text[:at] + chance.choice(SCRAPS) + text[at + chance.choice([0, 0, 1, 5, 500]) :]
+def _with_scrap(text: str, rng: Random) -> str:
+    at = rng.randrange(len(text) + 1)
+    return text[:at] + rng.choice(SCRAPS) + text[at + rng.choice([0, 0, 1, 5, 500]) :]
 
 
-# Bytes.
+# Bytes
 
 
-def spoiled(good: bytes, chance: Random) -> bytes:
-    """The bytes with some of them flipped, lost, doubled, moved or made up."""
+def mutated(good: bytes, rng: Random) -> bytes:
+    """The bytes with a few flipped, deleted, doubled or replaced."""
     made = bytearray(good)
-    for _ in range(chance.choice([1, 1, 2, 8])):
-        at, size = chance.randrange(len(made) + 1), chance.choice([1, 1, 2, 4, 40])
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at, size = rng.randrange(len(made) + 1), rng.choice([1, 1, 2, 4, 40])
         chunk = made[at : at + size]
-        new = chance.choice([b"", bytes(size), b"\xff" * size, chunk * 2, chance.randbytes(size)])
-        if len(chunk) == 1 and chance.random() < 0.5:
-            new = bytes([chunk[0] ^ 1 << chance.randrange(8)])
+        new = rng.choice([b"", bytes(size), b"\xff" * size, chunk * 2, rng.randbytes(size)])
+        if len(chunk) == 1 and rng.random() < 0.5:
+            new = bytes([chunk[0] ^ 1 << rng.randrange(8)])
         made[at : at + size] = new
-    return bytes(made[: chance.randrange(len(made) + 1)] if chance.random() < 0.1 else made)
+    return bytes(made[: rng.randrange(len(made) + 1)] if rng.random() < 0.1 else made)
 
 
-# Messages of protobuf.
+# Protobuf messages
 
 EDGES = [2**bits - below for bits in (31, 32, 64) for below in (1, 2)]
 NUMBERS = [0, 1, 2, 3, 63, 64, 4095, 4096, 4097, 2**63, *EDGES]
@@ -120,34 +117,34 @@ FLOATS = [0.0, -0.0, 1.0, -1.0, 1e308, 5e-324, float("inf"), float("-inf"), floa
 COUNTS = [0, 1, 1, 1, 2, 3, 64, 65]
 
 
-def message(kind: type[Message], good: Sequence[Message], chance: Random) -> bytes:
-    """Bytes that are, nearly are, or are far from a message of this kind."""
-    how = chance.random()
+def message(kind: type[Message], good: Sequence[Message], rng: Random) -> bytes:
+    """The bytes of a message of this kind, of a mutated one, or random bytes."""
+    how = rng.random()
     if how < 0.1:
-        return chance.randbytes(chance.choice([0, 1, 2, 10, 100, 3000]))
+        return rng.randbytes(rng.choice([0, 1, 2, 10, 100, 3000]))
     if how < 0.5:
-        made = altered(chance.choice(good), chance)
+        made = altered(rng.choice(good), rng)
     else:
-        made = chance.choice(good) if how < 0.7 else filled(kind, chance)
+        made = rng.choice(good) if how < 0.7 else filled(kind, rng)
     wired = made.SerializeToString()
     if how < 0.4 or how > 0.85:
         return wired
-    if chance.random() < 0.3:
-        return spoiled(wired, chance)
-    return _with_changed_records(wired, chance)
+    if rng.random() < 0.3:
+        return mutated(wired, rng)
+    return _with_changed_records(wired, rng)
 
 
-def altered(good: Message, chance: Random) -> Message:
-    """The message with strange values in some fields, wherever they lie; the others still fit."""
+def altered(good: Message, rng: Random) -> Message:
+    """A copy with strange values in one or two fields at any depth."""
     made = copy.deepcopy(good)
-    for _ in range(chance.choice([1, 1, 2])):
+    for _ in range(rng.choice([1, 1, 2])):
         at = made
-        while (inner := _inner(at)) and chance.random() < 0.8:
-            at = chance.choice(inner)
+        while (inner := _inner(at)) and rng.random() < 0.8:
+            at = rng.choice(inner)
         if fields := list(at.DESCRIPTOR.fields):
-            field = chance.choice(fields)
+            field = rng.choice(fields)
             at.ClearField(field.name)
-            _fill(at, field, chance, depth=2)
+            _fill(at, field, rng, depth=2)
     return made
 
 
@@ -156,64 +153,64 @@ def _inner(message: Message) -> list[Message]:
     return [m for field, value in fields for m in (value if field.is_repeated else [value])]
 
 
-def filled(kind: type[Message], chance: Random, depth: int = 0) -> Message:
-    """A valid message with strange values in some of its fields."""
+def filled(kind: type[Message], rng: Random, depth: int = 0) -> Message:
+    """A valid message with strange values in random fields."""
     made = kind()
     descriptor: Descriptor = made.DESCRIPTOR
-    share = chance.choice([0.2, 0.5, 0.9]) if depth < 2 else 0.3
+    share = rng.choice([0.2, 0.5, 0.9]) if depth < 2 else 0.3
     for field in descriptor.fields:
-        if chance.random() < share:
-            _fill(made, field, chance, depth)
+        if rng.random() < share:
+            _fill(made, field, rng, depth)
     return made
 
 
-def _fill(made: Message, field: FieldDescriptor, chance: Random, depth: int) -> None:
+def _fill(made: Message, field: FieldDescriptor, rng: Random, depth: int) -> None:
     if not field.is_repeated:
         if field.message_type is None:
-            setattr(made, field.name, _value(field, chance))
+            setattr(made, field.name, _value(field, rng))
         elif depth < 4:
             inner = getattr(made, field.name)
-            inner.CopyFrom(filled(type(inner), chance, depth + 1))
+            inner.CopyFrom(filled(type(inner), rng, depth + 1))
         return
-    count = chance.choice(COUNTS)
+    count = rng.choice(COUNTS)
     if field.message_type is None:
-        count = 5000 if chance.random() < 0.002 else count
-        getattr(made, field.name).extend([_value(field, chance) for _ in range(count)])
+        count = 5000 if rng.random() < 0.002 else count
+        getattr(made, field.name).extend([_value(field, rng) for _ in range(count)])
     elif depth < 4 and not field.message_type.GetOptions().map_entry:
         for _ in range(min(count, 4)):
             inner = getattr(made, field.name).add()
-            inner.CopyFrom(filled(type(inner), chance, depth + 1))
+            inner.CopyFrom(filled(type(inner), rng, depth + 1))
 
 
-def _value(field: FieldDescriptor, chance: Random) -> Any:
+def _value(field: FieldDescriptor, rng: Random) -> Any:
     kind = field.cpp_type
     if kind == FieldDescriptor.CPPTYPE_STRING:
-        text = chance.choice(TEXTS)
-        return text if field.type == FieldDescriptor.TYPE_STRING else _bytes(chance)
+        text = rng.choice(TEXTS)
+        return text if field.type == FieldDescriptor.TYPE_STRING else _bytes(rng)
     if kind == FieldDescriptor.CPPTYPE_BOOL:
-        return chance.random() < 0.5
+        return rng.random() < 0.5
     if kind in (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT):
-        return chance.choice(FLOATS)
+        return rng.choice(FLOATS)
     bits = {FieldDescriptor.CPPTYPE_INT64: 64, FieldDescriptor.CPPTYPE_UINT64: 64}.get(kind, 32)
     if kind in (FieldDescriptor.CPPTYPE_UINT32, FieldDescriptor.CPPTYPE_UINT64):
-        return chance.choice(NUMBERS) % 2**bits
-    return (chance.choice(NUMBERS) + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
+        return rng.choice(NUMBERS) % 2**bits
+    return (rng.choice(NUMBERS) + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
 
 
-def _bytes(chance: Random) -> bytes:
-    return chance.randbytes(chance.choice([0, 1, 1, 10, 10, 100]) * chance.choice([1] * 99 + [200]))
+def _bytes(rng: Random) -> bytes:
+    return rng.randbytes(rng.choice([0, 1, 1, 10, 10, 100]) * rng.choice([1] * 99 + [200]))
 
 
 Record = tuple[int, int, bytes]
-"""Field number, wire type, and the value as it travels, with its length where it has one."""
+"""Field number, wire type and encoded value, including its length prefix."""
 
 
-def _with_changed_records(wired: bytes, chance: Random) -> bytes:
-    """The message with fields lost, doubled, made longer, renumbered, of other kinds, unknown."""
+def _with_changed_records(wired: bytes, rng: Random) -> bytes:
+    """The message with fields dropped, doubled, renumbered, retyped, mis-sized or unknown."""
     records = list(_records(wired))
-    for _ in range(chance.choice([1, 1, 2, 4])):
-        at = chance.randrange(len(records) + 1)
-        chance.choice(_CHANGES)(records, at, chance)
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        at = rng.randrange(len(records) + 1)
+        rng.choice(_CHANGES)(records, at, rng)
     return b"".join(_varint(number << 3 | kind) + value for number, kind, value in records)
 
 
@@ -232,40 +229,40 @@ def _records(wired: bytes) -> Iterator[Record]:
         yield key >> 3, key & 7, wired[began:at]
 
 
-def _lose(records: list[Record], at: int, chance: Random) -> None:
-    del records[at : at + chance.choice([1, 1, 10])]
+def _drop(records: list[Record], at: int, rng: Random) -> None:
+    del records[at : at + rng.choice([1, 1, 10])]
 
 
-def _double(records: list[Record], at: int, chance: Random) -> None:
+def _double(records: list[Record], at: int, rng: Random) -> None:
     chunk = records[at : at + 1]
     size = sum(len(value) for _, _, value in chunk)
-    records[at:at] = chunk * chance.choice([1, 1, 2, 200 if size < 200 else 3])
+    records[at:at] = chunk * rng.choice([1, 1, 2, 200 if size < 200 else 3])
 
 
-def _renumber(records: list[Record], at: int, chance: Random) -> None:
+def _renumber(records: list[Record], at: int, rng: Random) -> None:
     for _, kind, value in records[at : at + 1]:
-        records[at] = chance.choice([0, 1, 2, 3, 4, 7, 13, 99, 2**29 - 1, 2**29]), kind, value
+        records[at] = rng.choice([0, 1, 2, 3, 4, 7, 13, 99, 2**29 - 1, 2**29]), kind, value
 
 
-def _retype(records: list[Record], at: int, chance: Random) -> None:
+def _retype(records: list[Record], at: int, rng: Random) -> None:
     for number, _, value in records[at : at + 1]:
-        records[at] = number, chance.randrange(8), value
+        records[at] = number, rng.randrange(8), value
 
 
-def _lie_about_size(records: list[Record], at: int, chance: Random) -> None:
+def _lie_about_size(records: list[Record], at: int, rng: Random) -> None:
     for number, kind, value in records[at : at + 1]:
-        size = chance.choice([0, 1, 127, 128, 2**31 - 1, 2**32, 2**63, 2**64 - 1])
+        size = rng.choice([0, 1, 127, 128, 2**31 - 1, 2**32, 2**63, 2**64 - 1])
         records[at] = number, kind, _varint(size) + value[1:]
 
 
-def _spoil_value(records: list[Record], at: int, chance: Random) -> None:
+def _mutate_value(records: list[Record], at: int, rng: Random) -> None:
     for number, kind, value in records[at : at + 1]:
-        if kind != 2 or not value or value[0] > 127:  # no length, or one of several bytes
-            records[at] = number, kind, spoiled(value, chance)
+        if kind != 2 or not value or value[0] > 127:  # no length prefix of one byte
+            records[at] = number, kind, mutated(value, rng)
             continue
         inner = value[1:]
-        change = _with_changed_records if _is_message(inner) else spoiled
-        inner = change(inner, chance)
+        change = _with_changed_records if _is_message(inner) else mutated
+        inner = change(inner, rng)
         records[at] = number, kind, _varint(len(inner)) + inner
 
 
@@ -276,23 +273,23 @@ def _is_message(wired: bytes) -> bool:
         return False
 
 
-def _stray(records: list[Record], at: int, chance: Random) -> None:
-    number = chance.choice([1, 2, 3, 4, 5, 8, 100, 19_000, 2**29 - 1])
-    text = chance.choice([b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf5" * 9, chance.randbytes(30)])
-    groups = chance.choice([1, 2, 99, 101])
-    records[at:at] = chance.choice(
+def _stray(records: list[Record], at: int, rng: Random) -> None:
+    number = rng.choice([1, 2, 3, 4, 5, 8, 100, 19_000, 2**29 - 1])
+    text = rng.choice([b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf5" * 9, rng.randbytes(30)])
+    groups = rng.choice([1, 2, 99, 101])
+    records[at:at] = rng.choice(
         [
             [(number, 2, _varint(len(text)) + text)],
-            [(number, 0, _varint(chance.choice(NUMBERS)))],
-            [(number, 0, b"\xff" * 11)],  # longer than a number can be
-            [(number, 1, struct.pack("<d", chance.choice(FLOATS)))],
-            [(number, 3, b"")] * groups + [(number, 4, b"")] * chance.choice([groups, 0, 1]),
+            [(number, 0, _varint(rng.choice(NUMBERS)))],
+            [(number, 0, b"\xff" * 11)],  # longer than a varint can be
+            [(number, 1, struct.pack("<d", rng.choice(FLOATS)))],
+            [(number, 3, b"")] * groups + [(number, 4, b"")] * rng.choice([groups, 0, 1]),
         ]
     )
 
 
 _CHANGES: list[Callable[[list[Record], int, Random], None]] = [
-    *(_lose, _double, _renumber, _retype, _lie_about_size, _spoil_value, _spoil_value, _stray)
+    *(_drop, _double, _renumber, _retype, _lie_about_size, _mutate_value, _mutate_value, _stray)
 ]
 
 

@@ -1,8 +1,7 @@
-"""Other Pythons of this machine, each with the packages that the project needs, for the tests.
+"""Other Python versions on this machine, with the packages of requirements.lock.
 
-`found` looks for them, `ready` gives one a virtual environment of what requirements.lock pins. It
-takes 0.4 s to make, or 2 s where the packages must be fetched, lies outside of the project, and
-serves until the lock file changes.
+`found` finds them, and `ready` makes a virtual environment for one, outside the project. That takes
+0.4 s, or 2 s with downloads, and is repeated only when the lock file changes.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from pathlib import Path
 
 from tests.harness.cluster import ROOT
 
-OLDEST, NEWEST = 10, 19  # of Python 3: what the project runs on, and what may be there one day
+OLDEST, NEWEST = 10, 19  # Python 3.x: the oldest supported version, and one far ahead
 LOCK = ROOT / "requirements.lock"
 ASK = "import sys; print(*sys.version_info[:3], sep='.')"
 
 
 def found() -> dict[str, Path]:
-    """By version as in "3.12", the oldest first: this Python, those on the path, and pyenv's."""
+    """This Python, those on the path and pyenv's, by version ("3.12"), oldest first."""
     pythons: dict[str, Path] = {_minor(_version(Path(sys.executable))): Path(sys.executable)}
     for path in _candidates():
         version = _version(path)
@@ -34,7 +33,7 @@ def found() -> dict[str, Path]:
 
 
 def ready(python: Path) -> Path:
-    """The Python of its virtual environment. Raises CalledProcessError when that cannot be made."""
+    """The interpreter of its virtual environment. Raises CalledProcessError."""
     digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "overlay-tests"
     venv = home / digest / _version(python)
@@ -43,7 +42,7 @@ def ready(python: Path) -> Path:
             if old.name != digest:
                 shutil.rmtree(old, ignore_errors=True)
         venv.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all; one that another run has made meanwhile is as good.
+        # All or nothing; another run may make the same one meanwhile.
         making = Path(tempfile.mkdtemp(prefix="making-", dir=venv.parent))
         _make(python, making)
         with contextlib.suppress(OSError):
@@ -62,12 +61,12 @@ def _candidates() -> list[Path]:
 
 
 def _version(python: Path) -> str:
-    """As in "3.12.1"; empty when it does not run."""
+    """For example "3.12.1"; empty if it does not run."""
     try:
-        said = subprocess.run([python, "-c", ASK], capture_output=True, text=True, timeout=20)
+        done = subprocess.run([python, "-c", ASK], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return said.stdout.strip()
+    return done.stdout.strip()
 
 
 def _minor(version: str) -> str:

@@ -1,8 +1,7 @@
-/* Names that only this system's resolver knows, for the tests: LD_PRELOAD it with NAMES=file.
+/* Makes getaddrinfo resolve the names in a file: LD_PRELOAD it with NAMES=file.
 
-   Each line of the file is a name and the addresses that it stands for; without any it is not
-   known, and with "~3" the answer is that nobody answers, after 3 s. The file is read with each
-   look-up. gRPC's own resolver does not come by here. */
+   Each line of the file is a name and its addresses. A name without addresses is unknown, and "~3"
+   means a timeout after 3 s. The file is read for each look-up. gRPC's own resolver is unaffected. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>

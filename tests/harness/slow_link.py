@@ -1,10 +1,10 @@
-"""Joins two network namespaces by a link that takes its time.
+"""Joins two network namespaces by a link with a delay.
 
     python slow_link.py HOST1 ADDRESS1/LENGTH HOST2 ADDRESS2/LENGTH DELAY_MS
 
-Each side gets a TUN device `wire` with its address; what one writes, the other reads DELAY_MS
-later, in order. Prints "joined" once packets pass. Runs until it is ended; the devices go with it.
-Linux only, as root. One thread.
+Each side gets a TUN device `wire` with its address; packets arrive at the other DELAY_MS later, in
+order. Prints "joined" when packets pass. Runs until it is killed, which removes the devices. Linux
+only, as root. One thread.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections import deque
 
 NEW_NETWORK = 0x40000000  # CLONE_NEWNET, see setns(2)
 SET_INTERFACE = 0x400454CA  # TUNSETIFF, see the kernel's networking/tuntap
-PLAIN_PACKETS = 0x0001 | 0x1000  # IFF_TUN | IFF_NO_PI: IP packets with nothing in front
-LONGEST_PACKET = 65_536
+PLAIN_PACKETS = 0x0001 | 0x1000  # IFF_TUN | IFF_NO_PI: IP packets without a header
+MAX_PACKET = 65_536
 
 
 def main(host1: str, address1: str, host2: str, address2: str, delay_ms: str) -> None:
@@ -32,7 +32,7 @@ def main(host1: str, address1: str, host2: str, address2: str, delay_ms: str) ->
 
 
 def open_device(host: str, address: str) -> int:
-    """The file of a new TUN device in the host; moves this process into the host."""
+    """Moves this process into the host and returns the file descriptor of a new TUN device."""
     with open(f"/run/netns/{host}") as namespace:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.setns(namespace.fileno(), NEW_NETWORK):
@@ -46,14 +46,14 @@ def open_device(host: str, address: str) -> int:
 
 def relay(sides: tuple[int, int], delay_s: float) -> None:
     other = {sides[0]: sides[1], sides[1]: sides[0]}
-    under_way: deque[tuple[float, int, bytes]] = deque()  # due at, to which side, what
+    in_flight: deque[tuple[float, int, bytes]] = deque()  # due at, destination, packet
     while True:
-        wait_s = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
+        wait_s = max(0.0, in_flight[0][0] - time.monotonic()) if in_flight else None
         for side in select.select(sides, (), (), wait_s)[0]:
-            packet = os.read(side, LONGEST_PACKET)
-            under_way.append((time.monotonic() + delay_s, other[side], packet))
-        while under_way and under_way[0][0] <= time.monotonic():
-            _, side, packet = under_way.popleft()
+            packet = os.read(side, MAX_PACKET)
+            in_flight.append((time.monotonic() + delay_s, other[side], packet))
+        while in_flight and in_flight[0][0] <= time.monotonic():
+            _, side, packet = in_flight.popleft()
             os.write(side, packet)
 
 

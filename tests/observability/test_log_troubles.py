@@ -14,18 +14,18 @@ import grpc
 import pytest
 
 from tests.harness.cluster import Overlay, until
-from tests.system.test_horrors import three_processes
+from tests.system.test_misbehaving_handlers import three_processes
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses Linux's disks and limits")
 
 MINE = """
 import sys
-def horror(payload, context):
+def misbehave(payload, context):
     print("x" * 1000, file=sys.stderr)
     context.log.warning("%s", "y" * 1000)
     raise ValueError("z" * 1000)
-patient = horror
+patient = misbehave
 """
 
 

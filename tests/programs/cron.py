@@ -1,4 +1,4 @@
-"""A job that cron starts: nobody reads what it prints, and it may have neither input nor output.
+"""A cron job: its output is not read, and it may have neither stdin nor stdout.
 
 usage: python cron.py HOST:PORT FILE
 """

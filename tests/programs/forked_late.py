@@ -1,4 +1,4 @@
-"""A program that forks when its clients are in use: the children are told so, the parent goes on.
+"""A program that forks while its clients are in use: they raise in the child only.
 
 usage: python forked_late.py HOST:PORT
 """
@@ -21,7 +21,7 @@ async def _all(results):
 
 
 def verbs(pending, results):
-    """Each has to raise in a child; none may wait."""
+    """Each must raise in a child without waiting."""
     yield "call", lambda: leader.call("x", timeout=60)
     yield "forward", lambda: leader.forward("x", timeout=60)
     yield "submit", lambda: leader.submit(None, "x").result()
@@ -59,7 +59,7 @@ def by_fork(*open_ones):
     pid = os.fork()
     if not pid:
         child(*open_ones)
-        sys.exit(7)  # an ordinary end, with all that an interpreter tidies up
+        sys.exit(7)  # a normal exit, with the interpreter's clean-up
     print("exit code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
@@ -83,10 +83,10 @@ results = leader.map("slow", ["0"] * 50 + ["1"], window=100)
 next(results)
 by_fork(pending, results)
 asyncio.run(ask_and_fork(pending, results))
-# What the children did has cost the parent nothing.
+# The children have not disturbed the parent.
 print(pending.result(), *set(results), leader.call("x").result)
 leader.close()
-pid = os.fork()  # now that all are closed
+pid = os.fork()  # after all clients are closed
 if not pid:
     print("the child:", unused.call("x").result, overlay.connect(ADDRESS).call("y").result)
     sys.exit()

@@ -1,4 +1,4 @@
-"""Tests of a program that asks an overlay, with the clock that freezegun stops."""
+"""Tests of a program that uses an overlay while freezegun stops the clock."""
 
 import asyncio
 import contextlib
@@ -21,8 +21,8 @@ async def _all(results):
     return [result async for result in results]
 
 
-@freeze_time("2012-01-14")  # overlay's modules are imported when time is frozen already
-def test_the_first_call_of_all():
+@freeze_time("2012-01-14")  # overlay's modules are first imported with frozen time
+def test_the_first_call():
     with overlay.connect(ADDRESS) as leader:
         assert leader.call("x").result == b"C: x"
     assert time.time() == 1326499200
@@ -51,9 +51,9 @@ def test_deadlines_are_kept(when):
 
 
 @freeze_time("2012-01-14")
-def test_nobody_there_is_said():
-    with overlay.connect("127.0.0.1:9", patience_s=0.1) as nobody:
-        for ask in (nobody.call, nobody.forward):
+def test_a_refused_connection_is_reported():
+    with overlay.connect("127.0.0.1:9", patience_s=0.1) as client:
+        for ask in (client.call, client.forward):
             with pytest.raises(overlay.CallFailed, match="refused"):
                 ask("x", timeout=5)
 
@@ -72,7 +72,7 @@ def test_asyncio():
     asyncio.run(main())
 
 
-def test_the_clock_that_was_frozen_in_between():
+def test_a_clock_that_is_frozen_for_a_while():
     with overlay.connect(ADDRESS) as leader:
         assert leader.call("x").result == b"C: x"
         with freeze_time("1999-12-31"):
@@ -81,8 +81,8 @@ def test_the_clock_that_was_frozen_in_between():
         assert leader.forward("x").result == b"C: x"
 
 
-class Relay:
-    """A way to the overlay that can be cut."""
+class Proxy:
+    """A TCP proxy to the overlay that can be cut."""
 
     def __init__(self):
         self._listening = socket.create_server(("127.0.0.1", 0))
@@ -104,22 +104,22 @@ class Relay:
         other = socket.create_connection((host, int(port)))
         self._ends += one, other
         for pair in ((one, other), (other, one)):
-            threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+            threading.Thread(target=self._forward, args=pair, daemon=True).start()
 
-    def _pass_on(self, one, other):
+    def _forward(self, one, other):
         with contextlib.suppress(OSError):
             while data := one.recv(65536):
                 other.sendall(data)
 
 
 @freeze_time("2012-01-14")
-def test_a_process_that_is_lost_ends_a_map_of_asyncio():
+def test_a_lost_process_ends_an_asyncio_map():
     async def main():
-        relay = Relay()
-        async with overlay.connect_async(relay.address) as leader:
+        proxy = Proxy()
+        async with overlay.connect_async(proxy.address) as leader:
             payloads = itertools.repeat("x")
             async for _ in leader.map_as_completed(None, payloads, window=9, patience_s=0.2):
-                relay.cut()
+                proxy.cut()
 
     with pytest.raises(overlay.CallFailed, match="payloads were answered"):
         asyncio.run(main())

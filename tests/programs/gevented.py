@@ -1,4 +1,4 @@
-"""A program whose threads are gevent's or eventlet's: `connect` says what gRPC needs.
+"""A program with the threads of gevent or eventlet: `connect` says what gRPC needs.
 
 usage: python gevented.py HOST:PORT gevent | gevent-grpc | eventlet
 """
@@ -19,7 +19,7 @@ else:
 
         grpc.experimental.gevent.init_gevent()
 
-import overlay  # noqa: E402 - what patches comes first
+import overlay  # noqa: E402 - after the monkey patches
 
 for connect in (overlay.connect, overlay.connect_async):
     try:
@@ -32,5 +32,5 @@ if kind == "gevent-grpc":
     with overlay.connect(address) as leader:
         print(leader.call("x", timeout=10).result)
         asked = [gevent.spawn(leader.call, f"{n}", timeout=10) for n in range(3)]
-        print(*(one.get(timeout=20).result for one in asked))
+        print(*(greenlet.get(timeout=20).result for greenlet in asked))
         print(list(leader.map(None, ["y"] * 3)))

@@ -1,4 +1,4 @@
-"""Cells of a notebook, run one after another in a loop that is already running, as IPython does.
+"""Cells of a notebook, run one after another in a running event loop, as IPython does.
 
 usage: python notebook.py HOST:PORT
 """

@@ -1,4 +1,4 @@
-"""What may go to another process in a pickle: a client does, a Future does not, an error is whole.
+"""Pickling: a client can be pickled, a Future cannot, and an error keeps all its fields.
 
 usage: python pickled.py HOST:PORT
 """
@@ -43,7 +43,7 @@ def main(address):
         overlay.connect(address, patience_s=5) as leader,
         concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool,
     ):
-        leader.call("x")  # in use, and yet it may be given to a process that is spawned
+        leader.call("x")  # a client in use can still be sent to a spawned process
         answer = pool.submit(ask, leader, "from there").result()
         print(answer.result, answer.coverage, answer.hops)
         try:

@@ -1,4 +1,4 @@
-"""A pool of processes by fork, each with a client of its own: the parent itself asks nothing.
+"""A pool of forked processes, each with its own client; the parent has none.
 
 usage: python pool.py HOST:PORT
 """
@@ -26,6 +26,6 @@ if __name__ == "__main__":
     with multiprocessing.get_context("fork").Pool(2, begin, sys.argv[1:]) as pool:
         print(*pool.map(work, ["a", "b", "c"]))
         try:
-            pool.apply(fail, ["d"])  # the exception comes from the child, pickled
+            pool.apply(fail, ["d"])  # the child's exception, pickled
         except overlay.CallFailed as e:
             print(type(e).__name__, e.code.name, e.executed.name, e)

@@ -1,4 +1,4 @@
-"""A pre-forking server: one client made before the fork, a listening socket shared by the children.
+"""A pre-forking server: one client created before the fork, one listening socket for all children.
 
 usage: python prefork.py HOST:PORT
 """

@@ -133,11 +133,11 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
         ),
     ),
     "refused, and it ran": (
-        "lying_refusal",
+        "false_refusal",
         lambda h: edited(h, "answers", code="UNAVAILABLE", executed="no", parts=()),
     ),
     "a part refused, and it ran": (
-        "lying_refusal",
+        "false_refusal",
         lambda h: edited(h, "answers", parts=(("C", "UNAVAILABLE", "no"), *h.answers[0].parts[1:])),
     ),
     "twice on a worker": ("ran_twice", lambda h: more(h, "executions", h.executions[0])),
@@ -154,19 +154,21 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
         "key_misused", lambda h: asked_again(h, code="INTERNAL", executed="yes", parts=()),
     ),
     "a request of nobody": (
-        "ran_unasked",
+        "ran_unrequested",
         lambda h: more(h, "executions", replace(h.executions[0], key=10**6)),
     ),
-    "outside of its team": ("ran_unasked", lambda h: edited(h, "calls", team="green")),
-    "begun too late": ("worked_for_nobody", lambda h: edited(h, "executions", begin=4.1)),
-    "told too much time": ("worked_for_nobody", lambda h: edited(h, "executions", told=30.0)),
-    "counted, and not there": ("short_in_silence", lambda h: less(h, "executions")),
-    "counted, and not finished": ("short_in_silence", lambda h: edited(h, "executions", end=None)),
+    "outside of its team": ("ran_unrequested", lambda h: edited(h, "calls", team="green")),
+    "begun too late": ("ran_after_deadline", lambda h: edited(h, "executions", begin=4.1)),
+    "told too much time": ("ran_after_deadline", lambda h: edited(h, "executions", deadline=30.0)),
+    "counted, and not there": ("silently_incomplete", lambda h: less(h, "executions")),
+    "counted, and not finished": (
+        "silently_incomplete", lambda h: edited(h, "executions", end=None),
+    ),
     "a worker not told of": (
-        "short_in_silence",
+        "silently_incomplete",
         lambda h: edited(h, "answers", parts=h.answers[0].parts[:2], coverage="2/2"),
     ),
-    "a coverage that lies": ("short_in_silence", lambda h: edited(h, "answers", coverage="4/4")),
+    "a coverage that lies": ("silently_incomplete", lambda h: edited(h, "answers", coverage="4/4")),
     "a result too short": ("wrong_result", lambda h: edited(h, "answers", result="C 1\nD 1")),
     "another's result": ("wrong_result", lambda h: edited(h, "answers", result="C 2\nD 2\nF 2")),
     "a status out of place": (
@@ -182,17 +184,17 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
         lambda h: edited(h, "answers", parts=(*h.answers[0].parts[:2], ("F", "INTERNAL", "yes"))),
     ),
     "sent to one who is cut off": (
-        "held_back",
+        "blocked_by_fault",
         lambda h: more(
             edited(edited(h, "calls", mode="any"), "answers", code="UNAVAILABLE", parts=()),
             "faults", Fault("cut", "D", -2.5, 2.0),
         ),
     ),
     "refused although nothing else was asked": (
-        "refused_although_free", lambda h: alone_and_refused(h),
+        "refused_with_free_slots", lambda h: alone_and_refused(h),
     ),
     "a part refused although nothing else was asked": (
-        "refused_although_free",
+        "refused_with_free_slots",
         lambda h: less(
             edited(
                 h, "answers", result="C 1\nD 1", coverage="2/3; missing=F",
@@ -205,11 +207,11 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
     "miscounted": ("leak", lambda h: edited(h, "rests", counts={"not counted": -2})),
     "no complete answer": ("no_recovery", lambda h: edited(h, "recoveries", ok=False)),
     "nobody looked": ("no_recovery", lambda h: less(h, "recoveries")),
-    "an unwanted end": ("bad_ending", lambda h: edited(h, "endings", code=3)),
+    "an unwanted end": ("bad_exit", lambda h: edited(h, "endings", code=3)),
     "a refusal to start without a word": (
-        "bad_ending", lambda h: edited(h, "endings", code=2, wanted=[2]),
+        "bad_exit", lambda h: edited(h, "endings", code=2, wanted=[2]),
     ),
-    "a traceback": ("bad_ending", lambda h: edited(h, "endings", said="Traceback (most recent")),
+    "a traceback": ("bad_exit", lambda h: edited(h, "endings", output="Traceback (most recent")),
 }  # fmt: skip
 OTHERS = st.lists(
     st.tuples(
@@ -322,8 +324,8 @@ def test_one_more_may_be_open_than_those_who_leave_a_place_free() -> None:
     other = replace(found.calls[0], id=8, key=8, at=0.8, due=0.8, deadline=2.8)
     found = more(more(found, "calls", other), "answers", Answer(8, 1.5, "UNAVAILABLE"))
     (violation,) = check(found)
-    assert violation.rule == "refused_although_free"
-    assert "1 other requests were open, and a worker has 2 places" in violation.sentence
+    assert violation.rule == "refused_with_free_slots"
+    assert "1 other requests were open, and a worker has 2 slots" in violation.sentence
 
 
 def test_a_client_that_vanished_needs_no_answer() -> None:
@@ -352,7 +354,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_that_a_kill_cut_off_has_no_end() -> None:
-    begun = '"key": 7, "worker": "C", "begin": 1.0, "attempt": 0, "told": 2.0}'
+    begun = '"key": 7, "worker": "C", "begin": 1.0, "attempt": 0, "deadline": 2.0}'
     lines = [
         '{"run": "a", ' + begun,
         '{"run": "b", ' + begun,
@@ -443,7 +445,7 @@ def test_what_cannot_be_done_here_is_not_run_and_says_why(tmp_path, monkeypatch,
     assert run.main(["--only", "clock-worker,cut-worker", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "table.md").read_text()
     assert "- not run: clock-worker: needs " in page
-    assert re.search(r"- not run: cut-worker: (two hosts need|network namespaces are)", page)
+    assert re.search(r"- not run: cut-worker: (two hosts need|network namespaces need)", page)
 
 
 def test_a_history_is_checked_by_command(tmp_path: Path) -> None:
@@ -452,7 +454,7 @@ def test_a_history_is_checked_by_command(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "faults" / "run.py"), "--check", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 1
-    assert "lying_refusal: call 1 was refused (UNAVAILABLE, executed: no) and ran on" in done.stdout
+    assert "false_refusal: call 1 was refused (UNAVAILABLE, executed: no) and ran on" in done.stdout
 
 
 def test_a_wall_clock_of_its_own_leaves_the_monotonic_clock_alone(tmp_path: Path) -> None:
@@ -503,7 +505,7 @@ def test_a_worker_that_is_cut_off_breaks_no_promise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["refusal-says-always-no", "seen-ids-off", "merge-drops-a-part", "refuses-now-and-then"]
+    "name", ["refusal-always-says-no", "seen-ids-off", "merge-drops-a-part", "needless-refusals"]
 )
 def test_a_bug_made_on_purpose_is_found(tmp_path: Path, name: str) -> None:
     trial = seeded.try_out(seeded.BY_NAME[name], tmp_path / "run", 1, seed=1)

@@ -152,7 +152,7 @@ def test_the_page_tells_what_was_measured_and_what_went_wrong() -> None:
 
     assert "of 64 KiB | ≤ 128 MiB | 20.00 (10.00 to 30.00, 3x) MiB | reached |" in page
     assert "| ≤ 0 | 2.00 (2.00 to 2.00, 1x) | **missed** |" in page
-    assert "failed, run 1: 2 RESOURCE_EXHAUSTED, executed: no, needs so many s" in page
+    assert "failed, run 1: 2 RESOURCE_EXHAUSTED, executed: no, needs N s" in page
     assert "- kill, run 1: E serves" in page
 
 

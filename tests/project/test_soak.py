@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak import BREATH_MIB, History, Tenths, distinct, soak
+from tests.soak import VARIATION_MIB, History, Tenths, distinct, soak
 
 
 def test_a_soak_with_kills_cancels_and_deadlines_keeps_every_rule(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_requests_that_have_nothing_in_common_stay_as_cheap_as_the_first(tmp_pat
         print(found)
         assert set(found.outcomes) == {"OK"}
         assert found.slower < 2 / 3
-        assert max(map(found.grown, "ABCDEF")) < 3 * BREATH_MIB
+        assert max(map(found.grown, "ABCDEF")) < 3 * VARIATION_MIB
 
 
 @pytest.mark.parametrize(

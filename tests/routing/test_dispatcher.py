@@ -123,7 +123,7 @@ def test_two_requests_never_wait_for_each_other():
     asked = [network.ask(me, mode=mode, deadline_s=60) for mode in Mode for me in "ABEABE"]
     for _ in range(2 * len(asked)):
         for near, far in network.edges:
-            network.let_go(near, far)
+            network.release(near, far)
             network.hold(near, far)
 
     # No time has passed: short queues may have refused requests, but none is stuck.
@@ -173,7 +173,7 @@ def test_a_worker_never_runs_a_request_for_another(network):
 
 def test_a_worker_that_is_asked_for_others_too_claims_one_slot_for_its_own_part():
     network = MemoryNetwork(SIX, slots=1)
-    works = network.nodes["C"].works
+    works = network.nodes["C"].executor
     works.hold()
     asked = [
         Asked(Segment(Route(hops=("A", "B"), targets=("C", "D")), Column((b"",)), 2000.0, n))
@@ -206,7 +206,7 @@ def test_a_late_branch_costs_only_its_own_parts(network):
 
 
 def test_a_late_worker_costs_only_its_own_part(network):
-    network.nodes["F"].works.hold()
+    network.nodes["F"].executor.hold()
     asked = network.ask("A", deadline_s=10)
 
     network.advance(10)
@@ -216,7 +216,7 @@ def test_a_late_worker_costs_only_its_own_part(network):
 
 
 def test_a_late_answer_arrives_before_the_callers_own_deadline(network):
-    network.nodes["F"].works.hold()
+    network.nodes["F"].executor.hold()
     asked = network.ask("A", deadline_s=10)
 
     network.advance(9.999)
@@ -227,7 +227,7 @@ def test_a_late_answer_arrives_before_the_callers_own_deadline(network):
 @pytest.mark.parametrize("mode", Mode)
 def test_nothing_is_left_over_when_every_worker_is_late(network, mode):
     for worker in "CDF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     asked = network.ask("A", mode=mode, deadline_s=1)
 
     network.advance(1)
@@ -235,7 +235,7 @@ def test_nothing_is_left_over_when_every_worker_is_late(network, mode):
     assert asked.error.executed is not Executed.NO
 
     for worker in "CDF":
-        network.nodes[worker].works.finish()
+        network.nodes[worker].executor.finish()
     assert asked.answer
     assert network.left_over == {}
 
@@ -247,7 +247,7 @@ def test_a_cancelled_request_is_answered_with_the_code_of_the_cancel(network, mo
     network.hold("A", "E")
     asked = network.ask("A", mode=mode)
 
-    asked.ticket.end(code)
+    asked.queued.end(code)
 
     assert asked.error.code is code
 
@@ -255,7 +255,7 @@ def test_a_cancelled_request_is_answered_with_the_code_of_the_cancel(network, mo
 @pytest.mark.parametrize("mode", Mode)
 def test_the_work_below_is_cancelled_when_the_caller_leaves(network, mode):
     for worker in "CDF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     asked = network.ask("A", mode=mode)
 
     asked.leave()
@@ -264,7 +264,7 @@ def test_the_work_below_is_cancelled_when_the_caller_leaves(network, mode):
     assert asked.answer
     assert {what.split()[1] for what in network.left_over} == {"working"}
     for worker in "CDF":
-        network.nodes[worker].works.finish()
+        network.nodes[worker].executor.finish()
     assert network.left_over == {}
 
 
@@ -276,13 +276,13 @@ def test_a_cancelled_request_is_not_answered_again(network, mode):
 
     asked.leave()
     asked.leave()
-    network.let_go("A", "B")
+    network.release("A", "B")
 
     assert asked.error.code is Code.CANCELLED
 
 
 def test_a_request_whose_caller_left_is_not_tried_elsewhere(network):
-    network.nodes["C"].works.hold()
+    network.nodes["C"].executor.hold()
     network.cut("A", "E")
     asked = network.ask("A", mode=ANY)
     network.heal("A", "E")
@@ -291,7 +291,7 @@ def test_a_request_whose_caller_left_is_not_tried_elsewhere(network):
     # The first branch refuses while the caller leaves.
     (letter,) = network.edges["A", "B"].open
     letter.end = lambda code, start, count: letter.refuse()
-    asked.ticket._cancels = [(0, 1, asked.ticket._cancels[0][2])]
+    asked.queued._cancels = [(0, 1, asked.queued._cancels[0][2])]
     asked.leave()
 
     assert network.sent_from("A") == ["B"]
@@ -299,7 +299,7 @@ def test_a_request_whose_caller_left_is_not_tried_elsewhere(network):
 
 def test_a_request_tried_elsewhere_is_cancelled_there_too(network):
     for worker in "DF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     network.next("A", "B", REFUSED)
     asked = network.ask("A", mode=ANY)
     assert network.sent_from("A") == ["B", "E"]
@@ -312,9 +312,9 @@ def test_a_request_tried_elsewhere_is_cancelled_there_too(network):
 
 def test_a_request_cancelled_while_it_is_sent_elsewhere_is_cancelled_there_too(network):
     for worker in "DF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     network.hold("A", "B")
-    asked, links = network.ask("A", mode=ANY), network.nodes["A"].links
+    asked, links = network.ask("A", mode=ANY), network.nodes["A"].peers
     send = links.send
 
     def leave_meanwhile(*what):
@@ -349,26 +349,26 @@ def test_a_request_whose_answer_was_lost_is_never_sent_again(network, mode, fate
 
 def test_a_lost_request_with_a_key_runs_once_more_on_another_worker(network):
     for node in network.nodes.values():
-        node.works.hold()
-    asked = network.ask("A", mode=ANY, team="pink", keyed=True)
+        node.executor.hold()
+    asked = network.ask("A", mode=ANY, team="pink", idempotent=True)
     assert network.runs(asked.request_id) == {"D": 1}
 
     network.cut("E", "D")  # D can still be reached through B
 
     assert network.runs(asked.request_id) == {"D": 1, "F": 1}
     for node in network.nodes.values():
-        node.works.finish()
+        node.executor.finish()
     assert asked.result == b"F: hi"
     assert network.left_over == {}
 
 
 def test_a_request_with_a_key_is_not_retried_after_a_second_loss(network):
     for node in network.nodes.values():
-        node.works.hold()
-    asked = network.ask("A", mode=ANY, keyed=True)
+        node.executor.hold()
+    asked = network.ask("A", mode=ANY, idempotent=True)
     for _ in range(2):
         worker = next(w for w, _ in reversed(network.executed))
-        for edge in network.into(worker):
+        for edge in network.edges_to(worker):
             edge.go_down()
 
     assert sorted(network.runs(asked.request_id).values()) == [1, 1]
@@ -377,9 +377,9 @@ def test_a_request_with_a_key_is_not_retried_after_a_second_loss(network):
 
 def test_a_request_lost_with_a_team_leader_is_retried_on_none_of_its_workers(network):
     for node in network.nodes.values():
-        node.works.hold()
+        node.executor.hold()
     network.cut("A", "B")
-    asked = network.ask("A", mode=ANY, keyed=True)
+    asked = network.ask("A", mode=ANY, idempotent=True)
     (first,) = network.runs(asked.request_id)
     network.heal("A", "B")
 
@@ -488,7 +488,7 @@ def test_without_reachable_workers_the_request_fails_with_proof_that_nothing_ran
 
 
 def test_the_part_of_a_worker_that_dies_with_the_request_is_unknown(network):
-    network.nodes["F"].works.hold()
+    network.nodes["F"].executor.hold()
     asked = network.ask("A")
     network.kill("F")
 
@@ -532,7 +532,7 @@ def test_a_request_waits_for_a_link_at_most_half_of_its_time(network):
     asked = network.ask("A", deadline_s=1)
 
     network.advance(0.51)
-    network.nodes["A"].intake.kick()
+    network.nodes["A"].queue.kick()
 
     assert asked.coverage == "2/3; missing=F"
 
@@ -611,25 +611,25 @@ def test_a_returning_neighbour_is_not_given_all_that_it_missed(network):
 def test_any_is_sent_only_against_credit():
     network = MemoryNetwork(SIX, slots=1)
     for worker in "CDF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     asked = [network.ask("A", mode=ANY) for _ in range(5)]
-    assert network.nodes["A"].intake.waiting == 2
+    assert network.nodes["A"].queue.waiting == 2
     assert Counter(worker for worker, _ in network.executed) == {"C": 1, "D": 1, "F": 1}
 
-    network.nodes["D"].works.finish()
+    network.nodes["D"].executor.finish()
 
-    assert network.nodes["A"].intake.waiting == 0
+    assert network.nodes["A"].queue.waiting == 0
     assert sum(one.is_answered for one in asked) == 3
     assert {one.result for one in asked if one.is_answered} == {b"D: hi"}
 
 
 def test_in_mode_all_excess_requests_wait_for_a_busy_worker():
     network = MemoryNetwork(SIX, slots=1)
-    network.nodes["C"].works.hold()
+    network.nodes["C"].executor.hold()
     asked = [network.ask("A") for _ in range(3)]
     assert not any(one.is_answered for one in asked)
 
-    network.nodes["C"].works.finish()
+    network.nodes["C"].executor.finish()
 
     assert [one.coverage for one in asked] == ["3/3"] * 3
 
@@ -638,7 +638,7 @@ def test_in_mode_all_excess_requests_wait_for_a_busy_worker():
 @pytest.mark.parametrize("way", ["single", "streamed"])
 def test_a_busy_worker_costs_only_its_own_part(way, busy):
     network = MemoryNetwork(SIX, slots=1)
-    network.nodes[busy].works.hold()
+    network.nodes[busy].executor.hold()
     network.ask("A", deadline_s=60)  # takes its one slot
 
     asked = network.ask("A", deadline_s=5) if way == "single" else network.stream("A", 1)
@@ -669,13 +669,13 @@ def test_each_row_of_a_segment_is_answered_once_with_its_own_result(network, mod
 def test_answers_may_arrive_in_slices_of_any_size_and_order(seed, mode):
     chance, network = random.Random(seed), MemoryNetwork(SIX)
     for edge in network.edges:
-        network.keep(*edge)
+        network.hold_answers(*edge)
     asked = network.stream("A", chance.randint(1, 30), mode=mode)
 
-    while any(edge.kept for edge in network.edges.values()):
+    while any(edge.held_answers for edge in network.edges.values()):
         near, far = chance.choice(list(network.edges))
-        network.answer_all(near, far, chance)
-        network.keep(near, far)
+        network.release_answers(near, far, chance)
+        network.hold_answers(near, far)
 
     for row in range(len(asked.segment)):
         assert all(line.endswith(b": %d" % row) for line in asked.result_at(row).split(b"\n"))
@@ -787,14 +787,14 @@ def test_slicing_failed_rows_one_by_one_takes_linear_time():
 
 
 def test_a_row_of_all_is_answered_when_its_last_branch_has_answered_it(network):
-    network.nodes["C"].works.hold()
+    network.nodes["C"].executor.hold()
     asked = network.stream("A", 3)
     assert asked.rows_answered == []
 
-    network.nodes["C"].works.finish(1)
+    network.nodes["C"].executor.finish(1)
     assert asked.rows_answered == [0]
 
-    network.nodes["C"].works.finish()
+    network.nodes["C"].executor.finish()
     assert asked.rows_answered == [0, 1, 2]
 
 
@@ -820,22 +820,22 @@ def test_quick_rows_of_any_are_sent_in_portions(network):
 def test_streamed_rows_of_any_are_sent_only_against_credit():
     network = MemoryNetwork(SIX, slots=2)
     for worker in "CDF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     asked = network.stream("A", 20, mode=ANY)
     assert Counter(network.sent_from("A")) == {"B": 2, "E": 4}
-    assert network.nodes["A"].intake.streamed[1:] == (14, 6)
+    assert network.nodes["A"].queue.streamed[1:] == (14, 6)
 
-    network.nodes["D"].works.finish(1)
+    network.nodes["D"].executor.finish(1)
 
     assert len(asked.rows_answered) == 1
-    assert network.nodes["A"].intake.streamed[1:] == (13, 6)
+    assert network.nodes["A"].queue.streamed[1:] == (13, 6)
 
 
 def test_an_old_service_time_does_not_send_all_rows_to_one_worker():
     """With it C would get all of them, since D is slow."""
     network = MemoryNetwork(SIX, slots=2)
     for worker in "CDF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     network.edges["B", "C"].service_s, network.edges["B", "C"].is_recent = 0.00001, False
     network.edges["B", "D"].state = State.SLOW
     network.stream("B", 20, mode=ANY)
@@ -846,17 +846,17 @@ def test_an_old_service_time_does_not_send_all_rows_to_one_worker():
 def test_streamed_rows_of_all_are_sent_only_against_credit():
     network = MemoryNetwork(SIX, slots=2)
     for worker in "CDF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     asked = network.stream("A", 40)
     assert 2 <= max(Counter(network.sent_from("A")).values()) <= 4
 
     for worker in "CDF":
-        network.nodes[worker].works.finish(1)
+        network.nodes[worker].executor.finish(1)
     assert asked.rows_answered == [0]
     assert max(Counter(network.sent_from("A")).values()) <= 6
 
     for worker in "CDF":
-        network.nodes[worker].works.finish()
+        network.nodes[worker].executor.finish()
     assert asked.rows_answered == list(range(40))
     assert network.left_over == {}
 
@@ -864,16 +864,16 @@ def test_streamed_rows_of_all_are_sent_only_against_credit():
 def test_no_worker_ever_runs_more_than_its_slots():
     network = MemoryNetwork(SIX, slots=3)
     for worker in "CDF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     asked = [network.stream(me, 10, mode=mode) for me in "ABEC" for mode in Mode]
     asked += [network.ask(me, mode=mode) for me in "ABEF" for mode in Mode]
 
     for _ in range(200):
         for worker in "CDF":
-            network.nodes[worker].works.finish(1)
+            network.nodes[worker].executor.finish(1)
 
     assert all(each.is_answered for each in asked)
-    assert max(network.nodes[worker].works.most for worker in "CDF") == 3
+    assert max(network.nodes[worker].executor.most for worker in "CDF") == 3
     assert network.left_over == {}
 
 
@@ -897,7 +897,7 @@ def test_without_reachable_workers_each_row_fails_with_proof_that_nothing_ran(ne
 def test_only_rows_that_provably_did_not_run_go_to_another_branch():
     network = MemoryNetwork(SIX, slots=2)
     for worker in "CDF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     network.edges["A", "B"].service_s = 0.0001  # so that more is sent there than can start
     network.cut("A", "E")
     asked = network.stream("A", 6, mode=ANY)
@@ -911,7 +911,7 @@ def test_only_rows_that_provably_did_not_run_go_to_another_branch():
     again = {request_id for near, far, request_id in network.sent if (near, far) == ("A", "E")}
     assert not again & started
     for worker in "CDF":
-        network.nodes[worker].works.finish()
+        network.nodes[worker].executor.finish()
     assert asked.is_answered
     assert all(asked.error_at(row) is None for row in range(6))
     assert all(sum(network.runs(asked.request_id + row).values()) == 1 for row in range(6))
@@ -936,7 +936,7 @@ def test_a_lost_segment_is_never_sent_again(network):
 @pytest.mark.parametrize("mode", Mode)
 def test_cancelled_inner_rows_are_answered_immediately_and_the_others_go_on(network, mode):
     for worker in "CDF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     asked = network.stream("A", 6, mode=mode)
 
     asked.leave(2, 2)
@@ -945,7 +945,7 @@ def test_cancelled_inner_rows_are_answered_immediately_and_the_others_go_on(netw
     assert {asked.error_at(row).code for row in (2, 3)} == {Code.CANCELLED}
     assert {asked.error_at(row).executed for row in (2, 3)} != {Executed.NO}
     for worker in "CDF":
-        network.nodes[worker].works.finish()
+        network.nodes[worker].executor.finish()
     assert all(asked.error_at(row) is None for row in (0, 1, 4, 5))
     assert network.left_over == {}
 
@@ -954,7 +954,7 @@ def test_cancelled_inner_rows_are_answered_immediately_and_the_others_go_on(netw
 def test_inner_rows_cancelled_while_they_wait_never_run(mode):
     network = MemoryNetwork(SIX, slots=1)
     for worker in "CDF":
-        network.nodes[worker].works.hold()
+        network.nodes[worker].executor.hold()
     asked = network.stream("A", 8, mode=mode)
 
     asked.leave(4, 2)
@@ -962,7 +962,7 @@ def test_inner_rows_cancelled_while_they_wait_never_run(mode):
     assert asked.rows_answered == [4, 5]
     assert {asked.error_at(row).executed for row in (4, 5)} == {Executed.NO}
     for worker in "CDF":
-        network.nodes[worker].works.finish()
+        network.nodes[worker].executor.finish()
     assert asked.is_answered
     assert not network.runs(asked.request_id + 4)
     assert not network.runs(asked.request_id + 5)
@@ -970,13 +970,13 @@ def test_inner_rows_cancelled_while_they_wait_never_run(mode):
 
 
 def test_an_expired_segment_is_answered_with_the_parts_that_have_arrived(network):
-    network.nodes["F"].works.hold()
+    network.nodes["F"].executor.hold()
     asked = network.stream("A", 3, deadline_s=5)
 
     network.advance(5)
 
     assert [aggregate.coverage(asked.at(row)) for row in range(3)] == ["2/3; missing=F"] * 3
-    network.nodes["F"].works.finish()
+    network.nodes["F"].executor.finish()
     assert asked.is_answered
     assert network.left_over == {}
 
@@ -988,14 +988,14 @@ def test_whatever_breaks_each_request_is_answered_once_and_runs_at_most_once(see
     network, asked = _chaos(chance)
 
     for edge in network.edges:
-        network.let_go(*edge)
-        network.answer_all(*edge, chance)
+        network.release(*edge)
+        network.release_answers(*edge, chance)
     network.advance(100)
     for node in network.nodes.values():
-        node.works.finish()
+        node.executor.finish()
 
     assert network.left_over == {}
-    assert all(node.works.most <= node.works.slots for node in network.nodes.values())
+    assert all(node.executor.most <= node.executor.slots for node in network.nodes.values())
     for each in asked:
         assert [len(found) for found in each.answers] == [1] * len(each.segment)
         for row in range(len(each.segment)):
@@ -1034,10 +1034,10 @@ def _chaos(chance: random.Random) -> tuple[MemoryNetwork, list[Asked]]:
         elif act == "time":
             network.advance(chance.choice([0.05, 0.5, 3]))
         elif act == "work":
-            works = chance.choice([node.works for node in network.nodes.values()])
+            works = chance.choice([node.executor for node in network.nodes.values()])
             chance.choice([works.hold, works.finish])()
         elif act == "work some":
-            works = chance.choice([node.works for node in network.nodes.values()])
+            works = chance.choice([node.executor for node in network.nodes.values()])
             works.hold()
             works.finish(chance.randint(1, 3))
         elif act == "leave" and asked:
@@ -1051,9 +1051,9 @@ def _chaos(chance: random.Random) -> tuple[MemoryNetwork, list[Asked]]:
         elif act == "cut" and edge:
             network.cut(*edge, just_now=chance.random() < 0.5)
         elif act == "answer" and edge:
-            network.answer_all(*edge, chance)
+            network.release_answers(*edge, chance)
         elif edge:
-            others = {"hold": network.hold, "let go": network.let_go, "keep": network.keep}
+            others = {"hold": network.hold, "let go": network.release, "keep": network.hold_answers}
             others |= {"heal": network.heal, "give up": network.give_up}
             others.get(act, network.heal)(*edge)
     return network, asked

@@ -19,7 +19,7 @@ from overlay.server import prometheus
 from overlay.server.prometheus import Exporter
 from overlay.transport.codec import pb2
 from tests.harness.cluster import Overlay, free_port, six_processes, until
-from tests.harness.doors import SLOWLY, held_open, timed
+from tests.harness.stalled_clients import STALLED_REQUESTS, held_open, timed
 
 METRICS = pb2.MetricsResponse(
     process_id="A",
@@ -142,7 +142,7 @@ def test_other_paths_do_not_exist(serving):
             read(port, path)
 
 
-@pytest.mark.parametrize("sent", SLOWLY, ids=SLOWLY.get)
+@pytest.mark.parametrize("sent", STALLED_REQUESTS, ids=STALLED_REQUESTS.get)
 def test_a_client_is_answered_at_once_while_others_hold_connections_open(serving, sent):
     port = serving()
     with held_open(port, sent):

@@ -1,7 +1,6 @@
-"""Nothing that comes from outside breaks the overlay: fuzzed files, messages, frames and bytes.
+"""Bad input does not break the overlay: fuzzed configurations, messages, frames and bytes.
 
-A short lane runs with the other tests. `--long` takes ten to a hundred times as many; a failure
-names its seed, and `--seed` gives the same ones again.
+`--long` sends ten to a hundred times as much; a failure shows its seed, and `--seed` repeats it.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from grpc_reflection.v1alpha import reflection_pb2
 from overlay.model import config
 from overlay.model.errors import ConfigError
 from overlay.transport.codec import pb2
-from tests.conftest import Lane
+from tests.conftest import Fuzz
 from tests.harness import frames, mutants
 from tests.harness.cluster import IDS, ROOT, Overlay, running, six_processes
-from tests.harness.watch import Watched
+from tests.harness.invariants import Watched
 
 GOOD = json.loads((ROOT / "two_hosts_config.json").read_text("utf-8"))
 
@@ -42,11 +41,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         watched.stops_in_order()
 
 
-def test_a_spoiled_configuration_is_right_or_says_what_is_wrong(lane: Lane, tmp_path: Path) -> None:
+def test_a_mutated_configuration_loads_or_its_problems_are_reported(
+    fuzz: Fuzz, tmp_path: Path
+) -> None:
     path = tmp_path / "mine.json"
     loaded = 0
-    for number in range(lane.count(1_000, 10_000)):
-        path.write_bytes(mutants.configuration(GOOD, lane.chance("configuration", number)))
+    for number in range(fuzz.count(1_000, 10_000)):
+        path.write_bytes(mutants.configuration(GOOD, fuzz.rng("configuration", number)))
         problems = problems_of(path)
         loaded += not problems
         assert all(p and p.isprintable() for p in problems), f"number {number}: {problems}"
@@ -54,7 +55,7 @@ def test_a_spoiled_configuration_is_right_or_says_what_is_wrong(lane: Lane, tmp_
 
 
 def problems_of(path: Path) -> tuple[str, ...]:
-    """None when it is right. Any error but a ConfigError fails the test."""
+    """Empty if the file is valid. Any error but a ConfigError fails the test."""
     try:
         config.load(path)
     except ConfigError as e:
@@ -62,24 +63,22 @@ def problems_of(path: Path) -> tuple[str, ...]:
     return ()
 
 
-def test_node_checks_a_spoiled_configuration_and_ends_with_0_or_a_reason_and_2(
-    lane: Lane, tmp_path: Path
-) -> None:
+def test_node_check_exits_with_0_or_with_2_and_a_reason(fuzz: Fuzz, tmp_path: Path) -> None:
     def check(number: int) -> None:
         path = tmp_path / f"mine{number}.json"
-        path.write_bytes(mutants.configuration(GOOD, lane.chance("configuration", number)))
+        path.write_bytes(mutants.configuration(GOOD, fuzz.rng("configuration", number)))
         command = [sys.executable, str(ROOT / "node.py"), str(path), "A", "--check"]
         done = subprocess.run(command, capture_output=True, timeout=60)
-        said = f"number {number}: {done}"
-        assert b"Traceback" not in done.stderr, said
-        assert (done.returncode, bool(done.stderr)) in [(0, False), (2, True)], said
-        assert done.returncode or b"mine" in done.stdout, said
+        case = f"number {number}: {done}"
+        assert b"Traceback" not in done.stderr, case
+        assert (done.returncode, bool(done.stderr)) in [(0, False), (2, True)], case
+        assert done.returncode or b"mine" in done.stdout, case
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(check, range(lane.count(6, 200))))
+        list(pool.map(check, range(fuzz.count(6, 200))))
 
 
-# Protobuf: each RPC with the messages that are spoiled for it.
+# Protobuf: the RPCs, and messages to mutate
 
 SEGMENT = pb2.Segment(number=1, count=2, payloads=pb2.Column(items=[b"a", b"b"]), mode=pb2.ANY)
 FRAMES = [
@@ -107,7 +106,7 @@ CHECKS = [health_pb2.HealthCheckRequest(service="OverlayNode"), health_pb2.Healt
 FORWARD, STREAM, DRAIN = "/OverlayNode/Forward", "/OverlayNode/ForwardStream", "/OverlayAdmin/Drain"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
-# Method, its shape on a channel, the kind of its request, and good ones; often the large ones.
+# Method, its cardinality, its request class, and valid requests; the large ones more often.
 RPCS: list[tuple[str, str, type[Message], list[Any]]] = [
     *[(FORWARD, "unary_unary", pb2.Request, REQUESTS)] * 4,
     *[(STREAM, "stream_stream", pb2.Frame, FRAMES)] * 4,
@@ -118,55 +117,55 @@ RPCS: list[tuple[str, str, type[Message], list[Any]]] = [
     (REFLECTION, "stream_stream", reflection_pb2.ServerReflectionRequest, INFOS),
 ]
 WRONG = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED)
-"""What nothing that parses may end with: a fault inside, an exception nobody caught, no answer."""
+"""A message that parses must not end with a bug, an uncaught exception or no answer."""
 
-NEVER_A_GRACE = b"\x09" + b"\0\0\0\0\0\0\xf0\xbf"  # grace_s = -1; the last one counts
+INVALID_GRACE = b"\x09" + b"\0\0\0\0\0\0\xf0\xbf"  # grace_s = -1; the last one counts
 
 
-def test_no_message_to_any_rpc_harms_the_overlay(lane: Lane, watched: Watched) -> None:
+def test_no_message_to_any_rpc_harms_the_overlay(fuzz: Fuzz, watched: Watched) -> None:
     channels = {i: grpc.insecure_channel(watched.overlay.address(i)) for i in IDS}
 
     def send(number: int) -> None:
-        chance = lane.chance("message", number)
-        method, shape, kind, good = chance.choice(RPCS)
-        count = chance.choice([1, 2, 5]) if shape.startswith("stream") else 1
-        bodies = [mutants.message(kind, good, chance) for _ in range(count)]
+        rng = fuzz.rng("message", number)
+        method, cardinality, kind, good = rng.choice(RPCS)
+        count = rng.choice([1, 2, 5]) if cardinality.startswith("stream") else 1
+        bodies = [mutants.message(kind, good, rng) for _ in range(count)]
         if method == DRAIN and would_stop(bodies[0]):
-            bodies = [bodies[0] + NEVER_A_GRACE]
-        method_of = getattr(channels[chance.choice("AAABECDF")], shape)(method)
-        call = ask(method_of, shape, bodies, chance)
+            bodies = [bodies[0] + INVALID_GRACE]
+        method_of = getattr(channels[rng.choice("AAABECDF")], cardinality)(method)
+        call = ask(method_of, cardinality, bodies, rng)
         if call is None or call.code() not in WRONG:
             return
         sent = [parsed(kind, body) for body in bodies]
-        if None in sent or is_kept(call, sent[0]):
+        if None in sent or may_be_an_earlier_answer(call, sent[0]):
             return
         raise AssertionError(f"{method} {call.code()} {call.details()}: {bodies!r:.2000}")
 
     try:
-        watched.withstands(send, range(lane.count(2_000, 200_000)))
+        watched.withstands(send, range(fuzz.count(2_000, 200_000)))
     finally:
         for channel in channels.values():
             channel.close()
 
 
-def ask(method: Any, shape: str, bodies: list[bytes], chance: Random) -> Any:
-    """Calls it and stays until its end, or leaves before. The call, if its end came from there."""
-    stay = chance.choice(["stay", "stay", "stay", "leave", "look and leave", "hurry"])
-    timeout = 0.01 if stay == "hurry" else 20
-    if shape == "unary_unary":
+def ask(method: Any, cardinality: str, bodies: list[bytes], rng: Random) -> Any:
+    """Calls the method and may leave early. Returns the call if the server ended it."""
+    stay = rng.choice(["stay", "stay", "stay", "leave", "leave soon", "short timeout"])
+    timeout = 0.01 if stay == "short timeout" else 20
+    if cardinality == "unary_unary":
         call = method.future(bodies[0], timeout=timeout)
-    elif shape == "unary_stream":
+    elif cardinality == "unary_stream":
         call = method(bodies[0], timeout=timeout)
-        stay = "look and leave" if stay == "stay" else stay  # it has no end of its own
+        stay = "leave soon" if stay == "stay" else stay  # it does not end by itself
     else:
         call = method(iter(bodies), timeout=timeout)
     if stay == "leave":
         call.cancel()
     try:
-        if shape == "unary_unary" and stay in ("stay", "hurry"):
+        if cardinality == "unary_unary" and stay in ("stay", "short timeout"):
             call.result()
-        elif stay == "look and leave":
-            time.sleep(chance.random() * 0.01)
+        elif stay == "leave soon":
+            time.sleep(rng.random() * 0.01)
             call.cancel()
         else:
             for _ in call:
@@ -183,14 +182,14 @@ def parsed(kind: type[Message], body: bytes) -> Message | None:
         return None
 
 
-def is_kept(call: Any, sent: Any) -> bool:
-    """Whether it is its key's first answer, whose caller may have been in a hurry."""
-    keyed = bool(getattr(sent, "idempotency_key", ""))
-    return keyed and call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+def may_be_an_earlier_answer(call: Any, sent: Any) -> bool:
+    """An idempotency key repeats its first answer, whose call may have had a short timeout."""
+    has_key = bool(getattr(sent, "idempotency_key", ""))
+    return has_key and call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def would_stop(body: bytes) -> bool:
-    """Whether it is a Drain that a process obeys."""
+    """Whether it is a valid DrainRequest."""
     try:
         request = pb2.DrainRequest.FromString(body)
     except DecodeError:
@@ -198,51 +197,51 @@ def would_stop(body: bytes) -> bool:
     return not request.HasField("grace_s") or 0 <= request.grace_s <= 86_400
 
 
-def test_tools_that_keep_reflection_open_leave_the_requests_their_threads(
+def test_open_reflection_streams_take_no_threads_from_requests(
     overlays: Callable[..., Overlay],
 ) -> None:
     overlay = overlays(queue_slots=1, in_service=1)
     with grpc.insecure_channel(overlay.address("C")) as channel:
         look = channel.stream_stream(REFLECTION)
-        # C has 42 threads for requests: 1 waiting, 1 in service, 40 to refuse.
-        open_ones = [look(iter(SimpleQueue().get, None)) for _ in range(60)]
-        time.sleep(1)  # for them to arrive: nothing tells that an idle stream has
+        # C has 42 threads for requests: 1 waiting, 1 in service, 40 in reserve.
+        streams = [look(iter(SimpleQueue().get, None)) for _ in range(60)]
+        time.sleep(1)  # for them to arrive, which nothing shows for an idle stream
 
         assert overlay.ask("C", timeout=5).result == b"C: hi"
-        assert not any(call.done() for call in open_ones)
+        assert not any(call.done() for call in streams)
 
 
-# HTTP/2 and below.
+# HTTP/2 and raw bytes
 
 
-def test_no_http2_frame_harms_the_overlay(lane: Lane, watched: Watched) -> None:
-    each = 4  # most connections do not outlive their second wrong one
+def test_no_http2_frame_harms_the_overlay(fuzz: Fuzz, watched: Watched) -> None:
+    each = 4  # frames a connection; the second invalid one usually ends it
 
     def send(number: int) -> None:
-        chance = lane.chance("frames", number)
-        sent = frames.conversation(chance, each)
-        came = frames.talk(watched.overlay.port(chance.choice("AAABECDF")), sent, chance)
-        for _ in frames.replies(came):  # a frame that is wrong is an error
+        rng = fuzz.rng("frames", number)
+        sent = frames.conversation(rng, each)
+        received = frames.talk(watched.overlay.port(rng.choice("AAABECDF")), sent, rng)
+        for _ in frames.replies(received):  # raises for an invalid frame
             pass
 
-    watched.withstands(send, range(lane.count(500, 20_000) // each))
+    watched.withstands(send, range(fuzz.count(500, 20_000) // each))
 
 
-def test_no_bytes_on_the_port_harm_the_overlay(lane: Lane, watched: Watched) -> None:
+def test_no_bytes_on_the_port_harm_the_overlay(fuzz: Fuzz, watched: Watched) -> None:
     def send(number: int) -> None:
-        chance = lane.chance("junk", number)
-        frames.talk(watched.overlay.port(chance.choice("AAABECDF")), frames.junk(chance), chance)
+        rng = fuzz.rng("junk", number)
+        frames.talk(watched.overlay.port(rng.choice("AAABECDF")), frames.junk(rng), rng)
 
-    watched.withstands(send, range(lane.count(500, 20_000)))
+    watched.withstands(send, range(fuzz.count(500, 20_000)))
 
 
-def test_what_was_sent_is_made_again_from_its_seed() -> None:
+def test_the_same_seed_makes_the_same_input() -> None:
     def made(number: int) -> list[bytes]:
-        chance = Random(number)
+        rng = Random(number)
         return [
-            mutants.configuration(GOOD, chance),
-            mutants.message(pb2.Frame, FRAMES, chance),
-            frames.conversation(chance, 4),
+            mutants.configuration(GOOD, rng),
+            mutants.message(pb2.Frame, FRAMES, rng),
+            frames.conversation(rng, 4),
         ]
 
     for number in range(30):

@@ -1,7 +1,7 @@
-"""The core under anything that can happen: real relays, intakes and messages, a network in memory.
+"""Property test of the core: real dispatchers, queues and messages on an in-memory network.
 
-A machine of hypothesis asks, leaves, breaks and mends in any order, while time passes, and checks
-after each step what must always hold.
+Hypothesis sends, cancels, breaks and repairs in any order while time passes, and checks the
+invariants after each step.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from overlay.model.topology import Topology
 from tests.harness.network import ANSWER_LOST, REFUSED, REQUEST_LOST, Asked, MemoryNetwork, the_six
 
 SIX = the_six()
-SIDEWAYS = {"B": "E", "E": "B", "D": "F", "F": "D"}  # neighbours whom nobody may ask
+SIDEWAYS = {"B": "E", "E": "B", "D": "F", "F": "D"}  # neighbours of equal rank: never asked
 EDGES = [(near, far.id) for near in SIX.processes for far in SIX.below(near)]
 ASKED = st.sampled_from("AAABEDF")  # the leader most often
 MODES = st.sampled_from(Mode)
 TEAMS = st.sampled_from(["", "green", "pink"])
 DEADLINES_S = st.sampled_from([0.1, 1.0, 10.0])
-SOME_TIME_S = st.sampled_from([0.05, 0.5, 3.0])
+PASSING_S = st.sampled_from([0.05, 0.5, 3.0])
 FATES = (REFUSED, ANSWER_LOST, REQUEST_LOST)
 TROUBLES = ("cut", "cut just now", "heal", "keep", "answer", *FATES, *FATES)
 
 
 def small(in_service: int, queue_slots: int) -> Topology:
-    """The six with so little room that it is soon full, and with neighbours of equal rank."""
+    """The six with small queues, which fill soon, and with neighbours of equal rank."""
     processes = {
         p.id: replace(p, in_service=in_service, neighbors=(*p.neighbors, *SIDEWAYS.get(p.id, "")))
         for p in SIX.processes.values()
@@ -40,7 +40,7 @@ def small(in_service: int, queue_slots: int) -> Topology:
 
 
 class Core(RuleBasedStateMachine):
-    """asked: every request. gone: the ids whose callers left, and how much had started by then."""
+    """asked: every request. gone: cancelled ids, with the number of starts at that time."""
 
     @initialize(
         in_service=st.integers(1, 4), queue_slots=st.integers(1, 4), slots=st.integers(1, 3)
@@ -50,7 +50,7 @@ class Core(RuleBasedStateMachine):
         self.asked: list[Asked] = []
         self.gone: dict[int, int] = {}
         for node in self.network.nodes.values():
-            node.works.hold()
+            node.executor.hold()
 
     @rule(
         me=ASKED,
@@ -58,10 +58,10 @@ class Core(RuleBasedStateMachine):
         mode=MODES,
         team=TEAMS,
         s=DEADLINES_S,
-        keyed=st.booleans(),
+        idempotent=st.booleans(),
     )
-    def ask(self, me: str, count: int, mode: Mode, team: str, s: float, keyed: bool) -> None:
-        how = {"mode": mode, "team": team, "deadline_s": s, "keyed": keyed}
+    def ask(self, me: str, count: int, mode: Mode, team: str, s: float, idempotent: bool) -> None:
+        how = {"mode": mode, "team": team, "deadline_s": s, "idempotent": idempotent}
         self.asked += [self.network.ask(me, **how) for _ in range(count)]
 
     @rule(me=ASKED, rows=st.integers(1, 6), mode=MODES, team=TEAMS, s=DEADLINES_S)
@@ -70,7 +70,7 @@ class Core(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from("CDF"), count=st.integers(1, 4))
     def finish(self, worker: str, count: int) -> None:
-        self.network.nodes[worker].works.finish(count)
+        self.network.nodes[worker].executor.finish(count)
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
@@ -80,10 +80,10 @@ class Core(RuleBasedStateMachine):
         for id_ in asked.segment.all_ids:
             self.gone.setdefault(id_, len(self.network.started))
 
-    @rule(seconds=SOME_TIME_S, told=st.booleans())
-    def time_passes(self, seconds: float, told: bool) -> None:
-        """Not told: the thread that ends what is late does not get the processor."""
-        if told:
+    @rule(seconds=PASSING_S, timers_run=st.booleans())
+    def time_passes(self, seconds: float, timers_run: bool) -> None:
+        """timers_run: if not, the thread that expires requests does not get the CPU."""
+        if timers_run:
             self.network.advance(seconds)
         else:
             self.network.clock.now += seconds
@@ -94,8 +94,8 @@ class Core(RuleBasedStateMachine):
             "cut": self.network.cut,
             "cut just now": partial(self.network.cut, just_now=True),
             "heal": self.network.heal,
-            "keep": self.network.keep,
-            "answer": self.network.answer_all,
+            "keep": self.network.hold_answers,
+            "answer": self.network.release_answers,
         }
         if what in acts:
             acts[what](*edge)
@@ -105,26 +105,26 @@ class Core(RuleBasedStateMachine):
     @invariant()
     def bounded(self) -> None:
         for node in self.network.nodes.values():
-            assert node.intake.waiting <= node.intake.slots
-            assert node.intake.active <= node.intake.in_service
-            assert node.works.active <= node.works.slots
+            assert node.queue.waiting <= node.queue.slots
+            assert node.queue.active <= node.queue.in_service
+            assert node.executor.active <= node.executor.slots
 
     @invariant()
     def conserved(self) -> None:
         for me, node in self.network.nodes.items():
-            counts, (_, waiting, active) = node.meter.counts(), node.intake.streamed
+            counts, (_, waiting, active) = node.meter.counts(), node.queue.streamed
             ended = counts.completed + counts.failed + counts.refused + counts.cancelled
-            inside = node.intake.waiting + node.intake.active + waiting + active
+            inside = node.queue.waiting + node.queue.active + waiting + active
             assert counts.received == ended + inside, me
         assert all(len(found) <= 1 for asked in self.asked for found in asked.answers)
 
     @invariant()
     def no_dead_work(self) -> None:
         for me, at, segment in self.network.started:
-            assert at < segment.deadline, f"{me} began too late"
+            assert at < segment.deadline, f"{me} started it after its deadline"
         for id_, before in self.gone.items():
             later = [s for _, _, segment in self.network.started[before:] for s in segment.all_ids]
-            assert id_ not in later, "begun for a caller who had left"
+            assert id_ not in later, "started after it was cancelled"
 
     @invariant()
     def rank_falls(self) -> None:
@@ -132,22 +132,22 @@ class Core(RuleBasedStateMachine):
         assert all(processes[a].rank > processes[b].rank for a, b, _ in self.network.sent)
 
     def teardown(self) -> None:
-        """All that is held comes, and then nothing is owed to anybody."""
+        """Delivers all that is held; then nothing may be outstanding."""
         if not hasattr(self, "network"):
             return
         for edge in EDGES:
-            self.network.answer_all(*edge)
+            self.network.release_answers(*edge)
         for node in self.network.nodes.values():
-            node.works.finish()
+            node.executor.finish()
         self.network.advance(20)
         self.conserved()
         assert self.network.left_over == {}
         for asked in self.asked:
             assert [len(found) for found in asked.answers] == [1] * len(asked.segment)
             for row, id_ in enumerate(asked.segment.all_ids):
-                self._ran_as_told(asked, row, id_)
+                self._check_executions(asked, row, id_)
 
-    def _ran_as_told(self, asked: Asked, row: int, id_: int) -> None:
+    def _check_executions(self, asked: Asked, row: int, id_: int) -> None:
         runs, error = self.network.runs(id_), asked.error_at(row)
         tries = 2 if asked.segment.idempotent else 1
         assert max(runs.values(), default=0) <= 1

@@ -1,11 +1,10 @@
-"""Processes that read different files: what one of them does not know costs just that, and the
-answer blames the configuration and not the client."""
+"""Processes with different configurations: only what one of them lacks fails, and the answer
+blames the configuration and not the client."""
 
 from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import overlay
 from overlay.client.sync import CallFailed, Client
 from overlay.model.segments import Code, Executed
-from tests.harness.cluster import ROOT, Overlay, free_port, six_processes
+from tests.harness.cluster import Overlay, free_port, six_processes
 
 MODULE = """
 def shout(payload, context):
@@ -25,8 +24,8 @@ DIFFERS = "E reads another configuration: it"
 
 
 class Drifted(Overlay):
-    """A and B read the newest file, which has worker G in E's team and the handler `shout`; E, D
-    and F an older one."""
+    """A, B and C read the new file, which adds worker G to E's team and the handler `shout`. E, D
+    and F read the old one."""
 
     def __init__(self, folder: Path) -> None:
         old = six_processes()
@@ -39,19 +38,13 @@ class Drifted(Overlay):
         super().__init__(folder, new)
         (folder / "old.json").write_text(json.dumps(old))
         (folder / "mine.py").write_text(MODULE)
-
-    def _node(self, process_id: str) -> list[str]:
-        name = "old.json" if process_id in "EDF" else self.path.name
-        return [sys.executable, str(ROOT / "node.py"), name, process_id]
+        self.files = dict.fromkeys("EDF", "old.json")
 
 
 @pytest.fixture(scope="module")
 def drifted(tmp_path_factory: Any) -> Iterator[Overlay]:
-    made = Drifted(tmp_path_factory.mktemp("drifted"))
-    try:
+    with Drifted(tmp_path_factory.mktemp("drifted")) as made:
         yield made.start()
-    finally:
-        made.stop()
 
 
 @pytest.fixture
@@ -61,7 +54,7 @@ def client(drifted: Overlay) -> Iterator[Client]:
 
 
 @pytest.mark.parametrize("verb", ["call", "forward"])
-def test_an_unknown_worker_is_missing_alone_with_its_reason(client: Client, verb: str) -> None:
+def test_only_the_unknown_worker_is_missing_with_a_reason(client: Client, verb: str) -> None:
     answer = getattr(client, verb)(b"hi")
 
     assert answer.coverage == (3, 4)
@@ -72,9 +65,9 @@ def test_an_unknown_worker_is_missing_alone_with_its_reason(client: Client, verb
     assert missing.reason == f"{DIFFERS} does not know worker G"
 
 
-def test_parts_and_maps_say_so_too(client: Client) -> None:
+def test_parts_and_maps_report_an_unknown_worker_too(client: Client) -> None:
     parts = {part.process_id: part for part in client.parts(b"hi")}
-    assert {who for who, part in parts.items() if part.ok} == {"C", "D", "F"}
+    assert {worker for worker, part in parts.items() if part.ok} == {"C", "D", "F"}
     assert parts["G"].reason == f"{DIFFERS} does not know worker G"
 
     for result in client.map(None, [b"a", b"b", b"c"], mode="all"):
@@ -82,14 +75,14 @@ def test_parts_and_maps_say_so_too(client: Client) -> None:
 
 
 @pytest.mark.parametrize("verb", ["call", "forward"])
-def test_any_one_is_always_one_that_is_known(client: Client, verb: str) -> None:
+def test_mode_any_never_picks_the_unknown_worker(client: Client, verb: str) -> None:
     for _ in range(20):
         answer = getattr(client, verb)(b"hi", mode="any")
         assert answer.parts[0].process_id in "CDF"
 
 
 @pytest.mark.parametrize("verb", ["call", "forward"])
-def test_a_handler_that_a_branch_does_not_have_costs_that_branch(client: Client, verb: str) -> None:
+def test_only_the_branch_without_the_handler_fails(client: Client, verb: str) -> None:
     answer = getattr(client, verb)(b"hi", handler="shout")
     assert answer.result == b"C: HI"
     reasons = {part.process_id: (part.code, part.reason) for part in answer.missing}
@@ -104,7 +97,9 @@ def test_a_handler_that_a_branch_does_not_have_costs_that_branch(client: Client,
 
 @pytest.mark.parametrize("verb", ["call", "forward"])
 @pytest.mark.parametrize("mode", ["all", "any"])
-def test_where_nobody_can_the_configuration_is_blamed(client: Client, verb: str, mode: str) -> None:
+def test_if_no_worker_has_the_handler_the_error_blames_the_configuration(
+    client: Client, verb: str, mode: str
+) -> None:
     with pytest.raises(CallFailed, match="reads another configuration") as raised:
         getattr(client, verb)(b"hi", handler="shout", team="pink", mode=mode)
     assert (raised.value.code, raised.value.executed) == (Code.FAILED_PRECONDITION, Executed.NO)

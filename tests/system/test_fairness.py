@@ -1,4 +1,4 @@
-"""Honest callers are served whatever others do: real processes, the public library, the wire."""
+"""Honest callers are served whatever others do: on real processes, by the library and by gRPC."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MINE = '''
 import os, time
 
 def work(payload, context):
-    """The payload is the time to take in ms."""
+    """payload: milliseconds."""
     until = time.monotonic() + float(payload or b"0") / 1000
     while time.monotonic() < until and not context.cancelled:
         time.sleep(0.005)
@@ -42,16 +42,12 @@ def hangs_at_f(payload, context):
 
 
 NAMES = "work", "slow", "hangs_at_f"
-TURNS = 9  # tests that share an overlay
-
-
-def make(overlays, slots: int = 100) -> Overlay:
-    return overlays(MINE, handlers={n: {"call": f"mine:{n}", "slots": slots} for n in NAMES})
+SHARING = 14  # tests that share an overlay
 
 
 @dataclass(frozen=True)
-class Turn:
-    """The shared overlay, and handlers that no test before this one has asked for."""
+class Shared:
+    """The shared overlay, and handlers that no earlier test has used."""
 
     six: Overlay
     number: int
@@ -61,18 +57,18 @@ class Turn:
 
 
 @pytest.fixture(scope="module")
-def turns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Turn]]:
+def all_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Shared]]:
     folder = tmp_path_factory.mktemp("fairness")
     (folder / "mine.py").write_text(MINE)
-    call = {f"{n}_{i}": {"call": f"mine:{n}", "slots": 100} for n in NAMES for i in range(TURNS)}
+    call = {f"{n}_{i}": {"call": f"mine:{n}", "slots": 100} for n in NAMES for i in range(SHARING)}
     with running(folder, six_processes(handlers=call)) as six:
-        yield (Turn(six, number) for number in range(TURNS))
+        yield (Shared(six, number) for number in range(SHARING))
 
 
 @pytest.fixture
-def turn(turns: Iterator[Turn]) -> Iterator[Turn]:
-    """What was learned of a handler stays with its name; all else is idle again at the end."""
-    found = next(turns)
+def shared(all_shared: Iterator[Shared]) -> Iterator[Shared]:
+    """The overlay remembers how long a handler takes; otherwise a test leaves it idle."""
+    found = next(all_shared)
     yield found
     until(lambda: all(is_idle(found.six, i) for i in IDS), 20, "all processes are idle")
 
@@ -91,7 +87,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
 
 @contextlib.contextmanager
 def from_address(address: str, port: int) -> Iterator[str]:
-    """Where to connect to be a client that comes to `port` from this address of the machine."""
+    """A proxy's address: connections to it reach `port` from this address of the machine."""
     try:
         socket.create_connection(("127.0.0.1", port), source_address=(address, 0)).close()
     except OSError:
@@ -124,96 +120,95 @@ def from_address(address: str, port: int) -> Iterator[str]:
             end.close()
 
 
-# What took long, or hung, does not close the way of what is quick.
+# Slow or hanging calls do not block quick ones
 
 
 @pytest.mark.parametrize("mode", [pb2.ALL, pb2.ANY])
-def test_after_one_long_call_an_idle_overlay_refuses_no_short_one(
-    turn: Turn, mode, way: Way
+def test_after_one_long_call_an_idle_overlay_refuses_no_short_call(
+    shared: Shared, mode, way: Way
 ) -> None:
-    six = turn.six
-    way.ask(six, "A", b"3000", handler=turn.handler("work"), mode=mode)
+    six = shared.six
+    request = {"handler": shared.handler("work"), "mode": mode}
+    way.ask(six, "A", b"2000", **request)
 
     for _ in range(5):
-        calls = way.at_once(
-            six, 10, payload=b"10", handler=turn.handler("work"), mode=mode, timeout=2
-        )
+        calls = way.at_once(six, 10, payload=b"10", timeout=1.5, **request)
         outcomes = [Outcome(call) for call in calls]
         assert [o.details for o in outcomes if not o.ok] == []
 
 
 @pytest.mark.parametrize("mode", ["all", "any"])
-def test_after_one_long_call_the_library_is_refused_no_short_one(turn: Turn, mode) -> None:
-    six = turn.six
+def test_after_one_long_call_the_library_gets_all_short_calls_answered(
+    shared: Shared, mode
+) -> None:
+    six, handler = shared.six, shared.handler("work")
     with overlay.connect(six.address("A")) as leader:
-        leader.call(b"3000", handler=turn.handler("work"), mode=mode, timeout=10)
+        leader.call(b"2000", handler=handler, mode=mode, timeout=10)
         for _ in range(20):
-            assert leader.call(b"10", handler=turn.handler("work"), mode=mode, timeout=2).result
-        found = leader.map(turn.handler("work"), [b"10"] * 100, mode=mode, timeout=5)
+            assert leader.call(b"10", handler=handler, mode=mode, timeout=1.5).result
+        found = leader.map(handler, [b"10"] * 100, mode=mode, timeout=5)
         assert len(list(found)) == 100
 
 
-def test_a_worker_that_never_answers_costs_its_own_part_and_nobody_is_refused(
-    turn: Turn, way: Way
+def test_a_worker_that_never_answers_costs_only_its_own_part_and_no_call_is_refused(
+    shared: Shared, way: Way
 ) -> None:
-    six = turn.six
+    six = shared.six
     for _ in range(4):
-        calls = way.at_once(six, 5, handler=turn.handler("hangs_at_f"), timeout=0.6)
+        calls = way.at_once(six, 5, handler=shared.handler("hangs_at_f"), timeout=0.6)
         outcomes = [Outcome(call) for call in calls]
         assert [o.details for o in outcomes if not o.ok] == []
         assert {o.response.result for o in outcomes} == {b"C\nD"}
 
 
-def test_a_call_at_a_time_is_answered_beside_a_worker_that_never_does(turn: Turn) -> None:
-    six = turn.six
+def test_sequential_calls_are_answered_although_one_worker_never_answers(shared: Shared) -> None:
+    six = shared.six
     with overlay.connect(six.address("A")) as leader:
-        for timeout in (2.0, 0.8, 0.8, 0.8, 0.8):
-            assert (
-                leader.call(b"", handler=turn.handler("hangs_at_f"), timeout=timeout).result
-                == b"C\nD"
-            )
+        for timeout in (1.2, 0.6, 0.6, 0.6):
+            answer = leader.call(b"", handler=shared.handler("hangs_at_f"), timeout=timeout)
+            assert answer.result == b"C\nD"
 
 
-# What is slow has not all the places.
+# Slow calls do not take all the slots
 
 
 @pytest.mark.parametrize("mode", [pb2.ALL, pb2.ANY])
-def test_a_callers_many_slow_calls_leave_places_to_its_other_handlers(
-    overlays, mode, way: Way
+def test_a_callers_many_slow_calls_leave_slots_for_its_other_handlers(
+    shared: Shared, mode, way: Way
 ) -> None:
-    six = make(overlays)
-    slow = way.at_once(six, 400, payload=b"8000", handler="slow", mode=mode, timeout=15)
-    # Of 300 slots; a stream fills what one handler may have, single calls 80 of A's places.
+    six, slow_handler = shared.six, shared.handler("slow")
+    slow = way.at_once(six, 400, payload=b"8000", handler=slow_handler, mode=mode, timeout=15)
+    # Of 300 slots. A stream fills one handler's share; single calls fill 80 of A's slots.
     busy = 75 if isinstance(way, Unary) else 200
     until(lambda: sum(six.metrics(w).active_requests for w in "CDF") >= busy)
 
-    for handler in ("work", "") * 5:
+    for handler in (shared.handler("work"), "") * 5:
         assert way.ask(six, "A", b"1", handler=handler, mode=mode, timeout=5).result
     for call in slow:
         call.cancel()
 
 
-def test_another_callers_calls_are_served_beside_slow_ones(overlays) -> None:
-    six = make(overlays)
+def test_another_caller_is_served_despite_slow_calls(shared: Shared) -> None:
+    six, handler = shared.six, shared.handler("work")
     with from_address("127.0.0.2", six.port("A")) as address:
-        slow = Unary().at_once(six, 290, payload=b"8000", handler="work", timeout=15)
+        slow = Unary().at_once(six, 290, payload=b"8000", handler=handler, timeout=15)
         until(lambda: six.metrics("A").active_requests >= 80)
         assert six.metrics("A").active_requests == 80
         with grpc.insecure_channel(address) as channel:
             stub = pb2_grpc.OverlayNodeStub(channel)
             for _ in range(10):  # the same handler
-                answer = stub.Forward(pb2.Request(payload=b"1", handler="work"), timeout=5)
+                answer = stub.Forward(pb2.Request(payload=b"1", handler=handler), timeout=5)
                 assert answer.result == b"C\nD\nF"
         for call in slow:
             call.cancel()
 
 
-# A name costs nothing, and buys nothing.
+# A new caller name gains nothing
 
 
 @pytest.mark.parametrize("attacker", ["127.0.0.2", "127.0.0.1"])
-def test_a_new_name_for_each_call_takes_no_turn_from_a_steady_one(overlays, attacker) -> None:
-    six = make(overlays, slots=2)
+def test_a_new_name_for_each_call_takes_no_turn_from_a_steady_caller(overlays, attacker) -> None:
+    six = overlays(MINE, handlers={"work": {"call": "mine:work", "slots": 2}})
     stop, numbers, ends = threading.Event(), itertools.count(), Counter[str]()
 
     def attack(address: str) -> None:
@@ -225,7 +220,7 @@ def test_a_new_name_for_each_call_takes_no_turn_from_a_steady_one(overlays, atta
                 call = stub.Forward.future(request, timeout=3, metadata=name)
                 ends[call.code().name] += 1
                 if call.code() is not grpc.StatusCode.OK:
-                    time.sleep(0.05)  # a refusal is quick; the machine is shared
+                    time.sleep(0.05)  # refusals are quick, and would use all of this machine
 
     with from_address(attacker, six.port("A")) as address, ThreadPoolExecutor(64) as pool:
         for _ in range(64):

@@ -1,4 +1,4 @@
-"""Clients that nobody here wrote, clients of the older kind, and callers that send anything."""
+"""Third-party clients, older clients, and callers that send invalid requests."""
 
 from __future__ import annotations
 
@@ -26,26 +26,23 @@ from tests.harness.cluster import ROOT, Overlay, six_processes, tool
 
 HERE = Path(__file__).resolve().parent / "interop"
 PROTO = ROOT / "overlay.proto"
-EVERYONE = ["A", "B", "C", "E", "D", "F"]
+ALL_HOPS = ["A", "B", "C", "E", "D", "F"]
 MIB = 1024 * 1024
 
 
 @pytest.fixture(scope="module")
 def leader_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A, and nobody else: every request is refused."""
-    overlay = Overlay(tmp_path_factory.mktemp("alone"), six_processes())
-    try:
+    """A without neighbours, which refuses every request."""
+    with Overlay(tmp_path_factory.mktemp("alone"), six_processes()) as overlay:
         yield overlay.start("A")
-    finally:
-        overlay.stop()
 
 
-# A client of the older kind: string payloads, no parts
+# An older client: string payloads, no parts
 
 
 @pytest.fixture(scope="module")
 def older(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """Runs the older client: older("127.0.0.1:50051", "hi") gives what it saw."""
+    """Runs the older client: older("127.0.0.1:50051", "hi") returns what it received."""
     folder = str(tmp_path_factory.mktemp("older"))
     out = [f"--python_out={folder}", f"--grpc_python_out={folder}"]
     assert protoc.main(["protoc", f"-I{HERE}", *out, "older.proto"]) == 0
@@ -65,7 +62,7 @@ def test_an_older_client_gets_text_hops_and_coverage(
 
     assert seen["code"] == "OK"
     assert seen["result"] == f"C: {payload}\nD: {payload}\nF: {payload}"
-    assert seen["hops"] == EVERYONE
+    assert seen["hops"] == ALL_HOPS
     assert seen["trailers"]["overlay-coverage"] == "3/3"
 
 
@@ -100,7 +97,7 @@ def buf(
     """Runs `buf curl` over gRPC: buf("http://HOST:PORT/SERVICE/METHOD", {...}, "-v")."""
     program = tool("buf", "pip install -r requirements-dev.txt")
     home = tmp_path_factory.mktemp("buf")
-    # It walks the folder of the schema's file, and would get to `/` through wine's drives in ours.
+    # buf walks the schema's folder; in the project it would follow wine's drives to `/`.
     shutil.copy(PROTO, home)
 
     def ask(url: str, request: object = None, *options: str) -> subprocess.CompletedProcess[str]:
@@ -120,10 +117,10 @@ def test_an_outside_client_gets_answers(six: Overlay, buf: Any, how: tuple[str, 
 
     done = buf(url(six), {"payload": text, "want_parts": True}, "-v", *how)
 
-    said = json.loads(done.stdout)
-    assert base64.b64decode(said["result"]) == b"C: hi\nD: hi\nF: hi"
-    assert said["hops"] == EVERYONE
-    assert [(p["processId"], base64.b64decode(p["result"])) for p in said["parts"]] == [
+    answer = json.loads(done.stdout)
+    assert base64.b64decode(answer["result"]) == b"C: hi\nD: hi\nF: hi"
+    assert answer["hops"] == ALL_HOPS
+    assert [(p["processId"], base64.b64decode(p["result"])) for p in answer["parts"]] == [
         ("C", b"C: hi"),
         ("D", b"D: hi"),
         ("F", b"F: hi"),
@@ -132,11 +129,11 @@ def test_an_outside_client_gets_answers(six: Overlay, buf: Any, how: tuple[str, 
 
 
 def test_an_outside_client_can_ask_any_worker(six: Overlay, buf: Any) -> None:
-    said = json.loads(buf(url(six), {"mode": "ANY"}, *SCHEMA).stdout)
+    answer = json.loads(buf(url(six), {"mode": "ANY"}, *SCHEMA).stdout)
 
-    (part,) = said["parts"]
+    (part,) = answer["parts"]
     assert part["executed"] == "YES"
-    assert said["hops"] in (["A", "B", "C"], ["A", "E", "D"], ["A", "E", "F"])
+    assert answer["hops"] in (["A", "B", "C"], ["A", "E", "D"], ["A", "E", "F"])
 
 
 @pytest.mark.parametrize("service", ["", "OverlayNode"])
@@ -158,18 +155,18 @@ def test_reflection_names_the_services(six: Overlay, buf: Any) -> None:
 def test_an_outside_client_sees_why_a_call_failed(six: Overlay, buf: Any) -> None:
     done = buf(url(six), {"team": "blue"}, "-v", *SCHEMA)
 
-    assert done.returncode == 8 * grpc.StatusCode.NOT_FOUND.value[0]  # as buf does it
+    assert done.returncode == 8 * grpc.StatusCode.NOT_FOUND.value[0]  # buf's convention
     assert "no team 'blue'; there are green, pink" in done.stderr
     assert "Overlay-Executed: no" in done.stderr
 
 
-def test_an_outside_client_learns_when_to_try_again(leader_alone: Overlay, buf: Any) -> None:
+def test_an_outside_client_learns_when_to_retry(leader_alone: Overlay, buf: Any) -> None:
     done = buf(url(leader_alone), {}, *SCHEMA)
 
-    said = json.loads(done.stderr)
-    assert said["code"] == "unavailable"
-    assert "A has no live link to B" in said["message"]
-    assert [detail["type"] for detail in said["details"]] == ["google.rpc.RetryInfo"]
+    error = json.loads(done.stderr)
+    assert error["code"] == "unavailable"
+    assert "A has no live link to B" in error["message"]
+    assert [detail["type"] for detail in error["details"]] == ["google.rpc.RetryInfo"]
 
 
 # JavaScript
@@ -177,10 +174,10 @@ def test_an_outside_client_learns_when_to_try_again(leader_alone: Overlay, buf: 
 
 @pytest.fixture(scope="module")
 def javascript(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """Runs client.js with npm's packages in a folder of its own. Skipped where there are none."""
+    """Runs client.js with its npm packages. Skipped if they cannot be installed."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
-        pytest.skip("no node and npm here")
+        pytest.skip("node or npm is missing")
     folder = tmp_path_factory.mktemp("javascript")
     install = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "@grpc/grpc-js@1"]
     try:
@@ -201,7 +198,7 @@ def test_a_javascript_client_gets_answers_and_statuses(six: Overlay, javascript:
     seen = javascript(six.address("A"), "hi")
 
     assert seen["result"] == "C: hi\nD: hi\nF: hi"
-    assert seen["hops"] == EVERYONE
+    assert seen["hops"] == ALL_HOPS
     assert seen["coverage"] == "3/3"
     assert seen["refusal"] == {
         "code": grpc.StatusCode.NOT_FOUND.value[0],
@@ -210,11 +207,11 @@ def test_a_javascript_client_gets_answers_and_statuses(six: Overlay, javascript:
     }
 
 
-# Well-formed requests that cannot be meant
+# Well-formed but invalid requests
 
 FAR = ["Z"]  # as if another process had sent it
 
-NOT_MEANT = {
+INVALID = {
     "mode 7": ({"mode": 7}, "INVALID_ARGUMENT", "mode 7 is not 0 (all) or 1 (any)"),
     "mode -1": ({"mode": -1}, "INVALID_ARGUMENT", "mode -1 is not 0 (all) or 1 (any)"),
     "unknown team": ({"team": "blue"}, "NOT_FOUND", "no team 'blue'"),
@@ -234,9 +231,9 @@ NOT_MEANT = {
 
 
 @pytest.mark.parametrize("process_id", "ABC")
-@pytest.mark.parametrize(("fields", "code", "says"), NOT_MEANT.values(), ids=NOT_MEANT)
-def test_a_request_that_cannot_be_meant_is_refused_before_anything_runs(
-    six: Overlay, process_id: str, fields: dict[str, Any], code: str, says: str
+@pytest.mark.parametrize(("fields", "code", "reason"), INVALID.values(), ids=INVALID)
+def test_an_invalid_request_is_rejected_before_anything_runs(
+    six: Overlay, process_id: str, fields: dict[str, Any], code: str, reason: str
 ) -> None:
     before = runs(six)
 
@@ -244,7 +241,7 @@ def test_a_request_that_cannot_be_meant_is_refused_before_anything_runs(
         six.ask(process_id, **fields)
 
     assert caught.value.code().name == code
-    assert says in caught.value.details()
+    assert reason in caught.value.details()
     assert caught.value.details().isprintable()
     assert dict(caught.value.trailing_metadata())[codec.EXECUTED_KEY] == "no"
     assert runs(six) == before
@@ -252,7 +249,9 @@ def test_a_request_that_cannot_be_meant_is_refused_before_anything_runs(
 
 
 @pytest.mark.parametrize("process_id", "ABC")
-def test_a_process_that_finds_itself_in_the_hop_list_refuses(six: Overlay, process_id: str) -> None:
+def test_a_process_rejects_a_request_with_itself_in_the_hop_list(
+    six: Overlay, process_id: str
+) -> None:
     before = runs(six)
 
     with pytest.raises(grpc.RpcError) as caught:
@@ -264,7 +263,7 @@ def test_a_process_that_finds_itself_in_the_hop_list_refuses(six: Overlay, proce
     assert runs(six) == before
 
 
-def test_a_process_asked_for_a_worker_it_cannot_reach_says_so(six: Overlay) -> None:
+def test_a_target_that_a_process_cannot_reach_is_missing_with_a_reason(six: Overlay) -> None:
     response = six.ask("E", hops=["A"], targets=["C", "D"])
 
     assert [(p.process_id, p.code) for p in response.parts] == [("C", 14), ("D", 0)]
@@ -272,7 +271,7 @@ def test_a_process_asked_for_a_worker_it_cannot_reach_says_so(six: Overlay) -> N
     assert response.parts[0].executed == pb2.NO
 
 
-def test_a_process_that_asks_by_a_single_call_gets_each_workers_bytes(six: Overlay) -> None:
+def test_a_unary_call_from_a_process_gets_each_workers_bytes(six: Overlay) -> None:
     response = six.ask("B", hops=["A"], targets=["C", "D"])
 
     assert [part.result for part in response.parts] == [b"C: hi", b"D: hi"]
@@ -284,7 +283,7 @@ def test_a_client_cannot_choose_targets(six: Overlay) -> None:
     assert [part.process_id for part in response.parts] == ["C", "D", "F"]
 
 
-def test_fields_of_a_newer_client_are_passed_over(six: Overlay) -> None:
+def test_fields_of_a_newer_client_are_ignored(six: Overlay) -> None:
     newer = b"\x0a\x02hi" + b"\xfa\x3e\x05newer" + b"\x18\x00"  # payload, field 1007, mode
 
     response = pb2.Response.FromString(raw(six, "A", newer))
@@ -292,9 +291,9 @@ def test_fields_of_a_newer_client_are_passed_over(six: Overlay) -> None:
     assert response.result == b"C: hi\nD: hi\nF: hi"
 
 
-# Bytes that are no request
+# Bytes that are not a request
 
-NO_REQUEST = {
+NOT_A_REQUEST = {
     "cut off": (b"\x0a\x05ab", "INVALID_ARGUMENT"),
     "all ones": (b"\xff" * 40, "INVALID_ARGUMENT"),
     "bad utf-8": (b"\x22\x02\xff\xfe", "INVALID_ARGUMENT"),
@@ -303,8 +302,8 @@ NO_REQUEST = {
 
 
 @pytest.mark.parametrize("process_id", "AC")
-@pytest.mark.parametrize(("body", "code"), NO_REQUEST.values(), ids=NO_REQUEST)
-def test_a_body_that_is_no_request_gets_a_status_and_runs_nothing(
+@pytest.mark.parametrize(("body", "code"), NOT_A_REQUEST.values(), ids=NOT_A_REQUEST)
+def test_a_body_that_is_not_a_request_gets_a_status_and_runs_nothing(
     six: Overlay, process_id: str, body: bytes, code: str
 ) -> None:
     before = runs(six)
@@ -326,51 +325,51 @@ def test_a_method_that_does_not_exist_is_unimplemented(six: Overlay) -> None:
     assert_unharmed(six, "A")
 
 
-HTTP2_BEGIN = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
-NO_GRPC = {
+NOT_GRPC = {
     "junk": bytes(range(256)) * 40,
     "zeros": bytes(100_000),
     "http 1": b"GET / HTTP/1.1\r\nHost: overlay\r\n\r\n",
     "http 1 post": b"POST /OverlayNode/Forward HTTP/1.1\r\nContent-Length: 2\r\n\r\nhi",
-    "http 2, then junk": HTTP2_BEGIN + bytes([0, 0, 8, 99, 255, 0, 0, 0, 1]) + b"?" * 500,
-    "a frame too large": HTTP2_BEGIN + b"\xff\xff\xff\x00\x00\x00\x00\x00\x01" + bytes(50_000),
+    "http 2, then junk": PREFACE + bytes([0, 0, 8, 99, 255, 0, 0, 0, 1]) + b"?" * 500,
+    "a frame too large": PREFACE + b"\xff\xff\xff\x00\x00\x00\x00\x00\x01" + bytes(50_000),
 }
 
 
-@pytest.mark.parametrize("sent", NO_GRPC.values(), ids=NO_GRPC)
-def test_bytes_that_are_no_grpc_end_that_connection_only(six: Overlay, sent: bytes) -> None:
-    with connection(six, "A") as line:
-        with contextlib.suppress(ConnectionError):  # it may hang up before all is sent
-            line.sendall(sent)
+@pytest.mark.parametrize("sent", NOT_GRPC.values(), ids=NOT_GRPC)
+def test_bytes_that_are_not_grpc_end_only_their_connection(six: Overlay, sent: bytes) -> None:
+    with connect(six, "A") as connection:
+        with contextlib.suppress(ConnectionError):  # it may be closed before all is sent
+            connection.sendall(sent)
 
-        assert ends(line)
+        assert is_closed(connection)
     assert_unharmed(six, "A")
 
 
-def test_a_caller_that_wants_tls_is_turned_away(six: Overlay) -> None:
-    trusting = ssl._create_unverified_context()
+def test_a_caller_that_starts_tls_is_disconnected(six: Overlay) -> None:
+    context = ssl._create_unverified_context()
 
-    with connection(six, "A") as line, pytest.raises((ssl.SSLError, ConnectionError)):
-        trusting.wrap_socket(line)
+    with connect(six, "A") as connection, pytest.raises((ssl.SSLError, ConnectionError)):
+        context.wrap_socket(connection)
 
     assert_unharmed(six, "A")
 
 
-def test_silent_and_broken_connections_hold_nobody_up(six: Overlay) -> None:
+def test_silent_and_broken_connections_delay_no_other_caller(six: Overlay) -> None:
     with contextlib.ExitStack() as silent:
         for _ in range(300):
-            silent.enter_context(connection(six, "A"))
+            silent.enter_context(connect(six, "A"))
         for _ in range(100):
-            with connection(six, "A") as line:
-                line.sendall(HTTP2_BEGIN[:10])
+            with connect(six, "A") as connection:
+                connection.sendall(PREFACE[:10])
                 reset = struct.pack("ii", 1, 0)  # closing sends RST
-                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
 
         assert_unharmed(six, "A")
 
 
-# What the tests share
+# Helpers
 
 
 def finished(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -387,7 +386,7 @@ def finished(command: list[str], **options: Any) -> subprocess.CompletedProcess[
 
 
 def printed(command: list[str], **options: Any) -> str:
-    """What the program prints; fails with its complaint."""
+    """What the program prints. Fails with its error message."""
     done = finished(command, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -400,20 +399,20 @@ def url(overlay: Overlay, method: str = "OverlayNode/Forward", process_id: str =
 def raw(
     overlay: Overlay, process_id: str, body: bytes, method: str = "/OverlayNode/Forward"
 ) -> bytes:
-    """Calls the method with these bytes, from a new connection that lets any size leave."""
+    """Calls the method with these bytes, of any size, on a new connection."""
     options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(overlay.address(process_id), options) as channel:
         return channel.unary_unary(method)(body, timeout=10)
 
 
-def connection(overlay: Overlay, process_id: str) -> socket.socket:
+def connect(overlay: Overlay, process_id: str) -> socket.socket:
     return socket.create_connection(("127.0.0.1", overlay.port(process_id)), timeout=5)
 
 
-def ends(line: socket.socket) -> bool:
-    """Whether the other side hangs up; fails after the socket's timeout."""
+def is_closed(connection: socket.socket) -> bool:
+    """Waits for the other side to close it. Raises TimeoutError."""
     try:
-        while line.recv(65_536):
+        while connection.recv(65_536):
             pass
     except ConnectionError:
         pass
@@ -421,22 +420,22 @@ def ends(line: socket.socket) -> bool:
 
 
 def runs(overlay: Overlay) -> int:
-    """How many requests the workers' handlers have seen."""
+    """How many requests the workers' handlers have got."""
     seen = [overlay.metrics(worker).handlers[0] for worker in "CDF"]
     return sum(found.active + found.completed + found.failed for found in seen)
 
 
 def assert_unharmed(overlay: Overlay, process_id: str) -> None:
-    """The process serves a new client, and neither its log nor its console has a traceback."""
+    """The process serves a new client, its log has no traceback, and it has printed nothing."""
     response = pb2.Response.FromString(raw(overlay, process_id, b""))
     assert all(part.code == 0 for part in response.parts)
     assert overlay.processes[process_id].poll() is None
     assert "Traceback" not in overlay.log(process_id)
-    assert said_on_console(overlay, process_id) == ""
+    assert printed_by(overlay, process_id) == ""
 
 
-def said_on_console(overlay: Overlay, process_id: str) -> str:
-    """What the process has printed since it said that it serves."""
+def printed_by(overlay: Overlay, process_id: str) -> str:
+    """What the process has printed since its line "serves on"."""
     console = overlay.processes[process_id].stdout.buffer
     os.set_blocking(console.fileno(), False)
     return (console.read1(65_536) or b"").decode()

@@ -1,5 +1,5 @@
-"""A request or an answer that is too large for a process is refused alone, whoever notices, and
-whatever each process's file says of max_message_mib."""
+"""A request or an answer that is too large is refused alone, whichever process notices, also when
+max_message_mib differs between processes."""
 
 from __future__ import annotations
 
@@ -41,41 +41,28 @@ HANDLERS = {
 class Mixed(Overlay):
     """Six processes whose files differ in max_message_mib."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], limits: dict[str, int]) -> None:
-        super().__init__(folder, config)
+    def __init__(self, folder: Path, limits: dict[str, int]) -> None:
+        super().__init__(folder, six_processes(handlers=HANDLERS))
         (folder / "mine.py").write_text(MODULE)
-        for process_id in config["processes"]:
-            mine = {**config, "max_message_mib": limits.get(process_id, 16)}
-            (folder / f"{process_id}.json").write_text(json.dumps(mine))
-
-    def _node(self, process_id: str) -> list[str]:
-        return [sys.executable, str(ROOT / "node.py"), f"{process_id}.json", process_id]
+        for process_id, limit in limits.items():
+            mine = {**self.config, "max_message_mib": limit}
+            self.files[process_id] = f"{process_id}.json"
+            (folder / self.files[process_id]).write_text(json.dumps(mine))
 
 
-@pytest.fixture(scope="module", params=[1, 32])  # less and more than the default
+@pytest.fixture(scope="module", params=[1, 20])  # less and more than the default
 def equal(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[tuple[Overlay, int]]:
     limits = dict.fromkeys("ABCDEF", request.param)
-    yield from served(Mixed(tmp_path_factory.mktemp("equal"), six(), limits), request.param)
+    with Mixed(tmp_path_factory.mktemp("equal"), limits) as made:
+        yield made.start(), request.param
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: Any) -> Iterator[Overlay]:
     """A takes 64 MiB, the team leaders 16, D 1 and the other workers 64."""
     limits = {"A": 64, "B": 16, "E": 16, "D": 1, "C": 64, "F": 64}
-    for made, _ in served(Mixed(tmp_path_factory.mktemp("mixed"), six(), limits), 0):
-        yield made
-
-
-def six() -> dict[str, Any]:
-    return six_processes(handlers=HANDLERS)
-
-
-def served(made: Overlay, limit: int) -> Iterator[tuple[Overlay, int]]:
-    try:
-        made.start()
-        yield made, limit
-    finally:
-        made.stop()
+    with Mixed(tmp_path_factory.mktemp("mixed"), limits) as made:
+        yield made.start()
 
 
 def first_call(client: Client, payload: bytes) -> bytes:
@@ -115,7 +102,7 @@ WAYS = [first_call, by_future, by_map, by_parts, by_forward, by_asyncio]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_the_file_allows_is_answered_and_more_is_refused_with_proof(
+def test_a_payload_of_the_maximum_size_is_answered_and_a_larger_one_refused_with_proof(
     equal: tuple[Overlay, int], way: Callable[[Client, bytes], bytes]
 ) -> None:
     made, limit = equal
@@ -126,7 +113,7 @@ def test_what_the_file_allows_is_answered_and_more_is_refused_with_proof(
     assert raised.value.executed is Executed.NO
 
 
-def test_one_that_is_too_large_ends_alone(equal: tuple[Overlay, int]) -> None:
+def test_only_the_call_that_is_too_large_fails(equal: tuple[Overlay, int]) -> None:
     made, limit = equal
     with overlay.connect(made.address("A")) as client:
         others = [client.submit("slow", b"%d" % n, timeout=60) for n in range(20)]
@@ -137,7 +124,7 @@ def test_one_that_is_too_large_ends_alone(equal: tuple[Overlay, int]) -> None:
         assert [other.result().split()[1] for other in others] == [b"%d" % n for n in range(20)]
 
 
-def test_the_first_of_all_calls_knows_the_limit(equal: tuple[Overlay, int]) -> None:
+def test_a_clients_first_call_already_knows_the_limit(equal: tuple[Overlay, int]) -> None:
     made, limit = equal
 
     async def ask() -> None:
@@ -150,7 +137,7 @@ def test_the_first_of_all_calls_knows_the_limit(equal: tuple[Overlay, int]) -> N
     asyncio.run(ask())
 
 
-def test_many_rows_that_are_larger_together_than_a_message_are_all_answered(
+def test_rows_that_together_exceed_a_message_are_all_answered(
     equal: tuple[Overlay, int],
 ) -> None:
     made, limit = equal
@@ -160,7 +147,7 @@ def test_many_rows_that_are_larger_together_than_a_message_are_all_answered(
     assert found == [str(len(row)).encode()] * 10
 
 
-def test_the_command_tells_the_limit(equal: tuple[Overlay, int], tmp_path: Path) -> None:
+def test_the_command_line_reports_the_limit(equal: tuple[Overlay, int], tmp_path: Path) -> None:
     made, limit = equal
     body = tmp_path / "body"
     body.write_bytes(bytes((limit + 4) * MIB))
@@ -175,10 +162,10 @@ def test_the_command_tells_the_limit(equal: tuple[Overlay, int], tmp_path: Path)
 ENV = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-# Files that differ.
+# Different limits
 
 
-def test_a_request_too_large_for_the_next_process_is_refused_alone_and_says_both_limits(
+def test_a_request_too_large_for_the_next_process_fails_alone_and_names_both_limits(
     mixed: Overlay,
 ) -> None:
     with overlay.connect(mixed.address("A")) as client:
@@ -199,20 +186,20 @@ def test_a_request_too_large_for_the_next_process_is_refused_alone_and_says_both
         assert {n.failed for n in mixed.metrics("B").neighbours} <= {0}
 
 
-def test_one_worker_that_takes_less_costs_its_own_part(mixed: Overlay) -> None:
+def test_a_worker_with_a_lower_limit_costs_only_its_own_part(mixed: Overlay) -> None:
     with overlay.connect(mixed.address("A")) as client:
         answer = client.call(bytes(5 * MIB), handler="sized", timeout=60)
         unary = client.forward(bytes(5 * MIB), handler="sized", timeout=60)
-        early = {p.process_id: p for p in client.parts(bytes(5 * MIB), handler="sized", timeout=60)}
+        parts = {p.process_id: p for p in client.parts(bytes(5 * MIB), handler="sized", timeout=60)}
     for found in (answer, unary):
         (missing,) = found.missing
         assert (missing.process_id, missing.executed) == ("D", Executed.NO)
         assert "D takes" in missing.reason
         assert "1,048,576" in missing.reason
-    assert {who: part.ok for who, part in early.items()} == {"C": True, "F": True, "D": False}
+    assert {worker: part.ok for worker, part in parts.items()} == {"C": True, "F": True, "D": False}
 
 
-def test_any_one_is_found_that_takes_it(mixed: Overlay) -> None:
+def test_mode_any_finds_a_worker_whose_limit_is_high_enough(mixed: Overlay) -> None:
     with overlay.connect(mixed.address("A")) as client:
         for _ in range(10):
             found = client.call(bytes(5 * MIB), mode="any", handler="sized", timeout=60)
@@ -220,7 +207,7 @@ def test_any_one_is_found_that_takes_it(mixed: Overlay) -> None:
             assert found.parts[0].process_id in "CF"
 
 
-def test_an_answer_too_large_for_the_process_above_is_refused_alone(mixed: Overlay) -> None:
+def test_only_the_call_with_an_answer_too_large_for_the_process_above_fails(mixed: Overlay) -> None:
     with overlay.connect(mixed.address("A")) as client:
         others = [client.submit("slow", b"%d" % n, timeout=60) for n in range(20)]
         with pytest.raises(CallFailed, match="max_message_mib") as raised:
@@ -234,7 +221,7 @@ def test_an_answer_too_large_for_the_process_above_is_refused_alone(mixed: Overl
         assert len(good.result) == 12 * MIB
 
 
-def test_a_restart_with_another_limit_is_noticed(mixed: Overlay) -> None:
+def test_a_client_notices_a_restart_with_another_limit(mixed: Overlay) -> None:
     folder = mixed.folder
     with overlay.connect(mixed.address("D")) as client:
         assert client.call(b"12", handler="sized").result == b"2"
@@ -254,11 +241,11 @@ def test_a_restart_with_another_limit_is_noticed(mixed: Overlay) -> None:
             (folder / "D.json").write_text(before)
 
 
-# What a stranger's metadata may hold.
+# The limit in the metadata
 
 
 @pytest.mark.parametrize(
-    ("said", "found"),
+    ("value", "limit"),
     [
         ("1048576", MIB),
         ("1073741824", 1024 * MIB),
@@ -267,6 +254,6 @@ def test_a_restart_with_another_limit_is_noticed(mixed: Overlay) -> None:
         (None, None),
     ],
 )
-def test_a_limit_is_a_number_within_the_files_range_or_nobody_said_it(said, found) -> None:
-    metadata = [] if said is None else [(codec.MAX_BYTES_KEY, said)]
-    assert codec.read_max_bytes(metadata) == found
+def test_a_limit_outside_the_configurable_range_is_ignored(value, limit) -> None:
+    metadata = [] if value is None else [(codec.MAX_BYTES_KEY, value)]
+    assert codec.read_max_bytes(metadata) == limit

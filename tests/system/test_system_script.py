@@ -1,4 +1,4 @@
-"""test_system.py against real processes, and what it thinks of wrong answers."""
+"""test_system.py on real processes, and its judgement of wrong answers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from overlay.model.segments import Code, Part
 from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes
 
 
-def run(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """test_system.py as a user starts it."""
+def run(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs test_system.py as a user does."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "test_system.py"), *map(str, words)],
+        [sys.executable, str(ROOT / "test_system.py"), *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -36,9 +36,9 @@ def run(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def wounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A to F, of which F is dead."""
-    with running(tmp_path_factory.mktemp("wounded"), six_processes()) as found:
+def without_f(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    """A to F; F was killed."""
+    with running(tmp_path_factory.mktemp("without_f"), six_processes()) as found:
         found.kill("F")
         yield found
 
@@ -61,33 +61,33 @@ def test_the_users_three_tests_pass_on_every_role(
     assert "10 of 10 answered in full; latency min/median/max" in done.stdout
 
 
-def test_it_may_be_run_again_and_again_and_beside_itself(six: Overlay) -> None:
+def test_it_can_run_concurrently(six: Overlay) -> None:
     with ThreadPoolExecutor(4) as pool:
-        runs = list(pool.map(lambda _: run("127.0.0.1", six.port("A")), range(8)))
+        runs = list(pool.map(lambda _: run("127.0.0.1", six.port("A")), range(4)))
 
-    assert [done.returncode for done in runs] == [0] * 8, [done.stdout for done in runs]
+    assert [done.returncode for done in runs] == [0] * 4, [done.stdout for done in runs]
 
 
-def test_a_dead_worker_fails_it_and_it_says_where_to_look(wounded: Overlay) -> None:
-    done = run("127.0.0.1", wounded.port("A"))
+def test_it_fails_for_a_dead_worker_and_says_where_to_look(without_f: Overlay) -> None:
+    done = run("127.0.0.1", without_f.port("A"))
 
     assert done.returncode == 1
     assert "FAIL  single request: 2 of 3 workers answered" in done.stdout
     assert "missing worker F: " in done.stdout
     assert "(10 times)" in done.stdout
-    assert f"see whether F runs at {wounded.address('F')}" in done.stdout
+    assert f"see whether F runs at {without_f.address('F')}" in done.stdout
     assert "logs/process_f.log" in done.stdout
     assert "python client.py check CONFIG" in done.stdout
 
 
-def test_a_dead_neighbour_fails_it(wounded: Overlay) -> None:
-    done = run("127.0.0.1", wounded.port("E"))
+def test_it_fails_for_a_dead_neighbour(without_f: Overlay) -> None:
+    done = run("127.0.0.1", without_f.port("E"))
 
     assert done.returncode == 1
     assert "FAIL  neighbours: 1 of 2 up" in done.stdout
 
 
-def test_where_nothing_serves_it_says_so_within_seconds() -> None:
+def test_it_reports_within_seconds_that_nothing_serves() -> None:
     began = time.monotonic()
 
     done = run("127.0.0.1", free_port())
@@ -100,33 +100,33 @@ def test_where_nothing_serves_it_says_so_within_seconds() -> None:
     assert done.stdout == ""
 
 
-def test_another_grpc_server_is_not_taken_for_an_overlay() -> None:
+def test_another_grpc_server_is_not_mistaken_for_an_overlay() -> None:
     from grpc import server
     from grpc_health.v1 import health, health_pb2_grpc
 
     with ThreadPoolExecutor(2) as pool:
-        stranger = server(pool)
-        health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), stranger)
-        number = stranger.add_insecure_port("127.0.0.1:0")
-        stranger.start()
-        done = run("127.0.0.1", number)
-        stranger.stop(0).wait(5)
+        other = server(pool)
+        health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), other)
+        port = other.add_insecure_port("127.0.0.1:0")
+        other.start()
+        done = run("127.0.0.1", port)
+        other.stop(0).wait(5)
 
     assert done.returncode == 1
     assert "is not a process of an overlay" in done.stderr
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["127.0.0.1"], ["127.0.0.1", "x"], ["127.0.0.1", "1", "2"], ["a b", "1"]]
+    "arguments", [[], ["127.0.0.1"], ["127.0.0.1", "x"], ["127.0.0.1", "1", "2"], ["a b", "1"]]
 )
-def test_wrong_arguments_get_one_sentence(words: list[str]) -> None:
-    done = run(*words)
+def test_invalid_arguments_get_an_error_of_one_line(arguments: list[str]) -> None:
+    done = run(*arguments)
 
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_users_own_default_handler_is_not_run_unasked(
+def test_a_users_default_handler_does_not_run_unless_named(
     overlays: Callable[..., Overlay], tmp_path: Path
 ) -> None:
     ran = tmp_path / "ran"
@@ -141,18 +141,20 @@ def count(payload, context):
 """
     found = overlays(module, config=config)
 
-    untouched = run("127.0.0.1", found.port("A"))
-    before = ran.exists()
-    asked_for = run("127.0.0.1", found.port("A"), "--handler", "count", "--payload", "some words")
+    default = run("127.0.0.1", found.port("A"))
+    ran_by_default = ran.exists()
+    named = run("127.0.0.1", found.port("A"), "--handler", "count", "--payload", "two words")
 
-    assert untouched.returncode == 0, untouched.stdout
-    assert "handler echo" in untouched.stdout
-    assert not before
-    assert asked_for.returncode == 0, asked_for.stdout
+    assert default.returncode == 0, default.stdout
+    assert "handler echo" in default.stdout
+    assert not ran_by_default
+    assert named.returncode == 0, named.stdout
     assert ran.stat().st_size == 3 + 10 * 3 + script.IN_A_ROW
 
 
-def test_a_failing_handler_sends_one_to_its_log(overlays: Callable[..., Overlay]) -> None:
+def test_for_a_failing_handler_it_points_to_the_workers_log(
+    overlays: Callable[..., Overlay],
+) -> None:
     module = "def boom(payload, context): raise ValueError('no')"
     found = overlays(module, handlers={"boom": "mine:boom"})
 
@@ -165,31 +167,31 @@ def test_a_failing_handler_sends_one_to_its_log(overlays: Callable[..., Overlay]
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_its_output_survives_every_code_page(six: Overlay, encoding: str) -> None:
-    words = ("127.0.0.1", six.port("C"), "--payload", "Grüße 中文")
+    arguments = ("127.0.0.1", six.port("C"), "--payload", "Grüße 中文")
 
-    assert run(*words, PYTHONIOENCODING=encoding).returncode == 0
+    assert run(*arguments, PYTHONIOENCODING=encoding).returncode == 0
 
 
-def test_a_reader_that_leaves_does_not_change_the_exit_code(six: Overlay, wounded: Overlay) -> None:
-    for found, code in ((six, 0), (wounded, 1)):
-        left = subprocess.Popen(
+def test_a_closed_pipe_does_not_change_the_exit_code(six: Overlay, without_f: Overlay) -> None:
+    for found, code in ((six, 0), (without_f, 1)):
+        process = subprocess.Popen(
             [sys.executable, str(ROOT / "test_system.py"), "127.0.0.1", str(found.port("A"))],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        left.stdout.close()
+        process.stdout.close()
 
-        complaint = left.stderr.read()
-        left.stderr.close()
-        assert (left.wait(20), complaint) == (code, b"")
+        errors = process.stderr.read()
+        process.stderr.close()
+        assert (process.wait(20), errors) == (code, b"")
 
 
-# What it thinks of answers
+# How it judges answers
 
 
 @pytest.fixture
 def asked(six: Overlay) -> Iterator[script.Asked]:
-    """What test_system.py has learnt of A before its first test."""
+    """What test_system.py knows about A before its first test."""
     arguments = argparse.Namespace(
         host="127.0.0.1", port=six.port("A"), handler="", payload="hi", deadline=5
     )
@@ -208,7 +210,7 @@ def test_a_good_answer_has_no_problem(asked: script.Asked) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "problem"),
     [
         ({"parts": good_answer().parts[:2]}, "worker F is not in the answer"),
         ({"parts": (*good_answer().parts, good_answer().parts[0])}, "C is in the answer 2 times"),
@@ -234,16 +236,16 @@ def test_a_good_answer_has_no_problem(asked: script.Asked) -> None:
         ),
     ],
 )
-def test_every_flaw_of_an_answer_is_a_problem(
-    asked: script.Asked, wrong: dict[str, object], says: str
+def test_every_flaw_of_an_answer_is_reported(
+    asked: script.Asked, wrong: dict[str, object], problem: str
 ) -> None:
     found = script.problems_of(replace(good_answer(), **wrong), asked, "hi")
 
-    assert says in [problem.what for problem in found]
-    assert all(problem.advice for problem in found)
+    assert problem in [each.what for each in found]
+    assert all(each.advice for each in found)
 
 
-def test_what_to_expect_depends_on_the_role(six: Overlay) -> None:
+def test_the_expected_workers_depend_on_the_role(six: Overlay) -> None:
     expected = {}
     for process_id in "ABCDEF":
         with overlay.connect(six.address(process_id)) as client:

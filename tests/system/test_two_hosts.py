@@ -1,7 +1,6 @@
 """The shipped configuration, unchanged, on two hosts with its real addresses.
 
-The hosts are network namespaces of this Linux machine, see tests/harness/hosts.py. What was
-measured is printed; `pytest -rP tests/system/test_two_hosts.py` shows it.
+The hosts are network namespaces, see tests/harness/hosts.py. `pytest -rP` shows the measured times.
 """
 
 from __future__ import annotations
@@ -33,14 +32,12 @@ from tests.harness.hosts import (
 )
 
 pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="network namespaces are a thing of Linux"
+    not sys.platform.startswith("linux"), reason="network namespaces need Linux"
 )
 
-NOTICED_S = (
-    5.0  # how soon a dead link must be known; see the keepalive options in overlay.transport.codec
-)
-HEALED_S = 5.0  # how soon it must serve again
-LATE_S = 1.0  # how much later than its deadline a call may end: two busy cores
+NOTICED_S = 5.0  # until a dead link is down; see the keepalive options in transport.endpoints
+HEALED_S = 5.0  # until it serves again
+LATE_S = 1.0  # how late a call may end, on two busy cores
 EVERYONE = "A B C E D F"
 DOCTOR = [sys.executable, "client.py", "doctor"]
 COMMAND = [sys.executable, "client.py", ADDRESSES[1], "50051"]
@@ -48,7 +45,7 @@ COMMAND = [sys.executable, "client.py", ADDRESSES[1], "50051"]
 
 @pytest.fixture(scope="module")
 def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SixOnTwoHosts]:
-    """All six, started. A test that cuts or freezes something mends it again."""
+    """All six, started. A test that cuts or freezes something restores it."""
     with hosts_or_reason() as hosts:
         yield from started(tmp_path_factory.mktemp("two"), hosts, IDS)
 
@@ -62,14 +59,14 @@ def stopped_hosts(tmp_path: Path) -> Iterator[SixOnTwoHosts]:
 
 @pytest.fixture(scope="module")
 def slow_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SixOnTwoHosts]:
-    """All six, with 50 ms from host to host, 100 ms there and back."""
+    """All six, with 100 ms of round-trip time between the hosts."""
     with hosts_or_reason(delay_ms=50) as hosts:
         yield from started(tmp_path_factory.mktemp("slow"), hosts, IDS)
 
 
 @contextlib.contextmanager
 def hosts_or_reason(delay_ms: float = 0) -> Iterator[Hosts]:
-    """Two hosts. Where they cannot be made the test is skipped, or fails in CI."""
+    """Two hosts. If they cannot be created, the test is skipped, or fails in CI."""
     try:
         hosts = SlowHosts(delay_ms) if delay_ms else Hosts()
     except CannotBuild as e:
@@ -85,14 +82,11 @@ def give_up(why: CannotBuild) -> None:
 
 
 def started(folder: Path, hosts: Hosts, ids: str) -> Iterator[SixOnTwoHosts]:
-    overlay = SixOnTwoHosts(folder, hosts)
-    try:
+    with SixOnTwoHosts(folder, hosts) as overlay:
         yield overlay.start(*ids) if ids else overlay
-    finally:
-        overlay.stop()
 
 
-# All is well
+# Normal operation
 
 
 @pytest.mark.parametrize("host", ADDRESSES)
@@ -117,14 +111,14 @@ def test_every_process_answers_a_client_on_either_host(
     assert reply.coverage == f"{len(workers)}/{len(workers)}"
 
 
-def test_any_goes_to_one_worker_and_in_turn_to_each(two_hosts: SixOnTwoHosts) -> None:
+def test_mode_any_asks_one_worker_and_reaches_each(two_hosts: SixOnTwoHosts) -> None:
     replies = [two_hosts.ask("A", host=1 + i % 2, mode="ANY") for i in range(12)]
 
     assert all(len(reply.response.parts) == 1 for reply in replies)
     assert {reply.answered for reply in replies} == {"C", "D", "F"}
 
 
-def test_any_reaches_each_worker_also_after_many_requests_to_all(two_hosts: SixOnTwoHosts) -> None:
+def test_mode_any_reaches_each_worker_after_many_requests_to_all(two_hosts: SixOnTwoHosts) -> None:
     for call in [two_hosts.begin("A") for _ in range(50)]:
         assert call.result(10).answered == "CDF"
 
@@ -135,7 +129,7 @@ def test_any_reaches_each_worker_also_after_many_requests_to_all(two_hosts: SixO
 
 @pytest.mark.parametrize("host", ADDRESSES)
 @pytest.mark.parametrize(
-    ("command", "says"),
+    ("command", "expected"),
     [
         (COMMAND, ["3 of 3 workers answered", EVERYONE]),
         ([*COMMAND, "--mode", "any"], ["1 of 1 worker answered"]),
@@ -147,17 +141,17 @@ def test_any_reaches_each_worker_also_after_many_requests_to_all(two_hosts: SixO
     ],
     ids=["request", "any", "check", "logs", "check all", "doctor", "test_system"],
 )
-def test_the_commands_work_from_either_host(
-    two_hosts: SixOnTwoHosts, host: int, command: list[str], says: list[str]
+def test_every_command_works_from_either_host(
+    two_hosts: SixOnTwoHosts, host: int, command: list[str], expected: list[str]
 ) -> None:
     done = two_hosts.hosts.run(host, *command)
 
     assert done.returncode == 0, done.stdout
-    for words in says:
+    for words in expected:
         assert words in done.stdout
 
 
-def test_logs_lie_beside_the_configuration_that_was_started(two_hosts: SixOnTwoHosts) -> None:
+def test_logs_are_written_beside_the_configuration(two_hosts: SixOnTwoHosts) -> None:
     assert two_hosts.path.read_bytes() == SHIPPED.read_bytes()
     for process_id in IDS:
         address = two_hosts.address(process_id)
@@ -183,7 +177,7 @@ def test_the_workers_may_start_first(stopped_hosts: SixOnTwoHosts) -> None:
     assert " ".join(reply.response.hops) == EVERYONE
 
 
-def test_the_leader_may_start_first_and_says_who_is_missing(stopped_hosts: SixOnTwoHosts) -> None:
+def test_the_leader_may_start_first_and_names_missing_workers(stopped_hosts: SixOnTwoHosts) -> None:
     stopped_hosts.start_in_turn("A")
     alone = stopped_hosts.ask("A", timeout=3)
     stopped_hosts.start_in_turn(*"EBFDC")
@@ -197,7 +191,7 @@ def test_the_leader_may_start_first_and_says_who_is_missing(stopped_hosts: SixOn
     assert " ".join(reply.response.hops) == EVERYONE
 
 
-# The wire is cut
+# A cut link
 
 
 def test_a_cut_while_idle_is_noticed_and_heals_without_a_restart(two_hosts: SixOnTwoHosts) -> None:
@@ -207,24 +201,24 @@ def test_a_cut_while_idle_is_noticed_and_heals_without_a_restart(two_hosts: SixO
 
         here = two_hosts.ask("A", timeout=3)
         there = two_hosts.ask("E", host=2, timeout=3)
-        nobody = two_hosts.ask("A", host=2, timeout=2)
+        cut_off = two_hosts.ask("A", host=2, timeout=2)
 
-        # D is asked over B, the second way, because its own team's leader is on the far side.
+        # D is reached through B, because its own team leader is on the other host.
         assert (here.answered, here.coverage) == ("D", "1/3; missing=C,F")
         assert " ".join(here.response.hops) == "A B D"
         assert set(here.missing) == {"C", "F"}
         assert all(here.missing.values())
         assert (there.answered, there.coverage) == ("F", "1/2; missing=D")
-        assert nobody.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
-        assert max(r.took_s for r in (here, there, nobody)) < 2 + LATE_S
+        assert cut_off.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+        assert max(r.took_s for r in (here, there, cut_off)) < 2 + LATE_S
 
     until_all_answer(two_hosts)
-    # The other host's own connection to A may still find out that it was cut.
+    # The client on the other host may still have to notice that its connection is broken.
     until(lambda: two_hosts.ask("A", host=2).answered == "CDF", 5)
     assert {p: two_hosts.metrics(p).pid for p in IDS} == pids
 
 
-def test_each_call_during_a_cut_ends_by_its_deadline_and_tells_the_truth(
+def test_each_call_during_a_cut_ends_by_its_deadline_with_a_true_answer(
     two_hosts: SixOnTwoHosts,
 ) -> None:
     before = runs(two_hosts)
@@ -260,7 +254,7 @@ def test_a_cut_of_a_third_of_a_second_loses_nothing(two_hosts: SixOnTwoHosts) ->
 
 
 @pytest.mark.parametrize("deaf", ADDRESSES)
-def test_a_wire_cut_in_one_direction_counts_as_cut(two_hosts: SixOnTwoHosts, deaf: int) -> None:
+def test_a_link_cut_in_one_direction_counts_as_cut(two_hosts: SixOnTwoHosts, deaf: int) -> None:
     with deaf_host(two_hosts, deaf):
         measured(
             f"host {deaf} deaf, noticed",
@@ -274,7 +268,7 @@ def test_a_wire_cut_in_one_direction_counts_as_cut(two_hosts: SixOnTwoHosts, dea
     until_all_answer(two_hosts)
 
 
-def test_doctor_says_from_either_side_of_a_closed_wire_what_it_can_be(
+def test_doctor_explains_a_blocked_link_from_either_side(
     two_hosts: SixOnTwoHosts,
 ) -> None:
     look = [*DOCTOR, SHIPPED.name, "--deadline", "1"]
@@ -292,7 +286,7 @@ def test_doctor_says_from_either_side_of_a_closed_wire_what_it_can_be(
     until_all_answer(two_hosts)
 
 
-def test_a_frozen_team_leader_is_noticed_and_its_team_reached_around_it(
+def test_a_frozen_team_leader_is_noticed_and_routed_around(
     two_hosts: SixOnTwoHosts,
 ) -> None:
     with frozen(two_hosts, "E"):
@@ -300,8 +294,8 @@ def test_a_frozen_team_leader_is_noticed_and_its_team_reached_around_it(
         measured("frozen E noticed", lambda: not link_up(two_hosts, "AE"))
         reply = two_hosts.ask("A")
 
-        # Nobody could know yet: C answers, and what E was asked for counts as missing when its
-        # silence is noticed, which is long before the deadline of 10 s.
+        # The first request is sent before the freeze is known. E's workers are missing from its
+        # answer as soon as E's silence is noticed, well before the deadline of 10 s.
         assert (first.answered, first.coverage) == ("C", "1/3; missing=D,F")
         assert all("no answer from E" in first.missing[worker] for worker in "DF")
         assert first.took_s < NOTICED_S + LATE_S
@@ -311,24 +305,22 @@ def test_a_frozen_team_leader_is_noticed_and_its_team_reached_around_it(
     until_all_answer(two_hosts)
 
 
-# The wire is slow
+# A slow link
 
 
 @pytest.mark.parametrize("host", ADDRESSES)
-def test_with_100_ms_there_and_back_all_answer_within_a_second(
-    slow_hosts: SixOnTwoHosts, host: int
-) -> None:
+def test_over_a_slow_link_all_answer_within_a_second(slow_hosts: SixOnTwoHosts, host: int) -> None:
     slow_hosts.ask("A", host=host, wait=True)  # the client's own connection
     replies = [slow_hosts.ask("A", host=host, timeout=1) for _ in range(5)]
 
     took_ms = sorted(reply.took_s * 1000 for reply in replies)
     print(f"ALL from host {host}: {took_ms[0]:.0f} to {took_ms[-1]:.0f} ms")
     assert {reply.answered for reply in replies} == {"CDF"}
-    # A to E and E to D each take 100 ms; from host 2 the client's own way too.
+    # A to E and E to D take 100 ms each, and so does the client's own call from host 2.
     assert 200 + 100 * (host == 2) <= took_ms[0] < 400 + 100 * (host == 2)
 
 
-def test_with_100_ms_there_and_back_any_takes_one_way(slow_hosts: SixOnTwoHosts) -> None:
+def test_over_a_slow_link_mode_any_asks_one_worker(slow_hosts: SixOnTwoHosts) -> None:
     replies = [slow_hosts.ask("A", mode="ANY", timeout=1) for _ in range(6)]
 
     took_ms = {reply.answered: round(reply.took_s * 1000) for reply in replies}
@@ -347,7 +339,7 @@ def test_a_new_client_reaches_a_far_process_at_its_first_attempt(slow_hosts: Six
 
 
 @pytest.mark.parametrize(("host", "deadline_s"), [(1, 1), (1, 2), (2, 2)])
-def test_over_a_slow_wire_a_frozen_worker_costs_only_its_own_part(
+def test_over_a_slow_link_a_frozen_worker_costs_only_its_own_part(
     slow_hosts: SixOnTwoHosts, host: int, deadline_s: int
 ) -> None:
     slow_hosts.ask("A", host=host, wait=True)
@@ -361,12 +353,12 @@ def test_over_a_slow_wire_a_frozen_worker_costs_only_its_own_part(
     until_all_answer(slow_hosts)
 
 
-def test_over_a_slow_wire_a_worker_known_to_be_frozen_is_not_waited_for(
+def test_over_a_slow_link_a_worker_known_to_be_frozen_is_not_waited_for(
     slow_hosts: SixOnTwoHosts,
 ) -> None:
     with frozen(slow_hosts, "F"):
         measured("frozen F noticed", lambda: not link_up(slow_hosts, "EF"))
-        until(lambda: link_down_s(slow_hosts, "EF") > 1)  # before that, its return is waited for
+        until(lambda: link_down_s(slow_hosts, "EF") > 1)  # before that, requests wait for it
         reply = slow_hosts.ask("A", timeout=2)
 
         assert (reply.answered, reply.coverage) == ("CD", "2/3; missing=F")
@@ -377,7 +369,7 @@ def test_over_a_slow_wire_a_worker_known_to_be_frozen_is_not_waited_for(
 # The hosts themselves
 
 
-def test_nothing_is_left_of_the_hosts_even_when_the_tests_are_killed() -> None:
+def test_the_hosts_are_removed_even_when_the_tests_are_killed() -> None:
     with hosts_or_reason():
         pass  # skips where hosts cannot be made
     build = (
@@ -400,23 +392,23 @@ def test_nothing_is_left_of_the_hosts_even_when_the_tests_are_killed() -> None:
     until(lambda: not Path(f"/proc/{relay}").exists(), what=f"process {relay} ended")
 
 
-# What the tests share
+# Helpers
 
-ACROSS = ("AE", "BC", "ED")  # the links from host to host: who asks whom
-
-
-def link(overlay: SixOnTwoHosts, who: str) -> pb2.Neighbour:
-    """What the first of the two ids says of its link to the second."""
-    asks, asked = who
-    return next(n for n in overlay.metrics(asks).neighbours if n.process_id == asked)
+ACROSS = ("AE", "BC", "ED")  # the links between the hosts: from, to
 
 
-def link_up(overlay: SixOnTwoHosts, who: str) -> bool:
-    return link(overlay, who).state == "up"
+def link(overlay: SixOnTwoHosts, ids: str) -> pb2.Neighbour:
+    """What the first of the two processes reports about its link to the second."""
+    near, far = ids
+    return next(n for n in overlay.metrics(near).neighbours if n.process_id == far)
 
 
-def link_down_s(overlay: SixOnTwoHosts, who: str) -> float:
-    found = link(overlay, who)
+def link_up(overlay: SixOnTwoHosts, ids: str) -> bool:
+    return link(overlay, ids).state == "up"
+
+
+def link_down_s(overlay: SixOnTwoHosts, ids: str) -> float:
+    found = link(overlay, ids)
     return found.since_s if found.state == "down" else 0.0
 
 
@@ -466,12 +458,12 @@ def frozen(overlay: SixOnTwoHosts, process_id: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def asking(overlay: SixOnTwoHosts, timeout: float) -> Iterator[list[Future[Reply]]]:
-    """Asks A for all answers 50 times a second, from a thread of its own, until the block ends."""
+    """Sends 50 requests a second to A, in its own thread, until the block ends."""
     calls: list[Future[Reply]] = []
-    enough = threading.Event()
+    stop = threading.Event()
 
     def ask() -> None:
-        while not enough.wait(0.02):
+        while not stop.wait(0.02):
             calls.append(overlay.begin("A", timeout=timeout))
 
     thread = threading.Thread(target=ask, name="asking")
@@ -479,12 +471,12 @@ def asking(overlay: SixOnTwoHosts, timeout: float) -> Iterator[list[Future[Reply
     try:
         yield calls
     finally:
-        enough.set()
+        stop.set()
         thread.join()
 
 
 def answered_last(calls: list[Future[Reply]]) -> str:
-    """Who answered the newest call that has ended."""
+    """The workers that answered the newest call that has ended."""
     return next((c.result().answered for c in reversed(calls) if c.done()), "")
 
 
@@ -497,15 +489,15 @@ def runs(overlay: SixOnTwoHosts) -> dict[str, int]:
 def assert_truthful(reply: Reply) -> None:
     if reply.code != "OK":
         assert reply.code in ("DEADLINE_EXCEEDED", "UNAVAILABLE", "RESOURCE_EXHAUSTED"), reply
-        if reply.code == "RESOURCE_EXHAUSTED":  # too little time for those that wait before it
+        if reply.code == "RESOURCE_EXHAUSTED":  # too little time, given the queue
             assert reply.trailers["overlay-executed"] == "no", reply
         assert reply.details, reply
         return
     parts = reply.response.parts
     names = [part.process_id for part in parts]
     missing = ",".join(part.process_id for part in parts if part.code)
-    says = f"{len(reply.answered)}/3" + (f"; missing={missing}" if missing else "")
-    assert (names, reply.coverage) == (["C", "D", "F"], says)
+    expected = f"{len(reply.answered)}/3" + (f"; missing={missing}" if missing else "")
+    assert (names, reply.coverage) == (["C", "D", "F"], expected)
     assert all(bool(part.reason) == bool(part.code) for part in parts), reply.missing
 
 
@@ -514,19 +506,19 @@ def tally(replies: list[Reply]) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 
-# Who may stop a process
+# Admission to drain
 
 
-def test_a_process_is_drained_from_its_own_machine_only(stopped_hosts: SixOnTwoHosts) -> None:
+def test_a_process_can_only_be_drained_from_its_own_machine(stopped_hosts: SixOnTwoHosts) -> None:
     stopped_hosts.start("D")
     drain = [sys.executable, "client.py", ADDRESSES[1], "50054", "drain"]
 
-    from_afar = stopped_hosts.hosts.run(2, *drain)
-    assert from_afar.returncode == 1
-    assert "drain is answered only to callers on D's own machine" in from_afar.stdout
-    assert f"this one calls from {ADDRESSES[2]}" in from_afar.stdout
+    remote = stopped_hosts.hosts.run(2, *drain)
+    assert remote.returncode == 1
+    assert "drain is answered only to callers on D's own machine" in remote.stdout
+    assert f"this one calls from {ADDRESSES[2]}" in remote.stdout
     assert stopped_hosts.ask("D").response.result == b"D: hi"
 
-    beside = stopped_hosts.hosts.run(1, *drain)
-    assert beside.returncode == 0, beside.stdout
+    local = stopped_hosts.hosts.run(1, *drain)
+    assert local.returncode == 0, local.stdout
     assert stopped_hosts.processes["D"].wait(20) == 0

@@ -1,4 +1,4 @@
-"""Processes that differ: in their Python, in their release, in what they read and understand."""
+"""Processes with different Pythons, releases, configurations and wire formats."""
 
 from __future__ import annotations
 
@@ -35,22 +35,23 @@ HANDLERS = {
 
 
 class Mixed(Overlay):
-    """Six processes, each on the Python that is named for it."""
+    """Six processes. python_of: the interpreter of each."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], of: dict[str, Path]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], python_of: dict[str, Path]) -> None:
         super().__init__(folder, config)
-        self.of = of
+        self.python_of = python_of
 
     def version(self, process_id: str) -> str:
-        return subprocess.check_output([self.of[process_id], "-c", pythons.ASK], text=True).strip()
+        ask = [self.python_of[process_id], "-c", pythons.ASK]
+        return subprocess.check_output(ask, text=True).strip()
 
     def _node(self, process_id: str) -> list[str]:
-        return [str(self.of[process_id]), *super()._node(process_id)[1:]]
+        return [str(self.python_of[process_id]), *super()._node(process_id)[1:]]
 
 
 @pytest.fixture(scope="module")
 def interpreters() -> list[Path]:
-    """Of different versions, the oldest first, each with the packages."""
+    """With the packages, one of each version, the oldest first."""
     try:
         return [pythons.ready(python) for python in pythons.found().values()]
     except subprocess.CalledProcessError as e:
@@ -60,7 +61,7 @@ def interpreters() -> list[Path]:
 
 @pytest.fixture
 def several(interpreters: list[Path]) -> None:
-    """Skips the test where there is one, also in CI: Debian has no more to install."""
+    """Skips the test if there is only one Python, also in CI: Debian has no other to install."""
     if len(interpreters) < 2:
         pytest.skip("this machine has no other Python of 3.10 or later")
 
@@ -73,11 +74,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, interpreters: list[Path]) ->
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "mine.py").write_text(MODULE)
     config = six_processes(handlers=HANDLERS)
-    made = Mixed(folder, config, dict(zip(IDS, itertools.cycle(interpreters), strict=False)))
-    try:
+    python_of = dict(zip(IDS, itertools.cycle(interpreters), strict=False))
+    with Mixed(folder, config, python_of) as made:
         yield made.start()
-    finally:
-        made.stop()
 
 
 @pytest.fixture(scope="module", params=[Unary, Streamed], ids=["unary", "streamed"])
@@ -88,14 +87,14 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
 
 
 @on_several
-def test_neighbours_of_other_pythons_are_linked_and_read_the_same_configuration(
+def test_processes_on_different_pythons_link_up_and_agree_on_the_configuration(
     mixed: Mixed,
 ) -> None:
-    told = {process_id: mixed.metrics(process_id) for process_id in IDS}
+    metrics = {process_id: mixed.metrics(process_id) for process_id in IDS}
 
-    assert {i: m.python for i, m in told.items()} == {i: mixed.version(i) for i in IDS}
-    assert len({m.python for m in told.values()}) > 1
-    for neighbour in (n for m in told.values() for n in m.neighbours):
+    assert {i: m.python for i, m in metrics.items()} == {i: mixed.version(i) for i in IDS}
+    assert len({m.python for m in metrics.values()}) > 1
+    for neighbour in (n for m in metrics.values() for n in m.neighbours):
         assert (neighbour.state, neighbour.same_config) == ("up", True)
 
 
@@ -104,8 +103,8 @@ def test_neighbours_of_other_pythons_are_linked_and_read_the_same_configuration(
 def test_every_python_answers_a_request_to_all(mixed: Mixed, way: Way, handler: str) -> None:
     response = way.ask(mixed, "A", mode=pb2.ALL, handler=handler, timeout=30)
 
-    told = dict(line.split() for line in response.result.decode().splitlines())
-    assert told == {worker: mixed.version(worker) for worker in "CDF"}
+    versions = dict(line.split() for line in response.result.decode().splitlines())
+    assert versions == {worker: mixed.version(worker) for worker in "CDF"}
 
 
 @on_several
@@ -117,18 +116,18 @@ def test_every_python_answers_requests_to_any_one(mixed: Mixed, way: Way, handle
         for call in way.at_once(mixed, 20, "A", mode=pb2.ANY, handler=handler, team=team)
     ]
 
-    told = {tuple(call.result().result.decode().split()) for call in calls}
-    assert told <= {(worker, mixed.version(worker)) for worker in "CDF"}
-    assert {"C"} < {worker for worker, _ in told}
+    answers = {tuple(call.result().result.decode().split()) for call in calls}
+    assert answers <= {(worker, mixed.version(worker)) for worker in "CDF"}
+    assert {"C"} < {worker for worker, _ in answers}
 
 
-# Frames of a newer release, by hand
+# Frames of a newer release
 
 NEWER = b"\xfa\x3e\x05newer"  # field 1007
 
 
 def newer(message: Any) -> Any:
-    """The message with a field more, in it and in all that it holds."""
+    """Adds an unknown field to the message and to all messages in it."""
     for field, value in message.ListFields():
         if field.message_type is not None and not field.message_type.GetOptions().map_entry:
             for one in value if field.is_repeated else [value]:
@@ -149,7 +148,7 @@ def segment(number: int, *payloads: bytes, **fields: Any) -> pb2.Segment:
     )
 
 
-def test_a_newer_clients_fields_are_passed_over_on_a_stream(mixed: Mixed) -> None:
+def test_a_newer_clients_fields_are_ignored_on_a_stream(mixed: Mixed) -> None:
     cancel = pb2.Cancel(number=9, count=1)
     frame = pb2.Frame(segments=[segment(1, b"a", b"b", want_parts=True)], cancels=[cancel])
 
@@ -159,16 +158,16 @@ def test_a_newer_clients_fields_are_passed_over_on_a_stream(mixed: Mixed) -> Non
     assert all(len(r.splitlines()) == 3 for one in made for r in one.results.items)
 
 
-def test_a_newer_leaders_fields_are_passed_over_on_the_way_down(mixed: Mixed) -> None:
+def test_a_newer_leaders_fields_are_ignored(mixed: Mixed) -> None:
     frame = pb2.Frame(segments=[segment(1, b"a", hops=["A"], targets=["C", "D"])])
 
     (made,) = streamed(mixed, "B", newer(frame))
 
-    told = {part.process_id: part.results.items[0].decode().split()[0] for part in made.parts}
-    assert told == {"C": "C", "D": "D"}
+    results = {part.process_id: part.results.items[0].decode().split()[0] for part in made.parts}
+    assert results == {"C": "C", "D": "D"}
 
 
-def test_a_mode_that_only_a_newer_release_knows_is_refused_and_the_stream_goes_on(
+def test_an_unknown_mode_of_a_newer_release_is_rejected_and_the_stream_continues(
     mixed: Mixed,
 ) -> None:
     frame = pb2.Frame(segments=[segment(1, b"a", mode=7), segment(2, b"b")])
@@ -188,15 +187,15 @@ def bench() -> Iterator[Bench]:
     made.link.channel.close()
 
 
-def told_by(bench: Bench, **fields: Any) -> PeerState:
-    """What is known of the neighbour after it has told this of itself."""
-    said = {"process_id": "C", "is_healthy": True, "config_digest": "digest"}
-    said |= {"version": overlay.__version__, **fields}
-    bench.link._learn(newer(pb2.MetricsResponse(**said)), 0.001)
+def state_after(bench: Bench, **fields: Any) -> PeerState:
+    """The neighbour's state after it has sent metrics with these fields."""
+    metrics = {"process_id": "C", "is_healthy": True, "config_digest": "digest"}
+    metrics |= {"version": overlay.__version__, **fields}
+    bench.link._learn(newer(pb2.MetricsResponse(**metrics)), 0.001)
     return bench.links.states()[0]
 
 
-def test_a_newer_neighbours_fields_are_passed_over_in_its_answers(bench: Bench) -> None:
+def test_a_newer_neighbours_fields_are_ignored_in_its_answers(bench: Bench) -> None:
     sent = bench.send(b"a", b"b")
     (frame,) = bench.small.take()
     good, bad = pb2.Frame(), pb2.Frame()
@@ -216,17 +215,17 @@ def test_a_newer_neighbours_fields_are_passed_over_in_its_answers(bench: Bench) 
 # Mismatches that matter
 
 
-def test_a_neighbour_that_is_only_newer_is_asked_and_named_once(bench, caplog) -> None:
+def test_a_newer_neighbour_with_the_same_wire_format_is_used_and_logged_once(bench, caplog) -> None:
     with caplog.at_level(logging.INFO, "overlay.peers.peers"):
-        found = [told_by(bench, version="9.0") for _ in range(3)]
+        found = [state_after(bench, version="9.0") for _ in range(3)]
 
     assert {state.state for state in found} == {"up"}
     assert found[0].version == "9.0"
     assert caplog.text.count(f"C runs version 9.0, this process {overlay.__version__}") == 1
 
 
-def test_another_configuration_is_named_once_and_shown(bench, caplog) -> None:
-    found = [told_by(bench, config_digest="other") for _ in range(3)]
+def test_a_different_configuration_is_logged_once_and_shown(bench, caplog) -> None:
+    found = [state_after(bench, config_digest="other") for _ in range(3)]
 
     assert {(state.state, state.same_config) for state in found} == {("up", False)}
     assert caplog.text.count("C reads another configuration than this process") == 1
@@ -243,17 +242,17 @@ def test_another_configuration_is_named_once_and_shown(bench, caplog) -> None:
         ({"process_id": "D"}, "process D answers at 127.0.0.1:1"),
     ],
 )
-def test_a_neighbour_that_cannot_be_understood_is_not_asked_and_named_once(
+def test_an_incompatible_neighbour_is_not_used_and_logged_once(
     bench, caplog, fields: dict[str, Any], reason: str
 ) -> None:
-    found = [told_by(bench, **fields) for _ in range(3)]
+    found = [state_after(bench, **fields) for _ in range(3)]
 
     assert {(state.state, state.reason) for state in found} == {("down", reason)}
     assert caplog.text.count(f"link to C (127.0.0.1:1) is down: {reason}") == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_a_neighbour_without_streams_is_named_once(bench, caplog) -> None:
+def test_a_neighbour_without_streams_is_logged_once(bench, caplog) -> None:
     reason = "it does not know this call: an older release, or no overlay"
 
     for _ in range(3):
@@ -262,25 +261,24 @@ def test_a_neighbour_without_streams_is_named_once(bench, caplog) -> None:
     assert caplog.text.count(f"link to C (127.0.0.1:1) is down: {reason}") == 1
 
 
-def test_a_process_says_what_it_speaks_and_one_that_says_nothing_speaks_the_first(
-    mixed: Mixed,
-) -> None:
+def test_a_process_reports_its_wire_format_and_the_default_is_the_first(mixed: Mixed) -> None:
     assert mixed.metrics("A").wire_format == codec.FORMAT
     assert codec.read_format(pb2.MetricsResponse()) == 1
 
 
-# Last, for it changes the overlay
+# Last, because it changes the overlay
 
 
 @on_several
-def test_a_process_is_drained_and_comes_back_on_another_python(mixed: Mixed) -> None:
+def test_a_drained_process_can_come_back_on_another_python(mixed: Mixed) -> None:
     before = mixed.version("C")
     pb2_grpc.OverlayAdminStub(mixed.channel("C")).Drain(pb2.DrainRequest(), timeout=20)
     with mixed.processes["C"] as drained:
         drained.wait(10)
     short = until(lambda: _without(mixed, "C"), 10)
 
-    mixed.of["C"] = next(path for path in mixed.of.values() if path != mixed.of["C"])
+    old = mixed.python_of["C"]
+    mixed.python_of["C"] = next(path for path in mixed.python_of.values() if path != old)
     mixed.start("C")
     whole = mixed.ask("A", handler="spawned", timeout=30)
 
@@ -295,9 +293,7 @@ def _without(at: Overlay, worker: str) -> Any:
 
 
 @on_several
-def test_the_program_that_asks_may_run_on_another_python_too(
-    mixed: Mixed, interpreters: list[Path]
-) -> None:
+def test_the_client_can_run_on_another_python(mixed: Mixed, interpreters: list[Path]) -> None:
     ask = [str(ROOT / "client.py"), "127.0.0.1", str(mixed.port("A")), "--handler", "spawned"]
 
     done = [

@@ -1,7 +1,7 @@
-"""The Windows half with a Windows Python, under wine on this Linux machine.
+"""The processes of the Windows machine on a Windows Python, under wine on this Linux machine.
 
-The harness is tests/harness/windows.py.
-All tests share one wine on host 1, and those of the two hosts share one overlay.
+The harness is tests/harness/windows.py. All tests share one wine on host 1, and those with both
+hosts share one overlay.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from tests.harness.windows import PcAndMac, Windows
 from tests.project.test_launcher import STUBS, copy_project, pids_in, port_of, write_three
 
 pytestmark = [
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="wine is for Linux here"),
-    pytest.mark.timeout(400),  # the first installs it
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="wine is used on Linux only"),
+    pytest.mark.timeout(400),  # the first test installs it
 ]
 
 UNITS = "not hypothesis and not six"
-# Not what starts many Pythons, a second each under wine, nor what counts the memory of thousands.
-SOON = "not killed_idle and not is_replaced and not does_not_grow and not refused_bytes"
-SOON += " and (not named_with_its_module or missing)"
+# Without tests that start many Pythons, which takes a second each, or measure memory.
+QUICK = "not killed_idle and not is_replaced and not does_not_grow and not refused_bytes"
+QUICK += " and (not named_with_its_module or missing)"
 TWO_MACHINES = (ROOT / "docs" / "two-machines.md").read_text(encoding="utf-8")
 DOCTOR = "python client.py doctor two_hosts_config.json"
-PC, MAC = "192.168.1.23", "192.168.1.40"  # those of the page
+PC, MAC = "192.168.1.23", "192.168.1.40"  # as on the page
 LEADER = (ADDRESSES[1], "50051")
 PINK = (ADDRESSES[2], "50055")  # E, team leader on the other system
-# As Windows tells it: by a thread in the process, with the event (CTRL_CLOSE_EVENT).
+# As Windows does it: with a thread in the process that delivers CTRL_CLOSE_EVENT.
 CLOSE = """
 import ctypes, sys
 kernel = ctypes.WinDLL("kernel32")
@@ -51,7 +51,7 @@ thread = kernel.CreateRemoteThread(
 )
 sys.exit(0 if thread else 3)
 """
-# Started from no console, as by a shortcut.
+# Starts it without a console, as a shortcut does.
 PYTHONW = """
 import subprocess, sys
 from pathlib import Path
@@ -92,17 +92,14 @@ def windows() -> Iterator[Windows]:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Iterator[PcAndMac]:
-    """All six of the shipped configuration, started. A test that breaks something mends it."""
-    overlay = PcAndMac(tmp_path_factory.mktemp("both"), windows)
-    try:
+    """All six of the shipped configuration, started. A test that breaks something restores it."""
+    with PcAndMac(tmp_path_factory.mktemp("both"), windows) as overlay:
         yield overlay.start()
-    finally:
-        overlay.stop()
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project as a user has it on a PC, three processes and a module of their own."""
+    """The project on a user's PC: a configuration of three processes, and a module."""
     folder = tmp_path_factory.mktemp("windows") / "Grüße & läuft (2)"
     copy_project(folder)
     (folder / "mine.py").write_text(MINE, encoding="utf-8")
@@ -120,7 +117,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def three(windows: Windows, project: Path) -> Iterator[str]:
-    """What start_windows.bat says; its processes run, and stop at the end."""
+    """The output of start_windows.bat; its processes run until the end of the module."""
     started = windows.batch(r"scripts\start_windows.bat three.json", project)
     assert started.returncode == 0, started.stdout
     yield started.stdout
@@ -140,15 +137,15 @@ def test_the_commands_run_on_a_windows_python(windows: Windows) -> None:
     assert (unknown.returncode, "no process 'Z'" in unknown.stdout) == (2, True), unknown.stdout
 
 
-def test_a_part_of_the_tests_passes_on_a_windows_python(windows: Windows) -> None:
-    # What meets Windows itself: processes, threads, paths, files, a gRPC server. Decisions cannot
-    # depend on the system, and links between processes are those of the tests with two systems.
-    # The executor first: under wine each process that starts costs a tidy parent a third.
+def test_tests_that_depend_on_the_system_pass_on_a_windows_python(windows: Windows) -> None:
+    # Processes, threads, paths, files and a gRPC server. Decisions do not depend on the system, and
+    # the tests below cover links between two systems. The executor comes first because under wine
+    # starting a process takes longer the more the parent has done.
     modules = ["workers/test_executor", "workers/test_thread_pool", "model/test_config"]
     modules += ["calls/test_reception", "calls/test_request_log", "server/test_log_reader"]
     modules += ["observability/test_log_buffer"]
     done = windows.run(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", UNITS, "-k", SOON, "--timeout=60"),
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", UNITS, "-k", QUICK, "--timeout=60"),
         *(f"tests/{name}.py" for name in modules),
         within_s=240,
     )
@@ -157,16 +154,16 @@ def test_a_part_of_the_tests_passes_on_a_windows_python(windows: Windows) -> Non
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 280
 
 
-def test_the_clock_of_a_process_is_fine_enough_to_tell_who_is_quick(windows: Windows) -> None:
+def test_the_clock_of_a_process_has_a_resolution_well_below_a_millisecond(windows: Windows) -> None:
     count = "import node, time; until = time.perf_counter() + 0.02; seen = set()"
     count += "\nwhile time.perf_counter() < until: seen.add(time.monotonic())"
     done = windows.run("-c", f"{count}\nprint(len(seen))")
 
-    # A tick of Windows' own is 15.6 ms, and 1 ms under wine.
+    # Windows' default resolution is 15.6 ms, and wine's 1 ms.
     assert int(done.stdout) > 100
 
 
-def test_init_writes_the_addresses_that_are_typed(windows: Windows, tmp_path: Path) -> None:
+def test_init_writes_the_addresses_that_the_user_types(windows: Windows, tmp_path: Path) -> None:
     shutil.copy(SHIPPED, tmp_path)
     done = windows.run(str(ROOT / "client.py"), "init", cwd=tmp_path, typed="here\n10.0.0.40\n")
 
@@ -177,17 +174,15 @@ def test_init_writes_the_addresses_that_are_typed(windows: Windows, tmp_path: Pa
     assert written == SHIPPED.read_bytes().replace(b"192.168.1.2", b"10.0.0.40")
 
 
-def test_ctrl_c_stops_a_process_in_good_order(windows: Windows, project: Path) -> None:
+def test_ctrl_c_stops_a_process_gracefully(windows: Windows, project: Path) -> None:
     write_three(project / "alone.json", log_dir="alone")
     process = windows.popen("node.py", "alone.json", "C", cwd=project)
     log_file = project / "alone" / "process_c.log"
     with process:
         try:
             assert "serves on" in process.stdout.readline()
-            process.send_signal(signal.SIGINT)  # wine makes of it what a console does of Ctrl-C
-            until(
-                lambda: "stopping: " in log_file.read_text(encoding="utf-8"), 30, "Ctrl-C is heard"
-            )
+            process.send_signal(signal.SIGINT)  # wine turns it into Ctrl-C
+            until(lambda: "stopping: " in log_file.read_text(encoding="utf-8"), 30, "it stops")
             assert process.wait(60) == 0
         finally:
             process.kill()
@@ -196,7 +191,7 @@ def test_ctrl_c_stops_a_process_in_good_order(windows: Windows, project: Path) -
     assert "0 requests refused, 0 left behind" in log
 
 
-def test_a_closed_window_stops_a_process_in_good_order(windows: Windows, project: Path) -> None:
+def test_closing_the_window_stops_a_process_gracefully(windows: Windows, project: Path) -> None:
     write_three(project / "window.json", log_dir="window")
     log = project / "window" / "process_c.log"
     process = windows.popen("node.py", "window.json", "C", cwd=project)
@@ -205,24 +200,26 @@ def test_a_closed_window_stops_a_process_in_good_order(windows: Windows, project
             assert "serves on" in process.stdout.readline()
             serves = re.compile(r"serves on .*, pid (\d+)")
             found = until(lambda: serves.search(log.read_text(encoding="utf-8")), 10, "its pid")
-            told = windows.run("-c", CLOSE, found[1], cwd=project)
-            assert (told.returncode, process.wait(60)) == (0, 0), told.stdout
+            closed = windows.run("-c", CLOSE, found[1], cwd=project)
+            assert (closed.returncode, process.wait(60)) == (0, 0), closed.stdout
         finally:
             process.kill()
 
-    said = log.read_text(encoding="utf-8")
-    assert "stopping: up to 3 s for running requests" in said
-    assert "0 requests refused, 0 left behind" in said
+    text = log.read_text(encoding="utf-8")
+    assert "stopping: up to 3 s for running requests" in text
+    assert "0 requests refused, 0 left behind" in text
 
 
-def test_what_pythonw_starts_has_standard_streams(windows: Windows, project: Path) -> None:
+def test_processes_started_by_pythonw_have_standard_streams(
+    windows: Windows, project: Path
+) -> None:
     checked = windows.run("-c", PYTHONW, "node.py", SHIPPED.name, "A", "--check", cwd=project)
     unknown = windows.run("-c", PYTHONW, "node.py", SHIPPED.name, "Z", cwd=project)
     wrong = windows.run("-c", PYTHONW, "client.py", "127.0.0.1", "1", "--no-such", cwd=project)
-    told = windows.run("-c", PYTHONW, "-c", STREAMS, cwd=project)
+    streams = windows.run("-c", PYTHONW, "-c", STREAMS, cwd=project)
 
-    codes = [done.returncode for done in (checked, unknown, wrong, told)]
-    assert codes == [0, 2, 2, 0], told.stdout
+    codes = [done.returncode for done in (checked, unknown, wrong, streams)]
+    assert codes == [0, 2, 2, 0], streams.stdout
     assert (project / "before.txt").read_text() == "None None None"
     assert (project / "after.txt").read_text() == "False False False ''"
 
@@ -244,7 +241,7 @@ def test_the_batch_files_start_and_stop(windows: Windows, project: Path, three: 
     assert restarted.returncode == 0, restarted.stdout
 
 
-def test_a_start_that_fails_gives_its_exit_code(windows: Windows, project: Path) -> None:
+def test_a_failed_start_returns_its_exit_code(windows: Windows, project: Path) -> None:
     unknown = windows.batch(r"scripts\start_windows.bat three.json Z", project)
     missing = windows.batch(r'scripts\start_windows.bat "no such file.json"', project)
 
@@ -255,7 +252,7 @@ def test_a_start_that_fails_gives_its_exit_code(windows: Windows, project: Path)
 
 
 @pytest.mark.parametrize("handler", ["where", "thread"])
-def test_a_module_in_the_users_folder_serves(
+def test_a_handler_from_a_module_in_the_users_folder_runs(
     windows: Windows, project: Path, three: str, handler: str
 ) -> None:
     done = asked(windows, project, handler)
@@ -266,17 +263,17 @@ def test_a_module_in_the_users_folder_serves(
     assert result.endswith("Grüße & läuft (2)\\mine.py")
 
 
-def test_a_handler_process_and_what_it_started_end_at_the_limit(
+def test_a_handlers_process_and_its_children_end_at_limit_s(
     windows: Windows, project: Path, three: str
 ) -> None:
     hung = asked(windows, project, "hang")
 
     assert "ran longer than its limit_s 2" in hung.stdout
-    until(lambda: not left_behind(), 10, "the program that the handler has started ends")
+    until(lambda: not left_behind(), 10, "the handler's child process ends")
     assert asked(windows, project, "where").returncode == 0
 
 
-def test_the_search_looks_into_a_folder_with_a_windows_path(
+def test_the_search_example_accepts_a_windows_path(
     windows: Windows, project: Path, three: str
 ) -> None:
     done = asked(windows, project, "search", "--payload", "needle")
@@ -284,7 +281,7 @@ def test_the_search_looks_into_a_folder_with_a_windows_path(
     assert json.loads(done.stdout)["result"] == "C: höhe.txt:2: the needle, ä"
 
 
-def test_a_drained_process_is_known_to_have_stopped_and_restart_brings_it_back(
+def test_status_shows_a_drained_process_as_stopped_and_restart_starts_it(
     windows: Windows, project: Path, three: str
 ) -> None:
     place = ["127.0.0.1", str(port_of(project / "three.json", "C"))]
@@ -302,7 +299,7 @@ def test_a_drained_process_is_known_to_have_stopped_and_restart_brings_it_back(
 
 
 def asked(windows: Windows, project: Path, handler: str, *more: str):
-    """client.py of this Linux, which asks A on loopback of host 1."""
+    """client.py on this Linux calls A on host 1's loopback."""
     place = ["client.py", "127.0.0.1", str(port_of(project / "three.json", "A"))]
     return windows.hosts.run(1, sys.executable, *place, "--handler", handler, "--json", *more)
 
@@ -312,11 +309,11 @@ def left_behind() -> list[int]:
     return [p.pid for p in found if "left-behind" in " ".join(p.info["cmdline"] or ())]
 
 
-# Two systems
+# Windows and Linux together
 
 
 @pytest.mark.parametrize("host", ADDRESSES)
-def test_each_process_answers_across_the_two_systems(both: PcAndMac, host: int) -> None:
+def test_each_process_answers_clients_on_both_systems(both: PcAndMac, host: int) -> None:
     for process_id, workers in zip(IDS, ["CDF", "CD", "C", "D", "DF", "F"], strict=True):
         assert both.ask(process_id, host=host).answered == workers
 
@@ -350,7 +347,7 @@ def test_a_client_on_either_system_calls_and_maps(
 
 
 @pytest.mark.parametrize("on_windows", [True, False])
-def test_the_doctor_on_either_system_finds_all_well(both: PcAndMac, on_windows: bool) -> None:
+def test_the_doctor_on_either_system_finds_no_problem(both: PcAndMac, on_windows: bool) -> None:
     words = ["client.py", "doctor", str(both.path), "--json"]
     done = both.windows.run(*words) if on_windows else both.hosts.run(2, sys.executable, *words)
 
@@ -363,7 +360,7 @@ def test_the_doctor_on_either_system_finds_all_well(both: PcAndMac, on_windows: 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["check", "two_hosts_config.json"], "6 of 6 processes well"),
         ([*LEADER, "top", "--once"], "workers 3 of 3"),
@@ -375,15 +372,15 @@ def test_the_doctor_on_either_system_finds_all_well(both: PcAndMac, on_windows: 
     ],
     ids=lambda words: " ".join(words[-2:]) if isinstance(words, list) else "",
 )
-def test_a_report_on_windows_tells_of_both_systems(
-    both: PcAndMac, words: list[str], told: str
+def test_a_report_on_windows_covers_both_systems(
+    both: PcAndMac, words: list[str], expected: str
 ) -> None:
     done = both.windows.run(str(ROOT / "client.py"), *words, cwd=both.folder)
 
-    assert (done.returncode, told in done.stdout) == (0, True), done.stdout
+    assert (done.returncode, expected in done.stdout) == (0, True), done.stdout
 
 
-def test_the_files_of_a_folder_are_mapped_into_another(both: PcAndMac) -> None:
+def test_map_reads_one_folder_and_writes_another(both: PcAndMac) -> None:
     texts = {f"größe {n}.txt": f"text {n}" for n in range(5)}
     (both.folder / "to do").mkdir()
     for name, text in texts.items():
@@ -397,7 +394,7 @@ def test_the_files_of_a_folder_are_mapped_into_another(both: PcAndMac) -> None:
     assert {name: text[3:] for name, text in results.items()} == texts
 
 
-def test_the_page_is_served_on_windows_and_ends_with_ctrl_c(both: PcAndMac) -> None:
+def test_the_web_page_is_served_on_windows_until_ctrl_c(both: PcAndMac) -> None:
     web = [str(ROOT / "client.py"), *LEADER, "web", "--web-port", "0"]
     with both.windows.popen(*web, cwd=both.folder) as server:
         try:
@@ -414,11 +411,11 @@ def test_the_page_is_served_on_windows_and_ends_with_ctrl_c(both: PcAndMac) -> N
 
     assert "<title>" in shown.stdout
     assert "content-type: text/javascript" in script.stdout.lower()
-    pictures = [json.loads(line[6:]) for line in events if line.startswith("data: ")]
-    assert [len(picture["processes"]) for picture in pictures][-1] == 6
+    snapshots = [json.loads(line[6:]) for line in events if line.startswith("data: ")]
+    assert [len(snapshot["processes"]) for snapshot in snapshots][-1] == 6
 
 
-def test_output_does_not_die_on_a_windows_code_page(both: PcAndMac) -> None:
+def test_output_that_a_windows_code_page_lacks_is_escaped(both: PcAndMac) -> None:
     for page in ("cp850", "cp1252"):
         done = both.windows.run(
             *("client.py", *PINK, "--payload", "Grüße 中文"), PYTHONIOENCODING=page
@@ -427,7 +424,7 @@ def test_output_does_not_die_on_a_windows_code_page(both: PcAndMac) -> None:
         assert r"e \u4e2d\u6587" in done.stdout
 
 
-def test_it_survives_a_cut_between_the_two_systems(both: PcAndMac) -> None:
+def test_the_overlay_recovers_from_a_cut_between_the_two_systems(both: PcAndMac) -> None:
     both.hosts.cut()
     try:
         until(lambda: both.ask("A", host=1, timeout=3).answered == "D", 20, "D alone answers A")
@@ -439,7 +436,7 @@ def test_it_survives_a_cut_between_the_two_systems(both: PcAndMac) -> None:
     assert both.ask("E", host=2).answered == "DF"
 
 
-def test_a_process_on_windows_stops_in_order_and_comes_back(both: PcAndMac) -> None:
+def test_a_process_on_windows_stops_gracefully_and_comes_back(both: PcAndMac) -> None:
     both.stop_file("D").touch()
 
     assert both.processes["D"].wait(20) == 0
@@ -455,9 +452,9 @@ def test_a_process_on_windows_stops_in_order_and_comes_back(both: PcAndMac) -> N
 
 
 class Machines:
-    """A PC and a Mac with a fresh copy each, whose owner types what the page says.
+    """A PC and a Mac, each with a new copy of the project, on which the page's commands are typed.
 
-    Wine has no `py` and cannot make a `.venv`: there `python` is typed for both.
+    Wine has no `py` and cannot create a `.venv`, so `python` replaces both.
     """
 
     def __init__(self, folder: Path, windows: Windows) -> None:
@@ -491,9 +488,9 @@ class Machines:
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Machines:
-    """Steps 1 to 3: the copies, their set-up, the addresses typed on the PC, the file on both."""
+    """Steps 1 to 3: copies, set-up, `init` on the PC, the configuration copied to the Mac."""
     if not (Path(sys.prefix) / "overlay-setup.json").exists():
-        pytest.skip("this Python is not the one that scripts/run.py has set up")
+        pytest.skip("this Python was not set up by scripts/run.py")
     made = Machines(tmp_path_factory.mktemp("page"), windows)
     for code, said in (
         made.on_pc(r"py scripts\run.py setup"),
@@ -518,7 +515,7 @@ def test_the_page_about_two_machines_is_true(machines: Machines, first: str) -> 
         assert (code, re.findall(rf"(?m)^(\w) .*{MAC}", said)) == (0, ["C", "E", "F"]), said
 
     for log in machines.logs():
-        log.unlink()  # those of the other order
+        log.unlink()  # of the other parameter's run
     try:
         for start in (start_pc, start_mac) if first == "pc" else (start_mac, start_pc):
             start()

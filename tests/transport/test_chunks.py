@@ -158,7 +158,7 @@ def test_a_client_cannot_grant_more_than_it_was_sent_and_late_grants_are_ignored
 def network() -> MemoryNetwork:
     made = MemoryNetwork(the_six())
     for worker in "CDF":
-        made.nodes[worker].works.chunk_bytes = 7
+        made.nodes[worker].executor.chunk_bytes = 7
     return made
 
 
@@ -166,7 +166,7 @@ BODY = bytes(range(200))
 
 
 def sent_by(network: MemoryNetwork) -> dict[str, int]:
-    return {worker: network.nodes[worker].works.sent for worker in "CDF"}
+    return {worker: network.nodes[worker].executor.sent for worker in "CDF"}
 
 
 @pytest.mark.parametrize("size", [4, 5, 11, 200])
@@ -175,7 +175,7 @@ def test_a_large_part_arrives_whole_over_all_hops(network, size, chunks):
     asked = network.ask("A", BODY[:size], chunks=chunks)
     asked.read()
 
-    whole = {part.process_id: part.result for part in asked.early[0] if not asked.chunks}
+    whole = {part.process_id: part.result for part in asked.partials[0] if not asked.chunks}
     whole |= {worker: asked.result_of(worker) for worker in asked.chunks}
     assert whole == {worker: worker.encode() + b": " + BODY[:size] for worker in "CDF"}
     assert asked.answer.parts == ()
@@ -191,8 +191,8 @@ def test_without_a_reader_each_worker_sends_what_it_may_and_waits(network):
 
 
 def test_a_worker_not_asked_for_chunks_sends_its_result_whole(network):
-    asked = network.ask("A", BODY, early=True)
-    assert [part.result[3:] for part in asked.early[0]] == [BODY] * 3
+    asked = network.ask("A", BODY, partials=True)
+    assert [part.result[3:] for part in asked.partials[0]] == [BODY] * 3
     assert sent_by(network) == {"C": 0, "D": 0, "F": 0}
 
 
@@ -203,7 +203,7 @@ def test_a_link_that_breaks_during_a_part_costs_only_that_part(network):
     network.cut("B", "C")
     asked.read()
 
-    failed = [part for part in asked.early[0] if not part.ok]
+    failed = [part for part in asked.partials[0] if not part.ok]
     assert [(part.process_id, part.executed) for part in failed] == [("C", Executed.UNKNOWN)]
     assert asked.result_of("D") == b"D: " + BODY
     assert asked.result_of("F") == b"F: " + BODY

@@ -32,8 +32,8 @@ from overlay.transport.codec import pb2
 from overlay.transport.endpoints import target
 from overlay.transport.resolver import Host, look_up, resolve
 from tests.harness.cluster import ROOT, Overlay, free_port, until
+from tests.harness.fake_resolver import FakeResolver
 from tests.harness.hosts import ADDRESSES, Caller, CannotBuild, Hosts, ip
-from tests.harness.names import Names
 
 NOWHERE = "2001:db8::9"  # an address that no machine has
 UNKNOWN = "this machine knows no such name"
@@ -311,7 +311,7 @@ class NamedOverlay(Overlay):
             for process_id, (role, machine, neighbors) in spread.items()
         }
         super().__init__(folder, {"processes": entries})
-        self.names = Names(folder, pc_office=pc, mac_office=f"{mac} {NOWHERE}")
+        self.names = FakeResolver(folder, pc_office=pc, mac_office=f"{mac} {NOWHERE}")
         self.environment = self.names.environment
 
     def address(self, process_id: str) -> str:
@@ -324,7 +324,7 @@ class NamedOverlay(Overlay):
 
     def move_mac(self, number: str) -> None:
         self.numbers["mac.office"] = number
-        self.names.stand_for(mac_office=f"{number} {NOWHERE}")
+        self.names.resolve(mac_office=f"{number} {NOWHERE}")
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -428,7 +428,7 @@ def test_unknown_names_unused_ports_and_other_programs_are_told_apart(
     named: NamedOverlay,
 ) -> None:
     unused = free_port()
-    named.names.stand_for(none_office="", slow_office="~30", away_office="~0")
+    named.names.resolve(none_office="", slow_office="~30", away_office="~0")
     with silent_program("127.0.0.2") as stranger, ThreadPoolExecutor(2) as pool:
         cases = {
             "none.office:5": ("NoSuchHost", f"none.office: {UNKNOWN}; correct it"),
@@ -459,7 +459,7 @@ def test_a_process_whose_name_is_another_machines_says_so(
 ) -> None:
     raw = json.loads(named.path.read_text())
     raw["processes"]["B"]["host"], raw["processes"]["C"]["host"] = "other.office", "none.office"
-    named.names.stand_for(other_office=NOWHERE, none_office="")
+    named.names.resolve(other_office=NOWHERE, none_office="")
     (tmp_path / "other.json").write_text(json.dumps(raw))
     node = (ROOT / "node.py", tmp_path / "other.json")
     with ThreadPoolExecutor(2) as pool:

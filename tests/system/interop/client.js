@@ -1,5 +1,5 @@
-// A client in JavaScript, from the proto alone:  node client.js OVERLAY_PROTO HOST:PORT PAYLOAD
-// Finds @grpc/grpc-js in the folder it is started in, and prints what it saw as one line of JSON.
+// A JavaScript client, made from the proto alone:  node client.js OVERLAY_PROTO HOST:PORT PAYLOAD
+// Loads @grpc/grpc-js from the current folder, and prints the results as one line of JSON.
 const { createRequire } = require('node:module');
 const load = createRequire(process.cwd() + '/');
 const grpc = load('@grpc/grpc-js');

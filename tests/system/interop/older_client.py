@@ -1,9 +1,9 @@
-"""A client of the older kind: knows older.proto and plain gRPC, nothing of the overlay package.
+"""An older client: it has only older.proto and plain gRPC, without the overlay package.
 
     python older_client.py FOLDER_OF_STUBS HOST:PORT PAYLOAD
 
-Prints what it saw of one Forward and one GetMetrics as JSON. A process of its own, because a
-process can hold only one version of a message's name.
+Prints the results of one Forward and one GetMetrics as JSON. It is a separate program, because a
+process can have only one message of a name.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""Names of machines that this system's resolver knows, and neither a hosts file nor a DNS server.
-
-`Names(folder)` makes them; what runs with its `environment` looks them up there, each time anew.
-"""
+"""Host names without a hosts file or a DNS server, for processes that run with `environment`."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from pathlib import Path
 from tests.harness.cluster import ROOT, tool
 
 
-class Names:
+class FakeResolver:
     def __init__(self, folder: Path, **names: str) -> None:
-        """names: the addresses of each, with blanks between; see resolver.c for what else."""
+        """names: the addresses of each, separated by blanks; resolver.c has the other values."""
         self._names = dict(names)
         self._file = folder / "names"
         library = folder / "resolver.so"
@@ -30,12 +27,12 @@ class Names:
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": str(ROOT),
         }
-        self.stand_for()
+        self.resolve()
 
-    def stand_for(self, **names: str) -> None:
-        """From now on these do; "_" in a name of Python's is a dot."""
+    def resolve(self, **names: str) -> None:
+        """Changes what these names resolve to. "_" stands for a dot."""
         self._names |= names
         lines = [f"{name.replace('_', '.')} {what}\n" for name, what in self._names.items()]
-        beside = self._file.with_suffix(".new")
-        beside.write_text("".join(lines))
-        os.replace(beside, self._file)
+        new = self._file.with_suffix(".new")
+        new.write_text("".join(lines))
+        os.replace(new, self._file)

@@ -1,4 +1,4 @@
-"""What a process tells of its requests' times, against what their handlers and callers saw."""
+"""The times that a process reports, compared with what handlers and callers measured."""
 
 from __future__ import annotations
 
@@ -36,20 +36,21 @@ def picky(payload, context):
 """
 NAP_S = 0.05
 ROWS = 30
-EACH_S = 0.02  # of a row's time may pass on its way, where others use the machine too
+TRANSIT_S = 0.02  # what a row may spend in transit, on a busy machine
 
 
 class Seen(NamedTuple):
-    """One request, by its caller's clock and its handler's; to all, of the one that ended last."""
+    """Times of one request: sent and answered by its caller's clock, began and ended by its
+    handler's; with mode all, of the handler that ended last."""
 
     sent: float
     began: float
     ended: float
-    came: float
+    answered: float
 
 
-class Told(NamedTuple):
-    """Of a process: how many requests, and the seconds of all of them together."""
+class Reported(NamedTuple):
+    """By a process: how many requests, and the sums of their seconds."""
 
     count: int
     waiting_s: float
@@ -58,7 +59,7 @@ class Told(NamedTuple):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
-    """A leader, a team leader and two workers, each of which naps twice at a time."""
+    """A leader, a team leader and two workers with two slots each."""
     folder = tmp_path_factory.mktemp("figures")
     (folder / "mine.py").write_text(HANDLERS)
     rows = [("A", "leader", "B"), ("B", "team_leader", "ACD"), ("C", "worker", "B")]
@@ -126,19 +127,19 @@ def last_of(result: bytes) -> tuple[float, float]:
     return began, ended
 
 
-def told(four: Overlay, process_id: str) -> Told:
+def reported(four: Overlay, process_id: str) -> Reported:
     m = four.metrics(process_id)
     assert m.waiting.count >= m.service.count == sum(m.service.counts)
-    return Told(m.service.count, m.waiting.sum_s, m.service.sum_s)
+    return Reported(m.service.count, m.waiting.sum_s, m.service.sum_s)
 
 
-def since(four: Overlay, process_id: str, before: Told) -> Told:
-    now = told(four, process_id)
-    return Told(*(n - b for n, b in zip(now, before, strict=True)))
+def since(four: Overlay, process_id: str, before: Reported) -> Reported:
+    now = reported(four, process_id)
+    return Reported(*(n - b for n, b in zip(now, before, strict=True)))
 
 
 def about(seconds: float, rows: int) -> Any:
-    return pytest.approx(seconds, rel=0.4, abs=rows * EACH_S)
+    return pytest.approx(seconds, rel=0.4, abs=rows * TRANSIT_S)
 
 
 WAYS = {
@@ -151,26 +152,26 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_waiting_is_until_a_worker_begins_and_service_while_it_works(
+def test_waiting_time_ends_when_a_handler_starts_and_service_time_when_it_returns(
     four: Overlay, leader: overlay.Client, way: str
 ) -> None:
     """Wherever it waits: in the leader's queue, in the stream's window, or at the worker."""
-    before = {process_id: told(four, process_id) for process_id in "AB"}
+    before = {process_id: reported(four, process_id) for process_id in "AB"}
 
     seen = WAYS[way](four, leader, ROWS)
 
     served = sum(s.ended - s.began for s in seen)
     waited = sum(s.began - s.sent for s in seen)
-    assert waited > 2 * served, "so that the two cannot be taken for each other"
+    assert waited > 2 * served, "otherwise the two could be confused"
     of_leader = since(four, "A", before["A"])
     assert of_leader == (ROWS, about(waited, ROWS), about(served, ROWS))
-    stays = sum(s.came - s.sent for s in seen)
-    assert of_leader.waiting_s + of_leader.service_s == about(stays, ROWS)
+    total = sum(s.answered - s.sent for s in seen)
+    assert of_leader.waiting_s + of_leader.service_s == about(total, ROWS)
     assert since(four, "B", before["B"]).service_s == about(served, ROWS)
 
 
-def test_the_workers_time_is_their_handlers(four: Overlay, leader: overlay.Client) -> None:
-    before = {process_id: told(four, process_id) for process_id in "CD"}
+def test_a_workers_service_time_is_its_handlers_time(four: Overlay, leader: overlay.Client) -> None:
+    before = {process_id: reported(four, process_id) for process_id in "CD"}
     long, seen = 5, []
 
     for _, result in leader.map_as_completed("nap", [b"0", *[b"0"] * 60, *[b"0.05"] * long] * 4):
@@ -183,48 +184,48 @@ def test_the_workers_time_is_their_handlers(four: Overlay, leader: overlay.Clien
     assert sum(f.service_s for f in found) == about(served, 4 * long)
 
 
-def test_a_trace_tells_the_same_of_each_row(four: Overlay, leader: overlay.Client) -> None:
-    time.sleep(0.5)  # of some requests a second there are traces
+def test_traces_agree_with_these_times(four: Overlay, leader: overlay.Client) -> None:
+    time.sleep(0.5)  # the number of traces a second is limited
     sent = time.time()
 
     seen = by_map("any")(four, leader, ROWS)
 
     answer = four.stub("A").GetMetrics(pb2.MetricsRequest(requests=1000))
-    stories = [s for s in answer.requests if s.ended_s >= sent and s.handler == "nap"]
-    assert sum(story.count for story in stories) == ROWS
+    summaries = [s for s in answer.requests if s.ended_s >= sent and s.handler == "nap"]
+    assert sum(summary.count for summary in summaries) == ROWS
     waited = worked = total = 0.0
-    for story in stories:
-        hops = {hop.process_id: hop for hop in story.hops}
+    for summary in summaries:
+        hops = {hop.process_id: hop for hop in summary.hops}
         (worker,) = {"C", "D"} & hops.keys()
-        waited += story.count * sum(hops[i].waited_us for i in ("A", "B", worker)) / 1e6
-        worked += story.count * hops[worker].worked_us / 1e6
-        total += story.count * story.total_us / 1e6
+        waited += summary.count * sum(hops[i].waited_us for i in ("A", "B", worker)) / 1e6
+        worked += summary.count * hops[worker].worked_us / 1e6
+        total += summary.count * summary.total_us / 1e6
     assert waited == about(sum(s.began - s.sent for s in seen), ROWS)
     assert worked == about(sum(s.ended - s.began for s in seen), ROWS)
-    assert total == about(sum(s.came - s.sent for s in seen), ROWS)
+    assert total == about(sum(s.answered - s.sent for s in seen), ROWS)
 
 
-def test_every_view_shows_these_figures(four: Overlay, leader: overlay.Client) -> None:
-    watch, pictures = Poller(four.address("A"), 0.3), []
-    watch.on_snapshot = pictures.append
-    watch.start()
+def test_every_view_shows_these_times(four: Overlay, leader: overlay.Client) -> None:
+    poller, snapshots = Poller(four.address("A"), 0.3), []
+    poller.on_snapshot = snapshots.append
+    poller.start()
     try:
-        watch.newer(0)
+        poller.newer(0)
         seen = by_map("any")(four, leader, ROWS)
-        picture = watch.newer(watch.newer(within_s=0)["round"] + 1)
+        snapshot = poller.newer(poller.newer(within_s=0)["round"] + 1)
     finally:
-        watch.close()
+        poller.close()
     m = four.metrics("A")
 
     served = statistics.median(s.ended - s.began for s in seen)
     assert m.avg_processing_time_ms == pytest.approx(m.service_ms.mean)
-    me = next(process for process in picture["processes"] if process["id"] == "A")
+    me = next(process for process in snapshot["processes"] if process["id"] == "A")
     assert me["service_ms"]["p50"] == pytest.approx(m.service_ms.p50, abs=0.001)
     assert me["waiting_ms"]["p50"] == pytest.approx(m.waiting_ms.p50, abs=0.001)
-    at_work = [one for one in pictures if one["course"]["p50_ms"][-1] is not None]
-    headline = at_work[-1]["course"]["p50_ms"][-1]
-    assert headline / 2.5 < served * 1e3 < headline * 2.5, "as exact as a bucket is"
-    screen = "\n".join(map(str, top_view.lines(at_work[-1], 200, 50, top_view.LETTERS)))
+    busy = [each for each in snapshots if each["course"]["p50_ms"][-1] is not None]
+    headline = busy[-1]["course"]["p50_ms"][-1]
+    assert headline / 2.5 < served * 1e3 < headline * 2.5, "within the width of a bucket"
+    screen = "\n".join(map(str, top_view.lines(busy[-1], 200, 50, top_view.LETTERS)))
     assert f"p50 {top_view._ms(headline)}" in screen
 
     report = io.StringIO()
@@ -240,11 +241,9 @@ def test_every_view_shows_these_figures(four: Overlay, leader: overlay.Client) -
         assert f"overlay_request_{name}_seconds_count {found.count}.0" in text
 
 
-def test_a_link_counts_the_requests_that_failed_and_no_others(
-    four: Overlay, leader: overlay.Client
-) -> None:
+def test_a_link_counts_exactly_the_failed_requests(four: Overlay, leader: overlay.Client) -> None:
     def failed() -> list[int]:
-        return [four.metrics(who).neighbours[0].failed for who in "AB"]
+        return [four.metrics(process_id).neighbours[0].failed for process_id in "AB"]
 
     before = failed()[0]
     payloads = [b"bad" if n % 50 == 0 else b"good" for n in range(500)]
@@ -255,11 +254,11 @@ def test_a_link_counts_the_requests_that_failed_and_no_others(
     assert failed()[0] - before == 10
 
 
-def test_what_never_began_has_waited_and_was_not_served(
+def test_rows_that_expire_before_they_start_count_as_waiting_only(
     four: Overlay, leader: overlay.Client
 ) -> None:
-    """The last of a segment whose first ones are at work when the time of all is over."""
-    before = told(four, "A")
+    """The last rows of a segment whose first rows are running at the deadline."""
+    before = reported(four, "A")
 
     results: Sequence[Any] = list(
         leader.map_as_completed("nap", [b"0.4"] * 20, timeout=1.0, ordered=False)
@@ -267,6 +266,6 @@ def test_what_never_began_has_waited_and_was_not_served(
 
     late = [r for _, r in results if isinstance(r, overlay.CallFailed)]
     assert {error.code for error in late} <= {Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED}
-    assert len(late) >= 12, "two rounds of four have time enough"
+    assert len(late) >= 12, "there is time for two rounds of four"
     found = since(four, "A", before)
     assert found.service_s < 6 < found.waiting_s

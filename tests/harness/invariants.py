@@ -1,11 +1,11 @@
-"""A real overlay under watch: what must hold while, and after, something hostile is done to it.
+"""Invariants of a real overlay during and after an attack.
 
-the bystander, an ordinary client of A, gets every answer, and the right one
-every process is the one that was started, and comes back to idle
+an ordinary client of A gets every answer, and the right one
+no process restarts, and each becomes idle again
 its counters balance: received = completed + failed + refused + cancelled
-its memory and files are what they were after the first quarter
-no log has a traceback, and nothing that a process printed has
-told to stop, it does so at once and in order
+its memory and open files do not grow after the first quarter of the attack
+no log and no output has a traceback
+it shuts down in order, without waiting for anything
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.cluster import IDS, Overlay, until
 
-# The allocator keeps what it has: a process breathes by some MiB, without growing.
-MEMORY_MIB = 24
+MEMORY_MIB = 24  # resident memory varies this much, because the allocator keeps freed pages
 FILES = 4
-STOP_S = 10.0  # far below the grace of 30 s, that whatever was left behind would take
-PATIENCE_S = 20.0  # for the bystander's answers, on a machine that is busy with the attack
+STOP_S = 10.0  # well below the grace of 30 s, which a leftover request would take
+PATIENCE_S = 20.0  # for the bystander's answers, on a machine that the attack keeps busy
 
 
 class Watched:
@@ -41,18 +40,18 @@ class Watched:
     def withstands(
         self, send: Callable[[int], object], numbers: Iterable[int], threads: int = 8
     ) -> None:
-        """Calls `send` with each number; fails when something that must hold did not.
+        """Calls `send` with each number, and checks the invariants.
 
-        What `send` raises fails too, with the number that it was called with.
+        An exception of `send` fails the test and names the number.
         """
         numbers = list(numbers)
         began = time.monotonic()
         with Bystander(self.overlay.address("A")) as bystander:
             self._send_all(send, numbers[: len(numbers) // 4], threads)
-            before = self._wait_until_idle()
+            sizes = self._wait_until_idle()
             self._send_all(send, numbers[len(numbers) // 4 :], threads)
             took_s = time.monotonic() - began
-            self._check_size(before)
+            self._check_growth(sizes)
         print(
             f"{len(numbers)} in {took_s:.1f} s; the bystander got {bystander.answers} answers, "
             f"the slowest in {bystander.slowest_s:.2f} s"
@@ -62,15 +61,16 @@ class Watched:
         self._check_logs()
 
     def stops_in_order(self) -> None:
-        """Ends the overlay; call it last. Nothing that came may be left for a stop to wait for."""
+        """Stops the overlay, which must have nothing left to wait for. Call it last."""
         processes = self.overlay.processes
         for process in processes.values():
             process.terminate()
         for process_id, process in processes.items():
             until(lambda p=process: p.poll() is not None, STOP_S, f"{process_id} to stop")
-            said = process.stdout.read() if process.stdout else ""
-            assert (process.returncode, "Traceback" in said) == (0, False), f"{process_id}: {said}"
-            assert "stopped in" in self.overlay.log(process_id), f"{process_id} was ended"
+            output = process.stdout.read() if process.stdout else ""
+            ended = process.returncode, "Traceback" in output
+            assert ended == (0, False), f"{process_id}: {output}"
+            assert "stopped in" in self.overlay.log(process_id), f"{process_id} was killed"
 
     def _send_all(self, send: Callable[[int], object], numbers: list[int], threads: int) -> None:
         def numbered(number: int) -> None:
@@ -84,7 +84,7 @@ class Watched:
                 for done in [pool.submit(numbered, number) for number in numbers]:
                     done.result()
             finally:
-                pool.shutdown(cancel_futures=True)  # after a failure the rest need not be sent
+                pool.shutdown(cancel_futures=True)  # after a failure, skip the rest
 
     def _wait_until_idle(self) -> dict[str, tuple[float, int]]:
         """MiB and open files of each process."""
@@ -94,7 +94,7 @@ class Watched:
 
     def _is_idle(self, process_id: str) -> bool:
         now = self.overlay.metrics(process_id)
-        assert now.pid == self._pids[process_id], f"{process_id} was started again"
+        assert now.pid == self._pids[process_id], f"{process_id} was restarted"
         busy = now.queue_size + now.active_requests + now.streamed_waiting + now.streamed_active
         ended = now.completed + now.failed + now.refused + now.cancelled
         return not busy and now.received == ended and now.streams <= self._streams[process_id]
@@ -104,9 +104,9 @@ class Watched:
         files = process.num_handles() if sys.platform == "win32" else process.num_fds()
         return process.memory_info().rss / 2**20, files
 
-    def _check_size(self, before: dict[str, tuple[float, int]]) -> None:
+    def _check_growth(self, sizes: dict[str, tuple[float, int]]) -> None:
         self._wait_until_idle()
-        for process_id, (mib, files) in before.items():
+        for process_id, (mib, files) in sizes.items():
 
             def is_flat(p: str = process_id, mib: float = mib, files: int = files) -> bool:
                 now_mib, now_files = self._size(p)
@@ -125,7 +125,7 @@ class Watched:
 
 
 class Bystander:
-    """An ordinary client, on a connection and a thread of its own, that asks until it is closed."""
+    """An ordinary client with its own connection and thread, which calls A until it is closed."""
 
     def __init__(self, address: str) -> None:
         self.answers = 0
@@ -134,7 +134,7 @@ class Bystander:
         self._channel = grpc.insecure_channel(address, endpoints.channel_options())
         self._stub = pb2_grpc.OverlayNodeStub(self._channel)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._ask_on, name="bystander", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="bystander", daemon=True)
 
     def __enter__(self) -> Bystander:
         self._thread.start()
@@ -145,7 +145,7 @@ class Bystander:
         self._thread.join(2 * PATIENCE_S)
         self._channel.close()
 
-    def _ask_on(self) -> None:
+    def _run(self) -> None:
         for number in itertools.count():
             if self._stop.wait(0.005):
                 return

@@ -1,11 +1,11 @@
-"""Six processes among strangers: what an honest client gets meanwhile, and what it costs them.
+"""Six processes under attack: what an honest client gets, and what the attack costs.
 
-The strangers' own tools are in faults/strangers.py; here is what is promised while they are there:
+faults/strangers.py has the attacks. What is promised meanwhile:
 
-an honest client, on a new connection, has its answer within 1 s, and of all three workers
-each process stays within 100 MiB of what it had before, also in between
-2 s after they are gone its counts are those of a process that nobody asks
-the same processes still run: none has ended, none was started again
+an honest client on a new connection has its answer, from all three workers, within 1 s
+no process ever uses 100 MiB more than before
+2 s after the attack its counts are those of an idle process
+no process ends or restarts
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -28,20 +26,20 @@ import overlay
 from faults.strangers import Strangers
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.cluster import IDS, Overlay, until
+from tests.harness.memory import Rss
 
 PROMISE_S = 1.0
-TRIES = 4  # the best of them counts: a machine that is busy with the attack is no fault of ours
+TRIES = 4  # the best one counts, because the attack keeps this machine busy too
 PATIENCE_S = 2.0  # for each try
 MEMORY_MIB = 100
-# 2 s are promised; the machine may have as much again to do with what the strangers left behind.
-REST_S = 4.0
+IDLE_S = 4.0  # 2 s are promised, but this machine also has to clean up after the attackers
 
-MIN_FILES = 1024  # as many systems have it
+MIN_FILES = 1024  # the usual limit
 LIMITS = {"A": f"ulimit -Sn {MIN_FILES}", "E": f"ulimit -n {MIN_FILES}"}
 
 
-class Few(Overlay):
-    """A has few file descriptors until it takes more; E may not have more."""
+class FewDescriptors(Overlay):
+    """A has a low soft limit of file descriptors, which it may raise; E has a low hard limit."""
 
     def _node(self, process_id: str) -> list[str]:
         limit = LIMITS.get(process_id)
@@ -50,8 +48,8 @@ class Few(Overlay):
         return ["sh", "-c", f'{limit}; exec "$0" "$@"', *super()._node(process_id)]
 
 
-def have_files(count: int) -> None:
-    """Lets this process, which plays all strangers, have so many descriptors."""
+def raise_descriptor_limit(count: int) -> None:
+    """Of this process, which plays all attackers."""
     if sys.platform != "win32":
         import resource
 
@@ -60,77 +58,78 @@ def have_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))
 
 
-class Besieged:
-    """Not for several threads at once."""
+class Target:
+    """The overlay that is attacked. Used by one thread at a time."""
 
     def __init__(self, six: Overlay) -> None:
         self.six = six
         self._pids: dict[str, int] = {}
         self._streams: dict[str, int] = {}
-        self.peaks: dict[str, float] = {}  # MiB that each process had at most in the last attack
+        self.peaks: dict[str, float] = {}  # of each process in the last attack, MiB
 
     @contextlib.contextmanager
     def attacked(
         self, memory_mib: float = MEMORY_MIB, beyond: Mapping[str, float] | None = None
     ) -> Iterator[Strangers]:
-        """Strangers who are gone when it ends; then what they cost is judged.
+        """Gives the attackers. When the block ends they are gone, and the costs are checked.
 
-        memory_mib: what each process may have beyond what it had before, or beyond these MiB. What
-        it had before says little where bursts have been: some of what is freed is kept.
+        memory_mib: what each process may use more than before, or more than `beyond`. Use `beyond`
+        after bursts, because the allocator keeps freed memory.
         """
         self._begin()
-        with _Memory(self._pids) as memory, Strangers() as strangers:
+        with Rss(self._pids) as memory, Strangers() as strangers:
             yield strangers
-        self.rests()
-        self.peaks = memory.peaks()
-        memory.check(memory_mib, beyond)
+        self._wait_until_idle()
+        self.peaks, usual = memory.peaks, beyond or memory.before
+        growth = {i: peak - usual[i] for i, peak in self.peaks.items()}
+        print("memory: " + ", ".join(f"{i} {mib:+.0f} MiB" for i, mib in growth.items()))
+        assert {i: f"{mib:.0f} MiB" for i, mib in growth.items() if mib > memory_mib} == {}
         for process_id, pid in self._pids.items():
-            assert self.six.metrics(process_id).pid == pid, f"{process_id} was started again"
+            assert self.six.metrics(process_id).pid == pid, f"{process_id} was restarted"
 
-    def restarted(self, process_id: str) -> None:
-        """It was, by the test: its new pid is the one that counts."""
+    def expect_restart(self, process_id: str) -> None:
+        """The test has restarted it, so its new pid is the right one."""
         self._pids[process_id] = self.six.processes[process_id].pid
 
-    def serves(self, also: Sequence[str] = ()) -> None:
-        """An honest client has its answers in time. also: names of OTHERS that are asked too."""
+    def check_served(self, also: Sequence[str] = ()) -> None:
+        """An honest client has its answers in time. also: names in OTHERS of further calls."""
         asks = {**USUAL, **{name: OTHERS[name] for name in also}}
         best = dict.fromkeys(asks, math.inf)
         why: dict[str, str] = {}
         with ThreadPoolExecutor(len(asks)) as pool:
             for number in range(TRIES):
-                lacking = [name for name in asks if best[name] > PROMISE_S]
-                if not lacking:
+                slow = [name for name in asks if best[name] > PROMISE_S]
+                if not slow:
                     break
-                time.sleep(0.1 * number)  # those refused at once would all meet the same moment
-                for name, (took_s, said) in zip(
-                    lacking, pool.map(lambda n: _timed(asks[n], self.six), lacking), strict=True
+                time.sleep(0.1 * number)  # an immediate retry would be refused for the same reason
+                for name, (took_s, error) in zip(
+                    slow, pool.map(lambda n: _timed(asks[n], self.six), slow), strict=True
                 ):
                     best[name] = min(best[name], took_s)
-                    why[name] = said
+                    why[name] = error
         print("honest: " + ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in best.items()))
-        slow = {name: why[name] or f"{s:.2f} s" for name, s in best.items() if s > PROMISE_S}
-        assert slow == {}, f"no answer within {PROMISE_S:g} s"
+        late = {name: why[name] or f"{s:.2f} s" for name, s in best.items() if s > PROMISE_S}
+        assert late == {}, f"no answer within {PROMISE_S:g} s"
 
-    def rests(self) -> None:
-        """Soon its counts are those of a process that nobody asks."""
-        until_ = time.monotonic() + REST_S
+    def _wait_until_idle(self) -> None:
+        end = time.monotonic() + IDLE_S
         for process_id in IDS:
-            left = max(0.1, until_ - time.monotonic())
-            until(lambda p=process_id: self._is_at_rest(p), left, f"{process_id} at rest")
+            left = max(0.1, end - time.monotonic())
+            until(lambda p=process_id: self._is_idle(p), left, f"{process_id} idle")
 
     def _begin(self) -> None:
-        have_files(4 * MIN_FILES)
+        raise_descriptor_limit(4 * MIN_FILES)
         try:
             self.six.settle(10)
-            self.serves()
-        except (AssertionError, grpc.RpcError):  # an earlier attack has left nothing to attack
+            self.check_served()
+        except (AssertionError, grpc.RpcError):  # a failed test has left it broken
             self.six.stop()
             self.six.start()
         found = {process_id: self.six.metrics(process_id) for process_id in IDS}
         self._pids = {process_id: m.pid for process_id, m in found.items()}
         self._streams = {process_id: m.streams for process_id, m in found.items()}
 
-    def _is_at_rest(self, process_id: str) -> bool:
+    def _is_idle(self, process_id: str) -> bool:
         try:
             m = self.six.stub(process_id).GetMetrics(pb2.MetricsRequest(), timeout=1)
         except grpc.RpcError:
@@ -148,50 +147,16 @@ class Besieged:
         return not any(counts) and all(n.state == "up" for n in m.neighbours)
 
 
-class _Memory:
-    """Looks at the processes' memory all the time."""
-
-    def __init__(self, pids: dict[str, int]) -> None:
-        self._seen = {i: psutil.Process(pid) for i, pid in pids.items()}
-        self._before = {i: process.memory_info().rss for i, process in self._seen.items()}
-        self._most = dict(self._before)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
-
-    def __enter__(self) -> _Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join(5)
-
-    def peaks(self) -> dict[str, float]:
-        return {i: most / 2**20 for i, most in self._most.items()}
-
-    def check(self, most_mib: float, beyond: Mapping[str, float] | None) -> None:
-        usual = beyond or {i: before / 2**20 for i, before in self._before.items()}
-        more = {i: peak - usual[i] for i, peak in self.peaks().items()}
-        print("memory: " + ", ".join(f"{i} {mib:+.0f} MiB" for i, mib in more.items()))
-        assert {i: f"{mib:.0f} MiB" for i, mib in more.items() if mib > most_mib} == {}
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.03):
-            for i, process in self._seen.items():
-                with contextlib.suppress(psutil.Error):  # the test has restarted it
-                    self._most[i] = max(self._most[i], process.memory_info().rss)
-
-
-# What an honest client asks, each on a new connection. Each raises when it is not answered.
+# The calls of an honest client, each on a new connection. Each raises if it is not answered.
 
 
 def _timed(ask: Callable[[Overlay], None], six: Overlay) -> tuple[float, str]:
     began = time.monotonic()
     try:
         ask(six)
-    except Exception as e:  # noqa: BLE001 - whatever it is, there was no answer
-        said = e.details() if isinstance(e, grpc.RpcError) else e
-        return math.inf, f"{type(e).__name__}: {said}"
+    except Exception as e:  # noqa: BLE001 - any exception means no answer
+        reason = e.details() if isinstance(e, grpc.RpcError) else e
+        return math.inf, f"{type(e).__name__}: {reason}"
     return time.monotonic() - began, ""
 
 
@@ -244,7 +209,7 @@ def _watch(six: Overlay) -> None:
 
 
 def _drain(six: Overlay) -> None:
-    """Asks for what is refused at once."""
+    """A drain that is refused immediately."""
     with raw(six) as channel:
         stub = pb2_grpc.OverlayAdminStub(channel)
         try:
@@ -269,9 +234,9 @@ def _reflection(six: Overlay) -> None:
 
 @contextlib.contextmanager
 def raw(six: Overlay, process_id: str = "A") -> Iterator[grpc.Channel]:
-    """A connection that nobody else has."""
-    alone: list[tuple[str, Any]] = [("grpc.use_local_subchannel_pool", 1)]
-    with grpc.insecure_channel(six.address(process_id), alone) as channel:
+    """A connection of its own."""
+    unshared: list[tuple[str, Any]] = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(six.address(process_id), unshared) as channel:
         yield channel
 
 
