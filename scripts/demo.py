@@ -29,8 +29,24 @@ from typing import Any
 
 import launcher
 import psutil
-from launcher import ROOT, Child, Record, shown
+from processes import (
+    ROOT,
+    Child,
+    Record,
+    Refused,
+    apart,
+    command,
+    end,
+    launch,
+    report_failure,
+    shown,
+    take_back,
+    wait_until_linked,
+    wait_until_ready,
+)
 
+from overlay.cli import stdio
+from overlay.cli.terminal import Screen
 from overlay.cli.usage import Parser
 from overlay.client.sync import connect
 from overlay.model.config import load
@@ -52,7 +68,7 @@ class WrongAnswer(Exception):
 
 
 def main(arguments: Sequence[str]) -> int:
-    launcher.say_safely()
+    stdio.escape_unprintable()
     parser = Parser("run.py demo", (__doc__ or "").splitlines()[0])
     parser.add_argument("--once", action="store_true", help="end after the requests")
     once = parser.parse_args(arguments).once
@@ -60,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with _the_only_demo():
             return _demo(once, given_up)
-    except (ConfigError, launcher.Refused) as error:
+    except (ConfigError, Refused) as error:
         print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:  # such as `| head`: all is stopped by now
@@ -74,13 +90,13 @@ def _the_only_demo() -> Iterator[None]:
     LOGS.mkdir(parents=True, exist_ok=True)
     other = Record.read(OWNER)
     if other and other.process():
-        raise launcher.Refused(
+        raise Refused(
             f"the demo is already running as pid {other.pid}; end it with Ctrl-C in its terminal, "
-            f"or with: {launcher.command('stop')} {shown(CONFIG)}"
+            f"or with: {command('stop')} {shown(CONFIG)}"
         )
-    left = [record for record in launcher.records(LOGS) if record.process()]
+    left = [r for path in LOGS.glob("process_*.pid") if (r := Record.read(path)) and r.process()]
     if left:
-        launcher.end(left, GRACE_S)
+        end(left, GRACE_S)
         names = ", ".join(sorted(record.id for record in left))
         print(f"stopped {names}, left by a demo that was killed")
     me = psutil.Process()
@@ -98,13 +114,13 @@ def _demo(once: bool, given_up: threading.Event) -> int:
     page: subprocess.Popen[bytes] | None = None
     print("starting six processes on this machine ...", flush=True)
     try:
-        launcher.launch(topology, CONFIG, topology.processes.values(), children, given_up)
-        launcher.wait_until_ready(children, launcher.WAIT_S, given_up)
+        launch(topology, topology.processes.values(), children, given_up)
+        wait_until_ready(children, launcher.WAIT_S, given_up)
         if not given_up.is_set() and any(child.ready_ms is None for child in children):
-            launcher.report_failure(children)
+            report_failure(children)
             children.clear()
             return 1
-        launcher.wait_until_linked(children, given_up)
+        wait_until_linked(children, given_up)
         _print_processes(children)
         address = topology.processes["A"].address
         if not once:
@@ -120,7 +136,7 @@ def _demo(once: bool, given_up: threading.Event) -> int:
         if children:
             with contextlib.suppress(OSError):  # nobody may read any more
                 print("stopping ...", flush=True)
-            launcher.take_back(children)
+            take_back(children)
             with contextlib.suppress(OSError):
                 print("all six processes have stopped", flush=True)
 
@@ -167,17 +183,17 @@ def _hold(stack: contextlib.ExitStack, port: int) -> int:
             one = stack.enter_context(socket.socket())
             one.bind(("127.0.0.1", wish))
             return wish
-    raise launcher.Refused("no free port was found on 127.0.0.1")
+    raise Refused("no free port was found on 127.0.0.1")
 
 
 def _print_processes(children: Sequence[Child]) -> None:
-    rows = [("id", "role", "team", "address", "pid", "ready")]
+    rows = []
     for child in children:
         process = child.process
         ready = f"{child.ready_ms:.0f} ms" if child.ready_ms else ""
         pid = str(child.record.pid)
         rows.append((process.id, process.role, process.team, process.address, pid, ready))
-    launcher.print_table(rows)
+    Screen(sys.stdout).table("", ("id", "role", "team", "address", "pid", "ready"), rows)
     print(f"logs: {shown(LOGS)}\n")
 
 
@@ -195,7 +211,7 @@ def _open_page(address: str) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        **launcher.apart(),
+        **apart(),
     )
     said = page.stdout.readline().decode("utf-8", "replace").strip() if page.stdout else ""
     found = re.search(r"http://\S+", said)
@@ -265,11 +281,10 @@ def _pictures(client: Any) -> None:
     print("mode ANY, handler pictures: each picture goes to one worker, all at once")
     THUMBNAILS.mkdir(parents=True, exist_ok=True)
     photos = sorted(PHOTOS.glob("*.jpg"))
-    rows: list[tuple[str, ...]] = [("picture", "KiB", "thumbnail", "KiB", "made by", "ms")]
     with ThreadPoolExecutor(len(photos), "demo") as pool:
         jobs = [pool.submit(_thumbnail, client, photo) for photo in photos]
-        rows += [job.result() for job in jobs]
-    launcher.print_table([("  " + row[0], *row[1:]) for row in rows])
+    columns = ("picture", "KiB", "thumbnail", "KiB", "made by", "ms")
+    Screen(sys.stdout).table("", columns, [job.result() for job in jobs])
 
 
 def _thumbnail(client: Any, photo: Path) -> tuple[str, ...]:
@@ -328,7 +343,7 @@ def _stay_up(address: str, children: Sequence[Child], given_up: threading.Event)
     )
     for script, verb in verbs:
         print(f"  {python} {shown(ROOT / script)} {host} {port}{verb}")
-    print(f"  {launcher.command('status')} {shown(CONFIG)}")
+    print(f"  {command('status')} {shown(CONFIG)}")
     print("and press Ctrl-C here to stop them", flush=True)
     up = list(children)
     while up and not given_up.wait(0.3):

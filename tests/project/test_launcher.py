@@ -179,7 +179,7 @@ def test_a_second_start_starts_only_what_is_missing(project, three):
     second = launcher(project, "start", three)
 
     assert seen.returncode == 1
-    assert re.search(r"(?m)^C .*died: killed without a word after 20\d\d-.*kill -9", seen.stdout)
+    assert re.search(r"(?m)^C: it died without a message after 20\d\d-.*kill -9", seen.stdout)
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("already running") == 2
     assert {n: pids_in(second.stdout)[n] for n in "AB"} == {n: pids[n] for n in "AB"}
@@ -195,7 +195,7 @@ def test_a_drained_process_has_not_died(project, three):
     again = launcher(project, "start", three)
 
     assert seen.returncode == 1
-    assert re.search(r"(?m)^C .*stopped in order", seen.stdout)
+    assert re.search(r"(?m)^C: it stopped in order", seen.stdout)
     assert again.returncode == 0, again.stderr
 
 
@@ -227,7 +227,7 @@ def test_requests_left_behind_are_told_by_stop_restart_and_status(project, tmp_p
     assert re.search(r"C  stopped in .* s, 1 request left behind, serves again", restarted.stdout)
     assert re.search(r"(?m)^C .*stopped in .* s, 1 request left behind$", stopped.stdout)
     assert stopped.returncode == 1
-    assert re.search(r"(?m)^C .*stopped, 1 request left behind$", seen.stdout)
+    assert re.search(r"(?m)^C: it stopped, 1 request left behind\.", seen.stdout)
     assert rest.returncode == 0, rest.stdout
 
 
@@ -276,7 +276,7 @@ def test_named_ids_alone_are_started_and_stopped(project, three):
     started = launcher(project, "start", three, "B", "C")
     stopped = launcher(project, "stop", three, "C")
     status = [project, "status", three]
-    wait_for(lambda: re.search(r"(?m)^B .*serves; no link to C$", launcher(*status).stdout))
+    wait_for(lambda: re.search(r"(?m)^B to C: ", launcher(*status).stdout))
     seen = launcher(*status)
     unknown = launcher(project, "start", three, "Z")
 
