@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -31,9 +30,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[0] = str(ROOT)  # not this folder, whose modules are benchmarks.*
+sys.path.append(str(ROOT / "scripts"))
+
+import environment  # noqa: E402 - the project's, whose functions make this one's too
 
 from benchmarks import peers  # noqa: E402
 from benchmarks.rows import ROWS, chosen  # noqa: E402
+from overlay.cli import stdio  # noqa: E402
 
 VENV = HERE / ".venv"
 STAMP = VENV / "installed.json"  # the hashes of the requirement files that are in
@@ -41,24 +44,13 @@ REQUIREMENTS = ("requirements.txt", "requirements-all-peers.txt")
 IN_VENV = "OVERLAY_BENCHMARK_VENV"
 
 
-def set_up_script():
-    """scripts/run.py as a module: how the project makes its environment is how this does."""
-    spec = importlib.util.spec_from_file_location("project", ROOT / "scripts" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-project = set_up_script()
-
-
 def main(arguments: list[str]) -> int:
-    project.say_safely()
+    stdio.escape_unprintable()
     options = parse(arguments)
     if IN_VENV not in os.environ:
         python = prepare(options.all_peers or set(options.only or ()) & set(peers.EXTRA))
         os.environ[IN_VENV] = python
-        return project.hand_over(python, Path(__file__).resolve(), arguments)
+        return environment.hand_over(python, Path(__file__).resolve(), arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the peers are ended
     return contest_of(options, arguments)
 
@@ -109,14 +101,14 @@ def names(text: str) -> list[str]:
 def prepare(all_peers: bool) -> str:
     """The Python to measure with; installs what its environment lacks."""
     wanted = REQUIREMENTS if all_peers else REQUIREMENTS[:1]
-    with project.one_at_a_time():
+    with environment.one_at_a_time():
         python = str(VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-        if project.probe(python) is None:
+        if environment.probe(python) is None:
             print("making benchmarks/.venv (once)", flush=True)
             make = [sys.executable, "-m", "venv", "--clear", str(VENV)]
-            project.run(make, f"could not make {VENV}")
-        install(python, [ROOT / project.LOCK, *(HERE / name for name in wanted)])
-        project.make_stubs(python, project.probe(python))
+            environment.run(make, f"could not make {VENV}")
+        install(python, [ROOT / environment.LOCK, *(HERE / name for name in wanted)])
+        environment.make_stubs(python, environment.probe(python))
     return python
 
 
@@ -127,7 +119,7 @@ def install(python: str, files: list[Path]) -> None:
         if done.get(path.name) == digest:
             continue
         print(f"installing {path.name} (once; needs the network)", flush=True)
-        if path.name == project.LOCK:
+        if path.name == environment.LOCK:
             pip(python, "-r", str(path))
         elif not install_each(python, path):
             continue  # tried again next time
@@ -138,7 +130,7 @@ def install(python: str, files: list[Path]) -> None:
 def install_each(python: str, path: Path) -> bool:
     """Whether all are in. Where they cannot be had at once, one by one: a missing peer costs only
     itself."""
-    with contextlib.suppress(project.Problem):
+    with contextlib.suppress(environment.Problem):
         pip(python, "-r", str(path))
         return True
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -146,14 +138,14 @@ def install_each(python: str, path: Path) -> bool:
         if requirement:
             try:
                 pip(python, requirement)
-            except project.Problem as problem:
+            except environment.Problem as problem:
                 print(problem, file=sys.stderr)
     return False
 
 
 def pip(python: str, *what: str) -> None:
     command = [python, "-m", "pip", "install", "--no-input", "--quiet", *what]
-    project.run(command, f"could not install {' '.join(what)}")
+    environment.run(command, f"could not install {' '.join(what)}")
 
 
 # The contest, in that environment.
@@ -241,7 +233,7 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except project.Problem as problem:
+    except environment.Problem as problem:
         print(problem, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -654,9 +654,9 @@ def test_stop_says_so_when_it_cannot_look_at_what_was_started(bare, log_dir):
 
 
 @pytest.fixture
-def run(tmp_path):
-    """scripts/run.py, with its names pointing into an empty folder."""
-    names = runpy.run_path(str(ROOT / "scripts" / "run.py"))
+def environment(tmp_path):
+    """scripts/environment.py, with its names pointing into an empty folder."""
+    names = runpy.run_path(str(ROOT / "scripts" / "environment.py"))
     places = names["prepare"].__globals__
     places["ROOT"], places["VENV"] = tmp_path, tmp_path / ".venv"
     places["STAMP"] = tmp_path / ".venv" / "overlay-setup.json"
@@ -677,13 +677,13 @@ def test_an_old_python_is_told_in_one_sentence():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_stubs_are_made_anew_only_when_the_proto_or_protobuf_changed(run, tmp_path):
+def test_stubs_are_made_anew_only_when_the_proto_or_protobuf_changed(environment, tmp_path):
     proto = tmp_path / "overlay.proto"
     proto.write_bytes((ROOT / "overlay.proto").read_bytes())
-    facts = run["probe"](sys.executable)
+    facts = environment["probe"](sys.executable)
 
     def made():
-        run["make_stubs"](sys.executable, facts)
+        environment["make_stubs"](sys.executable, facts)
         return [(tmp_path / name).stat().st_mtime_ns for name in STUBS]
 
     first = made()
@@ -695,26 +695,28 @@ def test_stubs_are_made_anew_only_when_the_proto_or_protobuf_changed(run, tmp_pa
     assert made() != second
 
 
-def test_an_environment_left_half_made_is_not_trusted(run, tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", run["VENV"]], check=True)
-    assert not run["is_whole"]()  # killed before pip was in it
-    run["STAMP"].touch()
-    assert run["is_whole"]()
-    run["INSTALLING"].touch()
-    assert not run["is_whole"]()  # killed while pip worked
+def test_an_environment_left_half_made_is_not_trusted(environment, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment["VENV"]], check=True)
+    assert not environment["is_whole"]()  # killed before pip was in it
+    environment["STAMP"].touch()
+    assert environment["is_whole"]()
+    environment["INSTALLING"].touch()
+    assert not environment["is_whole"]()  # killed while pip worked
 
 
-def test_a_failed_install_says_why_and_keeps_what_there_was(run, tmp_path):
-    run["VENV"].mkdir()
+def test_a_failed_install_says_why_and_keeps_what_there_was(environment, tmp_path):
+    environment["VENV"].mkdir()
     lock = tmp_path / "requirements.lock"
     lock.write_text("nowhere-at-all==1.0 --hash=sha256:" + "0" * 64 + "\n", encoding="utf-8")
     os.environ["PIP_NO_INDEX"] = "1"
     try:
-        with pytest.raises(run["Problem"], match=r"could not install requirements\.lock; needed"):
-            run["pip_install"](sys.executable, lock)
+        with pytest.raises(
+            environment["Problem"], match=r"could not install requirements\.lock; needed"
+        ):
+            environment["pip_install"](sys.executable, lock)
     finally:
         del os.environ["PIP_NO_INDEX"]
-    assert not run["INSTALLING"].exists()
+    assert not environment["INSTALLING"].exists()
 
 
 @pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
