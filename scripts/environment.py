@@ -65,9 +65,9 @@ def prepare(locks: Sequence[str] = (LOCK,)) -> str:
 
 
 def python_as_it_is() -> str | None:
-    """The Python that can run the launcher, None when there is none; installs nothing.
+    """A Python that can run the launcher, or None; installs nothing.
 
-    So what runs can be stopped offline too, whatever the lock file says by now.
+    So processes can be stopped offline too, whatever the lock file says by now.
     """
     for python in (venv_python(), sys.executable):
         facts = probe(python, *FOR_LAUNCHER)
@@ -87,7 +87,7 @@ def can_make_venv() -> bool:
 
 
 def own_python(locks: Sequence[str]) -> str:
-    """This very Python, where it cannot make a virtual environment."""
+    """The Python that runs this, for systems where it cannot make a virtual environment."""
     needed = NEEDED + ["pytest", "xdist", "ruff", "mypy"] * (DEV_LOCK in locks)
     facts = probe(sys.executable, *needed) or {"missing": needed}
     if facts["missing"]:
@@ -159,15 +159,15 @@ def pip_install(python: str, lock_file: Path) -> None:
 def install_advice() -> str:
     machine = platform.machine()
     if os.name == "nt" and machine.upper() == "ARM64":
-        return "gRPC has no package for Windows on ARM; install the 64-bit x86 Python (it runs too)"
+        return "gRPC has no package for Windows on ARM; install the 64-bit x86 Python, which works"
     return (
-        "needed are the network (or a mirror set in pip's configuration) and a Python that gRPC "
+        "it needs the network (or a mirror set in pip's configuration) and a Python that gRPC "
         f"has packages for; this is {platform.python_version()} on {machine}"
     )
 
 
 def add_pillow(python: str) -> None:
-    """For the demo's thumbnails; without the network it goes without them.
+    """Installs Pillow for the demo's thumbnails; without the network there are none.
 
     Only Pillow's own lines of the long lock file are installed.
     """
@@ -194,7 +194,7 @@ def make_stubs(python: str, facts: Facts) -> None:
             return
     if not facts["tools"]:
         if all((ROOT / name).exists() for name in STUBS):
-            return  # brought along by hand; the codec says so if they do not fit
+            return  # copied here by hand; the codec says so if they do not fit
         raise Problem(
             f"the stubs of overlay.proto are missing and {python} has no grpcio-tools to make "
             f"them; copy {', '.join(STUBS)} from another machine with the same protobuf version"
@@ -231,7 +231,7 @@ def run(command: Sequence[str], what: str) -> None:
 
 
 def hand_over(python: str, script: Path, arguments: Sequence[str]) -> int:
-    """Becomes the script where the system can do that; elsewhere waits for its end."""
+    """Runs the script in place of this process; on Windows, which cannot do that, waits for it."""
     command = [python, str(script), *arguments]
     sys.stdout.flush()
     if os.name != "nt":
@@ -241,12 +241,12 @@ def hand_over(python: str, script: Path, arguments: Sequence[str]) -> int:
         try:
             return child.wait()
         except KeyboardInterrupt:
-            continue  # Ctrl-C reached the child too; its way of ending is ours
+            continue  # Ctrl-C reached the child too, and this ends as the child does
 
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Two set-ups at once would spoil each other: the second waits. A killed one holds nothing."""
+    """Set-ups wait for each other, or they would damage .venv. A killed one holds no lock."""
     (ROOT / "logs").mkdir(exist_ok=True)
     with (ROOT / "logs" / ".setup-lock").open("a") as handle:
         if sys.platform == "win32":

@@ -1,12 +1,12 @@
 """Starts, stops and shows this machine's processes of a configuration.
 
     launcher.py start CONFIG [IDS]   those whose host is an address of this machine, or the named
-    launcher.py stop CONFIG [IDS]    exactly what start started, gently, then firmly
+    launcher.py stop CONFIG [IDS]    what start has started and nothing else, gently, then firmly
     launcher.py restart CONFIG [IDS] the same one after another, so that no request is lost
     launcher.py status CONFIG        which processes serve, and how others ended
 
-A start is whole or not at all: when one process does not come up, the others that this call started
-are stopped again; those that ran before stay.
+A start succeeds as a whole or not at all: when one process does not come up, the others that this
+call started are stopped again; those that ran before stay.
 
 Exit codes: 0 all well, 1 a process is not as it should be (one that was stopped has left requests
 behind, or had to be killed), 2 the command could not begin.
@@ -34,7 +34,7 @@ from overlay.cli import stdio  # noqa: E402
 
 stdio.complete()
 
-from processes import (  # noqa: E402 - after that, as all that may open files
+from processes import (  # noqa: E402 - after that, like everything that may open files
     ANSWER_S,
     GRACE_MARGIN_S,
     LEFT_BEHIND,
@@ -168,7 +168,7 @@ def stop(config: Path, ids: Sequence[str], grace_s: float | None) -> int:
     try:
         topology = load(config)
     except ConfigError as error:
-        # What runs must be stoppable, also when the file was broken or removed since.
+        # What runs can still be stopped when its file was broken or removed since.
         print(error, file=sys.stderr)
         topology = Topology({}, folder=config.parent, name=config.name)
     found = _own_records(topology)
@@ -201,8 +201,8 @@ def _own_records(topology: Topology) -> dict[str, tuple[Path, Record]]:
 def restart(config: Path, ids: Sequence[str], grace_s: float | None, wait_s: float) -> int:
     """Restarts what start started, or the named ones, one after another: the leader last.
 
-    The next one's turn comes when the last one serves and its neighbours see it; when one does not
-    come back, the others stay as they are.
+    It goes on with the next one when the last one serves and its neighbours see it. When one does
+    not come back, the others stay as they are.
     """
     given_up = end_on_signal()
     topology = load(config)
@@ -359,13 +359,13 @@ def _parse(arguments: Sequence[str]) -> tuple[Callable[..., int], dict[str, Any]
 
 
 def find(config: str) -> Path:
-    """The configuration as named from here, else from the project's folder."""
+    """The configuration of this name in the current folder, else in the project's."""
     here, there = Path(config).absolute(), ROOT / config
     return (here if here.exists() or not there.exists() else there).resolve()
 
 
 def end_on_signal() -> threading.Event:
-    """An event that Ctrl-C, a closed terminal and the like set from now on."""
+    """An event that is set by Ctrl-C, SIGTERM or the closing of the terminal."""
     asked = threading.Event()
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)

@@ -2,7 +2,7 @@
 
 Beside the log of process A (process_a.log) lie process_a.out, what it printed; process_a.pid, which
 process it is; and process_a.stop while it stops and after it has ended by itself, with the number
-of requests that it left behind. A start is whole or not at all; an end is gentle, then firm.
+of requests that it left behind.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def last_lines(path: Path, count: int = 10) -> list[str]:
 
 
 class Refused(Exception):
-    """Nothing was begun; says why and what would do."""
+    """Nothing was begun. The message says why and what to do."""
 
 
 @dataclass
@@ -178,7 +178,7 @@ class Child:
     ready_ms: float | None = None
 
     def is_pid(self, pid: int) -> bool:
-        """Whether it goes by this pid: on Windows a venv's Python runs as a child of itself."""
+        """Whether this is its pid: on Windows a venv's Python runs as a child of itself."""
         with contextlib.suppress(psutil.Error):
             return self.popen.pid in (pid, psutil.Process(pid).ppid())
         return False
@@ -249,7 +249,7 @@ def spawn(topology: Topology, process: Process) -> Child:
 
 
 def apart() -> dict[str, Any]:
-    """A group of its own: Ctrl-C in this terminal, and the end of it, do not reach the child."""
+    """For a process group of its own: Ctrl-C and closing this terminal do not reach the child."""
     if sys.platform == "win32":
         flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
         return {"creationflags": flags}
@@ -314,7 +314,7 @@ def ask(address: str, timeout_s: float = ANSWER_S) -> Any:
 
 
 def report_failure(children: Sequence[Child]) -> None:
-    """Says why the failed ones failed, and stops the others: half a start is of no use."""
+    """Prints why the failed ones failed, and stops the others: half a start is of no use."""
     for child in children:
         if child.ready_ms is None:
             print(_why_not(child), file=sys.stderr)
@@ -337,7 +337,7 @@ def _why_not(child: Child) -> str:
 
 
 def take_back(children: Sequence[Child]) -> None:
-    """Ends what this call has started, as if it had not."""
+    """Ends what this call has started and removes its pid files."""
     end([child.record for child in children], GRACE_MARGIN_S)
     for child in children:
         child.popen.wait()

@@ -6,7 +6,7 @@
     python3 scripts/run.py test [ARGS]         lint, types and tests; ARGS go to pytest
     python3 scripts/run.py start CONFIG [IDS]  starts this machine's processes of a configuration
     python3 scripts/run.py stop CONFIG [IDS]   stops what start started
-    python3 scripts/run.py restart CONFIG [IDS]  the same one after another; no request is lost
+    python3 scripts/run.py restart CONFIG [IDS]  restarts them one by one; no request is lost
     python3 scripts/run.py status CONFIG       which processes serve, with their pids
     python3 scripts/run.py setup               only the set-up
     python3 scripts/run.py lock                makes the lock files again from requirements*.txt
