@@ -61,7 +61,7 @@ from processes import (  # noqa: E402 - after that, like everything that may ope
     wait_until_ready,
 )
 
-from overlay.cli.doctor import Examination, advice, examine  # noqa: E402
+from overlay.cli.doctor import Examination, advice, examine, say_summary  # noqa: E402
 from overlay.cli.terminal import Screen, guarded  # noqa: E402
 from overlay.cli.usage import Parser  # noqa: E402
 from overlay.model.config import load  # noqa: E402
@@ -295,8 +295,7 @@ def status(config: Path) -> int:
         rows.append((*place, *figures, finding.state))
     report = Screen(sys.stdout)
     report.table("", STATUS_COLUMNS, rows)
-    for line in found.summary():
-        report.say(line)
+    say_summary(report, found)
     return code
 
 

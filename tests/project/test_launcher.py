@@ -170,6 +170,16 @@ def test_status_shows_and_stop_ends_what_start_has_started(project, three):
     assert kept == [".lock"] * 3 + [".log"] * 3 + [".out"] * 3
 
 
+def test_status_agrees_with_check(project, three):
+    launcher(project, "start", three, "B", "C")
+    seen = launcher(project, "status", three.name)
+    checked = launcher(project, "check", three.name, script="../client.py")
+
+    summary = seen.stdout.partition("\n\n")[2]
+    assert summary.startswith("2 of 3 processes well, 1 of 2 links up\nA: nothing listens there")
+    assert summary == checked.stdout.partition("\n\n")[2]
+
+
 def test_a_second_start_starts_only_what_is_missing(project, three):
     first = launcher(project, "start", three)
     pids = pids_in(first.stdout)
@@ -362,8 +372,10 @@ def test_a_restart_ends_at_the_first_process_that_does_not_come_back(project, th
 def test_a_stuck_process_is_killed_after_its_grace_period(project, three):
     started = launcher(project, "start", three, "C")
     os.kill(pids_in(started.stdout)["C"], signal.SIGSTOP)
+    seen = launcher(project, "status", three)
     stopped = launcher(project, "stop", three, "--grace-s", "1")
 
+    assert re.search(r"(?m)^C: it runs as pid \d+ but does not answer at", seen.stdout)
     assert "killed after 1 s" in stopped.stdout
     assert stopped.returncode == 1
     assert processes_of(project, three.name) == []
