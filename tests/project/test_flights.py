@@ -255,13 +255,18 @@ CONDITIONS = [
 CONDITIONS += ["NOT fourth", "date >= DATE '2024-02-10' OR three = 1", "length(odd) = 0", "false"]
 
 
+def sums_of(value: str) -> tuple[str, ...]:
+    # The last digit of a DECIMAL's avg differs in DuckDB itself, with and without a sum beside it.
+    return ("sum", "count") if "price" in value else ("sum", "avg", "count")
+
+
 @st.composite
 def aggregates(draw) -> str:
     call = draw(
         st.sampled_from(["count(*)"])
         | st.sampled_from(VALUES).flatmap(
             lambda v: st.sampled_from(
-                [f"{f}({d}{v})" for f in ("sum", "avg", "count") for d in ("", "DISTINCT ")]
+                [f"{f}({d}{v})" for f in sums_of(v) for d in ("", "DISTINCT ")]
                 + [f"min({v})", f"max({v})"]
             )
         )
