@@ -2,8 +2,8 @@
 
 run        the command: its own virtual environment, options, writing the results
 contest    rounds in rotating order, set-up by set-up
-entrant    one peer that is up: its processes and its caller        child, children
+entrant    one running peer: its processes and its caller           child, children
 peers/     one module each, all with the same small interface       handlers: the work itself
 loads      what a caller does: windows, threads, bulks; verifies    rows: what is measured
-figures    statistics                                               report, plot, machine
+figures    statistics                                               report, plot, machine: output
 """

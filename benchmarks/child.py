@@ -1,9 +1,9 @@
 """A child process: python -m benchmarks.child PEER ROLE JSON
 
-ROLE is a function of the peer's module: `worker(ready, **arguments)` and the like serve until they
-are ended and call ready() when they do. The role "caller" is the peer's client: it takes works on
-stdin, one JSON object a line, and answers on stdout in the same way. Either ends with its stdin, so
-nothing stays when the benchmark is killed.
+ROLE is a function of the peer's module, for example `worker(ready, **arguments)`: it calls ready()
+once it serves, and serves until it is ended. The role "caller" is the peer's client: it reads works
+from stdin, one JSON object a line, and writes its results to stdout in the same way. Both end when
+their stdin does, so nothing is left over when the benchmark is killed.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def end_with_stdin() -> None:
 
 
 def serve_caller(module: Any, given: dict[str, Any]) -> None:
-    # Libraries print; their words go where stderr goes, the answers to the real stdout.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # What libraries print goes to stderr; only results go to the real stdout.
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     caller = module.Caller(**given)
-    print(json.dumps({"ready": True}), file=answers, flush=True)
+    print(json.dumps({"ready": True}), file=results, flush=True)
     for line in sys.stdin:
-        print(json.dumps(measured(caller, json.loads(line))), file=answers, flush=True)
+        print(json.dumps(measured(caller, json.loads(line))), file=results, flush=True)
     caller.close()
 
 
 def measured(caller: Any, work: dict[str, Any]) -> dict[str, Any]:
-    """The tally's report, or {"error": sentence}."""
+    """The tally's report, or {"error": a sentence}."""
     work["workers"] = tuple(work["workers"])
     try:
         return caller.run(Work(**work)).report()

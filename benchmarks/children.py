@@ -1,7 +1,8 @@
-"""The processes of one peer: started, waited for, their CPU time read, ended. Never by name.
+"""The processes of one peer: starts them, waits for them, reads their CPU time, ends them.
 
 Every process is a child of the benchmark in a session of its own, so that Ctrl-C reaches only the
-benchmark, which then stops them. Their output goes to files (an unread pipe would freeze them).
+benchmark, which then stops them. None is ever looked for by name. Their output goes to files (a
+pipe that is not read would freeze them).
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import psutil
 
 from tests.harness.machine import ROOT, NotReached, until
 
-READY_S = 60.0  # a cluster of several interpreters on two busy cores takes its time
+READY_S = 60.0  # a cluster of several interpreters starts slowly on two busy cores
 GRACE_S = 8.0
 READY = "BENCH_READY"  # names the file that a child makes when it serves
 
 
 class NotStarted(Exception):
-    """A process of a peer ended or did not serve; the message says which and what it said last."""
+    """A process of a peer ended or did not serve; the message names it, with its last output."""
 
 
 class Group:
-    """The processes of one peer, caller included. One thread uses it; stop() may come twice."""
+    """The processes of one peer and its caller. For one thread; stop() may be called twice."""
 
     def __init__(self, peer: str, folder: Path) -> None:
         self.peer = peer
@@ -73,7 +74,7 @@ class Group:
         self.wait_until(name, answers)
 
     def wait_for_text(self, name: str, text: str) -> None:
-        self.wait_until(name, lambda: text in self.said(name))
+        self.wait_until(name, lambda: text in self.output(name))
 
     def wait_until(self, name: str, serves: Callable[[], bool]) -> None:
         """Raises NotStarted when the child ends or does not serve in time."""
@@ -84,25 +85,25 @@ class Group:
         try:
             until(has_ended_or_serves, READY_S)
         except NotReached:
-            said = f"{name} did not serve in {READY_S:g} s: {self.last_words(name)}"
-            raise NotStarted(said) from None
+            late = f"{name} did not serve in {READY_S:g} s: {self.last_line(name)}"
+            raise NotStarted(late) from None
         code = self._children[name].poll()
         if code is not None:
-            raise NotStarted(f"{name} ended with exit code {code}: {self.last_words(name)}")
+            raise NotStarted(f"{name} ended with exit code {code}: {self.last_line(name)}")
 
-    def said(self, name: str) -> str:
+    def output(self, name: str) -> str:
         return self._out(name).read_text(encoding="utf-8", errors="replace")
 
-    def last_words(self, name: str) -> str:
-        lines = [line.strip() for line in self.said(name).splitlines() if line.strip()]
-        return lines[-1][:300] if lines else "it said nothing"
+    def last_line(self, name: str) -> str:
+        lines = [line.strip() for line in self.output(name).splitlines() if line.strip()]
+        return lines[-1][:300] if lines else "it printed nothing"
 
     def cpu_s(self) -> float:
         """CPU seconds of all processes and their descendants so far, the ended ones included."""
         return sum(_cpu_s(process) for process in self._tree())
 
     def stop(self) -> None:
-        """Asks all to end, the last started first; ends what is left after the grace."""
+        """Asks all to end, the last started first; kills what is left after the grace."""
         tree = self._tree()
         for child in reversed(self._children.values()):
             _ask_to_end(child)
@@ -131,7 +132,7 @@ class Group:
 
 
 def _ask_to_end(child: subprocess.Popen[bytes]) -> None:
-    """Ours end with their stdin, and may have a cluster of their own to take down first."""
+    """Roles of a peer's module end when their stdin does; they may have a cluster to stop first."""
     if child.stdin:
         with contextlib.suppress(OSError):
             child.stdin.close()
@@ -146,7 +147,7 @@ def _cpu_s(process: psutil.Process) -> float:
         times = process.cpu_times()
     except psutil.Error:
         return 0.0
-    # children_*: those that have ended and were waited for; the living are in the tree themselves.
+    # children_*: those that have ended and were waited for; the others are in the tree themselves.
     return float(times.user + times.system + times.children_user + times.children_system)
 
 

@@ -1,4 +1,4 @@
-"""Runs the rounds: starts the peers of a set-up, measures in turn, stops them, set-up by set-up."""
+"""Runs the rounds of each set-up: starts its peers, measures them in turn, stops them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import peers
 from benchmarks.children import NotStarted
 from benchmarks.entrant import Entrant
-from benchmarks.figures import turn
+from benchmarks.figures import rotated
 from benchmarks.loads import Work
 from benchmarks.rows import SETUPS, Row, Setup
 
@@ -22,7 +22,7 @@ WARM_UP_ITEMS = 1_000
 
 @dataclass(frozen=True)
 class Plan:
-    """seconds: of one measurement. share: of each bulk's items."""
+    """seconds: the length of one measurement. share: how much of each bulk is sent, 0 to 1."""
 
     peers: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -33,7 +33,7 @@ class Plan:
 
 @dataclass
 class Results:
-    """What came out, as it will be written. not_run: by peer, or by "peer, row"."""
+    """As they will be written. not_run: reasons, by peer or by "peer, row"."""
 
     measurements: list[dict[str, Any]] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
@@ -41,31 +41,32 @@ class Results:
 
 def run(plan: Plan, folder: Path, results: Results, say: Callable[[str], None]) -> None:
     """Fills `results` as it goes, so that an interrupted run keeps what it has."""
-    able = _able(plan.peers, results)
+    able = _able_to_run(plan.peers, results)
     for setup in SETUPS:
         rows = [row for row in plan.rows if row.setup == setup.name]
         if rows:
-            _Heat(plan, setup, rows, results, say).run(able, folder / setup.name.replace(" ", "-"))
+            rounds = _Rounds(plan, setup, rows, results, say)
+            rounds.run(able, folder / setup.name.replace(" ", "-"))
 
 
 def entered(row: Row, names: Iterable[str]) -> list[str]:
     """The peers that take part in a row, in their order."""
-    asked = [name for name in names if row.peers is None or name in row.peers]
-    return [name for name in asked if _can(peers.load(name), row)]
+    invited = [name for name in names if row.peers is None or name in row.peers]
+    return [name for name in invited if _can(peers.load(name), row)]
 
 
 def _can(peer: ModuleType, row: Row) -> bool:
     return row.needs <= peer.SUPPORTS and row.setup in getattr(peer, "SETUPS", (row.setup,))
 
 
-def _able(names: Sequence[str], results: Results) -> list[str]:
+def _able_to_run(names: Sequence[str], results: Results) -> list[str]:
     reasons = {name: peers.load(name).missing() for name in names}
     results.not_run.update({name: reason for name, reason in reasons.items() if reason})
     return [name for name in names if not reasons[name]]
 
 
-class _Heat:
-    """All rounds of one set-up, with every peer up all the time."""
+class _Rounds:
+    """All rounds of one set-up, during which every peer stays up."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class _Heat:
         self._say(f"[{self._setup.name}] {entrant.module.TITLE} is up ({took_s:.1f} s)")
 
     def _warm_up(self) -> None:
-        """Every row once, short and not counted. Who cannot do a row is left out of it, aloud."""
+        """Every row once, briefly and not counted. A peer that fails at a row is left out of it."""
         for row in self._rows:
             for name in entered(row, self._up):
                 work = self._work(row, name, WARM_UP_S, most=WARM_UP_ITEMS)
@@ -118,7 +119,7 @@ class _Heat:
         began = time.monotonic()
         for place, row in enumerate(self._rows):
             able = [n for n in entered(row, self._up) if _key(n, row) not in self._results.not_run]
-            for name in turn(able, number + place):
+            for name in rotated(able, number + place):
                 work = self._work(row, name, self._plan.seconds)
                 found = self._up[name].measure(work)
                 about = {"row": row.name, "peer": name, "round": number}

@@ -1,4 +1,4 @@
-"""A peer that is up in one set-up: its processes, and its caller that measures on request."""
+"""A peer that runs in one set-up: its processes, and its caller, which measures on request."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from benchmarks.loads import TIMEOUT_S, Work
 from benchmarks.rows import Setup
 
 CALLER = "caller"
-STUCK_S = 5 * TIMEOUT_S  # no load takes longer beyond its own seconds: every call has a timeout
+STUCK_S = 5 * TIMEOUT_S  # no load overruns its own seconds by more: every call has a timeout
 
 
 class Entrant:
-    """Owns one thread, which reads the caller's lines and ends with the caller."""
+    """Owns a thread, which reads the caller's lines and ends with the caller."""
 
     def __init__(self, name: str, module: ModuleType, setup: Setup, folder: Path) -> None:
         self.name = name
@@ -35,7 +35,7 @@ class Entrant:
         self._caller: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Raises NotStarted; stop() is to be called in that case too."""
+        """Raises NotStarted; stop() must be called in that case too."""
         arguments = self.module.start(self._group, self._setup)
         argv = [sys.executable, "-m", "benchmarks.child", self.name, CALLER, json.dumps(arguments)]
         errors = open(self._group.folder / f"{CALLER}.out", "wb")  # noqa: SIM115 - the child's
@@ -51,14 +51,14 @@ class Entrant:
     def measure(self, work: Work) -> dict[str, Any]:
         """The caller's report with the CPU seconds of this peer and of everything else."""
         if self._caller is None or self._caller.poll() is not None:
-            return {"error": f"the caller has ended: {self._group.last_words(CALLER)}"}
+            return {"error": f"the caller has ended: {self._group.last_line(CALLER)}"}
         ours, all_, began = self._group.cpu_s(), busy_s(), time.monotonic()
         line = json.dumps(asdict(work)) + "\n"
         try:
             self._caller.stdin.write(line.encode())
             self._caller.stdin.flush()
         except OSError as error:
-            return {"error": f"the caller takes no more work: {error}"}
+            return {"error": f"the caller no longer takes work: {error}"}
         found = self._reply(work.seconds + STUCK_S)
         found["cpu_s"] = self._group.cpu_s() - ours
         others_s = busy_s() - all_ - found["cpu_s"]
@@ -73,13 +73,13 @@ class Entrant:
             return self._lines.get(timeout=within_s)
         except queue.Empty:
             if self._caller:
-                self._caller.kill()  # or its late answer would be taken for the next work's
+                self._caller.kill()  # or its late report would be taken for that of the next work
             return {"error": f"no result within {within_s:g} s"}
 
     def _read(self) -> None:
         for line in self._caller.stdout:
             self._lines.put(json.loads(line))
-        self._lines.put({"error": f"the caller ended: {self._group.last_words(CALLER)}"})
+        self._lines.put({"error": f"the caller ended: {self._group.last_line(CALLER)}"})
 
 
 def busy_s() -> float:

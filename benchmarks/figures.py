@@ -1,7 +1,7 @@
-"""The statistics, pure: medians, paired ratios, bootstrap intervals, rotation.
+"""The statistics, without I/O: medians, paired ratios, bootstrap intervals, rotation.
 
-A round gives each peer one figure for a row, taken within seconds of each other; only figures of
-one round are compared, so a machine that slows down slows both sides of a ratio.
+A round gives each peer one figure for a row, all taken within seconds. Only figures of the same
+round are compared, so a machine that slows down slows both sides of a ratio.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-RESAMPLES = 5000  # the ends of an interval then move by less than 1 % between two seeds
+RESAMPLES = 5000  # with these, the ends of an interval differ by less than 1 % between two seeds
 SEED = 20  # so that the same raw figures always give the same table
 
 
@@ -40,7 +40,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def paired_ratios(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
-    """Ours over theirs, for each round that both have; by round number."""
+    """Ours over theirs, for each round that both have, in the order of the rounds."""
     return [ours[r] / theirs[r] for r in sorted(ours.keys() & theirs.keys()) if theirs[r] > 0]
 
 
@@ -56,17 +56,17 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def unevenness(by_worker: Mapping[str, int], workers: Sequence[str]) -> float:
-    """The largest distance of a worker's share from an even one: 0 is even, 0.1 within 10 %."""
+    """How far any worker's share is from an even one, at most: 0 is even, 0.1 within 10 %."""
     even = sum(by_worker.values()) / len(workers)
     if even == 0:
         return 0.0
     return max(abs(by_worker.get(worker, 0) / even - 1) for worker in workers)
 
 
-def turn(peers: Sequence[T], number: int) -> list[T]:
+def rotated(peers: Sequence[T], number: int) -> list[T]:
     """The order of a round: each peer begins in its turn, and every other cycle runs backwards.
 
-    Backwards too, or a peer would always be measured right after the same other one.
+    Without the backward cycles a peer would always be measured right after the same other one.
     """
     if not peers:
         return []

@@ -1,4 +1,4 @@
-"""What every worker does, in every peer: `C: <payload>`, after a nap where the row asks for one."""
+"""The work, the same in every peer: answer `C: <payload>`, after a nap where the row wants one."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def answer(worker: str, payload: bytes, nap_s: float = 0.0) -> bytes:
 
 
 def nap(payload: bytes, context) -> bytes:
-    """The overlay's handler for the rows with 5 ms; without them it runs its built-in echo."""
+    """The overlay's handler for the 5 ms rows; for the others it runs its built-in echo."""
     return answer(context.process_id, payload, NAP_S)

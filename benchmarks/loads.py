@@ -1,10 +1,10 @@
-"""The loads, run in a peer's caller process: they send, verify every answer and take the time.
+"""The loads, which run in a peer's caller process: they send, check every answer and take times.
 
     Work -> Caller.run -> Tally
 
-A caller is a FuturesCaller (it has submit and result) or a LoopCaller (it has an asyncio request);
-each peer derives from the one that its own documentation would use. Every load counts only answers
-that are right; a wrong one ends it with WrongAnswer.
+A caller is a FuturesCaller (with submit and result) or a LoopCaller (with an asyncio request); each
+peer derives from the one that its own documentation would use. A load counts right answers only; a
+wrong one ends it with WrongAnswer.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import Any
 
 from benchmarks.figures import quantile
 
-TIMEOUT_S = 30.0  # of one call, where the peer has such a thing
-LARGE = 64 * 1024  # what is sent beside small calls
-NUMBER = 16  # a payload begins with its number in so many digits
-STRIDE = 10**9  # between the numbers of two threads
+TIMEOUT_S = 30.0  # of one call, where the peer has timeouts
+LARGE = 64 * 1024  # bytes of the calls that are made beside small ones
+NUMBER = 16  # digits of the number with which a payload begins
+STRIDE = 10**9  # from the first number of a thread to that of the next
 now = time.perf_counter
 
 
 class WrongAnswer(Exception):
-    """A peer answered something else than the work's result."""
+    """A peer's answer is not the work's result."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One measurement, as the driver asks for it. count: items of a bulk; else `seconds` decide."""
+    """One measurement, as the driver asks for it. count: items of a bulk; 0 for a timed load."""
 
     load: str
     workers: tuple[str, ...]
@@ -47,7 +47,7 @@ class Work:
 
 @dataclass
 class Tally:
-    """Right answers and what they took. latencies: seconds, of blocking calls only."""
+    """The right answers and how long they took. latencies: seconds, of blocking calls only."""
 
     work: Work
     answers: int = 0
@@ -76,10 +76,10 @@ class Tally:
         self.latencies += other.latencies
 
     def report(self) -> dict[str, Any]:
-        """For the driver. Raises WrongAnswer when somebody answered who is no worker."""
+        """For the driver. Raises WrongAnswer when an answer did not come from a worker."""
         strangers = set(self.by_worker) - set(self.work.workers)
         if strangers:
-            raise WrongAnswer(f"answers from {', '.join(sorted(strangers))}, who is no worker")
+            raise WrongAnswer(f"answers from {', '.join(sorted(strangers))}, not a worker")
         found = {"answers": self.answers, "seconds": self.seconds, "by_worker": self.by_worker}
         if self.latencies:
             found["p50_ms"] = quantile(self.latencies, 0.5) * 1000
@@ -102,10 +102,10 @@ def payloads(work: Work, thread: int = 0, size: int = 0) -> Iterator[bytes]:
 
 
 class Caller:
-    """One client of a peer, used by one load at a time. Its two kinds below fill in the verbs."""
+    """One client of a peer, used by one load at a time. The two classes below implement it."""
 
     call: Callable[[bytes, str], bytes]  # payload, mode: one blocking call, from any thread
-    map: Callable[[list[bytes], str], Iterable[bytes]]  # the answers in order
+    map: Callable[[list[bytes], str], Iterable[bytes]]  # the answers, in the order of the items
     window: Callable[[Work], Tally]
 
     def run(self, work: Work) -> Tally:
@@ -133,10 +133,10 @@ class Caller:
 
 
 class FuturesCaller(Caller):
-    """For clients whose calls give something to wait for."""
+    """For clients whose calls return something to wait for."""
 
     bulk_window = 64  # outstanding in `map`, for peers without a map of their own
-    submit: Callable[[bytes, str], Any]  # payload, mode: the peer's; gives what `result` takes
+    submit: Callable[[bytes, str], Any]  # payload, mode; the peer's; returns what `result` takes
 
     def result(self, handle: Any) -> bytes:
         return handle.result(TIMEOUT_S)
@@ -173,7 +173,7 @@ class LoopCaller(Caller):
     """For asyncio clients: a loop on a thread of its own, which ends with close()."""
 
     bulk_window = 512  # tried for NATS: 64 is slower, 1,000 is not faster
-    request: Callable[[bytes, str], Awaitable[bytes]]  # payload, mode: the peer's
+    request: Callable[[bytes, str], Awaitable[bytes]]  # payload, mode; the peer's
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = loop or asyncio.new_event_loop()
@@ -232,7 +232,7 @@ def bulk(map_: Callable[[list[bytes], str], Iterable[bytes]], work: Work) -> Tal
 
 
 def threads(call_of: Callable[[int], Callable[[bytes, str], bytes]], work: Work) -> Tally:
-    """Blocking callers, each on a thread; with work.beside, more that send 64 KiB meanwhile."""
+    """Blocking callers, each on a thread; work.beside more of them send 64 KiB meanwhile."""
     sizes = [work.size] * work.callers + [LARGE] * work.beside
     start = _Start(len(sizes))
     team = [_Thread(call_of(i), work, i, size, start) for i, size in enumerate(sizes)]
@@ -249,15 +249,15 @@ def threads(call_of: Callable[[int], Callable[[bytes, str], bytes]], work: Work)
 
 
 def _raise_cause(errors: list[Exception]) -> None:
-    """One thread's failure breaks the start for all others; its own error is the one to tell."""
+    """One thread's failure breaks the barrier for all others; that failure is the one to raise."""
     broken = threading.BrokenBarrierError
     for error in sorted(errors, key=lambda error: isinstance(error, broken)):
         raise error
 
 
 class _Start(threading.Barrier):
-    """Lets all threads go at once. The last to arrive notes the time, before anyone goes: a
-    thread that only watches may get its turn long after the others began."""
+    """Lets all threads go at once. The last one to arrive notes the time before any of them goes: a
+    thread that only watches might run long after the others have begun."""
 
     def __init__(self, parties: int) -> None:
         super().__init__(parties, action=self._note, timeout=2 * TIMEOUT_S)

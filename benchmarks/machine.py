@@ -1,4 +1,4 @@
-"""What the figures depend on: the machine, the system, the versions."""
+"""What the figures depend on: the machine, its system, the versions."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     if sys.platform == "darwin":
-        return _said("sysctl", "-n", "machdep.cpu.brand_string")
+        return _output_of("sysctl", "-n", "machdep.cpu.brand_string")
     return platform.processor() or platform.machine()
 
 
 def commit() -> str:
-    """The project's, with a + when files differ from it; empty outside a clone."""
-    head = _said("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
-    return head + ("+" if head and _said("git", "-C", str(ROOT), "status", "--porcelain") else "")
+    """The project's commit, with a + when files differ from it; empty outside a clone."""
+    head = _output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    is_changed = head and _output_of("git", "-C", str(ROOT), "status", "--porcelain")
+    return head + ("+" if is_changed else "")
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
-    """Of every package and server of these peers, as far as they are there."""
+    """Of every package and server of these peers that is installed."""
     found: dict[str, str] = {}
     for module in map(peers.load, names):
         for package in module.PACKAGES:
@@ -59,7 +60,7 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, errors="replace")
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""The ratios as a picture: a row for each kind of work, a mark for each peer, 1 is a tie."""
+"""The ratios as a plot: a row for each kind of work, a mark for each peer; 1 is a tie."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MARKS = "osD^vPX*hd"
 
 
 def draw(raw: Mapping[str, Any], path: Path) -> bool:
-    """Writes an SVG. False when there is no ratio to show."""
+    """Writes an SVG. Returns False when there is no ratio to show."""
     found = _found(raw)
     if not found:
         return False
     import matplotlib
 
     matplotlib.use("agg")  # no window; the suffix of the path decides the format
-    # Fixed, so that the same figures give the same file.
+    # A fixed salt, so that the same figures give the same file.
     matplotlib.rcParams.update({"svg.hashsalt": "overlay", "font.size": 9})
     from matplotlib import pyplot
 

@@ -1,4 +1,4 @@
-"""The results as a Markdown page. Pure: takes the raw results, gives text.
+"""The results as a Markdown page. Without I/O: takes the raw results, returns text.
 
 `raw` is what results.json holds: {"about": …, "measurements": [...], "not_run": {...}}.
 """
@@ -15,7 +15,7 @@ from benchmarks.rows import ROWS, TARGETS, Row, Target, setup_of
 
 Raw = Mapping[str, Any]
 OURS = "ours"
-BUSY = 0.25  # cores used by others, from which on figures say little; idle peers use about 0.1
+BUSY = 0.25  # cores; if others use more, the figures say little (idle peers use about 0.1)
 
 
 def rate(found: Raw) -> float:
@@ -23,7 +23,7 @@ def rate(found: Raw) -> float:
 
 
 def by_round(raw: Raw, row: str, peer: str, value: Callable[[Raw], float]) -> dict[int, float]:
-    """One value per round that went well."""
+    """One value for each round without an error."""
     return {
         found["round"]: value(found)
         for found in raw["measurements"]
@@ -38,7 +38,7 @@ def ratio(raw: Raw, row: str, peer: str) -> Estimate | None:
 
 
 def measured(raw: Raw, target: Target) -> Estimate | None:
-    """What came out for a figure to reach."""
+    """The measured value of a figure to reach."""
     row = next(row for row in ROWS if row.name == target.row)
     setup = setup_of(row)
     if target.kind == "rate":
@@ -60,7 +60,7 @@ def measured(raw: Raw, target: Target) -> Estimate | None:
 
 
 def page(raw: Raw, before: Raw | None = None, picture: str = "") -> str:
-    """The whole page. before: an earlier run's raw results, shown beside this one's."""
+    """The whole page. before: the raw results of an earlier run, shown beside this one's."""
     parts = [
         _head(raw),
         _targets(raw, before),
@@ -77,13 +77,13 @@ def page(raw: Raw, before: Raw | None = None, picture: str = "") -> str:
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
+    """A Markdown table; the first column is aligned to the left, the others to the right."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines])
 
 
 def number(value: float) -> str:
-    """Three figures, thousands with commas."""
+    """Three significant figures, thousands with commas."""
     if value >= 1000:
         rounded = round(value, -(len(str(int(value))) - 3))
         return f"{rounded:,.0f}"
@@ -105,12 +105,12 @@ def _head(raw: Raw) -> str:
         f"# Side by side, {about['date']}",
         f"`{about['command']}`: {about['rounds']} rounds of {about['seconds']:g} s each, the order "
         "rotating, one run. Figures are medians over the rounds, in brackets the 95 % interval "
-        "(bootstrap of the rounds' own ratios). Every answer was verified.",
+        "(bootstrap of the rounds' own ratios). Every answer was checked.",
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
         f"{machine['os']}; Python {machine['python']}; "
         f"project at {machine['commit'] or 'no commit'} ({about['minutes']:.0f} minutes).",
         f"{versions}.",
-        f"Everything else on the machine, idle peers included, used {others:.2f} cores meanwhile"
+        f"Everything else on the machine, including idle peers, used {others:.2f} cores meanwhile"
         + (" (**busy: these figures say little**)." if others > BUSY else "."),
     ]
     if about.get("interrupted"):
@@ -119,7 +119,7 @@ def _head(raw: Raw) -> str:
 
 
 def _others(raw: Raw) -> float:
-    """Mean cores that were busy with something else than the peer being measured."""
+    """The mean number of cores that were busy with anything but the peer being measured."""
     shares = [found["other_cores"] for found in raw["measurements"] if "error" not in found]
     return statistics.fmean(shares) if shares else 0.0
 
@@ -175,7 +175,7 @@ def _rates(raw: Raw) -> str:
     full = f"{_full(raw):,.0f}"
     about = (
         "Answers per second. Mode any and 16 bytes unless the row says otherwise. The bulk is "
-        f"{full} items; where that takes minutes a peer gets fewer, in brackets."
+        f"{full} items; a peer that would take minutes gets fewer (their number is in brackets)."
     )
     return f"## Rates\n\n{about}\n\n" + _grid(raw, _rows(raw), cell)
 
@@ -198,7 +198,7 @@ def _ratios(raw: Raw) -> str:
     rows = [row for row in _rows(raw) if by_round(raw, row.name, OURS, rate)]
     if not rows:
         return ""
-    about = "Above 1 we are ahead, below 1 the peer is."
+    about = "Above 1 the overlay is ahead, below 1 the peer."
     return f"## Ours over the peer\n\n{about}\n\n" + _grid(raw, rows, cell, skip=OURS)
 
 
@@ -229,7 +229,7 @@ def _naps(raw: Raw) -> str:
         share, off = (statistics.median(x.values()) for x in (shares, uneven))
         return f"{share:.2f}, within {off:.0%}"
 
-    about = "Share of the ideal rate, and how far a worker's share is from an even one."
+    about = "The share of the ideal rate, and how far any worker's share is from an even one."
     return f"## 5 ms of handler time\n\n{about}\n\n" + _grid(raw, rows, cell)
 
 
@@ -239,8 +239,8 @@ def _cpu(raw: Raw) -> str:
         return number(statistics.median(found.values())) if found else ""
 
     about = (
-        "CPU seconds per 1,000 answers, over all processes of the peer, its servers and client "
-        "included."
+        "CPU seconds per 1,000 answers, over all processes of the peer, including its servers and "
+        "its client."
     )
     rows = [row for row in _rows(raw) if not row.beside]  # the large calls are not counted there
     return f"## CPU\n\n{about}\n\n" + _grid(raw, rows, cell)
@@ -261,4 +261,4 @@ def _not_run(raw: Raw) -> str:
 
 def _notes(raw: Raw) -> str:
     lines = [f"- **{peers.load(n).TITLE}**: {peers.load(n).NOTES}" for n in _names(raw)]
-    return "## What each is, less and more\n\n" + "\n".join(lines) if lines else ""
+    return "## What each peer is, and does less and more\n\n" + "\n".join(lines) if lines else ""

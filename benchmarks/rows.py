@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 WORKERS = ("C", "D", "F")  # the workers of the shipped configuration, in its order
-NAP_S = 0.005  # the handler's time where a row asks for one: time.sleep
+NAP_S = 0.005  # how long a handler sleeps, in the rows that have this
 KIB = 1024
 
 
@@ -14,7 +14,7 @@ KIB = 1024
 class Setup:
     """How every peer is started for a group of rows.
 
-    slots: handlers that run at once per worker; None is each peer's own default for tiny work.
+    slots: handlers that run at once on a worker; None is each peer's own default for tiny work.
     """
 
     name: str
@@ -25,11 +25,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Row:
-    """One piece of work that every peer that can does in each round.
+    """One kind of work, done in each round by every peer that can do it.
 
     load: "window" (outstanding without blocking: futures or asyncio), "threads" (blocking), "unary"
     (blocking, one plain Forward each), "bulk" (one map) or "bulk_singly" (one message per item).
-    callers: outstanding calls or threads. size: bytes of a payload. beside: further threads that
+    callers: outstanding calls, or threads. size: bytes of a payload. beside: more threads, which
     send 64 KiB meanwhile. peers: only these; None for all that support the load and the mode.
     """
 
@@ -113,10 +113,10 @@ ROWS = (
 @dataclass(frozen=True)
 class Target:
     """A figure to reach. kind: "rate" (ours over the peer's), "ideal" (share of the ideal rate),
-    "evenness" (the largest distance of a worker's share from an even one) or "p99" (ours in this
-    row over ours in `against`).
+    "evenness" (how far any worker's share is from an even one) or "p99" (ours in this row over ours
+    in `against`).
 
-    bound: at least this; for evenness and p99, at most.
+    bound: to be reached at least; for evenness and p99, at most.
     """
 
     title: str
@@ -130,12 +130,12 @@ class Target:
         return self.kind in ("evenness", "p99")
 
     def verdict(self, low: float, high: float) -> str:
-        """`low`, `high`: the 95 % interval. Missed only when all of it is on the wrong side."""
+        """low, high: the 95 % interval. Missed only when all of it is on the wrong side."""
         missed = low > self.bound if self.at_most else high < self.bound
         if missed:
             return "missed"
-        sure = high <= self.bound if self.at_most else low >= self.bound
-        return "reached" if sure else "reached within the interval"
+        is_certain = high <= self.bound if self.at_most else low >= self.bound
+        return "reached" if is_certain else "reached within the interval"
 
 
 TARGETS = (
@@ -161,7 +161,7 @@ def setup_of(row: Row) -> Setup:
 
 
 def chosen(names: Iterable[str], quick: bool) -> tuple[Row, ...]:
-    """The rows of these names; without names all, or the quick ones. Raises ValueError."""
+    """The rows with these names; without names all, or the quick ones. Raises ValueError."""
     wanted = list(names)
     unknown = [name for name in wanted if name not in {row.name for row in ROWS}]
     if unknown:

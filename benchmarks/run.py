@@ -7,7 +7,7 @@
 
 Needs only Python: the first run makes benchmarks/.venv. All processes run on free loopback ports
 and are ended, also after Ctrl-C. Results go to benchmarks/results/<date>/: results.json (raw),
-table.md, plot.svg. The machine should have nothing else to do; the table says how busy it was.
+table.md, plot.svg. The machine should be otherwise idle; the table says how busy it was.
 
 Exit codes: 0 measured, 1 something failed (the table says what), 2 it could not begin.
 """
@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -31,35 +30,28 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[0] = str(ROOT)  # not this folder, whose modules are benchmarks.*
+sys.path.append(str(ROOT / "scripts"))
+
+import environment  # noqa: E402 - the project's, whose functions make this one's too
 
 from benchmarks import peers  # noqa: E402
 from benchmarks.rows import ROWS, chosen  # noqa: E402
+from overlay.cli import stdio  # noqa: E402
 
 VENV = HERE / ".venv"
-STAMP = VENV / "installed.json"  # the hashes of the requirement files that are in
+STAMP = VENV / "installed.json"  # the hashes of the requirement files that are installed
 REQUIREMENTS = ("requirements.txt", "requirements-all-peers.txt")
 IN_VENV = "OVERLAY_BENCHMARK_VENV"
 
 
-def set_up_script():
-    """scripts/run.py as a module: how the project makes its environment is how this does."""
-    spec = importlib.util.spec_from_file_location("project", ROOT / "scripts" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-project = set_up_script()
-
-
 def main(arguments: list[str]) -> int:
-    project.say_safely()
+    stdio.escape_unprintable()
     options = parse(arguments)
     if IN_VENV not in os.environ:
         python = prepare(options.all_peers or set(options.only or ()) & set(peers.EXTRA))
         os.environ[IN_VENV] = python
-        return project.hand_over(python, Path(__file__).resolve(), arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the peers are ended
+        return environment.hand_over(python, Path(__file__).resolve(), arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly exit, which ends the peers
     return contest_of(options, arguments)
 
 
@@ -70,14 +62,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = ", ".join(peers.MODULES)
-    parser.add_argument("--rounds", type=positive, help="10; 3 with --quick")
-    parser.add_argument("--seconds", type=float, help="of one measurement: 0.6; 0.4 with --quick")
+    parser.add_argument("--rounds", type=positive, help="default: 10; with --quick 3")
+    parser.add_argument(
+        "--seconds", type=float, help="of one measurement (default: 0.6; with --quick 0.4)"
+    )
     parser.add_argument("--only", type=names, metavar="PEER,...", help=known)
     parser.add_argument(
         "--work", type=names, metavar="ROW,...", default=[], help=", ".join(r.name for r in ROWS)
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="instead of a new one in results/"
+        "--out", type=Path, metavar="FOLDER", help="write here, not to a new folder in results/"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rows, rounds and items")
     parser.add_argument("--all-peers", action="store_true", help=", ".join(peers.EXTRA) + " too")
@@ -103,20 +97,20 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-# The virtual environment, made by whatever Python started us.
+# The virtual environment, made by whichever Python runs this.
 
 
 def prepare(all_peers: bool) -> str:
-    """The Python to measure with; installs what its environment lacks."""
+    """The Python to measure with, after what its environment lacks is installed."""
     wanted = REQUIREMENTS if all_peers else REQUIREMENTS[:1]
-    with project.one_at_a_time():
+    with environment.one_at_a_time():
         python = str(VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-        if project.probe(python) is None:
+        if environment.probe(python) is None:
             print("making benchmarks/.venv (once)", flush=True)
             make = [sys.executable, "-m", "venv", "--clear", str(VENV)]
-            project.run(make, f"could not make {VENV}")
-        install(python, [ROOT / project.LOCK, *(HERE / name for name in wanted)])
-        project.make_stubs(python, project.probe(python))
+            environment.run(make, f"could not make {VENV}")
+        install(python, [ROOT / environment.LOCK, *(HERE / name for name in wanted)])
+        environment.make_stubs(python, environment.probe(python))
     return python
 
 
@@ -127,7 +121,7 @@ def install(python: str, files: list[Path]) -> None:
         if done.get(path.name) == digest:
             continue
         print(f"installing {path.name} (once; needs the network)", flush=True)
-        if path.name == project.LOCK:
+        if path.name == environment.LOCK:
             pip(python, "-r", str(path))
         elif not install_each(python, path):
             continue  # tried again next time
@@ -136,9 +130,9 @@ def install(python: str, files: list[Path]) -> None:
 
 
 def install_each(python: str, path: Path) -> bool:
-    """Whether all are in. Where they cannot be had at once, one by one: a missing peer costs only
-    itself."""
-    with contextlib.suppress(project.Problem):
+    """Whether all are installed. If they cannot be installed together, each is tried alone, so that
+    only the peers whose packages are missing are left out."""
+    with contextlib.suppress(environment.Problem):
         pip(python, "-r", str(path))
         return True
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -146,14 +140,14 @@ def install_each(python: str, path: Path) -> bool:
         if requirement:
             try:
                 pip(python, requirement)
-            except project.Problem as problem:
+            except environment.Problem as problem:
                 print(problem, file=sys.stderr)
     return False
 
 
 def pip(python: str, *what: str) -> None:
     command = [python, "-m", "pip", "install", "--no-input", "--quiet", *what]
-    project.run(command, f"could not install {' '.join(what)}")
+    environment.run(command, f"could not install {' '.join(what)}")
 
 
 # The contest, in that environment.
@@ -178,7 +172,7 @@ def contest_of(options: argparse.Namespace, arguments: list[str]) -> int:
             contest.run(plan, Path(folder), results, say)
         except (KeyboardInterrupt, SystemExit):
             about["interrupted"] = True
-            say("stopped; writing what there is")
+            say("stopped; writing the results so far")
     about["minutes"] = (time.monotonic() - began) / 60
     write(about, results, options.out)
     failed = results.not_run or any("error" in found for found in results.measurements)
@@ -219,17 +213,17 @@ def write(about: dict, results, out: Path | None) -> None:
 
 
 def new_folder(date: str) -> Path:
-    """results/<date>, with a number behind it from the second run of a day on."""
+    """results/<date>, with a number after it from the second run of a day on."""
     for number in range(1, 1000):
         folder = HERE / "results" / (date if number == 1 else f"{date}-{number}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-    raise OSError(f"a thousand results of {date} in {HERE / 'results'}")
+    raise OSError(f"{HERE / 'results'} has a thousand results of {date} already")
 
 
 def last_results() -> dict | None:
-    """The newest raw results that are there; None for none."""
+    """The newest raw results; None when there are none."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in HERE.glob("results/*/results.json")]
     return max(found, key=lambda raw: raw["about"]["time"], default=None)
 
@@ -241,7 +235,7 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except project.Problem as problem:
+    except environment.Problem as problem:
         print(problem, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,11 +1,11 @@
-"""The demo: six processes on this machine, a page that shows them, real requests, who answered.
+"""The demo: six processes on this machine, a page that shows them, real requests with answers.
 
-    demo.py          stays up until Ctrl-C, to try more
+    demo.py          stays up until Ctrl-C, so that you can try more
     demo.py --once   ends after the requests; exit code 0 only when every answer was right
 
-The processes are those of one_host_config.json, moved to free ports where theirs are taken, with
-the handlers of the examples. Their configuration is written to examples/.demo.json, because a
-handler is found beside its configuration. What a killed demo left running is stopped by the next.
+The processes are those of one_host_config.json, on other ports where theirs are taken, with the
+handlers of the examples. Their configuration is written to examples/.demo.json, because handlers
+are looked for beside the configuration. What a killed demo left running is stopped by the next one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,24 @@ from typing import Any
 
 import launcher
 import psutil
-from launcher import ROOT, Child, Record, shown
+from processes import (
+    ROOT,
+    Child,
+    Record,
+    Refused,
+    apart,
+    command,
+    end,
+    launch,
+    report_failure,
+    shown,
+    take_back,
+    wait_until_linked,
+    wait_until_ready,
+)
 
+from overlay.cli import stdio
+from overlay.cli.terminal import Screen
 from overlay.cli.usage import Parser
 from overlay.client.sync import connect
 from overlay.model.config import load
@@ -44,15 +60,15 @@ PHOTOS = ROOT / "examples" / "photos"
 PATTERN = r"re:^class \w+Error\("
 GRACE_S = 10.0
 PAGE_PORT = 8050
-TIMEOUT_S = 60.0  # a laptop that has just started six processes may be busy
+TIMEOUT_S = 60.0  # a laptop may be busy just after six processes have started
 
 
 class WrongAnswer(Exception):
-    """The overlay answered, and not as it should."""
+    """The overlay answered, but not as expected."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    launcher.say_safely()
+    stdio.escape_unprintable()
     parser = Parser("run.py demo", (__doc__ or "").splitlines()[0])
     parser.add_argument("--once", action="store_true", help="end after the requests")
     once = parser.parse_args(arguments).once
@@ -60,27 +76,27 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with _the_only_demo():
             return _demo(once, given_up)
-    except (ConfigError, launcher.Refused) as error:
+    except (ConfigError, Refused) as error:
         print(error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # such as `| head`: all is stopped by now
+    except BrokenPipeError:  # as with `| head`: everything is stopped by now
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 @contextlib.contextmanager
 def _the_only_demo() -> Iterator[None]:
-    """Raises Refused while another demo runs; stops what one that was killed has left."""
+    """Raises Refused while another demo runs; stops what a killed one has left running."""
     LOGS.mkdir(parents=True, exist_ok=True)
     other = Record.read(OWNER)
     if other and other.process():
-        raise launcher.Refused(
+        raise Refused(
             f"the demo is already running as pid {other.pid}; end it with Ctrl-C in its terminal, "
-            f"or with: {launcher.command('stop')} {shown(CONFIG)}"
+            f"or with: {command('stop')} {shown(CONFIG)}"
         )
-    left = [record for record in launcher.records(LOGS) if record.process()]
+    left = [r for path in LOGS.glob("process_*.pid") if (r := Record.read(path)) and r.process()]
     if left:
-        launcher.end(left, GRACE_S)
+        end(left, GRACE_S)
         names = ", ".join(sorted(record.id for record in left))
         print(f"stopped {names}, left by a demo that was killed")
     me = psutil.Process()
@@ -98,13 +114,13 @@ def _demo(once: bool, given_up: threading.Event) -> int:
     page: subprocess.Popen[bytes] | None = None
     print("starting six processes on this machine ...", flush=True)
     try:
-        launcher.launch(topology, CONFIG, topology.processes.values(), children, given_up)
-        launcher.wait_until_ready(children, launcher.WAIT_S, given_up)
+        launch(topology, topology.processes.values(), children, given_up)
+        wait_until_ready(children, launcher.WAIT_S, given_up)
         if not given_up.is_set() and any(child.ready_ms is None for child in children):
-            launcher.report_failure(children)
+            report_failure(children)
             children.clear()
             return 1
-        launcher.wait_until_linked(children, given_up)
+        wait_until_linked(children, given_up)
         _print_processes(children)
         address = topology.processes["A"].address
         if not once:
@@ -118,9 +134,9 @@ def _demo(once: bool, given_up: threading.Event) -> int:
             page.kill()  # it only reads
             page.wait()
         if children:
-            with contextlib.suppress(OSError):  # nobody may read any more
+            with contextlib.suppress(OSError):  # the reader may be gone
                 print("stopping ...", flush=True)
-            launcher.take_back(children)
+            take_back(children)
             with contextlib.suppress(OSError):
                 print("all six processes have stopped", flush=True)
 
@@ -129,7 +145,7 @@ def _demo(once: bool, given_up: threading.Event) -> int:
 
 
 def _write_configuration() -> list[str]:
-    """Writes CONFIG. Returns the names of the handlers beside echo."""
+    """Writes CONFIG. Returns the names of its handlers; echo is built in."""
     made = _read("one_host_config.json")
     processes = made["processes"].values()
     ports = free_ports([process["port"] for process in processes])
@@ -155,29 +171,29 @@ def _read(*names: str) -> Any:
     return json.loads(ROOT.joinpath(*names).read_text(encoding="utf-8-sig"))
 
 
-def free_ports(wished: Sequence[int]) -> list[int]:
-    """The wished ports where they are free, else others below those of outgoing connections."""
+def free_ports(wanted: Sequence[int]) -> list[int]:
+    """These ports where they are free, else others below those of outgoing connections."""
     with contextlib.ExitStack() as stack:
-        return [_hold(stack, port) for port in wished]
+        return [_hold(stack, port) for port in wanted]
 
 
 def _hold(stack: contextlib.ExitStack, port: int) -> int:
-    for wish in (port, *random.sample(range(10_000, 32_000), 100)):
+    for tried in (port, *random.sample(range(10_000, 32_000), 100)):
         with contextlib.suppress(OSError):
-            one = stack.enter_context(socket.socket())
-            one.bind(("127.0.0.1", wish))
-            return wish
-    raise launcher.Refused("no free port was found on 127.0.0.1")
+            held = stack.enter_context(socket.socket())
+            held.bind(("127.0.0.1", tried))
+            return tried
+    raise Refused("no free port was found on 127.0.0.1")
 
 
 def _print_processes(children: Sequence[Child]) -> None:
-    rows = [("id", "role", "team", "address", "pid", "ready")]
+    rows = []
     for child in children:
         process = child.process
         ready = f"{child.ready_ms:.0f} ms" if child.ready_ms else ""
         pid = str(child.record.pid)
         rows.append((process.id, process.role, process.team, process.address, pid, ready))
-    launcher.print_table(rows)
+    Screen(sys.stdout).table("", ("id", "role", "team", "address", "pid", "ready"), rows)
     print(f"logs: {shown(LOGS)}\n")
 
 
@@ -185,8 +201,10 @@ def _print_processes(children: Sequence[Child]) -> None:
 
 
 def _open_page(address: str) -> subprocess.Popen[bytes]:
-    """Starts the page that watches the six, and prints its address. It ends when this does, however
-    that comes: its standard input ends then."""
+    """Starts the page that shows the six processes, and prints its address.
+
+    It ends when its standard input does, and so with this process, however that ends.
+    """
     host, port = address.split(":")
     (page_port,) = free_ports([PAGE_PORT])
     call = [sys.executable, str(ROOT / "client.py"), host, port, "web", "--until-eof"]
@@ -195,11 +213,11 @@ def _open_page(address: str) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        **launcher.apart(),
+        **apart(),
     )
-    said = page.stdout.readline().decode("utf-8", "replace").strip() if page.stdout else ""
-    found = re.search(r"http://\S+", said)
-    print(f"watch them work: {found[0]}\n" if found else f"no page: {said}\n", flush=True)
+    line = page.stdout.readline().decode("utf-8", "replace").strip() if page.stdout else ""
+    found = re.search(r"http://\S+", line)
+    print(f"watch them work: {found[0]}\n" if found else f"no page: {line}\n", flush=True)
     return page
 
 
@@ -207,7 +225,7 @@ def _open_page(address: str) -> subprocess.Popen[bytes]:
 
 
 def _requests(address: str, examples: Sequence[str], given_up: threading.Event) -> bool:
-    """Sends and shows each, also after another has failed. False when one was not right."""
+    """Sends each request and shows its answer. Returns False when one of them was not right."""
     steps: list[Callable[[Any], None]] = [_echo_all, _echo_any]
     if "search" in examples:
         steps.append(_search)
@@ -232,7 +250,7 @@ def _echo_all(client: Any) -> None:
     print('mode ALL, handler echo: every worker answers "hello"')
     answer = client.call("hello", timeout=TIMEOUT_S)
     print("".join(f"  {line}\n" for line in answer.result.decode().splitlines()), end="")
-    print(f"  the way it went: {' '.join(answer.hops)}; answered: {_coverage(answer)}")
+    print(f"  its path: {' '.join(answer.hops)}; answered: {_coverage(answer)}")
     _expect(answer.result == b"C: hello\nD: hello\nF: hello", f"the result is {answer.result!r}")
     _expect_all(answer)
 
@@ -242,7 +260,7 @@ def _echo_any(client: Any) -> None:
     for number in range(1, 5):
         payload = f"request {number}"
         answer = client.call(payload, mode="any", timeout=TIMEOUT_S)
-        print(f"  {answer.result.decode()}   (the way: {' '.join(answer.hops)})")
+        print(f"  {answer.result.decode()}   (path: {' '.join(answer.hops)})")
         _expect(answer.result.endswith(payload.encode()), f"the result is {answer.result!r}")
 
 
@@ -265,11 +283,10 @@ def _pictures(client: Any) -> None:
     print("mode ANY, handler pictures: each picture goes to one worker, all at once")
     THUMBNAILS.mkdir(parents=True, exist_ok=True)
     photos = sorted(PHOTOS.glob("*.jpg"))
-    rows: list[tuple[str, ...]] = [("picture", "KiB", "thumbnail", "KiB", "made by", "ms")]
     with ThreadPoolExecutor(len(photos), "demo") as pool:
         jobs = [pool.submit(_thumbnail, client, photo) for photo in photos]
-        rows += [job.result() for job in jobs]
-    launcher.print_table([("  " + row[0], *row[1:]) for row in rows])
+    columns = ("picture", "KiB", "thumbnail", "KiB", "made by", "ms")
+    Screen(sys.stdout).table("", columns, [job.result() for job in jobs])
 
 
 def _thumbnail(client: Any, photo: Path) -> tuple[str, ...]:
@@ -286,12 +303,12 @@ def _thumbnail(client: Any, photo: Path) -> tuple[str, ...]:
 
 
 def _status(client: Any) -> None:
-    print("the leader's queue, as GetMetrics tells")
-    said = client.metrics(timeout=TIMEOUT_S)
-    print(f"  waiting {said.queue_size} of {said.queue_slots}, in service ", end="")
-    print(f"{said.active_requests} of {said.max_capacity}; since the start: ", end="")
-    print(f"{said.completed} answered, {said.failed} failed, {said.refused} refused")
-    _expect(said.failed == said.refused == 0, "a request has failed or was refused")
+    print("the leader's queue, from GetMetrics")
+    m = client.metrics(timeout=TIMEOUT_S)
+    print(f"  waiting {m.queue_size} of {m.queue_slots}, in service ", end="")
+    print(f"{m.active_requests} of {m.max_capacity}; since the start: ", end="")
+    print(f"{m.completed} answered, {m.failed} failed, {m.refused} refused")
+    _expect(m.failed == m.refused == 0, "a request has failed or was refused")
 
 
 def _coverage(answer: Any) -> str:
@@ -301,7 +318,7 @@ def _coverage(answer: Any) -> str:
 
 def _expect_all(answer: Any) -> None:
     missing = ", ".join(f"{part.process_id} ({part.reason})" for part in answer.missing)
-    _expect(len(answer.parts) == 3 and not missing, f"without an answer: {missing or 'some'}")
+    _expect(len(answer.parts) == 3 and not missing, f"no answer from: {missing or 'some workers'}")
 
 
 def _expect(right: bool, otherwise: str) -> None:
@@ -319,7 +336,7 @@ def _kib(data: bytes) -> str:
 def _stay_up(address: str, children: Sequence[Child], given_up: threading.Event) -> None:
     host, port = address.split(":")
     python = shown(Path(sys.executable))
-    print("the six processes stay up; try in another terminal")
+    print("the six processes stay up; in another terminal try")
     verbs = (
         ("client.py", ""),
         ("client.py", " top"),
@@ -328,7 +345,7 @@ def _stay_up(address: str, children: Sequence[Child], given_up: threading.Event)
     )
     for script, verb in verbs:
         print(f"  {python} {shown(ROOT / script)} {host} {port}{verb}")
-    print(f"  {launcher.command('status')} {shown(CONFIG)}")
+    print(f"  {command('status')} {shown(CONFIG)}")
     print("and press Ctrl-C here to stop them", flush=True)
     up = list(children)
     while up and not given_up.wait(0.3):

@@ -1,4 +1,4 @@
-"""Makes the pages that are made from the code: python scripts/reference.py (in .venv).
+"""Makes the pages that are generated from the code: python scripts/reference.py (in .venv).
 
 docs/configuration.md and overlay/configuration.schema.json from the configuration's schema, and
 docs/verbs.md from what each verb says with --help. tests/project/test_reference.py compares them.

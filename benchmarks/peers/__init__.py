@@ -1,17 +1,17 @@
 """The peers, one module each, all with the same small interface:
 
-    TITLE                          what the table calls it
-    PACKAGES                       distributions whose versions the results name
-    SUPPORTS                       loads it can do, and "all" for mode all
+    TITLE                          its name in the table
+    PACKAGES                       the distributions whose versions the results name
+    SUPPORTS                       the loads that it can do, and "all" for mode all
     BULK                           items of a bulk: 50,000, or fewer where that takes minutes
-    NOTES                          what it does less and more than the overlay, and how it is set up
+    NOTES                          what it does less and more than the overlay, and its settings
     missing() -> str               why it cannot run on this machine; empty when it can
-    start(group, setup) -> dict    starts its servers and workers; gives the Caller's arguments
+    start(group, setup) -> dict    starts its servers and workers; returns the Caller's arguments
     Caller(**arguments)            its client, in a process of its own
-    SETUPS                         optional: the set-ups that it is for, when not all
-    versions() -> dict             optional: of servers that are no Python package
+    SETUPS                         optional: the set-ups in which it runs, when not all
+    versions() -> dict             optional: of servers that are not Python packages
 
-Modules import their own packages late, so that the driver needs none of them.
+The modules import their packages late, so that the driver needs none of them.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ MODULES = {
     "dramatiq": "dramatiq_redis",
     "rq": "rq_redis",
 }
-EXTRA = ("nats-uvloop", "ray", "dramatiq", "rq")  # only with --all-peers, or named by --only
+EXTRA = ("nats-uvloop", "ray", "dramatiq", "rq")  # only with --all-peers, or when --only names them
 
 
 def load(peer: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.peers.{MODULES[peer]}")
 
 
-def lacking(*modules: str) -> str:
-    """A sentence about the first module that is not installed; empty when all are."""
+def not_installed(*modules: str) -> str:
+    """A sentence about the first of these modules that is missing; empty when none is."""
     for name in modules:
         if importlib.util.find_spec(name) is None:
             return f"the Python package {name} is not installed"

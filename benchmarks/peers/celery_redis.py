@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.children import Group
 from benchmarks.loads import TIMEOUT_S, FuturesCaller
-from benchmarks.peers import lacking, redis_server
+from benchmarks.peers import not_installed, redis_server
 from benchmarks.rows import Setup
 
 TITLE = "Celery, Redis"
@@ -15,13 +15,13 @@ PACKAGES = ("celery", "kombu", "redis")
 SUPPORTS = {"window", "threads", "bulk", "bulk_singly"}
 BULK = 50_000
 BULK_SINGLY = 2_000
-CHUNK = 1000  # tried: 100 to 2,000; from 500 on about the same
+CHUNK = 1000  # 100 to 2,000 were tried; from 500 on there is little difference
 NOTES = (
     "A node per worker, prefork with one child (threads for 8 slots), without gossip, mingle and "
     "heartbeat, JSON, prefetch 64 for tiny tasks and 1 for 5 ms. The bulk is task.chunks of "
     "1,000, singly it is a group. Less: no fast answer to a caller (it is a task queue; results "
     "pass through Redis), no mode all. More: tasks outlive the caller, schedules, retries, "
-    "workflows; with a Redis that writes to disk (here it does not) they outlive the broker too."
+    "workflows; with a Redis that writes to disk (here it does not) tasks outlive the broker too."
 )
 versions = redis_server.versions
 
@@ -29,7 +29,7 @@ versions = redis_server.versions
 def missing() -> str:
     if sys.platform == "win32":
         return "Celery does not support Windows"
-    return redis_server.lacking_server() or lacking("celery", "redis")
+    return redis_server.no_server() or not_installed("celery", "redis")
 
 
 def start(group: Group, setup: Setup) -> dict:

@@ -14,7 +14,7 @@ WORKER = os.environ.get("BENCH_WORKER", "")
 
 app = Celery("benchmark", broker=URL, backend=URL)
 app.conf.update(
-    # Its guide on optimizing: large for many short tasks, 1 for longer ones.
+    # Celery's guide on optimizing: large for many short tasks, 1 for longer ones.
     worker_prefetch_multiplier=1 if NAP_S else 64,
     broker_pool_limit=64,  # the guide: as many as threads that use the connections
     redis_max_connections=512,

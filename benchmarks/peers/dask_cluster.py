@@ -7,7 +7,7 @@ import os
 from benchmarks.children import Group
 from benchmarks.handlers import answer
 from benchmarks.loads import TIMEOUT_S, FuturesCaller
-from benchmarks.peers import lacking
+from benchmarks.peers import not_installed
 from benchmarks.rows import Setup
 
 TITLE = "Dask"
@@ -15,19 +15,19 @@ PACKAGES = ("distributed", "dask")
 SUPPORTS = {"window", "threads", "bulk"}
 BULK = 5_000
 NOTES = (
-    "A process per worker, no dashboard, no profiler, results gathered to the client. Its "
-    "documentation says that a task costs about a millisecond of the scheduler and asks for larger "
-    "ones; this is not what it is made for. More: any Python function, task graphs, data that "
-    "stays on the workers."
+    "A process per worker, no dashboard, no profiler, results gathered to the client. According to "
+    "its documentation a task costs the scheduler about a millisecond and should be larger than "
+    "these: it is not made for this work. More: any Python function, task graphs, data that stays "
+    "on the workers."
 )
 
 
 def missing() -> str:
-    return lacking("distributed")
+    return not_installed("distributed")
 
 
 def start(group: Group, setup: Setup) -> dict:
-    # The cluster is the caller's: the client starts it, as its documentation shows.
+    # The client starts the cluster, as Dask's documentation shows.
     return {"workers": list(setup.workers), "slots": setup.slots or 1, "nap_s": setup.nap_s}
 
 
@@ -39,7 +39,7 @@ def echo(payload: bytes, names: list[str], nap_s: float) -> bytes:
 
 class Caller(FuturesCaller):
     def __init__(self, workers: list[str], slots: int, nap_s: float) -> None:
-        # Its workers sample their stacks all the time, which costs some CPU also at rest.
+        # Its workers sample their stacks all the time, which costs CPU even when idle.
         os.environ["DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED"] = "False"
         from distributed import Client, LocalCluster
 

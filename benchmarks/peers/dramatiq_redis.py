@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.children import Group
 from benchmarks.loads import TIMEOUT_S, FuturesCaller
-from benchmarks.peers import lacking, redis_server
+from benchmarks.peers import not_installed, redis_server
 from benchmarks.rows import Setup
 
 TITLE = "Dramatiq, Redis"
@@ -16,13 +16,14 @@ SUPPORTS = {"window", "threads", "bulk"}
 BULK = 2_000
 NOTES = (
     "One process per worker, a thread per slot; results awaited through its Redis result backend. "
-    "Less: no mode all, results are an extra. More: tasks outlive the caller, retries, schedules."
+    "Less: no mode all, results only as an extra. More: tasks outlive the caller, retries, "
+    "schedules."
 )
 versions = redis_server.versions
 
 
 def missing() -> str:
-    return redis_server.lacking_server() or lacking("dramatiq", "redis")
+    return redis_server.no_server() or not_installed("dramatiq", "redis")
 
 
 def start(group: Group, setup: Setup) -> dict:

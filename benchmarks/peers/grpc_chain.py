@@ -19,9 +19,9 @@ SUPPORTS = {"window", "threads", "unary", "bulk", "all"}
 BULK = 2_000
 TEAMS = {"B": ("C",), "E": ("D", "F")}
 NOTES = (
-    "The same processes and topology as the overlay's, written by hand. Passes the deadline on. "
-    "Less: no queue, no bound but the pools, no routing by load, nothing when a process dies. "
-    "Mode all is a fan-out of futures over kept channels at each level."
+    "The processes and topology of the overlay, written by hand. Passes the deadline on. Less: no "
+    "queue, no bound but the pools, no routing by load, no provision for a process that dies. Mode "
+    "all is a fan-out of futures over kept channels at each level."
 )
 
 
@@ -50,8 +50,8 @@ worker = grpc_common.serve_worker
 
 
 def relay(ready, address: str, below: list[tuple[str, int]]) -> None:
-    """below: address and number of workers of each branch, which is its share of the turns."""
-    kept = [grpc_common.method(at, "Any") for at, _ in below]  # channels live with the process
+    """below: each branch's address and number of workers, which is its share of the turns."""
+    kept = [grpc_common.method(at, "Any") for at, _ in below]  # as long as the process lives
     alls = [channel.unary_unary(f"/{grpc_common.SERVICE}/All") for channel, _ in kept]
     shares = [[ask] * share for (_, ask), (_, share) in zip(kept, below, strict=True)]
     turn = itertools.cycle([ask for share in shares for ask in share])

@@ -1,5 +1,5 @@
-"""Raw grpcio as its documentation advises: kept channels, a thread pool, deadlines, bytes as they
-are (no protobuf in the way). Shared by the hop and the chain."""
+"""Raw grpcio as its documentation advises: kept channels, a thread pool, deadlines; plain bytes,
+without protobuf. Shared by the hop and the chain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from benchmarks.handlers import answer
 from tests.harness.machine import free_port
 
-POOL = 96  # threads of a server: at least as many as callers, or calls that wait on each other stop
+POOL = 96  # threads of a server: with fewer than callers, calls that wait for each other would hang
 SERVICE = "benchmark.Work"
 OPTIONS = [("grpc.so_reuseport", 0)]
 
@@ -22,7 +22,7 @@ def serve(
     pool: int,
     streams: dict[str, Callable] | None = None,
 ) -> None:
-    """Serves the methods (bytes -> bytes) and streams of these until the process is ended."""
+    """Serves these methods (bytes -> bytes) and streams until the process is ended."""
     import grpc
 
     handlers = {name: grpc.unary_unary_rpc_method_handler(f) for name, f in methods.items()}
@@ -45,7 +45,7 @@ def serve_worker(ready, address: str, name: str, slots: int | None, nap_s: float
 
 
 def method(address: str, name: str):
-    """A callable over a kept channel of its own, once it is connected."""
+    """A new channel, once it is connected, and the method over it as a callable."""
     import grpc
 
     channel = grpc.insecure_channel(address)

@@ -14,9 +14,9 @@ PACKAGES = ("grpcio",)
 SUPPORTS = {"window", "threads", "bulk", "all"}
 BULK = 8_000
 NOTES = (
-    "Less: no queue, no bound, no routing by load, no reconnecting way round a dead worker; the "
-    "client must reach and know every worker. It has two hops less than the overlay. Mode all: "
-    "the client asks all workers with futures."
+    "Less: no queue, no bound, no routing by load, no way round a dead worker; the client must "
+    "reach and know every worker. It has two hops fewer than the overlay. Mode all: the client "
+    "asks all workers with futures."
 )
 
 
@@ -37,7 +37,7 @@ worker = grpc_common.serve_worker
 
 
 class Caller(FuturesCaller):
-    bulk_window = 256  # tried: 32 and 64 are slower
+    bulk_window = 256  # 32 and 64 were tried and are slower
 
     def __init__(self, addresses: list[str]) -> None:
         kept = [grpc_common.method(address, "Any") for address in addresses]

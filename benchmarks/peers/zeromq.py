@@ -12,7 +12,7 @@ import threading
 from benchmarks.children import Group
 from benchmarks.handlers import answer
 from benchmarks.loads import TIMEOUT_S, FuturesCaller
-from benchmarks.peers import lacking
+from benchmarks.peers import not_installed
 from benchmarks.rows import Setup
 from tests.harness.machine import free_port
 
@@ -22,14 +22,14 @@ SUPPORTS = {"window", "threads", "bulk", "all"}
 BULK = 50_000
 NOTES = (
     "A kept socket per calling thread. Less: workers in turn, not by load; no status, no deadline "
-    "of a request (the caller's receive has a timeout), no answer when a worker dies with it; past "
-    "1,000 waiting messages a socket blocks. Mode all is one kept socket per worker, past the "
-    "broker: two hops less than the overlay. More: nothing between the bytes and the wire."
+    "of a request (the caller's receive has a timeout), no answer when a worker dies with it; a "
+    "socket blocks from 1,000 waiting messages on. Mode all is one kept socket per worker, without "
+    "the broker: two hops fewer than the overlay. More: nothing between the bytes and the wire."
 )
 
 
 def missing() -> str:
-    return lacking("zmq")
+    return not_installed("zmq")
 
 
 def versions() -> dict:
@@ -87,7 +87,7 @@ def worker(ready, back: str, direct: str, name: str, slots: int, nap_s: float) -
 
 
 class Caller(FuturesCaller):
-    bulk_window = 256  # more is not faster, and near the sockets' 1,000 answers were dropped
+    bulk_window = 256  # more is not faster; near the sockets' limit of 1,000, answers were dropped
 
     def __init__(self, front: str, direct: list[str]) -> None:
         import zmq
@@ -118,7 +118,7 @@ class Caller(FuturesCaller):
         self._context.destroy(linger=0)
 
     def _asker(self, thread: int, mode: str) -> _Any | _All:
-        """Sockets are not for several threads: one asker each, kept for the next row."""
+        """A socket is for one thread only: one asker for each, kept for the next row."""
         if (thread, mode) not in self._kept:
             self._kept[thread, mode] = self._makers[mode]()
         return self._kept[thread, mode]
@@ -133,7 +133,7 @@ class Caller(FuturesCaller):
 
 
 class _Any:
-    """Requests over one socket; answers come back with their key, in any order."""
+    """Requests over one socket; answers come back with their keys, in any order."""
 
     def __init__(self, socket) -> None:
         self._socket = socket
@@ -153,7 +153,7 @@ class _Any:
 
 
 class _All:
-    """A socket per worker; each answers in order, so the oldest request's parts come first."""
+    """A socket per worker. Each answers in order, so the oldest request's parts come first."""
 
     def __init__(self, sockets: list) -> None:
         self._sockets = sockets

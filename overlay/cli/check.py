@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from overlay.cli.doctor import DEADLINE_S, Examination, examine, links_as_json
+from overlay.cli.doctor import DEADLINE_S, Examination, examine, links_as_json, say_summary
 from overlay.cli.terminal import Exit, Screen, connected, failed, misconfigured
 from overlay.cli.text import counted, span
 from overlay.cli.usage import Parser, shared_options
@@ -169,8 +169,7 @@ def of_configuration(args: argparse.Namespace) -> int:
         return found.exit_code
     rows = [_overall_row(p, f, found.observed[p.id], topology) for p, f in found.processes]
     report.table("", OVERALL_COLUMNS, rows)
-    for line in found.summary():
-        report.say(line)
+    say_summary(report, found)
     return found.exit_code
 
 

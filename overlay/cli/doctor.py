@@ -173,6 +173,11 @@ def show(report: Screen, found: Examination) -> None:
     report.table("processes", PROCESS_COLUMNS, processes)
     links = [_link_row(a, b, f, found.observed[a.id]) for a, b, f in found.links]
     report.table("links", LINK_COLUMNS, links)
+    say_summary(report, found)
+
+
+def say_summary(report: Screen, found: Examination) -> None:
+    report.print()
     for line in found.summary():
         report.say(line)
 

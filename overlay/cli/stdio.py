@@ -30,6 +30,13 @@ def complete() -> None:
             setattr(sys, f"__{name}__", stream)
 
 
+def escape_unprintable() -> None:
+    """A character that a console's code page lacks is printed as an escape, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def leave_terminal() -> None:
     """Replaces a terminal that is gone, where every print of a handler would be an error."""
     for fd in list(_terminals):

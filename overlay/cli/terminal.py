@@ -13,17 +13,16 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from enum import IntEnum
 from typing import IO, Any, TextIO
 
-from rich import box
+from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
+from overlay.cli import stdio
 from overlay.cli.text import clean
 from overlay.cli.usage import complain, program
 from overlay.client import sync as library
@@ -50,9 +49,7 @@ class Exit(IntEnum):
 
 def guarded(run: Callable[[], int]) -> int:
     """run()'s exit code; Ctrl-C and a reader that leaves cause no traceback."""
-    stream: Any
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    stdio.escape_unprintable()
     output: Any = StandardOutput(sys.stdout)
     with redirect_stdout(output):
         try:
@@ -226,24 +223,41 @@ class Screen(Console):
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table; where it does not fit, each row as a paragraph. Without rows, nothing."""
-        cells = [[clean(cell) for cell in row] for row in rows]
-        if not cells:
+        rows = list(rows)
+        if not rows:
             return
         if title:
             self.print(Text(f"\n{title}", style="bold"))
-        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in cells:
-            table.add_row(*(Text(cell) for cell in row))
-        natural = Measurement.get(self, self.options.update(max_width=PIPE_WIDTH), table)
-        if natural.maximum <= self.width:
-            self.print(table)
+        head, *lines = aligned(columns, rows)
+        has_breaks = any("\n" in cell for row in rows for cell in row)
+        if has_breaks or max(map(cell_len, (head, *lines))) > self.width:
+            for row in rows:
+                self.facts(*zip(columns, row, strict=True))
+                self.print()
             return
-        for row in cells:
-            self.facts(*zip(columns, row, strict=True))
-            self.print()
+        self.print(Text(head, style="bold"))
+        for line in lines:
+            self.print(Text(line))
 
     def json(self, value: object) -> None:
         self.out(json.dumps(value, indent=2), highlight=False)
+
+
+def aligned(
+    head: Sequence[str], rows: Iterable[Sequence[str]], right: Container[int] = ()
+) -> list[str]:
+    """A line for the head and for each row. right: the columns that are aligned to the right."""
+    cells = [[clean(cell).replace("\n", " ") for cell in row] for row in (head, *rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        gaps = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        padded = [
+            gap + cell if at in right else cell + gap
+            for at, (cell, gap) in enumerate(zip(row, gaps, strict=True))
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
 def result_as_json(result: bytes) -> dict[str, str | None]:

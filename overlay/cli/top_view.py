@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from rich.cells import cell_len
 from rich.text import Text
 
+from overlay.cli.terminal import aligned
 from overlay.cli.text import clean, counted, span
 from overlay.model import clocks as time
 from overlay.model.segments import Code
@@ -148,9 +149,9 @@ def _processes(snapshot: Snapshot, width: int, most: int, signs: Signs) -> list[
     rows = [_process(p, signs) for p in processes]
     shown = [i for i, name in enumerate(PROCESS_COLUMNS) if width >= ROOMY or name not in USAGE]
     head = [PROCESS_COLUMNS[i] for i in shown]
-    left = [at for at, name in enumerate(head) if name not in NUMBERS]
+    right = [at for at, name in enumerate(head) if name in NUMBERS]
     cells = [[row[i] for i in shown] for row, _ in rows]
-    made = _table(head, cells, [style for _, style in rows], left)
+    made = _table(head, cells, [style for _, style in rows], right)
     if rest := len(snapshot["processes"]) - len(processes):
         made.append(Text(f"and {rest} more", DIM))
     return made
@@ -231,7 +232,7 @@ def _requests(snapshot: Snapshot, most: int, signs: Signs) -> list[Text]:
         )
         styles.append("" if r["code"] == 0 else COLOURS["gone"])
     head = ("ended", "request", "asks", "status", "ms", "path, with the ms at each hop")
-    return _table(head, rows, styles, (0, 1, 2, 3, 5)) if rows else []
+    return _table(head, rows, styles, (4,)) if rows else []
 
 
 def _path(hops: Sequence[Mapping[str, Any]], signs: Signs) -> str:
@@ -255,7 +256,7 @@ def _events(snapshot: Snapshot, most: int, signs: Signs) -> list[Text]:
         rows.append((_clock(event["at"]), event["process"], event["text"] + many))
         colour = {"warning": COLOURS["impaired"], "error": COLOURS["gone"]}.get(event["level"], "")
         styles.append(f"bold {colour}".strip() if event["is_change"] else colour)
-    return _table(("at", "of", "event"), rows, styles, (0, 1, 2)) if rows else []
+    return _table(("at", "of", "event"), rows, styles) if rows else []
 
 
 def _latest(items: Sequence[T], most: int) -> list[T]:
@@ -264,21 +265,13 @@ def _latest(items: Sequence[T], most: int) -> list[T]:
 
 
 def _table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str], left: Sequence[int]
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    styles: Sequence[str],
+    right: Sequence[int] = (),
 ) -> list[Text]:
-    """Lines of columns; those in `left` are aligned to the left."""
-    rows = [[clean(cell).replace("\n", " ") for cell in row] for row in rows]
-    wide = [max(map(cell_len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell + " " * (w - cell_len(cell)) if i in left else " " * (w - cell_len(cell)) + cell
-            for i, (cell, w) in enumerate(zip(cells, wide, strict=True))
-        ]
-        return "  ".join(padded).rstrip()
-
-    made = [Text(line(head), DIM)]
-    return made + [Text(line(row), style) for row, style in zip(rows, styles, strict=True)]
+    first, *others = aligned(head, rows, right)
+    return [Text(first, DIM), *(Text(*line) for line in zip(others, styles, strict=True))]
 
 
 def _cut(line: Text, width: int) -> Text:

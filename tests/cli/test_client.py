@@ -375,7 +375,7 @@ def test_a_trace_shows_the_path_as_a_tree_on_every_code_page(
     shown = run(*at(mine, "A"), "--trace", PYTHONIOENCODING=encoding).stdout
 
     lines = shown[shown.index("trace\n") :].splitlines()
-    names = [line[1:].split(" OK ")[0].rstrip(" |") for line in lines if " OK " in line]
+    names = [line.split(" OK ")[0].rstrip(" |") for line in lines if " OK " in line]
     first, last, on = bars
     tree = ["A", f"{first}- B", f"{on}  {last}- C", f"{last}- E", f"   {first}- D", f"   {last}- F"]
     assert names == [line.replace("-", "─" if encoding == "utf-8" else "-") for line in tree]
@@ -930,7 +930,7 @@ def test_check_names_the_neighbour_that_is_down_and_the_missing_worker(wounded: 
     of_e, of_a = run(*at(wounded, "E"), "check"), run(*at(wounded, "A"), "check")
 
     assert (of_e.returncode, of_a.returncode) == (1, 1)
-    (row,) = [line for line in of_e.stdout.splitlines() if f"{wounded.address('F')}   down" in line]
+    (row,) = [line for line in of_e.stdout.splitlines() if f"{wounded.address('F')}  down" in line]
     assert not row.rstrip().endswith("yes"), "the last column is the reason"
     assert "missing   F" in of_a.stdout
 

@@ -1,4 +1,4 @@
-"""The benchmark's pure parts: statistics, rotation, rows and the page; the loads on a true echo."""
+"""The benchmark's statistics, order, rows and page, all without I/O; and its loads on an echo."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_quantile_lies_between_its_neighbours(share, value):
     assert figures.quantile([4, 1, 3, 2], share) == pytest.approx(value)
 
 
-def test_a_quantile_of_nothing_is_refused():
+def test_no_values_have_no_quantile():
     with pytest.raises(ValueError, match="no values"):
         figures.quantile([], 0.5)
 
@@ -34,11 +34,11 @@ def test_only_rounds_that_both_have_make_a_ratio():
     assert figures.paired_ratios({0: 10.0, 1: 30.0, 3: 8.0}, {1: 10.0, 2: 5.0, 3: 4.0}) == [3, 2]
 
 
-def test_a_peer_that_answered_nothing_makes_no_ratio():
+def test_a_peer_without_answers_makes_no_ratio():
     assert figures.paired_ratios({0: 10.0}, {0: 0.0}) == []
 
 
-def test_the_interval_holds_the_median_and_is_the_same_each_time():
+def test_the_interval_contains_the_median_and_is_the_same_each_time():
     values = [1.0, 1.1, 0.9, 1.3, 1.05, 0.95, 1.2, 1.0, 0.8, 1.15]
 
     found = figures.estimate(values)
@@ -48,7 +48,7 @@ def test_the_interval_holds_the_median_and_is_the_same_each_time():
     assert found.count == 10
 
 
-def test_equal_rounds_leave_no_doubt():
+def test_equal_rounds_have_an_interval_without_width():
     assert figures.estimate([2.0] * 5) == figures.Estimate(2.0, 2.0, 2.0, 5)
 
 
@@ -56,7 +56,7 @@ def test_no_rounds_give_no_estimate():
     assert figures.estimate([]) is None
 
 
-def test_one_wild_round_does_not_move_the_median():
+def test_one_outlying_round_does_not_move_the_median():
     assert figures.estimate([2.0] * 9 + [90.0]).median == 2.0
 
 
@@ -73,14 +73,14 @@ def test_unevenness_is_the_largest_distance_from_an_even_share(counts, off):
     assert figures.unevenness(counts, WORKERS) == pytest.approx(off)
 
 
-# Rotation.
+# The order of the peers in a round.
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
 def test_each_peer_takes_each_place_equally_often(count):
     names = list(range(count))
 
-    orders = [figures.turn(names, number) for number in range(2 * count)]
+    orders = [figures.rotated(names, number) for number in range(2 * count)]
 
     assert all(sorted(order) == names for order in orders)
     for name in names:
@@ -89,13 +89,13 @@ def test_each_peer_takes_each_place_equally_often(count):
 
 
 def test_no_peer_is_always_measured_right_after_the_same_other():
-    orders = [figures.turn("abcd", number) for number in range(8)]
+    orders = [figures.rotated("abcd", number) for number in range(8)]
     before_b = {order[order.index("b") - 1] for order in orders if order[0] != "b"}
     assert len(before_b) > 1
 
 
-def test_nobody_takes_no_turn():
-    assert figures.turn([], 3) == []
+def test_no_peers_have_an_empty_order():
+    assert figures.rotated([], 3) == []
 
 
 # Rows and figures to reach.
@@ -106,7 +106,7 @@ def test_row_names_are_unique_and_their_setups_exist():
     assert {rows.setup_of(row).name for row in rows.ROWS} == {s.name for s in rows.SETUPS}
 
 
-def test_every_figure_to_reach_is_measured_also_in_the_quick_run():
+def test_every_figure_to_reach_is_also_measured_in_the_quick_run():
     quick = {row.name for row in rows.chosen([], quick=True)}
     assert {target.row for target in rows.TARGETS} <= quick
     assert {target.against for target in rows.TARGETS if target.kind == "p99"} <= quick
@@ -137,7 +137,7 @@ def test_an_unknown_row_is_named():
         ("p99", 1.6, 2.0, "missed"),
     ],
 )
-def test_a_figure_is_missed_only_when_its_whole_interval_is(kind, low, high, verdict):
+def test_a_figure_is_missed_only_when_its_whole_interval_misses(kind, low, high, verdict):
     assert rows.Target("", "row", "peer", 1.5, kind).verdict(low, high) == verdict
 
 
@@ -175,7 +175,7 @@ def test_the_overlay_of_every_setup_is_a_valid_configuration(setup, tmp_path):
 
 
 class Threads(FuturesCaller):
-    """A true echo in this process: workers in turn, on threads."""
+    """An echo in this process: workers in turn, on threads."""
 
     def __init__(self, workers=WORKERS) -> None:
         self._pool = ThreadPoolExecutor(8)
@@ -219,7 +219,7 @@ def caller(request):
 
 @pytest.mark.parametrize("mode", ["any", "all"])
 @pytest.mark.parametrize("load", ["window", "threads", "unary"])
-def test_a_timed_load_counts_right_answers_for_its_time(caller, load, mode):
+def test_a_timed_load_counts_the_right_answers_within_its_time(caller, load, mode):
     found = caller.run(Work(load, WORKERS, mode, callers=4, seconds=0.05)).report()
 
     assert found["answers"] > 0
@@ -228,17 +228,17 @@ def test_a_timed_load_counts_right_answers_for_its_time(caller, load, mode):
 
 
 @pytest.mark.parametrize("load", ["bulk", "bulk_singly"])
-def test_a_bulk_is_all_its_items(caller, load):
+def test_a_bulk_answers_all_its_items(caller, load):
     found = caller.run(Work(load, WORKERS, count=1000)).report()
     assert found["answers"] == 1000
 
 
-def test_blocking_calls_have_their_latencies(caller):
+def test_blocking_calls_report_latencies(caller):
     found = caller.run(Work("threads", WORKERS, callers=2, seconds=0.05)).report()
     assert 0 < found["p50_ms"] <= found["p99_ms"]
 
 
-def test_large_calls_beside_small_ones_are_counted_apart(caller):
+def test_large_calls_beside_small_ones_are_counted_separately(caller):
     work = Work("threads", WORKERS, callers=2, seconds=0.05, beside=2)
 
     found = caller.run(work).report()
@@ -247,16 +247,16 @@ def test_large_calls_beside_small_ones_are_counted_apart(caller):
     assert sum(found["by_worker"].values()) == found["answers"]
 
 
-def test_a_window_never_has_more_outstanding_than_it_says():
+def test_a_window_never_has_more_outstanding_than_its_size():
     caller = Threads()
-    most = 0
+    peak = 0
     outstanding = 0
     submit, result = caller.submit, caller.result
 
     def counted_submit(payload, mode):
-        nonlocal most, outstanding
+        nonlocal peak, outstanding
         outstanding += 1
-        most = max(most, outstanding)
+        peak = max(peak, outstanding)
         return submit(payload, mode)
 
     def counted_result(handle):
@@ -268,7 +268,7 @@ def test_a_window_never_has_more_outstanding_than_it_says():
     caller.run(Work("window", WORKERS, callers=5, seconds=0.3))
     caller.close()
 
-    assert most == 5
+    assert peak == 5
     assert outstanding == 0
 
 
@@ -285,16 +285,16 @@ def test_a_wrong_answer_ends_a_load(load, mode):
     caller.close()
 
 
-def test_an_answer_from_a_stranger_is_wrong():
+def test_an_answer_from_something_else_than_a_worker_is_wrong():
     caller = Threads(workers=("C", "Z"))
     tally = caller.run(Work("window", WORKERS, callers=2, seconds=0.02))
     caller.close()
 
-    with pytest.raises(WrongAnswer, match="answers from Z, who is no worker"):
+    with pytest.raises(WrongAnswer, match="answers from Z, not a worker"):
         tally.report()
 
 
-def test_payloads_have_the_size_asked_for_and_differ():
+def test_payloads_have_the_given_size_and_all_differ():
     found = list(loads.payloads(Work("bulk", WORKERS, size=100, count=50)))
     assert {len(payload) for payload in found} == {100}
     assert len(set(found)) == 50
@@ -334,31 +334,31 @@ def raw():
     return {"about": about, "not_run": {"dask": "not installed"}, "measurements": measurements}
 
 
-def test_the_page_says_machine_versions_command_and_rounds(raw):
+def test_the_page_names_the_machine_the_versions_the_command_and_the_rounds(raw):
     page = report.page(raw)
     for word in ("A CPU", "2 cores", "grpcio 1.85", "python benchmarks/run.py", "4 rounds"):
         assert word in page
 
 
-def test_a_figure_to_reach_has_its_ratio_and_verdict(raw):
+def test_a_figure_to_reach_has_a_ratio_and_a_verdict(raw):
     page = report.page(raw)
     assert "| 64 outstanding, against NATS | at least 1.2x | 1.5x (1.5 to 1.5) | reached |" in page
     assert "| 5 ms handlers, 3 x 1 slot, of the ideal | at least 0.88 | 0.9 (0.9 to 0.9) |" in page
     assert "| small calls' p99 beside 64 KiB ones | at most 2x | 1.5x (1.5 to 1.5) |" in page
 
 
-def test_what_was_not_run_or_failed_is_never_left_out(raw):
+def test_the_page_lists_what_was_not_run_or_failed(raw):
     page = report.page(raw)
     assert "- not run: dask: not installed" in page
     assert "- zeromq, window-64: failed in 1 of 4 rounds: it fell over" in page
     assert "| bulk, against Dask | at least 50x | not run |" in page
 
 
-def test_last_time_stands_beside_this_time(raw):
+def test_the_page_shows_the_last_run_beside_this_one(raw):
     assert "last time (2026-11-22)" in report.page(raw, before=raw)
 
 
-def test_a_busy_machine_is_told(raw):
+def test_the_page_says_when_the_machine_was_busy(raw):
     for found in raw["measurements"]:
         found["other_cores"] = 0.4
     assert "**busy: these figures say little**" in report.page(raw)
@@ -372,5 +372,5 @@ def test_a_run_without_results_still_makes_a_page(raw):
     ("value", "text"),
     [(0.0123, "0.0123"), (1.5, "1.5"), (99.94, "99.9"), (1234.5, "1,230"), (105_678, "106,000")],
 )
-def test_numbers_have_three_figures(value, text):
+def test_numbers_have_three_significant_figures(value, text):
     assert report.number(value) == text

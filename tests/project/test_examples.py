@@ -1,4 +1,4 @@
-"""The two examples: their functions by themselves, then on six real processes each."""
+"""The examples search and pictures: their functions alone, then each on six real processes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def folder_with(tmp_path: Path, **files: bytes) -> str:
     return str(tmp_path)
 
 
-# search: shares
+# Search: shares
 
 
 @given(name=st.text(min_size=1), shares=st.integers(1, 50))
@@ -77,7 +77,7 @@ def test_a_file_has_the_same_share_on_every_machine(name, share):
 @pytest.mark.parametrize(
     "pattern", ["class JSONDecoder", "re:^import json$", "re:(?i)deadlock", "\u00e9", "def close("]
 )
-def test_three_shares_merged_are_one_search_over_the_whole(pattern):
+def test_three_merged_shares_equal_one_search_over_the_whole(pattern):
     whole = found(pattern, at("X", most=NO_LIMIT))
 
     workers = [at(w, share=f"{n}/3", most=NO_LIMIT) for n, w in enumerate("CDF", 1)]
@@ -90,20 +90,20 @@ def test_three_shares_merged_are_one_search_over_the_whole(pattern):
     ]
 
 
-def test_a_name_is_the_same_however_a_system_writes_its_accents(tmp_path):
+def test_a_file_name_is_shown_alike_however_a_system_writes_its_accents(tmp_path):
     (tmp_path / "mu\u0308ll.txt").write_bytes(b"needle")
     assert found("needle", at(folder=str(tmp_path))) == ["C: m\u00fcll.txt:1: needle"]
 
 
-def test_each_share_of_the_standard_library_has_work_to_do():
+def test_the_shares_of_the_standard_library_are_of_similar_size():
     counts = [len(list(search._files(search.Scope(STDLIB, (n, 3)), []))) for n in (1, 2, 3)]
     assert min(counts) > 0.8 * max(counts)
 
 
-# search: what an answer says
+# Search: answers
 
 
-def test_a_line_says_who_found_it_and_where():
+def test_a_line_names_the_worker_the_file_and_the_line_number():
     lines = found("class JSONDecoder(", at("C"))
     number = (
         (STDLIB / "json/decoder.py")
@@ -114,11 +114,11 @@ def test_a_line_says_who_found_it_and_where():
     assert f"C: json/decoder.py:{number + 1}: class JSONDecoder(object):" in lines
 
 
-def test_nothing_found_is_an_empty_answer(tmp_path):
+def test_the_answer_is_empty_when_nothing_matches(tmp_path):
     assert search.search(b"needle", at(folder=folder_with(tmp_path, a=b"hay"))) == b""
 
 
-def test_line_numbers_are_those_of_an_editor(tmp_path):
+def test_line_numbers_agree_with_those_of_an_editor(tmp_path):
     folder = folder_with(tmp_path, a=b"\xef\xbb\xbffirst\r\n\x0cpage two\r\nneedle\r\n")
     assert found("re:^(first|needle)$", at(folder=folder)) == [
         "C: a.txt:1: first",
@@ -130,7 +130,7 @@ def test_an_empty_file_has_no_empty_line(tmp_path):
     assert found("re:^$", at(folder=folder_with(tmp_path, a=b"", b=b"x\n\n"))) == ["C: b.txt:2: "]
 
 
-def test_a_file_cannot_write_to_the_reader_s_terminal(tmp_path):
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path):
     folder = folder_with(tmp_path, a=b"needle \x1b[31m \xc2\x9b \x07 \t end")
     assert found("needle", at(folder=folder)) == ["C: a.txt:1: needle ?[31m ? ? \t end"]
 
@@ -163,7 +163,7 @@ def test_a_file_that_is_too_large_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_what_cannot_be_read_is_named_and_the_rest_searched(tmp_path):
+def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_searched(tmp_path):
     folder = folder_with(tmp_path, b=b"needle")
     os.mkfifo(tmp_path / "a.txt")
     assert found("needle", at(folder=folder)) == [
@@ -185,7 +185,7 @@ def test_only_text_files_outside_skipped_folders_are_searched(tmp_path):
 
 @dataclass
 class Hurried:
-    """A context whose time runs out after so many looks at it."""
+    """A context whose time is up after it was asked for `looks` times."""
 
     looks: int
     process_id: str = "C"
@@ -197,7 +197,7 @@ class Hurried:
         return 10.0 if self.looks >= 0 else 0.01
 
 
-def test_a_search_without_time_left_gives_what_it_has_and_says_so(tmp_path):
+def test_a_search_that_runs_out_of_time_returns_what_it_has_and_says_so(tmp_path):
     folder = folder_with(tmp_path, a=b"needle", b=b"needle", c=b"needle")
     assert found("needle", Hurried(2, options={"folder": folder})) == [
         "C: a.txt:1: needle",
@@ -206,7 +206,7 @@ def test_a_search_without_time_left_gives_what_it_has_and_says_so(tmp_path):
     ]
 
 
-def test_a_search_that_nobody_waits_for_stops(tmp_path):
+def test_a_cancelled_search_stops(tmp_path):
     context = Hurried(99, options={"folder": folder_with(tmp_path, a=b"needle")}, cancelled=True)
     assert found("needle", context) == [
         "# C: time was up after 0 of 1 files; the rest is not searched"
@@ -224,33 +224,33 @@ def test_a_search_that_nobody_waits_for_stops(tmp_path):
         (b"\xff", "the pattern is not UTF-8 text"),
     ],
 )
-def test_a_pattern_that_cannot_be_searched_for_is_refused_with_the_reason(payload, words):
+def test_a_pattern_that_cannot_be_searched_for_is_rejected_with_the_reason(payload, words):
     with pytest.raises(BadRequest, match=re.escape(words)):
         search.search(payload, at("C"))
 
 
-def test_a_colon_or_a_bracket_in_plain_text_means_itself(tmp_path):
+def test_colons_and_brackets_have_no_special_meaning_in_plain_text(tmp_path):
     folder = folder_with(tmp_path, a=b"f(x): 1\nf.x.: 1\nre:x\n")
     assert found("f(x):", at(folder=folder)) == ["C: a.txt:1: f(x): 1"]
     assert found("re:re:", at(folder=folder)) == ["C: a.txt:3: re:x"]
 
 
 @pytest.mark.parametrize("share", ["4/3", "0/3", "1", "1/0", "a/b", "1/3/3", "-1/3", ""])
-def test_a_share_that_is_none_is_named(share):
+def test_an_invalid_share_is_named(share):
     with pytest.raises(ValueError, match=f"option share: '{share}' is not like"):
         search.search(b"needle", at(share=share))
 
 
-def test_a_folder_that_is_not_there_fails_instead_of_finding_nothing(tmp_path):
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"option folder: '.*nowhere' is not a folder"):
         search.search(b"needle", at(folder=str(tmp_path / "nowhere")))
 
 
-def test_a_relative_folder_is_beside_the_example():
+def test_a_relative_folder_is_looked_for_beside_the_example():
     assert search.Scope.of({"folder": "photos"}).folder == EXAMPLES / "photos"
 
 
-def test_merged_lines_are_in_the_order_of_paths_and_numbers_and_notes_come_last():
+def test_merged_lines_are_sorted_by_path_and_number_and_notes_come_last():
     parts = [
         Part("C", result=b"C: b.py:9: x\nC: b.py:10: x\n# C: note"),
         Part("D", result=b""),
@@ -264,11 +264,11 @@ def test_merged_lines_are_in_the_order_of_paths_and_numbers_and_notes_come_last(
     ]
 
 
-def test_merging_nothing_is_empty():
+def test_empty_parts_merge_to_an_empty_answer():
     assert search.merge([Part("C"), Part("D")]) == b""
 
 
-# pictures
+# Pictures
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **how) -> bytes:
@@ -301,8 +301,8 @@ def test_a_photograph_fits_into_the_size_and_looks_the_same(photo):
         wanted = original.convert("RGB").resize(small.size, Image.Resampling.BOX)
     assert max(small.size) == 160
     assert small.width / small.height == pytest.approx(width / height, rel=0.01)
-    far = sum(abs(a - b) for a, b in zip(small.tobytes(), wanted.tobytes(), strict=True))
-    assert far / len(wanted.tobytes()) < 8  # of 255, on average
+    distance = sum(abs(a - b) for a, b in zip(small.tobytes(), wanted.tobytes(), strict=True))
+    assert distance / len(wanted.tobytes()) < 8  # of 255, on average
 
 
 @pytest.mark.parametrize(
@@ -320,8 +320,8 @@ def test_a_thumbnail_keeps_its_shape_and_is_never_enlarged(original, option, siz
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_a_camera_s_turn_is_undone(turn):
-    # As a camera held so would store a picture that is red on top and narrow.
+def test_a_picture_is_turned_upright(turn):
+    # How a camera that is held this way stores a narrow picture with red at the top.
     stored = {1: (), 2: (0,), 3: (3,), 4: (1,), 5: (5,), 6: (2,), 7: (6,), 8: (4,)}[turn]
     upright = Image.new("RGB", (200, 400), "blue")
     upright.paste("red", (0, 0, 200, 200))
@@ -338,7 +338,7 @@ def test_a_camera_s_turn_is_undone(turn):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_becomes_white(mode):
+def test_transparent_parts_become_white(mode):
     glass = Image.new("RGBA", (300, 300), (0, 0, 0, 0))
     glass.paste((0, 0, 0, 255), (150, 0, 300, 300))
 
@@ -358,7 +358,7 @@ def test_what_is_transparent_becomes_white(mode):
         ("P", 100, "GIF"),
     ],
 )
-def test_a_grey_stays_that_grey_in_every_kind_of_file(mode, grey, kind):
+def test_a_grey_stays_the_same_in_every_kind_of_file(mode, grey, kind):
     image = Image.new(mode, (200, 200), grey)
     if mode == "P":
         image.putpalette([level for level in range(256) for _ in "rgb"])
@@ -366,7 +366,7 @@ def test_a_grey_stays_that_grey_in_every_kind_of_file(mode, grey, kind):
     assert middle == pytest.approx((100, 100, 100), abs=2)
 
 
-def test_where_a_picture_was_taken_is_not_passed_on():
+def test_a_thumbnail_does_not_say_where_the_picture_was_taken():
     exif = Image.Exif()
     exif.get_ifd(0x8825)[1] = "N"
     exif[0x010F] = "a camera"
@@ -390,13 +390,13 @@ def test_where_a_picture_was_taken_is_not_passed_on():
     ],
     ids=["nothing", "PostScript", "truncated", "no pixels", "large", "enormous"],
 )
-def test_what_is_no_picture_is_refused_with_a_sentence(payload, words):
+def test_a_payload_that_is_not_a_picture_is_rejected_with_the_reason(payload, words):
     with pytest.raises(BadRequest, match=words):
         pictures.thumbnail(payload, at())
 
 
 @pytest.mark.parametrize("size", ["160", "0x160", "160x", "axb", "", "99999x99999"])
-def test_a_size_that_is_none_is_named(size):
+def test_an_invalid_size_is_named(size):
     with pytest.raises(ValueError, match=f"option size: '{size}' is not like"):
         pictures.thumbnail(PHOTOS[0].read_bytes(), at(size=size))
 
@@ -410,11 +410,11 @@ def test_without_pillow_the_import_says_what_to_install():
     assert "the pictures example needs Pillow" in done.stderr.splitlines()[-1]
 
 
-# the files beside them
+# Configurations and photographs
 
 
 @pytest.mark.parametrize("name", ["search", "pictures"])
-def test_a_configuration_has_the_six_processes_of_the_two_hosts(name):
+def test_an_example_has_the_processes_of_the_two_hosts_configuration(name):
     six = configuration.load(ROOT / "two_hosts_config.json").processes
     ours = configuration.load(EXAMPLES / f"{name}.json").processes
 
@@ -422,7 +422,7 @@ def test_a_configuration_has_the_six_processes_of_the_two_hosts(name):
         return {p.id: (p.role, p.team, p.neighbors) for p in processes.values()}
 
     assert shape(ours) == shape(six)
-    # Below what systems give to outgoing connections: Linux from 32768, others from 49152.
+    # Below the ports of outgoing connections: from 32768 on Linux, from 49152 elsewhere.
     assert all(1024 < process.port < 32768 for process in ours.values())
 
 
@@ -439,7 +439,7 @@ def test_every_photograph_is_small_and_credited():
     assert sum(photo.stat().st_size for photo in PHOTOS) < 600_000
 
 
-# on six real processes
+# On six real processes
 
 
 def shipped(name: str) -> dict[str, Any]:
@@ -496,15 +496,15 @@ def test_a_broken_pattern_is_a_bad_request(searchers):
     assert refused.value.code == Code.INVALID_ARGUMENT
 
 
-def test_every_worker_finds_some_of_what_is_everywhere(searchers):
+def test_every_worker_finds_a_part_of_what_is_in_many_files(searchers):
     with overlay.connect(searchers.address("A")) as client:
         lines = client.call("import os").result.decode().split("\n")
     assert {line.partition(": ")[0] for line in lines} == {"C", "D", "F"}
 
 
-def test_a_pattern_without_end_costs_only_its_own_request(searchers):
+def test_a_pattern_that_takes_forever_costs_only_its_own_request(searchers):
     with overlay.connect(searchers.address("A")) as client:
-        # 2 to the 60th ways through any line, and none of them ends well.
+        # There are 2 to the 60th ways through any line, and none of them matches.
         with pytest.raises(CallFailed):
             client.call(r"re:(?:|){60}\x00", timeout=1.5)
         answer = client.call("class JSONDecoder(", timeout=20)
@@ -526,7 +526,7 @@ def test_without_one_worker_the_answer_names_it_and_the_rest_is_right(tmp_path):
     assert answer.result == search.merge(parts)
 
 
-def test_a_folder_that_one_worker_lacks_costs_its_part_and_the_log_says_why(tmp_path):
+def test_a_worker_without_the_folder_costs_only_its_part_and_its_log_says_why(tmp_path):
     config = shipped("search")
     config["processes"]["D"]["options"]["folder"] = str(tmp_path / "nowhere")
 
@@ -550,7 +550,7 @@ def test_pictures_are_shared_among_the_workers(painters):
     assert len({answer.parts[0].process_id for answer in answers}) > 1
 
 
-def test_a_damaged_picture_is_a_bad_request_with_the_reason_and_the_next_is_answered(painters):
+def test_a_damaged_picture_is_a_bad_request_and_the_next_one_is_answered(painters):
     good = PHOTOS[0].read_bytes()
     with overlay.connect(painters.address("A")) as client:
         with pytest.raises(CallFailed, match="the picture is damaged: image file is tr") as refused:
@@ -580,7 +580,7 @@ def test_the_script_makes_a_thumbnail_of_every_picture(painters, tmp_path):
             assert max(small.size) == 160
 
 
-def test_the_script_goes_on_after_a_damaged_picture_and_says_so(painters, tmp_path):
+def test_the_script_names_a_damaged_picture_and_goes_on(painters, tmp_path):
     shutil.copy(PHOTOS[0], tmp_path / "good.jpg")
     (tmp_path / "bad.png").write_bytes(b"not a picture")
 

@@ -1,4 +1,4 @@
-"""The fault bench: its checker by tables and properties, and a short lane on real processes."""
+"""The fault bench: its checker by tables and properties, and short runs on real processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ABOUT = About("some", 1, WORKERS, list(scenarios.USUAL), ["raises"], slots=2)
 
 
 def answered(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execution], Answer]:
-    """A call at second `id_`, worked on and answered by everyone it means, or by the first."""
+    """A call at second `id_`, answered by every worker in its scope, or by the first for any."""
     call = Call(id_, id_, float(id_), float(id_), id_ + 2.0, mode, way, team)
     scope = [worker for worker in WORKERS if team in ("", WORKERS[worker])]
     workers = scope if mode == "all" else scope[:1]
@@ -56,13 +56,13 @@ def answered(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execu
 
 
 def refused(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execution], Answer]:
-    """For want of time, of which it brought little."""
+    """A call with a short deadline, refused because it could not be met."""
     call = Call(id_, id_, float(id_), float(id_), id_ + 0.4, mode, way, team)
     return call, [], Answer(id_, id_ + 0.1, "RESOURCE_EXHAUSTED", "overlay", "no")
 
 
 def expired(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execution], Answer]:
-    """It runs on after its deadline, and that is nobody's fault."""
+    """A call that runs on after its deadline, which breaks no promise."""
     call = Call(id_, id_, float(id_), float(id_), id_ + 2.0, mode, way, team)
     worker = next(w for w in WORKERS if team in ("", WORKERS[w]))
     runs = [Execution(id_, worker, id_ + 1.9, None, 0, id_ + 2.0)]
@@ -70,7 +70,7 @@ def expired(id_: int, mode: str, way: str, team: str) -> tuple[Call, list[Execut
 
 
 def true_history(*kinds: tuple[Callable[..., object], str, str, str]) -> History:
-    """A history that keeps every promise; one call of each kind, after an answered one of all."""
+    """A history that keeps every promise: an answered call to all, then a call of each kind."""
     found = History(ABOUT)
     for id_, (make, *how) in enumerate([(answered, "all", "unary", ""), *kinds], 1):
         call, runs, answer = make(id_, *how)
@@ -101,7 +101,7 @@ def less(found: History, place: str, index: int = 0) -> History:
 
 
 def asked_again(found: History, key: int = 1, **fields: object) -> History:
-    """The first call has an idempotency key, and so has one more; fields: of the answer to it."""
+    """The first call has an idempotency key, and is repeated. fields: of the second answer."""
     found = edited(found, "calls", idempotency="k")
     answer = replace(found.answers[0], id=10**6, **fields)
     found = more(found, "calls", replace(found.calls[0], id=10**6, key=key))
@@ -109,18 +109,18 @@ def asked_again(found: History, key: int = 1, **fields: object) -> History:
 
 
 def alone_and_refused(found: History) -> History:
-    """The first call was refused for want of a place, and ran nowhere."""
+    """The first call was refused because there was no place, and ran nowhere."""
     runs = [run for run in found.executions if run.key != 1]
     fields = {"executed": "no", "parts": (), "result": "", "coverage": ""}
     found = edited(found, "answers", code="RESOURCE_EXHAUSTED", **fields)
     return replace(found, executions=runs)
 
 
-# What can be done to the first call of a true history, and the rule that must see it.
+# Changes to the first call of a true history, each with the rule that must find it.
 LIES: dict[str, tuple[str, Callable[[History], History]]] = {
     "no answer": ("unanswered", lambda h: less(h, "answers")),
     "two answers": ("answered_twice", lambda h: more(h, "answers", h.answers[0])),
-    "an answer to nobody": (
+    "an answer to no call": (
         "answered_twice",
         lambda h: more(h, "answers", replace(h.answers[0], id=10**6)),
     ),
@@ -145,7 +145,7 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
     "with a key on three workers": (
         "ran_twice", lambda h: edited(h, "calls", mode="any", idempotency="k"),
     ),
-    "with a key on two workers, and none was lost": (
+    "with a key on two workers, though none was lost": (
         "ran_twice", lambda h: less(edited(h, "calls", mode="any", idempotency="k"), "executions"),
     ),
     "one key for two payloads": ("key_misused", lambda h: asked_again(h, key=10**6)),
@@ -153,29 +153,31 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
     "an answer and a failure under one key": (
         "key_misused", lambda h: asked_again(h, code="INTERNAL", executed="yes", parts=()),
     ),
-    "a request of nobody": (
+    "an execution without a call": (
         "ran_unrequested",
         lambda h: more(h, "executions", replace(h.executions[0], key=10**6)),
     ),
     "outside of its team": ("ran_unrequested", lambda h: edited(h, "calls", team="green")),
     "begun too late": ("ran_after_deadline", lambda h: edited(h, "executions", begin=4.1)),
-    "told too much time": ("ran_after_deadline", lambda h: edited(h, "executions", deadline=30.0)),
-    "counted, and not there": ("silently_incomplete", lambda h: less(h, "executions")),
-    "counted, and not finished": (
+    "given too much time": ("ran_after_deadline", lambda h: edited(h, "executions", deadline=30.0)),
+    "counted, but not executed": ("silently_incomplete", lambda h: less(h, "executions")),
+    "counted, but not finished": (
         "silently_incomplete", lambda h: edited(h, "executions", end=None),
     ),
-    "a worker not told of": (
+    "a worker left out": (
         "silently_incomplete",
         lambda h: edited(h, "answers", parts=h.answers[0].parts[:2], coverage="2/2"),
     ),
-    "a coverage that lies": ("silently_incomplete", lambda h: edited(h, "answers", coverage="4/4")),
+    "a wrong coverage": ("silently_incomplete", lambda h: edited(h, "answers", coverage="4/4")),
     "a result too short": ("wrong_result", lambda h: edited(h, "answers", result="C 1\nD 1")),
-    "another's result": ("wrong_result", lambda h: edited(h, "answers", result="C 2\nD 2\nF 2")),
-    "a status out of place": (
+    "another call's result": (
+        "wrong_result", lambda h: edited(h, "answers", result="C 2\nD 2\nF 2"),
+    ),
+    "an unexpected status": (
         "unexpected_status",
         lambda h: edited(h, "answers", code="UNIMPLEMENTED", executed="yes", parts=()),
     ),
-    "INTERNAL of a quiet handler": (
+    "INTERNAL of a handler that does not fail": (
         "unexpected_status",
         lambda h: edited(h, "answers", code="INTERNAL", executed="yes", parts=()),
     ),
@@ -183,17 +185,17 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
         "unexpected_status",
         lambda h: edited(h, "answers", parts=(*h.answers[0].parts[:2], ("F", "INTERNAL", "yes"))),
     ),
-    "sent to one who is cut off": (
+    "sent to a worker that is cut off": (
         "blocked_by_fault",
         lambda h: more(
             edited(edited(h, "calls", mode="any"), "answers", code="UNAVAILABLE", parts=()),
             "faults", Fault("cut", "D", -2.5, 2.0),
         ),
     ),
-    "refused although nothing else was asked": (
+    "refused although no other call was open": (
         "refused_with_free_slots", lambda h: alone_and_refused(h),
     ),
-    "a part refused although nothing else was asked": (
+    "a part refused although no other call was open": (
         "refused_with_free_slots",
         lambda h: less(
             edited(
@@ -206,9 +208,9 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
     "something active": ("leak", lambda h: edited(h, "rests", counts={"active": 1})),
     "miscounted": ("leak", lambda h: edited(h, "rests", counts={"not counted": -2})),
     "no complete answer": ("no_recovery", lambda h: edited(h, "recoveries", ok=False)),
-    "nobody looked": ("no_recovery", lambda h: less(h, "recoveries")),
-    "an unwanted end": ("bad_exit", lambda h: edited(h, "endings", code=3)),
-    "a refusal to start without a word": (
+    "no recovery recorded": ("no_recovery", lambda h: less(h, "recoveries")),
+    "an unexpected exit code": ("bad_exit", lambda h: edited(h, "endings", code=3)),
+    "an expected exit code without a message": (
         "bad_exit", lambda h: edited(h, "endings", code=2, wanted=[2]),
     ),
     "a traceback": ("bad_exit", lambda h: edited(h, "endings", output="Traceback (most recent")),
@@ -230,16 +232,16 @@ def test_a_true_history_breaks_nothing(others: list[tuple[Callable[..., object],
 
 
 @given(OTHERS, st.sampled_from(sorted(LIES)))
-def test_a_lie_is_found_whatever_is_true_beside_it(
+def test_a_lie_is_found_whatever_other_calls_there_are(
     others: list[tuple[Callable[..., object], str, str, str]], lie: str
 ) -> None:
-    rule, tell = LIES[lie]
-    found = {(violation.rule, violation.call) for violation in check(tell(true_history(*others)))}
+    rule, change = LIES[lie]
+    found = {(violation.rule, violation.call) for violation in check(change(true_history(*others)))}
     assert rule in {name for name, _ in found}
-    assert {call for _, call in found} <= {0, 1, 10**6}  # and nobody else is blamed
+    assert {call for _, call in found} <= {0, 1, 10**6}  # no other call is blamed
 
 
-def test_each_rule_is_broken_by_some_lie() -> None:
+def test_each_rule_has_a_lie_that_breaks_it() -> None:
     assert {rule for rule, _ in LIES.values()} == {rule.__name__ for rule in RULES}
 
 
@@ -252,26 +254,26 @@ def test_each_rule_is_broken_by_some_lie() -> None:
         ("executions", {"begin": 5.0, "end": 5.1}, Stall(2.0, 5.0)),
     ],
 )
-def test_what_stood_still_is_not_blamed_for_the_time(place, fields, excuse) -> None:
+def test_a_process_that_stood_still_is_not_blamed_for_lateness(place, fields, excuse) -> None:
     late = edited(true_history(), place, **fields)
     excused = more(late, "faults" if isinstance(excuse, Fault) else "stalls", excuse)
     assert check(late) != []
     assert check(excused) == []
 
 
-def test_a_frozen_worker_is_no_excuse_for_the_leader() -> None:
+def test_a_frozen_worker_does_not_excuse_a_late_leader() -> None:
     late = edited(true_history(), "answers", at=5.0)
     assert check(more(late, "faults", Fault("freeze", "D", 1.5, 5.0))) == check(late) != []
 
 
-def test_a_repeated_request_may_be_refused_once_it_ran() -> None:
+def test_a_repeated_request_may_be_refused_after_it_ran() -> None:
     call, runs, answer = answered(2, "any", "unary", "green")
     found = more(true_history(), "calls", call, replace(call, id=3))
     found = more(found, "answers", answer, Answer(3, 2.2, "UNAVAILABLE", executed="no"))
     assert check(more(found, "executions", *runs)) == []
 
 
-def test_with_a_key_the_same_answer_may_come_again_and_another_payload_is_refused() -> None:
+def test_with_a_key_the_answer_may_be_repeated_and_another_payload_must_be_refused() -> None:
     refusal = {"code": "INVALID_ARGUMENT", "executed": "no", "parts": (), "result": ""}
     assert check(asked_again(true_history())) == []
     assert check(asked_again(true_history(), key=2, **refusal)) == []
@@ -279,7 +281,7 @@ def test_with_a_key_the_same_answer_may_come_again_and_another_payload_is_refuse
 
 
 @pytest.mark.parametrize(("process", "excuses"), [("C", True), ("A", True), ("D", False)])
-def test_with_a_key_a_second_worker_is_excused_by_a_fault_that_lost_the_first(process, excuses):
+def test_with_a_key_a_fault_that_lost_the_first_worker_excuses_a_second(process, excuses):
     call, runs, answer = answered(2, "any", "unary", "")
     call, second = replace(call, idempotency="k"), replace(runs[0], worker="F", begin=2.15)
     part = (("F", "OK", "yes"),)
@@ -290,7 +292,7 @@ def test_with_a_key_a_second_worker_is_excused_by_a_fault_that_lost_the_first(pr
     assert (check(found) == []) is excuses
 
 
-def test_a_leader_that_was_killed_has_forgotten_its_keys() -> None:
+def test_a_leader_that_was_killed_may_forget_its_keys() -> None:
     parts = (*true_history().answers[0].parts[:2], ("F", "UNAVAILABLE", "unknown"))
     short = {"parts": parts, "result": "C 1\nD 1", "coverage": "2/3; missing=F"}
     found = asked_again(true_history(), **short)
@@ -299,8 +301,8 @@ def test_a_leader_that_was_killed_has_forgotten_its_keys() -> None:
 
 
 @pytest.mark.parametrize("kind", ["busy", "hung", "hurried", "disturbed", "stalled"])
-def test_who_is_refused_while_there_may_be_no_place_has_no_wrong(kind: str) -> None:
-    """busy: two others are open, and a worker takes two. hung: their answers came, and their
+def test_a_refusal_is_right_while_there_may_be_no_place(kind: str) -> None:
+    """busy: two other calls are open, and a worker takes two. hung: they were answered, but their
     handlers go on."""
     found = alone_and_refused(true_history())
     first = found.calls[0]
@@ -319,7 +321,7 @@ def test_who_is_refused_while_there_may_be_no_place_has_no_wrong(kind: str) -> N
     assert check(found) == []
 
 
-def test_one_more_may_be_open_than_those_who_leave_a_place_free() -> None:
+def test_a_refusal_is_wrong_while_fewer_calls_are_open_than_there_are_places() -> None:
     found = alone_and_refused(true_history())
     other = replace(found.calls[0], id=8, key=8, at=0.8, due=0.8, deadline=2.8)
     found = more(more(found, "calls", other), "answers", Answer(8, 1.5, "UNAVAILABLE"))
@@ -344,7 +346,7 @@ def test_a_history_can_be_written_and_read(
     assert history.read(path) == found
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
+def test_a_line_that_is_not_a_record_is_named(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     history.write(true_history(), path)
     path.write_text(path.read_text() + '{"kind": "wish"}\n')
@@ -353,7 +355,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
         history.read(path)
 
 
-def test_a_run_that_a_kill_cut_off_has_no_end() -> None:
+def test_an_execution_that_a_kill_interrupted_has_no_end() -> None:
     begun = '"key": 7, "worker": "C", "begin": 1.0, "attempt": 0, "deadline": 2.0}'
     lines = [
         '{"run": "a", ' + begun,
@@ -364,28 +366,28 @@ def test_a_run_that_a_kill_cut_off_has_no_end() -> None:
     assert [each.end for each in history.executions_of(lines)] == [1.5, None]
 
 
-def test_a_seed_gives_the_same_calls_again() -> None:
+def test_a_seed_always_gives_the_same_calls() -> None:
     mixture = Mixture(repeats=0.3)
     first, again = (mixture.plan(3, random.Random(5)) for _ in range(2))
     assert first == again != mixture.plan(3, random.Random(6))
 
 
-def test_long_ones_end_before_the_others_begin() -> None:
+def test_long_calls_end_before_the_others_begin() -> None:
     *long, first = Mixture(long_first=True).plan(1, random.Random(5))[:4]
     assert [call.team for call in long] == ["", "green", "pink"]
     assert all(call.after_s + call.nap_ms / 1000 < first.after_s for call in long)
 
 
-def test_a_repeat_goes_to_a_team_of_one_right_after_the_first() -> None:
+def test_a_repeated_call_follows_the_first_and_goes_to_a_team_of_one_worker() -> None:
     planned = Mixture(repeats=0.5, keyed=0).plan(3, random.Random(5))
     pairs = [pair for pair in itertools.pairwise(planned) if pair[1].again]
     assert len(pairs) > 20
     assert all(a.named and b.named and a.team == b.team == "green" for a, b in pairs)
 
 
-def test_the_page_and_the_picture_tell_what_was_broken() -> None:
-    rule, tell = LIES["a late answer"]
-    found = more(tell(true_history()), "faults", Fault("kill", "E", 1.0, 2.0))
+def test_the_page_and_the_picture_show_what_was_broken() -> None:
+    rule, change = LIES["a late answer"]
+    found = more(change(true_history()), "faults", Fault("kill", "E", 1.0, 2.0))
     outcome = bench.Outcome(scenarios.BY_NAME["kill-team-leader"], found, check(found))
     page = report.page([outcome], {"files-leader": "needs Linux"}, 6, 1)
     picture = xml.etree.ElementTree.fromstring(plot.drawn([outcome]))
@@ -397,7 +399,7 @@ def test_the_page_and_the_picture_tell_what_was_broken() -> None:
 
 
 @pytest.mark.parametrize(("in_a_bin", "top"), [(1, 10), (2, 20), (3, 50), (7, 100), (37, 500)])
-def test_a_strip_of_the_picture_has_a_scale_in_answers_a_second(in_a_bin: int, top: int) -> None:
+def test_a_strip_of_the_picture_has_a_scale_of_answers_per_second(in_a_bin: int, top: int) -> None:
     one = true_history().answers[0]
     found = replace(true_history(), answers=[one] * in_a_bin)
     outcome = bench.Outcome(scenarios.BY_NAME["calm"], found, [])
@@ -417,7 +419,7 @@ def test_a_run_whose_load_was_late_is_invalid() -> None:
     assert (outcome.invalid, bool(late.invalid)) == ("", True)
 
 
-def test_the_tables_have_names_of_their_own_and_a_scenario_for_each_bug() -> None:
+def test_the_names_in_the_tables_are_unique_and_each_bug_has_a_scenario() -> None:
     assert len(scenarios.BY_NAME) == len(scenarios.SCENARIOS)
     assert len(seeded.BY_NAME) == len(seeded.BUGS) >= 12
     rules = {rule.__name__ for rule in RULES}
@@ -426,21 +428,22 @@ def test_the_tables_have_names_of_their_own_and_a_scenario_for_each_bug() -> Non
         assert rules.issuperset(bug.rules)
 
 
-def test_what_the_seeded_bugs_replace_is_there() -> None:
+def test_the_functions_that_the_seeded_bugs_replace_exist() -> None:
     apply = "from faults import seeded; [bug.apply() for bug in seeded.BUGS]"
     done = subprocess.run([sys.executable, "-c", apply], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--only", "typo"], ["--seeded", "--only", "calm"]])
-def test_an_unknown_name_is_refused_with_those_that_are_known(arguments, capsys) -> None:
+def test_an_unknown_name_is_rejected_with_a_list_of_the_known_ones(arguments, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         run.main(arguments)
-    said = capsys.readouterr().err
-    assert f"'{arguments[-1]}'; there are" in said
+    assert f"'{arguments[-1]}'; there are" in capsys.readouterr().err
 
 
-def test_what_cannot_be_done_here_is_not_run_and_says_why(tmp_path, monkeypatch, capsys) -> None:
+def test_a_scenario_that_this_machine_cannot_run_is_listed_with_the_reason(
+    tmp_path, monkeypatch, capsys
+) -> None:
     monkeypatch.setattr(hosts.shutil, "which", lambda program: None)
     assert run.main(["--only", "clock-worker,cut-worker", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "table.md").read_text()
@@ -448,7 +451,7 @@ def test_what_cannot_be_done_here_is_not_run_and_says_why(tmp_path, monkeypatch,
     assert re.search(r"- not run: cut-worker: (two hosts need|network namespaces need)", page)
 
 
-def test_a_history_is_checked_by_command(tmp_path: Path) -> None:
+def test_the_command_checks_a_history(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     history.write(LIES["refused, and it ran"][1](true_history()), path)
     command = [sys.executable, str(ROOT / "faults" / "run.py"), "--check", str(path)]
@@ -457,7 +460,7 @@ def test_a_history_is_checked_by_command(tmp_path: Path) -> None:
     assert "false_refusal: call 1 was refused (UNAVAILABLE, executed: no) and ran on" in done.stdout
 
 
-def test_a_wall_clock_of_its_own_leaves_the_monotonic_clock_alone(tmp_path: Path) -> None:
+def test_moving_a_process_s_wall_clock_leaves_its_monotonic_clock_alone(tmp_path: Path) -> None:
     if why_not := scenarios.BY_NAME["clock-worker"].why_not:
         pytest.skip(why_not)
     overlay = Overlay(tmp_path / "run", six_processes(), [])
@@ -471,7 +474,7 @@ def test_a_wall_clock_of_its_own_leaves_the_monotonic_clock_alone(tmp_path: Path
     assert abs(steady - time.monotonic()) < 60
 
 
-# The short lane. On a busy machine such a run may be invalid; then its times say nothing.
+# Short runs. On a busy machine one may be invalid; its times then mean nothing.
 
 
 def test_a_killed_worker_breaks_no_promise(tmp_path: Path) -> None:
@@ -484,7 +487,7 @@ def test_a_killed_worker_breaks_no_promise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["long-then-short", "hostile-worker"])
-def test_neither_a_long_request_nor_a_lying_neighbour_breaks_a_promise(
+def test_neither_a_long_request_nor_a_hostile_neighbour_breaks_a_promise(
     tmp_path: Path, name: str
 ) -> None:
     outcome = bench.run(scenarios.BY_NAME[name], tmp_path / "run", 2, seed=1)
@@ -507,6 +510,6 @@ def test_a_worker_that_is_cut_off_breaks_no_promise(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["refusal-always-says-no", "seen-ids-off", "merge-drops-a-part", "needless-refusals"]
 )
-def test_a_bug_made_on_purpose_is_found(tmp_path: Path, name: str) -> None:
+def test_the_bench_finds_a_seeded_bug(tmp_path: Path, name: str) -> None:
     trial = seeded.try_out(seeded.BY_NAME[name], tmp_path / "run", 1, seed=1)
     assert trial.found, trial.sentence

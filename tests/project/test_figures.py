@@ -1,4 +1,4 @@
-"""The figures of overload and recovery: their arithmetic by tables, and one short real trial."""
+"""The figures of overload and recovery: their arithmetic by tables, and a short real trial."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ran(key: int, begin: float, end: float | None, worker: str = "C") -> Executi
     return Execution(key, worker, begin, end, 0, 0.0)
 
 
-def test_goodput_counts_what_came_in_its_time_and_before_the_deadline() -> None:
+def test_goodput_counts_answers_within_the_period_and_before_their_deadlines() -> None:
     calls = [call(id_, 10.0) for id_ in range(5)]
     answers = [ok(0, 10.5), ok(1, 9.9), ok(2, 11.1), refusal(3, 10.2), ok(4, 12.5)]
 
@@ -45,15 +45,15 @@ def test_goodput_counts_what_came_in_its_time_and_before_the_deadline() -> None:
     ("values", "expected"),
     [([3.0], 3.0), (range(1, 101), 99), (range(1, 201), 198), (range(1, 1001), 990)],
 )
-def test_one_of_a_hundred_is_above_the_p99(values, expected) -> None:
+def test_one_value_of_a_hundred_is_above_the_p99(values, expected) -> None:
     assert figures.p99(values) == expected
 
 
-def test_without_values_there_is_no_p99() -> None:
+def test_no_values_have_no_p99() -> None:
     assert math.isnan(figures.p99([]))
 
 
-def test_a_call_that_was_let_in_and_not_answered_in_time_is_one_of_the_accepted() -> None:
+def test_a_call_that_was_admitted_and_answered_late_counts_as_accepted() -> None:
     calls = [call(1, 0.0), call(2, 0.0), call(3, 0.0)]
     answers = [ok(1, 0.5), refusal(2, 0.01), Answer(3, 1.1, "DEADLINE_EXCEEDED")]
 
@@ -61,7 +61,7 @@ def test_a_call_that_was_let_in_and_not_answered_in_time_is_one_of_the_accepted(
     assert figures.times(calls, answers, refused=True) == [0.01]
 
 
-def test_only_the_overlay_itself_and_only_in_time_has_answered() -> None:
+def test_only_answers_of_the_overlay_that_come_in_time_count_as_answers() -> None:
     calls = [call(id_, 0.0) for id_ in range(4)]
     late, own = ok(2, 1.3), Answer(3, 1.0, "DEADLINE_EXCEEDED", "client")
 
@@ -78,7 +78,7 @@ def test_only_the_overlay_itself_and_only_in_time_has_answered() -> None:
         (1.01, None, (1, 1)),
     ],
 )
-def test_work_is_dead_once_its_caller_has_gone(begin, end, expected) -> None:
+def test_work_after_its_callers_deadline_is_dead_work(begin, end, expected) -> None:
     of_others = ran(99, 50.0, 51.0)
     assert figures.dead([call(1, 0.0)], [ran(1, begin, end), of_others]) == expected
 
@@ -87,12 +87,12 @@ def test_work_is_dead_once_its_caller_has_gone(begin, end, expected) -> None:
     ("mode", "workers", "expected"),
     [("any", "C", 0), ("any", "CD", 1), ("all", "CD", 0), ("all", "CC", 1)],
 )
-def test_one_to_all_runs_once_at_each_worker_and_one_to_any_once(mode, workers, expected) -> None:
+def test_a_request_runs_once_or_to_all_once_at_each_worker(mode, workers, expected) -> None:
     runs = [ran(1, 0.0, 0.1, worker) for worker in workers]
     assert figures.executed_twice([call(1, 0.0, mode)], runs) == expected
 
 
-# Ten calls a second from second 0 on; which of them fail, and when all is well again.
+# Ten calls a second from second 0 on; which of them fail, and when traffic flows again.
 @pytest.mark.parametrize(
     ("failed", "expected"),
     [
@@ -105,14 +105,14 @@ def test_one_to_all_runs_once_at_each_worker_and_one_to_any_once(mode, workers, 
         ([12, 20, 28, 36, 44], math.inf),
     ],
 )
-def test_traffic_flows_again_from_the_first_whole_second_on(failed, expected) -> None:
+def test_traffic_flows_again_from_the_first_second_without_failures(failed, expected) -> None:
     calls = [call(id_, id_ / 10) for id_ in range(50)]
     answers = [(refusal if c.id in failed else ok)(c.id, c.due + 0.1) for c in calls]
 
     assert figures.whole_again_s(calls, answers, 1.0) == pytest.approx(expected, abs=1e-6)
 
 
-def test_slow_answers_are_not_yet_normal() -> None:
+def test_traffic_with_slow_answers_does_not_flow_yet() -> None:
     calls = [call(id_, id_ / 10) for id_ in range(50)]
     answers = [ok(c.id, c.due + (0.4 if c.id < 20 else 0.1)) for c in calls]
 
@@ -120,7 +120,7 @@ def test_slow_answers_are_not_yet_normal() -> None:
     assert figures.whole_again_s(calls, answers, 1.0) == 0.0
 
 
-def test_each_figure_has_a_key_of_its_own() -> None:
+def test_each_figure_has_its_own_key() -> None:
     assert len(BY_KEY) == len(FIGURES)
 
 
@@ -143,12 +143,12 @@ def test_a_figure_is_judged_by_the_median_of_its_valid_runs(samples, expected) -
     assert figures.all_reached(samples) == (expected == "reached")
 
 
-def test_the_page_tells_what_was_measured_and_what_went_wrong() -> None:
+def test_the_page_shows_what_was_measured_and_what_failed() -> None:
     values = [Sample("memory", value, run=n) for n, value in enumerate([30.0, 10.0, 20.0])]
     note = figures.why_not([refusal(1, 0.0), refusal(2, 0.0), ok(3, 0.0)])
-    sad = Sample("restart-failed", 2, note=note, run=1)
+    failed = Sample("restart-failed", 2, note=note, run=1)
 
-    page = figures.page([*values, sad], ["kill, run 1: E serves"], "today")
+    page = figures.page([*values, failed], ["kill, run 1: E serves"], "today")
 
     assert "of 64 KiB | ≤ 128 MiB | 20.00 (10.00 to 30.00, 3x) MiB | reached |" in page
     assert "| ≤ 0 | 2.00 (2.00 to 2.00, 1x) | **missed** |" in page
@@ -157,7 +157,7 @@ def test_the_page_tells_what_was_measured_and_what_went_wrong() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--only", "typo"], "no trial 'typo'; there are overload, recovery"),
         (["--runs", "0"], "--runs 0 is not a number above 0"),
@@ -165,15 +165,15 @@ def test_the_page_tells_what_was_measured_and_what_went_wrong() -> None:
         (["--overload-seconds", "-1"], "--overload-seconds -1 is not a number above 0"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments, said, capsys) -> None:
+def test_wrong_arguments_are_rejected(arguments, message, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         run.main(["--figures", *arguments])
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_client_that_tries_again_sends_a_failed_call_anew() -> None:
+def test_a_client_that_retries_sends_a_failed_call_again() -> None:
     notes = Notes()
-    load = Load(f"127.0.0.1:{free_port()}", notes, 1, WORKERS)  # where nobody serves
+    load = Load(f"127.0.0.1:{free_port()}", notes, 1, WORKERS)  # where nothing serves
     try:
         load.run([replace(USUAL, tries=2), replace(USUAL, after_s=1.0)])
         until(lambda: not notes.open, 10, "an answer to every call")
@@ -185,8 +185,8 @@ def test_a_client_that_tries_again_sends_a_failed_call_anew() -> None:
     assert all(b - a >= TRY_AGAIN_S for a, b in itertools.pairwise(dues[:3]))
 
 
-def test_a_trial_gives_each_of_its_figures(tmp_path: Path) -> None:
-    """On a busy machine the values say nothing, and are not looked at."""
+def test_a_trial_returns_each_of_its_figures(tmp_path: Path) -> None:
+    """Their values are not checked: on a busy machine they mean nothing."""
     asked = trials.Asked(seconds=0.5, overload_s=0.5)
     samples = list(trials.measure("memory", 2, tmp_path / "run", asked))
 

@@ -1,4 +1,4 @@
-"""scripts/: the launcher, the demo, the bootstrap and the start scripts, with real processes."""
+"""scripts/: the launcher, the demo, the set-up and the start scripts, with real processes."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ STUBS = ("overlay_pb2.py", "overlay_pb2.pyi", "overlay_pb2_grpc.py")
 THREE = {"A": ("leader", "B"), "B": ("team_leader", "AC"), "C": ("worker", "B")}
 SHELLS = {"dash": ["dash"], "busybox": ["busybox", "sh"], "zsh": ["zsh"]}
 
-posix_only = pytest.mark.skipif(os.name == "nt", reason="signals and sh are not of Windows")
+posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows has neither these signals nor sh")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of the project in a folder that a careless script would stumble over."""
+    """A copy of the project in a folder whose name a careless script would not survive."""
     folder = tmp_path_factory.mktemp("scripts") / "Grüße & läuft (2)"
     copy_project(folder)
     yield folder
@@ -53,7 +53,7 @@ def project(tmp_path_factory):
 
 
 def copy_project(folder):
-    ignore = shutil.ignore_patterns(".demo.json")  # with the bytecode: no start compiles it again
+    ignore = shutil.ignore_patterns(".demo.json")  # not the bytecode: no start compiles it again
     for name in (*COPIED, *STUBS):
         source = ROOT / name
         if source.is_dir():
@@ -65,7 +65,7 @@ def copy_project(folder):
 
 @pytest.fixture
 def three(project, tmp_path, request):
-    """A configuration of three loopback processes; what runs of it is stopped at the end."""
+    """A configuration of three loopback processes, which are stopped at the end if they run."""
     config = write_three(
         project / f"{request.node.name[:40]}.json", log_dir=f"logs/{tmp_path.name}"
     )
@@ -75,7 +75,7 @@ def three(project, tmp_path, request):
 
 
 def write_three(path, **extra):
-    # Explicit ports: held together for a moment, so that they differ.
+    # All three are held for a moment, so that they differ.
     held = [socket.create_server(("127.0.0.1", 0)) for _ in THREE]
     processes = {}
     for (name, (role, neighbors)), one in zip(THREE.items(), held, strict=True):
@@ -88,7 +88,7 @@ def write_three(path, **extra):
 
 
 def launcher(project, *arguments, script="launcher.py"):
-    """Runs the command to its end. The result has returncode, stdout and stderr."""
+    """Runs a command of the launcher to its end."""
     command = [sys.executable, str(project / "scripts" / script), *map(str, arguments)]
     return subprocess.run(
         command,
@@ -102,7 +102,7 @@ def launcher(project, *arguments, script="launcher.py"):
 
 
 def processes_of(folder, *words):
-    """The live processes with the folder, and all the words, in their command line."""
+    """The live processes that have the folder and all the words in their command lines."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         line = " ".join(process.info["cmdline"] or ())
@@ -112,7 +112,7 @@ def processes_of(folder, *words):
 
 
 def pids_in(table):
-    """id -> pid, from what start or status printed."""
+    """The pids by process id, from the table that start or status has printed."""
     rows = re.findall(r"(?m)^(\w+) +\w+ +green +127\.0\.0\.1:\d+ +(\d+)", table)
     return {name: int(pid) for name, pid in rows}
 
@@ -122,8 +122,8 @@ def port_of(config, name):
 
 
 def logs_of(config):
-    told = json.loads(config.read_text(encoding="utf-8"))
-    return config.parent / told.get("log_dir", "logs")
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    return config.parent / settings.get("log_dir", "logs")
 
 
 def log_of(config, name):
@@ -139,7 +139,7 @@ def wait_for(condition, within_s=20.0):
 
 
 def needs(tool):
-    """Skips on a laptop without the tool; CI must have it."""
+    """Skips the test on a laptop without the tool; CI must have it."""
     if shutil.which(tool) is None:
         if os.environ.get("CI"):
             pytest.fail(f"{tool} is not installed")
@@ -149,7 +149,7 @@ def needs(tool):
 # The launcher
 
 
-def test_what_start_started_is_seen_by_status_and_ended_by_stop(project, three):
+def test_status_shows_and_stop_ends_what_start_has_started(project, three):
     started = launcher(project, "start", three)
     assert started.returncode == 0, started.stderr
     seen = launcher(project, "status", three)
@@ -170,6 +170,16 @@ def test_what_start_started_is_seen_by_status_and_ended_by_stop(project, three):
     assert kept == [".lock"] * 3 + [".log"] * 3 + [".out"] * 3
 
 
+def test_status_agrees_with_check(project, three):
+    launcher(project, "start", three, "B", "C")
+    seen = launcher(project, "status", three.name)
+    checked = launcher(project, "check", three.name, script="../client.py")
+
+    summary = seen.stdout.partition("\n\n")[2]
+    assert summary.startswith("2 of 3 processes well, 1 of 2 links up\nA: nothing listens there")
+    assert summary == checked.stdout.partition("\n\n")[2]
+
+
 def test_a_second_start_starts_only_what_is_missing(project, three):
     first = launcher(project, "start", three)
     pids = pids_in(first.stdout)
@@ -179,14 +189,14 @@ def test_a_second_start_starts_only_what_is_missing(project, three):
     second = launcher(project, "start", three)
 
     assert seen.returncode == 1
-    assert re.search(r"(?m)^C .*died: killed without a word after 20\d\d-.*kill -9", seen.stdout)
+    assert re.search(r"(?m)^C: it died without a message after 20\d\d-.*kill -9", seen.stdout)
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("already running") == 2
     assert {n: pids_in(second.stdout)[n] for n in "AB"} == {n: pids[n] for n in "AB"}
     assert pids_in(second.stdout)["C"] != pids["C"]
 
 
-def test_a_drained_process_has_not_died(project, three):
+def test_status_does_not_say_that_a_drained_process_died(project, three):
     launcher(project, "start", three)
     with overlay.connect(f"127.0.0.1:{port_of(three, 'C')}") as client:
         client.drain(grace_s=1)
@@ -195,11 +205,11 @@ def test_a_drained_process_has_not_died(project, three):
     again = launcher(project, "start", three)
 
     assert seen.returncode == 1
-    assert re.search(r"(?m)^C .*stopped in order", seen.stdout)
+    assert re.search(r"(?m)^C: it stopped in order", seen.stdout)
     assert again.returncode == 0, again.stderr
 
 
-def test_requests_left_behind_are_told_by_stop_restart_and_status(project, tmp_path):
+def test_stop_restart_and_status_count_the_requests_left_behind(project, tmp_path):
     (project / "stuck.py").write_text("import time\ndef stuck(p, c): time.sleep(60)\n")
     config = write_three(
         project / "left.json",
@@ -227,11 +237,11 @@ def test_requests_left_behind_are_told_by_stop_restart_and_status(project, tmp_p
     assert re.search(r"C  stopped in .* s, 1 request left behind, serves again", restarted.stdout)
     assert re.search(r"(?m)^C .*stopped in .* s, 1 request left behind$", stopped.stdout)
     assert stopped.returncode == 1
-    assert re.search(r"(?m)^C .*stopped, 1 request left behind$", seen.stdout)
+    assert re.search(r"(?m)^C: it stopped, 1 request left behind\.", seen.stdout)
     assert rest.returncode == 0, rest.stdout
 
 
-def test_a_process_that_cannot_start_is_explained_and_the_others_are_taken_back(project, three):
+def test_when_a_process_cannot_start_the_reason_is_printed_and_the_others_stop(project, three):
     with socket.create_server(("127.0.0.1", port_of(three, "C"))):
         failed = launcher(project, "start", three)
 
@@ -245,7 +255,7 @@ def test_a_process_that_cannot_start_is_explained_and_the_others_are_taken_back(
 
 
 @posix_only
-def test_a_python_that_was_removed_meanwhile_is_named_and_nothing_is_left(project, three):
+def test_a_python_that_no_longer_exists_is_named_and_nothing_is_left_running(project, three):
     python = "/no/such/python"
     packages = Path(grpc.__file__).parent.parent
 
@@ -272,11 +282,11 @@ def test_a_python_that_was_removed_meanwhile_is_named_and_nothing_is_left(projec
     assert pids_in(seen.stdout).keys() == {"A", "B"}
 
 
-def test_named_ids_alone_are_started_and_stopped(project, three):
+def test_only_the_named_processes_are_started_and_stopped(project, three):
     started = launcher(project, "start", three, "B", "C")
     stopped = launcher(project, "stop", three, "C")
     status = [project, "status", three]
-    wait_for(lambda: re.search(r"(?m)^B .*serves; no link to C$", launcher(*status).stdout))
+    wait_for(lambda: re.search(r"(?m)^B to C: ", launcher(*status).stdout))
     seen = launcher(*status)
     unknown = launcher(project, "start", three, "Z")
 
@@ -299,7 +309,7 @@ def test_two_configurations_do_not_share_a_log_folder(project, three):
     assert len(processes_of(project, three.name, " C ")) == 1
 
 
-def test_a_pid_that_another_program_has_by_now_is_never_touched(project, three):
+def test_a_pid_that_now_belongs_to_another_program_is_never_touched(project, three):
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         created = psutil.Process(sleeper.pid).create_time() - 100
@@ -325,15 +335,15 @@ def test_restart_replaces_each_process_and_waits_until_its_neighbours_see_it(pro
 
     before, after = pids_in(started.stdout), pids_in(seen.stdout)
     assert restarted.returncode == 0, restarted.stderr
-    said = re.findall(r"(?m)^(\w)  stopped in .* s, serves again after \d+ ms", restarted.stdout)
-    assert said == ["C", "B", "A"]  # the leader last
+    order = re.findall(r"(?m)^(\w)  stopped in .* s, serves again after \d+ ms", restarted.stdout)
+    assert order == ["C", "B", "A"]  # the leader last
     assert re.search(r"link to C .*: it is stopping$", log_of(three, "B"), re.MULTILINE)
     assert seen.stdout.count("serves\n") == 3
     assert after.keys() == before.keys()
     assert not set(after.values()) & set(before.values())
 
 
-def test_restart_of_named_ids_leaves_the_others(project, three):
+def test_a_restart_of_named_processes_leaves_the_others_alone(project, three):
     started = launcher(project, "start", three)
     psutil.Process(pids_in(started.stdout)["C"]).kill()
     restarted = launcher(project, "restart", three, "C", "B")
@@ -345,7 +355,7 @@ def test_restart_of_named_ids_leaves_the_others(project, three):
     assert {n for n in "ABC" if before[n] == after[n]} == {"A"}
 
 
-def test_a_restart_ends_with_the_first_that_does_not_come_back(project, three):
+def test_a_restart_ends_at_the_first_process_that_does_not_come_back(project, three):
     started = launcher(project, "start", three)
     launcher(project, "stop", three, "B")
     with socket.create_server(("127.0.0.1", port_of(three, "B"))):
@@ -359,32 +369,34 @@ def test_a_restart_ends_with_the_first_that_does_not_come_back(project, three):
 
 
 @posix_only
-def test_a_stuck_process_is_killed_after_its_grace(project, three):
+def test_a_stuck_process_is_killed_after_its_grace_period(project, three):
     started = launcher(project, "start", three, "C")
     os.kill(pids_in(started.stdout)["C"], signal.SIGSTOP)
+    seen = launcher(project, "status", three)
     stopped = launcher(project, "stop", three, "--grace-s", "1")
 
+    assert re.search(r"(?m)^C: it runs as pid \d+ but does not answer at", seen.stdout)
     assert "killed after 1 s" in stopped.stdout
     assert stopped.returncode == 1
     assert processes_of(project, three.name) == []
 
 
 @posix_only
-def test_an_interrupted_start_leaves_nothing(project, three):
+def test_an_interrupted_start_leaves_nothing_running(project, three):
     command = [sys.executable, str(project / "scripts" / "launcher.py"), "start", str(three)]
     starting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(lambda: processes_of(project, three.name, "node.py"))
     starting.send_signal(signal.SIGINT)
-    _, said = starting.communicate(timeout=30)
+    _, errors = starting.communicate(timeout=30)
 
     assert starting.returncode == 130
-    assert b"interrupted" in said
-    assert b"Traceback" not in said
+    assert b"interrupted" in errors
+    assert b"Traceback" not in errors
     assert processes_of(project, three.name) == []
     assert list(logs_of(three).glob("*.pid")) == []
 
 
-def test_what_was_started_can_be_stopped_when_the_file_is_broken(project, three):
+def test_running_processes_can_be_stopped_when_their_file_is_broken(project, three):
     config = write_three(project / "broken.json")  # its logs are in the default folder
     launcher(project, "start", config, "C")
     config.write_text("{", encoding="utf-8")
@@ -395,10 +407,10 @@ def test_what_was_started_can_be_stopped_when_the_file_is_broken(project, three)
     assert processes_of(project, config.name) == []
 
 
-def test_a_file_without_a_process_for_this_machine_says_which_addresses_there_are(project):
+def test_a_file_without_a_process_for_this_machine_is_rejected_with_all_addresses(project):
     text = (ROOT / "two_hosts_config.json").read_text(encoding="utf-8")
     config = project / "elsewhere.json"
-    # Of a class kept for the future: no machine has them, and none can be reached.
+    # From a reserved range: no machine has these addresses, and none can be reached.
     config.write_text(text.replace("192.168.1.", "240.0.0."), encoding="utf-8")
     refused = launcher(project, "start", config)
 
@@ -416,7 +428,7 @@ def test_a_file_without_a_process_for_this_machine_says_which_addresses_there_ar
         (["fly"], "invalid choice: 'fly'"),
     ],
 )
-def test_wrong_options_name_the_help_of_their_verb(project, words, says):
+def test_a_wrong_option_points_to_the_help_of_its_verb(project, words, says):
     done = launcher(project, *words)
 
     assert done.returncode == 2
@@ -425,10 +437,10 @@ def test_wrong_options_name_the_help_of_their_verb(project, words, says):
     assert len(done.stderr.splitlines()) == 1
 
 
-# The first function, as the README has it
+# The first function, as in the README
 
 
-def test_the_first_function_runs_as_the_page_says_and_stop_is_for_good(project, tmp_path):
+def test_the_readmes_first_function_runs_and_stop_is_for_good(project, tmp_path):
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     page = page.partition("## Your own function")[2].partition("\n## ")[0]
     blocks = re.findall(r"(?ms)^```\w+\n(.*?)^```$", page)
@@ -438,14 +450,14 @@ def test_the_first_function_runs_as_the_page_says_and_stop_is_for_good(project, 
     (folder / "mine.py").write_text(module, encoding="utf-8")
     config = folder / "one_host_config.json"
     text = config.read_text(encoding="utf-8").replace('"processes"', f'{entry} "processes"')
-    for port in range(50051, 50057):  # others may run here
+    for port in range(50051, 50057):  # which may be taken here
         text = text.replace(str(port), str(free_port()))
     config.write_text(text, encoding="utf-8")
 
     def run(command):
         words = shlex.split(command.replace("50051", str(port_of(config, "A"))))
         assert words.pop(0).startswith("python")
-        if words[0] == "scripts/run.py":  # which would set up the copy first
+        if words[0] == "scripts/run.py":  # it would set up the copy first
             words[0] = "scripts/launcher.py"
         done = subprocess.run(
             [sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=60
@@ -474,42 +486,42 @@ def test_the_first_function_runs_as_the_page_says_and_stop_is_for_good(project, 
 
 @pytest.fixture(scope="module")
 def demos(project):
-    """One that stays up, a second beside it, and a third after the first was killed."""
+    """A demo that stays up, a second beside it, and a third after the first was killed."""
     command = [sys.executable, str(project / "scripts" / "demo.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as first:
         try:
-            said = read_until(first.stdout, "Ctrl-C here")
-            page = page_of(said)
+            output = read_until(first.stdout, "Ctrl-C here")
+            page = page_of(output)
             second = launcher(project, "--once", script="demo.py")
         finally:
             first.kill()
     left = processes_of(project, ".demo.json", "node.py")
     third = launcher(project, "--once", script="demo.py")
-    return first.pid, second, left, third, page, said
+    return first.pid, second, left, third, page, output
 
 
 def read_until(stream, words):
-    """What came up to the line with the words, that line too."""
-    said = ""
-    while words not in said:
+    """The output up to the line with these words, which is included."""
+    output = ""
+    while words not in output:
         line = stream.readline()
-        assert line, f"it ended without '{words}':\n{said}"
-        said += line
-    return said
+        assert line, f"it ended without '{words}':\n{output}"
+        output += line
+    return output
 
 
-def page_of(said):
-    """What stands at the address that the demo has printed."""
-    address = re.search(r"watch them work: (http://\S+)", said)
+def page_of(output):
+    """The page at the address that the demo has printed."""
+    address = re.search(r"watch them work: (http://\S+)", output)
     with urllib.request.urlopen(address[1], timeout=10) as answer:
         return answer.read().decode()
 
 
-def test_the_demo_shows_right_answers_and_leaves_nothing(project, demos):
+def test_the_demo_shows_right_answers_and_leaves_nothing_running(project, demos):
     shown = demos[3]
 
     assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert "the way it went: A B C E D F; answered: 3 of 3" in shown.stdout
+    assert "its path: A B C E D F; answered: 3 of 3" in shown.stdout
     assert "0 failed, 0 refused" in shown.stdout
     assert len(list((project / "logs" / "demo" / "thumbnails").glob("*.jpg"))) > 3
     assert processes_of(project, ".demo.json") == []
@@ -523,7 +535,7 @@ def test_a_second_demo_says_that_one_is_running(demos):
     assert "run.py stop" in second.stderr
 
 
-def test_what_a_killed_demo_left_is_stopped_by_the_next(demos):
+def test_the_next_demo_stops_what_a_killed_one_has_left_running(demos):
     left, third = demos[2:4]
 
     assert len(left) == 6
@@ -531,12 +543,12 @@ def test_what_a_killed_demo_left_is_stopped_by_the_next(demos):
     assert not any(process.is_running() for process in left)
 
 
-def test_the_demo_names_commands_that_run_in_its_own_environment(demos):
+def test_the_commands_that_the_demo_prints_use_its_own_python(demos):
     python = re.search(r"(?m)^  (\S+) .*client\.py", demos[5])[1]
     assert os.path.abspath(python) == sys.executable
 
 
-def test_the_demo_has_a_page_that_ends_also_when_the_demo_is_killed(project, demos):
+def test_the_demos_page_ends_also_when_the_demo_is_killed(project, demos):
     assert "<title>overlay</title>" in demos[4]
     wait_for(lambda: not processes_of(project, "client.py"))
 
@@ -547,10 +559,10 @@ def test_ctrl_c_ends_the_demo_and_its_processes(project, demos):
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as demo:
         read_until(demo.stdout, "watch them work")
         demo.send_signal(signal.SIGINT)
-        said, _ = demo.communicate(timeout=60)
+        output, _ = demo.communicate(timeout=60)
 
-    assert "all six processes have stopped" in said
-    assert "Traceback" not in said
+    assert "all six processes have stopped" in output
+    assert "Traceback" not in output
     assert processes_of(project, ".demo.json") == []
     assert processes_of(project, "client.py") == []
 
@@ -560,7 +572,7 @@ def test_ctrl_c_ends_the_demo_and_its_processes(project, demos):
 
 @posix_only
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_start_and_stop_scripts_run_under(shell, tmp_path):
+def test_the_start_and_stop_scripts_run_in_every_shell(shell, tmp_path):
     needs(SHELLS[shell][0])
     stamp = ROOT / ".venv" / "overlay-setup.json"
     if not stamp.exists():
@@ -587,7 +599,7 @@ def test_the_start_and_stop_scripts_run_under(shell, tmp_path):
 @pytest.mark.parametrize(
     "script", ["scripts/start_macos.sh", "scripts/stop_all.sh", "build_proto.sh", ".ci/run"]
 )
-def test_shellcheck_finds_nothing_in(script):
+def test_shellcheck_finds_no_problem_in_a_script(script):
     needs("shellcheck")
     dialect = "bash" if script == ".ci/run" else "sh"
     command = ["shellcheck", "-s", dialect, "-S", "style", str(ROOT / script)]
@@ -596,18 +608,18 @@ def test_shellcheck_finds_nothing_in(script):
 
 
 @pytest.mark.parametrize("name", ["start_windows.bat", "stop_all.bat"])
-def test_batch_files_have_the_line_ends_and_letters_that_cmd_reads(name):
+def test_batch_files_have_windows_line_ends_and_only_ascii(name):
     text = (ROOT / "scripts" / name).read_bytes()
     assert text.count(b"\n") == text.count(b"\r\n")
     assert text.isascii()
 
 
-# The bootstrap
+# The set-up
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A Python without any package, and a project that nobody has set up."""
+    """A Python without packages, and a project that was not set up yet."""
     folder = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "python"], check=True)
     project = folder / "project"
@@ -636,7 +648,7 @@ def test_stop_and_status_install_nothing(bare, verb, is_half_there):
 
 
 @pytest.mark.parametrize("log_dir", ["logs", "mine"])
-def test_stop_says_so_when_it_cannot_look_at_what_was_started(bare, log_dir):
+def test_stop_says_so_when_the_set_up_that_it_needs_is_gone(bare, log_dir):
     python, project = bare
     config = write_three(project / "started.json", log_dir=log_dir)
     (project / log_dir).mkdir(exist_ok=True)
@@ -654,9 +666,9 @@ def test_stop_says_so_when_it_cannot_look_at_what_was_started(bare, log_dir):
 
 
 @pytest.fixture
-def run(tmp_path):
-    """scripts/run.py, with its names pointing into an empty folder."""
-    names = runpy.run_path(str(ROOT / "scripts" / "run.py"))
+def environment(tmp_path):
+    """The names in scripts/environment.py, whose paths lead into an empty folder."""
+    names = runpy.run_path(str(ROOT / "scripts" / "environment.py"))
     places = names["prepare"].__globals__
     places["ROOT"], places["VENV"] = tmp_path, tmp_path / ".venv"
     places["STAMP"] = tmp_path / ".venv" / "overlay-setup.json"
@@ -664,9 +676,9 @@ def run(tmp_path):
     return places
 
 
-def test_an_old_python_is_told_in_one_sentence():
+def test_an_old_python_says_in_one_sentence_that_it_is_too_old():
     source = (ROOT / "scripts" / "run.py").read_text(encoding="ascii")
-    ast.parse(source, feature_version=(3, 4))  # without f-strings and the like
+    ast.parse(source, feature_version=(3, 4))  # it has no f-strings and the like
     pretend = "import sys; sys.version_info = (3, 9, 18); exec(sys.stdin.read())"
     done = subprocess.run(
         [sys.executable, "-c", pretend], input=source, capture_output=True, encoding="utf-8"
@@ -677,13 +689,13 @@ def test_an_old_python_is_told_in_one_sentence():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_stubs_are_made_anew_only_when_the_proto_or_protobuf_changed(run, tmp_path):
+def test_the_stubs_are_made_again_only_when_the_proto_or_protobuf_changed(environment, tmp_path):
     proto = tmp_path / "overlay.proto"
     proto.write_bytes((ROOT / "overlay.proto").read_bytes())
-    facts = run["probe"](sys.executable)
+    facts = environment["probe"](sys.executable)
 
     def made():
-        run["make_stubs"](sys.executable, facts)
+        environment["make_stubs"](sys.executable, facts)
         return [(tmp_path / name).stat().st_mtime_ns for name in STUBS]
 
     first = made()
@@ -695,30 +707,32 @@ def test_stubs_are_made_anew_only_when_the_proto_or_protobuf_changed(run, tmp_pa
     assert made() != second
 
 
-def test_an_environment_left_half_made_is_not_trusted(run, tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", run["VENV"]], check=True)
-    assert not run["is_whole"]()  # killed before pip was in it
-    run["STAMP"].touch()
-    assert run["is_whole"]()
-    run["INSTALLING"].touch()
-    assert not run["is_whole"]()  # killed while pip worked
+def test_a_half_made_environment_is_not_used(environment, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment["VENV"]], check=True)
+    assert not environment["is_whole"]()  # killed before pip was in it
+    environment["STAMP"].touch()
+    assert environment["is_whole"]()
+    environment["INSTALLING"].touch()
+    assert not environment["is_whole"]()  # killed while pip worked
 
 
-def test_a_failed_install_says_why_and_keeps_what_there_was(run, tmp_path):
-    run["VENV"].mkdir()
+def test_a_failed_installation_says_why_and_leaves_the_environment_usable(environment, tmp_path):
+    environment["VENV"].mkdir()
     lock = tmp_path / "requirements.lock"
     lock.write_text("nowhere-at-all==1.0 --hash=sha256:" + "0" * 64 + "\n", encoding="utf-8")
     os.environ["PIP_NO_INDEX"] = "1"
     try:
-        with pytest.raises(run["Problem"], match=r"could not install requirements\.lock; needed"):
-            run["pip_install"](sys.executable, lock)
+        with pytest.raises(
+            environment["Problem"], match=r"could not install requirements\.lock; it needs"
+        ):
+            environment["pip_install"](sys.executable, lock)
     finally:
         del os.environ["PIP_NO_INDEX"]
-    assert not run["INSTALLING"].exists()
+    assert not environment["INSTALLING"].exists()
 
 
 @pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
-def test_a_lock_pins_what_its_list_asks_for_and_names_no_place(name):
+def test_a_lock_file_pins_every_requirement_and_names_no_index(name):
     lock = (ROOT / f"{name}.lock").read_text(encoding="utf-8")
     pins = dict(re.findall(r"(?m)^([a-z0-9-]+)==([^ ]+)", lock))
     lines = (ROOT / f"{name}.txt").read_text(encoding="utf-8").splitlines()

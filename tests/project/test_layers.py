@@ -1,4 +1,4 @@
-"""What of the layers an import cannot show; `lint-imports` checks the rest (pyproject.toml)."""
+"""The rules about imports that `lint-imports` (pyproject.toml) cannot check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GENERATED = {"overlay_pb2", "overlay_pb2_grpc"}
 
 
 def loaded_by(code: str, *watched: str) -> str:
-    """Those of the watched modules that are loaded after the code."""
+    """The watched modules that are loaded once the code has run."""
     code = f"import sys; {code}; print(sorted(set(sys.modules) & set({watched})))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30
@@ -21,7 +21,7 @@ def loaded_by(code: str, *watched: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_process_asks_for_the_generated_code_through_the_codec():
+def test_node_imports_the_generated_code_only_through_the_codec():
     tree = ast.parse((ROOT / "node.py").read_text("utf-8"))
     names = {
         name.name if isinstance(node, ast.Import) else node.module
@@ -36,7 +36,7 @@ def test_importing_the_package_needs_neither_grpc_nor_the_generated_code():
     assert loaded_by("import overlay", "grpc", "google.protobuf", "overlay_pb2", "pydantic") == "[]"
 
 
-def test_what_decides_needs_neither_grpc_nor_the_generated_code():
+def test_the_packages_that_decide_need_neither_grpc_nor_the_generated_code():
     rooms = ("model", "observability", "queueing", "routing")
     modules = [
         f"overlay.{room}.{path.stem}"

@@ -1,6 +1,6 @@
-"""The wheel, as a user has it: built from a clean clone, installed, run from another folder.
+"""The wheel as a user has it: built from a clean clone, installed, and run from another folder.
 
-Twice: beside the oldest packages that requirements.txt allows, and beside the newest.
+It is installed twice: with the oldest packages that requirements.txt allows, and with the newest.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import pytest
 
 from tests.harness.cluster import ROOT, six_processes, tool, until
 
-# What a user's program does, in a folder that has nothing of the clone.
+# A user's program, in a folder without anything from the clone.
 PROGRAM = """
 import sys, warnings
-warnings.simplefilter("error")  # as of generated code that does not fit the protobuf beside it
+warnings.simplefilter("error")  # such as those of generated code that does not fit the protobuf
 import overlay
 with overlay.connect(sys.argv[1], patience_s=20) as leader:
     print(leader.call(b"hello", handler="shout", timeout=20).result.decode())
@@ -33,7 +33,7 @@ MINE = 'def shout(payload, context):\n    return payload.upper() + b"!"\n'
 
 
 def uv(*words: str | Path) -> str:
-    """What uv says. Without the network: skipped, but CI must have it."""
+    """The output of uv. Without a network the test is skipped; in CI it fails."""
     program = tool("uv", "python3 scripts/run.py test")
     done = subprocess.run([program, *words], capture_output=True, text=True, timeout=100)
     if done.returncode and ("error sending request" in done.stderr or "dns error" in done.stderr):
@@ -44,9 +44,9 @@ def uv(*words: str | Path) -> str:
 
 
 def tracked_files() -> bytes:
-    """The files of the repository as they are now, as a tar archive; none that is ignored."""
+    """The repository's files as they are now, without ignored ones, as a tar archive."""
     if not (ROOT / ".git").exists():
-        pytest.skip("this folder is no git repository")
+        pytest.skip("this folder is not a git repository")
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -107,13 +107,13 @@ def serves(port: int) -> bool:
 def installed(
     request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Installed]:
-    """With a leader, a team leader and a worker that run."""
+    """With a leader, a team leader and a worker running."""
     folder = tmp_path_factory.mktemp("user") / "my folder"
     folder.mkdir()
     venv = folder.parent / "venv"
     uv("venv", "--quiet", venv)
     programs = venv / ("Scripts" if os.name == "nt" else "bin")
-    needed = folder.parent / "needed.txt"  # named again, or `lowest-direct` would not mean them
+    needed = folder.parent / "needed.txt"  # listed again, or `lowest-direct` would not cover them
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read("overlay-0.1.0.dist-info/METADATA").decode()
     wanted = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
@@ -142,7 +142,7 @@ def installed(
     assert codes == [0, 0, 0]
 
 
-def test_the_wheel_has_the_stubs_the_types_and_no_name_that_others_may_have(wheel: Path) -> None:
+def test_the_wheel_contains_the_stubs_and_types_and_no_common_top_level_name(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     at_top = {name.partition("/")[0] for name in names}
@@ -158,7 +158,7 @@ def test_the_wheel_has_the_stubs_the_types_and_no_name_that_others_may_have(whee
     assert {f"overlay/{name}" for name in wanted} <= names
 
 
-def test_an_installed_overlay_answers_from_any_folder(installed: Installed) -> None:
+def test_an_installed_overlay_answers_a_program_in_any_folder(installed: Installed) -> None:
     done = installed.run("python", "-c", PROGRAM, f"127.0.0.1:{installed.port('A')}")
 
     assert (done.stderr, done.stdout) == ("", "HELLO!\nb'ONE!' b'TWO!'\n")
@@ -172,15 +172,17 @@ def test_a_type_checker_sees_the_types_of_an_installed_overlay(installed: Instal
     assert installed.programs.parent in marker.parents
 
 
-def test_a_wrong_configuration_ends_the_installed_node_with_2(installed: Installed) -> None:
+def test_the_installed_node_rejects_an_unknown_process_with_exit_code_2(
+    installed: Installed,
+) -> None:
     done = installed.run("overlay-node", "mine.json", "Z")
 
     assert done.returncode == 2
     assert "no process 'Z' in mine.json" in done.stderr
 
 
-def test_a_handler_with_the_name_of_an_installed_package_is_refused(installed: Installed) -> None:
-    """Where everything is installed side by side, the user's folder comes last all the same."""
+def test_a_handler_with_the_name_of_an_installed_package_is_rejected(installed: Installed) -> None:
+    """The user's folder comes last on the path, also when everything is installed together."""
     other = six_processes(handlers={"h": "prometheus_client:h"}, log_dir="other logs")
     (installed.folder / "prometheus_client.py").write_text("def h(payload, context): ...\n")
     (installed.folder / "other.json").write_text(json.dumps(other))
@@ -191,7 +193,7 @@ def test_a_handler_with_the_name_of_an_installed_package_is_refused(installed: I
     assert "which comes before" in done.stderr, done.stderr
 
 
-def test_the_installed_command_asks(installed: Installed) -> None:
+def test_the_installed_command_reaches_the_leader(installed: Installed) -> None:
     done = installed.run("overlay", "127.0.0.1", installed.port("A"), "check")
 
     assert done.returncode == 0, done.stderr

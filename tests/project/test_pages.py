@@ -1,11 +1,11 @@
-"""The pages for people: their links lead somewhere, and what they tell the reader to type works.
+"""The pages for people: their links lead somewhere, and what they ask the reader to type works.
 
-A fence says by its language what becomes of it:
+A fence's language says what is done with it:
 
     sh       each line is a command and is run, unless ELSEWHERE says why it is not run here
     python   is run as a program; one that begins with `# mine.py` is the handlers' module instead
-    json     is part of the configuration of the overlay that all of it runs on
-    text     is neither: output, or what is typed on a PC (tests/system/test_windows.py does)
+    json     is part of the configuration of the overlay that everything here runs on
+    text     is not run: output, or what is typed on a PC (which tests/system/test_windows.py does)
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ PAGES = sorted(
     ]
 )
 
-WATCHED = "it shows until it is ended; tests/cli/test_views.py runs it"
+WATCHED = "it runs until it is ended; tests/cli/test_views.py runs it"
 LAUNCHED = "tests/project/test_launcher.py runs it, in a copy of the project"
-DRAINED = "tests/server/test_drain.py runs it; here it would stop what others ask"
+DRAINED = "tests/server/test_drain.py runs it; here it would stop what other tests use"
 IS_THIS = "it runs these very tests"
 ELSEWHERE = {
     "python3 scripts/run.py": LAUNCHED,
@@ -62,19 +62,19 @@ ELSEWHERE = {
     "pre-commit install": "it changes the repository's hooks",
 }
 
-# As a program: a page may use `await` where the reader's program has a loop.
+# Runs a page's text as a program, which may use `await` as if it had an event loop.
 RUN = """
 import ast, asyncio, inspect, sys
 code = compile(sys.argv[1], "the page", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-ran = eval(code, {"__name__": "__main__"})
-if inspect.iscoroutine(ran):
-    asyncio.run(ran)
+result = eval(code, {"__name__": "__main__"})
+if inspect.iscoroutine(result):
+    asyncio.run(result)
 """
 
 
 @dataclass(frozen=True)
 class Fence:
-    """line: that of the page on which its text begins."""
+    """line: the line of the page on which its text begins."""
 
     page: str
     line: int
@@ -109,7 +109,7 @@ PROGRAMS = [
 ]
 
 
-# What they lead to
+# Links
 
 
 def slugs(page: Path) -> set[str]:
@@ -157,7 +157,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     assert set(PAGES) - reached == set()
 
 
-def test_what_the_code_says_of_pages_names_pages_that_exist() -> None:
+def test_pages_that_the_code_names_exist() -> None:
     folders = ("overlay", "scripts", "tests", "faults", "benchmarks", "examples")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     files += [*ROOT.glob("*.py"), *ROOT.glob("*.proto"), ROOT / "pyproject.toml"]
@@ -172,11 +172,11 @@ def test_what_the_code_says_of_pages_names_pages_that_exist() -> None:
     assert [(path, page) for path, page in sorted(named) if not (ROOT / page).exists()] == []
 
 
-def test_what_pages_say_of_the_code_names_files_and_modules_that_exist() -> None:
+def test_files_and_modules_that_the_pages_name_exist() -> None:
     packages = [path.parent.name for path in (ROOT / "overlay").glob("*/__init__.py")]
     named = set()
     for page in PAGES:
-        if page.name == "CHANGELOG.md":  # it says how things were called
+        if page.name == "CHANGELOG.md":  # which has the names of earlier releases
             continue
         for span in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
             if re.fullmatch(r"[a-z][\w./-]*/[\w./-]*\.(py|json|sh|md|proto)", span):
@@ -199,43 +199,43 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
-# What they tell the reader to type
+# What the reader is asked to type
 
 
-def test_every_fence_says_what_it_is() -> None:
-    odd = [fence for fence in FENCES if fence.language not in {"sh", "python", "json", "text"}]
+def test_every_fence_has_one_of_the_four_languages() -> None:
+    others = [fence for fence in FENCES if fence.language not in {"sh", "python", "json", "text"}]
 
-    assert odd == []
+    assert others == []
 
 
-def test_what_is_not_run_here_is_still_on_a_page() -> None:
+def test_every_command_that_is_not_run_here_is_still_on_a_page() -> None:
     assert set(ELSEWHERE) - set(TYPED.values()) == set()
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Types what the pages say, in a folder that has the configuration, for these ports."""
+    """Types what the pages say, in the configuration's folder and with the overlay's ports."""
 
     overlay: Overlay
 
-    def here(self, text: str) -> str:
-        """The same for this overlay: its ports, its file, the programs where they are."""
+    def adapted(self, text: str) -> str:
+        """The same text with this overlay's ports and file."""
         ports = {str(50051 + i): str(self.overlay.port(id_)) for i, id_ in enumerate(IDS)}
         text = re.sub(r"\b5005[1-6]\b", lambda found: ports[found[0]], text)
         text = text.replace("one_host_config.json", self.overlay.path.name)
         return text.replace("192.168.1.1:", "127.0.0.1:")
 
     def type(self, line: str) -> subprocess.CompletedProcess[str]:
-        program, *words = shlex.split(self.here(line))
+        program, *words = shlex.split(self.adapted(line))
         if program == "buf":
             command = [tool("buf", "python3 scripts/run.py test"), *words]
         else:
-            assert program == "python", f"not known how to run: {line}"
+            assert program == "python", f"this test cannot run: {line}"
             command = [sys.executable, str(ROOT / words[0]), *words[1:]]
         return self._run(command)
 
     def run(self, program: str) -> subprocess.CompletedProcess[str]:
-        return self._run([sys.executable, "-c", RUN, self.here(program)])
+        return self._run([sys.executable, "-c", RUN, self.adapted(program)])
 
     def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -271,7 +271,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_pages_does_what_it_is_there_for(reader: Reader, line: str) -> None:
+def test_a_command_of_the_pages_succeeds_and_prints_something(reader: Reader, line: str) -> None:
     done = reader.type(line)
 
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
@@ -285,12 +285,12 @@ def test_a_program_of_the_pages_runs(reader: Reader, program: str) -> None:
     assert (done.returncode, done.stderr) == (0, ""), f"{program}\n{done.stderr}"
 
 
-def test_the_page_names_every_figure_that_prometheus_reads(reader: Reader) -> None:
+def test_the_page_of_operations_lists_every_metric_that_is_served(reader: Reader) -> None:
     port = reader.overlay.config["processes"]["A"]["metrics_port"]
     text = urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
     served = set(re.findall(r"(?m)^# TYPE (overlay_\w+)", text))
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     table = page.partition("## Prometheus")[2]
-    told = set(re.findall(r"`(overlay_\w+)`", table))
+    listed = set(re.findall(r"`(overlay_\w+)`", table))
 
-    assert {name for name in served if not name.endswith("_created")} == told
+    assert {name for name in served if not name.endswith("_created")} == listed

@@ -1,4 +1,4 @@
-"""The pages that are made from the code say what the code says."""
+"""The pages that are made from the code agree with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.harness.cluster import ROOT
 made = functools.cache(reference.pages)
 
 
-# Words, and not lines: argparse breaks its lines elsewhere in another Python.
+# Words are compared, not lines: argparse breaks lines differently in other Pythons.
 @pytest.mark.parametrize("path", ["docs/configuration.md", "docs/verbs.md"])
 def test_a_page_made_from_the_code_is_current(path: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def test_every_key_of_the_configuration_is_explained() -> None:
     assert [name for name, key in keys if name != "$schema" and "description" not in key] == []
 
 
-def test_every_verb_has_its_help_on_the_page() -> None:
+def test_the_page_has_the_help_of_every_verb() -> None:
     page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
     headings = {line.split()[1] for line in page.splitlines() if line.startswith("## ")}
 

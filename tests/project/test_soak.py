@@ -1,4 +1,4 @@
-"""The short lane of tests/soak.py, and its checker's own test."""
+"""A short run of tests/soak.py, and tests of its checker."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def test_the_checker_finds_each_broken_rule(ends: int, ran: int, outcome: str | 
 
 
 def test_requests_that_have_nothing_in_common_stay_as_cheap_as_the_first(tmp_path: Path) -> None:
-    """A busy machine lowers a rate too, not to a third. By 6,000 callers it fell to an eighth."""
+    """A busy machine lowers the rate too, but not to a third; a leak once lowered it to an eighth.
+
+    That took 6,000 callers.
+    """
     for found in distinct(tmp_path, 6_000, 100_000):
         print(found)
         assert set(found.outcomes) == {"OK"}
@@ -46,7 +49,7 @@ def test_requests_that_have_nothing_in_common_stay_as_cheap_as_the_first(tmp_pat
         ([1.0] * 10, [60.0] * 9 + [70.0], 1),
     ],
 )
-def test_a_last_tenth_that_is_worse_is_told(
+def test_a_soak_fails_when_its_last_tenth_is_slower_or_larger(
     seconds: list[float], mib: list[float], broken: int
 ) -> None:
     found = Tenths("single calls", 1000, seconds, [{"A": value} for value in mib])
