@@ -10,6 +10,7 @@ Wine is not Windows: it has no Windows firewall, console or virus scanner.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -35,10 +36,7 @@ INTERPRETER = (
 TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "packaging")
 LOCKS = ("requirements.lock", "requirements-dev.lock")
 _NOTHING = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-TRIES = 3  # for downloads, and for failures of wine itself
-# Wine fails to start about one child process in 3,000, on an idle machine too
-# (ERROR_INTERNAL_ERROR, seen with wine 8.0 and `cmd /c exit`).
-WINE_FAILED = "cannot be started: Internal error"
+TRIES = 3  # for downloads
 LOCK_S = 60.0  # how long to wait for another run of the tests
 
 
@@ -75,7 +73,7 @@ class Windows:
         return self.program(str(self.folder / "python" / "python.exe"), *words, **environment)
 
     def program(self, *words: str, **environment: str) -> list[str]:
-        return ["env", *_settings(self.folder, **environment), "wine", *words]
+        return [*_environment(self.folder, **environment), "wine", *words]
 
     def run(
         self,
@@ -94,20 +92,17 @@ class Windows:
         return subprocess.CompletedProcess(words, program.returncode, said)
 
     def batch(self, line: str, cwd: Path, within_s: float = 90) -> subprocess.CompletedProcess[str]:
-        """Runs a line of a Windows command prompt; again if wine failed to start a program."""
+        """Runs a line of a Windows command prompt."""
         # In files: `wine` changes quotes, and its child processes would keep a pipe open.
         # Without `call`, because wine loses its exit code.
         (cwd / "line.cmd").write_text(f"@{line} >said.txt 2>&1\n", newline="\r\n")
         command = self.program("cmd", "/c", "line.cmd")
-        for attempt in range(TRIES):
-            with self.hosts.popen(1, *command, cwd=cwd, **_NOTHING) as program:
-                try:
-                    code = program.wait(within_s)
-                finally:
-                    program.kill()
-            said = (cwd / "said.txt").read_text(encoding="cp1252")
-            if WINE_FAILED not in said or attempt == TRIES - 1:
-                break
+        with self.hosts.popen(1, *command, cwd=cwd, **_NOTHING) as program:
+            try:
+                code = program.wait(within_s)
+            finally:
+                program.kill()
+        said = (cwd / "said.txt").read_text(encoding="cp1252")
         return subprocess.CompletedProcess(command, code, said)
 
     def popen(
@@ -118,7 +113,7 @@ class Windows:
         return self.hosts.popen(1, *command, cwd=cwd, errors="replace", **pipes)
 
     def _wine(self, *words: str, check: bool = True) -> None:
-        command = self.hosts.inside(1, "env", *_settings(self.folder), *words)
+        command = self.hosts.inside(1, *_environment(self.folder), *words)
         _quietly(command, f"{' '.join(words)} failed", check)
 
 
@@ -139,8 +134,8 @@ class PcAndMac(SixOnTwoHosts):
         return self.windows.python(*words, "--stop-file", self.stop_file(process_id).name)
 
 
-def _settings(folder: Path, **more: str) -> list[str]:
-    """The environment of wine's programs, as `env` takes it."""
+def _environment(folder: Path, **more: str) -> list[str]:
+    """The command that gives wine's programs their environment."""
     settings = {
         "WINEPREFIX": str(folder / "prefix"),
         "WINEARCH": "win64",
@@ -153,7 +148,22 @@ def _settings(folder: Path, **more: str) -> list[str]:
         "VIRTUAL_ENV": "",
         **more,
     }
-    return [f"{name}={value}" for name, value in settings.items()]
+    return [*_steady(), "env", *(f"{name}={value}" for name, value in settings.items())]
+
+
+@functools.cache
+def _steady() -> tuple[str, ...]:
+    """The command that switches address randomization off, where the system permits it.
+
+    Linux may put a program's heap at 0x7ffe0000, where wine needs a page: one of a few thousand
+    programs then ended before it began ("failed to map the shared user data").
+    """
+    command = ("setarch", "-R")
+    try:
+        permitted = subprocess.run([*command, "true"], **_NOTHING, check=False).returncode == 0
+    except OSError:
+        permitted = False
+    return command if permitted else ()
 
 
 # The installation
@@ -198,7 +208,7 @@ def _make_python(python: Path, making: Path) -> None:
 
 def _make_prefix(making: Path) -> None:
     def wine(*words: str) -> None:
-        _quietly(["env", *_settings(making), *words], f"{' '.join(words)} failed")
+        _quietly([*_environment(making), *words], f"{' '.join(words)} failed")
 
     wine("wineboot", "--init")
     wine("wine", "winecfg", "-v", "win10")
