@@ -695,7 +695,7 @@ def test_a_full_queue_rejects_a_request_as_not_run_with_exit_code_3(
     assert done.returncode == 3
     assert "no handler saw the request, try again in" in done.stderr
     assert tried.returncode == 1
-    assert "A has too much to do: wait and try again" in tried.stdout
+    assert "A is overloaded: wait and try again" in tried.stdout
 
 
 def _load(client: overlay.Client) -> tuple[int, int]:
