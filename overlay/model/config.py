@@ -13,18 +13,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from overlay.model.access import VERBS, Access, Rights
 from overlay.model.errors import ConfigError
 from overlay.model.limits import MIB, Limits
-from overlay.model.topology import BUILT_IN, HandlerSpec, Process, Topology
+from overlay.model.topology import BUILT_IN, ROLES, Entry, HandlerSpec, Process, Topology
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+CallerName = Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]{1,64}|\*)$")]
 Function = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400, strict=True)]
 Host = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\s/\x00]+$")]
@@ -115,6 +117,24 @@ class HandlerEntry(_Entry):
         return {"call": value} if isinstance(value, str) else value
 
 
+class AccessEntry(_Entry):
+    """What one caller may do. A key that is left out restricts nothing, an empty list allows
+    nothing."""
+
+    handlers: list[str] | None = None
+    """The handlers that it may use. A request that names none needs the default handler of each
+    worker that it is for."""
+    teams: list[str] | None = None
+    """The teams that it may ask. A request that names none is for every team with workers that the
+    process asked reaches, so all of them must be here."""
+    verbs: list[Literal["requests", "metrics", "logs"]] | None = None
+    """What it may do at all: send requests; read metrics (`check`, `top`, `web`); read logs.
+    Whether a process is healthy and what it serves is answered to every caller."""
+    waiting: Count | None = None
+    """How many of its requests may wait at one process at once, single and streamed together. More
+    are refused as by a full queue; those that find a place at once are not counted."""
+
+
 class ConfigurationFile(_Entry):
     """The configuration of one overlay: the same file on every machine."""
 
@@ -147,6 +167,23 @@ class ConfigurationFile(_Entry):
     """Each process's metrics_port is its port plus this."""
     metrics_bind: Host = "127.0.0.1"
     """The address on which Prometheus reads the processes."""
+    tls: Folder = ""
+    """The folder of the certificates, relative to the configuration file; `client.py secure CONFIG`
+    makes it and writes this line. "required": the folder tls, and no plaintext on 127.0.0.1 either.
+    Without it everybody who reaches a process is let in."""
+    access: dict[CallerName, AccessEntry] = {}
+    """What callers may do, by the name of their certificates; "*" for those without an entry of
+    their own and for callers on 127.0.0.1 without a certificate. Operators and processes are not
+    restricted. Needs `tls`."""
+
+
+_KINDS = {"processes": "process", "handlers": "handler", "access": "access"}
+_ENTRIES: Mapping[str, type[BaseModel]] = {
+    "process": ProcessEntry,
+    "handler": HandlerEntry,
+    "access": AccessEntry,
+}
+_OF_THE_FILE = {"handlers": "handlers", "teams": "teams with workers"}
 
 
 def load(path: str | Path) -> Topology:
@@ -241,7 +278,7 @@ def _field_problems(raw: Mapping[str, Any]) -> Iterator[str]:
 
 def _place(steps: list[str]) -> tuple[str, str]:
     # ("processes", "C", "port") -> "process C: ", "port"
-    kind = {"processes": "process", "handlers": "handler"}.get(steps[0]) if steps else None
+    kind = _KINDS.get(steps[0]) if steps else None
     if kind and len(steps) > 1:
         rest = [step for step in steps[2:] if step != "[key]"]
         return f"{kind} {_short(steps[1])}: ", ".".join(rest)
@@ -256,7 +293,9 @@ def _sentence(place: str, field: str, error: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         return f"{place}unknown key '{field}'{_suggestion(place, field)}"
     if kind == "literal_error":
-        return f"{place}{field} {_short(value)!r} is not {error['ctx']['expected']}"
+        field, is_verb = field.partition(".")[0], field.startswith("verbs")
+        hint = _nearest(str(value), VERBS, "") if is_verb else ""
+        return f"{place}{field} {_short(value)!r} is not {error['ctx']['expected']}{hint}"
     if field in ("port", "metrics_port") and kind in {"greater_than_equal", "less_than_equal"}:
         return f"{place}{field} {_short(value)} is not 1..65535"
     if kind == "string_pattern_mismatch" and error["ctx"]["pattern"] == _pattern(Function):
@@ -274,9 +313,7 @@ def _pattern(annotated: Any) -> str:
 
 
 def _suggestion(place: str, field: str) -> str:
-    model: type[BaseModel] = ConfigurationFile
-    if place:
-        model = ProcessEntry if place.startswith("process") else HandlerEntry
+    model = _ENTRIES.get(place.partition(" ")[0], ConfigurationFile)
     known = [name for name in model.model_fields if name != "schema_"]
     close = difflib.get_close_matches(field.rsplit(".", 1)[-1], known, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; known keys are {', '.join(known)}"
@@ -311,6 +348,7 @@ def _cross_problems(raw: Mapping[str, Any], valid: Mapping[str, ProcessEntry]) -
     if len(valid) == len(known):
         yield from _shape_problems(valid)
     yield from _handler_problems(raw, valid)
+    yield from _access_problems(raw, valid if len(valid) == len(known) else {})
 
 
 def _entry_problems(valid: Mapping[str, ProcessEntry], known: list[str]) -> Iterator[str]:
@@ -388,11 +426,9 @@ def _handler_problems(raw: Mapping[str, Any], valid: Mapping[str, ProcessEntry])
     names = {*BUILT_IN, *configured}
     for key, entry in valid.items():
         if entry.handler not in names:
-            close = difflib.get_close_matches(entry.handler, sorted(names), n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(sorted(names))}"
             yield (
-                f"process {_short(key)}: handler '{entry.handler}' is not in the file's handlers; "
-                f"{hint}"
+                f"process {_short(key)}: handler '{entry.handler}' is not in the file's handlers"
+                f"{_nearest(entry.handler, names)}"
             )
 
 
@@ -403,6 +439,39 @@ def _limit_problems(configured: Mapping[str, Any]) -> Iterator[str]:
         for key, why in ONLY_IN_PROCESSES.items():
             if entry.get(key) is not None:
                 yield f'handler {_short(name)}: {key} needs "run": "process"; {why}'
+
+
+def _access_problems(raw: Mapping[str, Any], processes: Mapping[str, Entry]) -> Iterator[str]:
+    """processes: all of them; none if some cannot be read."""
+    entries, configured = raw.get("access"), raw.get("handlers")
+    if not isinstance(entries, dict) or not entries:
+        return
+    if not raw.get("tls"):
+        yield (
+            'access needs "tls", as callers are known by their certificates: run '
+            "'client.py secure' on the file without access, then add access"
+        )
+    known = {
+        "handlers": {*BUILT_IN, *(configured if isinstance(configured, dict) else ())},
+        "teams": {entry.team for entry in processes.values() if ROLES[entry.role].works},
+    }
+    for name, entry in entries.items():
+        for key, names in known.items():
+            found = entry.get(key) if isinstance(entry, dict) else None
+            for value in found if names and isinstance(found, list) else ():
+                if isinstance(value, str) and value not in names:
+                    yield (
+                        f"access {_short(name)}: {key} {_short(value)!r} is not among the file's "
+                        f"{_OF_THE_FILE[key]}{_nearest(value, names)}"
+                    )
+
+
+def _nearest(value: str, names: Collection[str], otherwise: str = "; it has {}") -> str:
+    """The end of a sentence about an unknown name."""
+    close = difflib.get_close_matches(value, sorted(names), n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return otherwise.format(", ".join(sorted(names)))
 
 
 def _topology(file: ConfigurationFile, path: Path, raw: Mapping[str, Any]) -> Topology:
@@ -424,7 +493,16 @@ def _topology(file: ConfigurationFile, path: Path, raw: Mapping[str, Any]) -> To
         folder=path.absolute().parent,
         name=path.name,
         digest=_digest(raw),
+        tls=file.tls,
+        access=Access({name: _rights(entry) for name, entry in file.access.items()}),
     )
+
+
+def _rights(entry: AccessEntry) -> Rights:
+    def names(found: Collection[str] | None) -> tuple[str, ...] | None:
+        return None if found is None else tuple(found)
+
+    return Rights("", names(entry.handlers), names(entry.teams), names(entry.verbs), entry.waiting)
 
 
 def _process(entry: ProcessEntry, file: ConfigurationFile) -> Process:

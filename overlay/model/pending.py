@@ -81,6 +81,14 @@ class PendingRows:
             begin = flags.find(1, end, stop)
         return runs
 
+    def tail(self, count: int) -> int:
+        """The row from which on `count` of the rows are pending; 0 if there are fewer."""
+        for first, rows in reversed(self.runs(0, self._count)):
+            if rows >= count:
+                return first + rows - count
+            count -= rows
+        return 0
+
     def _pending_flags(self) -> bytearray:
         if self._flags is None:
             self._flags = bytearray(b"\1") * self._count

@@ -87,7 +87,8 @@ class Code(IntEnum):
 
 
 class Caller(NamedTuple):
-    """A client: the address of its machine, and the name that it gives itself, if any.
+    """A client: the address of its machine, or whose certificate it has; and the name that it gives
+    itself, if any.
 
     The name is only a claim. Resources are therefore shared among addresses first, and the share of
     an address among its names.

@@ -9,8 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from overlay.model.access import Access
 from overlay.model.errors import ConfigError
 from overlay.model.limits import Limits
+
+REQUIRED, TLS_FOLDER = "required", "tls"  # the first, as "tls": no plaintext on loopback either
+LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,14 @@ class Process:
     @property
     def listen_address(self) -> str:
         return join_address(self.bind or self.host, self.port)
+
+    @property
+    def certified_hosts(self) -> tuple[str, ...]:
+        """The addresses that its certificate names, for clients that check them."""
+        everywhere = ("", "0.0.0.0", "::", "[::]")
+        return tuple(
+            dict.fromkeys(h for h in (self.host, self.bind, *LOCAL) if h not in everywhere)
+        )
 
     @property
     def rank(self) -> int:
@@ -104,6 +116,15 @@ class Topology:
     folder: Path = Path(".")
     name: str = "configuration"
     digest: str = ""
+    tls: str = ""
+    access: Access = field(default_factory=Access)
+
+    @property
+    def tls_folder(self) -> Path | None:
+        """Where the certificates are; None without TLS."""
+        return (
+            self.folder / (TLS_FOLDER if self.tls == REQUIRED else self.tls) if self.tls else None
+        )
 
     def process(self, process_id: str) -> Process:
         """Raises ConfigError for an id that is not in the file."""
@@ -158,6 +179,10 @@ class Topology:
         all is for. The leader has every one, a team leader its neighbours, a worker only itself."""
         reached = self.reach(process_id)
         return tuple(worker for worker in self.workers if worker.id in reached)
+
+    @property
+    def leader(self) -> Process:
+        return next(process for process in self.processes.values() if ROLES[process.role].queued)
 
     @property
     def workers(self) -> tuple[Process, ...]:

@@ -45,6 +45,18 @@ def test_pending_rows_behave_like_a_set(count, calls):
         assert len(rows) == count
 
 
+@given(st.integers(0, 40), RANGES, st.integers(1, 45))
+def test_the_last_pending_rows_begin_at_the_tail(count, calls, size):
+    rows, model = PendingRows(count), set(range(count))
+    for _, start, taken in calls:
+        rows.take(start, taken)
+        model -= set(range(start, start + taken))
+
+    last = {row for row in model if row >= rows.tail(size)}
+
+    assert last == set(sorted(model)[-size:])
+
+
 @given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=20))
 def test_each_row_is_taken_once(count, calls):
     rows = PendingRows(count)

@@ -1,0 +1,45 @@
+"""What a certificate says of its holder: overlay://CLUSTER/KIND/NAME."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+PROCESS, CALLER, OPERATOR, INVITATION = "process", "caller", "operator", "invitation"
+KINDS = (PROCESS, CALLER, OPERATOR, INVITATION)
+_URI = re.compile(r"overlay://([A-Za-z0-9._-]{1,64})/([a-z]{1,16})/([A-Za-z0-9._-]{1,64})")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """kind: one of KINDS. cluster: the name of the overlay's certificate authority."""
+
+    cluster: str
+    kind: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+    @property
+    def uri(self) -> str:
+        return f"overlay://{self.cluster}/{self.kind}/{self.name}"
+
+    @property
+    def dns_name(self) -> str:
+        """What another process's certificate is checked for: this very process."""
+        label = self.name.lower().replace(".", "~")  # "a..b" would have an empty label
+        return f"{label}.{any_process(self.cluster)}"
+
+    @staticmethod
+    def of_uri(uri: str) -> Identity:
+        """Raises ValueError."""
+        found = _URI.fullmatch(uri)
+        if found is None or found[2] not in KINDS:
+            raise ValueError(f"{uri[:200]!r} is no identity of an overlay")
+        return Identity(*found.groups())
+
+
+def any_process(cluster: str) -> str:
+    """The name that the certificates of all the processes of an overlay have in common."""
+    return f"{cluster.lower()}.overlay"
