@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overlay.cli import stdio
 
@@ -52,14 +52,17 @@ try:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from overlay.calls.connection_limits import Connections, max_connections, raise_file_limit
+    from overlay.calls.gate import Gate
     from overlay.calls.reception import Call, Health, Reception, on_threads_of
     from overlay.cli import usage
     from overlay.model import config
     from overlay.model.errors import ConfigError, OverlayError
-    from overlay.model.topology import Process, Topology, join_address
+    from overlay.model.program import CLIENT
+    from overlay.model.topology import REQUIRED, Process, Topology, join_address
     from overlay.observability.log_file import ProcessLog
     from overlay.server import reflection
     from overlay.server.admin import Admin
+    from overlay.server.enrolment import CertificateKeeper, Enrolment
     from overlay.server.heap import HeapTrimmer, limit_kept_memory
     from overlay.server.service import Drained, Service
     from overlay.server.shutdown import StopFile, when_console_ends
@@ -77,6 +80,9 @@ except ImportError as e:
 except Exception as e:  # noqa: BLE001 - missing stubs; ConfigError may be what failed to import
     print(f"node.py: {e}", file=sys.stderr)
     sys.exit(2)
+
+if TYPE_CHECKING:
+    from overlay.security.credentials import Credentials
 
 OVERLAY_NODE = pb2.DESCRIPTOR.services_by_name["OverlayNode"].full_name
 OVERLAY_ADMIN = pb2.DESCRIPTOR.services_by_name["OverlayAdmin"].full_name
@@ -112,13 +118,21 @@ class OverlayNode(pb2_grpc.OverlayNodeServicer):  # type: ignore[misc]
 class OverlayAdmin(pb2_grpc.OverlayAdminServicer):  # type: ignore[misc]
     """The RPCs for operators; the work is in overlay.server.admin."""
 
-    def __init__(self, admin: Admin) -> None:
+    def __init__(self, admin: Admin, quick_pool: ThreadPoolExecutor) -> None:
         self._admin = admin
         self.Drain = on_threads_of(admin.pool, self.Drain)  # type: ignore[method-assign]
         self.Logs = on_threads_of(admin.logs_pool, self.Logs)  # type: ignore[method-assign]
+        self.Join = on_threads_of(quick_pool, self.Join)  # type: ignore[method-assign]
+        self.Renew = on_threads_of(quick_pool, self.Renew)  # type: ignore[method-assign]
 
     def Drain(self, request: pb2.DrainRequest, context: grpc.ServicerContext) -> pb2.DrainResponse:
         return self._admin.drain(request, context)
+
+    def Join(self, request: pb2.JoinRequest, context: grpc.ServicerContext) -> pb2.JoinResponse:
+        return self._admin.join(request, context)
+
+    def Renew(self, request: pb2.RenewRequest, context: grpc.ServicerContext) -> pb2.RenewResponse:
+        return self._admin.renew(request, context)
 
     def Logs(self, request: pb2.LogsRequest, context: grpc.ServicerContext) -> pb2.LogsResponse:
         return self._admin.logs(request, context)
@@ -138,26 +152,43 @@ class Node:
         place: Host,
         service: Service,
         stop_process: Callable[[float], None],
+        gate: Gate,
     ) -> None:
         self.me = me
         self.place = place
         self.service = service
         limits = topology.limits
-        self.admin = Admin(me, service.log_reader, limits.drain_grace_s, stop_process)
+        self.gate = gate
+        enrolment = Enrolment(topology, me, gate.credentials)
+        self.admin = Admin(
+            me, service.log_reader, limits.drain_grace_s, stop_process, gate, enrolment
+        )
         self.pool = ThreadPoolExecutor(service.pool_threads, "forward")
         self.metrics_pool = ThreadPoolExecutor(limits.metrics_threads, "metrics")
         limit = max_connections(raise_file_limit())
         options = server_options(limits, limit)
-        self.server = Listener(place, me.port, lambda: grpc.server(self.pool, options=options))
-        self.reception = Reception(self.server, self.pool, limits, service.request_log)
+        self.server = Listener(
+            place,
+            me.port,
+            lambda: grpc.server(self.pool, options=options),
+            gate.credentials,
+            local_plaintext=topology.tls != REQUIRED,
+        )
+        self.reception = Reception(self.server, self.pool, limits, service.request_log, gate)
         service.calls_without_message = lambda: self.reception.unarrived
-        peers = self.reception.open_peers
-        self.connections = Connections(me.port, limit, service.request_log, peers, self._on_check)
+        self.connections = Connections(
+            me.port, limit, service.request_log, gate.peers, self._on_check
+        )
+        self.keeper = None
+        if gate.credentials is not None:
+            self.keeper = CertificateKeeper(topology, me, gate.credentials)
         self.memory = HeapTrimmer(lambda: service.is_busy)
         self.health = Health(self.metrics_pool)
         node = OverlayNode(service, self.metrics_pool)
         pb2_grpc.add_OverlayNodeServicer_to_server(node, self.reception)
-        pb2_grpc.add_OverlayAdminServicer_to_server(OverlayAdmin(self.admin), self.reception)
+        pb2_grpc.add_OverlayAdminServicer_to_server(
+            OverlayAdmin(self.admin, self.metrics_pool), self.reception
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.reception)
         services = (OVERLAY_NODE, OVERLAY_ADMIN, HEALTH)
         reflection.serve(self.reception, self.metrics_pool, services)
@@ -171,6 +202,8 @@ class Node:
         self._probe()
         self.connections.start()
         self.service.start()
+        if self.keeper is not None:
+            self.keeper.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self, grace_s: float, for_good: bool = False) -> Drained:
@@ -186,12 +219,15 @@ class Node:
         self.service.close()
         self.admin.close()
         self.connections.stop()
+        if self.keeper is not None:
+            self.keeper.stop()
         for pool in (self.pool, self.metrics_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         return drained
 
     def _on_check(self) -> None:
         self.reception.end_late()
+        self.reception.end_untrusted()
         self.memory.trim()
 
     def _set_health(self, status: int) -> None:
@@ -203,7 +239,8 @@ class Node:
         number = self.place.addresses[0]
         number = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(number, number)
         address = join_address(number, self.me.port)
-        with Channel(address) as channel:
+        keys = self.gate.credentials
+        with Channel(address, credentials=keys, process_id=self.me.id) as channel:
             ask = pb2_grpc.OverlayNodeStub(channel).GetMetrics
             try:
                 found = ask(pb2.MetricsRequest(), timeout=5, wait_for_ready=True)
@@ -262,14 +299,15 @@ def _serve(topology: Topology, me: Process, place: Host, stop_file: StopFile | N
     log = ProcessLog(topology.folder / me.log_dir / f"process_{me.id.lower()}.log", me.id)
     log.start()
     try:
-        service = Service(topology, me.id, log.recent, lambda: log.dropped)
-        node = Node(topology, me, place, service, stopping.ask)
+        gate = Gate(_credentials(topology, me), place.is_loopback, topology.access)
+        service = Service(topology, me.id, log.recent, lambda: log.dropped, gate)
+        node = Node(topology, me, place, service, stopping.ask, gate)
         try:
             node.start()
         except BaseException:
             node.stop(0)
             raise
-        _announce(topology, me, place)
+        _announce(topology, me, place, gate)
         with _exporter(me, service):
             log.capture_prints()
             _freeze_garbage_collector()
@@ -280,6 +318,28 @@ def _serve(topology: Topology, me: Process, place: Host, stop_file: StopFile | N
         return 1 if left else 0
     finally:
         log.stop()
+
+
+def _credentials(topology: Topology, me: Process) -> Credentials | None:
+    """Those of this process, if the configuration asks for TLS. Raises ConfigError."""
+    folder = topology.tls_folder
+    if folder is None:
+        return None
+    from overlay.security.credentials import Credentials  # only if used, as it loads slowly
+
+    try:
+        found = Credentials.of_process(folder, me.id)
+        if found.certificate_problem and found.folder.can_issue:
+            Enrolment(topology, me, found).renew_own()
+            found = Credentials.of_process(folder, me.id)
+    except ConfigError as e:
+        raise ConfigError(
+            f"process {me.id}: {topology.name} asks for TLS, and {e}; the leader's machine makes "
+            f"certificates with '{CLIENT} secure {topology.name}', others with '{CLIENT} join'"
+        ) from None
+    if found.certificate_problem:
+        raise ConfigError(f"process {me.id}: {found.certificate_problem}")
+    return found
 
 
 @contextlib.contextmanager
@@ -306,13 +366,22 @@ def _freeze_garbage_collector() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
-def _announce(topology: Topology, me: Process, place: Host) -> None:
+def _announce(topology: Topology, me: Process, place: Host, gate: Gate) -> None:
     at = place.shown(me.listen_address)
     print(f"{me.id} {me.role} {me.team} serves on {at}", flush=True)
     for warning in config.warnings(topology):
         logger.warning("%s", warning)
-    if not place.is_loopback:
-        logger.warning("no TLS: anyone who can reach %s can send requests", at)
+    if gate.credentials is not None:
+        logger.info("mutual TLS as %s", gate.credentials.identity)
+        if problem := gate.credentials.warning:
+            print(f"warning: {problem}", flush=True)  # and CertificateKeeper logs it
+    elif not place.is_loopback:
+        logger.warning(
+            "OPEN: anyone who can reach %s can run its handlers; '%s secure %s' closes it",
+            at,
+            CLIENT,
+            topology.name,
+        )
     elif place.shown() != place.host and len({p.host for p in topology.processes.values()}) > 1:
         # As with Debian's hosts file, where a machine's own name is 127.0.1.1.
         logger.warning("other machines cannot reach %s as %s: give it a bind", me.id, place.shown())

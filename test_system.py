@@ -384,6 +384,8 @@ def _of_error(error: library.CallFailed, asked: Asked) -> Problem:
 def _advice_for_no_answer(error: library.CallFailed, args: argparse.Namespace) -> str:
     if isinstance(error, library.NoSuchHost):
         return f"write its address in numbers in place of {args.host}"
+    if isinstance(error, library.NotReached) and " cannot be used: " in str(error):
+        return "run python client.py doctor CONFIG here; docs/security.md says how to be let in"
     if isinstance(error, library.NotReached):
         return (
             "start the process there (python node.py CONFIG ID), check that its configuration says "

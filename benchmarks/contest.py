@@ -56,7 +56,8 @@ def entered(row: Row, names: Iterable[str]) -> list[str]:
 
 
 def _can(peer: ModuleType, row: Row) -> bool:
-    return row.needs <= peer.SUPPORTS and row.setup in getattr(peer, "SETUPS", (row.setup,))
+    setups, rows = getattr(peer, "SETUPS", (row.setup,)), getattr(peer, "ROWS", (row.name,))
+    return row.setup in setups and row.name in rows and row.needs <= peer.SUPPORTS
 
 
 def _able_to_run(names: Sequence[str], results: Results) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import peers
 from benchmarks.figures import Estimate
-from benchmarks.report import OURS, ratio
+from benchmarks.report import OURS, SECURED, ratio
 from benchmarks.rows import ROWS
 
 MARKS = "osD^vPX*hd"
@@ -39,7 +39,7 @@ def draw(raw: Mapping[str, Any], path: Path) -> bool:
 
 
 def _found(raw: Mapping[str, Any]) -> dict[tuple[str, str], Estimate]:
-    pairs = {(m["row"], m["peer"]) for m in raw["measurements"] if m["peer"] != OURS}
+    pairs = {(m["row"], m["peer"]) for m in raw["measurements"] if m["peer"] not in (OURS, SECURED)}
     ratios = {pair: ratio(raw, *pair) for pair in sorted(pairs)}
     return {pair: each for pair, each in ratios.items() if each is not None}
 

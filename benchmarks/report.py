@@ -15,6 +15,7 @@ from benchmarks.rows import ROWS, TARGETS, Row, Target, setup_of
 
 Raw = Mapping[str, Any]
 OURS = "ours"
+SECURED = "ours-tls"
 BUSY = 0.25  # cores; if others use more, the figures say little (idle peers use about 0.1)
 
 
@@ -67,6 +68,7 @@ def page(raw: Raw, before: Raw | None = None, picture: str = "") -> str:
         f"![Ours against each peer, by row]({picture})" if picture else "",
         _rates(raw),
         _ratios(raw),
+        _price_of_tls(raw),
         _tails(raw),
         _naps(raw),
         _cpu(raw),
@@ -152,8 +154,10 @@ def _rows(raw: Raw) -> list[Row]:
     return [row for row in ROWS if row.name in seen]
 
 
-def _grid(raw: Raw, rows: Iterable[Row], cell: Callable[[Row, str], str], skip: str = "") -> str:
-    names = [name for name in _names(raw) if name != skip]
+def _grid(
+    raw: Raw, rows: Iterable[Row], cell: Callable[[Row, str], str], skip: Sequence[str] = ()
+) -> str:
+    names = [name for name in _names(raw) if name not in skip]
     lines = []
     for row in rows:
         cells = [cell(row, name) for name in names]
@@ -196,10 +200,24 @@ def _ratios(raw: Raw) -> str:
         return spread(found) if found else ""
 
     rows = [row for row in _rows(raw) if by_round(raw, row.name, OURS, rate)]
-    if not rows:
+    if not rows or not set(_names(raw)) - {OURS, SECURED}:
         return ""
     about = "Above 1 the overlay is ahead, below 1 the peer."
-    return f"## Ours over the peer\n\n{about}\n\n" + _grid(raw, rows, cell, skip=OURS)
+    return f"## Ours over the peer\n\n{about}\n\n" + _grid(raw, rows, cell, (OURS, SECURED))
+
+
+def _price_of_tls(raw: Raw) -> str:
+    lines = []
+    for row in _rows(raw):
+        plain, secured = (by_round(raw, row.name, name, rate) for name in (OURS, SECURED))
+        if found := estimate(paired_ratios(secured, plain)):
+            rates = [number(statistics.median(x.values())) for x in (plain, secured)]
+            lines.append([row.title, *rates, spread(found)])
+    if not lines:
+        return ""
+    about = "Answers per second; below 1 is what certificates cost, of all connections on the way."
+    head = ["", "plaintext", "mutual TLS", "TLS over plaintext"]
+    return f"## Mutual TLS\n\n{about}\n\n" + table(head, lines)
 
 
 def _tails(raw: Raw) -> str:

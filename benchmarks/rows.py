@@ -73,7 +73,7 @@ ROWS = (
         "unary Forward, 64 blocking threads",
         "unary",
         64,
-        peers=("ours", "grpc-chain", "grpc-streams"),
+        peers=("ours", "ours-tls", "grpc-chain", "grpc-streams"),
         quick=True,
     ),
     Row("bulk", "bulk map (Celery: chunks)", "bulk", quick=True),

@@ -171,7 +171,7 @@ def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed
     if scenario.prepare:
         scenario.prepare(overlay)
     overlay.start()
-    load = Load(overlay.address("A"), notes, 1, _scope(found.about))
+    load = Load(overlay, notes, 1, _scope(found.about))
     try:
         load.start()
         _load_and_break(scenario, stage, load, found, seconds, seed)
@@ -214,7 +214,7 @@ def _inject(scenario: Scenario, stage: Stage, found: History) -> None:
 def _recovery(overlay: Overlay, notes: Notes, scope: Mapping[str, Sequence[str]]) -> Recovery:
     """Sends calls until several in a row have complete answers."""
     began = time.monotonic()
-    probing = Load(overlay.address("A"), notes, PROBE_ID, scope)
+    probing = Load(overlay, notes, PROBE_ID, scope)
     last, good = "", 0
     try:
         while time.monotonic() < began + RECOVERY_S:

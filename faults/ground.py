@@ -70,7 +70,7 @@ class Ground:
     def loading(self, way: str = "unary") -> Iterator[tuple[Load, Notes]]:
         """A client that is connected."""
         notes = Notes()
-        load = Load(self.overlay.address("A"), notes, self._first_id, WORKERS)
+        load = Load(self.overlay, notes, self._first_id, WORKERS)
         self._first_id += 1_000_000
         try:
             load.start()

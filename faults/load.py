@@ -25,10 +25,11 @@ import grpc
 
 from faults.checker import SILENT_S
 from faults.history import Answer, Call, Stall
-from overlay.client.sync import CallFailed, Incomplete, connect
+from overlay.client.sync import CallFailed, Incomplete
 from overlay.model.segments import Code
-from overlay.transport import codec, endpoints
+from overlay.transport import codec
 from overlay.transport.codec import pb2, pb2_grpc
+from tests.harness.cluster import Overlay
 from tests.harness.machine import until
 
 STALL_S = 0.1  # if the pulse is this late, the bench did not get the CPU
@@ -170,7 +171,7 @@ class Load:
 
     def __init__(
         self,
-        address: str,
+        overlay: Overlay,
         notes: Notes,
         first_id: int,
         scope: Mapping[str, Sequence[str]],
@@ -185,10 +186,10 @@ class Load:
         self._again: deque[tuple[float, Planned]] = deque()  # when due, in this order
         self._base = random.getrandbits(40) << 20  # of our request ids
         self._closed = threading.Event()
-        self._channel = grpc.insecure_channel(address, endpoints.channel_options())
+        self._channel = overlay.new_channel(asked)
         self._stub = pb2_grpc.OverlayNodeStub(self._channel)
         self._stream = _Stream(self._stub, notes, self._closed)
-        self._library = connect(address)
+        self._library = overlay.connect(asked)
         # The library's submit waits for a connection, which must not delay the schedule.
         self._submitting = ThreadPoolExecutor(LIBRARY_THREADS, "library")
 

@@ -135,6 +135,20 @@ SCENARIOS = (
     ),
     *_for_each_role(),
     Scenario(
+        "tls-kill",
+        "with certificates, kill -9 and restart of E",
+        breaking.kill("E"),
+        mixture=BUSY,
+        top={"tls": "tls"},
+    ),
+    Scenario(
+        "tls-freeze",
+        "with certificates, E is frozen",
+        breaking.freeze("E"),
+        needs="posix",
+        top={"tls": "tls"},
+    ),
+    Scenario(
         "rolling-restart",
         "SIGTERM and restart, one process after another",
         breaking.restart_all,

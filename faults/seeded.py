@@ -167,7 +167,7 @@ def dead_link_is_silent() -> None:
 
     def lost(self: Any, why: Any) -> None:
         self._multiplexer.lose()
-        self._link.lost(why)
+        self._peer.lost(why)
 
     outgoing.SegmentSender._lost = lost
 
@@ -274,10 +274,10 @@ def link_stays_down() -> None:
 
     right = peers._Peer._set_state
 
-    def set_state(self: Any, state: str, reason: str) -> None:
+    def set_state(self: Any, state: str, *more: Any, **named: Any) -> None:
         if state == "up" and self.asked and self.state == "down":
             return
-        right(self, state, reason)
+        right(self, state, *more, **named)
 
     peers._Peer._set_state = set_state
 
@@ -381,8 +381,12 @@ def address_is_ignored() -> None:
     from overlay.model import segments
     from overlay.server import service
 
-    right = service._caller
-    service._caller = lambda context: segments.Caller("", right(context).name)
+    right = service.Service._caller
+
+    def caller(self: Any, context: Any) -> segments.Caller:
+        return segments.Caller("", right(self, context).name)
+
+    service.Service._caller = caller
 
 
 BUGS = (

@@ -60,6 +60,7 @@ PHOTOS = ROOT / "examples" / "photos"
 PATTERN = r"re:^class \w+Error\("
 GRACE_S = 10.0
 PAGE_PORT = 8050
+BESIDE = 100  # how far from the ports of a closed overlay; the demo, on 127.0.0.1, is not closed
 TIMEOUT_S = 60.0  # a laptop may be busy just after six processes have started
 
 
@@ -115,12 +116,12 @@ def _demo(once: bool, given_up: threading.Event) -> int:
     print("starting six processes on this machine ...", flush=True)
     try:
         launch(topology, topology.processes.values(), children, given_up)
-        wait_until_ready(children, launcher.WAIT_S, given_up)
+        wait_until_ready(children, launcher.WAIT_S, given_up, None)
         if not given_up.is_set() and any(child.ready_ms is None for child in children):
-            report_failure(children)
+            report_failure(children, None)
             children.clear()
             return 1
-        wait_until_linked(children, given_up)
+        wait_until_linked(children, given_up, None)
         _print_processes(children)
         address = topology.processes["A"].address
         if not once:
@@ -148,7 +149,10 @@ def _write_configuration() -> list[str]:
     """Writes CONFIG. Returns the names of its handlers; echo is built in."""
     made = _read("one_host_config.json")
     processes = made["processes"].values()
-    ports = free_ports([process["port"] for process in processes])
+    wanted = [process["port"] for process in processes]
+    if made.pop("tls", ""):  # to those ports, what is tried here speaks TLS
+        wanted = [port + BESIDE for port in wanted]
+    ports = free_ports(wanted)
     for process, port in zip(processes, ports, strict=True):
         process["port"] = port
     made |= {"log_dir": "../logs/demo", "handlers": {}}

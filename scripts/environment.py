@@ -29,7 +29,7 @@ LOCK = "requirements.lock"
 DEV_LOCK = "requirements-dev.lock"
 STUBS = ("overlay_pb2.py", "overlay_pb2.pyi", "overlay_pb2_grpc.py")
 NEEDED = ["grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.protobuf"]
-NEEDED += ["pydantic", "psutil", "rich", "starlette", "uvicorn"]
+NEEDED += ["cryptography", "pydantic", "psutil", "rich", "starlette", "uvicorn"]
 FOR_LAUNCHER = ["grpc", "google.protobuf", "google.rpc", "pydantic", "psutil", "rich"]
 
 PROBE = """

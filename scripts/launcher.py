@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 SCRIPTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(SCRIPTS.parent), str(SCRIPTS)]
@@ -61,16 +61,21 @@ from processes import (  # noqa: E402 - after that, like everything that may ope
     wait_until_ready,
 )
 
-from overlay.cli.doctor import Examination, advice, examine, say_summary  # noqa: E402
+from overlay.cli.doctor import Examination, advice, closing, examine, say_summary  # noqa: E402
 from overlay.cli.terminal import Screen, guarded  # noqa: E402
 from overlay.cli.usage import Parser  # noqa: E402
 from overlay.model.config import load  # noqa: E402
 from overlay.model.errors import ConfigError  # noqa: E402
 from overlay.model.topology import Process, Topology  # noqa: E402
 from overlay.monitor.diagnosis import Finding, Grade, Observation  # noqa: E402
+from overlay.monitor.protection import protection  # noqa: E402
+from overlay.security.lookup import credentials_of  # noqa: E402
 from overlay.server.shutdown import when_console_ends  # noqa: E402
 from overlay.transport import resolver as names  # noqa: E402
-from overlay.transport.machine import asking_address, is_here, own_addresses  # noqa: E402
+from overlay.transport.machine import is_here, own_addresses  # noqa: E402
+
+if TYPE_CHECKING:
+    from overlay.security.credentials import Credentials
 
 NOTHING_RUNS = "nothing is running that was started here from {}"
 WAIT_S = 60.0  # for a process to serve; handlers that load a model take their time
@@ -97,10 +102,11 @@ def start(config: Path, ids: Sequence[str], wait_s: float) -> int:
     given_up = end_on_signal()
     topology = load(config)
     chosen = choose(topology, ids)
+    credentials = credentials_of(topology)
     children: list[Child] = []
     try:
         running = launch(topology, chosen, children, given_up)
-        wait_until_ready(children, wait_s, given_up)
+        wait_until_ready(children, wait_s, given_up, credentials)
     except Refused:
         take_back(children)
         raise
@@ -109,10 +115,12 @@ def start(config: Path, ids: Sequence[str], wait_s: float) -> int:
         take_back(children)
         return 130
     if any(child.ready_ms is None for child in children):
-        report_failure(children)
+        report_failure(children, credentials)
         return 1
-    wait_until_linked(children, given_up)
+    wait_until_linked(children, given_up, credentials)
     _print_started(topology, chosen, children)
+    for line in _protection(topology, chosen, credentials):
+        Screen(sys.stdout).say(line)
     # Those that ran before may be frozen, or have another configuration.
     found = examined(topology).processes if running else ()
     problems = advice([(p.id, f) for p, f in found if p.id in running and f.grade is Grade.BAD])
@@ -158,6 +166,15 @@ def _print_started(
         rows.append((p.id, p.role, p.team, at, *figures, log))
     columns = ("id", "role", "team", "address", "pid", "ready", "log")
     Screen(sys.stdout).table("", columns, rows)
+
+
+def _protection(
+    topology: Topology, chosen: Iterable[Process], credentials: Credentials | None
+) -> list[str]:
+    """Whether the chosen ones are open, and what is wrong with certificates; a line each."""
+    answers = [answer for process in chosen if (answer := ask(process, credentials))]
+    own_problem = credentials.warning if credentials else ""
+    return protection(answers, closing(shown(config_of(topology))), own_problem).lines
 
 
 # stop
@@ -206,6 +223,7 @@ def restart(config: Path, ids: Sequence[str], grace_s: float | None, wait_s: flo
     """
     given_up = end_on_signal()
     topology = load(config)
+    credentials = credentials_of(topology)
     if grace_s is None:
         grace_s = topology.limits.drain_grace_s + GRACE_MARGIN_S
     found = _own_records(topology).items()
@@ -217,29 +235,35 @@ def restart(config: Path, ids: Sequence[str], grace_s: float | None, wait_s: flo
         if given_up.is_set():
             print("interrupted; the others were not touched", file=sys.stderr)
             return 130
-        if not _restart_one(topology, process, running.get(process.id), grace_s, wait_s):
+        record = running.get(process.id)
+        if not _restart_one(topology, process, record, credentials, grace_s, wait_s):
             return 1
     return 0
 
 
 def _restart_one(
-    topology: Topology, process: Process, record: Record | None, grace_s: float, wait_s: float
+    topology: Topology,
+    process: Process,
+    record: Record | None,
+    credentials: Credentials | None,
+    grace_s: float,
+    wait_s: float,
 ) -> bool:
     given_up = threading.Event()  # half a restart is of no use: Ctrl-C waits for its end
-    before = ask(asking_address(process)) if record else None
+    before = ask(process, credentials) if record else None
     absent = not_linked(before) if before else {n.id for n in topology.below(process.id)}
     ended = end([record], grace_s, False)[process.id] if record else "was not running"
     child = None
     try:
         child = spawn(topology, process)
-        wait_until_ready([child], wait_s, given_up)
+        wait_until_ready([child], wait_s, given_up, credentials)
     except Refused as refused:
         print(refused, file=sys.stderr)
     if child is None or child.ready_ms is None:
-        report_failure([child] if child else [])
+        report_failure([child] if child else [], credentials)
         print(f"process {process.id} is down; the others were not touched", file=sys.stderr)
         return False
-    problems = _wait_until_seen(topology, process, absent)
+    problems = _wait_until_seen(topology, process, absent, credentials)
     print(
         f"{process.id}  {ended}, serves again after {child.ready_ms:.0f} ms, pid {child.popen.pid}"
     )
@@ -249,7 +273,11 @@ def _restart_one(
 
 
 def _wait_until_seen(
-    topology: Topology, process: Process, absent: set[str], wait_s: float = LINK_S
+    topology: Topology,
+    process: Process,
+    absent: set[str],
+    credentials: Credentials | None,
+    wait_s: float = LINK_S,
 ) -> list[str]:
     """Waits until its neighbours see it and it sees those it saw before. Returns what is missing.
 
@@ -260,9 +288,9 @@ def _wait_until_seen(
         problems = [
             f"{n.id} does not see it"
             for n in topology.above(process.id)
-            if (metrics := ask(asking_address(n))) and process.id in not_linked(metrics)
+            if (metrics := ask(n, credentials)) and process.id in not_linked(metrics)
         ]
-        own = ask(asking_address(process))
+        own = ask(process, credentials)
         missing = sorted(not_linked(own) - absent) if own else []
         problems += [f"it does not see {n} any more" for n in missing]
         if own and not problems:
@@ -324,6 +352,8 @@ def _with_record(
     why = f"it runs as pid {record.pid} but does not answer at {observed.address}"
     if record.port != process.port:
         why += f": it was started with port {record.port}"
+    elif observed.tls_problem:
+        why += f": {observed.tls_problem}"
     again = f"{command('restart')} {shown(config_of(topology))} {process.id}"
     return Finding(Grade.BAD, "no answer", why, f"see {shown(files.log)}, or restart it: {again}")
 

@@ -19,17 +19,23 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import psutil
 
 from overlay.cli.terminal import join_all
+from overlay.model.errors import ConfigError
 from overlay.model.topology import Process, Topology
 from overlay.server.shutdown import StopFile
 from overlay.transport import codec
-from overlay.transport.channels import Channel
+from overlay.transport.channels import Channel, split
 from overlay.transport.machine import asking_address
+from overlay.transport.resolver import look_up
+from overlay.transport.tls_check import tls_problem
+
+if TYPE_CHECKING:
+    from overlay.security.credentials import Credentials
 
 ROOT = Path(__file__).resolve().parent.parent
 SAME_START_S = 2.0  # a correction of the clock moves a start time by no more than that
@@ -263,20 +269,26 @@ def _create_time(pid: int) -> float:
         return 0.0  # it has ended already
 
 
-def wait_until_ready(children: Sequence[Child], wait_s: float, given_up: threading.Event) -> None:
+def wait_until_ready(
+    children: Sequence[Child],
+    wait_s: float,
+    given_up: threading.Event,
+    credentials: Credentials | None,
+) -> None:
     """Fills in ready_ms of each child that serves within wait_s; all are asked in parallel."""
     until = time.monotonic() + wait_s
-    jobs = [(child, until, given_up) for child in children]
+    jobs = [(child, until, given_up, credentials) for child in children]
     threads = [threading.Thread(target=_wait_for, args=job, daemon=True) for job in jobs]
     for thread in threads:
         thread.start()
     join_all(threads, wait_s + 1)
 
 
-def _wait_for(child: Child, until: float, given_up: threading.Event) -> None:
-    address = asking_address(child.process)
+def _wait_for(
+    child: Child, until: float, given_up: threading.Event, credentials: Credentials | None
+) -> None:
     while time.monotonic() < until and child.popen.poll() is None and not given_up.is_set():
-        metrics = ask(address, 0.5)
+        metrics = ask(child.process, credentials, 0.5)
         if metrics and metrics.process_id == child.process.id and child.is_pid(metrics.pid):
             child.ready_ms = (time.monotonic() - child.began) * 1000
             return
@@ -284,7 +296,10 @@ def _wait_for(child: Child, until: float, given_up: threading.Event) -> None:
 
 
 def wait_until_linked(
-    children: Sequence[Child], given_up: threading.Event, wait_s: float = LINK_S
+    children: Sequence[Child],
+    given_up: threading.Event,
+    credentials: Credentials | None,
+    wait_s: float = LINK_S,
 ) -> None:
     """Waits until the started ones are connected with each other: then a request reaches all.
 
@@ -293,7 +308,7 @@ def wait_until_linked(
     ours = {child.process.id for child in children}
     until = time.monotonic() + wait_s
     while not given_up.wait(0.1) and time.monotonic() < until:
-        answers = [ask(asking_address(child.process)) for child in children]
+        answers = [ask(child.process, credentials) for child in children]
         if all(answer and not ours & not_linked(answer) for answer in answers):
             return
 
@@ -302,10 +317,15 @@ def not_linked(metrics: Any) -> set[str]:
     return {n.process_id for n in metrics.neighbours if n.state != "up"}
 
 
-def ask(address: str, timeout_s: float = ANSWER_S) -> Any:
-    """The metrics of the process at the address, or None when it does not answer."""
+def ask(process: Process, credentials: Credentials | None, timeout_s: float = ANSWER_S) -> Any:
+    """The metrics of what answers at its address, or None when nothing does.
+
+    With credentials, only that process itself answers.
+    """
     # Not through the client library: that waits for a connection, here a refused one is an answer.
-    with Channel(address) as channel:
+    address = asking_address(process)
+    keys = credentials and _keys_for(process, credentials)
+    with Channel(address, credentials=keys, process_id=process.id) as channel:
         node = codec.pb2_grpc.OverlayNodeStub(channel)
         try:
             return node.GetMetrics(codec.pb2.MetricsRequest(), timeout=timeout_s)
@@ -313,27 +333,48 @@ def ask(address: str, timeout_s: float = ANSWER_S) -> Any:
             return None
 
 
-def report_failure(children: Sequence[Child]) -> None:
+def _keys_for(process: Process, credentials: Credentials) -> Credentials:
+    """A process of this machine is asked with its own certificate: the user's may be revoked."""
+    folder, stem = credentials.folder, f"process_{process.id.lower()}"
+    if not folder.holder(stem).exists():
+        return credentials
+    try:
+        return type(credentials)(folder, stem)
+    except ConfigError:
+        return credentials  # the process itself says what is wrong with its certificate
+
+
+def report_failure(children: Sequence[Child], credentials: Credentials | None) -> None:
     """Prints why the failed ones failed, and stops the others: half a start is of no use."""
     for child in children:
         if child.ready_ms is None:
-            print(_why_not(child), file=sys.stderr)
+            print(_why_not(child, credentials), file=sys.stderr)
     take_back(children)
     if good := [child.process.id for child in children if child.ready_ms is not None]:
         were = "was" if len(good) == 1 else "were"
         print(f"{', '.join(good)} did start and {were} stopped again", file=sys.stderr)
 
 
-def _why_not(child: Child) -> str:
+def _why_not(child: Child, credentials: Credentials | None) -> str:
     code = child.popen.poll()
     what = f"ended with exit code {code}"
     if code is None:
         waited_s = time.monotonic() - child.began
         what = f"does not serve on {child.process.address} after {waited_s:.0f} s"
+        if problem := _tls_problem(child.process, credentials):
+            what += f": {problem}"
     written = child.files.out if child.files.out.stat().st_size else child.files.log
     lines = last_lines(written)
     end_of = f"; the end of {shown(written)}:" if lines else "; it wrote nothing"
     return "\n    ".join([f"process {child.process.id} {what}{end_of}", *lines])
+
+
+def _tls_problem(process: Process, credentials: Credentials | None) -> str:
+    """Why it and this user do not come together over TLS; empty when that is not the reason."""
+    if credentials is None:
+        return ""
+    host, port = split(asking_address(process))
+    return tls_problem(look_up(host).addresses, port, credentials, process.id)
 
 
 def take_back(children: Sequence[Child]) -> None:

@@ -44,6 +44,11 @@ SECTIONS = {
         "HandlerEntry",
         'An entry of `handlers`: `"name": "module:function"`, or an object with these keys.',
     ),
+    "A caller": (
+        "AccessEntry",
+        "An entry of `access`. A key that is left out restricts nothing, an empty list allows "
+        "nothing. See [who may do what](security.md#who-may-do-what).",
+    ),
 }
 
 VERBS = """\
@@ -103,9 +108,11 @@ def _values(key: dict[str, Any]) -> str:
     (kind,) = kinds
     if "enum" in kind:
         return ", ".join(f"`{value}`" for value in kind["enum"])
+    if "enum" in kind.get("items", ()):
+        return f"a list of {_values(kind['items'])}"
     most = kind.get("maximum")
     if most is None:
-        return {"string": "text", "array": "a list of ids"}.get(kind["type"], "an object")
+        return {"string": "text", "array": "a list of names"}.get(kind["type"], "an object")
     number = "a whole number" if kind["type"] == "integer" else "a number"
     least = f"{kind['minimum']:,}" if "minimum" in kind else f"above {kind['exclusiveMinimum']:,}"
     return f"{number}, {least} to {most:,}"
@@ -117,12 +124,12 @@ def _values(key: dict[str, Any]) -> str:
 def verbs() -> str:
     """Each verb's help, and the exit codes once: they are the same for all."""
     overview, exits = _help().split("\nexit codes:\n", 1)
-    forms = re.findall(r"(?m)^  client\.py (HOST PORT )?([a-z]+)", overview)
+    forms = re.findall(r"(?m)^  client\.py (HOST PORT )?([a-z]+)((?: [A-Z]+)?)", overview)
     lines = [VERBS, "## One request", "", *_block(overview)]
-    for of_a_process, verb in forms:
+    for of_a_process, verb, argument in forms:
         words = ["HOST", "PORT", verb] if of_a_process else [verb]
         text = _help(*words).split("\nexit codes:\n", 1)[0]
-        lines += [f"## {verb}" + ("" if of_a_process else " CONFIG"), "", *_block(text)]
+        lines += [f"## {verb}{argument}", "", *_block(text)]
     return "\n".join([*lines, "## Exit codes", "", *_block(exits)])
 
 

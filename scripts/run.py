@@ -8,6 +8,9 @@
     python3 scripts/run.py stop CONFIG [IDS]   stops what start started
     python3 scripts/run.py restart CONFIG [IDS]  restarts them one by one; no request is lost
     python3 scripts/run.py status CONFIG       which processes serve, with their pids
+    python3 scripts/run.py init                asks for the addresses of your machines
+    python3 scripts/run.py secure CONFIG       certificates for them, on the leader's machine
+    python3 scripts/run.py join LINE           on another machine, with a line that secure printed
     python3 scripts/run.py setup               only the set-up
     python3 scripts/run.py lock                makes the lock files again from requirements*.txt
 
@@ -81,6 +84,15 @@ def start(arguments):
 
 def restart(arguments):
     return hand_over(prepare(), SCRIPTS / "launcher.py", ["restart"] + arguments)
+
+
+def client(verb):
+    """A verb of client.py, for a machine on which nothing is set up yet."""
+
+    def hand(arguments):
+        return hand_over(prepare(), ROOT / "client.py", [verb] + arguments)
+
+    return hand
 
 
 def stop(arguments):
@@ -173,6 +185,9 @@ VERBS = {
     "stop": stop,
     "restart": restart,
     "status": status,
+    "init": client("init"),
+    "secure": client("secure"),
+    "join": client("join"),
     "setup": setup,
     "lock": lock,
 }

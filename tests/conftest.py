@@ -57,6 +57,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 # Files that take long start first, the longest before the others, so that no core idles at the end.
 LONG_FILES = ("windows", "flights", "two_hosts", "strangers", "launcher", "hostile", "overload")
+LONG_FILES += ("tls", "two_hosts_tls", "rules_over_tls", "access")
 LONG_FILES += ("rules", "faults", "client", "sync", "routing_around", "drain", "fairness", "sizes")
 LONG_FILES += (
     "map",
@@ -65,6 +66,7 @@ LONG_FILES += (
     "stream_limit",
     "bad_input",
     "versions",
+    "rules_over_tls",
 )
 
 
@@ -102,9 +104,15 @@ def fuzz(request: pytest.FixtureRequest) -> Fuzz:
 
 
 @pytest.fixture(scope="module")
-def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+def security() -> dict[str, Any]:
+    """Top-level keys for overlays; a module that repeats tests over TLS overrides them."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory, security: dict[str, Any]) -> Iterator[Overlay]:
     """A to F with echo handlers. Tests that kill or overload processes make their own overlay."""
-    with running(tmp_path_factory.mktemp("six"), six_processes()) as overlay:
+    with running(tmp_path_factory.mktemp("six"), six_processes(**security)) as overlay:
         yield overlay
 
 

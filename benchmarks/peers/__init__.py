@@ -8,7 +8,7 @@
     missing() -> str               why it cannot run on this machine; empty when it can
     start(group, setup) -> dict    starts its servers and workers; returns the Caller's arguments
     Caller(**arguments)            its client, in a process of its own
-    SETUPS                         optional: the set-ups in which it runs, when not all
+    SETUPS, ROWS                   optional: the set-ups and rows in which it runs, when not all
     versions() -> dict             optional: of servers that are not Python packages
 
 The modules import their packages late, so that the driver needs none of them.
@@ -22,6 +22,7 @@ from types import ModuleType
 
 MODULES = {
     "ours": "ours",
+    "ours-tls": "ours_tls",
     "grpc-hop": "grpc_hop",
     "grpc-chain": "grpc_chain",
     "grpc-streams": "grpc_streams",

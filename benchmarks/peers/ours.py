@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 from benchmarks.children import Group
 from benchmarks.loads import TIMEOUT_S, FuturesCaller
@@ -27,7 +28,11 @@ def missing() -> str:
 
 
 def start(group: Group, setup: Setup) -> dict:
-    config = configuration(setup)
+    return serve(group, setup, configuration(setup))
+
+
+def serve(group: Group, setup: Setup, config: dict) -> dict:
+    """Starts the processes of this configuration."""
     path = group.folder / "overlay.json"
     path.write_text(json.dumps(config, indent=2))
     for process_id in config["processes"]:
@@ -62,14 +67,16 @@ def configuration(setup: Setup) -> dict:
 
 
 class Caller(FuturesCaller):
-    def __init__(self, address: str, workers: int) -> None:
+    def __init__(self, address: str, workers: int, tls: str = "") -> None:
+        """tls: the folder of certificates; empty for plaintext."""
         import overlay
         from overlay.transport import codec as wire
 
-        self._client = overlay.connect(address)
+        self._client = overlay.connect(address, tls=tls or False)
         self._wait_for(workers)
         self._pb2 = wire.pb2
-        self._forward = self._stub(address, wire).Forward
+        self._channel = _channel(address, tls)
+        self._forward = wire.pb2_grpc.OverlayNodeStub(self._channel).Forward
 
     def call(self, payload: bytes, mode: str) -> bytes:
         return self._client.call(payload, mode=mode, timeout=TIMEOUT_S).result
@@ -90,12 +97,6 @@ class Caller(FuturesCaller):
         self._channel.close()
         self._client.close()
 
-    def _stub(self, address: str, wire):
-        import grpc
-
-        self._channel = grpc.insecure_channel(address)
-        return wire.pb2_grpc.OverlayNodeStub(self._channel)
-
     def _wait_for(self, workers: int) -> None:
         """Waits until every worker answers: links take a moment to come up."""
 
@@ -106,3 +107,13 @@ class Caller(FuturesCaller):
             until(all_answer, TIMEOUT_S)
         except NotReached:
             raise TimeoutError(f"not all {workers} workers answered") from None
+
+
+def _channel(address: str, tls: str):
+    """As any gRPC client makes one."""
+    import grpc
+
+    if not tls:
+        return grpc.insecure_channel(address)
+    ca, user = ((Path(tls) / name).read_bytes() for name in ("ca.pem", "user.pem"))
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, user, user))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -31,10 +30,12 @@ from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay.calls.eviction import EvictionQueue
+from overlay.calls.gate import Gate
 from overlay.calls.request_log import RequestLog, unexpected
 from overlay.model import clocks as time
-from overlay.model.errors import BadRequest, CrowdedOut, OverlayError
+from overlay.model.errors import BadRequest, CrowdedOut, NotAllowed, OverlayError
 from overlay.model.limits import Limits
+from overlay.model.segments import Executed
 from overlay.transport import codec
 
 log = logging.getLogger(__name__)
@@ -129,9 +130,15 @@ class Reception:
     """
 
     def __init__(
-        self, server: grpc.Server, pool: ThreadPoolExecutor, limits: Limits, request_log: RequestLog
+        self,
+        server: grpc.Server,
+        pool: ThreadPoolExecutor,
+        limits: Limits,
+        request_log: RequestLog,
+        gate: Gate | None = None,
     ) -> None:
-        """request_log: counts the calls that are ended because there are too many."""
+        """request_log: counts the calls that are ended because there are too many. gate: decides
+        who may call what."""
         self._server = server
         self._pool = pool
         self._limits = limits
@@ -140,7 +147,8 @@ class Reception:
         self._unarrived: EvictionQueue[Call] = EvictionQueue(limits.unarrived_calls)
         self._watchers: EvictionQueue[Call] = EvictionQueue(limits.resting_calls)
         self._unread: EvictionQueue[Call] = EvictionQueue(limits.unread_bytes)
-        self._peers: Counter[str] = Counter()
+        self._gate = gate or Gate()
+        self._open: set[Call] = set()  # with TLS: ended when their certificate is revoked
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
         """Does nothing: `add_registered_method_handlers` adds the same methods both ways."""
@@ -148,7 +156,7 @@ class Reception:
     def add_registered_method_handlers(
         self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]
     ) -> None:
-        wrapped = {name: self._wrapped(handler) for name, handler in handlers.items()}
+        wrapped = {name: self._wrapped(name, handler) for name, handler in handlers.items()}
         generic = grpc.method_handlers_generic_handler(service, wrapped)
         self._server.add_generic_rpc_handlers((generic,))
         self._server.add_registered_method_handlers(service, wrapped)
@@ -158,10 +166,19 @@ class Reception:
         """Calls whose message has not arrived."""
         return len(self._unarrived)
 
-    def open_peers(self) -> set[str]:
-        """gRPC's names of the callers with an open call."""
+    def end_untrusted(self) -> None:
+        """Ends the calls whose certificates were revoked or have expired since they began."""
+        if self._gate.is_open:
+            return
         with self._lock:
-            return set(self._peers)
+            calls = list(self._open)
+        for call in calls:
+            try:
+                self._gate.identity(call.peer)
+            except OverlayError as e:
+                if not self._gate.invitation(call.peer)[0]:
+                    e.executed = Executed.UNKNOWN  # accepted requests may have run
+                    call.fail(e)
 
     def end_late(self) -> None:
         """Ends the calls whose message is overdue."""
@@ -172,7 +189,7 @@ class Reception:
             call.fail(CrowdedOut(f"no message arrived within {patience_s:g} s"))
             self._request_log.crowded_out(UNARRIVED, 1, call.address)
 
-    def _wrapped(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    def _wrapped(self, name: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         parse, serialize = handler.request_deserializer, handler.response_serializer
         method = handler.unary_unary or handler.unary_stream or handler.stream_stream
         pool = getattr(method, "experimental_thread_pool", None)
@@ -185,7 +202,16 @@ class Reception:
             begin = method
 
         def served(requests: object, context: grpc.ServicerContext, send: object) -> None:
-            begin(self._enter(context), context)
+            call = self._enter(context)
+            try:
+                self._gate.enter(context, name)
+                self._gate.check_verb(context, name)
+            except OverlayError as e:
+                if isinstance(e, NotAllowed):
+                    self._request_log.not_allowed(e, call.address)
+                call.fail(e)
+            else:
+                begin(call, context)
 
         served.experimental_non_blocking = True  # type: ignore[attr-defined]
         served.experimental_thread_pool = _INLINE  # type: ignore[attr-defined]
@@ -195,8 +221,9 @@ class Reception:
 
     def _enter(self, context: grpc.ServicerContext) -> Call:
         call = Call(context)
-        with self._lock:
-            self._peers[call.peer] += 1
+        if not self._gate.is_open:
+            with self._lock:
+                self._open.add(call)
         context.add_callback(partial(self._leave, call))
         return call
 
@@ -205,9 +232,8 @@ class Reception:
             call.is_over = True
             for queue in (self._unarrived, self._watchers, self._unread):
                 queue.discard(call)
-            self._peers[call.peer] -= 1
-            if not self._peers[call.peer]:
-                del self._peers[call.peer]
+            self._open.discard(call)
+        self._gate.leave(call.peer)
 
     def _unary(self, serve: Callable[[Call, bytes], None], pool: ThreadPoolExecutor) -> Method:
         def begin(call: Call, context: grpc.ServicerContext) -> None:

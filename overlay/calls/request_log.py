@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from overlay.calls import metrics_codec
 from overlay.model import clocks as time
-from overlay.model.errors import HandlerFailed, OverlayError
+from overlay.model.errors import HandlerFailed, NotAllowed, OverlayError
 from overlay.model.segments import Caller, Code, Executed, Hop, Mode, Segment, Slice
 from overlay.observability import trace as tracing
 from overlay.observability.counters import Meter
@@ -142,6 +142,18 @@ class RequestLog:
 
     def _waited_below_s(self, answers: Slice) -> float:
         return 0.0 if self._works or answers.early_us is None else answers.early_us[0] / 1e6
+
+    def not_allowed(self, error: NotAllowed, address: str) -> None:
+        """A call was refused before it was read: for metrics, for logs, or of an invitation.
+
+        It counts as received too, so that the counts add up; it has no summary.
+        """
+        self.meter.received(1)
+        self.count(error)
+        kind = _kind(error)
+        if self._failures.allow(kind):
+            text = f"{kind.word}, {kind.cause}: {error}; asked by {address}"
+            _write_failure(kind, text, request_id=0)
 
     def crowded_out(self, what: str, count: int, address: str) -> None:
         """Calls, streams or connections of the address were ended or refused to make room."""

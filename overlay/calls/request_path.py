@@ -13,6 +13,8 @@ from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from overlay.calls.request_log import Ended, RequestLog, log_failure
+from overlay.model import access
+from overlay.model.access import UNRESTRICTED, Rights
 from overlay.model.errors import BadRequest, HandlerFailed, OverlayError, PartsFailed
 from overlay.model.segments import (
     Caller,
@@ -43,15 +45,18 @@ STOPPING_RETRY_S = 1.0  # by then a stopping process has closed its port
 class Accepted:
     """A segment at this process, from its arrival to its last answer.
 
-    want_parts: its caller wants each worker's own bytes. queued: None until it is admitted.
-    counted: rows whose end has been noted.
+    want_parts: its caller wants each worker's own bytes. rights: the caller's. queued: None until
+    it is admitted. counted: rows whose end has been noted.
     """
 
-    __slots__ = ("caller", "counted", "queued", "segment", "want_parts")
+    __slots__ = ("caller", "counted", "queued", "rights", "segment", "want_parts")
 
-    def __init__(self, segment: Segment, caller: Caller, want_parts: bool) -> None:
+    def __init__(
+        self, segment: Segment, caller: Caller, want_parts: bool, rights: Rights = UNRESTRICTED
+    ) -> None:
         self.segment = segment
         self.caller = caller
+        self.rights = rights
         self.want_parts = want_parts
         self.queued: QueuedSegment | None = None
         self.counted = 0
@@ -103,9 +108,14 @@ class RequestPath:
         response.streams, response.streamed_waiting, response.streamed_active = self.queue.streamed
         response.streamed_slots = response.streams * self.limits.window_rows
 
-    def check(self, route: Route) -> None:
-        """Raises UnknownName, LoopDetected and the like if this process cannot serve the route."""
+    def check(self, route: Route, rights: Rights = UNRESTRICTED) -> None:
+        """Raises UnknownName, LoopDetected and the like if this process cannot serve the route, and
+        NotAllowed if its caller has not the rights."""
         planner.check(self._topology, self.me, route)
+        if rights is not UNRESTRICTED:
+            processes = self._topology.processes
+            scope = planner.scope(self._topology, self.me, route)
+            access.check_request(rights, route, (processes[worker] for worker in scope))
 
     def admit(
         self,
@@ -126,7 +136,9 @@ class RequestPath:
                 raise error
             self._ids.take(accepted.caller, segment)
             if flow is None:
-                accepted.queued = self.queue.admit(segment, sink, accepted.caller, priority)
+                accepted.queued = self.queue.admit(
+                    segment, sink, accepted.caller, priority, accepted.rights
+                )
             else:
                 accepted.queued = self.queue.admit_to(flow, segment, sink, priority)
         except OverlayError as e:

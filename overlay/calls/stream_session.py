@@ -29,7 +29,9 @@ from overlay.calls.eviction import EvictionQueue
 from overlay.calls.reception import Call
 from overlay.calls.request_log import unexpected
 from overlay.calls.request_path import Accepted, RequestPath, size_of
+from overlay.model import access
 from overlay.model import clocks as time
+from overlay.model.access import UNRESTRICTED, Rights
 from overlay.model.errors import (
     BadRequest,
     CallCancelled,
@@ -159,16 +161,17 @@ class StreamSessions:
         context: grpc.ServicerContext,
         caller: Caller = ANONYMOUS,
         neighbour: str = "",
+        rights: Rights = UNRESTRICTED,
     ) -> None:
         """Serves one call until the client's half-close. Never blocks. Raises QueueFull, Draining.
 
-        neighbour: the process above this one, if the call is its link.
+        neighbour: the process above this one, if the call is its link. rights: the caller's.
         """
         path, request_log = self.path, self.path.request_log
         if path.draining:
             raise Draining(f"{path.me} is stopping and takes no new requests")
         client_limit = codec.read_max_bytes(context.invocation_metadata())
-        session = _Session(self, call, caller, client_limit)
+        session = _Session(self, call, caller, client_limit, rights)
         try:
             for other in self.open.enter(session, caller.address, neighbour):
                 other.make_room()
@@ -228,17 +231,23 @@ _Outgoing = tuple[_Accepted, int, Slice, int, bool]
 
 class _Session:
     def __init__(
-        self, sessions: StreamSessions, call: Call, caller: Caller, client_limit: int | None = None
+        self,
+        sessions: StreamSessions,
+        call: Call,
+        caller: Caller,
+        client_limit: int | None = None,
+        rights: Rights = UNRESTRICTED,
     ) -> None:
         """client_limit: the largest answer that the client takes, if it says so."""
         self._sessions = sessions
         self._path = sessions.path
         self._call = call
         self._caller = caller
+        self._rights = rights
         self._limits = limits = sessions.path.limits
         self._client_limit = client_limit
         self._max_bytes = min(limits.max_message_bytes, client_limit or limits.max_message_bytes)
-        self._flow = self._path.queue.open_flow(caller)
+        self._flow = self._path.queue.open_flow(caller, rights)
         self._lock = threading.Lock()
         self._out: deque[_Outgoing] = deque()
         self._in_flight: list[_Written] = []  # in the frame that is being sent
@@ -482,7 +491,7 @@ class _Session:
                 accepted.queued.end(Code.CANCELLED, start, min(cancel.count, rows - start))
         for grant in frame.grants:
             self._grant(grant)
-        for reported in frame.progress:
+        for reported in frame.progress if access.may(self._rights, access.REQUESTS) else ():
             progress = codec.read_progress(reported, self._limits)
             self._sessions.maps.add(self, self._caller, progress)
         if self._abandoned:  # perhaps just now, after `abandon` removed its maps
@@ -545,7 +554,7 @@ class _Session:
         if route is None:
             route = codec.read_route(message, self._limits)
             try:
-                self._path.check(route)
+                self._path.check(route, self._rights)
             except OverlayError as e:
                 return route, e
             if len(self._routes) < 100:

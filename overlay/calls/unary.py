@@ -19,6 +19,7 @@ from overlay.calls.idempotency import First, IdempotencyKeys, Outcome, Waiter
 from overlay.calls.request_log import unexpected
 from overlay.calls.request_path import Accepted, RequestPath, size_of
 from overlay.model import clocks as time
+from overlay.model.access import UNRESTRICTED, Rights
 from overlay.model.errors import OverlayError
 from overlay.model.segments import AnswerRow, Caller, Code, Column, Route, Segment, Slice
 from overlay.queueing.queued_segment import QueuedSegment
@@ -40,14 +41,18 @@ class UnaryRequests:
         self._deadlines = deadlines
 
     def forward(
-        self, request: pb2.Request, context: grpc.ServicerContext, caller: Caller
+        self,
+        request: pb2.Request,
+        context: grpc.ServicerContext,
+        caller: Caller,
+        rights: Rights = UNRESTRICTED,
     ) -> pb2.Response | Future[pb2.Response]:
         """The answer, or a Future of it while the first request with its key is running.
 
-        Raises OverlayError, already counted and logged.
+        rights: the caller's. Raises OverlayError, already counted and logged.
         """
         self.last_arrival = time.monotonic()
-        single = self._read(request, context, caller)
+        single = self._read(request, context, caller, rights)
         try:
             if single.segment.idempotent and single.error is None:
                 return self._ask_with_key(single)
@@ -56,17 +61,19 @@ class UnaryRequests:
             e.request_id = e.request_id or single.segment.first_id
             raise self._path.with_retry(e) from None
 
-    def _read(self, request: pb2.Request, context: grpc.ServicerContext, caller: Caller) -> _Single:
+    def _read(
+        self, request: pb2.Request, context: grpc.ServicerContext, caller: Caller, rights: Rights
+    ) -> _Single:
         """An invalid request has an `error`, and a blank route if that cannot be read."""
         deadline, error = self._deadline(context), None
         segment = Segment(Route(), Column((b"",)), deadline, request.request_id)
         traced = not request.hops and self._request_log.wants_trace()
         try:
             segment = codec.read_request(request, deadline, self._limits, traced)
-            self._path.check(segment.route)
+            self._path.check(segment.route, rights)
         except OverlayError as e:
             error = e
-        return _Single(request, context, caller, segment, error)
+        return _Single(request, context, caller, rights, segment, error)
 
     def _ask(self, single: _Single) -> pb2.Response:
         segment = single.segment
@@ -179,10 +186,11 @@ class _Single(Accepted):
         request: pb2.Request,
         context: grpc.ServicerContext,
         caller: Caller,
+        rights: Rights,
         segment: Segment,
         error: OverlayError | None,
     ) -> None:
-        super().__init__(segment, caller, request.want_parts)
+        super().__init__(segment, caller, request.want_parts, rights)
         self.request = request
         self.context = context
         self.error = error

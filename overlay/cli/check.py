@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from overlay.cli.doctor import DEADLINE_S, Examination, examine, links_as_json, say_summary
+from overlay.cli.doctor import DEADLINE_S, Examination, closing, examine, links_as_json, say_summary
 from overlay.cli.terminal import Exit, Screen, connected, failed, misconfigured
 from overlay.cli.text import counted, span
 from overlay.cli.usage import Parser, shared_options
@@ -16,6 +17,7 @@ from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.topology import Process, Topology, join_address
 from overlay.monitor.diagnosis import Finding, Observation
+from overlay.monitor.protection import protection
 from overlay.observability import metric_families
 from overlay.transport.codec import pb2
 
@@ -55,9 +57,12 @@ def of_process(args: argparse.Namespace) -> int:
 
 def show_metrics(report: Screen, m: pb2.MetricsResponse, address: str) -> None:
     workers, unreached = expected_workers(m), unreached_workers(m)
+    protected = protection([m], closing())
     report.facts(
         ("process", f"{m.process_id}, {m.role} of team {m.team}, at {address}"),
         ("state", f"{'serves' if m.is_healthy else 'stops'}, up for {span(m.uptime_s, 1)}"),
+        ("security", protected.text),
+        ("warning", m.security.problem),
         ("queue", f"{m.queue_size} of {m.queue_slots} waiting"),
         ("streams", _streams(m) if m.streams else ""),
         ("service", f"{m.active_requests} of {m.max_capacity} in service"),
@@ -200,6 +205,7 @@ def _overall_as_json(topology: Topology, found: Examination) -> dict[str, Any]:
         "ok": found.exit_code is Exit.OK,
         "exit_code": int(found.exit_code),
         "config_digest": topology.digest,
+        "security": asdict(found.protection),
         "processes": [
             {
                 "id": process.id,

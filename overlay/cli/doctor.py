@@ -14,8 +14,8 @@ import platform
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import overlay
 from overlay.cli.terminal import Exit, Screen, join_all, misconfigured
@@ -25,12 +25,19 @@ from overlay.client import sync as library
 from overlay.model import clocks as time
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
+from overlay.model.program import CLIENT
 from overlay.model.topology import Process, Topology
 from overlay.monitor.diagnosis import Diagnosis, Finding, Grade, Observation, Reach
+from overlay.monitor.protection import Protection, protection
+from overlay.security.lookup import Tls, credentials_of
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from overlay.transport.machine import asking_address, is_here, own_addresses
 from overlay.transport.resolver import Host, connect, look_up
+from overlay.transport.tls_check import tls_problem
+
+if TYPE_CHECKING:
+    from overlay.security.credentials import Credentials
 
 DEADLINE_S = 3.0
 ROUNDS = 3  # the quickest of them is the round trip
@@ -55,11 +62,16 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Examination:
-    """Which processes and links of an overlay are well, and what is wrong with the others."""
+    """Which processes and links of an overlay are well, and what is wrong with the others.
+
+    protection: whether those that answer are open, and what is wrong with certificates, this
+    user's among them.
+    """
 
     observed: Mapping[str, Observation]
     processes: Sequence[tuple[Process, Finding]]
     links: Sequence[tuple[Process, Process, Finding]]
+    protection: Protection
 
     @property
     def exit_code(self) -> Exit:
@@ -69,7 +81,7 @@ class Examination:
         return Exit.FAILED if any(f.grade is Grade.BAD for f in findings) else Exit.OK
 
     def summary(self) -> list[str]:
-        """How many are well, then what is wrong and what to do."""
+        """How many are well, who may ask them, then what is wrong and what to do."""
         well = sum(f.grade is not Grade.BAD for _, f in self.processes)
         up = sum(f.grade is Grade.OK for *_, f in self.links)
         lines = [
@@ -78,6 +90,7 @@ class Examination:
         ]
         if not any(one.is_here for one in self.observed.values()):
             lines.append(f"none of them is on this machine, which has {', '.join(own_addresses())}")
+        lines += self.protection.lines
         named = [(p.id, f) for p, f in self.processes]
         return lines + advice(named + [(f"{a.id} to {b.id}", f) for a, b, f in self.links])
 
@@ -87,7 +100,8 @@ def examine(topology: Topology, config: str, deadline_s: float = DEADLINE_S) -> 
 
     config: the name of the file, as advice is to repeat it.
     """
-    observed = _observe_all(topology, deadline_s)
+    credentials = credentials_of(topology)
+    observed = _observe_all(topology, credentials, deadline_s)
     here = overlay.__version__, codec.FORMAT, platform.system()
     diagnosis = Diagnosis(topology, observed, *here, config, is_installed())
     processes = topology.processes.values()
@@ -95,14 +109,29 @@ def examine(topology: Topology, config: str, deadline_s: float = DEADLINE_S) -> 
         observed,
         [(p, diagnosis.of_process(p)) for p in processes],
         [(p, n, diagnosis.of_link(p, n)) for p in processes for n in topology.below(p.id)],
+        _protection(observed, credentials, config),
     )
 
 
-def _observe_all(topology: Topology, deadline_s: float) -> dict[str, Observation]:
+def _protection(
+    observed: Mapping[str, Observation], credentials: Credentials | None, config: str
+) -> Protection:
+    answers = [one.metrics for one in observed.values() if one.metrics is not None]
+    return protection(answers, closing(config), credentials.warning if credentials else "")
+
+
+def closing(config: str = "CONFIG") -> str:
+    """The command that closes an overlay, whichever program says it."""
+    return f"{CLIENT} secure {config}"
+
+
+def _observe_all(
+    topology: Topology, credentials: Credentials | None, deadline_s: float
+) -> dict[str, Observation]:
     observed = {id_: Observation(Reach.SILENT) for id_ in topology.processes}
 
     def keep(process: Process) -> None:
-        observed[process.id] = _observe(process, deadline_s)
+        observed[process.id] = _observe(process, credentials, deadline_s)
 
     processes = topology.processes.values()
     threads = [threading.Thread(target=keep, args=(p,), daemon=True) for p in processes]
@@ -112,7 +141,7 @@ def _observe_all(topology: Topology, deadline_s: float) -> dict[str, Observation
     return dict(observed)
 
 
-def _observe(process: Process, deadline_s: float) -> Observation:
+def _observe(process: Process, credentials: Credentials | None, deadline_s: float) -> Observation:
     here = is_here(process, deadline_s)
     # Others may know a process of this machine by an address outside a NAT.
     address = asking_address(process) if here else process.address
@@ -120,10 +149,14 @@ def _observe(process: Process, deadline_s: float) -> Observation:
     own = look_up(process.bind or process.host, deadline_s)
     until = time.monotonic() + deadline_s
     reach = _reach(named, process.port, deadline_s)
-    metrics, rtt_ms, clock_s = _ask(address, until) if reach is Reach.OPEN else NO_ANSWER
+    tls = credentials.folder.path if credentials else False
+    metrics, rtt_ms, clock_s = _ask(address, tls, until) if reach is Reach.OPEN else NO_ANSWER
+    problem = ""
+    if reach is Reach.OPEN and metrics is None:
+        problem = tls_problem(named.addresses, process.port, credentials, process.id, deadline_s)
     is_loopback = here and own.is_loopback and not own.is_lone_number
     at = named.shown(), named.shown(address)
-    return Observation(reach, metrics, rtt_ms, clock_s, here, *at, is_loopback)
+    return Observation(reach, metrics, rtt_ms, clock_s, here, *at, is_loopback, problem)
 
 
 def _reach(named: Host, port: int, deadline_s: float) -> Reach:
@@ -144,11 +177,11 @@ Answer = tuple[pb2.MetricsResponse | None, float, float]
 NO_ANSWER: Answer = (None, 0.0, 0.0)
 
 
-def _ask(address: str, until: float) -> Answer:
+def _ask(address: str, tls: Tls, until: float) -> Answer:
     """Its metrics, the shortest round trip in ms, and how far its clock is ahead in s."""
     answers: list[Answer] = []
     try:
-        asked = library.connect(address)
+        asked = library.connect(address, tls=tls)
         while len(answers) < ROUNDS and (left_s := until - time.monotonic()) > 0:
             wall_s, began = time.time(), time.monotonic()
             metrics = asked.metrics(timeout=left_s)
@@ -218,6 +251,7 @@ def _as_json(found: Examination) -> dict[str, Any]:
     return {
         "ok": found.exit_code is Exit.OK,
         "exit_code": int(found.exit_code),
+        "security": asdict(found.protection),
         "processes": [
             {
                 "id": p.id,

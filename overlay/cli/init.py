@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     written: dict[str, list[str]] = {}
     for old, ids in hosts.items():
         written.setdefault(changes.get(old, old), []).extend(ids)
-    _say_next(Screen(sys.stdout), path, written)
+    _say_next(Screen(sys.stdout), path, written, is_closed=bool(topology.tls))
     return Exit.OK
 
 
@@ -111,13 +111,17 @@ def _asked(hosts: Mapping[str, list[str]], path: Path) -> dict[str, str]:
 
 def write(path: Path, changes: Mapping[str, str]) -> None:
     """Changes the hosts of the processes. Raises ConfigError and leaves the file as it was."""
-    before = path.read_bytes()
-    after = _changed(before, changes)
+    replace_file(path, _changed(path.read_bytes(), changes))
+
+
+def replace_file(path: Path, after: bytes, is_configuration: bool = True) -> None:
+    """Writes it whole or not at all, a configuration only if it is right. Raises ConfigError."""
     try:
         with tempfile.TemporaryDirectory(prefix=".init-", dir=path.parent) as folder:
             written = Path(folder) / path.name
             written.write_bytes(after)
-            load(written)
+            if is_configuration:
+                load(written)
             os.replace(written, path)
     except OSError as e:
         raise ConfigError(f"{path} cannot be written: {e.strerror or e}") from None
@@ -145,7 +149,7 @@ def _with_hosts(raw: dict[str, Any], changes: Mapping[str, str]) -> dict[str, An
     return {**raw, "processes": processes}
 
 
-def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]]) -> None:
+def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]], is_closed: bool) -> None:
     own = own_addresses()
     prefetch(hosts)
     named = {address: look_up(address) for address in hosts}
@@ -160,7 +164,12 @@ def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]]) -> Non
         report.say(f"Careful: none of them is an address of this machine ({', '.join(own)}).")
     if len(hosts) > 1 and any(found.is_loopback for found in named.values()):
         report.say("Careful: 127.0.0.1 and localhost mean each machine itself, and no other one.")
-    if len(hosts) > 1:
+    if len(hosts) > 1 and not is_closed:
+        report.say(f"Written to {path}. Next, on the leader's machine:")
+        report.say(f"  {_secure()} {path}")
+        report.say("It closes the overlay to everybody else, and prints a line for each machine.")
+        report.say("Or, without certificates, copy the file to every machine and start it on each:")
+    elif len(hosts) > 1:
         report.say(
             f"Written to {path}. Copy it to every machine and start it on each, in any order:"
         )
@@ -174,3 +183,9 @@ def _say_next(report: Screen, path: Path, hosts: Mapping[str, list[str]]) -> Non
     there = "on any of them" if len(hosts) > 1 else "there"
     client = program() if is_installed() else f"python {program()}"
     report.say(f"Then, {there}: {client} doctor {path}")
+
+
+def _secure() -> str:
+    if is_installed():
+        return f"{program()} secure"
+    return r"py scripts\run.py secure" if os.name == "nt" else "python3 scripts/run.py secure"

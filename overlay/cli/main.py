@@ -28,7 +28,14 @@ OF_A_PROCESS = {  # after HOST PORT; `ask` is what no verb means
 OF_A_CONFIGURATION = {  # before CONFIG
     "init": "Asks for the addresses of your machines and writes them into the file",
     "check": "Shows every process of the file, and what is wrong",
+    "secure": "Gives the overlay certificates, and closes it to everybody else",
     "doctor": "Finds what is wrong as seen from this machine, the likely cause, and what to do",
+}
+OF_CERTIFICATES = {  # in the project's folder: what follows the verb, and its help
+    "join": ("LINE", "Joins an overlay as a machine or a person, by the line of an invitation"),
+    "invite": ("NAME", "Makes a line by which a person, a program or a machine can join"),
+    "revoke": ("NAME", "Ends the certificates of a name"),
+    "identities": ("", "Shows whose certificates are in use, and until when"),
 }
 CONFIG_OF_INIT = "two_hosts_config.json"  # may be left out there
 
@@ -79,6 +86,8 @@ def choose(words: list[str]) -> tuple[Parser, Verb, list[str]]:
     """The verb that the words name, its parser, and the words left for it."""
     if words and words[0] in OF_A_CONFIGURATION:
         return _of_a_configuration(words[0]), _verb(words[0]), words[1:]
+    if words and words[0] in OF_CERTIFICATES:
+        return _of_certificates(words[0]), _verb(words[0]), words[1:]
     name, rest = "ask", words
     if len(words) > 2 and not any(word.startswith("-") for word in words[:3]):
         name, rest = words[2], [*words[:2], *words[3:]]
@@ -92,6 +101,12 @@ def choose(words: list[str]) -> tuple[Parser, Verb, list[str]]:
 def _of_a_configuration(name: str) -> Parser:
     parser = Parser(f"{program()} {name}", OF_A_CONFIGURATION[name], EXITS)
     usage.config_argument(parser, CONFIG_OF_INIT if name == "init" else "")
+    _verb(name).arguments(parser)
+    return parser
+
+
+def _of_certificates(name: str) -> Parser:
+    parser = Parser(f"{program()} {name}", OF_CERTIFICATES[name][1], EXITS)
     _verb(name).arguments(parser)
     return parser
 
@@ -110,7 +125,8 @@ def _of_a_process(name: str, is_named: bool) -> Parser:
 def _verb(name: str) -> Verb:
     """Imported when it is called: a request should not wait for the import of a web server."""
     with usage.importing():
-        return cast(Verb, importlib.import_module(f"overlay.cli.{name}"))
+        room = ".identity" if name == "secure" or name in OF_CERTIFICATES else ""
+        return cast(Verb, importlib.import_module(f"overlay.cli{room}.{name}"))
 
 
 def overview() -> str:
@@ -120,6 +136,7 @@ def overview() -> str:
         for name, help_ in OF_A_PROCESS.items()
     ]
     forms += [(f"{name} CONFIG", help_) for name, help_ in OF_A_CONFIGURATION.items()]
+    forms += [(f"{name} {word}", help_) for name, (word, help_) in OF_CERTIFICATES.items()]
     lines = [f"  {program()} {form:<22} {help_}" for form, help_ in forms]
     about = "Asks an overlay from the command line. --help after a verb shows its own options."
     return "\n".join([about, "", *lines])

@@ -48,7 +48,7 @@ class Exit(IntEnum):
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """run()'s exit code; Ctrl-C and a reader that leaves cause no traceback."""
+    """run()'s exit code; Ctrl-C, a ConfigError and a reader that leaves cause no traceback."""
     stdio.escape_unprintable()
     output: Any = StandardOutput(sys.stdout)
     with redirect_stdout(output):
@@ -57,6 +57,8 @@ def guarded(run: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             code = Exit.INTERRUPTED
             complain("interrupted")
+        except ConfigError as e:  # as of certificates that cannot be used
+            code = misconfigured(e)
         sys.stdout.flush()
     return code
 

@@ -16,6 +16,7 @@ from overlay.cli.terminal import aligned
 from overlay.cli.text import clean, counted, span
 from overlay.model import clocks as time
 from overlay.model.segments import Code
+from overlay.monitor.protection import OPEN
 from overlay.monitor.snapshot import Snapshot
 from overlay.observability.events import latest
 
@@ -52,13 +53,15 @@ PROCESS_COLUMNS = (
 USAGE = ("cpu %", "MiB")  # shown where there is room
 NUMBERS = PROCESS_COLUMNS[2:-2]  # aligned to the right
 MAX_MAPS = 3
+MAX_PROBLEMS = 2
 SILENT_S = 5  # a map whose client has been silent for so long may have stopped
 ROOMY = 96  # columns of a screen
 
 
 def lines(snapshot: Snapshot, width: int, height: int, signs: Signs) -> list[Text]:
     """The snapshot in at most `height` lines of at most `width` columns."""
-    top = [_title(snapshot, width), *_figures(snapshot, width, signs), *_maps(snapshot, signs)]
+    top = [_title(snapshot, width), *_security(snapshot)]
+    top += [*_figures(snapshot, width, signs), *_maps(snapshot, signs)]
     if not snapshot["processes"]:
         return [_cut(line, width) for line in top]
     left = height - len(top) - 1
@@ -84,6 +87,17 @@ def _title(snapshot: Snapshot, width: int) -> Text:
     right = f"{counted(len(snapshot['processes']), 'process')}  {clock}"
     space = max(2, width - cell_len(left.plain) - len(right)) if width < MAX_WIDTH else 2
     return left.append(" " * space + right, DIM)
+
+
+def _security(snapshot: Snapshot) -> list[Text]:
+    """Whether the overlay is open, and what is wrong with its certificates."""
+    found = snapshot["security"]
+    style = COLOURS["impaired"] if found["mode"] == OPEN else DIM
+    made = [Text(clean(found["text"]), style)] if found["text"] else []
+    problems = [clean(one) for one in found["problems"][:MAX_PROBLEMS]]
+    if rest := len(found["problems"]) - len(problems):
+        problems[-1] = f"and {rest} more: {problems[-1]}"
+    return made + [Text(one, COLOURS["impaired"]) for one in problems]
 
 
 def _figures(snapshot: Snapshot, width: int, signs: Signs) -> list[Text]:

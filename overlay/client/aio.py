@@ -27,6 +27,7 @@ from overlay.client.partials import Parts
 from overlay.client.results import Answer, read_value
 from overlay.model.errors import CallFailed
 from overlay.model.segments import Detail, Part
+from overlay.security.lookup import Tls
 from overlay.transport.channels import split
 from overlay.transport.codec import pb2
 
@@ -36,19 +37,19 @@ Args = Mapping[str, Any]
 ManyArgs = Iterable[Args] | AsyncIterable[Args]
 
 
-def connect_async(address: str, *, patience_s: float = PATIENCE_S) -> AsyncClient:
+def connect_async(address: str, *, patience_s: float = PATIENCE_S, tls: Tls = None) -> AsyncClient:
     """A client for the process at `host:port`; the arguments are those of `connect`."""
     address, patience_s = arguments.as_address(address), arguments.as_patience(patience_s)
     split(address)
-    return AsyncClient(address, patience_s)
+    return AsyncClient(address, patience_s, arguments.as_tls(tls))
 
 
 class AsyncClient:
     """One persistent connection, for the tasks of one event loop."""
 
-    def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, address: str, patience_s: float = PATIENCE_S, tls: Tls = None) -> None:
         self.address = address
-        self._connection = Connection(address, patience_s)
+        self._connection = Connection(address, patience_s, tls)
         self._patience_s = patience_s
         self._bridge = LoopBridge(self._connection, patience_s)
 

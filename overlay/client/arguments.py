@@ -12,6 +12,7 @@ import numbers
 import operator
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sized
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from overlay.client.outbox import CallKind
@@ -19,6 +20,7 @@ from overlay.model import json_values
 from overlay.model.limits import Limits
 from overlay.model.segments import Mode, Route
 from overlay.queueing.admission import HIGHEST_PRIORITY
+from overlay.security.lookup import Tls
 from overlay.transport.codec import pb2
 
 DEFAULT_TIMEOUT_S = Limits().default_deadline_s
@@ -286,6 +288,12 @@ def as_patience(patience_s: float) -> float:
     if not 0 <= number <= threading.TIMEOUT_MAX:
         raise ValueError(f"patience_s must be 0 to {threading.TIMEOUT_MAX:.0f}, not {number:g}")
     return number
+
+
+def as_tls(tls: Tls) -> Tls:
+    if tls is None or isinstance(tls, (str, Path)) or tls is False:
+        return tls
+    raise TypeError(f"a folder of certificates, None or False is needed, not {tls!r:.99} (tls)")
 
 
 def as_grace(grace_s: float | None) -> float | None:

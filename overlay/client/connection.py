@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -30,9 +30,13 @@ from overlay.model.errors import (
 from overlay.model.limits import Limits
 from overlay.model.segments import Code, Detail, Executed
 from overlay.observability.log_buffer import LINES
+from overlay.security.lookup import Tls, credentials_for
 from overlay.transport import codec, environment, validation
-from overlay.transport.channels import SILENT, Channel
+from overlay.transport.channels import SILENT, Channel, split
 from overlay.transport.endpoints import channel_options
+
+if TYPE_CHECKING:
+    from overlay.security.credentials import Credentials
 
 # Long enough for a process to restart. Windows takes 2 s to report a refused port.
 PATIENCE_S = 2.5
@@ -62,10 +66,12 @@ class Connection:
     few streams.
     """
 
-    def __init__(self, address: str, patience_s: float) -> None:
-        """Raises RuntimeError if gevent or eventlet has replaced the threads that gRPC needs."""
+    def __init__(self, address: str, patience_s: float, tls: Tls = None) -> None:
+        """tls: as for `connect`. Raises ConfigError for unusable certificates, RuntimeError if
+        gevent or eventlet has replaced the threads that gRPC needs."""
         environment.check_threads()
         self._address = address
+        self._credentials = credentials_for(*split(address), tls)
         self.callbacks = Callbacks()
         self.open_futures: set[concurrent.futures.Future[bytes]] = set()
         self.maps: weakref.WeakSet[Any] = weakref.WeakSet()  # those that may have more to send
@@ -182,7 +188,9 @@ class Connection:
         submitter.wake()
         if submitter.connected.wait(min(PROMPT_S, patience_s)):
             return
-        probe = None if submitter.is_full else ConnectionProbe(self._address, until)
+        probe = (
+            None if submitter.is_full else ConnectionProbe(self._address, until, self._credentials)
+        )
         while (left_s := until - time.monotonic()) > 0 and not self._closed:
             self.resolve_again(_is_wrong_server(submitter))
             if submitter.connected.wait(min(0.25, left_s)):
@@ -195,7 +203,7 @@ class Connection:
         refused = submitter.refused
         if refused is not None and submitter.is_full:
             raise error_of(refused, refused.reason)
-        probe = probe or ConnectionProbe(self._address, until)
+        probe = probe or ConnectionProbe(self._address, until, self._credentials)
         error = probe.error()
         if refused is not None and refused.executed is Executed.NO and not probe.is_refused:
             raise error_of(refused, refused.reason)  # for example, the process says it is stopping
@@ -270,7 +278,7 @@ class Connection:
         self.check_open()
         if self._main_stubs is None:
             environment.begin_use(self._held)
-            self._main_stubs = _Stubs(self._address, _OPTIONS)
+            self._main_stubs = _Stubs(self._address, _OPTIONS, self._credentials)
             self._held.append(self._main_stubs.channel)
         return self._main_stubs
 
@@ -281,7 +289,8 @@ class Connection:
         with self._lock:
             self._stubs_locked()
             if self._single_stubs is None:
-                self._single_stubs = _Stubs(self._address, [("grpc.enable_retries", 1), *_OPTIONS])
+                options = [("grpc.enable_retries", 1), *_OPTIONS]
+                self._single_stubs = _Stubs(self._address, options, self._credentials)
                 self._held.append(self._single_stubs.channel)
             return self._single_stubs
 
@@ -346,7 +355,7 @@ class Connection:
         until = time.monotonic() + patience_s
         if stubs.responds(min(PROMPT_S, patience_s)):
             return
-        probe = ConnectionProbe(self._address, until)
+        probe = ConnectionProbe(self._address, until, self._credentials)
         while (left_s := until - time.monotonic()) > 0:
             if stubs.responds(left_s):
                 return
@@ -357,8 +366,13 @@ class Connection:
 class _Stubs:
     """The stubs of one channel for unary calls. answered: time of the last answer (monotonic)."""
 
-    def __init__(self, address: str, options: Sequence[tuple[str, Any]]) -> None:
-        self.channel = Channel(address, options)
+    def __init__(
+        self,
+        address: str,
+        options: Sequence[tuple[str, Any]],
+        credentials: Credentials | None,
+    ) -> None:
+        self.channel = Channel(address, options, credentials)
         self.node = codec.pb2_grpc.OverlayNodeStub(self.channel)
         self.admin = codec.pb2_grpc.OverlayAdminStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)

@@ -6,11 +6,16 @@ Each probe owns a thread, "overlay-probe".
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 from overlay.model import clocks as time
 from overlay.model.errors import NoSuchHost, NotReached
 from overlay.transport.channels import split
 from overlay.transport.resolver import Host, connect, look_up
+from overlay.transport.tls_check import tls_problem
+
+if TYPE_CHECKING:
+    from overlay.security.credentials import Credentials
 
 
 class ConnectionProbe:
@@ -21,8 +26,9 @@ class ConnectionProbe:
 
     is_refused = False
 
-    def __init__(self, address: str, until: float) -> None:
+    def __init__(self, address: str, until: float, credentials: Credentials | None = None) -> None:
         self._address = address
+        self._credentials = credentials
         self._host, self._port = split(address)
         self._until = max(until, time.monotonic() + 0.05)  # a refusal on a LAN takes no longer
         self._finding = self._before_connecting(look_up(self._host, 0))
@@ -59,6 +65,9 @@ class ConnectionProbe:
             self._finding = NotReached, f"{shown} cannot be reached: {error.strerror or error}"
         else:
             self._finding = NotReached, f"what listens at {shown} does not speak gRPC, or is stuck"
+            problem = tls_problem(addresses, self._port, self._credentials, within_s=self._left_s)
+            if problem:
+                self._finding = NotReached, f"{shown} cannot be used: {problem}"
 
     @property
     def _left_s(self) -> float:

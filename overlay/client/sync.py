@@ -49,6 +49,7 @@ from overlay.model.errors import (
     Unavailable,
 )
 from overlay.model.segments import Detail, Hop, Part
+from overlay.security.lookup import Tls
 from overlay.transport import codec
 from overlay.transport.channels import split
 
@@ -76,16 +77,18 @@ Args = Mapping[str, Any]
 """The arguments of a typed function by name, of any type that pydantic can write as JSON."""
 
 
-def connect(address: str, *, patience_s: float = PATIENCE_S) -> Client:
+def connect(address: str, *, patience_s: float = PATIENCE_S, tls: Tls = None) -> Client:
     """A client for the process at `host:port`. Does not wait for the connection; calls do.
 
     patience_s: how long a call waits for a connection that is not up before it raises NotReached.
-    Raises ValueError for an address that is not host:port, RuntimeError if gevent or eventlet has
-    replaced the threads that gRPC needs.
+    tls: the folder of this user's certificates. None: the folder `tls` in the current folder or
+    the project's, if its configuration has that port. False: plaintext.
+    Raises ValueError for an address that is not host:port, ConfigError for unusable certificates,
+    RuntimeError if gevent or eventlet has replaced the threads that gRPC needs.
     """
     address, patience_s = arguments.as_address(address), arguments.as_patience(patience_s)
     split(address)
-    return Client(address, patience_s)
+    return Client(address, patience_s, arguments.as_tls(tls))
 
 
 def new_request_id() -> int:
@@ -105,10 +108,11 @@ class Client(concurrent.futures.Executor):
     default), and payloads instead of arguments.
     """
 
-    def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, address: str, patience_s: float = PATIENCE_S, tls: Tls = None) -> None:
         self.address = address
         self._patience_s = patience_s
-        self._connection = Connection(address, patience_s)
+        self._tls = tls
+        self._connection = Connection(address, patience_s, tls)
         self._asked = weakref.ref(self._connection)  # even after a shutdown
 
     @property
@@ -384,7 +388,7 @@ class Client(concurrent.futures.Executor):
         requests are answered and the callbacks have run. cancel_futures: cancels every Future that
         is not done, even if its handler is running.
         """
-        connection, closed = self._asked(), Connection(self.address, 0.0)
+        connection, closed = self._asked(), Connection(self.address, 0.0, self._tls)
         closed.close()
         # Open requests refer to the old connection, which is closed with the last of them.
         self._connection = closed

@@ -40,7 +40,8 @@ class Observation:
     """What this machine observes of one process; metrics is None if no overlay process answers.
 
     clock_s: its wall clock minus ours. host, address: where it was tried; a name with its address
-    here. is_loopback: no other machine can reach it by its name.
+    here. is_loopback: no other machine can reach it by its name. tls_problem: why it and this
+    machine do not come together over TLS.
     """
 
     reach: Reach
@@ -51,6 +52,7 @@ class Observation:
     host: str = ""
     address: str = ""
     is_loopback: bool = False
+    tls_problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ class Diagnosis:
             at = "there" if host in (process.bind, process.host) else f"at {host}"
             why = f"nothing listens {at}: it was not started, or has ended"
             return Finding(Grade.BAD, "not running", why, self._start(process))
+        if observed.tls_problem:
+            return Finding(Grade.BAD, "not trusted", observed.tls_problem)
         if observed.reach is Reach.OPEN:
             why = (
                 "something listens there that does not answer as an overlay process does: another "

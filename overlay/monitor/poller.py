@@ -21,6 +21,7 @@ from overlay.model.errors import BadResponse
 from overlay.model.segments import Code
 from overlay.monitor.snapshot import ALL, Polled, PollResult, RequestFilter, Snapshot, snapshot
 from overlay.monitor.timeseries import Timeseries
+from overlay.security.lookup import credentials_for
 from overlay.transport import codec
 from overlay.transport.channels import Channel, split
 
@@ -186,7 +187,7 @@ class _Target:
         self.is_asking = False
         self._notify = notify
         self._digest = 0
-        self._channel = Channel(address)
+        self._channel = Channel(address, credentials=credentials_for(*split(address)))
         self._channel.doubt()  # starts looking up its name
         self._node = codec.pb2_grpc.OverlayNodeStub(self._channel)
 

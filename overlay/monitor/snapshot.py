@@ -12,6 +12,7 @@ from typing import Any
 
 from overlay.model.limits import MIB
 from overlay.model.topology import ROLES
+from overlay.monitor.protection import protection
 from overlay.monitor.timeseries import COUNTERS, FIGURES, Timeseries, in_service, waiting
 from overlay.observability.events import RECURRING, latest
 from overlay.transport.codec import pb2
@@ -110,6 +111,7 @@ def snapshot(polled: Polled, now: float, wall: float, wanted: RequestFilter = AL
             "address": polled.address,
             **_as_plain(health(polled.asked, polled.results, polled.asked, now)),
         },
+        "security": _security(polled),
         "workers": len(workers),
         "workers_ready": sum(healths[w].name in ("well", "impaired") for w in workers),
         "processes": [_process(p, healths[p.id], polled) for p in polled.processes],
@@ -124,6 +126,13 @@ def snapshot(polled: Polled, now: float, wall: float, wanted: RequestFilter = AL
         "events": _events(polled, now, wall),
         "functions": [_function(function) for function in polled.functions[:MAX_FUNCTIONS]],
     }
+
+
+def _security(polled: Polled) -> dict[str, Any]:
+    """Of the processes that answer now."""
+    answers = (polled.results[p.id] for p in polled.processes)
+    found = protection(one.metrics for one in answers if one.metrics is not None and one.answers)
+    return {"mode": found.mode, "text": found.text, "problems": list(found.problems)}
 
 
 def health(
@@ -219,6 +228,11 @@ def _figures(metrics: pb2.MetricsResponse | None, timeseries: Timeseries) -> dic
         "python": metrics.python,
         "platform": metrics.platform,
         "config": metrics.config_digest,
+        "security": {
+            "mode": metrics.security.mode,
+            "expires_at": round(metrics.security.expires_s) or None,
+            "problem": metrics.security.problem,
+        },
         "handlers": [
             {
                 "name": h.name,

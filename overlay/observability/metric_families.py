@@ -59,6 +59,10 @@ def _started(m: Any) -> Iterable[tuple[float]]:
     return [(m.wall_time_s - m.uptime_s,)]
 
 
+def _expiry(m: Any) -> Iterable[tuple[float]]:
+    return [(m.security.expires_s,)] if m.security.expires_s else []
+
+
 def _ended(m: Any) -> Iterable[tuple[str, int]]:
     return [(how, getattr(m, how)) for how in ("completed", "failed", "refused", "cancelled")]
 
@@ -75,6 +79,8 @@ CROWDED = "Calls, streams and connections ended or refused because there were to
 FAMILIES = (
     Family("serving", GAUGE, _one("is_healthy"), "1 while it takes requests, 0 while it stops."),
     Family("start_time_seconds", GAUGE, _started, "When it started, since 1970."),
+    Family("certificate_expiry_time_seconds", GAUGE, _expiry,
+           "When its certificate expires, since 1970; absent without TLS."),
     Family("requests_received", COUNTER, _one("received"), "Requests received."),
     Family("requests_ended", COUNTER, _ended,
            "Requests that ended, each with one of four outcomes.", ("outcome",)),

@@ -17,6 +17,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -53,6 +54,9 @@ from overlay.transport import codec
 from overlay.transport.channels import Channel
 from overlay.transport.codec import pb2, pb2_grpc
 from overlay.transport.endpoints import channel_options
+
+if TYPE_CHECKING:
+    from overlay.security.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +111,12 @@ class Peers:
         digest: str,
         lone: Collection[str] | None = None,
         me: str = "",
+        credentials: Credentials | None = None,
     ) -> None:
         """lone: the neighbours that lead to a single worker; by default those that are workers.
 
         me: this process's id, sent to its neighbours so that its links do not count as clients.
+        credentials: for links over mutual TLS.
         """
         self.on_change: Callable[[], None] = lambda: None
         self._limits = limits
@@ -120,7 +126,15 @@ class Peers:
         self._health = _Health(OutlierDetector((n.id for n in neighbours), lone), self.up)
         self._links = {
             n.id: _Peer(
-                n, limits, digest, self._changed, self._to_flush, self.flush, self._health, me
+                n,
+                limits,
+                digest,
+                self._changed,
+                self._to_flush,
+                self.flush,
+                self._health,
+                me,
+                credentials,
             )
             for n in neighbours
         }
@@ -300,6 +314,7 @@ class _Peer:
         flush: Callable[[], None],
         health: _Health,
         me: str,
+        credentials: Credentials | None,
     ) -> None:
         self.metadata = (*codec.max_bytes_metadata(limits), (codec.PROCESS_KEY, me))
         self.to_flush = to_flush
@@ -307,7 +322,8 @@ class _Peer:
         self.health = health.of(neighbour.id)  # its unhealthy handlers
         self._health = health
         self.id = neighbour.id
-        self.channel = Channel(neighbour.address, channel_options(limits))
+        options = channel_options(limits)
+        self.channel = Channel(neighbour.address, options, credentials, neighbour.id)
         self.state = "down"
         self.since = time.monotonic()
         self.patience_s = limits.patience_s

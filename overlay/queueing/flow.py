@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import Generic, Protocol, TypeVar
 
+from overlay.model.access import UNRESTRICTED, Rights
 from overlay.model.segments import ANONYMOUS, Caller, Route
 from overlay.queueing.service_time import ServiceClass
 
@@ -41,11 +42,17 @@ class Flow(Generic[W]):
 
     is_stream: bounded by the stream's window, and several of its rows may start at once. paused:
     none of it starts, because its answers are not being read. served: turns so far, in its caller's
-    virtual time.
+    virtual time. rights: the caller's.
     """
 
-    def __init__(self, caller: Caller = ANONYMOUS, is_stream: bool = False) -> None:
+    def __init__(
+        self,
+        caller: Caller = ANONYMOUS,
+        is_stream: bool = False,
+        rights: Rights = UNRESTRICTED,
+    ) -> None:
         self.caller = caller
+        self.rights = rights
         self.is_stream = is_stream
         self.paused = False
         self.rows = 0

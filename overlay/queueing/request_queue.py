@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from overlay.model import clocks as time
+from overlay.model.access import UNRESTRICTED, Rights
 from overlay.model.errors import Draining, NoTimeLeft, OverlayError, QueueFull
 from overlay.model.pending import Run
 from overlay.model.segments import ANONYMOUS, Caller, Code, OnResult, Part, Route, Segment, Slice
@@ -119,13 +120,19 @@ class RequestQueue:
             return len(self._streams), waiting, sum(flow.active for flow in self._streams)
 
     def admit(
-        self, segment: Segment, sink: OnResult, caller: Caller = ANONYMOUS, priority: int = 0
+        self,
+        segment: Segment,
+        sink: OnResult,
+        caller: Caller = ANONYMOUS,
+        priority: int = 0,
+        rights: Rights = UNRESTRICTED,
     ) -> QueuedSegment:
         """Admits one request or refuses it; never blocks.
 
         Once admitted, the sink gets its answer in any case. It starts if it finds a place. Raises
-        QueueFull when there is no place and no room to wait, NoTimeLeft when it cannot be answered
-        before its deadline, Draining after `close`.
+        QueueFull when there is no place and no room to wait, or as many of its caller's requests
+        wait as its rights allow; NoTimeLeft when it cannot be answered before its deadline,
+        Draining after `close`.
         """
         now = self._clock()
         _check_left(segment, now)
@@ -133,7 +140,7 @@ class RequestQueue:
         with self._lock:
             self._check_open()
             seen = self._callers.seen(caller, now)
-            flow = self._flows.get(seen.caller) or Flow(seen.caller)
+            flow = self._flows.get(seen.caller) or Flow(seen.caller, rights=rights)
             queued = self._queued_locked(segment, sink, now, flow, priority)
             taken = self._take_all_locked(now, queued)
             if queued.unstarted.left:
@@ -147,11 +154,13 @@ class RequestQueue:
             raise refused
         return queued
 
-    def open_flow(self, caller: Caller = ANONYMOUS) -> Flow[QueuedSegment]:
+    def open_flow(
+        self, caller: Caller = ANONYMOUS, rights: Rights = UNRESTRICTED
+    ) -> Flow[QueuedSegment]:
         """A flow for one stream of this caller, until `close_flow`."""
         with self._lock:
             seen = self._callers.seen(caller, self._clock())
-            flow: Flow[QueuedSegment] = Flow(seen.caller, is_stream=True)
+            flow: Flow[QueuedSegment] = Flow(seen.caller, is_stream=True, rights=rights)
             self._streams.append(flow)
         return flow
 
@@ -165,7 +174,8 @@ class RequestQueue:
         """Admits a streamed segment; the stream's window bounds them. Raises NoTimeLeft, Draining.
 
         It starts with the next `kick`, so that the segments of a frame start together. If rows find
-        no place then, those at its end that cannot be answered in time are refused.
+        no place then, those at its end are refused that cannot be answered in time, or that exceed
+        what may wait of its caller.
         """
         now = self._clock()
         _check_left(segment, now)
@@ -228,6 +238,8 @@ class RequestQueue:
     def _wait_locked(self, queued: QueuedSegment, seen: Seen) -> None:
         """Puts a single request that did not start into a slot. Raises QueueFull, NoTimeLeft."""
         wants, size = queued.wants, queued.segment.payloads.size
+        if self._excess_locked(queued.flow, 1):
+            raise queued.flow.rights.too_many()
         self._slot_shares.check(seen, wants, size, queued.admitted)
         try:
             self._room.put_nowait(queued)
@@ -242,6 +254,19 @@ class RequestQueue:
             except NoTimeLeft:
                 self._withdraw_locked(queued, 0, 1)
                 raise
+
+    def _excess_locked(self, flow: Flow[QueuedSegment], more: int = 0) -> int:
+        """How many of its caller's requests, with `more`, wait beyond what its rights allow.
+
+        A caller's flows are those of its address, whatever names it uses.
+        """
+        if flow.rights.waiting is None:
+            return 0
+        address = flow.caller.address
+        waiting = self._slot_shares.held_by(address) + sum(
+            stream.rows for stream in self._streams if stream.caller.address == address
+        )
+        return max(0, waiting + more - flow.rights.waiting)
 
     def _park_locked(self, queued: QueuedSegment) -> bool:
         """Parks it if it waits for a place, not for a link to come back; returns whether it did."""
@@ -306,7 +331,7 @@ class RequestQueue:
             try:
                 return [self._take_locked(self._clock())]
             except queue.Empty:
-                return self._refuse_late_locked()
+                return self._refuse_fresh_locked()
 
     def _take_all_locked(self, now: float, arriving: QueuedSegment) -> list[_Started | _Refused]:
         found = []
@@ -332,14 +357,21 @@ class RequestQueue:
             part = refusal(self.me, NoTimeLeft(_TOO_LATE))
         return _Refused(queued, self._withdraw_locked(queued, 0, queued.segment.count), part)
 
-    def _refuse_late_locked(self) -> list[_Started | _Refused]:
-        """Removes the streamed rows that found no place and cannot be answered in time."""
+    def _refuse_fresh_locked(self) -> list[_Started | _Refused]:
+        """Removes the streamed rows that found no place and cannot be answered in time, or are more
+        than may wait of their caller."""
         refused: list[_Started | _Refused] = []
         if not self._fresh:
             return refused
         fresh, self._fresh = self._fresh, {}
         for queued in fresh:
             self._park_locked(queued)
+        for queued in reversed(fresh):
+            if excess := self._excess_locked(queued.flow):
+                first = queued.unstarted.tail(excess)
+                runs = self._withdraw_locked(queued, first, queued.segment.count - first)
+                part = refusal(self.me, queued.flow.rights.too_many())
+                refused.append(_Refused(queued, runs, part))
         for queued, first, why in self._check.late_rows(fresh):
             runs = self._withdraw_locked(queued, first, queued.segment.count - first)
             refused.append(_Refused(queued, runs, refusal(self.me, why)))

@@ -61,6 +61,10 @@ class SlotShares:
         holders = len(self._callers) + len(self._addresses) + len(self._handlers)
         return holders + len(self._recent_handlers)
 
+    def held_by(self, address: str) -> int:
+        """How many slots the address holds."""
+        return self._addresses.get(address, 0)
+
     def check(self, seen: Seen, wants: Route, size: int, now: float) -> None:
         """Raises QueueFull when one more of `size` bytes does not fit or exceeds a share.
 
@@ -72,8 +76,8 @@ class SlotShares:
             return
         check_bytes(waiting, self._bytes, size, self._max_bytes)
         if seen.has_other_addresses:
-            held = self._addresses.get(seen.caller.address, 0)
-            check_share(held, waiting, slots, "this machine")
+            held = self.held_by(seen.caller.address)
+            check_share(held, waiting, slots, seen.caller.address or "this machine")
         if seen.has_other_callers:
             check_share(self._callers.get(seen.caller, 0), waiting, slots)
         if has_other_handlers:

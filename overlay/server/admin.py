@@ -1,7 +1,7 @@
 """The service OverlayAdmin: RPCs that act on the process itself.
 
-Until TLS identifies callers, only callers on the same machine may use it; `logs` also answers
-others, without private lines. From `Admin` to `close` it owns two threads, "admin", as a drain
+With TLS operators may use it, without TLS callers on the same machine; `logs` also answers others,
+without private lines. From `Admin` to `close` it owns two threads, "admin", as a drain
 holds one until it ends, and two, "logs", which may wait for another process.
 """
 
@@ -19,8 +19,12 @@ from typing import NoReturn
 import grpc
 import psutil
 
+from overlay.calls.gate import Gate
 from overlay.model.errors import BadRequest, NotAllowed, OverlayError
+from overlay.model.identity import OPERATOR, PROCESS
+from overlay.model.program import CLIENT
 from overlay.model.topology import Process
+from overlay.server.enrolment import Enrolment
 from overlay.server.log_reader import LogReader
 from overlay.server.service import Drained
 from overlay.transport import codec
@@ -37,7 +41,13 @@ class Admin:
     """stop: starts stopping the process, with this grace, as a signal does; does not block."""
 
     def __init__(
-        self, me: Process, log_reader: LogReader, grace_s: float, stop: Callable[[float], None]
+        self,
+        me: Process,
+        log_reader: LogReader,
+        grace_s: float,
+        stop: Callable[[float], None],
+        gate: Gate,
+        enrolment: Enrolment,
     ) -> None:
         self.pool = ThreadPoolExecutor(2, "admin")
         self.logs_pool = ThreadPoolExecutor(2, "logs")
@@ -45,6 +55,8 @@ class Admin:
         self._log_reader = log_reader
         self._grace_s = grace_s
         self._stop = stop
+        self._gate = gate
+        self._enrolment = enrolment
         self._drained: Future[tuple[float, Drained]] = Future()
         self._started_at = psutil.Process().create_time()
 
@@ -58,7 +70,7 @@ class Admin:
             grace_s = self._grace_of(request)
         except OverlayError as e:
             _abort(context, e)
-        by = codec.address_in(context.peer())
+        by = self._gate.identity(context.peer()) or codec.address_in(context.peer())
         log.info("drain: requested by %s", by, extra={"kind": "stopping"})
         self._stop(grace_s)
         if request.no_wait:
@@ -70,7 +82,21 @@ class Admin:
         remaining: float | None = context.time_remaining()
         within_s = LOGS_S if remaining is None else min(remaining * 0.9, LOGS_S)
         try:
-            return self._log_reader.read(request, is_on_this_machine(context.peer()), within_s)
+            return self._log_reader.read(request, self._may_read(context.peer()), within_s)
+        except OverlayError as e:
+            _abort(context, e)
+
+    def join(self, request: pb2.JoinRequest, context: grpc.ServicerContext) -> pb2.JoinResponse:
+        """For an invitation: what it is for, or its certificates."""
+        try:
+            return self._enrolment.join(request, *self._gate.invitation(context.peer()))
+        except OverlayError as e:
+            _abort(context, e)
+
+    def renew(self, request: pb2.RenewRequest, context: grpc.ServicerContext) -> pb2.RenewResponse:
+        """A certificate for the caller, in place of its own."""
+        try:
+            return self._enrolment.renew(request, self._gate.certificate(context.peer()))
         except OverlayError as e:
             _abort(context, e)
 
@@ -82,8 +108,23 @@ class Admin:
         for pool in (self.pool, self.logs_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def _may_read(self, peer: str) -> bool:
+        """Whether private lines are shown. A process above passes an operator's question on, and
+        says so itself if it was somebody else's."""
+        if self._gate.is_open:
+            return is_on_this_machine(peer)
+        identity = self._gate.identity(peer)
+        return identity is not None and identity.kind in (OPERATOR, PROCESS)
+
     def _check_caller(self, verb: str, peer: str) -> None:
-        if not is_on_this_machine(peer):
+        if not self._gate.is_open:
+            if not self._gate.is_operator(peer):
+                who = self._gate.identity(peer) or "a program of this machine without a certificate"
+                raise NotAllowed(
+                    f"{verb} is for operators, and the caller is {who}; on the leader's machine, "
+                    f"'{CLIENT} invite NAME --operator' makes one"
+                )
+        elif not is_on_this_machine(peer):
             host, port = self._me.host, self._me.port
             raise NotAllowed(
                 f"{verb} is answered only to callers on {self._me.id}'s own machine, and this one "

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from overlay.calls.gate import Gate
 from overlay.calls.idempotency import IdempotencyKeys, Waiter
 from overlay.calls.reception import Call
 from overlay.calls.request_log import RequestLog
@@ -23,7 +24,7 @@ from overlay.calls.request_path import STOPPING_RETRY_S, RequestPath
 from overlay.calls.stream_session import StreamSessions
 from overlay.calls.unary import UnaryRequests
 from overlay.model import clocks as time
-from overlay.model.errors import OverlayError
+from overlay.model.errors import NotAllowed, OverlayError
 from overlay.model.segments import Caller, Code
 from overlay.model.topology import Process, Topology
 from overlay.observability.log_buffer import LogBuffer
@@ -69,11 +70,14 @@ class Service:
         me: str,
         log_buffer: LogBuffer | None = None,
         dropped: Callable[[], int] = lambda: 0,
+        gate: Gate | None = None,
     ) -> None:
         """Imports the handlers and makes the links. Raises ConfigError.
 
         log_buffer: the last lines of the log, and events. dropped: counts lines not written.
+        gate: knows who is calling.
         """
+        self._gate = gate or Gate()
         self.calls_without_message: Callable[[], int] = lambda: 0
         self.topology = topology
         self.me = topology.process(me)
@@ -86,7 +90,8 @@ class Service:
         merges = _load_merges(topology)
         sources.keep_imported()
         lone = planner.lone(topology, me)
-        self.links = Peers(topology.below(me), self.limits, topology.digest, lone, me)
+        credentials = self._gate.credentials
+        self.links = Peers(topology.below(me), self.limits, topology.digest, lone, me, credentials)
         dispatcher = Dispatcher(topology, me, self.links, self.executor)
         self.queue = RequestQueue(
             me,
@@ -134,13 +139,16 @@ class Service:
 
         Raises OverlayError, which becomes the call's status.
         """
-        return self._unary.forward(request, context, _caller(context))
+        rights = self._gate.rights(context)
+        return self._unary.forward(request, context, self._caller(context), rights)
 
     def forward_stream(self, call: Call, context: grpc.ServicerContext) -> None:
         """Serves one stream until the client's half-close. Never blocks."""
-        caller = _caller(context)
+        caller = self._caller(context)
         try:
-            self._sessions.serve(call, context, caller, self._neighbour_of(context, caller))
+            neighbour = self._neighbour_of(context, caller)
+            rights = self._gate.rights(context)
+            self._sessions.serve(call, context, caller, neighbour, rights)
         except OverlayError as e:
             call.fail(self._path.with_retry(e))
 
@@ -197,6 +205,7 @@ class Service:
         self._keys.fill(response)
         self.log_reader.fill(response, events)
         self._process_metrics.fill(response, functions)
+        self._gate.fill(response)
         return response
 
     @property
@@ -210,11 +219,30 @@ class Service:
         return max(self._active, in_service)
 
     def _neighbour_of(self, context: grpc.ServicerContext, caller: Caller) -> str:
-        """The process above this one whose link it is: it says so, and calls from its host."""
+        """The process above this one whose link it is: it says so, and its certificate does too, or
+        without TLS it calls from its host.
+
+        Raises NotAllowed for a process that claims to be another.
+        """
         for key, value in context.invocation_metadata():
-            if key == codec.PROCESS_KEY and self._hosts.has(value, caller.address):
-                return str(value)
+            if key != codec.PROCESS_KEY:
+                continue
+            if self._gate.is_open:
+                return str(value) if self._hosts.has(value, caller.address) else ""
+            if not self._gate.is_process(context.peer(), str(value)):
+                who = self._gate.identity(context.peer()) or "no process"
+                raise NotAllowed(f"the caller says it is process {value}, and is {who}")
+            return str(value)
         return ""
+
+    def _caller(self, context: grpc.ServicerContext) -> Caller:
+        """The caller by its certificate; without TLS by its address, for fairness rather than
+        security."""
+        metadata = context.invocation_metadata()
+        names = (str(value) for key, value in metadata if key == codec.CALLER_KEY)
+        peer = context.peer()
+        who = self._gate.identity(peer)
+        return Caller(str(who or codec.address_in(peer)), next(names, "")[:LONGEST_NAME])
 
 
 def _expire(due: QueuedSegment | Waiter) -> None:
@@ -231,12 +259,6 @@ def _common_default(topology: Topology, me: Process) -> str:
     """The handler of a request that names none, if all workers have the same; else ""."""
     names = {worker.handler for worker in ((me,) if me.works else topology.workers)}
     return names.pop() if len(names) == 1 else ""
-
-
-def _caller(context: grpc.ServicerContext) -> Caller:
-    """Who is calling, for fairness rather than security."""
-    names = (str(value) for key, value in context.invocation_metadata() if key == codec.CALLER_KEY)
-    return Caller(codec.address_in(context.peer()), next(names, "")[:LONGEST_NAME])
 
 
 def _wait_while(busy: Callable[[], bool], until: float) -> None:

@@ -28,8 +28,10 @@ from overlay.model import clocks as time
 from overlay.model.topology import join_address
 from overlay.transport.endpoints import channel_options, open_channel
 from overlay.transport.resolver import Host, is_number, pending, resolve
+from overlay.transport.tls_check import tls_problem
 
 if TYPE_CHECKING:
+    from overlay.security.credentials import Credentials
     from overlay.transport.endpoints import Options
 
 log = logging.getLogger(__name__)
@@ -38,8 +40,11 @@ LOOKUP_INTERVAL_S = 1.0  # between two lookups
 DOUBT_S = 30.0  # how long lookups continue after the last problem: a call's default deadline
 WRONG_S = 3.0  # how long an address counts as wrong after another program answered there
 FIRST_LOOKUP_S = 0.25  # how long even a call without a timeout waits for the first lookup
-CONNECTED_S = 0.3  # gRPC needs a few thread switches to report a connected channel
+CONNECTED_S = 0.3  # how long an answer takes at most on a working connection
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+# A connection keeps the certificate that it was opened with, and a new one may count by now.
+NOT_TRUSTED = grpc.StatusCode.UNAUTHENTICATED
 MOVED = "the name of its machine has another address now"
 
 
@@ -50,19 +55,31 @@ class Channel:
     block; a call waits for the name within its timeout.
     """
 
-    def __init__(self, address: str, options: Options | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        options: Options | None = None,
+        credentials: Credentials | None = None,
+        process_id: str = "",
+    ) -> None:
+        """credentials: for mutual TLS. process_id: the only process that is accepted there."""
         self.address = address
+        self._credentials = credentials
+        self._process_id = process_id
+        self._shown: object = None
+        self._tls_problem = ""
         self._options = list(channel_options() if options is None else options)
         try:
             self._host, self._port = split(address)
-            self._is_fixed = is_number(self._host)
-            found = Host(self._host, (self._host,)) if self._is_fixed else pending(self._host)
+            is_numeric = is_number(self._host)
+            self._is_fixed = is_numeric and credentials is None
+            found = Host(self._host, (self._host,)) if is_numeric else pending(self._host)
         except ValueError as e:
-            self._host, self._port, self._is_fixed = address, 0, True
+            self._host, self._port, self._is_fixed, is_numeric = address, 0, True, True
             found = Host(address, (), str(e))
         self._lock = threading.Lock()
         self._looked = threading.Event()  # set after the first lookup
-        if self._is_fixed:
+        if is_numeric:
             self._looked.set()
         self._wake = threading.Event()
         self._is_looking = False
@@ -82,8 +99,9 @@ class Channel:
 
     @property
     def problem(self) -> str:
-        """Why the name has no address, as far as is known; empty if it has one."""
-        return "" if self._addresses else self._found.why
+        """Why nothing can be reached here, as far as is known: the name has no address, or the two
+        sides do not accept each other's certificates. Empty if neither."""
+        return self._tls_problem if self._addresses else self._found.why
 
     def doubt(self, is_wrong: bool = False) -> None:
         """The process does not answer; is_wrong: another program does. Never blocks."""
@@ -150,12 +168,18 @@ class Channel:
         options = self._options
         if not self._is_fixed:
             options = [("grpc.default_authority", _authority(self._host, self._port)), *options]
-        return open_channel(self._addresses, self._port, options)
+        if self._credentials is not None:
+            self._shown = self._credentials.current()[1]
+        keys = self._credentials, self._process_id
+        return open_channel(self._addresses, self._port, options, *keys)
 
     def on_resolved(self, found: Host) -> bool:
         """Moves to the addresses found. Returns whether to look again. On the lookup thread."""
-        if not set(found.addresses) <= set(self._addresses) and not self._is_working:
+        is_other = not set(found.addresses) <= set(self._addresses)
+        if (is_other or self._is_renewed) and not self._is_working:
             self._move_to(found)
+        if self._credentials is not None and found.addresses:
+            self._tls_problem = "" if self._is_working else self._find_problem(found.addresses)
         with self._lock:
             self._found = found
             self._looked.set()
@@ -163,11 +187,20 @@ class Channel:
             self._is_looking = goes_on
         return goes_on
 
+    def _find_problem(self, addresses: tuple[str, ...]) -> str:
+        """What gRPC does not say of a handshake that fails."""
+        return tls_problem(addresses, self._port, self._credentials, self._process_id)
+
+    @property
+    def _is_renewed(self) -> bool:
+        """Whether there is another certificate to show by now: a gRPC channel keeps its own."""
+        return self._credentials is not None and self._credentials.current()[1] != self._shown
+
     @property
     def _is_working(self) -> bool:
         """Whether to keep the current addresses, whatever the name's are now."""
         is_right = bool(self._addresses) and time.monotonic() >= self._wrong_until
-        return is_right and _is_connected(self._channel)
+        return is_right and _is_connected(self._channel, self._is_renewed)
 
     def _move_to(self, found: Host) -> None:
         with self._lock:
@@ -176,7 +209,7 @@ class Channel:
             before, old = Host(self._host, self._addresses), self._channel
             self._found, self._addresses, self._wrong_until = found, found.addresses, 0.0
             self._channel = self._open()
-        if before.addresses:
+        if before.addresses and before.addresses != found.addresses:
             log.info("%s is now %s", before.shown(), ", ".join(found.addresses))
         old.close()
 
@@ -232,7 +265,7 @@ class _Unary(_Method):
         try:
             return call(request, timeout=timeout, **kwargs)
         except grpc.RpcError as e:
-            if e.code() in SILENT:
+            if e.code() in (*SILENT, NOT_TRUSTED):
                 self._channel.doubt()
             if e.code() is grpc.StatusCode.CANCELLED and channel is not self._channel.now():
                 raise Moved from None
@@ -256,7 +289,7 @@ class _Unary(_Method):
                 return future
 
     def _ended(self, future: Any) -> None:
-        if future.code() in SILENT:
+        if future.code() in (*SILENT, NOT_TRUSTED):
             self._channel.doubt()
 
 
@@ -279,14 +312,20 @@ def _keep_looking_up(found: weakref.ref[Channel], host: str, wake: threading.Eve
         wake.wait(LOOKUP_INTERVAL_S)
 
 
-def _is_connected(channel: grpc.Channel) -> bool:
-    ready, is_ready = grpc.channel_ready_future(channel), threading.Event()
-    ready.add_done_callback(lambda _: is_ready.set())
+def _is_connected(channel: grpc.Channel, is_renewed: bool) -> bool:
+    """Whether a server answers, whatever it answers: gRPC's own watch on a channel is a thread that
+    dies with a traceback if the channel is closed meanwhile.
+
+    is_renewed: there is another certificate to show, so that not to be trusted is no answer.
+    """
     try:
-        return is_ready.wait(CONNECTED_S)  # the future's own wait uses a clock that may be frozen
-    finally:
-        with contextlib.suppress(ValueError):
-            ready.cancel()
+        channel.unary_unary(HEALTH_CHECK)(b"", timeout=time.Timeout(CONNECTED_S))
+    except grpc.RpcError as e:
+        wrong = (NOT_TRUSTED,) if is_renewed else ()
+        return e.code() not in (*SILENT, *wrong, grpc.StatusCode.CANCELLED)
+    except ValueError:  # it was closed
+        return False
+    return True
 
 
 def _authority(host: str, port: int) -> str:

@@ -17,6 +17,8 @@ from overlay.model.limits import MIB, Limits
 from overlay.model.topology import join_address
 
 if TYPE_CHECKING:
+    from overlay.security.credentials import ClientKeys, Credentials
+
     Options = Sequence[tuple[str, int | str]]
     """gRPC's channel and server arguments. Of two with the same name, gRPC uses the first."""
 
@@ -32,17 +34,58 @@ _KEEPALIVE: Options = [
 ]
 
 
-def open_channel(addresses: Sequence[str], port: int, options: Options) -> grpc.Channel:
-    """A channel to the first address that answers. It connects with the first call."""
-    return grpc.insecure_channel(target(addresses, port), options)
+def open_channel(
+    addresses: Sequence[str],
+    port: int,
+    options: Options,
+    credentials: ClientKeys | None = None,
+    process_id: str = "",
+) -> grpc.Channel:
+    """A channel to the first address that answers. It connects with the first call.
+
+    credentials: for mutual TLS, with a process of the same overlay only. process_id: which one;
+    empty for any.
+    """
+    if credentials is None:
+        return grpc.insecure_channel(target(addresses, port), options)
+    shown, _ = credentials.current()
+    keys = grpc.ssl_channel_credentials(shown.authorities, shown.key, shown.certificate)
+    # Instead of the address: a machine with a new address needs no new certificate.
+    name = ("grpc.default_authority", credentials.server_name(process_id))
+    return grpc.secure_channel(target(addresses, port), keys, [name, *options])
 
 
-def open_port(server: grpc.Server, address: str, port: int) -> None:
-    """Makes a server listen there before it is started. Raises RuntimeError."""
+def open_port(
+    server: grpc.Server, address: str, port: int, credentials: Credentials | None = None
+) -> None:
+    """Makes a server listen there before it is started. Raises RuntimeError.
+
+    credentials: for mutual TLS, and nothing else there.
+    """
     place = join_address(address, port)
     # Encoded as in a URI, or gRPC reads an IPv6 zone as an encoded character.
-    if server.add_insecure_port(place.replace("%", "%25")) != port:
+    uri = place.replace("%", "%25")
+    if credentials is None:
+        bound = server.add_insecure_port(uri)
+    else:
+        bound = server.add_secure_port(uri, _server_credentials(credentials))
+    if bound != port:
         raise RuntimeError(f"cannot listen on {place}")
+
+
+def _server_credentials(credentials: Credentials) -> grpc.ServerCredentials:
+    """gRPC asks at each connection, and takes None for "as before"."""
+    last: list[object] = [None]
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        shown, stamp = credentials.current()
+        if stamp == last[0]:
+            return None
+        last[0] = stamp
+        roots = shown.authorities + shown.invited
+        return grpc.ssl_server_certificate_configuration([(shown.key, shown.certificate)], roots)
+
+    return grpc.dynamic_ssl_server_credentials(fetch(), fetch, require_client_authentication=True)
 
 
 def channel_options(limits: Limits | None = None) -> Options:

@@ -10,6 +10,7 @@ Owns a thread, "listening", from `start` to `stop`, if the host is such a name.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -24,10 +25,13 @@ from overlay.transport.resolver import Host, resolve
 if TYPE_CHECKING:
     import grpc
 
+    from overlay.security.credentials import Credentials
+
 log = logging.getLogger(__name__)
 
 CHECK_S = 1.0  # between two checks of this machine's addresses
 MAX_CLOSE_S = 2.0  # a gRPC server takes less
+LOOPBACK = "127.0.0.1"
 
 
 class Listener:
@@ -36,10 +40,21 @@ class Listener:
     host: with the addresses to start with. make: makes a server without methods or ports.
     """
 
-    def __init__(self, host: Host, port: int, make: Callable[[], grpc.Server]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        port: int,
+        make: Callable[[], grpc.Server],
+        credentials: Credentials | None = None,
+        local_plaintext: bool = True,
+    ) -> None:
+        """credentials: for mutual TLS. local_plaintext: serve programs of this machine without it
+        on 127.0.0.1, if `host` leaves that address free."""
         self._host = host
         self._port = port
         self._make = make
+        self._credentials = credentials
+        self._local_plaintext = credentials is not None and local_plaintext
         self._methods: list[tuple[str, tuple[Any, ...]]] = []
         self._open: list[tuple[tuple[str, ...], grpc.Server]] = []  # addresses, and their server
         self._lock = threading.Lock()
@@ -72,7 +87,10 @@ class Listener:
         for add, args in self._methods:
             getattr(server, add)(*args)
         for number in numbers:
-            open_port(server, number, self._port)
+            open_port(server, number, self._port, self._credentials)
+        if self._local_plaintext and not any(map(_holds_loopback, numbers)):
+            with contextlib.suppress(RuntimeError):  # another program has the port
+                open_port(server, LOOPBACK, self._port)
         with self._lock:
             if not self._stopped.is_set():
                 server.start()
@@ -104,3 +122,9 @@ class Listener:
                 one[1].stop(0)
                 with self._lock:
                     self._open.remove(one)
+
+
+def _holds_loopback(number: str) -> bool:
+    """Whether listening there takes 127.0.0.1 too."""
+    address = ipaddress.ip_address(number.partition("%")[0])
+    return address.is_loopback or address.is_unspecified

@@ -15,6 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from overlay.calls.gate import Gate
 from overlay.calls.reception import Health, Reception, on_threads_of
 from overlay.calls.request_log import RequestLog
 from overlay.model.errors import BadRequest
@@ -34,7 +35,9 @@ class Served:
         pool = ThreadPoolExecutor(4, "few")
         self.server = grpc.server(pool)
         self.request_log = RequestLog("A", works=False)
-        self.reception = Reception(self.server, pool, replace(Limits(), **limits), self.request_log)
+        self.gate = Gate()
+        limits_ = replace(Limits(), **limits)
+        self.reception = Reception(self.server, pool, limits_, self.request_log, self.gate)
         look = reflection.ReflectionServicer((reflection.SERVICE_NAME,))
         look.ServerReflectionInfo = on_threads_of(pool, look.ServerReflectionInfo)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(look, self.reception)
@@ -133,7 +136,7 @@ def test_calls_without_a_message_hold_no_thread_and_are_counted(served):
     assert calls[0].result(5) == b"\x08\x01", "its message may come late"
     for call in calls:
         call.cancel()
-    until(lambda: served.reception.unarrived == 0 and not served.reception.open_peers())
+    until(lambda: served.reception.unarrived == 0 and not served.gate.peers())
     for box in silent:
         box.put(None)
 
@@ -210,7 +213,7 @@ def test_an_unknown_name_is_answered_as_unknown_and_not_kept(served):
         watched(call)
         call.cancel()
 
-    until(lambda: not served.reception.open_peers())
+    until(lambda: not served.gate.peers())
     assert list(served.health._statuses) == [""]
     assert not served.health._watchers
 

@@ -12,6 +12,7 @@ from overlay.model.errors import (
     BadRequest,
     CallCancelled,
     HandlerFailed,
+    NotAllowed,
     OverlayError,
     PartsFailed,
     QueueFull,
@@ -178,6 +179,17 @@ def test_bad_requests_are_logged_as_info_and_cancelled_ones_not_at_all(request_l
 
     (line,) = caplog.records
     assert (line.levelname, line.kind) == ("INFO", "refusal")
+
+
+def test_a_call_that_is_refused_before_it_is_read_keeps_the_counts_in_balance(request_log, caplog):
+    for _ in range(9):
+        request_log.not_allowed(NotAllowed("anna may not read logs here"), "10.0.0.9")
+
+    counts = request_log.meter.counts()
+    assert (counts.received, counts.refused) == (9, 9)
+    assert request_log.meter.causes() == {"not allowed": 9}
+    said = "refused, not allowed: anna may not read logs here; asked by 10.0.0.9"
+    assert [line.getMessage() for line in caplog.records].count(said) == 5
 
 
 def test_a_request_that_asks_for_a_log_line_gets_one_however_it_ends(request_log, caplog):

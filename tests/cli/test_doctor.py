@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from overlay.cli import init as addressing
-from overlay.cli.doctor import advice
+from overlay.cli.doctor import Examination, advice
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.monitor.diagnosis import Diagnosis, Finding, Grade, Observation, Reach
+from overlay.monitor.poller import Poller
+from overlay.monitor.protection import Protection
 from overlay.transport.codec import pb2
 from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes
 
@@ -181,6 +183,12 @@ def test_links_of_an_unreachable_process_have_no_findings():
     assert (found.state, found.why) == ("unknown", "")
 
 
+def test_the_summary_says_whether_the_overlay_is_open_and_which_certificates_expire_soon():
+    found = Examination({}, (), (), Protection("open", "OPEN: anyone", ("C: it expires soon",)))
+
+    assert found.summary()[-2:] == ["OPEN: anyone", "warning: C: it expires soon"]
+
+
 # On real processes
 
 
@@ -238,6 +246,47 @@ def test_frozen_replaced_and_missing_processes_have_different_findings(
         "F": "not running",
     }
     assert {states[i] for i in "ABE"} == {"other config"}
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    """A worker that others can reach, without certificates."""
+    config = six_processes()
+    config["processes"]["C"]["bind"] = "0.0.0.0"
+    with Overlay(tmp_path_factory.mktemp("opened"), config) as found:
+        yield found.start("C")
+
+
+@pytest.mark.parametrize("verb", ["doctor", "check CONFIG", "check", "top --once", "web"])
+def test_each_verb_that_looks_at_an_overlay_says_that_it_is_open(
+    opened: Overlay, verb: str
+) -> None:
+    at = ["127.0.0.1", str(opened.port("C"))]
+    words = {
+        "doctor": ["doctor", str(opened.path)],
+        "check CONFIG": ["check", str(opened.path)],
+        "check": [*at, "check"],
+        "top --once": [*at, "top", "--once"],
+    }
+    name = str(opened.path) if words.get(verb, at)[-1] == str(opened.path) else "CONFIG"
+    says = f"OPEN: anyone who can reach it can run its handlers; client.py secure {name} closes it"
+    if verb == "web":
+        poller = Poller(f"127.0.0.1:{opened.port('C')}").start()
+        try:
+            assert poller.newer(1, 10)["security"]["text"] == says
+        finally:
+            poller.close()
+        return
+
+    done = subprocess.run(
+        [sys.executable, "client.py", *words[verb]],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+
+    assert done.stdout.count(says) == 1, done.stdout + done.stderr
 
 
 def test_if_no_process_answers_the_exit_code_is_4(tmp_path: Path) -> None:

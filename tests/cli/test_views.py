@@ -127,6 +127,29 @@ def test_the_charts_cover_the_known_history(page):
         assert title == f"last {axis}"
 
 
+def test_the_page_says_whether_the_overlay_is_open(page):
+    drawn = """async (found) => {
+        const { showSecurity } = await import("./tables.js");
+        showSecurity(found);
+        const shown = document.querySelector("#security");
+        const lines = [...shown.children].map((line) => [line.className, line.textContent]);
+        return [shown.hidden, lines];
+    }"""
+    local = {"mode": "local", "text": "", "problems": []}
+    closed = {"mode": "tls", "text": "closed", "problems": ["C: it expires in 9 days"]}
+
+    assert page.locator("#security").is_hidden()
+    assert page.evaluate(drawn, {**local, "mode": "open", "text": "OPEN"}) == [
+        False,
+        [["warning", "OPEN"]],
+    ]
+    assert page.evaluate(drawn, closed) == [
+        False,
+        [["quiet", "closed"], ["warning", "C: it expires in 9 days"]],
+    ]
+    assert page.evaluate(drawn, local) == [True, []]
+
+
 def test_a_request_is_shown_with_its_path(page, mine):
     mine.ask("A", b"hello")
     row = page.locator("#requests tbody tr").first

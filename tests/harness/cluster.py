@@ -15,6 +15,8 @@ from typing import Any
 
 import grpc
 
+from overlay.client.sync import Client, connect
+from overlay.security.credentials import Credentials
 from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.forks import LINUX, Fork, ForkServer
@@ -60,6 +62,12 @@ class Overlay:
         self.path = folder / "overlay.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(config))
+        self.credentials: Credentials | None = None  # of an operator
+        if config.get("tls"):
+            from tests.harness.certificates import secured
+
+            secured(folder, config)
+            self.credentials = Credentials.of_user(folder / config["tls"])
         self.files: dict[str, str] = {}  # other configurations, by process
         self.processes: dict[str, subprocess.Popen[Any] | Fork] = {}
         self.environment = environment()
@@ -110,9 +118,20 @@ class Overlay:
 
     def channel(self, process_id: str) -> grpc.Channel:
         if process_id not in self._channels:
-            address = self.address(process_id)
-            self._channels[process_id] = grpc.insecure_channel(address, endpoints.channel_options())
+            self._channels[process_id] = self.new_channel(process_id)
         return self._channels[process_id]
+
+    def new_channel(self, process_id: str) -> grpc.Channel:
+        """For who closes it; `channel` is kept."""
+        host, port = self.address(process_id).rsplit(":", 1)
+        return endpoints.open_channel(
+            (host,), int(port), endpoints.channel_options(), self.credentials, process_id
+        )
+
+    def connect(self, process_id: str) -> Client:
+        """The library's client, for who closes it."""
+        tls = self.folder / self.config["tls"] if self.credentials else False
+        return connect(self.address(process_id), tls=tls)
 
     def metrics(self, process_id: str) -> pb2.MetricsResponse:
         """Raises grpc.RpcError."""

@@ -81,7 +81,7 @@ class Wire:
         return ["ip", "netns", "exec", self.names[host], *command]
 
     def run(
-        self, host: int, *command: str, within_s: float = 30
+        self, host: int, *command: str, within_s: float = 30, cwd: Path = ROOT
     ) -> subprocess.CompletedProcess[str]:
         """Runs a program in the host; returns its exit code and all that it printed."""
         pipes = {
@@ -89,7 +89,7 @@ class Wire:
             "stdout": subprocess.PIPE,
             "stderr": subprocess.STDOUT,
         }
-        with self.popen(host, *command, cwd=ROOT, **pipes) as program:
+        with self.popen(host, *command, cwd=cwd, **pipes) as program:
             try:
                 printed, _ = program.communicate(timeout=within_s)
             finally:

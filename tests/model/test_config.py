@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from overlay.model import config
+from overlay.model.access import Access, Rights
 from overlay.model.errors import ConfigError
 from overlay.model.limits import MIB
 from overlay.model.topology import Topology, join_address
@@ -55,6 +56,11 @@ def changed(change: Change) -> dict[str, Any]:
     raw = copy.deepcopy(GOOD)
     change(raw, raw["processes"])
     return raw
+
+
+def access(entries: dict[str, Any]) -> Change:
+    """A closed overlay whose callers may do this."""
+    return lambda raw, processes: raw.update(tls="tls", access=entries)
 
 
 def test_the_shipped_file_describes_the_six_processes(file):
@@ -260,7 +266,85 @@ BROKEN: list[tuple[Change, list[str]]] = [
         lambda raw, p: p["F"].update(team="blue"),
         ["team 'blue' has workers but no team_leader"],
     ),
+    (
+        lambda raw, p: raw.update(access={"anna": {}}),
+        [
+            'access needs "tls", as callers are known by their certificates: run '
+            "'client.py secure' on the file without access, then add access"
+        ],
+    ),
+    (
+        access({"anna": {"handlers": ["echo", "ecko", "os:system"]}}),
+        [
+            "access anna: handlers 'ecko' is not among the file's handlers; did you mean 'echo'?",
+            "access anna: handlers 'os:system' is not among the file's handlers; it has echo",
+        ],
+    ),
+    (
+        access({"*": {"teams": ["pnik", "blue"]}}),
+        [
+            "access *: teams 'pnik' is not among the file's teams with workers; "
+            "did you mean 'pink'?",
+            "access *: teams 'blue' is not among the file's teams with workers; it has green, pink",
+        ],
+    ),
+    (
+        access({"anna": {"verbs": ["request", "drain"]}}),
+        [
+            "access anna: verbs 'request' is not 'requests', 'metrics' or 'logs'; "
+            "did you mean 'requests'?",
+            "access anna: verbs 'drain' is not 'requests', 'metrics' or 'logs'",
+        ],
+    ),
+    (
+        access({"anna": {"handler": ["echo"]}}),
+        ["access anna: unknown key 'handler'; did you mean 'handlers'?"],
+    ),
+    (
+        access({"anna": {"waiting": 0}}),
+        ["access anna: waiting: input should be greater than or equal to 1, not '0'"],
+    ),
+    (
+        access({"anna lee": {}}),
+        ["access anna lee: name 'anna lee' does not match ^([A-Za-z0-9._-]{1,64}|\\*)$"],
+    ),
+    (
+        access({"anna": {"handlers": [5], "teams": "green"}}),
+        [
+            "access anna: handlers.0: input should be a valid string, not '5'",
+            "access anna: teams: input should be a valid list, not 'green'",
+        ],
+    ),
 ]
+
+
+def test_access_is_read_by_the_names_of_callers(file):
+    entries = {"anna": {"handlers": ["echo"], "teams": [], "waiting": 20}, "*": {"verbs": ["logs"]}}
+
+    found = file.load(changed(access(entries))).access
+
+    assert found == Access(
+        {"anna": Rights(handlers=("echo",), teams=(), waiting=20), "*": Rights(verbs=("logs",))}
+    )
+    assert file.load(GOOD).access == Access()
+
+
+def test_the_example_of_the_page_is_right(file):
+    page = (ROOT / "docs" / "security.md").read_text("utf-8")
+    (example,) = re.findall(r'```text\n("access": .*?)```', page, re.DOTALL)
+    raw = {**GOOD, "tls": "tls", "handlers": {"render": "mine:render"}}
+
+    found = file.load(raw | json.loads("{" + example + "}")).access
+
+    assert found.entries["anna"] == Rights(handlers=("render",), teams=("pink",), waiting=20)
+
+
+def test_teams_are_not_judged_while_a_process_cannot_be_read(file):
+    def change(raw, processes):
+        access({"anna": {"teams": ["pink"]}})(raw, processes)
+        processes["F"].update(port=0)
+
+    assert file.problems(changed(change)) == ["process F: port 0 is not 1..65535"]
 
 
 @pytest.mark.parametrize(("change", "problems"), BROKEN)
@@ -316,6 +400,8 @@ WRONG_VALUES = [
     ("processes", []),
     ("processes", {}),
     ("processes", None),
+    ("access", []),
+    ("access", None),
 ]
 
 

@@ -214,6 +214,46 @@ def test_only_requests_that_match_the_filter_are_shown(wanted, ids):
     assert [int(r["request_id"], 16) for r in found["requests"]] == ids
 
 
+# Whether the overlay is open
+
+
+def test_a_snapshot_says_in_a_line_that_the_overlay_is_open():
+    found = many(1, security=pb2.Security(mode="open"))
+    shown = [line.plain for line in lines(found, 120, 24, SHAPES)]
+
+    text = "OPEN: anyone who can reach it can run its handlers; client.py secure CONFIG closes it"
+    assert found["security"] == {"mode": "open", "text": text, "problems": []}
+    assert shown[1] == text
+
+
+def test_a_snapshot_of_processes_that_only_this_machine_reaches_says_nothing():
+    found = many(1, security=pb2.Security(mode="local"))
+
+    assert found["security"] == {"mode": "local", "text": "", "problems": []}
+    assert lines(found, 120, 24, SHAPES)[1].plain.startswith("queue")
+
+
+def test_a_process_that_no_longer_answers_does_not_say_that_the_overlay_is_open():
+    results = results_of(said("A", security=pb2.Security(mode="tls", expires_s=1.8e9)))
+    results["B"] = PollResult(1.0, said("B", security=pb2.Security(mode="open")), "refused")
+    topology = [pb2.Process(id=i, role=ROLES[i]) for i in "AB"]
+    series = {i: Timeseries() for i in "AB"}
+
+    found = snapshot(Polled("x:1", "A", topology, results, series, []), 1.0, 1e9)
+
+    assert found["security"]["text"] == "closed: mutual TLS, certificates until 2027-01-15"
+    assert found["processes"][0]["security"]["expires_at"] == 1.8e9
+
+
+def test_many_problems_of_certificates_take_two_lines_of_a_screen():
+    found = many(60)
+    found["security"] = {"mode": "tls", "text": "closed", "problems": [f"W{n}: old" for n in "123"]}
+
+    shown = [line.plain for line in lines(found, 80, 24, SHAPES)]
+
+    assert shown[1:4] == ["closed", "W1: old", "and 1 more: W2: old"]
+
+
 # On a screen
 
 

@@ -44,6 +44,37 @@ def test_check_prints_these_lines():
     assert ["refused", "1 draining, 2 queue full"] in lines
 
 
+@pytest.mark.parametrize(
+    ("security", "lines"),
+    [
+        (
+            pb2.Security(mode="open"),
+            [
+                "security OPEN: anyone who can reach it can run its handlers; client.py secure "
+                "CONFIG closes it"
+            ],
+        ),
+        (pb2.Security(mode="local"), []),
+        (pb2.Security(), []),
+        (
+            pb2.Security(mode="tls", expires_s=1.8e9, problem="it expires in 9 days"),
+            [
+                "security closed: mutual TLS, certificates until 2027-01-15",
+                "warning it expires in 9 days",
+            ],
+        ),
+    ],
+    ids=["open", "local", "an older release", "tls"],
+)
+def test_check_says_in_a_line_whether_the_process_is_open(security: pb2.Security, lines: list[str]):
+    page = io.StringIO()
+
+    show_metrics(Screen(page), pb2.MetricsResponse(process_id="A", security=security), "x:1")
+
+    found = [" ".join(line.split()) for line in page.getvalue().splitlines()]
+    assert [line for line in found if line.startswith(("security", "warning"))] == lines
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_family_has_a_value_for_each_of_its_labels(family: Family):
     for *values, value in family.samples(BUSY):

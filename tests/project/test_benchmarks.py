@@ -347,6 +347,23 @@ def test_a_figure_to_reach_has_a_ratio_and_a_verdict(raw):
     assert "| small calls' p99 beside 64 KiB ones | at most 2x | 1.5x (1.5 to 1.5) |" in page
 
 
+def test_the_price_of_tls_is_its_rate_over_that_of_plaintext(raw):
+    assert "Mutual TLS" not in report.page(raw)
+    raw["measurements"] += [measurement("window-64", "ours-tls", n, 24_000) for n in range(4)]
+
+    page = report.page(raw)
+
+    assert "| 64 outstanding | 30,000 | 24,000 | 0.8x (0.8 to 0.8) |" in page
+    assert "1.25x" not in page  # it is no peer that ours is ahead of
+
+
+def test_tls_is_measured_in_rows_that_exist_and_not_in_all():
+    from benchmarks.contest import entered
+
+    measured = [row.name for row in rows.ROWS if "ours-tls" in entered(row, peers.MODULES)]
+    assert sorted(measured) == sorted(peers.load("ours-tls").ROWS)
+
+
 def test_the_page_lists_what_was_not_run_or_failed(raw):
     page = report.page(raw)
     assert "- not run: dask: not installed" in page

@@ -428,9 +428,34 @@ def test_the_names_in_the_tables_are_unique_and_each_bug_has_a_scenario() -> Non
         assert rules.issuperset(bug.rules)
 
 
+APPLY_ALL = """
+import importlib, inspect, pkgutil, sys
+import overlay
+from faults import seeded
+
+def names():
+    found = {}
+    for module in [m for n, m in sys.modules.items() if n.startswith("overlay.")]:
+        for one in (module, *[c for _, c in inspect.getmembers(module, inspect.isclass)]):
+            found[one] = set(vars(one))
+    return found
+
+for module in pkgutil.walk_packages(overlay.__path__, "overlay."):
+    if "page" not in module.name:
+        importlib.import_module(module.name)
+before = names()
+for bug in seeded.BUGS:
+    bug.apply()
+after = names()
+new = [(one, new) for one, had in before.items() if (new := after[one] - had)]
+assert not new, f"replaced, and not there: {new}"
+"""
+
+
 def test_the_functions_that_the_seeded_bugs_replace_exist() -> None:
-    apply = "from faults import seeded; [bug.apply() for bug in seeded.BUGS]"
-    done = subprocess.run([sys.executable, "-c", apply], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", APPLY_ALL], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -486,8 +511,8 @@ def test_a_killed_worker_breaks_no_promise(tmp_path: Path) -> None:
     assert sum(answer.code == "OK" for answer in outcome.history.answers) > 50
 
 
-@pytest.mark.parametrize("name", ["long-then-short", "hostile-worker"])
-def test_neither_a_long_request_nor_a_hostile_neighbour_breaks_a_promise(
+@pytest.mark.parametrize("name", ["long-then-short", "hostile-worker", "tls-freeze"])
+def test_neither_a_long_request_nor_a_broken_neighbour_breaks_a_promise(
     tmp_path: Path, name: str
 ) -> None:
     outcome = bench.run(scenarios.BY_NAME[name], tmp_path / "run", 2, seed=1)

@@ -15,7 +15,7 @@ from faults.figures import BY_KEY, FIGURES, Sample
 from faults.ground import USUAL, WORKERS
 from faults.history import Answer, Call, Execution
 from faults.load import TRY_AGAIN_S, Load, Notes
-from tests.harness.machine import free_port, until
+from tests.harness.cluster import Overlay, six_processes, until
 
 
 def call(id_: int, due: float, mode: str = "any") -> Call:
@@ -171,9 +171,9 @@ def test_wrong_arguments_are_rejected(arguments, message, capsys) -> None:
     assert message in capsys.readouterr().err
 
 
-def test_a_client_that_retries_sends_a_failed_call_again() -> None:
+def test_a_client_that_retries_sends_a_failed_call_again(tmp_path: Path) -> None:
     notes = Notes()
-    load = Load(f"127.0.0.1:{free_port()}", notes, 1, WORKERS)  # where nothing serves
+    load = Load(Overlay(tmp_path, six_processes()), notes, 1, WORKERS)  # nothing serves there
     try:
         load.run([replace(USUAL, tries=2), replace(USUAL, after_s=1.0)])
         until(lambda: not notes.open, 10, "an answer to every call")

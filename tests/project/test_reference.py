@@ -34,12 +34,14 @@ def test_the_page_has_the_help_of_every_verb() -> None:
     page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
     headings = {line.split()[1] for line in page.splitlines() if line.startswith("## ")}
 
-    assert {*main.OF_A_PROCESS, *main.OF_A_CONFIGURATION} - {"ask"} <= headings
+    verbs = {*main.OF_A_PROCESS, *main.OF_A_CONFIGURATION, *main.OF_CERTIFICATES}
+    assert verbs - {"ask"} <= headings
 
 
 def test_every_verb_of_the_table_has_its_file_and_every_file_its_row() -> None:
-    verbs = {*main.OF_A_PROCESS, *main.OF_A_CONFIGURATION}
-    found = {path.stem for path in (ROOT / "overlay" / "cli").iterdir() if is_verb(path)}
+    verbs = {*main.OF_A_PROCESS, *main.OF_A_CONFIGURATION, *main.OF_CERTIFICATES}
+    rooms = (ROOT / "overlay" / "cli", ROOT / "overlay" / "cli" / "identity")
+    found = {path.stem for room in rooms for path in room.iterdir() if is_verb(path)}
 
     assert found == verbs
 

@@ -13,10 +13,11 @@ from functools import partial
 from unittest import mock
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from overlay.model.access import UNRESTRICTED, Rights
 from overlay.model.errors import Draining, NoTimeLeft, QueueFull
 from overlay.model.segments import (
     AnswerRow,
@@ -105,11 +106,12 @@ class Service:
         left_s: float = 10.0,
         caller: str = "",
         priority: int = 0,
+        rights: Rights = UNRESTRICTED,
         **route: object,
     ) -> QueuedSegment:
         body = name.encode()
         segment = Segment(Route(**route), Column((body,)), self.clock.now + left_s, 1)
-        return self.queue.admit(segment, self._sink((body,)), Caller(caller), priority)
+        return self.queue.admit(segment, self._sink((body,)), Caller(caller), priority, rights)
 
     def stream(
         self, flow: Flow, names: str, *, left_s: float = 10.0, priority: int = 0, **route: object
@@ -528,6 +530,102 @@ def service() -> Service:
 @pytest.fixture
 def flow(service: Service) -> Flow:
     return service.queue.open_flow()
+
+
+ANNA = Rights("anna", waiting=3)
+
+
+def test_so_many_requests_of_a_caller_wait_as_its_rights_allow():
+    service = Service(in_service=1)
+    for name in "abcd":  # one of them finds the place
+        service.admit(name, caller="caller anna", rights=ANNA)
+
+    with pytest.raises(QueueFull, match="anna has 3 requests waiting here, and may have no more"):
+        service.admit("e", caller="caller anna", rights=ANNA)
+
+    service.admit("f", caller="caller bob")
+    service.answer("a", "f")
+    service.admit("g", caller="caller anna", rights=ANNA)
+
+
+def test_a_request_that_finds_a_place_does_not_wait():
+    service = Service()
+    service.busy = {"pink"}
+    for name in "abc":
+        service.admit(name, caller="caller anna", rights=ANNA, team="pink")
+
+    service.admit("g", caller="caller anna", rights=ANNA, team="green")
+
+    assert service.order == "g"
+
+
+def test_streamed_rows_beyond_the_rights_are_refused_from_the_end():
+    service = Service()
+    service.places = 2
+    flow = service.queue.open_flow(Caller("caller anna", "x"), ANNA)
+    service.stream(flow, "abc")
+    service.stream(flow, "defg")
+
+    service.queue.kick()
+
+    assert service.order == "ab"
+    assert service.codes("cde") == [None] * 3
+    assert service.codes("fg") == [Code.RESOURCE_EXHAUSTED] * 2
+    refused = service.got("g").refused
+    assert (refused.reason, refused.executed) == (str(ANNA.too_many()), Executed.NO)
+    service.answer_all()
+    assert service.order == "abcde"
+
+
+def test_single_and_streamed_requests_of_all_names_count_together():
+    service = Service(in_service=1)
+    service.places = 1
+    one, other = (service.queue.open_flow(Caller("caller anna", name), ANNA) for name in "12")
+    service.stream(one, "ab")
+    service.stream(other, "c")
+    service.queue.kick()
+    service.admit("d", caller="caller anna", rights=ANNA)
+
+    with pytest.raises(QueueFull, match="anna has 3 requests"):
+        service.admit("e", caller="caller anna", rights=ANNA)
+    service.stream(other, "fg")
+    service.queue.kick()
+
+    assert service.codes("abcdfg") == [None] * 4 + [Code.RESOURCE_EXHAUSTED] * 2
+    service.queue.close_flow(one)
+    assert service.order == "a"
+
+
+STEPS = st.lists(st.sampled_from(["single", "answer", "1", "2", "5"]), max_size=40)
+
+
+@given(STEPS)
+@settings(deadline=None)
+def test_a_caller_never_has_more_waiting_and_is_not_refused_with_less(steps):
+    service = Service()
+    service.places = 2
+    flow = service.queue.open_flow(Caller("caller anna"), ANNA)
+
+    def waiting() -> int:
+        return service.queue.waiting + service.counts[0]
+
+    for n, step in enumerate(steps):
+        if step == "answer" and service.running:
+            service.answer(next(iter(service.running)).decode())
+        elif step == "single":
+            before = waiting()
+            try:
+                service.admit(f"{n}", caller="caller anna", rights=ANNA)
+            except QueueFull:
+                assert before == 3
+        elif step != "answer":
+            names = [f"{n}-{row}" for row in range(int(step))]
+            free = 3 - waiting() + 2 - len(service.running)
+            service.stream(flow, " ".join(names) + " ")
+            service.queue.kick()
+            refused = sum(bool(service.answers[name.encode()]) for name in names)
+            assert refused == max(0, len(names) - free)
+        assert waiting() <= 3
 
 
 def test_a_streamed_segment_starts_as_a_whole_with_the_next_kick(service, flow):

@@ -87,6 +87,16 @@ def test_the_metrics_are_those_of_the_process(serving):
     assert found["overlay_start_time_seconds"] == 1_700_000_000
 
 
+def test_the_expiry_of_the_certificate_is_there_only_with_tls(serving):
+    closed = pb2.MetricsResponse()
+    closed.CopyFrom(METRICS)
+    closed.security.expires_s = 1.8e9
+    name = "overlay_certificate_expiry_time_seconds"
+
+    assert values(read(serving(lambda: closed)))[name] == 1.8e9
+    assert name not in values(read(serving()))
+
+
 def test_version_and_configuration_can_be_compared_between_processes(serving):
     found = values(read(serving()))
 

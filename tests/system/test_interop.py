@@ -6,6 +6,8 @@ import base64
 import contextlib
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import ssl
@@ -22,7 +24,7 @@ from grpc_tools import protoc
 
 from overlay.transport import codec
 from overlay.transport.codec import pb2
-from tests.harness.cluster import ROOT, Overlay, six_processes, tool
+from tests.harness.cluster import ROOT, Overlay, running, six_processes, tool
 
 HERE = Path(__file__).resolve().parent / "interop"
 PROTO = ROOT / "overlay.proto"
@@ -95,15 +97,14 @@ def buf(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `buf curl` over gRPC: buf("http://HOST:PORT/SERVICE/METHOD", {...}, "-v")."""
-    program = tool("buf", "pip install -r requirements-dev.txt")
     home = tmp_path_factory.mktemp("buf")
     # buf walks the schema's folder; in the project it would follow wine's drives to `/`.
     shutil.copy(PROTO, home)
 
     def ask(url: str, request: object = None, *options: str) -> subprocess.CompletedProcess[str]:
-        command = [program, "curl", "--http2-prior-knowledge", "--protocol", "grpc", *options]
+        command = ["curl", "--http2-prior-knowledge", "--protocol", "grpc", *options]
         data = [] if request is None else ["-d", json.dumps(request)]
-        return finished([*command, *data, url], cwd=home, env={**os.environ, "HOME": str(home)})
+        return run_buf([*command, *data, url], home)
 
     return ask
 
@@ -187,8 +188,8 @@ def javascript(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[s
     if done.returncode:
         pytest.skip(f"npm cannot install @grpc/grpc-js: {done.stderr.strip()[-200:]}")
 
-    def ask(address: str, payload: str) -> dict[str, Any]:
-        command = [node, str(HERE / "client.js"), str(PROTO), address, payload]
+    def ask(address: str, payload: str, program: Path = HERE / "client.js") -> dict[str, Any]:
+        command = [node, str(program), str(PROTO), address, payload]
         return json.loads(printed(command, cwd=folder))
 
     return ask
@@ -205,6 +206,106 @@ def test_a_javascript_client_gets_answers_and_statuses(six: Overlay, javascript:
         "details": "no team 'blue'; there are green, pink",
         "executed": "no",
     }
+
+
+# With certificates, as docs/security.md says
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    """The six with certificates, and the schema in their folder."""
+    folder = tmp_path_factory.mktemp("closed")
+    shutil.copy(PROTO, folder)
+    with running(folder, six_processes(tls="tls")) as overlay:
+        yield overlay
+
+
+def on_the_page(client: str, closed: Overlay) -> str:
+    """What the page says to type for this client, with the names of this overlay."""
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    fences = re.findall(r"```text\n(.*?)```", page.split("## From other languages")[1], re.DOTALL)
+    (text,) = [fence for fence in fences if client in fence]
+    cluster = json.loads((closed.folder / "tls" / "overlay.json").read_text())["cluster"]
+    return text.replace("192.168.1.1:50051", closed.address("A")).replace("CLUSTER", cluster)
+
+
+def test_buf_is_answered_over_tls_as_the_page_says(closed: Overlay) -> None:
+    done = run_buf(shlex.split(on_the_page("buf curl", closed))[1:], closed.folder)
+
+    assert base64.b64decode(json.loads(done.stdout)["result"]) == b"C: hello\nD: hello\nF: hello"
+
+
+def test_a_javascript_client_is_answered_over_tls_as_the_page_says(
+    closed: Overlay, javascript: Any
+) -> None:
+    program = closed.folder / "client.js"
+    plain = (HERE / "client.js").read_text().splitlines()
+    (line,) = [line for line in plain if line.startswith("const client = ")]
+    secure = on_the_page("createSsl", closed).replace("'tls/", f"'{closed.folder.as_posix()}/tls/")
+    program.write_text("\n".join(plain).replace(line, secure))
+
+    seen = javascript(closed.address("A"), "hi", program)
+
+    assert (seen["result"], seen["hops"]) == ("C: hi\nD: hi\nF: hi", ALL_HOPS)
+    assert seen["refusal"]["details"] == "no team 'blue'; there are green, pink"
+
+
+def test_stock_grpc_for_python_is_answered_over_tls_as_the_page_says(closed: Overlay) -> None:
+    ca, user = ((closed.folder / "tls" / name).read_bytes() for name in ("ca.pem", "user.pem"))
+    keys = grpc.ssl_channel_credentials(ca, user, user)
+    name = [("grpc.ssl_target_name_override", "office.overlay")]
+    with grpc.secure_channel(closed.address("A"), keys, name) as channel:
+        answer = channel.unary_unary("/OverlayNode/Forward")(b"", timeout=10)
+
+    assert pb2.Response.FromString(answer).result == b"C: \nD: \nF: "
+
+
+KEYS = ("--cacert", "tls/ca.pem", "--cert", "tls/user.pem", "--key", "tls/user.pem")
+CHECK = ("-d", '{"service": "OverlayNode"}')
+
+
+@pytest.mark.parametrize(
+    ("what", "method", "says"),
+    [
+        (CHECK, "grpc.health.v1.Health/Check", "SERVING"),
+        (("--list-services",), "", "grpc.health.v1.Health"),
+        (("-d", "{}"), "OverlayNode/GetMetrics", '"mode": "tls"'),
+    ],
+    ids=["health", "reflection", "metrics by reflection"],
+)
+@pytest.mark.parametrize("process_id", "ABC")
+def test_health_and_reflection_are_served_over_tls(
+    closed: Overlay, process_id: str, what: tuple[str, ...], method: str, says: str
+) -> None:
+    """Without --servername: the host of the configuration is in the certificate too."""
+    to = f"https://{closed.address(process_id)}/{method}".rstrip("/")
+
+    done = run_buf(["curl", "--protocol", "grpc", *KEYS, *what, to], closed.folder)
+
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout.replace('":"', '": "')
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("http", "--http2-prior-knowledge"),
+        ("https", *KEYS[:2]),
+        ("https", *KEYS, "--servername", "other.overlay"),
+    ],
+    ids=["plaintext", "no certificate", "another overlay's name"],
+)
+@pytest.mark.parametrize("method", ["grpc.health.v1.Health/Check", "OverlayNode/Forward"])
+def test_an_outside_client_gets_nothing_without_the_keys_and_the_name(
+    closed: Overlay, method: str, how: tuple[str, ...]
+) -> None:
+    scheme, *options = how
+    to = f"{scheme}://{closed.address('A')}/{method}"
+
+    done = run_buf(["curl", "--protocol", "grpc", *options, "-d", "{}", to], closed.folder)
+
+    assert done.returncode != 0
+    assert done.stdout == ""
 
 
 # Well-formed but invalid requests
@@ -370,6 +471,12 @@ def test_silent_and_broken_connections_delay_no_other_caller(six: Overlay) -> No
 
 
 # Helpers
+
+
+def run_buf(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """In this folder, which is also its home."""
+    program = tool("buf", "pip install -r requirements-dev.txt")
+    return finished([program, *words], cwd=folder, env={**os.environ, "HOME": str(folder)})
 
 
 def finished(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:

@@ -20,8 +20,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import overlay as library
-from overlay.transport import codec, endpoints
+from overlay.transport import codec
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.cluster import Overlay, running, six_processes, until
 from tests.harness.ways import Outcome, Streamed, Unary, Way
@@ -70,7 +69,7 @@ Lend = Callable[..., Overlay]
 
 
 @pytest.fixture(scope="module")
-def lend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lend]:
+def lend(tmp_path_factory: pytest.TempPathFactory, security: dict[str, Any]) -> Iterator[Lend]:
     """lend(slots=2, **top): an overlay shared by tests with the same arguments. Processes that the
     test before has killed are restarted, and the notes are empty.
 
@@ -81,7 +80,8 @@ def lend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lend]:
     def overlay_of(slots: int = 100, learned: str = "", **top: Any) -> Overlay:
         key = f"{slots} {learned} {top}"
         if key not in made:
-            made[key] = stack.enter_context(own(tmp_path_factory.mktemp("rules"), slots, **top))
+            folder = tmp_path_factory.mktemp("rules")
+            made[key] = stack.enter_context(own(folder, slots, **top, **security))
         overlay = made[key]
         dead = [i for i, process in overlay.processes.items() if process.poll() is not None]
         if dead:
@@ -94,9 +94,9 @@ def lend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lend]:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path) -> Iterator[Overlay]:
+def fresh(tmp_path: Path, security: dict[str, Any]) -> Iterator[Overlay]:
     """For tests that depend on the health of neighbours: nothing was killed before."""
-    with own(tmp_path) as overlay:
+    with own(tmp_path, **security) as overlay:
         yield overlay
 
 
@@ -370,7 +370,7 @@ def test_a_request_id_runs_once_even_after_many_other_requests(lend: Lend, way: 
     overlay = lend()
     request = {"payload": b"0", "handler": "work", "request_id": next(request_ids)}
     assert Outcome(way.at_once(overlay, 1, "C", **request)[0]).ok
-    with library.connect(overlay.address("C")) as client:
+    with overlay.connect("C") as client:
         for _ in client.map(None, itertools.repeat(b"x", 110_000), timeout=60):
             pass
     again = Outcome(way.at_once(overlay, 1, "C", **request)[0])
@@ -390,12 +390,12 @@ def later(payload, context):
 
 
 @pytest.fixture(scope="module")
-def later(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+def later(tmp_path_factory: pytest.TempPathFactory, security: dict[str, Any]) -> Iterator[Overlay]:
     folder = tmp_path_factory.mktemp("later")
     (folder / "mine.py").write_text(LATER)
     (folder / "needed").touch()
     handlers = {"later": {"call": "mine:later", "run": "process", "slots": 1}}
-    with running(folder, six_processes(handlers=handlers)) as overlay:
+    with running(folder, six_processes(handlers=handlers, **security)) as overlay:
         yield overlay
 
 
@@ -573,7 +573,7 @@ def test_neighbours_route_around_a_stopping_team_leader(fresh: Overlay) -> None:
     outcomes = []
 
     def load() -> None:
-        with grpc.insecure_channel(fresh.address("A"), endpoints.channel_options()) as channel:
+        with fresh.new_channel("A") as channel:
             stub = pb2_grpc.OverlayNodeStub(channel)
             while not stop.is_set():
                 request = pb2.Request(payload=b"10", handler="work", mode=pb2.ANY)

@@ -23,7 +23,7 @@ from overlay.client import sync as library
 from overlay.model.segments import Executed
 from overlay.transport import codec
 from overlay.transport.codec import pb2, pb2_grpc
-from tests.client.test_sync import HANDLERS, Noted, handlers
+from tests.client.conftest import HANDLERS, Noted, handlers
 from tests.harness.cluster import ROOT, Overlay, free_port, six_processes, until
 
 LIMIT = 8

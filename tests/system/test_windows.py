@@ -36,7 +36,7 @@ QUICK = "not killed_idle and not is_replaced and not does_not_grow and not refus
 QUICK += " and (not named_with_its_module or missing)"
 TWO_MACHINES = (ROOT / "docs" / "two-machines.md").read_text(encoding="utf-8")
 DOCTOR = "python client.py doctor two_hosts_config.json"
-PC, MAC = "192.168.1.23", "192.168.1.40"  # as on the page
+PLACES = {"pc": "192.168.1.23", "mac": "192.168.1.40"}  # as on the page
 LEADER = (ADDRESSES[1], "50051")
 PINK = (ADDRESSES[2], "50055")  # E, team leader on the other system
 # As Windows does it: with a thread in the process that delivers CTRL_CLOSE_EVENT.
@@ -454,77 +454,106 @@ def test_a_process_on_windows_stops_gracefully_and_comes_back(both: PcAndMac) ->
 class Machines:
     """A PC and a Mac, each with a new copy of the project, on which the page's commands are typed.
 
-    Wine has no `py` and cannot create a `.venv`, so `python` replaces both.
+    leader: "pc" or "mac"; A, B and D run there, and its key signs. Wine has no `py` and cannot
+    create a `.venv`, so `python` replaces both.
     """
 
-    def __init__(self, folder: Path, windows: Windows) -> None:
+    def __init__(self, folder: Path, windows: Windows, leader: str) -> None:
         self.windows = windows
-        self.pc, self.mac = folder / "my pc", folder / "mac"
-        for machine in (self.pc, self.mac):
+        self.leader, self.other = (leader, "mac") if leader == "pc" else (leader, "pc")
+        self.folders = {"pc": folder / "my pc", "mac": folder / "mac"}
+        for machine in self.folders.values():
             copy_project(machine)
             for name in STUBS:
                 (machine / name).unlink()
             for lock in ROOT.glob("requirements*"):
                 shutil.copy(lock, machine)
-        (self.mac / ".venv").symlink_to(sys.prefix)
-        for name, address in zip(windows.hosts.names.values(), (PC, MAC), strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "wire")
+        (self.folders["mac"] / ".venv").symlink_to(sys.prefix)
 
-    def on_pc(self, line: str) -> tuple[int, str]:
-        assert line in TWO_MACHINES
-        line = re.sub(r"^(py|\.venv\\Scripts\\python) ", "python ", line)
-        done = self.windows.batch(line, self.pc)
+    def init(self) -> str:
+        """The first command, and the answers to its questions."""
+        addresses = [PLACES[self.leader], PLACES[self.other]]
+        typed = "".join(f"{address}\n" for address in addresses)
+        if self.leader == "pc":
+            assert r"py scripts\run.py init" in TWO_MACHINES
+            folder = self.folders["pc"]
+            return self.windows.run("scripts/run.py", "init", cwd=folder, typed=typed).stdout
+        return self.typed("mac", f"printf '{typed}' | ", "python3 scripts/run.py init")[1]
+
+    def run(self, machine: str, on_windows: str, on_mac: str, *more: str) -> tuple[int, str]:
+        """Types the page's command there; returns its exit code and all that it printed."""
+        if machine == "mac":
+            return self.typed("mac", "", on_mac, *more)
+        self.assert_on_page(on_windows)
+        line = re.sub(r"^(py|\.venv\\Scripts\\python) ", "python ", " ".join((on_windows, *more)))
+        done = self.windows.batch(line, self.folders["pc"])
         return done.returncode, done.stdout
 
-    def on_mac(self, line: str) -> tuple[int, str]:
-        assert line in TWO_MACHINES
-        typed = f"cd '{self.mac}' && . .venv/bin/activate && {line}"
-        done = self.windows.hosts.run(2, "dash", "-c", typed)
+    def typed(self, machine: str, before: str, line: str, *more: str) -> tuple[int, str]:
+        self.assert_on_page(line)
+        command = f"cd '{self.folders[machine]}' && . .venv/bin/activate && {before}{line}"
+        done = self.windows.hosts.run(2, "dash", "-c", " ".join((command, *more)), within_s=90)
         return done.returncode, done.stdout
 
-    def logs(self) -> list[Path]:
-        return [*self.pc.glob("logs/*.log"), *self.mac.glob("logs/*.log")]
+    def assert_on_page(self, command: str) -> None:
+        assert command.replace(PLACES[self.leader], PLACES["pc"]) in TWO_MACHINES
+
+    def start(self, machine: str) -> None:
+        code, said = self.run(machine, r"scripts\start_windows.bat", "scripts/start_macos.sh")
+        ids = list("ABD" if machine == self.leader else "CEF")
+        assert (code, re.findall(rf"(?m)^(\w) .*{PLACES[machine]}", said)) == (0, ids), said
+
+    def stop(self) -> list[str]:
+        command = r"scripts\stop_all.bat", "scripts/stop_all.sh"
+        return [self.run(machine, *command)[1] for machine in (self.leader, self.other)]
+
+    def logs(self) -> str:
+        found = [log for one in self.folders.values() for log in one.glob("logs/*.log")]
+        return "".join(log.read_text(encoding="utf-8") for log in found)
 
 
 @pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Machines:
-    """Steps 1 to 3: copies, set-up, `init` on the PC, the configuration copied to the Mac."""
+def wired(windows: Windows) -> Windows:
+    """The hosts have the page's addresses too."""
     if not (Path(sys.prefix) / "overlay-setup.json").exists():
         pytest.skip("this Python was not set up by scripts/run.py")
-    made = Machines(tmp_path_factory.mktemp("page"), windows)
-    for code, said in (
-        made.on_pc(r"py scripts\run.py setup"),
-        made.on_mac("python3 scripts/run.py setup"),
-    ):
-        assert (code, "made the stubs" in said) == (0, True), said
-    assert r".venv\Scripts\python client.py init" in TWO_MACHINES
-    said = windows.run("client.py", "init", cwd=made.pc, typed=f"{PC}\n{MAC}\n").stdout
-    assert f"{PC}: A (leader), B (team_leader), D (worker)  (this machine)" in said, said
-    shutil.copy(made.pc / SHIPPED.name, made.mac)
-    return made
+    for name, address in zip(windows.hosts.names.values(), PLACES.values(), strict=True):
+        ip("-n", name, "addr", "add", f"{address}/24", "dev", "wire")
+    return windows
 
 
-@pytest.mark.parametrize("first", ["pc", "mac"])
-def test_the_page_about_two_machines_is_true(machines: Machines, first: str) -> None:
-    def start_pc() -> None:
-        code, said = machines.on_pc(r"scripts\start_windows.bat")
-        assert (code, re.findall(rf"(?m)^(\w) .*{PC}", said)) == (0, ["A", "B", "D"]), said
+@pytest.mark.parametrize("leader", ["pc", "mac"])
+def test_the_page_about_two_machines_is_true(wired: Windows, tmp_path: Path, leader: str) -> None:
+    """Five commands, and what follows them."""
+    machines = Machines(tmp_path, wired, leader)
+    other, address = machines.other, PLACES[leader]
 
-    def start_mac() -> None:
-        code, said = machines.on_mac("scripts/start_macos.sh")
-        assert (code, re.findall(rf"(?m)^(\w) .*{MAC}", said)) == (0, ["C", "E", "F"]), said
-
-    for log in machines.logs():
-        log.unlink()  # of the other parameter's run
+    said = machines.init()
+    assert f"{address}: A (leader), B (team_leader), D (worker)  (this machine)" in said, said
+    code, said = machines.run(
+        leader,
+        r"py scripts\run.py secure two_hosts_config.json",
+        "python3 scripts/run.py secure two_hosts_config.json",
+    )
+    assert (code, "join overlay-1." in said) == (0, True), said
+    line = re.search(r"overlay-1\S+", said)[0]
     try:
-        for start in (start_pc, start_mac) if first == "pc" else (start_mac, start_pc):
-            start()
-        run = machines.on_pc if first == "pc" else machines.on_mac
+        machines.start(leader)
+        join = r"py scripts\run.py join", "python3 scripts/run.py join"
+        code, said = machines.run(other, *join, line)
+        assert (code, "and those of the processes C, E, F" in said) == (0, True), said
+        machines.start(other)
+
         well = "6 of 6 processes well, 6 of 6 links up"
-        until(lambda: well in run(DOCTOR)[1], 20, well)
-        assert "3 of 3 workers answered" in run(f"python client.py {PC} 50051")[1]
-        lines = "".join(log.read_text(encoding="utf-8") for log in machines.logs()).splitlines()
-        assert [line for line in lines if "INFO" not in line and "no TLS" not in line] == []
+        for machine in PLACES:
+            until(lambda m=machine: well in machines.run(m, DOCTOR, DOCTOR)[1], 20, well)
+        ask = f"python client.py {address} 50051"
+        assert "3 of 3 workers answered" in machines.run(other, ask, ask)[1]
+        assert [line for line in machines.logs().splitlines() if "INFO" not in line] == []
     finally:
-        stopped = machines.on_pc(r"scripts\stop_all.bat"), machines.on_mac("scripts/stop_all.sh")
-    assert [said.count("stopped in") for _, said in stopped] == [3, 3], stopped
+        stopped = machines.stop()
+    assert [said.count("stopped in") for said in stopped] == [3, 3], stopped
+    keys = [*machines.folders[leader].glob("tls/*_*.pem"), machines.folders[leader] / "tls/ca.key"]
+    keys += machines.folders[other].glob("tls/*_*.pem")
+    assert len(keys) == 7
+    assert {key.name: key.stat().st_mode & 0o007 for key in keys} == {key.name: 0 for key in keys}

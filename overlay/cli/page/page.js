@@ -3,7 +3,7 @@
 import { byId, clock, say, several, span, teamColours } from "./dom.js";
 import { drawCharts } from "./charts.js";
 import { drawTopology } from "./topology.js";
-import { showDetails, showEvents, showFigures, showHandlers, showMaps, showProcesses, showRequests } from "./tables.js";
+import { showDetails, showEvents, showFigures, showHandlers, showMaps, showProcesses, showRequests, showSecurity } from "./tables.js";
 
 const SILENT_MS = 3500; // without a snapshot, of which one arrives every second
 const KEPT = 300;
@@ -51,6 +51,7 @@ function draw() {
   say(byId("workers"), asked ? `${several(snapshot.processes.length, "process")} on ${several(hosts.size, "host")}` : "");
   say(byId("clock"), clock(snapshot.at));
   say(byId("series-of"), asked ? `${asked.role.replace("_", " ")} ${asked.id}` : "Figures");
+  showSecurity(snapshot.security);
   showFigures(asked && asked.health !== "gone" ? asked : undefined, snapshot);
   drawTopology(snapshot, colours, picked, pick);
   drawCharts(snapshot.course, snapshot.interval_s, KEPT);

@@ -30,6 +30,14 @@ function rowOf(id) {
   return el("tr", {}, [...heads].map((head) => el("td", { class: head.className || null })));
 }
 
+// Whether the overlay is open, and what is wrong with its certificates: a line each.
+export function showSecurity({ mode, text, problems }) {
+  const lines = [{ text, class: mode === "open" ? "warning" : "quiet" }, ...problems.map((problem) => ({ text: problem, class: "warning" }))];
+  const shown = lines.filter((line) => line.text);
+  keep(byId("security"), shown, (line) => line.text, (line) => el("p", { class: line.class }, line.text));
+  byId("security").hidden = !shown.length;
+}
+
 export function showFigures(process, snapshot) {
   const last = (name) => {
     const series = snapshot.course[name] ?? [];
