@@ -62,7 +62,7 @@ try:
     from overlay.observability.log_file import ProcessLog
     from overlay.server import reflection
     from overlay.server.admin import Admin
-    from overlay.server.enrolment import CertificateKeeper, Enrolment
+    from overlay.server.enrolment import Enrolment, keepers
     from overlay.server.heap import HeapTrimmer, limit_kept_memory
     from overlay.server.service import Drained, Service
     from overlay.server.shutdown import StopFile, when_console_ends
@@ -179,9 +179,7 @@ class Node:
         self.connections = Connections(
             me.port, limit, service.request_log, gate.peers, self._on_check
         )
-        self.keeper = None
-        if gate.credentials is not None:
-            self.keeper = CertificateKeeper(topology, me, gate.credentials)
+        self.keepers = keepers(topology, me, gate.credentials) if gate.credentials else []
         self.memory = HeapTrimmer(lambda: service.is_busy)
         self.health = Health(self.metrics_pool)
         node = OverlayNode(service, self.metrics_pool)
@@ -202,8 +200,8 @@ class Node:
         self._probe()
         self.connections.start()
         self.service.start()
-        if self.keeper is not None:
-            self.keeper.start()
+        for keeper in self.keepers:
+            keeper.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self, grace_s: float, for_good: bool = False) -> Drained:
@@ -219,8 +217,8 @@ class Node:
         self.service.close()
         self.admin.close()
         self.connections.stop()
-        if self.keeper is not None:
-            self.keeper.stop()
+        for keeper in self.keepers:
+            keeper.stop()
         for pool in (self.pool, self.metrics_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         return drained

@@ -166,12 +166,36 @@ class Enrolment:
         return process.certified_hosts
 
 
-class CertificateKeeper:
-    """Keeps the certificate of this process young, and knows what was revoked, while it runs."""
+def keepers(topology: Topology, me: Process, credentials: Credentials) -> list[CertificateKeeper]:
+    """Of this process's certificate, and in one process of each machine also of its user's."""
+    from overlay.security.credentials import Credentials
+    from overlay.security.tls_folder import USER
 
-    def __init__(self, topology: Topology, me: Process, credentials: Credentials) -> None:
+    made = [CertificateKeeper(topology, me, credentials)]
+    folder = credentials.folder
+    is_first = credentials.stem == min(path.stem for path in folder.path.glob("process_*.pem"))
+    if is_first and folder.holder(USER).exists():
+        try:
+            user = Credentials(folder, USER)
+        except OverlayError as e:
+            log.warning("the certificate of this machine's user is not kept: %s", e)
+        else:
+            made.append(CertificateKeeper(topology, me, user, follows=False))
+    return made
+
+
+class CertificateKeeper:
+    """Keeps a certificate of this machine young, and knows what was revoked, while it runs.
+
+    follows: fetches what was revoked, too; one keeper of a process does.
+    """
+
+    def __init__(
+        self, topology: Topology, me: Process, credentials: Credentials, follows: bool = True
+    ) -> None:
         self._leader = topology.leader
         self._credentials = credentials
+        self._follows = follows
         self._enrolment = Enrolment(topology, me, credentials)
         self._channel: Channel | None = None
         self._next_renewal = 0.0
@@ -199,6 +223,8 @@ class CertificateKeeper:
         credentials.current()
         is_old = credentials.age_s > RENEW_AGE_S or not credentials.is_of_new_authority
         is_due = is_old and time.monotonic() > self._next_renewal
+        if not self._follows and (credentials.certificate_problem or not is_due):
+            return  # a certificate that does not count any more cannot ask for another
         if is_due:
             self._next_renewal = time.monotonic() + RETRY_S
             credentials.folder.check_room()  # or the leader would issue what cannot be kept

@@ -460,56 +460,57 @@ def test_who_is_in_already_cannot_join(closed: Overlay) -> None:
 # Renewal
 
 
-def test_certificates_are_renewed_under_load_and_no_request_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_certificates_are_renewed_under_load_and_no_request_fails(tmp_path: Path) -> None:
+    """Of A, which has the authority's key, of C on another machine, and of the users of both."""
     made = Overlay(tmp_path, six_processes(tls="tls"))
-    authority = tls_of(made)
-    # Old enough to be renewed, for A, which has the authority's key, and C, whose folder has not.
+    here, there = tls_of(made), TlsFolder(tmp_path / "other machine" / "tls")
     for process_id in "AC":
-        _age(authority, process_id, 31 * DAY_S)
-    serials = {p: authority.certificate(TlsFolder.stem(p)).serial_number for p in "AC"}
+        _age(here, TlsFolder.stem(process_id), Identity("office", PROCESS, process_id))
+    _age(here, USER, Identity("office", OPERATOR, "root"))
+    for file in ("ca.pem", "revoked.pem", "overlay.json", "user.pem", "process_c.pem"):
+        there.write(file, here.read(file), is_secret=True)
+    shutil.copy(made.path, there.path.parent)
+    made.files["C"] = str(there.path.parent / made.path.name)
+    old = {(f, s): f.certificate(s) for f, s in ((here, "process_a"), (here, USER))}
+    old |= {(f, s): f.certificate(s) for f, s in ((there, "process_c"), (there, USER))}
     failed: list[BaseException] = []
     done = threading.Event()
-    try:
+
+    def load(leader: overlay.Client) -> None:
+        while not done.is_set():
+            try:
+                leader.call(b"x", timeout=10)
+            except BaseException as e:  # noqa: BLE001 - the test judges it
+                failed.append(e)
+
+    with made, overlay.connect(made.address("A"), tls=here.path) as leader:
         made.start()
-        with overlay.connect(made.address("A"), tls=made.folder / "tls") as leader:
-
-            def load() -> None:
-                while not done.is_set():
-                    try:
-                        leader.call(b"x", timeout=10)
-                    except BaseException as e:  # noqa: BLE001 - the test judges it
-                        failed.append(e)
-
-            threads = [threading.Thread(target=load) for _ in range(3)]
-            for thread in threads:
-                thread.start()
+        threads = [threading.Thread(target=load, args=(leader,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
             until(
-                lambda: all(
-                    authority.certificate(TlsFolder.stem(p)).serial_number != serials[p]
-                    for p in "AC"
-                ),
+                lambda: all(folder.certificate(s) != old[folder, s] for folder, s in old),
                 20,
                 "new certificates",
             )
             time.sleep(0.5)
+        finally:
             done.set()
-            for thread in threads:
-                thread.join(15)
-            made.kill("C")
-            made.start("C")  # with the new one
-            assert leader.call(b"x", timeout=10)
-    finally:
-        done.set()
-        made.stop()
+        for thread in threads:
+            thread.join(15)
+        made.kill("C")
+        made.start("C")  # with the new one
+        assert leader.call(b"x", timeout=10).coverage == (3, 3)
     assert failed == []
 
 
-def _age(folder: TlsFolder, process_id: str, age_s: float) -> None:
-    key, stem = new_key(), TlsFolder.stem(process_id)
-    identity = Identity("office", PROCESS, process_id)
-    signed = folder.authority().issue(key.public_key(), identity, ("127.0.0.1",), since_s=-age_s)
+def _age(folder: TlsFolder, stem: str, identity: Identity) -> None:
+    """Makes its certificate 31 days old."""
+    key = new_key()
+    signed = folder.authority().issue(
+        key.public_key(), identity, ("127.0.0.1",), since_s=-31 * DAY_S
+    )
     folder.write_holder(stem, key_pem(key), pem_of(signed))
 
 
