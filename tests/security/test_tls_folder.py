@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,7 @@ from overlay.security.credentials import Credentials
 from overlay.security.invitation import Invitation
 from overlay.security.lookup import credentials_for
 from overlay.security.tls_folder import USER, Guest, TlsFolder
+from tests.harness.machine import ROOT
 
 ANNA, BOB = Identity("office", CALLER, "anna"), Identity("office", CALLER, "bob")
 
@@ -445,3 +447,14 @@ def test_a_step_that_failed_is_done_by_the_next_try(
 
     assert "step 2" in folder.change_authority()
     assert folder.trust().is_of_first(read_certificate(issued(folder)))
+
+
+def test_a_folder_of_certificates_is_not_committed_by_accident() -> None:
+    named = ["tls/ca.key", "examples/tls/user.pem"]
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", *named], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode == 128:
+        pytest.skip("no git checkout")
+
+    assert done.stdout.split() == named
