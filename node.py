@@ -60,6 +60,7 @@ try:
     from overlay.model.program import CLIENT
     from overlay.model.topology import REQUIRED, Process, Topology, join_address
     from overlay.observability.log_file import ProcessLog
+    from overlay.security.lookup import needs_certificates
     from overlay.server import reflection
     from overlay.server.admin import Admin
     from overlay.server.enrolment import Enrolment, keepers
@@ -331,10 +332,7 @@ def _credentials(topology: Topology, me: Process) -> Credentials | None:
             Enrolment(topology, me, found).renew_own()
             found = Credentials.of_process(folder, me.id)
     except ConfigError as e:
-        raise ConfigError(
-            f"process {me.id}: {topology.name} asks for TLS, and {e}; the leader's machine makes "
-            f"certificates with '{CLIENT} secure {topology.name}', others with '{CLIENT} join'"
-        ) from None
+        raise ConfigError(f"process {me.id}: {needs_certificates(topology, e)}") from None
     if found.certificate_problem:
         raise ConfigError(f"process {me.id}: {found.certificate_problem}")
     return found

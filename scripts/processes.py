@@ -335,13 +335,10 @@ def ask(process: Process, credentials: Credentials | None, timeout_s: float = AN
 
 def _keys_for(process: Process, credentials: Credentials) -> Credentials:
     """A process of this machine is asked with its own certificate: the user's may be revoked."""
-    folder, stem = credentials.folder, f"process_{process.id.lower()}"
-    if not folder.holder(stem).exists():
-        return credentials
     try:
-        return type(credentials)(folder, stem)
-    except ConfigError:
-        return credentials  # the process itself says what is wrong with its certificate
+        return credentials.of_process(credentials.folder.path, process.id)
+    except ConfigError:  # it is on another machine, or says itself what is wrong with its own
+        return credentials
 
 
 def report_failure(children: Sequence[Child], credentials: Credentials | None) -> None:

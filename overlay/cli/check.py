@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from overlay.cli.doctor import DEADLINE_S, Examination, closing, examine, links_as_json, say_summary
+from overlay.cli.doctor import DEADLINE_S, Examination, examine, links_as_json, say_summary
 from overlay.cli.terminal import Exit, Screen, connected, failed, misconfigured
 from overlay.cli.text import counted, span
 from overlay.cli.usage import Parser, shared_options
@@ -57,7 +57,7 @@ def of_process(args: argparse.Namespace) -> int:
 
 def show_metrics(report: Screen, m: pb2.MetricsResponse, address: str) -> None:
     workers, unreached = expected_workers(m), unreached_workers(m)
-    protected = protection([m], closing())
+    protected = protection([m])
     report.facts(
         ("process", f"{m.process_id}, {m.role} of team {m.team}, at {address}"),
         ("state", f"{'serves' if m.is_healthy else 'stops'}, up for {span(m.uptime_s, 1)}"),

@@ -120,7 +120,7 @@ def _protection(
     return protection(answers, closing(config), credentials.warning if credentials else "")
 
 
-def closing(config: str = "CONFIG") -> str:
+def closing(config: str) -> str:
     """The command that closes an overlay, whichever program says it."""
     return f"{CLIENT} secure {config}"
 

@@ -16,7 +16,7 @@ import grpc
 from overlay.client.results import error_from_rpc
 from overlay.model import clocks
 from overlay.model.errors import InvalidCall, NotReached, OverlayError
-from overlay.model.identity import CALLER, OPERATOR, Identity
+from overlay.model.identity import CALLER, OPERATOR, PROCESS, Identity, check_name
 from overlay.model.limits import Limits
 from overlay.model.program import CLIENT
 from overlay.model.topology import join_address
@@ -160,7 +160,7 @@ class Joining:
 
 def _identity(cluster: str, offer: Offer, process_id: str) -> Identity:
     if process_id:
-        return Identity(cluster, "process", process_id)
+        return Identity(cluster, PROCESS, process_id)
     return Identity(cluster, offer.kind, offer.name)
 
 
@@ -180,7 +180,7 @@ def _checked(said: pb2.JoinResponse) -> Offer:
     try:
         split(said.leader)
         for one in (said.name, *said.processes):
-            Identity.of_uri(Identity("a", CALLER, one).uri)
+            check_name(one)
     except ValueError:
         is_right = False
     if not is_right:

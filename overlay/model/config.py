@@ -22,11 +22,12 @@ from pydantic_core import ErrorDetails
 
 from overlay.model.access import VERBS, Access, Rights
 from overlay.model.errors import ConfigError
+from overlay.model.identity import NAME
 from overlay.model.limits import MIB, Limits
 from overlay.model.topology import BUILT_IN, ROLES, Entry, HandlerSpec, Process, Topology
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-CallerName = Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]{1,64}|\*)$")]
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
+CallerName = Annotated[str, Field(pattern=rf"^({NAME}|\*)$")]
 Function = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400, strict=True)]
 Host = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\s/\x00]+$")]

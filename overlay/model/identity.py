@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 PROCESS, CALLER, OPERATOR, INVITATION = "process", "caller", "operator", "invitation"
 KINDS = (PROCESS, CALLER, OPERATOR, INVITATION)
-_URI = re.compile(r"overlay://([A-Za-z0-9._-]{1,64})/([a-z]{1,16})/([A-Za-z0-9._-]{1,64})")
+NAME = "[A-Za-z0-9._-]{1,64}"  # of processes, callers, handlers, teams and overlays
+_URI = re.compile(f"overlay://({NAME})/([a-z]{{1,16}})/({NAME})")
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,10 @@ class Identity:
 def any_process(cluster: str) -> str:
     """The name that the certificates of all the processes of an overlay have in common."""
     return f"{cluster.lower()}.overlay"
+
+
+def check_name(text: str) -> str:
+    """The same. Raises ValueError for what cannot be a name."""
+    if not re.fullmatch(NAME, text):
+        raise ValueError(f"{text[:200]!r} is not a name")
+    return text

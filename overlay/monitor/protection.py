@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+from overlay.model.program import CLIENT
 from overlay.transport.codec import pb2
 
 OPEN, LOCAL, TLS = "open", "local", "tls"
-SECURE = "client.py secure CONFIG"
+SECURE = f"{CLIENT} secure CONFIG"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -70,7 +69,6 @@ class Credentials:
         self.stem = stem
         self.problem = ""  # with the files that are there
         self.keeping_problem = ""  # with getting newer ones
-        self.on_change: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._stamp = self._now()
         self._shown, self._trust, self.identity, self._held = self._read()
@@ -189,9 +187,7 @@ class Credentials:
                 self.problem = str(e)
                 return self._shown, self._stamp
             self._stamp = stamp
-            shown = self._shown
-        self.on_change()
-        return shown, stamp
+            return self._shown, stamp
 
     def _now(self) -> _Stamp:
         paths = [self.folder.path / name for name in ("ca.pem", "revoked.pem", f"{self.stem}.pem")]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overlay.model.errors import ConfigError
+from overlay.model.program import CLIENT
 from overlay.model.topology import TLS_FOLDER, Topology
 
 if TYPE_CHECKING:
@@ -52,10 +53,15 @@ def credentials_of(topology: Topology) -> Credentials | None:
     try:
         return _of_user(folder)
     except ConfigError as e:
-        raise ConfigError(
-            f"{topology.name} asks for TLS, and {e}; the leader's machine makes certificates with "
-            f"'client.py secure {topology.name}', others with 'client.py join LINE'"
-        ) from None
+        raise needs_certificates(topology, e) from None
+
+
+def needs_certificates(topology: Topology, problem: ConfigError) -> ConfigError:
+    """The same problem, with what makes the certificates that the configuration asks for."""
+    return ConfigError(
+        f"{topology.name} asks for TLS, and {problem}; the leader's machine makes certificates "
+        f"with '{CLIENT} secure {topology.name}', others with '{CLIENT} join LINE'"
+    )
 
 
 def is_loopback(host: str) -> bool:

@@ -33,7 +33,7 @@ from cryptography import x509
 
 from overlay.model import clocks
 from overlay.model.errors import ConfigError
-from overlay.model.identity import Identity
+from overlay.model.identity import KINDS, Identity, check_name
 from overlay.security.certificates import (
     HOLDER_S,
     INVITATION_S,
@@ -355,7 +355,9 @@ def _guest_of(text: str) -> Guest:
     guest = Guest(**{**found, **lists})
     read_certificate(guest.authority.encode())
     for name in (guest.name, *guest.processes):
-        Identity.of_uri(Identity("a", guest.kind, name).uri)
+        check_name(name)
+    if guest.kind not in KINDS:
+        raise ValueError(f"{guest.kind!r} is no kind")
     return guest
 
 

@@ -77,7 +77,7 @@ class Enrolment:
             if folder.accept(invitation) is None:
                 raise NotAllowed("this invitation was used just now; ask for another line")
             for key, text in request.signing_requests.items():
-                made.certificates[key] = self._issued(text, kinds[key], guest.hosts)
+                made.certificates[key] = folder.issue(text, kinds[key], guest.hosts)
             log.info(
                 "joined: %s, and processes %s", kinds[""], ", ".join(guest.processes) or "none"
             )
@@ -105,7 +105,8 @@ class Enrolment:
                 f"{identity} has {count} certificates in use, as many as one may have; "
                 f"'revoke' ends them, and 'invite' makes a line for a new one"
             )
-        made = self._issued(text, identity, self._hosts(identity))
+        self._check_request(text)
+        made = folder.issue(text, identity, self._hosts(identity))
         try:
             self._holder(pem)  # or who is revoked just now would have one that is not
         except OverlayError:
@@ -138,11 +139,6 @@ class Enrolment:
                 f"ask {leader.id} at {leader.address}"
             )
         return self._credentials
-
-    def _issued(self, text: bytes, identity: Identity, hosts: tuple[str, ...]) -> bytes:
-        assert self._credentials is not None
-        self._check_request(text)
-        return self._credentials.folder.issue(text, identity, hosts)
 
     def _check_request(self, text: bytes) -> None:
         from overlay.security.certificates import read_signing_request

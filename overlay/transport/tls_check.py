@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overlay.model.errors import OverlayError
+from overlay.model.identity import PROCESS
 from overlay.model.program import CLIENT
 from overlay.transport.resolver import connect
 
@@ -82,7 +83,7 @@ def _problem_of(pem: bytes, credentials: Credentials, process_id: str) -> str:
         identity = credentials.trust.identify(pem)
     except OverlayError as e:
         return f"it is not accepted here: {e}"
-    if identity.kind != "process":
+    if identity.kind != PROCESS:
         return f"it shows the certificate of {identity}, which is no process"
     if process_id and identity.name != process_id:
         return f"{identity} answers there, and process {process_id} is configured"

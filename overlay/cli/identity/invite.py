@@ -11,7 +11,7 @@ from overlay.cli.terminal import Exit, Screen, misconfigured
 from overlay.cli.usage import Parser
 from overlay.model import clocks
 from overlay.model.errors import ConfigError
-from overlay.model.identity import CALLER, OPERATOR, Identity
+from overlay.model.identity import CALLER, OPERATOR, check_name
 from overlay.model.topology import Topology
 from overlay.security.certificates import INVITATION_S, fingerprint, pem_of
 from overlay.security.invitation import Invitation
@@ -69,7 +69,7 @@ def invite(folder: TlsFolder, topology: Topology, guest: Guest) -> Invitation:
 
 def identity_name(text: str) -> str:
     try:
-        return Identity.of_uri(Identity("a", CALLER, text).uri).name
+        return check_name(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"'{text}' is not a name: up to 64 letters, digits, dots, underscores and hyphens"
