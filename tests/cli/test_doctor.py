@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -229,14 +228,14 @@ def test_frozen_replaced_and_missing_processes_have_different_findings(
     config = json.loads(six.path.read_text())
     config["processes"]["F"]["port"] = free_port()
     path = tmp_path / "other.json"
-    six.processes["C"].send_signal(signal.SIGSTOP)
+    six.freeze("C")
     try:
         with socket.create_server(("127.0.0.1", 0)) as program:
             config["processes"]["D"]["port"] = program.getsockname()[1]
             path.write_text(json.dumps(config))
             done = doctor(path, "--json")
     finally:
-        six.processes["C"].send_signal(signal.SIGCONT)
+        six.thaw("C")
 
     states = {p["id"]: p["state"] for p in json.loads(done.stdout)["processes"]}
     assert done.returncode == 1

@@ -20,9 +20,16 @@ from overlay.security.credentials import Credentials
 from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.forks import LINUX, Fork, ForkServer
-from tests.harness.machine import ROOT, NotReached, free_port, free_ports, program, until
+from tests.harness.machine import ROOT, NotReached, free_port, free_ports, freeze, program, until
 
-__all__ = ["ROOT", "NotReached", "free_port", "free_ports", "until"]  # re-exported from machine
+__all__ = [
+    "ROOT",
+    "NotReached",
+    "free_port",
+    "free_ports",
+    "freeze",
+    "until",
+]  # re-exported from machine
 
 NODE = ROOT / "node.py"
 IDS = "ABCDEF"
@@ -156,7 +163,7 @@ class Overlay:
         process.wait(10)
 
     def freeze(self, process_id: str) -> None:
-        self.processes[process_id].send_signal(signal.SIGSTOP)
+        freeze(self.processes[process_id].pid)
 
     def thaw(self, process_id: str) -> None:
         self.processes[process_id].send_signal(signal.SIGCONT)

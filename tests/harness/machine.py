@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -33,6 +34,22 @@ def until(condition: Callable[[], Any], within_s: float = 10.0, what: str = "") 
         if time.monotonic() > end:
             raise NotReached(f"not within {within_s:g} s: {what or condition} (last: {value!r})")
         time.sleep(0.02)
+
+
+def freeze(pid: int) -> None:
+    """Stops a process with SIGSTOP. Returns when all of its threads stand still: until its main
+    thread has seen the signal, which may take a while on a busy machine, the others go on."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    if tasks.exists():
+        until(lambda: all(_is_stopped(task) for task in tasks.iterdir()), what="it is stopped")
+
+
+def _is_stopped(task: Path) -> bool:
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # the thread has ended
+        return True
 
 
 def free_ports(count: int) -> list[int]:

@@ -28,7 +28,7 @@ from overlay.model.identity import OPERATOR, PROCESS, Identity
 from overlay.security.certificates import DAY_S
 from overlay.security.tls_folder import TlsFolder
 from tests.harness.certificates import user_of
-from tests.harness.cluster import ROOT, free_port
+from tests.harness.cluster import ROOT, free_port, freeze
 
 COPIED = (
     "node.py",
@@ -376,7 +376,7 @@ def test_a_restart_ends_at_the_first_process_that_does_not_come_back(project, th
 @posix_only
 def test_a_stuck_process_is_killed_after_its_grace_period(project, three):
     started = launcher(project, "start", three, "C")
-    os.kill(pids_in(started.stdout)["C"], signal.SIGSTOP)
+    freeze(pids_in(started.stdout)["C"])
     seen = launcher(project, "status", three)
     stopped = launcher(project, "stop", three, "--grace-s", "1")
 
