@@ -64,6 +64,8 @@ BYTES_S = 100e6  # the assumed network throughput for answers
 RECENT_S = 0.1  # an older service time may be from different requests
 VIOLATION = "it violates the protocol"
 QUIET_S = 600.0  # between two warnings that a neighbour violates the protocol
+SOON_S = 0.1  # between two probes while something is about to change
+SETTLING_S = 3.0  # how long a neighbour that has come up may take to know the slots behind it
 _HEALTHY = State.HEALTHY  # looked up once, as every request calls `load`
 
 
@@ -112,9 +114,11 @@ class Peers:
         lone: Collection[str] | None = None,
         me: str = "",
         credentials: Credentials | None = None,
+        workers: Collection[str] = (),
     ) -> None:
         """lone: the neighbours that lead to a single worker; by default those that are workers.
 
+        workers: all of the overlay; those behind a neighbour have slots, which it reports.
         me: this process's id, sent to its neighbours so that its links do not count as clients.
         credentials: for links over mutual TLS.
         """
@@ -135,6 +139,7 @@ class Peers:
                 self._health,
                 me,
                 credentials,
+                frozenset(workers),
             )
             for n in neighbours
         }
@@ -243,8 +248,10 @@ class Peers:
                 link.probe()
             self._compare_service_times()
             waiting_for = self.awaited()
-            # Wait briefly while a request may be waiting for a link, so that it proceeds in time.
-            self._wake.wait(0.1 if waiting_for else self._limits.probe_interval_s)
+            # Wait briefly while a request may be waiting for a link, so that it proceeds in time,
+            # and after a start, so that all slots are known soon.
+            is_brief = waiting_for or any(link.is_settling for link in self._links.values())
+            self._wake.wait(SOON_S if is_brief else self._limits.probe_interval_s)
             if waiting_for:  # a request waits for at most half of its remaining time
                 self.on_change()
 
@@ -315,6 +322,7 @@ class _Peer:
         health: _Health,
         me: str,
         credentials: Credentials | None,
+        workers: frozenset[str],
     ) -> None:
         self.metadata = (*codec.max_bytes_metadata(limits), (codec.PROCESS_KEY, me))
         self.to_flush = to_flush
@@ -352,6 +360,7 @@ class _Peer:
         self._closed = False
         # The workers whose slots it may report, by this process's configuration as in every plan.
         self._workers = frozenset((neighbour.id, *neighbour.neighbors))
+        self._expected = self._workers & workers
         self.functions: tuple[Function, ...] = ()
         self._functions_digest = 0  # of `functions`
         self._wants_functions = False
@@ -373,6 +382,12 @@ class _Peer:
             wait_for_ready=self.state == "down",
         )
         self._probe.add_done_callback(partial(self._probed, now))
+
+    @property
+    def is_settling(self) -> bool:
+        """Whether it came up a moment ago and has not reported the slots of all its workers yet."""
+        is_new = self.state == "up" and time.monotonic() - self.since < SETTLING_S
+        return is_new and not self._expected <= self.slots.keys()
 
     def reserve(self, handler: str, count: int) -> None:
         with self._lock:
@@ -509,11 +524,11 @@ class _Peer:
         self._next_probe = now + self._limits.probe_interval_s
         self._probe = None
         if probe.cancelled():  # the channel is closed, or has moved to another address
-            self._next_probe = now + 0.1
+            self._next_probe = now + SOON_S
             return
         error = probe.exception()
         if error is not None:
-            self._next_probe = now + 0.1 if now - began < 1 else now
+            self._next_probe = now + SOON_S if now - began < 1 else now
             self._warn_of_name(self.channel.problem)
             self._set_state("down", self.channel.problem or codec.read_error(error).reason)
             return
@@ -567,6 +582,8 @@ class _Peer:
             self._set_state(state, f"it is stopping{self._for_good}")
         elif all(sender.is_live for sender in self._senders):
             self._set_state("up", "")
+            if self.is_settling:
+                self._next_probe = time.monotonic() + SOON_S
 
     def _learn_functions_locked(self, metrics: pb2.MetricsResponse) -> None:
         """They may be long and rarely change, so they are requested when their digest changes."""

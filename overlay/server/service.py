@@ -91,7 +91,10 @@ class Service:
         sources.keep_imported()
         lone = planner.lone(topology, me)
         credentials = self._gate.credentials
-        self.links = Peers(topology.below(me), self.limits, topology.digest, lone, me, credentials)
+        workers = [worker.id for worker in topology.workers]
+        self.links = Peers(
+            topology.below(me), self.limits, topology.digest, lone, me, credentials, workers
+        )
         dispatcher = Dispatcher(topology, me, self.links, self.executor)
         self.queue = RequestQueue(
             me,

@@ -1121,3 +1121,39 @@ def test_the_sender_of_a_lost_call_takes_nothing_from_the_next_one(pair):
         go.set()
         stream.end()
         channel.close()
+
+
+def test_the_slots_behind_a_new_neighbour_are_known_as_soon_as_it_knows_them():
+    port, asked, linked = free_port(), itertools.count(1), threading.Event()
+    leader = Process("E", "team_leader", "pink", "127.0.0.1", port, ("D", "F"))
+
+    class TeamLeader(pb2_grpc.OverlayNodeServicer):
+        """Knows its second worker's slots only some time after the link has come up."""
+
+        def GetMetrics(self, request, context):
+            known = "DF" if linked.is_set() and next(asked) > 8 else "D"
+            at, slots = "127.0.0.1:1", {"echo": 4}
+            behind = [pb2.Process(id=w, role="worker", address=at, slots=slots) for w in known]
+            behind.append(pb2.Process(id="E", role="team_leader", address=at))
+            return pb2.MetricsResponse(process_id="E", is_healthy=True, topology=behind)
+
+        def ForwardStream(self, frames, context):
+            context.send_initial_metadata(())
+            linked.set()
+            yield from ()
+            GATE.wait(30)
+
+    GATE.clear()
+    server = grpc.server(ThreadPoolExecutor(8))
+    pb2_grpc.add_OverlayNodeServicer_to_server(TeamLeader(), server)
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    server.start()
+    limits = replace(Limits(), probe_interval_s=3600.0)  # else it would only take a second longer
+    made = Peers([leader], limits, "", workers="CDF")
+    made.start()
+    try:
+        until(lambda: made.slots("E", "F", "echo") == 4, 10, "the slots of F")
+    finally:
+        GATE.set()
+        made.close()
+        server.stop(0)
