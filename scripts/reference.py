@@ -6,10 +6,11 @@ docs/verbs.md from what each verb says with --help. tests/project/test_reference
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from overlay.model import config  # noqa: E402 - found through the line above
+from overlay.cli.main import main as client  # noqa: E402 - found through the line above
+from overlay.model import config  # noqa: E402
 
 CONFIGURATION = """\
 # The configuration
@@ -57,6 +59,8 @@ VERBS = """\
 Made from the programs' own help by `python scripts/reference.py`. An installed package has the
 command `overlay` in place of `python client.py`.
 """
+
+PLAIN = {"COLUMNS": "100", "NO_COLOR": "1"}  # the environment of what prints help
 
 
 def main() -> int:
@@ -138,11 +142,24 @@ def _block(text: str) -> Iterator[str]:
 
 
 def _help(*words: str) -> str:
-    command = [sys.executable, str(ROOT / "client.py"), *words, "--help"]
-    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
-    return subprocess.run(
-        command, env=environment, capture_output=True, encoding="utf-8", timeout=60, check=True
-    ).stdout
+    """What `client.py` prints for these words, called here: a start for each verb takes long."""
+    output, argv = io.StringIO(), sys.argv
+    before = {name: os.environ.get(name) for name in PLAIN}
+    sys.argv = [str(ROOT / "client.py"), *words, "--help"]
+    os.environ.update(PLAIN)
+    try:
+        with contextlib.redirect_stdout(output):
+            code = client()
+    finally:
+        sys.argv = argv
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    if code:
+        raise RuntimeError(f"client.py {' '.join(words)} --help ended with exit code {code}")
+    return output.getvalue()
 
 
 if __name__ == "__main__":

@@ -74,9 +74,7 @@ def test_a_file_has_the_same_share_on_every_machine(name, share):
     assert search.Scope(STDLIB, (share, 3)).has(name)
 
 
-@pytest.mark.parametrize(
-    "pattern", ["class JSONDecoder", "re:^import json$", "re:(?i)deadlock", "\u00e9", "def close("]
-)
+@pytest.mark.parametrize("pattern", ["class JSONDecoder", "re:^import json$", "\u00e9"])
 def test_three_merged_shares_equal_one_search_over_the_whole(pattern):
     whole = found(pattern, at("X", most=NO_LIMIT))
 
@@ -512,14 +510,16 @@ def test_a_pattern_that_takes_forever_costs_only_its_own_request(searchers):
     assert b"json/decoder.py" in answer.result
 
 
-def test_without_one_worker_the_answer_names_it_and_the_rest_is_right(tmp_path):
+def test_without_one_worker_the_answer_names_it_and_the_rest_is_right(searchers):
     shares = [at(w, share=f"{n}/3") for n, w in ((1, "C"), (2, "D"))]
     parts = [Part("", result=search.search(b"deadlock", share)) for share in shares]
 
-    with running(folder_of("search", tmp_path), shipped("search")) as six:
-        six.kill("F")
-        with overlay.connect(six.address("A")) as client:
+    searchers.kill("F")
+    try:
+        with overlay.connect(searchers.address("A")) as client:
             answer = client.call("deadlock")
+    finally:
+        searchers.start("F")
 
     assert answer.coverage == (2, 3)
     assert [part.process_id for part in answer.missing] == ["F"]

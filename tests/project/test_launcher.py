@@ -1,8 +1,14 @@
-"""scripts/: the launcher, the demo, the set-up and the start scripts, with real processes."""
+"""scripts/: the launcher, the demo, the set-up and the start scripts, with real processes.
+
+`launcher` runs a command in this process, and `typed` as a user does: in a Python of its own.
+"""
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
+import io
 import json
 import os
 import re
@@ -24,6 +30,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import overlay
+from overlay.cli.main import main as client_main
 from overlay.model.identity import OPERATOR, PROCESS, Identity
 from overlay.security.certificates import DAY_S
 from overlay.security.tls_folder import TlsFolder
@@ -69,14 +76,33 @@ def copy_project(folder):
 
 
 @pytest.fixture
-def three(project, tmp_path, request):
+def fresh(project, tmp_path, request):
     """A configuration of three loopback processes, which are stopped at the end if they run."""
     config = write_three(
         project / f"{request.node.name[:40]}.json", log_dir=f"logs/{tmp_path.name}"
     )
     yield config
+    stop_all(project, config)
+
+
+@pytest.fixture(scope="module")
+def shared(project):
+    config = write_three(project / "shared.json", log_dir="logs/shared")
+    yield config
+    stop_all(project, config)
+
+
+@pytest.fixture
+def three(project, shared):
+    """Three processes that run: what other tests have stopped or killed is started again."""
+    started = launcher(project, "start", shared)
+    assert started.returncode == 0, started.stdout + started.stderr
+    return shared
+
+
+def stop_all(project, config):
     launcher(project, "stop", config, "--grace-s", "5")
-    assert processes_of(project, config.name) == []
+    assert processes_of(config.parent, config.name) == []
 
 
 def write_three(path, **extra):
@@ -92,8 +118,49 @@ def write_three(path, **extra):
     return path
 
 
-def launcher(project, *arguments, script="launcher.py"):
-    """Runs a command of the launcher to its end."""
+@functools.cache
+def launcher_main():
+    path = list(sys.path)
+    try:
+        return runpy.run_path(str(ROOT / "scripts" / "launcher.py"))["main"]
+    finally:
+        sys.path[:] = path
+
+
+def launcher(project, *arguments):
+    """Runs a command of the launcher to its end, in this process."""
+    words = [str(word) for word in arguments]
+    return called(project, ["launcher.py", *words], lambda: launcher_main()(words))
+
+
+def client(project, *arguments):
+    """Runs a command of client.py to its end, in this process."""
+    return called(project, ["client.py", *map(str, arguments)], client_main)
+
+
+def called(folder, argv, main):
+    """The exit code and the output of a program's main function, called in the folder."""
+    names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, n)]
+    actions = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    output, errors = io.StringIO(), io.StringIO()
+    before = Path.cwd(), sys.argv
+    os.chdir(folder)
+    sys.argv = argv
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            code = main()
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        os.chdir(before[0])
+        sys.argv = before[1]
+        for name, action in actions.items():
+            signal.signal(getattr(signal, name), action)
+    return subprocess.CompletedProcess(argv, code, output.getvalue(), errors.getvalue())
+
+
+def typed(project, *arguments, script="launcher.py"):
+    """Runs a script to its end as a user does, in a Python of its own."""
     command = [sys.executable, str(project / "scripts" / script), *map(str, arguments)]
     return subprocess.run(
         command,
@@ -154,12 +221,12 @@ def needs(tool):
 # The launcher
 
 
-def test_status_shows_and_stop_ends_what_start_has_started(project, three):
-    started = launcher(project, "start", three)
+def test_status_shows_and_stop_ends_what_start_has_started(project, fresh):
+    started = typed(project, "start", fresh)
     assert started.returncode == 0, started.stderr
-    seen = launcher(project, "status", three)
-    stopped = launcher(project, "stop", three)
-    again = launcher(project, "stop", three)
+    seen = typed(project, "status", fresh)
+    stopped = typed(project, "stop", fresh)
+    again = launcher(project, "stop", fresh)
 
     assert pids_in(started.stdout).keys() == set(THREE)
     assert re.search(r"(?m)^C .* \d+ ms ", started.stdout)
@@ -168,26 +235,15 @@ def test_status_shows_and_stop_ends_what_start_has_started(project, three):
     assert pids_in(seen.stdout) == pids_in(started.stdout)
     assert stopped.returncode == 0
     assert stopped.stdout.count("stopped in") == 3
-    assert processes_of(project, three.name) == []
+    assert processes_of(project, fresh.name) == []
     assert again.returncode == 0
     assert "nothing is running" in again.stdout
-    kept = sorted(path.suffix for path in logs_of(three).iterdir())
+    kept = sorted(path.suffix for path in logs_of(fresh).iterdir())
     assert kept == [".lock"] * 3 + [".log"] * 3 + [".out"] * 3
 
 
-def test_status_agrees_with_check(project, three):
-    launcher(project, "start", three, "B", "C")
-    seen = launcher(project, "status", three.name)
-    checked = launcher(project, "check", three.name, script="../client.py")
-
-    summary = seen.stdout.partition("\n\n")[2]
-    assert summary.startswith("2 of 3 processes well, 1 of 2 links up\nA: nothing listens there")
-    assert summary == checked.stdout.partition("\n\n")[2]
-
-
 def test_a_second_start_starts_only_what_is_missing(project, three):
-    first = launcher(project, "start", three)
-    pids = pids_in(first.stdout)
+    pids = pids_in(launcher(project, "status", three).stdout)
     psutil.Process(pids["C"]).kill()
     wait_for(lambda: not processes_of(project, three.name, " C "))
     seen = launcher(project, "status", three)
@@ -202,9 +258,8 @@ def test_a_second_start_starts_only_what_is_missing(project, three):
 
 
 def test_status_does_not_say_that_a_drained_process_died(project, three):
-    launcher(project, "start", three)
     with overlay.connect(f"127.0.0.1:{port_of(three, 'C')}") as client:
-        client.drain(grace_s=1)
+        client.drain(grace_s=0.1)
     wait_for(lambda: not processes_of(project, three.name, " C "))
     seen = launcher(project, "status", three)
     again = launcher(project, "start", three)
@@ -220,11 +275,11 @@ def test_stop_restart_and_status_count_the_requests_left_behind(project, tmp_pat
         project / "left.json",
         log_dir=f"logs/{tmp_path.name}",
         handlers={"stuck": "stuck:stuck"},
-        drain_grace_s=0.5,
+        drain_grace_s=0.2,
     )
 
     def leave_one(*verb):
-        launcher(project, "start", config)
+        launcher(project, "start", config, "C")
         client = overlay.connect(f"127.0.0.1:{port_of(config, 'C')}")
         client.submit("stuck", "x")
         wait_for(lambda: client.metrics().active_requests == 1)
@@ -246,21 +301,21 @@ def test_stop_restart_and_status_count_the_requests_left_behind(project, tmp_pat
     assert rest.returncode == 0, rest.stdout
 
 
-def test_when_a_process_cannot_start_the_reason_is_printed_and_the_others_stop(project, three):
-    with socket.create_server(("127.0.0.1", port_of(three, "C"))):
-        failed = launcher(project, "start", three)
+def test_when_a_process_cannot_start_the_reason_is_printed_and_the_others_stop(project, fresh):
+    with socket.create_server(("127.0.0.1", port_of(fresh, "C"))):
+        failed = launcher(project, "start", fresh)
 
     assert failed.returncode == 1
     assert "process C ended with exit code 2; the end of" in failed.stderr
-    assert f"port {port_of(three, 'C')}" in failed.stderr
+    assert f"port {port_of(fresh, 'C')}" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert "A, B did start and were stopped again" in failed.stderr
-    assert processes_of(project, three.name) == []
-    assert list(logs_of(three).glob("*.pid")) == []
+    assert processes_of(project, fresh.name) == []
+    assert list(logs_of(fresh).glob("*.pid")) == []
 
 
 @posix_only
-def test_a_python_that_no_longer_exists_is_named_and_nothing_is_left_running(project, three):
+def test_a_python_that_no_longer_exists_is_named_and_the_others_are_not_touched(project, three):
     python = "/no/such/python"
     packages = Path(grpc.__file__).parent.parent
 
@@ -275,27 +330,37 @@ def test_a_python_that_no_longer_exists_is_named_and_nothing_is_left_running(pro
             timeout=90,
         )
 
+    launcher(project, "stop", three, "C")
+    before = pids_in(launcher(project, "status", three).stdout)
     failed = without_python("start", three)
-    launcher(project, "start", three)
     half = without_python("restart", three)
     seen = launcher(project, "status", three)
 
     why = f"cannot be started: {python}: No such file or directory\n"
-    assert (failed.returncode, failed.stderr) == (2, f"process A {why}")
-    down = "process C is down; the others were not touched\n"
-    assert (half.returncode, half.stderr) == (1, f"process C {why}{down}")
-    assert pids_in(seen.stdout).keys() == {"A", "B"}
+    assert before.keys() == {"A", "B"}
+    assert (failed.returncode, failed.stderr) == (2, f"process C {why}")
+    down = "process B is down; the others were not touched\n"
+    assert (half.returncode, half.stderr) == (1, f"process B {why}{down}")
+    assert pids_in(seen.stdout) == {"A": before["A"]}
+    assert len(processes_of(project, three.name)) == 1
 
 
-def test_only_the_named_processes_are_started_and_stopped(project, three):
-    started = launcher(project, "start", three, "B", "C")
-    stopped = launcher(project, "stop", three, "C")
-    status = [project, "status", three]
+def test_only_the_named_processes_are_started_and_stopped_and_status_agrees_with_check(
+    project, fresh
+):
+    started = launcher(project, "start", fresh, "B", "C")
+    two = launcher(project, "status", fresh.name)
+    checked = client(project, "check", fresh.name)
+    stopped = launcher(project, "stop", fresh, "C")
+    status = [project, "status", fresh]
     wait_for(lambda: re.search(r"(?m)^B to C: ", launcher(*status).stdout))
     seen = launcher(*status)
-    unknown = launcher(project, "start", three, "Z")
+    unknown = launcher(project, "start", fresh, "Z")
 
     assert pids_in(started.stdout).keys() == {"B", "C"}
+    summary = two.stdout.partition("\n\n")[2]
+    assert summary.startswith("2 of 3 processes well, 1 of 2 links up\nA: nothing listens there")
+    assert summary == checked.stdout.partition("\n\n")[2]
     assert re.search(r"(?m)^C +\d+ +stopped in", stopped.stdout)
     assert re.search(r"(?m)^A .*not running$", seen.stdout)
     assert unknown.returncode == 2
@@ -303,65 +368,67 @@ def test_only_the_named_processes_are_started_and_stopped(project, three):
 
 
 def test_two_configurations_do_not_share_a_log_folder(project, three):
-    launcher(project, "start", three, "C")
     other = write_three(project / "other.json", log_dir=str(logs_of(three)))
     refused = launcher(project, "start", other)
     stopped = launcher(project, "stop", other)
 
     assert refused.returncode == 2
-    assert f"process C of {three.name} runs" in refused.stderr
+    assert re.search(f"process [ABC] of {three.name} runs", refused.stderr)
     assert "nothing is running" in stopped.stdout
-    assert len(processes_of(project, three.name, " C ")) == 1
+    assert len(processes_of(project, three.name)) == 3
 
 
-def test_a_pid_that_now_belongs_to_another_program_is_never_touched(project, three):
+def test_a_pid_that_now_belongs_to_another_program_is_never_touched(project, fresh):
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         created = psutil.Process(sleeper.pid).create_time() - 100
         stale = {"id": "C", "rank": 0, "pid": sleeper.pid, "create_time": created, "port": 1}
-        stale |= {"config": str(three), "token": "t", "stop_file": str(logs_of(three) / "c.stop")}
-        logs_of(three).mkdir(parents=True)
-        (logs_of(three) / "process_c.pid").write_text(json.dumps(stale), encoding="utf-8")
-        stopped = launcher(project, "stop", three)
+        stale |= {"config": str(fresh), "token": "t", "stop_file": str(logs_of(fresh) / "c.stop")}
+        logs_of(fresh).mkdir(parents=True)
+        (logs_of(fresh) / "process_c.pid").write_text(json.dumps(stale), encoding="utf-8")
+        stopped = launcher(project, "stop", fresh)
 
         assert stopped.returncode == 0
         assert "had ended before" in stopped.stdout
         assert sleeper.poll() is None
-        assert list(logs_of(three).iterdir()) == []
+        assert list(logs_of(fresh).iterdir()) == []
     finally:
         sleeper.kill()
         sleeper.wait()
 
 
 def test_restart_replaces_each_process_and_waits_until_its_neighbours_see_it(project, three):
-    started = launcher(project, "start", three)
+    before = pids_in(launcher(project, "status", three).stdout)
+    log_of_b = log_of(three, "B")
     restarted = launcher(project, "restart", three)
     seen = launcher(project, "status", three)
 
-    before, after = pids_in(started.stdout), pids_in(seen.stdout)
+    after = pids_in(seen.stdout)
     assert restarted.returncode == 0, restarted.stderr
     order = re.findall(r"(?m)^(\w)  stopped in .* s, serves again after \d+ ms", restarted.stdout)
     assert order == ["C", "B", "A"]  # the leader last
-    assert re.search(r"link to C .*: it is stopping$", log_of(three, "B"), re.MULTILINE)
+    written = log_of(three, "B").removeprefix(log_of_b)
+    assert re.search(r"link to C .*: it is stopping$", written, re.MULTILINE)
     assert seen.stdout.count("serves\n") == 3
     assert after.keys() == before.keys()
     assert not set(after.values()) & set(before.values())
 
 
 def test_a_restart_of_named_processes_leaves_the_others_alone(project, three):
-    started = launcher(project, "start", three)
-    psutil.Process(pids_in(started.stdout)["C"]).kill()
+    before = pids_in(launcher(project, "status", three).stdout)
+    psutil.Process(before["C"]).kill()
+    wait_for(lambda: not processes_of(project, three.name, " C "))
     restarted = launcher(project, "restart", three, "C", "B")
     seen = launcher(project, "status", three)
 
-    before, after = pids_in(started.stdout), pids_in(seen.stdout)
+    after = pids_in(seen.stdout)
     assert restarted.returncode == 0, restarted.stderr
     assert "C  was not running, serves again" in restarted.stdout
     assert {n for n in "ABC" if before[n] == after[n]} == {"A"}
 
 
 def test_a_restart_ends_at_the_first_process_that_does_not_come_back(project, three):
-    started = launcher(project, "start", three)
+    before = pids_in(launcher(project, "status", three).stdout)
     launcher(project, "stop", three, "B")
     with socket.create_server(("127.0.0.1", port_of(three, "B"))):
         restarted = launcher(project, "restart", three, "B", "A")
@@ -370,35 +437,34 @@ def test_a_restart_ends_at_the_first_process_that_does_not_come_back(project, th
     assert restarted.returncode == 1
     assert "process B ended with exit code 2; the end of" in restarted.stderr
     assert "process B is down; the others were not touched" in restarted.stderr
-    assert pids_in(seen.stdout)["A"] == pids_in(started.stdout)["A"]
+    assert pids_in(seen.stdout)["A"] == before["A"]
 
 
 @posix_only
 def test_a_stuck_process_is_killed_after_its_grace_period(project, three):
-    started = launcher(project, "start", three, "C")
-    freeze(pids_in(started.stdout)["C"])
+    freeze(pids_in(launcher(project, "status", three).stdout)["C"])
     seen = launcher(project, "status", three)
-    stopped = launcher(project, "stop", three, "--grace-s", "1")
+    stopped = launcher(project, "stop", three, "C", "--grace-s", "0.2")
 
     assert re.search(r"(?m)^C: it runs as pid \d+ but does not answer at", seen.stdout)
-    assert "killed after 1 s" in stopped.stdout
+    assert "killed after 0.2 s" in stopped.stdout
     assert stopped.returncode == 1
-    assert processes_of(project, three.name) == []
+    assert processes_of(project, three.name, " C ") == []
 
 
 @posix_only
-def test_an_interrupted_start_leaves_nothing_running(project, three):
-    command = [sys.executable, str(project / "scripts" / "launcher.py"), "start", str(three)]
+def test_an_interrupted_start_leaves_nothing_running(project, fresh):
+    command = [sys.executable, str(project / "scripts" / "launcher.py"), "start", str(fresh)]
     starting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(lambda: processes_of(project, three.name, "node.py"))
+    wait_for(lambda: processes_of(project, fresh.name, "node.py"))
     starting.send_signal(signal.SIGINT)
     _, errors = starting.communicate(timeout=30)
 
     assert starting.returncode == 130
     assert b"interrupted" in errors
     assert b"Traceback" not in errors
-    assert processes_of(project, three.name) == []
-    assert list(logs_of(three).glob("*.pid")) == []
+    assert processes_of(project, fresh.name) == []
+    assert list(logs_of(fresh).glob("*.pid")) == []
 
 
 def test_running_processes_can_be_stopped_when_their_file_is_broken(project, three):
@@ -445,41 +511,77 @@ def test_a_wrong_option_points_to_the_help_of_its_verb(project, words, says):
 # With certificates
 
 
-@pytest.fixture
-def closed(project, tmp_path):
+@pytest.fixture(scope="module")
+def secured(project):
     """Three processes in a folder of their own, after `client.py secure`."""
-    config = own_folder(project, tmp_path)
+    config = own_folder(project, "secured")
     secure(project, config)
+    return config
+
+
+@pytest.fixture
+def closed(project, tmp_path, secured):
+    """A copy of them with other ports; they are stopped at the end if they run."""
+    config = copy_of(project, tmp_path.name, secured)
     yield config
-    launcher(project, "stop", config, "--grace-s", "5")
-    assert processes_of(config.parent) == []
+    stop_all(project, config)
 
 
-def own_folder(project, tmp_path, **extra):
-    folder = project / f"Büro {tmp_path.name}"
+@pytest.fixture(scope="module")
+def shared_closed(project, secured):
+    config = copy_of(project, "shared", secured)
+    yield config
+    stop_all(project, config)
+
+
+@pytest.fixture
+def closed_three(project, shared_closed):
+    """Like `three`, with certificates."""
+    started = launcher(project, "start", shared_closed)
+    assert started.returncode == 0, started.stdout + started.stderr
+    return shared_closed
+
+
+def own_folder(project, name, **extra):
+    folder = project / f"Büro {name}"
     folder.mkdir()
     return write_three(folder / "three.json", **extra)
 
 
+def copy_of(project, name, secured):
+    keys = json.loads(secured.read_text(encoding="utf-8"))
+    del keys["processes"]
+    config = own_folder(project, name, **keys)
+    shutil.copytree(secured.parent / "tls", config.parent / "tls")
+    return config
+
+
 def secure(project, config):
-    done = launcher(project, "secure", config, script="../client.py")
+    done = client(project, "secure", config)
     assert done.returncode == 0, done.stderr
     assert json.loads(config.read_text(encoding="utf-8"))["tls"] == "tls"
+
+
+def system_script(folder, config):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "test_system.py"), "127.0.0.1", str(port_of(config, "A"))],
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
 
 
 CLOSED = r"(?m)^closed: mutual TLS, certificates until 20\d\d-\d\d-\d\d$"
 
 
-def test_an_overlay_with_certificates_is_started_shown_tested_and_stopped(project, closed):
+def test_an_overlay_with_certificates_is_started_shown_tested_and_stopped(
+    project, closed, tmp_path
+):
     started = launcher(project, "start", closed)
     seen = launcher(project, "status", closed)
-    tested = subprocess.run(
-        [sys.executable, str(ROOT / "test_system.py"), "127.0.0.1", str(port_of(closed, "A"))],
-        cwd=closed.parent,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-    )
+    tested = system_script(closed.parent, closed)
+    kept_out = system_script(tmp_path, closed)
     again = launcher(project, "start", closed)
     stopped = launcher(project, "stop", closed)
 
@@ -491,17 +593,19 @@ def test_an_overlay_with_certificates_is_started_shown_tested_and_stopped(projec
     assert "3 of 3 processes well, 2 of 2 links up" in seen.stdout
     assert len(re.findall(CLOSED, seen.stdout)) == 1
     assert tested.returncode == 0, tested.stdout + tested.stderr
+    assert kept_out.returncode == 4
+    assert "it wants TLS and a certificate, and there are none here" in kept_out.stderr
+    assert "docs/security.md says how to be let in" in kept_out.stderr
     assert again.stdout.count("already running") == 3
     assert len(re.findall(CLOSED, again.stdout)) == 1
     assert stopped.returncode == 0
     assert stopped.stdout.count("stopped in") == 3
 
 
-def test_a_restart_with_certificates_loses_no_request(project, closed):
-    launcher(project, "start", closed)
-    before = pids_in(launcher(project, "status", closed).stdout)
+def test_a_restart_with_certificates_loses_no_request(project, closed_three):
+    before = pids_in(launcher(project, "status", closed_three).stdout)
     restarting = threading.Thread(
-        target=lambda: restarts.append(launcher(project, "restart", closed))
+        target=lambda: restarts.append(typed(project, "restart", closed_three))
     )
     restarts, sent = [], []
 
@@ -517,10 +621,10 @@ def test_a_restart_with_certificates_loses_no_request(project, closed):
             time.sleep(0.02)
 
     with overlay.connect(
-        f"127.0.0.1:{port_of(closed, 'A')}", tls=closed.parent / "tls", patience_s=30
+        f"127.0.0.1:{port_of(closed_three, 'A')}", tls=closed_three.parent / "tls", patience_s=30
     ) as leader:
         answers = list(leader.map("echo", payloads(), window=8, timeout=30))
-    after = pids_in(launcher(project, "status", closed).stdout)
+    after = pids_in(launcher(project, "status", closed_three).stdout)
 
     assert restarts[0].returncode == 0, restarts[0].stderr
     assert answers == [f"C: {number}".encode() for number in sent]
@@ -529,29 +633,38 @@ def test_a_restart_with_certificates_loses_no_request(project, closed):
     assert not set(before.values()) & set(after.values())
 
 
-def test_a_restart_closes_an_overlay_that_was_open(project, tmp_path):
-    config = own_folder(project, tmp_path)
+def test_start_and_status_say_that_an_overlay_is_open_and_a_restart_closes_it(project, tmp_path):
+    config = own_folder(project, tmp_path.name)
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"port"', '"bind": "0.0.0.0", "port"'), encoding="utf-8")
     started = launcher(project, "start", config)
+    open_ = launcher(project, "status", config)
     secure(project, config)
     between = launcher(project, "status", config)
     restarted = launcher(project, "restart", config)
     seen = launcher(project, "status", config)
     stopped = launcher(project, "stop", config)
 
-    assert "closed" not in started.stdout
+    says = "OPEN: anyone who can reach it can run its handlers; client.py secure "
+    for done in (started, open_):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(says) == 1
+        assert re.search(rf'(?m)^{says}"Büro .*three.json" closes it$', done.stdout)
+        assert "closed" not in done.stdout
     assert between.returncode == 1
     assert "it speaks plaintext, and this side wants TLS" in between.stdout
     assert "or restart it: " in between.stdout
     assert restarted.returncode == 0, restarted.stderr
     assert seen.returncode == 0, seen.stdout
     assert len(re.findall(CLOSED, seen.stdout)) == 1
+    assert says not in seen.stdout
     assert stopped.stdout.count("stopped in") == 3
 
 
 @pytest.mark.parametrize("missing", ["user.pem", "process_c.pem", "ca.pem"])
 def test_a_start_says_what_makes_a_certificate_that_is_missing(project, closed, missing):
     (closed.parent / "tls" / missing).unlink()
-    failed = launcher(project, "start", closed)
+    failed = launcher(project, "start", closed, "C")
 
     assert failed.returncode != 0
     assert "three.json asks for TLS, and" in failed.stderr
@@ -565,7 +678,7 @@ def test_a_start_works_without_a_valid_certificate_of_the_user_and_warns(project
     tls = TlsFolder(closed.parent / "tls")
     expired = user_of(tls, tmp_path / "expired", valid_s=-DAY_S / 2)
     shutil.copy(expired.holder("user"), tls.path)
-    started = launcher(project, "start", closed)
+    started = launcher(project, "start", closed, "C")
 
     assert started.returncode == 0, started.stderr
     assert "warning: the certificate of caller anna expired on 20" in started.stdout
@@ -580,7 +693,7 @@ def test_a_start_does_not_wait_in_silence_for_a_process_whose_certificate_expire
     expired = user_of(tls, tmp_path / "expired", identity=identity, valid_s=-DAY_S / 2)
     shutil.copy(expired.holder("user"), tls.path / "process_c.pem")
     (tls.path / "ca.key").unlink()  # with it the process would make itself a new one
-    failed = launcher(project, "start", closed)
+    failed = launcher(project, "start", closed, "C")
 
     assert failed.returncode == 1
     assert "process C ended with exit code 2" in failed.stderr
@@ -589,47 +702,22 @@ def test_a_start_does_not_wait_in_silence_for_a_process_whose_certificate_expire
     assert processes_of(closed.parent) == []
 
 
-def test_a_start_warns_of_a_certificate_that_expires_within_a_month(project, closed, tmp_path):
-    tls = TlsFolder(closed.parent / "tls")
+def test_a_start_warns_of_a_certificate_that_expires_within_a_month(
+    project, closed_three, tmp_path
+):
+    tls = TlsFolder(closed_three.parent / "tls")
     soon = user_of(tls, tmp_path / "soon", kind=OPERATOR, valid_s=9.5 * DAY_S)
+    before = tls.holder("user").read_bytes()
     shutil.copy(soon.holder("user"), tls.path)
-    started = launcher(project, "start", closed)
-    seen = launcher(project, "status", closed)
+    try:
+        started = launcher(project, "start", closed_three)
+        seen = launcher(project, "status", closed_three)
+    finally:
+        tls.holder("user").write_bytes(before)
 
     assert started.returncode == seen.returncode == 0, started.stderr
     for done in (started, seen):
         assert "warning: the certificate of operator anna expires in 9 days" in done.stdout
-
-
-def test_start_and_status_say_that_an_overlay_is_open(project, tmp_path):
-    config = own_folder(project, tmp_path)
-    text = config.read_text(encoding="utf-8")
-    config.write_text(text.replace('"port"', '"bind": "0.0.0.0", "port"'), encoding="utf-8")
-    started = launcher(project, "start", config)
-    seen = launcher(project, "status", config)
-    launcher(project, "stop", config)
-
-    says = "OPEN: anyone who can reach it can run its handlers; client.py secure "
-    for done in (started, seen):
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(says) == 1
-        assert re.search(rf'(?m)^{says}"Büro .*three.json" closes it$', done.stdout)
-
-
-def test_test_system_says_what_keeps_it_out(project, closed, tmp_path):
-    launcher(project, "start", closed)
-    command = [sys.executable, str(ROOT / "test_system.py"), "127.0.0.1"]
-    tested = subprocess.run(
-        [*command, str(port_of(closed, "A"))],
-        cwd=tmp_path,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-    )
-
-    assert tested.returncode == 4
-    assert "it wants TLS and a certificate, and there are none here" in tested.stderr
-    assert "docs/security.md says how to be let in" in tested.stderr
 
 
 # The first function, as in the README
@@ -681,18 +769,17 @@ def test_the_readmes_first_function_runs_and_stop_is_for_good(project, tmp_path)
 
 @pytest.fixture(scope="module")
 def demos(project):
-    """A demo that stays up, a second beside it, and a third after the first was killed."""
+    """A demo, a second beside it, and a third after the first was killed."""
     command = [sys.executable, str(project / "scripts" / "demo.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as first:
         try:
-            output = read_until(first.stdout, "Ctrl-C here")
-            page = page_of(output)
-            second = launcher(project, "--once", script="demo.py")
+            page = page_of(read_until(first.stdout, "watch them work"))
+            second = typed(project, "--once", script="demo.py")
         finally:
             first.kill()
     left = processes_of(project, ".demo.json", "node.py")
-    third = launcher(project, "--once", script="demo.py")
-    return first.pid, second, left, third, page, output
+    third = typed(project, "--once", script="demo.py")
+    return first.pid, second, left, third, page
 
 
 def read_until(stream, words):
@@ -722,22 +809,48 @@ def test_the_demo_shows_right_answers_and_leaves_nothing_running(project, demos)
     assert processes_of(project, ".demo.json") == []
 
 
-@posix_only
-def test_the_demo_runs_in_plaintext_beside_a_closed_configuration(tmp_path):
-    folder = tmp_path / "closed"
+@pytest.fixture(scope="module")
+def beside_closed(tmp_path_factory):
+    """A demo beside a closed configuration, which stays up until Ctrl-C ends it."""
+    folder = tmp_path_factory.mktemp("beside") / "closed"
     copy_project(folder)
     secure(folder, folder / "one_host_config.json")
     command = [sys.executable, str(folder / "scripts" / "demo.py")]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, encoding="utf-8") as demo:
-        output = read_until(demo.stdout, "press Ctrl-C")
-        page = page_of(output)
-        demo.send_signal(signal.SIGINT)
-        demo.communicate(timeout=60)
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    ) as demo:
+        try:
+            output = read_until(demo.stdout, "press Ctrl-C")
+            page = page_of(output)
+            demo.send_signal(signal.SIGINT)
+            output += demo.communicate(timeout=60)[0]
+        finally:
+            demo.kill()
+    return demo.returncode, output, page, processes_of(folder)
 
-    assert demo.returncode == 0, output
+
+@posix_only
+def test_the_demo_runs_in_plaintext_beside_a_closed_configuration(beside_closed):
+    code, output, page, _ = beside_closed
+
+    assert code == 0, output
     assert "NOT RIGHT" not in output
     assert "<title>overlay</title>" in page
-    assert processes_of(folder) == []
+
+
+@posix_only
+def test_ctrl_c_ends_the_demo_and_its_processes(beside_closed):
+    _, output, _, left = beside_closed
+
+    assert "all six processes have stopped" in output
+    assert "Traceback" not in output
+    assert left == []
+
+
+@posix_only
+def test_the_commands_that_the_demo_prints_use_its_own_python(beside_closed):
+    python = re.search(r"(?m)^  (\S+) .*client\.py", beside_closed[1])[1]
+    assert os.path.abspath(python) == sys.executable
 
 
 def test_a_second_demo_says_that_one_is_running(demos):
@@ -756,28 +869,9 @@ def test_the_next_demo_stops_what_a_killed_one_has_left_running(demos):
     assert not any(process.is_running() for process in left)
 
 
-def test_the_commands_that_the_demo_prints_use_its_own_python(demos):
-    python = re.search(r"(?m)^  (\S+) .*client\.py", demos[5])[1]
-    assert os.path.abspath(python) == sys.executable
-
-
 def test_the_demos_page_ends_also_when_the_demo_is_killed(project, demos):
     assert "<title>overlay</title>" in demos[4]
     wait_for(lambda: not processes_of(project, "client.py"))
-
-
-@posix_only
-def test_ctrl_c_ends_the_demo_and_its_processes(project, demos):
-    command = [sys.executable, str(project / "scripts" / "demo.py")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as demo:
-        read_until(demo.stdout, "watch them work")
-        demo.send_signal(signal.SIGINT)
-        output, _ = demo.communicate(timeout=60)
-
-    assert "all six processes have stopped" in output
-    assert "Traceback" not in output
-    assert processes_of(project, ".demo.json") == []
-    assert processes_of(project, "client.py") == []
 
 
 # The start scripts
