@@ -168,6 +168,16 @@ def test_an_answer_expires_after_its_time_and_not_before():
 # Bounds: a new key is refused, and old ones are kept.
 
 
+def test_a_key_is_kept_after_ten_thousand_others_of_its_caller():
+    keys = IdempotencyKeys(Limits(), Clock())
+    for n in range(10_002):
+        first = keys.enter(MAC, f"{n}", (b"q",))
+        assert isinstance(first, First)
+        first.answered(b"answer %d" % n)
+
+    assert keys.enter(MAC, "0", (b"q",)) == b"answer 0"
+
+
 def test_without_room_a_new_key_is_refused_with_proof_and_no_key_is_dropped():
     bench = Bench(keys=10)
     assert [bench.ask(str(n)) for n in range(5)] == ["ran"] * 5
@@ -515,7 +525,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
 
 @pytest.fixture
 def noted(shared: Overlay) -> Overlay:
-    """The shared overlay, without notes. Each test has its own keys."""
+    """The shared overlay, all of it running, without notes. Each test has its own keys."""
+    if gone := [i for i, process in shared.processes.items() if process.poll() is not None]:
+        shared.start(*gone)
     forget_notes(shared)
     return shared
 
@@ -524,30 +536,7 @@ def keyed(key: str, payload: bytes = b"x", **fields) -> pb2.Request:
     return pb2.Request(payload=payload, mode=pb2.ANY, idempotency_key=key, **fields)
 
 
-def at_most(in_flight: int, calls):
-    """The outcomes of the calls, `in_flight` of them at once."""
-    waiting = []
-    for call in calls:
-        waiting.append(call)
-        if len(waiting) == in_flight:
-            yield Outcome(waiting.pop(0))
-    yield from map(Outcome, waiting)
-
-
-def test_a_key_is_kept_after_ten_thousand_others(noted: Overlay) -> None:
-    stub = noted.stub("C")
-    first = stub.Forward(keyed("first of many", b"0", handler="work"), timeout=10)
-
-    others = (stub.Forward.future(keyed(f"other {n}"), timeout=60) for n in range(10_001))
-    assert all(outcome.ok for outcome in at_most(150, others))
-
-    again = stub.Forward(keyed("first of many", b"0", handler="work"), timeout=10)
-    assert again == first
-    assert len(notes(noted)) == 1
-
-
 def test_a_key_is_kept_after_five_large_answers(noted: Overlay) -> None:
-    # D's handler: what the previous test left at C takes room there.
     stub, large = noted.stub("D"), bytes(16 * MIB - 1000)
     first = stub.Forward(keyed("first of large", b"0", handler="work"), timeout=10)
     for n in range(5):
@@ -613,13 +602,9 @@ def test_a_caller_that_left_gets_its_answer_when_it_asks_again(noted: Overlay) -
     assert len(notes(noted)) == 1
 
 
-@pytest.mark.parametrize("key", ["", "k"])
-def test_a_keyed_request_is_retried_once_when_its_worker_dies(tmp_path: Path, key: str) -> None:
-    with own(tmp_path) as overlay:
-        is_retried_once(overlay, key)
-
-
-def is_retried_once(overlay: Overlay, key: str) -> None:
+@pytest.mark.parametrize("key", ["", "of a worker that dies"])
+def test_a_keyed_request_is_retried_once_when_its_worker_dies(noted: Overlay, key: str) -> None:
+    overlay = noted
     request = pb2.Request(payload=b"x", mode=pb2.ANY, handler="gate", idempotency_key=key)
     call = overlay.stub("A").Forward.future(request, timeout=20)
     until(lambda: notes(overlay))
@@ -640,7 +625,7 @@ def is_retried_once(overlay: Overlay, key: str) -> None:
     assert len(notes(overlay)) == 2
     with library.connect(overlay.address("A")) as client:
         with pytest.raises(library.CallFailed) as caught:
-            client.call(b"x", mode="any", handler="gate", idempotency_key="k")
+            client.call(b"x", mode="any", handler="gate", idempotency_key=key)
         assert caught.value.executed is Executed.UNKNOWN
     assert len(notes(overlay)) == 2
 

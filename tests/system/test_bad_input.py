@@ -75,7 +75,7 @@ def test_node_check_exits_with_0_or_with_2_and_a_reason(fuzz: Fuzz, tmp_path: Pa
         assert done.returncode or b"mine" in done.stdout, case
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(check, range(fuzz.count(6, 200))))
+        list(pool.map(check, range(fuzz.count(4, 200))))
 
 
 # Protobuf: the RPCs, and messages to mutate

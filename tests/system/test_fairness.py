@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ def hangs_at_f(payload, context):
 
 
 NAMES = "work", "slow", "hangs_at_f"
-SHARING = 14  # tests that share an overlay
+SHARING = 16  # handlers of each kind, for as many tests or ways
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,28 @@ def all_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Sh
     folder = tmp_path_factory.mktemp("fairness")
     (folder / "mine.py").write_text(MINE)
     call = {f"{n}_{i}": {"call": f"mine:{n}", "slots": 100} for n in NAMES for i in range(SHARING)}
+    call |= {f"narrow_{i}": {"call": "mine:work", "slots": 2} for i in range(SHARING)}
     with running(folder, six_processes(handlers=call)) as six:
         yield (Shared(six, number) for number in range(SHARING))
 
 
 @pytest.fixture
-def shared(all_shared: Iterator[Shared]) -> Iterator[Shared]:
+def take(all_shared: Iterator[Shared]) -> Iterator[Callable[[], Shared]]:
     """The overlay remembers how long a handler takes; otherwise a test leaves it idle."""
-    found = next(all_shared)
-    yield found
-    until(lambda: all(is_idle(found.six, i) for i in IDS), 20, "all processes are idle")
+    taken: list[Shared] = []
+
+    def more() -> Shared:
+        taken.append(next(all_shared))
+        return taken[-1]
+
+    yield more
+    six = taken[0].six
+    until(lambda: all(is_idle(six, i) for i in IDS), 20, "all processes are idle")
+
+
+@pytest.fixture
+def shared(take: Callable[[], Shared]) -> Shared:
+    return take()
 
 
 def is_idle(six: Overlay, process_id: str) -> bool:
@@ -83,6 +95,15 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     made = request.param()
     yield made
     made.close()
+
+
+@pytest.fixture
+def ways() -> Iterator[list[Way]]:
+    """Both, for tests in which most time is waiting."""
+    made: list[Way] = [Unary(), Streamed()]
+    yield made
+    for way in made:
+        way.close()
 
 
 @contextlib.contextmanager
@@ -123,39 +144,50 @@ def from_address(address: str, port: int) -> Iterator[str]:
 # Slow or hanging calls do not block quick ones
 
 
-@pytest.mark.parametrize("mode", [pb2.ALL, pb2.ANY])
 def test_after_one_long_call_an_idle_overlay_refuses_no_short_call(
-    shared: Shared, mode, way: Way
+    take: Callable[[], Shared], ways: list[Way]
 ) -> None:
-    six = shared.six
-    request = {"handler": shared.handler("work"), "mode": mode}
-    way.ask(six, "A", b"2000", **request)
+    kinds = [(way, mode, take()) for way in ways for mode in (pb2.ALL, pb2.ANY)]
+    six = kinds[0][2].six
+    kinds = [(way, {"handler": own.handler("work"), "mode": mode}) for way, mode, own in kinds]
+    long_ones = [way.at_once(six, 1, payload=b"2000", **request) for way, request in kinds]
+    assert all(Outcome(call).ok for (call,) in long_ones)
 
-    for _ in range(5):
-        calls = way.at_once(six, 10, payload=b"10", timeout=1.5, **request)
-        outcomes = [Outcome(call) for call in calls]
-        assert [o.details for o in outcomes if not o.ok] == []
+    for way, request in kinds:
+        for _ in range(5):
+            calls = way.at_once(six, 10, payload=b"10", timeout=1.5, **request)
+            outcomes = [Outcome(call) for call in calls]
+            assert [o.details for o in outcomes if not o.ok] == []
 
 
-@pytest.mark.parametrize("mode", ["all", "any"])
 def test_after_one_long_call_the_library_gets_all_short_calls_answered(
-    shared: Shared, mode
+    take: Callable[[], Shared],
 ) -> None:
-    six, handler = shared.six, shared.handler("work")
-    with overlay.connect(six.address("A")) as leader:
-        leader.call(b"2000", handler=handler, mode=mode, timeout=10)
-        for _ in range(20):
-            assert leader.call(b"10", handler=handler, mode=mode, timeout=1.5).result
-        found = leader.map(handler, [b"10"] * 100, mode=mode, timeout=5)
-        assert len(list(found)) == 100
+    shared = {mode: take() for mode in ("all", "any")}
+    handlers = {mode: own.handler("work") for mode, own in shared.items()}
+    with overlay.connect(shared["all"].six.address("A")) as leader:
+        long_ones = [
+            leader.submit(handler, b"2000", mode=mode, timeout=10)
+            for mode, handler in handlers.items()
+        ]
+        assert all(call.result() for call in long_ones)
+        for mode, handler in handlers.items():
+            for _ in range(20):
+                assert leader.call(b"10", handler=handler, mode=mode, timeout=1.5).result
+            found = leader.map(handler, [b"10"] * 100, mode=mode, timeout=5)
+            assert len(list(found)) == 100
 
 
 def test_a_worker_that_never_answers_costs_only_its_own_part_and_no_call_is_refused(
-    shared: Shared, way: Way
+    take: Callable[[], Shared], ways: list[Way]
 ) -> None:
-    six = shared.six
+    shared = {way: take() for way in ways}
     for _ in range(4):
-        calls = way.at_once(six, 5, handler=shared.handler("hangs_at_f"), timeout=0.6)
+        calls = [
+            call
+            for way, own in shared.items()
+            for call in way.at_once(own.six, 5, handler=own.handler("hangs_at_f"), timeout=0.6)
+        ]
         outcomes = [Outcome(call) for call in calls]
         assert [o.details for o in outcomes if not o.ok] == []
         assert {o.response.result for o in outcomes} == {b"C\nD"}
@@ -164,7 +196,7 @@ def test_a_worker_that_never_answers_costs_only_its_own_part_and_no_call_is_refu
 def test_sequential_calls_are_answered_although_one_worker_never_answers(shared: Shared) -> None:
     six = shared.six
     with overlay.connect(six.address("A")) as leader:
-        for timeout in (1.2, 0.6, 0.6, 0.6):
+        for timeout in (1.2, 0.6, 0.6):
             answer = leader.call(b"", handler=shared.handler("hangs_at_f"), timeout=timeout)
             assert answer.result == b"C\nD"
 
@@ -207,12 +239,14 @@ def test_another_caller_is_served_despite_slow_calls(shared: Shared) -> None:
 
 
 @pytest.mark.parametrize("attacker", ["127.0.0.2", "127.0.0.1"])
-def test_a_new_name_for_each_call_takes_no_turn_from_a_steady_caller(overlays, attacker) -> None:
-    six = overlays(MINE, handlers={"work": {"call": "mine:work", "slots": 2}})
+def test_a_new_name_for_each_call_takes_no_turn_from_a_steady_caller(
+    shared: Shared, attacker: str
+) -> None:
+    six, handler = shared.six, shared.handler("narrow")
     stop, numbers, ends = threading.Event(), itertools.count(), Counter[str]()
 
     def attack(address: str) -> None:
-        request = pb2.Request(payload=b"50", handler="work", mode=pb2.ANY)
+        request = pb2.Request(payload=b"50", handler=handler, mode=pb2.ANY)
         with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
             stub = pb2_grpc.OverlayNodeStub(channel)
             while not stop.is_set():
@@ -227,7 +261,7 @@ def test_a_new_name_for_each_call_takes_no_turn_from_a_steady_caller(overlays, a
             pool.submit(attack, address)
         try:
             until(lambda: six.metrics("A").queue_size > 20)
-            request = pb2.Request(payload=b"1", handler="work", mode=pb2.ANY)
+            request = pb2.Request(payload=b"1", handler=handler, mode=pb2.ANY)
             name = ((codec.CALLER_KEY, "steady"),)
             answered, took = 0, []
             for _ in range(20):

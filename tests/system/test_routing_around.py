@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,7 +15,8 @@ import pytest
 
 from overlay.transport import endpoints
 from overlay.transport.codec import pb2, pb2_grpc
-from tests.harness.cluster import ROOT, Overlay, running, six_processes, until
+from tests.harness import same_process
+from tests.harness.cluster import Overlay, running, six_processes, until
 
 # While the file "slow F" exists F takes ten times as long; with "stuck F" it does not return.
 MINE = """
@@ -117,10 +116,7 @@ def becomes(overlay: Overlay, process_id: str, neighbour: str, state: str) -> Ca
 
 def failed_check(overlay: Overlay, process_id: str) -> str:
     """The output of `check` if it finds a problem, else empty."""
-    check = [str(ROOT / "client.py"), "127.0.0.1", str(overlay.port(process_id)), "check"]
-    done = subprocess.run(
-        [sys.executable, *check], capture_output=True, text=True, timeout=30, cwd=ROOT
-    )
+    done = same_process.client("127.0.0.1", overlay.port(process_id), "check")
     return done.stdout if done.returncode == 1 else ""
 
 
@@ -135,8 +131,8 @@ def test_a_slow_worker_gets_fewer_requests_until_it_is_quick_again(
     neighbour: str,
 ) -> None:
     load = loads()
-    load.next(100)
-    before = load.next(150)
+    load.next(50)
+    before = load.next(90)
     (folder / f"slow {slow}").touch()
     until(becomes(overlay, asks, neighbour, "slow"), 15)
     reason = health(overlay, asks, neighbour).health_reason
@@ -145,14 +141,14 @@ def test_a_slow_worker_gets_fewer_requests_until_it_is_quick_again(
     (folder / f"slow {slow}").unlink()
     until(becomes(overlay, asks, neighbour, "healthy"), 15)
     load.next(100)
-    after = load.next(150)
+    after = load.next(90)
 
     report("before", before, slow)
     report("during", during, slow)
     report("after", after, slow)
-    assert shares(before)[slow] > 15
+    assert shares(before)[slow] > 9
     assert shares(during)[slow] < 6
-    assert shares(after)[slow] > 15
+    assert shares(after)[slow] > 9
     assert set(shares(before + during + after)) == {"C", "D", "F"}
     assert "where its peers take" in reason
 
@@ -161,7 +157,7 @@ def test_a_worker_that_never_answers_in_time_is_ejected_and_comes_back(
     overlay: Overlay, loads: Callable[..., Load], folder: Path
 ) -> None:
     load = loads(deadline_s=1)
-    load.next(100)
+    load.next(50)
     (folder / "stuck F").touch()
     until(becomes(overlay, "E", "F", "ejected"), 15)
     reason = health(overlay, "E", "F").health_reason
@@ -172,8 +168,8 @@ def test_a_worker_that_never_answers_in_time_is_ejected_and_comes_back(
     until(becomes(overlay, "A", "E", "healthy"), 5, "E is healthy, because D answers")
     (folder / "stuck F").unlink()
     until(becomes(overlay, "E", "F", "healthy"), 40)
-    load.next(100)
-    after = load.next(150)
+    load.next(50)
+    after = load.next(60)
 
     assert shares(during)["C"] + shares(during)["D"] >= 240
     assert set(shares(after)) == {"C", "D", "F"}
@@ -187,7 +183,7 @@ def test_a_team_leader_without_workers_is_ejected_until_its_workers_are_back(
     overlay: Overlay, loads: Callable[..., Load]
 ) -> None:
     load = loads()
-    load.next(100)
+    load.next(50)
     for worker in "DF":
         overlay.kill(worker)
     until(becomes(overlay, "A", "E", "ejected"), 15)
@@ -196,8 +192,8 @@ def test_a_team_leader_without_workers_is_ejected_until_its_workers_are_back(
     during = load.next(100)
     overlay.start("D", "F")
     until(becomes(overlay, "A", "E", "healthy"), 15)
-    load.next(100)
-    after = load.next(150)
+    load.next(50)
+    after = load.next(60)
 
     assert shares(during) == {"C": 100}
     assert set(shares(after)) == {"C", "D", "F"}

@@ -1,7 +1,9 @@
 """The rules of test_rules.py once more, with mutual TLS on every connection.
 
 Left out are those that one process keeps by itself, where the way that a request came makes no
-difference: scopes, invalid requests, failing handlers, slots, request ids that were used before.
+difference: scopes, invalid requests, failing handlers, slots, the queue and its bounds, counters,
+request ids that were used before. test_tls.py has the one bound that depends on a certificate: a
+caller's share of the queue.
 """
 # ruff: noqa: F401 - pytest finds tests and fixtures by their names
 
@@ -18,22 +20,16 @@ from tests.system.test_rules import (
     test_a_cancel_at_the_client_ends_the_work_at_every_hop,
     test_a_frozen_worker_costs_only_its_own_part,
     test_a_request_id_runs_once_per_worker,
-    test_a_request_whose_deadline_passes_in_the_queue_never_runs,
     test_a_second_signal_ends_the_process_immediately,
     test_a_stopping_process_finishes_running_requests_and_refuses_the_rest,
     test_every_concurrent_request_gets_an_answer,
     test_metrics_describe_the_whole_overlay,
     test_mode_all_asks_every_worker_and_reports_each,
     test_mode_any_asks_exactly_one_worker_and_balances,
-    test_mode_any_uses_the_workers_that_are_alive,
+    test_mode_any_uses_the_workers_that_are_alive_and_without_any_the_answer_is_unavailable,
     test_neighbours_route_around_a_stopping_team_leader,
-    test_no_request_runs_twice_when_a_team_leader_is_killed,
-    test_requests_to_any_worker_wait_at_the_leader_for_a_free_slot,
-    test_the_201st_waiting_request_is_rejected_immediately,
-    test_the_counters_match_what_clients_saw,
     test_the_deadline_ends_the_work_at_every_hop,
-    test_with_e_dead_d_is_reached_through_b_and_f_is_missing,
-    test_with_every_worker_dead_the_answer_is_unavailable,
+    test_when_a_team_leader_is_killed_nothing_runs_twice_and_d_is_reached_through_b,
     way,
     ways,
 )

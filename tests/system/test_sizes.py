@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +15,14 @@ import overlay
 from overlay.client.sync import CallFailed, Client, InvalidCall
 from overlay.model.segments import Code, Executed
 from overlay.transport import codec
-from tests.harness.cluster import ROOT, Overlay, six_processes, until
+from tests.harness import same_process
+from tests.harness.cluster import Overlay, six_processes, until
 
 MIB = 1024 * 1024
 MODULE = """
 import time
 def slow(payload, context):
-    time.sleep(float(context.options.get("takes_s", 1.0)))
+    time.sleep(float(context.options.get("takes_s", 0.3)))
     return context.process_id.encode() + b": " + payload[:40]
 def made(payload, context):
     return bytes(int(payload))
@@ -91,26 +89,32 @@ def by_asyncio(client: Client, payload: bytes) -> bytes:
     async def ask() -> bytes:
         async with overlay.connect_async(client.address) as other:
             called = await other.call(payload, mode="any", handler="sized")
-            mapped = [r async for r in other.map("sized", [payload])]
-            assert mapped == [called.result] == [await other.submit("sized", payload)]
+            if len(payload) < 2 * MIB:  # the same channel, and a large payload takes long
+                mapped = [r async for r in other.map("sized", [payload])]
+                assert mapped == [called.result] == [await other.submit("sized", payload)]
             return called.result
 
     return asyncio.run(ask())
 
 
-WAYS = [first_call, by_future, by_map, by_parts, by_forward, by_asyncio]
+# All of them, and one for each kind of channel: where the limit is large, the ways of one channel
+# differ in nothing but time.
+WAYS = {
+    1: [first_call, by_future, by_map, by_parts, by_forward, by_asyncio],
+    20: [first_call, by_forward, by_asyncio],
+}
 
 
-@pytest.mark.parametrize("way", WAYS)
 def test_a_payload_of_the_maximum_size_is_answered_and_a_larger_one_refused_with_proof(
-    equal: tuple[Overlay, int], way: Callable[[Client, bytes], bytes]
+    equal: tuple[Overlay, int],
 ) -> None:
     made, limit = equal
-    with overlay.connect(made.address("A")) as client:
-        assert way(client, bytes(limit * MIB)) == str(limit * MIB).encode()
-        with pytest.raises(InvalidCall, match="max_message_mib") as raised:
-            way(client, bytes(limit * MIB + 1))
-    assert raised.value.executed is Executed.NO
+    for way in WAYS[limit]:
+        with overlay.connect(made.address("A")) as client:
+            assert way(client, bytes(limit * MIB)) == str(limit * MIB).encode()
+            with pytest.raises(InvalidCall, match="max_message_mib") as raised:
+                way(client, bytes(limit * MIB + 1))
+        assert raised.value.executed is Executed.NO
 
 
 def test_only_the_call_that_is_too_large_fails(equal: tuple[Overlay, int]) -> None:
@@ -151,15 +155,9 @@ def test_the_command_line_reports_the_limit(equal: tuple[Overlay, int], tmp_path
     made, limit = equal
     body = tmp_path / "body"
     body.write_bytes(bytes((limit + 4) * MIB))
-    command = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(made.port("A"))]
-    done = subprocess.run(
-        [*command, "--payload", f"@{body}"], capture_output=True, text=True, timeout=60, env=ENV
-    )
+    done = same_process.client("127.0.0.1", made.port("A"), "--payload", f"@{body}")
     assert done.returncode == 1, done.stderr
     assert f"more than max_message_mib allows ({limit * MIB:,})" in done.stderr
-
-
-ENV = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 # Different limits

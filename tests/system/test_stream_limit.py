@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,6 +25,7 @@ from overlay.model.segments import Executed
 from overlay.transport import codec
 from overlay.transport.codec import pb2, pb2_grpc
 from tests.client.conftest import HANDLERS, Noted, handlers
+from tests.harness import same_process
 from tests.harness.cluster import ROOT, Overlay, free_port, six_processes, until
 
 LIMIT = 8
@@ -91,20 +93,25 @@ VERBS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_call_is_refused_when_no_stream_is_free_within_its_patience(
-    narrow: Noted, verb: str
-) -> None:
-    with all_streams_taken(narrow), overlay.connect(narrow.address("A"), patience_s=0.5) as client:
-        began = time.monotonic()
-        with pytest.raises(library.Refused) as caught:
+def test_every_call_is_refused_when_no_stream_is_free_within_its_patience(narrow: Noted) -> None:
+    def refused(verb: str) -> library.Refused:
+        with (
+            overlay.connect(narrow.address("A"), patience_s=0.5) as client,
+            pytest.raises(library.Refused) as caught,
+        ):
             VERBS[verb](client)
+        return caught.value
+
+    began = time.monotonic()
+    with all_streams_taken(narrow), futures.ThreadPoolExecutor(len(VERBS)) as pool:
+        errors = list(pool.map(refused, VERBS))
 
     assert time.monotonic() - began < 10
-    assert str(LIMIT) in str(caught.value), "the message is the process's own"
-    assert "stream" in str(caught.value)
-    assert caught.value.executed is Executed.NO
-    assert caught.value.retry_after_s is not None
+    for error in errors:
+        assert str(LIMIT) in str(error), "the message is the process's own"
+        assert "stream" in str(error)
+        assert error.executed is Executed.NO
+        assert error.retry_after_s is not None
 
 
 ASYNC_VERBS: dict[str, Any] = {
@@ -118,13 +125,15 @@ async def _all(results: Any) -> list[Any]:
     return [result async for result in results]
 
 
-@pytest.mark.parametrize("verb", ASYNC_VERBS)
-def test_an_asyncio_call_is_refused_when_no_stream_is_free(narrow: Noted, verb: str) -> None:
-    async def main() -> None:
+def test_every_asyncio_call_is_refused_when_no_stream_is_free(narrow: Noted) -> None:
+    async def refused(verb: str) -> None:
         async with overlay.connect_async(narrow.address("A"), patience_s=0.5) as client:
             with pytest.raises(library.Refused) as caught:
                 await asyncio.wait_for(ASYNC_VERBS[verb](client), 10)
             assert caught.value.executed is Executed.NO
+
+    async def main() -> None:
+        await asyncio.gather(*map(refused, ASYNC_VERBS))
 
     with all_streams_taken(narrow):
         asyncio.run(main())
@@ -156,15 +165,18 @@ def test_a_waiting_call_gets_the_stream_that_another_client_closes(narrow: Noted
     assert answer.result.endswith(b": x")
 
 
-def test_map_on_the_command_line_reports_that_no_stream_is_free(narrow: Noted) -> None:
+def test_map_on_the_command_line_reports_that_no_stream_is_free(
+    narrow: Noted, tmp_path: Path
+) -> None:
     host, _, port = narrow.address("A").rpartition(":")
-    command = [sys.executable, str(ROOT / "client.py"), host, port, "map"]
+    lines = tmp_path / "lines"
+    lines.write_text("a\nb\n")
     with all_streams_taken(narrow):
-        done = subprocess.run(command, input=b"a\nb\n", capture_output=True, timeout=30)
+        done = same_process.client(host, port, "map", lines)
 
     assert done.returncode == 3
-    assert b"stream" in done.stderr
-    assert b"no handler saw the request, try again in " in done.stderr
+    assert "stream" in done.stderr
+    assert "no handler saw the request, try again in " in done.stderr
 
 
 def test_the_doctor_says_where_all_streams_are_taken(narrow: Noted) -> None:

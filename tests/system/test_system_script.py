@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +16,19 @@ import pytest
 
 import overlay
 import test_system as script
+from overlay.cli.terminal import guarded
 from overlay.client.sync import Answer
 from overlay.model.segments import Code, Part
 from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes
+from tests.harness.same_process import ran
 
 
-def run(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """test_system.py with these arguments, in this process."""
+    return ran(lambda: guarded(script.main), "test_system.py", *arguments)
+
+
+def as_started(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs test_system.py as a user does."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "test_system.py"), *map(str, arguments)],
@@ -62,10 +69,10 @@ def test_the_users_three_tests_pass_on_every_role(
 
 
 def test_it_can_run_concurrently(six: Overlay) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        runs = list(pool.map(lambda _: run("127.0.0.1", six.port("A")), range(4)))
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda _: as_started("127.0.0.1", six.port("A")), range(2)))
 
-    assert [done.returncode for done in runs] == [0] * 4, [done.stdout for done in runs]
+    assert [done.returncode for done in runs] == [0] * 2, [done.stdout for done in runs]
 
 
 def test_it_fails_for_a_dead_worker_and_says_where_to_look(without_f: Overlay) -> None:
@@ -126,39 +133,52 @@ def test_invalid_arguments_get_an_error_of_one_line(arguments: list[str]) -> Non
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_users_default_handler_does_not_run_unless_named(
-    overlays: Callable[..., Overlay], tmp_path: Path
-) -> None:
-    ran = tmp_path / "ran"
-    config = six_processes(handlers={"count": "mine:count"})
-    for entry in config["processes"].values():
-        entry.update(handler="count")
-    module = f"""
+MINE = """
 def count(payload, context):
-    with open({str(ran)!r}, "ab") as file:
+    with open(context.options["ran"], "ab") as file:
         file.write(b"x")
     return b"1"
-"""
-    found = overlays(module, config=config)
 
-    default = run("127.0.0.1", found.port("A"))
-    ran_by_default = ran.exists()
-    named = run("127.0.0.1", found.port("A"), "--handler", "count", "--payload", "two words")
+def boom(payload, context):
+    raise ValueError("no")
+"""
+
+
+@pytest.fixture(scope="module")
+def ran_at(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the user's handler notes that it ran."""
+    return tmp_path_factory.mktemp("notes") / "ran"
+
+
+@pytest.fixture(scope="module")
+def users_own(tmp_path_factory: pytest.TempPathFactory, ran_at: Path) -> Iterator[Overlay]:
+    """With a user's own handlers, one of which is the default."""
+    folder = tmp_path_factory.mktemp("users_own")
+    (folder / "mine.py").write_text(MINE)
+    count = {"call": "mine:count", "options": {"ran": str(ran_at)}}
+    config = six_processes(handlers={"count": count, "boom": "mine:boom"})
+    for entry in config["processes"].values():
+        entry.update(handler="count")
+    with running(folder, config) as found:
+        yield found
+
+
+def test_a_users_default_handler_does_not_run_unless_named(
+    users_own: Overlay, ran_at: Path
+) -> None:
+    default = run("127.0.0.1", users_own.port("A"))
+    ran_by_default = ran_at.exists()
+    named = run("127.0.0.1", users_own.port("A"), "--handler", "count", "--payload", "two words")
 
     assert default.returncode == 0, default.stdout
     assert "handler echo" in default.stdout
     assert not ran_by_default
     assert named.returncode == 0, named.stdout
-    assert ran.stat().st_size == 3 + 10 * 3 + script.IN_A_ROW
+    assert ran_at.stat().st_size == 3 + 10 * 3 + script.IN_A_ROW
 
 
-def test_for_a_failing_handler_it_points_to_the_workers_log(
-    overlays: Callable[..., Overlay],
-) -> None:
-    module = "def boom(payload, context): raise ValueError('no')"
-    found = overlays(module, handlers={"boom": "mine:boom"})
-
-    done = run("127.0.0.1", found.port("C"), "--handler", "boom")
+def test_for_a_failing_handler_it_points_to_the_workers_log(users_own: Overlay) -> None:
+    done = run("127.0.0.1", users_own.port("C"), "--handler", "boom")
 
     assert done.returncode == 1
     assert "error id" in done.stdout
@@ -169,7 +189,7 @@ def test_for_a_failing_handler_it_points_to_the_workers_log(
 def test_its_output_survives_every_code_page(six: Overlay, encoding: str) -> None:
     arguments = ("127.0.0.1", six.port("C"), "--payload", "Grüße 中文")
 
-    assert run(*arguments, PYTHONIOENCODING=encoding).returncode == 0
+    assert as_started(*arguments, PYTHONIOENCODING=encoding).returncode == 0
 
 
 def test_a_closed_pipe_does_not_change_the_exit_code(six: Overlay, without_f: Overlay) -> None:

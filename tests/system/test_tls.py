@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ from overlay.security.invitation import Invitation
 from overlay.security.tls_folder import USER, Guest, TlsFolder
 from overlay.transport.codec import pb2, pb2_grpc
 from overlay.transport.endpoints import channel_options, open_channel
+from tests.harness import same_process
 from tests.harness.certificates import user_of
 from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes, until
+from tests.harness.hostile import Hostile
 
 MINE = """
 import time
@@ -90,15 +93,23 @@ def refusal(closed: Overlay, keys: Any, **more: Any) -> tuple[grpc.StatusCode, s
     return refused.value.code(), refused.value.details()
 
 
-def client(folder: Path, *words: str, within_s: float = 30) -> subprocess.CompletedProcess[str]:
-    """client.py in this folder, run to its end."""
+def client(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """client.py in this folder."""
+    return same_process.client(*words, folder=folder)
+
+
+def as_started(
+    program: str, *words: str, folder: Path = ROOT, typed: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """The same, or node.py, as a process of its own."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "client.py"), *words],
+        [sys.executable, str(ROOT / program), *words],
         cwd=folder,
+        input=typed,
         capture_output=True,
         encoding="utf-8",
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        timeout=within_s,
+        timeout=30,
         check=False,
     )
 
@@ -131,7 +142,7 @@ def test_the_library_speaks_tls(closed: Overlay, verb: str) -> None:
 def test_the_folder_beside_the_configuration_is_found(closed: Overlay) -> None:
     host, port = closed.address("A").split(":")
 
-    done = client(closed.folder, host, port, "--payload", "hi")
+    done = as_started("client.py", host, port, "--payload", "hi", folder=closed.folder)
 
     assert done.returncode == 0, done.stderr
     assert "3 of 3 workers answered" in done.stdout
@@ -247,35 +258,32 @@ def test_a_revoked_caller_is_refused_and_its_open_stream_ends_within_two_seconds
 # The words of refusals
 
 
-def why_not_reached(asked: Overlay, tls: Path | bool) -> str:
-    """What the library says of its connection to A."""
+def why_not_reached(address: str, tls: Path | bool) -> str:
+    """What the library says of its connection."""
     with (
-        overlay.connect(asked.address("A"), tls=tls, patience_s=1.5) as leader,
+        overlay.connect(address, tls=tls, patience_s=1.5) as leader,
         pytest.raises(overlay.client.NotReached) as refused,
     ):
         leader.call(b"hi", timeout=5)
     return str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (
-            lambda closed, folder: user_of(tls_of(closed), folder, valid_s=-DAY_S / 2),
-            "the certificate of caller anna expired on",
-        ),
-        (
-            lambda closed, folder: _foreign(folder),
-            "it is not accepted here: the certificate of process A was issued by another overlay",
-        ),
-    ],
-    ids=["expired", "another overlay"],
-)
-def test_the_library_says_what_grpc_does_not(
-    closed: Overlay, tmp_path: Path, make: Callable[..., TlsFolder], says: str
-) -> None:
-    folder = make(closed, tmp_path / "tls")
-    assert says in why_not_reached(closed, folder.path)
+def test_the_library_says_what_grpc_does_not(closed: Overlay, tmp_path: Path) -> None:
+    expired = user_of(tls_of(closed), tmp_path / "expired" / "tls", valid_s=-DAY_S / 2)
+    foreign = _foreign(tmp_path / "tls")
+    with Hostile("A") as plain:  # at once, as each fails only after the client's patience
+        addresses = [closed.address("A")] * 3 + [plain.address]
+        shown = [expired.path, foreign.path, False, tls_of(closed).path]
+        with ThreadPoolExecutor(4) as pool:
+            said = list(pool.map(why_not_reached, addresses, shown))
+
+    assert "the certificate of caller anna expired on" in said[0]
+    assert (
+        "it is not accepted here: the certificate of process A was issued by another overlay"
+        in said[1]
+    )
+    assert "it wants TLS and a certificate" in said[2]
+    assert "it speaks plaintext" in said[3]
 
 
 def _foreign(folder: Path) -> TlsFolder:
@@ -283,14 +291,6 @@ def _foreign(folder: Path) -> TlsFolder:
     other.create_authority("home")
     other.write_about("overlay.json", "home", "127.0.0.1:1")
     return user_of(other, folder)
-
-
-def test_plaintext_against_tls_is_said(closed: Overlay) -> None:
-    assert "it wants TLS and a certificate" in why_not_reached(closed, False)
-
-
-def test_tls_against_plaintext_is_said(closed: Overlay, six: Overlay) -> None:
-    assert "it speaks plaintext" in why_not_reached(six, closed.folder / "tls")
 
 
 def test_a_certificate_that_cannot_be_used_is_a_sentence_and_exit_code_2(
@@ -519,13 +519,7 @@ def test_a_process_without_its_certificate_says_what_makes_it(tmp_path: Path) ->
     path = tmp_path / "overlay.json"
     path.write_text(json.dumps(config))
 
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "node.py"), str(path), "C"],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=30,
-        check=False,
-    )
+    done = as_started("node.py", str(path), "C")
 
     assert done.returncode == 2
     assert "asks for TLS" in done.stderr
@@ -738,15 +732,9 @@ def test_the_secret_of_a_line_is_kept_nowhere_on_either_side(
 def test_a_line_can_be_typed_so_that_no_list_of_processes_has_it(
     closed: Overlay, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "client.py"), "join"],
-        cwd=tmp_path,
-        input=invited(closed, "typed") + "\n",
-        capture_output=True,
-        encoding="utf-8",
-        timeout=30,
-        check=False,
-    )
+    line = invited(closed, "typed")
+
+    done = as_started("client.py", "join", folder=tmp_path, typed=line + "\n")
 
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tls" / "user.pem").exists()
@@ -778,13 +766,7 @@ def test_a_process_whose_certificate_expired_says_so_and_what_to_do(tmp_path: Pa
     folder.write_holder(TlsFolder.stem("C"), key_pem(key), pem_of(old))
     (folder.path / "ca.key").unlink()  # as on another machine
 
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "node.py"), str(made.path), "C"],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=30,
-        check=False,
-    )
+    done = as_started("node.py", str(made.path), "C")
 
     assert done.returncode == 2
     assert "the certificate of process C expired on" in done.stderr
