@@ -28,6 +28,7 @@ from overlay.client import sync as library
 from overlay.model.segments import Code, Executed
 from overlay.transport.codec import pb2
 from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes, until
+from tests.harness.commands import run_client
 
 HANDLERS = """
 import time
@@ -96,22 +97,6 @@ def silent_port() -> Iterator[int]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(50)
         yield listener.getsockname()[1]
-
-
-def run(*words: object, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs client.py; its output as text."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "client.py"), *map(str, words)],
-        input=stdin,
-        capture_output=True,
-        timeout=30,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **env},
-    )
-    encoding = env.get("PYTHONIOENCODING", "utf-8")
-    assert b"Traceback" not in done.stderr, done.stderr.decode(encoding)
-    return subprocess.CompletedProcess(
-        done.args, done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding)
-    )
 
 
 def at(found: Overlay, process_id: str) -> tuple[str, int]:
@@ -356,7 +341,9 @@ def test_metrics_and_health_are_those_of_the_process_asked(to_a: overlay.Client)
 
 
 def test_an_http_proxy_is_not_used(mine: Overlay) -> None:
-    done = run(*at(mine, "A"), http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    done = run_client(
+        *at(mine, "A"), http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9"
+    )
 
     assert done.returncode == 0, done.stderr
 
@@ -365,14 +352,14 @@ def test_an_http_proxy_is_not_used(mine: Overlay) -> None:
 
 
 def trace_of(found: Overlay, *words: str) -> list[dict[str, Any]]:
-    return json.loads(run(*at(found, "A"), "--trace", "--json", *words).stdout)["trace"]
+    return json.loads(run_client(*at(found, "A"), "--trace", "--json", *words).stdout)["trace"]
 
 
 @pytest.mark.parametrize(("encoding", "bars"), [("utf-8", "├└│"), ("cp1252", "+`|")])
 def test_a_trace_shows_the_path_as_a_tree_on_every_code_page(
     mine: Overlay, encoding: str, bars: str
 ) -> None:
-    shown = run(*at(mine, "A"), "--trace", PYTHONIOENCODING=encoding).stdout
+    shown = run_client(*at(mine, "A"), "--trace", PYTHONIOENCODING=encoding).stdout
 
     lines = shown[shown.index("trace\n") :].splitlines()
     names = [line.split(" OK ")[0].rstrip(" |") for line in lines if " OK " in line]
@@ -393,7 +380,9 @@ def test_the_times_of_a_trace_add_up(mine: Overlay) -> None:
 
 
 def test_a_failed_request_has_a_trace(mine: Overlay) -> None:
-    done = run(*at(mine, "A"), "--trace", "--handler", "boom", "--mode", "any", "--team", "green")
+    done = run_client(
+        *at(mine, "A"), "--trace", "--handler", "boom", "--mode", "any", "--team", "green"
+    )
 
     assert done.returncode == 1
     assert "handler 'boom' failed" in done.stderr
@@ -412,7 +401,7 @@ def test_a_missing_worker_is_in_the_trace(wounded: Overlay) -> None:
 
 
 def logs(found: Overlay, asked: str, *words: object, code: int = 0) -> list[dict[str, Any]]:
-    done = run(*at(found, asked), "logs", *words, "--json")
+    done = run_client(*at(found, asked), "logs", *words, "--json")
     assert done.returncode == code, done.stderr
     return json.loads(done.stdout)["lines"]
 
@@ -426,14 +415,16 @@ def test_the_log_of_any_process_can_be_read_at_the_leader(mine: Overlay) -> None
 
 def test_log_lines_are_shown_as_in_the_log_file(mine: Overlay) -> None:
     (line,) = [
-        line for line in run(*at(mine, "A"), "logs", "F").stdout.splitlines() if "pid" in line
+        line
+        for line in run_client(*at(mine, "A"), "logs", "F").stdout.splitlines()
+        if "pid" in line
     ]
 
     assert line in mine.log("F").splitlines()
 
 
 def test_log_lines_of_a_request_are_found_in_every_process(mine: Overlay) -> None:
-    answer = json.loads(run(*at(mine, "A"), "--trace", "--json").stdout)
+    answer = json.loads(run_client(*at(mine, "A"), "--trace", "--json").stdout)
 
     lines = logs(mine, "A", "--request", answer["request_id"])
 
@@ -442,7 +433,9 @@ def test_log_lines_of_a_request_are_found_in_every_process(mine: Overlay) -> Non
 
 
 def test_a_failure_is_in_the_log_of_each_process_on_its_path(mine: Overlay) -> None:
-    failed = run(*at(mine, "A"), "--trace", "--handler", "boom", "--mode", "any", "--team", "green")
+    failed = run_client(
+        *at(mine, "A"), "--trace", "--handler", "boom", "--mode", "any", "--team", "green"
+    )
     request_id = failed.stdout.split("request")[1].split()[0]
 
     lines = logs(mine, "A", "--request", request_id)
@@ -456,7 +449,7 @@ def test_a_failure_is_in_the_log_of_each_process_on_its_path(mine: Overlay) -> N
 def test_a_failure_names_its_request_and_the_command_for_its_log_lines(
     mine: Overlay, words: list[str]
 ) -> None:
-    done = run(*at(mine, "A"), "--handler", "boom", *words, "--json")
+    done = run_client(*at(mine, "A"), "--handler", "boom", *words, "--json")
 
     error = json.loads(done.stdout)["error"]
     assert (
@@ -464,7 +457,7 @@ def test_a_failure_names_its_request_and_the_command_for_its_log_lines(
         == f"client.py 127.0.0.1 {mine.port('A')} logs --request " + (error["request_id"])
     )
     assert f"; request {error['request_id']}, its log lines: {error['logs']}" in done.stderr
-    shown = run(*error["logs"].split()[1:])
+    shown = run_client(*error["logs"].split()[1:])
     assert shown.returncode == 0
     (error_id,) = set(re.findall("error id ([0-9a-f]{8})", error["message"])[:1])
     assert re.search(f"{error['request_id']}: error id {error_id}: .*Traceback", shown.stdout)
@@ -507,10 +500,10 @@ def test_the_trailing_metadata_of_a_failure_has_the_request_id(mine: Overlay) ->
 
 
 def test_an_error_id_finds_its_log_lines_with_a_readable_traceback(mine: Overlay) -> None:
-    report = run(*at(mine, "A"), "--handler", "boom", "--mode", "any").stderr
+    report = run_client(*at(mine, "A"), "--handler", "boom", "--mode", "any").stderr
     (error_id,) = re.findall("error id ([0-9a-f]{8})", report)
 
-    shown = run(*at(mine, "A"), "logs", "--error", error_id)
+    shown = run_client(*at(mine, "A"), "logs", "--error", error_id)
     lines = logs(mine, "A", "--error", error_id)
 
     assert shown.returncode == 0
@@ -524,15 +517,15 @@ def test_an_error_id_finds_its_log_lines_with_a_readable_traceback(mine: Overlay
 
 
 def test_an_unknown_error_id_is_reported(mine: Overlay) -> None:
-    done = run(*at(mine, "A"), "logs", "--error", "0123abcd")
+    done = run_client(*at(mine, "A"), "logs", "--error", "0123abcd")
 
     assert done.returncode == 1
     assert "none of the last lines of A, B, C, D, E, F has the error id 0123abcd" in done.stderr
-    assert run(*at(mine, "A"), "logs", "--error", "xyz").returncode == 2
+    assert run_client(*at(mine, "A"), "logs", "--error", "xyz").returncode == 2
 
 
 def test_events_never_contain_the_text_of_a_handlers_exception(mine: Overlay) -> None:
-    run(*at(mine, "A"), "--handler", "boom")
+    run_client(*at(mine, "A"), "--handler", "boom")
     metrics = {i: mine.stub(i).GetMetrics(pb2.MetricsRequest(events=200)) for i in "AC"}
 
     of_a, of_c = ({event.kind for event in metrics[i].events} for i in "AC")
@@ -542,7 +535,7 @@ def test_events_never_contain_the_text_of_a_handlers_exception(mine: Overlay) ->
 
 
 def test_metrics_contain_as_many_requests_and_events_as_were_asked_for(mine: Overlay) -> None:
-    run(*at(mine, "A"))
+    run_client(*at(mine, "A"))
     ask = mine.stub("A").GetMetrics
 
     plain, some = ask(pb2.MetricsRequest()), ask(pb2.MetricsRequest(events=1, requests=1))
@@ -554,14 +547,14 @@ def test_metrics_contain_as_many_requests_and_events_as_were_asked_for(mine: Ove
 
 
 def test_the_log_of_a_process_above_must_be_read_there(mine: Overlay) -> None:
-    done = run(*at(mine, "E"), "logs", "A")
+    done = run_client(*at(mine, "E"), "logs", "A")
 
     assert done.returncode == 1
     assert f"ask A itself, at 127.0.0.1 {mine.port('A')}" in done.stderr
 
 
 def test_the_log_of_a_missing_process_cannot_be_read(wounded: Overlay) -> None:
-    done = run(*at(wounded, "A"), "logs", "F")
+    done = run_client(*at(wounded, "A"), "logs", "F")
 
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr == "client.py: E: F cannot be reached: E has no live link to F\n"
@@ -569,7 +562,7 @@ def test_the_log_of_a_missing_process_cannot_be_read(wounded: Overlay) -> None:
 
 @pytest.mark.parametrize("text", ["zz", "0", "1" * 17, "-1", ""])
 def test_an_invalid_request_id_is_rejected(text: str) -> None:
-    done = run("127.0.0.1", "50051", "logs", "--request", text)
+    done = run_client("127.0.0.1", "50051", "logs", "--request", text)
 
     assert done.returncode == 2
     assert "--request" in done.stderr
@@ -579,7 +572,7 @@ def test_an_invalid_request_id_is_rejected(text: str) -> None:
 
 
 def test_an_answer_is_readable(mine: Overlay) -> None:
-    done = run(*at(mine, "A"))
+    done = run_client(*at(mine, "A"))
 
     lines = done.stdout.splitlines()
     assert lines[:3] == ["result   C: hello", "         D: hello", "         F: hello"]
@@ -589,7 +582,7 @@ def test_an_answer_is_readable(mine: Overlay) -> None:
 
 
 def test_json_output_contains_everything(mine: Overlay) -> None:
-    done = run(*at(mine, "A"), "--json", "--parts", "--payload", "Grüße", "--team", "green")
+    done = run_client(*at(mine, "A"), "--json", "--parts", "--payload", "Grüße", "--team", "green")
 
     report = json.loads(done.stdout)
     assert set(report) == {
@@ -606,7 +599,7 @@ def test_json_output_contains_everything(mine: Overlay) -> None:
 
 
 def test_parts_shows_each_workers_own_result(mine: Overlay) -> None:
-    done = run(*at(mine, "A"), "--parts")
+    done = run_client(*at(mine, "A"), "--parts")
 
     rows = [line.split() for line in done.stdout.splitlines() if " OK " in line]
     assert [(row[0], row[-2:]) for row in rows] == [(w, [f"{w}:", "hello"]) for w in "CDF"]
@@ -615,8 +608,8 @@ def test_parts_shows_each_workers_own_result(mine: Overlay) -> None:
 def test_a_payload_can_be_read_from_a_file_or_standard_input(mine: Overlay, tmp_path: Path) -> None:
     (tmp_path / "payload").write_bytes(b"from a file")
 
-    from_file = run(*at(mine, "C"), "--payload", f"@{tmp_path / 'payload'}")
-    from_stdin = run(*at(mine, "C"), "--payload", "-", stdin=b"from a pipe")
+    from_file = run_client(*at(mine, "C"), "--payload", f"@{tmp_path / 'payload'}")
+    from_stdin = run_client(*at(mine, "C"), "--payload", "-", stdin=b"from a pipe")
 
     assert "C: from a file" in from_file.stdout
     assert "C: from a pipe" in from_stdin.stdout
@@ -628,9 +621,9 @@ def test_a_binary_result_is_shown_as_its_size_and_saved_by_out(
     kept = tmp_path / "kept"
     words = (*at(mine, "C"), "--handler", "binary")
 
-    shown = run(*words)
-    as_json = run(*words, "--json")
-    run(*words, "--out", kept)
+    shown = run_client(*words)
+    as_json = run_client(*words, "--json")
+    run_client(*words, "--out", kept)
 
     assert "256 bytes, not text; --out FILE keeps them" in shown.stdout
     assert json.loads(as_json.stdout)["result_base64"].startswith("AAECAwQF")
@@ -638,14 +631,14 @@ def test_a_binary_result_is_shown_as_its_size_and_saved_by_out(
 
 
 def test_out_to_standard_output_writes_only_the_result(mine: Overlay) -> None:
-    done = run(*at(mine, "A"), "--out", "-")
+    done = run_client(*at(mine, "A"), "--out", "-")
 
     assert done.stdout == "C: hello\nD: hello\nF: hello"
     assert "3 of 3 workers answered" in done.stderr
 
 
 def test_control_characters_of_a_result_do_not_reach_the_terminal(mine: Overlay) -> None:
-    done = run(*at(mine, "C"), "--payload", "a\x1b[2Jb")
+    done = run_client(*at(mine, "C"), "--payload", "a\x1b[2Jb")
 
     assert "C: a\\x1b[2Jb" in done.stdout
 
@@ -662,7 +655,7 @@ def test_control_characters_of_a_result_do_not_reach_the_terminal(mine: Overlay)
 def test_a_failed_request_has_an_exit_code_and_a_message(
     mine: Overlay, words: list[str], code: int, message: str
 ) -> None:
-    done = run(*at(mine, "A"), *words, "--json")
+    done = run_client(*at(mine, "A"), *words, "--json")
 
     assert done.returncode == code
     assert message in done.stderr
@@ -682,7 +675,7 @@ def test_a_full_queue_rejects_a_request_as_not_run_with_exit_code_3(
 
         with pytest.raises(library.Refused) as caught:
             client.forward("x", handler="slow")
-        done = run(*at(found, "A"))
+        done = run_client(*at(found, "A"))
         tried = subprocess.run(
             [sys.executable, str(ROOT / "test_system.py"), *map(str, at(found, "A"))],
             capture_output=True,
@@ -704,8 +697,8 @@ def _load(client: overlay.Client) -> tuple[int, int]:
 
 
 def test_a_missing_worker_is_named_with_exit_code_6(wounded: Overlay) -> None:
-    done = run(*at(wounded, "A"))
-    as_json = run(*at(wounded, "A"), "--json")
+    done = run_client(*at(wounded, "A"))
+    as_json = run_client(*at(wounded, "A"), "--json")
 
     assert "answers  2 of 3 workers answered" in done.stdout
     assert "missing  F: " in done.stdout
@@ -720,7 +713,7 @@ def test_a_missing_server_is_exit_code_4(wounded: Overlay) -> None:
         ("no-such-host.invalid", 50051),
     )
     with ThreadPoolExecutor(3) as pool:
-        nothing, dead, unknown = pool.map(lambda words: run(*words), asked)
+        nothing, dead, unknown = pool.map(lambda words: run_client(*words), asked)
 
     assert [done.returncode for done in (nothing, dead, unknown)] == [4, 4, 4]
     assert "nothing serves at" in nothing.stderr
@@ -818,7 +811,7 @@ def test_an_invalid_option_names_a_help_command_that_works(
 
 
 def test_the_help_names_every_verb_and_every_exit_code() -> None:
-    done = run("--help")
+    done = run_client("--help")
 
     for name in script.OF_A_PROCESS.keys() - {"ask"}:
         assert f"client.py HOST PORT {name}" in done.stdout
@@ -859,8 +852,8 @@ def test_ctrl_c_exits_with_a_message_and_code_130(mine: Overlay) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_output_works_on_every_code_page(mine: Overlay, encoding: str) -> None:
-    asked = run(*at(mine, "C"), "--payload", "Grüße 中文", PYTHONIOENCODING=encoding)
-    checked = run("check", mine.path, PYTHONIOENCODING=encoding)
+    asked = run_client(*at(mine, "C"), "--payload", "Grüße 中文", PYTHONIOENCODING=encoding)
+    checked = run_client("check", mine.path, PYTHONIOENCODING=encoding)
 
     assert "\\u4e2d\\u6587" in asked.stdout
     assert [asked.returncode, checked.returncode] == [0, 0]
@@ -914,8 +907,8 @@ def _read_all(terminal: int) -> str:
 def test_check_works_for_every_role(
     mine: Overlay, process_id: str, role: str, neighbours: str, workers: int
 ) -> None:
-    done = run(*at(mine, process_id), "check")
-    report = json.loads(run(*at(mine, process_id), "check", "--json").stdout)
+    done = run_client(*at(mine, process_id), "check")
+    report = json.loads(run_client(*at(mine, process_id), "check", "--json").stdout)
 
     assert done.returncode == 0
     assert f"{process_id}, {role} of team green, at {mine.address(process_id)}" in done.stdout
@@ -927,7 +920,7 @@ def test_check_works_for_every_role(
 
 
 def test_check_names_the_neighbour_that_is_down_and_the_missing_worker(wounded: Overlay) -> None:
-    of_e, of_a = run(*at(wounded, "E"), "check"), run(*at(wounded, "A"), "check")
+    of_e, of_a = run_client(*at(wounded, "E"), "check"), run_client(*at(wounded, "A"), "check")
 
     assert (of_e.returncode, of_a.returncode) == (1, 1)
     (row,) = [line for line in of_e.stdout.splitlines() if f"{wounded.address('F')}  down" in line]
@@ -936,8 +929,8 @@ def test_check_names_the_neighbour_that_is_down_and_the_missing_worker(wounded: 
 
 
 def test_check_of_a_configuration_shows_every_process(mine: Overlay) -> None:
-    done = run("check", mine.path)
-    report = json.loads(run("check", mine.path, "--json").stdout)
+    done = run_client("check", mine.path)
+    report = json.loads(run_client("check", mine.path, "--json").stdout)
 
     rows = [line.split() for line in done.stdout.splitlines() if "127.0.0.1:" in line]
     assert [(row[0], row[3], row[4]) for row in rows] == [
@@ -950,8 +943,8 @@ def test_check_of_a_configuration_shows_every_process(mine: Overlay) -> None:
 
 
 def test_check_of_a_configuration_reports_what_doctor_reports(wounded: Overlay) -> None:
-    done = run("check", wounded.path, "--deadline", 2)
-    report = json.loads(run("check", wounded.path, "--deadline", 2, "--json").stdout)
+    done = run_client("check", wounded.path, "--deadline", 2)
+    report = json.loads(run_client("check", wounded.path, "--deadline", 2, "--json").stdout)
 
     assert done.returncode == report["exit_code"] == 1
     assert "5 of 6 processes well, 5 of 6 links up" in done.stdout
@@ -971,7 +964,7 @@ def test_check_detects_another_configuration_and_another_process(
     config["handlers"] = {}
     (tmp_path / "swapped.json").write_text(json.dumps(config))
 
-    done = run("check", tmp_path / "swapped.json")
+    done = run_client("check", tmp_path / "swapped.json")
 
     assert done.returncode == 1
     assert "A, B, E, F: it was started with another configuration file" in done.stdout
@@ -982,7 +975,7 @@ def test_check_of_an_overlay_that_is_not_started_is_exit_code_4(tmp_path: Path) 
     path = tmp_path / "overlay.json"
     path.write_text(json.dumps(six_processes()))
 
-    done = run("check", path, "--deadline", 1)
+    done = run_client("check", path, "--deadline", 1)
 
     assert done.returncode == 4
     assert "0 of 6 processes well" in done.stdout
@@ -995,7 +988,7 @@ def test_check_names_every_problem_of_a_configuration(tmp_path: Path) -> None:
     config["processes"]["B"]["role"] = "boss"
     path.write_text(json.dumps(config))
 
-    done = run("check", path)
+    done = run_client("check", path)
 
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 2

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes, until
+from tests.harness.commands import run_client_on_bytes, start_client
 
 HANDLERS = """
 import time
@@ -49,15 +50,25 @@ def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
         yield found
 
 
+def words_of(found: Overlay, *words: object) -> list[str]:
+    return ["127.0.0.1", str(found.port("A")), "map", *map(str, words)]
+
+
 def command(found: Overlay, *words: object) -> list[str]:
-    script = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(found.port("A")), "map"]
-    return [*script, *map(str, words)]
+    return [sys.executable, str(ROOT / "client.py"), *words_of(found, *words)]
 
 
 def run(found: Overlay, *words: object, stdin: bytes = b"") -> Any:
-    done = subprocess.run(command(found, *words), input=stdin, capture_output=True, timeout=60)
-    assert b"Traceback" not in done.stderr, done.stderr.decode()
-    return done
+    return run_client_on_bytes(*words_of(found, *words), stdin=stdin)
+
+
+@pytest.fixture
+def ending(six: Overlay) -> Iterator[Overlay]:
+    """The same six for a test that ends one of them, which is started again afterwards."""
+    yield six
+    if ended := [i for i, process in six.processes.items() if process.poll() is not None]:
+        six.start(*ended)
+    until(lambda: not at_work(six), 20, "the handlers end")
 
 
 def at_work(found: Overlay) -> int:
@@ -214,20 +225,17 @@ def test_if_all_fail_for_one_reason_the_exit_code_is_that_of_the_reason(
 
 
 def test_a_missing_server_is_exit_code_4() -> None:
-    words = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(free_port()), "map"]
-
-    done = subprocess.run(words, input=b"a\nb\n", capture_output=True, timeout=20)
+    done = run_client_on_bytes("127.0.0.1", free_port(), "map", stdin=b"a\nb\n")
 
     assert done.returncode == 4
     assert done.stderr.decode().startswith("client.py: nothing serves at 127.0.0.1:")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_incomplete_result_is_reported_with_exit_code_6(overlays: Any, tmp_path: Path) -> None:
-    found = overlays(HANDLERS, handlers=NAMES)
-    found.kill("F")
+def test_an_incomplete_result_is_reported_with_exit_code_6(ending: Overlay) -> None:
+    ending.kill("F")
 
-    done = run(found, "--mode", "all", "--json", stdin=b"x\n")
+    done = run(ending, "--mode", "all", "--json", stdin=b"x\n")
 
     assert json.loads(done.stdout) == {
         "index": 0, "ok": True, "result": "C: x\nD: x", "missing": ["F"]
@@ -302,13 +310,10 @@ def test_the_paths_of_failed_files_are_saved(six: Overlay, tmp_path: Path) -> No
 
 def test_without_a_server_all_of_the_input_is_saved(tmp_path: Path) -> None:
     kept = tmp_path / "failed"
-    words = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(free_port()), "map"]
+    words = "127.0.0.1", free_port(), "map", "--patience", 0.2, "--window", 100, "--failed", kept
     text = b"".join(b"%d\n" % n for n in range(5000))
 
-    done = subprocess.run(
-        [*words, "--window", "100", "--failed", str(kept)], input=text, timeout=20,
-        capture_output=True,
-    )  # fmt: skip
+    done = run_client_on_bytes(*words, stdin=text)
 
     assert done.returncode == 4
     assert sorted(kept.read_bytes().splitlines()) == sorted(text.splitlines())
@@ -327,12 +332,7 @@ def test_a_failure_names_its_request_and_how_to_see_its_log_lines(six: Overlay) 
 
 
 def test_slow_input_is_answered_line_by_line(six: Overlay) -> None:
-    asking = subprocess.Popen(
-        command(six, "--handler", "upper"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
+    asking = start_client(*words_of(six, "--handler", "upper"))
     for number in range(5):
         asking.stdin.write(b"line %d\n" % number)
         asking.stdin.flush()
@@ -341,6 +341,7 @@ def test_slow_input_is_answered_line_by_line(six: Overlay) -> None:
     asking.stdin.close()
     assert asking.wait(10) == 0
     asking.stdout.close()
+    asking.stderr.close()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there, Ctrl-C reaches the whole console")
@@ -412,43 +413,32 @@ def _resident_mib(pid: int) -> float:
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if "VmRSS" in line)
 
 
-def test_a_restart_of_the_leader_fails_only_requests_with_unknown_outcome(overlays: Any) -> None:
-    found = overlays(HANDLERS, handlers=NAMES)
-    asking = subprocess.Popen(
-        command(found, "--handler", "upper", "--json", "--window", 100),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
+def test_a_restart_of_the_leader_fails_only_requests_with_unknown_outcome(ending: Overlay) -> None:
+    asking = start_client(*words_of(ending, "--handler", "upper", "--json", "--window", 100))
     asking.stdin.write(b"x\n" * 100)
     asking.stdin.flush()
     first = [asking.stdout.readline() for _ in range(100)]
-    found.kill("A")
-    found.start("A")
+    ending.kill("A")
+    ending.start("A")
     asking.stdin.write(b"y\n" * 100)
     asking.stdin.close()
     rest = asking.stdout.read().splitlines()
     asking.stdout.close()
 
     assert asking.wait(10) == 0
+    asking.stderr.close()
     results = Counter(json.loads(line)["result"] for line in [*first, *rest])
     assert results == {"X": 100, "Y": 100}
 
 
-def test_a_lost_leader_fails_only_requests_in_flight(overlays: Any, tmp_path: Path) -> None:
-    found = overlays(HANDLERS, handlers=NAMES)
-    asking = subprocess.Popen(
-        command(found, "--handler", "slow", "--json", "--window", 100),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def test_a_lost_leader_fails_only_requests_in_flight(ending: Overlay) -> None:
+    asking = start_client(*words_of(ending, "--handler", "slow", "--json", "--window", 100))
     asking.stdin.write(b"0.01\n" * 3000)
     asking.stdin.close()
     first = [asking.stdout.readline() for _ in range(500)]
-    found.kill("A")
+    ending.kill("A")
     time.sleep(3)  # longer than a call waits
-    found.start("A")
+    ending.start("A")
     lines = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
     complaints = asking.stderr.read().decode()
     asking.stdout.close()
@@ -459,24 +449,22 @@ def test_a_lost_leader_fails_only_requests_in_flight(overlays: Any, tmp_path: Pa
     assert [line["index"] for line in lines] == list(range(3000))
     assert 0 < len(failed) <= 100, "no more than the window was under way"
     assert {line["error"]["executed"] for line in failed} == {"UNKNOWN"}
-    assert f"client.py: {found.address('A')} is gone; the map goes on when it is back" in complaints
-    assert f"line {failed[0]['index'] + 1}: no answer from {found.address('A')}" in complaints
+    assert (
+        f"client.py: {ending.address('A')} is gone; the map goes on when it is back" in complaints
+    )
+    assert f"line {failed[0]['index'] + 1}: no answer from {ending.address('A')}" in complaints
     assert f"{3000 - len(failed):,} of 3,000 answered in " in complaints
     assert f"; {len(failed)} failed: {len(failed)} UNAVAILABLE" in complaints
 
 
-def test_a_leader_that_stays_away_ends_map_with_the_counts(overlays: Any) -> None:
-    found = overlays(HANDLERS, handlers=NAMES)
-    asking = subprocess.Popen(
-        command(found, "--handler", "slow", "--json", "--window", 100, "--patience", 1),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+def test_a_leader_that_stays_away_ends_map_with_the_counts(ending: Overlay) -> None:
+    asking = start_client(
+        *words_of(ending, "--handler", "slow", "--json", "--window", 100, "--patience", 1)
     )
     asking.stdin.write(b"0.01\n" * 3000)
     asking.stdin.close()
     first = [asking.stdout.readline() for _ in range(500)]
-    found.kill("A")
+    ending.kill("A")
     lines = [json.loads(line) for line in [*first, *asking.stdout.read().splitlines()]]
     complaints = asking.stderr.read().decode()
     asking.stdout.close()

@@ -90,10 +90,14 @@ def six(shared: Noted) -> Iterator[Noted]:
 
 
 @pytest.fixture
-def own(overlays: Any, tmp_path: Path) -> Noted:
-    """Six processes of the test's own, which it may kill."""
-    notes = tmp_path / "notes"
-    return Noted(overlays(HANDLERS, handlers=handlers(notes)), notes)
+def own(shared: Noted) -> Iterator[Noted]:
+    """The same six for a test that ends some: what it ended is started again afterwards."""
+    shared.forget()
+    yield shared
+    found = shared.overlay
+    if ended := [i for i, process in found.processes.items() if process.poll() is not None]:
+        found.start(*ended)
+    until(lambda: not shared.at_work(), 20, "the handlers end")
 
 
 def numbers(count: int) -> list[bytes]:

@@ -346,6 +346,7 @@ def test_a_map_that_has_not_started_fails_if_the_process_is_stopping(own: Noted)
             await until_true(lambda: not own.overlay.metrics("A").is_healthy)
             with pytest.raises(library.Unavailable):
                 await asyncio.wait_for(_into([], client.map(None, itertools.repeat("x"))), 20)
+            own.overlay.kill("A")
 
     asyncio.run(main())
 
@@ -410,7 +411,7 @@ def test_a_client_survives_a_restart_of_the_leader(own: Noted) -> None:
 
 
 def test_a_map_continues_when_a_lost_leader_is_back(own: Noted) -> None:
-    payloads = numbers(20_000)
+    payloads = numbers(10_000)
     found: dict[int, bytes | library.CallFailed] = {}
 
     async def main() -> None:
@@ -426,8 +427,7 @@ def test_a_map_continues_when_a_lost_leader_is_back(own: Noted) -> None:
     check_map_over_a_loss(own, payloads, found)
 
 
-def test_a_map_ends_if_the_leader_does_not_come_back(overlays: Any) -> None:
-    own = overlays()
+def test_a_map_ends_if_the_leader_does_not_come_back(own: Noted) -> None:
     found: list[Any] = []
 
     async def main() -> None:
@@ -439,7 +439,7 @@ def test_a_map_ends_if_the_leader_does_not_come_back(overlays: Any) -> None:
             async for pair in results:
                 found.append(pair)
                 if len(found) == 500:
-                    own.kill("A")
+                    own.overlay.kill("A")
 
     with pytest.raises(library.NotReached) as caught:
         asyncio.run(asyncio.wait_for(main(), 30))

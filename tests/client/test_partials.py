@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import json
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +22,8 @@ from overlay.client.sync import CallFailed, HandlerFailed, NameNotFound
 from overlay.model.limits import MIB
 from overlay.model.segments import Code, Detail, Executed, Part
 from overlay.transport.codec import pb2
-from tests.harness.cluster import ROOT, Overlay, running, six_processes, until
+from tests.harness.cluster import Overlay, running, six_processes, until
+from tests.harness.commands import run_client
 from tests.harness.network import (
     ANSWER_LOST,
     REFUSED,
@@ -423,8 +423,7 @@ def test_on_the_wire_parts_are_slices_with_more_set_followed_by_the_answer(six):
 
 
 def run(six: Overlay, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "client.py"), "127.0.0.1", str(six.port("A")), *words]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
+    return run_client("127.0.0.1", six.port("A"), *words)
 
 
 def test_client_py_shows_each_answer_as_it_arrives(six):

@@ -1,8 +1,8 @@
-"""Fast starts of node.py: forks of one process that has already imported it.
+"""Fast starts of node.py and client.py: forks of one process that has already imported them.
 
 Most of a start is imports (0.3 s of CPU), and the tests start more than a thousand processes. A
-`ForkServer` has run node.py, as a main program, up to its last statement; each fork runs that
-statement with its own arguments, folder and output. Linux only: elsewhere, and for other
+`ForkServer` has run a script, as a main program, up to its last statement; each fork runs that
+statement with its own arguments, folder and standard streams. Linux only: elsewhere, and for other
 environments or commands than the tests' own, the harness starts Python as usual.
 
 Run as a program, this file is that process. It exits with the tests and kills its forks then. It
@@ -15,6 +15,7 @@ import ast
 import atexit
 import contextlib
 import gc
+import importlib
 import json
 import os
 import select
@@ -22,26 +23,35 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LINUX = sys.platform == "linux"
 
 
 class ForkServer:
-    """Forks processes of one script. Used by one thread at a time."""
+    """Forks processes of one script."""
 
     def __init__(
-        self, script: Path, environment: dict[str, str], inside: Sequence[str] = ()
+        self,
+        script: Path,
+        environment: dict[str, str],
+        inside: Sequence[str] = (),
+        modules: Sequence[str] = (),
     ) -> None:
-        """inside: a command prefix that runs the server elsewhere, for example in a namespace."""
+        """inside: a command prefix that runs the server elsewhere, for example in a namespace.
+
+        modules: what the script imports only when it needs it.
+        """
         self.environment = environment
+        self._lock = threading.Lock()
         self._socket, its_socket = socket.socketpair()
         self._process = subprocess.Popen(
-            [*inside, sys.executable, __file__, str(its_socket.fileno()), str(script)],
+            [*inside, sys.executable, __file__, str(its_socket.fileno()), str(script), *modules],
             stdin=subprocess.DEVNULL,
             pass_fds=[its_socket.fileno()],
             cwd="/",
@@ -58,28 +68,45 @@ class ForkServer:
         self._process.wait()
 
     def start(self, arguments: list[str], cwd: Path) -> Fork:
+        """stdout has both outputs, as text, and there is no input."""
         output, its_output = os.pipe()
+        pid, exit_code = self._fork(arguments, cwd, {1: its_output, 2: its_output})
+        return Fork(pid, exit_code, os.fdopen(output, encoding="utf-8"))
+
+    def start_apart(self, arguments: list[str], cwd: Path) -> ForkApart:
+        """Each standard stream is a pipe, with bytes."""
+        its_input, to_input = os.pipe()
+        (output, its_output), (errors, its_errors) = os.pipe(), os.pipe()
+        streams = {0: its_input, 1: its_output, 2: its_errors}
+        pid, exit_code = self._fork(arguments, cwd, streams)
+        return ForkApart(pid, exit_code, to_input, output, errors)
+
+    def _fork(self, arguments: list[str], cwd: Path, streams: dict[int, int]) -> tuple[int, int]:
+        """Returns the pid, and a pipe that gets the exit code. Closes the ends of the fork."""
         exit_code, its_exit_code = os.pipe()
-        message = json.dumps({"arguments": arguments, "cwd": str(cwd)}).encode()
+        start = {"standard": list(streams), "arguments": arguments, "cwd": str(cwd)}
+        message = json.dumps(start).encode()
         size = len(message).to_bytes(4, "big")
-        socket.send_fds(self._socket, [size], [its_output, its_exit_code])
-        self._socket.sendall(message)
-        os.close(its_output)
-        os.close(its_exit_code)
-        pid = int.from_bytes(self._socket.recv(4, socket.MSG_WAITALL), "big")
+        with self._lock:
+            socket.send_fds(self._socket, [size], [its_exit_code, *streams.values()])
+            self._socket.sendall(message)
+            pid = int.from_bytes(self._socket.recv(4, socket.MSG_WAITALL), "big")
+        for fd in {its_exit_code, *streams.values()}:
+            os.close(fd)
         assert pid, "the fork server has ended"
-        return Fork(pid, output, exit_code)
+        return pid, exit_code
 
 
 class Fork:
     """One forked process: the part of subprocess.Popen with stdout=PIPE that the tests use."""
 
-    stdin = stderr = None
+    stdin: IO[Any] | None = None
+    stderr: IO[Any] | None = None
 
-    def __init__(self, pid: int, output: int, exit_code: int) -> None:
+    def __init__(self, pid: int, exit_code: int, stdout: IO[Any]) -> None:
         self.pid = pid
         self.returncode: int | None = None
-        self.stdout = os.fdopen(output, encoding="utf-8")
+        self.stdout = stdout
         self._exit_code = os.fdopen(exit_code, "rb", buffering=0)
 
     def poll(self) -> int | None:
@@ -108,10 +135,48 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
 
+class ForkApart(Fork):
+    """Like subprocess.Popen with a pipe for each standard stream."""
+
+    def __init__(self, pid: int, exit_code: int, stdin: int, stdout: int, stderr: int) -> None:
+        super().__init__(pid, exit_code, os.fdopen(stdout, "rb"))
+        self.stdin, self.stderr = os.fdopen(stdin, "wb"), os.fdopen(stderr, "rb")
+
+    def communicate(self, input_: bytes = b"", timeout: float | None = None) -> tuple[bytes, bytes]:
+        from concurrent.futures import ThreadPoolExecutor  # not in the fork server's process
+
+        with self, ThreadPoolExecutor(3) as pool:
+            pool.submit(self._send, input_)
+            output, errors = (pool.submit(pipe.read) for pipe in (self.stdout, self.stderr))
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+            return output.result(), errors.result()
+
+    def __enter__(self) -> ForkApart:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the pipes, and waits for the end of the process."""
+        self._send(b"")
+        self.stdout.close()
+        self.stderr.close()
+        self.wait()
+
+    def _send(self, text: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it, or this side, has closed it
+            try:
+                self.stdin.write(text)
+            finally:
+                self.stdin.close()
+
+
 # The fork server's process
 
 
-def main(fd: str, script: str) -> None:
+def main(fd: str, script: str, *modules: str) -> None:
     tests = socket.socket(fileno=int(fd))
     sys.path[0], sys.argv = str(ROOT), [script]
     program = ast.parse(Path(script).read_text(encoding="utf-8"), script)
@@ -121,6 +186,8 @@ def main(fd: str, script: str) -> None:
     module.__file__ = script
     exec(compile(program, script, "exec"), module.__dict__)
     run = compile(ast.Module([last], []), script, "exec")
+    for name in modules:
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()
     if serve_forks(tests):
@@ -136,33 +203,45 @@ def serve_forks(tests: socket.socket) -> bool:
             if ready != tests.fileno():
                 report_exit(ready, *children.pop(ready))
                 continue
-            length, fds, _, _ = socket.recv_fds(tests, 4, 2)
+            length, fds, _, _ = socket.recv_fds(tests, 4, 4)
             if not length:
                 for pid, _ in children.values():
                     os.kill(pid, signal.SIGKILL)
                 return False
             message = tests.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL)
             start: dict[str, Any] = json.loads(message)
-            output, exit_code = fds
+            exit_code, *streams = fds
             pid = os.fork()
             if not pid:
                 for fd in (exit_code, *children, *(fd for _, fd in children.values())):
                     os.close(fd)
                 tests.close()
-                set_up(output, **start)
+                set_up(streams, **start)
                 return True
-            os.close(output)
+            for fd in streams:
+                os.close(fd)
             children[os.pidfd_open(pid)] = pid, exit_code
             tests.sendall(pid.to_bytes(4, "big"))
 
 
-def set_up(output: int, arguments: list[str], cwd: str) -> None:
+def set_up(streams: list[int], standard: list[int], arguments: list[str], cwd: str) -> None:
     os.setsid()
-    for standard in (1, 2):
-        os.dup2(output, standard)
-    os.close(output)
+    for fd, number in zip(streams, standard, strict=True):
+        os.dup2(fd, number)
+        os.close(fd)
+        reopen(number)
     os.chdir(cwd)
     sys.argv[1:] = arguments
+
+
+def reopen(number: int) -> None:
+    """As at a start: the stream that Python opened first takes this pipe for what it was then."""
+    name = ("stdin", "stdout", "stderr")[number]
+    old, buffering = getattr(sys, name), 1 if number == 2 else -1  # of lines, as Python has it
+    mode, encoding = "w" if number else "r", old.encoding
+    new = open(number, mode, buffering, encoding, old.errors, "\n", closefd=False)  # noqa: SIM115
+    setattr(sys, name, new)
+    setattr(sys, f"__{name}__", new)
 
 
 def report_exit(pidfd: int, pid: int, pipe: int) -> None:

@@ -79,6 +79,14 @@ def same(whole: Whole, sql: str, *, in_order: bool) -> None:
     assert found == wanted
 
 
+@pytest.fixture(scope="module", autouse=True)
+def three_shares_in_one_process() -> Iterator[None]:
+    """A worker has one share; here one process keeps those of three open, of two tables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shares, "MAX_OPEN", 6)
+        yield
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("flights") / "data"

@@ -199,18 +199,18 @@ ways = pytest.mark.parametrize("way", ["unary", "stream"])
 
 
 @ways
-@pytest.mark.parametrize("load", [1.5, 2, 5, 10])
+@pytest.mark.parametrize("load", [1.5, 6])
 def test_under_overload_nearly_all_capacity_serves_requests_in_time(load, way):
-    simulated = Simulated(load, way=way).run(20).until_the_end()
+    simulated = Simulated(load, way=way).run(10).until_the_end()
 
     assert simulated.goodput > 0.95
-    assert simulated.worked_too_late <= 0.01 * CAPACITY * 20
+    assert simulated.worked_too_late <= 0.01 * CAPACITY * 10
 
 
 @ways
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_below_capacity_no_request_is_refused(load, way):
-    simulated = Simulated(load, way=way).run(20).until_the_end()
+    simulated = Simulated(load, way=way).run(10).until_the_end()
 
     assert set(simulated.ends) == {" ok"}
 
@@ -223,7 +223,7 @@ def test_without_admission_by_time_most_work_is_too_late(monkeypatch, way):
         "overlay.queueing.service_time.ServiceTimeEstimator.least_s", lambda self, now: 0.0
     )
 
-    simulated = Simulated(2, way=way).run(20).until_the_end()
+    simulated = Simulated(2, way=way).run(10).until_the_end()
 
     assert simulated.goodput < 0.5
 
@@ -246,8 +246,8 @@ def test_a_retry_after_the_suggested_time_is_admitted(way):
 @ways
 def test_a_greedy_caller_does_not_lock_out_others(way):
     simulated = Simulated(1, deadline_s=5, way=way)
-    simulated.run(30, "greedy", load=10)
-    simulated.run(30, "modest", load=0.3)
+    simulated.run(12, "greedy", load=4)
+    simulated.run(12, "modest", load=0.3)
     simulated.until_the_end()
 
     modest = {end: n for end, n in simulated.ends.items() if end.startswith("modest")}
@@ -340,45 +340,47 @@ def test_small_payloads_are_not_judged_by_large_ones(way):
 
 
 @ways
-@pytest.mark.parametrize("load", [2, 10])
+@pytest.mark.parametrize(("load", "seconds"), [(2, 8), (10, 4)])
 @pytest.mark.parametrize(
-    ("service", "goodput"),
+    "service",
     [
-        (lambda chance, payload: chance.expovariate(1 / SERVICE_S), 0.95),
-        (lambda chance, payload: SERVICE_S / 2 * chance.paretovariate(2), 0.95),
+        lambda chance, payload: chance.expovariate(1 / SERVICE_S),
+        lambda chance, payload: SERVICE_S / 2 * chance.paretovariate(2),
     ],
     ids=["exponential", "heavy tails"],
 )
-def test_uneven_work_keeps_its_goodput_under_overload(load, service, goodput, way):
-    simulated = Simulated(load, service=service, way=way).run(10).until_the_end()
+def test_uneven_work_keeps_its_goodput_under_overload(load, seconds, service, way):
+    simulated = Simulated(load, service=service, way=way).run(seconds).until_the_end()
 
-    assert simulated.goodput > goodput
+    assert simulated.goodput > 0.95
 
 
 @ways
-@pytest.mark.parametrize("load", [2, 10])
+@pytest.mark.parametrize(("load", "seconds"), [(2, 8), (10, 4)])
 @pytest.mark.parametrize(("deadline_s", "goodput"), [(0.15, 0.95), (0.12, 0.85)])
-def test_a_deadline_barely_above_the_service_time_is_enough(load, deadline_s, goodput, way):
-    simulated = Simulated(load, deadline_s=deadline_s, way=way).run(10).until_the_end()
+def test_a_deadline_barely_above_the_service_time_is_enough(
+    load, seconds, deadline_s, goodput, way
+):
+    simulated = Simulated(load, deadline_s=deadline_s, way=way).run(seconds).until_the_end()
 
     assert simulated.goodput > goodput
 
 
 @ways
-@pytest.mark.parametrize("load", [2, 10])
+@pytest.mark.parametrize("load", [2, 5])
 def test_it_recovers_after_a_period_in_which_everything_was_too_late(load, way):
     """No current service time is known, and the requests at the head have too little time left."""
     simulated = Simulated(load, way=way)
-    slow_from, slow_to = simulated.clock.now + 5, simulated.clock.now + 20
+    slow_from, slow_to = simulated.clock.now + 3, simulated.clock.now + 9
     simulated.service = lambda chance, payload: (
         3.0 if slow_from < simulated.clock.now < slow_to else SERVICE_S
     )
-    simulated.run(35)
-    simulated.clock.advance(25)
+    simulated.run(19)
+    simulated.clock.advance(14)
     served = simulated.ends[" ok"]
     simulated.until_the_end()
 
-    assert simulated.ends[" ok"] - served > 0.9 * CAPACITY * 10
+    assert simulated.ends[" ok"] - served > 0.9 * CAPACITY * 5
 
 
 @ways
