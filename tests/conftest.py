@@ -56,18 +56,10 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 # Files that take long start first, the longest before the others, so that no core idles at the end.
-LONG_FILES = ("windows", "flights", "two_hosts", "strangers", "launcher", "hostile", "overload")
-LONG_FILES += ("tls", "two_hosts_tls", "rules_over_tls", "access")
-LONG_FILES += ("rules", "faults", "client", "sync", "routing_around", "drain", "fairness", "sizes")
-LONG_FILES += (
-    "map",
-    "misbehaving_handlers",
-    "system_script",
-    "stream_limit",
-    "bad_input",
-    "versions",
-    "rules_over_tls",
-)
+LONG_FILES = ("windows", "launcher", "faults", "strangers", "two_hosts_tls", "two_hosts")
+LONG_FILES += ("client", "map", "rules", "views", "sync", "hostile", "overload", "tls", "flights")
+LONG_FILES += ("packaging", "fairness", "routing_around", "stream_limit", "drain")
+LONG_FILES += ("rules_over_tls", "executor", "soak", "resolver", "sizes", "system_script")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

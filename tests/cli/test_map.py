@@ -20,6 +20,7 @@ from tests.harness.cluster import ROOT, Overlay, free_port, running, six_process
 from tests.harness.commands import run_client_on_bytes, start_client
 
 HANDLERS = """
+import os
 import time
 
 def upper(payload, context):
@@ -38,8 +39,13 @@ def slow(payload, context):
 
 def binary(payload, context):
     return bytes(range(256))
+
+def wait_for(payload, context):
+    while payload and not os.path.exists(payload) and not context.cancelled:
+        time.sleep(0.01)
+    return payload
 """
-NAMES = {name: f"mine:{name}" for name in ("upper", "picky", "slow", "binary")}
+NAMES = {name: f"mine:{name}" for name in ("upper", "picky", "slow", "binary", "wait_for")}
 
 
 @pytest.fixture(scope="module")
@@ -512,3 +518,32 @@ def _read_all(terminal: int) -> str:
         text += chunk
     os.close(terminal)
     return text.decode()
+
+
+def test_a_reader_that_leaves_ends_the_map_although_it_waits_for_a_result(
+    six: Overlay, tmp_path: Path
+) -> None:
+    go, never = tmp_path / "go", tmp_path / "never"
+    lines = b"\n" + bytes(go) + b"\n" + bytes(never) + b"\n"
+    # With buffered output, so that it is not the write of a result that finds the reader gone.
+    buffered = {key: text for key, text in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    asking = subprocess.Popen(
+        command(six, "--handler", "wait_for"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=buffered,
+    )
+    assert asking.stdin is not None
+    assert asking.stdout is not None
+    try:
+        asking.stdin.write(lines)
+        asking.stdin.close()
+        assert asking.stdout.readline() == b"\n"
+        asking.stdout.close()
+        go.touch()
+
+        assert asking.wait(20) == 0
+    finally:
+        asking.kill()
+        asking.wait()
+    until(lambda: not at_work(six), 10, "the work that no one reads is cancelled")

@@ -148,7 +148,8 @@ class _Run:
         except library.NotReached as e:
             ended = e
         except library.CallFailed as e:
-            return failed(e, self._address, False)
+            if not self._output.reader_left:
+                return failed(e, self._address, False)
         except KeyboardInterrupt:
             complain(self._summary())
             raise
@@ -164,7 +165,9 @@ class _Run:
     def _take_all(self) -> None:
         args = self._args
         logging.getLogger("overlay.client").addHandler(_LibraryLog(self._bar))
-        results = connected(args).map_as_completed(
+        client = connected(args)
+        self._output.on_reader_left = client.close  # ends the wait for the next result
+        results = client.map_as_completed(
             args.handler or None,
             self._unanswered.noted(self._source.payloads()),
             mode=args.mode,
@@ -175,6 +178,8 @@ class _Run:
         )
         with contextlib.closing(results):  # type: ignore[type-var]  # a generator
             for index, result in results:
+                if self._output.reader_left:
+                    return
                 self._take(index, self._source.name_of(index), result)
                 if self._output.reader_left:
                     return

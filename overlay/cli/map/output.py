@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -29,9 +29,16 @@ Result = bytes | library.CallFailed
 
 
 class Output(ABC):
-    """Takes the results. to_terminal: a person sees them as they arrive."""
+    """Takes the results. to_terminal: a person sees them as they arrive.
+
+    on_reader_left: called on a thread of its own when the reader of the results has left while no
+    further result was written.
+    """
 
     to_terminal = False
+
+    def __init__(self) -> None:
+        self.on_reader_left: Callable[[], None] = lambda: None
 
     @property
     def reader_left(self) -> bool:
@@ -91,6 +98,7 @@ class LineForm:
 
 class FileOutput(Output):
     def __init__(self, args: argparse.Namespace, is_named: bool, file: BinaryIO) -> None:
+        super().__init__()
         self._form = LineForm(args, is_named, for_people=False)
         self._file = file
 
@@ -105,6 +113,7 @@ class StreamOutput(Output):
     """Standard output; what is written leaves within FLUSH_S."""
 
     def __init__(self, args: argparse.Namespace, is_named: bool, stream: StandardOutput) -> None:
+        super().__init__()
         self.to_terminal = stream.isatty()
         self._form = LineForm(args, is_named, for_people=self.to_terminal)
         self._stream = stream
@@ -133,12 +142,16 @@ class StreamOutput(Output):
             if self._is_dirty:
                 self._is_dirty = False
                 self._stream.flush()
+                if self.reader_left:
+                    self.on_reader_left()
+                    return
 
 
 class FolderOutput(Output):
     """A file for each result; with --json also the lines, without the results."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
         args.out_folder.mkdir(exist_ok=True)
         self._folder: Path = args.out_folder
         self._json = args.json
