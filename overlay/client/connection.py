@@ -113,8 +113,7 @@ class Connection:
         """Raises CallFailed for a Detail."""
         if isinstance(delivered, Detail):
             raise self.error_for(delivered, timeout_s, request_id)
-        answer = delivered.answers.at(at)
-        return Answer(delivered.results[at], answer.parts, answer.hops, request_id)
+        return Answer.of(delivered, at, request_id)
 
     def read_result(self, delivered: Any, at: int, request_id: int, timeout_s: float) -> bytes:
         """Like `read`, but only the result; an Incomplete if a worker is missing."""

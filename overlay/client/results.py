@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from overlay.client.submitter import Delivery
@@ -12,20 +11,72 @@ from overlay.model.segments import Code, Detail, Executed, Hop, Part
 from overlay.transport import codec
 
 
-@dataclass(frozen=True)
 class Answer:
-    """The answer to a request. parts: one for every worker asked, in configuration order.
+    """The answer to a request.
 
     result: mode "all": the merged results, or all of them joined by newlines; "any": the worker's
-    result. A part has its own `result` only with want_parts. hops: the processes that took part,
-    the one asked first. trace: with want_trace, the times at each of them.
+    result. parts: one for every worker asked, in configuration order, each with its own `result`
+    only with want_parts. hops: the processes that took part, the one asked first. trace: with
+    want_trace, the times at each of them.
     """
 
-    result: bytes
-    parts: tuple[Part, ...]
-    hops: tuple[str, ...]
-    request_id: int
-    trace: tuple[Hop, ...] = ()
+    __slots__ = ("_at", "_delivered", "_hops", "_parts", "request_id", "result", "trace")
+
+    def __init__(
+        self,
+        result: bytes,
+        parts: tuple[Part, ...],
+        hops: tuple[str, ...],
+        request_id: int,
+        trace: tuple[Hop, ...] = (),
+    ) -> None:
+        self.result = result
+        self.request_id = request_id
+        self.trace = trace
+        self._parts = parts
+        self._hops = hops
+        self._delivered: Delivery | None = None
+        self._at = 0
+
+    @classmethod
+    def of(cls, delivered: Delivery, at: int, request_id: int) -> Answer:
+        """The answer in a row of a delivery. Its parts and hops are decoded when they are looked
+        at, because most callers want the result only, and decoding takes longer than all else."""
+        made = cls(delivered.results[at], (), (), request_id)
+        made._delivered, made._at = delivered, at
+        return made
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        self._decode()
+        return self._parts
+
+    @property
+    def hops(self) -> tuple[str, ...]:
+        self._decode()
+        return self._hops
+
+    def _decode(self) -> None:
+        delivered = self._delivered
+        if delivered is not None:
+            row = delivered.answers.at(self._at)
+            self._parts, self._hops, self._delivered = row.parts, row.hops, None
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.result, self.parts, self.hops, self.request_id, self.trace
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Answer) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        names = "result", "parts", "hops", "request_id", "trace"
+        return f"Answer({', '.join(f'{n}={v!r}' for n, v in zip(names, self._key(), strict=True))})"
+
+    def __reduce__(self) -> tuple[type[Answer], tuple[Any, ...]]:
+        return Answer, self._key()
 
     @property
     def coverage(self) -> tuple[int, int]:

@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -220,9 +220,10 @@ def asked(six: Overlay) -> Iterator[script.Asked]:
     found.client.close()
 
 
-def good_answer() -> Answer:
+def good_answer(**wrong: Any) -> Answer:
     parts = tuple(Part(w, result=f"{w}: hi".encode()) for w in "CDF")
-    return Answer(b"C: hi\nD: hi\nF: hi", parts, tuple("ABCEDF"), 1)
+    right = {"result": b"C: hi\nD: hi\nF: hi", "parts": parts, "hops": tuple("ABCEDF")}
+    return Answer(**{**right, **wrong}, request_id=1)
 
 
 def test_a_good_answer_has_no_problem(asked: script.Asked) -> None:
@@ -259,7 +260,7 @@ def test_a_good_answer_has_no_problem(asked: script.Asked) -> None:
 def test_every_flaw_of_an_answer_is_reported(
     asked: script.Asked, wrong: dict[str, object], problem: str
 ) -> None:
-    found = script.problems_of(replace(good_answer(), **wrong), asked, "hi")
+    found = script.problems_of(good_answer(**wrong), asked, "hi")
 
     assert problem in [each.what for each in found]
     assert all(each.advice for each in found)
