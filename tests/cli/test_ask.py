@@ -31,6 +31,8 @@ class Recorder:
         self.asked.append(options)
         yield from ()
 
+    def close(self) -> None: ...
+
 
 @pytest.mark.parametrize("form", [[], ["--as-completed"], ["--first", "2"], ["map", "LINES"]])
 def test_every_form_of_a_request_heeds_the_options_that_all_have(form, monkeypatch, tmp_path):

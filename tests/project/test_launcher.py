@@ -423,7 +423,8 @@ def test_a_restart_of_named_processes_leaves_the_others_alone(project, three):
 
     after = pids_in(seen.stdout)
     assert restarted.returncode == 0, restarted.stderr
-    assert "C  was not running, serves again" in restarted.stdout
+    # The second while the system still has an entry for what was killed.
+    assert re.search("C  (was not running|had ended before), serves again", restarted.stdout)
     assert {n for n in "ABC" if before[n] == after[n]} == {"A"}
 
 
