@@ -39,15 +39,14 @@ if __name__ == "__main__":  # registered before multiprocessing's own, so it run
     atexit.register(descendants.end)
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's lines on stderr repeat our log
-if sys.platform == "linux":
-    # gRPC's older poller has half the thread switches of its event engine: 20 % more requests.
-    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 if sys.platform == "win32" and sys.version_info < (3, 13):
     # It ticks every 15.6 ms there, too coarse to tell quick workers from slow ones: a map ran 2,300
     # requests a second with such ticks, 123,000 without. Newer Pythons do the same.
     time.monotonic = time.perf_counter
 
 try:
+    from overlay import transport  # noqa: F401, I001 - first, as it chooses how gRPC polls
+
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 

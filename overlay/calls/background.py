@@ -7,6 +7,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+from overlay.transport.put_off import scope
+
 log = logging.getLogger(__name__)
 
 
@@ -51,7 +53,8 @@ class BackgroundThreads:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None and not self._closed:
             try:
-                job()
+                with scope():
+                    job()
             except Exception:
                 log.exception("a job failed")
             del job  # or it would be kept alive until the next one arrives

@@ -102,6 +102,11 @@ class RequestPath:
         self._ids = ChosenIds(topology.limits)
         self._merges = merges
 
+    @property
+    def has_merges(self) -> bool:
+        """Whether `finish` may call functions of the user."""
+        return bool(self._merges)
+
     def fill(self, response: pb2.MetricsResponse) -> None:
         response.is_healthy = not self.draining
         response.queue_size, response.queue_slots = self.queue.waiting, self.queue.slots

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import grpc
@@ -47,12 +47,22 @@ from overlay.routing import aggregate
 from overlay.transport import codec
 from overlay.transport.chunks import Budget, ChunkWindow, GrantCall, Share
 from overlay.transport.codec import pb2
+from overlay.transport.put_off import put_off
 from overlay.transport.timers import Deadlines
 
 log = logging.getLogger(__name__)
 
 SHARE_OF_ADDRESS = 3  # times the places that are free: at most 768 of 1,024
 STREAMS_PER_NEIGHBOUR = 4  # a link has two, and perhaps two from before a restart
+
+
+StartHere = Callable[[Callable[[], None]], None]
+"""Calls the queue's kick, and perhaps runs a handler here: see Executor.start_here."""
+
+
+def just_kick(kick: Callable[[], None]) -> None:
+    """For a process without handlers."""
+    kick()
 
 
 class OpenStreams:
@@ -144,10 +154,14 @@ class OpenStreams:
 class StreamSessions:
     """Serves the ForwardStream calls of one process, and holds what its sessions share."""
 
-    def __init__(self, path: RequestPath, deadlines: Deadlines) -> None:
+    def __init__(
+        self, path: RequestPath, deadlines: Deadlines, start: StartHere = just_kick
+    ) -> None:
+        """start: starts what can start, on the thread that has read a frame."""
         limits = path.limits
         self.path = path
         self.deadlines = deadlines
+        self.start = start
         self.maps = Maps()
         self.open = OpenStreams(limits.streams)
         self.threads = BackgroundThreads(limits.stream_threads, "stream")
@@ -345,7 +359,7 @@ class _Session:
             while self._segments:
                 rows = self._segments[0].count  # an oversized segment ends the call instead
                 if rows <= self._limits.segment_rows and not self._has_room(rows):
-                    self._path.queue.kick()
+                    self._start()
                     return  # from here on another job may continue
                 self._accept(self._segments.popleft(), self._frame_at)
             if self._frame is not None:
@@ -357,6 +371,10 @@ class _Session:
             self._break(unexpected(e))
         if self._has_room():
             self._call.receive(self._on_message)
+        self._start()  # last, as a handler may run here: the next frame then has another thread
+
+    def _start(self) -> None:
+        self._sessions.start(self._path.queue.kick)
 
     def _break(self, error: OverlayError) -> None:
         with self._lock:
@@ -388,7 +406,10 @@ class _Session:
             if self._writes or not self._has_work_locked():
                 return
             self._writes = True
-        self._sessions.threads.run(self._write)
+        if self._path.has_merges:  # the user's own code, which may take its time
+            self._sessions.threads.run(self._write)
+        else:
+            put_off(self._write, self._sessions.threads.run)
 
     def _has_work_locked(self) -> bool:
         return bool(self._out) or self._has_news or self._is_over_locked()
@@ -482,7 +503,6 @@ class _Session:
         self._flow.paused = not self._unread.is_within(self._limits.window_bytes // 2)
 
     def _take_rest(self, frame: pb2.Frame) -> None:
-        self._path.queue.kick()
         for cancel in frame.cancels:
             accepted = self._accepted.get(cancel.number)
             if accepted is not None and accepted.queued is not None:

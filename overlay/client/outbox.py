@@ -49,7 +49,6 @@ class Submission:
         "rows",
         "size",
         "submitted_at",
-        "wakes_a_thread",
     )
 
     def __init__(
@@ -58,7 +57,6 @@ class Submission:
         payloads: Sequence[bytes],
         deadline: float,
         deliver: Deliver,
-        wakes_a_thread: bool = False,
         on_partial: Deliver | None = None,
     ) -> None:
         """on_partial: like `deliver`, for parts before their row's answer; any number of times."""
@@ -67,7 +65,6 @@ class Submission:
         self.payloads = payloads
         self.deadline = deadline
         self.deliver = deliver
-        self.wakes_a_thread = wakes_a_thread
         self.rows: Sequence[int] = _ONE if len(payloads) == 1 else range(len(payloads))
         self.size = sum(map(len, payloads))
         self.attempt = 0
@@ -79,8 +76,7 @@ class Submission:
 
     def part(self, rows: Sequence[int], attempt: int) -> Submission:
         """A submission of some of its rows."""
-        callbacks = self.deliver, self.wakes_a_thread, self.on_partial
-        made = Submission(self.kind, self.payloads, self.deadline, *callbacks)
+        made = Submission(self.kind, self.payloads, self.deadline, self.deliver, self.on_partial)
         made.rows, made.attempt, made.cancelled = rows, attempt, self.cancelled
         made.submitted_at, made.is_patient = self.submitted_at, self.is_patient
         made.keeps_trying = self.keeps_trying

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from overlay.client.outbox import Outbox, Submission
+from overlay.client.outbox import CallKind, Outbox, Submission
 from overlay.model import clocks as time
 from overlay.model.limits import Limits
 from overlay.model.pending import Run, consecutive
@@ -44,7 +44,13 @@ WINDOW_ROWS = LIMITS.window_rows - 1
 WINDOW_BYTES = LIMITS.window_bytes - 1
 LATE_S = 0.1  # after the deadline: time for an answer that the process sent before it
 CHUNKS_AHEAD = 4  # of each part: 512 KiB in flight, 50 MB/s at a round trip of 10 ms
-GATHER_S = 0.00003  # a wait for the next calls of the threads that a frame's answers woke
+GATHER_S = 0.00003  # a wait for the next requests of those whom a frame's answers woke
+QUICK_S = 0.0005  # a request whose handler takes less is cheaper in a frame with others
+GATHERED_S = 0.003  # the longest that requests wait for others while quick work is under way
+REFILL_S = (
+    0.0003  # how long, after many answers at once, their caller may take to ask as many again
+)
+KNOWN_HANDLERS = 100  # whose service times are remembered
 GATHERINGS = 5  # at most this many waits, while calls keep arriving
 RETRIES = 3  # per request
 RETRY_SHARE = 0.09  # retries earned per request: about a tenth more load under overload
@@ -116,16 +122,17 @@ class Submitter:
         self.max_bytes = LIMITS.max_message_bytes
         self._shown = shown or (lambda: name)
         self._patience_s = patience_s
-        self._stream = ReconnectingStream(
-            channel, name, self._fill, self._receive, self._lost, self._live, may_rest=True
-        )
+        callbacks = self._fill, self._receive, self._lost, self._live, self._patience_to_send
+        self._stream = ReconnectingStream(channel, name, *callbacks, may_rest=True)
         self._deadlines = Deadlines(self._expire)
         self._lock = threading.Lock()
         self._outbox = Outbox()
         self._multiplexer = Multiplexer()
         self._progress: dict[int, Progress] = {}  # of maps, by number; unsent
         self._cancelled: deque[set[int]] = deque()  # `cancelled` of submissions
-        self._woken = 0  # threads that the last frame woke; they may call again at once
+        self._service_s: dict[str, float] = {}  # of a request, smoothed, by handler
+        self._quick: _SentSegment | None = None  # the last one of quick work that was sent
+        self._is_gathering = False  # the last frame's callers are asking again
         self._next_check = math.inf  # when the outbox is next searched for expired submissions
         self._retries = MIN_RETRIES
         self._retrying: set[_Retry] = set()
@@ -254,12 +261,46 @@ class Submitter:
             self._deliver_all(one, failure)
         return sum(len(one.rows) for one in taken)
 
-    # on gRPC's sending thread
+    # on the thread that sends
+
+    def _patience_to_send(self) -> float:
+        """How long the requests in the outbox wait for more, in seconds.
+
+        While quick work is under way, single requests are held, and leave together when it is
+        answered: a frame for each would cost more than their work. As on links (see
+        SegmentSender), this is Nagle's algorithm with a time limit.
+        """
+        if not (self._quick or self._is_gathering) or self._cancelled:
+            return 0.0
+        if self._multiplexer.has_control or not self.connected.is_set():
+            return 0.0
+        try:
+            first = self._outbox.first()
+        except IndexError:
+            return 0.0
+        is_few = len(first.rows) <= LIMITS.few_rows and len(self._outbox) < LIMITS.gather_rows
+        if not is_few or not self._is_quick(first.kind, first.size):
+            return 0.0
+        return math.inf if self._is_gathering else GATHERED_S
+
+    def _is_quick(self, kind: CallKind, size: int) -> bool:
+        is_small = size <= LIMITS.small_bytes and not kind.as_they_come
+        return is_small and self._service_s.get(kind.route.handler, QUICK_S) < QUICK_S
+
+    def _learn_service_time(self, handler: str, slice_: pb2.Slice) -> None:
+        for part in slice_.parts:
+            if part.worked_us or not part.failures:
+                found, known = part.worked_us / 1e6, self._service_s.get(handler)
+                if known is not None:  # one outlier counts as at most four times the others
+                    found = 0.8 * known + 0.2 * min(found, 4 * known + 1e-5)
+                elif len(self._service_s) >= KNOWN_HANDLERS:
+                    self._service_s.clear()
+                self._service_s[handler] = found
+                return
 
     def _fill(self, frame: pb2.Frame) -> bool:
         if not self._served:
             return False  # the call may be rejected, and the frame would be lost
-        self._gather()
         size = 0
         if self._cancelled:
             self._cancel_rows()
@@ -290,19 +331,6 @@ class Submitter:
             ]
             for first, count in consecutive(rows):
                 self._multiplexer.cancel(sent, first, count)
-
-    def _gather(self) -> None:
-        # Threads that wake together often call again together: a short wait puts them in one frame.
-        woken, self._woken = self._woken, 0
-        before = len(self._outbox)
-        for _ in range(GATHERINGS if woken > 1 else 0):
-            if before >= woken:
-                return
-            time.sleep(GATHER_S)
-            now = len(self._outbox)
-            if now == before:
-                return
-            before = now
 
     def _has_room(self) -> bool:
         open_ = self._multiplexer
@@ -386,6 +414,8 @@ class Submitter:
             self._put_back(submissions)
             return False
         self._deadlines.watch(sent, sent.deadline)
+        if self._is_quick(kind, size):
+            self._quick = sent
         segment = Segment(
             kind.route, payloads, deadline, first_id, attempt, chunks=chunks, own_ids=True
         )
@@ -416,7 +446,7 @@ class Submitter:
         if self._closed:
             self._end_unsent()
 
-    # on the stream's thread
+    # on the stream's thread (_live, _lost), or on gRPC's thread of the channel
 
     def _live(self, metadata: Mapping[str, str]) -> None:
         self.refused = None
@@ -430,7 +460,7 @@ class Submitter:
         self._stream.kick()
 
     def _receive(self, frame: pb2.Frame) -> None:
-        woken = 0
+        answered = 0
         self._full_since = None
         if frame.stopping and self.connected.is_set():
             reason = f"the process at {self._shown()} is stopping and takes no new requests"
@@ -438,20 +468,39 @@ class Submitter:
             self.connected.clear()
             self._multiplexer.is_live = False
         self.is_delivering = self.after_frame is not None
+        self._is_gathering = True
         try:
             for sent, slice_ in self._multiplexer.answers_in(frame):
                 codec.check_client_slice(slice_, sent.asked)
                 if slice_.more:
                     self._deliver_partial(sent, slice_)
                 else:
-                    woken += self._deliver_slice(sent, slice_)
+                    self._deliver_slice(sent, slice_)
+                    answered += slice_.count
         finally:
-            self._woken = woken
             self.is_delivering = False
             if self.after_frame is not None:
                 self.after_frame()
+            if answered > 1 and not self._quick:
+                self._gather(answered)
+            self._is_gathering = False
         if self._outbox:
             self._stream.kick()
+            if not self._quick:
+                self._stream.send_now()
+
+    def _gather(self, answered: int) -> None:
+        # Those whose requests were answered together often ask again together: a short wait puts
+        # their requests in one frame.
+        before = len(self._outbox)
+        for _ in range(GATHERINGS):
+            if before >= answered:
+                return
+            time.sleep(GATHER_S)
+            now = len(self._outbox)
+            if now == before:
+                return
+            before = now
 
     def _deliver_partial(self, sent: _SentSegment, slice_: pb2.Slice) -> None:
         """Delivers parts of rows that have no answer yet."""
@@ -468,13 +517,12 @@ class Submitter:
                     their_rows = submission.rows[row : row + rows]
                     submission.on_partial(their_rows, delivery, at - start, sent.first_id + at)
 
-    def _deliver_slice(self, sent: _SentSegment, slice_: pb2.Slice) -> int:
-        """Delivers answers; returns how many threads that wakes."""
-        delivery, start, woken = Delivery(slice_), slice_.start, 0
+    def _deliver_slice(self, sent: _SentSegment, slice_: pb2.Slice) -> None:
+        delivery, start = Delivery(slice_), slice_.start
+        self._learn_service_time(sent.members[0].kind.route.handler, slice_)
         failures = _failures_of(slice_) if slice_.failures else None
         for first, count in self._close_rows(sent, start, slice_.count):
             for submission, own, size, at in sent.members_of(first, count):
-                woken += submission.wakes_a_thread
                 rows = submission.rows[own : own + size]
                 if failures is None:
                     submission.deliver(rows, delivery, at - start, sent.first_id + at)
@@ -486,7 +534,6 @@ class Submitter:
                         submission.deliver((row,), delivery, index - start, request_id)
                     else:
                         self._failed(submission, row, failure, request_id)
-        return woken
 
     def _lost(self, why: Part) -> None:
         if self._closed:
@@ -518,6 +565,8 @@ class Submitter:
         runs = self._multiplexer.take(sent, start, count)
         if runs and not sent.pending.left:
             self._deadlines.forget(sent, sent.deadline)
+            if sent is self._quick:  # it would keep its callers alive
+                self._quick = None
         return runs
 
     def _end_sent(self, failure: Detail) -> None:

@@ -154,9 +154,7 @@ class Client(concurrent.futures.Executor):
             return self._forward(options, key)
         deadline = time.monotonic() + options.timeout_s
         wait = _ThreadWait()
-        submission = Submission(
-            options.kind, (options.body,), deadline, wait.deliver, wakes_a_thread=True
-        )
+        submission = Submission(options.kind, (options.body,), deadline, wait.deliver)
         self._connection.send(submission, options.timeout_s)
         try:
             delivered = wait.wait()

@@ -32,6 +32,7 @@ from overlay.model.segments import (
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from overlay.transport.multiplexer import SAME_DEADLINE_S, Multiplexer, OpenSegment
+from overlay.transport.put_off import scope
 from overlay.transport.stream import ReconnectingStream
 
 
@@ -159,7 +160,7 @@ class SegmentSender:
 
         return end
 
-    # on gRPC's sending thread
+    # on the thread that sends
 
     def _patience_s(self) -> float:
         """How long a few requests wait for more while the neighbour is busy with quick work.
@@ -267,9 +268,13 @@ class SegmentSender:
             members.append(self._outbox.popleft())
         return members
 
-    # on the stream's thread
+    # on gRPC's thread of the channel
 
     def _receive(self, frame: pb2.Frame) -> None:
+        with scope():  # all answers to one stream above leave in one frame
+            self._take(frame)
+
+    def _take(self, frame: pb2.Frame) -> None:
         if frame.stopping:
             self._peer.on_stopping(frame.for_good)
         for sent, made in self._multiplexer.answers_in(frame):

@@ -21,7 +21,7 @@ from overlay.calls.idempotency import IdempotencyKeys, Waiter
 from overlay.calls.reception import Call
 from overlay.calls.request_log import RequestLog
 from overlay.calls.request_path import STOPPING_RETRY_S, RequestPath
-from overlay.calls.stream_session import StreamSessions
+from overlay.calls.stream_session import StreamSessions, just_kick
 from overlay.calls.unary import UnaryRequests
 from overlay.model import clocks as time
 from overlay.model.errors import NotAllowed, OverlayError
@@ -113,7 +113,8 @@ class Service:
         self._deadlines = Deadlines(_expire)
         self._path = RequestPath(topology, me, self.queue, self.request_log, merges)
         self._unary = UnaryRequests(self._path, self._keys, self._deadlines)
-        self._sessions = StreamSessions(self._path, self._deadlines)
+        start = self.executor.start_here if self.executor else just_kick
+        self._sessions = StreamSessions(self._path, self._deadlines, start)
         self._hosts = UpstreamHosts(topology.above(me))
         self.log_reader = LogReader(topology, me, log_buffer or LogBuffer(), self.links, dropped)
         self._process_metrics = ProcessMetrics(topology, self.me, self.links, self.executor)

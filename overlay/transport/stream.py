@@ -9,8 +9,9 @@ If the process violates the protocol, the call ends at once with DATA_LOSS. The 
 second later, the one after that two seconds later, and so on, until `end_pause`.
 
 One frame is in flight at a time: requests that arrive meanwhile share the next one, and those that
-may wait for more do so until `send_now`. `fill` runs on gRPC's sending thread, `receive` and `lost`
-on the stream's own thread, "pipe-NAME", from `start` to `end`.
+may wait for more do so until `send_now`. `fill` runs on the thread that kicks, or, when the frame
+before has left, on gRPC's thread of the channel; `receive` on the latter; `live` and `lost` on the
+stream's own, "pipe-NAME", from `start` to `end`.
 
 A client's stream may rest: if the process ends it while idle, to make room for another, it restarts
 with the next `kick`. The streams of a link always restart at once.
@@ -19,17 +20,20 @@ with the next `kick`. The streams of a link always restart at once.
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import grpc
 
 from overlay.model import clocks as time
-from overlay.model.errors import BadResponse
+from overlay.model.errors import BadRequest, BadResponse
 from overlay.model.limits import Limits
 from overlay.model.segments import Code, Detail, Executed, Part
 from overlay.transport import codec
+from overlay.transport.channels import Channel
 from overlay.transport.codec import pb2
+from overlay.transport.duplex import DuplexCall
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ RETRY_S = 0.1  # between two calls, besides gRPC's own backoff
 FULL_S = 0.25  # if the process is full and does not say how long to wait
 LONGEST_FULL_S = 5.0  # so that a free place is not left unused for longer
 REFUSAL_S = 0.02  # to wait for the status of a call whose metadata is empty
+ROUND_S = 0.005  # between two looks at what is held back, while something often is
+IDLE_ROUNDS = 20  # so many without anything, and the stream's thread sleeps
 
 
 class ReconnectingStream:
@@ -45,7 +51,7 @@ class ReconnectingStream:
 
     def __init__(
         self,
-        channel: grpc.Channel,
+        channel: Channel,
         name: str,
         fill: Callable[[pb2.Frame], bool],
         receive: Callable[[pb2.Frame], None],
@@ -59,27 +65,28 @@ class ReconnectingStream:
 
         receive: raises BadResponse for an invalid frame, which ends the call. live: called with the
         metadata when the other side has accepted the call. metadata: sent with the call.
-        patience_s: how long what is to be sent may wait for more; must be quick. may_rest: it is a
-        client's stream; if the process refuses it, it waits as long as the process asks.
+        patience_s: how long what is to be sent may wait for more; infinity: until `send_now`. Must
+        be quick. may_rest: it is a client's stream; if the process refuses it, it waits as long as
+        the process asks.
         """
         self.rests = False  # until the next kick; set before `lost` is called
         self._may_rest = may_rest
-        # As in the generated stub, but checks a frame's size in memory before parsing it.
-        self._forward = channel.stream_stream(
-            FORWARD_STREAM, pb2.Frame.SerializeToString, codec.read_frame
-        )
+        self._channel = channel
         self._fill = fill
         self._receive = receive
         self._lost = lost
         self._live = live
         self._patience_s = patience_s
         self._changed = threading.Condition()
-        self._filling = threading.Lock()  # a lost call's sender must finish its frame first
+        self._sending = threading.Lock()  # held from filling a frame until gRPC has taken it
         self._kicked = False
         self._sends_now = False
+        self._kicks = 0  # so many, to see whether there was another one
+        self._held_until: float | None = None  # when what waits for more is sent all the same
+        self._is_timing = False  # the stream's thread looks at that time by itself
         self._ended = False
-        self._call: grpc.Call | None = None
-        self._attempt = 0
+        self._call: DuplexCall | None = None
+        self._live_call: DuplexCall | None = None  # the same, while it can be sent on
         self._metadata = tuple(metadata)
         self._bad_calls = 0  # in a row
         self._thread = threading.Thread(target=self._run, name=f"pipe-{name}", daemon=True)
@@ -88,18 +95,19 @@ class ReconnectingStream:
         self._thread.start()
 
     def kick(self) -> None:
-        if self._kicked:  # the sender has not woken up yet, and will see this too
-            return
-        with self._changed:
-            self._kicked = True
-            self._changed.notify_all()
+        """Sends what there is to send, on this thread, or soon after the frame in flight."""
+        self._kicks += 1
+        self._kicked = True
+        if self.rests:
+            with self._changed:
+                self._changed.notify_all()
+        self._send_on()
 
     def send_now(self) -> None:
         """Sends what is waiting for more."""
         if self._kicked:
-            with self._changed:
-                self._sends_now = True
-                self._changed.notify_all()
+            self._sends_now = True
+            self._send_on()
 
     def end_pause(self) -> None:
         """Ends the pause after a violation, as the process may be a different one now."""
@@ -121,9 +129,6 @@ class ReconnectingStream:
         while not self._ended:
             began = time.monotonic()
             why = self._one_call()
-            with self._filling, self._changed:
-                self._attempt += 1  # ends the sender of the lost call
-                self._changed.notify_all()
             self._lost(why)
             self._pause(why, began)
 
@@ -150,70 +155,124 @@ class ReconnectingStream:
 
     def _one_call(self) -> Part:
         """Makes one call. Returns why it ended."""
-        call = None
         try:
-            frames = self._frames(self._attempt)
-            call = self._forward(frames, wait_for_ready=True, metadata=self._metadata)
+            error = self._serve_call()
+        except ValueError as e:  # the channel is closed
+            return Part("", Code.UNAVAILABLE, str(e), executed=Executed.UNKNOWN)
+        except Exception as e:  # noqa: BLE001 - it is logged below
+            error = e
+        if error is None:
+            return Part("", Code.DATA_LOSS, _ENDED)
+        if isinstance(error, grpc.RpcError):
+            self.rests = self._may_rest and codec.was_idle(error)
+            return _as_violation(codec.read_error(error))
+        if isinstance(error, BadResponse):
+            return Part("", error.code, f"it violates the protocol: {error}")
+        log.error("a stream failed and is restarted", exc_info=error)
+        return Part("", Code.UNAVAILABLE, repr(error), executed=Executed.UNKNOWN)
+
+    def _serve_call(self) -> Exception | None:
+        """Makes one call, and returns its error when it is over."""
+        channel = self._channel.now()
+        callbacks = self._on_message, self._on_sent, self._on_over
+        call = DuplexCall(channel, FORWARD_STREAM, self._metadata, *callbacks)
+        try:
             with self._changed:
                 self._call = call
                 if self._ended:
                     call.cancel()
-            metadata = dict(call.initial_metadata())  # waits until the other side has accepted
-            if metadata or not _is_refused(call):
+            metadata = call.wait_accepted()
+            # A refused call has metadata too, a moment before its status. If it were taken as
+            # accepted, requests would be sent on it again and again.
+            if not call.is_over and (metadata or not call.wait_over(REFUSAL_S)):
                 self._live(metadata)
-            for frame in call:
-                self._receive(frame)
-        except grpc.RpcError as e:
-            self.rests = self._may_rest and codec.was_idle(e)
-            return _as_violation(codec.read_error(e))
-        except BadResponse as e:
-            return Part("", e.code, f"it violates the protocol: {e}")
-        except ValueError as e:  # the channel is closed
-            return Part("", Code.UNAVAILABLE, str(e), executed=Executed.UNKNOWN)
-        except Exception as e:
-            log.exception("a stream failed and is restarted")
-            return Part("", Code.UNAVAILABLE, repr(e), executed=Executed.UNKNOWN)
+                self._live_call = call
+                call.begin_reading()
+                self._send_on()
+            self._wait_over(call)
         finally:
-            if call is not None:
-                call.cancel()
-        return Part("", Code.DATA_LOSS, _ENDED)
+            call.cancel()
+            call.wait_over()
+            with self._sending:  # whoever fills a frame for the call finishes it first
+                self._live_call = None
+            self._channel.doubt()
+        return call.error()
 
-    def _frames(self, attempt: int) -> Iterator[pb2.Frame]:
-        while True:
+    def _wait_over(self, call: DuplexCall) -> None:
+        """Waits for the end of the call. Meanwhile sends what has been held back long enough."""
+        idle_rounds = 0
+        while not call.is_over:
+            until, now = self._held_until, time.monotonic()
+            if until is not None and until <= now:
+                self._send_on()
+                continue
             with self._changed:
-                while not self._kicked and not self._is_over(attempt):
-                    self._changed.wait()
-                patience_s = self._patience_s()
-                if patience_s and not self._sends_now and not self._is_over(attempt):
-                    self._changed.wait(patience_s)
-                if self._is_over(attempt):
-                    return
-                self._kicked = self._sends_now = False
-            while (frame := self._next_frame(attempt)) is not None:
-                yield frame
-                if self._patience_s():  # for what arrived meanwhile
-                    self._kicked = True
-                    break
+                # Being woken costs more than looking again a few times.
+                idle_rounds = idle_rounds + 1 if until is None else 0
+                self._is_timing = idle_rounds < IDLE_ROUNDS
+                if call.is_over or self._held_until is not until:
+                    continue
+                wait_s = ROUND_S if until is None else until - now
+                self._changed.wait(wait_s if self._is_timing else None)
 
-    def _is_over(self, attempt: int) -> bool:
-        return self._attempt != attempt or self._ended
+    def _on_message(self, message: bytes) -> None:
+        try:
+            frame = codec.read_frame(message)
+        except BadRequest as e:
+            raise BadResponse(str(e)) from None
+        self._receive(frame)
 
-    def _next_frame(self, attempt: int) -> pb2.Frame | None:
-        frame = pb2.Frame()
-        with self._filling:
-            return frame if self._attempt == attempt and self._fill(frame) else None
+    def _on_sent(self) -> None:
+        self._sending.release()
+        self._kicked = True  # for what arrived meanwhile
+        self._send_on()
+
+    def _on_over(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _send_on(self) -> None:
+        """Sends the next frame, unless one is in flight, or what there is may wait for more."""
+        while self._kicked and self._live_call is not None and self._sending.acquire(False):
+            is_sent, kicks, call = False, self._kicks, self._live_call
+            try:
+                is_held = self._holds_back()
+                if call is not None and not (is_held or call.is_ending):
+                    self._kicked = self._sends_now = False
+                    self._held_until = None
+                    frame = pb2.Frame()
+                    if self._fill(frame):
+                        is_sent = call.send(frame.SerializeToString())
+            except Exception:
+                log.exception("a frame could not be made; its stream is restarted")
+                if call is not None:
+                    call.cancel()
+                return
+            finally:
+                if not is_sent:
+                    self._sending.release()
+            if is_sent or (is_held and kicks == self._kicks) or call is None or call.is_ending:
+                return
+
+    def _holds_back(self) -> bool:
+        """Whether what there is waits for more to send together."""
+        patience_s = 0.0 if self._sends_now else self._patience_s()
+        if not patience_s:
+            return False
+        if patience_s == math.inf:
+            return True
+        if self._held_until is not None:
+            return time.monotonic() < self._held_until
+        self._held_until = time.monotonic() + patience_s
+        if not self._is_timing:
+            with self._changed:
+                self._changed.notify_all()
+        return True
 
 
 def is_full(why: Part | Detail) -> bool:
     """Whether a stream was refused because the process has no room for another."""
     return why.code is Code.RESOURCE_EXHAUSTED and why.executed is Executed.NO
-
-
-def _is_refused(call: grpc.Call) -> bool:
-    """Whether the call is over. A refused call has metadata too, a moment before its status. If it
-    were taken as accepted, requests would be sent on it again and again."""
-    over = threading.Event()
-    return not call.add_callback(over.set) or over.wait(REFUSAL_S)
 
 
 def _as_violation(why: Part) -> Part:

@@ -16,6 +16,7 @@ from overlay.model.segments import Cancel, OnResult, Segment
 from overlay.model.signatures import Function
 from overlay.model.topology import Process, Topology
 from overlay.queueing import shares
+from overlay.transport import put_off
 from overlay.workers import api
 from overlay.workers.job import HandlerCounts, HandlerJob, HandlerSlots
 from overlay.workers.process_pool import ProcessRunner
@@ -38,6 +39,10 @@ class Runner(Protocol):
 
     def submit(self, job: HandlerJob) -> None: ...
 
+    def may_run_here(self, job: HandlerJob) -> bool: ...
+
+    def run_here(self, job: HandlerJob) -> None: ...
+
     def end(self, job: HandlerJob, start: int, count: int) -> None: ...
 
     def close(self) -> None: ...
@@ -57,6 +62,7 @@ class Executor:
         self._is_shared = len(topology.handlers) > 1
         self._lock = threading.Lock()
         self._seen = SeenIds(topology.limits)
+        self._here = threading.local()  # the jobs held back for this thread, while it starts some
         self._handlers: dict[str, tuple[HandlerSlots, Runner]] = {}
         sources = api.add_folder(topology.folder)
         try:
@@ -121,8 +127,28 @@ class Executor:
         begun = self._seen.begin(segment)
         if begun.again or begun.full:
             job.refuse(begun)
-        runner.submit(job)
+        held: list[tuple[Runner, HandlerJob]] | None = getattr(self._here, "held", None)
+        if held is not None and runner.may_run_here(job):
+            held.append((runner, job))
+        else:
+            runner.submit(job)
         return job.end
+
+    def start_here(self, start: Callable[[], None]) -> None:
+        """Calls `start`. If that starts a quick row, this thread runs it: waking another thread
+        would take longer. The handler may block after all, so this thread must owe nothing else."""
+        held: list[tuple[Runner, HandlerJob]] = []
+        self._here.held = held
+        try:
+            start()
+        finally:
+            self._here.held = None
+            for runner, job in held[:-1]:
+                runner.submit(job)
+            if held:
+                runner, job = held[-1]
+                put_off.run_now()
+                runner.run_here(job)
 
     def close(self) -> None:
         """Closes the pools: kills processes; threads end by themselves."""

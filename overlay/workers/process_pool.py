@@ -90,6 +90,12 @@ class ProcessRunner:
         for _ in range(job.waiting):
             self._todo.put(job)
 
+    def may_run_here(self, job: HandlerJob) -> bool:
+        return False
+
+    def run_here(self, job: HandlerJob) -> None:
+        self.submit(job)
+
     def end(self, job: HandlerJob, start: int, count: int) -> None:
         """Kills the processes that work on these rows."""
         rows = range(start, start + count)

@@ -65,6 +65,28 @@ class ThreadRunner:
             self._jobs.append(job)
             self._wake_thread_locked()
 
+    def may_run_here(self, job: HandlerJob) -> bool:
+        """Whether it is a single row that waits for nothing and is known to be quick."""
+        is_quick = 0 < job.slots.service_s < QUICK_S
+        return is_quick and job.waiting == 1 and not (self._working or self._jobs or job.in_chunks)
+
+    def run_here(self, job: HandlerJob) -> None:
+        """Runs the job on the calling thread, unless another one is at work by now."""
+        with self._changed:
+            is_free = not (self._working or self._jobs or self._closed)
+            self._working += is_free
+        if not is_free:
+            self.submit(job)
+            return
+        try:
+            self._work_on(job)
+        finally:
+            set_request(0)  # the thread goes on with work of its own
+            with self._changed:
+                self._working -= 1
+                if self._jobs:
+                    self._changed.notify_all()  # whoever waited for this thread to get stuck
+
     def end(self, job: HandlerJob, start: int, count: int) -> None:
         """Does nothing: the handler sees context.cancelled."""
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import enum
 import fractions
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -297,7 +296,6 @@ def test_a_request_that_cannot_be_encoded_fails_alone(client: overlay.Client) ->
     )
     client.call(b"x")
     submitter = client._connection.begin()
-    begun = threading.Event()
 
     def submission(name: str, kind: CallKind, *payloads: Any) -> Submission:
         def keep(rows: Any, what: Any, at: int, request_id: int) -> None:
@@ -307,10 +305,9 @@ def test_a_request_that_cannot_be_encoded_fails_alone(client: overlay.Client) ->
 
         return Submission(kind, payloads, deadline, keep)
 
-    # Holding the sender's lock puts them all into one frame.
+    # While another frame is being sent, they all wait for the next one.
     deadline = time.monotonic() + 10
-    with submitter._stream._filling:
-        begun.set()
+    with submitter._stream._sending:
         for made in (
             submission("a", good, b"a"),
             submission("b", good, b"b", "text", b"c"),
@@ -318,6 +315,7 @@ def test_a_request_that_cannot_be_encoded_fails_alone(client: overlay.Client) ->
             submission("d", good, b"f"),
         ):
             submitter.send(made)
+    submitter._stream.kick()
     until(lambda: len(delivered) == 7)
 
     assert {name: what for name, what in delivered.items() if isinstance(what, bytes)} == {

@@ -509,7 +509,7 @@ class Played:
                 self, channel: Any, name: str, fill: Any, receive: Any, *more: Any, **options: Any
             ) -> None:
                 self.fill, self.receive = fill, receive
-                self.lost, self.live = more
+                self.lost, self.live, self.patience_s = more
                 played.pipe = self
                 self.kicked = threading.Event()
                 self.ended = False
@@ -520,6 +520,8 @@ class Played:
 
             def kick(self) -> None:
                 self.kicked.set()
+
+            def send_now(self) -> None: ...
 
             def end(self) -> None:
                 self.ended = True

@@ -41,6 +41,7 @@ from overlay.routing import outlier
 from overlay.routing.outlier import FAILURES, State
 from overlay.server.service import Service
 from overlay.transport import codec, endpoints
+from overlay.transport.channels import Channel
 from overlay.transport.codec import pb2, pb2_grpc
 from overlay.transport.multiplexer import OpenSegment
 from overlay.transport.stream import ReconnectingStream
@@ -1015,7 +1016,7 @@ class RecordingStream:
 
     def __init__(self, pair: Pair, patience_s: float) -> None:
         address = pair.topology.processes["C"].address
-        self.channel = grpc.insecure_channel(address, endpoints.channel_options())
+        self.channel = Channel(address)
         self.waiting: list[int] = []
         self.sent: list[list[int]] = []
         self.patience_s = patience_s
@@ -1093,9 +1094,7 @@ def test_the_sender_of_a_lost_call_takes_nothing_from_the_next_one(pair):
         frame.cancels.add(number=1)
         return True
 
-    channel = grpc.insecure_channel(
-        pair.topology.processes["C"].address, endpoints.channel_options()
-    )
+    channel = Channel(pair.topology.processes["C"].address)
     served = threading.Event()
     stream = ReconnectingStream(
         channel,
@@ -1108,7 +1107,8 @@ def test_the_sender_of_a_lost_call_takes_nothing_from_the_next_one(pair):
     stream.start()
     try:
         assert served.wait(5)
-        stream.kick()
+        kicking = threading.Thread(target=stream.kick)
+        kicking.start()
         assert entered.wait(5)
         pair.worker.stop()
         was_lost = lost.wait(1)
@@ -1119,6 +1119,7 @@ def test_the_sender_of_a_lost_call_takes_nothing_from_the_next_one(pair):
         assert not was_lost or b"after the loss" not in taken_by
     finally:
         go.set()
+        kicking.join()
         stream.end()
         channel.close()
 
