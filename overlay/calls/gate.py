@@ -5,12 +5,13 @@
     plaintext on its own
     machine's 127.0.0.1    the users of that machine: requests, and what is public
 
-A connection has one certificate, which is read once, and asked at each call whether it still
-counts: it may have expired or been revoked since.
+Each call is judged by its own connection's certificate, and while it is open it is asked again
+whether that still counts: it may have expired or been revoked since.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -31,18 +32,22 @@ JOIN = "Join"  # the one method of an invitation
 VERBS = {"GetMetrics": access.METRICS, "Logs": access.LOGS}  # those that are judged by the method
 
 
+KNOWN = 1024  # certificates whose text is not read again
+
+
 @dataclass(frozen=True)
 class _Shown:
-    """What one connection shows: its certificate, and which invitation that says it is."""
+    """What a connection shows: its certificate, and which invitation that says it is."""
 
     pem: bytes
     invitation: str
 
-    @staticmethod
-    def of(pem: bytes) -> _Shown:
-        from overlay.security.certificates import invitation_id
 
-        return _Shown(pem, invitation_id(pem) if pem else "")
+@functools.lru_cache(KNOWN)
+def _shown_by(pem: bytes) -> _Shown:
+    from overlay.security.certificates import invitation_id
+
+    return _Shown(pem, invitation_id(pem) if pem else "")
 
 
 _NOTHING = _Shown(b"", "")
@@ -66,52 +71,46 @@ class Gate:
         self._is_local = is_local
         self._lock = threading.Lock()
         self._open: Counter[str] = Counter()
-        self._shown: dict[str, _Shown] = {}  # by the open connections
+        self._shown: dict[grpc.ServicerContext, _Shown] = {}  # of the open calls
 
     @property
     def is_open(self) -> bool:
         """Whether everybody who reaches the port is let in."""
         return self.credentials is None
 
-    def enter(self, context: grpc.ServicerContext, method: str) -> None:
+    def enter(self, context: grpc.ServicerContext, peer: str, method: str) -> None:
         """Before each call, on gRPC's serving thread. `leave` follows in any case.
 
-        Raises NotTrusted, NotAllowed.
+        peer: gRPC's name for the caller. Raises NotTrusted, NotAllowed.
         """
-        peer = context.peer()
         with self._lock:
             self._open[peer] += 1
         if self.credentials is None:
             return
+        # Not remembered by the caller's address and port: connections to two addresses of this
+        # process may share them, and one may follow another at once.
         found = context.auth_context().get("x509_pem_cert", ())
-        pem = bytes(found[0]) if found else b""
-        with self._lock:
-            shown = self._shown.get(peer)
-            if shown is None:
-                shown = self._shown[peer] = _Shown.of(pem)
-        # Connections to two addresses of this process may come from one address and port.
-        if shown.pem != pem:
-            raise NotAllowed("another connection has this one's address and port; connect again")
-        self._check(peer, shown, method)
+        shown = self._shown[context] = _shown_by(bytes(found[0]) if found else b"")
+        self._check(context, shown, method)
 
-    def leave(self, peer: str) -> None:
+    def leave(self, context: grpc.ServicerContext, peer: str) -> None:
+        self._shown.pop(context, None)
         with self._lock:
             self._open[peer] -= 1
             if not self._open[peer]:
                 del self._open[peer]
-                self._shown.pop(peer, None)
 
     def peers(self) -> set[str]:
         """The callers with an open call, by gRPC's names for them."""
         with self._lock:
             return set(self._open)
 
-    def identity(self, peer: str) -> Identity | None:
-        """The identity of a caller with an open call; None where it came in plaintext.
+    def identity(self, context: grpc.ServicerContext) -> Identity | None:
+        """The identity of the caller of an open call; None where it came in plaintext.
 
         Raises NotTrusted.
         """
-        pem = self.certificate(peer)
+        pem = self.certificate(context)
         if not pem or self.credentials is None:
             return None
         return self.credentials.trust.identify(pem)
@@ -126,36 +125,36 @@ class Gate:
         """What the configuration lets the caller do. Raises NotTrusted, CallCancelled."""
         if self.credentials is None or not self._allowed.entries:
             return access.UNRESTRICTED
-        identity = self.identity(context.peer())
+        identity = self.identity(context)
         # A call that is over has no identity any more. It must not pass for a plaintext one, as
         # with an idempotency key its request would still run.
         if identity is None and context.auth_context().get("x509_pem_cert"):
             raise CallCancelled("the caller left")
         return self._allowed.of(identity)
 
-    def is_operator(self, peer: str) -> bool:
+    def is_operator(self, context: grpc.ServicerContext) -> bool:
         """Whether the caller runs this overlay. Raises NotTrusted."""
-        identity = self.identity(peer)
+        identity = self.identity(context)
         return identity is not None and identity.kind == OPERATOR
 
-    def is_process(self, peer: str, process_id: str) -> bool:
+    def is_process(self, context: grpc.ServicerContext, process_id: str) -> bool:
         """Whether the caller may speak as this process. Without TLS that cannot be told."""
         if self.credentials is None:
             return True
-        identity = self.identity(peer)
+        identity = self.identity(context)
         return identity is not None and (identity.kind, identity.name) == (PROCESS, process_id)
 
-    def certificate(self, peer: str) -> bytes:
-        """What a caller with an open call shows, as PEM; empty where it came in plaintext."""
-        return self._shown.get(peer, _NOTHING).pem
+    def certificate(self, context: grpc.ServicerContext) -> bytes:
+        """What the caller of an open call shows, as PEM; empty where it came in plaintext."""
+        return self._shown.get(context, _NOTHING).pem
 
-    def invitation(self, peer: str) -> tuple[str, bytes]:
+    def invitation(self, context: grpc.ServicerContext) -> tuple[str, bytes]:
         """The id of the invitation that the caller's certificate says it is, and the certificate.
 
         gRPC has checked that an authority signed it that is trusted now; that it is that of this
         very invitation is for who accepts it. Empty for the certificates of this overlay.
         """
-        shown = self._shown.get(peer, _NOTHING)
+        shown = self._shown.get(context, _NOTHING)
         return shown.invitation, shown.pem
 
     def fill(self, made: pb2.MetricsResponse) -> None:
@@ -168,11 +167,11 @@ class Gate:
             said.problem = credentials.warning
             said.cluster = credentials.identity.cluster
 
-    def _check(self, peer: str, shown: _Shown, method: str) -> None:
+    def _check(self, context: grpc.ServicerContext, shown: _Shown, method: str) -> None:
         is_invited = bool(shown.invitation)
         if is_invited and method != JOIN:
             raise NotAllowed("an invitation may only join, and nothing else")
         if method == JOIN and not is_invited:
             raise NotAllowed("only an invitation joins, and the caller's certificate is none")
         if not is_invited:
-            self.identity(peer)
+            self.identity(context)

@@ -174,9 +174,9 @@ class Reception:
             calls = list(self._open)
         for call in calls:
             try:
-                self._gate.identity(call.peer)
+                self._gate.identity(call.context)
             except OverlayError as e:
-                if not self._gate.invitation(call.peer)[0]:
+                if not self._gate.invitation(call.context)[0]:
                     e.executed = Executed.UNKNOWN  # accepted requests may have run
                     call.fail(e)
 
@@ -204,7 +204,7 @@ class Reception:
         def served(requests: object, context: grpc.ServicerContext, send: object) -> None:
             call = self._enter(context)
             try:
-                self._gate.enter(context, name)
+                self._gate.enter(context, call.peer, name)
                 self._gate.check_verb(context, name)
             except OverlayError as e:
                 if isinstance(e, NotAllowed):
@@ -233,7 +233,7 @@ class Reception:
             for queue in (self._unarrived, self._watchers, self._unread):
                 queue.discard(call)
             self._open.discard(call)
-        self._gate.leave(call.peer)
+        self._gate.leave(call.context, call.peer)
 
     def _unary(self, serve: Callable[[Call, bytes], None], pool: ThreadPoolExecutor) -> Method:
         def begin(call: Call, context: grpc.ServicerContext) -> None:

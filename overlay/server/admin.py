@@ -66,11 +66,11 @@ class Admin:
         A second caller waits for the same drain.
         """
         try:
-            self._check_caller("drain", context.peer())
+            self._check_caller("drain", context)
             grace_s = self._grace_of(request)
         except OverlayError as e:
             _abort(context, e)
-        by = self._gate.identity(context.peer()) or codec.address_in(context.peer())
+        by = self._gate.identity(context) or codec.address_in(context.peer())
         log.info("drain: requested by %s", by, extra={"kind": "stopping"})
         self._stop(grace_s)
         if request.no_wait:
@@ -82,21 +82,21 @@ class Admin:
         remaining: float | None = context.time_remaining()
         within_s = LOGS_S if remaining is None else min(remaining * 0.9, LOGS_S)
         try:
-            return self._log_reader.read(request, self._may_read(context.peer()), within_s)
+            return self._log_reader.read(request, self._may_read(context), within_s)
         except OverlayError as e:
             _abort(context, e)
 
     def join(self, request: pb2.JoinRequest, context: grpc.ServicerContext) -> pb2.JoinResponse:
         """For an invitation: what it is for, or its certificates."""
         try:
-            return self._enrolment.join(request, *self._gate.invitation(context.peer()))
+            return self._enrolment.join(request, *self._gate.invitation(context))
         except OverlayError as e:
             _abort(context, e)
 
     def renew(self, request: pb2.RenewRequest, context: grpc.ServicerContext) -> pb2.RenewResponse:
         """A certificate for the caller, in place of its own."""
         try:
-            return self._enrolment.renew(request, self._gate.certificate(context.peer()))
+            return self._enrolment.renew(request, self._gate.certificate(context))
         except OverlayError as e:
             _abort(context, e)
 
@@ -108,18 +108,21 @@ class Admin:
         for pool in (self.pool, self.logs_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _may_read(self, peer: str) -> bool:
+    def _may_read(self, context: grpc.ServicerContext) -> bool:
         """Whether private lines are shown. A process above passes an operator's question on, and
         says so itself if it was somebody else's."""
         if self._gate.is_open:
-            return is_on_this_machine(peer)
-        identity = self._gate.identity(peer)
+            return is_on_this_machine(context.peer())
+        identity = self._gate.identity(context)
         return identity is not None and identity.kind in (OPERATOR, PROCESS)
 
-    def _check_caller(self, verb: str, peer: str) -> None:
+    def _check_caller(self, verb: str, context: grpc.ServicerContext) -> None:
+        peer = context.peer()
         if not self._gate.is_open:
-            if not self._gate.is_operator(peer):
-                who = self._gate.identity(peer) or "a program of this machine without a certificate"
+            if not self._gate.is_operator(context):
+                who = self._gate.identity(context) or (
+                    "a program of this machine without a certificate"
+                )
                 raise NotAllowed(
                     f"{verb} is for operators, and the caller is {who}; on the leader's machine, "
                     f"'{CLIENT} invite NAME --operator' makes one"

@@ -233,8 +233,8 @@ class Service:
                 continue
             if self._gate.is_open:
                 return str(value) if self._hosts.has(value, caller.address) else ""
-            if not self._gate.is_process(context.peer(), str(value)):
-                who = self._gate.identity(context.peer()) or "no process"
+            if not self._gate.is_process(context, str(value)):
+                who = self._gate.identity(context) or "no process"
                 raise NotAllowed(f"the caller says it is process {value}, and is {who}")
             return str(value)
         return ""
@@ -244,9 +244,8 @@ class Service:
         security."""
         metadata = context.invocation_metadata()
         names = (str(value) for key, value in metadata if key == codec.CALLER_KEY)
-        peer = context.peer()
-        who = self._gate.identity(peer)
-        return Caller(str(who or codec.address_in(peer)), next(names, "")[:LONGEST_NAME])
+        who = self._gate.identity(context) or codec.address_in(context.peer())
+        return Caller(str(who), next(names, "")[:LONGEST_NAME])
 
 
 def _expire(due: QueuedSegment | Waiter) -> None:

@@ -56,7 +56,7 @@ def gate(folder: TlsFolder) -> Gate:
 
 
 def test_a_call_has_the_rights_of_its_certificate(gate: Gate, anna: Context) -> None:
-    gate.enter(anna, "Forward")
+    gate.enter(anna, anna.peer(), "Forward")
 
     assert gate.rights(anna) == Rights("anna", verbs=("requests",))
     with pytest.raises(NotAllowed, match="anna may not read metrics"):
@@ -66,7 +66,7 @@ def test_a_call_has_the_rights_of_its_certificate(gate: Gate, anna: Context) -> 
 
 def test_a_call_without_a_certificate_has_those_of_all_others(gate: Gate) -> None:
     plain = Context()
-    gate.enter(plain, "Forward")
+    gate.enter(plain, plain.peer(), "Forward")
 
     assert gate.rights(plain).verbs == ("metrics",)
 
@@ -74,8 +74,8 @@ def test_a_call_without_a_certificate_has_those_of_all_others(gate: Gate) -> Non
 def test_a_call_that_is_over_does_not_pass_for_one_without_a_certificate(
     gate: Gate, anna: Context
 ) -> None:
-    gate.enter(anna, "Forward")
-    gate.leave(anna.peer())
+    gate.enter(anna, anna.peer(), "Forward")
+    gate.leave(anna, anna.peer())
 
     with pytest.raises(CallCancelled):
         gate.rights(anna)
@@ -83,7 +83,7 @@ def test_a_call_that_is_over_does_not_pass_for_one_without_a_certificate(
 
 def test_without_access_no_call_is_restricted(folder: TlsFolder, anna: Context) -> None:
     gate = Gate(Keys(folder))  # type: ignore[arg-type]
-    gate.enter(anna, "Forward")
+    gate.enter(anna, anna.peer(), "Forward")
 
     assert gate.rights(anna) is UNRESTRICTED
     assert Gate(allowed=ALLOWED).rights(anna) is UNRESTRICTED
