@@ -29,6 +29,25 @@ PINK = (ADDRESSES[2], "50055")  # E, on the second machine
 WELL = "6 of 6 processes well, 6 of 6 links up"
 ALL_ANSWER = "3 of 3 workers answered"
 LOST = (-400 * DAY_S, -35 * DAY_S)  # a certificate's days, of a machine that was off for a year
+WHISPER, SHOUT = "whispered-to-all-workers", "shouted-in-plaintext"
+LISTEN = """
+import select, socket, sys
+wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # 3: every protocol
+wire.settimeout(0.1)
+print("listening", flush=True)
+seen = b""
+while not select.select([sys.stdin], [], [], 0)[0]:
+    try:
+        seen += wire.recv(65536)
+    except TimeoutError:
+        pass
+print(*(word for word in sys.argv[1:] if word.encode() in seen))
+"""
+SHOUTING = f"""
+import socket
+with socket.create_connection({LEADER!r}, 5) as connection:
+    connection.sendall(b"{SHOUT}")
+"""
 
 
 class Machine:
@@ -99,6 +118,21 @@ def line_in(said: str) -> str:
 
 
 # A closed overlay
+
+
+def test_who_listens_on_the_wire_reads_neither_payloads_nor_answers(closed: TwoMachines) -> None:
+    hosts = closed.first.hosts
+    command = sys.executable, "-c", LISTEN, WHISPER, SHOUT
+    with hosts.popen(1, *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as listening:
+        assert listening.stdin is not None
+        assert listening.stdout is not None
+        assert listening.stdout.readline() == "listening\n"
+        asked = closed.second.client(*LEADER, "--payload", WHISPER)
+        hosts.run(2, sys.executable, "-c", SHOUTING)  # that it does hear what is plaintext
+        found, _ = listening.communicate("end\n", timeout=20)
+
+    assert asked.stdout.count(WHISPER) == 3, "all workers' answers"
+    assert found.split() == [SHOUT]
 
 
 @pytest.mark.parametrize(
