@@ -850,8 +850,8 @@ def test_ctrl_c_ends_the_demo_and_its_processes(beside_closed):
 
 @posix_only
 def test_the_commands_that_the_demo_prints_use_its_own_python(beside_closed):
-    python = re.search(r"(?m)^  (\S+) .*client\.py", beside_closed[1])[1]
-    assert os.path.abspath(python) == sys.executable
+    command = re.search(r"(?m)^  (.*client\.py.*)$", beside_closed[1])[1]
+    assert os.path.abspath(shlex.split(command)[0]) == sys.executable
 
 
 def test_a_second_demo_says_that_one_is_running(demos):
