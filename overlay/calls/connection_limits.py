@@ -22,9 +22,9 @@ from functools import lru_cache
 
 from overlay.calls.eviction import EvictionQueue
 from overlay.calls.request_log import RequestLog
+from overlay.model import addresses
 from overlay.model import clocks as time
 from overlay.transport import codec
-from overlay.transport.upstream import plain_address
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def _endpoint(host: str, port: int) -> Endpoint:
 @lru_cache(1024)
 def _plain_host(host: str) -> str:
     with contextlib.suppress(ValueError):
-        return plain_address(host)
+        return addresses.plain(host)
     return host
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
 import json
 import mimetypes
 import os
@@ -37,6 +36,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overlay.cli.terminal import Exit, Screen
 from overlay.cli.usage import Parser, complain, host, port_or_any
+from overlay.model.addresses import is_loopback
 from overlay.model.topology import join_address
 from overlay.monitor.poller import Poller
 from overlay.monitor.snapshot import Snapshot
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     Screen(sys.stdout).say(f"watching {address}; the page: {_url(listening)}")
     sys.stdout.flush()
     with listening, suppress(KeyboardInterrupt):
-        server = _Server(Page(poller, _loopback_only(listening)))
+        server = _Server(Page(poller, is_loopback(listening.getsockname()[0])))
         if args.until_eof:
             threading.Thread(target=server.end_with_stdin, name="web-stdin", daemon=True).start()
         server.run(sockets=[listening])
@@ -250,19 +250,9 @@ def _url(listening: socket.socket) -> str:
     return f"http://{join_address(address, port)}/"
 
 
-def _loopback_only(listening: socket.socket) -> bool:
-    return ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
-
-
 def _names_loopback(named: str) -> bool:
     """Whether a Host header is a name that no other site can give to this machine."""
-    name = named[: named.rfind("]") + 1] or named.partition(":")[0]
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(named[: named.rfind("]") + 1] or named.partition(":")[0])
 
 
 def _as_json(made: Snapshot) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from overlay.model.access import Access
+from overlay.model.addresses import is_wildcard
 from overlay.model.errors import ConfigError
 from overlay.model.limits import Limits
 
@@ -63,10 +64,8 @@ class Process:
     @property
     def certified_hosts(self) -> tuple[str, ...]:
         """The addresses that its certificate names, for clients that check them."""
-        everywhere = ("", "0.0.0.0", "::", "[::]")
-        return tuple(
-            dict.fromkeys(h for h in (self.host, self.bind, *LOCAL) if h not in everywhere)
-        )
+        hosts = (h for h in (self.host, self.bind, *LOCAL) if h and not is_wildcard(h))
+        return tuple(dict.fromkeys(hosts))
 
     @property
     def rank(self) -> int:

@@ -5,11 +5,11 @@ So what reads certificates, which takes a while to import, is imported only wher
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from overlay.model.addresses import is_loopback, is_wildcard
 from overlay.model.errors import ConfigError
 from overlay.model.program import CLIENT
 from overlay.model.topology import TLS_FOLDER, Topology
@@ -64,13 +64,6 @@ def needs_certificates(topology: Topology, problem: ConfigError) -> ConfigError:
     )
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _of_user(folder: Path) -> Credentials:
     from overlay.security.credentials import Credentials
 
@@ -88,4 +81,4 @@ def _is_spoken(folder: Path, host: str, port: int) -> bool:
         return not is_loopback(host)
     if not is_loopback(host):
         return bool(entries)
-    return any(is_loopback(one) or one in ("0.0.0.0", "::") for one in listens)
+    return any(is_loopback(one) or is_wildcard(one) for one in listens)

@@ -20,6 +20,7 @@ import grpc
 import psutil
 
 from overlay.calls.gate import Gate
+from overlay.model.addresses import number_of
 from overlay.model.errors import BadRequest, NotAllowed, OverlayError
 from overlay.model.identity import OPERATOR, PROCESS
 from overlay.model.program import CLIENT
@@ -29,7 +30,6 @@ from overlay.server.log_reader import LogReader
 from overlay.server.service import Drained
 from overlay.transport import codec
 from overlay.transport.codec import pb2
-from overlay.transport.upstream import plain_address
 
 log = logging.getLogger(__name__)
 
@@ -169,9 +169,8 @@ def is_on_this_machine(peer: str) -> bool:
     A process that listens on 192.168.1.1 sees a local caller as 192.168.1.1, not as loopback.
     """
     text = codec.address_in(peer)
-    try:
-        address = ipaddress.ip_address(plain_address(text))
-    except ValueError:
+    address = number_of(text)
+    if address is None:
         return peer.startswith("unix:")
     if address.is_loopback:
         return True

@@ -10,13 +10,13 @@ Owns a thread, "listening", from `start` to `stop`, if the host is such a name.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from overlay.model import clocks as time
+from overlay.model.addresses import is_loopback, is_wildcard
 from overlay.model.topology import join_address
 from overlay.transport.endpoints import open_port
 from overlay.transport.machine import can_bind
@@ -126,5 +126,4 @@ class Listener:
 
 def _holds_loopback(number: str) -> bool:
     """Whether listening there takes 127.0.0.1 too."""
-    address = ipaddress.ip_address(number.partition("%")[0])
-    return address.is_loopback or address.is_unspecified
+    return is_loopback(number) or is_wildcard(number)

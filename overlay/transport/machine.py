@@ -7,6 +7,7 @@ import socket
 
 import psutil
 
+from overlay.model.addresses import is_wildcard
 from overlay.model.topology import Process, join_address
 from overlay.transport import resolver
 
@@ -17,7 +18,7 @@ def is_here(process: Process, within_s: float = resolver.LOOKUP_S) -> bool:
     within_s: how long to wait for a name's address.
     """
     host = process.bind
-    if not host or _is_wildcard(host.strip("[]")):
+    if not host or is_wildcard(host):
         host = process.host
     return any(map(can_bind, resolver.look_up(host, within_s).addresses))
 
@@ -27,16 +28,9 @@ def asking_address(process: Process) -> str:
     host = process.bind.strip("[]")
     if not host:
         return process.address
-    if _is_wildcard(host):
+    if is_wildcard(host):
         return join_address("::1" if ":" in host else "127.0.0.1", process.port)
     return process.listen_address
-
-
-def _is_wildcard(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False
 
 
 def can_bind(address: str) -> bool:

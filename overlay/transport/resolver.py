@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from overlay.model import clocks as time
+from overlay.model.addresses import is_loopback
 
 LOOKUP_S = 5.0  # for callers that can wait; mDNS gives up after that
 SLICE_S = 0.5  # of a wait: before Python 3.14, Windows cannot interrupt a longer one
@@ -47,9 +48,7 @@ class Host:
     @property
     def is_loopback(self) -> bool:
         """Whether it means "this machine" on every machine."""
-        return bool(self.addresses) and all(
-            ipaddress.ip_address(address).is_loopback for address in self.addresses
-        )
+        return bool(self.addresses) and all(map(is_loopback, self.addresses))
 
     def shown(self, text: str = "") -> str:
         """The host, or `text` instead, with its addresses in parentheses."""

@@ -6,10 +6,10 @@ Owns a thread, "hosts", from `start` to `stop`, if a host is a name that has to 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import threading
 from collections.abc import Iterable
 
+from overlay.model import addresses
 from overlay.model.topology import Process
 from overlay.transport.resolver import resolve
 
@@ -24,7 +24,7 @@ class UpstreamHosts:
         self._named: list[Process] = []
         for process in processes:
             try:
-                self._addresses[process.id] = frozenset([plain_address(process.host.strip("[]"))])
+                self._addresses[process.id] = frozenset([addresses.plain(process.host)])
             except ValueError:
                 self._named.append(process)
         self._stopped = threading.Event()
@@ -40,7 +40,7 @@ class UpstreamHosts:
     def has(self, process_id: str, address: str) -> bool:
         """Whether the process is one of them, and this is its address."""
         with contextlib.suppress(ValueError):
-            return plain_address(address) in self._addresses.get(process_id, ())
+            return addresses.plain(address) in self._addresses.get(process_id, ())
         return False
 
     def _look_up(self) -> None:
@@ -48,15 +48,6 @@ class UpstreamHosts:
             for process in self._named:
                 found = resolve(process.host).addresses
                 if found:  # else keep the last ones
-                    self._addresses[process.id] = frozenset(map(plain_address, found))
+                    self._addresses[process.id] = frozenset(map(addresses.plain, found))
             if self._stopped.wait(LOOKUP_INTERVAL_S):
                 return
-
-
-def plain_address(text: str) -> str:
-    """The canonical form of an IP address; IPv4 if it was mapped into IPv6.
-
-    Raises ValueError for anything else.
-    """
-    address = ipaddress.ip_address(text.partition("%")[0])
-    return str(getattr(address, "ipv4_mapped", None) or address)
