@@ -1,8 +1,8 @@
 """The programs of people, run in the tests' own process: what they print, and their exit code.
 
 Starting Python and importing gRPC takes longer than what most verbs do. A test of standard streams,
-of signals or of the start itself needs a process. Used by one thread at a time, because the folder
-and the standard streams are the whole process's.
+of signals or of the start itself needs a process: tests.harness.commands. Used by one thread at a
+time, because the folder, the standard streams and the signals are the whole process's.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ def ran(
 ) -> subprocess.CompletedProcess[str]:
     """words: the program's name and its arguments. It must not end with a traceback."""
     output, errors = io.BytesIO(), io.BytesIO()
-    stdout, stderr = (io.TextIOWrapper(kept, "utf-8") for kept in (output, errors))
+    stdout, stderr = (io.TextIOWrapper(kept, "utf-8", newline="") for kept in (output, errors))
     argv = list(map(str, words))
     with (
         _as_program(argv, folder),
@@ -49,6 +50,8 @@ def ran(
 
 @contextlib.contextmanager
 def _as_program(argv: list[str], folder: Path) -> Iterator[None]:
+    names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, n)]
+    actions = {name: signal.getsignal(getattr(signal, name)) for name in names}
     before, where = sys.argv, Path.cwd()
     sys.argv = argv
     os.chdir(folder)
@@ -57,3 +60,5 @@ def _as_program(argv: list[str], folder: Path) -> Iterator[None]:
     finally:
         os.chdir(where)
         sys.argv = before
+        for name, action in actions.items():
+            signal.signal(getattr(signal, name), action)

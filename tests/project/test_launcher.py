@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
-import io
 import json
 import os
 import re
@@ -30,12 +28,13 @@ import pytest
 from packaging.requirements import Requirement
 
 import overlay
-from overlay.cli.main import main as client_main
 from overlay.model.identity import OPERATOR, PROCESS, Identity
 from overlay.security.certificates import DAY_S
 from overlay.security.tls_folder import TlsFolder
+from tests.harness import same_process
 from tests.harness.certificates import user_of
 from tests.harness.cluster import ROOT, free_port, freeze
+from tests.harness.same_process import ran
 
 COPIED = (
     "node.py",
@@ -130,33 +129,12 @@ def launcher_main():
 def launcher(project, *arguments):
     """Runs a command of the launcher to its end, in this process."""
     words = [str(word) for word in arguments]
-    return called(project, ["launcher.py", *words], lambda: launcher_main()(words))
+    return ran(lambda: launcher_main()(words), "launcher.py", *words, folder=project)
 
 
 def client(project, *arguments):
     """Runs a command of client.py to its end, in this process."""
-    return called(project, ["client.py", *map(str, arguments)], client_main)
-
-
-def called(folder, argv, main):
-    """The exit code and the output of a program's main function, called in the folder."""
-    names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, n)]
-    actions = {name: signal.getsignal(getattr(signal, name)) for name in names}
-    output, errors = io.StringIO(), io.StringIO()
-    before = Path.cwd(), sys.argv
-    os.chdir(folder)
-    sys.argv = argv
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            code = main()
-    except SystemExit as ended:
-        code = ended.code
-    finally:
-        os.chdir(before[0])
-        sys.argv = before[1]
-        for name, action in actions.items():
-            signal.signal(getattr(signal, name), action)
-    return subprocess.CompletedProcess(argv, code, output.getvalue(), errors.getvalue())
+    return same_process.client(*arguments, folder=project)
 
 
 def typed(project, *arguments, script="launcher.py"):

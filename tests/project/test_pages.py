@@ -11,8 +11,6 @@ A fence's language says what is done with it:
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
 import json
 import os
 import re
@@ -29,6 +27,7 @@ from urllib.request import urlopen
 import pytest
 
 from overlay.cli.main import main as client
+from tests.harness import same_process
 from tests.harness.cluster import IDS, ROOT, Overlay, free_port, running, six_processes, tool
 
 PAGES = sorted(
@@ -236,25 +235,10 @@ class Reader:
         else:
             assert program == "python", f"this test cannot run: {line}"
             if words[0] == "client.py":
-                return self._called(words)
+                # test_launcher.py starts it
+                return same_process.ran(client, *words, folder=self.overlay.folder)
             command = [sys.executable, str(ROOT / words[0]), *words[1:]]
         return self._run(command)
-
-    def _called(self, words: list[str]) -> subprocess.CompletedProcess[str]:
-        """client.py with these words, in this process; test_launcher.py starts it."""
-        output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
-        argv, folder = sys.argv, Path.cwd()
-        sys.argv = words
-        os.chdir(self.overlay.folder)
-        try:
-            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-                code: Any = client()
-        except SystemExit as ended:
-            code = ended.code
-        finally:
-            sys.argv = argv
-            os.chdir(folder)
-        return subprocess.CompletedProcess(words, code, written(output), written(errors))
 
     def run(self, program: str) -> subprocess.CompletedProcess[str]:
         return self._run([sys.executable, "-c", RUN, self.adapted(program)])
@@ -269,13 +253,6 @@ class Reader:
             encoding="utf-8",
             timeout=60,
         )
-
-
-def written(stream: io.TextIOWrapper) -> str:
-    stream.flush()
-    bytes_ = stream.buffer
-    assert isinstance(bytes_, io.BytesIO)
-    return bytes_.getvalue().decode()
 
 
 @pytest.fixture(scope="module")
