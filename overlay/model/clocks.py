@@ -32,6 +32,14 @@ monotonic: Callable[[], float] = getattr(_own, _name or "monotonic")
 time: Callable[[], float] = _own.time
 
 
+def utc_day(time_s: float) -> str:
+    """The day of a time in seconds since 1970, the same on machines in all time zones."""
+    try:
+        return shared.strftime("%Y-%m-%d", shared.gmtime(time_s))
+    except (ValueError, OverflowError, OSError):  # no date: others write what they like
+        return "an unknown day"
+
+
 class Timeout(float):
     """The timeout of a gRPC call, in seconds.
 

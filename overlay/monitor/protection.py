@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
+from overlay.model.clocks import utc_day
 from overlay.model.program import CLIENT
 from overlay.transport.codec import pb2
 
@@ -47,7 +47,7 @@ def protection(
         text = f"OPEN{which}: anyone who can reach it can run its handlers; {secure} closes it"
         return Protection(OPEN, text, problems)
     if ends := [one.expires_s for one in said.values() if one.mode == TLS]:
-        text = f"closed: mutual TLS, certificates until {_day(min(ends))}"
+        text = f"closed: mutual TLS, certificates until {utc_day(min(ends))}"
         return Protection(TLS, text, problems)
     return Protection(LOCAL if said else "", "", problems)
 
@@ -59,10 +59,3 @@ def _named(said: dict[str, pb2.Security]) -> Iterable[str]:
         if one.problem:
             having.setdefault(one.problem, []).append(process_id)
     return (f"{', '.join(ids)}: {problem}" for problem, ids in having.items())
-
-
-def _day(at_s: float) -> str:
-    try:
-        return datetime.fromtimestamp(at_s, timezone.utc).strftime("%Y-%m-%d")
-    except (ValueError, OverflowError, OSError):  # no date: others write what they like
-        return "an unknown day"

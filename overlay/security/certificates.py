@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from overlay.model import clocks
+from overlay.model.clocks import utc_day
 from overlay.model.errors import OverlayError
 from overlay.model.identity import INVITATION, PROCESS, Identity, any_process
 from overlay.model.segments import Code
@@ -289,11 +290,11 @@ def time_problem(certificate: x509.Certificate) -> str:
         for when in (certificate.not_valid_before_utc, certificate.not_valid_after_utc)
     )
     if now > until:
-        return f"expired on {_day(until)}, {_days(now - until)} ago by this machine's clock"
+        return f"expired on {utc_day(until)}, {_days(now - until)} ago by this machine's clock"
     if now < since:
         return (
-            f"is valid only from {_day(since)} on: by this machine's clock, {_day(now)}, that is "
-            f"in {_days(since - now)}; one of the two clocks is wrong"
+            f"is valid only from {utc_day(since)} on: by this machine's clock, {utc_day(now)}, "
+            f"that is in {_days(since - now)}; one of the two clocks is wrong"
         )
     return ""
 
@@ -365,10 +366,6 @@ def _builder(
 
 def _at(time_s: float) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(int(time_s), datetime.timezone.utc)
-
-
-def _day(time_s: float) -> str:
-    return _at(time_s).strftime("%Y-%m-%d")
 
 
 def _days(seconds: float) -> str:

@@ -46,7 +46,7 @@ def _rows(folder: TlsFolder) -> list[tuple[str, str, str, str]]:
         if until > newest.get(key, 0.0):
             newest[key], problems[key] = until, time_problem(certificate)
     rows = [
-        (name, kind, _day(until), problems[kind, name])
+        (name, kind, clocks.utc_day(until), problems[kind, name])
         for (kind, name), until in sorted(newest.items(), key=lambda one: (one[0][0], one[0][1]))
     ]
     for guest in folder.guests().values():
@@ -54,7 +54,3 @@ def _rows(folder: TlsFolder) -> list[tuple[str, str, str, str]]:
         what = ", ".join((guest.name, *guest.processes))
         rows.append((what, guest.kind, f"{minutes} min", "invited, not here yet"))
     return rows
-
-
-def _day(time_s: float) -> str:
-    return clocks.strftime("%Y-%m-%d", clocks.localtime(time_s))
