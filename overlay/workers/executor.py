@@ -24,6 +24,8 @@ from overlay.workers.request_ids import SeenIds
 from overlay.workers.thread_pool import ThreadRunner
 from overlay.workers.user_modules import Sources
 
+MAX_HERE = 8  # handlers at once on the threads that read streams, of which there are 64
+
 
 class Runner(Protocol):
     """Runs the rows of jobs, no more at once than it has slots."""
@@ -62,6 +64,7 @@ class Executor:
         self._is_shared = len(topology.handlers) > 1
         self._lock = threading.Lock()
         self._seen = SeenIds(topology.limits)
+        self._running_here = 0  # rows on threads of others
         self._here = threading.local()  # the jobs held back for this thread, while it starts some
         self._handlers: dict[str, tuple[HandlerSlots, Runner]] = {}
         sources = api.add_folder(topology.folder)
@@ -146,9 +149,21 @@ class Executor:
             for runner, job in held[:-1]:
                 runner.submit(job)
             if held:
-                runner, job = held[-1]
                 put_off.run_now()
-                runner.run_here(job)
+                self._run_here(*held[-1])
+
+    def _run_here(self, runner: Runner, job: HandlerJob) -> None:
+        with self._lock:
+            may = self._running_here < MAX_HERE
+            self._running_here += may
+        if not may:
+            runner.submit(job)
+            return
+        try:
+            runner.run_here(job)
+        finally:
+            with self._lock:
+                self._running_here -= 1
 
     def close(self) -> None:
         """Closes the pools: kills processes; threads end by themselves."""
