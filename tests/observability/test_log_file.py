@@ -449,7 +449,7 @@ def second(worker):
 
 
 def test_a_second_process_with_the_same_log_refuses_to_start(worker):
-    before = worker.log("C")
+    before = until(lambda: worker.log("C"), what="what it logs when it starts is in the file")
 
     done = subprocess.run(
         second(worker), cwd=worker.folder, capture_output=True, text=True, timeout=60

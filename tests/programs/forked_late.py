@@ -10,6 +10,7 @@ import sys
 
 import overlay
 
+sys.stdout.reconfigure(line_buffering=True)  # or a child writes what the parent has kept
 ADDRESS = sys.argv[1]
 leader = overlay.connect(ADDRESS)
 others = overlay.connect_async(ADDRESS)

