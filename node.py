@@ -45,7 +45,7 @@ if sys.platform == "win32" and sys.version_info < (3, 13):
     time.monotonic = time.perf_counter
 
 try:
-    from overlay import transport  # noqa: F401, I001 - first, as it chooses how gRPC polls
+    from overlay.transport import older_poller  # noqa: F401, I001 - imports gRPC before others do
 
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
@@ -36,6 +35,7 @@ from overlay.model.segments import (
 from overlay.model.signatures import Function
 from overlay.observability.log_buffer import LINES, Line
 from overlay.transport import message_size, validation
+from overlay.transport.older_poller import grpc  # the first import of gRPC by the library
 from overlay.transport.validation import Asked
 
 if TYPE_CHECKING:
