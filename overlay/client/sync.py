@@ -155,9 +155,11 @@ class Client(concurrent.futures.Executor):
         deadline = time.monotonic() + options.timeout_s
         wait = _ThreadWait()
         submission = Submission(options.kind, (options.body,), deadline, wait.deliver)
-        self._connection.send(submission, options.timeout_s)
         try:
+            self._connection.send(submission, options.timeout_s)
             delivered = wait.wait()
+        except CallFailed:  # it was not sent
+            raise
         except BaseException:  # Ctrl-C
             self._connection.cancel(submission)
             raise

@@ -42,6 +42,7 @@ RETRY_S = 0.1  # between two calls, besides gRPC's own backoff
 FULL_S = 0.25  # if the process is full and does not say how long to wait
 LONGEST_FULL_S = 5.0  # so that a free place is not left unused for longer
 REFUSAL_S = 0.02  # to wait for the status of a call whose metadata is empty
+FILLED_S = 5.0  # a frame is filled within this time
 ROUND_S = 0.005  # between two looks at what is held back, while something often is
 IDLE_ROUNDS = 20  # so many without anything, and the stream's thread sleeps
 
@@ -193,8 +194,12 @@ class ReconnectingStream:
         finally:
             call.cancel()
             call.wait_over()
-            with self._sending:  # whoever fills a frame for the call finishes it first
+            # Whoever fills a frame for the call finishes it first, unless Ctrl-C ended him.
+            if self._sending.acquire(timeout=FILLED_S):
                 self._live_call = None
+                self._sending.release()
+            else:
+                self._live_call, self._sending = None, threading.Lock()
             self._channel.doubt()
         return call.error()
 
@@ -243,10 +248,14 @@ class ReconnectingStream:
                     frame = pb2.Frame()
                     if self._fill(frame):
                         is_sent = call.send(frame.SerializeToString())
-            except Exception:
-                log.exception("a frame could not be made; its stream is restarted")
+            except BaseException as e:
+                # Part of it may be noted as sent; so all that is open on the call ends. Ctrl-C is
+                # raised here too, if the main thread sends.
                 if call is not None:
                     call.cancel()
+                if not isinstance(e, Exception):
+                    raise
+                log.exception("a frame could not be made; its stream is restarted")
                 return
             finally:
                 if not is_sent:

@@ -1124,6 +1124,26 @@ def test_the_sender_of_a_lost_call_takes_nothing_from_the_next_one(pair):
         channel.close()
 
 
+def test_ctrl_c_while_a_frame_is_filled_ends_its_call_and_the_next_one_works(pair):
+    recorder = RecordingStream(pair, patience_s=0)
+    fill, lost = recorder.stream._fill, threading.Event()
+
+    def interrupted(frame: pb2.Frame) -> bool:
+        recorder.stream._fill = fill
+        raise KeyboardInterrupt
+
+    recorder.stream._lost = lambda why: lost.set()
+    recorder.stream._fill = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            recorder.add(0)
+        assert lost.wait(10), "what may be noted as sent is answered"
+        recorder.add(1)
+        until(lambda: recorder.sent == [[0, 1]], what="the next call takes what is left")
+    finally:
+        recorder.close()
+
+
 def test_the_slots_behind_a_new_neighbour_are_known_as_soon_as_it_knows_them():
     port, asked, linked = free_port(), itertools.count(1), threading.Event()
     leader = Process("E", "team_leader", "pink", "127.0.0.1", port, ("D", "F"))
