@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def ran(
 
 @contextlib.contextmanager
 def _as_program(argv: list[str], folder: Path) -> Iterator[None]:
-    names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, n)]
+    is_main = threading.current_thread() is threading.main_thread()  # others cannot set signals
+    signals = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if is_main else ()
+    names = [name for name in signals if hasattr(signal, name)]
     actions = {name: signal.getsignal(getattr(signal, name)) for name in names}
     before, where = sys.argv, Path.cwd()
     sys.argv = argv
