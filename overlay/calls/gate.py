@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 JOIN = "Join"  # the one method of an invitation
 VERBS = {"GetMetrics": access.METRICS, "Logs": access.LOGS}  # those that are judged by the method
-
-
 KNOWN = 1024  # certificates whose text is not read again
 
 

@@ -47,9 +47,6 @@ CHUNKS_AHEAD = 4  # of each part: 512 KiB in flight, 50 MB/s at a round trip of 
 GATHER_S = 0.00003  # a wait for the next requests of those whom a frame's answers woke
 QUICK_S = 0.0005  # a request whose handler takes less is cheaper in a frame with others
 GATHERED_S = 0.003  # the longest that requests wait for others while quick work is under way
-REFILL_S = (
-    0.0003  # how long, after many answers at once, their caller may take to ask as many again
-)
 KNOWN_HANDLERS = 100  # whose service times are remembered
 GATHERINGS = 5  # at most this many waits, while calls keep arriving
 RETRIES = 3  # per request

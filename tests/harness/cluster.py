@@ -22,14 +22,8 @@ from overlay.transport.codec import pb2, pb2_grpc
 from tests.harness.forks import LINUX, Fork, ForkServer
 from tests.harness.machine import ROOT, NotReached, free_port, free_ports, freeze, program, until
 
-__all__ = [
-    "ROOT",
-    "NotReached",
-    "free_port",
-    "free_ports",
-    "freeze",
-    "until",
-]  # re-exported from machine
+# Re-exported from machine.
+__all__ = ["ROOT", "NotReached", "free_port", "free_ports", "freeze", "until"]
 
 NODE = ROOT / "node.py"
 IDS = "ABCDEF"

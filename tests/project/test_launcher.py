@@ -94,9 +94,13 @@ def shared(project):
 @pytest.fixture
 def three(project, shared):
     """Three processes that run: what other tests have stopped or killed is started again."""
-    started = launcher(project, "start", shared)
+    return all_started(project, shared)
+
+
+def all_started(project, config):
+    started = launcher(project, "start", config)
     assert started.returncode == 0, started.stdout + started.stderr
-    return shared
+    return config
 
 
 def stop_all(project, config):
@@ -516,9 +520,7 @@ def shared_closed(project, secured):
 @pytest.fixture
 def closed_three(project, shared_closed):
     """Like `three`, with certificates."""
-    started = launcher(project, "start", shared_closed)
-    assert started.returncode == 0, started.stdout + started.stderr
-    return shared_closed
+    return all_started(project, shared_closed)
 
 
 def own_folder(project, name, **extra):

@@ -12,7 +12,6 @@ from tests.harness.cluster import ROOT
 
 SHOW = """
 import os, sys
-before = os.environ.get("GRPC_EXPERIMENTS", "nothing")
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "grpc":
