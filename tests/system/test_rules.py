@@ -255,22 +255,36 @@ def test_a_request_without_a_deadline_gets_the_default_deadline(lend: Lend, way:
 
 
 def test_a_frozen_worker_costs_only_its_own_part(lend: Lend, ways: list[Way]) -> None:
-    overlay, request = lend(), {"payload": b"0", "handler": "work", "timeout": 1.5}
-    overlay.freeze("F")
-    try:
-        calls = [way.at_once(overlay, 3, **request) for way in ways]
-        answers = [[call.result() for call in asked] for asked in calls]
-        until(lambda: _state(overlay, "E", "F") == "down")
-    finally:
-        overlay.thaw("F")
-    late, gone = grpc.StatusCode.DEADLINE_EXCEEDED.value[0], grpc.StatusCode.UNAVAILABLE.value[0]
+    overlay = lend()
+    late, gone = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE
+    answers = _answers_beside_a_frozen_worker(overlay, ways)
     for way, found in zip(ways, answers, strict=True):
         # On a busy machine D's part may miss the deadline too, because E waits for F until then.
-        assert b"C\nD" in {answer.result for answer in found}
-        codes = {part.code for answer in found for part in answer.parts if part.process_id == "F"}
-        assert late in codes
-        assert codes <= {late, gone}
+        responses = [outcome.response for outcome in found]
+        assert b"C\nD" in {response.result for response in responses}
+        codes = {part.code for one in responses for part in one.parts if part.process_id == "F"}
+        assert late.value[0] in codes
+        assert codes <= {late.value[0], gone.value[0]}
         until(lambda w=way: w.ask(overlay, "A", b"0", handler="work").result == b"C\nD\nF")
+
+
+def _answers_beside_a_frozen_worker(overlay: Overlay, ways: list[Way]) -> list[list[Outcome]]:
+    """Three of each way. They have 50 ms for each process on the way back; on a busy machine that
+    may be too little, and it is tried again."""
+    for _ in range(10):
+        overlay.freeze("F")
+        try:
+            calls = [
+                way.at_once(overlay, 3, payload=b"0", handler="work", timeout=1.5) for way in ways
+            ]
+            answers = [[Outcome(call) for call in asked] for asked in calls]
+            until(lambda: _state(overlay, "E", "F") == "down")
+        finally:
+            overlay.thaw("F")
+        if all(outcome.ok for found in answers for outcome in found):
+            break
+        until(lambda: _state(overlay, "E", "F") == "up")
+    return answers
 
 
 def _state(overlay: Overlay, process_id: str, neighbour: str) -> str:
