@@ -3,9 +3,9 @@
     demo.py          stays up until Ctrl-C, so that you can try more
     demo.py --once   ends after the requests; exit code 0 only when every answer was right
 
-The processes are those of one_host_config.json, on other ports where theirs are taken, with the
-handlers of the examples. Their configuration is written to examples/.demo.json, because handlers
-are looked for beside the configuration. What a killed demo left running is stopped by the next one.
+The processes are those of one_host_config.json, on other ports, with the handlers of the examples.
+Their configuration is written to examples/.demo.json, because handlers are looked for beside the
+configuration. What a killed demo left running is stopped by the next one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ PHOTOS = ROOT / "examples" / "photos"
 PATTERN = r"re:^class \w+Error\("
 GRACE_S = 10.0
 PAGE_PORT = 8050
-BESIDE = 100  # how far from the ports of a closed overlay; the demo, on 127.0.0.1, is not closed
+# The demo's ports are this far below the configured ones: no closed overlay speaks TLS there, and
+# no outgoing connection takes one just before a process listens on it, as happens above 32767.
+BELOW = 30_000
 TIMEOUT_S = 60.0  # a laptop may be busy just after six processes have started
 
 
@@ -149,10 +151,8 @@ def _write_configuration() -> list[str]:
     """Writes CONFIG. Returns the names of its handlers; echo is built in."""
     made = _read("one_host_config.json")
     processes = made["processes"].values()
-    wanted = [process["port"] for process in processes]
-    if made.pop("tls", ""):  # to those ports, what is tried here speaks TLS
-        wanted = [port + BESIDE for port in wanted]
-    ports = free_ports(wanted)
+    made.pop("tls", "")
+    ports = free_ports([process["port"] - BELOW for process in processes])
     for process, port in zip(processes, ports, strict=True):
         process["port"] = port
     made |= {"log_dir": "../logs/demo", "handlers": {}}

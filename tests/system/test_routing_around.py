@@ -174,7 +174,9 @@ def test_a_worker_that_never_answers_in_time_is_ejected_and_comes_back(
     assert shares(during)["C"] + shares(during)["D"] >= 240
     assert set(shares(after)) == {"C", "D", "F"}
     assert reason.startswith("handler work: ejected for ")
-    assert "the deadline passed while the handler 'work' ran" in reason
+    # F says so, or on a busy machine E before it.
+    ran, silent = "the deadline passed while the handler 'work' ran", "no answer from F within the"
+    assert ran in reason or silent in reason
     assert "handler work: ejected for " in checked
     assert "requests to any one for handler work: F answers again" in overlay.log("E")
 

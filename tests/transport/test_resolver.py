@@ -81,6 +81,8 @@ def test_callers_wait_no_longer_than_asked_and_share_one_lookup(
     asked, answer = [], threading.Event()
 
     def system(host: str, *rest: object, **named: object) -> list[object]:
+        if host != "slow.office":  # asked by something that is left of another test
+            return []
         asked.append(host)
         answer.wait(10)
         return [(socket.AF_INET, 0, 0, "", ("10.0.0.7", 0))]
