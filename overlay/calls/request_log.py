@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 from overlay.calls import metrics_codec
 from overlay.model import clocks as time
-from overlay.model.errors import HandlerFailed, NotAllowed, OverlayError
-from overlay.model.segments import Caller, Code, Executed, Hop, Mode, Segment, Slice
+from overlay.model.errors import HandlerFailed, NotAllowed, OverlayError, of_status
+from overlay.model.leases import LaneOutcome
+from overlay.model.segments import Caller, Code, Executed, Hop, Mode, Route, Segment, Slice
 from overlay.observability import trace as tracing
 from overlay.observability.counters import Meter
 from overlay.observability.request_summaries import RequestSummaries, RequestSummary
@@ -142,6 +143,29 @@ class RequestLog:
 
     def _waited_below_s(self, answers: Slice) -> float:
         return 0.0 if self._works or answers.early_us is None else answers.early_us[0] / 1e6
+
+    def record_lane(self, worker: str, route: Route, caller: Caller, outcome: LaneOutcome) -> None:
+        """Counts requests that this process's client sent straight to a worker, as if they had
+        come by here. The worker has logged them."""
+        code, count, reason = outcome.code, outcome.rows, outcome.reason
+        self.meter.received(count)
+        if code is Code.OK:
+            self.meter.completed(count)
+        else:
+            kind = of_status(code, outcome.executed)
+            for _ in range(count):
+                self.count(kind(reason, code=code, executed=outcome.executed))
+        has_run = outcome.executed is not Executed.NO
+        self.meter.took(count, outcome.waited_s, outcome.worked_s if has_run else None)
+        wants = self.wants_trace if code is Code.OK else self.summaries.wants_failure
+        if wants():
+            times = int(outcome.waited_s * 1e6), int(outcome.worked_s * 1e6)
+            self.summaries.add(
+                RequestSummary(
+                    outcome.request_id, route.mode, route.team, route.handler, time.time(), code,
+                    reason, count, (Hop(worker, *times, 0, code),), sum(times), str(caller),
+                )
+            )  # fmt: skip
 
     def not_allowed(self, error: NotAllowed, address: str) -> None:
         """A call was refused before it was read: for metrics, for logs, or of an invitation.

@@ -9,7 +9,7 @@ segment, waits for its answers and writes them.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
 
 from overlay.calls.request_log import Ended, RequestLog, log_failure
@@ -46,10 +46,10 @@ class Accepted:
     """A segment at this process, from its arrival to its last answer.
 
     want_parts: its caller wants each worker's own bytes. rights: the caller's. queued: None until
-    it is admitted. counted: rows whose end has been noted.
+    it is admitted. counted: rows whose end has been noted. on_ended: also told how rows ended.
     """
 
-    __slots__ = ("caller", "counted", "queued", "rights", "segment", "want_parts")
+    __slots__ = ("caller", "counted", "on_ended", "queued", "rights", "segment", "want_parts")
 
     def __init__(
         self, segment: Segment, caller: Caller, want_parts: bool, rights: Rights = UNRESTRICTED
@@ -60,6 +60,7 @@ class Accepted:
         self.want_parts = want_parts
         self.queued: QueuedSegment | None = None
         self.counted = 0
+        self.on_ended: Callable[[Ended], None] | None = None
 
     @property
     def from_process(self) -> bool:
@@ -187,6 +188,8 @@ class RequestPath:
         accepted.counted += answers.count
         ended = Ended(accepted.segment, accepted.caller, start, answers, failures, accepted.queued)
         self.request_log.record_end(ended)
+        if accepted.on_ended is not None:
+            accepted.on_ended(ended)
         return ended.trace
 
     def too_large(self, answers: Slice, size: int, client_limit: int | None = None) -> Slice:

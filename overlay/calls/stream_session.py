@@ -9,6 +9,9 @@ leaves the window when its answer has been handed to gRPC, so a client that does
 too, and so are all such clients together. A large part passes through in chunks, as far ahead of
 its reader as overlay.transport.chunks.ChunkWindow allows.
 
+Leases of workers (overlay.calls.leases, .lender) travel in the same frames. A stream that carries
+the requests of a lease is served like any other, within what the lease allows.
+
 Reading and writing are jobs of the process's stream threads, at most one of each per stream; in
 between a stream holds no thread. When there are too many streams, an idle one is ended.
 """
@@ -19,6 +22,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import grpc
@@ -26,6 +30,8 @@ import grpc
 from overlay.calls import metrics_codec
 from overlay.calls.background import BackgroundThreads
 from overlay.calls.eviction import EvictionQueue
+from overlay.calls.leases import HeldLease, Leases
+from overlay.calls.lender import Lender
 from overlay.calls.reception import Call
 from overlay.calls.request_log import unexpected
 from overlay.calls.request_path import Accepted, RequestPath, size_of
@@ -37,9 +43,11 @@ from overlay.model.errors import (
     CallCancelled,
     Draining,
     MadeRoom,
+    NotLent,
     OverlayError,
     QueueFull,
 )
+from overlay.model.leases import LaneReport, Lease
 from overlay.model.pending import PendingRows
 from overlay.model.segments import ANONYMOUS, Caller, Code, Mode, Part, Route, Segment, Slice
 from overlay.observability.map_progress import Maps
@@ -53,6 +61,7 @@ from overlay.transport.timers import Deadlines
 log = logging.getLogger(__name__)
 
 SHARE_OF_ADDRESS = 3  # times the places that are free: at most 768 of 1,024
+MAX_LEASE_REQUESTS = 16  # of one frame; further ones are ignored
 STREAMS_PER_NEIGHBOUR = 4  # a link has two, and perhaps two from before a restart
 
 
@@ -155,10 +164,18 @@ class StreamSessions:
     """Serves the ForwardStream calls of one process, and holds what its sessions share."""
 
     def __init__(
-        self, path: RequestPath, deadlines: Deadlines, start: StartHere = just_kick
+        self,
+        path: RequestPath,
+        deadlines: Deadlines,
+        start: StartHere = just_kick,
+        leases: Leases | None = None,
+        lender: Lender | None = None,
     ) -> None:
-        """start: starts what can start, on the thread that has read a frame."""
+        """start: starts what can start, on the thread that has read a frame. lender: None for a
+        process that has nothing to lend."""
         limits = path.limits
+        self.leases = leases
+        self.lender = lender
         self.path = path
         self.deadlines = deadlines
         self.start = start
@@ -176,17 +193,24 @@ class StreamSessions:
         caller: Caller = ANONYMOUS,
         neighbour: str = "",
         rights: Rights = UNRESTRICTED,
+        certificate_name: str = "",
     ) -> None:
-        """Serves one call until the client's half-close. Never blocks. Raises QueueFull, Draining.
+        """Serves one call until the client's half-close. Never blocks. Raises QueueFull, Draining,
+        NotLent.
 
         neighbour: the process above this one, if the call is its link. rights: the caller's.
+        certificate_name: whose certificate it shows; empty without TLS.
         """
         path, request_log = self.path, self.path.request_log
         if path.draining:
             raise Draining(f"{path.me} is stopping and takes no new requests")
         client_limit = codec.read_max_bytes(context.invocation_metadata())
         session = _Session(self, call, caller, client_limit, rights)
+        session.is_neighbour, session.certificate_name = bool(neighbour), certificate_name
+        lease_id = codec.read_lease_id(context.invocation_metadata())
         try:
+            if lease_id is not None:
+                session.open_lease(lease_id)
             for other in self.open.enter(session, caller.address, neighbour):
                 other.make_room()
                 request_log.crowded_out("idle streams", 1, caller.address)
@@ -194,11 +218,15 @@ class StreamSessions:
             request_log.crowded_out("streams", 1, caller.address)
             session.abandon()
             raise
+        except OverlayError:
+            session.abandon()
+            raise
         if not context.add_callback(session.abandon):
             session.abandon()
             return
         # So that the client knows that its stream is served, and how large a body may be.
-        context.send_initial_metadata(codec.max_bytes_metadata(path.limits))
+        echo = codec.lease_metadata(lease_id) if lease_id is not None else ()
+        context.send_initial_metadata((*codec.max_bytes_metadata(path.limits), *echo))
         session.begin()
 
     def fill(self, response: pb2.MetricsResponse) -> None:
@@ -256,7 +284,13 @@ class _Session:
         self._sessions = sessions
         self._path = sessions.path
         self._call = call
-        self._caller = caller
+        self.caller = caller
+        self.is_neighbour = False
+        self.certificate_name = ""
+        self._lease: HeldLease | None = None  # whose requests the stream carries
+        self._has_asked = False  # for a lease
+        self._leases: list[Lease] = []  # to be sent, as are these
+        self._reports: list[LaneReport] = []
         self._rights = rights
         self._limits = limits = sessions.path.limits
         self._client_limit = client_limit
@@ -292,6 +326,36 @@ class _Session:
     def is_active(self) -> bool:
         return self._rows > 0
 
+    @property
+    def unanswered(self) -> int:
+        return self._rows
+
+    def open_lease(self, lease_id: int) -> None:
+        """Raises NotLent."""
+        leases = self._sessions.leases
+        if leases is None:
+            raise NotLent(f"{self._path.me} has no leases")
+        self._lease = leases.open(lease_id, self.certificate_name, self)
+
+    def offer(self, lease: Lease) -> None:
+        """Tells the client of a lease; `tell` of a change in its own."""
+        with self._lock:
+            if self._abandoned:
+                return
+            self._leases.append(lease)
+            self._has_news = True
+        self._write_on()
+
+    tell = offer
+
+    def _report(self, report: LaneReport) -> None:
+        with self._lock:
+            if self._abandoned:
+                return
+            self._reports.append(report)
+            self._has_news = True
+        self._write_on()
+
     def begin(self) -> None:
         self._call.receive(self._on_message)
 
@@ -317,6 +381,8 @@ class _Session:
             self._abandoned = True
         self._sessions.open.leave(self)
         self._sessions.maps.forget(self)
+        if self._has_asked and self._sessions.lender is not None:
+            self._sessions.lender.left(self)
         self._path.queue.close_flow(self._flow)
         self._sessions.threads.run(self._cancel_rest)
 
@@ -428,6 +494,9 @@ class _Session:
             self._in_flight = [(out[0], out[2].count, out[3], out[4]) for out in taken]
             self._has_news = False
             frame = pb2.Frame(stopping=self._stopping, for_good=self._for_good)
+            frame.leases.extend(map(codec.write_lease, self._leases))
+            frame.lane_reports.extend(map(codec.write_lane_report, self._reports))
+            self._leases, self._reports = [], []
         if is_over:
             self._finish()
             return
@@ -513,9 +582,24 @@ class _Session:
             self._grant(grant)
         for reported in frame.progress if access.may(self._rights, access.REQUESTS) else ():
             progress = codec.read_progress(reported, self._limits)
-            self._sessions.maps.add(self, self._caller, progress)
+            self._sessions.maps.add(self, self.caller, progress)
+        self._take_leases(frame)
         if self._abandoned:  # perhaps just now, after `abandon` removed its maps
             self._sessions.maps.forget(self)
+
+    def _take_leases(self, frame: pb2.Frame) -> None:
+        leases, lender = self._sessions.leases, self._sessions.lender
+        if self.is_neighbour and leases is not None:
+            for lent in frame.lent:
+                leases.take(codec.read_lent(lent, self._limits), self._report)
+        elif lender is not None and not self._path.draining:
+            for made in frame.lease_requests[:MAX_LEASE_REQUESTS]:
+                request = codec.read_lease_request(made, self._limits)
+                route = Route(Mode.ANY, request.team, request.handler)
+                with suppress(OverlayError):  # its requests are refused, and say why
+                    self._path.check(route, self._rights)
+                    self._has_asked = True
+                    lender.ask(self, request)
 
     def _grant(self, message: pb2.Grant) -> None:
         with self._lock:
@@ -532,7 +616,10 @@ class _Session:
         segment, error = self._read_segment(message, now)
         if message.number in self._accepted:
             raise BadRequest(f"number: {message.number} is taken by a segment not answered yet")
-        accepted = _Accepted(message, segment, self._caller)
+        accepted = _Accepted(message, segment, self.caller)
+        if self._lease is not None:
+            error = error or self._beyond_lease(accepted)
+            accepted.on_ended = self._lease.note
         if message.as_they_come and segment.route.mode is Mode.ALL:
             chunks = min(1, segment.chunks)  # more as there is room
             segment = segment.with_(on_partial=partial(self._pass_on, accepted), chunks=chunks)
@@ -553,6 +640,14 @@ class _Session:
             self._sessions.deadlines.watch(queued, segment.deadline)
         if self._abandoned:
             queued.end(Code.CANCELLED)
+
+    def _beyond_lease(self, accepted: _Accepted) -> OverlayError | None:
+        assert self._lease is not None
+        try:
+            self._lease.check(accepted.segment.route, accepted.segment.count)
+        except OverlayError as e:
+            return e
+        return None
 
     def _read_segment(
         self, message: pb2.Segment, now: float

@@ -61,7 +61,7 @@ ROOMY = 96  # columns of a screen
 def lines(snapshot: Snapshot, width: int, height: int, signs: Signs) -> list[Text]:
     """The snapshot in at most `height` lines of at most `width` columns."""
     top = [_title(snapshot, width), *_security(snapshot)]
-    top += [*_figures(snapshot, width, signs), *_maps(snapshot, signs)]
+    top += [*_figures(snapshot, width, signs), *_maps(snapshot, signs), *_lanes(snapshot)]
     if not snapshot["processes"]:
         return [_cut(line, width) for line in top]
     left = height - len(top) - 1
@@ -150,6 +150,22 @@ def _maps(snapshot: Snapshot, signs: Signs) -> list[Text]:
         if one["silent_s"] > SILENT_S:
             line.append(f", silent for {span(one['silent_s'])}", COLOURS["impaired"])
         made.append(line.append(f"  {clean(one['caller'])}", DIM))
+    return made
+
+
+def _lanes(snapshot: Snapshot) -> list[Text]:
+    """A line for each client that is lent workers, of the latest few."""
+    by_client: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for one in snapshot["lanes"]:
+        by_client.setdefault((one["caller"], one["handler"]), []).append(one)
+    made = []
+    for (caller, handler), lanes in list(by_client.items())[-MAX_MAPS:]:
+        workers = ", ".join(clean(one["worker"]) for one in lanes)
+        answered = sum(one["answered"] for one in lanes)
+        unanswered = sum(one["unanswered"] for one in lanes)
+        line = Text(f"lent     {workers} for {clean(handler) or 'default'}")
+        line.append(f", {unanswered:,} under way, {answered:,} answered")
+        made.append(line.append(f"  {clean(caller)}", DIM))
     return made
 
 

@@ -37,19 +37,28 @@ Args = Mapping[str, Any]
 ManyArgs = Iterable[Args] | AsyncIterable[Args]
 
 
-def connect_async(address: str, *, patience_s: float = PATIENCE_S, tls: Tls = None) -> AsyncClient:
+def connect_async(
+    address: str, *, patience_s: float = PATIENCE_S, tls: Tls = None, lanes: bool = True
+) -> AsyncClient:
     """A client for the process at `host:port`; the arguments are those of `connect`."""
     address, patience_s = arguments.as_address(address), arguments.as_patience(patience_s)
     split(address)
-    return AsyncClient(address, patience_s, arguments.as_tls(tls))
+    has_lanes = arguments.as_flag("lanes", lanes)
+    return AsyncClient(address, patience_s, arguments.as_tls(tls), has_lanes)
 
 
 class AsyncClient:
     """One persistent connection, for the tasks of one event loop."""
 
-    def __init__(self, address: str, patience_s: float = PATIENCE_S, tls: Tls = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        patience_s: float = PATIENCE_S,
+        tls: Tls = None,
+        lanes: bool = True,
+    ) -> None:
         self.address = address
-        self._connection = Connection(address, patience_s, tls)
+        self._connection = Connection(address, patience_s, tls, lanes)
         self._patience_s = patience_s
         self._bridge = LoopBridge(self._connection, patience_s)
 

@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay.client.callbacks import Callbacks
+from overlay.client.lanes import Lanes
 from overlay.client.outbox import Submission
 from overlay.client.probe import ConnectionProbe
 from overlay.client.results import Answer, error_from_rpc, error_of, message_of, result_of
@@ -66,9 +67,11 @@ class Connection:
     few streams.
     """
 
-    def __init__(self, address: str, patience_s: float, tls: Tls = None) -> None:
-        """tls: as for `connect`. Raises ConfigError for unusable certificates, RuntimeError if
-        gevent or eventlet has replaced the threads that gRPC needs."""
+    def __init__(
+        self, address: str, patience_s: float, tls: Tls = None, lanes: bool = True
+    ) -> None:
+        """tls, lanes: as for `connect`. Raises ConfigError for unusable certificates, RuntimeError
+        if gevent or eventlet has replaced the threads that gRPC needs."""
         environment.check_threads()
         self._address = address
         self._credentials = credentials_for(*split(address), tls)
@@ -77,6 +80,7 @@ class Connection:
         self.maps: weakref.WeakSet[Any] = weakref.WeakSet()  # those that may have more to send
         self._open_calls = 0  # unary calls
         self._patience_s = patience_s
+        self._has_lanes = lanes
         self._closed = False
         self._belongs_to_parent = False
         self._lock = threading.Lock()
@@ -176,6 +180,9 @@ class Connection:
             if self._submitter is None:
                 shown = partial(getattr, channel, "shown")
                 submitter = Submitter(channel, self._address, self._patience_s, shown)
+                if self._has_lanes:
+                    lanes = Lanes(submitter, partial(_open_channel, self._credentials))
+                    submitter.lanes, submitter.on_lease = lanes, lanes.on_lease
                 submitter.start()
                 self._submitter = submitter
                 self._held.insert(0, submitter)
@@ -386,6 +393,11 @@ class _Stubs:
         except grpc.RpcError as error:
             return error.code() not in SILENT
         return True
+
+
+def _open_channel(credentials: Credentials | None, address: str, process_id: str) -> Channel:
+    """To a worker that was lent. Refers to no connection, which would otherwise live on."""
+    return Channel(address, _OPTIONS, credentials, process_id)
 
 
 def _is_wrong_server(submitter: Submitter) -> bool:

@@ -12,6 +12,9 @@ asked for; those of a map also beyond the budget, for the map's patience. Reques
 process returns wait until it is back. If the process has no place for another stream, unsent
 requests wait for one, for the client's patience.
 
+A stream to a worker that was lent (`lease`, see client.lanes) never retries: what provably did not
+run, or was not sent, is handed back.
+
 overlay.transport.multiplexer matches answers to segments. Owns a stream, whose thread delivers, and
 a deadline thread, from `start` to `close`.
 """
@@ -24,11 +27,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 
 from overlay.client.outbox import CallKind, Outbox, Submission
 from overlay.model import clocks as time
+from overlay.model.errors import BadResponse
+from overlay.model.leases import Lease, LeaseRequest
 from overlay.model.limits import Limits
 from overlay.model.pending import Run, consecutive
 from overlay.model.segments import Code, Column, Detail, Executed, Part, Progress, Segment, Slice
@@ -59,6 +65,7 @@ SETTLING_PAUSE_S = 0.25  # between two attempts during that time
 NEVER_SENT = Detail(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
 CLOSED = Detail(Code.CANCELLED, "this client was closed", Executed.NO)
 RETRYABLE = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
+_ENDS = (Code.CANCELLED, Code.DEADLINE_EXCEEDED)  # a request has ended, although it did not run
 
 
 class Delivery:
@@ -87,6 +94,19 @@ class Delivery:
         return self._answers
 
 
+class Elsewhere(Protocol):
+    """Other ways for submissions; documented in overlay.client.lanes.Lanes."""
+
+    @property
+    def is_delivering(self) -> bool: ...
+    @property
+    def open_rows(self) -> int: ...
+    def take(self, submission: Submission) -> bool: ...
+    def cancel(self, submission: Submission, rows: Sequence[int]) -> None: ...
+    def take_back(self, submission: Submission, failure: Detail) -> int: ...
+    def close(self) -> None: ...
+
+
 class _SentSegment(OpenSegment[Submission]):
     """A segment of one or more submissions. deadline: when it expires; monotonic seconds."""
 
@@ -102,7 +122,11 @@ class Submitter:
     connected: set while the process takes requests on the stream. refused: the reason if it does
     not. patience_s: how long a submission waits for a place at the process before it fails. shown:
     the process's name in messages. after_frame: called when everything in a frame is delivered;
-    is_delivering: such a call will follow.
+    is_delivering: such a call will follow. lanes: take submissions instead, if they can. on_lease:
+    called with what is lent.
+
+    Of a lane: window_rows: how many requests may be unanswered. hand_back: takes what the worker
+    did not run. on_lost: called when the stream has ended. was_served: it was up.
     """
 
     def __init__(
@@ -111,16 +135,29 @@ class Submitter:
         name: str,
         patience_s: float = math.inf,
         shown: Callable[[], str] | None = None,
+        lease: int = 0,
     ) -> None:
+        """lease: of a worker, whose stream this is."""
         self.connected = threading.Event()
         self.refused: Detail | None = None
         self.after_frame: Callable[[], None] | None = None
-        self.is_delivering = False
+        self.lanes: Elsewhere | None = None
+        self.on_lease: Callable[[Lease], None] = lambda lease: None
+        self.on_lost: Callable[[], None] = lambda: None
+        self.hand_back: Callable[[Submission], None] | None = None
+        self.window_rows = WINDOW_ROWS
+        self.was_served = False
+        self._lease = lease
+        self._lease_requests: deque[LeaseRequest] = deque()
+        self._delivers = False
         self.max_bytes = LIMITS.max_message_bytes
         self._shown = shown or (lambda: name)
         self._patience_s = patience_s
         callbacks = self._fill, self._receive, self._lost, self._live, self._patience_to_send
-        self._stream = ReconnectingStream(channel, name, *callbacks, may_rest=True)
+        metadata = codec.lease_metadata(lease) if lease else ()
+        self._stream = ReconnectingStream(
+            channel, name, *callbacks, metadata=metadata, may_rest=True
+        )
         self._deadlines = Deadlines(self._expire)
         self._lock = threading.Lock()
         self._outbox = Outbox()
@@ -143,7 +180,27 @@ class Submitter:
     def open_rows(self) -> int:
         with self._lock:
             unsent = sum(len(submission.rows) for submission in self._outbox.all())
-            return self._multiplexer.rows + unsent + len(self._retrying)
+            here = self._multiplexer.rows + unsent + len(self._retrying)
+        lanes = self.lanes
+        return here + (lanes.open_rows if lanes else 0)
+
+    @property
+    def unanswered(self) -> int:
+        """About how many requests are on the stream or wait for it; quick to compute."""
+        return self._multiplexer.rows + len(self._outbox)
+
+    @property
+    def is_delivering(self) -> bool:
+        lanes = self.lanes
+        return self._delivers or (lanes is not None and lanes.is_delivering)
+
+    def service_s(self, handler: str) -> float:
+        """How long its requests run, by the answers so far; 0 if that is not known."""
+        return self._service_s.get(handler, 0.0)
+
+    def learn(self, handler: str, service_s: float) -> None:
+        """How long its requests run elsewhere."""
+        self._service_s[handler] = service_s
 
     @property
     def is_full(self) -> bool:
@@ -171,6 +228,9 @@ class Submitter:
             if self._closed:
                 return
             self._closed = True
+        lanes, self.lanes = self.lanes, None
+        if lanes is not None:
+            lanes.close()  # what they hand back ends here
         self._stream.end()
         self._deadlines.stop()
         self._end_sent(Detail(Code.CANCELLED, "this client was closed before the answer came"))
@@ -181,6 +241,12 @@ class Submitter:
         self._end_unsent()
 
     def send(self, submission: Submission) -> None:
+        lanes = self.lanes if self.connected.is_set() and not self._closed else None
+        if lanes is None or submission.size > self.max_bytes or not lanes.take(submission):
+            self.send_here(submission)
+
+    def send_here(self, submission: Submission) -> None:
+        """Sends it over this stream."""
         if submission.size > self.max_bytes and self._refuse_too_large(submission):
             return
         if not submission.attempt:  # retries must not earn retries
@@ -189,7 +255,7 @@ class Submitter:
         due_at = self._due_at(submission)
         if due_at < self._next_check:
             self._watch_outbox(due_at)
-        if self._closed:
+        if self._closed or (self.hand_back is not None and not self.connected.is_set()):
             self._end_unsent()
         else:
             self._stream.kick()
@@ -201,6 +267,11 @@ class Submitter:
     def send_progress(self, progress: Progress) -> None:
         """Sends the progress of a map in one of the next frames."""
         self._progress[progress.number] = progress
+        self._stream.kick()
+
+    def ask_lease(self, request: LeaseRequest) -> None:
+        """Asks for a lease in one of the next frames."""
+        self._lease_requests.append(request)
         self._stream.kick()
 
     def wake(self) -> None:
@@ -240,6 +311,8 @@ class Submitter:
     def cancel(self, submission: Submission, rows: Sequence[int]) -> None:
         """Stops the work on rows that are no longer wanted. They are delivered nevertheless."""
         submission.cancelled.update(rows)
+        if (lanes := self.lanes) is not None:
+            lanes.cancel(submission, rows)
         self._cancelled.append(submission.cancelled)
         self._stream.kick()
 
@@ -256,7 +329,9 @@ class Submitter:
                     taken.append(one)
         for one in taken:
             self._deliver_all(one, failure)
-        return sum(len(one.rows) for one in taken)
+        lanes = self.lanes
+        elsewhere = lanes.take_back(submission, failure) if lanes else 0
+        return sum(len(one.rows) for one in taken) + elsewhere
 
     # on the thread that sends
 
@@ -287,7 +362,7 @@ class Submitter:
     def _learn_service_time(self, handler: str, slice_: pb2.Slice) -> None:
         for part in slice_.parts:
             if part.worked_us or not part.failures:
-                found, known = part.worked_us / 1e6, self._service_s.get(handler)
+                found, known = max(1, part.worked_us) / 1e6, self._service_s.get(handler)
                 if known is not None:  # one outlier counts as at most four times the others
                     found = 0.8 * known + 0.2 * min(found, 4 * known + 1e-5)
                 elif len(self._service_s) >= KNOWN_HANDLERS:
@@ -302,6 +377,9 @@ class Submitter:
         if self._cancelled:
             self._cancel_rows()
         size += self._multiplexer.write_control(frame, LIMITS.frame_cancels)
+        while self._lease_requests:
+            frame.lease_requests.append(codec.write_lease_request(self._lease_requests.popleft()))
+            size += 60
         while self._progress:
             _, progress = self._progress.popitem()
             frame.progress.append(codec.write_progress(progress))
@@ -331,7 +409,7 @@ class Submitter:
 
     def _has_room(self) -> bool:
         open_ = self._multiplexer
-        if open_.rows >= WINDOW_ROWS:
+        if open_.rows >= self.window_rows:
             return False
         try:
             next_size = self._outbox.first().size
@@ -342,7 +420,7 @@ class Submitter:
     def _next_submissions(self, max_bytes: int) -> tuple[list[Submission], int]:
         """Submissions from the head of the outbox that may share a segment, and their bytes."""
         submissions: list[Submission] = []
-        rows, size = WINDOW_ROWS - self._multiplexer.rows, 0
+        rows, size = self.window_rows - self._multiplexer.rows, 0
         while self._outbox and rows > 0:
             submission = self._outbox.take()
             if submission.cancelled:
@@ -446,8 +524,10 @@ class Submitter:
     # on the stream's thread (_live, _lost), or on gRPC's thread of the channel
 
     def _live(self, metadata: Mapping[str, str]) -> None:
+        if self._lease and codec.read_lease_id(metadata.items()) != self._lease:
+            raise BadResponse("it does not know the lease, so it is not the worker that was lent")
         self.refused = None
-        self._served = True
+        self._served = self.was_served = True
         self._multiplexer.is_live = not self._closed
         if self._was_lost:
             self._was_lost, self._settling_until = False, time.monotonic() + SETTLING_S
@@ -464,7 +544,11 @@ class Submitter:
             self.refused = Detail(Code.UNAVAILABLE, reason, Executed.NO)
             self.connected.clear()
             self._multiplexer.is_live = False
-        self.is_delivering = self.after_frame is not None
+            if self.hand_back is not None:
+                self._end_unsent()
+        for lease in frame.leases:
+            self.on_lease(codec.read_lease(lease))
+        self._delivers = self.after_frame is not None
         self._is_gathering = True
         try:
             for sent, slice_ in self._multiplexer.answers_in(frame):
@@ -475,7 +559,7 @@ class Submitter:
                     self._deliver_slice(sent, slice_)
                     answered += slice_.count
         finally:
-            self.is_delivering = False
+            self._delivers = False
             if self.after_frame is not None:
                 self.after_frame()
             if answered > 1 and not self._quick:
@@ -553,10 +637,16 @@ class Submitter:
         if self.is_full:
             self._full_since = self._full_since or time.monotonic()
             self._expire_unsent()
-        if self._outbox and self._stream.rests:
+        if self._lease:
+            self.on_lost()
+        elif self._outbox and self._stream.rests:
             self._stream.kick()
 
     # on any thread
+
+    def hand_unsent_back(self) -> None:
+        """Of a lane that ends."""
+        self._end_unsent()
 
     def _close_rows(self, sent: _SentSegment, start: int, count: int) -> list[Run]:
         runs = self._multiplexer.take(sent, start, count)
@@ -580,9 +670,13 @@ class Submitter:
     def _end_unsent(self, why: Detail = CLOSED) -> None:
         while True:
             try:
-                self._deliver_all(self._outbox.take(), why)
+                submission = self._outbox.take()
             except IndexError:
                 return
+            if self.hand_back is not None:
+                self.hand_back(submission)
+            else:
+                self._deliver_all(submission, why)
 
     def _deliver_all(self, submission: Submission, failure: Detail) -> None:
         submission.deliver(submission.rows, failure, 0, 0)
@@ -626,6 +720,9 @@ class Submitter:
         if not gave_back or self.connected.is_set() or self._closed:
             return False
         kept = submission.part(rows, submission.attempt)
+        if self.hand_back is not None:
+            self.hand_back(kept)
+            return True
         self._outbox.put(kept)
         self._watch_outbox(self._due_at(kept))
         if self._closed:
@@ -634,6 +731,10 @@ class Submitter:
 
     def _failed(self, submission: Submission, row: int, failure: Detail, request_id: int) -> None:
         if self._keep(submission, (row,), failure):
+            return
+        is_refused = failure.executed is Executed.NO and failure.code not in _ENDS
+        if self.hand_back is not None and is_refused and row not in submission.cancelled:
+            self.hand_back(submission.part((row,), submission.attempt))
             return
         now = time.monotonic()
         # A restarted process has not connected to its neighbours yet: not a reason to give up.

@@ -77,18 +77,21 @@ Args = Mapping[str, Any]
 """The arguments of a typed function by name, of any type that pydantic can write as JSON."""
 
 
-def connect(address: str, *, patience_s: float = PATIENCE_S, tls: Tls = None) -> Client:
+def connect(
+    address: str, *, patience_s: float = PATIENCE_S, tls: Tls = None, lanes: bool = True
+) -> Client:
     """A client for the process at `host:port`. Does not wait for the connection; calls do.
 
     patience_s: how long a call waits for a connection that is not up before it raises NotReached.
     tls: the folder of this user's certificates. None: the folder `tls` in the current folder or
-    the project's, if its configuration has that port. False: plaintext.
+    the project's, if its configuration has that port. False: plaintext. lanes: whether short
+    requests to any one worker may go straight to workers that the process lends.
     Raises ValueError for an address that is not host:port, ConfigError for unusable certificates,
     RuntimeError if gevent or eventlet has replaced the threads that gRPC needs.
     """
     address, patience_s = arguments.as_address(address), arguments.as_patience(patience_s)
     split(address)
-    return Client(address, patience_s, arguments.as_tls(tls))
+    return Client(address, patience_s, arguments.as_tls(tls), arguments.as_flag("lanes", lanes))
 
 
 def new_request_id() -> int:
@@ -108,11 +111,18 @@ class Client(concurrent.futures.Executor):
     default), and payloads instead of arguments.
     """
 
-    def __init__(self, address: str, patience_s: float = PATIENCE_S, tls: Tls = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        patience_s: float = PATIENCE_S,
+        tls: Tls = None,
+        lanes: bool = True,
+    ) -> None:
         self.address = address
         self._patience_s = patience_s
         self._tls = tls
-        self._connection = Connection(address, patience_s, tls)
+        self._lanes = lanes
+        self._connection = Connection(address, patience_s, tls, lanes)
         self._asked = weakref.ref(self._connection)  # even after a shutdown
 
     @property
@@ -405,8 +415,9 @@ class Client(concurrent.futures.Executor):
             if not connection.maps:
                 connection.close()
 
-    def __reduce__(self) -> tuple[type[Client], tuple[str, float]]:
-        return type(self), (self.address, self._patience_s)  # connects anew where it is unpickled
+    def __reduce__(self) -> tuple[type[Client], tuple[Any, ...]]:
+        # It connects anew where it is unpickled.
+        return type(self), (self.address, self._patience_s, self._tls, self._lanes)
 
     def __enter__(self) -> Client:
         return self

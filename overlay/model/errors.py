@@ -237,6 +237,13 @@ class ConfigurationMismatch(OverlayError):
     cause = "another configuration"
 
 
+class NotLent(OverlayError):
+    """A stream that claims a lease of this worker has none, or sends more than it allows."""
+
+    code = Code.FAILED_PRECONDITION
+    cause = "not lent"
+
+
 class LoopDetected(OverlayError):
     code = Code.FAILED_PRECONDITION
     cause = "loop"

@@ -83,6 +83,8 @@ class Limits:
     functions_characters: int = MIB // 4
     wrong_s: float = 1.0  # until a peer that answered wrongly is asked again; then twice as long,
     most_wrong_s: float = 30.0  # and so on up to this
+    lease_s: float = 1.0  # how long a lease of a worker lasts, if it is not renewed
+    leases: int = 10_000  # that a process has lent, passed on or holds; about 1 KiB each
     frame_cancels: int = 2_000  # and grants, in one frame: 180 KB with the longest names
 
     def pool_threads(self, queue_slots: int) -> int:

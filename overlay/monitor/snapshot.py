@@ -20,6 +20,7 @@ from overlay.transport.codec import pb2
 FORMAT = 1  # rises when a field changes its meaning or is removed
 MAX_EVENTS = 200
 MAX_FUNCTIONS = 50  # they are in every snapshot
+MAX_LANES = 100
 MAX_DOC = 1000  # characters of a docstring
 MODES = ("all", "any")  # as the wire numbers them
 SAME_CLOCK_S = 0.5
@@ -123,6 +124,7 @@ def snapshot(polled: Polled, now: float, wall: float, wanted: RequestFilter = AL
             filter(wanted.matches, _requests(polled.results[polled.asked], now, wall))
         ),
         "maps": _maps(polled.results[polled.asked], now),
+        "lanes": _lanes(polled.results[polled.asked]),
         "events": _events(polled, now, wall),
         "functions": [_function(function) for function in polled.functions[:MAX_FUNCTIONS]],
     }
@@ -332,6 +334,20 @@ def _maps(result: PollResult, now: float) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _lanes(result: PollResult) -> list[dict[str, Any]]:
+    """The workers that the process asked has lent to clients, by caller, worker and handler."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for one in result.metrics.lanes if result.metrics is not None else ():
+        key = one.caller, one.process_id, one.handler
+        names = dict(zip(("caller", "worker", "handler"), key, strict=True))
+        start = {"rows": 0, "unanswered": 0, "answered": 0, "since_s": 0.0}
+        sums = found.setdefault(key, {**names, **start})
+        for name in ("rows", "unanswered", "answered"):
+            sums[name] += getattr(one, name)
+        sums["since_s"] = max(sums["since_s"], round(one.since_s, 1))
+    return list(found.values())[-MAX_LANES:]
 
 
 def _events(polled: Polled, now: float, wall: float) -> list[Mapping[str, Any]]:

@@ -59,6 +59,10 @@ def _started(m: Any) -> Iterable[tuple[float]]:
     return [(m.wall_time_s - m.uptime_s,)]
 
 
+def _count_of(field: str) -> Samples:
+    return lambda m: [(len(getattr(m, field)),)]
+
+
 def _expiry(m: Any) -> Iterable[tuple[float]]:
     return [(m.security.expires_s,)] if m.security.expires_s else []
 
@@ -104,6 +108,9 @@ FAMILIES = (
            "How many requests of the open streams may wait."),
     Family("streamed_requests_in_service", GAUGE, _one("streamed_active"),
            "Requests of streams in service."),
+    Family("lanes", GAUGE, _count_of("lanes"), "Workers lent to clients."),
+    Family("lane_requests", COUNTER, _one("lane_requests"),
+           "Requests that went straight to a lent worker."),
     Family("log_lines_dropped", COUNTER, _one("log_lines_dropped"), "Log lines not written.",
            fact="log", unit="lines dropped"),
     Family("link_up", GAUGE, _links_up, "1 while requests can be sent.", ("neighbour",)),

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import grpc
 
+from overlay.model.leases import LaneReport, Lent
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     Cancel,
@@ -56,6 +57,7 @@ class Owner(Protocol):
     def overdue(self, handler: str, rows: int) -> None: ...
     def probe_now(self) -> None: ...
     def on_stopping(self, for_good: bool = ...) -> None: ...
+    def reported(self, report: LaneReport) -> None: ...
     def lost(self, why: Part) -> None: ...
 
 
@@ -99,10 +101,16 @@ class SegmentSender:
         # Rows cancelled before they were sent.
         self._cancelled: deque[tuple[_Member, int, int]] = deque()
         self._last_quick: OpenSegment[_Member] | None = None
+        self._lent: deque[Lent] = deque()
 
     @property
     def is_live(self) -> bool:
         return self._multiplexer.is_live
+
+    def lend(self, lent: Lent) -> None:
+        """Passes a lease on with the next frame. It is lost with the stream, and then ends."""
+        self._lent.append(lent)
+        self.stream.kick()
 
     def send(self, segment: Segment, sink: OnResult) -> Cancel:
         if segment.payloads.size > self._max_bytes and self.is_live:
@@ -171,7 +179,7 @@ class SegmentSender:
         """
         if not self._outbox or not self._is_busy_with_quick_work:
             return 0.0
-        if self._cancelled or self._multiplexer.has_control:
+        if self._cancelled or self._lent or self._multiplexer.has_control:
             return 0.0
         try:
             first = self._outbox[0].segment
@@ -206,6 +214,9 @@ class SegmentSender:
             elif not member.is_over:  # it leaves in a later frame
                 self._cancelled.append((member, start, count))
         size += self._multiplexer.write_control(frame, self._limits.frame_cancels)
+        while self._lent:
+            frame.lent.append(codec.write_lent(self._lent.popleft()))
+            size += 100
         return size > 0
 
     def _write(self, frame: pb2.Frame, members: list[_Member]) -> int:
@@ -277,6 +288,8 @@ class SegmentSender:
     def _take(self, frame: pb2.Frame) -> None:
         if frame.stopping:
             self._peer.on_stopping(frame.for_good)
+        for report in frame.lane_reports:
+            self._peer.reported(codec.read_lane_report(report))
         for sent, made in self._multiplexer.answers_in(frame):
             answers = codec.read_slice(made, sent.asked)
             if made.more:
@@ -326,6 +339,7 @@ class SegmentSender:
         unsent = list(self._outbox)
         self._outbox.clear()
         self._cancelled.clear()
+        self._lent.clear()
         self._peer.lost(why)
         # A neighbour that stops in order proves that it has read none of these.
         ran = Executed.NO if why.executed is Executed.NO else Executed.UNKNOWN

@@ -24,14 +24,18 @@ import grpc
 import overlay
 from overlay.model import clocks as time
 from overlay.model.errors import BadResponse, ProxyError
+from overlay.model.leases import LaneOutcome, LaneReport, Lent
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     Cancel,
     Code,
+    Column,
+    Detail,
     Executed,
     Mode,
     OnResult,
     Part,
+    PartSlice,
     Route,
     Segment,
     Slice,
@@ -103,7 +107,8 @@ class Peers:
     """All links of one process. Thread-safe.
 
     on_change is called, on any thread, when a link has come up or gone down, or has been down so
-    long that no request waits for it any more.
+    long that no request waits for it any more. on_report: with a neighbour and its report about a
+    lease.
     """
 
     def __init__(
@@ -123,6 +128,7 @@ class Peers:
         credentials: for links over mutual TLS.
         """
         self.on_change: Callable[[], None] = lambda: None
+        self.on_report: Callable[[str, LaneReport], None] = lambda neighbour, report: None
         self._limits = limits
         self._to_flush: set[SegmentSender] = set()
         if lone is None:
@@ -136,6 +142,7 @@ class Peers:
                 self._changed,
                 self._to_flush,
                 self.flush,
+                self._reported,
                 self._health,
                 me,
                 credentials,
@@ -221,6 +228,17 @@ class Peers:
         """
         return self._links[neighbour].send(segment, sink)
 
+    def lend(self, neighbour: str, lent: Lent) -> None:
+        """Passes a lease on to the worker that it leads to. Never blocks."""
+        self._links[neighbour].lend(lent)
+
+    def note_lane(
+        self, neighbour: str, handler: str, change: int, outcomes: tuple[LaneOutcome, ...]
+    ) -> None:
+        """A client uses a worker there directly. change: in the number of its unanswered requests,
+        which count as outstanding there. outcomes: how its requests ended."""
+        self._links[neighbour].note_lane(handler, change, outcomes)
+
     def logs(self, neighbour: str, asked: pb2.LogsRequest, timeout_s: float) -> pb2.LogsResponse:
         """Asks the neighbour for log lines and waits. Raises ProxyError with its reason."""
         ask = pb2_grpc.OverlayAdminStub(self._links[neighbour].channel).Logs
@@ -231,6 +249,9 @@ class Peers:
             raise ProxyError(f"{neighbour}: {said.reason}", said.code) from None
         except BadResponse as e:
             raise ProxyError(f"{neighbour} violates the protocol: {e}", e.code) from None
+
+    def _reported(self, neighbour: str, report: LaneReport) -> None:
+        self.on_report(neighbour, report)
 
     def _changed(self) -> None:
         self._up = frozenset(link.id for link in self._links.values() if link.state == "up")
@@ -319,6 +340,7 @@ class _Peer:
         changed: Callable[[], None],
         to_flush: set[SegmentSender],
         flush: Callable[[], None],
+        reported: Callable[[str, LaneReport], None],
         health: _Health,
         me: str,
         credentials: Credentials | None,
@@ -327,6 +349,7 @@ class _Peer:
         self.metadata = (*codec.max_bytes_metadata(limits), (codec.PROCESS_KEY, me))
         self.to_flush = to_flush
         self.flush = flush
+        self._reported = reported
         self.health = health.of(neighbour.id)  # its unhealthy handlers
         self._health = health
         self.id = neighbour.id
@@ -419,8 +442,28 @@ class _Peer:
             if not flawless:
                 self.failed += answers.failed_rows
             self._note_service_time(handler, answers)
-        if flawless and not self.health:
-            return
+        if not flawless or self.health:
+            self._judge(route, answers, is_read)
+
+    def lend(self, lent: Lent) -> None:
+        self._senders[0].lend(lent)
+
+    def reported(self, report: LaneReport) -> None:
+        self._reported(self.id, report)
+
+    def note_lane(self, handler: str, change: int, outcomes: tuple[LaneOutcome, ...]) -> None:
+        with self._lock:
+            self.outstanding[handler] += change
+        for one in outcomes:
+            answers = _as_slice(self.id, one)
+            with self._lock:
+                self._note_service_time(handler, answers)
+            if one.code is not Code.OK or self.health:
+                self._judge(Route(Mode.ANY, "", handler), answers)
+
+    def _judge(self, route: Route, answers: Slice, is_read: bool = False) -> None:
+        """Whether it is healthy, by how requests ended."""
+        handler, count, flawless = route.handler, answers.count, answers.flawless
         service_s, to_all = self.service_s.get(handler, 0.0), route.mode is Mode.ALL
         outcome = classify(answers, service_s, to_all)
         if is_read and not flawless:
@@ -650,3 +693,12 @@ class _Peer:
             )
         if changed or state == "up":
             self._changed()
+
+
+def _as_slice(process_id: str, outcome: LaneOutcome) -> Slice:
+    """The outcome of requests that went to a worker directly, as if a link had brought it."""
+    count, code = outcome.rows, outcome.code
+    failed = None if code is Code.OK else Detail(code, outcome.reason, outcome.executed)
+    times = int(outcome.waited_s * 1e6), int(outcome.worked_s * 1e6)
+    part = PartSlice(process_id, Column((), size=0), (), {}, failed, *times)
+    return Slice(count, (part,))

@@ -99,6 +99,7 @@ class RequestQueue:
         self._place_shares = PlaceShares(in_service, team_limit or in_service)  # of single requests
         self._classes: OrderedDict[Route, ServiceClass] = OrderedDict()
         self._fresh: dict[QueuedSegment, None] = {}  # streamed, not seen by a kick yet
+        self._singles = 0  # admitted so far
         self._draining = False
         self._here = threading.local()  # what this thread has to start
 
@@ -118,6 +119,21 @@ class RequestQueue:
         with self._lock:
             waiting = sum(flow.rows for flow in self._streams)
             return len(self._streams), waiting, sum(flow.active for flow in self._streams)
+
+    def waits_for(self, wants: Route) -> bool:
+        """Whether requests wait here because the places that these would want were taken."""
+        with self._lock:
+            return any(
+                found.parked and not admission.may_overtake(wants, route)
+                for route, found in self._classes.items()
+            )
+
+    def served(self) -> dict[Caller, int]:
+        """How many turns the callers with streams have had; a number that grows. All single
+        requests together count as ANONYMOUS."""
+        with self._lock:
+            turns = {flow.caller: flow.served for flow in self._streams}
+        return {**turns, ANONYMOUS: self._singles}
 
     def admit(
         self,
@@ -139,6 +155,7 @@ class RequestQueue:
         refused: OverlayError | None = None
         with self._lock:
             self._check_open()
+            self._singles += 1
             seen = self._callers.seen(caller, now)
             flow = self._flows.get(seen.caller) or Flow(seen.caller, rights=rights)
             queued = self._queued_locked(segment, sink, now, flow, priority)

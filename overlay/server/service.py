@@ -18,6 +18,8 @@ import grpc
 
 from overlay.calls.gate import Gate
 from overlay.calls.idempotency import IdempotencyKeys, Waiter
+from overlay.calls.leases import Leases
+from overlay.calls.lender import Lender
 from overlay.calls.reception import Call
 from overlay.calls.request_log import RequestLog
 from overlay.calls.request_path import STOPPING_RETRY_S, RequestPath
@@ -114,11 +116,15 @@ class Service:
         self._path = RequestPath(topology, me, self.queue, self.request_log, merges)
         self._unary = UnaryRequests(self._path, self._keys, self._deadlines)
         start = self.executor.start_here if self.executor else just_kick
-        self._sessions = StreamSessions(self._path, self._deadlines, start)
+        self._leases = Leases(topology, me, self.links, self._deadlines)
+        self._lender = None if self.executor else self._make_lender()
+        streams = self._path, self._deadlines, start, self._leases, self._lender
+        self._sessions = StreamSessions(*streams)
         self._hosts = UpstreamHosts(topology.above(me))
         self.log_reader = LogReader(topology, me, log_buffer or LogBuffer(), self.links, dropped)
         self._process_metrics = ProcessMetrics(topology, self.me, self.links, self.executor)
         self.links.on_change = self.queue.kick
+        self.links.on_report = self._leases.reported
         if self.executor:
             self.executor.on_free = self.queue.kick
 
@@ -152,7 +158,9 @@ class Service:
         try:
             neighbour = self._neighbour_of(context, caller)
             rights = self._gate.rights(context)
-            self._sessions.serve(call, context, caller, neighbour, rights)
+            identity = self._gate.identity(context)
+            name = identity.name if identity else ""
+            self._sessions.serve(call, context, caller, neighbour, rights, name)
         except OverlayError as e:
             call.fail(self._path.with_retry(e))
 
@@ -210,7 +218,15 @@ class Service:
         self.log_reader.fill(response, events)
         self._process_metrics.fill(response, functions)
         self._gate.fill(response)
+        if self._lender is not None:
+            self._lender.fill(response)
+        else:
+            response.lanes.extend(map(codec.write_lane, self._leases.shown()))
         return response
+
+    def _make_lender(self) -> Lender:
+        below = self.queue, self.links, self._leases
+        return Lender(self.topology, self.me.id, *below, self.request_log, self._deadlines)
 
     @property
     def _active(self) -> int:
@@ -248,8 +264,11 @@ class Service:
         return Caller(str(who), next(names, "")[:LONGEST_NAME])
 
 
-def _expire(due: QueuedSegment | Waiter) -> None:
-    due.end(Code.DEADLINE_EXCEEDED)
+def _expire(due: QueuedSegment | Waiter | Callable[[], None]) -> None:
+    if isinstance(due, (QueuedSegment, Waiter)):
+        due.end(Code.DEADLINE_EXCEEDED)
+    else:
+        due()
 
 
 def _half_if_several(topology: Topology, in_service: int) -> int:

@@ -15,6 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
 from overlay.model.errors import BadRequest, ConfigError, MadeRoom, OverlayError
+from overlay.model.leases import LaneOutcome, LaneReport, Lease, LeaseRequest, Lent, LentNow
 from overlay.model.limits import Limits
 from overlay.model.segments import (
     AnswerRow,
@@ -67,7 +68,9 @@ IDLE_KEY = "overlay-idle"  # the stream was idle, and need not be reopened befor
 REQUEST_KEY = "overlay-request"  # the id of a request that failed, in its printed form
 PROCESS_KEY = "overlay-process"  # the process that opened a link, as it claims
 MAX_BYTES_KEY = "overlay-max-message-bytes"
+LEASE_KEY = "overlay-lease"  # the lease whose requests a stream carries, straight to its worker
 _STATUS_KEY = "grpc-status-details-bin"
+MAX_WITHOUT = 100  # workers that a client cannot reach
 LONGEST_ERROR_ID = 32  # characters; ours have 8
 MIN_LINES = 100  # of a log, if LogsRequest.lines is 0
 LONGEST_REASON = 1000  # characters of a message; gRPC refuses metadata beyond 8 KiB
@@ -390,6 +393,107 @@ def write_progress(progress: Progress) -> pb2.Progress:
     return pb2.Progress(**progress._asdict())
 
 
+def read_lease_request(message: pb2.LeaseRequest, limits: Limits) -> LeaseRequest:
+    """Raises BadRequest naming the invalid field."""
+    _check_names("lease_requests: handler", [message.handler], limits)
+    _check_names("lease_requests: team", [message.team], limits)
+    _check_names("lease_requests: without", message.without, limits, limit=MAX_WITHOUT)
+    return LeaseRequest(message.handler, message.team, message.rows, tuple(message.without))
+
+
+def write_lease_request(request: LeaseRequest) -> pb2.LeaseRequest:
+    return pb2.LeaseRequest(**request._asdict())
+
+
+def read_lease(message: pb2.Lease) -> Lease:
+    """At a client. Raises BadResponse."""
+    validation.tidy(message)
+    names = message.process_id, message.address, message.handler, message.team
+    return Lease(message.id, *names, message.rows, message.slots)
+
+
+def write_lease(lease: Lease) -> pb2.Lease:
+    return pb2.Lease(
+        id=lease.id,
+        process_id=lease.worker,
+        address=lease.address,
+        handler=lease.handler,
+        team=lease.team,
+        rows=lease.rows,
+        slots=lease.slots,
+    )
+
+
+def read_lent(message: pb2.Lent, limits: Limits) -> Lent:
+    """Raises BadRequest naming the invalid field."""
+    _check_names("lent: process_id", [message.process_id], limits)
+    _check_names("lent: handler", [message.handler], limits)
+    for_s = min(message.milliseconds / 1e3, limits.lease_s)
+    names = message.process_id, message.handler
+    return Lent(message.id, *names, message.rows, for_s, message.caller)
+
+
+def write_lent(lent: Lent) -> pb2.Lent:
+    return pb2.Lent(
+        id=lent.id,
+        process_id=lent.worker,
+        handler=lent.handler,
+        rows=lent.rows,
+        milliseconds=int(lent.for_s * 1e3),
+        caller=lent.caller,
+    )
+
+
+def read_lane_report(message: pb2.LaneReport) -> LaneReport:
+    """Raises BadResponse."""
+    validation.tidy(message)
+    outcomes = tuple(
+        LaneOutcome(
+            made.count,
+            read_code(made.code),
+            made.reason,
+            read_executed(made),
+            made.waited_us / 1e6,
+            made.worked_us / 1e6,
+            made.request_id,
+        )
+        for made in message.outcomes
+    )
+    return LaneReport(message.id, message.is_over, message.unanswered, outcomes)
+
+
+def write_lane_report(report: LaneReport) -> pb2.LaneReport:
+    outcomes = (
+        pb2.LaneOutcome(
+            count=one.rows,
+            code=one.code,
+            reason=one.reason,
+            executed=_EXECUTED[one.executed],
+            waited_us=_as_uint32(int(one.waited_s * 1e6)),
+            worked_us=_as_uint32(int(one.worked_s * 1e6)),
+            request_id=one.request_id,
+        )
+        for one in report.outcomes
+    )
+    return pb2.LaneReport(
+        id=report.id, is_over=report.is_over, unanswered=report.unanswered, outcomes=outcomes
+    )
+
+
+def write_lane(now: LentNow) -> pb2.Lane:
+    return pb2.Lane(**now._asdict())
+
+
+def lease_metadata(lease_id: int) -> tuple[tuple[str, str], ...]:
+    return ((LEASE_KEY, f"{lease_id:016x}"),)
+
+
+def read_lease_id(metadata: Iterable[tuple[str, Any]] | None) -> int | None:
+    """None if the call is not that of a lane; 0 for what is no id."""
+    found = next((value for key, value in metadata or () if key == LEASE_KEY), None)
+    return None if found is None else validation.request_id(found)
+
+
 def address_in(peer: str) -> str:
     """The address in gRPC's name for a caller, "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711".
 
@@ -497,7 +601,7 @@ def read_failure(detail: pb2.Detail) -> Detail:
     return Detail(code, detail.reason[:LONGEST_REASON], executed, retry_after)
 
 
-def read_executed(detail: pb2.Detail | pb2.Part) -> Executed:
+def read_executed(detail: pb2.Detail | pb2.Part | pb2.LaneOutcome) -> Executed:
     return Executed(detail.executed) if detail.executed in (0, 1, 2) else Executed.UNKNOWN
 
 

@@ -439,7 +439,7 @@ def test_a_restart_of_the_leader_fails_only_requests_with_unknown_outcome(ending
 
 def test_a_lost_leader_fails_only_requests_in_flight(ending: Overlay) -> None:
     asking = start_client(*words_of(ending, "--handler", "slow", "--json", "--window", 100))
-    asking.stdin.write(b"0.01\n" * 3000)
+    asking.stdin.write(b"0.03\n" * 3000)  # shorter ones may be on a lane, and are not lost
     asking.stdin.close()
     first = [asking.stdout.readline() for _ in range(500)]
     ending.kill("A")

@@ -415,7 +415,7 @@ def test_a_map_continues_when_a_lost_leader_is_back(own: Noted) -> None:
     found: dict[int, bytes | library.CallFailed] = {}
 
     async def main() -> None:
-        async with overlay.connect_async(own.address("A"), patience_s=1) as client:
+        async with overlay.connect_async(own.address("A"), patience_s=1, lanes=False) as client:
             async for index, result in client.map_as_completed("upper", payloads, window=500):
                 assert index not in found
                 found[index] = result

@@ -409,10 +409,10 @@ def test_a_map_reports_the_true_outcome_of_each_payload_if_the_leader_is_killed(
 
 
 def test_a_map_continues_when_a_lost_leader_is_back(own: Noted) -> None:
-    """The leader is away for longer than a call waits; only payloads in flight are lost."""
-    payloads = numbers(10_000)
+    """The leader is away for longer than a call waits; only payloads in flight over it are lost."""
+    payloads, pool = numbers(10_000), ThreadPoolExecutor(1)
     found: dict[int, bytes | library.CallFailed] = {}
-    with overlay.connect(own.address("A"), patience_s=1) as client, ThreadPoolExecutor(1) as pool:
+    with overlay.connect(own.address("A"), patience_s=1, lanes=False) as client, pool:
         for index, result in client.map_as_completed("upper", payloads, window=500):
             assert index not in found
             found[index] = result

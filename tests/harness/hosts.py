@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -117,6 +117,20 @@ class Wire:
                 raise CannotBuild(f"iptables in a namespace: {done.stdout.strip()}")
         else:  # nearly the same, but the other host's sends fail immediately
             ip("-n", self.names[3 - host], "route", route, "blackhole", f"{ADDRESSES[host]}/32")
+
+    @contextlib.contextmanager
+    def firewall(self, host: int, port: int) -> Iterator[None]:
+        """The port of this host takes no new connections from the other; the open ones stay."""
+        if not shutil.which("iptables"):
+            raise CannotBuild("the program 'iptables' is missing")
+        rule = ["INPUT", "-i", "wire", "-p", "tcp", "--dport", str(port), "--syn", "-j", "DROP"]
+        done = self.run(host, "iptables", "-A", *rule)
+        if done.returncode:
+            raise CannotBuild(f"iptables in a namespace: {done.stdout.strip()}")
+        try:
+            yield
+        finally:
+            self.run(host, "iptables", "-D", *rule)
 
 
 class Hosts(Wire):

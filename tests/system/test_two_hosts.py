@@ -6,6 +6,7 @@ The hosts are network namespaces, see tests/harness/hosts.py. `pytest -rP` shows
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -315,6 +316,47 @@ def test_a_frozen_team_leader_is_noticed_and_routed_around(
         assert " ".join(reply.response.hops) == "A B C D"
 
     until_all_answer(two_hosts)
+
+
+# Lanes
+
+CALLS = """
+import json, sys, time
+sys.path.insert(0, {root!r})
+import overlay
+
+with overlay.connect("192.168.1.1:50051") as client:
+    until, paths, longest = time.monotonic() + {seconds}, set(), 0.0
+    while time.monotonic() < until:
+        began = time.monotonic()
+        paths.add(" ".join(client.call("x", mode="any").hops))
+        longest = max(longest, time.monotonic() - began)
+    asked = client._connection._submitter.lanes._retries
+print(json.dumps([sorted(paths), sorted(asked), longest]))
+"""
+
+
+def test_a_client_behind_a_firewall_goes_over_the_leader_without_delay(
+    two_hosts: SixOnTwoHosts,
+) -> None:
+    """The client reaches A, and not worker C, which is on the other host."""
+    script = [sys.executable, "-c", CALLS.format(root=str(ROOT), seconds=8)]
+    try:
+        with two_hosts.hosts.firewall(2, 50053):
+            behind = two_hosts.hosts.run(1, *script, within_s=60)
+    except CannotBuild as e:
+        give_up(e)
+    free = two_hosts.hosts.run(1, *script, within_s=60)
+
+    paths, unreachable, longest_s = json.loads(behind.stdout)
+    assert "A B C" in paths
+    assert "C" not in paths
+    assert {"D", "F"} & set(paths), "it is lent another worker"
+    assert unreachable == ["C"]
+    assert longest_s < 5, "no call waits for a lane to connect"
+    paths, unreachable, _ = json.loads(free.stdout)
+    assert {"C", "D", "F"} & set(paths)
+    assert unreachable == []
 
 
 # A slow link

@@ -3,7 +3,7 @@
 import { byId, clock, say, several, span, teamColours } from "./dom.js";
 import { drawCharts } from "./charts.js";
 import { drawTopology } from "./topology.js";
-import { showDetails, showEvents, showFigures, showHandlers, showMaps, showProcesses, showRequests, showSecurity } from "./tables.js";
+import { showDetails, showEvents, showFigures, showHandlers, showLanes, showMaps, showProcesses, showRequests, showSecurity } from "./tables.js";
 
 const SILENT_MS = 3500; // without a snapshot, of which one arrives every second
 const KEPT = 300;
@@ -57,6 +57,7 @@ function draw() {
   drawCharts(snapshot.course, snapshot.interval_s, KEPT);
   showDetails(snapshot, byName.get(picked));
   showProcesses(snapshot, colours, picked, pick);
+  showLanes(snapshot);
   showMaps(snapshot);
   showHandlers(snapshot);
   showRequests(snapshot, snapshot.asked.address, show);

@@ -159,6 +159,13 @@ export function showMaps(snapshot) {
   byId("maps").classList.toggle("is-empty", !snapshot.maps.length);
 }
 
+export function showLanes(snapshot) {
+  keep(body("lanes"), snapshot.lanes, (l) => `${l.caller} ${l.worker} ${l.handler}`, () => rowOf("lanes"), (row, l) => {
+    fill(row, [l.worker, l.handler || "default", l.caller, count(l.unanswered), count(l.rows), count(l.answered), span(l.since_s)]);
+  });
+  byId("lanes").classList.toggle("is-empty", !snapshot.lanes.length);
+}
+
 const opened = new Map();
 let held = [];
 
