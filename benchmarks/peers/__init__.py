@@ -23,6 +23,7 @@ from types import ModuleType
 MODULES = {
     "ours": "ours",
     "ours-tls": "ours_tls",
+    "ours-no-lanes": "ours_no_lanes",
     "grpc-hop": "grpc_hop",
     "grpc-chain": "grpc_chain",
     "grpc-streams": "grpc_streams",

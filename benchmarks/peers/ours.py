@@ -67,12 +67,12 @@ def configuration(setup: Setup) -> dict:
 
 
 class Caller(FuturesCaller):
-    def __init__(self, address: str, workers: int, tls: str = "") -> None:
-        """tls: the folder of certificates; empty for plaintext."""
+    def __init__(self, address: str, workers: int, tls: str = "", lanes: bool = True) -> None:
+        """tls: the folder of certificates; empty for plaintext. lanes: as for `connect`."""
         import overlay
         from overlay.transport import codec as wire
 
-        self._client = overlay.connect(address, tls=tls or False)
+        self._client = overlay.connect(address, tls=tls or False, lanes=lanes)
         self._wait_for(workers)
         self._pb2 = wire.pb2
         self._channel = _channel(address, tls)
