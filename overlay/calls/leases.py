@@ -4,8 +4,9 @@
                          any other:  passes it on to the neighbour that leads to the worker
     from below --reported--> the neighbour's load, then passed on to where the lease came from
 
-A worker believes only its link about who may send it how much. Each lease ends by itself unless it
-is renewed. Thread-safe; its looks at the time run on the process's deadline thread.
+A neighbour that is not healthy is lent to nobody, however the process above judges it. A worker
+believes only its link about who may send it how much. Each lease ends by itself unless it is
+renewed. Thread-safe; its looks at the time run on the process's deadline thread.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from overlay.model.limits import Limits
 from overlay.model.segments import Caller, Code, Executed, Mode, Route
 from overlay.model.topology import Topology
 from overlay.routing import planner
+from overlay.routing.outlier import State
 from overlay.transport.timers import Deadlines
 
 REPORT_S = 0.1  # between two reports of a lease that is in use
@@ -36,6 +38,7 @@ class Links(Protocol):
     """What passing leases on needs of overlay.peers.peers.Peers."""
 
     def up(self) -> frozenset[str]: ...
+    def load(self, neighbour: str, handler: str) -> tuple[int, float, State, bool]: ...
     def lend(self, neighbour: str, lent: Lent) -> None: ...
     def note_lane(
         self, neighbour: str, handler: str, change: int, outcomes: tuple[LaneOutcome, ...]
@@ -237,17 +240,13 @@ class Leases:
         self._look_soon()
 
     def _pass_on(self, lent: Lent, above: Above) -> None:
-        neighbour = ""
         with self._lock:
             passed = self._passed.get(lent.id)
             if passed is None and lent.rows and not self._is_full_locked:
-                try:
-                    up = self._links.up()
-                    neighbour = planner.next_hop(self._topology, self._me.id, up, lent.worker)
-                except OverlayError:
-                    neighbour = ""
-                else:
+                if neighbour := self._leads_to(lent.worker, lent.handler):
                     passed = self._passed[lent.id] = _Passed(neighbour, lent.handler, above)
+            elif passed is not None and not self._is_healthy(passed.neighbour, lent.handler):
+                lent = lent._replace(rows=0)
             if passed is not None:
                 passed.ends_at = time.monotonic() + lent.for_s + KEPT_S
         if passed is None:
@@ -255,6 +254,17 @@ class Leases:
         else:
             self._links.lend(passed.neighbour, lent)
         self._look_soon()
+
+    def _leads_to(self, worker: str, handler: str) -> str:
+        """The healthy neighbour through which the worker is reached now; empty without one."""
+        try:
+            neighbour = planner.next_hop(self._topology, self._me.id, self._links.up(), worker)
+        except OverlayError:
+            return ""
+        return neighbour if self._is_healthy(neighbour, handler) else ""
+
+    def _is_healthy(self, neighbour: str, handler: str) -> bool:
+        return self._links.load(neighbour, handler)[2] is State.HEALTHY
 
     @property
     def _is_full_locked(self) -> bool:

@@ -168,15 +168,12 @@ class Lender:
             mine = (lease for lease in self._leases.values() if lease.borrower is borrower)
             have = {lease.worker: lease.rows for lease in mine if lease.route == route}
         through = self._through_locked(route)
-        looked_at = [worker for worker in through if worker not in request.without]
-        if len(looked_at) > LOOKED_AT:
-            looked_at = [*have, *random.sample(looked_at, LOOKED_AT)]
+        usable = [w for w in through if w not in request.without and w not in have]
+        if len(usable) > LOOKED_AT:
+            usable = random.sample(usable, LOOKED_AT)
         workers = [
-            self._lendable_locked(
-                through[worker], worker, route, self._lent[worker], self._times[worker]
-            )
-            for worker in looked_at
-            if worker not in have
+            self._lendable_locked(through[w], w, route, self._lent[w], self._times[w])
+            for w in usable
         ]
         rows = request.rows - sum(have.values())
         made: list[_Lease] = []
