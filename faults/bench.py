@@ -267,6 +267,7 @@ def _counts(overlay: Overlay, process: str) -> dict[str, int]:
         "streamed waiting": int(m.streamed_waiting),
         "streamed active": int(m.streamed_active),
         "handlers": sum(handler.active for handler in m.handlers),
+        "lanes": len(m.lanes),
         "received and not counted as ended": int(m.received) - int(ended),
     }
     counts.update({f"outstanding at {n.process_id}": n.outstanding for n in m.neighbours})

@@ -77,12 +77,15 @@ def evenly(rate: float, seconds: float, like: Planned) -> list[Planned]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mix of calls. rate: per second. repeats: the share that is sent twice. keyed: the share of
-    the others with an idempotency key. long_first: each team first gets a call that takes 3 s."""
+    """A mix of calls. rate: per second. ways, teams: of which each call has one. repeats: the share
+    that is sent twice. keyed: the share of the others with an idempotency key. long_first: each
+    team first gets a call that takes 3 s."""
 
     rate: float = 60
     nap_ms: tuple[int, int] = (2, 40)
     timeouts_s: Sequence[float] = (0.5, 2, 5)
+    ways: Sequence[str] = WAYS
+    teams: Sequence[str] = ("", "", "green", "pink")
     handlers: Sequence[str] = ("work",)
     all_share: float = 0.3
     repeats: float = 0.0
@@ -104,8 +107,8 @@ class Mixture:
             call = Planned(
                 after_s=begin + number / self.rate,
                 mode="all" if rng.random() < self.all_share else "any",
-                way=rng.choice(WAYS),
-                team=rng.choice(("", "", "green", "pink")),
+                way=rng.choice(self.ways),
+                team=rng.choice(self.teams),
                 handler=rng.choice(self.handlers),
                 nap_ms=rng.randint(*self.nap_ms),
                 timeout_s=rng.choice(self.timeouts_s),

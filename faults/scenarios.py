@@ -19,6 +19,8 @@ STOPPED = (*USUAL, "CANCELLED")  # gRPC's status of a call that arrives while it
 FAILING = ("raises", "exits", "wrong_type")
 BUSY = Mixture(rate=80, nap_ms=(20, 200))  # so that requests are in flight during a kill
 CALM = Mixture(timeouts_s=(10,))
+# Many enough and short enough to go straight to lent workers.
+LANES = Mixture(rate=160, nap_ms=(1, 3), ways=("library",), teams=("",), all_share=0.0, keyed=0.0)
 APART = (
     ("cut", "is cut off in both directions", breaking.cut),
     ("deaf", "receives no packets, but can send", breaking.deaf),
@@ -113,6 +115,31 @@ def _for_each_role() -> list[Scenario]:
     return found
 
 
+def _on_lanes() -> list[Scenario]:
+    """Short calls of one client, which go straight to C; it is lent first."""
+    faults = {
+        "calm": ("none of its workers fails", breaking.nothing),
+        "kill": ("kill -9 and restart of C", breaking.kill("C")),
+        "freeze": ("C is frozen", breaking.freeze("C")),
+        "hostile": ("another program takes C's place", breaking.hostile("C")),
+        "leader": ("kill -9 and restart of A", breaking.kill("A")),
+        "team": ("kill -9 and restart of B", breaking.kill("B")),
+        "restart": ("SIGTERM and restart, one process after another", breaking.restart_all),
+        "grey": ("C sometimes hangs", breaking.degrade("C", hangs=0.3, hang_s=4)),
+    }
+    return [
+        Scenario(
+            f"lanes-{name}",
+            f"short calls over lanes; {what}",
+            fault,
+            mixture=LANES,
+            expects=STOPPED if name == "restart" else USUAL,
+            needs="posix" if name == "freeze" else "",
+        )
+        for name, (what, fault) in faults.items()
+    ]
+
+
 SCENARIOS = (
     Scenario("calm", "no fault; every answer is OK", mixture=CALM, expects=("OK",)),
     Scenario(
@@ -134,6 +161,7 @@ SCENARIOS = (
         expects=("OK",),
     ),
     *_for_each_role(),
+    *_on_lanes(),
     Scenario(
         "tls-kill",
         "with certificates, kill -9 and restart of E",
