@@ -15,7 +15,7 @@ from overlay.cli.usage import Parser, shared_options
 from overlay.client import sync as library
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
-from overlay.model.topology import Process, Topology, join_address
+from overlay.model.topology import ROLES, Process, Topology, join_address
 from overlay.monitor.diagnosis import Finding, Observation
 from overlay.monitor.protection import protection
 from overlay.observability import metric_families
@@ -65,6 +65,7 @@ def show_metrics(report: Screen, m: pb2.MetricsResponse, address: str) -> None:
         ("warning", m.security.problem),
         ("queue", f"{m.queue_size} of {m.queue_slots} waiting"),
         ("streams", _streams(m) if m.streams else ""),
+        ("lanes", _lanes(m) if m.lane_requests or m.lanes else ""),
         ("service", f"{m.active_requests} of {m.max_capacity} in service"),
         ("slots", f"{counted(m.slots, 'handler')} can run at once here or below"),
         ("workers", f"{len(workers) - len(unreached)} of {len(workers)} known to be ready"),
@@ -101,6 +102,11 @@ PROCESS_COLUMNS = ("id", "role", "team", "address", "handler", "slots", "neighbo
 def _streams(m: pb2.MetricsResponse) -> str:
     of = f" of {m.streamed_slots:,}" if m.streamed_slots else ""  # an older process does not say
     return f"{m.streams} open: {m.streamed_waiting:,}{of} waiting, {m.streamed_active:,} in service"
+
+
+def _lanes(m: pb2.MetricsResponse) -> str:
+    lent = counted(len(m.lanes), "worker") + " lent to clients now"
+    return lent if ROLES[m.role].works else f"{lent}, {m.lane_requests:,} requests so far"
 
 
 def _keys(m: pb2.MetricsResponse) -> str:

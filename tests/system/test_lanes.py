@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from overlay.model.segments import Code, Executed
 from overlay.security.tls_folder import TlsFolder
 from overlay.transport import codec
 from overlay.transport.codec import pb2
+from tests.harness import same_process
 from tests.harness.certificates import user_of
 from tests.harness.cluster import Overlay, running, six_processes, until
 
@@ -86,6 +88,24 @@ def until_on_a_lane(client: overlay.Client, handler: str = "quick") -> str:
     while len(path := path_of(client, handler=handler)) > 1:
         assert time.monotonic() < end, "no lane within 20 s"
     return path
+
+
+@contextlib.contextmanager
+def asking(client: overlay.Client) -> Iterator[None]:
+    """Calls go on meanwhile."""
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            path_of(client)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(ask)
+        try:
+            yield
+        finally:
+            stop.set()
+            done.result()
 
 
 def goes_on_lanes(client: overlay.Client, calls: int = 200) -> bool:
@@ -167,6 +187,17 @@ def test_failures_on_a_lane_are_told_as_stories(shared: Overlay, client: overlay
     (story,) = until(stories)
     assert (story.code, story.hops[0].process_id) == (Code.INTERNAL, worker)
     assert f"{failed.value.request_id:016x}" in shared.log(worker)
+
+
+def test_check_says_what_is_lent(shared: Overlay, client: overlay.Client) -> None:
+    worker = until_on_a_lane(client)
+    with asking(client):  # or the lease may end
+        at_leader = same_process.client(*shared.address("A").split(":"), "check").stdout
+        at_worker = same_process.client(*shared.address(worker).split(":"), "check").stdout
+
+    (line,) = [line for line in at_leader.splitlines() if line.startswith("lanes ")]
+    assert re.fullmatch(r"lanes +1 worker lent to clients now, [\d,]+ requests so far", line)
+    assert "1 worker lent to clients now\n" in at_worker
 
 
 def test_an_idle_lease_ends_and_the_next_requests_are_answered(
@@ -387,6 +418,7 @@ def test_a_lease_that_is_not_held_is_refused(shared: Overlay, lease: str) -> Non
 
 def test_a_client_cannot_lend_itself_a_worker(shared: Overlay) -> None:
     """Only a process above it can; what a client sends in its place is ignored."""
+    until(lambda: not shared.metrics("C").lanes, 10, "the last test's leases have ended")
     lent = pb2.Lent(id=77, process_id="C", handler="quick", rows=10, milliseconds=60_000)
     call = shared.stub("C").ForwardStream(iter([pb2.Frame(lent=[lent])]), timeout=20)
     assert list(call) == []
