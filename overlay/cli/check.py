@@ -15,7 +15,7 @@ from overlay.cli.usage import Parser, shared_options
 from overlay.client import sync as library
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
-from overlay.model.topology import ROLES, Process, Topology, join_address
+from overlay.model.topology import Process, Topology, join_address
 from overlay.monitor.diagnosis import Finding, Observation
 from overlay.monitor.protection import protection
 from overlay.observability import metric_families
@@ -106,7 +106,7 @@ def _streams(m: pb2.MetricsResponse) -> str:
 
 def _lanes(m: pb2.MetricsResponse) -> str:
     lent = counted(len(m.lanes), "worker") + " lent to clients now"
-    return lent if ROLES[m.role].works else f"{lent}, {m.lane_requests:,} requests so far"
+    return f"{lent}, {m.lane_requests:,} requests so far" if m.lane_requests else lent
 
 
 def _keys(m: pb2.MetricsResponse) -> str:
