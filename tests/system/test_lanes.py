@@ -190,14 +190,12 @@ def test_failures_on_a_lane_are_told_as_stories(shared: Overlay, client: overlay
 
 
 def test_check_says_what_is_lent(shared: Overlay, client: overlay.Client) -> None:
-    worker = until_on_a_lane(client)
+    until_on_a_lane(client)
     with asking(client):  # or the lease may end
-        at_leader = same_process.client(*shared.address("A").split(":"), "check").stdout
-        at_worker = same_process.client(*shared.address(worker).split(":"), "check").stdout
+        shown = same_process.client(*shared.address("A").split(":"), "check").stdout
 
-    (line,) = [line for line in at_leader.splitlines() if line.startswith("lanes ")]
-    assert re.fullmatch(r"lanes +1 worker lent to clients now, [\d,]+ requests so far", line)
-    assert "1 worker lent to clients now\n" in at_worker
+    (line,) = [line for line in shown.splitlines() if line.startswith("lanes ")]
+    assert re.fullmatch(r"lanes +\d workers? lent to clients now, [\d,]+ requests so far", line)
 
 
 def test_an_idle_lease_ends_and_the_next_requests_are_answered(
