@@ -18,13 +18,13 @@ from typing import Protocol
 from overlay.calls.request_log import Ended
 from overlay.model import clocks as time
 from overlay.model.errors import NotLent, OverlayError
-from overlay.model.leases import LaneOutcome, LaneReport, Lease, Lent, LentNow
+from overlay.model.leases import ENDED_UNRUN, LaneOutcome, LaneReport, Lease, Lent, LentNow, shown
 from overlay.model.limits import Limits
 from overlay.model.segments import Caller, Code, Executed, Mode, Route
 from overlay.model.topology import Topology
 from overlay.routing import planner
 from overlay.routing.outlier import State
-from overlay.transport.timers import Deadlines
+from overlay.transport.timers import Deadlines, Looks
 
 REPORT_S = 0.1  # between two reports of a lease that is in use
 KEPT_S = 1.0  # after its end, for the last report
@@ -81,7 +81,7 @@ class HeldLease:
     @property
     def shown_caller(self) -> str:
         lane = self.lane
-        return (lane.caller.name or lane.caller.address) if lane else self.caller
+        return shown(lane.caller) if lane else self.caller
 
     def check(self, route: Route, rows: int) -> None:
         """Raises NotLent if the lane may not have `rows` more unanswered requests of this route."""
@@ -105,7 +105,7 @@ class HeldLease:
                 self._add_locked(key, good, times, ids[ended.start + row])
             for row, error in ended.failures:
                 # What its client will send elsewhere has not ended.
-                if error.executed is not Executed.NO or error.code in _ENDS_HERE:
+                if error.executed is not Executed.NO or error.code in ENDED_UNRUN:
                     key = error.code, str(error), error.executed
                     self._add_locked(key, 1, times, ids[ended.start + row])
 
@@ -158,12 +158,11 @@ class Leases:
         self._topology = topology
         self._me = topology.process(me)
         self._links = links
-        self._deadlines = deadlines
         self._limits: Limits = topology.limits
         self._lock = threading.Lock()
         self._held: dict[int, HeldLease] = {}
         self._passed: dict[int, _Passed] = {}
-        self._looks = False  # a look at the time is due
+        self._looks = Looks(deadlines, self._look, REPORT_S)
 
     def take(self, lent: Lent, above: Above) -> None:
         """A lease was made, changed, renewed or ended. Never blocks, never raises."""
@@ -222,11 +221,8 @@ class Leases:
         with self._lock:
             held = self._held.get(lent.id)
             is_new = held is None
-            if held is None:
-                if not lent.rows or self._is_full_locked:
-                    held = None
-                else:
-                    held = self._held[lent.id] = HeldLease(lent, above)
+            if held is None and lent.rows and not self._is_full_locked:
+                held = self._held[lent.id] = HeldLease(lent, above)
             changed = held is not None and held.rows != lent.rows
             if held is not None:
                 held.rows, held.above = lent.rows, above
@@ -271,17 +267,13 @@ class Leases:
         return len(self._held) + len(self._passed) >= self._limits.leases
 
     def _look_soon(self) -> None:
-        with self._lock:
-            if self._looks or not (self._held or self._passed):
-                return
-            self._looks = True
-        self._deadlines.watch(self._look, time.monotonic() + REPORT_S)
+        if self._held or self._passed:
+            self._looks.soon()
 
     def _look(self) -> None:
         """Reports what is new, and ends what was not renewed."""
         now = time.monotonic()
         with self._lock:
-            self._looks = False
             held = list(self._held.values())
             lost = [(id_, p) for id_, p in self._passed.items() if p.ends_at <= now]
             for id_, _ in lost:
@@ -305,7 +297,3 @@ class Leases:
             news = (news or LaneReport(held.id))._replace(is_over=True)
         if news is not None:
             held.above(news)
-
-
-_ENDS_HERE = (Code.CANCELLED, Code.DEADLINE_EXCEEDED)
-"""With these a request has ended even if it did not run."""

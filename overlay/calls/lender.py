@@ -20,7 +20,15 @@ from typing import Protocol
 from overlay.calls.leases import REPORT_S, Leases
 from overlay.calls.request_log import RequestLog
 from overlay.model import clocks as time
-from overlay.model.leases import LaneReport, Lease, LeaseRequest, Lent, LentNow
+from overlay.model.leases import (
+    MAX_LANES,
+    LaneReport,
+    Lease,
+    LeaseRequest,
+    Lent,
+    LentNow,
+    shown,
+)
 from overlay.model.segments import Caller, Mode, Route
 from overlay.model.topology import Topology
 from overlay.queueing.request_queue import RequestQueue
@@ -30,7 +38,7 @@ from overlay.routing.outlier import State
 from overlay.routing.planner import Plan
 from overlay.transport import codec
 from overlay.transport.codec import pb2
-from overlay.transport.timers import Deadlines
+from overlay.transport.timers import Deadlines, Looks
 
 RENEW_S = 0.3  # between two renewals
 USED_S = 1.0  # a lease that has not been used for this long is not renewed
@@ -106,7 +114,6 @@ class Lender:
         self._links = links
         self._below = leases
         self._request_log = request_log
-        self._deadlines = deadlines
         self._limits = topology.limits
         self._lock = threading.Lock()
         self._leases: dict[int, _Lease] = {}
@@ -120,7 +127,7 @@ class Lender:
         self._quiet_until = 0.0  # nothing is lent before
         self._quiet_s = QUIET_S
         self._contended_at = 0.0
-        self._looks = False
+        self._looks = Looks(deadlines, self._look, REPORT_S)
 
     def ask(self, borrower: Borrower, request: LeaseRequest) -> None:
         """Lends the client workers for such requests, which it may send; or does nothing.
@@ -149,16 +156,16 @@ class Lender:
         with self._lock:
             leases, response.lane_requests = list(self._leases.values()), self._answered
         for one in leases[: self._limits.max_targets]:
-            shown = LentNow(
+            now_lent = LentNow(
                 one.worker,
                 one.route.handler,
-                one.borrower.caller.name or one.borrower.caller.address,
+                shown(one.borrower.caller),
                 one.rows,
                 one.unanswered,
                 one.answered,
                 now - one.since,
             )
-            response.lanes.append(codec.write_lane(shown))
+            response.lanes.append(codec.write_lane(now_lent))
 
     def _choose_locked(
         self, borrower: Borrower, route: Route, request: LeaseRequest
@@ -180,7 +187,7 @@ class Lender:
         if rows <= 0:
             return made
         for one, share in lending.lend(workers, rows, self._others):
-            if len(have) + len(made) >= lending.MAX_LANES:
+            if len(have) + len(made) >= MAX_LANES:
                 break
             if len(self._leases) >= self._limits.leases:
                 break
@@ -261,16 +268,12 @@ class Lender:
             lease.borrower.offer(Lease(lease.id, *names, lease.rows, lease.slots))
 
     def _look_soon(self) -> None:
-        with self._lock:
-            if self._looks or not self._leases:
-                return
-            self._looks = True
-        self._deadlines.watch(self._look, time.monotonic() + REPORT_S)
+        if self._leases:
+            self._looks.soon()
 
     def _look(self) -> None:
         now = time.monotonic()
         with self._lock:
-            self._looks = False
             leases = list(self._leases.values())
         self._note_others(leases)
         routes = {lease.route for lease in leases if lease.rows}

@@ -214,11 +214,9 @@ class StreamSessions:
             for other in self.open.enter(session, caller.address, neighbour):
                 other.make_room()
                 request_log.crowded_out("idle streams", 1, caller.address)
-        except QueueFull:
-            request_log.crowded_out("streams", 1, caller.address)
-            session.abandon()
-            raise
-        except OverlayError:
+        except OverlayError as e:
+            if isinstance(e, QueueFull):
+                request_log.crowded_out("streams", 1, caller.address)
             session.abandon()
             raise
         if not context.add_callback(session.abandon):

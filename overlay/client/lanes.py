@@ -23,7 +23,7 @@ from typing import NamedTuple
 from overlay.client.outbox import CallKind, Submission
 from overlay.client.submitter import WINDOW_ROWS, Submitter
 from overlay.model import clocks as time
-from overlay.model.leases import Lease, LeaseRequest
+from overlay.model.leases import LONGEST_S, MAX_LANES, Lease, LeaseRequest
 from overlay.model.segments import Detail, Mode
 from overlay.transport.channels import Channel, split
 from overlay.transport.codec import MAX_WITHOUT
@@ -33,11 +33,10 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.1  # between two looks at how many requests there are of a kind
 MIN_PER_S = 50  # requests, of a kind that is worth a lane
 MOST_ROWS = 256  # unanswered at a time; more travel well in the large segments of the ordinary way
-LONGEST_S = 0.02  # of a request; a longer one gains nothing
 ASK_S = 0.5  # between two requests for a lease
 CONNECT_S = 5.0  # within which a lane must be up
 RETRY_S, MAX_RETRY_S = 10.0, 600.0  # until an unreachable worker is tried again; doubles
-MAX_LANES, MAX_CHANNELS = 16, 32  # of a client; a channel may be between two lanes
+MAX_CHANNELS = 2 * MAX_LANES  # a channel may be between two lanes
 MAX_KINDS = 100  # that are observed at a time
 QUICK_S = 0.0005  # of outstanding work with which a lane is still as good as idle
 

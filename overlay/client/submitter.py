@@ -34,7 +34,7 @@ import grpc
 from overlay.client.outbox import CallKind, Outbox, Submission
 from overlay.model import clocks as time
 from overlay.model.errors import BadResponse
-from overlay.model.leases import Lease, LeaseRequest
+from overlay.model.leases import ENDED_UNRUN, Lease, LeaseRequest
 from overlay.model.limits import Limits
 from overlay.model.pending import Run, consecutive
 from overlay.model.segments import Code, Column, Detail, Executed, Part, Progress, Segment, Slice
@@ -65,7 +65,6 @@ SETTLING_PAUSE_S = 0.25  # between two attempts during that time
 NEVER_SENT = Detail(Code.CANCELLED, "cancelled before it was sent", Executed.NO)
 CLOSED = Detail(Code.CANCELLED, "this client was closed", Executed.NO)
 RETRYABLE = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
-_ENDS = (Code.CANCELLED, Code.DEADLINE_EXCEEDED)  # a request has ended, although it did not run
 
 
 class Delivery:
@@ -732,7 +731,7 @@ class Submitter:
     def _failed(self, submission: Submission, row: int, failure: Detail, request_id: int) -> None:
         if self._keep(submission, (row,), failure):
             return
-        is_refused = failure.executed is Executed.NO and failure.code not in _ENDS
+        is_refused = failure.executed is Executed.NO and failure.code not in ENDED_UNRUN
         if self.hand_back is not None and is_refused and row not in submission.cancelled:
             self.hand_back(submission.part((row,), submission.attempt))
             return

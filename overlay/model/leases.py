@@ -10,7 +10,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from overlay.model.segments import Code, Executed
+from overlay.model.segments import Caller, Code, Executed
+
+LONGEST_S = 0.02  # of a request on a lane; a longer one gains nothing
+MAX_LANES = 16  # of one client; each is a connection, with threads at both ends
+ENDED_UNRUN = (Code.CANCELLED, Code.DEADLINE_EXCEEDED)
+"""With these a request has ended even if it did not run; it is not sent elsewhere."""
 
 
 class LeaseRequest(NamedTuple):
@@ -70,6 +75,11 @@ class LaneReport(NamedTuple):
     is_over: bool = False
     unanswered: int = 0
     outcomes: tuple[LaneOutcome, ...] = ()
+
+
+def shown(caller: Caller) -> str:
+    """The name that it gave, or its machine."""
+    return caller.name or caller.address
 
 
 class LentNow(NamedTuple):

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from overlay.model.leases import LONGEST_S, MAX_LANES
 from overlay.routing.planner import Load
-
-LONGEST_S = 0.02  # of a request on a lane
-MAX_LANES = 16  # of one client; each is a connection, with threads at both ends
 
 
 class Lendable(NamedTuple):

@@ -90,3 +90,29 @@ class Deadlines:
             self._expire(thing)
         except Exception:  # the others must still expire
             log.exception("handling an expired deadline failed")
+
+
+class Looks:
+    """Calls `look` a while after `soon`: once, however often it was asked for meanwhile.
+
+    Thread-safe. The call is on the thread of `deadlines`.
+    """
+
+    def __init__(self, deadlines: Deadlines, look: Callable[[], None], after_s: float) -> None:
+        self._deadlines = deadlines
+        self._look = look
+        self._after_s = after_s
+        self._lock = threading.Lock()
+        self._is_due = False
+
+    def soon(self) -> None:
+        with self._lock:
+            if self._is_due:
+                return
+            self._is_due = True
+        self._deadlines.watch(self._run, time.monotonic() + self._after_s)
+
+    def _run(self) -> None:
+        with self._lock:
+            self._is_due = False
+        self._look()

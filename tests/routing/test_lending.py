@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay.routing.lending import LONGEST_S, MAX_LANES, Lendable, lend
+from overlay.model.leases import LONGEST_S, MAX_LANES
+from overlay.routing.lending import Lendable, lend
 from overlay.routing.planner import Load
 
 MS = 0.001
