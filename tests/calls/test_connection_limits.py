@@ -22,7 +22,8 @@ class Port:
     """A port, with connections from some addresses of this machine."""
 
     def __init__(self) -> None:
-        self.listening = socket.create_server(("127.0.0.1", 0), backlog=100)
+        # On every address: so no client, whose own address is chosen, has this port as its own.
+        self.listening = socket.create_server(("", 0), backlog=100)
         self.port = self.listening.getsockname()[1]
         self.accepted: list[socket.socket] = []
         self.clients: list[socket.socket] = []

