@@ -597,10 +597,10 @@ import overlay
 
 done = []
 with overlay.connect(sys.argv[1]) as executor:
+    executor_too = overlay.connect(sys.argv[1])
     for n in range(20):
         future = executor.submit("upper", f"n{n}")
         future.add_done_callback(lambda f: done.append(executor_too.call(f.result(), mode="any")))
-    executor_too = overlay.connect(sys.argv[1])
 print(len(done), {answer.result[:4] for answer in done})
 """
 
