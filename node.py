@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from overlay.security.credentials import Credentials
 
 OVERLAY_NODE = pb2.DESCRIPTOR.services_by_name["OverlayNode"].full_name
+OVERLAY_JOBS = pb2.DESCRIPTOR.services_by_name["OverlayJobs"].full_name
 OVERLAY_ADMIN = pb2.DESCRIPTOR.services_by_name["OverlayAdmin"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 logger = logging.getLogger("overlay.node")
@@ -113,6 +114,31 @@ class OverlayNode(pb2_grpc.OverlayNodeServicer):  # type: ignore[misc]
         self, request: pb2.MetricsRequest, context: grpc.ServicerContext
     ) -> pb2.MetricsResponse:
         return self._service.metrics(request.events, request.requests, request.functions)
+
+
+class OverlayJobs(pb2_grpc.OverlayJobsServicer):  # type: ignore[misc]
+    """The RPCs of jobs; the work is in overlay.jobs.requests."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def Submit(
+        self, request: pb2.SubmitRequest, context: grpc.ServicerContext
+    ) -> Future[pb2.SubmitResponse]:
+        return self._service.submit(request, context)
+
+    def Result(self, request: pb2.ResultRequest, context: grpc.ServicerContext) -> Future[pb2.Job]:
+        return self._service.job_result(request, context)
+
+    def Jobs(
+        self, request: pb2.JobsRequest, context: grpc.ServicerContext
+    ) -> Future[pb2.JobsResponse]:
+        return self._service.list_jobs(request, context)
+
+    def Change(
+        self, request: pb2.ChangeRequest, context: grpc.ServicerContext
+    ) -> Future[pb2.ChangeResponse]:
+        return self._service.change_jobs(request, context)
 
 
 class OverlayAdmin(pb2_grpc.OverlayAdminServicer):  # type: ignore[misc]
@@ -184,11 +210,12 @@ class Node:
         self.health = Health(self.metrics_pool)
         node = OverlayNode(service, self.metrics_pool)
         pb2_grpc.add_OverlayNodeServicer_to_server(node, self.reception)
+        pb2_grpc.add_OverlayJobsServicer_to_server(OverlayJobs(service), self.reception)
         pb2_grpc.add_OverlayAdminServicer_to_server(
             OverlayAdmin(self.admin, self.metrics_pool), self.reception
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.reception)
-        services = (OVERLAY_NODE, OVERLAY_ADMIN, HEALTH)
+        services = (OVERLAY_NODE, OVERLAY_JOBS, OVERLAY_ADMIN, HEALTH)
         reflection.serve(self.reception, self.metrics_pool, services)
 
     def start(self) -> None:

@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     from overlay.transport.codec import pb2
 
 JOIN = "Join"  # the one method of an invitation
-VERBS = {"GetMetrics": access.METRICS, "Logs": access.LOGS}  # those that are judged by the method
+VERBS = {  # those that are judged by the method; of other requests the route is
+    "GetMetrics": access.METRICS,
+    "Logs": access.LOGS,
+    "Submit": access.REQUESTS,
+    "Result": access.REQUESTS,
+    "Jobs": access.REQUESTS,
+    "Change": access.REQUESTS,
+}
 KNOWN = 1024  # certificates whose text is not read again
 
 

@@ -8,6 +8,8 @@ _NAMES = {
     "sync": ("Client", "connect"),
     "aio": ("AsyncClient", "connect_async"),
     "results": ("Answer", "Incomplete"),
+    "jobs": ("Job", "JobStatus"),
+    "async_jobs": ("AsyncJob",),
 }
 _ERRORS = (
     "CallCancelled",
@@ -15,6 +17,8 @@ _ERRORS = (
     "DeadlinePassed",
     "HandlerFailed",
     "InvalidCall",
+    "JobExpired",
+    "JobQuarantined",
     "NameNotFound",
     "NoSuchHost",
     "NotReached",

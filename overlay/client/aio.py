@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 from overlay.client import arguments
 from overlay.client.arguments import CallOptions, MapOptions
+from overlay.client.async_jobs import AsyncJob
 from overlay.client.connection import PATIENCE_S, Connection
 from overlay.client.event_loop import LoopBridge, on_a_thread
 from overlay.client.map_run import MapRun
@@ -154,6 +156,46 @@ class AsyncClient:
         options = arguments.parts_options(payload, args, team, handler, timeout, priority)
         parts = Parts(arguments.as_first(first), in_items=options.has_values)
         return self._parts(options, parts)
+
+    async def later(
+        self,
+        handler: str | None,
+        payload: bytes | str | None = None,
+        *,
+        args: Args | None = None,
+        mode: str = "any",
+        team: str = "",
+        key: str = "",
+        priority: int = 0,
+        limit_s: float | None = None,
+        expires_s: float | None = None,
+        start_at: float | datetime | None = None,
+        every_s: float | None = None,
+        attempts: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncJob:
+        """See Client.later."""
+        options = arguments.job_options(
+            handler,
+            args is not None,
+            mode,
+            team,
+            priority,
+            limit_s,
+            expires_s,
+            start_at,
+            every_s,
+            attempts,
+            timeout,
+        )
+        body, key = arguments.job_payload(payload, args), arguments.job_key(key)
+        sent = self._connection, options.request, body, key, options.timeout_s
+        id_ = await on_a_thread(self._connection.jobs.submit, *sent)
+        return AsyncJob(self._connection, id_, options.has_values)
+
+    def job(self, id: str) -> AsyncJob:
+        """See Client.job."""
+        return AsyncJob(self._connection, arguments.as_job_id(id))
 
     async def metrics(
         self,

@@ -8,10 +8,12 @@ argument.
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 import operator
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sized
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sized
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +123,129 @@ def map_options(
         window,
         None if patience_s is None else as_patience(patience_s),
     )
+
+
+class JobOptions(NamedTuple):
+    """The checked arguments of jobs that are submitted together. request: a serialized
+    SubmitRequest without their payloads and keys."""
+
+    request: bytes
+    timeout_s: float
+    has_values: bool
+
+
+def job_options(
+    handler: str | None,
+    has_args: bool,
+    mode: str,
+    team: str,
+    priority: int,
+    limit_s: float | None,
+    expires_s: float | None,
+    start_at: float | datetime | None,
+    every_s: float | None,
+    attempts: int,
+    timeout: float | None,
+) -> JobOptions:
+    asks_all = _asks_all_workers(mode)
+    kind = call_kind(
+        mode, team, "" if handler is None else handler, has_args and asks_all, priority
+    )
+    request = pb2.Request(
+        mode=kind.route.mode.name,
+        team=kind.route.team,
+        handler=kind.route.handler,
+        want_parts=kind.want_parts,
+        priority=kind.priority,
+    )
+    made = pb2.SubmitRequest(
+        request=request,
+        limit_s=_as_duration("limit_s", limit_s),
+        expires_s=_as_duration("expires_s", expires_s),
+        every_s=_as_duration("every_s", every_s),
+        start_at_s=_as_moment("start_at", start_at),
+        attempts=as_int("attempts", attempts, maximum=1000),
+    )
+    return JobOptions(made.SerializeToString(deterministic=True), as_timeout(timeout), has_args)
+
+
+def job_payloads(
+    payloads: Iterable[bytes | str] | None, args: Iterable[Any] | None, keys: Iterable[str] | None
+) -> tuple[list[bytes], list[str]]:
+    """keys: "" for each payload if there are none."""
+    if (payloads is None) == (args is None):
+        raise TypeError("jobs need either payloads, or the args of a typed function")
+    if args is None:
+        bodies = [as_bytes(payload) for payload in as_iterator(payloads)]
+    elif _is_instance(args, Mapping):
+        raise TypeError("args of several jobs must be an iterable of dicts, not one dict")
+    else:
+        bodies = [_as_json(one) for one in args]
+    found = [""] * len(bodies) if keys is None else [job_key(key) for key in keys]
+    if len(found) != len(bodies):
+        raise ValueError(f"keys: {len(found)} for {len(bodies)} jobs")
+    if keys is not None and (not all(found) or len(set(found)) < len(found)):
+        raise ValueError("keys: each must have at least one character, and no two may be equal")
+    return bodies, found
+
+
+def job_key(key: str) -> str:
+    return _as_text("key", key)
+
+
+def job_payload(payload: object, args: object) -> bytes:
+    return _as_body(payload, args)
+
+
+def job_states(states: Iterable[str]) -> list[Any]:
+    """Of their names in lower case."""
+    if isinstance(states, str):
+        states = (states,)
+    known = {name.lower(): value for name, value in pb2.JobState.items()}
+    found = []
+    for state in states:
+        if _as_text("states", state) not in known:
+            raise ValueError(f"states: {state[:20]!r} is not {', '.join(known)}")
+        found.append(known[state])
+    return found
+
+
+def change_request(action: str, ids: Iterable[str], states: Iterable[str]) -> pb2.ChangeRequest:
+    known = {name.lower(): name for name in pb2.JobAction.keys()}  # noqa: SIM118 - no dict
+    if _as_text("action", action) not in known:
+        raise ValueError(f"action {action[:20]!r} is not {', '.join(known)}")
+    found = [as_job_id(id_) for id_ in ((ids,) if isinstance(ids, str) else ids)]
+    wanted = job_states(states)
+    if bool(found) == bool(wanted):
+        raise ValueError("either ids or states are needed, to say which jobs are meant")
+    return pb2.ChangeRequest(action=known[action], ids=found, states=wanted)
+
+
+def as_job_id(id_: str) -> str:
+    text = _as_text("id", id_)
+    if len(text) != 16 or not set(text) <= set("0123456789abcdef"):
+        raise ValueError(f"id {text[:20]!r} is not the id of a job, 16 digits from 0 to f")
+    return text
+
+
+def _as_duration(name: str, value: float | None) -> float:
+    """0 for None."""
+    if value is None:
+        return 0.0
+    number = _as_number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a number of seconds above 0, not {number:g}")
+    return number
+
+
+def _as_moment(name: str, value: float | datetime | None) -> float:
+    """Seconds since 1970; 0 for None."""
+    if value is None:
+        return 0.0
+    number = value.timestamp() if isinstance(value, datetime) else _as_number(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be a time after 1970, not {number:g}")
+    return number
 
 
 def metrics_request(events: int, requests: int, functions: bool) -> pb2.MetricsRequest:

@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overlay.client.callbacks import Callbacks
+from overlay.client.jobs import JobSender
 from overlay.client.lanes import Lanes
 from overlay.client.outbox import Submission
 from overlay.client.probe import ConnectionProbe
@@ -78,6 +79,7 @@ class Connection:
         self.callbacks = Callbacks()
         self.open_futures: set[concurrent.futures.Future[bytes]] = set()
         self.maps: weakref.WeakSet[Any] = weakref.WeakSet()  # those that may have more to send
+        self.jobs = JobSender()
         self._open_calls = 0  # unary calls
         self._patience_s = patience_s
         self._has_lanes = lanes
@@ -168,6 +170,7 @@ class Connection:
     def leave_behind(self) -> None:
         """See environment.Forkable."""
         self._lock = threading.Lock()  # the parent may have held it during the fork
+        self.jobs = JobSender()
         self.callbacks = Callbacks()
         if self._main_stubs is not None:
             self._finalizer.detach()
@@ -251,6 +254,76 @@ class Connection:
         stubs = self._stubs
         response = self._call(stubs, stubs.admin.Logs, request, timeout_s, check)
         return cast(codec.pb2.LogsResponse, response)
+
+    def submit_jobs(
+        self, request: codec.pb2.SubmitRequest, timeout_s: float
+    ) -> codec.pb2.SubmitResponse:
+        """Jobs with keys are submitted again when it is not known whether they were accepted."""
+        until = time.monotonic() + timeout_s
+        patient_until = time.monotonic() + min(self._patience_s, timeout_s)
+        count = len(request.payloads) or 1
+
+        def check(response: codec.pb2.SubmitResponse) -> None:
+            validation.check_job_ids(response.ids, count)
+
+        while True:
+            stubs = self._stubs
+            left_s = max(0.001, until - time.monotonic())
+            try:
+                response = self._call(stubs, stubs.jobs.Submit, request, left_s, check)
+                return cast(codec.pb2.SubmitResponse, response)
+            except NotReached:
+                raise
+            except Unavailable as e:
+                pause_s = e.retry_after_s or RETRY_PAUSE_S
+                may_repeat = e.executed is Executed.NO or len(request.keys) == count
+                if not may_repeat or time.monotonic() + pause_s > patient_until:
+                    raise
+                time.sleep(pause_s)
+
+    def job_result(self, request: codec.pb2.ResultRequest, timeout_s: float) -> codec.pb2.Job:
+        stubs, check = self._stubs, partial(validation.check_job, request.id)
+        return cast(codec.pb2.Job, self._call(stubs, stubs.jobs.Result, request, timeout_s, check))
+
+    def job_result_soon(
+        self,
+        request: codec.pb2.ResultRequest,
+        timeout_s: float,
+        done: Callable[[codec.pb2.Job | CallFailed], None],
+    ) -> Callable[[], object]:
+        """Like `job_result`, without a thread that waits: `done` gets the job or the error, on
+        gRPC's thread. Returns what gives up the call."""
+        call = self._stubs.jobs.Result.future(
+            request, timeout=time.Timeout(timeout_s), wait_for_ready=True
+        )
+
+        def ended(call: Any) -> None:
+            try:
+                job = call.result()
+                validation.check_job(request.id, job)
+            except BadResponse as e:
+                done(error_of(Detail(e.code, str(e)), f"the server at {self.shown}: {e}"))
+            except grpc.RpcError as e:
+                done(error_from_rpc(e, self.shown, timeout_s))
+            except grpc.FutureCancelledError:
+                done(CallCancelled("this client was closed before the answer came"))
+            else:
+                done(job)
+
+        call.add_done_callback(ended)
+        return cast(Callable[[], object], call.cancel)
+
+    def list_jobs(self, request: codec.pb2.JobsRequest, timeout_s: float) -> codec.pb2.JobsResponse:
+        stubs = self._stubs
+        response = self._call(stubs, stubs.jobs.Jobs, request, timeout_s, validation.check_jobs)
+        return cast(codec.pb2.JobsResponse, response)
+
+    def change_jobs(
+        self, request: codec.pb2.ChangeRequest, timeout_s: float
+    ) -> codec.pb2.ChangeResponse:
+        stubs = self._stubs
+        response = self._call(stubs, stubs.jobs.Change, request, timeout_s, validation.tidy)
+        return cast(codec.pb2.ChangeResponse, response)
 
     def metrics(
         self, request: codec.pb2.MetricsRequest, timeout_s: float
@@ -380,6 +453,7 @@ class _Stubs:
     ) -> None:
         self.channel = Channel(address, options, credentials)
         self.node = codec.pb2_grpc.OverlayNodeStub(self.channel)
+        self.jobs = codec.pb2_grpc.OverlayJobsStub(self.channel)
         self.admin = codec.pb2_grpc.OverlayAdminStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
         self.answered = -FRESH_S

@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from datetime import datetime
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +31,7 @@ from overlay.client import arguments
 from overlay.client.arguments import DEFAULT_TIMEOUT_S, CallOptions, MapOptions
 from overlay.client.connection import PATIENCE_S, Connection
 from overlay.client.futures import CallFuture, ValueFuture
+from overlay.client.jobs import Job, JobChange, JobStatus, read_change, read_job, submit_many
 from overlay.client.map_run import MapRun
 from overlay.client.map_window import NOTHING_YET, PAUSE_S, Run
 from overlay.client.outbox import Submission
@@ -329,6 +331,136 @@ class Client(concurrent.futures.Executor):
         options = arguments.parts_options(payload, args, team, handler, timeout, priority)
         parts = Parts(arguments.as_first(first), in_items=options.has_values)
         return _parts(self._connection, options, parts)
+
+    def later(
+        self,
+        handler: str | None,
+        payload: bytes | str | None = None,
+        *,
+        args: Args | None = None,
+        mode: str = "any",
+        team: str = "",
+        key: str = "",
+        priority: int = 0,
+        limit_s: float | None = None,
+        expires_s: float | None = None,
+        start_at: float | datetime | None = None,
+        every_s: float | None = None,
+        attempts: int = 0,
+        timeout: float | None = None,
+    ) -> Job:
+        """Submits a job: a request that the leader keeps on its disk until it is answered, and
+        whose answer it keeps for a day. Returns when it is on the disk.
+
+        key: says that running it twice does no harm; a job with a key that the leader has already
+        is that one. limit_s: seconds that one attempt may take; None: the configured
+        max_deadline_s. expires_s: seconds after which it is not started any more. start_at: when it
+        is started, in seconds since 1970 or as a datetime. every_s: again and again, until it is
+        cancelled. attempts: how often it is started when it is not known how an attempt ended; 0: 3
+        with a key, 1 without; more than one needs a key. timeout: seconds until it is accepted. The
+        other arguments are those of `submit`.
+
+        Raises CallFailed: Refused if the journal is full, Unavailable if the connection is lost and
+        it is not known whether the job was accepted (with a key it is submitted again).
+        """
+        options = arguments.job_options(
+            handler,
+            args is not None,
+            mode,
+            team,
+            priority,
+            limit_s,
+            expires_s,
+            start_at,
+            every_s,
+            attempts,
+            timeout,
+        )
+        body, key = arguments.job_payload(payload, args), arguments.job_key(key)
+        connection = self._connection
+        id_ = connection.jobs.submit(connection, options.request, body, key, options.timeout_s)
+        return Job(connection, id_, options.has_values)
+
+    def later_many(
+        self,
+        handler: str | None,
+        payloads: Iterable[bytes | str] | None = None,
+        *,
+        args: Iterable[Args] | None = None,
+        mode: str = "any",
+        team: str = "",
+        keys: Iterable[str] | None = None,
+        priority: int = 0,
+        limit_s: float | None = None,
+        expires_s: float | None = None,
+        start_at: float | datetime | None = None,
+        attempts: int = 0,
+        timeout: float | None = None,
+    ) -> list[Job]:
+        """Submits a job for each payload, a thousand at a time; see `later`.
+
+        keys: one for each. If it raises, the jobs before may have been accepted; with keys it can
+        be called again.
+        """
+        options = arguments.job_options(
+            handler,
+            args is not None,
+            mode,
+            team,
+            priority,
+            limit_s,
+            expires_s,
+            start_at,
+            None,
+            attempts,
+            timeout,
+        )
+        bodies, found = arguments.job_payloads(payloads, args, keys)
+        ids = submit_many(self._connection, options, bodies, found)
+        return [Job(self._connection, id_, options.has_values) for id_ in ids]
+
+    def job(self, id: str) -> Job:
+        """The job with this id, of this or another client. Asks nobody."""
+        return Job(self._connection, arguments.as_job_id(id))
+
+    def jobs(
+        self,
+        states: Iterable[str] = (),
+        *,
+        handler: str = "",
+        limit: int = 100,
+        before: str = "",
+        timeout: float | None = None,
+    ) -> list[JobStatus]:
+        """The newest jobs of this caller; of everybody's, if it is an operator or without TLS.
+
+        states: for example ("failed", "quarantined"); empty: all. limit: at most 1,000. before:
+        only jobs older than this id. Raises CallFailed.
+        """
+        request = codec.pb2.JobsRequest(
+            states=arguments.job_states(states),
+            handler=arguments.as_id(handler),
+            limit=arguments.as_int("limit", limit, minimum=1),
+            before=arguments.as_id(before),
+        )
+        response = self._connection.list_jobs(request, arguments.as_timeout(timeout))
+        return [read_job(job) for job in response.jobs]
+
+    def change_jobs(
+        self,
+        action: str,
+        ids: Iterable[str] = (),
+        *,
+        states: Iterable[str] = (),
+        timeout: float | None = None,
+    ) -> JobChange:
+        """Changes several jobs: those with these ids, or all of the caller's in these states.
+
+        action: "cancel"; "release": those that are quarantined or failed wait again; "drop": those
+        that are over are forgotten. Raises CallFailed.
+        """
+        request = arguments.change_request(action, ids, states)
+        return read_change(self._connection.change_jobs(request, arguments.as_timeout(timeout)))
 
     def metrics(
         self,

@@ -36,6 +36,8 @@ Count = Annotated[int, Field(ge=1, le=10_000, strict=True)]
 Places = Annotated[int, Field(ge=1, le=1000, strict=True)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 
+Days = Annotated[float, Field(gt=0, le=366 * 86_400, strict=True)]
+JobCount = Annotated[int, Field(ge=1, le=100_000_000, strict=True)]
 Mib = Annotated[int, Field(ge=1, le=65_536, strict=True)]
 MessageMib = Annotated[
     int,
@@ -162,6 +164,15 @@ class ConfigurationFile(_Entry):
     """Seconds for which an answer is kept for its idempotency key."""
     max_kept_mib: Mib = Limits.kept_bytes // MIB
     """MiB of all answers kept for idempotency keys, per process."""
+    journal: Folder = ""
+    """The file in which the leader keeps jobs, relative to the configuration file. Without it there
+    are no jobs. Not on a network share or in a folder that is synchronised with other machines."""
+    max_jobs: JobCount = Limits.max_jobs
+    """How many jobs the journal may have, those that have ended included. More are refused."""
+    max_journal_mib: Mib = Limits.journal_bytes // MIB
+    """MiB of all their payloads and answers."""
+    keep_jobs_s: Days = Limits.keep_jobs_s
+    """Seconds for which a job that has ended, and its answer, are kept."""
     log_dir: Folder = "logs"
     """The folder of the logs (process_a.log and so on), relative to the configuration file."""
     metrics_port_offset: Annotated[int, Field(ge=-65_534, le=65_534, strict=True)] | None = None
@@ -490,11 +501,15 @@ def _topology(file: ConfigurationFile, path: Path, raw: Mapping[str, Any]) -> To
             max_waiting_bytes=file.max_waiting_mib * MIB,
             key_window_s=file.key_window_s,
             kept_bytes=file.max_kept_mib * MIB,
+            max_jobs=file.max_jobs,
+            journal_bytes=file.max_journal_mib * MIB,
+            keep_jobs_s=file.keep_jobs_s,
         ),
         folder=path.absolute().parent,
         name=path.name,
         digest=_digest(raw),
         tls=file.tls,
+        journal=file.journal,
         access=Access({name: _rights(entry) for name, entry in file.access.items()}),
     )
 

@@ -104,6 +104,12 @@ class KeysFull(Refused):
     cause = "keys full"
 
 
+class JournalFull(Refused):
+    """The journal, or its disk, has no room for another job."""
+
+    cause = "journal full"
+
+
 class Unavailable(CallFailed):
     """The process asked is stopping, or the connection or all workers were lost."""
 
@@ -160,6 +166,19 @@ class CallCancelled(CallFailed, RuntimeError):
 
     code = Code.CANCELLED
     cause = "cancelled"
+
+
+class JobQuarantined(CallFailed):
+    """The job may have run, and is not started again unless it is released."""
+
+    code = Code.ABORTED
+
+
+class JobExpired(CallFailed):
+    """The job was not started in time."""
+
+    code = Code.ABORTED
+    executed = Executed.NO
 
 
 def of_status(code: Code, executed: Executed) -> type[CallFailed]:
@@ -242,6 +261,13 @@ class NotLent(OverlayError):
 
     code = Code.FAILED_PRECONDITION
     cause = "not lent"
+
+
+class NoJournal(OverlayError):
+    """The process asked keeps no jobs, or cannot use its journal now."""
+
+    code = Code.FAILED_PRECONDITION
+    cause = "no journal"
 
 
 class LoopDetected(OverlayError):

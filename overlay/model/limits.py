@@ -26,6 +26,9 @@ class Limits:
     max_waiting_bytes: int = 256 * MIB  # payloads in the queue; 200 slots x 16 MiB would be 3 GiB
     key_window_s: float = 600  # how long an answer is kept for its idempotency key
     kept_bytes: int = 128 * MIB  # of answers kept for keys; beyond it new keys are refused
+    max_jobs: int = 1_000_000  # in the journal, whatever their state; beyond it they are refused
+    journal_bytes: int = 1024 * MIB  # of their payloads and answers
+    keep_jobs_s: float = 86_400  # how long a job that has ended is kept
 
     # RPC threads beyond queue and service, to refuse requests while both are full
     reserve_threads: int = 40

@@ -116,6 +116,7 @@ class Topology:
     name: str = "configuration"
     digest: str = ""
     tls: str = ""
+    journal: str = ""  # the file of the leader's jobs, relative to `folder`; empty: there are none
     access: Access = field(default_factory=Access)
 
     @property

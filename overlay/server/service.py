@@ -25,10 +25,11 @@ from overlay.calls.request_log import RequestLog
 from overlay.calls.request_path import STOPPING_RETRY_S, RequestPath
 from overlay.calls.stream_session import StreamSessions, just_kick
 from overlay.calls.unary import UnaryRequests
+from overlay.jobs.requests import Jobs
 from overlay.model import clocks as time
-from overlay.model.errors import NotAllowed, OverlayError
+from overlay.model.errors import NoJournal, NotAllowed, OverlayError
 from overlay.model.segments import Caller, Code
-from overlay.model.topology import Process, Topology
+from overlay.model.topology import ROLES, Process, Topology
 from overlay.observability.log_buffer import LogBuffer
 from overlay.peers.peers import Peers
 from overlay.queueing.queued_segment import QueuedSegment
@@ -120,10 +121,14 @@ class Service:
         self._lender = None if self.executor else self._make_lender()
         streams = self._path, self._deadlines, start, self._leases, self._lender
         self._sessions = StreamSessions(*streams)
+        self._jobs: Jobs | None = None
+        if topology.journal and ROLES[self.me.role].queued:
+            below = self._path, self.queue, self._deadlines, self._gate
+            self._jobs = Jobs(topology, me, *below)
         self._hosts = UpstreamHosts(topology.above(me))
         self.log_reader = LogReader(topology, me, log_buffer or LogBuffer(), self.links, dropped)
         self._process_metrics = ProcessMetrics(topology, self.me, self.links, self.executor)
-        self.links.on_change = self.queue.kick
+        self.links.on_change = self._links_changed
         self.links.on_report = self._leases.reported
         if self.executor:
             self.executor.on_free = self.queue.kick
@@ -141,6 +146,8 @@ class Service:
         self._deadlines.start()
         self._hosts.start()
         self.links.start()
+        if self._jobs is not None:
+            self._jobs.start()
 
     def forward(
         self, request: pb2.Request, context: grpc.ServicerContext
@@ -164,6 +171,43 @@ class Service:
         except OverlayError as e:
             call.fail(self._path.with_retry(e))
 
+    def submit(
+        self, request: pb2.SubmitRequest, context: grpc.ServicerContext
+    ) -> Future[pb2.SubmitResponse]:
+        """Answers when the jobs are on the disk. Raises OverlayError, as do the others here."""
+        rights = self._gate.rights(context)
+        return self.jobs.submit(request, self._caller(context), rights)
+
+    def job_result(
+        self, request: pb2.ResultRequest, context: grpc.ServicerContext
+    ) -> Future[pb2.Job]:
+        return self.jobs.result(request, context, self._caller(context))
+
+    def list_jobs(
+        self, request: pb2.JobsRequest, context: grpc.ServicerContext
+    ) -> Future[pb2.JobsResponse]:
+        return self.jobs.listed(request, context, self._caller(context))
+
+    def change_jobs(
+        self, request: pb2.ChangeRequest, context: grpc.ServicerContext
+    ) -> Future[pb2.ChangeResponse]:
+        return self.jobs.change(request, context, self._caller(context))
+
+    @property
+    def jobs(self) -> Jobs:
+        """Raises NoJournal if this process keeps none."""
+        if self._jobs is not None:
+            return self._jobs
+        leader = self.topology.leader
+        if leader.id == self.me.id:
+            raise NoJournal(
+                f"{self.me.id} keeps no jobs: its configuration ({self.topology.name}) has no "
+                '"journal"; add "journal": "journal.db" and restart it'
+            )
+        raise NoJournal(
+            f"{self.me.id} keeps no jobs: ask the leader, {leader.id} at {leader.address}"
+        )
+
     def drain(self, grace_s: float, for_good: bool = False) -> Drained:
         """Refuses waiting and new requests, and lets running ones end within `grace_s`.
 
@@ -174,6 +218,8 @@ class Service:
         """
         began, refused_before = time.monotonic(), self.meter.counts().refused
         self._path.draining = True
+        if self._jobs is not None:
+            self._jobs.stop()
         self._sessions.announce_stop(for_good)
         if self._sessions.open:
             time.sleep(min(grace_s, NOTICE_S))
@@ -197,6 +243,8 @@ class Service:
         self._hosts.stop()
         self._sessions.threads.close()
         self.links.close()
+        if self._jobs is not None:
+            self._jobs.close()
         if self.executor:
             self.executor.close()
         self.request_log.close()
@@ -218,11 +266,18 @@ class Service:
         self.log_reader.fill(response, events)
         self._process_metrics.fill(response, functions)
         self._gate.fill(response)
+        if self._jobs is not None:
+            self._jobs.fill(response)
         if self._lender is not None:
             self._lender.fill(response)
         else:
             response.lanes.extend(map(codec.write_lane, self._leases.shown()))
         return response
+
+    def _links_changed(self) -> None:
+        self.queue.kick()
+        if self._jobs is not None:
+            self._jobs.hurry()
 
     def _make_lender(self) -> Lender:
         below = self.queue, self.links, self._leases

@@ -123,6 +123,35 @@ def check_logs(message: Any, process_id: str, lines: int) -> None:
         raise BadResponse(f"{len(message.lines)} lines, and {lines} were asked for")
 
 
+def check_job_ids(ids: Sequence[str], count: int) -> None:
+    """Checks the ids of jobs that were submitted. Raises BadResponse."""
+    if len(ids) != count:
+        raise BadResponse(f"{len(ids)} ids for {count} jobs")
+    for id_ in ids:
+        _check_job_id(id_)
+
+
+def check_job(id_: str, message: Any) -> None:
+    """Checks a job that was asked for, and tidies its texts in place. Raises BadResponse."""
+    if message.id != id_:
+        raise BadResponse(f"job '{_shown(message.id)}', not '{_shown(id_)}'")
+    if message.HasField("answer"):
+        check_response(message.answer)
+    tidy(message)
+
+
+def check_jobs(message: Any) -> None:
+    """Checks a list of jobs, and tidies it in place. Raises BadResponse."""
+    tidy(message)
+    for job in message.jobs:
+        _check_job_id(job.id)
+
+
+def _check_job_id(id_: str) -> None:
+    if len(id_) != 16 or not set(id_) <= set("0123456789abcdef"):
+        raise BadResponse(f"'{_shown(id_)}' is not the id of a job")
+
+
 def tidy(message: Any) -> None:
     """Checks a message that people will read, and cuts and escapes its texts in place.
 

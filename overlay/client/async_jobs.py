@@ -1,0 +1,94 @@
+"""Jobs for asyncio: waiting for one holds no thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+from overlay.client.arguments import as_timeout
+from overlay.client.connection import Connection
+from overlay.client.event_loop import on_a_thread
+from overlay.client.jobs import PAUSE_S, WAIT_S, JobStatus, read_job, still_open
+from overlay.client.results import Answer, read_value
+from overlay.model import clocks as time
+from overlay.model.errors import CallFailed, Unavailable
+from overlay.transport.codec import pb2
+
+
+class AsyncJob:
+    """See Job; for the tasks of an event loop."""
+
+    def __init__(self, connection: Connection, id_: str, has_value: bool = False) -> None:
+        self.id = id_
+        self._connection = connection
+        self._has_value = has_value
+
+    def __repr__(self) -> str:
+        return f"AsyncJob({self.id!r})"
+
+    async def status(self, *, timeout: float | None = None) -> JobStatus:
+        """See Job.status."""
+        request = pb2.ResultRequest(id=self.id, without_answer=True)
+        return await self._ask(request, as_timeout(timeout))
+
+    async def wait(self, timeout: float | None = None) -> JobStatus:
+        """See Job.wait."""
+        until = None if timeout is None else time.monotonic() + as_timeout(timeout)
+        patience_s, lost_at, wait_s = self._connection.map_patience(None), 0.0, 0.0
+        while True:
+            left_s = WAIT_S if until is None else until - time.monotonic()
+            request = pb2.ResultRequest(id=self.id, wait_s=max(0.0, min(wait_s, left_s)))
+            try:
+                found = await self._ask(request, request.wait_s + 10.0)
+            except Unavailable:
+                now = time.monotonic()
+                lost_at = lost_at or now
+                if now - lost_at > patience_s or (until is not None and now > until):
+                    raise
+                await asyncio.sleep(PAUSE_S)
+                continue
+            lost_at, wait_s = 0.0, WAIT_S
+            if found.is_over:
+                return found
+            if (error := still_open(found, until, timeout)) is not None:
+                raise error
+
+    async def answer(self, timeout: float | None = None) -> Answer:
+        """See Job.answer."""
+        status = await self.wait(timeout)
+        if status.answer is None:
+            raise status.error()
+        return status.answer
+
+    async def result(self, timeout: float | None = None) -> Any:
+        """See Job.result."""
+        result = (await self.answer(timeout)).result
+        return read_value(result) if self._has_value else result
+
+    async def cancel(self, *, timeout: float | None = None) -> bool:
+        """See Job.cancel."""
+        request = pb2.ChangeRequest(action=pb2.CANCEL, ids=[self.id])
+        asked = self._connection.change_jobs, request, as_timeout(timeout)
+        return bool((await on_a_thread(*asked)).changed)
+
+    async def _ask(self, request: pb2.ResultRequest, timeout_s: float) -> JobStatus:
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[pb2.Job | CallFailed] = loop.create_future()
+
+        def put(found: pb2.Job | CallFailed) -> None:
+            if not answered.done():
+                answered.set_result(found)
+
+        def done(found: pb2.Job | CallFailed) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(put, found)
+
+        give_up = self._connection.job_result_soon(request, timeout_s, done)
+        try:
+            found = await answered
+        finally:
+            give_up()
+        if isinstance(found, CallFailed):
+            raise found
+        return read_job(found)

@@ -1,0 +1,8 @@
+"""Requests that are accepted once they are on disk, and whose answers are kept.
+
+store       the file: what is accepted, how it stands, what became of it
+journal     the thread that writes it, many changes in one commit
+outcome     what an attempt makes of a job: done, again, failed or quarantined
+runner      which jobs go into the leader's queue, and when
+requests    the RPCs: submit, result, list, change
+"""

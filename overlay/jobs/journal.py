@@ -1,0 +1,323 @@
+"""Writes the journal: one thread, and one commit for all changes that have gathered.
+
+    do(change)  --> [ thread "jobs": begin, every change, the runner's turn, commit ] --> its Future
+    ask(question) ->  the same thread, outside of the transaction                     --> its Future
+
+So the cost of a commit, which waits for the disk, is shared by all who come meanwhile.
+
+Changes of two kinds: `do` is refused when the disk has no room; `record` must not be lost, as it
+says how an attempt ended, so it is kept and tried again until there is room. A file beside the
+journal, the ballast, is given up to make that room at once. Questions are answered all the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from overlay.jobs.store import JobStore
+from overlay.model import clocks as time
+from overlay.model.errors import JournalFull, NoJournal, OverlayError
+from overlay.model.jobs import TakenJob
+from overlay.model.limits import MIB
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Change = Callable[[JobStore, float], Any]
+"""(store, now in seconds since 1970) -> what its Future gets. Raises OverlayError to refuse."""
+
+BATCH = 512  # changes in one commit, at most
+BALLAST_BYTES = 8 * MIB
+RESERVE_BYTES = 32 * MIB  # free space of the disk below which no job is accepted
+LOOK_S = 1.0  # how often the disk and the time are looked at
+FORGOTTEN = 500  # old jobs in one commit
+TIDY_S = 3600.0  # how often what was once asked is forgotten
+RETRY_S = 0.5  # until changes are tried again that must not be lost
+
+
+class Runner(Protocol):
+    """What the journal's thread does besides writing; see overlay.jobs.runner."""
+
+    def wants(self, store: JobStore) -> bool:
+        """Whether `take` would take any now."""
+
+    def take(self, store: JobStore, now: float) -> Sequence[TakenJob]:
+        """In the transaction, after the changes: marks jobs as running."""
+
+    def committed(self, taken: Sequence[TakenJob], over: Sequence[int]) -> None:
+        """After the commit. over: the numbers of jobs that have ended or were forgotten."""
+
+
+class Journal:
+    """Thread-safe. Owns the store from `start` to `close`."""
+
+    def __init__(self, store: JobStore, runner: Runner, reserve_bytes: int = RESERVE_BYTES) -> None:
+        self.problem = ""  # why no jobs are accepted now; empty: they are
+        self._store = store
+        self._runner = runner
+        self._reserve_bytes = reserve_bytes
+        self._changes: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()
+        self._unwritten: list[_Change] = []  # that must not be lost; older than those in the queue
+        self._is_down = False  # the last commit failed
+        self._ballast = _Ballast(store.path)
+        self._looked = 0.0
+        self._next_wake: float | None = 0.0
+        self._next_look_back = self._next_tidying = 0.0
+        self._stopped = self._is_over = False
+        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+
+    def start(self) -> None:
+        self._ballast.restore(self._reserve_bytes)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Writes what is left and closes the file."""
+        self._stopped = True
+        self._changes.put(None)
+        if self._thread.is_alive():
+            self._thread.join(5)
+        if not self._thread.is_alive():
+            self._store.close()
+
+    def do(self, change: Callable[[JobStore, float], T]) -> Future[T]:
+        """Its result, once it is on the disk; or the error that it raised, JournalFull if the disk
+        has no room, NoJournal if the journal cannot be written."""
+        return self._put(_Change(change))
+
+    def ask(self, question: Callable[[JobStore, float], T]) -> Future[T]:
+        """Its result. It changes nothing, so it is answered whatever the disk is like."""
+        return self._put(_Change(question, asks=True))
+
+    def record(self, change: Change) -> None:
+        """A change that must not be lost and refuses nothing."""
+        self._put(_Change(change, must=True))
+
+    def wake(self) -> None:
+        """The runner may take more."""
+        self._changes.put(_NOTHING)
+
+    def _put(self, change: _Change) -> Future[Any]:
+        self._changes.put(change)
+        if self._is_over:  # nobody reads them any more
+            self._refuse_all()
+        return change.future
+
+    # the thread
+
+    def _run(self) -> None:
+        while True:
+            batch, is_last = self._gather()
+            try:
+                self._write(batch)
+            except Exception:  # the next batch may succeed
+                log.exception("the journal's thread failed")
+                for one in batch:
+                    one.fail(NoJournal("the journal could not be written"))
+            if is_last:
+                self._is_over = True
+                self._refuse_all()
+                return
+
+    def _gather(self) -> tuple[list[_Change], bool]:
+        batch, self._unwritten = self._unwritten, []
+        try:
+            patience_s = RETRY_S if batch else self._pause_s()
+            one = (
+                self._changes.get(timeout=patience_s) if patience_s else self._changes.get_nowait()
+            )
+            while True:
+                if one is None:
+                    return batch, True
+                if one is not _NOTHING:
+                    batch.append(one)
+                if len(batch) >= BATCH:
+                    break
+                one = self._changes.get_nowait()
+        except queue.Empty:
+            pass
+        return batch, False
+
+    def _pause_s(self) -> float:
+        if self._is_down:
+            return RETRY_S
+        return 0.0 if not self._stopped and self._runner.wants(self._store) else LOOK_S
+
+    def _write(self, batch: list[_Change]) -> None:
+        now = time.time()
+        self._look(now)
+        questions = [one for one in batch if one.asks]
+        if questions:
+            batch = [one for one in batch if not one.asks]
+        self._change(batch, now)
+        for one in questions:
+            try:
+                one.settle(one.apply(self._store, now), None)
+            except OverlayError as e:
+                one.fail(e)
+            except sqlite3.Error as e:
+                one.fail(NoJournal(f"the journal cannot be read: {e}"))
+
+    def _change(self, batch: list[_Change], now: float) -> None:
+        results: list[tuple[_Change, Any, OverlayError | None]] = []
+        taken: Sequence[TakenJob] = ()
+        is_due = (at := self._next_wake) is not None and at <= now
+        is_old = now >= self._next_look_back
+        is_wanted = not self._stopped and not self._is_down and self._runner.wants(self._store)
+        if not (batch or is_due or is_old or is_wanted):
+            return
+        try:
+            self._store.begin()
+            if is_due:
+                self._store.wake(now)
+            if is_old:
+                self._next_look_back = now + self._look_back(now)
+            for one in batch:
+                try:
+                    results.append((one, one.apply(self._store, now), None))
+                except OverlayError as e:
+                    results.append((one, None, e))
+            if is_wanted or (batch and not self._stopped and not self._is_down):
+                taken = self._runner.take(self._store, now)
+            self._next_wake = self._store.next_wake()
+            self._store.commit()
+        except sqlite3.Error as e:
+            self._store.rollback()
+            self._failed(batch, e)
+            return
+        if self._is_down:
+            self._is_down = False
+            log.info("the journal is written again", extra={"kind": "log"})
+        for one, result, error in results:
+            one.settle(result, error)
+        self._runner.committed(taken, self._store.take_over())
+
+    def _failed(self, batch: list[_Change], error: sqlite3.Error) -> None:
+        """Nothing of the batch is on the disk."""
+        is_full = "full" in str(error) or "disk I/O" in str(error)
+        self._unwritten = [one for one in batch if one.must]
+        if not self._is_down:
+            log.error("the journal cannot be written: %s", error, extra={"kind": "failure"})
+        self._is_down = bool(self._unwritten) or not is_full
+        gave = is_full and bool(self._unwritten) and self._ballast.give_up()
+        refused: OverlayError = (
+            JournalFull("the leader's disk is full: nothing was accepted")
+            if is_full
+            else NoJournal(f"the journal cannot be written: {error}")
+        )
+        self.problem = str(refused)
+        for one in batch:
+            if not one.must:
+                one.fail(refused)
+        if gave:
+            log.warning("the disk is full: %d MiB of ballast were given up", BALLAST_BYTES // MIB)
+
+    def _look(self, now: float) -> None:
+        """At the disk's free space, and at what is old, once a second."""
+        if abs(now - self._looked) < LOOK_S:
+            return
+        self._looked = now
+        free = _free_bytes(self._store.path)
+        if free is not None and free < self._reserve_bytes:
+            if not self.problem:
+                log.warning("the disk has only %d MiB left: no jobs are accepted", free // MIB)
+            self.problem = f"the leader's disk has only {free // MIB} MiB left"
+        elif not self._is_down:
+            self.problem = ""
+            self._ballast.restore(self._reserve_bytes)
+
+    def _look_back(self, now: float) -> float:
+        """Forgets what is old. Returns after how many seconds to do so again."""
+        if now >= self._next_tidying:
+            self._next_tidying = now + TIDY_S
+            self._store.forget_kinds()
+        return 0.0 if self._store.forget_old(now, FORGOTTEN) == FORGOTTEN else LOOK_S
+
+    def _refuse_all(self) -> None:
+        while True:
+            try:
+                one = self._changes.get_nowait()
+            except queue.Empty:
+                return
+            if one is not None:
+                one.fail(NoJournal("the leader is stopping"))
+
+
+class _Change:
+    """must: it must not be lost. asks: it changes nothing."""
+
+    __slots__ = ("_apply", "asks", "future", "must")
+
+    def __init__(self, apply: Change, must: bool = False, asks: bool = False) -> None:
+        self.must = must
+        self.asks = asks
+        self.future: Future[Any] = Future()
+        self._apply = apply
+
+    def apply(self, store: JobStore, now: float) -> Any:
+        return self._apply(store, now)
+
+    def settle(self, result: Any, error: OverlayError | None) -> None:
+        if error is not None:
+            self.fail(error)
+        elif not self.must:
+            self.future.set_result(result)
+
+    def fail(self, error: OverlayError) -> None:
+        if not self.must and not self.future.done():
+            self.future.set_exception(error)
+
+
+_NOTHING = _Change(lambda store, now: None, must=True)
+
+
+class _Ballast:
+    """A file that holds room on the disk for the answers of jobs that run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = None if str(path) == ":memory:" else Path(f"{path}-ballast")
+
+    def restore(self, reserve_bytes: int) -> None:
+        """Makes it if it is not there and the disk has room. It is filled with random bytes, which
+        no file system compresses or leaves out."""
+        if self._path is None or self._path.exists():
+            return
+        free = _free_bytes(self._path)
+        if free is None or free < reserve_bytes + BALLAST_BYTES:
+            return
+        try:
+            with open(self._path, "xb") as file:
+                for _ in range(BALLAST_BYTES // MIB):
+                    file.write(os.urandom(MIB))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            log.warning("no ballast beside the journal: %s", e)
+            self.give_up()
+
+    def give_up(self) -> bool:
+        """Whether there was one."""
+        if self._path is None:
+            return False
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+            return True
+        return False
+
+
+def _free_bytes(path: str | Path) -> int | None:
+    if str(path) == ":memory:":
+        return None
+    try:
+        return shutil.disk_usage(Path(path).absolute().parent).free
+    except OSError:
+        return None
