@@ -1,15 +1,16 @@
 """A request queue for the computers you already own.
 
-Twelve packages. Imports only go down in this list; `lint-imports` checks it (pyproject.toml).
+Fourteen packages. Imports only go down in this list; `lint-imports` checks it (pyproject.toml).
 
     server                     one running process: startup, shutdown, metrics
+    jobs                       requests that are kept on disk until they are answered
     calls                      incoming requests, unary or streamed
     cli                        one file per verb of client.py
     peers                      connections to the processes below
     monitor                    a view of a whole overlay
     routing  workers  client   choosing processes | running the user's functions | the library
     queueing  transport        waiting requests and their order | gRPC and protobuf
-    observability              counters, traces, logs
+    observability  security    counters, traces, logs | certificates
     model                      values and configuration
 
 A line belongs in the package of the noun that it is about; if it needs two nouns, in the higher

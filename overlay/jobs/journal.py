@@ -71,7 +71,6 @@ class Journal:
         self._is_down = False  # the last commit failed
         self._ballast = _Ballast(store.path)
         self._looked = 0.0
-        self._next_wake: float | None = 0.0
         self._next_look_back = self._next_tidying = 0.0
         self._stopped = self._is_over = False
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
@@ -119,10 +118,11 @@ class Journal:
             batch, is_last = self._gather()
             try:
                 self._write(batch)
-            except Exception:  # the next batch may succeed
+            except Exception:  # a bug of ours costs one change, not those that came with it
                 log.exception("the journal's thread failed")
+                self._store.rollback()
                 for one in batch:
-                    one.fail(NoJournal("the journal could not be written"))
+                    self._write_alone(one)
             if is_last:
                 self._is_over = True
                 self._refuse_all()
@@ -152,6 +152,16 @@ class Journal:
             return RETRY_S
         return 0.0 if not self._stopped and self._runner.wants(self._store) else LOOK_S
 
+    def _write_alone(self, one: _Change) -> None:
+        if one.future.done():
+            return
+        try:
+            self._write([one])
+        except Exception as e:
+            log.exception("a change of the journal failed")
+            self._store.rollback()
+            one.fail(NoJournal(f"the journal could not be changed: {type(e).__name__}"))
+
     def _write(self, batch: list[_Change]) -> None:
         now = time.time()
         self._look(now)
@@ -170,7 +180,7 @@ class Journal:
     def _change(self, batch: list[_Change], now: float) -> None:
         results: list[tuple[_Change, Any, OverlayError | None]] = []
         taken: Sequence[TakenJob] = ()
-        is_due = (at := self._next_wake) is not None and at <= now
+        is_due = self._store.next_wake <= now
         is_old = now >= self._next_look_back
         is_wanted = not self._stopped and not self._is_down and self._runner.wants(self._store)
         if not (batch or is_due or is_old or is_wanted):
@@ -188,7 +198,6 @@ class Journal:
                     results.append((one, None, e))
             if is_wanted or (batch and not self._stopped and not self._is_down):
                 taken = self._runner.take(self._store, now)
-            self._next_wake = self._store.next_wake()
             self._store.commit()
         except sqlite3.Error as e:
             self._store.rollback()

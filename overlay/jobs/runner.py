@@ -12,28 +12,27 @@ Kinds, which are callers and what they ask, take turns.
 
 from __future__ import annotations
 
+import functools
 import itertools
-import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from overlay.calls.request_log import unexpected
-from overlay.calls.request_path import Accepted, RequestPath, size_of
+from overlay.calls.request_path import Accepted, Finished, RequestPath, size_of
 from overlay.jobs import outcome
 from overlay.jobs.journal import Journal
 from overlay.jobs.store import JobStore
 from overlay.model import clocks as time
 from overlay.model.errors import OverlayError
 from overlay.model.jobs import JobEnd, JobState, TakenJob
-from overlay.model.segments import Caller, Code, Executed, Slice
+from overlay.model.segments import Caller, Code, Column, Executed, Slice
+from overlay.queueing.queued_segment import QueuedSegment
 from overlay.queueing.request_queue import RequestQueue
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from overlay.transport.timers import Deadlines
-
-log = logging.getLogger(__name__)
 
 MAX_RUNNING = 2048  # jobs taken and not ended
 MAX_AHEAD = 64  # jobs of a kind taken and not started yet
@@ -65,7 +64,7 @@ class JobRunner:
         self._max_bytes = path.limits.window_bytes
         self._bytes = 0  # of the payloads that run
         self._flow = queue.open_flow(JOBS)
-        self._running: dict[int, _Run] = {}
+        self._running: dict[int, tuple[_Run, int]] = {}  # by number; the row of its segment
         self._kinds: dict[int, _Kind] = {}
         self._turn = 0  # the kind that had the last turn
         self._merging = ThreadPoolExecutor(1, "jobs-merge") if path.has_merges else None
@@ -99,20 +98,22 @@ class JobRunner:
     def committed(self, taken: Sequence[TakenJob], over: Sequence[int]) -> None:
         if over:
             self._on_over(over)
-        for job in taken:
-            self._start(job)
-        if taken:
-            self._queue.kick()
-            for kind in {job.kind for job in taken}:
-                self._kinds[kind].adjust()
+        if not taken:
+            return
+        for jobs in _together(taken, self._path.limits.small_bytes):
+            self._start(jobs)
+        self._queue.kick()
+        for kind in {job.kind for job in taken}:
+            self._kinds[kind].adjust()
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Ends those that run."""
         for number in numbers:
-            if (run := self._running.get(number)) is not None:
-                run.is_cancelled = True
+            run, row = self._running.get(number, (None, 0))
+            if run is not None:
+                run.cancelled.add(row)
                 if run.accepted is not None and run.accepted.queued is not None:
-                    run.accepted.queued.end(Code.CANCELLED)
+                    run.accepted.queued.end(Code.CANCELLED, row, 1)
 
     def hurry(self) -> None:
         """A worker may be back: what rests because it was refused is tried again. Any thread."""
@@ -153,25 +154,27 @@ class JobRunner:
                 del self._kinds[kind]
         return itertools.chain(turns(kinds[at:]), turns(kinds[:at]))
 
-    def _start(self, job: TakenJob) -> None:
-        kind = self._kinds.setdefault(job.kind, _Kind())
-        run = _Run(job, kind)
-        self._running[job.number] = run
-        self.repeated += job.attempts > 1
-        request = pb2.Request.FromString(job.request)
-        request.payload, request.attempt = job.payload, job.attempts - 1
-        deadline = time.monotonic() + job.limit_s
-        sink = partial(self._answered, run)
+    def _start(self, jobs: Sequence[TakenJob]) -> None:
+        """Puts jobs that go together into the queue, as one segment."""
+        first = jobs[0]
+        kind = self._kinds.setdefault(first.kind, _Kind())
+        run = _Run(jobs, kind)
+        self._running.update((job.number, (run, row)) for row, job in enumerate(jobs))
+        self.repeated += len(jobs) if first.attempts > 1 else 0
+        request = pb2.Request.FromString(first.request)
+        request.payload, request.attempt = first.payload, first.attempts - 1
+        deadline = time.monotonic() + first.limit_s
         try:
             segment = codec.read_request(request, deadline, self._path.limits)
             self._path.check(segment.route)
         except OverlayError as e:  # the configuration has changed since it was accepted
-            self._record(run, e, b"")
+            self._record(run, [e] * len(jobs), 0)
             return
-        accepted = run.accepted = Accepted(segment, job.caller, request.want_parts)
-        self._path.admit(accepted, sink, job.priority, self._flow)
+        segment = segment.with_(payloads=Column([job.payload for job in jobs]))
+        accepted = run.accepted = Accepted(segment, first.caller, request.want_parts)
+        self._path.admit(accepted, partial(self._answered, run), first.priority, self._flow)
         if accepted.queued is not None and accepted.queued.is_open:
-            kind.unstarted.append(run)
+            kind.waiting.append(accepted.queued)
             self._deadlines.watch(accepted.queued, deadline)
 
     # any thread
@@ -179,93 +182,117 @@ class JobRunner:
     def _answered(self, run: _Run, start: int, answers: Slice) -> None:
         """Must not block: it only hands over."""
         if self._merging is not None:
-            self._merging.submit(self._finish, run, answers)
+            self._merging.submit(
+                lambda: self._record(run, self._outcomes(run, start, answers), start)
+            )
         else:
-            self.journal.record(lambda store, now: self._end(run, answers, store, now))
+            self._record(run, partial(self._outcomes, run, start, answers), start)
 
-    def _finish(self, run: _Run, answers: Slice) -> None:
-        self._decide(run, answers)
-        self.journal.record(lambda store, now: self._end(run, answers, store, now))
+    def _record(
+        self, run: _Run, outcomes: Sequence[_Outcome] | Callable[[], Sequence[_Outcome]], start: int
+    ) -> None:
+        """outcomes: from row `start` on, or what makes them, on the journal's thread and once: it
+        notes them in the log and in the counters, and the journal may write them twice."""
+        made = outcomes if callable(outcomes) else lambda: outcomes
+        once = functools.lru_cache(1)(made)
+        self.journal.record(lambda store, now: self._write_ends(run, once(), start, store, now))
 
-    def _decide(self, run: _Run, answers: Slice) -> None:
-        """What the answers make of the job, once: it is noted in the log and in the counters."""
+    def _outcomes(self, run: _Run, start: int, answers: Slice) -> Sequence[_Outcome]:
+        """What the answers make of these rows: a serialized Response, or an error."""
         accepted = run.accepted
-        if accepted is None or run.error is not None or run.answer:
-            return
-        if accepted.queued is not None:
-            self._deadlines.forget(accepted.queued, accepted.segment.deadline)
+        assert accepted is not None
+        size = size_of(answers)
+        if answers.count > 1 and size > self._path.limits.frame_bytes:
+            # The bound for the answer of one request is not one for many.
+            return [
+                outcome
+                for row in range(answers.count)
+                for outcome in self._outcomes(run, start + row, answers.slice(row, 1))
+            ]
         try:
-            finished = self._path.finish(accepted, 0, answers, size_of(answers))
-            if finished.failures:
-                run.error = finished.failures[0][1]
-                return
-            run.answer = codec.write_response(
-                finished.answers.at(0),
-                accepted.segment.first_id,
-                b"".join(finished.results),
-                with_results=accepted.want_parts,
-            ).SerializeToString()
-        except Exception as e:  # noqa: BLE001 - a bug of ours costs one job
-            run.error = unexpected(e, accepted.segment.first_id)
-            run.error.executed = Executed.UNKNOWN
+            finished = self._path.finish(accepted, start, answers, size)
+            failures = dict(finished.failures)
+            return [
+                failures.get(row) or self._response(accepted, finished, start, row)
+                for row in range(answers.count)
+            ]
+        except Exception as e:  # noqa: BLE001 - a bug of ours costs these jobs
+            failed = unexpected(e, accepted.segment.first_id)
+            failed.executed = Executed.UNKNOWN
+            return [failed] * answers.count
+
+    def _response(self, accepted: Accepted, finished: Finished, start: int, row: int) -> bytes:
+        return codec.write_response(
+            finished.answers.at(row),
+            accepted.segment.all_ids[start + row],
+            finished.results[row],
+            with_results=accepted.want_parts,
+        ).SerializeToString()
 
     # the journal's thread again
 
-    def _end(self, run: _Run, answers: Slice, store: JobStore, now: float) -> None:
-        self._decide(run, answers)
-        self._write_end(run, store, now)
+    def _write_ends(
+        self, run: _Run, outcomes: Sequence[_Outcome], start: int, store: JobStore, now: float
+    ) -> None:
+        monotonic = time.monotonic()
+        for row, found in enumerate(outcomes, start):
+            job = run.jobs[row]
+            end = self._end_of(run, row, found, store, now)
+            store.end(job.number, end, now)
+            if self._running.pop(job.number, None) is None:
+                continue  # written again, after a failed commit
+            self._bytes -= len(job.payload)
+            self._rests |= run.kind.ended(end, monotonic)
+            run.left -= 1
+        accepted = run.accepted
+        if not run.left and accepted is not None and accepted.queued is not None:
+            self._deadlines.forget(accepted.queued, accepted.segment.deadline)
+            accepted.queued = None  # it refers back to this run
 
-    def _record(self, run: _Run, error: OverlayError, answer: bytes) -> None:
-        run.error, run.answer = error, answer
-        self.journal.record(lambda store, now: self._write_end(run, store, now))
-
-    def _write_end(self, run: _Run, store: JobStore, now: float) -> None:
-        job, kind = run.job, run.kind
-        end = self._end_of(run, store, now)
-        store.end(job.number, end, now)
-        if self._running.pop(job.number, None) is None:  # written again, after a failed commit
-            return
-        self._bytes -= len(job.payload)
-        self._rests |= kind.ended(end, time.monotonic())
-
-    def _end_of(self, run: _Run, store: JobStore, now: float) -> JobEnd:
-        if run.error is None:
-            return outcome.done(run.answer)
-        if run.is_cancelled and run.error.code is Code.CANCELLED:
+    def _end_of(self, run: _Run, row: int, found: _Outcome, store: JobStore, now: float) -> JobEnd:
+        if isinstance(found, bytes):
+            return outcome.done(found)
+        if row in run.cancelled and found.code is Code.CANCELLED:
             return outcome.cancelled()
-        job = run.job
+        job = run.jobs[row]
         refusals = store.refusals_of(job.number)
-        return outcome.after(run.error, job.attempts, job.max_attempts, refusals, now)
+        return outcome.after(found, job.attempts, job.max_attempts, refusals, now)
+
+
+_Outcome = bytes | OverlayError
 
 
 class _Run:
-    """One attempt. error, answer: how it ended."""
+    """An attempt at jobs that go together. left: how many have not ended. cancelled: their rows."""
 
-    __slots__ = ("accepted", "answer", "error", "is_cancelled", "job", "kind")
+    __slots__ = ("accepted", "cancelled", "jobs", "kind", "left")
 
-    def __init__(self, job: TakenJob, kind: _Kind) -> None:
-        self.job = job
+    def __init__(self, jobs: Sequence[TakenJob], kind: _Kind) -> None:
+        self.jobs = jobs
         self.kind = kind
+        self.left = len(jobs)
+        self.cancelled: set[int] = set()
         self.accepted: Accepted | None = None
-        self.error: OverlayError | None = None
-        self.answer = b""
-        self.is_cancelled = False
 
-    @property
-    def waits(self) -> bool:
-        """Whether it is in the queue and has not started."""
-        queued = self.accepted.queued if self.accepted else None
-        return queued is not None and queued.is_open and queued.started(0) is None
+
+def _together(taken: Sequence[TakenJob], small: int) -> Iterable[Sequence[TakenJob]]:
+    """Jobs that make one segment: neighbours that differ in nothing but small payloads."""
+
+    def goes_with(job: TakenJob) -> object:
+        alike = job.kind, job.limit_s, job.attempts, job.priority
+        return alike if len(job.payload) <= small else job.number
+
+    return [list(jobs) for _, jobs in itertools.groupby(taken, goes_with)]
 
 
 class _Kind:
     """What a caller asks, and how its jobs fare."""
 
-    __slots__ = ("_ends", "_rest_s", "ahead", "rests_until", "running", "unstarted")
+    __slots__ = ("_ends", "_rest_s", "ahead", "rests_until", "waiting")
 
     def __init__(self) -> None:
         self.ahead = 2
-        self.unstarted: list[_Run] = []
+        self.waiting: list[QueuedSegment] = []  # in the queue
         self.rests_until = 0.0
         self._rest_s = REST_S
         self._ends: deque[float] = deque(maxlen=ENDS)
@@ -273,9 +300,9 @@ class _Kind:
     @property
     def room(self) -> int:
         """How many more may be taken."""
-        if self.unstarted:
-            self.unstarted = [run for run in self.unstarted if run.waits]
-        return self.ahead - len(self.unstarted)
+        if self.waiting:
+            self.waiting = [queued for queued in self.waiting if queued.unstarted.left]
+        return self.ahead - sum(queued.unstarted.left for queued in self.waiting)
 
     @property
     def is_idle(self) -> bool:

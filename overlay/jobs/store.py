@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import secrets
 import sqlite3
 from collections import Counter
@@ -81,6 +82,7 @@ class JobStore:
         self.waiting: Counter[int] = Counter()  # jobs that can start now, by kind
         self._fetched: set[int] = set()  # jobs whose answers were read
         self.over: list[int] = []  # numbers of jobs that ended or were forgotten, until taken
+        self._wake_at: float | None = None  # None: to be looked up
         self.recovered = 0  # jobs that were running when the last leader ended
         self._states: Counter[int] = Counter()
         self._totals: Counter[str] = Counter()  # bytes, schedules
@@ -108,6 +110,7 @@ class JobStore:
     def rollback(self) -> None:
         self._undo_to(0)
         self.over.clear()
+        self._wake_at = None
         with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back by itself
             self._db.execute("rollback")
 
@@ -157,6 +160,9 @@ class JobStore:
         self._count(self._totals, "bytes", size)
         if ready:
             self._count(self.waiting, kind, 1)
+        else:
+            self._wakes(spec.due)
+        self._wakes(spec.expires)
         return job_id(number, mark)
 
     def _known(self, caller: Caller, key: str) -> tuple[int, int, bytes] | None:
@@ -262,8 +268,10 @@ class JobStore:
                 (int(end.state), ended, attempts, end.due, ready, int(end.code), end.reason,
                  _told(story, now, what), number),
             )  # fmt: skip
-            if end.state is JobState.WAITING and ready:
-                self._count(self.waiting, kind, 1)
+            if end.state is JobState.WAITING:
+                if ready:
+                    self._count(self.waiting, kind, 1)
+                self._wake_at = None  # its due, or its expiry again
         self._moved(number, JobState.RUNNING, end.state)
         return True
 
@@ -286,6 +294,7 @@ class JobStore:
             self._count(self.waiting, kind, -ready)
             self._moved(number, JobState.WAITING, JobState.EXPIRED)
         self._run_schedules(now)
+        self._wake_at = None
 
     def hurry(self) -> None:
         """Makes those ready that wait because the overlay refused them."""
@@ -296,14 +305,21 @@ class JobStore:
         ).fetchall():
             self._count(self.waiting, kind, 1)
 
-    def next_wake(self) -> float | None:
-        """When `wake` has something to do; None: not before something changes."""
-        (found,) = self._db.execute(
-            "select min(at) from (select min(due) as at from job where state = 0 and ready = 0 "
-            "union all select min(expires) from job where state = 0 and expires is not null "
-            "union all select min(next) from schedule)"
-        ).fetchone()
-        return None if found is None else float(found)
+    @property
+    def next_wake(self) -> float:
+        """When `wake` may have something to do."""
+        if self._wake_at is None:
+            (found,) = self._db.execute(
+                "select min(at) from (select min(due) as at from job where state = 0 and ready = 0 "
+                "union all select min(expires) from job where state = 0 and expires is not null "
+                "union all select min(next) from schedule)"
+            ).fetchone()
+            self._wake_at = math.inf if found is None else float(found)
+        return self._wake_at
+
+    def _wakes(self, at: float | None) -> None:
+        if at is not None and self._wake_at is not None and at < self._wake_at:
+            self._wake_at = at
 
     def refusals_of(self, number: int) -> int:
         """How often in a row it was refused with proof that it had not run."""
@@ -531,6 +547,7 @@ class JobStore:
              spec.key or None, spec.every_s, first, expires_s, now, spec.payload),
         ).lastrowid  # fmt: skip
         assert number is not None
+        self._wakes(first)
         self._count(self._totals, "schedules", 1)
         self._count(self._totals, "bytes", size)
         return job_id(number | SCHEDULE_BIT, mark)

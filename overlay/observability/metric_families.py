@@ -71,6 +71,18 @@ def _ended(m: Any) -> Iterable[tuple[str, int]]:
     return [(how, getattr(m, how)) for how in ("completed", "failed", "refused", "cancelled")]
 
 
+STATES = ("waiting", "running", "done", "failed", "quarantined", "cancelled", "expired")
+
+
+def _jobs(m: Any) -> Iterable[tuple[str, int]]:
+    """By state, of a process with a journal."""
+    return [(state, getattr(m.jobs, state)) for state in STATES] if m.jobs.max_jobs else []
+
+
+def _of_jobs(name: str) -> Samples:
+    return lambda m: [(getattr(m.jobs, name),)] if m.jobs.max_jobs else []
+
+
 def _links_up(m: Any) -> Iterable[tuple[str, bool]]:
     return [(link.process_id, link.state == "up") for link in m.neighbours]
 
@@ -111,6 +123,14 @@ FAMILIES = (
     Family("lanes", GAUGE, _count_of("lanes"), "Workers lent to clients."),
     Family("lane_requests", COUNTER, _one("lane_requests"),
            "Requests that went straight to a lent worker."),
+    Family("jobs", GAUGE, _jobs, "Jobs in the journal.", ("state",), fact="jobs"),
+    Family("jobs_bytes", GAUGE, _of_jobs("bytes"), "Bytes of their payloads and answers."),
+    Family("jobs_slots", GAUGE, _of_jobs("max_jobs"), "How many jobs the journal can hold."),
+    Family("jobs_accepted", COUNTER, _of_jobs("accepted"), "Jobs accepted."),
+    Family("jobs_refused", COUNTER, _of_jobs("refused"), "Jobs refused, as there was no room.",
+           fact="jobs refused", unit="refused"),
+    Family("jobs_repeated", COUNTER, _of_jobs("repeated"), "Attempts of jobs begun again."),
+    Family("job_waiters", GAUGE, _of_jobs("waiters"), "Calls that wait for a job's end."),
     Family("log_lines_dropped", COUNTER, _one("log_lines_dropped"), "Log lines not written.",
            fact="log", unit="lines dropped"),
     Family("link_up", GAUGE, _links_up, "1 while requests can be sent.", ("neighbour",)),

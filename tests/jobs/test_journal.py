@@ -247,3 +247,21 @@ def test_on_a_disk_that_fills_up_nothing_accepted_is_lost(tmp_path: Path) -> Non
     assert told["accepted"] == told["there"] > 10
     assert (told["has_ballast"], told["gave"]) == (True, True)
     assert told["answer"] == 200_000
+
+
+def test_a_bug_in_one_change_costs_no_other(bench: Bench) -> None:
+    gate = threading.Event()
+    bench.journal.do(lambda store, now: gate.wait(10))
+
+    def broken(store: JobStore, now: float) -> None:
+        store.accept(ANN, [JobSpec(b"r", b"half done")], now)
+        raise ZeroDivisionError
+
+    before, wrong = bench.submit(), bench.journal.do(broken)
+    bench.journal.record(broken)
+    after = bench.submit()
+    gate.set()
+    with pytest.raises(NoJournal, match="ZeroDivisionError"):
+        wrong.result(10)
+    assert before.result(10) != after.result(10)
+    assert bench.journal.ask(lambda store, now: store.jobs).result(10) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import sqlite3
@@ -241,12 +242,12 @@ def test_a_job_waits_for_its_time(stored: Stored) -> None:
     number = stored.accept_one(due=NOW + 10)
     assert stored.counted() == {"waiting": 1}
     assert not stored.waiting
-    assert stored.next_wake() == NOW + 10
+    assert stored.next_wake == NOW + 10
     stored.wake(NOW + 9.9)
     assert not stored.waiting
     stored.wake(NOW + 10)
     assert [job.number for job in stored.take_all()] == [number]
-    assert stored.next_wake() is None
+    assert stored.next_wake == math.inf
 
 
 def test_a_job_that_is_not_started_in_time_expires(stored: Stored) -> None:
