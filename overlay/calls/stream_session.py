@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -47,6 +47,7 @@ from overlay.model.errors import (
     OverlayError,
     QueueFull,
 )
+from overlay.model.jobs import WorkProgress
 from overlay.model.leases import LaneReport, Lease
 from overlay.model.pending import PendingRows
 from overlay.model.segments import ANONYMOUS, Caller, Code, Mode, Part, Route, Segment, Slice
@@ -61,6 +62,7 @@ from overlay.transport.timers import Deadlines
 log = logging.getLogger(__name__)
 
 SHARE_OF_ADDRESS = 3  # times the places that are free: at most 768 of 1,024
+MAX_PROGRESS = 500  # of handlers, in one frame
 MAX_LEASE_REQUESTS = 16  # of one frame; further ones are ignored
 STREAMS_PER_NEIGHBOUR = 4  # a link has two, and perhaps two from before a restart
 
@@ -206,7 +208,7 @@ class StreamSessions:
             raise Draining(f"{path.me} is stopping and takes no new requests")
         client_limit = codec.read_max_bytes(context.invocation_metadata())
         session = _Session(self, call, caller, client_limit, rights)
-        session.is_neighbour, session.certificate_name = bool(neighbour), certificate_name
+        session.neighbour, session.certificate_name = neighbour, certificate_name
         lease_id = codec.read_lease_id(context.invocation_metadata())
         try:
             if lease_id is not None:
@@ -230,6 +232,11 @@ class StreamSessions:
     def fill(self, response: pb2.MetricsResponse) -> None:
         now = time.monotonic()
         response.maps.extend(metrics_codec.write_map(running, now) for running in self.maps.all())
+
+    def report_progress(self, made: Sequence[WorkProgress]) -> None:
+        """Passes handlers' progress to each process above, over one of its streams."""
+        for session in {one.neighbour: one for one in self.open if one.neighbour}.values():
+            session.report_progress(made)
 
     def announce_stop(self, for_good: bool) -> None:
         """Tells every client that the process is stopping, so that it sends no more."""
@@ -283,12 +290,13 @@ class _Session:
         self._path = sessions.path
         self._call = call
         self.caller = caller
-        self.is_neighbour = False
+        self.neighbour = ""  # the process above whose link it is
         self.certificate_name = ""
         self._lease: HeldLease | None = None  # whose requests the stream carries
         self._has_asked = False  # for a lease
         self._leases: list[Lease] = []  # to be sent, as are these
         self._reports: list[LaneReport] = []
+        self._progress: list[WorkProgress] = []
         self._rights = rights
         self._limits = limits = sessions.path.limits
         self._client_limit = client_limit
@@ -345,6 +353,14 @@ class _Session:
         self._write_on()
 
     tell = offer
+
+    def report_progress(self, made: Sequence[WorkProgress]) -> None:
+        with self._lock:
+            if self._abandoned:
+                return
+            self._progress = [*self._progress, *made][-MAX_PROGRESS:]
+            self._has_news = True
+        self._write_on()
 
     def _report(self, report: LaneReport) -> None:
         with self._lock:
@@ -494,7 +510,8 @@ class _Session:
             frame = pb2.Frame(stopping=self._stopping, for_good=self._for_good)
             frame.leases.extend(map(codec.write_lease, self._leases))
             frame.lane_reports.extend(map(codec.write_lane_report, self._reports))
-            self._leases, self._reports = [], []
+            frame.work_progress.extend(map(codec.write_progress_of, self._progress[-MAX_PROGRESS:]))
+            self._leases, self._reports, self._progress = [], [], []
         if is_over:
             self._finish()
             return
@@ -587,7 +604,7 @@ class _Session:
 
     def _take_leases(self, frame: pb2.Frame) -> None:
         leases, lender = self._sessions.leases, self._sessions.lender
-        if self.is_neighbour and leases is not None:
+        if self.neighbour and leases is not None:
             for lent in frame.lent:
                 leases.take(codec.read_lent(lent, self._limits), self._report)
         elif lender is not None and not self._path.draining:

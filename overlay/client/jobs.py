@@ -42,7 +42,8 @@ class JobStatus:
     state: waiting, running, done, failed, quarantined, cancelled or expired. code, reason: of the
     error that ended it or its last attempt. position: while it waits, how many of its caller and
     kind go first, and itself; position_is_more: it is more than that. wait_s: about how long until
-    it starts; 0: not known. story: (when, what). answer: when it is done, if it was asked for.
+    it starts; 0: not known. progress: (done, total, text) while it runs, if its handler reports it;
+    a total of 0 is not known. story: (when, what). answer: when it is done, if it was asked for.
     every_s, missed: of a schedule, seconds between its jobs and how many were left out.
     """
 
@@ -71,6 +72,7 @@ class JobStatus:
     every_s: float
     missed: int
     size: int
+    progress: tuple[float, float, str] | None = None
     answer: Answer | None = None
 
     @property
@@ -405,6 +407,9 @@ def read_job(job: pb2.Job) -> JobStatus:
         job.every_s,
         job.missed,
         job.bytes,
+        (job.progress.done, job.progress.total, job.progress.text)
+        if job.HasField("progress")
+        else None,
         answer,
     )
 

@@ -29,7 +29,7 @@ from overlay.jobs.store import Changed, JobStore, StoreLimits
 from overlay.model import clocks as time
 from overlay.model.access import UNRESTRICTED, Rights
 from overlay.model.errors import BadRequest, JournalFull, UnknownName
-from overlay.model.jobs import JobSpec, JobState
+from overlay.model.jobs import JobSpec, JobState, WorkProgress, numbers_of
 from overlay.model.segments import Caller
 from overlay.model.topology import Topology
 from overlay.queueing.request_queue import RequestQueue
@@ -86,6 +86,10 @@ class Jobs:
     def stop(self) -> None:
         """Starts no more jobs."""
         self._runner.stop()
+
+    def progressed(self, made: Sequence[WorkProgress]) -> None:
+        """What handlers say about how far they have got. Any thread."""
+        self._journal.ask(lambda store, now: self._runner.progressed(made))
 
     def hurry(self) -> None:
         """A worker may be back, or a queue may have room. Any thread; cheap."""
@@ -178,6 +182,10 @@ class Jobs:
                 before = found
             records = store.listed(owner, states, request.handler, limit, before)
             response = pb2.JobsResponse(jobs=map(messages.write_job, records))
+            for job in response.jobs:
+                progress = self._runner.progress_of(numbers_of(job.id)[0])
+                if progress is not None:
+                    job.progress.CopyFrom(codec.write_progress_of(progress))
             messages.write_counts(response.counts, store.counts_of(owner), store.limits)
             return response
 
@@ -309,6 +317,8 @@ class Jobs:
         if number is None or record is None:
             raise _unknown(id_)
         job = messages.write_job(record, with_story=True)
+        if (progress := self._runner.progress_of(number)) is not None:
+            job.progress.CopyFrom(codec.write_progress_of(progress))
         if record.state is JobState.WAITING and not record.every_s:
             job.position, job.position_is_more = store.position(number)
             job.wait_s = self._runner.wait_s(store.kind_of(number), job.position)

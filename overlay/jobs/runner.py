@@ -26,7 +26,7 @@ from overlay.jobs.journal import Journal
 from overlay.jobs.store import JobStore
 from overlay.model import clocks as time
 from overlay.model.errors import OverlayError
-from overlay.model.jobs import JobEnd, JobState, TakenJob
+from overlay.model.jobs import JobEnd, JobState, TakenJob, WorkProgress
 from overlay.model.segments import Caller, Code, Column, Executed, Slice
 from overlay.queueing.queued_segment import QueuedSegment
 from overlay.queueing.request_queue import RequestQueue
@@ -65,6 +65,7 @@ class JobRunner:
         self._bytes = 0  # of the payloads that run
         self._flow = queue.open_flow(JOBS)
         self._running: dict[int, tuple[_Run, int]] = {}  # by number; the row of its segment
+        self._requests: dict[int, tuple[_Run, int]] = {}  # the same by request id
         self._kinds: dict[int, _Kind] = {}
         self._turn = 0  # the kind that had the last turn
         self._merging = ThreadPoolExecutor(1, "jobs-merge") if path.has_merges else None
@@ -114,6 +115,17 @@ class JobRunner:
                 run.cancelled.add(row)
                 if run.accepted is not None and run.accepted.queued is not None:
                     run.accepted.queued.end(Code.CANCELLED, row, 1)
+
+    def progressed(self, made: Sequence[WorkProgress]) -> None:
+        for progress in made:
+            if (found := self._requests.get(progress.request_id)) is not None:
+                run, row = found
+                run.progress[row] = progress
+
+    def progress_of(self, number: int) -> WorkProgress | None:
+        """How far a running job has got, if its handler says it."""
+        run, row = self._running.get(number, (None, 0))
+        return run.progress.get(row) if run is not None else None
 
     def hurry(self) -> None:
         """A worker may be back: what rests because it was refused is tried again. Any thread."""
@@ -171,6 +183,7 @@ class JobRunner:
             self._record(run, [e] * len(jobs), 0)
             return
         segment = segment.with_(payloads=Column([job.payload for job in jobs]))
+        self._requests.update((id_, (run, row)) for row, id_ in enumerate(segment.all_ids))
         accepted = run.accepted = Accepted(segment, first.caller, request.want_parts)
         self._path.admit(accepted, partial(self._answered, run), first.priority, self._flow)
         if accepted.queued is not None and accepted.queued.is_open:
@@ -245,7 +258,11 @@ class JobRunner:
             self._rests |= run.kind.ended(end, monotonic)
             run.left -= 1
         accepted = run.accepted
-        if not run.left and accepted is not None and accepted.queued is not None:
+        if run.left or accepted is None:
+            return
+        for id_ in accepted.segment.all_ids:
+            self._requests.pop(id_, None)
+        if accepted.queued is not None:
             self._deadlines.forget(accepted.queued, accepted.segment.deadline)
             accepted.queued = None  # it refers back to this run
 
@@ -263,15 +280,17 @@ _Outcome = bytes | OverlayError
 
 
 class _Run:
-    """An attempt at jobs that go together. left: how many have not ended. cancelled: their rows."""
+    """An attempt at jobs that go together. left: how many have not ended. cancelled: the rows that
+    are. progress: by row, as their handlers say it."""
 
-    __slots__ = ("accepted", "cancelled", "jobs", "kind", "left")
+    __slots__ = ("accepted", "cancelled", "jobs", "kind", "left", "progress")
 
     def __init__(self, jobs: Sequence[TakenJob], kind: _Kind) -> None:
         self.jobs = jobs
         self.kind = kind
         self.left = len(jobs)
         self.cancelled: set[int] = set()
+        self.progress: dict[int, WorkProgress] = {}
         self.accepted: Accepted | None = None
 
 

@@ -72,6 +72,18 @@ class TakenJob(NamedTuple):
     priority: int
 
 
+class WorkProgress(NamedTuple):
+    """How far a handler has got with a request, by its own count. total: 0 if it is not known."""
+
+    request_id: int
+    done: float
+    total: float = 0.0
+    text: str = ""
+
+
+MAX_PROGRESS_TEXT = 200  # characters
+
+
 class JobEnd(NamedTuple):
     """What an attempt made of a job.
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import grpc
 
+from overlay.model.jobs import WorkProgress
 from overlay.model.leases import LaneReport, Lent
 from overlay.model.limits import Limits
 from overlay.model.segments import (
@@ -58,7 +59,11 @@ class Owner(Protocol):
     def probe_now(self) -> None: ...
     def on_stopping(self, for_good: bool = ...) -> None: ...
     def reported(self, report: LaneReport) -> None: ...
+    def progressed(self, made: Sequence[WorkProgress]) -> None: ...
     def lost(self, why: Part) -> None: ...
+
+
+MAX_PROGRESS = 500  # reports of handlers' progress that are read of one frame
 
 
 class _Member:
@@ -290,6 +295,9 @@ class SegmentSender:
             self._peer.on_stopping(frame.for_good)
         for report in frame.lane_reports:
             self._peer.reported(codec.read_lane_report(report))
+        if frame.work_progress:
+            reported = frame.work_progress[:MAX_PROGRESS]
+            self._peer.progressed([codec.read_progress_of(one) for one in reported])
         for sent, made in self._multiplexer.answers_in(frame):
             answers = codec.read_slice(made, sent.asked)
             if made.more:

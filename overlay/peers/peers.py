@@ -24,6 +24,7 @@ import grpc
 import overlay
 from overlay.model import clocks as time
 from overlay.model.errors import BadResponse, ProxyError
+from overlay.model.jobs import WorkProgress
 from overlay.model.leases import LaneOutcome, LaneReport, Lent
 from overlay.model.limits import Limits
 from overlay.model.segments import (
@@ -108,7 +109,7 @@ class Peers:
 
     on_change is called, on any thread, when a link has come up or gone down, or has been down so
     long that no request waits for it any more. on_report: with a neighbour and its report about a
-    lease.
+    lease. on_progress: with what handlers below say about how far they have got.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Peers:
         """
         self.on_change: Callable[[], None] = lambda: None
         self.on_report: Callable[[str, LaneReport], None] = lambda neighbour, report: None
+        self.on_progress: Callable[[Sequence[WorkProgress]], None] = lambda made: None
         self._limits = limits
         self._to_flush: set[SegmentSender] = set()
         if lone is None:
@@ -143,6 +145,7 @@ class Peers:
                 self._to_flush,
                 self.flush,
                 self._reported,
+                self._progressed,
                 self._health,
                 me,
                 credentials,
@@ -250,6 +253,9 @@ class Peers:
         except BadResponse as e:
             raise ProxyError(f"{neighbour} violates the protocol: {e}", e.code) from None
 
+    def _progressed(self, made: Sequence[WorkProgress]) -> None:
+        self.on_progress(made)
+
     def _reported(self, neighbour: str, report: LaneReport) -> None:
         self.on_report(neighbour, report)
 
@@ -341,6 +347,7 @@ class _Peer:
         to_flush: set[SegmentSender],
         flush: Callable[[], None],
         reported: Callable[[str, LaneReport], None],
+        progressed: Callable[[Sequence[WorkProgress]], None],
         health: _Health,
         me: str,
         credentials: Credentials | None,
@@ -350,6 +357,7 @@ class _Peer:
         self.to_flush = to_flush
         self.flush = flush
         self._reported = reported
+        self._progressed = progressed
         self.health = health.of(neighbour.id)  # its unhealthy handlers
         self._health = health
         self.id = neighbour.id
@@ -447,6 +455,9 @@ class _Peer:
 
     def lend(self, lent: Lent) -> None:
         self._senders[0].lend(lent)
+
+    def progressed(self, made: Sequence[WorkProgress]) -> None:
+        self._progressed(made)
 
     def reported(self, report: LaneReport) -> None:
         self._reported(self.id, report)

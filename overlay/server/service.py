@@ -10,7 +10,7 @@ Assembles the parts, and owns the order in which they start and stop.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -28,6 +28,7 @@ from overlay.calls.unary import UnaryRequests
 from overlay.jobs.requests import Jobs
 from overlay.model import clocks as time
 from overlay.model.errors import NoJournal, NotAllowed, OverlayError
+from overlay.model.jobs import WorkProgress
 from overlay.model.segments import Caller, Code
 from overlay.model.topology import ROLES, Process, Topology
 from overlay.observability.log_buffer import LogBuffer
@@ -41,10 +42,12 @@ from overlay.server.log_reader import LogReader
 from overlay.server.metrics import ProcessMetrics
 from overlay.transport import codec
 from overlay.transport.codec import pb2
-from overlay.transport.timers import Deadlines
+from overlay.transport.timers import Deadlines, Looks
 from overlay.transport.upstream import UpstreamHosts
 from overlay.workers import api
 from overlay.workers.executor import Executor
+from overlay.workers.progress import ProgressBook
+from overlay.workers.progress import send_to as send_progress_to
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ NOTICE_S = 0.1  # for neighbours to route around this process; requests in trans
 QUIET_S = 0.2  # without a unary call before the server closes, as it drops calls that arrive then
 MAX_QUIET_S = STOPPING_RETRY_S  # how long to wait for that; refused clients come back later
 LONGEST_NAME = 64  # characters that are kept of a caller's own name
+PROGRESS_S = 0.2  # how often the progress of handlers is passed on
 FLUSH_S = 0.5  # for answers still being written when the grace is over
 
 
@@ -130,8 +134,12 @@ class Service:
         self._process_metrics = ProcessMetrics(topology, self.me, self.links, self.executor)
         self.links.on_change = self._links_changed
         self.links.on_report = self._leases.reported
+        self.links.on_progress = self._progressed
         if self.executor:
             self.executor.on_free = self.queue.kick
+            looks = Looks(self._deadlines, self._pass_progress_on, PROGRESS_S)
+            self._progress = ProgressBook(looks.soon)
+            send_progress_to(self._progress.note)
 
     @property
     def pool_threads(self) -> int:
@@ -273,6 +281,14 @@ class Service:
         else:
             response.lanes.extend(map(codec.write_lane, self._leases.shown()))
         return response
+
+    def _pass_progress_on(self) -> None:
+        self._sessions.report_progress(self._progress.take())
+
+    def _progressed(self, made: Sequence[WorkProgress]) -> None:
+        if self._jobs is not None:
+            self._jobs.progressed(made)
+        self._sessions.report_progress(made)
 
     def _links_changed(self) -> None:
         self.queue.kick()

@@ -15,6 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
 from overlay.model.errors import BadRequest, ConfigError, MadeRoom, OverlayError
+from overlay.model.jobs import MAX_PROGRESS_TEXT, WorkProgress
 from overlay.model.leases import LaneOutcome, LaneReport, Lease, LeaseRequest, Lent, LentNow
 from overlay.model.limits import Limits
 from overlay.model.segments import (
@@ -478,6 +479,17 @@ def write_lane_report(report: LaneReport) -> pb2.LaneReport:
     return pb2.LaneReport(
         id=report.id, is_over=report.is_over, unanswered=report.unanswered, outcomes=outcomes
     )
+
+
+def write_progress_of(made: WorkProgress) -> pb2.WorkProgress:
+    return pb2.WorkProgress(**made._asdict())
+
+
+def read_progress_of(message: pb2.WorkProgress) -> WorkProgress:
+    """Raises BadResponse."""
+    validation.tidy(message)
+    text = message.text[:MAX_PROGRESS_TEXT]
+    return WorkProgress(message.request_id, message.done, message.total, text)
 
 
 def write_lane(now: LentNow) -> pb2.Lane:

@@ -26,7 +26,7 @@ from overlay.model import clocks as time
 from overlay.model.errors import ConfigError
 from overlay.model.segments import Segment
 from overlay.model.topology import HandlerSpec, Process
-from overlay.workers import user_modules
+from overlay.workers import progress, user_modules
 from overlay.workers.user_modules import Source, Sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +61,14 @@ class Context:
         A handler on a thread should check this periodically; one in a process is killed.
         """
         return bool(self._ended[self._row]) or time.monotonic() >= self.deadline
+
+    def progress(self, done: float, total: float = 0.0, text: str = "") -> None:
+        """Reports how far the handler has got: `done` of `total`, in any unit; total 0 if it is not
+        known. Shown for jobs. Cheap: only the latest of each fifth of a second is passed on.
+
+        Raises TypeError or ValueError for what is not a number from 0, or not a text.
+        """
+        progress.note(self.request_id, done, total, text)
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:

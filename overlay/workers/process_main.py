@@ -4,8 +4,9 @@
               chunks); None to stop
     child  -> once ("ready", (sources of the modules it has read, description of its function)) or
               ("cannot", problem); then for each request ("begun", None), any number of ("line",
-              (level, text)) and ("chunk", bytes), and one outcome as made by workers.job. The pipe
-              buffers little, so that the handler waits until its chunks are taken
+              (level, text)), ("progress", a WorkProgress) and ("chunk", bytes), and one outcome as
+              made by workers.job. The pipe buffers little, so that the handler waits until its
+              chunks are taken
 
 The process is restored after each request, or replaced, whatever a handler does to it. Its output
 and log lines go to the parent's log, limited to the first lines of each request, so that they
@@ -30,15 +31,17 @@ from typing import Any, NoReturn
 
 from overlay.model import clocks as time
 from overlay.model.errors import ConfigError
+from overlay.model.jobs import WorkProgress
 from overlay.model.topology import HandlerSpec
 from overlay.observability.log_file import Printed, cut, redirect_to
 from overlay.transport.chunks import Send
-from overlay.workers import api, descendants, typed
+from overlay.workers import api, descendants, progress, typed
 from overlay.workers.api import RECURSION_LIMIT, Context
 from overlay.workers.job import outcome_of, outcome_of_error
 from overlay.workers.user_modules import Source
 
 LINES = 200  # logged per request
+PROGRESS_S = 0.1  # between two reports of progress
 
 Request = tuple[bytes, tuple[Any, ...], float, bool]
 _facts_of = attrgetter(*(f.name for f in fields(Context) if not f.name.startswith("_")))
@@ -58,6 +61,7 @@ def serve(
     _set_up_process()
     parent = _Parent(pipe)
     _log_to(parent)
+    progress.send_to(parent.progress)
     sources = api.add_folder(Path(folder), kept)
     try:
         loaded = typed.load(spec)
@@ -86,12 +90,13 @@ class _Parent:
         self._lock = threading.Lock()
         self._lines_left = LINES
         self._left_out = 0
+        self._next_progress, self._is_running = 0.0, False
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._silence)
 
     def begin(self) -> None:
         with self._lock:
-            self._lines_left, self._left_out = LINES, 0
+            self._lines_left, self._left_out, self._is_running = LINES, 0, True
             self._pipe.send(("begun", None))
 
     def line(self, level: int, text: str) -> None:
@@ -104,6 +109,15 @@ class _Parent:
             else:
                 self._left_out += 1
 
+    def progress(self, made: WorkProgress) -> None:
+        """Sends it, but no more than ten in a second; nothing if no request is running."""
+        with self._lock:
+            now = time.monotonic()
+            if self._is_running and now >= self._next_progress:
+                self._next_progress = now + PROGRESS_S
+                with contextlib.suppress(OSError):
+                    self._pipe.send(("progress", tuple(made)))
+
     def chunk(self, chunk: bytes) -> bool:
         with self._lock:
             self._pipe.send(("chunk", chunk))
@@ -114,7 +128,7 @@ class _Parent:
         for stream in (self.out, self.err):
             stream.end_line()
         with self._lock:
-            self._lines_left = 0
+            self._lines_left, self._is_running = 0, False
             if self._left_out:
                 text = f"{self._left_out:,} more lines of this request are left out"
                 self._pipe.send(("line", (logging.WARNING, text)))
@@ -126,7 +140,7 @@ class _Parent:
     def _silence(self) -> None:
         # A fork's lines could corrupt the bytes of an answer, or belong to no request.
         self._lock = threading.Lock()
-        self._lines_left = 0
+        self._lines_left, self._is_running = 0, False
         self._pipe.close()
 
 

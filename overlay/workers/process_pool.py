@@ -30,7 +30,7 @@ from overlay.model.segments import Code, Detail, Executed
 from overlay.model.signatures import Function
 from overlay.model.topology import HandlerSpec
 from overlay.transport.chunks import ChunkWriter
-from overlay.workers import descendants
+from overlay.workers import descendants, progress
 from overlay.workers.api import Context
 from overlay.workers.job import HandlerJob, read_outcome
 from overlay.workers.process_main import request_of, serve
@@ -292,6 +292,8 @@ class _Child:
             elif kind == "line":
                 level, text = value
                 handler_log.log(level, "%s", text, extra=about)
+            elif kind == "progress":
+                progress.note(context.request_id, *value[1:])
             elif kind == "chunk" and writer is not None:
                 waited_s = writer.waited_s
                 if not writer.send(value):

@@ -70,12 +70,27 @@ def bad(payload, context):
 def add(a: int, b: int = 2) -> dict:
     return {"sum": a + b}
 
+def steps(payload, context):
+    for step in range(3):
+        context.progress(step, 3, f"step {step}")
+        end = time.monotonic() + 60
+        while not pathlib.Path(f"go {step}").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+    return b"all steps"
+
+def wrong(payload, context):
+    context.progress(-1)
+
 def large(payload, context):
     return b"x" * int(payload)
 """
 HANDLERS: dict[str, Any] = {
-    name: f"mine:{name}" for name in ("upper", "brief", "poison", "bad", "add", "large")
-} | {"held": {"call": "mine:held", "slots": 1}}
+    name: f"mine:{name}"
+    for name in ("upper", "brief", "poison", "bad", "add", "large", "steps", "wrong")
+} | {
+    "held": {"call": "mine:held", "slots": 1},
+    "steps_in_process": {"call": "mine:steps", "run": "process", "slots": 1},
+}
 
 
 @contextlib.contextmanager
@@ -290,6 +305,21 @@ def test_an_asyncio_client_waits_for_many_jobs(shared: Overlay) -> None:
             return results
 
     assert asyncio.run(main()) == [b"A%d" % n for n in range(40)]
+
+
+@pytest.mark.parametrize("handler", ["steps", "steps_in_process"])
+def test_a_handler_reports_its_progress(own: Overlay, handler: str) -> None:
+    with overlay.connect(own.address("A")) as client:
+        job = client.later(handler, b"x")
+        for step in range(3):
+            expected = step, 3, f"step {step}"
+            until(lambda wanted=expected: job.status().progress == wanted, 20)  # type: ignore[misc]
+            assert [s.progress for s in client.jobs()] == [expected]
+            (own.folder / f"go {step}").write_text("")
+        assert job.result(20) == b"all steps"
+        assert job.status().progress is None
+        with pytest.raises(HandlerFailed):
+            client.later("wrong", b"x").result(20)
 
 
 # Waiting, in order, and giving up
