@@ -40,6 +40,7 @@ BATCH = 512  # changes in one commit, at most
 BALLAST_BYTES = 8 * MIB
 RESERVE_BYTES = 32 * MIB  # free space of the disk below which no job is accepted
 LOOK_S = 1.0  # how often the disk and the time are looked at
+STEP_S = 2.0  # by which the clock was set, if it and the monotonic one differ so much more
 FORGOTTEN = 500  # old jobs in one commit
 TIDY_S = 3600.0  # how often what was once asked is forgotten
 RETRY_S = 0.5  # until changes are tried again that must not be lost
@@ -72,6 +73,7 @@ class Journal:
         self._ballast = _Ballast(store.path)
         self._looked = 0.0
         self._next_look_back = self._next_tidying = 0.0
+        self._offset = time.time() - time.monotonic()  # changes when the clock is set
         self._stopped = self._is_over = False
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
 
@@ -165,6 +167,12 @@ class Journal:
     def _write(self, batch: list[_Change]) -> None:
         now = time.time()
         self._look(now)
+        offset = now - time.monotonic()
+        if abs(offset - self._offset) > STEP_S:
+            log.warning("the clock was set by %+.0f s", offset - self._offset)
+            self._next_look_back = self._next_tidying = now
+            batch.append(_Change(lambda store, now: store.hurry(), must=True))
+            self._offset = offset
         questions = [one for one in batch if one.asks]
         if questions:
             batch = [one for one in batch if not one.asks]

@@ -297,10 +297,10 @@ class JobStore:
         self._wake_at = None
 
     def hurry(self) -> None:
-        """Makes those ready that wait because the overlay refused them."""
+        """Makes those ready that wait for another attempt, and not for a time of their caller's."""
         for (kind,) in self._db.execute(
             "update job set ready = 1 where id in (select id from job where state = 0 and "
-            "ready = 0 and refusals > 0 limit ?) returning kind",
+            "ready = 0 and (refusals > 0 or attempts > 0) limit ?) returning kind",
             (WOKEN,),
         ).fetchall():
             self._count(self.waiting, kind, 1)

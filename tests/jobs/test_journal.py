@@ -249,6 +249,29 @@ def test_on_a_disk_that_fills_up_nothing_accepted_is_lost(tmp_path: Path) -> Non
     assert told["answer"] == 200_000
 
 
+@pytest.mark.parametrize("step_s", [-3600.0, 3600.0])
+def test_when_the_clock_is_set_attempts_are_not_put_off(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    now = time.time
+    numbers = [bench.number(), bench.number()]
+    later = JobSpec(b"r", b"", due=now() + 10 * 3600)
+    bench.journal.do(lambda store, now: store.accept(ANN, [later], now)).result(10)
+    bench.runner.room = 2
+    bench.journal.wake()
+    until(lambda: len(bench.runner.taken) == 2)
+    for number, counts in zip(numbers, (True, False), strict=True):
+        again = JobEnd(JobState.WAITING, due=now() + 30, counts=counts)
+        bench.journal.record(lambda store, now, n=number, e=again: store.end(n, e, now))
+    until(lambda: not bench.store.waiting)
+    monkeypatch.setattr(journals.time, "time", lambda: now() + step_s)
+    until(lambda: sum(bench.store.waiting.values()) == 2)
+    bench.runner.room = 5
+    bench.journal.wake()
+    until(lambda: len(bench.runner.taken) == 4)
+    assert [job.number for job in bench.runner.taken[2:]] == numbers
+
+
 def test_a_bug_in_one_change_costs_no_other(bench: Bench) -> None:
     gate = threading.Event()
     bench.journal.do(lambda store, now: gate.wait(10))
