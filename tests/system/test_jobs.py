@@ -218,6 +218,35 @@ def stub(cluster: Overlay, process_id: str = "A") -> pb2_grpc.OverlayJobsStub:
     return pb2_grpc.OverlayJobsStub(cluster.channel(process_id))
 
 
+JUNK = [
+    ("Submit", b"\xff" * 50, "not protobuf"),
+    ("Submit", b"\x12\x00" * 2_000_000, "memory"),  # payloads, all empty
+    ("Submit", b"\x12\x00" * 5000, "payloads: 5000 are more than 4096"),
+    ("Result", b"\x0a\x03abc", "'abc' is not the id of a job"),
+    ("Result", b"\x11\x00\x00\x00\x00\x00\x00\xf8\x7f", "wait_s: nan"),
+    ("Jobs", b"\x08\x63", "states: 99"),
+    ("Jobs", b"\x18\xff\xff\x03", "limit: 65535 is more than 1000"),
+    ("Jobs", b"\x22\x02zz", "'zz' is not the id of a job"),
+    ("Change", b"", "either ids or states"),
+    ("Change", b"\x08\x07\x12\x10" + b"0" * 16, "action: 7"),
+    ("Change", (b"\x12\x10" + b"0" * 16) * 5000, "ids: 5000 are more than 4096"),
+]
+
+
+@pytest.mark.parametrize(("method", "message", "told"), JUNK)
+def test_junk_is_refused_and_leaves_nothing_behind(
+    shared: Overlay, client: overlay.Client, method: str, message: bytes, told: str
+) -> None:
+    call = shared.channel("A").unary_unary(f"/OverlayJobs/{method}")
+    for _ in range(3):
+        with pytest.raises(grpc.RpcError) as caught:
+            call(message, timeout=10)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert told in (caught.value.details() or "")
+    assert client.metrics().jobs.waiters == 0
+    assert client.later("upper", b"still here").result(20) == b"STILL HERE"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
