@@ -23,6 +23,7 @@ _ERRORS = (
     "NoSuchHost",
     "NotReached",
     "Refused",
+    "ResumeError",
     "Unavailable",
 )
 

@@ -19,15 +19,15 @@ from types import TracebackType
 from typing import Any
 
 from overlay.client import arguments
-from overlay.client.arguments import CallOptions, MapOptions
+from overlay.client.arguments import CallOptions, MapOptions, Resume
 from overlay.client.async_jobs import AsyncJob
 from overlay.client.connection import PATIENCE_S, Connection
 from overlay.client.event_loop import LoopBridge, on_a_thread
-from overlay.client.map_run import MapRun
+from overlay.client.map_run import Chunk, MapRun
 from overlay.client.map_window import PAUSE_S
 from overlay.client.partials import Parts
 from overlay.client.results import Answer, read_value
-from overlay.model.errors import CallFailed
+from overlay.model.errors import CallFailed, ResumeError
 from overlay.model.segments import Detail, Part
 from overlay.security.lookup import Tls
 from overlay.transport.channels import split
@@ -117,9 +117,10 @@ class AsyncClient:
         chunksize: int = 0,
         priority: int = 0,
         patience_s: float | None = None,
+        resume: Resume = None,
     ) -> AsyncIterator[Any]:
         """See Client.map; the payloads, or args, may be an async iterable too."""
-        how = mode, team, timeout, window, chunksize, True, priority, patience_s
+        how = mode, team, timeout, window, chunksize, True, priority, patience_s, resume
         return self._map(arguments.map_options(handler, payloads, args, *how), numbered=False)
 
     def map_as_completed(
@@ -136,9 +137,10 @@ class AsyncClient:
         ordered: bool = False,
         priority: int = 0,
         patience_s: float | None = None,
+        resume: Resume = None,
     ) -> AsyncIterator[tuple[int, Any]]:
         """See Client.map_as_completed."""
-        how = mode, team, timeout, window, chunksize, ordered, priority, patience_s
+        how = mode, team, timeout, window, chunksize, ordered, priority, patience_s, resume
         return self._map(arguments.map_options(handler, payloads, args, *how), numbered=True)
 
     def parts(
@@ -285,6 +287,12 @@ class _Map:
         """numbered: gives (index, result) pairs, failures included; else failures are raised."""
         run = self._run
         window = run.window
+        if run.record is not None:
+            try:
+                await on_a_thread(run.check_ahead)
+            except BaseException:
+                run.close()
+                raise
         feeder = self._bridge.loop.create_task(self._feed())
         feeder.add_done_callback(lambda _: self._changed.set())
         checker = self._bridge.loop.create_task(self._check_connection())
@@ -293,6 +301,7 @@ class _Map:
                 self._changed.clear()
                 if feeder.done():
                     feeder.result()  # raises an error of the payloads
+                await self._commit_if_due()
                 while (ready := run.take()) is not None:
                     first, results = ready
                     last = first + window.taking - 1
@@ -309,6 +318,8 @@ class _Map:
                 if run.is_done and not self._unsent:
                     break
                 await self._changed.wait()
+            if run.record is not None:
+                await on_a_thread(run.record.finish)
             run.raise_if_ended_early()
         finally:
             checker.cancel()
@@ -325,10 +336,11 @@ class _Map:
             window.is_fed = True
         while await self._room_for(window.chunk):
             self._unsent, self._size = window.gather(self._payloads)
-            if self._unsent and not await self._begins():
+            chunk = self._run.recall(self._unsent, self._size)
+            if not chunk.is_recorded and not await self._begins():
                 self._unsent = []
                 return
-            self._flush()
+            self._send(chunk)
             # Lets results be taken between two chunks.
             await (self._bridge.pause(PAUSE_S) if window.pauses else asyncio.sleep(0))
 
@@ -367,11 +379,18 @@ class _Map:
         return True
 
     def _flush(self) -> None:
-        rows, size = self._unsent, self._size
+        self._send(self._run.recall(self._unsent, self._size))
+
+    def _send(self, chunk: Chunk) -> None:
         self._unsent, self._size = [], 0
-        self._run.send(rows, size)
-        if self._run.is_over:
+        self._run.send(chunk)
+        if self._run.is_over or self._run.window.has_ready:
             self._wake()
+
+    async def _commit_if_due(self) -> None:
+        record = self._run.record
+        if record is not None and record.is_due:
+            await on_a_thread(record.commit)
 
     def _read(self, *delivered: Any) -> None:
         self._run.read(*delivered)
@@ -385,8 +404,9 @@ class _Map:
                 run.check_connection()
                 if run.needs_last_check:
                     await on_a_thread(run.last_check)
+                await self._commit_if_due()  # also while nobody takes results
                 self._wake()
-        except CallFailed as e:  # the client was closed
+        except (CallFailed, ResumeError) as e:  # CallFailed: the client was closed
             run.fail(e)
             self._wake()
 

@@ -11,11 +11,20 @@ import functools
 import math
 import numbers
 import operator
+import os
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sized
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Sized,
+)
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from overlay.client.outbox import CallKind
 from overlay.model import json_values
@@ -25,6 +34,10 @@ from overlay.queueing.admission import HIGHEST_PRIORITY
 from overlay.security.lookup import Tls
 from overlay.transport.codec import pb2
 
+if TYPE_CHECKING:
+    from overlay.client.resume import Record
+
+Resume: TypeAlias = "str | os.PathLike[str] | Record | None"
 DEFAULT_TIMEOUT_S = Limits().default_deadline_s
 MAX_TEXT = 1000  # no name or key is longer, and longer text would fill a shared frame
 MAX_COUNT = 2**31 - 1
@@ -45,7 +58,8 @@ class MapOptions(NamedTuple):
 
     bodies: what is sent, as an iterator or an async iterable. total: the number of bodies, 0 if
     unknown. chunk: payloads per message. window: payloads in flight. patience_s: None for the
-    client's.
+    client's. record: of the map's results, opened. ahead: the bodies once more, to compare them
+    with it; None where they can be taken only once.
     """
 
     kind: CallKind
@@ -57,6 +71,8 @@ class MapOptions(NamedTuple):
     chunk: int
     window: int
     patience_s: float | None
+    record: Record | None = None
+    ahead: Iterator[bytes] | None = None
 
 
 def call_options(
@@ -108,11 +124,13 @@ def map_options(
     ordered: bool,
     priority: int,
     patience_s: float | None,
+    resume: Resume,
 ) -> MapOptions:
+    """Opens the record, at the end. Raises ResumeError if that fails."""
     kind = call_kind(mode, team, "" if handler is None else handler, False, priority)
     timeout_s = as_timeout(timeout)
     window, chunksize = as_int("window", window, minimum=1), as_int("chunksize", chunksize)
-    return MapOptions(
+    options = MapOptions(
         kind,
         _as_bodies(payloads, args, mode),
         _length(payloads if args is None else args),
@@ -123,6 +141,10 @@ def map_options(
         window,
         None if patience_s is None else as_patience(patience_s),
     )
+    if resume is None:
+        return options
+    record = _as_record(resume, kind, args is not None)
+    return options._replace(record=record, ahead=_bodies_again(payloads, args))
 
 
 class JobOptions(NamedTuple):
@@ -328,6 +350,12 @@ def _as_bodies(payloads: Any, args: Any, mode: str) -> Any:
         raise TypeError(f"args of a map must be an iterable of dicts, one per call: {e}") from None
 
 
+def _bodies_again(payloads: Any, args: Any) -> Iterator[bytes] | None:
+    # Only of a sequence: what else can be iterated may give different items the second time.
+    given, convert = (payloads, as_bytes) if args is None else (args, _as_json)
+    return map(convert, given) if _is_instance(given, Sequence) else None
+
+
 def as_iterator(payloads: Any) -> Iterator[Any]:
     try:
         return iter(payloads)
@@ -402,6 +430,20 @@ def as_int(name: str, value: int, minimum: int = 0, maximum: int = MAX_COUNT) ->
     if number > maximum:
         raise ValueError(f"{name} must be at most {maximum}, not {_shown(number)}")
     return number
+
+
+def _as_record(resume: Any, kind: CallKind, has_values: bool) -> Record:
+    # Not at the top: it needs SQLite, which some Pythons are built without.
+    from overlay.client.resume import Record, open_record
+
+    if isinstance(resume, Record):
+        return resume
+    if not _is_instance(resume, (str, os.PathLike)):
+        raise TypeError(f"resume must be the path of a file, not {_type_name(resume)}")
+    path = os.fsdecode(resume)
+    if not path or "\0" in path:
+        raise ValueError(f"resume must be the path of a file, not {path[:50]!r}")
+    return open_record(path, kind, has_values)
 
 
 def as_first(first: int | None) -> int | None:

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from overlay.client.arguments import as_bytes
 from overlay.model.errors import CallFailed
@@ -27,6 +27,14 @@ WARN_AFTER_S = 1.0  # an absence this long is logged, to explain why no results 
 Result = bytes | CallFailed
 Run = tuple[int, Iterable[Any]]
 """The index of a result, and consecutive results from there on: bytes, or a CallFailed."""
+
+
+class Results(Protocol):
+    """Consecutive results, each bytes or a CallFailed."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class MapWindow:
@@ -56,10 +64,8 @@ class MapWindow:
         self._chunks: dict[int, list[int]] = {}  # first index -> unanswered rows, bytes
         self._bytes = 0  # of unanswered payloads and of buffered results
         self._mean_result = 0.0
-        self._ready: deque[tuple[int, Sequence[Result], int]] = deque()  # with their bytes
-        self._out_of_order: dict[
-            int, tuple[int, Sequence[Result], int]
-        ] = {}  # the same, by first index
+        self._ready: deque[tuple[int, Results, int]] = deque()  # with their bytes
+        self._out_of_order: dict[int, tuple[int, Results, int]] = {}  # the same, by first index
         self._next = 0  # the index that follows those in `_ready`, when ordered
 
     @property
@@ -69,6 +75,11 @@ class MapWindow:
     @property
     def unanswered(self) -> int:
         return self.sent - self.answered - self.failed
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether there are results to take."""
+        return bool(self._ready)
 
     def has_room(self, rows: int) -> bool:
         if not self.open:
@@ -128,13 +139,13 @@ class MapWindow:
         else:
             for row, result in zip(rows, results, strict=True):
                 self._put(first + row, (result,), 0 if failed else len(result))  # type: ignore[arg-type]
-        chunk = self._chunks[first]
-        chunk[0] -= count
-        if chunk[0]:
-            return False
-        self._bytes -= chunk[1]
-        del self._chunks[first]
-        return True
+        return self._completes(first, count)
+
+    def add_recorded(self, first: int, row: int, results: Results) -> bool:
+        """Adds results that are in a file, from this row of the chunk on. They take no bytes."""
+        self.answered += len(results)
+        self._put(first + row, results, 0)
+        return self._completes(first, len(results))
 
     def take(self) -> Run | None:
         """The results to give next, `taking` of them; None if there are none yet.
@@ -152,7 +163,16 @@ class MapWindow:
         self.given += self.taking
         self._bytes -= self._taking_bytes
 
-    def _put(self, first: int, results: Sequence[Result], size: int) -> None:
+    def _completes(self, first: int, count: int) -> bool:
+        chunk = self._chunks[first]
+        chunk[0] -= count
+        if chunk[0]:
+            return False
+        self._bytes -= chunk[1]
+        del self._chunks[first]
+        return True
+
+    def _put(self, first: int, results: Results, size: int) -> None:
         if self._ordered and first != self._next:
             self._out_of_order[first] = first, results, size
             return

@@ -152,6 +152,14 @@ def read_value(result: bytes) -> Any:
         raise InvalidCall(reason, executed=Executed.YES) from None
 
 
+def is_value(result: bytes) -> bool:
+    try:
+        json_values.read(result)
+    except ValueError:
+        return False
+    return True
+
+
 def value_of(result: bytes | CallFailed) -> Any:
     """Like `read_value`, but returns failures instead of raising them."""
     if isinstance(result, CallFailed):

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any
 
 from overlay.client import arguments
-from overlay.client.arguments import DEFAULT_TIMEOUT_S, CallOptions, MapOptions
+from overlay.client.arguments import DEFAULT_TIMEOUT_S, CallOptions, MapOptions, Resume
 from overlay.client.connection import PATIENCE_S, Connection
 from overlay.client.futures import CallFuture, ValueFuture
 from overlay.client.jobs import Job, JobChange, JobStatus, read_change, read_job, submit_many
@@ -48,6 +48,7 @@ from overlay.model.errors import (
     NoSuchHost,
     NotReached,
     Refused,
+    ResumeError,
     Unavailable,
 )
 from overlay.model.segments import Detail, Hop, Part
@@ -70,6 +71,7 @@ __all__ = [
     "NoSuchHost",
     "NotReached",
     "Refused",
+    "ResumeError",
     "Unavailable",
     "connect",
 ]
@@ -268,6 +270,7 @@ class Client(concurrent.futures.Executor):
         chunksize: int = 0,
         priority: int = 0,
         patience_s: float | None = None,
+        resume: Resume = None,
     ) -> Iterator[Any]:
         """The results of many payloads, in order; at most `window` are in flight at once.
 
@@ -281,8 +284,18 @@ class Client(concurrent.futures.Executor):
         is back. patience_s: how many seconds the map waits for that; None for 30, or the client's
         own patience if that is longer. If the process is not back by then, the map gives the
         results of all payloads sent and raises NotReached, which says how many were answered.
+
+        resume: a file for the results, made if there is none. After an interruption the same map
+        with the same file goes on: a payload with a result there is not sent again, the result is
+        given from there; the others are sent, and more payloads may follow at the end. Failures and
+        incomplete results are not written. Results are written as they arrive and are taken, and at
+        the end however the map ends; after a kill the payloads in flight, and those of the last
+        moment, may run twice. Raises ResumeError: the file is another map's (handler, mode,
+        team, payloads or args), in use, damaged, no such file, or cannot be written; for payloads
+        that changed, before anything is sent if they are a sequence (a list, not an iterator), else
+        in their place. It names what differs.
         """
-        how = mode, team, timeout, window, chunksize, True, priority, patience_s
+        how = mode, team, timeout, window, chunksize, True, priority, patience_s, resume
         return _raising(self._map(arguments.map_options(handler, payloads, args, *how)))
 
     def map_as_completed(
@@ -299,14 +312,16 @@ class Client(concurrent.futures.Executor):
         ordered: bool = False,
         priority: int = 0,
         patience_s: float | None = None,
+        resume: Resume = None,
     ) -> Iterator[tuple[int, Any]]:
         """Like `map`, but gives (index, result) pairs as they arrive; a failure is a result too.
 
         Raises NotReached only if no server is listening at the address, or it is not back within
         the patience; by then every payload sent has its result. ordered: gives the pairs in the
-        order of the payloads.
+        order of the payloads. resume: as in `map`, recorded results come as soon as their payloads
+        are taken.
         """
-        how = mode, team, timeout, window, chunksize, ordered, priority, patience_s
+        how = mode, team, timeout, window, chunksize, ordered, priority, patience_s, resume
         return _numbered(self._map(arguments.map_options(handler, payloads, args, *how)))
 
     def parts(
@@ -576,31 +591,58 @@ def _results(
     connection: Connection, run: MapRun, inbox: queue.SimpleQueue[Any], payloads: Iterator[Any]
 ) -> Iterator[Run]:
     """Keeps a map's window full while its results are taken."""
-    window = run.window
+    window, record = run.window, run.record
+
+    def read_all() -> None:
+        for _ in range(inbox.qsize()):
+            run.read(*inbox.get())
+
+    def keeping(results: Iterable[Any]) -> Iterator[Any]:
+        """The same results; what arrives meanwhile is recorded, however slow their reader is."""
+        for result in results:
+            yield result
+            read_all()
+            if record is not None and record.is_due:
+                record.commit()
+
     try:
+        run.check_ahead()
         while not run.is_done:
             run.check_connection()
             if run.needs_last_check:
                 run.last_check()
             pauses = False
             while not pauses and run.may_send(window.chunk):
-                rows, size = window.gather(payloads)
-                if rows and not run.has_begun:
-                    connection.wait_ready(run.timeout_s)
+                chunk = run.recall(*window.gather(payloads))
+                if not (chunk.is_recorded or run.has_begun):
+                    try:
+                        connection.wait_ready(run.timeout_s)
+                    except CallFailed as e:  # once the recorded results are given
+                        run.fail(e)
+                        break
                     run.begin()
-                run.send(rows, size)
+                run.send(chunk)
                 pauses = window.pauses
-            within_s = PAUSE_S if run.is_away or pauses else CHECK_S
+            waits = not window.has_ready and (window.unanswered or run.is_away)
+            hurries = run.is_away or pauses or (record is not None and record.is_pending)
+            within_s = PAUSE_S if hurries else CHECK_S
             with suppress(queue.Empty):
-                run.read(*inbox.get(timeout=within_s if window.unanswered or run.is_away else 0))
-            for _ in range(inbox.qsize()):
-                run.read(*inbox.get())
+                run.read(*inbox.get(timeout=within_s if waits else 0))
+            read_all()
+            if record is not None and record.is_due:
+                record.commit()
             while (ready := run.take()) is not None:
-                yield ready
+                yield ready if record is None else (ready[0], keeping(ready[1]))
                 window.release()
+        if record is not None:
+            record.finish()
         run.raise_if_ended_early()
     finally:
-        run.close()
+        try:
+            if record is not None and not connection.belongs_to_parent:
+                read_all()
+        finally:
+            run.close()
 
 
 def _numbered(runs: Iterator[Run]) -> Iterator[tuple[int, Any]]:

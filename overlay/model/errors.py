@@ -181,6 +181,14 @@ class JobExpired(CallFailed):
     executed = Executed.NO
 
 
+class ResumeError(OverlayError):
+    """The file from which a map should go on cannot be used, or is that of another map."""
+
+    code = Code.FAILED_PRECONDITION
+    executed = Executed.UNKNOWN
+    cause = "cannot resume"
+
+
 def of_status(code: Code, executed: Executed) -> type[CallFailed]:
     """The class that the library raises for a status."""
     kind = _KINDS.get(code, CallFailed)

@@ -68,6 +68,24 @@ def test_a_buffered_result_takes_room_until_it_is_given(ordered: bool) -> None:
         assert not window.has_room(1)
 
 
+@pytest.mark.parametrize(
+    ("ordered", "given"), [(True, [[], [0, 1, 2, 3]]), (False, [[1, 2], [0, 3]])]
+)
+def test_recorded_results_are_given_in_order_or_at_once(
+    ordered: bool, given: list[list[int]]
+) -> None:
+    window = MapWindow(4, 4, ordered)
+    window.open_chunk(4, 2)
+    assert not window.add_recorded(0, 1, [b"1", b"2"])
+    assert window.unanswered == 2
+    assert window.has_ready != ordered
+    assert [index for index, _ in take_all(window)] == given[0]
+
+    assert window.add_results(0, [0, 3], [b"0", b"3"], False)
+
+    assert take_all(window) == [(index, b"%d" % index) for index in given[1]]
+
+
 def test_expected_results_take_room_before_they_arrive() -> None:
     window = MapWindow(1000, 16, True, max_bytes=1000)
     window.open_chunk(16, 16)
@@ -120,9 +138,15 @@ def test_each_result_is_given_once_and_the_window_is_never_exceeded(data: st.Dat
 
     while not window.is_fed or window.unanswered:
         if not window.is_fed and window.has_room(chunk):
-            rows, bytes_ = window.gather(payloads)
+            rows, _ = window.gather(payloads)
             if rows:
-                waiting[window.open_chunk(len(rows), bytes_)] = list(range(len(rows)))
+                recorded = data.draw(st.sets(st.sampled_from(range(len(rows)))), "recorded")
+                rest = [row for row in range(len(rows)) if row not in recorded]
+                first = window.open_chunk(len(rows), sum(len(rows[row]) for row in rest))
+                for row in sorted(recorded):
+                    window.add_recorded(first, row, [b"%d" % (first + row)])
+                if rest:
+                    waiting[first] = rest
         assert window.open <= size
         if waiting and data.draw(st.booleans()):
             first = data.draw(st.sampled_from(sorted(waiting)))
