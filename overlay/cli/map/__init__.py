@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from overlay.cli.map.input import MAX_SHOWN, FilesInput, Input, input_of, sentence_of
-from overlay.cli.map.output import Output, Result, Unanswered, output_of
+from overlay.cli.map.output import Output, Result, Unanswered, check_is_no_input, output_of
 from overlay.cli.terminal import Exit, Screen, connected, exit_of, failed, log_hint, proof
 from overlay.cli.text import clean, counted
 from overlay.cli.usage import (
@@ -31,9 +33,13 @@ from overlay.cli.usage import (
     whole_number,
 )
 from overlay.client import sync as library
+from overlay.client.arguments import call_kind
 from overlay.model import clocks as time
 from overlay.model.limits import Limits
 from overlay.model.topology import join_address
+
+if TYPE_CHECKING:
+    from overlay.client.resume import Record
 
 WINDOW = 4096
 PATIENCE_S = 30.0
@@ -50,7 +56,13 @@ payload that provably did not run is sent again as long as others are answered, 
 after that.
 
 --failed FILE keeps every payload that has no result, as input for another map: lines as lines; of a
-folder, the paths of the files, which map takes as @FILE."""
+folder, the paths of the files, which map takes as @FILE.
+
+--resume FILE keeps the results there as they arrive. After an interruption (Ctrl-C, a kill, a
+restart of the machine, a leader that is gone) the same command goes on: payloads with a result are
+not sent again, and the output is that of a map without an interruption. Failures are tried again,
+and more input may follow at the end; any other change of the input, the handler, the team or the
+mode is refused. What was under way at the interruption may run twice."""
 
 
 def arguments(parser: Parser) -> None:
@@ -78,6 +90,11 @@ def arguments(parser: Parser) -> None:
         metavar="FILE",
         help="write the payloads without a result there, for another map; no file if there are "
         "none",
+    )
+    add(
+        "--resume",
+        metavar="FILE",
+        help="keep the results in FILE too, and go on from those that it has",
     )
     add("--as-completed", action="store_true", help="print results as they arrive, in no order")
     add(
@@ -107,32 +124,76 @@ def arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with contextlib.ExitStack() as closing:
+        try:
+            source = input_of(args.inputs)
+            # First: where it is refused, the output of the first run is still there.
+            if record := _record_of(args, source):
+                closing.callback(record.close)
+            output, unanswered = output_of(args, source), Unanswered(args, source)
+            closing.callback(output.close)
+        except (OSError, ValueError, ImportError, library.ResumeError) as e:
+            complain(sentence_of(e))
+            return Exit.USAGE
+        try:
+            return _Run(args, source, output, unanswered, record).run()
+        except OSError as e:
+            complain(sentence_of(e))
+            return Exit.FAILED
+
+
+def _record_of(args: argparse.Namespace, source: Input) -> Record | None:
+    """Opened, and compared with the input if that can be read twice.
+
+    Raises ValueError, OSError, ResumeError, or ImportError in a Python without SQLite.
+    """
+    if args.resume is None:
+        return None
+    from overlay.client.resume import open_record
+
+    _check_is_apart(args)
+    kind = call_kind(args.mode, args.team, args.handler, False, args.priority)
+    record = open_record(args.resume, kind, False, source.name_of)
     try:
-        source = input_of(args.inputs)
-        output, unanswered = output_of(args, source), Unanswered(args, source)
-    except (OSError, ValueError) as e:
-        complain(sentence_of(e))
-        return Exit.USAGE
-    try:
-        return _Run(args, source, output, unanswered).run()
-    except OSError as e:
-        complain(sentence_of(e))
-        return Exit.FAILED
-    finally:
-        output.close()
+        if (payloads := source.ahead()) is not None:
+            record.check(payloads)
+    except BaseException:
+        record.close()
+        raise
+    return record
+
+
+def _check_is_apart(args: argparse.Namespace) -> None:
+    """Raises ValueError if the record would be an input or an output as well."""
+    path = os.path.realpath(args.resume)
+    if args.resume in ("", "-"):
+        raise ValueError("--resume needs a file of its own")
+    check_is_no_input(args.resume, args.inputs)
+    for option, file in (("--out", args.out), ("--failed", args.failed)):
+        if file not in (None, "-") and os.path.realpath(file) == path:
+            raise ValueError(f"{option} and --resume cannot be one file")
+    for folder in (*args.inputs, args.out_folder):
+        if folder and os.path.realpath(folder) == os.path.dirname(path):
+            raise ValueError(f"--resume cannot be in '{folder}', among the inputs or the results")
 
 
 class _Run:
     """One map, and its counts so far."""
 
     def __init__(
-        self, args: argparse.Namespace, source: Input, output: Output, unanswered: Unanswered
+        self,
+        args: argparse.Namespace,
+        source: Input,
+        output: Output,
+        unanswered: Unanswered,
+        record: Record | None,
     ) -> None:
         self._args = args
         self._address = join_address(args.host, args.port)
         self._source = source
         self._output = output
         self._unanswered = unanswered
+        self._record = record
         self._began = time.monotonic()
         self._answered = 0
         self._incomplete = 0
@@ -141,11 +202,11 @@ class _Run:
         self._bar = _Bar(source, output)
 
     def run(self) -> int:
-        ended: library.NotReached | None = None
+        ended: library.NotReached | library.ResumeError | None = None
         try:
             with self._unanswered, self._bar:
                 self._take_all()
-        except library.NotReached as e:
+        except (library.NotReached, library.ResumeError) as e:
             ended = e
         except library.CallFailed as e:
             if not self._output.reader_left:
@@ -156,7 +217,8 @@ class _Run:
         if self._output.reader_left:
             return self._exit()
         if ended is not None:
-            self._exits.add(Exit.UNREACHABLE)
+            is_away = isinstance(ended, library.NotReached)
+            self._exits.add(Exit.UNREACHABLE if is_away else Exit.FAILED)
             complain(clean(str(ended)))
         if ended is None or self._answered or self._failed.total():
             complain(self._summary())
@@ -174,6 +236,7 @@ class _Run:
             window=args.window,
             ordered=not args.as_completed,
             patience_s=args.patience,
+            resume=self._record,
             **request_options(args),
         )
         with contextlib.closing(results):  # type: ignore[type-var]  # a generator
@@ -217,8 +280,12 @@ class _Run:
         failures = self._failed + Counter({"unreadable": len(self._source.unreadable)})
         every = self._answered + failures.total()
         text = f"{self._answered:,} of {every:,} answered in {took_s:.1f} s"
-        if self._answered:
-            text += f", {self._answered / max(took_s, 0.001):,.0f}/s"
+        recalled = self._record.recalled if self._record else 0
+        if self._answered > recalled:
+            text += f", {(self._answered - recalled) / max(took_s, 0.001):,.0f}/s"
+        if self._record:
+            path, added = clean(self._args.resume), self._record.added
+            text += f"; {recalled:,} of them from '{path}', {added:,} recorded there"
         if failures.total():
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in failures.most_common() if n)
             kept, sign = self._args.failed, "@" if isinstance(self._source, FilesInput) else ""

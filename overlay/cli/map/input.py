@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -38,8 +39,11 @@ class Input(Protocol):
 
     def payloads(self) -> Iterator[bytes]: ...
 
+    def ahead(self) -> Iterator[bytes] | None:
+        """The same payloads before they are taken; None for what can be read only once."""
+
     def name_of(self, index: int) -> str:
-        """What a person calls this payload. May be asked once for each."""
+        """What a person calls this payload, once it was given."""
 
 
 def input_of(inputs: Sequence[str]) -> Input:
@@ -77,6 +81,9 @@ class LinesInput:
             self.again = line
             yield line
 
+    def ahead(self) -> Iterator[bytes] | None:
+        return self._lines() if self._are_files else None
+
     def _lines(self) -> Iterator[bytes]:
         for text in self._inputs:
             if text == "-":
@@ -89,10 +96,14 @@ class LinesInput:
     def name_of(self, index: int) -> str:
         return f"line {index + 1}"
 
+    @property
+    def _are_files(self) -> bool:
+        return "-" not in self._inputs and all(Path(text).is_file() for text in self._inputs)
+
     def _count(self) -> int | None:
-        paths = [Path(text) for text in self._inputs]
-        if "-" in self._inputs or not all(path.is_file() for path in paths):
+        if not self._are_files:
             return None
+        paths = [Path(text) for text in self._inputs]
         if sum(path.stat().st_size for path in paths) > MAX_COUNTED_BYTES:
             return None
         return sum(map(_lines_in, paths))
@@ -107,10 +118,10 @@ class FilesInput:
         self.unreadable: list[bytes] = []
         self._paths = paths
         self.total: int | None = len(paths)
-        self._open: dict[int, str] = {}
+        self._names: list[str] = []  # of those that could be read
 
     def payloads(self) -> Iterator[bytes]:
-        index = 0
+        self._names.clear()
         for path in self._paths:
             try:
                 payload = path.read_bytes()
@@ -119,13 +130,22 @@ class FilesInput:
                 if len(self.unreadable) <= MAX_SHOWN:
                     complain(sentence_of(e))
                 continue
-            self._open[index] = path.name
+            self._names.append(path.name)
             self.again = _as_line(path)
-            index += 1
             yield payload
 
+    def ahead(self) -> Iterator[bytes] | None:
+        return self._readable()
+
     def name_of(self, index: int) -> str:
-        return self._open.pop(index)
+        return self._names[index]
+
+    def _readable(self) -> Iterator[bytes]:
+        for path in self._paths:
+            with suppress(OSError):
+                payload = path.read_bytes()
+                self._names.append(path.name)
+                yield payload
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -192,7 +212,7 @@ def _read_stdin(chunks: queue.Queue[bytes]) -> None:
             return
 
 
-def sentence_of(error: OSError | ValueError) -> str:
+def sentence_of(error: Exception) -> str:
     if isinstance(error, OSError):
         return clean(f"cannot use '{error.filename}': {error.strerror or error}")
     return clean(str(error))

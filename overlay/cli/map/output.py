@@ -66,11 +66,11 @@ def output_of(args: argparse.Namespace, source: Input) -> Output:
     is_named = isinstance(source, FilesInput)
     if args.out in (None, "-"):
         return StreamOutput(args, is_named, cast(StandardOutput, sys.stdout))
-    _check_is_no_input(args.out, args.inputs)
+    check_is_no_input(args.out, args.inputs)
     return FileOutput(args, is_named, open(args.out, "wb"))
 
 
-def _check_is_no_input(out: str, inputs: Sequence[str]) -> None:
+def check_is_no_input(out: str, inputs: Sequence[str]) -> None:
     for text in inputs:
         path = text.removeprefix("@")
         if text != "-" and Path(out).exists() and Path(out).samefile(path):
@@ -209,7 +209,7 @@ class Unanswered:
             is_out = args.out not in (None, "-") and self._path.exists()
             if is_out and self._path.samefile(args.out):
                 raise ValueError("--out and --failed cannot be one file")
-            _check_is_no_input(args.failed, args.inputs)
+            check_is_no_input(args.failed, args.inputs)
             self._file = self._path.open("wb")
 
     def noted(self, payloads: Iterator[bytes]) -> Iterator[bytes]:
