@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from overlay.cli import text
 from overlay.cli.doctor import DEADLINE_S, Examination, examine, links_as_json, say_summary
 from overlay.cli.terminal import Exit, Screen, connected, failed, misconfigured
 from overlay.cli.text import counted, span
@@ -19,6 +20,7 @@ from overlay.model.topology import Process, Topology, join_address
 from overlay.monitor.diagnosis import Finding, Observation
 from overlay.monitor.protection import protection
 from overlay.observability import metric_families
+from overlay.observability.metric_families import JOB_STATES
 from overlay.transport.codec import pb2
 
 
@@ -66,6 +68,8 @@ def show_metrics(report: Screen, m: pb2.MetricsResponse, address: str) -> None:
         ("queue", f"{m.queue_size} of {m.queue_slots} waiting"),
         ("streams", _streams(m) if m.streams else ""),
         ("lanes", _lanes(m) if m.lane_requests or m.lanes else ""),
+        ("jobs", _jobs(m.jobs) if m.jobs.max_jobs else ""),
+        ("warning", text.no_jobs(m.jobs.problem)),
         ("service", f"{m.active_requests} of {m.max_capacity} in service"),
         ("slots", f"{counted(m.slots, 'handler')} can run at once here or below"),
         ("workers", f"{len(workers) - len(unreached)} of {len(workers)} known to be ready"),
@@ -107,6 +111,11 @@ def _streams(m: pb2.MetricsResponse) -> str:
 def _lanes(m: pb2.MetricsResponse) -> str:
     lent = counted(len(m.lanes), "worker") + " lent to clients now"
     return f"{lent}, {m.lane_requests:,} requests so far" if m.lane_requests else lent
+
+
+def _jobs(counts: pb2.JobCounts) -> str:
+    found = text.jobs({name: getattr(counts, name) for name in JOB_STATES}, counts.schedules)
+    return f"{found}; {counts.refused:,} refused" if counts.refused else found
 
 
 def _keys(m: pb2.MetricsResponse) -> str:

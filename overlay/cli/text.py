@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
 
 
 def clean(text: str) -> str:
@@ -44,3 +45,16 @@ def span(span_s: float, decimals: int = 0) -> str:
         return f"{span_s:.{decimals}f} s"
     minutes = int(span_s // 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def jobs(states: Mapping[str, int], schedules: int) -> str:
+    """How many jobs there are: by state, and schedules."""
+    found = [f"{number:,} {state}" for state, number in states.items() if number]
+    if schedules:
+        found.append(counted(schedules, "schedule"))
+    return ", ".join(found) or "none"
+
+
+def no_jobs(problem: str) -> str:
+    """That a leader accepts no jobs, and why; empty if it does."""
+    return f"no jobs are accepted: {problem}" if problem else ""

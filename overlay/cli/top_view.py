@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from overlay.cli.terminal import aligned
-from overlay.cli.text import clean, counted, span
+from overlay.cli.text import clean, counted, jobs, no_jobs, span
 from overlay.model import clocks as time
 from overlay.model.segments import Code
 from overlay.monitor.protection import OPEN
@@ -61,7 +61,8 @@ ROOMY = 96  # columns of a screen
 def lines(snapshot: Snapshot, width: int, height: int, signs: Signs) -> list[Text]:
     """The snapshot in at most `height` lines of at most `width` columns."""
     top = [_title(snapshot, width), *_security(snapshot)]
-    top += [*_figures(snapshot, width, signs), *_maps(snapshot, signs), *_lanes(snapshot)]
+    top += [*_figures(snapshot, width, signs), *_jobs(snapshot)]
+    top += [*_maps(snapshot, signs), *_lanes(snapshot)]
     if not snapshot["processes"]:
         return [_cut(line, width) for line in top]
     left = height - len(top) - 1
@@ -129,6 +130,17 @@ def _figures(snapshot: Snapshot, width: int, signs: Signs) -> list[Text]:
     if not any(lost.values()):
         answers.append("   none lost", DIM)
     return [queue, answers]
+
+
+def _jobs(snapshot: Snapshot) -> list[Text]:
+    """How many jobs the process asked keeps, and why it accepts no more."""
+    found = snapshot["jobs"]
+    if found is None:
+        return []
+    line = Text(f"jobs     {jobs(found['states'], found['schedules'])}")
+    line.highlight_regex(r"[\d,]+ quarantined", COLOURS["impaired"])
+    problem = clean(no_jobs(found["problem"]))
+    return [line, Text(problem, COLOURS["gone"])] if problem else [line]
 
 
 def _maps(snapshot: Snapshot, signs: Signs) -> list[Text]:

@@ -15,6 +15,7 @@ from overlay.model.topology import ROLES
 from overlay.monitor.protection import protection
 from overlay.monitor.timeseries import COUNTERS, FIGURES, Timeseries, in_service, waiting
 from overlay.observability.events import RECURRING, latest
+from overlay.observability.metric_families import JOB_STATES
 from overlay.transport.codec import pb2
 
 FORMAT = 1  # rises when a field changes its meaning or is removed
@@ -125,6 +126,7 @@ def snapshot(polled: Polled, now: float, wall: float, wanted: RequestFilter = AL
         ),
         "maps": _maps(polled.results[polled.asked], now),
         "lanes": _lanes(polled.results[polled.asked]),
+        "jobs": _jobs(polled.results[polled.asked]),
         "events": _events(polled, now, wall),
         "functions": [_function(function) for function in polled.functions[:MAX_FUNCTIONS]],
     }
@@ -348,6 +350,23 @@ def _lanes(result: PollResult) -> list[dict[str, Any]]:
             sums[name] += getattr(one, name)
         sums["since_s"] = max(sums["since_s"], round(one.since_s, 1))
     return list(found.values())[-MAX_LANES:]
+
+
+def _jobs(result: PollResult) -> dict[str, Any] | None:
+    """How many jobs the process asked has, by state; None if it keeps none."""
+    counts = result.metrics.jobs if result.metrics is not None else None
+    if counts is None or not counts.max_jobs:
+        return None
+    return {
+        "states": {name: getattr(counts, name) for name in JOB_STATES},
+        "schedules": counts.schedules,
+        "bytes": counts.bytes,
+        "max_jobs": counts.max_jobs,
+        "max_bytes": counts.max_bytes,
+        "accepted": counts.accepted,
+        "refused": counts.refused,
+        "problem": counts.problem,
+    }
 
 
 def _events(polled: Polled, now: float, wall: float) -> list[Mapping[str, Any]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 GAUGE, COUNTER = "gauge", "counter"
+JOB_STATES = ("waiting", "running", "done", "failed", "quarantined", "cancelled", "expired")
 Samples = Callable[[Any], Iterable[tuple[Any, ...]]]
 """Samples of a metric: the value of each label, then the sample's own."""
 
@@ -71,12 +72,9 @@ def _ended(m: Any) -> Iterable[tuple[str, int]]:
     return [(how, getattr(m, how)) for how in ("completed", "failed", "refused", "cancelled")]
 
 
-STATES = ("waiting", "running", "done", "failed", "quarantined", "cancelled", "expired")
-
-
 def _jobs(m: Any) -> Iterable[tuple[str, int]]:
     """By state, of a process with a journal."""
-    return [(state, getattr(m.jobs, state)) for state in STATES] if m.jobs.max_jobs else []
+    return [(state, getattr(m.jobs, state)) for state in JOB_STATES] if m.jobs.max_jobs else []
 
 
 def _of_jobs(name: str) -> Samples:
@@ -123,12 +121,11 @@ FAMILIES = (
     Family("lanes", GAUGE, _count_of("lanes"), "Workers lent to clients."),
     Family("lane_requests", COUNTER, _one("lane_requests"),
            "Requests that went straight to a lent worker."),
-    Family("jobs", GAUGE, _jobs, "Jobs in the journal.", ("state",), fact="jobs"),
+    Family("jobs", GAUGE, _jobs, "Jobs in the journal.", ("state",)),
     Family("jobs_bytes", GAUGE, _of_jobs("bytes"), "Bytes of their payloads and answers."),
     Family("jobs_slots", GAUGE, _of_jobs("max_jobs"), "How many jobs the journal can hold."),
     Family("jobs_accepted", COUNTER, _of_jobs("accepted"), "Jobs accepted."),
-    Family("jobs_refused", COUNTER, _of_jobs("refused"), "Jobs refused, as there was no room.",
-           fact="jobs refused", unit="refused"),
+    Family("jobs_refused", COUNTER, _of_jobs("refused"), "Jobs refused, as there was no room."),
     Family("jobs_repeated", COUNTER, _of_jobs("repeated"), "Attempts of jobs begun again."),
     Family("job_waiters", GAUGE, _of_jobs("waiters"), "Calls that wait for a job's end."),
     Family("log_lines_dropped", COUNTER, _one("log_lines_dropped"), "Log lines not written.",

@@ -254,6 +254,38 @@ def test_many_problems_of_certificates_take_two_lines_of_a_screen():
     assert shown[1:4] == ["closed", "W1: old", "and 1 more: W2: old"]
 
 
+# Jobs
+
+
+def test_a_snapshot_has_the_counts_of_jobs_where_the_leader_keeps_some():
+    found = many(1, jobs=pb2.JobCounts(max_jobs=9, waiting=2, quarantined=1))["jobs"]
+
+    assert many(1)["jobs"] is None
+    assert (found["states"]["waiting"], found["states"]["done"]) == (2, 0)
+    assert (found["max_jobs"], found["problem"]) == (9, "")
+
+
+@pytest.mark.parametrize(
+    ("jobs", "shown"),
+    [
+        (pb2.JobCounts(), []),
+        (pb2.JobCounts(max_jobs=9), ["jobs     none"]),
+        (
+            pb2.JobCounts(max_jobs=9, waiting=1200, quarantined=1, schedules=2),
+            ["jobs     1,200 waiting, 1 quarantined, 2 schedules"],
+        ),
+        (
+            pb2.JobCounts(max_jobs=9, done=3, problem="the disk is full\x1b[2J"),
+            ["jobs     3 done", "no jobs are accepted: the disk is full\\x1b[2J"],
+        ),
+    ],
+)
+def test_the_screen_has_a_line_of_jobs(jobs: pb2.JobCounts, shown: list[str]):
+    found = [line.plain for line in lines(many(1, jobs=jobs), 80, 24, SHAPES)]
+
+    assert [line for line in found if line.startswith(("jobs", "no jobs"))] == shown
+
+
 # On a screen
 
 

@@ -75,6 +75,31 @@ def test_check_says_in_a_line_whether_the_process_is_open(security: pb2.Security
     assert [line for line in found if line.startswith(("security", "warning"))] == lines
 
 
+@pytest.mark.parametrize(
+    ("jobs", "lines"),
+    [
+        (pb2.JobCounts(), []),
+        (pb2.JobCounts(max_jobs=9), ["jobs none"]),
+        (
+            pb2.JobCounts(max_jobs=9, waiting=1200, running=3, quarantined=1, schedules=1),
+            ["jobs 1,200 waiting, 3 running, 1 quarantined, 1 schedule"],
+        ),
+        (
+            pb2.JobCounts(max_jobs=9, done=9, refused=4, problem="the disk is full"),
+            ["jobs 9 done; 4 refused", "warning no jobs are accepted: the disk is full"],
+        ),
+    ],
+    ids=["no journal", "none", "some", "a problem"],
+)
+def test_check_says_how_many_jobs_there_are(jobs: pb2.JobCounts, lines: list[str]):
+    page = io.StringIO()
+
+    show_metrics(Screen(page), pb2.MetricsResponse(process_id="A", jobs=jobs), "x:1")
+
+    found = [" ".join(line.split()) for line in page.getvalue().splitlines()]
+    assert [line for line in found if line.startswith(("jobs", "warning"))] == lines
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_family_has_a_value_for_each_of_its_labels(family: Family):
     for *values, value in family.samples(BUSY):
