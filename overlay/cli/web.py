@@ -2,8 +2,9 @@
 
     GET /              the page        GET /snapshot  the newest snapshot, as JSON
     GET /frames        each snapshot as it is made, until the viewer leaves
+    /jobs              the leader's jobs (see web_jobs), the only thing that it changes
 
-Read only, and a process of its own, so that it never shares an interpreter with the leader. A
+A process of its own, so that it never shares an interpreter with the leader. A
 viewer has no buffer: a slow one gets the newest snapshot when it is ready for it, and none of those
 in between.
 
@@ -36,6 +37,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overlay.cli.terminal import Exit, Screen
 from overlay.cli.usage import Parser, complain, host, port_or_any
+from overlay.cli.web_jobs import JobsOfPage
 from overlay.model.addresses import is_loopback
 from overlay.model.topology import join_address
 from overlay.monitor.poller import Poller
@@ -67,8 +69,8 @@ HEADERS = (
 )
 
 DESCRIPTION = """\
-Serves a page that shows the whole overlay live, and prints its address. Read only. Ctrl-C ends it;
-the overlay may come and go meanwhile."""
+Serves a page that shows the whole overlay live, and prints its address. A leader's jobs can be
+cancelled and released there. Ctrl-C ends it; the overlay may come and go meanwhile."""
 
 
 def arguments(parser: Parser) -> None:
@@ -86,7 +88,8 @@ def arguments(parser: Parser) -> None:
         type=host,
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="where to serve; anyone who reaches it sees everything (default: %(default)s)",
+        help="where to serve; anyone who reaches it sees everything, and changes nothing "
+        "(default: %(default)s)",
     )
     add(
         "--until-eof",
@@ -116,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
     Screen(sys.stdout).say(f"watching {address}; the page: {_url(listening)}")
     sys.stdout.flush()
     with listening, suppress(KeyboardInterrupt):
-        server = _Server(Page(poller, is_loopback(listening.getsockname()[0])))
+        only_here = is_loopback(listening.getsockname()[0])
+        server = _Server(Page(poller, only_here, JobsOfPage(address, may_change=only_here)))
         if args.until_eof:
             threading.Thread(target=server.end_with_stdin, name="web-stdin", daemon=True).start()
         server.run(sockets=[listening])
@@ -127,8 +131,9 @@ def run(args: argparse.Namespace) -> int:
 class Page:
     """The application. Its methods run on the server's event loop."""
 
-    def __init__(self, poller: Poller, loopback_only: bool) -> None:
+    def __init__(self, poller: Poller, loopback_only: bool, jobs: JobsOfPage) -> None:
         self._poller = poller
+        self._jobs = jobs
         self._loopback_only = loopback_only
         self._newest = b""
         self._viewers: list[_Viewer] = []  # the oldest first
@@ -138,6 +143,7 @@ class Page:
             routes=[
                 Route("/frames", self._frames),
                 Route("/snapshot", self._snapshot),
+                *jobs.routes(),
                 Mount("/", StaticFiles(directory=PAGE, html=True)),
             ]
         )
@@ -182,10 +188,11 @@ class Page:
         ready.set()
 
     def close(self) -> None:
-        """Ends the streams of snapshots, which have no end of their own."""
+        """Ends the streams of snapshots, which have no end of their own, and calls for jobs."""
         ready, self._next = self._next, None
         if ready:
             ready.set()
+        self._jobs.close()
 
     async def _frames(self, request: Request) -> Response:
         address = request.client.host if request.client else ""

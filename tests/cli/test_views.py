@@ -23,6 +23,7 @@ import grpc
 import pytest
 
 from overlay.cli import web
+from overlay.cli.web_jobs import JobsOfPage
 from overlay.monitor.poller import Poller
 from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes, tool, until
 from tests.harness.commands import run_client, start_client
@@ -51,7 +52,7 @@ def page_of(overlay: Overlay, *options: str) -> Iterator[tuple[Any, str]]:
     with start_client("127.0.0.1", overlay.port("A"), "web", "--web-port", 0, *options) as server:
         try:
             line = server.stdout.readline().decode()
-            assert "the page: http://127.0.0.1:" in line
+            assert "the page: http://" in line
             yield server, line.rpartition(" ")[2].strip()
         finally:
             server.kill()
@@ -306,7 +307,7 @@ def test_no_file_of_the_page_contains_an_address():
         assert "://" not in text, path.name
 
 
-def test_the_server_only_accepts_reads(address):
+def test_nothing_but_a_job_can_be_changed(address):
     request = urllib.request.Request(address + "snapshot", data=b"{}", method="POST")
 
     with pytest.raises(urllib.error.HTTPError, match="405"):
@@ -352,7 +353,9 @@ def is_ended(page: Any) -> bool:
 
 def test_a_slow_viewer_skips_to_the_newest_snapshot():
     async def view() -> list[bytes]:
-        page = web.Page(Poller("127.0.0.1:1"), loopback_only=True)
+        page = web.Page(
+            Poller("127.0.0.1:1"), loopback_only=True, jobs=JobsOfPage("127.0.0.1:1", True)
+        )
         page._begin()
         viewer = page._snapshots(web._Viewer("127.0.0.1", lambda: None))
         await anext(viewer)  # the first message; then the viewer is slow

@@ -45,6 +45,26 @@ export function keep(parent, items, key, make, update) {
   parent.kept = now;
 }
 
+// The rows of the table in the section with this id.
+export const body = (id) => byId(id).querySelector("tbody");
+
+// Fills the cells of a row; a value is a text or [text, class], or null to leave the cell alone.
+export function fill(row, values) {
+  values.forEach((value, i) => {
+    if (value === null) return;
+    const [text, extra] = Array.isArray(value) ? value : [value, null];
+    const cell = row.children[i];
+    say(cell, text);
+    cell.classList.toggle("bad", extra === "bad");
+  });
+}
+
+// A row whose cells have the classes of the table's header.
+export function rowOf(id) {
+  const heads = byId(id).querySelectorAll("th");
+  return el("tr", {}, [...heads].map((head) => el("td", { class: head.className || null })));
+}
+
 const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 
 export const count = (n) => (n === undefined || n === null ? "–" : whole.format(n));

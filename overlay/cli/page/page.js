@@ -2,6 +2,7 @@
 
 import { byId, clock, say, several, span, teamColours } from "./dom.js";
 import { drawCharts } from "./charts.js";
+import { showJobs } from "./jobs.js";
 import { drawTopology } from "./topology.js";
 import { showDetails, showEvents, showFigures, showHandlers, showLanes, showMaps, showProcesses, showRequests, showSecurity } from "./tables.js";
 
@@ -59,6 +60,7 @@ function draw() {
   showProcesses(snapshot, colours, picked, pick);
   showLanes(snapshot);
   showMaps(snapshot);
+  showJobs(snapshot);
   showHandlers(snapshot);
   showRequests(snapshot, snapshot.asked.address, show);
   showEvents(snapshot);

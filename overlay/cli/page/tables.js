@@ -1,6 +1,6 @@
 // The figures on top, the tables, and the details of the selected process.
 
-import { byId, clock, count, el, fullness, keep, ms, rate, say, set, several, span, stateOf } from "./dom.js";
+import { body, byId, clock, count, el, fill, fullness, keep, ms, rate, rowOf, say, set, several, span, stateOf } from "./dom.js";
 import { sparkline } from "./charts.js";
 
 const CODES = [
@@ -10,25 +10,7 @@ const CODES = [
 ];
 const HOPS_SHOWN = 9;
 
-const body = (id) => byId(id).querySelector("tbody");
 const marked = (health) => el("span", { class: `mark ${health}`, "aria-hidden": "true" });
-
-// Fills the cells of a row; a value is a text or [text, class], or null to leave the cell alone.
-function fill(row, values) {
-  values.forEach((value, i) => {
-    if (value === null) return;
-    const [text, extra] = Array.isArray(value) ? value : [value, null];
-    const cell = row.children[i];
-    say(cell, text);
-    cell.classList.toggle("bad", extra === "bad");
-  });
-}
-
-// A row whose cells have the classes of the table's header.
-function rowOf(id) {
-  const heads = byId(id).querySelectorAll("th");
-  return el("tr", {}, [...heads].map((head) => el("td", { class: head.className || null })));
-}
 
 // Whether the overlay is open, and what is wrong with its certificates: a line each.
 export function showSecurity({ mode, text, problems }) {
