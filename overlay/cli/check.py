@@ -9,7 +9,14 @@ from dataclasses import asdict
 from typing import Any
 
 from overlay.cli import text
-from overlay.cli.doctor import DEADLINE_S, Examination, examine, links_as_json, say_summary
+from overlay.cli.doctor import (
+    DEADLINE_S,
+    Examination,
+    examine,
+    journal_as_json,
+    links_as_json,
+    say_summary,
+)
 from overlay.cli.terminal import Exit, Screen, connected, failed, misconfigured
 from overlay.cli.text import counted, span
 from overlay.cli.usage import Parser, shared_options
@@ -236,6 +243,7 @@ def _overall_as_json(topology: Topology, found: Examination) -> dict[str, Any]:
             for process, finding in found.processes
             for m in [found.observed[process.id].metrics]
         ],
+        "journal": journal_as_json(found),
         "links": links_as_json(found),
     }
 

@@ -14,8 +14,12 @@ import platform
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 import overlay
 from overlay.cli.terminal import Exit, Screen, join_all, misconfigured
@@ -27,7 +31,9 @@ from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.program import CLIENT
 from overlay.model.topology import Process, Topology
+from overlay.monitor import journal_check
 from overlay.monitor.diagnosis import Diagnosis, Finding, Grade, Observation, Reach
+from overlay.monitor.journal_check import Place
 from overlay.monitor.protection import Protection, protection
 from overlay.security.lookup import Tls, credentials_of
 from overlay.transport import codec
@@ -65,19 +71,20 @@ class Examination:
     """Which processes and links of an overlay are well, and what is wrong with the others.
 
     protection: whether those that answer are open, and what is wrong with certificates, this
-    user's among them.
+    user's among them. journal: what is wrong with the leader's, and its jobs.
     """
 
     observed: Mapping[str, Observation]
     processes: Sequence[tuple[Process, Finding]]
     links: Sequence[tuple[Process, Process, Finding]]
     protection: Protection
+    journal: Sequence[tuple[Process, Finding]] = ()
 
     @property
     def exit_code(self) -> Exit:
         if all(one.metrics is None for one in self.observed.values()):
             return Exit.UNREACHABLE
-        findings = [f for _, f in self.processes] + [f for *_, f in self.links]
+        findings = [f for _, f in (*self.processes, *self.journal)] + [f for *_, f in self.links]
         return Exit.FAILED if any(f.grade is Grade.BAD for f in findings) else Exit.OK
 
     def summary(self) -> list[str]:
@@ -91,7 +98,7 @@ class Examination:
         if not any(one.is_here for one in self.observed.values()):
             lines.append(f"none of them is on this machine, which has {', '.join(own_addresses())}")
         lines += self.protection.lines
-        named = [(p.id, f) for p, f in self.processes]
+        named = [(p.id, f) for p, f in (*self.processes, *self.journal)]
         return lines + advice(named + [(f"{a.id} to {b.id}", f) for a, b, f in self.links])
 
 
@@ -110,7 +117,33 @@ def examine(topology: Topology, config: str, deadline_s: float = DEADLINE_S) -> 
         [(p, diagnosis.of_process(p)) for p in processes],
         [(p, n, diagnosis.of_link(p, n)) for p in processes for n in topology.below(p.id)],
         _protection(observed, credentials, config),
+        _journal(topology, observed[topology.leader.id]),
     )
+
+
+def _journal(topology: Topology, observed: Observation) -> list[tuple[Process, Finding]]:
+    """What is wrong with the leader's journal, and its jobs."""
+    leader = topology.leader
+    if not topology.journal:
+        return []
+    place = None
+    if observed.is_here:
+        with suppress(OSError, RuntimeError):  # a folder that may not be read; a loop of links
+            place = place_of(topology.folder / topology.journal)
+    metrics = observed.metrics
+    if metrics is not None and metrics.process_id != leader.id:
+        metrics = None
+    return [(leader, one) for one in journal_check.findings(leader, place, metrics)]
+
+
+def place_of(journal: Path) -> Place:
+    """Where this machine has the file. Raises OSError, RuntimeError."""
+    folder = journal.resolve().parent
+    mounts = [
+        (Path(one.mountpoint), one.fstype, one.opts) for one in psutil.disk_partitions(all=True)
+    ]
+    marks = ((one / ".stfolder").exists() for one in (folder, *folder.parents))
+    return Place(folder, *journal_check.volume_of(folder, mounts), any(marks))
 
 
 def _protection(
@@ -264,8 +297,13 @@ def _as_json(found: Examination) -> dict[str, Any]:
             }
             for p, finding in found.processes
         ],
+        "journal": journal_as_json(found),
         "links": links_as_json(found),
     }
+
+
+def journal_as_json(found: Examination) -> list[dict[str, str]]:
+    return [_finding_as_json(finding) for _, finding in found.journal]
 
 
 def links_as_json(found: Examination) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from overlay.monitor.diagnosis import Diagnosis, Finding, Grade, Observation, Re
 from overlay.monitor.poller import Poller
 from overlay.monitor.protection import Protection
 from overlay.transport.codec import pb2
-from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes
+from tests.harness.cluster import ROOT, Overlay, free_port, running, six_processes, until
 from tests.harness.commands import run_client
 
 SHIPPED = load(ROOT / "two_hosts_config.json")
@@ -218,6 +218,30 @@ def test_the_json_report_has_each_process_and_link(six: Overlay) -> None:
     assert {(k["from"], k["to"]) for k in report["links"]} == {
         ("A", "B"), ("A", "E"), ("B", "C"), ("B", "D"), ("E", "F"), ("E", "D"),
     }  # fmt: skip
+
+
+def test_doctor_looks_at_the_leaders_journal_and_its_jobs(tmp_path: Path) -> None:
+    folder = tmp_path / "Dropbox"
+    folder.mkdir()
+    (folder / "mine.py").write_text("import time\n\ndef slow(*_):\n    time.sleep(60)\n")
+    handlers = {"slow": {"call": "mine:slow"}}
+    with running(folder, six_processes(handlers=handlers, journal="journal.db")) as found:
+        with found.connect("A") as client:
+            job = client.later("slow", b"x")
+            until(lambda: job.state == "running", 20, "it runs")
+        found.kill("A")
+        found.start("A")
+
+        done = doctor(found.path)
+        report = json.loads(doctor(found.path, "--json").stdout)
+
+    words = " ".join(done.stdout.split())
+    at = found.address("A").replace(":", " ")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"A: its journal is in {folder}, which Dropbox seems to keep in step" in words
+    assert "A: 1 job is quarantined: an attempt may have run" in words
+    assert f"client.py {at} quarantine list" in words
+    assert [finding["grade"] for finding in report["journal"]] == ["note", "note"]
 
 
 def test_frozen_replaced_and_missing_processes_have_different_findings(
