@@ -111,6 +111,10 @@ def test_the_page_shows_six_processes_and_every_link(page):
     assert page.inner_text("#figures").count("3 of 3") == 1
 
 
+def test_without_a_journal_the_page_has_no_jobs(page):
+    assert page.locator("#jobs").is_hidden()
+
+
 def test_the_charts_cover_the_known_history(page):
     drawn = """async (points) => {
         const { drawCharts } = await import("./charts.js");

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,10 @@ import pytest
 import overlay
 from overlay.cli.web_jobs import foreign
 from overlay.client.jobs import Job
+from overlay.model.identity import CALLER, OPERATOR
+from overlay.security.tls_folder import TlsFolder
 from tests.cli.test_views import browser, page_of  # noqa: F401 - a fixture
+from tests.harness.certificates import user_of
 from tests.harness.cluster import Overlay, running, six_processes, until
 
 MINE = """
@@ -249,6 +254,40 @@ def test_a_page_that_other_machines_reach_changes_nothing(six: Overlay, later: J
     assert "served to other machines too" in answer["problem"]
 
 
+def test_with_certificates_the_page_shows_and_changes_what_its_owner_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "six"
+    access = {"cat": {"verbs": ["metrics"]}}
+    folder.mkdir()
+    (folder / "mine.py").write_text(MINE)
+    config = six_processes(
+        handlers={"upper": "mine:upper"}, journal="journal.db", tls="tls", access=access
+    )
+    people = {"ann": CALLER, "bob": CALLER, "cat": CALLER, "boss": OPERATOR}
+    answers = {}
+    with running(folder, config) as closed:
+        for name, kind in people.items():
+            user_of(TlsFolder(folder / "tls"), tmp_path / name / "tls", name, kind)
+            shutil.copy(closed.path, tmp_path / name)
+        with overlay.connect(closed.address("A"), tls=tmp_path / "ann" / "tls") as ann:
+            job = ann.later("upper", b"x", start_at=LATER)
+            for name in ("cat", "bob", "boss"):
+                monkeypatch.chdir(tmp_path / name)
+                with page_of(closed) as (_, address):
+                    listed = asked(f"{address}jobs")[1]
+                    done = sent(address, job.id, {"action": "cancel"})
+                answers[name] = [one["id"] for one in listed.get("jobs", [])], done[0], job.state
+                if name == "cat":
+                    assert "cat may not send requests" in listed["problem"]
+
+    assert answers == {
+        "cat": ([], 502, "waiting"),
+        "bob": ([], 404, "waiting"),
+        "boss": ([job.id], 200, "cancelled"),
+    }
+
+
 # In a browser
 
 
@@ -260,7 +299,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:  # noqa: F811
     found.set_default_timeout(20_000)
     found.on("pageerror", lambda error: complaints.append(str(error)))
     found.goto(address)
-    found.wait_for_selector("#jobs tbody tr")
+    found.wait_for_selector("#jobs")
     yield found
     found.close()
     assert complaints == []
@@ -319,3 +358,15 @@ def test_what_comes_from_a_job_is_text_and_not_html(client: overlay.Client, page
 
     page.locator("#jobs .facts").get_by_text("<img src=x").wait_for()
     assert page.locator("img").count() == 0
+
+
+def test_the_page_says_why_no_jobs_are_accepted(page: Any) -> None:
+    shown = """async () => {
+        const { showJobs } = await import("./jobs.js");
+        const jobs = { states: { waiting: 1200, running: 0 }, schedules: 1, problem: "<b>full" };
+        showJobs({ at: 0, processes: [], jobs });
+        const text = (name) => document.querySelector(`#jobs-${name}`).textContent;
+        return ["problem", "counts"].map(text);
+    }"""
+
+    assert page.evaluate(shown) == ["No jobs are accepted: <b>full", "1,200 waiting1 schedule"]

@@ -19,6 +19,7 @@ let now_s = 0;
 let seen = "";
 let askedAt = -Infinity;
 let asked = 0; // an answer that is overtaken by a newer question is not shown
+let unanswered = 0;
 
 const wanted = byId("jobs-wanted");
 wanted.addEventListener("submit", (event) => event.preventDefault());
@@ -40,7 +41,7 @@ export function showJobs(snapshot) {
   byId("jobs-problem").hidden = !counts.problem;
   offerHandlers(snapshot);
   const news = JSON.stringify(counts);
-  if (news === seen && performance.now() - askedAt < REFRESH_MS) return;
+  if (unanswered || (news === seen && performance.now() - askedAt < REFRESH_MS)) return;
   seen = news;
   refresh(byId("jobs").querySelector("table").matches(":hover, :has(:focus-visible)"));
 }
@@ -58,11 +59,13 @@ async function refresh(isHeld = false) {
   const { state, handler, text } = wanted.elements;
   const question = new URLSearchParams({ state: state.value, handler: handler.value, text: text.value });
   const ids = [...opened.keys()];
+  unanswered += 1;
   const [found, ...stories] = await Promise.all([isHeld ? list : ask(`jobs?${question}`), ...ids.map((id) => ask(pathOf(id)))]);
+  unanswered -= 1;
   if (mine !== asked) return;
   stories.forEach((job) => { if (opened.has(job.id)) opened.set(job.id, job); });
-  list = found.problem ? { ...list, jobs: [] } : found;
-  tell("jobs-trouble", found.problem);
+  list = found.problem ? { ...list, jobs: [], searched: 0 } : found;
+  if (!isHeld) tell("jobs-trouble", found.problem);
   say(byId("jobs-held"), isHeld && list.jobs.length ? "held while you point at it" : "");
   draw();
 }
@@ -89,10 +92,11 @@ function tell(id, text) {
 function draw() {
   const shown = new Set(list.jobs.map((job) => job.id));
   const jobs = [...[...opened.values()].filter((job) => !shown.has(job.id)), ...list.jobs];
-  const rows = jobs.flatMap((job) => (opened.has(job.id) ? [{ job }, { job: opened.get(job.id), isStory: true }] : [{ job }]));
+  const rows = jobs.map((job) => opened.get(job.id) ?? job)
+    .flatMap((job) => (opened.has(job.id) ? [{ job }, { job, isStory: true }] : [{ job }]));
   keep(body("jobs"), rows, ({ job, isStory }) => job.id + (isStory ? " story" : ""), makeRow, updateRow);
   byId("jobs").classList.toggle("is-empty", !rows.length);
-  say(byId("jobs-none"), Object.values(wanted.elements).some((field) => field.value) ? "None like this." : "None yet.");
+  say(byId("jobs-none"), !byId("jobs-trouble").hidden ? "" : Object.values(wanted.elements).some((field) => field.value) ? "None like this." : "None yet.");
   say(byId("jobs-searched"), list.searched ? `${wanted.elements.text.value ? "among " : ""}the newest ${count(list.searched)}` : "");
 }
 
