@@ -37,20 +37,7 @@ MAX_REQUESTS = 1000  # more than a process keeps
 
 def arguments(parser: Parser) -> None:
     add = parser.add_argument
-    sent = parser.add_mutually_exclusive_group()
-    sent.add_argument(
-        "--payload",
-        type=payload,
-        default=b"hello",
-        metavar="TEXT|@FILE|-",
-        help="what to send: a text, a file's bytes, or standard input (default: hello)",
-    )
-    sent.add_argument(
-        "--args",
-        type=function_arguments,
-        metavar="JSON|@FILE|-",
-        help="the arguments of a typed function, as a JSON object; the verb handlers lists them",
-    )
+    payload_options(parser)
     add("--parts", action="store_true", help="show each worker's own result and times")
     add(
         "--trace",
@@ -83,6 +70,25 @@ def arguments(parser: Parser) -> None:
         priority=True,
         json="print the report as JSON; with --as-completed, an object a line",
     )
+
+
+def payload_options(parser: Parser) -> argparse._MutuallyExclusiveGroup:
+    """--payload and --args; of what is added to the group, only one may be given."""
+    sent = parser.add_mutually_exclusive_group()
+    sent.add_argument(
+        "--payload",
+        type=payload,
+        default=b"hello",
+        metavar="TEXT|@FILE|-",
+        help="what to send: a text, a file's bytes, or standard input (default: hello)",
+    )
+    sent.add_argument(
+        "--args",
+        type=function_arguments,
+        metavar="JSON|@FILE|-",
+        help="the arguments of a typed function, as a JSON object; the verb handlers lists them",
+    )
+    return sent
 
 
 def payload(text: str) -> bytes:
@@ -118,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         client = connected(args)
         answer = client.forward(
-            *_payload_of(args),
+            *payload_of(args),
             args=args.args,
             mode=args.mode,
             handler=args.handler,
@@ -135,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     took_ms = (time.monotonic() - started) * 1000
     code = Exit.INCOMPLETE if answer.missing else Exit.OK
     report = Screen(sys.stderr if args.out == "-" else sys.stdout)
-    if args.out and not _write_result(args.out, answer.result):
+    if args.out and not write_result(args.out, answer.result):
         return Exit.FAILED
     if args.json:
         values = {} if args.args is None else _values_as_json(answer, args.mode)
@@ -145,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _payload_of(args: argparse.Namespace) -> tuple[bytes, ...]:
+def payload_of(args: argparse.Namespace) -> tuple[bytes, ...]:
     return (args.payload,) if args.args is None else ()
 
 
@@ -159,7 +165,7 @@ def ask_for_parts(args: argparse.Namespace) -> int:
     found: list[Part] = []
     try:
         for part in connected(args).parts(
-            *_payload_of(args),
+            *payload_of(args),
             args=args.args,
             handler=args.handler,
             first=args.first,
@@ -167,7 +173,7 @@ def ask_for_parts(args: argparse.Namespace) -> int:
         ):
             if args.out and part.ok:
                 written = (b"\n", part.result) if found else (part.result,)
-                if not _write_result(args.out, *written, is_first=not found):
+                if not write_result(args.out, *written, is_first=not found):
                     return Exit.FAILED
             # Not the result itself, which may be large.
             found.append(replace(part, result=b""))
@@ -199,20 +205,31 @@ def ask_for_parts(args: argparse.Namespace) -> int:
 def show_answer(
     report: Screen, answer: library.Answer, took_ms: float, args: argparse.Namespace
 ) -> None:
-    answered, asked = answer.coverage
-    kept = f"{sized(answer.result)} -> {args.out}"
     report.facts(
-        ("result", kept if args.out else shown(answer.result)),
-        ("answers", f"{answered} of {counted(asked, 'worker')} answered"),
-        ("missing", "\n".join(f"{p.process_id}: {_reason(p)}" for p in answer.missing)),
-        ("path", " ".join(answer.hops)),
+        *answer_facts(answer, args.out),
         ("time", f"{took_ms:.1f} ms"),
         ("request", f"{answer.request_id:016x}"),
     )
     if args.parts:
-        report.table("parts", PART_COLUMNS, [_part_row(part) for part in answer.parts])
+        show_parts(report, answer)
     if args.trace:
         show_trace(report, answer.trace)
+
+
+def answer_facts(answer: library.Answer, out: str | None) -> list[tuple[str, str]]:
+    """out: the file that has the result."""
+    answered, asked = answer.coverage
+    kept = f"{sized(answer.result)} -> {out}"
+    return [
+        ("result", kept if out else shown(answer.result)),
+        ("answers", f"{answered} of {counted(asked, 'worker')} answered"),
+        ("missing", "\n".join(f"{p.process_id}: {_reason(p)}" for p in answer.missing)),
+        ("path", " ".join(answer.hops)),
+    ]
+
+
+def show_parts(report: Screen, answer: library.Answer) -> None:
+    report.table("parts", PART_COLUMNS, [_part_row(part) for part in answer.parts])
 
 
 def show_trace(report: Screen, trace: Sequence[Hop]) -> None:
@@ -309,7 +326,7 @@ def _part_as_json(part: Part, with_result: bool) -> dict[str, Any]:
     }
 
 
-def _write_result(out: str, *results: bytes, is_first: bool = True) -> bool:
+def write_result(out: str, *results: bytes, is_first: bool = True) -> bool:
     """Writes the exact bytes of the results; unless is_first, after those written before."""
     try:
         if out == "-":

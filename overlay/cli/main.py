@@ -18,6 +18,11 @@ from overlay.cli.usage import Parser, program
 OF_A_PROCESS = {  # after HOST PORT; `ask` is what no verb means
     "ask": "Sends one request",
     "map": "Sends many payloads, lines or files; the results keep their order",
+    "submit": "Submits a job: a request that the leader keeps on its disk until it is answered",
+    "result": "Shows how a job stands, and its answer; --wait waits for its end",
+    "jobs": "Shows the newest jobs and schedules, and how many there are in each state",
+    "cancel": "Cancels jobs and schedules",
+    "quarantine": "Shows jobs that may have run, and runs them again or forgets them",
     "check": "Shows the state of this process and of its neighbours",
     "handlers": "Shows what the handlers do and take: signature, docstring",
     "logs": "Shows the last log lines of this process, or of one below it",
@@ -44,11 +49,12 @@ exit codes:
   0    success; with --mode all, every worker asked has answered; check: all is well
   1    the request failed (the handler raised, no such team); check: something is wrong;
        drain: requests were left behind;
-       map: some requests failed (if all failed for one reason, that reason's code)
+       map: some requests failed (if all failed for one reason, that reason's code);
+       result: the job ended without an answer; cancel, quarantine: some IDs were left as they are
   2    wrong arguments, or a file that cannot be used
   3    refused: no handler saw the request, try again later
   4    unreachable: nothing serves at the address, or no worker can be reached
-  5    the deadline passed first; work may have begun
+  5    the deadline passed first; work may have begun; result: the job is not over yet
   6    incomplete: answered, but not by every worker asked
   130  interrupted
 

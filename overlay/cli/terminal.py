@@ -116,17 +116,24 @@ def connected(args: argparse.Namespace) -> library.Client:
 
 
 def failed(
-    error: library.CallFailed, address: str, as_json: bool, of_a_request: bool = True
+    error: library.CallFailed,
+    address: str,
+    as_json: bool,
+    of_a_request: bool = True,
+    remark: str = "",
+    **more: Any,
 ) -> int:
     """Prints what went wrong and returns the exit code for it.
 
-    of_a_request: so the message also says whether a handler may have seen it.
+    of_a_request: so the message also says whether a handler may have seen it. remark: what else to
+    say. more: what else the JSON has.
     """
     code = exit_of(error)
     if as_json:
-        found = {"ok": False, "exit_code": int(code), "address": address}
+        found = {"ok": False, "exit_code": int(code), "address": address, **more}
         Screen(sys.stdout).json({**found, "error": error_as_json(error, address)})
-    complain(f"{clean(str(error))}{proof(error) if of_a_request else ''}{log_hint(error, address)}")
+    remark = (proof(error) if of_a_request else "") + remark
+    complain(f"{clean(str(error))}{remark}{log_hint(error, address)}")
     return code
 
 

@@ -13,14 +13,21 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from datetime import time as daytime
 from pathlib import Path
 from typing import Any, NoReturn
 
 from overlay.cli import stdio
 from overlay.cli.text import clean
+from overlay.model import clocks as time
 from overlay.model.errors import ConfigError
 from overlay.model.limits import Limits
 from overlay.queueing.admission import HIGHEST_PRIORITY
+
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+LONGEST_S = 366 * 86_400  # of a duration
+DAY = r"\d{4}-\d\d-\d\d"
 
 
 def program() -> str:
@@ -191,6 +198,50 @@ def seconds(text: str) -> float:
         if 0 < number <= 86_400 and math.isfinite(number):
             return number
     raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0, at most 86400")
+
+
+def duration(text: str) -> float:
+    """Seconds, of 90, 90s, 15m, 1h or 2d."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text, re.ASCII)
+    span_s = float(found[1]) * UNITS_S[found[2] or "s"] if found else 0.0
+    if not 0 < span_s <= LONGEST_S:
+        raise argparse.ArgumentTypeError(
+            f"'{clean(text)}' is not a duration such as 90s, 15m, 1h or 2d, at most 366d"
+        )
+    return span_s
+
+
+def start_time(text: str) -> float:
+    return moment(text, time.time())
+
+
+def moment(text: str, now: float) -> float:
+    """Seconds since 1970 of a local date and time, or of the next time that it is that o'clock."""
+    today = datetime.fromtimestamp(now)
+    try:
+        if re.fullmatch(r"\d\d:\d\d(:\d\d)?", text, re.ASCII):
+            at = datetime.combine(today, daytime.fromisoformat(text))
+            at += timedelta(days=at <= today)
+        elif re.fullmatch(rf"{DAY}[T ]\d\d:\d\d(:\d\d)?(Z|[+-]\d\d:\d\d)?", text, re.ASCII):
+            at = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        else:
+            raise ValueError
+        found = at.timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise argparse.ArgumentTypeError(
+            f"'{clean(text)}' is not a time such as 22:00 or 2026-11-28T22:00"
+        ) from None
+    if found <= now:
+        raise argparse.ArgumentTypeError(f"'{text}' is in the past")
+    return found
+
+
+def job_id(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{16}", text):
+        raise argparse.ArgumentTypeError(
+            f"'{clean(text)}' is not the id of a job, 16 digits from 0 to f"
+        )
+    return text
 
 
 def request_id(text: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from overlay.transport.codec import pb2
 
 WAIT_S = 20.0  # of one call that waits for a job's end
 PAUSE_S = 0.2  # until a lost leader is asked again
+COUNTED = ("schedules", "bytes", "max_jobs", "max_bytes")  # beside the states
 ROWS, BYTES = 1024, 1024 * 1024  # of one Submit, at most, but for a single larger payload
 
 
@@ -95,6 +96,15 @@ class JobStatus:
 _ERRORS: dict[str, type[CallFailed]] = {"quarantined": JobQuarantined, "expired": JobExpired}
 
 
+class JobList(list[JobStatus]):
+    """Jobs that were asked for. counts: how many the caller may see in all, by state; also
+    `schedules`, their `bytes`, and the journal's bounds `max_jobs` and `max_bytes`."""
+
+    def __init__(self, jobs: Iterable[JobStatus], counts: dict[str, int]) -> None:
+        super().__init__(jobs)
+        self.counts = counts
+
+
 @dataclass(frozen=True)
 class JobChange:
     """What became of a change: how many jobs it changed, the ids of those whose state did not allow
@@ -140,14 +150,21 @@ class Job:
         """waiting, running, done, failed, quarantined, cancelled or expired."""
         return self.status().state
 
-    def wait(self, timeout: float | None = None) -> JobStatus:
+    def wait(
+        self,
+        timeout: float | None = None,
+        *,
+        on_status: Callable[[JobStatus], None] | None = None,
+    ) -> JobStatus:
         """Waits for its end and returns how it ended, with its answer.
 
-        timeout: seconds; None: as long as it takes. While the leader is away, it is asked again for
-        half a minute, or for the client's own patience if that is longer. Raises DeadlinePassed if
-        the job is not over in time (it goes on), and CallFailed.
+        timeout: seconds; None: as long as it takes. on_status: told about once a second how it
+        stands. While the leader is away, it is asked again for half a minute, or for the client's
+        own patience if that is longer. Raises DeadlinePassed if the job is not over in time (it
+        goes on), and CallFailed.
         """
-        return wait_for(self._calls, self.id, None if timeout is None else as_timeout(timeout))
+        timeout_s = None if timeout is None else as_timeout(timeout)
+        return wait_for(self._calls, self.id, timeout_s, on_status)
 
     def answer(self, timeout: float | None = None) -> Answer:
         """Its answer, as `call` would return it. Waits like `wait`.
@@ -412,6 +429,13 @@ def read_job(job: pb2.Job) -> JobStatus:
         else None,
         answer,
     )
+
+
+def read_jobs(response: pb2.JobsResponse) -> JobList:
+    found = response.counts
+    names = (*(name.lower() for name in pb2.JobState.keys()), *COUNTED)  # noqa: SIM118 - no dict
+    counts = {name: int(getattr(found, name)) for name in names}
+    return JobList(map(read_job, response.jobs), counts)
 
 
 def read_change(response: pb2.ChangeResponse) -> JobChange:

@@ -31,7 +31,7 @@ from overlay.client import arguments
 from overlay.client.arguments import DEFAULT_TIMEOUT_S, CallOptions, MapOptions, Resume
 from overlay.client.connection import PATIENCE_S, Connection
 from overlay.client.futures import CallFuture, ValueFuture
-from overlay.client.jobs import Job, JobChange, JobStatus, read_change, read_job, submit_many
+from overlay.client.jobs import Job, JobChange, JobList, read_change, read_jobs, submit_many
 from overlay.client.map_run import MapRun
 from overlay.client.map_window import NOTHING_YET, PAUSE_S, Run
 from overlay.client.outbox import Submission
@@ -446,11 +446,12 @@ class Client(concurrent.futures.Executor):
         limit: int = 100,
         before: str = "",
         timeout: float | None = None,
-    ) -> list[JobStatus]:
+    ) -> JobList:
         """The newest jobs of this caller; of everybody's, if it is an operator or without TLS.
 
-        states: for example ("failed", "quarantined"); empty: all. limit: at most 1,000. before:
-        only jobs older than this id. Raises CallFailed.
+        A list, whose `counts` say how many there are in all. states: for example ("failed",
+        "quarantined"); empty: all. limit: at most 1,000. before: only jobs older than this id.
+        Raises CallFailed.
         """
         request = codec.pb2.JobsRequest(
             states=arguments.job_states(states),
@@ -458,8 +459,7 @@ class Client(concurrent.futures.Executor):
             limit=arguments.as_int("limit", limit, minimum=1),
             before=arguments.as_id(before),
         )
-        response = self._connection.list_jobs(request, arguments.as_timeout(timeout))
-        return [read_job(job) for job in response.jobs]
+        return read_jobs(self._connection.list_jobs(request, arguments.as_timeout(timeout)))
 
     def change_jobs(
         self,

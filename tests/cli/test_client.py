@@ -754,7 +754,7 @@ def test_a_missing_server_is_exit_code_4(wounded: Overlay) -> None:
         ),
         (["127.0.0.1", "9" * 5000], "is not a port"),
         (["127.0.0.1", "1", "chek"], "no verb 'chek'; the nearest is 'check'"),
-        (["127.0.0.1", "1", "fly"], "no verb 'fly'; there are ask, map, check"),
+        (["127.0.0.1", "1", "fly"], "no verb 'fly'; there are ask, map, submit"),
         (["chek", "overlay.json"], "no verb 'chek'; the nearest is 'check'"),
         (["127.0.0.1", "1", "--payload", "@no-such-file"], "cannot read 'no-such-file'"),
         (["127.0.0.1", "1", "--deadline", "0"], "'0' is not a number of seconds above 0"),

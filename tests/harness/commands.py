@@ -14,7 +14,8 @@ from tests.harness.cluster import ROOT, environment
 from tests.harness.forks import LINUX, ForkApart, ForkServer
 
 CLIENT = ROOT / "client.py"
-VERBS = ("ask", "check", "doctor", "drain", "handlers", "init", "logs", "map", "top", "web")
+VERBS = ("ask", "cancel", "check", "doctor", "drain", "handlers", "init", "jobs", "logs", "map")
+VERBS += ("quarantine", "result", "submit", "top", "web")
 
 
 def start_client(*words: object, **env: str) -> subprocess.Popen[bytes] | ForkApart:
