@@ -37,9 +37,20 @@ def standing(job: JobStatus, now: float) -> str:
         return ", ".join(["waiting", *_waiting(job, now)])
     which = f", attempt {job.attempts} of {job.max_attempts}," if job.max_attempts > 1 else ""
     if job.state == "running":
-        return f"running{which} for {span(max(0.0, now - job.started))}"
+        far = f", {progress_of(job)}" if job.progress else ""
+        return f"running{which} for {span(max(0.0, now - job.started))}{far}"
     took = _took(job, now)
     return f"{job.state} {clock(job.ended, now)}{f', took {took}' if took else ''}".strip()
+
+
+def progress_of(job: JobStatus) -> str:
+    """How far it has got, as its handler says it; empty if that says nothing."""
+    if job.progress is None:
+        return ""
+    done, total, text = job.progress
+    share = f" ({min(done / total, 1):.0%})" if total else ""
+    counted_ = f"{done:,.6g} of {total:,.6g}{share}" if total else f"{done:,.6g}"
+    return f"{counted_}: {text}" if text else counted_
 
 
 def _waiting(job: JobStatus, now: float) -> Iterable[str]:
@@ -100,6 +111,9 @@ def as_json(job: JobStatus) -> dict[str, Any]:
         "position": job.position,
         "position_is_more": job.position_is_more,
         "wait_s": job.wait_s or None,
+        "progress": None
+        if job.progress is None
+        else dict(zip(("done", "total", "text"), job.progress, strict=True)),
         "story": [{"at_s": at, "text": what} for at, what in job.story],
         "schedule": job.schedule,
         "every_s": job.every_s or None,

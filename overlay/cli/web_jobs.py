@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from overlay.cli.job_text import progress_of
 from overlay.client import sync as library
 from overlay.client.jobs import JobStatus
 
@@ -168,6 +169,7 @@ def as_plain(job: JobStatus) -> dict[str, Any]:
         "position": job.position,
         "position_is_more": job.position_is_more,
         "wait_s": job.wait_s,
+        "progress": progress_of(job),
         "story": [{"at": at, "text": text} for at, text in job.story],
         "schedule": job.schedule,
         "every_s": job.every_s,

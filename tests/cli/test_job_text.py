@@ -75,6 +75,14 @@ def job(**changes: Any) -> JobStatus:
             "running, attempt 2 of 3, for 3 min",
         ),
         (
+            {"state": "running", "started": NOON - 9, "progress": (1200.0, 4000.0, "page 7")},
+            "running for 9 s, 1,200 of 4,000 (30%): page 7",
+        ),
+        (
+            {"state": "running", "started": NOON - 9, "progress": (2.5, 0.0, "")},
+            "running for 9 s, 2.5",
+        ),
+        (
             {"state": "done", "started": NOON - 3, "ended": NOON - 1.5},
             "done 11:59:58, took 1.5 s",
         ),

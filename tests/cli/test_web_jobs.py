@@ -189,7 +189,10 @@ def test_without_a_journal_the_leader_says_how_to_get_one(
         found.start("A")
         with page_of(found) as (_, address):
             status, answer = asked(f"{address}jobs")
-            assert asked(f"{address}snapshot")[1]["jobs"] is None
+            snapshot = until(
+                lambda: (found := asked(f"{address}snapshot"))[0] == 200 and found[1], 30
+            )
+            assert snapshot["jobs"] is None
 
     assert status == 502
     assert 'add "journal": "journal.db"' in answer["problem"]

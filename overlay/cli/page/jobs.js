@@ -158,6 +158,7 @@ function remarkOf(job) {
   const parts = [];
   if (job.every_s) parts.push(`next ${moment(job.due_at)}`, job.missed && `${count(job.missed)} left out`);
   else if (job.state === "waiting" && job.due_at > now_s) parts.push(`not before ${moment(job.due_at)}`);
+  else if (job.state === "running") parts.push(job.progress);
   return [...parts, job.reason].filter(Boolean).join("; ");
 }
 
