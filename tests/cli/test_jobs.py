@@ -283,6 +283,23 @@ def test_the_job_goes_on_when_the_wait_is_interrupted(mine: Overlay, never: Path
     assert "it is there" in run(mine, "result", id_, "--wait").stdout
 
 
+def test_the_wait_goes_on_when_the_leader_is_killed_and_started_again(
+    overlays: Callable[..., Overlay], tmp_path: Path
+) -> None:
+    found, go = overlays(HANDLERS, journal="journal.db", handlers=NAMES), tmp_path / "go"
+    id_ = submitted(found, "--handler", "wait_for", "--payload", go, "--key", "once more")
+    with start_client(*at(found), "result", id_, "--wait") as asking:
+        until(lambda: found.metrics("A").jobs.waiters, what="it waits")
+        found.kill("A")
+        found.start("A")
+        go.touch()
+        output, complaint = asking.communicate(timeout=60)
+
+    assert (asking.returncode, complaint) == (0, b"")
+    assert b"it is there" in output
+    assert b"the leader ended while it ran" in output
+
+
 # jobs
 
 

@@ -45,6 +45,7 @@ IS_THIS = "it runs these very tests"
 ELSEWHERE = {
     "python3 scripts/run.py": LAUNCHED,
     "python3 scripts/run.py start one_host_config.json": LAUNCHED,
+    "python3 scripts/run.py restart one_host_config.json": LAUNCHED,
     ". .venv/bin/activate": "it only changes the reader's own shell",
     "python scripts/run.py restart two_hosts_config.json": LAUNCHED,
     "python scripts/run.py restart two_hosts_config.json C": LAUNCHED,
@@ -235,10 +236,16 @@ class Reader:
         else:
             assert program == "python", f"this test cannot run: {line}"
             if words[0] == "client.py":
+                words = [self.job_id() if word == "ID" else word for word in words]
                 # test_launcher.py starts it
                 return same_process.ran(client, *words, folder=self.overlay.folder)
             command = [sys.executable, str(ROOT / words[0]), *words[1:]]
         return self._run(command)
+
+    def job_id(self) -> str:
+        """Of a job that is done."""
+        with self.overlay.connect("A") as leader:
+            return leader.later(None, b"hello").wait(30).id
 
     def run(self, program: str) -> subprocess.CompletedProcess[str]:
         return self._run([sys.executable, "-c", RUN, self.adapted(program)])
