@@ -23,6 +23,7 @@ from overlay.client.arguments import CallOptions, MapOptions, Resume
 from overlay.client.async_jobs import AsyncJob
 from overlay.client.connection import PATIENCE_S, Connection
 from overlay.client.event_loop import LoopBridge, on_a_thread
+from overlay.client.jobs import JobChange, JobList, read_change, read_jobs, submit_many
 from overlay.client.map_run import Chunk, MapRun
 from overlay.client.map_window import PAUSE_S
 from overlay.client.partials import Parts
@@ -195,9 +196,70 @@ class AsyncClient:
         id_ = await on_a_thread(self._connection.jobs.submit, *sent)
         return AsyncJob(self._connection, id_, options.has_values)
 
+    async def later_many(
+        self,
+        handler: str | None,
+        payloads: Iterable[bytes | str] | None = None,
+        *,
+        args: Iterable[Args] | None = None,
+        mode: str = "any",
+        team: str = "",
+        keys: Iterable[str] | None = None,
+        priority: int = 0,
+        limit_s: float | None = None,
+        expires_s: float | None = None,
+        start_at: float | datetime | None = None,
+        attempts: int = 0,
+        timeout: float | None = None,
+    ) -> list[AsyncJob]:
+        """See Client.later_many."""
+        options = arguments.job_options(
+            handler,
+            args is not None,
+            mode,
+            team,
+            priority,
+            limit_s,
+            expires_s,
+            start_at,
+            None,
+            attempts,
+            timeout,
+        )
+        bodies, found = arguments.job_payloads(payloads, args, keys)
+        ids = await on_a_thread(submit_many, self._connection, options, bodies, found)
+        return [AsyncJob(self._connection, id_, options.has_values) for id_ in ids]
+
     def job(self, id: str) -> AsyncJob:
         """See Client.job."""
         return AsyncJob(self._connection, arguments.as_job_id(id))
+
+    async def jobs(
+        self,
+        states: Iterable[str] = (),
+        *,
+        handler: str = "",
+        limit: int = 100,
+        before: str = "",
+        timeout: float | None = None,
+    ) -> JobList:
+        """See Client.jobs."""
+        request = arguments.jobs_request(states, handler, limit, before)
+        asked = self._connection.list_jobs, request, arguments.as_timeout(timeout)
+        return read_jobs(await on_a_thread(*asked))
+
+    async def change_jobs(
+        self,
+        action: str,
+        ids: Iterable[str] = (),
+        *,
+        states: Iterable[str] = (),
+        timeout: float | None = None,
+    ) -> JobChange:
+        """See Client.change_jobs."""
+        request = arguments.change_request(action, ids, states)
+        asked = self._connection.change_jobs, request, arguments.as_timeout(timeout)
+        return read_change(await on_a_thread(*asked))
 
     async def metrics(
         self,

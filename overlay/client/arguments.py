@@ -42,6 +42,7 @@ DEFAULT_TIMEOUT_S = Limits().default_deadline_s
 MAX_TEXT = 1000  # no name or key is longer, and longer text would fill a shared frame
 MAX_COUNT = 2**31 - 1
 HIGHEST_ID = 2**64 - 1
+MAX_ATTEMPTS = 100  # of a job
 
 
 class CallOptions(NamedTuple):
@@ -186,7 +187,7 @@ def job_options(
         expires_s=_as_duration("expires_s", expires_s),
         every_s=_as_duration("every_s", every_s),
         start_at_s=_as_moment("start_at", start_at),
-        attempts=as_int("attempts", attempts, maximum=1000),
+        attempts=as_int("attempts", attempts, maximum=MAX_ATTEMPTS),
     )
     return JobOptions(made.SerializeToString(deterministic=True), as_timeout(timeout), has_args)
 
@@ -243,10 +244,19 @@ def change_request(action: str, ids: Iterable[str], states: Iterable[str]) -> pb
     return pb2.ChangeRequest(action=known[action], ids=found, states=wanted)
 
 
-def as_job_id(id_: str) -> str:
-    text = _as_text("id", id_)
+def jobs_request(states: Iterable[str], handler: str, limit: int, before: str) -> pb2.JobsRequest:
+    return pb2.JobsRequest(
+        states=job_states(states),
+        handler=_as_name("handler", handler),
+        limit=as_int("limit", limit, minimum=1),
+        before=as_job_id(before, "before") if before else "",
+    )
+
+
+def as_job_id(id_: str, name: str = "id") -> str:
+    text = _as_text(name, id_)
     if len(text) != 16 or not set(text) <= set("0123456789abcdef"):
-        raise ValueError(f"id {text[:20]!r} is not the id of a job, 16 digits from 0 to f")
+        raise ValueError(f"{name} {text[:20]!r} is not the id of a job, 16 digits from 0 to f")
     return text
 
 

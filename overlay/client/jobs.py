@@ -85,7 +85,9 @@ class JobStatus:
         """Why it has no answer, as the library raises it."""
         kind = _ERRORS.get(self.state)
         if kind is not None:
-            executed = Executed.UNKNOWN if kind is JobQuarantined else Executed.NO
+            # It may have expired while it waited for another attempt.
+            is_proof = kind is JobExpired and not self.attempts
+            executed = Executed.NO if is_proof else Executed.UNKNOWN
             what = f"job {self.id} is {self.state}"
             return kind(f"{what}: {self.reason}" if self.reason else what, executed=executed)
         code = self.code if self.code is not Code.OK else Code.UNKNOWN

@@ -453,12 +453,7 @@ class Client(concurrent.futures.Executor):
         "quarantined"); empty: all. limit: at most 1,000. before: only jobs older than this id.
         Raises CallFailed.
         """
-        request = codec.pb2.JobsRequest(
-            states=arguments.job_states(states),
-            handler=arguments.as_id(handler),
-            limit=arguments.as_int("limit", limit, minimum=1),
-            before=arguments.as_id(before),
-        )
+        request = arguments.jobs_request(states, handler, limit, before)
         return read_jobs(self._connection.list_jobs(request, arguments.as_timeout(timeout)))
 
     def change_jobs(

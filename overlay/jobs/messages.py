@@ -43,8 +43,9 @@ def story(record: JobRecord) -> list[tuple[float, str]]:
     told = [(record.accepted, "accepted"), *record.story]
     if record.started and record.state in (JobState.RUNNING, JobState.DONE):
         told.append((record.started, f"attempt {record.attempts} started"))
-    if record.ended:
-        told.append((record.ended, record.state.name.lower()))
+    if record.state.is_over:
+        at = record.ended or max(when for when, _ in told)  # a quarantined one may go on
+        told.append((at, record.state.name.lower()))
     return sorted(told, key=lambda event: event[0])
 
 

@@ -6,7 +6,8 @@
     a refusal, with proof that nothing ran      waits again; the attempt does not count
     anything else: it may have run              waits again if it has attempts left, or quarantined
 
-So a payload that kills its worker is started as often as its attempts allow, and no more.
+So a payload that kills its worker is started as often as its attempts allow, and no more. One that
+kills only its handler's own process ("run": "process") is an error of the handler.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ MAX_RUNNING = 2048  # jobs taken and not ended
 MAX_AHEAD = 64  # jobs of a kind taken and not started yet
 REST_S = 1.0  # of a kind whose jobs are refused by the overlay; then twice as long, up to
 LONGEST_REST_S = 15.0  # this
-ENDS = 32  # the last ends of a kind, for its rate
+ENDS = 512  # the last ends of a kind, for its rate
+RATE_S = 1.0  # at least so long is looked at
 JOBS = Caller("", "jobs")
 
 
@@ -347,5 +348,6 @@ class _Kind:
     def wait_s(self, position: int, now: float) -> float:
         if len(self._ends) < 2 or position <= 0:
             return 0.0
-        rate = (len(self._ends) - 1) / max(1e-6, now - self._ends[0])
-        return position / rate
+        # Many end at once where there are many slots, so the time since the last end counts too.
+        took_s = max(now - self._ends[0], RATE_S)
+        return position * took_s / len(self._ends)

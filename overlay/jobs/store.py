@@ -686,7 +686,10 @@ class JobStore:
         return found
 
     def _id_of(self, number: int) -> str:
-        found = self._db.execute("select mark from job where id = ?", (number,)).fetchone()
+        table = "schedule" if number & SCHEDULE_BIT else "job"
+        found = self._db.execute(
+            f"select mark from {table} where id = ?", (number & ~SCHEDULE_BIT,)
+        ).fetchone()
         return job_id(number, found[0]) if found else ""
 
     def _forget(self, which: str, values: tuple[Any, ...], limit: int) -> int:

@@ -286,6 +286,8 @@ def test_changes_say_whose_state_does_not_allow_them(stored: Stored) -> None:
     assert stored.cancel([ended], NOW).unchanged == (id_of[ended],)
     assert stored.release([running, ended], NOW).unchanged == (id_of[running], id_of[ended])
     assert stored.drop([running]).unchanged == (id_of[running],)
+    schedule = stored.accept_one(every_s=60.0)
+    assert stored.drop([schedule]).unchanged == (stored.record(schedule).id,)
     assert stored.drop([ended, waiting]).changed == 2
     assert stored.counted() == {"running": 1}
 

@@ -327,6 +327,10 @@ def test_an_asyncio_client_waits_for_many_jobs(shared: Overlay) -> None:
             assert (await jobs[0].status()).state in ("waiting", "running", "done")
             results = await asyncio.gather(*(job.result(30) for job in jobs))
             assert await client.job(jobs[0].id).cancel() is False
+            (typed,) = await client.later_many("add", args=[{"a": 1}])
+            assert await typed.result(20) == {"sum": 3}
+            assert (await client.jobs(limit=1))[0].id == typed.id
+            assert (await client.change_jobs("drop", [typed.id])).changed == 1
             late = await client.later("upper", b"x", start_at=time.time() + 60)
             with pytest.raises(DeadlinePassed):
                 await late.wait(0.3)
