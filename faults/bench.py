@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from faults import checker, history
 from faults.breaking import Stage
 from faults.checker import Violation
 from faults.history import About, History, Recovery, Rest, Trouble
+from faults.jobs import OVER_S, JobLoad
 from faults.load import Load, Notes, Planned
 from faults.overlays import Overlay
 from faults.scenarios import BY_NAME, FAILING, Scenario
@@ -140,6 +141,7 @@ def _run(
         overlay.note_dead()
         overlay.close()
     found.calls, found.answers, found.stalls = notes.calls, notes.answers, notes.stalls
+    found.submits, found.looks, found.cancels = notes.submits, notes.looks, notes.cancels
     found.faults, found.endings = stage.faults, overlay.endings
     found.executions = history.executions_of(
         line
@@ -154,6 +156,8 @@ def configuration(scenario: Scenario) -> dict[str, Any]:
     names = ("work", *FAILING, "prints")
     handlers = {n: {"call": f"faults.handlers:{n}", "slots": scenario.slots} for n in names}
     config = six_processes(**{"handlers": handlers, "drain_grace_s": 10, **scenario.top})
+    if scenario.jobs:
+        config["journal"] = "journal.db"
     for id_, process in config["processes"].items():
         if scenario.away:
             process["host"] = ADDRESSES[2 if id_ == scenario.away else 1]
@@ -174,13 +178,36 @@ def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed
     load = Load(overlay, notes, 1, _scope(found.about))
     try:
         load.start()
-        _load_and_break(scenario, stage, load, found, seconds, seed)
+        with _jobs(scenario, overlay, notes, seed):
+            _load_and_break(scenario, stage, load, found, seconds, seed)
         found.recoveries.append(_recovery(overlay, notes, _scope(found.about)))
     finally:
         load.close()
     rest_by = time.monotonic() + REST_S
     found.rests += [_rest(overlay, process, rest_by) for process in overlay.ids]
     overlay.stop_all()
+
+
+@contextlib.contextmanager
+def _jobs(scenario: Scenario, overlay: Overlay, notes: Notes, seed: int) -> Iterator[None]:
+    """Submits jobs meanwhile. Then each must be over, and be told alike after a restart."""
+    if not scenario.jobs:
+        yield
+        return
+    jobs = JobLoad(overlay, notes, seed)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)  # otherwise these threads delay the calls
+    try:
+        jobs.start()
+        yield
+        jobs.finish()
+        overlay.stop_one("A")
+        overlay.serve("A")
+        overlay.settle()
+        jobs.ask_all(OVER_S)
+    finally:
+        jobs.close()
+        sys.setswitchinterval(interval_s)
 
 
 def _load_and_break(
@@ -268,6 +295,8 @@ def _counts(overlay: Overlay, process: str) -> dict[str, int]:
         "streamed active": int(m.streamed_active),
         "handlers": sum(handler.active for handler in m.handlers),
         "lanes": len(m.lanes),
+        "jobs that are not over": int(m.jobs.waiting + m.jobs.running),
+        "calls that wait for a job": int(m.jobs.waiters),
         "received and not counted as ended": int(m.received) - int(ended),
     }
     counts.update({f"outstanding at {n.process_id}": n.outstanding for n in m.neighbours})

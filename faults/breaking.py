@@ -93,6 +93,43 @@ def kill(process: str, times: int = 2) -> Breaking:
     return play
 
 
+def kill_each(*processes: str) -> Breaking:
+    """kill -9 of one after another."""
+    each = [kill(process, times=1) for process in processes]
+
+    def play(stage: Stage) -> None:
+        for break_one in each:
+            break_one(stage)
+
+    return play
+
+
+def kill_all(stage: Stage) -> None:
+    """kill -9 of every process at once."""
+    overlay = stage.overlay
+    with contextlib.ExitStack() as broken:
+        for process in overlay.ids:
+            broken.enter_context(stage.fault("kill", process))
+        for process in overlay.ids:
+            overlay.kill(process)
+        overlay.serve()
+    overlay.settle()
+
+
+def restart(process: str, times: int = 3) -> Breaking:
+    """SIGTERM and restart, `times` times."""
+
+    def play(stage: Stage) -> None:
+        for _ in range(times):
+            with stage.fault("restart", process):
+                stage.overlay.stop_one(process)
+                stage.overlay.serve(process)
+            stage.overlay.settle()
+            time.sleep(stage.rng.uniform(0.2, 0.6))
+
+    return play
+
+
 def freeze(process: str) -> Breaking:
     """SIGSTOP, a few seconds, SIGCONT."""
 
@@ -364,6 +401,20 @@ def few_files(process: str) -> Breaking:
                 victim.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
 
     return play
+
+
+def full_journal(stage: Stage) -> None:
+    """The leader's journal cannot grow, as on a full disk: a write beyond its size fails."""
+    overlay = stage.overlay
+    leader = psutil.Process(overlay.processes["A"].pid)
+    soft, hard = leader.rlimit(psutil.RLIMIT_FSIZE)
+    with stage.fault("full disk", "A"):
+        size = (overlay.folder / "journal.db-wal").stat().st_size
+        leader.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
+        try:
+            time.sleep(stage.seconds / 2)
+        finally:
+            leader.rlimit(psutil.RLIMIT_FSIZE, (soft, hard))
 
 
 # Preparations before the start

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from faults import job_checker
 from faults.history import Answer, Call, Execution, History
 
 LATE_S = 0.25  # how late an answer may be
@@ -31,7 +32,7 @@ FORGETTING = frozenset({"kill", "taken port", "restart", "half open", "configura
 
 @dataclass(frozen=True)
 class Violation:
-    """rule: the function that found it. call: its id, or 0 if it is not about a call."""
+    """rule: the function that found it. call: the id of the call or job; 0: it is about neither."""
 
     rule: str
     sentence: str
@@ -56,8 +57,10 @@ class Facts:
         self.keyed: dict[str, list[Call]] = {}
         for answer in history.answers:
             self.answers.setdefault(answer.id, []).append(answer)
+        jobs = {submit.id for submit in history.submits}
         for execution in history.executions:
-            self.executions.setdefault(execution.key, []).append(execution)
+            if execution.key not in jobs:
+                self.executions.setdefault(execution.key, []).append(execution)
         for call in history.calls:
             self.calls.setdefault(call.key, []).append(call)
             if call.idempotency:
@@ -129,10 +132,10 @@ class Facts:
 
 def check(history: History) -> list[Violation]:
     """All violations."""
-    facts = Facts(history)
-    return [
-        Violation(rule.__name__, sentence, call) for rule in RULES for call, sentence in rule(facts)
-    ]
+    facts, jobs = Facts(history), job_checker.Jobs(history)
+    found = [(rule.__name__, *one) for rule in RULES for one in rule(facts)]
+    found += [(rule.__name__, *one) for rule in job_checker.RULES for one in rule(jobs)]
+    return [Violation(rule, sentence, call) for rule, call, sentence in found]
 
 
 Found = Iterator[tuple[int, str]]
@@ -342,6 +345,8 @@ def refused_with_free_slots(facts: Facts) -> Found:
         if answer.by == "client" or not by or call.deadline - call.at < HURRIED_S:
             continue
         if facts.stalled_s(call.at, answer.at) or facts.disturbed(call.at, answer.at):
+            continue
+        if facts.history.submits:  # jobs use slots, too, and go into the queue when others end
             continue
         others = 0
         for other in facts.history.calls:

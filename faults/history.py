@@ -1,4 +1,4 @@
-"""The history of one run: calls, executions, answers, faults; values, and their JSON lines.
+"""The history of one run: calls, jobs, executions, answers, faults; values, and their JSON lines.
 
 Times are seconds of the machine's monotonic clock, which its processes share.
 """
@@ -82,6 +82,63 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Submit:
+    """One job as submitted, and what its client was told.
+
+    id: in the payload, and so the key in the handler's record; a repetition has the same. key: its
+    key, which allows a repetition. attempts: how often it may be begun. expires: whether it may.
+    job: the id that it was given. code, executed, reason: why there is none.
+    """
+
+    id: int
+    at: float
+    until: float
+    mode: str
+    team: str
+    handler: str
+    key: str
+    attempts: int
+    expires: bool = False
+    job: str = ""
+    code: str = "OK"
+    executed: str = "unknown"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a client was told about a job. code: of the question. failure, reason: of the job.
+
+    with_answer: it was over, and its answer was asked for. is_last: asked after the load, when it
+    must be over.
+    """
+
+    job: str
+    at: float
+    until: float
+    state: str = ""
+    attempts: int = 0
+    code: str = "OK"
+    failure: str = "OK"
+    reason: str = ""
+    with_answer: bool = False
+    result: str | None = None
+    parts: tuple[tuple[str, str, str], ...] = ()
+    is_last: bool = False
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """changed: the client was told that the job was not over, and is cancelled."""
+
+    job: str
+    at: float
+    until: float
+    code: str
+    changed: bool
+
+
+@dataclass(frozen=True)
 class Fault:
     """Something done to a process, until it was undone."""
 
@@ -133,11 +190,13 @@ class Trouble:
     what: str
 
 
-Record = About | Call | Execution | Answer | Fault | Stall | Rest | Ending | Recovery | Trouble
-KINDS = {
+KINDS: dict[str, type] = {
     kind.__name__.lower(): kind
-    for kind in (About, Call, Execution, Answer, Fault, Stall, Rest, Ending, Recovery, Trouble)
-}
+    for kind in (
+        About, Call, Execution, Answer, Submit, Look, Cancel, Fault, Stall, Rest, Ending, Recovery,
+        Trouble,
+    )
+}  # fmt: skip
 
 
 @dataclass
@@ -146,6 +205,9 @@ class History:
     calls: list[Call] = field(default_factory=list)
     executions: list[Execution] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    submits: list[Submit] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+    cancels: list[Cancel] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     stalls: list[Stall] = field(default_factory=list)
     rests: list[Rest] = field(default_factory=list)
@@ -174,6 +236,9 @@ class History:
             self.calls,
             self.executions,
             self.answers,
+            self.submits,
+            self.looks,
+            self.cancels,
         ]
         lists += [self.rests, self.endings, self.recoveries, self.troubles]
         return [self.about, *(record for each in lists for record in each)]
@@ -202,7 +267,7 @@ def read(path: Path) -> History:
 
 def _record(fields: dict[str, Any]) -> Any:
     kind = KINDS[fields.pop("kind")]
-    if kind is Answer:
+    if kind in (Answer, Look):
         fields["parts"] = tuple(tuple(part) for part in fields["parts"])
     return kind(**fields)
 

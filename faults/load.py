@@ -24,7 +24,7 @@ from typing import Any, Literal
 import grpc
 
 from faults.checker import SILENT_S
-from faults.history import Answer, Call, Stall
+from faults.history import Answer, Call, Cancel, Look, Stall, Submit
 from overlay.client.sync import CallFailed, Incomplete
 from overlay.model.segments import Code
 from overlay.transport import codec
@@ -145,12 +145,15 @@ def _soon_after(call: Planned, **fields: Any) -> Planned:
 
 
 class Notes:
-    """Calls and answers, from any thread."""
+    """Calls and answers, jobs and what was told of them, from any thread."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.answers: list[Answer] = []
         self.stalls: list[Stall] = []
+        self.submits: list[Submit] = []
+        self.looks: list[Look] = []
+        self.cancels: list[Cancel] = []
         self._open: set[int] = set()
         self._lock = threading.Lock()
 

@@ -14,6 +14,9 @@ def line(outcome: Outcome) -> str:
     """One line of progress output, and the first violations."""
     ok, refused, other = answers(outcome)
     counts = f"{ok} OK, {refused} refused, {sum(other.values())} other"
+    if outcome.scenario.jobs:
+        states = ", ".join(f"{count} {state}" for state, count in jobs(outcome).most_common())
+        counts += f"; jobs: {states}"
     text = f"{outcome.scenario.name:<20} {counts}: {verdict(outcome)}"
     return "\n".join([text, *(f"    {v.rule}: {v.sentence}" for v in outcome.violations[:3])])
 
@@ -38,6 +41,7 @@ def page(
         "calls were sent; above 20 ms a run is invalid.",
         where,
         table,
+        _jobs(outcomes),
         "![Answers over time, by scenario](plot.svg)",
         *(_details(outcome) for outcome in outcomes if outcome.violations or outcome.invalid),
         "\n".join(f"- not run: {name}: {why}" for name, why in not_run.items()),
@@ -51,6 +55,28 @@ def answers(outcome: Outcome) -> tuple[int, int, Counter[str]]:
     refused = sum(a.code != "OK" and a.executed == "no" for a in found)
     other = Counter(a.code for a in found if a.code != "OK" and a.executed != "no")
     return sum(a.code == "OK" for a in found), refused, other
+
+
+def jobs(outcome: Outcome) -> Counter[str]:
+    """Of the jobs that were accepted, how many were in each state at last; and those without."""
+    found = outcome.history
+    last = {look.job: look.state for look in found.looks if look.is_last and look.code == "OK"}
+    counts = Counter(last.values())
+    accepted = {submit.id for submit in found.submits if submit.job}
+    counts["not accepted"] = len({submit.id for submit in found.submits} - accepted)
+    return +counts
+
+
+def _jobs(outcomes: Sequence[Outcome]) -> str:
+    """The scenarios with jobs as a table; empty if there are none."""
+    states = ("done", "failed", "cancelled", "expired", "quarantined", "not accepted")
+    rows = [
+        [outcome.scenario.name, *(f"{jobs(outcome)[state]:,}" for state in states)]
+        for outcome in outcomes
+        if outcome.scenario.jobs
+    ]
+    head = [["jobs at last", *states], ["---"] + ["---:"] * len(states)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [*head, *rows] if rows)
 
 
 def verdict(outcome: Outcome) -> str:

@@ -27,6 +27,7 @@ APART = (
     ("mute", "can receive packets, but not send", breaking.mute),
     ("half-open", "is killed behind a cut link", breaking.half_open),
 )
+BESIDE_JOBS = Mixture(rate=40, timeouts_s=(5, 10), keyed=0.0)
 ROLES = {"leader": "A", "team-leader": "E", "worker": "D"}
 
 
@@ -35,6 +36,7 @@ class Scenario:
     """expects: the allowed statuses. slots: of each worker's handlers.
 
     needs: a key of NEEDS. prepare: before the processes start. away: a process with its own host.
+    jobs: whether clients submit jobs, too.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Scenario:
     prepare: Callable[[Overlay], None] | None = None
     top: Mapping[str, Any] = field(default_factory=dict)
     away: str = ""
+    jobs: bool = False
 
     @property
     def why_not(self) -> str:
@@ -140,6 +143,38 @@ def _on_lanes() -> list[Scenario]:
     ]
 
 
+def _with_jobs() -> list[Scenario]:
+    """Clients submit jobs, wait for them, ask later, cancel; few other calls go on beside them."""
+    faults = {
+        "calm": ("no fault", breaking.nothing),
+        "kill-leader": ("kill -9 and restart of A, four times", breaking.kill("A", times=4)),
+        "kill-workers": (
+            "kill -9 and restart of C, D and F, twice",
+            breaking.kill_each(*"CDFCDF"),
+        ),
+        "kill-team": ("kill -9 and restart of E", breaking.kill("E", times=3)),
+        "kill-all": ("kill -9 of all six at once", breaking.kill_all),
+        "freeze-worker": ("D is frozen", breaking.freeze("D")),
+        "restart": ("SIGTERM and restart of A, three times", breaking.restart("A")),
+        "full-disk": ("the journal cannot grow", breaking.full_journal),
+    }
+    needs = {"freeze-worker": "posix", "full-disk": "linux"}
+    expects = {"calm": ("OK",), "restart": STOPPED}
+    return [
+        Scenario(
+            f"jobs-{name}",
+            f"jobs are submitted; {what}",
+            fault,
+            mixture=BESIDE_JOBS,
+            expects=expects.get(name, USUAL),
+            needs=needs.get(name, ""),
+            slots=4,  # so that some jobs wait
+            jobs=True,
+        )
+        for name, (what, fault) in faults.items()
+    ]
+
+
 SCENARIOS = (
     Scenario("calm", "no fault; every answer is OK", mixture=CALM, expects=("OK",)),
     Scenario(
@@ -162,6 +197,7 @@ SCENARIOS = (
     ),
     *_for_each_role(),
     *_on_lanes(),
+    *_with_jobs(),
     Scenario(
         "tls-kill",
         "with certificates, kill -9 and restart of E",

@@ -389,6 +389,199 @@ def address_is_ignored() -> None:
     service.Service._caller = caller
 
 
+def job_told_early() -> None:
+    """The answer leaves before the commit, which comes a tenth of a second later."""
+    from overlay.jobs import journal, store
+
+    right = journal._Change.apply
+
+    def apply(self: Any, *arguments: Any) -> Any:
+        found = right(self, *arguments)
+        self.settle(found, None)
+        self.must = True  # it is told once
+        return found
+
+    def commit(self: Any) -> None:
+        time.sleep(0.1)
+        right_commit(self)
+
+    journal._Change.apply = apply
+    right_commit = store.JobStore.commit
+    store.JobStore.commit = commit
+
+
+def job_recovered_to_wait() -> None:
+    from overlay.jobs import store
+    from overlay.model.jobs import JobState
+
+    right = store.JobStore.end
+
+    def end(self: Any, number: int, end: Any, now: float) -> bool:
+        if end.reason == store.LEFT_RUNNING:
+            end = end._replace(state=JobState.WAITING)
+        return right(self, number, end, now)
+
+    store.JobStore.end = end
+
+
+def job_begun_again() -> None:
+    """Whatever became of an attempt, it counts as one that did not run."""
+    from overlay.jobs import outcome
+    from overlay.model import segments
+
+    right = outcome.after
+
+    def after(error: Any, *rest: Any) -> Any:
+        if error.code is segments.Code.UNAVAILABLE:
+            error.executed = segments.Executed.NO
+        return right(error, *rest)
+
+    outcome.after = after
+
+
+def job_refusal_unrecorded() -> None:
+    """A job that a worker or the queue has refused is not written to wait again."""
+    from overlay.jobs import store
+
+    right = store.JobStore.end
+    store.JobStore.end = lambda self, number, end, now: end.counts and right(self, number, end, now)
+
+
+def job_attempts_uncounted() -> None:
+    from overlay.jobs import store
+
+    right = store.JobStore.take
+
+    def take(self: Any, *arguments: Any) -> Any:
+        found = right(self, *arguments)
+        for job in found:
+            self._db.execute("update job set attempts = 0 where id = ?", (job.number,))
+        return found
+
+    store.JobStore.take = take
+
+
+def job_cancel_lost() -> None:
+    from overlay.jobs import store
+
+    store.JobStore.cancel = lambda self, numbers, now: store.Changed(len(list(numbers)), (), ())
+
+
+def job_answer_overwritten() -> None:
+    """Each answer is also written over the one before it."""
+    from overlay.jobs import store
+    from overlay.model.jobs import JobState
+
+    right = store.JobStore.end
+
+    def end(self: Any, number: int, end: Any, now: float) -> bool:
+        if end.state is JobState.DONE:
+            earlier = "(select max(job) from answer where job < ?)"
+            change = f"update answer set body = ? where job = {earlier}"
+            self._db.execute(change, (end.answer, number))
+        return right(self, number, end, now)
+
+    store.JobStore.end = end
+
+
+def job_key_unused() -> None:
+    from overlay.jobs import store
+
+    right = store.JobStore._accept
+    store.JobStore._accept = lambda self, caller, spec, *rest: right(
+        self, caller, replace(spec, key=""), *rest
+    )
+
+
+def job_forgotten_when_read() -> None:
+    from overlay.jobs import store
+
+    def note_fetched(self: Any) -> None:
+        for number in self._fetched:
+            self._forget("id = ?", (number,), 1)
+        self._fetched.clear()
+
+    store.JobStore._note_fetched = note_fetched
+
+
+def job_refused_and_kept() -> None:
+    """One Submit in ten is refused after its jobs were accepted."""
+    from overlay.jobs import journal
+    from overlay.model import errors
+
+    right, numbers = journal._Change.settle, itertools.count(1)
+
+    def settle(self: Any, result: Any, error: Any) -> None:
+        if isinstance(result, list) and next(numbers) % 10 == 0:
+            error = errors.JournalFull("the journal is full")
+        right(self, result, error)
+
+    journal._Change.settle = settle
+
+
+def job_without_reason() -> None:
+    from overlay.jobs import store
+    from overlay.model import segments
+
+    right = store.JobStore.end
+    store.JobStore.end = lambda self, number, end, now: right(
+        self, number, end._replace(code=segments.Code.OK, reason=""), now
+    )
+
+
+def job_answers_mixed_up() -> None:
+    from overlay.jobs import outcome
+
+    right, last = outcome.done, [b""]
+
+    def done(answer: bytes) -> Any:
+        before, last[0] = last[0], answer
+        return right(before or answer)
+
+    outcome.done = done
+
+
+def job_done_waits_again() -> None:
+    """Jobs that were done when the leader ended wait again."""
+    from overlay.jobs import store
+
+    right = store.JobStore._recover
+
+    def recover(self: Any, db: Any) -> None:
+        db.execute(
+            "update job set state = 0, ready = 1, kind = kind where state = 2 and id % 5 = 0"
+        )
+        db.execute("insert or ignore into payload select job, x'30203020' from answer")
+        right(self, db)
+
+    store.JobStore._recover = recover
+
+
+def job_ends_lost_in_stop() -> None:
+    """A leader that stops does not write how its last jobs ended."""
+    from overlay.jobs import runner
+
+    right = runner.JobRunner._record
+
+    def record(self: Any, *arguments: Any) -> None:
+        if not self.is_stopped:
+            right(self, *arguments)
+
+    runner.JobRunner._record = record
+
+
+def job_in_any_team() -> None:
+    from overlay.jobs import requests
+
+    right = requests.Jobs._specs
+
+    def specs(self: Any, asked: Any, rights: Any) -> Any:
+        asked.request.team = ""
+        return right(self, asked, rights)
+
+    requests.Jobs._specs = specs
+
+
 BUGS = (
     Bug(
         "expired-is-started",
@@ -573,6 +766,111 @@ BUGS = (
         "hostile-worker",
         ("leak", "silent"),
         dead_link_is_silent,
+    ),
+    Bug(
+        "job-told-early",
+        "a job is accepted, and its cancel told, before it is on the disk",
+        "jobs-kill-leader",
+        ("job_lost",),
+        job_told_early,
+    ),
+    Bug(
+        "job-recovered-to-wait",
+        "jobs without a key that ran when the leader ended wait again",
+        "jobs-kill-leader",
+        ("job_ran_twice", "job_ran_too_often"),
+        job_recovered_to_wait,
+    ),
+    Bug(
+        "job-begun-again",
+        "a job whose worker was lost counts as one that did not run",
+        "jobs-kill-workers",
+        ("job_ran_twice", "job_ran_too_often"),
+        job_begun_again,
+    ),
+    Bug(
+        "job-refusal-unrecorded",
+        "a job that was refused is never begun again",
+        "jobs-kill-workers",
+        ("job_not_over",),
+        job_refusal_unrecorded,
+    ),
+    Bug(
+        "job-attempts-uncounted",
+        "the attempts of a job are not counted",
+        "jobs-calm",
+        ("job_ran_too_often",),
+        job_attempts_uncounted,
+    ),
+    Bug(
+        "job-cancel-lost",
+        "a cancel is told, and nothing else",
+        "jobs-calm",
+        ("job_cancel_forgotten",),
+        job_cancel_lost,
+    ),
+    Bug(
+        "job-answer-overwritten",
+        "each answer is also written over the one before it",
+        "jobs-calm",
+        ("job_answer_changed", "job_wrong_answer"),
+        job_answer_overwritten,
+    ),
+    Bug(
+        "job-key-unused",
+        "a key does not find the job that has it",
+        "jobs-calm",
+        ("job_key_ignored",),
+        job_key_unused,
+    ),
+    Bug(
+        "job-forgotten-when-read",
+        "a job is forgotten once its answer was read",
+        "jobs-calm",
+        ("job_answer_lost",),
+        job_forgotten_when_read,
+    ),
+    Bug(
+        "job-refused-and-kept",
+        "some jobs are refused after they were accepted",
+        "jobs-calm",
+        ("job_refused_and_ran",),
+        job_refused_and_kept,
+    ),
+    Bug(
+        "job-without-reason",
+        "a job that failed does not say why",
+        "jobs-calm",
+        ("job_wrong_state",),
+        job_without_reason,
+    ),
+    Bug(
+        "job-answers-mixed-up",
+        "each job has the answer of the one before it",
+        "jobs-calm",
+        ("job_wrong_answer",),
+        job_answers_mixed_up,
+    ),
+    Bug(
+        "job-done-waits-again",
+        "some jobs that were done wait again after a restart",
+        "jobs-restart",
+        ("job_wrong_state",),
+        job_done_waits_again,
+    ),
+    Bug(
+        "job-ends-lost-in-stop",
+        "a leader that stops does not write how its last jobs ended",
+        "jobs-restart",
+        ("job_wrong_state",),
+        job_ends_lost_in_stop,
+    ),
+    Bug(
+        "job-in-any-team",
+        "a job runs on every team's workers",
+        "jobs-calm",
+        ("job_ran_unrequested",),
+        job_in_any_team,
     ),
 )
 BY_NAME = {bug.name: bug for bug in BUGS}

@@ -18,19 +18,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faults import bench, breaking, history, plot, report, run, scenarios, seeded
+from faults import bench, breaking, history, job_checker, plot, report, run, scenarios, seeded
 from faults.checker import LATE_S, RULES, SILENT_S, TIMED, check, coverage_of
 from faults.history import (
     About,
     Answer,
     Call,
+    Cancel,
     Ending,
     Execution,
     Fault,
     History,
+    Look,
     Recovery,
     Rest,
     Stall,
+    Submit,
 )
 from faults.load import Mixture
 from faults.overlays import Overlay
@@ -245,6 +248,110 @@ def test_each_rule_has_a_lie_that_breaks_it() -> None:
     assert {rule for rule, _ in LIES.values()} == {rule.__name__ for rule in RULES}
 
 
+def true_jobs() -> History:
+    """Job 90 (any, with a key) is done, job 91 (without) fails, and job 92 is cancelled in time."""
+    found = true_history()
+    found.submits = [
+        Submit(90, 1.0, 1.1, "any", "", "work", "k", 3, job="a"),
+        Submit(91, 1.0, 1.1, "all", "green", "raises", "", 1, job="b"),
+        Submit(92, 1.0, 1.1, "any", "", "work", "", 1, job="c"),
+    ]
+    found.executions += [
+        Execution(90, "D", 1.2, 1.3, 0, 9.0),
+        Execution(91, "C", 1.2, 1.3, 0, 9.0),
+    ]
+    found.cancels = [Cancel("c", 1.2, 1.3, "OK", True)]
+    done = Look("a", 5.0, 5.1, "done", 1, "OK", "OK", "", True, "D 90", (("D", "OK", "yes"),), True)
+    found.looks = [
+        done,
+        Look("b", 5.0, 5.1, "failed", 1, "OK", "INTERNAL", "no", True, is_last=True),
+        Look("c", 5.0, 5.1, "cancelled", 0, "OK", "CANCELLED", "by you", True, is_last=True),
+        replace(done, at=6.0, until=6.1),
+    ]
+    return found
+
+
+def told(index: int, **fields: object) -> Callable[[History], History]:
+    """Something else was told of a job."""
+    return lambda found: edited(found, "looks", index, **fields)
+
+
+# Changes to a true history with jobs, each with the rule that must find it.
+JOB_LIES: dict[str, tuple[str, Callable[[History], History]]] = {
+    "not known": ("job_lost", told(1, state="", code="NOT_FOUND")),
+    "not known any more": ("job_answer_lost", told(3, code="NOT_FOUND")),
+    "an answer that is gone": ("job_answer_lost", told(3, result=None)),
+    "done without an answer": ("job_wrong_state", told(0, result=None)),
+    "two answers": ("job_answer_changed", told(3, result="D 91")),
+    "another job's answer": ("job_wrong_answer", told(0, result="D 91")),
+    "an answer without a run": ("job_wrong_answer", lambda h: less(h, "executions", 3)),
+    "a worker left out": ("job_wrong_answer", lambda h: edited(h, "submits", mode="all")),
+    "twice without a key": ("job_ran_twice", lambda h: more(h, "executions", h.executions[-1])),
+    "four times": ("job_ran_too_often", lambda h: more(h, "executions", *[h.executions[3]] * 3)),
+    "more runs than are told": (
+        "job_ran_too_often", lambda h: more(h, "executions", h.executions[3]),
+    ),
+    "more attempts than it may": ("job_ran_too_often", told(0, attempts=4)),
+    "outside of its team": ("job_ran_unrequested", lambda h: edited(h, "submits", team="green")),
+    "waiting after it was done": ("job_wrong_state", told(3, state="waiting")),
+    "failed without a reason": ("job_wrong_state", told(1, reason="")),
+    "failed though it is good": (
+        "job_wrong_state", lambda h: edited(h, "submits", 1, handler="work"),
+    ),
+    "quarantined though nothing was lost": (
+        "job_wrong_state", told(1, state="quarantined"),
+    ),
+    "expired though it may not": ("job_wrong_state", told(2, state="expired")),
+    "cancelled by nobody": ("job_wrong_state", lambda h: less(h, "cancels")),
+    "open though it could not be cancelled": (
+        "job_wrong_state",
+        lambda h: edited(told(2, state="running")(h), "cancels", changed=False),
+    ),
+    "begun after its cancel": (
+        "job_cancel_forgotten",
+        lambda h: more(h, "executions", Execution(92, "D", 4.0, 4.1, 0, 9.0)),
+    ),
+    "done after its cancel": ("job_cancel_forgotten", told(2, state="done")),
+    "refused, and it ran": (
+        "job_refused_and_ran",
+        lambda h: edited(h, "submits", 1, job="", code="UNAVAILABLE", executed="no"),
+    ),
+    "two jobs with one key": (
+        "job_key_ignored", lambda h: more(h, "submits", replace(h.submits[0], job="b")),
+    ),
+    "two jobs with one id": ("job_key_ignored", lambda h: edited(h, "submits", 2, job="a")),
+    "running for ever": ("job_not_over", told(1, state="running")),
+    "never asked for": ("job_not_over", lambda h: less(h, "looks", 2)),
+    "an unexpected refusal": (
+        "job_unexpected_status", lambda h: edited(h, "submits", 2, job="", code="INTERNAL"),
+    ),
+    "an unexpected answer": (
+        "job_unexpected_status", lambda h: edited(h, "cancels", code="INTERNAL"),
+    ),
+}  # fmt: skip
+
+
+def test_true_jobs_break_nothing(tmp_path: Path) -> None:
+    assert check(true_jobs()) == []
+    history.write(true_jobs(), tmp_path / "history.jsonl")
+    assert history.read(tmp_path / "history.jsonl") == true_jobs()
+
+
+@pytest.mark.parametrize("lie", JOB_LIES)
+def test_a_lie_about_a_job_is_found(lie: str) -> None:
+    rule, change = JOB_LIES[lie]
+    assert rule in {violation.rule for violation in check(change(true_jobs()))}
+
+
+def test_each_rule_of_jobs_has_a_lie_that_breaks_it() -> None:
+    assert {rule for rule, _ in JOB_LIES.values()} == {r.__name__ for r in job_checker.RULES}
+
+
+def test_a_job_that_a_killed_worker_may_have_run_is_quarantined() -> None:
+    found = edited(true_jobs(), "looks", 1, state="quarantined", failure="UNAVAILABLE")
+    assert check(more(found, "faults", Fault("kill", "C", 1.2, 1.5))) == []
+
+
 @pytest.mark.parametrize(
     ("place", "fields", "excuse"),
     [
@@ -422,7 +529,7 @@ def test_a_run_whose_load_was_late_is_invalid() -> None:
 def test_the_names_in_the_tables_are_unique_and_each_bug_has_a_scenario() -> None:
     assert len(scenarios.BY_NAME) == len(scenarios.SCENARIOS)
     assert len(seeded.BY_NAME) == len(seeded.BUGS) >= 12
-    rules = {rule.__name__ for rule in RULES}
+    rules = {rule.__name__ for rule in (*RULES, *job_checker.RULES)}
     for bug in seeded.BUGS:
         assert bug.scenario in scenarios.BY_NAME
         assert rules.issuperset(bug.rules)
@@ -532,8 +639,23 @@ def test_a_worker_that_is_cut_off_breaks_no_promise(tmp_path: Path) -> None:
     assert [fault.what for fault in outcome.history.faults] == ["cut"]
 
 
+def test_jobs_outlive_a_leader_that_is_killed_again_and_again(tmp_path: Path) -> None:
+    outcome = bench.run(scenarios.BY_NAME["jobs-kill-leader"], tmp_path / "run", 2, seed=1)
+    excused = TIMED if outcome.invalid else frozenset()
+    assert [v for v in outcome.violations if v.rule not in excused] == []
+    assert outcome.history.troubles == []
+    assert report.jobs(outcome)["done"] > 20
+
+
 @pytest.mark.parametrize(
-    "name", ["refusal-always-says-no", "seen-ids-off", "merge-drops-a-part", "needless-refusals"]
+    "name",
+    [
+        "refusal-always-says-no",
+        "seen-ids-off",
+        "merge-drops-a-part",
+        "needless-refusals",
+        "job-key-unused",
+    ],
 )
 def test_the_bench_finds_a_seeded_bug(tmp_path: Path, name: str) -> None:
     trial = seeded.try_out(seeded.BY_NAME[name], tmp_path / "run", 1, seed=1)
