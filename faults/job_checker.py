@@ -190,23 +190,18 @@ def _wrong(jobs: Jobs, submit: Submit, look: Look, cancels: list[Cancel]) -> str
 
 
 def job_cancel_forgotten(jobs: Jobs) -> Found:
-    """A job whose cancel was told is not begun any more, and ends so unless it had been begun."""
+    """A job whose cancel was told is cancelled from then on, and is not begun any more."""
     for job, submit, looks in jobs.accepted():
         told = min((c.until for c in jobs.cancels[job] if c.changed), default=None)
         if told is None:
             continue
-        runs = jobs.runs[submit.id]
-        late = [run for run in runs if run.begin > told + CANCELLED_S]
+        late = [run for run in jobs.runs[submit.id] if run.begin > told + CANCELLED_S]
+        after = [look.state for look in looks if look.code == "OK" and look.at > told]
         if late:
             after_s = late[0].begin - told
             yield submit.id, f"job {submit.id} began {after_s:.1f} s after it was cancelled"
-            continue
-        if any(run.begin < told + CANCELLED_S for run in runs) or jobs.may_be_unknown:
-            continue
-        for look in looks:
-            if look.is_last and look.code == "OK" and look.state != "cancelled":
-                yield submit.id, f"job {submit.id} was cancelled, and is {look.state}"
-                break
+        elif any(state != "cancelled" for state in after):
+            yield submit.id, f"job {submit.id} was cancelled, and is {after[-1]}"
 
 
 def job_refused_and_ran(jobs: Jobs) -> Found:

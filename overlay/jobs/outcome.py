@@ -26,10 +26,6 @@ def done(answer: bytes) -> JobEnd:
     return JobEnd(JobState.DONE, answer=answer)
 
 
-def cancelled() -> JobEnd:
-    return JobEnd(JobState.CANCELLED, Code.CANCELLED, "cancelled while it ran")
-
-
 def after(
     error: OverlayError, attempts: int, max_attempts: int, refusals: int, now: float
 ) -> JobEnd:

@@ -109,13 +109,11 @@ class JobRunner:
             self._kinds[kind].adjust()
 
     def cancel(self, numbers: Sequence[int]) -> None:
-        """Ends those that run."""
+        """Ends the attempts at these, which are over in the journal."""
         for number in numbers:
             run, row = self._running.get(number, (None, 0))
-            if run is not None:
-                run.cancelled.add(row)
-                if run.accepted is not None and run.accepted.queued is not None:
-                    run.accepted.queued.end(Code.CANCELLED, row, 1)
+            if run is not None and run.accepted is not None and run.accepted.queued is not None:
+                run.accepted.queued.end(Code.CANCELLED, row, 1)
 
     def progressed(self, made: Sequence[WorkProgress]) -> None:
         for progress in made:
@@ -251,12 +249,13 @@ class JobRunner:
         monotonic = time.monotonic()
         for row, found in enumerate(outcomes, start):
             job = run.jobs[row]
-            end = self._end_of(run, row, found, store, now)
-            store.end(job.number, end, now)
+            end = self._end_of(job, found, store, now)
+            was_running = store.end(job.number, end, now)  # else it was cancelled
             if self._running.pop(job.number, None) is None:
                 continue  # written again, after a failed commit
             self._bytes -= len(job.payload)
-            self._rests |= run.kind.ended(end, monotonic)
+            if was_running:
+                self._rests |= run.kind.ended(end, monotonic)
             run.left -= 1
         accepted = run.accepted
         if run.left or accepted is None:
@@ -267,12 +266,9 @@ class JobRunner:
             self._deadlines.forget(accepted.queued, accepted.segment.deadline)
             accepted.queued = None  # it refers back to this run
 
-    def _end_of(self, run: _Run, row: int, found: _Outcome, store: JobStore, now: float) -> JobEnd:
+    def _end_of(self, job: TakenJob, found: _Outcome, store: JobStore, now: float) -> JobEnd:
         if isinstance(found, bytes):
             return outcome.done(found)
-        if row in run.cancelled and found.code is Code.CANCELLED:
-            return outcome.cancelled()
-        job = run.jobs[row]
         refusals = store.refusals_of(job.number)
         return outcome.after(found, job.attempts, job.max_attempts, refusals, now)
 
@@ -281,16 +277,15 @@ _Outcome = bytes | OverlayError
 
 
 class _Run:
-    """An attempt at jobs that go together. left: how many have not ended. cancelled: the rows that
-    are. progress: by row, as their handlers say it."""
+    """An attempt at jobs that go together. left: how many have not ended. progress: by row, as their
+    handlers say it."""
 
-    __slots__ = ("accepted", "cancelled", "jobs", "kind", "left", "progress")
+    __slots__ = ("accepted", "jobs", "kind", "left", "progress")
 
     def __init__(self, jobs: Sequence[TakenJob], kind: _Kind) -> None:
         self.jobs = jobs
         self.kind = kind
         self.left = len(jobs)
-        self.cancelled: set[int] = set()
         self.progress: dict[int, WorkProgress] = {}
         self.accepted: Accepted | None = None
 

@@ -48,6 +48,7 @@ MAX_POSITION = (
 LONGEST_LOOK_S = 0.25  # of one question; the journal's thread does nothing else meanwhile
 WOKEN = 1000  # jobs whose time has come, in one transaction
 LEFT_RUNNING = "the leader ended while it ran"
+CANCELLED = JobEnd(JobState.CANCELLED, Code.CANCELLED, "cancelled while it ran")
 OVER = tuple(int(state) for state in ENDED)
 
 
@@ -417,7 +418,8 @@ class JobStore:
         return [*schedules, *(record for row in rows if (record := self._record(row)))]
 
     def cancel(self, numbers: Iterable[int], now: float) -> Changed:
-        """Those that wait are cancelled; those that run are named in `running`."""
+        """Ends those that wait or run. Those that ran are named in `running`; whatever becomes of
+        their attempt, they are over."""
         changed, unchanged, running = 0, [], []
         for number in numbers:
             if number & SCHEDULE_BIT:
@@ -439,7 +441,7 @@ class JobStore:
                 self._count(self.waiting, found[0], -found[1])
                 self._moved(number, JobState.WAITING, JobState.CANCELLED)
                 changed += 1
-            elif self.state(number) is JobState.RUNNING:
+            elif self.end(number, CANCELLED, now):
                 running.append(number)
                 changed += 1
             else:

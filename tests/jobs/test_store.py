@@ -277,18 +277,18 @@ def test_released_jobs_wait_again_with_new_attempts(stored: Stored, state: JobSt
 
 
 def test_changes_say_whose_state_does_not_allow_them(stored: Stored) -> None:
-    running, ended = stored.accept_one(), stored.accept_one()
+    running, ended, cancelled = (stored.accept_one() for _ in range(3))
     stored.take_all()
     stored.end(ended, done(), NOW)
     waiting = stored.accept_one()
-    assert stored.cancel([running, ended, waiting], NOW).running == (running,)
+    assert stored.cancel([cancelled, ended, waiting], NOW).running == (cancelled,)
     id_of = {number: stored.record(number).id for number in (running, ended, waiting)}
     assert stored.cancel([ended], NOW).unchanged == (id_of[ended],)
     assert stored.release([running, ended], NOW).unchanged == (id_of[running], id_of[ended])
     assert stored.drop([running]).unchanged == (id_of[running],)
     schedule = stored.accept_one(every_s=60.0)
     assert stored.drop([schedule]).unchanged == (stored.record(schedule).id,)
-    assert stored.drop([ended, waiting]).changed == 2
+    assert stored.drop([ended, waiting, cancelled]).changed == 3
     assert stored.counted() == {"running": 1}
 
 
@@ -436,6 +436,25 @@ def test_what_was_running_waits_again_if_it_may_and_is_quarantined_if_not(tmp_pa
     stored.close()
 
 
+@pytest.mark.parametrize("after", [JobState.WAITING, JobState.DONE, None])
+def test_a_running_job_whose_cancel_was_told_is_cancelled_whatever_comes_of_its_attempt(
+    tmp_path: Path, after: JobState | None
+) -> None:
+    """None: the leader is killed."""
+    stored = Stored(tmp_path / "j.db")
+    number = stored.accept_one(key="k", max_attempts=3)
+    stored.take_all()
+    assert stored.cancel([number], NOW + 1)[::3] == (1, (number,))
+
+    if after is not None:
+        assert not stored.end(number, JobEnd(after, counts=False), NOW + 2)
+    stored = stored.reopened()
+    record = stored.record(number)
+    assert (record.state, record.code) == (JobState.CANCELLED, Code.CANCELLED)
+    assert record.reason == "cancelled while it ran"
+    stored.close()
+
+
 def test_a_second_process_cannot_open_it(tmp_path: Path) -> None:
     stored = Stored(tmp_path / "j.db")
     stored.accept_one()
@@ -563,10 +582,10 @@ class History(RuleBasedStateMachine):
         assert self.stored.end(number, end, self.now)
         self.model[number] = state, attempts - (not counts), max_attempts
 
-    @precondition(lambda self: self._in(JobState.WAITING))
+    @precondition(lambda self: self._in(JobState.WAITING, JobState.RUNNING))
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        number = data.draw(st.sampled_from(self._in(JobState.WAITING)))
+        number = data.draw(st.sampled_from(self._in(JobState.WAITING, JobState.RUNNING)))
         self.stored.cancel([number], self.now)
         self.model[number] = JobState.CANCELLED, *self.model[number][1:]
 
