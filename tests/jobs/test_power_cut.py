@@ -97,9 +97,10 @@ def end():
     return changed
 
 def cancel():
-    waiting = [number for number, job in known.items() if job[0] == JobState.WAITING][-1:]
-    store.cancel(waiting, 3.0)
-    return {number: [JobState.CANCELLED, *known[number][1:]] for number in waiting}
+    not_over = JobState.WAITING, JobState.RUNNING
+    numbers = [number for number, job in known.items() if job[0] in not_over][-1:]
+    store.cancel(numbers, 3.0)
+    return {number: [JobState.CANCELLED, *known[number][1:]] for number in numbers}
 
 store = opened()
 for step in range(160):
