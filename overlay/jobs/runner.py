@@ -277,8 +277,8 @@ _Outcome = bytes | OverlayError
 
 
 class _Run:
-    """An attempt at jobs that go together. left: how many have not ended. progress: by row, as their
-    handlers say it."""
+    """An attempt at jobs that go together. left: how many have not ended. progress: by row, as
+    their handlers say it."""
 
     __slots__ = ("accepted", "jobs", "kind", "left", "progress")
 
