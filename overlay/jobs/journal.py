@@ -67,7 +67,7 @@ class Journal:
         self._store = store
         self._runner = runner
         self._reserve_bytes = reserve_bytes
-        self._changes: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()
+        self._changes: queue.SimpleQueue[_Change] = queue.SimpleQueue()
         self._unwritten: list[_Change] = []  # that must not be lost; older than those in the queue
         self._is_down = False  # the last commit failed
         self._ballast = _Ballast(store.path)
@@ -84,7 +84,7 @@ class Journal:
     def close(self) -> None:
         """Writes what is left and closes the file."""
         self._stopped = True
-        self._changes.put(None)
+        self.wake()
         if self._thread.is_alive():
             self._thread.join(5)
         if not self._thread.is_alive():
@@ -116,38 +116,39 @@ class Journal:
     # the thread
 
     def _run(self) -> None:
-        while True:
-            batch, is_last = self._gather()
-            try:
-                self._write(batch)
-            except Exception:  # a bug of ours costs one change, not those that came with it
-                log.exception("the journal's thread failed")
-                self._store.rollback()
-                for one in batch:
-                    self._write_alone(one)
-            if is_last:
-                self._is_over = True
-                self._refuse_all()
-                return
+        # What is written may lead to more: a job that is started is refused at once, by a queue
+        # that has closed, and that must be written too.
+        while not (self._stopped and self._changes.empty()):
+            self._turn(self._gather())
+        self._is_over = True
+        self._turn(self._gather())  # what came since
+        self._refuse_all()
 
-    def _gather(self) -> tuple[list[_Change], bool]:
-        batch, self._unwritten = self._unwritten, []
+    def _turn(self, batch: list[_Change]) -> None:
         try:
+            self._write(batch)
+        except Exception:  # a bug of ours costs one change, not those that came with it
+            log.exception("the journal's thread failed")
+            self._store.rollback()
+            for one in batch:
+                self._write_alone(one)
+
+    def _gather(self) -> list[_Change]:
+        batch, self._unwritten = self._unwritten, []
+        with contextlib.suppress(queue.Empty):
             patience_s = RETRY_S if batch else self._pause_s()
             one = (
-                self._changes.get(timeout=patience_s) if patience_s else self._changes.get_nowait()
+                self._changes.get(timeout=patience_s)
+                if patience_s and not self._stopped
+                else self._changes.get_nowait()
             )
             while True:
-                if one is None:
-                    return batch, True
                 if one is not _NOTHING:
                     batch.append(one)
                 if len(batch) >= BATCH:
                     break
                 one = self._changes.get_nowait()
-        except queue.Empty:
-            pass
-        return batch, False
+        return batch
 
     def _pause_s(self) -> float:
         if self._is_down:
@@ -265,8 +266,7 @@ class Journal:
                 one = self._changes.get_nowait()
             except queue.Empty:
                 return
-            if one is not None:
-                one.fail(NoJournal("the leader is stopping"))
+            one.fail(NoJournal("the leader is stopping"))
 
 
 class _Change:

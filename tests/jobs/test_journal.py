@@ -183,6 +183,28 @@ def test_closing_writes_what_was_recorded_and_refuses_what_comes_later(tmp_path:
     again.journal.close()
 
 
+def test_what_starting_a_job_leads_to_while_it_closes_is_written_too(tmp_path: Path) -> None:
+    """As a queue that has closed refuses a job at once, on the journal's own thread."""
+    bench = Bench(tmp_path / "j.db")
+    number, closing = bench.number(), threading.Thread(target=bench.journal.close)
+
+    def committed(taken: Sequence[TakenJob], over: Sequence[int]) -> None:
+        if taken:
+            closing.start()
+            until(lambda: bench.journal._stopped)
+            time.sleep(0.1)  # and it has woken the thread
+            bench.end(number, b"at the last moment")
+
+    bench.runner.committed = committed  # type: ignore[method-assign]
+    bench.runner.room = 1
+    bench.journal.wake()
+    until(closing.is_alive)
+    closing.join(10)
+    again = Bench(tmp_path / "j.db")
+    assert again.answer(number) == b"at the last moment"
+    again.journal.close()
+
+
 def test_old_jobs_are_forgotten_while_nobody_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
