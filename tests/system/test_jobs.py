@@ -427,7 +427,7 @@ def test_jobs_wait_for_workers_that_are_away(own: Overlay) -> None:
         for worker in "CDF":
             own.kill(worker)
         jobs = client.later_many("upper", [b"%d" % n for n in range(100)])
-        time.sleep(3)
+        time.sleep(1.5)
         states = Counter(status.state for status in client.jobs(limit=200))
         assert states["waiting"] + states["running"] == 100, states
         own.serve("C", "D", "F")
@@ -447,7 +447,7 @@ def test_a_schedule_runs_again_and_again_until_it_is_cancelled(client: overlay.C
         schedule.wait(5)
     assert schedule.cancel()
     count = len(made())
-    time.sleep(2)
+    time.sleep(1.2)
     assert len(made()) == count
     with pytest.raises(NameNotFound):
         schedule.status()
@@ -512,7 +512,7 @@ def test_a_payload_that_kills_its_worker_is_stopped_after_its_attempts(
                     killed += 1
                     own.serve(worker)
         assert in_state(job, "quarantined").attempts == attempts
-        time.sleep(3)  # it is not started again
+        time.sleep(1.5)  # it is not started again
         assert len(ran(own)) == attempts
         assert all(own.processes[w].poll() is None for w in "CDF")
         assert client.later("upper", b"others go on").result(20) == b"OTHERS GO ON"
