@@ -17,6 +17,7 @@ from overlay.model.errors import ConfigError
 
 APPLICATION_ID, FORMAT = 0x4F766C4A, 1  # "OvlJ"; FORMAT rises when older releases cannot read it
 OLDEST_SQLITE = (3, 35, 0)  # for RETURNING
+LOCK_S = 3.0  # how long to wait for a leader that is just ending: it closes its port first
 
 _SCHEMA = """
 create table kind(
@@ -61,7 +62,7 @@ def opened(path: str | Path, recover: Callable[[sqlite3.Connection], None]) -> s
         )
     db: sqlite3.Connection | None = None
     try:
-        db = sqlite3.connect(path, timeout=0.5, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(path, timeout=LOCK_S, isolation_level=None, check_same_thread=False)
         db.execute("pragma locking_mode = exclusive")
         is_new = _is_new(db, path)  # before anything that would change another program's file
         db.execute("pragma journal_mode = wal")

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -459,8 +460,9 @@ def test_a_second_process_cannot_open_it(tmp_path: Path) -> None:
     stored = Stored(tmp_path / "j.db")
     stored.accept_one()
     code = (
-        "import sys; from overlay.jobs.store import JobStore\n"
-        "try: JobStore(sys.argv[1])\n"
+        "import sys; from overlay.jobs import journal_file, store\n"
+        "journal_file.LOCK_S = 0.3\n"
+        "try: store.JobStore(sys.argv[1])\n"
         "except Exception as e: print(type(e).__name__, e)"
     )
     found = subprocess.run(
@@ -471,6 +473,14 @@ def test_a_second_process_cannot_open_it(tmp_path: Path) -> None:
     assert "another process has it open: is the leader already running?" in found
     assert stored.accept_one()
     stored.close()
+
+
+def test_a_leader_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
+    ending = Stored(tmp_path / "j.db")
+    timer = threading.Timer(0.5, ending.close)
+    timer.start()
+    Stored(tmp_path / "j.db").close()
+    timer.join()
 
 
 def _with_text(path: Path) -> None:
