@@ -229,6 +229,9 @@ class MapRun:
 
     def close(self) -> None:
         """Cancels the open payloads, closes the record. Called for a map that is dropped, too."""
+        # Their tracebacks refer back to this map: a dropped client would stay open until a garbage
+        # collection.
+        self._error = self._lost = None
         for sent in self._sent.values():
             self._connection.cancel(sent.submission)
         self._progress.end()

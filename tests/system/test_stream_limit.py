@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -188,6 +189,21 @@ def test_the_doctor_says_where_all_streams_are_taken(narrow: Noted) -> None:
 
     assert done.returncode == 1
     assert f"A: {HELD} of its {LIMIT} places for streams are taken" in done.stdout
+
+
+def test_a_map_that_failed_keeps_no_client_until_a_garbage_collection(narrow: Noted) -> None:
+    def use() -> weakref.ref[overlay.Client]:
+        client = overlay.connect(narrow.address("A"), patience_s=0.3)
+        with pytest.raises(overlay.client.Refused):
+            list(client.map("note", ["a", "b"]))
+        return weakref.ref(client)
+
+    with all_streams_taken(narrow):
+        gc.disable()
+        try:
+            assert use()() is None
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("kind", ["blocking", "asyncio"])
