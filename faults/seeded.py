@@ -91,8 +91,12 @@ def expired_is_started() -> None:
         else:
             right(queued, code, start, count)
 
-    def unchecked(self: Any, queued: Any, now: float) -> Any:
-        return claim(self, queued, min(now, queued.segment.deadline - 1))
+    def unchecked(self: Any, queued: Any) -> Any:
+        now, self._now = self._now, min(self._now, queued.segment.deadline - 1)
+        try:
+            return claim(self, queued)
+        finally:
+            self._now = now
 
     right = queued_segment.QueuedSegment.end
     queued_segment.QueuedSegment.end = end
