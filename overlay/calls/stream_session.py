@@ -47,7 +47,7 @@ from overlay.model.errors import (
     OverlayError,
     QueueFull,
 )
-from overlay.model.jobs import WorkProgress
+from overlay.model.jobs import MAX_PROGRESS, WorkProgress
 from overlay.model.leases import LaneReport, Lease
 from overlay.model.pending import PendingRows
 from overlay.model.segments import ANONYMOUS, Caller, Code, Mode, Part, Route, Segment, Slice
@@ -62,7 +62,6 @@ from overlay.transport.timers import Deadlines
 log = logging.getLogger(__name__)
 
 SHARE_OF_ADDRESS = 3  # times the places that are free: at most 768 of 1,024
-MAX_PROGRESS = 500  # of handlers, in one frame
 MAX_LEASE_REQUESTS = 16  # of one frame; further ones are ignored
 STREAMS_PER_NEIGHBOUR = 4  # a link has two, and perhaps two from before a restart
 
@@ -510,7 +509,7 @@ class _Session:
             frame = pb2.Frame(stopping=self._stopping, for_good=self._for_good)
             frame.leases.extend(map(codec.write_lease, self._leases))
             frame.lane_reports.extend(map(codec.write_lane_report, self._reports))
-            frame.work_progress.extend(map(codec.write_progress_of, self._progress[-MAX_PROGRESS:]))
+            frame.work_progress.extend(map(codec.write_progress_of, self._progress))
             self._leases, self._reports, self._progress = [], [], []
         if is_over:
             self._finish()

@@ -22,6 +22,7 @@ from overlay.cli import stdio
 from overlay.cli.text import clean
 from overlay.model import clocks as time
 from overlay.model.errors import ConfigError
+from overlay.model.jobs import is_job_id
 from overlay.model.limits import Limits
 from overlay.queueing.admission import HIGHEST_PRIORITY
 
@@ -237,7 +238,7 @@ def moment(text: str, now: float) -> float:
 
 
 def job_id(text: str) -> str:
-    if not re.fullmatch("[0-9a-f]{16}", text):
+    if not is_job_id(text):
         raise argparse.ArgumentTypeError(
             f"'{clean(text)}' is not the id of a job, 16 digits from 0 to f"
         )

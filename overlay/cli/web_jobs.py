@@ -26,6 +26,7 @@ from starlette.routing import Route
 from overlay.cli.job_text import progress_of
 from overlay.client import sync as library
 from overlay.client.jobs import JobStatus
+from overlay.model.jobs import is_job_id
 
 TIMEOUT_S = 5.0
 SEARCHED, LISTED = 1000, 100  # of the newest jobs; a search by text looks through more
@@ -96,7 +97,7 @@ class JobsOfPage:
     def _list(self, state: str, handler: str, text: str) -> dict[str, Any]:
         leader, states = self._leader(), [state] if state else []
         part = text.strip().lower()
-        if _is_id(part):  # it may be older than those that are searched
+        if is_job_id(part):  # it may be older than those that are searched
             found = [leader.job(part).status(timeout=TIMEOUT_S)]
             searched = 0
         else:
@@ -199,7 +200,3 @@ def _action(body: bytes) -> str | None:
         return None
     action = found.get("action") if isinstance(found, dict) else None
     return action if isinstance(action, str) and action in ACTIONS else None
-
-
-def _is_id(text: str) -> bool:
-    return len(text) == 16 and set(text) <= set("0123456789abcdef")

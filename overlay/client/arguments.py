@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from overlay.client.outbox import CallKind
 from overlay.model import json_values
+from overlay.model.jobs import MAX_ATTEMPTS, is_job_id
 from overlay.model.limits import Limits
 from overlay.model.segments import Mode, Route
 from overlay.queueing.admission import HIGHEST_PRIORITY
@@ -42,7 +43,6 @@ DEFAULT_TIMEOUT_S = Limits().default_deadline_s
 MAX_TEXT = 1000  # no name or key is longer, and longer text would fill a shared frame
 MAX_COUNT = 2**31 - 1
 HIGHEST_ID = 2**64 - 1
-MAX_ATTEMPTS = 100  # of a job
 
 
 class CallOptions(NamedTuple):
@@ -255,7 +255,7 @@ def jobs_request(states: Iterable[str], handler: str, limit: int, before: str) -
 
 def as_job_id(id_: str, name: str = "id") -> str:
     text = _as_text(name, id_)
-    if len(text) != 16 or not set(text) <= set("0123456789abcdef"):
+    if not is_job_id(text):
         raise ValueError(f"{name} {text[:20]!r} is not the id of a job, 16 digits from 0 to f")
     return text
 

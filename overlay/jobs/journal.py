@@ -191,8 +191,8 @@ class Journal:
         taken: Sequence[TakenJob] = ()
         is_due = self._store.next_wake <= now
         is_old = now >= self._next_look_back
-        is_wanted = not self._stopped and not self._is_down and self._runner.wants(self._store)
-        if not (batch or is_due or is_old or is_wanted):
+        may_take = not (self._stopped or self._is_down)
+        if not (batch or is_due or is_old or (may_take and self._runner.wants(self._store))):
             return
         try:
             self._store.begin()
@@ -205,7 +205,7 @@ class Journal:
                     results.append((one, one.apply(self._store, now), None))
                 except OverlayError as e:
                     results.append((one, None, e))
-            if is_wanted or (batch and not self._stopped and not self._is_down):
+            if may_take:
                 taken = self._runner.take(self._store, now)
             self._store.commit()
         except sqlite3.Error as e:

@@ -29,9 +29,17 @@ from overlay.jobs.store import Changed, JobStore, StoreLimits
 from overlay.model import clocks as time
 from overlay.model.access import UNRESTRICTED, Rights
 from overlay.model.errors import BadRequest, JournalFull, UnknownName
-from overlay.model.jobs import JobSpec, JobState, WorkProgress, numbers_of
+from overlay.model.jobs import (
+    MAX_ATTEMPTS,
+    JobRecord,
+    JobSpec,
+    JobState,
+    WorkProgress,
+    numbers_of,
+)
 from overlay.model.segments import Caller
 from overlay.model.topology import Topology
+from overlay.queueing.admission import HIGHEST_PRIORITY
 from overlay.queueing.request_queue import RequestQueue
 from overlay.transport import codec
 from overlay.transport.codec import pb2
@@ -43,7 +51,6 @@ MAX_JOBS = 4096  # of one Submit or Change
 MAX_LISTED, LISTED = 1000, 100
 MAX_WAIT_S = 60.0  # of one Result; the library asks again
 MAX_WAITERS = 10_000  # calls that wait for a job's end; beyond them they are answered at once
-MAX_ATTEMPTS = 100
 ATTEMPTS_WITH_KEY = 3
 SHORTEST_EVERY_S, LONGEST_EVERY_S = 1.0, 366 * 86_400.0
 LONGEST_S = 10 * 366 * 86_400.0  # of an expiry
@@ -146,8 +153,7 @@ class Jobs:
             is_over = JobState(found.state).is_over or found.every_s
             if is_over or left_s <= 0 or self._waiting >= MAX_WAITERS:
                 return found
-            number = store.find(request.id, owner)
-            assert number is not None
+            number, _ = numbers_of(request.id)
             return self._wait(_Waiter(number, until, partial(self._reread, read, answer)))
 
         def looked(found: Future[pb2.Job | _Waiter]) -> None:
@@ -181,11 +187,7 @@ class Jobs:
                     raise _unknown(request.before)
                 before = found
             records = store.listed(owner, states, request.handler, limit, before)
-            response = pb2.JobsResponse(jobs=map(messages.write_job, records))
-            for job in response.jobs:
-                progress = self._runner.progress_of(numbers_of(job.id)[0])
-                if progress is not None:
-                    job.progress.CopyFrom(codec.write_progress_of(progress))
+            response = pb2.JobsResponse(jobs=map(self._shown, records))
             messages.write_counts(response.counts, store.counts_of(owner), store.limits)
             return response
 
@@ -272,9 +274,9 @@ class Jobs:
             handler=request.handler,
             want_parts=request.want_parts,
         )
-        codec.read_request(kind, 0.0, self._limits)
         self._path.check(codec.read_route(kind, self._limits), rights)
-        for payload, key in zip(payloads, keys or [""] * len(payloads), strict=True):
+        pairs = list(zip(payloads, keys or [""] * len(payloads), strict=True))
+        for payload, key in pairs:
             if len(payload) > self._limits.max_message_bytes:
                 raise BadRequest(codec.too_large(len(payload), self._limits.max_message_bytes))
             if len(key) > self._limits.max_key or not key.isprintable():
@@ -284,21 +286,20 @@ class Jobs:
         if len(set(keys)) != len(keys):
             raise BadRequest("keys: two jobs have the same key")
         written = kind.SerializeToString(deterministic=True)
-        due = max(start_at, 0.0)
         return [
             JobSpec(
                 written,
                 payload,
                 request.handler,
                 key,
-                min(request.priority, 9),
+                min(request.priority, HIGHEST_PRIORITY),
                 limit_s or self._limits.max_deadline_s,
                 asked.attempts or (ATTEMPTS_WITH_KEY if key else 1),
-                due,
-                (max(now, due) + expires_s) if expires_s else None,
+                start_at,
+                (max(now, start_at) + expires_s) if expires_s else None,
                 every_s,
             )
-            for payload, key in zip(payloads, keys or [""] * len(payloads), strict=True)
+            for payload, key in pairs
         ]
 
     def _owner(self, context: grpc.ServicerContext, caller: Caller) -> str | None:
@@ -316,14 +317,19 @@ class Jobs:
         record = None if number is None else store.record(number, with_answer)
         if number is None or record is None:
             raise _unknown(id_)
-        job = messages.write_job(record, with_story=True)
-        if (progress := self._runner.progress_of(number)) is not None:
-            job.progress.CopyFrom(codec.write_progress_of(progress))
+        job = self._shown(record, with_story=True)
         if record.state is JobState.WAITING and not record.every_s:
             job.position, job.position_is_more = store.position(number)
             job.wait_s = self._runner.wait_s(store.kind_of(number), job.position)
         if record.answer is not None:
             job.answer.ParseFromString(record.answer)
+        return job
+
+    def _shown(self, record: JobRecord, with_story: bool = False) -> pb2.Job:
+        job = messages.write_job(record, with_story)
+        progress = self._runner.progress_of(numbers_of(record.id)[0])
+        if progress is not None:
+            job.progress.CopyFrom(codec.write_progress_of(progress))
         return job
 
     def _wait(self, waiter: _Waiter) -> _Waiter:

@@ -80,12 +80,12 @@ class JobRunner:
             self._merging.shutdown(wait=False, cancel_futures=True)
 
     def wants(self, store: JobStore) -> bool:
-        return next(self._plan(store), None) is not None
+        return bool(self._plan(store))
 
     def take(self, store: JobStore, now: float) -> Sequence[TakenJob]:
         taken: list[TakenJob] = []
         room = MAX_RUNNING - len(self._running)
-        for kind, count in list(self._plan(store)):
+        for kind, count in self._plan(store):
             if room <= 0 or self._bytes >= self._max_bytes:
                 break
             found = store.take(kind, min(count, room), self._max_bytes - self._bytes, now)
@@ -142,28 +142,22 @@ class JobRunner:
         found = self._kinds.get(kind)
         return found.wait_s(position, time.monotonic()) if found else 0.0
 
-    def _plan(self, store: JobStore) -> itertools.chain[tuple[int, int]]:
+    def _plan(self, store: JobStore) -> list[tuple[int, int]]:
         """Which kinds have a turn, and how many jobs of each may be taken."""
         if self.is_stopped or len(self._running) >= MAX_RUNNING or self._bytes >= self._max_bytes:
-            return itertools.chain()
+            return []
         now = time.monotonic()
-
-        def turns(kinds: Sequence[int]) -> Sequence[tuple[int, int]]:
-            found = []
-            for kind in kinds:
-                state = self._kinds.get(kind)
-                if state is None:
-                    state = self._kinds[kind] = _Kind()
-                if now >= state.rests_until and (count := state.room) > 0:
-                    found.append((kind, count))
-            return found
-
         kinds = list(store.waiting)
         at = kinds.index(self._turn) + 1 if self._turn in store.waiting else 0
+        found = []
+        for kind in (*kinds[at:], *kinds[:at]):
+            state = self._kinds.get(kind) or self._kinds.setdefault(kind, _Kind())
+            if now >= state.rests_until and (count := state.room) > 0:
+                found.append((kind, count))
         if len(self._kinds) > 2 * len(kinds) + 100:
             for kind in [k for k, s in self._kinds.items() if s.is_idle and k not in store.waiting]:
                 del self._kinds[kind]
-        return itertools.chain(turns(kinds[at:]), turns(kinds[:at]))
+        return found
 
     def _start(self, jobs: Sequence[TakenJob]) -> None:
         """Puts jobs that go together into the queue, as one segment."""

@@ -19,6 +19,7 @@ import secrets
 import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,14 +43,11 @@ from overlay.model.segments import Caller, Code
 
 ROW_BYTES = 300  # of a job, besides its payload and answer
 STORY_EVENTS = 16  # the first, and the last ones
-MAX_POSITION = (
-    10_000  # beyond it a position is only "more": counting takes a millisecond up to here
-)
+MAX_POSITION = 10_000  # beyond it a position is only "more": counting up to here takes 1 ms
 LONGEST_LOOK_S = 0.25  # of one question; the journal's thread does nothing else meanwhile
 WOKEN = 1000  # jobs whose time has come, in one transaction
 LEFT_RUNNING = "the leader ended while it ran"
 CANCELLED = JobEnd(JobState.CANCELLED, Code.CANCELLED, "cancelled while it ran")
-OVER = tuple(int(state) for state in ENDED)
 
 
 class StoreLimits(NamedTuple):
@@ -62,12 +60,11 @@ class StoreLimits(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """What became of a change to several jobs. running: those that are to be cancelled where they
-    run, by number."""
+    """What became of a change to several jobs. unchanged: ids of those whose state does not allow
+    it. running: those that are to be cancelled where they run, by number."""
 
     changed: int
     unchanged: tuple[str, ...]
-    unknown: tuple[str, ...]
     running: tuple[int, ...] = ()
 
 
@@ -241,17 +238,16 @@ class JobStore:
     def end(self, number: int, end: JobEnd, now: float) -> bool:
         """Records what an attempt made of a running job. Returns whether it was running."""
         found = self._db.execute(
-            "select kind, story, attempts from job where id = ? and state = 1", (number,)
+            "select kind, story, attempts, size from job where id = ? and state = 1", (number,)
         ).fetchone()
         if found is None:
             return False
-        kind, story, attempts = found
+        kind, story, attempts, before = found
         if end.state is JobState.DONE:
             answer = end.answer or b""
             self._db.execute("delete from payload where job = ?", (number,))
             self._db.execute("insert into answer values(?,?)", (number, answer))
             size = ROW_BYTES + len(answer)
-            (before,) = self._db.execute("select size from job where id = ?", (number,)).fetchone()
             self._count(self._totals, "bytes", size - before)
             self._db.execute(
                 "update job set state = 2, ended = ?, size = ?, code = 0, reason = '' where id = ?",
@@ -359,7 +355,7 @@ class JobStore:
             return record
         (answer,) = self._db.execute("select body from answer where job = ?", (number,)).fetchone()
         self._fetched.add(number)
-        return _with(record, answer=answer)
+        return replace(record, answer=answer)
 
     def position(self, number: int) -> tuple[int, bool]:
         """How many jobs of its caller and kind go before it, with itself; whether it is more."""
@@ -370,7 +366,8 @@ class JobStore:
             return 0, False
         kind, priority = found
         before = 0
-        for more, values in (("priority > ?", (priority,)), ("priority = ? and id < ?", (priority, number))):  # fmt: skip  # noqa: E501
+        go_first = ("priority > ?", (priority,)), ("priority = ? and id < ?", (priority, number))
+        for more, values in go_first:
             (count,) = self._db.execute(
                 "select count(*) from (select 1 from job where state = 0 and ready = 1 and "
                 f"kind = ? and {more} limit {MAX_POSITION})",
@@ -446,7 +443,7 @@ class JobStore:
                 changed += 1
             else:
                 unchanged.append(self._id_of(number))
-        return Changed(changed, tuple(unchanged), (), tuple(running))
+        return Changed(changed, tuple(unchanged), tuple(running))
 
     def release(self, numbers: Iterable[int], now: float) -> Changed:
         """Those that are quarantined or failed wait again, with as many attempts as at first."""
@@ -467,7 +464,7 @@ class JobStore:
             self._count(self.waiting, kind, 1)
             self._moved(number, JobState(state), JobState.WAITING)
             changed += 1
-        return Changed(changed, tuple(unchanged), ())
+        return Changed(changed, tuple(unchanged))
 
     def drop(self, numbers: Iterable[int]) -> Changed:
         """Those that have ended or are quarantined are forgotten."""
@@ -477,7 +474,7 @@ class JobStore:
                 changed += 1
             else:
                 unchanged.append(self._id_of(number))
-        return Changed(changed, tuple(unchanged), ())
+        return Changed(changed, tuple(unchanged))
 
     def in_states(self, states: Collection[JobState], owner: str | None, limit: int) -> list[int]:
         """The numbers of jobs in these states, the oldest first."""
@@ -616,12 +613,11 @@ class JobStore:
         ):
             self.waiting[kind] = count
         running = db.execute(
-            "select id, attempts, max_attempts from job where state = 1"
+            "select id, attempts, max_attempts, started from job where state = 1"
         ).fetchall()
-        for number, attempts, max_attempts in running:
+        for number, attempts, max_attempts, at in running:
             again = attempts < max_attempts
             state = JobState.WAITING if again else JobState.QUARANTINED
-            (at,) = db.execute("select started from job where id = ?", (number,)).fetchone()
             self.end(number, JobEnd(state, Code.UNAVAILABLE, LEFT_RUNNING), at)
         self.recovered = len(running)
 
@@ -737,10 +733,6 @@ class JobStore:
             story=tuple((at, what) for at, what in json.loads(story)),
             schedule="" if made_by is None else job_id(schedule | SCHEDULE_BIT, made_by),
         )  # fmt: skip
-
-
-def _with(record: JobRecord, **changes: Any) -> JobRecord:
-    return JobRecord(**{**record.__dict__, **changes})
 
 
 def _told(story: str, now: float, what: str) -> str:

@@ -82,6 +82,8 @@ class WorkProgress(NamedTuple):
 
 
 MAX_PROGRESS_TEXT = 200  # characters
+MAX_PROGRESS = 500  # requests whose progress is kept until it is passed on, or read of one frame
+MAX_ATTEMPTS = 100  # of a job
 
 
 class JobEnd(NamedTuple):
@@ -145,8 +147,13 @@ def job_id(number: int, mark: int) -> str:
     return f"{number:010x}{mark:06x}"
 
 
+def is_job_id(text: str) -> bool:
+    """Whether it has the form of one."""
+    return len(text) == 16 and set(text) <= set("0123456789abcdef")
+
+
 def numbers_of(id_: str) -> tuple[int, int]:
     """Raises BadRequest for what is not the id of a job."""
-    if len(id_) == 16 and set(id_) <= set("0123456789abcdef"):
+    if is_job_id(id_):
         return int(id_[:10], 16), int(id_[10:], 16)
     raise BadRequest(f"'{ascii(id_[:20])[1:-1]}' is not the id of a job, 16 digits from 0 to f")

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import grpc
 
-from overlay.model.jobs import WorkProgress
+from overlay.model.jobs import MAX_PROGRESS, WorkProgress
 from overlay.model.leases import LaneReport, Lent
 from overlay.model.limits import Limits
 from overlay.model.segments import (
@@ -61,9 +61,6 @@ class Owner(Protocol):
     def reported(self, report: LaneReport) -> None: ...
     def progressed(self, made: Sequence[WorkProgress]) -> None: ...
     def lost(self, why: Part) -> None: ...
-
-
-MAX_PROGRESS = 500  # reports of handlers' progress that are read of one frame
 
 
 class _Member:

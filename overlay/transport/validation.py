@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from overlay.model.errors import BadResponse
+from overlay.model.jobs import is_job_id
 from overlay.model.limits import Limits
 from overlay.model.topology import ROLES
 from overlay.observability.log_buffer import escaped
@@ -148,7 +149,7 @@ def check_jobs(message: Any) -> None:
 
 
 def _check_job_id(id_: str) -> None:
-    if len(id_) != 16 or not set(id_) <= set("0123456789abcdef"):
+    if not is_job_id(id_):
         raise BadResponse(f"'{_shown(id_)}' is not the id of a job")
 
 

@@ -11,9 +11,8 @@ import math
 import threading
 from collections.abc import Callable
 
-from overlay.model.jobs import MAX_PROGRESS_TEXT, WorkProgress
+from overlay.model.jobs import MAX_PROGRESS, MAX_PROGRESS_TEXT, WorkProgress
 
-MOST = 500  # requests whose progress is kept until it is passed on; the latest ones
 Sink = Callable[[WorkProgress], None]
 
 
@@ -42,7 +41,7 @@ class ProgressBook:
         with self._lock:
             self._latest.pop(progress.request_id, None)
             self._latest[progress.request_id] = progress
-            if len(self._latest) > MOST:
+            if len(self._latest) > MAX_PROGRESS:
                 del self._latest[next(iter(self._latest))]
         self._on_note()
 

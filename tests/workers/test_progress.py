@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from overlay.model.jobs import MAX_PROGRESS_TEXT, WorkProgress
+from overlay.model.jobs import MAX_PROGRESS, MAX_PROGRESS_TEXT, WorkProgress
 from overlay.workers import progress
-from overlay.workers.progress import MOST, ProgressBook
+from overlay.workers.progress import ProgressBook
 
 
 @pytest.fixture
@@ -51,12 +51,12 @@ def test_a_wrong_report_names_its_argument(
 def test_only_the_latest_of_each_request_is_passed_on_and_of_the_latest_requests() -> None:
     calls: list[int] = []
     book = ProgressBook(lambda: calls.append(1))
-    for n in range(MOST + 10):
+    for n in range(MAX_PROGRESS + 10):
         book.note(WorkProgress(n, 1))
     book.note(WorkProgress(20, 2))
     taken = book.take()
-    assert len(calls) == MOST + 11
-    assert len(taken) == MOST
+    assert len(calls) == MAX_PROGRESS + 11
+    assert len(taken) == MAX_PROGRESS
     assert taken[0].request_id == 10
     assert taken[-1] == WorkProgress(20, 2)
     assert book.take() == []
