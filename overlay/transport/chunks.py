@@ -82,6 +82,7 @@ class ItemSender:
         self._held = bytearray()
         self._is_wanted = True
         self._at_once = TokenBucket(ITEMS_AT_ONCE, ITEMS_PER_S)
+        self._sending_s = 0.0  # earns no tokens, or a slow way would make each item go alone
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
 
@@ -89,7 +90,8 @@ class ItemSender:
         """Returns False if the rest is no longer wanted."""
         with self._lock:
             self._held += item
-            if self._at_once.take(time.monotonic()) or len(self._held) >= CHUNK_BYTES:
+            now = time.monotonic() - self._sending_s
+            if self._at_once.take(now) or len(self._held) >= CHUNK_BYTES:
                 self._pass_on_locked()
             elif self._timer is None:
                 self._timer = threading.Timer(ITEM_S, self._pass_on)
@@ -111,9 +113,11 @@ class ItemSender:
             self._pass_on_locked()
 
     def _pass_on_locked(self) -> None:
+        began = time.monotonic()
         held, self._held = bytes(self._held), bytearray()
         for start in range(0, len(held), CHUNK_BYTES):
             self._is_wanted = self._is_wanted and self._send(held[start : start + CHUNK_BYTES])
+        self._sending_s += time.monotonic() - began
 
 
 class NotBytes(TypeError):

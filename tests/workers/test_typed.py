@@ -845,6 +845,23 @@ def test_many_quick_items_are_sent_together():
     assert b"".join(sent) + leaving.rest() == b"".join(b"%d\t" % n for n in range(5_000))
 
 
+def test_quick_items_are_sent_together_over_a_slow_way():
+    sent: list[bytes] = []
+
+    def send(chunk: bytes) -> bool:
+        time.sleep(0.004)  # in which two more items might go at once
+        sent.append(chunk)
+        return True
+
+    leaving = ItemSender(send)
+    for n in range(2_000):
+        leaving.add(b"%d\t" % n)
+    rest = leaving.rest()
+
+    assert len(sent) < 1_000
+    assert b"".join(sent) + rest == b"".join(b"%d\t" % n for n in range(2_000))
+
+
 def test_an_idempotency_key_works_with_args(leader):
     asked = {"handler": "resize", "args": {"path": "a"}, "mode": "any", "idempotency_key": "one"}
     assert leader.call(**asked).request_id == leader.call(**asked).request_id
