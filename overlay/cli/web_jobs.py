@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from overlay.cli.job_text import progress_of
+from overlay.cli.job_text import as_json, progress_of
 from overlay.client import sync as library
 from overlay.client.jobs import JobStatus
 from overlay.model.jobs import is_job_id
@@ -147,36 +147,8 @@ def foreign(headers: Mapping[str, str]) -> str:
 
 
 def as_plain(job: JobStatus) -> dict[str, Any]:
-    """As the page shows it: a job, or a schedule if `every_s`."""
-    return {
-        "id": job.id,
-        "state": job.state,
-        "is_over": job.is_over,
-        "handler": job.handler,
-        "team": job.team,
-        "mode": job.mode,
-        "priority": job.priority,
-        "caller": job.caller,
-        "key": job.key,
-        "accepted_at": job.accepted,
-        "started_at": job.started,
-        "ended_at": job.ended,
-        "due_at": job.due,
-        "expires_at": job.expires,
-        "attempts": job.attempts,
-        "max_attempts": job.max_attempts,
-        "code": int(job.code),
-        "reason": job.reason,
-        "position": job.position,
-        "position_is_more": job.position_is_more,
-        "wait_s": job.wait_s,
-        "progress": progress_of(job),
-        "story": [{"at": at, "text": text} for at, text in job.story],
-        "schedule": job.schedule,
-        "every_s": job.every_s,
-        "missed": job.missed,
-        "bytes": job.size,
-    }
+    """As the commands give it, and what only the page shows."""
+    return {**as_json(job), "progress_text": progress_of(job)}
 
 
 def problem(status: int, text: str) -> Response:

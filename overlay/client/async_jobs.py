@@ -9,9 +9,8 @@ from typing import Any
 from overlay.client.arguments import as_timeout
 from overlay.client.connection import Connection
 from overlay.client.event_loop import on_a_thread
-from overlay.client.jobs import PAUSE_S, WAIT_S, JobStatus, read_job, still_open
+from overlay.client.jobs import JobStatus, JobWait, read_job
 from overlay.client.results import Answer, read_value
-from overlay.model import clocks as time
 from overlay.model.errors import CallFailed, Unavailable
 from overlay.transport.codec import pb2
 
@@ -34,25 +33,16 @@ class AsyncJob:
 
     async def wait(self, timeout: float | None = None) -> JobStatus:
         """See Job.wait."""
-        until = None if timeout is None else time.monotonic() + as_timeout(timeout)
-        patience_s, lost_at, wait_s = self._connection.map_patience(None), 0.0, 0.0
+        limit_s = None if timeout is None else as_timeout(timeout)
+        wait = JobWait(self.id, limit_s, self._connection.map_patience(None))
         while True:
-            left_s = WAIT_S if until is None else until - time.monotonic()
-            request = pb2.ResultRequest(id=self.id, wait_s=max(0.0, min(wait_s, left_s)))
             try:
-                found = await self._ask(request, request.wait_s + 10.0)
-            except Unavailable:
-                now = time.monotonic()
-                lost_at = lost_at or now
-                if now - lost_at > patience_s or (until is not None and now > until):
-                    raise
-                await asyncio.sleep(PAUSE_S)
+                found = await self._ask(*wait.next())
+            except Unavailable as e:
+                await asyncio.sleep(wait.pause_s(e))
                 continue
-            lost_at, wait_s = 0.0, WAIT_S
-            if found.is_over:
+            if wait.is_over(found):
                 return found
-            if (error := still_open(found, until, timeout)) is not None:
-                raise error
 
     async def answer(self, timeout: float | None = None) -> Answer:
         """See Job.answer."""

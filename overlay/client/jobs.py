@@ -356,43 +356,66 @@ def wait_for(
     on_status: Callable[[JobStatus], None] | None = None,
 ) -> JobStatus:
     """See Job.wait. on_status: told how it stands, about once a second."""
-    until = None if timeout_s is None else time.monotonic() + timeout_s
-    lost_at: float | None = None
-    patience_s = calls.map_patience(None)
-    wait_s = 0.0
+    wait = JobWait(id_, timeout_s, calls.map_patience(None), WAIT_S if on_status is None else 1.0)
     while True:
-        left_s = WAIT_S if until is None else until - time.monotonic()
+        request, limit_s = wait.next()
         try:
-            request = pb2.ResultRequest(id=id_, wait_s=max(0.0, min(wait_s, left_s)))
-            found = read_job(calls.job_result(request, request.wait_s + 10.0))
+            found = read_job(calls.job_result(request, limit_s))
         except Unavailable as e:
-            now = time.monotonic()
-            lost_at = lost_at or now
-            if now - lost_at > patience_s or (until is not None and now > until):
-                raise
-            time.sleep(PAUSE_S if not isinstance(e, NotReached) else PAUSE_S * 2)
+            time.sleep(wait.pause_s(e))
             continue
-        lost_at = None
-        if found.is_over:
+        if wait.is_over(found):
             return found
         if on_status is not None:
             on_status(found)
-        if (error := still_open(found, until, timeout_s)) is not None:
+
+
+class JobWait:
+    """What to ask, again and again, to learn the end of a job, and when to give up. It asks and
+    sleeps nowhere itself."""
+
+    def __init__(
+        self, id_: str, timeout_s: float | None, patience_s: float, wait_s: float = WAIT_S
+    ) -> None:
+        """patience_s: for a leader that is lost. wait_s: the longest that the leader keeps a
+        question, until the job is over."""
+        self._id = id_
+        self._timeout_s = timeout_s
+        self._until = None if timeout_s is None else time.monotonic() + timeout_s
+        self._patience_s = patience_s
+        self._longest_s = wait_s
+        self._wait_s = 0.0  # the first answer comes at once, and says whether there is such a job
+        self._lost_at: float | None = None
+
+    def next(self) -> tuple[pb2.ResultRequest, float]:
+        """The question, and how many seconds its answer may take."""
+        left_s = self._longest_s if self._until is None else self._until - time.monotonic()
+        wait_s = max(0.0, min(self._wait_s, left_s))
+        return pb2.ResultRequest(id=self._id, wait_s=wait_s), wait_s + 10.0
+
+    def pause_s(self, error: Unavailable) -> float:
+        """The seconds until the next question, as this one was not answered. Raises the error if
+        the leader has been lost for too long."""
+        now = time.monotonic()
+        if self._lost_at is None:
+            self._lost_at = now
+        is_late = self._until is not None and now > self._until
+        if is_late or now - self._lost_at > self._patience_s:
             raise error
-        wait_s = 1.0 if on_status is not None else WAIT_S
+        return PAUSE_S * 2 if isinstance(error, NotReached) else PAUSE_S
 
-
-def still_open(
-    status: JobStatus, until: float | None, timeout_s: float | None
-) -> CallFailed | None:
-    """Why not to wait any longer for a job that is not over; None: wait on."""
-    if status.every_s:
-        return InvalidCall(f"{status.id} is a schedule, which has no end; its jobs have")
-    if until is None or time.monotonic() < until:
-        return None
-    executed = Executed.UNKNOWN if status.attempts else Executed.NO
-    why = f"job {status.id} is {status.state} after {timeout_s:g} s; it goes on"
-    return DeadlinePassed(why, executed=executed)
+    def is_over(self, status: JobStatus) -> bool:
+        """Raises InvalidCall for a schedule, DeadlinePassed once the time is over."""
+        self._lost_at, self._wait_s = None, self._longest_s
+        if status.is_over:
+            return True
+        if status.every_s:
+            raise InvalidCall(f"{status.id} is a schedule, which has no end; its jobs have")
+        if self._until is not None and time.monotonic() >= self._until:
+            executed = Executed.UNKNOWN if status.attempts else Executed.NO
+            why = f"job {status.id} is {status.state} after {self._timeout_s:g} s; it goes on"
+            raise DeadlinePassed(why, executed=executed)
+        return False
 
 
 def read_job(job: pb2.Job) -> JobStatus:

@@ -122,9 +122,9 @@ function updateRow(row, { job, isStory }) {
   set(words, { class: { failed: "text-gone", quarantined: "text-impaired" }[state] ?? null });
   say(words, state);
   set(row.querySelector(".id"), { "aria-expanded": opened.has(job.id) });
-  set(row.firstChild, { title: new Date(job.accepted_at * 1000).toLocaleString() });
+  set(row.firstChild, { title: new Date(job.accepted_s * 1000).toLocaleString() });
   fill(row, [
-    moment(job.accepted_at), null, null, `${job.handler || "default"}${job.team ? ` of ${job.team}` : ""}`, job.caller,
+    moment(job.accepted_s), null, null, `${job.handler || "default"}${job.team ? ` of ${job.team}` : ""}`, job.caller,
     tookOf(job), job.every_s ? "" : `${job.attempts} of ${job.max_attempts}`, remarkOf(job), null,
   ]);
   const act = row.querySelector(".act");
@@ -148,17 +148,17 @@ const everyOf = (job) => `every ${span(job.every_s).replace(/ 0 (s|min)$/, "")}`
 
 function tookOf(job) {
   if (job.every_s) return everyOf(job);
-  if (!job.started_at || !(job.ended_at || job.state === "running")) return "–";
-  const took_s = Math.max(0, (job.ended_at || now_s) - job.started_at);
+  if (!job.started_s || !(job.ended_s || job.state === "running")) return "–";
+  const took_s = Math.max(0, (job.ended_s || now_s) - job.started_s);
   return took_s < 10 ? `${took_s.toFixed(took_s < 1 ? 3 : 1)} s` : span(took_s);
 }
 
 // What a row says at its end: when it begins, if it waits for that, and why it failed.
 function remarkOf(job) {
   const parts = [];
-  if (job.every_s) parts.push(`next ${moment(job.due_at)}`, job.missed && `${count(job.missed)} left out`);
-  else if (job.state === "waiting" && job.due_at > now_s) parts.push(`not before ${moment(job.due_at)}`);
-  else if (job.state === "running") parts.push(job.progress);
+  if (job.every_s) parts.push(`next ${moment(job.due_s)}`, job.missed && `${count(job.missed)} left out`);
+  else if (job.state === "waiting" && job.due_s > now_s) parts.push(`not before ${moment(job.due_s)}`);
+  else if (job.state === "running") parts.push(job.progress_text);
   return [...parts, job.reason].filter(Boolean).join("; ");
 }
 
@@ -174,9 +174,9 @@ function showStory(cell, job) {
   const place = job.position && `${job.position_is_more ? "after more than" : "number"} ${count(job.position)} among the jobs of this caller that ask the same`;
   const facts = [
     ["place", place && `${place}${job.wait_s ? `, starts in about ${span(Math.max(1, job.wait_s))}` : ""}`],
-    ["next", job.every_s > 0 && `${moment(job.due_at)}, then ${everyOf(job)}`],
-    ["not before", !job.every_s && job.state === "waiting" && job.due_at > now_s && moment(job.due_at)],
-    ["not after", job.expires_at > 0 && moment(job.expires_at)],
+    ["next", job.every_s > 0 && `${moment(job.due_s)}, then ${everyOf(job)}`],
+    ["not before", !job.every_s && job.state === "waiting" && job.due_s > now_s && moment(job.due_s)],
+    ["not after", job.expires_s > 0 && moment(job.expires_s)],
     ["asks", `${job.mode === "all" ? "all workers" : "any one worker"}${job.priority ? `, priority ${job.priority}` : ""}`],
     ["key", job.key],
     ["schedule", job.schedule],
@@ -184,9 +184,9 @@ function showStory(cell, job) {
   ].filter(([, value]) => value);
   keep(cell.querySelector("dl"), facts.flatMap(([name, value]) => [[name, "dt", name], [name, "dd", value]]),
     ([name, tag]) => name + tag, ([, tag]) => el(tag), (part, [, , text]) => say(part, text));
-  keep(cell.querySelector(".story"), job.story.map((event, at) => ({ ...event, number: at })), (event) => `${event.number} ${event.at}`,
+  keep(cell.querySelector(".story"), job.story.map((event, at) => ({ ...event, number: at })), (event) => `${event.number} ${event.at_s}`,
     () => el("p", {}, el("span", { class: "quiet" }), el("span")), (part, event) => {
-      say(part.firstChild, moment(event.at));
+      say(part.firstChild, moment(event.at_s));
       say(part.lastChild, event.text);
     });
 }
