@@ -96,10 +96,11 @@ def test_few_connections_stay_open_and_on_check_is_called_each_time(server):
 def test_a_check_takes_no_descriptors(server):
     server.connect("127.0.0.1", 20)
     before = len(connection_limits._descriptors())
-    for _ in range(5):
+    for _ in range(50):
         found = connection_limits._connections(connection_limits._descriptors(), server.port)
     assert len(found) == 20
-    assert len(connection_limits._descriptors()) == before
+    # Threads of this process may open one meanwhile; 50 checks would leave at least 50.
+    assert len(connection_limits._descriptors()) < before + 25
 
 
 @posix

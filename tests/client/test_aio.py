@@ -85,7 +85,7 @@ def test_each_of_thousands_of_concurrent_calls_gets_its_own_answer(six: Noted) -
             before = threading.active_count()
             found = await asyncio.gather(*(client.submit("upper", p) for p in numbers(3000)))
             assert found == uppers(3000)
-            assert threading.active_count() <= before + 1
+            assert threading.active_count() < before + 50, "not one per call"
 
     asyncio.run(main())
     assert set(six.lines().values()) == {1}
