@@ -22,6 +22,7 @@ from overlay.model.leases import LaneOutcome, LaneReport, Lease, LeaseRequest, L
 from overlay.model.limits import Limits
 from overlay.model.segments import Caller
 from overlay.model.topology import HandlerSpec, Process, Topology
+from overlay.queueing.flow import Flow
 from overlay.queueing.request_queue import RequestQueue
 from overlay.routing.outlier import State
 
@@ -60,6 +61,7 @@ class Client:
 
     def __init__(self, number: int) -> None:
         self.caller = Caller(f"10.0.{number // 250}.{number % 250}")
+        self.flow = Flow(self.caller, is_stream=True)
         self.lanes: list[Lease] = []
 
     def offer(self, lease: Lease) -> None:

@@ -3,9 +3,10 @@
     a client asks --ask--> which workers (overlay.routing.lending) --> told to the worker
     the worker has it --> offered to the client, which sends there --> reports --> counted here
 
-Leases in use are renewed; those of a handler for which requests wait here are ended, and no more
-are made for a while. So a lane never gets more than its share: whenever there is contention, the
-queue decides. Thread-safe; its looks at the time run on the process's deadline thread.
+Leases in use are renewed; those of a handler for which requests of others wait here are ended, and
+no more are made for a while. So a lane never gets more than its share: whenever there is
+contention, the queue decides. Thread-safe; its looks at the time run on the process's deadline
+thread.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from overlay.model.leases import (
 )
 from overlay.model.segments import Caller, Mode, Route
 from overlay.model.topology import Topology
+from overlay.queueing.flow import Flow
+from overlay.queueing.queued_segment import QueuedSegment
 from overlay.queueing.request_queue import RequestQueue
 from overlay.routing import lending, planner
 from overlay.routing.lending import Lendable
@@ -49,12 +52,15 @@ CALM_S = 10.0  # after this long without waiting requests it is short again
 
 
 class Borrower(Hashable, Protocol):
-    """A client's stream. certificate_name: whose certificate it shows; empty without TLS."""
+    """A client's stream. certificate_name: whose certificate it shows; empty without TLS. flow: its
+    requests that wait here."""
 
     @property
     def caller(self) -> Caller: ...
     @property
     def certificate_name(self) -> str: ...
+    @property
+    def flow(self) -> Flow[QueuedSegment]: ...
     def offer(self, lease: Lease) -> None: ...
 
 
@@ -136,8 +142,13 @@ class Lender:
         """
         route = Route(Mode.ANY, request.team, request.handler)
         now = time.monotonic()
-        if now < self._quiet_until or self._queue.waits_for(route):
+        if now < self._quiet_until:
             return
+        if self._queue.waits_for(route):
+            # What waits of those who borrow is no reason: a lane is where that could go.
+            apart_from = self._borrowed().get(route, set()) | {borrower.flow}
+            if self._queue.waits_for(route, apart_from):
+                return
         with self._lock:
             made = self._choose_locked(borrower, route, request)
         for lease in made:
@@ -276,8 +287,10 @@ class Lender:
         with self._lock:
             leases = list(self._leases.values())
         self._note_others(leases)
-        routes = {lease.route for lease in leases if lease.rows}
-        contended = {route for route in routes if self._queue.waits_for(route)}
+        borrowed = self._borrowed()
+        contended = {
+            route for route, flows in borrowed.items() if self._queue.waits_for(route, flows)
+        }
         if contended:
             self._be_quiet(now)
         for lease in leases:
@@ -289,6 +302,15 @@ class Lender:
             elif now - lease.renewed_at >= RENEW_S:
                 self._renew(lease)
         self._look_soon()
+
+    def _borrowed(self) -> dict[Route, set[Flow[QueuedSegment]]]:
+        """The flows of those who are lent workers for a route."""
+        found: dict[Route, set[Flow[QueuedSegment]]] = {}
+        with self._lock:
+            for lease in self._leases.values():
+                if lease.rows:
+                    found.setdefault(lease.route, set()).add(lease.borrower.flow)
+        return found
 
     def _renew(self, lease: _Lease) -> None:
         chosen: list[tuple[Lendable, int]] = []

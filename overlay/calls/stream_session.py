@@ -212,7 +212,7 @@ class _Session:
         self._limits = limits = sessions.path.limits
         self._client_limit = client_limit
         self._max_bytes = min(limits.max_message_bytes, client_limit or limits.max_message_bytes)
-        self._flow = self._path.queue.open_flow(caller, rights)
+        self.flow = self._path.queue.open_flow(caller, rights)
         self._lock = threading.Lock()
         self._out: deque[_Outgoing] = deque()
         self._in_flight: list[_Written] = []  # in the frame that is being sent
@@ -308,7 +308,7 @@ class _Session:
         self._sessions.maps.forget(self)
         if self._has_asked and self._sessions.lender is not None:
             self._sessions.lender.left(self)
-        self._path.queue.close_flow(self._flow)
+        self._path.queue.close_flow(self.flow)
         self._sessions.threads.run(self._cancel_rest)
 
     def _cancel_rest(self) -> None:
@@ -495,7 +495,7 @@ class _Session:
         """Adds to the bytes that the client has not read; with too many, its flow pauses."""
         self._held.add(size)
         self._unread.add(size)
-        self._flow.paused = not self._unread.is_within(self._limits.window_bytes // 2)
+        self.flow.paused = not self._unread.is_within(self._limits.window_bytes // 2)
 
     def _take_rest(self, frame: pb2.Frame) -> None:
         for cancel in frame.cancels:
@@ -558,7 +558,7 @@ class _Session:
             self._rows += accepted.left
             self._held.add(accepted.size)
         sink = partial(self._answer, accepted)
-        self._path.admit(accepted, sink, message.priority, self._flow, error)
+        self._path.admit(accepted, sink, message.priority, self.flow, error)
         queued = accepted.queued
         if queued is None:
             return
@@ -699,7 +699,7 @@ class _Session:
         """Whether the flow resumes, and the segments that are now fully answered."""
         ended = []
         with self._lock:
-            was_paused, size = self._flow.paused, 0
+            was_paused, size = self.flow.paused, 0
             for accepted, rows, bytes_, more in taken:
                 size += bytes_
                 if more:
@@ -713,7 +713,7 @@ class _Session:
             self._keep_answers_locked(-size)
             if not self._rows and not self.is_listed:
                 self._sessions.open.became_idle(self)
-            return was_paused and not self._flow.paused, ended
+            return was_paused and not self.flow.paused, ended
 
 
 def _split(answers: Slice, room: int) -> tuple[Slice, Slice]:

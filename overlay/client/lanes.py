@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.1  # between two looks at how many requests there are of a kind
 MIN_PER_S = 50  # requests, of a kind that is worth a lane
+FEW = 5  # after so many it looks at once
 MOST_ROWS = 256  # unanswered at a time; more travel well in the large segments of the ordinary way
-ASK_S = 0.5  # between two requests for a lease
+ASK_S = 0.5  # between two requests for a lease, unless it has twice as many unanswered meanwhile
 CONNECT_S = 5.0  # within which a lane must be up
 RETRY_S, MAX_RETRY_S = 10.0, 600.0  # until an unreachable worker is tried again; doubles
 MAX_CHANNELS = 2 * MAX_LANES  # a channel may be between two lanes
@@ -69,6 +70,31 @@ def choose(lanes: Sequence[LaneLoad], rows: int) -> int | None:
     return None if best is None else best[1]
 
 
+class Demanded(NamedTuple):
+    """What a client sees of its requests of one kind.
+
+    sent, missed: requests of the last `took_s`, and those of them that found no room on a lane.
+    unanswered: now. service_s: of one; 0 if unknown. lanes: the client's, of all kinds. asked: for
+    how many unanswered requests it asked for a lease a moment ago; 0: it did not.
+    """
+
+    sent: int
+    missed: int
+    took_s: float
+    unanswered: int
+    service_s: float
+    lanes: int = 0
+    asked: int = 0
+
+
+def wants_lease(seen: Demanded) -> bool:
+    """Whether they are many and short, and a lease would take some that have no room now."""
+    is_worth_it = seen.missed * 8 > seen.sent >= MIN_PER_S * seen.took_s
+    is_short = 0 < seen.service_s <= LONGEST_S and seen.unanswered <= MOST_ROWS
+    is_news = not seen.asked or seen.unanswered >= 2 * seen.asked
+    return is_worth_it and is_short and is_news and seen.lanes < MAX_LANES
+
+
 class _Lane:
     """A stream to a lent worker."""
 
@@ -88,9 +114,20 @@ class _Lane:
 
 
 class _Demand:
-    """What is known of the requests of one kind. lanes: those that take them."""
+    """What is known of the requests of one kind. lanes: those that take them. asked: for how many
+    it asked, until ask_at."""
 
-    __slots__ = ("ask_at", "handler", "is_eligible", "lanes", "missed", "sent", "since", "team")
+    __slots__ = (
+        "ask_at",
+        "asked",
+        "handler",
+        "is_eligible",
+        "lanes",
+        "missed",
+        "sent",
+        "since",
+        "team",
+    )
 
     def __init__(self, kind: CallKind) -> None:
         route = kind.route
@@ -99,7 +136,7 @@ class _Demand:
         self.lanes: list[_Lane] = []
         self.sent = self.missed = 0  # since `since`; missed: with no room on a lane
         self.since = time.monotonic()
-        self.ask_at = 0.0
+        self.ask_at, self.asked = 0.0, 0
 
 
 class Lanes:
@@ -131,7 +168,7 @@ class Lanes:
             return False
         rows = len(submission.rows)
         demand.sent += rows
-        if submission.submitted_at - demand.since > LOOK_S:
+        if demand.sent >= FEW or submission.submitted_at - demand.since > LOOK_S:
             self._look(demand, submission.submitted_at)
         lanes = demand.lanes
         if lanes:
@@ -188,12 +225,13 @@ class Lanes:
         """Asks for a lease if there are enough short requests that have no lane."""
         took_s, sent, missed = now - demand.since, demand.sent, demand.missed
         demand.since, demand.sent, demand.missed = now, 0, 0
-        if now < demand.ask_at or missed * 8 <= sent or sent < MIN_PER_S * took_s:
+        if not missed:
             return
         rows = self._main.unanswered + sum(lane.submitter.unanswered for lane in demand.lanes)
-        is_short = 0 < self._main.service_s(demand.handler) <= LONGEST_S
-        if is_short and rows <= MOST_ROWS and len(self._lanes) < MAX_LANES:
-            demand.ask_at = now + ASK_S
+        service_s = self._main.service_s(demand.handler)
+        asked = demand.asked if now < demand.ask_at else 0
+        if wants_lease(Demanded(sent, missed, took_s, rows, service_s, len(self._lanes), asked)):
+            demand.ask_at, demand.asked = now + ASK_S, rows
             without = tuple(worker for worker, (at, _) in self._retries.copy().items() if now < at)
             names = demand.handler, demand.team
             self._main.ask_lease(LeaseRequest(*names, max(1, rows), without[:MAX_WITHOUT]))

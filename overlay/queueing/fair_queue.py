@@ -74,6 +74,11 @@ class FairQueue(Generic[W]):
     def __iter__(self) -> Iterator[W]:
         return (item for flow in self._flows for item in flow)
 
+    @property
+    def flows(self) -> Iterable[Flow[W]]:
+        """Those with something waiting."""
+        return self._flows
+
     def put(self, item: W, rows: int = 1) -> None:
         flow: Flow[W] = item.flow
         if flow not in self._flows:

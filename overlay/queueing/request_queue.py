@@ -19,7 +19,7 @@ import itertools
 import queue
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 from overlay.model import clocks as time
@@ -120,12 +120,24 @@ class RequestQueue:
             waiting = sum(flow.rows for flow in self._streams)
             return len(self._streams), waiting, sum(flow.active for flow in self._streams)
 
-    def waits_for(self, wants: Route) -> bool:
-        """Whether requests wait here because the places that these would want were taken."""
+    def waits_for(
+        self, wants: Route, apart_from: Container[Flow[QueuedSegment]] = frozenset()
+    ) -> bool:
+        """Whether requests wait here because the places that these would want were taken.
+
+        apart_from: flows whose requests do not count.
+        """
         with self._lock:
-            return any(
-                found.parked and not admission.may_overtake(wants, route)
+            full = {
+                route
                 for route, found in self._classes.items()
+                if found.parked and not admission.may_overtake(wants, route)
+            }
+            return bool(full) and any(
+                head.is_parked and head.wants in full
+                for flow in self._room.order.flows
+                if flow not in apart_from
+                for head in flow.heads()
             )
 
     def served(self) -> dict[Caller, int]:

@@ -14,6 +14,7 @@ from overlay.model import clocks
 from overlay.model.errors import NotLent
 from overlay.model.leases import LaneOutcome, LaneReport, Lease, LeaseRequest, Lent
 from overlay.model.segments import Caller, Code, Executed, Mode, Route
+from overlay.queueing.flow import Flow
 from overlay.routing.outlier import State
 from tests.harness.network import the_six
 
@@ -63,11 +64,11 @@ class Looks:
 
 class Queue:
     def __init__(self) -> None:
-        self.waits = False
+        self.waiting: set[Any] = set()  # flows
         self.turns: dict[Caller, int] = {}
 
-    def waits_for(self, route: Route) -> bool:
-        return self.waits
+    def waits_for(self, route: Route, apart_from: Any = ()) -> bool:
+        return bool(self.waiting - set(apart_from))
 
     def served(self) -> dict[Caller, int]:
         return dict(self.turns)
@@ -78,6 +79,7 @@ class Client:
 
     def __init__(self, address: str = "10.0.0.1") -> None:
         self.caller = Caller(address)
+        self.flow = Flow(self.caller, is_stream=True)
         self.lanes: list[Lease] = []
 
     def offer(self, lease: Lease) -> None:
@@ -169,10 +171,25 @@ def test_two_clients_of_one_worker_share_it(leader: AtLeader) -> None:
     assert shared.rows == alone.rows // 2
 
 
-def test_nothing_is_lent_while_requests_wait(leader: AtLeader) -> None:
-    leader.queue.waits = True
+def test_nothing_is_lent_while_requests_of_others_wait(leader: AtLeader) -> None:
+    client = Client()
+    leader.queue.waiting = {client.flow, Client().flow}
+    assert leader.asked(client) == []
 
-    assert leader.asked(Client()) == []
+    leader.queue.waiting = {client.flow}
+    assert leader.asked(client) != []
+
+
+def test_what_waits_of_a_borrower_does_not_end_its_lease(leader: AtLeader) -> None:
+    first, second = Client(), Client()
+    for client in (first, second):
+        assert leader.lent(client)
+    before = len(leader.links.lent)
+
+    leader.queue.waiting = {first.flow, second.flow}
+    leader.looks.run()
+    assert leader.links.lent[before:] == []
+    assert leader.asked(Client()) != [], "it does not keep others from borrowing either"
 
 
 @pytest.mark.parametrize("service_s", [0.0, 0.5])
@@ -188,11 +205,11 @@ def test_leases_end_when_requests_wait_and_pause_longer_each_time(
     pauses = []
     for _ in range(4):
         (lent,) = leader.lent(Client())
-        leader.queue.waits = True
+        leader.queue.waiting = {Client().flow}
         leader.looks.run()
         assert leader.links.lent[-1][1] == lent._replace(rows=0)
         leader.report(LaneReport(lent.id, is_over=True))
-        leader.queue.waits = False
+        leader.queue.waiting = set()
         began = now[0]
         while not (made := leader.asked(Client())):
             now[0] += QUIET_S / 4

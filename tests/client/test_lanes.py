@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay.client.lanes import LaneLoad, choose
+from overlay.client.lanes import Demanded, LaneLoad, choose, wants_lease
 
 # lanes (rows, slots, unanswered, milliseconds of a request), rows -> which
 TABLE = [
@@ -43,3 +43,29 @@ def test_a_lane_never_gets_more_than_it_has_rows_and_room_is_found_where_it_is(l
     has_room = [index for index, lane in enumerate(lanes) if lane.unanswered + rows <= lane.rows]
 
     assert (chosen in has_room) if has_room else chosen is None
+
+
+MANY = Demanded(sent=10, missed=10, took_s=0.01, unanswered=10, service_s=0.001)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (MANY, True),
+        (MANY._replace(took_s=1.0), False),  # they are few: 10 a second
+        (MANY._replace(took_s=0.2), True),
+        (MANY._replace(missed=0), False),  # the lanes take all of them
+        (MANY._replace(missed=1), False),
+        (MANY._replace(missed=2), True),
+        (MANY._replace(service_s=0.0), False),  # nothing is known of them yet
+        (MANY._replace(service_s=0.5), False),
+        (MANY._replace(unanswered=1000), False),  # large segments do well on the ordinary way
+        (MANY._replace(asked=10), False),
+        (MANY._replace(asked=5), True),  # it asked for less than it needs now
+        (MANY._replace(lanes=16), False),
+    ],
+)
+def test_a_lease_is_asked_for_when_requests_are_many_and_short(
+    seen: Demanded, expected: bool
+) -> None:
+    assert wants_lease(seen) is expected

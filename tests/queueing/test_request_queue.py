@@ -665,6 +665,23 @@ def test_rows_wait_in_their_flow_until_places_are_free(service, flow):
     assert service.waited == [0, 1]
 
 
+def test_the_queue_says_whose_requests_wait_for_the_same_places(service, flow):
+    other, asked = service.queue.open_flow(Caller("other")), Route(handler="resize")
+    service.places = 1
+    service.stream(flow, "ab", handler="resize")
+    service.queue.kick()
+    assert service.queue.waits_for(asked)
+    assert not service.queue.waits_for(asked, {flow})
+    assert service.queue.waits_for(asked, {other})
+
+    service.stream(other, "c", handler="resize")
+    service.queue.kick()
+    assert service.queue.waits_for(asked, {flow})
+    assert not service.queue.waits_for(asked, {flow, other})
+    service.answer_all()
+    assert not service.queue.waits_for(asked)
+
+
 def test_streamed_rows_are_not_counted_as_single_requests(flow, service):
     service.places = 1
     service.stream(flow, "abc")
