@@ -37,10 +37,10 @@ class CallFuture(Future):  # type: ignore[type-arg]
         connection, submission = self._connection, self._submission
         assert connection is not None
         assert submission is not None
-        connection.open_futures.add(self)
         try:
+            connection.open_futures.add(self)
             connection.send(submission, self._timeout_s)
-        except BaseException:  # it was not sent
+        except BaseException:  # it was not sent; or Ctrl-C, and nobody has it
             connection.open_futures.discard(self)
             raise
 

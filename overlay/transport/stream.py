@@ -34,6 +34,7 @@ from overlay.transport import codec
 from overlay.transport.channels import Channel
 from overlay.transport.codec import pb2
 from overlay.transport.duplex import DuplexCall
+from overlay.transport.interrupts import Uninterrupted
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ class ReconnectingStream:
             call = self._call
             self._changed.notify_all()
         if call is not None:
-            call.cancel()
+            with Uninterrupted():
+                call.cancel()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(2)
 
@@ -194,7 +196,7 @@ class ReconnectingStream:
         finally:
             call.cancel()
             call.wait_over()
-            # Whoever fills a frame for the call finishes it first, unless Ctrl-C ended him.
+            # Whoever fills a frame for the call finishes it first, unless a signal ended him.
             if self._sending.acquire(timeout=FILLED_S):
                 self._live_call = None
                 self._sending.release()
@@ -238,6 +240,11 @@ class ReconnectingStream:
 
     def _send_on(self) -> None:
         """Sends the next frame, unless one is in flight, or what there is may wait for more."""
+        if self._kicked and self._live_call is not None and not self._sending.locked():
+            with Uninterrupted():
+                self._send_frames()
+
+    def _send_frames(self) -> None:
         while self._kicked and self._live_call is not None and self._sending.acquire(False):
             is_sent, kicks, call = False, self._kicks, self._live_call
             try:
@@ -249,8 +256,8 @@ class ReconnectingStream:
                     if self._fill(frame):
                         is_sent = call.send(frame.SerializeToString())
             except BaseException as e:
-                # Part of it may be noted as sent; so all that is open on the call ends. Ctrl-C is
-                # raised here too, if the main thread sends.
+                # Part of it may be noted as sent; so all that is open on the call ends. The handler
+                # of another signal than Ctrl-C may raise here too, if the main thread sends.
                 if call is not None:
                     call.cancel()
                 if not isinstance(e, Exception):

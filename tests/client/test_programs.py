@@ -6,6 +6,7 @@ They are in tests/programs; each runs in its own process.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,6 +89,11 @@ def test_each_process_of_a_pool_can_have_its_own_client(worker: str) -> None:
     assert answers == "C: a C: b C: c"
     assert error.startswith("NameNotFound NOT_FOUND NO ")
     assert "nowhere" in error
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads here")
+def test_a_client_survives_ctrl_c_at_any_moment(worker: str) -> None:
+    assert program("interrupted.py", worker) == ["C: last", "closed True"]
 
 
 def test_every_method_works_while_time_is_frozen(worker: str) -> None:
