@@ -32,7 +32,6 @@ from overlay.model.segments import (
 )
 from overlay.model.topology import HandlerSpec, Process
 from overlay.observability.counters import Spread, Times
-from overlay.transport import put_off
 from overlay.transport.chunks import (
     CHUNK_BYTES,
     ITEM_END,
@@ -195,9 +194,8 @@ class HandlerJob:
         here_s = max(0.0, began - self._made) if self._is_ahead else 0.0
         waited_us = self._waited_us + int(here_s * 1e6)
         left = iter([outcome for _, outcome in outcomes])
-        with put_off.scope():  # they leave on this thread, which has nothing else to do
-            for first, rows in consecutive([row for row, _ in outcomes]):
-                self._answer(first, list(itertools.islice(left, rows)), each_us, waited_us)
+        for first, rows in consecutive([row for row, _ in outcomes]):
+            self._answer(first, list(itertools.islice(left, rows)), each_us, waited_us)
 
     def refuse(self, begun: Begun) -> None:
         """Answers the rows that must not start. Called before the job is submitted."""
