@@ -6,7 +6,8 @@ locks then stay locked, and nobody knows whether a message was taken.
 
 from __future__ import annotations
 
-import signal
+# What `signal` wraps, which makes an enum of each value and takes several times as long.
+import _signal  # type: ignore[import-not-found]
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -25,19 +26,19 @@ class Uninterrupted:
     def __enter__(self) -> None:
         if threading.get_ident() != threading.main_thread().ident:
             return
-        handler = signal.getsignal(signal.SIGINT)
+        handler = _signal.getsignal(_signal.SIGINT)
         if not callable(handler):  # it raises nothing: it ends the program, or is ignored
             return
         self._handler = handler
         try:
-            signal.signal(signal.SIGINT, self._note)
+            _signal.signal(_signal.SIGINT, self._note)
         except ValueError:  # the main thread of a subinterpreter, which gets no signals
             self._handler = None
 
     def __exit__(self, *exception: object) -> None:
         handler = self._handler
         if handler is not None:
-            signal.signal(signal.SIGINT, handler)
+            _signal.signal(_signal.SIGINT, handler)
             if self._came is not None:
                 handler(*self._came)
 
