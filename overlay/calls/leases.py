@@ -27,6 +27,7 @@ from overlay.routing.outlier import State
 from overlay.transport.timers import Deadlines, Looks
 
 REPORT_S = 0.1  # between two reports of a lease that is in use
+ALIVE_S = 0.5  # between two of one whose requests are long: it is kept until they have ended
 KEPT_S = 1.0  # after its end, for the last report
 KINDS = 16  # of outcomes in a report; further ones join the last
 
@@ -69,6 +70,7 @@ class HeldLease:
         self.since = time.monotonic()
         self.ends_at = self.since + lent.for_s
         self._reported = 0  # unanswered requests, as last reported
+        self._reported_at = self.since
         self._lock = threading.Lock()
         # By how they ended: how many, the sums of their times, and the id of one.
         self._ended: dict[tuple[Code, str, Executed], list[float]] = {}
@@ -109,13 +111,14 @@ class HeldLease:
                     key = error.code, str(error), error.executed
                     self._add_locked(key, 1, times, ids[ended.start + row])
 
-    def report(self) -> LaneReport | None:
-        """What is new since the last one; None if nothing is."""
+    def report(self, now: float) -> LaneReport | None:
+        """What is new since the last one; None if nothing is and no sign of life is due."""
         with self._lock:
             unanswered = self.unanswered
-            if not self._ended and unanswered == self._reported:
+            is_due = unanswered > 0 and now - self._reported_at >= ALIVE_S
+            if not self._ended and unanswered == self._reported and not is_due:
                 return None
-            self._reported = unanswered
+            self._reported, self._reported_at = unanswered, now
             ended, self._ended = self._ended, {}
         outcomes = (
             LaneOutcome(int(count), *key, waited_s / count, worked_s / count, int(request_id))
@@ -193,6 +196,9 @@ class Leases:
                 return
             change = report.unanswered - passed.unanswered
             passed.unanswered = report.unanswered
+            if report.unanswered:  # they may outlast the lease, and their ends count
+                alive_until = time.monotonic() + self._limits.lease_s + KEPT_S
+                passed.ends_at = max(passed.ends_at, alive_until)
             if report.is_over:
                 change -= report.unanswered
                 del self._passed[report.id]
@@ -290,7 +296,7 @@ class Leases:
             held.rows = 0
             if held.lane is not None:
                 held.lane.tell(Lease(held.id))
-        news = held.report()
+        news = held.report(now)
         if not held.rows and not held.unanswered:
             with self._lock:
                 self._held.pop(held.id, None)

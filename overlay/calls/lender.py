@@ -76,8 +76,8 @@ class _Lease:
     """A lease at the process that lent it. is_open: its worker has it, and its client knows."""
 
     __slots__ = (
-        "answered", "borrower", "id", "is_open", "neighbour", "renewed_at", "route", "rows",
-        "since", "slots", "unanswered", "used_at", "worker",
+        "answered", "borrower", "heard_at", "id", "is_open", "neighbour", "renewed_at", "route",
+        "rows", "since", "slots", "unanswered", "used_at", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -98,7 +98,7 @@ class _Lease:
         self.slots = slots
         self.is_open = False
         self.unanswered = self.answered = 0
-        self.since = self.used_at = self.renewed_at = time.monotonic()
+        self.since = self.used_at = self.renewed_at = self.heard_at = time.monotonic()
 
 
 class Lender:
@@ -262,9 +262,10 @@ class Lender:
             self._change(lease, 0)
 
     def _reported(self, lease: _Lease, report: LaneReport) -> None:
+        lease.heard_at = time.monotonic()
+        if report.outcomes or report.unanswered > lease.unanswered:
+            lease.used_at = lease.heard_at
         lease.unanswered = report.unanswered
-        if report.outcomes or report.unanswered:
-            lease.used_at = time.monotonic()
         for one in report.outcomes:
             lease.answered += one.rows
             with self._lock:
@@ -297,8 +298,8 @@ class Lender:
             if lease.route in contended:
                 self._end(lease)
             elif not lease.rows or now - lease.used_at > USED_S:
-                if now - lease.renewed_at > 2 * self._limits.lease_s:  # nothing came back
-                    self._forget(lease)
+                if now - max(lease.renewed_at, lease.heard_at) > 2 * self._limits.lease_s:
+                    self._forget(lease)  # nothing comes back
             elif now - lease.renewed_at >= RENEW_S:
                 self._renew(lease)
         self._look_soon()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -434,3 +435,33 @@ def test_the_lane_is_told_when_its_lease_changes_or_ends(now: list[float]) -> No
     assert worker.looks.due == []
     with pytest.raises(NotLent):
         worker.leases.open(7, "", Lane())
+
+
+def test_requests_that_outlast_their_lease_count_when_they_end(
+    leader: AtLeader, now: list[float]
+) -> None:
+    """At every process on their way, whose leases are renewed no more."""
+    client = Client()
+    (lent,) = [one for one in leader.asked(client, 10**6) if one.worker == "C"]
+    worker, lane, team_leader = AtTeamLeader("C"), Lane(), AtTeamLeader("B")
+    to_leader = partial(leader.leases.reported, "B")
+    team_leader.leases.take(lent, to_leader)
+    worker.leases.take(lent, partial(team_leader.leases.reported, "C"))
+    worker.leases.open(lent.id, "", lane)
+    lane.unanswered = 1
+    for _ in range(100):
+        now[0] += 0.1
+        for each in (worker, team_leader, leader):
+            each.looks.run()
+    assert not lane.told[-1].rows
+    assert list(leader.lender._leases) == [lent.id]
+
+    lane.unanswered = 0
+    for _ in range(10):
+        now[0] += 0.1
+        for each in (worker, team_leader, leader):
+            each.looks.run()
+
+    assert [change for *_, change, _ in team_leader.links.noted if change] == [1, -1]
+    assert not leader.lender._leases
+    assert leader.looks.due == team_leader.looks.due == worker.looks.due == []
