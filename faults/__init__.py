@@ -6,7 +6,7 @@ strangers   attacks by clients that can reach a port; the tests use them too
 neighbour   a program that answers wrongly in a process's place
 history     what happened, as values and JSON lines
 checker     history -> violations; a pure function
-seeded      bugs injected into the product, to test the checker
+seeded      bugs injected into the product, to test the checker; fitting tells if they fit it
 figures     the targets under overload and after a fault, and their arithmetic; pure
 trials      measures the figures             -> ground, which runs and loads an overlay
 report      the table; plot draws it

@@ -161,7 +161,7 @@ def cancelled_stays_active() -> None:
     right = request_queue.RequestQueue._release
 
     def release(self: Any, queued: Any, *rest: Any) -> float:
-        return right(self, queued, *rest) if not queued._ended else time.monotonic()
+        return right(self, queued, *rest) if not queued._cancelled else time.monotonic()
 
     request_queue.RequestQueue._release = release
 
