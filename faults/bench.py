@@ -12,6 +12,7 @@ import random
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +24,12 @@ import grpc
 from faults import checker, history
 from faults.breaking import Stage
 from faults.checker import Violation
-from faults.history import About, History, Recovery, Rest, Trouble
+from faults.history import About, History, Lending, Recovery, Rest, Trouble
 from faults.jobs import OVER_S, JobLoad
 from faults.load import Load, Notes, Planned
 from faults.overlays import Overlay
 from faults.scenarios import BY_NAME, FAILING, Scenario
+from overlay.transport.codec import pb2
 from tests.harness.cluster import six_processes
 from tests.harness.hosts import ADDRESSES, Hosts, Wire
 from tests.harness.machine import ROOT, NotReached, until
@@ -38,6 +40,8 @@ RECOVERY_S = 20.0
 PROBES = 5
 PROBE_ID = 20_000_000
 BREAK_AT = 0.15  # of the load's time
+LENT_S = 0.01  # of work that a worker may be lent for, beyond its slots
+LOOK_S = 0.2  # between two looks at what is lent
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Outcome:
         """Why the run proves nothing; empty if it is valid."""
         if self.history.troubles:
             return self.history.troubles[0].what
+        if self.scenario.lanes and not any(each.answered for each in self.history.lendings):
+            return "no call went over a lane"
         if self.lateness_s > LATENESS_S:
             return f"the load left {self.lateness_s * 1e3:.0f} ms late (p99; 20 ms are allowed)"
         return ""
@@ -131,6 +137,7 @@ def _run(
         list(scenario.expects),
         list(FAILING),
         scenario.slots,
+        _most_lent(scenario),
     )
     found = History(about)
     try:
@@ -166,6 +173,14 @@ def configuration(scenario: Scenario) -> dict[str, Any]:
     return config
 
 
+def _most_lent(scenario: Scenario) -> int:
+    """Lent are the slots, and what they do in 10 ms; no call is shorter than the shortest."""
+    if not scenario.lanes:
+        return 0
+    shortest_s = scenario.mixture.nap_ms[0] / 1e3
+    return scenario.slots + int(scenario.slots * LENT_S / shortest_s)
+
+
 def node_command() -> list[str]:
     return [sys.executable, str(ROOT / "node.py")]
 
@@ -175,10 +190,10 @@ def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed
     if scenario.prepare:
         scenario.prepare(overlay)
     overlay.start()
-    load = Load(overlay, notes, 1, _scope(found.about))
+    load = Load(overlay, notes, 1, _scope(found.about), clients=scenario.mixture.clients)
     try:
         load.start()
-        with _jobs(scenario, overlay, notes, seed):
+        with _jobs(scenario, overlay, notes, seed), _lendings(scenario, overlay, found):
             _load_and_break(scenario, stage, load, found, seconds, seed)
         found.recoveries.append(_recovery(overlay, notes, _scope(found.about)))
     finally:
@@ -186,6 +201,31 @@ def _play(scenario: Scenario, stage: Stage, found: History, seconds: float, seed
     rest_by = time.monotonic() + REST_S
     found.rests += [_rest(overlay, process, rest_by) for process in overlay.ids]
     overlay.stop_all()
+
+
+@contextlib.contextmanager
+def _lendings(scenario: Scenario, overlay: Overlay, found: History) -> Iterator[None]:
+    """Looks meanwhile at what the leader has lent."""
+    if not scenario.lanes:
+        yield
+        return
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOK_S):
+            with contextlib.suppress(grpc.RpcError):  # it is being restarted
+                m, rows = overlay.metrics("A"), Counter[str]()
+                for lane in m.lanes:
+                    rows[lane.process_id] += lane.rows
+                found.lendings.append(Lending(time.monotonic(), dict(rows), m.lane_requests))
+
+    looking = threading.Thread(target=look, name="lendings")
+    looking.start()
+    try:
+        yield
+    finally:
+        done.set()
+        looking.join()
 
 
 @contextlib.contextmanager
@@ -276,17 +316,18 @@ def _answer_to(notes: Notes, id_: int) -> Any:
 def _rest(overlay: Overlay, process: str, end: float) -> Rest:
     """Waits until all counts are 0, and returns the last ones."""
     while True:
+        completed = None
         try:
-            counts = _counts(overlay, process)
+            metrics = overlay.metrics(process)
+            counts, completed = _counts(metrics), int(metrics.completed)
         except grpc.RpcError as e:
             counts = {f"no metrics ({e.code().name})": 1}
         if not any(counts.values()) or time.monotonic() > end:
-            return Rest(process, counts)
+            return Rest(process, counts, completed if process == "A" else None)
         time.sleep(0.1)
 
 
-def _counts(overlay: Overlay, process: str) -> dict[str, int]:
-    m = overlay.metrics(process)
+def _counts(m: pb2.MetricsResponse) -> dict[str, int]:
     ended = m.completed + m.failed + m.refused + m.cancelled
     counts = {
         "active": m.active_requests,

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,18 +28,21 @@ import psutil
 from faults import crowd
 from faults import strangers as strange
 from faults.checker import REFUSED
-from faults.history import Call, Fault
+from faults.history import ENDED_LANE, Answer, Call, Fault
 from faults.load import Notes
 from faults.overlays import Overlay
 from overlay.transport import codec as wire
 from overlay.transport.codec import pb2
 from tests.harness.hosts import Wire
 from tests.harness.machine import ROOT, until
+from tests.harness.ways import Call as Sent
+from tests.harness.ways import Lane, Outcome
 
 LONG_S = 5.0  # longer than it takes to notice a dead peer
 CLOCK_STEPS_S = (3600, -3600, 0)  # offsets from the true time
 CROWD_KEY = 10_000_000
 NAMES_KEY, NAMES_S = 30_000_000, 3
+OVERSTAY_KEY, OVERSTAYING, OVERSTAY_S = 50_000_000, 20, 5
 
 
 @dataclass
@@ -126,6 +130,17 @@ def restart(process: str, times: int = 3) -> Breaking:
                 stage.overlay.serve(process)
             stage.overlay.settle()
             time.sleep(stage.rng.uniform(0.2, 0.6))
+
+    return play
+
+
+def restart_each(*processes: str) -> Breaking:
+    """SIGTERM and restart, one after another."""
+    each = [restart(process, times=1) for process in processes]
+
+    def play(stage: Stage) -> None:
+        for restart_one in each:
+            restart_one(stage)
 
     return play
 
@@ -355,6 +370,29 @@ def new_names(stage: Stage) -> None:
 
         them.repeat(more, 0.1)  # 200 a second
         time.sleep(stage.long_s)
+
+
+def overstay(stage: Stage) -> None:
+    """A client that is lent C sends as much as it likes there when its lease has ended."""
+    lane = Lane(stage.overlay, "C", "work", quick=None)
+    try:
+        until(lambda: lane.is_over, 10, "the lease of a client that sends nothing ends")
+        with ThreadPoolExecutor(OVERSTAYING, "overstaying") as pool:
+            for key in range(OVERSTAY_KEY, OVERSTAY_KEY + OVERSTAYING):
+                now = time.monotonic()
+                call = Call(key, key, now, now, now + OVERSTAY_S, "any", ENDED_LANE)
+                stage.notes.asked(call)
+                request = pb2.Request(payload=b"%d 1" % key, mode=pb2.ANY, handler="work")
+                pool.submit(_note_answer, stage.notes, call, lane.send(request, OVERSTAY_S))
+    finally:
+        lane.close()
+
+
+def _note_answer(notes: Notes, call: Call, sent: Sent) -> None:
+    found = Outcome(sent)
+    code, executed = found.code.name, "yes" if found.ok else found.executed
+    reason = "" if found.ok else found.details
+    notes.answered(Answer(call.id, time.monotonic(), code, executed=executed, reason=reason))
 
 
 def hostile(process: str) -> Breaking:

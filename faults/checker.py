@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from faults import job_checker
-from faults.history import Answer, Call, Execution, History
+from faults.history import ENDED_LANE, Answer, Call, Execution, History
 
 LATE_S = 0.25  # how late an answer may be
 SILENT_S = 1.0  # how long after a deadline the bench's stream client gives up
@@ -26,6 +26,7 @@ SPREADS_S = 3.0  # after a fault, until dead connections are noticed and nothing
 # forget idempotency keys.
 HOLDING_UP = frozenset({"freeze", "few files", "cut", "deaf", "mute", "half open"})
 LOSING = frozenset({*HOLDING_UP, "kill", "taken port", "hostile"})
+SHARES_S = 1.0  # after a client has come, until those before it have been told of smaller shares
 FULL = "RESOURCE_EXHAUSTED", "no"  # refused: no free slot or too little time
 FORGETTING = frozenset({"kill", "taken port", "restart", "half open", "configuration"})
 
@@ -307,6 +308,8 @@ def unexpected_status(facts: Facts) -> Found:
         allowed = {*about.expects, *(["INTERNAL"] if call.handler in about.may_raise else [])}
         if len({other.key for other in facts.keyed.get(call.idempotency, ())}) > 1:
             allowed.add("INVALID_ARGUMENT")  # one key for two payloads
+        if call.way == ENDED_LANE:
+            allowed.add("FAILED_PRECONDITION")
         codes = {code for _, code, _ in answer.parts} & {"INTERNAL"} | {answer.code}
         wrong = sorted(codes - allowed)
         if wrong:
@@ -355,6 +358,44 @@ def refused_with_free_slots(facts: Facts) -> Found:
         if others < slots:
             beside = f"{others} other requests were open, and a worker has {slots} slots"
             yield call.id, f"call {call.id} was refused by {' '.join(by)} while {beside}"
+
+
+def ran_without_lease(facts: Facts) -> Found:
+    """A worker refuses what comes on a lane after its lease has ended."""
+    for call in facts.history.calls:
+        if call.way != ENDED_LANE:
+            continue
+        ran = [run.worker for run in facts.executions[call.key]]
+        codes = [answer.code for answer in facts.answers[call.id]]
+        if ran or "OK" in codes:
+            yield call.id, f"call {call.id}, without a lease, ran on {' '.join(ran)}: {codes}"
+
+
+def lent_twice(facts: Facts) -> Found:
+    """All clients together are lent no more of a worker than one would be."""
+    most, since = facts.history.about.most_lent, dict[str, float]()
+    for lending in facts.history.lendings if most else ():
+        for worker in facts.history.about.workers:
+            rows = lending.rows.get(worker, 0)
+            if rows <= most:
+                since.pop(worker, None)
+            elif lending.at - since.setdefault(worker, lending.at) >= SHARES_S:
+                since[worker] = math.inf  # once
+                yield 0, f"{worker} was lent for {rows} requests, and {most} are the most"
+
+
+def miscounted(facts: Facts) -> Found:
+    """The leader counts each answer once, by whatever way it came."""
+    history = facts.history
+    if history.faults or history.submits or facts.keyed:
+        return  # a process that was restarted has forgotten; a key's answer counts elsewhere
+    ok = sum(answer.code == "OK" for _, answer in facts.answered())
+    unknown = sum(answer.by == "client" for _, answer in facts.answered())
+    for rest in history.rests:
+        if rest.completed is None or any(c.asked != rest.process for c in history.calls):
+            continue
+        if not ok <= rest.completed <= ok + unknown:
+            yield 0, f"{rest.process} counts {rest.completed} answers, and its clients got {ok}"
 
 
 def leak(facts: Facts) -> Found:
@@ -409,6 +450,9 @@ RULES: tuple[Callable[[Facts], Found], ...] = (
     unexpected_status,
     blocked_by_fault,
     refused_with_free_slots,
+    ran_without_lease,
+    lent_twice,
+    miscounted,
     leak,
     no_recovery,
     bad_exit,

@@ -17,7 +17,8 @@ class About:
     """The scenario that was run. workers: id -> team, in the order of the configuration.
 
     expects: the allowed statuses. may_raise: the handlers that may also give INTERNAL. slots: of
-    each worker's handlers; 0 if not recorded.
+    each worker's handlers; 0 if not recorded. most_lent: how many requests all clients together may
+    send straight to one worker; 0 if lending is not looked at.
     """
 
     scenario: str
@@ -26,14 +27,15 @@ class About:
     expects: list[str]
     may_raise: list[str] = field(default_factory=list)
     slots: int = 0
+    most_lent: int = 0
 
 
 @dataclass(frozen=True)
 class Call:
     """One request as sent. key: identifies it in the handler's record; a repetition has the same.
 
-    due: when it should have been sent. vanishes: its client is killed before the answer.
-    idempotency: its idempotency key.
+    due: when it should have been sent. way: as in faults.load, or ENDED_LANE. vanishes: its
+    client is killed before the answer. idempotency: its idempotency key.
     """
 
     id: int
@@ -158,10 +160,24 @@ class Stall:
 
 @dataclass(frozen=True)
 class Rest:
-    """A process's counts after the load; each should be 0."""
+    """A process's counts after the load; each should be 0.
+
+    completed: how many requests it has answered since its start; None if it did not say.
+    """
 
     process: str
     counts: dict[str, int]
+    completed: int | None = None
+
+
+@dataclass(frozen=True)
+class Lending:
+    """What the leader had lent at a time. rows: how many requests may go straight to each worker,
+    of all clients together. answered: how many have, since its start."""
+
+    at: float
+    rows: dict[str, int]
+    answered: int
 
 
 @dataclass(frozen=True)
@@ -190,11 +206,12 @@ class Trouble:
     what: str
 
 
+ENDED_LANE = "ended lane"  # the way of a call that was sent on a lane after its lease had ended
 KINDS: dict[str, type] = {
     kind.__name__.lower(): kind
     for kind in (
-        About, Call, Execution, Answer, Submit, Look, Cancel, Fault, Stall, Rest, Ending, Recovery,
-        Trouble,
+        About, Call, Execution, Answer, Submit, Look, Cancel, Fault, Stall, Rest, Lending, Ending,
+        Recovery, Trouble,
     )
 }  # fmt: skip
 
@@ -211,6 +228,7 @@ class History:
     faults: list[Fault] = field(default_factory=list)
     stalls: list[Stall] = field(default_factory=list)
     rests: list[Rest] = field(default_factory=list)
+    lendings: list[Lending] = field(default_factory=list)
     endings: list[Ending] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
     troubles: list[Trouble] = field(default_factory=list)
@@ -240,7 +258,7 @@ class History:
             self.looks,
             self.cancels,
         ]
-        lists += [self.rests, self.endings, self.recoveries, self.troubles]
+        lists += [self.rests, self.lendings, self.endings, self.recoveries, self.troubles]
         return [self.about, *(record for each in lists for record in each)]
 
 

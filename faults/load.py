@@ -79,7 +79,7 @@ def evenly(rate: float, seconds: float, like: Planned) -> list[Planned]:
 class Mixture:
     """A mix of calls. rate: per second. ways, teams: of which each call has one. repeats: the share
     that is sent twice. keyed: the share of the others with an idempotency key. long_first: each
-    team first gets a call that takes 3 s."""
+    team first gets a call that takes 3 s. clients: of the library, which take turns."""
 
     rate: float = 60
     nap_ms: tuple[int, int] = (2, 40)
@@ -91,6 +91,7 @@ class Mixture:
     repeats: float = 0.0
     keyed: float = 0.2
     long_first: bool = False
+    clients: int = 1
 
     @property
     def longest_s(self) -> float:
@@ -182,6 +183,7 @@ class Load:
         first_id: int,
         scope: Mapping[str, Sequence[str]],
         asked: str = "A",
+        clients: int = 1,
     ) -> None:
         self._notes = notes
         self._scope = scope
@@ -195,7 +197,7 @@ class Load:
         self._channel = overlay.new_channel(asked)
         self._stub = pb2_grpc.OverlayNodeStub(self._channel)
         self._stream = _Stream(self._stub, notes, self._closed)
-        self._library = overlay.connect(asked)
+        self._library = [overlay.connect(asked) for _ in range(clients)]
         # The library's submit waits for a connection, which must not delay the schedule.
         self._submitting = ThreadPoolExecutor(LIBRARY_THREADS, "library")
 
@@ -266,7 +268,8 @@ class Load:
     def close(self) -> None:
         self._closed.set()
         self._stream.close()
-        self._library.close()
+        for client in self._library:
+            client.close()
         self._submitting.shutdown(cancel_futures=True)
         self._channel.close()
 
@@ -324,7 +327,8 @@ class Load:
         timeout_s = max(0.001, call.deadline - time.monotonic())
         how: Any = {"mode": call.mode, "team": call.team, "timeout": timeout_s}
         try:
-            future = self._library.submit(call.handler, payload, **how)
+            client = self._library[call.id % len(self._library)]
+            future = client.submit(call.handler, payload, **how)
         except CallFailed as e:
             self._notes.answered(_of_failure(call, e))
         else:

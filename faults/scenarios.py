@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from faults import breaking, strangers
@@ -21,6 +21,10 @@ BUSY = Mixture(rate=80, nap_ms=(20, 200))  # so that requests are in flight duri
 CALM = Mixture(timeouts_s=(10,))
 # Many enough and short enough to go straight to lent workers.
 LANES = Mixture(rate=160, nap_ms=(1, 3), ways=("library",), teams=("",), all_share=0.0, keyed=0.0)
+UNHURRIED = replace(LANES, timeouts_s=(10,))
+IN_FLIGHT = replace(UNHURRIED, nap_ms=(8, 15))  # so that requests are in flight when a worker goes
+# Several clients of one worker.
+SHARED = replace(UNHURRIED, rate=240, nap_ms=(2, 3), teams=("green",), clients=3)
 APART = (
     ("cut", "is cut off in both directions", breaking.cut),
     ("deaf", "receives no packets, but can send", breaking.deaf),
@@ -36,7 +40,8 @@ class Scenario:
     """expects: the allowed statuses. slots: of each worker's handlers.
 
     needs: a key of NEEDS. prepare: before the processes start. away: a process with its own host.
-    jobs: whether clients submit jobs, too.
+    jobs: whether clients submit jobs, too. lanes: whether calls go straight to lent workers; a run
+    in which none does is invalid.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Scenario:
     top: Mapping[str, Any] = field(default_factory=dict)
     away: str = ""
     jobs: bool = False
+    lanes: bool = False
 
     @property
     def why_not(self) -> str:
@@ -119,27 +125,33 @@ def _for_each_role() -> list[Scenario]:
 
 
 def _on_lanes() -> list[Scenario]:
-    """Short calls of one client, which go straight to C; it is lent first."""
-    faults = {
-        "calm": ("none of its workers fails", breaking.nothing),
-        "kill": ("kill -9 and restart of C", breaking.kill("C")),
-        "freeze": ("C is frozen", breaking.freeze("C")),
-        "hostile": ("another program takes C's place", breaking.hostile("C")),
-        "leader": ("kill -9 and restart of A", breaking.kill("A")),
-        "team": ("kill -9 and restart of B", breaking.kill("B")),
-        "restart": ("SIGTERM and restart, one process after another", breaking.restart_all),
-        "grey": ("C sometimes hangs", breaking.degrade("C", hangs=0.3, hang_s=4)),
-    }
+    """Short calls, which go straight to C; it is lent first. Of one client, where nothing else is
+    said."""
+    kept, in_order = ("OK",), breaking.restart_each(*"CDF")
+    table: tuple[tuple[str, str, Breaking, Mixture, Sequence[str]], ...] = (
+        ("calm", "none of its workers fails", breaking.nothing, UNHURRIED, kept),
+        ("shared", "of three clients of one worker", breaking.nothing, SHARED, kept),
+        ("ended", "a client stays when its lease has ended", breaking.overstay, UNHURRIED, kept),
+        ("kill", "kill -9 and restart of C", breaking.kill("C"), IN_FLIGHT, USUAL),
+        ("drain", "its workers are restarted in order", in_order, IN_FLIGHT, kept),
+        ("freeze", "C is frozen", breaking.freeze("C"), LANES, USUAL),
+        ("hostile", "another program takes C's place", breaking.hostile("C"), LANES, USUAL),
+        ("leader", "kill -9 and restart of A", breaking.kill("A"), LANES, USUAL),
+        ("team", "kill -9 and restart of B", breaking.kill("B"), LANES, USUAL),
+        ("restart", "all six are restarted in order", breaking.restart_all, LANES, STOPPED),
+        ("grey", "C sometimes hangs", breaking.degrade("C", hangs=0.3, hang_s=4), LANES, USUAL),
+    )
     return [
         Scenario(
             f"lanes-{name}",
             f"short calls over lanes; {what}",
             fault,
-            mixture=LANES,
-            expects=STOPPED if name == "restart" else USUAL,
+            mixture=mixture,
+            expects=expects,
             needs="posix" if name == "freeze" else "",
+            lanes=True,
         )
-        for name, (what, fault) in faults.items()
+        for name, what, fault, mixture, expects in table
     ]
 
 

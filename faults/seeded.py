@@ -24,19 +24,23 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     import node  # first, because it sets gRPC's polling strategy before gRPC is imported
 
-from faults import bench, scenarios  # noqa: E402
+from faults import bench, fitting, scenarios  # noqa: E402
 from faults.bench import Outcome  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Bug:
-    """rules: the checker's rules that may find it. scenario: the one that triggers it."""
+    """rules: the checker's rules that may find it. scenario: the one that triggers it.
+
+    in_client: the bug is in the library of the bench's clients, and not in the processes.
+    """
 
     name: str
     about: str
     scenario: str
     rules: tuple[str, ...]
     apply: Callable[[], None]
+    in_client: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,16 @@ def chosen(names: Sequence[str]) -> list[Bug]:
 
 
 def try_out(bug: Bug, folder: Path, seconds: float, seed: int) -> Trial:
-    """Runs the bug's scenario on processes that have it."""
-    command = [sys.executable, str(HERE), bug.name]
+    """Runs the bug's scenario on processes, or with clients, that have it."""
     scenario = scenarios.BY_NAME[bug.scenario]
+    if bug.in_client:
+        with fitting.applied(bug.apply):
+            return Trial(bug, bench.run(scenario, folder, seconds, seed))
+    command = [sys.executable, str(HERE), bug.name]
     return Trial(bug, bench.run(scenario, folder, seconds, seed, command))
 
 
-# The bugs, each applied in a process before it serves
+# The bugs, each applied in a process before it serves, or in the bench before its clients connect
 
 
 def expired_is_started() -> None:
@@ -586,6 +593,107 @@ def job_in_any_team() -> None:
     requests.Jobs._specs = specs
 
 
+def lease_lent_twice() -> None:
+    """The lender forgets what it has lent of a worker."""
+    from overlay.calls import lender
+
+    right = lender.Lender._lendable_locked
+    lender.Lender._lendable_locked = lambda self, neighbour, worker, route, lent, borrowers: right(
+        self, neighbour, worker, route, 0, 0
+    )
+
+
+def lease_never_over() -> None:
+    """A worker serves a lane for as long as its client likes."""
+    from overlay.calls import leases
+
+    leases.HeldLease.check = lambda self, route, rows: None
+
+
+def lease_not_given_back() -> None:
+    """What a client has been lent is renewed after it has left."""
+    from overlay.calls import lender
+
+    lender.Lender.left = lambda self, borrower: None
+    lender.USED_S = float("inf")
+
+
+def lease_kept_in_drain() -> None:
+    """A worker that is stopping does not say so on lanes, and goes on serving them, although nobody
+    renews its leases, or they have been ended."""
+    from overlay.calls import leases, stream_session
+    from overlay.queueing import request_queue
+
+    right_hold, right_look = leases.Leases._hold, leases.Leases._look_at
+    right_announce = stream_session._Session.announce_stop
+    right_end = stream_session._Session.end
+
+    def announce_stop(self: Any, for_good: bool) -> None:
+        if self._lease is None:
+            right_announce(self, for_good)
+
+    def end(self: Any) -> None:
+        if self._lease is None:
+            right_end(self)
+
+    def hold(self: Any, lent: Any, above: Any) -> None:
+        if lent.rows:
+            right_hold(self, lent, above)
+
+    def look_at(self: Any, held: Any, now: float) -> None:
+        held.ends_at = max(held.ends_at, now + 1)
+        right_look(self, held, now)
+
+    leases.Leases._hold, leases.Leases._look_at = hold, look_at
+    stream_session._Session.announce_stop = announce_stop
+    stream_session._Session.end = end
+    request_queue.RequestQueue.close = lambda self: 0
+
+
+def lane_counted_twice() -> None:
+    from overlay.calls import leases
+
+    right = leases.HeldLease.note
+
+    def note(self: Any, ended: Any) -> None:
+        right(self, ended)
+        right(self, ended)
+
+    leases.HeldLease.note = note
+
+
+def lane_not_counted() -> None:
+    """A worker does not report what it has answered on lanes; failures it does."""
+    from overlay.calls import leases
+
+    right = leases.HeldLease.note
+    leases.HeldLease.note = lambda self, ended: right(self, ended) if ended.failures else None
+
+
+def lane_repeats_what_was_lost() -> None:
+    """What was on a lane that is lost goes the ordinary way, although it may have run."""
+    from overlay.client import submitter
+    from overlay.model import segments
+
+    right = submitter.Submitter._keep
+
+    def keep(self: Any, submission: Any, rows: Any, failure: Any) -> bool:
+        if self.hand_back is None or failure.code is not segments.Code.UNAVAILABLE:
+            return right(self, submission, rows, failure)
+        self.hand_back(submission.part(rows, submission.attempt))
+        return True
+
+    submitter.Submitter._keep = keep
+
+
+def lane_loses_what_has_no_room() -> None:
+    """What no lane can take, as its worker is slow, does not go the ordinary way either."""
+    from overlay.client import lanes
+
+    right = lanes.Lanes.take
+    lanes.Lanes.take = lambda self, submission: right(self, submission) or bool(self._lanes)
+
+
 BUGS = (
     Bug(
         "expired-is-started",
@@ -875,6 +983,64 @@ BUGS = (
         "jobs-calm",
         ("job_ran_unrequested",),
         job_in_any_team,
+    ),
+    Bug(
+        "lease-lent-twice",
+        "the lender forgets what it has lent of a worker",
+        "lanes-shared",
+        ("lent_twice",),
+        lease_lent_twice,
+    ),
+    Bug(
+        "lease-never-over",
+        "a worker serves a lane after its lease has ended",
+        "lanes-ended",
+        ("ran_without_lease",),
+        lease_never_over,
+    ),
+    Bug(
+        "lease-not-given-back",
+        "a client that has left keeps what it was lent",
+        "lanes-calm",
+        ("leak",),
+        lease_not_given_back,
+    ),
+    Bug(
+        "lease-kept-in-drain",
+        "a worker that is stopping goes on serving lanes",
+        "lanes-drain",
+        ("unexpected_status",),
+        lease_kept_in_drain,
+    ),
+    Bug(
+        "lane-counted-twice",
+        "an answer on a lane is counted twice",
+        "lanes-calm",
+        ("miscounted",),
+        lane_counted_twice,
+    ),
+    Bug(
+        "lane-not-counted",
+        "an answer on a lane is not counted",
+        "lanes-calm",
+        ("miscounted",),
+        lane_not_counted,
+    ),
+    Bug(
+        "lane-repeats-lost",
+        "what was on a lane that is lost is sent again, although it may have run",
+        "lanes-kill",
+        ("ran_twice",),
+        lane_repeats_what_was_lost,
+        in_client=True,
+    ),
+    Bug(
+        "lane-loses-the-rest",
+        "what no lane can take is lost",
+        "lanes-grey",
+        ("unanswered",),
+        lane_loses_what_has_no_room,
+        in_client=True,
     ),
 )
 BY_NAME = {bug.name: bug for bug in BUGS}

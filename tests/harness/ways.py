@@ -139,8 +139,8 @@ class Laned(Way):
 
     def __init__(self) -> None:
         self.learned = 0
-        self._lanes: dict[tuple[int, str, str], _Lane] = {}
-        self._opened: list[_Lane] = []
+        self._lanes: dict[tuple[int, str, str], Lane] = {}
+        self._opened: list[Lane] = []
         self._before: dict[int, tuple[Overlay, int]] = {}  # requests on lanes, as the leader counts
 
     @property
@@ -179,38 +179,42 @@ class Laned(Way):
     def _send(self, overlay: Overlay, to: str, request: Any, timeout: float | None) -> Call:
         if request.mode == pb2.ALL:
             request.mode = pb2.ANY
-        return self._lane(overlay, to, request.handler).stream.send(request, timeout)
+        return self._lane(overlay, to, request.handler).send(request, timeout)
 
-    def _lane(self, overlay: Overlay, to: str, handler: str) -> _Lane:
+    def _lane(self, overlay: Overlay, to: str, handler: str) -> Lane:
         lent = handler if handler in overlay.config["handlers"] else ""
         key = id(overlay), to, lent
         lane = self._lanes.get(key)
-        if lane is None or lane.stream.ended or lane.stream.is_over:
+        if lane is None or lane.is_over:
             if id(overlay) not in self._before:
                 self._before[id(overlay)] = overlay, overlay.metrics(LEADER).lane_requests
-            lane = self._lanes[key] = _Lane(overlay, to, lent)
+            lane = self._lanes[key] = Lane(overlay, to, lent)
             self._opened.append(lane)
             self.learned += lane.learned
         return lane
 
 
-class _Lane:
+class Lane:
     """A lease of a worker, and the stream to it. learned: as in Laned."""
 
-    def __init__(self, overlay: Overlay, worker: str, handler: str) -> None:
+    def __init__(
+        self, overlay: Overlay, worker: str, handler: str, quick: bytes | None = QUICK
+    ) -> None:
+        """quick: the payload of a short request; None if the leader knows how short they are."""
         self.overlay = overlay
         self.learned = 0
         self._borrower: _Stream | None = None
         processes = overlay.config["processes"]
         team = processes[worker]["team"]
-        learn = pb2.Request(payload=QUICK, mode=pb2.ANY, handler=handler, team=team)
+        learn = pb2.Request(payload=quick, mode=pb2.ANY, handler=handler, team=team)
         others = [i for i, p in processes.items() if p["role"] == "worker" and i != worker]
         asked = pb2.LeaseRequest(handler=handler, rows=1, without=others)
 
         def lease() -> Any:
             with suppress(grpc.RpcError, Empty):
-                overlay.stub(LEADER).Forward(learn, timeout=5, wait_for_ready=True)
-                self.learned += 1
+                if quick is not None:
+                    overlay.stub(LEADER).Forward(learn, timeout=5, wait_for_ready=True)
+                    self.learned += 1
                 if self._borrower is None:
                     self._borrower = _Stream(overlay.stub(LEADER))
                 self._borrower.ask_lease(asked)
@@ -224,6 +228,14 @@ class _Lane:
         lent = until(lease, LENT_S, f"{worker} is lent for handler '{handler}'")
         assert lent.process_id == worker
         self.stream = _Stream(overlay.stub(worker), lent.id)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the worker has said that the lease has ended, or the stream has."""
+        return self.stream.is_over or self.stream.ended
+
+    def send(self, request: Any, timeout: float | None) -> Call:
+        return self.stream.send(request, timeout)
 
     def close(self) -> None:
         self.stream.close()

@@ -184,6 +184,9 @@ class Threads(FuturesCaller):
         self._lock = threading.Lock()
         self.calls = 0
 
+    def client(self, number, lanes):
+        return self
+
     def submit(self, payload, mode):
         with self._lock:
             self.calls += 1
@@ -203,6 +206,9 @@ class Loop(LoopCaller):
     def __init__(self) -> None:
         super().__init__()
         self._turn = itertools.cycle(WORKERS)
+
+    def client(self, number, lanes):
+        return self
 
     async def request(self, payload, mode):
         if mode == "all":
@@ -245,6 +251,31 @@ def test_large_calls_beside_small_ones_are_counted_separately(caller):
 
     assert found["beside"] > 0
     assert sum(found["by_worker"].values()) == found["answers"]
+
+
+def test_several_clients_have_a_window_each_and_count_what_comes_after_they_have_lanes(
+    caller, monkeypatch
+):
+    monkeypatch.setattr(loads, "SETTLING_S", 0.05)
+    windows = []
+    window = caller.window
+    caller.window = lambda work: windows.append(work) or window(work)
+
+    found = caller.run(Work("clients", WORKERS, callers=2, seconds=0.1, clients=3)).report()
+
+    assert sorted(work.seconds for work in windows) == [0.05] * 3 + [0.1] * 3
+    assert found["seconds"] >= 0.1
+    assert sum(found["by_worker"].values()) == found["answers"] > 0
+
+
+def test_a_client_that_fails_ends_the_load_of_all(monkeypatch):
+    monkeypatch.setattr(loads, "SETTLING_S", 0.05)
+    caller = Threads()
+    caller._work = lambda worker, payload, mode: b"C: 1"
+
+    with pytest.raises(WrongAnswer):
+        caller.run(Work("clients", WORKERS, callers=2, seconds=0.1, clients=3))
+    caller.close()
 
 
 def test_a_window_never_has_more_outstanding_than_its_size():
@@ -355,6 +386,28 @@ def test_the_price_of_tls_is_its_rate_over_that_of_plaintext(raw):
 
     assert "| 64 outstanding | 30,000 | 24,000 | 0.8x (0.8 to 0.8) |" in page
     assert "1.25x" not in page  # it is no peer that ours is ahead of
+
+
+def test_many_clients_with_lanes_are_shown_over_the_same_without(raw):
+    assert "Many clients" not in report.page(raw)
+    (row,) = [row for row in rows.ROWS if row.name == "8-clients-48-workers"]
+    for n in range(4):
+        raw["measurements"] += [
+            measurement(row.over, "ours-tls", n, 4_000),
+            measurement(row.name, "ours-tls", n, 10_000),
+        ]
+
+    page = report.page(raw)
+
+    assert f"| {row.title} | 4,000 | 10,000 | 2.5x (2.5 to 2.5) |" in page
+
+
+def test_a_row_that_is_shown_over_another_is_measured_in_the_same_setup():
+    by_name = {row.name: row for row in rows.ROWS}
+    for row in rows.ROWS:
+        if row.over:
+            assert by_name[row.over].setup == row.setup
+            assert by_name[row.over].peers == row.peers
 
 
 def test_tls_is_measured_in_rows_that_exist_and_not_in_all():

@@ -32,6 +32,7 @@ from faults import (
 )
 from faults.checker import LATE_S, RULES, SILENT_S, TIMED, check, coverage_of
 from faults.history import (
+    ENDED_LANE,
     About,
     Answer,
     Call,
@@ -40,6 +41,7 @@ from faults.history import (
     Execution,
     Fault,
     History,
+    Lending,
     Look,
     Recovery,
     Rest,
@@ -128,6 +130,12 @@ def alone_and_refused(found: History) -> History:
     fields = {"executed": "no", "parts": (), "result": "", "coverage": ""}
     found = edited(found, "answers", code="RESOURCE_EXHAUSTED", **fields)
     return replace(found, executions=runs)
+
+
+def lent(found: History, *looks: tuple[float, int]) -> History:
+    """C was lent for so many requests at these times, and 10 are the most."""
+    found = replace(found, about=replace(ABOUT, most_lent=10))
+    return more(found, "lendings", *(Lending(at, {"C": rows}, 5) for at, rows in looks))
 
 
 # Changes to the first call of a true history, each with the rule that must find it.
@@ -219,6 +227,17 @@ LIES: dict[str, tuple[str, Callable[[History], History]]] = {
             "executions", 2,
         ),
     ),
+    "run without a lease": ("ran_without_lease", lambda h: edited(h, "calls", way=ENDED_LANE)),
+    "refused without a lease, and it ran": (
+        "ran_without_lease",
+        lambda h: edited(
+            edited(h, "calls", way=ENDED_LANE),
+            "answers", code="FAILED_PRECONDITION", executed="no", parts=(),
+        ),
+    ),
+    "lent twice": ("lent_twice", lambda h: lent(h, (1.0, 20), (1.5, 30), (2.0, 20))),
+    "an answer counted twice": ("miscounted", lambda h: edited(h, "rests", completed=10**6)),
+    "an answer not counted": ("miscounted", lambda h: edited(h, "rests", completed=0)),
     "something active": ("leak", lambda h: edited(h, "rests", counts={"active": 1})),
     "miscounted": ("leak", lambda h: edited(h, "rests", counts={"not counted": -2})),
     "no complete answer": ("no_recovery", lambda h: edited(h, "recoveries", ok=False)),
@@ -448,6 +467,26 @@ def test_a_refusal_is_wrong_while_fewer_calls_are_open_than_there_are_places() -
     assert "1 other requests were open, and a worker has 2 slots" in violation.sentence
 
 
+@pytest.mark.parametrize(
+    "looks", [((1.0, 10), (3.0, 10)), ((1.0, 20), (1.9, 20)), ((1.0, 20), (1.8, 9), (2.5, 20))]
+)
+def test_more_may_be_lent_until_those_who_have_a_lease_are_told(looks) -> None:
+    assert check(lent(true_history(), *looks)) == []
+
+
+def test_an_answer_that_its_client_did_not_wait_for_may_be_counted() -> None:
+    found = edited(true_history(), "rests", completed=1)
+    assert check(found) == []
+    left = edited(found, "answers", code="DEADLINE_EXCEEDED", by="client", parts=(), coverage="")
+    assert check(left) == []
+
+
+def test_a_worker_refuses_what_is_sent_without_a_lease() -> None:
+    call = replace(true_history().calls[0], id=9, key=9, mode="any", way=ENDED_LANE)
+    refusal = Answer(9, 1.1, "FAILED_PRECONDITION", executed="no")
+    assert check(more(more(true_history(), "calls", call), "answers", refusal)) == []
+
+
 def test_a_client_that_vanished_needs_no_answer() -> None:
     gone = replace(true_history().calls[0], id=9, key=9, vanishes=True)
     assert check(more(true_history(), "calls", gone)) == []
@@ -535,6 +574,13 @@ def test_a_run_whose_load_was_late_is_invalid() -> None:
     outcome = bench.Outcome(scenarios.BY_NAME["calm"], true_history(), [])
     late = replace(outcome, history=edited(true_history(), "calls", at=1.03))
     assert (outcome.invalid, bool(late.invalid)) == ("", True)
+
+
+def test_a_run_whose_load_was_not_on_lanes_is_invalid_where_it_should_be() -> None:
+    scenario = scenarios.BY_NAME["lanes-calm"]
+    outcome = bench.Outcome(scenario, lent(true_history(), (1.0, 5)), [])
+    without = bench.Outcome(scenario, true_history(), [])
+    assert (outcome.invalid, without.invalid) == ("", "no call went over a lane")
 
 
 def test_the_names_in_the_tables_are_unique_and_each_bug_has_a_scenario() -> None:
@@ -693,8 +739,10 @@ def test_a_killed_worker_breaks_no_promise(tmp_path: Path) -> None:
     assert sum(answer.code == "OK" for answer in outcome.history.answers) > 50
 
 
-@pytest.mark.parametrize("name", ["long-then-short", "hostile-worker", "tls-freeze"])
-def test_neither_a_long_request_nor_a_broken_neighbour_breaks_a_promise(
+@pytest.mark.parametrize(
+    "name", ["long-then-short", "hostile-worker", "tls-freeze", "lanes-drain", "lanes-ended"]
+)
+def test_neither_long_requests_nor_broken_neighbours_nor_lost_lanes_break_a_promise(
     tmp_path: Path, name: str
 ) -> None:
     outcome = bench.run(scenarios.BY_NAME[name], tmp_path / "run", 2, seed=1)
@@ -730,6 +778,8 @@ def test_jobs_outlive_a_leader_that_is_killed_again_and_again(tmp_path: Path) ->
         "merge-drops-a-part",
         "needless-refusals",
         "job-key-unused",
+        "lane-counted-twice",
+        "lane-loses-the-rest",
     ],
 )
 def test_the_bench_finds_a_seeded_bug(tmp_path: Path, name: str) -> None:
