@@ -148,6 +148,8 @@ class _Rounds:
             seconds=seconds,
             count=count,
             beside=row.beside,
+            clients=row.clients,
+            lanes=row.lanes,
         )
 
     def _note(self, name: str, row: Row | None, reason: str) -> None:

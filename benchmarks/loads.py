@@ -15,13 +15,15 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.figures import quantile
 
 TIMEOUT_S = 30.0  # of one call, where the peer has timeouts
 LARGE = 64 * 1024  # bytes of the calls that are made beside small ones
+SETTLING_S = 0.5  # until clients have the lanes that they ask for
 NUMBER = 16  # digits of the number with which a payload begins
 STRIDE = 10**9  # from the first number of a thread to that of the next
 now = time.perf_counter
@@ -43,6 +45,8 @@ class Work:
     seconds: float = 0.6
     count: int = 0
     beside: int = 0
+    clients: int = 1
+    lanes: bool = True
 
 
 @dataclass
@@ -59,10 +63,11 @@ class Tally:
     def check(self, payload: bytes, answer: bytes) -> None:
         if self.work.mode == "all":
             self._check_all(payload, answer)
-        elif len(answer) == len(payload) + 3 and answer.endswith(payload):
-            self.by_worker[chr(answer[0])] += 1
         else:
-            raise WrongAnswer(f"{answer[:40]!r} for {payload[:20]!r}")
+            worker, mark, rest = answer.partition(b": ")
+            if not mark or rest != payload:
+                raise WrongAnswer(f"{answer[:40]!r} for {payload[:20]!r}")
+            self.by_worker[worker.decode()] += 1
         self.answers += 1
 
     def _check_all(self, payload: bytes, answer: bytes) -> None:
@@ -115,8 +120,13 @@ class Caller:
             "unary": lambda w: threads(self.unary_of, w),
             "bulk": lambda w: bulk(self.map, w),
             "bulk_singly": lambda w: bulk(self.map_singly, w),
+            "clients": lambda w: clients([self.client(n, w.lanes) for n in range(w.clients)], w),
         }
         return loads[work.load](work)
+
+    def client(self, number: int, lanes: bool) -> Caller:
+        """One of several clients, which is kept; for peers that support the load "clients"."""
+        raise NotImplementedError
 
     def map_singly(self, items: list[bytes], mode: str) -> Iterable[bytes]:
         return self.map(items, mode)
@@ -229,6 +239,30 @@ def bulk(map_: Callable[[list[bytes], str], Iterable[bytes]], work: Work) -> Tal
         tally.check(payload, answer)
     tally.seconds = now() - began
     return tally
+
+
+def clients(callers: list[Caller], work: Work) -> Tally:
+    """Each caller with its window, on a thread. What they send first, until they have lanes, is not
+    counted."""
+    start = _Start(len(callers))
+
+    def run(caller: Caller) -> tuple[Tally, float]:
+        try:
+            caller.window(replace(work, seconds=SETTLING_S))
+            start.wait()
+            return caller.window(work), now()
+        except Exception:
+            start.abort()
+            raise
+
+    with ThreadPoolExecutor(len(callers), "client") as pool:
+        done = [pool.submit(run, caller) for caller in callers]
+    _raise_cause([error for each in done if isinstance(error := each.exception(), Exception)])
+    found = [each.result() for each in done]
+    total = Tally(work, seconds=max(ended for _, ended in found) - start.at)
+    for tally, _ in found:
+        total.add(tally)
+    return total
 
 
 def threads(call_of: Callable[[int], Callable[[bytes, str], bytes]], work: Work) -> Tally:

@@ -69,6 +69,7 @@ def page(raw: Raw, before: Raw | None = None, picture: str = "") -> str:
         _rates(raw),
         _ratios(raw),
         _price_of_tls(raw),
+        _many_clients(raw),
         _tails(raw),
         _naps(raw),
         _cpu(raw),
@@ -218,6 +219,24 @@ def _price_of_tls(raw: Raw) -> str:
     about = "Answers per second; below 1 is what certificates cost, of all connections on the way."
     head = ["", "plaintext", "mutual TLS", "TLS over plaintext"]
     return f"## Mutual TLS\n\n{about}\n\n" + table(head, lines)
+
+
+def _many_clients(raw: Raw) -> str:
+    lines = []
+    for row in (row for row in _rows(raw) if row.over):
+        for name in _names(raw):
+            below, above = (by_round(raw, each, name, rate) for each in (row.over, row.name))
+            if found := estimate(paired_ratios(above, below)):
+                rates = [number(statistics.median(x.values())) for x in (below, above)]
+                lines.append([row.title, *rates, spread(found)])
+    if not lines:
+        return ""
+    about = (
+        "Answers per second over mutual TLS, of all clients together, which are threads of one "
+        "process. 16 workers have 2 slots each, 48 have 1."
+    )
+    head = ["", "without lanes", "with lanes", "with over without"]
+    return f"## Many clients\n\n{about}\n\n" + table(head, lines)
 
 
 def _tails(raw: Raw) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WORKERS = ("C", "D", "F")  # the workers of the shipped configuration, in its order
 NAP_S = 0.005  # how long a handler sleeps, in the rows that have this
+OUTSTANDING = 16  # calls of each client, in the rows with several clients
 KIB = 1024
 
 
@@ -15,6 +16,8 @@ class Setup:
     """How every peer is started for a group of rows.
 
     slots: handlers that run at once on a worker; None is each peer's own default for tiny work.
+    Other workers than those of the shipped configuration take the place of its own, in turn below
+    its two team leaders.
     """
 
     name: str
@@ -28,9 +31,11 @@ class Row:
     """One kind of work, done in each round by every peer that can do it.
 
     load: "window" (outstanding without blocking: futures or asyncio), "threads" (blocking), "unary"
-    (blocking, one plain Forward each), "bulk" (one map) or "bulk_singly" (one message per item).
-    callers: outstanding calls, or threads. size: bytes of a payload. beside: more threads, which
-    send 64 KiB meanwhile. peers: only these; None for all that support the load and the mode.
+    (blocking, one plain Forward each), "bulk" (one map), "bulk_singly" (one message per item) or
+    "clients" (several, with a window each). callers: outstanding calls, of each client, or threads.
+    size: bytes of a payload. beside: more threads, which send 64 KiB meanwhile. peers: only these;
+    None for all that support the load and the mode. lanes: whether the overlay's clients may have
+    direct lanes. over: the row whose rate this one's is shown over.
     """
 
     name: str
@@ -43,6 +48,9 @@ class Row:
     setup: str = "three"
     peers: tuple[str, ...] | None = None
     quick: bool = False
+    clients: int = 1
+    lanes: bool = True
+    over: str = ""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -56,7 +64,28 @@ SETUPS = (
     Setup("two", workers=("C", "F")),
     Setup("nap 1", slots=1, nap_s=NAP_S),
     Setup("nap 8", slots=8, nap_s=NAP_S),
+    # 32 and 48 slots in all: two cores run two of them at a time, and more only cost memory.
+    Setup("16 workers", workers=tuple(f"W{number:02d}" for number in range(16)), slots=2),
+    Setup("48 workers", workers=tuple(f"W{number:02d}" for number in range(48)), slots=1),
 )
+
+
+def _of_clients(clients: int, workers: int) -> tuple[Row, Row]:
+    """Without lanes and with them, over mutual TLS."""
+    about = f"{clients} clients with {OUTSTANDING} outstanding each, {workers} workers"
+    without = Row(
+        f"{clients}-clients-{workers}-workers-no-lanes",
+        f"{about}, without lanes",
+        "clients",
+        OUTSTANDING,
+        setup=f"{workers} workers",
+        peers=("ours-tls",),
+        clients=clients,
+        lanes=False,
+    )
+    name = without.name.removesuffix("-no-lanes")
+    return without, replace(without, name=name, title=about, lanes=True, over=without.name)
+
 
 # A broker with a task per message is asked only where its figure says something.
 FAST = ("ours", "grpc-hop", "grpc-chain", "nats", "nats-uvloop", "zeromq")
@@ -107,6 +136,7 @@ ROWS = (
         quick=True,
     ),
     Row("nap-8", "5 ms handlers, 3 workers x 8 slots, 64 outstanding", "window", 64, setup="nap 8"),
+    *(row for workers in (16, 48) for clients in (4, 8) for row in _of_clients(clients, workers)),
 )
 
 

@@ -349,27 +349,35 @@ def strangers(stage: Stage) -> None:
         time.sleep(stage.seconds / 2)
 
 
-def new_names(stage: Stage) -> None:
-    """An overload of three times the capacity, under a new caller name for each call."""
-    keys = itertools.count(NAMES_KEY)
-    with stage.fault("strangers", "A"), strange.Strangers() as them:
-        crowd = them.crowd(10, stage.overlay.port("A"), source=strange.source())
+def flood(names: int = 0) -> Breaking:
+    """An overload of three times the capacity, from another machine under so many caller names.
 
-        def ask(one: strange.Stranger) -> None:
-            key, now = next(keys), time.monotonic()
-            deadline = now + NAMES_S
-            call = Call(key, key, now, now, deadline, "any", "unary", vanishes=True)
-            stage.notes.calls.append(call)
-            request = pb2.Request(payload=b"%d 100" % key, mode=pb2.ANY, handler="work")
-            named = ((wire.CALLER_KEY, f"n{key}"), ("grpc-timeout", f"{NAMES_S}S"))
-            one.call(request.SerializeToString(), named)
+    names: 0 for a new one for each call.
+    """
 
-        def more() -> None:
-            for one in (*crowd, *crowd):
-                ask(one)
+    def play(stage: Stage) -> None:
+        keys = itertools.count(NAMES_KEY)
+        with stage.fault("strangers", "A"), strange.Strangers() as them:
+            crowd = them.crowd(10, stage.overlay.port("A"), source=strange.source())
 
-        them.repeat(more, 0.1)  # 200 a second
-        time.sleep(stage.long_s)
+            def ask(one: strange.Stranger) -> None:
+                key, now = next(keys), time.monotonic()
+                deadline = now + NAMES_S
+                call = Call(key, key, now, now, deadline, "any", "unary", vanishes=True)
+                stage.notes.calls.append(call)
+                request = pb2.Request(payload=b"%d 100" % key, mode=pb2.ANY, handler="work")
+                name = f"n{key % names if names else key}"
+                named = ((wire.CALLER_KEY, name), ("grpc-timeout", f"{NAMES_S}S"))
+                one.call(request.SerializeToString(), named)
+
+            def more() -> None:
+                for one in (*crowd, *crowd):
+                    ask(one)
+
+            them.repeat(more, 0.1)  # 200 a second
+            time.sleep(stage.long_s)
+
+    return play
 
 
 def overstay(stage: Stage) -> None:

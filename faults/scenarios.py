@@ -251,14 +251,21 @@ SCENARIOS = (
         expects=("OK",),
         needs="far",
     ),
-    Scenario(
-        "new-names",
-        "another machine sends three times the capacity, with a new caller name for each call",
-        breaking.new_names,
-        mixture=Mixture(rate=10, timeouts_s=(2,)),
-        expects=("OK",),
-        slots=2,
-        needs="far",
+    *(
+        Scenario(
+            name,
+            f"another machine sends three times the capacity, {what}",
+            breaking.flood(names),
+            mixture=Mixture(rate=10, timeouts_s=(2,)),
+            expects=("OK",),
+            slots=2,
+            needs="far",
+        )
+        for name, what, names in (
+            ("new-names", "with a new caller name for each call", 0),
+            # No more than get turns of their own.
+            ("many-names", "with 30 caller names", 30),
+        )
     ),
     *(
         Scenario(

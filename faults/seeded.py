@@ -861,7 +861,7 @@ BUGS = (
     Bug(
         "address-is-ignored",
         "fairness is by caller name only, not by address",
-        "new-names",
+        "many-names",
         ("unexpected_status", "late"),
         address_is_ignored,
     ),

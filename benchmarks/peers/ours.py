@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks.children import Group
@@ -17,7 +18,8 @@ SUPPORTS = {"window", "threads", "unary", "bulk", "bulk_singly", "all"}
 BULK = 50_000
 NOTES = (
     "The six processes of two_hosts_config.json, every setting as shipped; only host and port are "
-    "changed, and for the 5 ms rows a handler with its slots is named. One client connection. "
+    "changed, and for the 5 ms rows a handler with its slots is named. One client connection, but "
+    "where the row says how many clients there are. "
     "The library gathers calls that are under way at the same time into frames, and the processes "
     "send them on in segments: its rate above one caller comes from that."
 )
@@ -50,6 +52,8 @@ def configuration(setup: Setup) -> dict:
 
     config = six_processes()
     processes = config["processes"]
+    if not set(setup.workers) <= set(processes):
+        processes = config["processes"] = _with_workers(processes, setup.workers)
     kept = {i for i, p in processes.items() if p["role"] != "worker" or p["id"] in setup.workers}
     # A team leader without workers of its team has nothing to lead.
     teams = {processes[i]["team"] for i in kept if processes[i]["role"] == "worker"}
@@ -59,11 +63,28 @@ def configuration(setup: Setup) -> dict:
     config["processes"] = {i: p for i, p in processes.items() if i in kept}
     for process in config["processes"].values():
         process["neighbors"] = [n for n in process["neighbors"] if n in kept]
-    if setup.nap_s:
-        config["handlers"] = {"nap": {"call": "benchmarks.handlers:nap", "slots": setup.slots}}
+    if setup.slots:
+        name = "nap" if setup.nap_s else "tiny"
+        config["handlers"] = {name: {"call": f"benchmarks.handlers:{name}", "slots": setup.slots}}
         for process in config["processes"].values():
-            process["handler"] = "nap"
+            process["handler"] = name
     return config
+
+
+def _with_workers(processes: dict, workers: tuple[str, ...]) -> dict:
+    """The same leader and team leaders, with other workers below them in turn."""
+    from tests.harness.machine import free_ports
+
+    kept = {i: p for i, p in processes.items() if p["role"] != "worker"}
+    leaders = [process for process in kept.values() if process["role"] == "team_leader"]
+    used = {process["port"] for process in kept.values()}
+    ports = [port for port in free_ports(len(workers) + len(kept)) if port not in used]
+    for number, (id_, port) in enumerate(zip(workers, ports, strict=False)):
+        leader = leaders[number % len(leaders)]
+        leader["neighbors"] = [*leader["neighbors"], id_]
+        like = {"role": "worker", "team": leader["team"], "host": leader["host"]}
+        kept[id_] = {"id": id_, "port": port, "neighbors": [leader["id"]], **like}
+    return kept
 
 
 class Caller(FuturesCaller):
@@ -72,7 +93,9 @@ class Caller(FuturesCaller):
         import overlay
         from overlay.transport import codec as wire
 
-        self._client = overlay.connect(address, tls=tls or False, lanes=lanes)
+        self._connect = partial(overlay.connect, address, tls=tls or False)
+        self._client = self._connect(lanes=lanes)
+        self._clients: dict[tuple[int, bool], _Client] = {}
         self._wait_for(workers)
         self._pb2 = wire.pb2
         self._channel = _channel(address, tls)
@@ -93,9 +116,16 @@ class Caller(FuturesCaller):
             forward(request(payload=payload, mode=mode.upper()), timeout=TIMEOUT_S).result
         )
 
+    def client(self, number: int, lanes: bool) -> FuturesCaller:
+        key = number, lanes
+        if key not in self._clients:
+            self._clients[key] = _Client(self._connect(lanes=lanes))
+        return self._clients[key]
+
     def close(self) -> None:
         self._channel.close()
-        self._client.close()
+        for client in (self._client, *self._clients.values()):
+            client.close()
 
     def _wait_for(self, workers: int) -> None:
         """Waits until every worker answers: links take a moment to come up."""
@@ -107,6 +137,17 @@ class Caller(FuturesCaller):
             until(all_answer, TIMEOUT_S)
         except NotReached:
             raise TimeoutError(f"not all {workers} workers answered") from None
+
+
+class _Client(FuturesCaller):
+    def __init__(self, client) -> None:
+        self._client = client
+
+    def submit(self, payload: bytes, mode: str):
+        return self._client.submit(None, payload, mode=mode)
+
+    def close(self) -> None:
+        self._client.close()
 
 
 def _channel(address: str, tls: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import rows
 from benchmarks.children import Group
 from benchmarks.peers import ours
 from benchmarks.peers.ours import BULK, Caller, missing
@@ -11,8 +12,8 @@ __all__ = ["BULK", "Caller", "missing"]
 
 TITLE = "ours, mutual TLS"
 PACKAGES = ("grpcio", "cryptography")
-SUPPORTS = {"window", "threads", "unary", "bulk", "all"}
-SETUPS = ("three",)
+SUPPORTS = {"window", "threads", "unary", "bulk", "all", "clients"}
+SETUPS = ("three", "16 workers", "48 workers")
 ROWS = (
     "threads-1",
     "threads-64",
@@ -23,6 +24,7 @@ ROWS = (
     "all-window-64",
     "64k",
     "1m",
+    *(row.name for row in rows.ROWS if row.clients > 1),
 )
 NOTES = "The same, with the certificates that `client.py secure` makes. Not a peer but a price."
 
