@@ -279,7 +279,10 @@ def _cpu(raw: Raw) -> str:
         "CPU seconds per 1,000 answers, over all processes of the peer, including its servers and "
         "its client."
     )
-    rows = [row for row in _rows(raw) if not row.beside]  # the large calls are not counted there
+    # The large calls beside are not counted, nor what several clients send until they have lanes.
+    rows = [row for row in _rows(raw) if not row.beside and row.clients == 1]
+    if not rows:
+        return ""
     return f"## CPU\n\n{about}\n\n" + _grid(raw, rows, cell)
 
 
