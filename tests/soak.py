@@ -49,7 +49,8 @@ def work(payload, context):
         time.sleep(0.02)
     return payload
 '''
-IN_FLIGHT = 2000
+IN_FLIGHT = 100, 2000  # in turn: few, which go over lanes, and many
+TURN = 500  # requests
 
 
 @dataclass
@@ -59,6 +60,7 @@ class History:
     outcomes: dict[int, str] = field(default_factory=dict)
     ends: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    on_lanes: int = 0  # requests that went straight to a worker
 
     def ended(self, number: int, future: Future[bytes]) -> None:
         self.ends[number] += 1
@@ -104,6 +106,7 @@ def soak(folder: Path, count: int, seed: int, kill_every_s: float) -> tuple[Hist
         try:
             with overlay.connect(six.address("A"), patience_s=20) as client:
                 _send(client, history, count, random.Random(seed))
+                history.on_lanes = client.metrics().lane_requests
         finally:
             stop.set()
             killer.join()
@@ -113,15 +116,18 @@ def soak(folder: Path, count: int, seed: int, kill_every_s: float) -> tuple[Hist
 
 
 def _send(client: Client, history: History, count: int, rng: random.Random) -> None:
-    slots = threading.Semaphore(IN_FLIGHT)
+    turns = [threading.Semaphore(limit) for limit in IN_FLIGHT]
     futures: list[Future[bytes]] = []
     for number in range(count):
+        slots = turns[number // TURN % len(turns)]
         slots.acquire()
         timeout = rng.choice((0.01, 0.05, 0.5, 10, 10, 10, 10, 10))
         future = client.submit("work", str(number), timeout=timeout)
         futures.append(future)
 
-        def ended(future: Future[bytes], number: int = number) -> None:
+        def ended(
+            future: Future[bytes], number: int = number, slots: threading.Semaphore = slots
+        ) -> None:
             history.ended(number, future)
             slots.release()
 
@@ -272,7 +278,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         history, broken = soak(Path(folder), count, seed, kill_every_s=2)
     took_s = time.monotonic() - began
-    print(f"{count} requests in {took_s:.1f} s, seed {seed}")
+    print(f"{count} requests in {took_s:.1f} s, seed {seed}, {history.on_lanes} of them on lanes")
     for outcome, number in Counter(history.outcomes.values()).most_common():
         print(f"  {number:>8}  {outcome}")
     for sentence in broken[:20]:

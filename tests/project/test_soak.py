@@ -14,6 +14,7 @@ def test_a_soak_with_kills_cancels_and_deadlines_keeps_every_rule(tmp_path: Path
     history, broken = soak(tmp_path, 10_000, seed=1, kill_every_s=1)
     assert broken == []
     assert Counter(history.outcomes.values())["ok"] > 2_000
+    assert history.on_lanes > 0
 
 
 @pytest.mark.parametrize(
