@@ -266,18 +266,21 @@ class Connection:
         def check(response: codec.pb2.SubmitResponse) -> None:
             validation.check_job_ids(response.ids, count)
 
+        is_in_doubt = False  # whether an earlier attempt was accepted
         while True:
             stubs = self._stubs
             left_s = max(0.001, until - time.monotonic())
             try:
                 response = self._call(stubs, stubs.jobs.Submit, request, left_s, check)
                 return cast(codec.pb2.SubmitResponse, response)
-            except NotReached:
-                raise
-            except Unavailable as e:
+            except CallFailed as e:
                 pause_s = e.retry_after_s or RETRY_PAUSE_S
+                is_passing = isinstance(e, Unavailable) and not isinstance(e, NotReached)
                 may_repeat = e.executed is Executed.NO or len(request.keys) == count
-                if not may_repeat or time.monotonic() + pause_s > patient_until:
+                is_in_doubt |= e.executed is not Executed.NO
+                if is_in_doubt:
+                    e.executed = Executed.UNKNOWN
+                if not (is_passing and may_repeat) or time.monotonic() + pause_s > patient_until:
                     raise
                 time.sleep(pause_s)
 
