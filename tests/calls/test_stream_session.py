@@ -770,7 +770,7 @@ def test_unread_parts_count_in_the_window_until_they_are_written():
         (stream,) = served.streams
         for _ in range(40):
             asked.on_partial(0, part(bytes(100 * KIB)))
-        until(lambda: stream._flow.paused, what="nothing more starts meanwhile")
+        until(lambda: stream.flow.paused, what="nothing more starts meanwhile")
         sink(0, part(b"last"))
         served.desk.held = []
         sender.close()
@@ -778,7 +778,7 @@ def test_unread_parts_count_in_the_window_until_they_are_written():
 
         assert [more for *_, more, _ in found] == [True] * 40 + [False]
         assert (stream._rows, stream._held.size, stream._unread.size) == (0, 0, 0)
-        assert not stream._flow.paused
+        assert not stream.flow.paused
 
 
 def chunk(at: int, more: bool, granted: list[int]) -> Slice:
