@@ -5,4 +5,11 @@ journal     the thread that writes it, many changes in one commit
 outcome     what an attempt makes of a job: done, again, failed or quarantined
 runner      which jobs go into the leader's queue, and when
 requests    the RPCs: submit, result, list, change
+
+and for several leaders that keep the same jobs:
+
+replicas    which of them has the jobs, and how the others follow
+changes     what one sends to the others: numbers of statements, and values
+copy_file   each leader's copy of the file
+log         what they agree on; memory_log is one within a process
 """

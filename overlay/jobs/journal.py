@@ -5,6 +5,9 @@
 
 So the cost of a commit, which waits for the disk, is shared by all who come meanwhile.
 
+Of several leaders one has the jobs (`replicas`): the journals of the others refuse everything, and
+say who has them.
+
 Changes of two kinds: `do` is refused when the disk has no room; `record` must not be lost, as it
 says how an attempt ended, so it is kept and tried again until there is room. A file beside the
 journal, the ballast, is given up to make that room at once. Questions are answered all the time.
@@ -19,16 +22,19 @@ import queue
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from overlay.jobs.log import LogError, LogFull, Outrun
+from overlay.jobs.replicas import Replica
 from overlay.jobs.store import JobStore
 from overlay.model import clocks as time
 from overlay.model.errors import JournalFull, NoJournal, OverlayError
 from overlay.model.jobs import TakenJob
 from overlay.model.limits import MIB
+from overlay.model.segments import Code, Executed
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +50,7 @@ STEP_S = 2.0  # by which the clock was set, if it and the monotonic one differ s
 FORGOTTEN = 500  # old jobs in one commit
 TIDY_S = 3600.0  # how often what was once asked is forgotten
 RETRY_S = 0.5  # until changes are tried again that must not be lost
+FOLLOW_S = 0.2  # between two looks at what the leader who has the jobs has done
 
 
 class Runner(Protocol):
@@ -58,14 +65,32 @@ class Runner(Protocol):
     def committed(self, taken: Sequence[TakenJob], over: Sequence[int]) -> None:
         """After the commit. over: the numbers of jobs that have ended or were forgotten."""
 
+    def running(self) -> Collection[int]:
+        """The numbers of the jobs that were started here and have not ended."""
+
+    def deposed(self) -> None:
+        """Another leader has had the jobs: what was started here has come to nothing."""
+
 
 class Journal:
     """Thread-safe. Owns the store from `start` to `close`."""
 
-    def __init__(self, store: JobStore, runner: Runner, reserve_bytes: int = RESERVE_BYTES) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        runner: Runner,
+        reserve_bytes: int = RESERVE_BYTES,
+        replica: Replica | None = None,
+    ) -> None:
+        """replica: this leader's part among several; the store's file is its copy then."""
         self.problem = ""  # why no jobs are accepted now; empty: they are
         self._store = store
         self._runner = runner
+        self._replica = replica
+        self._has_jobs = replica is None
+        self._term = 0  # that of the jobs that run here
+        self._is_taken_up = False  # the store knows how the jobs stand
+        self._is_recovered = False  # what another leader left running in this term
         self._reserve_bytes = reserve_bytes
         self._changes: queue.SimpleQueue[_Change] = queue.SimpleQueue()
         self._unwritten: list[_Change] = []  # that must not be lost; older than those in the queue
@@ -87,8 +112,16 @@ class Journal:
         self.wake()
         if self._thread.is_alive():
             self._thread.join(5)
+        if self._replica is not None:
+            self._replica.close()
         if not self._thread.is_alive():
             self._store.close()
+
+    @property
+    def elsewhere(self) -> str:
+        """Why nothing can be asked of the jobs here: which leader has them. Empty if it can. Any
+        thread."""
+        return self._replica.refusal if self._replica is not None else ""
 
     def do(self, change: Callable[[JobStore, float], T]) -> Future[T]:
         """Its result, once it is on the disk; or the error that it raised, JournalFull if the disk
@@ -122,16 +155,59 @@ class Journal:
             self._turn(self._gather())
         self._is_over = True
         self._turn(self._gather())  # what came since
+        if self._replica is not None:
+            self._replica.leave()
         self._refuse_all()
 
     def _turn(self, batch: list[_Change]) -> None:
         try:
-            self._write(batch)
+            if self._replica is not None:
+                self._follow(self._replica, batch)
+            if self._has_jobs:
+                self._write(batch)
+            else:
+                self._refuse(batch)
         except Exception:  # a bug of ours costs one change, not those that came with it
             log.exception("the journal's thread failed")
             self._store.rollback()
             for one in batch:
                 self._write_alone(one)
+
+    def _follow(self, replica: Replica, batch: list[_Change]) -> None:
+        """Takes the jobs up, or lays them down, as the log of all leaders has it."""
+        replica.turn()
+        if replica.has_jobs:
+            if self._term != replica.term:
+                self._forget_runs()
+                self._term, self._is_recovered = replica.term, False
+            if not self._is_taken_up:
+                # After what is to be recorded: this may end jobs that are thought to be running.
+                batch.append(_Change(self._take_up))
+        else:
+            self._lay_down()
+        if self._term and not (replica.has_jobs or replica.is_in_doubt):
+            self._forget_runs()
+        self._has_jobs = replica.has_jobs
+
+    def _lay_down(self) -> None:
+        if self._is_taken_up:
+            self._is_taken_up = False
+            self._store.lay_down()
+
+    def _forget_runs(self) -> None:
+        self._term = 0
+        self._runner.deposed()
+
+    def _take_up(self, store: JobStore, now: float) -> None:
+        store.take_up(self._runner.running(), not self._is_recovered, now)
+
+    def _refuse(self, batch: list[_Change]) -> None:
+        assert self._replica is not None
+        error = _elsewhere(self._replica.refusal, Executed.NO)
+        for one in batch:
+            one.fail(error)
+        if self._replica.is_in_doubt:
+            self._unwritten = [one for one in batch if one.must]
 
     def _gather(self) -> list[_Change]:
         batch, self._unwritten = self._unwritten, []
@@ -153,6 +229,8 @@ class Journal:
     def _pause_s(self) -> float:
         if self._is_down:
             return RETRY_S
+        if not self._has_jobs:
+            return FOLLOW_S
         return 0.0 if not self._stopped and self._runner.wants(self._store) else LOOK_S
 
     def _write_alone(self, one: _Change) -> None:
@@ -210,8 +288,17 @@ class Journal:
             self._store.commit()
         except sqlite3.Error as e:
             self._store.rollback()
-            self._failed(batch, e)
+            self._failed(batch, e, "full" in str(e) or "disk I/O" in str(e))
             return
+        except LogFull as e:
+            self._store.rollback()
+            self._failed(batch, e, is_full=True)
+            return
+        except LogError as e:
+            self._store.rollback()
+            self._not_appended(batch, e)
+            return
+        self._is_taken_up = self._is_recovered = True
         if self._is_down:
             self._is_down = False
             log.info("the journal is written again", extra={"kind": "log"})
@@ -219,16 +306,29 @@ class Journal:
             one.settle(result, error)
         self._runner.committed(taken, self._store.take_over())
 
-    def _failed(self, batch: list[_Change], error: sqlite3.Error) -> None:
+    def _not_appended(self, batch: list[_Change], error: LogError) -> None:
+        """Another leader was faster, or it is not known whether it was appended."""
+        assert self._replica is not None
+        log.warning("the jobs' log: %s", error, extra={"kind": "failure"})
+        self._replica.lose()
+        self._has_jobs = False
+        self._lay_down()
+        was_outrun = isinstance(error, Outrun)
+        reason = "another leader has them" if was_outrun else str(error)
+        executed = Executed.NO if was_outrun else Executed.UNKNOWN
+        for one in batch:
+            one.fail(_elsewhere(f"the jobs were not changed: {reason}", executed))
+        self._unwritten = [one for one in batch if one.must]
+
+    def _failed(self, batch: list[_Change], error: Exception, is_full: bool) -> None:
         """Nothing of the batch is on the disk."""
-        is_full = "full" in str(error) or "disk I/O" in str(error)
         self._unwritten = [one for one in batch if one.must]
         if not self._is_down:
             log.error("the journal cannot be written: %s", error, extra={"kind": "failure"})
         self._is_down = bool(self._unwritten) or not is_full
         gave = is_full and bool(self._unwritten) and self._ballast.give_up()
         refused: OverlayError = (
-            JournalFull("the leader's disk is full: nothing was accepted")
+            JournalFull(_FULL_LOG if isinstance(error, LogFull) else _FULL)
             if is_full
             else NoJournal(f"the journal cannot be written: {error}")
         )
@@ -294,6 +394,12 @@ class _Change:
             self.future.set_exception(error)
 
 
+def _elsewhere(reason: str, executed: Executed) -> NoJournal:
+    return NoJournal(reason, code=Code.UNAVAILABLE, executed=executed, retry_after_s=RETRY_S)
+
+
+_FULL = "the leader's disk is full: nothing was accepted"
+_FULL_LOG = "the jobs' servers have no room: nothing was accepted"
 _NOTHING = _Change(lambda store, now: None, must=True)
 
 

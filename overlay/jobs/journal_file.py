@@ -49,11 +49,14 @@ create index schedule_next on schedule(next);
 """
 
 
-def opened(path: str | Path, recover: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
+def opened(
+    path: str | Path, recover: Callable[[sqlite3.Connection], None], is_copy: bool = False
+) -> sqlite3.Connection:
     """A connection that belongs to the calling process alone. Raises ConfigError.
 
     path: ":memory:" for a file that is kept nowhere. recover: looks at what is there, and changes
-    it, in one transaction with the making of the file.
+    it, in one transaction with the making of the file. is_copy: of what is kept elsewhere, so a
+    commit need not wait for the disk.
     """
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         raise ConfigError(
@@ -66,7 +69,7 @@ def opened(path: str | Path, recover: Callable[[sqlite3.Connection], None]) -> s
         db.execute("pragma locking_mode = exclusive")
         is_new = _is_new(db, path)  # before anything that would change another program's file
         db.execute("pragma journal_mode = wal")
-        db.execute("pragma synchronous = full")
+        db.execute(f"pragma synchronous = {'normal' if is_copy else 'full'}")
         if sys.platform == "darwin":
             db.execute("pragma fullfsync = 1")
             db.execute("pragma checkpoint_fullfsync = 1")
@@ -77,6 +80,8 @@ def opened(path: str | Path, recover: Callable[[sqlite3.Connection], None]) -> s
                     db.execute(statement)
                 db.execute(f"pragma application_id = {APPLICATION_ID}")
                 db.execute(f"pragma user_version = {FORMAT}")
+            if not is_copy:  # what is changed here from now on, no other leader has
+                db.execute("drop table if exists copied")
             recover(db)
     except BaseException as e:
         if db is not None:

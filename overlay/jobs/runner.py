@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -84,16 +84,16 @@ class JobRunner:
 
     def take(self, store: JobStore, now: float) -> Sequence[TakenJob]:
         taken: list[TakenJob] = []
-        room = MAX_RUNNING - len(self._running)
+        room, size = MAX_RUNNING - len(self._running), self._bytes
         for kind, count in self._plan(store):
-            if room <= 0 or self._bytes >= self._max_bytes:
+            if room <= 0 or size >= self._max_bytes:
                 break
-            found = store.take(kind, min(count, room), self._max_bytes - self._bytes, now)
+            found = store.take(kind, min(count, room), self._max_bytes - size, now)
             if not found:  # nothing that was counted is there: not at every turn again
                 self._kinds[kind].rests_until = time.monotonic() + REST_S
             room -= len(found)
             self._turn = kind
-            self._bytes += sum(len(job.payload) for job in found)
+            size += sum(len(job.payload) for job in found)
             taken += found
         return taken
 
@@ -102,11 +102,28 @@ class JobRunner:
             self._on_over(over)
         if not taken:
             return
+        self._bytes += sum(len(job.payload) for job in taken)
         for jobs in _together(taken, self._path.limits.small_bytes):
             self._start(jobs)
         self._queue.kick()
         for kind in {job.kind for job in taken}:
             self._kinds[kind].adjust()
+
+    def running(self) -> Collection[int]:
+        return self._running.keys()
+
+    def deposed(self) -> None:
+        runs = {id(run): run for run, _ in self._running.values()}
+        self._running.clear()
+        self._requests.clear()
+        self._kinds.clear()
+        self._bytes = 0
+        for run in runs.values():
+            run.is_void = True
+            if run.accepted is not None and (queued := run.accepted.queued) is not None:
+                queued.end(Code.CANCELLED, 0, len(run.jobs))
+                self._deadlines.forget(queued, run.accepted.segment.deadline)
+                run.accepted.queued = None
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Ends the attempts at these, which are over in the journal."""
@@ -240,6 +257,8 @@ class JobRunner:
     def _write_ends(
         self, run: _Run, outcomes: Sequence[_Outcome], start: int, store: JobStore, now: float
     ) -> None:
+        if run.is_void:  # whoever has the jobs now has found them left running
+            return
         monotonic = time.monotonic()
         for row, found in enumerate(outcomes, start):
             job = run.jobs[row]
@@ -272,14 +291,15 @@ _Outcome = bytes | OverlayError
 
 class _Run:
     """An attempt at jobs that go together. left: how many have not ended. progress: by row, as
-    their handlers say it."""
+    their handlers say it. is_void: another leader has had the jobs since."""
 
-    __slots__ = ("accepted", "jobs", "kind", "left", "progress")
+    __slots__ = ("accepted", "is_void", "jobs", "kind", "left", "progress")
 
     def __init__(self, jobs: Sequence[TakenJob], kind: _Kind) -> None:
         self.jobs = jobs
         self.kind = kind
         self.left = len(jobs)
+        self.is_void = False
         self.progress: dict[int, WorkProgress] = {}
         self.accepted: Accepted | None = None
 

@@ -23,7 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from overlay.jobs import journal_file
+from overlay.jobs import journal_file, statements
+from overlay.jobs.copy_file import CopyFile
 from overlay.model import clocks as time
 from overlay.model.errors import BadRequest, JournalFull, OverlayError, Refused
 from overlay.model.jobs import (
@@ -48,6 +49,7 @@ LONGEST_LOOK_S = 0.25  # of one question; the journal's thread does nothing else
 WOKEN = 1000  # jobs whose time has come, in one transaction
 LEFT_RUNNING = "the leader ended while it ran"
 CANCELLED = JobEnd(JobState.CANCELLED, Code.CANCELLED, "cancelled while it ran")
+NOT_STARTED = JobEnd(JobState.WAITING, Code.UNAVAILABLE, "it was not started", counts=False)
 
 
 class StoreLimits(NamedTuple):
@@ -71,11 +73,12 @@ class Changed(NamedTuple):
 class JobStore:
     """Opens the file, or makes it. Raises ConfigError if it cannot be used; it is left as it is.
 
-    path: ":memory:" for one that is kept nowhere.
+    path: ":memory:" for one that is kept nowhere; or a leader's copy of jobs that several leaders
+    keep, which holds nothing for this store before `take_up`.
     """
 
-    def __init__(self, path: str | Path, limits: StoreLimits | None = None) -> None:
-        self.path = path
+    def __init__(self, path: str | Path | CopyFile, limits: StoreLimits | None = None) -> None:
+        self.path = path.path if isinstance(path, CopyFile) else path
         self.limits = limits or StoreLimits()
         self.waiting: Counter[int] = Counter()  # jobs that can start now, by kind
         self._fetched: set[int] = set()  # jobs whose answers were read
@@ -86,6 +89,10 @@ class JobStore:
         self._totals: Counter[str] = Counter()  # bytes, schedules
         self._undo: list[tuple[Counter[Any], Any, int]] = []
         self._kinds: dict[int, tuple[Caller, bytes]] = {}  # by id; looked up as they are needed
+        self._db: CopyFile | sqlite3.Connection
+        if isinstance(path, CopyFile):
+            self._db = path
+            return
         self._db = journal_file.opened(path, self._recover)
         self._undo.clear()
         self.over.clear()
@@ -117,6 +124,30 @@ class JobStore:
             self._db.execute("pragma wal_checkpoint(truncate)")
         self._db.close()
 
+    # several leaders
+
+    def take_up(self, running: Collection[int], is_new: bool, now: float) -> None:
+        """This leader has the jobs from here on, or again. running: those that do run here; the
+        others were left running. is_new: another one had them before; else they were not started.
+        """
+        self.lay_down()
+        self._count_all()
+        for number, attempts, max_attempts, at in self._left_running():
+            if number not in running:
+                end = _left(attempts, max_attempts) if is_new else NOT_STARTED
+                self.end(number, end, at if is_new else now)
+                self.recovered += is_new
+
+    def lay_down(self) -> None:
+        """Another leader has the jobs, or may have them."""
+        for counter in (self.waiting, self._states, self._totals):
+            counter.clear()
+        self._fetched.clear()
+        self._kinds.clear()
+        self._undo.clear()
+        self.over.clear()
+        self._wake_at = None
+
     # accepting
 
     def accept(self, caller: Caller, specs: Sequence[JobSpec], now: float) -> list[str]:
@@ -147,13 +178,12 @@ class JobStore:
         self._check_room(size)
         mark, ready = secrets.randbits(MARK_BITS), spec.due <= now
         number = self._db.execute(
-            "insert into job(mark, kind, state, ready, priority, due, expires, accepted, limit_s, "
-            "max_attempts, size, key, digest, schedule) values(?,?,0,?,?,?,?,?,?,?,?,?,?,?)",
+            statements.ACCEPT,
             (mark, kind, ready, spec.priority, spec.due, spec.expires, now, spec.limit_s,
              spec.max_attempts, size, spec.key or None, digest, schedule),
         ).lastrowid  # fmt: skip
         assert number is not None
-        self._db.execute("insert into payload values(?,?)", (number, spec.payload))
+        self._db.execute(statements.KEEP_PAYLOAD, (number, spec.payload))
         self._count(self._states, int(JobState.WAITING), 1)
         self._count(self._totals, "bytes", size)
         if ready:
@@ -193,10 +223,7 @@ class JobStore:
             "select id from kind where address = ? and name = ? and request = ?", key
         ).fetchone()
         if found is None:
-            made = self._db.execute(
-                "insert into kind(address, name, request, handler) values(?,?,?,?)",
-                (*key, spec.handler),
-            ).lastrowid
+            made = self._db.execute(statements.MAKE_KIND, (*key, spec.handler)).lastrowid
             assert made is not None
             return made
         return int(found[0])
@@ -224,10 +251,7 @@ class JobStore:
         taken = []
         for number in numbers:
             payload, limit_s, attempts, max_attempts, priority = self._db.execute(
-                "update job set state = 1, attempts = attempts + 1, started = ? where id = ? "
-                "returning (select body from payload where job = id), limit_s, attempts, "
-                "max_attempts, priority",
-                (now, number),
+                statements.TAKE, (now, number)
             ).fetchone()
             self._moved(number, JobState.WAITING, JobState.RUNNING)
             asked = number, kind, caller, request
@@ -245,25 +269,20 @@ class JobStore:
         kind, story, attempts, before = found
         if end.state is JobState.DONE:
             answer = end.answer or b""
-            self._db.execute("delete from payload where job = ?", (number,))
-            self._db.execute("insert into answer values(?,?)", (number, answer))
+            self._db.execute(statements.DROP_PAYLOAD, (number,))
+            self._db.execute(statements.KEEP_ANSWER, (number, answer))
             size = ROW_BYTES + len(answer)
             self._count(self._totals, "bytes", size - before)
-            self._db.execute(
-                "update job set state = 2, ended = ?, size = ?, code = 0, reason = '' where id = ?",
-                (now, size, number),
-            )
+            self._db.execute(statements.DONE, (now, size, number))
         else:
             attempts -= not end.counts
             what = f"attempt {attempts + (not end.counts)}: {end.reason}"
             ended = now if end.state in ENDED else None
             ready = end.due <= now
-            refusals = "refusals + 1" if not end.counts else "0"
             self._db.execute(
-                f"update job set state = ?, ended = ?, attempts = ?, refusals = {refusals}, "
-                "due = ?, ready = ?, code = ?, reason = ?, story = ? where id = ?",
-                (int(end.state), ended, attempts, end.due, ready, int(end.code), end.reason,
-                 _told(story, now, what), number),
+                statements.END,
+                (int(end.state), ended, attempts, not end.counts, end.due, ready, int(end.code),
+                 end.reason, _told(story, now, what), number),
             )  # fmt: skip
             if end.state is JobState.WAITING:
                 if ready:
@@ -275,18 +294,9 @@ class JobStore:
     def wake(self, now: float) -> None:
         """Makes those ready whose time has come, expires those that waited too long, and runs the
         schedules. `next_wake` says whether there are more."""
-        for (kind,) in self._db.execute(
-            "update job set ready = 1 where id in (select id from job where state = 0 and "
-            "ready = 0 and due <= ? order by due limit ?) returning kind",
-            (now, WOKEN),
-        ).fetchall():
+        for (kind,) in self._db.execute(statements.MAKE_READY, (now, WOKEN)).fetchall():
             self._count(self.waiting, kind, 1)
-        expired = self._db.execute(
-            "update job set state = 6, ended = ?, reason = 'it was not started in time', code = 4 "
-            "where id in (select id from job where state = 0 and expires <= ? order by expires "
-            "limit ?) returning id, kind, ready",
-            (now, now, WOKEN),
-        ).fetchall()
+        expired = self._db.execute(statements.EXPIRE, (now, now, WOKEN)).fetchall()
         for number, kind, ready in expired:
             self._count(self.waiting, kind, -ready)
             self._moved(number, JobState.WAITING, JobState.EXPIRED)
@@ -295,11 +305,7 @@ class JobStore:
 
     def hurry(self) -> None:
         """Makes those ready that wait for another attempt, and not for a time of their caller's."""
-        for (kind,) in self._db.execute(
-            "update job set ready = 1 where id in (select id from job where state = 0 and "
-            "ready = 0 and (refusals > 0 or attempts > 0) limit ?) returning kind",
-            (WOKEN,),
-        ).fetchall():
+        for (kind,) in self._db.execute(statements.HURRY, (WOKEN,)).fetchall():
             self._count(self.waiting, kind, 1)
 
     @property
@@ -421,19 +427,14 @@ class JobStore:
         for number in numbers:
             if number & SCHEDULE_BIT:
                 gone = self._db.execute(
-                    "delete from schedule where id = ? returning length(payload)",
-                    (number & ~SCHEDULE_BIT,),
+                    statements.CANCEL_SCHEDULE, (number & ~SCHEDULE_BIT,)
                 ).fetchone()
                 if gone is not None:
                     self._count(self._totals, "schedules", -1)
                     self._count(self._totals, "bytes", -(ROW_BYTES + gone[0]))
                     changed += 1
                 continue
-            found = self._db.execute(
-                "update job set state = 5, ended = ?, reason = 'cancelled before it was started', "
-                "code = 1 where id = ? and state = 0 returning kind, ready",
-                (now, number),
-            ).fetchone()
+            found = self._db.execute(statements.CANCEL, (now, number)).fetchone()
             if found is not None:
                 self._count(self.waiting, found[0], -found[1])
                 self._moved(number, JobState.WAITING, JobState.CANCELLED)
@@ -456,11 +457,7 @@ class JobStore:
                 unchanged.append(self._id_of(number))
                 continue
             kind, state, story = found
-            self._db.execute(
-                "update job set state = 0, ready = 1, due = 0, ended = null, attempts = 0, "
-                "refusals = 0, expires = null, story = ? where id = ?",
-                (_told(story, now, "released"), number),
-            )
+            self._db.execute(statements.RELEASE, (_told(story, now, "released"), number))
             self._count(self.waiting, kind, 1)
             self._moved(number, JobState(state), JobState.WAITING)
             changed += 1
@@ -494,15 +491,12 @@ class JobStore:
 
     def _note_fetched(self) -> None:
         for number in self._fetched:
-            self._db.execute("update job set fetched = 1 where id = ? and fetched = 0", (number,))
+            self._db.execute(statements.NOTE_FETCHED, (number,))
         self._fetched.clear()  # if this is not committed, they are only kept for longer
 
     def forget_kinds(self) -> None:
         """Forgets which requests were once asked, of which there is no job any more."""
-        self._db.execute(
-            "delete from kind where id not in (select distinct kind from job) "
-            "and id not in (select kind from schedule)"
-        )
+        self._db.execute(statements.FORGET_KINDS)
         self._kinds.clear()
 
     @property
@@ -540,8 +534,7 @@ class JobStore:
         mark, first = secrets.randbits(MARK_BITS), spec.due if spec.due > now else now
         expires_s = None if spec.expires is None else spec.expires - now
         number = self._db.execute(
-            "insert into schedule(mark, kind, priority, limit_s, max_attempts, key, every_s, next, "
-            "expires_s, accepted, payload) values(?,?,?,?,?,?,?,?,?,?,?)",
+            statements.MAKE_SCHEDULE,
             (mark, self._kind_of(caller, spec), spec.priority, spec.limit_s, spec.max_attempts,
              spec.key or None, spec.every_s, first, expires_s, now, spec.payload),
         ).lastrowid  # fmt: skip
@@ -574,10 +567,7 @@ class JobStore:
                     made, _ = numbers_of(self._accept(caller, spec, now, number))
                 except (JournalFull, BadRequest):
                     missed += 1
-            self._db.execute(
-                "update schedule set next = ?, missed = missed + ?, last = ? where id = ?",
-                (at + due * every_s, missed, made, number),
-            )
+            self._db.execute(statements.RUN_SCHEDULE, (at + due * every_s, missed, made, number))
 
     def _schedule_record(self, number: int) -> JobRecord | None:
         found = self._db.execute(
@@ -601,25 +591,30 @@ class JobStore:
         """What ran when the last leader ended may have run: it waits again if it has attempts left,
         else it is quarantined."""
         self._db = db
-        found = db.execute("select state, count(*), sum(size) from job group by state").fetchall()
-        self._states.update({state: count for state, count, _ in found})
-        schedules, their_bytes = db.execute(
+        self._count_all()
+        for number, attempts, max_attempts, at in self._left_running():
+            self.end(number, _left(attempts, max_attempts), at)
+            self.recovered += 1
+
+    def _count_all(self) -> None:
+        found = self._db.execute("select state, count(*), sum(size) from job group by state")
+        rows = found.fetchall()
+        self._states.update({state: count for state, count, _ in rows})
+        schedules, their_bytes = self._db.execute(
             f"select count(*), coalesce(sum(length(payload) + {ROW_BYTES}), 0) from schedule"
         ).fetchone()
-        self._totals["bytes"] = sum(size for _, _, size in found) + their_bytes
+        self._totals["bytes"] = sum(size for _, _, size in rows) + their_bytes
         self._totals["schedules"] = schedules
-        for kind, count in db.execute(
+        for kind, count in self._db.execute(
             "select kind, count(*) from job where state = 0 and ready = 1 group by kind"
         ):
             self.waiting[kind] = count
-        running = db.execute(
+
+    def _left_running(self) -> list[tuple[int, int, int, float]]:
+        """(number, attempts, most attempts, when it was started)"""
+        return self._db.execute(
             "select id, attempts, max_attempts, started from job where state = 1"
         ).fetchall()
-        for number, attempts, max_attempts, at in running:
-            again = attempts < max_attempts
-            state = JobState.WAITING if again else JobState.QUARANTINED
-            self.end(number, JobEnd(state, Code.UNAVAILABLE, LEFT_RUNNING), at)
-        self.recovered = len(running)
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -698,11 +693,9 @@ class JobStore:
             )
         ]
         for number in numbers:
-            state, size = self._db.execute(
-                "delete from job where id = ? returning state, size", (number,)
-            ).fetchone()
-            self._db.execute("delete from payload where job = ?", (number,))
-            self._db.execute("delete from answer where job = ?", (number,))
+            state, size = self._db.execute(statements.FORGET, (number,)).fetchone()
+            self._db.execute(statements.DROP_PAYLOAD, (number,))
+            self._db.execute(statements.DROP_ANSWER, (number,))
             self._count(self._states, state, -1)
             self._count(self._totals, "bytes", -size)
             self.over.append(number)
@@ -733,6 +726,11 @@ class JobStore:
             story=tuple((at, what) for at, what in json.loads(story)),
             schedule="" if made_by is None else job_id(schedule | SCHEDULE_BIT, made_by),
         )  # fmt: skip
+
+
+def _left(attempts: int, max_attempts: int) -> JobEnd:
+    state = JobState.WAITING if attempts < max_attempts else JobState.QUARANTINED
+    return JobEnd(state, Code.UNAVAILABLE, LEFT_RUNNING)
 
 
 def _told(story: str, now: float, what: str) -> str:

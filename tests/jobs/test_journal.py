@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,12 @@ class Runner:
         self.turns += 1
         self.taken += taken
         self.over += over
+
+    def running(self) -> Collection[int]:
+        return {job.number for job in self.taken} - set(self.over)
+
+    def deposed(self) -> None:
+        self.taken.clear()
 
 
 class Bench:

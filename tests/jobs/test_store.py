@@ -20,10 +20,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from overlay.jobs.memory_log import MemoryLog
 from overlay.jobs.store import MAX_POSITION, STORY_EVENTS, JobStore, StoreLimits
 from overlay.model.errors import BadRequest, ConfigError, JournalFull
 from overlay.model.jobs import ENDED, JobEnd, JobSpec, JobState, numbers_of
 from overlay.model.segments import Caller, Code
+from tests.harness.leaders import Leader
 
 ANN, BOB = Caller("10.0.0.1", "ann"), Caller("10.0.0.2", "bob")
 NOW = 1_000_000.0
@@ -36,9 +38,11 @@ def spec(payload: bytes = b"x", **fields: Any) -> JobSpec:
 class Stored:
     """A store whose every call is a transaction of its own."""
 
-    def __init__(self, path: str | Path, limits: StoreLimits | None = None) -> None:
+    def __init__(
+        self, path: str | Path, limits: StoreLimits | None = None, store: JobStore | None = None
+    ) -> None:
         self.path, self.limits = path, limits
-        self.store = JobStore(path, limits)
+        self.store = store or JobStore(path, limits)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.store, name)
@@ -73,11 +77,21 @@ class Stored:
         return Stored(self.path, self.limits)
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=["memory", "file", "log"])
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stored]:
-    made = Stored(":memory:" if request.param == "memory" else tmp_path / "journal.db")
-    yield made
-    made.close()
+    """log: the file is one leader's copy of the jobs of several; another's must get equal."""
+    if request.param != "log":
+        made = Stored(":memory:" if request.param == "memory" else tmp_path / "journal.db")
+        yield made
+        made.close()
+        return
+    log = MemoryLog(max_bytes=600)  # so that large changes go in several entries
+    leader = Leader(log, tmp_path / "a.db").takes_over()
+    yield Stored(tmp_path / "a.db", store=leader.store)
+    another = Leader(MemoryLog(log.shared), tmp_path / "b.db", "B").follows()
+    assert another.rows == leader.rows
+    another.close()
+    leader.close()
 
 
 def done(answer: bytes = b"answer") -> JobEnd:
