@@ -27,6 +27,7 @@ STAMP = VENV / "overlay-setup.json"  # what is installed: the hash of each lock 
 INSTALLING = VENV / "overlay-installing"  # there while pip works; left behind when it was killed
 LOCK = "requirements.lock"
 DEV_LOCK = "requirements-dev.lock"
+NATS_LOCK = "requirements-nats.lock"  # only where several leaders keep jobs
 STUBS = ("overlay_pb2.py", "overlay_pb2.pyi", "overlay_pb2_grpc.py")
 NEEDED = ["grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.protobuf"]
 NEEDED += ["cryptography", "pydantic", "psutil", "rich", "starlette", "uvicorn"]

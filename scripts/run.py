@@ -47,6 +47,7 @@ sys.path.append(str(ROOT))
 from environment import (  # noqa: E402 - found through the lines above; needs no package
     DEV_LOCK,
     LOCK,
+    NATS_LOCK,
     Problem,
     add_pillow,
     hand_over,
@@ -79,11 +80,21 @@ def demo(arguments):
 
 
 def start(arguments):
-    return hand_over(prepare(), SCRIPTS / "launcher.py", ["start"] + arguments)
+    return hand_over(prepare(locks_for(arguments)), SCRIPTS / "launcher.py", ["start"] + arguments)
 
 
 def restart(arguments):
-    return hand_over(prepare(), SCRIPTS / "launcher.py", ["restart"] + arguments)
+    locks = locks_for(arguments)
+    return hand_over(prepare(locks), SCRIPTS / "launcher.py", ["restart"] + arguments)
+
+
+def locks_for(arguments):
+    """With what keeps jobs on NATS servers, if the configuration asks for it."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        written = json.loads(config_of(arguments).read_text(encoding="utf-8-sig"))
+        if written["journal"].startswith("nats://"):
+            return (LOCK, NATS_LOCK)
+    return (LOCK,)
 
 
 def client(verb):
@@ -116,12 +127,16 @@ def launch(python, verb, arguments):
     return hand_over(python, SCRIPTS / "launcher.py", [verb] + arguments)
 
 
+def config_of(arguments):
+    named = [word for word in arguments if not word.startswith("-")][:1]
+    if named and Path(named[0]).exists():
+        return Path(named[0]).resolve()
+    return ROOT / (named[0] if named else "")
+
+
 def pid_files(arguments):
     """What the start of a configuration has left in its log folders and no stop has removed."""
-    named = [word for word in arguments if not word.startswith("-")][:1]
-    config = ROOT / (named[0] if named else "")
-    if named and Path(named[0]).exists():
-        config = Path(named[0]).resolve()
+    config = config_of(arguments)
     folders = {config.parent / "logs"}
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         written = json.loads(config.read_text(encoding="utf-8-sig"))
@@ -170,7 +185,8 @@ def lock(arguments):
     environment = dict(os.environ, UV_NO_CONFIG="1")
     # The second with the first as its constraint, or the two could pin different versions.
     dev_sources = ["requirements.txt", "requirements-dev.txt", "--constraint", LOCK]
-    for sources, output in ((["requirements.txt"], LOCK), (dev_sources, DEV_LOCK)):
+    made = ((["requirements.txt"], LOCK), (["requirements-nats.txt"], NATS_LOCK))
+    for sources, output in (*made, (dev_sources, DEV_LOCK)):
         command = compile_pins + sources + ["-o", output]
         if subprocess.call(command, cwd=str(ROOT), env=environment, stdout=subprocess.DEVNULL):
             raise Problem("uv could not make {}; its message is above".format(output))

@@ -49,10 +49,10 @@ class Log(Protocol):
 
     def save(self, sequence: int, path: Path) -> None:
         """Keeps the file, which holds everything up to this entry, in place of an older one; then
-        purges the entries before it. Raises LogError or OSError."""
+        purges the entries before it. Raises LogError."""
 
     def load(self, path: Path) -> int:
         """Writes the file that was saved last, and returns up to which entry it goes; 0 if there is
-        none. Raises LogError or OSError."""
+        none. Raises LogError."""
 
     def close(self) -> None: ...

@@ -23,7 +23,11 @@ import grpc
 from overlay.calls.gate import Gate
 from overlay.calls.request_path import RequestPath
 from overlay.jobs import messages
+from overlay.jobs.copy_file import CopyFile
+from overlay.jobs.jetstream import JetStreamLog
 from overlay.jobs.journal import Journal
+from overlay.jobs.log import Log
+from overlay.jobs.replicas import Replica
 from overlay.jobs.runner import JobRunner
 from overlay.jobs.store import Changed, JobStore, StoreLimits
 from overlay.model import clocks as time
@@ -37,6 +41,7 @@ from overlay.model.jobs import (
     WorkProgress,
     numbers_of,
 )
+from overlay.model.jobs_servers import stream_bytes
 from overlay.model.segments import Caller
 from overlay.model.topology import Topology
 from overlay.queueing.admission import HIGHEST_PRIORITY
@@ -77,9 +82,16 @@ class Jobs:
         self._waiting = 0
         limits = self._limits
         bounds = StoreLimits(limits.max_jobs, limits.journal_bytes, limits.keep_jobs_s)
-        self._store = JobStore(topology.folder / topology.journal, bounds)
+        file, replica = topology.journal_of(me), None
+        if topology.jobs_servers:
+            copy = CopyFile(file)
+            self._store = JobStore(copy, bounds)
+            replica = Replica(_log_of(topology, me), copy, me, topology.process(me).address)
+        else:
+            self._store = JobStore(file, bounds)
         self._runner = JobRunner(path, queue, deadlines, self._over)
-        self._journal = self._runner.journal = Journal(self._store, self._runner)
+        self._runner.on_deposed = self._answer_waiters
+        self._journal = self._runner.journal = Journal(self._store, self._runner, replica=replica)
 
     def start(self) -> None:
         if self._store.recovered:
@@ -112,6 +124,7 @@ class Jobs:
         found.accepted, found.refused = self._accepted, self._refused
         found.repeated, found.waiters = self._runner.repeated, self._waiting
         found.problem = self._journal.problem
+        found.elsewhere = self._journal.elsewhere
 
     # the RPCs
 
@@ -120,7 +133,7 @@ class Jobs:
     ) -> Future[pb2.SubmitResponse]:
         """Raises BadRequest and the errors of a request that can never be served."""
         specs = self._specs(request, rights)
-        if self._journal.problem:
+        if self._journal.problem and not self._journal.elsewhere:
             self._refused += len(specs)
             raise JournalFull(f"no job was accepted: {self._journal.problem}")
         accepted = self._journal.do(lambda store, now: store.accept(caller, specs, now))
@@ -349,6 +362,7 @@ class Jobs:
         def looked(found: Future[pb2.Job]) -> None:
             self._deadlines.forget(waiter.end, waiter.until)
             if (error := found.exception()) is not None:
+                self._forget(waiter)  # the question was not even asked
                 answer.set_exception(error)
             else:
                 answer.set_result(found.result())
@@ -362,6 +376,12 @@ class Jobs:
             self._waiting -= 1
             if not waiters:
                 del self._waiters[waiter.number]
+
+    def _answer_waiters(self) -> None:
+        """Another leader has the jobs: they have to wait there."""
+        for waiters in list(self._waiters.values()):
+            for waiter in list(waiters):
+                waiter.end()
 
     def _over(self, numbers: Sequence[int]) -> None:
         for number in numbers:
@@ -383,6 +403,15 @@ class _Waiter:
     def end(self) -> None:
         with suppress(IndexError):  # of two threads, one gets it
             self._answers.pop()(self)
+
+
+def _log_of(topology: Topology, me: str) -> Log:
+    """On the NATS servers of the configuration, the one on this leader's machine first. Raises
+    ConfigError."""
+    host = topology.process(me).host
+    servers = sorted(topology.jobs_servers, key=lambda server: server.host != host)
+    most = stream_bytes(topology.limits.journal_bytes)
+    return JetStreamLog([server.address for server in servers], most)
 
 
 def _seconds(name: str, value: float, most: float, cut: bool = False) -> float:

@@ -57,6 +57,7 @@ class JobRunner:
         self.journal: Journal  # set by the owner, before the first turn
         self.repeated = 0  # attempts begun again
         self.is_stopped = False
+        self.on_deposed: Callable[[], object] = lambda: None
         self._rests = False  # some kinds do, as their jobs were refused
         self._path = path
         self._queue = queue
@@ -124,6 +125,7 @@ class JobRunner:
                 queued.end(Code.CANCELLED, 0, len(run.jobs))
                 self._deadlines.forget(queued, run.accepted.segment.deadline)
                 run.accepted.queued = None
+        self.on_deposed()
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Ends the attempts at these, which are over in the journal."""

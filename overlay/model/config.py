@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 from overlay.model.access import VERBS, Access, Rights
 from overlay.model.errors import ConfigError
 from overlay.model.identity import NAME
+from overlay.model.jobs_servers import SCHEME, JobsServer, problem_of, servers_in
 from overlay.model.limits import MIB, Limits
 from overlay.model.topology import BUILT_IN, ROLES, Entry, HandlerSpec, Process, Topology
 
@@ -166,7 +167,8 @@ class ConfigurationFile(_Entry):
     """MiB of all answers kept for idempotency keys, per process."""
     journal: Folder = ""
     """The file in which the leader keeps jobs, relative to the configuration file. Without it there
-    are no jobs. Not on a network share or in a folder that is synchronised with other machines."""
+    are no jobs. Not on a network share or in a folder that is synchronised with other machines. Or,
+    for several leaders, the NATS servers that keep them: nats://HOST:PORT,HOST:PORT,HOST:PORT."""
     max_jobs: JobCount = Limits.max_jobs
     """How many jobs the journal may have, those that have ended included. More are refused."""
     max_journal_mib: Mib = Limits.journal_bytes // MIB
@@ -357,8 +359,11 @@ def _cross_problems(raw: Mapping[str, Any], valid: Mapping[str, ProcessEntry]) -
     yield from _entry_problems(valid, list(known))
     yield from _address_problems(valid)
     yield from _metrics_problems(raw, valid)
+    servers, problem = _jobs_servers(raw)
+    if problem:
+        yield f"journal: {problem}"
     if len(valid) == len(known):
-        yield from _shape_problems(valid)
+        yield from _shape_problems(valid, has_servers=bool(servers))
     yield from _handler_problems(raw, valid)
     yield from _access_problems(raw, valid if len(valid) == len(known) else {})
 
@@ -413,21 +418,39 @@ def _metrics_port(entry: ProcessEntry, offset: int | None) -> int | None:
     return entry.metrics_port or (entry.port + offset if offset is not None else None)
 
 
-def _shape_problems(processes: Mapping[str, ProcessEntry]) -> Iterator[str]:
+def _jobs_servers(raw: Mapping[str, Any]) -> tuple[tuple[JobsServer, ...], str]:
+    """Those of the journal, and what is wrong with them."""
+    journal = raw.get("journal")
+    if not isinstance(journal, str) or not journal.startswith(SCHEME):
+        return (), ""
+    try:
+        servers = servers_in(journal)
+    except ValueError as e:
+        return (), str(e)
+    if raw.get("tls"):
+        return servers, (
+            "NATS servers cannot be protected by this overlay's certificates yet, and would be an "
+            'open door beside it: use a file for the jobs, or no "tls"'
+        )
+    return servers, problem_of(servers)
+
+
+def _shape_problems(processes: Mapping[str, ProcessEntry], has_servers: bool) -> Iterator[str]:
     leaders = [key for key, entry in processes.items() if entry.role == "leader"]
-    if len(leaders) != 1:
-        yield f"there must be one leader, not {len(leaders)} ({', '.join(leaders) or 'none'})"
+    if not leaders or (len(leaders) > 1 and not has_servers):
+        hint = ': several need a journal on NATS servers, "journal": "nats://…"' if leaders else ""
+        yield f"there must be one leader, not {len(leaders)} ({', '.join(leaders) or 'none'}){hint}"
     led = {entry.team for entry in processes.values() if entry.role == "team_leader"}
     working = {entry.team for entry in processes.values() if entry.role == "worker"}
     for team in sorted(working - led):
         yield f"team '{team}' has workers but no team_leader"
-    if len(leaders) == 1:
-        reached = Topology.of(processes).reach(leaders[0])
+    for leader in leaders if len(leaders) == 1 or has_servers else ():
+        reached = Topology.of(processes).reach(leader)
         for key, entry in processes.items():
             if entry.role == "worker" and key not in reached:
                 yield (
-                    f"process {key}: leader {leaders[0]} has no path down to it; "
-                    f"a team_leader among the neighbors of {leaders[0]} must have {key} as neighbor"
+                    f"process {key}: leader {leader} has no path down to it; "
+                    f"a team_leader among the neighbors of {leader} must have {key} as neighbor"
                 )
 
 

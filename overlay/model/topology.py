@@ -12,6 +12,7 @@ from typing import Protocol
 from overlay.model.access import Access
 from overlay.model.addresses import is_wildcard
 from overlay.model.errors import ConfigError
+from overlay.model.jobs_servers import JobsServer, servers_in
 from overlay.model.limits import Limits
 
 REQUIRED, TLS_FOLDER = "required", "tls"  # the first, as "tls": no plaintext on loopback either
@@ -116,7 +117,7 @@ class Topology:
     name: str = "configuration"
     digest: str = ""
     tls: str = ""
-    journal: str = ""  # the file of the leader's jobs, relative to `folder`; empty: there are none
+    journal: str = ""  # of the jobs: a file, or nats://…; empty: there are none
     access: Access = field(default_factory=Access)
 
     @property
@@ -181,8 +182,24 @@ class Topology:
         return tuple(worker for worker in self.workers if worker.id in reached)
 
     @property
+    def leaders(self) -> tuple[Process, ...]:
+        found = (p for p in self.processes.values() if ROLES[p.role].queued)
+        return tuple(found)
+
+    @property
     def leader(self) -> Process:
-        return next(process for process in self.processes.values() if ROLES[process.role].queued)
+        """The first in the file: of several, the one that issues certificates and lends workers."""
+        return self.leaders[0]
+
+    @property
+    def jobs_servers(self) -> tuple[JobsServer, ...]:
+        """The NATS servers that keep the jobs; none if they are in a file, or there are none."""
+        return servers_in(self.journal)
+
+    def journal_of(self, process_id: str) -> Path:
+        """The file in which a leader has the jobs, or its copy of them."""
+        name = f"journal-{process_id}.db" if self.jobs_servers else self.journal
+        return self.folder / name
 
     @property
     def workers(self) -> tuple[Process, ...]:

@@ -122,7 +122,9 @@ class Service:
         self._unary = UnaryRequests(self._path, self._keys, self._deadlines)
         start = self.executor.start_here if self.executor else just_kick
         self._leases = Leases(topology, me, self.links, self._deadlines)
-        self._lender = None if self.executor else self._make_lender()
+        # Of several leaders one lends: each would count only its own leases of a worker.
+        is_spare = ROLES[self.me.role].queued and topology.leader.id != me
+        self._lender = None if self.executor or is_spare else self._make_lender()
         streams = self._path, self._deadlines, start, self._leases, self._lender
         self._sessions = StreamSessions(*streams)
         self._jobs: Jobs | None = None
@@ -207,7 +209,7 @@ class Service:
         if self._jobs is not None:
             return self._jobs
         leader = self.topology.leader
-        if leader.id == self.me.id:
+        if ROLES[self.me.role].queued:
             raise NoJournal(
                 f"{self.me.id} keeps no jobs: its configuration ({self.topology.name}) has no "
                 '"journal"; add "journal": "journal.db" and restart it'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -20,12 +21,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from overlay.jobs.memory_log import MemoryLog
+from overlay.jobs.log import Log
+from overlay.jobs.memory_log import MemoryLog, Shared
 from overlay.jobs.store import MAX_POSITION, STORY_EVENTS, JobStore, StoreLimits
 from overlay.model.errors import BadRequest, ConfigError, JournalFull
 from overlay.model.jobs import ENDED, JobEnd, JobSpec, JobState, numbers_of
 from overlay.model.segments import Caller, Code
 from tests.harness.leaders import Leader
+from tests.harness.nats_servers import log_on
 
 ANN, BOB = Caller("10.0.0.1", "ann"), Caller("10.0.0.2", "bob")
 NOW = 1_000_000.0
@@ -77,18 +80,26 @@ class Stored:
         return Stored(self.path, self.limits)
 
 
-@pytest.fixture(params=["memory", "file", "log"])
+@pytest.fixture(params=["memory", "file", "log", "jetstream"])
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stored]:
-    """log: the file is one leader's copy of the jobs of several; another's must get equal."""
-    if request.param != "log":
+    """log, jetstream: the file is one leader's copy of the jobs of several; another's must get
+    equal."""
+    if request.param in ("memory", "file"):
         made = Stored(":memory:" if request.param == "memory" else tmp_path / "journal.db")
         yield made
         made.close()
         return
-    log = MemoryLog(max_bytes=600)  # so that large changes go in several entries
-    leader = Leader(log, tmp_path / "a.db").takes_over()
+    shared = Shared()
+    name = re.sub(r"\W", "_", request.node.name)
+
+    def log() -> Log:
+        if request.param == "log":
+            return MemoryLog(shared, max_bytes=600)  # so that large changes go in several entries
+        return log_on(request.getfixturevalue("servers"), name)
+
+    leader = Leader(log(), tmp_path / "a.db").takes_over()
     yield Stored(tmp_path / "a.db", store=leader.store)
-    another = Leader(MemoryLog(log.shared), tmp_path / "b.db", "B").follows()
+    another = Leader(log(), tmp_path / "b.db", "B").follows()
     assert another.rows == leader.rows
     another.close()
     leader.close()
