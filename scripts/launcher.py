@@ -34,6 +34,7 @@ from overlay.cli import stdio  # noqa: E402
 
 stdio.complete()
 
+from jobs_servers import servers_here, start_servers  # noqa: E402
 from processes import (  # noqa: E402 - after that, like everything that may open files
     ANSWER_S,
     GRACE_MARGIN_S,
@@ -104,11 +105,15 @@ def start(config: Path, ids: Sequence[str], wait_s: float) -> int:
     chosen = choose(topology, ids)
     credentials = credentials_of(topology)
     children: list[Child] = []
+    servers: list[Record] = []
     try:
+        if not ids:
+            start_servers(topology, servers)
         running = launch(topology, chosen, children, given_up)
         wait_until_ready(children, wait_s, given_up, credentials)
     except Refused:
         take_back(children)
+        end(servers, GRACE_MARGIN_S)
         raise
     if given_up.is_set():
         print("interrupted; stopping what was started", file=sys.stderr)
@@ -136,7 +141,7 @@ def choose(topology: Topology, ids: Sequence[str]) -> list[Process]:
         return [topology.process(process_id) for process_id in dict.fromkeys(ids)]
     names.prefetch(n for p in topology.processes.values() for n in (p.bind, p.host) if n)
     here = [process for process in topology.processes.values() if is_here(process)]
-    if not here:
+    if not here and not any(servers_here(topology)):
         raise Refused(
             f"no process of {topology.name} belongs to this machine: the file has "
             f"{_hosts(topology)}; this machine has {', '.join(own_addresses()) or 'no address'}. "
@@ -227,7 +232,8 @@ def restart(config: Path, ids: Sequence[str], grace_s: float | None, wait_s: flo
     if grace_s is None:
         grace_s = topology.limits.drain_grace_s + GRACE_MARGIN_S
     found = _own_records(topology).items()
-    running = {n: record for n, (_, record) in found if record.process()}
+    is_ours = topology.processes.__contains__  # not a server of the jobs
+    running = {n: record for n, (_, record) in found if record.process() and is_ours(n)}
     chosen = [topology.process(n) for n in dict.fromkeys(ids or running)]
     if not chosen:
         print(NOTHING_RUNS.format(shown(config)))
@@ -321,6 +327,12 @@ def status(config: Path) -> int:
             in_service = f"{m.active_requests}/{m.max_capacity}"
             figures = str(m.pid), in_service, f"{m.queue_size}/{m.queue_slots}"
         rows.append((*place, *figures, finding.state))
+    for server, shape in servers_here(topology):
+        record = record_of(topology, shape)
+        is_up = record is not None and record.process() is not None
+        pid, state = (str(record.pid), "runs") if record and is_up else ("", "down")
+        code = code if is_up else 1
+        rows.append((shape.id, "jobs' server", "", server.address, pid, "", "", state))
     report = Screen(sys.stdout)
     report.table("", STATUS_COLUMNS, rows)
     say_summary(report, found)

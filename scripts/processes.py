@@ -242,7 +242,7 @@ def spawn(topology: Topology, process: Process) -> Child:
                 env={**os.environ, **ENVIRONMENT, TOKEN: token},
                 **apart(),
             )
-        started = popen.pid, _create_time(popen.pid), process.port
+        started = popen.pid, create_time(popen.pid), process.port
         record = Record(process.id, process.rank, *started, config, stop_file, token)
         record.write(files.pid)
     except OSError as e:
@@ -262,7 +262,7 @@ def apart() -> dict[str, Any]:
     return {"start_new_session": True}
 
 
-def _create_time(pid: int) -> float:
+def create_time(pid: int) -> float:
     try:
         return psutil.Process(pid).create_time()
     except psutil.Error:
@@ -421,7 +421,7 @@ def _end_tier(tier: Sequence[Record], grace_s: float, for_good: bool) -> dict[st
 def _ask_to_end(record: Record, for_good: bool) -> None:
     with contextlib.suppress(OSError):  # it may then be expected back, or is killed in the end
         record.stop.ask(for_good)
-    if os.name == "nt":
+    if os.name == "nt" and record.rank >= 0:
         return  # no signal reaches a process in another console
     if process := record.process():
         with contextlib.suppress(psutil.Error):  # gone meanwhile

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import http.client
+import json
 import platform
 import sys
 import threading
+import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -31,7 +34,7 @@ from overlay.model.config import load
 from overlay.model.errors import ConfigError
 from overlay.model.program import CLIENT
 from overlay.model.topology import Process, Topology
-from overlay.monitor import journal_check
+from overlay.monitor import journal_check, servers_check
 from overlay.monitor.diagnosis import Diagnosis, Finding, Grade, Observation, Reach
 from overlay.monitor.journal_check import Place
 from overlay.monitor.protection import Protection, protection
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from overlay.security.credentials import Credentials
 
 DEADLINE_S = 3.0
+VARZ_BYTES = 1 << 20  # of what a NATS server says of itself
 ROUNDS = 3  # the quickest of them is the round trip
 
 
@@ -117,23 +121,49 @@ def examine(topology: Topology, config: str, deadline_s: float = DEADLINE_S) -> 
         [(p, diagnosis.of_process(p)) for p in processes],
         [(p, n, diagnosis.of_link(p, n)) for p in processes for n in topology.below(p.id)],
         _protection(observed, credentials, config),
-        _journal(topology, observed[topology.leader.id]),
+        [
+            *(one for leader in topology.leaders for one in _journal(topology, leader, observed)),
+            *_servers(topology, deadline_s),
+        ],
     )
 
 
-def _journal(topology: Topology, observed: Observation) -> list[tuple[Process, Finding]]:
-    """What is wrong with the leader's journal, and its jobs."""
-    leader = topology.leader
+def _journal(
+    topology: Topology, leader: Process, all_observed: Mapping[str, Observation]
+) -> list[tuple[Process, Finding]]:
+    """What is wrong with a leader's journal, and its jobs."""
     if not topology.journal:
         return []
-    place = None
+    observed, place = all_observed[leader.id], None
     if observed.is_here:
         with suppress(OSError, RuntimeError):  # a folder that may not be read; a loop of links
-            place = place_of(topology.folder / topology.journal)
+            place = place_of(topology.journal_of(leader.id))
     metrics = observed.metrics
     if metrics is not None and metrics.process_id != leader.id:
         metrics = None
     return [(leader, one) for one in journal_check.findings(leader, place, metrics)]
+
+
+def _servers(topology: Topology, deadline_s: float) -> list[tuple[Process, Finding]]:
+    """What is wrong with the jobs' servers on this machine: others do not show it from outside."""
+    found = []
+    for server in topology.jobs_servers:
+        shown = Process(f"server {server.address}", "worker", "", server.host, server.port)
+        if is_here(shown, deadline_s):
+            said = _varz(server.monitor_port, deadline_s)
+            found += [(shown, one) for one in servers_check.findings(server, said)]
+    return found
+
+
+def _varz(port: int, deadline_s: float) -> dict[str, Any] | None:
+    """What a NATS server of this machine says of itself; None if it does not."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"http://127.0.0.1:{port}/varz", timeout=deadline_s) as answer:
+            said = json.loads(answer.read(VARZ_BYTES))
+    except (OSError, ValueError, RecursionError, http.client.HTTPException):
+        return None
+    return said if isinstance(said, dict) else None
 
 
 def place_of(journal: Path) -> Place:

@@ -94,6 +94,9 @@ def choose(words: list[str]) -> tuple[Parser, Verb, list[str]]:
         return _of_a_configuration(words[0]), _verb(words[0]), words[1:]
     if words and words[0] in OF_CERTIFICATES:
         return _of_certificates(words[0]), _verb(words[0]), words[1:]
+    if words and "," in words[0] and ":" in words[0]:  # of several leaders, HOST:PORT,HOST:PORT
+        host, _, port = words[0].rpartition(":")
+        words = [host, port, *words[1:]]
     name, rest = "ask", words
     if len(words) > 2 and not any(word.startswith("-") for word in words[:3]):
         name, rest = words[2], [*words[:2], *words[3:]]
@@ -144,7 +147,10 @@ def overview() -> str:
     forms += [(f"{name} CONFIG", help_) for name, help_ in OF_A_CONFIGURATION.items()]
     forms += [(f"{name} {word}", help_) for name, (word, help_) in OF_CERTIFICATES.items()]
     lines = [f"  {program()} {form:<22} {help_}" for form, help_ in forms]
-    about = "Asks an overlay from the command line. --help after a verb shows its own options."
+    about = (
+        "Asks an overlay from the command line. --help after a verb shows its own options. Of "
+        "several leaders: HOST:PORT,HOST:PORT in place of HOST PORT."
+    )
     return "\n".join([about, "", *lines])
 
 

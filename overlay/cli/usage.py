@@ -151,6 +151,16 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def host(text: str) -> str:
+    """Also "a:50051,b", of several leaders: those before the last have their ports."""
+    *others, text = text.split(",")
+    for other in others:
+        at, _, number = other.rpartition(":")
+        host(at)
+        port(number)
+    return ",".join([*others, _host(text)])
+
+
+def _host(text: str) -> str:
     if not text.isprintable() or not text or "/" in text or " " in text:
         raise argparse.ArgumentTypeError(f"'{text}' is not a name or an address of a machine")
     if set(text) & set(":[]"):

@@ -31,7 +31,7 @@ from overlay.client.results import Answer, read_value
 from overlay.model.errors import CallFailed, ResumeError
 from overlay.model.segments import Detail, Part
 from overlay.security.lookup import Tls
-from overlay.transport.channels import split
+from overlay.transport.channels import split_all
 from overlay.transport.codec import pb2
 
 CHECK_S = 0.25  # how often a map checks that the process is there
@@ -45,7 +45,7 @@ def connect_async(
 ) -> AsyncClient:
     """A client for the process at `host:port`; the arguments are those of `connect`."""
     address, patience_s = arguments.as_address(address), arguments.as_patience(patience_s)
-    split(address)
+    split_all(address)
     has_lanes = arguments.as_flag("lanes", lanes)
     return AsyncClient(address, patience_s, arguments.as_tls(tls), has_lanes)
 

@@ -46,6 +46,7 @@ PATIENCE_S = 2.5
 MAP_PATIENCE_S = 30.0
 PROMPT_S = 0.25  # a connection that takes longer is probed to find out why
 FRESH_S = 1.0  # after an answer the connection counts as up this long; later a health check is sent
+FAILOVER_S = 20.0  # in which one of several leaders takes the jobs over from one that is lost
 CALLBACKS_WAIT_S = 2.0  # how long `close` waits for callbacks to run
 # Of two options with the same name gRPC uses the first.
 _OPTIONS = [
@@ -75,7 +76,9 @@ class Connection:
         if gevent or eventlet has replaced the threads that gRPC needs."""
         environment.check_threads()
         self._address = address
-        self._credentials = credentials_for(*split(address), tls)
+        self._first, *others = address.split(",")
+        self._credentials = credentials_for(*split(self._first), tls)
+        self._leaders = Leaders([self._first, *others]) if others else None
         self.callbacks = Callbacks()
         self.open_futures: set[concurrent.futures.Future[bytes]] = set()
         self.maps: weakref.WeakSet[Any] = weakref.WeakSet()  # those that may have more to send
@@ -88,6 +91,7 @@ class Connection:
         self._lock = threading.Lock()
         self._main_stubs: _Stubs | None = None
         self._single_stubs: _Stubs | None = None
+        self._leader_stubs: dict[str, _Stubs] = {}  # by address; only of several leaders
         self._submitter: Submitter | None = None
         # Separate from this object, so that the finalizer does not keep it alive.
         self._held: list[Submitter | Channel] = []
@@ -198,7 +202,7 @@ class Connection:
         if submitter.connected.wait(min(PROMPT_S, patience_s)):
             return
         probe = (
-            None if submitter.is_full else ConnectionProbe(self._address, until, self._credentials)
+            None if submitter.is_full else ConnectionProbe(self._first, until, self._credentials)
         )
         while (left_s := until - time.monotonic()) > 0 and not self._closed:
             self.resolve_again(_is_wrong_server(submitter))
@@ -212,7 +216,7 @@ class Connection:
         refused = submitter.refused
         if refused is not None and submitter.is_full:
             raise error_of(refused, refused.reason)
-        probe = probe or ConnectionProbe(self._address, until, self._credentials)
+        probe = probe or ConnectionProbe(self._first, until, self._credentials)
         error = probe.error()
         if refused is not None and refused.executed is Executed.NO and not probe.is_refused:
             raise error_of(refused, refused.reason)  # for example, the process says it is stopping
@@ -266,27 +270,71 @@ class Connection:
         def check(response: codec.pb2.SubmitResponse) -> None:
             validation.check_job_ids(response.ids, count)
 
-        is_in_doubt = False  # whether an earlier attempt was accepted
+        has_keys, is_in_doubt = len(request.keys) == count, False
         while True:
-            stubs = self._stubs
             left_s = max(0.001, until - time.monotonic())
             try:
-                response = self._call(stubs, stubs.jobs.Submit, request, left_s, check)
+                response = self._ask_for_jobs("Submit", request, left_s, check, has_keys)
                 return cast(codec.pb2.SubmitResponse, response)
             except CallFailed as e:
-                pause_s = e.retry_after_s or RETRY_PAUSE_S
-                is_passing = isinstance(e, Unavailable) and not isinstance(e, NotReached)
-                may_repeat = e.executed is Executed.NO or len(request.keys) == count
-                is_in_doubt |= e.executed is not Executed.NO
-                if is_in_doubt:
+                if is_in_doubt:  # an earlier attempt may have been accepted
                     e.executed = Executed.UNKNOWN
-                if not (is_passing and may_repeat) or time.monotonic() + pause_s > patient_until:
+                is_in_doubt = e.executed is not Executed.NO
+                is_passing = isinstance(e, Unavailable) and not isinstance(e, NotReached)
+                may_repeat = is_passing and (has_keys or not is_in_doubt)
+                pause_s = e.retry_after_s or RETRY_PAUSE_S
+                if not may_repeat or time.monotonic() + pause_s > patient_until:
                     raise
                 time.sleep(pause_s)
 
     def job_result(self, request: codec.pb2.ResultRequest, timeout_s: float) -> codec.pb2.Job:
-        stubs, check = self._stubs, partial(validation.check_job, request.id)
-        return cast(codec.pb2.Job, self._call(stubs, stubs.jobs.Result, request, timeout_s, check))
+        check = partial(validation.check_job, request.id)
+        return cast(codec.pb2.Job, self._ask_for_jobs("Result", request, timeout_s, check))
+
+    def _ask_for_jobs(
+        self,
+        method: str,
+        request: Any,
+        timeout_s: float,
+        check: Callable[[Any], None],
+        may_repeat: bool = True,
+    ) -> Any:
+        """Of several leaders, the one that has the jobs is found by asking one after the other."""
+        if self._leaders is None:
+            stubs = self._stubs
+            return self._call(stubs, getattr(stubs.jobs, method), request, timeout_s, check)
+        until = time.monotonic() + min(timeout_s, max(self._patience_s, FAILOVER_S))
+        end = time.monotonic() + timeout_s
+        is_in_doubt = False
+        while True:
+            stubs, asked = self._stubs_of_leader(), self._leaders.at
+            left_s = max(0.001, end - time.monotonic())
+            call = getattr(stubs.jobs, method)
+            try:
+                return self._call(stubs, call, request, left_s, check, PROMPT_S)
+            except CallFailed as e:
+                if is_in_doubt:  # to be refused by one leader proves nothing of the one before
+                    e.executed = Executed.UNKNOWN
+                is_in_doubt = e.executed is not Executed.NO
+                may_go_on = isinstance(e, Unavailable) and (may_repeat or not is_in_doubt)
+                if not may_go_on or time.monotonic() > until:
+                    raise
+                if self._leaders.is_last(asked):
+                    time.sleep(RETRY_PAUSE_S)
+                self._leaders.leave(asked)
+
+    def _stubs_of_leader(self) -> _Stubs:
+        leaders = self._leaders
+        assert leaders is not None
+        with self._lock:
+            self._stubs_locked()
+            address = leaders.address
+            found = self._leader_stubs.get(address)
+            if found is None:
+                found = _Stubs(address, _OPTIONS, self._credentials)
+                self._leader_stubs[address] = found
+                self._held.append(found.channel)
+            return found
 
     def job_result_soon(
         self,
@@ -296,8 +344,11 @@ class Connection:
     ) -> Callable[[], object]:
         """Like `job_result`, without a thread that waits: `done` gets the job or the error, on
         gRPC's thread. Returns what gives up the call."""
-        call = self._stubs.jobs.Result.future(
-            request, timeout=time.Timeout(timeout_s), wait_for_ready=True
+        leaders = self._leaders
+        stubs = self._stubs if leaders is None else self._stubs_of_leader()
+        asked = leaders.at if leaders is not None else 0
+        call = stubs.jobs.Result.future(
+            request, timeout=time.Timeout(timeout_s), wait_for_ready=leaders is None
         )
 
         def ended(call: Any) -> None:
@@ -307,6 +358,8 @@ class Connection:
             except BadResponse as e:
                 done(error_of(Detail(e.code, str(e)), f"the server at {self.shown}: {e}"))
             except grpc.RpcError as e:
+                if leaders is not None and e.code() in SILENT:
+                    leaders.leave(asked)
                 done(error_from_rpc(e, self.shown, timeout_s))
             except grpc.FutureCancelledError:
                 done(CallCancelled("this client was closed before the answer came"))
@@ -317,15 +370,13 @@ class Connection:
         return cast(Callable[[], object], call.cancel)
 
     def list_jobs(self, request: codec.pb2.JobsRequest, timeout_s: float) -> codec.pb2.JobsResponse:
-        stubs = self._stubs
-        response = self._call(stubs, stubs.jobs.Jobs, request, timeout_s, validation.check_jobs)
+        response = self._ask_for_jobs("Jobs", request, timeout_s, validation.check_jobs)
         return cast(codec.pb2.JobsResponse, response)
 
     def change_jobs(
         self, request: codec.pb2.ChangeRequest, timeout_s: float
     ) -> codec.pb2.ChangeResponse:
-        stubs = self._stubs
-        response = self._call(stubs, stubs.jobs.Change, request, timeout_s, validation.tidy)
+        response = self._ask_for_jobs("Change", request, timeout_s, validation.tidy)
         return cast(codec.pb2.ChangeResponse, response)
 
     def metrics(
@@ -397,16 +448,20 @@ class Connection:
         request: Any,
         timeout_s: float,
         check: Callable[[Any], None] = lambda answer: None,
+        patience_s: float | None = None,
     ) -> Any:
-        """The answer, validated by `check`. Raises CallFailed."""
+        """The answer, validated by `check`. patience_s: with a connection that is not up, where
+        another process can be asked instead. Raises CallFailed."""
+        waits = patience_s is None
+        patience_s = self._patience_s if patience_s is None else patience_s
         until = time.monotonic() + timeout_s
         with self._lock:
             self._open_calls += 1
         try:
-            self._check_reachable(stubs, min(self._patience_s, timeout_s))
+            self._check_reachable(stubs, min(patience_s, timeout_s))
             # wait_for_ready: if the connection was just lost, wait for it and send the call once.
             left_s = max(0.001, until - time.monotonic())
-            answer = method(request, timeout=time.Timeout(left_s), wait_for_ready=True)
+            answer = method(request, timeout=time.Timeout(left_s), wait_for_ready=waits)
             check(answer)
         except BadResponse as e:
             reason = f"the server at {self.shown} violates the protocol: {e}"
@@ -437,12 +492,33 @@ class Connection:
         until = time.monotonic() + patience_s
         if stubs.responds(min(PROMPT_S, patience_s)):
             return
-        probe = ConnectionProbe(self._address, until, self._credentials)
+        probe = ConnectionProbe(self._first, until, self._credentials)
         while (left_s := until - time.monotonic()) > 0:
             if stubs.responds(left_s):
                 return
             time.sleep(min(0.05, left_s))
         raise probe.error()
+
+
+class Leaders:
+    """Which of several leaders is asked about jobs: the last one that was not left. Thread-safe."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._addresses = [address.strip() for address in addresses]
+        self.at = 0
+
+    @property
+    def address(self) -> str:
+        return self._addresses[self.at % len(self._addresses)]
+
+    def is_last(self, asked: int) -> bool:
+        """Whether after this one the first has its turn again."""
+        return asked % len(self._addresses) == len(self._addresses) - 1
+
+    def leave(self, asked: int) -> None:
+        """It does not have the jobs. Of several threads that asked it, one moves on."""
+        if self.at == asked:
+            self.at = asked + 1
 
 
 class _Stubs:

@@ -54,7 +54,7 @@ from overlay.model.errors import (
 from overlay.model.segments import Detail, Hop, Part
 from overlay.security.lookup import Tls
 from overlay.transport import codec
-from overlay.transport.channels import split
+from overlay.transport.channels import split_all
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",
@@ -86,6 +86,8 @@ def connect(
 ) -> Client:
     """A client for the process at `host:port`. Does not wait for the connection; calls do.
 
+    address: of several leaders all, with commas: "a:50051,b:50051". A request goes to the first
+    that answers; a job to the one that has the jobs.
     patience_s: how long a call waits for a connection that is not up before it raises NotReached.
     tls: the folder of this user's certificates. None: the folder `tls` in the current folder or
     the project's, if its configuration has that port. False: plaintext. lanes: whether short
@@ -94,7 +96,7 @@ def connect(
     RuntimeError if gevent or eventlet has replaced the threads that gRPC needs.
     """
     address, patience_s = arguments.as_address(address), arguments.as_patience(patience_s)
-    split(address)
+    split_all(address)
     return Client(address, patience_s, arguments.as_tls(tls), arguments.as_flag("lanes", lanes))
 
 

@@ -217,5 +217,7 @@ class Topology:
 
 
 def join_address(host: str, port: int) -> str:
-    """host:port, with an IPv6 host in brackets."""
+    """host:port, with an IPv6 host in brackets. host: also "a:50051,b", of several addresses."""
+    if "," in host:
+        return f"{host}:{port}"
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

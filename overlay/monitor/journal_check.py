@@ -16,6 +16,7 @@ from overlay.model.topology import Process
 from overlay.monitor.diagnosis import Finding, Grade
 from overlay.transport.codec import pb2
 
+ELSEWHERE = "the jobs are with "  # another leader: all is well
 NETWORK = (
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "afpfs", "webdav", "davfs", "9p", "afs", "ceph",
     "glusterfs", "lustre", "sshfs", "rclone", "virtiofs", "vboxsf", "vmhgfs", "prl_fs",
@@ -52,6 +53,11 @@ def findings(
     """place: None if the leader is on another machine. metrics: the leader's, if it answers."""
     found = [] if place is None else _of_place(place)
     if metrics is None or not metrics.jobs.max_jobs:
+        return found
+    if metrics.jobs.elsewhere and not metrics.jobs.elsewhere.startswith(ELSEWHERE):
+        do = "see the jobs' servers: a majority of them must run and reach each other"
+        why = f"it cannot follow the other leaders: {metrics.jobs.elsewhere}"
+        found.append(Finding(Grade.BAD, "no jobs", why, do))
         return found
     if problem := metrics.jobs.problem:
         do = "make room there, or see its log; jobs that it has accepted are kept"

@@ -20,6 +20,7 @@ import logging
 import math
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -51,8 +52,9 @@ MOVED = "the name of its machine has another address now"
 class Channel:
     """Acts as a grpc.Channel for generated stubs. Thread-safe; close() may be called twice.
 
-    address: host:port; with anything else every call is UNAVAILABLE. The constructor does not
-    block; a call waits for the name within its timeout.
+    address: host:port, or several with commas, of which the first that answers is used; with
+    anything else every call is UNAVAILABLE. The constructor does not block; a call waits for the
+    name within its timeout.
     """
 
     def __init__(
@@ -70,11 +72,15 @@ class Channel:
         self._tls_problem = ""
         self._options = list(channel_options() if options is None else options)
         try:
-            self._host, self._port = split(address)
-            is_numeric = is_number(self._host)
+            self._places = split_all(address)
+            self._host, self._port = self._places[0]
+            is_numeric = all(is_number(host) for host, _ in self._places)
             self._is_fixed = is_numeric and credentials is None
-            found = Host(self._host, (self._host,)) if is_numeric else pending(self._host)
+            found = resolve_all(self._places) if is_numeric else pending(self._host)
+            if len(self._places) > 1:
+                self._port = 0  # each has its own
         except ValueError as e:
+            self._places = []
             self._host, self._port, self._is_fixed, is_numeric = address, 0, True, True
             found = Host(address, (), str(e))
         self._lock = threading.Lock()
@@ -116,7 +122,7 @@ class Channel:
             if self._closed or self._is_looking:
                 return
             self._is_looking = True
-        look = weakref.ref(self), self._host, self._wake
+        look = weakref.ref(self), self._places, self._wake
         name = f"name-{self._host}"
         threading.Thread(target=_keep_looking_up, args=look, name=name, daemon=True).start()
 
@@ -167,7 +173,7 @@ class Channel:
     def _open(self) -> grpc.Channel:
         options = self._options
         if not self._is_fixed:
-            options = [("grpc.default_authority", _authority(self._host, self._port)), *options]
+            options = [("grpc.default_authority", _authority(*self._places[0])), *options]
         if self._credentials is not None:
             self._shown = self._credentials.current()[1]
         keys = self._credentials, self._process_id
@@ -189,6 +195,8 @@ class Channel:
 
     def _find_problem(self, addresses: tuple[str, ...]) -> str:
         """What gRPC does not say of a handshake that fails."""
+        if not self._port:
+            return ""
         return tls_problem(addresses, self._port, self._credentials, self._process_id)
 
     @property
@@ -225,6 +233,21 @@ def split(address: str) -> tuple[str, int]:
             f"the address {address[:100]!r} is not host:port; write an IPv6 host in brackets"
         )
     return host.strip("[]"), int(port)
+
+
+def split_all(address: str) -> list[tuple[str, int]]:
+    """As `split`, of several addresses with commas between them. Raises ValueError."""
+    return [split(one.strip()) for one in address.split(",")]
+
+
+def resolve_all(places: Sequence[tuple[str, int]]) -> Host:
+    """As `resolve`; of several places, each of their numeric addresses has its port."""
+    if len(places) == 1:
+        return resolve(places[0][0])
+    found = [(resolve(host), port) for host, port in places]
+    numbers = [join_address(number, port) for host, port in found for number in host.addresses]
+    why = "" if numbers else "; ".join(host.why for host, _ in found)
+    return Host(places[0][0], tuple(numbers), why)
 
 
 class Moved(grpc.RpcError):  # type: ignore[misc]
@@ -301,10 +324,12 @@ class _Stream(_Method):
         return call
 
 
-def _keep_looking_up(found: weakref.ref[Channel], host: str, wake: threading.Event) -> None:
-    """Looks up the host until there is no doubt, or the channel is closed or garbage."""
+def _keep_looking_up(
+    found: weakref.ref[Channel], places: Sequence[tuple[str, int]], wake: threading.Event
+) -> None:
+    """Looks up the hosts until there is no doubt, or the channel is closed or garbage."""
     while True:
-        kwargs = resolve(host)
+        kwargs = resolve_all(places)
         channel = found()
         if channel is None or not channel.on_resolved(kwargs):
             return

@@ -125,12 +125,18 @@ def server_options(limits: Limits, connections: int | None = None) -> Options:
 
 
 def target(addresses: Sequence[str], port: int) -> str:
-    """Numeric addresses in gRPC's notation, to be tried in order."""
+    """Numeric addresses in gRPC's notation, to be tried in order. port: 0 if each has its own."""
     if not addresses:
         return NOWHERE
-    if not any(":" in address for address in addresses):
-        return "ipv4:" + ",".join(f"{address}:{port}" for address in addresses)
-    return "ipv6:" + ",".join(f"[{_as_ipv6(address)}]:{port}" for address in addresses)
+    places = [(one, port) if port else _with_own_port(one) for one in addresses]
+    if not any(":" in address for address, _ in places):
+        return "ipv4:" + ",".join(f"{address}:{port}" for address, port in places)
+    return "ipv6:" + ",".join(f"[{_as_ipv6(address)}]:{port}" for address, port in places)
+
+
+def _with_own_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def _as_ipv6(address: str) -> str:

@@ -1,0 +1,175 @@
+"""Several leaders that keep the same jobs, on real processes and real NATS servers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+
+import overlay
+from overlay.cli.doctor import examine
+from overlay.model.config import load
+from overlay.model.errors import CallFailed
+from overlay.monitor.diagnosis import Grade
+from overlay.transport.codec import pb2, pb2_grpc
+from tests.harness.cluster import Overlay, free_ports, running, until
+from tests.harness.nats_servers import JOURNAL_BYTES, NatsServers, nats_servers
+
+LEADERS = ("A1", "A2", "A3")
+CALLERS, PAUSE_S = 64, 0.25
+MINE = """
+def upper(payload, context):
+    return payload.upper()
+"""
+
+
+def configuration(journal: str) -> dict[str, Any]:
+    roles = {**dict.fromkeys(LEADERS, "leader"), "B": "team_leader", "C": "worker", "D": "worker"}
+    neighbors = {
+        **{id_: ["B"] for id_ in LEADERS},
+        "B": [*LEADERS, "C", "D"],
+        "C": ["B"],
+        "D": ["B"],
+    }
+    return {
+        "journal": journal,
+        "max_journal_mib": JOURNAL_BYTES >> 20,
+        "handlers": {"upper": "mine:upper"},
+        "processes": {
+            id_: {
+                "id": id_,
+                "role": role,
+                "team": "blue",
+                "host": "127.0.0.1",
+                "port": port,
+                "neighbors": neighbors[id_],
+            }
+            for (id_, role), port in zip(roles.items(), free_ports(len(roles)), strict=True)
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServers]:
+    with nats_servers(tmp_path_factory.mktemp("nats")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cluster(servers: NatsServers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    folder = tmp_path_factory.mktemp("leaders") / "three"
+    folder.mkdir()
+    (folder / "mine.py").write_text(MINE)
+    with running(folder, configuration(servers.journal)) as found:
+        until(lambda: holder(found), 30, "a leader has the jobs")
+        yield found
+
+
+def holder(cluster: Overlay) -> str:
+    """The leader that has the jobs; empty if none of those that run has."""
+    for id_ in LEADERS:
+        if cluster.processes[id_].poll() is None:
+            found = cluster.stub(id_).GetMetrics(pb2.MetricsRequest(), timeout=5)
+            if not found.jobs.elsewhere:
+                return id_
+    return ""
+
+
+def everybody(cluster: Overlay) -> str:
+    return ",".join(cluster.address(id_) for id_ in LEADERS)
+
+
+def test_a_leader_without_the_jobs_says_where_they_are_and_a_client_finds_them(
+    cluster: Overlay,
+) -> None:
+    at = holder(cluster)
+    other = next(id_ for id_ in LEADERS if id_ != at)
+    with grpc.insecure_channel(cluster.address(other)) as channel:
+        stub = pb2_grpc.OverlayJobsStub(channel)
+        asked = pb2.SubmitRequest(request=pb2.Request(mode=pb2.ANY, handler="upper"))
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Submit(asked, timeout=10)
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert f"the jobs are with {at} at {cluster.address(at)}" in error.details()
+    assert ("overlay-executed", "no") in error.trailing_metadata()
+
+    with overlay.connect(everybody(cluster)) as leaders:
+        job = leaders.later("upper", b"hello")
+        assert job.result(20) == b"HELLO"
+        assert leaders.jobs(limit=1)[0].id == job.id
+        assert leaders.call(b"live", mode="any", handler="upper").result == b"LIVE"
+
+
+def test_when_a_leader_dies_with_its_server_no_accepted_job_is_lost(
+    cluster: Overlay, servers: NatsServers
+) -> None:
+    accepted: dict[str, tuple[bytes, float]] = {}
+    stopped = threading.Event()
+    with overlay.connect(everybody(cluster)) as leaders:
+
+        def call(caller: int) -> None:
+            number = 0
+            while not stopped.wait(PAUSE_S):
+                payload, number = b"%d of %d" % (number, caller), number + 1
+                try:
+                    job = leaders.later("upper", payload, key=f"{caller}-{number}", timeout=60)
+                except CallFailed:
+                    continue
+                accepted[job.id] = payload, time.monotonic()
+
+        with ThreadPoolExecutor(CALLERS) as callers:
+            running_ = [callers.submit(call, caller) for caller in range(CALLERS)]
+            try:
+                until(lambda: len(accepted) > 200, 30)
+                at = holder(cluster)
+                killed = time.monotonic()
+                os.kill(cluster.processes[at].pid, signal.SIGKILL)
+                servers.kill(LEADERS.index(at))
+                until(
+                    lambda: sum(when > killed for _, when in accepted.values()) > 200,
+                    60,
+                    "jobs are accepted again",
+                )
+            finally:
+                stopped.set()
+            for one in running_:
+                one.result(60)
+
+        def answer(id_: str) -> bytes:
+            result: bytes = leaders.job(id_).result(60)
+            return result
+
+        with ThreadPoolExecutor(32) as callers:
+            answers = dict(zip(accepted, callers.map(answer, accepted), strict=True))
+        assert answers == {id_: payload.upper() for id_, (payload, _) in accepted.items()}
+        assert leaders.call(b"live", mode="any", handler="upper").result == b"LIVE", (
+            "and live requests go on"
+        )
+    assert holder(cluster) not in ("", at)
+
+
+def test_a_server_that_confirms_before_its_disk_has_written_is_found(
+    cluster: Overlay, servers: NatsServers
+) -> None:
+    for number in range(3):
+        servers.kill(number)
+        servers.start(number, sync="2m" if number == 1 else "always")
+    servers.wait()
+
+    def bad() -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for process, one in examine(load(cluster.path), "overlay.json").journal:
+            if one.grade is Grade.BAD:
+                found.setdefault(process.id, []).append(one.state)
+        return found
+
+    unsafe = f"server {servers.addresses[1]}"
+    until(lambda: bad() == {unsafe: ["unsafe"]}, 30, "only the unsafe one is left")
