@@ -11,7 +11,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from processes import TOKEN, Files, Record, Refused, apart, config_of, create_ti
 from overlay.model.jobs_servers import JobsServer, configuration
 from overlay.model.topology import Process, Topology
 from overlay.transport.machine import is_here
+from overlay.transport.resolver import connect, look_up
 
 ACCEPTS_S = 15.0  # within which a server that was started accepts connections
 RANK = -1  # below the workers: it is ended last
@@ -100,6 +100,7 @@ def _program() -> str:
 
 
 def _accepts(server: JobsServer) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((server.host, server.port), 1):
+    with contextlib.suppress(OSError):
+        connect(look_up(server.host).addresses, server.port, 1.0).close()
         return True
     return False

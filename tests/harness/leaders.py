@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from overlay.jobs.copy_file import CopyFile
 from overlay.jobs.log import Log
 from overlay.jobs.replicas import Replica
 from overlay.jobs.store import JobStore, StoreLimits
-from tests.harness.cluster import until
+from overlay.transport.codec import pb2
+from tests.harness.cluster import Overlay, free_ports, until
+from tests.harness.nats_servers import JOURNAL_BYTES
+
+LEADERS = ("A1", "A2", "A3")
 
 
 class Leader:
@@ -50,3 +55,44 @@ class Leader:
     def close(self) -> None:
         self.replica.close()
         self.file.close()
+
+
+def three_leaders(journal: str, **top: Any) -> dict[str, Any]:
+    """A configuration with a team of two workers below all three; `top` adds top-level keys."""
+    roles = {**dict.fromkeys(LEADERS, "leader"), "B": "team_leader", "C": "worker", "D": "worker"}
+    neighbors = {
+        **{id_: ["B"] for id_ in LEADERS},
+        "B": [*LEADERS, "C", "D"],
+        "C": ["B"],
+        "D": ["B"],
+    }
+    return {
+        "journal": journal,
+        **top,
+        "max_journal_mib": JOURNAL_BYTES >> 20,
+        "processes": {
+            id_: {
+                "id": id_,
+                "role": role,
+                "team": "blue",
+                "host": "127.0.0.1",
+                "port": port,
+                "neighbors": neighbors[id_],
+            }
+            for (id_, role), port in zip(roles.items(), free_ports(len(roles)), strict=True)
+        },
+    }
+
+
+def holder(cluster: Overlay) -> str:
+    """The leader that has the jobs; empty if none of those that run has."""
+    for id_ in LEADERS:
+        if cluster.processes[id_].poll() is None:
+            found = cluster.stub(id_).GetMetrics(pb2.MetricsRequest(), timeout=5)
+            if not found.jobs.elsewhere:
+                return id_
+    return ""
+
+
+def everybody(cluster: Overlay) -> str:
+    return ",".join(cluster.address(id_) for id_ in LEADERS)

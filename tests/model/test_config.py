@@ -247,8 +247,39 @@ BROKEN: list[tuple[Change, list[str]]] = [
     (
         lambda raw, p: p["E"].update(role="leader"),
         [
-            "there must be one leader, not 2 (A, E)",
+            "there must be one leader, not 2 (A, E): several need a journal on NATS servers, "
+            '"journal": "nats://…"',
             "team 'pink' has workers but no team_leader",
+        ],
+    ),
+    (
+        lambda raw, p: raw.update(journal="nats://10.0.0.1:4222,10.0.0.2:4222"),
+        [
+            "journal: 2 servers have no majority when one of them is lost: name at least 3, on 3 "
+            "machines; the journal of one leader can be a file"
+        ],
+    ),
+    (
+        lambda raw, p: raw.update(journal="nats://a:4222,b:4222,b:4223"),
+        [
+            "journal: two machines have no majority when the one with more servers is lost: the "
+            "third server needs a machine of its own (a small one will do, it need not run a "
+            "process)"
+        ],
+    ),
+    (
+        lambda raw, p: raw.update(journal="nats://a:4222,b:4222,a:4222"),
+        ["journal: a server is named twice"],
+    ),
+    (
+        lambda raw, p: raw.update(journal="nats://a:4222,b,c:4222"),
+        ["journal: 'b' is not host:port with a port up to 61535"],
+    ),
+    (
+        lambda raw, p: raw.update(journal="nats://a:4222,b:4222,c:4222", tls="tls"),
+        [
+            "journal: NATS servers cannot be protected by this overlay's certificates yet, and "
+            'would be an open door beside it: use a file for the jobs, or no "tls"'
         ],
     ),
     (
@@ -599,3 +630,18 @@ def _outcome(file: File, text: str) -> Topology | tuple[str, ...] | None:
     except ConfigError as e:
         valid = e.problems and all(problem.isprintable() and problem for problem in e.problems)
         return e.problems if valid else None
+
+
+def test_several_leaders_share_a_journal_on_three_servers(file):
+    def change(raw, p):
+        raw["journal"] = "nats://10.0.0.1:4222,10.0.0.2:4222,[fd00::3]:4222"
+        p["Z"] = {**p["A"], "id": "Z", "port": 50060}
+
+    topology = file.load(changed(change))
+    assert [leader.id for leader in topology.leaders] == ["A", "Z"]
+    assert topology.leader.id == "A"
+    assert [server.address for server in topology.jobs_servers][1:] == [
+        "10.0.0.2:4222",
+        "[fd00::3]:4222",
+    ]
+    assert topology.journal_of("Z") == topology.folder / "journal-Z.db"

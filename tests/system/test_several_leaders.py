@@ -19,41 +19,15 @@ from overlay.model.config import load
 from overlay.model.errors import CallFailed
 from overlay.monitor.diagnosis import Grade
 from overlay.transport.codec import pb2, pb2_grpc
-from tests.harness.cluster import Overlay, free_ports, running, until
-from tests.harness.nats_servers import JOURNAL_BYTES, NatsServers, nats_servers
+from tests.harness.cluster import Overlay, running, until
+from tests.harness.leaders import LEADERS, everybody, holder, three_leaders
+from tests.harness.nats_servers import NatsServers, nats_servers
 
-LEADERS = ("A1", "A2", "A3")
 CALLERS, PAUSE_S = 64, 0.25
 MINE = """
 def upper(payload, context):
     return payload.upper()
 """
-
-
-def configuration(journal: str) -> dict[str, Any]:
-    roles = {**dict.fromkeys(LEADERS, "leader"), "B": "team_leader", "C": "worker", "D": "worker"}
-    neighbors = {
-        **{id_: ["B"] for id_ in LEADERS},
-        "B": [*LEADERS, "C", "D"],
-        "C": ["B"],
-        "D": ["B"],
-    }
-    return {
-        "journal": journal,
-        "max_journal_mib": JOURNAL_BYTES >> 20,
-        "handlers": {"upper": "mine:upper"},
-        "processes": {
-            id_: {
-                "id": id_,
-                "role": role,
-                "team": "blue",
-                "host": "127.0.0.1",
-                "port": port,
-                "neighbors": neighbors[id_],
-            }
-            for (id_, role), port in zip(roles.items(), free_ports(len(roles)), strict=True)
-        },
-    }
 
 
 @pytest.fixture(scope="module")
@@ -67,23 +41,9 @@ def cluster(servers: NatsServers, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("leaders") / "three"
     folder.mkdir()
     (folder / "mine.py").write_text(MINE)
-    with running(folder, configuration(servers.journal)) as found:
+    with running(folder, three_leaders(servers.journal, handlers={"upper": "mine:upper"})) as found:
         until(lambda: holder(found), 30, "a leader has the jobs")
         yield found
-
-
-def holder(cluster: Overlay) -> str:
-    """The leader that has the jobs; empty if none of those that run has."""
-    for id_ in LEADERS:
-        if cluster.processes[id_].poll() is None:
-            found = cluster.stub(id_).GetMetrics(pb2.MetricsRequest(), timeout=5)
-            if not found.jobs.elsewhere:
-                return id_
-    return ""
-
-
-def everybody(cluster: Overlay) -> str:
-    return ",".join(cluster.address(id_) for id_ in LEADERS)
 
 
 def test_a_leader_without_the_jobs_says_where_they_are_and_a_client_finds_them(
