@@ -30,6 +30,7 @@ OF_A_PROCESS = {  # after HOST PORT; `ask` is what no verb means
     "web": "Shows the whole overlay live, as a page on this machine",
     "drain": "Stops this process: running requests finish, others are refused",
 }
+OF_ONE_PROCESS = ("check", "handlers", "logs", "top", "web", "drain")  # and not of any leader
 OF_A_CONFIGURATION = {  # before CONFIG
     "init": "Asks for the addresses of your machines and writes them into the file",
     "check": "Shows every process of the file, and what is wrong",
@@ -156,6 +157,8 @@ def overview() -> str:
 
 def _misread(words: list[str], name: str) -> str:
     """What a common slip meant; empty when the words look right."""
+    if name in OF_ONE_PROCESS and words and "," in words[0]:
+        return f"{name} is about one process: give the HOST and PORT of one"
     if name not in OF_A_PROCESS:
         return f"there is no verb '{name}'{_suggestion(name, OF_A_PROCESS)}"
     if not words or words[0].startswith("-"):

@@ -199,7 +199,14 @@ class Journal:
         self._runner.deposed()
 
     def _take_up(self, store: JobStore, now: float) -> None:
+        before = store.recovered
         store.take_up(self._runner.running(), not self._is_recovered, now)
+        if left := store.recovered - before:
+            log.warning(
+                "%d jobs were running when another leader had them: those with attempts left run "
+                "again, the others are quarantined",
+                left,
+            )
 
     def _refuse(self, batch: list[_Change]) -> None:
         assert self._replica is not None
