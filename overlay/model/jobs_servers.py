@@ -84,23 +84,28 @@ def configuration(
     name = f"{server.host}-{server.port}".replace(":", "-")
     lines = (
         "# Made by run.py from the overlay's configuration at each start.",
-        f"server_name: {json.dumps(name)}",
-        f"listen: {json.dumps(server.address)}",
-        f"http: {json.dumps(f'127.0.0.1:{server.monitor_port}')}",
+        f"server_name: {_quoted(name)}",
+        f"listen: {_quoted(server.address)}",
+        f"http: {_quoted(f'127.0.0.1:{server.monitor_port}')}",
         f"max_payload: {PAYLOAD_BYTES}",
         "jetstream {",
-        f"  store_dir: {json.dumps(folder)}",
+        f"  store_dir: {_quoted(folder)}",
         "  sync_interval: always  # or what it has confirmed is lost with the power",
         "  max_memory_store: 64MB",
         f"  max_file_store: {most}",
         "}",
         "cluster {",
         "  name: overlay",
-        f"  listen: {json.dumps(server.cluster_address)}",
+        f"  listen: {_quoted(server.cluster_address)}",
         f"  routes: [{routes}]",
         "}",
     )
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """NATS reads no \\u escapes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _joined(host: str, port: int) -> str:

@@ -23,7 +23,7 @@ class NatsServers:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.servers = [JobsServer("127.0.0.1", port) for port in _free_ports(3)]
+        self.servers = [JobsServer("127.0.0.1", port) for port in free_server_ports(3)]
         self._running: dict[int, subprocess.Popen[bytes]] = {}
 
     @property
@@ -38,7 +38,7 @@ class NatsServers:
         path = self.folder / f"nats{number}.conf"
         store = (self.folder / f"store{number}").as_posix()
         text = configuration(self.servers[number], self.servers, store, JOURNAL_BYTES)
-        path.write_text(text.replace("sync_interval: always", f"sync_interval: {sync}"))
+        path.write_text(text.replace("sync_interval: always", f"sync_interval: {sync}"), "utf-8")
         with open(self.folder / f"nats{number}.log", "ab") as out:
             self._running[number] = subprocess.Popen(
                 [PROGRAM, "-c", str(path)], stdout=out, stderr=subprocess.STDOUT
@@ -92,7 +92,7 @@ def _accepts(port: int) -> bool:
     return False
 
 
-def _free_ports(count: int) -> list[int]:
+def free_server_ports(count: int) -> list[int]:
     """Each with the two more that belong to a server."""
     found: list[int] = []
     for port in range(20_011, 28_000, 7):

@@ -34,6 +34,7 @@ from overlay.security.tls_folder import TlsFolder
 from tests.harness import same_process
 from tests.harness.certificates import user_of
 from tests.harness.cluster import ROOT, free_port, freeze
+from tests.harness.nats_servers import free_server_ports
 from tests.harness.same_process import ran
 
 COPIED = (
@@ -1019,7 +1020,7 @@ def test_a_failed_installation_says_why_and_leaves_the_environment_usable(enviro
     assert not environment["INSTALLING"].exists()
 
 
-@pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
+@pytest.mark.parametrize("name", ["requirements", "requirements-dev", "requirements-nats"])
 def test_a_lock_file_pins_every_requirement_and_names_no_index(name):
     lock = (ROOT / f"{name}.lock").read_text(encoding="utf-8")
     pins = {}  # some have two, for different systems
@@ -1031,3 +1032,29 @@ def test_a_lock_file_pins_every_requirement_and_names_no_index(name):
     assert [n for n in wanted if not list(n.specifier.filter(pins[n.name.lower()]))] == []
     assert "://" not in lock
     assert "--find-links" not in lock
+
+
+def test_the_servers_of_jobs_run_beside_the_processes_and_are_stopped_after_them(project, fresh):
+    ports = free_server_ports(3)
+    written = json.loads(fresh.read_text())
+    journal = "nats://" + ",".join(f"127.0.0.1:{port}" for port in ports)
+    fresh.write_text(json.dumps({**written, "journal": journal, "max_journal_mib": 64}))
+    all_started(project, fresh)
+
+    shown = launcher(project, "status", fresh).stdout
+    servers = [line.split() for line in shown.splitlines() if line.startswith("nats-")]
+    assert [(words[0], words[-1]) for words in servers] == [
+        (f"nats-{port}", "runs") for port in ports
+    ]
+    address = written["processes"]["A"]["host"], written["processes"]["A"]["port"]
+    with overlay.connect("{}:{}".format(*address), patience_s=20) as leader:
+        assert leader.later(None, b"hello").result(30) == b"C: hello"
+    restarted = launcher(project, "restart", fresh)
+    assert restarted.returncode == 0, restarted.stdout + restarted.stderr
+    assert "nats-" not in restarted.stdout, "they go on"
+
+    stopped = launcher(project, "stop", fresh)
+    assert [line.split()[0] for line in stopped.stdout.splitlines() if "nats-" in line]
+    for port in ports:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), 1).close()

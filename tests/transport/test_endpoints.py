@@ -8,6 +8,7 @@ from concurrent import futures
 import grpc
 import pytest
 
+from overlay.transport import endpoints
 from overlay.transport.endpoints import open_port
 from tests.harness.machine import ROOT
 
@@ -36,3 +37,18 @@ def test_the_error_for_a_taken_port_names_it() -> None:
     finally:
         first.stop(0)
         second.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "port", "expected"),
+    [
+        (["10.0.0.1", "10.0.0.2"], 50051, "ipv4:10.0.0.1:50051,10.0.0.2:50051"),
+        (["10.0.0.1:50051", "10.0.0.2:50052"], 0, "ipv4:10.0.0.1:50051,10.0.0.2:50052"),
+        (["[fd00::1]:50051", "10.0.0.2:50052"], 0, "ipv6:[fd00::1]:50051,[::ffff:10.0.0.2]:50052"),
+        ([], 0, endpoints.NOWHERE),
+    ],
+)
+def test_addresses_have_one_port_or_each_its_own(
+    addresses: list[str], port: int, expected: str
+) -> None:
+    assert endpoints.target(addresses, port) == expected
