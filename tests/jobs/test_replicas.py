@@ -480,4 +480,4 @@ class Together(RuleBasedStateMachine):
 
 
 TestTogether = Together.TestCase
-TestTogether.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestTogether.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

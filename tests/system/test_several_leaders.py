@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -66,6 +67,28 @@ def test_a_leader_without_the_jobs_says_where_they_are_and_a_client_finds_them(
         assert job.result(20) == b"HELLO"
         assert leaders.jobs(limit=1)[0].id == job.id
         assert leaders.call(b"live", mode="any", handler="upper").result == b"LIVE"
+
+    async def asked() -> bytes:
+        async with overlay.connect_async(everybody(cluster)) as leaders:
+            job = await leaders.later("upper", b"soon")
+            result: bytes = await job.result(20)
+            return result
+
+    assert asyncio.run(asked()) == b"SOON"
+
+
+def test_when_the_leader_that_has_the_jobs_is_frozen_another_has_them(cluster: Overlay) -> None:
+    at = holder(cluster)
+    with overlay.connect(everybody(cluster)) as leaders:
+        before = leaders.later("upper", b"before", key="before")
+        cluster.freeze(at)
+        try:
+            after = leaders.later("upper", b"after", key="after", timeout=60)
+            assert [job.result(60) for job in (before, after)] == [b"BEFORE", b"AFTER"]
+        finally:
+            cluster.thaw(at)
+        until(lambda: holder(cluster) not in ("", at), 30, "it follows again")
+        assert leaders.job(after.id).result(20) == b"AFTER"
 
 
 def test_when_a_leader_dies_with_its_server_no_accepted_job_is_lost(
