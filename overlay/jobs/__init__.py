@@ -11,5 +11,6 @@ and for several leaders that keep the same jobs:
 replicas    which of them has the jobs, and how the others follow
 changes     what one sends to the others: numbers of statements, and values
 copy_file   each leader's copy of the file
-log         what they agree on; memory_log is one within a process
+statements  the statements that change the file, which have these numbers
+log         what they agree on; jetstream is one on NATS servers, memory_log one within a process
 """
