@@ -173,6 +173,8 @@ class JetStreamLog:
 
     async def _size(self) -> int:
         info = await (await self._jetstream()).stream_info(self._name)
+        if info.cluster is None or not info.cluster.leader:  # it is answered all the same
+            raise LogAway("the servers have not chosen who leads the stream")
         return int(info.state.bytes)
 
     async def _append(self, expected: int, entry: bytes) -> int:

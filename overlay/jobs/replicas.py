@@ -35,7 +35,7 @@ HEARTBEAT_S = 1.0  # after which one who has the jobs says so, if it had nothing
 SILENCE_S = 4.0  # of one who has the jobs, after which another takes over, and up to
 JITTER_S = 1.0  # so much more, as all others hear the same silence
 FREE_JITTER_S = 0.3  # the same when nobody has them
-HEAD_START_S = 1.0  # of one who has the jobs, when the log can be written again
+HEAD_START_S = 2.0  # of one who has the jobs, when the log can be written again: a try takes 1.5
 SNAPSHOT_BYTES = 64 * MIB  # of the log, below which no snapshot is made
 LOOK_S = 5.0  # between two looks at the log's size
 
@@ -203,14 +203,14 @@ class Replica:
             else:
                 self._take_in(found)
             self._heard = time.monotonic()
-        if self.problem:
-            log.info("the jobs are followed again", extra={"kind": "log"})
-            self.problem = ""
         if self._is_mine:  # whatever it appended before was read, or will never be there
             self._append(Entry(Kind.HEARTBEAT, self.me.author))
             self.has_jobs = True
         else:
             self._maybe_take_over()
+        if self.problem:
+            log.info("the jobs are followed again", extra={"kind": "log"})
+            self.problem = ""
 
     def _check_origin(self) -> None:
         self._origin = self._origin or self._log.origin()
