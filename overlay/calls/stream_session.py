@@ -478,6 +478,7 @@ class _Session:
         """Counts what will not be answered any more as cancelled."""
         with self._lock:
             rest, self._accepted = list(self._accepted.values()), {}
+            self._rows = 0
             self._out.clear()
             self._chunks.close()
             self._held.add(-self._held.size)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -24,7 +27,7 @@ from overlay.transport import codec
 from overlay.transport.codec import pb2
 from tests.harness import same_process
 from tests.harness.certificates import user_of
-from tests.harness.cluster import Overlay, running, six_processes, until
+from tests.harness.cluster import ROOT, Overlay, running, six_processes, until
 
 MINE = """
 import time
@@ -216,6 +219,36 @@ def test_a_client_that_leaves_leaves_no_lease(shared: Overlay) -> None:
     client.close()
 
     until(lambda: not any(shared.metrics(p).lanes for p in "ACDF"), 5)
+
+
+DYING = """
+import sys, time, overlay
+
+client = overlay.connect(sys.argv[1])
+while len(client.call("x", handler="quick", mode="any").hops) > 1:
+    pass
+asked = [client.submit("quick", "nap 30") for _ in range(8)]
+time.sleep(0.5)
+print("asked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_client_that_is_killed_leaves_nothing_outstanding_anywhere(shared: Overlay) -> None:
+    program = [sys.executable, "-c", DYING, shared.address("A")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(program, stdout=subprocess.PIPE, env=env) as dying:
+        assert dying.stdout.readline() == b"asked\n"
+        assert any(lane.unanswered for id_ in "CDF" for lane in shared.metrics(id_).lanes)
+        dying.kill()
+
+    until(lambda: not any(shared.metrics(id_).lanes for id_ in "ACDF"), 20, "the leases have ended")
+
+    def outstanding() -> dict[str, int]:
+        links = {id_: shared.metrics(id_).neighbours for id_ in "ABE"}
+        return {f"{a}-{b.process_id}": b.outstanding for a, found in links.items() for b in found}
+
+    until(lambda: not any(outstanding().values()), 20, "nothing is outstanding")
 
 
 def test_a_cancelled_request_is_cancelled_on_its_lane(
