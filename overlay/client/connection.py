@@ -399,6 +399,8 @@ class Connection:
             if self._closed:
                 return
             self._closed = True
+        # Here, as it would end when this object does, perhaps on another thread while Python exits.
+        self._finalizer.detach()
         _close_all(self._held)
         self.callbacks.wait(CALLBACKS_WAIT_S)
 

@@ -181,7 +181,8 @@ def test_a_map_that_was_killed_goes_on_where_it_was(
     else:
         assert results == UPPERS
     assert len(before) >= 50
-    assert sum(ran_first.values()) - len(before) <= 2 * WINDOW, "hardly more than was in flight"
+    # What was in flight, and what came in the 20 ms since the last commit.
+    assert sum(ran_first.values()) - len(before) <= 3 * WINDOW
     assert {six.ran()[LINES[index]] for index in before} == {1}, "what is recorded ran once"
     assert f"; {len(before):,} of them from '{file}', {400 - len(before):,} recorded there" in (
         done.stderr.decode()
