@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import overlay
-from benchmarks.jobs import rate, show
+from benchmarks.jobs import show_accepted
 from overlay.model.errors import CallFailed
 from tests.harness.cluster import Overlay, until
 from tests.harness.leaders import LEADERS, everybody, holder, three_leaders
@@ -60,12 +60,7 @@ def rates(folder: Path) -> None:
         with Overlay(folder, config) as cluster, overlay.connect(everybody(cluster)) as client:
             cluster.serve(*LEADERS)
             until(lambda: holder(cluster), 30, "a leader has the jobs")
-            show("accepted, one caller", rate(lambda: client.later(None, b"x" * 100), 1))
-            show("accepted, 64 threads", rate(lambda: client.later(None, b"x" * 100), 64))
-            many = [b"x" * 100] * 50_000
-            began = time.perf_counter()
-            client.later_many(None, many)
-            show("accepted, many at once", len(many) / (time.perf_counter() - began))
+            show_accepted(client)
 
 
 def death(folder: Path) -> None:

@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,15 +97,17 @@ def kill(process: str, times: int = 2) -> Breaking:
     return play
 
 
-def kill_each(*processes: str) -> Breaking:
-    """kill -9 of one after another."""
-    each = [kill(process, times=1) for process in processes]
-
+def _in_turn(breakings: Sequence[Breaking]) -> Breaking:
     def play(stage: Stage) -> None:
-        for break_one in each:
-            break_one(stage)
+        for one in breakings:
+            one(stage)
 
     return play
+
+
+def kill_each(*processes: str) -> Breaking:
+    """kill -9 of one after another."""
+    return _in_turn([kill(process, times=1) for process in processes])
 
 
 def kill_all(stage: Stage) -> None:
@@ -136,13 +138,7 @@ def restart(process: str, times: int = 3) -> Breaking:
 
 def restart_each(*processes: str) -> Breaking:
     """SIGTERM and restart, one after another."""
-    each = [restart(process, times=1) for process in processes]
-
-    def play(stage: Stage) -> None:
-        for restart_one in each:
-            restart_one(stage)
-
-    return play
+    return _in_turn([restart(process, times=1) for process in processes])
 
 
 def freeze(process: str) -> Breaking:

@@ -277,9 +277,7 @@ class Connection:
                 response = self._ask_for_jobs("Submit", request, left_s, check, has_keys)
                 return cast(codec.pb2.SubmitResponse, response)
             except CallFailed as e:
-                if is_in_doubt:  # an earlier attempt may have been accepted
-                    e.executed = Executed.UNKNOWN
-                is_in_doubt = e.executed is not Executed.NO
+                is_in_doubt = _in_doubt(e, is_in_doubt)
                 is_passing = isinstance(e, Unavailable) and not isinstance(e, NotReached)
                 may_repeat = is_passing and (has_keys or not is_in_doubt)
                 pause_s = e.retry_after_s or RETRY_PAUSE_S
@@ -313,9 +311,7 @@ class Connection:
             try:
                 return self._call(stubs, call, request, left_s, check, PROMPT_S)
             except CallFailed as e:
-                if is_in_doubt:  # to be refused by one leader proves nothing of the one before
-                    e.executed = Executed.UNKNOWN
-                is_in_doubt = e.executed is not Executed.NO
+                is_in_doubt = _in_doubt(e, is_in_doubt)
                 may_go_on = isinstance(e, Unavailable) and (may_repeat or not is_in_doubt)
                 if not may_go_on or time.monotonic() > until:
                     raise
@@ -500,6 +496,14 @@ class Connection:
                 return
             time.sleep(min(0.05, left_s))
         raise probe.error()
+
+
+def _in_doubt(error: CallFailed, was_in_doubt: bool) -> bool:
+    """Whether something was done by this attempt or one before: to be refused now, or by another
+    leader, proves nothing of those before. The error says so too."""
+    if was_in_doubt:
+        error.executed = Executed.UNKNOWN
+    return error.executed is not Executed.NO
 
 
 class Leaders:
