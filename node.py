@@ -57,7 +57,8 @@ try:
     from overlay.model import config
     from overlay.model.errors import ConfigError, OverlayError
     from overlay.model.program import CLIENT
-    from overlay.model.topology import REQUIRED, Process, Topology, join_address
+    from overlay.model.addresses import join_address
+    from overlay.model.topology import REQUIRED, Process, Topology
     from overlay.observability.log_file import ProcessLog
     from overlay.security.lookup import needs_certificates
     from overlay.server import reflection

@@ -32,8 +32,8 @@ with importing():
     from overlay.cli.check import expected_workers
     from overlay.cli.terminal import Exit, exit_of, guarded, join_all
     from overlay.client import sync as library
+    from overlay.model.addresses import join_address
     from overlay.model.segments import Code, Part
-    from overlay.model.topology import join_address
     from overlay.transport.codec import pb2
 
 DESCRIPTION = """\

@@ -27,8 +27,8 @@ from overlay.cli.usage import (
 from overlay.client import sync as library
 from overlay.model import clocks as time
 from overlay.model import json_values
+from overlay.model.addresses import join_address
 from overlay.model.segments import Hop, Part
-from overlay.model.topology import join_address
 from overlay.observability.trace import lines as trace_lines
 
 TRACE_DEADLINE_S = 3.0  # for the trace of a request that failed

@@ -21,9 +21,10 @@ from overlay.cli.terminal import Exit, Screen, connected, failed, misconfigured
 from overlay.cli.text import counted, span
 from overlay.cli.usage import Parser, shared_options
 from overlay.client import sync as library
+from overlay.model.addresses import join_address
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
-from overlay.model.topology import Process, Topology, join_address
+from overlay.model.topology import Process, Topology
 from overlay.monitor.diagnosis import Finding, Observation
 from overlay.monitor.protection import protection
 from overlay.observability import metric_families

@@ -13,7 +13,7 @@ from overlay.cli.text import counted
 from overlay.cli.usage import Parser, complain, seconds, shared_options
 from overlay.client import sync as library
 from overlay.model import clocks as time
-from overlay.model.topology import join_address
+from overlay.model.addresses import join_address
 from overlay.transport.codec import pb2
 
 LONGEST_GRACE_S = 86_400.0

@@ -13,8 +13,8 @@ from overlay.cli.terminal import Exit, Screen, connected, failed
 from overlay.cli.text import clean
 from overlay.cli.usage import Parser, complain, shared_options
 from overlay.client import sync as library
+from overlay.model.addresses import join_address
 from overlay.model.signatures import Function
-from overlay.model.topology import join_address
 from overlay.transport.codec import pb2
 
 DEADLINE_S = 3.0

@@ -16,7 +16,7 @@ from overlay.cli.usage import Parser, complain, name, shared_options, whole_numb
 from overlay.client import sync as library
 from overlay.client.jobs import JobList
 from overlay.model import clocks as time
-from overlay.model.topology import join_address
+from overlay.model.addresses import join_address
 
 DEADLINE_S = 10.0
 LIMIT, PAGE = 100, 1000  # PAGE: more than a leader lists at once

@@ -27,7 +27,8 @@ from overlay.cli.usage import (
 )
 from overlay.client import sync as library
 from overlay.model import clocks as time
-from overlay.model.topology import Topology, join_address
+from overlay.model.addresses import join_address
+from overlay.model.topology import Topology
 from overlay.observability.log_buffer import names_error, unfolded
 from overlay.transport.codec import pb2
 

@@ -15,7 +15,7 @@ from overlay.cli.terminal import Exit, connected, failed
 from overlay.cli.usage import Parser, complain, job_id, shared_options
 from overlay.client import sync as library
 from overlay.client.jobs import JobChange
-from overlay.model.topology import join_address
+from overlay.model.addresses import join_address
 
 DEADLINE_S = 10.0
 STATE = "quarantined"

@@ -27,7 +27,7 @@ from overlay.cli.usage import (
 from overlay.client import sync as library
 from overlay.client.jobs import Job, JobStatus
 from overlay.model import clocks as time
-from overlay.model.topology import join_address
+from overlay.model.addresses import join_address
 
 DEADLINE_S = 10.0
 

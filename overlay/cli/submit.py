@@ -26,9 +26,9 @@ from overlay.cli.usage import (
 )
 from overlay.client import sync as library
 from overlay.model import clocks as time
+from overlay.model.addresses import join_address
 from overlay.model.limits import Limits
 from overlay.model.segments import Executed
-from overlay.model.topology import join_address
 
 DEADLINE_S = 30.0
 ROWS, BYTES = 1000, 1024 * 1024  # of the lines that are submitted together

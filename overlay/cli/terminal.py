@@ -27,9 +27,9 @@ from overlay.cli.text import clean
 from overlay.cli.usage import complain, program
 from overlay.client import sync as library
 from overlay.model import clocks as time
+from overlay.model.addresses import join_address
 from overlay.model.errors import ConfigError
 from overlay.model.segments import Code, Executed
-from overlay.model.topology import join_address
 
 PIPE_WIDTH = 2000  # columns; in a pipe nothing is cut or folded
 

@@ -20,7 +20,7 @@ from overlay.cli.text import clean
 from overlay.cli.top_view import Signs, lines
 from overlay.cli.usage import Parser, complain, program, shared_options
 from overlay.model import clocks as time
-from overlay.model.topology import join_address
+from overlay.model.addresses import join_address
 from overlay.monitor.poller import Poller
 from overlay.monitor.snapshot import RequestFilter
 

@@ -38,8 +38,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from overlay.cli.terminal import Exit, Screen
 from overlay.cli.usage import Parser, complain, host, port_or_any
 from overlay.cli.web_jobs import JobsOfPage
-from overlay.model.addresses import is_loopback
-from overlay.model.topology import join_address
+from overlay.model.addresses import is_loopback, join_address
 from overlay.monitor.poller import Poller
 from overlay.monitor.snapshot import Snapshot
 from overlay.transport.http_server import Server, listen

@@ -15,11 +15,11 @@ import grpc
 
 from overlay.client.results import error_from_rpc
 from overlay.model import clocks
+from overlay.model.addresses import join_address
 from overlay.model.errors import InvalidCall, NotReached, OverlayError
 from overlay.model.identity import CALLER, OPERATOR, PROCESS, Identity, check_name
 from overlay.model.limits import Limits
 from overlay.model.program import CLIENT
-from overlay.model.topology import join_address
 from overlay.security.certificates import (
     Trust,
     fingerprint,

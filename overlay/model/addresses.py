@@ -35,3 +35,10 @@ def plain(text: str) -> str:
     if number is None:
         raise ValueError(f"'{text}' is not a numeric address")
     return str(number)
+
+
+def join_address(host: str, port: int) -> str:
+    """host:port, with an IPv6 host in brackets. host: also "a:50051,b", of several addresses."""
+    if "," in host:
+        return f"{host}:{port}"
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

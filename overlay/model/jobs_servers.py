@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from overlay.model.addresses import join_address
 from overlay.model.limits import MIB
 
 SCHEME = "nats://"
@@ -26,11 +27,11 @@ class JobsServer(NamedTuple):
 
     @property
     def address(self) -> str:
-        return _joined(self.host, self.port)
+        return join_address(self.host, self.port)
 
     @property
     def cluster_address(self) -> str:
-        return _joined(self.host, self.port + CLUSTER)
+        return join_address(self.host, self.port + CLUSTER)
 
     @property
     def monitor_port(self) -> int:
@@ -106,7 +107,3 @@ def configuration(
 def _quoted(text: str) -> str:
     """NATS reads no \\u escapes."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from overlay.model.access import Access
-from overlay.model.addresses import is_wildcard
+from overlay.model.addresses import is_wildcard, join_address
 from overlay.model.errors import ConfigError
 from overlay.model.jobs_servers import JobsServer, servers_in
 from overlay.model.limits import Limits
@@ -214,10 +214,3 @@ class Topology:
         """How many requests for this handler run at once on this worker."""
         own = spec.slots or (100 if spec.run == "thread" else os.cpu_count() or 1)
         return min(own, process.slots or own, process.in_service)
-
-
-def join_address(host: str, port: int) -> str:
-    """host:port, with an IPv6 host in brackets. host: also "a:50051,b", of several addresses."""
-    if "," in host:
-        return f"{host}:{port}"
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from overlay.model import clocks as time
-from overlay.model.topology import join_address
+from overlay.model.addresses import join_address
 from overlay.transport.endpoints import channel_options, open_channel
 from overlay.transport.resolver import Host, is_number, pending, resolve
 from overlay.transport.tls_check import tls_problem

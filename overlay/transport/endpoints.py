@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from overlay.model.addresses import join_address
 from overlay.model.limits import MIB, Limits
-from overlay.model.topology import join_address
 
 if TYPE_CHECKING:
     from overlay.security.credentials import ClientKeys, Credentials

@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from overlay.model import clocks as time
-from overlay.model.addresses import is_loopback, is_wildcard
-from overlay.model.topology import join_address
+from overlay.model.addresses import is_loopback, is_wildcard, join_address
 from overlay.transport.endpoints import open_port
 from overlay.transport.machine import can_bind
 from overlay.transport.resolver import Host, resolve

@@ -7,8 +7,8 @@ import socket
 
 import psutil
 
-from overlay.model.addresses import is_wildcard
-from overlay.model.topology import Process, join_address
+from overlay.model.addresses import is_wildcard, join_address
+from overlay.model.topology import Process
 from overlay.transport import resolver
 
 

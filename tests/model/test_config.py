@@ -13,9 +13,10 @@ import pytest
 
 from overlay.model import config
 from overlay.model.access import Access, Rights
+from overlay.model.addresses import join_address
 from overlay.model.errors import ConfigError
 from overlay.model.limits import MIB
-from overlay.model.topology import Topology, join_address
+from overlay.model.topology import Topology
 from tests.harness.machine import ROOT
 
 GOOD = json.loads((ROOT / "two_hosts_config.json").read_text("utf-8"))

@@ -35,8 +35,8 @@ from overlay.cli.usage import (
 from overlay.client import sync as library
 from overlay.client.arguments import call_kind
 from overlay.model import clocks as time
+from overlay.model.addresses import join_address
 from overlay.model.limits import Limits
-from overlay.model.topology import join_address
 
 if TYPE_CHECKING:
     from overlay.client.resume import Record

@@ -20,7 +20,7 @@ from overlay.cli.terminal import StandardOutput, error_as_json, result_as_json
 from overlay.cli.text import clean, shown
 from overlay.client import sync as library
 from overlay.model import clocks as time
-from overlay.model.topology import join_address
+from overlay.model.addresses import join_address
 
 FLUSH_S = 0.1  # how long a result may wait in our buffer
 REST_S = 2.0  # how long to wait for more standard input after the end
