@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,32 @@ def _is_stopped(task: Path) -> bool:
         return True
 
 
+def own_ports() -> range:
+    """Those of this test process: between two that look for a free port at the same time, nothing
+    else keeps both from taking the same one. Below the range of ephemeral ports."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    count = max(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), number + 1)
+    size = len(PORTS) // count
+    return PORTS[number * size : (number + 1) * size]
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports without a listener, below the range of ephemeral ports."""
-    found: set[int] = set()
-    for port in random.sample(range(10_000, 32_000), 1000):
+    """Ports without a listener, that were not given lately."""
+    found: list[int] = []
+    for port in random.sample(own_ports(), len(own_ports())):
+        if port in _given:
+            continue
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
-            found.add(port)
+            found.append(port)
         if len(found) == count:
+            _given.extend(found)
             return sorted(found)
     raise AssertionError(f"not {count} free ports on 127.0.0.1")
+
+
+PORTS = range(10_000, 32_000)
+_given: deque[int] = deque(maxlen=500)  # they may not be listened on yet
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ from overlay.jobs.jetstream import JetStreamLog
 from overlay.jobs.log import LogAway
 from overlay.model.jobs_servers import CLUSTER, MONITOR, JobsServer, configuration
 from tests.harness.cluster import until
+from tests.harness.machine import own_ports
 
 PROGRAM = str(Path(sys.executable).with_name("nats-server"))
 JOURNAL_BYTES = 64 << 20
@@ -95,7 +96,8 @@ def _accepts(port: int) -> bool:
 def free_server_ports(count: int) -> list[int]:
     """Each with the two more that belong to a server."""
     found: list[int] = []
-    for port in range(20_011, 28_000, 7):
+    ports = own_ports()
+    for port in ports[: -max(CLUSTER, MONITOR) : 7]:
         with contextlib.ExitStack() as held, contextlib.suppress(OSError):
             for offset in (0, CLUSTER, MONITOR):
                 taken = held.enter_context(socket.socket())
@@ -103,4 +105,4 @@ def free_server_ports(count: int) -> list[int]:
             found.append(port)
         if len(found) == count:
             return found
-    raise RuntimeError("there are no free ports")
+    raise RuntimeError(f"there are no free ports from {ports[0]} to {ports[-1]}")
