@@ -131,6 +131,11 @@ class OverlayJobs(pb2_grpc.OverlayJobsServicer):  # type: ignore[misc]
     def Result(self, request: pb2.ResultRequest, context: grpc.ServicerContext) -> Future[pb2.Job]:
         return self._service.job_result(request, context)
 
+    def Part(
+        self, request: pb2.PartRequest, context: grpc.ServicerContext
+    ) -> Future[pb2.PartResponse]:
+        return self._service.job_part(request, context)
+
     def Jobs(
         self, request: pb2.JobsRequest, context: grpc.ServicerContext
     ) -> Future[pb2.JobsResponse]:

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from faults.history import Cancel, Look, Submit
 from faults.load import Notes
-from overlay.client.jobs import Job, JobStatus
+from overlay.client.job_status import JobStatus
+from overlay.client.jobs import Job
 from overlay.client.sync import CallFailed, Client
 from tests.harness.cluster import Overlay
 

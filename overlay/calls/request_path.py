@@ -104,6 +104,11 @@ class RequestPath:
         self._merges = merges
 
     @property
+    def order(self) -> Sequence[str]:
+        """The ids of all processes, in the order of the configuration."""
+        return tuple(self._topology.processes)
+
+    @property
     def has_merges(self) -> bool:
         """Whether `finish` may call functions of the user."""
         return bool(self._merges)

@@ -547,7 +547,9 @@ class _Session:
         if self._lease is not None:
             error = error or self._beyond_lease(accepted)
             accepted.on_ended = self._lease.note
-        if message.as_they_come and segment.route.mode is Mode.ALL:
+        # In mode ANY only chunks: what is not cut into chunks comes with the answer.
+        is_all = segment.route.mode is Mode.ALL
+        if message.as_they_come and (is_all or segment.chunks):
             chunks = min(1, segment.chunks)  # more as there is room
             segment = segment.with_(on_partial=partial(self._pass_on, accepted), chunks=chunks)
             accepted.segment, accepted.unanswered = segment, PendingRows(segment.count)

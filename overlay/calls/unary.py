@@ -20,7 +20,7 @@ from overlay.calls.request_log import unexpected
 from overlay.calls.request_path import Accepted, RequestPath, size_of
 from overlay.model import clocks as time
 from overlay.model.access import UNRESTRICTED, Rights
-from overlay.model.errors import OverlayError
+from overlay.model.errors import BadRequest, OverlayError
 from overlay.model.segments import AnswerRow, Caller, Code, Column, Route, Segment, Slice
 from overlay.queueing.queued_segment import QueuedSegment
 from overlay.routing import aggregate
@@ -69,6 +69,8 @@ class UnaryRequests:
         segment = Segment(Route(), Column((b"",)), deadline, request.request_id)
         traced = not request.hops and self._request_log.wants_trace()
         try:
+            if request.in_parts:
+                raise BadRequest("in_parts: only of a job; a stream sends parts as they come")
             segment = codec.read_request(request, deadline, self._limits, traced)
             self._path.check(segment.route, rights)
         except OverlayError as e:

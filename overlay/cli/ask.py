@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     took_ms = (time.monotonic() - started) * 1000
     code = Exit.INCOMPLETE if answer.missing else Exit.OK
     report = Screen(sys.stderr if args.out == "-" else sys.stdout)
-    if args.out and not write_result(args.out, answer.result):
+    if args.out and not write_result(args.out, [answer.result]):
         return Exit.FAILED
     if args.json:
         values = {} if args.args is None else _values_as_json(answer, args.mode)
@@ -172,8 +172,8 @@ def ask_for_parts(args: argparse.Namespace) -> int:
             **request_options(args),
         ):
             if args.out and part.ok:
-                written = (b"\n", part.result) if found else (part.result,)
-                if not write_result(args.out, *written, is_first=not found):
+                written = [b"\n", part.result] if found else [part.result]
+                if not write_result(args.out, written, is_first=not found):
                     return Exit.FAILED
             # Not the result itself, which may be large.
             found.append(replace(part, result=b""))
@@ -216,20 +216,27 @@ def show_answer(
         show_trace(report, answer.trace)
 
 
-def answer_facts(answer: library.Answer, out: str | None) -> list[tuple[str, str]]:
-    """out: the file that has the result."""
+def answer_facts(
+    answer: library.Answer, out: str | None, in_parts: bool = False
+) -> list[tuple[str, str]]:
+    """out: the file that has the result. in_parts: it is a job's, and its parts have sizes only."""
     answered, asked = answer.coverage
-    kept = f"{sized(answer.result)} -> {out}"
+    size = sum(part.size for part in answer.parts) if in_parts else len(answer.result)
+    kept = f"{sized(size)} -> {out}"
+    what = shown(answer.result)
+    if in_parts:
+        what = f"{sized(size)} in {counted(answered, 'part')}; --out FILE writes them"
     return [
-        ("result", kept if out else shown(answer.result)),
+        ("result", kept if out else what),
         ("answers", f"{answered} of {counted(asked, 'worker')} answered"),
         ("missing", "\n".join(f"{p.process_id}: {_reason(p)}" for p in answer.missing)),
         ("path", " ".join(answer.hops)),
     ]
 
 
-def show_parts(report: Screen, answer: library.Answer) -> None:
-    report.table("parts", PART_COLUMNS, [_part_row(part) for part in answer.parts])
+def show_parts(report: Screen, answer: library.Answer, in_parts: bool = False) -> None:
+    rows = [_part_row(part, in_parts) for part in answer.parts]
+    report.table("parts", PART_COLUMNS, rows)
 
 
 def show_trace(report: Screen, trace: Sequence[Hop]) -> None:
@@ -264,30 +271,40 @@ def _hop_row(line: tuple[str, Hop, int | None]) -> tuple[str, ...]:
 PART_COLUMNS = ("worker", "status", "waited ms", "worked ms", "path", "result")
 
 
-def _part_row(part: Part) -> tuple[str, ...]:
+def _part_row(part: Part, in_parts: bool = False) -> tuple[str, ...]:
+    result = sized(part.size) if in_parts else shown(part.result)
     return (
         part.process_id,
         part.code.name,
         f"{part.waited_us / 1000:.1f}",
         f"{part.worked_us / 1000:.1f}",
         " ".join(part.hops),
-        shown(part.result) if part.ok else _reason(part),
+        result if part.ok else _reason(part),
     )
 
 
 def answer_as_json(
-    answer: library.Answer, address: str, took_ms: float, code: int, with_results: bool
+    answer: library.Answer,
+    address: str,
+    took_ms: float,
+    code: int,
+    with_results: bool,
+    in_parts: bool = False,
 ) -> dict[str, Any]:
     answered, asked = answer.coverage
+    parts = [_part_as_json(part, with_results and not in_parts) for part in answer.parts]
+    if in_parts:
+        for part, shown_part in zip(answer.parts, parts, strict=True):
+            shown_part["size"] = part.size
     lines = list(trace_lines(answer.trace))
     return {
         "ok": True,
         "exit_code": int(code),
         "address": address,
-        **result_as_json(answer.result),
+        **({} if in_parts else result_as_json(answer.result)),
         "coverage": {"answered": answered, "asked": asked},
         "missing": [part.process_id for part in answer.missing],
-        "parts": [_part_as_json(part, with_results) for part in answer.parts],
+        "parts": parts,
         "hops": list(answer.hops),
         "request_id": f"{answer.request_id:016x}",
         "took_ms": round(took_ms, 3),
@@ -326,7 +343,7 @@ def _part_as_json(part: Part, with_result: bool) -> dict[str, Any]:
     }
 
 
-def write_result(out: str, *results: bytes, is_first: bool = True) -> bool:
+def write_result(out: str, results: Iterable[bytes], is_first: bool = True) -> bool:
     """Writes the exact bytes of the results; unless is_first, after those written before."""
     try:
         if out == "-":

@@ -9,7 +9,7 @@ from overlay.cli import job_text
 from overlay.cli.terminal import Exit, Screen, connected, failed
 from overlay.cli.usage import Parser, complain, job_id, shared_options
 from overlay.client import sync as library
-from overlay.client.jobs import JobChange
+from overlay.client.job_status import JobChange
 from overlay.model.addresses import join_address
 
 DEADLINE_S = 10.0

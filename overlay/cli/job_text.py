@@ -13,7 +13,7 @@ from rich.cells import cell_len
 
 from overlay.cli.terminal import aligned
 from overlay.cli.text import clean, counted, span
-from overlay.client.jobs import JobChange, JobStatus
+from overlay.client.job_status import JobChange, JobStatus
 from overlay.model import clocks as time
 from overlay.model.jobs import ENDED, JobState
 from overlay.model.limits import MIB
@@ -119,6 +119,7 @@ def as_json(job: JobStatus) -> dict[str, Any]:
         "every_s": job.every_s or None,
         "missed": job.missed,
         "bytes": job.size,
+        "in_parts": job.in_parts,
     }
 
 

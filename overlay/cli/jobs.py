@@ -14,7 +14,7 @@ from overlay.cli.terminal import Exit, Screen, connected, failed
 from overlay.cli.text import counted
 from overlay.cli.usage import Parser, complain, name, shared_options, whole_number
 from overlay.client import sync as library
-from overlay.client.jobs import JobList
+from overlay.client.job_status import JobList
 from overlay.model import clocks as time
 from overlay.model.addresses import join_address
 

@@ -14,7 +14,7 @@ from overlay.cli.jobs import change_all, limit_option, listed, show
 from overlay.cli.terminal import Exit, connected, failed
 from overlay.cli.usage import Parser, complain, job_id, shared_options
 from overlay.client import sync as library
-from overlay.client.jobs import JobChange
+from overlay.client.job_status import JobChange
 from overlay.model.addresses import join_address
 
 DEADLINE_S = 10.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Iterator
 
 from rich.progress import Progress, TextColumn
 
@@ -25,7 +26,8 @@ from overlay.cli.usage import (
     shared_options,
 )
 from overlay.client import sync as library
-from overlay.client.jobs import Job, JobStatus
+from overlay.client.job_status import JobStatus
+from overlay.client.jobs import Job
 from overlay.model import clocks as time
 from overlay.model.addresses import join_address
 
@@ -50,7 +52,7 @@ def arguments(parser: Parser) -> None:
         type=out_file,
         metavar="FILE",
         help="write the exact bytes of the result there; - is standard output, and the report goes "
-        "to standard error then",
+        "to standard error then; of a job in parts those of each worker, newlines between",
     )
     shared_options(parser, deadline_s=DEADLINE_S)
 
@@ -65,14 +67,19 @@ def _patience(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     address = join_address(args.host, args.port)
     try:
-        job = _found(connected(args).job(args.id), args)
+        handle = connected(args).job(args.id)
+        job = _found(handle, args)
     except library.CallFailed as e:
         return failed(e, address, args.json, of_a_request=False)
     except KeyboardInterrupt:
         complain(f"the job goes on; {_command(args, 'result', args.id, '--wait')} waits again")
         raise
-    if args.out and job.answer is not None and not write_result(args.out, job.answer.result):
-        return Exit.FAILED
+    try:
+        if args.out and job.answer is not None and not write_result(args.out, _bytes(handle, job)):
+            return Exit.FAILED
+    except library.CallFailed as e:
+        cut = f"; '{args.out}' has only the beginning"
+        return failed(e, address, args.json, of_a_request=False, remark=cut)
     code = exit_of(job)
     report = Screen(sys.stderr if args.out == "-" else sys.stdout)
     if args.json:
@@ -80,6 +87,21 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(report, job, args)
     return code
+
+
+def _bytes(handle: Job, job: JobStatus) -> Iterator[bytes]:
+    """The exact bytes of the result; of a job in parts those of each worker, newlines between.
+    Raises CallFailed."""
+    assert job.answer is not None
+    if not job.in_parts:
+        yield job.answer.result
+        return
+    between = b""
+    for part in job.answer.parts:
+        if part.ok:
+            yield between
+            yield from handle.chunks(part)
+            between = b"\n"
 
 
 def exit_of(job: JobStatus) -> Exit:
@@ -112,11 +134,11 @@ def _show(report: Screen, job: JobStatus, args: argparse.Namespace) -> None:
         ("reason", job.reason),
         ("next", remedy if job.state == "quarantined" else ""),
         ("logs", _command(args, "logs --error", error_id) if error_id else ""),
-        *([] if job.answer is None else answer_facts(job.answer, args.out)),
+        *([] if job.answer is None else answer_facts(job.answer, args.out, job.in_parts)),
         *job_text.facts(job, now),
     )
     if args.parts and job.answer is not None:
-        show_parts(report, job.answer)
+        show_parts(report, job.answer, job.in_parts)
 
 
 def _as_json(job: JobStatus, address: str, code: Exit, with_results: bool) -> dict[str, object]:
@@ -124,7 +146,8 @@ def _as_json(job: JobStatus, address: str, code: Exit, with_results: bool) -> di
     found |= {"address": address, "job": job_text.as_json(job)}
     if job.answer is not None:
         took_ms = max(0.0, job.ended - job.started) * 1000
-        return answer_as_json(job.answer, address, took_ms, code, with_results) | found
+        shown = answer_as_json(job.answer, address, took_ms, code, with_results, job.in_parts)
+        return shown | found
     return found | ({"error": error_as_json(job.error(), address)} if job.is_over else {})
 
 

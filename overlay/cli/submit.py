@@ -80,6 +80,12 @@ def arguments(parser: Parser) -> None:
         metavar="DURATION",
         help="again and again, until the verb cancel: 90s, 15m, 1h, 2d; the first at --at, or now",
     )
+    add(
+        "--in-parts",
+        action="store_true",
+        help="a result may be larger than a message; with --mode all nothing is merged, and each "
+        "worker's part is kept by itself",
+    )
     shared_options(
         parser,
         mode="any",
@@ -143,6 +149,7 @@ def _submitted(args: argparse.Namespace) -> Iterator[list[str]]:
         "expires_s": args.expires,
         "start_at": args.at,
         "attempts": args.attempts,
+        "in_parts": args.in_parts,
         "timeout": args.deadline,
     }
     handler = args.handler or None

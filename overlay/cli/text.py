@@ -29,8 +29,9 @@ def shown(result: bytes) -> str:
     return f"{sized(result)}, not text; --out FILE keeps them" if "\0" in text else text
 
 
-def sized(result: bytes) -> str:
-    return f"{len(result):,} byte{'' if len(result) == 1 else 's'}"
+def sized(result: bytes | int) -> str:
+    size = result if isinstance(result, int) else len(result)
+    return f"{size:,} byte{'' if size == 1 else 's'}"
 
 
 def counted(number: int, noun: str) -> str:

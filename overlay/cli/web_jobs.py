@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from overlay.cli.job_text import as_json, progress_of
 from overlay.client import sync as library
-from overlay.client.jobs import JobStatus
+from overlay.client.job_status import JobStatus
 from overlay.model.jobs import is_job_id
 
 TIMEOUT_S = 5.0

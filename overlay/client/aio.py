@@ -23,7 +23,8 @@ from overlay.client.arguments import CallOptions, MapOptions, Resume
 from overlay.client.async_jobs import AsyncJob
 from overlay.client.connection import PATIENCE_S, Connection
 from overlay.client.event_loop import LoopBridge, on_a_thread
-from overlay.client.jobs import JobChange, JobList, read_change, read_jobs, submit_many
+from overlay.client.job_status import JobChange, JobList, read_change, read_jobs
+from overlay.client.jobs import submit_many
 from overlay.client.map_run import Chunk, MapRun
 from overlay.client.map_window import PAUSE_S
 from overlay.client.partials import Parts
@@ -175,6 +176,7 @@ class AsyncClient:
         start_at: float | datetime | None = None,
         every_s: float | None = None,
         attempts: int = 0,
+        in_parts: bool = False,
         timeout: float | None = None,
     ) -> AsyncJob:
         """See Client.later."""
@@ -189,6 +191,7 @@ class AsyncClient:
             start_at,
             every_s,
             attempts,
+            in_parts,
             timeout,
         )
         body, key = arguments.job_payload(payload, args), arguments.job_key(key)
@@ -210,6 +213,7 @@ class AsyncClient:
         expires_s: float | None = None,
         start_at: float | datetime | None = None,
         attempts: int = 0,
+        in_parts: bool = False,
         timeout: float | None = None,
     ) -> list[AsyncJob]:
         """See Client.later_many."""
@@ -224,6 +228,7 @@ class AsyncClient:
             start_at,
             None,
             attempts,
+            in_parts,
             timeout,
         )
         bodies, found = arguments.job_payloads(payloads, args, keys)

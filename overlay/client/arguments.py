@@ -168,17 +168,18 @@ def job_options(
     start_at: float | datetime | None,
     every_s: float | None,
     attempts: int,
+    in_parts: bool,
     timeout: float | None,
 ) -> JobOptions:
-    asks_all = _asks_all_workers(mode)
-    kind = call_kind(
-        mode, team, "" if handler is None else handler, has_args and asks_all, priority
-    )
+    in_parts = as_flag("in_parts", in_parts)
+    want_parts = has_args and _asks_all_workers(mode) and not in_parts
+    kind = call_kind(mode, team, "" if handler is None else handler, want_parts, priority)
     request = pb2.Request(
         mode=kind.route.mode.name,
         team=kind.route.team,
         handler=kind.route.handler,
         want_parts=kind.want_parts,
+        in_parts=in_parts,
         priority=kind.priority,
     )
     made = pb2.SubmitRequest(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from overlay.client.arguments import as_timeout
 from overlay.client.connection import Connection
 from overlay.client.event_loop import on_a_thread
-from overlay.client.jobs import JobStatus, JobWait, read_job
+from overlay.client.job_status import JobStatus, parts_of, read_job, result_of
+from overlay.client.job_wait import PART_TIMEOUT_S, JobWait, PartReader
 from overlay.client.results import Answer, read_value
 from overlay.model.errors import CallFailed, Unavailable
+from overlay.model.segments import Part
 from overlay.transport.codec import pb2
 
 
@@ -53,8 +57,28 @@ class AsyncJob:
 
     async def result(self, timeout: float | None = None) -> Any:
         """See Job.result."""
-        result = (await self.answer(timeout)).result
-        return read_value(result) if self._has_value else result
+        found = result_of(await self.wait(timeout))
+        if not isinstance(found, bytes):
+            found = b"".join([chunk async for chunk in self.chunks(found)])
+        return read_value(found) if self._has_value else found
+
+    async def parts(self, timeout: float | None = None) -> AsyncIterator[Part]:
+        """See Job.parts."""
+        for part in parts_of(await self.wait(timeout)):
+            chunks = [chunk async for chunk in self.chunks(part)]
+            yield replace(part, result=b"".join(chunks))
+
+    async def chunks(self, part: Part) -> AsyncIterator[bytes]:
+        """See Job.chunks."""
+        reader = PartReader(self.id, part, self._connection.map_patience(None))
+        while not reader.is_over:
+            asked = self._connection.job_part, reader.next(), PART_TIMEOUT_S
+            try:
+                chunk = await on_a_thread(*asked)
+            except Unavailable as e:
+                await asyncio.sleep(reader.pause_s(e))
+                continue
+            yield reader.take(chunk)
 
     async def cancel(self, *, timeout: float | None = None) -> bool:
         """See Job.cancel."""

@@ -289,6 +289,10 @@ class Connection:
         check = partial(validation.check_job, request.id)
         return cast(codec.pb2.Job, self._ask_for_jobs("Result", request, timeout_s, check))
 
+    def job_part(self, request: codec.pb2.PartRequest, timeout_s: float) -> codec.pb2.PartResponse:
+        response = self._ask_for_jobs("Part", request, timeout_s, validation.tidy)
+        return cast(codec.pb2.PartResponse, response)
+
     def _ask_for_jobs(
         self,
         method: str,
@@ -372,7 +376,8 @@ class Connection:
     def change_jobs(
         self, request: codec.pb2.ChangeRequest, timeout_s: float
     ) -> codec.pb2.ChangeResponse:
-        response = self._ask_for_jobs("Change", request, timeout_s, validation.tidy)
+        # Not again in doubt: what was changed before would be told as unchanged.
+        response = self._ask_for_jobs("Change", request, timeout_s, validation.tidy, False)
         return cast(codec.pb2.ChangeResponse, response)
 
     def metrics(

@@ -1,120 +1,29 @@
-"""Jobs at a client: how they stand, and what becomes of them.
+"""Jobs at a client: submitting them, and the handle of each.
 
 submit   calls that come while one is under way go together in the next: many callers share one
          commit of the leader's journal
 result   asks again and again until the job is over, across a restart of the leader
+parts    reads what is too large for one answer, from where it has got to
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from overlay.client.arguments import JobOptions, as_timeout
-from overlay.client.results import Answer, error_of, read_value
+from overlay.client.job_status import JobStatus, parts_of, read_job, result_of
+from overlay.client.job_wait import PART_TIMEOUT_S, WAIT_S, JobWait, PartReader
+from overlay.client.results import Answer, read_value
 from overlay.model import clocks as time
-from overlay.model.errors import (
-    CallCancelled,
-    CallFailed,
-    DeadlinePassed,
-    InvalidCall,
-    JobExpired,
-    JobQuarantined,
-    NotReached,
-    Unavailable,
-)
-from overlay.model.segments import Code, Detail, Executed
-from overlay.transport import codec
+from overlay.model.errors import CallCancelled, CallFailed, DeadlinePassed, Unavailable
+from overlay.model.segments import Executed, Part
 from overlay.transport.codec import pb2
 
-WAIT_S = 20.0  # of one call that waits for a job's end
-PAUSE_S = 0.2  # until a lost leader is asked again
-COUNTED = ("schedules", "bytes", "max_jobs", "max_bytes")  # beside the states
 ROWS, BYTES = 1024, 1024 * 1024  # of one Submit, at most, but for a single larger payload
-
-
-@dataclass(frozen=True)
-class JobStatus:
-    """How a job stands. Times are seconds since 1970 by the leader's clock; 0: not yet, or never.
-
-    state: waiting, running, done, failed, quarantined, cancelled or expired. code, reason: of the
-    error that ended it or its last attempt. position: while it waits, how many of its caller and
-    kind go first, and itself; position_is_more: it is more than that. wait_s: about how long until
-    it starts; 0: not known. progress: (done, total, text) while it runs, if its handler reports it;
-    a total of 0 is not known. story: (when, what). answer: when it is done, if it was asked for.
-    every_s, missed: of a schedule, seconds between its jobs and how many were left out.
-    """
-
-    id: str
-    state: str
-    handler: str
-    team: str
-    mode: str
-    priority: int
-    caller: str
-    key: str
-    accepted: float
-    started: float
-    ended: float
-    due: float
-    expires: float
-    attempts: int
-    max_attempts: int
-    code: Code
-    reason: str
-    position: int
-    position_is_more: bool
-    wait_s: float
-    story: tuple[tuple[float, str], ...]
-    schedule: str
-    every_s: float
-    missed: int
-    size: int
-    progress: tuple[float, float, str] | None = None
-    answer: Answer | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing happens to it any more by itself."""
-        return self.state not in ("waiting", "running")
-
-    def error(self) -> CallFailed:
-        """Why it has no answer, as the library raises it."""
-        kind = _ERRORS.get(self.state)
-        if kind is not None:
-            # It may have expired while it waited for another attempt.
-            is_proof = kind is JobExpired and not self.attempts
-            executed = Executed.NO if is_proof else Executed.UNKNOWN
-            what = f"job {self.id} is {self.state}"
-            return kind(f"{what}: {self.reason}" if self.reason else what, executed=executed)
-        code = self.code if self.code is not Code.OK else Code.UNKNOWN
-        executed = Executed.NO if self.state == "cancelled" and not self.attempts else Executed.YES
-        return error_of(Detail(code, self.reason, executed), f"job {self.id}: {self.reason}")
-
-
-_ERRORS: dict[str, type[CallFailed]] = {"quarantined": JobQuarantined, "expired": JobExpired}
-
-
-class JobList(list[JobStatus]):
-    """Jobs that were asked for. counts: how many the caller may see in all, by state; also
-    `schedules`, their `bytes`, and the journal's bounds `max_jobs` and `max_bytes`."""
-
-    def __init__(self, jobs: Iterable[JobStatus], counts: dict[str, int]) -> None:
-        super().__init__(jobs)
-        self.counts = counts
-
-
-@dataclass(frozen=True)
-class JobChange:
-    """What became of a change: how many jobs it changed, the ids of those whose state did not allow
-    it, and of those that the leader does not have."""
-
-    changed: int
-    unchanged: tuple[str, ...]
-    unknown: tuple[str, ...]
 
 
 class JobCalls(Protocol):
@@ -122,6 +31,7 @@ class JobCalls(Protocol):
 
     def submit_jobs(self, request: pb2.SubmitRequest, timeout_s: float) -> pb2.SubmitResponse: ...
     def job_result(self, request: pb2.ResultRequest, timeout_s: float) -> pb2.Job: ...
+    def job_part(self, request: pb2.PartRequest, timeout_s: float) -> pb2.PartResponse: ...
     def list_jobs(self, request: pb2.JobsRequest, timeout_s: float) -> pb2.JobsResponse: ...
     def change_jobs(self, request: pb2.ChangeRequest, timeout_s: float) -> pb2.ChangeResponse: ...
     def map_patience(self, patience_s: float | None) -> float: ...
@@ -181,9 +91,31 @@ class Job:
 
     def result(self, timeout: float | None = None) -> Any:
         """The result in its answer: bytes, or the JSON value that a typed function returned if it
-        was submitted with `args`. Waits and raises like `answer`."""
-        result = self.answer(timeout).result
+        was submitted with `args`. Waits and raises like `answer`; InvalidCall if all workers were
+        asked and it is in parts."""
+        found = result_of(self.wait(timeout))
+        result = found if isinstance(found, bytes) else b"".join(self.chunks(found))
         return read_value(result) if self._has_value else result
+
+    def parts(self, timeout: float | None = None) -> Iterator[Part]:
+        """Each worker's part of a job in parts, in the order of the configuration, also those
+        without a result. A part is fetched when it is reached, and may be of any size; for one that
+        does not fit into memory, see `chunks`. Waits and raises like `answer`; InvalidCall if the
+        job is not in parts."""
+        for part in parts_of(self.wait(timeout)):
+            yield replace(part, result=b"".join(self.chunks(part)))
+
+    def chunks(self, part: Part) -> Iterator[bytes]:
+        """The result of a part of `answer().parts`, of a job in parts, a MiB at a time. While the
+        leader is away, it is asked again, as by `wait`. Raises CallFailed."""
+        reader = PartReader(self.id, part, self._calls.map_patience(None))
+        while not reader.is_over:
+            try:
+                chunk = self._calls.job_part(reader.next(), PART_TIMEOUT_S)
+            except Unavailable as e:
+                time.sleep(reader.pause_s(e))
+                continue
+            yield reader.take(chunk)
 
     def cancel(self, *, timeout: float | None = None) -> bool:
         """Ends it where it waits or runs. Returns whether it was not over yet."""
@@ -368,100 +300,3 @@ def wait_for(
             return found
         if on_status is not None:
             on_status(found)
-
-
-class JobWait:
-    """What to ask, again and again, to learn the end of a job, and when to give up. It asks and
-    sleeps nowhere itself."""
-
-    def __init__(
-        self, id_: str, timeout_s: float | None, patience_s: float, wait_s: float = WAIT_S
-    ) -> None:
-        """patience_s: for a leader that is lost. wait_s: the longest that the leader keeps a
-        question, until the job is over."""
-        self._id = id_
-        self._timeout_s = timeout_s
-        self._until = None if timeout_s is None else time.monotonic() + timeout_s
-        self._patience_s = patience_s
-        self._longest_s = wait_s
-        self._wait_s = 0.0  # the first answer comes at once, and says whether there is such a job
-        self._lost_at: float | None = None
-
-    def next(self) -> tuple[pb2.ResultRequest, float]:
-        """The question, and how many seconds its answer may take."""
-        left_s = self._longest_s if self._until is None else self._until - time.monotonic()
-        wait_s = max(0.0, min(self._wait_s, left_s))
-        return pb2.ResultRequest(id=self._id, wait_s=wait_s), wait_s + 10.0
-
-    def pause_s(self, error: Unavailable) -> float:
-        """The seconds until the next question, as this one was not answered. Raises the error if
-        the leader has been lost for too long."""
-        now = time.monotonic()
-        if self._lost_at is None:
-            self._lost_at = now
-        is_late = self._until is not None and now > self._until
-        if is_late or now - self._lost_at > self._patience_s:
-            raise error
-        return PAUSE_S * 2 if isinstance(error, NotReached) else PAUSE_S
-
-    def is_over(self, status: JobStatus) -> bool:
-        """Raises InvalidCall for a schedule, DeadlinePassed once the time is over."""
-        self._lost_at, self._wait_s = None, self._longest_s
-        if status.is_over:
-            return True
-        if status.every_s:
-            raise InvalidCall(f"{status.id} is a schedule, which has no end; its jobs have")
-        if self._until is not None and time.monotonic() >= self._until:
-            executed = Executed.UNKNOWN if status.attempts else Executed.NO
-            why = f"job {status.id} is {status.state} after {self._timeout_s:g} s; it goes on"
-            raise DeadlinePassed(why, executed=executed)
-        return False
-
-
-def read_job(job: pb2.Job) -> JobStatus:
-    answer = None
-    if job.HasField("answer"):
-        read = codec.read_response(job.answer)
-        answer = Answer(job.answer.result, read.parts, read.hops, job.answer.request_id)
-    return JobStatus(
-        job.id,
-        pb2.JobState.Name(job.state).lower(),
-        job.handler,
-        job.team,
-        pb2.Mode.Name(job.mode).lower(),
-        job.priority,
-        job.caller,
-        job.key,
-        job.accepted_s,
-        job.started_s,
-        job.ended_s,
-        job.due_s,
-        job.expires_s,
-        job.attempts,
-        job.max_attempts,
-        Code(job.code),
-        job.reason,
-        job.position,
-        job.position_is_more,
-        job.wait_s,
-        tuple((event.at_s, event.text) for event in job.story),
-        job.schedule,
-        job.every_s,
-        job.missed,
-        job.bytes,
-        (job.progress.done, job.progress.total, job.progress.text)
-        if job.HasField("progress")
-        else None,
-        answer,
-    )
-
-
-def read_jobs(response: pb2.JobsResponse) -> JobList:
-    found = response.counts
-    names = (*(name.lower() for name in pb2.JobState.keys()), *COUNTED)  # noqa: SIM118 - no dict
-    counts = {name: int(getattr(found, name)) for name in names}
-    return JobList(map(read_job, response.jobs), counts)
-
-
-def read_change(response: pb2.ChangeResponse) -> JobChange:
-    return JobChange(response.changed, tuple(response.unchanged), tuple(response.unknown))

@@ -31,7 +31,8 @@ from overlay.client import arguments
 from overlay.client.arguments import DEFAULT_TIMEOUT_S, CallOptions, MapOptions, Resume
 from overlay.client.connection import PATIENCE_S, Connection
 from overlay.client.futures import CallFuture, ValueFuture
-from overlay.client.jobs import Job, JobChange, JobList, read_change, read_jobs, submit_many
+from overlay.client.job_status import JobChange, JobList, read_change, read_jobs
+from overlay.client.jobs import Job, submit_many
 from overlay.client.map_run import MapRun
 from overlay.client.map_window import NOTHING_YET, PAUSE_S, Run
 from overlay.client.outbox import Submission
@@ -364,6 +365,7 @@ class Client(concurrent.futures.Executor):
         start_at: float | datetime | None = None,
         every_s: float | None = None,
         attempts: int = 0,
+        in_parts: bool = False,
         timeout: float | None = None,
     ) -> Job:
         """Submits a job: a request that the leader keeps on its disk until it is answered, and
@@ -374,8 +376,9 @@ class Client(concurrent.futures.Executor):
         max_deadline_s. expires_s: seconds after which it is not started any more. start_at: when it
         is started, in seconds since 1970 or as a datetime. every_s: again and again, until it is
         cancelled. attempts: how often it is started when it is not known how an attempt ended; 0: 3
-        with a key, 1 without; more than one needs a key. timeout: seconds until it is accepted. The
-        other arguments are those of `submit`.
+        with a key, 1 without; more than one needs a key. in_parts: the result may be larger than a
+        message; in mode "all" nothing is merged, and each worker's part is kept by itself: see
+        Job.parts. timeout: seconds until it is accepted. The other arguments are those of `submit`.
 
         Raises CallFailed: Refused if the journal is full, Unavailable if the connection is lost and
         it is not known whether the job was accepted (with a key it is submitted again).
@@ -391,6 +394,7 @@ class Client(concurrent.futures.Executor):
             start_at,
             every_s,
             attempts,
+            in_parts,
             timeout,
         )
         body, key = arguments.job_payload(payload, args), arguments.job_key(key)
@@ -412,6 +416,7 @@ class Client(concurrent.futures.Executor):
         expires_s: float | None = None,
         start_at: float | datetime | None = None,
         attempts: int = 0,
+        in_parts: bool = False,
         timeout: float | None = None,
     ) -> list[Job]:
         """Submits a job for each payload, a thousand at a time; see `later`.
@@ -430,6 +435,7 @@ class Client(concurrent.futures.Executor):
             start_at,
             None,
             attempts,
+            in_parts,
             timeout,
         )
         bodies, found = arguments.job_payloads(payloads, args, keys)

@@ -132,9 +132,9 @@ class Journal:
         """Its result. It changes nothing, so it is answered whatever the disk is like."""
         return self._put(_Change(question, asks=True))
 
-    def record(self, change: Change) -> None:
-        """A change that must not be lost and refuses nothing."""
-        self._put(_Change(change, must=True))
+    def record(self, change: Change) -> Future[Any]:
+        """A change that must not be lost and refuses nothing. Ends when it is on the disk."""
+        return self._put(_Change(change, must=True))
 
     def wake(self) -> None:
         """The runner may take more."""
@@ -393,7 +393,7 @@ class _Change:
     def settle(self, result: Any, error: OverlayError | None) -> None:
         if error is not None:
             self.fail(error)
-        elif not self.must:
+        elif not self.future.done():
             self.future.set_result(result)
 
     def fail(self, error: OverlayError) -> None:

@@ -47,6 +47,12 @@ create index job_fetched on job(ended) where fetched = 1;
 create unique index job_key on job(kind, key) where key is not null;
 create index schedule_next on schedule(next);
 """
+# Of the parts of jobs in parts; the first files of this format have no such table.
+_CHUNKS = """
+create table if not exists chunk(
+  job integer not null, worker text not null, at integer not null, body blob not null,
+  primary key(job, worker, at))
+"""
 
 
 def opened(
@@ -80,6 +86,7 @@ def opened(
                     db.execute(statement)
                 db.execute(f"pragma application_id = {APPLICATION_ID}")
                 db.execute(f"pragma user_version = {FORMAT}")
+            db.execute(_CHUNKS)
             if not is_copy:  # what is changed here from now on, no other leader has
                 db.execute("drop table if exists copied")
             recover(db)

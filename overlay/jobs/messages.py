@@ -32,6 +32,7 @@ def write_job(record: JobRecord, with_story: bool = False) -> pb2.Job:
         every_s=record.every_s,
         missed=record.missed,
         bytes=record.size,
+        in_parts=asked.in_parts,
     )
     if with_story:
         job.story.extend(pb2.JobEvent(at_s=at, text=text) for at, text in story(record))

@@ -2,6 +2,7 @@
 
     Submit   checks the request as Forward does, and answers when it is on the disk
     Result   answers at once, or when the job has ended; meanwhile it holds no thread
+    Part     reads the part of one worker, of a job in parts
     Jobs     lists them
     Change   cancels, releases, drops
 
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 
 MAX_JOBS = 4096  # of one Submit or Change
 MAX_LISTED, LISTED = 1000, 100
+PART_BYTES = 1 << 20  # of one answer to Part
 MAX_WAIT_S = 60.0  # of one Result; the library asks again
 MAX_WAITERS = 10_000  # calls that wait for a job's end; beyond them they are answered at once
 ATTEMPTS_WITH_KEY = 3
@@ -184,6 +186,12 @@ class Jobs:
         self._journal.ask(look).add_done_callback(looked)
         return answer
 
+    def part(
+        self, request: pb2.PartRequest, context: grpc.ServicerContext, caller: Caller
+    ) -> Future[pb2.PartResponse]:
+        read = partial(self._read_part, request, self._owner(context, caller))
+        return self._journal.ask(read)
+
     def listed(
         self, request: pb2.JobsRequest, context: grpc.ServicerContext, caller: Caller
     ) -> Future[pb2.JobsResponse]:
@@ -286,7 +294,10 @@ class Jobs:
             team=request.team,
             handler=request.handler,
             want_parts=request.want_parts,
+            in_parts=request.in_parts,
         )
+        if kind.in_parts and kind.want_parts:
+            raise BadRequest("want_parts: in_parts excludes it, as the answer has no results then")
         self._path.check(codec.read_route(kind, self._limits), rights)
         pairs = list(zip(payloads, keys or [""] * len(payloads), strict=True))
         for payload, key in pairs:
@@ -336,7 +347,28 @@ class Jobs:
             job.wait_s = self._runner.wait_s(store.kind_of(number), job.position)
         if record.answer is not None:
             job.answer.ParseFromString(record.answer)
+            if not any(part.size for part in job.answer.parts):  # else they are to be fetched yet
+                store.was_fetched(number)
         return job
+
+    def _read_part(
+        self, request: pb2.PartRequest, owner: str | None, store: JobStore, now: float
+    ) -> pb2.PartResponse:
+        number = store.find(request.id, owner)
+        record = None if number is None else store.record(number, with_answer=True)
+        if number is None or record is None:
+            raise _unknown(request.id)
+        answer = pb2.Response.FromString(record.answer or b"")
+        sizes = {part.process_id: part.size for part in answer.parts if part.size}
+        size = sizes.get(request.process_id)
+        if size is None or request.at > size:
+            whose = ascii(request.process_id[:40])[1:-1]
+            what = f"has {size or 0:,} bytes of '{whose}', and none from {request.at:,} on"
+            raise BadRequest(f"job {request.id} is {record.state.name.lower()} and {what}")
+        chunk = store.part(number, request.process_id, request.at, PART_BYTES)
+        if request.at + len(chunk) == size and request.process_id == list(sizes)[-1]:
+            store.was_fetched(number)
+        return pb2.PartResponse(chunk=chunk)
 
     def _shown(self, record: JobRecord, with_story: bool = False) -> pb2.Job:
         job = messages.write_job(record, with_story)

@@ -12,7 +12,6 @@ Kinds, which are callers and what they ask, take turns.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -23,13 +22,15 @@ from overlay.calls.request_log import unexpected
 from overlay.calls.request_path import Accepted, Finished, RequestPath, size_of
 from overlay.jobs import outcome
 from overlay.jobs.journal import Journal
+from overlay.jobs.parts import ChunkRoom, PartWriter
 from overlay.jobs.store import JobStore
 from overlay.model import clocks as time
 from overlay.model.errors import OverlayError
 from overlay.model.jobs import JobEnd, JobState, TakenJob, WorkProgress
-from overlay.model.segments import Caller, Code, Column, Executed, Slice
+from overlay.model.segments import AnswerRow, Caller, Code, Column, Executed, Slice
 from overlay.queueing.queued_segment import QueuedSegment
 from overlay.queueing.request_queue import RequestQueue
+from overlay.routing import aggregate
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from overlay.transport.timers import Deadlines
@@ -71,6 +72,7 @@ class JobRunner:
         self._kinds: dict[int, _Kind] = {}
         self._turn = 0  # the kind that had the last turn
         self._merging = ThreadPoolExecutor(1, "jobs-merge") if path.has_merges else None
+        self._room = ChunkRoom()
 
     def stop(self) -> None:
         """No more are taken. Any thread."""
@@ -121,6 +123,8 @@ class JobRunner:
         self._bytes = 0
         for run in runs.values():
             run.is_void = True
+            if run.parts is not None:
+                run.parts.drop()
             if run.accepted is not None and (queued := run.accepted.queued) is not None:
                 queued.end(Code.CANCELLED, 0, len(run.jobs))
                 self._deadlines.forget(queued, run.accepted.segment.deadline)
@@ -181,11 +185,15 @@ class JobRunner:
     def _start(self, jobs: Sequence[TakenJob]) -> None:
         """Puts jobs that go together into the queue, as one segment."""
         first = jobs[0]
+        request = pb2.Request.FromString(first.request)
+        if request.in_parts and len(jobs) > 1:
+            for job in jobs:
+                self._start([job])
+            return
         kind = self._kinds.setdefault(first.kind, _Kind())
-        run = _Run(jobs, kind)
+        run = _Run(jobs, kind, self._parts_of(first) if request.in_parts else None)
         self._running.update((job.number, (run, row)) for row, job in enumerate(jobs))
         self.repeated += len(jobs) if first.attempts > 1 else 0
-        request = pb2.Request.FromString(first.request)
         request.payload, request.attempt = first.payload, first.attempts - 1
         deadline = time.monotonic() + first.limit_s
         try:
@@ -195,6 +203,8 @@ class JobRunner:
             self._record(run, [e] * len(jobs), 0)
             return
         segment = segment.with_(payloads=Column([job.payload for job in jobs]))
+        if run.parts is not None:
+            segment = segment.with_(on_partial=partial(_part_arrived, run, run.parts), chunks=1)
         self._requests.update((id_, (run, row)) for row, id_ in enumerate(segment.all_ids))
         accepted = run.accepted = Accepted(segment, first.caller, request.want_parts)
         self._path.admit(accepted, partial(self._answered, run), first.priority, self._flow)
@@ -202,25 +212,27 @@ class JobRunner:
             kind.waiting.append(accepted.queued)
             self._deadlines.watch(accepted.queued, deadline)
 
+    def _parts_of(self, job: TakenJob) -> PartWriter:
+        journal, give_up = self.journal, partial(self.cancel, [job.number])
+        return PartWriter(job.number, journal.record, lambda: journal.problem, self._room, give_up)
+
     # any thread
 
     def _answered(self, run: _Run, start: int, answers: Slice) -> None:
-        """Must not block: it only hands over."""
-        if self._merging is not None:
-            self._merging.submit(
-                lambda: self._record(run, self._outcomes(run, start, answers), start)
-            )
+        """Must not block: a merge, which is the user's own code, has a thread of its own."""
+        if self._merging is not None and run.parts is None:
+            self._merging.submit(self._finish, run, start, answers)
         else:
-            self._record(run, partial(self._outcomes, run, start, answers), start)
+            self._finish(run, start, answers)
 
-    def _record(
-        self, run: _Run, outcomes: Sequence[_Outcome] | Callable[[], Sequence[_Outcome]], start: int
-    ) -> None:
-        """outcomes: from row `start` on, or what makes them, on the journal's thread and once: it
-        notes them in the log and in the counters, and the journal may write them twice."""
-        made = outcomes if callable(outcomes) else lambda: outcomes
-        once = functools.lru_cache(1)(made)
-        self.journal.record(lambda store, now: self._write_ends(run, once(), start, store, now))
+    def _finish(self, run: _Run, start: int, answers: Slice) -> None:
+        """Counts and logs them here and now, as the journal may write them twice, or never, if
+        another leader has the jobs."""
+        self._record(run, self._outcomes(run, start, answers), start)
+
+    def _record(self, run: _Run, outcomes: Sequence[_Outcome], start: int) -> None:
+        """outcomes: from row `start` on."""
+        self.journal.record(lambda store, now: self._write_ends(run, outcomes, start, store, now))
 
     def _outcomes(self, run: _Run, start: int, answers: Slice) -> Sequence[_Outcome]:
         """What the answers make of these rows: a serialized Response, or an error."""
@@ -235,6 +247,8 @@ class JobRunner:
                 for outcome in self._outcomes(run, start + row, answers.slice(row, 1))
             ]
         try:
+            if run.parts is not None:
+                return [self._outcome_in_parts(accepted, run.parts, answers)]
             finished = self._path.finish(accepted, start, answers, size)
             failures = dict(finished.failures)
             return [
@@ -245,6 +259,21 @@ class JobRunner:
             failed = unexpected(e, accepted.segment.first_id)
             failed.executed = Executed.UNKNOWN
             return [failed] * answers.count
+
+    def _outcome_in_parts(self, accepted: Accepted, parts: PartWriter, answers: Slice) -> _Outcome:
+        found = parts.finish(answers)
+        good = [part for part in found.values() if part.ok]
+        answered = (0,) if good else ()
+        finished = self._path.finish(accepted, 0, answers, size_of(answers), answered=answered)
+        if finished.failures:
+            return finished.failures[0][1]
+        in_order = aggregate.in_order(found, self._path.order)
+        hops = dict.fromkeys(hop for part in in_order if part.ok for hop in part.hops)
+        answer = AnswerRow(in_order, tuple(hops))
+        if not good and (failed := aggregate.failure(answer, 0.0)) is not None:
+            return failed
+        written = codec.write_response(answer, accepted.segment.first_id, b"", with_results=False)
+        return written.SerializeToString()
 
     def _response(self, accepted: Accepted, finished: Finished, start: int, row: int) -> bytes:
         return codec.write_response(
@@ -264,7 +293,8 @@ class JobRunner:
         monotonic = time.monotonic()
         for row, found in enumerate(outcomes, start):
             job = run.jobs[row]
-            end = self._end_of(job, found, store, now)
+            refusal = None if run.parts is None else run.parts.refusal
+            end = self._end_of(job, refusal or found, store, now)
             was_running = store.end(job.number, end, now)  # else it was cancelled
             if self._running.pop(job.number, None) is None:
                 continue  # written again, after a failed commit
@@ -273,7 +303,11 @@ class JobRunner:
                 self._rests |= run.kind.ended(end, monotonic)
             run.left -= 1
         accepted = run.accepted
-        if run.left or accepted is None:
+        if run.left:
+            return
+        if run.parts is not None:
+            run.parts.close()
+        if accepted is None:
             return
         for id_ in accepted.segment.all_ids:
             self._requests.pop(id_, None)
@@ -293,17 +327,27 @@ _Outcome = bytes | OverlayError
 
 class _Run:
     """An attempt at jobs that go together. left: how many have not ended. progress: by row, as
-    their handlers say it. is_void: another leader has had the jobs since."""
+    their handlers say it. is_void: another leader has had the jobs since. parts: of a job in parts,
+    which is alone."""
 
-    __slots__ = ("accepted", "is_void", "jobs", "kind", "left", "progress")
+    __slots__ = ("accepted", "is_void", "jobs", "kind", "left", "parts", "progress")
 
-    def __init__(self, jobs: Sequence[TakenJob], kind: _Kind) -> None:
+    def __init__(self, jobs: Sequence[TakenJob], kind: _Kind, parts: PartWriter | None) -> None:
         self.jobs = jobs
         self.kind = kind
         self.left = len(jobs)
         self.is_void = False
         self.progress: dict[int, WorkProgress] = {}
         self.accepted: Accepted | None = None
+        self.parts = parts
+
+
+def _part_arrived(run: _Run, parts: PartWriter, row: int, answers: Slice) -> None:
+    """As OnPartial. Any thread."""
+    queued = None if run.accepted is None else run.accepted.queued
+    if queued is not None and any(column.chunk is not None for column in answers.parts):
+        queued.is_read = True  # its time is the disk's, too
+    parts.take(row, answers)
 
 
 def _together(taken: Sequence[TakenJob], small: int) -> Iterable[Sequence[TakenJob]]:

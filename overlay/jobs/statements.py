@@ -61,6 +61,10 @@ MAKE_SCHEDULE = (
 )
 RUN_SCHEDULE = "update schedule set next = ?, missed = missed + ?, last = ? where id = ?"
 CANCEL_SCHEDULE = "delete from schedule where id = ? returning length(payload)"
+KEEP_CHUNK = "insert into chunk values(?,?,?,?)"
+GROW = "update job set size = size + ? where id = ?"
+DROP_PART = "delete from chunk where job = ? and worker = ? returning length(body)"
+DROP_PARTS = "delete from chunk where job = ? returning length(body)"
 
 ALL = (
     ACCEPT,
@@ -83,6 +87,10 @@ ALL = (
     MAKE_SCHEDULE,
     RUN_SCHEDULE,
     CANCEL_SCHEDULE,
+    KEEP_CHUNK,
+    GROW,
+    DROP_PART,
+    DROP_PARTS,
 )
 NUMBERS = {statement: number for number, statement in enumerate(ALL)}
 VALUES = tuple(statement.count("?") for statement in ALL)  # how many each takes

@@ -202,16 +202,23 @@ class JobStore:
         ).fetchone()
         return found
 
-    def _check_room(self, size: int) -> None:
+    def _check_room(self, size: int, jobs: int = 1) -> None:
         limits = self.limits
-        if self.jobs >= limits.max_jobs or self._totals["bytes"] + size > limits.max_bytes:
+
+        def too_many() -> bool:
+            return bool(jobs) and self.jobs + jobs > limits.max_jobs
+
+        def too_large() -> bool:
+            return self._totals["bytes"] + size > limits.max_bytes
+
+        if too_many() or too_large():
             self._note_fetched()
-        while self.jobs >= limits.max_jobs or self._totals["bytes"] + size > limits.max_bytes:
+        while too_many() or too_large():
             if not self._forget("fetched = 1", (), 100):
                 break
-        if self.jobs >= limits.max_jobs:
+        if too_many():
             raise JournalFull(f"the journal has {self.jobs:,} jobs, as many as it may (max_jobs)")
-        if self._totals["bytes"] + size > limits.max_bytes:
+        if too_large():
             raise JournalFull(
                 f"the journal has {self._totals['bytes']:,} bytes of the {limits.max_bytes:,} that "
                 "it may have (max_journal_mib)"
@@ -262,19 +269,22 @@ class JobStore:
     def end(self, number: int, end: JobEnd, now: float) -> bool:
         """Records what an attempt made of a running job. Returns whether it was running."""
         found = self._db.execute(
-            "select kind, story, attempts, size from job where id = ? and state = 1", (number,)
+            "select kind, story, attempts, size, (select length(body) from payload where job = "
+            "job.id) from job where id = ? and state = 1",
+            (number,),
         ).fetchone()
         if found is None:
             return False
-        kind, story, attempts, before = found
+        kind, story, attempts, before, payload_bytes = found
         if end.state is JobState.DONE:
             answer = end.answer or b""
             self._db.execute(statements.DROP_PAYLOAD, (number,))
             self._db.execute(statements.KEEP_ANSWER, (number, answer))
-            size = ROW_BYTES + len(answer)
+            size = before - payload_bytes + len(answer)
             self._count(self._totals, "bytes", size - before)
             self._db.execute(statements.DONE, (now, size, number))
         else:
+            self._drop_chunks(statements.DROP_PARTS, number)
             attempts -= not end.counts
             what = f"attempt {attempts + (not end.counts)}: {end.reason}"
             ended = now if end.state in ENDED else None
@@ -290,6 +300,22 @@ class JobStore:
                 self._wake_at = None  # its due, or its expiry again
         self._moved(number, JobState.RUNNING, end.state)
         return True
+
+    def keep_chunk(self, number: int, worker: str, at: int, chunk: bytes) -> None:
+        """Of a worker's part of a running job, `at` bytes after the part's start; the first one
+        replaces what was kept of it. Raises JournalFull."""
+        if self.state(number) is not JobState.RUNNING:
+            return
+        if not at:
+            self.drop_part(number, worker)
+        if chunk:
+            self._check_room(len(chunk), jobs=0)
+            self._db.execute(statements.KEEP_CHUNK, (number, worker, at, chunk))
+            self._grow(number, len(chunk))
+
+    def drop_part(self, number: int, worker: str) -> None:
+        """Forgets what was kept of a worker's part."""
+        self._drop_chunks(statements.DROP_PART, number, worker)
 
     def wake(self, now: float) -> None:
         """Makes those ready whose time has come, expires those that waited too long, and runs the
@@ -352,16 +378,31 @@ class JobStore:
         return JobState(found[0]) if found else None
 
     def record(self, number: int, with_answer: bool = False) -> JobRecord | None:
-        """with_answer: it counts as fetched then, from the next `forget_old` on: a disk should not
-        have to be waited for in order to read."""
         if number & SCHEDULE_BIT:
             return self._schedule_record(number & ~SCHEDULE_BIT)
         record = self._record(self._row("where job.id = ?", (number,)))
         if record is None or record.state is not JobState.DONE or not with_answer:
             return record
         (answer,) = self._db.execute("select body from answer where job = ?", (number,)).fetchone()
-        self._fetched.add(number)
         return replace(record, answer=answer)
+
+    def part(self, number: int, worker: str, at: int, most: int) -> bytes:
+        """At most so many bytes of a worker's part, from there on."""
+        found = bytearray()
+        for begins, body in self._db.execute(
+            "select at, body from chunk where job = ? and worker = ? and at >= (select "
+            "coalesce(max(at), 0) from chunk where job = ? and worker = ? and at <= ?) order by at",
+            (number, worker, number, worker, at),
+        ):
+            found += body[max(0, at - begins) :]
+            if len(found) >= most:
+                break
+        return bytes(found[:most])
+
+    def was_fetched(self, number: int) -> None:
+        """Its answer was read. It counts from the next `forget_old` on: a disk should not have to
+        be waited for in order to read."""
+        self._fetched.add(number)
 
     def position(self, number: int) -> tuple[int, bool]:
         """How many jobs of its caller and kind go before it, with itself; whether it is more."""
@@ -661,6 +702,16 @@ class JobStore:
                 del counter[key]
             self._undo.append((counter, key, change))
 
+    def _drop_chunks(self, statement: str, *values: int | str) -> None:
+        """values: the job's number first."""
+        dropped = sum(size for (size,) in self._db.execute(statement, values))
+        if dropped:
+            self._grow(int(values[0]), -dropped)
+
+    def _grow(self, number: int, size: int) -> None:
+        self._db.execute(statements.GROW, (size, number))
+        self._count(self._totals, "bytes", size)
+
     def _moved(self, number: int, before: JobState, after: JobState) -> None:
         self._count(self._states, int(before), -1)
         self._count(self._states, int(after), 1)
@@ -696,6 +747,7 @@ class JobStore:
             state, size = self._db.execute(statements.FORGET, (number,)).fetchone()
             self._db.execute(statements.DROP_PAYLOAD, (number,))
             self._db.execute(statements.DROP_ANSWER, (number,))
+            self._db.execute(statements.DROP_PARTS, (number,)).fetchall()
             self._count(self._states, state, -1)
             self._count(self._totals, "bytes", -size)
             self.over.append(number)

@@ -90,7 +90,7 @@ class JobEnd(NamedTuple):
     """What an attempt made of a job.
 
     state: WAITING to start it again, at `due`. counts: whether the attempt counts, as it may have
-    run.
+    run. answer: a serialized Response; of a job in parts without the results.
     """
 
     state: JobState

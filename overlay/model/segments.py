@@ -199,7 +199,8 @@ class Segment(Copied):
     idempotent: has an idempotency key, so a request that was lost may run again elsewhere.
     traced: each process reports how long the requests took there.
     log_lines: each process also logs how they ended.
-    on_partial: receives each part of an ALL request as it arrives; the answer has only the others.
+    on_partial: receives each part of an ALL request as it arrives, and the answer has only the
+    others; of an ANY request each chunk but the last, which is in the answer.
     chunks: how many chunks of a part may be sent before more are granted; 0: parts are sent whole.
     own_ids: the ids were made at random, by the sender's library or the first process asked, and
     are never reused; otherwise the caller chose them.
@@ -303,6 +304,7 @@ class Part:
     executed: Executed = Executed.UNKNOWN
     retry_after_s: float | None = None  # of a refusal by the process asked, if it gave one
     cause: str = ""  # under which metrics count a refusal by this process
+    size: int = 0  # of a job in parts: bytes of its result, which is fetched by itself
 
     @property
     def ok(self) -> bool:

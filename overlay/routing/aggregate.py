@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from overlay.model.errors import OverlayError, PartsFailed
 from overlay.model.segments import (
@@ -15,6 +16,8 @@ from overlay.model.segments import (
     PartSlice,
     Slice,
 )
+
+T = TypeVar("T")
 
 Merge = Callable[[Sequence[Part]], bytes]
 
@@ -50,12 +53,13 @@ def gathered(
     return Slice(columns[0].results.count, columns, (me, *hops), None, tuple(trace))
 
 
-def in_order(columns: Mapping[str, PartSlice], order: Sequence[str]) -> tuple[PartSlice, ...]:
-    """The columns in the order of the configuration, followed by workers that it does not have."""
-    found = tuple(columns[w] for w in order if w in columns)
-    if len(found) < len(columns):
+def in_order(parts: Mapping[str, T], order: Sequence[str]) -> tuple[T, ...]:
+    """The parts of these workers in the order of the configuration, followed by workers that it
+    does not have."""
+    found = tuple(parts[w] for w in order if w in parts)
+    if len(found) < len(parts):
         known = set(order)
-        found += tuple(column for worker, column in columns.items() if worker not in known)
+        found += tuple(part for worker, part in parts.items() if worker not in known)
     return found
 
 

@@ -378,7 +378,8 @@ class _Row:
 class DispatchAny:
     """ANY: one branch is asked; another only with proof that nothing ran in the first.
 
-    A lost request with an idempotency key is sent once more without proof.
+    A lost request with an idempotency key is sent once more without proof. With partial results,
+    chunks are passed on as they arrive; the answer has the last one.
     """
 
     def __init__(
@@ -430,13 +431,24 @@ class DispatchAny:
             if answers.flawless or not self._try_others(at + start, answers, branch, tried):
                 self._answer(at + start, answers)
 
-        cancel = self._dispatcher._send(branch, segment, sink)
+        if segment.on_partial is not None:
+            chunks = partial(self._pass_on, at, segment.on_partial)
+            cancel = self._dispatcher._send(branch, segment.with_(on_partial=chunks), sink)
+        else:
+            cancel = self._dispatcher._send(branch, segment, sink)
         with self._lock:
             calls = self._cancels.sent(at, segment.count, cancel, len(tried))
             if not self._open.left:
                 self._cancels.clear()
         for call in calls:  # rows that were cancelled while this was sent
             call()
+
+    def _pass_on(self, at: int, on_partial: OnPartial, row: int, answers: Slice) -> None:
+        with self._lock:
+            is_open = bool(self._open.runs(at + row, answers.count))
+        if is_open:
+            hops = (self._dispatcher._me.id, *answers.hops)
+            on_partial(row, Slice(answers.count, answers.parts, hops))
 
     def _try_others(
         self, start: int, answers: Slice, branch: Branch, tried: tuple[str, ...]

@@ -193,6 +193,11 @@ class Service:
     ) -> Future[pb2.Job]:
         return self.jobs.result(request, context, self._caller(context))
 
+    def job_part(
+        self, request: pb2.PartRequest, context: grpc.ServicerContext
+    ) -> Future[pb2.PartResponse]:
+        return self.jobs.part(request, context, self._caller(context))
+
     def list_jobs(
         self, request: pb2.JobsRequest, context: grpc.ServicerContext
     ) -> Future[pb2.JobsResponse]:

@@ -560,6 +560,7 @@ def _read_unary_part(part: pb2.Part) -> Part:
         waited_us=part.waited_us,
         worked_us=part.worked_us,
         executed=read_executed(part),
+        size=part.size,
     )
 
 
@@ -642,6 +643,7 @@ def _write_part(part: Part, with_result: bool) -> pb2.Part:
         waited_us=_as_uint32(part.waited_us),
         worked_us=_as_uint32(part.worked_us),
         executed=_EXECUTED[part.executed],
+        size=part.size,
     )
 
 

@@ -871,6 +871,26 @@ def test_the_parts_of_a_stream_share_the_room_ahead_of_their_reader():
         call.cancel()
 
 
+def test_chunks_of_any_one_workers_result_are_sent_ahead_of_the_last():
+    with serving(Desk(held=[])) as served:
+        asked_for = segment(5, b"a", mode=1, as_they_come=True, chunks=3)
+        call = served.call(sender := Sender(frame(asked_for)))
+        ((asked, sink),) = until(lambda: served.desk.held, what="it has started")
+        asked.on_partial(0, chunk(0, True, []))
+        sink(0, chunk(4, False, []))
+        served.desk.held = []
+        sender.close()
+        first, last = (made for answered in call for made in answered.slices)
+
+    assert [(m.more, m.parts[0].at, m.parts[0].more) for m in (first, last)] == [
+        (True, 0, True),
+        (False, 4, False),
+    ]
+    assert list(last.parts[0].results.items) == [b"four"]
+    assert list(last.results.items) in ([], [b""])
+    assert not last.failures
+
+
 def test_a_client_that_does_not_ask_for_parts_gets_none_before_the_answer():
     with serving(Desk(held=[])) as served:
         call = served.call([frame(segment(5, b"a"), segment(6, b"a", mode=1, as_they_come=True))])

@@ -13,7 +13,7 @@ import pytest
 from overlay.cli import job_text, result, submit, usage
 from overlay.cli.terminal import Exit
 from overlay.client import sync as library
-from overlay.client.jobs import JobChange, JobStatus
+from overlay.client.job_status import JobChange, JobStatus
 from overlay.client.results import Answer
 from overlay.model.segments import Code, Executed, Part
 

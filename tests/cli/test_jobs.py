@@ -32,6 +32,9 @@ def boom(payload, context):
 def binary(payload, context):
     return bytes(range(256))
 
+def big(payload, context):
+    return context.process_id.encode() * 1_500_000
+
 def wait_for(payload, context):
     while not os.path.exists(payload) and not context.cancelled:
         time.sleep(0.01)
@@ -40,7 +43,7 @@ def wait_for(payload, context):
 def resize(path: str, width: int = 200) -> dict:
     return {"path": path, "width": width}
 """
-NAMES = {name: f"mine:{name}" for name in ("shout", "boom", "binary", "wait_for", "resize")}
+NAMES = {name: f"mine:{name}" for name in ("shout", "boom", "binary", "big", "wait_for", "resize")}
 UNKNOWN = "0123456789abcdef"
 LATER = (datetime.now() + timedelta(days=2)).isoformat(timespec="minutes")
 
@@ -184,6 +187,37 @@ def test_a_result_is_written_with_its_exact_bytes(mine: Overlay, tmp_path: Path)
     assert "256 bytes, not text; --out FILE keeps them" in shown.stdout
     assert (tmp_path / "kept").read_bytes() == piped.stdout == bytes(range(256))
     assert b"done" in piped.stderr
+
+
+def test_of_a_job_in_parts_each_part_is_kept_by_itself(mine: Overlay, tmp_path: Path) -> None:
+    id_ = submitted(mine, "--mode", "all", "--handler", "big", "--in-parts")
+    run(mine, "result", id_, "--wait")
+
+    shown = run(mine, "result", id_, "--parts")
+    run(mine, "result", id_, "--out", tmp_path / "kept")
+    piped = run_client_on_bytes(*at(mine), "result", id_, "--out", "-")
+    report = as_json(mine, "result", id_, "--parts")
+
+    assert "4,500,000 bytes in 3 parts; --out FILE writes them" in shown.stdout
+    rows = [line.split(maxsplit=2) for line in shown.stdout.splitlines() if " OK " in line]
+    assert [row[0] for row in rows] == ["C", "D", "F"]
+    assert all("1,500,000 bytes" in row[2] for row in rows)
+    assert piped.stdout == b"\n".join(worker * 1_500_000 for worker in (b"C", b"D", b"F"))
+    assert (tmp_path / "kept").read_bytes() == piped.stdout
+    assert [part["size"] for part in report["parts"]] == [1_500_000] * 3
+    assert report["job"]["in_parts"] is True
+    assert "result" not in report
+
+
+def test_a_result_larger_than_a_message_is_kept_in_parts(mine: Overlay, tmp_path: Path) -> None:
+    id_ = submitted(mine, "--handler", "big", "--in-parts")
+
+    shown = run(mine, "result", id_, "--wait", "--out", tmp_path / "kept")
+
+    assert f"1,500,000 bytes -> {tmp_path / 'kept'}" in shown.stdout
+    assert "1 of 1 worker answered" in shown.stdout
+    kept = (tmp_path / "kept").read_bytes()
+    assert kept == kept[:1] * 1_500_000
 
 
 def test_a_job_that_is_not_over_has_exit_code_5(mine: Overlay, never: Path) -> None:

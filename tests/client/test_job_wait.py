@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from overlay.client.jobs import PAUSE_S, WAIT_S, JobWait, read_job
+from overlay.client.job_status import read_job
+from overlay.client.job_wait import PAUSE_S, WAIT_S, JobWait, PartReader
 from overlay.model import clocks
-from overlay.model.errors import DeadlinePassed, InvalidCall, NotReached, Unavailable
-from overlay.model.segments import Executed
+from overlay.model.errors import (
+    CallFailed,
+    DeadlinePassed,
+    InvalidCall,
+    NotReached,
+    Unavailable,
+)
+from overlay.model.segments import Code, Executed, Part
 from overlay.transport.codec import pb2
 
 LOST = Unavailable("the leader is lost")
@@ -78,3 +85,34 @@ def test_a_lost_leader_is_given_up_when_the_callers_time_is_over(clock: list[flo
 def test_a_schedule_has_no_end_to_wait_for(clock: list[float]) -> None:
     with pytest.raises(InvalidCall, match="j1 is a schedule"):
         JobWait("j1", None, patience_s=60).is_over(status(state=pb2.WAITING, every_s=60))
+
+
+def test_a_part_is_read_from_where_one_has_got_to(clock: list[float]) -> None:
+    reader = PartReader("j1", Part("C", size=5), patience_s=10)
+    found = b""
+    for chunk in (b"ab", b"cde"):
+        assert not reader.is_over
+        request = reader.next()
+        assert (request.id, request.process_id, request.at) == ("j1", "C", len(found))
+        assert reader.pause_s(LOST) == PAUSE_S
+        assert reader.next() == request
+        found += reader.take(pb2.PartResponse(chunk=chunk))
+        clock[0] += 9  # patience begins anew with each answer
+    assert (reader.is_over, found) == (True, b"abcde")
+    assert PartReader("j1", Part("C"), patience_s=10).is_over
+
+
+@pytest.mark.parametrize("chunk", [b"", b"abcdef"])
+def test_a_part_of_another_size_than_was_said_is_an_error(chunk: bytes) -> None:
+    reader = PartReader("j1", Part("C", size=5), patience_s=10)
+    with pytest.raises(CallFailed, match=f"has {len(chunk)} bytes, and not 5") as raised:
+        reader.take(pb2.PartResponse(chunk=chunk))
+    assert raised.value.code is Code.DATA_LOSS
+
+
+def test_a_part_is_not_read_for_ever_from_a_leader_that_is_lost(clock: list[float]) -> None:
+    reader = PartReader("j1", Part("C", size=5), patience_s=10)
+    reader.pause_s(LOST)
+    clock[0] += 11
+    with pytest.raises(Unavailable):
+        reader.pause_s(LOST)

@@ -129,10 +129,10 @@ class Overlay:
             (host,), int(port), endpoints.channel_options(), self.credentials, process_id
         )
 
-    def connect(self, process_id: str) -> Client:
+    def connect(self, *process_ids: str) -> Client:
         """The library's client, for who closes it."""
         tls = self.folder / self.config["tls"] if self.credentials else False
-        return connect(self.address(process_id), tls=tls)
+        return connect(",".join(map(self.address, process_ids)), tls=tls)
 
     def metrics(self, process_id: str) -> pb2.MetricsResponse:
         """Raises grpc.RpcError."""

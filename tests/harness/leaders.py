@@ -45,11 +45,11 @@ class Leader:
     @property
     def rows(self) -> list[str]:
         """Everything in the file but how far it has got."""
-        tables = ("kind", "job", "payload", "answer", "schedule", "sqlite_sequence")
+        tables = ("kind", "job", "payload", "answer", "chunk", "schedule", "sqlite_sequence")
         return [
             f"{table} {row}"
             for table in tables
-            for row in self.file.execute(f"select * from {table} order by 1").fetchall()
+            for row in sorted(map(str, self.file.execute(f"select * from {table}").fetchall()))
         ]
 
     def close(self) -> None:
@@ -84,10 +84,28 @@ def three_leaders(journal: str, **top: Any) -> dict[str, Any]:
     }
 
 
+def with_more_leaders(config: dict[str, Any], journal: str) -> dict[str, Any]:
+    """The configuration with two more leaders beside the first, for the same jobs."""
+    processes = config["processes"]
+    (first,) = leaders_in(config)
+    for number, port in zip((2, 3), free_ports(2), strict=True):
+        id_ = f"{first}{number}"
+        processes[id_] = {**processes[first], "id": id_, "port": port}
+        for neighbour in processes[first]["neighbors"]:
+            beside = processes[neighbour]["neighbors"]
+            processes[neighbour] = {**processes[neighbour], "neighbors": [*beside, id_]}
+    return {**config, "journal": journal, "max_journal_mib": JOURNAL_BYTES >> 20}
+
+
+def leaders_in(config: dict[str, Any]) -> list[str]:
+    return [id_ for id_, entry in config["processes"].items() if entry["role"] == "leader"]
+
+
 def holder(cluster: Overlay) -> str:
     """The leader that has the jobs; empty if none of those that run has."""
-    for id_ in LEADERS:
-        if cluster.processes[id_].poll() is None:
+    for id_ in leaders_in(cluster.config):
+        process = cluster.processes.get(id_)
+        if process is not None and process.poll() is None:
             found = cluster.stub(id_).GetMetrics(pb2.MetricsRequest(), timeout=5)
             if not found.jobs.elsewhere:
                 return id_
@@ -95,4 +113,4 @@ def holder(cluster: Overlay) -> str:
 
 
 def everybody(cluster: Overlay) -> str:
-    return ",".join(cluster.address(id_) for id_ in LEADERS)
+    return ",".join(cluster.address(id_) for id_ in leaders_in(cluster.config))

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from overlay.jobs.log import Log
 from overlay.jobs.memory_log import MemoryLog, Shared
-from overlay.jobs.store import MAX_POSITION, STORY_EVENTS, JobStore, StoreLimits
+from overlay.jobs.store import MAX_POSITION, ROW_BYTES, STORY_EVENTS, JobStore, StoreLimits
 from overlay.model.errors import BadRequest, ConfigError, JournalFull
 from overlay.model.jobs import ENDED, JobEnd, JobSpec, JobState, numbers_of
 from overlay.model.segments import Caller, Code
@@ -222,6 +222,26 @@ def test_the_bounds_refuse_and_say_which(tmp_path: Path) -> None:
     stored.close()
 
 
+def test_parts_are_kept_with_the_answer_and_go_with_the_job(stored: Stored) -> None:
+    number, other = stored.accept_one(payload=b"p"), stored.accept_one()
+    stored.take_all()
+    for worker, at, chunk in [("C", 0, b"old"), ("C", 0, b"new"), ("C", 3, b"er"), ("D", 0, b"d")]:
+        stored.keep_chunk(number, worker, at, chunk)
+    stored.keep_chunk(other, "C", 0, b"of an attempt that comes to nothing")
+    stored.drop_part(number, "D")
+    stored.end(number, done(), NOW)
+    stored.end(other, JobEnd(JobState.QUARANTINED), NOW)
+    assert [stored.part(number, worker, 0, 100) for worker in "CD"] == [b"newer", b""]
+    assert stored.part(number, "C", 2, 2) == b"we"
+    assert stored.part(other, "C", 0, 100) == b""
+    assert stored.counts.size == 2 * ROW_BYTES + len(b"newer") + len(b"answer") + len(b"x")
+    stored.keep_chunk(number, "C", 5, b"after the end")
+    assert stored.part(number, "C", 0, 100) == b"newer"
+    stored.drop([number])
+    assert stored.part(number, "C", 0, 100) == b""
+    assert stored.counts.size == ROW_BYTES + len(b"x")
+
+
 def test_fetched_answers_make_room_and_others_do_not(tmp_path: Path) -> None:
     stored = Stored(tmp_path / "j.db", StoreLimits(max_jobs=2))
     first, second = stored.accept_one(), stored.accept_one()
@@ -233,7 +253,7 @@ def test_fetched_answers_make_room_and_others_do_not(tmp_path: Path) -> None:
     assert stored.record(first).state is JobState.DONE  # looked at, without its answer
     with pytest.raises(JournalFull):
         stored.accept_one()
-    stored.record(first, with_answer=True)
+    stored.was_fetched(first)
     stored.accept_one()
     assert stored.record(first) is None
     assert stored.record(second).state is JobState.DONE
@@ -584,6 +604,7 @@ class History(RuleBasedStateMachine):
         self.now = NOW
         self.model: dict[int, tuple[JobState, int, int]] = {}  # state, attempts, max_attempts
         self.payloads: dict[int, bytes] = {}
+        self.parts: dict[int, dict[str, bytes]] = {}  # of running jobs, and of those that are done
 
     def teardown(self) -> None:
         self.stored.close()
@@ -617,6 +638,19 @@ class History(RuleBasedStateMachine):
         end = JobEnd(state, answer=self.payloads[number] or None, counts=counts)
         assert self.stored.end(number, end, self.now)
         self.model[number] = state, attempts - (not counts), max_attempts
+
+    @precondition(lambda self: self._in(JobState.RUNNING))
+    @rule(
+        data=st.data(),
+        worker=st.sampled_from("CD"),
+        chunk=st.binary(max_size=9),
+        again=st.booleans(),
+    )
+    def keep_chunk(self, data: st.DataObject, worker: str, chunk: bytes, again: bool) -> None:
+        number = data.draw(st.sampled_from(self._in(JobState.RUNNING)))
+        kept = b"" if again else self.parts.get(number, {}).get(worker, b"")
+        self.stored.keep_chunk(number, worker, len(kept), chunk)
+        self.parts.setdefault(number, {})[worker] = kept + chunk
 
     @precondition(lambda self: self._in(JobState.WAITING, JobState.RUNNING))
     @rule(data=st.data())
@@ -658,8 +692,19 @@ class History(RuleBasedStateMachine):
         counted = Counter(state.name.lower() for state, _, _ in self.model.values())
         assert self.stored.counted() == counted
         assert sum(self.stored.waiting.values()) == counted["waiting"]
-        (size,) = self.stored.store._db.execute("select coalesce(sum(size), 0) from job").fetchone()
-        assert self.stored.counts.size == size
+        for number, (state, _, _) in self.model.items():
+            for worker, kept in self.parts.get(number, {}).items():
+                is_kept = state in (JobState.RUNNING, JobState.DONE)
+                assert self.stored.part(number, worker, 0, 10**6) == (kept if is_kept else b"")
+            if state not in (JobState.RUNNING, JobState.DONE):
+                self.parts.pop(number, None)
+        db = self.stored.store._db
+        (size,) = db.execute("select coalesce(sum(size), 0) from job").fetchone()
+        (bodies,) = db.execute(
+            "select sum(length(body)) from (select body from payload union all "
+            "select body from answer union all select body from chunk)"
+        ).fetchone()
+        assert self.stored.counts.size == size == (bodies or 0) + len(self.model) * ROW_BYTES
 
     def _in(self, *states: JobState) -> list[int]:
         return [number for number, (state, _, _) in self.model.items() if state in states]

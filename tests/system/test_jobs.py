@@ -17,7 +17,8 @@ import grpc
 import pytest
 
 import overlay
-from overlay.client.jobs import Job, JobStatus
+from overlay.client.job_status import JobStatus
+from overlay.client.jobs import Job
 from overlay.model.errors import (
     CallCancelled,
     CallFailed,
@@ -28,6 +29,7 @@ from overlay.model.errors import (
     JobQuarantined,
     NameNotFound,
     NotReached,
+    Refused,
 )
 from overlay.model.identity import OPERATOR
 from overlay.model.segments import Code
@@ -83,10 +85,32 @@ def wrong(payload, context):
 
 def large(payload, context):
     return b"x" * int(payload)
+
+def numbers(payload, context):
+    size, *absent = payload.decode().split()
+    if context.process_id in absent:
+        raise ValueError("not here")
+    for n in range(int(size) // 12):
+        yield b"%s %09d\\n" % (context.process_id.encode(), n)
+
+def counting(n: int):
+    for number in range(n):
+        yield number
+
+def half(payload, context):
+    yield b"x" * int(payload)
+    with open("began", "ab") as file:
+        file.write(b"half\\n")
+    while not pathlib.Path("open").exists() and not context.cancelled:
+        time.sleep(0.01)
+    yield b"y" * int(payload)
 """
 HANDLERS: dict[str, Any] = {
     name: f"mine:{name}"
-    for name in ("upper", "brief", "poison", "bad", "add", "large", "steps", "wrong")
+    for name in (
+        *("upper", "brief", "poison", "bad", "add", "large", "steps", "wrong"),
+        *("numbers", "counting", "half"),
+    )
 } | {
     "held": {"call": "mine:held", "slots": 1},
     "steps_in_process": {"call": "mine:steps", "run": "process", "slots": 1},
@@ -202,6 +226,7 @@ def test_a_request_that_can_never_be_served_is_not_accepted(client: overlay.Clie
         ({"request": {"request_id": 7}}, "chooses its request ids"),
         ({"request": {"mode": 5}}, "mode"),
         ({"request": {"payload": b"x"}, "payloads": [b"y"]}, "has no payload"),
+        ({"request": {"in_parts": True, "want_parts": True}}, "want_parts: in_parts excludes it"),
     ],
 )
 def test_a_wrong_submit_is_refused_by_name(
@@ -227,6 +252,8 @@ JUNK = [
     ("Jobs", b"\x08\x63", "states: 99"),
     ("Jobs", b"\x18\xff\xff\x03", "limit: 65535 is more than 1000"),
     ("Jobs", b"\x22\x02zz", "'zz' is not the id of a job"),
+    ("Part", b"\x0a\x03abc", "'abc' is not the id of a job"),
+    ("Part", b"\x18\x01", "'' is not the id of a job"),
     ("Change", b"", "either ids or states"),
     ("Change", b"\x08\x07\x12\x10" + b"0" * 16, "action: 7"),
     ("Change", (b"\x12\x10" + b"0" * 16) * 5000, "ids: 5000 are more than 4096"),
@@ -253,6 +280,7 @@ def test_junk_is_refused_and_leaves_nothing_behind(
         ("key", 1), ("key", None), ("priority", True), ("priority", 10), ("limit_s", 0),
         ("limit_s", "1"), ("expires_s", -1), ("start_at", "noon"), ("every_s", float("inf")),
         ("attempts", 1.5), ("mode", "some"), ("team", 3), ("timeout", -1), ("args", {"a": 1}),
+        ("in_parts", 1), ("in_parts", "yes"),
     ],
 )  # fmt: skip
 def test_a_wrong_argument_is_refused_by_name(client: overlay.Client, name: str, value: Any) -> None:
@@ -353,6 +381,148 @@ def test_a_handler_reports_its_progress(own: Overlay, handler: str) -> None:
         assert job.status().progress is None
         with pytest.raises(HandlerFailed):
             client.later("wrong", b"x").result(20)
+
+
+# In parts
+
+
+def of_numbers(worker: str, size: int) -> bytes:
+    """What the handler `numbers` gives there."""
+    return b"".join(b"%s %09d\n" % (worker.encode(), n) for n in range(size // 12))
+
+
+def test_of_a_job_in_parts_each_part_may_be_larger_than_a_message(tmp_path: Path) -> None:
+    with (
+        six(tmp_path / "six", max_message_mib=1) as cluster,
+        overlay.connect(cluster.address("A")) as client,
+    ):
+        job = client.later("numbers", b"3000000", mode="all", in_parts=True)
+        found = {part.process_id: part.result for part in job.parts(60)}
+        assert found == {worker: of_numbers(worker, 3_000_000) for worker in "CDF"}
+
+        answer = job.answer()
+        assert (answer.coverage, answer.hops) == ((3, 3), tuple("ABCEDF"))
+        assert [(part.process_id, part.size) for part in answer.parts] == [
+            (worker, 3_000_000) for worker in "CDF"
+        ]
+        status = job.status()
+        assert status.in_parts
+        assert status.size > 9_000_000
+        with pytest.raises(InvalidCall, match="read them with `parts`"):
+            job.result()
+        whole = client.later("numbers", b"3000000", mode="all")
+        with pytest.raises(CallFailed, match="max_message_mib"):
+            whole.result(60)
+
+        one = client.later("numbers", b"3000000", in_parts=True)
+        result = one.result(60)
+        (part,) = one.answer().parts
+        assert result == of_numbers(part.process_id, 3_000_000)
+        assert one.answer().hops[0] == "A"
+        assert next(one.parts()).result == result
+        small = client.later("add", args={"a": 3}, in_parts=True)
+        assert small.result(20) == {"sum": 5}
+        refused = client.later("bad", b"x", in_parts=True)
+        with pytest.raises(HandlerFailed, match="error id"):
+            refused.result(20)
+
+        some = client.later("numbers", b"1200000 D", mode="all", in_parts=True)
+        by_worker = {part.process_id: part for part in some.parts(60)}
+        assert [by_worker[worker].ok for worker in "CDF"] == [True, False, True]
+        assert by_worker["F"].result == of_numbers("F", 1_200_000)
+        assert "error id" in by_worker["D"].reason
+        assert [part.process_id for part in some.answer().missing] == ["D"]
+
+        asked = stub(cluster)
+        for request, told in [
+            ({"id": some.id, "process_id": "D"}, f"job {some.id} is done and has 0 bytes of 'D'"),
+            ({"id": some.id, "process_id": "C", "at": 1_200_001}, "none from 1,200,001 on"),
+            ({"id": whole.id, "process_id": "C"}, "is failed and has 0 bytes"),
+            ({"id": "0" * 16, "process_id": "C"}, "there is no job"),
+        ]:
+            with pytest.raises(grpc.RpcError) as caught:
+                asked.Part(pb2.PartRequest(**request), timeout=10)
+            assert told in (caught.value.details() or "")
+
+        client.change_jobs("drop", states=["done", "failed"])
+        counts = client.jobs().counts
+        assert (counts["done"], counts["bytes"]) == (0, 0)
+
+
+def test_a_job_in_parts_whose_every_part_fails_has_failed(client: overlay.Client) -> None:
+    job = client.later("numbers", b"1200 C D F", mode="all", in_parts=True)
+    with pytest.raises(HandlerFailed, match="error id"):
+        list(job.parts(20))
+    assert job.status().size < 1000
+
+
+def test_parts_can_be_empty_and_jobs_without_them_say_so(client: overlay.Client) -> None:
+    empty = client.later("numbers", b"0", mode="all", in_parts=True)
+    assert [part.result for part in empty.parts(20)] == [b"", b"", b""]
+    with pytest.raises(InvalidCall, match="was not submitted with in_parts"):
+        list(client.later("upper", b"x", mode="all").parts(20))
+
+
+def test_many_jobs_in_parts_run_at_once_for_an_asyncio_client(shared: Overlay) -> None:
+    async def main() -> list[list[bytes]]:
+        async with overlay.connect_async(shared.address("A")) as client:
+            payloads = [b"%d" % (12_000 * n) for n in range(20)]
+            jobs = await client.later_many("numbers", payloads, mode="all", in_parts=True)
+            found = []
+            for job in jobs:
+                found.append([part.result async for part in job.parts(60)])
+            (job,) = await client.later_many("counting", args=[{"n": 3}], mode="all", in_parts=True)
+            assert [part.value async for part in job.parts(20)] == [[0, 1, 2]] * 3
+            return found
+
+    expected = [[of_numbers(worker, 12_000 * n) for worker in "CDF"] for n in range(20)]
+    assert asyncio.run(main()) == expected
+
+
+def test_parts_of_a_killed_leaders_attempt_are_not_mixed_with_the_next(own: Overlay) -> None:
+    size = 500_000
+    with overlay.connect(own.address("A")) as client:
+        job = client.later("half", b"%d" % size, mode="all", in_parts=True, key="k")
+        once = client.later("half", b"%d" % size, mode="all", in_parts=True)
+        until(lambda: job.status().size > size and once.status().size > size, 20)
+        own.kill("A")
+        (own.folder / "open").touch()
+        own.start("A")
+        found = [part.result for part in job.parts(60)]
+        assert found == [b"x" * size + b"y" * size] * 3
+        assert job.status().attempts == 2
+        with pytest.raises(JobQuarantined):
+            list(once.parts(20))
+        assert once.status().size < 1000, "nothing is kept of what came to nothing"
+
+
+def test_a_part_that_finds_no_room_puts_its_job_into_quarantine(tmp_path: Path) -> None:
+    with (
+        six(tmp_path / "six", max_journal_mib=2) as cluster,
+        overlay.connect(cluster.address("A")) as client,
+    ):
+        job = client.later("large", b"5000000", mode="all", in_parts=True)
+        with pytest.raises(JobQuarantined, match=r"could not be kept: .*max_journal_mib"):
+            list(job.parts(60))
+        assert client.later("upper", b"still here").result(20) == b"STILL HERE"
+        fits = client.later("large", b"500000", mode="all", in_parts=True)
+        assert [len(part.result) for part in fits.parts(20)] == [500_000] * 3
+
+
+def test_a_job_in_parts_is_forgotten_for_room_only_when_its_last_part_was_read(
+    tmp_path: Path,
+) -> None:
+    with (
+        six(tmp_path / "six", max_jobs=1) as cluster,
+        overlay.connect(cluster.address("A")) as client,
+    ):
+        job = client.later("large", b"1500000", mode="all", in_parts=True)
+        parts = job.parts(20)
+        assert len(next(parts).result) == 1_500_000
+        with pytest.raises(Refused, match="max_jobs"):
+            client.later("upper", b"x")
+        assert [len(part.result) for part in parts] == [1_500_000] * 2
+        assert client.later("upper", b"x").result(20) == b"X"
 
 
 # Waiting, in order, and giving up

@@ -19,6 +19,7 @@ from overlay.model.segments import (
     Column,
     Detail,
     Executed,
+    Mode,
     Part,
     Route,
     Segment,
@@ -188,6 +189,43 @@ def test_without_a_reader_each_worker_sends_what_it_may_and_waits(network):
     asked.read(1)
     assert sum(sent_by(network).values()) == 7
     assert not asked.is_answered
+
+
+@pytest.mark.parametrize("size", [4, 5, 11, 200])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_the_chunks_of_any_one_worker_end_with_its_answer(network, size, chunks):
+    asked = network.ask("A", BODY[:size], mode=Mode.ANY, chunks=chunks)
+    asked.read()
+
+    (part,) = asked.answer.parts
+    before = [result for result, _ in asked.chunks.get(part.process_id, [])]
+    assert part.ok
+    assert b"".join([*before, part.result]) == part.process_id.encode() + b": " + BODY[:size]
+    assert all(chunk.more for _, chunk in asked.chunks.get(part.process_id, []))
+    assert len(before) == (size + 3 - 1) // 7
+    assert asked.answer.hops[0] == "A"
+    assert sum(sent_by(network).values()) == len(before)
+    assert network.left_over == {}
+
+
+def test_any_one_worker_waits_for_a_reader_and_ends_with_its_caller(network):
+    asked = network.ask("A", BODY, mode=Mode.ANY, chunks=2)
+    assert sum(sent_by(network).values()) == 2
+    asked.read(1)
+    assert sum(sent_by(network).values()) == 3
+    asked.leave()
+    asked.read()
+    assert sum(sent_by(network).values()) == 3
+    assert network.left_over == {}
+
+
+def test_a_worker_lost_among_its_chunks_may_have_run(network):
+    asked = network.ask("A", BODY, mode=Mode.ANY, chunks=1)
+    for team_leader in "BE":
+        network.cut("A", team_leader)
+    asked.read()
+    assert asked.answer.refused.executed is Executed.UNKNOWN
+    assert network.left_over == {}
 
 
 def test_a_worker_not_asked_for_chunks_sends_its_result_whole(network):
