@@ -32,7 +32,9 @@ from faults.scenarios import BY_NAME, FAILING, Scenario
 from overlay.transport.codec import pb2
 from tests.harness.cluster import six_processes
 from tests.harness.hosts import ADDRESSES, Hosts, Wire
+from tests.harness.leaders import with_more_leaders
 from tests.harness.machine import ROOT, NotReached, until
+from tests.harness.nats_servers import NatsServers, nats_servers
 
 LATENESS_S = 0.02  # p99; above it the load was not as planned, and the run is invalid
 REST_S = 15.0  # for hung handlers to end
@@ -125,11 +127,30 @@ def _run(
     freeze_s: float | None,
     wire: Wire | None = None,
 ) -> History:
-    overlay = Overlay(folder, configuration(scenario), command or node_command())
+    with contextlib.ExitStack() as then:
+        servers = None
+        if scenario.leaders:
+            (folder / "nats").mkdir(parents=True)
+            servers = then.enter_context(nats_servers(folder / "nats"))
+        return _run_beside(servers, scenario, folder, seconds, seed, command, freeze_s, wire)
+
+
+def _run_beside(
+    servers: NatsServers | None,
+    scenario: Scenario,
+    folder: Path,
+    seconds: float,
+    seed: int,
+    command: Sequence[str],
+    freeze_s: float | None,
+    wire: Wire | None,
+) -> History:
+    config = configuration(scenario, servers.journal if servers else "journal.db")
+    overlay = Overlay(folder, config, command or node_command())
     if wire is not None:
         overlay.inside[scenario.away] = wire.inside(2)
     notes = Notes()
-    stage = Stage(overlay, notes, random.Random(seed), seconds, freeze_s, wire)
+    stage = Stage(overlay, notes, random.Random(seed), seconds, freeze_s, wire, servers)
     about = About(
         scenario.name,
         seed,
@@ -159,12 +180,15 @@ def _run(
     return found
 
 
-def configuration(scenario: Scenario) -> dict[str, Any]:
-    names = ("work", *FAILING, "prints")
+def configuration(scenario: Scenario, journal: str = "journal.db") -> dict[str, Any]:
+    """journal: of a scenario with jobs."""
+    names = ("work", *FAILING, "prints", "large")
     handlers = {n: {"call": f"faults.handlers:{n}", "slots": scenario.slots} for n in names}
     config = six_processes(**{"handlers": handlers, "drain_grace_s": 10, **scenario.top})
     if scenario.jobs:
-        config["journal"] = "journal.db"
+        config["journal"] = journal
+    if scenario.leaders:
+        config = with_more_leaders(config, journal)
     for id_, process in config["processes"].items():
         if scenario.away:
             process["host"] = ADDRESSES[2 if id_ == scenario.away else 1]

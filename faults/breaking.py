@@ -20,9 +20,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import grpc
 import psutil
 
 from faults import crowd
@@ -34,11 +35,14 @@ from faults.overlays import Overlay
 from overlay.transport import codec as wire
 from overlay.transport.codec import pb2
 from tests.harness.hosts import Wire
+from tests.harness.leaders import holder, leaders_in
 from tests.harness.machine import ROOT, until
+from tests.harness.nats_servers import NatsServers
 from tests.harness.ways import Call as Sent
 from tests.harness.ways import Lane, Outcome
 
 LONG_S = 5.0  # longer than it takes to notice a dead peer
+TAKEOVER_S, HOLDER_S = 8.0, 30.0  # longer than it takes another leader to have the jobs
 CLOCK_STEPS_S = (3600, -3600, 0)  # offsets from the true time
 CROWD_KEY = 10_000_000
 NAMES_KEY, NAMES_S = 30_000_000, 3
@@ -47,7 +51,8 @@ OVERSTAY_KEY, OVERSTAYING, OVERSTAY_S = 50_000_000, 20, 5
 
 @dataclass
 class Stage:
-    """What a fault may touch. wire: if a process has its own host.
+    """What a fault may touch. wire: if a process has its own host. servers: if several leaders keep
+    their jobs there.
 
     seconds: how long the load lasts, at least until the fault is undone. freeze_s: None means as
     long as other faults.
@@ -59,6 +64,7 @@ class Stage:
     seconds: float
     freeze_s: float | None = None
     wire: Wire | None = None
+    servers: NatsServers | None = None
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -153,6 +159,63 @@ def freeze(process: str) -> Breaking:
                 stage.overlay.signal(process, signal.SIGCONT)
 
     return play
+
+
+def kill_holder(stage: Stage) -> None:
+    """kill -9 of the leader that has the jobs and of the server beside it, until another has them,
+    and restart; twice."""
+    overlay, servers = stage.overlay, stage.servers
+    assert servers is not None
+    for _ in range(2):
+        process = _holder(overlay)
+        number = leaders_in(overlay.config).index(process)
+        with stage.fault("kill", process):
+            overlay.kill(process)
+            servers.kill(number)
+            _holder(overlay)
+            servers.start(number)
+            servers.wait()
+            overlay.serve(process)
+        overlay.settle()
+        time.sleep(stage.rng.uniform(0.2, 0.6))
+
+
+def freeze_holder(stage: Stage) -> None:
+    """SIGSTOP of the leader that has the jobs, for as long as it takes another to have them."""
+    freeze(_holder(stage.overlay))(replace(stage, freeze_s=max(stage.long_s, TAKEOVER_S)))
+    _holder(stage.overlay)
+
+
+def restart_leaders(stage: Stage) -> None:
+    """SIGTERM and restart of one leader after another."""
+    restart_each(*leaders_in(stage.overlay.config))(stage)
+
+
+def lose_majority(stage: Stage) -> None:
+    """kill -9 and restart of two of the three servers."""
+    servers = stage.servers
+    assert servers is not None
+    with stage.fault("majority", _holder(stage.overlay)):
+        for number in (0, 1):
+            servers.kill(number)
+        try:
+            time.sleep(stage.long_s)
+        finally:
+            for number in (0, 1):
+                servers.start(number)
+            servers.wait()
+        _holder(stage.overlay)
+
+
+def _holder(overlay: Overlay) -> str:
+    """The leader that has the jobs, as soon as one has. Raises NotReached."""
+
+    def look() -> str:
+        with contextlib.suppress(grpc.RpcError):
+            return holder(overlay)
+        return ""
+
+    return str(until(look, HOLDER_S, "a leader has the jobs"))
 
 
 def cut(process: str) -> Breaking:

@@ -59,6 +59,15 @@ def prints(payload, context):
         return f"{context.process_id} {key}".encode()
 
 
+def large(payload, context):
+    """The same answer, with blanks behind it that make several chunks."""
+    with recorded(payload, context) as (key, nap_s):
+        yield f"{context.process_id} {key}".encode()
+        for _ in range(3):
+            _nap(nap_s / 3, _degradation(context.process_id))
+            yield b" " * 200_000
+
+
 @contextmanager
 def recorded(payload, context) -> Iterator[tuple[int, float]]:
     """Records the start before anything else, and the end whatever happens."""

@@ -14,7 +14,7 @@ from faults.history import Cancel, Execution, History, Look, Submit
 OPEN = ("waiting", "running")
 CANCELLED_S = 1.0  # after a cancel was told, until no worker begins the job any more
 # Faults after which it may be unknown whether a job has run. Stopping in order is none of them.
-LOSING = frozenset({"kill", "freeze"})
+LOSING = frozenset({"kill", "freeze", "majority"})
 
 Found = Iterator[tuple[int, str]]
 

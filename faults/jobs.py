@@ -21,6 +21,7 @@ from overlay.client.job_status import JobStatus
 from overlay.client.jobs import Job
 from overlay.client.sync import CallFailed, Client
 from tests.harness.cluster import Overlay
+from tests.harness.leaders import leaders_in
 
 CLIENTS, THREADS = 2, 3  # calls of one client that come together share a Submit
 PAUSE_S = 0.1  # of a thread between two things that it does, on average
@@ -45,6 +46,7 @@ class Wanted:
     handler: str
     key: str
     expires_s: float | None
+    in_parts: bool = False
 
     @property
     def payload(self) -> bytes:
@@ -59,7 +61,8 @@ class JobLoad:
         self._seed = seed
         self._ids = itertools.count(FIRST_ID)
         self._closed = threading.Event()
-        self._clients = [overlay.connect("A") for _ in range(CLIENTS)]
+        leaders = leaders_in(overlay.config)
+        self._clients = [overlay.connect(*leaders) for _ in range(CLIENTS)]
         self._waiting = ThreadPoolExecutor(WAITERS, "jobs-wait")
         self._known: list[tuple[Wanted, str]] = []  # with the id that was told
         self._threads = [
@@ -117,14 +120,14 @@ class JobLoad:
         """One, or several that differ in their payloads and keys only."""
         mode = "all" if rng.random() < 0.2 else "any"
         team = rng.choice(("", "", "green", "pink"))
-        handler = "raises" if rng.random() < 0.05 else "work"
+        handler = rng.choices(("work", "raises", "large"), (0.85, 0.05, 0.1))[0]
         has_key, expires_s = rng.random() < 0.5, 0.4 if rng.random() < 0.1 else None
         count = rng.randint(2, 12) if rng.random() < 0.25 else 1
         ids = [next(self._ids) for _ in range(count)]
         return [
             Wanted(
                 id_, rng.choice((5, 20, 50, 100, 500)), mode, team, handler,
-                f"key-{id_}" if has_key else "", expires_s,
+                f"key-{id_}" if has_key else "", expires_s, handler == "large",
             )
             for id_ in ids
         ]  # fmt: skip
@@ -136,6 +139,7 @@ class JobLoad:
             "team": first.team,
             "limit_s": LIMIT_S,
             "expires_s": first.expires_s,
+            "in_parts": first.in_parts,
             "timeout": SUBMIT_S,
         }
 
@@ -157,14 +161,15 @@ class JobLoad:
 
     def _wait(self, client: Client, job: str, end: float, is_last: bool = False) -> None:
         left_s = max(0.5, end - time.monotonic())
-        at, status, failure = _told(lambda: client.job(job).wait(left_s))
+        handle = client.job(job)
+        at, found, failure = _told(lambda: _with_result(handle, handle.wait(left_s)))
         if failure is not None and failure.code.name == "DEADLINE_EXCEEDED":  # it goes on
-            at, status, failure = _told(lambda: client.job(job).status())
-        self._notes.looks.append(_look_of(job, status, at, failure, is_last))
+            at, found, failure = _told(lambda: (handle.status(), None))
+        self._notes.looks.append(_look_of(job, found, at, failure, is_last))
 
     def _look(self, client: Client, job: str) -> None:
-        at, status, failure = _told(lambda: client.job(job).status())
-        self._notes.looks.append(_look_of(job, status, at, failure, asked=False))
+        at, found, failure = _told(lambda: (client.job(job).status(), None))
+        self._notes.looks.append(_look_of(job, found, at, failure, asked=False))
 
     def _cancel(self, client: Client, job: str) -> None:
         at, changed, failure = _told(lambda: client.job(job).cancel())
@@ -181,6 +186,17 @@ def _told(ask: Callable[[], T]) -> tuple[float, T | None, CallFailed | None]:
         return at, None, e
 
 
+def _with_result(job: Job, status: JobStatus) -> tuple[JobStatus, str | None]:
+    """Also its answer, as the workers wrote it. Raises CallFailed."""
+    if status.answer is None:
+        return status, None
+    results = [status.answer.result]
+    if status.in_parts:
+        good = [part for part in status.answer.parts if part.ok]
+        results = [b"".join(job.chunks(part)) for part in good]
+    return status, "\n".join(result.decode().rstrip() for result in results)
+
+
 def _submit_of(wanted: Wanted, job: Job | None, at: float, failure: CallFailed | None) -> Submit:
     how: Mapping[str, Any] = {"job": job.id} if job else _failed(failure)
     return Submit(
@@ -191,7 +207,7 @@ def _submit_of(wanted: Wanted, job: Job | None, at: float, failure: CallFailed |
 
 def _look_of(
     job: str,
-    status: JobStatus | None,
+    found: tuple[JobStatus, str | None] | None,
     at: float,
     failure: CallFailed | None,
     is_last: bool = False,
@@ -199,13 +215,14 @@ def _look_of(
 ) -> Look:
     """asked: for its answer, too."""
     until = time.monotonic()
-    if status is None:
+    if found is None:
         failed = _failed(failure)
         return Look(job, at, until, code=failed["code"], reason=failed["reason"], is_last=is_last)
+    status, result = found
     answer = status.answer
     return Look(
         job, at, until, status.state, status.attempts, "OK", status.code.name, status.reason,
-        asked and status.is_over, None if answer is None else answer.result.decode(),
+        asked and status.is_over, result,
         () if answer is None else tuple(
             (part.process_id, part.code.name, part.executed.name.lower()) for part in answer.parts
         ), is_last,

