@@ -384,8 +384,8 @@ def read_outcome(name: str, kind: str, value: Any, request_id: int = 0) -> bytes
         returned = f"{size:,} bytes, more" if size else "more"
         reason = (
             f"handler '{name}' returned {returned} than max_message_mib allows ({most:,}); "
-            "a part that is taken as it comes (--as-completed) may be larger, unless an older "
-            "process is on its way"
+            "a part that is taken as it comes (--as-completed), or a job's (--in-parts), may be "
+            "larger, unless an older process is on its way"
         )
         return Detail(Code.RESOURCE_EXHAUSTED, reason, Executed.YES)
     if kind == "left":  # its row has been answered, or is about to be
