@@ -269,8 +269,8 @@ class JobStore:
     def end(self, number: int, end: JobEnd, now: float) -> bool:
         """Records what an attempt made of a running job. Returns whether it was running."""
         found = self._db.execute(
-            "select kind, story, attempts, size, (select length(body) from payload where job = "
-            "job.id) from job where id = ? and state = 1",
+            "select kind, story, attempts, size, coalesce((select length(body) from payload where "
+            "job = job.id), 0) from job where id = ? and state = 1",
             (number,),
         ).fetchone()
         if found is None:

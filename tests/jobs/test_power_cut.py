@@ -268,7 +268,7 @@ def _problem(path: Path, disk: Disk) -> str:
 def _read(store: JobStore) -> Jobs:
     rows = store._db.execute(
         "select id, state, attempts, max_attempts, coalesce((select body from answer where "
-        "job = id), (select body from payload where job = id)) from job"
+        "job = id), (select body from payload where job = id), x'') from job"
     )
     return {number: (*how, body.decode()) for number, *how, body in rows}
 
