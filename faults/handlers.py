@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-FOLDER = "FAULTS_FOLDER"  # environment variable: the folder of executions and degradations
+from faults.history import FOLDER
 
 _numbers = itertools.count()
 _folder = Path(os.environ.get(FOLDER, "."))

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+FOLDER = "FAULTS_FOLDER"  # environment variable: the folder of executions and degradations
+
 
 @dataclass(frozen=True)
 class About:

@@ -15,10 +15,9 @@ from typing import Any
 
 import grpc
 
-from faults.handlers import FOLDER
-from faults.history import Ending
+from faults.history import FOLDER, Ending
 from tests.harness import cluster
-from tests.harness.forks import Fork
+from tests.harness.forks import LINUX, Fork
 from tests.harness.machine import NotReached, until
 
 STOP_S = 20.0  # the grace of a drain, and the watchdog after it
@@ -50,17 +49,22 @@ class Overlay(cluster.Overlay):
         before = self.inside.get(process_id, ())
         return [*before, *self._command, str(self.path), process_id]
 
-    def _spawn(self, process_id: str) -> subprocess.Popen[Any]:
+    def _spawn(self, process_id: str) -> subprocess.Popen[Any] | Fork:
+        command, own = self._node(process_id), {FOLDER: str(self.folder)}
         with (self.folder / f"{process_id}.out").open("ab") as out:
             self._old_output[process_id] = out.tell()
             quiet = process_id not in self.unread
+            if LINUX and quiet and command[0] == sys.executable:
+                server = cluster.fork_server(Path(command[1]))
+                if server.environment == self.environment:
+                    return server.start_into(command[2:], self.folder, out, own)
             return subprocess.Popen(
-                self._node(process_id),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=out if quiet else subprocess.PIPE,
                 stderr=subprocess.STDOUT if quiet else subprocess.PIPE,
                 cwd=self.folder,
-                env={**self.environment, FOLDER: str(self.folder)},
+                env={**self.environment, **own},
                 start_new_session=os.name == "posix",
                 creationflags=FLAGS,
             )

@@ -193,7 +193,7 @@ class Overlay:
     def _spawn(self, process_id: str) -> subprocess.Popen[Any] | Fork:
         command = self._node(process_id)
         if LINUX and command[:2] == [sys.executable, str(NODE)]:
-            server = _fork_server()
+            server = fork_server(NODE)
             if server.environment == self.environment:
                 return server.start(command[2:], self.folder)
         return subprocess.Popen(
@@ -232,8 +232,8 @@ def environment() -> dict[str, str]:
 
 
 @functools.cache
-def _fork_server() -> ForkServer:
-    return ForkServer(NODE, environment())
+def fork_server(script: Path) -> ForkServer:
+    return ForkServer(script, environment())
 
 
 @contextlib.contextmanager

@@ -73,6 +73,14 @@ class ForkServer:
         pid, exit_code = self._fork(arguments, cwd, {1: its_output, 2: its_output})
         return Fork(pid, exit_code, os.fdopen(output, encoding="utf-8"))
 
+    def start_into(
+        self, arguments: list[str], cwd: Path, file: IO[Any], environment: dict[str, str]
+    ) -> Fork:
+        """Both outputs go to the file. environment: on top of the server's own."""
+        output = os.dup(file.fileno())
+        pid, exit_code = self._fork(arguments, cwd, {1: output, 2: output}, environment)
+        return Fork(pid, exit_code, None)
+
     def start_apart(self, arguments: list[str], cwd: Path) -> ForkApart:
         """Each standard stream is a pipe, with bytes."""
         its_input, to_input = os.pipe()
@@ -81,10 +89,17 @@ class ForkServer:
         pid, exit_code = self._fork(arguments, cwd, streams)
         return ForkApart(pid, exit_code, to_input, output, errors)
 
-    def _fork(self, arguments: list[str], cwd: Path, streams: dict[int, int]) -> tuple[int, int]:
+    def _fork(
+        self,
+        arguments: list[str],
+        cwd: Path,
+        streams: dict[int, int],
+        environment: dict[str, str] | None = None,
+    ) -> tuple[int, int]:
         """Returns the pid, and a pipe that gets the exit code. Closes the ends of the fork."""
         exit_code, its_exit_code = os.pipe()
-        start = {"standard": list(streams), "arguments": arguments, "cwd": str(cwd)}
+        start: dict[str, Any] = {"standard": list(streams), "arguments": arguments}
+        start |= {"cwd": str(cwd), "environment": environment or {}}
         message = json.dumps(start).encode()
         size = len(message).to_bytes(4, "big")
         with self._lock:
@@ -103,7 +118,7 @@ class Fork:
     stdin: IO[Any] | None = None
     stderr: IO[Any] | None = None
 
-    def __init__(self, pid: int, exit_code: int, stdout: IO[Any]) -> None:
+    def __init__(self, pid: int, exit_code: int, stdout: IO[Any] | None) -> None:
         self.pid = pid
         self.returncode: int | None = None
         self.stdout = stdout
@@ -224,8 +239,15 @@ def serve_forks(tests: socket.socket) -> bool:
             tests.sendall(pid.to_bytes(4, "big"))
 
 
-def set_up(streams: list[int], standard: list[int], arguments: list[str], cwd: str) -> None:
+def set_up(
+    streams: list[int],
+    standard: list[int],
+    arguments: list[str],
+    cwd: str,
+    environment: dict[str, str],
+) -> None:
     os.setsid()
+    os.environ.update(environment)
     for fd, number in zip(streams, standard, strict=True):
         os.dup2(fd, number)
         os.close(fd)
