@@ -108,6 +108,14 @@ print("nowhere", file=sys.stderr)
 streams = [stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)]
 open("after.txt", "w").write(" ".join(map(str, streams)) + f" {sys.stdin.read()!r}")
 """
+CHECKS = """
+import json, node, time
+found = [node.main(["two_hosts_config.json", *words]) for words in (["A", "--check"], ["Z"])]
+until, seen = time.perf_counter() + 0.02, set()
+while time.perf_counter() < until:
+    seen.add(time.monotonic())
+print(json.dumps([*found, len(seen)]))
+"""
 # Commands of client.py in one process, each on a console with its code page.
 COMMANDS = """
 import json, sys
@@ -119,6 +127,28 @@ for page, words in json.load(sys.stdin):
     sys.stdout.reconfigure(encoding="utf-8")
     print(f"\\nexit code {code}")
 """
+# Typed on the Windows machine: the code page and the words, by what they are.
+CODE_PAGES = ("cp850", "cp1252")
+REPORTS = {
+    "check two_hosts_config.json": "6 of 6 processes well",
+    "top --once": "workers 3 of 3",
+    "top --once --json": '"ok": true',
+    "logs F": "F overlay.node INFO serves on 192.168.1.2:50056",
+    "--as-completed": "3 of 3 workers answered",
+    "--first 1": "the others were cancelled",
+    "--trace": "on the way ms",
+}
+TYPED = {
+    "ask": ("utf-8", [*PINK, "--payload", "hello"]),
+    "ask any": ("utf-8", [*PINK, "--mode", "any"]),
+    "map": ("utf-8", [*PINK, "map", "lines.txt", "--out", "mapped on windows.txt"]),
+    "map of a folder": ("utf-8", [*LEADER, "map", "to do", "--out-folder", r".\done"]),
+    "doctor": ("utf-8", ["doctor", SHIPPED.name, "--json"]),
+    **{w: ("utf-8", w.split() if "check" in w else [*LEADER, *w.split()]) for w in REPORTS},
+    **{page: (page, [*PINK, "--payload", "Grüße 中文"]) for page in CODE_PAGES},
+}
+LINES = [f"line {i}" for i in range(500)]
+TEXTS = {f"größe {n}.txt": f"text {n}" for n in range(5)}
 MINE = """
 import subprocess, sys, time
 
@@ -153,6 +183,22 @@ def both(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Iterator
     """All six of the shipped configuration, started. A test that breaks something restores it."""
     with PcAndMac(tmp_path_factory.mktemp("both"), windows) as overlay:
         yield overlay.start()
+
+
+@pytest.fixture(scope="module")
+def on_windows(both: PcAndMac) -> dict[str, tuple[str, str]]:
+    """The exit codes and outputs of TYPED, all from one process: each start takes seconds."""
+    (both.folder / "lines.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    (both.folder / "to do").mkdir()
+    for name, text in TEXTS.items():
+        (both.folder / "to do" / name).write_text(text)
+    typed = json.dumps(list(TYPED.values()))
+    done = both.windows.run(
+        "-c", COMMANDS, cwd=both.folder, within_s=150, typed=typed, PYTHONPATH=f"Z:{ROOT}"
+    )
+    found = re.findall(r"(?s)(.*?)\nexit code (\d+)\n", done.stdout)
+    assert (done.returncode, len(found)) == (0, len(TYPED)), done.stdout
+    return {name: (code, said) for name, (said, code) in zip(TYPED, found, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -206,12 +252,17 @@ def kill(processes: list[psutil.Process]) -> None:
 # The programs
 
 
-def test_the_commands_run_on_a_windows_python(windows: Windows) -> None:
-    checked = windows.run("node.py", SHIPPED.name, "A", "--check")
-    unknown = windows.run("node.py", SHIPPED.name, "Z")
+def test_a_configuration_is_checked_and_the_clock_counts_far_less_than_milliseconds(
+    windows: Windows,
+) -> None:
+    done = windows.run("-c", CHECKS)
+    checked, unknown, instants = json.loads(done.stdout.splitlines()[-1])
 
-    assert checked.stdout.strip() == "two_hosts_config.json is right: 6 processes"
-    assert (unknown.returncode, "no process 'Z'" in unknown.stdout) == (2, True), unknown.stdout
+    assert (checked, unknown) == (0, 2), done.stdout
+    assert "two_hosts_config.json is right: 6 processes" in done.stdout
+    assert "no process 'Z'" in done.stdout
+    # Windows' default resolution is 15.6 ms, and wine's 1 ms.
+    assert instants > 100
 
 
 def test_tests_that_depend_on_the_system_pass_on_a_windows_python(windows: Windows) -> None:
@@ -223,26 +274,6 @@ def test_tests_that_depend_on_the_system_pass_on_a_windows_python(windows: Windo
 
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > len(tests)
-
-
-def test_the_clock_of_a_process_has_a_resolution_well_below_a_millisecond(windows: Windows) -> None:
-    count = "import node, time; until = time.perf_counter() + 0.02; seen = set()"
-    count += "\nwhile time.perf_counter() < until: seen.add(time.monotonic())"
-    done = windows.run("-c", f"{count}\nprint(len(seen))")
-
-    # Windows' default resolution is 15.6 ms, and wine's 1 ms.
-    assert int(done.stdout) > 100
-
-
-def test_init_writes_the_addresses_that_the_user_types(windows: Windows, tmp_path: Path) -> None:
-    shutil.copy(SHIPPED, tmp_path)
-    done = windows.run(str(ROOT / "client.py"), "init", cwd=tmp_path, typed="here\n10.0.0.40\n")
-
-    assert done.returncode == 0, done.stdout
-    assert f"This one: {ADDRESSES[1]}" in done.stdout
-    assert r"scripts\start_windows.bat two_hosts_config.json" in done.stdout
-    written = (tmp_path / SHIPPED.name).read_bytes()
-    assert written == SHIPPED.read_bytes().replace(b"192.168.1.2", b"10.0.0.40")
 
 
 def test_closing_the_window_stops_a_process_gracefully(windows: Windows, project: Path) -> None:
@@ -339,7 +370,7 @@ def test_status_shows_a_drained_process_as_stopped_and_restart_starts_it(
     status = until(  # a Windows Python takes its time to end
         lambda: stopped_in_order(windows, project), 30, "C is shown as stopped in order"
     )
-    restarted = windows.batch(r"python scripts\run.py restart three.json B C", project)
+    restarted = windows.batch(r"python scripts\launcher.py restart three.json B C", project)
 
     assert drained.returncode == 0, drained.stdout
     assert "0 requests refused, 0 left behind" in drained.stdout
@@ -352,7 +383,7 @@ def test_status_shows_a_drained_process_as_stopped_and_restart_starts_it(
 
 
 def stopped_in_order(windows: Windows, project: Path):
-    status = windows.run("scripts/run.py", "status", "three.json", cwd=project)
+    status = windows.run("scripts/launcher.py", "status", "three.json", cwd=project)
     return status if "stopped in order" in status.stdout else None
 
 
@@ -379,80 +410,76 @@ def test_each_process_answers_clients_on_both_systems(both: PcAndMac, host: int)
     assert {reply.answered for reply in replies} == {"C", "D", "F"}
 
 
-@pytest.mark.parametrize(("on_windows", "place"), [(True, PINK), (False, LEADER)])
-def test_a_client_of_a_process_on_the_other_system_calls_and_maps(
-    both: PcAndMac, on_windows: bool, place: tuple[str, str]
+def test_a_client_on_windows_calls_and_maps(
+    both: PcAndMac, on_windows: dict[str, tuple[str, str]]
 ) -> None:
-    lines = [f"line {i}" for i in range(500)]
-    (both.folder / "lines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = [on_windows[name] for name in ("ask", "ask any", "map")]
 
-    files = str(both.folder / "lines.txt"), "--out", str(both.folder / "mapped.txt")
-    typed = [[*place, *w] for w in (["--payload", "hello"], ["--mode", "any"], ["map", *files])]
-    if on_windows:
-        done = commands(both, [("utf-8", words) for words in typed])
-    else:
-        runs = [both.hosts.run(2, sys.executable, "client.py", *words) for words in typed]
-        done = [(str(run.returncode), run.stdout) for run in runs]
+    assert_called_and_mapped(done, both.folder / "mapped on windows.txt")
 
+
+def test_a_client_of_a_process_on_windows_calls_and_maps(both: PcAndMac) -> None:
+    (both.folder / "lines.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    mapped = both.folder / "mapped.txt"
+
+    files = str(both.folder / "lines.txt"), "--out", str(mapped)
+    typed = [["--payload", "hello"], ["--mode", "any"], ["map", *files]]
+    command = [sys.executable, "client.py", *LEADER]
+    runs = [both.hosts.run(2, *command, *words) for words in typed]
+
+    assert_called_and_mapped([(str(run.returncode), run.stdout) for run in runs], mapped)
+
+
+def assert_called_and_mapped(done: list[tuple[str, str]], mapped: Path) -> None:
     assert [code for code, _ in done] == ["0"] * 3, done
     assert re.search(r"(\d) of \1 workers answered", done[0][1])
     assert "1 of 1 worker answered" in done[1][1]
-    mapped = (both.folder / "mapped.txt").read_text(encoding="utf-8").splitlines()
-    assert [line.partition(": ")[2] for line in mapped] == lines
-    assert {line[0] for line in mapped} <= set("CDF")
+    results = mapped.read_text(encoding="utf-8").splitlines()
+    assert [line.partition(": ")[2] for line in results] == LINES
+    assert {line[0] for line in results} <= set("CDF")
 
 
-@pytest.mark.parametrize("on_windows", [True, False])
-def test_the_doctor_on_either_system_finds_no_problem(both: PcAndMac, on_windows: bool) -> None:
-    words = ["client.py", "doctor", str(both.path), "--json"]
-    done = both.windows.run(*words) if on_windows else both.hosts.run(2, sys.executable, *words)
+def test_map_on_windows_reads_one_folder_and_writes_another(
+    both: PcAndMac, on_windows: dict[str, tuple[str, str]]
+) -> None:
+    code, said = on_windows["map of a folder"]
 
-    report = json.loads(done.stdout)
-    assert report["ok"], done.stdout
-    assert [p["here"] for p in report["processes"]] == [(i in "ABD") == on_windows for i in IDS]
+    assert code == "0", said
+    results = {path.name: path.read_text() for path in (both.folder / "done").iterdir()}
+    assert {name: text[3:] for name, text in results.items()} == TEXTS
+
+
+@pytest.mark.parametrize("on", ["Windows", "Linux"])
+def test_the_doctor_on_either_system_finds_no_problem(
+    both: PcAndMac, on: str, request: pytest.FixtureRequest
+) -> None:
+    if on == "Windows":
+        _, said = request.getfixturevalue("on_windows")["doctor"]
+    else:
+        words = ["client.py", "doctor", str(both.path), "--json"]
+        said = both.hosts.run(2, sys.executable, *words).stdout
+
+    report = json.loads(said)
+    assert report["ok"], said
+    assert [p["here"] for p in report["processes"]] == [
+        (i in "ABD") == (on == "Windows") for i in IDS
+    ]
     there = {p["id"] for p in report["processes"] if p["platform"].startswith("Windows")}
     assert there == set("ABD")
     assert [link["state"] for link in report["links"]] == ["up"] * 6
 
 
-def test_the_reports_on_windows_cover_both_systems(both: PcAndMac) -> None:
-    reports = [
-        (["check", "two_hosts_config.json"], "6 of 6 processes well"),
-        ([*LEADER, "top", "--once"], "workers 3 of 3"),
-        ([*LEADER, "top", "--once", "--json"], '"ok": true'),
-        ([*LEADER, "logs", "F"], "F overlay.node INFO serves on 192.168.1.2:50056"),
-        ([*LEADER, "--as-completed"], "3 of 3 workers answered"),
-        ([*LEADER, "--first", "1"], "the others were cancelled"),
-        ([*LEADER, "--trace"], "on the way ms"),
-    ]
-    printed = commands(both, [("utf-8", words) for words, _ in reports])
-
-    for (words, expected), (code, said) in zip(reports, printed, strict=True):
+def test_the_reports_on_windows_cover_both_systems(on_windows: dict[str, tuple[str, str]]) -> None:
+    for words, expected in REPORTS.items():
+        code, said = on_windows[words]
         assert (code, expected in said) == ("0", True), f"{words}: {said}"
 
 
-def commands(both: PcAndMac, typed: list[tuple[str, list[str]]]) -> list[tuple[str, str]]:
-    """The exit codes and outputs of commands of client.py, each with its code page."""
-    done = both.windows.run(
-        "-c", COMMANDS, cwd=both.folder, typed=json.dumps(typed), PYTHONPATH=f"Z:{ROOT}"
-    )
-    found = re.findall(r"(?s)(.*?)\nexit code (\d+)\n", done.stdout)
-    assert (done.returncode, len(found)) == (0, len(typed)), done.stdout
-    return [(code, said) for said, code in found]
-
-
-def test_map_reads_one_folder_and_writes_another(both: PcAndMac) -> None:
-    texts = {f"größe {n}.txt": f"text {n}" for n in range(5)}
-    (both.folder / "to do").mkdir()
-    for name, text in texts.items():
-        (both.folder / "to do" / name).write_text(text)
-
-    words = ["map", "to do", "--out-folder", r".\done"]
-    done = both.windows.run(str(ROOT / "client.py"), *LEADER, *words, cwd=both.folder)
-
-    assert done.returncode == 0, done.stdout
-    results = {path.name: path.read_text() for path in (both.folder / "done").iterdir()}
-    assert {name: text[3:] for name, text in results.items()} == texts
+def test_output_that_a_windows_code_page_lacks_is_escaped(
+    on_windows: dict[str, tuple[str, str]],
+) -> None:
+    for code, said in (on_windows[page] for page in CODE_PAGES):
+        assert (code, r"e \u4e2d\u6587" in said) == ("0", True), said
 
 
 def test_the_web_page_is_served_on_windows_until_ctrl_c(both: PcAndMac) -> None:
@@ -474,12 +501,6 @@ def test_the_web_page_is_served_on_windows_until_ctrl_c(both: PcAndMac) -> None:
     assert "content-type: text/javascript" in script.stdout.lower()
     snapshots = [json.loads(line[6:]) for line in events if line.startswith("data: ")]
     assert [len(snapshot["processes"]) for snapshot in snapshots][-1] == 6
-
-
-def test_output_that_a_windows_code_page_lacks_is_escaped(both: PcAndMac) -> None:
-    question = [*PINK, "--payload", "Grüße 中文"]
-    for code, said in commands(both, [(page, question) for page in ("cp850", "cp1252")]):
-        assert (code, r"e \u4e2d\u6587" in said) == ("0", True), said
 
 
 def test_the_overlay_recovers_from_a_cut_between_the_two_systems(both: PcAndMac) -> None:
@@ -603,7 +624,12 @@ def close_and_start(machines: Machines) -> None:
     """From nothing to a closed overlay that answers."""
     leader, other, address = machines.leader, machines.other, PLACES[machines.leader]
     said = machines.init()
+    assert re.search(rf"This one: .*{re.escape(address)}", said), said
     assert f"{address}: A (leader), B (team_leader), D (worker)  (this machine)" in said, said
+    assert r"scripts\start_windows.bat two_hosts_config.json" in said
+    wanted = SHIPPED.read_bytes().replace(b"192.168.1.2", PLACES[other].encode())
+    wanted = re.sub(rb"192\.168\.1\.1\b", address.encode(), wanted)
+    assert (machines.folders[leader] / SHIPPED.name).read_bytes() == wanted
     code, said = machines.run(
         leader,
         r"py scripts\run.py secure two_hosts_config.json",
