@@ -50,8 +50,8 @@ def patient(payload, context):
     """Runs for that many seconds or until cancelled, and records which."""
     _note("began")
     until = time.monotonic() + float(payload)
-    while time.monotonic() < until and not context.cancelled:
-        time.sleep(0.005)
+    while (left := until - time.monotonic()) > 0 and not context.cancelled:
+        time.sleep(min(left, 0.05))
     _note("cancelled" if context.cancelled else "done")
     return payload
 

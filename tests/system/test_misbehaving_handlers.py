@@ -30,7 +30,7 @@ def patient(payload, context):
     note(context, payload.decode(), os.getpid(), "began")
     until = time.monotonic() + 20
     while time.monotonic() < until and not (context.cancelled and payload == b"thread"):
-        time.sleep(0.005)
+        time.sleep(0.03)
     note(context, payload.decode(), os.getpid(), "ended", time.time())
     return b""
 

@@ -38,7 +38,7 @@ def gate(payload, context):
     """Waits until the test opens the gate."""
     _note(payload, context)
     while not os.path.exists(context.options["notes"] + ".open") and not context.cancelled:
-        time.sleep(0.01)
+        time.sleep(0.03)
     return context.process_id.encode()
 
 def work(payload, context):
@@ -51,7 +51,7 @@ def patient(payload, context):
     """Runs until it is cancelled, and notes it."""
     _note(b"begin", context)
     while not context.cancelled:
-        time.sleep(0.01)
+        time.sleep(0.03)
     _note(b"cancelled", context)
     return b"too late"
 
