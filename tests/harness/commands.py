@@ -16,6 +16,7 @@ from tests.harness.forks import LINUX, ForkApart, ForkServer
 CLIENT = ROOT / "client.py"
 VERBS = ("ask", "cancel", "check", "doctor", "drain", "handlers", "init", "jobs", "logs", "map")
 VERBS += ("quarantine", "result", "submit", "top", "web")
+CLIENT_MODULES = ("overlay.cli.terminal", *(f"overlay.cli.{verb}" for verb in VERBS))
 
 
 def start_client(*words: object, **env: str) -> subprocess.Popen[bytes] | ForkApart:
@@ -55,5 +56,4 @@ def run_client(
 
 @functools.cache
 def _fork_server() -> ForkServer:
-    modules = ["overlay.cli.terminal", *(f"overlay.cli.{verb}" for verb in VERBS)]
-    return ForkServer(CLIENT, environment(), modules=modules)
+    return ForkServer(CLIENT, environment(), modules=CLIENT_MODULES)

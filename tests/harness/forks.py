@@ -1,4 +1,4 @@
-"""Fast starts of node.py and client.py: forks of one process that has already imported them.
+"""Fast starts of node.py, client.py and others: forks of a process that has already imported them.
 
 Most of a start is imports (0.3 s of CPU), and the tests start more than a thousand processes. A
 `ForkServer` has run a script, as a main program, up to its last statement; each fork runs that
@@ -29,7 +29,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parents[2]
 LINUX = sys.platform == "linux"
 
 
@@ -193,7 +192,7 @@ class ForkApart(Fork):
 
 def main(fd: str, script: str, *modules: str) -> None:
     tests = socket.socket(fileno=int(fd))
-    sys.path[0], sys.argv = str(ROOT), [script]
+    sys.path[0], sys.argv = str(Path(script).parent), [script]
     program = ast.parse(Path(script).read_text(encoding="utf-8"), script)
     last = program.body.pop()
     assert isinstance(last, ast.If), f"{script} does not end with `if __name__ == ...`"

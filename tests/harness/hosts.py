@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,10 +34,13 @@ from overlay.model.segments import Executed
 from overlay.transport import codec, endpoints
 from overlay.transport.codec import pb2
 from tests.harness.cluster import NODE, ROOT, Overlay, environment
+from tests.harness.commands import CLIENT_MODULES
 from tests.harness.forks import Fork, ForkServer
 
 SHIPPED = ROOT / "two_hosts_config.json"
 ADDRESSES = {1: "192.168.1.1", 2: "192.168.1.2"}
+# Programs that `Hosts.run` forks, as their starts take longer than what they do; their imports.
+FORKED = {"client.py": CLIENT_MODULES, "launcher.py": ()}
 
 # Waits until its parent closes stdin or exits, then kills what runs in the hosts and deletes them.
 # Deleting a namespace alone would leave its processes behind.
@@ -141,7 +144,7 @@ class Hosts(Wire):
             raise CannotBuild(why)
         number = next(_numbers)
         super().__init__({host: f"overlay-{os.getpid()}-{number}-{host}" for host in ADDRESSES})
-        self._fork_servers: dict[int, ForkServer] = {}
+        self._fork_servers: dict[tuple[int, Path], ForkServer] = {}
         self._janitor = subprocess.Popen(
             ["sh", "-c", JANITOR, "janitor", *self.names.values()],
             stdin=subprocess.PIPE,
@@ -156,11 +159,27 @@ class Hosts(Wire):
             self.close()
             raise
 
-    def fork_server(self, host: int) -> ForkServer:
-        """Forks processes of node.py in the host."""
-        if host not in self._fork_servers:
-            self._fork_servers[host] = ForkServer(NODE, environment(), self.inside(host))
-        return self._fork_servers[host]
+    def run(
+        self, host: int, *command: str, within_s: float = 30, cwd: Path = ROOT
+    ) -> subprocess.CompletedProcess[str]:
+        if command[0] != sys.executable or Path(command[1]).name not in FORKED:
+            return super().run(host, *command, within_s=within_s, cwd=cwd)
+        program = self.fork_server(host, cwd / command[1]).start(list(command[2:]), cwd)
+        with program.stdout, ThreadPoolExecutor(1) as pool:
+            printed = pool.submit(program.stdout.read)
+            try:
+                program.wait(within_s)
+            finally:
+                program.kill()
+            return subprocess.CompletedProcess(command, program.returncode, printed.result())
+
+    def fork_server(self, host: int, script: Path = NODE) -> ForkServer:
+        """Forks processes of the script in the host."""
+        if (host, script) not in self._fork_servers:
+            modules = FORKED.get(script.name, ())
+            made = ForkServer(script, environment(), self.inside(host), modules)
+            self._fork_servers[host, script] = made
+        return self._fork_servers[host, script]
 
     def close(self) -> None:
         for fork_server in self._fork_servers.values():
