@@ -32,6 +32,7 @@ from overlay.model.errors import (
     Refused,
 )
 from overlay.model.identity import OPERATOR
+from overlay.model.jobs import JobState
 from overlay.model.segments import Code
 from overlay.security.tls_folder import TlsFolder
 from overlay.transport.codec import pb2, pb2_grpc
@@ -140,8 +141,35 @@ def client(shared: Overlay) -> Iterator[overlay.Client]:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Overlay]:
+    """For a test that ends workers, which are then asked less often for a while."""
     with six(tmp_path / "six") as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Overlay]:
+    with six(tmp_path_factory.mktemp("jobs") / "second") as found:
+        yield found
+
+
+@pytest.fixture
+def empty(second: Overlay) -> Iterator[Overlay]:
+    """The second six, without jobs. What a test has ended is started again afterwards."""
+    yield second
+    if ended := [i for i, process in second.processes.items() if process.poll() is not None]:
+        second.start(*ended)
+    names = [state.name.lower() for state in JobState]
+
+    def is_empty(client: overlay.Client) -> bool:
+        client.change_jobs("cancel", states=names[:2])
+        client.change_jobs("drop", states=names[2:])
+        found = [client.metrics(), *(second.metrics(worker) for worker in "CDF")]
+        return not client.jobs() and not any(h.active for one in found for h in one.handlers)
+
+    with overlay.connect(second.address("A"), patience_s=20) as client:
+        until(lambda: is_empty(client), 30, "its jobs are over")
+    for name in ("ran", "began", "open", "go 0", "go 1", "go 2"):
+        (second.folder / name).unlink(missing_ok=True)
 
 
 def ran(cluster: Overlay) -> list[str]:
@@ -369,14 +397,14 @@ def test_an_asyncio_client_waits_for_many_jobs(shared: Overlay) -> None:
 
 
 @pytest.mark.parametrize("handler", ["steps", "steps_in_process"])
-def test_a_handler_reports_its_progress(own: Overlay, handler: str) -> None:
-    with overlay.connect(own.address("A")) as client:
+def test_a_handler_reports_its_progress(empty: Overlay, handler: str) -> None:
+    with overlay.connect(empty.address("A")) as client:
         job = client.later(handler, b"x")
         for step in range(3):
             expected = step, 3, f"step {step}"
             until(lambda wanted=expected: job.status().progress == wanted, 20)  # type: ignore[misc]
             assert [s.progress for s in client.jobs()] == [expected]
-            (own.folder / f"go {step}").write_text("")
+            (empty.folder / f"go {step}").write_text("")
         assert job.result(20) == b"all steps"
         assert job.status().progress is None
         with pytest.raises(HandlerFailed):
@@ -528,12 +556,12 @@ def test_a_job_in_parts_is_forgotten_for_room_only_when_its_last_part_was_read(
 # Waiting, in order, and giving up
 
 
-def test_a_waiting_job_knows_its_position_and_can_be_cancelled(own: Overlay) -> None:
-    with overlay.connect(own.address("A")) as client:
+def test_a_waiting_job_knows_its_position_and_can_be_cancelled(empty: Overlay) -> None:
+    with overlay.connect(empty.address("A")) as client:
         jobs = client.later_many("held", [b"%d" % n for n in range(12)])
-        until(lambda: len(lines(own, "began")) == 3, 10)
+        until(lambda: len(lines(empty, "began")) == 3, 10)
         states = Counter(job.state for job in jobs)
-        # Three workers with a slot each; a few more may stand in the leader's own queue.
+        # Three workers with a slot each; a few more may stand in the leader's empty queue.
         assert states["running"] <= 3 + 4, states
         last = jobs[-1].status()
         assert (last.state, last.position) == ("waiting", states["waiting"])
@@ -550,33 +578,33 @@ def test_a_waiting_job_knows_its_position_and_can_be_cancelled(own: Overlay) -> 
 
         waiting = pb2.ResultRequest(id=jobs[1].id, wait_s=0.5)
         began = time.monotonic()
-        assert stub(own).Result(waiting, timeout=10).state == pb2.RUNNING
+        assert stub(empty).Result(waiting, timeout=10).state == pb2.RUNNING
         assert time.monotonic() - began >= 0.5
         with pytest.raises(DeadlinePassed, match="it goes on"):
             jobs[1].result(0.2)
 
-        (own.folder / "open").write_text("")
+        (empty.folder / "open").write_text("")
         results = [job.result(20) for job in jobs[1:-1] if job is not first]
         assert all(result.isdigit() for result in results)
 
 
 def test_a_call_that_waits_is_answered_at_the_end_and_those_who_leave_are_forgotten(
-    own: Overlay,
+    empty: Overlay,
 ) -> None:
-    with overlay.connect(own.address("A")) as client:
+    with overlay.connect(empty.address("A")) as client:
         job = client.later("held", b"x")
         in_state(job, "running")
         calls = [
-            stub(own).Result.future(pb2.ResultRequest(id=job.id, wait_s=60), timeout=60)
+            stub(empty).Result.future(pb2.ResultRequest(id=job.id, wait_s=60), timeout=60)
             for _ in range(50)
         ]
-        until(lambda: own.metrics("A").jobs.waiters == 50, 10)
+        until(lambda: empty.metrics("A").jobs.waiters == 50, 10)
         for call in calls[25:]:
             call.cancel()
-        until(lambda: own.metrics("A").jobs.waiters == 25, 10)
-        (own.folder / "open").write_text("")
+        until(lambda: empty.metrics("A").jobs.waiters == 25, 10)
+        (empty.folder / "open").write_text("")
         assert {call.result(10).state for call in calls[:25]} == {pb2.DONE}
-        assert own.metrics("A").jobs.waiters == 0
+        assert empty.metrics("A").jobs.waiters == 0
 
 
 def test_a_job_starts_at_its_time_and_expires_without_a_worker(own: Overlay) -> None:
@@ -626,30 +654,30 @@ def test_a_schedule_runs_again_and_again_until_it_is_cancelled(client: overlay.C
 # What is killed
 
 
-def test_what_was_accepted_is_answered_though_the_leader_is_killed(own: Overlay) -> None:
+def test_what_was_accepted_is_answered_though_the_leader_is_killed(empty: Overlay) -> None:
     payloads = [b"job %d" % n for n in range(400)]
     keys = [f"k{n}" for n in range(400)]
-    with overlay.connect(own.address("A")) as client:
+    with overlay.connect(empty.address("A")) as client:
         jobs = client.later_many("brief", payloads, keys=keys, attempts=5)
         for _ in range(3):
             time.sleep(random.uniform(0.1, 0.4))
-            own.kill("A")
-            own.serve("A")
+            empty.kill("A")
+            empty.serve("A")
         assert [job.result(60) for job in jobs] == [payload.upper() for payload in payloads]
         status = [job.status() for job in jobs]
     assert all(1 <= s.attempts <= 4 for s in status), "the last one ended, as did those before"
-    times = Counter(ran(own))
+    times = Counter(ran(empty))
     assert set(times) == {payload.decode() for payload in payloads}
     assert max(times.values()) <= 4
 
 
-def test_without_a_key_a_job_that_may_have_run_is_quarantined_and_runs_once(own: Overlay) -> None:
-    with overlay.connect(own.address("A")) as client:
+def test_without_a_key_a_job_that_may_have_run_is_quarantined_and_runs_once(empty: Overlay) -> None:
+    with overlay.connect(empty.address("A")) as client:
         jobs = client.later_many("held", [b"%d" % n for n in range(30)])
-        until(lambda: len(lines(own, "began")) == 3, 10)
-        own.kill("A")
-        (own.folder / "open").write_text("")
-        own.serve("A")
+        until(lambda: len(lines(empty, "began")) == 3, 10)
+        empty.kill("A")
+        (empty.folder / "open").write_text("")
+        empty.serve("A")
         ended = [job.wait(60) for job in jobs]
         states = Counter(status.state for status in ended)
         assert set(states) == {"done", "quarantined"}
@@ -658,7 +686,7 @@ def test_without_a_key_a_job_that_may_have_run_is_quarantined_and_runs_once(own:
         held = next(job for job in jobs if job.status().state == "quarantined")
         with pytest.raises(JobQuarantined, match="the leader ended while it ran"):
             held.result(1)
-        began = Counter(lines(own, "began"))
+        began = Counter(lines(empty, "began"))
         assert max(began.values()) == 1
 
         assert (
@@ -692,42 +720,42 @@ def test_a_payload_that_kills_its_worker_is_stopped_after_its_attempts(
         assert job.result(30) == b"survived"
 
 
-def test_everything_is_killed_and_every_answer_is_right(own: Overlay) -> None:
+def test_everything_is_killed_and_every_answer_is_right(empty: Overlay) -> None:
     payloads = [b"job %d" % n for n in range(1000)]
-    with overlay.connect(own.address("A")) as client:
-        jobs = client.later_many("upper", payloads, keys=[f"k{n}" for n in range(1000)])
+    with overlay.connect(empty.address("A")) as client:
+        jobs = client.later_many("upper", payloads, keys=[f"all {n}" for n in range(1000)])
     time.sleep(0.2)
-    for process_id in own.ids:
-        own.kill(process_id)
-    own.start()
-    with overlay.connect(own.address("A")) as client:
+    for process_id in empty.ids:
+        empty.kill(process_id)
+    empty.start()
+    with overlay.connect(empty.address("A")) as client:
         results = [client.job(job.id).result(60) for job in jobs]
     assert results == [payload.upper() for payload in payloads]
 
 
-def test_an_orderly_stop_leaves_nothing_in_doubt(own: Overlay) -> None:
+def test_an_orderly_stop_leaves_nothing_in_doubt(empty: Overlay) -> None:
     """What runs is answered, what waits is kept, and nothing runs twice, without any key."""
-    with overlay.connect(own.address("A"), patience_s=10) as client:
+    with overlay.connect(empty.address("A"), patience_s=10) as client:
         jobs = client.later_many("brief", [b"%d" % n for n in range(600)])
         for _ in range(2):
             time.sleep(0.15)
-            own.processes["A"].terminate()
-            own.processes["A"].wait(20)
-            own.serve("A")
+            empty.processes["A"].terminate()
+            empty.processes["A"].wait(20)
+            empty.serve("A")
         assert [job.result(60) for job in jobs] == [b"%d" % n for n in range(600)]
-    assert Counter(ran(own)) == Counter({str(n): 1 for n in range(600)})
+    assert Counter(ran(empty)) == Counter({str(n): 1 for n in range(600)})
 
 
-def test_a_wait_goes_on_while_the_leader_is_away(own: Overlay) -> None:
-    with overlay.connect(own.address("A")) as client, ThreadPoolExecutor(4) as pool:
+def test_a_wait_goes_on_while_the_leader_is_away(empty: Overlay) -> None:
+    with overlay.connect(empty.address("A")) as client, ThreadPoolExecutor(4) as pool:
         job = client.later("held", b"patient", key="p")
         in_state(job, "running")
         waits = [pool.submit(job.result, 60) for _ in range(4)]
         time.sleep(0.5)
-        own.kill("A")
+        empty.kill("A")
         time.sleep(1)
-        (own.folder / "open").write_text("")
-        own.serve("A")
+        (empty.folder / "open").write_text("")
+        empty.serve("A")
         assert {wait.result(60) for wait in waits} == {b"PATIENT"}
 
 
