@@ -56,10 +56,13 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 # Files that take long start first, the longest before the others, so that no core idles at the end.
-LONG_FILES = ("windows", "launcher", "faults", "strangers", "two_hosts_tls", "two_hosts")
-LONG_FILES += ("client", "map", "rules", "views", "sync", "hostile", "overload", "tls", "flights")
-LONG_FILES += ("packaging", "fairness", "routing_around", "stream_limit", "drain")
-LONG_FILES += ("rules_over_tls", "executor", "soak", "resolver", "sizes", "system_script")
+LONG_FILES = ("windows", "launcher", "faults", "jobs", "two_hosts", "strangers", "two_hosts_tls")
+LONG_FILES += ("flights", "client", "views", "lanes", "rules", "sync", "hostile", "map", "drain")
+LONG_FILES += ("map_resume", "resolver", "executor", "fairness", "both_ways", "routing_around")
+LONG_FILES += ("tls", "stream_limit", "packaging", "several_leaders", "examples", "interop")
+LONG_FILES += ("rules_over_tls", "store", "pages", "request_queue", "web_jobs", "partials")
+LONG_FILES += ("misbehaving_handlers", "versions", "aio", "stdio", "bad_input", "stream_session")
+LONG_FILES += ("overload", "doctor", "idempotency", "dispatcher", "soak", "resume", "programs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
