@@ -78,6 +78,10 @@ class Overlay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Kills what still runs: how processes stop in order is tested where it is looked at."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
         self.stop()
 
     @property
