@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
+import marshal
 import os
 import shutil
 import struct
@@ -35,6 +37,48 @@ INTERPRETER = (
 )
 TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "packaging")
 LOCKS = ("requirements.lock", "requirements-dev.lock")
+# Its modules' bytecode is in one file, because under wine each access to a file takes long: a start
+# of node.py reads 400 of them.
+PACK = "packed.bin"
+UNPACKED = ("setuptools", "grpc_tools", "_distutils_hack", "pygments")
+SITECUSTOMIZE = r"""
+import _imp, _thread, marshal, sys
+from _frozen_importlib import ModuleSpec
+from _frozen_importlib_external import SourceFileLoader
+
+PYTHON = __file__.rpartition("\\Lib\\")[0] + "\\"
+LOCK = _thread.allocate_lock()
+FILE = open(PYTHON + "packed.bin", "rb")
+INDEX = marshal.loads(FILE.read(int.from_bytes(FILE.read(8), "little")))
+BEGIN = FILE.tell()
+
+
+class Packed(SourceFileLoader):
+    def get_code(self, fullname):
+        _, _, begin, size = INDEX[fullname]
+        with LOCK:
+            FILE.seek(BEGIN + begin)
+            code = marshal.loads(FILE.read(size))
+        _imp._fix_co_filename(code, self.path)
+        return code
+
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name not in INDEX:
+            return None
+        is_package, file, *_ = INDEX[name]
+        loader = Packed(name, PYTHON + file)
+        spec = ModuleSpec(name, loader, origin=loader.path, is_package=is_package)
+        spec.has_location = True
+        if is_package:
+            spec.submodule_search_locations = [loader.path.rpartition("\\")[0]]
+        return spec
+
+
+sys.meta_path.insert(2, Finder)  # before the one that looks into folders
+"""
 _NOTHING = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
 TRIES = 3  # for downloads
 LOCK_S = 60.0  # how long to wait for another run of the tests
@@ -145,6 +189,7 @@ def _environment(folder: Path, **more: str) -> list[str]:
         "LC_ALL": "C.UTF-8",  # for arguments; the code page stays Windows'
         "PYTHONPYCACHEPREFIX": f"Z:{folder / 'pyc'}",
         "PYTHONDONTWRITEBYTECODE": "",  # without bytecode each start would take twice as long
+        "PYDANTIC_DISABLE_PLUGINS": "__all__",  # or each start would look for them in all packages
         "VIRTUAL_ENV": "",
         **more,
     }
@@ -202,8 +247,52 @@ def _make_python(python: Path, making: Path) -> None:
     install = [sys.executable, "-m", "uv", "pip", "install", "--no-progress", "--no-config"]
     target = ["--python-platform", "x86_64-pc-windows-msvc", "--python-version", "3.11"]
     pins = ["-r", str(ROOT / LOCKS[0]), "-c", str(ROOT / LOCKS[1]), "--verify-hashes"]
-    into = ["--only-binary", ":all:", "--target", str(python / "Lib" / "site-packages")]
+    packages = python / "Lib" / "site-packages"
+    into = ["--only-binary", ":all:", "--target", str(packages)]
     _fetch([*install, *target, *pins, *into, *TEST_TOOLS], "the packages for Windows")
+    if bytecode := _bytecode(python):
+        (python / PACK).write_bytes(bytecode)
+        (packages / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
+
+
+def _bytecode(python: Path) -> bytes:
+    """PACK: the length of its index, the index, and the code of each module.
+
+    The index: name -> whether it is a package, its file, where its code begins, and its length.
+    Empty if this Python has other bytecode.
+    """
+    index, codes, begin = {}, [], 0
+    for name, is_package, file, code in _modules(python):
+        index[name] = is_package, file, begin, len(code)
+        codes.append(code)
+        begin += len(code)
+    made = marshal.dumps(index)
+    return len(made).to_bytes(8, "little") + made + b"".join(codes) if index else b""
+
+
+def _modules(python: Path) -> Iterator[tuple[str, bool, str, bytes]]:
+    """Of each module the name, whether it is a package, its file, and its code."""
+    with zipfile.ZipFile(python / "python311.zip") as library:
+        for file in library.namelist():
+            made = library.read(file)
+            if not made.startswith(importlib.util.MAGIC_NUMBER):
+                return
+            yield *_name_of(Path(file)), f"python311.zip\\{file}".replace("/", "\\"), made[16:]
+    for path in (python / "Lib" / "site-packages").rglob("*.py"):
+        inside = path.relative_to(python)
+        file = str(inside).replace("/", "\\")
+        if inside.parts[2] in UNPACKED:
+            continue
+        with contextlib.suppress(SyntaxError):
+            code = compile(path.read_bytes(), file, "exec", dont_inherit=True)
+            yield *_name_of(Path(*inside.parts[2:])), file, marshal.dumps(code)
+
+
+def _name_of(file: Path) -> tuple[str, bool]:
+    """The name of a module, and whether it is a package."""
+    is_package = file.stem == "__init__"
+    parts = file.parts[:-1] if is_package else (*file.parts[:-1], file.stem)
+    return ".".join(parts), is_package
 
 
 def _make_prefix(making: Path) -> None:
