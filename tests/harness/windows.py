@@ -112,6 +112,23 @@ class Windows:
         self._wine("wineserver", "-k", check=False)
         self._own.close()
 
+    def compiled(self, folder: Path) -> Path:
+        """Where the Windows Python keeps the bytecode of a folder."""
+        return self.folder / "pyc" / folder.relative_to("/")
+
+    def take_bytecode(self, folder: Path) -> None:
+        """Gives it this Python's bytecode of the project for a copy of it, or for the project."""
+        if not (self.folder / "python" / PACK).exists():
+            return  # it has other bytecode
+        caches = [ROOT / "__pycache__"]
+        for name in ("overlay", "scripts", "tests"):
+            caches += (ROOT / name).rglob("__pycache__")
+        for cache in caches:
+            own = self.compiled(folder / cache.parent.relative_to(ROOT))
+            own.mkdir(parents=True, exist_ok=True)
+            for file in cache.glob(f"*.{sys.implementation.cache_tag}*.pyc"):
+                shutil.copy(file, own)
+
     def python(self, *words: str, **environment: str) -> list[str]:
         """The command that runs the Windows Python; the pid is the program's own."""
         return self.program(str(self.folder / "python" / "python.exe"), *words, **environment)

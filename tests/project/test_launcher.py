@@ -72,7 +72,9 @@ def copy_project(folder):
             shutil.copytree(source, folder / name, ignore=ignore)
         else:
             folder.mkdir(exist_ok=True)
-            shutil.copy(source, folder / name)
+            shutil.copy2(source, folder / name)
+    for compiled in ROOT.glob("__pycache__"):
+        shutil.copytree(compiled, folder / compiled.name)
 
 
 @pytest.fixture

@@ -169,13 +169,9 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Windows]:
             windows = stack.enter_context(contextlib.closing(Windows(hosts)))
         except CannotBuild as e:
             pytest.fail(str(e)) if os.environ.get("CI") else pytest.skip(str(e))
+        windows.take_bytecode(ROOT)
         yield windows
-        shutil.rmtree(compiled(windows, tmp_path_factory.getbasetemp()), ignore_errors=True)
-
-
-def compiled(windows: Windows, folder: Path) -> Path:
-    """Where the Windows Python keeps the bytecode of a folder."""
-    return windows.folder / "pyc" / folder.relative_to("/")
+        shutil.rmtree(windows.compiled(tmp_path_factory.getbasetemp()), ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +202,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Path:
     """The project on a user's PC: a configuration of three processes, and a module."""
     folder = tmp_path_factory.mktemp("windows") / "Grüße & läuft (2)"
     copy_project(folder)
-    copy_bytecode(windows, folder)
+    windows.take_bytecode(folder)
     (folder / "mine.py").write_text(MINE, encoding="utf-8")
     hang = {"call": "mine:hang", "run": "process", "slots": 1, "limit_s": 2}
     where = {"call": "mine:where", "run": "process", "slots": 1}
@@ -218,13 +214,6 @@ def project(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Path:
     handlers = {"where": where, "hang": hang, "thread": "mine:where", "search": search}
     write_three(folder / "three.json", log_dir="my logs", handlers=handlers)
     return folder
-
-
-def copy_bytecode(windows: Windows, folder: Path) -> None:
-    """So that the Windows Python need not compile a copy of the project again."""
-    for name in ("overlay", "scripts"):
-        if (known := compiled(windows, ROOT / name)).is_dir():
-            shutil.copytree(known, compiled(windows, folder / name))
 
 
 @pytest.fixture(scope="module")
@@ -544,7 +533,7 @@ class Machines:
                 (machine / name).unlink()
             for lock in ROOT.glob("requirements*"):
                 shutil.copy(lock, machine)
-        copy_bytecode(windows, self.folders["pc"])
+        windows.take_bytecode(self.folders["pc"])
         (self.folders["mac"] / ".venv").symlink_to(sys.prefix)
 
     def begin_again(self) -> None:
