@@ -173,7 +173,7 @@ def ask(client: overlay.Client, verb: str, given: dict[str, Any]) -> None:
             pass
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(CASES, ANYTHING)
 @example(("call", "priority"), 1.0)
 @example(("submit", "priority"), True)

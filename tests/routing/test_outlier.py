@@ -450,7 +450,7 @@ def happen(peers: Peers, event: str, neighbour: str, number: int) -> None:
 
 
 @given(EVENTS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_at_most_half_are_ever_ejected_and_each_is_tried_within_the_maximum_pause(events):
     peers = Peers(NEIGHBOURS)
     for event in events:
@@ -465,7 +465,7 @@ def test_at_most_half_are_ever_ejected_and_each_is_tried_within_the_maximum_paus
 
 
 @given(EVENTS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_good_answers_always_make_every_neighbour_healthy(events):
     peers = Peers(NEIGHBOURS)
     for event in events:

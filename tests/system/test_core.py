@@ -156,4 +156,4 @@ class Core(RuleBasedStateMachine):
 
 
 TestCore = Core.TestCase
-TestCore.settings = settings(max_examples=75, stateful_step_count=40, deadline=None)
+TestCore.settings = settings(max_examples=45, stateful_step_count=40, deadline=None)
