@@ -30,7 +30,7 @@ LONG_S = 3600  # the timeout of a fuzz test with --long
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="fuzz tests send 10 to 100 times as much")
+    parser.addoption("--long", action="store_true", help="fuzz tests send 10 to 200 times as much")
     help_ = "for fuzz tests: 1 by default, random with --long; a failure shows it"
     parser.addoption("--seed", type=int, help=help_)
 

@@ -320,7 +320,7 @@ def test_draining_a_worker_repeatedly_costs_its_clients_nothing(noted: Noted) ->
             noted.six.processes["C"].terminate()
             while noted.six.processes["C"].poll() is None:
                 futures += [client.submit("work", f"{turn}-{len(futures) + i}") for i in range(20)]
-                time.sleep(0.001)
+                time.sleep(0.004)
             ended += [future.exception(20) for future in futures]
             start_again(noted.six, "C")
 
@@ -419,7 +419,7 @@ class Load:
             answered.append(payload)
             if answer.missing:
                 self.incomplete[",".join(part.process_id for part in answer.missing)] += 1
-            time.sleep(0.005)
+            time.sleep(0.02)
 
 
 @pytest.mark.timeout(300)

@@ -101,6 +101,7 @@ def asking(client: overlay.Client) -> Iterator[None]:
     def ask() -> None:
         while not stop.is_set():
             path_of(client)
+            time.sleep(0.002)
 
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(ask)
@@ -308,6 +309,7 @@ def test_nothing_fails_when_a_lent_worker_stops_in_order(own: Overlay) -> None:
                     paths[path_of(client)[-1]] += 1
                 except overlay.CallFailed as e:
                     failures.append(e)
+                time.sleep(0.005)
 
         threads = [threading.Thread(target=ask) for _ in range(8)]
         for thread in threads:
@@ -384,6 +386,7 @@ def test_requests_run_once_whatever_happens_to_their_lane(own: Overlay) -> None:
                     client.call(name, handler="note", mode="any", timeout=20)
                     answered.append(name)
                 count += 1
+                time.sleep(0.005)
 
         threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
         for thread in threads:

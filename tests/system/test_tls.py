@@ -482,6 +482,7 @@ def test_certificates_are_renewed_under_load_and_no_request_fails(tmp_path: Path
                 leader.call(b"x", timeout=10)
             except BaseException as e:  # noqa: BLE001 - the test judges it
                 failed.append(e)
+            time.sleep(0.005)
 
     with made, overlay.connect(made.address("A"), tls=here.path) as leader:
         made.start()
@@ -816,6 +817,7 @@ def test_the_authority_is_replaced_while_all_serve(tmp_path: Path) -> None:
                     assert len(leader.call(b"x", timeout=10).missing) == 0
                 except BaseException as e:  # noqa: BLE001 - the test judges it
                     failed.append(e)
+                time.sleep(0.005)
 
     def step() -> str:
         found = client(tmp_path, "secure", "overlay.json", "--new-authority")
