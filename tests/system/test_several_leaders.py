@@ -26,8 +26,19 @@ from tests.harness.nats_servers import NatsServers, nats_servers
 
 CALLERS, PAUSE_S = 64, 0.25
 MINE = """
+import pathlib
+import time
+
 def upper(payload, context):
+    with open("ran", "ab") as file:
+        file.write(payload + b"\\n")
     return payload.upper()
+
+def held(payload, context):
+    end = time.monotonic() + 120
+    while not pathlib.Path("open").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    return upper(payload, context)
 """
 
 
@@ -42,7 +53,8 @@ def cluster(servers: NatsServers, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("leaders") / "three"
     folder.mkdir()
     (folder / "mine.py").write_text(MINE)
-    with running(folder, three_leaders(servers.journal, handlers={"upper": "mine:upper"})) as found:
+    handlers = {"upper": "mine:upper", "held": "mine:held"}
+    with running(folder, three_leaders(servers.journal, handlers=handlers)) as found:
         until(lambda: holder(found), 30, "a leader has the jobs")
         yield found
 
@@ -89,6 +101,57 @@ def test_when_the_leader_that_has_the_jobs_is_frozen_another_has_them(cluster: O
             cluster.thaw(at)
         until(lambda: holder(cluster) not in ("", at), 30, "it follows again")
         assert leaders.job(after.id).result(20) == b"AFTER"
+
+
+def test_when_two_of_three_servers_are_lost_and_come_back_no_accepted_job_is(
+    cluster: Overlay, servers: NatsServers
+) -> None:
+    at = holder(cluster)
+    jobs = pb2_grpc.OverlayJobsStub(cluster.channel(at))
+    asked = pb2.SubmitRequest(
+        request=pb2.Request(mode=pb2.ANY, handler="upper"), payloads=[b"between"], keys=["between"]
+    )
+
+    def refusal(call: Any, request: Any) -> tuple[str, bool]:
+        """What it says, and whether that proves that nothing was done."""
+        with pytest.raises(grpc.RpcError) as caught:
+            call(request, timeout=60)
+        error: Any = caught.value
+        assert error.code() is grpc.StatusCode.UNAVAILABLE, error.details()
+        return error.details(), ("overlay-executed", "no") in error.trailing_metadata()
+
+    with overlay.connect(everybody(cluster)) as leaders:
+        before = {leaders.later("upper", b"before %d" % n): n for n in range(50)}
+        runs = leaders.later("held", b"held")  # without a key: it is attempted once
+        until(lambda: runs.status().state == "running", 20)
+        for number in (0, 1):
+            servers.kill(number)
+        said, is_proof = refusal(jobs.Submit, asked)
+        assert is_proof or "the jobs were not changed" in said, said
+        until(lambda: refusal(jobs.Submit, asked)[1], 30, "it knows that it can accept nothing")
+        said, is_proof = refusal(jobs.Result, pb2.ResultRequest(id=runs.id))
+        assert is_proof
+        assert "no majority of the jobs' servers" in said
+        (cluster.folder / "open").touch()
+        until(lambda: ran(cluster, b"held"), 20, "what ran has ended")
+        with pytest.raises(grpc.RpcError):
+            jobs.Result(pb2.ResultRequest(id=runs.id), timeout=10)
+        for number in (0, 1):
+            servers.start(number)
+        servers.wait()
+        until(lambda: holder(cluster), 60, "a leader has the jobs")
+        assert runs.result(60) == b"HELD"
+        assert runs.status().attempts == 1
+        assert {job.result(60): n for job, n in before.items()} == {
+            b"BEFORE %d" % n: n for n in range(50)
+        }
+        assert leaders.later("upper", b"between", key="between").result(60) == b"BETWEEN"
+        assert [ran(cluster, payload) for payload in (b"held", b"between")] == [1, 1]
+
+
+def ran(cluster: Overlay, payload: bytes) -> int:
+    """How often a handler has had this payload."""
+    return (cluster.folder / "ran").read_bytes().split(b"\n").count(payload)
 
 
 def test_when_a_leader_dies_with_its_server_no_accepted_job_is_lost(
