@@ -34,7 +34,7 @@ from overlay.cli import stdio  # noqa: E402
 
 stdio.complete()
 
-from jobs_servers import servers_here, start_servers  # noqa: E402
+from jobs_servers import restart_servers, servers_here, start_servers  # noqa: E402
 from processes import (  # noqa: E402 - after that, like everything that may open files
     ANSWER_S,
     GRACE_MARGIN_S,
@@ -111,7 +111,7 @@ def start(config: Path, ids: Sequence[str], wait_s: float) -> int:
             start_servers(topology, servers)
         running = launch(topology, chosen, children, given_up)
         wait_until_ready(children, wait_s, given_up, credentials)
-    except Refused:
+    except (Refused, ConfigError):
         take_back(children)
         end(servers, GRACE_MARGIN_S)
         raise
@@ -221,7 +221,8 @@ def _own_records(topology: Topology) -> dict[str, tuple[Path, Record]]:
 
 
 def restart(config: Path, ids: Sequence[str], grace_s: float | None, wait_s: float) -> int:
-    """Restarts what start started, or the named ones, one after another: the leader last.
+    """Restarts what start started, or the named ones, one after another: the leader last. The
+    servers of the jobs stay as they are, but for what is new in their configuration.
 
     It goes on with the next one when the last one serves and its neighbours see it. When one does
     not come back, the others stay as they are.
@@ -235,8 +236,10 @@ def restart(config: Path, ids: Sequence[str], grace_s: float | None, wait_s: flo
     is_ours = topology.processes.__contains__  # not a server of the jobs
     running = {n: record for n, (_, record) in found if record.process() and is_ours(n)}
     chosen = [topology.process(n) for n in dict.fromkeys(ids or running)]
-    if not chosen:
+    if not chosen and not any(record.process() for _, (_, record) in found):
         print(NOTHING_RUNS.format(shown(config)))
+    for server, end_of_it in () if ids else restart_servers(topology):
+        print(f"{server}  {end_of_it}")
     for process in sorted(chosen, key=lambda process: process.rank):
         if given_up.is_set():
             print("interrupted; the others were not touched", file=sys.stderr)

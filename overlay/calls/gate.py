@@ -1,7 +1,8 @@
 """Who may call what: judged by the certificate of the caller's connection, before anything is read.
 
     plaintext process      everybody is nobody in particular, and may do what the methods allow
-    process with TLS       a process, caller or operator of this overlay; invitations only join
+    process with TLS       a process, caller or operator of this overlay; invitations only join, and
+                           the certificates of the jobs' servers are only renewed
     plaintext on its own
     machine's 127.0.0.1    the users of that machine: requests, and what is public
 
@@ -22,13 +23,13 @@ import grpc
 from overlay.model import access
 from overlay.model.access import Access, Rights
 from overlay.model.errors import CallCancelled, NotAllowed
-from overlay.model.identity import OPERATOR, PROCESS, Identity
+from overlay.model.identity import OPERATOR, PROCESS, SERVER, Identity
 
 if TYPE_CHECKING:
     from overlay.security.credentials import Credentials
     from overlay.transport.codec import pb2
 
-JOIN = "Join"  # the one method of an invitation
+JOIN, RENEW = "Join", "Renew"  # the one method of an invitation, and of a server of jobs
 VERBS = {  # those that are judged by the method; of other requests the route is
     "GetMetrics": access.METRICS,
     "Logs": access.LOGS,
@@ -179,4 +180,6 @@ class Gate:
         if method == JOIN and not is_invited:
             raise NotAllowed("only an invitation joins, and the caller's certificate is none")
         if not is_invited:
-            self.identity(context)
+            caller = self.identity(context)
+            if caller is not None and caller.kind == SERVER and method != RENEW:
+                raise NotAllowed(f"{caller} keeps jobs; its certificate is for nothing else here")

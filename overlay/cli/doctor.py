@@ -32,6 +32,8 @@ from overlay.client import sync as library
 from overlay.model import clocks as time
 from overlay.model.config import load
 from overlay.model.errors import ConfigError
+from overlay.model.identity import SERVER
+from overlay.model.jobs_servers import JobsServer
 from overlay.model.program import CLIENT
 from overlay.model.topology import Process, Topology
 from overlay.monitor import journal_check, servers_check
@@ -41,9 +43,9 @@ from overlay.monitor.protection import Protection, protection
 from overlay.security.lookup import Tls, credentials_of
 from overlay.transport import codec
 from overlay.transport.codec import pb2
-from overlay.transport.machine import asking_address, is_here, own_addresses
+from overlay.transport.machine import asking_address, is_here, is_ours, own_addresses
 from overlay.transport.resolver import Host, connect, look_up
-from overlay.transport.tls_check import tls_problem
+from overlay.transport.tls_check import peer_certificate, tls_problem
 
 if TYPE_CHECKING:
     from overlay.security.credentials import Credentials
@@ -123,7 +125,7 @@ def examine(topology: Topology, config: str, deadline_s: float = DEADLINE_S) -> 
         _protection(observed, credentials, config),
         [
             *(one for leader in topology.leaders for one in _journal(topology, leader, observed)),
-            *_servers(topology, deadline_s),
+            *_servers(topology, credentials, deadline_s),
         ],
     )
 
@@ -144,15 +146,38 @@ def _journal(
     return [(leader, one) for one in journal_check.findings(leader, place, metrics)]
 
 
-def _servers(topology: Topology, deadline_s: float) -> list[tuple[Process, Finding]]:
+def _servers(
+    topology: Topology, credentials: Credentials | None, deadline_s: float
+) -> list[tuple[Process, Finding]]:
     """What is wrong with the jobs' servers on this machine: others do not show it from outside."""
     found = []
     for server in topology.jobs_servers:
-        shown = Process(f"server {server.address}", "worker", "", server.host, server.port)
-        if is_here(shown, deadline_s):
+        if is_ours(server.host, deadline_s):
+            shown = Process(f"server {server.address}", "worker", "", server.host, server.port)
             said = _varz(server.monitor_port, deadline_s)
-            found += [(shown, one) for one in servers_check.findings(server, said)]
+            certificate = _certificate_of(server, credentials, deadline_s) if credentials else None
+            found += [(shown, one) for one in servers_check.findings(server, said, certificate)]
     return found
+
+
+def _certificate_of(
+    server: JobsServer, credentials: Credentials, deadline_s: float
+) -> servers_check.Certificate:
+    from overlay.security.certificates import fingerprint  # loads slowly
+
+    addresses = look_up(server.host, deadline_s).addresses
+    problem = ""
+    if not credentials.certificate_problem:  # which is a finding of its own
+        problem = tls_problem(addresses, server.port, credentials, "", deadline_s, SERVER)
+    try:
+        own = credentials.of_server(credentials.folder.path, server.name)
+    except ConfigError as e:
+        return servers_check.Certificate(problem, str(e))
+    warning, is_old = "" if problem else own.warning, False
+    with suppress(OSError):
+        is_shown = peer_certificate(addresses, server.port, deadline_s)
+        is_old = fingerprint(is_shown) != fingerprint(own.current()[0].certificate)
+    return servers_check.Certificate(problem, warning, is_old)
 
 
 def _varz(port: int, deadline_s: float) -> dict[str, Any] | None:

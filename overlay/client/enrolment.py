@@ -17,7 +17,7 @@ from overlay.client.results import error_from_rpc
 from overlay.model import clocks
 from overlay.model.addresses import join_address
 from overlay.model.errors import InvalidCall, NotReached, OverlayError
-from overlay.model.identity import CALLER, OPERATOR, PROCESS, Identity, check_name
+from overlay.model.identity import CALLER, OPERATOR, Identity, check_name
 from overlay.model.limits import Limits
 from overlay.model.program import CLIENT
 from overlay.security.certificates import (
@@ -31,7 +31,7 @@ from overlay.security.certificates import (
 )
 from overlay.security.credentials import Shown
 from overlay.security.invitation import Invitation
-from overlay.security.tls_folder import USER, TlsFolder
+from overlay.security.tls_folder import TlsFolder, joining
 from overlay.transport.channels import split
 from overlay.transport.codec import pb2, pb2_grpc
 from overlay.transport.endpoints import channel_options, open_channel
@@ -45,7 +45,7 @@ MAX_PROCESSES = 1000  # of one machine
 class Offer:
     """What an invitation is for, as its host says, checked for its form.
 
-    configuration: a file name and its content.
+    configuration: a file name and its content. servers: the names of those that keep jobs.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Offer:
     processes: tuple[str, ...]
     configuration_name: str
     configuration: bytes
+    servers: tuple[str, ...] = ()
 
 
 class Joining:
@@ -92,27 +93,33 @@ class Joining:
 
     def join(self, offer: Offer, folder: TlsFolder) -> None:
         """Ends the invitation and fills the folder of certificates."""
-        stems = {"": USER} | {id_: TlsFolder.stem(id_) for id_ in offer.processes}
-        keys = {name: new_key() for name in stems}
+        wanted = self._holders(self.cluster, offer)
+        keys = {name: new_key() for name in wanted}
         requests = {name: signing_request(key) for name, key in keys.items()}
         answer = self._ask(pb2.JoinRequest(signing_requests=requests))
         if _checked(answer) != offer or set(answer.certificates) != set(keys):
             raise NotReached(f"{self.shown} answers otherwise than a moment ago; join again")
         try:
             trust = Trust(answer.authorities, answer.revoked)
+            holders = self._holders(trust.cluster, offer)
             for name, pem in answer.certificates.items():
-                if trust.identify(pem) != _identity(trust.cluster, offer, name):
+                if trust.identify(pem) != holders[name]:
                     raise ValueError("a certificate is not for whom it was asked for")
         except (ValueError, OverlayError) as e:
             raise NotReached(f"what {self.shown} sent cannot be used: {e}") from None
         folder.write("ca.pem", answer.authorities)
         folder.write("revoked.pem", answer.revoked)
-        for name, stem in stems.items():
+        for name, holder in holders.items():
+            stem = TlsFolder.stem_of(holder)
             folder.write_holder(stem, key_pem(keys[name]), answer.certificates[name])
         folder.write_about(offer.configuration_name, trust.cluster, answer.leader)
 
     def close(self) -> None:
         self._channel.close()
+
+    @staticmethod
+    def _holders(cluster: str, offer: Offer) -> dict[str, Identity]:
+        return joining(cluster, offer.kind, offer.name, offer.processes, offer.servers)
 
     def _server_of(self, pem: bytes) -> Identity:
         """Judged by its hash first: until then anybody may have written it."""
@@ -158,12 +165,6 @@ class Joining:
             raise error_from_rpc(e, self.shown, self._within_s) from None
 
 
-def _identity(cluster: str, offer: Offer, process_id: str) -> Identity:
-    if process_id:
-        return Identity(cluster, PROCESS, process_id)
-    return Identity(cluster, offer.kind, offer.name)
-
-
 def _checked(said: pb2.JoinResponse) -> Offer:
     """Raises NotReached for what no process of ours says."""
     name = said.configuration_name
@@ -175,14 +176,15 @@ def _checked(said: pb2.JoinResponse) -> Offer:
         and name.isprintable()
         and not name.startswith(".")
         and len(said.configuration) <= Limits.min_message_limit
-        and len(said.processes) <= MAX_PROCESSES
+        and len(said.processes) + len(said.servers) <= MAX_PROCESSES
     )
     try:
         split(said.leader)
-        for one in (said.name, *said.processes):
+        for one in (said.name, *said.processes, *said.servers):
             check_name(one)
     except ValueError:
         is_right = False
     if not is_right:
         raise NotReached("what answers there does not speak as a process of an overlay does")
-    return Offer(said.name, said.kind, tuple(said.processes), name, said.configuration)
+    processes, servers = tuple(said.processes), tuple(said.servers)
+    return Offer(said.name, said.kind, processes, name, said.configuration, servers)

@@ -13,4 +13,5 @@ changes     what one sends to the others: numbers of statements, and values
 copy_file   each leader's copy of the file
 statements  the statements that change the file, which have these numbers
 log         what they agree on; jetstream is one on NATS servers, memory_log one within a process
+server_tls  the certificates that a leader and those servers show each other
 """

@@ -5,6 +5,8 @@
     entries    from any server that has them
     save       into an object store of the same servers
 
+With certificates it speaks TLS, as the leader that it belongs to (`server_tls`).
+
 Owns a thread, "jobs-nats", on which nats-py runs. Every call waits for it, for a bounded time. No
 other module knows NATS.
 """
@@ -22,13 +24,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from overlay.jobs.log import LogAway, LogError, LogFull, Outrun
+from overlay.jobs.server_tls import ServerTls
 from overlay.model import clocks as time
 from overlay.model.errors import ConfigError
+from overlay.model.jobs_servers import ID_SUBJECT, RELOAD_SUBJECT, JobsServer
 from overlay.model.limits import MIB
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.js.client import JetStreamContext
+
+    from overlay.security.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +49,23 @@ COPY_S = 300.0  # for a snapshot
 DUPLICATES_S = 120.0  # for which the servers know marks
 ENTRIES, ENTRIES_BYTES = 256, 4 * MIB  # read at a time, about
 HEADERS_BYTES = 4096  # of a message, besides the entry
+LOOK_S = 1.0  # between two looks at the own certificate
+RELOAD_S = 10.0  # for a server to read its files
+NOT_A_USER = "authorization violation"  # of a certificate that is known, and may do nothing
 WRONG_LAST, FULL = (10071, 10164), (10077, 10023, 10047)  # error codes of the servers
 
 
 class JetStreamLog:
     """servers: host:port, the nearest first. stream_bytes: that the stream may have, and the object
-    store too. name: of both."""
+    store too. name: of both. credentials: for TLS."""
 
-    def __init__(self, servers: Sequence[str], stream_bytes: int, name: str = NAME) -> None:
+    def __init__(
+        self,
+        servers: Sequence[str],
+        stream_bytes: int,
+        name: str = NAME,
+        credentials: Credentials | None = None,
+    ) -> None:
         try:
             import nats  # noqa: F401 - only here: nobody else needs it
         except ImportError:
@@ -59,7 +74,10 @@ class JetStreamLog:
                 "pip install -r requirements-nats.txt (run.py does it by itself)"
             ) from None
         self.max_bytes = MIB - HEADERS_BYTES  # NATS's default, until a server says what it allows
-        self._servers = [f"nats://{server}" for server in servers]
+        self._servers = list(servers)
+        self._tls = ServerTls(credentials) if credentials else None
+        self._next_look = 0.0
+        self._refusal: Exception | None = None  # of the last server that was there and no use
         self._stream_bytes = stream_bytes
         self._name, self._subject = name, f"overlay.jobs.{name}"
         self._loop = asyncio.new_event_loop()
@@ -115,31 +133,69 @@ class JetStreamLog:
             raise
         except Exception as e:  # noqa: BLE001 - of NATS, TLS, sockets and files: no common class
             future.cancel()
-            raise LogAway(_said(e)) from None
+            raise LogAway(self._problem() or _said(e)) from None
+
+    def _problem(self) -> str:
+        """Why the servers that are there are of no use; empty where they are, or none is."""
+        client, refusal = self._client, self._refusal
+        if self._tls is None or refusal is None or (client is not None and client.is_connected):
+            return ""
+        if NOT_A_USER in (said := _said(refusal)).lower():
+            return self._tls.not_a_leader()
+        return self._tls.problem(self._servers) or said
+
+    async def _heard(self, error: Exception) -> None:
+        """Of each try to connect that fails, and of what a server complains about."""
+        if isinstance(error, (ConnectionRefusedError, TimeoutError, asyncio.TimeoutError)):
+            return
+        # A server that refuses closes at once, and what it has said may be lost with that.
+        if self._refusal is None or not isinstance(error, (BrokenPipeError, ConnectionResetError)):
+            self._refusal = error
+
+    async def _is_up(self) -> None:
+        self._refusal = None
 
     async def _jetstream(self) -> JetStreamContext:
         """Once the first connection is up and the stream is there. Reconnects by itself then."""
+        is_closed = self._client is not None and self._client.is_closed  # a server wanted it so
         if self._connecting is None or (
-            self._connecting.done() and self._connecting.exception() is not None
+            self._connecting.done() and (is_closed or self._connecting.exception() is not None)
         ):
             self._connecting = self._loop.create_task(self._connect())
+        self._look_at_keys()
         return await asyncio.shield(self._connecting)
+
+    def _look_at_keys(self) -> None:
+        """So that the next connection shows the certificate that there is then."""
+        if self._tls is None or self._client is None or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_S
+        if (context := self._tls.newer()) is not None:
+            self._client.options["tls"] = context
 
     async def _connect(self) -> JetStreamContext:
         import nats
 
         client = self._client
         if client is None or client.is_closed:
-            self._client = client = await nats.connect(
-                self._servers,
-                dont_randomize=True,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=0.1,
-                connect_timeout=2,
-                ping_interval=1,  # so that a server that is frozen is left within 3 s
-                max_outstanding_pings=2,
-                error_cb=_ignore,
-            )
+            self._client = client = nats.NATS()  # whose options follow the own certificate
+            try:
+                await client.connect(
+                    [f"nats://{server}" for server in self._servers],
+                    dont_randomize=True,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=0.1,
+                    connect_timeout=2,
+                    ping_interval=1,  # so that a server that is frozen is left within 3 s
+                    max_outstanding_pings=2,
+                    error_cb=self._heard,
+                    reconnected_cb=self._is_up,
+                    **(self._tls.options() if self._tls else {}),
+                )
+            except BaseException:
+                self._client = None
+                raise
+            await self._is_up()
         found = client.jetstream(timeout=TRY_S)
         await self._make_stream(found)
         self.max_bytes = client.max_payload - HEADERS_BYTES
@@ -277,8 +333,53 @@ class JetStreamLog:
             await self._client.close()
 
 
-async def _ignore(error: Exception) -> None:
-    """It is told where it matters, to whoever waits for an answer."""
+def reload(server: JobsServer, credentials: Credentials) -> None:
+    """Makes a server read its configuration anew, and its certificates with it; one that does not
+    run will when it starts. A signal would do that on POSIX only. credentials: the server's own.
+
+    Raises LogAway.
+    """
+    try:
+        asyncio.run(asyncio.wait_for(_reload(server, credentials), RELOAD_S))
+    except ConnectionRefusedError:
+        pass
+    except LogAway:
+        raise
+    except Exception as e:  # noqa: BLE001 - as in JetStreamLog
+        raise LogAway(ServerTls(credentials).problem([server.address]) or _said(e)) from None
+
+
+async def _reload(server: JobsServer, credentials: Credentials) -> None:
+    import nats
+    import nats.errors
+
+    failed: list[Exception] = []
+
+    async def keep(error: Exception) -> None:
+        failed[:] = [error]
+
+    try:
+        client = await nats.connect(
+            [f"nats://{server.address}"],
+            allow_reconnect=False,
+            max_reconnect_attempts=1,
+            reconnect_time_wait=0.1,
+            error_cb=keep,
+            **ServerTls(credentials).options(),
+        )
+    except nats.errors.NoServersError as e:
+        raise (failed or [e])[0] from None
+    try:
+        answers = await client.subscribe(inbox := client.new_inbox())
+        await client.publish(ID_SUBJECT, reply=inbox)
+        while (found := json.loads((await answers.next_msg(TRY_S)).data))["name"] != server.name:
+            pass
+        asked = RELOAD_SUBJECT.format(found["id"])
+        said = json.loads((await client.request(asked, timeout=RELOAD_S)).data)
+        if problem := said.get("error"):
+            raise LogAway(str(problem.get("description"))[:200])
+    finally:
+        await client.close()
 
 
 def _said(error: Exception) -> str:

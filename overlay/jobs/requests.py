@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -50,6 +51,9 @@ from overlay.queueing.request_queue import RequestQueue
 from overlay.transport import codec
 from overlay.transport.codec import pb2
 from overlay.transport.timers import Deadlines
+
+if TYPE_CHECKING:
+    from overlay.security.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +92,8 @@ class Jobs:
         if topology.jobs_servers:
             copy = CopyFile(file)
             self._store = JobStore(copy, bounds)
-            replica = Replica(_log_of(topology, me), copy, me, topology.process(me).address)
+            log_ = _log_of(topology, me, gate.credentials)
+            replica = Replica(log_, copy, me, topology.process(me).address)
         else:
             self._store = JobStore(file, bounds)
         self._runner = JobRunner(path, queue, deadlines, self._over)
@@ -437,13 +442,14 @@ class _Waiter:
             self._answers.pop()(self)
 
 
-def _log_of(topology: Topology, me: str) -> Log:
+def _log_of(topology: Topology, me: str, credentials: Credentials | None) -> Log:
     """On the NATS servers of the configuration, the one on this leader's machine first. Raises
     ConfigError."""
     host = topology.process(me).host
     servers = sorted(topology.jobs_servers, key=lambda server: server.host != host)
     most = stream_bytes(topology.limits.journal_bytes)
-    return JetStreamLog([server.address for server in servers], most)
+    addresses = [server.address for server in servers]
+    return JetStreamLog(addresses, most, credentials=credentials)
 
 
 def _seconds(name: str, value: float, most: float, cut: bool = False) -> float:

@@ -427,11 +427,6 @@ def _jobs_servers(raw: Mapping[str, Any]) -> tuple[tuple[JobsServer, ...], str]:
         servers = servers_in(journal)
     except ValueError as e:
         return (), str(e)
-    if raw.get("tls"):
-        return servers, (
-            "NATS servers cannot be protected by this overlay's certificates yet, and would be an "
-            'open door beside it: use a file for the jobs, or no "tls"'
-        )
     return servers, problem_of(servers)
 
 

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 PROCESS, CALLER, OPERATOR, INVITATION = "process", "caller", "operator", "invitation"
-KINDS = (PROCESS, CALLER, OPERATOR, INVITATION)
+SERVER = "server"  # that keeps jobs for several leaders
+KINDS = (PROCESS, CALLER, OPERATOR, INVITATION, SERVER)
 NAME = "[A-Za-z0-9._-]{1,64}"  # of processes, callers, handlers, teams and overlays
 _URI = re.compile(f"overlay://({NAME})/([a-z]{{1,16}})/({NAME})")
 
@@ -32,6 +33,13 @@ class Identity:
         label = self.name.lower().replace(".", "~")  # "a..b" would have an empty label
         return f"{label}.{any_process(self.cluster)}"
 
+    @property
+    def dns_names(self) -> tuple[str, ...]:
+        """What the certificate of one that is connected to is checked for; none for the others."""
+        if self.kind == PROCESS:
+            return self.dns_name, any_process(self.cluster)
+        return (any_server(self.cluster),) if self.kind == SERVER else ()
+
     @staticmethod
     def of_uri(uri: str) -> Identity:
         """Raises ValueError."""
@@ -44,6 +52,11 @@ class Identity:
 def any_process(cluster: str) -> str:
     """The name that the certificates of all the processes of an overlay have in common."""
     return f"{cluster.lower()}.overlay"
+
+
+def any_server(cluster: str) -> str:
+    """The name that the certificates of the servers of its jobs have in common; no process's."""
+    return f"{cluster.lower()}.overlay-jobs"
 
 
 def check_name(text: str) -> str:

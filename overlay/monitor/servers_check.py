@@ -6,6 +6,7 @@ lost with the power.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from overlay.model.jobs_servers import FEWEST, JobsServer
@@ -14,7 +15,19 @@ from overlay.monitor.diagnosis import Finding, Grade
 RESTART = "start it with the overlay's own configuration: run.py stop and start"
 
 
-def findings(server: JobsServer, said: Mapping[str, Any] | None) -> list[Finding]:
+@dataclass(frozen=True)
+class Certificate:
+    """What is wrong with that of a server of an overlay that has certificates. problem: why nobody
+    should talk to it. warning: what will be wrong. is_old: it shows another than its file has."""
+
+    problem: str = ""
+    warning: str = ""
+    is_old: bool = False
+
+
+def findings(
+    server: JobsServer, said: Mapping[str, Any] | None, certificate: Certificate | None = None
+) -> list[Finding]:
     """said: None if nothing answers at its monitoring port."""
     if said is None:
         why = f"its monitoring port, 127.0.0.1:{server.monitor_port}, does not answer"
@@ -24,7 +37,7 @@ def findings(server: JobsServer, said: Mapping[str, Any] | None) -> list[Finding
     if not config:
         why = "it runs without JetStream, so it keeps nothing"
         return [Finding(Grade.BAD, "no JetStream", why, RESTART)]
-    found = []
+    found = _of_certificate(certificate or Certificate())
     if config.get("sync_always") is not True:
         why = (
             "it confirms before its disk has written: sync_interval is not always, so jobs that "
@@ -46,6 +59,18 @@ def findings(server: JobsServer, said: Mapping[str, Any] | None) -> list[Finding
             why = f"it sees that {str(one.get('name'))[:60]} is down or behind"
             do = "start that one; until it has caught up, no other may be lost"
             found.append(Finding(Grade.NOTE, "behind", why, do))
+    return found
+
+
+def _of_certificate(certificate: Certificate) -> list[Finding]:
+    found = []
+    if certificate.problem:
+        found.append(Finding(Grade.BAD, "not protected", certificate.problem, RESTART))
+    elif certificate.is_old:
+        why = "it shows another certificate than the one in its file, which is newer"
+        found.append(Finding(Grade.NOTE, "old certificate", why, "run.py restart has it read that"))
+    if certificate.warning:
+        found.append(Finding(Grade.NOTE, "certificate", certificate.warning))
     return found
 
 

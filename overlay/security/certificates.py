@@ -29,7 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from overlay.model import clocks
 from overlay.model.clocks import utc_day
 from overlay.model.errors import OverlayError
-from overlay.model.identity import INVITATION, PROCESS, Identity, any_process
+from overlay.model.identity import INVITATION, Identity
 from overlay.model.segments import Code
 
 DAY_S = 86_400.0
@@ -110,15 +110,15 @@ class Authority:
         valid_s: float = HOLDER_S,
         since_s: float = 0.0,
     ) -> x509.Certificate:
-        """hosts: the addresses of a process, for clients of other makes, which check them.
+        """hosts: the addresses of a process or server, for those of other makes that check them.
 
         since_s: from when on, in seconds from now; valid_s: until when.
         """
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity.uri)]
         usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
-        if identity.kind == PROCESS:
+        if identity.dns_names:
             usages.append(ExtendedKeyUsageOID.SERVER_AUTH)
-            names += map(x509.DNSName, (identity.dns_name, any_process(identity.cluster)))
+            names += map(x509.DNSName, identity.dns_names)
             names += filter(None, map(_host_name, dict.fromkeys(hosts)))
         issuer = self.certificate.subject
         made = _builder(_name(identity.name), issuer, public_key, valid_s, since_s)

@@ -17,7 +17,7 @@ from cryptography import x509
 
 from overlay.model import clocks
 from overlay.model.errors import ConfigError, OverlayError
-from overlay.model.identity import PROCESS, Identity, any_process
+from overlay.model.identity import PROCESS, SERVER, Identity, any_process
 from overlay.model.program import CLIENT
 from overlay.security.certificates import (
     DAY_S,
@@ -78,6 +78,11 @@ class Credentials:
         return Credentials(TlsFolder(folder), TlsFolder.stem(process_id))
 
     @staticmethod
+    def of_server(folder: Path, name: str) -> Credentials:
+        """name: of a server that keeps jobs."""
+        return Credentials(TlsFolder(folder), TlsFolder.server_stem(name))
+
+    @staticmethod
     def of_user(folder: Path) -> Credentials:
         return Credentials(TlsFolder(folder), USER)
 
@@ -112,7 +117,7 @@ class Credentials:
         """What makes a new certificate of the same holder."""
         if self.folder.can_issue:
             return RENEW_HERE
-        if self.identity.kind == PROCESS:
+        if self.identity.kind in (PROCESS, SERVER):
             return f"this machine joins again: {INVITE.format('NAME --host HOST')}"
         return INVITE.format("NAME")
 

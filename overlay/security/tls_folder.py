@@ -3,6 +3,7 @@
     ca.pem            the authority that is trusted here; several while it is being changed
     revoked.pem       the certificates that are not, signed by it
     process_a.pem     key and certificate of process A, as of every process of this machine
+    server_pc-1-4222.pem  of the server pc-1:4222 that keeps jobs, if it is on this machine
     user.pem          of the people of this machine, who call
     overlay.json      which configuration it belongs to
 
@@ -33,7 +34,7 @@ from cryptography import x509
 
 from overlay.model import clocks
 from overlay.model.errors import ConfigError
-from overlay.model.identity import KINDS, Identity, check_name
+from overlay.model.identity import KINDS, PROCESS, SERVER, Identity, check_name
 from overlay.security.certificates import (
     HOLDER_S,
     INVITATION_S,
@@ -63,8 +64,8 @@ _END = b"-----END PRIVATE KEY-----\n"
 class Guest:
     """What an invitation is for.
 
-    processes: the ids that join with it, at these hosts. kind and name: of the person's own
-    certificate. until: seconds since 1970.
+    processes: the ids that join with it, at these hosts. servers: the names of those that keep
+    jobs. kind and name: of the person's own certificate. until: seconds since 1970.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Guest:
     authority: str
     processes: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    servers: tuple[str, ...] = ()
 
 
 class TlsFolder:
@@ -92,6 +94,17 @@ class TlsFolder:
     @staticmethod
     def stem(process_id: str) -> str:
         return f"process_{process_id.lower()}"
+
+    @staticmethod
+    def server_stem(name: str) -> str:
+        return f"server_{name.lower()}"
+
+    @staticmethod
+    def stem_of(identity: Identity) -> str:
+        """Of a process, a server, or a person of this machine."""
+        if identity.kind == SERVER:
+            return TlsFolder.server_stem(identity.name)
+        return TlsFolder.stem(identity.name) if identity.kind == PROCESS else USER
 
     def holder(self, stem: str) -> Path:
         """The file of a key and its certificate."""
@@ -343,6 +356,15 @@ class TlsFolder:
                 path.unlink(missing_ok=True)
 
 
+def joining(
+    cluster: str, kind: str, name: str, processes: Iterable[str], servers: Iterable[str]
+) -> dict[str, Identity]:
+    """Who gets a certificate with one invitation, by the keys of the signing requests."""
+    made = {"": Identity(cluster, kind, name)}
+    made |= {id_: Identity(cluster, PROCESS, id_) for id_ in processes}
+    return made | {str(one): one for one in (Identity(cluster, SERVER, n) for n in servers)}
+
+
 def _file_name(certificate: x509.Certificate) -> str:
     identity = identity_of(certificate)
     return f"{identity.kind}_{identity.name}_{certificate.serial_number:x}.pem"
@@ -351,10 +373,10 @@ def _file_name(certificate: x509.Certificate) -> str:
 def _guest_of(text: str) -> Guest:
     """Raises ValueError, TypeError, LookupError or AttributeError for anything else."""
     found = json.loads(text)
-    lists = {key: tuple(found[key]) for key in ("processes", "hosts")}
+    lists = {key: tuple(found[key]) for key in ("processes", "hosts", "servers")}
     guest = Guest(**{**found, **lists})
     read_certificate(guest.authority.encode())
-    for name in (guest.name, *guest.processes):
+    for name in (guest.name, *guest.processes, *guest.servers):
         check_name(name)
     if guest.kind not in KINDS:
         raise ValueError(f"{guest.kind!r} is no kind")

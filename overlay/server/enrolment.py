@@ -2,7 +2,8 @@
 
     Join, Renew     answered where the authority's key is: on the machine of `client.py secure`
     keeper          a thread, "certificates": renews the own certificate a month after it was made,
-                    and fetches what was revoked, within `LOOK_S` of its being so
+                    and fetches what was revoked, within `LOOK_S` of its being so. Others in one
+                    process of a machine renew those of its user and of its jobs' servers
 
 A process on another machine asks the leader, which it can reach: its machine joined there.
 """
@@ -15,9 +16,12 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from overlay.jobs.jetstream import reload
+from overlay.jobs.log import LogAway
 from overlay.model import clocks as time
 from overlay.model.errors import BadRequest, ConfigError, NotAllowed, OverlayError
-from overlay.model.identity import PROCESS, Identity
+from overlay.model.identity import PROCESS, SERVER, Identity
+from overlay.model.jobs_servers import JobsServer
 from overlay.model.program import CLIENT
 from overlay.model.topology import Process, Topology
 from overlay.transport.channels import Channel
@@ -46,6 +50,7 @@ class Enrolment:
     def join(self, request: pb2.JoinRequest, invitation: str, pem: bytes) -> pb2.JoinResponse:
         """invitation: the id that the caller's certificate says, in `pem`. Raises OverlayError."""
         from overlay.security.certificates import is_signed_by
+        from overlay.security.tls_folder import joining
 
         credentials = self._issuing("joins")
         folder = credentials.folder
@@ -55,17 +60,18 @@ class Enrolment:
                 "this invitation was used, was revoked or is older than 15 minutes; ask for "
                 "another line"
             )
-        kinds = {"": Identity(credentials.trust.cluster, guest.kind, guest.name)}
-        for process_id in guest.processes:
-            kinds[process_id] = Identity(credentials.trust.cluster, PROCESS, process_id)
-        if request.signing_requests and set(request.signing_requests) != set(kinds):
-            raise BadRequest(f"signing_requests: needed are those of {sorted(kinds)}")
+        holders = joining(
+            credentials.trust.cluster, guest.kind, guest.name, guest.processes, guest.servers
+        )
+        if request.signing_requests and set(request.signing_requests) != set(holders):
+            raise BadRequest(f"signing_requests: needed are those of {sorted(holders)}")
         for text in request.signing_requests.values():
             self._check_request(text)  # before the invitation is used up
         made = pb2.JoinResponse(
             name=guest.name,
             kind=guest.kind,
             processes=guest.processes,
+            servers=guest.servers,
             configuration_name=self._topology.name,
             configuration=self._configuration(),
             cluster=credentials.trust.cluster,
@@ -77,10 +83,9 @@ class Enrolment:
             if folder.accept(invitation) is None:
                 raise NotAllowed("this invitation was used just now; ask for another line")
             for key, text in request.signing_requests.items():
-                made.certificates[key] = folder.issue(text, kinds[key], guest.hosts)
-            log.info(
-                "joined: %s, and processes %s", kinds[""], ", ".join(guest.processes) or "none"
-            )
+                made.certificates[key] = folder.issue(text, holders[key], guest.hosts)
+            others = ", ".join(str(one) for key, one in holders.items() if key) or "nobody else"
+            log.info("joined: %s, and %s", holders[""], others)
         return made
 
     def renew(self, request: pb2.RenewRequest, pem: bytes) -> pb2.RenewResponse:
@@ -157,41 +162,56 @@ class Enrolment:
 
     def _hosts(self, identity: Identity) -> tuple[str, ...]:
         process = self._topology.processes.get(identity.name)
-        if identity.kind != PROCESS or process is None:
-            return ()
-        return process.certified_hosts
+        if identity.kind == PROCESS and process is not None:
+            return process.certified_hosts
+        servers = self._topology.jobs_servers if identity.kind == SERVER else ()
+        return tuple(one.host for one in servers if one.name == identity.name)
 
 
 def keepers(topology: Topology, me: Process, credentials: Credentials) -> list[CertificateKeeper]:
-    """Of this process's certificate, and in one process of each machine also of its user's."""
+    """Of this process's certificate, and in one process of each machine also of those of its user
+    and its jobs' servers."""
     from overlay.security.credentials import Credentials
-    from overlay.security.tls_folder import USER
+    from overlay.security.tls_folder import USER, TlsFolder
 
     made = [CertificateKeeper(topology, me, credentials)]
     folder = credentials.folder
-    is_first = credentials.stem == min(path.stem for path in folder.path.glob("process_*.pem"))
-    if is_first and folder.holder(USER).exists():
+    if credentials.stem != min(
+        stem for stem in map(TlsFolder.stem, topology.processes) if folder.holder(stem).exists()
+    ):
+        return made
+    servers = {TlsFolder.server_stem(server.name): server for server in topology.jobs_servers}
+    for stem in filter(lambda stem: folder.holder(stem).exists(), (USER, *servers)):
         try:
-            user = Credentials(folder, USER)
+            held = Credentials(folder, stem)
         except OverlayError as e:
-            log.warning("the certificate of this machine's user is not kept: %s", e)
+            log.warning("a certificate of this machine is not kept: %s", e)
         else:
-            made.append(CertificateKeeper(topology, me, user, follows=False))
+            made.append(CertificateKeeper(topology, me, held, False, servers.get(stem)))
     return made
 
 
 class CertificateKeeper:
     """Keeps a certificate of this machine young, and knows what was revoked, while it runs.
 
-    follows: fetches what was revoked, too; one keeper of a process does.
+    follows: fetches what was revoked, too; one keeper of a process does. server: of the jobs, whose
+    certificate it is; it reads its files only when it is told to.
     """
 
     def __init__(
-        self, topology: Topology, me: Process, credentials: Credentials, follows: bool = True
+        self,
+        topology: Topology,
+        me: Process,
+        credentials: Credentials,
+        follows: bool = True,
+        server: JobsServer | None = None,
     ) -> None:
         self._leader = topology.leader
         self._credentials = credentials
         self._follows = follows
+        self._server = server
+        self._told: tuple[bytes, ...] = ()  # the certificates that the server has read
+        self._next_telling = 0.0
         self._enrolment = Enrolment(topology, me, credentials)
         self._channel: Channel | None = None
         self._next_renewal = 0.0
@@ -217,6 +237,7 @@ class CertificateKeeper:
     def _look(self) -> None:
         credentials = self._credentials
         credentials.current()
+        self._tell_server()
         is_old = credentials.age_s > RENEW_AGE_S or not credentials.is_of_new_authority
         is_due = is_old and time.monotonic() > self._next_renewal
         if not self._follows and (credentials.certificate_problem or not is_due):
@@ -231,6 +252,20 @@ class CertificateKeeper:
             return
         if is_due or not is_old:
             self._set_problem("")
+
+    def _tell_server(self) -> None:
+        """At first too, as the files may have changed while no process ran."""
+        shown, _ = self._credentials.current()
+        now = shown.certificate, shown.authorities
+        if self._server is None or now == self._told or time.monotonic() < self._next_telling:
+            return
+        try:
+            reload(self._server, self._credentials)
+        except LogAway as e:
+            self._next_telling = time.monotonic() + RETRY_S
+            log.warning("the server %s does not take its new files: %s", self._server.address, e)
+        else:
+            self._told = now
 
     def _ask(self, is_due: bool) -> bool:
         """Asks the leader. Returns whether that worked."""

@@ -20,6 +20,11 @@ def is_here(process: Process, within_s: float = resolver.LOOKUP_S) -> bool:
     host = process.bind
     if not host or is_wildcard(host):
         host = process.host
+    return is_ours(host, within_s)
+
+
+def is_ours(host: str, within_s: float = resolver.LOOKUP_S) -> bool:
+    """Whether a host is this machine, by one of its addresses."""
     return any(map(can_bind, resolver.look_up(host, within_s).addresses))
 
 

@@ -53,10 +53,12 @@ def tls_problem(
     credentials: Credentials | None,
     process_id: str = "",
     within_s: float = 2.0,
+    kind: str = PROCESS,
 ) -> str:
     """Why TLS fails between this side and what serves there; empty when that is not the reason.
 
     credentials: those of this side; None where it speaks plaintext. process_id: who is expected.
+    kind: what is, one of identity.KINDS.
     """
     if credentials is None:
         if speaks_tls(addresses, port, within_s):
@@ -73,18 +75,18 @@ def tls_problem(
         return 'it speaks plaintext, and this side wants TLS: its configuration lacks "tls"'
     except OSError:
         return ""
-    return _problem_of(pem, credentials, process_id) or _refusal(
+    return _problem_of(pem, credentials, process_id, kind) or _refusal(
         addresses, port, credentials, within_s
     )
 
 
-def _problem_of(pem: bytes, credentials: Credentials, process_id: str) -> str:
+def _problem_of(pem: bytes, credentials: Credentials, process_id: str, kind: str) -> str:
     try:
         identity = credentials.trust.identify(pem)
     except OverlayError as e:
         return f"it is not accepted here: {e}"
-    if identity.kind != PROCESS:
-        return f"it shows the certificate of {identity}, which is no process"
+    if identity.kind != kind:
+        return f"it shows the certificate of {identity}, which is no {kind}"
     if process_id and identity.name != process_id:
         return f"{identity} answers there, and process {process_id} is configured"
     return ""

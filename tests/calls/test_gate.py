@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from overlay.calls.gate import JOIN, Gate
+from overlay.calls.gate import JOIN, RENEW, Gate
 from overlay.model.errors import NotAllowed
-from overlay.model.identity import CALLER, INVITATION, OPERATOR, PROCESS, Identity
+from overlay.model.identity import CALLER, INVITATION, OPERATOR, PROCESS, SERVER, Identity
 from overlay.security.certificates import NotTrusted, key_pem, new_key, pem_of
 from overlay.security.credentials import Credentials
 from overlay.security.invitation import Invitation
@@ -100,6 +100,15 @@ def test_a_person_with_the_name_of_a_process_is_none(office: Office, kind: str) 
     call = office.enter(office.call(kind, "B"))
 
     assert not office.gate.is_process(call, "B")
+
+
+@pytest.mark.parametrize("method", ["Forward", "GetMetrics", "Submit", "Check", JOIN])
+def test_a_server_of_jobs_does_nothing_but_renew(office: Office, method: str) -> None:
+    server = office.call(SERVER, "10.0.0.1-4222")
+
+    office.enter(server, RENEW)
+    with pytest.raises(NotAllowed):
+        office.enter(server, method)
 
 
 def test_only_an_invitation_joins_and_it_does_nothing_else(office: Office) -> None:

@@ -6,12 +6,15 @@ import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from overlay.jobs.jetstream import JetStreamLog
 from overlay.jobs.log import LogAway
+from overlay.jobs.server_tls import protection_of
 from overlay.model.jobs_servers import CLUSTER, MONITOR, JobsServer, configuration
+from overlay.security.credentials import Credentials
+from overlay.security.tls_folder import TlsFolder
 from tests.harness.cluster import until
 from tests.harness.machine import own_ports
 
@@ -20,10 +23,13 @@ JOURNAL_BYTES = 64 << 20
 
 
 class NatsServers:
-    """Three of them. pids: of those that run, by number."""
+    """Three of them. tls: the folder of their certificates, if they have some; leaders: the ids
+    whose certificates they let in."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.tls: TlsFolder | None = None
+        self.leaders: Sequence[str] = ()
         self.servers = [JobsServer("127.0.0.1", port) for port in free_server_ports(3)]
         self._running: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -38,12 +44,22 @@ class NatsServers:
     def start(self, number: int, sync: str = "always") -> None:
         path = self.folder / f"nats{number}.conf"
         store = (self.folder / f"store{number}").as_posix()
-        text = configuration(self.servers[number], self.servers, store, JOURNAL_BYTES)
+        server, protection = self.servers[number], None
+        if self.tls is not None:
+            own = Credentials.of_server(self.tls.path, server.name)
+            protection = protection_of(own, self.leaders)
+        text = configuration(server, self.servers, store, JOURNAL_BYTES, protection)
         path.write_text(text.replace("sync_interval: always", f"sync_interval: {sync}"), "utf-8")
         with open(self.folder / f"nats{number}.log", "ab") as out:
             self._running[number] = subprocess.Popen(
                 [PROGRAM, "-c", str(path)], stdout=out, stderr=subprocess.STDOUT
             )
+
+    def start_all(self) -> NatsServers:
+        for number in range(3):
+            self.start(number)
+        self.wait()
+        return self
 
     def kill(self, number: int) -> None:
         found = self._running.pop(number, None)
@@ -65,17 +81,14 @@ class NatsServers:
 def nats_servers(folder: Path) -> Iterator[NatsServers]:
     made = NatsServers(folder)
     try:
-        for number in range(3):
-            made.start(number)
-        made.wait()
-        yield made
+        yield made.start_all()
     finally:
         made.close()
 
 
-def log_on(servers: NatsServers, name: str) -> JetStreamLog:
+def log_on(servers: NatsServers, name: str, credentials: Credentials | None = None) -> JetStreamLog:
     """A stream of this name, once the servers have made it."""
-    made = JetStreamLog(servers.addresses, 8 << 20, name)
+    made = JetStreamLog(servers.addresses, 8 << 20, name, credentials)
 
     def is_there() -> bool:
         try:

@@ -277,13 +277,6 @@ BROKEN: list[tuple[Change, list[str]]] = [
         ["journal: 'b' is not host:port with a port up to 61535"],
     ),
     (
-        lambda raw, p: raw.update(journal="nats://a:4222,b:4222,c:4222", tls="tls"),
-        [
-            "journal: NATS servers cannot be protected by this overlay's certificates yet, and "
-            'would be an open door beside it: use a file for the jobs, or no "tls"'
-        ],
-    ),
-    (
         lambda raw, p: p["A"].update(role="team_leader"),
         ["there must be one leader, not 0 (none)"],
     ),
@@ -646,3 +639,14 @@ def test_several_leaders_share_a_journal_on_three_servers(file):
         "[fd00::3]:4222",
     ]
     assert topology.journal_of("Z") == topology.folder / "journal-Z.db"
+
+
+def test_the_servers_of_jobs_can_be_closed_with_the_overlay(file):
+    journal = "nats://pc-1:4222,pc-2:4223,[fd00::3%eth0]:4222"
+    topology = file.load(changed(lambda raw, p: raw.update(journal=journal, tls="tls")))
+
+    assert [server.name for server in topology.jobs_servers] == [
+        "pc-1-4222",
+        "pc-2-4223",
+        "fd00--3-eth0-4222",
+    ]

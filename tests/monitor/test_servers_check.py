@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from overlay.model.jobs_servers import JobsServer
-from overlay.monitor.servers_check import findings
+from overlay.monitor.servers_check import Certificate, findings
 
 SERVER = JobsServer("10.0.0.1", 4222)
 
@@ -35,3 +35,19 @@ def said(sync_always: Any = True, **meta: Any) -> dict[str, Any]:
 )
 def test_what_is_wrong_with_a_server(varz: dict[str, Any] | None, states: list[str]) -> None:
     assert [one.state for one in findings(SERVER, varz)] == states
+
+
+@pytest.mark.parametrize(
+    ("certificate", "states"),
+    [
+        (Certificate(), []),
+        (Certificate("it speaks plaintext"), ["not protected"]),
+        (Certificate("it expired", "it expires", is_old=True), ["not protected", "certificate"]),
+        (Certificate(is_old=True), ["old certificate"]),
+        (Certificate(warning="it expires in 9 days"), ["certificate"]),
+    ],
+)
+def test_what_is_wrong_with_a_servers_certificate(
+    certificate: Certificate, states: list[str]
+) -> None:
+    assert [one.state for one in findings(SERVER, said(), certificate)] == states

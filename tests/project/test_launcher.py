@@ -1060,3 +1060,31 @@ def test_the_servers_of_jobs_run_beside_the_processes_and_are_stopped_after_them
     for port in ports:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), 1).close()
+
+
+def test_a_restart_after_secure_closes_the_servers_of_jobs_and_keeps_the_jobs(project):
+    config = own_folder(project, "of jobs", log_dir="logs/closed-jobs")
+    ports = free_server_ports(3)
+    journal = "nats://" + ",".join(f"127.0.0.1:{port}" for port in ports)
+    written = json.loads(config.read_text())
+    config.write_text(json.dumps({**written, "journal": journal, "max_journal_mib": 64}))
+    address = f"127.0.0.1:{port_of(config, 'A')}"
+    try:
+        all_started(project, config)
+        with overlay.connect(address, tls=False, patience_s=20) as leader:
+            job = leader.later(None, b"before")
+            assert job.result(30) == b"C: before"
+        made = client(project, "secure", config)
+        assert made.returncode == 0, made.stderr
+        assert "certificates made for 3 servers: " in made.stdout
+        closed = launcher(project, "restart", config)
+        assert closed.returncode == 0, closed.stdout + closed.stderr
+        assert closed.stdout.count("serves again, pid") == 3, closed.stdout
+        with overlay.connect(address, tls=config.parent / "tls", patience_s=30) as leader:
+            assert leader.job(job.id).result(60) == b"C: before"
+            assert leader.later(None, b"after").result(30) == b"C: after"
+        again = launcher(project, "restart", config)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert "nats-" not in again.stdout, "they have read their files, and go on"
+    finally:
+        stop_all(project, config)

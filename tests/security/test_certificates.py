@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from overlay.model.identity import CALLER, KINDS, OPERATOR, PROCESS, Identity
+from overlay.model.identity import CALLER, KINDS, OPERATOR, PROCESS, SERVER, Identity
 from overlay.security import certificates
 from overlay.security.certificates import (
     DAY_S,
@@ -50,7 +50,7 @@ def trust(*revoked: bytes, number: int = 2) -> Trust:
     return Trust(pem_of(OFFICE.certificate), pem_of(OFFICE.revoke(gone, number)))
 
 
-@pytest.mark.parametrize("kind", [PROCESS, CALLER, OPERATOR])
+@pytest.mark.parametrize("kind", [PROCESS, CALLER, OPERATOR, SERVER])
 def test_a_certificate_names_its_holder(kind: str) -> None:
     identity = Identity("office", kind, "C")
 
@@ -63,6 +63,16 @@ def test_a_process_is_checked_by_its_own_name_and_by_that_of_all() -> None:
     names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["c.office.overlay", "office.overlay"]
     assert list(map(str, names.get_values_for_type(x509.IPAddress))) == ["10.0.0.7"]
+
+
+def test_a_server_of_jobs_has_a_name_that_no_process_has() -> None:
+    server = Identity("office", SERVER, "10.0.0.7-4222")
+    made = OFFICE.issue(new_key().public_key(), server, ("10.0.0.7",))
+
+    names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["office.overlay-jobs"]
+    assert list(map(str, names.get_values_for_type(x509.IPAddress))) == ["10.0.0.7"]
+    assert Identity("office", CALLER, "overlay-jobs").dns_names == ()
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from cryptography.x509 import IPAddress, SubjectAlternativeName
 
 from overlay.model import clocks, config
 from overlay.model.errors import BadRequest, ConfigError, NotAllowed
-from overlay.model.identity import CALLER, PROCESS, Identity
+from overlay.model.identity import CALLER, PROCESS, SERVER, Identity
+from overlay.model.jobs_servers import JobsServer
 from overlay.model.topology import Topology
 from overlay.security.certificates import (
     DAY_S,
@@ -22,6 +25,7 @@ from overlay.security.certificates import (
     key_pem,
     new_key,
     pem_of,
+    read_certificate,
     signing_request,
 )
 from overlay.security.credentials import Credentials
@@ -65,11 +69,12 @@ class Office:
         folder = self.folder if process_id == "C" else self.leader
         return folder.key_and_certificate(TlsFolder.stem(process_id))[1]
 
-    def invited(self, *processes: str) -> Invitation:
+    def invited(self, *processes: str, servers: tuple[str, ...] = ()) -> Invitation:
         made = Invitation.create("127.0.0.1", 1, b"h" * 20)
         authority = pem_of(made.authority().certificate).decode()
         until = clocks.time() + INVITATION_S
-        self.leader.invite(made, Guest("anna", CALLER, until, authority, processes))
+        guest = Guest("anna", CALLER, until, authority, processes, ("10.0.0.2",), servers)
+        self.leader.invite(made, guest)
         return made
 
     def join(self, invitation: Invitation, *names: str) -> pb2.JoinResponse:
@@ -107,6 +112,14 @@ def test_what_a_certificate_says_is_what_the_invitation_said(office: Office) -> 
     trust = office.leader.trust()
     found = {name: trust.identify(pem) for name, pem in made.certificates.items()}
     assert found == {"": ANNA, "C": Identity("office", PROCESS, "C")}
+
+
+def test_a_server_of_jobs_joins_with_its_machine(office: Office) -> None:
+    made = office.join(office.invited(servers=("10.0.0.2-4222",)), "", "server 10.0.0.2-4222")
+
+    pem = made.certificates["server 10.0.0.2-4222"]
+    assert office.leader.trust().identify(pem) == Identity("office", SERVER, "10.0.0.2-4222")
+    assert made.servers == ["10.0.0.2-4222"]
 
 
 def test_a_bad_signing_request_does_not_use_up_the_invitation(office: Office) -> None:
@@ -370,6 +383,31 @@ def test_the_authoritys_own_machine_renews_without_asking(office: Office) -> Non
     office.a.current()
 
     assert office.a.age_s < DAY_S
+
+
+def test_a_servers_certificate_is_renewed_and_the_server_told_once(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = JobsServer("10.0.0.1", 4222)
+    identity, stem = Identity("office", SERVER, server.name), TlsFolder.server_stem(server.name)
+    key = new_key()
+    old = office.leader.authority().issue(key.public_key(), identity, since_s=-31 * DAY_S)
+    office.leader.write_holder(stem, key_pem(key), pem_of(old))
+    held = Credentials.of_server(office.leader.path, server.name)
+    told: list[bytes] = []
+    monkeypatch.setattr(
+        enrolment, "reload", lambda server, held: told.append(held.current()[0].certificate)
+    )
+    topology = replace(office.topology, journal="nats://10.0.0.1:4222,b:4222,c:4222")
+    keeper = CertificateKeeper(topology, topology.process("A"), held, False, server)
+
+    for _ in range(3):
+        keeper._look()
+
+    new = office.leader.key_and_certificate(stem)[1]
+    assert told == [pem_of(old), new]
+    names = read_certificate(new).extensions.get_extension_for_class(SubjectAlternativeName).value
+    assert [str(one) for one in names.get_values_for_type(IPAddress)] == ["10.0.0.1"]
 
 
 def test_a_certificate_of_an_old_authority_is_replaced_by_one_of_the_new(kept: Kept) -> None:

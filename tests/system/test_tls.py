@@ -862,3 +862,26 @@ def test_the_authority_is_replaced_while_all_serve(tmp_path: Path) -> None:
         made.stop()
     assert len(failed) < 10, failed
     assert not set(read_authorities(old)) & set(read_authorities(there.read("ca.pem")))
+
+
+# Servers of jobs
+
+
+def test_a_machine_that_runs_a_server_of_jobs_alone_joins_and_is_put_out(tmp_path: Path) -> None:
+    journal = "nats://127.0.0.1:4907,127.0.0.2:4907,127.0.0.3:4907"  # nothing serves there
+    made = Overlay(tmp_path / "here", six_processes(tls="tls", journal=journal))
+    there = tmp_path / "there"
+    there.mkdir()
+    with made:
+        made.start("A")
+        unknown = client(made.folder, "invite", "pc", "--host", "127.0.0.9")
+        joined = client(there, "join", invited(made, "pc", "--host", "127.0.0.2", "--operator"))
+    server, leader = (client(made.folder, "revoke", name) for name in ("127.0.0.2-4907", "A"))
+
+    assert "no process has the host '127.0.0.9'; there are 127.0.0.1, 127.0.0.2" in unknown.stderr
+    assert joined.returncode == 0, joined.stderr
+    assert "and those of the servers 127.0.0.2-4907. Start them:" in joined.stdout
+    held = Credentials.of_server(there / "tls", "127.0.0.2-4907")
+    assert str(held.identity) == "server 127.0.0.2-4907"
+    assert "still let it join them until it expires: replace the authority" in server.stdout
+    assert "give this leader another id in overlay.json" in leader.stdout

@@ -31,7 +31,7 @@ def arguments(parser: Parser) -> None:
         "--host",
         metavar="HOST",
         default="",
-        help="the line is for this machine of the configuration, and for its processes too",
+        help="the line is for this machine of the configuration, and for its processes and servers",
     )
     folder_option(parser)
 
@@ -40,16 +40,20 @@ def run(args: argparse.Namespace) -> int:
     try:
         folder, topology = issuing(args.tls)
         ids = tuple(p.id for p in topology.processes.values() if p.host == args.host)
-        if args.host and not ids:
-            hosts = ", ".join(dict.fromkeys(p.host for p in topology.processes.values()))
+        servers = tuple(one.name for one in topology.jobs_servers if one.host == args.host)
+        if args.host and not (ids or servers):
+            of_processes = [p.host for p in topology.processes.values()]
+            of_servers = [one.host for one in topology.jobs_servers]
+            hosts = ", ".join(dict.fromkeys(of_processes + of_servers))
             raise ConfigError(f"no process has the host '{args.host}'; there are {hosts}")
         kind = OPERATOR if args.operator else CALLER
         hosts_ = (args.host,) if args.host else ()
-        line = invite(folder, topology, Guest(args.name, kind, 0, "", ids, hosts_))
+        line = invite(folder, topology, Guest(args.name, kind, 0, "", ids, hosts_, servers))
     except ConfigError as e:
         return misconfigured(e)
     report = Screen(sys.stdout)
     also = f" and the processes {', '.join(ids)}" if ids else ""
+    also += f" and the servers {', '.join(servers)}" if servers else ""
     report.say(f"Lets {args.name}, {kind},{also} in, once, within 15 minutes:")
     for command in joining(line):
         report.say(f"  {command}")

@@ -48,12 +48,14 @@ def run(args: argparse.Namespace) -> int:
         return misconfigured(e)
     report.say(f"{folder.path} has the certificate of {offer.name}, {offer.kind}")
     config = offer.configuration_name
-    if not offer.processes:
+    if not (offer.processes or offer.servers):
         host, _, port = folder.about()["leader"].rpartition(":")
         python = "" if is_installed() else "python3 "
         report.say(f"Try it: {python}{program()} {host.strip('[]')} {port} check")
         return Exit.OK
-    report.say(f"and those of the processes {', '.join(offer.processes)}. Start them:")
+    kinds = (("processes", offer.processes), ("servers", offer.servers))
+    holders = " and the ".join(f"{kind} {', '.join(names)}" for kind, names in kinds if names)
+    report.say(f"and those of the {holders}. Start them:")
     for command in starting(config):
         report.say(f"  {command}")
     return Exit.OK

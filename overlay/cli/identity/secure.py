@@ -21,12 +21,13 @@ from overlay.cli.text import counted
 from overlay.cli.usage import Parser, program
 from overlay.model.config import load
 from overlay.model.errors import ConfigError, OverlayError
-from overlay.model.identity import OPERATOR, PROCESS, Identity
+from overlay.model.identity import OPERATOR, PROCESS, SERVER, Identity
+from overlay.model.jobs_servers import JobsServer
 from overlay.model.topology import TLS_FOLDER, Process, Topology
 from overlay.security.certificates import read_certificate, seconds_left
 from overlay.security.credentials import WARN_S
 from overlay.security.tls_folder import USER, Guest, TlsFolder, cluster_name
-from overlay.transport.machine import is_here
+from overlay.transport.machine import is_here, is_ours
 
 
 def arguments(parser: Parser) -> None:
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         topology = load(path)
         leader = topology.leader
         here = [p for p in topology.processes.values() if is_here(p)]
+        servers = [server for server in topology.jobs_servers if is_ours(server.host)]
         if leader not in here:
             raise ConfigError(
                 f"the leader {leader.id} is at {leader.host}, which is not this machine: run this "
@@ -61,18 +63,23 @@ def run(args: argparse.Namespace) -> int:
         folder = TlsFolder(topology.tls_folder or topology.folder / TLS_FOLDER)
         if args.new_authority:
             report.say(folder.change_authority())
-        _prepare(report, folder, topology, here, args.name or this_user())
+        _prepare(report, folder, topology, here, servers, args.name or this_user())
         if not topology.tls:
             _write_key(path)
             report.say(f'{path} says "tls": "{TLS_FOLDER}" now: its processes refuse plaintext')
-        _say_next(report, folder, topology, here, path)
+        _say_next(report, folder, topology, here, servers, path)
     except ConfigError as e:
         return misconfigured(e)
     return Exit.OK
 
 
 def _prepare(
-    report: Screen, folder: TlsFolder, topology: Topology, here: list[Process], name: str
+    report: Screen,
+    folder: TlsFolder,
+    topology: Topology,
+    here: list[Process],
+    servers: list[JobsServer],
+    name: str,
 ) -> None:
     """What is missing of the authority, and of this machine's certificates or about to expire."""
     if not folder.exists:
@@ -85,17 +92,20 @@ def _prepare(
         )
     cluster = folder.authority().cluster
     folder.write_about(topology.name, cluster, topology.leader.address)
+    holders = {Identity(cluster, PROCESS, p.id): p.certified_hosts for p in here}
+    holders |= {Identity(cluster, SERVER, one.name): (one.host,) for one in servers}
     made = []
-    for process in here:
-        stem = TlsFolder.stem(process.id)
+    for holder, hosts_of in holders.items():
+        stem = TlsFolder.stem_of(holder)
         if not _is_good(folder, stem):
-            folder.issue_here(stem, Identity(cluster, PROCESS, process.id), process.certified_hosts)
-            made.append(process.id)
+            folder.issue_here(stem, holder, hosts_of)
+            made.append(holder)
     if not _is_good(folder, USER):
         folder.issue_here(USER, Identity(cluster, OPERATOR, name))
         report.say(f"{folder.holder(USER)} is new: with it, {name} is an operator")
-    if made:
-        report.say(f"certificates made for {counted(len(made), 'process')}: {', '.join(made)}")
+    for kind in (PROCESS, SERVER):
+        if names := [holder.name for holder in made if holder.kind == kind]:
+            report.say(f"certificates made for {counted(len(names), kind)}: {', '.join(names)}")
 
 
 def _is_good(folder: TlsFolder, stem: str) -> bool:
@@ -122,22 +132,27 @@ def _write_key(path: Path) -> None:
 
 
 def _say_next(
-    report: Screen, folder: TlsFolder, topology: Topology, here: list[Process], path: Path
+    report: Screen,
+    folder: TlsFolder,
+    topology: Topology,
+    here: list[Process],
+    servers: list[JobsServer],
+    path: Path,
 ) -> None:
-    hosts: dict[str, list[str]] = {}
-    for process in topology.processes.values():
-        if process not in here:
-            hosts.setdefault(process.host, []).append(process.id)
+    away = [p for p in topology.processes.values() if p not in here]
+    servers_away = [one for one in topology.jobs_servers if one not in servers]
+    hosts = dict.fromkeys([p.host for p in away] + [one.host for one in servers_away])
     report.say("Now start this machine's processes, and restart those that run already:")
     for command in starting(str(path)):
         report.say(f"  {command}")
     if not hosts:
         return
     report.say("Then, on each other machine, within 15 minutes, in a copy of this folder:")
-    for host, ids in hosts.items():
+    for host in hosts:
         name = f"{this_user()}-{re.sub(r'[^A-Za-z0-9-]+', '-', host)}"[:64].strip("-")
-        guest = Guest(name, OPERATOR, 0, "", tuple(ids), (host,))
-        line = invite(folder, topology, guest)
-        report.say(f"  at {host}, for {', '.join(ids)}:")
+        ids = tuple(p.id for p in away if p.host == host)
+        names = tuple(one.name for one in servers_away if one.host == host)
+        line = invite(folder, topology, Guest(name, OPERATOR, 0, "", ids, (host,), names))
+        report.say(f"  at {host}, for {', '.join((*ids, *names))}:")
         for command in joining(line):
             report.say(f"    {command}")
