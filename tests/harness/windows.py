@@ -77,7 +77,7 @@ class Finder:
         return spec
 
 
-sys.meta_path.insert(2, Finder)  # before the one that looks into folders
+sys.meta_path.insert(-1, Finder)  # before the one that looks into folders
 """
 _NOTHING = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
 TRIES = 3  # for downloads
@@ -267,6 +267,7 @@ def _make_python(python: Path, making: Path) -> None:
     packages = python / "Lib" / "site-packages"
     into = ["--only-binary", ":all:", "--target", str(packages)]
     _fetch([*install, *target, *pins, *into, *TEST_TOOLS], "the packages for Windows")
+    (packages / "distutils-precedence.pth").unlink(missing_ok=True)  # each start would run it
     if bytecode := _bytecode(python):
         (python / PACK).write_bytes(bytecode)
         (packages / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
@@ -291,6 +292,8 @@ def _modules(python: Path) -> Iterator[tuple[str, bool, str, bytes]]:
     """Of each module the name, whether it is a package, its file, and its code."""
     with zipfile.ZipFile(python / "python311.zip") as library:
         for file in library.namelist():
+            if not file.endswith(".pyc"):
+                continue
             made = library.read(file)
             if not made.startswith(importlib.util.MAGIC_NUMBER):
                 return
