@@ -10,8 +10,11 @@ that a handler's process gets its HandlerSpec without importing pydantic, which 
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
+import inspect
+import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -53,7 +56,8 @@ ONLY_IN_PROCESSES = {
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    # Without use_attribute_docstrings, which made each start read this source: see `_explained`.
+    model_config = ConfigDict(extra="forbid")
 
 
 class ProcessEntry(_Entry):
@@ -228,11 +232,28 @@ def warnings(topology: Topology) -> list[str]:
 def schema() -> dict[str, Any]:
     """The JSON Schema of the file, for editors."""
     document = ConfigurationFile.model_json_schema()
+    for name, part in {ConfigurationFile.__name__: document, **document["$defs"]}.items():
+        keys = part["properties"]
+        for key, text in _explained(name):
+            keys[key] = dict(sorted({**keys[key], "description": text}.items()))
     handlers = document["properties"]["handlers"]
     entry = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/HandlerEntry"}]}
     handlers.pop("patternProperties", None)
     handlers["additionalProperties"] = entry
     return document
+
+
+def _explained(model: str) -> Iterator[tuple[str, str]]:
+    """The keys of a model above, each with the text below it."""
+    source = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    classes = {part.name: part.body for part in source.body if isinstance(part, ast.ClassDef)}
+    for key, text in itertools.pairwise(classes[model]):
+        match key, text:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(words))),
+            ):
+                yield name, inspect.cleandoc(words)
 
 
 def _read(path: Path) -> str:
