@@ -83,15 +83,24 @@ def restart_servers(topology: Topology) -> Iterator[tuple[str, str]]:
             yield shape.id, f"{ended}, serves again, pid {started.pid}"
 
 
+def is_outdated(topology: Topology, server: JobsServer, shape: Process) -> bool:
+    """Whether it would be started with another configuration than it was."""
+    try:
+        now = _text(topology, server, shape, _held(topology, server))
+        return _file(topology, shape).read_text("utf-8") != now
+    except (OSError, ConfigError):
+        return True
+
+
 def _is_up_to_date(topology: Topology, server: JobsServer, shape: Process) -> bool:
     """Whether it runs with what it would be started with, after it has read its files again."""
-    credentials = _credentials(topology, server)
+    credentials = _usable(topology, server)
+    if is_outdated(topology, server, shape):
+        return False
     try:
-        if _file(topology, shape).read_text("utf-8") != _text(topology, server, shape, credentials):
-            return False
         if credentials is not None:
             reload(server, credentials)
-    except (OSError, LogAway):
+    except LogAway:
         return False
     return True
 
@@ -109,7 +118,7 @@ def _wait_until_up(topology: Topology, found: Sequence[tuple[JobsServer, Process
 
 def _spawn(topology: Topology, server: JobsServer, shape: Process) -> Record:
     files, path = Files(topology, shape), _file(topology, shape)
-    token, credentials = secrets.token_hex(8), _credentials(topology, server)
+    token, credentials = secrets.token_hex(8), _usable(topology, server)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.out.parent.mkdir(parents=True, exist_ok=True)
@@ -149,19 +158,26 @@ def _text(
     return configuration(server, topology.jobs_servers, data, size, protection)
 
 
-def _credentials(topology: Topology, server: JobsServer) -> Credentials | None:
+def _held(topology: Topology, server: JobsServer) -> Credentials | None:
     """The server's own; None without TLS. Raises ConfigError, with what makes a certificate."""
     if topology.tls_folder is None:
         return None
     from overlay.security.credentials import Credentials  # only if used, as it loads slowly
 
     try:
-        found = Credentials.of_server(topology.tls_folder, server.name)
-        if found.certificate_problem and found.folder.can_issue:
-            found.folder.issue_here(found.stem, found.identity, (server.host,))
-            found.current()
+        return Credentials.of_server(topology.tls_folder, server.name)
     except ConfigError as e:
         raise needs_certificates(topology, e) from None
+
+
+def _usable(topology: Topology, server: JobsServer) -> Credentials | None:
+    """The same, with a certificate that counts now. Raises ConfigError."""
+    found = _held(topology, server)
+    if found is None:
+        return None
+    if found.certificate_problem and found.folder.can_issue:
+        found.folder.issue_here(found.stem, found.identity, (server.host,))
+        found.current()
     if found.certificate_problem:
         raise ConfigError(f"the NATS server on {server.address}: {found.certificate_problem}")
     return found

@@ -34,7 +34,12 @@ from overlay.cli import stdio  # noqa: E402
 
 stdio.complete()
 
-from jobs_servers import restart_servers, servers_here, start_servers  # noqa: E402
+from jobs_servers import (  # noqa: E402
+    is_outdated,
+    restart_servers,
+    servers_here,
+    start_servers,
+)
 from processes import (  # noqa: E402 - after that, like everything that may open files
     ANSWER_S,
     GRACE_MARGIN_S,
@@ -129,6 +134,12 @@ def start(config: Path, ids: Sequence[str], wait_s: float) -> int:
     # Those that ran before may be frozen, or have another configuration.
     found = examined(topology).processes if running else ()
     problems = advice([(p.id, f) for p, f in found if p.id in running and f.grade is Grade.BAD])
+    problems += [
+        f"{shape.id}: it runs with an older configuration; this one is taken up by "
+        f"{command('restart')} {shown(config)}"
+        for server, shape in servers_here(topology)
+        if not ids and is_outdated(topology, server, shape)
+    ]
     for line in problems:
         print(line)
     print(f"\nto stop: {command('stop')} {shown(config)}")
@@ -334,7 +345,9 @@ def status(config: Path) -> int:
         record = record_of(topology, shape)
         is_up = record is not None and record.process() is not None
         pid, state = (str(record.pid), "runs") if record and is_up else ("", "down")
-        code = code if is_up else 1
+        if is_up and is_outdated(topology, server, shape):
+            state = "older configuration"
+        code = code if state == "runs" else 1
         rows.append((shape.id, "jobs' server", "", server.address, pid, "", "", state))
     report = Screen(sys.stdout)
     report.table("", STATUS_COLUMNS, rows)

@@ -129,6 +129,8 @@ class JetStreamLog:
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, within_s), self._loop)
         try:
             return future.result(within_s + 1.0)
+        except LogAway as e:
+            raise LogAway(self._problem() or str(e)) from None
         except LogError:
             raise
         except Exception as e:  # noqa: BLE001 - of NATS, TLS, sockets and files: no common class

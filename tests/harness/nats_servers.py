@@ -42,6 +42,14 @@ class NatsServers:
         return "nats://" + ",".join(self.addresses)
 
     def start(self, number: int, sync: str = "always") -> None:
+        path = self.configure(number, sync)
+        with open(self.folder / f"nats{number}.log", "ab") as out:
+            self._running[number] = subprocess.Popen(
+                [PROGRAM, "-c", str(path)], stdout=out, stderr=subprocess.STDOUT
+            )
+
+    def configure(self, number: int, sync: str = "always") -> Path:
+        """Writes the file of one, which it reads when it starts or is told to."""
         path = self.folder / f"nats{number}.conf"
         store = (self.folder / f"store{number}").as_posix()
         server, protection = self.servers[number], None
@@ -50,10 +58,7 @@ class NatsServers:
             protection = protection_of(own, self.leaders)
         text = configuration(server, self.servers, store, JOURNAL_BYTES, protection)
         path.write_text(text.replace("sync_interval: always", f"sync_interval: {sync}"), "utf-8")
-        with open(self.folder / f"nats{number}.log", "ab") as out:
-            self._running[number] = subprocess.Popen(
-                [PROGRAM, "-c", str(path)], stdout=out, stderr=subprocess.STDOUT
-            )
+        return path
 
     def start_all(self) -> NatsServers:
         for number in range(3):

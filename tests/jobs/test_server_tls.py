@@ -10,7 +10,7 @@ import socket
 import ssl
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import nats.errors
 import pytest
 
 from overlay.jobs.jetstream import JetStreamLog, reload
-from overlay.jobs.log import LogAway
+from overlay.jobs.log import LogAway, Outrun
 from overlay.jobs.server_tls import ServerTls
 from overlay.model.identity import PROCESS, Identity
 from overlay.model.jobs_servers import CLUSTER
@@ -337,6 +337,71 @@ def test_a_server_shows_its_new_certificate_without_a_restart(
     shown = peer_certificate(("127.0.0.1",), server.port, 5)
     assert shown.split() == folder.key_and_certificate(own(closed, 1).stem)[1].split()
     assert log.append(at, b"after") == at + 1
+
+
+def test_a_leader_that_was_shut_out_and_let_in_again_goes_on(
+    closed: NatsServers, log: JetStreamLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overlay.jobs.jetstream.APPEND_S", 2.0)
+    at = log.append(last(log), b"before")
+
+    def let_in(leaders: Sequence[str]) -> None:
+        closed.leaders = leaders
+        for number, server in enumerate(closed.servers):
+            closed.configure(number)
+            reload(server, own(closed, number))
+
+    def refusal() -> str:
+        try:
+            log.append(at, b"after")
+        except LogAway as e:
+            return str(e)
+        except Outrun:  # by what it could not write before
+            pass
+        return ""
+
+    let_in(LEADERS[1:])
+    try:
+        until(lambda: "do not take process A1 for a leader" in refusal(), 30, "it is shut out")
+    finally:
+        let_in(LEADERS)
+    until(lambda: not refusal(), 30, "it is let in again")
+
+
+def test_another_authority_shuts_out_a_leader_whose_key_was_stolen(tmp_path: Path) -> None:
+    """Which a revocation does not, as the servers know none."""
+    servers = protected(tmp_path)
+    folder, place = authority(servers), ("127.0.0.1", servers.servers[0].port)
+    stolen = tmp_path / "stolen.pem"
+    stolen.write_bytes(folder.holder(TlsFolder.stem("A1")).read_bytes())
+
+    def all_read() -> None:
+        for number, server in enumerate(servers.servers):
+            reload(server, own(servers, number))
+
+    try:
+        log = log_on(servers.start_all(), "JOBS", leader(servers))
+        at = log.append(last(log), b"before")
+        folder.revoke("A1")
+        assert b"PONG" in answer_of(place, PLAIN, stolen)
+        folder.change_authority()
+        all_read()
+        folder.change_authority()
+        for server in servers.servers:
+            identity = own(servers, servers.servers.index(server)).identity
+            folder.issue_here(TlsFolder.stem_of(identity), identity, (server.host,))
+        folder.issue_here(TlsFolder.stem("A1"), Identity("office", PROCESS, "A1"))
+        all_read()
+        for person in ("A2", "A3", "B", "C", "D", "root"):
+            folder.revoke(person)
+        assert folder.change_authority().startswith("step 3 of 3")
+        all_read()
+        assert answer_of(place, PLAIN, stolen) == b""
+        assert b"PONG" in answer_of(place, PLAIN, folder.holder(TlsFolder.stem("A1")))
+        assert log.append(at, b"after") == at + 1
+        log.close()
+    finally:
+        servers.close()
 
 
 def test_a_server_that_does_not_run_is_not_told(tmp_path: Path) -> None:

@@ -1077,6 +1077,11 @@ def test_a_restart_after_secure_closes_the_servers_of_jobs_and_keeps_the_jobs(pr
         made = client(project, "secure", config)
         assert made.returncode == 0, made.stderr
         assert "certificates made for 3 servers: " in made.stdout
+        early = launcher(project, "start", config)
+        assert early.returncode == 1
+        assert early.stdout.count("it runs with an older configuration; this one is taken") == 3
+        shown = launcher(project, "status", config).stdout
+        assert shown.count("older configuration") == 3
         closed = launcher(project, "restart", config)
         assert closed.returncode == 0, closed.stdout + closed.stderr
         assert closed.stdout.count("serves again, pid") == 3, closed.stdout
@@ -1086,5 +1091,11 @@ def test_a_restart_after_secure_closes_the_servers_of_jobs_and_keeps_the_jobs(pr
         again = launcher(project, "restart", config)
         assert again.returncode == 0, again.stdout + again.stderr
         assert "nats-" not in again.stdout, "they have read their files, and go on"
+        launcher(project, "stop", config)
+        (config.parent / "tls" / f"server_127.0.0.1-{ports[1]}.pem").unlink()
+        failed = launcher(project, "start", config)
+        assert failed.returncode == 2
+        assert "asks for TLS, and " in failed.stderr
+        assert "makes certificates with 'client.py secure" in failed.stderr
     finally:
         stop_all(project, config)
