@@ -54,8 +54,12 @@ def findings(
         why = "it sees no majority of the servers: nothing can be accepted"
         do = "start the others, and see whether they reach each other"
         found.append(Finding(Grade.BAD, "no majority", why, do))
+    leader = meta.get("leader")
     for one in meta.get("replicas") or ():
-        if isinstance(one, dict) and one.get("current") is not True:
+        # Only the one that leads knows how far all others are; these know that of it alone, and say
+        # of each other that they are not current.
+        is_known = isinstance(one, dict) and leader in (server.name, one.get("name"))
+        if is_known and one.get("current") is not True:
             why = f"it sees that {str(one.get('name'))[:60]} is down or behind"
             do = "start that one; until it has caught up, no other may be lost"
             found.append(Finding(Grade.NOTE, "behind", why, do))

@@ -29,8 +29,10 @@ def said(sync_always: Any = True, **meta: Any) -> dict[str, Any]:
         (said(cluster_size=2), ["no cluster"]),
         (said(cluster_size=None), ["no cluster"]),
         (said(leader=""), ["no majority"]),
-        (said(replicas=[{"name": "n2", "current": True}]), []),
-        (said(replicas=[{"name": "n2", "current": False}, "x"]), ["behind"]),
+        (said(leader=SERVER.name, replicas=[{"name": "n2", "current": True}]), []),
+        (said(leader=SERVER.name, replicas=[{"name": "n2", "current": False}, "x"]), ["behind"]),
+        (said(leader="n2", replicas=[{"name": "n2", "current": False}]), ["behind"]),
+        (said(leader="n2", replicas=[{"name": "n3", "current": False}]), []),
     ],
 )
 def test_what_is_wrong_with_a_server(varz: dict[str, Any] | None, states: list[str]) -> None:
