@@ -153,8 +153,8 @@ def setup(arguments):
 def test(arguments):
     """Runs every check, also after one has failed, and ends with a line for each."""
     python = prepare(locks=(LOCK, DEV_LOCK))
-    # Three files at once, on two cores too: a third of the time a test waits.
-    at_once = ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
+    # Four files at once, on two cores too: tests wait for more than they compute.
+    at_once = ["-n", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
     imports = "from importlinter.cli import lint_imports_command as check; check()"
     checks = {
         "ruff check": ["-m", "ruff", "check", "."],
