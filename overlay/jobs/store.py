@@ -387,14 +387,17 @@ class JobStore:
         return replace(record, answer=answer)
 
     def part(self, number: int, worker: str, at: int, most: int) -> bytes:
-        """At most so many bytes of a worker's part, from there on."""
+        """At most so many bytes of a worker's part, from there on; fewer where some are lost."""
         found = bytearray()
         for begins, body in self._db.execute(
             "select at, body from chunk where job = ? and worker = ? and at >= (select "
             "coalesce(max(at), 0) from chunk where job = ? and worker = ? and at <= ?) order by at",
             (number, worker, number, worker, at),
         ):
-            found += body[max(0, at - begins) :]
+            known = at + len(found) - begins
+            if not 0 <= known <= len(body):
+                break
+            found += body[known:]
             if len(found) >= most:
                 break
         return bytes(found[:most])

@@ -242,6 +242,16 @@ def test_parts_are_kept_with_the_answer_and_go_with_the_job(stored: Stored) -> N
     assert stored.counts.size == ROW_BYTES + len(b"x")
 
 
+def test_of_a_part_that_has_lost_a_chunk_what_follows_is_not_read(stored: Stored) -> None:
+    number = stored.accept_one()
+    stored.take_all()
+    for at, chunk in [(0, b"abc"), (6, b"ghi")]:  # without "def"
+        stored.keep_chunk(number, "C", at, chunk)
+    assert [stored.part(number, "C", at, 100) for at in (0, 1, 3, 4, 6, 9, 10)] == [
+        b"abc", b"bc", b"", b"", b"ghi", b"", b"",
+    ]  # fmt: skip
+
+
 def test_fetched_answers_make_room_and_others_do_not(tmp_path: Path) -> None:
     stored = Stored(tmp_path / "j.db", StoreLimits(max_jobs=2))
     first, second = stored.accept_one(), stored.accept_one()
