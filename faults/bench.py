@@ -127,47 +127,30 @@ def _run(
     freeze_s: float | None,
     wire: Wire | None = None,
 ) -> History:
-    with contextlib.ExitStack() as then:
-        servers = None
-        if scenario.leaders:
-            (folder / "nats").mkdir(parents=True)
-            servers = then.enter_context(nats_servers(folder / "nats"))
-        return _run_beside(servers, scenario, folder, seconds, seed, command, freeze_s, wire)
-
-
-def _run_beside(
-    servers: NatsServers | None,
-    scenario: Scenario,
-    folder: Path,
-    seconds: float,
-    seed: int,
-    command: Sequence[str],
-    freeze_s: float | None,
-    wire: Wire | None,
-) -> History:
-    config = configuration(scenario, servers.journal if servers else "journal.db")
-    overlay = Overlay(folder, config, command or node_command())
-    if wire is not None:
-        overlay.inside[scenario.away] = wire.inside(2)
-    notes = Notes()
-    stage = Stage(overlay, notes, random.Random(seed), seconds, freeze_s, wire, servers)
-    about = About(
-        scenario.name,
-        seed,
-        {i: p["team"] for i, p in overlay.config["processes"].items() if p["role"] == "worker"},
-        list(scenario.expects),
-        list(FAILING),
-        scenario.slots,
-        _most_lent(scenario),
-    )
-    found = History(about)
-    try:
-        _play(scenario, stage, found, seconds, seed)
-    except NotReached as e:
-        found.troubles.append(Trouble(str(e)))
-    finally:
-        overlay.note_dead()
-        overlay.close()
+    with _servers(scenario, folder) as servers:
+        config = configuration(scenario, servers.journal if servers else "journal.db")
+        overlay = Overlay(folder, config, command or node_command())
+        if wire is not None:
+            overlay.inside[scenario.away] = wire.inside(2)
+        notes = Notes()
+        stage = Stage(overlay, notes, random.Random(seed), seconds, freeze_s, wire, servers)
+        about = About(
+            scenario.name,
+            seed,
+            {i: p["team"] for i, p in overlay.config["processes"].items() if p["role"] == "worker"},
+            list(scenario.expects),
+            list(FAILING),
+            scenario.slots,
+            _most_lent(scenario),
+        )
+        found = History(about)
+        try:
+            _play(scenario, stage, found, seconds, seed)
+        except NotReached as e:
+            found.troubles.append(Trouble(str(e)))
+        finally:
+            overlay.note_dead()
+            overlay.close()
     found.calls, found.answers, found.stalls = notes.calls, notes.answers, notes.stalls
     found.submits, found.looks, found.cancels = notes.submits, notes.looks, notes.cancels
     found.faults, found.endings = stage.faults, overlay.endings
@@ -178,6 +161,17 @@ def _run_beside(
     )
     history.write(found, folder / "history.jsonl")
     return found
+
+
+@contextlib.contextmanager
+def _servers(scenario: Scenario, folder: Path) -> Iterator[NatsServers | None]:
+    """Those on which several leaders keep their jobs."""
+    if not scenario.leaders:
+        yield None
+        return
+    (folder / "nats").mkdir(parents=True)
+    with nats_servers(folder / "nats") as servers:
+        yield servers
 
 
 def configuration(scenario: Scenario, journal: str = "journal.db") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from overlay.client.arguments import as_timeout
 from overlay.client.connection import Connection
 from overlay.client.event_loop import on_a_thread
-from overlay.client.job_status import JobStatus, parts_of, read_job, result_of
+from overlay.client.job_status import JobStatus, answer_of, parts_of, read_job, result_of
 from overlay.client.job_wait import PART_TIMEOUT_S, JobWait, PartReader
 from overlay.client.results import Answer, read_value
 from overlay.model.errors import CallFailed, Unavailable
@@ -50,10 +50,7 @@ class AsyncJob:
 
     async def answer(self, timeout: float | None = None) -> Answer:
         """See Job.answer."""
-        status = await self.wait(timeout)
-        if status.answer is None:
-            raise status.error()
-        return status.answer
+        return answer_of(await self.wait(timeout))
 
     async def result(self, timeout: float | None = None) -> Any:
         """See Job.result."""

@@ -97,25 +97,30 @@ class JobChange:
     unknown: tuple[str, ...]
 
 
+def answer_of(status: JobStatus) -> Answer:
+    """Raises what ended the job if it has none."""
+    if status.answer is None:
+        raise status.error()
+    return status.answer
+
+
 def result_of(status: JobStatus) -> bytes | Part:
     """The result, or whose part it is, of a job in parts. Raises what ended the job, and
     InvalidCall if there are several parts."""
-    if status.answer is None:
-        raise status.error()
+    answer = answer_of(status)
     if not status.in_parts:
-        return status.answer.result
+        return answer.result
     if status.mode == "all":
         raise InvalidCall(f"the answer of job {status.id} is in parts: read them with `parts`")
-    return next(part for part in status.answer.parts if part.ok)
+    return next(part for part in answer.parts if part.ok)
 
 
 def parts_of(status: JobStatus) -> Sequence[Part]:
     """Raises what ended the job, and InvalidCall if it is not in parts."""
-    if status.answer is None:
-        raise status.error()
+    answer = answer_of(status)
     if not status.in_parts:
         raise InvalidCall(f"job {status.id} was not submitted with in_parts: it has one result")
-    return status.answer.parts
+    return answer.parts
 
 
 def read_job(job: pb2.Job) -> JobStatus:

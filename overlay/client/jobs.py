@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from overlay.client.arguments import JobOptions, as_timeout
-from overlay.client.job_status import JobStatus, parts_of, read_job, result_of
+from overlay.client.job_status import JobStatus, answer_of, parts_of, read_job, result_of
 from overlay.client.job_wait import PART_TIMEOUT_S, WAIT_S, JobWait, PartReader
 from overlay.client.results import Answer, read_value
 from overlay.model import clocks as time
@@ -84,10 +84,7 @@ class Job:
         Raises the error that ended it, JobQuarantined, JobExpired, CallCancelled, and those of
         `wait`.
         """
-        status = self.wait(timeout)
-        if status.answer is None:
-            raise status.error()
-        return status.answer
+        return answer_of(self.wait(timeout))
 
     def result(self, timeout: float | None = None) -> Any:
         """The result in its answer: bytes, or the JSON value that a typed function returned if it

@@ -4,7 +4,8 @@ store       the file: what is accepted, how it stands, what became of it
 journal     the thread that writes it, many changes in one commit
 outcome     what an attempt makes of a job: done, again, failed or quarantined
 runner      which jobs go into the leader's queue, and when
-requests    the RPCs: submit, result, list, change
+parts       the parts of a job in parts, kept as they arrive
+requests    the RPCs: submit, result, part, list, change
 
 and for several leaders that keep the same jobs:
 

@@ -105,6 +105,14 @@ def log_on(servers: NatsServers, name: str, credentials: Credentials | None = No
     return made
 
 
+def last(log: JetStreamLog) -> int:
+    """The number of its last entry."""
+    after = 0
+    while found := log.entries(after):
+        after = found[-1][0]
+    return after
+
+
 def _accepts(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
         return True

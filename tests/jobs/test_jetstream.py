@@ -11,7 +11,7 @@ import pytest
 from overlay.jobs.jetstream import JetStreamLog
 from overlay.jobs.log import LogAway, LogFull, Outrun
 from tests.harness.cluster import until
-from tests.harness.nats_servers import NatsServers, log_on
+from tests.harness.nats_servers import NatsServers, last, log_on
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +19,6 @@ def log(servers: NatsServers) -> Iterator[JetStreamLog]:
     made = log_on(servers, "LOG")
     yield made
     made.close()
-
-
-def last(log: JetStreamLog) -> int:
-    after = 0
-    while found := log.entries(after):
-        after = found[-1][0]
-    return after
 
 
 def test_an_entry_is_appended_behind_the_last_one_only(log: JetStreamLog) -> None:

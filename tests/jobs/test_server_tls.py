@@ -30,7 +30,7 @@ from overlay.transport.tls_check import peer_certificate
 from tests.harness.certificates import certify, secured, user_of
 from tests.harness.cluster import until
 from tests.harness.leaders import LEADERS, three_leaders
-from tests.harness.nats_servers import NatsServers, log_on
+from tests.harness.nats_servers import NatsServers, last, log_on
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +68,6 @@ def log(closed: NatsServers) -> Iterator[JetStreamLog]:
     made = log_on(closed, "TLS", leader(closed))
     yield made
     made.close()
-
-
-def last(log: JetStreamLog) -> int:
-    after = 0
-    while found := log.entries(after):
-        after = found[-1][0]
-    return after
 
 
 def test_leaders_read_and_write_the_log(
